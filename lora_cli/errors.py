@@ -1,0 +1,95 @@
+"""What can go wrong, said so that a user can mend it.
+
+Every error that a user can cause is a `LoraError`. It carries one or more problems, each of which
+says *what* is wrong, *where* (a recipe key, a file and line, a file and row), and *how* to mend it.
+The class decides the exit code of the command:
+
+| code | class              | meaning                                          |
+|------|--------------------|--------------------------------------------------|
+| 2    | `LoraError`        | the recipe, the arguments or the data are wrong  |
+| 3    | `NumericsError`    | the numbers went bad (NaN or infinity)           |
+| 4    | `IntegrityError`   | a file is not what it claims to be               |
+| 5    | `ResourceError`    | a resource ran out (memory, disk)                |
+| 130+ | `InterruptedRun`   | stopped by a signal, after saving                |
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Args:
+        what: The fault, in one line. Names the value that is wrong in backticks.
+        at: Where it stands: `adapter.rank (recipe.yaml:14)` or `train.csv:17`.
+        hint: What to do about it; a command or a value that works when typed in.
+    """
+
+    what: str
+    at: str | None = None
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        lines = [f"error: {self.what}"]
+        if self.at:
+            lines.append(f"  at {self.at}")
+        if self.hint:
+            lines.append(f"hint: {self.hint}")
+        return "\n".join(lines)
+
+
+class LoraError(Exception):
+    """Something that the user can mend: the recipe, the arguments or the data."""
+
+    exit_code = 2
+
+    def __init__(self, what: str | Sequence[Problem], at: str | None = None,
+                 hint: str | None = None) -> None:
+        self.problems = [Problem(what, at, hint)] if isinstance(what, str) else list(what)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class NumericsError(LoraError):
+    """The numbers went bad: a loss or a gradient that is not finite."""
+
+    exit_code = 3
+
+
+class IntegrityError(LoraError):
+    """A file is not what it claims to be: wrong hash, wrong base, missing tensors."""
+
+    exit_code = 4
+
+
+class ResourceError(LoraError):
+    """A resource ran out: memory or disk."""
+
+    exit_code = 5
+
+
+class InterruptedRun(LoraError):  # noqa: N818 - not an error: the run was asked to stop, and saved
+    """A signal stopped the run after its state was saved."""
+
+    def __init__(self, what: str, signal_number: int, hint: str | None = None) -> None:
+        super().__init__(what, hint=hint)
+        self.exit_code = 128 + signal_number
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """Return the candidate most like `name`, or None if none is close."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def did_you_mean(name: str, candidates: Iterable[str], noun: str = "one of") -> str:
+    """Return a hint that names the nearest candidate, and all of them if they are few."""
+    names = [str(candidate) for candidate in candidates]
+    close = nearest(name, names)
+    shown = ", ".join(names[:20]) + (f", … ({len(names)} in all)" if len(names) > 20 else "")
+    listing = f"{noun} {shown}" if names else f"there is no {noun}"
+    return f"did you mean `{close}`? ({listing})" if close else listing

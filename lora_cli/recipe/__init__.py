@@ -1,0 +1,41 @@
+"""The recipe: what a user writes, checked and typed, without importing torch."""
+
+from lora_cli.recipe.load import dump_recipe, load_recipe, recipe_schema
+from lora_cli.recipe.spec import (
+    AdapterSpec,
+    CausalLMSpec,
+    CheckpointSpec,
+    DataSpec,
+    EvaluateSpec,
+    FormatSpec,
+    HeldOutSpec,
+    ModelSpec,
+    OptimizerSpec,
+    Recipe,
+    SchedulerSpec,
+    SequenceClassificationSpec,
+    SplitSpec,
+    TaskSpec,
+    TrainSpec,
+)
+
+__all__ = [
+    "load_recipe",
+    "dump_recipe",
+    "recipe_schema",
+    "Recipe",
+    "ModelSpec",
+    "TaskSpec",
+    "SequenceClassificationSpec",
+    "CausalLMSpec",
+    "DataSpec",
+    "SplitSpec",
+    "HeldOutSpec",
+    "FormatSpec",
+    "AdapterSpec",
+    "TrainSpec",
+    "OptimizerSpec",
+    "SchedulerSpec",
+    "EvaluateSpec",
+    "CheckpointSpec",
+]

@@ -1,0 +1,599 @@
+"""The sections of a recipe, one class each; a field is documented once, beneath it.
+
+The JSON schema, the reference in the docs and the hints in error messages are made from these
+docstrings. Units: a *step* is an optimizer step, a *micro-batch* is one forward pass.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A section of the recipe: unknown keys are refused, values are not converted."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, use_attribute_docstrings=True, populate_by_name=True
+    )
+
+
+def _conflict(message: str) -> PydanticCustomError:
+    return PydanticCustomError("conflict", "{text}", {"text": message})
+
+
+class ModelSpec(Section):
+    """The pretrained base model."""
+
+    name: str
+    """A Hub id, a local folder (relative to the recipe), or `package:NAME/FOLDER`, a folder inside
+    an installed Python package."""
+
+    revision: str = "main"
+    """Branch, tag or commit of the model on the Hub."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Storage of the frozen base's weights. Default: that of `train.precision`; `float32` with
+    `adapter.type: full`. Trained weights are float32 always."""
+
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    """Implementation of the attention. Default: the one transformers chooses."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Leave it off unless you have read that code."""
+
+
+class SequenceClassificationSpec(Section):
+    """Classify a text, or a pair of texts."""
+
+    type: Literal["sequence_classification"]
+    """Which task."""
+
+    text_column: str = "text"
+    """Column of the text."""
+
+    text_pair_column: str | None = None
+    """Column of the second text, for pairs."""
+
+    label_column: str = "label"
+    """Column of the label: a word, an integer, a number (regression), or several labels."""
+
+    labels: list[str | int] | None = None
+    """Names of the labels, in order. Integers in the data are read as positions in this list.
+    Default: the values found in the train split, sorted."""
+
+    problem: Literal["single_label", "multi_label", "regression"] = "single_label"
+    """One label a row, any number of labels a row, or one number a row."""
+
+    label_separator: str | None = None
+    """What stands between the labels of a row, where a multi-label column is text."""
+
+    class_weights: Literal["balanced"] | dict[str, float] | None = None
+    """Weight of each label in the loss: by name, or `balanced` (rows / (labels x rows of the
+    label), from the train split)."""
+
+    label_smoothing: Probability = 0.0
+    """Share of the target probability that is spread over all labels."""
+
+    max_length: Positive = 512
+    """Longest input in tokens; longer texts are cut. Never more than the model can take."""
+
+    pad_token: str | None = None
+    """The padding token, where the tokenizer has none of its own."""
+
+    @model_validator(mode="after")
+    def _fits_the_problem(self) -> SequenceClassificationSpec:
+        if self.problem != "single_label" and self.label_smoothing:
+            raise _conflict("`label_smoothing` needs `problem: single_label`")
+        if self.problem == "regression" and (self.labels or self.class_weights):
+            raise _conflict("`labels` and `class_weights` have no meaning with regression")
+        if self.label_separator is not None and self.problem != "multi_label":
+            raise _conflict("`label_separator` needs `problem: multi_label`")
+        return self
+
+
+class CausalLMSpec(Section):
+    """Continue a text: language modelling, prompt and completion, or chat."""
+
+    type: Literal["causal_lm"]
+    """Which task."""
+
+    text_column: str | None = None
+    """Column of plain text. Every token is trained; texts longer than `max_length` are divided
+    into several examples. `text` if no column is named."""
+
+    prompt_column: str | None = None
+    """Column of the prompt, which is read but not trained."""
+
+    completion_column: str | None = None
+    """Column of the completion, which is trained."""
+
+    separator: str = ""
+    """Text between the prompt and the completion, counted to the prompt."""
+
+    messages_column: str | None = None
+    """Column of a conversation, written with the model's chat template."""
+
+    format: Literal["openai", "sharegpt", "alpaca"] = "openai"
+    """How a conversation is stored: `openai` (role, content), `sharegpt` (from, value), or
+    `alpaca` (the columns instruction, input, output; `messages_column` is not used)."""
+
+    chat_template: str | None = None
+    """File of a Jinja chat template, where the model has none or another is wanted."""
+
+    train_on: Literal["assistant", "all", "last"] = "assistant"
+    """Which turns of a conversation are trained: the assistant's, all, or the assistant's last."""
+
+    pad_token: str | None = None
+    """The padding token, where the tokenizer has none of its own."""
+
+    max_length: Positive = 1024
+    """Longest example in tokens. Never more than the model can take."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> CausalLMSpec:
+        chat = self.messages_column is not None or self.format == "alpaca"
+        pair = self.prompt_column is not None or self.completion_column is not None
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise _conflict("`prompt_column` and `completion_column` go together")
+        if chat + pair + (self.text_column is not None) > 1:
+            raise _conflict(
+                "choose one of `text_column`, `prompt_column` with `completion_column`, "
+                "or `messages_column`"
+            )
+        if self.format == "sharegpt" and self.messages_column is None:
+            raise _conflict("`format: sharegpt` needs `messages_column`, often `conversations`")
+        return self
+
+
+TaskSpec = Annotated[
+    SequenceClassificationSpec | CausalLMSpec,
+    Field(discriminator="type"),
+]
+
+
+class HeldOutSpec(Section):
+    """Rows drawn from another split, and taken away from it."""
+
+    from_: str = Field("train", alias="from")
+    """The split that the rows are drawn from."""
+
+    fraction: Share
+    """Share of the rows."""
+
+    disjoint: Literal["exact", "substring"] | None = "exact"
+    """`exact`: a text is never on both sides. `substring`: nor is a drawn text inside a longer
+    text that stays, nor the reverse; such rows are dropped from the larger side."""
+
+    stratify: bool = False
+    """Keep the proportions of the labels."""
+
+    group_by: str | None = None
+    """Rows with the same value in this column stay on one side (a customer, a document)."""
+
+
+def _split_form(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "named"
+    return "held_out" if isinstance(value, dict | HeldOutSpec) else None
+
+
+SplitSpec = Annotated[
+    Annotated[str, Tag("named")] | Annotated[HeldOutSpec, Tag("held_out")],
+    Discriminator(
+        _split_form,
+        custom_error_type="split",
+        custom_error_message="a split is a name (`validation`), a slice (`train[:80%]`), a file "
+        "(`dev.csv`), or rows drawn from another: `{from: train, fraction: 0.1}`",
+    ),
+]
+
+
+class FormatSpec(Section):
+    """How a data file is read, where its name does not say."""
+
+    type: Literal["csv", "json", "parquet", "text"] | None = None
+    """Kind of file. Default: by its suffix; `json` covers JSON lines."""
+
+    encoding: str = "utf-8"
+    """Encoding of the text; a byte order mark is dropped."""
+
+    delimiter: str | None = None
+    """Between the columns of a csv file. Default: a tab in `.tsv`, a comma elsewhere."""
+
+    header: bool = True
+    """The first line of a csv file names the columns."""
+
+    columns: list[str] | None = None
+    """Names of the columns, instead of those in the header."""
+
+    sample_by: Literal["line", "paragraph", "document"] = "line"
+    """What is one row of a text file."""
+
+
+class DataSpec(Section):
+    """Where the rows come from, and which are held out."""
+
+    name: str | None = None
+    """A data set on the Hub."""
+
+    config: str | None = None
+    """Configuration of the data set on the Hub (`sst2` of `nyu-mll/glue`)."""
+
+    revision: str = "main"
+    """Branch, tag or commit of the data set on the Hub."""
+
+    path: str | None = None
+    """A file, a folder, or a pattern of files (csv, tsv, json lines, parquet, txt; also .gz)."""
+
+    train: SplitSpec = "train"
+    """The rows to train on: a split, a slice, or a file."""
+
+    validation: SplitSpec | None = None
+    """The rows to choose the best adapter by."""
+
+    test: SplitSpec | None = None
+    """The rows that are looked at once, at the end."""
+
+    split_seed: int = 0
+    """Seed of the draw of held-out rows; `train.seed` does not change them."""
+
+    format: FormatSpec = Field(default_factory=FormatSpec)
+    """How the files are read."""
+
+    streaming: bool = False
+    """Read the train rows as they come, for data larger than the disk. Needs `train.max_steps`."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What happens to a row that cannot be read: stop, or skip and count it."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSpec:
+        if self.name and self.path:
+            raise _conflict("`name` and `path` exclude each other: a Hub data set, or files")
+        if not self.name and not self.path and not is_file(self.train):
+            raise _conflict(
+                "say where the rows are: `name` (a Hub id), `path` (a file or folder), "
+                "or a file for `train`"
+            )
+        if self.config and not self.name:
+            raise _conflict("`config` needs `name`")
+        return self
+
+
+DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".text")
+
+
+def is_file(split: SplitSpec | None) -> bool:
+    """Return whether a split is given as a file: it has a folder, a known suffix, or a pattern."""
+    if not isinstance(split, str):
+        return False
+    name = re.sub(r"\[.*\]$", "", split).removesuffix(".gz")
+    return "/" in name or name.endswith(DATA_SUFFIXES)
+
+
+class AdapterSpec(Section):
+    """What is trained. Keys of `lora` are passed over by the other types."""
+
+    type: Literal["lora", "full", "none", "bitfit"] = "lora"
+    """`lora`: low-rank adapters. `full`: every weight. `none`: the task's head alone.
+    `bitfit`: the biases. The last three are the baselines of the first, in the same loop."""
+
+    rank: Positive = 8
+    """Rank of the update: the inner dimension of B A."""
+
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The update is scaled by alpha / rank."""
+
+    dropout: Probability = 0.0
+    """Dropout on the input of the low-rank path."""
+
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA), so that large ranks keep learning."""
+
+    target_modules: Annotated[str, Field(min_length=1)] | list[str] | None = None
+    """Which modules get an adapter: a list of name suffixes, a regular expression that matches
+    whole names, or `all-linear`. Default: `all-linear` for language models, the attention's query
+    and value for encoders."""
+
+    exclude_modules: Annotated[str, Field(min_length=1)] | list[str] | None = None
+    """Modules that get none, written in the same way."""
+
+    layers: Annotated[str, Field(pattern=r"^\d+-\d+$")] | list[int] | None = None
+    """Only these layers: `0-11`, or a list of numbers."""
+
+    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    """Other ranks for some modules: name suffix or regular expression, and rank."""
+
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Other alphas for some modules: name suffix or regular expression, and alpha."""
+
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Which biases are trained besides: none, those of adapted modules, or all."""
+
+    train_modules: list[str] = Field(default_factory=list)
+    """Modules trained in full and saved with the adapter, besides the task's new head."""
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether low-rank layers are attached."""
+        return self.type == "lora"
+
+
+class ParameterGroupSpec(Section):
+    """Other settings for some of the trained parameters."""
+
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the group."""
+
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Weight decay of the group."""
+
+
+class GroupsSpec(Section):
+    """Groups of trained parameters; what a group leaves out is as in the optimizer."""
+
+    head: ParameterGroupSpec = Field(default_factory=ParameterGroupSpec)
+    """The modules that are trained in full."""
+
+    adapter: ParameterGroupSpec = Field(default_factory=ParameterGroupSpec)
+    """The low-rank matrices."""
+
+    layers: dict[Annotated[str, Field(pattern=r"^\d+(-\d+)?$")], ParameterGroupSpec] = Field(
+        default_factory=dict
+    )
+    """Ranges of layers, such as `0-5`; they come before `head` and `adapter`."""
+
+
+class OptimizerSpec(Section):
+    """How the trained weights are updated."""
+
+    type: Literal["adamw", "adamw_8bit", "sgd", "adafactor"] = "adamw"
+    """`adamw` is fused on a GPU; `adamw_8bit` needs bitsandbytes."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Highest learning rate of the schedule."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay; biases and normalisation weights are spared."""
+
+    betas: list[Probability] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    """Decay of AdamW's running means."""
+
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's term against division by zero."""
+
+    momentum: Probability = 0.0
+    """Momentum of SGD."""
+
+    lora_plus_ratio: Annotated[float, Field(gt=0)] | None = None
+    """LoRA+: learning rate of `lora_B` over that of `lora_A`."""
+
+    groups: GroupsSpec = Field(default_factory=GroupsSpec)
+    """Other settings for some of the parameters."""
+
+
+class SchedulerSpec(Section):
+    """How the learning rate moves: up over the warm-up, then along the named curve."""
+
+    type: Literal["linear", "cosine", "constant"] = "linear"
+    """`linear` and `cosine` end at zero."""
+
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps of linear warm-up."""
+
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Warm-up as a share of all steps."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> SchedulerSpec:
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise _conflict("choose `warmup_steps` or `warmup_ratio`")
+        return self
+
+
+class TrainSpec(Section):
+    """The training loop."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the train rows. 3 if `max_steps` is not given either."""
+
+    max_steps: Positive | None = None
+    """Steps in all, instead of `epochs`."""
+
+    micro_batch_size: Positive = 8
+    """Examples (packs, with `packing`) of one forward pass; what memory allows."""
+
+    gradient_accumulation_steps: Positive = 1
+    """Micro-batches of a step. A step sees micro_batch_size x gradient_accumulation_steps examples
+    however many processes share them."""
+
+    optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
+    """How the weights are updated."""
+
+    scheduler: SchedulerSpec = Field(default_factory=SchedulerSpec)
+    """How the learning rate moves."""
+
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the computation; fp16 has its loss scaled, and needs a GPU."""
+
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Longer gradients are shortened to this norm; null leaves them."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    packing: bool = False
+    """Put several short examples into one row of `max_length` tokens; none sees another."""
+
+    group_by_length: bool = False
+    """Put examples of similar length into a batch, so that less is padding."""
+
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that prepare batches; they do not change the order."""
+
+    seed: int = 0
+    """Seed of the initial weights, the order and the dropout."""
+
+    log_every_steps: Positive = 10
+    """Steps between two lines of the log."""
+
+    trackers: list[Literal["tensorboard", "trackio"]] = Field(default_factory=list)
+    """Where else the log goes."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSpec:
+        if self.epochs is not None and self.max_steps is not None:
+            raise _conflict("choose `epochs` or `max_steps`")
+        if self.packing and self.group_by_length:
+            raise _conflict("`packing` leaves no padding for `group_by_length` to save")
+        return self
+
+    @property
+    def examples_per_step(self) -> int:
+        """Examples (or packs) that one optimizer step sees."""
+        return self.micro_batch_size * self.gradient_accumulation_steps
+
+
+class BestSpec(Section):
+    """How the best adapter is chosen."""
+
+    metric: str = "loss"
+    """A metric of the validation split, or `loss`."""
+
+    mode: Literal["min", "max"] | None = None
+    """Whether less or more is better. Default: as the metric is known to be."""
+
+
+class EarlyStoppingSpec(Section):
+    """Stop when validation has ceased to improve."""
+
+    patience: Positive
+    """Evaluations without improvement before stopping."""
+
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """Smallest change that counts as an improvement."""
+
+
+class GenerationSpec(Section):
+    """How a language model writes its answers when it is evaluated or asked."""
+
+    max_new_tokens: Positive = 128
+    """Longest answer in tokens."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 takes the likeliest token every time."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens that make up this probability."""
+
+
+class EvaluateSpec(Section):
+    """When validation is measured, by what, and what follows from it."""
+
+    every_steps: Positive | None = None
+    """Steps between two evaluations. Default: once an epoch."""
+
+    metrics: list[str] | None = None
+    """Metrics: accuracy, f1, precision, recall, matthews_correlation, pearson, spearman, mse,
+    perplexity, exact_match, bleu, rouge; or any other name or script that `evaluate` can load."""
+
+    best: BestSpec | None = None
+    """How the best adapter is chosen. Default: by the task's main metric."""
+
+    early_stopping: EarlyStoppingSpec | None = None
+    """Stop when validation has ceased to improve."""
+
+    micro_batch_size: Positive | None = None
+    """Examples of one forward pass. Default: twice `train.micro_batch_size`."""
+
+    baseline: bool = True
+    """Measure validation and test before training too."""
+
+    generation: GenerationSpec = Field(default_factory=GenerationSpec)
+    """How a language model writes its answers."""
+
+
+class CheckpointSpec(Section):
+    """When the state of training is saved, so that it can be resumed."""
+
+    every_steps: Positive | None = None
+    """Steps between two checkpoints. Default: once an epoch."""
+
+    keep: Positive = 2
+    """How many are kept; the newest and the best always are."""
+
+
+class Recipe(Section):
+    """A fine-tuning run: which model, on which data, how."""
+
+    model: ModelSpec
+    """The pretrained base model."""
+
+    task: TaskSpec
+    """What the model shall do."""
+
+    data: DataSpec
+    """Where the rows come from."""
+
+    adapter: AdapterSpec = Field(default_factory=AdapterSpec)
+    """What is trained."""
+
+    train: TrainSpec = Field(default_factory=TrainSpec)
+    """The training loop."""
+
+    evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
+    """How the result is measured."""
+
+    checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
+    """What is saved on the way."""
+
+    output_dir: str = "out"
+    """Folder of the result, relative to the working directory."""
+
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        if self.data.streaming and self.train.max_steps is None:
+            raise _conflict("`data.streaming` needs `train.max_steps`: the length is not known")
+        if self.data.streaming and (self.train.packing or self.train.group_by_length):
+            raise _conflict("`train.packing` and `train.group_by_length` need all rows at hand")
+        if self.train.packing and self.task.type != "causal_lm":
+            raise _conflict("`train.packing` is for `task.type: causal_lm`")
+        if self.data.validation is None and self.evaluate.early_stopping is not None:
+            raise _conflict("`evaluate.early_stopping` needs `data.validation`")
+        return self
+
+    def at(self, key: str) -> str:
+        """Return where a key stands, for an error: `adapter.rank (recipe.yaml:14)`.
+
+        A key that the recipe leaves out is placed where its section stands.
+        """
+        parts = key.split(".")
+        for length in range(len(parts), 0, -1):
+            place = self._places.get(".".join(parts[:length]))
+            if place:
+                return f"{key} ({place})"
+        return key
+
+    @property
+    def output_path(self) -> Path:
+        """The folder of the result."""
+        return Path(self.output_dir)
