@@ -1,12 +1,12 @@
 """Metrics that work without a network, and any other that `evaluate` can load.
 
-The built-in ones are plain functions of two lists, in the table `_SPECS`; one subclass of
-`evaluate.Metric` runs them all. Any other name goes to `evaluate.load`: a script (`./mine.py`), a
-name on the Hub (`user/metric`), or one of Hugging Face's own (`meteor`).
+The built-in ones are plain functions in the table `_SPECS`; one subclass of `evaluate.Metric` runs
+them all. Any other name goes to `evaluate.load`: a script (`./mine.py`), a name on the Hub
+(`user/metric`), or one of Hugging Face's own (`meteor`).
 
-A task reduces its outputs to one small prediction per row (a class, a number, a text, a sum of
-negative log-likelihoods) before they come here, so memory grows with rows, never with logits. Rows
-are kept in `evaluate`'s Arrow buffers in memory: no cache file that two runs could fight over.
+A task reduces its outputs to one small prediction per row (a class, a number, a text, a sum) before
+they come here, so memory grows with rows, never with logits. Rows wait in Arrow buffers in memory:
+there is no cache file that two runs could fight over.
 
 `import evaluate` takes seconds, so this module imports it, and the libraries that compute, only
 when a `MetricSet` is made. `check_metric_names` and `metric_mode` answer at once.
@@ -37,32 +37,28 @@ import numpy as np
 from lora_cli.errors import LoraError, Problem, did_you_mean
 
 Channel = Literal["label", "value", "text", "nll"]
-"""What a metric reads of each evaluated row, as prediction and reference:
+"""What a metric reads of each evaluated row, as prediction and reference.
 
-- `label`: class indices; with several labels per row, 0/1 lists of length `n_labels`
-- `value`: floats (regression)
-- `text`: strings
-- `nll`: the row's sum of negative log-likelihoods in nats, and its number of trained tokens
+`label`: class indices, or 0/1 lists of length `n_labels` where a row may have several; `value`:
+floats; `text`: strings; `nll`: the row's sum of negative log-likelihoods in nats, and its number of
+trained tokens.
 """
+Rows = list[Any]
+Mode = Literal["min", "max"]
 
-# the channels a task can feed, by its default one: a language model writes and scores
-_FEEDS: dict[Channel, set[Channel]] = {
-    "label": {"label"},
-    "value": {"value"},
-    "text": {"text", "nll"},
-    "nll": {"text", "nll"},
+# the channels that a task can feed, by its default one: a language model writes and scores
+_FEEDS: dict[Channel, tuple[Channel, ...]] = {
+    "label": ("label",),
+    "value": ("value",),
+    "text": ("text", "nll"),
+    "nll": ("nll", "text"),
 }
 _NOUNS = {"label": "labels", "value": "numbers", "text": "texts", "nll": "log-likelihoods"}
 
 
 @dataclass(frozen=True)
 class MetricContext:
-    """What a metric must know of the task.
-
-    Args:
-        n_labels: Number of classes; None if unknown, or if there are none.
-        multi_label: Whether a row may have several labels.
-    """
+    """What a metric must know of the task: its number of classes, if known, and their kind."""
 
     n_labels: int | None = None
     multi_label: bool = False
@@ -74,155 +70,120 @@ class MetricSpec:
 
     Args:
         channel: What it reads.
-        compute: Takes all predictions and references, at least one row; returns one number, or
+        compute: Takes the predictions and references of at least one row; returns one number, or
             several by name.
         mode: Whether less or more is better.
-        results: Names of its numbers, where it gives several.
+        results: The names of its numbers, where it gives several.
         package: What it needs of the extra `text-metrics`.
         multi_label: Whether it is defined for rows with several labels.
     """
 
     channel: Channel
-    compute: Callable[[list[Any], list[Any], MetricContext], float | dict[str, float]]
-    mode: Literal["min", "max"] = "max"
+    compute: Callable[[Rows, Rows, MetricContext], float | dict[str, float]]
+    mode: Mode = "max"
     results: tuple[str, ...] = ()
     package: str | None = None
     multi_label: bool = True
 
 
-# ------------------------------------------------------------------------------------- labels
+# ---------------------------------------------------------- the metrics; p predicted, r reference
 
 
-def _accuracy(predictions: list[Any], references: list[Any], context: MetricContext) -> float:
-    """Return the fraction of right rows; with several labels a row is right if all of them are."""
+def _accuracy(p: Rows, r: Rows, context: MetricContext) -> float:
+    """Return the fraction of right rows; with several labels, all of a row's must be right."""
     from sklearn.metrics import accuracy_score
 
-    return float(accuracy_score(references, predictions))
+    return float(accuracy_score(r, p))
 
 
-def _balanced_accuracy(p: list[Any], references: list[Any], context: MetricContext) -> float:
+def _balanced_accuracy(p: Rows, r: Rows, context: MetricContext) -> float:
     """Return the mean recall of the classes that the references contain."""
     from sklearn.metrics import recall_score
 
     # not balanced_accuracy_score: it warns if a class is predicted that no reference has
-    present = np.unique(references)
-    return float(recall_score(references, p, labels=present, average="macro", zero_division=0))
+    return float(recall_score(r, p, labels=np.unique(r), average="macro", zero_division=0))
 
 
 def _precision_recall_f1(
-    predictions: list[Any],
-    references: list[Any],
-    context: MetricContext,
-    score: Literal["precision", "recall", "f1"],
-    average: Literal["", "macro", "micro", "weighted"],
+    p: Rows, r: Rows, context: MetricContext, score: str, average: str
 ) -> float:
     """Return one score, 0 where it would divide by 0.
 
-    Without an `average`: that of label 1 if there are two labels of which a row has one, else
-    macro. Classes that neither predictions nor references contain take no part in an average.
+    Without an `average` it is that of label 1 if a row has one of two labels, else macro. Classes
+    that neither predictions nor references contain take no part in an average.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
-    p, r = np.asarray(predictions), np.asarray(references)
-    # one column is no multi-label matrix to scikit-learn, but two classes; only 1 is a label
-    one_column = context.multi_label and p.shape[1] == 1
-    binary = not context.multi_label and context.n_labels == 2 and not average
+    binary = context.n_labels == 2 and not context.multi_label and not average
+    if context.multi_label and len(r[0]) == 1:
+        # to scikit-learn one column is two classes; here 1 is the label, and 0 its absence
+        binary, p, r = True, [row[0] for row in p], [row[0] for row in r]
+    labels = [1] if binary else None
     scores = precision_recall_fscore_support(
-        r.ravel() if one_column else r,
-        p.ravel() if one_column else p,
-        labels=[1] if one_column or binary else None,
-        average=average or "macro",
-        zero_division=0,
+        r, p, labels=labels, average=average or "macro", zero_division=0
     )
     return float(scores[("precision", "recall", "f1").index(score)])
 
 
-def _matthews(predictions: list[Any], references: list[Any], context: MetricContext) -> float:
-    """Return Matthews' correlation coefficient, 0 where either side is constant."""
+def _matthews(p: Rows, r: Rows, context: MetricContext) -> float:
     from sklearn.metrics import matthews_corrcoef
 
-    if len(set(predictions)) == 1 or len(set(references)) == 1:
+    if len(set(p)) == 1 or len(set(r)) == 1:
         return 0.0  # scikit-learn's own value, without its warning
-    return float(matthews_corrcoef(references, predictions))
+    return float(matthews_corrcoef(r, p))
 
 
-# ------------------------------------------------------------------------------------- values
-
-
-def _correlation(p: np.ndarray, r: np.ndarray) -> float:
-    """Return Pearson's r; nan where it is undefined: one row, a constant side, not finite."""
+def _correlation(p: Rows, r: Rows, context: MetricContext, ranks: bool) -> float:
+    """Return Pearson's r (of the ranks: Spearman's), nan for one row, constants, or inf or nan."""
     from scipy import stats
 
     if len(p) < 2 or not (np.isfinite(p).all() and np.isfinite(r).all()):
         return math.nan
+    if ranks:
+        p, r = stats.rankdata(p), stats.rankdata(r)
     with warnings.catch_warnings():
         # constant, or so near to it that rounding decides
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         return float(stats.pearsonr(p, r).statistic)
 
 
-def _pearson(predictions: list[Any], references: list[Any], context: MetricContext) -> float:
-    return _correlation(np.asarray(predictions), np.asarray(references))
-
-
-def _spearman(predictions: list[Any], references: list[Any], context: MetricContext) -> float:
-    from scipy import stats
-
-    # ranks carry a nan on, so that `_correlation` sees it
-    p, r = (stats.rankdata(x, nan_policy="propagate") for x in (predictions, references))
-    return _correlation(p, r)
-
-
-def _mse(predictions: list[Any], references: list[Any], context: MetricContext) -> float:
+def _mean_error(p: Rows, r: Rows, context: MetricContext, power: int, root: bool = False) -> float:
     with np.errstate(over="ignore", invalid="ignore"):  # a model that diverged has inf or nan
-        return float(np.mean(np.square(np.subtract(predictions, references))))
+        mean = float(np.mean(np.abs(np.subtract(p, r)) ** power))
+    return math.sqrt(mean) if root else mean
 
 
-def _rmse(predictions: list[Any], references: list[Any], context: MetricContext) -> float:
-    return math.sqrt(_mse(predictions, references, context))
-
-
-def _mae(predictions: list[Any], references: list[Any], context: MetricContext) -> float:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return float(np.mean(np.abs(np.subtract(predictions, references))))
-
-
-def _perplexity(nlls: list[Any], n_tokens: list[Any], context: MetricContext) -> float:
+def _perplexity(nlls: Rows, n_tokens: Rows, context: MetricContext) -> float:
     """Return exp(total nll / total tokens): not the mean of the rows' perplexities."""
-    total_tokens = sum(n_tokens)
-    if total_tokens == 0:
+    if sum(n_tokens) == 0:
         raise LoraError("nothing to evaluate: no row has a trained token (metric `perplexity`)")
     try:
-        return math.exp(sum(nlls) / total_tokens)
+        return math.exp(sum(nlls) / sum(n_tokens))
     except OverflowError:
         return math.inf
 
 
-# -------------------------------------------------------------------------------------- texts
+def _exact_match(p: Rows, r: Rows, context: MetricContext) -> float:
+    return float(np.mean([said.strip() == want.strip() for said, want in zip(p, r, strict=True)]))
 
 
-def _exact_match(predictions: list[Any], references: list[Any], context: MetricContext) -> float:
-    hits = [p.strip() == r.strip() for p, r in zip(predictions, references, strict=True)]
-    return sum(hits) / len(hits)
-
-
-def _bleu(predictions: list[Any], references: list[Any], context: MetricContext) -> float:
+def _bleu(p: Rows, r: Rows, context: MetricContext) -> float:
     """Return corpus BLEU, 0 to 100, as sacrebleu reports it."""
     import sacrebleu
 
     # force: no warning about texts that look tokenized
-    return float(sacrebleu.corpus_bleu(predictions, [references], force=True).score)
+    return float(sacrebleu.corpus_bleu(p, [r], force=True).score)
 
 
 _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
-def _rouge(p: list[Any], references: list[Any], context: MetricContext) -> dict[str, float]:
+def _rouge(p: Rows, r: Rows, context: MetricContext) -> dict[str, float]:
     """Return the means over rows of ROUGE's F1, 0 to 1; rougeLsum takes a line for a sentence."""
-    from rouge_score import rouge_scorer
+    from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = rouge_scorer.RougeScorer(_ROUGE, use_stemmer=True)
-    rows = [scorer.score(target, said) for target, said in zip(references, p, strict=True)]
+    scorer = RougeScorer(_ROUGE, use_stemmer=True)
+    rows = [scorer.score(want, said) for said, want in zip(p, r, strict=True)]
     return {key: float(np.mean([row[key].fmeasure for row in rows])) for key in _ROUGE}
 
 
@@ -237,19 +198,18 @@ _SPECS: dict[str, MetricSpec] = {
         for average in ("", "macro", "micro", "weighted")
     },
     "matthews_correlation": MetricSpec("label", _matthews, multi_label=False),
-    "pearson": MetricSpec("value", _pearson),
-    "spearman": MetricSpec("value", _spearman),
-    "mse": MetricSpec("value", _mse, "min"),
-    "rmse": MetricSpec("value", _rmse, "min"),
-    "mae": MetricSpec("value", _mae, "min"),
+    "pearson": MetricSpec("value", functools.partial(_correlation, ranks=False)),
+    "spearman": MetricSpec("value", functools.partial(_correlation, ranks=True)),
+    "mse": MetricSpec("value", functools.partial(_mean_error, power=2), "min"),
+    "rmse": MetricSpec("value", functools.partial(_mean_error, power=2, root=True), "min"),
+    "mae": MetricSpec("value", functools.partial(_mean_error, power=1), "min"),
     "perplexity": MetricSpec("nll", _perplexity, "min"),
     "exact_match": MetricSpec("text", _exact_match),
     "bleu": MetricSpec("text", _bleu, package="sacrebleu"),
     "rouge": MetricSpec("text", _rouge, results=_ROUGE, package="rouge_score"),
 }
 
-
-# -------------------------------------------------------------------- names, without `evaluate`
+# ------------------------------------------------------------------- names, without `evaluate`
 
 
 def known_metrics() -> list[str]:
@@ -257,50 +217,39 @@ def known_metrics() -> list[str]:
     return list(_SPECS)
 
 
-def metric_mode(name: str) -> Literal["min", "max"] | None:
-    """Return whether less or more of a metric (or of one of its results) is better, if known."""
-    if name == "loss":
-        return "min"
-    for metric, spec in _SPECS.items():
-        if name == metric or name in spec.results:
-            return spec.mode
-    return None
+def metric_mode(name: str) -> Mode | None:
+    """Return whether less or more of a metric, or of one of its results, is better, if known."""
+    modes = {key: spec.mode for n, spec in _SPECS.items() for key in (n, *spec.results)}
+    return "min" if name == "loss" else modes.get(name)
 
 
 def check_metric_names(
     names: Sequence[str],
     default_channel: Channel | None = None,
-    context: MetricContext = MetricContext(),  # noqa: B008 - frozen
+    context: MetricContext = MetricContext(),
     at: str = "evaluate.metrics",
 ) -> list[Problem]:
     """Return what is wrong with the names, as far as can be said without loading anything.
 
-    A name that is not built in may still be one that `evaluate` loads: only `MetricSet` can tell.
-
-    Args:
-        names: As in the recipe.
-        default_channel: What the task feeds; None skips the checks that need it.
-        context: What the task says of its labels.
-        at: Where the names stand, for the problems.
+    A name that is not built in may be one that `evaluate` loads: only a `MetricSet` can tell.
+    Without a `default_channel`, whether a metric suits the task is not checked.
     """
     problems = []
     for name in dict.fromkeys(names):
         spec = _SPECS.get(name)
         if spec is None:
             if _is_path(name) and not os.path.exists(os.path.expanduser(name)):
-                hint = f"the path counts from {Path.cwd()}"
-                problems.append(Problem(f"there is no metric script `{name}`", at, hint))
+                what = f"there is no metric script `{name}`"
+                problems.append(Problem(what, at, f"the path starts from {Path.cwd()}"))
             continue
         if default_channel and spec.channel not in _FEEDS[default_channel]:
-            what = (
-                f"metric `{name}` compares {_NOUNS[spec.channel]}, but this task yields "
-                f"{_NOUNS[default_channel]}"
-            )
+            reads, fed = _NOUNS[spec.channel], _NOUNS[default_channel]
+            what = f"metric `{name}` compares {reads}; this task yields {fed}"
             usable = [n for n, s in _SPECS.items() if s.channel in _FEEDS[default_channel]]
             problems.append(Problem(what, at, f"choose from {', '.join(usable)}"))
         elif context.multi_label and not spec.multi_label:
             what = f"metric `{name}` is not defined for rows with several labels"
-            problems.append(Problem(what, at, "f1_macro, f1_micro and accuracy are"))
+            problems.append(Problem(what, at, "f1_macro and f1_micro are"))
         if spec.package and importlib.util.find_spec(spec.package) is None:
             what = f"metric `{name}` needs the package `{spec.package}`, which is not installed"
             problems.append(Problem(what, at, "pip install 'lora-cli[text-metrics]'"))
@@ -312,15 +261,15 @@ def _is_path(name: str) -> bool:
     return name.endswith(".py") or name.startswith((".", "/", "~"))
 
 
-# ---------------------------------------------------------------------------- with `evaluate`
+# --------------------------------------------------------------------------- with `evaluate`
 
 
 class MetricSet:
     """Several metrics fed row by row.
 
     Args:
-        names: Built-in metrics, or whatever `evaluate.load` takes. A name that stands twice
-            counts once.
+        names: Built-in metrics, or whatever `evaluate.load` takes; one that stands twice counts
+            once.
         default_channel: What the task feeds, and what a metric that is not built in reads.
         context: What the task says of its labels.
         at: Where the names stand, for errors.
@@ -334,26 +283,28 @@ class MetricSet:
         self,
         names: Sequence[str],
         default_channel: Channel,
-        context: MetricContext = MetricContext(),  # noqa: B008 - frozen
+        context: MetricContext = MetricContext(),
         at: str = "evaluate.metrics",
     ) -> None:
         self._at = at
-        self._rows: Counter[Channel] = Counter()
+        self._n_rows: Counter[Channel] = Counter()
         self._metrics: dict[str, tuple[Channel, Any]] = {}
-        problems = check_metric_names(names, default_channel, context, at)
-        faulty = {problem.what.split("`")[1] for problem in problems}
-        # every Metric makes itself a folder, even one that keeps its rows in memory
+        # every Metric makes a folder for itself, even one that keeps its rows in memory
         scratch = tempfile.mkdtemp(prefix="lora-metrics-")
         weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+        problems = []
         for name in dict.fromkeys(names):
-            if name in faulty:
+            if faults := check_metric_names([name], default_channel, context, at):
+                problems += faults
                 continue
+            options = {"cache_dir": scratch, "keep_in_memory": True}
+            options["experiment_id"] = uuid.uuid4().hex
             if spec := _SPECS.get(name):
-                metric = _builtin_class()(name, spec, context, scratch)
+                metric = _builtin_class()(name, spec, context, **options)
                 self._metrics[name] = (spec.channel, metric)
                 continue
             try:
-                self._metrics[name] = (default_channel, _load(name, scratch, at))
+                self._metrics[name] = (default_channel, _load(name, at, **options))
             except LoraError as error:
                 problems += error.problems
         if problems:
@@ -361,49 +312,49 @@ class MetricSet:
 
     @property
     def channels(self) -> set[Channel]:
-        """What the metrics read: the channels that must be fed before `compute`."""
+        """What the metrics read, and so what must be fed before `compute`."""
         return {channel for channel, _ in self._metrics.values()}
 
     def add_batch(
         self, channel: Channel, predictions: Sequence[Any], references: Sequence[Any]
     ) -> None:
-        """Add rows to the metrics that read the channel; the others take no notice.
+        """Add rows to the metrics that read the channel; there may be none of either.
 
-        Lists, numpy arrays and tensors on the CPU do. An empty batch is no harm.
+        Takes lists, numpy arrays, and tensors on the CPU.
         """
         assert len(predictions) == len(references), (len(predictions), len(references))
         if len(predictions) == 0 or channel not in self.channels:
             return
-        rows = _plain(channel, predictions, references)
+        p, r = _plain(channel, predictions, references)
         for name, (wanted, metric) in self._metrics.items():
             if wanted == channel:
                 with self._blaming(name):
-                    metric.add_batch(predictions=rows[0], references=rows[1])
-        self._rows[channel] += len(predictions)
+                    metric.add_batch(predictions=p, references=r)
+        self._n_rows[channel] += len(p)
 
     def compute(self) -> dict[str, float]:
         """Return every metric's numbers by name, and forget the rows.
 
-        A name that two metrics give is prefixed with the second one's: `mine_f1`.
+        A name that two metrics give gets the second metric's name before it: `mine_f1`.
 
         Raises:
-            LoraError: No rows were added, or a metric that is not built in failed.
+            LoraError: There are no rows, or a metric that is not built in failed.
         """
         results: dict[str, float] = {}
         for name, (channel, metric) in self._metrics.items():
-            if not self._rows[channel]:
+            if not self._n_rows[channel]:
                 what = f"nothing to evaluate: metric `{name}` was given no rows"
                 raise LoraError(what, self._at, "is the split empty, or filtered to nothing?")
             with self._blaming(name):
-                computed = metric.compute()
-            for key, value in _numbers(name, computed, self._at).items():
+                found = _numbers(metric.compute())
+            for key, value in found.items():
                 results[f"{Path(name).stem}_{key}" if key in results else key] = value
-        self._rows.clear()
+        self._n_rows.clear()
         return results
 
     @contextlib.contextmanager
     def _blaming(self, name: str) -> Iterator[None]:
-        """Keep stdout for data; say which metric failed, if it is not ours."""
+        """Keep stdout for data; say which metric failed, if it is not one of ours."""
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 yield
@@ -419,62 +370,43 @@ def _builtin_class() -> Any:
     import datasets
     import evaluate
 
-    def feature(kind: str, many: bool = False) -> Any:
-        value = datasets.Value(kind)
-        return datasets.Sequence(value) if many else value
-
     class BuiltinMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
         def __init__(
-            self, name: str, spec: MetricSpec, context: MetricContext, scratch: str
+            self, name: str, spec: MetricSpec, context: MetricContext, **options: Any
         ) -> None:
             self.spec_name, self.spec, self.context = name, spec, context
-            super().__init__(
-                config_name=name,
-                cache_dir=scratch,
-                keep_in_memory=True,
-                experiment_id=uuid.uuid4().hex,
-            )
+            super().__init__(**options)
 
         def _info(self) -> Any:
-            channel = self.spec.channel
             kinds = {"label": "int64", "value": "float64", "text": "string", "nll": "float64"}
-            many = channel == "label" and self.context.multi_label
-            features = {
-                "predictions": feature(kinds[channel], many),
-                "references": feature("int64" if channel == "nll" else kinds[channel], many),
-            }
-            # no `format="numpy"`: it would round floats to float32
-            return evaluate.MetricInfo(
-                description=f"{self.spec_name}, as `lora` computes it",
-                citation="",
-                features=datasets.Features(features),
-            )
+            p = datasets.Value(kinds[self.spec.channel])
+            r = datasets.Value("int64") if self.spec.channel == "nll" else p
+            if self.spec.channel == "label" and self.context.multi_label:
+                p = r = datasets.Sequence(p)
+            # no format="numpy": it would round floats to float32
+            features = datasets.Features({"predictions": p, "references": r})
+            return evaluate.MetricInfo(description="", citation="", features=features)
 
-        def _compute(self, predictions: list[Any], references: list[Any]) -> dict[str, float]:
+        def _compute(self, predictions: Rows, references: Rows) -> dict[str, float]:
             result = self.spec.compute(predictions, references, self.context)
             return result if isinstance(result, dict) else {self.spec_name: result}
 
     return BuiltinMetric
 
 
-def _load(name: str, scratch: str, at: str) -> Any:
+def _load(name: str, at: str, **options: Any) -> Any:
     """Return the metric that `evaluate` knows by this name."""
     import evaluate
 
+    path = os.path.expanduser(name) if _is_path(name) else name
     try:
-        # a script is free to print when it is imported
-        with contextlib.redirect_stdout(sys.stderr):
-            metric = evaluate.load(
-                os.path.expanduser(name) if _is_path(name) else name,
-                cache_dir=scratch,
-                keep_in_memory=True,
-                experiment_id=uuid.uuid4().hex,
-            )
-    except FileNotFoundError as error:  # also without a network
-        what = f"unknown metric `{name}`: it is not built in, and `evaluate` finds none"
-        hint = did_you_mean(name, known_metrics(), noun="built in:")
-        raise LoraError(what, at, hint) from error
+        with contextlib.redirect_stdout(sys.stderr):  # a script may print
+            metric = evaluate.load(path, **options)
     except Exception as error:
+        if isinstance(error, FileNotFoundError) and not _is_path(name):
+            what = f"unknown metric `{name}`: it is not built in, and `evaluate` finds none"
+            hint = did_you_mean(name, known_metrics(), noun="built in:")
+            raise LoraError(what, at, hint) from error
         raise LoraError(f"metric `{name}` cannot be loaded: {_reason(error)}", at) from error
     features = metric.features[0] if isinstance(metric.features, list) else metric.features
     if set(features) != {"predictions", "references"}:
@@ -485,7 +417,7 @@ def _load(name: str, scratch: str, at: str) -> Any:
 
 def _plain(
     channel: Channel, predictions: Sequence[Any], references: Sequence[Any]
-) -> tuple[list[Any], list[Any]]:
+) -> tuple[Rows, Rows]:
     """Return rows as lists of what Arrow stores without guessing."""
     if channel == "text":
         return list(predictions), list(references)
@@ -495,13 +427,12 @@ def _plain(
     return p.astype(kinds[0]).tolist(), r.astype(kinds[1]).tolist()
 
 
-def _numbers(name: str, computed: Mapping[str, Any], at: str) -> dict[str, float]:
-    """Return the single numbers of a result as plain floats; lists and texts are left out."""
+def _numbers(computed: Mapping[str, Any]) -> dict[str, float]:
+    """Return the single numbers of a result as plain floats, without lists (a row's, a class's)."""
     items = {k: v.item() if getattr(v, "ndim", None) == 0 else v for k, v in computed.items()}
     kept = {key: float(v) for key, v in items.items() if isinstance(v, numbers.Real)}
     if not kept:
-        gives = ", ".join(f"{key} ({type(v).__name__})" for key, v in items.items())
-        raise LoraError(f"metric `{name}` gives no single number, only {gives}", at)
+        raise ValueError(f"it gives no single number, only {', '.join(items) or 'nothing'}")
     return kept
 
 

@@ -1,0 +1,1 @@
+"""Data: where rows come from, which are held out, and in which order they are seen."""

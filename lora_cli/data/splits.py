@@ -1,0 +1,138 @@
+"""Draw held-out rows so that nothing stands on both sides.
+
+Rows are drawn in units: rows with equal texts, or with the same group, go together. With
+`substring`, a unit is a longest text with all the texts inside it. SST-2 shows why: its train split
+holds the phrases of each sentence as rows of their own, so about nine in ten rows of a random
+part stand word for word inside other rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_cli.errors import LoraError
+
+Indices = NDArray[np.int64]
+
+
+def draw(
+    texts: Sequence[str],
+    fraction: float,
+    seed: tuple[int, ...],
+    disjoint: str | None = "exact",
+    strata: Sequence[str] | None = None,
+    groups: Sequence[str] | None = None,
+    at: str = "data.validation",
+) -> tuple[Indices, Indices]:
+    """Choose rows to hold out.
+
+    Args:
+        texts: Text of each row.
+        fraction: Share of the rows to hold out.
+        seed: Decides which; the same seed and rows give the same draw.
+        disjoint: `exact`, `substring` or None, as in the recipe.
+        strata: Value of each row whose proportions are kept.
+        groups: Value of each row that must not stand on both sides.
+        at: Where the recipe asks for it, for errors.
+
+    Returns:
+        Positions held out and positions kept, each in order. With `substring`, rows that stand
+        inside texts of both sides are in neither.
+
+    Raises:
+        LoraError: If the rows cannot be divided.
+    """
+    normal = [" ".join(text.lower().split()) for text in texts]
+    if disjoint == "substring":
+        holders = _containing(normal)
+    else:
+        keys = _joined(normal if disjoint else [str(i) for i in range(len(texts))], groups)
+        holders = [[key] for key in keys]
+    if disjoint == "substring" and groups is not None:
+        raise LoraError("`group_by` and `disjoint: substring` cannot be combined", at)
+
+    units: dict[int, list[int]] = defaultdict(list)  # rows in which a unit has a part
+    for row, owners in enumerate(holders):
+        for owner in owners:
+            units[owner].append(row)
+    drawn = _draw_units(units, holders, fraction, seed, strata)
+    inside = [sum(owner in drawn for owner in owners) for owners in holders]
+    held = [i for i, count in enumerate(inside) if count == len(holders[i])]
+    kept = [i for i, count in enumerate(inside) if count == 0]
+    if not held or not kept:
+        raise LoraError(
+            f"{fraction:g} of {len(texts)} rows in {len(units)} units leaves one side empty", at,
+            "use another fraction, or a coarser `group_by`",
+        )
+    return np.array(held, dtype=np.int64), np.array(kept, dtype=np.int64)
+
+
+def _draw_units(
+    units: dict[int, list[int]],
+    holders: list[list[int]],
+    fraction: float,
+    seed: tuple[int, ...],
+    strata: Sequence[str] | None,
+) -> set[int]:
+    """Draw units in random order until their rows make up the fraction, of each stratum."""
+    order = sorted(units)
+    np.random.default_rng(seed).shuffle(order)
+    value = strata if strata is not None else [""] * len(holders)
+    wanted = {name: fraction * count for name, count in Counter(value).items()}
+    missing = [len(owners) for owners in holders]  # owners of a row that are not drawn yet
+    drawn: set[int] = set()
+    for unit in order:
+        stratum = value[units[unit][0]]
+        if wanted[stratum] < 0.5:
+            continue
+        drawn.add(unit)
+        for row in units[unit]:
+            missing[row] -= 1
+            if missing[row] == 0:
+                wanted[value[row]] -= 1
+    return drawn
+
+
+def _joined(texts: Sequence[str], groups: Sequence[str] | None) -> list[int]:
+    """Return a unit for each row: rows with the same text or the same group share one."""
+    parent = list(range(len(texts)))
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for values in (texts, groups or ()):
+        first: dict[str, int] = {}
+        for i, value in enumerate(values):
+            j = first.setdefault(value, i)
+            a, b = find(i), find(j)
+            parent[max(a, b)] = min(a, b)
+    return [find(i) for i in range(len(texts))]
+
+
+def _containing(texts: Sequence[str]) -> list[list[int]]:
+    """Return, for each text, the longest texts that it stands inside (itself, if in none).
+
+    Candidates are found by the text's rarest word, so that few pairs are compared.
+    """
+    first = {text: i for i, text in reversed(list(enumerate(texts)))}
+    by_length = sorted(first, key=len, reverse=True)
+    frequency = Counter(word for text in first for word in set(text.split()))
+    holding: dict[str, list[int]] = defaultdict(list)  # maximal texts by the words in them
+    owners: dict[str, list[int]] = {}
+    for text in by_length:
+        words = text.split()
+        rarest = min(words, key=lambda word: frequency[word]) if words else ""
+        padded = f" {text} "
+        found = [i for i in holding[rarest] if padded in f" {texts[i]} "]
+        owners[text] = found or [first[text]]
+        if not found:
+            for word in set(words):
+                holding[word].append(first[text])
+    return [owners[text] for text in texts]

@@ -1,0 +1,26 @@
+"""Tasks: what differs between kinds of work. One file each, named as the recipe's `task.type`."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from lora_cli.recipe import CausalLMSpec, Recipe, SequenceClassificationSpec
+from lora_cli.tasks.base import Batch, Encoded, Prediction, Task
+
+
+def build_task(recipe: Recipe) -> Task:
+    """Return the task that the recipe names."""
+    match recipe.task:
+        case SequenceClassificationSpec():
+            from lora_cli.tasks.sequence_classification import SequenceClassification
+
+            return SequenceClassification(recipe, recipe.task)
+        case CausalLMSpec():
+            from lora_cli.tasks.causal_lm import CausalLM
+
+            return CausalLM(recipe, recipe.task)
+        case _:
+            assert_never(recipe.task)
+
+
+__all__ = ["Batch", "Encoded", "Prediction", "Task", "build_task"]

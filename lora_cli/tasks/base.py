@@ -1,0 +1,241 @@
+"""What a task owes the loop, and how its rows are encoded once and cached."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from lora_cli.data.files import require_columns
+from lora_cli.data.sources import Rows, cached_dataset, load_rows, without
+from lora_cli.models import build_empty, load_pretrained, load_tokenizer, new_modules
+from lora_cli.recipe import Recipe
+
+Example = dict[str, Any]
+IGNORED = -100  # a label that is not trained, as in torch's cross entropy
+
+
+@dataclass
+class Batch:
+    """A micro-batch.
+
+    Args:
+        inputs: What the model's forward takes, (B, T) each.
+        labels: What it should have answered.
+        n_items: How many items the loss is a sum over: rows, or tokens.
+        n_tokens: Tokens that are not padding.
+        rows: Position of each example's row in its split.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    n_items: float
+    n_tokens: int
+    rows: list[int]
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        inputs = {k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}
+        labels = self.labels.to(device, non_blocking=True)
+        return Batch(inputs, labels, self.n_items, self.n_tokens, self.rows)
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in memory that a GPU can copy from; the data loader calls this."""
+        inputs = {k: v.pin_memory() for k, v in self.inputs.items()}
+        return Batch(inputs, self.labels.pin_memory(), self.n_items, self.n_tokens, self.rows)
+
+
+@dataclass
+class Prediction:
+    """What the model says of one example.
+
+    `metric_inputs` holds, by the metrics' channel, a pair (prediction, reference).
+    """
+
+    row: int
+    loss: float  # summed over the example's items
+    n_items: float
+    prediction: Any
+    reference: Any
+    scores: dict[str, float] | None = None
+    metric_inputs: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+
+@dataclass
+class Encoded:
+    """The examples of a split, encoded and kept on the disk."""
+
+    rows: Rows
+    examples: Any  # datasets.Dataset
+    lengths: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+class Task(ABC):
+    """A kind of work: how rows become batches, batches a loss, and outputs predictions.
+
+    The order of calls: `load_processor`, `prepare` (with the rows of all splits), then any of the
+    others.
+    """
+
+    auto_class: Any
+    """The transformers class that builds the model."""
+    metric_channel: str
+    """What the task's own metrics read (see `metrics.Channel`)."""
+    default_metrics: tuple[str, ...]
+    """Metrics that are measured if the recipe names none; the first chooses the best adapter."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.tokenizer: PreTrainedTokenizerBase
+        self.config: PretrainedConfig
+
+    def load_processor(self) -> None:
+        """Load the tokenizer and the model's configuration."""
+        from lora_cli.models import load_config
+
+        self.tokenizer = load_tokenizer(self.recipe)
+        self.config = load_config(self.recipe)
+
+    @property
+    def max_length(self) -> int:
+        """The recipe's `max_length`, or what the model can take if that is less."""
+        limits = [self.recipe.task.max_length, int(self.tokenizer.model_max_length)]
+        positions = getattr(self.config, "max_position_embeddings", None)
+        if positions is not None and self.tokenizer.model_max_length > 10**9:
+            limits.append(int(positions))
+        return min(limits)
+
+    # -- rows
+
+    @abstractmethod
+    def columns(self) -> dict[str, str]:
+        """Return the columns that a row must have, by the recipe key that names them."""
+
+    def prepare(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
+        """Learn from the rows what the recipe leaves open, such as the labels."""
+
+    @abstractmethod
+    def fault(self, row: dict[str, Any]) -> str:
+        """Return what is wrong with a row, or nothing."""
+
+    @abstractmethod
+    def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
+        """Return the examples of each row, `input_ids` and `labels` among their keys."""
+
+    @abstractmethod
+    def features(self) -> dict[str, str]:
+        """Return the type of each key of an example but `input_ids`: `list<int32>`, `float32`…"""
+
+    # -- model
+
+    @abstractmethod
+    def model_config(self) -> PretrainedConfig:
+        """Return the model's configuration with the task's changes."""
+
+    def load_model(self, device: torch.device) -> tuple[nn.Module, list[str]]:
+        """Return the base model, and the names of the modules that are new in it."""
+        model, missing = load_pretrained(
+            self.auto_class, self.recipe, self.model_config(), device
+        )
+        return model, new_modules(model, missing) if self.has_head else []
+
+    def empty_model(self) -> tuple[nn.Module, list[str]]:
+        """Return the same without weights."""
+        model = build_empty(self.auto_class, self.recipe, self.model_config())
+        return model, new_modules(model) if self.has_head else []
+
+    has_head: bool = False
+    """Whether the task adds a head to the pretrained model."""
+
+    # -- batches
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Return the examples as one batch, padded to the longest."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss summed over the batch's `n_items`; a scalar with a gradient."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
+        """Return a prediction for each example of the batch, with its own loss."""
+
+    def cache_key(self) -> list[str]:
+        """Return what an encoded row depends on besides the row."""
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        state = backend.to_str() if backend is not None else str(tokenizer.get_vocab())
+        template = str(getattr(tokenizer, "chat_template", None))
+        digest = hashlib.sha256(f"{state}{template}".encode()).hexdigest()
+        return [self.recipe.task.model_dump_json(), digest, str(self.max_length)]
+
+
+def load_data(task: Task, splits: Sequence[str] = ("train", "validation", "test")) -> dict[
+    str, Encoded
+]:
+    """Read, check and encode the splits; everything that can be wrong with them is found here.
+
+    Raises:
+        LoraError: With the missing columns, or the rows that are wrong and where they stand.
+    """
+    recipe = task.recipe
+    rows = load_rows(recipe, splits)
+    for split in rows.values():
+        require_columns(task.columns(), split.columns, split.source)
+    task.prepare(rows)
+    encoded = {}
+    for name, split in rows.items():
+        faults = {i: fault for i, row in enumerate(split) if (fault := task.fault(row))}
+        good = without(split, faults, recipe, f"data.{name}")
+        encoded[name] = encode_rows(task, good)
+    return encoded
+
+
+def encode_rows(task: Task, rows: Rows) -> Encoded:
+    """Encode the rows of a split once; the next time they come from the disk."""
+    import datasets
+
+    def examples() -> Iterator[Example]:
+        first = 0
+        for batch in rows.batches(1000):
+            for offset, made in enumerate(task.encode(batch)):
+                for example in made:
+                    length = len(example["input_ids"])
+                    yield {**example, "row": first + offset, "length": length}
+            first += len(batch)
+
+    def feature(text: str) -> Any:
+        if text.startswith("list<"):
+            return datasets.List(datasets.Value(text[5:-1]))
+        return datasets.Value(text)
+
+    types = {"input_ids": "list<int32>", **task.features(), "row": "int64", "length": "int32"}
+    which = hashlib.sha256(rows.indices.tobytes()).hexdigest()
+    key = [*task.cache_key(), rows.sha256, rows.source, which, str(sorted(types.items())),
+           task.recipe.data.format.model_dump_json()]
+    dataset = cached_dataset(
+        examples, key, datasets.Features({name: feature(t) for name, t in types.items()})
+    )
+    return Encoded(rows, dataset, np.array(dataset["length"], dtype=np.int64))
+
+
+def pad(sequences: Sequence[Sequence[int]], value: int, multiple: int = 1) -> Tensor:
+    """Return sequences as one tensor (B, T), padded on the right to a multiple."""
+    length = max(len(sequence) for sequence in sequences)
+    length = -(-length // multiple) * multiple
+    result = torch.full((len(sequences), length), value, dtype=torch.long)
+    for i, sequence in enumerate(sequences):
+        result[i, : len(sequence)] = torch.as_tensor(sequence, dtype=torch.long)
+    return result
