@@ -23,7 +23,6 @@ import os.path
 import shutil
 import sys
 import tempfile
-import uuid
 import warnings
 import weakref
 from collections import Counter
@@ -101,7 +100,7 @@ def _balanced_accuracy(p: Rows, r: Rows, context: MetricContext) -> float:
     from sklearn.metrics import recall_score
 
     # not balanced_accuracy_score: it warns if a class is predicted that no reference has
-    return float(recall_score(r, p, labels=np.unique(r), average="macro", zero_division=0))
+    return float(recall_score(r, p, labels=np.unique(r), average="macro"))
 
 
 def _precision_recall_f1(
@@ -298,7 +297,6 @@ class MetricSet:
                 problems += faults
                 continue
             options = {"cache_dir": scratch, "keep_in_memory": True}
-            options["experiment_id"] = uuid.uuid4().hex
             if spec := _SPECS.get(name):
                 metric = _builtin_class()(name, spec, context, **options)
                 self._metrics[name] = (spec.channel, metric)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,11 @@ def build_empty(auto_class: Any, recipe: Recipe, config: PretrainedConfig) -> nn
 
 
 def load_pretrained(
-    auto_class: Any, recipe: Recipe, config: PretrainedConfig, device: torch.device
+    auto_class: Any,
+    recipe: Recipe,
+    config: PretrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype | str | None = None,
 ) -> tuple[nn.Module, set[str]]:
     """Load the base model.
 
@@ -121,26 +125,36 @@ def load_pretrained(
         recipe: Its `model` section says which, and how it is kept.
         config: The configuration, with the task's changes.
         device: Where the weights go.
+        dtype: How they are kept, instead of as the recipe says; `auto` is as the checkpoint.
 
     Returns:
         The model, in eval mode, and the names of parameters that the checkpoint does not hold
         (or holds in another shape): they are drawn at random from torch's global generator.
     """
-    # The head is drawn in float32 on the CPU whatever the base is kept in.
-    options: dict[str, Any] = {"dtype": storage_dtype(recipe), "ignore_mismatched_sizes": True}
+    options: dict[str, Any] = {"dtype": dtype or storage_dtype(recipe)}
     if recipe.model.attention is not None:
         options["attn_implementation"] = recipe.model.attention
     with _explained(recipe, "weights"):
         model, info = auto_class.from_pretrained(
             **_source(recipe), config=config, output_loading_info=True, use_safetensors=True,
+            ignore_mismatched_sizes=True,  # a head for other labels; any other is refused below
             **options,
         )
+    _refuse_mismatches(model, [entry[0] for entry in info["mismatched_keys"]], recipe)
     new = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
     parameters = {name for name, _ in model.named_parameters()}
     return model.to(device), new & parameters
 
 
-def new_modules(model: nn.Module, missing: set[str] = frozenset()) -> list[str]:  # type: ignore[assignment]
+def _refuse_mismatches(model: nn.Module, names: list[str], recipe: Recipe) -> None:
+    heads = new_modules(model)
+    for name in names:
+        if not any(name.startswith(f"{head}.") for head in heads):
+            raise LoraError(f"`{name}` of the checkpoint has another shape than config.json says",
+                            recipe.at("model.name"))
+
+
+def new_modules(model: nn.Module, missing: Collection[str] = ()) -> list[str]:
     """Return the names of modules that the task adds to the pretrained model.
 
     These are the children outside the model's base (`classifier`, `score`), and modules inside it

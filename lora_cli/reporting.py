@@ -24,9 +24,9 @@ from lora_cli.recipe import CausalLMSpec, Recipe, SequenceClassificationSpec
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    Log = list[dict[str, Any]]
     Curve = tuple[NDArray[Any], NDArray[Any]]  # steps (N,), values (N,)
 
-MOST_DOTS = 40  # more points than these run together
 INK, MUTED, RULE, SECONDARY = "#1f2933", "#66717e", "#e3e7ec", "#9aa6b4"
 TRAINING, VALIDATION = "#2f6db5", "#d4572a"
 # fmt: off
@@ -40,11 +40,8 @@ STYLE: dict[str, Any] = {
     "text.parse_math": False,  # a `$` in a name is no formula
 }
 PIPELINES = {"sequence_classification": "text-classification", "causal_lm": "text-generation"}
-KINDS = {"lora": "LoRA adapter", "full": "full fine-tuning", "none": "head alone",
-         "bitfit": "biases alone"}
-WHAT = {"lora": "A LoRA adapter of", "full": "A model with every weight fine-tuned, from",
-        "none": "A newly trained head on the frozen weights of",
-        "bitfit": "The fine-tuned biases (BitFit) of"}
+KINDS = {"lora": "LoRA adapter", "full": "Full fine-tuning", "none": "Newly trained head",
+         "bitfit": "Fine-tuned biases"}
 # fmt: on
 
 
@@ -96,7 +93,9 @@ def results_table(report: dict[str, Any]) -> list[list[str]]:
     for split in ("validation", "test"):
         for when in ("before", "after"):
             metrics = _part(report, "metrics", when, split)
-            scalars = {n: v for n, v in _strict(metrics).items() if isinstance(v, int | float)}
+            scalars = {
+                n: v for n, v in _strict(metrics).items() if isinstance(v, int | float | None)
+            }
             if scalars:
                 columns[f"{split} {when}"] = scalars
     names = dict.fromkeys(name for scalars in columns.values() for name in scalars)
@@ -126,12 +125,14 @@ def _number(value: Any) -> str:
 
 def _is_hub_id(name: str) -> bool:
     """Return whether the Hub takes this as a repository's id; it refuses paths."""
-    return bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name))
+    return bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII))
 
 
 def _short_name(model: str) -> str:
-    """Return a model's name without the folders of a path."""
-    return model if _is_hub_id(model) else PurePath(model.removeprefix("package:")).name
+    """Return a model's name: of a path its last folder, of `package:` the package."""
+    if model.startswith("package:"):
+        return model.removeprefix("package:").partition("/")[0]
+    return model if _is_hub_id(model) else PurePath(model).name
 
 
 # ------------------------------------------------------------------------------ the learning curve
@@ -146,68 +147,51 @@ def plot_learning_curve(folder: Path, report: dict[str, Any]) -> Path:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     log = [line for line in read_metrics_log(folder / "metrics.jsonl") if "step" in line]
     training = [line for line in log if "validation" not in line]
-    validation = [{**_part(line, "validation"), "step": line["step"]} for line in log
-                  if "validation" in line]  # fmt: skip
-    best, last = _part(report, "best"), max((line["step"] for line in log), default=0) or 1
-    metric = best.get("metric", "loss")
-    with matplotlib.rc_context({**STYLE, "axes.titlepad": 24 if "step" in best else 10}):
+    measured = [{**_part(s, "validation"), "step": s["step"]} for s in log if "validation" in s]
+    best = _part(report, "best")
+    metric, marked = best.get("metric", "loss"), isinstance(best.get("step"), int)
+    with matplotlib.rc_context({**STYLE, "axes.titlepad": 24 if marked else 10}):
         # not pyplot, which keeps every figure alive and may look for a screen
         figure = Figure(figsize=(10, 5.625), dpi=160, facecolor="white")
         canvas = FigureCanvasAgg(figure)
         _headline(figure, report)
         left, right = (figure.add_axes((x, 0.115, 0.325, 0.645)) for x in (0.07, 0.55))
-        _plot_loss(left, training, validation, report)
-        if metric != "loss" and any(metric in line for line in validation):
-            _plot_metric(right, validation, metric, best)
+        _plot_loss(left, training, measured, report)
+        if metric != "loss" and any(metric in line for line in measured):
+            _plot_metric(right, measured, metric, best)
         else:
             _plot_learning_rate(right, training)
+        last = max((line["step"] for line in log), default=0) or 1
         for axes in (left, right):
-            axes.set(xlim=(-0.02 * last, 1.02 * last), xlabel="step")
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-            if not axes.lines:
-                axes.set(xticks=[], yticks=[], xlabel="", ylabel="")
-                _note(axes, 0.5, 0.5, "nothing was logged", ha="center")
-            elif "step" in best:
-                axes.axvline(best["step"], color=SECONDARY, lw=0.8, zorder=1)
-                x, side = best["step"] / last, "left" if best["step"] < 0.3 * last else "right"
-                text = f"best: step {best['step']:,}"
-                _note(axes, (x + 0.02) / 1.04, 1.015, text, ha=side, va="bottom", size=9.5)
+            _finish(axes, last, best["step"] if marked else None)
         image = BytesIO()
         canvas.print_png(image)
     write_atomically(folder / "learning_curve.png", image.getvalue())
     return folder / "learning_curve.png"
 
 
-def _note(axes: Any, x: float, y: float, text: str, **style: Any) -> None:
-    """Write in a panel, whose lower left corner is (0, 0) and upper right one (1, 1)."""
-    axes.text(x, y, text, transform=axes.transAxes, **{"color": MUTED, "size": 10.5, **style})
-
-
 def _headline(figure: Any, report: dict[str, Any]) -> None:
-    adapter, ran = _part(report, "adapter"), _part(report, "training")
-    kind, rank = adapter.get("type"), adapter.get("rank")
-    rows, steps = _part(report, "data", "train").get("rows"), ran.get("steps")
-    seconds = ran.get("seconds")
+    ran, kind = _part(report, "training"), str(_part(report, "adapter").get("type"))
+    rank, rows = _part(report, "adapter").get("rank"), _part(report, "data", "train").get("rows")
+    steps, seconds = ran.get("steps"), ran.get("seconds")
     task = PIPELINES.get(str(report.get("task")), "training").replace("-", " ").capitalize()
-    title = [task, _short_name(str(report.get("base_model") or ""))]
+    title = [task, _short_name(str(report.get("base_model") or ""))[-54:]]
     facts = [
-        KINDS.get(str(kind), "") + (f", rank {rank}" if kind == "lora" and rank else ""),
+        KINDS.get(kind, "") + (f", rank {rank}" if kind == "lora" and rank else ""),
         f"{rows:,} training rows" if rows else "",
         f"{steps:,} steps" if steps else "",
         (f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min") if seconds else "",
         str(ran.get("device") or "").replace("cpu", "CPU"),
     ]
-    line = "  ·  ".join
-    figure.text(0.0215, 0.935, line(filter(None, title)), size=14.5, weight="bold", color=INK)
-    figure.text(0.022, 0.888, line(filter(None, facts)), size=10.5, color=MUTED)
+    join = "  ·  ".join
+    figure.text(0.0215, 0.935, join(filter(None, title)), size=14.5, weight="bold", color=INK)
+    figure.text(0.022, 0.888, join(filter(None, facts)), size=10.5, color=MUTED)
 
 
-def _curve(lines: list[dict[str, Any]], key: str) -> Curve:
+def _curve(lines: Log, key: str) -> Curve:
     """Return steps (N,), ascending, and values (N,): NaN where the log has null or infinity."""
     import numpy as np
 
@@ -229,104 +213,105 @@ def _smooth(y: NDArray[Any]) -> NDArray[Any]:
     return np.where(weight > 1e-3, total / np.maximum(weight, 1e-3), np.nan)
 
 
-def _draw(axes: Any, curve: Curve, color: str, width: float = 2.2, dots: bool = False) -> None:
+def _draw(axes: Any, curve: Curve, color: str, name: str = "", **style: Any) -> None:
+    """Draw a line, with its points where they are few; `name` is for `_name_ends`."""
     x, y = curve
+    few = len(y) == 1 or (color == VALIDATION and len(y) <= 40)
     if len(y[y == y]):
-        axes.plot(x, y, color=color, lw=width, marker="o" if dots or len(y) == 1 else "", ms=5.5)
+        style = {"lw": 2.2, "marker": "o" if few else "", "ms": 5.5, **style}
+        axes.plot(x, y, color=color, label=name.replace("_", " ") or "_", **style)
 
 
-def _plot_loss(
-    axes: Any, training: list[Any], validation: list[Any], report: dict[str, Any]
-) -> None:
-    import numpy as np
-
-    (x, raw), (at, measured) = _curve(training, "loss"), _curve(validation, "loss")
-    trend, few = raw, len(raw) < 12
-    if not few:
-        trend = _smooth(raw)
-        axes.plot(x, raw, color=TRAINING, alpha=0.3, lw=0.8)
-    _draw(axes, (x, trend), TRAINING, dots=few)
-    _draw(axes, (at, measured), VALIDATION, dots=len(at) <= MOST_DOTS)
-    seen = np.concatenate([raw, measured])
-    if axes.lines:
-        # a single spike leaves the frame rather than flatten all the rest
-        top = min(np.nanmax(seen), 2 * np.nanmax(np.concatenate([trend, measured])))
-        _set_limits(axes, np.nanmin(seen), top, 0.06)
-    _name_ends(axes, [("training", trend, TRAINING), ("validation", measured, VALIDATION)])
+def _plot_loss(axes: Any, training: Log, measured: Log, report: dict[str, Any]) -> None:
+    (x, raw), validation = _curve(training, "loss"), _curve(measured, "loss")
+    if len(raw) < 12:
+        _draw(axes, (x, raw), TRAINING, "training", marker="o")
+    else:
+        _draw(axes, (x, raw), TRAINING, alpha=0.3, lw=0.8)
+        _draw(axes, (x, _smooth(raw)), TRAINING, "training")
+    _draw(axes, validation, VALIDATION, "validation")
+    axes.margins(y=0.06)
+    _name_ends(axes)
     # a cross-entropy is in nats, the loss of a regression is not
     nats = report.get("task") == "causal_lm" or bool(_part(report, "data", "train", "labels"))
     axes.set(title="Loss", ylabel=f"loss ({'nats ' if nats else ''}per item)")
 
 
-def _plot_metric(axes: Any, lines: list[Any], metric: str, best: dict[str, Any]) -> None:
+def _plot_metric(axes: Any, measured: Log, metric: str, best: dict[str, Any]) -> None:
     """Draw the main metric, and lighter the others that share its scale, at most three."""
     import numpy as np
-
-    names = dict.fromkeys(name for line in lines for name in line if name not in ("step", "loss"))
-    curves = {name: _curve(lines, name) for name in names}
-    x, y = curves.pop(metric)
-    known, title = np.flatnonzero(np.isfinite(y)), metric.replace("_", " ")
-    axes.set(title=f"Validation {title}", ylabel=title)
-    if not len(known):
-        return
-    ends, shown = [(title, y, VALIDATION)], [y]
-    for name, (steps, values) in curves.items():
-        seen = np.abs(np.concatenate([values[values == values], y[known]])).max()
-        if seen <= 1 and len(ends) <= 3 and np.isfinite(values).any():
-            _draw(axes, (steps, values), SECONDARY, 1.2)
-            ends.append((name.replace("_", " "), values, SECONDARY))
-            shown.append(values)
-    _draw(axes, (x, y), VALIDATION, dots=len(x) <= MOST_DOTS)
-    _set_limits(axes, np.nanmin(np.concatenate(shown)), np.nanmax(np.concatenate(shown)), 0.14)
-    if len(ends) > 1:
-        _name_ends(axes, ends)
-    up = -1 if best.get("mode") == "min" else 1  # values stand on the side away from the curve
-    first, top = known[0], known[np.argmax(up * y[known])]
-    late = x[top] > 0.3 * x[-1]
-    if first != top:
-        text = _number(float(y[first])) + (" before training" if x[first] == 0 else "")
-        _value(axes, (x[first], y[first]), text, (6, -8 * up), MUTED)
-    axes.plot(x[top], y[top], "o", ms=9, mew=1.5, color=VALIDATION, zorder=4)
-    text = _number(float(y[top]))
-    _value(axes, (x[top], y[top]), text, (-6 if late else 6, 9 * up), VALIDATION, weight="bold")
-
-
-def _value(
-    axes: Any, at: tuple[float, float], text: str, away: tuple[int, int], color: str, **style: Any
-) -> None:
-    """Write a value beside its point, at a distance in points, with a halo over lines."""
     from matplotlib.patheffects import withStroke
 
-    axes.annotate(text, at, away, textcoords="offset points", size=10.5, color=color,
-                  ha="left" if away[0] > 0 else "right", va="bottom" if away[1] > 0 else "top",
-                  path_effects=[withStroke(linewidth=3, foreground="white")], **style)  # fmt: skip
+    names = dict.fromkeys(k for line in measured for k in line if k not in ("step", "loss"))
+    curves = {name: _curve(measured, name) for name in names}
+    x, y = curves.pop(metric)
+    known = [int(i) for i in np.flatnonzero(np.isfinite(y))]
+    top = np.nanmax(np.abs(y[known]), initial=0.0)
+    others = [k for k, (_, v) in curves.items() if max(top, *np.abs(v[v == v]), 0) <= 1][:3]
+    for name in others:
+        _draw(axes, curves[name], SECONDARY, name, lw=1.2)
+    _draw(axes, (x, y), VALIDATION, metric if others else "")
+    axes.margins(y=0.14)
+    _name_ends(axes)
+    title = metric.replace("_", " ")
+    axes.set(title=f"Validation {title}", ylabel=title)
+    up = -1 if best.get("mode") == "min" else 1  # a value stands on the side away from the curve
+
+    def label(i: int, after: str, away: tuple[int, int], **style: Any) -> None:
+        axes.annotate(
+            _number(float(y[i])) + after, (x[i], y[i]), away, textcoords="offset points",
+            size=10.5, ha="left" if away[0] > 0 else "right", va="bottom" if away[1] > 0 else "top",
+            path_effects=[withStroke(linewidth=3, foreground="white")], **style,
+        )  # fmt: skip
+
+    if len(known):
+        chosen = [i for i in known if x[i] == best.get("step")] or [known[np.argmax(up * y[known])]]
+        first, top = known[0], chosen[0]
+        axes.plot(x[top], y[top], "o", ms=9, mew=1.5, color=VALIDATION, zorder=4)
+        side = -6 if x[top] > 0.3 * x[-1] else 6
+        label(top, "", (side, 9 * up), color=VALIDATION, weight="bold")
+        if first != top:
+            when = " before training" if x[first] == 0 else ""
+            label(first, when, (6, -8 * up), color=MUTED)
 
 
-def _plot_learning_rate(axes: Any, training: list[Any]) -> None:
+def _plot_learning_rate(axes: Any, training: Log) -> None:
     x, y = _curve(training, "learning_rate")
-    top = y[y == y].max(initial=0.0) or 1.0
-    power = math.floor(math.log10(top))
+    power = math.floor(math.log10(y[y == y].max(initial=0.0) or 1.0))
     _draw(axes, (x, y / 10**power), TRAINING)
-    _set_limits(axes, 0.0, top / 10**power, 0.06)
     axes.set(title="Learning rate", ylabel=f"learning rate (x 1e{power})")
 
 
-def _set_limits(axes: Any, low: float, high: float, margin: float) -> None:
-    room = margin * (high - low) or 0.1 * abs(high) or 1.0
-    axes.set_ylim(low - room, high + room)
-
-
-def _name_ends(axes: Any, curves: list[tuple[str, NDArray[Any], str]]) -> None:
-    """Name each curve in the margin, at the height where it ends; names never overlap."""
-    low, high = axes.get_ylim()
-    ends = [((y[y == y][-1] - low) / (high - low), text, color)
-            for text, y, color in curves if len(y[y == y])]  # fmt: skip
-    free = -1.0
-    for height, text, color in sorted(ends):
+def _name_ends(axes: Any) -> None:
+    """Name each line in the margin, at the height where it ends; names never overlap."""
+    (low, high), free, ends = axes.get_ylim(), -1.0, []
+    for line in axes.lines:
+        if not line.get_label().startswith("_"):
+            y = line.get_ydata()
+            ends.append(((y[y == y][-1] - low) / (high - low), line.get_label(), line.get_color()))
+    for height, name, color in sorted(ends):
         height = max(height, free)
-        text = text if len(text) < 15 else text[:12] + "…"
-        _note(axes, 1.025, height, text, color=color, va="center", size=10)
+        name = name if len(name) < 15 else name[:12] + "…"
+        axes.text(1.025, height, name, color=color, va="center", transform=axes.transAxes)
         free = height + 0.055
+
+
+def _finish(axes: Any, last: int, best: int | None) -> None:
+    """Set the axis of the steps, and mark the best one with a hairline."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(xlim=(-0.02 * last, 1.02 * last), xlabel="step")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    if not axes.lines:
+        axes.set(xticks=[], yticks=[], xlabel="", ylabel="")
+        axes.annotate("nothing was logged", (0.5, 0.5), xycoords="axes fraction", color=MUTED,
+                      ha="center")  # fmt: skip
+    elif best is not None:
+        axes.axvline(best, color=SECONDARY, lw=0.8, zorder=1)
+        side = "left" if best < 0.3 * last else "right"
+        axes.annotate(f"best: step {best:,}", (best, 1), (0, 4), xycoords=("data", "axes fraction"),
+                      textcoords="offset points", ha=side, color=MUTED)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- the model card
@@ -336,6 +321,35 @@ SETTINGS = """task.max_length train.optimizer.type train.optimizer.learning_rate
 train.optimizer.weight_decay train.scheduler.type train.scheduler.warmup_ratio
 train.scheduler.warmup_steps train.max_grad_norm train.packing train.seed"""
 LOW_RANK = "adapter.rank adapter.alpha adapter.dropout adapter.use_rslora adapter.bias"
+
+LOADING = """\
+{imports}from peft import PeftModel
+from transformers import {auto}, AutoTokenizer
+
+base = {base}
+tokenizer = AutoTokenizer.from_pretrained(base{options})
+{setup}model = {auto}.from_pretrained({how})
+model = PeftModel.from_pretrained(model, ".").eval()  # this folder, or its id on the Hub
+
+"""
+CLASSIFYING = """\
+inputs = tokenizer({texts}, truncation=True, max_length={length}, return_tensors="pt")
+with torch.no_grad():
+    scores = model(**inputs).logits[0]
+print({answer})"""
+ANSWERS = {
+    "single_label": "model.config.id2label[scores.argmax().item()]",
+    "multi_label": "[model.config.id2label[i] for i, score in enumerate(scores) if score > 0]",
+    "regression": "scores.item()",
+}
+GENERATING = """\
+inputs = tokenizer({text}, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens={length}, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
+CHAT = """tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Some text"}], add_generation_prompt=True, return_dict=True,
+    return_tensors="pt",
+)"""
 
 
 def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> None:
@@ -353,36 +367,35 @@ def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> No
     version, day = (str(report.get(key) or "") for key in ("lora_version", "created"))
     labels, command = _labels(recipe, report), report.get("command")
     named = ", ".join(f"`{label}`" for label in labels[:50]) + ", ..." * (len(labels) > 50)
-    code, results, data = _snippet(recipe, labels), results_table(report), _data_rows(report)
-    versions = (f"{key} {v}" for key, v in _part(report, "versions").items() if v)
+    results, library = results_table(report), front["library_name"]
+    code = _snippet(recipe, labels) if library else ""  # else only this tool reads the folder
+    pairs = getattr(recipe.task, "text_pair_column", None)
+    asked = "--input pairs.csv --output answers.csv" if pairs else '"Some text"'
+    versions = [f"{key} {v}" for key, v in _part(report, "versions").items() if v]
     parts = [
         f"---\n{yaml.safe_dump({k: v for k, v in front.items() if v}, sort_keys=False)}---",
-        f"# {_short_name(name)}: {KINDS[kind]} for {goal}",
-        f"{WHAT[kind]} {base}, for {goal}. Trained with {f'`lora` {version}'.strip()}"
+        f"# {_short_name(name)} for {goal}",
+        f"{KINDS[kind]} of {base} for {goal}, made with {f'`lora` {version}'.strip()}"
         + (f" on {day[:10]}." if day else "."),
         f"Labels: {named}." if labels else "",
         "## Use\n\nWith `lora`, in this folder:",
-        '```bash\nlora eval --adapter .\nlora predict --adapter . "Some text"\n```',
-        f"With `{'peft' if kind == 'lora' else 'transformers'}`:" if code else "",
-        f"```python\n{code}\n```" if code else "",
-        "## Results" if len(results) > 1 else "",
-        _table(results),
+        f"```bash\nlora eval --adapter .\nlora predict --adapter . {asked}\n```",
+        f"With `{library}`:\n\n```python\n{code}\n```" if code else "",
+        f"## Results\n\n{_table(results)}" if len(results) > 1 else "## Results",
         "![Loss and validation metric over the steps](learning_curve.png)",
-        "## Data" if len(data) > 1 else "",
-        _table(data),
+        f"## Data\n\n{_table(_data_rows(report))}" if _part(report, "data") else "",
         f"## Training\n\n{f'Made by `{command}`. ' if command else ''}All settings: `recipe.yaml`.",
-        _table([["setting or measurement", "value"], *_training_rows(recipe, report)]),
-        f"Versions: {', '.join(versions)}." if _part(report, "versions") else "",
+        _table(_training_rows(recipe, report)),
+        f"Versions: {', '.join(versions)}." if versions else "",
     ]
     write_atomically(folder / "README.md", "\n\n".join(filter(None, parts)) + "\n")
 
 
 def _table(rows: list[list[str]]) -> str:
-    """Return a Markdown table of the columns that hold something."""
-    kept = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
-    rows = [[row[i].replace("|", "\\|").replace("\n", " ") for i in kept] for row in rows]
-    rows[1:1] = [["---"] * len(kept)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if kept else ""
+    """Return a table in Markdown; the first row is its header."""
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    cells.insert(1, ["---"] * len(rows[0]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def _data_rows(report: dict[str, Any]) -> list[list[str]]:
@@ -400,18 +413,15 @@ def _training_rows(recipe: Recipe, report: dict[str, Any]) -> list[list[str]]:
     found: dict[str, Any] = {"adapter.type": recipe.adapter.type}
     for key in f"{LOW_RANK if recipe.adapter.low_rank else ''} {SETTINGS}".split():
         found[key] = functools.reduce(getattr, key.split("."), recipe)
-    targets = _part(report, "adapter").get("target_modules", recipe.adapter.target_modules)
-    if recipe.adapter.low_rank and targets:
-        found["adapter.target_modules"] = ", ".join(
-            [targets] if isinstance(targets, str) else targets
-        )
     for section in ("parameters", "best", "training"):
         found |= {f"{section}.{key}": value for key, value in _part(report, section).items()}
-    return [
-        [f"`{key}`", f"{value:,.6g}" if isinstance(value, float) else str(value)]
-        for key, value in _strict(found).items()
-        if value is not None
-    ]
+    rows = [["setting or measurement", "value"]]
+    for key, value in _strict(found).items():
+        if value is not None:
+            text = f"{value:,.6g}" if isinstance(value, float) else str(value)
+            text = text.lower() if isinstance(value, bool) else text
+            rows.append([f"`{key}`", f"{value:,}" if type(value) is int else text])
+    return rows
 
 
 def _labels(recipe: Recipe, report: dict[str, Any]) -> list[str]:
@@ -424,70 +434,43 @@ def _labels(recipe: Recipe, report: dict[str, Any]) -> list[str]:
 
 
 def _snippet(recipe: Recipe, labels: list[str]) -> str:
-    """Return Python that runs the result without this tool; none where only this tool can."""
-    model, lora, pad = recipe.model, recipe.adapter.low_rank, recipe.task.pad_token
-    imports, base, options, setup = ["import torch"], repr(model.name), "", list[str]()
+    """Return Python that runs an adapter or a full model without this tool."""
+    model, lora = recipe.model, recipe.adapter.low_rank
+    fill = {"options": "", "setup": "", "imports": ""}
+    base, head = repr(model.name), ""
     match recipe.task:
         case SequenceClassificationSpec() as task:
             if task.problem != "regression" and not labels:
                 return ""
-            auto, run = "AutoModelForSequenceClassification", _classification(task)
-            head = ", num_labels=1"
+            fill["imports"] = "import torch\n"
+            auto, texts = "AutoModelForSequenceClassification", '"Some text"'
+            texts += ', "Another text"' if task.text_pair_column else ""
+            head, answer = ", num_labels=1", ANSWERS[task.problem]
             if labels:
                 head = ", num_labels=len(labels), id2label=dict(enumerate(labels))"
-                setup = [f"labels = {pprint.pformat(labels, width=88, compact=True)}"]
+                base += f"\nlabels = {pprint.pformat(labels, width=88, compact=True)}"
+            run = CLASSIFYING.format(texts=texts, length=task.max_length, answer=answer)
         case CausalLMSpec() as task:
-            auto, head, run = "AutoModelForCausalLM", "", _generation(task, recipe)
-    if not lora:  # the folder is a whole model, and knows its labels
-        base, head, setup = repr("."), "", []
+            auto, length = "AutoModelForCausalLM", recipe.evaluate.generation.max_new_tokens
+            run = GENERATING.format(text=repr(f"Some text{task.separator}"), length=length)
+            if task.messages_column or task.format == "alpaca":
+                run = re.sub(r"tokenizer\(.*\)", CHAT, run, count=1)
+            if task.chat_template:
+                name = PurePath(task.chat_template).name
+                fill["setup"] = f"tokenizer.chat_template = open({name!r}).read()\n"
+    if task.pad_token:
+        fill["setup"] += f"tokenizer.pad_token = {task.pad_token!r}\n"
+    if not lora:  # the folder is a whole model, which knows its labels
+        base, head = repr("."), ""
     elif model.name.startswith("package:"):
         package, _, inside = model.name.removeprefix("package:").partition("/")
-        imports = ["from importlib.resources import files\n", *imports]
-        base = f"str(files({package!r}) / {inside!r})"
+        base = base.replace(repr(model.name), f"str(files({package!r}) / {inside!r})")
+        fill["imports"] = "from importlib.resources import files\n\n" + fill["imports"]
     elif model.revision != "main":
-        options = f", revision={model.revision!r}"
-    options += ", trust_remote_code=True" * model.trust_remote_code
-    adapt = 'model = PeftModel.from_pretrained(model, ".")  # this folder, or its id on the Hub'
-    lines = [*imports, *["from peft import PeftModel"] * lora]
-    lines += [f"from transformers import {auto}, AutoTokenizer", "", f"base = {base}", *setup]
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained(base{options})"]
-    lines += [f"tokenizer.pad_token = {pad!r}"] if pad else []
-    lines += [f"model = {auto}.from_pretrained(\n    base{head}{options}\n)", *[adapt] * lora]
-    return "\n".join([*lines, "model.eval()", "", *run])
-
-
-def _classification(task: SequenceClassificationSpec) -> list[str]:
-    texts = '"Some text"' + (', "Another text"' if task.text_pair_column else "")
-    answer = {
-        "single_label": "model.config.id2label[scores.argmax().item()]",
-        "multi_label": "[model.config.id2label[i] for i, score in enumerate(scores) if score > 0]",
-        "regression": "scores.item()",
-    }[task.problem]
-    return [
-        f'inputs = tokenizer({texts}, truncation=True, max_length={task.max_length}, return_tensors="pt")',
-        "with torch.no_grad():\n    scores = model(**inputs).logits[0]",
-        f"print({answer})",
-    ]
-
-
-def _generation(task: CausalLMSpec, recipe: Recipe) -> list[str]:
-    spec, lines = recipe.evaluate.generation, list[str]()
-    how = "do_sample=False"
-    if spec.temperature:
-        how = f"do_sample=True, temperature={spec.temperature:g}, top_p={spec.top_p:g}"
-    if task.messages_column or task.format == "alpaca":
-        if task.chat_template:
-            name = PurePath(task.chat_template).name
-            lines = [f"tokenizer.chat_template = open({name!r}).read()  # the recipe's template"]
-        chat = '[{"role": "user", "content": "Some text"}]'
-        read = f"tokenizer.apply_chat_template(\n    {chat}, add_generation_prompt=True, return_dict=True,\n"
-        read += '    return_tensors="pt",\n)'
-    else:
-        read = f'tokenizer({("Some text" + task.separator)!r}, return_tensors="pt")'
-    return [
-        *lines,
-        f"inputs = {read}",
-        f"output = model.generate(**inputs, max_new_tokens={spec.max_new_tokens}, {how})",
-        'answer = output[0, inputs["input_ids"].shape[1]:]',
-        "print(tokenizer.decode(answer, skip_special_tokens=True))",
-    ]
+        fill["options"] = f", revision={model.revision!r}"
+    if model.trust_remote_code:
+        fill["options"] += ", trust_remote_code=True"
+    how = f"base{head}{fill['options']}"
+    how = how if len(how) < 40 else f"\n    {how}\n"
+    code = LOADING.format(auto=auto, base=base, how=how, **fill) + run
+    return code if lora else re.sub(r"(?m)^.*PeftModel.*\n", "", code)

@@ -13,9 +13,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear
+from lora_cli.adapters.lora import (
+    LoRAConv,
+    LoRAEmbedding,
+    LoRALayer,
+    LoRALinear,
+    check_groups,
+)
 from lora_cli.errors import LoraError, Problem, did_you_mean
 from lora_cli.recipe import AdapterSpec, Recipe
 
@@ -48,6 +55,8 @@ def layer_for(
 
 def can_adapt(module: nn.Module) -> bool:
     """Return whether a low-rank layer fits the module."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention takes its weight and never calls it
     return (
         isinstance(module, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d)
         or type(module) is nn.Embedding
@@ -68,10 +77,22 @@ def parse_layers(layers: str | list[int]) -> set[int]:
 
 
 def matches(pattern: str | list[str], name: str) -> bool:
-    """Return whether a name matches a regular expression, or ends in one of the suffixes."""
+    """Return whether a name matches a regular expression, or ends in one of the suffixes.
+
+    A broken expression matches nothing; `resolve_targets` reports it.
+    """
     if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
+        return _regex_fault(pattern) is None and re.fullmatch(pattern, name) is not None
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
+
+
+def _regex_fault(pattern: str) -> str | None:
+    """Return why a text is no regular expression, or None if it is one."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return None
 
 
 def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> list[Target]:
@@ -84,7 +105,8 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
 
     Raises:
         LoraError: With every entry of `target_modules`, `exclude_modules`, `layers`,
-            `rank_pattern`, `alpha_pattern` and `train_modules` that matches nothing.
+            `rank_pattern`, `alpha_pattern` and `train_modules` that matches nothing, and every
+            rank that a module cannot have.
     """
     spec = recipe.adapter
     problems: list[Problem] = []
@@ -111,27 +133,50 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
         chosen = [name for name in chosen if layer_index(name) in wanted]
     for key in ("rank_pattern", "alpha_pattern"):
         for entry in getattr(spec, key):
-            if not any(_pattern_matches(entry, name) for name in chosen):
+            if fault := _regex_fault(entry):
+                problems.append(Problem(f"`{entry}` is not a regular expression: {fault}",
+                                        recipe.at(f"adapter.{key}.{entry}")))
+            elif not any(_pattern_matches(entry, name) for name in chosen):
                 problems.append(Problem(f"`{entry}` matches no adapted module",
                                         recipe.at(f"adapter.{key}.{entry}"),
                                         did_you_mean(entry, _last_names(chosen), "adapted are")))
-    for name in spec.train_modules:
-        if not any(matches([name], other) for other in modules):
-            problems.append(Problem(f"`{name}` matches no module of the model",
-                                    recipe.at("adapter.train_modules"),
-                                    did_you_mean(name, _last_names(modules), "the model has")))
+    problems += _unmatched_in_full(model, recipe)
     if not problems and not chosen:
         problems.append(Problem("no module is left to adapt", recipe.at("adapter.target_modules"),
                                 "`exclude_modules` and `layers` leave none of the targets"))
-    if problems:
-        raise LoraError(problems)
-    return [
+    targets = [
         Target(
             name,
             int(_first_match(spec.rank_pattern, name, spec.rank)),
             _first_match(spec.alpha_pattern, name, spec.alpha),
         )
         for name in chosen
+    ]
+    for target in targets:
+        problems += groups_problem(modules[target.name], target)
+    if problems:
+        raise LoraError(problems)
+    return targets
+
+
+def groups_problem(base: nn.Module, target: Target) -> list[Problem]:
+    """Return a problem if the groups of a convolution do not divide the rank."""
+    try:
+        check_groups(base, target.rank)
+    except LoraError as error:
+        problem = error.problems[0]
+        return [Problem(problem.what, f"module {target.name}", problem.hint)]
+    return []
+
+
+def _unmatched_in_full(model: nn.Module, recipe: Recipe) -> list[Problem]:
+    """Return a problem for every entry of `train_modules` that matches no module."""
+    names = [name for name, _ in model.named_modules() if name]
+    return [
+        Problem(f"`{entry}` matches no module of the model", recipe.at("adapter.train_modules"),
+                did_you_mean(entry, _last_names(names), "the model has"))
+        for entry in recipe.adapter.train_modules
+        if not any(matches([entry], name) for name in names)
     ]
 
 
@@ -167,22 +212,23 @@ def _unmatched(
     recipe: Recipe,
 ) -> list[Problem]:
     """Return a problem for every entry that matches no module which an adapter fits."""
-    if pattern == "all-linear":
+    if pattern == "all-linear" and key == "adapter.target_modules":
         return []
     problems = []
     for entry in [pattern] if isinstance(pattern, str) else pattern:
         test = entry if isinstance(pattern, str) else [entry]
-        if isinstance(test, str):
-            try:
-                re.compile(test)
-            except re.error as error:
-                what = f"`{entry}` is not a regular expression: {error}"
-                problems.append(Problem(what, recipe.at(key)))
-                continue
+        if isinstance(test, str) and (fault := _regex_fault(test)):
+            what = f"`{entry}` is not a regular expression: {fault}"
+            problems.append(Problem(what, recipe.at(key)))
+            continue
         if any(matches(test, name) for name in adaptable):
             continue
         others = [name for name in modules if matches(test, name)]
-        if others:
+        hint: str | None
+        if others and can_adapt(modules[others[0]]):
+            what = f"`{entry}` matches {others[0]}, which is trained in full"
+            hint = "it needs no adapter; take it out"
+        elif others:
             kind = type(modules[others[0]]).__name__
             inside = [name for name in adaptable if _inside(name, others[0])]
             what = f"`{entry}` matches {others[0]} ({kind}), which no adapter fits"
@@ -206,6 +252,8 @@ def _last_names(names: Iterable[str]) -> list[str]:
 
 
 def _pattern_matches(pattern: str, name: str) -> bool:
+    if _regex_fault(pattern):
+        return False
     return re.match(rf"(.*\.)?({pattern})$", name) is not None  # PEFT's rule for its patterns
 
 
@@ -236,6 +284,8 @@ def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
             _train(parameter)
         return
     targets = resolve_targets(model, recipe, head) if spec.low_rank else []
+    if problems := _unmatched_in_full(model, recipe):
+        raise LoraError(problems)
     in_full = [
         name
         for name, _ in model.named_modules()
@@ -249,7 +299,7 @@ def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
     for name in in_full:
         for parameter in model.get_submodule(name).parameters():
             _train(parameter)
-    if spec.type == "bitfit" or spec.bias == "all":
+    if spec.type == "bitfit" or (spec.low_rank and spec.bias == "all"):
         for module in model.modules():
             if isinstance(module._parameters.get("bias"), nn.Parameter):
                 _train(module._parameters["bias"])
@@ -257,6 +307,7 @@ def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
         for layer in lora_layers(model).values():
             if layer.bias is not None:
                 _train(layer.bias)
+    even_norms(model)
 
 
 def add_layer(
@@ -265,12 +316,8 @@ def add_layer(
     """Put a low-rank layer in the place of the module that `target` names, and return it."""
     parent_name, _, child_name = target.name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    try:
-        base = getattr(parent, child_name)
-        layer = layer_for(base, target.rank, target.alpha, dropout, use_rslora)
-    except LoraError as error:
-        problem = error.problems[0]
-        raise LoraError(problem.what, f"module {target.name}", problem.hint) from None
+    base = getattr(parent, child_name)
+    layer = layer_for(base, target.rank, target.alpha, dropout, use_rslora)
     assert layer is not None, f"{target.name} was resolved but no layer fits it"
     layer.train(base.training)
     setattr(parent, child_name, layer)
@@ -281,6 +328,16 @@ def _train(parameter: torch.Tensor | nn.Parameter | None) -> None:
     assert parameter is not None
     parameter.data = parameter.data.float()  # an optimizer's steps are too small for 16 bits
     parameter.requires_grad_(True)
+
+
+def even_norms(model: nn.Module) -> None:
+    """Give every normalisation with a float32 bias a float32 weight: torch takes no mixture."""
+    for module in model.modules():
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if weight is None or bias is None or weight.ndim != 1:
+            continue
+        if bias.dtype == torch.float32:
+            weight.data = weight.data.float()
 
 
 def _refuse_half_of_a_tie(model: nn.Module, in_full: list[str], recipe: Recipe) -> None:
@@ -307,6 +364,20 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that are trained, by name, each once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def training_mode(model: nn.Module) -> None:
+    """Put the model into training mode, but frozen batch normalisation into eval mode.
+
+    In training mode it would average the new data into its running statistics, which no adapter
+    folder holds: the base would drift away from what was saved.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
+            parameter.requires_grad for parameter in module.parameters()
+        ):
+            module.eval()
 
 
 @contextmanager
@@ -344,7 +415,8 @@ def merge(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None:
-            users.setdefault(id(weight), []).append(name.removesuffix(".base"))
+            short = name.removesuffix(".base")
+            users.setdefault(id(weight), []).append(short if short in layers else name)
     untied: list[str] = []
     for name, layer in layers.items():
         sharers = users[id(layer.weight)]

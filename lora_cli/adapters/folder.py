@@ -30,8 +30,12 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.adapters.attach import (
     Target,
     _first_match,
+    _inside,
+    _regex_fault,
     add_layer,
     can_adapt,
+    even_norms,
+    groups_problem,
     lora_layers,
     matches,
     trainable_parameters,
@@ -44,6 +48,7 @@ from lora_cli.recipe import Recipe
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BASE_UNCHANGED = ("gaussian", "eva", "orthogonal")  # named initialisations of A and B alone
 TASK_TYPES = {"sequence_classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 
 
@@ -60,7 +65,11 @@ def save_adapter(folder: Path, model: nn.Module, recipe: Recipe, in_full: list[s
         in_full: Names of the modules trained in full.
     """
     write_json(folder / CONFIG_FILE, adapter_config(model, recipe, in_full))
-    tensors = {name: t.cpu().contiguous() for name, t in adapter_tensors(model).items()}
+    # copies, since safetensors refuses tensors that share memory, as those of a tie do
+    tensors = {
+        name: t.cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in adapter_tensors(model).items()
+    }
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     umask_mode(folder / WEIGHTS_FILE)
 
@@ -103,27 +112,26 @@ def _target_modules(
     model: nn.Module, wanted: str | list[str] | None, layers: dict[str, LoRALayer]
 ) -> list[str]:
     """Return suffixes that select exactly the adapted modules: the user's, or the full names."""
-    names = [name.removesuffix(".base") for name, m in model.named_modules() if can_adapt(m)]
+    names = [name for name, module in model.named_modules() if can_adapt(module)]
+    names = [n.removesuffix(".base") if n.removesuffix(".base") in layers else n for n in names]
     if isinstance(wanted, list) and {n for n in names if matches(wanted, n)} == set(layers):
         return wanted
     return sorted(layers)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return what is trained, under PEFT's names."""
+    """Return what is trained, under PEFT's names; a shared parameter under each of its names."""
     result: dict[str, Tensor] = {}
     layers = lora_layers(model)
-    for name, parameter in trainable_parameters(model).items():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            continue
         owner, _, last = name.rpartition(".")
         layer = layers.get(owner)
         if layer is None:
-            result[PREFIX + name.replace(".base.", ".base_layer.")] = parameter.detach()
-        elif isinstance(layer, LoRAEmbedding):
-            result[f"{PREFIX}{owner}.{last.replace('lora_', 'lora_embedding_')}"] = (
-                parameter.detach()
-            )
+            result[PREFIX + _plain_name(name, layers)] = parameter.detach()
         else:
-            result[f"{PREFIX}{owner}.{last}.weight"] = (
+            result[PREFIX + _peft_name(owner, last, layer)] = (
                 _over_all_channels(layer)
                 if isinstance(layer, LoRAConv) and last == "lora_A"
                 else parameter.detach()
@@ -198,18 +206,96 @@ def read_adapter(path: Path) -> AdapterFolder:
     if kind not in ("LORA", "HEAD_ONLY", "BITFIT"):
         raise LoraError(f"`{kind}` is not a type of adapter that this tool reads",
                         str(path / CONFIG_FILE))
+    _check_config(config, str(path / CONFIG_FILE))
+    tensors = read_tensors(path)
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise IntegrityError(f"`{bad[0]}` holds NaN or infinity", str(path / WEIGHTS_FILE))
+    return AdapterFolder(path, config, tensors, verified)
+
+
+def _check_config(config: dict[str, Any], where: str) -> None:
+    """Refuse a configuration that is damaged, or of an adapter that is more than low rank."""
     if config.get("use_dora"):
-        raise LoraError("DoRA adapters cannot be read yet", str(path / CONFIG_FILE))
+        raise LoraError("DoRA adapters cannot be read yet", where)
+    for key in ("use_qalora", "alora_invocation_tokens", "arrow_config", "kasa_config"):
+        if config.get(key):
+            raise LoraError(f"adapters with `{key}` cannot be read", where)
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init not in BASE_UNCHANGED:
+        raise LoraError(
+            f"`{init}` changed the weights of the base too", where,
+            "save it in PEFT with `path_initial_model_for_weight_conversion`: a plain LoRA",
+        )
+    targets = config.get("target_modules")
+    good = {
+        "r": _is_number(config.get("r", 8)),
+        "lora_alpha": _is_number(config.get("lora_alpha", 8)),
+        "rank_pattern": _is_pattern(config.get("rank_pattern")),
+        "alpha_pattern": _is_pattern(config.get("alpha_pattern")),
+        "target_modules": targets is None
+        or (isinstance(targets, list) and all(isinstance(name, str) for name in targets))
+        or (isinstance(targets, str) and _regex_fault(targets) is None),
+    }
+    for key in (key for key, fine in good.items() if not fine):
+        raise IntegrityError(f"`{key}` cannot be {json.dumps(config[key])}", where)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_pattern(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and all(_is_number(v) and _regex_fault(key) is None for key, v in value.items())
+    )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter folder, by names without PEFT's prefix."""
     try:
         tensors = load_file(path / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise IntegrityError(f"not a whole safetensors file: {error}",
                              str(path / WEIGHTS_FILE)) from error
-    stripped = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    bad = [name for name, tensor in stripped.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise IntegrityError(f"`{bad[0]}` holds NaN or infinity", str(path / WEIGHTS_FILE))
-    return AdapterFolder(path, config, stripped, verified)
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy saved tensors into a model that has the same adapter attached, in place.
+
+    Args:
+        model: A model made ready by the same recipe.
+        tensors: What `read_tensors` returned.
+    """
+    layers, parameters = lora_layers(model), trainable_parameters(model)
+    names = {name.removeprefix(PREFIX) for name in adapter_tensors(model)}
+    assert names == set(tensors), "the tensors are of another recipe"
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            owner, _, last = name.rpartition(".")
+            layer = layers.get(owner)
+            if layer is None:
+                parameter.copy_(tensors[_plain_name(name, layers)])
+                continue
+            tensor = tensors[_peft_name(owner, last, layer)]
+            if isinstance(layer, LoRAConv) and last == "lora_A" and layer.groups > 1:
+                tensor = _within_groups(tensor, layer.groups)
+            parameter.copy_(tensor)
+
+
+def _plain_name(name: str, layers: dict[str, LoRALayer]) -> str:
+    """Return PEFT's name of a parameter that is trained as it is."""
+    owner, _, last = name.rpartition(".")
+    module = owner.removesuffix(".base")
+    return f"{module}.base_layer.{last}" if module != owner and module in layers else name
+
+
+def _peft_name(module: str, matrix: str, layer: LoRALayer) -> str:
+    if isinstance(layer, LoRAEmbedding):
+        return f"{module}.{matrix.replace('lora_', 'lora_embedding_')}"
+    return f"{module}.{matrix}.weight"
 
 
 def load_adapter(model: nn.Module, adapter: AdapterFolder, new: list[str]) -> None:
@@ -224,27 +310,16 @@ def load_adapter(model: nn.Module, adapter: AdapterFolder, new: list[str]) -> No
         IntegrityError: With every tensor that does not fit the model or is missing; the model is
             untouched then.
     """
-    pairs, plain, problems = _sort_tensors(adapter)
+    pairs, plain, frozen, problems = _sort_tensors(adapter)
     modules = dict(model.named_modules())
-    targets = []
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    targets: list[Target] = []
     for name, pair in pairs.items():
-        problem, target = _check_pair(name, pair, modules.get(name), adapter)
-        problems += problem
-        targets += target
-    parameters = dict(model.named_parameters())
-    for name, tensor in plain.items():
-        if name not in parameters:
-            problems.append(Problem(f"the model has no parameter `{name}`"))
-        elif parameters[name].shape != tensor.shape:
-            problems.append(Problem(f"`{name}` is {tuple(tensor.shape)} in the adapter and "
-                                    f"{tuple(parameters[name].shape)} in the model"))
-        elif name.endswith(".weight") and adapter.tensors.get(_base_name(name)) is tensor and not (
-            torch.equal(parameters[name].cpu().float(), tensor.float())
-        ):
-            problems.append(Problem(f"`{name}` of the base is not the one it was trained on"))
-    for name in parameters:
-        if name not in plain and any(name.startswith(f"{head}.") for head in new):
-            problems.append(Problem(f"`{name}` is missing: the base does not hold it either"))
+        faults, found = _check_pair(name, pair, modules.get(name), adapter)
+        problems += faults
+        targets += found
+    problems += _check_plain(plain, frozen, parameters)
+    problems += _missing(adapter, modules, parameters, plain, new)
     if problems:
         shown = problems[:8]
         if len(problems) > 8:
@@ -262,21 +337,98 @@ def load_adapter(model: nn.Module, adapter: AdapterFolder, new: list[str]) -> No
         for name, tensor in plain.items():
             parameter = parameters[name]
             parameter.data = tensor.to(parameter.device, torch.float32)
+    even_norms(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 
 
-def _base_name(name: str) -> str:
-    owner, _, last = name.rpartition(".")
-    return f"{owner}.base_layer.{last}"
+def _check_plain(
+    plain: dict[str, Tensor], frozen: dict[str, Tensor], parameters: dict[str, nn.Parameter]
+) -> list[Problem]:
+    """Return what is wrong with the tensors that stand for whole parameters of the model."""
+    problems = []
+    first: dict[int, str] = {}  # name of the first tensor for a parameter, which may be shared
+    for name, tensor in [*plain.items(), *frozen.items()]:
+        parameter = parameters.get(name)
+        if parameter is None:
+            problems.append(Problem(f"the model has no parameter `{name}`"))
+        elif parameter.shape != tensor.shape:
+            problems.append(Problem(f"`{name}` is {tuple(tensor.shape)} in the adapter and "
+                                    f"{tuple(parameter.shape)} in the model"))
+        elif name in frozen and not _same(parameter, tensor):
+            problems.append(Problem(f"`{name}` of the base is not the one it was trained on"))
+        elif name in plain:
+            other = first.setdefault(id(parameter), name)
+            if not torch.equal(plain[other], tensor):
+                problems.append(Problem(f"`{other}` and `{name}` differ in the adapter, and are "
+                                        "one in the model"))
+    return problems
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    """Compare in the coarser of the two dtypes: the base may have been loaded in another."""
+    dtype = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(ours.detach().cpu().to(dtype), theirs.to(dtype))
+
+
+def _missing(
+    adapter: AdapterFolder,
+    modules: dict[str, nn.Module],
+    parameters: dict[str, nn.Parameter],
+    plain: dict[str, Tensor],
+    new: list[str],
+) -> list[Problem]:
+    """Return a problem for everything that the configuration promises and the file lacks."""
+    config = adapter.config
+    adapted = {name.partition(".lora_")[0] for name in adapter.tensors if ".lora_" in name}
+    in_full = config.get("modules_to_save") or []
+    bias = "all" if config["peft_type"] == "BITFIT" else config.get("bias")
+    problems = [
+        Problem(f"`{name}` is missing: the configuration says that it is adapted")
+        for name in _promised(config, modules)
+        if name not in adapted
+    ]
+    for name in parameters:
+        owner, _, last = name.rpartition(".")
+        if name in plain:
+            continue
+        if any(name.startswith(f"{head}.") for head in new):
+            problems.append(Problem(f"`{name}` is missing: the base does not hold it either"))
+        elif any(_inside(owner, top) for top in in_full) or (
+            last == "bias" and (bias == "all" or (bias == "lora_only" and owner in adapted))
+        ):
+            problems.append(Problem(f"`{name}` is missing: the configuration says that it is "
+                                    "trained"))
+    return problems
+
+
+def _promised(config: dict[str, Any], modules: dict[str, nn.Module]) -> list[str]:
+    """Return the modules for which a configuration promises an adapter, by PEFT's rule.
+
+    Not with `layers_to_transform`, whose rule has changed between versions: there the tensors
+    alone say it.
+    """
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
+    if targets is None or targets == "all-linear" or config.get("layers_to_transform") is not None:
+        return []
+    in_full = config.get("modules_to_save") or []
+    return [
+        name
+        for name, module in modules.items()
+        if can_adapt(module)
+        and matches(targets, name)
+        and not matches(excluded, name)
+        and not any(_inside(name, top) for top in in_full)
+    ]
 
 
 def _sort_tensors(
     adapter: AdapterFolder,
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[Problem]]:
-    """Return (A and B by module, other parameters by name, problems)."""
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor], list[Problem]]:
+    """Return (A and B by module, trained parameters by name, weights of the base, problems)."""
     pairs: dict[str, dict[str, Tensor]] = {}
     plain: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}
     problems = []
     for name, tensor in adapter.tensors.items():
         low_rank = re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight)?",
@@ -285,12 +437,16 @@ def _sort_tensors(
             pairs.setdefault(low_rank[1], {})[low_rank[2]] = tensor
         elif ".lora_" in name:
             problems.append(Problem(f"`{name}` is of a kind that this tool does not know"))
-        else:
-            plain[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+        elif name.endswith(".base_layer.weight"):  # of an embedding: PEFT writes it besides
+            frozen[f"{name.removesuffix('.base_layer.weight')}.weight"] = tensor
+        elif ".original_module." not in name:  # the head before training: PEFT's `bias: all`
+            name = re.sub(r"\.base_layer\.(\w+)$", r".\1", name)
+            plain[name.replace(".modules_to_save.", ".")] = tensor
     for module, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             problems.append(Problem(f"`{module}` has only lora_{next(iter(pair))}"))
-    return {m: pair for m, pair in pairs.items() if set(pair) == {"A", "B"}}, plain, problems
+    pairs = {module: pair for module, pair in pairs.items() if set(pair) == {"A", "B"}}
+    return pairs, plain, frozen, problems
 
 
 def _check_pair(
@@ -301,18 +457,21 @@ def _check_pair(
         kind = f"is a {type(module).__name__}, which no adapter fits" if module else "is not there"
         return [Problem(f"the adapter is for `{name}`, which in the model {kind}")], []
     config = adapter.config
-    rank = pair["A"].shape[0]
+    rank = pair["A"].shape[0] if pair["A"].ndim else 0
     stated = int(_first_match(config.get("rank_pattern") or {}, name, config.get("r", rank)))
     alpha = _first_match(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
     if stated != rank:
         return [Problem(f"`{name}` has rank {rank}, its configuration says {stated}")], []
+    target = Target(name, rank, alpha)
+    if problems := groups_problem(module, target):
+        return problems, []
     a, b = _expected_shapes(module, rank)
     problems = [
         Problem(f"lora_{key} of `{name}` is {tuple(pair[key].shape)}, the model needs {shape}")
         for key, shape in (("A", a), ("B", b))
         if tuple(pair[key].shape) != shape
     ]
-    return problems, [Target(name, rank, alpha)]
+    return problems, [target]
 
 
 def _expected_shapes(module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

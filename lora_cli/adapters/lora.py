@@ -194,11 +194,7 @@ class LoRAConv(LoRALayer):
         dropout: float = 0.0,
         use_rslora: bool = False,
     ) -> None:
-        if rank % base.groups:
-            raise LoraError(
-                f"rank {rank} cannot be divided among the {base.groups} groups of a convolution",
-                hint=f"use a rank that {base.groups} divides, or exclude the module",
-            )
+        check_groups(base, rank)
         self.convolve = F.conv1d if isinstance(base, nn.Conv1d) else F.conv2d
         self.groups = base.groups
         shape_a = (rank, base.in_channels // base.groups, *base.kernel_size)
@@ -235,6 +231,20 @@ class LoRAConv(LoRALayer):
         a = self.lora_A.detach().unflatten(0, (self.groups, -1))  # (G, rank/G, in/G, *kernel)
         b = self.lora_B.detach().flatten(1).unflatten(0, (self.groups, -1))  # (G, out/G, rank/G)
         return self.scaling * torch.einsum("gor,gr...->go...", b, a).flatten(0, 1)
+
+
+def check_groups(base: nn.Module, rank: int) -> None:
+    """Refuse a rank that the groups of a convolution do not divide; all else is fine.
+
+    Raises:
+        LoraError: If a row of B would have no whole number of columns.
+    """
+    groups = base.groups if isinstance(base, nn.Conv1d | nn.Conv2d) else 1
+    if rank % groups:
+        raise LoraError(
+            f"rank {rank} cannot be divided among the {groups} groups of a convolution",
+            hint=f"use a rank that {groups} divides, or exclude the module",
+        )
 
 
 def _in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:

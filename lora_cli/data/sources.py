@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -180,9 +180,9 @@ def _named(recipe: Recipe, split: str, text: str) -> Rows:
     """Return the rows of a split given as a name, a slice or a file."""
     name, part = _slice(text, recipe.at(f"data.{split}"))
     rows = (
-        _hub_rows(recipe, split, name)
+        _hub_rows(recipe, name)
         if recipe.data.name
-        else _file_rows(recipe, split, _files(recipe, split, name))
+        else _file_rows(recipe, _files(recipe, split, name))
     )
     return rows.select(np.arange(len(rows))[_positions(part, len(rows))]) if part else rows
 
@@ -251,7 +251,7 @@ def _belongs(file: Path, split: str) -> bool:
     )
 
 
-def _file_rows(recipe: Recipe, split: str, files: list[Path]) -> Rows:
+def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
     import datasets
 
     form = recipe.data.format
@@ -273,17 +273,16 @@ def _file_rows(recipe: Recipe, split: str, files: list[Path]) -> Rows:
     source = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
     rows = Rows(dataset, source, sha256, np.arange(len(dataset)))
     faults = {i: f for i, f in enumerate(dataset["fault"]) if f}
-    return without(rows, faults, recipe, f"data.{split}")
+    return without(rows, faults, recipe)
 
 
-def without(rows: Rows, faults: dict[int, str], recipe: Recipe, key: str) -> Rows:
+def without(rows: Rows, faults: dict[int, str], recipe: Recipe) -> Rows:
     """Return the rows without the faulty ones; unless they may be skipped, that is an error.
 
     Args:
         rows: A split.
         faults: What is wrong, by position.
         recipe: Its `data.on_bad_row` decides.
-        key: Where the recipe names the split.
     """
     if not faults:
         return rows
@@ -297,6 +296,20 @@ def without(rows: Rows, faults: dict[int, str], recipe: Recipe, key: str) -> Row
         raise LoraError(problems)
     keep = np.array([i for i in range(len(rows)) if i not in faults], dtype=np.int64)
     return rows.select(keep, places)
+
+
+def without_fault(
+    rows: Iterator[RawRow], fault_of: Callable[[dict[str, Any]], str], recipe: Recipe
+) -> Iterator[dict[str, Any]]:
+    """Yield the columns of streamed rows; a faulty row stops, unless rows may be skipped."""
+    for row in rows:
+        fault = row.fault or fault_of(row.columns or {})
+        if not fault:
+            assert row.columns is not None
+            yield row.columns
+        elif recipe.data.on_bad_row == "error":
+            raise LoraError(fault, row.place, "mend the row, or pass such rows over with "
+                            "`--set data.on_bad_row=skip`")
 
 
 def cached_dataset(generator: Any, key: Sequence[str], features: Any) -> Any:
@@ -343,7 +356,7 @@ def _load_hub(recipe: Recipe, split: str, streaming: bool = False) -> Any:
             datasets.enable_progress_bars()
 
 
-def _hub_rows(recipe: Recipe, split: str, name: str) -> Rows:
+def _hub_rows(recipe: Recipe, name: str) -> Rows:
     import datasets
 
     dataset = _load_hub(recipe, name)

@@ -16,7 +16,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lora_cli.data.files import require_columns
 from lora_cli.data.sources import Rows, cached_dataset, load_rows, without
-from lora_cli.models import build_empty, load_pretrained, load_tokenizer, new_modules
+from lora_cli.errors import LoraError
+from lora_cli.models import (
+    build_empty,
+    load_config,
+    load_pretrained,
+    load_tokenizer,
+    new_modules,
+)
 from lora_cli.recipe import Recipe
 
 Example = dict[str, Any]
@@ -102,8 +109,6 @@ class Task(ABC):
 
     def load_processor(self) -> None:
         """Load the tokenizer and the model's configuration."""
-        from lora_cli.models import load_config
-
         self.tokenizer = load_tokenizer(self.recipe)
         self.config = load_config(self.recipe)
 
@@ -119,15 +124,32 @@ class Task(ABC):
     # -- rows
 
     @abstractmethod
-    def columns(self) -> dict[str, str]:
-        """Return the columns that a row must have, by the recipe key that names them."""
+    def input_columns(self) -> dict[str, str]:
+        """Return the columns that the model reads, by the recipe key that names them."""
+
+    @abstractmethod
+    def target_columns(self) -> dict[str, str]:
+        """Return the columns that it shall learn to answer, likewise."""
+
+    @property
+    def knows_labels(self) -> bool:
+        """Whether the recipe says all that the task has to know of the labels."""
+        return True
 
     def prepare(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
         """Learn from the rows what the recipe leaves open, such as the labels."""
 
     @abstractmethod
+    def input_fault(self, row: dict[str, Any]) -> str:
+        """Return what is wrong with the columns that the model reads, or nothing."""
+
+    @abstractmethod
+    def target_fault(self, row: dict[str, Any]) -> str:
+        """Return what is wrong with the columns that it shall learn to answer, or nothing."""
+
     def fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with a row, or nothing."""
+        return self.input_fault(row) or self.target_fault(row)
 
     @abstractmethod
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
@@ -139,14 +161,21 @@ class Task(ABC):
 
     # -- model
 
-    @abstractmethod
     def model_config(self) -> PretrainedConfig:
         """Return the model's configuration with the task's changes."""
+        return load_config(self.recipe)
 
-    def load_model(self, device: torch.device) -> tuple[nn.Module, list[str]]:
-        """Return the base model, and the names of the modules that are new in it."""
+    def load_model(
+        self, device: torch.device, dtype: torch.dtype | str | None = None
+    ) -> tuple[nn.Module, list[str]]:
+        """Return the base model, and the names of the modules that are new in it.
+
+        Args:
+            device: Where the weights go.
+            dtype: How they are kept, instead of as the recipe says; `auto` is as the checkpoint.
+        """
         model, missing = load_pretrained(
-            self.auto_class, self.recipe, self.model_config(), device
+            self.auto_class, self.recipe, self.model_config(), device, dtype
         )
         return model, new_modules(model, missing) if self.has_head else []
 
@@ -172,6 +201,22 @@ class Task(ABC):
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         """Return a prediction for each example of the batch, with its own loss."""
 
+    def check_metrics(self, channels: set[str]) -> None:  # noqa: B027 - optional
+        """Learn which channels the metrics read, so that `predict` fills them."""
+
+    def row_of(self, text: str) -> dict[str, Any]:
+        """Return a row that holds a user's text."""
+        first, *_ = self.input_columns().values()
+        return {first: text}
+
+    @abstractmethod
+    def answer_columns(self) -> list[str]:
+        """Return the columns that `answer` adds to a row."""
+
+    @abstractmethod
+    def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
+        """Return the values of `answer_columns` for rows without targets, as one batch."""
+
     def cache_key(self) -> list[str]:
         """Return what an encoded row depends on besides the row."""
         tokenizer = self.tokenizer
@@ -190,17 +235,29 @@ def load_data(task: Task, splits: Sequence[str] = ("train", "validation", "test"
     Raises:
         LoraError: With the missing columns, or the rows that are wrong and where they stand.
     """
+    return {
+        name: encode_rows(task, rows)
+        for name, rows in check_data(task, splits).items()
+        if name in splits
+    }
+
+
+def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
+    """Read the splits, check every row, and let the task learn what it needs from them."""
     recipe = task.recipe
-    rows = load_rows(recipe, splits)
+    wanted = splits if task.knows_labels else (*splits, "train")
+    rows = load_rows(recipe, wanted)
     for split in rows.values():
-        require_columns(task.columns(), split.columns, split.source)
-    task.prepare(rows)
-    encoded = {}
+        columns = task.input_columns() | task.target_columns()
+        require_columns(columns, split.columns, split.source)
     for name, split in rows.items():
         faults = {i: fault for i, row in enumerate(split) if (fault := task.fault(row))}
-        good = without(split, faults, recipe, f"data.{name}")
-        encoded[name] = encode_rows(task, good)
-    return encoded
+        rows[name] = without(split, faults, recipe)
+    task.prepare(rows)
+    for name, split in rows.items():
+        if not len(split):
+            raise LoraError(f"no row of the {name} split can be used", split.source)
+    return rows
 
 
 def encode_rows(task: Task, rows: Rows) -> Encoded:

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PretrainedConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from lora_cli.data.sources import Rows
 from lora_cli.errors import LoraError, Problem, did_you_mean
@@ -36,13 +40,21 @@ class SequenceClassification(Task):
 
     # ------------------------------------------------------------------------------ rows
 
-    def columns(self) -> dict[str, str]:
-        """Return the columns of the text, the second text and the label."""
-        named = {"task.text_column": self.spec.text_column,
-                 "task.label_column": self.spec.label_column}
+    def input_columns(self) -> dict[str, str]:
+        """Return the columns of the text and the second text."""
+        named = {"task.text_column": self.spec.text_column}
         if self.spec.text_pair_column:
             named["task.text_pair_column"] = self.spec.text_pair_column
         return {self.recipe.at(key): column for key, column in named.items()}
+
+    def target_columns(self) -> dict[str, str]:
+        """Return the column of the label."""
+        return {self.recipe.at("task.label_column"): self.spec.label_column}
+
+    @property
+    def knows_labels(self) -> bool:
+        """Whether the labels are named, or there are none."""
+        return bool(self.labels) or self.spec.problem == "regression"
 
     def prepare(self, splits: dict[str, Rows]) -> None:
         """Find the labels, and write them into the recipe; weigh them if that is asked for."""
@@ -131,14 +143,18 @@ class SequenceClassification(Task):
                             did_you_mean(unknown[0], self.labels, "the labels are"))
         return torch.tensor([float(wanted.get(label, 1.0)) for label in self.labels])
 
-    def fault(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with a row, or nothing."""
+    def input_fault(self, row: dict[str, Any]) -> str:
+        """Return what is wrong with the texts, or nothing."""
         for column in filter(None, (self.spec.text_column, self.spec.text_pair_column)):
             value = row.get(column)
             if value is None or (isinstance(value, str) and not value.strip()):
                 return f"column `{column}` is blank"
             if not isinstance(value, str | int | float):
                 return f"column `{column}` holds a {type(value).__name__}, not text"
+        return ""
+
+    def target_fault(self, row: dict[str, Any]) -> str:
+        """Return what is wrong with the label, or nothing."""
         column = self.spec.label_column
         if self.spec.problem == "regression":
             return "" if _number(row.get(column)) is not None else (
@@ -152,6 +168,12 @@ class SequenceClassification(Task):
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return one example a row."""
+        return [
+            [{**inputs, "labels": self._label(row)}]
+            for row, inputs in zip(rows, self._encode_texts(rows), strict=True)
+        ]
+
+    def _encode_texts(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
         pairs = self.spec.text_pair_column
         encoding = self.tokenizer(
             [str(row[self.spec.text_column]) for row in rows],
@@ -161,10 +183,7 @@ class SequenceClassification(Task):
             return_attention_mask=False,
         )
         keys = [key for key in encoding if key == "input_ids" or key in self.features()]
-        return [
-            [{**{key: encoding[key][i] for key in keys}, "labels": self._label(row)}]
-            for i, row in enumerate(rows)
-        ]
+        return [{key: encoding[key][i] for key in keys} for i in range(len(rows))]
 
     def _label(self, row: dict[str, Any]) -> float | int | list[int]:
         if self.spec.problem == "regression":
@@ -201,11 +220,19 @@ class SequenceClassification(Task):
                 label2id={label: i for i, label in enumerate(self.labels)},
                 problem_type=kind,
             )
-        config.pad_token_id = self._pad_id()
         return config
 
+    def load_model(
+        self, device: torch.device, dtype: torch.dtype | str | None = None
+    ) -> tuple[nn.Module, list[str]]:
+        """Return the base model with a head for the labels, and the head's name."""
+        model, new = super().load_model(device, dtype)
+        assert isinstance(model, PreTrainedModel)
+        model.config.pad_token_id = self._pad  # decoders find the last token of a text by it
+        return model, new
+
     def _pad_id(self) -> int:
-        """Return the padding token's id; decoders find the last token of a text by it."""
+        """Return the padding token's id."""
         name = self.spec.pad_token or self.tokenizer.pad_token or self.tokenizer.eos_token
         token = self.tokenizer.convert_tokens_to_ids(name) if name else None
         if token is None or (token == self.tokenizer.unk_token_id and name != self.tokenizer.
@@ -220,12 +247,7 @@ class SequenceClassification(Task):
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Return the examples padded to the longest; `n_items` is rows, or their weights."""
         ids = [example["input_ids"] for example in examples]
-        inputs = {
-            "input_ids": pad(ids, self._pad),
-            "attention_mask": pad([[1] * len(sequence) for sequence in ids], 0),
-        }
-        if "token_type_ids" in examples[0]:
-            inputs["token_type_ids"] = pad([e["token_type_ids"] for e in examples], 0)
+        inputs = self._padded(examples)
         labels = torch.tensor([example["labels"] for example in examples])
         if self.spec.problem != "single_label":
             labels = labels.float()
@@ -236,6 +258,16 @@ class SequenceClassification(Task):
             n_items = float(self.weights[labels].sum())
         n_tokens = sum(len(sequence) for sequence in ids)
         return Batch(inputs, labels, n_items, n_tokens, [e["row"] for e in examples])
+
+    def _padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        ids = [example["input_ids"] for example in examples]
+        inputs = {
+            "input_ids": pad(ids, self._pad),
+            "attention_mask": pad([[1] * len(sequence) for sequence in ids], 0),
+        }
+        if "token_type_ids" in examples[0]:
+            inputs["token_type_ids"] = pad([e["token_type_ids"] for e in examples], 0)
+        return inputs
 
     @property
     def _pad(self) -> int:
@@ -300,6 +332,20 @@ class SequenceClassification(Task):
             for value, row in zip(chosen, rows, strict=True)
         ]
 
+    def answer_columns(self) -> list[str]:
+        """Return `prediction` and, for labels, the probability of each."""
+        return ["prediction", *(f"p_{label}" for label in self.labels)]
+
+    def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
+        """Return the prediction and the probabilities of each row."""
+        device = next(model.parameters()).device
+        inputs = self._padded(self._encode_texts(rows))
+        logits = model(**{key: value.to(device) for key, value in inputs.items()}).logits.float()
+        return [
+            [said, *(round(p, 6) for p in (scores or {}).values())]
+            for _, said, scores in self.read(logits)
+        ]
+
     def _names(self, value: Any) -> Any:
         if isinstance(value, list):
             return [name for name, on in zip(self.labels, value, strict=True) if on]
@@ -333,12 +379,9 @@ def _ints(label: Any) -> Any:
     return [int(value) for value in label] if isinstance(label, list) else int(label)
 
 
-def label_counts(rows: Rows, column: str) -> dict[str, int]:
-    """Return how often each label stands in the rows, most frequent first."""
-    counts: Counter[str] = Counter()
-    for row in rows:
-        value = row.get(column)
-        counts.update([_text(v) for v in value] if isinstance(value, list) else [_text(value)])
-    return dict(counts.most_common())
-
-
+def label_counts(rows: Rows, task: SequenceClassification) -> dict[str, int]:
+    """Return how often each label stands in the rows, in the order of the labels."""
+    counts: Counter[int | None] = Counter()
+    for value, count in task._values(rows).items():
+        counts[task._position(value)] += count
+    return {label: counts[i] for i, label in enumerate(task.labels)}

@@ -1,0 +1,303 @@
+"""The command line: each command loads the recipe first, then imports what it runs.
+
+Data goes to stdout, progress and errors to stderr. This module imports neither torch nor pydantic,
+so that `lora --help` and shell completion answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_cli.errors import LoraError
+
+if TYPE_CHECKING:
+    from lora_cli.recipe import Recipe
+
+app = typer.Typer(
+    help="Fine-tune pretrained models with low-rank adapters, from YAML recipes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+AdapterDir = Annotated[
+    Path, typer.Option("--adapter", help="Output folder of `lora train`, or a PEFT folder.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."),
+]
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="Recipe for an adapter whose folder holds none."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line; turn every error that a user can mend into a message and a code."""
+    # Click would turn an interruption into exit code 1.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    debug = "--debug" in sys.argv or bool(os.environ.get("LORA_DEBUG"))
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except LoraError as error:
+        if debug:
+            raise
+        print(error, file=sys.stderr)  # noqa: T201 - this is where errors are printed
+        sys.exit(error.exit_code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from lora_cli import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    pass
+
+
+def _load(path: Path, overrides: list[str] | None, output: Path | None = None) -> Recipe:
+    from lora_cli.recipe import load_recipe
+
+    sets = list(overrides or [])
+    if output is not None:
+        sets.append(f"output_dir={json.dumps(str(output))}")
+    return load_recipe(path, sets)
+
+
+def _quiet() -> None:
+    """Keep other libraries' bars and advice off the screen; ours says what matters."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module=r"(transformers|accelerate|torch|datasets)\.")
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Output folder (`output_dir`).")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
+    ] = False,
+) -> None:
+    """Train an adapter, evaluate it, and write its folder."""
+    loaded = _load(recipe, overrides, output)
+    _quiet()
+    from lora_cli.training import train as run
+
+    report = run(loaded, resume)
+    if os.environ.get("RANK", "0") == "0":
+        _print_results(loaded, report)
+
+
+def _print_results(recipe: Recipe, report: dict[str, Any]) -> None:
+    from lora_cli.reporting import results_table
+
+    rows = results_table(report)
+    if len(rows) > 1:
+        typer.echo(_table(rows))
+    folder = recipe.output_path
+    typer.echo(f"adapter  {folder}/")
+    typer.echo(f"report   {folder / 'report.json'}")
+    typer.echo(f"plot     {folder / 'learning_curve.png'}")
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Return rows as aligned columns, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _recipe_for(adapter: Path, recipe: Path | None, overrides: list[str] | None) -> Recipe:
+    """Return the recipe beside an adapter, or the one that is given."""
+    if not adapter.is_dir():
+        raise LoraError(f"there is no folder {adapter}", "--adapter")
+    file = recipe or adapter / "recipe.yaml"
+    if recipe is None and not file.is_file():
+        raise LoraError(f"{adapter} holds no recipe.yaml", "--adapter",
+                        "name a recipe with `--recipe FILE`, for its task and data")
+    return _load(file, overrides)
+
+
+@app.command("eval")
+def evaluate(
+    adapter: AdapterDir,
+    split: Annotated[
+        str | None, typer.Option("--split", help="train, validation or test. Default: all but "
+                                 "train.")
+    ] = None,
+    recipe: RecipeOption = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a saved adapter on the data it was trained for."""
+    loaded = _recipe_for(adapter, recipe, overrides)
+    _quiet()
+    from lora_cli.evaluation import evaluate_adapter
+
+    results = evaluate_adapter(adapter, loaded, split)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    names = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
+    rows = [["metric", *results]]
+    rows += [
+        [name, *(f"{metrics[name]:.4f}" if name in metrics else "" for metrics in results.values())]
+        for name in names
+    ]
+    typer.echo(_table(rows))
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Option("--base", help="Hub id or folder of the base model.")],
+    adapter: AdapterDir,
+    to: Annotated[Path, typer.Option("--to", help="Folder of the merged model.")],
+    recipe: RecipeOption = None,
+) -> None:
+    """Merge an adapter into its base: a stand-alone model folder."""
+    _quiet()
+    from lora_cli.merging import merge_adapter
+
+    result = merge_adapter(base, adapter, to, recipe)
+    dtype = str(result.dtype).removeprefix("torch.")
+    typer.echo(f"merged {result.merged_modules} modules into {result.folder}/ ({dtype})")
+    typer.echo(f"outputs differ from base + adapter by {result.difference:.1e} in float32, "
+               f"and by {result.rounding:.1e} more as {dtype}")
+    if result.untied:
+        typer.echo(f"untied {' and '.join(result.untied)}: their common weight was adapted for "
+                   "one of them, so each has its own now")
+    if not result.verified:
+        typer.echo("warning: the adapter's folder has no manifest, so neither its integrity nor "
+                   "its base model could be verified", err=True)
+
+
+@app.command()
+def predict(
+    adapter: AdapterDir,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT…")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", help="File of rows (csv, tsv, json lines, parquet).")
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Option("--output", help="File of the same rows with predictions.")
+    ] = None,
+    recipe: RecipeOption = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what the adapted model answers to texts, or to the rows of a file."""
+    if bool(texts) == bool(source) or bool(source) != bool(target):
+        raise LoraError("give texts, or a file with `--input FILE --output FILE`")
+    loaded = _recipe_for(adapter, recipe, overrides)
+    _quiet()
+    from lora_cli.evaluation import open_adapter
+    from lora_cli.prediction import answer, answer_file
+
+    task, model, accelerator = open_adapter(adapter, loaded)
+    if source is not None and target is not None:
+        written, problems = answer_file(model, task, source, target, accelerator)
+        for problem in problems[:10]:
+            typer.echo(f"warning: {problem.at}: {problem.what}; no prediction", err=True)
+        typer.echo(f"wrote {written} rows to {target}"
+                   + (f", {len(problems)} of them without prediction" if problems else ""))
+        return
+    rows = [task.row_of(text) for text in texts or []]
+    for row, values in zip(rows, answer(model, task, rows, accelerator), strict=True):
+        named = dict(zip(task.answer_columns(), values, strict=True))
+        if as_json:
+            typer.echo(json.dumps(named, ensure_ascii=False))
+            continue
+        scores = sorted(values[1:], reverse=True)[:1]
+        typer.echo(f"{values[0]}" + (f"\t{scores[0]:.4f}" if scores else ""))
+
+
+@app.command()
+def params(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    every: Annotated[bool, typer.Option("--all", help="A row for every parameter.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show which parameters are trained, and count them; needs no weights."""
+    loaded = _load(recipe, overrides)
+    _quiet()
+    from lora_cli.adapters.attach import group_rows, parameter_table
+    from lora_cli.tasks.check import empty_adapted_model
+
+    table = parameter_table(empty_adapted_model(loaded))
+    total = sum(row.count for row in table)
+    trainable = sum(row.count for row in table if row.trainable)
+    percent = 100 * trainable / total
+    if as_json:
+        typer.echo(json.dumps({
+            "total": total, "trainable": trainable, "trainable_percent": round(percent, 4),
+            "parameters": [
+                {"name": r.name, "shape": r.shape, "trainable": r.trainable, "count": r.count}
+                for r in table
+            ],
+        }, indent=2))
+        return
+    rows = [["parameter", "times" if not every else "shape", "trained", "count"]]
+    if every:
+        rows += [[r.name, " x ".join(map(str, r.shape)), "yes" if r.trainable else "",
+                  f"{r.count:,}"] for r in table]
+    else:
+        rows += [[name, str(times), "yes" if trained else "", f"{count:,}"]
+                 for name, times, trained, count in group_rows(table)]
+    typer.echo(_table(rows))
+    typer.echo(f"\ntotal {total:,}  trainable {trainable:,}  ({percent:.4f} %)")
+
+
+@app.command()
+def validate(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Check a recipe, its data and its targets without loading weights; print it resolved."""
+    loaded = _load(recipe, overrides)
+    _quiet()
+    from lora_cli.recipe import dump_recipe
+    from lora_cli.tasks.check import check_recipe
+
+    check_recipe(loaded)
+    typer.echo(dump_recipe(loaded), nl=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from lora_cli.recipe import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))

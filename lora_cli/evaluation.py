@@ -1,0 +1,175 @@
+"""The one evaluation that training and `lora eval` share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from lora_cli.adapters.folder import load_adapter, read_adapter
+from lora_cli.data.plan import Indices
+from lora_cli.errors import LoraError
+from lora_cli.metrics import Channel, MetricContext, MetricSet, metric_mode
+from lora_cli.recipe import Recipe
+from lora_cli.tasks import Encoded, Prediction, Task, build_task
+from lora_cli.tasks.base import check_data, load_data
+
+MIXED_PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}  # Accelerate's names
+WINDOW = 64  # batches whose examples are sorted by length together
+
+
+def build_metrics(task: Task) -> MetricSet:
+    """Return the recipe's metrics, or the task's own."""
+    recipe = task.recipe
+    names = recipe.evaluate.metrics
+    labels = getattr(task, "labels", None)
+    context = MetricContext(
+        n_labels=len(labels) if labels else None,
+        multi_label=getattr(recipe.task, "problem", "") == "multi_label",
+    )
+    metrics = MetricSet(
+        task.default_metrics if names is None else names,
+        cast(Channel, task.metric_channel),
+        context,
+        at=recipe.at("evaluate.metrics"),
+    )
+    task.check_metrics(set(metrics.channels))
+    return metrics
+
+
+def best_by(recipe: Recipe, task: Task) -> tuple[str, str]:
+    """Return the metric that chooses the best adapter, and whether `min` or `max` is better."""
+    best = recipe.evaluate.best
+    if best is not None:
+        return best.metric, best.mode or metric_mode(best.metric) or "max"
+    names = task.default_metrics if recipe.evaluate.metrics is None else recipe.evaluate.metrics
+    name = names[0] if names else "loss"
+    mode = metric_mode(name)
+    return (name, mode) if mode else ("loss", "min")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    split: Encoded,
+    accelerator: Accelerator,
+    predictions: Path | None = None,
+) -> dict[str, float]:
+    """Return the loss and the metrics of a model on a split; every process gets them.
+
+    Only what the metrics read is kept of a batch, never its logits.
+
+    Args:
+        model: The model; it is put into eval mode, and back.
+        task: What the rows mean.
+        split: The encoded rows.
+        accelerator: Precision and processes.
+        predictions: File that gets a line for every example, in the order of the rows.
+    """
+    recipe = task.recipe
+    size = recipe.evaluate.micro_batch_size or 2 * recipe.train.micro_batch_size
+    metrics = build_metrics(task)
+    loss = n_items = 0.0
+    was_training = model.training
+    model.eval()
+    main = accelerator.is_main_process
+    file = predictions.open("w", encoding="utf-8") if predictions is not None and main else None
+    try:
+        for window in _windows(split, size):
+            rows = _predict_window(model, task, split, window, accelerator)
+            loss += sum(row.loss for row in rows)
+            n_items += sum(row.n_items for row in rows)
+            for channel in metrics.channels:
+                pairs = [r.metric_inputs[channel] for r in rows if channel in r.metric_inputs]
+                if main and pairs:
+                    metrics.add_batch(channel, [p for p, _ in pairs], [r for _, r in pairs])
+            if file is not None:
+                file.writelines(_line(row, split) for row in rows)
+    finally:
+        if file is not None:
+            file.close()
+        model.train(was_training)
+    results = [{"loss": loss / max(n_items, 1e-12), **metrics.compute()} if main else {}]
+    return dict(gather_object(results)[0])
+
+
+def _windows(split: Encoded, size: int) -> Iterator[list[Indices]]:
+    """Yield batches of similar length, a window of rows at a time."""
+    for start in range(0, len(split), size * WINDOW):
+        window = np.arange(start, min(start + size * WINDOW, len(split)))
+        window = window[np.argsort(-split.lengths[window], kind="stable")]
+        yield [window[i : i + size] for i in range(0, len(window), size)]
+
+
+def _predict_window(
+    model: nn.Module, task: Task, split: Encoded, batches: list[Indices], accelerator: Accelerator
+) -> list[Prediction]:
+    """Return the predictions of a window in the order of its examples, on every process."""
+    mine: list[tuple[int, Prediction]] = []
+    for indices in batches[accelerator.process_index :: accelerator.num_processes]:
+        examples = split.examples.__getitems__(indices.tolist())
+        batch = task.collate(examples).to(accelerator.device)
+        with accelerator.autocast():
+            made = task.predict(model, batch)
+        mine += zip(indices.tolist(), made, strict=True)
+    together: list[tuple[int, Prediction]] = gather_object(mine)
+    return [prediction for _, prediction in sorted(together, key=lambda pair: pair[0])]
+
+
+def _line(prediction: Prediction, split: Encoded) -> str:
+    line: dict[str, Any] = {
+        "row": prediction.row,
+        "place": split.rows.place(prediction.row),
+        "reference": prediction.reference,
+        "prediction": prediction.prediction,
+        "loss": prediction.loss,
+        "n_items": prediction.n_items,
+    }
+    if prediction.scores is not None:
+        line["scores"] = {name: round(score, 6) for name, score in prediction.scores.items()}
+    kept = {key: value for key, value in line.items() if value is not None}
+    return json.dumps(kept, ensure_ascii=False) + "\n"
+
+
+def open_adapter(
+    folder: Path, recipe: Recipe
+) -> tuple[Task, nn.Module, Accelerator]:
+    """Return the task, the base model with the adapter of a folder, and where it runs."""
+    accelerator = Accelerator(mixed_precision=MIXED_PRECISION[recipe.train.precision])
+    if recipe.adapter.type == "full":
+        recipe.model.name = str(folder.absolute())
+    task = build_task(recipe)
+    task.load_processor()
+    if not task.knows_labels:
+        check_data(task, ())
+    model, new = task.load_model(accelerator.device)
+    if recipe.adapter.type != "full":
+        load_adapter(model, read_adapter(folder), new)
+    return task, model.eval(), accelerator
+
+
+def evaluate_adapter(
+    folder: Path, recipe: Recipe, split: str | None = None
+) -> dict[str, dict[str, float]]:
+    """Return the metrics of a saved adapter, by split.
+
+    Args:
+        folder: The adapter's folder.
+        recipe: Says the task and the data.
+        split: The split to measure; None measures validation and test.
+    """
+    task, model, accelerator = open_adapter(folder, recipe)
+    wanted = [split] if split else [n for n in ("validation", "test") if getattr(recipe.data, n)]
+    if not wanted or (split and getattr(recipe.data, split, None) is None):
+        raise LoraError(f"the recipe has no split `{split or 'validation or test'}`",
+                        recipe.at("data"), "name one with `--set data.test=FILE`")
+    data = load_data(task, wanted)
+    return {name: evaluate(model, task, data[name], accelerator) for name in wanted}

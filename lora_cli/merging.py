@@ -1,0 +1,152 @@
+"""Base + adapter -> a stand-alone model folder, proved equal before it is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.adapters.attach import lora_layers, merge
+from lora_cli.adapters.folder import TASK_TYPES, AdapterFolder, load_adapter, read_adapter
+from lora_cli.errors import IntegrityError, LoraError, NumericsError
+from lora_cli.files import new_folder
+from lora_cli.recipe import Recipe, load_recipe
+from lora_cli.tasks import Task, build_task
+
+TOLERANCE = 1e-4  # of the largest output, in float32; rounding alone stays below 1e-5
+
+
+@dataclass
+class MergeResult:
+    """What `lora merge` reports."""
+
+    folder: Path
+    merged_modules: int
+    dtype: torch.dtype
+    difference: float
+    """Largest difference of an output between base + adapter and merged, both in float32."""
+    rounding: float
+    """Largest difference that storing the weights in `dtype` makes."""
+    untied: list[str]
+    verified: bool
+
+
+def merge_adapter(base: str, adapter: Path, to: Path, recipe_file: Path | None = None) -> (
+    MergeResult
+):
+    """Write the merged model.
+
+    Args:
+        base: Hub id or folder of the base model.
+        adapter: Folder of the adapter.
+        to: Folder that is made; it must not exist, or be empty.
+        recipe_file: Recipe of an adapter that another tool made.
+
+    Raises:
+        LoraError: If the adapter is a full model, or `to` holds something.
+        IntegrityError: If the merged model is not equal to base + adapter.
+        NumericsError: If a merged weight does not fit the base checkpoint's dtype.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise LoraError(f"{to} is not empty", "--to", "choose a folder that is not there yet")
+    task, held = adapter_task(adapter, recipe_file, base)
+    task.load_processor()
+    task.recipe.model.dtype = None
+    model, new = task.load_model(torch.device("cpu"), dtype="auto")
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    model = model.float().eval()
+    load_adapter(model, held, new)
+    probe = _probe(task)
+    with torch.no_grad():
+        before: Tensor = model(**probe).logits
+        count = len(lora_layers(model))
+        untied = merge(model)
+        after: Tensor = model(**probe).logits
+        difference = _difference(after, before)
+        if not difference <= TOLERANCE:
+            raise IntegrityError(f"merged, the model's outputs differ by {difference:.2e} of the "
+                                 "largest", hint="please report this: merging should be exact")
+        _refuse_overflow(model, dtype)
+        stored: Any = model.to(dtype)
+        rounded = stored(**probe).logits
+    if untied:
+        stored.config.tie_word_embeddings = False
+    with new_folder(to) as folder:
+        stored.save_pretrained(folder)
+        task.tokenizer.save_pretrained(folder)
+        reloaded = task.auto_class.from_pretrained(folder, dtype=dtype).eval()
+        with torch.no_grad():
+            if not torch.equal(reloaded(**probe).logits, rounded):
+                raise IntegrityError("the saved model does not compute what the merged one did")
+    rounding = _difference(rounded.float(), after)
+    return MergeResult(to, count, dtype, difference, rounding, untied, held.verified)
+
+
+def adapter_task(
+    adapter: Path, recipe_file: Path | None = None, base: str | None = None,
+    overrides: list[str] | None = None,
+) -> tuple[Task, AdapterFolder]:
+    """Return the task that an adapter was trained for, and the adapter.
+
+    The recipe is the one beside the adapter, or `recipe_file`, or follows from PEFT's
+    configuration.
+    """
+    held = None
+    beside = adapter / "recipe.yaml"
+    if recipe_file is None and beside.is_file():
+        recipe_file = beside
+    if recipe_file is not None:
+        recipe = load_recipe(recipe_file, overrides or [])
+        if recipe.adapter.type == "full":
+            raise LoraError(f"{adapter} is a whole model already", hint="there is nothing to merge")
+        held = read_adapter(adapter)
+    else:
+        held = read_adapter(adapter)
+        recipe = _recipe_of(held, base)
+    if base is not None:
+        folder = Path(base).expanduser()
+        recipe.model.name = str(folder.absolute()) if folder.is_dir() else base
+    return build_task(recipe), held
+
+
+def _recipe_of(held: AdapterFolder, base: str | None) -> Recipe:
+    """Return what PEFT's configuration and the tensors say of the task."""
+    kind = next((k for k, v in TASK_TYPES.items() if v == held.config.get("task_type")), None)
+    name = base or held.config.get("base_model_name_or_path")
+    if kind is None or not name:
+        raise LoraError(f"{held.path} does not say what it was trained for",
+                        hint="give a recipe with `--recipe`, for its `model` and `task`")
+    task: dict[str, Any] = {"type": kind}
+    if kind == "sequence_classification":
+        heads = [t for n, t in held.tensors.items() if ".lora_" not in n and t.ndim == 2]
+        if not heads:
+            raise LoraError(f"{held.path} holds no classifier", hint="give a recipe with "
+                            "`--recipe`, for its labels")
+        task["labels"] = [f"LABEL_{i}" for i in range(heads[-1].shape[0])]
+    return Recipe.model_validate(
+        {"model": {"name": name}, "task": task, "data": {"path": "none.csv"}}
+    )
+
+
+def _probe(task: Task) -> dict[str, Tensor]:
+    """Return inputs to compare outputs on: random tokens, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(32, task.max_length)
+    vocabulary = min(len(task.tokenizer), int(task.config.get_text_config().vocab_size))
+    ids = torch.randint(0, vocabulary, (4, length), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1.0))
+
+
+def _refuse_overflow(model: nn.Module, dtype: torch.dtype) -> None:
+    limit = torch.finfo(dtype).max
+    for name, parameter in model.named_parameters():
+        if not bool((parameter.abs() <= limit).all()):
+            raise NumericsError(f"`{name}` has entries that {str(dtype).split('.')[-1]}, the base "
+                                "checkpoint's dtype, cannot hold")

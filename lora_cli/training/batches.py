@@ -1,0 +1,119 @@
+"""The micro-batches of each step, for this process, in the planned order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from lora_cli.data.plan import BatchPlan, micro_batches, pack
+from lora_cli.data.sources import stream_rows, without_fault
+from lora_cli.tasks import Batch, Encoded, Task
+from lora_cli.tasks.base import Example
+from lora_cli.tasks.causal_lm import CausalLM
+
+STREAM_CHUNK = 100  # rows that are encoded together
+
+
+class Batches:
+    """Iterates over steps.
+
+    Args:
+        task: It collates, and packs.
+        split: The train rows; None with `data.streaming`.
+        accelerator: Which process this is, of how many.
+    """
+
+    def __init__(self, task: Task, split: Encoded | None, accelerator: Accelerator) -> None:
+        self.task, self.recipe, self.accelerator = task, task.recipe, accelerator
+        train = self.recipe.train
+        self.steps_per_epoch: int | None = None
+        if split is None:
+            assert train.max_steps is not None, "the recipe's checks ask for it with streaming"
+            self.total_steps = train.max_steps
+            return
+        self.examples = Packed(task, split) if train.packing else split.examples
+        self.plan = BatchPlan(
+            len(self.examples),
+            train.examples_per_step,
+            train.seed,
+            split.lengths if train.group_by_length else None,
+        )
+        self.steps_per_epoch = self.plan.steps_per_epoch
+        epochs = 3.0 if train.epochs is None else train.epochs
+        self.total_steps = train.max_steps or math.ceil(epochs * self.steps_per_epoch)
+
+    def epoch_of(self, step: int) -> float:
+        """Return how many passes over the train rows a number of steps makes."""
+        return step / self.steps_per_epoch if self.steps_per_epoch else 0.0
+
+    def steps(self, done: int) -> Iterator[tuple[int, list[int], list[Batch]]]:
+        """Yield (step, its examples on all processes, this process's micro-batches).
+
+        Args:
+            done: Steps that were made before; the first that is yielded comes after them.
+        """
+        if self.steps_per_epoch is None:
+            yield from self._stream(done)
+            return
+        workers = self.recipe.train.workers
+        loader: Any = DataLoader(
+            self.examples,
+            batch_sampler=[
+                part.tolist()
+                for _, examples in self.plan.steps(done, self.total_steps)
+                for part in self._mine(examples)
+            ],
+            collate_fn=self.task.collate,
+            num_workers=workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            persistent_workers=False,
+        )
+        batches = iter(loader)
+        for step, examples in self.plan.steps(done, self.total_steps):
+            yield step, examples.tolist(), list(islice(batches, len(self._mine(examples))))
+
+    def _mine(self, examples: Any) -> list[Any]:
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        return micro_batches(examples, self.recipe.train.micro_batch_size, rank, processes)
+
+    def _stream(self, done: int) -> Iterator[tuple[int, list[int], list[Batch]]]:
+        size = self.recipe.train.examples_per_step
+        examples = islice(_encoded_stream(self.task), done * size, None)
+        for step in range(done + 1, self.total_steps + 1):
+            chunk = list(islice(examples, size))
+            parts = self._mine(np.arange(len(chunk)))
+            yield (
+                step,
+                [example["row"] for example in chunk],
+                [self.task.collate([chunk[i] for i in part]) for part in parts],
+            )
+
+
+def _encoded_stream(task: Task) -> Iterator[Example]:
+    rows = without_fault(stream_rows(task.recipe), task.fault, task.recipe)
+    for first in count(0, STREAM_CHUNK):
+        chunk = list(islice(rows, STREAM_CHUNK))
+        for offset, made in enumerate(task.encode(chunk)):
+            yield from ({**example, "row": first + offset} for example in made)
+
+
+class Packed:
+    """Several examples in one row; looks like the data set that it is made from."""
+
+    def __init__(self, task: Task, split: Encoded) -> None:
+        assert isinstance(task, CausalLM), "the recipe's checks ask for it with packing"
+        self.task, self.split = task, split
+        seed = task.recipe.train.seed
+        self.packs = pack(split.lengths.tolist(), task.max_length, seed)
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.task.pack(self.split.examples.__getitems__(self.packs[index]))

@@ -1,0 +1,125 @@
+"""Optimizers, parameter groups and schedules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_cli.adapters.attach import (
+    layer_index,
+    lora_layers,
+    parse_layers,
+    trainable_parameters,
+)
+from lora_cli.errors import LoraError
+from lora_cli.recipe import OptimizerSpec, Recipe, SchedulerSpec
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer over the trained parameters.
+
+    Each parameter group holds `names`, the names of its parameters, in the same order.
+
+    Raises:
+        LoraError: If a group matches nothing, or a package is missing.
+    """
+    spec = recipe.train.optimizer
+    groups = parameter_groups(model, recipe)
+    on_gpu = next(model.parameters()).is_cuda
+    match spec.type:
+        case "adamw":
+            return torch.optim.AdamW(
+                groups, betas=(spec.betas[0], spec.betas[1]), eps=spec.eps, fused=on_gpu or None
+            )
+        case "adamw_8bit":
+            try:
+                import bitsandbytes
+            except ImportError as error:
+                raise LoraError("`adamw_8bit` needs bitsandbytes",
+                                recipe.at("train.optimizer.type"),
+                                "pip install 'lora-cli[quantization]'") from error
+            optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+                groups, betas=(spec.betas[0], spec.betas[1]), eps=spec.eps
+            )
+            return optimizer
+        case "sgd":
+            return torch.optim.SGD(groups, momentum=spec.momentum)
+        case "adafactor":
+            return torch.optim.Adafactor(groups)
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Return parameters with the same learning rate and weight decay together."""
+    spec = recipe.train.optimizer
+    _refuse_empty_layer_groups(model, recipe)
+    adapters = {
+        f"{name}.{matrix}" for name in lora_layers(model) for matrix in ("lora_A", "lora_B")
+    }
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in trainable_parameters(model).items():
+        rate, decay = _settings(name, name in adapters, spec)
+        if name in adapters and name.endswith("lora_B") and spec.lora_plus_ratio is not None:
+            rate *= spec.lora_plus_ratio
+        if parameter.ndim < 2:  # biases and the scales of normalisation layers
+            decay = 0.0
+        group = groups.setdefault(
+            (rate, decay),
+            {"params": [], "names": [], "lr": rate, "initial_lr": rate, "weight_decay": decay},
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def _settings(name: str, is_adapter: bool, spec: OptimizerSpec) -> tuple[float, float]:
+    layer = layer_index(name)
+    chosen = next(
+        (group for layers, group in spec.groups.layers.items() if layer in parse_layers(layers)),
+        spec.groups.adapter if is_adapter else spec.groups.head,
+    )
+    rate, decay = chosen.learning_rate, chosen.weight_decay
+    return (
+        spec.learning_rate if rate is None else rate,
+        spec.weight_decay if decay is None else decay,
+    )
+
+
+def _refuse_empty_layer_groups(model: nn.Module, recipe: Recipe) -> None:
+    trained = {layer_index(name) for name in trainable_parameters(model)}
+    for layers in recipe.train.optimizer.groups.layers:
+        if not parse_layers(layers) & {i for i in trained if i is not None}:
+            raise LoraError(f"nothing is trained in layers {layers}",
+                            recipe.at(f"train.optimizer.groups.layers.{layers}"))
+
+
+def learning_rate_factor(spec: SchedulerSpec, step: int, total_steps: int) -> float:
+    """Return what the learning rates are multiplied by at a step, counted from 1.
+
+    The curves are those of transformers' `get_scheduler`, so that published settings carry over.
+    """
+    warmup = (
+        spec.warmup_steps
+        if spec.warmup_steps is not None
+        else math.ceil((spec.warmup_ratio or 0.0) * total_steps)
+    )
+    done = step - 1
+    if done < warmup:
+        return done / max(1, warmup)
+    progress = (done - warmup) / max(1, total_steps - warmup)
+    match spec.type:
+        case "constant":
+            return 1.0
+        case "linear":
+            return max(0.0, 1.0 - progress)
+        case "cosine":
+            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Scale every group's learning rate; return the highest."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    return max(float(group["lr"]) for group in optimizer.param_groups)

@@ -1,0 +1,186 @@
+"""What a run says while it goes on: a live line at a terminal, plain lines elsewhere, and logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+GIB = 2**30
+
+
+class RunLog:
+    """The display on stderr, `metrics.jsonl`, `samples.jsonl`, and trackers.
+
+    Args:
+        folder: The output folder; None for a process that only computes.
+        total_steps: Steps of the run.
+        step: Steps that are done: what the logs hold beyond them is cut off.
+        trackers: `tensorboard`, `trackio`.
+        name: Name of the run, for trackers.
+    """
+
+    def __init__(
+        self, folder: Path | None, total_steps: int, step: int, trackers: list[str], name: str
+    ) -> None:
+        self.console = Console(stderr=True, highlight=False, quiet=folder is None)
+        self.metrics: TextIO | None = None
+        self.samples: TextIO | None = None
+        self.trackers: list[Any] = []
+        if folder is not None:
+            self.metrics = _open_until(folder / "metrics.jsonl", step)
+            self.samples = _open_until(folder / "samples.jsonl", step)
+            self.trackers = [_tracker(tracker, folder, name) for tracker in trackers]
+        self.total_steps = total_steps
+        self.live = self.console.is_terminal and not self.console.quiet
+        self.bar = Progress(
+            TextColumn("[bold]train"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"), TimeRemainingColumn(),
+            console=self.console, disable=not self.live, transient=True,
+        )
+        self.row = self.bar.add_task("train", total=total_steps, completed=step, text="")
+
+    def __enter__(self) -> RunLog:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+        for file in (self.metrics, self.samples):
+            if file is not None:
+                file.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def sample(self, step: int, examples: list[int]) -> None:
+        """Note which examples formed a step."""
+        if self.samples is not None:
+            self.samples.write(json.dumps({"step": step, "examples": examples}) + "\n")
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self.bar.update(self.row, completed=step)
+
+    def trained(self, record: dict[str, Any], seconds_left: float) -> None:
+        """Log a record of training."""
+        self._write(record)
+        text = (f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
+                f"{record['examples_per_s']:.1f} ex/s  {record['tokens_per_s']:,.0f} tok/s  "
+                f"{record['memory_bytes'] / GIB:.1f} GiB")
+        self.bar.update(self.row, text=text)
+        if not self.live:
+            self.say(f"step {record['step']:>6}/{self.total_steps}  {text}  "
+                     f"{clock(seconds_left)} left")
+
+    def evaluated(self, step: int, epoch: float, metrics: dict[str, float], note: str) -> None:
+        """Log an evaluation."""
+        self._write({"step": step, "epoch": epoch, "validation": metrics})
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.say(f"step {step:>6}/{self.total_steps}  validation: {shown}{note}")
+
+    def flush(self) -> None:
+        """Bring the logs to the disk, before a checkpoint says that they are there."""
+        for file in (self.metrics, self.samples):
+            if file is not None:
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.metrics is None:
+            return
+        self.metrics.write(json.dumps(record) + "\n")
+        self.metrics.flush()
+        for tracker in self.trackers:
+            tracker.log(record)
+
+
+def _open_until(path: Path, step: int) -> TextIO:
+    """Open a log for appending, without the lines after `step`."""
+    kept = []
+    if path.exists() and step:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                break  # a line that was cut short is the last
+    path.write_text("".join(kept), encoding="utf-8")
+    return path.open("a", encoding="utf-8")
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, record: dict[str, Any]) -> None:
+        step = record["step"]
+        for name, value in _scalars(record):
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Trackio:
+    def __init__(self, name: str) -> None:
+        import trackio
+
+        self.run = trackio.init(project="lora", name=name)
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.run.log(dict(_scalars(record)), step=record["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
+    values = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            values += [(f"{key}/{name}", number) for name, number in value.items()]
+        elif key not in ("step", "epoch"):
+            values.append((f"train/{key}", value))
+    return values
+
+
+def _tracker(kind: str, folder: Path, name: str) -> Any:
+    from lora_cli.errors import LoraError
+
+    try:
+        return _TensorBoard(folder) if kind == "tensorboard" else _Trackio(name)
+    except ImportError as error:
+        raise LoraError(f"`{kind}` is not installed", "train.trackers",
+                        "pip install 'lora-cli[tracking]'") from error
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak memory: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

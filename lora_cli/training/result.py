@@ -1,0 +1,127 @@
+"""The output folder of a run: opened before training, completed after it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lora_cli import __version__
+from lora_cli.adapters.attach import parameter_table
+from lora_cli.errors import LoraError
+from lora_cli.files import write_atomically
+from lora_cli.recipe import Recipe, dump_recipe
+from lora_cli.reporting import plot_learning_curve, write_model_card, write_report
+from lora_cli.tasks import Encoded, Task
+from lora_cli.tasks.sequence_classification import SequenceClassification, label_counts
+
+LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "safetensors")
+
+
+def open_output(recipe: Recipe, resume: bool, accelerator: Accelerator) -> dict[str, Any] | None:
+    """Make the output folder, or look at what is in it.
+
+    Returns:
+        The report of a run that is complete, when it shall be resumed; else None.
+
+    Raises:
+        LoraError: If the folder holds something and the run shall not be resumed.
+    """
+    folder = recipe.output_path
+    report = folder / "report.json"
+    if resume and report.exists():
+        value: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+        return value
+    if folder.exists() and not folder.is_dir():
+        raise LoraError(f"{folder} is a file", recipe.at("output_dir"))
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise LoraError(f"the output folder {folder} is not empty", recipe.at("output_dir"),
+                        "go on with its run with `--resume`, or choose another with `-o DIR`")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
+        except OSError as error:
+            raise LoraError(f"cannot write to {folder}: {error.strerror}",
+                            recipe.at("output_dir")) from error
+    accelerator.wait_for_everyone()
+    return None
+
+
+def start_report(
+    recipe: Recipe,
+    task: Task,
+    data: dict[str, Encoded],
+    hashes: dict[str, str],
+    model: nn.Module,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Return what of the report is known before training."""
+    rows = parameter_table(model)
+    trainable = sum(row.count for row in rows if row.trainable)
+    total = sum(row.count for row in rows)
+    device = accelerator.device
+    on_gpu = device.type == "cuda"
+    return {
+        "lora_version": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["lora", *sys.argv[1:]]),
+        "task": recipe.task.type,
+        "base_model": recipe.model.name,
+        "adapter": recipe.adapter.model_dump(exclude_defaults=True) | {
+            "type": recipe.adapter.type
+        },
+        "parameters": {
+            "total": total,
+            "trainable": trainable,
+            "trainable_percent": round(100 * trainable / total, 4),
+        },
+        "data": {name: _facts(task, split, hashes[name]) for name, split in data.items()},
+        "training": {
+            "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+            "processes": accelerator.num_processes,
+            "precision": recipe.train.precision,
+            "examples_per_step": recipe.train.examples_per_step,
+        },
+        "versions": {"python": platform.python_version(),
+                     **{name: version(name) for name in LIBRARIES}},
+    }
+
+
+def _facts(task: Task, split: Encoded, sha256: str) -> dict[str, Any]:
+    rows = split.rows
+    facts: dict[str, Any] = {
+        "rows": len(rows),
+        "examples": len(split),
+        "source": rows.source,
+        "sha256": sha256,
+        "skipped_rows": len(rows.skipped),
+        "dropped_rows": rows.dropped,
+        "max_tokens": int(split.lengths.max()),
+    }
+    if isinstance(task, SequenceClassification) and task.labels:
+        facts["labels"] = label_counts(rows, task)
+    return facts
+
+
+def finish(
+    folder: Path, recipe: Recipe, report: dict[str, Any], accelerator: Accelerator
+) -> dict[str, Any]:
+    """Write the resolved recipe, the plot, the model card, and the report last."""
+    if accelerator.is_main_process:
+        write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
+        plot_learning_curve(folder, report)
+        write_model_card(folder, recipe, report)
+        write_report(folder, report)
+    accelerator.wait_for_everyone()
+    return report

@@ -1,0 +1,85 @@
+"""One optimizer step.
+
+A step adds the gradients of loss *sums* over its micro-batches and processes, each divided by the
+number of items of the whole step (rows, or trained tokens). However a step is cut, its gradient is
+the same. (The mean of micro-batch means, which many loops take, weighs a token in a short batch
+more than one in a long batch.)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lora_cli.adapters.attach import trainable_parameters
+from lora_cli.tasks import Batch, Task
+
+
+@dataclass
+class StepResult:
+    """What a step reports: the mean loss over its items, and the gradient's norm."""
+
+    loss: Tensor
+    grad_norm: Tensor
+
+
+def train_step(
+    model: nn.Module,
+    task: Task,
+    optimizer: Any,
+    batches: list[Batch],
+    accelerator: Accelerator,
+    max_grad_norm: float | None = None,
+) -> StepResult:
+    """Make one optimizer step from this process's micro-batches.
+
+    Args:
+        model: The model, in training mode.
+        task: It computes the loss.
+        optimizer: Prepared by Accelerate, which scales fp16's loss.
+        batches: This process's share of the step; may be empty.
+        accelerator: Precision and processes.
+        max_grad_norm: Longer gradients are shortened to this; None leaves them.
+    """
+    parameters = list(trainable_parameters(model).values())
+    n_items = torch.tensor(sum(batch.n_items for batch in batches), device=accelerator.device)
+    if accelerator.num_processes > 1:
+        n_items = accelerator.reduce(n_items, "sum")
+    # Divided before the backward pass, and not after, so that fp16's gradients stay in range.
+    per_item = 1.0 / n_items.clamp(min=1e-12)
+    total = torch.zeros((), device=accelerator.device)
+    for batch in batches:
+        with accelerator.autocast():
+            loss = task.loss(model, batch) * per_item
+        accelerator.backward(loss)
+        total += loss.detach()
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(total, "sum")
+        sum_gradients(parameters, accelerator)
+    limit = math.inf if max_grad_norm is None else max_grad_norm
+    norm = accelerator.clip_grad_norm_(parameters, limit)
+    optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(total, torch.as_tensor(norm))
+
+
+def sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Replace the gradients by their sums over the processes, in one message.
+
+    Adapters are small: one message of all gradients costs less than DDP's hooks and buckets, and a
+    process may have any number of micro-batches, or none.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    flat = accelerator.reduce(flat, "sum")
+    for parameter, part in zip(
+        parameters, flat.split([p.numel() for p in parameters]), strict=True
+    ):
+        parameter.grad = part.view_as(parameter)

@@ -1,0 +1,24 @@
+"""What every test shares: no network, one thread, and examples that are the same each time."""
+
+from __future__ import annotations
+
+import os
+
+# before anything imports huggingface_hub, which reads them at import
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> None:
+    """Start every test from the same seed, on one thread."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
