@@ -148,8 +148,11 @@ def _recipe_for(adapter: Path, recipe: Path | None, overrides: list[str] | None)
         raise LoraError(f"there is no folder {adapter}", "--adapter")
     file = recipe or adapter / "recipe.yaml"
     if recipe is None and not file.is_file():
-        raise LoraError(f"{adapter} holds no recipe.yaml", "--adapter",
-                        "name a recipe with `--recipe FILE`, for its task and data")
+        raise LoraError(
+            f"{adapter} holds no recipe.yaml",
+            "--adapter",
+            "name a recipe with `--recipe FILE`, for its task and data",
+        )
     return _load(file, overrides)
 
 
@@ -157,8 +160,8 @@ def _recipe_for(adapter: Path, recipe: Path | None, overrides: list[str] | None)
 def evaluate(
     adapter: AdapterDir,
     split: Annotated[
-        str | None, typer.Option("--split", help="train, validation or test. Default: all but "
-                                 "train.")
+        str | None,
+        typer.Option("--split", help="train, validation or test. Default: all but train."),
     ] = None,
     recipe: RecipeOption = None,
     overrides: Overrides = None,
@@ -196,14 +199,21 @@ def merge(
     result = merge_adapter(base, adapter, to, recipe)
     dtype = str(result.dtype).removeprefix("torch.")
     typer.echo(f"merged {result.merged_modules} modules into {result.folder}/ ({dtype})")
-    typer.echo(f"outputs differ from base + adapter by {result.difference:.1e} in float32, "
-               f"and by {result.rounding:.1e} more as {dtype}")
+    typer.echo(
+        f"outputs differ from base + adapter by {result.difference:.1e} in float32, "
+        f"and by {result.rounding:.1e} more as {dtype}"
+    )
     if result.untied:
-        typer.echo(f"untied {' and '.join(result.untied)}: their common weight was adapted for "
-                   "one of them, so each has its own now")
+        typer.echo(
+            f"untied {' and '.join(result.untied)}: their common weight was adapted for "
+            "one of them, so each has its own now"
+        )
     if not result.verified:
-        typer.echo("warning: the adapter's folder has no manifest, so neither its integrity nor "
-                   "its base model could be verified", err=True)
+        typer.echo(
+            "warning: the adapter's folder has no manifest, so neither its integrity nor "
+            "its base model could be verified",
+            err=True,
+        )
 
 
 @app.command()
@@ -233,11 +243,13 @@ def predict(
         written, problems = answer_file(model, task, source, target, accelerator)
         for problem in problems[:10]:
             typer.echo(f"warning: {problem.at}: {problem.what}; no prediction", err=True)
-        typer.echo(f"wrote {written} rows to {target}"
-                   + (f", {len(problems)} of them without prediction" if problems else ""))
+        typer.echo(
+            f"wrote {written} rows to {target}"
+            + (f", {len(problems)} of them without prediction" if problems else "")
+        )
         return
     rows = [task.row_of(text) for text in texts or []]
-    for row, values in zip(rows, answer(model, task, rows, accelerator), strict=True):
+    for values in answer(model, task, rows, accelerator):
         named = dict(zip(task.answer_columns(), values, strict=True))
         if as_json:
             typer.echo(json.dumps(named, ensure_ascii=False))
@@ -264,21 +276,37 @@ def params(
     trainable = sum(row.count for row in table if row.trainable)
     percent = 100 * trainable / total
     if as_json:
-        typer.echo(json.dumps({
-            "total": total, "trainable": trainable, "trainable_percent": round(percent, 4),
-            "parameters": [
-                {"name": r.name, "shape": r.shape, "trainable": r.trainable, "count": r.count}
-                for r in table
-            ],
-        }, indent=2))
+        typer.echo(
+            json.dumps(
+                {
+                    "total": total,
+                    "trainable": trainable,
+                    "trainable_percent": round(percent, 4),
+                    "parameters": [
+                        {
+                            "name": r.name,
+                            "shape": r.shape,
+                            "trainable": r.trainable,
+                            "count": r.count,
+                        }
+                        for r in table
+                    ],
+                },
+                indent=2,
+            )
+        )
         return
     rows = [["parameter", "times" if not every else "shape", "trained", "count"]]
     if every:
-        rows += [[r.name, " x ".join(map(str, r.shape)), "yes" if r.trainable else "",
-                  f"{r.count:,}"] for r in table]
+        rows += [
+            [r.name, " x ".join(map(str, r.shape)), "yes" if r.trainable else "", f"{r.count:,}"]
+            for r in table
+        ]
     else:
-        rows += [[name, str(times), "yes" if trained else "", f"{count:,}"]
-                 for name, times, trained, count in group_rows(table)]
+        rows += [
+            [name, str(times), "yes" if trained else "", f"{count:,}"]
+            for name, times, trained, count in group_rows(table)
+        ]
     typer.echo(_table(rows))
     typer.echo(f"\ntotal {total:,}  trainable {trainable:,}  ({percent:.4f} %)")
 

@@ -48,8 +48,9 @@ class LoraError(Exception):
 
     exit_code = 2
 
-    def __init__(self, what: str | Sequence[Problem], at: str | None = None,
-                 hint: str | None = None) -> None:
+    def __init__(
+        self, what: str | Sequence[Problem], at: str | None = None, hint: str | None = None
+    ) -> None:
         self.problems = [Problem(what, at, hint)] if isinstance(what, str) else list(what)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from lora_cli.adapters.folder import load_adapter, read_adapter
+from lora_cli.adapters.folder import read_adapter
+from lora_cli.adapters.loading import load_adapter
 from lora_cli.data.plan import Indices
 from lora_cli.errors import LoraError
 from lora_cli.metrics import Channel, MetricContext, MetricSet, metric_mode
@@ -139,9 +140,7 @@ def _line(prediction: Prediction, split: Encoded) -> str:
     return json.dumps(kept, ensure_ascii=False) + "\n"
 
 
-def open_adapter(
-    folder: Path, recipe: Recipe
-) -> tuple[Task, nn.Module, Accelerator]:
+def open_adapter(folder: Path, recipe: Recipe) -> tuple[Task, nn.Module, Accelerator]:
     """Return the task, the base model with the adapter of a folder, and where it runs."""
     accelerator = Accelerator(mixed_precision=MIXED_PRECISION[recipe.train.precision])
     if recipe.adapter.type == "full":
@@ -169,7 +168,10 @@ def evaluate_adapter(
     task, model, accelerator = open_adapter(folder, recipe)
     wanted = [split] if split else [n for n in ("validation", "test") if getattr(recipe.data, n)]
     if not wanted or (split and getattr(recipe.data, split, None) is None):
-        raise LoraError(f"the recipe has no split `{split or 'validation or test'}`",
-                        recipe.at("data"), "name one with `--set data.test=FILE`")
+        raise LoraError(
+            f"the recipe has no split `{split or 'validation or test'}`",
+            recipe.at("data"),
+            "name one with `--set data.test=FILE`",
+        )
     data = load_data(task, wanted)
     return {name: evaluate(model, task, data[name], accelerator) for name in wanted}

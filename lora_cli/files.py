@@ -83,8 +83,10 @@ def publish(source: Path, target: Path) -> None:
 def write_manifest(folder: Path) -> None:
     """Write the size and SHA-256 of every file of the folder."""
     files = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size,
-                                              "sha256": sha256_of(file)}
+        file.relative_to(folder).as_posix(): {
+            "bytes": file.stat().st_size,
+            "sha256": sha256_of(file),
+        }
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != MANIFEST
     }
@@ -111,13 +113,17 @@ def verify_manifest(folder: Path) -> bool:
     for name, size, sha256 in entries:
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise IntegrityError(f"the manifest names a file outside its folder: `{name}`",
-                                 str(manifest))
+            raise IntegrityError(
+                f"the manifest names a file outside its folder: `{name}`", str(manifest)
+            )
         if not file.is_file():
             raise IntegrityError(f"`{name}` is missing", str(folder))
         if file.stat().st_size != size or sha256_of(file) != sha256:
-            raise IntegrityError(f"`{name}` is not the file that was written", str(file),
-                                 "it was damaged or edited; take it from a backup or train again")
+            raise IntegrityError(
+                f"`{name}` is not the file that was written",
+                str(file),
+                "it was damaged or edited; take it from a backup or train again",
+            )
     return True
 
 

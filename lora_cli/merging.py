@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.adapters.attach import lora_layers, merge
-from lora_cli.adapters.folder import TASK_TYPES, AdapterFolder, load_adapter, read_adapter
+from lora_cli.adapters.folder import TASK_TYPES, AdapterFolder, read_adapter
+from lora_cli.adapters.loading import load_adapter
 from lora_cli.errors import IntegrityError, LoraError, NumericsError
 from lora_cli.files import new_folder
 from lora_cli.recipe import Recipe, load_recipe
@@ -34,9 +35,9 @@ class MergeResult:
     verified: bool
 
 
-def merge_adapter(base: str, adapter: Path, to: Path, recipe_file: Path | None = None) -> (
-    MergeResult
-):
+def merge_adapter(
+    base: str, adapter: Path, to: Path, recipe_file: Path | None = None
+) -> MergeResult:
     """Write the merged model.
 
     Args:
@@ -67,8 +68,10 @@ def merge_adapter(base: str, adapter: Path, to: Path, recipe_file: Path | None =
         after: Tensor = model(**probe).logits
         difference = _difference(after, before)
         if not difference <= TOLERANCE:
-            raise IntegrityError(f"merged, the model's outputs differ by {difference:.2e} of the "
-                                 "largest", hint="please report this: merging should be exact")
+            raise IntegrityError(
+                f"merged, the model's outputs differ by {difference:.2e} of the largest",
+                hint="please report this: merging should be exact",
+            )
         _refuse_overflow(model, dtype)
         stored: Any = model.to(dtype)
         rounded = stored(**probe).logits
@@ -86,7 +89,9 @@ def merge_adapter(base: str, adapter: Path, to: Path, recipe_file: Path | None =
 
 
 def adapter_task(
-    adapter: Path, recipe_file: Path | None = None, base: str | None = None,
+    adapter: Path,
+    recipe_file: Path | None = None,
+    base: str | None = None,
     overrides: list[str] | None = None,
 ) -> tuple[Task, AdapterFolder]:
     """Return the task that an adapter was trained for, and the adapter.
@@ -117,14 +122,18 @@ def _recipe_of(held: AdapterFolder, base: str | None) -> Recipe:
     kind = next((k for k, v in TASK_TYPES.items() if v == held.config.get("task_type")), None)
     name = base or held.config.get("base_model_name_or_path")
     if kind is None or not name:
-        raise LoraError(f"{held.path} does not say what it was trained for",
-                        hint="give a recipe with `--recipe`, for its `model` and `task`")
+        raise LoraError(
+            f"{held.path} does not say what it was trained for",
+            hint="give a recipe with `--recipe`, for its `model` and `task`",
+        )
     task: dict[str, Any] = {"type": kind}
     if kind == "sequence_classification":
         heads = [t for n, t in held.tensors.items() if ".lora_" not in n and t.ndim == 2]
         if not heads:
-            raise LoraError(f"{held.path} holds no classifier", hint="give a recipe with "
-                            "`--recipe`, for its labels")
+            raise LoraError(
+                f"{held.path} holds no classifier",
+                hint="give a recipe with `--recipe`, for its labels",
+            )
         task["labels"] = [f"LABEL_{i}" for i in range(heads[-1].shape[0])]
     return Recipe.model_validate(
         {"model": {"name": name}, "task": task, "data": {"path": "none.csv"}}
@@ -148,5 +157,7 @@ def _refuse_overflow(model: nn.Module, dtype: torch.dtype) -> None:
     limit = torch.finfo(dtype).max
     for name, parameter in model.named_parameters():
         if not bool((parameter.abs() <= limit).all()):
-            raise NumericsError(f"`{name}` has entries that {str(dtype).split('.')[-1]}, the base "
-                                "checkpoint's dtype, cannot hold")
+            raise NumericsError(
+                f"`{name}` has entries that {str(dtype).split('.')[-1]}, the base "
+                "checkpoint's dtype, cannot hold"
+            )

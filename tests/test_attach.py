@@ -14,18 +14,16 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from lora_cli.adapters.attach import (
     ParameterRow,
-    Target,
     add_layer,
     attach,
     group_rows,
     lora_layers,
     merge,
     parameter_table,
-    parse_layers,
-    resolve_targets,
     trainable_parameters,
     training_mode,
 )
+from lora_cli.adapters.targets import Target, parse_layers, resolve_targets
 from lora_cli.errors import LoraError, Problem
 from lora_cli.recipe import load_recipe
 

@@ -25,12 +25,12 @@ from lora_cli.adapters.attach import attach, lora_layers, merge, trainable_param
 from lora_cli.adapters.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    load_adapter,
     read_adapter,
     read_tensors,
     restore,
     save_adapter,
 )
+from lora_cli.adapters.loading import load_adapter
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.files import MANIFEST, write_manifest
 

@@ -22,13 +22,12 @@ from lora_cli.adapters.attach import (
     add_layer,
     attach,
     disabled,
-    layer_for,
     lora_layers,
     merge,
-    resolve_targets,
     trainable_parameters,
 )
-from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear
+from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear, layer_for
+from lora_cli.adapters.targets import resolve_targets
 from lora_cli.errors import LoraError
 
 # ------------------------------------------------------------------------------- layers to try

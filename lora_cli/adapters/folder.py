@@ -16,7 +16,6 @@ configuration says alpha; everything is checked before the model is touched.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.attach import (
-    Target,
-    _first_match,
-    _inside,
-    _regex_fault,
-    add_layer,
-    can_adapt,
-    even_norms,
-    groups_problem,
-    lora_layers,
-    matches,
-    trainable_parameters,
-)
-from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer
-from lora_cli.errors import IntegrityError, LoraError, Problem
+from lora_cli.adapters.attach import lora_layers, trainable_parameters
+from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer, can_adapt
+from lora_cli.adapters.targets import matches, regex_fault
+from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.files import umask_mode, verify_manifest, write_json
 from lora_cli.recipe import Recipe
 
@@ -153,12 +141,12 @@ def _over_all_channels(layer: LoRAConv) -> Tensor:
     return wide
 
 
-def _within_groups(a: Tensor, groups: int) -> Tensor:
+def within_groups(a: Tensor, groups: int) -> Tensor:
     """Return PEFT's A without the zeros outside the groups, or as it is where they are not zero."""
     rows, channels = a.shape[0] // groups, a.shape[1] // groups
-    narrow = torch.cat([
-        a[g * rows : (g + 1) * rows, g * channels : (g + 1) * channels] for g in range(groups)
-    ])
+    narrow = torch.cat(
+        [a[g * rows : (g + 1) * rows, g * channels : (g + 1) * channels] for g in range(groups)]
+    )
     return narrow if torch.count_nonzero(narrow) == torch.count_nonzero(a) else a
 
 
@@ -184,14 +172,20 @@ def read_adapter(path: Path) -> AdapterFolder:
         IntegrityError: If a file is damaged.
     """
     if not path.is_dir():
-        raise LoraError(f"there is no folder {path}", hint="`--adapter` takes the output folder of "
-                        "`lora train`, or a folder that PEFT saved")
+        raise LoraError(
+            f"there is no folder {path}",
+            hint="`--adapter` takes the output folder of `lora train`, or a folder that PEFT saved",
+        )
     if not (path / WEIGHTS_FILE).is_file():
-        pickles = [name for name in ("adapter_model.bin", "adapter_model.pt")
-                   if (path / name).exists()]
+        pickles = [
+            name for name in ("adapter_model.bin", "adapter_model.pt") if (path / name).exists()
+        ]
         if pickles:
-            raise LoraError(f"`{pickles[0]}` is a pickle, which can run code when it is read",
-                            str(path), "load it in PEFT where you trust it, and save it again")
+            raise LoraError(
+                f"`{pickles[0]}` is a pickle, which can run code when it is read",
+                str(path),
+                "load it in PEFT where you trust it, and save it again",
+            )
         raise LoraError(f"{path} holds no {WEIGHTS_FILE}", hint="is this an adapter folder?")
     verified = verify_manifest(path)
     try:
@@ -204,8 +198,9 @@ def read_adapter(path: Path) -> AdapterFolder:
         raise IntegrityError("not a JSON object", str(path / CONFIG_FILE))
     kind = config.get("peft_type")
     if kind not in ("LORA", "HEAD_ONLY", "BITFIT"):
-        raise LoraError(f"`{kind}` is not a type of adapter that this tool reads",
-                        str(path / CONFIG_FILE))
+        raise LoraError(
+            f"`{kind}` is not a type of adapter that this tool reads", str(path / CONFIG_FILE)
+        )
     _check_config(config, str(path / CONFIG_FILE))
     tensors = read_tensors(path)
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -224,7 +219,8 @@ def _check_config(config: dict[str, Any], where: str) -> None:
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init not in BASE_UNCHANGED:
         raise LoraError(
-            f"`{init}` changed the weights of the base too", where,
+            f"`{init}` changed the weights of the base too",
+            where,
             "save it in PEFT with `path_initial_model_for_weight_conversion`: a plain LoRA",
         )
     targets = config.get("target_modules")
@@ -235,7 +231,7 @@ def _check_config(config: dict[str, Any], where: str) -> None:
         "alpha_pattern": _is_pattern(config.get("alpha_pattern")),
         "target_modules": targets is None
         or (isinstance(targets, list) and all(isinstance(name, str) for name in targets))
-        or (isinstance(targets, str) and _regex_fault(targets) is None),
+        or (isinstance(targets, str) and regex_fault(targets) is None),
     }
     for key in (key for key, fine in good.items() if not fine):
         raise IntegrityError(f"`{key}` cannot be {json.dumps(config[key])}", where)
@@ -248,7 +244,7 @@ def _is_number(value: Any) -> bool:
 def _is_pattern(value: Any) -> bool:
     return value is None or (
         isinstance(value, dict)
-        and all(_is_number(v) and _regex_fault(key) is None for key, v in value.items())
+        and all(_is_number(v) and regex_fault(key) is None for key, v in value.items())
     )
 
 
@@ -257,8 +253,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
-        raise IntegrityError(f"not a whole safetensors file: {error}",
-                             str(path / WEIGHTS_FILE)) from error
+        raise IntegrityError(
+            f"not a whole safetensors file: {error}", str(path / WEIGHTS_FILE)
+        ) from error
     return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
@@ -281,7 +278,7 @@ def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                 continue
             tensor = tensors[_peft_name(owner, last, layer)]
             if isinstance(layer, LoRAConv) and last == "lora_A" and layer.groups > 1:
-                tensor = _within_groups(tensor, layer.groups)
+                tensor = within_groups(tensor, layer.groups)
             parameter.copy_(tensor)
 
 
@@ -296,202 +293,3 @@ def _peft_name(module: str, matrix: str, layer: LoRALayer) -> str:
     if isinstance(layer, LoRAEmbedding):
         return f"{module}.{matrix.replace('lora_', 'lora_embedding_')}"
     return f"{module}.{matrix}.weight"
-
-
-def load_adapter(model: nn.Module, adapter: AdapterFolder, new: list[str]) -> None:
-    """Attach an adapter to its base model and load its weights.
-
-    Args:
-        model: The base model, changed in place; nothing in it is trained afterwards.
-        adapter: What `read_adapter` returned.
-        new: Names of modules that the base checkpoint does not hold, and the adapter must.
-
-    Raises:
-        IntegrityError: With every tensor that does not fit the model or is missing; the model is
-            untouched then.
-    """
-    pairs, plain, frozen, problems = _sort_tensors(adapter)
-    modules = dict(model.named_modules())
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    targets: list[Target] = []
-    for name, pair in pairs.items():
-        faults, found = _check_pair(name, pair, modules.get(name), adapter)
-        problems += faults
-        targets += found
-    problems += _check_plain(plain, frozen, parameters)
-    problems += _missing(adapter, modules, parameters, plain, new)
-    if problems:
-        shown = problems[:8]
-        if len(problems) > 8:
-            shown.append(Problem(f"and {len(problems) - 8} more like these"))
-        last = shown[-1]
-        shown[-1] = Problem(last.what, str(adapter.path),
-                            "is this the base model that the adapter was trained on?")
-        raise IntegrityError(shown)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    with torch.no_grad():
-        for target in targets:
-            layer = add_layer(model, target, use_rslora=bool(adapter.config.get("use_rslora")))
-            _copy_pair(layer, pairs[target.name])
-        for name, tensor in plain.items():
-            parameter = parameters[name]
-            parameter.data = tensor.to(parameter.device, torch.float32)
-    even_norms(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-
-
-def _check_plain(
-    plain: dict[str, Tensor], frozen: dict[str, Tensor], parameters: dict[str, nn.Parameter]
-) -> list[Problem]:
-    """Return what is wrong with the tensors that stand for whole parameters of the model."""
-    problems = []
-    first: dict[int, str] = {}  # name of the first tensor for a parameter, which may be shared
-    for name, tensor in [*plain.items(), *frozen.items()]:
-        parameter = parameters.get(name)
-        if parameter is None:
-            problems.append(Problem(f"the model has no parameter `{name}`"))
-        elif parameter.shape != tensor.shape:
-            problems.append(Problem(f"`{name}` is {tuple(tensor.shape)} in the adapter and "
-                                    f"{tuple(parameter.shape)} in the model"))
-        elif name in frozen and not _same(parameter, tensor):
-            problems.append(Problem(f"`{name}` of the base is not the one it was trained on"))
-        elif name in plain:
-            other = first.setdefault(id(parameter), name)
-            if not torch.equal(plain[other], tensor):
-                problems.append(Problem(f"`{other}` and `{name}` differ in the adapter, and are "
-                                        "one in the model"))
-    return problems
-
-
-def _same(ours: Tensor, theirs: Tensor) -> bool:
-    """Compare in the coarser of the two dtypes: the base may have been loaded in another."""
-    dtype = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(ours.detach().cpu().to(dtype), theirs.to(dtype))
-
-
-def _missing(
-    adapter: AdapterFolder,
-    modules: dict[str, nn.Module],
-    parameters: dict[str, nn.Parameter],
-    plain: dict[str, Tensor],
-    new: list[str],
-) -> list[Problem]:
-    """Return a problem for everything that the configuration promises and the file lacks."""
-    config = adapter.config
-    adapted = {name.partition(".lora_")[0] for name in adapter.tensors if ".lora_" in name}
-    in_full = config.get("modules_to_save") or []
-    bias = "all" if config["peft_type"] == "BITFIT" else config.get("bias")
-    problems = [
-        Problem(f"`{name}` is missing: the configuration says that it is adapted")
-        for name in _promised(config, modules)
-        if name not in adapted
-    ]
-    for name in parameters:
-        owner, _, last = name.rpartition(".")
-        if name in plain:
-            continue
-        if any(name.startswith(f"{head}.") for head in new):
-            problems.append(Problem(f"`{name}` is missing: the base does not hold it either"))
-        elif any(_inside(owner, top) for top in in_full) or (
-            last == "bias" and (bias == "all" or (bias == "lora_only" and owner in adapted))
-        ):
-            problems.append(Problem(f"`{name}` is missing: the configuration says that it is "
-                                    "trained"))
-    return problems
-
-
-def _promised(config: dict[str, Any], modules: dict[str, nn.Module]) -> list[str]:
-    """Return the modules for which a configuration promises an adapter, by PEFT's rule.
-
-    Not with `layers_to_transform`, whose rule has changed between versions: there the tensors
-    alone say it.
-    """
-    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
-    if targets is None or targets == "all-linear" or config.get("layers_to_transform") is not None:
-        return []
-    in_full = config.get("modules_to_save") or []
-    return [
-        name
-        for name, module in modules.items()
-        if can_adapt(module)
-        and matches(targets, name)
-        and not matches(excluded, name)
-        and not any(_inside(name, top) for top in in_full)
-    ]
-
-
-def _sort_tensors(
-    adapter: AdapterFolder,
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor], list[Problem]]:
-    """Return (A and B by module, trained parameters by name, weights of the base, problems)."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    plain: dict[str, Tensor] = {}
-    frozen: dict[str, Tensor] = {}
-    problems = []
-    for name, tensor in adapter.tensors.items():
-        low_rank = re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight)?",
-                                name)
-        if low_rank:
-            pairs.setdefault(low_rank[1], {})[low_rank[2]] = tensor
-        elif ".lora_" in name:
-            problems.append(Problem(f"`{name}` is of a kind that this tool does not know"))
-        elif name.endswith(".base_layer.weight"):  # of an embedding: PEFT writes it besides
-            frozen[f"{name.removesuffix('.base_layer.weight')}.weight"] = tensor
-        elif ".original_module." not in name:  # the head before training: PEFT's `bias: all`
-            name = re.sub(r"\.base_layer\.(\w+)$", r".\1", name)
-            plain[name.replace(".modules_to_save.", ".")] = tensor
-    for module, pair in pairs.items():
-        if set(pair) != {"A", "B"}:
-            problems.append(Problem(f"`{module}` has only lora_{next(iter(pair))}"))
-    pairs = {module: pair for module, pair in pairs.items() if set(pair) == {"A", "B"}}
-    return pairs, plain, frozen, problems
-
-
-def _check_pair(
-    name: str, pair: dict[str, Tensor], module: nn.Module | None, adapter: AdapterFolder
-) -> tuple[list[Problem], list[Target]]:
-    """Return what is wrong with a pair, or the target that it makes."""
-    if module is None or not can_adapt(module):
-        kind = f"is a {type(module).__name__}, which no adapter fits" if module else "is not there"
-        return [Problem(f"the adapter is for `{name}`, which in the model {kind}")], []
-    config = adapter.config
-    rank = pair["A"].shape[0] if pair["A"].ndim else 0
-    stated = int(_first_match(config.get("rank_pattern") or {}, name, config.get("r", rank)))
-    alpha = _first_match(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
-    if stated != rank:
-        return [Problem(f"`{name}` has rank {rank}, its configuration says {stated}")], []
-    target = Target(name, rank, alpha)
-    if problems := groups_problem(module, target):
-        return problems, []
-    a, b = _expected_shapes(module, rank)
-    problems = [
-        Problem(f"lora_{key} of `{name}` is {tuple(pair[key].shape)}, the model needs {shape}")
-        for key, shape in (("A", a), ("B", b))
-        if tuple(pair[key].shape) != shape
-    ]
-    return problems, [target]
-
-
-def _expected_shapes(module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        ones = (1,) * len(module.kernel_size)
-        return ((rank, module.in_channels, *module.kernel_size),
-                (module.out_channels, rank // module.groups, *ones))
-    if isinstance(module, nn.Embedding):
-        return (rank, module.num_embeddings), (module.embedding_dim, rank)
-    if isinstance(module, nn.Linear):
-        return (rank, module.in_features), (module.out_features, rank)
-    n_in, n_out = module.weight.shape  # type: ignore[union-attr]  # Conv1D, stored (in, out)
-    return (rank, n_in), (n_out, rank)
-
-
-def _copy_pair(layer: LoRALayer, pair: dict[str, Tensor]) -> None:
-    a = pair["A"]
-    if isinstance(layer, LoRAConv) and layer.groups > 1:
-        a = _within_groups(a, layer.groups)
-        if a.shape != layer.lora_A.shape:
-            layer.lora_A = nn.Parameter(a.to(layer.lora_A.device, torch.float32))
-    layer.lora_A.copy_(a)
-    layer.lora_B.copy_(pair["B"])

@@ -21,6 +21,7 @@ import math
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import LoraError
@@ -206,7 +207,7 @@ class LoRAConv(LoRALayer):
         base = self.base
         assert isinstance(base, nn.Conv1d | nn.Conv2d)
         x = self.dropout(_in_dtype_of(self.lora_A, x))
-        padding = base.padding
+        padding: str | int | tuple[int, ...] = base.padding
         if base.padding_mode != "zeros":
             x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
             padding = 0
@@ -228,8 +229,9 @@ class LoRAConv(LoRALayer):
                 "an adapter whose A spans all channels of a grouped convolution cannot be merged",
                 hint="use it unmerged, or train it again with this tool, which keeps the groups",
             )
-        a = self.lora_A.detach().unflatten(0, (self.groups, -1))  # (G, rank/G, in/G, *kernel)
-        b = self.lora_B.detach().flatten(1).unflatten(0, (self.groups, -1))  # (G, out/G, rank/G)
+        # G groups: a (G, rank/G, in/G, *kernel), b (G, out/G, rank/G)
+        a = torch.unflatten(self.lora_A.detach(), 0, (self.groups, -1))
+        b = torch.unflatten(self.lora_B.detach().flatten(1), 0, (self.groups, -1))
         return self.scaling * torch.einsum("gor,gr...->go...", b, a).flatten(0, 1)
 
 
@@ -250,3 +252,26 @@ def check_groups(base: nn.Module, rank: int) -> None:
 def _in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:
     """Return x in the weight's dtype, unless autocast chooses the dtype of the product."""
     return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+
+
+def layer_for(
+    base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False
+) -> LoRALayer | None:
+    """Return the low-rank layer that fits `base`, or None where none does."""
+    if isinstance(base, nn.Linear | Conv1D):
+        return LoRALinear(base, rank, alpha, dropout, use_rslora)
+    if type(base) is nn.Embedding:  # subclasses scale or cut what they look up
+        return LoRAEmbedding(base, rank, alpha, dropout, use_rslora)
+    if isinstance(base, nn.Conv1d | nn.Conv2d):
+        return LoRAConv(base, rank, alpha, dropout, use_rslora)
+    return None
+
+
+def can_adapt(module: nn.Module) -> bool:
+    """Return whether a low-rank layer fits the module."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention takes its weight and never calls it
+    return (
+        isinstance(module, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d)
+        or type(module) is nn.Embedding
+    )

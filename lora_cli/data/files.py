@@ -39,8 +39,11 @@ def kind_of(path: Path, spec: FormatSpec) -> str:
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     kind = spec.type or KINDS.get(suffix)
     if kind is None:
-        raise LoraError(f"what kind of file is {path.name}?", "data.format.type",
-                        "set it to csv, json, parquet or text")
+        raise LoraError(
+            f"what kind of file is {path.name}?",
+            "data.format.type",
+            "set it to csv, json, parquet or text",
+        )
     return kind
 
 
@@ -81,13 +84,20 @@ def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str, str]]:
         with _open(path) as raw:
             for number, line in enumerate(raw, 1):
                 try:
-                    yield number, line.decode(codec if number == 1 else codec.removesuffix("-sig")), ""
+                    yield (
+                        number,
+                        line.decode(codec if number == 1 else codec.removesuffix("-sig")),
+                        "",
+                    )
                 except UnicodeDecodeError as error:
                     byte = line[error.start]
                     yield number, "", f"byte 0x{byte:02x} is not {encoding} text"
     except LookupError:
-        raise LoraError(f"`{encoding}` is not an encoding", "data.format.encoding",
-                        "for example utf-8, latin-1, cp1252, cp932, utf-16") from None
+        raise LoraError(
+            f"`{encoding}` is not an encoding",
+            "data.format.encoding",
+            "for example utf-8, latin-1, cp1252, cp932, utf-16",
+        ) from None
     except (UnicodeError, EOFError, gzip.BadGzipFile) as error:
         raise LoraError(f"cannot be read: {error}", str(path)) from error
 
@@ -117,11 +127,13 @@ def _read_csv(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
             names = header
             twice = {name for name in names if names.count(name) > 1}
             if twice:
-                raise LoraError(f"two columns are called `{twice.pop()}`", f"{path.name}:1",
-                                "name them in `data.format.columns`")
+                raise LoraError(
+                    f"two columns are called `{twice.pop()}`",
+                    f"{path.name}:1",
+                    "name them in `data.format.columns`",
+                )
         elif len(names) != len(header):
-            raise LoraError(f"{len(names)} names for {len(header)} columns",
-                            "data.format.columns")
+            raise LoraError(f"{len(names)} names for {len(header)} columns", "data.format.columns")
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     offset = position
     while True:
@@ -242,8 +254,11 @@ def require_columns(wanted: dict[str, str], present: list[str], source: str) -> 
     from lora_cli.errors import Problem
 
     problems = [
-        Problem(f"{source} has no column `{column}`", at,
-                did_you_mean(column, present, "its columns are"))
+        Problem(
+            f"{source} has no column `{column}`",
+            at,
+            did_you_mean(column, present, "its columns are"),
+        )
         for at, column in wanted.items()
         if column not in present
     ]

@@ -79,9 +79,7 @@ class Rows:
 
     def select(self, positions: Indices, skipped: Sequence[str] = ()) -> Rows:
         """Return the rows at some positions of this split."""
-        return replace(
-            self, indices=self.indices[positions], skipped=(*self.skipped, *skipped)
-        )
+        return replace(self, indices=self.indices[positions], skipped=(*self.skipped, *skipped))
 
     def content_sha256(self) -> str:
         """Return the SHA-256 of the rows themselves, in their order."""
@@ -115,9 +113,11 @@ def load_rows(recipe: Recipe, splits: Sequence[str] = SPLITS) -> dict[str, Rows]
         if isinstance(held_out, HeldOutSpec):
             parent = held_out.from_
             if parent not in whole:
-                raise LoraError(f"there is no split `{parent}` to draw rows from",
-                                recipe.at(f"data.{name}.from"),
-                                did_you_mean(parent, whole, "the splits are"))
+                raise LoraError(
+                    f"there is no split `{parent}` to draw rows from",
+                    recipe.at(f"data.{name}.from"),
+                    did_you_mean(parent, whole, "the splits are"),
+                )
             whole[name], whole[parent] = _hold_out(recipe, whole[parent], name, held_out)
     for name, rows in whole.items():
         if not len(rows):
@@ -145,8 +145,11 @@ def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tup
     rows = list(parent)
     for column in filter(None, (spec.group_by, label if spec.stratify else None)):
         if rows and column not in rows[0]:
-            raise LoraError(f"there is no column `{column}`", recipe.at(f"data.{name}"),
-                            did_you_mean(column, parent.columns, "the columns are"))
+            raise LoraError(
+                f"there is no column `{column}`",
+                recipe.at(f"data.{name}"),
+                did_you_mean(column, parent.columns, "the columns are"),
+            )
     held, kept = draw(
         [text(row) for row in rows],
         spec.fraction,
@@ -227,12 +230,18 @@ def _files(recipe: Recipe, split: str, name: str) -> list[Path]:
         files = sorted(folder.glob(str(pattern.relative_to(folder)))) if folder.is_dir() else []
         if not files:
             beside = [str(f) for f in pattern.parent.glob("*")] if folder.is_dir() else []
-            raise LoraError(f"there is no file {pattern}", at,
-                            did_you_mean(str(pattern), beside, "beside it are") if beside else None)
+            raise LoraError(
+                f"there is no file {pattern}",
+                at,
+                did_you_mean(str(pattern), beside, "beside it are") if beside else None,
+            )
         files = files if is_file(name) or name == "train" else []
     if not files:
-        raise LoraError(f"{pattern} has no split `{name}`", recipe.at(f"data.{split}"),
-                        "name a file, or draw rows: `{from: train, fraction: 0.1}`")
+        raise LoraError(
+            f"{pattern} has no split `{name}`",
+            recipe.at(f"data.{split}"),
+            "name a file, or draw rows: `{from: train, fraction: 0.1}`",
+        )
     return files
 
 
@@ -246,9 +255,7 @@ def _readable(file: Path, spec: FormatSpec) -> bool:
 def _belongs(file: Path, split: str) -> bool:
     """Return whether a file's name or folder says that it is of a split."""
     pattern = SPLIT_FILES.get(split, re.escape(split))
-    return any(
-        re.search(rf"(^|[^a-z]){pattern}([^a-z]|$)", part.lower()) for part in file.parts
-    )
+    return any(re.search(rf"(^|[^a-z]){pattern}([^a-z]|$)", part.lower()) for part in file.parts)
 
 
 def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
@@ -291,8 +298,11 @@ def without(rows: Rows, faults: dict[int, str], recipe: Recipe) -> Rows:
         problems = [Problem(fault, rows.place(i)) for i, fault in list(faults.items())[:10]]
         more = f"; {len(faults) - 10} more rows are like these" if len(faults) > 10 else ""
         last = problems[-1]
-        problems[-1] = Problem(last.what, last.at, "mend the rows, or pass them over with "
-                               f"`--set data.on_bad_row=skip`{more}")
+        problems[-1] = Problem(
+            last.what,
+            last.at,
+            f"mend the rows, or pass them over with `--set data.on_bad_row=skip`{more}",
+        )
         raise LoraError(problems)
     keep = np.array([i for i in range(len(rows)) if i not in faults], dtype=np.int64)
     return rows.select(keep, places)
@@ -308,8 +318,11 @@ def without_fault(
             assert row.columns is not None
             yield row.columns
         elif recipe.data.on_bad_row == "error":
-            raise LoraError(fault, row.place, "mend the row, or pass such rows over with "
-                            "`--set data.on_bad_row=skip`")
+            raise LoraError(
+                fault,
+                row.place,
+                "mend the row, or pass such rows over with `--set data.on_bad_row=skip`",
+            )
 
 
 def cached_dataset(generator: Any, key: Sequence[str], features: Any) -> Any:
@@ -349,8 +362,11 @@ def _load_hub(recipe: Recipe, split: str, streaming: bool = False) -> Any:
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LoraError(f"cannot load `{data.name}`: {reason}", recipe.at("data.name"),
-                        "a local file is given as `data.path`") from error
+        raise LoraError(
+            f"cannot load `{data.name}`: {reason}",
+            recipe.at("data.name"),
+            "a local file is given as `data.path`",
+        ) from error
     finally:
         if shown:
             datasets.enable_progress_bars()

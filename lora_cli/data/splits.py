@@ -65,7 +65,8 @@ def draw(
     kept = [i for i, count in enumerate(inside) if count == 0]
     if not held or not kept:
         raise LoraError(
-            f"{fraction:g} of {len(texts)} rows in {len(units)} units leaves one side empty", at,
+            f"{fraction:g} of {len(texts)} rows in {len(units)} units leaves one side empty",
+            at,
             "use another fraction, or a coarser `group_by`",
         )
     return np.array(held, dtype=np.int64), np.array(kept, dtype=np.int64)

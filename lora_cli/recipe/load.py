@@ -52,8 +52,11 @@ class _Reader:
     def value(self, node: yaml.Node, path: KeyPath = ()) -> Any:
         self.nodes += 1
         if self.nodes > MAX_NODES or len(path) > 30:
-            raise LoraError("the recipe is too large or too deep", self.file,
-                            "aliases that repeat or contain themselves are not for recipes")
+            raise LoraError(
+                "the recipe is too large or too deep",
+                self.file,
+                "aliases that repeat or contain themselves are not for recipes",
+            )
         self.places.setdefault(_dotted(path), f"{self.file}:{node.start_mark.line + 1}")
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         if isinstance(node, yaml.MappingNode) and kind == "map":
@@ -88,8 +91,11 @@ class _Reader:
             if key in result:
                 first = self.places[_dotted(here)]
                 self.problems.append(
-                    Problem(f"`{key}` stands twice", self._at(key_node, here),
-                            f"the first is at {first}; keep one")
+                    Problem(
+                        f"`{key}` stands twice",
+                        self._at(key_node, here),
+                        f"the first is at {first}; keep one",
+                    )
                 )
                 continue
             self.places[_dotted(here)] = f"{self.file}:{key_node.start_mark.line + 1}"
@@ -141,16 +147,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         reason = "there is no such file" if not file.exists() else (error.strerror or str(error))
         others = [str(other) for other in file.parent.glob("*.y*ml")]
         close = nearest(str(file), others)
-        raise LoraError(f"cannot read the recipe: {reason}", str(path),
-                        f"did you mean `{close}`?" if close else None) from error
+        raise LoraError(
+            f"cannot read the recipe: {reason}",
+            str(path),
+            f"did you mean `{close}`?" if close else None,
+        ) from error
     if len(raw) > MAX_BYTES:
         raise LoraError("this is too large for a recipe", str(path))
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise LoraError("the recipe is not UTF-8 text", f"{path}:{line}",
-                        "save it as UTF-8") from error
+        raise LoraError(
+            "the recipe is not UTF-8 text", f"{path}:{line}", "save it as UTF-8"
+        ) from error
     data, reader = _parse(text, str(path))
     places, problems = reader.places, reader.problems
     if not isinstance(data, dict):
@@ -172,8 +182,9 @@ def _override(data: dict[str, Any], places: dict[str, str], override: str) -> li
     key, equals, text = override.partition("=")
     flag = f"--set {override}"
     if not equals or not all(key.split(".")):
-        raise LoraError("an override is written `key=value`", flag,
-                        "for example `--set train.epochs=1`")
+        raise LoraError(
+            "an override is written `key=value`", flag, "for example `--set train.epochs=1`"
+        )
     value, reader = _parse(text, flag)
     parts = key.strip().split(".")
     section: Any = data
@@ -182,8 +193,9 @@ def _override(data: dict[str, Any], places: dict[str, str], override: str) -> li
             section[part] = {}
         section = section[part]
         if not isinstance(section, dict):
-            raise LoraError(f"`{part}` is not a section in this recipe, so `{key}` cannot be set",
-                            flag)
+            raise LoraError(
+                f"`{part}` is not a section in this recipe, so `{key}` cannot be set", flag
+            )
     section[parts[-1]] = value
     for place in [p for p in places if p == key or p.startswith(key + ".")]:
         del places[place]
@@ -244,8 +256,13 @@ def _explain(error: ValidationError, data: Any, places: dict[str, str]) -> list[
                 problems.append(Problem(what, at, did_you_mean(given, tags)))
             case "literal_error":
                 options = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
-                problems.append(Problem(f"`{fault['input']}` is not a choice here", at,
-                                        did_you_mean(str(fault["input"]), options)))
+                problems.append(
+                    Problem(
+                        f"`{fault['input']}` is not a choice here",
+                        at,
+                        did_you_mean(str(fault["input"]), options),
+                    )
+                )
             case _:
                 wanted = " or ".join(dict.fromkeys(_wanted(f["msg"]) for _, f in faults))
                 text = _description(schema.get("properties", {}).get(name, {}))
@@ -257,10 +274,15 @@ def _explain(error: ValidationError, data: Any, places: dict[str, str]) -> list[
 def _wanted(message: str) -> str:
     for beginning in ("Input should be ", "Value should be ", "Input should "):
         message = message.removeprefix(beginning)
-    names = {"a valid string": "text", "a valid integer": "a whole number",
-             "a valid number": "a number", "a valid boolean": "true or false",
-             "a valid list": "a list", "a valid dictionary": "a section with keys",
-             "String should match pattern": "of another form"}
+    names = {
+        "a valid string": "text",
+        "a valid integer": "a whole number",
+        "a valid number": "a number",
+        "a valid boolean": "true or false",
+        "a valid list": "a list",
+        "a valid dictionary": "a section with keys",
+        "String should match pattern": "of another form",
+    }
     for pydantic_name, name in names.items():
         if message.startswith(pydantic_name):
             return name
@@ -282,8 +304,20 @@ def _path_in(data: Any, location: Sequence[str | int]) -> KeyPath:
     return tuple(path)
 
 
-_MEMBER_NAMES = ("str", "int", "float", "bool", "list[str]", "list[int]", "none", "named",
-                 "held_out", "constrained-str", "dict[str,float]", "[key]")
+_MEMBER_NAMES = (
+    "str",
+    "int",
+    "float",
+    "bool",
+    "list[str]",
+    "list[int]",
+    "none",
+    "named",
+    "held_out",
+    "constrained-str",
+    "dict[str,float]",
+    "[key]",
+)
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -300,7 +334,8 @@ def _one_line(node: Any) -> Any:
     """Join descriptions that were broken over lines, and drop titles that repeat the key."""
     if isinstance(node, dict):
         return {
-            key: " ".join(value.split()) if key == "description" and isinstance(value, str)
+            key: " ".join(value.split())
+            if key == "description" and isinstance(value, str)
             else _one_line(value)
             for key, value in node.items()
             if key != "title" or isinstance(value, dict)

@@ -157,7 +157,7 @@ class Task(ABC):
 
     @abstractmethod
     def features(self) -> dict[str, str]:
-        """Return the type of each key of an example but `input_ids`: `list<int32>`, `float32`…"""
+        """Return the type of each key of an example but `input_ids`: `list<int32>`, `float32`."""
 
     # -- model
 
@@ -227,9 +227,9 @@ class Task(ABC):
         return [self.recipe.task.model_dump_json(), digest, str(self.max_length)]
 
 
-def load_data(task: Task, splits: Sequence[str] = ("train", "validation", "test")) -> dict[
-    str, Encoded
-]:
+def load_data(
+    task: Task, splits: Sequence[str] = ("train", "validation", "test")
+) -> dict[str, Encoded]:
     """Read, check and encode the splits; everything that can be wrong with them is found here.
 
     Raises:
@@ -280,8 +280,14 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
 
     types = {"input_ids": "list<int32>", **task.features(), "row": "int64", "length": "int32"}
     which = hashlib.sha256(rows.indices.tobytes()).hexdigest()
-    key = [*task.cache_key(), rows.sha256, rows.source, which, str(sorted(types.items())),
-           task.recipe.data.format.model_dump_json()]
+    key = [
+        *task.cache_key(),
+        rows.sha256,
+        rows.source,
+        which,
+        str(sorted(types.items())),
+        task.recipe.data.format.model_dump_json(),
+    ]
     dataset = cached_dataset(
         examples, key, datasets.Features({name: feature(t) for name, t in types.items()})
     )

@@ -59,10 +59,13 @@ class CausalLM(Task):
         tokenizer = self.tokenizer
         if self.spec.pad_token is not None:
             token = tokenizer.convert_tokens_to_ids(self.spec.pad_token)
-            if token is None or (token == tokenizer.unk_token_id
-                                 and self.spec.pad_token != tokenizer.unk_token):
-                raise LoraError(f"the tokenizer has no token `{self.spec.pad_token}`",
-                                self.recipe.at("task.pad_token"))
+            if token is None or (
+                token == tokenizer.unk_token_id and self.spec.pad_token != tokenizer.unk_token
+            ):
+                raise LoraError(
+                    f"the tokenizer has no token `{self.spec.pad_token}`",
+                    self.recipe.at("task.pad_token"),
+                )
             return int(token)
         candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, 0)
         return next(int(i) for i in candidates if i is not None and i != tokenizer.eos_token_id)
@@ -185,10 +188,12 @@ class CausalLM(Task):
         if "position_ids" in examples[0]:
             # filled positions are a document of their own, so that every row is a whole pack
             width = inputs["input_ids"].shape[1]
-            inputs["position_ids"] = torch.tensor([
-                [*example["position_ids"], *range(width - len(example["position_ids"]))]
-                for example in examples
-            ])
+            inputs["position_ids"] = torch.tensor(
+                [
+                    [*example["position_ids"], *range(width - len(example["position_ids"]))]
+                    for example in examples
+                ]
+            )
         else:
             inputs["attention_mask"] = pad([[1] * len(sequence) for sequence in ids], 0)
         padded = pad(labels, IGNORED)
@@ -234,17 +239,18 @@ class CausalLM(Task):
         """Let the model write answers, if a metric reads text."""
         self.writes_answers = "text" in channels
         if self.writes_answers and not (self.is_chat or self.is_pair):
-            raise LoraError("metrics of text need prompts to answer",
-                            self.recipe.at("evaluate.metrics"),
-                            "name `prompt_column` and `completion_column`, or `messages_column`")
+            raise LoraError(
+                "metrics of text need prompts to answer",
+                self.recipe.at("evaluate.metrics"),
+                "name `prompt_column` and `completion_column`, or `messages_column`",
+            )
 
-    def _add_answers(
-        self, model: nn.Module, batch: Batch, predictions: list[Prediction]
-    ) -> None:
+    def _add_answers(self, model: nn.Module, batch: Batch, predictions: list[Prediction]) -> None:
         """Let the model answer what stands before the last trained span of each example."""
         prompts, references = [], []
-        for ids, labels in zip(batch.inputs["input_ids"].tolist(), batch.labels.tolist(),
-                               strict=True):
+        for ids, labels in zip(
+            batch.inputs["input_ids"].tolist(), batch.labels.tolist(), strict=True
+        ):
             last = max(i for i, label in enumerate(labels) if label != IGNORED)
             first = last
             while first > 0 and labels[first - 1] != IGNORED:
@@ -271,9 +277,11 @@ class CausalLM(Task):
         """Return the token ids of a row without its answer."""
         if self.is_chat:
             messages = self._question(row)
-            text = str(self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            ))
+            text = str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True
+                )
+            )
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         (column,) = self.input_columns().values()
         ids = list(self.tokenizer(str(row[column]) + self.spec.separator)["input_ids"])
@@ -306,14 +314,16 @@ class CausalLM(Task):
         for i, prompt in enumerate(prompts):  # on the left, so that every answer starts at once
             ids[i, width - len(prompt) :] = torch.tensor(prompt)
             mask[i, width - len(prompt) :] = 1
-        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        sampling: dict[str, Any] = {"do_sample": options.temperature > 0, "top_k": 0}
         if options.temperature > 0:
-            sampling = {"do_sample": True, "temperature": options.temperature,
-                        "top_p": options.top_p, "top_k": 0}
+            sampling |= {"temperature": options.temperature, "top_p": options.top_p}
         output = model.generate(  # type: ignore[operator]  # transformers' generation mix-in
-            input_ids=ids.to(device), attention_mask=mask.to(device),
-            max_new_tokens=options.max_new_tokens, pad_token_id=self._pad,
-            eos_token_id=self.tokenizer.eos_token_id, **sampling,
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=options.max_new_tokens,
+            pad_token_id=self._pad,
+            eos_token_id=self.tokenizer.eos_token_id,
+            **sampling,
         )
         answers: list[str] = self.tokenizer.batch_decode(
             output[:, width:], skip_special_tokens=True

@@ -39,8 +39,11 @@ def read_messages(row: dict[str, Any], form: str, column: str | None) -> list[Me
         more = row.get("input")
         question = f"{instruction}\n\n{more}" if more else str(instruction)
         system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        return [*system, {"role": "user", "content": question},
-                {"role": "assistant", "content": str(output)}]
+        return [
+            *system,
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": str(output)},
+        ]
     value = row.get(column or "")
     if isinstance(value, str):  # csv files hold the list as JSON
         try:
@@ -113,9 +116,7 @@ def render(
     return whole, spans
 
 
-def _apply(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any
-) -> str:
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
     if not messages:  # templates read the first message; there is none before the first turn
         return ""
     return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))

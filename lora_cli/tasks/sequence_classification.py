@@ -64,8 +64,11 @@ class SequenceClassification(Task):
         found = {name: self._values(rows) for name, rows in splits.items()}
         if not self.labels:
             if "train" not in splits:
-                raise LoraError("the labels are not known", self.recipe.at("task.labels"),
-                                "name them, in the order of the model's outputs")
+                raise LoraError(
+                    "the labels are not known",
+                    self.recipe.at("task.labels"),
+                    "name them, in the order of the model's outputs",
+                )
             self.labels = splits["train"].label_names.get(column) or _sorted(found["train"])
         n_rows = sum(found.get("train", {}).values())
         if len(self.labels) > 20 and len(self.labels) > n_rows / 2 and "train" in found:
@@ -77,8 +80,11 @@ class SequenceClassification(Task):
         self.spec.labels = list(self.labels)
         self._refuse_unknown_labels(splits, found)
         if len(self.labels) < 2 and self.spec.problem == "single_label":
-            raise LoraError(f"there is one label only, `{self.labels[0]}`",
-                            self.recipe.at("task.label_column"), "nothing can be learned from it")
+            raise LoraError(
+                f"there is one label only, `{self.labels[0]}`",
+                self.recipe.at("task.label_column"),
+                "nothing can be learned from it",
+            )
         if "train" in found:
             self.weights = self._weights(found["train"])
 
@@ -109,10 +115,13 @@ class SequenceClassification(Task):
                     for i, row in enumerate(rows)
                     if value in (self._texts_of(row) or ())
                 )
-                problems.append(Problem(
-                    f"`{value}` is not a label ({values[value]} rows of {name})", at,
-                    did_you_mean(value, self.labels, "the labels are"),
-                ))
+                problems.append(
+                    Problem(
+                        f"`{value}` is not a label ({values[value]} rows of {name})",
+                        at,
+                        did_you_mean(value, self.labels, "the labels are"),
+                    )
+                )
         if problems:
             raise LoraError(problems)
 
@@ -138,9 +147,11 @@ class SequenceClassification(Task):
             return counts.sum() / (len(self.labels) * counts.clamp(min=1))
         unknown = [name for name in wanted if name not in self.labels]
         if unknown:
-            raise LoraError(f"`{unknown[0]}` is not a label",
-                            self.recipe.at(f"task.class_weights.{unknown[0]}"),
-                            did_you_mean(unknown[0], self.labels, "the labels are"))
+            raise LoraError(
+                f"`{unknown[0]}` is not a label",
+                self.recipe.at(f"task.class_weights.{unknown[0]}"),
+                did_you_mean(unknown[0], self.labels, "the labels are"),
+            )
         return torch.tensor([float(wanted.get(label, 1.0)) for label in self.labels])
 
     def input_fault(self, row: dict[str, Any]) -> str:
@@ -157,8 +168,10 @@ class SequenceClassification(Task):
         """Return what is wrong with the label, or nothing."""
         column = self.spec.label_column
         if self.spec.problem == "regression":
-            return "" if _number(row.get(column)) is not None else (
-                f"column `{column}` holds `{row.get(column)}`, not a number"
+            return (
+                ""
+                if _number(row.get(column)) is not None
+                else (f"column `{column}` holds `{row.get(column)}`, not a number")
             )
         if self._texts_of(row) is None:
             if self.spec.problem == "multi_label":
@@ -235,11 +248,14 @@ class SequenceClassification(Task):
         """Return the padding token's id."""
         name = self.spec.pad_token or self.tokenizer.pad_token or self.tokenizer.eos_token
         token = self.tokenizer.convert_tokens_to_ids(name) if name else None
-        if token is None or (token == self.tokenizer.unk_token_id and name != self.tokenizer.
-                             unk_token):
-            raise LoraError(f"the tokenizer has no token `{name}`",
-                            self.recipe.at("task.pad_token"),
-                            "name a token of its vocabulary that texts do not hold")
+        if token is None or (
+            token == self.tokenizer.unk_token_id and name != self.tokenizer.unk_token
+        ):
+            raise LoraError(
+                f"the tokenizer has no token `{name}`",
+                self.recipe.at("task.pad_token"),
+                "name a token of its vocabulary that texts do not hold",
+            )
         return int(token)
 
     # --------------------------------------------------------------------------- batches
@@ -292,7 +308,10 @@ class SequenceClassification(Task):
                 ).sum(-1)
             case "single_label":
                 return F.cross_entropy(
-                    logits, labels, weight, reduction="none",
+                    logits,
+                    labels,
+                    weight,
+                    reduction="none",
                     label_smoothing=self.spec.label_smoothing,
                 )
 
@@ -307,7 +326,12 @@ class SequenceClassification(Task):
         readings = self.read(logits)
         return [
             Prediction(
-                row, loss, items, said, self._names(label), scores,
+                row,
+                loss,
+                items,
+                said,
+                self._names(label),
+                scores,
                 {self.metric_channel: (value, label if isinstance(label, float) else _ints(label))},
             )
             for row, loss, items, label, (value, said, scores) in zip(
@@ -317,19 +341,19 @@ class SequenceClassification(Task):
 
     def read(self, logits: Tensor) -> list[tuple[Any, Any, dict[str, float] | None]]:
         """Return (value for the metrics, what it is called, probabilities by label) of each row."""
+        values: list[Any]
         match self.spec.problem:
             case "regression":
-                values = logits.squeeze(-1).tolist()
-                return [(value, value, None) for value in values]
+                return [(value, value, None) for value in logits.squeeze(-1).tolist()]
             case "multi_label":
-                rows = torch.sigmoid(logits).tolist()
-                chosen = [[int(p > 0.5) for p in row] for row in rows]
+                probabilities = torch.sigmoid(logits)
+                values = (probabilities > 0.5).long().tolist()
             case "single_label":
-                rows = torch.softmax(logits, -1).tolist()
-                chosen = [max(range(len(row)), key=row.__getitem__) for row in rows]
+                probabilities = torch.softmax(logits, -1)
+                values = probabilities.argmax(-1).tolist()
         return [
             (value, self._names(value), dict(zip(self.labels, row, strict=True)))
-            for value, row in zip(chosen, rows, strict=True)
+            for value, row in zip(values, probabilities.tolist(), strict=True)
         ]
 
     def answer_columns(self) -> list[str]:

@@ -37,7 +37,7 @@ class Batches:
             assert train.max_steps is not None, "the recipe's checks ask for it with streaming"
             self.total_steps = train.max_steps
             return
-        self.examples = Packed(task, split) if train.packing else split.examples
+        self.examples: Any = Packed(task, split) if train.packing else split.examples
         self.plan = BatchPlan(
             len(self.examples),
             train.examples_per_step,

@@ -77,8 +77,11 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
             other.
     """
     if recipe.train.precision == "fp16" and not torch.cuda.is_available():
-        raise LoraError("fp16 needs a GPU", recipe.at("train.precision"),
-                        "use `--set train.precision=fp32`, or bf16")
+        raise LoraError(
+            "fp16 needs a GPU",
+            recipe.at("train.precision"),
+            "use `--set train.precision=fp32`, or bf16",
+        )
     accelerator = Accelerator(mixed_precision=MIXED_PRECISION[recipe.train.precision])
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
@@ -159,8 +162,13 @@ class Run:
     def _log(self) -> RunLog:
         main = self.accelerator.is_main_process
         name = f"{self.recipe.task.type} {self.folder.name}"
-        return RunLog(self.folder if main else None, self.total_steps, self.state.step,
-                      self.recipe.train.trackers, name)
+        return RunLog(
+            self.folder if main else None,
+            self.total_steps,
+            self.state.step,
+            self.recipe.train.trackers,
+            name,
+        )
 
     # ------------------------------------------------------------------------------ a step
 
@@ -171,8 +179,14 @@ class Run:
         factor = learning_rate_factor(recipe.train.scheduler, step, self.total_steps)
         rate = set_learning_rate(self.optimizer, factor)
         moved = [batch.to(self.accelerator.device) for batch in batches]
-        result = train_step(self.model, self.task, self.prepared, moved, self.accelerator,
-                            recipe.train.max_grad_norm)
+        result = train_step(
+            self.model,
+            self.task,
+            self.prepared,
+            moved,
+            self.accelerator,
+            recipe.train.max_grad_norm,
+        )
         self._since_log.add(result)
         state.skipped_steps += int(self.prepared.step_was_skipped)
         state.step = step
@@ -193,12 +207,17 @@ class Run:
 
     def _warn_of_idle_parameters(self) -> None:
         """Name trained parameters that the first step left without gradient: they cannot learn."""
-        idle = [name for name, parameter in trainable_parameters(self.model).items()
-                if parameter not in self.optimizer.state]
+        idle = [
+            name
+            for name, parameter in trainable_parameters(self.model).items()
+            if parameter not in self.optimizer.state
+        ]
         if idle and self.optimizer.state:
-            self.log.say(f"warning: {len(idle)} trained parameters take no part in the model's "
-                         f"forward pass, `{idle[0]}` among them; leave them out with "
-                         "adapter.exclude_modules")
+            self.log.say(
+                f"warning: {len(idle)} trained parameters take no part in the model's "
+                f"forward pass, `{idle[0]}` among them; leave them out with "
+                "adapter.exclude_modules"
+            )
 
     def _log_step(self, rate: float) -> None:
         state, measured = self.state, self._since_log.record(self.state)
@@ -252,17 +271,24 @@ class Run:
         metrics = self._metrics("validation")
         value = metrics.get(self.metric)
         if value is None:
-            raise LoraError(f"there is no metric `{self.metric}`",
-                            self.recipe.at("evaluate.best.metric"),
-                            f"validation gives {', '.join(metrics)}")
+            raise LoraError(
+                f"there is no metric `{self.metric}`",
+                self.recipe.at("evaluate.best.metric"),
+                f"validation gives {', '.join(metrics)}",
+            )
         stopping = self.recipe.evaluate.early_stopping
         sign = 1 if self.mode == "max" else -1
         best = state.best["value"] if state.best else -sign * math.inf
         margin = stopping.min_delta if stopping else 0.0
         improved = math.isfinite(value) and sign * (value - best) > margin
         if improved:
-            state.best = {"metric": self.metric, "mode": self.mode, "value": value,
-                          "step": state.step, "epoch": self._epoch}
+            state.best = {
+                "metric": self.metric,
+                "mode": self.mode,
+                "value": value,
+                "step": state.step,
+                "epoch": self._epoch,
+            }
         state.without_improvement = 0 if improved else state.without_improvement + 1
         state.stopped_early = bool(stopping and state.without_improvement >= stopping.patience)
         self.log.evaluated(state.step, self._epoch, metrics, "  (best)" if improved else "")
@@ -273,21 +299,23 @@ class Run:
     def _publish(self) -> None:
         """Put the adapter as it is now into the output folder."""
         if self.accelerator.is_main_process:
-            publish_adapter(self.folder, self.model, self.recipe, self.in_full,
-                            self.task.tokenizer)
+            publish_adapter(self.folder, self.model, self.recipe, self.in_full, self.task.tokenizer)
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
         """Write a checkpoint; one of a model that has gone bad is never written."""
         if not math.isfinite(self._since_log.record(self.state)["loss"]):
-            raise NumericsError(f"the loss is not finite at step {self.state.step}",
-                                hint="the last checkpoint is good; lower the learning rate")
+            raise NumericsError(
+                f"the loss is not finite at step {self.state.step}",
+                hint="the last checkpoint is good; lower the learning rate",
+            )
         if self.accelerator.scaler is not None:
             self.state.scaler = self.accelerator.scaler.state_dict()
         self.log.flush()
         if self.accelerator.is_main_process:
-            save_checkpoint(self.folder, self.state, self.model, self.optimizer, self.recipe,
-                            self.in_full)
+            save_checkpoint(
+                self.folder, self.state, self.model, self.optimizer, self.recipe, self.in_full
+            )
         self.accelerator.wait_for_everyone()
 
     def _measure_best(self) -> None:
@@ -327,7 +355,8 @@ class Run:
             self._save()
             raise InterruptedRun(
                 f"stopped at step {self.state.step}; everything is saved",
-                asked, "go on with `--resume`",
+                asked,
+                "go on with `--resume`",
             )
 
 

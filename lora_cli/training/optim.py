@@ -8,12 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_cli.adapters.attach import (
-    layer_index,
-    lora_layers,
-    parse_layers,
-    trainable_parameters,
-)
+from lora_cli.adapters.attach import lora_layers, trainable_parameters
+from lora_cli.adapters.targets import layer_index, parse_layers
 from lora_cli.errors import LoraError
 from lora_cli.recipe import OptimizerSpec, Recipe, SchedulerSpec
 
@@ -38,9 +34,11 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             try:
                 import bitsandbytes
             except ImportError as error:
-                raise LoraError("`adamw_8bit` needs bitsandbytes",
-                                recipe.at("train.optimizer.type"),
-                                "pip install 'lora-cli[quantization]'") from error
+                raise LoraError(
+                    "`adamw_8bit` needs bitsandbytes",
+                    recipe.at("train.optimizer.type"),
+                    "pip install 'lora-cli[quantization]'",
+                ) from error
             optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
                 groups, betas=(spec.betas[0], spec.betas[1]), eps=spec.eps
             )
@@ -91,8 +89,10 @@ def _refuse_empty_layer_groups(model: nn.Module, recipe: Recipe) -> None:
     trained = {layer_index(name) for name in trainable_parameters(model)}
     for layers in recipe.train.optimizer.groups.layers:
         if not parse_layers(layers) & {i for i in trained if i is not None}:
-            raise LoraError(f"nothing is trained in layers {layers}",
-                            recipe.at(f"train.optimizer.groups.layers.{layers}"))
+            raise LoraError(
+                f"nothing is trained in layers {layers}",
+                recipe.at(f"train.optimizer.groups.layers.{layers}"),
+            )
 
 
 def learning_rate_factor(spec: SchedulerSpec, step: int, total_steps: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -28,7 +29,7 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path | None, total_steps: int, step: int, trackers: list[str], name: str
+        self, folder: Path | None, total_steps: int, step: int, trackers: Sequence[str], name: str
     ) -> None:
         self.console = Console(stderr=True, highlight=False, quiet=folder is None)
         self.metrics: TextIO | None = None
@@ -41,9 +42,14 @@ class RunLog:
         self.total_steps = total_steps
         self.live = self.console.is_terminal and not self.console.quiet
         self.bar = Progress(
-            TextColumn("[bold]train"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"), TimeRemainingColumn(),
-            console=self.console, disable=not self.live, transient=True,
+            TextColumn("[bold]train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.live,
+            transient=True,
         )
         self.row = self.bar.add_task("train", total=total_steps, completed=step, text="")
 
@@ -80,13 +86,16 @@ class RunLog:
     def trained(self, record: dict[str, Any], seconds_left: float) -> None:
         """Log a record of training."""
         self._write(record)
-        text = (f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
-                f"{record['examples_per_s']:.1f} ex/s  {record['tokens_per_s']:,.0f} tok/s  "
-                f"{record['memory_bytes'] / GIB:.1f} GiB")
+        text = (
+            f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
+            f"{record['examples_per_s']:.1f} ex/s  {record['tokens_per_s']:,.0f} tok/s  "
+            f"{record['memory_bytes'] / GIB:.1f} GiB"
+        )
         self.bar.update(self.row, text=text)
         if not self.live:
-            self.say(f"step {record['step']:>6}/{self.total_steps}  {text}  "
-                     f"{clock(seconds_left)} left")
+            self.say(
+                f"step {record['step']:>6}/{self.total_steps}  {text}  {clock(seconds_left)} left"
+            )
 
     def evaluated(self, step: int, epoch: float, metrics: dict[str, float], note: str) -> None:
         """Log an evaluation."""
@@ -168,8 +177,9 @@ def _tracker(kind: str, folder: Path, name: str) -> Any:
     try:
         return _TensorBoard(folder) if kind == "tensorboard" else _Trackio(name)
     except ImportError as error:
-        raise LoraError(f"`{kind}` is not installed", "train.trackers",
-                        "pip install 'lora-cli[tracking]'") from error
+        raise LoraError(
+            f"`{kind}` is not installed", "train.trackers", "pip install 'lora-cli[tracking]'"
+        ) from error
 
 
 def clock(seconds: float) -> str:

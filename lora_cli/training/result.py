@@ -44,16 +44,20 @@ def open_output(recipe: Recipe, resume: bool, accelerator: Accelerator) -> dict[
     if folder.exists() and not folder.is_dir():
         raise LoraError(f"{folder} is a file", recipe.at("output_dir"))
     if not resume and folder.exists() and any(folder.iterdir()):
-        raise LoraError(f"the output folder {folder} is not empty", recipe.at("output_dir"),
-                        "go on with its run with `--resume`, or choose another with `-o DIR`")
+        raise LoraError(
+            f"the output folder {folder} is not empty",
+            recipe.at("output_dir"),
+            "go on with its run with `--resume`, or choose another with `-o DIR`",
+        )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
         except OSError as error:
-            raise LoraError(f"cannot write to {folder}: {error.strerror}",
-                            recipe.at("output_dir")) from error
+            raise LoraError(
+                f"cannot write to {folder}: {error.strerror}", recipe.at("output_dir")
+            ) from error
     accelerator.wait_for_everyone()
     return None
 
@@ -78,9 +82,7 @@ def start_report(
         "command": shlex.join(["lora", *sys.argv[1:]]),
         "task": recipe.task.type,
         "base_model": recipe.model.name,
-        "adapter": recipe.adapter.model_dump(exclude_defaults=True) | {
-            "type": recipe.adapter.type
-        },
+        "adapter": recipe.adapter.model_dump(exclude_defaults=True) | {"type": recipe.adapter.type},
         "parameters": {
             "total": total,
             "trainable": trainable,
@@ -93,8 +95,10 @@ def start_report(
             "precision": recipe.train.precision,
             "examples_per_step": recipe.train.examples_per_step,
         },
-        "versions": {"python": platform.python_version(),
-                     **{name: version(name) for name in LIBRARIES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in LIBRARIES},
+        },
     }
 
 

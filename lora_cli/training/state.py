@@ -93,9 +93,11 @@ def load_checkpoint(output: Path) -> tuple[Path, TrainState] | None:
             state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             return folder, TrainState(**state)
         except (IntegrityError, OSError, ValueError, TypeError) as error:
-            damaged += error.problems if isinstance(error, LoraError) else [
-                Problem(str(error), str(folder))
-            ]
+            damaged += (
+                error.problems
+                if isinstance(error, LoraError)
+                else [Problem(str(error), str(folder))]
+            )
     if damaged:
         raise IntegrityError(damaged)
     return None
@@ -142,23 +144,32 @@ def refuse_changes(saved: TrainState, recipe: Recipe, data: dict[str, str]) -> N
     before, now = _flat(saved.recipe), _flat(_comparable(recipe))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
-            problems.append(Problem(
-                f"the run was started with `{key}: {before.get(key)}`, the recipe now says "
-                f"`{now.get(key)}`", recipe.at(key),
-            ))
+            problems.append(
+                Problem(
+                    f"the run was started with `{key}: {before.get(key)}`, the recipe now says "
+                    f"`{now.get(key)}`",
+                    recipe.at(key),
+                )
+            )
     for split in sorted(saved.data.keys() | data.keys()):
         if saved.data.get(split) != data.get(split):
             problems.append(Problem(f"the rows of {split} are not those the run was started with"))
     if problems:
         last = problems[-1]
-        problems[-1] = Problem(last.what, last.at, "start a new run in another folder with "
-                               "`-o DIR`, or restore what it was started with")
+        problems[-1] = Problem(
+            last.what,
+            last.at,
+            "start a new run in another folder with `-o DIR`, or restore what it was started with",
+        )
         raise LoraError(problems)
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json", by_alias=True, exclude={"output_dir": True,
-                             "train": {"workers", "trackers"}, "checkpoint": True})
+    return recipe.model_dump(
+        mode="json",
+        by_alias=True,
+        exclude={"output_dir": True, "train": {"workers", "trackers"}, "checkpoint": True},
+    )
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:

@@ -1,0 +1,264 @@
+"""Which modules get an adapter: the recipe's `target_modules` and what refines it.
+
+Every entry must match a module, and every fault is collected before the model is touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.adapters.lora import can_adapt, check_groups
+from lora_cli.errors import LoraError, Problem, did_you_mean
+from lora_cli.recipe import AdapterSpec, Recipe
+
+# The names that transformers' encoders give to the query and value projections.
+QUERY_VALUE_NAMES = (
+    "query",
+    "value",
+    "q_proj",
+    "v_proj",
+    "q_lin",
+    "v_lin",
+    "q",
+    "v",
+    "c_attn",
+    "query_proj",
+    "value_proj",
+    "Wqkv",
+    "in_proj",
+    "query_key_value",
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module that gets an adapter."""
+
+    name: str
+    rank: int
+    alpha: float
+
+
+def layer_index(name: str) -> int | None:
+    """Return the number of the layer that a module belongs to: 3 in `encoder.layer.3.output`."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def parse_layers(layers: str | list[int]) -> set[int]:
+    """Return the layer numbers of `0-5`, `7`, or a list."""
+    if not isinstance(layers, str):
+        return set(layers)
+    first, _, last = layers.partition("-")
+    return set(range(int(first), int(last or first) + 1))
+
+
+def matches(pattern: str | list[str], name: str) -> bool:
+    """Return whether a name matches a regular expression, or ends in one of the suffixes.
+
+    A broken expression matches nothing; `resolve_targets` reports it.
+    """
+    if isinstance(pattern, str):
+        return regex_fault(pattern) is None and re.fullmatch(pattern, name) is not None
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
+
+
+def regex_fault(pattern: str) -> str | None:
+    """Return why a text is no regular expression, or None if it is one."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return None
+
+
+def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> list[Target]:
+    """Return which modules get an adapter, with their ranks and alphas; touch nothing.
+
+    Args:
+        model: The base model; may be on the meta device.
+        recipe: Its `adapter` section says which modules.
+        head: Names of modules that are trained in full and therefore get no adapter.
+
+    Raises:
+        LoraError: With every entry of `target_modules`, `exclude_modules`, `layers`,
+            `rank_pattern`, `alpha_pattern` and `train_modules` that matches nothing, and every
+            rank that a module cannot have.
+    """
+    spec = recipe.adapter
+    problems: list[Problem] = []
+    in_full = [*head, *spec.train_modules]
+    modules = {name: module for name, module in model.named_modules() if name}
+    adaptable = {
+        name: module
+        for name, module in modules.items()
+        if can_adapt(module) and not any(inside(name, top) for top in in_full)
+    }
+
+    pattern, chosen = _chosen(model, spec, adaptable)
+    problems += _unmatched(pattern, "adapter.target_modules", adaptable, modules, recipe)
+    if spec.exclude_modules is not None:
+        key = "adapter.exclude_modules"
+        problems += _unmatched(spec.exclude_modules, key, adaptable, modules, recipe)
+        chosen = [name for name in chosen if not matches(spec.exclude_modules, name)]
+    if spec.layers is not None:
+        wanted, found = parse_layers(spec.layers), {layer_index(name) for name in modules}
+        for layer in sorted(wanted - found):
+            count = max((i for i in found if i is not None), default=-1) + 1
+            problems.append(
+                Problem(
+                    f"there is no layer {layer}",
+                    recipe.at("adapter.layers"),
+                    f"the model has layers 0 to {count - 1}",
+                )
+            )
+        chosen = [name for name in chosen if layer_index(name) in wanted]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for entry in getattr(spec, key):
+            if fault := regex_fault(entry):
+                problems.append(
+                    Problem(
+                        f"`{entry}` is not a regular expression: {fault}",
+                        recipe.at(f"adapter.{key}.{entry}"),
+                    )
+                )
+            elif not any(_pattern_matches(entry, name) for name in chosen):
+                problems.append(
+                    Problem(
+                        f"`{entry}` matches no adapted module",
+                        recipe.at(f"adapter.{key}.{entry}"),
+                        did_you_mean(entry, _last_names(chosen), "adapted are"),
+                    )
+                )
+    problems += unmatched_in_full(model, recipe)
+    if not problems and not chosen:
+        problems.append(
+            Problem(
+                "no module is left to adapt",
+                recipe.at("adapter.target_modules"),
+                "`exclude_modules` and `layers` leave none of the targets",
+            )
+        )
+    targets = [
+        Target(
+            name,
+            int(first_match(spec.rank_pattern, name, spec.rank)),
+            first_match(spec.alpha_pattern, name, spec.alpha),
+        )
+        for name in chosen
+    ]
+    for target in targets:
+        problems += groups_problem(modules[target.name], target)
+    if problems:
+        raise LoraError(problems)
+    return targets
+
+
+def groups_problem(base: nn.Module, target: Target) -> list[Problem]:
+    """Return a problem if the groups of a convolution do not divide the rank."""
+    try:
+        check_groups(base, target.rank)
+    except LoraError as error:
+        problem = error.problems[0]
+        return [Problem(problem.what, f"module {target.name}", problem.hint)]
+    return []
+
+
+def unmatched_in_full(model: nn.Module, recipe: Recipe) -> list[Problem]:
+    """Return a problem for every entry of `train_modules` that matches no module."""
+    names = [name for name, _ in model.named_modules() if name]
+    return [
+        Problem(
+            f"`{entry}` matches no module of the model",
+            recipe.at("adapter.train_modules"),
+            did_you_mean(entry, _last_names(names), "the model has"),
+        )
+        for entry in recipe.adapter.train_modules
+        if not any(matches([entry], name) for name in names)
+    ]
+
+
+def _chosen(
+    model: nn.Module, spec: AdapterSpec, adaptable: dict[str, nn.Module]
+) -> tuple[str | list[str], list[str]]:
+    """Return the pattern in effect and the names that it matches."""
+    linear = [name for name, module in adaptable.items() if isinstance(module, nn.Linear | Conv1D)]
+    output = _output_embedding_name(model)
+    pattern = spec.target_modules
+    if pattern is None:
+        found = {name.rsplit(".", 1)[-1] for name in linear}
+        pattern = [name for name in QUERY_VALUE_NAMES if name in found]
+        if output is not None or not pattern:  # a language model, or names that we do not know
+            pattern = "all-linear"
+    if pattern == "all-linear":
+        return pattern, [name for name in linear if name != output]
+    return pattern, [name for name in adaptable if matches(pattern, name)]
+
+
+def _output_embedding_name(model: nn.Module) -> str | None:
+    """Return the name of the layer that maps to the vocabulary, if the model has one."""
+    get = getattr(model, "get_output_embeddings", None)
+    output = get() if get is not None else None
+    return next((name for name, module in model.named_modules() if module is output), None)
+
+
+def _unmatched(
+    pattern: str | list[str],
+    key: str,
+    adaptable: dict[str, nn.Module],
+    modules: dict[str, nn.Module],
+    recipe: Recipe,
+) -> list[Problem]:
+    """Return a problem for every entry that matches no module which an adapter fits."""
+    if pattern == "all-linear" and key == "adapter.target_modules":
+        return []
+    problems = []
+    for entry in [pattern] if isinstance(pattern, str) else pattern:
+        test = entry if isinstance(pattern, str) else [entry]
+        if isinstance(test, str) and (fault := regex_fault(test)):
+            what = f"`{entry}` is not a regular expression: {fault}"
+            problems.append(Problem(what, recipe.at(key)))
+            continue
+        if any(matches(test, name) for name in adaptable):
+            continue
+        others = [name for name in modules if matches(test, name)]
+        hint: str | None
+        if others and can_adapt(modules[others[0]]):
+            what = f"`{entry}` matches {others[0]}, which is trained in full"
+            hint = "it needs no adapter; take it out"
+        elif others:
+            kind = type(modules[others[0]]).__name__
+            within = [name for name in adaptable if inside(name, others[0])]
+            what = f"`{entry}` matches {others[0]} ({kind}), which no adapter fits"
+            hint = f"inside it are {', '.join(_last_names(within))}" if within else None
+        else:
+            what = f"`{entry}` matches no module of the model"
+            hint = did_you_mean(entry, _last_names(adaptable), "the model has")
+            if isinstance(test, str):
+                hint += "; a regular expression has to match the whole name"
+        problems.append(Problem(what, recipe.at(key), hint))
+    return problems
+
+
+def inside(name: str, top: str) -> bool:
+    """Return whether module `name` is `top` or lies beneath it."""
+    return name == top or name.startswith(f"{top}.") or f".{top}." in f".{name}."
+
+
+def _last_names(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if name))
+
+
+def _pattern_matches(pattern: str, name: str) -> bool:
+    if regex_fault(pattern):
+        return False
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None  # PEFT's rule for its patterns
+
+
+def first_match(patterns: dict[str, int] | dict[str, float], name: str, default: float) -> float:
+    """Return the value of the first pattern that matches a name, or the default."""
+    return next((v for pattern, v in patterns.items() if _pattern_matches(pattern, name)), default)

@@ -1,0 +1,184 @@
+"""The model card: what an adapter is, how it is used, what it reaches, where it comes from."""
+
+from __future__ import annotations
+
+import functools
+import pprint
+import re
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from lora_cli.files import write_atomically
+from lora_cli.recipe import CausalLMSpec, Recipe, SequenceClassificationSpec
+from lora_cli.reporting.report import (
+    KINDS,
+    PIPELINES,
+    is_hub_id,
+    part,
+    results_table,
+    short_name,
+    strict,
+)
+
+# what a card tells of the recipe; the rest is in `recipe.yaml`
+SETTINGS = """task.max_length train.optimizer.type train.optimizer.learning_rate
+train.optimizer.weight_decay train.scheduler.type train.scheduler.warmup_ratio
+train.scheduler.warmup_steps train.max_grad_norm train.packing train.seed"""
+LOW_RANK = "adapter.rank adapter.alpha adapter.dropout adapter.use_rslora adapter.bias"
+
+LOADING = """\
+{imports}from peft import PeftModel
+from transformers import {auto}, AutoTokenizer
+
+base = {base}
+tokenizer = AutoTokenizer.from_pretrained(base{options})
+{setup}model = {auto}.from_pretrained({how})
+model = PeftModel.from_pretrained(model, ".").eval()  # this folder, or its id on the Hub
+
+"""
+CLASSIFYING = """\
+inputs = tokenizer({texts}, truncation=True, max_length={length}, return_tensors="pt")
+with torch.no_grad():
+    scores = model(**inputs).logits[0]
+print({answer})"""
+ANSWERS = {
+    "single_label": "model.config.id2label[scores.argmax().item()]",
+    "multi_label": "[model.config.id2label[i] for i, score in enumerate(scores) if score > 0]",
+    "regression": "scores.item()",
+}
+GENERATING = """\
+inputs = tokenizer({text}, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens={length}, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
+CHAT = """tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Some text"}], add_generation_prompt=True, return_dict=True,
+    return_tensors="pt",
+)"""
+
+
+def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> None:
+    """Write `README.md`, the card that the Hub shows: what it is, its use, results and origin."""
+    name, kind, pipeline = recipe.model.name, recipe.adapter.type, PIPELINES[recipe.task.type]
+    hub, dataset, goal = is_hub_id(name), recipe.data.name, pipeline.replace("-", " ")
+    front = {
+        "base_model": name if hub else None,  # the Hub refuses paths
+        "library_name": {"lora": "peft", "full": "transformers"}.get(kind),
+        "pipeline_tag": pipeline,
+        "datasets": [dataset] if dataset and is_hub_id(dataset) else None,
+        "tags": [*([kind] if kind in ("lora", "bitfit") else []), "lora-cli"],
+    }
+    base = f"[{name}](https://huggingface.co/{name})" if hub else f"`{name}`"
+    version, day = (str(report.get(key) or "") for key in ("lora_version", "created"))
+    labels, command = _labels(recipe, report), report.get("command")
+    named = ", ".join(f"`{label}`" for label in labels[:50]) + ", ..." * (len(labels) > 50)
+    results, library = results_table(report), front["library_name"]
+    code = _snippet(recipe, labels) if library else ""  # else only this tool reads the folder
+    pairs = getattr(recipe.task, "text_pair_column", None)
+    asked = "--input pairs.csv --output answers.csv" if pairs else '"Some text"'
+    versions = [f"{key} {v}" for key, v in part(report, "versions").items() if v]
+    parts = [
+        f"---\n{yaml.safe_dump({k: v for k, v in front.items() if v}, sort_keys=False)}---",
+        f"# {short_name(name)} for {goal}",
+        f"{KINDS[kind]} of {base} for {goal}, made with {f'`lora` {version}'.strip()}"
+        + (f" on {day[:10]}." if day else "."),
+        f"Labels: {named}." if labels else "",
+        "## Use\n\nWith `lora`, in this folder:",
+        f"```bash\nlora eval --adapter .\nlora predict --adapter . {asked}\n```",
+        f"With `{library}`:\n\n```python\n{code}\n```" if code else "",
+        f"## Results\n\n{_table(results)}" if len(results) > 1 else "## Results",
+        "![Loss and validation metric over the steps](learning_curve.png)",
+        f"## Data\n\n{_table(_data_rows(report))}" if part(report, "data") else "",
+        f"## Training\n\n{f'Made by `{command}`. ' if command else ''}All settings: `recipe.yaml`.",
+        _table(_training_rows(recipe, report)),
+        f"Versions: {', '.join(versions)}." if versions else "",
+    ]
+    write_atomically(folder / "README.md", "\n\n".join(filter(None, parts)) + "\n")
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Return a table in Markdown; the first row is its header."""
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    cells.insert(1, ["---"] * len(rows[0]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _data_rows(report: dict[str, Any]) -> list[list[str]]:
+    rows = [["split", "rows", "skipped", "source", "SHA-256"]]
+    for split in part(report, "data"):
+        facts = part(report, "data", split)
+        counts = (f"{facts[key]:,}" if facts.get(key) else "" for key in ("rows", "skipped_rows"))
+        source, sha256 = (
+            f"`{facts[key]}`" if facts.get(key) else "" for key in ("source", "sha256")
+        )
+        rows.append([split, *counts, source, sha256])
+    return rows
+
+
+def _training_rows(recipe: Recipe, report: dict[str, Any]) -> list[list[str]]:
+    """Return the recipe's settings and the report's measurements, each by its own key."""
+    found: dict[str, Any] = {"adapter.type": recipe.adapter.type}
+    for key in f"{LOW_RANK if recipe.adapter.low_rank else ''} {SETTINGS}".split():
+        found[key] = functools.reduce(getattr, key.split("."), recipe)
+    for section in ("parameters", "best", "training"):
+        found |= {f"{section}.{key}": value for key, value in part(report, section).items()}
+    rows = [["setting or measurement", "value"]]
+    for key, value in strict(found).items():
+        if value is not None:
+            text = f"{value:,.6g}" if isinstance(value, float) else str(value)
+            text = text.lower() if isinstance(value, bool) else text
+            rows.append([f"`{key}`", f"{value:,}" if type(value) is int else text])
+    return rows
+
+
+def _labels(recipe: Recipe, report: dict[str, Any]) -> list[str]:
+    """Return the names of the labels, in the order of the model's outputs."""
+    task = recipe.task
+    if task.type != "sequence_classification" or task.problem == "regression":
+        return []
+    found = sorted(part(report, "data", "train", "labels"), key=lambda v: (str(type(v)), v))
+    return [str(label) for label in task.labels or found]
+
+
+def _snippet(recipe: Recipe, labels: list[str]) -> str:
+    """Return Python that runs an adapter or a full model without this tool."""
+    model, lora = recipe.model, recipe.adapter.low_rank
+    fill = {"options": "", "setup": "", "imports": ""}
+    base, head = repr(model.name), ""
+    match recipe.task:
+        case SequenceClassificationSpec() as task:
+            if task.problem != "regression" and not labels:
+                return ""
+            fill["imports"] = "import torch\n"
+            auto, texts = "AutoModelForSequenceClassification", '"Some text"'
+            texts += ', "Another text"' if task.text_pair_column else ""
+            head, answer = ", num_labels=1", ANSWERS[task.problem]
+            if labels:
+                head = ", num_labels=len(labels), id2label=dict(enumerate(labels))"
+                base += f"\nlabels = {pprint.pformat(labels, width=88, compact=True)}"
+            run = CLASSIFYING.format(texts=texts, length=task.max_length, answer=answer)
+        case CausalLMSpec() as task:
+            auto, length = "AutoModelForCausalLM", recipe.evaluate.generation.max_new_tokens
+            run = GENERATING.format(text=repr(f"Some text{task.separator}"), length=length)
+            if task.messages_column or task.format == "alpaca":
+                run = re.sub(r"tokenizer\(.*\)", CHAT, run, count=1)
+            if task.chat_template:
+                name = PurePath(task.chat_template).name
+                fill["setup"] = f"tokenizer.chat_template = open({name!r}).read()\n"
+    if task.pad_token:
+        fill["setup"] += f"tokenizer.pad_token = {task.pad_token!r}\n"
+    if not lora:  # the folder is a whole model, which knows its labels
+        base, head = repr("."), ""
+    elif model.name.startswith("package:"):
+        package, _, inside = model.name.removeprefix("package:").partition("/")
+        base = base.replace(repr(model.name), f"str(files({package!r}) / {inside!r})")
+        fill["imports"] = "from importlib.resources import files\n\n" + fill["imports"]
+    elif model.revision != "main":
+        fill["options"] = f", revision={model.revision!r}"
+    if model.trust_remote_code:
+        fill["options"] += ", trust_remote_code=True"
+    how = f"base{head}{fill['options']}"
+    how = how if len(how) < 40 else f"\n    {how}\n"
+    code = LOADING.format(auto=auto, base=base, how=how, **fill) + run
+    return code if lora else re.sub(r"(?m)^.*PeftModel.*\n", "", code)
