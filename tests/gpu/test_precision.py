@@ -1,0 +1,153 @@
+"""fp16 and bf16 on a real GPU: they train, agree with fp32, and resume exactly."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import tiny
+
+from lora_cli.recipe import load_recipe
+from lora_cli.training import loop
+from lora_cli.training.state import load_checkpoint
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    # libraries of the GPU's machine are not those that the project is tested with
+    pytest.mark.filterwarnings("default"),
+]
+
+
+def train(recipe: Any, resume: bool = False) -> dict[str, Any]:
+    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers one precision a process
+    return loop.train(recipe, resume)
+
+
+def rows(path: Path, count: int = 256) -> Path:
+    words = {"good": ["fine", "great", "lovely"], "bad": ["poor", "awful", "sad"]}
+    lines = []
+    for i in range(count):
+        label = ("good", "bad")[i % 2]
+        text = " ".join(words[label][(i // 2 + j) % 3] for j in range(1 + i % 7))
+        lines.append(json.dumps({"text": text, "label": label}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def recipe(tmp_path: Path, *overrides: str, output: str = "out") -> Any:
+    base = tmp_path / "model"
+    if not base.exists():
+        tiny.save_encoder(base)
+        rows(tmp_path / "train.jsonl")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps({
+        "model": {"name": str(base)},
+        "task": {"type": "sequence_classification"},
+        "data": {"train": "train.jsonl", "validation": {"fraction": 0.25, "disjoint": None}},
+        "adapter": {"rank": 4, "target_modules": "all-linear"},
+        "train": {"max_steps": 60, "micro_batch_size": 16, "gradient_accumulation_steps": 2,
+                  "optimizer": {"learning_rate": 1e-2}, "log_every_steps": 5},
+        "evaluate": {"every_steps": 20},
+        "checkpoint": {"every_steps": 20},
+    }))  # fmt: skip
+    return load_recipe(file, [*overrides, f"output_dir={tmp_path / output}"])
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_training_learns_without_overflow_trouble(tmp_path: Path, precision: str) -> None:
+    report = train(recipe(tmp_path, f"train.precision={precision}"))
+    curve = losses(tmp_path / "out")
+    assert curve[-1] < 0.5 * curve[0]
+    assert report["metrics"]["after"]["validation"]["accuracy"] > 0.9
+    assert report["training"]["skipped_steps"] <= 3  # the first loss scale may be too large
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_low_precision_follows_fp32(tmp_path: Path, precision: str) -> None:
+    settings = ("train.max_steps=20", "train.optimizer.learning_rate=1e-3")
+    train(recipe(tmp_path, *settings, output="a"))
+    train(recipe(tmp_path, *settings, f"train.precision={precision}", output="b"))
+    for a, b in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
+        assert abs(a - b) < 0.02
+
+
+def test_fp16_resumes_with_its_loss_scale_after_an_overflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.train_step
+
+    def overflow_at(step: int, stop: int | None) -> Any:
+        calls = iter(range(1, 1000))
+
+        def step_once(model: Any, task: Any, optimizer: Any, batches: Any, *rest: Any) -> Any:
+            number = next(calls)
+            if stop is not None and number > stop:
+                raise RuntimeError("pulled the plug")
+            if number == step:
+                for batch in batches:
+                    batch.labels = batch.labels.clone()
+                original = task.loss
+                task.loss = lambda m, b: original(m, b) * 1e30
+                try:
+                    return real(model, task, optimizer, batches, *rest)
+                finally:
+                    task.loss = original
+            return real(model, task, optimizer, batches, *rest)
+
+        return step_once
+
+    settings = ("train.precision=fp16", "checkpoint.every_steps=10")
+    monkeypatch.setattr(loop, "train_step", overflow_at(5, None))
+    train(recipe(tmp_path, *settings, output="whole"))
+    monkeypatch.setattr(loop, "train_step", overflow_at(5, 14))
+    with pytest.raises(RuntimeError, match="plug"):
+        train(recipe(tmp_path, *settings, output="cut"))
+    found = load_checkpoint(tmp_path / "cut")
+    assert found is not None
+    assert found[1].skipped_steps >= 1
+    monkeypatch.setattr(loop, "train_step", real)
+    train(recipe(tmp_path, *settings, output="cut"), resume=True)
+    for name in ("adapter_model.safetensors", "samples.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    a, b = (load_checkpoint(tmp_path / name) for name in ("whole", "cut"))
+    assert a is not None
+    assert b is not None
+    assert a[1].scaler == b[1].scaler
+    assert a[1].skipped_steps == b[1].skipped_steps
+
+
+def test_fused_optimizer_on_the_gpu_resumes_bit_for_bit(tmp_path: Path) -> None:
+    settings = ("train.precision=bf16", "adapter.dropout=0.1", "checkpoint.every_steps=20")
+    train(recipe(tmp_path, *settings, output="whole"))
+    first = recipe(tmp_path, *settings, output="cut")
+    calls = iter(range(1, 1000))
+    real = loop.train_step
+
+    def cut(*arguments: Any) -> Any:
+        if next(calls) > 33:
+            raise RuntimeError("pulled the plug")
+        return real(*arguments)
+
+    loop.train_step = cut  # type: ignore[assignment]  # put back below
+    try:
+        with pytest.raises(RuntimeError, match="plug"):
+            train(first)
+    finally:
+        loop.train_step = real
+    train(recipe(tmp_path, *settings, output="cut"), resume=True)
+    whole, again = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")
+    )
+    assert whole == again
