@@ -6,6 +6,7 @@ so that `lora --help` and shell completion answer at once.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, ResourceError
 
 if TYPE_CHECKING:
     from lora_cli.recipe import Recipe
@@ -51,11 +52,27 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app()
-    except LoraError as error:
-        if debug:
+    except Exception as error:
+        known = error if isinstance(error, LoraError) else _resource_error(error)
+        if debug or known is None:
             raise
-        print(error, file=sys.stderr)  # noqa: T201 - this is where errors are printed
-        sys.exit(error.exit_code)
+        print(known, file=sys.stderr)  # noqa: T201 - this is where errors are printed
+        sys.exit(known.exit_code)
+
+
+def _resource_error(error: Exception) -> LoraError | None:
+    """Return what to say of an error that means that memory or disk ran out, else None."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError("the disk is full", error.filename, "make room, then use `--resume`")
+    if isinstance(error, MemoryError):
+        return ResourceError("the memory is full", hint="try `--set train.micro_batch_size=1`")
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        hint = (
+            "halve `train.micro_batch_size` and double `train.gradient_accumulation_steps`, "
+            "which changes no number, or set `train.gradient_checkpointing=true`"
+        )
+        return ResourceError("the GPU's memory is full", hint=hint)
+    return None
 
 
 def _version(wanted: bool) -> None:
@@ -232,7 +249,13 @@ def predict(
 ) -> None:
     """Say what the adapted model answers to texts, or to the rows of a file."""
     if bool(texts) == bool(source) or bool(source) != bool(target):
-        raise LoraError("give texts, or a file with `--input FILE --output FILE`")
+        raise LoraError(
+            "there is nothing to predict, or too much"
+            if bool(texts) == bool(source)
+            else "`--input` and `--output` go together",
+            "the arguments of `lora predict`",
+            "give texts, or a file with `--input FILE --output FILE`",
+        )
     loaded = _recipe_for(adapter, recipe, overrides)
     _quiet()
     from lora_cli.evaluation import open_adapter

@@ -88,9 +88,16 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, candidates: Iterable[str], noun: str = "one of") -> str:
-    """Return a hint that names the nearest candidate, and all of them if they are few."""
+    """Return a hint that names the nearest candidate, and all of them if they are few.
+
+    Args:
+        name: What was written.
+        candidates: What could have been meant.
+        noun: The words before the list of candidates: `its columns are`.
+    """
     names = [str(candidate) for candidate in candidates]
+    if not names:
+        return f"{noun} none"
     close = nearest(name, names)
     shown = ", ".join(names[:20]) + (f", … ({len(names)} in all)" if len(names) > 20 else "")
-    listing = f"{noun} {shown}" if names else f"there is no {noun}"
-    return f"did you mean `{close}`? ({listing})" if close else listing
+    return f"did you mean `{close}`? ({noun} {shown})" if close else f"{noun} {shown}"

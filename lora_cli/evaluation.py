@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,31 +16,21 @@ from torch import nn
 from lora_cli.adapters.folder import read_adapter
 from lora_cli.adapters.loading import load_adapter
 from lora_cli.data.plan import Indices
+from lora_cli.data.sources import SPLITS
 from lora_cli.errors import LoraError
-from lora_cli.metrics import Channel, MetricContext, MetricSet, metric_mode
+from lora_cli.metrics import MetricSet, metric_mode
+from lora_cli.models import mixed_precision
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Encoded, Prediction, Task, build_task
-from lora_cli.tasks.base import check_data, load_data
+from lora_cli.tasks.base import check_data, load_data, result_names
 
-MIXED_PRECISION = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}  # Accelerate's names
 WINDOW = 64  # batches whose examples are sorted by length together
 
 
 def build_metrics(task: Task) -> MetricSet:
     """Return the recipe's metrics, or the task's own."""
-    recipe = task.recipe
-    names = recipe.evaluate.metrics
-    labels = getattr(task, "labels", None)
-    context = MetricContext(
-        n_labels=len(labels) if labels else None,
-        multi_label=getattr(recipe.task, "problem", "") == "multi_label",
-    )
-    metrics = MetricSet(
-        task.default_metrics if names is None else names,
-        cast(Channel, task.metric_channel),
-        context,
-        at=recipe.at("evaluate.metrics"),
-    )
+    at = task.recipe.at("evaluate.metrics")
+    metrics = MetricSet(task.metric_names, task.metric_channel, task.metric_context, at)
     task.check_metrics(set(metrics.channels))
     return metrics
 
@@ -50,8 +40,7 @@ def best_by(recipe: Recipe, task: Task) -> tuple[str, str]:
     best = recipe.evaluate.best
     if best is not None:
         return best.metric, best.mode or metric_mode(best.metric) or "max"
-    names = task.default_metrics if recipe.evaluate.metrics is None else recipe.evaluate.metrics
-    name = names[0] if names else "loss"
+    name = result_names(task.metric_names[0])[0] if task.metric_names else "loss"
     mode = metric_mode(name)
     return (name, mode) if mode else ("loss", "min")
 
@@ -142,36 +131,58 @@ def _line(prediction: Prediction, split: Encoded) -> str:
 
 def open_adapter(folder: Path, recipe: Recipe) -> tuple[Task, nn.Module, Accelerator]:
     """Return the task, the base model with the adapter of a folder, and where it runs."""
-    accelerator = Accelerator(mixed_precision=MIXED_PRECISION[recipe.train.precision])
+    accelerator = _accelerator(recipe)
+    task = _open_task(folder, recipe)
+    if not task.knows_labels:
+        check_data(task, ())
+    return task, _load_adapted(folder, task, accelerator), accelerator
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    if recipe.train.precision == "fp16" and not torch.cuda.is_available():
+        raise LoraError(
+            "fp16 needs a GPU",
+            recipe.at("train.precision"),
+            "use `--set train.precision=fp32`, or bf16",
+        )
+    return Accelerator(mixed_precision=mixed_precision(recipe))
+
+
+def _open_task(folder: Path, recipe: Recipe) -> Task:
     if recipe.adapter.type == "full":
         recipe.model.name = str(folder.absolute())
     task = build_task(recipe)
     task.load_processor()
-    if not task.knows_labels:
-        check_data(task, ())
+    return task
+
+
+def _load_adapted(folder: Path, task: Task, accelerator: Accelerator) -> nn.Module:
     model, new = task.load_model(accelerator.device)
-    if recipe.adapter.type != "full":
+    if task.recipe.adapter.type != "full":
         load_adapter(model, read_adapter(folder), new)
-    return task, model.eval(), accelerator
+    return model.eval()
 
 
 def evaluate_adapter(
     folder: Path, recipe: Recipe, split: str | None = None
 ) -> dict[str, dict[str, float]]:
-    """Return the metrics of a saved adapter, by split.
+    """Return the metrics of a saved adapter, by split; the data are checked before the weights.
 
     Args:
         folder: The adapter's folder.
         recipe: Says the task and the data.
         split: The split to measure; None measures validation and test.
     """
-    task, model, accelerator = open_adapter(folder, recipe)
-    wanted = [split] if split else [n for n in ("validation", "test") if getattr(recipe.data, n)]
-    if not wanted or (split and getattr(recipe.data, split, None) is None):
+    present = [name for name in SPLITS if getattr(recipe.data, name) is not None]
+    wanted = [name for name in present if name == split or (not split and name != "train")]
+    if not wanted:
         raise LoraError(
             f"the recipe has no split `{split or 'validation or test'}`",
             recipe.at("data"),
             "name one with `--set data.test=FILE`",
         )
+    accelerator = _accelerator(recipe)
+    task = _open_task(folder, recipe)
     data = load_data(task, wanted)
+    model = _load_adapted(folder, task, accelerator)
     return {name: evaluate(model, task, data[name], accelerator) for name in wanted}

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import IntegrityError
+from lora_cli.errors import IntegrityError, Problem
 
 MANIFEST = "manifest.json"
 
@@ -30,11 +30,15 @@ def sha256_of(path: Path) -> str:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that its name shows the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 
@@ -51,30 +55,30 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        _sync_files(temporary)
         write_manifest(temporary)
+        _sync_tree(temporary)
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
         raise
-    if target.exists():
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
-        target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(target)
     _sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def publish(source: Path, target: Path) -> None:
     """Move the files of a folder into an existing one, each atomically, the manifest last."""
     write_manifest(source)
+    _sync_tree(source)
     for file in sorted(source.iterdir(), key=lambda file: (file.name == MANIFEST, file.name)):
-        umask_mode(file)
         file.replace(target / file.name)
     _sync_folder(target)
     source.rmdir()
@@ -88,7 +92,7 @@ def write_manifest(folder: Path) -> None:
             "sha256": sha256_of(file),
         }
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
+        if file.is_file() and file != folder / MANIFEST
     }
     write_json(folder / MANIFEST, {"files": files})
 
@@ -100,30 +104,33 @@ def verify_manifest(folder: Path) -> bool:
         Whether there is a manifest: False for a folder that another tool made.
 
     Raises:
-        IntegrityError: If a listed file is missing or differs.
+        IntegrityError: With every listed file that is missing or differs.
     """
     manifest = folder / MANIFEST
     if not manifest.exists():
         return False
     try:
-        files = json.loads(manifest.read_text())["files"]
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         entries = [(str(name), int(e["bytes"]), str(e["sha256"])) for name, e in files.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError("the manifest cannot be read", str(manifest)) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise IntegrityError(
+            "the manifest cannot be read", str(manifest), "take it from a backup or train again"
+        ) from error
+    problems = []
     for name, size, sha256 in entries:
         file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise IntegrityError(
-                f"the manifest names a file outside its folder: `{name}`", str(manifest)
-            )
-        if not file.is_file():
-            raise IntegrityError(f"`{name}` is missing", str(folder))
-        if file.stat().st_size != size or sha256_of(file) != sha256:
-            raise IntegrityError(
-                f"`{name}` is not the file that was written",
-                str(file),
-                "it was damaged or edited; take it from a backup or train again",
-            )
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            what = f"the manifest names a file outside its folder: {name!r}"
+            problems.append(Problem(what, str(manifest)))
+        elif not file.is_file():
+            hint = "take it from a backup or train again"
+            problems.append(Problem(f"`{name}` is missing", str(folder), hint))
+        elif file.stat().st_size != size or sha256_of(file) != sha256:
+            what = f"`{name}` is not the file that was written"
+            hint = "it was damaged or edited; take it from a backup or train again"
+            problems.append(Problem(what, str(file), hint))
+    if problems:
+        raise IntegrityError(problems)
     return True
 
 
@@ -134,12 +141,16 @@ def umask_mode(file: Path) -> None:
     file.chmod(0o666 & ~umask)
 
 
-def _sync_files(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            umask_mode(file)
-            with file.open("rb") as handle:
+def _sync_tree(folder: Path) -> None:
+    """Flush every file and folder to the disk, files with the mode of the umask."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            _sync_folder(path)
+        else:
+            umask_mode(path)
+            with path.open("rb") as handle:
                 os.fsync(handle.fileno())
+    _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:

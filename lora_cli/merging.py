@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lora_cli.adapters.attach import lora_layers, merge
 from lora_cli.adapters.folder import TASK_TYPES, AdapterFolder, read_adapter
 from lora_cli.adapters.loading import load_adapter
 from lora_cli.errors import IntegrityError, LoraError, NumericsError
 from lora_cli.files import new_folder
-from lora_cli.recipe import Recipe, load_recipe
+from lora_cli.models import load_config
+from lora_cli.recipe import Recipe, SequenceClassificationSpec, load_recipe
 from lora_cli.tasks import Task, build_task
 
 TOLERANCE = 1e-4  # of the largest output, in float32; rounding alone stays below 1e-5
@@ -55,9 +57,10 @@ def merge_adapter(
         raise LoraError(f"{to} is not empty", "--to", "choose a folder that is not there yet")
     task, held = adapter_task(adapter, recipe_file, base)
     task.load_processor()
-    task.recipe.model.dtype = None
     model, new = task.load_model(torch.device("cpu"), dtype="auto")
+    assert isinstance(model, PreTrainedModel)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     model = model.float().eval()
     load_adapter(model, held, new)
     probe = _probe(task)
@@ -66,19 +69,20 @@ def merge_adapter(
         count = len(lora_layers(model))
         untied = merge(model)
         after: Tensor = model(**probe).logits
+        _refuse_overflow(model, stored)
         difference = _difference(after, before)
         if not difference <= TOLERANCE:
             raise IntegrityError(
                 f"merged, the model's outputs differ by {difference:.2e} of the largest",
                 hint="please report this: merging should be exact",
             )
-        _refuse_overflow(model, dtype)
-        stored: Any = model.to(dtype)
-        rounded = stored(**probe).logits
+        for name, tensor in _tensors(model):  # not `model.to`: buffers have dtypes of their own
+            tensor.data = tensor.data.to(stored[name])
+        rounded = model(**probe).logits
     if untied:
-        stored.config.tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
     with new_folder(to) as folder:
-        stored.save_pretrained(folder)
+        model.save_pretrained(folder)
         task.tokenizer.save_pretrained(folder)
         reloaded = task.auto_class.from_pretrained(folder, dtype=dtype).eval()
         with torch.no_grad():
@@ -99,26 +103,25 @@ def adapter_task(
     The recipe is the one beside the adapter, or `recipe_file`, or follows from PEFT's
     configuration.
     """
-    held = None
     beside = adapter / "recipe.yaml"
     if recipe_file is None and beside.is_file():
         recipe_file = beside
-    if recipe_file is not None:
-        recipe = load_recipe(recipe_file, overrides or [])
-        if recipe.adapter.type == "full":
-            raise LoraError(f"{adapter} is a whole model already", hint="there is nothing to merge")
-        held = read_adapter(adapter)
-    else:
-        held = read_adapter(adapter)
+    recipe = None if recipe_file is None else load_recipe(recipe_file, overrides or [])
+    if recipe is not None and recipe.adapter.type == "full":
+        raise LoraError(f"{adapter} is a whole model already", hint="there is nothing to merge")
+    if base is not None and Path(base).expanduser().is_dir():
+        base = str(Path(base).expanduser().absolute())
+    held = read_adapter(adapter)
+    if recipe is None:
         recipe = _recipe_of(held, base)
-    if base is not None:
-        folder = Path(base).expanduser()
-        recipe.model.name = str(folder.absolute()) if folder.is_dir() else base
+    elif base is not None:
+        recipe.model.name = base
+    recipe.model.dtype = None
     return build_task(recipe), held
 
 
 def _recipe_of(held: AdapterFolder, base: str | None) -> Recipe:
-    """Return what PEFT's configuration and the tensors say of the task."""
+    """Return what PEFT's configuration, the tensors and the base say of the task."""
     kind = next((k for k, v in TASK_TYPES.items() if v == held.config.get("task_type")), None)
     name = base or held.config.get("base_model_name_or_path")
     if kind is None or not name:
@@ -126,18 +129,25 @@ def _recipe_of(held: AdapterFolder, base: str | None) -> Recipe:
             f"{held.path} does not say what it was trained for",
             hint="give a recipe with `--recipe`, for its `model` and `task`",
         )
-    task: dict[str, Any] = {"type": kind}
-    if kind == "sequence_classification":
-        heads = [t for n, t in held.tensors.items() if ".lora_" not in n and t.ndim == 2]
+    recipe = Recipe.model_validate(
+        {"model": {"name": name}, "task": {"type": kind}, "data": {"path": "none.csv"}}
+    )
+    if isinstance(recipe.task, SequenceClassificationSpec):
+        heads = [t.shape[0] for n, t in held.tensors.items() if ".lora_" not in n and t.ndim == 2]
         if not heads:
             raise LoraError(
                 f"{held.path} holds no classifier",
                 hint="give a recipe with `--recipe`, for its labels",
             )
-        task["labels"] = [f"LABEL_{i}" for i in range(heads[-1].shape[0])]
-    return Recipe.model_validate(
-        {"model": {"name": name}, "task": task, "data": {"path": "none.csv"}}
-    )
+        count = min(heads)  # the last layer's outputs: fewer than any hidden size
+        known: dict[int, str] = load_config(recipe).id2label
+        if count == 1:
+            recipe.task.problem = "regression"
+        elif sorted(known) == list(range(count)):  # a base that has such a classifier already
+            recipe.task.labels = [known[i] for i in range(count)]
+        else:
+            recipe.task.labels = [f"LABEL_{i}" for i in range(count)]
+    return recipe
 
 
 def _probe(task: Task) -> dict[str, Tensor]:
@@ -153,11 +163,17 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp(min=1.0))
 
 
-def _refuse_overflow(model: nn.Module, dtype: torch.dtype) -> None:
-    limit = torch.finfo(dtype).max
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter and buffer, a shared one under each of its names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _refuse_overflow(model: nn.Module, stored: dict[str, torch.dtype]) -> None:
+    """Refuse a weight that is not finite in the dtype that it is kept in."""
     for name, parameter in model.named_parameters():
-        if not bool((parameter.abs() <= limit).all()):
+        if not bool(parameter.to(stored[name]).isfinite().all()):
             raise NumericsError(
-                f"`{name}` has entries that {str(dtype).split('.')[-1]}, the base "
+                f"`{name}` has entries that {str(stored[name]).removeprefix('torch.')}, the base "
                 "checkpoint's dtype, cannot hold"
             )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Sequence
-from itertools import islice
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,18 +57,17 @@ def answer_file(
         raise LoraError(f"there is no file {source}", "--input")
     if source.resolve() == target.resolve():
         raise LoraError("the output would overwrite the input", "--output")
-    form = task.recipe.data.format.model_copy(update={"type": None})
-    rows = read_rows(source, form)
-    chunk = list(islice(rows, CHUNK))
-    columns = list(dict.fromkeys(name for row in chunk for name in row.columns or {}))
+    form = _form_of(source, task.recipe.data.format)
+    columns = _columns(source, form)
     require_columns(task.input_columns(), columns, str(source))
+    delimiter = _delimiter(target)
     problems: list[Problem] = []
     written = 0
-    temporary = target.with_name(f".{target.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        write = _writer(file, target, columns, task.answer_columns())
-        while chunk:
-            faults = [row.fault or task.input_fault(row.columns or {}) for row in chunk]
+    rows = read_rows(source, form)
+    with _replacing(target) as file:
+        write = _writer(file, delimiter, columns, task.answer_columns())
+        while chunk := list(islice(rows, CHUNK)):
+            faults = [row.fault or task.answer_fault(row.columns or {}) for row in chunk]
             problems += [Problem(f, row.place) for row, f in zip(chunk, faults, strict=True) if f]
             good = [row.columns or {} for row, f in zip(chunk, faults, strict=True) if not f]
             answers = iter(answer(model, task, good, accelerator))
@@ -74,27 +75,71 @@ def answer_file(
             for row, fault in zip(chunk, faults, strict=True):
                 write(row.columns or {}, blank if fault else next(answers))
             written += len(chunk)
-            chunk = list(islice(rows, CHUNK))
-    temporary.replace(target)
     return written, problems
 
 
+def _form_of(source: Path, given: FormatSpec) -> FormatSpec:
+    """Return how the file is read: of the kind that its name says, else as the recipe says."""
+    by_name = given.model_copy(update={"type": None})
+    try:
+        kind_of(source, by_name)
+    except LoraError:
+        return given
+    return by_name
+
+
+def _columns(source: Path, form: FormatSpec) -> list[str]:
+    """Return the names of all columns; only the rows of JSON have columns of their own."""
+    rows = (row.columns for row in read_rows(source, form) if row.columns is not None)
+    enough = None if kind_of(source, form) == "json" else 1
+    columns = list(dict.fromkeys(name for row in islice(rows, enough) for name in row))
+    if not columns:
+        raise LoraError("no row can be read", str(source))
+    return columns
+
+
+def _delimiter(target: Path) -> str | None:
+    """Return what stands between the columns of the output; None for json lines."""
+    match target.suffix.lower():
+        case ".csv":
+            return ","
+        case ".tsv":
+            return "\t"
+        case ".json" | ".jsonl" | ".ndjson":
+            return None
+    raise LoraError(f"cannot write {target.name}", "--output", "use .csv, .tsv or .jsonl")
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[IO[str]]:
+    """Yield a file that takes the target's place if the block ends well; else nothing is left."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        temporary.replace(target)
+    except OSError as error:
+        raise LoraError(f"cannot write {target}: {error.strerror}", "--output") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _writer(
-    file: IO[str], target: Path, columns: list[str], added: list[str]
+    file: IO[str], delimiter: str | None, columns: list[str], added: list[str]
 ) -> Callable[[dict[str, Any], Sequence[Any]], None]:
-    """Return a function that writes a row and its answer in the target's format."""
-    names = [f"{name}_2" if name in columns else name for name in added]
-    kind = kind_of(target, FormatSpec())
-    if kind == "json":
+    """Return a function that writes a row and its answer, as json lines or separated columns."""
+    names: list[str] = []
+    for name in added:
+        taken = {*columns, *names}
+        free = (n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in taken)
+        names.append(next(free))
+    if delimiter is None:
 
         def write_json(row: dict[str, Any], values: Sequence[Any]) -> None:
             line = row | dict(zip(names, values, strict=True))
             file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
         return write_json
-    if kind != "csv":
-        raise LoraError(f"cannot write {target.name}", "--output", "use .csv, .tsv or .jsonl")
-    delimiter = "\t" if target.suffix == ".tsv" else ","
     table = csv.writer(file, delimiter=delimiter, lineterminator="\n")
     table.writerow([*columns, *names])
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_cli.adapters.lora import LoRALayer, layer_for
 from lora_cli.adapters.targets import Target, inside, matches, resolve_targets, unmatched_in_full
@@ -62,6 +64,7 @@ def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
             if layer.bias is not None:
                 _train(layer.bias)
     even_norms(model)
+    compute_in_own_dtype(model, head)
 
 
 def add_layer(
@@ -92,6 +95,46 @@ def even_norms(model: nn.Module) -> None:
             continue
         if bias.dtype == torch.float32:
             weight.data = weight.data.float()
+
+
+def compute_in_own_dtype(model: nn.Module, head: Iterable[str]) -> None:
+    """Let the float32 modules of a 16-bit model take its activations, where autocast does not.
+
+    Args:
+        model: The model with its adapter attached.
+        head: Modules whose outputs stay float32; those of others return to their input's dtype.
+    """
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    base_dtype = next((dtype for dtype in dtypes if dtype.itemsize == 2), None)
+    if base_dtype is None:
+        return
+    head = list(head)
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, LoRALayer) or not own or any(p.dtype == base_dtype for p in own):
+            continue
+        module.register_forward_pre_hook(_to_float32)
+        if not any(inside(name, top) for top in head):
+            module.register_forward_hook(functools.partial(_from_float32, base_dtype))
+
+
+def _to_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        value.float()
+        if isinstance(value, Tensor)
+        and value.is_floating_point()
+        and not torch.is_autocast_enabled(value.device.type)
+        else value
+        for value in inputs
+    )
+
+
+def _from_float32(
+    dtype: torch.dtype, _module: nn.Module, _inputs: tuple[Any, ...], output: Any
+) -> Any:
+    if isinstance(output, Tensor) and not torch.is_autocast_enabled(output.device.type):
+        return output.to(dtype)
+    return output
 
 
 def _refuse_half_of_a_tie(model: nn.Module, in_full: list[str], recipe: Recipe) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.attach import add_layer, even_norms
+from lora_cli.adapters.attach import add_layer, compute_in_own_dtype, even_norms
 from lora_cli.adapters.folder import AdapterFolder, within_groups
 from lora_cli.adapters.lora import LoRAConv, LoRALayer, can_adapt
 from lora_cli.adapters.targets import Target, first_match, groups_problem, inside, matches
@@ -61,6 +61,7 @@ def load_adapter(model: nn.Module, adapter: AdapterFolder, new: list[str]) -> No
             parameter = parameters[name]
             parameter.data = tensor.to(parameter.device, torch.float32)
     even_norms(model)
+    compute_in_own_dtype(model, new)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 

@@ -132,8 +132,8 @@ class LoRALinear(LoRALayer):
 
     def update(self, x: Tensor) -> Tensor:
         """Return s B A x, shape (..., out)."""
-        x = self.dropout(_in_dtype_of(self.lora_A, x))
-        return F.linear(F.linear(x, self.lora_A) * self.scaling, self.lora_B)
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        return F.linear(F.linear(self.dropout(x), a) * self.scaling, b)
 
     def delta_weight(self) -> Tensor:
         """Return s B A, shape (out, in), or (in, out) for `Conv1D`."""
@@ -206,16 +206,15 @@ class LoRAConv(LoRALayer):
         """Return s B * A * x (two convolutions), in the shape of the base's output."""
         base = self.base
         assert isinstance(base, nn.Conv1d | nn.Conv2d)
-        x = self.dropout(_in_dtype_of(self.lora_A, x))
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        x = self.dropout(x)
         padding: str | int | tuple[int, ...] = base.padding
         if base.padding_mode != "zeros":
             x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
             padding = 0
         groups_a = base.in_channels // self.lora_A.shape[1]  # 1 for an A over all channels
-        low: Tensor = self.convolve(
-            x, self.lora_A, None, base.stride, padding, base.dilation, groups_a
-        )
-        result: Tensor = self.convolve(low * self.scaling, self.lora_B, groups=self.groups)
+        low: Tensor = self.convolve(x, a, None, base.stride, padding, base.dilation, groups_a)
+        result: Tensor = self.convolve(low * self.scaling, b, groups=self.groups)
         return result
 
     def delta_weight(self) -> Tensor:
@@ -247,11 +246,6 @@ def check_groups(base: nn.Module, rank: int) -> None:
             f"rank {rank} cannot be divided among the {groups} groups of a convolution",
             hint=f"use a rank that {groups} divides, or exclude the module",
         )
-
-
-def _in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:
-    """Return x in the weight's dtype, unless autocast chooses the dtype of the product."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
 
 
 def layer_for(

@@ -9,19 +9,28 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
+import re
 import sys
-from collections.abc import Iterable, Iterator
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from lora_cli.errors import LoraError, did_you_mean
+from lora_cli.errors import LoraError, Problem, did_you_mean
 from lora_cli.recipe import FormatSpec
 
 KINDS = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json",
     ".parquet": "parquet", ".txt": "text", ".text": "text",
+}  # fmt: skip
+NOT_TEXT = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes
+JSON_NAMES: dict[type, str] = {
+    str: "a text", int: "a number", float: "a number", bool: "true or false", list: "a list",
+    type(None): "null",
 }  # fmt: skip
 
 
@@ -72,137 +81,208 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
-def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str, str]]:
-    """Yield (line number, text with its line end, fault); lines are decoded one by one."""
+def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
+    """Yield (line number, text with its line end); bytes that are no text become surrogates."""
     codec = encoding.lower().replace("_", "-")
-    codec = "utf-8-sig" if codec in ("utf-8", "utf8") else codec
     try:
-        if codec.startswith(("utf-16", "utf-32")):  # a line end is more than one byte here
-            with _open(path) as raw, io.TextIOWrapper(raw, encoding=codec, newline="") as text:
-                yield from ((number, line, "") for number, line in enumerate(text, 1))
-            return
         with _open(path) as raw:
-            for number, line in enumerate(raw, 1):
-                try:
-                    yield (
-                        number,
-                        line.decode(codec if number == 1 else codec.removesuffix("-sig")),
-                        "",
+            if codec in ("utf-8", "utf8"):
+                codec = "utf-8-sig"
+                head = raw.read(4)
+                raw.seek(0)
+                if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise LoraError(
+                        "this is not UTF-8 text but, by its first bytes, UTF-16",
+                        str(path),
+                        "`--set data.format.encoding=utf-16`",
                     )
-                except UnicodeDecodeError as error:
-                    byte = line[error.start]
-                    yield number, "", f"byte 0x{byte:02x} is not {encoding} text"
+            text = io.TextIOWrapper(raw, encoding=codec, errors="surrogateescape", newline="")
+            yield from enumerate(text, 1)
     except LookupError:
-        raise LoraError(
-            f"`{encoding}` is not an encoding",
-            "data.format.encoding",
-            "for example utf-8, latin-1, cp1252, cp932, utf-16",
-        ) from None
-    except (UnicodeError, EOFError, gzip.BadGzipFile) as error:
+        hint = "for example utf-8, latin-1, cp1252, cp932, utf-16"
+        raise LoraError(f"`{encoding}` is not an encoding", "data.format.encoding", hint) from None
+    except (OSError, EOFError, zlib.error, UnicodeError) as error:
         raise LoraError(f"cannot be read: {error}", str(path)) from error
 
 
-def _read_csv(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
+def _text_fault(text: str, encoding: str) -> str:
+    """Return which byte of a text could not be decoded, or nothing."""
+    found = None if text.isascii() else NOT_TEXT.search(text)
+    return f"byte 0x{ord(found[0]) - 0xDC00:02x} is not {encoding} text" if found else ""
+
+
+# ----------------------------------------------------------------------------------------- csv
+
+
+class _Record:
+    """An iterator over lines that remembers those of one record, and can put them back."""
+
+    def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
+        self.lines = lines
+        self.taken: list[tuple[int, str]] = []
+        self.again: deque[tuple[int, str]] = deque()
+        self.doubtful = 0  # until this line, a record may be the inside of a broken one
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self.again.popleft() if self.again else next(self.lines)
+        self.taken.append(line)
+        return line[1]
+
+    def retry(self) -> None:
+        """Put back all lines of the record but the first."""
+        self.doubtful = max(self.doubtful, self.taken[-1][0] + 1)
+        self.again.extendleft(reversed(self.taken[1:]))
+
+    def inside_broken(self) -> bool:
+        """Return whether the record seems to be the inside of a broken one: by an odd quote."""
+        last = self.taken[-1][0]
+        odd = sum(line.count('"') for _, line in self.taken) % 2 == 1
+        if last > self.doubtful or not odd:
+            return False
+        self.doubtful = max(self.doubtful, last + 1)  # which may go on
+        return True
+
+
+def _records(path: Path, spec: FormatSpec) -> Iterator[tuple[int, list[str], str]]:
+    """Yield (first line, fields, fault) of the records of a csv file that are not blank.
+
+    A quotation mark that is never closed would swallow the rest of the file: a broken record costs
+    its first line, and what followed is read again.
+    """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default cuts fields at 128 KiB
     is_tsv = path.name.removesuffix(".gz").lower().endswith(".tsv")
     delimiter = spec.delimiter or ("\t" if is_tsv else ",")
-    faults: list[tuple[int, str]] = []
-    position = 0
-
-    def decoded() -> Iterator[str]:
-        nonlocal position
-        for number, line, fault in _lines(path, spec.encoding):
-            position = number
-            if fault:
-                faults.append((number, fault))
-            else:
-                yield line
-
-    lines = decoded()
-    names = spec.columns
-    if spec.header:
-        header = next(csv.reader(lines, delimiter=delimiter), [])
-        header = [name.strip() for name in header]
-        if names is None:
-            names = header
-            twice = {name for name in names if names.count(name) > 1}
-            if twice:
-                raise LoraError(
-                    f"two columns are called `{twice.pop()}`",
-                    f"{path.name}:1",
-                    "name them in `data.format.columns`",
-                )
-        elif len(names) != len(header):
-            raise LoraError(f"{len(names)} names for {len(header)} columns", "data.format.columns")
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    offset = position
+    record = _Record(_lines(path, spec.encoding))
+    reader = csv.reader(record, delimiter=delimiter, strict=True)
     while True:
-        first = offset + 1
+        record.taken = []
         try:
             fields = next(reader)
         except StopIteration:
-            break
+            return
         except csv.Error as error:
-            # What follows a broken quote cannot be told apart: start again on the next line.
-            fault = f"{error}: a quotation mark is open, or stands inside a field"
-            yield RawRow(None, f"{path.name}:{first}", fault)
-            reader = csv.reader(lines, delimiter=delimiter, strict=True)
-            offset = position
+            what = "a quotation mark is not closed, or one inside a quoted field is not doubled"
+            fault = what if '"' in str(error) or "end of data" in str(error) else str(error)
+            yield record.taken[0][0], [], fault
+            record.retry()
+            reader = csv.reader(record, delimiter=delimiter, strict=True)
             continue
-        offset = position
-        while faults:
-            number, fault = faults.pop(0)
-            yield RawRow(None, f"{path.name}:{number}", fault)
-        if not fields or (len(fields) == 1 and not fields[0].strip() and len(names or ()) != 1):
+        if not fields or not any(line.strip(" \r\n") for _, line in record.taken):
             continue
+        fault = next((f for field in fields if (f := _text_fault(field, spec.encoding))), "")
+        if record.inside_broken():
+            fault = "this line belongs to the broken row above it"
+        yield record.taken[0][0], fields, fault
+
+
+def _read_csv(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
+    names = spec.columns
+    records = _records(path, spec)
+    if spec.header:
+        line, header, fault = next(records, (1, [], ""))
+        header = [name.strip() for name in header]
+        if fault:
+            raise LoraError(f"the header: {fault}", f"{path}:{line}")
+        if names is None:
+            names = header
+            twice = [name for name, times in Counter(names).items() if times > 1]
+            if twice:
+                raise LoraError(
+                    f"two columns are called `{twice[0]}`",
+                    f"{path}:{line}",
+                    "name them in `data.format.columns`",
+                )
+        elif header and len(names) != len(header):
+            raise LoraError(
+                f"{len(names)} names for the {len(header)} columns of {path.name}",
+                "data.format.columns",
+                "its header has " + ", ".join(header),
+            )
+    for line, fields, fault in records:
         if names is None:
             names = [str(number) for number in range(len(fields))]
-        if len(fields) != len(names):
+        if not fault and len(fields) != len(names):
             fault = f"{len(fields)} fields where there are {len(names)} columns"
-            yield RawRow(None, f"{path.name}:{first}", fault)
-            continue
-        yield RawRow(dict(zip(names, fields, strict=True)), f"{path.name}:{first}")
-    for number, fault in faults:
-        yield RawRow(None, f"{path.name}:{number}", fault)
+        columns = None if fault else dict(zip(names, fields, strict=True))
+        yield RawRow(columns, f"{path.name}:{line}", fault)
+
+
+# ----------------------------------------------------------------------------------------- json
 
 
 def _read_json(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
-    with _open(path) as file:
-        head = file.read(4096).lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n")
-    if head.startswith(b"["):
+    lines = ((n, line) for n, line in _lines(path, spec.encoding) if line.strip())
+    first = next(lines, None)
+    if first is None:
+        return
+    if first[1].lstrip().startswith("["):
         yield from _read_json_list(path, spec)
         return
-    for number, line, fault in _lines(path, spec.encoding):
-        if fault:
-            yield RawRow(None, f"{path.name}:{number}", fault)
-        elif line.strip():
-            yield _json_row(line, f"{path.name}:{number}")
+    for number, line in itertools.chain([first], lines):
+        row = _json_row(line, f"{path.name}:{number}", spec)
+        if row.fault and number == first[0]:
+            _refuse_one_object(path, spec)
+        yield row
 
 
-def _json_row(line: str, place: str) -> RawRow:
+def _json_row(line: str, place: str, spec: FormatSpec) -> RawRow:
+    if fault := _text_fault(line, spec.encoding):
+        return RawRow(None, place, fault)
     try:
         value = json.loads(line)
     except ValueError as error:
         return RawRow(None, place, f"not valid JSON: {error}")
     except RecursionError:
         return RawRow(None, place, "the JSON is too deep")
+    return _json_object(value, place)
+
+
+def _json_object(value: Any, place: str) -> RawRow:
     if not isinstance(value, dict):
-        return RawRow(None, place, f"a row is a JSON object, not a {type(value).__name__}")
+        return RawRow(None, place, f"a row is a JSON object, not {JSON_NAMES[type(value)]}")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        return RawRow(None, place, f"{half} is half of a character")
     return RawRow(value, place)
 
 
 def _read_json_list(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
-    text = "".join(line for _, line, _ in _lines(path, spec.encoding))
+    text = "".join(line for _, line in _lines(path, spec.encoding))
+    if fault := _text_fault(text, spec.encoding):
+        raise LoraError(fault, str(path))
     try:
         values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise LoraError(f"not valid JSON: {error.msg}", f"{path}:{error.lineno}") from error
     except (ValueError, RecursionError) as error:
         raise LoraError(f"not valid JSON: {error}", str(path)) from error
     for number, value in enumerate(values):
-        place = f"{path.name}[{number}]"
-        if isinstance(value, dict):
-            yield RawRow(value, place)
-        else:
-            yield RawRow(None, place, f"a row is a JSON object, not a {type(value).__name__}")
+        yield _json_object(value, f"{path.name}[{number}]")
+
+
+def _refuse_one_object(path: Path, spec: FormatSpec) -> None:
+    """Say so if a file whose first line is no row is, as a whole, a single object."""
+    first = next(line for _, line in _lines(path, spec.encoding) if line.strip())
+    if not first.lstrip().startswith("{") or first.rstrip().endswith("}"):
+        return
+    try:
+        value = json.loads("".join(line for _, line in _lines(path, spec.encoding)))
+    except (ValueError, RecursionError):
+        return
+    lists = [key for key, item in value.items() if isinstance(item, list)]
+    raise LoraError(
+        "the file is one JSON object, and not a list of rows",
+        str(path),
+        f"take the rows out: `jq -c '.{lists[0] if lists else 'rows'}[]' {path.name} > rows.jsonl`",
+    )
+
+
+# ------------------------------------------------------------------------------ parquet and text
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:
@@ -210,37 +290,42 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
-                yield RawRow(row, f"{path.name}[{number}]")
-                number += 1
-    except pa.ArrowInvalid as error:
-        raise LoraError(f"not a whole parquet file: {error}", str(path)) from error
+        with pq.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    yield RawRow(row, f"{path.name}[{number}]")
+                    number += 1
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise LoraError(f"not a whole parquet file: {reason}", str(path)) from error
 
 
 def _read_text(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
-    def row(lines: Iterable[str], number: int) -> RawRow:
-        return RawRow({"text": "".join(lines)}, f"{path.name}:{number}")
+    for number, text in _text_units(path, spec):
+        fault = _text_fault(text, spec.encoding)
+        yield RawRow(None if fault else {"text": text}, f"{path.name}:{number}", fault)
 
+
+def _text_units(path: Path, spec: FormatSpec) -> Iterator[tuple[int, str]]:
+    """Yield (first line, text) of the lines, the paragraphs, or the whole of a text file."""
     pending: list[str] = []
     first = 1
-    for number, line, fault in _lines(path, spec.encoding):
-        if fault:
-            yield RawRow(None, f"{path.name}:{number}", fault)
-        elif spec.sample_by == "line":
-            if line.strip():
-                yield row([line.rstrip("\r\n")], number)
-        elif spec.sample_by == "paragraph" and not line.strip():
+    for number, line in _lines(path, spec.encoding):
+        blank = not line.strip()
+        if spec.sample_by == "line":
+            if not blank:
+                yield number, line.rstrip("\r\n")
+        elif blank and (spec.sample_by == "paragraph" or not pending):
             if pending:
-                yield row(pending, first)
+                yield first, "".join(pending).rstrip("\r\n")
             pending = []
         else:
             first = first if pending else number
             pending.append(line)
     if pending:
-        yield row(pending, first)
+        text = "".join(pending)
+        yield first, text.rstrip("\r\n") if spec.sample_by == "paragraph" else text
 
 
 def require_columns(wanted: dict[str, str], present: list[str], source: str) -> None:
@@ -251,16 +336,13 @@ def require_columns(wanted: dict[str, str], present: list[str], source: str) -> 
         present: The columns of the data.
         source: Name of the data, for the error.
     """
-    from lora_cli.errors import Problem
-
-    problems = [
-        Problem(
-            f"{source} has no column `{column}`",
-            at,
-            did_you_mean(column, present, "its columns are"),
-        )
-        for at, column in wanted.items()
-        if column not in present
-    ]
+    problems = []
+    for at, column in wanted.items():
+        if column not in present:
+            hint = did_you_mean(column, present, "its columns are")
+            between = next((mark for mark in ";\t|," if mark in "".join(present)), None)
+            if len(present) == 1 and between:
+                hint = f"if its columns are divided by {between!r}, set `data.format.delimiter`"
+            problems.append(Problem(f"{source} has no column `{column}`", at, hint))
     if problems:
         raise LoraError(problems)

@@ -94,6 +94,7 @@ def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
     Returns:
         The examples of each pack.
     """
+    assert max(lengths, default=0) <= capacity
     packs: list[list[int]] = []
     room: list[int] = []
     open_packs: list[int] = []

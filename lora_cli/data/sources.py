@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,19 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_cli import __version__
-from lora_cli.data.files import RawRow, kind_of, read_rows
+from lora_cli.data.files import RawRow, read_rows, require_columns
+from lora_cli.data.finding import SPLITS as SPLITS
+from lora_cli.data.finding import files_of, positions, split_slice
 from lora_cli.data.splits import draw
 from lora_cli.errors import LoraError, Problem, did_you_mean
 from lora_cli.files import sha256_of
-from lora_cli.recipe import FormatSpec, HeldOutSpec, Recipe
-from lora_cli.recipe.spec import is_file
+from lora_cli.recipe import HeldOutSpec, Recipe
 
-SPLITS = ("train", "validation", "test")
-SPLIT_FILES = {
-    "train": r"train(ing)?",
-    "validation": r"(validation|valid|val|dev)",
-    "test": r"(test|eval)",
-}
+READING = 2  # counts up when files are read in another way, so that no old cache is used
 Indices = NDArray[np.int64]
 
 
@@ -107,7 +102,12 @@ def load_rows(recipe: Recipe, splits: Sequence[str] = SPLITS) -> dict[str, Rows]
     specs = {name: getattr(data, name) for name in SPLITS if getattr(data, name) is not None}
     if data.streaming:
         specs.pop("train")
-    whole = {n: _named(recipe, n, s) for n, s in specs.items() if isinstance(s, str)}
+    parents = {spec.from_ for spec in specs.values() if isinstance(spec, HeldOutSpec)}
+    whole = {
+        name: _named(recipe, name, spec)
+        for name, spec in specs.items()
+        if isinstance(spec, str) and name in parents.union(splits)
+    }
     for name in ("test", "validation"):
         held_out = specs.get(name)
         if isinstance(held_out, HeldOutSpec):
@@ -120,59 +120,73 @@ def load_rows(recipe: Recipe, splits: Sequence[str] = SPLITS) -> dict[str, Rows]
                 )
             whole[name], whole[parent] = _hold_out(recipe, whole[parent], name, held_out)
     for name, rows in whole.items():
-        if not len(rows):
-            raise LoraError(f"the {name} split has no rows", rows.source)
+        _require_rows(rows, name)
     return {name: whole[name] for name in SPLITS if name in whole and name in splits}
+
+
+def _require_rows(rows: Rows, name: str) -> None:
+    if len(rows):
+        return
+    what = f"the {name} split has no rows"
+    if rows.skipped:
+        what += f" that can be read: {len(rows.skipped)} were skipped, as {rows.skipped[0]}"
+    raise LoraError(what, rows.source)
 
 
 def stream_rows(recipe: Recipe) -> Iterator[RawRow]:
     """Yield the train rows as they come, again and again."""
     data = recipe.data
-    assert isinstance(data.train, str)
     while True:
         if data.name:
             for number, row in enumerate(_load_hub(recipe, data.train, streaming=True)):
                 yield RawRow(row, f"{data.name}[{number}]")
         else:
-            for file in _files(recipe, "train", data.train):
+            for file in files_of(recipe, "train", data.train):
                 yield from read_rows(file, data.format)
 
 
 def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tuple[Rows, Rows]:
     """Return (held-out rows, what stays)."""
     task = recipe.task
-    text, label = _text_of(recipe), getattr(task, "label_column", None)
+    label = getattr(task, "label_column", None)
+    _require_rows(parent, spec.from_)
+    texts, wanted = _text_columns(recipe)
+    if spec.group_by:
+        wanted[recipe.at(f"data.{name}.group_by")] = spec.group_by
+    if spec.stratify and label:
+        wanted[recipe.at("task.label_column")] = label
+    require_columns(wanted, parent.columns, parent.source)
     rows = list(parent)
-    for column in filter(None, (spec.group_by, label if spec.stratify else None)):
-        if rows and column not in rows[0]:
-            raise LoraError(
-                f"there is no column `{column}`",
-                recipe.at(f"data.{name}"),
-                did_you_mean(column, parent.columns, "the columns are"),
-            )
     held, kept = draw(
-        [text(row) for row in rows],
+        [_joined_text(row, texts) for row in rows],
         spec.fraction,
         # another seed for each, so that the two draws do not pick the same positions
         seed=(recipe.data.split_seed, SPLITS.index(name)),
         disjoint=spec.disjoint,
-        strata=[str(row[label]) for row in rows] if spec.stratify and label else None,
-        groups=[str(row[spec.group_by]) for row in rows] if spec.group_by else None,
+        strata=[str(row.get(label)) for row in rows] if spec.stratify and label else None,
+        groups=[str(row.get(spec.group_by)) for row in rows] if spec.group_by else None,
         at=recipe.at(f"data.{name}"),
     )
     dropped = len(rows) - len(held) - len(kept)
     return parent.select(held), replace(parent.select(kept), dropped=parent.dropped + dropped)
 
 
-def _text_of(recipe: Recipe) -> Any:
-    """Return a function from a row to the text that must not stand on both sides."""
+def _text_columns(recipe: Recipe) -> tuple[list[str], dict[str, str]]:
+    """Return the columns whose text must not stand on both sides, and which must be there."""
     task = recipe.task
-    if task.type == "sequence_classification":
-        names = [task.text_column, task.text_pair_column]
+    if task.type == "causal_lm" and task.format == "alpaca":
+        return ["instruction", "input"], {recipe.at("task.format"): "instruction"}
+    if task.type == "causal_lm":
+        keys = ["text_column", "prompt_column", "messages_column"]
     else:
-        names = [task.text_column, task.prompt_column, task.messages_column]
-    columns = [name for name in names if name] or ["text", "instruction", "input"]
-    return lambda row: "\n".join(
+        keys = ["text_column", "text_pair_column"]
+    named = {f"task.{key}": column for key in keys if (column := getattr(task, key))}
+    named = named or {"task.text_column": "text"}
+    return list(named.values()), {recipe.at(key): column for key, column in named.items()}
+
+
+def _joined_text(row: dict[str, Any], columns: list[str]) -> str:
+    return "\n".join(
         value if isinstance(value := row[name], str) else json.dumps(value, default=str)
         for name in columns
         if row.get(name) is not None
@@ -181,81 +195,16 @@ def _text_of(recipe: Recipe) -> Any:
 
 def _named(recipe: Recipe, split: str, text: str) -> Rows:
     """Return the rows of a split given as a name, a slice or a file."""
-    name, part = _slice(text, recipe.at(f"data.{split}"))
+    name, part = split_slice(text, recipe.at(f"data.{split}"))
     rows = (
         _hub_rows(recipe, name)
         if recipe.data.name
-        else _file_rows(recipe, _files(recipe, split, name))
+        else _file_rows(recipe, files_of(recipe, split, name))
     )
-    return rows.select(np.arange(len(rows))[_positions(part, len(rows))]) if part else rows
-
-
-def _slice(text: str, at: str) -> tuple[str, str]:
-    """Divide `train[:80%]` into its name and its slice."""
-    match = re.fullmatch(r"(.*?)(?:\[(-?\d*%?:-?\d*%?)\])?", text)
-    if not match or "[" in match[1]:
-        raise LoraError(f"`{text}` is not a slice", at, "a slice is `train[:80%]` or `train[:500]`")
-    return match[1], match[2] or ""
-
-
-def _positions(part: str, count: int) -> slice:
-    def bound(text: str) -> int | None:
-        if not text:
-            return None
-        return round(int(text[:-1]) * count / 100) if text.endswith("%") else int(text)
-
-    start, _, stop = part.partition(":")
-    return slice(bound(start), bound(stop))
+    return rows.select(np.arange(len(rows))[positions(part, len(rows))]) if part else rows
 
 
 # ------------------------------------------------------------------------------------- files
-
-
-def _files(recipe: Recipe, split: str, name: str) -> list[Path]:
-    """Return the files of a split, in order."""
-    data = recipe.data
-    at = recipe.at(f"data.{split}")
-    pattern = Path(name if is_file(name) else (data.path or ""))
-    if not is_file(name):
-        at = recipe.at("data.path")
-    if pattern.is_dir():
-        files = [f for f in sorted(pattern.rglob("*")) if f.is_file() and _readable(f, data.format)]
-        by_split = [f for f in files if _belongs(f.relative_to(pattern), name)]
-        named = any(_belongs(f.relative_to(pattern), other) for f in files for other in SPLITS)
-        files = by_split if named else (files if name == "train" else [])
-    elif pattern.is_file():
-        files = [pattern] if is_file(name) or name == "train" else []
-    else:
-        folder = next(p for p in pattern.parents if not re.search(r"[*?\[]", str(p)))
-        files = sorted(folder.glob(str(pattern.relative_to(folder)))) if folder.is_dir() else []
-        if not files:
-            beside = [str(f) for f in pattern.parent.glob("*")] if folder.is_dir() else []
-            raise LoraError(
-                f"there is no file {pattern}",
-                at,
-                did_you_mean(str(pattern), beside, "beside it are") if beside else None,
-            )
-        files = files if is_file(name) or name == "train" else []
-    if not files:
-        raise LoraError(
-            f"{pattern} has no split `{name}`",
-            recipe.at(f"data.{split}"),
-            "name a file, or draw rows: `{from: train, fraction: 0.1}`",
-        )
-    return files
-
-
-def _readable(file: Path, spec: FormatSpec) -> bool:
-    try:
-        return not file.name.startswith(".") and bool(kind_of(file, spec))
-    except LoraError:
-        return False
-
-
-def _belongs(file: Path, split: str) -> bool:
-    """Return whether a file's name or folder says that it is of a split."""
-    pattern = SPLIT_FILES.get(split, re.escape(split))
-    return any(re.search(rf"(^|[^a-z]){pattern}([^a-z]|$)", part.lower()) for part in file.parts)
 
 
 def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
@@ -274,7 +223,7 @@ def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
     text = datasets.Value("string")
     dataset = cached_dataset(
         stored,
-        [sha256, form.model_dump_json(), *(file.name for file in files)],
+        [str(READING), sha256, form.model_dump_json(), *(file.name for file in files)],
         datasets.Features({"row": text, "place": text, "fault": text}),
     )
     source = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
@@ -342,6 +291,10 @@ def cached_dataset(generator: Any, key: Sequence[str], features: Any) -> Any:
         return datasets.Dataset.from_generator(generator, features, fingerprint=digest[:32])
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None  # the reader's own error says more
+    except ValueError as error:
+        if "no data" not in str(error):
+            raise
+        return datasets.Dataset.from_dict({name: [] for name in features}, features)
     finally:
         if shown:
             datasets.enable_progress_bars()

@@ -46,14 +46,13 @@ def draw(
     Raises:
         LoraError: If the rows cannot be divided.
     """
+    assert disjoint != "substring" or groups is None  # the recipe refuses it
     normal = [" ".join(text.lower().split()) for text in texts]
     if disjoint == "substring":
         holders = _containing(normal)
     else:
         keys = _joined(normal if disjoint else [str(i) for i in range(len(texts))], groups)
         holders = [[key] for key in keys]
-    if disjoint == "substring" and groups is not None:
-        raise LoraError("`group_by` and `disjoint: substring` cannot be combined", at)
 
     units: dict[int, list[int]] = defaultdict(list)  # rows in which a unit has a part
     for row, owners in enumerate(holders):
@@ -87,7 +86,7 @@ def _draw_units(
     missing = [len(owners) for owners in holders]  # owners of a row that are not drawn yet
     drawn: set[int] = set()
     for unit in order:
-        stratum = value[units[unit][0]]
+        stratum = value[unit]  # a unit has the number of one of its rows
         if wanted[stratum] < 0.5:
             continue
         drawn.add(unit)

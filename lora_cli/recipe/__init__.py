@@ -1,6 +1,7 @@
 """The recipe: what a user writes, checked and typed, without importing torch."""
 
-from lora_cli.recipe.load import dump_recipe, load_recipe, recipe_schema
+from lora_cli.recipe.explain import recipe_schema
+from lora_cli.recipe.load import dump_recipe, load_recipe
 from lora_cli.recipe.spec import (
     AdapterSpec,
     CausalLMSpec,

@@ -6,9 +6,12 @@ docstrings. Units: a *step* is an optimizer step, a *micro-batch* is one forward
 
 from __future__ import annotations
 
+import io
 import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -21,7 +24,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+Conflicts = Iterator[tuple[str, str]]  # of each: the key it is reported at, and what is wrong
+Word = Annotated[str, Field(min_length=1)]
+Words = Annotated[list[Word], Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every library takes
+LayerNumber = Annotated[int, Field(ge=0)]
+LayerRange = Annotated[str, Field(pattern=r"^\d+-\d+$")]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
@@ -30,22 +39,32 @@ class Section(BaseModel):
     """A section of the recipe: unknown keys are refused, values are not converted."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, use_attribute_docstrings=True, populate_by_name=True
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        populate_by_name=True,
     )
 
+    def conflicts(self) -> Conflicts:
+        """Yield what is wrong between keys that are each right by themselves."""
+        yield from ()
 
-def _conflict(message: str) -> PydanticCustomError:
-    return PydanticCustomError("conflict", "{text}", {"text": message})
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if found := list(self.conflicts()):
+            raise PydanticCustomError("conflict", "{found}", {"found": found})
+        return self
 
 
 class ModelSpec(Section):
     """The pretrained base model."""
 
-    name: str
+    name: Word
     """A Hub id, a local folder (relative to the recipe), or `package:NAME/FOLDER`, a folder inside
     an installed Python package."""
 
-    revision: str = "main"
+    revision: Word = "main"
     """Branch, tag or commit of the model on the Hub."""
 
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -65,23 +84,23 @@ class SequenceClassificationSpec(Section):
     type: Literal["sequence_classification"]
     """Which task."""
 
-    text_column: str = "text"
+    text_column: Word = "text"
     """Column of the text."""
 
-    text_pair_column: str | None = None
+    text_pair_column: Word | None = None
     """Column of the second text, for pairs."""
 
-    label_column: str = "label"
+    label_column: Word = "label"
     """Column of the label: a word, an integer, a number (regression), or several labels."""
 
-    labels: list[str | int] | None = None
+    labels: Annotated[list[str | int], Field(min_length=1)] | None = None
     """Names of the labels, in order. Integers in the data are read as positions in this list.
     Default: the values found in the train split, sorted."""
 
     problem: Literal["single_label", "multi_label", "regression"] = "single_label"
     """One label a row, any number of labels a row, or one number a row."""
 
-    label_separator: str | None = None
+    label_separator: Word | None = None
     """What stands between the labels of a row, where a multi-label column is text."""
 
     class_weights: Literal["balanced"] | dict[str, float] | None = None
@@ -94,18 +113,22 @@ class SequenceClassificationSpec(Section):
     max_length: Positive = 512
     """Longest input in tokens; longer texts are cut. Never more than the model can take."""
 
-    pad_token: str | None = None
+    pad_token: Word | None = None
     """The padding token, where the tokenizer has none of its own."""
 
-    @model_validator(mode="after")
-    def _fits_the_problem(self) -> SequenceClassificationSpec:
+    def conflicts(self) -> Conflicts:
+        """Yield the keys that do not go with `problem`, and labels that stand twice."""
         if self.problem != "single_label" and self.label_smoothing:
-            raise _conflict("`label_smoothing` needs `problem: single_label`")
-        if self.problem == "regression" and (self.labels or self.class_weights):
-            raise _conflict("`labels` and `class_weights` have no meaning with regression")
+            yield "label_smoothing", "`label_smoothing` needs `problem: single_label`"
+        if self.problem == "regression":
+            for key in ("labels", "class_weights"):
+                if getattr(self, key):
+                    yield key, f"`{key}` has no meaning with `problem: regression`"
         if self.label_separator is not None and self.problem != "multi_label":
-            raise _conflict("`label_separator` needs `problem: multi_label`")
-        return self
+            yield "label_separator", "`label_separator` needs `problem: multi_label`"
+        for label, times in Counter(map(str, self.labels or ())).items():
+            if times > 1:
+                yield "labels", f"the label `{label}` stands {times} times in `labels`"
 
 
 class CausalLMSpec(Section):
@@ -114,52 +137,53 @@ class CausalLMSpec(Section):
     type: Literal["causal_lm"]
     """Which task."""
 
-    text_column: str | None = None
+    text_column: Word | None = None
     """Column of plain text. Every token is trained; texts longer than `max_length` are divided
     into several examples. `text` if no column is named."""
 
-    prompt_column: str | None = None
+    prompt_column: Word | None = None
     """Column of the prompt, which is read but not trained."""
 
-    completion_column: str | None = None
+    completion_column: Word | None = None
     """Column of the completion, which is trained."""
 
     separator: str = ""
     """Text between the prompt and the completion, counted to the prompt."""
 
-    messages_column: str | None = None
+    messages_column: Word | None = None
     """Column of a conversation, written with the model's chat template."""
 
     format: Literal["openai", "sharegpt", "alpaca"] = "openai"
     """How a conversation is stored: `openai` (role, content), `sharegpt` (from, value), or
     `alpaca` (the columns instruction, input, output; `messages_column` is not used)."""
 
-    chat_template: str | None = None
+    chat_template: Word | None = None
     """File of a Jinja chat template, where the model has none or another is wanted."""
 
     train_on: Literal["assistant", "all", "last"] = "assistant"
     """Which turns of a conversation are trained: the assistant's, all, or the assistant's last."""
 
-    pad_token: str | None = None
+    pad_token: Word | None = None
     """The padding token, where the tokenizer has none of its own."""
 
     max_length: Positive = 1024
     """Longest example in tokens. Never more than the model can take."""
 
-    @model_validator(mode="after")
-    def _one_form(self) -> CausalLMSpec:
+    def conflicts(self) -> Conflicts:
+        """Yield what keeps a row from being read in exactly one way."""
         chat = self.messages_column is not None or self.format == "alpaca"
         pair = self.prompt_column is not None or self.completion_column is not None
         if (self.prompt_column is None) != (self.completion_column is None):
-            raise _conflict("`prompt_column` and `completion_column` go together")
+            given = "prompt_column" if self.prompt_column else "completion_column"
+            yield given, "`prompt_column` and `completion_column` go together"
         if chat + pair + (self.text_column is not None) > 1:
-            raise _conflict(
+            yield (
+                "",
                 "choose one of `text_column`, `prompt_column` with `completion_column`, "
-                "or `messages_column`"
+                "`messages_column`, or `format: alpaca`",
             )
         if self.format == "sharegpt" and self.messages_column is None:
-            raise _conflict("`format: sharegpt` needs `messages_column`, often `conversations`")
-        return self
+            yield "format", "`format: sharegpt` needs `messages_column`, often `conversations`"
 
 
 TaskSpec = Annotated[
@@ -171,11 +195,11 @@ TaskSpec = Annotated[
 class HeldOutSpec(Section):
     """Rows drawn from another split, and taken away from it."""
 
-    from_: str = Field("train", alias="from")
+    from_: Word = Field("train", alias="from")
     """The split that the rows are drawn from."""
 
     fraction: Share
-    """Share of the rows."""
+    """Share of the rows. (Where `test` is drawn from the same split, of those that it leaves.)"""
 
     disjoint: Literal["exact", "substring"] | None = "exact"
     """`exact`: a text is never on both sides. `substring`: nor is a drawn text inside a longer
@@ -184,8 +208,13 @@ class HeldOutSpec(Section):
     stratify: bool = False
     """Keep the proportions of the labels."""
 
-    group_by: str | None = None
+    group_by: Word | None = None
     """Rows with the same value in this column stay on one side (a customer, a document)."""
+
+    def conflicts(self) -> Conflicts:
+        """Yield the two ways of keeping rows together that exclude each other."""
+        if self.group_by is not None and self.disjoint == "substring":
+            yield "group_by", "`group_by` and `disjoint: substring` cannot be combined"
 
 
 def _split_form(value: Any) -> str | None:
@@ -195,7 +224,7 @@ def _split_form(value: Any) -> str | None:
 
 
 SplitSpec = Annotated[
-    Annotated[str, Tag("named")] | Annotated[HeldOutSpec, Tag("held_out")],
+    Annotated[Word, Tag("named")] | Annotated[HeldOutSpec, Tag("held_out")],
     Discriminator(
         _split_form,
         custom_error_type="split",
@@ -211,38 +240,50 @@ class FormatSpec(Section):
     type: Literal["csv", "json", "parquet", "text"] | None = None
     """Kind of file. Default: by its suffix; `json` covers JSON lines."""
 
-    encoding: str = "utf-8"
-    """Encoding of the text; a byte order mark is dropped."""
+    encoding: Word = "utf-8"
+    """Encoding of the text (utf-8, latin-1, cp1252, utf-16); a byte order mark is dropped."""
 
-    delimiter: str | None = None
-    """Between the columns of a csv file. Default: a tab in `.tsv`, a comma elsewhere."""
+    delimiter: Annotated[str, Field(pattern=r'^[^"\r\n]$')] | None = None
+    """The one character between the columns of a csv file; a tab is written `"\\t"`, with the
+    quotation marks. Default: a tab in `.tsv`, a comma elsewhere."""
 
     header: bool = True
     """The first line of a csv file names the columns."""
 
-    columns: list[str] | None = None
+    columns: Words | None = None
     """Names of the columns, instead of those in the header."""
 
     sample_by: Literal["line", "paragraph", "document"] = "line"
     """What is one row of a text file."""
 
+    def conflicts(self) -> Conflicts:
+        """Yield an encoding that does not exist, and columns that are named twice."""
+        try:
+            io.TextIOWrapper(io.BytesIO(), encoding=self.encoding)
+        except (LookupError, ValueError):
+            hint = "for example utf-8, latin-1, cp1252, cp932, utf-16"
+            yield "encoding", f"`{self.encoding}` is not an encoding of text; {hint}"
+        for name, times in Counter(self.columns or ()).items():
+            if times > 1:
+                yield "columns", f"the column `{name}` stands {times} times in `columns`"
+
 
 class DataSpec(Section):
     """Where the rows come from, and which are held out."""
 
-    name: str | None = None
+    name: Word | None = None
     """A data set on the Hub."""
 
-    config: str | None = None
+    config: Word | None = None
     """Configuration of the data set on the Hub (`sst2` of `nyu-mll/glue`)."""
 
-    revision: str = "main"
+    revision: Word = "main"
     """Branch, tag or commit of the data set on the Hub."""
 
-    path: str | None = None
+    path: Word | None = None
     """A file, a folder, or a pattern of files (csv, tsv, json lines, parquet, txt; also .gz)."""
 
-    train: SplitSpec = "train"
+    train: Word = "train"
     """The rows to train on: a split, a slice, or a file."""
 
     validation: SplitSpec | None = None
@@ -251,7 +292,7 @@ class DataSpec(Section):
     test: SplitSpec | None = None
     """The rows that are looked at once, at the end."""
 
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Seed of the draw of held-out rows; `train.seed` does not change them."""
 
     format: FormatSpec = Field(default_factory=FormatSpec)
@@ -263,18 +304,25 @@ class DataSpec(Section):
     on_bad_row: Literal["error", "skip"] = "error"
     """What happens to a row that cannot be read: stop, or skip and count it."""
 
-    @model_validator(mode="after")
-    def _one_source(self) -> DataSpec:
+    def conflicts(self) -> Conflicts:
+        """Yield what keeps the rows from having exactly one source."""
         if self.name and self.path:
-            raise _conflict("`name` and `path` exclude each other: a Hub data set, or files")
+            yield "path", "`name` and `path` exclude each other: a Hub data set, or files"
         if not self.name and not self.path and not is_file(self.train):
-            raise _conflict(
+            yield (
+                "",
                 "say where the rows are: `name` (a Hub id), `path` (a file or folder), "
-                "or a file for `train`"
+                "or a file for `train`",
             )
         if self.config and not self.name:
-            raise _conflict("`config` needs `name`")
-        return self
+            yield "config", "`config` needs `name`: files have no configurations"
+        if self.streaming and self.train.endswith("]"):
+            yield "streaming", "`streaming` reads all of `train`, so it cannot be a slice"
+        for split in ("validation", "test"):
+            spec = getattr(self, split)
+            if self.streaming and isinstance(spec, HeldOutSpec) and spec.from_ == "train":
+                text = f"`streaming` cannot draw `{split}` from `train`; name a split or a file"
+                yield split, text
 
 
 DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".text")
@@ -284,7 +332,7 @@ def is_file(split: SplitSpec | None) -> bool:
     """Return whether a split is given as a file: it has a folder, a known suffix, or a pattern."""
     if not isinstance(split, str):
         return False
-    name = re.sub(r"\[.*\]$", "", split).removesuffix(".gz")
+    name = re.sub(r"\[[^\[\]/]*\]$", "", split).lower().removesuffix(".gz")
     return "/" in name or name.endswith(DATA_SUFFIXES)
 
 
@@ -307,15 +355,15 @@ class AdapterSpec(Section):
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA), so that large ranks keep learning."""
 
-    target_modules: Annotated[str, Field(min_length=1)] | list[str] | None = None
+    target_modules: Word | Words | None = None
     """Which modules get an adapter: a list of name suffixes, a regular expression that matches
     whole names, or `all-linear`. Default: `all-linear` for language models, the attention's query
     and value for encoders."""
 
-    exclude_modules: Annotated[str, Field(min_length=1)] | list[str] | None = None
+    exclude_modules: Word | Words | None = None
     """Modules that get none, written in the same way."""
 
-    layers: Annotated[str, Field(pattern=r"^\d+-\d+$")] | list[int] | None = None
+    layers: LayerRange | list[LayerNumber] | None = None
     """Only these layers: `0-11`, or a list of numbers."""
 
     rank_pattern: dict[str, Positive] = Field(default_factory=dict)
@@ -327,7 +375,7 @@ class AdapterSpec(Section):
     bias: Literal["none", "lora_only", "all"] = "none"
     """Which biases are trained besides: none, those of adapted modules, or all."""
 
-    train_modules: list[str] = Field(default_factory=list)
+    train_modules: list[Word] = Field(default_factory=list)
     """Modules trained in full and saved with the adapter, besides the task's new head."""
 
     @property
@@ -401,11 +449,10 @@ class SchedulerSpec(Section):
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Warm-up as a share of all steps."""
 
-    @model_validator(mode="after")
-    def _one_warmup(self) -> SchedulerSpec:
+    def conflicts(self) -> Conflicts:
+        """Yield the two ways of saying how long the warm-up is."""
         if self.warmup_steps is not None and self.warmup_ratio is not None:
-            raise _conflict("choose `warmup_steps` or `warmup_ratio`")
-        return self
+            yield "warmup_ratio", "choose `warmup_steps` or `warmup_ratio`"
 
 
 class TrainSpec(Section):
@@ -448,7 +495,7 @@ class TrainSpec(Section):
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that prepare batches; they do not change the order."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights, the order and the dropout."""
 
     log_every_steps: Positive = 10
@@ -457,13 +504,12 @@ class TrainSpec(Section):
     trackers: list[Literal["tensorboard", "trackio"]] = Field(default_factory=list)
     """Where else the log goes."""
 
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainSpec:
+    def conflicts(self) -> Conflicts:
+        """Yield the keys that exclude each other."""
         if self.epochs is not None and self.max_steps is not None:
-            raise _conflict("choose `epochs` or `max_steps`")
+            yield "max_steps", "choose `epochs` or `max_steps`"
         if self.packing and self.group_by_length:
-            raise _conflict("`packing` leaves no padding for `group_by_length` to save")
-        return self
+            yield "group_by_length", "`packing` leaves no padding for `group_by_length` to save"
 
     @property
     def examples_per_step(self) -> int:
@@ -474,7 +520,7 @@ class TrainSpec(Section):
 class BestSpec(Section):
     """How the best adapter is chosen."""
 
-    metric: str = "loss"
+    metric: Word = "loss"
     """A metric of the validation split, or `loss`."""
 
     mode: Literal["min", "max"] | None = None
@@ -510,7 +556,7 @@ class EvaluateSpec(Section):
     every_steps: Positive | None = None
     """Steps between two evaluations. Default: once an epoch."""
 
-    metrics: list[str] | None = None
+    metrics: list[Word] | None = None
     """Metrics: accuracy, f1, precision, recall, matthews_correlation, pearson, spearman, mse,
     perplexity, exact_match, bleu, rouge; or any other name or script that `evaluate` can load."""
 
@@ -564,22 +610,29 @@ class Recipe(Section):
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
     """What is saved on the way."""
 
-    output_dir: str = "out"
+    output_dir: Word = "out"
     """Folder of the result, relative to the working directory."""
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
 
-    @model_validator(mode="after")
-    def _sections_agree(self) -> Recipe:
-        if self.data.streaming and self.train.max_steps is None:
-            raise _conflict("`data.streaming` needs `train.max_steps`: the length is not known")
-        if self.data.streaming and (self.train.packing or self.train.group_by_length):
-            raise _conflict("`train.packing` and `train.group_by_length` need all rows at hand")
-        if self.train.packing and self.task.type != "causal_lm":
-            raise _conflict("`train.packing` is for `task.type: causal_lm`")
-        if self.data.validation is None and self.evaluate.early_stopping is not None:
-            raise _conflict("`evaluate.early_stopping` needs `data.validation`")
-        return self
+    def conflicts(self) -> Conflicts:
+        """Yield what is wrong between sections."""
+        data, task, train = self.data, self.task, self.train
+        if data.streaming and train.max_steps is None:
+            yield "data.streaming", "`data.streaming` needs `train.max_steps`: the length is open"
+        for key in ("packing", "group_by_length"):
+            if data.streaming and getattr(train, key):
+                yield f"train.{key}", f"`train.{key}` needs all rows, so not `data.streaming`"
+        if train.packing and task.type != "causal_lm":
+            yield "train.packing", "`train.packing` is for `task.type: causal_lm`"
+        if data.validation is None and self.evaluate.early_stopping is not None:
+            yield "evaluate.early_stopping", "`evaluate.early_stopping` needs `data.validation`"
+        labels = task.type == "sequence_classification" and task.problem != "regression"
+        for split in ("validation", "test"):
+            spec = getattr(data, split)
+            if isinstance(spec, HeldOutSpec) and spec.stratify and not labels:
+                key = f"data.{split}.stratify"
+                yield key, f"`{key}` keeps the proportions of labels, and this task has none"
 
     def at(self, key: str) -> str:
         """Return where a key stands, for an error: `adapter.rank (recipe.yaml:14)`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,15 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lora_cli.data.files import require_columns
 from lora_cli.data.sources import Rows, cached_dataset, load_rows, without
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, Problem, did_you_mean
+from lora_cli.metrics import (
+    _SPECS,
+    Channel,
+    MetricContext,
+    check_metric_names,
+    known_metrics,
+    metric_mode,
+)
 from lora_cli.models import (
     build_empty,
     load_config,
@@ -83,6 +91,7 @@ class Encoded:
     rows: Rows
     examples: Any  # datasets.Dataset
     lengths: NDArray[np.int64]
+    rows_without_example: int = 0  # nothing trained is left of them, after the cut at `max_length`
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -97,7 +106,7 @@ class Task(ABC):
 
     auto_class: Any
     """The transformers class that builds the model."""
-    metric_channel: str
+    metric_channel: Channel
     """What the task's own metrics read (see `metrics.Channel`)."""
     default_metrics: tuple[str, ...]
     """Metrics that are measured if the recipe names none; the first chooses the best adapter."""
@@ -116,10 +125,13 @@ class Task(ABC):
     def max_length(self) -> int:
         """The recipe's `max_length`, or what the model can take if that is less."""
         limits = [self.recipe.task.max_length, int(self.tokenizer.model_max_length)]
-        positions = getattr(self.config, "max_position_embeddings", None)
-        if positions is not None and self.tokenizer.model_max_length > 10**9:
-            limits.append(int(positions))
-        return min(limits)
+        return min(limits + ([] if self.positions is None else [self.positions]))
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that the model has positions for, if that is limited."""
+        count = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return int(count) if count and count > 0 else None
 
     # -- rows
 
@@ -175,8 +187,10 @@ class Task(ABC):
             dtype: How they are kept, instead of as the recipe says; `auto` is as the checkpoint.
         """
         model, missing = load_pretrained(
-            self.auto_class, self.recipe, self.model_config(), device, dtype
+            self.auto_class, self.recipe, self.model_config(), device, dtype, self.has_head
         )
+        # attention plans and picks its kernels anew for every new length
+        self.pad_multiple = 8 if device.type == "cuda" else 1
         return model, new_modules(model, missing) if self.has_head else []
 
     def empty_model(self) -> tuple[nn.Module, list[str]]:
@@ -186,6 +200,8 @@ class Task(ABC):
 
     has_head: bool = False
     """Whether the task adds a head to the pretrained model."""
+    pad_multiple: int = 1
+    """Batches are padded to a multiple of this many tokens."""
 
     # -- batches
 
@@ -204,10 +220,52 @@ class Task(ABC):
     def check_metrics(self, channels: set[str]) -> None:  # noqa: B027 - optional
         """Learn which channels the metrics read, so that `predict` fills them."""
 
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """The recipe's metrics, or the task's own."""
+        names = self.recipe.evaluate.metrics
+        return self.default_metrics if names is None else names
+
+    def metric_problems(self) -> list[Problem]:
+        """Return what is wrong with the recipe's metrics, as far as names tell it."""
+        names, at = self.metric_names, self.recipe.at("evaluate.metrics")
+        problems = check_metric_names(names, self.metric_channel, self.metric_context, at)
+        best = self.recipe.evaluate.best
+        if best is None or best.metric == "loss":
+            return problems
+        at = self.recipe.at("evaluate.best.metric")
+        known = ["loss", *(result for name in names for result in result_names(name))]
+        builtin = all(name in known_metrics() for name in names)  # what others yield is not known
+        if builtin and best.metric not in known:
+            what = f"there is no metric `{best.metric}` to choose the best adapter by"
+            problems.append(Problem(what, at, did_you_mean(best.metric, known, "measured are")))
+        elif best.mode is None and metric_mode(best.metric) is None:
+            what = f"is less or more of `{best.metric}` better?"
+            problems.append(Problem(what, at, "say it with `evaluate.best.mode: min`, or `max`"))
+        return problems
+
+    @property
+    def metric_context(self) -> MetricContext:
+        """What the metrics have to know of the task."""
+        return MetricContext()
+
     def row_of(self, text: str) -> dict[str, Any]:
-        """Return a row that holds a user's text."""
-        first, *_ = self.input_columns().values()
+        """Return a row that holds a user's text.
+
+        Raises:
+            LoraError: If the task reads more than one text.
+        """
+        first, *others = self.input_columns().values()
+        if others:
+            raise LoraError(
+                f"this model reads `{first}` with `{'`, `'.join(others)}`, not one text",
+                hint="write the rows into a file: `--input FILE --output FILE`",
+            )
         return {first: text}
+
+    def answer_fault(self, row: dict[str, Any]) -> str:
+        """Return why a row cannot be answered, or nothing."""
+        return self.input_fault(row)
 
     @abstractmethod
     def answer_columns(self) -> list[str]:
@@ -227,6 +285,18 @@ class Task(ABC):
         return [self.recipe.task.model_dump_json(), digest, str(self.max_length)]
 
 
+def result_names(metric: str) -> tuple[str, ...]:
+    """Return the names of the numbers that a metric gives."""
+    spec = _SPECS.get(metric)
+    return (spec.results if spec else ()) or (metric,)
+
+
+def reads(metric: str) -> Channel | None:
+    """Return what a built-in metric reads; of others it is not known."""
+    spec = _SPECS.get(metric)
+    return spec.channel if spec else None
+
+
 def load_data(
     task: Task, splits: Sequence[str] = ("train", "validation", "test")
 ) -> dict[str, Encoded]:
@@ -235,6 +305,8 @@ def load_data(
     Raises:
         LoraError: With the missing columns, or the rows that are wrong and where they stand.
     """
+    if problems := task.metric_problems():
+        raise LoraError(problems)
     return {
         name: encode_rows(task, rows)
         for name, rows in check_data(task, splits).items()
@@ -252,26 +324,37 @@ def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
         require_columns(columns, split.columns, split.source)
     for name, split in rows.items():
         faults = {i: fault for i, row in enumerate(split) if (fault := task.fault(row))}
+        if len(faults) == len(split) and recipe.data.on_bad_row == "skip":
+            first = next(iter(faults.values()))
+            raise LoraError(f"no row of the {name} split can be used: {first}", split.source)
         rows[name] = without(split, faults, recipe)
     task.prepare(rows)
-    for name, split in rows.items():
-        if not len(split):
-            raise LoraError(f"no row of the {name} split can be used", split.source)
     return rows
 
 
 def encode_rows(task: Task, rows: Rows) -> Encoded:
-    """Encode the rows of a split once; the next time they come from the disk."""
+    """Encode the rows of a split once; the next time they come from the disk.
+
+    Raises:
+        LoraError: With the place of a row that cannot be encoded, or if no row gives an example.
+    """
     import datasets
 
     def examples() -> Iterator[Example]:
-        first = 0
+        first = count = 0
         for batch in rows.batches(1000):
-            for offset, made in enumerate(task.encode(batch)):
+            for offset, made in enumerate(encode_located(task, batch, rows, first)):
+                count += len(made)
                 for example in made:
                     length = len(example["input_ids"])
                     yield {**example, "row": first + offset, "length": length}
             first += len(batch)
+        if not count:
+            raise LoraError(
+                f"no row leaves anything to train within {task.max_length} tokens",
+                rows.source,
+                "raise `task.max_length`, if the model can take more",
+            )
 
     def feature(text: str) -> Any:
         if text.startswith("list<"):
@@ -287,14 +370,39 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
         which,
         str(sorted(types.items())),
         task.recipe.data.format.model_dump_json(),
+        task.recipe.data.on_bad_row,
     ]
     dataset = cached_dataset(
         examples, key, datasets.Features({name: feature(t) for name, t in types.items()})
     )
-    return Encoded(rows, dataset, np.array(dataset["length"], dtype=np.int64))
+    without_example = len(rows) - len(np.unique(dataset["row"]))
+    return Encoded(rows, dataset, np.array(dataset["length"], dtype=np.int64), without_example)
 
 
-def pad(sequences: Sequence[Sequence[int]], value: int, multiple: int = 1) -> Tensor:
+def encode_located(
+    task: Task, batch: Sequence[dict[str, Any]], rows: Rows, first: int
+) -> list[list[Example]]:
+    """Return the examples of rows that stand in a split from `first` on.
+
+    They are encoded together; if that fails, one by one, to find the row that is at fault.
+    """
+    try:
+        return task.encode(batch)
+    except LoraError:
+        made = []
+        for i, row in enumerate(batch, first):
+            try:
+                made += task.encode([row])
+            except LoraError as error:
+                if task.recipe.data.on_bad_row == "error":
+                    raise LoraError(
+                        [replace(p, at=rows.place(i)) for p in error.problems]
+                    ) from error
+                made.append([])
+        return made
+
+
+def pad(sequences: Sequence[Sequence[int]], value: int, multiple: int) -> Tensor:
     """Return sequences as one tensor (B, T), padded on the right to a multiple."""
     length = max(len(sequence) for sequence in sequences)
     length = -(-length // multiple) * multiple

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, Problem
 from lora_cli.recipe import CausalLMSpec, Recipe
-from lora_cli.tasks.base import IGNORED, Batch, Example, Prediction, Task, pad
-from lora_cli.tasks.chat import read_messages, render
+from lora_cli.tasks.base import IGNORED, Batch, Encoded, Example, Prediction, Task, pad, reads
+from lora_cli.tasks.chat import Message, encode_chat, prompt_of, read_messages
+from lora_cli.tasks.generation import generate
+
+PROBE_TOKENS = 32  # of each text that is packed on trial
 
 
 class CausalLM(Task):
@@ -46,6 +50,9 @@ class CausalLM(Task):
                 self.recipe.at("task.messages_column"),
                 "give one with `task.chat_template: FILE`, or use an instruction-tuned base",
             )
+        if self.is_chat and not self.tokenizer.is_fast:
+            what = "the tokenizer does not say where its tokens stand in a text, as chats need"
+            raise LoraError(what, self.recipe.at("model.name"))
         if self.tokenizer.eos_token_id is None:
             raise LoraError("the tokenizer has no end-of-text token", self.recipe.at("model.name"))
         self._pad = self._pad_id()
@@ -67,8 +74,9 @@ class CausalLM(Task):
                     self.recipe.at("task.pad_token"),
                 )
             return int(token)
-        candidates = (tokenizer.pad_token_id, tokenizer.unk_token_id, 0)
-        return next(int(i) for i in candidates if i is not None and i != tokenizer.eos_token_id)
+        return int(
+            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
 
     # ------------------------------------------------------------------------------ rows
 
@@ -93,14 +101,23 @@ class CausalLM(Task):
 
     def input_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the text or the prompt, or nothing."""
-        if self.spec.messages_column:
-            messages = read_messages(row, self.spec.format, self.spec.messages_column)
+        if self.spec.messages_column and self.spec.format != "alpaca":
+            messages = self._messages(row)
             return messages if isinstance(messages, str) else ""
         return self._blank(row, self.input_columns())
 
     def target_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the completion, or nothing."""
-        return self._blank(row, self.target_columns())
+        if fault := self._blank(row, self.target_columns()):
+            return fault
+        if not self.is_chat:
+            return ""
+        messages = self._messages(row)
+        is_fine = isinstance(messages, list) and any(m["role"] == "assistant" for m in messages)
+        return "" if is_fine else "no turn is the assistant's"
+
+    def _messages(self, row: dict[str, Any]) -> list[Message] | str:
+        return read_messages(row, self.spec.format, self.spec.messages_column)
 
     def _blank(self, row: dict[str, Any], columns: dict[str, str]) -> str:
         for column in columns.values():
@@ -126,10 +143,13 @@ class CausalLM(Task):
         return ids if ids and ids[-1] == end else [*ids, end]
 
     def _windows(self, ids: list[int]) -> list[Example]:
-        """Cut a text into examples of at most `max_length` tokens; nothing is thrown away."""
+        """Cut a text into examples of at most `max_length` tokens.
+
+        The last token of one is the first of the next, which is read but not predicted: so every
+        token but the text's first is trained, once.
+        """
         size = self.max_length
-        pieces = [ids[i : i + size] for i in range(0, len(ids), size)]
-        # a single token has nothing to be predicted from
+        pieces = [ids[i : i + size] for i in range(0, len(ids) - 1, max(size - 1, 1))]
         return [{"input_ids": piece, "labels": piece} for piece in pieces if len(piece) > 1]
 
     def _encode_pair(self, row: dict[str, Any]) -> list[Example]:
@@ -146,19 +166,17 @@ class CausalLM(Task):
         return self._trained_from(whole, [IGNORED] * len(start) + whole[len(start) :])
 
     def _encode_chat(self, row: dict[str, Any]) -> list[Example]:
-        messages = read_messages(row, self.spec.format, self.spec.messages_column)
+        messages = self._messages(row)
         assert not isinstance(messages, str)
-        text, spans = render(self.tokenizer, messages, self.spec.train_on)
-        encoding = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        ids = list(encoding["input_ids"])
-        labels = [
-            token if any(start < last and first < end for first, last in spans) else IGNORED
-            for token, (start, end) in zip(ids, encoding["offset_mapping"], strict=True)
-        ]
+        ids, trained = encode_chat(self.tokenizer, messages, self.spec.train_on)
+        if not any(trained):
+            return []
+        stop = len(trained) - trained[::-1].index(True)  # what follows teaches nothing
+        ids, trained = ids[:stop], trained[:stop]
+        labels = [token if on else IGNORED for token, on in zip(ids, trained, strict=True)]
         end = self.tokenizer.eos_token_id
-        if end not in labels:  # a template that does not end turns: the model must learn to stop
+        last_turn = takewhile(lambda label: label != IGNORED, reversed(labels))
+        if end not in last_turn:  # the template does not end it: the model must learn to stop
             ids.append(end)
             labels.append(end)
         return self._trained_from(ids, labels)
@@ -183,7 +201,7 @@ class CausalLM(Task):
         """
         ids = [example["input_ids"] for example in examples]
         labels = [[IGNORED, *example["labels"][1:]] for example in examples]
-        inputs = {"input_ids": pad(ids, self._pad)}
+        inputs = {"input_ids": pad(ids, self._pad, self.pad_multiple)}
         n_tokens = sum(len(sequence) for sequence in ids)
         if "position_ids" in examples[0]:
             # filled positions are a document of their own, so that every row is a whole pack
@@ -195,8 +213,10 @@ class CausalLM(Task):
                 ]
             )
         else:
-            inputs["attention_mask"] = pad([[1] * len(sequence) for sequence in ids], 0)
-        padded = pad(labels, IGNORED)
+            inputs["attention_mask"] = pad(
+                [[1] * len(sequence) for sequence in ids], 0, self.pad_multiple
+            )
+        padded = pad(labels, IGNORED, self.pad_multiple)
         n_items = float((padded != IGNORED).sum())
         return Batch(inputs, padded, n_items, n_tokens, [e["row"] for e in examples])
 
@@ -208,6 +228,55 @@ class CausalLM(Task):
             "position_ids": [i for e in examples for i in range(len(e["input_ids"]))],
             "row": examples[0]["row"],
         }
+
+    @torch.no_grad()
+    def check_packing(self, model: nn.Module, split: Encoded) -> None:
+        """Check on packs of real examples that the model keeps packed texts apart.
+
+        What a model makes of position ids is its own affair: one that ignores them, or whose
+        attention kernel does, would read one text as the other's beginning.
+
+        Args:
+            model: The model that will be trained; it is put into eval mode, and back.
+            split: The train rows.
+
+        Raises:
+            LoraError: If packed logits are not those of the same texts alone.
+        """
+        examples = [split.examples[i] for i in (0, -1)]
+        short = [
+            {**e, **{key: e[key][:PROBE_TOKENS] for key in ("input_ids", "labels")}}
+            for e in examples
+        ]
+        n_rows = min(2, self.recipe.train.micro_batch_size)  # some kernels unpack one row only
+        packed = self.collate([self.pack(short)] * n_rows).inputs
+        was_training = model.training
+        model.eval()
+        try:
+            together = self._logits(model, packed)
+            as_one = self._logits(model, {"input_ids": packed["input_ids"]})
+            alone = [torch.tensor([example["input_ids"]]) for example in short]
+            apart = torch.cat([self._logits(model, {"input_ids": ids}) for ids in alone], dim=1)
+        except TypeError:  # its forward takes no position ids
+            leaks = True
+        else:
+            rounding = 4 * torch.finfo(apart.dtype).eps * apart.abs().max()
+            leak, most = (together - apart).abs().max(), (as_one - apart).abs().max()
+            leaks = bool(leak > torch.maximum(0.1 * most, rounding))
+        finally:
+            model.train(was_training)
+        if leaks:
+            raise LoraError(
+                "this model lets packed texts see each other",
+                self.recipe.at("train.packing"),
+                "set `train.packing: false`",
+            )
+
+    def _logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        device = next(model.parameters()).device
+        moved = {key: value.to(device) for key, value in inputs.items()}
+        logits: Tensor = model(**moved, use_cache=False).logits
+        return logits
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the negative log-likelihood summed over the trained tokens."""
@@ -238,12 +307,19 @@ class CausalLM(Task):
     def check_metrics(self, channels: set[str]) -> None:
         """Let the model write answers, if a metric reads text."""
         self.writes_answers = "text" in channels
-        if self.writes_answers and not (self.is_chat or self.is_pair):
-            raise LoraError(
-                "metrics of text need prompts to answer",
-                self.recipe.at("evaluate.metrics"),
-                "name `prompt_column` and `completion_column`, or `messages_column`",
-            )
+
+    def metric_problems(self) -> list[Problem]:
+        """Return what is wrong with the recipe's metrics; those of text need an answer."""
+        problems = super().metric_problems()
+        of_text = [name for name in self.metric_names if reads(name) == "text"]
+        at = self.recipe.at("evaluate.metrics")
+        if of_text and not (self.is_chat or self.is_pair):
+            hint = "name `prompt_column` and `completion_column`, or `messages_column`"
+            problems.append(Problem(f"metric `{of_text[0]}` needs prompts to answer", at, hint))
+        elif of_text and self.is_chat and self.spec.train_on == "all":
+            what = f"metric `{of_text[0]}` reads the assistant's answer, not all turns"
+            problems.append(Problem(what, at, "set `task.train_on` to `assistant` or `last`"))
+        return problems
 
     def _add_answers(self, model: nn.Module, batch: Batch, predictions: list[Prediction]) -> None:
         """Let the model answer what stands before the last trained span of each example."""
@@ -273,59 +349,45 @@ class CausalLM(Task):
         """Return what the model says to each row's prompt, text or conversation."""
         return [[text] for text in self.generate(model, [self._prompt(row) for row in rows])]
 
+    def row_of(self, text: str) -> dict[str, Any]:
+        """Return a row that holds a user's text; in a chat it is the user's turn."""
+        if not self.is_chat or self.spec.format == "alpaca":
+            return super().row_of(text)
+        turn = {"role": "user", "content": text}
+        if self.spec.format == "sharegpt":
+            turn = {"from": "human", "value": text}
+        return {str(self.spec.messages_column): [turn]}
+
+    def answer_fault(self, row: dict[str, Any]) -> str:
+        """Return why a row cannot be answered, or nothing."""
+        if fault := self.input_fault(row):
+            return fault
+        try:
+            self._prompt(row)
+        except LoraError as error:
+            return error.problems[0].what
+        return ""
+
     def _prompt(self, row: dict[str, Any]) -> list[int]:
         """Return the token ids of a row without its answer."""
         if self.is_chat:
-            messages = self._question(row)
-            text = str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
-            )
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            text = prompt_of(self.tokenizer, self._question(row))
+            encoding = self.tokenizer(text, add_special_tokens=False, verbose=False)
+            return list(encoding["input_ids"])
         (column,) = self.input_columns().values()
-        ids = list(self.tokenizer(str(row[column]) + self.spec.separator)["input_ids"])
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+        ids = self.tokenizer(str(row[column]) + self.spec.separator, verbose=False)["input_ids"]
+        return list(ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids)
 
-    def _question(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the turns before the assistant's last; a plain text is the user's turn."""
-        column = self.spec.messages_column
-        if column is not None and isinstance(row.get(column), str):
-            return [{"role": "user", "content": row[column]}]
-        row = {**row, "output": "-"} if self.spec.format == "alpaca" else row
-        messages = read_messages(row, self.spec.format, column)
+    def _question(self, row: dict[str, Any]) -> list[Message]:
+        """Return the conversation without the assistant's last answer, if it ends with one."""
+        messages = self._messages(row)
         assert not isinstance(messages, str)
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        return messages[:last]
+        question = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        if not question:
+            raise LoraError("there is no turn to answer")
+        return question
 
-    @torch.no_grad()
     def generate(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """Return what the model says after each prompt, as the recipe's generation section asks.
-
-        Args:
-            model: The model, in eval mode.
-            prompts: Token ids of each prompt.
-        """
+        """Return what the model says after each prompt, as the recipe's generation section asks."""
         options = self.recipe.evaluate.generation
-        device = next(model.parameters()).device
-        width = max(len(prompt) for prompt in prompts)
-        ids = torch.full((len(prompts), width), self._pad)
-        mask = torch.zeros_like(ids)
-        for i, prompt in enumerate(prompts):  # on the left, so that every answer starts at once
-            ids[i, width - len(prompt) :] = torch.tensor(prompt)
-            mask[i, width - len(prompt) :] = 1
-        sampling: dict[str, Any] = {"do_sample": options.temperature > 0, "top_k": 0}
-        if options.temperature > 0:
-            sampling |= {"temperature": options.temperature, "top_p": options.top_p}
-        output = model.generate(  # type: ignore[operator]  # transformers' generation mix-in
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=options.max_new_tokens,
-            pad_token_id=self._pad,
-            eos_token_id=self.tokenizer.eos_token_id,
-            **sampling,
-        )
-        answers: list[str] = self.tokenizer.batch_decode(
-            output[:, width:], skip_special_tokens=True
-        )
-        return answers
+        return generate(model, prompts, self.tokenizer, options, self._pad, self.positions)

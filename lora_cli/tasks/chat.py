@@ -1,14 +1,16 @@
 """Conversations: three ways to store them, and which tokens of them are trained.
 
-A conversation is rendered once by the model's chat template. A turn's share of the text is what the
-template adds for it: the difference between the rendering up to the turn and the rendering before
-it. That needs no generation markers in the template; a template whose renderings are not prefixes
-of each other (one that rewrites earlier turns) cannot be masked so, and is refused.
+A conversation is rendered once by the model's chat template. A template with generation markers
+says itself what the assistant wrote. For others, a turn's share of the text is what the template
+adds for it: the difference between the rendering up to the turn and the rendering before it. A
+template whose renderings are not prefixes of each other (one that rewrites earlier turns) cannot be
+masked so, and is refused.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.errors import LoraError
 
 Message = dict[str, Any]
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system",
@@ -33,17 +36,7 @@ def read_messages(row: dict[str, Any], form: str, column: str | None) -> list[Me
         column: The column of the messages; not used by `alpaca`.
     """
     if form == "alpaca":
-        instruction, output = row.get("instruction"), row.get("output")
-        if not instruction or not output:
-            return "`instruction` or `output` is blank"
-        more = row.get("input")
-        question = f"{instruction}\n\n{more}" if more else str(instruction)
-        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        return [
-            *system,
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": str(output)},
-        ]
+        return _alpaca(row)
     value = row.get(column or "")
     if isinstance(value, str):  # csv files hold the list as JSON
         try:
@@ -60,9 +53,16 @@ def read_messages(row: dict[str, Any], form: str, column: str | None) -> list[Me
         if isinstance(message, str):
             return f"turn {number}: {message}"
         messages.append(message)
-    if not any(message["role"] == "assistant" for message in messages):
-        return "no turn is the assistant's"
     return messages
+
+
+def _alpaca(row: dict[str, Any]) -> list[Message]:
+    more = str(row.get("input") or "").strip()
+    question = f"{row['instruction']}\n\n{more}" if more else str(row["instruction"])
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    answer = row.get("output")
+    said = [] if answer is None else [{"role": "assistant", "content": str(answer)}]
+    return [*system, {"role": "user", "content": question}, *said]
 
 
 def _openai(turn: dict[str, Any]) -> Message | str:
@@ -70,18 +70,58 @@ def _openai(turn: dict[str, Any]) -> Message | str:
     if not isinstance(role, str):
         hint = "; it looks like `format: sharegpt`" if "from" in turn else ""
         return f"it has no `role`{hint}"
-    if turn.get("content") is None and not turn.get("tool_calls"):
+    content = turn.get("content")
+    if content is None and not turn.get("tool_calls"):
         return "it has no `content`"
+    if not isinstance(content, str | list | None):  # a list has parts, as in OpenAI's requests
+        return f"its `content` is a {type(content).__name__}, not text"
     return {key: value for key, value in turn.items() if value is not None}
 
 
 def _sharegpt(turn: dict[str, Any]) -> Message | str:
     speaker, text = turn.get("from"), turn.get("value")
-    if speaker not in SHAREGPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         return f"`{speaker}` is not a known speaker; they are {', '.join(SHAREGPT_ROLES)}"
     if not isinstance(text, str):
         return "it has no `value`"
     return {"role": SHAREGPT_ROLES[speaker], "content": text}
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], train_on: str
+) -> tuple[list[int], list[bool]]:
+    """Return the tokens of a conversation, and which of them are trained.
+
+    Args:
+        tokenizer: It holds the chat template.
+        messages: The conversation.
+        train_on: `assistant`, `all` or `last`.
+
+    Raises:
+        LoraError: If the template refuses the conversation, or the turns cannot be told apart.
+    """
+    if train_on != "all" and _GENERATION.search(tokenizer.get_chat_template()):
+        encoding = _apply(
+            tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        mask = [bool(token) for token in encoding["assistant_masks"]]
+        return list(encoding["input_ids"]), _last_run(mask) if train_on == "last" else mask
+    text, spans = render(tokenizer, messages, train_on)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    trained = [
+        any(start < last and first < end for first, last in spans)
+        for start, end in encoding["offset_mapping"]
+    ]
+    return list(encoding["input_ids"]), trained
+
+
+def _last_run(mask: list[bool]) -> list[bool]:
+    """Return the mask with its last run of true entries alone."""
+    last = max((i for i, on in enumerate(mask) if on), default=-1)
+    first = last
+    while first > 0 and mask[first - 1]:
+        first -= 1
+    return [first <= i <= last for i in range(len(mask))]
 
 
 def render(
@@ -99,24 +139,44 @@ def render(
             of the whole.
     """
     whole = _apply(tokenizer, messages)
-    assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if train_on == "all":
         return whole, [(0, len(whole))]
+    assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = []
     for turn in assistant if train_on == "assistant" else assistant[-1:]:
-        before = _apply(tokenizer, messages[:turn], add_generation_prompt=True)
         after = _apply(tokenizer, messages[: turn + 1])
+        before = _before(tokenizer, messages, turn, after)
         if not (after.startswith(before) and whole.startswith(after)):
             raise LoraError(
                 f"turn {turn + 1} cannot be found in the conversation: the chat template rewrites "
                 "earlier turns",
-                hint="give another template with `task.chat_template`, or `task.train_on: all`",
+                hint="train the last answer alone with `task.train_on: last`, or give another "
+                "template with `task.chat_template`",
             )
         spans.append((len(before), len(after)))
     return whole, spans
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
-    if not messages:  # templates read the first message; there is none before the first turn
-        return ""
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+def _before(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn: int, after: str
+) -> str:
+    """Return what the template writes before the assistant's turn begins to speak."""
+    if turn:
+        return str(_apply(tokenizer, messages[:turn], add_generation_prompt=True))
+    # Templates cannot render no messages. What they add to ask for an answer stands in front of it.
+    prompt = _apply(tokenizer, messages[:1], add_generation_prompt=True)[len(after) :]
+    start = after.find(prompt) + len(prompt) if prompt in after else 0
+    return after[:start]
+
+
+def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+    """Return a conversation as text that the assistant is to continue."""
+    return str(_apply(tokenizer, messages, add_generation_prompt=True))
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(list(messages), **{"tokenize": False, **options})
+    except Exception as error:  # a template is a program; it fails in any way it likes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LoraError(f"the chat template refuses the conversation: {reason}") from error

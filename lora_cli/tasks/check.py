@@ -5,11 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from lora_cli.adapters.attach import attach
+from lora_cli.data.sources import Rows
 from lora_cli.errors import LoraError, Problem
 from lora_cli.models import load_config
 from lora_cli.recipe import Recipe
-from lora_cli.tasks import build_task
-from lora_cli.tasks.base import check_data
+from lora_cli.tasks import Task, build_task
+from lora_cli.tasks.base import check_data, encode_located
+
+FIRST_ROWS = 100
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -24,8 +27,11 @@ def check_recipe(recipe: Recipe) -> None:
         task.load_processor()
     except LoraError as error:
         problems += error.problems
+    problems += task.metric_problems()
     try:
-        check_data(task, ("train", "validation", "test"))
+        splits = check_data(task, ("train", "validation", "test"))
+        if not problems:
+            _encode_some(task, splits)
     except LoraError as error:
         problems += error.problems
     if not problems:  # the model's shape depends on the labels
@@ -36,6 +42,12 @@ def check_recipe(recipe: Recipe) -> None:
             problems += error.problems
     if problems:
         raise LoraError(problems)
+
+
+def _encode_some(task: Task, splits: dict[str, Rows]) -> None:
+    """Encode the first rows of each split: what a chat template refuses, it refuses early."""
+    for rows in splits.values():
+        encode_located(task, next(rows.batches(FIRST_ROWS)), rows, 0)
 
 
 def empty_adapted_model(recipe: Recipe) -> nn.Module:

@@ -16,10 +16,12 @@ from transformers import (
 )
 
 from lora_cli.data.sources import Rows
-from lora_cli.errors import LoraError, Problem, did_you_mean
+from lora_cli.errors import LoraError
+from lora_cli.metrics import MetricContext
 from lora_cli.models import load_config
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
 from lora_cli.tasks.base import Batch, Example, Prediction, Task, pad
+from lora_cli.tasks.labels import Labels, number
 
 
 class SequenceClassification(Task):
@@ -31,8 +33,7 @@ class SequenceClassification(Task):
     def __init__(self, recipe: Recipe, spec: SequenceClassificationSpec) -> None:
         super().__init__(recipe)
         self.spec = spec
-        self.labels = [str(label) for label in spec.labels or []]
-        self.weights: Tensor | None = None
+        self.reader = Labels(recipe, spec)
         if spec.problem == "regression":
             self.metric_channel, self.default_metrics = "value", ("pearson", "spearman", "mse")
         else:
@@ -56,103 +57,20 @@ class SequenceClassification(Task):
         """Whether the labels are named, or there are none."""
         return bool(self.labels) or self.spec.problem == "regression"
 
+    @property
+    def labels(self) -> list[str]:
+        """Names of the labels, in the order of the model's outputs; none with regression."""
+        return self.reader.names
+
     def prepare(self, splits: dict[str, Rows]) -> None:
-        """Find the labels, and write them into the recipe; weigh them if that is asked for."""
-        if self.spec.problem == "regression":
-            return
-        column = self.spec.label_column
-        found = {name: self._values(rows) for name, rows in splits.items()}
-        if not self.labels:
-            if "train" not in splits:
-                raise LoraError(
-                    "the labels are not known",
-                    self.recipe.at("task.labels"),
-                    "name them, in the order of the model's outputs",
-                )
-            self.labels = splits["train"].label_names.get(column) or _sorted(found["train"])
-        n_rows = sum(found.get("train", {}).values())
-        if len(self.labels) > 20 and len(self.labels) > n_rows / 2 and "train" in found:
-            raise LoraError(
-                f"column `{column}` has {len(self.labels)} values in {n_rows} rows",
-                self.recipe.at("task.label_column"),
-                "is it the label? For numbers set `task.problem: regression`",
-            )
-        self.spec.labels = list(self.labels)
-        self._refuse_unknown_labels(splits, found)
-        if len(self.labels) < 2 and self.spec.problem == "single_label":
-            raise LoraError(
-                f"there is one label only, `{self.labels[0]}`",
-                self.recipe.at("task.label_column"),
-                "nothing can be learned from it",
-            )
-        if "train" in found:
-            self.weights = self._weights(found["train"])
+        """Find the labels and their weights, and write both into the recipe."""
+        if self.spec.problem != "regression":
+            self.reader.learn(splits)
 
-    def _values(self, rows: Rows) -> Counter[str]:
-        return Counter(value for row in rows for value in self._texts_of(row) or ())
-
-    def _texts_of(self, row: dict[str, Any]) -> list[str] | None:
-        """Return the labels of a row as text, or None where they cannot be read."""
-        value = row.get(self.spec.label_column)
-        if self.spec.problem == "multi_label":
-            if isinstance(value, str) and self.spec.label_separator is not None:
-                parts = [part.strip() for part in value.split(self.spec.label_separator)]
-                return [part for part in parts if part]
-            return [_text(item) for item in value] if isinstance(value, list) else None
-        if value is None or isinstance(value, list | dict) or not _text(value):
-            return None
-        return [_text(value)]
-
-    def _refuse_unknown_labels(
-        self, splits: dict[str, Rows], found: dict[str, Counter[str]]
-    ) -> None:
-        problems = []
-        for name, values in found.items():
-            for value in [v for v in _sorted(values) if self._position(v) is None][:10]:
-                at = next(
-                    rows.place(i)
-                    for rows in [splits[name]]
-                    for i, row in enumerate(rows)
-                    if value in (self._texts_of(row) or ())
-                )
-                problems.append(
-                    Problem(
-                        f"`{value}` is not a label ({values[value]} rows of {name})",
-                        at,
-                        did_you_mean(value, self.labels, "the labels are"),
-                    )
-                )
-        if problems:
-            raise LoraError(problems)
-
-    def _position(self, value: str) -> int | None:
-        """Return the index of a label given by name, or by position."""
-        if value in self.labels:
-            return self.labels.index(value)
-        if value.isdecimal() and int(value) < len(self.labels):
-            # names in the recipe, positions in the data, as in GLUE
-            return None if any(label.isdecimal() for label in self.labels) else int(value)
-        return None
-
-    def _weights(self, values: Counter[str]) -> Tensor | None:
-        wanted = self.spec.class_weights
-        if wanted is None:
-            return None
-        if wanted == "balanced":
-            counts = torch.zeros(len(self.labels))
-            for value, count in values.items():
-                position = self._position(value)
-                assert position is not None
-                counts[position] += count
-            return counts.sum() / (len(self.labels) * counts.clamp(min=1))
-        unknown = [name for name in wanted if name not in self.labels]
-        if unknown:
-            raise LoraError(
-                f"`{unknown[0]}` is not a label",
-                self.recipe.at(f"task.class_weights.{unknown[0]}"),
-                did_you_mean(unknown[0], self.labels, "the labels are"),
-            )
-        return torch.tensor([float(wanted.get(label, 1.0)) for label in self.labels])
+    @property
+    def metric_context(self) -> MetricContext:
+        """The number of labels, and whether a row may have several."""
+        return MetricContext(len(self.labels) or None, self.spec.problem == "multi_label")
 
     def input_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the texts, or nothing."""
@@ -167,17 +85,19 @@ class SequenceClassification(Task):
     def target_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the label, or nothing."""
         column = self.spec.label_column
+        value = row.get(column)
         if self.spec.problem == "regression":
-            return (
-                ""
-                if _number(row.get(column)) is not None
-                else (f"column `{column}` holds `{row.get(column)}`, not a number")
-            )
-        if self._texts_of(row) is None:
-            if self.spec.problem == "multi_label":
-                return f"column `{column}` is not a list; set `task.label_separator` for text"
-            return f"column `{column}` is blank"
-        return ""
+            is_number = number(value) is not None
+            return "" if is_number else f"column `{column}` holds `{value}`, not a number"
+        if self.reader.texts_of(row) is not None:
+            return ""
+        if self.spec.problem == "multi_label":
+            if isinstance(value, list):
+                return f"column `{column}` holds a list with a blank or a list in it"
+            return f"column `{column}` is not a list; set `task.label_separator` for text"
+        if isinstance(value, list | dict):
+            return f"column `{column}` holds a {type(value).__name__}, not one label"
+        return f"column `{column}` is blank"
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return one example a row."""
@@ -200,10 +120,10 @@ class SequenceClassification(Task):
 
     def _label(self, row: dict[str, Any]) -> float | int | list[int]:
         if self.spec.problem == "regression":
-            number = _number(row.get(self.spec.label_column))
-            assert number is not None
-            return number
-        positions = [self._position(value) for value in self._texts_of(row) or ()]
+            value = number(row.get(self.spec.label_column))
+            assert value is not None
+            return value
+        positions = [self.reader.position(value) for value in self.reader.texts_of(row) or ()]
         if self.spec.problem == "multi_label":
             return [int(i in positions) for i in range(len(self.labels))]
         assert positions[0] is not None
@@ -212,9 +132,13 @@ class SequenceClassification(Task):
     def features(self) -> dict[str, str]:
         """Return the types of the labels, and of the segments of a pair."""
         kind = {"regression": "float32", "multi_label": "list<int8>", "single_label": "int64"}
-        segments = "token_type_ids" in self.tokenizer.model_input_names
-        pair = {"token_type_ids": "list<int8>"} if segments and self.spec.text_pair_column else {}
-        return {"labels": kind[self.spec.problem], **pair}
+        # some tokenizers make them for models that have no embedding for them
+        embedded = getattr(self.config, "type_vocab_size", 0) > 1
+        segments = embedded and "token_type_ids" in self.tokenizer.model_input_names
+        return {
+            "labels": kind[self.spec.problem],
+            **({"token_type_ids": "list<int8>"} if segments else {}),
+        }
 
     # ----------------------------------------------------------------------------- model
 
@@ -241,7 +165,8 @@ class SequenceClassification(Task):
         """Return the base model with a head for the labels, and the head's name."""
         model, new = super().load_model(device, dtype)
         assert isinstance(model, PreTrainedModel)
-        model.config.pad_token_id = self._pad  # decoders find the last token of a text by it
+        for config in (model.config, model.config.get_text_config()):
+            config.pad_token_id = self._pad  # decoders find the last token of a text by it
         return model, new
 
     def _pad_id(self) -> int:
@@ -270,19 +195,21 @@ class SequenceClassification(Task):
         n_items = float(len(examples))
         if self.spec.problem == "multi_label":
             n_items = float(labels.numel())
-        elif self.weights is not None:
-            n_items = float(self.weights[labels].sum())
+        elif self.reader.weights is not None:
+            n_items = float(self.reader.weights[labels].sum())
         n_tokens = sum(len(sequence) for sequence in ids)
         return Batch(inputs, labels, n_items, n_tokens, [e["row"] for e in examples])
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         ids = [example["input_ids"] for example in examples]
         inputs = {
-            "input_ids": pad(ids, self._pad),
-            "attention_mask": pad([[1] * len(sequence) for sequence in ids], 0),
+            "input_ids": pad(ids, self._pad, self.pad_multiple),
+            "attention_mask": pad([[1] * len(sequence) for sequence in ids], 0, self.pad_multiple),
         }
         if "token_type_ids" in examples[0]:
-            inputs["token_type_ids"] = pad([e["token_type_ids"] for e in examples], 0)
+            inputs["token_type_ids"] = pad(
+                [e["token_type_ids"] for e in examples], 0, self.pad_multiple
+            )
         return inputs
 
     @property
@@ -298,7 +225,7 @@ class SequenceClassification(Task):
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of each row (B,): cross entropy, its sum over labels, or the square."""
         logits = logits.float()
-        weight = None if self.weights is None else self.weights.to(logits.device)
+        weight = None if self.reader.weights is None else self.reader.weights.to(logits.device)
         match self.spec.problem:
             case "regression":
                 return F.mse_loss(logits.squeeze(-1), labels, reduction="none")
@@ -321,8 +248,8 @@ class SequenceClassification(Task):
         losses = self._losses(logits, batch.labels).tolist()
         labels = batch.labels.tolist()
         n_items = [batch.n_items / len(losses)] * len(losses)
-        if self.spec.problem == "single_label" and self.weights is not None:
-            n_items = self.weights[batch.labels.cpu()].tolist()
+        if self.spec.problem == "single_label" and self.reader.weights is not None:
+            n_items = self.reader.weights[batch.labels.cpu()].tolist()
         readings = self.read(logits)
         return [
             Prediction(
@@ -376,29 +303,6 @@ class SequenceClassification(Task):
         return value if self.spec.problem == "regression" else self.labels[value]
 
 
-def _text(value: Any) -> str:
-    """Return a label as text: 1, 1.0 and " 1" are the same label."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if number - number == 0 else None  # not NaN, not infinite
-
-
-def _sorted(values: Counter[str]) -> list[str]:
-    """Return labels in order: by value where all are numbers, else by name."""
-    numeric = all(_number(value) is not None for value in values)
-    return sorted(values, key=(lambda v: (float(v), v)) if numeric else None)
-
-
 def _ints(label: Any) -> Any:
     return [int(value) for value in label] if isinstance(label, list) else int(label)
 
@@ -406,6 +310,6 @@ def _ints(label: Any) -> Any:
 def label_counts(rows: Rows, task: SequenceClassification) -> dict[str, int]:
     """Return how often each label stands in the rows, in the order of the labels."""
     counts: Counter[int | None] = Counter()
-    for value, count in task._values(rows).items():
-        counts[task._position(value)] += count
+    for value, count in task.reader.count(rows).items():
+        counts[task.reader.position(value)] += count
     return {label: counts[i] for i, label in enumerate(task.labels)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
@@ -18,6 +19,16 @@ from lora_cli.tasks.base import Example
 from lora_cli.tasks.causal_lm import CausalLM
 
 STREAM_CHUNK = 100  # rows that are encoded together
+
+
+@dataclass
+class PlannedStep:
+    """A step's number, its examples and their tokens on all processes, and this one's share."""
+
+    number: int
+    examples: list[int]
+    n_tokens: int
+    batches: list[Batch]
 
 
 class Batches:
@@ -38,11 +49,12 @@ class Batches:
             self.total_steps = train.max_steps
             return
         self.examples: Any = Packed(task, split) if train.packing else split.examples
+        self.lengths = self.examples.lengths if train.packing else split.lengths
         self.plan = BatchPlan(
             len(self.examples),
             train.examples_per_step,
             train.seed,
-            split.lengths if train.group_by_length else None,
+            self.lengths if train.group_by_length else None,
         )
         self.steps_per_epoch = self.plan.steps_per_epoch
         epochs = 3.0 if train.epochs is None else train.epochs
@@ -52,45 +64,45 @@ class Batches:
         """Return how many passes over the train rows a number of steps makes."""
         return step / self.steps_per_epoch if self.steps_per_epoch else 0.0
 
-    def steps(self, done: int) -> Iterator[tuple[int, list[int], list[Batch]]]:
-        """Yield (step, its examples on all processes, this process's micro-batches).
-
-        Args:
-            done: Steps that were made before; the first that is yielded comes after them.
-        """
+    def steps(self, done: int) -> Iterator[PlannedStep]:
+        """Yield the steps after `done`, which were made before."""
         if self.steps_per_epoch is None:
             yield from self._stream(done)
             return
-        workers = self.recipe.train.workers
         loader: Any = DataLoader(
             self.examples,
-            batch_sampler=[
+            batch_sampler=(
                 part.tolist()
                 for _, examples in self.plan.steps(done, self.total_steps)
                 for part in self._mine(examples)
-            ],
+            ),
             collate_fn=self.task.collate,
-            num_workers=workers,
+            num_workers=self.recipe.train.workers,
             pin_memory=self.accelerator.device.type == "cuda",
-            persistent_workers=False,
         )
         batches = iter(loader)
         for step, examples in self.plan.steps(done, self.total_steps):
-            yield step, examples.tolist(), list(islice(batches, len(self._mine(examples))))
+            yield PlannedStep(
+                step,
+                examples.tolist(),
+                int(self.lengths[examples].sum()),
+                list(islice(batches, len(self._mine(examples)))),
+            )
 
     def _mine(self, examples: Any) -> list[Any]:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         return micro_batches(examples, self.recipe.train.micro_batch_size, rank, processes)
 
-    def _stream(self, done: int) -> Iterator[tuple[int, list[int], list[Batch]]]:
+    def _stream(self, done: int) -> Iterator[PlannedStep]:
         size = self.recipe.train.examples_per_step
         examples = islice(_encoded_stream(self.task), done * size, None)
         for step in range(done + 1, self.total_steps + 1):
             chunk = list(islice(examples, size))
             parts = self._mine(np.arange(len(chunk)))
-            yield (
+            yield PlannedStep(
                 step,
                 [example["row"] for example in chunk],
+                sum(len(example["input_ids"]) for example in chunk),
                 [self.task.collate([chunk[i] for i in part]) for part in parts],
             )
 
@@ -111,6 +123,7 @@ class Packed:
         self.task, self.split = task, split
         seed = task.recipe.train.seed
         self.packs = pack(split.lengths.tolist(), task.max_length, seed)
+        self.lengths = np.array([split.lengths[members].sum() for members in self.packs])
 
     def __len__(self) -> int:
         return len(self.packs)

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
 
 from lora_cli.adapters.attach import attach, trainable_parameters, training_mode
 from lora_cli.errors import InterruptedRun, LoraError, NumericsError
-from lora_cli.evaluation import MIXED_PRECISION, best_by, evaluate
+from lora_cli.evaluation import best_by, evaluate
 from lora_cli.recipe import Recipe
-from lora_cli.tasks import Batch, Encoded, Task, build_task
+from lora_cli.tasks import Encoded, Task, build_task
 from lora_cli.tasks.base import load_data
-from lora_cli.training.batches import Batches
+from lora_cli.training.batches import Batches, PlannedStep
+from lora_cli.training.launch import main_process_first, seed_everything, start_accelerator
 from lora_cli.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from lora_cli.training.progress import RunLog, clock, peak_memory_bytes
-from lora_cli.training.result import finish, open_output, start_report
+from lora_cli.training.result import finish, open_output, start_report, write_recipe
 from lora_cli.training.signals import StopSignals
 from lora_cli.training.state import (
     TrainState,
+    clear_leftovers,
     load_checkpoint,
     publish_adapter,
     recipe_facts,
@@ -37,7 +35,8 @@ from lora_cli.training.state import (
     restore_published,
     save_checkpoint,
 )
-from lora_cli.training.step import StepResult, train_step
+from lora_cli.training.step import train_step
+from lora_cli.training.window import Window
 
 
 def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
@@ -51,13 +50,14 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         The report, as in `report.json`; of the earlier run, if that is complete.
     """
     accelerator = start_accelerator(recipe)
-    done = open_output(recipe, resume, accelerator)
+    task = build_task(recipe)
+    with main_process_first(accelerator):  # it reads and encodes; the others find its cache
+        done = open_output(recipe, resume)
+        if done is None:
+            task.load_processor()
+            data = load_data(task)
     if done is not None:
         return done
-    task = build_task(recipe)
-    with accelerator.main_process_first():  # which reads and encodes; the others find its cache
-        task.load_processor()
-        data = load_data(task)
     seed_everything(recipe.train.seed)
     model, new = task.load_model(accelerator.device)
     attach(model, recipe, new)
@@ -65,38 +65,13 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     run = Run(recipe, task, data, model, in_full, accelerator)
     if resume:
         run.resume()
-    run.train()
-    return finish(run.folder, recipe, run.report, accelerator)
-
-
-def start_accelerator(recipe: Recipe) -> Accelerator:
-    """Return Accelerate's view of the devices and processes.
-
-    Raises:
-        LoraError: If the precision needs a GPU, or processes were started that do not see each
-            other.
-    """
-    if recipe.train.precision == "fp16" and not torch.cuda.is_available():
-        raise LoraError(
-            "fp16 needs a GPU",
-            recipe.at("train.precision"),
-            "use `--set train.precision=fp32`, or bf16",
-        )
-    accelerator = Accelerator(mixed_precision=MIXED_PRECISION[recipe.train.precision])
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise LoraError(
-            f"WORLD_SIZE is {launched}, but {accelerator.num_processes} process is seen",
-            hint="on a CPU start with `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
-            "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
-            "-m lora_cli train RECIPE`",
-        )
-    return accelerator
-
-
-def seed_everything(*seed: int) -> None:
-    """Seed torch's generators with a mix of the numbers."""
-    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+    try:
+        run.train()
+    except (InterruptedRun, NumericsError) as error:  # raised by every process: one says so
+        if accelerator.is_main_process:
+            raise
+        raise SystemExit(error.exit_code) from None
+    return finish(recipe, run.report, accelerator)
 
 
 class Run:
@@ -115,9 +90,10 @@ class Run:
         self.in_full, self.accelerator = in_full, accelerator
         self.folder = recipe.output_path
         if recipe.train.gradient_checkpointing:
-            assert isinstance(model, PreTrainedModel)
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.optimizer = build_optimizer(model, recipe)
+            # its name before transformers 5.20 is the second
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        self.optimizer = build_optimizer(model, recipe, in_full)
         self.prepared = accelerator.prepare_optimizer(self.optimizer)
         self.batches = Batches(task, data.get("train"), accelerator)
         self.total_steps = self.batches.total_steps
@@ -125,11 +101,13 @@ class Run:
         self.state = TrainState(recipe=recipe_facts(recipe), data=hashes)
         self.report = start_report(recipe, task, data, hashes, model, accelerator)
         self.metric, self.mode = best_by(recipe, task)
+        self.notes: list[str] = []
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
-        found = load_checkpoint(self.folder)
+        found = load_checkpoint(self.folder, self.notes.append)
         if found is None:
+            self.notes.append(f"there is no checkpoint in {self.folder}: starting at the beginning")
             return
         folder, state = found
         refuse_changes(state, self.recipe, self.state.data)
@@ -140,23 +118,23 @@ class Run:
 
     def train(self) -> None:
         """Train to the end, or until validation ceases to improve, then evaluate the best."""
-        recipe, state = self.recipe, self.state
+        state = self.state
+        if self.accelerator.is_main_process:
+            write_recipe(self.recipe)
+            clear_leftovers(self.folder)
         with self._log() as self.log, StopSignals() as self.signals:
+            for note in self.notes:
+                self.log.say(note)
             if state.step == 0:
                 self._measure_before()
             training_mode(self.model)
-            self._since_log, self._clock = _Window(state), time.perf_counter()
-            for step, examples, batches in self.batches.steps(state.step):
+            self.window = Window(state, self.accelerator.device)
+            self._clock = time.perf_counter()
+            for planned in self.batches.steps(state.step):
                 if state.stopped_early:
                     break
-                self._step(step, examples, batches)
-                last = step == self.total_steps
-                if self._due(step, recipe.evaluate.every_steps) or last:
-                    self._evaluate()
-                if last or state.stopped_early or self._due(step, recipe.checkpoint.every_steps):
-                    self._save()
-                self._stop_if_asked()
-                self._clock = time.perf_counter()  # evaluations and checkpoints are not counted
+                self._step(planned)
+                self._between_steps()
             self._measure_best()
 
     def _log(self) -> RunLog:
@@ -172,47 +150,35 @@ class Run:
 
     # ------------------------------------------------------------------------------ a step
 
-    def _step(self, step: int, examples: list[int], batches: list[Batch]) -> None:
-        recipe, state = self.recipe, self.state
+    def _step(self, planned: PlannedStep) -> None:
+        recipe, state, step = self.recipe, self.state, planned.number
         # The noise of a step depends on its number alone, so a resumed run needs no saved state.
         seed_everything(recipe.train.seed, step, self.accelerator.process_index)
         factor = learning_rate_factor(recipe.train.scheduler, step, self.total_steps)
         rate = set_learning_rate(self.optimizer, factor)
-        moved = [batch.to(self.accelerator.device) for batch in batches]
         result = train_step(
             self.model,
             self.task,
             self.prepared,
-            moved,
+            [batch.to(self.accelerator.device) for batch in planned.batches],
             self.accelerator,
             recipe.train.max_grad_norm,
         )
-        self._since_log.add(result)
+        self.window.add(result)
         state.skipped_steps += int(self.prepared.step_was_skipped)
         state.step = step
-        state.examples += len(examples)
-        state.tokens += sum(batch.n_tokens for batch in batches) * self.accelerator.num_processes
-        self._count_seconds()
-        self.log.sample(step, examples)
+        state.examples += len(planned.examples)
+        state.tokens += planned.n_tokens
+        self.log.sample(step, planned.examples)
         self.log.advance(step)
         if step == 1:
-            self._warn_of_idle_parameters()
+            self._warn_of_idle_parameters(result.idle)
         if step % recipe.train.log_every_steps == 0 or step in (1, self.total_steps):
             self._log_step(rate)
 
-    def _count_seconds(self) -> None:
-        now = time.perf_counter()
-        self.state.seconds += now - self._clock
-        self._clock = now
-
-    def _warn_of_idle_parameters(self) -> None:
+    def _warn_of_idle_parameters(self, idle: list[str]) -> None:
         """Name trained parameters that the first step left without gradient: they cannot learn."""
-        idle = [
-            name
-            for name, parameter in trainable_parameters(self.model).items()
-            if parameter not in self.optimizer.state
-        ]
-        if idle and self.optimizer.state:
+        if idle:
             self.log.say(
                 f"warning: {len(idle)} trained parameters take no part in the model's "
                 f"forward pass, `{idle[0]}` among them; leave them out with "
@@ -220,15 +186,10 @@ class Run:
             )
 
     def _log_step(self, rate: float) -> None:
-        state, measured = self.state, self._since_log.record(self.state)
-        if not math.isfinite(measured["loss"]):
-            raise NumericsError(
-                f"the loss is {measured['loss']} in steps {self._since_log.start.step + 1} to "
-                f"{state.step}",
-                self.recipe.at("train.optimizer.learning_rate"),
-                "lower the learning rate, lengthen the warm-up, or use bf16 or fp32; "
-                "the last checkpoint is good",
-            )
+        self._count_seconds()
+        if not math.isfinite(self.window.loss):
+            raise self._gone_bad(f"the loss is {self.window.loss}")
+        state, measured = self.state, self.window.record(self.state)
         left = (self.total_steps - state.step) * measured["seconds_per_step"]
         record = {
             "step": state.step,
@@ -238,17 +199,76 @@ class Run:
             "memory_bytes": peak_memory_bytes(self.accelerator.device),
         }
         self.log.trained(record, left)
-        self._since_log = _Window(state)
+        state.unlogged_steps, state.unlogged_loss = 0, 0.0
+        self.window = Window(state, self.accelerator.device)
+
+    def _count_seconds(self) -> None:
+        """Count the time in steps until now, when the device has done them."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)
+        now = time.perf_counter()
+        self.state.seconds += now - self._clock
+        self._clock = now
 
     @property
     def _epoch(self) -> float:
         return round(self.batches.epoch_of(self.state.step), 4)
 
-    def _due(self, step: int, every_steps: int | None) -> bool:
-        """Return whether something is due that happens every so many steps, or every epoch."""
-        return step % (every_steps or self.batches.steps_per_epoch or self.total_steps) == 0
-
     # ----------------------------------------------------------------------- between steps
+
+    def _between_steps(self) -> None:
+        """Evaluate, save and leave, where it is time."""
+        recipe, state = self.recipe, self.state
+        last = state.step == self.total_steps
+        asked = self._asked_to_stop()
+        evaluating = "validation" in self.data and (last or self._due(recipe.evaluate.every_steps))
+        if not (evaluating or last or asked or self._due(recipe.checkpoint.every_steps)):
+            return
+        self._count_seconds()
+        self._refuse_bad_numbers()
+        if evaluating:
+            self._evaluate()
+        asked = asked or self._asked_to_stop()
+        if last or asked or state.stopped_early or self._due(recipe.checkpoint.every_steps):
+            self._save()
+        if asked:
+            raise InterruptedRun(
+                f"stopped at step {state.step}; everything is saved",
+                asked,
+                "go on with `--resume`",
+            )
+        self._clock = time.perf_counter()  # evaluations and checkpoints are not counted
+
+    def _due(self, every_steps: int | None) -> bool:
+        """Return whether something is due that happens every so many steps, or every epoch."""
+        every_steps = every_steps or self.batches.steps_per_epoch or self.total_steps
+        return self.state.step % every_steps == 0
+
+    def _asked_to_stop(self) -> int:
+        """Return the signal that a process was sent, or 0; the same for all of them."""
+        asked = self.signals.received
+        if self.accelerator.num_processes > 1:
+            asked = max(gather_object([asked]))
+        return asked
+
+    def _refuse_bad_numbers(self) -> None:
+        """Refuse to evaluate or save a model that has gone bad."""
+        if not math.isfinite(self.window.loss):
+            raise self._gone_bad(f"the loss is {self.window.loss}")
+        parameters = trainable_parameters(self.model)
+        finite = torch.stack([p.isfinite().all() for p in parameters.values()])
+        if not finite.all():
+            name = list(parameters)[int(finite.int().argmin())]
+            raise self._gone_bad(f"`{name}` holds NaN or infinity")
+
+    def _gone_bad(self, what: str) -> NumericsError:
+        first, last = self.state.step - self.window.steps + 1, self.state.step
+        return NumericsError(
+            f"{what} in steps {first} to {last}" if first < last else f"{what} at step {last}",
+            self.recipe.at("train.optimizer.learning_rate"),
+            "lower the learning rate, lengthen the warm-up, or use bf16 or fp32; "
+            "the last checkpoint is good",
+        )
 
     def _measure_before(self) -> None:
         """Measure the model before training: what every later number is compared with."""
@@ -258,29 +278,28 @@ class Run:
             if name in self.data:
                 self.state.before[name] = self._metrics(name)
         if "validation" in self.state.before:
+            self._deciding_value(self.state.before["validation"])  # is there such a metric?
             self.log.evaluated(0, 0.0, self.state.before["validation"], "  (before training)")
 
     def _metrics(self, split: str, predictions: Path | None = None) -> dict[str, float]:
         return evaluate(self.model, self.task, self.data[split], self.accelerator, predictions)
 
     def _evaluate(self) -> None:
-        """Measure validation; keep the adapter if it is the best, stop if none has been so long."""
+        """Measure validation; publish the adapter if it is the best so far."""
         state = self.state
-        if "validation" not in self.data:
-            return
         metrics = self._metrics("validation")
-        value = metrics.get(self.metric)
-        if value is None:
-            raise LoraError(
-                f"there is no metric `{self.metric}`",
-                self.recipe.at("evaluate.best.metric"),
-                f"validation gives {', '.join(metrics)}",
-            )
-        stopping = self.recipe.evaluate.early_stopping
+        improved = self._judge(metrics)
+        self.log.evaluated(state.step, self._epoch, metrics, "  (best)" if improved else "")
+        if improved:
+            self._publish()
+        training_mode(self.model)
+
+    def _judge(self, metrics: dict[str, float]) -> bool:
+        """Return whether an evaluation is the best; decide whether it is time to stop."""
+        state, value = self.state, self._deciding_value(metrics)
         sign = 1 if self.mode == "max" else -1
-        best = state.best["value"] if state.best else -sign * math.inf
-        margin = stopping.min_delta if stopping else 0.0
-        improved = math.isfinite(value) and sign * (value - best) > margin
+        gain = sign * (value - state.best["value"]) if state.best else math.inf
+        improved = math.isfinite(value) and gain > 0
         if improved:
             state.best = {
                 "metric": self.metric,
@@ -289,12 +308,21 @@ class Run:
                 "step": state.step,
                 "epoch": self._epoch,
             }
-        state.without_improvement = 0 if improved else state.without_improvement + 1
+        stopping = self.recipe.evaluate.early_stopping
+        enough = improved and gain > (stopping.min_delta if stopping else 0.0)
+        state.without_improvement = 0 if enough else state.without_improvement + 1
         state.stopped_early = bool(stopping and state.without_improvement >= stopping.patience)
-        self.log.evaluated(state.step, self._epoch, metrics, "  (best)" if improved else "")
-        if improved:
-            self._publish()
-        training_mode(self.model)
+        return improved
+
+    def _deciding_value(self, metrics: dict[str, float]) -> float:
+        """Return the metric that chooses the best adapter."""
+        if self.metric not in metrics:
+            raise LoraError(
+                f"there is no metric `{self.metric}`",
+                self.recipe.at("evaluate.best.metric"),
+                f"validation gives {', '.join(metrics)}",
+            )
+        return metrics[self.metric]
 
     def _publish(self) -> None:
         """Put the adapter as it is now into the output folder."""
@@ -303,14 +331,10 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
-        """Write a checkpoint; one of a model that has gone bad is never written."""
-        if not math.isfinite(self._since_log.record(self.state)["loss"]):
-            raise NumericsError(
-                f"the loss is not finite at step {self.state.step}",
-                hint="the last checkpoint is good; lower the learning rate",
-            )
+        """Write a checkpoint."""
         if self.accelerator.scaler is not None:
             self.state.scaler = self.accelerator.scaler.state_dict()
+        self.window.note(self.state)
         self.log.flush()
         if self.accelerator.is_main_process:
             save_checkpoint(
@@ -345,42 +369,3 @@ class Run:
             "skipped_steps": state.skipped_steps,
         }
         self.log.say(f"trained {state.step} steps in {clock(state.seconds)}")
-
-    def _stop_if_asked(self) -> None:
-        """Save and leave, if a signal asked for it; all processes together."""
-        asked = self.signals.received
-        if self.accelerator.num_processes > 1:
-            asked = max(gather_object([asked]))
-        if asked:
-            self._save()
-            raise InterruptedRun(
-                f"stopped at step {self.state.step}; everything is saved",
-                asked,
-                "go on with `--resume`",
-            )
-
-
-class _Window:
-    """The steps since the last line of the log; losses are added up on the device."""
-
-    def __init__(self, state: TrainState) -> None:
-        self.start = replace(state)
-        self.loss: Tensor | float = 0.0
-        self.norm: Tensor | float = 0.0
-
-    def add(self, result: StepResult) -> None:
-        self.loss = self.loss + result.loss
-        self.norm = result.grad_norm
-
-    def record(self, state: TrainState) -> dict[str, float]:
-        """Return loss, gradient norm and speed; waits for the device."""
-        steps = max(state.step - self.start.step, 1)
-        loss, norm = float(self.loss) / steps, float(self.norm)
-        seconds = max(state.seconds - self.start.seconds, 1e-9)
-        return {
-            "loss": loss,
-            "grad_norm": norm,
-            "examples_per_s": round((state.examples - self.start.examples) / seconds, 2),
-            "tokens_per_s": round((state.tokens - self.start.tokens) / seconds, 1),
-            "seconds_per_step": round(seconds / steps, 4),
-        }

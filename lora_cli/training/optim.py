@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_cli.adapters.attach import lora_layers, trainable_parameters
-from lora_cli.adapters.targets import layer_index, parse_layers
+from lora_cli.adapters.targets import inside, layer_index, parse_layers
 from lora_cli.errors import LoraError
 from lora_cli.recipe import OptimizerSpec, Recipe, SchedulerSpec
+from lora_cli.recipe.spec import ParameterGroupSpec
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, recipe: Recipe, in_full: Sequence[str] = ()
+) -> torch.optim.Optimizer:
     """Return the recipe's optimizer over the trained parameters.
 
     Each parameter group holds `names`, the names of its parameters, in the same order.
+
+    Args:
+        model: The model with its adapter attached.
+        recipe: Its `train.optimizer` section says which.
+        in_full: Names of the modules trained in full: the `head` of the recipe's groups.
 
     Raises:
         LoraError: If a group matches nothing, or a package is missing.
     """
     spec = recipe.train.optimizer
-    groups = parameter_groups(model, recipe)
+    groups = parameter_groups(model, recipe, in_full)
     on_gpu = next(model.parameters()).is_cuda
     match spec.type:
         case "adamw":
@@ -49,7 +58,9 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             return torch.optim.Adafactor(groups)
 
 
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, recipe: Recipe, in_full: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Return parameters with the same learning rate and weight decay together."""
     spec = recipe.train.optimizer
     _refuse_empty_layer_groups(model, recipe)
@@ -58,7 +69,9 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     }
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in trainable_parameters(model).items():
-        rate, decay = _settings(name, name in adapters, spec)
+        is_head = any(inside(name, module) for module in in_full)
+        kind = "adapter" if name in adapters else "head" if is_head else None
+        rate, decay = _settings(name, kind, spec)
         if name in adapters and name.endswith("lora_B") and spec.lora_plus_ratio is not None:
             rate *= spec.lora_plus_ratio
         if parameter.ndim < 2:  # biases and the scales of normalisation layers
@@ -72,11 +85,12 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def _settings(name: str, is_adapter: bool, spec: OptimizerSpec) -> tuple[float, float]:
+def _settings(name: str, kind: str | None, spec: OptimizerSpec) -> tuple[float, float]:
+    """Return the learning rate and the weight decay of a parameter."""
     layer = layer_index(name)
     chosen = next(
         (group for layers, group in spec.groups.layers.items() if layer in parse_layers(layers)),
-        spec.groups.adapter if is_adapter else spec.groups.head,
+        getattr(spec.groups, kind) if kind else ParameterGroupSpec(),
     )
     rate, decay = chosen.learning_rate, chosen.weight_decay
     return (

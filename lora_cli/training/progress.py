@@ -14,6 +14,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lora_cli.errors import LoraError
+from lora_cli.files import write_atomically
+from lora_cli.reporting.report import strict
+
 GIB = 2**30
 
 
@@ -36,9 +40,9 @@ class RunLog:
         self.samples: TextIO | None = None
         self.trackers: list[Any] = []
         if folder is not None:
+            self.trackers = [_tracker(tracker, folder, name, step) for tracker in trackers]
             self.metrics = _open_until(folder / "metrics.jsonl", step)
             self.samples = _open_until(folder / "samples.jsonl", step)
-            self.trackers = [_tracker(tracker, folder, name) for tracker in trackers]
         self.total_steps = total_steps
         self.live = self.console.is_terminal and not self.console.quiet
         self.bar = Progress(
@@ -113,7 +117,7 @@ class RunLog:
     def _write(self, record: dict[str, Any]) -> None:
         if self.metrics is None:
             return
-        self.metrics.write(json.dumps(record) + "\n")
+        self.metrics.write(json.dumps(strict(record)) + "\n")
         self.metrics.flush()
         for tracker in self.trackers:
             tracker.log(record)
@@ -129,15 +133,16 @@ def _open_until(path: Path, step: int) -> TextIO:
                     kept.append(line + "\n")
             except (ValueError, KeyError):
                 break  # a line that was cut short is the last
-    path.write_text("".join(kept), encoding="utf-8")
+    write_atomically(path, "".join(kept))
     return path.open("a", encoding="utf-8")
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        # what an earlier process logged beyond the checkpoint is not shown
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def log(self, record: dict[str, Any]) -> None:
         step = record["step"]
@@ -171,11 +176,9 @@ def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
     return values
 
 
-def _tracker(kind: str, folder: Path, name: str) -> Any:
-    from lora_cli.errors import LoraError
-
+def _tracker(kind: str, folder: Path, name: str, step: int) -> Any:
     try:
-        return _TensorBoard(folder) if kind == "tensorboard" else _Trackio(name)
+        return _TensorBoard(folder, step) if kind == "tensorboard" else _Trackio(name)
     except ImportError as error:
         raise LoraError(
             f"`{kind}` is not installed", "train.trackers", "pip install 'lora-cli[tracking]'"

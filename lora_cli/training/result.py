@@ -8,7 +8,6 @@ import shlex
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,43 +22,61 @@ from lora_cli.recipe import Recipe, dump_recipe
 from lora_cli.reporting import plot_learning_curve, write_model_card, write_report
 from lora_cli.tasks import Encoded, Task
 from lora_cli.tasks.sequence_classification import SequenceClassification, label_counts
+from lora_cli.training.state import peek_state, refuse_changes
 
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "safetensors")
 
 
-def open_output(recipe: Recipe, resume: bool, accelerator: Accelerator) -> dict[str, Any] | None:
+def open_output(recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     """Make the output folder, or look at what is in it.
 
     Returns:
         The report of a run that is complete, when it shall be resumed; else None.
 
     Raises:
-        LoraError: If the folder holds something and the run shall not be resumed.
+        LoraError: If the folder holds something and the run shall not be resumed, or holds no run,
+            or a complete run of another recipe.
     """
     folder = recipe.output_path
-    report = folder / "report.json"
-    if resume and report.exists():
-        value: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-        return value
     if folder.exists() and not folder.is_dir():
         raise LoraError(f"{folder} is a file", recipe.at("output_dir"))
-    if not resume and folder.exists() and any(folder.iterdir()):
+    filled = folder.exists() and any(folder.iterdir())
+    if filled and not resume:
         raise LoraError(
             f"the output folder {folder} is not empty",
             recipe.at("output_dir"),
             "go on with its run with `--resume`, or choose another with `-o DIR`",
         )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
-        except OSError as error:
-            raise LoraError(
-                f"cannot write to {folder}: {error.strerror}", recipe.at("output_dir")
-            ) from error
-    accelerator.wait_for_everyone()
+    if filled and not (folder / "recipe.yaml").exists():
+        raise LoraError(
+            f"the output folder {folder} holds other things, and no run",
+            recipe.at("output_dir"),
+            "choose another with `-o DIR`",
+        )
+    report = folder / "report.json"
+    if report.exists():
+        if (state := peek_state(folder)) is not None:
+            refuse_changes(state, recipe)
+        value: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+        return value
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(recipe, error) from error
     return None
+
+
+def write_recipe(recipe: Recipe) -> None:
+    """Write the resolved recipe into the output folder, which from then on holds a run."""
+    try:
+        write_atomically(recipe.output_path / "recipe.yaml", dump_recipe(recipe))
+    except OSError as error:
+        raise _cannot_write(recipe, error) from error
+
+
+def _cannot_write(recipe: Recipe, error: OSError) -> LoraError:
+    what = f"cannot write to {recipe.output_path}: {error.strerror}"
+    return LoraError(what, recipe.at("output_dir"))
 
 
 def start_report(
@@ -118,12 +135,10 @@ def _facts(task: Task, split: Encoded, sha256: str) -> dict[str, Any]:
     return facts
 
 
-def finish(
-    folder: Path, recipe: Recipe, report: dict[str, Any], accelerator: Accelerator
-) -> dict[str, Any]:
-    """Write the resolved recipe, the plot, the model card, and the report last."""
+def finish(recipe: Recipe, report: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+    """Write the plot, the model card, and the report last."""
+    folder = recipe.output_path
     if accelerator.is_main_process:
-        write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
         plot_learning_curve(folder, report)
         write_model_card(folder, recipe, report)
         write_report(folder, report)

@@ -8,13 +8,15 @@ step follow from (seed, step). Tensors are in safetensors, the rest in JSON; not
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, load_model, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -42,9 +44,14 @@ class TrainState:
     best: dict[str, Any] | None = None
     """Metric, mode, value, step and epoch of the best evaluation."""
     without_improvement: int = 0
+    """Evaluations since the last that early stopping counts as an improvement."""
     stopped_early: bool = False
     skipped_steps: int = 0
     """Steps that fp16's loss scale gave up because a gradient overflowed."""
+    unlogged_steps: int = 0
+    """Steps since the last line of the log."""
+    unlogged_loss: float = 0.0
+    """Sum of their losses."""
     scaler: dict[str, Any] | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
     """What the optimizer keeps besides tensors."""
@@ -61,45 +68,82 @@ def save_checkpoint(
     recipe: Recipe,
     in_full: list[str],
 ) -> Path:
-    """Write `checkpoints/step-NNNNNN`, whole or not at all, then delete the oldest."""
+    """Write `checkpoints/step-NNNNNN`, whole or not at all, then delete the oldest.
+
+    The newest `checkpoint.keep` are kept, and that of the best evaluation.
+    """
     target = output / FOLDER / f"step-{state.step:06d}"
-    tensors, rest = _optimizer_state(optimizer)
-    state.optimizer = rest
+    tensors, state.optimizer = _optimizer_state(optimizer)
     with new_folder(target) as folder:
         save_adapter(folder, model, recipe, in_full)
         save_file(tensors, folder / OPTIMIZER_FILE)
         write_json(folder / STATE_FILE, asdict(state))
-    for old in checkpoints(output)[: -recipe.checkpoint.keep]:
-        shutil.rmtree(old)
+    # one of a later step is damaged, or this run had not resumed from an earlier
+    older = [(step, old) for step, old in checkpoints(output) if step <= state.step]
+    for step, old in older[: -recipe.checkpoint.keep]:
+        if state.best is None or step != state.best["step"]:
+            shutil.rmtree(old)
     return target
 
 
-def checkpoints(output: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first."""
-    return sorted((output / FOLDER).glob("step-*"))
+def checkpoints(output: Path) -> list[tuple[int, Path]]:
+    """Return the steps and folders of a run's checkpoints, oldest first."""
+    found = ((re.fullmatch(r"step-(\d+)", p.name), p) for p in (output / FOLDER).glob("step-*"))
+    return sorted((int(name[1]), path) for name, path in found if name)
 
 
-def load_checkpoint(output: Path) -> tuple[Path, TrainState] | None:
+def load_checkpoint(
+    output: Path, warn: Callable[[str], None] | None = None
+) -> tuple[Path, TrainState] | None:
     """Return the newest whole checkpoint and its state, or None if there is none.
+
+    Args:
+        output: The output folder of the run.
+        warn: Is told of every newer checkpoint that is damaged.
 
     Raises:
         IntegrityError: If there are checkpoints and none is whole.
     """
     damaged: list[Problem] = []
-    for folder in reversed(checkpoints(output)):
+    for _, folder in reversed(checkpoints(output)):
         try:
             if not verify_manifest(folder):
                 raise IntegrityError("the manifest is missing", str(folder))
-            state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-            return folder, TrainState(**state)
+            state = TrainState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
         except (IntegrityError, OSError, ValueError, TypeError) as error:
             damaged += (
                 error.problems
                 if isinstance(error, LoraError)
                 else [Problem(str(error), str(folder))]
             )
+            continue
+        if damaged and warn is not None:
+            for problem in damaged:
+                warn(f"warning: damaged checkpoint: {problem.what} at {problem.at}")
+            warn(f"going on from the one before, {folder.name}")
+        return folder, state
     if damaged:
-        raise IntegrityError(damaged)
+        hint = (
+            f"no checkpoint is whole; start again in another folder, or without {output / FOLDER}"
+        )
+        last = damaged[-1]
+        raise IntegrityError([*damaged[:-1], Problem(last.what, last.at, hint)])
+    return None
+
+
+def clear_leftovers(output: Path) -> None:
+    """Delete what a process left behind that was killed while it wrote a checkpoint."""
+    for leftover in (output / FOLDER).glob(".step-*"):
+        shutil.rmtree(leftover)
+
+
+def peek_state(output: Path) -> TrainState | None:
+    """Return the newest checkpoint's state without looking at its tensors, or None."""
+    for _, folder in reversed(checkpoints(output)):
+        try:
+            return TrainState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            continue
     return None
 
 
@@ -133,27 +177,39 @@ def publish_adapter(
 def restore_published(output: Path, model: nn.Module, recipe: Recipe) -> None:
     """Load what `publish_adapter` wrote into the model that it was written from."""
     if recipe.adapter.type == "full":
-        load_model(model, output / "model.safetensors")
+        assert isinstance(model, PreTrainedModel)
+        # by transformers, which may have divided the file or named its tensors otherwise
+        saved = type(model).from_pretrained(output, dtype=torch.float32)
+        model.load_state_dict(saved.state_dict())
     else:
         restore(model, read_tensors(output))
 
 
-def refuse_changes(saved: TrainState, recipe: Recipe, data: dict[str, str]) -> None:
-    """Refuse to go on with another recipe or other data; where the result lies may change."""
-    problems = []
-    before, now = _flat(saved.recipe), _flat(_comparable(recipe))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            problems.append(
-                Problem(
-                    f"the run was started with `{key}: {before.get(key)}`, the recipe now says "
-                    f"`{now.get(key)}`",
-                    recipe.at(key),
-                )
-            )
-    for split in sorted(saved.data.keys() | data.keys()):
-        if saved.data.get(split) != data.get(split):
-            problems.append(Problem(f"the rows of {split} are not those the run was started with"))
+def refuse_changes(saved: TrainState, recipe: Recipe, data: dict[str, str] | None = None) -> None:
+    """Refuse to go on with another recipe or other data; where the result lies may change.
+
+    Args:
+        saved: The state of the run.
+        recipe: The recipe now.
+        data: SHA-256 of each split now; None if they have not been read.
+    """
+    before, now = _flat(saved.recipe), _flat(recipe_facts(recipe))
+    if data is None and now.get("task.labels") is None:
+        now["task.labels"] = before.get("task.labels")  # not found in the data yet
+    problems = [
+        Problem(
+            f"the run was started with `{key}: {before.get(key)}`, the recipe now says "
+            f"`{now.get(key)}`",
+            recipe.at(key),
+        )
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    problems += [
+        Problem(f"the rows of {split} are not those the run was started with")
+        for split in sorted(saved.data.keys() | (data or {}).keys())
+        if data is not None and saved.data.get(split) != data.get(split)
+    ]
     if problems:
         last = problems[-1]
         problems[-1] = Problem(
@@ -164,17 +220,13 @@ def refuse_changes(saved: TrainState, recipe: Recipe, data: dict[str, str]) -> N
         raise LoraError(problems)
 
 
-def _comparable(recipe: Recipe) -> dict[str, Any]:
+def recipe_facts(recipe: Recipe) -> dict[str, Any]:
+    """Return what of a recipe must not change when a run is resumed."""
     return recipe.model_dump(
         mode="json",
         by_alias=True,
         exclude={"output_dir": True, "train": {"workers", "trackers"}, "checkpoint": True},
     )
-
-
-def recipe_facts(recipe: Recipe) -> dict[str, Any]:
-    """Return what of a recipe must not change when a run is resumed."""
-    return _comparable(recipe)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -209,8 +261,9 @@ def _load_optimizer(
         name, _, key = path.rpartition("/")
         values.setdefault(name, {})[key] = value
     for group in optimizer.param_groups:
+        steps_on_gpu = group.get("fused") or group.get("capturable")
         for name, parameter in zip(group["names"], group["params"], strict=True):
             for key, value in values.get(name, {}).items():
-                if isinstance(value, Tensor) and not (key == "step" and not parameter.is_cuda):
+                if isinstance(value, Tensor) and (key != "step" or steps_on_gpu):
                     value = value.to(parameter.device)
                 optimizer.state[parameter][key] = value

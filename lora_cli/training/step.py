@@ -22,10 +22,14 @@ from lora_cli.tasks import Batch, Task
 
 @dataclass
 class StepResult:
-    """What a step reports: the mean loss over its items, and the gradient's norm."""
+    """What a step reports."""
 
     loss: Tensor
+    """Mean over the step's items."""
     grad_norm: Tensor
+    """Length of the gradient before it was shortened."""
+    idle: list[str]
+    """Trained parameters that got no gradient: the forward pass does not use them."""
 
 
 def train_step(
@@ -46,8 +50,9 @@ def train_step(
         accelerator: Precision and processes.
         max_grad_norm: Longer gradients are shortened to this; None leaves them.
     """
-    parameters = list(trainable_parameters(model).values())
-    n_items = torch.tensor(sum(batch.n_items for batch in batches), device=accelerator.device)
+    parameters = trainable_parameters(model)
+    # a float also where there are no batches: the processes must agree on the type
+    n_items = torch.tensor(float(sum(b.n_items for b in batches)), device=accelerator.device)
     if accelerator.num_processes > 1:
         n_items = accelerator.reduce(n_items, "sum")
     # Divided before the backward pass, and not after, so that fp16's gradients stay in range.
@@ -60,26 +65,26 @@ def train_step(
         total += loss.detach()
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total, "sum")
-        sum_gradients(parameters, accelerator)
+        sum_gradients(list(parameters.values()), accelerator)
+    idle = [name for name, parameter in parameters.items() if parameter.grad is None]
     limit = math.inf if max_grad_norm is None else max_grad_norm
-    norm = accelerator.clip_grad_norm_(parameters, limit)
+    norm = accelerator.clip_grad_norm_(list(parameters.values()), limit)
     optimizer.step()
     optimizer.zero_grad()
-    return StepResult(total, torch.as_tensor(norm))
+    return StepResult(total, torch.as_tensor(norm), idle)
 
 
 def sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
     """Replace the gradients by their sums over the processes, in one message.
 
     Adapters are small: one message of all gradients costs less than DDP's hooks and buckets, and a
-    process may have any number of micro-batches, or none.
+    process may have any number of micro-batches, or none. A parameter that has no gradient in any
+    process is left without, as in one process, so that an optimizer does not move it.
     """
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    present = torch.tensor([float(p.grad is not None) for p in parameters])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([present.to(accelerator.device), *(g.flatten() for g in gradients)])
     flat = accelerator.reduce(flat, "sum")
-    for parameter, part in zip(
-        parameters, flat.split([p.numel() for p in parameters]), strict=True
-    ):
-        parameter.grad = part.view_as(parameter)
+    found, *parts = flat.split([len(parameters), *(p.numel() for p in parameters)])
+    for parameter, count, part in zip(parameters, found.tolist(), parts, strict=True):
+        parameter.grad = part.view_as(parameter) if count else None

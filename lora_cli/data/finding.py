@@ -1,0 +1,108 @@
+"""Which files belong to a split, and which of their rows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lora_cli.data.files import kind_of
+from lora_cli.errors import LoraError, did_you_mean
+from lora_cli.recipe import FormatSpec, Recipe
+from lora_cli.recipe.spec import is_file
+
+SPLITS = ("train", "validation", "test")
+SPLIT_FILES = {
+    "train": r"train(ing)?",
+    "validation": r"(validation|valid|val|dev)",
+    "test": r"(test|eval)",
+}
+
+
+def split_slice(text: str, at: str) -> tuple[str, str]:
+    """Divide `train[:80%]` into its name and its slice.
+
+    Raises:
+        LoraError: If what stands in brackets at the end is not a slice.
+    """
+    match = re.fullmatch(r"(.*?)(?:\[([^\[\]/]*)\])?", text, re.DOTALL)
+    assert match is not None
+    name, part = match[1], match[2]
+    if part is None:
+        return name, ""
+    bounds = part.split(":")
+    good = len(bounds) == 2 and all(re.fullmatch(r"(-?\d{1,15}%?)?", bound) for bound in bounds)
+    if not good or any(abs(int(b[:-1])) > 100 for b in bounds if b.endswith("%")):
+        hint = "a slice is `train[:80%]`, `train[500:1000]` or `train[-100:]`"
+        raise LoraError(f"`{text}` is not a slice", at, hint)
+    return name, part
+
+
+def positions(part: str, count: int) -> slice:
+    """Return what a slice of `count` rows means."""
+
+    def bound(text: str) -> int | None:
+        if not text:
+            return None
+        return round(int(text[:-1]) * count / 100) if text.endswith("%") else int(text)
+
+    start, _, stop = part.partition(":")
+    return slice(bound(start), bound(stop))
+
+
+def files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
+    """Return the files of a split, in order.
+
+    Args:
+        recipe: Its `data` section says where to look.
+        split: The split that is asked for.
+        name: What the recipe says of it: a file or a pattern, or its name in `data.path`.
+
+    Raises:
+        LoraError: If there are none.
+    """
+    data = recipe.data
+    at = recipe.at(f"data.{split}")
+    pattern = Path(name if is_file(name) else (data.path or ""))
+    if not is_file(name):
+        at = recipe.at("data.path")
+    if pattern.is_dir():
+        inside = [file.relative_to(pattern) for file in sorted(pattern.rglob("*"))]
+        inside = [file for file in inside if _readable(pattern, file, data.format)]
+        beside = [str(file) for file in inside]
+        by_split = [file for file in inside if _belongs(file, name)]
+        named = any(_belongs(file, other) for file in inside for other in SPLITS)
+        of_split = by_split or (inside if name == "train" and not named else [])
+        files = [pattern / file for file in of_split]
+    elif pattern.is_file():
+        files = [pattern] if is_file(name) or name == "train" else []
+    else:
+        folder = next(parent for parent in pattern.parents if parent.is_dir())
+        files = [f for f in sorted(folder.glob(str(pattern.relative_to(folder)))) if f.is_file()]
+        if not files:
+            around = sorted(f.name for f in folder.iterdir() if not f.name.startswith("."))
+            hint = did_you_mean(pattern.name, around, f"in {folder} are")
+            raise LoraError(f"there is no file {pattern}", at, hint)
+        files = files if is_file(name) or name == "train" else []
+    if not files:
+        hint = "name a file, or draw rows: `{from: train, fraction: 0.1}`"
+        if pattern.is_dir():
+            hint += f"; the files in it are: {', '.join(beside[:10]) or 'none of a known kind'}"
+        raise LoraError(f"{pattern} has no split `{name}`", recipe.at(f"data.{split}"), hint)
+    return files
+
+
+def _readable(folder: Path, file: Path, spec: FormatSpec) -> bool:
+    """Return whether a file in a folder is one of data, and neither hidden nor a read-me."""
+    hidden = any(part.startswith(".") for part in file.parts)
+    if hidden or file.stem.lower() in ("readme", "license") or not (folder / file).is_file():
+        return False
+    try:
+        return bool(kind_of(file, spec))
+    except LoraError:
+        return False
+
+
+def _belongs(file: Path, split: str) -> bool:
+    """Return whether a file's name or folder says that it is of a split."""
+    pattern = SPLIT_FILES.get(split, re.escape(split.lower()))
+    return any(re.search(rf"(^|[^a-z]){pattern}([^a-z]|$)", part.lower()) for part in file.parts)

@@ -1,0 +1,188 @@
+"""Labels: how they are written in the data, which there are, and what each weighs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_cli.data.sources import Rows
+from lora_cli.errors import LoraError, Problem, did_you_mean
+from lora_cli.recipe import Recipe, SequenceClassificationSpec
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+class Labels:
+    """The labels of a classification, in the order of the model's outputs."""
+
+    def __init__(self, recipe: Recipe, spec: SequenceClassificationSpec) -> None:
+        self.recipe, self.spec = recipe, spec
+        self.names = [_text(label) for label in spec.labels or []]
+        self.class_names: list[str] = []  # of the Hub's ClassLabel column; its rows hold positions
+        self.weights: Tensor | None = None
+
+    def learn(self, splits: dict[str, Rows]) -> None:
+        """Find the labels and their weights, and write both into the recipe.
+
+        Raises:
+            LoraError: If there are none, or one only; with the values in the data that are none.
+        """
+        for rows in splits.values():
+            self.class_names = rows.label_names.get(self.spec.label_column, self.class_names)
+        if not self.names:
+            self.names = self._infer(splits)
+        twice = [label for label, count in Counter(self.names).items() if count > 1]
+        if twice:
+            raise LoraError(f"the label `{twice[0]}` stands twice", self.recipe.at("task.labels"))
+        self.spec.labels = list(self.names)
+        found = {name: self.count(rows) for name, rows in splits.items()}
+        self._refuse_unknown(splits, found)
+        if len(self.names) < 2 and self.spec.problem == "single_label":
+            raise LoraError(
+                f"there is one label only, `{self.names[0]}`",
+                self.recipe.at("task.label_column"),
+                "nothing can be learned from it",
+            )
+        if self.spec.class_weights == "balanced" and "train" in splits:
+            self.spec.class_weights = self._balanced(found["train"], len(splits["train"]))
+        self.weights = self._weights()
+
+    def _infer(self, splits: dict[str, Rows]) -> list[str]:
+        """Return the names that the data set gives its labels, or the values that are found."""
+        column = self.spec.label_column
+        if "train" not in splits:
+            raise LoraError(
+                "the labels are not known",
+                self.recipe.at("task.labels"),
+                "name them, in the order of the model's outputs",
+            )
+        rows = splits["train"]
+        if column in rows.label_names:
+            return list(rows.label_names[column])
+        values = self.count(rows)
+        if not values:
+            raise LoraError(f"no row of the train split has a label in `{column}`", rows.source)
+        if len(values) > 20 and len(values) > len(rows) / 2:
+            raise LoraError(
+                f"column `{column}` has {len(values)} values in {len(rows)} rows",
+                self.recipe.at("task.label_column"),
+                "is it the label? For numbers set `task.problem: regression`",
+            )
+        return _sorted(values)
+
+    def count(self, rows: Rows) -> Counter[str]:
+        """Return how often each value stands in the rows."""
+        return Counter(value for row in rows for value in self.texts_of(row) or ())
+
+    def texts_of(self, row: dict[str, Any]) -> list[str] | None:
+        """Return the labels of a row as text, or None where they cannot be read."""
+        value = row.get(self.spec.label_column)
+        if self.spec.problem == "multi_label":
+            if isinstance(value, str) and self.spec.label_separator is not None:
+                parts = [part.strip() for part in value.split(self.spec.label_separator)]
+                return [part for part in parts if part]
+            if not isinstance(value, list) or any(_is_blank(item) for item in value):
+                return None
+            return [_text(item) for item in value]
+        if _is_blank(value):
+            return None
+        if isinstance(value, int) and 0 <= value < len(self.class_names):
+            name = self.class_names[value]
+            # labels of other names in the recipe rename the classes, by position
+            return [name if name in self.names else _text(value)]
+        return [_text(value)]
+
+    def _refuse_unknown(self, splits: dict[str, Rows], found: dict[str, Counter[str]]) -> None:
+        problems = []
+        for name, values in found.items():
+            unknown = [value for value in _sorted(values) if self.position(value) is None]
+            places: dict[str, str] = {}
+            for i, row in enumerate(splits[name] if unknown else ()):
+                for value in self.texts_of(row) or ():
+                    if value not in places and self.position(value) is None:
+                        places[value] = splits[name].place(i)
+            problems += [
+                Problem(
+                    f"`{value}` is not a label ({values[value]} rows of {name})",
+                    places[value],
+                    did_you_mean(value, self.names, "the labels are"),
+                )
+                for value in unknown[:10]
+            ]
+            if len(unknown) > 10:
+                what = f"{len(unknown) - 10} more values are not labels"
+                problems.append(Problem(what, splits[name].source))
+        if problems:
+            raise LoraError(problems)
+
+    def position(self, value: str) -> int | None:
+        """Return the index of a label given by name, or by position."""
+        if value in self.names:
+            return self.names.index(value)
+        if value.isdecimal() and int(value) < len(self.names):
+            # names in the recipe, positions in the data, as in GLUE
+            return None if any(label.isdecimal() for label in self.names) else int(value)
+        return None
+
+    def _balanced(self, values: Counter[str], n_rows: int) -> dict[str, float]:
+        """Return rows / (labels x rows of the label), by label."""
+        counts = dict.fromkeys(self.names, 0)
+        for value, count in values.items():
+            position = self.position(value)
+            assert position is not None
+            counts[self.names[position]] += count
+        return {
+            label: n_rows / (len(self.names) * max(count, 1)) for label, count in counts.items()
+        }
+
+    def _weights(self) -> Tensor | None:
+        wanted = self.spec.class_weights
+        if not isinstance(wanted, dict):
+            return None
+        at = self.recipe.at("task.class_weights")
+        problems = [
+            Problem(f"`{name}` is not a label", at, did_you_mean(name, self.names, "labels:"))
+            for name in wanted
+            if name not in self.names
+        ]
+        problems += [
+            Problem(f"the weight of `{name}` is {weight}, not a weight", at)
+            for name, weight in wanted.items()
+            if not 0 <= weight < math.inf
+        ]
+        if problems:
+            raise LoraError(problems)
+        return torch.tensor([float(wanted.get(label, 1.0)) for label in self.names])
+
+
+def _is_blank(value: Any) -> bool:
+    """Return whether a value cannot be a label: nothing, NaN (a parquet file's nothing), a list."""
+    return value is None or value != value or isinstance(value, list | dict) or not _text(value)
+
+
+def _text(value: Any) -> str:
+    """Return a label as text: 1, 1.0 and " 1" are the same label."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def number(value: Any) -> float | None:
+    """Return a value as a number, or None if it is none that a float32 holds."""
+    try:
+        result = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return result if abs(result) <= FLOAT32_MAX else None  # nor is it NaN
+
+
+def _sorted(values: Counter[str]) -> list[str]:
+    """Return labels in order: by value where all are numbers, else by name."""
+    numeric = all(number(value) is not None for value in values)
+    return sorted(values, key=(lambda v: (float(v), v)) if numeric else None)

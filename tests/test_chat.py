@@ -1,0 +1,404 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import tiny
+from transformers import PreTrainedTokenizerFast
+
+from lora_cli.errors import LoraError
+from lora_cli.recipe import load_recipe
+from lora_cli.tasks.base import IGNORED, load_data
+from lora_cli.tasks.causal_lm import CausalLM
+from lora_cli.tasks.chat import encode_chat, read_messages, render
+from lora_cli.tasks.check import check_recipe
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    + CHATML
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}"
+    "{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = (
+    "{% set ns = namespace(system='') %}{% for m in messages %}"
+    "{% if m.role == 'system' %}"
+    "{% set ns.system = '<<SYS>>\n' + m.content + '\n<</SYS>>\n\n' %}"
+    "{% elif m.role == 'user' %}{{ bos_token }}[INST] {{ ns.system + m.content }} [/INST]"
+    "{% set ns.system = '' %}"
+    "{% elif m.role == 'assistant' %} {{ m.content }} {{ eos_token }}"
+    "{% else %}{{ raise_exception('only system, user and assistant') }}{% endif %}{% endfor %}"
+)
+THINKING = (  # as Qwen 3: the reasoning of answers but the last is taken away
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_END = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_llama(tmp_path_factory.mktemp("bases") / "llama")
+
+
+def tokenizer(template: str, eos: str | None = None) -> PreTrainedTokenizerFast:
+    made = tiny.tokenizer("llama")
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    if eos:
+        made.eos_token = eos
+    made.chat_template = template
+    return made
+
+
+def turns(*pairs: tuple[str, str]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+CHAT = turns(
+    ("system", "Answer."), ("user", "1 + 1?"), ("assistant", "2 🙂"), ("user", "Sûr? 🤔"),
+    ("assistant", "Ja — 二 👩‍👩‍👧"),
+)  # fmt: skip
+
+
+def trained_text(made: PreTrainedTokenizerFast, messages: Any, train_on: str) -> list[str]:
+    """Return the runs of trained tokens as text."""
+    ids, trained = encode_chat(made, messages, train_on)
+    assert len(ids) == len(trained)
+    runs: list[list[int]] = [[]]
+    for token, on in zip(ids, trained, strict=True):
+        if on:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    return [made.decode(run) for run in runs if run]
+
+
+# ----------------------------------------------------------------------- which tokens are trained
+
+
+@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM])
+def test_the_assistants_turns_are_trained(template: str) -> None:
+    made = tokenizer(template)
+    answers = ["2 🙂<|im_end|>\n", "Ja — 二 👩‍👩‍👧<|im_end|>\n"]
+    assert trained_text(made, CHAT, "assistant") == answers
+    assert trained_text(made, CHAT, "last") == answers[1:]
+    whole = made.apply_chat_template(CHAT, tokenize=False)
+    assert trained_text(made, CHAT, "all") == [whole]
+    ids, _ = encode_chat(made, CHAT, "assistant")
+    assert ids == made.apply_chat_template(CHAT, tokenize=True)["input_ids"]
+
+
+def test_a_default_system_prompt_is_read_but_not_trained() -> None:
+    made = tokenizer(DEFAULT_SYSTEM)
+    for messages in (CHAT[1:], CHAT[2:]):  # the second begins with the assistant
+        ids, _ = encode_chat(made, messages, "assistant")
+        assert "Be kind." in made.decode(ids)
+        first, _ = trained_text(made, messages, "assistant")
+        assert first == "2 🙂<|im_end|>\n"
+
+
+def test_a_system_prompt_inside_the_users_turn_is_not_trained() -> None:
+    made = tokenizer(LLAMA2)
+    assert trained_text(made, CHAT, "assistant") == [" 2 🙂 </s>", " Ja — 二 👩‍👩‍👧 </s>"]
+    text, _ = render(made, CHAT, "assistant")
+    assert text.startswith("<s>[INST] <<SYS>>\nAnswer.\n<</SYS>>\n\n1 + 1? [/INST]")
+
+
+def test_tools_are_read_and_what_calls_them_is_trained() -> None:
+    messages = turns(
+        ("user", "weather?"), ("assistant", "call()"), ("tool", "sunny"), ("assistant", "Sunny.")
+    )
+    assert trained_text(tokenizer(CHATML), messages, "assistant") == [
+        "call()<|im_end|>\n", "Sunny.<|im_end|>\n",
+    ]  # fmt: skip
+
+
+def test_two_answers_in_a_row_are_both_trained_and_the_last_is_one() -> None:
+    messages = turns(("user", "a"), ("assistant", "b"), ("assistant", "c"))
+    made = tokenizer(CHATML)
+    assert trained_text(made, messages, "assistant") == ["b<|im_end|>\n", "c<|im_end|>\n"]
+    assert trained_text(made, messages, "last") == ["c<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("messages", [CHAT, CHAT[1:], CHAT[2:], CHAT[:4]])
+def test_generation_markers_are_obeyed_as_transformers_does(messages: Any) -> None:
+    made = tokenizer(MARKED)
+    theirs = made.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, trained = encode_chat(made, messages, "assistant")
+    assert ids == theirs["input_ids"]
+    assert [int(on) for on in trained] == theirs["assistant_masks"]
+    assert sum(trained) > 5
+    last = "2 🙂<|im_end|>" if messages == CHAT[:4] else "Ja — 二 👩‍👩‍👧<|im_end|>"
+    assert trained_text(made, messages, "last") == [last]
+    # without the markers the template says the same, but for the line end that follows a turn
+    plain = tokenizer(MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+    wanted = [text + "\n" for text in trained_text(made, messages, "assistant")]
+    assert trained_text(plain, messages, "assistant") == wanted
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_but_for_the_last() -> None:
+    made = tokenizer(THINKING)
+    messages = turns(
+        ("user", "a"), ("assistant", "<think>x</think>b"), ("user", "c"),
+        ("assistant", "<think>y</think>d"),
+    )  # fmt: skip
+    with pytest.raises(LoraError, match="turn 2 cannot be found") as caught:
+        encode_chat(made, messages, "assistant")
+    assert "train_on: last" in str(caught.value)
+    assert trained_text(made, messages, "last") == ["<think>y</think>d<|im_end|>\n"]
+    assert len(trained_text(made, messages, "all")) == 1
+
+
+# ---------------------------------------------------------------------------- rows to examples
+
+
+def task_of(
+    base: Path, tmp_path: Path, rows: list[Any], template: str = CHATML, **sections: Any
+) -> CausalLM:
+    file = tmp_path / "train.jsonl"
+    rows = [row if isinstance(row, dict) else {"messages": row} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "chat.jinja").write_text(template, encoding="utf-8")
+    spec = {
+        "type": "causal_lm", "text_column": None, "messages_column": "messages",
+        "chat_template": "chat.jinja", "max_length": 128, **sections.pop("task", {}),
+    }  # fmt: skip
+    data = {"path": sections.pop("path", file.name), **sections.pop("data", {})}
+    recipe = load_recipe(tiny.recipe(base, tmp_path, data=data, task=spec, **sections))
+    task = CausalLM(recipe, recipe.task)  # type: ignore[arg-type]
+    task.load_processor()
+    return task
+
+
+def labels_of(task: CausalLM) -> list[str]:
+    """Return the trained text of each example."""
+    return [
+        task.tokenizer.decode([i for i in example["labels"] if i != IGNORED])
+        for example in load_data(task)["train"].examples
+    ]
+
+
+QUESTION = turns(("user", "Why?"), ("assistant", "Because."))
+
+
+def test_the_end_is_added_only_where_the_template_lacks_it(base: Path, tmp_path: Path) -> None:
+    assert labels_of(task_of(base, tmp_path, [QUESTION], NO_END)) == ["Because.\n</s>"]
+    assert labels_of(task_of(base, tmp_path, [QUESTION], LLAMA2)) == [" Because. </s>"]
+    more = [*QUESTION, *turns(("user", "Oh."), ("assistant", "Yes."), ("user", "Bye."))]
+    # what follows the last answer is not trained, nor is an end after it
+    assert labels_of(task_of(base, tmp_path, [more], LLAMA2)) == [" Because. </s> Yes. </s>"]
+    assert labels_of(task_of(base, tmp_path, [more], NO_END)) == ["Because.\nYes.\n</s>"]
+    # an end after the first answer alone does not teach to end the second
+    first_only = NO_END.replace("\n{% endfor", "{{ '</s>' if loop.index == 2 }}\n{% endfor")
+    said = labels_of(task_of(base, tmp_path, [more], first_only))
+    assert said == ["Because.</s>\nYes.\n</s>"]
+
+
+def test_a_refused_conversation_is_named(base: Path, tmp_path: Path) -> None:
+    bad = turns(("user", "a"), ("tool", "b"), ("assistant", "c"))
+    task = task_of(base, tmp_path, [QUESTION, QUESTION, bad], LLAMA2)
+    for check in (load_data, lambda task: check_recipe(task.recipe)):
+        with pytest.raises(LoraError, match="only system, user and assistant") as caught:
+            check(task)
+        assert caught.value.problems[0].at == "train.jsonl:3"
+    twice = turns(
+        ("user", "a"), ("assistant", "<think>x</think>b"), ("user", "c"), ("assistant", "d")
+    )
+    with pytest.raises(LoraError, match="turn 2 cannot be found") as caught:
+        load_data(task_of(base, tmp_path, [QUESTION, twice], THINKING))
+    assert caught.value.problems[0].at == "train.jsonl:2"
+
+
+def test_a_refused_conversation_may_be_skipped(base: Path, tmp_path: Path) -> None:
+    bad = turns(("user", "a"), ("tool", "b"), ("assistant", "c"))
+    data = {"on_bad_row": "skip"}
+    split = load_data(task_of(base, tmp_path, [bad, QUESTION], LLAMA2, data=data))["train"]
+    assert [example["row"] for example in split.examples] == [1]
+    assert split.rows_without_example == 1
+
+
+def test_messages_may_be_json_in_a_csv_file(base: Path, tmp_path: Path) -> None:
+    with (tmp_path / "chats.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["messages"])
+        writer.writerow([json.dumps(CHAT, ensure_ascii=False)])
+    task = task_of(base, tmp_path, [], path="chats.csv")
+    assert labels_of(task) == labels_of(task_of(base, tmp_path, [CHAT]))
+
+
+def test_long_conversations_lose_their_end_and_are_counted(base: Path, tmp_path: Path) -> None:
+    long = turns(("user", "word " * 60), ("assistant", "Because."))
+    split = load_data(task_of(base, tmp_path, [long, QUESTION], task={"max_length": 64}))["train"]
+    assert [example["row"] for example in split.examples] == [1]
+    assert split.rows_without_example == 1
+
+
+# ------------------------------------------------------------------------------ ways of storing
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "fault"),
+    [
+        ("openai", None, "column `messages` is not a list of messages"),
+        ("openai", [], "column `messages` is not a list of messages"),
+        ("openai", "Hello", "column `messages` is text, not a list of messages"),
+        ("openai", '{"role": "user"}', "column `messages` is not a list of messages"),
+        ("openai", ["hello"], "turn 1 is not an object"),
+        ("openai", [{"content": "a"}], "turn 1: it has no `role`"),
+        ("openai", [{"role": 3, "content": "a"}], "turn 1: it has no `role`"),
+        (
+            "openai",
+            [{"from": "human", "value": "a"}],
+            "turn 1: it has no `role`; it looks like `format: sharegpt`",
+        ),
+        ("openai", [{"role": "user"}], "turn 1: it has no `content`"),
+        ("openai", [{"role": "user", "content": 3}], "turn 1: its `content` is a int, not text"),
+        ("sharegpt", [{"from": ["gpt"], "value": "a"}], "turn 1: `['gpt']` is not a known speaker"),
+        ("sharegpt", [{"from": "gpt"}], "turn 1: it has no `value`"),
+        ("sharegpt", [{"from": "gpt", "value": 3}], "turn 1: it has no `value`"),
+        ("sharegpt", [{"role": "user", "content": "a"}], "turn 1: `None` is not a known speaker"),
+        ("sharegpt", [{"from": "human", "value": "a"}, 7], "turn 2 is not an object"),
+        ("openai", turns(("user", "a")), "no turn is the assistant's"),
+        ("sharegpt", [{"from": "human", "value": "a"}], "no turn is the assistant's"),
+    ],
+)
+def test_a_bad_turn_is_a_fault(
+    base: Path, tmp_path: Path, form: str, value: Any, fault: str
+) -> None:
+    good = QUESTION
+    if form == "sharegpt":
+        good = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    rows = [{"messages": good}, {"messages": value}]
+    with pytest.raises(LoraError) as caught:
+        load_data(task_of(base, tmp_path, rows, task={"format": form}))
+    (problem,) = caught.value.problems
+    assert problem.what.startswith(fault)
+    assert problem.at == "train.jsonl:2"
+
+
+def test_sharegpt_and_openai_say_the_same(base: Path, tmp_path: Path) -> None:
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns_ = [{"from": names[m["role"]], "value": m["content"]} for m in CHAT]
+    row = {"conversations": turns_}
+    assert read_messages(row, "sharegpt", "conversations") == CHAT
+    spec = {"format": "sharegpt", "messages_column": "conversations"}
+    task = task_of(base, tmp_path, [row], task=spec)
+    assert labels_of(task) == labels_of(task_of(base, tmp_path, [CHAT]))
+
+
+def test_absent_keys_of_columnar_files_are_dropped() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    row = {"messages": [{"role": "user", "content": "a", "tool_calls": None}, call]}
+    assert read_messages(row, "openai", "messages") == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [{"name": "f"}]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"instruction": "", "output": "a"}, "column `instruction` is blank"),
+        ({"instruction": "a", "output": None}, "column `output` is blank"),
+        ({"instruction": ["a"], "output": "a"}, "column `instruction` holds a list, not text"),
+    ],
+)
+def test_alpaca_rows(base: Path, tmp_path: Path, row: dict[str, Any], fault: str) -> None:
+    good = {"instruction": "Add.", "input": "1 1", "output": 2, "system": "Be kind."}
+    bare = {"instruction": "Say a.", "input": " ", "output": "a"}
+    spec = {"format": "alpaca", "messages_column": None}
+    task = task_of(base, tmp_path, [good, bare], task=spec)
+    assert labels_of(task) == ["2<|im_end|>\n</s>", "a<|im_end|>\n</s>"]
+    first, second = ([m["content"] for m in read_messages(r, "alpaca", None)] for r in (good, bare))
+    assert first == ["Be kind.", "Add.\n\n1 1", "2"]
+    assert second == ["Say a.", "a"]
+    with pytest.raises(LoraError) as caught:
+        load_data(task_of(base, tmp_path, [good, row], task=spec))
+    assert [(p.what, p.at) for p in caught.value.problems] == [(fault, "train.jsonl:2")]
+
+
+# ------------------------------------------------------------------------------------- answers
+
+
+def prompt(task: CausalLM, row: dict[str, Any]) -> str:
+    return task.tokenizer.decode(task._prompt(row))
+
+
+def test_what_is_asked_ends_where_the_assistant_begins(base: Path, tmp_path: Path) -> None:
+    task = task_of(base, tmp_path, [CHAT])
+    whole = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in CHAT)
+    wanted = whole.removesuffix("Ja — 二 👩‍👩‍👧<|im_end|>\n")
+    assert prompt(task, {"messages": CHAT}) == wanted
+    assert prompt(task, {"messages": CHAT[:4]}) == wanted  # the last answer need not be there
+    assert prompt(task, {"messages": json.dumps(CHAT)}) == wanted
+    asked = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt(task, task.row_of("Why?")) == asked
+    assert prompt(task, task.row_of('["Why?"]')).startswith('<|im_start|>user\n["Why?"]')
+    # the trained tokens follow just what is asked
+    task = task_of(base, tmp_path, [QUESTION])
+    (example,) = load_data(task)["train"].examples
+    start = task._prompt({"messages": QUESTION})
+    assert example["input_ids"][: len(start)] == start
+    assert [label == IGNORED for label in example["labels"]].index(False) == len(start)
+
+
+@pytest.mark.parametrize("form", ["sharegpt", "alpaca"])
+def test_a_text_becomes_a_row_of_the_form(base: Path, tmp_path: Path, form: str) -> None:
+    rows = {
+        "sharegpt": {"chat": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        "alpaca": {"instruction": "a", "output": "b"},
+    }
+    column = {"sharegpt": "chat", "alpaca": None}[form]
+    task = task_of(
+        base, tmp_path, [rows[form]], task={"format": form, "messages_column": column}
+    )  # fmt: skip
+    asked = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt(task, task.row_of("Why?")) == asked
+    assert prompt(task, rows[form]) == asked.replace("Why?", "a")
+
+
+def test_what_cannot_be_asked_is_a_fault(base: Path, tmp_path: Path) -> None:
+    task = task_of(base, tmp_path, [QUESTION], LLAMA2)
+    assert task.answer_fault({"messages": turns(("user", "a"))}) == ""
+    assert "only system" in task.answer_fault({"messages": turns(("tool", "a"))})
+    nothing = {"messages": turns(("assistant", "a"))}
+    assert task.answer_fault(nothing) == "there is no turn to answer"
+    assert "not a list" in task.answer_fault({"messages": "a"})
+
+
+def test_metrics_of_text_are_refused_where_all_is_trained(base: Path, tmp_path: Path) -> None:
+    evaluate = {"metrics": ["exact_match"]}
+    task = task_of(base, tmp_path, [QUESTION], task={"train_on": "all"}, evaluate=evaluate)
+    with pytest.raises(LoraError, match="reads the assistant's answer"):
+        load_data(task)
+    task = task_of(base, tmp_path, [QUESTION], evaluate=evaluate)
+    assert task.metric_problems() == []
+
+
+def test_a_chat_needs_a_template(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoraError, match="has no chat template"):
+        task_of(base, tmp_path, [QUESTION], task={"chat_template": None})
+    with pytest.raises(LoraError, match="there is no file"):
+        task_of(base, tmp_path, [QUESTION], task={"chat_template": "none.jinja"})

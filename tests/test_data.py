@@ -1,0 +1,691 @@
+"""Reading files as they stand, finding the files of a split, and keeping rows on the disk."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_cli.data import files as reading
+from lora_cli.data import sources
+from lora_cli.data.files import RawRow, kind_of, read_rows, require_columns
+from lora_cli.data.sources import Rows, load_rows, stream_rows, without_fault
+from lora_cli.errors import LoraError
+from lora_cli.recipe import FormatSpec, Recipe
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".cache")
+
+
+def read(path: Path, content: str | bytes, **form: Any) -> list[RawRow]:
+    raw = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return list(read_rows(path, FormatSpec(**form)))
+
+
+def good(rows: Sequence[RawRow]) -> list[list[Any]]:
+    return [list(row.columns.values()) for row in rows if row.columns is not None]
+
+
+def faults(rows: Sequence[RawRow]) -> dict[str, str]:
+    return {row.place: row.fault for row in rows if row.fault}
+
+
+plain = st.text(st.characters(exclude_categories=["Cs"])) | st.text('",a\n\r ')
+
+
+@pytest.fixture
+def csv(tmp_path: Path) -> Callable[..., list[RawRow]]:
+    return lambda content, **form: read(tmp_path / "x.csv", content, **form)
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[..., list[RawRow]]:
+    return lambda content, **form: read(tmp_path / "x.jsonl", content, **form)
+
+
+# ------------------------------------------------------------------------------------------- csv
+
+
+def test_every_value_of_a_csv_file_is_text_as_it_stands(csv: Any) -> None:
+    rows = csv("text,label\nNA,null\nnan,007\n,None\n 1.0 ,1e5\n\ttab,true\n")
+    assert good(rows) == [
+        ["NA", "null"], ["nan", "007"], ["", "None"], [" 1.0 ", "1e5"], ["\ttab", "true"],
+    ]  # fmt: skip
+    assert [row.place for row in rows] == [f"x.csv:{n}" for n in (2, 3, 4, 5, 6)]
+    assert rows[0].columns == {"text": "NA", "label": "null"}
+
+
+def test_quotes_may_hold_commas_quotes_and_line_ends(csv: Any) -> None:
+    rows = csv('a,b\r\n"x, ""y""","1\r\n2\n\n3"\r\nplain 5" pipe,z\r\n')
+    assert good(rows) == [['x, "y"', "1\r\n2\n\n3"], ['plain 5" pipe', "z"]]
+    assert [row.place for row in rows] == ["x.csv:2", "x.csv:6"]
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+def test_lines_may_end_in_any_way_and_blank_ones_are_passed_over(ends: str, csv: Any) -> None:
+    rows = csv(ends.join(["", "a,b", "", "1,2", "  ", "3,4", ""]))
+    assert good(rows) == [["1", "2"], ["3", "4"]]
+    assert [row.place for row in rows] == ["x.csv:4", "x.csv:6"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [("utf-8", "naïve 日本"), ("utf-8-sig", "naïve 日本"), ("utf-16", "naïve 日本"),
+     ("utf-16-le", "ł😀"), ("utf-32", "naïve"), ("latin-1", "naïve"), ("cp1252", "“naïve”"),
+     ("cp932", "日本語表示ソ"), ("shift_jis", "日本"), ("gb18030", "中文")],
+)  # fmt: skip
+def test_encodings(encoding: str, text: str, csv: Any) -> None:
+    content = f'text,b\n{text},"1\n2"\nx,{text}\n'.encode(encoding)
+    rows = csv(content, encoding="utf-8" if encoding == "utf-8-sig" else encoding)
+    assert [row.columns for row in rows] == [{"text": text, "b": "1\n2"}, {"text": "x", "b": text}]
+    assert rows[1].place == "x.csv:4"
+
+
+def test_bytes_of_another_encoding_are_the_fault_of_their_row(csv: Any) -> None:
+    rows = csv('a,b\n1,2\nna\xefve,2\n"x\n\xff",3\n4,5\n'.encode("latin-1"))
+    assert good(rows) == [["1", "2"], ["4", "5"]]
+    assert faults(rows) == {
+        "x.csv:3": "byte 0xef is not utf-8 text",
+        "x.csv:4": "byte 0xff is not utf-8 text",
+    }
+
+
+def test_utf_16_is_recognised(csv: Any) -> None:
+    with pytest.raises(LoraError, match=r"UTF-16[\s\S]*--set data.format.encoding=utf-16"):
+        csv("a,b\n".encode("utf-16"))
+
+
+def test_a_file_that_ends_inside_a_character(csv: Any) -> None:
+    with pytest.raises(LoraError, match=r"x\.csv"):
+        csv("a,b\n1,2\n".encode("utf-16")[:-1], encoding="utf-16")
+
+
+@pytest.mark.parametrize(
+    ("content", "form", "wanted"),
+    [
+        ("a;b\n1,5;2\n", {"delimiter": ";"}, {"a": "1,5", "b": "2"}),
+        ("a\tb\n1\t2\n", {"delimiter": "\t"}, {"a": "1", "b": "2"}),
+        ("1,2\n", {"header": False}, {"0": "1", "1": "2"}),
+        ("1,2\n", {"header": False, "columns": ["x", "y"]}, {"x": "1", "y": "2"}),
+        ("a,a\n1,2\n", {"columns": ["x", "y"]}, {"x": "1", "y": "2"}),
+        (" a , b\n1,2\n", {}, {"a": "1", "b": "2"}),
+        (",a\n0,x\n", {}, {"": "0", "a": "x"}),
+        ("a\nx\n", {}, {"a": "x"}),
+        ('a\n""\n', {}, {"a": ""}),
+    ],
+)
+def test_forms_of_csv(content: str, form: Any, wanted: dict[str, str], csv: Any) -> None:
+    (row,) = csv(content, **form)
+    assert row.columns == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "form", "message"),
+    [
+        ("a,b,a\n1,2,3\n", {}, r"two columns are called `a`[\s\S]*x.csv:1"),
+        ("a,b\n1,2\n", {"columns": ["x"]}, r"1 names for the 2 columns[\s\S]*a, b"),
+        ('a,"b\n1,2\n', {}, r"the header: a quotation mark[\s\S]*x.csv:1"),
+        ("\xff,b\n1,2\n".encode("latin-1"), {}, r"the header: byte 0xff"),
+    ],
+)
+def test_a_bad_header(content: Any, form: Any, message: str, csv: Any) -> None:
+    with pytest.raises(LoraError, match=message):
+        csv(content, **form)
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n", "\n\n", "\ufeff"])
+def test_a_csv_file_without_rows(content: str, csv: Any) -> None:
+    assert csv(content) == []
+
+
+def test_too_many_and_too_few_fields_are_placed(csv: Any) -> None:
+    rows = csv('a,b\n"1\n\n2",x\n1,2,3\n4\n5,6\n')
+    assert good(rows) == [["1\n\n2", "x"], ["5", "6"]]
+    assert faults(rows) == {
+        "x.csv:5": "3 fields where there are 2 columns",
+        "x.csv:6": "1 fields where there are 2 columns",
+    }
+
+
+def test_an_open_quote_costs_one_row_and_not_the_rest_of_the_file(csv: Any) -> None:
+    body = "".join(f"{i},text {i}\n" for i in range(1000))
+    rows = csv('n,text\n1,"never closed\n' + body)
+    assert len(good(rows)) == 1000
+    assert list(faults(rows)) == ["x.csv:2"]
+    assert "a quotation mark is not closed" in rows[0].fault
+    assert rows[-1].place == "x.csv:1002"
+
+
+@pytest.mark.parametrize(
+    "broken", ['"open', '"a" b', '"say "hi" now"', '"x""', 'a,b,"c'], ids=lambda text: text
+)
+def test_a_broken_row_costs_itself(broken: str, csv: Any) -> None:
+    rows = csv(f'a,b\n1,2\n{broken},x\n"multi\nline",3\n"q, ""r""",4\n5,6\n')
+    assert list(faults(rows)) == ["x.csv:3"]
+    assert good(rows) == [["1", "2"], ["multi\nline", "3"], ['q, "r"', "4"], ["5", "6"]]
+    assert [row.place for row in rows if not row.fault] == [
+        "x.csv:2", "x.csv:4", "x.csv:6", "x.csv:7",
+    ]  # fmt: skip
+
+
+def test_the_inside_of_a_broken_row_is_not_taken_for_rows(csv: Any) -> None:
+    rows = csv('a,b\n"one "two" three\nfour",x\n5,6\n')
+    assert good(rows) == [["5", "6"]]
+    assert list(faults(rows)) == ["x.csv:2", "x.csv:3"]
+
+
+@given(pairs=st.lists(st.tuples(plain, plain), max_size=8), at=st.integers(0, 8))
+def test_what_python_writes_is_read_and_a_broken_line_costs_no_other(
+    pairs: list[tuple[str, str]], at: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    import csv
+    import io
+
+    # a row of blanks alone cannot be told from a blank line
+    pairs = [(a, b) for a, b in pairs if (a + b).strip(" \r\n")]
+    parts = []
+    for pair in pairs:
+        buffer = io.StringIO()
+        csv.writer(buffer, quoting=csv.QUOTE_ALL).writerow(pair)
+        parts.append(buffer.getvalue())
+    parts.insert(min(at, len(pairs)), '1,"x"y\n')
+    text = "a,b\n" + "".join(parts)
+    rows = read(tmp_path_factory.getbasetemp() / "x.csv", text.encode())
+    assert good(rows) == [list(pair) for pair in pairs]
+    assert len(faults(rows)) == 1
+
+
+def test_nul_and_a_megabyte_are_text(csv: Any) -> None:
+    long = "x" * 2**20
+    rows = csv(f"a,b\n1\0,{long}\n")
+    assert good(rows) == [["1\0", long]]
+
+
+def test_tsv_and_gz(tmp_path: Path) -> None:
+    assert good(read(tmp_path / "x.tsv", "a\tb\n1,2\t3\n\t\n")) == [["1,2", "3"], ["", ""]]
+    assert good(read(tmp_path / "x.TSV.gz", "a\tb\n1\t2\n")) == [["1", "2"]]
+    assert good(read(tmp_path / "x.csv.gz", "a\n1\n", encoding="utf-8")) == [["1"]]
+    assert good(read(tmp_path / "x.jsonl.gz", '{"a": 1}\n')) == [[1]]
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "bits"])
+def test_a_damaged_gz_is_an_error_of_the_file(damage: str, tmp_path: Path) -> None:
+    import random
+
+    text = "".join(f"{random.Random(i).random()}\n" for i in range(2000))
+    raw = bytearray(gzip.compress(f"a\n{text}".encode()))
+    if damage == "cut":
+        raw = raw[: len(raw) // 2]
+    elif damage == "other":
+        raw = bytearray(b"plain text")
+    else:
+        raw[len(raw) // 2 : len(raw) // 2 + 20] = b"\0" * 20
+    file = tmp_path / "x.csv.gz"
+    file.write_bytes(raw)
+    with pytest.raises(LoraError, match=r"cannot be read[\s\S]*x\.csv\.gz"):
+        list(read_rows(file, FormatSpec()))
+
+
+# ----------------------------------------------------------------------- json, parquet, text
+
+
+def test_json_lines(jsonl: Any) -> None:
+    rows = jsonl('\ufeff{"a": "1", "b": [1, {"c": null}]}\r\n\n{"a": "\\u00e9\u2028"}\n')
+    assert [row.columns for row in rows] == [
+        {"a": "1", "b": [1, {"c": None}]}, {"a": "é\u2028"},
+    ]  # fmt: skip
+    assert [row.place for row in rows] == ["x.jsonl:1", "x.jsonl:3"]
+
+
+def test_bad_json_lines_cost_themselves(jsonl: Any) -> None:
+    # fmt: off
+    lines = [b'{"a": 1}', b"{", b"[1, 2]", b'"text"', b"3", b"null", b"true", b'{"a": "\xff"}',
+             b'{"a": "\\ud800"}', b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}", b'{"a": 2}']
+    # fmt: on
+    rows = jsonl(b"\n".join(lines))
+    assert good(rows) == [[1], [2]]
+    found = faults(rows)
+    assert list(found) == [f"x.jsonl:{n}" for n in range(2, 12)]
+    for line, word in {2: "not valid JSON", 3: "not a list", 4: "not a text", 5: "not a number",
+                       6: "not null", 7: "not true or false", 8: "0xff", 9: "half of a character",
+                       10: "JSON", 11: "not valid JSON"}.items():  # fmt: skip
+        assert word in found[f"x.jsonl:{line}"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-8-sig", "latin-1"])
+def test_a_json_list(encoding: str, tmp_path: Path) -> None:
+    content = '\n [\n{"a": "é"},\n3, {"a": 2}]\n'.encode(encoding)
+    form = "utf-8" if encoding == "utf-8-sig" else encoding
+    rows = read(tmp_path / "x.json", content, encoding=form)
+    assert good(rows) == [["é"], [2]]
+    assert faults(rows) == {"x.json[1]": "a row is a JSON object, not a number"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"a": 1},\n{"a" 2}]', r"not valid JSON[\s\S]*x\.json:2"),
+        (b'[{"a": "\xff"}]', r"0xff is not utf-8 text"),
+        (b'{\n"version": 1, "data": [{"a": 1}]\n}\n', r"one JSON object[\s\S]*jq -c '\.data\[\]'"),
+    ],
+)
+def test_a_json_file_that_holds_no_rows(content: bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(LoraError, match=message):
+        read(tmp_path / "x.json", content)
+
+
+def test_parquet(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": ["a", None], "n": [1, 2], "list": [["x"], []]}), file)
+    rows = list(read_rows(file, FormatSpec()))
+    assert good(rows) == [["a", 1, ["x"]], [None, 2, []]]
+    assert [row.place for row in rows] == ["x.parquet[0]", "x.parquet[1]"]
+    whole = file.read_bytes()
+    for raw in (whole[:-20], b"", b"PAR1", whole.replace(b"\x15", b"\x16")):
+        file.write_bytes(raw)
+        with pytest.raises(LoraError, match=r"not a whole parquet file[\s\S]*x\.parquet"):
+            list(read_rows(file, FormatSpec()))
+
+
+@pytest.mark.parametrize(
+    ("by", "wanted"),
+    [
+        ("line", [("x.txt:2", "one"), ("x.txt:3", "two  "), ("x.txt:5", " three")]),
+        ("paragraph", [("x.txt:2", "one\ntwo  "), ("x.txt:5", " three")]),
+        ("document", [("x.txt:2", "one\ntwo  \n \n three\n")]),
+    ],
+)
+def test_text(by: str, wanted: list[tuple[str, str]], tmp_path: Path) -> None:
+    rows = read(tmp_path / "x.txt", "\ufeff\none\ntwo  \n \n three\n", sample_by=by)
+    assert [(row.place, row.columns["text"]) for row in rows if row.columns] == wanted
+
+
+@pytest.mark.parametrize(("by", "left"), [("line", 3), ("paragraph", 1), ("document", 0)])
+def test_a_bad_byte_costs_the_unit_of_text_it_is_in(by: str, left: int, tmp_path: Path) -> None:
+    rows = read(tmp_path / "x.txt", b"one\n\xff\ntwo\n\nthree\n", sample_by=by)
+    assert len(good(rows)) == left
+    assert len(faults(rows)) == 1
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.jsonl", "x.json", "x.txt"])
+def test_an_empty_file_has_no_rows(name: str, tmp_path: Path) -> None:
+    assert read(tmp_path / name, "") == []
+
+
+def test_the_kind_of_a_file(tmp_path: Path) -> None:
+    assert kind_of(Path("a.JSONL.gz"), FormatSpec()) == "json"
+    assert kind_of(Path("a.dat"), FormatSpec(type="csv")) == "csv"
+    with pytest.raises(LoraError, match=r"what kind of file is a\.dat[\s\S]*csv, json"):
+        kind_of(Path("a.dat"), FormatSpec())
+    with pytest.raises(LoraError, match="cannot be read"):
+        list(read_rows(tmp_path / "no.csv", FormatSpec()))
+
+
+@given(raw=st.binary(max_size=300), kind=st.sampled_from(["csv", "json", "text"]))
+def test_any_bytes_are_rows_or_faults(
+    raw: bytes, kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "bytes"
+    try:
+        rows = read(file, b"a\n" + raw if kind == "csv" else raw, type=kind)
+    except LoraError:
+        return
+    assert all((row.columns is None) == bool(row.fault) for row in rows)
+    json.dumps([row.columns for row in rows], ensure_ascii=False).encode()
+
+
+def test_a_missing_column_is_named_with_the_nearest() -> None:
+    with pytest.raises(LoraError) as caught:
+        require_columns({"at x": "txt", "at y": "label"}, ["text", "n"], "rows.csv")
+    assert [(p.what, p.at) for p in caught.value.problems] == [
+        ("rows.csv has no column `txt`", "at x"),
+        ("rows.csv has no column `label`", "at y"),
+    ]
+    assert "did you mean `text`?" in caught.value.problems[0].hint
+    with pytest.raises(LoraError, match=r"divided by ';', set `data\.format\.delimiter`"):
+        require_columns({"at x": "text"}, ["text;label"], "rows.csv")
+
+
+# --------------------------------------------------------------------------------------- splits
+
+
+def recipe_of(data: dict[str, Any], task: dict[str, Any] | None = None, **train: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"name": "base"},
+            "task": {"type": "sequence_classification", **(task or {})},
+            "data": data,
+            "train": train,
+        }
+    )
+
+
+def texts(rows: Rows) -> list[str]:
+    return [row["text"] for row in rows]
+
+
+@pytest.fixture
+def rows_csv(tmp_path: Path) -> str:
+    lines = "".join(f"text {i},{'ab'[i % 2]}\n" for i in range(200))
+    (tmp_path / "rows.csv").write_text("text,label\n" + lines)
+    return str(tmp_path / "rows.csv")
+
+
+def test_rows_know_their_place_and_come_in_order(rows_csv: str) -> None:
+    rows = load_rows(recipe_of({"path": rows_csv}))["train"]
+    assert len(rows) == 200
+    assert rows[3] == {"text": "text 3", "label": "b"}
+    assert rows.place(3) == "rows.csv:5"
+    assert texts(rows) == [f"text {i}" for i in range(200)]
+    assert [len(batch) for batch in rows.batches(90)] == [90, 90, 20]
+    assert rows.columns == ["text", "label"]
+    assert rows.source == rows_csv
+
+
+@pytest.mark.parametrize(
+    ("part", "wanted"),
+    [("[:80%]", range(160)), ("[80%:]", range(160, 200)), ("[-100:]", range(100, 200)),
+     ("[:500]", range(200)), ("[10:20]", range(10, 20)), ("[:]", range(200)),
+     ("[-5%:-1%]", range(190, 198)), ("[:-190]", range(10)), ("[1:]", range(1, 200))],
+)  # fmt: skip
+def test_slices(part: str, wanted: range, rows_csv: str) -> None:
+    for data in ({"path": rows_csv, "train": f"train{part}"}, {"train": f"{rows_csv}{part}"}):
+        rows = load_rows(recipe_of(data))["train"]
+        assert texts(rows) == [f"text {i}" for i in wanted]
+        assert rows.place(0) == f"rows.csv:{wanted[0] + 2}"
+
+
+@pytest.mark.parametrize(
+    "part", ["[]", "[10]", "[:%]", "[-:]", "[a:b]", "[1:2:3]", "[:150%]", "[:1.5%]", "[: 5]"]
+)
+def test_a_bad_slice_shows_good_ones(part: str, rows_csv: str) -> None:
+    with pytest.raises(LoraError, match=r"is not a slice\n  at data\.train\nhint: a slice is"):
+        load_rows(recipe_of({"path": rows_csv, "train": f"train{part}"}))
+
+
+def test_an_empty_split_is_an_error(rows_csv: str, tmp_path: Path) -> None:
+    with pytest.raises(LoraError, match="the train split has no rows"):
+        load_rows(recipe_of({"path": rows_csv, "train": "train[5:5]"}))
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    for held_out in (None, {"fraction": 0.5}):
+        with pytest.raises(LoraError, match="the train split has no rows"):
+            load_rows(recipe_of({"path": str(tmp_path / "empty.csv"), "validation": held_out}))
+    (tmp_path / "bad.csv").write_text("text,label\n1\n2\n")
+    with pytest.raises(LoraError, match=r"2 were skipped, as bad\.csv:2"):
+        load_rows(recipe_of({"path": str(tmp_path / "bad.csv"), "on_bad_row": "skip"}))
+
+
+def test_one_row_is_enough_to_train_but_not_to_divide(tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text("text,label\nx,a\n")
+    assert len(load_rows(recipe_of({"path": str(tmp_path / "one.csv")}))["train"]) == 1
+    with pytest.raises(LoraError, match="leaves one side empty"):
+        load_rows(recipe_of({"path": str(tmp_path / "one.csv"), "validation": {"fraction": 0.5}}))
+
+
+def test_the_first_ten_bad_rows_and_their_number(tmp_path: Path) -> None:
+    lines = "".join(f"{i},a\n{i}\n" for i in range(15))
+    (tmp_path / "bad.csv").write_text("text,label\n" + lines)
+    data = {"path": str(tmp_path / "bad.csv")}
+    with pytest.raises(LoraError) as caught:
+        load_rows(recipe_of(data))
+    problems = caught.value.problems
+    assert [p.at for p in problems] == [f"bad.csv:{n}" for n in range(3, 23, 2)]
+    assert "on_bad_row=skip" in problems[-1].hint
+    assert "5 more rows" in problems[-1].hint
+    rows = load_rows(recipe_of({**data, "on_bad_row": "skip"}))["train"]
+    assert len(rows) == 15
+    assert rows.place(1) == "bad.csv:4"
+    assert len(rows.skipped) == 15
+    assert rows.skipped[0] == "bad.csv:3: 1 fields where there are 2 columns"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "with [brackets]" / "data"
+    for name in ("train-1.csv", "train-2.csv", "dev.csv", "sub/test/part.csv", ".hidden/train.csv",
+                 "README.txt", "notes.pdf", "retrain.csv", "extra.csv"):  # fmt: skip
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"text,label\n{name},a\n")
+    return folder
+
+
+def test_a_folder_has_the_splits_that_its_names_say(folder: Path) -> None:
+    names = {"validation": "validation", "test": "test"}
+    splits = load_rows(recipe_of({"path": str(folder), **names}))
+    assert {name: texts(rows) for name, rows in splits.items()} == {
+        "train": ["train-1.csv", "train-2.csv"],
+        "validation": ["dev.csv"],
+        "test": ["sub/test/part.csv"],
+    }
+    assert splits["train"].source.endswith("(2 files)")
+    extra = load_rows(recipe_of({"path": str(folder), "train": "extra"}))["train"]
+    assert texts(extra) == ["extra.csv"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wanted"),
+    [
+        ("train-*.csv", ["train-1.csv", "train-2.csv"]),
+        ("*-2.csv", ["train-2.csv"]),
+        ("**/part.csv", ["sub/test/part.csv"]),
+        ("train-[12].csv", ["train-1.csv", "train-2.csv"]),
+    ],
+)
+def test_patterns(pattern: str, wanted: list[str], folder: Path) -> None:
+    for data in ({"path": f"{folder}/{pattern}"}, {"train": f"{folder}/{pattern}"}):
+        assert texts(load_rows(recipe_of(data))["train"]) == wanted
+
+
+def test_a_folder_without_names_is_all_training(tmp_path: Path) -> None:
+    for name in ("b.csv", "a.csv"):
+        (tmp_path / "d").mkdir(exist_ok=True)
+        (tmp_path / "d" / name).write_text(f"text,label\n{name},a\n")
+    splits = load_rows(recipe_of({"path": str(tmp_path / "d"), "validation": {"fraction": 0.5}}))
+    assert sorted(texts(splits["train"]) + texts(splits["validation"])) == ["a.csv", "b.csv"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"path": "{}/nothing.csv"}, r"there is no file [\s\S]*at data\.path[\s\S]*train-1\.csv"),
+        ({"path": "{}/trian-1.csv"}, r"did you mean `train-1\.csv`"),
+        ({"path": "{}/no/such/*.csv"}, r"there is no file"),
+        ({"train": "{}/no.csv"}, r"there is no file [\s\S]*at data\.train"),
+        ({"path": "{}", "validation": "nope"},
+         r"no split `nope`\n  at data\.validation[\s\S]*fraction[\s\S]*dev\.csv"),
+        ({"path": "{}/dev.csv", "test": "test"}, r"no split `test`\n  at data\.test"),
+        ({"path": "{}", "validation": {"from": "tset", "fraction": 0.5}},
+         r"no split `tset` to draw"),
+        ({"path": "{}", "test": {"from": "validation", "fraction": 0.5}},
+         r"no split `validation` to draw"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there(data: dict[str, Any], message: str, folder: Path) -> None:
+    data = {k: v.format(folder) if isinstance(v, str) else v for k, v in data.items()}
+    with pytest.raises(LoraError, match=message):
+        load_rows(recipe_of(data))
+
+
+def test_a_file_for_a_split_and_a_draw_from_another(folder: Path, rows_csv: str) -> None:
+    splits = load_rows(
+        recipe_of(
+            {
+                "path": str(folder),
+                "train": rows_csv,
+                "validation": f"{folder}/dev.csv",
+                "test": {"from": "train", "fraction": 0.25},
+            }
+        )
+    )
+    assert [len(splits[name]) for name in ("train", "validation", "test")] == [150, 1, 50]
+
+
+def test_only_what_is_needed_is_read(folder: Path, rows_csv: str) -> None:
+    data = {"train": "/nowhere/x.csv", "validation": rows_csv, "test": rows_csv}
+    assert list(load_rows(recipe_of(data), ["test"])) == ["test"]
+    drawn = {"train": rows_csv, "validation": "/nowhere/x.csv", "test": {"fraction": 0.1}}
+    assert len(load_rows(recipe_of(drawn), ["test"])["test"]) == 20
+
+
+@pytest.mark.parametrize(
+    ("held_out", "task", "at", "column"),
+    [
+        ({}, {"text_column": "txt"}, "task.text_column", "txt"),
+        ({}, {"text_pair_column": "other"}, "task.text_pair_column", "other"),
+        ({"group_by": "user"}, {}, "data.validation.group_by", "user"),
+        ({"stratify": True}, {"label_column": "lable"}, "task.label_column", "lable"),
+    ],
+)
+def test_a_draw_needs_its_columns(
+    held_out: dict[str, Any], task: dict[str, Any], at: str, column: str, rows_csv: str
+) -> None:
+    data = {"path": rows_csv, "validation": {"fraction": 0.1, **held_out}}
+    with pytest.raises(LoraError) as caught:
+        load_rows(recipe_of(data, task))
+    (problem,) = caught.value.problems
+    assert (problem.at, f"no column `{column}`" in problem.what) == (at, True)
+
+
+def test_rows_that_lack_a_column_can_be_divided(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    rows = [{"text": f"t{i}", **({"label": "a", "g": "x"} if i % 3 else {})} for i in range(60)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for options in ({"stratify": True}, {"group_by": "text"}):
+        held_out = {"fraction": 0.2, **options}
+        splits = load_rows(recipe_of({"path": str(file), "validation": held_out}))
+        assert len(splits["train"]) + len(splits["validation"]) == 60
+
+
+def draws(rows_csv: str, **options: Any) -> dict[str, set[str]]:
+    data = {
+        "path": rows_csv,
+        "validation": {"fraction": 0.2},
+        "test": {"fraction": 0.1},
+        **{k: v for k, v in options.items() if k == "split_seed"},
+    }
+    seed = {k: v for k, v in options.items() if k == "seed"}
+    return {name: set(texts(rows)) for name, rows in load_rows(recipe_of(data, **seed)).items()}
+
+
+def test_two_draws_from_train_never_overlap_and_depend_on_split_seed_alone(rows_csv: str) -> None:
+    first = draws(rows_csv)
+    assert [len(first[name]) for name in ("train", "validation", "test")] == [144, 36, 20]
+    assert len(set.union(*first.values())) == 200
+    assert draws(rows_csv, seed=7) == first
+    other = draws(rows_csv, split_seed=1)
+    assert all(other[name] != first[name] for name in first)
+
+
+# ---------------------------------------------------------------------------------------- cache
+
+
+def test_files_are_read_once_until_they_or_the_format_change(
+    rows_csv: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def counted(path: Path, spec: FormatSpec) -> Any:
+        calls.append(path.name)
+        return reading.read_rows(path, spec)
+
+    monkeypatch.setattr(sources, "read_rows", counted)
+    first = load_rows(recipe_of({"path": rows_csv}))["train"]
+    again = load_rows(recipe_of({"path": rows_csv, "validation": {"fraction": 0.1}}))
+    assert calls == ["rows.csv"]
+    assert again["train"].sha256 == first.sha256
+    columns = {"columns": ["text", "other"]}
+    renamed = load_rows(recipe_of({"path": rows_csv, "format": columns}))["train"]
+    assert renamed[0] == {"text": "text 0", "other": "a"}
+    assert len(calls) == 2
+    Path(rows_csv).write_text("text,label\nchanged,b\n")
+    changed = load_rows(recipe_of({"path": rows_csv}))["train"]
+    assert list(changed) == [{"text": "changed", "label": "b"}]
+    assert changed.sha256 != first.sha256
+    assert len(calls) == 3
+    copy = Path(rows_csv).with_name("copy.csv")
+    copy.write_bytes(Path(rows_csv).read_bytes())
+    assert load_rows(recipe_of({"path": str(copy)}))["train"].place(0) == "copy.csv:2"
+
+
+def test_a_faulty_file_is_not_kept_as_an_empty_one(tmp_path: Path) -> None:
+    file = tmp_path / "x.csv"
+    file.write_text("a,a\n1,2\n")
+    for _ in range(2):
+        with pytest.raises(LoraError, match="two columns are called `a`"):
+            load_rows(recipe_of({"path": str(file)}))
+
+
+# ------------------------------------------------------------------------------ Hub and streams
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> str:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+    )
+    folder = tmp_path / "hub"
+    for split, count in {"train": 20, "test": 4}.items():
+        labels = [-1 if split == "test" else i % 2 for i in range(count)]
+        rows = {"text": [f"{split} {i}" for i in range(count)], "label": labels}
+        made = datasets.Dataset.from_dict(rows, features=features)
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        made.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def test_a_hub_data_set_keeps_its_label_names(hub: str) -> None:
+    data = {"name": hub, "train": "train[:50%]", "validation": "train[-5:]", "test": "test"}
+    splits = load_rows(recipe_of(data))
+    assert [len(splits[name]) for name in ("train", "validation", "test")] == [10, 5, 4]
+    assert splits["train"].label_names == {"label": ["neg", "pos"]}
+    assert splits["validation"][0] == {"text": "train 15", "label": 1}
+    assert splits["validation"].place(0) == f"{hub}/train[15]"
+    assert [row["label"] for row in splits["test"]] == [-1] * 4
+    assert splits["train"].content_sha256() != splits["test"].content_sha256()
+    drawn = load_rows(recipe_of({"name": hub, "test": {"fraction": 0.2, "stratify": True}}))
+    assert sorted(row["label"] for row in drawn["test"]) == [0, 0, 1, 1]
+
+
+def test_what_the_hub_does_not_have(hub: str) -> None:
+    with pytest.raises(LoraError, match=r"cannot load `no/such-data-set`[\s\S]*data\.path"):
+        load_rows(recipe_of({"name": "no/such-data-set"}))
+    with pytest.raises(LoraError, match=r"cannot load [\s\S]*nope"):
+        load_rows(recipe_of({"name": hub, "train": "nope"}))
+
+
+@pytest.mark.parametrize("source", ["hub", "files"])
+def test_a_stream_goes_round_and_round(source: str, hub: str, rows_csv: str) -> None:
+    data = {"name": hub} if source == "hub" else {"path": rows_csv}
+    count = 20 if source == "hub" else 200
+    recipe = recipe_of({**data, "streaming": True, "validation": None}, max_steps=3)
+    assert load_rows(recipe) == {}
+    stream = without_fault(stream_rows(recipe), lambda row: "", recipe)
+    seen = [next(stream)["text"] for _ in range(2 * count)]
+    assert seen[:count] == seen[count:]
+    assert len(set(seen)) == count
+
+
+def test_a_faulty_row_of_a_stream_stops_or_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("text,label\na,1\nb\nc,1\n")
+    data = {"path": str(tmp_path / "x.csv"), "streaming": True}
+    recipe = recipe_of(data, max_steps=1)
+    with pytest.raises(LoraError, match=r"1 fields[\s\S]*x\.csv:3"):
+        list(zip(range(3), without_fault(stream_rows(recipe), lambda _: "", recipe), strict=False))
+    skipping = recipe_of({**data, "on_bad_row": "skip"}, max_steps=1)
+    kept = without_fault(
+        stream_rows(skipping), lambda row: "no" if row["text"] == "a" else "", skipping
+    )
+    assert next(kept)["text"] == next(kept)["text"] == "c"

@@ -1,0 +1,205 @@
+"""Two processes give what one gives: the same examples, losses, adapter and metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from lora_cli.errors import LoraError
+from lora_cli.recipe import load_recipe
+from lora_cli.training import train
+from lora_cli.training.state import checkpoints
+
+ROOT = Path(__file__).parent.parent
+Json = dict[str, Any]
+
+
+def lines(path: Path) -> list[Json]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    return [record["loss"] for record in lines(out / "metrics.jsonl") if "loss" in record]
+
+
+def recipe(folder: Path, base: Path, **sections: Any) -> Path:
+    """Write a recipe of five rows to train, four a step: every other step has a single example."""
+    for name, count in (("train", 5), ("validation", 7), ("test", 3)):
+        rows = [
+            {"text": f"{text}{' and so on' * (i % 3)}", "label": i % 2, "more": text[: 2 + 3 * i]}
+            for i, text in enumerate(tiny.CORPUS[:count])
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    data = {name: f"{name}.jsonl" for name in ("train", "validation", "test")}
+    train = {"max_steps": 10, "micro_batch_size": 2, "gradient_accumulation_steps": 2}
+    train |= {"log_every_steps": 1, **sections.pop("train", {})}
+    sections = {"evaluate": {"micro_batch_size": 2}, "data": data, **sections}
+    return tiny.recipe(base, folder, train=train, **sections)
+
+
+Launch = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def launch() -> Iterator[Launch]:
+    """Start `lora train` in two processes; what still runs at the end is ended."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(path: Path, out: Path, *arguments: str) -> subprocess.Popen[str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        command = [
+            str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu",
+            "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+            "--dynamo_backend", "no", "--main_process_port", port,
+            "-m", "lora_cli", "train", str(path), "-o", str(out), *arguments,
+        ]  # fmt: skip
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        started.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, text=True, start_new_session=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+        )  # fmt: skip
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # its own session, started above
+        process.communicate()
+
+
+def finished(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Return what a run printed, once it has ended well."""
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return stdout, stderr
+
+
+def assert_same_result(one: Path, two: Path, tolerance: float) -> None:
+    """Compare a run of one process with a run of two.
+
+    Args:
+        one: Output folder of one process.
+        two: Output folder of two processes.
+        tolerance: Largest difference of an entry of the adapter.
+    """
+    reports = [json.loads((out / "report.json").read_text()) for out in (one, two)]
+    assert [report["training"]["processes"] for report in reports] == [1, 2]
+    assert [report["training"]["steps"] for report in reports] == [10, 10]
+    assert (one / "samples.jsonl").read_bytes() == (two / "samples.jsonl").read_bytes()
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    ours, theirs = (load_file(out / "adapter_model.safetensors") for out in (one, two))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=0.0, atol=tolerance, msg=name)
+    for when in ("before", "after"):
+        for split, metrics in reports[0]["metrics"][when].items():
+            assert reports[1]["metrics"][when][split] == pytest.approx(metrics, abs=1e-4)
+    for file in (one / "predictions").iterdir():
+        a, b = lines(file), lines(two / "predictions" / file.name)
+        assert [without_numbers(row) for row in a] == [without_numbers(row) for row in b]
+        assert [row["loss"] for row in b] == pytest.approx([row["loss"] for row in a], abs=1e-4)
+    files = [{p.relative_to(out).as_posix() for p in out.rglob("*")} for out in (one, two)]
+    assert files[0] == files[1]
+    states = [
+        json.loads((checkpoints(out)[-1][1] / "trainer.json").read_text()) for out in (one, two)
+    ]
+    assert states[0]["tokens"] == states[1]["tokens"]
+
+
+def without_numbers(row: Json) -> Json:
+    return {key: value for key, value in row.items() if key not in ("loss", "scores")}
+
+
+SGD = {"optimizer": {"type": "sgd", "learning_rate": 0.05}}
+
+
+def test_two_processes_are_as_one(tmp_path: Path, launch: Launch) -> None:
+    columns = {"text_column": None, "prompt_column": "text", "completion_column": "more"}
+    path = recipe(tmp_path, tiny.save_llama(tmp_path / "base"), train=SGD, task=columns)
+    process = launch(path, tmp_path / "two")
+    train(load_recipe(path, [f"output_dir={tmp_path / 'one'}"]))
+    stdout, stderr = finished(process)
+    assert stdout.count("report ") == 1
+    assert stderr.count("trained 10 steps") == 1
+    assert_same_result(tmp_path / "one", tmp_path / "two", 1e-6)
+    sizes = [len(r["examples"]) for r in lines(tmp_path / "two/samples.jsonl")]
+    assert sizes == [4, 1] * 5  # the second process had nothing to do in every other step
+
+
+def test_a_signal_to_one_process_stops_both(tmp_path: Path, launch: Launch) -> None:
+    path = recipe(tmp_path, tiny.save_encoder(tmp_path / "base"), train=SGD | {"max_steps": 3000})
+    out = tmp_path / "cut"
+    process = launch(path, out)
+    while not (out / "metrics.jsonl").exists() or len(lines_so_far(out)) < 5:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    second = [pid for pid in children(process.pid) if environment(pid).get("RANK") == "1"]
+    os.kill(second[0], signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert stderr.count("everything is saved") == 1
+    assert "143" in stderr  # the launcher tells how its processes ended
+    step, folder = checkpoints(out)[-1]
+    assert 5 <= step < 3000
+    state = json.loads((folder / "trainer.json").read_text())
+    assert state["step"] == len(lines(out / "samples.jsonl")) == step
+
+
+def lines_so_far(out: Path) -> list[str]:
+    return (out / "metrics.jsonl").read_text().splitlines()
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that a process of ours has started."""
+    return [
+        int(child)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+
+
+def environment(pid: int) -> dict[str, str]:
+    entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def test_an_error_in_the_data_ends_both_and_is_said_once(tmp_path: Path, launch: Launch) -> None:
+    path = recipe(tmp_path, tiny.save_encoder(tmp_path / "base"))
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"text": "", "label": 0}\n')
+    process = launch(path, tmp_path / "out")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert stderr.count("column `text` is blank") == 1
+    assert "exitcode  : 2" in stderr
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_processes_that_do_not_see_each_other_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe(tmp_path, tiny.save_encoder(tmp_path / "base"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LoraError, match="WORLD_SIZE is 2, but 1 process is seen") as caught:
+        train(load_recipe(path))
+    assert "hint: on a CPU start with `ACCELERATE_USE_CPU=true accelerate" in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "out").exists()

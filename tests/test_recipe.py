@@ -1,0 +1,674 @@
+"""Recipes: YAML 1.2, every problem at once with its line, overrides, paths, and the way back.
+
+LORA_UPDATE_GOLDEN=1 writes tests/golden/recipe_schema.json anew; the commit says why it changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_cli.errors import LoraError, Problem, did_you_mean
+from lora_cli.recipe import Recipe, dump_recipe, load_recipe, recipe_schema
+
+GOLDEN = Path(__file__).parent / "golden"
+LINES = """\
+model: {name: base-model}
+task: {type: sequence_classification}
+data: {path: rows.csv}
+"""
+CHAT = """\
+model: {name: base-model}
+task: {type: causal_lm}
+data: {path: rows.jsonl}
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Any:
+    def load(text: str | bytes, *overrides: str) -> Recipe:
+        file = tmp_path / "r.yaml"
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_recipe(file, overrides)
+
+    return load
+
+
+@pytest.fixture
+def problems(load: Any, tmp_path: Path) -> Any:
+    """Return a function to the problems of a recipe: (what, at without the folder, hint)."""
+
+    def problems(text: str | bytes, *overrides: str) -> list[Problem]:
+        with pytest.raises(LoraError) as caught:
+            load(text, *overrides)
+        return [
+            Problem(p.what, p.at and p.at.replace(f"{tmp_path}/", ""), p.hint)
+            for p in caught.value.problems
+        ]
+
+    return problems
+
+
+# ----------------------------------------------------------------------------------------- YAML
+
+
+def test_numbers_and_words_are_those_of_yaml_1_2(load: Any) -> None:
+    labels = "[no, on, yes, off, Y, 1:30, 2020-01-01, 1_000, 0b1, =, <<, 012, 0x1F, 0o17, -3]"
+    recipe = load(
+        LINES.replace("tion}", f"tion, labels: {labels}}}")
+        + "train: {epochs: 1e1, optimizer: {learning_rate: 2e-5, eps: .5e-7, weight_decay: +1.}}\n"
+    )
+    words = ["no", "on", "yes", "off", "Y", "1:30", "2020-01-01", "1_000", "0b1", "=", "<<"]
+    assert recipe.task.labels == [*words, 12, 31, 15, -3]
+    assert recipe.train.optimizer.learning_rate == 2e-5
+    assert recipe.train.optimizer.eps == 5e-8
+    assert recipe.train.optimizer.weight_decay == 1.0
+    assert recipe.train.epochs == 10
+
+
+def test_a_byte_order_mark_is_dropped(load: Any) -> None:
+    assert load(b"\xef\xbb\xbf" + LINES.encode()).model.name == "base-model"
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "at", "hint"),
+    [
+        ("", "empty", "r.yaml", "`model`, `task` and `data`"),
+        ("# only a comment\n", "empty", "r.yaml", "`model`"),
+        ("- a\n- b\n", "mapping", "r.yaml", "`model`"),
+        ("model:\n\tname: m\n", "\\t", "r.yaml:2", "indent with spaces"),
+        (LINES + "---\n" + LINES, "one YAML document", "r.yaml:4", None),
+        (LINES + "train: {seed: [1\n\n\n", "expected", "r.yaml:7", "begins at"),
+        (LINES + "output_dir: a: b\n", "not allowed", "r.yaml:4", "quotation marks"),
+        (LINES + "output_dir: @x\n", "cannot start any token", "r.yaml:4", "quotation marks"),
+        (LINES + "a: &a [*a]\n", "too large or too deep", "r.yaml", "aliases"),
+        ("[" * 5000, "too deep", "r.yaml", None),
+        (bytes(range(1, 256)), "not UTF-8", "r.yaml:2", "UTF-8"),
+        (LINES.encode() + b"x: \x00", "U+0000", "r.yaml:4", None),
+        (LINES.encode("utf-16"), "not UTF-8", "r.yaml:1", "UTF-8"),
+        (LINES + 'output_dir: "\\UFFFFFFFF"\n', "not valid YAML", "r.yaml", None),
+        (b"#" * 300_000, "too many", "r.yaml", None),
+    ],
+)
+def test_what_is_not_a_recipe_says_why_and_where(
+    text: str | bytes, what: str, at: str, hint: str | None, problems: Any
+) -> None:
+    (problem,) = problems(text)
+    assert what in problem.what
+    assert problem.at == at
+    assert (hint or "") in (problem.hint or "")
+    assert (hint is None) == (problem.hint is None)
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ("!!python/object/apply:os.system [true]", "`!!python/object/apply:os.system` is a tag"),
+        ("!thing {rank: 3}", "`!thing` is a tag"),
+        ("!!set {a}", "`!!set` is a tag"),
+        ("!!binary aGk=", "`!!binary` is a tag"),
+        ("{rank: !!int word}", "`word` is not what `!!int` says"),
+        ("{dropout: !!float word}", "`word` is not what `!!float` says"),
+        ("{use_rslora: !!bool maybe}", "`maybe` is not what `!!bool` says"),
+        ("{rank: 1" + "0" * 30 + "}", "too large a number"),
+        ("{rank: 1" + "0" * 5000 + "}", "number is too long"),
+        ('{target_modules: "a\\0b"}', "a character that is none"),
+        ('{target_modules: "\\ud800"}', "half of a character"),
+        ("{? [a] : 3}", "a key must be a word"),
+        ("{<<: {rank: 3}}", "do not merge"),
+    ],
+)
+def test_a_value_that_yaml_cannot_mean_is_one_problem(value: str, what: str, problems: Any) -> None:
+    (problem,) = problems(LINES + f"adapter: {value}\n")
+    assert what in problem.what
+    assert problem.at.startswith("adapter")
+    assert problem.at.endswith("(r.yaml:4)")
+
+
+def test_an_alias_bomb_is_refused_at_once(problems: Any) -> None:
+    bomb = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+    )
+    start = time.perf_counter()
+    (problem,) = problems(bomb)
+    assert "too large" in problem.what
+    assert time.perf_counter() - start < 2
+
+
+def test_an_alias_is_the_value_it_repeats(load: Any) -> None:
+    recipe = load(LINES + "adapter: {target_modules: &t [query], exclude_modules: *t}\n")
+    assert recipe.adapter.exclude_modules == ["query"]
+
+
+def test_a_missing_recipe_names_the_nearest_one(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(LINES)
+    (tmp_path / "unlike.yml").write_text(LINES)
+    with pytest.raises(LoraError) as caught:
+        load_recipe(tmp_path / "recpie.yaml")
+    assert caught.value.problems[0].hint == f"did you mean `{tmp_path / 'recipe.yaml'}`?"
+    with pytest.raises(LoraError, match="no such file") as caught:
+        load_recipe(tmp_path / "zzz.json")
+    assert caught.value.problems[0].hint is None
+    with pytest.raises(LoraError, match=r"a folder[\s\S]*recipe\.yaml"):
+        load_recipe(tmp_path)
+    with pytest.raises(LoraError, match="no such file"):
+        load_recipe(tmp_path / "no" / "folder.yaml")
+
+
+# --------------------------------------------------------------------------- problems, all at once
+
+
+def test_all_problems_come_together_each_with_its_line(problems: Any) -> None:
+    found = problems(
+        "model: {name: m, dtpye: float32}\n"
+        "task:\n"
+        "  type: sequence_classification\n"
+        "  max_length: '128'\n"
+        "data: {path: rows.csv}\n"
+        "train:\n"
+        "  seed: 1\n"
+        "  seed: 2\n"
+        "  epoch: 3\n"
+        "  learning_rate: 1e-4\n"
+        "  epochs: 1\n"
+        "  max_steps: 2\n"
+        "adapter: {rank: 0}\n"
+        "evaluate: {early_stopping: {patience: 2}}\n"
+        "rank: 8\n"
+    )
+    assert {(p.at, p.what) for p in found} == {
+        ("train.seed (r.yaml:8)", "`seed` stands twice"),
+        ("model.dtpye (r.yaml:1)", "unknown key `dtpye`"),
+        (
+            "task.max_length (r.yaml:4)",
+            '`"128"` should be a whole number, without quotation marks',
+        ),
+        ("train.epoch (r.yaml:9)", "unknown key `epoch`"),
+        ("train.learning_rate (r.yaml:10)", "unknown key `learning_rate`"),
+        ("train.max_steps (r.yaml:12)", "choose `epochs` or `max_steps`"),
+        ("adapter.rank (r.yaml:13)", "`0` should be greater than 0"),
+        ("rank (r.yaml:15)", "unknown key `rank`"),
+        (
+            "evaluate.early_stopping (r.yaml:14)",
+            "`evaluate.early_stopping` needs `data.validation`",
+        ),
+    }
+    hints = {p.at.split(" ")[0]: p.hint for p in found}
+    assert hints["train.seed"].endswith("r.yaml:7; keep one")
+    assert hints["model.dtpye"] == "did you mean `dtype`?"
+    assert hints["train.epoch"] == "did you mean `epochs`?"
+    assert hints["train.learning_rate"] == "did you mean `train.optimizer.learning_rate`?"
+    assert hints["rank"] == "did you mean `adapter.rank`?"
+    assert hints["adapter.rank"].startswith("Rank of the update")
+    assert hints["task.max_length"].startswith("Longest input in tokens")
+
+
+@pytest.mark.parametrize(
+    ("lines", "at", "what", "hint"),
+    [
+        ("adapter: {target_modules: 3}", "adapter.target_modules", "text or a list", "Which"),
+        ("adapter: {target_modules: [q, 3]}", "adapter.target_modules.1", "`3` should", "Which"),
+        ("adapter: {target_modules: []}", "adapter.target_modules", "at least 1", "Which"),
+        ("adapter: {layers: some}", "adapter.layers", "or a list", "0-11"),
+        ("adapter: {rank_pattern: {q: x}}", "adapter.rank_pattern.q", "whole number", "ranks"),
+        ("train: {seed: true}", "train.seed", "whole number", "Seed"),
+        ("train: {seed: -1}", "train.seed", "greater than or equal to 0", "Seed"),
+        ("train: {packing: yes}", "train.packing", "true or false", "short examples"),
+        ("train:", "train", "`train` is empty", "leave it out"),
+        ("adapter: {alpha: .nan}", "adapter.alpha", "finite", "scaled"),
+        ("adapter: {alpha: 1e999}", "adapter.alpha", "finite", "scaled"),
+        ("adapter: {type: lroa}", "adapter.type", "`lora` or `full`", "did you mean `lora`"),
+        ("train: {trackers: [wandb]}", "train.trackers.0", "`trackio`", "Where else"),
+        ("evaluate: {metrics: f1}", "evaluate.metrics", "should be a list", "accuracy"),
+        ("train: {optimizer: {betas: [0.9]}}", "train.optimizer.betas", "at least 2", "AdamW"),
+        ("train: {optimizer: {groups: {layers: {x: {}}}}}",
+         "train.optimizer.groups.layers.x", "of the form", "`0-5`"),
+        ("train: {optimizer: {groups: {layers: {0-5: {lr: 1}}}}}",
+         "train.optimizer.groups.layers.0-5.lr", "unknown key", "learning_rate, weight_decay"),
+        ("output_dir: ''", "output_dir", "not empty", "Folder"),
+        ("output_dir: 7", "output_dir", 'write "7"', "Folder"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_gets_the_text_of_its_field(
+    lines: str, at: str, what: str, hint: str, problems: Any
+) -> None:
+    (problem,) = problems(LINES + lines + "\n")
+    assert problem.at == f"{at} (r.yaml:4)"
+    assert what in problem.what
+    assert hint in problem.hint
+
+
+@pytest.mark.parametrize("split", ["3", "[a]", "{fraction: 0.1, from: 3}", "{}", "''"])
+def test_a_split_names_all_its_forms(split: str, problems: Any) -> None:
+    (problem,) = problems(LINES.replace("csv}", f"csv, validation: {split}}}"))
+    if split in ("3", "[a]"):
+        for form in ("`validation`", "train[:80%]", "dev.csv", "{from: train, fraction: 0.1}"):
+            assert form in problem.what
+    assert problem.at.startswith("data.validation")
+
+
+def test_train_cannot_be_drawn_from_another_split(problems: Any) -> None:
+    (problem,) = problems(LINES.replace("csv}", "csv, train: {fraction: 0.5}}"))
+    assert (problem.at, problem.hint[:14]) == ("data.train (r.yaml:3)", "The rows to tr")
+
+
+def test_the_type_of_a_task_is_asked_for(problems: Any) -> None:
+    (problem,) = problems(LINES.replace("type: sequence_classification", "text_column: a"))
+    assert problem.what == "`type` is missing from `task`"
+    assert "causal_lm" in problem.hint
+    (problem,) = problems(LINES.replace("sequence_classification", "sequence_clasification"))
+    assert problem.hint.startswith("did you mean `sequence_classification`?")
+
+
+def test_missing_sections_are_named(problems: Any) -> None:
+    found = problems("modle: {name: x}\n")
+    assert [p.what for p in found] == [
+        "`model` is missing", "`task` is missing", "`data` is missing", "unknown key `modle`",
+    ]  # fmt: skip
+    assert all(p.hint for p in found)
+
+
+@pytest.mark.parametrize(
+    ("base", "lines", "wanted"),
+    [
+        (LINES, {"task": "problem: regression, labels: [a], class_weights: balanced, "
+                         "label_smoothing: 0.1, label_separator: ';'"},
+         ["task.labels", "task.class_weights", "task.label_smoothing", "task.label_separator"]),
+        (LINES, {"task": "labels: [a, b, a]"}, ["task.labels"]),
+        (LINES, {"task": "labels: [1, '1']"}, ["task.labels"]),
+        (LINES, {"data": "name: x/y"}, ["data.path"]),
+        (LINES, {"data": "config: x"}, ["data.config"]),
+        (LINES, {"data": "format: {encoding: utf-9, columns: [a, a]}"},
+         ["data.format.encoding", "data.format.columns"]),
+        (LINES, {"data": "format: {encoding: hex}"}, ["data.format.encoding"]),
+        (LINES, {"data": "streaming: true"}, ["data.streaming"]),
+        (LINES, {"data": "streaming: true, train: 'train[:5]', test: {fraction: 0.1}",
+                 "train": "max_steps: 3, group_by_length: true"}, ["data.streaming", "data.test"]),
+        (CHAT, {"data": "streaming: true", "train": "max_steps: 3, packing: true"},
+         ["train.packing"]),
+        (CHAT, {"data": "validation: {fraction: 0.1, stratify: true}"},
+         ["data.validation.stratify"]),
+        (LINES, {"data": "test: {fraction: 0.1, disjoint: substring, group_by: a}"},
+         ["data.test.group_by"]),
+        (LINES, {"train": "packing: true"}, ["train.packing"]),
+        (CHAT, {"train": "packing: true, group_by_length: true"}, ["train.group_by_length"]),
+        (LINES, {"train": "scheduler: {warmup_steps: 1, warmup_ratio: 0.1}"},
+         ["train.scheduler.warmup_ratio"]),
+        (CHAT, {"task": "prompt_column: a"}, ["task.prompt_column"]),
+        (CHAT, {"task": "text_column: a, messages_column: b"}, ["task"]),
+        (CHAT, {"task": "format: sharegpt"}, ["task.format"]),
+    ],
+)  # fmt: skip
+def test_keys_that_do_not_go_together(
+    base: str, lines: dict[str, str], wanted: list[str], problems: Any
+) -> None:
+    text = base
+    for section, keys in lines.items():
+        old = next((line for line in text.splitlines() if line.startswith(section)), None)
+        text = text.replace(old, f"{old[:-1]}, {keys}}}") if old else text
+        text += "" if old else f"{section}: {{{keys}}}\n"
+    found = problems(text)
+    assert sorted(p.at.split(" ")[0] for p in found) == sorted(wanted)
+    assert all("r.yaml:" in p.at for p in found)
+
+
+def test_a_wrong_key_is_not_blamed_for_a_conflict_too(problems: Any) -> None:
+    (problem,) = problems(LINES.replace("rows.csv", "3"))
+    assert problem.at == "data.path (r.yaml:3)"
+    (problem,) = problems(LINES.replace("rows.csv", '"a\\0b"'))
+    assert problem.at == "data.path (r.yaml:3)"
+
+
+def test_hints_of_nothing_and_of_many_read_well() -> None:
+    assert did_you_mean("x", [], "its columns are") == "its columns are none"
+    many = did_you_mean("c3", [f"c{i}" for i in range(30)])
+    assert many.startswith("did you mean `c3`?")
+    assert many.endswith("… (30 in all))")
+
+
+# ---------------------------------------------------------------------------------- overrides
+
+
+def test_overrides_are_yaml_and_may_make_sections(load: Any) -> None:
+    recipe = load(
+        LINES + "adapter: {target_modules: [query]}\n",
+        "train.optimizer.learning_rate=2e-5",
+        "adapter.target_modules=[key, no]",
+        "evaluate.best.metric=f1",
+        "train.max_grad_norm=null",
+        'output_dir="a=b: c"',
+        "data={path: other.csv}",
+        " train.seed = 4",
+    )
+    assert recipe.train.optimizer.learning_rate == 2e-5
+    assert recipe.adapter.target_modules == ["key", "no"]
+    assert recipe.evaluate.best is not None
+    assert recipe.train.max_grad_norm is None
+    assert recipe.output_dir == "a=b: c"
+    assert recipe.train.seed == 4
+    assert recipe.at("train.seed") == "train.seed (--set  train.seed = 4)"
+
+
+def test_the_last_override_of_a_key_counts(load: Any) -> None:
+    assert load(LINES, "train.seed=1", "train.seed=2").train.seed == 2
+
+
+def test_an_override_mends_a_faulty_value(load: Any) -> None:
+    text = LINES + "adapter: {rank: eight}\n"
+    assert load(text, "adapter.rank=8").adapter.rank == 8
+
+
+@pytest.mark.parametrize(
+    ("flag", "at", "what"),
+    [
+        ("train.epochs", "", "written `key=value`"),
+        ("=3", "", "written `key=value`"),
+        ("train..seed=3", "", "written `key=value`"),
+        ("model.name.x=3", "", "`name` is not a section"),
+        ("task.labels=[a", "", "not valid YAML"),
+        ("trian.epochs=1", "trian", "unknown key"),
+        ("train.epoch=1", "train.epoch", "unknown key"),
+        ("train.epochs=many", "train.epochs", "a number"),
+        ("train={seeed: 1}", "train.seeed", "unknown key"),
+        ("train={seed: 1, seed: 2}", "train.seed", "stands twice"),
+        ("adapter=!thing {}", "adapter", "is a tag"),
+        ("a", "", "written `key=value`"),
+    ],
+)
+def test_a_wrong_override_is_placed_at_its_flag(
+    flag: str, at: str, what: str, problems: Any
+) -> None:
+    (problem,) = problems(LINES, flag)
+    assert what in problem.what
+    assert problem.at == (f"{at} (--set {flag})" if at else f"--set {flag}")
+
+
+def test_wrong_overrides_come_with_all_other_problems(problems: Any) -> None:
+    found = problems(LINES + "rnak: 3\n", "train.epochs", "task.labels=[", "model.name.x=1")
+    assert len(found) == 4
+
+
+# --------------------------------------------------------------------------------------- paths
+
+
+def test_paths_are_relative_to_who_wrote_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    (there / "base").mkdir(parents=True)
+    here.mkdir()
+    monkeypatch.chdir(here)
+    file = there / "r.yaml"
+    file.write_text(
+        "model: {name: base}\n"
+        "task: {type: causal_lm, chat_template: chat.jinja}\n"
+        "data: {path: ../rows.csv, validation: dev.csv, test: 'test.csv[:5]'}\n"
+    )
+    recipe = load_recipe(file)
+    assert recipe.model.name == str(there / "base")
+    assert recipe.data.path == str(there / ".." / "rows.csv")
+    assert recipe.data.validation == str(there / "dev.csv")
+    assert recipe.data.test == str(there / "test.csv[:5]")
+    assert recipe.data.train == "train"
+    assert recipe.task.chat_template == str(there / "chat.jinja")
+    assert recipe.output_dir == "out"
+    moved = load_recipe(file, ["data.path=rows.csv", "model.name=./base", "data.test=train"])
+    assert moved.data.path == str(here / "rows.csv")
+    assert moved.model.name == str(here / "base")
+    assert moved.data.test == "train"
+    assert moved.data.validation == str(there / "dev.csv")
+    hub = load_recipe(file, ["model.name=no-such-folder", "data={name: a/b, train: x/y}"])
+    assert (hub.model.name, hub.data.train) == ("no-such-folder", "x/y")
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "m" * 5000])
+def test_a_name_that_is_no_path_is_left(name: str, load: Any) -> None:
+    assert load(LINES.replace("base-model", name)).model.name.endswith(name)
+
+
+# ----------------------------------------------------------------- whole recipes, and the way back
+
+DESIGN = [
+    """\
+model: {name: roberta-large, revision: main}
+task:
+  type: sequence_classification
+  text_column: sentence
+  label_column: label
+  labels: [negative, positive]
+  problem: single_label
+  max_length: 128
+data:
+  name: nyu-mll/glue
+  config: sst2
+  train: train
+  validation: {from: train, fraction: 0.02, disjoint: substring, stratify: true}
+  test: validation
+  split_seed: 0
+adapter: {type: lora, rank: 8, alpha: 16, dropout: 0.1, target_modules: [query, value]}
+train:
+  epochs: 10
+  micro_batch_size: 32
+  gradient_accumulation_steps: 2
+  optimizer: {type: adamw, learning_rate: 4.0e-4, weight_decay: 0.1}
+  scheduler: {type: linear, warmup_ratio: 0.06}
+  precision: fp16
+  max_grad_norm: 1.0
+  gradient_checkpointing: false
+  seed: 0
+evaluate: {every_steps: 500, metrics: [accuracy, f1], best: {metric: accuracy, mode: max}, early_stopping: {patience: 5}}
+checkpoint: {every_steps: 500, keep: 2}
+output_dir: out
+""",  # noqa: E501 - as it stands in DESIGN.md, without `kernels`
+    """\
+model: {name: meta-llama/Llama-3.1-8B}
+task:
+  type: causal_lm
+  messages_column: messages
+  format: sharegpt
+  chat_template: chatml.jinja
+  train_on: assistant
+  pad_token: <|finetune_right_pad_id|>
+  max_length: 4096
+data: {path: chat.jsonl, validation: {fraction: 0.02}, test: {fraction: 0.02}}
+adapter: {type: lora, rank: 16, alpha: 32, target_modules: all-linear}
+train:
+  epochs: 2
+  micro_batch_size: 2
+  gradient_accumulation_steps: 8
+  optimizer: {type: adamw, learning_rate: 2.0e-4}
+  scheduler: {type: cosine, warmup_ratio: 0.03}
+  precision: bf16
+  packing: true
+evaluate: {every_steps: 100}
+checkpoint: {every_steps: 100, keep: 2}
+output_dir: out
+""",
+]
+
+
+@pytest.mark.parametrize("text", DESIGN)
+def test_the_recipes_of_the_design_load(text: str, load: Any) -> None:
+    recipe = load(text)
+    written = yaml.safe_load(text)
+    assert recipe.train.optimizer.learning_rate == written["train"]["optimizer"]["learning_rate"]
+    assert recipe.adapter.target_modules == written["adapter"]["target_modules"]
+
+
+texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
+words = texts | st.sampled_from(
+    ["no", "2e-5", "1_0", "012", "0x1F", "~", "null", "1:30", "=", "<<", "- a", "a: b", "#", "!x",
+     "&a", "*a", "'", '"', "%", "@", "`", " a", "a ", "\n",
+     "\x85", "\u2028", "\ufeff", "---", "..."]
+)  # fmt: skip
+finite = st.floats(1e-30, 1e30)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> dict[str, Any]:
+    maybe = lambda key, value: {key: draw(value)} if draw(st.booleans()) else {}  # noqa: E731
+    labels = st.lists(words | st.integers(-(2**63), 2**63 - 1), min_size=1, unique_by=str)
+    held_out = st.fixed_dictionaries({"fraction": st.floats(0.01, 0.99)}, optional={"from": words})
+    return {
+        "model": {"name": draw(words), **maybe("revision", words)},
+        "task": {
+            "type": "sequence_classification",
+            **maybe("labels", labels),
+            **maybe("text_column", words),
+            **maybe("class_weights", st.dictionaries(words, finite)),
+        },
+        "data": {
+            "path": draw(words),
+            **maybe("validation", held_out | st.just("dev")),
+            **maybe("split_seed", st.integers(0, 2**32 - 1)),
+        },
+        "adapter": {
+            **maybe("rank_pattern", st.dictionaries(words, st.integers(1, 99))),
+            **maybe("target_modules", words | st.lists(words, min_size=1)),
+            **maybe("alpha", finite),
+        },
+        "train": {
+            **maybe("epochs", finite),
+            **maybe("max_grad_norm", st.none() | finite),
+            "optimizer": maybe("learning_rate", finite),
+        },
+        "evaluate": {**maybe("metrics", st.lists(words)), **maybe("best", st.just({}))},
+        **maybe("output_dir", words),
+    }
+
+
+@given(values=recipes())
+@settings(max_examples=60)
+def test_what_is_dumped_loads_as_it_was(
+    values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    first, second = folder / "first.yaml", folder / "elsewhere" / "second.yaml"
+    second.parent.mkdir(exist_ok=True)
+    first.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML 1.2
+    loaded = load_recipe(first)
+    dumped = dump_recipe(loaded)
+    second.write_text(dumped, encoding="utf-8", newline="")
+    again = load_recipe(second)
+    assert again.model_dump() == loaded.model_dump()
+    assert dump_recipe(again) == dumped
+
+
+def test_a_dumped_recipe_means_the_same_to_yaml_1_1(load: Any) -> None:
+    words = ["no", "2e-5", "0o17", "1:30", "1_000", "a"]
+    recipe = load(LINES.replace("tion}", f"tion, labels: {json.dumps(words)}}}"))
+    assert yaml.safe_load(dump_recipe(recipe))["task"]["labels"] == words
+
+
+# --------------------------------------------------------------------------------- the schema
+
+
+def test_the_schema_is_the_golden_one() -> None:
+    text = json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
+    golden = GOLDEN / "recipe_schema.json"
+    if os.environ.get("LORA_UPDATE_GOLDEN"):
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8")
+
+
+def test_every_property_has_a_description() -> None:
+    schema = recipe_schema()
+    sections = {"recipe": schema, **schema["$defs"]}
+    bare = [
+        f"{section}.{name}"
+        for section, node in sections.items()
+        for name, field in node.get("properties", {}).items()
+        if not field.get("description")
+        and not schema["$defs"].get(field.get("$ref", "").rsplit("/", 1)[-1], {}).get("description")
+    ]
+    assert bare == []
+
+
+def test_the_schema_is_a_json_schema_that_takes_the_recipes() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.Draft202012Validator.check_schema(recipe_schema())
+    validator = jsonschema.Draft202012Validator(recipe_schema())
+    for text in DESIGN:
+        assert not list(validator.iter_errors(yaml.safe_load(text)))
+    assert list(validator.iter_errors({"model": {"nam": "x"}}))
+
+
+# ------------------------------------------------------------------------------------- fuzzing
+
+
+def _mutated(text: str, random: random.Random) -> bytes:
+    """Return a recipe with some of its lines, words and bytes disturbed."""
+    lines = text.splitlines(keepends=True)
+    words = [word for line in lines for word in line.replace("{", " ").split()]
+    odd = ["!!int x", "&a [*a]", "*x", "[", "}", "\t", "~", ".nan", "1e999", "'", '"', "? ", "- "]
+    for _ in range(random.randint(1, 4)):
+        i = random.randrange(len(lines))
+        match random.randrange(6):
+            case 0:
+                del lines[i : i + random.randint(1, 3)]
+                lines = lines or ["\n"]
+            case 1:
+                lines.insert(i, random.choice(lines))
+            case 2:
+                lines[i] = lines[i].replace(random.choice(words), random.choice(words + odd))
+            case 3:
+                lines[i] = "  " * random.randint(0, 3) + lines[i].lstrip()
+            case 4:
+                at = random.randrange(len(lines[i]) + 1)
+                lines[i] = lines[i][:at] + random.choice(odd) + lines[i][at:]
+            case _:
+                key, _, rest = lines[i].partition(":")
+                lines[i] = f"{key}: {random.choice(odd + words)}\n" if rest else lines[i]
+    raw = bytearray("".join(lines).encode())
+    if raw and random.random() < 0.2:
+        raw[random.randrange(len(raw))] = random.randrange(256)
+    return bytes(raw)
+
+
+def _loads_or_refuses(file: Path, raw: bytes) -> None:
+    file.write_bytes(raw)
+    start = time.process_time()
+    try:
+        recipe = load_recipe(file)
+    except LoraError as error:
+        refused: list[Problem] | None = error.problems
+    else:
+        refused = None
+        file.write_text(dump_recipe(recipe), encoding="utf-8", newline="")
+        assert load_recipe(file).model_dump() == recipe.model_dump()
+    assert refused is None or (refused and all(problem.at for problem in refused))
+    assert time.process_time() - start < 2
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=500)
+def test_a_disturbed_recipe_is_read_or_refused(
+    seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    generator = random.Random(seed)
+    raw = _mutated(generator.choice(DESIGN), generator)
+    _loads_or_refuses(tmp_path_factory.getbasetemp() / "fuzz.yaml", raw)
+
+
+@given(
+    raw=st.binary(max_size=200) | st.text(max_size=200).map(lambda t: t.encode("utf-8", "replace"))
+)
+@settings(max_examples=200)
+def test_any_bytes_are_refused(raw: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    _loads_or_refuses(tmp_path_factory.getbasetemp() / "fuzz.yaml", raw)
+
+
+def test_many_unknown_keys_are_reported_quickly(problems: Any) -> None:
+    start = time.process_time()
+    found = problems(LINES + "train: {" + ", ".join(f"key{i}: {i}" for i in range(2000)) + "}\n")
+    assert len(found) == 2000
+    assert time.process_time() - start < 5

@@ -1,0 +1,301 @@
+"""Any split of a step into micro-batches gives the same step: sums, not means."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lora_cli.adapters.attach import attach, trainable_parameters, training_mode
+from lora_cli.recipe import Recipe
+from lora_cli.tasks import Batch, Task, build_task
+from lora_cli.tasks.base import Example
+from lora_cli.training.step import sum_gradients, train_step
+
+RATE = 0.5
+TEXTS = ["a", "a warm and funny film", "dull", "great fun and a great cast , far too long"]
+CLASSIFICATION = {"type": "sequence_classification", "labels": ["bad", "good", "mixed"]}
+PAIRS = {"type": "causal_lm", "prompt_column": "prompt", "completion_column": "completion"}
+
+
+@dataclass
+class Case:
+    """A model, its task, and the examples of one step."""
+
+    task: Task
+    model: nn.Module
+    examples: list[Example]
+
+    def batches(self, sizes: list[int]) -> list[Batch]:
+        parts = itertools.accumulate(sizes, initial=0)
+        return [self.task.collate(self.examples[a:b]) for a, b in itertools.pairwise(parts)]
+
+    def step(self, sizes: list[int], **options: Any) -> tuple[dict[str, Tensor], float]:
+        """Return how one step of SGD moves each parameter, in units of -1 / rate, and its loss."""
+        parameters = trainable_parameters(self.model)
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        accelerator = Accelerator()
+        optimizer = accelerator.prepare_optimizer(torch.optim.SGD(parameters.values(), lr=RATE))
+        batches = self.batches(sizes)
+        result = train_step(self.model, self.task, optimizer, batches, accelerator, **options)
+        moved = {name: (before[name] - p.detach()) / RATE for name, p in parameters.items()}
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(before[name])
+        return moved, float(result.loss)
+
+    def gradients(self, sizes: list[int], of_means: bool = False) -> dict[str, Tensor]:
+        """Return the gradients of the summed losses over the items, or of the mean of means."""
+        batches = self.batches(sizes)
+        total = sum(batch.n_items for batch in batches)
+        for batch in batches:
+            share = batch.n_items * len(batches) if of_means else total
+            (self.task.loss(self.model, batch) / share).backward()
+        parameters = trainable_parameters(self.model)
+        found = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+        self.model.zero_grad()
+        return found
+
+
+def case(base: nn.Module, kind: str, task: dict[str, Any], rows: list[dict[str, Any]]) -> Case:
+    recipe = Recipe.model_validate(
+        {
+            "model": {"name": "base"},
+            "task": task,
+            "data": {"path": "rows.csv"},
+            "adapter": {"rank": 2, "alpha": 2.0, "target_modules": "all-linear"},
+        }
+    )
+    made = build_task(recipe)
+    made.tokenizer, made.config = tiny.tokenizer(kind), base.config
+    if task["type"] == "causal_lm":
+        made._pad = made._pad_id()
+    elif "class_weights" in task:
+        made.weights = torch.tensor([0.2, 1.0, 5.0])
+    attach(base, recipe, ["classifier"] if hasattr(base, "classifier") else [])
+    tiny.wake(base, std=0.1)
+    training_mode(base)
+    examples = [{**e, "row": i} for i, made_of in enumerate(made.encode(rows)) for e in made_of]
+    return Case(made, base, examples)
+
+
+@pytest.fixture(scope="module", params=["labels", "weighted", "pairs"])
+def ragged(request: pytest.FixtureRequest) -> Case:
+    """Seven examples whose lengths, weights and numbers of trained tokens differ much."""
+    if request.param == "pairs":
+        words = ["a", "warm", "and", "funny", "film"]
+        rows = [
+            {"prompt": "the plot is" * (i % 3 + 1), "completion": " ".join(words[: i % 5 + 1] * i)}
+            for i in range(1, 8)
+        ]
+        return case(tiny.llama(), "llama", PAIRS, rows)
+    extra = {"class_weights": {"bad": 0.2}} if request.param == "weighted" else {}
+    rows = [{"text": TEXTS[i % 4] * (i % 3 + 1), "label": (i * i) % 3} for i in range(7)]
+    return case(tiny.encoder(3), "encoder", CLASSIFICATION | extra, rows)
+
+
+def splits(count: int = 7) -> st.SearchStrategy[list[int]]:
+    """Every way to cut `count` examples in order into micro-batches."""
+    return st.sets(st.integers(1, count - 1)).map(
+        lambda cuts: [b - a for a, b in itertools.pairwise([0, *sorted(cuts), count])]
+    )
+
+
+def assert_close(
+    found: dict[str, Tensor],
+    wanted: dict[str, Tensor],
+    tolerance: float,
+    scales: dict[str, float] | None = None,
+) -> None:
+    """Compare each tensor within a tolerance of a scale: its largest entry, unless given."""
+    assert found.keys() == wanted.keys()
+    for name in scales or wanted:
+        worst = float((found[name] - wanted[name]).abs().max())
+        scale = scales[name] if scales else float(wanted[name].abs().max())
+        assert worst <= tolerance * scale, (name, worst / scale)
+
+
+@pytest.fixture
+def scales(ragged: Case) -> dict[str, float]:
+    """The largest entry of each gradient, were there no examples that cancel each other.
+
+    Rounding is relative to what is added, not to what is left of it. (So queries and keys are left
+    to the test in float64: attention weights sum to one, and what moves them cancels within a row.)
+    """
+    terms: dict[str, Tensor] = {}
+    whole, sums = ragged.gradients([7]), {}
+    total = sum(batch.n_items for batch in ragged.batches([7]))
+    for batch in ragged.batches([1] * 7):
+        (ragged.task.loss(ragged.model, batch) / total).backward()
+        for name, parameter in trainable_parameters(ragged.model).items():
+            terms[name] = terms.get(name, 0.0) + parameter.grad.abs()
+            sums[name] = sums.get(name, 0.0) + parameter.grad
+        ragged.model.zero_grad()
+    assert_close(sums, whole, 1e-4)
+    inner = [name for name in terms if ".query." in name or ".key." in name]
+    return {name: float(term.max()) for name, term in terms.items() if name not in inner}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=splits())
+def test_gradients_do_not_depend_on_the_split(
+    ragged: Case, scales: dict[str, float], sizes: list[int]
+) -> None:
+    assert_close(ragged.gradients(sizes), ragged.gradients([7]), 1e-6, scales)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=splits())
+def test_a_step_does_not_depend_on_the_split(
+    ragged: Case, scales: dict[str, float], sizes: list[int]
+) -> None:
+    whole, loss = ragged.step([7])
+    moved, cut_loss = ragged.step(sizes)
+    for name in scales:
+        # in float32 a parameter near 1 is known to 6e-8, and so its movement to that over the rate
+        allowed = 1e-6 * scales[name] + 3e-7 / RATE
+        assert float((moved[name] - whole[name]).abs().max()) <= allowed, name
+    assert cut_loss == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 7, [1, 6], [2, 2, 3], [5, 1, 1]])
+def test_the_split_is_exact_but_for_rounding(
+    ragged: Case, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the losses' own arithmetic
+    weights = getattr(ragged.task, "weights", None)
+    if weights is not None:
+        monkeypatch.setattr(ragged.task, "weights", weights.double())
+    exact = Case(ragged.task, copy.deepcopy(ragged.model).double(), ragged.examples)
+    assert_close(exact.gradients(sizes), exact.gradients([7]), 1e-12)
+
+
+def test_a_step_follows_the_gradient_of_the_mean_over_all_items(ragged: Case) -> None:
+    moved, _ = ragged.step([3, 4])
+    for name, gradient in ragged.gradients([7]).items():
+        torch.testing.assert_close(moved[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_the_mean_of_means_differs_on_these_examples(ragged: Case) -> None:
+    with pytest.raises(AssertionError):
+        assert_close(ragged.gradients([1, 6], of_means=True), ragged.gradients([7]), 1e-2)
+
+
+def test_reported_loss_is_the_mean_over_items(ragged: Case) -> None:
+    with torch.no_grad():
+        (batch,) = ragged.batches([7])
+        wanted = float(ragged.task.loss(ragged.model, batch)) / batch.n_items
+    assert ragged.step([2, 5])[1] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_long_gradient_is_shortened_as_a_whole(ragged: Case) -> None:
+    free, _ = ragged.step([3, 4])
+    length = float(torch.cat([t.flatten() for t in free.values()]).norm())
+    clipped, _ = ragged.step([3, 4], max_grad_norm=length / 10)
+    for name, tensor in free.items():
+        torch.testing.assert_close(clipped[name], tensor / 10, rtol=1e-3, atol=1e-6)
+    unclipped, _ = ragged.step([3, 4], max_grad_norm=length * 10)
+    for name, tensor in free.items():
+        torch.testing.assert_close(unclipped[name], tensor)
+
+
+def test_the_gradient_norm_is_that_before_clipping(ragged: Case) -> None:
+    gradients = ragged.gradients([7])
+    parameters = trainable_parameters(ragged.model)
+    accelerator = Accelerator()
+    optimizer = accelerator.prepare_optimizer(torch.optim.SGD(parameters.values(), lr=0.0))
+    batches = ragged.batches([7])
+    result = train_step(ragged.model, ragged.task, optimizer, batches, accelerator, 1e-3)
+    wanted = torch.cat([t.flatten() for t in gradients.values()]).norm()
+    torch.testing.assert_close(result.grad_norm, wanted, rtol=1e-5, atol=0.0)
+    assert result.idle == []
+    assert all(p.grad is None for p in parameters.values())  # nothing is carried to the next step
+
+
+def test_a_parameter_that_the_forward_does_not_use_is_named() -> None:
+    made = case(tiny.encoder(3), "encoder", CLASSIFICATION, [{"text": "a", "label": 0}] * 2)
+    made.model.extra = nn.Linear(2, 2)
+    accelerator = Accelerator()
+    optimizer = torch.optim.AdamW(made.model.parameters(), weight_decay=0.1)
+    prepared = accelerator.prepare_optimizer(optimizer)
+    before = made.model.extra.weight.detach().clone()
+    result = train_step(made.model, made.task, prepared, made.batches([2]), accelerator)
+    assert result.idle == ["extra.weight", "extra.bias"]
+    assert torch.equal(made.model.extra.weight, before)
+
+
+class TwoProcesses:
+    """Stands for Accelerate in one of two processes; `other` is what the other one sends."""
+
+    num_processes, process_index, is_main_process = 2, 0, True
+    device = torch.device("cpu")
+
+    def __init__(self, other: list[Tensor]) -> None:
+        self.other, self.sent = other, []
+
+    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
+        assert reduction == "sum"
+        other = self.other[len(self.sent)]
+        assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape)  # or they would hang
+        self.sent.append(tensor.clone())
+        return tensor + other
+
+    autocast = staticmethod(lambda: torch.autocast("cpu", enabled=False))
+    backward = staticmethod(lambda loss: loss.backward())
+    clip_grad_norm_ = staticmethod(nn.utils.clip_grad_norm_)
+
+
+def test_a_process_without_examples_takes_the_step_of_the_others(ragged: Case) -> None:
+    gradients = ragged.gradients([7])
+    n_items = sum(batch.n_items for batch in ragged.batches([7]))
+    present = torch.tensor([float(n in gradients) for n in trainable_parameters(ragged.model)])
+    flat = torch.cat([present, *(g.flatten() for g in gradients.values())])
+    others = TwoProcesses([torch.tensor(n_items), torch.tensor(0.7), flat])
+    parameters = trainable_parameters(ragged.model)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer = torch.optim.SGD(parameters.values(), lr=RATE)
+    result = train_step(ragged.model, ragged.task, optimizer, [], others)
+    assert float(result.loss) == pytest.approx(0.7)
+    for name, gradient in gradients.items():
+        moved = (before[name] - parameters[name].detach()) / RATE
+        torch.testing.assert_close(moved, gradient, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(before[name])
+
+
+def test_gradients_that_no_process_has_stay_away() -> None:
+    used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    used.grad = torch.tensor([1.0, 2.0])
+    sum_gradients([used, unused], TwoProcesses([torch.tensor([1.0, 0.0, 10.0, 20.0, 0, 0, 0])]))
+    assert used.grad.tolist() == [11.0, 22.0]
+    assert unused.grad is None
+
+
+def test_all_items_of_no_weight_move_nothing(ragged: Case) -> None:
+    class Weightless(type(ragged.task)):
+        def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+            return super().loss(model, batch) * 0.0
+
+    ragged_batches = ragged.batches
+    task = Weightless.__new__(Weightless)
+    task.__dict__ = ragged.task.__dict__
+    batches = ragged_batches([7])
+    for batch in batches:
+        batch.n_items = 0.0
+    parameters = trainable_parameters(ragged.model)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    accelerator = Accelerator()
+    optimizer = accelerator.prepare_optimizer(torch.optim.SGD(parameters.values(), lr=RATE))
+    result = train_step(ragged.model, task, optimizer, batches, accelerator, 1.0)
+    assert float(result.loss) == 0.0
+    assert all(torch.equal(p, before[name]) for name, p in parameters.items())
