@@ -51,7 +51,7 @@ def main() -> None:
     debug = "--debug" in sys.argv or bool(os.environ.get("LORA_DEBUG"))
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
-        app()
+        app(prog_name="lora")
     except Exception as error:
         known = error if isinstance(error, LoraError) else _resource_error(error)
         if debug or known is None:

@@ -18,11 +18,11 @@ from lora_cli.adapters.loading import load_adapter
 from lora_cli.data.plan import Indices
 from lora_cli.data.sources import SPLITS
 from lora_cli.errors import LoraError
-from lora_cli.metrics import MetricSet, metric_mode
+from lora_cli.metrics import MetricSet, metric_mode, result_names
 from lora_cli.models import mixed_precision
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Encoded, Prediction, Task, build_task
-from lora_cli.tasks.base import check_data, load_data, result_names
+from lora_cli.tasks.base import check_data, load_data
 
 WINDOW = 64  # batches whose examples are sorted by length together
 

@@ -222,6 +222,18 @@ def metric_mode(name: str) -> Mode | None:
     return "min" if name == "loss" else modes.get(name)
 
 
+def result_names(metric: str) -> tuple[str, ...]:
+    """Return the names of the numbers that a metric gives."""
+    spec = _SPECS.get(metric)
+    return (spec.results if spec else ()) or (metric,)
+
+
+def reads(metric: str) -> Channel | None:
+    """Return what a built-in metric reads; of others it is not known."""
+    spec = _SPECS.get(metric)
+    return spec.channel if spec else None
+
+
 def check_metric_names(
     names: Sequence[str],
     default_channel: Channel | None = None,

@@ -5,8 +5,8 @@ usage:
       SST-2 sentences with MiniLM: LoRA here, LoRA in PEFT, full, none and bitfit, paired by seed.
       FOLDER holds sentences_train.tsv (no header) and test_labeled.tsv (sentence, label).
   python scripts/bench.py speed SHAPE [--steps 40] [--repeat 2]
-      roberta-large, roberta-base (SST-2 lengths) or llama-8b (2 x 4096 tokens), random weights, on a
-      GPU: `lora train` and PEFT + Trainer on the same rows, in turn, each in a process of its own.
+      roberta-large, roberta-base (SST-2 lengths) or llama-8b (2 x 4096 tokens), with random weights,
+      on a GPU: `lora train` and PEFT + Trainer on the same rows, in turn, each in its own process.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -426,7 +427,7 @@ def trainer(args: argparse.Namespace) -> None:
         model=model, args=options, train_dataset=data, data_collator=collator, callbacks=[Clock()]
     )
     run.train()
-    steps = [b - a for a, b in zip(times[3:], times[4:], strict=False)]
+    steps = [b - a for a, b in pairwise(times[3:])]
     rate = batch * (4096 if llama else 1) / statistics.median(steps)
     figures = {
         "tokens_per_s" if llama else "examples_per_s": round(rate, 1),

@@ -158,7 +158,7 @@ def test_a_signal_to_one_process_stops_both(tmp_path: Path, launch: Launch) -> N
     assert stderr.count("everything is saved") == 1
     assert "143" in stderr  # the launcher tells how its processes ended
     step, folder = checkpoints(out)[-1]
-    assert 5 <= step < 3000
+    assert 1 <= step < 3000
     state = json.loads((folder / "trainer.json").read_text())
     assert state["step"] == len(lines(out / "samples.jsonl")) == step
 

@@ -122,7 +122,7 @@ def test_what_is_not_a_recipe_says_why_and_where(
         ("{rank: 1" + "0" * 30 + "}", "too large a number"),
         ("{rank: 1" + "0" * 5000 + "}", "number is too long"),
         ('{target_modules: "a\\0b"}', "a character that is none"),
-        ('{target_modules: "\\ud800"}', "half of a character"),
+        ('{target_modules: "\\ud800"}', "a character that is none"),
         ("{? [a] : 3}", "a key must be a word"),
         ("{<<: {rank: 3}}", "do not merge"),
     ],
@@ -217,7 +217,6 @@ def test_all_problems_come_together_each_with_its_line(problems: Any) -> None:
     [
         ("adapter: {target_modules: 3}", "adapter.target_modules", "text or a list", "Which"),
         ("adapter: {target_modules: [q, 3]}", "adapter.target_modules.1", "`3` should", "Which"),
-        ("adapter: {target_modules: []}", "adapter.target_modules", "at least 1", "Which"),
         ("adapter: {layers: some}", "adapter.layers", "or a list", "0-11"),
         ("adapter: {rank_pattern: {q: x}}", "adapter.rank_pattern.q", "whole number", "ranks"),
         ("train: {seed: true}", "train.seed", "whole number", "Seed"),
@@ -504,10 +503,12 @@ def test_the_recipes_of_the_design_load(text: str, load: Any) -> None:
     assert recipe.adapter.target_modules == written["adapter"]["target_modules"]
 
 
-texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
+# short, since YAML takes no key of more than 1,024 characters as JSON writes it
+characters = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
+texts = st.text(characters, min_size=1).map(lambda text: text[:80])
 words = texts | st.sampled_from(
-    ["no", "2e-5", "1_0", "012", "0x1F", "~", "null", "1:30", "=", "<<", "- a", "a: b", "#", "!x",
-     "&a", "*a", "'", '"', "%", "@", "`", " a", "a ", "\n",
+    ["no", "😀", "2e-5", "1_0", "012", "0x1F", "~", "null", "1:30", "=", "<<", "- a", "a: b", "#",
+     "!x", "&a", "*a", "'", '"', "%", "@", "`", " a", "a ", "\n",
      "\x85", "\u2028", "\ufeff", "---", "..."]
 )  # fmt: skip
 finite = st.floats(1e-30, 1e30)
@@ -516,7 +517,7 @@ finite = st.floats(1e-30, 1e30)
 @st.composite
 def recipes(draw: st.DrawFn) -> dict[str, Any]:
     maybe = lambda key, value: {key: draw(value)} if draw(st.booleans()) else {}  # noqa: E731
-    labels = st.lists(words | st.integers(-(2**63), 2**63 - 1), min_size=1, unique_by=str)
+    labels = st.lists(words | st.integers(-(2**63) + 1, 2**63 - 1), min_size=1, unique_by=str)
     held_out = st.fixed_dictionaries({"fraction": st.floats(0.01, 0.99)}, optional={"from": words})
     return {
         "model": {"name": draw(words), **maybe("revision", words)},
@@ -547,7 +548,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(values=recipes())
-@settings(max_examples=60)
+@settings(max_examples=150)
 def test_what_is_dumped_loads_as_it_was(
     values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -103,11 +103,7 @@ class Reader:
         try:
             match kind:
                 case "str":
-                    # JSON writes a character beyond U+FFFF as two, and PyYAML leaves them
-                    text = text.encode("utf-16", "surrogatepass").decode("utf-16")
-                    if "\0" in text:
-                        return self._fault("a text holds a character that is none", node, path)
-                    return text
+                    return _characters(text)
                 case "null":
                     return None
                 case "bool":
@@ -119,24 +115,27 @@ class Reader:
                     return self._fault(f"`{text}` is too large a number", node, path)
                 case _:
                     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-        except UnicodeDecodeError:
-            return self._fault("a text holds half of a character", node, path)
+        except UnicodeError:
+            return self._fault("a text holds a character that is none", node, path)
         except (ValueError, KeyError):
             return self._fault(f"`{text}` is not what `!!{kind}` says", node, path)
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or "\0" in key_node.value:
+            try:
+                key = _characters(key_node.value) if isinstance(key_node, yaml.ScalarNode) else ""
+            except UnicodeError:
+                key = ""
+            if not key:
                 self._fault("a key must be a word", key_node, path)
                 continue
-            key = key_node.value
             here = (*path, key)
             if key in result:
                 first = self.places[dotted(here)]
                 hint = f"the first is at {first}; keep one"
                 self._fault(f"`{key}` stands twice", key_node, here, hint)
-            elif key == "<<":
+            elif key == "<<" and key_node.style is None:
                 hint = "write the keys out; YAML 1.2 has no `<<`"
                 self._fault("recipes do not merge mappings", key_node, here, hint)
             else:
@@ -149,6 +148,17 @@ class Reader:
         at = f"{dotted(path)} ({place})" if path else place
         self.problems.append(Problem(what, at, hint))
         self.faulty.add(dotted(path))
+
+
+def _characters(text: str) -> str:
+    """Return a text whose surrogate pairs are joined: JSON writes them, and PyYAML leaves them.
+
+    Raises:
+        UnicodeError: If half of a pair, or a NUL that no path can hold, is in it.
+    """
+    if "\0" in text:
+        raise UnicodeError
+    return text.encode("utf-16", "surrogatepass").decode("utf-16")
 
 
 def dotted(path: Sequence[str | int]) -> str:

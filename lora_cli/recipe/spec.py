@@ -355,12 +355,12 @@ class AdapterSpec(Section):
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA), so that large ranks keep learning."""
 
-    target_modules: Word | Words | None = None
+    target_modules: Word | list[Word] | None = None
     """Which modules get an adapter: a list of name suffixes, a regular expression that matches
     whole names, or `all-linear`. Default: `all-linear` for language models, the attention's query
     and value for encoders."""
 
-    exclude_modules: Word | Words | None = None
+    exclude_modules: Word | list[Word] | None = None
     """Modules that get none, written in the same way."""
 
     layers: LayerRange | list[LayerNumber] | None = None

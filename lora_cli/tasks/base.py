@@ -18,12 +18,12 @@ from lora_cli.data.files import require_columns
 from lora_cli.data.sources import Rows, cached_dataset, load_rows, without
 from lora_cli.errors import LoraError, Problem, did_you_mean
 from lora_cli.metrics import (
-    _SPECS,
     Channel,
     MetricContext,
     check_metric_names,
     known_metrics,
     metric_mode,
+    result_names,
 )
 from lora_cli.models import (
     build_empty,
@@ -283,18 +283,6 @@ class Task(ABC):
         template = str(getattr(tokenizer, "chat_template", None))
         digest = hashlib.sha256(f"{state}{template}".encode()).hexdigest()
         return [self.recipe.task.model_dump_json(), digest, str(self.max_length)]
-
-
-def result_names(metric: str) -> tuple[str, ...]:
-    """Return the names of the numbers that a metric gives."""
-    spec = _SPECS.get(metric)
-    return (spec.results if spec else ()) or (metric,)
-
-
-def reads(metric: str) -> Channel | None:
-    """Return what a built-in metric reads; of others it is not known."""
-    spec = _SPECS.get(metric)
-    return spec.channel if spec else None
 
 
 def load_data(

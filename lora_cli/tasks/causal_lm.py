@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lora_cli.errors import LoraError, Problem
+from lora_cli.metrics import reads
 from lora_cli.recipe import CausalLMSpec, Recipe
-from lora_cli.tasks.base import IGNORED, Batch, Encoded, Example, Prediction, Task, pad, reads
+from lora_cli.tasks.base import IGNORED, Batch, Encoded, Example, Prediction, Task, pad
 from lora_cli.tasks.chat import Message, encode_chat, prompt_of, read_messages
 from lora_cli.tasks.generation import generate
 

@@ -18,6 +18,7 @@ from lora_cli.evaluation import best_by, evaluate
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Encoded, Task, build_task
 from lora_cli.tasks.base import load_data
+from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.training.batches import Batches, PlannedStep
 from lora_cli.training.launch import main_process_first, seed_everything, start_accelerator
 from lora_cli.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
@@ -61,6 +62,9 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     seed_everything(recipe.train.seed)
     model, new = task.load_model(accelerator.device)
     attach(model, recipe, new)
+    if isinstance(task, CausalLM) and recipe.train.packing:
+        with accelerator.autocast():
+            task.check_packing(model, data["train"])
     in_full = list(dict.fromkeys([*new, *recipe.adapter.train_modules]))
     run = Run(recipe, task, data, model, in_full, accelerator)
     if resume:
@@ -90,9 +94,10 @@ class Run:
         self.in_full, self.accelerator = in_full, accelerator
         self.folder = recipe.output_path
         if recipe.train.gradient_checkpointing:
-            # its name before transformers 5.20 is the second
-            enable = getattr(model, "activation_checkpointing_enable", None)
-            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+            # the second is its name in older transformers
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            enable: Any = next(getattr(model, name) for name in names if hasattr(model, name))
+            enable({"use_reentrant": False})
         self.optimizer = build_optimizer(model, recipe, in_full)
         self.prepared = accelerator.prepare_optimizer(self.optimizer)
         self.batches = Batches(task, data.get("train"), accelerator)
@@ -165,7 +170,7 @@ class Run:
             recipe.train.max_grad_norm,
         )
         self.window.add(result)
-        state.skipped_steps += int(self.prepared.step_was_skipped)
+        state.skipped_steps += int(result.skipped)
         state.step = step
         state.examples += len(planned.examples)
         state.tokens += planned.n_tokens

@@ -99,7 +99,7 @@ def start_report(
         "command": shlex.join(["lora", *sys.argv[1:]]),
         "task": recipe.task.type,
         "base_model": recipe.model.name,
-        "adapter": recipe.adapter.model_dump(exclude_defaults=True) | {"type": recipe.adapter.type},
+        "adapter": _adapter_facts(recipe),
         "parameters": {
             "total": total,
             "trainable": trainable,
@@ -119,6 +119,14 @@ def start_report(
     }
 
 
+def _adapter_facts(recipe: Recipe) -> dict[str, Any]:
+    spec = recipe.adapter
+    if not spec.low_rank:
+        return {"type": spec.type}
+    chosen = spec.model_dump(exclude_defaults=True)
+    return {"type": spec.type, "rank": spec.rank, "alpha": spec.alpha} | chosen
+
+
 def _facts(task: Task, split: Encoded, sha256: str) -> dict[str, Any]:
     rows = split.rows
     facts: dict[str, Any] = {
@@ -128,6 +136,7 @@ def _facts(task: Task, split: Encoded, sha256: str) -> dict[str, Any]:
         "sha256": sha256,
         "skipped_rows": len(rows.skipped),
         "dropped_rows": rows.dropped,
+        "rows_without_example": split.rows_without_example,
         "max_tokens": int(split.lengths.max()),
     }
     if isinstance(task, SequenceClassification) and task.labels:

@@ -30,6 +30,8 @@ class StepResult:
     """Length of the gradient before it was shortened."""
     idle: list[str]
     """Trained parameters that got no gradient: the forward pass does not use them."""
+    skipped: bool
+    """Whether a gradient overflowed in fp16, so that nothing was updated."""
 
 
 def train_step(
@@ -69,9 +71,18 @@ def train_step(
     idle = [name for name, parameter in parameters.items() if parameter.grad is None]
     limit = math.inf if max_grad_norm is None else max_grad_norm
     norm = accelerator.clip_grad_norm_(list(parameters.values()), limit)
-    optimizer.step()
+    skipped = _step(optimizer, accelerator)
     optimizer.zero_grad()
-    return StepResult(total, torch.as_tensor(norm), idle)
+    return StepResult(total, torch.as_tensor(norm), idle, skipped)
+
+
+def _step(optimizer: Any, accelerator: Accelerator) -> bool:
+    """Update the weights; return whether fp16's loss scale gave the step up instead."""
+    scaler = accelerator.scaler
+    before = scaler.get_scale() if scaler is not None else 0.0
+    optimizer.step()
+    # fused optimizers skip a step themselves, on the GPU, so only the lowered scale tells
+    return scaler is not None and scaler.get_scale() < before
 
 
 def sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:

@@ -80,7 +80,7 @@ def test_low_precision_follows_fp32(tmp_path: Path, precision: str) -> None:
     train(recipe(tmp_path, *settings, output="a"))
     train(recipe(tmp_path, *settings, f"train.precision={precision}", output="b"))
     for a, b in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
-        assert abs(a - b) < 0.02
+        assert abs(a - b) < 0.05  # fp16's first step may be given up
 
 
 def test_fp16_resumes_with_its_loss_scale_after_an_overflow(
