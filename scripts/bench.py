@@ -5,8 +5,8 @@ usage:
       SST-2 sentences with MiniLM: LoRA here, LoRA in PEFT, full, none and bitfit, paired by seed.
       FOLDER holds sentences_train.tsv (no header) and test_labeled.tsv (sentence, label).
   python scripts/bench.py speed SHAPE [--steps 40] [--repeat 2]
-      roberta-large, roberta-base (SST-2 lengths) or llama-8b (2 x 4096 tokens), with random weights,
-      on a GPU: `lora train` and PEFT + Trainer on the same rows, in turn, each in its own process.
+      roberta-large, roberta-base (SST-2 lengths) or llama-8b (2 x 4096 tokens), random weights, on
+      a GPU: `lora train` and PEFT + Trainer on the same rows, in turn, each in its own process.
 """
 
 from __future__ import annotations

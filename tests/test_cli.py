@@ -264,7 +264,6 @@ def test_validate_reports_unknown_targets(tmp_path: Path) -> None:
     assert "value" in found["adapter.target_modules"].hint
 
 
-@pytest.mark.xfail(strict=True, reason="check_recipe looks at targets only where data are right")
 def test_validate_reports_faults_of_data_and_targets_together(tmp_path: Path) -> None:
     found = problems_of(
         tmp_path, task={"text_column": "sentence"}, adapter={"target_modules": ["valeu"]}
@@ -272,7 +271,6 @@ def test_validate_reports_faults_of_data_and_targets_together(tmp_path: Path) ->
     assert set(found) == {"task.text_column", "adapter.target_modules"}
 
 
-@pytest.mark.xfail(strict=True, reason="only a MetricSet can tell what `evaluate` does not know")
 def test_validate_reports_unknown_metrics(tmp_path: Path) -> None:
     assert set(problems_of(tmp_path, evaluate={"metrics": ["acuracy"]})) == {"evaluate.metrics"}
 

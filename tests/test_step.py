@@ -236,6 +236,7 @@ def test_a_parameter_that_the_forward_does_not_use_is_named() -> None:
 class TwoProcesses:
     """Stands for Accelerate in one of two processes; `other` is what the other one sends."""
 
+    scaler = None
     num_processes, process_index, is_main_process = 2, 0, True
     device = torch.device("cpu")
 

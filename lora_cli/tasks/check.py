@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from lora_cli.adapters.attach import attach
 from lora_cli.data.sources import Rows
 from lora_cli.errors import LoraError, Problem
+from lora_cli.metrics import MetricSet, known_metrics
 from lora_cli.models import load_config
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Task, build_task
@@ -23,25 +27,37 @@ def check_recipe(recipe: Recipe) -> None:
     """
     task = build_task(recipe)
     problems: list[Problem] = []
-    try:
+    with _collected(problems):
         task.load_processor()
-    except LoraError as error:
-        problems += error.problems
-    problems += task.metric_problems()
-    try:
+    has_processor = not problems
+    with _collected(problems):
+        _check_metrics(task)
+    with _collected(problems):
         splits = check_data(task, ("train", "validation", "test"))
-        if not problems:
+        if has_processor:
             _encode_some(task, splits)
-    except LoraError as error:
-        problems += error.problems
-    if not problems:  # the model's shape depends on the labels
-        try:
+    if has_processor and task.knows_labels:  # the model's shape depends on them
+        with _collected(problems):
             model, new = task.empty_model()
             attach(model, recipe, new)
-        except LoraError as error:
-            problems += error.problems
     if problems:
         raise LoraError(problems)
+
+
+@contextmanager
+def _collected(problems: list[Problem]) -> Iterator[None]:
+    try:
+        yield
+    except LoraError as error:
+        problems += error.problems
+
+
+def _check_metrics(task: Task) -> None:
+    if problems := task.metric_problems():
+        raise LoraError(problems)
+    if set(task.metric_names) - set(known_metrics()):  # only `evaluate` knows what it can load
+        at = task.recipe.at("evaluate.metrics")
+        MetricSet(task.metric_names, task.metric_channel, task.metric_context, at)
 
 
 def _encode_some(task: Task, splits: dict[str, Rows]) -> None:
