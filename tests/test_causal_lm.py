@@ -102,6 +102,9 @@ def test_gpt2_is_padded_with_its_end_of_text(bases: dict[str, Path], tmp_path: P
     assert int(mask.sum()) == batch.n_tokens
     last = mask.sum(1) - 1
     assert (batch.labels[torch.arange(4), last] == task.tokenizer.eos_token_id).all()
+    (note,) = task.notes  # and is not so in silence
+    assert "end-of-text token `<|endoftext|>` also fills the rows" in note
+    assert not task_of(bases["gpt2"], tmp_path, TEXTS, task={"pad_token": "<|endoftext|>"}).notes
 
 
 def test_a_single_token_trains_nothing(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ class Task(ABC):
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.notes: list[str] = []  # what a user should know before training
         self.tokenizer: PreTrainedTokenizerBase
         self.config: PretrainedConfig
 

@@ -57,6 +57,11 @@ class CausalLM(Task):
         if self.tokenizer.eos_token_id is None:
             raise LoraError("the tokenizer has no end-of-text token", self.recipe.at("model.name"))
         self._pad = self._pad_id()
+        if self._pad == self.tokenizer.eos_token_id and self.spec.pad_token is None:
+            self.notes.append(
+                f"the end-of-text token `{self.tokenizer.eos_token}` also fills the rows, where it "
+                "is masked; it is trained where a text ends (`task.pad_token` names another)"
+            )
 
     def _pad_id(self) -> int:
         """Return an id to fill rows with.

@@ -106,7 +106,7 @@ class Run:
         self.state = TrainState(recipe=recipe_facts(recipe), data=hashes)
         self.report = start_report(recipe, task, data, hashes, model, accelerator)
         self.metric, self.mode = best_by(recipe, task)
-        self.notes: list[str] = []
+        self.notes = [*task.notes, *_empty_rows(data)]
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
@@ -374,3 +374,12 @@ class Run:
             "skipped_steps": state.skipped_steps,
         }
         self.log.say(f"trained {state.step} steps in {clock(state.seconds)}")
+
+
+def _empty_rows(data: dict[str, Encoded]) -> list[str]:
+    return [
+        f"warning: {split.rows_without_example} of {len(split.rows)} {name} rows leave nothing to "
+        "train within `task.max_length`"
+        for name, split in data.items()
+        if split.rows_without_example
+    ]
