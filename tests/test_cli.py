@@ -271,6 +271,15 @@ def test_validate_reports_faults_of_data_and_targets_together(tmp_path: Path) ->
     assert set(found) == {"task.text_column", "adapter.target_modules"}
 
 
+def test_validate_reports_targets_also_where_the_labels_are_unknown(tmp_path: Path) -> None:
+    found = problems_of(
+        tmp_path,
+        task={"text_column": "sentence", "labels": None},
+        adapter={"target_modules": ["valeu"]},
+    )
+    assert set(found) == {"task.text_column", "adapter.target_modules"}
+
+
 def test_validate_reports_unknown_metrics(tmp_path: Path) -> None:
     assert set(problems_of(tmp_path, evaluate={"metrics": ["acuracy"]})) == {"evaluate.metrics"}
 

@@ -36,7 +36,7 @@ def check_recipe(recipe: Recipe) -> None:
         splits = check_data(task, ("train", "validation", "test"))
         if has_processor:
             _encode_some(task, splits)
-    if has_processor and task.knows_labels:  # the model's shape depends on them
+    if has_processor:
         with _collected(problems):
             model, new = task.empty_model()
             attach(model, recipe, new)
