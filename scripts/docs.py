@@ -35,8 +35,8 @@ def recipe_page() -> str:
     parts = [
         f"{NOTE}\n# Recipe reference\n",
         "Every key, its type and its default. `lora schema` prints the same for editors, "
-        "`lora validate RECIPE` checks a recipe. A *step* is an optimizer step, a *micro-batch* one "
-        "forward pass.\n",
+        "`lora validate RECIPE` checks a recipe. A *step* is an optimizer step, a *micro-batch* "
+        "one forward pass.\n",
     ]
     seen: set[str] = set()
     queue = [("", schema)]
