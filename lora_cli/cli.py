@@ -335,14 +335,37 @@ def params(
 
 
 @app.command()
-def validate(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def validate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    data: Annotated[
+        bool, typer.Option("--data", help="Look at all rows too: lengths, duplicates, overlap.")
+    ] = False,
+    show: Annotated[
+        int,
+        typer.Option(
+            "--show", min=0, help="With --data: print so many encoded rows of each split instead."
+        ),
+    ] = 0,
+) -> None:
     """Check a recipe, its data and its targets without loading weights; print it resolved."""
     loaded = _load(recipe, overrides)
+    if show and not data:
+        raise LoraError("`--show` goes with `--data`", "the arguments of `lora validate`")
     _quiet()
     from lora_cli.recipe import dump_recipe
     from lora_cli.tasks.check import check_recipe
 
     check_recipe(loaded)
+    if data:
+        from lora_cli.tasks.gate import look_at_data
+        from lora_cli.tasks.showing import shown_rows
+
+        task, encoded = look_at_data(loaded)
+        if show:
+            for text in shown_rows(task, encoded, show, sys.stdout.isatty()):
+                typer.echo(text)
+            return
     typer.echo(dump_recipe(loaded), nl=False)
 
 

@@ -19,6 +19,11 @@ from lora_cli.errors import LoraError
 Indices = NDArray[np.int64]
 
 
+def normalised(text: str) -> str:
+    """Return what of a text counts when two are compared: its words, whatever their case."""
+    return " ".join(text.lower().split())
+
+
 def draw(
     texts: Sequence[str],
     fraction: float,
@@ -47,7 +52,7 @@ def draw(
         LoraError: If the rows cannot be divided.
     """
     assert disjoint != "substring" or groups is None  # the recipe refuses it
-    normal = [" ".join(text.lower().split()) for text in texts]
+    normal = [normalised(text) for text in texts]
     if disjoint == "substring":
         holders = _containing(normal)
     else:

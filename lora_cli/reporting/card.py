@@ -108,6 +108,8 @@ def _data_rows(report: dict[str, Any]) -> list[list[str]]:
     rows = [["split", "rows", "skipped", "source", "SHA-256"]]
     for split in part(report, "data"):
         facts = part(report, "data", split)
+        if split == "overlap":  # what the splits have in common
+            continue
         counts = (f"{facts[key]:,}" if facts.get(key) else "" for key in ("rows", "skipped_rows"))
         source, sha256 = (
             f"`{facts[key]}`" if facts.get(key) else "" for key in ("source", "sha256")

@@ -86,11 +86,16 @@ class Prediction:
 
 @dataclass
 class Encoded:
-    """The examples of a split, encoded and kept on the disk."""
+    """The examples of a split, encoded and kept on the disk.
+
+    `lengths` are the tokens of each example, `full_lengths` those that its row had before it was
+    cut at `max_length`, or divided.
+    """
 
     rows: Rows
     examples: Any  # datasets.Dataset
     lengths: NDArray[np.int64]
+    full_lengths: NDArray[np.int64]
     rows_without_example: int = 0  # nothing trained is left of them, after the cut at `max_length`
 
     def __len__(self) -> int:
@@ -166,7 +171,10 @@ class Task(ABC):
 
     @abstractmethod
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return the examples of each row, `input_ids` and `labels` among their keys."""
+        """Return the examples of each row, `input_ids` and `labels` among their keys.
+
+        An example of a row that is longer than `max_length` has the row's own `full_length`.
+        """
 
     @abstractmethod
     def features(self) -> dict[str, str]:
@@ -336,6 +344,7 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
                 count += len(made)
                 for example in made:
                     length = len(example["input_ids"])
+                    example = {"full_length": length, **example}
                     yield {**example, "row": first + offset, "length": length}
             first += len(batch)
         if not count:
@@ -350,7 +359,8 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
             return datasets.List(datasets.Value(text[5:-1]))
         return datasets.Value(text)
 
-    types = {"input_ids": "list<int32>", **task.features(), "row": "int64", "length": "int32"}
+    types = {"input_ids": "list<int32>", **task.features(), "row": "int64"}
+    types |= {"length": "int32", "full_length": "int32"}
     which = hashlib.sha256(rows.indices.tobytes()).hexdigest()
     key = [
         *task.cache_key(),
@@ -365,7 +375,8 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
         examples, key, datasets.Features({name: feature(t) for name, t in types.items()})
     )
     without_example = len(rows) - len(np.unique(dataset["row"]))
-    return Encoded(rows, dataset, np.array(dataset["length"], dtype=np.int64), without_example)
+    lengths, full = (np.array(dataset[k], dtype=np.int64) for k in ("length", "full_length"))
+    return Encoded(rows, dataset, lengths, full, without_example)
 
 
 def encode_located(

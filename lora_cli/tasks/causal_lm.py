@@ -156,7 +156,8 @@ class CausalLM(Task):
         """
         size = self.max_length
         pieces = [ids[i : i + size] for i in range(0, len(ids) - 1, max(size - 1, 1))]
-        return [{"input_ids": piece, "labels": piece} for piece in pieces if len(piece) > 1]
+        whole = {"full_length": len(ids)} if len(ids) > size else {}
+        return [{"input_ids": p, "labels": p, **whole} for p in pieces if len(p) > 1]
 
     def _encode_pair(self, row: dict[str, Any]) -> list[Example]:
         prompt = str(row[self.spec.prompt_column or ""]) + self.spec.separator
@@ -188,10 +189,11 @@ class CausalLM(Task):
         return self._trained_from(ids, labels)
 
     def _trained_from(self, ids: list[int], labels: list[int]) -> list[Example]:
+        whole = {"full_length": len(ids)} if len(ids) > self.max_length else {}
         ids, labels = ids[: self.max_length], labels[: self.max_length]
         # the first token is predicted from nothing
         trained = any(label != IGNORED for label in labels[1:])
-        return [{"input_ids": ids, "labels": labels}] if trained else []
+        return [{"input_ids": ids, "labels": labels, **whole}] if trained else []
 
     def features(self) -> dict[str, str]:
         """Return the type of the labels."""

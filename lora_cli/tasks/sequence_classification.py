@@ -102,9 +102,17 @@ class SequenceClassification(Task):
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return one example a row."""
         return [
-            [{**inputs, "labels": self._label(row)}]
+            [{**inputs, "labels": self._label(row), **self._full_length(row, inputs)}]
             for row, inputs in zip(rows, self._encode_texts(rows), strict=True)
         ]
+
+    def _full_length(self, row: dict[str, Any], inputs: Example) -> dict[str, int]:
+        """Return the tokens that a row has when it is not cut, if it was."""
+        if len(inputs["input_ids"]) < self.max_length:
+            return {}
+        texts = [str(row[column]) for column in self.input_columns().values()]
+        full = len(self.tokenizer(*texts, verbose=False)["input_ids"])
+        return {"full_length": full} if full > self.max_length else {}
 
     def _encode_texts(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
         pairs = self.spec.text_pair_column

@@ -19,6 +19,7 @@ from lora_cli.recipe import Recipe
 from lora_cli.tasks import Encoded, Task, build_task
 from lora_cli.tasks.base import load_data
 from lora_cli.tasks.causal_lm import CausalLM
+from lora_cli.tasks.gate import pass_gate
 from lora_cli.training.batches import Batches, PlannedStep
 from lora_cli.training.launch import main_process_first, seed_everything, start_accelerator
 from lora_cli.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
@@ -57,6 +58,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         if done is None:
             task.load_processor()
             data = load_data(task)
+            findings = pass_gate(task, data) if accelerator.is_main_process else None
     if done is not None:
         return done
     seed_everything(recipe.train.seed)
@@ -67,6 +69,8 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
             task.check_packing(model, data["train"])
     in_full = list(dict.fromkeys([*new, *recipe.adapter.train_modules]))
     run = Run(recipe, task, data, model, in_full, accelerator)
+    if findings is not None:
+        run.report["data"] = findings.added_to(run.report["data"])
     if resume:
         run.resume()
     try:

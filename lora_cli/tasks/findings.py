@@ -1,0 +1,261 @@
+"""What is found in the rows before a model is loaded: a table, warnings, facts of the report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lora_cli.errors import Problem
+from lora_cli.recipe import Recipe
+
+N_LABELS = 6  # with more, the table says how many there are and how large
+TEXT_WIDTH = 60  # characters of a text that is shown
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two rows that are alike: where they stand, and what they say."""
+
+    row: str
+    other: str
+    text: str
+    other_text: str
+    label: str | None = None
+    other_label: str | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """How many rows of a split something is true of, with a few of them."""
+
+    rows: int
+    share: float
+    examples: list[Pair]
+
+    def __str__(self) -> str:
+        return f"{self.rows:,}{_percent(self.share)}" if self.rows else "0"
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What a split shares with another: rows whose text is equal, or nearly."""
+
+    exact: Found
+    near: Found | None
+
+
+@dataclass(frozen=True)
+class SplitFindings:
+    """What is in a split."""
+
+    rows: int
+    examples: int
+    skipped_rows: int
+    rows_without_example: int
+    empty_rows: int
+    tokens: dict[str, int]
+    """Tokens of a row before it is cut: p50, p95, max, and the total that is left."""
+    cut_rows: int
+    """Rows of which `max_length` takes tokens away."""
+    divided_rows: int
+    """Rows that were too long and became several examples."""
+    trained_tokens: float | None
+    """Share of the tokens that a language model learns to predict."""
+    labels: dict[str, int]
+    duplicates: Found
+    """Rows whose text is that of an earlier row."""
+    near_duplicates: Found | None
+    contradictions: Found | None
+    """Rows whose text stands elsewhere with another label."""
+
+
+@dataclass
+class Findings:
+    """What was found in all splits; `overlap[split][other]` says what is shared."""
+
+    recipe: Recipe
+    max_length: int
+    splits: dict[str, SplitFindings] = field(default_factory=dict)
+    overlap: dict[str, dict[str, Overlap]] = field(default_factory=dict)
+
+    def added_to(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Return the data section of a report with the findings; what it says already stays."""
+        added = {
+            name: {**_without_none(asdict(split)), **facts.get(name, {})}
+            for name, split in self.splits.items()
+        }
+        overlap = {
+            name: {other: _without_none(asdict(what)) for other, what in others.items()}
+            for name, others in self.overlap.items()
+        }
+        return {**facts, **added, "overlap": overlap}
+
+    def problems(self) -> list[Problem]:
+        """Return the overlaps of held-out rows with train that are above `max_overlap`."""
+        limit = self.recipe.data.check.max_overlap
+        problems = []
+        for name, others in self.overlap.items():
+            exact = others["train"].exact if "train" in others else None
+            if exact is None or exact.share <= limit:
+                continue
+            places = ", ".join(f"{e.row} (`{e.text}`) is {e.other}" for e in exact.examples)
+            problems.append(
+                Problem(
+                    f"{exact.rows:,} of {self.splits[name].rows:,} {name} rows"
+                    f"{_percent(exact.share)} stand in train too, and `max_overlap` allows "
+                    f"{100 * limit:g} %: {places}",
+                    self.recipe.at(f"data.{name}"),
+                    "draw the rows from train, `{from: train, fraction: 0.1, disjoint: exact}`, "
+                    "take them out of one side, or, if this is meant, allow it with "
+                    f"`--set data.check.max_overlap={_allowing(exact.share):g}`",
+                )
+            )
+        return problems
+
+    def warnings(self) -> list[str]:
+        """Return what is not forbidden but should be looked at, a line each."""
+        lines = []
+        for name, split in self.splits.items():
+            if split.rows_without_example:
+                share = _percent(split.rows_without_example / split.rows)
+                lines.append(
+                    f"{split.rows_without_example:,}{share} {name} rows leave nothing to train "
+                    f"within {self.max_length} tokens: raise `task.max_length`, if the model can "
+                    "take more"
+                )
+            if split.contradictions and split.contradictions.rows:
+                first = split.contradictions.examples[0]
+                lines.append(
+                    f"{split.contradictions} {name} rows have a text that has another label "
+                    f"elsewhere: {first.row} `{first.text}` is {first.label}, "
+                    f"{first.other} is {first.other_label}"
+                )
+            for found, how in (
+                (split.duplicates, "equal to"),
+                (split.near_duplicates, "nearly equal to"),
+            ):
+                if found and found.rows:
+                    lines.append(f"{found} {name} rows are {how} an earlier one: {_first(found)}")
+        for name, others in self.overlap.items():
+            for other, what in others.items():
+                for found, how in ((what.exact, "equal to"), (what.near, "nearly equal to")):
+                    if found and found.rows:
+                        lines.append(
+                            f"{found} {name} rows are {how} a row of {other}: {_first(found)}"
+                        )
+        return lines
+
+    def table(self) -> str:
+        """Return the findings as aligned columns, one for each split, with the warnings below."""
+        rows: list[tuple[str, list[str]]] = [("data", list(self.splits))]
+        splits = list(self.splits.values())
+
+        def add(name: str, values: list[str], always: bool = False) -> None:
+            if always or any(value not in ("", "0") for value in values):
+                rows.append((name, values))
+
+        add("rows", [f"{s.rows:,}" for s in splits])
+        if any(s.examples != s.rows for s in splits):
+            add("examples", [f"{s.examples:,}" for s in splits])
+        add("skipped rows", [f"{s.skipped_rows:,}" for s in splits])
+        add("empty rows", [f"{s.empty_rows:,}" for s in splits])
+        add("rows without example", [f"{s.rows_without_example:,}" for s in splits])
+        add("tokens p50/p95/max", [_quantiles(s.tokens) for s in splits])
+        cut = [f"{s.cut_rows:,}{_percent(s.cut_rows / s.rows)}" for s in splits]
+        divided = [f"{s.divided_rows:,}{_percent(s.divided_rows / s.rows)}" for s in splits]
+        has_divided = any(s.divided_rows for s in splits)
+        if not has_divided or any(s.cut_rows for s in splits):
+            add(f"cut at {self.max_length}", cut, always=True)
+        add(f"divided at {self.max_length}", divided if has_divided else [])
+        trained = [s.trained_tokens for s in splits]
+        add(
+            "trained tokens", ["" if share is None else f"{100 * share:.1f} %" for share in trained]
+        )
+        rows += _label_rows(splits)
+        add("duplicates", [str(s.duplicates) for s in splits], always=True)
+        add("near duplicates", [_shown(s.near_duplicates) for s in splits])
+        add("contradictions", [_shown(s.contradictions) for s in splits])
+        for other in self.splits:
+            overlaps = [self.overlap.get(name, {}).get(other) for name in self.splits]
+            if any(overlaps):
+                add(
+                    f"also in {other}",
+                    [_shown(o.exact if o else None) for o in overlaps],
+                    always=True,
+                )
+                add(f"nearly in {other}", [_shown(o.near if o else None) for o in overlaps])
+        lines = _aligned(rows)
+        warnings = [f"warning: {line}" for line in self.warnings()]
+        if self.recipe.data.streaming:
+            lines.append("train is streamed: its rows were not looked at, nor what it shares")
+        room = max(25 - len(lines), 4)
+        if len(warnings) > room:
+            more = len(warnings) - room + 1
+            warnings = [*warnings[: room - 1], f"({more} more warnings; all is in report.json)"]
+        return "\n".join([*lines, *warnings])
+
+
+# --------------------------------------------------------------------------------- the table
+
+
+def _label_rows(splits: list[SplitFindings]) -> list[tuple[str, list[str]]]:
+    names = list(dict.fromkeys(name for split in splits for name in split.labels))
+    if len(names) <= N_LABELS:
+        return [
+            (f"label {short(name, 20)}", [
+                f"{s.labels[name]:,}{_percent(s.labels[name] / s.rows)}" for s in splits
+            ])
+            for name in names
+        ]  # fmt: skip
+    present = [[count for count in split.labels.values() if count] for split in splits]
+    return [
+        (f"labels, of {len(names)}", [f"{len(counts)}" for counts in present]),
+        ("rows of a label", [f"{min(counts)} to {max(counts)}" for counts in present]),
+    ]
+
+
+def _aligned(rows: list[tuple[str, list[str]]]) -> list[str]:
+    columns = [[name for name, _ in rows], *zip(*(values for _, values in rows), strict=True)]
+    widths = [max(map(len, column)) for column in columns]
+    return [
+        "  ".join([name.ljust(widths[0]), *map(str.rjust, values, widths[1:])]).rstrip()
+        for name, values in rows
+    ]
+
+
+def _shown(found: Found | None) -> str:
+    return "" if found is None else str(found)
+
+
+def _quantiles(tokens: dict[str, int]) -> str:
+    return "/".join(str(tokens[key]) for key in ("p50", "p95", "max"))
+
+
+def _percent(share: float) -> str:
+    if not share:
+        return ""
+    return " (<0.1 %)" if share < 0.0005 else f" ({100 * share:.1f} %)"
+
+
+def _allowing(share: float) -> float:
+    """Return a limit of two digits that a share is not above."""
+    return min(float(np.ceil(share * 100) / 100), 1.0)
+
+
+def short(text: str, width: int = TEXT_WIDTH) -> str:
+    """Return a text in one line of at most `width` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _first(found: Found) -> str:
+    first = found.examples[0]
+    return f"{first.row} `{first.text}` and {first.other}"
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,210 @@
+"""Look at the encoded splits before a model is loaded: what is in them, and what they share."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from lora_cli.data.near import (
+    Fingerprints,
+    Indices,
+    near_repeated,
+    near_shared,
+    repeated,
+    shared,
+)
+from lora_cli.data.sources import Rows
+from lora_cli.errors import LoraError
+from lora_cli.recipe import Recipe
+from lora_cli.tasks import build_task
+from lora_cli.tasks.base import IGNORED, Encoded, Task, load_data
+from lora_cli.tasks.causal_lm import CausalLM
+from lora_cli.tasks.findings import Findings, Found, Overlap, Pair, SplitFindings, short
+from lora_cli.tasks.labels import number
+from lora_cli.tasks.sequence_classification import SequenceClassification
+
+N_SHOWN = 3  # examples of each finding
+
+
+def pass_gate(task: Task, data: dict[str, Encoded]) -> Findings:
+    """Look at the splits, print what was found on stderr, and refuse a leak.
+
+    Raises:
+        LoraError: If validation or test share more with train than `data.check.max_overlap`.
+    """
+    findings = examine(task, data)
+    if findings.splits:
+        sys.stderr.write(findings.table() + "\n")
+    if problems := findings.problems():
+        raise LoraError(problems)
+    return findings
+
+
+def look_at_data(recipe: Recipe) -> tuple[Task, dict[str, Encoded]]:
+    """Read, encode and examine the data of a recipe, as training would; without the model."""
+    task = build_task(recipe)
+    task.load_processor()
+    data = load_data(task)
+    pass_gate(task, data)
+    return task, data
+
+
+def examine(task: Task, data: dict[str, Encoded]) -> Findings:
+    """Return what is in the splits, and what they share."""
+    findings = Findings(task.recipe, task.max_length)
+    looked = {name: _Look(task, split) for name, split in data.items()}
+    for name, look in looked.items():
+        findings.splits[name] = look.findings()
+        earlier = [other for other in looked if other != name][: len(findings.splits) - 1]
+        if earlier:
+            findings.overlap[name] = {other: look.overlap(looked[other]) for other in earlier}
+    return findings
+
+
+class _Look:
+    """One pass over the rows of a split: fingerprints of their texts, and their labels."""
+
+    def __init__(self, task: Task, split: Encoded) -> None:
+        self.task, self.split, self.rows = task, split, split.rows
+        self.near = task.recipe.data.check.near_duplicates
+        self.targets: list[str] = []
+        self.empty_rows = 0
+        self.labels: Counter[str] = Counter()
+        self.texts = Fingerprints.of(self._read(), self.near)
+
+    def _read(self) -> Iterator[list[str]]:
+        columns = text_columns(self.task)
+        for batch in self.rows.batches(1000):
+            texts = [text_of(row, columns) for row in batch]
+            self.empty_rows += sum(not text.strip() for text in texts)
+            if isinstance(self.task, SequenceClassification):
+                for row in batch:
+                    labels = _labels_of(self.task, row)
+                    self.targets.append(", ".join(labels))
+                    self.labels.update(labels)
+            yield texts
+
+    def findings(self) -> SplitFindings:
+        split, task = self.split, self.task
+        of_row, first, which = np.unique(
+            np.array(split.examples["row"]), return_index=True, return_inverse=True
+        )
+        full = split.full_lengths[first]
+        long = full > task.max_length
+        kept = np.bincount(which, split.lengths, minlength=len(of_row))
+        cut = long & (kept < full)
+        p50, p95 = (int(q) for q in np.percentile(full, (50, 95), method="lower"))
+        names = task.labels if isinstance(task, SequenceClassification) else []
+        return SplitFindings(
+            rows=len(self.rows),
+            examples=len(split),
+            skipped_rows=len(self.rows.skipped),
+            rows_without_example=split.rows_without_example,
+            empty_rows=self.empty_rows,
+            tokens={
+                "p50": p50,
+                "p95": p95,
+                "max": int(full.max()),
+                "total": int(split.lengths.sum()),
+            },
+            cut_rows=int(cut.sum()),
+            divided_rows=int((long & ~cut).sum()),
+            trained_tokens=_trained_share(split) if isinstance(task, CausalLM) else None,
+            labels={name: self.labels[name] for name in names},
+            duplicates=self._found(repeated(self.texts), self.rows),
+            near_duplicates=(
+                self._found(near_repeated(self.texts), self.rows) if self.near else None
+            ),
+            contradictions=self._contradictions() if self.targets else None,
+        )
+
+    def overlap(self, other: _Look) -> Overlap:
+        """Return what this split shares with another."""
+        near = near_shared(self.texts, other.texts) if self.near else None
+        return Overlap(
+            self._found(shared(self.texts, other.texts), other.rows),
+            None if near is None else self._found(near, other.rows),
+        )
+
+    def _contradictions(self) -> Found:
+        """Return the rows with equal texts and different labels."""
+        targets = np.unique(np.array(self.targets), return_inverse=True)[1]
+        _, first, which = np.unique(self.texts.exact, return_index=True, return_inverse=True)
+        other = targets != targets[first][which]
+        opposed = np.zeros(len(first), dtype=bool)
+        opposed[which[other]] = True
+        rows = np.flatnonzero(other)
+        found = self._found((rows, first[which[rows]]), self.rows, labels=True)
+        count = int(opposed[which].sum())
+        return Found(count, count / len(self.rows), found.examples)
+
+    def _found(self, pairs: tuple[Indices, Indices], others: Rows, labels: bool = False) -> Found:
+        rows, beside = pairs
+        columns = text_columns(self.task)
+        examples = [
+            Pair(
+                self.rows.place(row),
+                others.place(other),
+                short(text_of(self.rows[row], columns)),
+                short(text_of(others[other], columns)),
+                self.targets[row] if labels else None,
+                self.targets[other] if labels else None,
+            )
+            for row, other in zip(rows[:N_SHOWN].tolist(), beside[:N_SHOWN].tolist(), strict=True)
+        ]
+        return Found(len(rows), len(rows) / len(self.rows), examples)
+
+
+def text_columns(task: Task) -> list[str]:
+    """Return the columns by which rows are compared: what the model reads, and what it writes.
+
+    A label is no part of that. (Language models may have the same prompt in every row.)
+    """
+    columns = list(task.input_columns().values())
+    if not isinstance(task, SequenceClassification):
+        columns += task.target_columns().values()
+    if isinstance(task, CausalLM) and task.spec.format == "alpaca":
+        columns.insert(1, "input")
+    return columns
+
+
+def text_of(row: dict[str, Any], columns: list[str]) -> str:
+    """Return the text by which a row is compared; of a conversation, without the system's turn."""
+    return "\n".join(_text(row.get(column)) for column in columns)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "\n".join(map(_text, value))
+    if isinstance(value, dict):
+        if "system" in (value.get("role"), value.get("from")):
+            return ""
+        return "\n".join(_text(v) for key, v in value.items() if key not in ("role", "from"))
+    if isinstance(value, bytes):
+        return xxhash.xxh3_128_hexdigest(value)
+    return "" if value is None else str(value)
+
+
+def _labels_of(task: SequenceClassification, row: dict[str, Any]) -> list[str]:
+    """Return the names of a row's labels, in the order of the labels; or its number."""
+    if task.spec.problem == "regression":
+        return [str(number(row.get(task.spec.label_column)))]
+    positions = {task.reader.position(value) for value in task.reader.texts_of(row) or ()}
+    return [task.labels[i] for i in sorted(p for p in positions if p is not None)]
+
+
+def _trained_share(split: Encoded) -> float:
+    """Return the share of the tokens that are predicted; the first of an example never is."""
+    trained = 0
+    for labels in split.examples.data.column("labels").chunks:
+        values = labels.flatten().to_numpy(zero_copy_only=False) != IGNORED
+        starts = labels.offsets.to_numpy()[:-1] - labels.offsets[0].as_py()
+        trained += int(values.sum()) - int(values[starts].sum())
+    return trained / int(split.lengths.sum())
