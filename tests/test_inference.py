@@ -485,7 +485,7 @@ def test_the_recipe_says_why(init: Init, tmp_path: Path) -> None:
     init("rows.csv", table(["text", "label"], labelled(40, ["a", "b"]), ";"))
     text = (tmp_path / "recipe.yaml").read_text()
     assert "text_column: text  # the longest text (mean" in text
-    assert "labels: [a, b]  # 2 labels; rows of each: 20 (`a`) to 20 (`b`)" in text
+    assert "labels: [a, b]  # 2 labels; 20 rows of each" in text
     assert "delimiter: ;  # a semicolon gives every row 2 fields" in text
     assert yaml.safe_load(text)["data"]["path"] == "rows.csv"
 
@@ -530,4 +530,5 @@ def test_the_recipe_trains(init: Init, tmp_path: Path) -> None:
     init("rows.csv", table(None, labelled(40, ["bon", "mauvais"]), ";"))
     sets = ["train.epochs=null", "train.max_steps=2", f"output_dir={tmp_path / 'out'}"]
     report = train(load_recipe(tmp_path / "recipe.yaml", sets), False)
-    assert report["test" if "test" in report else "validation"]
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert report

@@ -155,8 +155,8 @@ def encoding_of(raw: bytes) -> tuple[str, str]:
             return encoding, "by the byte order mark at its beginning"
     head = raw[:4000]
     for encoding, zeros in (("utf-16-le", head[1::2]), ("utf-16-be", head[0::2])):
-        if zeros.count(0) > len(zeros) / 3 and zeros.count(0) > head.count(0) * 0.9:
-            return encoding, "every other byte is zero"
+        if zeros.count(0) > len(zeros) / 50 and zeros.count(0) > head.count(0) * 0.9:
+            return encoding, "by its zero bytes, which stand on one side of every pair"
     text = raw.decode("utf-8", errors="surrogateescape")
     if raw.isascii():
         return "utf-8", "it is ASCII"

@@ -145,12 +145,15 @@ def _task(draft: Draft, file: DataFile, base: Base, chosen: Chosen) -> None:
         )
         rarest = min(labels, key=lambda name: labels[name])
         commonest = max(labels, key=lambda name: labels[name])
+        spread = f"rows of each: {labels[rarest]:,} (`{rarest}`) to {labels[commonest]:,}"
+        spread += f" (`{commonest}`)"
+        if labels[rarest] == labels[commonest]:
+            spread = f"{labels[rarest]:,} rows of each"
         draft.put(
             "task",
             "labels",
             [int(name) for name in names] if whole else names,
-            f"{len(names)} labels; rows of each: {labels[rarest]:,} (`{rarest}`) "
-            f"to {labels[commonest]:,} (`{commonest}`)",
+            f"{len(names)} labels; {spread}",
         )
     chat = "messages_column" in chosen.keys or chosen.keys.get("format") == "alpaca"
     if chat and base.lacks_template:
