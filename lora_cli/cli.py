@@ -300,12 +300,12 @@ def init(
     ] = None,
 ) -> None:
     """Look at a data file and write a recipe for it, with what was inferred as comments."""
-    from lora_cli.inference.draft import draft_recipe, refuse_existing, write_draft
+    from lora_cli.inference import draft_recipe, refuse_existing, write_recipe
 
     refuse_existing(output)
     _quiet()
     draft = draft_recipe(source, model, output, text, label)
-    write_draft(draft, output)
+    write_recipe(output, draft.text(), draft.extra_files)
     width = max(len(name) for name, _ in draft.findings)
     for name, finding in draft.findings:
         typer.echo(f"{name.ljust(width)}  {finding}")

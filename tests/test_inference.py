@@ -16,7 +16,7 @@ import tiny
 import yaml
 
 from lora_cli.errors import LoraError
-from lora_cli.inference import draft_recipe, refuse_existing, write_draft
+from lora_cli.inference import draft_recipe, refuse_existing, write_recipe
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.tasks.check import check_recipe
 
@@ -51,7 +51,7 @@ def init(tmp_path: Path, bases: dict[str, Path]) -> Init:
             source.write_bytes(content.encode() if isinstance(content, str) else content)
         target = tmp_path / "recipe.yaml"
         draft = draft_recipe(source, str(bases[model]), target, **given)
-        write_draft(draft, target)
+        write_recipe(target, draft.text(), draft.extra_files)
         recipe = load_recipe(target)
         check_recipe(load_recipe(target))
         return recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from lora_cli.inference.draft import Draft, draft_recipe, refuse_existing, write_draft
+from lora_cli.inference.draft import Draft, draft_recipe
+from lora_cli.inference.writing import refuse_existing, write_recipe
 
-__all__ = ["Draft", "draft_recipe", "refuse_existing", "write_draft"]
+__all__ = ["Draft", "draft_recipe", "refuse_existing", "write_recipe"]

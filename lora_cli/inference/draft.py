@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.sniffing import DataFile, read_data_file
-from lora_cli.errors import LoraError
 from lora_cli.inference.columns import GROUP_NAME, Column, describe, is_blank
 from lora_cli.inference.model import SAMPLE, Base, look_at
 from lora_cli.inference.task import Chosen, choose_task, flag
@@ -387,28 +386,3 @@ def _say(draft: Draft, file: DataFile, chosen: Chosen) -> None:
         parts = [f"`{name}` ({reason})" for name, reason in chosen.left_out.items()]
         more = f", and {len(parts) - 12} more" if len(parts) > 12 else ""
         say(("left out", ", ".join(parts[:12]) + more))
-
-
-def write_draft(draft: Draft, target: Path) -> None:
-    """Write the recipe, and the files that it names; an existing file is never overwritten.
-
-    Raises:
-        LoraError: If one of them exists already, or the folder does not.
-    """
-    from lora_cli.files import write_atomically
-
-    refuse_existing(target)
-    for name, content in draft.extra_files.items():
-        file = target.parent / name
-        if not file.exists():
-            write_atomically(file, content)
-    write_atomically(target, draft.text())
-
-
-def refuse_existing(target: Path) -> None:
-    """Refuse to write where something is, or where there is no folder."""
-    if target.exists():
-        hint = "name another file with `-o FILE`, or remove this one first"
-        raise LoraError(f"{target} exists already, and is not overwritten", "-o", hint)
-    if not target.absolute().parent.is_dir():
-        raise LoraError(f"there is no folder {target.parent}", "-o", f"mkdir -p {target.parent}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_cli.errors import LoraError, did_you_mean
 from lora_cli.inference.columns import Column, is_blank, label_text
+from lora_cli.inference.texts import content_of, listed, pair_of, text_of, text_reason
 
 NONE = "none"  # `--label none`: there is a label, but it is not wanted
 # the stronger hints first; a column's place is that of the first group that its name matches
@@ -26,15 +27,6 @@ LABEL_NAMES = [
         "rating|score|stars?|grade|similarity|priority|type|language|lang|answer",
     )
 ]
-TEXT_NAMES = re.compile(
-    r"(?i)(.*[_\W])?(text|sentence|review|message|comment|content|body|tweet|utterance|query|"
-    r"question|document|article|post|description|文|テキスト|texte?o?)"
-)
-PAIR_NAMES = [
-    ("premise", "hypothesis"), ("question", "passage"), ("question", "sentence"),
-    ("question", "context"), ("query", "document"), ("query", "passage"), ("text", "text_pair"),
-    ("context", "response"), ("claim", "evidence"),
-]  # fmt: skip
 PROMPT_NAMES = [
     ("prompt", "completion"), ("prompt", "response"), ("prompt", "chosen"), ("question", "answer"),
     ("question", "response"), ("query", "response"), ("query", "answer"), ("input", "output"),
@@ -108,27 +100,12 @@ def choose_task(
             f"there is {chosen.why.get('', 'text')}, but no label, and the model is an encoder, "
             "which cannot continue a text",
             place,
-            f"name the label with `--label COLUMN` ({_listed(columns)}), or take a language model",
+            f"name the label with `--label COLUMN` ({listed(columns)}), or take a language model",
         )
     for column in columns:
         if column.name not in chosen.used:
-            chosen.left_out[column.name] = _why_left_out(column)
+            chosen.left_out[column.name] = content_of(column)
     return chosen
-
-
-def _why_left_out(column: Column) -> str:
-    return {
-        "blank": "nothing in it", "url": "addresses", "date": "dates", "id": "names of rows",
-        "number": "numbers", "category": f"{len(column.counts)} values", "binary": "two values",
-        "text": f"text, {column.characters:.0f} characters on average",
-        "list": "lists", "other": "objects inside rows, which no task reads",
-    }.get(column.kind, "another conversation")  # fmt: skip
-
-
-def _listed(columns: Sequence[Column]) -> str:
-    return "the columns: " + "; ".join(
-        f"`{column.name}`: {_why_left_out(column)}" for column in columns[:20]
-    )
 
 
 # ---------------------------------------------------------------------------- language models
@@ -196,8 +173,8 @@ def _prompt_and_completion(asked: Column, said: Column) -> Chosen:
 def _plain(
     columns: Sequence[Column], by_name: dict[str, Column], place: str, text: str | None
 ) -> Chosen:
-    column = by_name[text] if text is not None else _text_of(columns, place, None)
-    why = "chosen by you" if text is not None else _text_reason(column, columns)
+    column = by_name[text] if text is not None else text_of(columns, place, None)
+    why = "chosen by you" if text is not None else text_reason(column, columns)
     return Chosen(
         {"type": "causal_lm", "text_column": column.name},
         {"": "text without a label", "text_column": why},
@@ -227,11 +204,11 @@ def _labelled(
         return _prompt_and_completion(by_name[text], chosen)
     taken = {chosen.name} if isinstance(chosen, Column) else {c.name for c in chosen}
     texts = [column for column in columns if column.name not in taken]
-    pair = None if text is not None else _pair_of(texts)
+    pair = None if text is not None else pair_of(texts)
     first = by_name[text] if text is not None else None
-    first = first or (pair[0] if pair else _text_of(texts, place, chosen))
+    first = first or (pair[0] if pair else text_of(texts, place, chosen))
     keys = {"type": "sequence_classification", "text_column": first.name}
-    why = {"text_column": "chosen by you" if text is not None else _text_reason(first, texts)}
+    why = {"text_column": "chosen by you" if text is not None else text_reason(first, texts)}
     inputs = [first.name]
     if pair:
         keys["text_pair_column"] = pair[1].name
@@ -267,7 +244,7 @@ def _label_of(
         "which column is the label? It could be "
         + " or ".join(f"`{column.name}`" for column in able[:6]),
         place,
-        f"name it with `--label COLUMN`, or use `--label none` ({_listed(columns)})",
+        f"name it with `--label COLUMN`, or use `--label none` ({listed(columns)})",
     )
 
 
@@ -331,7 +308,7 @@ def _label_keys(
             counts,
         )
     if label.kind in ("other", "blank", "openai", "sharegpt"):
-        raise LoraError(f"`{label.name}` holds {_why_left_out(label)}, no label", place)
+        raise LoraError(f"`{label.name}` holds {content_of(label)}, no label", place)
     values = f"{len(label.counts):,} values"
     if given:
         reason = f"chosen by you; {values}"
@@ -364,63 +341,3 @@ def _label_keys(
             "for a prompt and its completion, name both: `--text PROMPT --label COMPLETION`",
         )
     return keys, why, label.counts
-
-
-# ----------------------------------------------------------------------------------------- text
-
-
-def _pair_of(columns: Sequence[Column]) -> tuple[Column, Column] | None:
-    """Return two texts that belong together, by their names or for want of names."""
-    texts = [column for column in columns if column.kind == "text" or _is_short_text(column)]
-    lower = {column.name.strip().lower(): column for column in texts}
-    for one, two in PAIR_NAMES:
-        if one in lower and two in lower:
-            return lower[one], lower[two]
-    for name, column in lower.items():
-        match = re.fullmatch(r"(.*?)(_?)(1|a)", name)
-        other = match and lower.get(match[1] + match[2] + {"1": "2", "a": "b"}[match[3]])
-        if match and match[1] != "column" and other:
-            return column, other
-    unnamed = [c for c in texts if re.fullmatch(r"column_\d+", c.name) and c.kind == "text"]
-    if len(unnamed) == 2:
-        short, long = sorted(unnamed, key=lambda column: column.characters)
-        if long.characters < 3 * short.characters:
-            return unnamed[0], unnamed[1]
-    return None
-
-
-def _is_short_text(column: Column) -> bool:
-    return column.kind == "category" and column.words >= 1.5
-
-
-def _text_of(columns: Sequence[Column], place: str, label: Any) -> Column:
-    """Return the column of the text: the longest, unless names or lengths leave a doubt."""
-    texts = sorted(
-        (column for column in columns if column.kind == "text"), key=lambda c: -c.characters
-    )
-    if not texts:
-        texts = [c for c in columns if c.kind == "category" and TEXT_NAMES.fullmatch(c.name)]
-    if not texts:
-        texts = [c for c in columns if c.kind == "category" and c.rows_per_value < 2]
-    if not texts and label is not None:
-        texts = [c for c in columns if c.kind in ("category", "list") and c.words >= 1.5]
-    if not texts:
-        what = "no column holds text"
-        raise LoraError(what, place, f"name it with `--text COLUMN` ({_listed(columns)})")
-    named = [column for column in texts if TEXT_NAMES.fullmatch(column.name.strip())]
-    for some in (named, texts):
-        if len(some) == 1 or (some and some[0].characters > 1.3 * some[1].characters):
-            return some[0]
-    close = " or ".join(f"`{column.name}`" for column in (named or texts)[:6])
-    both = "" if label is not None else ", or a prompt and its completion: `--text A --label B`"
-    raise LoraError(
-        f"which column is the text? It could be {close}",
-        place,
-        f"name it with `--text COLUMN`{both} ({_listed(columns)})",
-    )
-
-
-def _text_reason(column: Column, columns: Sequence[Column]) -> str:
-    longer = any(c.kind == "text" and c.characters > column.characters for c in columns)
-    what = "text, by its name" if longer else "the longest text"
-    return f"{what} (mean {column.characters:.0f} characters)"

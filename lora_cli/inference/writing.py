@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lora_cli.errors import LoraError
+from lora_cli.files import write_atomically
 from lora_cli.recipe.reader import YamlDumper
 
 WIDTH = 100
@@ -69,3 +72,26 @@ def plain(text: str) -> str:
     """Return a text as one line that may stand in a comment."""
     line = "".join(letter if letter.isprintable() else " " for letter in text)
     return " ".join(line.split())
+
+
+def write_recipe(target: Path, text: str, extra_files: dict[str, str]) -> None:
+    """Write a recipe, and the files that it names; what is there already stays as it is.
+
+    Raises:
+        LoraError: If the recipe exists already, or its folder does not.
+    """
+    refuse_existing(target)
+    for name, content in extra_files.items():
+        file = target.parent / name
+        if not file.exists():
+            write_atomically(file, content)
+    write_atomically(target, text)
+
+
+def refuse_existing(target: Path) -> None:
+    """Refuse to write where something is, or where there is no folder."""
+    if target.exists():
+        hint = "name another file with `-o FILE`, or remove this one first"
+        raise LoraError(f"{target} exists already, and is not overwritten", "-o", hint)
+    if not target.absolute().parent.is_dir():
+        raise LoraError(f"there is no folder {target.parent}", "-o", f"mkdir -p {target.parent}")
