@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -279,6 +280,37 @@ def predict(
             continue
         scores = sorted(values[1:], reverse=True)[:1]
         typer.echo(f"{values[0]}" + (f"\t{scores[0]:.4f}" if scores else ""))
+
+
+@app.command()
+def init(
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A data file (csv, json lines, parquet, text).")
+    ],
+    model: Annotated[str, typer.Option("--model", help="Hub id or folder of the base model.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The recipe to write; never overwritten.")
+    ] = Path("recipe.yaml"),
+    text: Annotated[
+        str | None, typer.Option("--text", help="The column of the text, where it is in doubt.")
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option("--label", help="The column of the label, or of the answer; none: no label."),
+    ] = None,
+) -> None:
+    """Look at a data file and write a recipe for it, with what was inferred as comments."""
+    from lora_cli.inference import draft_recipe, refuse_existing, write_recipe
+
+    refuse_existing(output)
+    _quiet()
+    draft = draft_recipe(source, model, output, text, label)
+    write_recipe(output, draft.text(), draft.extra_files)
+    width = max(len(name) for name, _ in draft.findings)
+    for name, finding in draft.findings:
+        typer.echo(f"{name.ljust(width)}  {finding}")
+    typer.echo(f"\n{'recipe'.ljust(width)}  {output}")
+    typer.echo(f"{'next'.ljust(width)}  lora train {shlex.quote(str(output))}")
 
 
 @app.command()

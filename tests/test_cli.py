@@ -24,7 +24,7 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe, recipe_schema
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ["train", "eval", "merge", "predict", "params", "validate", "schema"]
+COMMANDS = ["train", "eval", "merge", "predict", "init", "params", "validate", "schema"]
 TERMINAL = {"COLUMNS": "100", "TERM": "dumb", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
 GOOD = "model: {name: m}\ntask: {type: sequence_classification}\ndata: {path: rows.csv}\n"
 FAULTY = GOOD + "train: {seeed: 1}\n"
@@ -324,3 +324,33 @@ def test_params_of_roberta_base_needs_its_configuration_only(tmp_path: Path) -> 
     every = run("params", str(recipe), "--all").stdout.splitlines()
     assert len(every) == len(as_json["parameters"]) + 3
     assert every[-1] == total
+
+
+def test_init_says_what_it_inferred_and_what_is_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.save_encoder("base")
+    rows = "".join(f"{text} {i};{'nj'[i % 2]}\n" for i, text in enumerate(tiny.CORPUS * 5))
+    Path("rows.csv").write_text(f"text;label\n{rows}")
+    result = run("init", "rows.csv", "--model", "base")
+    assert result.exit_code == 0
+    said = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if line)
+    assert said["delimiter"] == "';': a semicolon gives every row 2 fields"
+    assert said["label"] == "`label`, by its name and its 2 values"
+    assert said["labels"] == "j, n, 2 labels; 20 rows of each"
+    assert said["recipe"] == "recipe.yaml"
+    assert said["next"] == "lora train recipe.yaml"
+    assert run("validate", "recipe.yaml").exit_code == 0
+    assert "exists already" in str(run("init", "rows.csv", "--model", "base").exception)
+
+
+def test_init_reads_a_file_without_torch_being_needed_to_sniff(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text;label\na warm film;x\na cold film;y\n")
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from lora_cli.data.sniffing import read_data_file\n"
+        "import lora_cli.inference\n"
+        "print(read_data_file(Path('rows.csv')).columns, 'torch' in sys.modules)"
+    )
+    assert python("-c", code, cwd=tmp_path).stdout == "['text', 'label'] False\n"

@@ -268,6 +268,52 @@ def test_a_row_may_have_several_labels(bert: Path, tmp_path: Path, separator: st
     assert task.model_config().problem_type == "multi_label_classification"
 
 
+MARKS = [{"a": "1", "b": 0, "c": "0"}, {"a": False, "b": True, "c": 0.0}, {"a": 0, "b": 0, "c": 1}]
+
+
+def marked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"text": tiny.CORPUS[i % 8], **row} for i, row in enumerate(rows)]
+
+
+def test_each_label_may_have_a_column_of_0_and_1(bert: Path, tmp_path: Path) -> None:
+    rows = marked(MARKS)
+    task = task_of(bert, tmp_path, rows, label_columns=["a", "b", "c"])
+    assert labels_of(task) == [0, 1, 2]
+    assert task.spec.labels == ["a", "b", "c"]
+    rows[0]["c"] = 1
+    names = {"label_columns": ["a", "b", "c"], "labels": ["red", "green", "blue"]}
+    task = task_of(bert, tmp_path, rows, problem="multi_label", **names)
+    assert labels_of(task) == [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
+    assert task.labels == ["red", "green", "blue"]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"b": 1}, "`a`, `b` are all 1; with `problem: single_label` it is one"),
+        ({"a": 0}, "no label's column is 1; with `problem: single_label` it is one"),
+        ({"c": "2"}, "column `c` holds `2`, not 0 or 1"),
+        ({"c": None}, "column `c` holds `None`, not 0 or 1"),
+    ],
+)
+def test_other_marks_are_faults(
+    change: dict[str, Any], what: str, bert: Path, tmp_path: Path
+) -> None:
+    rows = marked(MARKS)
+    rows[0] |= change
+    task = task_of(bert, tmp_path, rows, label_columns=["a", "b", "c"])
+    with pytest.raises(LoraError) as caught:
+        load_data(task)
+    (problem,) = caught.value.problems
+    assert (problem.what, problem.at) == (what, "train.jsonl:1")
+
+
+def test_a_missing_column_of_marks_is_named(bert: Path, tmp_path: Path) -> None:
+    task = task_of(bert, tmp_path, marked(MARKS), label_columns=["a", "d"])
+    with pytest.raises(LoraError, match="has no column `d`"):
+        load_data(task)
+
+
 @pytest.mark.parametrize(
     "value", ["many", "", None, float("nan"), float("inf"), "-inf", "1e39", 10**400, [1.0]]
 )

@@ -148,13 +148,14 @@ def stream_rows(recipe: Recipe) -> Iterator[RawRow]:
 def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tuple[Rows, Rows]:
     """Return (held-out rows, what stays)."""
     task = recipe.task
-    label = getattr(task, "label_column", None)
+    labels = task.target_columns if task.type == "sequence_classification" else []
     _require_rows(parent, spec.from_)
     texts, wanted = _text_columns(recipe)
     if spec.group_by:
         wanted[recipe.at(f"data.{name}.group_by")] = spec.group_by
-    if spec.stratify and label:
-        wanted[recipe.at("task.label_column")] = label
+    if spec.stratify:
+        key = "task.label_columns.{}" if len(labels) > 1 else "task.label_column"
+        wanted |= {recipe.at(key.format(i)): label for i, label in enumerate(labels)}
     require_columns(wanted, parent.columns, parent.source)
     rows = list(parent)
     held, kept = draw(
@@ -163,12 +164,16 @@ def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tup
         # another seed for each, so that the two draws do not pick the same positions
         seed=(recipe.data.split_seed, SPLITS.index(name)),
         disjoint=spec.disjoint,
-        strata=[str(row.get(label)) for row in rows] if spec.stratify and label else None,
+        strata=[_stratum(row, labels) for row in rows] if spec.stratify and labels else None,
         groups=[str(row.get(spec.group_by)) for row in rows] if spec.group_by else None,
         at=recipe.at(f"data.{name}"),
     )
     dropped = len(rows) - len(held) - len(kept)
     return parent.select(held), replace(parent.select(kept), dropped=parent.dropped + dropped)
+
+
+def _stratum(row: dict[str, Any], labels: list[str]) -> str:
+    return "\n".join(str(row.get(label)) for label in labels)
 
 
 def _text_columns(recipe: Recipe) -> tuple[list[str], dict[str, str]]:

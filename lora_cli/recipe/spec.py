@@ -93,6 +93,10 @@ class SequenceClassificationSpec(Section):
     label_column: Word = "label"
     """Column of the label: a word, an integer, a number (regression), or several labels."""
 
+    label_columns: Annotated[list[Word], Field(min_length=2)] | None = None
+    """Columns of 0 and 1 (or false and true), one for each label, instead of `label_column`. Their
+    names are the labels, unless `labels` gives others. With `single_label`, each row has one 1."""
+
     labels: Annotated[list[str | int], Field(min_length=1)] | None = None
     """Names of the labels, in order. Integers in the data are read as positions in this list.
     Default: the values found in the train split, sorted."""
@@ -126,9 +130,29 @@ class SequenceClassificationSpec(Section):
                     yield key, f"`{key}` has no meaning with `problem: regression`"
         if self.label_separator is not None and self.problem != "multi_label":
             yield "label_separator", "`label_separator` needs `problem: multi_label`"
+        if self.label_columns is not None:
+            yield from self._column_conflicts(self.label_columns)
         for label, times in Counter(map(str, self.labels or ())).items():
             if times > 1:
                 yield "labels", f"the label `{label}` stands {times} times in `labels`"
+
+    def _column_conflicts(self, columns: list[str]) -> Conflicts:
+        if self.problem == "regression":
+            yield "label_columns", "`label_columns` has no meaning with `problem: regression`"
+        if self.label_separator is not None:
+            yield "label_separator", "`label_separator` divides one column, not `label_columns`"
+        if self.labels is not None and len(self.labels) != len(columns):
+            text = f"{len(self.labels)} names in `labels` for {len(columns)} `label_columns`"
+            yield "labels", text
+        for column, times in Counter(columns).items():
+            if times > 1:
+                text = f"the column `{column}` stands {times} times in `label_columns`"
+                yield "label_columns", text
+
+    @property
+    def target_columns(self) -> list[str]:
+        """The columns that hold the label, or a label each."""
+        return self.label_columns or [self.label_column]
 
 
 class CausalLMSpec(Section):

@@ -21,7 +21,7 @@ class Labels:
 
     def __init__(self, recipe: Recipe, spec: SequenceClassificationSpec) -> None:
         self.recipe, self.spec = recipe, spec
-        self.names = [_text(label) for label in spec.labels or []]
+        self.names = [_text(label) for label in spec.labels or spec.label_columns or []]
         self.class_names: list[str] = []  # of the Hub's ClassLabel column; its rows hold positions
         self.weights: Tensor | None = None
 
@@ -80,6 +80,8 @@ class Labels:
 
     def texts_of(self, row: dict[str, Any]) -> list[str] | None:
         """Return the labels of a row as text, or None where they cannot be read."""
+        if self.spec.label_columns is not None:
+            return self._marked(row, self.spec.label_columns)
         value = row.get(self.spec.label_column)
         if self.spec.problem == "multi_label":
             if isinstance(value, str) and self.spec.label_separator is not None:
@@ -95,6 +97,22 @@ class Labels:
             # labels of other names in the recipe rename the classes, by position
             return [name if name in self.names else _text(value)]
         return [_text(value)]
+
+    def _marked(self, row: dict[str, Any], columns: list[str]) -> list[str] | None:
+        """Return the labels whose columns hold a 1, or None where some hold neither 0 nor 1."""
+        marks = [_mark(row.get(column)) for column in columns]
+        if None in marks or (self.spec.problem == "single_label" and sum(map(bool, marks)) != 1):
+            return None
+        return [name for name, mark in zip(self.names, marks, strict=True) if mark]
+
+    def fault_of_marks(self, row: dict[str, Any], columns: list[str]) -> str:
+        """Return why the columns of 0 and 1 cannot be read."""
+        for column in columns:
+            if _mark(value := row.get(column)) is None:
+                return f"column `{column}` holds `{value}`, not 0 or 1"
+        marked = [column for column in columns if _mark(row.get(column))]
+        many = f"`{'`, `'.join(marked)}` are all 1" if marked else "no label's column is 1"
+        return f"{many}; with `problem: single_label` it is one"
 
     def _refuse_unknown(self, splits: dict[str, Rows], found: dict[str, Counter[str]]) -> None:
         problems = []
@@ -162,6 +180,12 @@ class Labels:
 def _is_blank(value: Any) -> bool:
     """Return whether a value cannot be a label: nothing, NaN (a parquet file's nothing), a list."""
     return value is None or value != value or isinstance(value, list | dict) or not _text(value)
+
+
+def _mark(value: Any) -> int | None:
+    """Return 0 or 1 for what a label's own column holds, or None."""
+    text = str(float(value)) if isinstance(value, int | float) else str(value).strip().lower()
+    return {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}.get(text)
 
 
 def _text(value: Any) -> str:

@@ -49,7 +49,9 @@ class SequenceClassification(Task):
         return {self.recipe.at(key): column for key, column in named.items()}
 
     def target_columns(self) -> dict[str, str]:
-        """Return the column of the label."""
+        """Return the column of the label, or the columns of the labels."""
+        if columns := self.spec.label_columns:
+            return {self.recipe.at(f"task.label_columns.{i}"): c for i, c in enumerate(columns)}
         return {self.recipe.at("task.label_column"): self.spec.label_column}
 
     @property
@@ -91,6 +93,8 @@ class SequenceClassification(Task):
             return "" if is_number else f"column `{column}` holds `{value}`, not a number"
         if self.reader.texts_of(row) is not None:
             return ""
+        if self.spec.label_columns is not None:
+            return self.reader.fault_of_marks(row, self.spec.label_columns)
         if self.spec.problem == "multi_label":
             if isinstance(value, list):
                 return f"column `{column}` holds a list with a blank or a list in it"

@@ -1,0 +1,332 @@
+"""How a data file is written, found from its bytes: kind, encoding, delimiter, header, columns.
+
+What is found is what the recipe's `data.format` would have to say; the rows are then read by the
+same readers that training uses, so that nothing is understood here that is not understood there.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_cli.data.files import KINDS, RawRow, read_rows
+from lora_cli.errors import LoraError
+from lora_cli.recipe import FormatSpec
+
+SAMPLE_BYTES = 1 << 20
+DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
+SPARE_DELIMITERS = "\t;|^~\x1f"  # for a file of one column, whose texts hold commas
+CONSISTENT = 0.9  # share of the records with the same number of fields
+BOMS = {
+    b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xef\xbb\xbf": "utf-8",
+    b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
+}  # fmt: skip
+LEGACY = [
+    "cp1252", "cp1251", "cp1250", "cp1253", "cp932", "euc_jp", "gb18030", "big5", "euc_kr",
+]  # fmt: skip
+COLUMN_NAMES = re.compile(
+    r"(text|sentence|label|class|category|id|index|date|title|name|score|rating|target|intent|"
+    r"sentiment|prompt|completion|question|answer|instruction|input|output|url|message|comment|"
+    r"review|premise|hypothesis|body|content|description|summary|source|lang(uage)?)s?[_ ]?\d?",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of rows, as it was found to be.
+
+    Args:
+        path: The file.
+        form: The keys of `data.format` that are not their defaults.
+        why: Of each of these keys, what says so.
+        rows: The rows that can be read.
+        faults: Those that cannot.
+        columns: Names of the columns, in order.
+        named: Whether the file itself names them.
+        about: The kind of file in words: `csv, semicolon, cp1252`.
+    """
+
+    path: Path
+    form: dict[str, Any]
+    why: dict[str, str]
+    rows: list[dict[str, Any]]
+    faults: list[RawRow]
+    columns: list[str]
+    named: bool
+    about: str
+
+
+@dataclass
+class _Findings:
+    kind: str
+    form: dict[str, Any] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+    named: bool = True
+
+    def say(self, key: str, value: Any, why: str) -> None:
+        self.form[key], self.why[key] = value, why
+
+
+def read_data_file(path: Path) -> DataFile:
+    """Find out how a file is written, and read it.
+
+    Raises:
+        LoraError: If the file is not there, is empty, or holds no rows that can be read.
+    """
+    raw = _bytes_of(path)
+    if not raw.strip():
+        raise LoraError("the file is empty", str(path))
+    by_name = KINDS.get(Path(path.name.removesuffix(".gz")).suffix.lower())
+    if raw.startswith(b"PAR1"):
+        found = _Findings("parquet")
+    else:
+        encoding, why = encoding_of(raw)
+        text = _sample(raw, encoding)
+        found = _Findings(_kind(text, by_name))
+        if encoding != "utf-8":
+            found.say("encoding", encoding, why)
+        if found.kind == "csv":
+            _find_table(found, path, text)
+        elif found.kind == "text" and _has_paragraphs(text):
+            found.say("sample_by", "paragraph", "blank lines divide the text")
+    if found.kind != by_name:
+        found.say("type", found.kind, "by its content; the name does not say so")
+    spec = FormatSpec.model_validate(found.form)
+    rows = list(read_rows(path, spec))
+    good = [row.columns for row in rows if row.columns is not None and not row.fault]
+    faults = [row for row in rows if row.columns is None or row.fault]
+    if not good:
+        what = f"no row can be read: {faults[0].fault}" if faults else "the file has no rows"
+        raise LoraError(what, faults[0].place if faults else str(path))
+    if len(faults) > len(good):
+        what = f"{len(faults)} of {len(rows)} rows cannot be read: {faults[0].fault}"
+        raise LoraError(what, faults[0].place)
+    columns = list(dict.fromkeys(name for row in good for name in row))
+    return DataFile(
+        path, found.form, found.why, good, faults, columns, found.named, _about(found, path)
+    )
+
+
+def _bytes_of(path: Path) -> bytes:
+    if path.is_dir():
+        raise LoraError("this is a folder", str(path), "name one file in it")
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except FileNotFoundError:
+        raise LoraError("there is no such file", str(path)) from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise LoraError(f"cannot be read: {error}", str(path)) from error
+
+
+def _about(found: _Findings, path: Path) -> str:
+    if found.kind == "parquet":
+        return "parquet"
+    words = [{"csv": "table", "json": "JSON", "text": "plain text"}[found.kind]]
+    if found.kind == "csv":
+        is_tsv = path.name.removesuffix(".gz").lower().endswith(".tsv")
+        delimiter = found.form.get("delimiter") or ("\t" if is_tsv else ",")
+        one = "delimiter" in found.form and delimiter not in DELIMITERS
+        words.append("one column" if one else f"{DELIMITERS[delimiter]} between the columns")
+        words.append("with a header" if found.named else "without a header")
+    return ", ".join([*words, found.form.get("encoding", "utf-8")])
+
+
+# ------------------------------------------------------------------------------------ encoding
+
+
+def encoding_of(raw: bytes) -> tuple[str, str]:
+    """Return the encoding of a text and what says so.
+
+    UTF-8 is nearly certain where it fits. What is left is one of the older encodings of a byte or
+    two a letter, which only the likelihood of the letters tells apart.
+    """
+    for mark, encoding in BOMS.items():
+        if raw.startswith(mark):
+            return encoding, "by the byte order mark at its beginning"
+    head = raw[:4000]
+    for encoding, zeros in (("utf-16-le", head[1::2]), ("utf-16-be", head[0::2])):
+        if zeros.count(0) > len(zeros) / 50 and zeros.count(0) > head.count(0) * 0.9:
+            return encoding, "by its zero bytes, which stand on one side of every pair"
+    text = raw.decode("utf-8", errors="surrogateescape")
+    if raw.isascii():
+        return "utf-8", "it is ASCII"
+    bad = sum("\udc80" <= letter <= "\udcff" for letter in text)
+    good = sum(letter > "\x7f" for letter in text) - bad
+    if bad <= good / 20:
+        return "utf-8", "its bytes are UTF-8"
+    return _legacy(raw)
+
+
+def _legacy(raw: bytes) -> tuple[str, str]:
+    from charset_normalizer import from_bytes
+
+    lines = [line for line in raw.splitlines(keepends=True) if not line.isascii()]
+    sample = b"".join(lines[:2000])
+    best = from_bytes(sample, cp_isolation=LEGACY).best()
+    encoding = best.encoding if best else "latin-1"
+    if encoding == "cp1250" and _decoded(sample, "cp1250") == _decoded(sample, "cp1252"):
+        encoding = "cp1252"
+    if _decoded(raw, encoding) is None:
+        encoding = "latin-1"
+    words = re.findall(r"\w*[^\W\x00-\x7f]\w*", _decoded(sample, encoding) or "")
+    example = max(words[:200], key=len, default="")[:30]
+    return encoding, f"not UTF-8; likeliest by its letters: read so, it says `{example}`"
+
+
+def _decoded(raw: bytes, encoding: str) -> str | None:
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError:
+        return None
+
+
+def _sample(raw: bytes, encoding: str) -> str:
+    """Return the first whole lines of a text, without a byte order mark."""
+    text = raw[:SAMPLE_BYTES].decode(encoding, errors="replace").removeprefix("\ufeff")
+    cut = text.rfind("\n") if len(raw) > SAMPLE_BYTES else -1
+    return text[: cut + 1] if cut > 0 else text
+
+
+# ---------------------------------------------------------------------------- kind and columns
+
+
+def _kind(text: str, by_name: str | None) -> str:
+    """Return csv, json or text; the content decides where it is clear, else the name."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if lines and _is_json(text, lines[0]):
+        return "json"
+    if by_name in ("csv", "text"):
+        tabs = {line.count("\t") for line in lines}
+        return "csv" if by_name == "csv" or (len(tabs) == 1 and tabs != {0}) else "text"
+    return "csv" if find_delimiter(text) else "text"
+
+
+def _is_json(text: str, line: str) -> bool:
+    if text.lstrip().startswith(("[{", "[\n", "[\r")) or re.match(r"\s*\[\s*\{", text):
+        return True
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return re.match(r'\s*\{\s*("|$)', line) is not None
+
+
+def _has_paragraphs(text: str) -> bool:
+    lines = text.splitlines()
+    return sum(not line.strip() for line in lines) > len(lines) / 20
+
+
+def records_of(text: str, delimiter: str) -> list[list[str]]:
+    """Return the records of a table that are not blank; one that is broken costs its line."""
+    records: list[list[str]] = []
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return records
+        except csv.Error:
+            continue
+        if any(cell.strip() for cell in fields):
+            records.append(fields)
+
+
+def find_delimiter(text: str) -> str | None:
+    """Return what stands between the columns: it gives the most records the same fields.
+
+    Prose has commas too, but not as many in every line: below nine in ten, it is no delimiter.
+    """
+    scores: dict[str, tuple[float, int]] = {}
+    for delimiter in DELIMITERS:
+        counts = Counter(map(len, records_of(text, delimiter)))
+        fields, times = max(counts.items(), key=lambda item: (item[1], item[0]), default=(0, 0))
+        share = times / max(counts.total(), 1)
+        if fields > 1 and share >= CONSISTENT:
+            scores[delimiter] = (round(share, 2), fields)
+    return max(scores, key=lambda d: scores[d]) if scores else None
+
+
+def _find_table(found: _Findings, path: Path, text: str) -> None:
+    """Find the delimiter, the header and the names of the columns."""
+    default = "\t" if path.name.removesuffix(".gz").lower().endswith(".tsv") else ","
+    delimiter = find_delimiter(text)
+    records = records_of(text, delimiter or default)
+    if delimiter is None and max(map(len, records)) > 1:
+        lines = [[line] for line in text.splitlines() if line.strip()]
+        if not has_header(lines):
+            found.kind, found.named = "text", False
+            return
+        delimiter = next((mark for mark in SPARE_DELIMITERS if mark not in text), None)
+        records = lines if delimiter else records
+        if delimiter:
+            why = "the file has one column; this character stands nowhere in it"
+            found.say("delimiter", delimiter, why)
+    elif delimiter not in (None, default):
+        assert delimiter is not None
+        why = f"a {DELIMITERS[delimiter]} gives every row {len(records[0])} fields"
+        found.say("delimiter", delimiter, why)
+    found.named = has_header(records)
+    width = Counter(map(len, records)).most_common(1)[0][0]
+    if not found.named:
+        found.say("header", False, "the first line looks like the others")
+        found.say("columns", [f"column_{i}" for i in range(1, width + 1)], "names given here")
+        return
+    names = [name.strip() for name in records[0]]
+    if len(set(names)) < len(names):
+        unique = [
+            name if names.index(name) == i else f"{name}_{i + 1}" for i, name in enumerate(names)
+        ]
+        unique = [name or f"column_{i}" for i, name in enumerate(unique, 1)]
+        found.say("columns", unique, "two columns of the header have the same name")
+
+
+def has_header(records: Sequence[Sequence[str]]) -> bool:
+    """Return whether the first record names the columns, judged by how it differs from the rest."""
+    first, rest = [cell.strip() for cell in records[0]], records[1:2000]
+    filled = [cell for cell in first if cell]
+    if not rest or not filled:
+        return bool(filled) and all(COLUMN_NAMES.fullmatch(cell) for cell in filled)
+    votes = 0
+    for i, cell in enumerate(first):
+        below = [record[i].strip() for record in rest if len(record) > i]
+        votes += _vote(cell, [value for value in below if value])
+    return votes > 0
+
+
+def _vote(cell: str, below: list[str]) -> int:
+    """Return above 0 if a cell names its column, below 0 if it is a value like the others."""
+    if not cell or not below:
+        return 0
+    if COLUMN_NAMES.fullmatch(cell):
+        return -1 if below.count(cell) > len(below) / 20 else 3
+    if is_number(cell):
+        return -3
+    numbers = sum(map(is_number, below)) / len(below)
+    if numbers > 0.9:
+        return 3
+    distinct = len(set(below))
+    if distinct <= len(below) / 2:  # a column of few values: is this one of them?
+        return -3 if cell in set(below) else 1
+    words = len(cell.split())
+    if len(cell) > 60 or words > 5 or re.search(r"[.!?\u3002\uff01\uff1f]$|https?://", cell):
+        return -3
+    mean = sum(map(len, below)) / len(below)
+    is_name = re.fullmatch(r"\w+([ _.-]\w+){0,3}", cell) is not None
+    return 2 if is_name and len(cell) < mean / 3 else 0
+
+
+def is_number(text: str) -> bool:
+    """Return whether a text is a finite number."""
+    try:
+        return abs(float(text)) < float("inf")
+    except ValueError:
+        return False

@@ -1,0 +1,224 @@
+"""What a column holds: text, a category, numbers, 0 and 1, a conversation, or nothing to learn."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_cli.data.sniffing import is_number
+
+URL = re.compile(r"(https?://|www\.)\S+$", re.IGNORECASE)
+DATE = re.compile(
+    r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4})"
+    r"([T ]\d{1,2}:\d{2}\S*( [AP]M)?)?$"
+)
+ID_NAME = re.compile(
+    r"(?i:(.*[_\W])?(id|ids|idx|index|uuid|guid|key|hash|row|no|nr))|.*[a-z](Id|ID)"
+)
+ID_VALUE = re.compile(r"[A-Za-z]*[-_#]?\d+|[0-9a-fA-F]{8}-[0-9a-fA-F-]{20,}|[0-9a-f]{16,}")
+GROUP_NAME = re.compile(
+    r"(?i)(.*[_\W])?(customer|client|user|author|conversation|session|thread|patient|document|doc|"
+    r"dialog(ue)?|speaker|ticket|account|product|group|family)s?([_ ]?(id|name|no|nr|key))?"
+)
+SEPARATORS = (";", "|", ",", "+", "/", " ")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column, as its values show it.
+
+    Args:
+        name: As in the file.
+        kind: `blank`, `url`, `date`, `id`, `binary`, `number`, `category`, `text`, `list` (of
+            short texts), `openai`, `sharegpt` or `other` (objects, and lists of them).
+        count: Rows in which it is not blank.
+        counts: How often each value stands, as the label it would be; `list` counts the items.
+        characters: Mean length of a value.
+        words: Mean number of words of a value.
+        has_fractions: Some number is not whole.
+        separator: What divides the labels in a value, where there are several.
+    """
+
+    name: str
+    kind: str
+    count: int
+    counts: Counter[str]
+    characters: float = 0.0
+    words: float = 0.0
+    has_fractions: bool = False
+    separator: str | None = None
+
+    @property
+    def rows_per_value(self) -> float:
+        """Mean number of rows that share a value."""
+        return self.counts.total() / max(len(self.counts), 1)
+
+    @property
+    def is_id_by_name(self) -> bool:
+        """Whether the name says that the values name things."""
+        return ID_NAME.fullmatch(self.name) is not None
+
+
+def label_text(value: Any) -> str:
+    """Return a value as the label that the task would read."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def is_blank(value: Any) -> bool:
+    """Return whether nothing stands there."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def describe(name: str, rows: Sequence[dict[str, Any]]) -> Column:
+    """Return what a column holds."""
+    values = [value for row in rows if not is_blank(value := row.get(name))]
+    if not values:
+        return Column(name, "blank", 0, Counter())
+    if any(isinstance(value, list | dict) for value in values):
+        return _of_lists(name, values)
+    if (form := conversation_form(values)) is not None:
+        return Column(name, form, len(values), Counter())
+    texts = [label_text(value) for value in values]
+    counts = Counter(texts)
+    characters = sum(map(len, texts)) / len(texts)
+    words = sum(len(text.split()) for text in texts) / len(texts)
+    kind = _kind(name, texts, counts, words)
+    column = Column(
+        name,
+        kind,
+        len(values),
+        counts,
+        characters,
+        words,
+        kind == "number" and any(not float(text).is_integer() for text in texts),
+    )
+    separator = _separator(column) if kind in ("category", "text", "id") else None
+    if separator is None:
+        return column
+    parts = Counter(part for text in texts for part in divided(text, separator))
+    return Column(name, "list", len(values), parts, characters, words, separator=separator)
+
+
+def _kind(name: str, texts: list[str], counts: Counter[str], words: float) -> str:
+    """Return the kind of a column of single values."""
+
+    def most(test: Any) -> bool:
+        return sum(bool(test(text)) for text in texts) >= 0.95 * len(texts)
+
+    if most(URL.match):
+        return "url"
+    if most(DATE.match):
+        return "date"
+    if set(map(str.lower, counts)) <= {"0", "1", "true", "false"}:
+        return "binary"
+    is_unique = len(counts) == len(texts) and len(texts) > 1
+    named_id = ID_NAME.fullmatch(name) is not None
+    if most(ID_VALUE.fullmatch) and (named_id or (is_unique and not all(map(_is_small, counts)))):
+        return "id"
+    if all(map(is_number, texts)):
+        whole = all(text.lstrip("-").isdecimal() for text in texts)
+        return "id" if is_unique and whole and _is_count(texts) else "number"
+    if named_id and words < 2:
+        return "id"
+    if len(counts) * 2 <= len(texts) and words <= 6 and max(map(len, counts)) <= 80:
+        return "category"
+    return "text" if _is_natural(texts, words) else "category"
+
+
+def _is_small(text: str) -> bool:
+    return len(text) <= 2
+
+
+def _is_count(texts: list[str]) -> bool:
+    """Return whether whole numbers count the rows."""
+    numbers = [int(text) for text in texts]
+    return all(b == a + 1 for a, b in itertools.pairwise(numbers)) or (
+        len(numbers) > 50 and min(numbers) >= 0
+    )
+
+
+def _is_natural(texts: list[str], words: float) -> bool:
+    """Return whether the values are what people write: words, or letters that need no spaces."""
+    sample = "".join(texts[:500])
+    letters = sum(letter.isalpha() or letter.isspace() for letter in sample) / max(len(sample), 1)
+    wide = sum(letter > "\u2e7f" for letter in sample) / max(len(sample), 1)
+    return letters > 0.5 and (words >= 1.5 or (wide > 0.3 and len(sample) / len(texts[:500]) > 4))
+
+
+# ------------------------------------------------------------------------------- several values
+
+
+def _of_lists(name: str, values: list[Any]) -> Column:
+    form = conversation_form(values)
+    if form is not None:
+        return Column(name, form, len(values), Counter())
+    items = [item for value in values if isinstance(value, list) for item in value]
+    plain = all(isinstance(value, list) for value in values) and not any(
+        isinstance(item, list | dict) or is_blank(item) for item in items
+    )
+    if not plain or not items:
+        return Column(name, "other", len(values), Counter())
+    return Column(name, "list", len(values), Counter(map(label_text, items)))
+
+
+def conversation_form(values: Sequence[Any]) -> str | None:
+    """Return `openai` or `sharegpt` where nearly all values are conversations, else None."""
+    forms = Counter(_form(value) for value in values)
+    form, times = forms.most_common(1)[0]
+    return form if form is not None and times >= 0.9 * len(values) else None
+
+
+def _form(value: Any) -> str | None:
+    if isinstance(value, str):
+        if not value.lstrip().startswith("["):
+            return None
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        return None
+    turn = value[0]
+    if "role" in turn and "content" in turn:
+        return "openai"
+    return "sharegpt" if "from" in turn and "value" in turn else None
+
+
+def divided(text: str, separator: str) -> list[str]:
+    """Return the labels that stand in a value."""
+    return [part.strip() for part in text.split(separator) if part.strip()]
+
+
+def _separator(column: Column) -> str | None:
+    """Return what divides the labels of a value, if its parts recur in other company.
+
+    `Action;Drama`, `Drama`, `Drama;War`: three values of few parts. In `New York`, the parts recur
+    nowhere, and in prose they are too many.
+    """
+    for separator in SEPARATORS:
+        if separator == " " and not re.fullmatch(r"(?i)(labels|tags|topics|genres)", column.name):
+            continue
+        parts: Counter[str] = Counter()  # in how many different values each stands
+        several = 0
+        for value, times in column.counts.items():
+            inside = divided(value, separator)
+            parts.update(set(inside))
+            several += times if len(inside) > 1 else 0
+            if max((len(part.split()) for part in inside), default=0) > 3:
+                break
+        else:
+            recurring = sum(times > 1 for times in parts.values())
+            enough = several >= max(2, column.count / 20)
+            few = 2 <= len(parts) <= max(4, column.count / 3)
+            if enough and few and recurring >= max(2, len(parts) / 2):
+                return separator
+    return None

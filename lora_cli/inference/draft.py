@@ -1,0 +1,388 @@
+"""From a data file and a model's name to a recipe with comments."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_cli.data.sniffing import DataFile, read_data_file
+from lora_cli.inference.columns import GROUP_NAME, Column, describe, is_blank
+from lora_cli.inference.model import SAMPLE, Base, look_at
+from lora_cli.inference.task import Chosen, choose_task, flag
+from lora_cli.inference.writing import commented_yaml
+from lora_cli.recipe import Recipe
+
+MANY_LABELS = 500  # more are not written out, but found in the train rows
+LONGEST = {"sequence_classification": 512, "causal_lm": 2048}  # more is slow, whatever fits
+CHATML = """\
+{%- for message in messages -%}
+<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
+TEMPLATE = "chatml.jinja"
+
+
+@dataclass
+class Draft:
+    """A recipe, with the reasons of its values.
+
+    Args:
+        values: The recipe, section by section.
+        why: By key with dots, what says so; a comment in the file.
+        findings: What was inferred and from what, to print: (name, finding).
+        extra_files: Files that the recipe names, by name, to be written beside it.
+    """
+
+    values: dict[str, Any]
+    why: dict[str, str]
+    findings: list[tuple[str, str]] = field(default_factory=list)
+    extra_files: dict[str, str] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """Return the recipe as YAML with comments."""
+        head = "Written by `lora init`; each comment says what a value was inferred from."
+        return commented_yaml(self.values, self.why, head)
+
+    def put(self, section: str, key: str, value: Any, why: str = "") -> None:
+        """Set a key of a section."""
+        self.values.setdefault(section, {})[key] = value
+        if why:
+            self.why[f"{section}.{key}"] = why
+
+
+def draft_recipe(
+    source: Path, model: str, target: Path, text: str | None = None, label: str | None = None
+) -> Draft:
+    """Return a recipe for a data file.
+
+    Args:
+        source: The data file.
+        model: Hub id, folder or `package:NAME/FOLDER` of the base model.
+        target: Where the recipe will be written; its paths are relative to that folder.
+        text: The column of the text, if the user names it.
+        label: The column of the label, or the completion, if the user names it.
+
+    Raises:
+        LoraError: If the file cannot be read, or it cannot be decided what to learn from it.
+    """
+    file = read_data_file(source)
+    base = look_at(model)
+    columns = [describe(name, file.rows) for name in file.columns]
+    chosen = choose_task(columns, file.rows, source.name, text, label, base.can_write)
+    file, columns, chosen = _with_names(file, columns, chosen)
+    draft = Draft({"model": {"name": _relative(model, target, base)}}, {})
+    _task(draft, file, base, chosen)
+    _data(draft, file, columns, chosen, target)
+    _training(draft, base, len(file.rows))
+    _say(draft, file, chosen)
+    Recipe.model_validate(draft.values)  # what is wrong here is ours
+    return draft
+
+
+def _relative(model: str, target: Path, base: Base) -> str:
+    """Return a model's name as the recipe has to write it: a folder as seen from the recipe."""
+    folder = Path(model).expanduser()
+    if Path(model).is_absolute() or model.startswith("~") or not folder.is_dir():
+        return model
+    path = os.path.relpath(folder.absolute(), target.absolute().parent)
+    return path if path.startswith(".") else f"./{path}"
+
+
+def _with_names(
+    file: DataFile, columns: list[Column], chosen: Chosen
+) -> tuple[DataFile, list[Column], Chosen]:
+    """Name the columns of a file without a header after what they are used for."""
+    if file.named or "columns" not in file.form:
+        return file, columns, chosen
+    roles = {
+        "text_column": "text", "text_pair_column": "text_2", "label_column": "label",
+        "prompt_column": "prompt", "completion_column": "completion", "messages_column": "messages",
+    }  # fmt: skip
+    new = {chosen.keys[key]: name for key, name in roles.items() if key in chosen.keys}
+
+    def renamed(value: Any) -> Any:
+        return new.get(value, value) if isinstance(value, str) else value
+
+    keys = {key: renamed(value) if key in roles else value for key, value in chosen.keys.items()}
+    why = {}
+    for key, reason in chosen.why.items():
+        for old, name in new.items():
+            reason = reason.replace(f"`{old}`", f"`{name}`")
+        why[key] = reason
+    rows = [{renamed(name): value for name, value in row.items()} for row in file.rows]
+    names = [renamed(name) for name in file.columns]
+    form = {**file.form, "columns": names}
+    file = DataFile(file.path, form, file.why, rows, file.faults, names, file.named, file.about)
+    inputs = [renamed(name) for name in chosen.inputs]
+    columns = [Column(**{**vars(column), "name": renamed(column.name)}) for column in columns]
+    return file, columns, Chosen(keys, why, inputs, chosen.labels, chosen.left_out)
+
+
+# ----------------------------------------------------------------------------------------- task
+
+
+def _task(draft: Draft, file: DataFile, base: Base, chosen: Chosen) -> None:
+    for key, value in chosen.keys.items():
+        if (key, value) not in (("format", "openai"), ("problem", "single_label")):
+            draft.put("task", key, value, chosen.why.get(key, ""))
+    if "" in chosen.why:
+        draft.why["task.type"] = chosen.why[""]
+    labels = chosen.labels
+    if labels and "label_columns" not in chosen.keys and len(labels) <= MANY_LABELS:
+        names = sorted(labels, key=_label_order(labels))
+        whole = all(name == str(int(name)) for name in names if _is_whole(name)) and all(
+            map(_is_whole, names)
+        )
+        rarest = min(labels, key=lambda name: labels[name])
+        commonest = max(labels, key=lambda name: labels[name])
+        spread = f"rows of each: {labels[rarest]:,} (`{rarest}`) to {labels[commonest]:,}"
+        spread += f" (`{commonest}`)"
+        if labels[rarest] == labels[commonest]:
+            spread = f"{labels[rarest]:,} rows of each"
+        draft.put(
+            "task",
+            "labels",
+            [int(name) for name in names] if whole else names,
+            f"{len(names)} labels; {spread}",
+        )
+    chat = "messages_column" in chosen.keys or chosen.keys.get("format") == "alpaca"
+    if chat and base.lacks_template:
+        draft.put("task", "chat_template", TEMPLATE, "the model has none; this is ChatML")
+        draft.extra_files[TEMPLATE] = CHATML
+    length, why = _length(file, base, chosen)
+    draft.put("task", "max_length", length, why)
+
+
+def _is_whole(text: str) -> bool:
+    return text.isdecimal() and text.isascii() and len(text) < 10
+
+
+def _label_order(labels: Any) -> Any:
+    def key(name: str) -> Any:
+        return float(name), name
+
+    try:
+        return key if all(math.isfinite(float(name)) for name in labels) else None
+    except ValueError:
+        return None
+
+
+def _length(file: DataFile, base: Base, chosen: Chosen) -> tuple[int, str]:
+    """Return the longest input in tokens, and what it was measured by."""
+    step = max(1, len(file.rows) // SAMPLE)
+    texts = [[_as_text(row.get(name)) for name in chosen.inputs] for row in file.rows[::step]]
+    most = min(LONGEST[chosen.keys["type"]], base.positions or 1 << 30)
+    if base.tokenizer is not None:
+        lengths, unit = base.tokens(texts), "the model's tokens"
+    else:
+        # about 4 tokens for 3 words; where words are not divided by spaces, a token a letter
+        lengths = [
+            sum(max(math.ceil(len(text.split()) * 1.4), _wide(text)) + 2 for text in row)
+            for row in texts
+        ]
+        unit = "its words, for the model's tokenizer is not at hand"
+    wanted = sorted(lengths)[min(len(lengths) - 1, math.ceil(0.95 * len(lengths)))]
+    wanted += 16 if "messages_column" in chosen.keys else 0  # what a template adds, at the least
+    running = chosen.keys["type"] == "causal_lm" and "text_column" in chosen.keys
+    if running and wanted > min(512, most):
+        length, why = min(512, most), "longer texts are divided into several examples"
+    else:
+        length = max(32, -(-wanted // 32) * 32)
+        why = f"19 of 20 rows have at most {wanted:,}, by {unit}"
+    if length > most:
+        length, why = most, why if running else f"{why}; longer ones are cut"
+    return length, why
+
+
+def _wide(text: str) -> int:
+    return sum(letter > "\u2e7f" for letter in text)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if is_blank(value) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+# ----------------------------------------------------------------------------------------- data
+
+
+def _data(
+    draft: Draft, file: DataFile, columns: list[Column], chosen: Chosen, target: Path
+) -> None:
+    path = os.path.relpath(file.path.absolute(), target.absolute().parent)
+    draft.put("data", "path", f"./{path}" if path.startswith("~") else path, file.about)
+    if file.form.get("sample_by") and len(file.rows) >= 20:
+        # what stands side by side belongs together, so the end is held out in one piece
+        draft.put("data", "train", "train[:90%]", "running text: its end is held out")
+        draft.put("data", "validation", "train[90%:]")
+    else:
+        _splits(draft, file, columns, chosen)
+    if file.form:
+        draft.put("data", "format", file.form)
+        for key, why in file.why.items():
+            draft.why[f"data.format.{key}"] = why
+    faults = [fault.place for fault in file.faults]
+    blank = sum(_is_unusable(row, chosen) for row in file.rows)
+    if faults or blank:
+        said = []
+        if faults:
+            what = f"{len(faults):,} rows cannot be read, the first at {faults[0]}"
+            said.append(f"{what} ({file.faults[0].fault})")
+        if blank:
+            said.append(f"{blank:,} rows lack a text or a label")
+        draft.put("data", "on_bad_row", "skip", "; ".join(said))
+
+
+def _is_unusable(row: dict[str, Any], chosen: Chosen) -> bool:
+    """Return whether the task would refuse a row."""
+    keys = chosen.keys
+    needed = [name for name in chosen.inputs if keys.get("format") != "alpaca" or name != "input"]
+    if any(is_blank(row.get(name)) for name in needed):
+        return True
+    if names := keys.get("label_columns"):
+        flags = [flag(row.get(name)) for name in names]
+        return None in flags or (keys["problem"] == "single_label" and sum(map(bool, flags)) != 1)
+    name = keys.get("label_column")
+    return name is not None and is_blank(row.get(name)) and "label_separator" not in keys
+
+
+def _splits(draft: Draft, file: DataFile, columns: list[Column], chosen: Chosen) -> None:
+    rows = [row for row in file.rows if not _is_unusable(row, chosen)]
+    unique = len({json.dumps([row.get(n) for n in chosen.inputs], default=str) for row in rows})
+    if unique < 10:
+        draft.why["data.path"] += f"; {unique} different rows are too few to hold any out"
+        return
+    fraction = 0.2 if unique < 200 else 0.1 if unique < 20_000 else max(0.01, 2000 / unique)
+    fraction = round(fraction, 2)
+    held: dict[str, Any] = {"from": "train", "fraction": fraction}
+    why = [f"of {len(rows):,} rows"]
+    group = _group_of(columns, chosen, len(rows))
+    if group is not None:
+        held["group_by"] = group.name
+        why.append(f"`{group.name}` repeats: its rows stay on one side")
+    counts = _strata(rows, chosen)
+    if counts:
+        least = min(counts.values())
+        if least >= max(5, 1 / fraction) and (group is None):
+            held["stratify"] = True
+            why.append("each label in proportion")
+        elif group is None:
+            why.append(f"not stratified: the rarest label has {least} rows")
+    draft.put("data", "validation", held, "; ".join(why))
+    if unique >= 200:
+        draft.put("data", "test", dict(held), "looked at once, at the end")
+
+
+def _strata(rows: Sequence[dict[str, Any]], chosen: Chosen) -> dict[str, int]:
+    """Return how many rows each stratum has, where the task has labels."""
+    keys = chosen.keys
+    if keys.get("problem") != "single_label":
+        return {}
+    counts: dict[str, int] = {}
+    names = keys.get("label_columns") or [keys["label_column"]]
+    for row in rows:
+        value = str([row.get(name) for name in names])
+        counts[value] = counts.get(value, 0) + 1
+    return counts
+
+
+def _group_of(columns: list[Column], chosen: Chosen, count: int) -> Column | None:
+    """Return the column that says which rows belong together: a customer, a conversation."""
+    for column in columns:
+        named = GROUP_NAME.fullmatch(column.name) and column.name not in chosen.used
+        values = len(column.counts)
+        if named and column.count == count and values >= 10 and column.rows_per_value >= 1.2:
+            return column
+    return None
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def _training(draft: Draft, base: Base, count: int) -> None:
+    """Choose the adapter and the training by the task and the number of rows."""
+    writes = draft.values["task"]["type"] == "causal_lm" or (
+        base.hidden_size is not None and base.can_write
+    )
+    small = base.hidden_size is not None and base.hidden_size <= 512
+    if writes:
+        adapter = {"rank": 16, "alpha": 32, "dropout": 0.05, "target_modules": "all-linear"}
+        draft.values["adapter"] = adapter
+        draft.why["adapter"] = "usual for language models"
+        rate, batch, accumulation = 2e-4, 4, 4
+    else:
+        draft.values["adapter"] = {"rank": 8, "alpha": 16, "dropout": 0.1}
+        draft.why["adapter"] = "usual for encoders; on the attention's query and value"
+        rate, batch, accumulation = (1e-3 if small else 5e-4), 16, 1
+    if count < 200:
+        batch, accumulation = min(batch, 8), 1
+    sizes: tuple[tuple[float, int], ...] = ((500, 10), (5_000, 5), (50_000, 3), (math.inf, 1))
+    if draft.values["task"]["type"] == "causal_lm":
+        sizes = ((1_000, 3), (20_000, 2), (math.inf, 1))
+    epochs = next(epochs for most, epochs in sizes if count < most)
+    draft.put("train", "epochs", epochs, f"for {count:,} rows")
+    draft.put("train", "micro_batch_size", batch, "halve it, and double the next, if memory ends")
+    draft.put("train", "gradient_accumulation_steps", accumulation)
+    draft.put("train", "optimizer", {"type": "adamw", "learning_rate": rate})
+    kind = "cosine" if writes else "linear"
+    draft.put("train", "scheduler", {"type": kind, "warmup_ratio": 0.06})
+    draft.put("train", "precision", "fp32", "bf16 is faster, on a GPU")
+    draft.values["output_dir"] = "out"
+
+
+# -------------------------------------------------------------------------------------- printing
+
+
+def _say(draft: Draft, file: DataFile, chosen: Chosen) -> None:
+    """Collect what was inferred and from what, in the order in which a reader asks."""
+    say = draft.findings.append
+    task, data, why = draft.values["task"], draft.values["data"], draft.why
+    say(("file", f"{file.about}: {len(file.rows):,} rows, {len(file.columns)} columns"))
+    for key, value in file.form.items():
+        shown = repr(value) if key == "delimiter" else value
+        shown = ", ".join(value) if isinstance(value, list) else shown
+        say((key, f"{str(shown).lower() if isinstance(value, bool) else shown}: {file.why[key]}"))
+    problem = task.get("problem", "single_label") if chosen.labels is not None else None
+    reason = chosen.why.get("problem") or chosen.why.get("", "")
+    kind = f"{task['type']}, {problem}" if problem else task["type"]
+    say(("task", f"{kind}" + (f": {reason}" if reason else "")))
+    names = {
+        "text_column": "text", "text_pair_column": "text pair", "prompt_column": "prompt",
+        "completion_column": "completion", "messages_column": "messages", "label_column": "label",
+        "label_columns": "labels", "label_separator": "separator", "labels": "labels",
+        "chat_template": "template", "max_length": "length",
+    }  # fmt: skip
+    for key, name in names.items():
+        if key not in task:
+            continue
+        value = task[key]
+        reason = why.get(f"task.{key}", "")
+        if key == "labels" and isinstance(value, list):
+            shown = ", ".join(map(str, value[:6])) + (", …" if len(value) > 6 else "")
+        elif isinstance(value, list):
+            shown = ", ".join(f"`{item}`" for item in value)
+        else:
+            shown = str(value) if key == "max_length" else f"`{value}`"
+        say((name, f"{shown}, {reason}" if reason else shown))
+    for split in ("train", "validation", "test"):
+        if split in data:
+            value = data[split]
+            shown = value if isinstance(value, str) else f"{value['fraction']:g} of train"
+            reason = why.get(f"data.{split}", "")
+            say((split, f"{shown}" + (f", {reason}" if reason else "")))
+    if "on_bad_row" in data:
+        say(("skipped", why["data.on_bad_row"]))
+    if chosen.left_out:
+        parts = [f"`{name}` ({reason})" for name, reason in chosen.left_out.items()]
+        more = f", and {len(parts) - 12} more" if len(parts) > 12 else ""
+        say(("left out", ", ".join(parts[:12]) + more))

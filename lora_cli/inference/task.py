@@ -1,0 +1,343 @@
+"""Which task a file of rows is for, and which columns it reads.
+
+The order is that of certainty: conversations, then columns whose names go together, then a label
+beside a text, then text alone. What cannot be decided is an error that names the columns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_cli.errors import LoraError, did_you_mean
+from lora_cli.inference.columns import Column, is_blank, label_text
+from lora_cli.inference.texts import content_of, listed, pair_of, text_of, text_reason
+
+NONE = "none"  # `--label none`: there is a label, but it is not wanted
+# the stronger hints first; a column's place is that of the first group that its name matches
+LABEL_NAMES = [
+    re.compile(rf"(?i)(.*[_\W])?({names})s?")
+    for names in (
+        "label|gold_label|class|target|y",
+        "category|categorie|kategorie|intent|sentiment|emotion|topic|queue|polarity|stance|tag|"
+        "genre|toxicity|spam|is_\\w+|ラベル|カテゴリ|标签|метка|etiqueta|classe|klasse",
+        "rating|score|stars?|grade|similarity|priority|type|language|lang|answer",
+    )
+]
+PROMPT_NAMES = [
+    ("prompt", "completion"), ("prompt", "response"), ("prompt", "chosen"), ("question", "answer"),
+    ("question", "response"), ("query", "response"), ("query", "answer"), ("input", "output"),
+    ("instruction", "response"), ("instruction", "completion"), ("source", "target"),
+    ("article", "summary"), ("document", "summary"), ("text", "summary"),
+    ("article", "highlights"), ("dialogue", "summary"), ("frage", "antwort"),
+]  # fmt: skip
+ENOUGH_ROWS_PER_LABEL = 5  # of a label that nothing but its few values makes one
+
+
+@dataclass
+class Chosen:
+    """The task, and of each key what says so.
+
+    Args:
+        keys: The keys of the recipe's `task`, but for the length.
+        why: Of some of these keys, what says so.
+        inputs: The columns that the model reads and writes; their length counts.
+        labels: How often each label stands, if there are labels.
+        left_out: Of the other columns, why they are not read.
+    """
+
+    keys: dict[str, Any]
+    why: dict[str, str]
+    inputs: list[str]
+    labels: Counter[str] | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def used(self) -> set[str]:
+        """The columns that the task reads."""
+        label = self.keys.get("label_columns") or [self.keys.get("label_column")]
+        return {*self.inputs, *filter(None, label)}
+
+
+def choose_task(
+    columns: Sequence[Column],
+    rows: Sequence[dict[str, Any]],
+    place: str,
+    text: str | None = None,
+    label: str | None = None,
+    can_write: bool = True,
+) -> Chosen:
+    """Return the task of a file.
+
+    Args:
+        columns: What they hold.
+        rows: The rows.
+        place: Name of the file, for errors.
+        text: The column of the text, if the user names it.
+        label: The column of the label, if the user names it; `none` if there shall be none.
+        can_write: The model can continue a text.
+
+    Raises:
+        LoraError: If it cannot be decided.
+    """
+    by_name = {column.name: column for column in columns}
+    for option, name in (("--text", text), ("--label", label)):
+        if name is not None and name not in by_name and not (option == "--label" and name == NONE):
+            hint = did_you_mean(name, by_name, "its columns are")
+            raise LoraError(f"{place} has no column `{name}`", option, hint)
+    chosen = None
+    if text is None and label is None:
+        chosen = _conversation(columns, rows) or _prompts(by_name)
+    if chosen is None:
+        chosen = _labelled(columns, by_name, rows, place, text, label) or _plain(
+            columns, by_name, place, text
+        )
+    if chosen.keys["type"] == "causal_lm" and not can_write:
+        raise LoraError(
+            f"there is {chosen.why.get('', 'text')}, but no label, and the model is an encoder, "
+            "which cannot continue a text",
+            place,
+            f"name the label with `--label COLUMN` ({listed(columns)}), or take a language model",
+        )
+    for column in columns:
+        if column.name not in chosen.used:
+            chosen.left_out[column.name] = content_of(column)
+    return chosen
+
+
+# ---------------------------------------------------------------------------- language models
+
+
+def _conversation(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> Chosen | None:
+    for column in columns:
+        if column.kind in ("openai", "sharegpt"):
+            says = "role and content" if column.kind == "openai" else "from and value"
+            return Chosen(
+                {"type": "causal_lm", "messages_column": column.name, "format": column.kind},
+                {
+                    "": f"conversations in `{column.name}`",
+                    "messages_column": f"lists of turns with {says}",
+                },
+                [column.name],
+            )
+    kinds = {column.name: column for column in columns}
+    if not {"instruction", "output"} <= set(kinds) or kinds["output"].kind in ("other", "blank"):
+        return None
+    filled = sum(not is_blank(row.get("input")) for row in rows)
+    return Chosen(
+        {"type": "causal_lm", "format": "alpaca"},
+        {
+            "": "the columns instruction and output",
+            "format": f"instruction, input (filled in {filled:,} rows) and output",
+        },
+        [name for name in ("instruction", "input", "output") if name in kinds],
+    )
+
+
+def _prompts(by_name: dict[str, Column]) -> Chosen | None:
+    """Return the task of a prompt and its completion, where two names say so."""
+    lower = {name.lower(): column for name, column in by_name.items()}
+    for prompt, completion in PROMPT_NAMES:
+        asked, said = lower.get(prompt), lower.get(completion)
+        strong = prompt == "prompt"  # no other task calls its columns so
+        if asked is None or said is None or asked.kind in ("other", "list", "blank"):
+            continue
+        if said.kind == "text" or (strong and said.kind not in ("other", "list", "blank")):
+            return _prompt_and_completion(asked, said)
+        if said.rows_per_value < 2 and said.kind in ("category", "number", "id"):
+            return _prompt_and_completion(asked, said)
+    return None
+
+
+def _prompt_and_completion(asked: Column, said: Column) -> Chosen:
+    return Chosen(
+        {
+            "type": "causal_lm",
+            "prompt_column": asked.name,
+            "completion_column": said.name,
+            "separator": "\n",
+        },
+        {
+            "": f"`{asked.name}` and its answer `{said.name}`",
+            "prompt_column": f"{asked.characters:.0f} characters on average; read, not trained",
+            "completion_column": f"{said.characters:.0f} characters on average",
+            "separator": "a new line between them",
+        },
+        [asked.name, said.name],
+    )
+
+
+def _plain(
+    columns: Sequence[Column], by_name: dict[str, Column], place: str, text: str | None
+) -> Chosen:
+    column = by_name[text] if text is not None else text_of(columns, place, None)
+    why = "chosen by you" if text is not None else text_reason(column, columns)
+    return Chosen(
+        {"type": "causal_lm", "text_column": column.name},
+        {"": "text without a label", "text_column": why},
+        [column.name],
+    )
+
+
+# ------------------------------------------------------------------------------ classification
+
+
+def _labelled(
+    columns: Sequence[Column],
+    by_name: dict[str, Column],
+    rows: Sequence[dict[str, Any]],
+    place: str,
+    text: str | None,
+    label: str | None,
+) -> Chosen | None:
+    """Return the task of a text with a label, or None if nothing is a label."""
+    if label == NONE and NONE not in by_name:
+        return None
+    others = [column for column in columns if column.name != text]
+    chosen = by_name[label] if label is not None else _label_of(others, rows, place, text)
+    if chosen is None:
+        return None
+    if isinstance(chosen, Column) and text is not None and chosen.kind == "text":
+        return _prompt_and_completion(by_name[text], chosen)
+    taken = {chosen.name} if isinstance(chosen, Column) else {c.name for c in chosen}
+    texts = [column for column in columns if column.name not in taken]
+    pair = None if text is not None else pair_of(texts)
+    first = by_name[text] if text is not None else None
+    first = first or (pair[0] if pair else text_of(texts, place, chosen))
+    keys = {"type": "sequence_classification", "text_column": first.name}
+    why = {"text_column": "chosen by you" if text is not None else text_reason(first, texts)}
+    inputs = [first.name]
+    if pair:
+        keys["text_pair_column"] = pair[1].name
+        why["text_column"] = f"with `{pair[1].name}`: two texts that the label compares"
+        inputs.append(pair[1].name)
+    more, reasons, labels = _label_keys(chosen, rows, place, label is not None)
+    return Chosen(keys | more, why | reasons, inputs, labels)
+
+
+def _rank(column: Column) -> int:
+    """Return how clearly a name says that the column is the label; 0 is clearest."""
+    found = (i for i, names in enumerate(LABEL_NAMES) if names.fullmatch(column.name.strip()))
+    return next(found, len(LABEL_NAMES))
+
+
+def _label_of(
+    columns: Sequence[Column], rows: Sequence[dict[str, Any]], place: str, text: str | None
+) -> Column | list[Column] | None:
+    """Return the column of the label, or the columns of 0 and 1, or None."""
+    able = [column for column in columns if _may_be_label(column)]
+    ranked = sorted(able, key=_rank)
+    named = [c for c in ranked if _rank(c) < len(LABEL_NAMES) and _rank(c) == _rank(ranked[0])]
+    named = _without_renamings(named, rows)
+    flags = [c for c in able if c.kind == "binary"]
+    if _is_one_hot(flags, rows) and not any(c.kind != "binary" and _rank(c) < 2 for c in named):
+        return flags
+    if len(named) == 1:
+        return named[0]
+    able = _without_renamings(named or able, rows)
+    if len(able) <= 1:
+        return able[0] if able else None
+    raise LoraError(
+        "which column is the label? It could be "
+        + " or ".join(f"`{column.name}`" for column in able[:6]),
+        place,
+        f"name it with `--label COLUMN`, or use `--label none` ({listed(columns)})",
+    )
+
+
+def _may_be_label(column: Column) -> bool:
+    hinted = _rank(column) < len(LABEL_NAMES)
+    if column.kind not in ("binary", "category", "number", "list") or len(column.counts) < 2:
+        return False
+    if column.is_id_by_name:
+        return False
+    if column.kind == "number" and (column.has_fractions or len(column.counts) > 20):
+        return hinted
+    if hinted:
+        return column.rows_per_value > 1 or column.kind == "category"
+    return column.rows_per_value >= ENOUGH_ROWS_PER_LABEL and column.kind != "number"
+
+
+def _without_renamings(columns: list[Column], rows: Sequence[dict[str, Any]]) -> list[Column]:
+    """Return the columns without those that say the same as another, as numbers: words stay."""
+    if len(columns) < 2:
+        return columns
+    words = sorted(columns, key=lambda column: column.kind in ("number", "binary"))
+    kept: list[Column] = []
+    for column in words:
+        for other in kept:
+            pairs = {(str(row.get(column.name)), str(row.get(other.name))) for row in rows}
+            if len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}):
+                break
+        else:
+            kept.append(column)
+    return kept
+
+
+def flag(value: Any) -> int | None:
+    """Return 0 or 1 for what a column of 0 and 1 holds, or None."""
+    if is_blank(value):
+        return None
+    return {"0": 0, "false": 0, "1": 1, "true": 1}.get(label_text(value).lower())
+
+
+def _is_one_hot(flags: list[Column], rows: Sequence[dict[str, Any]]) -> bool:
+    """Return whether columns of 0 and 1 are labels: three or more, or two that exclude."""
+    if len(flags) != 2:
+        return len(flags) > 2
+    return all(sum(flag(row.get(c.name)) or 0 for c in flags) == 1 for row in rows)
+
+
+def _label_keys(
+    label: Column | list[Column], rows: Sequence[dict[str, Any]], place: str, given: bool
+) -> tuple[dict[str, Any], dict[str, str], Counter[str]]:
+    """Return the keys of the label, what says so, and how often each stands."""
+    if isinstance(label, list):
+        names = [column.name for column in label]
+        sums = Counter(sum(flag(row.get(name)) or 0 for name in names) for row in rows)
+        single = set(sums) == {1}
+        counts = Counter({c.name: c.counts["1"] + c.counts["true"] for c in label})
+        reason = "exactly one 1 in every row" if single else "any number of 1 in a row"
+        problem = "single_label" if single else "multi_label"
+        return (
+            {"label_columns": names, "problem": problem},
+            {"label_columns": "columns of 0 and 1", "problem": reason},
+            counts,
+        )
+    if label.kind in ("other", "blank", "openai", "sharegpt"):
+        raise LoraError(f"`{label.name}` holds {content_of(label)}, no label", place)
+    values = f"{len(label.counts):,} values"
+    if given:
+        reason = f"chosen by you; {values}"
+    elif _rank(label) < len(LABEL_NAMES):
+        reason = f"by its name and its {values}"
+    else:
+        reason = f"the only column of few values ({len(label.counts):,})"
+    keys: dict[str, Any] = {"label_column": label.name}
+    why = {"label_column": reason}
+    if label.kind == "number" and (label.has_fractions or len(label.counts) > 20):
+        keys["problem"] = "regression"
+        numbers = [float(value) for value in label.counts]
+        why["problem"] = f"numbers from {min(numbers):g} to {max(numbers):g}"
+        return keys, why, Counter()
+    if label.kind == "list":
+        keys["problem"] = "multi_label"
+        why["problem"] = "lists of labels"
+        if label.separator is not None:
+            keys["label_separator"] = label.separator
+            why["problem"] = "several labels in a row"
+        return keys, why, label.counts
+    keys["problem"] = "single_label"
+    if len(label.counts) < 2:
+        hint = "nothing can be learned from it; name another with `--label COLUMN`"
+        raise LoraError(f"`{label.name}` has one value only", place, hint)
+    if label.kind == "text" or (len(label.counts) > 20 and label.rows_per_value < 2):
+        raise LoraError(
+            f"`{label.name}` has {len(label.counts):,} values in {label.count:,} rows: no label",
+            place,
+            "for a prompt and its completion, name both: `--text PROMPT --label COMPLETION`",
+        )
+    return keys, why, label.counts

@@ -1,0 +1,95 @@
+"""Which column is the text, or which two are, and what the columns hold, in words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lora_cli.errors import LoraError
+from lora_cli.inference.columns import Column
+
+TEXT_NAMES = re.compile(
+    r"(?i)(.*[_\W])?(text|sentence|review|message|comment|content|body|tweet|utterance|query|"
+    r"question|document|article|post|description|文|テキスト|texte?o?)"
+)
+PAIR_NAMES = [
+    ("premise", "hypothesis"), ("question", "passage"), ("question", "sentence"),
+    ("question", "context"), ("query", "document"), ("query", "passage"), ("text", "text_pair"),
+    ("context", "response"), ("claim", "evidence"),
+]  # fmt: skip
+
+
+def content_of(column: Column) -> str:
+    """Return in a few words what a column holds."""
+    return {
+        "blank": "nothing in it", "url": "addresses", "date": "dates", "id": "names of rows",
+        "number": "numbers", "category": f"{len(column.counts)} values", "binary": "two values",
+        "text": f"text, {column.characters:.0f} characters on average",
+        "list": "lists", "other": "objects inside rows, which no task reads",
+    }.get(column.kind, "another conversation")  # fmt: skip
+
+
+def listed(columns: Sequence[Column]) -> str:
+    """Return the columns with what they hold, for a hint."""
+    return "the columns: " + "; ".join(
+        f"`{column.name}`: {content_of(column)}" for column in columns[:20]
+    )
+
+
+def pair_of(columns: Sequence[Column]) -> tuple[Column, Column] | None:
+    """Return two texts that belong together, by their names or for want of names."""
+    texts = [column for column in columns if column.kind == "text" or _is_short_text(column)]
+    lower = {column.name.strip().lower(): column for column in texts}
+    for one, two in PAIR_NAMES:
+        if one in lower and two in lower:
+            return lower[one], lower[two]
+    for name, column in lower.items():
+        match = re.fullmatch(r"(.*?)(_?)(1|a)", name)
+        other = match and lower.get(match[1] + match[2] + {"1": "2", "a": "b"}[match[3]])
+        if match and match[1] != "column" and other:
+            return column, other
+    unnamed = [c for c in texts if re.fullmatch(r"column_\d+", c.name) and c.kind == "text"]
+    if len(unnamed) == 2:
+        short, long = sorted(unnamed, key=lambda column: column.characters)
+        if long.characters < 3 * short.characters:
+            return unnamed[0], unnamed[1]
+    return None
+
+
+def _is_short_text(column: Column) -> bool:
+    return column.kind == "category" and column.words >= 1.5
+
+
+def text_of(columns: Sequence[Column], place: str, label: Any) -> Column:
+    """Return the column of the text: the longest, unless names or lengths leave a doubt."""
+    texts = sorted(
+        (column for column in columns if column.kind == "text"), key=lambda c: -c.characters
+    )
+    if not texts:
+        texts = [c for c in columns if c.kind == "category" and TEXT_NAMES.fullmatch(c.name)]
+    if not texts:
+        texts = [c for c in columns if c.kind == "category" and c.rows_per_value < 2]
+    if not texts and label is not None:
+        texts = [c for c in columns if c.kind in ("category", "list") and c.words >= 1.5]
+    if not texts:
+        what = "no column holds text"
+        raise LoraError(what, place, f"name it with `--text COLUMN` ({listed(columns)})")
+    named = [column for column in texts if TEXT_NAMES.fullmatch(column.name.strip())]
+    for some in (named, texts):
+        if len(some) == 1 or (some and some[0].characters > 1.3 * some[1].characters):
+            return some[0]
+    close = " or ".join(f"`{column.name}`" for column in (named or texts)[:6])
+    both = "" if label is not None else ", or a prompt and its completion: `--text A --label B`"
+    raise LoraError(
+        f"which column is the text? It could be {close}",
+        place,
+        f"name it with `--text COLUMN`{both} ({listed(columns)})",
+    )
+
+
+def text_reason(column: Column, columns: Sequence[Column]) -> str:
+    """Return why a column is taken for the text."""
+    longer = any(c.kind == "text" and c.characters > column.characters for c in columns)
+    what = "text, by its name" if longer else "the longest text"
+    return f"{what} (mean {column.characters:.0f} characters)"

@@ -1,0 +1,534 @@
+"""What `lora init` makes of files as people have them: each recipe is checked with its data."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import yaml
+
+from lora_cli.errors import LoraError
+from lora_cli.inference import draft_recipe, refuse_existing, write_recipe
+from lora_cli.recipe import Recipe, load_recipe
+from lora_cli.tasks.check import check_recipe
+
+SHARED = Path("/work/shared/data")
+OPINIONS = [
+    "a warm and funny film", "the plot is dull and slow", "what a great story it tells",
+    "this film is a bore from the first minute", "great fun, and a great cast; see it",
+    "slow, dull, and far too long", "the cast is warm and the story is funny",
+    "a long and boring plot without an end",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {
+        "encoder": tiny.save_encoder(folder / "encoder"),
+        "llama": tiny.save_llama(folder / "llama"),
+    }
+
+
+Init = Callable[..., Recipe]
+
+
+@pytest.fixture
+def init(tmp_path: Path, bases: dict[str, Path]) -> Init:
+    """Return a function that writes a file, infers its recipe, and checks both."""
+
+    def run(name: str, content: str | bytes | Path, model: str = "encoder", **given: str) -> Recipe:
+        source = content if isinstance(content, Path) else tmp_path / name
+        if not isinstance(content, Path):
+            source.write_bytes(content.encode() if isinstance(content, str) else content)
+        target = tmp_path / "recipe.yaml"
+        draft = draft_recipe(source, str(bases[model]), target, **given)
+        write_recipe(target, draft.text(), draft.extra_files)
+        recipe = load_recipe(target)
+        check_recipe(load_recipe(target))
+        return recipe
+
+    return run
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Return different sentences."""
+    draw = random.Random(seed)
+    return [f"{draw.choice(OPINIONS)} {' '.join(draw.choices(WORDS, k=4))}" for _ in range(count)]
+
+
+WORDS = "film plot cast story music light colour scene end voice".split()  # noqa: SIM905 - shorter
+
+
+def table(header: Sequence[str] | None, rows: Sequence[Sequence[Any]], delimiter: str = ",") -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, delimiter=delimiter, lineterminator="\n")
+    writer.writerows([header, *rows] if header else rows)
+    return out.getvalue()
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def labelled(count: int, labels: Sequence[Any]) -> list[list[Any]]:
+    return [[text, labels[i % len(labels)]] for i, text in enumerate(texts(count))]
+
+
+def said(recipe: Recipe) -> dict[str, Any]:
+    """Return the task of a recipe without its defaults, and without what the model decides."""
+    return recipe.task.model_dump(exclude_defaults=True, exclude={"max_length"})
+
+
+def classification(
+    text: str, label: str, labels: Sequence[Any] | None, **more: Any
+) -> dict[str, Any]:
+    default = {"text_column": "text", "label_column": "label", "labels": None}
+    keys = {"text_column": text, "label_column": label, "labels": labels and list(labels), **more}
+    changed = {k: v for k, v in keys.items() if default.get(k, ...) != v}
+    return {"type": "sequence_classification", **changed}
+
+
+# ------------------------------------------------------------------------- how the file is written
+
+
+def test_semicolons_in_latin_1_without_a_header(init: Init) -> None:
+    words = ["très réussi, à voir", "histoire fade, hélas", "garçon étonnant", "scène gênante"]
+    rows = [
+        [f"{words[i % 4]} {text}", ["bon", "mauvais"][i % 2]] for i, text in enumerate(texts(40))
+    ]
+    recipe = init("avis.csv", table(None, rows, ";").encode("latin-1"))
+    form = recipe.data.format
+    assert (form.encoding, form.delimiter, form.header) == ("cp1252", ";", False)
+    assert form.columns == ["text", "label"]
+    assert said(recipe) == classification("text", "label", ["bon", "mauvais"])
+
+
+def test_tabs_with_quotes(init: Init) -> None:
+    rows = [[f'she said "{text}"\nand left', label] for text, label in labelled(40, ["yes", "no"])]
+    recipe = init("said.csv", table(["text", "label"], rows, "\t"))
+    assert recipe.data.format.delimiter == "\t"
+    assert recipe.data.on_bad_row == "error"
+    assert said(recipe) == classification("text", "label", ["no", "yes"])
+
+
+def test_a_tsv_needs_no_delimiter(init: Init) -> None:
+    recipe = init("rows.tsv", table(["sentence", "label"], labelled(40, [0, 1]), "\t"))
+    assert recipe.data.format.model_dump(exclude_defaults=True) == {}
+    assert said(recipe) == classification("sentence", "label", [0, 1])
+
+
+def test_bars_in_a_file_of_no_known_kind(init: Init) -> None:
+    recipe = init("rows.dat", table(["text", "label"], labelled(40, ["a", "b"]), "|"))
+    form = recipe.data.format
+    assert (form.type, form.delimiter) == ("csv", "|")
+
+
+JAPANESE = [
+    "この映画はとても面白かった",
+    "つまらない作品でした",
+    "音楽が素晴らしいと思う",
+    "脚本がひどくて退屈だ",
+]
+
+
+@pytest.mark.parametrize("encoding", ["cp932", "utf-16", "utf-8-sig", "utf-16-le", "euc_jp"])
+def test_japanese(init: Init, encoding: str) -> None:
+    rows = [[f"{JAPANESE[i % 4]}、{i}回見ました", ["良い", "悪い"][i % 2]] for i in range(40)]
+    recipe = init("映画.csv", table(["本文", "ラベル"], rows).encode(encoding))
+    assert recipe.data.format.encoding == encoding.replace("utf-8-sig", "utf-8")
+    assert said(recipe) == classification("本文", "ラベル", ["悪い", "良い"])
+
+
+@pytest.mark.parametrize("encoding", ["cp1251", "gb18030", "euc_kr"])
+def test_other_letters(init: Init, encoding: str) -> None:
+    phrase = {
+        "cp1251": "Фильм очень хороший, советую", "gb18030": "这部电影非常好看我很喜欢",
+        "euc_kr": "이 영화는 정말 재미있었다",
+    }[encoding]  # fmt: skip
+    rows = [[f"{phrase} {text}", "ab"[i % 2]] for i, text in enumerate(texts(40))]
+    recipe = init("rows.csv", table(["text", "label"], rows).encode(encoding))
+    assert recipe.data.format.encoding == encoding
+
+
+def test_a_compressed_file(init: Init) -> None:
+    content = gzip.compress(table(["text", "label"], labelled(40, ["a", "b"]), ";").encode())
+    assert init("rows.csv.gz", content).data.format.delimiter == ";"
+
+
+def test_empty_lines_are_no_rows(init: Init) -> None:
+    content = table(["text", "label"], labelled(40, ["a", "b"])).replace("\n", "\n\n")
+    assert init("rows.csv", content).data.on_bad_row == "error"
+
+
+def test_rows_that_cannot_be_used_are_passed_over(init: Init, tmp_path: Path) -> None:
+    rows = [*labelled(40, ["a", "b"]), ["a text without a label", ""], ["too", "many", "fields"]]
+    recipe = init("rows.csv", table(["text", "label"], rows))
+    assert recipe.data.on_bad_row == "skip"
+    comment = (tmp_path / "recipe.yaml").read_text()
+    assert "1 rows cannot be read, the first at rows.csv:43" in comment
+    assert "1 rows lack a text or a label" in comment
+
+
+def test_one_column_of_text_without_a_header(init: Init) -> None:
+    content = "".join(f"{text}, and so on\n" for text in texts(20)) + "no comma here\n"
+    recipe = init("lines.csv", content, "llama")
+    assert recipe.data.format.type == "text"
+    assert said(recipe) == {"type": "causal_lm", "text_column": "text"}
+
+
+def test_one_column_of_text_with_a_header(init: Init) -> None:
+    content = "text\n" + "".join(f"{text}, and so on, {i}\n" for i, text in enumerate(OPINIONS * 3))
+    recipe = init("lines.csv", content, "llama")
+    assert recipe.data.format.delimiter == "\t"
+    assert said(recipe) == {"type": "causal_lm", "text_column": "text"}
+
+
+def test_parquet(init: Init, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = labelled(40, [0, 1])
+    columns = {"review": [text for text, _ in rows], "stars": [label for _, label in rows]}
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    recipe = init("", tmp_path / "rows.parquet")
+    assert said(recipe) == classification("review", "stars", [0, 1])
+
+
+def test_a_json_list_by_another_name(init: Init) -> None:
+    rows = [{"text": text, "label": label} for text, label in labelled(40, ["a", "b"])]
+    assert init("rows.txt", json.dumps(rows, indent=1)).data.format.type == "json"
+
+
+def test_two_columns_of_one_name(init: Init) -> None:
+    rows = [[i, text, label, i] for i, (text, label) in enumerate(labelled(40, ["a", "b"]))]
+    recipe = init("rows.csv", table(["n", "text", "label", "n"], rows))
+    assert recipe.data.format.columns == ["n", "text", "label", "n_4"]
+
+
+# ---------------------------------------------------------------------------- which is the label
+
+
+def test_the_label_first(init: Init) -> None:
+    rows = [[label, text] for text, label in labelled(40, ["ham", "spam"])]
+    assert said(init("sms.csv", table(["v1", "v2"], rows))) == classification(
+        "v2", "v1", ["ham", "spam"]
+    )
+
+
+def test_names_with_spaces_and_accents(init: Init) -> None:
+    rows = labelled(40, ["Rückgabe", "Lieferung"])
+    recipe = init("rows.csv", table(["Nachricht des Kunden: #1", "Kategorie"], rows))
+    assert said(recipe) == classification(
+        "Nachricht des Kunden: #1", "Kategorie", ["Lieferung", "Rückgabe"]
+    )
+
+
+def test_ratings_are_labels(init: Init) -> None:
+    recipe = init("rows.csv", table(["text", "rating"], labelled(60, [1, 2, 3, 4, 5])))
+    assert said(recipe) == classification("text", "rating", [1, 2, 3, 4, 5])
+
+
+def test_scores_are_numbers(init: Init) -> None:
+    rows = [[text, i / 7] for i, text in enumerate(texts(40))]
+    recipe = init("rows.csv", table(["text", "score"], rows))
+    assert said(recipe) == classification("text", "score", None, problem="regression")
+    assert recipe.data.validation.stratify is False
+
+
+def test_truth_values(init: Init) -> None:
+    rows = [{"text": text, "is_spam": label} for text, label in labelled(40, [True, False])]
+    assert said(init("rows.jsonl", lines(rows))) == classification(
+        "text", "is_spam", ["false", "true"]
+    )
+
+
+def test_words_that_yaml_would_misread(init: Init) -> None:
+    recipe = init("rows.csv", table(["text", "label"], labelled(40, ["no", "null", "1e3", "a: b"])))
+    assert recipe.task.labels == ["1e3", "a: b", "no", "null"]
+
+
+def test_seventy_seven_labels(init: Init) -> None:
+    names = [f"intent_{i:02}_of_many" for i in range(77)]
+    recipe = init("rows.csv", table(["utterance", "intent"], labelled(77 * 20, names)))
+    assert said(recipe) == classification("utterance", "intent", names)
+    assert recipe.data.validation.stratify is True
+
+
+def test_labels_of_a_single_row_are_not_stratified(init: Init) -> None:
+    rows = [*labelled(300, ["a", "b"]), ["a text of its own kind", "c"], ["another one", "d"]]
+    recipe = init("rows.csv", table(["text", "label"], rows))
+    assert recipe.task.labels == ["a", "b", "c", "d"]
+    assert recipe.data.validation.stratify is False
+    assert recipe.data.test.stratify is False
+
+
+def test_ids_dates_and_addresses_are_left_out(init: Init) -> None:
+    rows = [
+        [
+            f"T-{1000 + i}",
+            f"2024-03-{i % 28 + 1:02}",
+            f"https://example.org/{i}",
+            i % 3,
+            text,
+            label,
+        ]
+        for i, (text, label) in enumerate(labelled(60, ["refund", "delivery"]))
+    ]
+    names = ["ticket", "date", "link", "agent_id", "message", "queue"]
+    recipe = init("rows.csv", table(names, rows))
+    assert said(recipe) == classification("message", "queue", ["delivery", "refund"])
+
+
+def test_the_rows_of_a_customer_stay_together(init: Init) -> None:
+    rows = [[f"c{i % 30}", *row] for i, row in enumerate(labelled(90, ["a", "b"]))]
+    recipe = init("rows.csv", table(["customer_id", "text", "label"], rows))
+    assert recipe.data.validation.group_by == "customer_id"
+
+
+def test_a_label_in_words_beside_the_same_in_numbers(init: Init) -> None:
+    rows = [[text, i % 2, ["bad", "good"][i % 2]] for i, text in enumerate(texts(40))]
+    recipe = init("rows.csv", table(["text", "label", "label_name"], rows))
+    assert recipe.task.label_column in ("label", "label_name")
+
+
+def test_columns_of_0_and_1_of_which_one_is_1(init: Init) -> None:
+    rows = [[text, *(int(i % 3 == k) for k in range(3))] for i, text in enumerate(texts(60))]
+    recipe = init("rows.csv", table(["text", "red", "green", "blue"], rows))
+    assert recipe.task.label_columns == ["red", "green", "blue"]
+    assert recipe.task.problem == "single_label"
+    assert recipe.data.validation.stratify is True
+
+
+def test_columns_of_0_and_1_of_which_any_are_1(init: Init) -> None:
+    rows = [[i, text, i % 2, i % 3 == 0, 0 if i % 5 else 1] for i, text in enumerate(texts(60))]
+    recipe = init("rows.csv", table(["id", "comment_text", "toxic", "rude", "threat"], rows))
+    assert recipe.task.label_columns == ["toxic", "rude", "threat"]
+    assert recipe.task.problem == "multi_label"
+
+
+@pytest.mark.parametrize("separator", [";", "|", ","])
+def test_several_labels_in_a_column(init: Init, separator: str) -> None:
+    sets = [["drama"], ["drama", "war"], ["comedy"], ["comedy", "drama"], ["war"]]
+    rows = [[text, separator.join(sets[i % 5])] for i, text in enumerate(texts(60))]
+    recipe = init("rows.csv", table(["plot", "genres"], rows, "\t"))
+    more = {"problem": "multi_label", "label_separator": separator}
+    assert said(recipe) == classification("plot", "genres", ["comedy", "drama", "war"], **more)
+
+
+def test_lists_of_labels(init: Init) -> None:
+    rows = [{"text": t, "tags": [["a"], ["a", "b"], []][i % 3]} for i, t in enumerate(texts(40))]
+    recipe = init("rows.jsonl", lines(rows))
+    assert said(recipe) == classification("text", "tags", ["a", "b"], problem="multi_label")
+
+
+@pytest.mark.parametrize(
+    "names", [("premise", "hypothesis"), ("sentence1", "sentence2"), ("text_a", "text_b")]
+)
+def test_pairs(init: Init, names: tuple[str, str]) -> None:
+    other = texts(60, seed=1)
+    kinds = ["entailment", "neutral", "contradiction"]
+    rows = [[i, *row[:1], other[i], row[1]] for i, row in enumerate(labelled(60, kinds))]
+    recipe = init("nli.tsv", table(["idx", *names, "label"], rows, "\t"))
+    more = {"text_pair_column": names[1]}
+    assert said(recipe) == classification(names[0], "label", sorted(kinds), **more)
+
+
+def test_pairs_without_a_header(init: Init) -> None:
+    rows = [
+        [a, b, "yn"[i % 2]] for i, (a, b) in enumerate(zip(texts(40), texts(40, 1), strict=True))
+    ]
+    recipe = init("pairs.tsv", table(None, rows, "\t"))
+    assert recipe.data.format.columns == ["text", "text_2", "label"]
+    assert recipe.task.text_pair_column == "text_2"
+
+
+# ------------------------------------------------------------------------------ language models
+
+
+@pytest.mark.parametrize("names", [("prompt", "completion"), ("question", "answer")])
+def test_prompts(init: Init, names: tuple[str, str]) -> None:
+    rows = [
+        dict(zip(names, pair, strict=True)) for pair in zip(texts(40), texts(40, 1), strict=True)
+    ]
+    recipe = init("rows.jsonl", lines(rows), "llama")
+    assert said(recipe) == {
+        "type": "causal_lm", "prompt_column": names[0], "completion_column": names[1],
+        "separator": "\n",
+    }  # fmt: skip
+    assert recipe.adapter.target_modules == "all-linear"
+
+
+def turns(role: str, text: str, names: tuple[str, str]) -> list[dict[str, str]]:
+    return [{role: names[0], text: "How is it?"}, {role: names[1], text: "It is great."}]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_messages(init: Init, as_text: bool) -> None:
+    chat = [[*turns("role", "content", ("user", "assistant"))] for _ in range(20)]
+    for i, conversation in enumerate(chat):
+        conversation[0] = {"role": "user", "content": f"How is film {i}?"}
+    rows = [{"messages": json.dumps(c) if as_text else c, "source": "web"} for c in chat]
+    recipe = init("chat.jsonl", lines(rows), "llama")
+    assert recipe.task.messages_column == "messages"
+    assert recipe.task.format == "openai"
+    assert recipe.task.chat_template.endswith("chatml.jinja")  # the tiny model has none
+
+
+def test_sharegpt(init: Init) -> None:
+    rows = [{"id": i, "conversations": turns("from", "value", ("human", "gpt"))} for i in range(12)]
+    recipe = init("chat.json", json.dumps(rows), "llama")
+    assert (recipe.task.messages_column, recipe.task.format) == ("conversations", "sharegpt")
+
+
+def test_alpaca(init: Init) -> None:
+    rows = [
+        {"instruction": text, "input": "", "output": answer}
+        for text, answer in zip(texts(20), texts(20, 1), strict=True)
+    ]
+    recipe = init("alpaca.json", json.dumps(rows), "llama")
+    assert recipe.task.format == "alpaca"
+    assert recipe.data.on_bad_row == "error"
+
+
+def test_running_text(init: Init) -> None:
+    content = "\n\n".join(f"{text}\nand {text}" for text in texts(60))
+    recipe = init("story.txt", content, "llama")
+    assert recipe.data.format.sample_by == "paragraph"
+    assert (recipe.data.train, recipe.data.validation) == ("train[:90%]", "train[90%:]")
+
+
+# ----------------------------------------------------------------------------------- in doubt
+
+
+def test_two_labels_are_a_question(init: Init, tmp_path: Path) -> None:
+    rows = [[t, "ab"[i % 2], "xyz"[i % 3], "uv"[i // 9 % 2]] for i, t in enumerate(texts(60))]
+    content = table(["text", "colour", "size", "shape"], rows)
+    with pytest.raises(LoraError) as caught:
+        init("rows.csv", content)
+    (problem,) = caught.value.problems
+    assert problem.what == "which column is the label? It could be `colour` or `size` or `shape`"
+    assert "--label COLUMN" in (problem.hint or "")
+    assert not (tmp_path / "recipe.yaml").exists()
+    assert init("rows.csv", content, label="size").task.label_column == "size"
+
+
+def test_two_texts_are_a_question(init: Init, tmp_path: Path) -> None:
+    rows = list(zip(texts(40), texts(40, 1), strict=True))
+    content = table(["left side", "right side"], rows)
+    with pytest.raises(LoraError, match="which column is the text"):
+        init("rows.csv", content, "llama")
+    recipe = init("rows.csv", content, "llama", text="left side", label="right side")
+    assert (recipe.task.prompt_column, recipe.task.completion_column) == ("left side", "right side")
+    (tmp_path / "recipe.yaml").unlink()
+    assert init("rows.csv", content, "llama", text="right side").task.text_column == "right side"
+
+
+def test_no_label_is_wanted(init: Init) -> None:
+    content = table(["text", "label"], labelled(40, ["a", "b"]))
+    assert said(init("rows.csv", content, "llama", label="none"))["type"] == "causal_lm"
+
+
+@pytest.mark.parametrize(
+    ("content", "given", "what"),
+    [
+        ("", {}, "the file is empty"),
+        ("text,label\n", {}, "the file has no rows"),
+        (table(["id", "n"], [[i, i * 1.5] for i in range(30)]), {}, "no column holds text"),
+        (
+            table(["text"], [[t] for t in texts(20)]),
+            {},
+            "but no label, and the model is an encoder",
+        ),
+        (table(["text", "label"], labelled(20, "ab")), {"text": "txt"}, "did you mean `text`"),
+        (table(["text", "label"], labelled(20, "a")), {"label": "label"}, "one value only"),
+    ],
+)
+def test_what_cannot_be_learned_is_an_error(
+    content: str, given: dict[str, str], what: str, init: Init, tmp_path: Path
+) -> None:
+    with pytest.raises(LoraError, match=what):
+        init("rows.csv", content, **given)
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_a_recipe_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("mine")
+    with pytest.raises(LoraError, match="exists already") as caught:
+        refuse_existing(tmp_path / "recipe.yaml")
+    assert "-o FILE" in (caught.value.problems[0].hint or "")
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(table(["text", "label"], labelled(40, ["a", "b"])))
+    with pytest.raises(LoraError, match="there is no folder"):
+        draft_recipe(tmp_path / "rows.csv", "./nothing", tmp_path / "recipe.yaml")
+
+
+def test_a_model_that_is_not_at_hand_is_measured_in_words(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text(table(["text", "label"], labelled(40, ["a", "b"])))
+    draft = draft_recipe(tmp_path / "rows.csv", "someone/model", tmp_path / "recipe.yaml")
+    assert draft.values["model"] == {"name": "someone/model"}
+    assert draft.values["task"]["max_length"] == 32
+    assert "not at hand" in draft.why["task.max_length"]
+
+
+def test_the_recipe_says_why(init: Init, tmp_path: Path) -> None:
+    init("rows.csv", table(["text", "label"], labelled(40, ["a", "b"]), ";"))
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert "text_column: text  # the longest text (mean" in text
+    assert "labels: [a, b]  # 2 labels; 20 rows of each" in text
+    assert "delimiter: ;  # a semicolon gives every row 2 fields" in text
+    assert yaml.safe_load(text)["data"]["path"] == "rows.csv"
+
+
+# ------------------------------------------------------------------------------------ real files
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data sets")
+@pytest.mark.parametrize(
+    ("file", "model", "expected"),
+    [
+        ("sst2/train.tsv", "encoder", classification("sentence", "label", [0, 1])),
+        ("sst2/sentences_train.tsv", "encoder", classification("text", "label", [0, 1])),
+        ("banking77/train.csv", "encoder", None),
+        (
+            "gsm8k/train.jsonl", "llama",
+            {"type": "causal_lm", "prompt_column": "question", "completion_column": "answer",
+             "separator": "\n"},
+        ),
+        (
+            "self_instruct/seed_tasks.jsonl", "encoder",
+            classification("instruction", "is_classification", ["false", "true"]),
+        ),
+        (
+            "self_instruct/user_oriented_instructions.jsonl", "llama",
+            {"type": "causal_lm", "text_column": "instruction"},
+        ),
+        ("tinyshakespeare/input.txt", "llama", {"type": "causal_lm", "text_column": "text"}),
+    ],
+)  # fmt: skip
+def test_real_files(file: str, model: str, expected: dict[str, Any] | None, init: Init) -> None:
+    recipe = init("", SHARED / file, model)
+    if expected is None:
+        assert (recipe.task.label_column, len(recipe.task.labels)) == ("category", 77)
+    else:
+        assert said(recipe) == expected
+
+
+def test_the_recipe_trains(init: Init, tmp_path: Path) -> None:
+    from lora_cli.training import train
+
+    init("rows.csv", table(None, labelled(40, ["bon", "mauvais"]), ";"))
+    sets = ["train.epochs=null", "train.max_steps=2", f"output_dir={tmp_path / 'out'}"]
+    report = train(load_recipe(tmp_path / "recipe.yaml", sets), False)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert report
