@@ -44,7 +44,8 @@ def recipe(folder: Path, base: Path, **sections: Any) -> Path:
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    data = {name: f"{name}.jsonl" for name in ("train", "validation", "test")}
+    data: dict[str, Any] = {name: f"{name}.jsonl" for name in ("train", "validation", "test")}
+    data["check"] = {"max_overlap": 1.0}  # all three begin with the same rows
     train = {"max_steps": 10, "micro_batch_size": 2, "gradient_accumulation_steps": 2}
     train |= {"log_every_steps": 1, **sections.pop("train", {})}
     sections = {"evaluate": {"micro_batch_size": 2}, "data": data, **sections}

@@ -50,7 +50,8 @@ def recipe(tmp_path: Path, *overrides: str, output: str = "out") -> Any:
     file.write_text(json.dumps({
         "model": {"name": str(base)},
         "task": {"type": "sequence_classification"},
-        "data": {"train": "train.jsonl", "validation": {"fraction": 0.25, "disjoint": None}},
+        "data": {"train": "train.jsonl", "validation": {"fraction": 0.25, "disjoint": None},
+                 "check": {"max_overlap": 1.0}},
         "adapter": {"rank": 4, "target_modules": "all-linear"},
         "train": {"max_steps": 60, "micro_batch_size": 16, "gradient_accumulation_steps": 2,
                   "optimizer": {"learning_rate": 1e-2}, "log_every_steps": 5},
