@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # before anything imports huggingface_hub, which reads them at import
+_home = tempfile.TemporaryDirectory(prefix="lora-tests-", ignore_cleanup_errors=True)
+os.environ["HF_HOME"] = _home.name  # caches of its own: tests that run beside these have theirs
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
