@@ -143,6 +143,8 @@ def _print_results(recipe: Recipe, report: dict[str, Any]) -> None:
     rows = results_table(report)
     if len(rows) > 1:
         typer.echo(_table(rows))
+    if verdict := report.get("verdict"):
+        typer.echo(f"verdict  {verdict['words']}")
     folder = recipe.output_path
     typer.echo(f"adapter  {folder}/")
     typer.echo(f"report   {folder / 'report.json'}")

@@ -572,6 +572,10 @@ class EvaluateSpec(Section):
     baseline: bool = True
     """Measure validation and test before training too."""
 
+    baselines: list[Literal["majority", "none", "base"]] = Field(default_factory=list)
+    """What the adapter has to beat: `majority`, the commonest label of train (or the mean of its
+    numbers); `none`, the head alone, trained by this recipe; `base`, the model before training."""
+
     generation: GenerationSpec = Field(default_factory=GenerationSpec)
     """How a language model writes its answers."""
 
@@ -627,12 +631,27 @@ class Recipe(Section):
             yield "train.packing", "`train.packing` is for `task.type: causal_lm`"
         if data.validation is None and self.evaluate.early_stopping is not None:
             yield "evaluate.early_stopping", "`evaluate.early_stopping` needs `data.validation`"
+        yield from self._baseline_conflicts()
         labels = task.type == "sequence_classification" and task.problem != "regression"
         for split in ("validation", "test"):
             spec = getattr(data, split)
             if isinstance(spec, HeldOutSpec) and spec.stratify and not labels:
                 key = f"data.{split}.stratify"
                 yield key, f"`{key}` keeps the proportions of labels, and this task has none"
+
+    def _baseline_conflicts(self) -> Conflicts:
+        key, named = "evaluate.baselines", self.evaluate.baselines
+        for name in named:
+            if name != "base" and self.task.type != "sequence_classification":
+                yield key, f"`{name}` has no meaning with `task.type: {self.task.type}`"
+        if "base" in named and not self.evaluate.baseline:
+            yield key, "`base` is what `evaluate.baseline: true` measures"
+        if "none" in named and self.adapter.type == "none":
+            yield key, "`none` is what `adapter.type: none` trains"
+        if self.data.streaming and {"majority", "none"} & set(named):
+            yield key, "`majority` and `none` need all train rows, so not `data.streaming`"
+        if named and self.data.validation is None and self.data.test is None:
+            yield key, "`evaluate.baselines` needs `data.validation` or `data.test`"
 
     def at(self, key: str) -> str:
         """Return where a key stands, for an error: `adapter.rank (recipe.yaml:14)`.

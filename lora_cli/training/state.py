@@ -225,7 +225,12 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(
         mode="json",
         by_alias=True,
-        exclude={"output_dir": True, "train": {"workers", "trackers"}, "checkpoint": True},
+        exclude={
+            "output_dir": True,
+            "train": {"workers", "trackers"},
+            "evaluate": {"baselines"},
+            "checkpoint": True,
+        },
     )
 
 
