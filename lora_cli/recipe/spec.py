@@ -343,6 +343,10 @@ class AdapterSpec(Section):
     """`lora`: low-rank adapters. `full`: every weight. `none`: the task's head alone.
     `bitfit`: the biases. The last three are the baselines of the first, in the same loop."""
 
+    from_: Word | None = Field(default=None, alias="from")
+    """A trained adapter to start from: a folder (relative to the recipe), or a Hub id. Its rank,
+    alpha, targets, biases and head are trained further; the optimizer starts anew."""
+
     rank: Positive = 8
     """Rank of the update: the inner dimension of B A."""
 
@@ -377,6 +381,11 @@ class AdapterSpec(Section):
 
     train_modules: list[Word] = Field(default_factory=list)
     """Modules trained in full and saved with the adapter, besides the task's new head."""
+
+    def conflicts(self) -> Conflicts:
+        """Yield a start from an adapter for what has none."""
+        if self.from_ is not None and self.type == "full":
+            yield "from", "`from` starts from an adapter; a whole model is named in `model.name`"
 
     @property
     def low_rank(self) -> bool:
@@ -618,6 +627,7 @@ class Recipe(Section):
     """Folder of the result, relative to the working directory."""
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
+    _started: bool = PrivateAttr(default=False)  # `adapter.from` has been read, by an earlier run
 
     def conflicts(self) -> Conflicts:
         """Yield what is wrong between sections."""
@@ -646,6 +656,8 @@ class Recipe(Section):
                 yield key, f"`{name}` has no meaning with `task.type: {self.task.type}`"
         if "base" in named and not self.evaluate.baseline:
             yield key, "`base` is what `evaluate.baseline: true` measures"
+        if "base" in named and self.adapter.from_ is not None:
+            yield key, "before training, `adapter.from` is the old adapter, and not `base`"
         if "none" in named and self.adapter.type == "none":
             yield key, "`none` is what `adapter.type: none` trains"
         if self.data.streaming and {"majority", "none"} & set(named):
