@@ -12,14 +12,16 @@ import os
 import shlex
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_cli.errors import LoraError, ResourceError
+from lora_cli.errors import LoraError, RegressionError, ResourceError
 
 if TYPE_CHECKING:
+    from lora_cli.comparison import Comparison
     from lora_cli.recipe import Recipe
 
 app = typer.Typer(
@@ -142,6 +144,8 @@ def _print_results(recipe: Recipe, report: dict[str, Any]) -> None:
     rows = results_table(report)
     if len(rows) > 1:
         typer.echo(_table(rows))
+    if verdict := report.get("verdict"):
+        typer.echo(f"verdict  {verdict['words']}")
     folder = recipe.output_path
     typer.echo(f"adapter  {folder}/")
     typer.echo(f"report   {folder / 'report.json'}")
@@ -181,15 +185,43 @@ def evaluate(
         str | None,
         typer.Option("--split", help="train, validation or test. Default: all but train."),
     ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--input", help="Measure on this file, which has the recipe's columns."),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="Folder of an older adapter to compare with."),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option("--metric", help="Metric to compare by. Default: the recipe's main metric."),
+    ] = None,
+    max_drop: Annotated[
+        float,
+        typer.Option("--max-drop", min=0, help="How much worse than the older one it may be."),
+    ] = 0.005,
     recipe: RecipeOption = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a saved adapter on the data it was trained for."""
+    """Measure a saved adapter on the data it was trained for, alone or against an older one."""
+    if source is not None and split not in (None, "test"):
+        raise LoraError("`--input` and `--split` exclude each other", "--split")
+    if metric is not None and against is None:
+        raise LoraError("`--metric` needs `--against`", "--metric", "`evaluate.metrics` names them")
     loaded = _recipe_for(adapter, recipe, overrides)
     _quiet()
-    from lora_cli.evaluation import evaluate_adapter
+    from lora_cli.evaluation import evaluate_adapter, measure_file
 
+    if source is not None:
+        measure_file(loaded, source)
+        split = "test"
+    if against is not None:
+        from lora_cli.comparison import compare
+
+        _print_comparison(compare(adapter, against, loaded, metric, max_drop, split), as_json)
+        return
     results = evaluate_adapter(adapter, loaded, split)
     if as_json:
         typer.echo(json.dumps(results, indent=2))
@@ -201,6 +233,31 @@ def evaluate(
         for name in names
     ]
     typer.echo(_table(rows))
+
+
+def _print_comparison(found: Comparison, as_json: bool) -> None:
+    """Print a comparison; a new adapter that is too much worse is an error of its own."""
+    from lora_cli.reporting.report import strict
+
+    low, high = found.interval
+    if as_json:
+        facts = asdict(found) | {"worse": found.worse, "verdict": found.verdict}
+        typer.echo(json.dumps(strict(facts), indent=2))
+    else:
+        cells = (found.old, found.new)
+        row = [found.metric, *(f"{value:.4f}" for value in cells), f"{found.difference:+.4f}"]
+        header = [f"{found.split} ({found.rows} rows)", "old", "new", "difference", "95 % interval"]
+        typer.echo(_table([header, [*row, f"{low:+.4f} to {high:+.4f}"]]))
+        typer.echo(f"interval: paired bootstrap, {found.resamples:,} resamples of the rows")
+        typer.echo(
+            f"verdict: {found.verdict} (judged by the difference itself, not by its interval)"
+        )
+    if found.worse:
+        raise RegressionError(
+            f"{found.metric} on {found.split} is worse by {found.drop:.4f}, "
+            f"and {found.max_drop:g} is allowed",
+            "--max-drop",
+        )
 
 
 @app.command()

@@ -10,6 +10,7 @@ The class decides the exit code of the command:
 | 3    | `NumericsError`    | the numbers went bad (NaN or infinity)           |
 | 4    | `IntegrityError`   | a file is not what it claims to be               |
 | 5    | `ResourceError`    | a resource ran out (memory, disk)                |
+| 6    | `RegressionError`  | a new adapter is worse than the old one          |
 | 130+ | `InterruptedRun`   | stopped by a signal, after saving                |
 """
 
@@ -71,6 +72,12 @@ class ResourceError(LoraError):
     """A resource ran out: memory or disk."""
 
     exit_code = 5
+
+
+class RegressionError(LoraError):
+    """A new adapter is worse than the old one by more than is allowed."""
+
+    exit_code = 6
 
 
 class InterruptedRun(LoraError):  # noqa: N818 - not an error: the run was asked to stop, and saved

@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_cli.adapters.folder import read_adapter
 from lora_cli.adapters.loading import load_adapter
+from lora_cli.data.files import form_of
 from lora_cli.data.plan import Indices
 from lora_cli.data.sources import SPLITS
 from lora_cli.errors import LoraError
@@ -52,6 +53,7 @@ def evaluate(
     split: Encoded,
     accelerator: Accelerator,
     predictions: Path | None = None,
+    keep: list[Prediction] | None = None,
 ) -> dict[str, float]:
     """Return the loss and the metrics of a model on a split; every process gets them.
 
@@ -63,6 +65,7 @@ def evaluate(
         split: The encoded rows.
         accelerator: Precision and processes.
         predictions: File that gets a line for every example, in the order of the rows.
+        keep: List that gets every prediction, in the same order.
     """
     recipe = task.recipe
     size = recipe.evaluate.micro_batch_size or 2 * recipe.train.micro_batch_size
@@ -81,6 +84,8 @@ def evaluate(
                 pairs = [r.metric_inputs[channel] for r in rows if channel in r.metric_inputs]
                 if main and pairs:
                     metrics.add_batch(channel, [p for p, _ in pairs], [r for _, r in pairs])
+            if keep is not None:
+                keep += rows
             if file is not None:
                 file.writelines(_line(row, split) for row in rows)
     finally:
@@ -131,14 +136,15 @@ def _line(prediction: Prediction, split: Encoded) -> str:
 
 def open_adapter(folder: Path, recipe: Recipe) -> tuple[Task, nn.Module, Accelerator]:
     """Return the task, the base model with the adapter of a folder, and where it runs."""
-    accelerator = _accelerator(recipe)
-    task = _open_task(folder, recipe)
+    accelerator = start_accelerator(recipe)
+    task = open_task(folder, recipe)
     if not task.knows_labels:
         check_data(task, ())
-    return task, _load_adapted(folder, task, accelerator), accelerator
+    return task, load_adapted(folder, task, accelerator), accelerator
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
+def start_accelerator(recipe: Recipe) -> Accelerator:
+    """Return where an adapter is measured, and in which precision."""
     if recipe.train.precision == "fp16" and not torch.cuda.is_available():
         raise LoraError(
             "fp16 needs a GPU",
@@ -148,7 +154,8 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     return Accelerator(mixed_precision=mixed_precision(recipe))
 
 
-def _open_task(folder: Path, recipe: Recipe) -> Task:
+def open_task(folder: Path, recipe: Recipe) -> Task:
+    """Return the task of a recipe; with `adapter.type: full` the folder is the model."""
     if recipe.adapter.type == "full":
         recipe.model.name = str(folder.absolute())
     task = build_task(recipe)
@@ -156,11 +163,33 @@ def _open_task(folder: Path, recipe: Recipe) -> Task:
     return task
 
 
-def _load_adapted(folder: Path, task: Task, accelerator: Accelerator) -> nn.Module:
+def load_adapted(folder: Path, task: Task, accelerator: Accelerator) -> nn.Module:
+    """Return the base model with the adapter of a folder, in eval mode."""
     model, new = task.load_model(accelerator.device)
     if task.recipe.adapter.type != "full":
         load_adapter(model, read_adapter(folder), new)
     return model.eval()
+
+
+def measure_file(recipe: Recipe, file: Path) -> None:
+    """Let the recipe's test split be a file, and leave out what else it holds out.
+
+    Raises:
+        LoraError: If there is no such file, or the labels would have to be found on the Hub.
+    """
+    if not file.is_file():
+        raise LoraError(f"there is no file {file}", "--input")
+    task, data = recipe.task, recipe.data
+    data.validation, data.test, data.streaming = None, str(file.absolute()), False
+    data.format = form_of(file, data.format)
+    needs_labels = task.type == "sequence_classification" and task.problem != "regression"
+    if data.name is not None:
+        if needs_labels and not getattr(task, "labels", None):
+            raise LoraError(
+                "the labels are not known", recipe.at("task.labels"), "name them in the recipe"
+            )
+        data.name = data.config = None
+        data.train = str(file.absolute())  # which nothing reads, as the labels are known
 
 
 def evaluate_adapter(
@@ -181,8 +210,8 @@ def evaluate_adapter(
             recipe.at("data"),
             "name one with `--set data.test=FILE`",
         )
-    accelerator = _accelerator(recipe)
-    task = _open_task(folder, recipe)
+    accelerator = start_accelerator(recipe)
+    task = open_task(folder, recipe)
     data = load_data(task, wanted)
-    model = _load_adapted(folder, task, accelerator)
+    model = load_adapted(folder, task, accelerator)
     return {name: evaluate(model, task, data[name], accelerator) for name in wanted}

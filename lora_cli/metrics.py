@@ -234,6 +234,15 @@ def reads(metric: str) -> Channel | None:
     return spec.channel if spec else None
 
 
+def builtin_value(
+    metric: str, result: str, predictions: Rows, references: Rows,
+    context: MetricContext = MetricContext(),
+) -> float:  # fmt: skip
+    """Return one number of a built-in metric, computed at once from all rows."""
+    found = _SPECS[metric].compute(predictions, references, context)
+    return found[result] if isinstance(found, dict) else found
+
+
 def check_metric_names(
     names: Sequence[str],
     default_channel: Channel | None = None,

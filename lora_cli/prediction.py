@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from lora_cli.data.files import kind_of, read_rows, require_columns
+from lora_cli.data.files import form_of, kind_of, read_rows, require_columns
 from lora_cli.errors import LoraError, Problem
 from lora_cli.recipe import FormatSpec
 from lora_cli.tasks import Task
@@ -57,7 +57,7 @@ def answer_file(
         raise LoraError(f"there is no file {source}", "--input")
     if source.resolve() == target.resolve():
         raise LoraError("the output would overwrite the input", "--output")
-    form = _form_of(source, task.recipe.data.format)
+    form = form_of(source, task.recipe.data.format)
     columns = _columns(source, form)
     require_columns(task.input_columns(), columns, str(source))
     delimiter = _delimiter(target)
@@ -76,16 +76,6 @@ def answer_file(
                 write(row.columns or {}, blank if fault else next(answers))
             written += len(chunk)
     return written, problems
-
-
-def _form_of(source: Path, given: FormatSpec) -> FormatSpec:
-    """Return how the file is read: of the kind that its name says, else as the recipe says."""
-    by_name = given.model_copy(update={"type": None})
-    try:
-        kind_of(source, by_name)
-    except LoraError:
-        return given
-    return by_name
 
 
 def _columns(source: Path, form: FormatSpec) -> list[str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 
 # before anything imports huggingface_hub, which reads them at import
-_home = tempfile.TemporaryDirectory(prefix="lora-tests-", ignore_cleanup_errors=True)
-os.environ["HF_HOME"] = _home.name  # caches of its own: tests that run beside these have theirs
+# and caches of their own: other tests may run beside these
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lora-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest
 import torch

@@ -222,7 +222,7 @@ def test_the_data_are_checked_before_weights_are_loaded(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(base, tmp_path, labels=["meh"] * 23)
-    monkeypatch.setattr(evaluation, "_load_adapted", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(evaluation, "load_adapted", lambda *_: pytest.fail("too late"))
     with pytest.raises(LoraError, match="`meh` is not a label"):
         evaluate_adapter(tmp_path, recipe)
 

@@ -13,20 +13,33 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.attach import add_layer, compute_in_own_dtype, even_norms
+from lora_cli.adapters.attach import (
+    add_layer,
+    compute_in_own_dtype,
+    even_norms,
+    lora_layers,
+)
 from lora_cli.adapters.folder import AdapterFolder, within_groups
 from lora_cli.adapters.lora import LoRAConv, LoRALayer, can_adapt
 from lora_cli.adapters.targets import Target, first_match, groups_problem, inside, matches
 from lora_cli.errors import IntegrityError, Problem
 
 
-def load_adapter(model: nn.Module, adapter: AdapterFolder, new: list[str]) -> None:
+def load_adapter(
+    model: nn.Module,
+    adapter: AdapterFolder,
+    new: list[str],
+    dropout: float = 0.0,
+    trained: bool = False,
+) -> None:
     """Attach an adapter to its base model and load its weights.
 
     Args:
-        model: The base model, changed in place; nothing in it is trained afterwards.
+        model: The base model, changed in place.
         adapter: What `read_adapter` returned.
         new: Names of modules that the base checkpoint does not hold, and the adapter must.
+        dropout: Of the low-rank layers, where they are trained.
+        trained: What the adapter holds is trained further; else nothing is.
 
     Raises:
         IntegrityError: With every tensor that does not fit the model or is missing; the model is
@@ -55,15 +68,18 @@ def load_adapter(model: nn.Module, adapter: AdapterFolder, new: list[str]) -> No
         parameter.requires_grad_(False)
     with torch.no_grad():
         for target in targets:
-            layer = add_layer(model, target, use_rslora=bool(adapter.config.get("use_rslora")))
+            use_rslora = bool(adapter.config.get("use_rslora"))
+            layer = add_layer(model, target, dropout, use_rslora)
             _copy_pair(layer, pairs[target.name])
         for name, tensor in plain.items():
             parameter = parameters[name]
             parameter.data = tensor.to(parameter.device, torch.float32)
     even_norms(model)
     compute_in_own_dtype(model, new)
+    held = {id(parameters[name]) for name in plain}
+    held |= {id(m) for layer in lora_layers(model).values() for m in (layer.lora_A, layer.lora_B)}
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        parameter.requires_grad_(trained and id(parameter) in held)
 
 
 def _check_plain(

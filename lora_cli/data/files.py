@@ -56,6 +56,16 @@ def kind_of(path: Path, spec: FormatSpec) -> str:
     return kind
 
 
+def form_of(source: Path, given: FormatSpec) -> FormatSpec:
+    """Return how the file is read: of the kind that its name says, else as the recipe says."""
+    by_name = given.model_copy(update={"type": None})
+    try:
+        kind_of(source, by_name)
+    except LoraError:
+        return given
+    return by_name
+
+
 def read_rows(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
     """Yield the rows of a file in order.
 

@@ -128,6 +128,11 @@ def _make_paths_absolute(recipe: Recipe, folder: Path) -> None:
     name = recipe.model.name
     if name.startswith((".", "/", "~")) or os.path.isdir(absolute("model.name", name)):
         recipe.model.name = absolute("model.name", name)
+    start = recipe.adapter.from_
+    if start and (
+        start.startswith((".", "/", "~")) or os.path.isdir(absolute("adapter.from", start))
+    ):
+        recipe.adapter.from_ = absolute("adapter.from", start)
     data = recipe.data
     if data.path is not None:
         data.path = absolute("data.path", data.path)

@@ -384,6 +384,10 @@ class AdapterSpec(Section):
     """`lora`: low-rank adapters. `full`: every weight. `none`: the task's head alone.
     `bitfit`: the biases. The last three are the baselines of the first, in the same loop."""
 
+    from_: Word | None = Field(default=None, alias="from")
+    """A trained adapter to start from: a folder (relative to the recipe), or a Hub id. Its rank,
+    alpha, targets, biases and head are trained further; the optimizer starts anew."""
+
     rank: Positive = 8
     """Rank of the update: the inner dimension of B A."""
 
@@ -418,6 +422,11 @@ class AdapterSpec(Section):
 
     train_modules: list[Word] = Field(default_factory=list)
     """Modules trained in full and saved with the adapter, besides the task's new head."""
+
+    def conflicts(self) -> Conflicts:
+        """Yield a start from an adapter for what has none."""
+        if self.from_ is not None and self.type == "full":
+            yield "from", "`from` starts from an adapter; a whole model is named in `model.name`"
 
     @property
     def low_rank(self) -> bool:
@@ -613,6 +622,10 @@ class EvaluateSpec(Section):
     baseline: bool = True
     """Measure validation and test before training too."""
 
+    baselines: list[Literal["majority", "none", "base"]] = Field(default_factory=list)
+    """What the adapter has to beat: `majority`, the commonest label of train (or the mean of its
+    numbers); `none`, the head alone, trained by this recipe; `base`, the model before training."""
+
     generation: GenerationSpec = Field(default_factory=GenerationSpec)
     """How a language model writes its answers."""
 
@@ -655,6 +668,7 @@ class Recipe(Section):
     """Folder of the result, relative to the working directory."""
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
+    _started: bool = PrivateAttr(default=False)  # `adapter.from` has been read, by an earlier run
 
     def conflicts(self) -> Conflicts:
         """Yield what is wrong between sections."""
@@ -668,12 +682,29 @@ class Recipe(Section):
             yield "train.packing", "`train.packing` is for `task.type: causal_lm`"
         if data.validation is None and self.evaluate.early_stopping is not None:
             yield "evaluate.early_stopping", "`evaluate.early_stopping` needs `data.validation`"
+        yield from self._baseline_conflicts()
         labels = task.type == "sequence_classification" and task.problem != "regression"
         for split in ("validation", "test"):
             spec = getattr(data, split)
             if isinstance(spec, HeldOutSpec) and spec.stratify and not labels:
                 key = f"data.{split}.stratify"
                 yield key, f"`{key}` keeps the proportions of labels, and this task has none"
+
+    def _baseline_conflicts(self) -> Conflicts:
+        key, named = "evaluate.baselines", self.evaluate.baselines
+        for name in named:
+            if name != "base" and self.task.type != "sequence_classification":
+                yield key, f"`{name}` has no meaning with `task.type: {self.task.type}`"
+        if "base" in named and not self.evaluate.baseline:
+            yield key, "`base` is what `evaluate.baseline: true` measures"
+        if "base" in named and self.adapter.from_ is not None:
+            yield key, "before training, `adapter.from` is the old adapter, and not `base`"
+        if "none" in named and self.adapter.type == "none":
+            yield key, "`none` is what `adapter.type: none` trains"
+        if self.data.streaming and {"majority", "none"} & set(named):
+            yield key, "`majority` and `none` need all train rows, so not `data.streaming`"
+        if named and self.data.validation is None and self.data.test is None:
+            yield key, "`evaluate.baselines` needs `data.validation` or `data.test`"
 
     def at(self, key: str) -> str:
         """Return where a key stands, for an error: `adapter.rank (recipe.yaml:14)`.

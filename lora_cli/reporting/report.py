@@ -61,12 +61,15 @@ def read_metrics_log(path: Path) -> list[dict[str, Any]]:
 def results_table(report: dict[str, Any]) -> list[list[str]]:
     """Return the metrics as rows of text: a header, the main metric, the others, the loss.
 
-    The columns are what was measured, of validation and test before and after training.
+    The columns are what was measured, of validation and test: the baselines, before and after
+    training. (The baseline `base` is what was measured before.)
     """
     columns = {}
+    baselines = [name for name in part(report, "baselines") if name != "base"]
     for split in ("validation", "test"):
-        for when in ("before", "after"):
-            metrics = part(report, "metrics", when, split)
+        for when in (*baselines, "before", "after"):
+            place = ("baselines",) if when in baselines else ("metrics",)
+            metrics = part(report, *place, when, split)
             scalars = {
                 n: v for n, v in strict(metrics).items() if isinstance(v, int | float | None)
             }

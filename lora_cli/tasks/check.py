@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lora_cli.adapters.attach import attach
+from lora_cli.adapters.starting import make_trainable
 from lora_cli.data.sources import Rows
 from lora_cli.errors import LoraError, Problem
 from lora_cli.metrics import MetricSet, known_metrics
@@ -39,7 +39,7 @@ def check_recipe(recipe: Recipe) -> None:
     if has_processor:
         with _collected(problems):
             model, new = task.empty_model()
-            attach(model, recipe, new)
+            make_trainable(model, recipe, new)
     if problems:
         raise LoraError(problems)
 
@@ -76,5 +76,5 @@ def empty_adapted_model(recipe: Recipe) -> nn.Module:
     if not task.knows_labels:
         check_data(task, ())
     model, new = task.empty_model()
-    attach(model, recipe, new)
+    make_trainable(model, recipe, new)
     return model

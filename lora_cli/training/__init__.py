@@ -1,5 +1,5 @@
 """Training: the loop, the optimizers and schedules, the saved state, and the display."""
 
-from lora_cli.training.loop import train
+from lora_cli.training.baselines import train
 
 __all__ = ["train"]

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from lora_cli.adapters.attach import attach, trainable_parameters, training_mode
+from lora_cli.adapters.attach import trainable_parameters, training_mode
+from lora_cli.adapters.starting import make_trainable
 from lora_cli.errors import InterruptedRun, LoraError, NumericsError
 from lora_cli.evaluation import best_by, evaluate
 from lora_cli.recipe import Recipe
@@ -28,6 +29,7 @@ from lora_cli.training.result import finish, open_output, start_report, write_re
 from lora_cli.training.signals import StopSignals
 from lora_cli.training.state import (
     TrainState,
+    adopt_adapter,
     clear_leftovers,
     load_checkpoint,
     publish_adapter,
@@ -51,6 +53,8 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     Returns:
         The report, as in `report.json`; of the earlier run, if that is complete.
     """
+    if resume:
+        adopt_adapter(recipe)
     accelerator = start_accelerator(recipe)
     task = build_task(recipe)
     with main_process_first(accelerator):  # it reads and encodes; the others find its cache
@@ -63,7 +67,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         return done
     seed_everything(recipe.train.seed)
     model, new = task.load_model(accelerator.device)
-    attach(model, recipe, new)
+    make_trainable(model, recipe, new)
     if isinstance(task, CausalLM) and recipe.train.packing:
         with accelerator.autocast():
             task.check_packing(model, data["train"])

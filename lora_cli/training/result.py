@@ -123,7 +123,7 @@ def _adapter_facts(recipe: Recipe) -> dict[str, Any]:
     spec = recipe.adapter
     if not spec.low_rank:
         return {"type": spec.type}
-    chosen = spec.model_dump(exclude_defaults=True)
+    chosen = spec.model_dump(exclude_defaults=True, by_alias=True)
     return {"type": spec.type, "rank": spec.rank, "alpha": spec.alpha} | chosen
 
 

@@ -23,11 +23,12 @@ from transformers import PreTrainedModel
 from lora_cli.adapters.folder import read_tensors, restore, save_adapter
 from lora_cli.errors import IntegrityError, LoraError, Problem
 from lora_cli.files import new_folder, publish, verify_manifest, write_json
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import AdapterSpec, Recipe
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer.json"
 FOLDER = "checkpoints"
+TARGETS = {"target_modules", "exclude_modules", "layers"}  # `adapter.from` names the modules
 
 
 @dataclass
@@ -147,6 +148,21 @@ def peek_state(output: Path) -> TrainState | None:
     return None
 
 
+def adopt_adapter(recipe: Recipe) -> None:
+    """Let a run that is resumed go on without the adapter that it once started from.
+
+    What came from that adapter stands in the checkpoint. `refuse_changes` finds out if the recipe
+    says otherwise.
+    """
+    state, spec = peek_state(recipe.output_path), recipe.adapter
+    if spec.from_ is None or state is None:
+        return
+    saved = AdapterSpec.model_validate(state.recipe["adapter"])
+    said = {key: getattr(spec, key) for key in spec.model_fields_set - TARGETS}
+    recipe.adapter = saved.model_copy(update=said)
+    recipe._started = True
+
+
 def restore_checkpoint(
     folder: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
@@ -225,7 +241,12 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(
         mode="json",
         by_alias=True,
-        exclude={"output_dir": True, "train": {"workers", "trackers"}, "checkpoint": True},
+        exclude={
+            "output_dir": True,
+            "train": {"workers", "trackers"},
+            "evaluate": {"baselines"},
+            "checkpoint": True,
+        },
     )
 
 

@@ -1,0 +1,130 @@
+"""What an adapter has to beat: the commonest answer, the head alone, and the untrained base.
+
+The adapter is trained first and its report is whole, whatever happens here; `--resume` measures the
+baselines that are missing. The head alone is trained by the same loop, in `baselines/none/`.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from accelerate.state import AcceleratorState, PartialState
+
+from lora_cli.evaluation import best_by, build_metrics
+from lora_cli.recipe import AdapterSpec, Recipe
+from lora_cli.reporting import write_model_card, write_report
+from lora_cli.reporting.report import part, shown_number
+from lora_cli.tasks import Encoded, Task, build_task
+from lora_cli.tasks.base import load_data
+from lora_cli.training import loop
+
+HELD_OUT = ("validation", "test")
+NAMES = {"majority": "the commonest answer", "none": "the head alone", "base": "the base"}
+Metrics = dict[str, dict[str, float]]
+
+
+def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
+    """Train as the recipe says, then measure its baselines; as `loop.train` otherwise.
+
+    Returns:
+        The report, with `baselines` (metrics by name and split) and `verdict`.
+    """
+    report = loop.train(recipe, resume)
+    wanted = recipe.evaluate.baselines
+    known = part(report, "baselines")
+    if not wanted or set(wanted) <= set(known):
+        return report
+    report["baselines"] = {
+        name: known[name] if name in known else _measure(name, recipe, report) for name in wanted
+    }
+    report["verdict"] = verdict(report, *best_by(recipe, build_task(recipe)))
+    if PartialState().is_main_process:
+        write_model_card(recipe.output_path, recipe, report)
+        write_report(recipe.output_path, report)
+    return report
+
+
+def _measure(name: str, recipe: Recipe, report: dict[str, Any]) -> Metrics:
+    match name:
+        case "majority":
+            task = build_task(recipe)
+            task.load_processor()
+            return majority(task, load_data(task))
+        case "none":
+            return _head_alone(recipe)
+    return dict(part(report, "metrics", "before"))
+
+
+def majority(task: Task, data: dict[str, Encoded]) -> Metrics:
+    """Return the metrics of the train split's commonest label, or its mean, as every answer.
+
+    Of several labels, each is taken that more than half of the rows have.
+    """
+    train = list(data["train"].examples["labels"])
+    said: Any
+    if task.metric_channel == "value":
+        said = float(np.mean(train))
+    elif isinstance(train[0], list):
+        said = [int(share > 0.5) for share in np.mean(train, axis=0)]
+    else:
+        said = Counter(train).most_common(1)[0][0]
+    found = {}
+    for name in HELD_OUT:
+        if name in data:
+            metrics = build_metrics(task)
+            references = list(data[name].examples["labels"])
+            metrics.add_batch(task.metric_channel, [said] * len(references), references)
+            found[name] = metrics.compute()
+    return found
+
+
+def _head_alone(recipe: Recipe) -> Metrics:
+    """Train the head alone by the same recipe, and return its metrics."""
+    head = recipe.model_copy(deep=True)
+    head.adapter = AdapterSpec(type="none", train_modules=recipe.adapter.train_modules)
+    head.evaluate.baselines, head.evaluate.baseline = [], False
+    head.train.trackers = []
+    folder = recipe.output_path / "baselines" / "none"
+    head.output_dir = str(folder)
+    started = (folder / "recipe.yaml").exists()
+    state = PartialState()
+    if not started and state.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+    state.wait_for_everyone()
+    # the precision of autocast may be another without low-rank layers
+    AcceleratorState._reset_state()
+    return dict(loop.train(head, resume=started)["metrics"]["after"])
+
+
+def verdict(report: dict[str, Any], metric: str, mode: str) -> dict[str, Any]:
+    """Return whether the adapter beats the best of its baselines, and say so.
+
+    Args:
+        report: With `metrics` and `baselines`.
+        metric: What decides, on validation, or on test if there is no validation.
+        mode: Whether less (`min`) or more (`max`) of it is better.
+    """
+    after = part(report, "metrics", "after")
+    split = next((name for name in HELD_OUT if name in after), None)
+    if split is None:
+        return {"passed": None, "words": "nothing is held out to judge the adapter by"}
+    sign = 1 if mode == "max" else -1
+
+    def worth(value: Any) -> float:
+        known = isinstance(value, int | float) and math.isfinite(value)
+        return sign * value if known else -math.inf
+
+    values = {
+        name: part(report, "baselines", name, split).get(metric) for name in report["baselines"]
+    }
+    ours = after[split].get(metric)
+    best = max(values, key=lambda name: worth(values[name]))
+    passed = worth(ours) > worth(values[best])
+    rest = f"{NAMES[best]} (`{best}`, {shown_number(values[best])}) in {metric} on {split}"
+    words = f"the adapter ({shown_number(ours)}) {'beats' if passed else 'FAILS to beat'} {rest}"
+    facts = {"metric": metric, "split": split, "adapter": ours}
+    return {"passed": passed, "words": words, **facts, "baseline": best, "value": values[best]}
