@@ -142,8 +142,9 @@ def _print_results(recipe: Recipe, report: dict[str, Any]) -> None:
     if len(rows) > 1:
         typer.echo(_table(rows))
     folder = recipe.output_path
+    typer.echo(f"report   {folder / 'report.html'}")
+    typer.echo(f"numbers  {folder / 'report.json'}")
     typer.echo(f"adapter  {folder}/")
-    typer.echo(f"report   {folder / 'report.json'}")
     typer.echo(f"plot     {folder / 'learning_curve.png'}")
 
 
