@@ -147,8 +147,9 @@ def _print_results(recipe: Recipe, report: dict[str, Any]) -> None:
     if verdict := report.get("verdict"):
         typer.echo(f"verdict  {verdict['words']}")
     folder = recipe.output_path
+    typer.echo(f"report   {folder / 'report.html'}")
+    typer.echo(f"numbers  {folder / 'report.json'}")
     typer.echo(f"adapter  {folder}/")
-    typer.echo(f"report   {folder / 'report.json'}")
     typer.echo(f"plot     {folder / 'learning_curve.png'}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,12 @@ from lora_cli.models import mixed_precision
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Encoded, Prediction, Task, build_task
 from lora_cli.tasks.base import check_data, load_data
+from lora_cli.tasks.causal_lm import CausalLM
 
 WINDOW = 64  # batches whose examples are sorted by length together
+TEXT_LENGTH = 500  # characters of a row that stand beside its prediction
+TURN = (("role", "from"), ("content", "value"))  # keys of a turn
+SAMPLES = 5  # prompts that are continued before and after training
 
 
 def build_metrics(task: Task) -> MetricSet:
@@ -87,7 +91,7 @@ def evaluate(
             if keep is not None:
                 keep += rows
             if file is not None:
-                file.writelines(_line(row, split) for row in rows)
+                file.writelines(_line(row, split, task) for row in rows)
     finally:
         if file is not None:
             file.close()
@@ -119,11 +123,15 @@ def _predict_window(
     return [prediction for _, prediction in sorted(together, key=lambda pair: pair[0])]
 
 
-def _line(prediction: Prediction, split: Encoded) -> str:
+def _line(prediction: Prediction, split: Encoded, task: Task) -> str:
+    row, reference = split.rows[prediction.row], prediction.reference
+    if reference is None and isinstance(task, CausalLM):
+        reference = _text(row, task.target_columns().values()) or None
     line: dict[str, Any] = {
         "row": prediction.row,
         "place": split.rows.place(prediction.row),
-        "reference": prediction.reference,
+        "text": _text(row, task.input_columns().values()),
+        "reference": reference,
         "prediction": prediction.prediction,
         "loss": prediction.loss,
         "n_items": prediction.n_items,
@@ -132,6 +140,56 @@ def _line(prediction: Prediction, split: Encoded) -> str:
         line["scores"] = {name: round(score, 6) for name, score in prediction.scores.items()}
     kept = {key: value for key, value in line.items() if value is not None}
     return json.dumps(kept, ensure_ascii=False) + "\n"
+
+
+def _text(row: dict[str, Any], columns: Iterable[str]) -> str:
+    """Return the beginning of what stands in some columns of a row, to be read by a person."""
+    parts: list[str] = []
+    for column in columns:
+        value = row.get(column)
+        for turn in value if isinstance(value, list) else [value]:
+            if isinstance(turn, dict):  # of a conversation, as OpenAI or ShareGPT have it
+                who, what = (turn.get(a, turn.get(b)) for a, b in TURN)
+                turn = f"{who}: {what}"
+            parts += [] if turn is None else [str(turn)]
+    text = "\n".join(parts)
+    return text if len(text) <= TEXT_LENGTH else text[: TEXT_LENGTH - 1] + "…"
+
+
+def add_samples(
+    model: nn.Module,
+    task: Task,
+    split: Encoded | None,
+    accelerator: Accelerator,
+    samples: list[dict[str, Any]],
+    when: str,
+) -> None:
+    """Let a language model continue the first rows of a split, on the main process alone.
+
+    Args:
+        model: The model; it is put into eval mode, and back.
+        task: Of the model; one that does not write leaves no samples.
+        split: The rows; None leaves no samples.
+        accelerator: Precision and processes.
+        samples: A dictionary for each row, which gets the continuation.
+        when: The key of the continuation: `before` or `after` training.
+    """
+    if not (isinstance(task, CausalLM) and split is not None and accelerator.is_main_process):
+        return
+    prompts = [task.sample_prompt(split.rows[i]) for i in range(min(SAMPLES, len(split.rows)))]
+    if not samples:
+        places = map(split.rows.place, range(len(prompts)))
+        samples += [
+            {"place": place, "prompt": shown[-4 * TEXT_LENGTH :], "reference": wanted[:TEXT_LENGTH]}
+            for place, (_, shown, wanted) in zip(places, prompts, strict=True)
+        ]
+    was_training = model.training
+    model.eval()
+    with accelerator.autocast():
+        written = task.continue_greedily(model, [ids for ids, _, _ in prompts])
+    model.train(was_training)
+    for sample, text in zip(samples, written, strict=True):
+        sample[when] = text
 
 
 def open_adapter(folder: Path, recipe: Recipe) -> tuple[Task, nn.Module, Accelerator]:

@@ -1,4 +1,4 @@
-"""What a run leaves to be read: `report.json`, the learning curve, the model card.
+"""What a run leaves to be read: `report.json`, `report.html`, the learning curve, the model card.
 
 All are made from the report, the recipe and `metrics.jsonl` alone, so that they can be made again
 at any time. What is not known is left out.
@@ -6,6 +6,7 @@ at any time. What is not known is left out.
 
 from lora_cli.reporting.card import write_model_card
 from lora_cli.reporting.curve import plot_learning_curve
+from lora_cli.reporting.page import write_page
 from lora_cli.reporting.report import read_metrics_log, results_table, write_report
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "read_metrics_log",
     "results_table",
     "write_model_card",
+    "write_page",
     "write_report",
 ]

@@ -91,7 +91,7 @@ def _headline(figure: Any, report: dict[str, Any]) -> None:
     figure.text(0.022, 0.888, join(filter(None, facts)), size=10.5, color=MUTED)
 
 
-def _curve(lines: Log, key: str) -> Curve:
+def curve_of(lines: Log, key: str) -> Curve:
     """Return steps (N,), ascending, and values (N,): NaN where the log has null or infinity."""
     import numpy as np
 
@@ -101,7 +101,7 @@ def _curve(lines: Log, key: str) -> Curve:
     return np.array(steps, float), np.where(np.isfinite(y), y, np.nan)
 
 
-def _smooth(y: NDArray[Any]) -> NDArray[Any]:
+def smooth(y: NDArray[Any]) -> NDArray[Any]:
     """Return a Gaussian running mean over a few per cent of the points; NaN weighs nothing."""
     import numpy as np
 
@@ -123,12 +123,12 @@ def _draw(axes: Any, curve: Curve, color: str, name: str = "", **style: Any) -> 
 
 
 def _plot_loss(axes: Any, training: Log, measured: Log, report: dict[str, Any]) -> None:
-    (x, raw), validation = _curve(training, "loss"), _curve(measured, "loss")
+    (x, raw), validation = curve_of(training, "loss"), curve_of(measured, "loss")
     if len(raw) < 12:
         _draw(axes, (x, raw), TRAINING, "training", marker="o")
     else:
         _draw(axes, (x, raw), TRAINING, alpha=0.3, lw=0.8)
-        _draw(axes, (x, _smooth(raw)), TRAINING, "training")
+        _draw(axes, (x, smooth(raw)), TRAINING, "training")
     _draw(axes, validation, VALIDATION, "validation")
     axes.margins(y=0.06)
     _name_ends(axes)
@@ -143,7 +143,7 @@ def _plot_metric(axes: Any, measured: Log, metric: str, best: dict[str, Any]) ->
     from matplotlib.patheffects import withStroke
 
     names = dict.fromkeys(k for line in measured for k in line if k not in ("step", "loss"))
-    curves = {name: _curve(measured, name) for name in names}
+    curves = {name: curve_of(measured, name) for name in names}
     x, y = curves.pop(metric)
     known = [int(i) for i in np.flatnonzero(np.isfinite(y))]
     top = np.nanmax(np.abs(y[known]), initial=0.0)
@@ -176,7 +176,7 @@ def _plot_metric(axes: Any, measured: Log, metric: str, best: dict[str, Any]) ->
 
 
 def _plot_learning_rate(axes: Any, training: Log) -> None:
-    x, y = _curve(training, "learning_rate")
+    x, y = curve_of(training, "learning_rate")
     power = math.floor(math.log10(y[y == y].max(initial=0.0) or 1.0))
     _draw(axes, (x, y / 10**power), TRAINING)
     axes.set(title="Learning rate", ylabel=f"learning rate (x 1e{power})")

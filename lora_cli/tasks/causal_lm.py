@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM
 from lora_cli.errors import LoraError, Problem
 from lora_cli.metrics import reads
 from lora_cli.recipe import CausalLMSpec, Recipe
+from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.base import IGNORED, Batch, Encoded, Example, Prediction, Task, pad
 from lora_cli.tasks.chat import Message, encode_chat, prompt_of, read_messages
 from lora_cli.tasks.generation import generate
 
 PROBE_TOKENS = 32  # of each text that is packed on trial
+SAMPLE_TOKENS, SAMPLE_NEW_TOKENS = 16, 64  # of a plain text that is continued; of what is added
 
 
 class CausalLM(Task):
@@ -398,4 +400,32 @@ class CausalLM(Task):
     def generate(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[str]:
         """Return what the model says after each prompt, as the recipe's generation section asks."""
         options = self.recipe.evaluate.generation
+        return generate(model, prompts, self.tokenizer, options, self._pad, self.positions)
+
+    def sample_prompt(self, row: dict[str, Any]) -> tuple[list[int], str, str]:
+        """Return what a sample continues: token ids, the same as text, and the row's own words."""
+        (column,) = self.input_columns().values()
+        if self.is_chat:
+            messages = self._messages(row)
+            assert not isinstance(messages, str)
+            try:
+                ids = self._prompt(row)
+            except LoraError:  # the assistant speaks first
+                ids = list(self.tokenizer(" ", verbose=False)["input_ids"])
+            last = messages[-1]
+            wanted = str(last.get("content") or "") if last["role"] == "assistant" else ""
+        elif self.is_pair:
+            ids, wanted = self._prompt(row), str(row[self.spec.completion_column or ""])
+        else:
+            whole = list(self.tokenizer(str(row[column]), verbose=False)["input_ids"])
+            cut = min(SAMPLE_TOKENS, (len(whole) + 1) // 2)
+            ids = whole[:cut]
+            wanted = self.tokenizer.decode(whole[cut : cut + SAMPLE_NEW_TOKENS])
+        ids = ids[-self.max_length :]
+        return ids, str(self.tokenizer.decode(ids, skip_special_tokens=not self.is_chat)), wanted
+
+    def continue_greedily(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """Return a short continuation of each prompt, the likeliest token every time."""
+        tokens = min(SAMPLE_NEW_TOKENS, self.recipe.evaluate.generation.max_new_tokens)
+        options = GenerationSpec(max_new_tokens=tokens)
         return generate(model, prompts, self.tokenizer, options, self._pad, self.positions)

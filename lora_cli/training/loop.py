@@ -15,7 +15,7 @@ from torch import nn
 from lora_cli.adapters.attach import trainable_parameters, training_mode
 from lora_cli.adapters.starting import make_trainable
 from lora_cli.errors import InterruptedRun, LoraError, NumericsError
-from lora_cli.evaluation import best_by, evaluate
+from lora_cli.evaluation import add_samples, best_by, evaluate
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Encoded, Task, build_task
 from lora_cli.tasks.base import load_data
@@ -290,12 +290,17 @@ class Run:
         for name in ("validation", "test"):
             if name in self.data:
                 self.state.before[name] = self._metrics(name)
+        self._sample("before")
         if "validation" in self.state.before:
             self._deciding_value(self.state.before["validation"])  # is there such a metric?
             self.log.evaluated(0, 0.0, self.state.before["validation"], "  (before training)")
 
     def _metrics(self, split: str, predictions: Path | None = None) -> dict[str, float]:
         return evaluate(self.model, self.task, self.data[split], self.accelerator, predictions)
+
+    def _sample(self, when: str) -> None:
+        split, samples = self.data.get("validation"), self.state.samples
+        add_samples(self.model, self.task, split, self.accelerator, samples, when)
 
     def _evaluate(self) -> None:
         """Measure validation; publish the adapter if it is the best so far."""
@@ -369,6 +374,9 @@ class Run:
                 after[name] = self._metrics(name, file)
         state, seconds = self.state, max(self.state.seconds, 1e-9)
         self.report["metrics"] = {"before": state.before, "after": after}
+        self._sample("after")
+        if state.samples:
+            self.report["samples"] = state.samples
         if state.best is not None:
             self.report["best"] = state.best
         self.report["training"] |= {

@@ -19,7 +19,7 @@ from lora_cli.adapters.attach import parameter_table
 from lora_cli.errors import LoraError
 from lora_cli.files import write_atomically
 from lora_cli.recipe import Recipe, dump_recipe
-from lora_cli.reporting import plot_learning_curve, write_model_card, write_report
+from lora_cli.reporting import plot_learning_curve, write_model_card, write_page, write_report
 from lora_cli.tasks import Encoded, Task
 from lora_cli.tasks.sequence_classification import SequenceClassification, label_counts
 from lora_cli.training.state import peek_state, refuse_changes
@@ -145,11 +145,12 @@ def _facts(task: Task, split: Encoded, sha256: str) -> dict[str, Any]:
 
 
 def finish(recipe: Recipe, report: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
-    """Write the plot, the model card, and the report last."""
+    """Write the plot, the model card, the page, and the report last."""
     folder = recipe.output_path
     if accelerator.is_main_process:
         plot_learning_curve(folder, report)
         write_model_card(folder, recipe, report)
+        write_page(folder, report)
         write_report(folder, report)
     accelerator.wait_for_everyone()
     return report

@@ -42,6 +42,8 @@ class TrainState:
     tokens: int = 0
     before: dict[str, dict[str, float]] = field(default_factory=dict)
     """Metrics of validation and test before training."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """Prompts with what the model wrote before training."""
     best: dict[str, Any] | None = None
     """Metric, mode, value, step and epoch of the best evaluation."""
     without_improvement: int = 0

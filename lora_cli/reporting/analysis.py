@@ -1,0 +1,337 @@
+"""The numbers of the page: what a run's predictions and its log say beyond the metrics.
+
+Everything is computed from the report, the log and the lines of `predictions/*.jsonl`. A line that
+lacks what a figure needs is left out of that figure.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_cli.reporting.report import part, shown_number
+
+Line = dict[str, Any]
+Kind = Literal["single_label", "multi_label", "regression", "text", "other"]
+SMALLER_IS_BETTER = {"loss", "perplexity", "mse", "rmse", "mae", "wer", "cer", "ter"}
+BINS = 10
+
+
+def read_predictions(path: Path) -> list[Line]:
+    """Return the lines of a file of predictions; those that are no JSON objects are passed over."""
+    lines = []
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def finite(value: Any) -> float | None:
+    """Return a finite number, or None for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None
+
+
+def kind_of(report: dict[str, Any], lines: Sequence[Line]) -> Kind:
+    """Return what sort of answers a run's predictions are."""
+    task = report.get("task")
+    if task == "causal_lm":
+        return "text"
+    if task != "sequence_classification" or not lines:
+        return "other"
+    reference = lines[0].get("reference")
+    if isinstance(reference, list):
+        return "multi_label"
+    return "single_label" if isinstance(reference, str) else "regression"
+
+
+# --------------------------------------------------------------------------------- classification
+
+
+def label_names(report: dict[str, Any], lines: Iterable[Line]) -> list[str]:
+    """Return the labels in the order of the model's outputs, with any other that stands in rows."""
+    names = dict.fromkeys(str(name) for name in part(report, "data", "train", "labels"))
+    for line in lines:
+        names |= dict.fromkeys(line.get("scores") or ())
+        for key in ("reference", "prediction"):
+            names |= dict.fromkeys(_as_set(line.get(key)))
+    return list(names)
+
+
+def _as_set(value: Any) -> dict[str, None]:
+    """Return the labels of an answer, in order."""
+    return dict.fromkeys(map(str, value if isinstance(value, list) else [value]))
+
+
+def confusion(labels: Sequence[str], lines: Iterable[Line]) -> list[list[int]]:
+    """Return how often a row of label i was called j, at [i][j]."""
+    at = {label: i for i, label in enumerate(labels)}
+    matrix = [[0] * len(labels) for _ in labels]
+    for line in lines:
+        i, j = at.get(str(line.get("reference"))), at.get(str(line.get("prediction")))
+        if i is not None and j is not None:
+            matrix[i][j] += 1
+    return matrix
+
+
+def confused_pairs(labels: Sequence[str], matrix: list[list[int]]) -> list[tuple[int, str, str]]:
+    """Return (rows, label, what it was called instead), the most frequent first."""
+    pairs = [
+        (count, labels[i], labels[j])
+        for i, row in enumerate(matrix)
+        for j, count in enumerate(row)
+        if count and i != j
+    ]
+    return sorted(pairs, key=lambda pair: -pair[0])
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """How well a label is found; None where nothing was there to find, or nothing was found."""
+
+    label: str
+    rows: int
+    called: int
+    precision: float | None
+    recall: float | None
+    f1: float | None
+
+
+def per_label(labels: Sequence[str], lines: Iterable[Line]) -> list[LabelScore]:
+    """Return precision, recall and F1 of each label; a row may have one label or several."""
+    right: Counter[str] = Counter()
+    rows: Counter[str] = Counter()
+    called: Counter[str] = Counter()
+    for line in lines:
+        wanted, said = _as_set(line.get("reference")), _as_set(line.get("prediction"))
+        rows.update(list(wanted))
+        called.update(list(said))
+        right.update(wanted.keys() & said.keys())
+    return [
+        LabelScore(
+            name,
+            rows[name],
+            called[name],
+            right[name] / called[name] if called[name] else None,
+            right[name] / rows[name] if rows[name] else None,
+            2 * right[name] / both if (both := rows[name] + called[name]) else None,
+        )
+        for name in labels
+    ]
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Predictions whose stated probabilities are near each other."""
+
+    rows: int
+    confidence: float
+    """Mean of the stated probabilities."""
+    accuracy: float
+    """Share of them that came true."""
+
+
+def calibration(kind: Kind, lines: Iterable[Line]) -> tuple[list[Bin], float] | None:
+    """Return the bins of the reliability diagram and the expected calibration error, or None.
+
+    With one label a row, the probability of the predicted label against whether it is right; with
+    several, that of every label of every row against whether the row has it. Ten bins of equal
+    width; the error is the mean distance of a bin from the diagonal, weighted by its rows.
+    """
+    pairs: list[tuple[float, bool]] = []
+    for line in lines:
+        scores, wanted = line.get("scores") or {}, _as_set(line.get("reference"))
+        if kind == "single_label":
+            scores = {k: p for k, p in scores.items() if k == line.get("prediction")}
+        pairs += [(p, k in wanted) for k, v in scores.items() if (p := finite(v)) is not None]
+    if not pairs:
+        return None
+    groups: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
+    for pair in pairs:
+        groups[min(max(int(pair[0] * BINS), 0), BINS - 1)].append(pair)
+    bins = [
+        Bin(len(g), sum(p for p, _ in g) / len(g), sum(hit for _, hit in g) / len(g))
+        for g in groups
+        if g
+    ]
+    error = sum(b.rows * abs(b.accuracy - b.confidence) for b in bins) / len(pairs)
+    return bins, error
+
+
+def worst(kind: Kind, lines: Iterable[Line], count: int = 20) -> list[Line]:
+    """Return the rows that are most wrong, the worst first.
+
+    Of labels, wrong rows by their loss; of numbers, by the distance. Of texts, rows by their loss
+    per token, the windows of a long row taken together.
+    """
+    if kind in ("single_label", "multi_label"):
+        wrong = [
+            line
+            for line in lines
+            if _as_set(line.get("reference")).keys() != _as_set(line.get("prediction")).keys()
+        ]
+        return sorted(wrong, key=lambda line: -(finite(line.get("loss")) or 0.0))[:count]
+    if kind == "regression":
+        apart = [(distance, line) for line in lines if (distance := _distance(line)) is not None]
+        return [line for _, line in sorted(apart, key=lambda pair: -pair[0])[:count]]
+    rows: dict[Any, Line] = {}
+    for line in lines:
+        loss, items = finite(line.get("loss")), finite(line.get("n_items"))
+        if loss is not None and items:
+            row = rows.setdefault(line.get("row"), {**line, "loss": 0.0, "n_items": 0.0})
+            row["loss"] += loss
+            row["n_items"] += items
+    return sorted(rows.values(), key=lambda row: -row["loss"] / row["n_items"])[:count]
+
+
+def _distance(line: Line) -> float | None:
+    a, b = finite(line.get("reference")), finite(line.get("prediction"))
+    return None if a is None or b is None else abs(a - b)
+
+
+# -------------------------------------------------------------------------------------- baselines
+
+
+def majority(report: dict[str, Any], split: str) -> tuple[str, float] | None:
+    """Return the commonest label of the train rows, and its share of a split's rows.
+
+    None where a row may have several labels, or has none, or nothing was counted.
+    """
+    train, here = (part(report, "data", name, "labels") for name in ("train", split))
+    train, here = train or here, here or train
+    counts = {str(k): n for k, v in here.items() if (n := finite(v)) is not None}
+    total, rows = sum(counts.values()), finite(part(report, "data", split).get("rows"))
+    if not total or (rows is not None and rows != total):  # several labels, or none, in a row
+        return None
+    label = str(max(train, key=lambda name: finite(train[name]) or 0.0))
+    return label, counts.get(label, 0.0) / total
+
+
+def constant_error(lines: Iterable[Line]) -> float | None:
+    """Return the mean squared error of always saying the mean of the references."""
+    known = [y for line in lines if (y := finite(line.get("reference"))) is not None]
+    if not known:
+        return None
+    mean = sum(known) / len(known)
+    return sum((y - mean) ** 2 for y in known) / len(known)
+
+
+def interval(share: float, rows: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share that was measured on so many rows (Wilson, 1927)."""
+    z = 1.959964
+    middle, scale = share + z * z / (2 * rows), 1 + z * z / rows
+    half = z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+# ---------------------------------------------------------------------------------------- verdict
+
+
+def main_metric(report: dict[str, Any], split: str) -> tuple[str, bool]:
+    """Return the metric that the page speaks of, and whether less of it is better."""
+    best, after = part(report, "best"), part(report, "metrics", "after", split)
+    name = str(best.get("metric") or next((k for k in after if k != "loss"), "loss"))
+    if name not in after:
+        name = "loss"
+    known = best.get("mode") if name == best.get("metric") else None
+    return name, known == "min" if known else name in SMALLER_IS_BETTER
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run reached, in words."""
+
+    tone: Literal["good", "poor", "unknown"]
+    text: str
+
+
+def verdict(report: dict[str, Any], split: str) -> Verdict:
+    """Return in a sentence whether the model is better than before, and than the commonest label.
+
+    Args:
+        report: The report.
+        split: The split it is judged by.
+    """
+    name, down = main_metric(report, split)
+    before, after = (
+        finite(part(report, "metrics", when, split).get(name)) for when in ("before", "after")
+    )
+    shown = name.replace("_", " ")
+    if after is None:
+        return Verdict("unknown", "No rows were held out, so how well it works is not known.")
+    rows = finite(part(report, "data", split).get("rows"))
+    where = f"On the {rows:,.0f} {split} rows" if rows else f"On {split}"
+    parts, tone = [], "good"
+    if before is not None:
+        better = after < before if down else after > before
+        tone = "good" if better else "poor"
+        verb = ("falls" if after < before else "rises") if after != before else "stays"
+        change = f" ({_change(name, before, after)})" if after != before else ""
+        from_to = f"from {shown_number(before)} before training to {shown_number(after)}"
+        parts.append(f"{where}, {shown} {verb} {from_to}{change}")
+        parts[0] += "" if better else ": it is not better than before"
+    else:
+        parts.append(f"{where}, {shown} is {shown_number(after)} (not measured before training)")
+    base = majority(report, split) if name == "accuracy" else None
+    if base is not None:
+        low, high = interval(after, int(rows or 1))
+        gap = f"{abs(after - base[1]) * 100:.1f} points"
+        which = f"always saying “{base[0]}” ({shown_number(base[1])})"
+        if low > base[1]:
+            parts.append(f"{gap} above {which}")
+        else:
+            tone = "poor"
+            parts.append(
+                f"{gap} below {which}" if high < base[1] else f"no clear gain over {which}"
+            )
+    return Verdict("good" if tone == "good" else "poor", ", ".join(parts) + ".")
+
+
+def _change(name: str, before: float, after: float) -> str:
+    share = min(before, after) >= 0 and max(before, after) <= 1 and name not in SMALLER_IS_BETTER
+    if share:
+        return f"{(after - before) * 100:+.1f} points"
+    return f"{100 * (after - before) / abs(before):+.0f} %" if before else "from zero"
+
+
+@dataclass(frozen=True)
+class Overfit:
+    """Validation's loss rises from this step on, while training's goes on falling."""
+
+    step: int
+    lowest: float
+    last: float
+    training_then: float
+    training_last: float
+
+
+def overfitting(
+    training: Sequence[tuple[float, float]], validation: Sequence[tuple[float, float]]
+) -> Overfit | None:
+    """Return where overfitting begins, if it shows.
+
+    Args:
+        training: (step, loss) of training, smoothed.
+        validation: (step, loss) of validation.
+
+    Returns:
+        None unless validation's loss ends at least 2 % above its least and training's at least
+        2 % below what it was there.
+    """
+    validation = [point for point in validation if point[0] > 0]
+    if len(validation) < 2 or not training:
+        return None
+    step, lowest = min(validation, key=lambda point: point[1])
+    last, then = validation[-1][1], min(training, key=lambda point: abs(point[0] - step))[1]
+    now = training[-1][1]
+    grows = last - lowest > 0.02 * abs(lowest) and then - now > 0.02 * abs(then)
+    return Overfit(int(step), lowest, last, then, now) if grows else None
