@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import tempfile
@@ -13,7 +12,6 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="lora-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest
 import torch
@@ -28,3 +26,8 @@ def _repeatable() -> None:
     """Start every test from the same seed, on one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+def pytest_unconfigure() -> None:
+    """Remove the caches."""
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
