@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -302,11 +303,21 @@ def predict(
     target: Annotated[
         Path | None, typer.Option("--output", help="File of the same rows with predictions.")
     ] = None,
+    interactive: Annotated[
+        bool,
+        typer.Option("--interactive", help="Answer line by line; a chat model remembers."),
+    ] = False,
     recipe: RecipeOption = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what the adapted model answers to texts, or to the rows of a file."""
+    if interactive:
+        if texts or source or target or as_json:
+            other = "texts, files or `--json`"
+            raise LoraError(f"`--interactive` excludes {other}", "the arguments of `lora predict`")
+        _converse(adapter, _recipe_for(adapter, recipe, overrides))
+        return
     if bool(texts) == bool(source) or bool(source) != bool(target):
         raise LoraError(
             "there is nothing to predict, or too much"
@@ -338,6 +349,33 @@ def predict(
             continue
         scores = sorted(values[1:], reverse=True)[:1]
         typer.echo(f"{values[0]}" + (f"\t{scores[0]:.4f}" if scores else ""))
+
+
+def _converse(adapter: Path, recipe: Recipe) -> None:
+    _quiet()
+    from lora_cli.conversation import HELP, converse
+    from lora_cli.evaluation import open_adapter
+
+    def lines() -> Iterator[str]:
+        asking = sys.stdin.isatty()
+        if asking:
+            typer.echo(HELP, err=True)
+        while True:
+            if asking:
+                typer.echo("> ", nl=False, err=True)
+            line = sys.stdin.readline()
+            if not line:
+                return
+            yield line
+
+    def write(text: str) -> None:
+        typer.echo(text, nl=False)  # which flushes
+
+    def note(text: str) -> None:
+        typer.echo(text, nl=False, err=True)
+
+    task, model, accelerator = open_adapter(adapter, recipe)
+    converse(model, task, accelerator, lines(), write, note)
 
 
 @app.command()

@@ -651,7 +651,7 @@ class Spy:
     """Keeps the model of a run, and what it was before and after its adapter was attached."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = loop.attach
+        real = loop.make_trainable
 
         def attach(model: nn.Module, *rest: Any) -> None:
             self.base = {name: t.detach().clone() for name, t in model.state_dict().items()}
@@ -659,7 +659,7 @@ class Spy:
             self.model = model
             self.start = {n: p.detach().clone() for n, p in trainable_parameters(model).items()}
 
-        monkeypatch.setattr(loop, "attach", attach)
+        monkeypatch.setattr(loop, "make_trainable", attach)
 
 
 @pytest.mark.parametrize("kind", ["encoder", "gpt2", "llama"])
@@ -757,13 +757,13 @@ def test_tokens_and_examples_are_counted(bench: Bench) -> None:
 def test_parameters_without_a_part_in_the_forward_are_named(
     bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.attach
+    real = loop.make_trainable
 
     def attach(model: nn.Module, *rest: Any) -> None:
         real(model, *rest)
         model.extra = nn.Linear(2, 2)
 
-    monkeypatch.setattr(loop, "attach", attach)
+    monkeypatch.setattr(loop, "make_trainable", attach)
     bench.run(bench.recipe())
     assert "warning: 2 trained parameters take no part" in capsys.readouterr().err
 

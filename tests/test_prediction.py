@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,27 @@ def test_a_failure_on_the_way_leaves_the_old_output(
         run(opened, source, target)
     assert target.read_text() == "old"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.csv"])
+def test_a_file_of_any_size_takes_the_memory_of_a_chunk(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    text, count = "great fun " * 400, 6000
+    line = json.dumps({"text": text}) + "\n" if name == "in.jsonl" else f"{text}\n"
+    with (tmp_path / name).open("w") as file:
+        file.write("text\n" if name == "in.csv" else "")
+        file.writelines(line for _ in range(count))
+    size = (tmp_path / name).stat().st_size
+    assert size > 24e6
+    monkeypatch.setattr(prediction, "CHUNK", 100)
+    monkeypatch.setattr(prediction, "answer", lambda _, __, rows, ___: [["bad", 1, 0]] * len(rows))
+    tracemalloc.start()
+    try:
+        assert run(opened, tmp_path / name, tmp_path / "out.jsonl") == (count, [])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < size / 10  # a chunk of rows is a sixtieth of them
+    with (tmp_path / "out.jsonl").open() as file:
+        assert sum(json.loads(row)["text"].strip() == text.strip() for row in file) == count

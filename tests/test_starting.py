@@ -58,7 +58,7 @@ def recipe_file(base: Path, folder: Path, **sections: Any) -> Path:
         "max_steps": 4, "optimizer": {"type": "adamw", "learning_rate": 0.01},
         **sections.get("train", {}),
     }  # fmt: skip
-    data = {"train": "rows.jsonl", "validation": "rows.jsonl"}
+    data = {"train": "rows.jsonl", "validation": "rows.jsonl", "check": {"max_overlap": 1.0}}
     return tiny.recipe(base, folder, data=data, **sections)
 
 

@@ -381,12 +381,28 @@ class CausalLM(Task):
     def _prompt(self, row: dict[str, Any]) -> list[int]:
         """Return the token ids of a row without its answer."""
         if self.is_chat:
-            text = prompt_of(self.tokenizer, self._question(row))
-            encoding = self.tokenizer(text, add_special_tokens=False, verbose=False)
-            return list(encoding["input_ids"])
+            return self.chat_prompt(self._question(row))
         (column,) = self.input_columns().values()
         ids = self.tokenizer(str(row[column]) + self.spec.separator, verbose=False)["input_ids"]
         return list(ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids)
+
+    def text_prompt(self, text: str) -> list[int]:
+        """Return the token ids of a user's text that the model is to continue."""
+        return self._prompt(self.row_of(text))
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of a conversation that the assistant is to continue."""
+        text = prompt_of(self.tokenizer, messages)
+        encoding = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        return list(encoding["input_ids"])
+
+    @property
+    def room_for_prompt(self) -> int | None:
+        """Tokens that leave room for the longest answer, or for half of them; None is no limit."""
+        if self.positions is None:
+            return None
+        longest = self.recipe.evaluate.generation.max_new_tokens
+        return max(self.positions - longest, self.positions // 2)
 
     def _question(self, row: dict[str, Any]) -> list[Message]:
         """Return the conversation without the assistant's last answer, if it ends with one."""
@@ -397,10 +413,17 @@ class CausalLM(Task):
             raise LoraError("there is no turn to answer")
         return question
 
-    def generate(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """Return what the model says after each prompt, as the recipe's generation section asks."""
+    def generate(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], streamer: Any = None
+    ) -> list[str]:
+        """Return what the model says after each prompt, as the recipe's generation section asks.
+
+        A streamer of transformers is given the tokens as they come; for it there is one prompt.
+        """
         options = self.recipe.evaluate.generation
-        return generate(model, prompts, self.tokenizer, options, self._pad, self.positions)
+        return generate(
+            model, prompts, self.tokenizer, options, self._pad, self.positions, streamer
+        )
 
     def sample_prompt(self, row: dict[str, Any]) -> tuple[list[int], str, str]:
         """Return what a sample continues: token ids, the same as text, and the row's own words."""

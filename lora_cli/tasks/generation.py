@@ -21,6 +21,7 @@ def generate(
     options: GenerationSpec,
     pad_id: int,
     positions: int | None,
+    streamer: Any = None,
 ) -> list[str]:
     """Return what the model says after each prompt; what stands beside it makes no difference.
 
@@ -31,6 +32,7 @@ def generate(
         options: How long, and how it is sampled.
         pad_id: What fills the rows.
         positions: How many tokens the model has positions for; None if that is not limited.
+        streamer: Is given the tokens of a single prompt's answer as they come.
     """
     room = positions or 10**9
     prompts = [prompt[-(room - 1) :] for prompt in prompts]
@@ -42,7 +44,7 @@ def generate(
         ids = [prompts[i] for i in members]
         end = int(tokenizer.eos_token_id)
         for i, said in zip(
-            members, _continue(model, ids, length, end, pad_id, options), strict=True
+            members, _continue(model, ids, length, end, pad_id, options, streamer), strict=True
         ):
             answers[i] = str(tokenizer.decode(said, skip_special_tokens=True))
     return answers
@@ -56,6 +58,7 @@ def _continue(
     end_id: int,
     pad_id: int,
     options: GenerationSpec,
+    streamer: Any = None,
 ) -> list[list[int]]:
     """Return the tokens that the model adds to each prompt, without the end of the text."""
     device = next(model.parameters()).device
@@ -74,6 +77,7 @@ def _continue(
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_id,
         eos_token_id=end_id,
+        streamer=streamer,
         **sampling,
     )
     # cut by hand, as what fills a row after its end need not be a special token

@@ -1,0 +1,127 @@
+"""Talk with an adapted model: line by line, at a terminal or through a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from lora_cli.errors import LoraError
+from lora_cli.prediction import answer
+from lora_cli.tasks import Task
+from lora_cli.tasks.causal_lm import CausalLM
+from lora_cli.tasks.chat import Message
+
+Write = Callable[[str], object]
+HELP = "/reset forgets the conversation, /quit ends"
+
+
+class Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
+    """Writes an answer while it is generated, piece by piece, and nothing that it does not hold.
+
+    Args:
+        tokenizer: Of the model.
+        write: Takes each piece of text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write) -> None:
+        self.tokenizer, self.write = tokenizer, write
+        self.ids: list[int] | None = None  # None until the prompt, which comes first, has passed
+        self.written = 0
+
+    def put(self, value: Tensor) -> None:
+        """Take the next token; write what is certain of the text."""
+        if self.ids is None:
+            self.ids = []
+            return
+        self.ids += [i for i in value.flatten().tolist() if i != self.tokenizer.eos_token_id]
+        text = self._text()
+        if not text.endswith("\ufffd"):  # else the rest of a character is yet to come
+            self._write_from(text)
+
+    def end(self) -> None:
+        """Write what is left."""
+        self._write_from(self._text())
+
+    def _text(self) -> str:
+        return str(self.tokenizer.decode(self.ids or [], skip_special_tokens=True))
+
+    def _write_from(self, text: str) -> None:
+        if len(text) > self.written:
+            self.write(text[self.written :])
+            self.written = len(text)
+
+
+def converse(
+    model: nn.Module,
+    task: Task,
+    accelerator: Accelerator,
+    lines: Iterable[str],
+    write: Write,
+    note: Write,
+) -> None:
+    """Answer line after line, until they end or one is `/quit`.
+
+    A chat model is given the whole conversation each time; any other answers each line by itself.
+
+    Args:
+        model: The adapted model.
+        task: What it was trained for.
+        accelerator: Precision and device.
+        lines: What the user says.
+        write: Takes the answers, piece by piece.
+        note: Takes what is not an answer: errors, hints.
+    """
+    model.eval()
+    history: list[Message] = []
+    for line in lines:
+        said = line.strip()
+        if said == "/quit":
+            return
+        if said == "/reset":
+            history = []
+            note("the conversation starts anew\n")
+        elif said.startswith("/"):
+            note(f"there is no command {said.split()[0]}; {HELP}\n")
+        elif said:
+            try:
+                _reply(model, task, accelerator, said, history, write, note)
+            except LoraError as error:
+                note(f"{error}\n")
+
+
+def _reply(
+    model: nn.Module,
+    task: Task,
+    accelerator: Accelerator,
+    said: str,
+    history: list[Message],
+    write: Write,
+    note: Write,
+) -> None:
+    """Write the answer to a line, and add both to the history."""
+    if not isinstance(task, CausalLM):
+        ((said, *scores),) = answer(model, task, [task.row_of(said)], accelerator)
+        best: list[Any] = sorted(scores, reverse=True)[:1]
+        write(f"{said}" + (f"\t{best[0]:.4f}" if best else "") + "\n")
+        return
+    if task.is_chat:
+        turns = [*history, {"role": "user", "content": said}]
+        prompt = task.chat_prompt(turns)
+        room = task.room_for_prompt
+        while room is not None and len(prompt) > room and len(turns) > 2:
+            turns = turns[2:]
+            prompt = task.chat_prompt(turns)
+        if len(turns) <= len(history):
+            note("the conversation is too long for the model: its oldest turns are left out\n")
+    else:
+        turns = []
+        prompt = task.text_prompt(said)
+    with accelerator.autocast():
+        (text,) = task.generate(model, [prompt], Streamer(task.tokenizer, write))
+    write("\n")
+    history[:] = [*turns, {"role": "assistant", "content": text}] if task.is_chat else []
