@@ -117,6 +117,7 @@ def adapter_task(
     elif base is not None:
         recipe.model.name = base
     recipe.model.dtype = None
+    recipe.model.attention = None  # merging is done on the CPU
     return build_task(recipe), held
 
 

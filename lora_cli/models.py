@@ -185,11 +185,13 @@ def _refuse_misfits(
         if not name.startswith(heads):
             what = f"`{name}` of the checkpoint has another shape than config.json says"
             raise LoraError(what, at)
-    base = {name for name, _ in model.named_parameters() if not name.startswith(heads)}
-    if missing and not has_head:
-        raise LoraError(f"the checkpoint holds no weights for `{min(missing)}`", at)
-    if base and base <= missing:
-        raise LoraError("the checkpoint holds no weight of the model that config.json names", at)
+    # language models are saved without the pooler that a classifier reads: it is new, as the head
+    absent = sorted(
+        name for name in missing if not name.startswith(heads) and ".pooler." not in f".{name}"
+    )
+    if absent:
+        more = f", nor for {len(absent) - 1} others" if len(absent) > 1 else ""
+        raise LoraError(f"the checkpoint holds no weights for `{absent[0]}`{more}", at)
 
 
 def new_modules(model: nn.Module, missing: Collection[str] = ()) -> list[str]:

@@ -535,6 +535,19 @@ def test_any_other_mismatch_is_refused(tmp_path: Path) -> None:
         task.load_model(CPU)
 
 
+def test_a_checkpoint_that_lacks_a_layer_is_refused(tmp_path: Path) -> None:
+    base = tiny.save_encoder(tmp_path / "base")
+
+    def cut(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if ".layer.1." in name]:
+            del tensors[name]
+
+    task = task_of(broken(base, cut), tmp_path, [0, 1])
+    load_data(task)
+    with pytest.raises(LoraError, match=r"holds no weights for `roberta.encoder.layer.1.*, nor"):
+        task.load_model(CPU)
+
+
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     base = tiny.save_encoder(tmp_path / "base")
 
@@ -544,7 +557,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
 
     task = task_of(broken(base, rename), tmp_path, [0, 1])
     load_data(task)
-    with pytest.raises(LoraError, match="holds no weight of the model"):
+    with pytest.raises(LoraError, match=r"holds no weights for `roberta.*, nor for"):
         task.load_model(CPU)
 
 

@@ -63,6 +63,10 @@ def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
         for layer in lora_layers(model).values():
             if layer.bias is not None:
                 _train(layer.bias)
+    if not trainable_parameters(model):
+        lacking = "bias" if spec.type == "bitfit" else "new head"
+        what = f"nothing is trained: the model has no {lacking}"
+        raise LoraError(what, recipe.at("adapter.type"))
     even_norms(model)
     compute_in_own_dtype(model, head)
 

@@ -68,6 +68,8 @@ def train_step(
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total, "sum")
         sum_gradients(list(parameters.values()), accelerator)
+    if accelerator.scaler is not None and not batches:
+        accelerator.scaler.scale(total)  # one that has scaled nothing refuses to step
     idle = [name for name, parameter in parameters.items() if parameter.grad is None]
     limit = math.inf if max_grad_norm is None else max_grad_norm
     norm = accelerator.clip_grad_norm_(list(parameters.values()), limit)
