@@ -48,7 +48,7 @@ def kind_of(report: dict[str, Any], lines: Sequence[Line]) -> Kind:
         return "text"
     if task != "sequence_classification" or not lines:
         return "other"
-    reference = lines[0].get("reference")
+    reference = next((r for line in lines if (r := line.get("reference")) is not None), None)
     if isinstance(reference, list):
         return "multi_label"
     return "single_label" if isinstance(reference, str) else "regression"
@@ -207,10 +207,11 @@ def majority(report: dict[str, Any], split: str) -> tuple[str, float] | None:
     None where a row may have several labels, or has none, or nothing was counted.
     """
     train, here = (part(report, "data", name, "labels") for name in ("train", split))
-    train, here = train or here, here or train
+    train = train or here
     counts = {str(k): n for k, v in here.items() if (n := finite(v)) is not None}
     total, rows = sum(counts.values()), finite(part(report, "data", split).get("rows"))
-    if not total or (rows is not None and rows != total):  # several labels, or none, in a row
+    several = report.get("problem") == "multi_label"
+    if several or not total or (rows is not None and rows != total):
         return None
     label = str(max(train, key=lambda name: finite(train[name]) or 0.0))
     return label, counts.get(label, 0.0) / total

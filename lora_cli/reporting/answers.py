@@ -71,8 +71,9 @@ def _confusion(labels: list[str], lines: list[Line], rows: str) -> str:
 
 
 def _cell(count: int, share: float, hit: bool) -> str:
-    looks = [*["hi"] * (share > 0.6), *["zero"] * (not count), *["hit"] * hit]
-    return f'<td class="{" ".join(looks)}" style="--v:{share:.3f}">{count if count else "·"}</td>'
+    shade = share**0.7  # so that a few confused rows show
+    looks = [*["hi"] * (shade > 0.6), *["zero"] * (not count), *["hit"] * hit]
+    return f'<td class="{" ".join(looks)}" style="--v:{shade:.3f}">{count if count else "·"}</td>'
 
 
 def _labels(labels: list[str], lines: list[Line], rows: str) -> str:
@@ -137,7 +138,7 @@ def _cases(lines: list[Line], unit: str = "") -> str:
             head = f"<span>{each} a {unit}, {count or 0:,.0f} {unit}s</span>"
             answers = [("wanted", wanted), ("said", said)]
             texts = "".join(
-                f"<div><h3>{name}</h3>{own(text, 'span', 'text')}</div>"
+                f"<div><h3>{name}</h3>{own(str(text).strip(), 'span', 'text')}</div>"
                 for name, text in answers
                 if text is not None
             )
@@ -170,7 +171,7 @@ def sample_section(report: dict[str, Any]) -> str:
             continue
         names = (("before", "before training"), ("after", "after"), ("reference", "wanted"))
         texts = "".join(
-            f"<div><h3>{name}</h3>{own(sample[key] or '(nothing)', 'span', 'text')}</div>"
+            f"<div><h3>{name}</h3>{own(sample[key].strip() or '(nothing)', 'span', 'text')}</div>"
             for key, name in names
             if isinstance(sample.get(key), str) and (sample[key] or key != "reference")
         )

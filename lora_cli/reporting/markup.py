@@ -114,7 +114,7 @@ border-bottom:1px solid var(--rule)}
 nav a{text-decoration:none}nav a:hover{text-decoration:underline}
 section{margin-top:2.8rem;scroll-margin-top:1rem}
 .note{color:var(--muted);font-size:.92rem;max-width:46rem;margin:.1rem 0 .9rem}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,21rem),1fr));gap:1rem}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:1rem}
 figure{margin:0;background:var(--card);border:1px solid var(--rule);border-radius:8px;
 padding:.9rem .9rem .5rem;min-width:0}
 figcaption{display:flex;flex-wrap:wrap;justify-content:space-between;gap:.1rem 1rem;
@@ -147,8 +147,6 @@ tbody tr:last-child>*{border-bottom:0}
 thead th{font-weight:600;color:var(--muted);font-size:.82rem;background:var(--soft)}
 tbody th{font-weight:500;text-align:left}
 th.left,td.left{text-align:left}
-tr.main>*{font-weight:650}
-td.wrap{white-space:normal;overflow-wrap:anywhere;min-width:14rem}
 .bar{display:inline-block;width:4.2rem;height:.5rem;border-radius:3px;background:var(--soft);
 margin-left:.6rem;vertical-align:.06em;overflow:hidden}
 .bar i{display:block;height:100%;background:var(--blue)}
@@ -158,7 +156,7 @@ background:rgb(var(--heat)/calc(var(--v,0)*.85))}
 .matrix td.hi{color:#fff}.matrix td.zero{color:var(--muted);opacity:.55}
 .matrix td.hit{font-weight:650}
 .matrix thead th{vertical-align:bottom;text-align:center;padding:.5rem .2rem;font-weight:500;
-color:var(--ink)}
+color:var(--ink);background:none}
 .matrix thead th span{writing-mode:vertical-rl;transform:rotate(180deg);max-height:9.5rem;
 overflow:hidden;text-overflow:ellipsis;text-align:left}
 .matrix tbody th{position:sticky;left:0;background:var(--card);max-width:12rem;overflow:hidden;
@@ -190,7 +188,7 @@ font:.84rem/1.5 var(--mono);white-space:pre-wrap;overflow-wrap:anywhere}
 footer{margin-top:3rem;padding-top:1rem;border-top:1px solid var(--rule);color:var(--muted);
 font-size:.85rem}
 @media (max-width:36rem){main{padding:1.4rem .9rem 3rem}th,td{padding:.4rem .55rem}
-.verdict{font-size:1.02rem}.head .place{margin-left:0}}
+.verdict{font-size:1.02rem}svg text{font-size:15px}.head .place{margin-left:0}}
 @media print{:root{--paper:#fff;--soft:#f4f4f4}body{font-size:10.5pt}main{max-width:none;
 padding:0}nav{display:none}.grid{grid-template-columns:1fr 1fr}figure,tr,.verdict,.tiles
 {break-inside:avoid}h2{break-after:avoid}section{margin-top:1.6rem}.scroll{overflow:visible}

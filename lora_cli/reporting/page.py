@@ -45,11 +45,12 @@ def write_page(folder: Path, report: dict[str, Any] | None = None) -> Path:
     lines = analysis.read_predictions(folder / "predictions" / f"{split}.jsonl")
     log = [line for line in read_metrics_log(folder / "metrics.jsonl") if "step" in line]
     kind = analysis.kind_of(report, lines)
+    report["problem"] = kind
     sections = [
         _results(report, lines if kind == "regression" else [], split),
         _curves(report, log, split),
-        *answer_sections(report, kind, lines, split),
         sample_section(report),
+        *answer_sections(report, kind, lines, split),
         _data(report),
         _settings(report),
     ]
@@ -214,7 +215,7 @@ def _curves(report: dict[str, Any], log: list[Line], split: str) -> str:
     losses.append(plots.Series(smoothed, "blue", "training", dots=len(raw) < 12))
     losses.append(plots.Series(_points(measured, "loss"), "orange", "validation", dots=True))
     figures = [plots.curves("Loss", losses, mark)]
-    metric, _ = analysis.main_metric(report, "validation")
+    metric = str(best.get("metric") or analysis.main_metric(report, "validation")[0])
     if metric != "loss":
         common = analysis.majority(report, "validation") if metric == "accuracy" else None
         shown = metric.replace("_", " ")
@@ -223,6 +224,8 @@ def _curves(report: dict[str, Any], log: list[Line], split: str) -> str:
         figures.append(plots.curves(f"Validation {shown}", [line], mark, base))
     rate = plots.Series(_points(training, "learning_rate"), "blue")
     figures.append(plots.curves("Learning rate", [rate]))
+    norm = plots.Series(_points(training, "grad_norm"), "blue")
+    figures.append(plots.curves("Gradient norm", [norm]))
     inner = "".join(figures)
     note = "Training's loss is smoothed; the thin line is as logged." if len(raw) >= 12 else ""
     return section("curves", "Training", note, f'<div class="grid">{inner}</div>' if inner else "")

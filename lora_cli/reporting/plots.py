@@ -85,7 +85,8 @@ def curves(
     values = [y for _, y in bounding] + ([base[0]] if base else [])
     last = max(x for s in series for x, _ in s.points) or 1
     frame = Frame((0, max(last, mark or 0)), _padded(min(values), max(values)))
-    parts = _axes(frame, ticks(*frame.x), ticks(*frame.y))
+    steps = [x for x in ticks(*frame.x) if x == int(x)]  # there is no half step
+    parts = _axes(frame, steps, ticks(*frame.y))
     if mark is not None:
         x, _ = frame.at((mark, 0))
         side = "end" if mark > 0.6 * frame.x[1] else "start"
@@ -133,25 +134,26 @@ def _line(frame: Frame, series: Series) -> str:
 
 def _axes(frame: Frame, xs: Sequence[float], ys: Sequence[float]) -> list[str]:
     parts = []
+    most = max(map(abs, ys))
     for value in ys:
         _, y = frame.at((0, value))
         parts.append(f'<path class="rule" d="M{frame.left} {y:.1f}H{frame.right}"/>')
-        parts.append(_text(frame.left - 7, y + 4, short(value), "end"))
+        parts.append(_text(frame.left - 7, y + 4, short(value, most), "end"))
     for value in xs:
         x, _ = frame.at((value, 0))
         parts.append(_text(x, frame.bottom + 19, short(value), "middle"))
     return parts
 
 
-def short(value: float) -> str:
-    """Return a number as an axis has it: 12k, 0.25, 2e-4."""
+def short(value: float, most: float = 1.0) -> str:
+    """Return a number as an axis has it that goes to `most`: 12k, 0.25, 2e-4."""
     if abs(value) >= 1e4:
         unit, name = (1e6, "M") if abs(value) >= 1e6 else (1e3, "k")
         return f"{value / unit:.4g}{name}"
-    if value and abs(value) < 1e-3:
-        digits, _, power = f"{value:.2e}".partition("e")
+    if value and most < 1e-3:
+        digits, _, power = f"{value:.3e}".partition("e")
         return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
-    return f"{value:.6g}"
+    return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
 def _text(x: float, y: float, text: str, anchor: str, look: str = "") -> str:
