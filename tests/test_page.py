@@ -386,7 +386,7 @@ def runs(folder: Path, tmp_path: Path, **sections: Any) -> tuple[Json, Page]:
 
     rows = [{"text": f"{text} <b>", "label": i % 2} for i, text in enumerate(tiny.CORPUS)]
     write_lines(tmp_path / "rows.jsonl", rows)
-    data = {"path": "rows.jsonl", "validation": "rows.jsonl"}
+    data = {"path": "rows.jsonl", "validation": "rows.jsonl", "check": {"max_overlap": 1.0}}
     report = train(load_recipe(tiny.recipe(folder, tmp_path, data=data, **sections)))
     out = tmp_path / "out"
     first = (out / "report.html").read_text(encoding="utf-8")
