@@ -20,7 +20,7 @@ from lora_cli.inference import draft_recipe, refuse_existing, write_recipe
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.tasks.check import check_recipe
 
-SHARED = Path("/work/shared/data")
+SHARED = Path(__file__).parents[2] / "shared" / "data"  # beside the checkout
 OPINIONS = [
     "a warm and funny film", "the plot is dull and slow", "what a great story it tells",
     "this film is a bore from the first minute", "great fun, and a great cast; see it",
