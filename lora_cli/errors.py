@@ -105,6 +105,11 @@ def printable(text: str, width: int = WIDTH) -> str:
     )
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun: `1 row`, `2 rows`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """Return the candidate most like `name`, or None if none is close."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
@@ -119,7 +124,7 @@ def did_you_mean(name: str, candidates: Iterable[str], noun: str = "one of") -> 
         candidates: What could have been meant.
         noun: The words before the list of candidates: `its columns are`.
     """
-    names = [str(candidate) for candidate in candidates]
+    names = [str(candidate) or "(no name)" for candidate in candidates]
     if not names:
         return f"{noun} none"
     close = nearest(name, names)

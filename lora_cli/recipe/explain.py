@@ -30,6 +30,11 @@ WANTED = {
     "model_type": "a section with keys",
     "model_attributes_type": "a section with keys",
 }
+PATTERNS = {
+    r"^\d+-\d+$": "a range such as 0-11",
+    r"^\d+(-\d+)?$": "a layer such as 3, or a range such as 0-11",
+    r'^[^"\r\n]$': "one character",
+}
 
 
 def explain(
@@ -193,7 +198,7 @@ def _wanted(fault: dict[str, Any]) -> str:
     for beginning in ("Input should be ", "Value should be ", "Input should "):
         message = message.removeprefix(beginning)
     if fault["type"] == "string_pattern_mismatch":
-        return f"of the form {fault['ctx']['pattern']}"
+        return PATTERNS[fault["ctx"]["pattern"]]
     return WANTED.get(fault["type"], message)
 
 

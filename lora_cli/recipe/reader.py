@@ -44,7 +44,7 @@ class YamlLoader(yaml.SafeLoader):
         self.nesting += 1
         try:
             if self.nesting > MAX_NESTING:
-                mark = self.peek_event().start_mark
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # PyYAML's
                 raise yaml.composer.ComposerError(None, None, TOO_DEEP, mark)
             return super().compose_node(parent, index)
         finally:

@@ -134,8 +134,10 @@ class SequenceClassificationSpec(Section):
             yield "label_separator", what, "leave it out, or set `problem: multi_label`"
         if self.label_columns is not None:
             yield from self._column_conflicts(self.label_columns)
-        for label, times in Counter(map(str, self.labels or ())).items():
-            if times > 1:
+        for label, times in Counter(str(label).strip() for label in self.labels or ()).items():
+            if not label:
+                yield "labels", "a label of `labels` is blank", "give it a name"
+            elif times > 1:
                 what = f"the label `{label}` stands {times} times in `labels`"
                 yield "labels", what, "each label stands once, in the order of the model's outputs"
 

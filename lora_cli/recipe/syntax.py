@@ -25,6 +25,7 @@ WORDS: tuple[tuple[str, str, str], ...] = (
     ),
     (r"expected ',' or '(.)'", "a `{0}` or a comma is missing", LOOK),
     (r"found '[]}]'|found ','", "a value is missing here", LOOK),
+    (r"sequence entries are not", "a list begins where none can be", COLUMNS),
     (r"expected <block end>", "this line does not go on with what is above it", COLUMNS),
     (r"unexpected (end of stream|document separator)", UNCLOSED, LOOK),
     (r"expected the node content", "a bracket is not closed, or a value is missing", LOOK),
@@ -61,6 +62,7 @@ def line_of(error: yaml.MarkedYAMLError) -> int | None:
 
 def opening_line(error: yaml.MarkedYAMLError) -> int | None:
     """Return the line in which what is not complete begins, if it is another."""
-    opened, line = error.context_mark, line_of(error)
-    is_open = opened and re.search("document|occurrence", str(error.problem)) is None
-    return opened.line if is_open and opened.line != line else None
+    opened = error.context_mark
+    if opened is None or re.search("document|occurrence", str(error.problem)):
+        return None
+    return opened.line if opened.line != line_of(error) else None

@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lora_cli.data.files import text_fault
 from lora_cli.errors import LoraError, Problem
 from lora_cli.metrics import reads
 from lora_cli.recipe import CausalLMSpec, Recipe
@@ -45,7 +46,9 @@ class CausalLM(Task):
         if self.spec.chat_template is not None:
             file = Path(self.spec.chat_template)
             if not file.is_file():
-                raise LoraError(f"there is no file {file}", self.recipe.at("task.chat_template"))
+                hint = "a path in a recipe starts from the recipe's own folder"
+                at = self.recipe.at("task.chat_template")
+                raise LoraError(f"there is no file {file}", at, hint)
             self.tokenizer.chat_template = file.read_text(encoding="utf-8")
         if self.is_chat and not self.tokenizer.chat_template:
             raise LoraError(
@@ -112,11 +115,11 @@ class CausalLM(Task):
         if self.spec.messages_column and self.spec.format != "alpaca":
             messages = self._messages(row)
             return messages if isinstance(messages, str) else ""
-        return self._blank(row, self.input_columns())
+        return text_fault(row, self.input_columns().values())
 
     def target_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the completion, or nothing."""
-        if fault := self._blank(row, self.target_columns()):
+        if fault := text_fault(row, self.target_columns().values()):
             return fault
         if not self.is_chat:
             return ""
@@ -126,15 +129,6 @@ class CausalLM(Task):
 
     def _messages(self, row: dict[str, Any]) -> list[Message] | str:
         return read_messages(row, self.spec.format, self.spec.messages_column)
-
-    def _blank(self, row: dict[str, Any], columns: dict[str, str]) -> str:
-        for column in columns.values():
-            value = row.get(column)
-            if value is None or (isinstance(value, str) and not value.strip()):
-                return f"column `{column}` is blank"
-            if not isinstance(value, str | int | float):
-                return f"column `{column}` holds a {type(value).__name__}, not text"
-        return ""
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return the examples of each row; those in which nothing is trained are left out."""
@@ -173,6 +167,18 @@ class CausalLM(Task):
             whole = start + self.tokenizer(completion, add_special_tokens=False)["input_ids"]
         whole = self._ended(whole)
         return self._trained_from(whole, [IGNORED] * len(start) + whole[len(start) :])
+
+    def why_nothing(self, row: dict[str, Any]) -> str:
+        """Return a hint, where a row leaves nothing to train: is it the template's fault?"""
+        messages = self._messages(row) if self.is_chat else ""
+        if isinstance(messages, list):
+            _, trained = encode_chat(self.tokenizer, messages, self.spec.train_on)
+            if not any(trained):
+                return (
+                    "the chat template marks or writes nothing of the assistant's turns: give "
+                    "another with `task.chat_template: FILE`, or `--set task.train_on=all`"
+                )
+        return f"{super().why_nothing(row)}; a prompt has to end before it"
 
     def _encode_chat(self, row: dict[str, Any]) -> list[Example]:
         messages = self._messages(row)

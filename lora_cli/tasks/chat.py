@@ -179,4 +179,6 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **op
         return tokenizer.apply_chat_template(list(messages), **{"tokenize": False, **options})
     except Exception as error:  # a template is a program; it fails in any way it likes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LoraError(f"the chat template refuses the conversation: {reason}") from error
+        what = f"the chat template refuses the conversation: {reason}"
+        hint = "mend the row, or give a template that takes it with `task.chat_template: FILE`"
+        raise LoraError(what, hint=hint) from error
