@@ -341,7 +341,7 @@ def test_a_complete_run_is_resumed_whose_labels_and_weights_the_data_gave(
 def test_balancing_is_a_change_of_a_complete_run(bench: Bench) -> None:
     path = bench.recipe(train={"max_steps": 1})
     bench.run(path)
-    with pytest.raises(LoraError, match="class_weights: None.*now says `balanced`"):
+    with pytest.raises(LoraError, match=r"class_weights: None.*now says `balanced`"):
         bench.run(path, "out", "task.class_weights=balanced", resume=True)
 
 
