@@ -69,7 +69,7 @@ class ModelSpec(Section):
 
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Storage of the frozen base's weights. Default: that of `train.precision`; `float32` with
-    `adapter.type: full`. Trained weights are float32 always."""
+    `adapter.type: full`. Precision `fp32` needs `float32`. Trained weights are float32 always."""
 
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     """Implementation of the attention. Default: the one transformers chooses."""
@@ -708,6 +708,14 @@ class Recipe(Section):
     def conflicts(self) -> Conflicts:
         """Yield what is wrong between sections."""
         data, task, train = self.data, self.task, self.train
+        if train.precision == "fp32" and self.model.dtype not in (None, "float32"):
+            dtype = self.model.dtype
+            yield (
+                "model.dtype",
+                f"a base that is kept in {dtype} cannot compute in `train.precision: fp32`; "
+                f"set it to {'bf16' if dtype == 'bfloat16' else 'fp16 or bf16'}, or leave "
+                "`model.dtype` out",
+            )
         if data.streaming and train.max_steps is None:
             yield "data.streaming", "`data.streaming` needs `train.max_steps`: the length is open"
         for key in ("packing", "group_by_length"):
