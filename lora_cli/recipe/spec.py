@@ -321,6 +321,10 @@ class DataSpec(Section):
     path: Word | None = None
     """A file, a folder, or a pattern of files (csv, tsv, json lines, parquet, txt; also .gz)."""
 
+    split_column: Word | None = None
+    """Column of the files in `path` that says which split a row is of. `train`, `validation` and
+    `test` then name its values, such as `dev`."""
+
     train: Word = "train"
     """The rows to train on: a split, a slice, or a file."""
 
@@ -357,6 +361,8 @@ class DataSpec(Section):
             )
         if self.config and not self.name:
             yield "config", "`config` needs `name`: files have no configurations"
+        if self.split_column and not self.path:
+            yield "split_column", "`split_column` needs `path`: it divides the rows of files"
         if self.streaming and self.train.endswith("]"):
             yield "streaming", "`streaming` reads all of `train`, so it cannot be a slice"
         for split in ("validation", "test"):
