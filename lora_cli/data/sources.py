@@ -195,8 +195,9 @@ def _stratum(row: dict[str, Any], labels: list[str]) -> str:
 def _text_columns(recipe: Recipe) -> tuple[list[str], dict[str, str]]:
     """Return the columns whose text must not stand on both sides, and which must be there."""
     task = recipe.task
-    if task.type == "causal_lm" and task.format == "alpaca":
-        return ["instruction", "input"], {recipe.at("task.format"): "instruction"}
+    if task.type == "causal_lm" and task.instruction_columns:
+        # of Self-Instruct's rows, the instances are the input (and their outputs)
+        return task.instruction_columns[:2], {recipe.at("task.format"): "instruction"}
     if task.type == "causal_lm":
         keys = ["text_column", "prompt_column", "messages_column"]
     else:

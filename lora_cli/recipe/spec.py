@@ -177,9 +177,10 @@ class CausalLMSpec(Section):
     messages_column: Word | None = None
     """Column of a conversation, written with the model's chat template."""
 
-    format: Literal["openai", "sharegpt", "alpaca"] = "openai"
-    """How a conversation is stored: `openai` (role, content), `sharegpt` (from, value), or
-    `alpaca` (the columns instruction, input, output; `messages_column` is not used)."""
+    format: Literal["openai", "sharegpt", "alpaca", "self_instruct"] = "openai"
+    """How a conversation is stored: `openai` (role, content), `sharegpt` (from, value), `alpaca`
+    (the columns instruction, input, output), or `self_instruct` (the columns instruction and
+    instances, a list of input and output). The last two do not use `messages_column`."""
 
     chat_template: Word | None = None
     """File of a Jinja chat template, where the model has none or another is wanted."""
@@ -195,19 +196,32 @@ class CausalLMSpec(Section):
 
     def conflicts(self) -> Conflicts:
         """Yield what keeps a row from being read in exactly one way."""
-        chat = self.messages_column is not None or self.format == "alpaca"
         pair = self.prompt_column is not None or self.completion_column is not None
         if (self.prompt_column is None) != (self.completion_column is None):
             given = "prompt_column" if self.prompt_column else "completion_column"
             yield given, "`prompt_column` and `completion_column` go together"
-        if chat + pair + (self.text_column is not None) > 1:
+        if self.is_chat + pair + (self.text_column is not None) > 1:
             yield (
                 "",
                 "choose one of `text_column`, `prompt_column` with `completion_column`, "
-                "`messages_column`, or `format: alpaca`",
+                "`messages_column`, or `format: alpaca` (or `self_instruct`)",
             )
         if self.format == "sharegpt" and self.messages_column is None:
             yield "format", "`format: sharegpt` needs `messages_column`, often `conversations`"
+
+    @property
+    def instruction_columns(self) -> list[str]:
+        """The columns that the format itself names."""
+        columns = {
+            "alpaca": ["instruction", "input", "output"],
+            "self_instruct": ["instruction", "instances"],
+        }
+        return columns.get(self.format, [])
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a row is a conversation."""
+        return self.messages_column is not None or bool(self.instruction_columns)
 
 
 TaskSpec = Annotated[
