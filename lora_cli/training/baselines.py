@@ -95,7 +95,7 @@ def _head_alone(recipe: Recipe) -> Metrics:
     if not started and state.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
     state.wait_for_everyone()
-    # the precision of autocast may be another without low-rank layers
+    # full fine-tuning may have autocast where the head alone has none
     AcceleratorState._reset_state()
     return dict(loop.train(head, resume=started)["metrics"]["after"])
 
