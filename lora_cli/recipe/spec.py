@@ -182,9 +182,10 @@ class CausalLMSpec(Section):
     messages_column: Word | None = None
     """Column of a conversation, written with the model's chat template."""
 
-    format: Literal["openai", "sharegpt", "alpaca"] = "openai"
-    """How a conversation is stored: `openai` (role, content), `sharegpt` (from, value), or
-    `alpaca` (the columns instruction, input, output; `messages_column` is not used)."""
+    format: Literal["openai", "sharegpt", "alpaca", "self_instruct"] = "openai"
+    """How a conversation is stored: `openai` (role, content), `sharegpt` (from, value), `alpaca`
+    (the columns instruction, input, output), or `self_instruct` (the columns instruction and
+    instances, a list of input and output). The last two do not use `messages_column`."""
 
     chat_template: Word | None = None
     """File of a Jinja chat template, where the model has none or another is wanted."""
@@ -200,10 +201,10 @@ class CausalLMSpec(Section):
 
     def conflicts(self) -> Conflicts:
         """Yield what keeps a row from being read in exactly one way."""
-        chat = self.messages_column is not None or self.format == "alpaca"
         pair = self.prompt_column is not None or self.completion_column is not None
         if (self.prompt_column is None) != (self.completion_column is None):
             given = "prompt_column" if self.prompt_column else "completion_column"
+<<<<<<< HEAD
             other = "completion_column" if self.prompt_column else "prompt_column"
             what = f"`{given}` stands without `{other}`"
             yield given, what, f"name both columns: add `{other}: …`"
@@ -213,10 +214,32 @@ class CausalLMSpec(Section):
                 "the rows can be read in more than one way",
                 "keep one of `text_column`, `prompt_column` with `completion_column`, "
                 "`messages_column`, or `format: alpaca`",
+=======
+            yield given, "`prompt_column` and `completion_column` go together"
+        if self.is_chat + pair + (self.text_column is not None) > 1:
+            yield (
+                "",
+                "choose one of `text_column`, `prompt_column` with `completion_column`, "
+                "`messages_column`, or `format: alpaca` (or `self_instruct`)",
+>>>>>>> w-hour
             )
         if self.format == "sharegpt" and self.messages_column is None:
             what = "`format: sharegpt` stands without `messages_column`"
             yield "format", what, "name the column: often `messages_column: conversations`"
+
+    @property
+    def instruction_columns(self) -> list[str]:
+        """The columns that the format itself names."""
+        columns = {
+            "alpaca": ["instruction", "input", "output"],
+            "self_instruct": ["instruction", "instances"],
+        }
+        return columns.get(self.format, [])
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a row is a conversation."""
+        return self.messages_column is not None or bool(self.instruction_columns)
 
 
 TaskSpec = Annotated[
@@ -332,6 +355,10 @@ class DataSpec(Section):
     path: Word | None = None
     """A file, a folder, or a pattern of files (csv, tsv, json lines, parquet, txt; also .gz)."""
 
+    split_column: Word | None = None
+    """Column of the files in `path` that says which split a row is of. `train`, `validation` and
+    `test` then name its values, such as `dev`."""
+
     train: Word = "train"
     """The rows to train on: a split, a slice, or a file."""
 
@@ -368,8 +395,14 @@ class DataSpec(Section):
                 "add `path: FILE` (or a folder), `train: FILE`, or `name:` with a Hub id",
             )
         if self.config and not self.name:
+<<<<<<< HEAD
             what = "`config` is of a data set on the Hub, and `name` is missing"
             yield "config", what, "leave it out, or add `name:` with the Hub id"
+=======
+            yield "config", "`config` needs `name`: files have no configurations"
+        if self.split_column and not self.path:
+            yield "split_column", "`split_column` needs `path`: it divides the rows of files"
+>>>>>>> w-hour
         if self.streaming and self.train.endswith("]"):
             what = "`streaming` reads all of `train`, so it cannot be a slice"
             yield "streaming", what, "leave the brackets out, or set `streaming: false`"
