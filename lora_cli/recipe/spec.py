@@ -204,24 +204,15 @@ class CausalLMSpec(Section):
         pair = self.prompt_column is not None or self.completion_column is not None
         if (self.prompt_column is None) != (self.completion_column is None):
             given = "prompt_column" if self.prompt_column else "completion_column"
-<<<<<<< HEAD
             other = "completion_column" if self.prompt_column else "prompt_column"
             what = f"`{given}` stands without `{other}`"
             yield given, what, f"name both columns: add `{other}: …`"
-        if chat + pair + (self.text_column is not None) > 1:
+        if self.is_chat + pair + (self.text_column is not None) > 1:
             yield (
                 "",
                 "the rows can be read in more than one way",
                 "keep one of `text_column`, `prompt_column` with `completion_column`, "
-                "`messages_column`, or `format: alpaca`",
-=======
-            yield given, "`prompt_column` and `completion_column` go together"
-        if self.is_chat + pair + (self.text_column is not None) > 1:
-            yield (
-                "",
-                "choose one of `text_column`, `prompt_column` with `completion_column`, "
                 "`messages_column`, or `format: alpaca` (or `self_instruct`)",
->>>>>>> w-hour
             )
         if self.format == "sharegpt" and self.messages_column is None:
             what = "`format: sharegpt` stands without `messages_column`"
@@ -395,14 +386,11 @@ class DataSpec(Section):
                 "add `path: FILE` (or a folder), `train: FILE`, or `name:` with a Hub id",
             )
         if self.config and not self.name:
-<<<<<<< HEAD
             what = "`config` is of a data set on the Hub, and `name` is missing"
             yield "config", what, "leave it out, or add `name:` with the Hub id"
-=======
-            yield "config", "`config` needs `name`: files have no configurations"
         if self.split_column and not self.path:
-            yield "split_column", "`split_column` needs `path`: it divides the rows of files"
->>>>>>> w-hour
+            what = "`split_column` divides the rows of files, and `path` is missing"
+            yield "split_column", what, "name the file or folder: `path: FILE`"
         if self.streaming and self.train.endswith("]"):
             what = "`streaming` reads all of `train`, so it cannot be a slice"
             yield "streaming", what, "leave the brackets out, or set `streaming: false`"
