@@ -301,6 +301,9 @@ def test_missing_sections_are_named(problems: Any) -> None:
         (LINES, {"data": "test: {fraction: 0.1, disjoint: substring, group_by: a}"},
          ["data.test.group_by"]),
         (LINES, {"train": "packing: true"}, ["train.packing"]),
+        (LINES, {"model": "dtype: bfloat16"}, ["model.dtype"]),
+        (LINES, {"model": "dtype: float16", "train": "precision: fp32", "adapter": "type: full"},
+         ["model.dtype"]),
         (CHAT, {"train": "packing: true, group_by_length: true"}, ["train.group_by_length"]),
         (LINES, {"train": "scheduler: {warmup_steps: 1, warmup_ratio: 0.1}"},
          ["train.scheduler.warmup_ratio"]),
@@ -320,6 +323,25 @@ def test_keys_that_do_not_go_together(
     found = problems(text)
     assert sorted(p.at.split(" ")[0] for p in found) == sorted(wanted)
     assert all("r.yaml:" in p.at for p in found)
+
+
+def test_a_16_bit_base_does_not_pass_for_fp32(problems: Any) -> None:
+    (problem,) = problems(LINES.replace("name: ", "dtype: bfloat16, name: "))
+    assert problem.what.startswith("a base that is kept in bfloat16 cannot compute in")
+    assert "set it to bf16" in problem.what
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [("float32", "fp32"), ("float32", "bf16"), ("bfloat16", "bf16"), ("bfloat16", "fp16")],
+)
+def test_a_base_may_be_kept_in_what_the_precision_computes_with(
+    dtype: str, precision: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(LINES.replace("name: ", f"dtype: {dtype}, name: "), encoding="utf-8")
+    recipe = load_recipe(path, [f"train.precision={precision}"])
+    assert recipe.model.dtype == dtype
 
 
 def test_a_wrong_key_is_not_blamed_for_a_conflict_too(problems: Any) -> None:

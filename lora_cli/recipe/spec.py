@@ -69,7 +69,7 @@ class ModelSpec(Section):
 
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Storage of the frozen base's weights. Default: that of `train.precision`; `float32` with
-    `adapter.type: full`. Trained weights are float32 always."""
+    `adapter.type: full`. Precision `fp32` needs `float32`. Trained weights are float32 always."""
 
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     """Implementation of the attention. Default: the one transformers chooses."""
@@ -184,9 +184,10 @@ class CausalLMSpec(Section):
     messages_column: Word | None = None
     """Column of a conversation, written with the model's chat template."""
 
-    format: Literal["openai", "sharegpt", "alpaca"] = "openai"
-    """How a conversation is stored: `openai` (role, content), `sharegpt` (from, value), or
-    `alpaca` (the columns instruction, input, output; `messages_column` is not used)."""
+    format: Literal["openai", "sharegpt", "alpaca", "self_instruct"] = "openai"
+    """How a conversation is stored: `openai` (role, content), `sharegpt` (from, value), `alpaca`
+    (the columns instruction, input, output), or `self_instruct` (the columns instruction and
+    instances, a list of input and output). The last two do not use `messages_column`."""
 
     chat_template: Word | None = None
     """File of a Jinja chat template, where the model has none or another is wanted."""
@@ -202,23 +203,36 @@ class CausalLMSpec(Section):
 
     def conflicts(self) -> Conflicts:
         """Yield what keeps a row from being read in exactly one way."""
-        chat = self.messages_column is not None or self.format == "alpaca"
         pair = self.prompt_column is not None or self.completion_column is not None
         if (self.prompt_column is None) != (self.completion_column is None):
             given = "prompt_column" if self.prompt_column else "completion_column"
             other = "completion_column" if self.prompt_column else "prompt_column"
             what = f"`{given}` stands without `{other}`"
             yield given, what, f"name both columns: add `{other}: …`"
-        if chat + pair + (self.text_column is not None) > 1:
+        if self.is_chat + pair + (self.text_column is not None) > 1:
             yield (
                 "",
                 "the rows can be read in more than one way",
                 "keep one of `text_column`, `prompt_column` with `completion_column`, "
-                "`messages_column`, or `format: alpaca`",
+                "`messages_column`, or `format: alpaca` (or `self_instruct`)",
             )
         if self.format == "sharegpt" and self.messages_column is None:
             what = "`format: sharegpt` stands without `messages_column`"
             yield "format", what, "name the column: often `messages_column: conversations`"
+
+    @property
+    def instruction_columns(self) -> list[str]:
+        """The columns that the format itself names."""
+        columns = {
+            "alpaca": ["instruction", "input", "output"],
+            "self_instruct": ["instruction", "instances"],
+        }
+        return columns.get(self.format, [])
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a row is a conversation."""
+        return self.messages_column is not None or bool(self.instruction_columns)
 
 
 TaskSpec = Annotated[
@@ -334,6 +348,10 @@ class DataSpec(Section):
     path: Word | None = None
     """A file, a folder, or a pattern of files (csv, tsv, json lines, parquet, txt; also .gz)."""
 
+    split_column: Word | None = None
+    """Column of the files in `path` that says which split a row is of. `train`, `validation` and
+    `test` then name its values, such as `dev`."""
+
     train: Word = "train"
     """The rows to train on: a split, a slice, or a file."""
 
@@ -372,6 +390,9 @@ class DataSpec(Section):
         if self.config and not self.name:
             what = "`config` is of a data set on the Hub, and `name` is missing"
             yield "config", what, "leave it out, or add `name:` with the Hub id"
+        if self.split_column and not self.path:
+            what = "`split_column` divides the rows of files, and `path` is missing"
+            yield "split_column", what, "name the file or folder: `path: FILE`"
         if self.streaming and self.train.endswith("]"):
             what = "`streaming` reads all of `train`, so it cannot be a slice"
             yield "streaming", what, "leave the brackets out, or set `streaming: false`"
@@ -532,12 +553,20 @@ class TrainSpec(Section):
     max_steps: Positive | None = None
     """Steps in all, instead of `epochs`."""
 
-    micro_batch_size: Positive = 8
-    """Examples (packs, with `packing`) of one forward pass; what memory allows."""
+    max_hours: Annotated[float, Field(gt=0)] | None = None
+    """Stop in time before so many hours have passed since the command started, with everything
+    saved; `--resume` goes on. For machines that are lent for a while."""
+
+    micro_batch_size: Positive | Literal["auto"] = 8
+    """Examples (packs, with `packing`) of one forward pass; what memory allows. `auto`: the largest
+    that fits is found before the first step, and a step sees `examples_per_step` all the same."""
 
     gradient_accumulation_steps: Positive = 1
     """Micro-batches of a step. A step sees micro_batch_size x gradient_accumulation_steps examples
     however many processes share them."""
+
+    examples_per_step: Positive | None = None
+    """Examples of a step, instead of `gradient_accumulation_steps`."""
 
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
     """How the weights are updated."""
@@ -572,6 +601,8 @@ class TrainSpec(Section):
     trackers: list[Literal["tensorboard", "trackio"]] = Field(default_factory=list)
     """Where else the log goes."""
 
+    _found_micro_batch: int | None = PrivateAttr(default=None)
+
     def conflicts(self) -> Conflicts:
         """Yield the keys that exclude each other."""
         if self.epochs is not None and self.max_steps is not None:
@@ -580,11 +611,24 @@ class TrainSpec(Section):
         if self.packing and self.group_by_length:
             what = "`packing` leaves no padding for `group_by_length` to save"
             yield "group_by_length", what, "leave one of the two out"
+        if self.examples_per_step is not None and self.gradient_accumulation_steps > 1:
+            what = "`gradient_accumulation_steps` and `examples_per_step` exclude each other"
+            yield "examples_per_step", what, "keep one of the two"
+        if self.micro_batch_size == "auto" and self.examples_per_step is None:
+            what = "`auto` does not say how many examples a step shall see"
+            yield "micro_batch_size", what, "say it: `--set train.examples_per_step=64`"
 
     @property
-    def examples_per_step(self) -> int:
+    def step_size(self) -> int:
         """Examples (or packs) that one optimizer step sees."""
-        return self.micro_batch_size * self.gradient_accumulation_steps
+        return self.examples_per_step or self.micro_batch * self.gradient_accumulation_steps
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples of one forward pass; where they are to be found, what was found, or 8."""
+        if self.micro_batch_size != "auto":
+            return self.micro_batch_size
+        return self._found_micro_batch or min(8, self.examples_per_step or 8)
 
 
 class BestSpec(Section):
@@ -656,8 +700,21 @@ class CheckpointSpec(Section):
     every_steps: Positive | None = None
     """Steps between two checkpoints. Default: once an epoch."""
 
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes after which there is a checkpoint besides: what a crash costs at most."""
+
     keep: Positive = 2
     """How many are kept; the newest and the best always are."""
+
+    mirror: Word | None = None
+    """Where each checkpoint is copied to, so that `--resume` can go on after this machine and its
+    disk are gone: a folder (relative to the recipe), or an address that fsspec knows
+    (`s3://bucket/run`, with `pip install s3fs`)."""
+
+    allow_changes: bool = False
+    """Let `--resume` go on though the recipe, the data or the machine are not those that the run
+    was started with. The report lists what changed, and the result is no longer that of one run.
+    (Model, task and adapter cannot change.)"""
 
 
 class Recipe(Section):
@@ -693,6 +750,11 @@ class Recipe(Section):
     def conflicts(self) -> Conflicts:
         """Yield what is wrong between sections."""
         data, task, train = self.data, self.task, self.train
+        if train.precision == "fp32" and self.model.dtype not in (None, "float32"):
+            dtype = self.model.dtype
+            what = f"a base that is kept in {dtype} cannot compute in `train.precision: fp32`"
+            other = "bf16" if dtype == "bfloat16" else "fp16"
+            yield "model.dtype", what, f"`--set train.precision={other}`, or leave `dtype` out"
         if data.streaming and train.max_steps is None:
             what = "`data.streaming` does not know how many rows there are"
             yield "data.streaming", what, "say how long to train: `--set train.max_steps=1000`"
@@ -700,6 +762,9 @@ class Recipe(Section):
             if data.streaming and getattr(train, key):
                 what = f"`train.{key}` needs all rows, which `data.streaming` does not have"
                 yield f"train.{key}", what, "leave one of the two out"
+        if data.streaming and train.micro_batch_size == "auto":
+            what = "`auto` tries the longest rows, and `data.streaming` does not know them"
+            yield "train.micro_batch_size", what, "name a number: `--set train.micro_batch_size=8`"
         if train.packing and task.type != "causal_lm":
             what = f"`train.packing` has no meaning with `task.type: {task.type}`"
             hint = "leave it out; `train.group_by_length: true` saves padding here"
