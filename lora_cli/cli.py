@@ -7,6 +7,7 @@ so that `lora --help` and shell completion answer at once.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shlex
@@ -24,6 +25,9 @@ from lora_cli.errors import LoraError, RegressionError, ResourceError
 if TYPE_CHECKING:
     from lora_cli.comparison import Comparison
     from lora_cli.recipe import Recipe
+
+# of a path that the user may mend: denied, read-only, too long, a file where a folder should be
+NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR)
 
 app = typer.Typer(
     help="Fine-tune pretrained models with low-rank adapters, from YAML recipes.",
@@ -54,20 +58,38 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     debug = "--debug" in sys.argv or bool(os.environ.get("LORA_DEBUG"))
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    for stream in (sys.stdout, sys.stderr):  # which may not have every letter of the data
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app(prog_name="lora")
+        code = app(prog_name="lora", standalone_mode=False)
+    except BrokenPipeError:  # whoever reads has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
-        known = error if isinstance(error, LoraError) else _resource_error(error)
+        known = error if isinstance(error, LoraError) else _known_error(error)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error, file=sys.stderr)  # noqa: T201 - the help
+            sys.exit(LoraError.exit_code)
         if debug or known is None:
             raise
         print(known, file=sys.stderr)  # noqa: T201 - this is where errors are printed
         sys.exit(known.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _resource_error(error: Exception) -> LoraError | None:
-    """Return what to say of an error that means that memory or disk ran out, else None."""
+def _known_error(error: Exception) -> LoraError | None:
+    """Return what to say of an error of the arguments, of files, or of memory, else None."""
+    from lora_cli.arguments import usage_error
+
+    if (wrong := usage_error(error, sys.argv[1:])) is not None:
+        return wrong
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError("the disk is full", error.filename, "make room, then use `--resume`")
+    if isinstance(error, OSError) and error.filename and error.errno in NO_ENTRY:
+        reason = (error.strerror or "").lower()
+        hint = f"look at it with `ls -ld {shlex.quote(str(error.filename))}`, or name another"
+        return ResourceError(f"the system refuses the file: {reason}", str(error.filename), hint)
     if isinstance(error, MemoryError):
         return ResourceError("the memory is full", hint="try `--set train.micro_batch_size=1`")
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here

@@ -47,20 +47,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         found = explain(error, data, reader.places, reader.faulty)
-        raise LoraError(_first(reader.problems + found, str(path))) from None
+        raise LoraError(_first(reader.problems + found)) from None
     if reader.problems:
-        raise LoraError(_first(reader.problems, str(path)))
+        raise LoraError(_first(reader.problems))
     recipe._places = reader.places
     _make_paths_absolute(recipe, file.parent)
     return recipe
 
 
-def _first(problems: list[Problem], path: str) -> list[Problem]:
+def _first(problems: list[Problem]) -> list[Problem]:
     """Return so many problems as a person reads, and how many more there are."""
     if len(problems) <= MAX_PROBLEMS:
         return problems
     more = f"{len(problems) - MAX_PROBLEMS + 1:,} more problems are not shown"
-    return [*problems[: MAX_PROBLEMS - 1], Problem(more, path, "mend those above first")]
+    first = problems[: MAX_PROBLEMS - 1]
+    return [*first, Problem(more, first[-1].at, "mend those above first")]
 
 
 def _text_of(file: Path) -> str:

@@ -211,7 +211,7 @@ def parse(text: str, source: str, path: KeyPath = (), is_file: bool = True) -> t
         raise LoraError(
             f"character U+{ord(text[error.position]):04X} is not for text files",
             reader.place(len(LINE_END.findall(text[: error.position]))),
-            "delete it; is this a YAML file?",
+            "delete it; is this a YAML file?" if is_file else "delete it, or write it in UTF-8",
         ) from error
     try:
         node = loader.get_single_node()
