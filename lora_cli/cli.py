@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from lora_cli.recipe import Recipe
 
 # of a path that the user may mend: denied, read-only, too long, a file where a folder should be
-NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR)
+NO_ENTRY = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST,
+    errno.EISDIR, errno.ELOOP,
+)  # fmt: skip
 
 app = typer.Typer(
     help="Fine-tune pretrained models with low-rank adapters, from YAML recipes.",

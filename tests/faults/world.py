@@ -10,8 +10,10 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -79,6 +81,11 @@ class World:
                   for k, s in values.items()}  # fmt: skip
         return self.write(name, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
+    def trained(self, name: str = "trained") -> str:
+        """Put a copy of a trained adapter into the folder and return its name."""
+        shutil.copytree(self.bases / "trained", self.folder / name)
+        return name
+
     def lora(self, *arguments: str) -> Printed:
         """Run a command in this process, in the folder."""
         out, err = io.StringIO(), io.StringIO()
@@ -90,6 +97,9 @@ class World:
                 code = 0
             except SystemExit as exited:
                 code = int(exited.code or 0)
+            except Exception:  # as the interpreter would print it
+                traceback.print_exc()
+                code = 1
         return Printed(code, self.plain(out.getvalue()), self.plain(err.getvalue()))
 
     def load(self, name: str, *flags: str) -> Recipe:
