@@ -38,8 +38,8 @@ def usage_error(error: Exception, given: Sequence[str]) -> LoraError | None:
             return LoraError(f"there is no option `{option}`", at, hint)
         case "MissingParameter":
             about = getattr(parameter, "help", None)
-            hint = help_hint if about is None else f"{about[:1].lower()}{about[1:]}"
-            return LoraError(f"{named} is missing", at, hint.rstrip("."))
+            hint = f"add it: {about[:1].lower()}{about[1:].rstrip('.')}" if about else help_hint
+            return LoraError(f"{named} is missing", at, hint)
         case "BadParameter":
             return LoraError(_bad_value(str(error), named, given), at, help_hint)
     message = str(error.format_message())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 import shlex
 import signal
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_cli.errors import LoraError, RegressionError, ResourceError
+from lora_cli.errors import LoraError, RegressionError, ResourceError, beside
 
 if TYPE_CHECKING:
     from lora_cli.comparison import Comparison
@@ -195,7 +196,7 @@ def _table(rows: list[list[str]]) -> str:
 def _recipe_for(adapter: Path, recipe: Path | None, overrides: list[str] | None) -> Recipe:
     """Return the recipe beside an adapter, or the one that is given."""
     if not adapter.is_dir():
-        raise LoraError(f"there is no folder {adapter}", "--adapter")
+        raise LoraError(f"there is no folder {adapter}", "--adapter", beside(adapter))
     file = recipe or adapter / "recipe.yaml"
     if recipe is None and not file.is_file():
         raise LoraError(
@@ -235,9 +236,11 @@ def evaluate(
 ) -> None:
     """Measure a saved adapter on the data it was trained for, alone or against an older one."""
     if source is not None and split not in (None, "test"):
-        raise LoraError("`--input` and `--split` exclude each other", "--split")
+        hint = "leave `--split` out: a file is measured as `test`"
+        raise LoraError("`--input` and `--split` exclude each other", "--split", hint)
     if metric is not None and against is None:
-        raise LoraError("`--metric` needs `--against`", "--metric", "`evaluate.metrics` names them")
+        hint = "add `--against DIR`; alone, an adapter is measured by `evaluate.metrics`"
+        raise LoraError("`--metric` stands without `--against`", "--metric", hint)
     loaded = _recipe_for(adapter, recipe, overrides)
     _quiet()
     from lora_cli.evaluation import evaluate_adapter, measure_file
@@ -285,6 +288,8 @@ def _print_comparison(found: Comparison, as_json: bool) -> None:
             f"{found.metric} on {found.split} is worse by {found.drop:.4f}, "
             f"and {found.max_drop:g} is allowed",
             "--max-drop",
+            "keep the old adapter, or allow it with "
+            f"`--max-drop {math.ceil(found.drop * 1e4) / 1e4:g}`",
         )
 
 
@@ -341,7 +346,8 @@ def predict(
     if interactive:
         if texts or source or target or as_json:
             other = "texts, files or `--json`"
-            raise LoraError(f"`--interactive` excludes {other}", "the arguments of `lora predict`")
+            at, hint = "the arguments of `lora predict`", "leave one or the other out"
+            raise LoraError(f"`--interactive` excludes {other}", at, hint)
         _converse(adapter, _recipe_for(adapter, recipe, overrides))
         return
     if bool(texts) == bool(source) or bool(source) != bool(target):
@@ -505,7 +511,8 @@ def validate(
     """Check a recipe, its data and its targets without loading weights; print it resolved."""
     loaded = _load(recipe, overrides)
     if show and not data:
-        raise LoraError("`--show` goes with `--data`", "the arguments of `lora validate`")
+        what, at = "`--show` stands without `--data`", "the arguments of `lora validate`"
+        raise LoraError(what, at, f"write `--data --show {show}`")
     _quiet()
     from lora_cli.recipe import dump_recipe
     from lora_cli.tasks.check import check_recipe

@@ -19,6 +19,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 WIDTH = 1000  # characters of a line; data may hold 50 MB in one
 
@@ -114,6 +115,21 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """Return the candidate most like `name`, or None if none is close."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return close[0] if close else None
+
+
+def beside(path: Path) -> str:
+    """Return a hint for a path that is not there: the nearest name beside it, or where it starts.
+
+    Args:
+        path: As the user wrote it.
+    """
+    try:
+        names = sorted(other.name for other in path.absolute().parent.iterdir())
+    except OSError:
+        return f"there is no folder {path.parent} either; it starts from {Path.cwd()}"
+    if close := nearest(path.name, names):
+        return f"did you mean `{path.with_name(close)}`?"
+    return "is the path right?" if path.is_absolute() else f"the path starts from {Path.cwd()}"
 
 
 def did_you_mean(name: str, candidates: Iterable[str], noun: str = "one of") -> str:

@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lora_cli.errors import LoraError, Problem, did_you_mean
+from lora_cli.errors import LoraError, Problem, beside, did_you_mean
 
 Channel = Literal["label", "value", "text", "nll"]
 """What a metric reads of each evaluated row, as prediction and reference.
@@ -260,7 +260,7 @@ def check_metric_names(
         if spec is None:
             if _is_path(name) and not os.path.exists(os.path.expanduser(name)):
                 what = f"there is no metric script `{name}`"
-                problems.append(Problem(what, at, f"the path starts from {Path.cwd()}"))
+                problems.append(Problem(what, at, beside(Path(name).expanduser())))
             continue
         if default_channel and spec.channel not in _FEEDS[default_channel]:
             reads, fed = _NOUNS[spec.channel], _NOUNS[default_channel]
@@ -380,7 +380,8 @@ class MetricSet:
         except Exception as error:
             if name in _SPECS:
                 raise
-            raise LoraError(f"metric `{name}` failed: {_reason(error)}", self._at) from error
+            what = f"metric `{name}` failed: {_reason(error)}"
+            raise LoraError(what, self._at, "mend the script, or leave the metric out") from error
 
 
 @functools.cache
@@ -426,7 +427,9 @@ def _load(name: str, at: str, **options: Any) -> Any:
             what = f"unknown metric `{name}`: it is not built in, and `evaluate` finds none"
             hint = did_you_mean(name, known_metrics(), noun="built in:")
             raise LoraError(what, at, hint) from error
-        raise LoraError(f"metric `{name}` cannot be loaded: {_reason(error)}", at) from error
+        what = f"metric `{name}` cannot be loaded: {_reason(error)}"
+        hint = f"try it alone: `python -c 'import evaluate; evaluate.load(\"{name}\")'`"
+        raise LoraError(what, at, hint) from error
     features = metric.features[0] if isinstance(metric.features, list) else metric.features
     if set(features) != {"predictions", "references"}:
         what = f"metric `{name}` wants {', '.join(features)}; a task yields predictions, references"

@@ -163,8 +163,9 @@ def _read_csv(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
                 )
         elif header and len(names) != len(header):
             raise LoraError(
-                f"{len(names)} names for the {len(header)} columns of {path.name}",
-                "data.format.columns",
+                f"{counted(len(names), 'name')} in `data.format.columns` for "
+                f"{counted(len(header), 'column')}",
+                f"{path}:{line}",
                 "its header has " + ", ".join(header),
             )
     for line, fields, fault in records:

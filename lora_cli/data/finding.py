@@ -95,8 +95,8 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
         hint = f"known are {', '.join(KINDS)}, also with .gz"
         raise LoraError(f"the folder {pattern} holds no file of a known kind", at, hint)
     if not files:
-        hint = "name a file" + ("" if name == "train" else ", or draw rows from train: ")
-        hint += "" if name == "train" else f"`{split}: {{from: train, fraction: 0.1}}`"
+        drawn = f", or draw rows from train: `{split}: {{from: train, fraction: 0.1}}`"
+        hint = "name a file" + ("" if split == "train" else drawn)
         if pattern.is_dir():
             hint += f"; the files in it are: {', '.join(beside[:10])}"
         raise LoraError(f"{pattern} has no split `{name}`", recipe.at(f"data.{split}"), hint)

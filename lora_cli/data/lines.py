@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import re
+import shlex
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,11 +54,8 @@ def read_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
                 raw.seek(0)
             text = io.TextIOWrapper(raw, encoding=codec, errors="surrogateescape", newline="")
             yield from enumerate(text, 1)
-    except LookupError:
-        hint = "for example utf-8, latin-1, cp1252, cp932, utf-16"
-        raise LoraError(f"`{encoding}` is not an encoding", "data.format.encoding", hint) from None
     except UnicodeError as error:  # of a whole file, such as an end within a character
-        hint = f"is it `{encoding}`, as `data.format.encoding` says? `lora init` finds it out"
+        hint = "name its encoding, `--set data.format.encoding=utf-8`; `lora init` finds it out"
         raise LoraError(f"not {encoding} text: {error.args[-1]}", str(path), hint) from error
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(path, error) from error
@@ -72,7 +70,11 @@ def unreadable(path: Path, error: Exception) -> LoraError:
         return LoraError(what, str(path), hint)
     reason = (getattr(error, "strerror", None) or str(error)).lower()
     denied = isinstance(error, PermissionError)
-    hint = "`chmod +r` lets it be read" if denied else "is the path right, and the disk whole?"
+    hint = (
+        f"`chmod +r {shlex.quote(str(path))}` lets it be read"
+        if denied
+        else "is the path right, and the disk whole?"
+    )
     return LoraError(f"cannot be read: {reason}", str(path), hint)
 
 

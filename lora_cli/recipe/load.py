@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,14 @@ def _cannot_read(file: Path, error: OSError) -> LoraError:
         return LoraError("this is a folder, not a recipe", str(file), meant)
     missing = isinstance(error, FileNotFoundError)
     reason = "there is no such file" if missing else (error.strerror or str(error))
-    beside = {other.name: other for other in file.parent.glob("*.y*ml")}
-    close = nearest(file.name, beside)
-    hint = f"did you mean `{beside[close]}`?" if close else None
-    return LoraError(f"cannot read the recipe: {reason}", str(file), hint)
+    recipes = {other.name: other for other in file.parent.glob("*.y*ml")}
+    close = nearest(file.name, recipes)
+    hint = (
+        f"did you mean `{recipes[close]}`?" if close else "`lora init DATA --model NAME` writes one"
+    )
+    if not missing:
+        hint = f"look at it with `ls -l {shlex.quote(str(file))}`"
+    return LoraError(f"cannot read the recipe: {reason.lower()}", str(file), hint)
 
 
 def _override(data: dict[str, Any], reader: Reader, override: str) -> None:

@@ -24,6 +24,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from lora_cli.errors import counted
+
 Conflicts = Iterator[tuple[str, str, str]]  # of each: the key, what is wrong, how to mend it
 Word = Annotated[str, Field(min_length=1)]
 Words = Annotated[list[Word], Field(min_length=1)]
@@ -149,7 +151,8 @@ class SequenceClassificationSpec(Section):
             what = "`label_separator` divides one column, not `label_columns`"
             yield "label_separator", what, "leave one of the two out"
         if self.labels is not None and len(self.labels) != len(columns):
-            what = f"{len(self.labels)} names in `labels` for {len(columns)} `label_columns`"
+            names = counted(len(self.labels), "name")
+            what = f"{names} in `labels` for {len(columns)} `label_columns`"
             yield "labels", what, "name each column's label, in the same order, or leave them out"
         for column, times in Counter(columns).items():
             if times > 1:

@@ -326,8 +326,9 @@ def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
     for name, split in rows.items():
         faults = {i: fault for i, row in enumerate(split) if (fault := task.fault(row))}
         if len(faults) == len(split) and recipe.data.on_bad_row == "skip":
-            first = next(iter(faults.values()))
-            raise LoraError(f"no row of the {name} split can be used: {first}", split.source)
+            what = f"no row of the {name} split can be used: {faults[0]}"
+            hint = "is the right column named? `data.on_bad_row: skip` leaves nothing here"
+            raise LoraError(what, split.place(0), hint)
         rows[name] = without(split, faults, recipe)
     task.prepare(rows)
     return rows

@@ -58,9 +58,11 @@ class CausalLM(Task):
             )
         if self.is_chat and not self.tokenizer.is_fast:
             what = "the tokenizer does not say where its tokens stand in a text, as chats need"
-            raise LoraError(what, self.recipe.at("model.name"))
+            hint = "take a model with a tokenizer.json, or rows of prompt and completion"
+            raise LoraError(what, self.recipe.at("model.name"), hint)
         if self.tokenizer.eos_token_id is None:
-            raise LoraError("the tokenizer has no end-of-text token", self.recipe.at("model.name"))
+            what, at = "the tokenizer has no end-of-text token", self.recipe.at("model.name")
+            raise LoraError(what, at, "name it as `eos_token` in the model's tokenizer_config.json")
         self._pad = self._pad_id()
         if self._pad == self.tokenizer.eos_token_id and self.spec.pad_token is None:
             self.notes.append(
@@ -83,6 +85,7 @@ class CausalLM(Task):
                 raise LoraError(
                     f"the tokenizer has no token `{self.spec.pad_token}`",
                     self.recipe.at("task.pad_token"),
+                    "name a token of its vocabulary that texts do not hold, or leave it out",
                 )
             return int(token)
         return int(

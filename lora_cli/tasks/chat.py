@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lora_cli.data.json_rows import JSON_NAMES
 from lora_cli.errors import LoraError
 
 Message = dict[str, Any]
@@ -109,7 +110,7 @@ def _openai(turn: dict[str, Any]) -> Message | str:
     if content is None and not turn.get("tool_calls"):
         return "it has no `content`"
     if not isinstance(content, str | list | None):  # a list has parts, as in OpenAI's requests
-        return f"its `content` is a {type(content).__name__}, not text"
+        return f"its `content` is {JSON_NAMES[type(content)]}, not text"
     return {key: value for key, value in turn.items() if value is not None}
 
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from cases import CASES, Case, case
 from safetensors.torch import load_file, save_file
 from world import TABLE, Printed, World
@@ -79,7 +78,8 @@ for (_area, _name), _run in PLAIN.items():
     CASES.append(Case(_area, _name, _run))
 
 SCRIPT = """
-import datasets, evaluate
+import datasets
+import evaluate
 class M(evaluate.Metric):
     def _info(self):
         value = datasets.Value("int64")
@@ -233,15 +233,7 @@ ADAPTERS: dict[str, Callable[[Path], None]] = {
     "a head of other labels": _of_first("classifier.out_proj", lambda t: t.repeat(2, 1)
         if t.ndim == 2 else t.repeat(2)),
     "more than the model has": _renamed("classifier.dense", "classifier.dnese"),
-    "another base": lambda f: _edit_recipe(f, "../bases/encoder", "../bases/other"),
 }  # fmt: skip
-
-
-def _edit_recipe(folder: Path, old: str, new: str) -> None:
-    file = folder / "recipe.yaml"
-    old = old.replace("..", str(folder.parents[1]))
-    new = new.replace("..", str(folder.parents[1]))
-    file.write_text(file.read_text().replace(old, new))
 
 
 for _name, _change in ADAPTERS.items():
@@ -389,10 +381,14 @@ def _(world: World) -> Printed:
 
 AGAINST = ("eval", "--adapter", "trained", "--against")
 SIMPLE: dict[tuple[str, str], tuple[str, ...]] = {
-    ("Evaluation", "of a split that is not there"): ("eval", "--adapter", "trained", "--split", "x"),
+    ("Evaluation", "of a split that is not there"): (
+        "eval", "--adapter", "trained", "--split", "x"),
     ("Evaluation", "of a file that is not there"): ("eval", "--adapter", "trained", "--input", "x"),
-    ("Evaluation", "against nothing"): (*AGAINST, "nowhere"),
-    ("Evaluation", "by a metric that is none"): (*AGAINST, "trained", "--metric", "acuracy"),
+    ("Evaluation", "against nothing"): (*AGAINST, "nowhere", "--input", "rows.csv"),
+    ("Evaluation", "by a metric that is none"): (
+        *AGAINST, "trained", "--metric", "acuracy", "--input", "rows.csv"),
+    ("Evaluation", "in fp16 without a GPU"): (
+        "eval", "--adapter", "trained", "--input", "rows.csv", "--set", "train.precision=fp16"),
     ("Evaluation", "of a split that is not there, against another"): (
         *AGAINST, "trained", "--split", "validation"),
     ("Prediction", "of a file that is not there"): (
@@ -455,7 +451,7 @@ def _(world: World) -> Printed:
     (folder / "manifest.json").unlink()
     _tensors(lambda t: {n: -x * 50 if "classifier" in n else x for n, x in t.items()})(folder)
     world.write("rows.csv", TABLE)
-    return world.lora(*AGAINST, "old", "--input", "rows.csv")
+    return world.lora(*AGAINST, "old", "--input", "rows.csv", "--metric", "loss")
 
 
 @case("Evaluation", "of a file, with labels that the Hub knows")
@@ -502,7 +498,7 @@ def _(world: World) -> Printed:
 def _(world: World) -> Printed:
     folder = world.folder / world.trained()
     (folder / "manifest.json").unlink()
-    _tensors(lambda t: {n: x * 1e4 if "lora_" in n else x for n, x in t.items()})(folder)
+    _tensors(lambda t: {n: x * 1e5 if "lora_" in n else x for n, x in t.items()})(folder)
     shutil.copytree(world.bases / "encoder", world.folder / "half")
     weights = load_file(world.folder / "half" / "model.safetensors")
     half = {name: tensor.half() for name, tensor in weights.items()}

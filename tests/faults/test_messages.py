@@ -33,7 +33,7 @@ TITLE = """\
 # Messages
 
 What is printed for every fault that a user can make, from faults that tests make for real.
-Written by `LORA_UPDATE_GOLDEN=1 pytest tests/faults/test_messages.py`: change the code, not this page.
+`LORA_UPDATE_GOLDEN=1 pytest tests/faults/test_messages.py` writes it: change the code, not this.
 """
 CLASSES = {"Problem"} | {
     name for name, value in vars(errors).items()
@@ -73,9 +73,9 @@ def sites() -> list[Site]:
     def walk(node: ast.AST, file: str, function: str) -> None:
         if isinstance(node, ast.FunctionDef):
             function = node.name
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            if node.func.id in CLASSES:
-                found.append(Site(file, function, node.lineno, node.end_lineno or node.lineno))
+        name = node.func if isinstance(node, ast.Call) else None
+        if isinstance(node, ast.Call) and isinstance(name, ast.Name) and name.id in CLASSES:
+            found.append(Site(file, function, node.lineno, node.end_lineno or node.lineno))
         for child in ast.iter_child_nodes(node):
             walk(child, file, function)
 
