@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from lora_cli.comparison import Comparison
     from lora_cli.recipe import Recipe
 
-# of a path that the user may mend: denied, read-only, too long, a file where a folder should be
+# of a path that the user may mend: denied, not there, a file where a folder should be
 NO_ENTRY = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST,
-    errno.EISDIR, errno.ELOOP,
+    errno.EISDIR, errno.ELOOP, errno.ENOENT,
 )  # fmt: skip
 
 app = typer.Typer(
@@ -67,9 +67,6 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = app(prog_name="lora", standalone_mode=False)
-    except BrokenPipeError:  # whoever reads has enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         known = error if isinstance(error, LoraError) else _known_error(error)
         if type(error).__name__ == "NoArgsIsHelpError":

@@ -296,7 +296,7 @@ def _where_else(name: str, section: dict[str, Any]) -> str:
     if close := nearest(name, here):
         return f"did you mean `{close}`?"
     elsewhere = {path.rsplit(".", 1)[-1]: path for path in reversed(_all_keys())}
-    if close := nearest(name, elsewhere):
+    if close := nearest(name, elsewhere, cutoff=0.85):
         return f"did you mean `{elsewhere[close]}`?"
     return "known keys here: " + ", ".join(here)
 

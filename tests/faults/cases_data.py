@@ -97,6 +97,8 @@ DATA: dict[str, dict[str, Any]] = {
     "a draw by another column": {
         "path": "rows.csv", "validation": {"fraction": 0.5, "group_by": "user"},
     },
+    "a split column that is not there": {"path": "rows.csv", "split_column": "part"},
+    "a split column without the split": {"path": "rows.csv", "split_column": "label"},
     "a leak": {"path": "rows.csv", "test": "rows.csv"},
     "a Hub data set that is not there": {"name": "nobody/nothing"},
 }  # fmt: skip
@@ -124,6 +126,13 @@ def _(world: World) -> Printed:
 def _(world: World) -> Printed:
     world.write("rows.csv", "text,label\na,good\none\n")
     data = {"path": "rows.csv", "streaming": True}
+    return world.lora("train", world.recipe(data=data, task={"labels": ["bad", "good"]}))
+
+
+@case("Splits", "a stream without the split")
+def _(world: World) -> Printed:
+    world.write("rows.csv", TABLE)
+    data = {"path": "rows.csv", "split_column": "label", "streaming": True}
     return world.lora("train", world.recipe(data=data, task={"labels": ["bad", "good"]}))
 
 
@@ -348,6 +357,7 @@ for _name, (_file, _content, _flags) in INIT.items():
 def _init_of(model: str, *flags: str) -> Callable[[World], Printed]:
     def run(world: World) -> Printed:
         world.recipe()
+        world.write("bad/config.json", "{")
         return world.lora("init", "rows.csv", "--model", model, *flags)
 
     return run
@@ -356,4 +366,5 @@ def _init_of(model: str, *flags: str) -> Callable[[World], Printed]:
 CASES.append(Case("lora init", "over a recipe", _init_of("../bases/encoder")))
 CASES.append(Case("lora init", "into no folder", _init_of("../bases/encoder", "-o", "no/r.yaml")))
 CASES.append(Case("lora init", "with no such model", _init_of("../bases/encodre", "-o", "r.yaml")))
+CASES.append(Case("lora init", "with a model that cannot be read", _init_of("bad", "-o", "r.yaml")))
 CASES.append(Case("lora init", "with a folder without a model", _init_of(".", "-o", "r.yaml")))

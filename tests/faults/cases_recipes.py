@@ -188,7 +188,7 @@ CONFLICTS: dict[str, str] = {
     "baselines and streaming": _in("train", "max_steps: 1", _in("evaluate", "baselines: [none]",
         _in("data", "streaming: true, test: ./a.csv"))),
 }  # fmt: skip
-FLAGS = ["train.epochs", "=1", "train..seed=1", "train.seed=[1", "train.seed.x=1", "train.sed=1",
+FLAGS = ["train.epochs", "=1", "train..seed=1", "train.seed=[1", "model.name.x=1", "train.sed=1",
          "train.seed=x", "adapter.rank=!!python/name:os.system", "output_dir=\udcff"]  # fmt: skip
 
 

@@ -6,14 +6,20 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import tiny
+import torch
 from cases import CASES, Case, case
 from safetensors.torch import load_file, save_file
 from world import TABLE, Printed, World
+
+from lora_cli.files import write_manifest
 
 HELD_OUT = {"train": "./rows.csv", "validation": "./dev.csv"}
 
@@ -61,6 +67,16 @@ PLAIN: dict[tuple[str, str], Any] = {
     ),
     ("Targets", "a group of layers without any"): _with(
         "train", train={"optimizer": {"groups": {"layers": {"7-9": {"learning_rate": 1e-3}}}}}
+    ),
+    ("Targets", "modules in full, without adapters"): _with(
+        "validate", adapter={"type": "bitfit", "train_modules": ["poler"]}
+    ),
+    ("Metrics", "of another task, when training"): _with("train", evaluate={"metrics": ["bleu"]}),
+    ("Training", "with a log that is not installed"): _with(
+        "train", train={"trackers": ["trackio"]}
+    ),
+    ("Training", "with a mirror that needs a package"): _with(
+        "train", checkpoint={"mirror": "gdrive://folder"}
     ),
     ("Metrics", "unknown"): _with("validate", evaluate={"metrics": ["acuracy"]}),
     ("Metrics", "of another task"): _with("validate", evaluate={"metrics": ["bleu"]}),
@@ -232,6 +248,13 @@ ADAPTERS: dict[str, Callable[[Path], None]] = {
     "no head": _without("classifier"),
     "a head of other labels": _of_first("classifier.out_proj", lambda t: t.repeat(2, 1)
         if t.ndim == 2 else t.repeat(2)),
+    "many faults": _tensors(lambda t: {
+        n.replace("lora_A", "lora_C").replace("classifier.dense", "classifier.x"): x
+        for n, x in t.items()}),
+    "parts that are missing": _config(modules_to_save=["classifier", "embeddings"]),
+    "an embedding of another base": _tensors(lambda t: t | {
+        "base_model.model.roberta.embeddings.word_embeddings.base_layer.weight":
+            torch.zeros(tiny.vocabulary(), 32)}),
     "more than the model has": _renamed("classifier.dense", "classifier.dnese"),
 }  # fmt: skip
 
@@ -365,6 +388,57 @@ def _(world: World) -> Printed:
     for step in (world.folder / "out" / "checkpoints").iterdir():
         _cut(step / "trainer.json")
         (step / CONFIG).unlink()
+    return world.lora("train", "recipe.yaml", "--resume")
+
+
+@case("Training", "into a folder that another process writes to")
+def _(world: World) -> Printed:
+    world.write("out/.lock", "")
+    code = (
+        "import fcntl, sys\n"
+        "file = open('out/.lock', 'w')\n"
+        "fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('process 4711 on elsewhere', file=file, flush=True)\n"
+        "print(flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=world.folder, stdin=pipe, stdout=pipe) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        return world.lora("train", world.recipe())
+
+
+@case("Training", "again with another number of threads")
+def _(world: World) -> Printed:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        world.lora("train", world.recipe())
+        (world.folder / "out" / "report.json").unlink()
+        torch.set_num_threads(2)
+        return world.lora("train", "recipe.yaml", "--resume")
+    finally:
+        torch.set_num_threads(before)
+
+
+@case("Training", "again with a log that was damaged")
+def _(world: World) -> Printed:
+    world.lora("train", world.recipe())
+    (world.folder / "out" / "report.json").unlink()
+    with (world.folder / "out" / "metrics.jsonl").open("a") as file:
+        file.write("no JSON\n")
+    return world.lora("train", "recipe.yaml", "--resume")
+
+
+@case("Training", "again from a checkpoint of another version")
+def _(world: World) -> Printed:
+    world.lora("train", world.recipe())
+    (world.folder / "out" / "report.json").unlink()
+    for step in (world.folder / "out" / "checkpoints").iterdir():
+        _edit(step / "trainer.json", pace=3)
+        write_manifest(step)
     return world.lora("train", "recipe.yaml", "--resume")
 
 

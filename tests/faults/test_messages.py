@@ -53,7 +53,37 @@ MASKS = [
 ]
 
 # places in the code whose messages no case here makes, and why
-REST: dict[str, str] = {}
+CONV = "no task has convolutions yet; tests/test_folder.py"
+SEVERAL = "needs several processes; tests/test_distributed.py"
+MIRROR = "waits six seconds before it gives up, or needs a crash; tests/test_loop.py"
+REST: dict[str, str] = {
+    "adapters/loading.py:_check_plain": "an adapter on tied weights; tests/test_folder.py",
+    "adapters/lora.py:delta_weight": CONV,
+    "adapters/lora.py:check_groups": CONV,
+    "adapters/targets.py:groups_problem": CONV,
+    "arguments.py:usage_error": "what a later Typer may say",
+    "cli.py:_known_error": "a full disk behind stdout (test_commands.py), memory, a GPU's memory",
+    "files.py:require_space": "needs a disk that is nearly full",
+    "merging.py:merge_adapter": "a fault of ours: merging is proved; tests/test_merging.py",
+    "metrics.py:_perplexity": "a guard: a split without trained tokens is refused before",
+    "metrics.py:compute": "a guard: an empty split is refused before",
+    "metrics.py:check_metric_names": "needs an environment without sacrebleu",
+    "prediction.py:answer_file": "printed as warnings, with exit code 0; tests/test_prediction.py",
+    "tasks/causal_lm.py:load_processor": "needs a tokenizer that is not fast",
+    "tasks/causal_lm.py:check_packing": "needs a model without positions; tests/test_causal_lm.py",
+    "tasks/causal_lm.py:_question": "printed as a warning; tests/test_prediction.py",
+    "tasks/labels.py:learn": "needs a data set of the Hub whose own labels repeat",
+    "training/launch.py:start_accelerator": SEVERAL,
+    "training/mirror.py:put": MIRROR,
+    "training/mirror.py:get": MIRROR,
+    "training/resources.py:out_of_memory": "needs a machine whose memory is full",
+    "training/saving.py:settle": "needs a crash between two files",
+}
+AREAS = [
+    "Arguments", "Recipes", "Keys that do not go together", "Overrides", "Files and rows", "Splits",
+    "Labels", "Language models", "lora init", "Models", "Targets", "Metrics", "Adapters",
+    "Starting from an adapter", "Training", "Evaluation", "Prediction", "Merging",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -173,8 +203,8 @@ def everything(
 
 def page(results: list[Result]) -> str:
     parts = [TITLE]
-    areas = list(dict.fromkeys(result.area for result in results))
-    for area in areas:
+    assert {result.area for result in results} == set(AREAS)
+    for area in AREAS:
         parts.append(f"\n## {area}\n")
         parts += [f"\n{result}" for result in results if result.area == area]
     return "".join(parts)
@@ -195,9 +225,9 @@ def test_every_message_says_what_where_and_how_to_mend_it(
     poor = []
     for result in everything[0]:
         text = result.printed.message.strip()
-        blocks = re.split(r"^error: ", text, flags=re.MULTILINE)
-        has_place = all("\n  at " in block for block in blocks[1:])
-        well = text.startswith("error: ") and has_place and "\nhint: " in blocks[-1]
+        last = text.rpartition("error: ")[2]  # several of a kind share their place and hint
+        where = "\n  at " in last or "everything is saved" in last
+        well = text.startswith("error: ") and where and "\nhint: " in last
         if result.printed.code not in (2, 3, 4, 5, 6) or not well or "Traceback" in text:
             poor.append(str(result))
     assert not poor, "\n".join(poor)
