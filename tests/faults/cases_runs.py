@@ -423,15 +423,6 @@ def _(world: World) -> Printed:
         torch.set_num_threads(before)
 
 
-@case("Training", "again with a log that was damaged")
-def _(world: World) -> Printed:
-    world.lora("train", world.recipe())
-    (world.folder / "out" / "report.json").unlink()
-    with (world.folder / "out" / "metrics.jsonl").open("a") as file:
-        file.write("no JSON\n")
-    return world.lora("train", "recipe.yaml", "--resume")
-
-
 @case("Training", "again from a checkpoint of another version")
 def _(world: World) -> Printed:
     world.lora("train", world.recipe())

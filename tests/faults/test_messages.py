@@ -69,6 +69,7 @@ REST: dict[str, str] = {
     "metrics.py:compute": "a guard: an empty split is refused before",
     "metrics.py:check_metric_names": "needs an environment without sacrebleu",
     "prediction.py:answer_file": "printed as warnings, with exit code 0; tests/test_prediction.py",
+    "reporting/report.py:read_metrics_log": "a log that is damaged while its run goes on",
     "tasks/causal_lm.py:load_processor": "needs a tokenizer that is not fast",
     "tasks/causal_lm.py:check_packing": "needs a model without positions; tests/test_causal_lm.py",
     "tasks/causal_lm.py:_question": "printed as a warning; tests/test_prediction.py",
