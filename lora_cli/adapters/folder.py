@@ -31,6 +31,7 @@ from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer, can_adapt
 from lora_cli.adapters.targets import matches, regex_fault
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.files import umask_mode, verify_manifest, write_json
+from lora_cli.fingerprint import Fingerprint, read_fingerprint
 from lora_cli.recipe import Recipe
 
 CONFIG_FILE = "adapter_config.json"
@@ -43,7 +44,13 @@ TASK_TYPES = {"sequence_classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 # ---------------------------------------------------------------------------------------- write
 
 
-def save_adapter(folder: Path, model: nn.Module, recipe: Recipe, in_full: list[str]) -> None:
+def save_adapter(
+    folder: Path,
+    model: nn.Module,
+    recipe: Recipe,
+    in_full: list[str],
+    base: Fingerprint | None = None,
+) -> None:
     """Write everything that is trained into `folder`, which must exist.
 
     Args:
@@ -51,8 +58,11 @@ def save_adapter(folder: Path, model: nn.Module, recipe: Recipe, in_full: list[s
         model: The model with its adapter attached.
         recipe: What the configuration is made from.
         in_full: Names of the modules trained in full.
+        base: The fingerprint of the base, which is kept beside the adapter.
     """
     write_json(folder / CONFIG_FILE, adapter_config(model, recipe, in_full))
+    if base is not None:
+        base.write(folder)
     # copies, since safetensors refuses tensors that share memory, as those of a tie do
     tensors = {
         name: t.cpu().clone(memory_format=torch.contiguous_format)
@@ -162,6 +172,8 @@ class AdapterFolder:
     tensors: dict[str, Tensor]
     verified: bool
     """Whether a manifest vouched for the files; False for a folder that another tool made."""
+    base: Fingerprint | None = None
+    """Of the base that it was trained on; None where another tool made it."""
 
 
 def read_adapter(path: Path) -> AdapterFolder:
@@ -206,7 +218,7 @@ def read_adapter(path: Path) -> AdapterFolder:
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise IntegrityError(f"`{bad[0]}` holds NaN or infinity", str(path / WEIGHTS_FILE))
-    return AdapterFolder(path, config, tensors, verified)
+    return AdapterFolder(path, config, tensors, verified, read_fingerprint(path))
 
 
 def _check_config(config: dict[str, Any], where: str) -> None:

@@ -23,6 +23,8 @@ from lora_cli.adapters.folder import AdapterFolder, within_groups
 from lora_cli.adapters.lora import LoRAConv, LoRALayer, can_adapt
 from lora_cli.adapters.targets import Target, first_match, groups_problem, inside, matches
 from lora_cli.errors import IntegrityError, Problem
+from lora_cli.fingerprint import Fingerprint, require_base
+from lora_cli.recipe import Recipe
 
 
 def load_adapter(
@@ -80,6 +82,19 @@ def load_adapter(
     held |= {id(m) for layer in lora_layers(model).values() for m in (layer.lora_A, layer.lora_B)}
     for parameter in model.parameters():
         parameter.requires_grad_(trained and id(parameter) in held)
+
+
+def verify_base(
+    adapter: AdapterFolder, base: Fingerprint | None, recipe: Recipe
+) -> Fingerprint | None:
+    """Refuse an adapter of another base, and return what to keep beside what is made of it.
+
+    Args:
+        adapter: What `read_adapter` returned.
+        base: The fingerprint of the base that it shall be attached to.
+        recipe: Names that base, and may allow another.
+    """
+    return require_base(adapter.base, base, recipe, f"the adapter {adapter.path}", adapter.tensors)
 
 
 def _check_plain(

@@ -16,6 +16,7 @@ from lora_cli.adapters.attach import trainable_parameters, training_mode
 from lora_cli.adapters.starting import make_trainable
 from lora_cli.errors import InterruptedRun, LoraError, NumericsError
 from lora_cli.evaluation import add_samples, best_by, evaluate
+from lora_cli.fingerprint import Fingerprint, fingerprint_of, read_fingerprint, require_base
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Encoded, Task, build_task
 from lora_cli.tasks.base import load_data
@@ -67,12 +68,12 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         return done
     seed_everything(recipe.train.seed)
     model, new = task.load_model(accelerator.device)
-    make_trainable(model, recipe, new)
+    base = make_trainable(model, recipe, new, fingerprint_of(recipe, model, new))
     if isinstance(task, CausalLM) and recipe.train.packing:
         with accelerator.autocast():
             task.check_packing(model, data["train"])
     in_full = list(dict.fromkeys([*new, *recipe.adapter.train_modules]))
-    run = Run(recipe, task, data, model, in_full, accelerator)
+    run = Run(recipe, task, data, model, in_full, accelerator, base)
     if findings is not None:
         run.report["data"] = findings.added_to(run.report["data"])
     if resume:
@@ -97,9 +98,10 @@ class Run:
         model: nn.Module,
         in_full: list[str],
         accelerator: Accelerator,
+        base: Fingerprint | None = None,
     ) -> None:
         self.recipe, self.task, self.data, self.model = recipe, task, data, model
-        self.in_full, self.accelerator = in_full, accelerator
+        self.in_full, self.accelerator, self.base = in_full, accelerator, base
         self.folder = recipe.output_path
         if recipe.train.gradient_checkpointing:
             # the second is its name in older transformers
@@ -124,6 +126,8 @@ class Run:
             return
         folder, state = found
         refuse_changes(state, self.recipe, self.state.data)
+        run = f"the run {self.folder}"
+        self.base = require_base(read_fingerprint(folder), self.base, self.recipe, run)
         restore_checkpoint(folder, state, self.model, self.optimizer)
         if self.accelerator.scaler is not None and state.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
@@ -345,7 +349,14 @@ class Run:
     def _publish(self) -> None:
         """Put the adapter as it is now into the output folder."""
         if self.accelerator.is_main_process:
-            publish_adapter(self.folder, self.model, self.recipe, self.in_full, self.task.tokenizer)
+            publish_adapter(
+                self.folder,
+                self.model,
+                self.recipe,
+                self.in_full,
+                self.task.tokenizer,
+                self.base,
+            )
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
@@ -356,7 +367,13 @@ class Run:
         self.log.flush()
         if self.accelerator.is_main_process:
             save_checkpoint(
-                self.folder, self.state, self.model, self.optimizer, self.recipe, self.in_full
+                self.folder,
+                self.state,
+                self.model,
+                self.optimizer,
+                self.recipe,
+                self.in_full,
+                self.base,
             )
         self.accelerator.wait_for_everyone()
 
@@ -374,6 +391,8 @@ class Run:
                 after[name] = self._metrics(name, file)
         state, seconds = self.state, max(self.state.seconds, 1e-9)
         self.report["metrics"] = {"before": state.before, "after": after}
+        if self.base is not None:
+            self.report["base"] = self.base.facts
         self._sample("after")
         if state.samples:
             self.report["samples"] = state.samples

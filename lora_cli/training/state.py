@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from lora_cli.adapters.folder import read_tensors, restore, save_adapter
 from lora_cli.errors import IntegrityError, LoraError, Problem
 from lora_cli.files import new_folder, publish, verify_manifest, write_json
+from lora_cli.fingerprint import Fingerprint
 from lora_cli.recipe import AdapterSpec, Recipe
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -70,6 +71,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     recipe: Recipe,
     in_full: list[str],
+    base: Fingerprint | None = None,
 ) -> Path:
     """Write `checkpoints/step-NNNNNN`, whole or not at all, then delete the oldest.
 
@@ -78,7 +80,7 @@ def save_checkpoint(
     target = output / FOLDER / f"step-{state.step:06d}"
     tensors, state.optimizer = _optimizer_state(optimizer)
     with new_folder(target) as folder:
-        save_adapter(folder, model, recipe, in_full)
+        save_adapter(folder, model, recipe, in_full, base)
         save_file(tensors, folder / OPTIMIZER_FILE)
         write_json(folder / STATE_FILE, asdict(state))
     # one of a later step is damaged, or this run had not resumed from an earlier
@@ -174,7 +176,12 @@ def restore_checkpoint(
 
 
 def publish_adapter(
-    output: Path, model: nn.Module, recipe: Recipe, in_full: list[str], processor: Any
+    output: Path,
+    model: nn.Module,
+    recipe: Recipe,
+    in_full: list[str],
+    processor: Any,
+    base: Fingerprint | None = None,
 ) -> None:
     """Put what is trained into the output folder itself, where users look for it.
 
@@ -188,7 +195,7 @@ def publish_adapter(
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
     else:
-        save_adapter(staging, model, recipe, in_full)
+        save_adapter(staging, model, recipe, in_full, base)
     publish(staging, output)
 
 
@@ -245,6 +252,7 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
         by_alias=True,
         exclude={
             "output_dir": True,
+            "model": {"allow_other_base"},
             "train": {"workers", "trackers"},
             "evaluate": {"baselines"},
             "checkpoint": True,
