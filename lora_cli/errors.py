@@ -9,7 +9,7 @@ The class decides the exit code of the command:
 | 2    | `LoraError`        | the recipe, the arguments or the data are wrong  |
 | 3    | `NumericsError`    | the numbers went bad (NaN or infinity)           |
 | 4    | `IntegrityError`   | a file is not what it claims to be               |
-| 5    | `ResourceError`    | a resource ran out (memory, disk)                |
+| 5    | `ResourceError`    | a resource ran out (memory, disk, hours)         |
 | 6    | `RegressionError`  | a new adapter is worse than the old one          |
 | 130+ | `InterruptedRun`   | stopped by a signal, after saving                |
 """
@@ -82,11 +82,11 @@ class RegressionError(LoraError):
 
 
 class InterruptedRun(LoraError):  # noqa: N818 - not an error: the run was asked to stop, and saved
-    """A signal stopped the run after its state was saved."""
+    """A signal, or the end of its time, stopped the run after its state was saved."""
 
-    def __init__(self, what: str, signal_number: int, hint: str | None = None) -> None:
+    def __init__(self, what: str, exit_code: int, hint: str | None = None) -> None:
         super().__init__(what, hint=hint)
-        self.exit_code = 128 + signal_number
+        self.exit_code = exit_code
 
 
 def warn(what: str) -> None:

@@ -146,6 +146,9 @@ def _make_paths_absolute(recipe: Recipe, folder: Path) -> None:
         start.startswith((".", "/", "~")) or os.path.isdir(absolute("adapter.from", start))
     ):
         recipe.adapter.from_ = absolute("adapter.from", start)
+    mirror = recipe.checkpoint.mirror
+    if mirror and "://" not in mirror:
+        recipe.checkpoint.mirror = absolute("checkpoint.mirror", mirror)
     data = recipe.data
     if data.path is not None:
         data.path = absolute("data.path", data.path)

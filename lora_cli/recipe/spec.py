@@ -518,12 +518,20 @@ class TrainSpec(Section):
     max_steps: Positive | None = None
     """Steps in all, instead of `epochs`."""
 
-    micro_batch_size: Positive = 8
-    """Examples (packs, with `packing`) of one forward pass; what memory allows."""
+    max_hours: Annotated[float, Field(gt=0)] | None = None
+    """Stop in time before so many hours have passed since the command started, with everything
+    saved; `--resume` goes on. For machines that are lent for a while."""
+
+    micro_batch_size: Positive | Literal["auto"] = 8
+    """Examples (packs, with `packing`) of one forward pass; what memory allows. `auto`: the largest
+    that fits is found before the first step, and a step sees `examples_per_step` all the same."""
 
     gradient_accumulation_steps: Positive = 1
     """Micro-batches of a step. A step sees micro_batch_size x gradient_accumulation_steps examples
     however many processes share them."""
+
+    examples_per_step: Positive | None = None
+    """Examples of a step, instead of `gradient_accumulation_steps`."""
 
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
     """How the weights are updated."""
@@ -558,17 +566,31 @@ class TrainSpec(Section):
     trackers: list[Literal["tensorboard", "trackio"]] = Field(default_factory=list)
     """Where else the log goes."""
 
+    _found_micro_batch: int | None = PrivateAttr(default=None)
+
     def conflicts(self) -> Conflicts:
         """Yield the keys that exclude each other."""
         if self.epochs is not None and self.max_steps is not None:
             yield "max_steps", "choose `epochs` or `max_steps`"
         if self.packing and self.group_by_length:
             yield "group_by_length", "`packing` leaves no padding for `group_by_length` to save"
+        if self.examples_per_step is not None and self.gradient_accumulation_steps > 1:
+            text = "choose `gradient_accumulation_steps` or `examples_per_step`"
+            yield "examples_per_step", text
+        if self.micro_batch_size == "auto" and self.examples_per_step is None:
+            yield "micro_batch_size", "`auto` needs `examples_per_step`: how many a step shall see"
 
     @property
-    def examples_per_step(self) -> int:
+    def step_size(self) -> int:
         """Examples (or packs) that one optimizer step sees."""
-        return self.micro_batch_size * self.gradient_accumulation_steps
+        return self.examples_per_step or self.micro_batch * self.gradient_accumulation_steps
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples of one forward pass; where they are to be found, what was found, or 8."""
+        if self.micro_batch_size != "auto":
+            return self.micro_batch_size
+        return self._found_micro_batch or min(8, self.examples_per_step or 8)
 
 
 class BestSpec(Section):
@@ -640,8 +662,21 @@ class CheckpointSpec(Section):
     every_steps: Positive | None = None
     """Steps between two checkpoints. Default: once an epoch."""
 
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes after which there is a checkpoint besides: what a crash costs at most."""
+
     keep: Positive = 2
     """How many are kept; the newest and the best always are."""
+
+    mirror: Word | None = None
+    """Where each checkpoint is copied to, so that `--resume` can go on after this machine and its
+    disk are gone: a folder (relative to the recipe), or an address that fsspec knows
+    (`s3://bucket/run`, with `pip install s3fs`)."""
+
+    allow_changes: bool = False
+    """Let `--resume` go on though the recipe, the data or the machine are not those that the run
+    was started with. The report lists what changed, and the result is no longer that of one run.
+    (Model, task and adapter cannot change.)"""
 
 
 class Recipe(Section):
@@ -682,6 +717,9 @@ class Recipe(Section):
         for key in ("packing", "group_by_length"):
             if data.streaming and getattr(train, key):
                 yield f"train.{key}", f"`train.{key}` needs all rows, so not `data.streaming`"
+        if data.streaming and train.micro_batch_size == "auto":
+            text = "`auto` tries the longest rows, so it needs all of them, not `data.streaming`"
+            yield "train.micro_batch_size", text
         if train.packing and task.type != "causal_lm":
             yield "train.packing", "`train.packing` is for `task.type: causal_lm`"
         if data.validation is None and self.evaluate.early_stopping is not None:

@@ -258,7 +258,7 @@ class CausalLM(Task):
             {**e, **{key: e[key][:PROBE_TOKENS] for key in ("input_ids", "labels")}}
             for e in examples
         ]
-        n_rows = min(2, self.recipe.train.micro_batch_size)  # some kernels unpack one row only
+        n_rows = min(2, self.recipe.train.micro_batch)  # some kernels unpack one row only
         packed = self.collate([self.pack(short)] * n_rows).inputs
         was_training = model.training
         model.eval()
