@@ -61,10 +61,8 @@ def mixed_precision(recipe: Recipe) -> str:
     A bf16 base computes in bf16 as it is. Autocast would cast its normalisations to float32 and
     back at every layer, which costs small models a third of their speed. fp16 needs that range.
     """
-    spec = recipe.adapter
-    uniform = spec.type in ("lora", "none") and spec.bias == "none"
-    native = uniform and storage_dtype(recipe) == torch.bfloat16
     precision = recipe.train.precision
+    native = recipe.adapter.type != "full" and storage_dtype(recipe) == torch.bfloat16
     return "no" if precision == "fp32" or (precision == "bf16" and native) else precision
 
 

@@ -400,7 +400,10 @@ def test_attaching_gives_the_base_s_outputs_and_keeps_its_weights() -> None:
     ],
     ids=lambda adapter: "-".join(str(v) for v in adapter.values()),
 )
-def test_all_that_is_trained_is_float32_on_a_bfloat16_base(adapter: dict[str, Any]) -> None:
+@pytest.mark.parametrize("autocast", [True, False])
+def test_all_that_is_trained_is_float32_on_a_bfloat16_base(
+    adapter: dict[str, Any], autocast: bool
+) -> None:
     model = tiny.encoder().bfloat16()
     before = copy.deepcopy(model)
     attach(model, tiny.recipe_of(**adapter), ["classifier"])
@@ -411,13 +414,37 @@ def test_all_that_is_trained_is_float32_on_a_bfloat16_base(adapter: dict[str, An
         wanted = torch.float32 if name in trained or norm else torch.bfloat16
         assert parameter.dtype == wanted, name
     ids = torch.randint(4, 200, (3, 8))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = model(input_ids=ids, labels=torch.tensor([0, 1, 0])).loss
         plain = before(input_ids=ids, labels=torch.tensor([0, 1, 0])).loss
     assert loss.item() == pytest.approx(plain.item(), abs=0.02)
     loss.backward()
     reached = {n for n, p in trainable_parameters(model).items() if p.grad is not None}
     assert reached == set(trainable_parameters(model))
+    assert all(p.dtype == torch.float32 for p in trainable_parameters(model).values())
+
+
+def test_a_copy_of_a_bfloat16_model_has_biases_of_its_own() -> None:
+    model = tiny.encoder().bfloat16()
+    attach(model, tiny.recipe_of(type="bitfit"), ["classifier"])
+    ids = torch.randint(4, 200, (3, 8))
+    copied, before = copy.deepcopy(model), model(input_ids=ids).logits
+    with torch.no_grad():
+        for parameter in trainable_parameters(copied).values():
+            parameter.add_(1.0)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert not torch.allclose(copied(input_ids=ids).logits, before, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "conv"])
+def test_other_layers_with_a_trained_bias_compute_in_bfloat16(kind: str) -> None:
+    model = (tiny.gpt2() if kind == "gpt2" else tiny.ConvNet()).bfloat16()
+    before = copy.deepcopy(model)
+    attach(model, tiny.recipe_of(rank=2, target_modules="all-linear", bias="all"))
+    x = torch.randint(4, 200, (2, 8)) if kind == "gpt2" else torch.randn(2, 3, 12, 12).bfloat16()
+    ours, plain = (getattr(m(x), "logits", m(x)) for m in (model, before))
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, plain, rtol=0.0, atol=0.05)
 
 
 def test_a_frozen_batch_normalisation_does_not_drift_in_training() -> None:

@@ -520,8 +520,9 @@ def test_a_bfloat16_base_takes_an_adapter(bias: str, tmp_path: Path) -> None:
     assert {n: p.dtype for n, p in ours.named_parameters()} == {
         n: p.dtype for n, p in model.named_parameters()
     }
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(outputs(ours), outputs(model))
+    for autocast in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert torch.equal(outputs(ours), outputs(model))
 
 
 # -------------------------------------------------------------------------------- what is refused

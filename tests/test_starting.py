@@ -22,7 +22,7 @@ from lora_cli.adapters.attach import lora_layers, trainable_parameters
 from lora_cli.adapters.starting import make_trainable
 from lora_cli.cli import app
 from lora_cli.errors import IntegrityError, LoraError
-from lora_cli.evaluation import open_adapter
+from lora_cli.evaluation import evaluate_adapter, open_adapter
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.tasks import Task, build_task
 from lora_cli.training import loop, train
@@ -230,6 +230,27 @@ def test_an_adapter_of_peft(base: Path, tmp_path: Path) -> None:
     assert heads
     assert all(name.startswith("classifier.") for name in heads)
     train(only_from(path, tmp_path / "peft"))
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_that_come_from_an_adapter_train_in_bf16(
+    base: Path, tmp_path: Path, bias: str
+) -> None:
+    sections = {"adapter": {"rank": 2, "bias": bias}, "train": {"precision": "bf16"}}
+    old = trained(base, tmp_path / "old", **sections)
+    before = load_file(old / "adapter_model.safetensors")
+    recipe = only_from(recipe_file(base, tmp_path / "new", train={"precision": "bf16"}), old)
+    report = train(recipe)
+    assert recipe.adapter.bias == bias
+    first = json.loads((old / "report.json").read_text())["metrics"]["after"]["validation"]
+    assert report["metrics"]["before"]["validation"] == first
+    new = tmp_path / "new" / "out"
+    after = load_file(new / "adapter_model.safetensors")
+    biases = [name for name in after if name.endswith(".base_layer.bias")]
+    assert biases
+    assert all(not torch.equal(before[name], after[name]) for name in biases)
+    found = evaluate_adapter(new, load_recipe(new / "recipe.yaml"))
+    assert found["validation"] == report["metrics"]["after"]["validation"]
 
 
 def test_a_damaged_adapter_is_refused(base: Path, tmp_path: Path) -> None:

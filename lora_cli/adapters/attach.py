@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -92,17 +92,23 @@ def _train(parameter: torch.Tensor | nn.Parameter | None) -> None:
 
 
 def even_norms(model: nn.Module) -> None:
-    """Give every normalisation with a float32 bias a float32 weight: torch takes no mixture."""
+    """Make every normalisation with a float32 bias float32 as a whole: torch takes no mixture."""
     for module in model.modules():
         weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
         if weight is None or bias is None or weight.ndim != 1:
             continue
         if bias.dtype == torch.float32:
             weight.data = weight.data.float()
+            for name, statistic in module._buffers.items():  # of batch normalisation
+                if statistic is not None and statistic.is_floating_point():
+                    module._buffers[name] = statistic.float()
 
 
 def compute_in_own_dtype(model: nn.Module, head: Iterable[str]) -> None:
-    """Let the float32 modules of a 16-bit model take its activations, where autocast does not.
+    """Let the float32 parameters of a 16-bit model meet its activations, where autocast does not.
+
+    A module that is float32 as a whole computes in float32. Of one that also holds 16-bit weights
+    (a linear layer whose bias is trained), the float32 parameters are cast at their use.
 
     Args:
         model: The model with its adapter attached.
@@ -114,12 +120,43 @@ def compute_in_own_dtype(model: nn.Module, head: Iterable[str]) -> None:
         return
     head = list(head)
     for name, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
-        if isinstance(module, LoRALayer) or not own or any(p.dtype == base_dtype for p in own):
+        own = dict(module.named_parameters(recurse=False))
+        wide = [key for key, p in own.items() if p.dtype == torch.float32]
+        if isinstance(module, LoRALayer) or not wide:
+            continue
+        if any(p.dtype == base_dtype for p in module.parameters()):
+            _cast_at_use(module, wide, base_dtype)
             continue
         module.register_forward_pre_hook(_to_float32)
         if not any(inside(name, top) for top in head):
             module.register_forward_hook(functools.partial(_from_float32, base_dtype))
+
+
+def _cast_at_use(module: nn.Module, names: list[str], dtype: torch.dtype) -> None:
+    """Let a module's forward see some of its own parameters in another dtype."""
+    # a partial, whose module a copy of the model exchanges for its own, as of no closure
+    forward = functools.partial(_forward_with_casts, module, module.forward, names, dtype)
+    module.forward = forward
+
+
+def _forward_with_casts(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    names: list[str],
+    dtype: torch.dtype,
+    *inputs: Any,
+    **options: Any,
+) -> Any:
+    kept = {name: module._parameters[name] for name in names}
+    if any(p is not None and torch.is_autocast_enabled(p.device.type) for p in kept.values()):
+        return forward(*inputs, **options)
+    try:
+        for name, parameter in kept.items():
+            assert parameter is not None
+            module._parameters[name] = parameter.to(dtype)  # type: ignore[assignment]  # no leaf
+        return forward(*inputs, **options)
+    finally:
+        module._parameters.update(kept)
 
 
 def _to_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

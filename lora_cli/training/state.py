@@ -105,9 +105,10 @@ def refuse_changes(saved: TrainState, recipe: Recipe, now: TrainState | None = N
 
 
 def _changed_keys(before: dict[str, Any], recipe: Recipe, data_is_read: bool) -> dict[str, Problem]:
-    then, now = _flat(before), _flat(recipe_facts(recipe))
-    if not data_is_read and now.get("task.labels") is None:
-        now["task.labels"] = then.get("task.labels")  # not found in the data yet
+    facts = recipe_facts(recipe)
+    if not data_is_read:
+        _adopt_findings(facts["task"], before["task"])
+    then, now = _flat(before), _flat(facts)
     return {
         key: Problem(
             f"the run was started with `{key}: {then.get(key)}`, the recipe now says "
@@ -138,6 +139,14 @@ def _changed(then: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
         for key, value in now.items()
         if then.get(key) != value
     }
+
+
+def _adopt_findings(task: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Take over what a run found in its data, where the recipe leaves it to the data."""
+    if "labels" in task and task["labels"] is None:
+        task["labels"] = saved.get("labels")
+    if task.get("class_weights") == "balanced" and isinstance(saved.get("class_weights"), dict):
+        task["class_weights"] = saved["class_weights"]
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:
