@@ -26,21 +26,19 @@ import re
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import xxhash
 from torch import nn
-from transformers.utils.hub import cached_file
 
-from lora_cli.errors import IntegrityError, LoraError, warn
+from lora_cli.errors import IntegrityError, warn
 from lora_cli.files import write_json
-from lora_cli.models import locate
+from lora_cli.models import checkpoint_files
 from lora_cli.recipe import Recipe
 from lora_cli.tensorfile import TensorEntry, read_header
 
 BASE_FILE = "base.json"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHUNK = 2**24  # bytes that a thread reads at once
 OVERRIDE = "model.allow_other_base"
 
@@ -121,7 +119,7 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
 
 
 def fingerprint_of(recipe: Recipe, model: nn.Module, new: Collection[str]) -> Fingerprint | None:
-    """Return the fingerprint of the recipe's base; None if none of its weights stay as they are.
+    """Return the fingerprint of the recipe's base; None if it can have none.
 
     Args:
         recipe: Its `model` section names the checkpoint.
@@ -131,13 +129,18 @@ def fingerprint_of(recipe: Recipe, model: nn.Module, new: Collection[str]) -> Fi
 
     Raises:
         IntegrityError: If a file of the checkpoint is damaged.
-        LoraError: If the checkpoint has no safetensors files, or its index names others.
     """
     if recipe.adapter.type == "full":
         return None
+    files = checkpoint_files(recipe)
+    if not files:
+        warn(
+            f"`{recipe.model.name}` has no safetensors files of its own, so no fingerprint is kept"
+        )
+        return None
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     stored: dict[str, str] = {}
-    for file in checkpoint_files(recipe):
+    for file in files:
         for name, h in file_hashes(file).items():
             stored[_inner_name(name, prefix)] = h
     tensors: dict[str, str] = {}
@@ -178,54 +181,7 @@ def _tied_names(model: nn.Module) -> Iterator[list[str]]:
     yield from groups.values()
 
 
-# ------------------------------------------------------------------------------ the checkpoint
-
-
-def checkpoint_files(recipe: Recipe) -> list[Path]:
-    """Return the safetensors files of the recipe's base: of a folder, a package or the Hub.
-
-    Raises:
-        LoraError: If there is none.
-        IntegrityError: If the index names a file outside the folder.
-    """
-    at = recipe.at("model.name")
-    where = locate(recipe.model.name, at)
-
-    def find(name: str) -> Path | None:
-        options = {
-            "revision": recipe.model.revision,
-            "_raise_exceptions_for_missing_entries": False,
-        }
-        found = cached_file(where, name, **options)
-        return None if found is None else Path(found)
-
-    if (whole := find(WEIGHTS)) is not None:
-        return [whole]
-    if (index := find(INDEX)) is None:
-        hint = "convert its weights where you trust them: a pickle can run code when it is read"
-        raise LoraError(f"`{recipe.model.name}` has no {WEIGHTS}", at, hint)
-    files = []
-    for name in sorted(shard_names(index)):
-        if (file := find(name)) is None:
-            raise IntegrityError(f"the index names `{name}`, which is missing", str(index))
-        files.append(file)
-    return files
-
-
-def shard_names(index: Path) -> set[str]:
-    """Return the files that the index of a divided checkpoint names.
-
-    Raises:
-        IntegrityError: If it cannot be read, or names a file outside its folder.
-    """
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise IntegrityError("the index of the weights cannot be read", str(index)) from error
-    for name in names:
-        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name:
-            raise IntegrityError(f"the index names a file outside its folder: {name!r}", str(index))
-    return names
+# -------------------------------------------------------------------------------- the hashes
 
 
 def file_hashes(file: Path) -> dict[str, str]:

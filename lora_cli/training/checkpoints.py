@@ -21,9 +21,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli.adapters.attach import trainable_parameters
-from lora_cli.adapters.folder import read_tensors, restore, save_adapter
+from lora_cli.adapters.folder import WEIGHTS_FILE, read_tensors, restore, save_adapter
 from lora_cli.errors import IntegrityError, LoraError, Problem
-from lora_cli.files import new_folder, publish, require_space, verify_manifest, write_json
+from lora_cli.files import (
+    STAGING,
+    new_folder,
+    publish,
+    recover,
+    require_space,
+    verify_manifest,
+    write_json,
+)
 from lora_cli.fingerprint import Fingerprint
 from lora_cli.recipe import AdapterSpec, Recipe
 from lora_cli.training.state import TrainState
@@ -107,11 +115,13 @@ def load_checkpoint(
         IntegrityError: If there are checkpoints and none is whole.
     """
     damaged: list[Problem] = []
-    for _, folder in reversed(checkpoints(output)):
+    for step, folder in reversed(checkpoints(output)):
         try:
-            if not verify_manifest(folder):
+            if not verify_manifest(folder, WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE):
                 raise IntegrityError("the manifest is missing", str(folder))
             state = TrainState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+            if state.step != step:
+                raise IntegrityError(f"it is the checkpoint of step {state.step}", str(folder))
         except (IntegrityError, OSError, ValueError, TypeError) as error:
             damaged += (
                 error.problems
@@ -134,9 +144,9 @@ def load_checkpoint(
 
 
 def clear_leftovers(output: Path) -> None:
-    """Delete what a process left behind that was killed while it wrote a checkpoint."""
-    for leftover in (output / FOLDER).glob(".step-*"):
-        shutil.rmtree(leftover)
+    """Put right what a process left behind that was killed while it wrote into the folder."""
+    recover(output)
+    recover(output / FOLDER)
 
 
 def peek_state(output: Path) -> TrainState | None:
@@ -184,7 +194,7 @@ def publish_adapter(
 
     With full fine-tuning that is a whole model folder.
     """
-    staging = output / ".publish.tmp"
+    staging = output / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     if recipe.adapter.type == "full":
@@ -197,7 +207,12 @@ def publish_adapter(
 
 
 def restore_published(output: Path, model: nn.Module, recipe: Recipe) -> None:
-    """Load what `publish_adapter` wrote into the model that it was written from."""
+    """Load what `publish_adapter` wrote into the model that it was written from.
+
+    Raises:
+        IntegrityError: If it has been damaged since.
+    """
+    verify_manifest(output)
     if recipe.adapter.type == "full":
         assert isinstance(model, PreTrainedModel)
         # by transformers, which may have divided the file or named its tensors otherwise

@@ -80,6 +80,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
                 return done
             if accelerator.is_main_process:
                 held.enter_context(locked_output(recipe, resume))
+                clear_leftovers(recipe.output_path)
             task.load_processor()
             data = load_data(task)
             findings = pass_gate(task, data) if accelerator.is_main_process else None
@@ -188,7 +189,6 @@ class Run:
         state = self.state
         if self.accelerator.is_main_process:
             write_recipe(self.recipe)
-            clear_leftovers(self.folder)
         with self._log() as self.log, self.stop:
             for note in self.notes:
                 self.log.say(note)
