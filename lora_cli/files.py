@@ -144,14 +144,11 @@ def recover(folder: Path) -> None:
     process may be writing there.
     """
     _move_ready(folder)
-    shutil.rmtree(folder / STAGING, ignore_errors=True)
     for path in list(folder.glob(".*")):
         found = LEFTOVER.fullmatch(path.name)
-        if found is None:
-            continue
-        if found[3] == "old" and not (folder / found[1]).exists():
+        if found is not None and found[3] == "old" and not (folder / found[1]).exists():
             path.rename(folder / found[1])
-        else:
+        elif is_leftover(path) and path.name != LOCK:
             _delete(path)
 
 
