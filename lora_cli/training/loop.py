@@ -25,7 +25,7 @@ from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.gate import pass_gate
 from lora_cli.training.batches import Batches, PlannedStep
 from lora_cli.training.best import Judge
-from lora_cli.training.checkpoints import adopt_adapter, optimizer_bytes
+from lora_cli.training.checkpoints import adopt_adapter, clear_leftovers, optimizer_bytes
 from lora_cli.training.launch import main_process_first, seed_everything, start_accelerator
 from lora_cli.training.mirror import restore_from_mirror
 from lora_cli.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
