@@ -34,6 +34,7 @@ from lora_cli.files import (
 )
 from lora_cli.fingerprint import Fingerprint
 from lora_cli.recipe import AdapterSpec, Recipe
+from lora_cli.tensorfile import read_header
 from lora_cli.training.state import TrainState
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -181,6 +182,7 @@ def restore_checkpoint(
 ) -> None:
     """Put a checkpoint's parameters and optimizer state into a freshly built run."""
     restore(model, read_tensors(folder))
+    read_header(folder / OPTIMIZER_FILE)
     _load_optimizer(optimizer, load_file(folder / OPTIMIZER_FILE), state.optimizer)
 
 
