@@ -77,6 +77,10 @@ class ModelSpec(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
 
+    allow_other_base: bool = False
+    """Use an adapter, or go on with a run, on a base whose weights are not those that it was
+    trained on. A warning says so, and it is written down."""
+
 
 class SequenceClassificationSpec(Section):
     """Classify a text, or a pair of texts."""
