@@ -324,6 +324,27 @@ def test_resuming_a_complete_run_changes_nothing(bench: Bench) -> None:
         bench.run(path, "out", "train.max_steps=20", resume=True)
 
 
+@pytest.mark.parametrize("weights", ["balanced", {"0": 2.0}])
+def test_a_complete_run_is_resumed_whose_labels_and_weights_the_data_gave(
+    bench: Bench, weights: Any
+) -> None:
+    task = {"type": "sequence_classification", "labels": None, "class_weights": weights}
+    path = bench.recipe(task=task, train={"max_steps": 1})
+    report = bench.run(path)
+    assert bench.run(path, resume=True) == json.loads(json.dumps(report))
+    for change in ("task.labels=[good, bad]", "task.class_weights={'0': 3.0}"):
+        with pytest.raises(LoraError, match="was started with"):
+            bench.run(path, "out", change, resume=True)
+    bench.run(bench.folder / "out" / "recipe.yaml", resume=True)  # which names what was found
+
+
+def test_balancing_is_a_change_of_a_complete_run(bench: Bench) -> None:
+    path = bench.recipe(train={"max_steps": 1})
+    bench.run(path)
+    with pytest.raises(LoraError, match=r"class_weights: None.*now says `balanced`"):
+        bench.run(path, "out", "task.class_weights=balanced", resume=True)
+
+
 def test_folders_that_are_not_empty_are_refused(bench: Bench) -> None:
     path = bench.recipe()
     other = bench.folder / "other"

@@ -211,9 +211,10 @@ def refuse_changes(saved: TrainState, recipe: Recipe, data: dict[str, str] | Non
         recipe: The recipe now.
         data: SHA-256 of each split now; None if they have not been read.
     """
-    before, now = _flat(saved.recipe), _flat(recipe_facts(recipe))
-    if data is None and now.get("task.labels") is None:
-        now["task.labels"] = before.get("task.labels")  # not found in the data yet
+    facts = recipe_facts(recipe)
+    if data is None:
+        _adopt_findings(facts["task"], saved.recipe["task"])
+    before, now = _flat(saved.recipe), _flat(facts)
     problems = [
         Problem(
             f"the run was started with `{key}: {before.get(key)}`, the recipe now says "
@@ -236,6 +237,14 @@ def refuse_changes(saved: TrainState, recipe: Recipe, data: dict[str, str] | Non
             "start a new run in another folder with `-o DIR`, or restore what it was started with",
         )
         raise LoraError(problems)
+
+
+def _adopt_findings(task: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Take over what a run found in its data, where the recipe leaves it to the data."""
+    if "labels" in task and task["labels"] is None:
+        task["labels"] = saved.get("labels")
+    if task.get("class_weights") == "balanced" and isinstance(saved.get("class_weights"), dict):
+        task["class_weights"] = saved["class_weights"]
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:
