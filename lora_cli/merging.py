@@ -152,11 +152,19 @@ def _recipe_of(held: AdapterFolder, base: str | None) -> Recipe:
 
 
 def _probe(task: Task) -> dict[str, Tensor]:
-    """Return inputs to compare outputs on: random tokens, the same every time."""
+    """Return inputs to compare outputs on: random tokens, the same every time.
+
+    Each row ends with an end-of-text token and has no other: an encoder-decoder classifies by it.
+    """
     generator = torch.Generator().manual_seed(0)
     length = min(32, task.max_length)
     vocabulary = min(len(task.tokenizer), int(task.config.get_text_config().vocab_size))
-    ids = torch.randint(0, vocabulary, (4, length), generator=generator)
+    end = task.config.eos_token_id
+    ends = {end} if isinstance(end, int) else set(end or ())
+    others = torch.tensor([i for i in range(vocabulary) if i not in ends])
+    ids = others[torch.randint(0, len(others), (4, length), generator=generator)]
+    if ends:
+        ids[:, -1] = min(ends)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
