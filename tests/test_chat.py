@@ -2,19 +2,21 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import tiny
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks.base import IGNORED, load_data
 from lora_cli.tasks.causal_lm import CausalLM
-from lora_cli.tasks.chat import encode_chat, read_messages, render
+from lora_cli.tasks.chat import encode_chat, end_of_turn, read_messages, render
 from lora_cli.tasks.check import check_recipe
 
 CHATML = (
@@ -362,6 +364,46 @@ def test_what_is_asked_ends_where_the_assistant_begins(base: Path, tmp_path: Pat
     start = task._prompt({"messages": QUESTION})
     assert example["input_ids"][: len(start)] == start
     assert [label == IGNORED for label in example["labels"]].index(False) == len(start)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"), [(CHATML, "<|im_end|>"), (LLAMA2, "</s>"), (NO_END, None)]
+)
+def test_the_token_that_ends_a_turn_ends_an_answer(template: str, end: str | None) -> None:
+    made = tokenizer(template)
+    assert end_of_turn(made) == ({made.convert_tokens_to_ids(end)} if end else set())
+    made.chat_template = "{{ raise_exception('no') }}"
+    assert end_of_turn(made) == set()
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_an_answer_and_its_reference_end_with_the_turn(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, special: bool
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    ends = tiny.tokenizer("llama")
+    ends.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=special)
+    ends.save_pretrained(folder)
+    evaluate = {"metrics": ["exact_match"]}
+    task = task_of(folder, tmp_path, [QUESTION], evaluate=evaluate)
+    end = task.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model = tiny.llama()
+    model.resize_token_embeddings(len(task.tokenizer))
+    asked: list[int] = []
+
+    def generate(input_ids: torch.Tensor, eos_token_id: list[int], **_: Any) -> torch.Tensor:
+        asked[:] = eos_token_id
+        said = task.tokenizer("Because.<|im_end|>\nNo.", add_special_tokens=False)["input_ids"]
+        return torch.cat([input_ids, torch.tensor([said])], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert task.answer(model, [{"messages": QUESTION}]) == [["Because."]]
+    assert asked == [tiny.EOS, end]
+    task.check_metrics({"text"})
+    batch = task.collate(load_data(task)["train"].examples.__getitems__([0]))
+    (found,) = task.predict(model, batch)
+    assert (found.prediction, found.reference) == ("Because.", "Because.")
 
 
 @pytest.mark.parametrize("form", ["sharegpt", "alpaca"])

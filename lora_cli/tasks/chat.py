@@ -169,6 +169,19 @@ def _before(
     return after[:start]
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the token by which the chat template ends the assistant's turn, if it is one token."""
+    said = "Hello"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
+    try:
+        text = str(_apply(tokenizer, messages))
+    except LoraError:  # it takes no such conversation, and says so of the rows
+        return set()
+    tail = text[text.rfind(said) + len(said) :].strip()
+    ids = tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
+    return set(ids[:1]) & set(tokenizer.added_tokens_decoder)
+
+
 def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
     """Return a conversation as text that the assistant is to continue."""
     return str(_apply(tokenizer, messages, add_generation_prompt=True))
