@@ -9,7 +9,7 @@ The class decides the exit code of the command:
 | 2    | `LoraError`        | the recipe, the arguments or the data are wrong  |
 | 3    | `NumericsError`    | the numbers went bad (NaN or infinity)           |
 | 4    | `IntegrityError`   | a file is not what it claims to be               |
-| 5    | `ResourceError`    | a resource ran out (memory, disk)                |
+| 5    | `ResourceError`    | a resource ran out (memory, disk, hours)         |
 | 6    | `RegressionError`  | a new adapter is worse than the old one          |
 | 130+ | `InterruptedRun`   | stopped by a signal, after saving                |
 """
@@ -19,6 +19,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+WIDTH = 1000  # characters of a line; data may hold 50 MB in one
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,11 @@ class Problem:
     hint: str | None = None
 
     def __str__(self) -> str:
-        lines = [f"error: {self.what}"]
+        lines = [f"error: {printable(self.what)}"]
         if self.at:
-            lines.append(f"  at {self.at}")
+            lines.append(f"  at {printable(self.at)}")
         if self.hint:
-            lines.append(f"hint: {self.hint}")
+            lines.append(f"hint: {printable(self.hint)}")
         return "\n".join(lines)
 
 
@@ -81,11 +83,26 @@ class RegressionError(LoraError):
 
 
 class InterruptedRun(LoraError):  # noqa: N818 - not an error: the run was asked to stop, and saved
-    """A signal stopped the run after its state was saved."""
+    """A signal, or the end of its time, stopped the run after its state was saved."""
 
-    def __init__(self, what: str, signal_number: int, hint: str | None = None) -> None:
+    def __init__(self, what: str, exit_code: int, hint: str | None = None) -> None:
         super().__init__(what, hint=hint)
-        self.exit_code = 128 + signal_number
+        self.exit_code = exit_code
+
+
+def printable(text: str, width: int = WIDTH) -> str:
+    """Return a text in one line that no terminal takes for a command.
+
+    What cannot be seen is written as its code: a line end, an escape, half of a character, a space
+    of no width that makes two labels look the same.
+    """
+    text = text if len(text) <= width else text[: width - 1] + "…"
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,16 @@ WINDOW = 64  # batches whose examples are sorted by length together
 TEXT_LENGTH = 500  # characters of a row that stand beside its prediction
 TURN = (("role", "from"), ("content", "value"))  # keys of a turn
 SAMPLES = 5  # prompts that are continued before and after training
+
+
+class Stop(Protocol):
+    """What can break an evaluation off."""
+
+    def is_noted(self) -> bool:
+        """Return whether this process was asked to stop."""
+
+    def check(self) -> None:
+        """Raise if any process was asked to; all of them call it at the same place."""
 
 
 def build_metrics(task: Task) -> MetricSet:
@@ -58,6 +68,7 @@ def evaluate(
     accelerator: Accelerator,
     predictions: Path | None = None,
     keep: list[Prediction] | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, float]:
     """Return the loss and the metrics of a model on a split; every process gets them.
 
@@ -70,18 +81,22 @@ def evaluate(
         accelerator: Precision and processes.
         predictions: File that gets a line for every example, in the order of the rows.
         keep: List that gets every prediction, in the same order.
+        stop: Is asked after each batch whether to go on.
     """
     recipe = task.recipe
-    size = recipe.evaluate.micro_batch_size or 2 * recipe.train.micro_batch_size
+    size = recipe.evaluate.micro_batch_size or 2 * recipe.train.micro_batch
     metrics = build_metrics(task)
     loss = n_items = 0.0
     was_training = model.training
     model.eval()
     main = accelerator.is_main_process
-    file = predictions.open("w", encoding="utf-8") if predictions is not None and main else None
+    part = predictions.with_name(f".{predictions.name}.tmp") if predictions is not None else None
+    file = part.open("w", encoding="utf-8") if part is not None and main else None
     try:
         for window in _windows(split, size):
-            rows = _predict_window(model, task, split, window, accelerator)
+            rows = _predict_window(model, task, split, window, accelerator, stop)
+            if stop is not None:
+                stop.check()
             loss += sum(row.loss for row in rows)
             n_items += sum(row.n_items for row in rows)
             for channel in metrics.channels:
@@ -96,6 +111,8 @@ def evaluate(
         if file is not None:
             file.close()
         model.train(was_training)
+    if file is not None and part is not None and predictions is not None:
+        part.replace(predictions)
     results = [{"loss": loss / max(n_items, 1e-12), **metrics.compute()} if main else {}]
     return dict(gather_object(results)[0])
 
@@ -109,11 +126,18 @@ def _windows(split: Encoded, size: int) -> Iterator[list[Indices]]:
 
 
 def _predict_window(
-    model: nn.Module, task: Task, split: Encoded, batches: list[Indices], accelerator: Accelerator
+    model: nn.Module,
+    task: Task,
+    split: Encoded,
+    batches: list[Indices],
+    accelerator: Accelerator,
+    stop: Stop | None,
 ) -> list[Prediction]:
     """Return the predictions of a window in the order of its examples, on every process."""
     mine: list[tuple[int, Prediction]] = []
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:
+        if stop is not None and stop.is_noted():
+            break  # the other processes wait for this one, and learn of it then
         examples = split.examples.__getitems__(indices.tolist())
         batch = task.collate(examples).to(accelerator.device)
         with accelerator.autocast():

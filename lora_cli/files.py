@@ -7,18 +7,21 @@ whenever the machine stops.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import IntegrityError, Problem
+from lora_cli.errors import IntegrityError, LoraError, Problem, ResourceError
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 
 
 def sha256_of(path: Path) -> str:
@@ -132,6 +135,78 @@ def verify_manifest(folder: Path) -> bool:
     if problems:
         raise IntegrityError(problems)
     return True
+
+
+def is_leftover(path: Path) -> bool:
+    """Return whether a file or folder is only what a process leaves that was killed."""
+    return path.name.startswith(".") and (path.name == LOCK or path.suffix in (".tmp", ".old"))
+
+
+class FolderLock:
+    """Keeps other processes from writing into a folder, until it is released or its process ends.
+
+    It is the system's record lock on the file `.lock`, not the file itself: a process that was
+    killed leaves no lock behind, and the processes that it had forked do not hold it.
+
+    Args:
+        folder: The folder, which must exist.
+        at: Where it is named, for errors.
+
+    Raises:
+        LoraError: If another process has it, with the number of that process.
+    """
+
+    def __init__(self, folder: Path, at: str | None = None) -> None:
+        self.path = folder / LOCK
+        while True:
+            self.file = self.path.open("a+", encoding="utf-8")
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if isinstance(error, BlockingIOError | PermissionError):
+                    raise self._taken(folder, at) from error
+                raise
+            if self._is_still_there():
+                break
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.file.flush()
+
+    def _is_still_there(self) -> bool:
+        """Return whether the file was not removed, by who had it, before it was locked here."""
+        try:
+            return os.path.samestat(os.fstat(self.file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _taken(self, folder: Path, at: str | None) -> LoraError:
+        self.file.seek(0)
+        owner = self.file.read().strip() or "another process"
+        self.file.close()
+        what = f"{owner} is writing to {folder}"
+        return LoraError(what, at, "wait for it, or choose another folder with `-o DIR`")
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        self.path.unlink(missing_ok=True)
+        self.file.close()
+
+
+def require_space(folder: Path, needed_bytes: int, at: str | None = None) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        ResourceError: If less is free on the disk of the folder.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise ResourceError(
+            f"the disk of {folder} has {free / 2**20:,.1f} MiB free, and the run needs "
+            f"{needed_bytes / 2**20:,.1f} MiB",
+            at,
+            "make room, choose another disk with `-o DIR`, or keep less with "
+            "`--set checkpoint.keep=1`",
+        )
 
 
 def umask_mode(file: Path) -> None:

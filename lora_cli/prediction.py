@@ -28,7 +28,7 @@ def answer(
     model: nn.Module, task: Task, rows: Sequence[dict[str, Any]], accelerator: Accelerator
 ) -> list[list[Any]]:
     """Return, for each row, the values of the task's `answer_columns`."""
-    size = task.recipe.evaluate.micro_batch_size or 2 * task.recipe.train.micro_batch_size
+    size = task.recipe.evaluate.micro_batch_size or 2 * task.recipe.train.micro_batch
     answers = []
     model.eval()
     for start in range(0, len(rows), size):

@@ -16,7 +16,13 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks.base import IGNORED, load_data
 from lora_cli.tasks.causal_lm import CausalLM
-from lora_cli.tasks.chat import encode_chat, end_of_turn, read_messages, render
+from lora_cli.tasks.chat import (
+    encode_chat,
+    end_of_turn,
+    read_conversations,
+    read_messages,
+    render,
+)
 from lora_cli.tasks.check import check_recipe
 
 CHATML = (
@@ -333,11 +339,59 @@ def test_alpaca_rows(base: Path, tmp_path: Path, row: dict[str, Any], fault: str
     spec = {"format": "alpaca", "messages_column": None}
     task = task_of(base, tmp_path, [good, bare], task=spec)
     assert labels_of(task) == ["2<|im_end|>\n</s>", "a<|im_end|>\n</s>"]
-    first, second = ([m["content"] for m in read_messages(r, "alpaca", None)] for r in (good, bare))
+    first, second = (
+        [m["content"] for m in read_conversations(r, "alpaca", None)[0]] for r in (good, bare)
+    )
     assert first == ["Be kind.", "Add.\n\n1 1", "2"]
     assert second == ["Say a.", "a"]
     with pytest.raises(LoraError) as caught:
         load_data(task_of(base, tmp_path, [good, row], task=spec))
+    assert [(p.what, p.at) for p in caught.value.problems] == [(fault, "train.jsonl:2")]
+
+
+INSTRUCTED = {"instruction": "Add.", "instances": [
+    {"input": "1 1", "output": "2"}, {"input": "", "output": 7},
+]}  # fmt: skip
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_each_instance_of_an_instruction_is_an_example(
+    base: Path, tmp_path: Path, as_text: bool
+) -> None:
+    row = dict(INSTRUCTED)
+    if as_text:
+        row["instances"] = json.dumps(row["instances"])
+    spec = {"format": "self_instruct", "messages_column": None}
+    task = task_of(base, tmp_path, [row], task=spec)
+    examples = load_data(task)["train"].examples
+    shown = [task.tokenizer.decode(ids).partition("user\n")[2] for ids in examples["input_ids"]]
+    assert [text.partition("<|im_end|>")[0] for text in shown] == ["Add.\n\n1 1", "Add."]
+    assert labels_of(task) == ["2<|im_end|>\n</s>", "7<|im_end|>\n</s>"]
+    assert list(examples["row"]) == [0, 0]
+    asked = prompt(task, row)  # the first instance is what is asked
+    assert asked.endswith("Add.\n\n1 1<|im_end|>\n<|im_start|>assistant\n")
+    assert task.answer_fault({"instruction": "Add."}) == ""  # what has no answer can be asked
+    assert "Why?" in prompt(task, task.row_of("Why?"))
+
+
+@pytest.mark.parametrize(
+    ("instances", "fault"),
+    [
+        (None, "instance 1 has no `output`"),
+        ([], "column `instances` is not a list of inputs and outputs"),
+        ("a", "column `instances` is text, not a list of inputs and outputs"),
+        (["a"], "instance 1 is not an object"),
+        ([{"input": "a", "output": "b"}, {"input": "c", "output": " "}],
+         "instance 2 has no `output`"),
+    ],
+)  # fmt: skip
+def test_instances_that_cannot_be_trained(
+    base: Path, tmp_path: Path, instances: Any, fault: str
+) -> None:
+    spec = {"format": "self_instruct", "messages_column": None}
+    row = {"instruction": "Add.", "instances": instances}
+    with pytest.raises(LoraError) as caught:
+        load_data(task_of(base, tmp_path, [INSTRUCTED, row], task=spec))
     assert [(p.what, p.at) for p in caught.value.problems] == [(fault, "train.jsonl:2")]
 
 

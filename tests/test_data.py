@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -587,6 +588,62 @@ def test_two_draws_from_train_never_overlap_and_depend_on_split_seed_alone(rows_
     assert draws(rows_csv, seed=7) == first
     other = draws(rows_csv, split_seed=1)
     assert all(other[name] != first[name] for name in first)
+
+
+@pytest.fixture
+def marked_csv(tmp_path: Path) -> str:
+    marks = ["train", "train", " dev", "test", "other"]
+    lines = "".join(f"text {i},{'ab'[i % 2]},{marks[i % 5]}\n" for i in range(50))
+    (tmp_path / "marked.csv").write_text("text,label,split\n" + lines)
+    return str(tmp_path / "marked.csv")
+
+
+def test_a_column_divides_the_rows(marked_csv: str, tmp_path: Path) -> None:
+    (tmp_path / "more.csv").write_text("text,label,split\na,b,train\n")
+    data = {
+        "path": marked_csv, "split_column": "split", "train": "train[:10]", "validation": "dev",
+        "test": str(tmp_path / "more.csv"),
+    }  # fmt: skip
+    rows = load_rows(recipe_of(data))
+    assert texts(rows["train"]) == [f"text {i}" for i in range(25) if i % 5 < 2]
+    assert texts(rows["validation"]) == [f"text {i}" for i in range(2, 50, 5)]
+    assert rows["validation"].place(0) == "marked.csv:4"
+    assert texts(rows["test"]) == ["a"]  # a file of its own is read whole
+    drawn = load_rows(recipe_of({**data, "train": "train", "validation": {"fraction": 0.1}}))
+    assert (len(drawn["train"]), len(drawn["validation"])) == (18, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"validation": "devv"}, r"`split` marks no row as `devv`[\s\S]*did you mean `dev`"),
+        ({"split_column": "splot"}, r"no column `splot`[\s\S]*did you mean `split`"),
+    ],
+)
+def test_a_column_that_divides_otherwise(
+    change: dict[str, Any], message: str, marked_csv: str
+) -> None:
+    data = {"path": marked_csv, "split_column": "split", "validation": "dev", **change}
+    with pytest.raises(LoraError, match=message):
+        load_rows(recipe_of(data))
+
+
+def test_a_row_that_cannot_be_read_is_of_no_split(marked_csv: str) -> None:
+    with Path(marked_csv).open("a") as file:
+        file.write("too,many,fields,here\n")
+    data = {"path": marked_csv, "split_column": "split", "test": "test", "on_bad_row": "skip"}
+    rows = load_rows(recipe_of(data))
+    assert [len(split.skipped) for split in rows.values()] == [1, 0]
+
+
+def test_a_column_divides_a_stream(marked_csv: str) -> None:
+    data = {"path": marked_csv, "split_column": "split", "streaming": True}
+    rows = islice(stream_rows(recipe_of(data, max_steps=1)), 21)
+    found = [(row.columns or {})["text"] for row in rows]
+    assert found[:3] == ["text 0", "text 1", "text 5"]
+    assert found[20] == "text 0"
+    with pytest.raises(LoraError, match="marks no row as `none`"):
+        next(stream_rows(recipe_of({**data, "train": "none"}, max_steps=1)))
 
 
 # ---------------------------------------------------------------------------------------- cache

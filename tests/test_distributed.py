@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe
 from lora_cli.training import train
-from lora_cli.training.state import checkpoints
+from lora_cli.training.checkpoints import checkpoints
 
 ROOT = Path(__file__).parent.parent
 Json = dict[str, Any]

@@ -36,13 +36,15 @@ from lora_cli.cli import app
 from lora_cli.errors import IntegrityError, InterruptedRun, LoraError, NumericsError
 from lora_cli.evaluation import evaluate_adapter
 from lora_cli.recipe import OptimizerSpec, Recipe, SchedulerSpec, load_recipe
-from lora_cli.training import loop, train
+from lora_cli.training import best, loop, train
+from lora_cli.training.checkpoints import checkpoints, load_checkpoint
+from lora_cli.training.launch import start_accelerator
 from lora_cli.training.optim import build_optimizer, learning_rate_factor, parameter_groups
-from lora_cli.training.signals import StopSignals
-from lora_cli.training.state import TrainState, checkpoints, load_checkpoint
+from lora_cli.training.state import TrainState
+from lora_cli.training.stopping import StopRequest
 
 ROOT = Path(__file__).parent.parent
-TIMES = {"seconds_per_step", "examples_per_s", "tokens_per_s", "memory_bytes", "seconds"}
+TIMES = {"logs", "seconds_per_step", "examples_per_s", "tokens_per_s", "memory_bytes", "seconds"}
 PAIRS = {"text_column": None, "prompt_column": "text", "completion_column": "more"}
 Json = dict[str, Any]
 
@@ -402,7 +404,7 @@ def test_leftovers_of_a_killed_save_are_cleared(bench: Bench) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_step_and_leaves(bench: Bench, number: int) -> None:
-    path = bench.recipe()
+    path, before = bench.recipe(), signal.getsignal(number)
     bench.run(path, "whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", only(4, lambda: os.kill(os.getpid(), number)))
@@ -410,17 +412,18 @@ def test_a_signal_saves_the_step_and_leaves(bench: Bench, number: int) -> None:
             bench.run(path, "cut")
     assert caught.value.exit_code == 128 + number
     assert steps_of(bench.folder / "cut")[-1] == 4
-    assert signal.getsignal(number) is not StopSignals._note
+    assert signal.getsignal(number) == before
     bench.run(path, "cut", resume=True)
     assert_same_run(bench.folder / "whole", bench.folder / "cut")
 
 
-def test_a_second_interruption_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    with StopSignals() as signals:
+def test_a_second_interruption_ends_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = start_accelerator(load_recipe(bench.recipe()))
+    with StopRequest(load_recipe(bench.recipe()), accelerator, 0.0) as signals:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # a launcher that passes Ctrl-C on
         assert signals.received == signal.SIGINT
-        monkeypatch.setattr(StopSignals, "MOMENT_S", 0.0)
+        monkeypatch.setattr(StopRequest, "MOMENT_S", 0.0)
         with pytest.raises(SystemExit) as caught:
             signal.raise_signal(signal.SIGINT)
     assert caught.value.code == 130
@@ -563,7 +566,7 @@ def test_an_unknown_best_metric_is_found_before_training(bench: Bench) -> None:
 def test_a_best_metric_that_is_never_measured_is_found_at_step_0(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "best_by", lambda *_: ("unheard", "max"))
+    monkeypatch.setattr(best, "best_by", lambda *_: ("unheard", "max"))
     with pytest.raises(LoraError, match="no metric `unheard`"):
         bench.run(bench.recipe())
     assert (bench.folder / "out/samples.jsonl").read_text() == ""
@@ -977,7 +980,7 @@ def test_lines_are_plain_without_a_terminal(
 def test_the_log_is_strict_json(tmp_path: Path) -> None:
     from lora_cli.training.progress import RunLog
 
-    with RunLog(tmp_path, 2, 0, [], "run") as log:
+    with RunLog(tmp_path, 2, 0, {}, [], "run") as log:
         log._write({"step": 1, "grad_norm": float("inf")})
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "grad_norm": None}]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.files import KINDS, RawRow, read_rows
+from lora_cli.data.tags import refuse_tagged_lines
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec
 
@@ -92,6 +93,7 @@ def read_data_file(path: Path) -> DataFile:
     else:
         encoding, why = encoding_of(raw)
         text = _sample(raw, encoding)
+        refuse_tagged_lines(raw, encoding, path.name)
         found = _Findings(_kind(text, by_name))
         if encoding != "utf-8":
             found.say("encoding", encoding, why)

@@ -20,6 +20,7 @@ from lora_cli.data.splits import draw
 from lora_cli.errors import LoraError, Problem, did_you_mean
 from lora_cli.files import sha256_of
 from lora_cli.recipe import HeldOutSpec, Recipe
+from lora_cli.recipe.spec import is_file
 
 READING = 2  # counts up when files are read in another way, so that no old cache is used
 Indices = NDArray[np.int64]
@@ -140,9 +141,24 @@ def stream_rows(recipe: Recipe) -> Iterator[RawRow]:
         if data.name:
             for number, row in enumerate(_load_hub(recipe, data.train, streaming=True)):
                 yield RawRow(row, f"{data.name}[{number}]")
+        elif data.split_column and not is_file(data.train):
+            yield from _stream_marked(recipe, data.split_column)
         else:
             for file in files_of(recipe, "train", data.train):
                 yield from read_rows(file, data.format)
+
+
+def _stream_marked(recipe: Recipe, column: str) -> Iterator[RawRow]:
+    """Yield the rows that a column marks as train, once."""
+    empty = True
+    for file in files_of(recipe, "train", "train"):
+        for row in read_rows(file, recipe.data.format):
+            if row.columns is None or split_mark(row.columns, column) == recipe.data.train:
+                empty = False
+                yield row
+    if empty:
+        what = f"column `{column}` marks no row as `{recipe.data.train}`"
+        raise LoraError(what, recipe.at("data.train"))
 
 
 def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tuple[Rows, Rows]:
@@ -179,8 +195,9 @@ def _stratum(row: dict[str, Any], labels: list[str]) -> str:
 def _text_columns(recipe: Recipe) -> tuple[list[str], dict[str, str]]:
     """Return the columns whose text must not stand on both sides, and which must be there."""
     task = recipe.task
-    if task.type == "causal_lm" and task.format == "alpaca":
-        return ["instruction", "input"], {recipe.at("task.format"): "instruction"}
+    if task.type == "causal_lm" and task.instruction_columns:
+        # of Self-Instruct's rows, the instances are the input (and their outputs)
+        return task.instruction_columns[:2], {recipe.at("task.format"): "instruction"}
     if task.type == "causal_lm":
         keys = ["text_column", "prompt_column", "messages_column"]
     else:
@@ -201,12 +218,36 @@ def _joined_text(row: dict[str, Any], columns: list[str]) -> str:
 def _named(recipe: Recipe, split: str, text: str) -> Rows:
     """Return the rows of a split given as a name, a slice or a file."""
     name, part = split_slice(text, recipe.at(f"data.{split}"))
-    rows = (
-        _hub_rows(recipe, name)
-        if recipe.data.name
-        else _file_rows(recipe, files_of(recipe, split, name))
-    )
+    if recipe.data.name:
+        rows = _hub_rows(recipe, name)
+    elif recipe.data.split_column and not is_file(name):
+        rows = _rows_marked(recipe, split, name)
+    else:
+        rows = _file_rows(recipe, files_of(recipe, split, name))
     return rows.select(np.arange(len(rows))[positions(part, len(rows))]) if part else rows
+
+
+def _rows_marked(recipe: Recipe, split: str, name: str) -> Rows:
+    """Return the rows of `data.path` whose `data.split_column` holds a name."""
+    column = recipe.data.split_column
+    assert column is not None
+    rows = _file_rows(recipe, files_of(recipe, "train", "train"))
+    require_columns({recipe.at("data.split_column"): column}, rows.columns, rows.source)
+    values = [split_mark(row, column) for row in rows]
+    found = np.array([i for i, value in enumerate(values) if value == name], dtype=np.int64)
+    if not len(found):
+        hint = did_you_mean(name, sorted(set(values)), "it holds")
+        what = f"column `{column}` marks no row as `{name}`"
+        raise LoraError(what, recipe.at(f"data.{split}"), hint)
+    marked = rows.select(found)
+    # a row that cannot be read has no mark: it counts once
+    return marked if split == "train" else replace(marked, skipped=())
+
+
+def split_mark(row: dict[str, Any], column: str) -> str:
+    """Return the name of a row's split."""
+    value = row.get(column)
+    return "" if value is None else str(value).strip()
 
 
 # ------------------------------------------------------------------------------------- files

@@ -54,7 +54,7 @@ def draw(
     assert disjoint != "substring" or groups is None  # the recipe refuses it
     normal = [normalised(text) for text in texts]
     if disjoint == "substring":
-        holders = _containing(normal)
+        holders = containing(normal)
     else:
         keys = _joined(normal if disjoint else [str(i) for i in range(len(texts))], groups)
         holders = [[key] for key in keys]
@@ -121,7 +121,7 @@ def _joined(texts: Sequence[str], groups: Sequence[str] | None) -> list[int]:
     return [find(i) for i in range(len(texts))]
 
 
-def _containing(texts: Sequence[str]) -> list[list[int]]:
+def containing(texts: Sequence[str]) -> list[list[int]]:
     """Return, for each text, the longest texts that it stands inside (itself, if in none).
 
     Candidates are found by the text's rarest word, so that few pairs are compared.

@@ -25,6 +25,14 @@ GROUP_NAME = re.compile(
     r"(?i)(.*[_\W])?(customer|client|user|author|conversation|session|thread|patient|document|doc|"
     r"dialog(ue)?|speaker|ticket|account|product|group|family)s?([_ ]?(id|name|no|nr|key))?"
 )
+FILE_NAME = re.compile(
+    r"(?i)\S[^\n]*\.(?P<kind>wav|mp3|flac|ogg|opus|m4a|png|jpe?g|gif|bmp|tiff?|webp|mp4|avi)"
+)
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "val": "validation", "valid": "validation",
+    "validation": "validation", "dev": "validation", "test": "test", "testing": "test",
+    "eval": "test",
+}  # fmt: skip
 SEPARATORS = (";", "|", ",", "+", "/", " ")
 
 
@@ -34,8 +42,9 @@ class Column:
 
     Args:
         name: As in the file.
-        kind: `blank`, `url`, `date`, `id`, `binary`, `number`, `category`, `text`, `list` (of
-            short texts), `openai`, `sharegpt` or `other` (objects, and lists of them).
+        kind: `blank`, `url`, `date`, `file` (of sound or pictures), `split` (train, dev, test),
+            `id`, `binary`, `number`, `category`, `text`, `list` (of short texts), `openai`,
+            `sharegpt` or `other` (objects, and lists of them).
         count: Rows in which it is not blank.
         counts: How often each value stands, as the label it would be; `list` counts the items.
         characters: Mean length of a value.
@@ -71,6 +80,13 @@ def label_text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip()
+
+
+def flag(value: Any) -> int | None:
+    """Return 0 or 1 for what a column of 0 and 1 holds, or None."""
+    if is_blank(value):
+        return None
+    return {"0": 0, "false": 0, "1": 1, "true": 1}.get(label_text(value).lower())
 
 
 def is_blank(value: Any) -> bool:
@@ -118,6 +134,11 @@ def _kind(name: str, texts: list[str], counts: Counter[str], words: float) -> st
         return "url"
     if most(DATE.match):
         return "date"
+    if most(FILE_NAME.fullmatch):
+        return "file"
+    splits = [SPLIT_NAMES.get(text.lower()) for text in counts]
+    if None not in splits and "train" in splits and len(set(splits)) > 1:
+        return "split"
     if set(map(str.lower, counts)) <= {"0", "1", "true", "false"}:
         return "binary"
     is_unique = len(counts) == len(texts) and len(texts) > 1

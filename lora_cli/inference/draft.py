@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_cli.data.sniffing import DataFile, read_data_file
-from lora_cli.inference.columns import GROUP_NAME, Column, describe, is_blank
+from lora_cli.inference.columns import Column, describe, is_blank
 from lora_cli.inference.model import SAMPLE, Base, look_at
-from lora_cli.inference.task import Chosen, choose_task, flag
+from lora_cli.inference.splits import choose_splits, is_unusable
+from lora_cli.inference.task import Chosen, choose_task
 from lora_cli.inference.writing import commented_yaml
 from lora_cli.recipe import Recipe
 
@@ -154,8 +154,7 @@ def _task(draft: Draft, file: DataFile, base: Base, chosen: Chosen) -> None:
             [int(name) for name in names] if whole else names,
             f"{len(names)} labels; {spread}",
         )
-    chat = "messages_column" in chosen.keys or chosen.keys.get("format") == "alpaca"
-    if chat and base.lacks_template:
+    if chosen.is_chat and base.lacks_template:
         draft.put("task", "chat_template", TEMPLATE, "the model has none; this is ChatML")
         draft.extra_files[TEMPLATE] = CHATML
     length, why = _length(file, base, chosen)
@@ -191,7 +190,7 @@ def _length(file: DataFile, base: Base, chosen: Chosen) -> tuple[int, str]:
         ]
         unit = "its words, for the model's tokenizer is not at hand"
     wanted = sorted(lengths)[min(len(lengths) - 1, math.ceil(0.95 * len(lengths)))]
-    wanted += 16 if "messages_column" in chosen.keys else 0  # what a template adds, at the least
+    wanted += 16 if chosen.is_chat else 0  # what a template adds, at the least
     running = chosen.keys["type"] == "causal_lm" and "text_column" in chosen.keys
     if running and wanted > min(512, most):
         length, why = min(512, most), "longer texts are divided into several examples"
@@ -221,18 +220,17 @@ def _data(
 ) -> None:
     path = os.path.relpath(file.path.absolute(), target.absolute().parent)
     draft.put("data", "path", f"./{path}" if path.startswith("~") else path, file.about)
-    if file.form.get("sample_by") and len(file.rows) >= 20:
-        # what stands side by side belongs together, so the end is held out in one piece
-        draft.put("data", "train", "train[:90%]", "running text: its end is held out")
-        draft.put("data", "validation", "train[90%:]")
-    else:
-        _splits(draft, file, columns, chosen)
+    for key, (value, reason) in choose_splits(file, columns, chosen, target).items():
+        if key:
+            draft.put("data", key, value, reason)
+        else:
+            draft.why["data.path"] += f"; {reason}"
     if file.form:
         draft.put("data", "format", file.form)
         for key, why in file.why.items():
             draft.why[f"data.format.{key}"] = why
     faults = [fault.place for fault in file.faults]
-    blank = sum(_is_unusable(row, chosen) for row in file.rows)
+    blank = sum(is_unusable(row, chosen) for row in file.rows)
     if faults or blank:
         said = []
         if faults:
@@ -241,69 +239,6 @@ def _data(
         if blank:
             said.append(f"{blank:,} rows lack a text or a label")
         draft.put("data", "on_bad_row", "skip", "; ".join(said))
-
-
-def _is_unusable(row: dict[str, Any], chosen: Chosen) -> bool:
-    """Return whether the task would refuse a row."""
-    keys = chosen.keys
-    needed = [name for name in chosen.inputs if keys.get("format") != "alpaca" or name != "input"]
-    if any(is_blank(row.get(name)) for name in needed):
-        return True
-    if names := keys.get("label_columns"):
-        flags = [flag(row.get(name)) for name in names]
-        return None in flags or (keys["problem"] == "single_label" and sum(map(bool, flags)) != 1)
-    name = keys.get("label_column")
-    return name is not None and is_blank(row.get(name)) and "label_separator" not in keys
-
-
-def _splits(draft: Draft, file: DataFile, columns: list[Column], chosen: Chosen) -> None:
-    rows = [row for row in file.rows if not _is_unusable(row, chosen)]
-    unique = len({json.dumps([row.get(n) for n in chosen.inputs], default=str) for row in rows})
-    if unique < 10:
-        draft.why["data.path"] += f"; {unique} different rows are too few to hold any out"
-        return
-    fraction = 0.2 if unique < 200 else 0.1 if unique < 20_000 else max(0.01, 2000 / unique)
-    fraction = round(fraction, 2)
-    held: dict[str, Any] = {"from": "train", "fraction": fraction}
-    why = [f"of {len(rows):,} rows"]
-    group = _group_of(columns, chosen, len(rows))
-    if group is not None:
-        held["group_by"] = group.name
-        why.append(f"`{group.name}` repeats: its rows stay on one side")
-    counts = _strata(rows, chosen)
-    if counts:
-        least = min(counts.values())
-        if least >= max(5, 1 / fraction) and (group is None):
-            held["stratify"] = True
-            why.append("each label in proportion")
-        elif group is None:
-            why.append(f"not stratified: the rarest label has {least} rows")
-    draft.put("data", "validation", held, "; ".join(why))
-    if unique >= 200:
-        draft.put("data", "test", dict(held), "looked at once, at the end")
-
-
-def _strata(rows: Sequence[dict[str, Any]], chosen: Chosen) -> dict[str, int]:
-    """Return how many rows each stratum has, where the task has labels."""
-    keys = chosen.keys
-    if keys.get("problem") != "single_label":
-        return {}
-    counts: dict[str, int] = {}
-    names = keys.get("label_columns") or [keys["label_column"]]
-    for row in rows:
-        value = str([row.get(name) for name in names])
-        counts[value] = counts.get(value, 0) + 1
-    return counts
-
-
-def _group_of(columns: list[Column], chosen: Chosen, count: int) -> Column | None:
-    """Return the column that says which rows belong together: a customer, a conversation."""
-    for column in columns:
-        named = GROUP_NAME.fullmatch(column.name) and column.name not in chosen.used
-        values = len(column.counts)
-        if named and column.count == count and values >= 10 and column.rows_per_value >= 1.2:
-            return column
-    return None
 
 
 # ------------------------------------------------------------------------------------- training
@@ -374,12 +309,15 @@ def _say(draft: Draft, file: DataFile, chosen: Chosen) -> None:
         else:
             shown = str(value) if key == "max_length" else f"`{value}`"
         say((name, f"{shown}, {reason}" if reason else shown))
-    for split in ("train", "validation", "test"):
+    for split in ("split_column", "train", "validation", "test"):
         if split in data:
             value = data[split]
             shown = value if isinstance(value, str) else f"{value['fraction']:g} of train"
+            shown = f"`{shown}`" if split == "split_column" else shown
             reason = why.get(f"data.{split}", "")
-            say((split, f"{shown}" + (f", {reason}" if reason else "")))
+            say((split.replace("_", " "), f"{shown}" + (f", {reason}" if reason else "")))
+    if more := why["data.path"].removeprefix(file.about).removeprefix("; "):
+        say(("held out", more if "validation" in data else f"nothing: {more}"))
     if "on_bad_row" in data:
         say(("skipped", why["data.on_bad_row"]))
     if chosen.left_out:

@@ -12,9 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_cli.data.tags import refuse_tagged_rows
 from lora_cli.errors import LoraError, did_you_mean
-from lora_cli.inference.columns import Column, is_blank, label_text
-from lora_cli.inference.texts import content_of, listed, pair_of, text_of, text_reason
+from lora_cli.inference.columns import Column, flag, is_blank
+from lora_cli.inference.texts import (
+    TEXT_NAMES,
+    content_of,
+    listed,
+    pair_of,
+    text_of,
+    text_reason,
+)
 
 NONE = "none"  # `--label none`: there is a label, but it is not wanted
 # the stronger hints first; a column's place is that of the first group that its name matches
@@ -56,6 +64,11 @@ class Chosen:
     left_out: dict[str, str] = field(default_factory=dict)
 
     @property
+    def is_chat(self) -> bool:
+        """Whether a row is a conversation, written with the model's chat template."""
+        return "format" in self.keys
+
+    @property
     def used(self) -> set[str]:
         """The columns that the task reads."""
         label = self.keys.get("label_columns") or [self.keys.get("label_column")]
@@ -90,7 +103,11 @@ def choose_task(
             raise LoraError(f"{place} has no column `{name}`", option, hint)
     chosen = None
     if text is None and label is None:
-        chosen = _conversation(columns, rows) or _prompts(by_name)
+        refuse_tagged_rows(rows, place)
+        spoken = _spoken(columns, place, can_write)
+        written = spoken or _conversation(columns, rows) or _prompts(by_name)
+        # a conversation may have a label too, and an encoder can learn nothing else
+        chosen = written if can_write else _label_beside(written, columns, by_name, rows, place)
     if chosen is None:
         chosen = _labelled(columns, by_name, rows, place, text, label) or _plain(
             columns, by_name, place, text
@@ -106,6 +123,46 @@ def choose_task(
         if column.name not in chosen.used:
             chosen.left_out[column.name] = content_of(column)
     return chosen
+
+
+def _label_beside(
+    written: Chosen | None,
+    columns: Sequence[Column],
+    by_name: dict[str, Column],
+    rows: Sequence[dict[str, Any]],
+    place: str,
+) -> Chosen | None:
+    """Return the classification of rows that a language model would answer, if there is one."""
+    if written is None:
+        return None
+    try:
+        return _labelled(columns, by_name, rows, place, None, None) or written
+    except LoraError:
+        return written
+
+
+def _spoken(columns: Sequence[Column], place: str, can_write: bool) -> Chosen | None:
+    """Return the text that belongs to files of sound or pictures, as a language model may learn it.
+
+    Raises:
+        LoraError: If there is nothing else that the model could learn.
+    """
+    files = next((column for column in columns if column.kind == "file"), None)
+    if files is None or any(column.kind in ("text", "openai", "sharegpt") for column in columns):
+        return None
+    texts = [c for c in columns if c.kind == "category" and TEXT_NAMES.fullmatch(c.name.strip())]
+    if can_write and len(texts) == 1:
+        why = f"what belongs to the files in `{files.name}`, which no task reads yet"
+        keys = {"type": "causal_lm", "text_column": texts[0].name}
+        return Chosen(keys, {"": "text without a label", "text_column": why}, [texts[0].name])
+    example = next(iter(files.counts))
+    raise LoraError(
+        f"the rows are about files of sound or pictures (`{files.name}`: {example}), which no "
+        "task reads yet",
+        place,
+        "to learn from the other columns alone, name them: `--text COLUMN --label COLUMN` "
+        f"({listed(columns)})",
+    )
 
 
 # ---------------------------------------------------------------------------- language models
@@ -124,6 +181,15 @@ def _conversation(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> 
                 [column.name],
             )
     kinds = {column.name: column for column in columns}
+    if "instruction" in kinds and _has_instances(kinds.get("instances"), rows):
+        return Chosen(
+            {"type": "causal_lm", "format": "self_instruct"},
+            {
+                "": "the columns instruction and instances",
+                "format": "each instance is an input and its output",
+            },
+            ["instruction", "instances"],
+        )
     if not {"instruction", "output"} <= set(kinds) or kinds["output"].kind in ("other", "blank"):
         return None
     filled = sum(not is_blank(row.get("input")) for row in rows)
@@ -135,6 +201,15 @@ def _conversation(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> 
         },
         [name for name in ("instruction", "input", "output") if name in kinds],
     )
+
+
+def _has_instances(column: Column | None, rows: Sequence[dict[str, Any]]) -> bool:
+    """Return whether a column holds lists of inputs with their outputs."""
+    if column is None or column.kind != "other":
+        return False
+    values = [value for row in rows if isinstance(value := row.get(column.name), list) and value]
+    good = sum(isinstance(value[0], dict) and "output" in value[0] for value in values)
+    return good > 0.9 * len(rows)
 
 
 def _prompts(by_name: dict[str, Column]) -> Chosen | None:
@@ -275,13 +350,6 @@ def _without_renamings(columns: list[Column], rows: Sequence[dict[str, Any]]) ->
         else:
             kept.append(column)
     return kept
-
-
-def flag(value: Any) -> int | None:
-    """Return 0 or 1 for what a column of 0 and 1 holds, or None."""
-    if is_blank(value):
-        return None
-    return {"0": 0, "false": 0, "1": 1, "true": 1}.get(label_text(value).lower())
 
 
 def _is_one_hot(flags: list[Column], rows: Sequence[dict[str, Any]]) -> bool:

@@ -11,7 +11,7 @@ from lora_cli.inference.columns import Column
 
 TEXT_NAMES = re.compile(
     r"(?i)(.*[_\W])?(text|sentence|review|message|comment|content|body|tweet|utterance|query|"
-    r"question|document|article|post|description|文|テキスト|texte?o?)"
+    r"question|document|article|post|description|transcript|transcription|文|テキスト|texte?o?)"
 )
 PAIR_NAMES = [
     ("premise", "hypothesis"), ("question", "passage"), ("question", "sentence"),
@@ -25,6 +25,7 @@ def content_of(column: Column) -> str:
     return {
         "blank": "nothing in it", "url": "addresses", "date": "dates", "id": "names of rows",
         "number": "numbers", "category": f"{len(column.counts)} values", "binary": "two values",
+        "file": "names of files of sound or pictures", "split": "which split a row is of",
         "text": f"text, {column.characters:.0f} characters on average",
         "list": "lists", "other": "objects inside rows, which no task reads",
     }.get(column.kind, "another conversation")  # fmt: skip

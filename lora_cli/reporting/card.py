@@ -163,7 +163,7 @@ def _snippet(recipe: Recipe, labels: list[str]) -> str:
         case CausalLMSpec() as task:
             auto, length = "AutoModelForCausalLM", recipe.evaluate.generation.max_new_tokens
             run = GENERATING.format(text=repr(f"Some text{task.separator}"), length=length)
-            if task.messages_column or task.format == "alpaca":
+            if task.is_chat:
                 run = re.sub(r"tokenizer\(.*\)", CHAT, run, count=1)
             if task.chat_template:
                 name = PurePath(task.chat_template).name

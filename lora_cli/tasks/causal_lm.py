@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lora_cli.metrics import reads
 from lora_cli.recipe import CausalLMSpec, Recipe
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.base import IGNORED, Batch, Encoded, Example, Prediction, Task, pad
-from lora_cli.tasks.chat import Message, encode_chat, end_of_turn, prompt_of, read_messages
+from lora_cli.tasks.chat import Message, encode_chat, end_of_turn, prompt_of, read_conversations
 from lora_cli.tasks.generation import generate, stop_ids, until_stop
 
 PROBE_TOKENS = 32  # of each text that is packed on trial
@@ -34,7 +34,7 @@ class CausalLM(Task):
     def __init__(self, recipe: Recipe, spec: CausalLMSpec) -> None:
         super().__init__(recipe)
         self.spec = spec
-        self.is_chat = spec.messages_column is not None or spec.format == "alpaca"
+        self.is_chat = spec.is_chat
         self.is_pair = spec.prompt_column is not None
         self.text_column = spec.text_column or "text"
         self.writes_answers = False
@@ -92,7 +92,7 @@ class CausalLM(Task):
     def input_columns(self) -> dict[str, str]:
         """Return the column of the text, the prompt or the conversation."""
         spec = self.spec
-        if spec.format == "alpaca":
+        if spec.instruction_columns:
             return {self.recipe.at("task.format"): "instruction"}
         if spec.messages_column:
             return {self.recipe.at("task.messages_column"): spec.messages_column}
@@ -102,31 +102,45 @@ class CausalLM(Task):
 
     def target_columns(self) -> dict[str, str]:
         """Return the column of the completion, where it has one of its own."""
-        if self.spec.format == "alpaca":
-            return {self.recipe.at("task.format"): "output"}
+        if columns := self.spec.instruction_columns:
+            return {self.recipe.at("task.format"): columns[-1]}
         if self.spec.completion_column:
             return {self.recipe.at("task.completion_column"): self.spec.completion_column}
         return {}
 
     def input_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the text or the prompt, or nothing."""
-        if self.spec.messages_column and self.spec.format != "alpaca":
-            messages = self._messages(row)
-            return messages if isinstance(messages, str) else ""
-        return self._blank(row, self.input_columns())
+        by_column = bool(self.spec.instruction_columns) or not self.is_chat
+        if by_column and (fault := self._blank(row, self.input_columns())):
+            return fault
+        conversations = self._conversations(row) if self.is_chat else ""
+        return conversations if isinstance(conversations, str) else ""
 
     def target_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the completion, or nothing."""
-        if fault := self._blank(row, self.target_columns()):
+        several = self.spec.format == "self_instruct"
+        if not several and (fault := self._blank(row, self.target_columns())):
             return fault
         if not self.is_chat:
             return ""
-        messages = self._messages(row)
-        is_fine = isinstance(messages, list) and any(m["role"] == "assistant" for m in messages)
-        return "" if is_fine else "no turn is the assistant's"
+        conversations = self._conversations(row)
+        if isinstance(conversations, str):
+            return conversations
+        answered = [any(m["role"] == "assistant" for m in turns) for turns in conversations]
+        if all(answered):
+            return ""
+        if several:
+            return f"instance {answered.index(False) + 1} has no `output`"
+        return "no turn is the assistant's"
 
-    def _messages(self, row: dict[str, Any]) -> list[Message] | str:
-        return read_messages(row, self.spec.format, self.spec.messages_column)
+    def _conversations(self, row: dict[str, Any]) -> list[list[Message]] | str:
+        return read_conversations(row, self.spec.format, self.spec.messages_column)
+
+    def _messages(self, row: dict[str, Any]) -> list[Message]:
+        """Return the conversation of a row without a fault, or the first of several."""
+        messages = self._conversations(row)[0]
+        assert isinstance(messages, list)
+        return messages
 
     def _blank(self, row: dict[str, Any], columns: dict[str, str]) -> str:
         for column in columns.values():
@@ -140,7 +154,8 @@ class CausalLM(Task):
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return the examples of each row; those in which nothing is trained are left out."""
         if self.is_chat:
-            return [self._encode_chat(row) for row in rows]
+            conversations = map(self._conversations, rows)
+            return [list(chain(*map(self._encode_chat, several))) for several in conversations]
         if self.is_pair:
             return [self._encode_pair(row) for row in rows]
         texts = self.tokenizer([str(row[self.text_column]) for row in rows], verbose=False)
@@ -175,8 +190,7 @@ class CausalLM(Task):
         whole = self._ended(whole)
         return self._trained_from(whole, [IGNORED] * len(start) + whole[len(start) :])
 
-    def _encode_chat(self, row: dict[str, Any]) -> list[Example]:
-        messages = self._messages(row)
+    def _encode_chat(self, messages: Sequence[Message] | str) -> list[Example]:
         assert not isinstance(messages, str)
         ids, trained = encode_chat(self.tokenizer, messages, self.spec.train_on)
         if not any(trained):
@@ -259,7 +273,7 @@ class CausalLM(Task):
             {**e, **{key: e[key][:PROBE_TOKENS] for key in ("input_ids", "labels")}}
             for e in examples
         ]
-        n_rows = min(2, self.recipe.train.micro_batch_size)  # some kernels unpack one row only
+        n_rows = min(2, self.recipe.train.micro_batch)  # some kernels unpack one row only
         packed = self.collate([self.pack(short)] * n_rows).inputs
         was_training = model.training
         model.eval()
@@ -361,7 +375,7 @@ class CausalLM(Task):
 
     def row_of(self, text: str) -> dict[str, Any]:
         """Return a row that holds a user's text; in a chat it is the user's turn."""
-        if not self.is_chat or self.spec.format == "alpaca":
+        if not self.is_chat or self.spec.instruction_columns:
             return super().row_of(text)
         turn = {"role": "user", "content": text}
         if self.spec.format == "sharegpt":
@@ -407,7 +421,6 @@ class CausalLM(Task):
     def _question(self, row: dict[str, Any]) -> list[Message]:
         """Return the conversation without the assistant's last answer, if it ends with one."""
         messages = self._messages(row)
-        assert not isinstance(messages, str)
         question = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         if not question:
             raise LoraError("there is no turn to answer")
@@ -444,7 +457,6 @@ class CausalLM(Task):
         (column,) = self.input_columns().values()
         if self.is_chat:
             messages = self._messages(row)
-            assert not isinstance(messages, str)
             try:
                 ids = self._prompt(row)
             except LoraError:  # the assistant speaks first

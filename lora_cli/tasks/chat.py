@@ -1,4 +1,4 @@
-"""Conversations: three ways to store them, and which tokens of them are trained.
+"""Conversations: four ways to store them, and which tokens of them are trained.
 
 A conversation is rendered once by the model's chat template. A template with generation markers
 says itself what the assistant wrote. For others, a turn's share of the text is what the template
@@ -27,16 +27,50 @@ SHAREGPT_ROLES = {
 }  # fmt: skip
 
 
-def read_messages(row: dict[str, Any], form: str, column: str | None) -> list[Message] | str:
-    """Return the conversation of a row as OpenAI messages, or what is wrong with it.
+def read_conversations(
+    row: dict[str, Any], form: str, column: str | None
+) -> list[list[Message]] | str:
+    """Return the conversations of a row as OpenAI messages, or what is wrong with it.
 
     Args:
         row: A row of the data.
-        form: `openai`, `sharegpt` or `alpaca`.
-        column: The column of the messages; not used by `alpaca`.
+        form: `openai`, `sharegpt`, `alpaca` or `self_instruct`, where a row may hold several.
+        column: The column of the messages; not used by the last two forms.
     """
-    if form == "alpaca":
-        return _alpaca(row)
+    if form == "self_instruct":
+        return _self_instruct(row)
+    messages = _alpaca(row) if form == "alpaca" else read_messages(row, form, column)
+    return messages if isinstance(messages, str) else [messages]
+
+
+def _self_instruct(row: dict[str, Any]) -> list[list[Message]] | str:
+    """Return a conversation for each instance; without any, one that waits for its answer."""
+    value = row.get("instances")
+    if isinstance(value, str):  # csv files hold the list as JSON
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return "column `instances` is text, not a list of inputs and outputs"
+    if value is None:
+        return [_alpaca({"instruction": row["instruction"]})]
+    if not isinstance(value, list) or not value:
+        return "column `instances` is not a list of inputs and outputs"
+    for number, instance in enumerate(value, 1):
+        if not isinstance(instance, dict):
+            return f"instance {number} is not an object"
+    keys = ("instruction", "system")
+    whole = {key: row[key] for key in keys if key in row}
+    return [_alpaca({**whole, **instance}) for instance in value]
+
+
+def read_messages(row: dict[str, Any], form: str, column: str | None) -> list[Message] | str:
+    """Return the conversation in a column as OpenAI messages, or what is wrong with it.
+
+    Args:
+        row: A row of the data.
+        form: `openai` or `sharegpt`.
+        column: The column of the messages.
+    """
     value = row.get(column or "")
     if isinstance(value, str):  # csv files hold the list as JSON
         try:
@@ -61,7 +95,8 @@ def _alpaca(row: dict[str, Any]) -> list[Message]:
     question = f"{row['instruction']}\n\n{more}" if more else str(row["instruction"])
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     answer = row.get("output")
-    said = [] if answer is None else [{"role": "assistant", "content": str(answer)}]
+    blank = answer is None or not str(answer).strip()
+    said = [] if blank else [{"role": "assistant", "content": str(answer)}]
     return [*system, {"role": "user", "content": question}, *said]
 
 

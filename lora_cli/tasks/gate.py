@@ -165,11 +165,11 @@ def text_columns(task: Task) -> list[str]:
 
     A label is no part of that. (Language models may have the same prompt in every row.)
     """
+    if isinstance(task, CausalLM) and task.spec.instruction_columns:
+        return task.spec.instruction_columns
     columns = list(task.input_columns().values())
     if not isinstance(task, SequenceClassification):
         columns += task.target_columns().values()
-    if isinstance(task, CausalLM) and task.spec.format == "alpaca":
-        columns.insert(1, "input")
     return columns
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections import Counter
 from typing import Any
 
@@ -16,7 +17,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 from lora_cli.evaluation import best_by, build_metrics
 from lora_cli.recipe import AdapterSpec, Recipe
-from lora_cli.reporting import write_model_card, write_report
+from lora_cli.reporting import write_model_card, write_page, write_report
 from lora_cli.reporting.report import part, shown_number
 from lora_cli.tasks import Encoded, Task, build_task
 from lora_cli.tasks.base import load_data
@@ -44,6 +45,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     report["verdict"] = verdict(report, *best_by(recipe, build_task(recipe)))
     if PartialState().is_main_process:
         write_model_card(recipe.output_path, recipe, report)
+        write_page(recipe.output_path, report)
         write_report(recipe.output_path, report)
     return report
 
@@ -94,6 +96,8 @@ def _head_alone(recipe: Recipe) -> Metrics:
     state = PartialState()
     if not started and state.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
+    if state.is_main_process:
+        sys.stderr.write("\nbaseline `none`: the same recipe with the head alone\n")
     state.wait_for_everyone()
     # full fine-tuning may have autocast where the head alone has none
     AcceleratorState._reset_state()

@@ -52,7 +52,7 @@ class Batches:
         self.lengths = self.examples.lengths if train.packing else split.lengths
         self.plan = BatchPlan(
             len(self.examples),
-            train.examples_per_step,
+            train.step_size,
             train.seed,
             self.lengths if train.group_by_length else None,
         )
@@ -91,10 +91,10 @@ class Batches:
 
     def _mine(self, examples: Any) -> list[Any]:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        return micro_batches(examples, self.recipe.train.micro_batch_size, rank, processes)
+        return micro_batches(examples, self.recipe.train.micro_batch, rank, processes)
 
     def _stream(self, done: int) -> Iterator[PlannedStep]:
-        size = self.recipe.train.examples_per_step
+        size = self.recipe.train.step_size
         examples = islice(_encoded_stream(self.task), done * size, None)
         for step in range(done + 1, self.total_steps + 1):
             chunk = list(islice(examples, size))

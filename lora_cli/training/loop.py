@@ -4,42 +4,57 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import nn
 
 from lora_cli.adapters.attach import trainable_parameters, training_mode
 from lora_cli.adapters.starting import make_trainable
-from lora_cli.errors import InterruptedRun, LoraError, NumericsError
-from lora_cli.evaluation import add_samples, best_by, evaluate
+from lora_cli.errors import InterruptedRun, NumericsError
+from lora_cli.evaluation import add_samples, evaluate
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Encoded, Task, build_task
 from lora_cli.tasks.base import load_data
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.gate import pass_gate
 from lora_cli.training.batches import Batches, PlannedStep
-from lora_cli.training.launch import main_process_first, seed_everything, start_accelerator
-from lora_cli.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
-from lora_cli.training.progress import RunLog, clock, peak_memory_bytes
-from lora_cli.training.result import finish, open_output, start_report, write_recipe
-from lora_cli.training.signals import StopSignals
-from lora_cli.training.state import (
-    TrainState,
+from lora_cli.training.best import Judge
+from lora_cli.training.checkpoints import (
     adopt_adapter,
     clear_leftovers,
     load_checkpoint,
+    optimizer_bytes,
     publish_adapter,
-    recipe_facts,
-    refuse_changes,
+    require_space_for_checkpoints,
     restore_checkpoint,
     restore_published,
     save_checkpoint,
 )
+from lora_cli.training.launch import main_process_first, seed_everything, start_accelerator
+from lora_cli.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from lora_cli.training.progress import RunLog, clock, peak_memory_bytes
+from lora_cli.training.resources import find_micro_batch, resource_error
+from lora_cli.training.result import (
+    finish,
+    finished_report,
+    locked_output,
+    start_report,
+    write_recipe,
+)
+from lora_cli.training.state import (
+    TrainState,
+    machine_facts,
+    memory_facts,
+    recipe_facts,
+    refuse_changes,
+)
 from lora_cli.training.step import train_step
+from lora_cli.training.stopping import TRAINING, Stopping, StopRequest
 from lora_cli.training.window import Window
 
 
@@ -53,37 +68,37 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     Returns:
         The report, as in `report.json`; of the earlier run, if that is complete.
     """
+    started = time.monotonic()
     if resume:
         adopt_adapter(recipe)
     accelerator = start_accelerator(recipe)
     task = build_task(recipe)
-    with main_process_first(accelerator):  # it reads and encodes; the others find its cache
-        done = open_output(recipe, resume)
-        if done is None:
+    with ExitStack() as held:
+        with main_process_first(accelerator):  # it reads and encodes; the others find its cache
+            if (done := finished_report(recipe, resume)) is not None:
+                return done
+            if accelerator.is_main_process:
+                held.enter_context(locked_output(recipe, resume))
             task.load_processor()
             data = load_data(task)
             findings = pass_gate(task, data) if accelerator.is_main_process else None
-    if done is not None:
-        return done
-    seed_everything(recipe.train.seed)
-    model, new = task.load_model(accelerator.device)
-    make_trainable(model, recipe, new)
-    if isinstance(task, CausalLM) and recipe.train.packing:
-        with accelerator.autocast():
-            task.check_packing(model, data["train"])
-    in_full = list(dict.fromkeys([*new, *recipe.adapter.train_modules]))
-    run = Run(recipe, task, data, model, in_full, accelerator)
-    if findings is not None:
-        run.report["data"] = findings.added_to(run.report["data"])
-    if resume:
-        run.resume()
-    try:
-        run.train()
-    except (InterruptedRun, NumericsError) as error:  # raised by every process: one says so
-        if accelerator.is_main_process:
+        stop = StopRequest(recipe, accelerator, started)
+        try:
+            run = Run(recipe, task, data, accelerator, stop)
+            if findings is not None:
+                run.report["data"] = findings.added_to(run.report["data"])
+            if resume:
+                run.resume()
+            run.train()
+            return finish(recipe, run.report, accelerator)
+        except (InterruptedRun, NumericsError) as error:  # raised by every process: one says so
+            if accelerator.is_main_process:
+                raise
+            raise SystemExit(error.exit_code) from None
+        except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
+            if (full := resource_error(error, recipe, stop.doing)) is not None:
+                raise full from error
             raise
-        raise SystemExit(error.exit_code) from None
-    return finish(recipe, run.report, accelerator)
 
 
 class Run:
@@ -94,27 +109,38 @@ class Run:
         recipe: Recipe,
         task: Task,
         data: dict[str, Encoded],
-        model: nn.Module,
-        in_full: list[str],
         accelerator: Accelerator,
+        stop: StopRequest,
     ) -> None:
-        self.recipe, self.task, self.data, self.model = recipe, task, data, model
-        self.in_full, self.accelerator = in_full, accelerator
-        self.folder = recipe.output_path
+        self.recipe, self.task, self.data, self.accelerator = recipe, task, data, accelerator
+        self.folder, self.stop = recipe.output_path, stop
+        self.notes = [*task.notes, *_empty_rows(data)]
+        self.model, self.in_full = self._load_model()
+        self.optimizer = build_optimizer(self.model, recipe, self.in_full)
+        self.prepared = accelerator.prepare_optimizer(self.optimizer)
+        self.batches = Batches(task, data.get("train"), accelerator)
+        self.total_steps = self.batches.total_steps
+        hashes = {name: split.rows.content_sha256() for name, split in data.items()}
+        machine = machine_facts(accelerator)
+        self.state = TrainState(recipe=recipe_facts(recipe), data=hashes, machine=machine)
+        self.report = start_report(recipe, task, data, hashes, self.model, accelerator)
+        self.judge = Judge(recipe, task)
+
+    def _load_model(self) -> tuple[nn.Module, list[str]]:
+        """Return the model, ready to be trained, and the names of the modules trained in full."""
+        recipe, task = self.recipe, self.task
+        seed_everything(recipe.train.seed)
+        model, new = task.load_model(self.accelerator.device)
+        make_trainable(model, recipe, new)
+        if isinstance(task, CausalLM) and recipe.train.packing:
+            with self.accelerator.autocast():
+                task.check_packing(model, self.data["train"])
         if recipe.train.gradient_checkpointing:
             # the second is its name in older transformers
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
             enable: Any = next(getattr(model, name) for name in names if hasattr(model, name))
             enable({"use_reentrant": False})
-        self.optimizer = build_optimizer(model, recipe, in_full)
-        self.prepared = accelerator.prepare_optimizer(self.optimizer)
-        self.batches = Batches(task, data.get("train"), accelerator)
-        self.total_steps = self.batches.total_steps
-        hashes = {name: split.rows.content_sha256() for name, split in data.items()}
-        self.state = TrainState(recipe=recipe_facts(recipe), data=hashes)
-        self.report = start_report(recipe, task, data, hashes, model, accelerator)
-        self.metric, self.mode = best_by(recipe, task)
-        self.notes = [*task.notes, *_empty_rows(data)]
+        return model, list(dict.fromkeys([*new, *recipe.adapter.train_modules]))
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
@@ -123,32 +149,68 @@ class Run:
             self.notes.append(f"there is no checkpoint in {self.folder}: starting at the beginning")
             return
         folder, state = found
-        refuse_changes(state, self.recipe, self.state.data)
+        if self.recipe.train.micro_batch_size == "auto":
+            self.recipe.train._found_micro_batch = state.memory["micro_batch_size"]
+        self.state.memory = memory_facts(self.recipe)
+        changes = refuse_changes(state, self.recipe, self.state)
+        self.notes += [f"warning: {change}" for change in changes]
+        if changes:  # from here on the run is another, which a later resumption compares with
+            state.recipe, state.data = self.state.recipe, self.state.data
+            state.machine, state.memory = self.state.machine, self.state.memory
+            state.changes += [f"after step {state.step}: {change}" for change in changes]
         restore_checkpoint(folder, state, self.model, self.optimizer)
         if self.accelerator.scaler is not None and state.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.state = state
 
+    def _fit_memory(self) -> None:
+        """Find the largest micro-batch, where it is open; see whether the disk has room."""
+        recipe, train = self.recipe, self.recipe.train
+        if self.accelerator.is_main_process:
+            require_space_for_checkpoints(self.model, recipe)
+        if train.micro_batch_size == "auto" and self.state.step == 0:
+            train._found_micro_batch = find_micro_batch(
+                self.model,
+                self.task,
+                self.batches,
+                self.accelerator,
+                optimizer_bytes(self.model, recipe),
+            )
+            self.notes.append(f"micro-batches of {train.micro_batch}, the largest that fit")
+        self.state.memory = memory_facts(recipe)
+
     def train(self) -> None:
         """Train to the end, or until validation ceases to improve, then evaluate the best."""
+        self._fit_memory()
         state = self.state
         if self.accelerator.is_main_process:
             write_recipe(self.recipe)
             clear_leftovers(self.folder)
-        with self._log() as self.log, StopSignals() as self.signals:
+        with self._log() as self.log, self.stop:
             for note in self.notes:
                 self.log.say(note)
-            if state.step == 0:
-                self._measure_before()
-            training_mode(self.model)
-            self.window = Window(state, self.accelerator.device)
-            self._clock = time.perf_counter()
-            for planned in self.batches.steps(state.step):
-                if state.stopped_early:
-                    break
-                self._step(planned)
-                self._between_steps()
-            self._measure_best()
+            try:
+                if state.step == 0:
+                    self._measure_before()
+                self._train()
+                self._measure_best()
+            except Stopping as stopping:
+                what = f"stopped while {self.stop.doing}; there was nothing new to save"
+                raise self.stop.error(what, stopping.by) from None
+
+    def _train(self) -> None:
+        state = self.state
+        self.stop.doing, self.stop.at_once = TRAINING, False
+        training_mode(self.model)
+        self.window = Window(state, self.accelerator.device)
+        self._clock = time.perf_counter()
+        if state.evaluation_due:  # the run was stopped before it, or in the middle
+            self._between_steps()
+        for planned in self.batches.steps(state.step):
+            if state.stopped_early:
+                break
+            self._step(planned)
+            self._between_steps()
 
     def _log(self) -> RunLog:
         main = self.accelerator.is_main_process
@@ -157,6 +219,7 @@ class Run:
             self.folder if main else None,
             self.total_steps,
             self.state.step,
+            self.state.logs,
             self.recipe.train.trackers,
             name,
         )
@@ -165,6 +228,7 @@ class Run:
 
     def _step(self, planned: PlannedStep) -> None:
         recipe, state, step = self.recipe, self.state, planned.number
+        began = time.monotonic()
         # The noise of a step depends on its number alone, so a resumed run needs no saved state.
         seed_everything(recipe.train.seed, step, self.accelerator.process_index)
         factor = learning_rate_factor(recipe.train.scheduler, step, self.total_steps)
@@ -188,6 +252,7 @@ class Run:
             self._warn_of_idle_parameters(result.idle)
         if step % recipe.train.log_every_steps == 0 or step in (1, self.total_steps):
             self._log_step(rate)
+        self.stop.stepped(time.monotonic() - began)
 
     def _warn_of_idle_parameters(self, idle: list[str]) -> None:
         """Name trained parameters that the first step left without gradient: they cannot learn."""
@@ -233,36 +298,26 @@ class Run:
         """Evaluate, save and leave, where it is time."""
         recipe, state = self.recipe, self.state
         last = state.step == self.total_steps
-        asked = self._asked_to_stop()
         evaluating = "validation" in self.data and (last or self._due(recipe.evaluate.every_steps))
-        if not (evaluating or last or asked or self._due(recipe.checkpoint.every_steps)):
+        asked = self.stop.poll()
+        saving = last or asked.checkpoint or self._due(recipe.checkpoint.every_steps)
+        if not (evaluating or saving or asked.stop):
             return
         self._count_seconds()
         self._refuse_bad_numbers()
-        if evaluating:
-            self._evaluate()
-        asked = asked or self._asked_to_stop()
-        if last or asked or state.stopped_early or self._due(recipe.checkpoint.every_steps):
+        saving |= state.evaluation_due
+        state.evaluation_due = evaluating
+        stop = asked.stop or (self._evaluate() if evaluating else 0)
+        if saving or stop or state.stopped_early:
             self._save()
-        if asked:
-            raise InterruptedRun(
-                f"stopped at step {state.step}; everything is saved",
-                asked,
-                "go on with `--resume`",
-            )
+        if stop:
+            raise self.stop.error(f"stopped at step {state.step}; everything is saved", stop)
         self._clock = time.perf_counter()  # evaluations and checkpoints are not counted
 
     def _due(self, every_steps: int | None) -> bool:
         """Return whether something is due that happens every so many steps, or every epoch."""
         every_steps = every_steps or self.batches.steps_per_epoch or self.total_steps
         return self.state.step % every_steps == 0
-
-    def _asked_to_stop(self) -> int:
-        """Return the signal that a process was sent, or 0; the same for all of them."""
-        asked = self.signals.received
-        if self.accelerator.num_processes > 1:
-            asked = max(gather_object([asked]))
-        return asked
 
     def _refuse_bad_numbers(self) -> None:
         """Refuse to evaluate or save a model that has gone bad."""
@@ -287,60 +342,43 @@ class Run:
         """Measure the model before training: what every later number is compared with."""
         if not self.recipe.evaluate.baseline:
             return
+        self.stop.doing, self.stop.at_once = "measuring the base, before the first step", True
         for name in ("validation", "test"):
             if name in self.data:
                 self.state.before[name] = self._metrics(name)
         self._sample("before")
         if "validation" in self.state.before:
-            self._deciding_value(self.state.before["validation"])  # is there such a metric?
+            self.judge.value(self.state.before["validation"])  # is there such a metric?
             self.log.evaluated(0, 0.0, self.state.before["validation"], "  (before training)")
 
     def _metrics(self, split: str, predictions: Path | None = None) -> dict[str, float]:
-        return evaluate(self.model, self.task, self.data[split], self.accelerator, predictions)
+        split_data, stop = self.data[split], self.stop
+        return evaluate(self.model, self.task, split_data, self.accelerator, predictions, stop=stop)
 
     def _sample(self, when: str) -> None:
         split, samples = self.data.get("validation"), self.state.samples
         add_samples(self.model, self.task, split, self.accelerator, samples, when)
 
-    def _evaluate(self) -> None:
-        """Measure validation; publish the adapter if it is the best so far."""
+    def _evaluate(self) -> int:
+        """Measure validation; publish the adapter if it is the best so far.
+
+        Returns:
+            What broke the evaluation off, so that it is due still, or 0.
+        """
         state = self.state
-        metrics = self._metrics("validation")
-        improved = self._judge(metrics)
+        self.stop.doing = "evaluating"
+        try:
+            metrics = self._metrics("validation")
+        except Stopping as stopping:
+            return stopping.by
+        self.stop.doing = TRAINING
+        state.evaluation_due = False
+        improved = self.judge.improved(metrics, state, self._epoch)
         self.log.evaluated(state.step, self._epoch, metrics, "  (best)" if improved else "")
         if improved:
             self._publish()
         training_mode(self.model)
-
-    def _judge(self, metrics: dict[str, float]) -> bool:
-        """Return whether an evaluation is the best; decide whether it is time to stop."""
-        state, value = self.state, self._deciding_value(metrics)
-        sign = 1 if self.mode == "max" else -1
-        gain = sign * (value - state.best["value"]) if state.best else math.inf
-        improved = math.isfinite(value) and gain > 0
-        if improved:
-            state.best = {
-                "metric": self.metric,
-                "mode": self.mode,
-                "value": value,
-                "step": state.step,
-                "epoch": self._epoch,
-            }
-        stopping = self.recipe.evaluate.early_stopping
-        enough = improved and gain > (stopping.min_delta if stopping else 0.0)
-        state.without_improvement = 0 if enough else state.without_improvement + 1
-        state.stopped_early = bool(stopping and state.without_improvement >= stopping.patience)
-        return improved
-
-    def _deciding_value(self, metrics: dict[str, float]) -> float:
-        """Return the metric that chooses the best adapter."""
-        if self.metric not in metrics:
-            raise LoraError(
-                f"there is no metric `{self.metric}`",
-                self.recipe.at("evaluate.best.metric"),
-                f"validation gives {', '.join(metrics)}",
-            )
-        return metrics[self.metric]
+        return 0
 
     def _publish(self) -> None:
         """Put the adapter as it is now into the output folder."""
@@ -353,15 +391,19 @@ class Run:
         if self.accelerator.scaler is not None:
             self.state.scaler = self.accelerator.scaler.state_dict()
         self.window.note(self.state)
-        self.log.flush()
+        self.stop.doing = "saving"
+        began, self.state.logs = time.monotonic(), self.log.flush()
         if self.accelerator.is_main_process:
             save_checkpoint(
                 self.folder, self.state, self.model, self.optimizer, self.recipe, self.in_full
             )
         self.accelerator.wait_for_everyone()
+        self.stop.saved(time.monotonic() - began)
+        self.stop.doing = TRAINING
 
     def _measure_best(self) -> None:
         """Measure validation and test with the best adapter, and complete the report."""
+        self.stop.doing, self.stop.at_once = "measuring the best adapter", True
         if self.state.best is None:  # no validation: the last is all there is
             self._publish()
         elif self.state.best["step"] != self.state.step:
@@ -388,6 +430,7 @@ class Run:
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
             "stopped_early": state.stopped_early,
             "skipped_steps": state.skipped_steps,
+            "changes": state.changes,
         }
         self.log.say(f"trained {state.step} steps in {clock(state.seconds)}")
 

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_cli.errors import LoraError
-from lora_cli.files import write_atomically
 from lora_cli.reporting.report import strict
 
 GIB = 2**30
@@ -27,13 +26,20 @@ class RunLog:
     Args:
         folder: The output folder; None for a process that only computes.
         total_steps: Steps of the run.
-        step: Steps that are done: what the logs hold beyond them is cut off.
+        step: Steps that are done.
+        sizes: Size in bytes of each log then: what it holds beyond that is cut off.
         trackers: `tensorboard`, `trackio`.
         name: Name of the run, for trackers.
     """
 
     def __init__(
-        self, folder: Path | None, total_steps: int, step: int, trackers: Sequence[str], name: str
+        self,
+        folder: Path | None,
+        total_steps: int,
+        step: int,
+        sizes: dict[str, int],
+        trackers: Sequence[str],
+        name: str,
     ) -> None:
         self.console = Console(stderr=True, highlight=False, quiet=folder is None)
         self.metrics: TextIO | None = None
@@ -41,8 +47,8 @@ class RunLog:
         self.trackers: list[Any] = []
         if folder is not None:
             self.trackers = [_tracker(tracker, folder, name, step) for tracker in trackers]
-            self.metrics = _open_until(folder / "metrics.jsonl", step)
-            self.samples = _open_until(folder / "samples.jsonl", step)
+            self.metrics = self._open(folder / "metrics.jsonl", sizes)
+            self.samples = self._open(folder / "samples.jsonl", sizes)
         self.total_steps = total_steps
         self.live = self.console.is_terminal and not self.console.quiet
         self.bar = Progress(
@@ -107,12 +113,29 @@ class RunLog:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.say(f"step {step:>6}/{self.total_steps}  validation: {shown}{note}")
 
-    def flush(self) -> None:
-        """Bring the logs to the disk, before a checkpoint says that they are there."""
+    def flush(self) -> dict[str, int]:
+        """Bring the logs to the disk, before a checkpoint says that they are there.
+
+        Returns:
+            The size in bytes of each, by its name.
+        """
+        sizes = {}
         for file in (self.metrics, self.samples):
             if file is not None:
                 file.flush()
                 os.fsync(file.fileno())
+                sizes[Path(file.name).name] = os.fstat(file.fileno()).st_size
+        return sizes
+
+    def _open(self, path: Path, sizes: dict[str, int]) -> TextIO:
+        """Open a log for appending, without what follows its size at the checkpoint."""
+        size = sizes.get(path.name, 0)
+        if path.exists():
+            if path.stat().st_size < size:
+                self.say(f"warning: {path} has lost lines that the checkpoint knows of")
+            else:
+                os.truncate(path, size)
+        return path.open("a", encoding="utf-8")
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.metrics is None:
@@ -121,20 +144,6 @@ class RunLog:
         self.metrics.flush()
         for tracker in self.trackers:
             tracker.log(record)
-
-
-def _open_until(path: Path, step: int) -> TextIO:
-    """Open a log for appending, without the lines after `step`."""
-    kept = []
-    if path.exists() and step:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                break  # a line that was cut short is the last
-    write_atomically(path, "".join(kept))
-    return path.open("a", encoding="utf-8")
 
 
 class _TensorBoard:

@@ -6,6 +6,8 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -16,54 +18,72 @@ from torch import nn
 
 from lora_cli import __version__
 from lora_cli.adapters.attach import parameter_table
-from lora_cli.errors import LoraError
-from lora_cli.files import write_atomically
+from lora_cli.errors import LoraError, ResourceError
+from lora_cli.files import FolderLock, is_leftover, write_atomically
 from lora_cli.recipe import Recipe, dump_recipe
 from lora_cli.reporting import plot_learning_curve, write_model_card, write_page, write_report
 from lora_cli.tasks import Encoded, Task
 from lora_cli.tasks.sequence_classification import SequenceClassification, label_counts
-from lora_cli.training.state import peek_state, refuse_changes
+from lora_cli.training.checkpoints import peek_state
+from lora_cli.training.state import refuse_changes
 
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "safetensors")
 
 
-def open_output(recipe: Recipe, resume: bool) -> dict[str, Any] | None:
-    """Make the output folder, or look at what is in it.
-
-    Returns:
-        The report of a run that is complete, when it shall be resumed; else None.
+def finished_report(recipe: Recipe, resume: bool) -> dict[str, Any] | None:
+    """Return the report of a complete run, which is to be resumed, else None; nothing is written.
 
     Raises:
         LoraError: If the folder holds something and the run shall not be resumed, or holds no run,
             or a complete run of another recipe.
     """
     folder = recipe.output_path
+    _refuse_foreign(recipe, resume)
+    report = folder / "report.json"
+    if not report.exists():
+        return None
+    if (state := peek_state(folder)) is not None:
+        refuse_changes(state, recipe)
+    value: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    return value
+
+
+def _refuse_foreign(recipe: Recipe, resume: bool) -> None:
+    """Refuse an output folder that holds what this run must not write over."""
+    folder, at = recipe.output_path, recipe.at("output_dir")
     if folder.exists() and not folder.is_dir():
-        raise LoraError(f"{folder} is a file", recipe.at("output_dir"))
-    filled = folder.exists() and any(folder.iterdir())
+        raise LoraError(f"{folder} is a file", at, "choose another with `-o DIR`")
+    filled = folder.exists() and any(not is_leftover(path) for path in folder.iterdir())
     if filled and not resume:
         raise LoraError(
             f"the output folder {folder} is not empty",
-            recipe.at("output_dir"),
+            at,
             "go on with its run with `--resume`, or choose another with `-o DIR`",
         )
     if filled and not (folder / "recipe.yaml").exists():
-        raise LoraError(
-            f"the output folder {folder} holds other things, and no run",
-            recipe.at("output_dir"),
-            "choose another with `-o DIR`",
-        )
-    report = folder / "report.json"
-    if report.exists():
-        if (state := peek_state(folder)) is not None:
-            refuse_changes(state, recipe)
-        value: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-        return value
+        what = f"the output folder {folder} holds other things, and no run"
+        raise LoraError(what, at, "choose another with `-o DIR`")
+
+
+@contextmanager
+def locked_output(recipe: Recipe, resume: bool) -> Iterator[None]:
+    """Make the output folder, and keep other processes out of it within the context.
+
+    Raises:
+        LoraError: If another process writes to it, or has by now.
+        ResourceError: If it cannot be written to.
+    """
+    folder = recipe.output_path
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder, recipe.at("output_dir"))
     except OSError as error:
         raise _cannot_write(recipe, error) from error
-    return None
+    try:
+        _refuse_foreign(recipe, resume)
+        yield
+    finally:
+        lock.release()
 
 
 def write_recipe(recipe: Recipe) -> None:
@@ -76,7 +96,8 @@ def write_recipe(recipe: Recipe) -> None:
 
 def _cannot_write(recipe: Recipe, error: OSError) -> LoraError:
     what = f"cannot write to {recipe.output_path}: {error.strerror}"
-    return LoraError(what, recipe.at("output_dir"))
+    hint = "choose another folder with `-o DIR`"
+    return ResourceError(what, recipe.at("output_dir"), hint)
 
 
 def start_report(
@@ -110,7 +131,7 @@ def start_report(
             "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
             "processes": accelerator.num_processes,
             "precision": recipe.train.precision,
-            "examples_per_step": recipe.train.examples_per_step,
+            "examples_per_step": recipe.train.step_size,
         },
         "versions": {
             "python": platform.python_version(),

@@ -16,7 +16,7 @@ import tiny
 
 from lora_cli.recipe import load_recipe
 from lora_cli.training import loop
-from lora_cli.training.state import load_checkpoint
+from lora_cli.training.checkpoints import load_checkpoint
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

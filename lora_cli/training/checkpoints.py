@@ -1,0 +1,230 @@
+"""Checkpoints on the disk: what is needed to go on as if nothing had happened.
+
+A checkpoint holds the trained parameters (in PEFT's format), the optimizer, the loss scale, and the
+position. It holds nothing of the frozen base, and no random state: the order and the dropout of a
+step follow from (seed, step). Tensors are in safetensors, the rest in JSON; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lora_cli.adapters.attach import trainable_parameters
+from lora_cli.adapters.folder import read_tensors, restore, save_adapter
+from lora_cli.errors import IntegrityError, LoraError, Problem
+from lora_cli.files import new_folder, publish, require_space, verify_manifest, write_json
+from lora_cli.recipe import AdapterSpec, Recipe
+from lora_cli.training.state import TrainState
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "trainer.json"
+FOLDER = "checkpoints"
+TARGETS = {"target_modules", "exclude_modules", "layers"}  # `adapter.from` names the modules
+
+
+# tensors that an optimizer keeps for each parameter
+MOMENTS = {"adamw": 2.0, "adamw_8bit": 0.6, "sgd": 1.0, "adafactor": 0.1}
+OTHER_BYTES = 2**20  # logs, report, plots: what is small
+
+
+def optimizer_bytes(model: nn.Module, recipe: Recipe) -> int:
+    """Return what the optimizer will keep, in bytes."""
+    trained = sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
+    return int(MOMENTS[recipe.train.optimizer.type] * trained)
+
+
+def require_space_for_checkpoints(model: nn.Module, recipe: Recipe) -> None:
+    """Refuse to begin a run that would fill the disk.
+
+    There are `checkpoint.keep` checkpoints, that of the best evaluation, and one that is written
+    before the oldest goes; and the adapter in the output folder, likewise old and new.
+
+    Raises:
+        ResourceError: If there is less room than that.
+    """
+    trained = sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
+    one = trained + optimizer_bytes(model, recipe)
+    there = sum(f.stat().st_size for f in (recipe.output_path / FOLDER).rglob("*") if f.is_file())
+    needed = (recipe.checkpoint.keep + 2) * one + 2 * trained + OTHER_BYTES - there
+    require_space(recipe.output_path, needed, recipe.at("output_dir"))
+
+
+def save_checkpoint(
+    output: Path,
+    state: TrainState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    in_full: list[str],
+) -> Path:
+    """Write `checkpoints/step-NNNNNN`, whole or not at all, then delete the oldest.
+
+    The newest `checkpoint.keep` are kept, and that of the best evaluation.
+    """
+    target = output / FOLDER / f"step-{state.step:06d}"
+    tensors, state.optimizer = _optimizer_state(optimizer)
+    with new_folder(target) as folder:
+        save_adapter(folder, model, recipe, in_full)
+        save_file(tensors, folder / OPTIMIZER_FILE)
+        write_json(folder / STATE_FILE, asdict(state))
+    # one of a later step is damaged, or this run had not resumed from an earlier
+    older = [(step, old) for step, old in checkpoints(output) if step <= state.step]
+    for step, old in older[: -recipe.checkpoint.keep]:
+        if state.best is None or step != state.best["step"]:
+            shutil.rmtree(old)
+    return target
+
+
+def checkpoints(output: Path) -> list[tuple[int, Path]]:
+    """Return the steps and folders of a run's checkpoints, oldest first."""
+    found = ((re.fullmatch(r"step-(\d+)", p.name), p) for p in (output / FOLDER).glob("step-*"))
+    return sorted((int(name[1]), path) for name, path in found if name)
+
+
+def load_checkpoint(
+    output: Path, warn: Callable[[str], None] | None = None
+) -> tuple[Path, TrainState] | None:
+    """Return the newest whole checkpoint and its state, or None if there is none.
+
+    Args:
+        output: The output folder of the run.
+        warn: Is told of every newer checkpoint that is damaged.
+
+    Raises:
+        IntegrityError: If there are checkpoints and none is whole.
+    """
+    damaged: list[Problem] = []
+    for _, folder in reversed(checkpoints(output)):
+        try:
+            if not verify_manifest(folder):
+                raise IntegrityError("the manifest is missing", str(folder))
+            state = TrainState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+        except (IntegrityError, OSError, ValueError, TypeError) as error:
+            damaged += (
+                error.problems
+                if isinstance(error, LoraError)
+                else [Problem(str(error), str(folder))]
+            )
+            continue
+        if damaged and warn is not None:
+            for problem in damaged:
+                warn(f"warning: damaged checkpoint: {problem.what} at {problem.at}")
+            warn(f"going on from the one before, {folder.name}")
+        return folder, state
+    if damaged:
+        hint = (
+            f"no checkpoint is whole; start again in another folder, or without {output / FOLDER}"
+        )
+        last = damaged[-1]
+        raise IntegrityError([*damaged[:-1], Problem(last.what, last.at, hint)])
+    return None
+
+
+def clear_leftovers(output: Path) -> None:
+    """Delete what a process left behind that was killed while it wrote a checkpoint."""
+    for leftover in (output / FOLDER).glob(".step-*"):
+        shutil.rmtree(leftover)
+
+
+def peek_state(output: Path) -> TrainState | None:
+    """Return the newest checkpoint's state without looking at its tensors, or None."""
+    for _, folder in reversed(checkpoints(output)):
+        try:
+            return TrainState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            continue
+    return None
+
+
+def adopt_adapter(recipe: Recipe) -> None:
+    """Let a run that is resumed go on without the adapter that it once started from.
+
+    What came from that adapter stands in the checkpoint. `refuse_changes` finds out if the recipe
+    says otherwise.
+    """
+    state, spec = peek_state(recipe.output_path), recipe.adapter
+    if spec.from_ is None or state is None:
+        return
+    saved = AdapterSpec.model_validate(state.recipe["adapter"])
+    said = {key: getattr(spec, key) for key in spec.model_fields_set - TARGETS}
+    recipe.adapter = saved.model_copy(update=said)
+    recipe._started = True
+
+
+def restore_checkpoint(
+    folder: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Put a checkpoint's parameters and optimizer state into a freshly built run."""
+    restore(model, read_tensors(folder))
+    _load_optimizer(optimizer, load_file(folder / OPTIMIZER_FILE), state.optimizer)
+
+
+def publish_adapter(
+    output: Path, model: nn.Module, recipe: Recipe, in_full: list[str], processor: Any
+) -> None:
+    """Put what is trained into the output folder itself, where users look for it.
+
+    With full fine-tuning that is a whole model folder.
+    """
+    staging = output / ".publish.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    if recipe.adapter.type == "full":
+        assert isinstance(model, PreTrainedModel)
+        model.save_pretrained(staging)
+        processor.save_pretrained(staging)
+    else:
+        save_adapter(staging, model, recipe, in_full)
+    publish(staging, output)
+
+
+def restore_published(output: Path, model: nn.Module, recipe: Recipe) -> None:
+    """Load what `publish_adapter` wrote into the model that it was written from."""
+    if recipe.adapter.type == "full":
+        assert isinstance(model, PreTrainedModel)
+        # by transformers, which may have divided the file or named its tensors otherwise
+        saved = type(model).from_pretrained(output, dtype=torch.float32)
+        model.load_state_dict(saved.state_dict())
+    else:
+        restore(model, read_tensors(output))
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the optimizer's tensors by `parameter name/key`, and its other values likewise."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{name}/{key}"] = value.detach().cpu().contiguous().clone()
+                else:
+                    rest[f"{name}/{key}"] = value
+    return tensors, rest
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]
+) -> None:
+    values: dict[str, dict[str, Any]] = {}
+    for path, value in (*tensors.items(), *rest.items()):
+        name, _, key = path.rpartition("/")
+        values.setdefault(name, {})[key] = value
+    for group in optimizer.param_groups:
+        steps_on_gpu = group.get("fused") or group.get("capturable")
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            for key, value in values.get(name, {}).items():
+                if isinstance(value, Tensor) and (key != "step" or steps_on_gpu):
+                    value = value.to(parameter.device)
+                optimizer.state[parameter][key] = value

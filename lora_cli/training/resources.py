@@ -1,0 +1,215 @@
+"""When memory or disk ends: what to say, and the largest micro-batch that fits.
+
+Micro-batches decide what a step needs, not what it computes, so memory may choose their size. The
+examples of a step stay those that the recipe asks for.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch import nn
+
+from lora_cli.adapters.attach import training_mode
+from lora_cli.errors import ResourceError
+from lora_cli.recipe import Recipe
+from lora_cli.tasks import Task
+from lora_cli.training.batches import Batches
+from lora_cli.training.checkpoints import peek_state
+from lora_cli.training.stopping import LOADING, TRAINING
+
+HEADROOM = 0.05  # of the GPU's memory stays free: it gets fragmented, and libraries want some
+MEMORY_WORDS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk's quota is used up",
+    errno.EFBIG: "a file has grown larger than the system allows",
+    errno.EROFS: "the disk can only be read",
+}
+
+
+def resource_error(error: BaseException, recipe: Recipe, doing: str) -> ResourceError | None:
+    """Return what to say of an error that means that memory or disk ran out, else None.
+
+    Args:
+        error: What was raised, by whichever library.
+        recipe: Says how large the batches are, and where the result goes.
+        doing: What the run was doing.
+    """
+    if is_out_of_memory(error):
+        return out_of_memory(recipe, doing)
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])
+    if number not in DISK_ERRORS:
+        return None
+    saved = peek_state(recipe.output_path)
+    kept = f"the checkpoint of step {saved.step} is whole; " if saved else ""
+    name = getattr(error, "filename", None) or recipe.output_path
+    hint = f"{kept}make room, then go on with `--resume`"
+    return ResourceError(f"{DISK_ERRORS[number]} while {doing}", str(name), hint)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that the memory, of the GPU or the machine, is full."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in MEMORY_WORDS)
+
+
+def out_of_memory(recipe: Recipe, doing: str) -> ResourceError:
+    """Return the error that says what to change when memory ends."""
+    where = "the GPU's memory" if torch.cuda.is_available() else "the memory"
+    train, evaluation = recipe.train, recipe.evaluate
+    ways = []
+    if doing == TRAINING:
+        if train.micro_batch > 1:
+            ways.append(f"`{_cut(train.step_size, train.micro_batch // 2)}` (the same steps)")
+        if not train.gradient_checkpointing:
+            ways.append("`--set train.gradient_checkpointing=true` (slower)")
+    elif doing == LOADING:
+        ways += ["`--set train.precision=bf16` (half the weights' size)"]
+    else:
+        size = evaluation.micro_batch_size or 2 * train.micro_batch
+        if size > 1:
+            ways.append(f"`--set evaluate.micro_batch_size={size // 2}` (the same numbers)")
+    if doing != LOADING:
+        shorter = max(recipe.task.max_length // 2, 1)
+        ways.append(f"`--set task.max_length={shorter}` (cuts more texts)")
+    hint = f"add {', or '.join(ways)}"
+    if doing != LOADING and (saved := peek_state(recipe.output_path)) is not None:
+        hint += f"; with `--resume` all but the last go on from step {saved.step}"
+    return ResourceError(f"{where} is full while {doing}", hint=hint)
+
+
+def _cut(step_size: int, micro_batch: int) -> str:
+    """Return the flags that cut a step of so many examples into smaller micro-batches."""
+    flags: dict[str, Any] = {"micro_batch_size": micro_batch, "gradient_accumulation_steps": 1}
+    if step_size % micro_batch == 0:
+        flags["gradient_accumulation_steps"] = step_size // micro_batch
+        flags |= {"examples_per_step": "null"}
+    else:
+        flags |= {"examples_per_step": step_size}
+    return " ".join(f"--set train.{key}={value}" for key, value in flags.items())
+
+
+# -------------------------------------------------------------------------------- the largest fit
+
+
+def find_micro_batch(
+    model: nn.Module,
+    task: Task,
+    batches: Batches,
+    accelerator: Accelerator,
+    optimizer_bytes: int,
+) -> int:
+    """Return the largest micro-batch that fits, tried on the longest examples.
+
+    Forward and backward passes are made with growing numbers of them; nothing of the model changes.
+    Without a GPU there is nothing to try, and it is 8, or the whole step if that is less.
+
+    Args:
+        model: The model, as it will be trained.
+        task: It collates, and computes the loss.
+        batches: They know the examples of the train split, and their lengths.
+        accelerator: Precision and processes; all of them get the same number.
+        optimizer_bytes: What the optimizer will keep besides.
+
+    Raises:
+        ResourceError: If not even one example fits.
+    """
+    size = task.recipe.train.step_size
+    if accelerator.device.type != "cuda":
+        return min(8, size)
+    share = math.ceil(min(size, len(batches.lengths)) / accelerator.num_processes)
+    longest = np.argsort(-batches.lengths, kind="stable")[:share]
+
+    def fits(count: int) -> bool:
+        batch = task.collate([batches.examples[int(i)] for i in longest[:count]])
+        return _fits(model, task, batch.to(accelerator.device), accelerator, optimizer_bytes)
+
+    with _untouched(model), _headroom(accelerator.device):
+        found = largest(fits, share)
+    found = min(gather_object([found])) if accelerator.num_processes > 1 else found
+    if not found:
+        task.recipe.train._found_micro_batch = 1
+        raise out_of_memory(task.recipe, TRAINING)
+    return found
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """Return the largest number up to `limit` that fits, or 0: doubled until one does not.
+
+    Args:
+        fits: Whether a number fits. If it does, every smaller one does.
+        limit: The largest number that is wanted.
+    """
+    good, bad = 0, limit + 1
+    while bad - good > 1:
+        trial = min(max(2 * good, 1), limit) if bad > limit else (good + bad) // 2
+        if fits(trial):
+            good = trial
+        else:
+            bad = trial
+    return good
+
+
+def _fits(
+    model: nn.Module, task: Task, batch: Any, accelerator: Accelerator, optimizer_bytes: int
+) -> bool:
+    """Return whether a micro-batch can be trained, beside gradients and the optimizer's state."""
+    try:
+        kept = torch.empty(optimizer_bytes, dtype=torch.uint8, device=accelerator.device)
+        for _ in range(2):  # the second backward pass has the gradients of the first beside it
+            with accelerator.autocast():
+                loss = task.loss(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own has no types
+        torch.cuda.synchronize(accelerator.device)
+        del kept, loss
+        return True
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Put the model into training mode, and its running statistics back afterwards."""
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    was_training = model.training
+    training_mode(model)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(kept[name])
+
+
+@contextmanager
+def _headroom(device: torch.device) -> Iterator[None]:
+    """Let torch take no more than what is free now, less some headroom."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    ours = torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction((free + ours) * (1 - HEADROOM) / total, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.reset_peak_memory_stats(device)
