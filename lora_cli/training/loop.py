@@ -432,6 +432,8 @@ class Run:
             "skipped_steps": state.skipped_steps,
             "changes": state.changes,
         }
+        if note := self.batches.note:
+            self.log.say(note)
         self.log.say(f"trained {state.step} steps in {clock(state.seconds)}")
 
 
