@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -27,6 +28,8 @@ class PlannedStep:
     examples: list[int]
     n_tokens: int
     batches: list[Batch]
+    places: Callable[[], list[str]]
+    """Where the rows of the examples stand."""
 
 
 class Batches:
@@ -40,6 +43,7 @@ class Batches:
 
     def __init__(self, task: Task, split: Encoded | None, accelerator: Accelerator) -> None:
         self.task, self.recipe, self.accelerator = task, task.recipe, accelerator
+        self.split = split
         train = self.recipe.train
         self.steps_per_epoch: int | None = None
         if split is None:
@@ -91,7 +95,15 @@ class Batches:
                 examples.tolist(),
                 int(self.lengths[examples].sum()),
                 list(islice(batches, len(self._mine(examples)))),
+                functools.partial(self._places, examples.tolist()),
             )
+
+    def _places(self, examples: list[int]) -> list[str]:
+        assert self.split is not None
+        packs = self.examples.packs if isinstance(self.examples, Packed) else None
+        members = [m for i in examples for m in (packs[i] if packs else [i])]
+        rows = self.split.examples[members]["row"]
+        return [self.split.rows.place(row) for row in dict.fromkeys(rows)]
 
     def _mine(self, examples: Any) -> list[Any]:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -108,6 +120,7 @@ class Batches:
                 [example["row"] for example in chunk],
                 sum(len(example["input_ids"]) for example in chunk),
                 [self.task.collate([chunk[i] for i in part]) for part in parts],
+                [example["place"] for example in chunk].copy,
             )
 
 
