@@ -17,7 +17,14 @@ from lora_cli.metrics import reads
 from lora_cli.recipe import CausalLMSpec, Recipe
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.base import IGNORED, Batch, Encoded, Example, Prediction, Task, pad
-from lora_cli.tasks.chat import Message, encode_chat, end_of_turn, prompt_of, read_conversations
+from lora_cli.tasks.chat import (
+    Message,
+    encode_chat,
+    end_of_turn,
+    opened_block,
+    prompt_of,
+    read_conversations,
+)
 from lora_cli.tasks.generation import generate, stop_ids, until_stop
 
 PROBE_TOKENS = 32  # of each text that is packed on trial
@@ -59,6 +66,12 @@ class CausalLM(Task):
         if self.tokenizer.eos_token_id is None:
             raise LoraError("the tokenizer has no end-of-text token", self.recipe.at("model.name"))
         self._end_of_turn = end_of_turn(self.tokenizer) if self.is_chat else set()
+        self._opened = opened_block(self.tokenizer) if self.is_chat else ""
+        if self._opened:
+            self.notes.append(
+                f"the chat template asks for an answer with `{self._opened.strip()}` and writes "
+                "answers without it: so they are trained, and so they are asked for"
+            )
         self._pad = self._pad_id()
         if self._pad == self.tokenizer.eos_token_id and self.spec.pad_token is None:
             self.notes.append(
@@ -192,7 +205,10 @@ class CausalLM(Task):
 
     def _encode_chat(self, messages: Sequence[Message] | str) -> list[Example]:
         assert not isinstance(messages, str)
-        ids, trained = encode_chat(self.tokenizer, messages, self.spec.train_on)
+        examples = encode_chat(self.tokenizer, messages, self.spec.train_on, self._opened)
+        return [made for ids, trained in examples for made in self._encode_turns(ids, trained)]
+
+    def _encode_turns(self, ids: list[int], trained: list[bool]) -> list[Example]:
         if not any(trained):
             return []
         stop = len(trained) - trained[::-1].index(True)  # what follows teaches nothing
@@ -406,7 +422,7 @@ class CausalLM(Task):
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids of a conversation that the assistant is to continue."""
-        text = prompt_of(self.tokenizer, messages)
+        text = prompt_of(self.tokenizer, messages, self._opened)
         encoding = self.tokenizer(text, add_special_tokens=False, verbose=False)
         return list(encoding["input_ids"])
 
