@@ -760,6 +760,9 @@ class Recipe(Section):
         if data.streaming and train.max_steps is None:
             what = "`data.streaming` does not know how many rows there are"
             yield "data.streaming", what, "say how long to train: `--set train.max_steps=1000`"
+        if data.streaming and getattr(task, "class_weights", None) == "balanced":
+            what = "`balanced` counts all rows, which `data.streaming` does not have"
+            yield "task.class_weights", what, "give each label its weight: `{good: 1, bad: 2.5}`"
         for key in ("packing", "group_by_length"):
             if data.streaming and getattr(train, key):
                 what = f"`train.{key}` needs all rows, which `data.streaming` does not have"

@@ -1,7 +1,7 @@
 """Kills runs for real, again and again, and looks whether the result is that of a run left alone.
 
 A process that has imported everything and computed nothing (`Nursery`) forks the runs, so that
-each starts in a moment. Beside a run, a process of its own waits for the moment to send it a signal:
+each starts in a moment. Beside a run, a process of its own waits for the time to send it a signal:
 some time after the start, or after it began to save, to evaluate, or to make a step.
 
 usage: python tests/faults/killing.py [KILLS (200)] [SEED (0)]
