@@ -225,6 +225,10 @@ def _data(
             draft.put("data", key, value, reason)
         else:
             draft.why["data.path"] += f"; {reason}"
+    label = next((c for c in columns if c.name == chosen.keys.get("label_column")), None)
+    if label and label.decimal == "," and chosen.keys["problem"] == "regression":
+        file.form["decimal"] = ","
+        file.why["decimal"] = f"in `{label.name}`, such as {next(iter(label.counts))}"
     if file.form:
         draft.put("data", "format", file.form)
         for key, why in file.why.items():

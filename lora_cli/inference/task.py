@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_cli.data.tags import refuse_tagged_rows
+from lora_cli.data.foreign import refuse_tagged_rows
 from lora_cli.errors import LoraError, did_you_mean
-from lora_cli.inference.columns import Column, flag, is_blank
+from lora_cli.inference.columns import Column, as_number, flag, is_blank
 from lora_cli.inference.texts import (
     TEXT_NAMES,
     content_of,
@@ -22,6 +22,7 @@ from lora_cli.inference.texts import (
     pair_of,
     text_of,
     text_reason,
+    unnested,
 )
 
 NONE = "none"  # `--label none`: there is a label, but it is not wanted
@@ -42,6 +43,7 @@ PROMPT_NAMES = [
     ("article", "summary"), ("document", "summary"), ("text", "summary"),
     ("article", "highlights"), ("dialogue", "summary"), ("frage", "antwort"),
 ]  # fmt: skip
+READABLE = ("text", "category", "openai", "sharegpt")
 ENOUGH_ROWS_PER_LABEL = 5  # of a label that nothing but its few values makes one
 
 
@@ -102,6 +104,11 @@ def choose_task(
             hint = did_you_mean(name, by_name, "its columns are")
             raise LoraError(f"{place} has no column `{name}`", option, hint)
     chosen = None
+    if text is None and not any(column.kind in READABLE for column in columns):
+        nested = next((column for column in columns if column.kind == "other"), None)
+        if nested is not None:
+            what = f"the columns stand inside `{nested.name}`, and no task looks there"
+            raise LoraError(what, place, unnested(nested, rows, place))
     if text is None and label is None:
         refuse_tagged_rows(rows, place)
         spoken = _spoken(columns, place, can_write)
@@ -113,16 +120,30 @@ def choose_task(
             columns, by_name, place, text
         )
     if chosen.keys["type"] == "causal_lm" and not can_write:
-        raise LoraError(
-            f"there is {chosen.why.get('', 'text')}, but no label, and the model is an encoder, "
-            "which cannot continue a text",
-            place,
-            f"name the label with `--label COLUMN` ({listed(columns)}), or take a language model",
-        )
+        raise _no_label(columns, rows, place, chosen)
     for column in columns:
         if column.name not in chosen.used:
             chosen.left_out[column.name] = content_of(column)
     return chosen
+
+
+def _no_label(
+    columns: Sequence[Column], rows: Sequence[dict[str, Any]], place: str, chosen: Chosen
+) -> LoraError:
+    """Return the error of texts that an encoder cannot learn."""
+    what = chosen.why.get("", "text without a label").removesuffix(" without a label")
+    hint = f"name the label with `--label COLUMN` ({listed(columns)}), or take a language model"
+    for column in columns:
+        if _rank(column) < len(LABEL_NAMES) and column.kind == "other":
+            return LoraError(f"`{column.name}` holds objects", place, unnested(column, rows, place))
+        if _rank(column) < len(LABEL_NAMES) and len(column.counts) == 1:
+            value = next(iter(column.counts))
+            return LoraError(f"`{column.name}` has one value only, `{value}`", place, hint)
+    return LoraError(
+        f"there is {what}, but no label, and the model is an encoder, which cannot continue a text",
+        place,
+        hint,
+    )
 
 
 def _label_beside(
@@ -367,7 +388,9 @@ def _label_keys(
         names = [column.name for column in label]
         sums = Counter(sum(flag(row.get(name)) or 0 for name in names) for row in rows)
         single = set(sums) == {1}
-        counts = Counter({c.name: c.counts["1"] + c.counts["true"] for c in label})
+        counts = Counter(
+            {c.name: sum(n for text, n in c.counts.items() if flag(text)) for c in label}
+        )
         reason = "exactly one 1 in every row" if single else "any number of 1 in a row"
         problem = "single_label" if single else "multi_label"
         return (
@@ -388,8 +411,10 @@ def _label_keys(
     why = {"label_column": reason}
     if label.kind == "number" and (label.has_fractions or len(label.counts) > 20):
         keys["problem"] = "regression"
-        numbers = [float(value) for value in label.counts]
+        numbers = [as_number(value) for value in label.counts]
         why["problem"] = f"numbers from {min(numbers):g} to {max(numbers):g}"
+        if label.decimal == ",":
+            why["problem"] += ", with decimal commas"
         return keys, why, Counter()
     if label.kind == "list":
         keys["problem"] = "multi_label"
