@@ -203,7 +203,7 @@ def _is_western(text: str) -> bool:
     rare = set(EASTERN) - (set("õ") if "ã" in letters else set())
     if set("åø") <= set(letters):  # Danish or Norwegian
         rare -= set("ø")
-    if set(letters) <= set("àèéìîòóùú’«»"):  # Italian
+    if set(letters) <= set("àèéìîòóùú\u2019«»"):  # Italian
         rare = set()
     return sum(letter in rare for letter in letters) < 0.03 * len(letters)
 
