@@ -144,7 +144,8 @@ def _print_results(recipe: Recipe, report: dict[str, Any]) -> None:
 
     rows = results_table(report)
     if len(rows) > 1:
-        typer.echo(_table(rows))
+        wide = len(rows[0]) > 5  # with baselines there are more columns than a terminal has room
+        typer.echo(_table([list(line) for line in zip(*rows, strict=True)] if wide else rows))
     if verdict := report.get("verdict"):
         typer.echo(f"verdict  {verdict['words']}")
     folder = recipe.output_path

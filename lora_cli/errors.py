@@ -20,6 +20,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+WIDTH = 1000  # characters of a line; data may hold 50 MB in one
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -36,11 +38,11 @@ class Problem:
     hint: str | None = None
 
     def __str__(self) -> str:
-        lines = [f"error: {self.what}"]
+        lines = [f"error: {printable(self.what)}"]
         if self.at:
-            lines.append(f"  at {self.at}")
+            lines.append(f"  at {printable(self.at)}")
         if self.hint:
-            lines.append(f"hint: {self.hint}")
+            lines.append(f"hint: {printable(self.hint)}")
         return "\n".join(lines)
 
 
@@ -86,6 +88,21 @@ class InterruptedRun(LoraError):  # noqa: N818 - not an error: the run was asked
     def __init__(self, what: str, exit_code: int, hint: str | None = None) -> None:
         super().__init__(what, hint=hint)
         self.exit_code = exit_code
+
+
+def printable(text: str, width: int = WIDTH) -> str:
+    """Return a text in one line that no terminal takes for a command.
+
+    What cannot be seen is written as its code: a line end, an escape, half of a character, a space
+    of no width that makes two labels look the same.
+    """
+    text = text if len(text) <= width else text[: width - 1] + "…"
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

@@ -85,11 +85,18 @@ def test_all_baselines_are_measured_and_shown(base: Path, tmp_path: Path) -> Non
     for split in ("validation", "test"):
         assert report["baselines"]["none"][split] == pytest.approx(alone[split], rel=1e-5)
         assert report["baselines"]["majority"][split]["accuracy"] == 5 / 8
-    header = result.stdout.splitlines()[0]
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines[:9])) < 80  # the table
+    header = [line.partition("  ")[0] for line in lines]
     for column in ("validation majority", "validation none", "validation before", "test after"):
         assert column in header
         assert column in (tmp_path / "out" / "README.md").read_text()
     assert report["verdict"]["words"] in result.stdout
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert (
+        "Beats its baselines." if report["verdict"]["passed"] else "Fails its baselines."
+    ) in page
+    assert "head alone" in page
     assert json.loads((head / "report.json").read_text())["adapter"] == {"type": "none"}
     # the head is trained as by a recipe of its own
     own = load_recipe(path, ["adapter.type=none", "evaluate.baselines=[]", "output_dir=own"])
@@ -158,7 +165,7 @@ def test_the_verdict(mode: str, ours: float, others: Any, passed: bool, words: s
         (["evaluate.baselines=[majorty]"], "majority"),
         (["evaluate.baselines=[base]", "evaluate.baseline=false"], "`evaluate.baseline: true`"),
         (["evaluate.baselines=[none]", "adapter.type=none"], "`adapter.type: none` trains"),
-        (["evaluate.baselines=[majority]", "data.streaming=true"], "need all train rows"),
+        (["evaluate.baselines=[majority]", "data.streaming=true"], "need all rows"),
         (["evaluate.baselines=[none]", "task={type: causal_lm}"], "`task.type: causal_lm`"),
         (["evaluate.baselines=[none]", "data={path: rows.jsonl}"], "`data.validation` or"),
     ],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -7,12 +8,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import html5lib
 import pytest
 import tiny
 
 from lora_cli.recipe import load_recipe
 from lora_cli.reporting import analysis, plots, write_page
-from lora_cli.reporting.markup import esc
+from lora_cli.reporting.markup import STYLE, esc
 
 HOSTILE = (
     "<script>alert('1')</script> & \"q\" 😀 \u202eשלמא http://evil.example/x.js \x00\x13\ud800"
@@ -227,7 +229,7 @@ def test_overfitting_is_named_where_it_shows(
         (0.25, 0.75, 400, "good", "rises from 0.2500 before training to 0.7500 (+50.0 points), 50.0"
          " points above always saying “b” (0.2500)"),
         (0.25, 0.3, 4, "poor", "no clear gain over always saying “b”"),
-        (0.8, 0.75, 400, "poor", "not better than before"),
+        (0.8, 0.75, 400, "poor", "falls from 0.8000 before"),
         (0.05, 0.1, 400, "poor", "15.0 points below always saying"),
         (None, 0.75, 400, "good", "accuracy is 0.7500 (not measured before training)"),
         (0.5, None, 400, "unknown", "not known"),
@@ -249,7 +251,7 @@ def test_less_perplexity_is_better() -> None:
     best = {"metric": "perplexity", "mode": "min"}
     found = analysis.verdict({"metrics": metrics, "best": best}, "test")
     assert (found.tone, "falls from 20.0000" in found.text) == ("good", True)
-    assert "(-75 %)" in found.text
+    assert "(\N{MINUS SIGN}75 %)" in found.text
 
 
 def test_ticks_are_round_and_within() -> None:
@@ -269,10 +271,10 @@ def test_a_page_of_labels(tmp_path: Path) -> None:
     page = page_of(tmp_path, REPORT, LINES, log=log)
     for said in (
         "base for text classification", "LoRA adapter, rank 8, trained on 30 rows of train.csv",
-        "40 steps in 95 s, on CPU, at most 3.0 GiB of memory", "Overfitting: validation's loss is",
+        "40 steps in 95 s, on CPU, at most 3.0 GiB of memory", "Overfitting. Validation's loss is",
         "lowest at step 20", "chosen by accuracy, before the rise", "95 % interval",
-        "test majority", "0.2500", "Expected calibration error 0.088", "overconfident",
-        "lora train recipe.yaml", "query, value", "text 2", "0.350",
+        "majority", "0.2500", "Expected calibration error 0.088", "overconfident",
+        "lora train recipe.yaml", "query, value", "text 2", "35.0 %", "overfits",
     ):  # fmt: skip
         assert said in page.text
     assert "text 3" not in page.text  # it is right
@@ -298,12 +300,16 @@ def test_texts_cannot_leave_their_place(tmp_path: Path) -> None:
     assert esc("a\x00\ud800b<>\"'") == "a\ufffd\ufffdb&lt;&gt;&quot;&#x27;"
 
 
-def test_many_labels_are_a_list_of_pairs(tmp_path: Path) -> None:
-    names = [f"label {i:02}" for i in range(30)]
+@pytest.mark.parametrize(("count", "mapped"), [(30, True), (130, False)])
+def test_many_labels_are_a_map_or_a_list_of_pairs(tmp_path: Path, count: int, mapped: bool) -> None:
+    names = [f"label {i:02}" for i in range(count)]
     lines = [line_of(i, name, names[0]) for i, name in enumerate(names * 2)]
     page = page_of(tmp_path, report_of(data={}), lines)
-    assert "the pairs that are confused most" in page.text
+    assert "Confused most" in page.text or not mapped
+    assert "label 01 called label 00: 2 of 2" in page.text or not mapped
+    assert page.attributes.count(("class", "miss")) == (count - 1 if mapped else 0)
     assert ("class", "matrix") not in page.attributes
+    assert f"The other {count - 20} labels" in page.text
     assert page.text.count("text ") == 20 + page.text.count("for text ")  # the worst rows
 
 
@@ -321,7 +327,7 @@ def test_several_labels_a_row(tmp_path: Path) -> None:
     ]
     page = page_of(tmp_path, REPORT, lines)
     assert "Confusion" not in page.text
-    assert "called none" in page.text
+    assert "said none" in page.text
     assert "Reliability" in page.text
 
 
@@ -331,7 +337,7 @@ def test_regression(tmp_path: Path) -> None:
     lines = [line_of(0, 1.0, 1.25), line_of(1, 3.0, NAN), line_of(2, 5.0, -2.0)]
     page = page_of(tmp_path, report_of(metrics=metrics, best=best, data={}), lines)
     assert "Predicted and wanted" in page.text
-    assert "test constant" in page.text
+    assert "after constant" in page.text
     assert "2.6667" in page.text  # variance of 1, 3, 5
     assert page.text.index("text 2") < page.text.index("text 0")
 
@@ -415,3 +421,42 @@ def test_a_run_of_a_language_model_leaves_samples(tmp_path: Path) -> None:
         assert f"{text} <b>".startswith(sample["prompt"])
         assert sample["prompt"] + sample["reference"] == f"{text} <b>"
     assert "Samples" in page.text
+
+
+# ------------------------------------------------------------------------------------- the page
+
+
+def test_colours_can_be_read_in_light_and_in_dark() -> None:
+    def luminance(colour: str) -> float:
+        wide = "".join(2 * c for c in colour) if len(colour) == 3 else colour
+        parts = [int(wide[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = (
+        dict(re.findall(r"--([\w-]+):#(\w+)", block))
+        for block in re.findall(r":root\{(.*?)\}", STYLE, re.DOTALL)[:2]
+    )
+    for colours in (light, light | dark):
+        for ground in ("paper", "card", "soft"):
+            for text in ("ink", "muted", "blue", "orange", "good", "poor"):
+                a, b = sorted(luminance(colours[k]) for k in (text, ground))
+                assert (b + 0.05) / (a + 0.05) >= 4.5, (text, ground, colours)  # WCAG's AA
+
+
+def test_a_page_is_valid_html_whose_headings_and_plots_can_be_heard(tmp_path: Path) -> None:
+    log = log_of([2.0, 1.0, 0.8, 1.2], [2 - i / 20 for i in range(30)])
+    verdict = {"passed": False, "words": "the adapter FAILS to beat the base (`base`, 1)"}
+    (tmp_path / "recipe.yaml").write_text("model: {name: <b>}\n")
+    page = page_of(tmp_path, report_of(verdict=verdict), LINES, log=log)
+    parser = html5lib.HTMLParser(strict=True)  # which raises
+    parser.parse((tmp_path / "report.html").read_text(encoding="utf-8"))
+    levels = [int(tag[1]) for tag in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
+    told = [value for name, value in page.attributes if name == "aria-label" and "over" in value]
+    assert "Validation goes from 2.0000 at step 0 to 1.2000 at step 30." in told[0]
+    assert "It overfits from step 20 on." in told[0]
+    assert "Fails its baselines. The adapter FAILS to beat the base ( base , 1)" in page.text
+    assert "model: {name: <b>}" in page.text  # the recipe

@@ -82,31 +82,30 @@ def test_a_byte_order_mark_is_dropped(load: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "what", "at", "hint"),
     [
-        ("", "empty", "r.yaml", "`model`, `task` and `data`"),
-        ("# only a comment\n", "empty", "r.yaml", "`model`"),
-        ("- a\n- b\n", "mapping", "r.yaml", "`model`"),
-        ("model:\n\tname: m\n", "\\t", "r.yaml:2", "indent with spaces"),
-        (LINES + "---\n" + LINES, "one YAML document", "r.yaml:4", None),
-        (LINES + "train: {seed: [1\n\n\n", "expected", "r.yaml:7", "begins at"),
-        (LINES + "output_dir: a: b\n", "not allowed", "r.yaml:4", "quotation marks"),
-        (LINES + "output_dir: @x\n", "cannot start any token", "r.yaml:4", "quotation marks"),
-        (LINES + "a: &a [*a]\n", "too large or too deep", "r.yaml", "aliases"),
-        ("[" * 5000, "too deep", "r.yaml", None),
+        ("", "empty", "r.yaml:1", "`model`, `task` and `data`"),
+        ("# only a comment\n", "empty", "r.yaml:1", "`model`"),
+        ("- a\n- b\n", "mapping", "r.yaml:1", "`model`"),
+        ("model:\n\tname: m\n", "a tab", "r.yaml:2", "indent with spaces"),
+        (LINES + "---\n" + LINES, "one document", "r.yaml:4", "`---`"),
+        (LINES + "train: {seed: [1\n\n\n", "a `]` or a comma is missing", "r.yaml:7", "begins at"),
+        (LINES + "output_dir: a: b\n", "a colon stands", "r.yaml:4", "quotation marks"),
+        (LINES + "output_dir: @x\n", "cannot begin with `@`", "r.yaml:4", "quotation marks"),
+        (LINES + "a: &a [*a]\n", "too large or too deep", "r.yaml:4", "aliases"),
+        ("[" * 5000, "too deep", "r.yaml:1", "a few levels"),
         (bytes(range(1, 256)), "not UTF-8", "r.yaml:2", "UTF-8"),
-        (LINES.encode() + b"x: \x00", "U+0000", "r.yaml:4", None),
+        (LINES.encode() + b"x: \x00", "U+0000", "r.yaml:4", "delete it"),
         (LINES.encode("utf-16"), "not UTF-8", "r.yaml:1", "UTF-8"),
-        (LINES + 'output_dir: "\\UFFFFFFFF"\n', "not valid YAML", "r.yaml", None),
-        (b"#" * 300_000, "too many", "r.yaml", None),
+        (LINES + 'output_dir: "\\UFFFFFFFF"\n', "no character", "r.yaml:4", "backslash"),
+        (b"#" * 300_000, "too many", "r.yaml", "data file"),
     ],
 )
 def test_what_is_not_a_recipe_says_why_and_where(
-    text: str | bytes, what: str, at: str, hint: str | None, problems: Any
+    text: str | bytes, what: str, at: str, hint: str, problems: Any
 ) -> None:
     (problem,) = problems(text)
     assert what in problem.what
     assert problem.at == at
-    assert (hint or "") in (problem.hint or "")
-    assert (hint is None) == (problem.hint is None)
+    assert hint in (problem.hint or "")
 
 
 @pytest.mark.parametrize(
@@ -121,8 +120,8 @@ def test_what_is_not_a_recipe_says_why_and_where(
         ("{use_rslora: !!bool maybe}", "`maybe` is not what `!!bool` says"),
         ("{rank: 1" + "0" * 30 + "}", "too large a number"),
         ("{rank: 1" + "0" * 5000 + "}", "number is too long"),
-        ('{target_modules: "a\\0b"}', "a character that is none"),
-        ('{target_modules: "\\ud800"}', "a character that is none"),
+        ('{target_modules: "a\\0b"}', "a text holds a NUL"),
+        ('{target_modules: "\\ud800"}', "half of a character"),
         ("{? [a] : 3}", "a key must be a word"),
         ("{<<: {rank: 3}}", "do not merge"),
     ],
@@ -194,12 +193,12 @@ def test_all_problems_come_together_each_with_its_line(problems: Any) -> None:
         ),
         ("train.epoch (r.yaml:9)", "unknown key `epoch`"),
         ("train.learning_rate (r.yaml:10)", "unknown key `learning_rate`"),
-        ("train.max_steps (r.yaml:12)", "choose `epochs` or `max_steps`"),
+        ("train.max_steps (r.yaml:12)", "`epochs` and `max_steps` exclude each other"),
         ("adapter.rank (r.yaml:13)", "`0` should be greater than 0"),
         ("rank (r.yaml:15)", "unknown key `rank`"),
         (
             "evaluate.early_stopping (r.yaml:14)",
-            "`evaluate.early_stopping` needs `data.validation`",
+            "`evaluate.early_stopping` looks at `data.validation`, and there is none",
         ),
     }
     hints = {p.at.split(" ")[0]: p.hint for p in found}
@@ -251,7 +250,7 @@ def test_a_split_names_all_its_forms(split: str, problems: Any) -> None:
     (problem,) = problems(LINES.replace("csv}", f"csv, validation: {split}}}"))
     if split in ("3", "[a]"):
         for form in ("`validation`", "train[:80%]", "dev.csv", "{from: train, fraction: 0.1}"):
-            assert form in problem.what
+            assert form in problem.hint
     assert problem.at.startswith("data.validation")
 
 
@@ -696,5 +695,6 @@ def test_any_bytes_are_refused(raw: bytes, tmp_path_factory: pytest.TempPathFact
 def test_many_unknown_keys_are_reported_quickly(problems: Any) -> None:
     start = time.process_time()
     found = problems(LINES + "train: {" + ", ".join(f"key{i}: {i}" for i in range(2000)) + "}\n")
-    assert len(found) == 2000
+    assert len(found) == 50
+    assert found[-1].what == "1,951 more problems are not shown"
     assert time.process_time() - start < 5

@@ -74,10 +74,10 @@ def _faults(error: ValidationError, data: Any, absent: set[str]) -> list[Fault]:
         if fault["type"] != "conflict":
             faults.append((path, dict(fault)))
             continue
-        for key, text in fault["ctx"]["found"]:
-            if not absent & set(re.findall(r"`(?:\w+\.)*(\w+)\b[^`]*`", text)):
+        for key, what, hint in fault["ctx"]["found"]:
+            if not absent & set(re.findall(r"`(?:\w+\.)*(\w+)\b[^`]*`", f"{what} {hint}")):
                 where = (*path, *key.split(".")) if key else path
-                faults.append((where, {**fault, "msg": text}))
+                faults.append((where, {**fault, "msg": what, "hint": hint}))
     return faults
 
 
@@ -147,8 +147,10 @@ def _problem(path: KeyPath, group: list[dict[str, Any]], data: Any, at: str | No
             section_name = dotted(path[:-1])
             of = f" from `{section_name}`" if section_name else ""
             return Problem(f"`{name}` is missing{of}", at, text)
-        case "conflict" | "split":
-            return Problem(fault["msg"], at)
+        case "conflict":
+            return Problem(fault["msg"], at, fault["hint"])
+        case "split":
+            return Problem(f"`{_shown(fault['input'])}` is not a split", at, fault["msg"])
         case "union_tag_invalid" | "union_tag_not_found":
             types = list(_field_at(path, data).get("discriminator", {}).get("mapping", {}))
             given = str(fault["ctx"].get("tag", ""))

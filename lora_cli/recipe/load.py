@@ -16,6 +16,7 @@ from lora_cli.recipe.reader import Reader, YamlDumper, parse
 from lora_cli.recipe.spec import Recipe, is_file
 
 MAX_BYTES = 200_000  # a second of reading; a recipe has a hundredth of it
+MAX_PROBLEMS = 50
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -37,7 +38,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(data, dict):
         raise LoraError(
             "the recipe is empty" if data is None else "a recipe is a mapping of keys to values",
-            str(path),
+            f"{path}:1",
             "it needs the sections `model`, `task` and `data`",
         )
     for override in overrides:
@@ -46,12 +47,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         found = explain(error, data, reader.places, reader.faulty)
-        raise LoraError(reader.problems + found) from None
+        raise LoraError(_first(reader.problems + found, str(path))) from None
     if reader.problems:
-        raise LoraError(reader.problems)
+        raise LoraError(_first(reader.problems, str(path)))
     recipe._places = reader.places
     _make_paths_absolute(recipe, file.parent)
     return recipe
+
+
+def _first(problems: list[Problem], path: str) -> list[Problem]:
+    """Return so many problems as a person reads, and how many more there are."""
+    if len(problems) <= MAX_PROBLEMS:
+        return problems
+    more = f"{len(problems) - MAX_PROBLEMS + 1:,} more problems are not shown"
+    return [*problems[: MAX_PROBLEMS - 1], Problem(more, path, "mend those above first")]
 
 
 def _text_of(file: Path) -> str:
@@ -60,7 +69,8 @@ def _text_of(file: Path) -> str:
     except OSError as error:
         raise _cannot_read(file, error) from error
     if len(raw) > MAX_BYTES:
-        raise LoraError(f"{len(raw):,} bytes are too many for a recipe", str(file))
+        hint = f"a recipe has at most {MAX_BYTES:,}; is this a data file?"
+        raise LoraError(f"{len(raw):,} bytes are too many for a recipe", str(file), hint)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

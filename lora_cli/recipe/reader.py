@@ -12,11 +12,14 @@ from typing import Any
 import yaml
 
 from lora_cli.errors import LoraError, Problem
+from lora_cli.recipe.syntax import BACKSLASH, TOO_DEEP, in_words, line_of, opening_line
 
 MAX_NODES = 10_000  # a recipe has a hundred; aliases inside aliases have billions
 MAX_DEPTH = 30
+MAX_NESTING = 60  # of brackets and indentation, looked at before there are values
 MAX_INTEGER = 2**63 - 1
 STANDARD = "tag:yaml.org,2002:"
+LINE_END = re.compile("\r\n|[\r\n\x85\u2028\u2029]")  # of YAML 1.1, which counts PyYAML's lines
 
 KeyPath = tuple[str | int, ...]
 
@@ -34,6 +37,18 @@ class YamlLoader(yaml.SafeLoader):
     """YAML 1.2's core schema: PyYAML's own reads `no` as false and `2e-5` as text."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    nesting = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Return the next node; PyYAML's own goes as deep as Python's stack."""
+        self.nesting += 1
+        try:
+            if self.nesting > MAX_NESTING:
+                mark = self.peek_event().start_mark
+                raise yaml.composer.ComposerError(None, None, TOO_DEEP, mark)
+            return super().compose_node(parent, index)
+        finally:
+            self.nesting -= 1
 
 
 class YamlDumper(yaml.SafeDumper):
@@ -82,8 +97,8 @@ class Reader:
         if self.nodes > MAX_NODES or len(path) > MAX_DEPTH:
             raise LoraError(
                 "the recipe is too large or too deep",
-                self.source,
-                "aliases that repeat or contain themselves are not for recipes",
+                self.place(node.start_mark.line),
+                "leave out aliases (`*name`) that repeat others or contain themselves",
             )
         self.places.setdefault(dotted(path), self.place(node.start_mark.line))
         kind = node.tag.removeprefix(STANDARD)
@@ -94,12 +109,13 @@ class Reader:
         if isinstance(node, yaml.ScalarNode) and kind in ("str", "null", "bool", "int", "float"):
             return self._scalar(node, kind, path)
         tag = "!!" + kind if node.tag.startswith(STANDARD) else node.tag
-        return self._fault(f"`{tag}` is a tag that recipes do not use", node, path)
+        hint = "write the value without it; a text that begins with `!` needs quotation marks"
+        return self._fault(f"`{tag}` is a tag that recipes do not use", node, path, hint)
 
     def _scalar(self, node: yaml.ScalarNode, kind: str, path: KeyPath) -> Any:
         text: str = node.value
         if kind in ("int", "float") and len(text) > 100:  # Python's own limit is 4,300 digits
-            return self._fault("a number is too long", node, path)
+            return self._fault("a number is too long", node, path, "write it with fewer digits")
         try:
             match kind:
                 case "str":
@@ -112,13 +128,15 @@ class Reader:
                     number = int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
                     if abs(number) <= MAX_INTEGER:
                         return number
-                    return self._fault(f"`{text}` is too large a number", node, path)
+                    hint = f"the largest whole number is {MAX_INTEGER}"
+                    return self._fault(f"`{text}` is too large a number", node, path, hint)
                 case _:
                     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         except UnicodeError:
-            return self._fault("a text holds a character that is none", node, path)
+            return self._fault(_odd_character(text), node, path, "leave it out")
         except (ValueError, KeyError):
-            return self._fault(f"`{text}` is not what `!!{kind}` says", node, path)
+            what = f"`{text}` is not what `!!{kind}` says"
+            return self._fault(what, node, path, f"leave `!!{kind}` out, or write such a value")
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -128,7 +146,8 @@ class Reader:
             except UnicodeError:
                 key = ""
             if not key:
-                self._fault("a key must be a word", key_node, path)
+                hint = "a key is written as in `rank: 8`; one with brackets needs quotation marks"
+                self._fault("a key must be a word", key_node, path, hint)
                 continue
             here = (*path, key)
             if key in result:
@@ -148,6 +167,13 @@ class Reader:
         at = f"{dotted(path)} ({place})" if path else place
         self.problems.append(Problem(what, at, hint))
         self.faulty.add(dotted(path))
+
+
+def _odd_character(text: str) -> str:
+    if "\0" in text:
+        return "a text holds a NUL, which no file or column can be called"
+    half = next(letter for letter in text if "\ud800" <= letter <= "\udfff")
+    return f"a text holds `\\u{ord(half):04x}`, which is half of a character"
 
 
 def _characters(text: str) -> str:
@@ -180,35 +206,28 @@ def parse(text: str, source: str, path: KeyPath = (), is_file: bool = True) -> t
     """
     reader = Reader(source, is_file)
     try:
-        node = yaml.compose(text, Loader=YamlLoader)
+        loader = YamlLoader(text)
+    except yaml.reader.ReaderError as error:
+        raise LoraError(
+            f"character U+{ord(text[error.position]):04X} is not for text files",
+            reader.place(len(LINE_END.findall(text[: error.position]))),
+            "delete it; is this a YAML file?",
+        ) from error
+    try:
+        node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         raise _not_yaml(error, reader) from error
-    except yaml.reader.ReaderError as error:
-        place = reader.place(text[: error.position].count("\n"))
-        raise LoraError(
-            f"character U+{ord(text[error.position]):04X} is not for text files", place
-        ) from error
-    except RecursionError as error:
-        raise LoraError("the recipe is too deep", source) from error
     except (ValueError, OverflowError) as error:  # "\UFFFFFFFF"
-        raise LoraError(f"not valid YAML: {error}", source) from error
+        place = reader.place(loader.get_mark().line)
+        what = "not valid YAML: a code stands for no character"
+        raise LoraError(what, place, BACKSLASH) from error
     return (reader.value(node, path) if node is not None else None), reader
 
 
 def _not_yaml(error: yaml.MarkedYAMLError, reader: Reader) -> LoraError:
-    what = str(error.problem or error.context or "it cannot be read")
-    what = what.replace("'<stream end>'", "the end")
-    mark, opened = error.problem_mark or error.context_mark, error.context_mark
-    at = reader.place(mark.line) if mark else reader.source
-    if "another document" in what:
-        return LoraError("a recipe is one YAML document, and a second begins here", at)
-    hint = None
-    if "'\\t'" in what:
-        hint = "indent with spaces; YAML does not take tabs"
-    elif mark and opened and opened.line != mark.line and reader.is_file:
-        hint = f"what is not complete here begins at {reader.place(opened.line)}"
-    elif "mapping values are not allowed" in what or "':'" in what:
-        hint = "a text with a colon needs quotation marks"
-    elif "cannot start any token" in what or "expected alphabetic" in what:
-        hint = "a text that begins with a special character needs quotation marks"
+    what, hint = in_words(error)
+    line, opening = line_of(error), opening_line(error)
+    if opening is not None and reader.is_file:
+        hint = f"what is not complete here begins at {reader.place(opening)}"
+    at = reader.source if line is None else reader.place(line)
     return LoraError(f"not valid YAML: {what}", at, hint)

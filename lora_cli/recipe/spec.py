@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-Conflicts = Iterator[tuple[str, str]]  # of each: the key it is reported at, and what is wrong
+Conflicts = Iterator[tuple[str, str, str]]  # of each: the key, what is wrong, how to mend it
 Word = Annotated[str, Field(min_length=1)]
 Words = Annotated[list[Word], Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -123,31 +123,36 @@ class SequenceClassificationSpec(Section):
     def conflicts(self) -> Conflicts:
         """Yield the keys that do not go with `problem`, and labels that stand twice."""
         if self.problem != "single_label" and self.label_smoothing:
-            yield "label_smoothing", "`label_smoothing` needs `problem: single_label`"
+            what = f"`label_smoothing` has no meaning with `problem: {self.problem}`"
+            yield "label_smoothing", what, "leave it out, or set `problem: single_label`"
         if self.problem == "regression":
             for key in ("labels", "class_weights"):
                 if getattr(self, key):
-                    yield key, f"`{key}` has no meaning with `problem: regression`"
+                    yield key, f"`{key}` has no meaning with `problem: regression`", "leave it out"
         if self.label_separator is not None and self.problem != "multi_label":
-            yield "label_separator", "`label_separator` needs `problem: multi_label`"
+            what = f"`label_separator` has no meaning with `problem: {self.problem}`"
+            yield "label_separator", what, "leave it out, or set `problem: multi_label`"
         if self.label_columns is not None:
             yield from self._column_conflicts(self.label_columns)
         for label, times in Counter(map(str, self.labels or ())).items():
             if times > 1:
-                yield "labels", f"the label `{label}` stands {times} times in `labels`"
+                what = f"the label `{label}` stands {times} times in `labels`"
+                yield "labels", what, "each label stands once, in the order of the model's outputs"
 
     def _column_conflicts(self, columns: list[str]) -> Conflicts:
         if self.problem == "regression":
-            yield "label_columns", "`label_columns` has no meaning with `problem: regression`"
+            what = "`label_columns` has no meaning with `problem: regression`"
+            yield "label_columns", what, "name the column of the number as `label_column`"
         if self.label_separator is not None:
-            yield "label_separator", "`label_separator` divides one column, not `label_columns`"
+            what = "`label_separator` divides one column, not `label_columns`"
+            yield "label_separator", what, "leave one of the two out"
         if self.labels is not None and len(self.labels) != len(columns):
-            text = f"{len(self.labels)} names in `labels` for {len(columns)} `label_columns`"
-            yield "labels", text
+            what = f"{len(self.labels)} names in `labels` for {len(columns)} `label_columns`"
+            yield "labels", what, "name each column's label, in the same order, or leave them out"
         for column, times in Counter(columns).items():
             if times > 1:
-                text = f"the column `{column}` stands {times} times in `label_columns`"
-                yield "label_columns", text
+                what = f"the column `{column}` stands {times} times in `label_columns`"
+                yield "label_columns", what, "each column stands once"
 
     @property
     def target_columns(self) -> list[str]:
@@ -199,15 +204,19 @@ class CausalLMSpec(Section):
         pair = self.prompt_column is not None or self.completion_column is not None
         if (self.prompt_column is None) != (self.completion_column is None):
             given = "prompt_column" if self.prompt_column else "completion_column"
-            yield given, "`prompt_column` and `completion_column` go together"
+            other = "completion_column" if self.prompt_column else "prompt_column"
+            what = f"`{given}` stands without `{other}`"
+            yield given, what, f"name both columns: add `{other}: …`"
         if self.is_chat + pair + (self.text_column is not None) > 1:
             yield (
                 "",
-                "choose one of `text_column`, `prompt_column` with `completion_column`, "
+                "the rows can be read in more than one way",
+                "keep one of `text_column`, `prompt_column` with `completion_column`, "
                 "`messages_column`, or `format: alpaca` (or `self_instruct`)",
             )
         if self.format == "sharegpt" and self.messages_column is None:
-            yield "format", "`format: sharegpt` needs `messages_column`, often `conversations`"
+            what = "`format: sharegpt` stands without `messages_column`"
+            yield "format", what, "name the column: often `messages_column: conversations`"
 
     @property
     def instruction_columns(self) -> list[str]:
@@ -252,7 +261,8 @@ class HeldOutSpec(Section):
     def conflicts(self) -> Conflicts:
         """Yield the two ways of keeping rows together that exclude each other."""
         if self.group_by is not None and self.disjoint == "substring":
-            yield "group_by", "`group_by` and `disjoint: substring` cannot be combined"
+            what = "`group_by` and `disjoint: substring` cannot be combined"
+            yield "group_by", what, "leave one of the two out"
 
 
 def _split_form(value: Any) -> str | None:
@@ -266,8 +276,8 @@ SplitSpec = Annotated[
     Discriminator(
         _split_form,
         custom_error_type="split",
-        custom_error_message="a split is a name (`validation`), a slice (`train[:80%]`), a file "
-        "(`dev.csv`), or rows drawn from another: `{from: train, fraction: 0.1}`",
+        custom_error_message="a name (`validation`), a slice (`train[:80%]`), a file (`dev.csv`), "
+        "or rows drawn from another: `{from: train, fraction: 0.1}`",
     ),
 ]
 
@@ -307,10 +317,11 @@ class FormatSpec(Section):
             io.TextIOWrapper(io.BytesIO(), encoding=self.encoding)
         except (LookupError, ValueError):
             hint = "for example utf-8, latin-1, cp1252, cp932, utf-16"
-            yield "encoding", f"`{self.encoding}` is not an encoding of text; {hint}"
+            yield "encoding", f"`{self.encoding}` is not an encoding of text", hint
         for name, times in Counter(self.columns or ()).items():
             if times > 1:
-                yield "columns", f"the column `{name}` stands {times} times in `columns`"
+                what = f"the column `{name}` stands {times} times in `columns`"
+                yield "columns", what, "give each column a name of its own"
 
 
 class CheckSpec(Section):
@@ -373,24 +384,28 @@ class DataSpec(Section):
     def conflicts(self) -> Conflicts:
         """Yield what keeps the rows from having exactly one source."""
         if self.name and self.path:
-            yield "path", "`name` and `path` exclude each other: a Hub data set, or files"
+            what = "`name` and `path` exclude each other"
+            yield "path", what, "keep `name` for a data set on the Hub, `path` for files"
         if not self.name and not self.path and not is_file(self.train):
             yield (
                 "",
-                "say where the rows are: `name` (a Hub id), `path` (a file or folder), "
-                "or a file for `train`",
+                "the recipe does not say where the rows are",
+                "add `path: FILE` (or a folder), `train: FILE`, or `name:` with a Hub id",
             )
         if self.config and not self.name:
-            yield "config", "`config` needs `name`: files have no configurations"
+            what = "`config` is of a data set on the Hub, and `name` is missing"
+            yield "config", what, "leave it out, or add `name:` with the Hub id"
         if self.split_column and not self.path:
-            yield "split_column", "`split_column` needs `path`: it divides the rows of files"
+            what = "`split_column` divides the rows of files, and `path` is missing"
+            yield "split_column", what, "name the file or folder: `path: FILE`"
         if self.streaming and self.train.endswith("]"):
-            yield "streaming", "`streaming` reads all of `train`, so it cannot be a slice"
+            what = "`streaming` reads all of `train`, so it cannot be a slice"
+            yield "streaming", what, "leave the brackets out, or set `streaming: false`"
         for split in ("validation", "test"):
             spec = getattr(self, split)
             if self.streaming and isinstance(spec, HeldOutSpec) and spec.from_ == "train":
-                text = f"`streaming` cannot draw `{split}` from `train`; name a split or a file"
-                yield split, text
+                what = f"`streaming` cannot draw `{split}` from `train`"
+                yield split, what, f"name another split or a file: `{split}: FILE`"
 
 
 DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".text")
@@ -453,7 +468,8 @@ class AdapterSpec(Section):
     def conflicts(self) -> Conflicts:
         """Yield a start from an adapter for what has none."""
         if self.from_ is not None and self.type == "full":
-            yield "from", "`from` starts from an adapter; a whole model is named in `model.name`"
+            what = "`from` starts from an adapter, and `type: full` has none"
+            yield "from", what, "name the model to start from as `model.name`"
 
     @property
     def low_rank(self) -> bool:
@@ -529,7 +545,8 @@ class SchedulerSpec(Section):
     def conflicts(self) -> Conflicts:
         """Yield the two ways of saying how long the warm-up is."""
         if self.warmup_steps is not None and self.warmup_ratio is not None:
-            yield "warmup_ratio", "choose `warmup_steps` or `warmup_ratio`"
+            what = "`warmup_steps` and `warmup_ratio` exclude each other"
+            yield "warmup_ratio", what, "keep one of the two"
 
 
 class TrainSpec(Section):
@@ -594,14 +611,17 @@ class TrainSpec(Section):
     def conflicts(self) -> Conflicts:
         """Yield the keys that exclude each other."""
         if self.epochs is not None and self.max_steps is not None:
-            yield "max_steps", "choose `epochs` or `max_steps`"
+            what = "`epochs` and `max_steps` exclude each other"
+            yield "max_steps", what, "keep one of the two"
         if self.packing and self.group_by_length:
-            yield "group_by_length", "`packing` leaves no padding for `group_by_length` to save"
+            what = "`packing` leaves no padding for `group_by_length` to save"
+            yield "group_by_length", what, "leave one of the two out"
         if self.examples_per_step is not None and self.gradient_accumulation_steps > 1:
-            text = "choose `gradient_accumulation_steps` or `examples_per_step`"
-            yield "examples_per_step", text
+            what = "`gradient_accumulation_steps` and `examples_per_step` exclude each other"
+            yield "examples_per_step", what, "keep one of the two"
         if self.micro_batch_size == "auto" and self.examples_per_step is None:
-            yield "micro_batch_size", "`auto` needs `examples_per_step`: how many a step shall see"
+            what = "`auto` does not say how many examples a step shall see"
+            yield "micro_batch_size", what, "say it: `--set train.examples_per_step=64`"
 
     @property
     def step_size(self) -> int:
@@ -737,47 +757,57 @@ class Recipe(Section):
         data, task, train = self.data, self.task, self.train
         if train.precision == "fp32" and self.model.dtype not in (None, "float32"):
             dtype = self.model.dtype
-            yield (
-                "model.dtype",
-                f"a base that is kept in {dtype} cannot compute in `train.precision: fp32`; "
-                f"set it to {'bf16' if dtype == 'bfloat16' else 'fp16 or bf16'}, or leave "
-                "`model.dtype` out",
-            )
+            what = f"a base that is kept in {dtype} cannot compute in `train.precision: fp32`"
+            other = "bf16" if dtype == "bfloat16" else "fp16"
+            yield "model.dtype", what, f"`--set train.precision={other}`, or leave `dtype` out"
         if data.streaming and train.max_steps is None:
-            yield "data.streaming", "`data.streaming` needs `train.max_steps`: the length is open"
+            what = "`data.streaming` does not know how many rows there are"
+            yield "data.streaming", what, "say how long to train: `--set train.max_steps=1000`"
         for key in ("packing", "group_by_length"):
             if data.streaming and getattr(train, key):
-                yield f"train.{key}", f"`train.{key}` needs all rows, so not `data.streaming`"
+                what = f"`train.{key}` needs all rows, which `data.streaming` does not have"
+                yield f"train.{key}", what, "leave one of the two out"
         if data.streaming and train.micro_batch_size == "auto":
-            text = "`auto` tries the longest rows, so it needs all of them, not `data.streaming`"
-            yield "train.micro_batch_size", text
+            what = "`auto` tries the longest rows, and `data.streaming` does not know them"
+            yield "train.micro_batch_size", what, "name a number: `--set train.micro_batch_size=8`"
         if train.packing and task.type != "causal_lm":
-            yield "train.packing", "`train.packing` is for `task.type: causal_lm`"
+            what = f"`train.packing` has no meaning with `task.type: {task.type}`"
+            hint = "leave it out; `train.group_by_length: true` saves padding here"
+            yield "train.packing", what, hint
         if data.validation is None and self.evaluate.early_stopping is not None:
-            yield "evaluate.early_stopping", "`evaluate.early_stopping` needs `data.validation`"
+            what = "`evaluate.early_stopping` looks at `data.validation`, and there is none"
+            hint = "name one, `data.validation: {from: train, fraction: 0.1}`, or leave it out"
+            yield "evaluate.early_stopping", what, hint
         yield from self._baseline_conflicts()
         labels = task.type == "sequence_classification" and task.problem != "regression"
         for split in ("validation", "test"):
             spec = getattr(data, split)
             if isinstance(spec, HeldOutSpec) and spec.stratify and not labels:
                 key = f"data.{split}.stratify"
-                yield key, f"`{key}` keeps the proportions of labels, and this task has none"
+                what = f"`{key}` keeps the proportions of labels, and this task has none"
+                yield key, what, "leave it out"
 
     def _baseline_conflicts(self) -> Conflicts:
         key, named = "evaluate.baselines", self.evaluate.baselines
         for name in named:
             if name != "base" and self.task.type != "sequence_classification":
-                yield key, f"`{name}` has no meaning with `task.type: {self.task.type}`"
+                what = f"`{name}` has no meaning with `task.type: {self.task.type}`"
+                yield key, what, f"leave `{name}` out"
         if "base" in named and not self.evaluate.baseline:
-            yield key, "`base` is what `evaluate.baseline: true` measures"
+            what = "`base` is what `evaluate.baseline` measures, and it is off"
+            yield key, what, "set `evaluate.baseline: true`, or leave `base` out"
         if "base" in named and self.adapter.from_ is not None:
-            yield key, "before training, `adapter.from` is the old adapter, and not `base`"
+            what = "before training, `adapter.from` is the old adapter, and not `base`"
+            yield key, what, "leave `base` out"
         if "none" in named and self.adapter.type == "none":
-            yield key, "`none` is what `adapter.type: none` trains"
+            yield key, "`none` is what `adapter.type: none` trains itself", "leave `none` out"
         if self.data.streaming and {"majority", "none"} & set(named):
-            yield key, "`majority` and `none` need all train rows, so not `data.streaming`"
+            what = "`majority` and `none` need all rows, which `data.streaming` does not have"
+            yield key, what, "leave them out"
         if named and self.data.validation is None and self.data.test is None:
-            yield key, "`evaluate.baselines` needs `data.validation` or `data.test`"
+            what = "`evaluate.baselines` are measured on held-out rows, and there are none"
+            hint = "name some, `data.validation: {from: train, fraction: 0.1}`, or leave it out"
+            yield key, what, hint
 
     def at(self, key: str) -> str:
         """Return where a key stands, for an error: `adapter.rank (recipe.yaml:14)`.

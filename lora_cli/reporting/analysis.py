@@ -252,6 +252,7 @@ class Verdict:
     """What a run reached, in words."""
 
     tone: Literal["good", "poor", "unknown"]
+    head: str
     text: str
 
 
@@ -266,42 +267,47 @@ def verdict(report: dict[str, Any], split: str) -> Verdict:
     before, after = (
         finite(part(report, "metrics", when, split).get(name)) for when in ("before", "after")
     )
-    shown = name.replace("_", " ")
     if after is None:
-        return Verdict("unknown", "No rows were held out, so how well it works is not known.")
+        hint = "Hold some out: `data.validation: {fraction: 0.1}`."
+        unknown = f"No rows were held out, so how well it works is not known. {hint}"
+        return Verdict("unknown", "Not measured.", unknown)
     rows = finite(part(report, "data", split).get("rows"))
     where = f"On the {rows:,.0f} {split} rows" if rows else f"On {split}"
-    parts, tone = [], "good"
-    if before is not None:
-        better = after < before if down else after > before
-        tone = "good" if better else "poor"
-        verb = ("falls" if after < before else "rises") if after != before else "stays"
-        change = f" ({_change(name, before, after)})" if after != before else ""
-        from_to = f"from {shown_number(before)} before training to {shown_number(after)}"
-        parts.append(f"{where}, {shown} {verb} {from_to}{change}")
-        parts[0] += "" if better else ": it is not better than before"
+    shown, poor = name.replace("_", " "), ""
+    if before is None:
+        text = f"{where}, {shown} is {shown_number(after)} (not measured before training)"
+    elif before == after:
+        poor = "It did not learn."
+        text = f"{where}, {shown} stays {shown_number(after)}, as before training"
     else:
-        parts.append(f"{where}, {shown} is {shown_number(after)} (not measured before training)")
+        verb = "falls" if after < before else "rises"
+        poor = "" if (after < before) == down else "It got worse."
+        text = f"{where}, {shown} {verb} from {shown_number(before)} before training to "
+        text += f"{shown_number(after)} ({_change(name, before, after)})"
     base = majority(report, split) if name == "accuracy" else None
     if base is not None:
         low, high = interval(after, int(rows or 1))
-        gap = f"{abs(after - base[1]) * 100:.1f} points"
         which = f"always saying “{base[0]}” ({shown_number(base[1])})"
+        gap = f"{abs(after - base[1]) * 100:.1f} points"
         if low > base[1]:
-            parts.append(f"{gap} above {which}")
+            text += f", {gap} above {which}"
+        elif high < base[1]:
+            poor = poor or "It is worse than no model."
+            text += f", {gap} below {which}"
         else:
-            tone = "poor"
-            parts.append(
-                f"{gap} below {which}" if high < base[1] else f"no clear gain over {which}"
-            )
-    return Verdict("good" if tone == "good" else "poor", ", ".join(parts) + ".")
+            poor = poor or "It learned next to nothing."
+            text += f", no clear gain over {which}"
+    head = poor or ("It learned." if before is not None else "Measured.")
+    return Verdict("poor" if poor else "good", head, f"{text}.")
 
 
 def _change(name: str, before: float, after: float) -> str:
     share = min(before, after) >= 0 and max(before, after) <= 1 and name not in SMALLER_IS_BETTER
     if share:
-        return f"{(after - before) * 100:+.1f} points"
-    return f"{100 * (after - before) / abs(before):+.0f} %" if before else "from zero"
+        text = f"{(after - before) * 100:+.1f} points"
+    else:
+        text = f"{100 * (after - before) / abs(before):+.0f} %" if before else "from zero"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 @dataclass(frozen=True)

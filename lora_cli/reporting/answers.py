@@ -9,7 +9,7 @@ from lora_cli.reporting.analysis import Kind, Line, finite
 from lora_cli.reporting.markup import DASH, esc, own, scroller, section, table
 from lora_cli.reporting.report import part, shown_number
 
-MATRIX_LABELS = 20  # more are no matrix that one can read
+MATRIX_LABELS, MAP_LABELS = 20, 120  # more are no matrix, and no map, that one can read
 MOST_LABELS, PAIRS, CASES = 200, 15, 20
 
 
@@ -19,12 +19,17 @@ def answer_sections(report: dict[str, Any], kind: Kind, lines: list[Line], split
     if kind in ("single_label", "multi_label"):
         labels = analysis.label_names(report, lines)
         wrong = analysis.worst(kind, lines, len(lines))
-        note = f"The {min(CASES, len(wrong))} of {len(wrong):,} wrong rows (of {rows}) that"
+        shown = f"The {CASES} of {len(wrong):,}" if len(wrong) > CASES else f"The {len(wrong):,}"
+        note = (
+            f"{shown} wrong rows (of {rows}) that cost most loss, the worst first; beside a label "
+            "the probability that the model gave it. Where it is sure and the label says "
+            "otherwise, look at the label first: it may be that which is wrong."
+        )
         return [
             _confusion(labels, lines, rows) if kind == "single_label" else "",
             _labels(labels, lines, rows),
             _calibration(kind, lines, rows),
-            section("errors", "Worst errors", f"{note} cost most loss.", _cases(wrong[:CASES])),
+            section("errors", "Worst errors", note, _cases(wrong[:CASES])),
         ]
     if kind == "regression":
         both = [(finite(x.get("reference")), finite(x.get("prediction"))) for x in lines]
@@ -32,26 +37,32 @@ def answer_sections(report: dict[str, Any], kind: Kind, lines: list[Line], split
         plot = plots.scatter(pairs)
         plot = f'<div class="grid">{plot}</div>' if plot else ""
         cases = _cases(analysis.worst(kind, lines, CASES))
-        note = f"The {split} rows farthest from their reference."
+        note = f"The {split} rows whose prediction is farthest from the reference, the worst first."
         return [
             section("predictions", "Predictions", f"Of the {rows}.", plot),
             section("errors", "Worst errors", note, cases),
         ]
     hardest = analysis.worst(kind, lines, CASES)
     unit = "token" if kind == "text" else "item"
-    note = f"The {split} rows with the highest loss per {unit}; where a row is hard, look at it."
+    note = f"The {split} rows with the highest loss a {unit}, the hardest first. Look for rows "
+    note += "that are broken: another language, markup, a text that was cut."
     return [section("errors", "Hardest rows", note, _cases(hardest, unit))]
 
 
 def _confusion(labels: list[str], lines: list[Line], rows: str) -> str:
     matrix = analysis.confusion(labels, lines)
     pairs = analysis.confused_pairs(labels, matrix)
+    note = f"{rows}: each line a label, each column what it was called. Blue is right, orange wrong"
+    note += "; the deeper, the larger the share of the label's rows."
     if len(labels) > MATRIX_LABELS:
         cells = [[own(a), own(b), f"{n:,}"] for n, a, b in pairs[:PAIRS]]
-        note = f"Of {rows} and {len(labels)} labels, the pairs that are confused most."
         header = ["label", "called instead", "rows"]
-        inner = table(header, cells, "Confused pairs", texts=2) if cells else ""
-        return section("confusion", "Confused labels", note, inner)
+        shown = table(header, cells, "Confused pairs", texts=2) if cells else ""
+        if len(labels) > MAP_LABELS:
+            note = f"Of {rows} and {len(labels)} labels, the pairs that are confused most."
+            return section("confusion", "Confusion", note, shown)
+        grid = scroller(plots.heat_map(labels, matrix), "Confusion matrix")
+        return section("confusion", "Confusion", note, grid, "<h3>Confused most</h3>", shown)
     head = "".join(f'<th scope="col" title="{esc(x)}">{own(x)}</th>' for x in labels)
     body = ""
     for i, (label, row) in enumerate(zip(labels, matrix, strict=True)):
@@ -60,29 +71,28 @@ def _confusion(labels: list[str], lines: list[Line], rows: str) -> str:
         body += f'<tr><th scope="row" title="{esc(label)}">{own(label)}</th>{counts}</tr>'
     corner = '<td class="corner">label ↓<br>called →</td>'
     grid = f"<thead><tr>{corner}{head}</tr></thead><tbody>{body}</tbody>"
-    note = f"{rows}: each line a label, each column what it was called."
     if pairs:
         count, label, called = pairs[0]
-        note += (
-            f" Most often confused: {own(label, 'code')} called {own(called, 'code')} ({count})."
-        )
+        note += f" Confused most: {own(label, 'code')} called {own(called, 'code')} ({count})."
     inner = scroller(f'<table class="matrix">{grid}</table>', "Confusion matrix")
     return section("confusion", "Confusion", note, inner)
 
 
 def _cell(count: int, share: float, hit: bool) -> str:
-    shade = share**0.7  # so that a few confused rows show
-    looks = [*["hi"] * (shade > 0.6), *["zero"] * (not count), *["hit"] * hit]
-    return f'<td class="{" ".join(looks)}" style="--v:{shade:.3f}">{count if count else "·"}</td>'
+    shade = share**plots.FAINT
+    deep = shade > (0.87 if hit else 0.92)  # so deep that white reads better than black
+    looks = [*["hi"] * deep, *["hit"] * hit]
+    look = f' class="{" ".join(looks)}"' if looks else ""
+    return f'<td{look} style="--v:{shade:.2f}">{count}</td>' if count else "<td></td>"
 
 
 def _labels(labels: list[str], lines: list[Line], rows: str) -> str:
     scores = analysis.per_label(labels, lines)
-    note = "Precision: of the rows called so, the share that are. Recall: of the rows that are, the"
-    note += f" share called so. {rows[:1].upper()}{rows[1:]}."
-    if len(scores) > MOST_LABELS:
+    note = f"Of {rows}. Precision: of the rows called so, the share that are. Recall: of the rows "
+    note += "that are, the share called so. F1: the harmonic mean of both."
+    if many := len(scores) > MATRIX_LABELS:
         scores = sorted(scores, key=lambda s: (s.f1 is None, s.f1 or 0.0))[:MOST_LABELS]
-        note += f" The {MOST_LABELS} labels with the lowest F1."
+        note += " The labels with the lowest F1 come first."
     cells = [
         [
             own(s.label),
@@ -94,7 +104,12 @@ def _labels(labels: list[str], lines: list[Line], rows: str) -> str:
         for s in scores
     ]
     header = ["label", "precision", "recall", "F1", "rows", "called so"]
-    return section("labels", "By label", note, table(header, cells, "By label") if cells else "")
+    inner = table(header, cells[:MATRIX_LABELS], "By label") if cells else ""
+    if many:
+        rest = table(header, cells[MATRIX_LABELS:], "The other labels")
+        inner += f"<details><summary>The other {len(cells) - MATRIX_LABELS} labels</summary>{rest}"
+        inner += "</details>"
+    return section("labels", "By label", note, inner)
 
 
 def _bar(share: float | None) -> str:
@@ -113,12 +128,13 @@ def _calibration(kind: Kind, lines: list[Line], rows: str) -> str:
     said = sum(b.rows * b.confidence for b in bins) / total
     true = sum(b.rows * b.accuracy for b in bins) / total
     of = "its predictions" if kind == "single_label" else "its labels, row by row,"
-    lean = "" if abs(said - true) < 0.01 else "overconfident" if said > true else "underconfident"
+    lean = "overconfident" if said > true else "underconfident"
+    lean = "" if abs(said - true) < 0.02 else f": it is {lean}"
     note = (
-        f"Expected calibration error <b>{error:.3f}</b>: what the model states is on average "
-        f"{100 * error:.1f} points from what comes true. It gives {of} {said:.3f} on average, and "
-        f"{true:.3f} of them are right{f': it is {lean}' if lean else ''}. Ten bins; the pale bars "
-        f"show how many of the {total:,} predictions each holds."
+        f"Can its probabilities be believed? It gives {of} {100 * said:.1f} % on average, and "
+        f"{100 * true:.1f} % of them are right{lean}. Expected calibration error "
+        f"<b>{error:.3f}</b>: the mean distance from the dashed line, over ten bins. The pale bars "
+        f"show how many of the {total:,} predictions each bin holds."
     )
     plot = f'<div class="grid">{plots.reliability(bins, error)}</div>'
     return section("calibration", "Calibration", note, plot)
@@ -138,13 +154,13 @@ def _cases(lines: list[Line], unit: str = "") -> str:
             head = f"<span>{each} a {unit}, {count or 0:,.0f} {unit}s</span>"
             answers = [("wanted", wanted), ("said", said)]
             texts = "".join(
-                f"<div><h3>{name}</h3>{own(str(text).strip(), 'span', 'text')}</div>"
+                f"<div><i>{name}</i>{own(str(text).strip(), 'span', 'text')}</div>"
                 for name, text in answers
                 if text is not None
             )
         else:
-            head = f"<span>is {_answer(wanted, scores)}</span>"
-            head += f"<span>called {_answer(said, scores)}</span>"
+            head = f"<span>wanted {_answer(wanted, scores)}</span>"
+            head += f"<span>said {_answer(said, scores)}</span>"
         text = own(line["text"], "span", "text") if line.get("text") else ""
         texts = f'<div class="pair">{texts}</div>' if texts else ""
         items.append(f'<li><div class="head">{head}{place}</div>{text}{texts}</li>')
@@ -158,7 +174,7 @@ def _answer(value: Any, scores: dict[str, Any]) -> str:
     parts = []
     for label in value if isinstance(value, list) else [value]:
         p = finite(scores.get(str(label)))
-        parts.append(f"{own(label, 'b')}{f' {p:.3f}' if p is not None else ''}")
+        parts.append(f"{own(label, 'b')}{f' {100 * p:.1f} %' if p is not None else ''}")
     return ", ".join(parts) or "<b>none</b>"
 
 
@@ -169,9 +185,9 @@ def sample_section(report: dict[str, Any]) -> str:
     for sample in samples if isinstance(samples, list) else []:
         if not isinstance(sample, dict):
             continue
-        names = (("before", "before training"), ("after", "after"), ("reference", "wanted"))
+        names = (("before", "before"), ("after", "after training"), ("reference", "in the data"))
         texts = "".join(
-            f"<div><h3>{name}</h3>{own(sample[key].strip() or '(nothing)', 'span', 'text')}</div>"
+            f"<div><i>{name}</i>{own(sample[key].strip() or '(nothing)', 'span', 'text')}</div>"
             for key, name in names
             if isinstance(sample.get(key), str) and (sample[key] or key != "reference")
         )
@@ -180,5 +196,6 @@ def sample_section(report: dict[str, Any]) -> str:
         head = f'<div class="head"><span>prompt</span>{place}</div>{prompt}'
         items.append(f'<li>{head}<div class="pair">{texts}</div></li>')
     inner = f'<ol class="cases">{"".join(items)}</ol>' if items else ""
-    note = "The first validation rows, continued with the likeliest token every time."
+    note = "How the model goes on with the first validation rows, before and after training; the "
+    note += "likeliest token every time."
     return section("samples", "Samples", note, inner)

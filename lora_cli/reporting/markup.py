@@ -35,6 +35,47 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], name: str, texts
     return scroller(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>", name)
 
 
+def grouped_table(
+    corner: str,
+    groups: Sequence[tuple[str, Sequence[str]]],
+    rows: Iterable[Sequence[str]],
+    name: str,
+    strong: str = "",
+) -> str:
+    """Return a table whose columns stand in named groups.
+
+    Args:
+        corner: Name of the first column.
+        groups: Names of the groups and of their columns.
+        rows: Cells, which are HTML.
+        name: Of the table.
+        strong: The columns of this name stand out.
+    """
+    above = "".join(
+        f'<th scope="colgroup" colspan="{len(names)}" class="group">{esc(group)}</th>'
+        for group, names in groups
+    )
+    columns = [(n, i == 0) for _, names in groups for i, n in enumerate(names)]
+    looks = [
+        " ".join(["first"] * first + ["strong"] * (column == strong)) for column, first in columns
+    ]
+    looks = [f' class="{look}"' if look else "" for look in looks]
+    below = "".join(
+        f'<th scope="col"{look}>{esc(n)}</th>' for (n, _), look in zip(columns, looks, strict=True)
+    )
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>'
+        + "".join(f"<td{x}>{cell}</td>" for cell, x in zip(row[1:], looks, strict=True))
+        + "</tr>"
+        for row in rows
+    )
+    head = f'<tr><th scope="col" rowspan="2" class="left">{esc(corner)}</th>{above}</tr>'
+    head += f"<tr>{below}</tr>"
+    return scroller(
+        f'<table class="pinned"><thead>{head}</thead><tbody>{body}</tbody></table>', name
+    )
+
+
 def scroller(inner: str, name: str) -> str:
     """Return a box in which what is too wide scrolls, also from the keyboard."""
     return f'<div class="scroll" role="region" aria-label="{esc(name)}" tabindex="0">{inner}</div>'
@@ -78,12 +119,12 @@ def document(title: str, body: str) -> str:
 STYLE = """
 :root{color-scheme:light dark;--paper:#fbfbf9;--card:#fff;--ink:#1c242c;--muted:#5b6672;
 --rule:#e2e5e8;--soft:#f1f3f4;--blue:#2563a8;--orange:#b9481b;--good:#1d6f42;--poor:#a3361f;
---heat:37 99 168;
+--hit:37 99 168;--miss:185 72 27;--on-heat:#000;
 --sans:system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Helvetica Neue",Arial,sans-serif;
 --mono:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 @media screen and (prefers-color-scheme:dark){:root{--paper:#14181c;--card:#1a1f25;--ink:#e6e9ec;
 --muted:#9ba7b3;--rule:#2e363e;--soft:#20262d;--blue:#6fabec;--orange:#f08a55;--good:#6cc493;
---poor:#f09080;--heat:58 120 190}}
+--poor:#f09080;--hit:58 120 190;--miss:176 78 36;--on-heat:#fff}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;scroll-behavior:smooth}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 var(--sans)}
@@ -101,7 +142,10 @@ code,.mono{font-family:var(--mono);font-size:.86em;overflow-wrap:anywhere}
 margin:1.4rem 0 .6rem;font-size:1.1rem;line-height:1.45;border-radius:0 6px 6px 0;
 overflow-wrap:anywhere}
 .verdict.good{border-color:var(--good)}.verdict.poor{border-color:var(--poor)}
-.verdict.caution{border-color:var(--orange);font-size:1rem;margin-top:.6rem}
+.verdict+.verdict{font-size:1rem;margin-top:.6rem}
+.verdict.caution{border-color:var(--orange)}
+.verdict strong{font-weight:650}.good strong{color:var(--good)}.poor strong{color:var(--poor)}
+.caution strong{color:var(--orange)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:1px;
 margin:1.4rem 0;background:var(--rule);border:1px solid var(--rule);border-radius:8px;
 overflow:hidden}
@@ -111,7 +155,9 @@ font-variant-numeric:tabular-nums}
 .tiles span{display:block;color:var(--muted);font-size:.82rem;line-height:1.35}
 nav{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;font-size:.9rem;padding:.6rem 0;
 border-bottom:1px solid var(--rule)}
-nav a{text-decoration:none}nav a:hover{text-decoration:underline}
+nav a{text-decoration:none;padding:.15rem 0}nav a:hover{text-decoration:underline}
+a:focus-visible,summary:focus-visible,.scroll:focus-visible{outline:2px solid var(--blue);
+outline-offset:2px;border-radius:3px}
 section{margin-top:2.8rem;scroll-margin-top:1rem}
 .note{color:var(--muted);font-size:.92rem;max-width:46rem;margin:.1rem 0 .9rem}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:1rem}
@@ -123,11 +169,13 @@ figcaption b{color:var(--ink);font-size:.95rem}
 .key{white-space:nowrap;margin-left:.8rem}
 .key i{display:inline-block;width:1.1rem;height:3px;border-radius:2px;margin-right:.35rem;
 vertical-align:.22em}
-.key .dash{background:none;height:0;border-top:2px dashed var(--muted)}
+.key .dash{height:2px;background:repeating-linear-gradient(90deg,var(--muted) 0 4px,transparent 4px
+7px)}
 svg{display:block;width:100%;height:auto;font-family:var(--sans)}
 svg text{fill:var(--muted);font-size:12.5px;font-variant-numeric:tabular-nums}
-svg .strong{fill:var(--ink);font-weight:600}
-svg .axis,svg .rule{stroke:var(--rule);stroke-width:1;fill:none}
+svg .warned{fill:var(--orange);font-weight:600}
+svg .shade{fill:var(--orange);opacity:.1}
+svg .rule{stroke:var(--rule);stroke-width:1;fill:none}
 svg .base{stroke:var(--muted);stroke-width:1.4;stroke-dasharray:5 4;fill:none}
 svg .mark{stroke:var(--muted);stroke-width:1;stroke-dasharray:2 3;fill:none}
 svg .line{fill:none;stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}
@@ -136,32 +184,42 @@ svg .blue{stroke:var(--blue)}svg .orange{stroke:var(--orange)}
 svg .dot{stroke:var(--card);stroke-width:1.5}
 svg .dot.blue{fill:var(--blue)}svg .dot.orange{fill:var(--orange)}
 svg .soft{fill:var(--blue);opacity:.22;stroke:none}
+svg.heat{width:auto;max-width:none;margin:0 auto}svg.heat text{font-size:10.5px;fill:var(--ink)}
+svg .paper{fill:var(--soft)}
+svg .hit{fill:rgb(var(--hit)/var(--v))}svg .miss{fill:rgb(var(--miss)/var(--v))}
 .bg-blue{background:var(--blue)}.bg-orange{background:var(--orange)}
 .scroll{overflow-x:auto;border:1px solid var(--rule);border-radius:8px;background:var(--card);
 max-width:100%}
-.scroll:focus-visible{outline:2px solid var(--blue);outline-offset:2px}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.42rem .8rem;text-align:right;border-bottom:1px solid var(--rule);
 white-space:nowrap}
 tbody tr:last-child>*{border-bottom:0}
 thead th{font-weight:600;color:var(--muted);font-size:.82rem;background:var(--soft)}
-tbody th{font-weight:500;text-align:left}
+tbody th{font-weight:500;text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:7rem;
+max-width:24rem}
 th.left,td.left{text-align:left}
+.pinned tbody th,.pinned th.left{position:sticky;left:0;background:var(--card)}
+.pinned th.left{background:var(--soft)}
+th.group{text-align:center;color:var(--ink)}
+.first,.group{border-left:1px solid var(--rule)}
+td.strong{font-weight:650}
 .bar{display:inline-block;width:4.2rem;height:.5rem;border-radius:3px;background:var(--soft);
 margin-left:.6rem;vertical-align:.06em;overflow:hidden}
 .bar i{display:block;height:100%;background:var(--blue)}
 .matrix{width:auto;font-size:.84rem;margin:0 auto}
-.matrix td{text-align:center;min-width:2.5rem;padding:.34rem .3rem;border:1px solid var(--card);
-background:rgb(var(--heat)/calc(var(--v,0)*.85))}
-.matrix td.hi{color:#fff}.matrix td.zero{color:var(--muted);opacity:.55}
-.matrix td.hit{font-weight:650}
-.matrix thead th{vertical-align:bottom;text-align:center;padding:.5rem .2rem;font-weight:500;
+.matrix td{text-align:center;min-width:2.4rem;padding:.34rem .3rem;border:1px solid var(--card);
+background:rgb(var(--miss)/var(--v,0));color:var(--on-heat)}
+.matrix td.hi{color:#fff}
+.matrix td.hit{background:rgb(var(--hit)/var(--v));font-weight:650}
+.matrix td:empty{background:var(--soft)}
+.matrix thead th{vertical-align:bottom;text-align:center;padding:.6rem .2rem;font-weight:500;
 color:var(--ink);background:none}
-.matrix thead th span{writing-mode:vertical-rl;transform:rotate(180deg);max-height:9.5rem;
-overflow:hidden;text-overflow:ellipsis;text-align:left}
-.matrix tbody th{position:sticky;left:0;background:var(--card);max-width:12rem;overflow:hidden;
-text-overflow:ellipsis;border-bottom:0}
-.matrix .corner{color:var(--muted);font-size:.78rem;text-align:left;line-height:1.3}
+.matrix thead th span{writing-mode:vertical-rl;text-orientation:sideways;transform:rotate(180deg);
+max-height:9.5rem;overflow:hidden;text-overflow:ellipsis;text-align:left}
+.matrix tbody th{position:sticky;left:0;background:var(--card);max-width:12rem;min-width:0;
+overflow:hidden;text-overflow:ellipsis;white-space:nowrap;border-bottom:0}
+.matrix td.corner{color:var(--muted);background:none;font-size:.78rem;text-align:left;
+line-height:1.3;vertical-align:bottom;padding:.6rem .8rem}
 ol.cases{list-style:none;margin:0;padding:0;display:grid;gap:.7rem}
 ol.cases>li{background:var(--card);border:1px solid var(--rule);border-radius:8px;
 padding:.75rem 1rem;break-inside:avoid;min-width:0}
@@ -174,8 +232,10 @@ color:var(--muted)}
 text-align:start}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr));
 gap:.4rem 1.4rem;margin-top:.6rem;padding-top:.6rem;border-top:1px solid var(--rule)}
-.pair h3{color:var(--muted);font-weight:500;font-size:.82rem;margin:0}
+.pair i{color:var(--muted);font-style:normal;font-size:.82rem}
 .pair .text{margin-top:.1rem;font-size:.93rem}
+h3{margin-top:1.3rem}
+.plain{padding-left:1.1rem;font-size:.92rem;margin:.8rem 0}
 .facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));
 gap:0 2rem;margin:0}
 .facts div{display:flex;justify-content:space-between;gap:1rem;padding:.3rem 0;
@@ -188,9 +248,11 @@ font:.84rem/1.5 var(--mono);white-space:pre-wrap;overflow-wrap:anywhere}
 footer{margin-top:3rem;padding-top:1rem;border-top:1px solid var(--rule);color:var(--muted);
 font-size:.85rem}
 @media (max-width:36rem){main{padding:1.4rem .9rem 3rem}th,td{padding:.4rem .55rem}
-.verdict{font-size:1.02rem}svg text{font-size:15px}.head .place{margin-left:0}}
+.verdict{font-size:1.02rem}svg text{font-size:15px}.head .place{margin-left:0}nav a{padding:.4rem 0}
+.matrix tbody th{max-width:7.5rem}section{margin-top:2.2rem}}
 @media print{:root{--paper:#fff;--soft:#f4f4f4}body{font-size:10.5pt}main{max-width:none;
 padding:0}nav{display:none}.grid{grid-template-columns:1fr 1fr}figure,tr,.verdict,.tiles
-{break-inside:avoid}h2{break-after:avoid}section{margin-top:1.6rem}.scroll{overflow:visible}
+{break-inside:avoid}h2,h3,.note{break-after:avoid}section{margin-top:1.6rem}.scroll{overflow:visible}
+svg.heat{max-width:100%;height:auto}table{font-size:.82rem}th,td{padding:.3rem .5rem}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """

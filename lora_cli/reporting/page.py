@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from typing import Any
 from lora_cli.files import write_atomically
 from lora_cli.reporting import analysis, plots
 from lora_cli.reporting.analysis import Line, finite
-from lora_cli.reporting.answers import MATRIX_LABELS, answer_sections, sample_section
+from lora_cli.reporting.answers import answer_sections, sample_section
 from lora_cli.reporting.curve import curve_of, smooth
-from lora_cli.reporting.markup import DASH, document, esc, facts, own, section, table
+from lora_cli.reporting.markup import DASH, document, esc, grouped_table, own, section
 from lora_cli.reporting.report import (
     KINDS,
     PIPELINES,
@@ -28,6 +29,10 @@ from lora_cli.reporting.report import (
     shown_number,
     strict,
 )
+from lora_cli.reporting.settings import clock, data_section, settings_section, size
+
+COLUMNS = {"none": "head alone"}  # what else a column is called
+MOST_METRICS = 6
 
 
 def write_page(folder: Path, report: dict[str, Any] | None = None) -> Path:
@@ -48,11 +53,11 @@ def write_page(folder: Path, report: dict[str, Any] | None = None) -> Path:
     report["problem"] = kind
     sections = [
         _results(report, lines if kind == "regression" else [], split),
-        _curves(report, log, split),
+        _curves(report, log),
         sample_section(report),
         *answer_sections(report, kind, lines, split),
-        _data(report),
-        _settings(report),
+        data_section(report),
+        settings_section(report, folder),
     ]
     title = _title(report)
     body = _top(report, title, log, split) + _contents(sections) + "".join(sections)
@@ -84,9 +89,9 @@ def _top(report: dict[str, Any], title: str, log: list[Line], split: str) -> str
     steps, epochs, seconds = (finite(ran.get(k)) for k in ("steps", "epochs", "seconds"))
     lasting = f"{steps:,.0f} steps" if steps else ""
     lasting += f" ({epochs:,.4g} epochs)" if steps and epochs else ""
-    lasting += f" in {_clock(seconds)}" if seconds else ""
+    lasting += f" in {clock(seconds)}" if seconds else ""
     device = str(ran.get("device") or "").replace("cpu", "CPU")
-    memory = _bytes(finite(ran.get("peak_memory_bytes")))
+    memory = size(finite(ran.get("peak_memory_bytes")))
     done = [how, trained, lasting, f"on {device}" if device else ""]
     done.append(f"at most {memory} of memory" if memory else "")
     told = analysis.verdict(report, split)
@@ -94,9 +99,26 @@ def _top(report: dict[str, Any], title: str, log: list[Line], split: str) -> str
     return (
         f'<header><div class="over">Training report{f" · {esc(day)}" if day else ""}</div>'
         f'<h1>{own(title)}</h1><p class="lead">{own(", ".join(filter(None, done)))}.</p></header>'
-        f'<p class="verdict {told.tone}">{own(told.text)}</p>{_caution(report, log)}'
-        f"{_tiles(report, split)}"
+        f"{_box(told.tone, told.head, told.text)}{_against_baselines(report)}"
+        f"{_caution(report, log)}{_tiles(report, split)}"
     )
+
+
+def _box(tone: str, head: str, text: str) -> str:
+    text = re.sub("`([^`]+)`", r"<code>\1</code>", own(text))
+    return f'<p class="verdict {tone}"><strong>{esc(head)}</strong> {text}</p>'
+
+
+def _against_baselines(report: dict[str, Any]) -> str:
+    """Return whether the adapter beats what it was to beat, as `lora train` says it."""
+    words, passed = (part(report, "verdict").get(key) for key in ("words", "passed"))
+    if not isinstance(words, str) or passed is None:
+        return ""
+    text = f"{words[:1].upper()}{words[1:]}."
+    if passed:
+        return _box("good", "Beats its baselines.", text)
+    text += " What it costs to train and to serve buys nothing: use the baseline, or change the run"
+    return _box("poor", "Fails its baselines.", f"{text}.")
 
 
 def _caution(report: dict[str, Any], log: list[Line]) -> str:
@@ -105,7 +127,7 @@ def _caution(report: dict[str, Any], log: list[Line]) -> str:
     if over is None:
         return ""
     text = (
-        f"Overfitting: validation's loss is lowest at step {over.step:,} "
+        f"Validation's loss is lowest at step {over.step:,} "
         f"({shown_number(over.lowest)}) and rises to {shown_number(over.last)} by the end, while "
         f"training's goes on falling ({shown_number(over.training_then)} to "
         f"{shown_number(over.training_last)})."
@@ -115,7 +137,7 @@ def _caution(report: dict[str, Any], log: list[Line]) -> str:
         metric = str(part(report, "best").get("metric")).replace("_", " ")
         when = "before the rise" if saved <= over.step else "after the rise began"
         text += f" The saved adapter is that of step {saved:,}, chosen by {metric}, {when}."
-    return f'<p class="verdict caution">{own(text)}</p>'
+    return _box("caution", "Overfitting.", text)
 
 
 def _tiles(report: dict[str, Any], split: str) -> str:
@@ -138,10 +160,8 @@ def _tiles(report: dict[str, Any], split: str) -> str:
         tiles.append((f"{trainable:,.0f}", "trained parameters", of))
     if seconds := finite(ran.get("seconds")):
         rate = finite(ran.get("examples_per_s"))
-        tiles.append(
-            (_clock(seconds), "in training steps", f"{rate:,.4g} rows a s" if rate else "")
-        )
-    if memory := _bytes(finite(ran.get("peak_memory_bytes"))):
+        tiles.append((clock(seconds), "of training", f"{rate:,.3g} rows a second" if rate else ""))
+    if memory := size(finite(ran.get("peak_memory_bytes"))):
         tiles.append((memory, "peak memory", str(ran.get("precision") or "")))
     inner = "".join(
         f"<div><b>{esc(value)}</b>{''.join(f'<span>{esc(n)}</span>' for n in notes if n)}</div>"
@@ -167,29 +187,45 @@ def _results(report: dict[str, Any], numbers: Sequence[Line], split: str) -> str
     header, *rows = results_table(report)
     if not rows:
         return ""
-    note, error = "", analysis.constant_error(numbers)
-    base: dict[str, dict[str, str]] = {}  # by the name of the column
-    for name in ("validation", "test"):
-        if (common := analysis.majority(report, name)) and f"{name} after" in header:
-            base[name] = {"accuracy": shown_number(common[1])}
-            note = f"“Majority” is always saying {own(common[0], 'code')}, train's commonest label."
-    if error is not None and f"{split} after" in header:
-        base[split] = {"mse": shown_number(error)}
-        note = "“Constant” is always saying the mean of the split's references."
-    found = {row[0] for row in rows}
-    base = {k: v for k, v in base.items() if found & v.keys()}
-    note, word = (note, "constant" if error is not None else "majority") if base else ("", "")
-    cells = [[esc(row[0].replace("_", " ")), *map(esc, row[1:])] for row in rows]
-    for name in ("test", "validation"):  # from the right, so that the places stay
-        if name in base:
-            at = header.index(f"{name} after") + 1
-            header.insert(at, f"{name} {word}")
-            for row, cell in zip(rows, cells, strict=True):
-                cell.insert(at, base[name].get(row[0], DASH))
+    columns: dict[str, dict[str, list[str]]] = {}  # cells by split and by what was measured
+    for i, name in enumerate(header[1:], 1):
+        of, _, when = name.partition(" ")
+        columns.setdefault(of, {})[when] = [row[i] for row in rows]
+    metrics, notes = [row[0] for row in rows], []
     best = part(report, "best").get("step")
     if isinstance(best, int):
-        note = f"“After” is the adapter of step {best:,}, the best on validation. {note}"
-    return section("results", "Results", note, table([*map(esc, header)], cells, "Results"))
+        notes.append(f"“After” is the adapter of step {best:,}, the best on validation.")
+    for of, cells in columns.items():
+        for name, metric, value in _constants(report, of, numbers if of == split else ()):
+            if metric in metrics and name not in cells:
+                known = [shown_number(value) if m == metric else DASH for m in metrics]
+                columns[of][name] = known
+    for of, cells in columns.items():  # before and after come first
+        columns[of] = {w: cells[w] for w in ("before", "after") if w in cells} | cells
+    shown = {when for cells in columns.values() for when in cells}
+    common = analysis.majority(report, split)
+    if "majority" in shown and common:
+        notes.append(f"“Majority” always says {own(common[0], 'code')}, train's commonest label.")
+    if "constant" in shown:
+        notes.append("“Constant” always says the mean of the split's references.")
+    if "none" in shown:
+        notes.append("“Head alone” is the same recipe without the adapter.")
+    groups = [(of, [COLUMNS.get(w, w) for w in cells]) for of, cells in columns.items()]
+    body = [
+        [esc(m.replace("_", " ")), *(c[i] for cells in columns.values() for c in cells.values())]
+        for i, m in enumerate(metrics)
+    ]
+    inner = grouped_table("metric", groups, body, "Results", strong="after")
+    return section("results", "Results", " ".join(notes), inner)
+
+
+def _constants(
+    report: dict[str, Any], split: str, numbers: Sequence[Line]
+) -> list[tuple[str, str, float]]:
+    """Return (name, metric, value) of what answers without looking, where it can be counted."""
+    common, error = analysis.majority(report, split), analysis.constant_error(numbers)
+    found = [("majority", "accuracy", common[1])] if common else []
+    return found + ([("constant", "mse", error)] if error is not None else [])
 
 
 def _measured(log: list[Line]) -> list[Line]:
@@ -206,7 +242,18 @@ def _smoothed(log: list[Line]) -> list[plots.Point]:
     return _points([line for line in log if "validation" not in line], "loss", smoothed=True)
 
 
-def _curves(report: dict[str, Any], log: list[Line], split: str) -> str:
+def _bases(report: dict[str, Any], metric: str) -> list[tuple[float, str]]:
+    """Return what the baselines reach on validation, to be drawn as lines."""
+    common = analysis.majority(report, "validation") if metric == "accuracy" else None
+    found = {"majority": common[1]} if common else {}
+    for name in part(report, "baselines"):
+        value = finite(part(report, "baselines", name, "validation").get(metric))
+        if value is not None and name != "base":  # which the curve begins with
+            found[name] = value
+    return [(value, COLUMNS.get(name, name)) for name, value in found.items()]
+
+
+def _curves(report: dict[str, Any], log: list[Line]) -> str:
     training = [line for line in log if "validation" not in line]
     measured, best = _measured(log), part(report, "best")
     mark = best["step"] if isinstance(best.get("step"), int) else None
@@ -214,14 +261,14 @@ def _curves(report: dict[str, Any], log: list[Line], split: str) -> str:
     losses = [plots.Series(raw, "blue", raw=True)] if len(raw) >= 12 else []
     losses.append(plots.Series(smoothed, "blue", "training", dots=len(raw) < 12))
     losses.append(plots.Series(_points(measured, "loss"), "orange", "validation", dots=True))
-    figures = [plots.curves("Loss", losses, mark)]
-    metric = str(best.get("metric") or analysis.main_metric(report, "validation")[0])
-    if metric != "loss":
-        common = analysis.majority(report, "validation") if metric == "accuracy" else None
-        shown = metric.replace("_", " ")
-        line = plots.Series(_points(measured, metric), "orange", dots=True)
-        base = (common[1], "majority label") if common else None
-        figures.append(plots.curves(f"Validation {shown}", [line], mark, base))
+    over = analysis.overfitting(smoothed, _points(measured, "loss"))
+    figures = [plots.curves("Loss", losses, mark, overfits=over.step if over else None)]
+    main = str(best.get("metric") or analysis.main_metric(report, "validation")[0])
+    names = dict.fromkeys([main, *(k for line in measured for k in line)])
+    for name in [k for k in names if k not in ("loss", "step")][:MOST_METRICS]:
+        line = plots.Series(_points(measured, name), "orange", dots=True)
+        shown = f"Validation {name.replace('_', ' ')}"
+        figures.append(plots.curves(shown, [line], mark, _bases(report, name)))
     rate = plots.Series(_points(training, "learning_rate"), "blue")
     figures.append(plots.curves("Learning rate", [rate]))
     norm = plots.Series(_points(training, "grad_norm"), "blue")
@@ -229,62 +276,6 @@ def _curves(report: dict[str, Any], log: list[Line], split: str) -> str:
     inner = "".join(figures)
     note = "Training's loss is smoothed; the thin line is as logged." if len(raw) >= 12 else ""
     return section("curves", "Training", note, f'<div class="grid">{inner}</div>' if inner else "")
-
-
-# ------------------------------------------------------------------------------- data, settings
-
-
-def _data(report: dict[str, Any]) -> str:
-    splits = {name: part(report, "data", name) for name in part(report, "data")}
-    names = {
-        "rows": "rows",
-        "examples": "examples",
-        "skipped_rows": "skipped",
-        "dropped_rows": "dropped",
-        "rows_without_example": "without example",
-        "max_tokens": "longest (tokens)",
-    }
-    known = {k: v for k, v in names.items() if any(finite(s.get(k)) for s in splits.values())}
-    cells = []
-    for name, split in splits.items():
-        counts = [f"{v:,.0f}" if (v := finite(split.get(k))) is not None else DASH for k in known]
-        digest = f'<span class="mono">{esc(split.get("sha256") or DASH)}</span>'
-        cells.append([esc(name), *counts, own(split.get("source") or DASH), digest])
-    header = ["split", *known.values(), "source", "SHA-256 of the rows"]
-    inner = table(header, cells, "Splits") if cells else ""
-    labels = dict.fromkeys(label for s in splits.values() for label in part(s, "labels"))
-    if labels:
-        counted = {name: part(s, "labels") for name, s in splits.items() if part(s, "labels")}
-        rows = [
-            [own(label), *(f"{finite(c.get(label)) or 0:,.0f}" for c in counted.values())]
-            for label in labels
-        ]
-        shown = table(["label", *map(esc, counted)], rows, "Labels")
-        open_ = " open" if len(labels) <= MATRIX_LABELS else ""
-        inner += (
-            f"<details{open_}><summary>Rows by label ({len(labels)})</summary>{shown}</details>"
-        )
-    return section("data", "Data", "", inner)
-
-
-def _settings(report: dict[str, Any]) -> str:
-    found: list[tuple[str, Any]] = []
-    for name in ("adapter", "parameters", "training", "best"):
-        for key, value in part(report, name).items():
-            shown = f"{value:,}" if type(value) is int else value
-            shown = f"{value:.6g}" if isinstance(value, float) else shown
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else shown
-            shown = str(value).lower() if isinstance(value, bool) else shown
-            found.append((f"{name}.{key}", shown))
-    command = report.get("command")
-    command = f"<h3>Command</h3><pre>{own(command)}</pre>" if command else ""
-    settings = facts([("base_model", report.get("base_model")), *found])
-    versions = {"lora": report.get("lora_version"), **part(report, "versions")}
-    versions_shown = facts(versions.items())
-    versions_shown = f"<h3>Versions</h3>{versions_shown}" if versions_shown else ""
-    note = "Every setting stands in <code>recipe.yaml</code> beside this page."
-    inner = f"{settings}<br>{versions_shown}<br>{command}" if settings else command
-    return section("settings", "Settings", note, inner)
 
 
 def _end(report: dict[str, Any]) -> str:
@@ -295,18 +286,3 @@ def _end(report: dict[str, Any]) -> str:
         f"<footer>{made}{at} from report.json, metrics.jsonl and predictions/ in this folder."
         "</footer>"
     )
-
-
-def _clock(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 100:
-        return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.2g} s"
-    if whole < 6000:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def _bytes(count: float | None) -> str:
-    if not count:
-        return ""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -15,8 +15,10 @@ from lora_cli.reporting.markup import esc
 from lora_cli.reporting.report import shown_number
 
 Point = tuple[float, float]
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 280, 52, 14, 22, 30
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 290, 56, 14, 24, 44
 MOST_POINTS = 500  # of a line; more are averaged
+CELL, NAME = 12, 26  # of a heat map: pixels of a cell, characters of a label
+FAINT = 0.7  # power of a share that is its shade, so that a few confused rows show
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def curves(
     title: str,
     series: Sequence[Series],
     mark: int | None = None,
-    base: tuple[float, str] | None = None,
+    bases: Sequence[tuple[float, str]] = (),
+    overfits: int | None = None,
 ) -> str:
     """Return a figure of lines over the steps, or nothing if there are no points.
 
@@ -76,31 +79,61 @@ def curves(
         title: What the plot shows.
         series: The lines, the first at the back.
         mark: The step of the best adapter.
-        base: A horizontal line and its name.
+        bases: Horizontal lines and their names.
+        overfits: The step from which on the run overfits.
     """
     series = [Series(thin(s.points), s.color, s.name, s.raw, s.dots) for s in series if s.points]
     if not series:
         return ""
     bounding = [p for s in series if not s.raw for p in s.points] or list(series[0].points)
-    values = [y for _, y in bounding] + ([base[0]] if base else [])
+    values = [y for _, y in bounding] + [value for value, _ in bases]
     last = max(x for s in series for x, _ in s.points) or 1
     frame = Frame((0, max(last, mark or 0)), _padded(min(values), max(values)))
     steps = [x for x in ticks(*frame.x) if x == int(x)]  # there is no half step
-    parts = _axes(frame, steps, ticks(*frame.y))
-    if mark is not None:
-        x, _ = frame.at((mark, 0))
-        side = "end" if mark > 0.6 * frame.x[1] else "start"
-        parts.append(f'<path class="mark" d="M{x:.1f} {frame.top}V{frame.bottom}"/>')
-        parts.append(_text(x, frame.top - 7, f"best: step {mark:,}", side))
-    if base is not None:
-        _, y = frame.at((0, base[0]))
+    parts = _shade(frame, overfits) if overfits is not None else []
+    parts += _axes(frame, steps, ticks(*frame.y), "step")
+    parts += _mark(frame, mark) if mark is not None else []
+    for value, _ in bases:
+        _, y = frame.at((0, value))
         parts.append(f'<path class="base" d="M{frame.left} {y:.1f}H{frame.right}"/>')
     parts += [_line(frame, s) for s in series]
     keys = "".join(_key(f"bg-{s.color}", s.name) for s in series if s.name)
-    keys += _key("dash", base[1]) if base else ""
-    names = " and ".join(s.name for s in series if s.name)
-    said = f"{title} over {last:,.0f} steps{f': {names}' if names else ''}"
+    keys += "".join(_key("dash", f"{name} {shown_number(value)}") for value, name in bases)
+    said = f"{title} over {last:,.0f} steps. {' '.join(_told(s) for s in series if not s.raw)}"
+    said += f" The best adapter is that of step {mark:,}." if mark is not None else ""
+    said += f" It overfits from step {overfits:,} on." if overfits is not None else ""
     return _figure(title, keys, said, parts)
+
+
+def _shade(frame: Frame, start: int) -> list[str]:
+    """Return the part of the paper where the run overfits, with its name."""
+    x, _ = frame.at((start, 0))
+    width, height = frame.right - x, frame.bottom - frame.top
+    parts = [
+        f'<rect class="shade" x="{x:.1f}" y="{frame.top}" width="{width:.1f}" height="{height}"/>'
+    ]
+    if width > 70:  # at its beginning, where both lines are low
+        parts.append(_text(x + 6, frame.top + 15, "overfits", "start", "warned"))
+    return parts
+
+
+def _mark(frame: Frame, step: int) -> list[str]:
+    x, _ = frame.at((step, 0))
+    side = "end" if step > 0.6 * frame.x[1] else "start"
+    line = f'<path class="mark" d="M{x:.1f} {frame.top}V{frame.bottom}"/>'
+    return [line, _text(x, frame.top - 8, f"best: step {step:,}", side)]
+
+
+def _told(series: Series) -> str:
+    """Return a line of a plot in words, for those who do not see it."""
+    (first, start), (last, end) = series.points[0], series.points[-1]
+    name = series.name[:1].upper() + series.name[1:] or "It"
+    if len(series.points) == 1:
+        return f"{name} is {shown_number(end)} at step {last:,.0f}."
+    return (
+        f"{name} goes from {shown_number(start)} at step {first:,.0f} to "
+        f"{shown_number(end)} at step {last:,.0f}."
+    )
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
@@ -132,7 +165,10 @@ def _line(frame: Frame, series: Series) -> str:
     return "".join(parts)
 
 
-def _axes(frame: Frame, xs: Sequence[float], ys: Sequence[float]) -> list[str]:
+def _axes(
+    frame: Frame, xs: Sequence[float], ys: Sequence[float], across: str, up: str = ""
+) -> list[str]:
+    """Return rules, numbers and the names of the axes."""
     parts = []
     most = max(map(abs, ys))
     for value in ys:
@@ -141,7 +177,10 @@ def _axes(frame: Frame, xs: Sequence[float], ys: Sequence[float]) -> list[str]:
         parts.append(_text(frame.left - 7, y + 4, short(value, most), "end"))
     for value in xs:
         x, _ = frame.at((value, 0))
-        parts.append(_text(x, frame.bottom + 19, short(value), "middle"))
+        parts.append(_text(x, frame.bottom + 18, short(value), "middle"))
+    parts.append(_text((frame.left + frame.right) / 2, HEIGHT - 6, across, "middle"))
+    if up:
+        parts.append(_text(8, frame.top - 9, f"↑ {up}", "start"))
     return parts
 
 
@@ -150,7 +189,7 @@ def short(value: float, most: float = 1.0) -> str:
     if abs(value) >= 1e4:
         unit, name = (1e6, "M") if abs(value) >= 1e6 else (1e3, "k")
         return f"{value / unit:.4g}{name}"
-    if value and most < 1e-3:
+    if value and most < 1e-2:
         digits, _, power = f"{value:.3e}".partition("e")
         return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
     return f"{value:.6f}".rstrip("0").rstrip(".")
@@ -165,11 +204,11 @@ def _key(look: str, name: str) -> str:
     return f'<span class="key"><i class="{look}"></i>{esc(name)}</span>'
 
 
-def _figure(title: str, keys: str, said: str, parts: Iterable[str], note: str = "") -> str:
+def _figure(title: str, keys: str, said: str, parts: Iterable[str]) -> str:
     return (
         f"<figure><figcaption><b>{esc(title)}</b><span>{keys}</span></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{esc(said)}">'
-        f"<title>{esc(said)}</title>{''.join(parts)}</svg>{note}</figure>"
+        f"{''.join(parts)}</svg></figure>"
     )
 
 
@@ -177,7 +216,7 @@ def reliability(bins: Sequence[Bin], error: float) -> str:
     """Return the reliability diagram: what was said against what came true."""
     frame = Frame((0, 1), (0, 1))
     fifths = [0, 0.2, 0.4, 0.6, 0.8, 1]
-    parts = _axes(frame, fifths, fifths)
+    parts = _axes(frame, fifths, fifths, "stated probability", "share that was right")
     total = sum(b.rows for b in bins)
     width = (frame.right - frame.left) / 10 - 3
     for b in bins:  # how many predictions each bin holds
@@ -194,12 +233,11 @@ def reliability(bins: Sequence[Bin], error: float) -> str:
     parts.append(f'<path class="line orange" d="{path}"/>')
     for (x, y), b in zip(points, bins, strict=True):
         told = f"{b.rows:,} predictions: said {b.confidence:.3f}, true {b.accuracy:.3f}"
+        radius = 2.5 + 5 * math.sqrt(b.rows / total)  # a bin of few rows tells little
         parts.append(
-            f'<circle class="dot orange" cx="{x:.1f}" cy="{y:.1f}" r="5">'
+            f'<circle class="dot orange" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}">'
             f"<title>{told}</title></circle>"
         )
-    parts.append(_text(frame.left + 8, frame.top + 6, "↑ share that was right", "start"))
-    parts.append(_text(frame.right - 4, frame.bottom - 8, "stated probability →", "end"))
     keys = _key("bg-orange", "measured") + _key("dash", "perfect")
     said = f"Reliability diagram, expected calibration error {error:.4f}"
     return _figure("Reliability", keys, said, parts)
@@ -214,13 +252,40 @@ def scatter(pairs: Sequence[Point]) -> str:
     low, high = min(values), max(values)
     margin = 0.05 * (high - low) or 1.0
     frame = Frame((low - margin, high + margin), (low - margin, high + margin))
-    parts = _axes(frame, ticks(*frame.x), ticks(*frame.y))
+    parts = _axes(frame, ticks(*frame.x), ticks(*frame.y), "reference", "predicted")
     (x0, y0), (x1, y1) = frame.at((low, low)), frame.at((high, high))
     parts.append(f'<path class="base" d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}"/>')
     for point in pairs:
         x, y = frame.at(point)
         parts.append(f'<circle class="dot blue" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
-    parts.append(_text(frame.left + 8, frame.top + 6, "↑ predicted", "start"))
-    parts.append(_text(frame.right - 4, frame.bottom - 8, "reference →", "end"))
     said = f"Predictions against references of {len(pairs):,} rows"
     return _figure("Predicted and wanted", _key("dash", "equal"), said, parts)
+
+
+def heat_map(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:
+    """Return the confusion matrix of many labels without numbers; a pointer shows each."""
+    names = [label if len(label) <= NAME else label[: NAME - 1] + "…" for label in labels]
+    room = 6.2 * max(map(len, names)) + 12
+    side = CELL * len(labels)
+    parts = [f'<rect class="paper" x="{room:.0f}" y="{room:.0f}" width="{side}" height="{side}"/>']
+    for i, (label, name, row) in enumerate(zip(labels, names, matrix, strict=True)):
+        middle, total = room + CELL * (i + 0.5), sum(row) or 1
+        parts.append(_text(room - 5, middle + 3.5, name, "end"))
+        parts.append(
+            f'<text text-anchor="start" transform="translate({middle + 3.5:.1f} {room - 5:.0f}) '
+            f'rotate(-90)">{esc(name)}</text>'
+        )
+        parts += [
+            f'<rect class="{"hit" if i == j else "miss"}" style="--v:{(n / total) ** FAINT:.2f}" '
+            f'x="{room + CELL * j:.0f}" y="{room + CELL * i:.0f}" width="{CELL}" height="{CELL}">'
+            f"<title>{esc(label)} called {esc(labels[j])}: {n:,} of {total:,}</title></rect>"
+            for j, n in enumerate(row)
+            if n
+        ]
+    size = f"{room + side + 8:.0f}"
+    right = sum(row[i] for i, row in enumerate(matrix))
+    said = f"Confusion matrix of {len(labels)} labels: {right:,} of {sum(map(sum, matrix)):,} rows "
+    return (
+        f'<svg class="heat" role="img" aria-label="{esc(said)}on the diagonal" width="{size}" '
+        f'height="{size}" viewBox="0 0 {size} {size}">{"".join(parts)}</svg>'
+    )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,12 @@ from accelerate.state import AcceleratorState, PartialState
 
 from lora_cli.evaluation import best_by, build_metrics
 from lora_cli.recipe import AdapterSpec, Recipe
-from lora_cli.reporting import write_model_card, write_report
+from lora_cli.reporting import write_model_card, write_page, write_report
 from lora_cli.reporting.report import part, shown_number
 from lora_cli.tasks import Encoded, Task, build_task
 from lora_cli.tasks.base import load_data
 from lora_cli.training import loop
+from lora_cli.training.mirror import mirror_result
 
 HELD_OUT = ("validation", "test")
 NAMES = {"majority": "the commonest answer", "none": "the head alone", "base": "the base"}
@@ -35,17 +38,24 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     """
     report = loop.train(recipe, resume)
     wanted = recipe.evaluate.baselines
+    if not set(wanted) <= set(part(report, "baselines")):
+        _measure_all(wanted, recipe, report)
+    if PartialState().is_main_process:
+        mirror_result(recipe)
+    return report
+
+
+def _measure_all(wanted: Sequence[str], recipe: Recipe, report: dict[str, Any]) -> None:
+    """Put the baselines that the report does not know, and the verdict, into it."""
     known = part(report, "baselines")
-    if not wanted or set(wanted) <= set(known):
-        return report
     report["baselines"] = {
         name: known[name] if name in known else _measure(name, recipe, report) for name in wanted
     }
     report["verdict"] = verdict(report, *best_by(recipe, build_task(recipe)))
     if PartialState().is_main_process:
         write_model_card(recipe.output_path, recipe, report)
+        write_page(recipe.output_path, report)
         write_report(recipe.output_path, report)
-    return report
 
 
 def _measure(name: str, recipe: Recipe, report: dict[str, Any]) -> Metrics:
@@ -87,13 +97,15 @@ def _head_alone(recipe: Recipe) -> Metrics:
     head = recipe.model_copy(deep=True)
     head.adapter = AdapterSpec(type="none", train_modules=recipe.adapter.train_modules)
     head.evaluate.baselines, head.evaluate.baseline = [], False
-    head.train.trackers = []
+    head.train.trackers, head.checkpoint.mirror = [], None
     folder = recipe.output_path / "baselines" / "none"
     head.output_dir = str(folder)
     started = (folder / "recipe.yaml").exists()
     state = PartialState()
     if not started and state.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
+    if state.is_main_process:
+        sys.stderr.write("\nbaseline `none`: the same recipe with the head alone\n")
     state.wait_for_everyone()
     # full fine-tuning may have autocast where the head alone has none
     AcceleratorState._reset_state()

@@ -82,7 +82,9 @@ def save_checkpoint(
     older = [(step, old) for step, old in checkpoints(output) if step <= state.step]
     for step, old in older[: -recipe.checkpoint.keep]:
         if state.best is None or step != state.best["step"]:
-            shutil.rmtree(old)
+            leaving = old.with_name(f".{old.name}.old")  # never a part under its own name
+            old.rename(leaving)
+            shutil.rmtree(leaving)
     return target
 
 

@@ -24,35 +24,15 @@ from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.gate import pass_gate
 from lora_cli.training.batches import Batches, PlannedStep
 from lora_cli.training.best import Judge
-from lora_cli.training.checkpoints import (
-    adopt_adapter,
-    clear_leftovers,
-    load_checkpoint,
-    optimizer_bytes,
-    publish_adapter,
-    require_space_for_checkpoints,
-    restore_checkpoint,
-    restore_published,
-    save_checkpoint,
-)
+from lora_cli.training.checkpoints import adopt_adapter, optimizer_bytes
 from lora_cli.training.launch import main_process_first, seed_everything, start_accelerator
+from lora_cli.training.mirror import restore_from_mirror
 from lora_cli.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from lora_cli.training.progress import RunLog, clock, peak_memory_bytes
 from lora_cli.training.resources import find_micro_batch, resource_error
-from lora_cli.training.result import (
-    finish,
-    finished_report,
-    locked_output,
-    start_report,
-    write_recipe,
-)
-from lora_cli.training.state import (
-    TrainState,
-    machine_facts,
-    memory_facts,
-    recipe_facts,
-    refuse_changes,
-)
+from lora_cli.training.result import finish, finished_report, locked_output, start_report
+from lora_cli.training.saving import Saver
+from lora_cli.training.state import TrainState, machine_facts, memory_facts, recipe_facts
 from lora_cli.training.step import train_step
 from lora_cli.training.stopping import TRAINING, Stopping, StopRequest
 from lora_cli.training.window import Window
@@ -69,12 +49,14 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         The report, as in `report.json`; of the earlier run, if that is complete.
     """
     started = time.monotonic()
-    if resume:
-        adopt_adapter(recipe)
     accelerator = start_accelerator(recipe)
     task = build_task(recipe)
     with ExitStack() as held:
         with main_process_first(accelerator):  # it reads and encodes; the others find its cache
+            if resume:
+                if recipe.checkpoint.mirror is not None and accelerator.is_main_process:
+                    restore_from_mirror(recipe)
+                adopt_adapter(recipe)
             if (done := finished_report(recipe, resume)) is not None:
                 return done
             if accelerator.is_main_process:
@@ -117,6 +99,9 @@ class Run:
         self.notes = [*task.notes, *_empty_rows(data)]
         self.model, self.in_full = self._load_model()
         self.optimizer = build_optimizer(self.model, recipe, self.in_full)
+        self.saver = Saver(
+            recipe, self.model, self.optimizer, self.in_full, task.tokenizer, accelerator
+        )
         self.prepared = accelerator.prepare_optimizer(self.optimizer)
         self.batches = Batches(task, data.get("train"), accelerator)
         self.total_steps = self.batches.total_steps
@@ -144,48 +129,23 @@ class Run:
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
-        found = load_checkpoint(self.folder, self.notes.append)
-        if found is None:
-            self.notes.append(f"there is no checkpoint in {self.folder}: starting at the beginning")
-            return
-        folder, state = found
-        if self.recipe.train.micro_batch_size == "auto":
-            self.recipe.train._found_micro_batch = state.memory["micro_batch_size"]
-        self.state.memory = memory_facts(self.recipe)
-        changes = refuse_changes(state, self.recipe, self.state)
-        self.notes += [f"warning: {change}" for change in changes]
-        if changes:  # from here on the run is another, which a later resumption compares with
-            state.recipe, state.data = self.state.recipe, self.state.data
-            state.machine, state.memory = self.state.machine, self.state.memory
-            state.changes += [f"after step {state.step}: {change}" for change in changes]
-        restore_checkpoint(folder, state, self.model, self.optimizer)
-        if self.accelerator.scaler is not None and state.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state.scaler)
-        self.state = state
+        self.state = self.saver.resume(self.state, self.notes.append)
 
     def _fit_memory(self) -> None:
-        """Find the largest micro-batch, where it is open; see whether the disk has room."""
-        recipe, train = self.recipe, self.recipe.train
-        if self.accelerator.is_main_process:
-            require_space_for_checkpoints(self.model, recipe)
+        """Find the largest micro-batch that fits, where the recipe leaves that open."""
+        train, needed = self.recipe.train, optimizer_bytes(self.model, self.recipe)
         if train.micro_batch_size == "auto" and self.state.step == 0:
             train._found_micro_batch = find_micro_batch(
-                self.model,
-                self.task,
-                self.batches,
-                self.accelerator,
-                optimizer_bytes(self.model, recipe),
+                self.model, self.task, self.batches, self.accelerator, needed
             )
             self.notes.append(f"micro-batches of {train.micro_batch}, the largest that fit")
-        self.state.memory = memory_facts(recipe)
+        self.state.memory = memory_facts(self.recipe)
 
     def train(self) -> None:
         """Train to the end, or until validation ceases to improve, then evaluate the best."""
-        self._fit_memory()
         state = self.state
-        if self.accelerator.is_main_process:
-            write_recipe(self.recipe)
-            clear_leftovers(self.folder)
+        self.saver.begin()
+        self._fit_memory()
         with self._log() as self.log, self.stop:
             for note in self.notes:
                 self.log.say(note)
@@ -376,38 +336,23 @@ class Run:
         improved = self.judge.improved(metrics, state, self._epoch)
         self.log.evaluated(state.step, self._epoch, metrics, "  (best)" if improved else "")
         if improved:
-            self._publish()
+            self.saver.publish(state)
         training_mode(self.model)
         return 0
 
-    def _publish(self) -> None:
-        """Put the adapter as it is now into the output folder."""
-        if self.accelerator.is_main_process:
-            publish_adapter(self.folder, self.model, self.recipe, self.in_full, self.task.tokenizer)
-        self.accelerator.wait_for_everyone()
-
     def _save(self) -> None:
         """Write a checkpoint."""
-        if self.accelerator.scaler is not None:
-            self.state.scaler = self.accelerator.scaler.state_dict()
         self.window.note(self.state)
         self.stop.doing = "saving"
         began, self.state.logs = time.monotonic(), self.log.flush()
-        if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.folder, self.state, self.model, self.optimizer, self.recipe, self.in_full
-            )
-        self.accelerator.wait_for_everyone()
+        self.saver.save(self.state, self.log.say)
         self.stop.saved(time.monotonic() - began)
         self.stop.doing = TRAINING
 
     def _measure_best(self) -> None:
         """Measure validation and test with the best adapter, and complete the report."""
         self.stop.doing, self.stop.at_once = "measuring the best adapter", True
-        if self.state.best is None:  # no validation: the last is all there is
-            self._publish()
-        elif self.state.best["step"] != self.state.step:
-            restore_published(self.folder, self.model, self.recipe)
+        self.saver.settle(self.state)
         after = {}
         for name in ("validation", "test"):
             if name in self.data:

@@ -34,6 +34,8 @@ class TrainState:
     """Prompts with what the model wrote before training."""
     best: dict[str, Any] | None = None
     """Metric, mode, value, step and epoch of the best evaluation."""
+    published: str = ""
+    """SHA-256 of the manifest of the adapter that was put into the output folder last."""
     without_improvement: int = 0
     """Evaluations since the last that early stopping counts as an improvement."""
     stopped_early: bool = False

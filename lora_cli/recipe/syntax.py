@@ -1,0 +1,66 @@
+"""What PyYAML finds wrong with a text, in the words of a recipe's author."""
+
+from __future__ import annotations
+
+import re
+
+import yaml
+
+TOO_DEEP = "brackets or indentation are too deep"
+BACKSLASH = "in quotation marks a backslash begins a code; write `\\\\` for the sign itself"
+COLUMNS = "keys of one section begin in the same column, and only a section has keys below it"
+LOOK = "look at the quotation marks, brackets and indentation, here and in the line above"
+QUOTES = "a text that begins with a special character needs quotation marks"
+UNCLOSED = "a quotation mark is not closed"
+
+# what PyYAML says, what is said instead (with its groups), and the hint
+WORDS: tuple[tuple[str, str, str], ...] = (
+    (TOO_DEEP, TOO_DEEP, "a recipe is a few levels deep"),
+    (r"another document", "a recipe is one document, and a second begins here", "remove the `---`"),
+    (r"character '\\t'", "a tab stands in the indentation", "indent with spaces"),
+    (
+        r"mapping values are not allowed",
+        "a colon stands where no key can be",
+        "a text with a colon needs quotation marks; " + COLUMNS,
+    ),
+    (r"expected ',' or '(.)'", "a `{0}` or a comma is missing", LOOK),
+    (r"found '[]}]'|found ','", "a value is missing here", LOOK),
+    (r"expected <block end>", "this line does not go on with what is above it", COLUMNS),
+    (r"unexpected (end of stream|document separator)", UNCLOSED, LOOK),
+    (r"expected the node content", "a bracket is not closed, or a value is missing", LOOK),
+    (r"expected ':'", "this line is neither `key: value` nor an item `- value`", COLUMNS),
+    (r"unknown escape character '(.+)'", "`\\{0}` is no code of YAML", BACKSLASH),
+    (r"undefined alias '(.*)'", "`*{0}` repeats what has no name", QUOTES),
+    (r"second occurrence", "two values have the same name (`&name`)", "leave such names out"),
+    (r"undefined tag handle '(.*)'", "`{0}` begins a tag that recipes do not use", QUOTES),
+    (r"character '(.)' that cannot start", "a text cannot begin with `{0}` as it is", QUOTES),
+    (r"(indentation indicator|chomping)", "after `|` or `>` the text begins on a new line", QUOTES),
+    (r"expected alphabetic", "`&` and `*` are followed by a name", QUOTES),
+    (r"URI|expected '[!>]'|expected ' '", "a tag is not complete", QUOTES),
+    (r"YAML document|directive|<document start>", "a line begins with `%`", "remove the line"),
+)
+
+
+def in_words(error: yaml.MarkedYAMLError) -> tuple[str, str]:
+    """Return what is wrong, and a hint."""
+    said = str(error.problem or error.context or "it cannot be read")
+    said = re.sub(r"'(<stream end>|\\x00|\0)'", "the end", said)
+    for pattern, what, hint in WORDS:
+        if found := re.search(pattern, said):
+            return what.format(*found.groups()), hint
+    return said, LOOK
+
+
+def line_of(error: yaml.MarkedYAMLError) -> int | None:
+    """Return the line that is to be mended, counted from 0."""
+    mark, opened = error.problem_mark or error.context_mark, error.context_mark
+    if opened and re.search("expected ':'|unexpected", str(error.problem)):
+        mark = opened  # PyYAML finds out further below
+    return mark.line if mark else None
+
+
+def opening_line(error: yaml.MarkedYAMLError) -> int | None:
+    """Return the line in which what is not complete begins, if it is another."""
+    opened, line = error.context_mark, line_of(error)
+    is_open = opened and re.search("document|occurrence", str(error.problem)) is None
+    return opened.line if is_open and opened.line != line else None

@@ -1,0 +1,84 @@
+"""Recipes of every wrong kind are read or refused: with a place, in bounds, and nothing runs.
+
+`scripts/fuzz` does the same with 10,000 cases.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fuzzing import ATTACKS, CONFIGS, ROOT, Case, bounded, cases, nothing_runs, read_or_refused
+from hypothesis import HealthCheck, given, settings
+
+from lora_cli.errors import LoraError
+from lora_cli.recipe import load_recipe
+from lora_cli.recipe.load import MAX_BYTES
+
+GOOD = CONFIGS["demo.yaml"]
+BOMB = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+HEAVY = {
+    "brackets": "[" * MAX_BYTES,
+    "braces": "{a: " * (MAX_BYTES // 4),
+    "items": "- " * (MAX_BYTES // 2),
+    "questions": "? " * (MAX_BYTES // 2),
+    "anchors": "".join(f"- &a{i} x\n" for i in range(MAX_BYTES // 12)),
+    "aliases": "a: &a x\nb: [" + "*a, " * (MAX_BYTES // 5) + "]\n",
+    "bomb": "a0: &a0 [x, x, x]\n" + BOMB,
+    "itself": "model: &m {name: *m}\n" + GOOD,
+    "colons": "a" + ":" * (MAX_BYTES - 2),
+    "commas": "[" + "," * (MAX_BYTES - 2),
+    "spaces": " " * MAX_BYTES,
+    "lines": "\n" * MAX_BYTES,
+    "quotes": "'" * MAX_BYTES,
+    "one word": "a" * MAX_BYTES,
+    "one number": "model: " + "9" * (MAX_BYTES - 8),
+    "unknown keys": GOOD + "".join(f"k{i}: 1\n" for i in range(4000)),
+    "wrong items": GOOD + "checkpoint: {every_steps: [" + "x, " * 4000 + "]}\n",
+}
+
+
+@given(case=cases)
+@settings(max_examples=500, suppress_health_check=list(HealthCheck))
+def test_any_recipe_is_read_or_refused_well(
+    case: Case, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    read_or_refused(case, tmp_path_factory.getbasetemp() / "recipe.yaml")
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_a_recipe_that_is_heavy_is_refused_in_bounds(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(HEAVY[name][:MAX_BYTES])
+    with nothing_runs(), bounded(), pytest.raises(LoraError) as caught:
+        load_recipe(file)
+    assert str(file) in str(caught.value.problems[0].at)
+    assert len(str(caught.value)) < 100_000
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("where", ["file", "flag"])
+def test_no_tag_runs_anything(attack: str, where: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    inside = where == "file"
+    file.write_text(GOOD.replace("rank: 8", f"rank: {attack}") if inside else GOOD)
+    with nothing_runs(), pytest.raises(LoraError) as caught:
+        load_recipe(file, [] if inside else [f"adapter.rank={attack}"])
+    problem = caught.value.problems[0]
+    assert (f"{file}:14" if inside else f"--set adapter.rank={attack}") in str(problem.at)
+    assert problem.hint
+
+
+def test_what_runs_would_be_noticed() -> None:
+    with pytest.raises(AssertionError, match=r"os\.system"), nothing_runs():
+        exec("import os; os.system('true')")
+    with pytest.raises(MemoryError), bounded():
+        bytearray(2**30)
+
+
+def test_the_script_counts_what_came_of_its_cases() -> None:
+    command = [sys.executable, str(ROOT / "tests" / "faults" / "fuzzing.py"), "20", "3"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert "20  cases in" in result.stdout.splitlines()[-1]
