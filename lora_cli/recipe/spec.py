@@ -305,6 +305,13 @@ class FormatSpec(Section):
     columns: Words | None = None
     """Names of the columns, instead of those in the header."""
 
+    skip_lines: Annotated[int, Field(ge=0)] = 0
+    """Lines of a csv file before its header, or before its rows, that are neither: a title, a
+    remark."""
+
+    decimal: Literal[".", ","] = "."
+    """What stands before the fraction of a number that is text: `0,5` is a half with `","`."""
+
     sample_by: Literal["line", "paragraph", "document"] = "line"
     """What is one row of a text file."""
 
