@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_cli.completion import join_words, offer_overrides, offer_splits
 from lora_cli.errors import LoraError, RegressionError, ResourceError
 
 if TYPE_CHECKING:
@@ -39,7 +40,12 @@ AdapterDir = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the recipe; repeatable.",
+        autocompletion=offer_overrides,
+    ),
 ]
 RecipeOption = Annotated[
     Path | None,
@@ -54,6 +60,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     debug = "--debug" in sys.argv or bool(os.environ.get("LORA_DEBUG"))
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    if os.environ.get("_LORA_COMPLETE") == "complete_bash":
+        join_words()
     try:
         app(prog_name="lora")
     except Exception as error:
@@ -186,7 +194,11 @@ def evaluate(
     adapter: AdapterDir,
     split: Annotated[
         str | None,
-        typer.Option("--split", help="train, validation or test. Default: all but train."),
+        typer.Option(
+            "--split",
+            help="train, validation or test. Default: all but train.",
+            autocompletion=offer_splits,
+        ),
     ] = None,
     source: Annotated[
         Path | None,

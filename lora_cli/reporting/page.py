@@ -88,7 +88,7 @@ def _top(report: dict[str, Any], title: str, log: list[Line], split: str) -> str
     trained += f" with {len(labels)} labels" if labels else ""
     steps, epochs, seconds = (finite(ran.get(k)) for k in ("steps", "epochs", "seconds"))
     lasting = f"{steps:,.0f} steps" if steps else ""
-    lasting += f" ({epochs:,.4g} epochs)" if steps and epochs else ""
+    lasting += f" ({epochs:,.4g} epoch{'s' * (epochs != 1)})" if steps and epochs else ""
     lasting += f" in {clock(seconds)}" if seconds else ""
     device = str(ran.get("device") or "").replace("cpu", "CPU")
     memory = size(finite(ran.get("peak_memory_bytes")))
