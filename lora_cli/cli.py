@@ -235,14 +235,17 @@ def evaluate(
     if against is not None:
         from lora_cli.comparison import compare
 
-        _print_comparison(compare(adapter, against, loaded, metric, max_drop, split), as_json)
+        found = compare(adapter, against, loaded, metric, max_drop, split)
+        if not as_json:
+            typer.echo(f"old  {against}\nnew  {adapter}")
+        _print_comparison(found, as_json)
         return
     results = evaluate_adapter(adapter, loaded, split)
     if as_json:
         typer.echo(json.dumps(results, indent=2))
         return
     names = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
-    rows = [["metric", *results]]
+    rows = [["metric", *([source.name] if source is not None else results)]]
     rows += [
         [name, *(f"{metrics[name]:.4f}" if name in metrics else "" for metrics in results.values())]
         for name in names
@@ -264,14 +267,13 @@ def _print_comparison(found: Comparison, as_json: bool) -> None:
         header = [f"{found.split} ({found.rows} rows)", "old", "new", "difference", "95 % interval"]
         typer.echo(_table([header, [*row, f"{low:+.4f} to {high:+.4f}"]]))
         typer.echo(f"interval: paired bootstrap, {found.resamples:,} resamples of the rows")
-        typer.echo(
-            f"verdict: {found.verdict} (judged by the difference itself, not by its interval)"
-        )
+        typer.echo(f"verdict: {found.verdict}")
     if found.worse:
         raise RegressionError(
             f"{found.metric} on {found.split} is worse by {found.drop:.4f}, "
             f"and {found.max_drop:g} is allowed",
             "--max-drop",
+            "look at both reports before this adapter is used",
         )
 
 
