@@ -135,8 +135,13 @@ def _caution(report: dict[str, Any], log: list[Line]) -> str:
     saved = part(report, "best").get("step")
     if isinstance(saved, int):
         metric = str(part(report, "best").get("metric")).replace("_", " ")
-        when = "before the rise" if saved <= over.step else "after the rise began"
-        text += f" The saved adapter is that of step {saved:,}, chosen by {metric}, {when}."
+        text += f" The saved adapter is that of step {saved:,}, chosen by {metric}, "
+        text += (
+            "before the rise."
+            if saved <= over.step
+            else "after the rise began: its probabilities are likely too sure."
+        )
+    text += " Try fewer `train.epochs`, `adapter.dropout=0.1`, or more rows."
     return _box("caution", "Overfitting.", text)
 
 
