@@ -7,6 +7,7 @@ zeros. A row that cannot be read is yielded with its fault, so that all can be r
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import sys
 import unicodedata
@@ -118,7 +119,8 @@ def _records(path: Path, spec: FormatSpec) -> Iterator[tuple[int, list[str], str
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default cuts fields at 128 KiB
     is_tsv = path.name.removesuffix(".gz").lower().endswith(".tsv")
     delimiter = spec.delimiter or ("\t" if is_tsv else ",")
-    record = _Record(read_lines(path, spec.encoding))
+    lines = read_lines(path, spec.encoding)
+    record = _Record(itertools.islice(lines, spec.skip_lines, None))
     reader = csv.reader(record, delimiter=delimiter, strict=True)
     while True:
         record.taken = []

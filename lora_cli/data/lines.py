@@ -48,10 +48,12 @@ def read_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
     codec = encoding.lower().replace("_", "-")
     try:
         with _open(path) as raw:
-            if codec in ("utf-8", "utf8"):
-                codec = "utf-8-sig"
-                _refuse_no_text(raw.read(HEAD_BYTES), path)
-                raw.seek(0)
+            head = raw.read(HEAD_BYTES)
+            if codec in ("utf-8", "utf8", "utf-8-sig"):
+                codec = "utf-8"
+                _refuse_no_text(head, path)
+            # a mark before text that is no UTF-8 is left over from a program that joined two files
+            raw.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
             text = io.TextIOWrapper(raw, encoding=codec, errors="surrogateescape", newline="")
             yield from enumerate(text, 1)
     except UnicodeError as error:  # of a whole file, such as an end within a character

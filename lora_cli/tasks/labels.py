@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.data.files import is_blank
-from lora_cli.data.sources import Rows
+from lora_cli.data.sources import Rows, stream_label_names
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
 
@@ -38,6 +38,9 @@ class Labels:
         Raises:
             LoraError: If there are none, or one only; with the values in the data that are none.
         """
+        if self.recipe.data.streaming:
+            names = stream_label_names(self.recipe)
+            self.class_names = names.get(self.spec.label_column, self.class_names)
         for rows in splits.values():
             self.class_names = rows.label_names.get(self.spec.label_column, self.class_names)
         if not self.names:
@@ -114,6 +117,13 @@ class Labels:
             return None
         return [name for name, mark in zip(self.names, marks, strict=True) if mark]
 
+    def number(self, row: dict[str, Any]) -> float | None:
+        """Return the number of a row that is learned in a regression, or None if it is none."""
+        value = row.get(self.spec.label_column)
+        if isinstance(value, str) and self.recipe.data.format.decimal == ",":
+            value = value.replace(",", ".")
+        return number(value)
+
     def fault_of_marks(self, row: dict[str, Any], columns: list[str]) -> str:
         """Return why the columns of 0 and 1 cannot be read."""
         for column in columns:
@@ -156,6 +166,13 @@ class Labels:
             return f"positions are 0 to {last}: {', '.join(self.names[:20])}"
         known = did_you_mean(value, self.names, LABELS_ARE)
         return f"{known}; mend the rows, or name it in `task.labels`"
+
+    def problem(self, row: dict[str, Any], place: str) -> Problem | None:
+        """Return the problem of a row with a value that is no label."""
+        for value in self.texts_of(row) or ():
+            if self.position(value) is None:
+                return Problem(f"`{value}` is not a label", place, self._meant(value))
+        return None
 
     def position(self, value: str) -> int | None:
         """Return the index of a label given by name, or by position."""
@@ -245,7 +262,8 @@ def number(value: Any) -> float | None:
 def not_a_number(column: str, value: Any) -> str:
     """Return why a value is not a number to learn."""
     if isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d+,\d+\s*", value):
-        return f"column `{column}` holds `{value.strip()}`: the decimal sign is a point"
+        how = "`--set 'data.format.decimal=\",\"'` reads decimal commas"
+        return f"column `{column}` holds `{value.strip()}`, not a number; {how}"
     return f"column `{column}` {_said(value)}, not a number"
 
 

@@ -18,12 +18,12 @@ from transformers import (
 from lora_cli.data.files import is_blank, text_fault
 from lora_cli.data.json_rows import JSON_NAMES
 from lora_cli.data.sources import Rows
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, Problem
 from lora_cli.metrics import MetricContext
 from lora_cli.models import load_config
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
 from lora_cli.tasks.base import Batch, Example, Prediction, Task, pad
-from lora_cli.tasks.labels import Labels, not_a_number, number
+from lora_cli.tasks.labels import Labels, not_a_number
 
 
 class SequenceClassification(Task):
@@ -85,7 +85,7 @@ class SequenceClassification(Task):
         column = self.spec.label_column
         value = row.get(column)
         if self.spec.problem == "regression":
-            return "" if number(value) is not None else not_a_number(column, value)
+            return "" if self.reader.number(row) is not None else not_a_number(column, value)
         if self.reader.texts_of(row) is not None:
             return ""
         if self.spec.label_columns is not None:
@@ -99,6 +99,10 @@ class SequenceClassification(Task):
         if isinstance(value, list | dict):
             return f"column `{column}` holds {JSON_NAMES[type(value)]}, not one label"
         return f"column `{column}` is blank"
+
+    def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
+        """Return which value of a streamed row is no label."""
+        return None if self.spec.problem == "regression" else self.reader.problem(row, place)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return one example a row."""
@@ -129,7 +133,7 @@ class SequenceClassification(Task):
 
     def _label(self, row: dict[str, Any]) -> float | int | list[int]:
         if self.spec.problem == "regression":
-            value = number(row.get(self.spec.label_column))
+            value = self.reader.number(row)
             assert value is not None
             return value
         positions = [self.reader.position(value) for value in self.reader.texts_of(row) or ()]
