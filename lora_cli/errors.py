@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+BACKUP = "take it from a backup or train again"  # of files that were damaged
 WIDTH = 1000  # characters of a line; data may hold 50 MB in one
 
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import IntegrityError, LoraError, Problem, ResourceError
+from lora_cli.errors import BACKUP, IntegrityError, LoraError, Problem, ResourceError
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -219,7 +219,8 @@ def verify_manifest(folder: Path, *required: str) -> bool:
     problems = [fault for entry in entries if (fault := _fault_of(folder, *entry)) is not None]
     for name in required:
         if name not in files:
-            problems.append(Problem(f"the manifest does not list `{name}`", str(manifest)))
+            what = f"the manifest does not list `{name}`"
+            problems.append(Problem(what, str(manifest), BACKUP))
     if problems:
         raise IntegrityError(problems)
     return True
@@ -231,7 +232,7 @@ def _fault_of(folder: Path, name: str, size: int, sha256: str) -> Problem | None
     hint = "take it from a backup or train again"
     if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
         what = f"the manifest names a file outside its folder: {name!r}"
-        return Problem(what, str(folder / MANIFEST))
+        return Problem(what, str(folder / MANIFEST), BACKUP)
     if not file.is_file():
         return Problem(f"`{name}` is missing", str(folder), hint)
     if file.stat().st_size != size or sha256_of(file) != sha256:

@@ -208,7 +208,8 @@ def _tensor_hash(file: Path, entry: TensorEntry) -> str:
         while left:
             count = handle.readinto(buffer[: min(CHUNK, left)])
             if not count:
-                raise IntegrityError("the file became shorter while it was read", str(file))
+                what = "the file became shorter while it was read"
+                raise IntegrityError(what, str(file), "let whoever writes it finish first")
             state.update(buffer[:count])
             left -= count
     return state.hexdigest()

@@ -24,6 +24,7 @@ from lora_cli.tensorfile import read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LOCAL = "a local folder is written from where the recipe lies, or from `/`"
 WHOLE = "config.json and the weights do not belong together: copy or download both again"
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -43,7 +44,8 @@ def locate(name: str, at: str = "model.name") -> str:
     if name.startswith("package:"):
         package, _, inside = name.removeprefix("package:").partition("/")
         if ".." in PurePosixPath(inside).parts or PurePosixPath(inside).is_absolute():
-            raise LoraError(f"`{inside}` is not inside the package `{package}`", at)
+            what = f"`{inside}` is not inside the package `{package}`"
+            raise LoraError(what, at, "write `package:NAME/FOLDER`, without `..`")
         # not of a package in a package: Python would run the outer one to find it
         is_word = re.fullmatch(r"[\w-]+", package)
         spec = importlib.util.find_spec(package.replace("-", "_")) if is_word else None
@@ -60,7 +62,7 @@ def locate(name: str, at: str = "model.name") -> str:
         beside = [str(other) for other in folder.parent.glob("*/")]
         close = nearest(str(folder), beside)
         raise LoraError(
-            f"there is no folder {folder}", at, f"did you mean `{close}`?" if close else None
+            f"there is no folder {folder}", at, f"did you mean `{close}`?" if close else LOCAL
         )
     if not name.startswith("package:"):
         refuse_links_outside(folder)
@@ -122,7 +124,7 @@ def checkpoint_files(recipe: Recipe) -> list[Path]:
             for name, file in shards.items():
                 if file is None:
                     what = f"the index of the weights names `{name}`, which is missing"
-                    raise IntegrityError(what, str(index))
+                    raise IntegrityError(what, str(index), WHOLE)
             return [file for file in shards.values() if file is not None]
     if Path(where).is_dir():
         hint = "convert its weights where you trust them: a pickle can run code when it is read"
@@ -139,11 +141,12 @@ def shard_names(index: Path) -> set[str]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise IntegrityError("the index of the weights cannot be read", str(index)) from error
+        what = "the index of the weights cannot be read"
+        raise IntegrityError(what, str(index), "copy or download the folder again") from error
     for name in names:
         if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name:
             what = f"the index of the weights names a file outside its folder: {name!r}"
-            raise IntegrityError(what, str(index))
+            raise IntegrityError(what, str(index), "take the model from where you trust it")
     return names
 
 

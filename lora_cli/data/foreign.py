@@ -15,6 +15,7 @@ COMMENT = re.compile(r"# |-DOCSTART-")
 SAMPLE_BYTES = 100_000
 FASTTEXT = "__label__"
 TABLE = "save its sheet or table as csv"
+NO_TASK = "no task reads sound or pictures yet; give rows of text"
 MAGIC = {
     b"PK\x03\x04": ("an Excel workbook or another zip archive", f"{TABLE}, or unpack it"),
     b"\xd0\xcf\x11\xe0": ("an old Excel workbook or another Office file", TABLE),
@@ -25,10 +26,11 @@ MAGIC = {
     b"%PDF": ("a PDF", "take its text out first"),
     b"SQLite format": ("an SQLite database", TABLE),
     b"ARROW1": ("an Arrow file", "write it as parquet"),
-    b"\x89PNG": ("a picture", None), b"\xff\xd8\xff": ("a picture", None),
-    b"RIFF": ("sound or a picture", None), b"fLaC": ("sound", None), b"ID3": ("sound", None),
-    b"OggS": ("sound", None), b"\x80\x04": ("a pickle, which is never opened", TABLE),
-    b"\x93NUMPY": ("a NumPy array", None),
+    b"\x89PNG": ("a picture", NO_TASK), b"\xff\xd8\xff": ("a picture", NO_TASK),
+    b"RIFF": ("sound or a picture", NO_TASK), b"fLaC": ("sound", NO_TASK),
+    b"ID3": ("sound", NO_TASK),
+    b"OggS": ("sound", NO_TASK), b"\x80\x04": ("a pickle, which is never opened", TABLE),
+    b"\x93NUMPY": ("a NumPy array", TABLE),
 }  # fmt: skip
 CONTROLS = set(map(chr, range(1, 32))) - set("\t\n\v\f\r\x1b\x1c\x1d\x1e\x1f")
 TAG_NAME = re.compile(r"(?i)(.*_)?(tags?|labels?|entities)")

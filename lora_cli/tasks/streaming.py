@@ -71,6 +71,6 @@ class Stream:
     def _refuse(self) -> None:
         at = self.task.recipe.at("data.train")
         if not self.skipped:
-            raise LoraError("the train split has no rows", at)
+            raise LoraError("the train split has no rows", at, "is its file empty?")
         what = f"no row of the stream can be used, of {self.skipped}; the first: {self.first_fault}"
-        raise LoraError(what, at)
+        raise LoraError(what, at, "is the right column named, and `task.max_length` large enough?")

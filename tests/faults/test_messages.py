@@ -50,6 +50,7 @@ MASKS = [
     (r"(cannot read the model: ).*", r"\1…"),
     (r"(is no address: ).*", r"\1…"),
     (r"(not valid JSON: Exp).*", r"\1…"),
+    (r"fingerprint \w{16,}", "fingerprint …"),
 ]
 
 # places in the code whose messages no case here makes, and why
@@ -63,6 +64,10 @@ REST: dict[str, str] = {
     "adapters/targets.py:groups_problem": CONV,
     "arguments.py:usage_error": "what a later Typer may say",
     "cli.py:_known_error": "a full disk behind stdout (test_commands.py), memory, a GPU's memory",
+    "adapters/folder.py:read_tensors": "what safetensors refuses after its header was found good",
+    "files.py:finish_publishing": "needs a crash between two files, on a disk that is read-only",
+    "fingerprint.py:_tensor_hash": "a file that shrinks while it is read",
+    "merging.py:adapter_task": "flags that `lora merge` does not have",
     "files.py:require_space": "needs a disk that is nearly full",
     "merging.py:merge_adapter": "a fault of ours: merging is proved; tests/test_merging.py",
     "metrics.py:_perplexity": "a guard: a split without trained tokens is refused before",

@@ -231,7 +231,9 @@ def test_a_pipe_that_no_one_writes_to_is_not_waited_for(world: World) -> None:
     os.mkfifo(world.folder / "rows.csv")
     for command in ("validate", "params"):
         assert world.lora(command, world.recipe()).code == 2
-    assert world.lora("init", "rows.csv", "--model", "../bases/encoder").code == 2
+    printed = world.lora("init", "rows.csv", "--model", "../bases/encoder", "-o", "new.yaml")
+    assert printed.code == 2
+    assert "this is a pipe or a device" in printed.err
 
 
 # ---------------------------------------------------------------------------------------- labels
