@@ -701,6 +701,6 @@ def test_any_bytes_are_refused(raw: bytes, tmp_path_factory: pytest.TempPathFact
 def test_many_unknown_keys_are_reported_quickly(problems: Any) -> None:
     start = time.process_time()
     found = problems(LINES + "train: {" + ", ".join(f"key{i}: {i}" for i in range(2000)) + "}\n")
-    assert len(found) == 50
-    assert found[-1].what == "1,951 more problems are not shown"
+    assert len(found) == 20
+    assert found[-1].what == "1,981 more problems are not shown"
     assert time.process_time() - start < 5

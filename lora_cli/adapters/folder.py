@@ -193,7 +193,7 @@ def read_adapter(path: Path) -> AdapterFolder:
         IntegrityError: If a file is damaged.
     """
     if not path.is_dir():
-        what, hint = f"there is no folder {path}", f"{beside(path)} {ADAPTER_FOLDER}"
+        what, hint = f"there is no folder {path}", f"{beside(path)}; {ADAPTER_FOLDER}"
         raise LoraError(what, "--adapter", hint)
     finish_publishing(path)
     refuse_links_outside(path)

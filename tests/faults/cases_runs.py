@@ -619,6 +619,7 @@ def _(world: World) -> Printed:
 def _(world: World) -> Printed:
     folder = world.folder / world.trained()
     (folder / "manifest.json").unlink()
+    (folder / "base.json").unlink()  # the half is another base
     _tensors(lambda t: {n: x * 1e5 if "lora_" in n else x for n, x in t.items()})(folder)
     shutil.copytree(world.bases / "encoder", world.folder / "half")
     weights = load_file(world.folder / "half" / "model.safetensors")

@@ -85,6 +85,7 @@ REST: dict[str, str] = {
     "training/resources.py:out_of_memory": "needs a machine whose memory is full",
     "training/saving.py:settle": "needs a crash between two files",
 }
+MOST_LINES = 36  # of a message on the page
 AREAS = [
     "Arguments", "Recipes", "Keys that do not go together", "Overrides", "Files and rows", "Splits",
     "Labels", "Language models", "lora init", "Models", "Targets", "Metrics", "Adapters",
@@ -160,6 +161,10 @@ class Result:
         text = self.printed.message.strip()
         for pattern, shown in MASKS:
             text = re.sub(pattern, shown, text)
+        lines = text.split("\n")
+        if len(lines) > MOST_LINES:
+            lines[12:-6] = [f"… ({len(lines) - 18} lines)"]
+        text = "\n".join(lines)
         return f"{about}exit code {self.printed.code}\n```\n$ lora {command}\n{text}\n```\n"
 
 
