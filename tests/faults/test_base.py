@@ -27,7 +27,6 @@ from transformers import (
 )
 
 from lora_cli.errors import IntegrityError
-from lora_cli.files import write_manifest
 from lora_cli.fingerprint import (
     BASE_FILE,
     Fingerprint,
@@ -416,7 +415,6 @@ def test_an_adapter_without_fingerprint_warns(trained: Trained, tmp_path: Path) 
         result = lora(command, "--adapter", out, *to)
         assert result.code == 0, result.err
         assert f"warning: the adapter {out} has no base.json" in result.err
-    write_manifest(out)
 
 
 def test_full_fine_tuning_has_no_base(tmp_path: Path) -> None:
