@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_cli.completion import join_words, offer_overrides, offer_splits
 from lora_cli.errors import LoraError, RegressionError, ResourceError
 from lora_cli.redaction import redacted
 
@@ -41,7 +42,12 @@ AdapterDir = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the recipe; repeatable.",
+        autocompletion=offer_overrides,
+    ),
 ]
 RecipeOption = Annotated[
     Path | None,
@@ -56,6 +62,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     debug = "--debug" in sys.argv or bool(os.environ.get("LORA_DEBUG"))
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    if os.environ.get("_LORA_COMPLETE") == "complete_bash":
+        join_words()
     try:
         app(prog_name="lora")
     except Exception as error:
@@ -202,7 +210,11 @@ def evaluate(
     adapter: AdapterDir,
     split: Annotated[
         str | None,
-        typer.Option("--split", help="train, validation or test. Default: all but train."),
+        typer.Option(
+            "--split",
+            help="train, validation or test. Default: all but train.",
+            autocompletion=offer_splits,
+        ),
     ] = None,
     source: Annotated[
         Path | None,
@@ -239,14 +251,17 @@ def evaluate(
     if against is not None:
         from lora_cli.comparison import compare
 
-        _print_comparison(compare(adapter, against, loaded, metric, max_drop, split), as_json)
+        found = compare(adapter, against, loaded, metric, max_drop, split)
+        if not as_json:
+            typer.echo(f"old  {against}\nnew  {adapter}")
+        _print_comparison(found, as_json)
         return
     results = evaluate_adapter(adapter, loaded, split)
     if as_json:
         typer.echo(json.dumps(results, indent=2))
         return
     names = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
-    rows = [["metric", *results]]
+    rows = [["metric", *([source.name] if source is not None else results)]]
     rows += [
         [name, *(f"{metrics[name]:.4f}" if name in metrics else "" for metrics in results.values())]
         for name in names
@@ -268,14 +283,13 @@ def _print_comparison(found: Comparison, as_json: bool) -> None:
         header = [f"{found.split} ({found.rows} rows)", "old", "new", "difference", "95 % interval"]
         typer.echo(_table([header, [*row, f"{low:+.4f} to {high:+.4f}"]]))
         typer.echo(f"interval: paired bootstrap, {found.resamples:,} resamples of the rows")
-        typer.echo(
-            f"verdict: {found.verdict} (judged by the difference itself, not by its interval)"
-        )
+        typer.echo(f"verdict: {found.verdict}")
     if found.worse:
         raise RegressionError(
             f"{found.metric} on {found.split} is worse by {found.drop:.4f}, "
             f"and {found.max_drop:g} is allowed",
             "--max-drop",
+            "look at both reports before this adapter is used",
         )
 
 

@@ -301,7 +301,7 @@ def evaluate_adapter(
         raise LoraError(
             f"the recipe has no split `{split or 'validation or test'}`",
             recipe.at("data"),
-            "name one with `--set data.test=FILE`",
+            f"it has {', '.join(present)}; or name a file with `--input FILE`",
         )
     accelerator = start_accelerator(recipe)
     task = open_task(folder, recipe)

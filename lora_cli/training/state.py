@@ -42,7 +42,7 @@ class TrainState:
     evaluation_due: bool = False
     """The run was stopped before the evaluation of this step, or in the middle of it."""
     skipped_steps: int = 0
-    """Steps that fp16's loss scale gave up because a gradient overflowed."""
+    """Steps that changed nothing: NaN or infinity, or an overflow that fp16's loss scale met."""
     unlogged_steps: int = 0
     """Steps since the last line of the log."""
     unlogged_loss: float = 0.0
