@@ -15,12 +15,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lora_cli.completion import join_words, offer_overrides, offer_splits
 from lora_cli.errors import LoraError, RegressionError, ResourceError
+from lora_cli.redaction import redacted
 
 if TYPE_CHECKING:
     from lora_cli.comparison import Comparison
@@ -67,9 +69,20 @@ def main() -> None:
     except Exception as error:
         known = error if isinstance(error, LoraError) else _resource_error(error)
         if debug or known is None:
+            sys.excepthook = _show_traceback  # not earlier: Typer has one of its own
             raise
-        print(known, file=sys.stderr)  # noqa: T201 - this is where errors are printed
+        print(redacted(str(known)), file=sys.stderr)  # noqa: T201 - this is where errors are printed
         sys.exit(known.exit_code)
+
+
+def _show_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print a traceback as Python does, with secrets masked."""
+    import traceback
+
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(redacted(text), end="", file=sys.stderr)  # noqa: T201 - as above
 
 
 def _resource_error(error: Exception) -> LoraError | None:

@@ -258,7 +258,7 @@ def check_metric_names(
     for name in dict.fromkeys(names):
         spec = _SPECS.get(name)
         if spec is None:
-            if _is_path(name) and not os.path.exists(os.path.expanduser(name)):
+            if is_script(name) and not os.path.exists(os.path.expanduser(name)):
                 what = f"there is no metric script `{name}`"
                 problems.append(Problem(what, at, f"the path starts from {Path.cwd()}"))
             continue
@@ -276,7 +276,7 @@ def check_metric_names(
     return problems
 
 
-def _is_path(name: str) -> bool:
+def is_script(name: str) -> bool:
     """Return whether a name can only be that of a local script or of its folder."""
     return name.endswith(".py") or name.startswith((".", "/", "~"))
 
@@ -417,12 +417,12 @@ def _load(name: str, at: str, **options: Any) -> Any:
     """Return the metric that `evaluate` knows by this name."""
     import evaluate
 
-    path = os.path.expanduser(name) if _is_path(name) else name
+    path = os.path.expanduser(name) if is_script(name) else name
     try:
         with contextlib.redirect_stdout(sys.stderr):  # a script may print
             metric = evaluate.load(path, **options)
     except Exception as error:
-        if isinstance(error, FileNotFoundError) and not _is_path(name):
+        if isinstance(error, FileNotFoundError) and not is_script(name):
             what = f"unknown metric `{name}`: it is not built in, and `evaluate` finds none"
             hint = did_you_mean(name, known_metrics(), noun="built in:")
             raise LoraError(what, at, hint) from error

@@ -139,7 +139,8 @@ def shard_names(index: Path) -> set[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError("the index of the weights cannot be read", str(index)) from error
     for name in names:
-        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name:
+        plain = isinstance(name, str) and PurePosixPath(name).name == name and "\\" not in name
+        if not plain or name in ("", ".."):
             what = f"the index of the weights names a file outside its folder: {name!r}"
             raise IntegrityError(what, str(index))
     return names
@@ -158,7 +159,7 @@ def _explained(recipe: Recipe, what: str) -> Iterator[None]:
         hint = None
         if "trust_remote_code" in str(error):
             reason = "it comes with Python code of its own"
-            hint = "read that code; then set `model.trust_remote_code: true`"
+            hint = "read that code; then `--set model.trust_remote_code=true`"
         elif "/" not in name and not Path(name).exists():
             hint = "a local folder is written with a slash: `./my-model`"
         raise LoraError(
