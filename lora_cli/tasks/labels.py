@@ -108,6 +108,13 @@ class Labels:
             return None
         return [name for name, mark in zip(self.names, marks, strict=True) if mark]
 
+    def number(self, row: dict[str, Any]) -> float | None:
+        """Return the number of a row that is learned in a regression, or None if it is none."""
+        value = row.get(self.spec.label_column)
+        if isinstance(value, str) and self.recipe.data.format.decimal == ",":
+            value = value.replace(",", ".")
+        return number(value)
+
     def fault_of_marks(self, row: dict[str, Any], columns: list[str]) -> str:
         """Return why the columns of 0 and 1 cannot be read."""
         for column in columns:

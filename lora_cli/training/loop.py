@@ -17,6 +17,7 @@ from lora_cli.adapters.attach import training_mode
 from lora_cli.adapters.starting import make_trainable
 from lora_cli.errors import InterruptedRun, NumericsError
 from lora_cli.evaluation import add_samples, evaluate
+from lora_cli.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Encoded, Task, build_task
 from lora_cli.tasks.base import load_data
@@ -24,7 +25,7 @@ from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.gate import pass_gate
 from lora_cli.training.batches import Batches, PlannedStep
 from lora_cli.training.best import Judge
-from lora_cli.training.checkpoints import adopt_adapter, optimizer_bytes
+from lora_cli.training.checkpoints import adopt_adapter, clear_leftovers, optimizer_bytes
 from lora_cli.training.launch import main_process_first, seed_everything, start_accelerator
 from lora_cli.training.mirror import restore_from_mirror
 from lora_cli.training.numbers import (
@@ -66,6 +67,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
                 return done
             if accelerator.is_main_process:
                 held.enter_context(locked_output(recipe, resume))
+                clear_leftovers(recipe.output_path)
             task.load_processor()
             data = load_data(task)
             findings = pass_gate(task, data) if accelerator.is_main_process else None
@@ -102,10 +104,10 @@ class Run:
         self.recipe, self.task, self.data, self.accelerator = recipe, task, data, accelerator
         self.folder, self.stop = recipe.output_path, stop
         self.notes = [*task.notes, *_empty_rows(data)]
-        self.model, self.in_full = self._load_model()
+        self.model, self.in_full, base = self._load_model()
         self.optimizer = build_optimizer(self.model, recipe, self.in_full)
         self.saver = Saver(
-            recipe, self.model, self.optimizer, self.in_full, task.tokenizer, accelerator
+            recipe, self.model, self.optimizer, self.in_full, base, task.tokenizer, accelerator
         )
         self.prepared = accelerator.prepare_optimizer(self.optimizer)
         self.batches = Batches(task, data.get("train"), accelerator)
@@ -117,12 +119,12 @@ class Run:
         self.judge = Judge(recipe, task)
         self.in_doubt = False  # a checkpoint is due, and the last steps were bad
 
-    def _load_model(self) -> tuple[nn.Module, list[str]]:
-        """Return the model, ready to be trained, and the names of the modules trained in full."""
+    def _load_model(self) -> tuple[nn.Module, list[str], Fingerprint | None]:
+        """Return the model, ready to be trained, the modules trained in full, and its base."""
         recipe, task = self.recipe, self.task
         seed_everything(recipe.train.seed)
         model, new = task.load_model(self.accelerator.device)
-        make_trainable(model, recipe, new)
+        base = make_trainable(model, recipe, new, fingerprint_of(recipe, model, new))
         if isinstance(task, CausalLM) and recipe.train.packing:
             with self.accelerator.autocast():
                 task.check_packing(model, self.data["train"])
@@ -131,7 +133,7 @@ class Run:
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
             enable: Any = next(getattr(model, name) for name in names if hasattr(model, name))
             enable({"use_reentrant": False})
-        return model, list(dict.fromkeys([*new, *recipe.adapter.train_modules]))
+        return model, list(dict.fromkeys([*new, *recipe.adapter.train_modules])), base
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
@@ -376,6 +378,8 @@ class Run:
                 after[name] = self._metrics(name, file)
         state, seconds = self.state, max(self.state.seconds, 1e-9)
         self.report["metrics"] = {"before": state.before, "after": after}
+        if self.saver.base is not None:
+            self.report["base"] = self.saver.base.facts
         self._sample("after")
         if state.samples:
             self.report["samples"] = state.samples

@@ -161,6 +161,7 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
         by_alias=True,
         exclude={
             "output_dir": True,
+            "model": {"allow_other_base"},
             "train": {
                 *("workers", "trackers", "max_hours"),
                 *("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
