@@ -354,7 +354,8 @@ class MetricSet:
     def compute(self) -> dict[str, float]:
         """Return every metric's numbers by name, and forget the rows.
 
-        A name that two metrics give gets the second metric's name before it: `mine_f1`.
+        A name that two metrics give gets the second metric's name before it: `mine_f1`; so does
+        `loss`, which is the task's own.
 
         Raises:
             LoraError: There are no rows, or a metric that is not built in failed.
@@ -367,7 +368,8 @@ class MetricSet:
             with self._blaming(name):
                 found = _numbers(metric.compute())
             for key, value in found.items():
-                results[f"{Path(name).stem}_{key}" if key in results else key] = value
+                taken = key in results or key == "loss"
+                results[f"{Path(name).stem}_{key}" if taken else key] = value
         self._n_rows.clear()
         return results
 
