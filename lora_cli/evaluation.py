@@ -301,6 +301,10 @@ def measure_file(recipe: Recipe, file: Path) -> None:
             raise LoraError(
                 "the labels are not known", recipe.at("task.labels"), "name them in the recipe"
             )
+        if getattr(task, "class_weights", None) == "balanced":
+            hint = "name them in the recipe, or leave them out"
+            at = recipe.at("task.class_weights")
+            raise LoraError("the weights of the labels are not known", at, hint)
         data.name = data.config = None
         data.train = str(file.absolute())  # which nothing reads, as the labels are known
 

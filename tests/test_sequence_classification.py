@@ -411,6 +411,35 @@ def test_balanced_weights_are_written_down_so_that_eval_needs_no_train_rows(
     assert task.recipe.task.class_weights == {"a": pytest.approx(2 / 3), "b": 2.0}
 
 
+def test_balanced_weights_are_those_of_train_whatever_is_measured(
+    bert: Path, tmp_path: Path
+) -> None:
+    weights = {"class_weights": "balanced", "labels": ["a", "b"]}
+    task = task_of(bert, tmp_path, ["a", "a", "a", "b"], ["b", "a"], **weights)
+    (validation,) = load_data(task, ["validation"]).values()
+    assert task.collate(list(validation.examples)).n_items == pytest.approx(2 + 2 / 3)
+
+
+def test_a_label_of_very_many_digits_is_no_position(bert: Path, tmp_path: Path) -> None:
+    task = task_of(bert, tmp_path, ["a", "9" * 5000], labels=["a", "b"])
+    with pytest.raises(LoraError, match="the labels are a, b") as caught:
+        load_data(task)
+    assert caught.value.problems[0].at == "train.jsonl:2"
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_a_long_text_is_cut_to_the_positions_of_the_model(tmp_path: Path, kind: str) -> None:
+    base = tiny.save_encoder(tmp_path / "base", kind=kind)
+    unlimited = tiny.tokenizer()
+    unlimited.model_max_length = 10**6
+    unlimited.save_pretrained(base)
+    rows = [{"text": "slow " * 300, "label": label} for label in "ab"]
+    task = task_of(base, tmp_path, rows, max_length=1000)
+    assert task.max_length == tiny.POSITIONS + (0 if kind == "roberta" else 2)
+    model, _ = task.load_model(CPU)
+    assert torch.isfinite(task.loss(model, task.collate(examples_of(task))))
+
+
 def test_balanced_weights_of_several_labels_count_rows(bert: Path, tmp_path: Path) -> None:
     values = [["a", "b"], ["a"], ["a"]]
     task = task_of(bert, tmp_path, values, problem="multi_label", class_weights="balanced")

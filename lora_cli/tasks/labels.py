@@ -159,7 +159,7 @@ class Labels:
         """Return the index of a label given by name, or by position."""
         if value in self.names:
             return self.names.index(value)
-        if value.isdecimal() and int(value) < len(self.names):
+        if value.isdecimal() and len(value) < 10 and int(value) < len(self.names):
             # names in the recipe, positions in the data, as in GLUE
             return None if any(label.isdecimal() for label in self.names) else int(value)
         return None
