@@ -78,6 +78,10 @@ class Kill:
     signal: int = signal.SIGKILL
     again: float | None = None
     """Seconds after which the signal is sent once more."""
+    group: bool = False
+    """Whether the processes that it has started get it too."""
+    note: str = ""
+    """File that is made when the signal has been sent."""
 
 
 MOMENTS = {  # what is called then
@@ -278,7 +282,10 @@ def _await_death(kill: Kill) -> None:
         for seconds in (kill.seconds, kill.again):
             if seconds is not None:
                 _wait_until_over(told, seconds)
-                os.kill(os.getppid(), kill.signal)
+                for pid in [os.getppid()] if not kill.group else _family(os.getppid()):
+                    os.kill(pid, kill.signal)
+                if kill.note:
+                    Path(kill.note).touch()
         os._exit(0)
     os.close(told)
     if kill.at != "start":
@@ -291,6 +298,12 @@ def _await_death(kill: Kill) -> None:
             return real(*arguments, **named)
 
         setattr(place, name, announced)
+
+
+def _family(pid: int) -> list[int]:
+    """Return a process and those that it has started, but this one."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(int(child) for child in children if int(child) != os.getpid())]
 
 
 def _wait_until_over(told: int, seconds: float) -> None:
