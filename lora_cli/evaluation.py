@@ -124,7 +124,8 @@ def evaluate(
         model.train(was_training)
     if file is not None and part is not None and predictions is not None:
         part.replace(predictions)
-    results = [{"loss": loss / max(n_items, 1e-12), **metrics.compute()} if main else {}]
+    mean = loss / n_items if n_items else math.nan  # rows may weigh nothing
+    results = [{"loss": mean, **metrics.compute()} if main else {}]
     return dict(gather_object(results)[0])
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch import Tensor
 
 from lora_cli.data.sources import Rows
 from lora_cli.errors import LoraError
+from lora_cli.evaluation import evaluate
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Task, build_task
 from lora_cli.tasks.base import Example, load_data
@@ -420,6 +423,15 @@ def test_balanced_weights_are_those_of_train_whatever_is_measured(
     assert task.collate(list(validation.examples)).n_items == pytest.approx(2 + 2 / 3)
 
 
+def test_rows_that_weigh_nothing_have_no_loss(bert: Path, tmp_path: Path) -> None:
+    task = task_of(bert, tmp_path, ["a", "b"], ["a", "a"], class_weights={"a": 0.0})
+    data = load_data(task)
+    model, _ = task.load_model(CPU)
+    losses = [evaluate(model, task, split, Accelerator())["loss"] for split in data.values()]
+    assert math.isfinite(losses[0])
+    assert math.isnan(losses[1])
+
+
 def test_a_label_of_very_many_digits_is_no_position(bert: Path, tmp_path: Path) -> None:
     task = task_of(bert, tmp_path, ["a", "9" * 5000], labels=["a", "b"])
     with pytest.raises(LoraError, match="the labels are a, b") as caught:
@@ -447,7 +459,7 @@ def test_balanced_weights_of_several_labels_count_rows(bert: Path, tmp_path: Pat
     assert task.recipe.task.class_weights == {"a": 0.5, "b": 1.5}
 
 
-@pytest.mark.parametrize("weights", [{"c": 1.0}, {"a": -1.0}])
+@pytest.mark.parametrize("weights", [{"c": 1.0}, {"a": -1.0}, {"a": 0.0, "b": 0.0}])
 def test_bad_weights_are_refused(bert: Path, tmp_path: Path, weights: dict[str, float]) -> None:
     with pytest.raises(LoraError, match="class_weights"):
         load_data(task_of(bert, tmp_path, ["a", "b"], class_weights=weights))

@@ -190,6 +190,8 @@ class Labels:
             for name, weight in wanted.items()
             if not 0 <= weight < math.inf
         ]
+        if not problems and not any(wanted.get(label, 1.0) for label in self.names):
+            problems.append(Problem("every label weighs nothing, so nothing is learned", at))
         if problems:
             raise LoraError(problems)
         return torch.tensor([float(wanted.get(label, 1.0)) for label in self.names])
