@@ -37,6 +37,11 @@ from lora_cli.models import (
 from lora_cli.recipe import Recipe
 
 Example = dict[str, Any]
+# RoBERTa and its kin count positions from behind the padding token's id
+POSITIONS_AFTER_PADDING = {
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke",
+    "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
 IGNORED = -100  # a label that is not trained, as in torch's cross entropy
 
 
@@ -138,8 +143,13 @@ class Task(ABC):
     @property
     def positions(self) -> int | None:
         """Tokens that the model has positions for, if that is limited."""
-        count = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return int(count) if count and count > 0 else None
+        config = self.config.get_text_config()
+        count = getattr(config, "max_position_embeddings", None)
+        if not count or count < 0:
+            return None
+        if config.model_type in POSITIONS_AFTER_PADDING:
+            return int(count) - int(config.pad_token_id) - 1
+        return int(count)
 
     # -- rows
 
@@ -155,6 +165,11 @@ class Task(ABC):
     def knows_labels(self) -> bool:
         """Whether the recipe says all that the task has to know of the labels."""
         return True
+
+    @property
+    def reads_train(self) -> bool:
+        """Whether the task learns something from the train rows whatever split is asked for."""
+        return not self.knows_labels
 
     def prepare(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
         """Learn from the rows what the recipe leaves open, such as the labels."""
@@ -339,7 +354,7 @@ def load_data(
 def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
     """Read the splits, check every row, and let the task learn what it needs from them."""
     recipe = task.recipe
-    wanted = splits if task.knows_labels else (*splits, "train")
+    wanted = (*splits, "train") if task.reads_train else splits
     rows = load_rows(recipe, wanted)
     for split in rows.values():
         columns = task.input_columns() | task.target_columns()
