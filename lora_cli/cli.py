@@ -179,14 +179,17 @@ def _recipe_for(adapter: Path, recipe: Path | None, overrides: list[str] | None)
     """Return the recipe beside an adapter, or the one that is given."""
     if not adapter.is_dir():
         raise LoraError(f"there is no folder {adapter}", "--adapter")
-    file = recipe or adapter / "recipe.yaml"
-    if recipe is None and not file.is_file():
+    if recipe is not None:
+        return _load(recipe, overrides)
+    from lora_cli.recipe import RECIPE_FILE, load_adapter_recipe
+
+    if not (adapter / RECIPE_FILE).is_file():
         raise LoraError(
-            f"{adapter} holds no recipe.yaml",
+            f"{adapter} holds no {RECIPE_FILE}",
             "--adapter",
             "name a recipe with `--recipe FILE`, for its task and data",
         )
-    return _load(file, overrides)
+    return load_adapter_recipe(adapter, overrides or [])
 
 
 @app.command("eval")
@@ -283,12 +286,13 @@ def merge(
     adapter: AdapterDir,
     to: Annotated[Path, typer.Option("--to", help="Folder of the merged model.")],
     recipe: RecipeOption = None,
+    overrides: Overrides = None,
 ) -> None:
     """Merge an adapter into its base: a stand-alone model folder."""
     _quiet()
     from lora_cli.merging import merge_adapter
 
-    result = merge_adapter(base, adapter, to, recipe)
+    result = merge_adapter(base, adapter, to, recipe, overrides)
     dtype = str(result.dtype).removeprefix("torch.")
     typer.echo(f"merged {result.merged_modules} modules into {result.folder}/ ({dtype})")
     typer.echo(
@@ -302,8 +306,7 @@ def merge(
         )
     if not result.verified:
         typer.echo(
-            "warning: the adapter's folder has no manifest, so neither its integrity nor "
-            "its base model could be verified",
+            "warning: the adapter's folder has no manifest, so its integrity could not be verified",
             err=True,
         )
 

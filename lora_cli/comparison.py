@@ -20,7 +20,7 @@ from lora_cli.data.sources import SPLITS
 from lora_cli.errors import LoraError, did_you_mean
 from lora_cli.evaluation import best_by, evaluate, load_adapted, open_task, start_accelerator
 from lora_cli.metrics import builtin_value, known_metrics, metric_mode, reads, result_names
-from lora_cli.recipe import AdapterSpec, Recipe, load_recipe
+from lora_cli.recipe import RECIPE_FILE, AdapterSpec, Recipe, load_adapter_recipe
 from lora_cli.tasks import Encoded, Prediction, Task
 from lora_cli.tasks.base import load_data
 
@@ -140,10 +140,9 @@ def _refuse_others(old: Path, recipe: Recipe) -> None:
     """Refuse an old adapter of another base or other labels, which would measure nonsense."""
     if not old.is_dir():
         raise LoraError(f"there is no folder {old}", "--against")
-    file = old / "recipe.yaml"
-    if not file.is_file():
+    if not (old / RECIPE_FILE).is_file():
         return
-    theirs = load_recipe(file)
+    theirs = load_adapter_recipe(old)
     for key in ("labels", "problem"):
         ours, other = (getattr(r.task, key, None) for r in (recipe, theirs))
         if ours is not None and other is not None and ours != other:

@@ -13,6 +13,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from pathlib import Path
+
+import drafting
 import pytest
 import torch
 from hypothesis import settings
@@ -26,6 +29,18 @@ def _repeatable() -> None:
     """Start every test from the same seed, on one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the folders of a tiny encoder and a tiny language model."""
+    return drafting.save_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture
+def init(tmp_path: Path, bases: dict[str, Path]) -> drafting.Init:
+    """Return a function that writes a file, infers its recipe, and checks both."""
+    return drafting.initialiser(tmp_path, bases)
 
 
 def pytest_unconfigure() -> None:

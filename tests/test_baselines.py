@@ -165,7 +165,7 @@ def test_the_verdict(mode: str, ours: float, others: Any, passed: bool, words: s
         (["evaluate.baselines=[majorty]"], "majority"),
         (["evaluate.baselines=[base]", "evaluate.baseline=false"], "`evaluate.baseline: true`"),
         (["evaluate.baselines=[none]", "adapter.type=none"], "`adapter.type: none` trains"),
-        (["evaluate.baselines=[majority]", "data.streaming=true"], "need all train rows"),
+        (["evaluate.baselines=[majority]", "data.streaming=true"], "need all rows"),
         (["evaluate.baselines=[none]", "task={type: causal_lm}"], "`task.type: causal_lm`"),
         (["evaluate.baselines=[none]", "data={path: rows.jsonl}"], "`data.validation` or"),
     ],

@@ -96,10 +96,11 @@ def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
     codec = encoding.lower().replace("_", "-")
     try:
         with _open(path) as raw:
-            if codec in ("utf-8", "utf8"):
-                codec = "utf-8-sig"
-                head = raw.read(4)
-                raw.seek(0)
+            head = raw.read(4)
+            # a mark before text that is no UTF-8 is left over from a program that joined two files
+            raw.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
+            if codec in ("utf-8", "utf8", "utf-8-sig"):
+                codec = "utf-8"
                 if head.startswith((b"\xff\xfe", b"\xfe\xff")):
                     raise LoraError(
                         "this is not UTF-8 text but, by its first bytes, UTF-16",
@@ -165,7 +166,8 @@ def _records(path: Path, spec: FormatSpec) -> Iterator[tuple[int, list[str], str
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default cuts fields at 128 KiB
     is_tsv = path.name.removesuffix(".gz").lower().endswith(".tsv")
     delimiter = spec.delimiter or ("\t" if is_tsv else ",")
-    record = _Record(_lines(path, spec.encoding))
+    lines = _lines(path, spec.encoding)
+    record = _Record(itertools.islice(lines, spec.skip_lines, None))
     reader = csv.reader(record, delimiter=delimiter, strict=True)
     while True:
         record.taken = []

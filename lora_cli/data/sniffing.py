@@ -19,21 +19,24 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.files import KINDS, RawRow, read_rows
-from lora_cli.data.tags import refuse_tagged_lines
+from lora_cli.data.foreign import refuse_binary, refuse_other_lines
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec
 
 SAMPLE_BYTES = 1 << 20
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 SPARE_DELIMITERS = "\t;|^~\x1f"  # for a file of one column, whose texts hold commas
+MOST_TITLE_LINES = 10
 CONSISTENT = 0.9  # share of the records with the same number of fields
 BOMS = {
     b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xef\xbb\xbf": "utf-8",
     b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
 }  # fmt: skip
+BOM = b"\xef\xbb\xbf"
 LEGACY = [
     "cp1252", "cp1251", "cp1250", "cp1253", "cp932", "euc_jp", "gb18030", "big5", "euc_kr",
 ]  # fmt: skip
+EASTERN = "ìøòõšžðºþ³¹¿£¥¼¾ª¯"  # what cp1252 makes of their letters
 COLUMN_NAMES = re.compile(
     r"(text|sentence|label|class|category|id|index|date|title|name|score|rating|target|intent|"
     r"sentiment|prompt|completion|question|answer|instruction|input|output|url|message|comment|"
@@ -91,9 +94,10 @@ def read_data_file(path: Path) -> DataFile:
     if raw.startswith(b"PAR1"):
         found = _Findings("parquet")
     else:
+        refuse_binary(raw, path)
         encoding, why = encoding_of(raw)
         text = _sample(raw, encoding)
-        refuse_tagged_lines(raw, encoding, path.name)
+        refuse_other_lines(raw, encoding, path)
         found = _Findings(_kind(text, by_name))
         if encoding != "utf-8":
             found.say("encoding", encoding, why)
@@ -153,20 +157,24 @@ def encoding_of(raw: bytes) -> tuple[str, str]:
     two a letter, which only the likelihood of the letters tells apart.
     """
     for mark, encoding in BOMS.items():
-        if raw.startswith(mark):
+        if raw.startswith(mark) and (encoding != "utf-8" or _is_utf_8(raw)):
             return encoding, "by the byte order mark at its beginning"
+    raw = raw.removeprefix(BOM)
     head = raw[:4000]
     for encoding, zeros in (("utf-16-le", head[1::2]), ("utf-16-be", head[0::2])):
         if zeros.count(0) > len(zeros) / 50 and zeros.count(0) > head.count(0) * 0.9:
             return encoding, "by its zero bytes, which stand on one side of every pair"
-    text = raw.decode("utf-8", errors="surrogateescape")
     if raw.isascii():
         return "utf-8", "it is ASCII"
+    return ("utf-8", "its bytes are UTF-8") if _is_utf_8(raw) else _legacy(raw)
+
+
+def _is_utf_8(raw: bytes) -> bool:
+    """Return whether all bytes, but for a few that are damaged, are UTF-8."""
+    text = raw.removeprefix(BOM).decode("utf-8", errors="surrogateescape")
     bad = sum("\udc80" <= letter <= "\udcff" for letter in text)
     good = sum(letter > "\x7f" for letter in text) - bad
-    if bad <= good / 20:
-        return "utf-8", "its bytes are UTF-8"
-    return _legacy(raw)
+    return bad <= good / 20
 
 
 def _legacy(raw: bytes) -> tuple[str, str]:
@@ -176,13 +184,28 @@ def _legacy(raw: bytes) -> tuple[str, str]:
     sample = b"".join(lines[:2000])
     best = from_bytes(sample, cp_isolation=LEGACY).best()
     encoding = best.encoding if best else "latin-1"
-    if encoding == "cp1250" and _decoded(sample, "cp1250") == _decoded(sample, "cp1252"):
+    if encoding == "cp1250" and _is_western(_decoded(sample, "cp1252") or ""):
         encoding = "cp1252"
     if _decoded(raw, encoding) is None:
         encoding = "latin-1"
     words = re.findall(r"\w*[^\W\x00-\x7f]\w*", _decoded(sample, encoding) or "")
     example = max(words[:200], key=len, default="")[:30]
     return encoding, f"not UTF-8; likeliest by its letters: read so, it says `{example}`"
+
+
+def _is_western(text: str) -> bool:
+    """Return whether a text read as cp1252 is likelier to be that than the cp1250 of Prague.
+
+    Read wrongly, the letters of Czech, Polish, Hungarian and their neighbours become signs and
+    letters that the languages of the west hardly use.
+    """
+    letters = [letter for letter in text if letter > "\x7f"]
+    rare = set(EASTERN) - (set("õ") if "ã" in letters else set())
+    if set("åø") <= set(letters):  # Danish or Norwegian
+        rare -= set("ø")
+    if set(letters) <= set("àèéìîòóùú\u2019«»"):  # Italian
+        rare = set()
+    return sum(letter in rare for letter in letters) < 0.03 * len(letters)
 
 
 def _decoded(raw: bytes, encoding: str) -> str | None:
@@ -194,6 +217,7 @@ def _decoded(raw: bytes, encoding: str) -> str | None:
 
 def _sample(raw: bytes, encoding: str) -> str:
     """Return the first whole lines of a text, without a byte order mark."""
+    raw = raw.removeprefix(BOM)
     text = raw[:SAMPLE_BYTES].decode(encoding, errors="replace").removeprefix("\ufeff")
     cut = text.rfind("\n") if len(raw) > SAMPLE_BYTES else -1
     return text[: cut + 1] if cut > 0 else text
@@ -260,7 +284,11 @@ def find_delimiter(text: str) -> str | None:
 def _find_table(found: _Findings, path: Path, text: str) -> None:
     """Find the delimiter, the header and the names of the columns."""
     default = "\t" if path.name.removesuffix(".gz").lower().endswith(".tsv") else ","
-    delimiter = find_delimiter(text)
+    said = re.match(r'"?sep=([^"\r\n])"?\r?\n', text)  # by Excel, for Excel
+    if said:
+        found.say("skip_lines", 1, f"the first line says `{said[0].strip()}`, and is no row")
+        text = text[said.end() :]
+    delimiter = said[1] if said else find_delimiter(text)
     records = records_of(text, delimiter or default)
     if delimiter is None and max(map(len, records)) > 1:
         lines = [[line] for line in text.splitlines() if line.strip()]
@@ -274,8 +302,44 @@ def _find_table(found: _Findings, path: Path, text: str) -> None:
             found.say("delimiter", delimiter, why)
     elif delimiter not in (None, default):
         assert delimiter is not None
-        why = f"a {DELIMITERS[delimiter]} gives every row {len(records[0])} fields"
+        why = f"a {DELIMITERS.get(delimiter, 'mark')} gives every row {len(records[-1])} fields"
         found.say("delimiter", delimiter, why)
+    _find_names(found, _without_title(found, text, delimiter or default, records))
+
+
+def _without_title(
+    found: _Findings, text: str, delimiter: str, records: list[list[str]]
+) -> list[list[str]]:
+    """Return the records without those at the beginning that have too few fields to be rows."""
+    width = Counter(map(len, records)).most_common(1)[0][0]
+    title = next(i for i, record in enumerate(records) if len(record) == width)
+    if not 0 < title <= MOST_TITLE_LINES or any(len(r) > width for r in records[:title]):
+        return records
+    rest = records[title:]
+    last = records[title - 1]
+    named = [last, *(record[1:] for record in rest)]
+    if len(last) == width - 1 and not has_header(rest) and has_header(named):
+        # as R writes them: the names of the rows have no name themselves
+        rest = [["row", *last], *rest]
+        why = f"the header lacks a name for the first of {width} columns"
+        found.say("header", False, why)
+        found.say("columns", [cell.strip() for cell in rest[0]], why)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    lines = 0
+    for record in reader:
+        if len(record) == width:
+            break
+        lines = reader.line_num
+    lines += found.form.get("skip_lines", 0)
+    start = " ".join(records[0])[:40]
+    found.say("skip_lines", lines, f"no rows, by their number of fields: `{start}`")
+    return rest
+
+
+def _find_names(found: _Findings, records: list[list[str]]) -> None:
+    """Find whether there is a header, and names for the columns where it does not do."""
+    if "columns" in found.form:
+        return
     found.named = has_header(records)
     width = Counter(map(len, records)).most_common(1)[0][0]
     if not found.named:

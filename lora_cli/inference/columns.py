@@ -28,11 +28,13 @@ GROUP_NAME = re.compile(
 FILE_NAME = re.compile(
     r"(?i)\S[^\n]*\.(?P<kind>wav|mp3|flac|ogg|opus|m4a|png|jpe?g|gif|bmp|tiff?|webp|mp4|avi)"
 )
+FLAGS = {"0": 0, "false": 0, "0.0": 0, "1": 1, "true": 1, "1.0": 1}
 SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation",
     "validation": "validation", "dev": "validation", "test": "test", "testing": "test",
     "eval": "test",
 }  # fmt: skip
+DECIMAL_COMMA = re.compile(r"[+-]?(\d+)(,(0\d*)|,\d+)?")
 SEPARATORS = (";", "|", ",", "+", "/", " ")
 
 
@@ -51,6 +53,7 @@ class Column:
         words: Mean number of words of a value.
         has_fractions: Some number is not whole.
         separator: What divides the labels in a value, where there are several.
+        decimal: What stands before the fraction of its numbers.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Column:
     words: float = 0.0
     has_fractions: bool = False
     separator: str | None = None
+    decimal: str = "."
 
     @property
     def rows_per_value(self) -> float:
@@ -86,7 +90,7 @@ def flag(value: Any) -> int | None:
     """Return 0 or 1 for what a column of 0 and 1 holds, or None."""
     if is_blank(value):
         return None
-    return {"0": 0, "false": 0, "1": 1, "true": 1}.get(label_text(value).lower())
+    return FLAGS.get(label_text(value).lower())
 
 
 def is_blank(value: Any) -> bool:
@@ -115,7 +119,8 @@ def describe(name: str, rows: Sequence[dict[str, Any]]) -> Column:
         counts,
         characters,
         words,
-        kind == "number" and any(not float(text).is_integer() for text in texts),
+        kind == "number" and any(not as_number(text).is_integer() for text in texts),
+        decimal="," if kind == "number" and any("," in text for text in texts) else ".",
     )
     separator = _separator(column) if kind in ("category", "text", "id") else None
     if separator is None:
@@ -139,13 +144,13 @@ def _kind(name: str, texts: list[str], counts: Counter[str], words: float) -> st
     splits = [SPLIT_NAMES.get(text.lower()) for text in counts]
     if None not in splits and "train" in splits and len(set(splits)) > 1:
         return "split"
-    if set(map(str.lower, counts)) <= {"0", "1", "true", "false"}:
+    if set(map(str.lower, counts)) <= FLAGS.keys():
         return "binary"
     is_unique = len(counts) == len(texts) and len(texts) > 1
     named_id = ID_NAME.fullmatch(name) is not None
     if most(ID_VALUE.fullmatch) and (named_id or (is_unique and not all(map(_is_small, counts)))):
         return "id"
-    if all(map(is_number, texts)):
+    if all(map(is_number, texts)) or _has_decimal_commas(texts):
         whole = all(text.lstrip("-").isdecimal() for text in texts)
         return "id" if is_unique and whole and _is_count(texts) else "number"
     if named_id and words < 2:
@@ -153,6 +158,23 @@ def _kind(name: str, texts: list[str], counts: Counter[str], words: float) -> st
     if len(counts) * 2 <= len(texts) and words <= 6 and max(map(len, counts)) <= 80:
         return "category"
     return "text" if _is_natural(texts, words) else "category"
+
+
+def as_number(text: str) -> float:
+    """Return a number that may have a decimal comma."""
+    return float(text.replace(",", "."))
+
+
+def _has_decimal_commas(texts: list[str]) -> bool:
+    """Return whether all are numbers such as `0,25`.
+
+    In `1,250` the comma may mean thousands, and in `1,2` it may stand between two labels: a zero
+    on either side of some comma says that it does not.
+    """
+    matches = [DECIMAL_COMMA.fullmatch(text) for text in texts]
+    return all(matches) and any(
+        match and (match[3] or (match[1] == "0" and match[2])) for match in matches
+    )
 
 
 def _is_small(text: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from lora_cli.data.sniffing import DataFile, read_data_file
 from lora_cli.inference.columns import Column, describe, is_blank
 from lora_cli.inference.model import SAMPLE, Base, look_at
 from lora_cli.inference.splits import choose_splits, is_unusable
-from lora_cli.inference.task import Chosen, choose_task
+from lora_cli.inference.task import choose_task
 from lora_cli.inference.writing import commented_yaml
+from lora_cli.inference.written import Chosen
 from lora_cli.recipe import Recipe
 
 MANY_LABELS = 500  # more are not written out, but found in the train rows
@@ -152,13 +154,24 @@ def _task(draft: Draft, file: DataFile, base: Base, chosen: Chosen) -> None:
             "task",
             "labels",
             [int(name) for name in names] if whole else names,
-            f"{len(names)} labels; {spread}",
+            "; ".join([f"{len(names)} labels", spread, *_same_but_for_case(names)]),
         )
     if chosen.is_chat and base.lacks_template:
         draft.put("task", "chat_template", TEMPLATE, "the model has none; this is ChatML")
         draft.extra_files[TEMPLATE] = CHATML
     length, why = _length(file, base, chosen)
     draft.put("task", "max_length", length, why)
+
+
+def _same_but_for_case(names: Sequence[str]) -> list[str]:
+    """Return which labels may be meant to be one."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(name.casefold(), []).append(name)
+    pairs = [" and ".join(f"`{name}`" for name in some) for some in alike.values() if some[1:]]
+    return (
+        [f"{', '.join(pairs)} differ in case only: mend the rows if they are one"] if pairs else []
+    )
 
 
 def _is_whole(text: str) -> bool:
@@ -225,6 +238,10 @@ def _data(
             draft.put("data", key, value, reason)
         else:
             draft.why["data.path"] += f"; {reason}"
+    label = next((c for c in columns if c.name == chosen.keys.get("label_column")), None)
+    if label and label.decimal == "," and chosen.keys["problem"] == "regression":
+        file.form["decimal"] = ","
+        file.why["decimal"] = f"in `{label.name}`, such as {next(iter(label.counts))}"
     if file.form:
         draft.put("data", "format", file.form)
         for key, why in file.why.items():

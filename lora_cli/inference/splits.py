@@ -20,7 +20,7 @@ from lora_cli.data.sniffing import DataFile
 from lora_cli.data.splits import containing, normalised
 from lora_cli.errors import LoraError
 from lora_cli.inference.columns import GROUP_NAME, SPLIT_NAMES, Column, flag, is_blank, label_text
-from lora_cli.inference.task import Chosen
+from lora_cli.inference.written import Chosen
 from lora_cli.recipe import FormatSpec
 from lora_cli.recipe.spec import CheckSpec, is_file
 

@@ -9,19 +9,26 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from lora_cli.data.tags import refuse_tagged_rows
+from lora_cli.data.foreign import refuse_tagged_rows
 from lora_cli.errors import LoraError, did_you_mean
-from lora_cli.inference.columns import Column, flag, is_blank
+from lora_cli.inference.columns import Column, as_number, flag
 from lora_cli.inference.texts import (
-    TEXT_NAMES,
     content_of,
     listed,
     pair_of,
     text_of,
     text_reason,
+    unnested,
+)
+from lora_cli.inference.written import (
+    Chosen,
+    conversation,
+    plain,
+    prompt_and_completion,
+    prompts,
+    spoken,
 )
 
 NONE = "none"  # `--label none`: there is a label, but it is not wanted
@@ -35,44 +42,8 @@ LABEL_NAMES = [
         "rating|score|stars?|grade|similarity|priority|type|language|lang|answer",
     )
 ]
-PROMPT_NAMES = [
-    ("prompt", "completion"), ("prompt", "response"), ("prompt", "chosen"), ("question", "answer"),
-    ("question", "response"), ("query", "response"), ("query", "answer"), ("input", "output"),
-    ("instruction", "response"), ("instruction", "completion"), ("source", "target"),
-    ("article", "summary"), ("document", "summary"), ("text", "summary"),
-    ("article", "highlights"), ("dialogue", "summary"), ("frage", "antwort"),
-]  # fmt: skip
+READABLE = ("text", "category", "openai", "sharegpt")
 ENOUGH_ROWS_PER_LABEL = 5  # of a label that nothing but its few values makes one
-
-
-@dataclass
-class Chosen:
-    """The task, and of each key what says so.
-
-    Args:
-        keys: The keys of the recipe's `task`, but for the length.
-        why: Of some of these keys, what says so.
-        inputs: The columns that the model reads and writes; their length counts.
-        labels: How often each label stands, if there are labels.
-        left_out: Of the other columns, why they are not read.
-    """
-
-    keys: dict[str, Any]
-    why: dict[str, str]
-    inputs: list[str]
-    labels: Counter[str] | None = None
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether a row is a conversation, written with the model's chat template."""
-        return "format" in self.keys
-
-    @property
-    def used(self) -> set[str]:
-        """The columns that the task reads."""
-        label = self.keys.get("label_columns") or [self.keys.get("label_column")]
-        return {*self.inputs, *filter(None, label)}
 
 
 def choose_task(
@@ -102,27 +73,46 @@ def choose_task(
             hint = did_you_mean(name, by_name, "its columns are")
             raise LoraError(f"{place} has no column `{name}`", option, hint)
     chosen = None
+    if text is None and not any(column.kind in READABLE for column in columns):
+        nested = next((column for column in columns if column.kind == "other"), None)
+        if nested is not None:
+            what = f"the columns stand inside `{nested.name}`, and no task looks there"
+            raise LoraError(what, place, unnested(nested, rows, place))
     if text is None and label is None:
         refuse_tagged_rows(rows, place)
-        spoken = _spoken(columns, place, can_write)
-        written = spoken or _conversation(columns, rows) or _prompts(by_name)
+        about_files = spoken(columns, place, can_write)
+        written = about_files or conversation(columns, rows) or prompts(by_name)
         # a conversation may have a label too, and an encoder can learn nothing else
         chosen = written if can_write else _label_beside(written, columns, by_name, rows, place)
     if chosen is None:
-        chosen = _labelled(columns, by_name, rows, place, text, label) or _plain(
+        chosen = _labelled(columns, by_name, rows, place, text, label) or plain(
             columns, by_name, place, text
         )
     if chosen.keys["type"] == "causal_lm" and not can_write:
-        raise LoraError(
-            f"there is {chosen.why.get('', 'text')}, but no label, and the model is an encoder, "
-            "which cannot continue a text",
-            place,
-            f"name the label with `--label COLUMN` ({listed(columns)}), or take a language model",
-        )
+        raise _no_label(columns, rows, place, chosen)
     for column in columns:
         if column.name not in chosen.used:
             chosen.left_out[column.name] = content_of(column)
     return chosen
+
+
+def _no_label(
+    columns: Sequence[Column], rows: Sequence[dict[str, Any]], place: str, chosen: Chosen
+) -> LoraError:
+    """Return the error of texts that an encoder cannot learn."""
+    what = chosen.why.get("", "text without a label").removesuffix(" without a label")
+    hint = f"name the label with `--label COLUMN` ({listed(columns)}), or take a language model"
+    for column in columns:
+        if _rank(column) < len(LABEL_NAMES) and column.kind == "other":
+            return LoraError(f"`{column.name}` holds objects", place, unnested(column, rows, place))
+        if _rank(column) < len(LABEL_NAMES) and len(column.counts) == 1:
+            value = next(iter(column.counts))
+            return LoraError(f"`{column.name}` has one value only, `{value}`", place, hint)
+    return LoraError(
+        f"there is {what}, but no label, and the model is an encoder, which cannot continue a text",
+        place,
+        hint,
+    )
 
 
 def _label_beside(
@@ -139,122 +129,6 @@ def _label_beside(
         return _labelled(columns, by_name, rows, place, None, None) or written
     except LoraError:
         return written
-
-
-def _spoken(columns: Sequence[Column], place: str, can_write: bool) -> Chosen | None:
-    """Return the text that belongs to files of sound or pictures, as a language model may learn it.
-
-    Raises:
-        LoraError: If there is nothing else that the model could learn.
-    """
-    files = next((column for column in columns if column.kind == "file"), None)
-    if files is None or any(column.kind in ("text", "openai", "sharegpt") for column in columns):
-        return None
-    texts = [c for c in columns if c.kind == "category" and TEXT_NAMES.fullmatch(c.name.strip())]
-    if can_write and len(texts) == 1:
-        why = f"what belongs to the files in `{files.name}`, which no task reads yet"
-        keys = {"type": "causal_lm", "text_column": texts[0].name}
-        return Chosen(keys, {"": "text without a label", "text_column": why}, [texts[0].name])
-    example = next(iter(files.counts))
-    raise LoraError(
-        f"the rows are about files of sound or pictures (`{files.name}`: {example}), which no "
-        "task reads yet",
-        place,
-        "to learn from the other columns alone, name them: `--text COLUMN --label COLUMN` "
-        f"({listed(columns)})",
-    )
-
-
-# ---------------------------------------------------------------------------- language models
-
-
-def _conversation(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> Chosen | None:
-    for column in columns:
-        if column.kind in ("openai", "sharegpt"):
-            says = "role and content" if column.kind == "openai" else "from and value"
-            return Chosen(
-                {"type": "causal_lm", "messages_column": column.name, "format": column.kind},
-                {
-                    "": f"conversations in `{column.name}`",
-                    "messages_column": f"lists of turns with {says}",
-                },
-                [column.name],
-            )
-    kinds = {column.name: column for column in columns}
-    if "instruction" in kinds and _has_instances(kinds.get("instances"), rows):
-        return Chosen(
-            {"type": "causal_lm", "format": "self_instruct"},
-            {
-                "": "the columns instruction and instances",
-                "format": "each instance is an input and its output",
-            },
-            ["instruction", "instances"],
-        )
-    if not {"instruction", "output"} <= set(kinds) or kinds["output"].kind in ("other", "blank"):
-        return None
-    filled = sum(not is_blank(row.get("input")) for row in rows)
-    return Chosen(
-        {"type": "causal_lm", "format": "alpaca"},
-        {
-            "": "the columns instruction and output",
-            "format": f"instruction, input (filled in {filled:,} rows) and output",
-        },
-        [name for name in ("instruction", "input", "output") if name in kinds],
-    )
-
-
-def _has_instances(column: Column | None, rows: Sequence[dict[str, Any]]) -> bool:
-    """Return whether a column holds lists of inputs with their outputs."""
-    if column is None or column.kind != "other":
-        return False
-    values = [value for row in rows if isinstance(value := row.get(column.name), list) and value]
-    good = sum(isinstance(value[0], dict) and "output" in value[0] for value in values)
-    return good > 0.9 * len(rows)
-
-
-def _prompts(by_name: dict[str, Column]) -> Chosen | None:
-    """Return the task of a prompt and its completion, where two names say so."""
-    lower = {name.lower(): column for name, column in by_name.items()}
-    for prompt, completion in PROMPT_NAMES:
-        asked, said = lower.get(prompt), lower.get(completion)
-        strong = prompt == "prompt"  # no other task calls its columns so
-        if asked is None or said is None or asked.kind in ("other", "list", "blank"):
-            continue
-        if said.kind == "text" or (strong and said.kind not in ("other", "list", "blank")):
-            return _prompt_and_completion(asked, said)
-        if said.rows_per_value < 2 and said.kind in ("category", "number", "id"):
-            return _prompt_and_completion(asked, said)
-    return None
-
-
-def _prompt_and_completion(asked: Column, said: Column) -> Chosen:
-    return Chosen(
-        {
-            "type": "causal_lm",
-            "prompt_column": asked.name,
-            "completion_column": said.name,
-            "separator": "\n",
-        },
-        {
-            "": f"`{asked.name}` and its answer `{said.name}`",
-            "prompt_column": f"{asked.characters:.0f} characters on average; read, not trained",
-            "completion_column": f"{said.characters:.0f} characters on average",
-            "separator": "a new line between them",
-        },
-        [asked.name, said.name],
-    )
-
-
-def _plain(
-    columns: Sequence[Column], by_name: dict[str, Column], place: str, text: str | None
-) -> Chosen:
-    column = by_name[text] if text is not None else text_of(columns, place, None)
-    why = "chosen by you" if text is not None else text_reason(column, columns)
-    return Chosen(
-        {"type": "causal_lm", "text_column": column.name},
-        {"": "text without a label", "text_column": why},
-        [column.name],
-    )
 
 
 # ------------------------------------------------------------------------------ classification
@@ -276,7 +150,7 @@ def _labelled(
     if chosen is None:
         return None
     if isinstance(chosen, Column) and text is not None and chosen.kind == "text":
-        return _prompt_and_completion(by_name[text], chosen)
+        return prompt_and_completion(by_name[text], chosen)
     taken = {chosen.name} if isinstance(chosen, Column) else {c.name for c in chosen}
     texts = [column for column in columns if column.name not in taken]
     pair = None if text is not None else pair_of(texts)
@@ -367,7 +241,9 @@ def _label_keys(
         names = [column.name for column in label]
         sums = Counter(sum(flag(row.get(name)) or 0 for name in names) for row in rows)
         single = set(sums) == {1}
-        counts = Counter({c.name: c.counts["1"] + c.counts["true"] for c in label})
+        counts = Counter(
+            {c.name: sum(n for text, n in c.counts.items() if flag(text)) for c in label}
+        )
         reason = "exactly one 1 in every row" if single else "any number of 1 in a row"
         problem = "single_label" if single else "multi_label"
         return (
@@ -388,8 +264,10 @@ def _label_keys(
     why = {"label_column": reason}
     if label.kind == "number" and (label.has_fractions or len(label.counts) > 20):
         keys["problem"] = "regression"
-        numbers = [float(value) for value in label.counts]
+        numbers = [as_number(value) for value in label.counts]
         why["problem"] = f"numbers from {min(numbers):g} to {max(numbers):g}"
+        if label.decimal == ",":
+            why["problem"] += ", with decimal commas"
         return keys, why, Counter()
     if label.kind == "list":
         keys["problem"] = "multi_label"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from lora_cli.errors import LoraError
-from lora_cli.inference.columns import Column
+from lora_cli.inference.columns import Column, is_blank
 
 TEXT_NAMES = re.compile(
     r"(?i)(.*[_\W])?(text|sentence|review|message|comment|content|body|tweet|utterance|query|"
@@ -36,6 +37,18 @@ def listed(columns: Sequence[Column]) -> str:
     return "the columns: " + "; ".join(
         f"`{column.name}`: {content_of(column)}" for column in columns[:20]
     )
+
+
+def unnested(column: Column, rows: Sequence[dict[str, Any]], place: str) -> str:
+    """Return the command that makes columns of the objects in a column."""
+    source = shlex.quote(place)
+    key = column.name if column.name.isidentifier() else f'"{column.name}"'
+    value = next(value for row in rows if not is_blank(value := row.get(column.name)))
+    how = f".{key}[]" if isinstance(value, list) else f".{key}"
+    if len(rows) > 1 and not isinstance(value, list):
+        beside = [f"del(.{key})"] if len(rows[0]) > 1 else []
+        how = " + ".join([*beside, f".{key}"])
+    return f"make columns of them: `jq -c '{how}' {source} > flat.jsonl`"
 
 
 def pair_of(columns: Sequence[Column]) -> tuple[Column, Column] | None:

@@ -77,6 +77,10 @@ class ModelSpec(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
 
+    allow_other_base: bool = False
+    """Use an adapter, or go on with a run, on a base whose weights are not those that it was
+    trained on. A warning says so, and it is written down."""
+
 
 class SequenceClassificationSpec(Section):
     """Classify a text, or a pair of texts."""
@@ -300,6 +304,13 @@ class FormatSpec(Section):
 
     columns: Words | None = None
     """Names of the columns, instead of those in the header."""
+
+    skip_lines: Annotated[int, Field(ge=0)] = 0
+    """Lines of a csv file before its header, or before its rows, that are neither: a title, a
+    remark."""
+
+    decimal: Literal[".", ","] = "."
+    """What stands before the fraction of a number that is text: `0,5` is a half with `","`."""
 
     sample_by: Literal["line", "paragraph", "document"] = "line"
     """What is one row of a text file."""
@@ -756,6 +767,9 @@ class Recipe(Section):
         if data.streaming and train.max_steps is None:
             what = "`data.streaming` does not know how many rows there are"
             yield "data.streaming", what, "say how long to train: `--set train.max_steps=1000`"
+        if data.streaming and getattr(task, "class_weights", None) == "balanced":
+            what = "`balanced` counts all rows, which `data.streaming` does not have"
+            yield "task.class_weights", what, "give each label its weight: `{good: 1, bad: 2.5}`"
         for key in ("packing", "group_by_length"):
             if data.streaming and getattr(train, key):
                 what = f"`train.{key}` needs all rows, which `data.streaming` does not have"

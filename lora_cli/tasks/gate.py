@@ -25,8 +25,8 @@ from lora_cli.tasks import build_task
 from lora_cli.tasks.base import IGNORED, Encoded, Task, load_data
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.findings import Findings, Found, Overlap, Pair, SplitFindings, short
-from lora_cli.tasks.labels import number
 from lora_cli.tasks.sequence_classification import SequenceClassification
+from lora_cli.tasks.streaming import Stream
 
 N_SHOWN = 3  # examples of each finding
 
@@ -35,8 +35,11 @@ def pass_gate(task: Task, data: dict[str, Encoded]) -> Findings:
     """Look at the splits, print what was found on stderr, and refuse a leak.
 
     Raises:
-        LoraError: If validation or test share more with train than `data.check.max_overlap`.
+        LoraError: If validation or test share more with train than `data.check.max_overlap`; or
+            with a faulty row among the first that are streamed.
     """
+    if task.recipe.data.streaming:
+        Stream(task).look()
     findings = examine(task, data)
     if findings.splits:
         sys.stderr.write(findings.table() + "\n")
@@ -195,7 +198,7 @@ def _text(value: Any) -> str:
 def _labels_of(task: SequenceClassification, row: dict[str, Any]) -> list[str]:
     """Return the names of a row's labels, in the order of the labels; or its number."""
     if task.spec.problem == "regression":
-        return [str(number(row.get(task.spec.label_column)))]
+        return [str(task.reader.number(row))]
     positions = {task.reader.position(value) for value in task.reader.texts_of(row) or ()}
     return [task.labels[i] for i in sorted(p for p in positions if p is not None)]
 

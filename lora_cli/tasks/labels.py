@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_cli.data.sources import Rows
+from lora_cli.data.sources import Rows, stream_label_names
 from lora_cli.errors import LoraError, Problem, did_you_mean
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
 
@@ -31,6 +31,9 @@ class Labels:
         Raises:
             LoraError: If there are none, or one only; with the values in the data that are none.
         """
+        if self.recipe.data.streaming:
+            names = stream_label_names(self.recipe)
+            self.class_names = names.get(self.spec.label_column, self.class_names)
         for rows in splits.values():
             self.class_names = rows.label_names.get(self.spec.label_column, self.class_names)
         if not self.names:
@@ -105,6 +108,13 @@ class Labels:
             return None
         return [name for name, mark in zip(self.names, marks, strict=True) if mark]
 
+    def number(self, row: dict[str, Any]) -> float | None:
+        """Return the number of a row that is learned in a regression, or None if it is none."""
+        value = row.get(self.spec.label_column)
+        if isinstance(value, str) and self.recipe.data.format.decimal == ",":
+            value = value.replace(",", ".")
+        return number(value)
+
     def fault_of_marks(self, row: dict[str, Any], columns: list[str]) -> str:
         """Return why the columns of 0 and 1 cannot be read."""
         for column in columns:
@@ -136,6 +146,14 @@ class Labels:
                 problems.append(Problem(what, splits[name].source))
         if problems:
             raise LoraError(problems)
+
+    def problem(self, row: dict[str, Any], place: str) -> Problem | None:
+        """Return the problem of a row with a value that is no label."""
+        for value in self.texts_of(row) or ():
+            if self.position(value) is None:
+                hint = did_you_mean(value, self.names, "the labels are")
+                return Problem(f"`{value}` is not a label", place, hint)
+        return None
 
     def position(self, value: str) -> int | None:
         """Return the index of a label given by name, or by position."""

@@ -16,12 +16,12 @@ from transformers import (
 )
 
 from lora_cli.data.sources import Rows
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, Problem
 from lora_cli.metrics import MetricContext
 from lora_cli.models import load_config
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
 from lora_cli.tasks.base import Batch, Example, Prediction, Task, pad
-from lora_cli.tasks.labels import Labels, number
+from lora_cli.tasks.labels import Labels
 
 
 class SequenceClassification(Task):
@@ -89,7 +89,7 @@ class SequenceClassification(Task):
         column = self.spec.label_column
         value = row.get(column)
         if self.spec.problem == "regression":
-            is_number = number(value) is not None
+            is_number = self.reader.number(row) is not None
             return "" if is_number else f"column `{column}` holds `{value}`, not a number"
         if self.reader.texts_of(row) is not None:
             return ""
@@ -102,6 +102,10 @@ class SequenceClassification(Task):
         if isinstance(value, list | dict):
             return f"column `{column}` holds a {type(value).__name__}, not one label"
         return f"column `{column}` is blank"
+
+    def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
+        """Return which value of a streamed row is no label."""
+        return None if self.spec.problem == "regression" else self.reader.problem(row, place)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return one example a row."""
@@ -132,7 +136,7 @@ class SequenceClassification(Task):
 
     def _label(self, row: dict[str, Any]) -> float | int | list[int]:
         if self.spec.problem == "regression":
-            value = number(row.get(self.spec.label_column))
+            value = self.reader.number(row)
             assert value is not None
             return value
         positions = [self.reader.position(value) for value in self.reader.texts_of(row) or ()]

@@ -10,6 +10,7 @@ import math
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from lora_cli.reporting.report import part, shown_number
 from lora_cli.tasks import Encoded, Task, build_task
 from lora_cli.tasks.base import load_data
 from lora_cli.training import loop
+from lora_cli.training.mirror import mirror_result
 
 HELD_OUT = ("validation", "test")
 NAMES = {"majority": "the commonest answer", "none": "the head alone", "base": "the base"}
@@ -36,9 +38,16 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     """
     report = loop.train(recipe, resume)
     wanted = recipe.evaluate.baselines
+    if not set(wanted) <= set(part(report, "baselines")):
+        _measure_all(wanted, recipe, report)
+    if PartialState().is_main_process:
+        mirror_result(recipe)
+    return report
+
+
+def _measure_all(wanted: Sequence[str], recipe: Recipe, report: dict[str, Any]) -> None:
+    """Put the baselines that the report does not know, and the verdict, into it."""
     known = part(report, "baselines")
-    if not wanted or set(wanted) <= set(known):
-        return report
     report["baselines"] = {
         name: known[name] if name in known else _measure(name, recipe, report) for name in wanted
     }
@@ -47,7 +56,6 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         write_model_card(recipe.output_path, recipe, report)
         write_page(recipe.output_path, report)
         write_report(recipe.output_path, report)
-    return report
 
 
 def _measure(name: str, recipe: Recipe, report: dict[str, Any]) -> Metrics:
@@ -89,7 +97,7 @@ def _head_alone(recipe: Recipe) -> Metrics:
     head = recipe.model_copy(deep=True)
     head.adapter = AdapterSpec(type="none", train_modules=recipe.adapter.train_modules)
     head.evaluate.baselines, head.evaluate.baseline = [], False
-    head.train.trackers = []
+    head.train.trackers, head.checkpoint.mirror = [], None
     folder = recipe.output_path / "baselines" / "none"
     head.output_dir = str(folder)
     started = (folder / "recipe.yaml").exists()

@@ -1,0 +1,241 @@
+"""A copy of the run on another disk or in an object store, for machines that go away.
+
+Each checkpoint becomes a folder there of its own, with all that another machine needs to go on:
+
+    MIRROR/step-000500/checkpoint/…    as it stands in the output folder
+                       published/…     the best adapter so far, where it is another
+                       logs/…          metrics and samples up to this step
+                       recipe.yaml
+                       manifest.json   size and SHA-256 of each file, written last
+    MIRROR/final/output/…              the output folder of the complete run, likewise
+
+A folder without its manifest, or one that differs from it, is one that was being written when the
+machine went away: it is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import fsspec
+from rich.console import Console
+
+from lora_cli.errors import IntegrityError, LoraError, ResourceError
+from lora_cli.files import MANIFEST, sha256_of, verify_manifest
+from lora_cli.recipe import Recipe
+from lora_cli.training.checkpoints import FOLDER, checkpoints
+from lora_cli.training.result import locked_output
+
+FINAL = "final"
+TRIES = 3
+PAUSE_S = 2.0
+
+
+class Mirror:
+    """Folders at an address that fsspec knows, each whole or not at all.
+
+    Args:
+        recipe: Its `checkpoint.mirror` names the address.
+
+    Raises:
+        LoraError: If the address is none, or what it needs is not installed.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.url, self.at = str(recipe.checkpoint.mirror), recipe.at("checkpoint.mirror")
+        try:
+            self.files, self.root = fsspec.core.url_to_fs(self.url)
+        except ImportError as error:
+            raise LoraError(str(error), self.at, "install it, or name a folder") from error
+        except ValueError as error:
+            raise LoraError(f"`{self.url}` is no address: {error}", self.at) from error
+
+    def check(self) -> None:
+        """See that it can be written to, before a run relies on it."""
+        self.put("check", {})
+        self.remove("check")
+
+    def put(self, name: str, files: dict[str, Path]) -> None:
+        """Copy files into the folder `name` there, the manifest last.
+
+        Args:
+            name: `step-000500`, or `final`; what is there is replaced.
+            files: Where each file lies here, by its name there.
+
+        Raises:
+            ResourceError: If that fails more than once.
+        """
+        facts = {
+            there: {"bytes": here.stat().st_size, "sha256": sha256_of(here)}
+            for there, here in files.items()
+        }
+        manifest = json.dumps({"files": facts}, indent=2).encode()
+        for attempt in range(1, TRIES + 1):
+            try:
+                if self._manifest(name) == manifest:
+                    return  # it is there already
+                self.remove(name)
+                for there, here in files.items():
+                    target = self._place(f"{name}/{there}")
+                    self.files.put_file(str(here), target)
+                self.files.pipe_file(self._place(f"{name}/{MANIFEST}"), manifest)
+                return
+            except Exception as error:  # each kind of store has its own
+                if attempt == TRIES:
+                    what = f"cannot write to {self.url}: {error}"
+                    raise ResourceError(what, self.at, "see to it; then use `--resume`") from error
+                time.sleep(PAUSE_S * attempt)
+
+    def _manifest(self, name: str) -> bytes | None:
+        path = f"{self.root}/{name}/{MANIFEST}"
+        return bytes(self.files.cat_file(path)) if self.files.exists(path) else None
+
+    def _place(self, path: str) -> str:
+        """Return where a file goes, in a folder that exists."""
+        target = f"{self.root}/{path}"
+        self.files.makedirs(target.rpartition("/")[0], exist_ok=True)
+        return target
+
+    def names(self) -> list[str]:
+        """Return the folders there, the best to go on from first."""
+        self.files.invalidate_cache()
+        if not self.files.exists(self.root):
+            return []
+        found = [str(path).rpartition("/")[2] for path in self.files.ls(self.root, detail=False)]
+        steps = sorted((name for name in found if step_of(name)), key=step_of, reverse=True)
+        return [name for name in found if name == FINAL] + steps
+
+    def get(self, name: str, target: Path) -> None:
+        """Copy the folder `name` from there to here, and check it.
+
+        Raises:
+            IntegrityError: If it is not whole.
+        """
+        source = f"{self.root}/{name}"
+        if self._manifest(name) is None:
+            raise IntegrityError("it was being written when its machine went away", source)
+        target.mkdir(parents=True)
+        for path in self.files.find(source):
+            here = target / str(path)[len(source) + 1 :]
+            if not here.resolve().is_relative_to(target.resolve()):
+                raise IntegrityError(f"`{path}` lies outside its folder", source)
+            here.parent.mkdir(parents=True, exist_ok=True)
+            self.files.get_file(str(path), str(here))
+        verify_manifest(target)
+
+    def remove(self, name: str) -> None:
+        """Remove a folder there, its manifest first, so that a part of it is never taken for it."""
+        source = f"{self.root}/{name}"
+        if self.files.exists(f"{source}/{MANIFEST}"):
+            self.files.rm_file(f"{source}/{MANIFEST}")
+        if self.files.exists(source):
+            self.files.rm(source, recursive=True)
+
+
+def step_of(name: str) -> int:
+    """Return the step of a folder's name, 0 for any other."""
+    found = re.fullmatch(r"step-(\d+)", name)
+    return int(found[1]) if found else 0
+
+
+def mirror_checkpoint(recipe: Recipe, step: int, sizes: dict[str, int]) -> None:
+    """Copy a checkpoint to the mirror, with what belongs to it, then remove the oldest there.
+
+    Args:
+        recipe: Its `checkpoint` section says where, and how many are kept.
+        step: The step of the checkpoint.
+        sizes: The logs, which must stand in the output folder, and their sizes.
+    """
+    output, mirror = recipe.output_path, Mirror(recipe)
+    name = f"step-{step:06d}"
+    files = {f"logs/{log}": output / log for log in sizes}
+    files["recipe.yaml"] = output / "recipe.yaml"
+    files |= _inside(output / FOLDER / name, "checkpoint")
+    if (output / MANIFEST).exists():
+        published = json.loads((output / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files |= {f"published/{file}": output / file for file in (*published, MANIFEST)}
+    mirror.put(name, files)
+    for old in [name for name in mirror.names() if step_of(name)][recipe.checkpoint.keep :]:
+        mirror.remove(old)
+
+
+def mirror_result(recipe: Recipe) -> None:
+    """Copy the output folder of a complete run to the mirror, if there is one, but no checkpoints.
+
+    Raises:
+        ResourceError: If it cannot be written there.
+    """
+    if recipe.checkpoint.mirror is None:
+        return
+    left = (f"output/{FOLDER}/", "output/.")
+    files = _inside(recipe.output_path, "output")
+    Mirror(recipe).put(FINAL, {k: v for k, v in files.items() if not k.startswith(left)})
+
+
+def _inside(folder: Path, prefix: str) -> dict[str, Path]:
+    """Return the files of a folder by their names in it."""
+    return {
+        f"{prefix}/{file.relative_to(folder).as_posix()}": file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def restore_from_mirror(recipe: Recipe) -> None:
+    """Fill the output folder from the mirror, where that has more than the folder.
+
+    The checkpoint comes last, and appears whole: until then, the next try begins anew.
+
+    Args:
+        recipe: Names the mirror and the output folder.
+    """
+    output = recipe.output_path
+    if (output / "report.json").exists():
+        return
+    with locked_output(recipe, resume=True):
+        _restore(Mirror(recipe), output)
+
+
+def _restore(mirror: Mirror, output: Path) -> None:
+    say = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
+    here = max((step for step, _ in checkpoints(output)), default=0)
+    staging = output / ".mirror.tmp"
+    for name in mirror.names():
+        if name != FINAL and step_of(name) <= here:
+            return
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            mirror.get(name, staging)
+        except IntegrityError as error:
+            say(f"warning: {name} in {mirror.url} is passed over: {error.problems[0].what}")
+            continue
+        (_take_result if name == FINAL else _take_checkpoint)(staging, output, name)
+        say(f"restored {name} from {mirror.url}")
+        return
+
+
+def _take_result(staging: Path, output: Path, _: str) -> None:
+    files = [file for file in (staging / "output").rglob("*") if file.is_file()]
+    for file in sorted(files, key=lambda file: file.name == "report.json"):  # it says: complete
+        _move(file, output / file.relative_to(staging / "output"))
+    shutil.rmtree(staging)
+
+
+def _take_checkpoint(staging: Path, output: Path, name: str) -> None:
+    _move(staging / "recipe.yaml", output / "recipe.yaml")
+    for folder in ("logs", "published"):
+        for file in (staging / folder).glob("*"):
+            _move(file, output / file.name)
+    (output / FOLDER).mkdir(exist_ok=True)
+    shutil.rmtree(output / FOLDER / name, ignore_errors=True)
+    (staging / "checkpoint").rename(output / FOLDER / name)
+    shutil.rmtree(staging)
+
+
+def _move(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.replace(target)
