@@ -17,12 +17,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lora_cli.completion import join_words, offer_overrides, offer_splits
 from lora_cli.errors import LoraError, RegressionError, ResourceError, beside
+from lora_cli.redaction import redacted
 
 if TYPE_CHECKING:
     from lora_cli.comparison import Comparison
@@ -81,10 +83,21 @@ def main() -> None:
             print(error, file=sys.stderr)  # noqa: T201 - the help
             sys.exit(LoraError.exit_code)
         if debug or known is None:
+            sys.excepthook = _show_traceback  # not earlier: Typer has one of its own
             raise
-        print(known, file=sys.stderr)  # noqa: T201 - this is where errors are printed
+        print(redacted(str(known)), file=sys.stderr)  # noqa: T201 - this is where errors are printed
         sys.exit(known.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print a traceback as Python does, with secrets masked."""
+    import traceback
+
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(redacted(text), end="", file=sys.stderr)  # noqa: T201 - as above
 
 
 def _known_error(error: Exception) -> LoraError | None:

@@ -22,6 +22,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_cli.redaction import redacted
+
 BACKUP = "take it from a backup or train again"  # of files that were damaged
 WIDTH = 1000  # characters of a line; data may hold 50 MB in one
 
@@ -95,7 +97,7 @@ class InterruptedRun(LoraError):  # noqa: N818 - not an error: the run was asked
 
 def warn(what: str) -> None:
     """Say on stderr what a user should know and need not mend."""
-    print(f"warning: {what}", file=sys.stderr)  # noqa: T201 - stdout is for data
+    print(redacted(f"warning: {what}"), file=sys.stderr)  # noqa: T201 - stdout is for data
 
 
 def printable(text: str, width: int = WIDTH) -> str:

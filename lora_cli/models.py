@@ -144,7 +144,8 @@ def shard_names(index: Path) -> set[str]:
         what = "the index of the weights cannot be read"
         raise IntegrityError(what, str(index), "copy or download the folder again") from error
     for name in names:
-        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name:
+        plain = isinstance(name, str) and PurePosixPath(name).name == name and "\\" not in name
+        if not plain or name in ("", ".."):
             what = f"the index of the weights names a file outside its folder: {name!r}"
             raise IntegrityError(what, str(index), "take the model from where you trust it")
     return names
@@ -165,7 +166,7 @@ def _explained(recipe: Recipe, what: str) -> Iterator[None]:
             hint = "are the folder's files whole? Copy or download them again"
         if "trust_remote_code" in str(error):
             reason = "it comes with Python code of its own"
-            hint = "read that code; then set `model.trust_remote_code: true`"
+            hint = "read that code; then `--set model.trust_remote_code=true`"
         elif "/" not in name and not Path(name).exists():
             hint = "a local folder is written with a slash: `./my-model`"
         raise LoraError(

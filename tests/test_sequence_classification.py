@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch import Tensor
 
 from lora_cli.data.sources import Rows
 from lora_cli.errors import LoraError
+from lora_cli.evaluation import evaluate
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Task, build_task
 from lora_cli.tasks.base import Example, load_data
@@ -411,6 +414,44 @@ def test_balanced_weights_are_written_down_so_that_eval_needs_no_train_rows(
     assert task.recipe.task.class_weights == {"a": pytest.approx(2 / 3), "b": 2.0}
 
 
+def test_balanced_weights_are_those_of_train_whatever_is_measured(
+    bert: Path, tmp_path: Path
+) -> None:
+    weights = {"class_weights": "balanced", "labels": ["a", "b"]}
+    task = task_of(bert, tmp_path, ["a", "a", "a", "b"], ["b", "a"], **weights)
+    (validation,) = load_data(task, ["validation"]).values()
+    assert task.collate(list(validation.examples)).n_items == pytest.approx(2 + 2 / 3)
+
+
+def test_rows_that_weigh_nothing_have_no_loss(bert: Path, tmp_path: Path) -> None:
+    task = task_of(bert, tmp_path, ["a", "b"], ["a", "a"], class_weights={"a": 0.0})
+    data = load_data(task)
+    model, _ = task.load_model(CPU)
+    losses = [evaluate(model, task, split, Accelerator())["loss"] for split in data.values()]
+    assert math.isfinite(losses[0])
+    assert math.isnan(losses[1])
+
+
+def test_a_label_of_very_many_digits_is_no_position(bert: Path, tmp_path: Path) -> None:
+    task = task_of(bert, tmp_path, ["a", "9" * 5000], labels=["a", "b"])
+    with pytest.raises(LoraError, match="the labels are a, b") as caught:
+        load_data(task)
+    assert caught.value.problems[0].at == "train.jsonl:2"
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_a_long_text_is_cut_to_the_positions_of_the_model(tmp_path: Path, kind: str) -> None:
+    base = tiny.save_encoder(tmp_path / "base", kind=kind)
+    unlimited = tiny.tokenizer()
+    unlimited.model_max_length = 10**6
+    unlimited.save_pretrained(base)
+    rows = [{"text": "slow " * 300, "label": label} for label in "ab"]
+    task = task_of(base, tmp_path, rows, max_length=1000)
+    assert task.max_length == tiny.POSITIONS + (0 if kind == "roberta" else 2)
+    model, _ = task.load_model(CPU)
+    assert torch.isfinite(task.loss(model, task.collate(examples_of(task))))
+
+
 def test_balanced_weights_of_several_labels_count_rows(bert: Path, tmp_path: Path) -> None:
     values = [["a", "b"], ["a"], ["a"]]
     task = task_of(bert, tmp_path, values, problem="multi_label", class_weights="balanced")
@@ -418,7 +459,7 @@ def test_balanced_weights_of_several_labels_count_rows(bert: Path, tmp_path: Pat
     assert task.recipe.task.class_weights == {"a": 0.5, "b": 1.5}
 
 
-@pytest.mark.parametrize("weights", [{"c": 1.0}, {"a": -1.0}])
+@pytest.mark.parametrize("weights", [{"c": 1.0}, {"a": -1.0}, {"a": 0.0, "b": 0.0}])
 def test_bad_weights_are_refused(bert: Path, tmp_path: Path, weights: dict[str, float]) -> None:
     with pytest.raises(LoraError, match="class_weights"):
         load_data(task_of(bert, tmp_path, ["a", "b"], class_weights=weights))
@@ -567,5 +608,5 @@ def test_a_damaged_checkpoint_is_an_error_of_the_user(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
     task = task_of(base, tmp_path, [0, 1])
     load_data(task)
-    with pytest.raises(LoraError, match="cannot load the weights"):
+    with pytest.raises(LoraError, match="not a whole safetensors file"):
         task.load_model(CPU)

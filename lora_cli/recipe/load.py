@@ -15,6 +15,7 @@ from lora_cli.errors import LoraError, Problem, nearest
 from lora_cli.recipe.explain import explain
 from lora_cli.recipe.reader import Reader, YamlDumper, parse
 from lora_cli.recipe.spec import Recipe, is_file
+from lora_cli.redaction import redacted
 
 MAX_BYTES = 200_000  # a second of reading; a recipe has a hundredth of it
 RECIPE_FILE = "recipe.yaml"  # beside an adapter
@@ -61,12 +62,14 @@ def load_adapter_recipe(adapter: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe beside an adapter, which may be anybody's.
 
     What only the user may allow, to run code and to take another base, counts in an override alone.
+    Metrics that are code of their own count as code too.
     """
     recipe = load_recipe(adapter / RECIPE_FILE, overrides)
     said = {override.partition("=")[0].strip() for override in overrides}
     for key in ("trust_remote_code", "allow_other_base"):
         if not said & {"model", f"model.{key}"}:
             setattr(recipe.model, key, False)
+    recipe._found = not said & {"evaluate", "evaluate.metrics"}
     return recipe
 
 
@@ -179,9 +182,10 @@ def _make_paths_absolute(recipe: Recipe, folder: Path) -> None:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML: defaults written out, paths absolute."""
+    """Return the resolved recipe as YAML: defaults written out, paths absolute, secrets masked."""
     values = _without_unset(recipe)
-    return yaml.dump(values, Dumper=YamlDumper, sort_keys=False, allow_unicode=True, width=1000)
+    text = yaml.dump(values, Dumper=YamlDumper, sort_keys=False, allow_unicode=True, width=1000)
+    return redacted(text)
 
 
 def _without_unset(section: BaseModel) -> dict[str, Any]:

@@ -77,7 +77,8 @@ class ModelSpec(Section):
     """Implementation of the attention. Default: the one transformers chooses."""
 
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Leave it off unless you have read that code."""
+    """Run Python code that comes with the model, or with a metric of the Hub. Leave it off unless
+    you have read that code."""
 
     allow_other_base: bool = False
     """Use an adapter, or go on with a run, on a base whose weights are not those that it was
@@ -759,6 +760,7 @@ class Recipe(Section):
     """Folder of the result, relative to the working directory."""
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
+    _found: bool = PrivateAttr(default=False)  # beside an adapter, and so not the user's own
     _started: bool = PrivateAttr(default=False)  # `adapter.from` has been read, by an earlier run
 
     def conflicts(self) -> Conflicts:

@@ -178,7 +178,7 @@ class Labels:
         """Return the index of a label given by name, or by position."""
         if value in self.names:
             return self.names.index(value)
-        if value.isdecimal() and int(value) < len(self.names):
+        if value.isdecimal() and len(value) < 10 and int(value) < len(self.names):
             # names in the recipe, positions in the data, as in GLUE
             return None if any(label.isdecimal() for label in self.names) else int(value)
         return None
@@ -211,6 +211,8 @@ class Labels:
             for name, weight in wanted.items()
             if not 0 <= weight < math.inf
         ]
+        if not problems and not any(wanted.get(label, 1.0) for label in self.names):
+            problems.append(Problem("every label weighs nothing, so nothing is learned", at))
         if problems:
             raise LoraError(problems)
         return torch.tensor([float(wanted.get(label, 1.0)) for label in self.names])

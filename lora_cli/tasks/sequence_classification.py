@@ -62,6 +62,11 @@ class SequenceClassification(Task):
         return bool(self.labels) or self.spec.problem == "regression"
 
     @property
+    def reads_train(self) -> bool:
+        """Whether the labels, or their weights in the loss, are to be found in the train rows."""
+        return not self.knows_labels or self.spec.class_weights == "balanced"
+
+    @property
     def labels(self) -> list[str]:
         """Names of the labels, in the order of the model's outputs; none with regression."""
         return self.reader.names
@@ -190,7 +195,7 @@ class SequenceClassification(Task):
             token == self.tokenizer.unk_token_id and name != self.tokenizer.unk_token
         ):
             raise LoraError(
-                f"the tokenizer has no token `{name}`",
+                f"the tokenizer has no token `{name}`" if name else "the tokenizer has no padding",
                 self.recipe.at("task.pad_token"),
                 "name a token of its vocabulary that texts do not hold",
             )
