@@ -87,7 +87,12 @@ def test_a_byte_order_mark_is_dropped(load: Any) -> None:
         ("- a\n- b\n", "mapping", "r.yaml:1", "`model`"),
         ("model:\n\tname: m\n", "a tab", "r.yaml:2", "indent with spaces"),
         (LINES + "---\n" + LINES, "one document", "r.yaml:4", "`---`"),
-        (LINES + "train: {seed: [1\n\n\n", "a `]` or a comma is missing", "r.yaml:7", "not closed is at"),
+        (
+            LINES + "train: {seed: [1\n\n\n",
+            "a `]` or a comma is missing",
+            "r.yaml:7",
+            "not closed is at",
+        ),
         (LINES + "output_dir: a: b\n", "a colon stands", "r.yaml:4", "quotation marks"),
         (LINES + "output_dir: @x\n", "cannot begin with `@`", "r.yaml:4", "quotation marks"),
         (LINES + "a: &a [*a]\n", "too large or too deep", "r.yaml:4", "aliases"),

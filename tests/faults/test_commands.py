@@ -1,7 +1,7 @@
 """The command itself, started as a shell starts it: exit codes, pipes, full disks, odd names.
 
 A start that needs torch takes seconds, so there are few: tests/golden/messages.md has all messages
-with their exit codes.
+with their exit codes, and test_signals.py stops runs.
 """
 
 from __future__ import annotations
@@ -83,21 +83,6 @@ def test_the_exit_code_says_what_kind_of_fault_it_was(code: int, world: World) -
     result = lora(*CODES[code](world), cwd=world.folder)
     assert result.returncode == code, result.stderr
     assert (b"error: " in result.stderr) == (code != 0)
-
-
-def test_a_signal_ends_a_run_that_is_saved(world: World) -> None:
-    flags = ["--set", "train.max_steps=100000", "--set", "checkpoint.every_steps=100000"]
-    with start("train", "recipe.yaml", "-o", "stopped", *flags, cwd=world.folder) as process:
-        assert process.stderr is not None
-        for line in process.stderr:  # until it trains
-            if line.startswith(b"step"):
-                break
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=100)
-    assert process.returncode == 143
-    assert b"everything is saved\nhint: go on with `--resume`" in err
-    (saved,) = (world.folder / "stopped" / "checkpoints").iterdir()
-    assert json.loads((saved / "trainer.json").read_text())["step"] > 0
 
 
 # ----------------------------------------------------------------------------------- the streams

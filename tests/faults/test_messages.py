@@ -56,7 +56,7 @@ MASKS = [
 # places in the code whose messages no case here makes, and why
 CONV = "no task has convolutions yet; tests/test_folder.py"
 SEVERAL = "needs several processes; tests/test_distributed.py"
-MIRROR = "waits six seconds before it gives up, or needs a crash; tests/test_loop.py"
+MIRROR = "waits seconds before it gives up, or needs a crash; tests/faults/test_mirror.py"
 REST: dict[str, str] = {
     "adapters/loading.py:_check_plain": "an adapter on tied weights; tests/test_folder.py",
     "adapters/lora.py:delta_weight": CONV,
@@ -68,7 +68,7 @@ REST: dict[str, str] = {
     "files.py:finish_publishing": "needs a crash between two files, on a disk that is read-only",
     "fingerprint.py:_tensor_hash": "a file that shrinks while it is read",
     "merging.py:adapter_task": "flags that `lora merge` does not have",
-    "files.py:require_space": "needs a disk that is nearly full",
+    "files.py:require_space": "needs a disk that is nearly full; tests/faults/test_resources.py",
     "merging.py:merge_adapter": "a fault of ours: merging is proved; tests/test_merging.py",
     "metrics.py:_perplexity": "a guard: a split without trained tokens is refused before",
     "metrics.py:compute": "a guard: an empty split is refused before",
@@ -82,7 +82,7 @@ REST: dict[str, str] = {
     "training/launch.py:start_accelerator": SEVERAL,
     "training/mirror.py:put": MIRROR,
     "training/mirror.py:get": MIRROR,
-    "training/resources.py:out_of_memory": "needs a machine whose memory is full",
+    "training/resources.py:out_of_memory": "needs a full memory; tests/faults/test_resources.py",
     "training/saving.py:settle": "needs a crash between two files",
 }
 MOST_LINES = 36  # of a message on the page
