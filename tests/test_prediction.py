@@ -188,7 +188,7 @@ def test_a_model_of_texts_answers_files_too(tmp_path: Path) -> None:
         ("in.csv", "out.parquet", "cannot write out.parquet"),
         ("in.csv", "out.csv.gz", "cannot write out.csv.gz"),
         ("in.csv", "out", "cannot write out"),
-        ("in.csv", "none/out.csv", "No such file or directory"),
+        ("in.csv", "none/out.csv", "no such file or directory"),
         ("none.csv", "out.csv", "there is no file"),
         ("other.csv", "out.csv", "has no column `text`"),
         ("empty.csv", "out.csv", "no row can be read"),

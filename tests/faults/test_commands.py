@@ -43,13 +43,12 @@ def lora(*arguments: str | bytes, cwd: Path, **options: Any) -> Done:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Return a folder with rows, a recipe, and a trained adapter beside it."""
+    """Return a folder with rows and a recipe."""
     top = tmp_path_factory.mktemp("commands")
     tiny.save_encoder(top / "bases" / "encoder")
     world = World(top / "work", top / "bases")
     world.write("rows.csv", TABLE)
-    recipe = world.recipe(task={"labels": ["bad", "good"]})
-    assert world.lora("train", recipe, "-o", "../bases/trained").code == 0
+    world.recipe(task={"labels": ["bad", "good"]})
     return world
 
 
@@ -57,6 +56,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def worse(world: World) -> list[str]:
+    assert world.lora("train", "recipe.yaml", "-o", "../bases/trained").code == 0
     world.trained("old")
     folder = world.folder / world.trained("new")
     (folder / "manifest.json").unlink()
