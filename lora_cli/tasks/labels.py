@@ -145,7 +145,8 @@ class Labels:
                         places[value] = splits[name].place(i)
             problems += [
                 Problem(
-                    f"`{printable(value, SHOWN)}` is not a label ({counted(values[value], 'row')} of {name})",
+                    f"`{printable(value, SHOWN)}` is not a label "
+                    f"({counted(values[value], 'row')} of {name})",
                     places[value],
                     self._meant(value),
                 )
