@@ -109,7 +109,7 @@ def _move_ready(target: Path) -> None:
         return
     for file in sorted(ready.iterdir(), key=lambda file: (file.name == MANIFEST, file.name)):
         if (target / file.name).is_dir():  # a folder takes the place of an empty one only
-            shutil.rmtree(target / file.name)
+            _delete(target / file.name)
         file.replace(target / file.name)
     _sync_folder(target)
     ready.rmdir()
@@ -251,14 +251,13 @@ def _fault_of(folder: Path, name: str, size: int, sha256: str) -> Problem | None
 def refuse_links_outside(folder: Path) -> None:
     """Refuse a folder with a file that is a link to somewhere else.
 
-    In the Hub's cache every file of a snapshot is a link, to the files of the same repository.
+    The Hub's cache is not elsewhere: every file of a snapshot in it is a link to another folder of
+    it, and older downloads to a folder are links to it too.
 
     Raises:
         IntegrityError: With every such file.
     """
     root = folder.resolve()
-    if root.parent.name == "snapshots":
-        root = root.parent.parent
     problems = [
         Problem(
             f"`{path.name}` is a link to {path.readlink()}, which is outside the folder",
@@ -266,10 +265,16 @@ def refuse_links_outside(folder: Path) -> None:
             "put the file itself in its place, if you trust it",
         )
         for path in sorted(folder.rglob("*"))
-        if path.is_symlink() and not path.resolve().is_relative_to(root)
+        if path.is_symlink() and not _is_within(path.resolve(), root)
     ]
     if problems:
         raise IntegrityError(problems)
+
+
+def _is_within(target: Path, root: Path) -> bool:
+    blobs, repository = target.parent.name, target.parent.parent.name
+    in_cache = blobs == "blobs" and repository.startswith("models--")
+    return in_cache or target.is_relative_to(root)
 
 
 def is_leftover(path: Path) -> bool:

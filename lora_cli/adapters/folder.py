@@ -196,8 +196,8 @@ def read_adapter(path: Path) -> AdapterFolder:
             f"there is no folder {path}",
             hint="`--adapter` takes the output folder of `lora train`, or a folder that PEFT saved",
         )
-    finish_publishing(path)
     refuse_links_outside(path)
+    finish_publishing(path)
     if not (path / WEIGHTS_FILE).is_file():
         pickles = [
             name for name in ("adapter_model.bin", "adapter_model.pt") if (path / name).exists()
