@@ -24,6 +24,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from lora_cli.errors import counted
+
 Conflicts = Iterator[tuple[str, str, str]]  # of each: the key, what is wrong, how to mend it
 Word = Annotated[str, Field(min_length=1)]
 Words = Annotated[list[Word], Field(min_length=1)]
@@ -139,8 +141,10 @@ class SequenceClassificationSpec(Section):
             yield "label_separator", what, "leave it out, or set `problem: multi_label`"
         if self.label_columns is not None:
             yield from self._column_conflicts(self.label_columns)
-        for label, times in Counter(map(str, self.labels or ())).items():
-            if times > 1:
+        for label, times in Counter(str(label).strip() for label in self.labels or ()).items():
+            if not label:
+                yield "labels", "a label of `labels` is blank", "give it a name"
+            elif times > 1:
                 what = f"the label `{label}` stands {times} times in `labels`"
                 yield "labels", what, "each label stands once, in the order of the model's outputs"
 
@@ -152,7 +156,8 @@ class SequenceClassificationSpec(Section):
             what = "`label_separator` divides one column, not `label_columns`"
             yield "label_separator", what, "leave one of the two out"
         if self.labels is not None and len(self.labels) != len(columns):
-            what = f"{len(self.labels)} names in `labels` for {len(columns)} `label_columns`"
+            names = counted(len(self.labels), "name")
+            what = f"{names} in `labels` for {len(columns)} `label_columns`"
             yield "labels", what, "name each column's label, in the same order, or leave them out"
         for column, times in Counter(columns).items():
             if times > 1:
