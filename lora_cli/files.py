@@ -224,7 +224,8 @@ def verify_manifest(folder: Path, *required: str) -> bool:
     problems = [fault for entry in entries if (fault := _fault_of(folder, *entry)) is not None]
     for name in required:
         if name not in files:
-            problems.append(Problem(f"the manifest does not list `{name}`", str(manifest)))
+            what, hint = f"the manifest does not list `{name}`", "take both from a backup"
+            problems.append(Problem(what, str(manifest), hint))
     if not problems:
         return True
     if (folder / READY).is_dir() or (manifest.is_file() and manifest.read_bytes() != raw):
@@ -239,7 +240,7 @@ def _fault_of(folder: Path, name: str, size: int, sha256: str) -> Problem | None
     hint = "take it from a backup or train again"
     if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
         what = f"the manifest names a file outside its folder: {name!r}"
-        return Problem(what, str(folder / MANIFEST))
+        return Problem(what, str(folder / MANIFEST), "do not use this folder: ask who made it")
     if not file.is_file():
         return Problem(f"`{name}` is missing", str(folder), hint)
     if file.stat().st_size != size or sha256_of(file) != sha256:

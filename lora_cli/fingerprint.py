@@ -208,7 +208,8 @@ def _tensor_hash(file: Path, entry: TensorEntry) -> str:
         while left:
             count = handle.readinto(buffer[: min(CHUNK, left)])
             if not count:
-                raise IntegrityError("the file became shorter while it was read", str(file))
+                what, hint = "the file became shorter while it was read", "download it anew"
+                raise IntegrityError(what, str(file), hint)
             state.update(buffer[:count])
             left -= count
     return state.hexdigest()
