@@ -27,8 +27,8 @@ from lora_cli.models import mixed_precision
 from lora_cli.recipe import Recipe
 from lora_cli.reporting.report import strict
 from lora_cli.tasks import Encoded, Prediction, Task, build_task
-from lora_cli.tasks.base import check_data, load_data
 from lora_cli.tasks.causal_lm import CausalLM
+from lora_cli.tasks.encoding import check_data, load_data
 
 WINDOW = 64  # batches whose examples are sorted by length together
 TEXT_LENGTH = 500  # characters of a row that stand beside its prediction

@@ -15,8 +15,8 @@ import tiny
 from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Task, build_task
-from lora_cli.tasks.base import check_data
 from lora_cli.tasks.check import check_recipe
+from lora_cli.tasks.encoding import check_data
 from lora_cli.tasks.streaming import Stream
 from lora_cli.training import loop, train
 

@@ -7,7 +7,8 @@ from itertools import islice
 
 from lora_cli.data.sources import stream_rows, without_fault
 from lora_cli.errors import LoraError
-from lora_cli.tasks.base import Example, Task, encode_located
+from lora_cli.tasks.base import Example, Task
+from lora_cli.tasks.encoding import encode_located
 
 CHUNK = 100  # rows that are encoded together
 
