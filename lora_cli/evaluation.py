@@ -19,7 +19,7 @@ from lora_cli.adapters.loading import load_adapter, verify_base
 from lora_cli.data.files import form_of
 from lora_cli.data.plan import Indices
 from lora_cli.data.sources import SPLITS
-from lora_cli.errors import LoraError, NumericsError
+from lora_cli.errors import LoraError, NumericsError, beside
 from lora_cli.files import finish_publishing, verify_manifest
 from lora_cli.fingerprint import fingerprint_of
 from lora_cli.metrics import MetricSet, metric_mode, result_names
@@ -292,7 +292,7 @@ def measure_file(recipe: Recipe, file: Path) -> None:
         LoraError: If there is no such file, or the labels would have to be found on the Hub.
     """
     if not file.is_file():
-        raise LoraError(f"there is no file {file}", "--input")
+        raise LoraError(f"there is no file {file}", "--input", beside(file))
     task, data = recipe.task, recipe.data
     data.validation, data.test, data.streaming = None, str(file.absolute()), False
     data.format = form_of(file, data.format)
@@ -300,7 +300,9 @@ def measure_file(recipe: Recipe, file: Path) -> None:
     if data.name is not None:
         if needs_labels and not getattr(task, "labels", None):
             raise LoraError(
-                "the labels are not known", recipe.at("task.labels"), "name them in the recipe"
+                "the labels are not known",
+                recipe.at("task.labels"),
+                "name them in the order of the model's outputs: `--set 'task.labels=[no, yes]'`",
             )
         if getattr(task, "class_weights", None) == "balanced":
             hint = "name them in the recipe, or leave them out"

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_cli.data.files import form_of, kind_of, read_rows, require_columns
-from lora_cli.errors import LoraError, Problem
+from lora_cli.errors import LoraError, Problem, beside
 from lora_cli.recipe import FormatSpec
 from lora_cli.tasks import Task
 
@@ -54,9 +54,10 @@ def answer_file(
         new columns are blank.
     """
     if not source.is_file():
-        raise LoraError(f"there is no file {source}", "--input")
+        raise LoraError(f"there is no file {source}", "--input", beside(source))
     if source.resolve() == target.resolve():
-        raise LoraError("the output would overwrite the input", "--output")
+        what = "the output would overwrite the input"
+        raise LoraError(what, "--output", f"name another: `--output answers{target.suffix}`")
     form = form_of(source, task.recipe.data.format)
     columns = _columns(source, form)
     require_columns(task.input_columns(), columns, str(source))
@@ -84,7 +85,7 @@ def _columns(source: Path, form: FormatSpec) -> list[str]:
     enough = None if kind_of(source, form) == "json" else 1
     columns = list(dict.fromkeys(name for row in islice(rows, enough) for name in row))
     if not columns:
-        raise LoraError("no row can be read", str(source))
+        raise LoraError("no row can be read", str(source), "is it empty, or `data.format` another?")
     return columns
 
 
@@ -109,7 +110,8 @@ def _replacing(target: Path) -> Iterator[IO[str]]:
             yield file
         temporary.replace(target)
     except OSError as error:
-        raise LoraError(f"cannot write {target}: {error.strerror}", "--output") from error
+        what = f"cannot write {target}: {(error.strerror or str(error)).lower()}"
+        raise LoraError(what, "--output", f"`mkdir -p {target.parent}`, or name another") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -192,7 +192,7 @@ def test_a_model_of_texts_answers_files_too(tmp_path: Path) -> None:
         ("none.csv", "out.csv", "there is no file"),
         ("other.csv", "out.csv", "has no column `text`"),
         ("empty.csv", "out.csv", "no row can be read"),
-        ("in.what", "out.csv", "what kind of file is in.what"),
+        ("in.what", "out.csv", "`in.what` is of no known kind"),
     ],
 )
 def test_what_cannot_be_done_leaves_nothing_behind(

@@ -227,21 +227,21 @@ def test_many_unknown_labels_are_not_all_listed(bert: Path, tmp_path: Path) -> N
     with pytest.raises(LoraError) as caught:
         load_data(task_of(bert, tmp_path, ["neg", "pos"], [f"x{i}" for i in range(30)]))
     assert len(caught.value.problems) == 11
-    assert caught.value.problems[-1].what == "20 more values are not labels"
+    assert caught.value.problems[-1].what == "20 more values of validation are not labels"
 
 
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
         (["a", "a"], {}, "there is one label only, `a`"),
-        (["a", "b"], {"labels": ["a", " a"]}, "the label `a` stands twice"),
+        (["a", "b"], {"labels": ["a", " a"]}, "the label `a` stands 2 times"),
         (["a", None], {}, "column `label` is blank"),
         (["a", float("nan")], {}, "column `label` is blank"),
         (["a", ["b"]], {}, "column `label` holds a list, not one label"),
         ([f"value {i}" for i in range(30)], {}, "column `label` has 30 values in 30 rows"),
         ([[], []], {"problem": "multi_label"}, "no row of the train split has a label"),
         ([["a"], [None]], {"problem": "multi_label"}, "a list with a blank"),
-        (["a,b"], {"problem": "multi_label"}, "set `task.label_separator`"),
+        (["a,b"], {"problem": "multi_label"}, "`--set task.label_separator=,` divides a text"),
     ],
 )
 def test_labels_that_teach_nothing_are_refused(
@@ -297,7 +297,7 @@ def test_each_label_may_have_a_column_of_0_and_1(bert: Path, tmp_path: Path) -> 
         ({"b": 1}, "`a`, `b` are all 1; with `problem: single_label` it is one"),
         ({"a": 0}, "no label's column is 1; with `problem: single_label` it is one"),
         ({"c": "2"}, "column `c` holds `2`, not 0 or 1"),
-        ({"c": None}, "column `c` holds `None`, not 0 or 1"),
+        ({"c": None}, "column `c` is blank, not 0 or 1"),
     ],
 )
 def test_other_marks_are_faults(

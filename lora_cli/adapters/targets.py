@@ -35,6 +35,9 @@ QUERY_VALUE_NAMES = (
 )
 
 
+EXPRESSION = "one that is: `.*\\.(query|value)`; names need none: `[query, value]`"
+
+
 @dataclass(frozen=True)
 class Target:
     """A module that gets an adapter."""
@@ -155,7 +158,8 @@ def _unmatched_patterns(chosen: list[str], recipe: Recipe) -> list[Problem]:
         for entry in getattr(recipe.adapter, key):
             at = recipe.at(f"adapter.{key}.{entry}")
             if fault := regex_fault(entry):
-                problems.append(Problem(f"`{entry}` is not a regular expression: {fault}", at))
+                what = f"`{entry}` is not a regular expression: {fault}"
+                problems.append(Problem(what, at, EXPRESSION))
             elif not any(_pattern_matches(entry, name) for name in chosen):
                 hint = did_you_mean(entry, _last_names(chosen), "adapted are")
                 problems.append(Problem(f"`{entry}` matches no adapted module", at, hint))
@@ -225,12 +229,11 @@ def _unmatched(
         test = entry if isinstance(pattern, str) else [entry]
         if isinstance(test, str) and (fault := regex_fault(test)):
             what = f"`{entry}` is not a regular expression: {fault}"
-            problems.append(Problem(what, recipe.at(key)))
+            problems.append(Problem(what, recipe.at(key), EXPRESSION))
             continue
         if any(matches(test, name) for name in adaptable):
             continue
         others = [name for name in modules if matches(test, name)]
-        hint: str | None
         if others and can_adapt(modules[others[0]]):
             what = f"`{entry}` matches {others[0]}, which is trained in full"
             hint = "it needs no adapter; take it out"
@@ -238,7 +241,8 @@ def _unmatched(
             kind = type(modules[others[0]]).__name__
             within = [name for name in adaptable if inside(name, others[0])]
             what = f"`{entry}` matches {others[0]} ({kind}), which no adapter fits"
-            hint = f"inside it are {', '.join(_last_names(within))}" if within else None
+            fitting = ", ".join(_last_names(within or adaptable))
+            hint = f"inside it are {fitting}" if within else f"adapters fit {fitting}"
         else:
             what = f"`{entry}` matches no module of the model"
             hint = did_you_mean(entry, _last_names(adaptable), "the model has")

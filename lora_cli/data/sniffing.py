@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.files import KINDS, RawRow, read_rows
+from lora_cli.data.files import KINDS, read_rows
 from lora_cli.data.foreign import refuse_binary, refuse_other_lines
+from lora_cli.data.lines import RawRow
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec
 

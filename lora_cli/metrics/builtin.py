@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lora_cli.errors import LoraError, Problem
+from lora_cli.errors import LoraError, Problem, beside
 
 Channel = Literal["label", "value", "text", "nll"]
 """What a metric reads of each evaluated row, as prediction and reference.
@@ -246,9 +246,9 @@ def check_metric_names(
     for name in dict.fromkeys(names):
         spec = SPECS.get(name)
         if spec is None:
-            if is_path(name) and not os.path.exists(os.path.expanduser(name)):
+            if is_script(name) and not os.path.exists(os.path.expanduser(name)):
                 what = f"there is no metric script `{name}`"
-                problems.append(Problem(what, at, f"the path starts from {Path.cwd()}"))
+                problems.append(Problem(what, at, beside(Path(name).expanduser())))
             continue
         if default_channel and spec.channel not in _FEEDS[default_channel]:
             reads, fed = _NOUNS[spec.channel], _NOUNS[default_channel]
@@ -264,6 +264,6 @@ def check_metric_names(
     return problems
 
 
-def is_path(name: str) -> bool:
+def is_script(name: str) -> bool:
     """Return whether a name can only be that of a local script or of its folder."""
     return name.endswith(".py") or name.startswith((".", "/", "~"))

@@ -36,7 +36,7 @@ from lora_cli.metrics.builtin import (
     MetricSpec,
     Rows,
     check_metric_names,
-    is_path,
+    is_script,
     known_metrics,
 )
 
@@ -139,7 +139,8 @@ class MetricSet:
         except Exception as error:
             if name in SPECS:
                 raise
-            raise LoraError(f"metric `{name}` failed: {_reason(error)}", self._at) from error
+            what = f"metric `{name}` failed: {_reason(error)}"
+            raise LoraError(what, self._at, "mend the script, or leave the metric out") from error
 
 
 @functools.cache
@@ -176,16 +177,18 @@ def _load(name: str, at: str, **options: Any) -> Any:
     """Return the metric that `evaluate` knows by this name."""
     import evaluate
 
-    path = os.path.expanduser(name) if is_path(name) else name
+    path = os.path.expanduser(name) if is_script(name) else name
     try:
         with contextlib.redirect_stdout(sys.stderr):  # a script may print
             metric = evaluate.load(path, **options)
     except Exception as error:
-        if isinstance(error, FileNotFoundError) and not is_path(name):
+        if isinstance(error, FileNotFoundError) and not is_script(name):
             what = f"unknown metric `{name}`: it is not built in, and `evaluate` finds none"
             hint = did_you_mean(name, known_metrics(), noun="built in:")
             raise LoraError(what, at, hint) from error
-        raise LoraError(f"metric `{name}` cannot be loaded: {_reason(error)}", at) from error
+        what = f"metric `{name}` cannot be loaded: {_reason(error)}"
+        hint = f"try it alone: `python -c 'import evaluate; evaluate.load(\"{name}\")'`"
+        raise LoraError(what, at, hint) from error
     features = metric.features[0] if isinstance(metric.features, list) else metric.features
     if set(features) != {"predictions", "references"}:
         what = f"metric `{name}` wants {', '.join(features)}; a task yields predictions, references"

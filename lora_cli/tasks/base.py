@@ -20,6 +20,7 @@ from lora_cli.metrics import (
     Channel,
     MetricContext,
     check_metric_names,
+    is_script,
     known_metrics,
     metric_mode,
     result_names,
@@ -194,6 +195,10 @@ class Task(ABC):
         An example of a row that is longer than `max_length` has the row's own `full_length`.
         """
 
+    def why_nothing(self, row: dict[str, Any]) -> str:
+        """Return a hint, where a row leaves nothing to train."""
+        return "raise `task.max_length`, if the model can take more"
+
     @abstractmethod
     def features(self) -> dict[str, str]:
         """Return the type of each key of an example but `input_ids`: `list<int32>`, `float32`."""
@@ -257,6 +262,7 @@ class Task(ABC):
         """Return what is wrong with the recipe's metrics, as far as names tell it."""
         names, at = self.metric_names, self.recipe.at("evaluate.metrics")
         problems = check_metric_names(names, self.metric_channel, self.metric_context, at)
+        problems += self._untrusted(names, at)
         best = self.recipe.evaluate.best
         if best is None or best.metric == "loss":
             return problems
@@ -270,6 +276,24 @@ class Task(ABC):
             what = f"is less or more of `{best.metric}` better?"
             problems.append(Problem(what, at, "say it with `evaluate.best.mode: min`, or `max`"))
         return problems
+
+    def _untrusted(self, names: Sequence[str], at: str) -> list[Problem]:
+        """Return a problem for each metric whose code the user did not allow to run.
+
+        A script that the user's own recipe names by its path is the user's.
+        """
+        recipe = self.recipe
+        return [
+            Problem(
+                f"metric `{name}` is Python code of its own",
+                at,
+                "read that code; then `--set model.trust_remote_code=true`",
+            )
+            for name in names
+            if name not in known_metrics()
+            and not recipe.model.trust_remote_code
+            and (recipe._found or not is_script(name))
+        ]
 
     @property
     def metric_context(self) -> MetricContext:

@@ -44,8 +44,9 @@ def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
     for name, split in rows.items():
         faults = {i: fault for i, row in enumerate(split) if (fault := task.fault(row))}
         if len(faults) == len(split) and recipe.data.on_bad_row == "skip":
-            first = next(iter(faults.values()))
-            raise LoraError(f"no row of the {name} split can be used: {first}", split.source)
+            what = f"no row of the {name} split can be used: {faults[0]}"
+            hint = "is the right column named? `data.on_bad_row: skip` leaves nothing here"
+            raise LoraError(what, split.place(0), hint)
         rows[name] = without(split, faults, recipe)
     task.prepare(rows)
     return rows
@@ -71,11 +72,7 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
                     yield {**example, "row": first + offset, "length": length}
             first += len(batch)
         if not count:
-            raise LoraError(
-                f"no row leaves anything to train within {task.max_length} tokens",
-                rows.source,
-                "raise `task.max_length`, if the model can take more",
-            )
+            raise nothing_trained(task, rows)
 
     def feature(text: str) -> Any:
         if text.startswith("list<"):
@@ -100,6 +97,12 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
     without_example = len(rows) - len(np.unique(dataset["row"]))
     lengths, full = (np.array(dataset[k], dtype=np.int64) for k in ("length", "full_length"))
     return Encoded(rows, dataset, lengths, full, without_example)
+
+
+def nothing_trained(task: Task, rows: Rows) -> LoraError:
+    """Return what to say of a split of which no row leaves anything to train."""
+    what = f"no row leaves anything to train within {task.max_length} tokens"
+    return LoraError(what, rows.source, task.why_nothing(rows[0]))
 
 
 def _place(rows: Rows, first: int, i: int) -> str:
