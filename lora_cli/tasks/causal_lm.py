@@ -202,8 +202,9 @@ class CausalLM(Task):
     def why_nothing(self, row: dict[str, Any]) -> str:
         """Return a hint, where a row leaves nothing to train: is it the template's fault?"""
         if self.is_chat:
-            _, trained = encode_chat(self.tokenizer, self._messages(row), self.spec.train_on)
-            if not any(trained):
+            messages = self._messages(row)
+            examples = encode_chat(self.tokenizer, messages, self.spec.train_on, self._opened)
+            if not any(any(trained) for _, trained in examples):
                 return (
                     "the chat template marks or writes nothing of the assistant's turns: give "
                     "another with `task.chat_template: FILE`, or `--set task.train_on=all`"
