@@ -191,28 +191,8 @@ def _records(path: Path, spec: FormatSpec) -> Iterator[tuple[int, list[str], str
 
 
 def _read_csv(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
-    names = spec.columns
     records = _records(path, spec)
-    if spec.header:
-        line, header, fault = next(records, (1, [], ""))
-        header = [name.strip() for name in header]
-        if fault:
-            raise LoraError(f"the header: {fault}", f"{path}:{line}")
-        if names is None:
-            names = header
-            twice = [name for name, times in Counter(names).items() if times > 1]
-            if twice:
-                raise LoraError(
-                    f"two columns are called `{twice[0]}`",
-                    f"{path}:{line}",
-                    "name them in `data.format.columns`",
-                )
-        elif header and len(names) != len(header):
-            raise LoraError(
-                f"{len(names)} names for the {len(header)} columns of {path.name}",
-                "data.format.columns",
-                "its header has " + ", ".join(header),
-            )
+    names = _column_names(path, spec, records)
     for line, fields, fault in records:
         if names is None:
             names = [str(number) for number in range(len(fields))]
@@ -220,6 +200,58 @@ def _read_csv(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
             fault = f"{len(fields)} fields where there are {len(names)} columns"
         columns = None if fault else dict(zip(names, fields, strict=True))
         yield RawRow(columns, f"{path.name}:{line}", fault)
+
+
+def _column_names(
+    path: Path, spec: FormatSpec, records: Iterator[tuple[int, list[str], str]]
+) -> list[str] | None:
+    """Return the names of the columns of a csv file, if there are any; its header is taken."""
+    names = spec.columns
+    if not spec.header:
+        return names
+    line, header, fault = next(records, (1, [], ""))
+    header = [name.strip() for name in header]
+    if fault:
+        raise LoraError(f"the header: {fault}", f"{path}:{line}")
+    if names is None:
+        twice = [name for name, times in Counter(header).items() if times > 1]
+        if twice:
+            raise LoraError(
+                f"two columns are called `{twice[0]}`",
+                f"{path}:{line}",
+                "name them in `data.format.columns`",
+            )
+        return header
+    if header and len(names) != len(header):
+        raise LoraError(
+            f"{len(names)} names for the {len(header)} columns of {path.name}",
+            "data.format.columns",
+            "its header has " + ", ".join(header),
+        )
+    return names
+
+
+def columns_of(path: Path, spec: FormatSpec) -> list[str]:
+    """Return the names of all columns of a file; only the rows of JSON have columns of their own.
+
+    Raises:
+        LoraError: If the file as a whole cannot be read, or no row of it.
+    """
+    names: list[str] | None = None
+    match kind_of(path, spec):
+        case "csv":
+            names = _column_names(path, spec, _records(path, spec))
+        case "parquet":
+            names = list(parquet_schema(path).names)
+        case "text":
+            names = [text_column(spec)]
+    if names is None:
+        enough = None if kind_of(path, spec) == "json" else 1
+        rows = (row.columns for row in read_rows(path, spec) if row.columns is not None)
+        names = list(dict.fromkeys(name for row in itertools.islice(rows, enough) for name in row))
+    if not names:
+        raise LoraError("no row can be read", str(path))
+    return names
 
 
 # ----------------------------------------------------------------------------------------- json
@@ -297,6 +329,18 @@ def _refuse_one_object(path: Path, spec: FormatSpec) -> None:
 # ------------------------------------------------------------------------------ parquet and text
 
 
+def parquet_schema(path: Path) -> Any:
+    """Return the columns of a parquet file with their types, a `pyarrow.Schema`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise LoraError(f"not a whole parquet file: {reason}", str(path)) from error
+
+
 def _read_parquet(path: Path) -> Iterator[RawRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -314,9 +358,15 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
 
 
 def _read_text(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
+    name = text_column(spec)
     for number, text in _text_units(path, spec):
         fault = _text_fault(text, spec.encoding)
-        yield RawRow(None if fault else {"text": text}, f"{path.name}:{number}", fault)
+        yield RawRow(None if fault else {name: text}, f"{path.name}:{number}", fault)
+
+
+def text_column(spec: FormatSpec) -> str:
+    """Return the name of the one column of a text file."""
+    return spec.columns[0] if spec.columns and len(spec.columns) == 1 else "text"
 
 
 def _text_units(path: Path, spec: FormatSpec) -> Iterator[tuple[int, str]]:

@@ -299,7 +299,7 @@ class FormatSpec(Section):
     """The first line of a csv file names the columns."""
 
     columns: Words | None = None
-    """Names of the columns, instead of those in the header."""
+    """Names of the columns, instead of those in the header; the name of a text file's column."""
 
     skip_lines: Annotated[int, Field(ge=0)] = 0
     """Lines of a csv file before its header, or before its rows, that are neither: a title, a
