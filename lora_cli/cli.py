@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_cli.completion import join_words, offer_overrides, offer_splits
 from lora_cli.errors import LoraError, RegressionError, ResourceError
 
 if TYPE_CHECKING:
@@ -43,7 +44,12 @@ AdapterDir = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the recipe; repeatable.",
+        autocompletion=offer_overrides,
+    ),
 ]
 RecipeOption = Annotated[
     Path | None,
@@ -58,6 +64,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     debug = "--debug" in sys.argv or bool(os.environ.get("LORA_DEBUG"))
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    if os.environ.get("_LORA_COMPLETE") == "complete_bash":
+        join_words()
     try:
         app(prog_name="lora")
     except Exception as error:
@@ -175,14 +183,17 @@ def _recipe_for(adapter: Path, recipe: Path | None, overrides: list[str] | None)
     """Return the recipe beside an adapter, or the one that is given."""
     if not adapter.is_dir():
         raise LoraError(f"there is no folder {adapter}", "--adapter")
-    file = recipe or adapter / "recipe.yaml"
-    if recipe is None and not file.is_file():
+    if recipe is not None:
+        return _load(recipe, overrides)
+    from lora_cli.recipe import RECIPE_FILE, load_adapter_recipe
+
+    if not (adapter / RECIPE_FILE).is_file():
         raise LoraError(
-            f"{adapter} holds no recipe.yaml",
+            f"{adapter} holds no {RECIPE_FILE}",
             "--adapter",
             "name a recipe with `--recipe FILE`, for its task and data",
         )
-    return _load(file, overrides)
+    return load_adapter_recipe(adapter, overrides or [])
 
 
 @app.command("eval")
@@ -190,7 +201,11 @@ def evaluate(
     adapter: AdapterDir,
     split: Annotated[
         str | None,
-        typer.Option("--split", help="train, validation or test. Default: all but train."),
+        typer.Option(
+            "--split",
+            help="train, validation or test. Default: all but train.",
+            autocompletion=offer_splits,
+        ),
     ] = None,
     source: Annotated[
         Path | None,
@@ -227,14 +242,17 @@ def evaluate(
     if against is not None:
         from lora_cli.comparison import compare
 
-        _print_comparison(compare(adapter, against, loaded, metric, max_drop, split), as_json)
+        found = compare(adapter, against, loaded, metric, max_drop, split)
+        if not as_json:
+            typer.echo(f"old  {against}\nnew  {adapter}")
+        _print_comparison(found, as_json)
         return
     results = evaluate_adapter(adapter, loaded, split)
     if as_json:
         typer.echo(json.dumps(results, indent=2))
         return
     names = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
-    rows = [["metric", *results]]
+    rows = [["metric", *([source.name] if source is not None else results)]]
     rows += [
         [name, *(f"{metrics[name]:.4f}" if name in metrics else "" for metrics in results.values())]
         for name in names
@@ -256,14 +274,13 @@ def _print_comparison(found: Comparison, as_json: bool) -> None:
         header = [f"{found.split} ({found.rows} rows)", "old", "new", "difference", "95 % interval"]
         typer.echo(_table([header, [*row, f"{low:+.4f} to {high:+.4f}"]]))
         typer.echo(f"interval: paired bootstrap, {found.resamples:,} resamples of the rows")
-        typer.echo(
-            f"verdict: {found.verdict} (judged by the difference itself, not by its interval)"
-        )
+        typer.echo(f"verdict: {found.verdict}")
     if found.worse:
         raise RegressionError(
             f"{found.metric} on {found.split} is worse by {found.drop:.4f}, "
             f"and {found.max_drop:g} is allowed",
             "--max-drop",
+            "look at both reports before this adapter is used",
         )
 
 
@@ -273,12 +290,13 @@ def merge(
     adapter: AdapterDir,
     to: Annotated[Path, typer.Option("--to", help="Folder of the merged model.")],
     recipe: RecipeOption = None,
+    overrides: Overrides = None,
 ) -> None:
     """Merge an adapter into its base: a stand-alone model folder."""
     _quiet()
     from lora_cli.merging import merge_adapter
 
-    result = merge_adapter(base, adapter, to, recipe)
+    result = merge_adapter(base, adapter, to, recipe, overrides)
     dtype = str(result.dtype).removeprefix("torch.")
     typer.echo(f"merged {result.merged_modules} modules into {result.folder}/ ({dtype})")
     typer.echo(
@@ -292,8 +310,7 @@ def merge(
         )
     if not result.verified:
         typer.echo(
-            "warning: the adapter's folder has no manifest, so neither its integrity nor "
-            "its base model could be verified",
+            "warning: the adapter's folder has no manifest, so its integrity could not be verified",
             err=True,
         )
 

@@ -20,7 +20,7 @@ from lora_cli.data.sources import SPLITS
 from lora_cli.errors import LoraError, did_you_mean
 from lora_cli.evaluation import best_by, evaluate, load_adapted, open_task, start_accelerator
 from lora_cli.metrics import builtin_value, known_metrics, metric_mode, reads, result_names
-from lora_cli.recipe import AdapterSpec, Recipe, load_recipe
+from lora_cli.recipe import RECIPE_FILE, AdapterSpec, Recipe, load_adapter_recipe
 from lora_cli.tasks import Encoded, Prediction, Task
 from lora_cli.tasks.base import load_data
 
@@ -63,14 +63,16 @@ class Comparison:
         """The judgement in words."""
         low, high = self.interval
         if self.drop == 0:
-            how = "equal to the old one"
-        else:
-            how = f"{'worse' if not self.drop < 0 else 'better'} by {abs(self.drop):.4f}"
+            return "the new adapter is equal to the old one"
+        how = f"{'worse' if not self.drop < 0 else 'better'} by {abs(self.drop):.4f}"
         allowed = "more than" if self.worse else "within"
         limit = "" if self.drop <= 0 else f", {allowed} the {self.max_drop:g} that is allowed"
-        doubt = "leaves open" if low <= 0 <= high else "confirms"
-        sure = f"; the 95 % interval {doubt} which is better" if self.drop != 0 else ""
-        return f"the new adapter is {how}{limit}{sure}"
+        doubt = (
+            f"zero is inside the 95 % interval, so on {self.rows:,} rows that may be chance"
+            if low <= 0 <= high
+            else "zero is outside the 95 % interval, so that is hardly chance"
+        )
+        return f"the new adapter is {how}{limit}; {doubt}"
 
 
 def compare(
@@ -130,7 +132,7 @@ def _split(recipe: Recipe, split: str | None) -> str:
     raise LoraError(
         f"the recipe has no split `{split or 'test or validation'}`",
         recipe.at("data"),
-        "name a file with `--input FILE`",
+        f"it has {', '.join(present)}; or name a file with `--input FILE`",
     )
 
 
@@ -138,15 +140,14 @@ def _refuse_others(old: Path, recipe: Recipe) -> None:
     """Refuse an old adapter of another base or other labels, which would measure nonsense."""
     if not old.is_dir():
         raise LoraError(f"there is no folder {old}", "--against")
-    file = old / "recipe.yaml"
-    if not file.is_file():
+    if not (old / RECIPE_FILE).is_file():
         return
-    theirs = load_recipe(file)
+    theirs = load_adapter_recipe(old)
     for key in ("labels", "problem"):
         ours, other = (getattr(r.task, key, None) for r in (recipe, theirs))
         if ours is not None and other is not None and ours != other:
             raise LoraError(
-                f"`task.{key}` is {other} in the old adapter and {ours} in the new one",
+                f"`task.{key}` {_differ(other, ours)}",
                 "--against",
                 "only adapters of the same task can be compared",
             )
@@ -160,6 +161,15 @@ def _refuse_others(old: Path, recipe: Recipe) -> None:
             "--against",
             "if these are the same model, say where it is with `--set model.name=`",
         )
+
+
+def _differ(old: Any, new: Any) -> str:
+    """Return in words how two values differ, of lists only what one has and the other has not."""
+    if isinstance(old, list) and isinstance(new, list) and set(old) != set(new):
+        only = [[x for x in a if x not in b] for a, b in ((old, new), (new, old))]
+        shown = (", ".join(map(str, x[:5])) + ", …" * (len(x) > 5) or "nothing" for x in only)
+        return "is not the same: the old adapter alone has {}; the new one {}".format(*shown)
+    return f"is {old} in the old adapter and {new} in the new one"
 
 
 def _loader(folder: Path, recipe: Recipe) -> Task:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from accelerate import Accelerator
@@ -26,10 +26,13 @@ class Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
     Args:
         tokenizer: Of the model.
         write: Takes each piece of text.
+        stops: The tokens that end an answer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write) -> None:
-        self.tokenizer, self.write = tokenizer, write
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, write: Write, stops: Collection[int]
+    ) -> None:
+        self.tokenizer, self.write, self.stops = tokenizer, write, stops
         self.ids: list[int] | None = None  # None until the prompt, which comes first, has passed
         self.written = 0
 
@@ -38,7 +41,7 @@ class Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
         if self.ids is None:
             self.ids = []
             return
-        self.ids += [i for i in value.flatten().tolist() if i != self.tokenizer.eos_token_id]
+        self.ids += [i for i in value.flatten().tolist() if i not in self.stops]
         text = self._text()
         if not text.endswith("\ufffd"):  # else the rest of a character is yet to come
             self._write_from(text)
@@ -122,6 +125,7 @@ def _reply(
         turns = []
         prompt = task.text_prompt(said)
     with accelerator.autocast():
-        (text,) = task.generate(model, [prompt], Streamer(task.tokenizer, write))
+        streamer = Streamer(task.tokenizer, write, task.stop_ids(model))
+        (text,) = task.generate(model, [prompt], streamer)
     write("\n")
     history[:] = [*turns, {"role": "assistant", "content": text}] if task.is_chat else []

@@ -17,6 +17,7 @@ The class decides the exit code of the command:
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -88,6 +89,11 @@ class InterruptedRun(LoraError):  # noqa: N818 - not an error: the run was asked
     def __init__(self, what: str, exit_code: int, hint: str | None = None) -> None:
         super().__init__(what, hint=hint)
         self.exit_code = exit_code
+
+
+def warn(what: str) -> None:
+    """Say on stderr what a user should know and need not mend."""
+    print(f"warning: {what}", file=sys.stderr)  # noqa: T201 - stdout is for data
 
 
 def printable(text: str, width: int = WIDTH) -> str:

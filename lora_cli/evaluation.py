@@ -14,11 +14,13 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from lora_cli.adapters.folder import read_adapter
-from lora_cli.adapters.loading import load_adapter
+from lora_cli.adapters.loading import load_adapter, verify_base
 from lora_cli.data.files import form_of
 from lora_cli.data.plan import Indices
 from lora_cli.data.sources import SPLITS
 from lora_cli.errors import LoraError
+from lora_cli.files import finish_publishing, verify_manifest
+from lora_cli.fingerprint import fingerprint_of
 from lora_cli.metrics import MetricSet, metric_mode, result_names
 from lora_cli.models import mixed_precision
 from lora_cli.recipe import Recipe
@@ -246,10 +248,19 @@ def open_task(folder: Path, recipe: Recipe) -> Task:
 
 
 def load_adapted(folder: Path, task: Task, accelerator: Accelerator) -> nn.Module:
-    """Return the base model with the adapter of a folder, in eval mode."""
+    """Return the base model with the adapter of a folder, in eval mode.
+
+    Raises:
+        IntegrityError: If the folder is damaged, or its base is another.
+    """
+    if task.recipe.adapter.type == "full":
+        finish_publishing(folder)
+        verify_manifest(folder)
+        return task.load_model(accelerator.device)[0].eval()
+    held = read_adapter(folder)
     model, new = task.load_model(accelerator.device)
-    if task.recipe.adapter.type != "full":
-        load_adapter(model, read_adapter(folder), new)
+    verify_base(held, fingerprint_of(task.recipe, model, new), task.recipe)
+    load_adapter(model, held, new)
     return model.eval()
 
 
@@ -290,7 +301,7 @@ def evaluate_adapter(
         raise LoraError(
             f"the recipe has no split `{split or 'validation or test'}`",
             recipe.at("data"),
-            "name one with `--set data.test=FILE`",
+            f"it has {', '.join(present)}; or name a file with `--input FILE`",
         )
     accelerator = start_accelerator(recipe)
     task = open_task(folder, recipe)

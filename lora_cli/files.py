@@ -2,7 +2,9 @@
 
 A folder is written under a temporary name beside its place, every file flushed to the disk, the
 manifest (size and SHA-256 of each file) last, and then renamed: a reader sees all of it or nothing,
-whenever the machine stops.
+whenever the machine stops. Files that are to lie in a folder that has others (`publish`) are made
+whole beside them first; from then on they count, and whoever comes next moves those that a killed
+process had not moved yet.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +26,10 @@ from lora_cli.errors import IntegrityError, LoraError, Problem, ResourceError
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+STAGING = ".publish.tmp"  # what is to be published, not whole yet
+READY = ".publish.ready"  # it is whole, and not all of it has been moved
+PATIENCE_S = 10.0  # for another process that is moving files
+LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")  # of a name, by a process
 
 
 def sha256_of(path: Path) -> str:
@@ -59,6 +67,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    _delete_of_dead(target)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -78,13 +87,94 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Move the files of a folder into an existing one, each atomically, the manifest last."""
+    """Move the files of a folder into an existing one on the same disk: all of them, or none.
+
+    If the process ends while they are moved, `finish_publishing` moves the rest.
+    """
     write_manifest(source)
     _sync_tree(source)
-    for file in sorted(source.iterdir(), key=lambda file: (file.name == MANIFEST, file.name)):
+    _move_ready(target)  # of an earlier process
+    source.rename(target / READY)
+    _sync_folder(target)
+    _move_ready(target)
+
+
+def _move_ready(target: Path) -> None:
+    ready = target / READY
+    if not ready.is_dir():
+        return
+    for file in sorted(ready.iterdir(), key=lambda file: (file.name == MANIFEST, file.name)):
+        if (target / file.name).is_dir():  # a folder takes the place of an empty one only
+            shutil.rmtree(target / file.name)
         file.replace(target / file.name)
     _sync_folder(target)
-    source.rmdir()
+    ready.rmdir()
+
+
+def finish_publishing(folder: Path) -> None:
+    """Finish what a process began that ended while it published into a folder.
+
+    Raises:
+        IntegrityError: If the folder cannot be written to.
+        LoraError: If a process has been at it for too long.
+    """
+    patience = time.monotonic() + PATIENCE_S
+    while (folder / READY).is_dir():
+        try:
+            lock = FolderLock(folder)
+        except LoraError:  # it is at work, and will be done in a moment
+            if time.monotonic() > patience:
+                raise
+            time.sleep(0.05)
+            continue
+        except OSError as error:
+            what = f"its files were being replaced when a run ended: {error.strerror}"
+            hint = "let the folder be written to once, or copy it to where it can be"
+            raise IntegrityError(what, str(folder), hint) from error
+        try:
+            _move_ready(folder)
+        finally:
+            lock.release()
+
+
+def recover(folder: Path) -> None:
+    """Put right what processes left that ended while they wrote into a folder.
+
+    What was being replaced and has no successor comes back; what was not whole is deleted. No other
+    process may be writing there.
+    """
+    _move_ready(folder)
+    for path in list(folder.glob(".*")):
+        found = LEFTOVER.fullmatch(path.name)
+        if found is not None and found[3] == "old" and not (folder / found[1]).exists():
+            path.rename(folder / found[1])
+        elif is_leftover(path) and path.name != LOCK:
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _delete_of_dead(target: Path) -> None:
+    """Delete what processes left of a folder that ended while they wrote it."""
+    for path in list(target.parent.glob(".*.tmp")):
+        found = LEFTOVER.fullmatch(path.name)
+        if found is not None and found[1] == target.name and not _is_alive(int(found[2])):
+            _delete(path)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_manifest(folder: Path) -> None:
@@ -100,8 +190,12 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / MANIFEST, {"files": files})
 
 
-def verify_manifest(folder: Path) -> bool:
+def verify_manifest(folder: Path, *required: str) -> bool:
     """Check the files of a folder against its manifest.
+
+    Args:
+        folder: The folder.
+        required: Files that the manifest has to vouch for.
 
     Returns:
         Whether there is a manifest: False for a folder that another tool made.
@@ -115,26 +209,59 @@ def verify_manifest(folder: Path) -> bool:
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         entries = [(str(name), int(e["bytes"]), str(e["sha256"])) for name, e in files.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        *(OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError),
+        RecursionError,
+    ) as error:
         raise IntegrityError(
             "the manifest cannot be read", str(manifest), "take it from a backup or train again"
         ) from error
-    problems = []
-    for name, size, sha256 in entries:
-        file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-            what = f"the manifest names a file outside its folder: {name!r}"
-            problems.append(Problem(what, str(manifest)))
-        elif not file.is_file():
-            hint = "take it from a backup or train again"
-            problems.append(Problem(f"`{name}` is missing", str(folder), hint))
-        elif file.stat().st_size != size or sha256_of(file) != sha256:
-            what = f"`{name}` is not the file that was written"
-            hint = "it was damaged or edited; take it from a backup or train again"
-            problems.append(Problem(what, str(file), hint))
+    problems = [fault for entry in entries if (fault := _fault_of(folder, *entry)) is not None]
+    for name in required:
+        if name not in files:
+            problems.append(Problem(f"the manifest does not list `{name}`", str(manifest)))
     if problems:
         raise IntegrityError(problems)
     return True
+
+
+def _fault_of(folder: Path, name: str, size: int, sha256: str) -> Problem | None:
+    """Return what is wrong with a file that a manifest lists."""
+    file = folder / name
+    hint = "take it from a backup or train again"
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        what = f"the manifest names a file outside its folder: {name!r}"
+        return Problem(what, str(folder / MANIFEST))
+    if not file.is_file():
+        return Problem(f"`{name}` is missing", str(folder), hint)
+    if file.stat().st_size != size or sha256_of(file) != sha256:
+        what = f"`{name}` is not the file that was written"
+        return Problem(what, str(file), f"it was damaged or edited; {hint}")
+    return None
+
+
+def refuse_links_outside(folder: Path) -> None:
+    """Refuse a folder with a file that is a link to somewhere else.
+
+    In the Hub's cache every file of a snapshot is a link, to the files of the same repository.
+
+    Raises:
+        IntegrityError: With every such file.
+    """
+    root = folder.resolve()
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    problems = [
+        Problem(
+            f"`{path.name}` is a link to {path.readlink()}, which is outside the folder",
+            str(folder),
+            "put the file itself in its place, if you trust it",
+        )
+        for path in sorted(folder.iterdir())
+        if path.is_symlink() and not path.resolve().is_relative_to(root)
+    ]
+    if problems:
+        raise IntegrityError(problems)
 
 
 def is_leftover(path: Path) -> bool:

@@ -10,13 +10,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lora_cli import __version__
 from lora_cli.adapters.attach import lora_layers, merge
 from lora_cli.adapters.folder import TASK_TYPES, AdapterFolder, read_adapter
-from lora_cli.adapters.loading import load_adapter
+from lora_cli.adapters.loading import load_adapter, verify_base
 from lora_cli.errors import IntegrityError, LoraError, NumericsError
-from lora_cli.files import new_folder
+from lora_cli.files import new_folder, write_json
+from lora_cli.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.models import load_config
-from lora_cli.recipe import Recipe, SequenceClassificationSpec, load_recipe
+from lora_cli.recipe import (
+    RECIPE_FILE,
+    Recipe,
+    SequenceClassificationSpec,
+    load_adapter_recipe,
+    load_recipe,
+)
 from lora_cli.tasks import Task, build_task
 
 TOLERANCE = 1e-4  # of the largest output, in float32; rounding alone stays below 1e-5
@@ -38,27 +46,35 @@ class MergeResult:
 
 
 def merge_adapter(
-    base: str, adapter: Path, to: Path, recipe_file: Path | None = None
+    base: str,
+    adapter: Path,
+    to: Path,
+    recipe_file: Path | None = None,
+    overrides: list[str] | None = None,
 ) -> MergeResult:
-    """Write the merged model.
+    """Write the merged model, and `merge.json`, which says what it was merged from.
 
     Args:
         base: Hub id or folder of the base model.
         adapter: Folder of the adapter.
         to: Folder that is made; it must not exist, or be empty.
         recipe_file: Recipe of an adapter that another tool made.
+        overrides: `key=value` each, over keys of the recipe.
 
     Raises:
-        LoraError: If the adapter is a full model, or `to` holds something.
-        IntegrityError: If the merged model is not equal to base + adapter.
+        LoraError: If the adapter is a full model, the base is quantised, or `to` holds something.
+        IntegrityError: If the base is not the adapter's, or the merged model is not equal to
+            base + adapter.
         NumericsError: If a merged weight does not fit the base checkpoint's dtype.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise LoraError(f"{to} is not empty", "--to", "choose a folder that is not there yet")
-    task, held = adapter_task(adapter, recipe_file, base)
+    task, held = adapter_task(adapter, recipe_file, base, overrides)
     task.load_processor()
+    _refuse_quantised(task)
     model, new = task.load_model(torch.device("cpu"), dtype="auto")
     assert isinstance(model, PreTrainedModel)
+    verified_base = verify_base(held, fingerprint_of(task.recipe, model, new), task.recipe)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     model = model.float().eval()
@@ -84,6 +100,7 @@ def merge_adapter(
     with new_folder(to) as folder:
         model.save_pretrained(folder)
         task.tokenizer.save_pretrained(folder)
+        _write_origin(folder, adapter, verified_base)
         reloaded = task.auto_class.from_pretrained(folder, dtype=dtype).eval()
         with torch.no_grad():
             if not torch.equal(reloaded(**probe).logits, rounded):
@@ -103,10 +120,17 @@ def adapter_task(
     The recipe is the one beside the adapter, or `recipe_file`, or follows from PEFT's
     configuration.
     """
-    beside = adapter / "recipe.yaml"
-    if recipe_file is None and beside.is_file():
-        recipe_file = beside
-    recipe = None if recipe_file is None else load_recipe(recipe_file, overrides or [])
+    recipe = None
+    if recipe_file is not None:
+        recipe = load_recipe(recipe_file, overrides or [])
+    elif (adapter / RECIPE_FILE).is_file():
+        recipe = load_adapter_recipe(adapter, overrides or [])
+    elif overrides:
+        raise LoraError(
+            f"{adapter} holds no {RECIPE_FILE} whose keys could be set",
+            f"--set {overrides[0]}",
+            "give a recipe with `--recipe`",
+        )
     if recipe is not None and recipe.adapter.type == "full":
         raise LoraError(f"{adapter} is a whole model already", hint="there is nothing to merge")
     if base is not None and Path(base).expanduser().is_dir():
@@ -119,6 +143,22 @@ def adapter_task(
     recipe.model.dtype = None
     recipe.model.attention = None  # merging is done on the CPU
     return build_task(recipe), held
+
+
+def _refuse_quantised(task: Task) -> None:
+    """Refuse a base whose weights are codes: an update added to them would be rounded away."""
+    if getattr(task.config, "quantization_config", None) is not None:
+        raise LoraError(
+            f"the weights of `{task.recipe.model.name}` are quantised, so nothing can be added",
+            "--base",
+            "merge into the checkpoint that it was made from, and quantise that",
+        )
+
+
+def _write_origin(folder: Path, adapter: Path, base: Fingerprint | None) -> None:
+    """Write down what a merged folder was made from."""
+    facts = {"lora_version": __version__, "adapter": str(adapter)}
+    write_json(folder / "merge.json", facts | ({} if base is None else {"base": base.facts}))
 
 
 def _recipe_of(held: AdapterFolder, base: str | None) -> Recipe:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
+import re
 from collections.abc import Collection, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -13,10 +15,14 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
-from lora_cli.errors import LoraError, nearest
+from lora_cli.errors import IntegrityError, LoraError, nearest
+from lora_cli.files import refuse_links_outside
 from lora_cli.recipe import Recipe
+from lora_cli.tensorfile import read_header
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -30,11 +36,16 @@ def locate(name: str, at: str = "model.name") -> str:
 
     Raises:
         LoraError: If the package or the folder is not there, or holds no model.
+        IntegrityError: If a file of the folder is a link to somewhere else.
     """
     folder = Path(name)
     if name.startswith("package:"):
         package, _, inside = name.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package.replace("-", "_"))
+        if ".." in PurePosixPath(inside).parts or PurePosixPath(inside).is_absolute():
+            raise LoraError(f"`{inside}` is not inside the package `{package}`", at)
+        # not of a package in a package: Python would run the outer one to find it
+        is_word = re.fullmatch(r"[\w-]+", package)
+        spec = importlib.util.find_spec(package.replace("-", "_")) if is_word else None
         if spec is None or not spec.submodule_search_locations:
             raise LoraError(
                 f"the Python package `{package}` is not installed",
@@ -50,6 +61,11 @@ def locate(name: str, at: str = "model.name") -> str:
         raise LoraError(
             f"there is no folder {folder}", at, f"did you mean `{close}`?" if close else None
         )
+    if not name.startswith("package:"):
+        refuse_links_outside(folder)
+    if (folder / "adapter_config.json").is_file():  # transformers would put the adapter onto it
+        hint = "name the base model itself; an adapter is named with `--adapter` or `adapter.from`"
+        raise LoraError(f"{folder} holds an adapter, not a base model", at, hint)
     if not (folder / "config.json").is_file():
         raise LoraError(f"{folder} holds no model: it has no config.json", at)
     return str(folder)
@@ -73,6 +89,60 @@ def storage_dtype(recipe: Recipe) -> torch.dtype:
     if recipe.adapter.type == "full":
         return torch.float32  # nothing is frozen, and optimizers need float32
     return PRECISIONS[recipe.train.precision]
+
+
+def checkpoint_files(recipe: Recipe) -> list[Path]:
+    """Return the safetensors files of the recipe's base: of a folder, a package or the Hub.
+
+    There may be none on the Hub, where transformers finds a converted copy.
+
+    Raises:
+        LoraError: If there are none in a folder.
+        IntegrityError: If the index names a file that is missing, or outside the folder.
+    """
+    at = recipe.at("model.name")
+    where = locate(recipe.model.name, at)
+
+    def find(name: str) -> Path | None:
+        found = cached_file(
+            where,
+            name,
+            revision=recipe.model.revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        return None if found is None else Path(found)
+
+    with _explained(recipe, "weights"):
+        if (whole := find(WEIGHTS)) is not None:
+            return [whole]
+        if (index := find(INDEX)) is not None:
+            shards = {name: find(name) for name in sorted(shard_names(index))}
+            for name, file in shards.items():
+                if file is None:
+                    what = f"the index of the weights names `{name}`, which is missing"
+                    raise IntegrityError(what, str(index))
+            return [file for file in shards.values() if file is not None]
+    if Path(where).is_dir():
+        hint = "convert its weights where you trust them: a pickle can run code when it is read"
+        raise LoraError(f"{where} has no {WEIGHTS}", at, hint)
+    return []
+
+
+def shard_names(index: Path) -> set[str]:
+    """Return the files that the index of a divided checkpoint names.
+
+    Raises:
+        IntegrityError: If it cannot be read, or names a file outside its folder.
+    """
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise IntegrityError("the index of the weights cannot be read", str(index)) from error
+    for name in names:
+        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name:
+            what = f"the index of the weights names a file outside its folder: {name!r}"
+            raise IntegrityError(what, str(index))
+    return names
 
 
 @contextlib.contextmanager
@@ -153,10 +223,13 @@ def load_pretrained(
 
     Raises:
         LoraError: If the checkpoint does not fit the model.
+        IntegrityError: If a file of it is damaged.
     """
     options: dict[str, Any] = {"dtype": dtype or storage_dtype(recipe)}
     if recipe.model.attention is not None:
         options["attn_implementation"] = recipe.model.attention
+    for file in checkpoint_files(recipe):
+        read_header(file)
     with _explained(recipe, "weights"):
         model, info = auto_class.from_pretrained(
             **_source(recipe),

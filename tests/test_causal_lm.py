@@ -352,6 +352,26 @@ def test_what_fills_a_row_is_no_part_of_its_answer(
     assert task.answer(model, [{"text": "a"}, {"text": "b c d"}]) == [["dull"], ["dull"]]
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_every_stop_token_of_the_model_ends_an_answer(
+    bases: dict[str, Path], tmp_path: Path, several: bool
+) -> None:
+    generation = {"generation": {"max_new_tokens": 8}}
+    rows = [pair(text, "-") for text in TEXTS]
+    task = task_of(bases["llama"], tmp_path, rows, task=PAIR, evaluate=generation)
+    model, _ = task.load_model(CPU)
+    prompts = [task._prompt(row) for row in rows]
+    with torch.no_grad():
+        whole = model.generate(torch.tensor(prompts[:1]), max_new_tokens=8, do_sample=False)
+    said = whole[0, len(prompts[0]) :].tolist()
+    stop = next(i for i in said if i != said[0])  # it is no special token
+    model.generation_config.eos_token_id = [tiny.EOS, stop] if several else stop
+    assert task.stop_ids(model) == [tiny.EOS, stop]
+    together = task.generate(model, prompts)
+    assert together[0] == task.tokenizer.decode(said[: said.index(stop)])
+    assert all(task.tokenizer.decode([stop]) not in answer for answer in together)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_metrics_of_text_compare_answers(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
     rows = [pair(text, "-") for text in TEXTS]

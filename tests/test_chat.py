@@ -2,19 +2,29 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import tiny
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks.base import IGNORED, load_data
 from lora_cli.tasks.causal_lm import CausalLM
-from lora_cli.tasks.chat import encode_chat, read_conversations, read_messages, render
+from lora_cli.tasks.chat import (
+    encode_chat,
+    end_of_turn,
+    opened_block,
+    prompt_of,
+    read_conversations,
+    read_messages,
+    render,
+)
 from lora_cli.tasks.check import check_recipe
 
 CHATML = (
@@ -45,6 +55,26 @@ THINKING = (  # as Qwen 3: the reasoning of answers but the last is taken away
     "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+QWEN = (
+    "{% set ns = namespace(asked=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% set parts = m.content.split('</think>') %}"
+    "{% set thought = parts[0].split('<think>')[-1].strip() if parts|length > 1 else '' %}"
+    "{% set thought = m.reasoning_content or thought %}"
+    "{% if loop.index0 > ns.asked and (loop.last or thought) %}"
+    "<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ parts[-1].strip() }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN_THINKS = QWEN.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+DEEPSEEK = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "<|im_end|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}"
+    "{% else %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_end|><think>\n{% endif %}"
+)
+KEEPING = DEEPSEEK.replace(".split('</think>')[-1]", "")
 NO_END = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -81,8 +111,12 @@ CHAT = turns(
 
 
 def trained_text(made: PreTrainedTokenizerFast, messages: Any, train_on: str) -> list[str]:
-    """Return the runs of trained tokens as text."""
-    ids, trained = encode_chat(made, messages, train_on)
+    """Return the runs of trained tokens of the one example as text."""
+    (example,) = encode_chat(made, messages, train_on, opened_block(made))
+    return runs_of(made, *example)
+
+
+def runs_of(made: PreTrainedTokenizerFast, ids: list[int], trained: list[bool]) -> list[str]:
     assert len(ids) == len(trained)
     runs: list[list[int]] = [[]]
     for token, on in zip(ids, trained, strict=True):
@@ -104,14 +138,14 @@ def test_the_assistants_turns_are_trained(template: str) -> None:
     assert trained_text(made, CHAT, "last") == answers[1:]
     whole = made.apply_chat_template(CHAT, tokenize=False)
     assert trained_text(made, CHAT, "all") == [whole]
-    ids, _ = encode_chat(made, CHAT, "assistant")
+    ((ids, _),) = encode_chat(made, CHAT, "assistant")
     assert ids == made.apply_chat_template(CHAT, tokenize=True)["input_ids"]
 
 
 def test_a_default_system_prompt_is_read_but_not_trained() -> None:
     made = tokenizer(DEFAULT_SYSTEM)
     for messages in (CHAT[1:], CHAT[2:]):  # the second begins with the assistant
-        ids, _ = encode_chat(made, messages, "assistant")
+        ((ids, _),) = encode_chat(made, messages, "assistant")
         assert "Be kind." in made.decode(ids)
         first, _ = trained_text(made, messages, "assistant")
         assert first == "2 🙂<|im_end|>\n"
@@ -120,7 +154,7 @@ def test_a_default_system_prompt_is_read_but_not_trained() -> None:
 def test_a_system_prompt_inside_the_users_turn_is_not_trained() -> None:
     made = tokenizer(LLAMA2)
     assert trained_text(made, CHAT, "assistant") == [" 2 🙂 </s>", " Ja — 二 👩‍👩‍👧 </s>"]
-    text, _ = render(made, CHAT, "assistant")
+    ((text, _),) = render(made, CHAT, "assistant")
     assert text.startswith("<s>[INST] <<SYS>>\nAnswer.\n<</SYS>>\n\n1 + 1? [/INST]")
 
 
@@ -146,7 +180,7 @@ def test_generation_markers_are_obeyed_as_transformers_does(messages: Any) -> No
     theirs = made.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    ids, trained = encode_chat(made, messages, "assistant")
+    ((ids, trained),) = encode_chat(made, messages, "assistant")
     assert ids == theirs["input_ids"]
     assert [int(on) for on in trained] == theirs["assistant_masks"]
     assert sum(trained) > 5
@@ -158,17 +192,79 @@ def test_generation_markers_are_obeyed_as_transformers_does(messages: Any) -> No
     assert trained_text(plain, messages, "assistant") == wanted
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_but_for_the_last() -> None:
+REASONED = turns(
+    ("user", "a"), ("assistant", "<think>\nx\n</think>\n\nb"), ("user", "c"),
+    ("assistant", "<think>\ny\n</think>\n\nd"),
+)  # fmt: skip
+PLAIN = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "<d>"))
+
+
+def test_turns_that_are_rewritten_later_are_examples_of_their_own() -> None:
     made = tokenizer(THINKING)
-    messages = turns(
-        ("user", "a"), ("assistant", "<think>x</think>b"), ("user", "c"),
-        ("assistant", "<think>y</think>d"),
-    )  # fmt: skip
-    with pytest.raises(LoraError, match="turn 2 cannot be found") as caught:
-        encode_chat(made, messages, "assistant")
-    assert "train_on: last" in str(caught.value)
-    assert trained_text(made, messages, "last") == ["<think>y</think>d<|im_end|>\n"]
-    assert len(trained_text(made, messages, "all")) == 1
+    first, second = encode_chat(made, REASONED, "assistant")
+    assert runs_of(made, *first) == ["<think>\nx\n</think>\n\nb<|im_end|>\n"]
+    assert runs_of(made, *second) == ["<think>\ny\n</think>\n\nd<|im_end|>\n"]
+    for (ids, _), count in ((first, 2), (second, 4)):
+        whole = made.apply_chat_template(REASONED[:count], tokenize=False)
+        assert made.decode(ids) == whole
+    assert "x" not in made.decode(second[0]).replace("<|", "")  # as it is when d is asked for
+    assert trained_text(made, REASONED, "last") == ["<think>\ny\n</think>\n\nd<|im_end|>\n"]
+    more = [*REASONED, *turns(("user", "e"))]  # the last answer is rewritten by what follows
+    assert trained_text(made, more, "last") == ["<think>\ny\n</think>\n\nd<|im_end|>\n"]
+    assert len(trained_text(made, REASONED, "all")) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "opened", "wanted"),
+    [
+        # the template writes an empty block into the last turn, so the model learns to write it
+        (QWEN, PLAIN, "", ["<think>\n\n</think>\n\nb<|im_end|>\n",
+                           "<think>\n\n</think>\n\n<d><|im_end|>\n"]),
+        (QWEN, REASONED, "", ["<think>\nx\n</think>\n\nb<|im_end|>\n",
+                              "<think>\ny\n</think>\n\nd<|im_end|>\n"]),
+        # it asks with an open block, which every turn has
+        (QWEN_THINKS, PLAIN, "", ["\n</think>\n\nb<|im_end|>\n", "\n</think>\n\n<d><|im_end|>\n"]),
+        (QWEN_THINKS, REASONED, "", ["x\n</think>\n\nb<|im_end|>\n",
+                                     "y\n</think>\n\nd<|im_end|>\n"]),
+        # it asks with an open block, which no turn has
+        (DEEPSEEK, PLAIN, "<think>\n", ["b</s>", "<d></s>"]),
+        (KEEPING, PLAIN, "<think>\n", ["b</s>", "<d></s>"]),
+        (KEEPING, REASONED, "<think>\n", ["<think>\nx\n</think>\n\nb</s>",
+                                          "<think>\ny\n</think>\n\nd</s>"]),
+        (CHATML, PLAIN, "", ["b<|im_end|>\n", "<d><|im_end|>\n"]),
+    ],
+)  # fmt: skip
+def test_the_assistant_says_what_the_template_writes_for_its_turn(
+    template: str, messages: Any, opened: str, wanted: list[str]
+) -> None:
+    made = tokenizer(template)
+    assert opened_block(made) == opened
+    for count, said in zip((2, 4), wanted, strict=True):
+        asked = prompt_of(made, messages[: count - 1], opened)
+        written = made.apply_chat_template(messages[:count], tokenize=False)
+        assert asked + said == written  # what is trained follows just what is asked
+        assert trained_text(made, messages[:count], "last") == [said]
+    found = encode_chat(made, messages, "assistant", opened)
+    assert [run for example in found for run in runs_of(made, *example)] == wanted
+    assert len(found) == (2 if template in (QWEN, QWEN_THINKS) else 1)
+
+
+def test_reasoning_that_the_template_leaves_out_is_not_lost_unnoticed() -> None:
+    made = tokenizer(DEEPSEEK)
+    with pytest.raises(LoraError, match="turn 2: the chat template leaves out the reasoning"):
+        encode_chat(made, REASONED, "assistant", opened_block(made))
+    apart = [REASONED[0], {"role": "assistant", "content": "b", "reasoning_content": "x"}]
+    with pytest.raises(LoraError, match="leaves out the reasoning"):
+        encode_chat(tokenizer(CHATML), apart, "assistant")
+    assert trained_text(tokenizer(QWEN), apart, "last") == ["<think>\nx\n</think>\n\nb<|im_end|>\n"]
+
+
+def test_a_turn_that_is_written_in_another_way_than_asked_for_is_refused() -> None:
+    other = CHATML.replace("<|im_start|>assistant\n", "{{ messages|length }}: ")
+    messages = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    made = tokenizer(other)
+    with pytest.raises(LoraError, match="turn 2 cannot be told"):
+        encode_chat(made, messages, "assistant", "")
 
 
 # ---------------------------------------------------------------------------- rows to examples
@@ -223,12 +319,33 @@ def test_a_refused_conversation_is_named(base: Path, tmp_path: Path) -> None:
         with pytest.raises(LoraError, match="only system, user and assistant") as caught:
             check(task)
         assert caught.value.problems[0].at == "train.jsonl:3"
-    twice = turns(
-        ("user", "a"), ("assistant", "<think>x</think>b"), ("user", "c"), ("assistant", "d")
-    )
-    with pytest.raises(LoraError, match="turn 2 cannot be found") as caught:
-        load_data(task_of(base, tmp_path, [QUESTION, twice], THINKING))
+    with pytest.raises(LoraError, match="leaves out the reasoning") as caught:
+        load_data(task_of(base, tmp_path, [QUESTION, REASONED], DEEPSEEK))
     assert caught.value.problems[0].at == "train.jsonl:2"
+
+
+def test_a_conversation_may_be_several_examples(base: Path, tmp_path: Path) -> None:
+    task = task_of(base, tmp_path, [QUESTION, REASONED], QWEN)
+    assert task.notes == []
+    split = load_data(task)["train"]
+    assert [example["row"] for example in split.examples] == [0, 1, 1]
+    assert split.rows_without_example == 0
+    for example, messages in zip(list(split.examples)[1:], (REASONED[:2], REASONED), strict=True):
+        asked = task._prompt({"messages": messages})
+        trained = [label != IGNORED for label in example["labels"]]
+        assert example["input_ids"][: len(asked)] == asked
+        assert trained.index(True) == len(asked)
+
+
+def test_what_the_template_opens_in_vain_is_told(base: Path, tmp_path: Path) -> None:
+    task = task_of(base, tmp_path, [PLAIN], DEEPSEEK)
+    (note,) = task.notes
+    assert note.startswith("the chat template asks for an answer with `<think>`")
+    (example,) = load_data(task)["train"].examples
+    asked = task._prompt({"messages": PLAIN[:3]})
+    assert "<think>" not in task.tokenizer.decode(asked)
+    assert example["input_ids"][: len(asked)] == asked
+    assert example["labels"][len(asked)] != IGNORED
 
 
 def test_a_refused_conversation_may_be_skipped(base: Path, tmp_path: Path) -> None:
@@ -410,6 +527,46 @@ def test_what_is_asked_ends_where_the_assistant_begins(base: Path, tmp_path: Pat
     start = task._prompt({"messages": QUESTION})
     assert example["input_ids"][: len(start)] == start
     assert [label == IGNORED for label in example["labels"]].index(False) == len(start)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"), [(CHATML, "<|im_end|>"), (LLAMA2, "</s>"), (NO_END, None)]
+)
+def test_the_token_that_ends_a_turn_ends_an_answer(template: str, end: str | None) -> None:
+    made = tokenizer(template)
+    assert end_of_turn(made) == ({made.convert_tokens_to_ids(end)} if end else set())
+    made.chat_template = "{{ raise_exception('no') }}"
+    assert end_of_turn(made) == set()
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_an_answer_and_its_reference_end_with_the_turn(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, special: bool
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    ends = tiny.tokenizer("llama")
+    ends.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=special)
+    ends.save_pretrained(folder)
+    evaluate = {"metrics": ["exact_match"]}
+    task = task_of(folder, tmp_path, [QUESTION], evaluate=evaluate)
+    end = task.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model = tiny.llama()
+    model.resize_token_embeddings(len(task.tokenizer))
+    asked: list[int] = []
+
+    def generate(input_ids: torch.Tensor, eos_token_id: list[int], **_: Any) -> torch.Tensor:
+        asked[:] = eos_token_id
+        said = task.tokenizer("Because.<|im_end|>\nNo.", add_special_tokens=False)["input_ids"]
+        return torch.cat([input_ids, torch.tensor([said])], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert task.answer(model, [{"messages": QUESTION}]) == [["Because."]]
+    assert asked == [tiny.EOS, end]
+    task.check_metrics({"text"})
+    batch = task.collate(load_data(task)["train"].examples.__getitems__([0]))
+    (found,) = task.predict(model, batch)
+    assert (found.prediction, found.reference) == ("Because.", "Because.")
 
 
 @pytest.mark.parametrize("form", ["sharegpt", "alpaca"])

@@ -117,7 +117,7 @@ def test_what_is_streamed_is_the_answer(tmp_path: Path) -> None:
     prompt = task.chat_prompt([{"role": "user", "content": "great"}])  # type: ignore[attr-defined]
     pieces: list[str] = []
     (plain,) = task.generate(model, [prompt])  # type: ignore[attr-defined]
-    streamer = Streamer(task.tokenizer, pieces.append)
+    streamer = Streamer(task.tokenizer, pieces.append, [tiny.EOS])
     (streamed,) = task.generate(model, [prompt], streamer)  # type: ignore[attr-defined]
     assert "".join(pieces) == streamed == plain
     assert len(pieces) > 1
@@ -128,7 +128,7 @@ def test_what_is_streamed_is_the_answer(tmp_path: Path) -> None:
 def test_half_a_character_waits_for_its_other_half() -> None:
     tokenizer = tiny.tokenizer("llama")
     pieces: list[str] = []
-    streamer = Streamer(tokenizer, pieces.append)
+    streamer = Streamer(tokenizer, pieces.append, [tiny.EOS])
     streamer.put(torch.tensor([[5, 6]]))  # the prompt
     ids = tokenizer("a 🙂 é", add_special_tokens=False)["input_ids"]
     for i in [*ids, tiny.EOS]:

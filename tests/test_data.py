@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 from lora_cli.data import files as reading
 from lora_cli.data import sources
 from lora_cli.data.files import RawRow, kind_of, read_rows, require_columns
-from lora_cli.data.sources import Rows, load_rows, stream_rows, without_fault
+from lora_cli.data.sources import Rows, load_rows, stream_label_names, stream_rows, without_fault
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec, Recipe
 
@@ -638,10 +637,9 @@ def test_a_row_that_cannot_be_read_is_of_no_split(marked_csv: str) -> None:
 
 def test_a_column_divides_a_stream(marked_csv: str) -> None:
     data = {"path": marked_csv, "split_column": "split", "streaming": True}
-    rows = islice(stream_rows(recipe_of(data, max_steps=1)), 21)
-    found = [(row.columns or {})["text"] for row in rows]
+    found = [(row.columns or {})["text"] for row in stream_rows(recipe_of(data, max_steps=1))]
     assert found[:3] == ["text 0", "text 1", "text 5"]
-    assert found[20] == "text 0"
+    assert len(found) == len(set(found)) == 20
     with pytest.raises(LoraError, match="marks no row as `none`"):
         next(stream_rows(recipe_of({**data, "train": "none"}, max_steps=1)))
 
@@ -724,15 +722,17 @@ def test_what_the_hub_does_not_have(hub: str) -> None:
 
 
 @pytest.mark.parametrize("source", ["hub", "files"])
-def test_a_stream_goes_round_and_round(source: str, hub: str, rows_csv: str) -> None:
+def test_a_stream_yields_each_row_once(source: str, hub: str, rows_csv: str) -> None:
     data = {"name": hub} if source == "hub" else {"path": rows_csv}
     count = 20 if source == "hub" else 200
     recipe = recipe_of({**data, "streaming": True, "validation": None}, max_steps=3)
     assert load_rows(recipe) == {}
-    stream = without_fault(stream_rows(recipe), lambda row: "", recipe)
-    seen = [next(stream)["text"] for _ in range(2 * count)]
-    assert seen[:count] == seen[count:]
-    assert len(set(seen)) == count
+    seen = [row["text"] for _, row in without_fault(stream_rows(recipe), faultless, recipe, print)]
+    assert len(seen) == len(set(seen)) == count
+
+
+def faultless(row: dict[str, Any]) -> str:
+    return ""
 
 
 def test_a_faulty_row_of_a_stream_stops_or_is_passed_over(tmp_path: Path) -> None:
@@ -740,9 +740,23 @@ def test_a_faulty_row_of_a_stream_stops_or_is_passed_over(tmp_path: Path) -> Non
     data = {"path": str(tmp_path / "x.csv"), "streaming": True}
     recipe = recipe_of(data, max_steps=1)
     with pytest.raises(LoraError, match=r"1 fields[\s\S]*x\.csv:3"):
-        list(zip(range(3), without_fault(stream_rows(recipe), lambda _: "", recipe), strict=False))
+        list(without_fault(stream_rows(recipe), faultless, recipe, print))
     skipping = recipe_of({**data, "on_bad_row": "skip"}, max_steps=1)
-    kept = without_fault(
-        stream_rows(skipping), lambda row: "no" if row["text"] == "a" else "", skipping
-    )
-    assert next(kept)["text"] == next(kept)["text"] == "c"
+    skipped: list[tuple[str, str]] = []
+
+    def a_is_bad(row: dict[str, Any]) -> str:
+        return "no" if row["text"] == "a" else ""
+
+    rows = stream_rows(skipping)
+    kept = without_fault(rows, a_is_bad, skipping, lambda *why: skipped.append(why))
+    assert list(kept) == [("x.csv:4", {"text": "c", "label": "1"})]
+    assert skipped[0] == ("x.csv:2", "no")
+    assert skipped[1][0] == "x.csv:3"
+
+
+def test_a_stream_of_the_hub_has_label_names(hub: str, rows_csv: str) -> None:
+    names = [
+        stream_label_names(recipe_of({**data, "streaming": True}, max_steps=1))
+        for data in ({"name": hub}, {"path": rows_csv})
+    ]
+    assert names == [{"label": ["neg", "pos"]}, {}]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from lora_cli.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -37,3 +41,42 @@ def test_recipe_keys_named_in_the_docs_exist(page: Path) -> None:
     sections = "model|task|data|adapter|train|evaluate|checkpoint"
     for key in re.findall(rf"`((?:{sections})\.[a-z_.]+)[`:]", page.read_text(encoding="utf-8")):
         assert key in keys, key
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_the_docs_can_be_typed(page: Path) -> None:
+    from typer.main import get_command
+
+    from lora_cli.cli import app
+    from lora_cli.recipe.explain import _all_keys
+
+    keys, commands = set(_all_keys()), get_command(app).commands
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    for words in filter(None, (shlex.split(line, comments=True) for line in lines)):
+        if words[0].rpartition("/")[2] == "lora":
+            context = commands[words[1]].make_context(words[1], words[2:])
+            for override in context.params.get("overrides") or ():
+                assert override.partition("=")[0] in keys, override
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_recipes_in_the_docs_are_right(page: Path, tmp_path: Path) -> None:
+    whole = {
+        "model": {"name": "org/base"},
+        "task": {"type": "sequence_classification"},
+        "data": {"path": "rows.csv", "validation": {"fraction": 0.1}},
+    }
+    inline = re.findall(r"`(\w+\.\w+: \{[^`]*\})`", page.read_text(encoding="utf-8"))
+    parts = [yaml.safe_load(block) for block in blocks(page, "yaml")]
+    for text in inline:  # `data.validation: {fraction: 0.1}`
+        ((key, value),) = yaml.safe_load(text).items()
+        section, _, name = key.partition(".")
+        parts.append({section: {**whole.get(section, {}), name: value}})
+    for i, part in enumerate(parts):
+        file = tmp_path / f"{i}.yaml"
+        file.write_text(yaml.safe_dump(whole | part), encoding="utf-8")
+        load_recipe(file)

@@ -20,7 +20,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from runs import assert_same_run, lines
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
@@ -33,7 +33,7 @@ from lora_cli.adapters.attach import (
     training_mode,
 )
 from lora_cli.cli import app
-from lora_cli.errors import IntegrityError, InterruptedRun, LoraError, NumericsError
+from lora_cli.errors import IntegrityError, InterruptedRun, LoraError
 from lora_cli.evaluation import evaluate_adapter
 from lora_cli.recipe import OptimizerSpec, Recipe, SchedulerSpec, load_recipe
 from lora_cli.training import best, loop, train
@@ -44,7 +44,6 @@ from lora_cli.training.state import TrainState
 from lora_cli.training.stopping import StopRequest
 
 ROOT = Path(__file__).parent.parent
-TIMES = {"logs", "seconds_per_step", "examples_per_s", "tokens_per_s", "memory_bytes", "seconds"}
 PAIRS = {"text_column": None, "prompt_column": "text", "completion_column": "more"}
 Json = dict[str, Any]
 
@@ -135,16 +134,6 @@ def write_lines(path: Path, rows: list[Json]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def lines(path: Path) -> list[Json]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
-    return value
-
-
 def evaluations(out: Path) -> dict[int, Json]:
     return {r["step"]: r["validation"] for r in lines(out / "metrics.jsonl") if "validation" in r}
 
@@ -155,28 +144,6 @@ def losses(out: Path) -> list[float]:
 
 def steps_of(out: Path) -> list[int]:
     return [step for step, _ in checkpoints(out)]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Compare everything that two runs left, but times, bit for bit."""
-    weights = (
-        "model.safetensors" if (a / "model.safetensors").exists() else "adapter_model.safetensors"
-    )
-    names = [weights, "samples.jsonl", *(f"predictions/{n.name}" for n in a.glob("predictions/*"))]
-    assert steps_of(a)[-1] == steps_of(b)[-1]
-    newest = f"checkpoints/{checkpoints(a)[-1][1].name}"
-    names += [f"{newest}/adapter_model.safetensors", f"{newest}/optimizer.safetensors"]
-    for name in names:
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
-    for name in ("metrics.jsonl",):
-        assert [without_times(r) for r in lines(a / name)] == [
-            without_times(r) for r in lines(b / name)
-        ]
-    states = [json.loads((x / newest / "trainer.json").read_text()) for x in (a, b)]
-    assert without_times(states[0]) == without_times(states[1])
-    reports = [json.loads((x / "report.json").read_text()) for x in (a, b)]
-    assert reports[0]["metrics"] == reports[1]["metrics"]
-    assert reports[0].get("best") == reports[1].get("best")
 
 
 # -------------------------------------------------------------------------------------- resuming
@@ -611,39 +578,6 @@ def test_streaming_reads_the_rows_in_order(bench: Bench) -> None:
 
 
 # ------------------------------------------------------------------------------------ the numbers
-
-
-def test_bad_numbers_stop_the_run_and_are_never_saved(bench: Bench) -> None:
-    path = bench.recipe(
-        "gpt2", data={"train": "train.jsonl"}, checkpoint={"every_steps": 1, "keep": 9},
-        train={"optimizer": {"type": "sgd", "learning_rate": 1e30}, "max_grad_norm": None},
-    )  # fmt: skip
-    with pytest.raises(NumericsError, match="lower the learning rate") as caught:
-        bench.run(path)
-    assert caught.value.exit_code == 3
-    assert len(steps_of(bench.folder / "out")) < 9
-    for _, folder in checkpoints(bench.folder / "out"):
-        tensors = load_file(folder / "adapter_model.safetensors").values()
-        assert all(tensor.isfinite().all() for tensor in tensors)
-
-
-def test_parameters_gone_bad_are_neither_saved_nor_published(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = loop.train_step
-
-    def spoil(model: nn.Module, *rest: Any) -> Any:
-        result = real(model, *rest)  # the loss is of the parameters before the step
-        with torch.no_grad():
-            next(iter(trainable_parameters(model).values())).fill_(torch.nan)
-        return result
-
-    monkeypatch.setattr(loop, "train_step", spoil)
-    path = bench.recipe(evaluate={"every_steps": 1}, checkpoint={"every_steps": 1})
-    with pytest.raises(NumericsError, match="holds NaN or infinity at step 1"):
-        bench.run(path)
-    assert steps_of(bench.folder / "out") == []
-    assert not (bench.folder / "out/adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("kind", ["labelled", "llama"])

@@ -294,6 +294,8 @@ def test_missing_sections_are_named(problems: Any) -> None:
         (LINES, {"data": "streaming: true"}, ["data.streaming"]),
         (LINES, {"data": "streaming: true, train: 'train[:5]', test: {fraction: 0.1}",
                  "train": "max_steps: 3, group_by_length: true"}, ["data.streaming", "data.test"]),
+        (LINES, {"data": "streaming: true", "task": "class_weights: balanced",
+                 "train": "max_steps: 3"}, ["task.class_weights"]),
         (CHAT, {"data": "streaming: true", "train": "max_steps: 3, packing: true"},
          ["train.packing"]),
         (CHAT, {"data": "validation: {fraction: 0.1, stratify: true}"},

@@ -280,8 +280,8 @@ def test_an_adapter_of_the_hub_brings_its_own_files_only(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     started(only_from(path, "user/adapter"))
     assert asked == [
-        ("user/adapter", ["adapter_config.json", "adapter_model.safetensors", "manifest.json",
-                          "recipe.yaml"]),
+        ("user/adapter", ["adapter_config.json", "adapter_model.safetensors", "base.json",
+                          "manifest.json", "recipe.yaml"]),
     ]  # fmt: skip
     with pytest.raises(LoraError, match="cannot load the adapter `user/none`: offline"):
         started(only_from(path, "user/none"))

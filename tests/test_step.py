@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +20,8 @@ from torch import Tensor, nn
 from lora_cli.adapters.attach import attach, trainable_parameters, training_mode
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Batch, Task, build_task
-from lora_cli.tasks.base import Example
-from lora_cli.training.step import sum_gradients, train_step
+from lora_cli.tasks.base import IGNORED, Example
+from lora_cli.training.step import StepResult, sum_gradients, train_step
 
 RATE = 0.5
 TEXTS = ["a", "a warm and funny film", "dull", "great fun and a great cast , far too long"]
@@ -300,3 +302,101 @@ def test_all_items_of_no_weight_move_nothing(ragged: Case) -> None:
     result = train_step(ragged.model, task, optimizer, batches, accelerator, 1.0)
     assert float(result.loss) == 0.0
     assert all(torch.equal(p, before[name]) for name, p in parameters.items())
+
+
+# ------------------------------------------------------------------------------------- bad numbers
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "fused adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, fused=True),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+}
+
+
+class Spoiled:
+    """A task, but for a number in the place of some losses, or of what their gradients are."""
+
+    def __init__(self, task: Task, loss: float | None = None, gradient: float | None = None):
+        self.task, self.factor, self.gradient = task, loss, gradient
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss = self.task.loss(model, batch)
+        if self.gradient is not None:
+            loss.register_hook(lambda grad: grad * self.gradient)
+        return loss if self.factor is None else loss * self.factor
+
+
+def copied(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return the parameters, and all that the optimizer keeps of them."""
+    found = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            found += [p.detach().clone(), *(v.clone() for v in state.values() if v is not None)]
+    return found
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "spoil", [{"loss": math.nan}, {"loss": math.inf}, {"gradient": math.nan}, {"loss": -math.inf}]
+)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_bad_step_changes_nothing(kind: str, spoil: dict[str, float], first: bool) -> None:
+    made = case(tiny.encoder(3), "encoder", CLASSIFICATION, [{"text": "a", "label": 0}] * 2)
+    parameters = list(trainable_parameters(made.model).values())
+    optimizer = OPTIMIZERS[kind](parameters)
+    accelerator = Accelerator()
+    prepared = accelerator.prepare_optimizer(optimizer)
+
+    def step(task: Any) -> StepResult:
+        return train_step(made.model, task, prepared, made.batches([1, 1]), accelerator, 1.0)
+
+    if not first:
+        assert not step(made.task).bad
+    before = [p.detach().clone() for p in parameters] if first else copied(optimizer)
+    result = step(Spoiled(made.task, **spoil))
+    assert result.bad
+    assert result.skipped
+    after = [p.detach() for p in parameters] if first else copied(optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(p.grad is None for p in parameters)
+    # and the next is as if there had been none
+    twin = case(tiny.encoder(3), "encoder", CLASSIFICATION, [{"text": "a", "label": 0}] * 2)
+    others = list(trainable_parameters(twin.model).values())
+    with torch.no_grad():
+        for mine, theirs in zip(parameters, others, strict=True):
+            theirs.copy_(mine)
+    if first:
+        made_by_twin = accelerator.prepare_optimizer(OPTIMIZERS[kind](others))
+        train_step(twin.model, twin.task, made_by_twin, twin.batches([1, 1]), accelerator, 1.0)
+        assert not step(made.task).skipped
+        assert all(torch.equal(a, b) for a, b in zip(parameters, others, strict=True))
+
+
+def test_a_micro_batch_without_trained_tokens_changes_nothing() -> None:
+    rows = [{"prompt": "a", "completion": "b c d"}] * 3
+    made = case(tiny.llama(), "llama", PAIRS, rows)
+    masked, *others = made.batches([1, 1, 1])
+    masked.labels.fill_(IGNORED)
+    masked.n_items = 0.0
+    loss = made.task.loss(made.model, masked)
+    assert loss.item() == 0.0
+
+    def moved(batches: list[Batch]) -> tuple[StepResult, list[Tensor]]:
+        model = copy.deepcopy(made.model)
+        accelerator = Accelerator()
+        parameters = list(trainable_parameters(model).values())
+        optimizer = accelerator.prepare_optimizer(torch.optim.SGD(parameters, lr=RATE))
+        result = train_step(model, made.task, optimizer, batches, accelerator)
+        return result, parameters
+
+    with_it, ours = moved([masked, *others])
+    without, theirs = moved(others)
+    assert torch.equal(with_it.loss, without.loss)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    alone, same = moved([masked])
+    assert not alone.bad
+    assert float(alone.loss) == float(alone.grad_norm) == 0.0
+    start = trainable_parameters(made.model).values()
+    assert all(torch.equal(a, b) for a, b in zip(same, start, strict=True))

@@ -1,8 +1,9 @@
 """Tiny random models, tokenizers and recipes, made in code: no test needs a network.
 
-In memory: `encoder`, `gpt2`, `llama`, `ConvNet`. As a local 'base model' folder with configuration,
-safetensors weights and tokenizer: `save_encoder`, `save_gpt2`, `save_llama`. And `recipe`, which
-writes a recipe file that trains such a folder on a few rows.
+In memory: `encoder`, `encoder_decoder`, `gpt2`, `llama`, `ConvNet`. As a local 'base model' folder
+with configuration, safetensors weights and tokenizer: `save_encoder`, `save_encoder_decoder`,
+`save_gpt2`, `save_llama`. And `recipe`, which writes a recipe file that trains such a folder on a
+few rows.
 
     folder = tiny.save_encoder(tmp_path / "base")
     path = tiny.recipe(folder, tmp_path, adapter={"rank": 4}, train={"max_steps": 2})
@@ -23,6 +24,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
@@ -35,6 +38,8 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from lora_cli.adapters.attach import lora_layers
@@ -175,6 +180,24 @@ def llama(tied: bool = True, seed: int = 0) -> LlamaForCausalLM:
     return enliven(LlamaForCausalLM(config), seed)
 
 
+def encoder_decoder(kind: str = "bart", seed: int = 0) -> PreTrainedModel:
+    """Return a BART or a T5 of one layer each way, as it is published: it writes texts."""
+    ends = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+    if kind == "bart":
+        config = BartConfig(
+            vocab_size=vocabulary(), d_model=32, encoder_layers=1, decoder_layers=1,
+            encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+            decoder_ffn_dim=48, max_position_embeddings=POSITIONS, dropout=0.0,
+            decoder_start_token_id=EOS, **ends,
+        )  # fmt: skip
+        return enliven(BartForConditionalGeneration(config), seed)
+    config = T5Config(
+        vocab_size=vocabulary(), d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4,
+        dropout_rate=0.0, decoder_start_token_id=PAD, **ends,
+    )  # fmt: skip
+    return enliven(T5ForConditionalGeneration(config), seed)
+
+
 class ConvNet(nn.Module):
     """Every kind of convolution that an adapter fits; images (B, 3, 12, 12) to logits (B, 2)."""
 
@@ -212,6 +235,11 @@ def save_encoder(
 ) -> Path:
     """Save a base encoder, or with `labels` a classifier of them, and return its folder."""
     return _save(folder, encoder(labels, kind, seed), "encoder")
+
+
+def save_encoder_decoder(folder: Path | str, kind: str = "bart", seed: int = 0) -> Path:
+    """Save a BART or a T5, and return its folder."""
+    return _save(folder, encoder_decoder(kind, seed), "encoder")
 
 
 def save_gpt2(folder: Path | str, seed: int = 0) -> Path:

@@ -29,13 +29,22 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.adapters.attach import lora_layers, trainable_parameters
 from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer, can_adapt
 from lora_cli.adapters.targets import matches, regex_fault
-from lora_cli.errors import IntegrityError, LoraError
-from lora_cli.files import umask_mode, verify_manifest, write_json
+from lora_cli.errors import IntegrityError, LoraError, warn
+from lora_cli.files import (
+    finish_publishing,
+    refuse_links_outside,
+    umask_mode,
+    verify_manifest,
+    write_json,
+)
+from lora_cli.fingerprint import Fingerprint, read_fingerprint
 from lora_cli.recipe import Recipe
+from lora_cli.tensorfile import read_header
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+FLOATS = ("F64", "F32", "F16", "BF16")
 BASE_UNCHANGED = ("gaussian", "eva", "orthogonal")  # named initialisations of A and B alone
 TASK_TYPES = {"sequence_classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 
@@ -43,7 +52,13 @@ TASK_TYPES = {"sequence_classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 # ---------------------------------------------------------------------------------------- write
 
 
-def save_adapter(folder: Path, model: nn.Module, recipe: Recipe, in_full: list[str]) -> None:
+def save_adapter(
+    folder: Path,
+    model: nn.Module,
+    recipe: Recipe,
+    in_full: list[str],
+    base: Fingerprint | None = None,
+) -> None:
     """Write everything that is trained into `folder`, which must exist.
 
     Args:
@@ -51,8 +66,11 @@ def save_adapter(folder: Path, model: nn.Module, recipe: Recipe, in_full: list[s
         model: The model with its adapter attached.
         recipe: What the configuration is made from.
         in_full: Names of the modules trained in full.
+        base: The fingerprint of the base, which is kept beside the adapter.
     """
     write_json(folder / CONFIG_FILE, adapter_config(model, recipe, in_full))
+    if base is not None:
+        base.write(folder)
     # copies, since safetensors refuses tensors that share memory, as those of a tie do
     tensors = {
         name: t.cpu().clone(memory_format=torch.contiguous_format)
@@ -162,6 +180,8 @@ class AdapterFolder:
     tensors: dict[str, Tensor]
     verified: bool
     """Whether a manifest vouched for the files; False for a folder that another tool made."""
+    base: Fingerprint | None = None
+    """Of the base that it was trained on; None where another tool made it."""
 
 
 def read_adapter(path: Path) -> AdapterFolder:
@@ -176,6 +196,8 @@ def read_adapter(path: Path) -> AdapterFolder:
             f"there is no folder {path}",
             hint="`--adapter` takes the output folder of `lora train`, or a folder that PEFT saved",
         )
+    finish_publishing(path)
+    refuse_links_outside(path)
     if not (path / WEIGHTS_FILE).is_file():
         pickles = [
             name for name in ("adapter_model.bin", "adapter_model.pt") if (path / name).exists()
@@ -187,12 +209,12 @@ def read_adapter(path: Path) -> AdapterFolder:
                 "load it in PEFT where you trust it, and save it again",
             )
         raise LoraError(f"{path} holds no {WEIGHTS_FILE}", hint="is this an adapter folder?")
-    verified = verify_manifest(path)
+    verified = verify_manifest(path, CONFIG_FILE, WEIGHTS_FILE)
     try:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except OSError as error:
         raise LoraError(f"{path} holds no {CONFIG_FILE}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise IntegrityError(f"not valid JSON: {error}", str(path / CONFIG_FILE)) from error
     if not isinstance(config, dict):
         raise IntegrityError("not a JSON object", str(path / CONFIG_FILE))
@@ -206,7 +228,19 @@ def read_adapter(path: Path) -> AdapterFolder:
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise IntegrityError(f"`{bad[0]}` holds NaN or infinity", str(path / WEIGHTS_FILE))
-    return AdapterFolder(path, config, tensors, verified)
+    if kind == "LORA" and _is_idle(tensors):
+        warn(f"the adapter {path} changes nothing: one matrix of each pair is zero throughout")
+    return AdapterFolder(path, config, tensors, verified, read_fingerprint(path))
+
+
+def _is_idle(tensors: dict[str, Tensor]) -> bool:
+    """Return whether every pair of matrices has a product of zero, as before training."""
+    pairs: dict[str, bool] = {}
+    for name, tensor in tensors.items():
+        module, is_matrix, _ = name.partition(".lora_")
+        if is_matrix:
+            pairs[module] = pairs.get(module, False) or not bool(tensor.any())
+    return bool(pairs) and all(pairs.values())
 
 
 def _check_config(config: dict[str, Any], where: str) -> None:
@@ -249,14 +283,26 @@ def _is_pattern(value: Any) -> bool:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of an adapter folder, by names without PEFT's prefix."""
+    """Return the tensors of an adapter folder, by names without PEFT's prefix.
+
+    Raises:
+        IntegrityError: If the file is damaged, or holds what is no weight.
+    """
+    for name, entry in read_header(path / WEIGHTS_FILE).items():
+        if entry.dtype not in FLOATS:
+            what = f"`{name}` is of dtype {entry.dtype}, which no weight has"
+            raise IntegrityError(what, str(path / WEIGHTS_FILE))
     try:
         tensors = load_file(path / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise IntegrityError(
             f"not a whole safetensors file: {error}", str(path / WEIGHTS_FILE)
         ) from error
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    if len(named) != len(tensors):
+        what = "a tensor stands twice, with and without PEFT's prefix"
+        raise IntegrityError(what, str(path / WEIGHTS_FILE))
+    return named
 
 
 def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -23,6 +23,10 @@ from lora_cli.adapters.folder import AdapterFolder, within_groups
 from lora_cli.adapters.lora import LoRAConv, LoRALayer, can_adapt
 from lora_cli.adapters.targets import Target, first_match, groups_problem, inside, matches
 from lora_cli.errors import IntegrityError, Problem
+from lora_cli.fingerprint import Fingerprint, require_base
+from lora_cli.recipe import Recipe
+
+SHOWN = 8  # problems of a kind
 
 
 def load_adapter(
@@ -54,11 +58,9 @@ def load_adapter(
         problems += faults
         targets += found
     problems += _check_plain(plain, frozen, parameters)
-    problems += _missing(adapter, modules, parameters, plain, new)
-    if problems:
-        shown = problems[:8]
-        if len(problems) > 8:
-            shown.append(Problem(f"and {len(problems) - 8} more like these"))
+    missing = _missing(adapter, modules, parameters, plain, new)
+    if problems or missing:
+        shown = _first_of(problems) + _first_of(missing)
         last = shown[-1]
         shown[-1] = Problem(
             last.what, str(adapter.path), "is this the base model that the adapter was trained on?"
@@ -80,6 +82,25 @@ def load_adapter(
     held |= {id(m) for layer in lora_layers(model).values() for m in (layer.lora_A, layer.lora_B)}
     for parameter in model.parameters():
         parameter.requires_grad_(trained and id(parameter) in held)
+
+
+def _first_of(problems: list[Problem]) -> list[Problem]:
+    """Return so many problems as a person reads, and how many more there are."""
+    more = len(problems) - SHOWN
+    return problems[:SHOWN] + ([Problem(f"and {more} more like these")] if more > 0 else [])
+
+
+def verify_base(
+    adapter: AdapterFolder, base: Fingerprint | None, recipe: Recipe
+) -> Fingerprint | None:
+    """Refuse an adapter of another base, and return what to keep beside what is made of it.
+
+    Args:
+        adapter: What `read_adapter` returned.
+        base: The fingerprint of the base that it shall be attached to.
+        recipe: Names that base, and may allow another.
+    """
+    return require_base(adapter.base, base, recipe, f"the adapter {adapter.path}", adapter.tensors)
 
 
 def _check_plain(

@@ -14,40 +14,48 @@ from torch import nn
 
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, read_adapter
-from lora_cli.adapters.loading import load_adapter
+from lora_cli.adapters.loading import load_adapter, verify_base
 from lora_cli.adapters.targets import first_match, inside, resolve_targets
 from lora_cli.errors import LoraError, Problem
 from lora_cli.files import MANIFEST
-from lora_cli.recipe import AdapterSpec, Recipe, load_recipe
+from lora_cli.fingerprint import BASE_FILE, Fingerprint
+from lora_cli.recipe import RECIPE_FILE, AdapterSpec, Recipe, load_adapter_recipe
 
 TYPES = {"LORA": "lora", "HEAD_ONLY": "none", "BITFIT": "bitfit"}
 TARGET_KEYS = ("target_modules", "exclude_modules", "layers")
-RECIPE_FILE = "recipe.yaml"
 
 
-def make_trainable(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
+def make_trainable(
+    model: nn.Module, recipe: Recipe, head: Iterable[str] = (), base: Fingerprint | None = None
+) -> Fingerprint | None:
     """Attach what the recipe's adapter section says, new or from a trained adapter.
 
     Args:
         model: The base model, changed in place; on the meta device it gets no weights.
         recipe: With `adapter.from`, its adapter section is completed.
         head: Names of the modules that the task created anew.
+        base: The fingerprint of the base model.
+
+    Returns:
+        The fingerprint that is to be kept beside what is trained.
 
     Raises:
         LoraError: As `attach`; or if the recipe or its labels are not those of the adapter.
-        IntegrityError: If the adapter is damaged or does not fit the model, which is untouched.
+        IntegrityError: If the adapter is damaged, or of another base; the model is untouched then.
     """
     head = list(head)
     if recipe.adapter.from_ is None or recipe._started:
         attach(model, recipe, head)
-        return
+        return base
     held = find_adapter(recipe)
     _refuse_other_labels(held, recipe)
     take_over(model, recipe, head, held)
     if any(parameter.is_meta for parameter in model.parameters()):
         attach(model, recipe, head)
-    else:
-        load_adapter(model, held, head, recipe.adapter.dropout, trained=True)
+        return None
+    base = verify_base(held, base, recipe)
+    load_adapter(model, held, head, recipe.adapter.dropout, trained=True)
+    return base
 
 
 def find_adapter(recipe: Recipe) -> AdapterFolder:
@@ -70,7 +78,7 @@ def _download(name: str, at: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = [CONFIG_FILE, WEIGHTS_FILE, MANIFEST, RECIPE_FILE]
+    wanted = [CONFIG_FILE, WEIGHTS_FILE, BASE_FILE, MANIFEST, RECIPE_FILE]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -87,7 +95,7 @@ def _refuse_other_labels(held: AdapterFolder, recipe: Recipe) -> None:
     file = held.path / RECIPE_FILE
     if not file.is_file():
         return
-    theirs = load_recipe(file).task
+    theirs = load_adapter_recipe(held.path).task
     for key in ("problem", "labels"):
         ours, other = getattr(recipe.task, key, None), getattr(theirs, key, None)
         if ours is not None and other is not None and list(map(str, ours)) != list(map(str, other)):

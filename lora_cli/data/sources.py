@@ -135,21 +135,27 @@ def _require_rows(rows: Rows, name: str) -> None:
 
 
 def stream_rows(recipe: Recipe) -> Iterator[RawRow]:
-    """Yield the train rows as they come, again and again."""
+    """Yield the train rows as they come, once."""
     data = recipe.data
-    while True:
-        if data.name:
-            for number, row in enumerate(_load_hub(recipe, data.train, streaming=True)):
-                yield RawRow(row, f"{data.name}[{number}]")
-        elif data.split_column and not is_file(data.train):
-            yield from _stream_marked(recipe, data.split_column)
-        else:
-            for file in files_of(recipe, "train", data.train):
-                yield from read_rows(file, data.format)
+    if data.name:
+        for number, row in enumerate(_load_hub(recipe, data.train, streaming=True)):
+            yield RawRow(row, f"{data.name}[{number}]")
+    elif data.split_column and not is_file(data.train):
+        yield from _stream_marked(recipe, data.split_column)
+    else:
+        for file in files_of(recipe, "train", data.train):
+            yield from read_rows(file, data.format)
+
+
+def stream_label_names(recipe: Recipe) -> dict[str, list[str]]:
+    """Return the names of the labels in a streamed data set of the Hub, by column."""
+    if not recipe.data.name:
+        return {}
+    return _label_names(_load_hub(recipe, recipe.data.train, streaming=True).features or {})
 
 
 def _stream_marked(recipe: Recipe, column: str) -> Iterator[RawRow]:
-    """Yield the rows that a column marks as train, once."""
+    """Yield the rows that a column marks as train."""
     empty = True
     for file in files_of(recipe, "train", "train"):
         for row in read_rows(file, recipe.data.format):
@@ -304,20 +310,28 @@ def without(rows: Rows, faults: dict[int, str], recipe: Recipe) -> Rows:
 
 
 def without_fault(
-    rows: Iterator[RawRow], fault_of: Callable[[dict[str, Any]], str], recipe: Recipe
-) -> Iterator[dict[str, Any]]:
-    """Yield the columns of streamed rows; a faulty row stops, unless rows may be skipped."""
+    rows: Iterator[RawRow],
+    fault_of: Callable[[dict[str, Any]], str],
+    recipe: Recipe,
+    skip: Callable[[str, str], None],
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the places and columns of streamed rows that can be used.
+
+    A faulty row stops; unless rows may be skipped: then `skip` is told its place and its fault.
+    """
     for row in rows:
         fault = row.fault or fault_of(row.columns or {})
         if not fault:
             assert row.columns is not None
-            yield row.columns
+            yield row.place, row.columns
         elif recipe.data.on_bad_row == "error":
             raise LoraError(
                 fault,
                 row.place,
                 "mend the row, or pass such rows over with `--set data.on_bad_row=skip`",
             )
+        else:
+            skip(row.place, fault)
 
 
 def cached_dataset(generator: Any, key: Sequence[str], features: Any) -> Any:
@@ -372,13 +386,17 @@ def _load_hub(recipe: Recipe, split: str, streaming: bool = False) -> Any:
 
 
 def _hub_rows(recipe: Recipe, name: str) -> Rows:
-    import datasets
-
     dataset = _load_hub(recipe, name)
-    names = {
-        column: list(feature.names)
-        for column, feature in dataset.features.items()
-        if isinstance(feature, datasets.ClassLabel)
-    }
+    names = _label_names(dataset.features)
     source = "/".join(filter(None, (recipe.data.name, recipe.data.config, name)))
     return Rows(dataset, source, dataset._fingerprint, np.arange(len(dataset)), names)
+
+
+def _label_names(features: Any) -> dict[str, list[str]]:
+    import datasets
+
+    return {
+        column: list(feature.names)
+        for column, feature in features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }

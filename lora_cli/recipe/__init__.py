@@ -1,7 +1,7 @@
 """The recipe: what a user writes, checked and typed, without importing torch."""
 
 from lora_cli.recipe.explain import recipe_schema
-from lora_cli.recipe.load import dump_recipe, load_recipe
+from lora_cli.recipe.load import RECIPE_FILE, dump_recipe, load_adapter_recipe, load_recipe
 from lora_cli.recipe.spec import (
     AdapterSpec,
     CausalLMSpec,
@@ -22,6 +22,8 @@ from lora_cli.recipe.spec import (
 
 __all__ = [
     "load_recipe",
+    "load_adapter_recipe",
+    "RECIPE_FILE",
     "dump_recipe",
     "recipe_schema",
     "Recipe",

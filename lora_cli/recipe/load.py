@@ -16,6 +16,7 @@ from lora_cli.recipe.reader import Reader, YamlDumper, parse
 from lora_cli.recipe.spec import Recipe, is_file
 
 MAX_BYTES = 200_000  # a second of reading; a recipe has a hundredth of it
+RECIPE_FILE = "recipe.yaml"  # beside an adapter
 MAX_PROBLEMS = 50
 
 
@@ -52,6 +53,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise LoraError(_first(reader.problems, str(path)))
     recipe._places = reader.places
     _make_paths_absolute(recipe, file.parent)
+    return recipe
+
+
+def load_adapter_recipe(adapter: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe beside an adapter, which may be anybody's.
+
+    What only the user may allow, to run code and to take another base, counts in an override alone.
+    """
+    recipe = load_recipe(adapter / RECIPE_FILE, overrides)
+    said = {override.partition("=")[0].strip() for override in overrides}
+    for key in ("trust_remote_code", "allow_other_base"):
+        if not said & {"model", f"model.{key}"}:
+            setattr(recipe.model, key, False)
     return recipe
 
 

@@ -77,6 +77,10 @@ class ModelSpec(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
 
+    allow_other_base: bool = False
+    """Use an adapter, or go on with a run, on a base whose weights are not those that it was
+    trained on. A warning says so, and it is written down."""
+
 
 class SequenceClassificationSpec(Section):
     """Classify a text, or a pair of texts."""
@@ -763,6 +767,9 @@ class Recipe(Section):
         if data.streaming and train.max_steps is None:
             what = "`data.streaming` does not know how many rows there are"
             yield "data.streaming", what, "say how long to train: `--set train.max_steps=1000`"
+        if data.streaming and getattr(task, "class_weights", None) == "balanced":
+            what = "`balanced` counts all rows, which `data.streaming` does not have"
+            yield "task.class_weights", what, "give each label its weight: `{good: 1, bad: 2.5}`"
         for key in ("packing", "group_by_length"):
             if data.streaming and getattr(train, key):
                 what = f"`train.{key}` needs all rows, which `data.streaming` does not have"

@@ -88,7 +88,7 @@ def _top(report: dict[str, Any], title: str, log: list[Line], split: str) -> str
     trained += f" with {len(labels)} labels" if labels else ""
     steps, epochs, seconds = (finite(ran.get(k)) for k in ("steps", "epochs", "seconds"))
     lasting = f"{steps:,.0f} steps" if steps else ""
-    lasting += f" ({epochs:,.4g} epochs)" if steps and epochs else ""
+    lasting += f" ({epochs:,.4g} epoch{'s' * (epochs != 1)})" if steps and epochs else ""
     lasting += f" in {clock(seconds)}" if seconds else ""
     device = str(ran.get("device") or "").replace("cpu", "CPU")
     memory = size(finite(ran.get("peak_memory_bytes")))
@@ -135,8 +135,13 @@ def _caution(report: dict[str, Any], log: list[Line]) -> str:
     saved = part(report, "best").get("step")
     if isinstance(saved, int):
         metric = str(part(report, "best").get("metric")).replace("_", " ")
-        when = "before the rise" if saved <= over.step else "after the rise began"
-        text += f" The saved adapter is that of step {saved:,}, chosen by {metric}, {when}."
+        text += f" The saved adapter is that of step {saved:,}, chosen by {metric}, "
+        text += (
+            "before the rise."
+            if saved <= over.step
+            else "after the rise began: its probabilities are likely too sure."
+        )
+    text += " Try fewer `train.epochs`, `adapter.dropout=0.1`, or more rows."
     return _box("caution", "Overfitting.", text)
 
 

@@ -97,7 +97,9 @@ def shown_number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     small = value == 0 or 1e-3 <= abs(value) < 100
-    return f"{value:.4f}" if small else f"{value:,.2f}" if 100 <= abs(value) < 1e6 else f"{value:g}"
+    return (
+        f"{value:.4f}" if small else f"{value:,.2f}" if 100 <= abs(value) < 1e6 else f"{value:.4g}"
+    )
 
 
 def is_hub_id(name: str) -> bool:

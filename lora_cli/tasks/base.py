@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -168,6 +169,10 @@ class Task(ABC):
     def fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with a row, or nothing."""
         return self.input_fault(row) or self.target_fault(row)
+
+    def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
+        """Return what is wrong with the label of a streamed row, which `prepare` did not see."""
+        return None
 
     @abstractmethod
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
@@ -340,7 +345,8 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
     def examples() -> Iterator[Example]:
         first = count = 0
         for batch in rows.batches(1000):
-            for offset, made in enumerate(encode_located(task, batch, rows, first)):
+            place = functools.partial(_place, rows, first)
+            for offset, made in enumerate(encode_located(task, batch, place)):
                 count += len(made)
                 for example in made:
                     length = len(example["input_ids"])
@@ -379,10 +385,14 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
     return Encoded(rows, dataset, lengths, full, without_example)
 
 
+def _place(rows: Rows, first: int, i: int) -> str:
+    return rows.place(first + i)
+
+
 def encode_located(
-    task: Task, batch: Sequence[dict[str, Any]], rows: Rows, first: int
+    task: Task, batch: Sequence[dict[str, Any]], place: Callable[[int], str]
 ) -> list[list[Example]]:
-    """Return the examples of rows that stand in a split from `first` on.
+    """Return the examples of rows, of which `place` tells by their position where they stand.
 
     They are encoded together; if that fails, one by one, to find the row that is at fault.
     """
@@ -390,14 +400,12 @@ def encode_located(
         return task.encode(batch)
     except LoraError:
         made = []
-        for i, row in enumerate(batch, first):
+        for i, row in enumerate(batch):
             try:
                 made += task.encode([row])
             except LoraError as error:
                 if task.recipe.data.on_bad_row == "error":
-                    raise LoraError(
-                        [replace(p, at=rows.place(i)) for p in error.problems]
-                    ) from error
+                    raise LoraError([replace(p, at=place(i)) for p in error.problems]) from error
                 made.append([])
         return made
 

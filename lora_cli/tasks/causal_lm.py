@@ -17,8 +17,15 @@ from lora_cli.metrics import reads
 from lora_cli.recipe import CausalLMSpec, Recipe
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.base import IGNORED, Batch, Encoded, Example, Prediction, Task, pad
-from lora_cli.tasks.chat import Message, encode_chat, prompt_of, read_conversations
-from lora_cli.tasks.generation import generate
+from lora_cli.tasks.chat import (
+    Message,
+    encode_chat,
+    end_of_turn,
+    opened_block,
+    prompt_of,
+    read_conversations,
+)
+from lora_cli.tasks.generation import generate, stop_ids, until_stop
 
 PROBE_TOKENS = 32  # of each text that is packed on trial
 SAMPLE_TOKENS, SAMPLE_NEW_TOKENS = 16, 64  # of a plain text that is continued; of what is added
@@ -58,6 +65,13 @@ class CausalLM(Task):
             raise LoraError(what, self.recipe.at("model.name"))
         if self.tokenizer.eos_token_id is None:
             raise LoraError("the tokenizer has no end-of-text token", self.recipe.at("model.name"))
+        self._end_of_turn = end_of_turn(self.tokenizer) if self.is_chat else set()
+        self._opened = opened_block(self.tokenizer) if self.is_chat else ""
+        if self._opened:
+            self.notes.append(
+                f"the chat template asks for an answer with `{self._opened.strip()}` and writes "
+                "answers without it: so they are trained, and so they are asked for"
+            )
         self._pad = self._pad_id()
         if self._pad == self.tokenizer.eos_token_id and self.spec.pad_token is None:
             self.notes.append(
@@ -191,7 +205,10 @@ class CausalLM(Task):
 
     def _encode_chat(self, messages: Sequence[Message] | str) -> list[Example]:
         assert not isinstance(messages, str)
-        ids, trained = encode_chat(self.tokenizer, messages, self.spec.train_on)
+        examples = encode_chat(self.tokenizer, messages, self.spec.train_on, self._opened)
+        return [made for ids, trained in examples for made in self._encode_turns(ids, trained)]
+
+    def _encode_turns(self, ids: list[int], trained: list[bool]) -> list[Example]:
         if not any(trained):
             return []
         stop = len(trained) - trained[::-1].index(True)  # what follows teaches nothing
@@ -347,7 +364,7 @@ class CausalLM(Task):
 
     def _add_answers(self, model: nn.Module, batch: Batch, predictions: list[Prediction]) -> None:
         """Let the model answer what stands before the last trained span of each example."""
-        prompts, references = [], []
+        prompts, references, stops = [], [], self.stop_ids(model)
         for ids, labels in zip(
             batch.inputs["input_ids"].tolist(), batch.labels.tolist(), strict=True
         ):
@@ -356,9 +373,8 @@ class CausalLM(Task):
             while first > 0 and labels[first - 1] != IGNORED:
                 first -= 1
             prompts.append(ids[:first])
-            references.append(
-                self.tokenizer.decode(labels[first : last + 1], skip_special_tokens=True)
-            )
+            wanted = until_stop(labels[first : last + 1], stops)
+            references.append(self.tokenizer.decode(wanted, skip_special_tokens=True))
         for prediction, answer, reference in zip(
             predictions, self.generate(model, prompts), references, strict=True
         ):
@@ -406,7 +422,7 @@ class CausalLM(Task):
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids of a conversation that the assistant is to continue."""
-        text = prompt_of(self.tokenizer, messages)
+        text = prompt_of(self.tokenizer, messages, self._opened)
         encoding = self.tokenizer(text, add_special_tokens=False, verbose=False)
         return list(encoding["input_ids"])
 
@@ -434,9 +450,23 @@ class CausalLM(Task):
         A streamer of transformers is given the tokens as they come; for it there is one prompt.
         """
         options = self.recipe.evaluate.generation
+        return self._written(model, prompts, options, streamer)
+
+    def _written(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        options: GenerationSpec,
+        streamer: Any = None,
+    ) -> list[str]:
+        stops, tokenizer = self.stop_ids(model), self.tokenizer
         return generate(
-            model, prompts, self.tokenizer, options, self._pad, self.positions, streamer
+            model, prompts, tokenizer, options, self._pad, self.positions, stops, streamer
         )
+
+    def stop_ids(self, model: nn.Module) -> list[int]:
+        """Return the tokens that end what the model says: of a text, or of its turn in a chat."""
+        return stop_ids(model, self.tokenizer, self._end_of_turn)
 
     def sample_prompt(self, row: dict[str, Any]) -> tuple[list[int], str, str]:
         """Return what a sample continues: token ids, the same as text, and the row's own words."""
@@ -462,5 +492,4 @@ class CausalLM(Task):
     def continue_greedily(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[str]:
         """Return a short continuation of each prompt, the likeliest token every time."""
         tokens = min(SAMPLE_NEW_TOKENS, self.recipe.evaluate.generation.max_new_tokens)
-        options = GenerationSpec(max_new_tokens=tokens)
-        return generate(model, prompts, self.tokenizer, options, self._pad, self.positions)
+        return self._written(model, prompts, GenerationSpec(max_new_tokens=tokens))

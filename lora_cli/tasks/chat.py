@@ -2,9 +2,9 @@
 
 A conversation is rendered once by the model's chat template. A template with generation markers
 says itself what the assistant wrote. For others, a turn's share of the text is what the template
-adds for it: the difference between the rendering up to the turn and the rendering before it. A
-template whose renderings are not prefixes of each other (one that rewrites earlier turns) cannot be
-masked so, and is refused.
+adds for it: the difference between the rendering up to the turn and the rendering before it. Where
+a template rewrites earlier turns (Qwen 3 takes their reasoning away), each of the assistant's turns
+becomes an example of its own, rendered up to there: as the model sees it when it is asked.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.errors import LoraError
 
 Message = dict[str, Any]
+THINK_END = "</think>"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -123,14 +125,18 @@ def _sharegpt(turn: dict[str, Any]) -> Message | str:
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], train_on: str
-) -> tuple[list[int], list[bool]]:
-    """Return the tokens of a conversation, and which of them are trained.
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    train_on: str,
+    opened: str = "",
+) -> list[tuple[list[int], list[bool]]]:
+    """Return the tokens of a conversation's examples, one as a rule, and which are trained.
 
     Args:
         tokenizer: It holds the chat template.
         messages: The conversation.
         train_on: `assistant`, `all` or `last`.
+        opened: What `opened_block` found.
 
     Raises:
         LoraError: If the template refuses the conversation, or the turns cannot be told apart.
@@ -140,14 +146,18 @@ def encode_chat(
             tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         mask = [bool(token) for token in encoding["assistant_masks"]]
-        return list(encoding["input_ids"]), _last_run(mask) if train_on == "last" else mask
-    text, spans = render(tokenizer, messages, train_on)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    trained = [
-        any(start < last and first < end for first, last in spans)
-        for start, end in encoding["offset_mapping"]
-    ]
-    return list(encoding["input_ids"]), trained
+        return [(list(encoding["input_ids"]), _last_run(mask) if train_on == "last" else mask)]
+    examples = []
+    for text, spans in render(tokenizer, messages, train_on, opened):
+        encoding = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        trained = [
+            any(start < last and first < end for first, last in spans)
+            for start, end in encoding["offset_mapping"]
+        ]
+        examples.append((list(encoding["input_ids"]), trained))
+    return examples
 
 
 def _last_run(mask: list[bool]) -> list[bool]:
@@ -160,53 +170,109 @@ def _last_run(mask: list[bool]) -> list[bool]:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], train_on: str
-) -> tuple[str, list[tuple[int, int]]]:
-    """Return the conversation as text, and the spans of characters that are trained.
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    train_on: str,
+    opened: str = "",
+) -> list[tuple[str, list[tuple[int, int]]]]:
+    """Return a conversation's examples as text, each with the spans of characters to train.
 
     Args:
         tokenizer: It holds the chat template.
         messages: The conversation.
         train_on: `assistant`, `all` or `last`.
+        opened: What `opened_block` found.
 
     Raises:
-        LoraError: If the template's rendering of a beginning is not the beginning of its rendering
-            of the whole.
+        LoraError: If the template writes a turn in another way than it asks for it, or leaves its
+            reasoning out.
     """
     whole = _apply(tokenizer, messages)
     if train_on == "all":
-        return whole, [(0, len(whole))]
+        return [(whole, [(0, len(whole))])]
     assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = []
+    alone = []
     for turn in assistant if train_on == "assistant" else assistant[-1:]:
         after = _apply(tokenizer, messages[: turn + 1])
-        before = _before(tokenizer, messages, turn, after)
-        if not (after.startswith(before) and whole.startswith(after)):
+        before = _before(tokenizer, messages, turn, after, opened)
+        if not after.startswith(before):
             raise LoraError(
-                f"turn {turn + 1} cannot be found in the conversation: the chat template rewrites "
-                "earlier turns",
-                hint="train the last answer alone with `task.train_on: last`, or give another "
-                "template with `task.chat_template`",
+                f"turn {turn + 1} cannot be told from what stands before it: the chat template "
+                "writes it in another way than it asks for it",
+                hint="give another template with `task.chat_template`",
             )
-        spans.append((len(before), len(after)))
-    return whole, spans
+        _require_reasoning(messages[turn], after[len(before) :], turn + 1)
+        alone.append((after, [(len(before), len(after))]))
+    if all(whole.startswith(after) for after, _ in alone):
+        return [(whole, [span for _, spans in alone for span in spans])]
+    return alone
 
 
 def _before(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], turn: int, after: str
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    turn: int,
+    after: str,
+    opened: str,
 ) -> str:
     """Return what the template writes before the assistant's turn begins to speak."""
     if turn:
-        return str(_apply(tokenizer, messages[:turn], add_generation_prompt=True))
+        return prompt_of(tokenizer, messages[:turn], opened)
     # Templates cannot render no messages. What they add to ask for an answer stands in front of it.
-    prompt = _apply(tokenizer, messages[:1], add_generation_prompt=True)[len(after) :]
+    prompt = prompt_of(tokenizer, messages[:1], opened)[len(after) :]
     start = after.find(prompt) + len(prompt) if prompt in after else 0
     return after[:start]
 
 
-def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+def _require_reasoning(message: Message, written: str, number: int) -> None:
+    """Refuse a turn whose reasoning the template does not write: it would be lost unnoticed."""
+    content, reasoning = message.get("content"), message.get("reasoning_content")
+    if not isinstance(reasoning, str) and isinstance(content, str) and THINK_END in content:
+        reasoning = content.partition(THINK_END)[0].rpartition("<think>")[2]
+    if isinstance(reasoning, str) and reasoning.strip() not in written:
+        raise LoraError(
+            f"turn {number}: the chat template leaves out the reasoning before the answer",
+            hint="take it out of the data, or give a template that writes it with "
+            "`task.chat_template`",
+        )
+
+
+def opened_block(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the template opens to ask for an answer, but does not write into an answer.
+
+    DeepSeek's asks with `<think>` and keeps turns without it. The assistant's turn begins before
+    that: so it is trained, and so it is asked.
+    """
+    question = {"role": "user", "content": "Hi"}
+    answers = [{"role": "assistant", "content": said} for said in ("0", "1")]
+    try:
+        asked = prompt_of(tokenizer, [question])
+        written = [str(_apply(tokenizer, [question, answer])) for answer in answers]
+    except LoraError:  # it takes no such conversation, and says so of the rows
+        return ""
+    shared = takewhile(lambda letters: len(set(letters)) == 1, zip(asked, *written, strict=False))
+    return asked[len(list(shared)) :]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the token by which the chat template ends the assistant's turn, if it is one token."""
+    said = "Hello"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
+    try:
+        text = str(_apply(tokenizer, messages))
+    except LoraError:  # it takes no such conversation, and says so of the rows
+        return set()
+    tail = text[text.rfind(said) + len(said) :].strip()
+    ids = tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
+    return set(ids[:1]) & set(tokenizer.added_tokens_decoder)
+
+
+def prompt_of(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], opened: str = ""
+) -> str:
     """Return a conversation as text that the assistant is to continue."""
-    return str(_apply(tokenizer, messages, add_generation_prompt=True))
+    text = str(_apply(tokenizer, messages, add_generation_prompt=True))
+    return text.removesuffix(opened)
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> Any:

@@ -15,6 +15,7 @@ from lora_cli.models import load_config
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Task, build_task
 from lora_cli.tasks.base import check_data, encode_located
+from lora_cli.tasks.streaming import Stream
 
 FIRST_ROWS = 100
 
@@ -63,7 +64,9 @@ def _check_metrics(task: Task) -> None:
 def _encode_some(task: Task, splits: dict[str, Rows]) -> None:
     """Encode the first rows of each split: what a chat template refuses, it refuses early."""
     for rows in splits.values():
-        encode_located(task, next(rows.batches(FIRST_ROWS)), rows, 0)
+        encode_located(task, next(rows.batches(FIRST_ROWS)), rows.place)
+    if task.recipe.data.streaming:
+        Stream(task).look()
 
 
 def empty_adapted_model(recipe: Recipe) -> nn.Module:

@@ -26,6 +26,7 @@ from lora_cli.tasks.base import IGNORED, Encoded, Task, load_data
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.findings import Findings, Found, Overlap, Pair, SplitFindings, short
 from lora_cli.tasks.sequence_classification import SequenceClassification
+from lora_cli.tasks.streaming import Stream
 
 N_SHOWN = 3  # examples of each finding
 
@@ -34,8 +35,11 @@ def pass_gate(task: Task, data: dict[str, Encoded]) -> Findings:
     """Look at the splits, print what was found on stderr, and refuse a leak.
 
     Raises:
-        LoraError: If validation or test share more with train than `data.check.max_overlap`.
+        LoraError: If validation or test share more with train than `data.check.max_overlap`; or
+            with a faulty row among the first that are streamed.
     """
+    if task.recipe.data.streaming:
+        Stream(task).look()
     findings = examine(task, data)
     if findings.splits:
         sys.stderr.write(findings.table() + "\n")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_cli.data.sources import Rows
+from lora_cli.data.sources import Rows, stream_label_names
 from lora_cli.errors import LoraError, Problem, did_you_mean
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
 
@@ -31,6 +31,9 @@ class Labels:
         Raises:
             LoraError: If there are none, or one only; with the values in the data that are none.
         """
+        if self.recipe.data.streaming:
+            names = stream_label_names(self.recipe)
+            self.class_names = names.get(self.spec.label_column, self.class_names)
         for rows in splits.values():
             self.class_names = rows.label_names.get(self.spec.label_column, self.class_names)
         if not self.names:
@@ -143,6 +146,14 @@ class Labels:
                 problems.append(Problem(what, splits[name].source))
         if problems:
             raise LoraError(problems)
+
+    def problem(self, row: dict[str, Any], place: str) -> Problem | None:
+        """Return the problem of a row with a value that is no label."""
+        for value in self.texts_of(row) or ():
+            if self.position(value) is None:
+                hint = did_you_mean(value, self.names, "the labels are")
+                return Problem(f"`{value}` is not a label", place, hint)
+        return None
 
     def position(self, value: str) -> int | None:
         """Return the index of a label given by name, or by position."""

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from lora_cli.data.sources import Rows
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, Problem
 from lora_cli.metrics import MetricContext
 from lora_cli.models import load_config
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
@@ -102,6 +102,10 @@ class SequenceClassification(Task):
         if isinstance(value, list | dict):
             return f"column `{column}` holds a {type(value).__name__}, not one label"
         return f"column `{column}` is blank"
+
+    def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
+        """Return which value of a streamed row is no label."""
+        return None if self.spec.problem == "regression" else self.reader.problem(row, place)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return one example a row."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,10 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from lora_cli.data.plan import BatchPlan, micro_batches, pack
-from lora_cli.data.sources import stream_rows, without_fault
 from lora_cli.tasks import Batch, Encoded, Task
 from lora_cli.tasks.base import Example
 from lora_cli.tasks.causal_lm import CausalLM
-
-STREAM_CHUNK = 100  # rows that are encoded together
+from lora_cli.tasks.streaming import Stream
 
 
 @dataclass
@@ -29,6 +28,8 @@ class PlannedStep:
     examples: list[int]
     n_tokens: int
     batches: list[Batch]
+    places: Callable[[], list[str]]
+    """Where the rows of the examples stand."""
 
 
 class Batches:
@@ -42,11 +43,13 @@ class Batches:
 
     def __init__(self, task: Task, split: Encoded | None, accelerator: Accelerator) -> None:
         self.task, self.recipe, self.accelerator = task, task.recipe, accelerator
+        self.split = split
         train = self.recipe.train
         self.steps_per_epoch: int | None = None
         if split is None:
             assert train.max_steps is not None, "the recipe's checks ask for it with streaming"
             self.total_steps = train.max_steps
+            self.stream = Stream(task)
             return
         self.examples: Any = Packed(task, split) if train.packing else split.examples
         self.lengths = self.examples.lengths if train.packing else split.lengths
@@ -59,6 +62,11 @@ class Batches:
         self.steps_per_epoch = self.plan.steps_per_epoch
         epochs = 3.0 if train.epochs is None else train.epochs
         self.total_steps = train.max_steps or math.ceil(epochs * self.steps_per_epoch)
+
+    @property
+    def note(self) -> str | None:
+        """What a user should know of the rows after training."""
+        return self.stream.note() if self.steps_per_epoch is None else None
 
     def epoch_of(self, step: int) -> float:
         """Return how many passes over the train rows a number of steps makes."""
@@ -87,7 +95,15 @@ class Batches:
                 examples.tolist(),
                 int(self.lengths[examples].sum()),
                 list(islice(batches, len(self._mine(examples)))),
+                functools.partial(self._places, examples.tolist()),
             )
+
+    def _places(self, examples: list[int]) -> list[str]:
+        assert self.split is not None
+        packs = self.examples.packs if isinstance(self.examples, Packed) else None
+        members = [m for i in examples for m in (packs[i] if packs else [i])]
+        rows = self.split.examples[members]["row"]
+        return [self.split.rows.place(row) for row in dict.fromkeys(rows)]
 
     def _mine(self, examples: Any) -> list[Any]:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -95,7 +111,7 @@ class Batches:
 
     def _stream(self, done: int) -> Iterator[PlannedStep]:
         size = self.recipe.train.step_size
-        examples = islice(_encoded_stream(self.task), done * size, None)
+        examples = islice(self.stream, done * size, None)
         for step in range(done + 1, self.total_steps + 1):
             chunk = list(islice(examples, size))
             parts = self._mine(np.arange(len(chunk)))
@@ -104,15 +120,8 @@ class Batches:
                 [example["row"] for example in chunk],
                 sum(len(example["input_ids"]) for example in chunk),
                 [self.task.collate([chunk[i] for i in part]) for part in parts],
+                [example["place"] for example in chunk].copy,
             )
-
-
-def _encoded_stream(task: Task) -> Iterator[Example]:
-    rows = without_fault(stream_rows(task.recipe), task.fault, task.recipe)
-    for first in count(0, STREAM_CHUNK):
-        chunk = list(islice(rows, STREAM_CHUNK))
-        for offset, made in enumerate(task.encode(chunk)):
-            yield from ({**example, "row": first + offset} for example in made)
 
 
 class Packed:

@@ -21,10 +21,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli.adapters.attach import trainable_parameters
-from lora_cli.adapters.folder import read_tensors, restore, save_adapter
+from lora_cli.adapters.folder import WEIGHTS_FILE, read_tensors, restore, save_adapter
 from lora_cli.errors import IntegrityError, LoraError, Problem
-from lora_cli.files import new_folder, publish, require_space, verify_manifest, write_json
+from lora_cli.files import (
+    STAGING,
+    new_folder,
+    publish,
+    recover,
+    require_space,
+    verify_manifest,
+    write_json,
+)
+from lora_cli.fingerprint import Fingerprint
 from lora_cli.recipe import AdapterSpec, Recipe
+from lora_cli.tensorfile import read_header
 from lora_cli.training.state import TrainState
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -63,10 +73,11 @@ def require_space_for_checkpoints(model: nn.Module, recipe: Recipe) -> None:
 def save_checkpoint(
     output: Path,
     state: TrainState,
-    model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    model: nn.Module,
     recipe: Recipe,
     in_full: list[str],
+    base: Fingerprint | None,
 ) -> Path:
     """Write `checkpoints/step-NNNNNN`, whole or not at all, then delete the oldest.
 
@@ -75,7 +86,7 @@ def save_checkpoint(
     target = output / FOLDER / f"step-{state.step:06d}"
     tensors, state.optimizer = _optimizer_state(optimizer)
     with new_folder(target) as folder:
-        save_adapter(folder, model, recipe, in_full)
+        save_adapter(folder, model, recipe, in_full, base)
         save_file(tensors, folder / OPTIMIZER_FILE)
         write_json(folder / STATE_FILE, asdict(state))
     # one of a later step is damaged, or this run had not resumed from an earlier
@@ -107,11 +118,13 @@ def load_checkpoint(
         IntegrityError: If there are checkpoints and none is whole.
     """
     damaged: list[Problem] = []
-    for _, folder in reversed(checkpoints(output)):
+    for step, folder in reversed(checkpoints(output)):
         try:
-            if not verify_manifest(folder):
+            if not verify_manifest(folder, WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE):
                 raise IntegrityError("the manifest is missing", str(folder))
             state = TrainState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+            if state.step != step:
+                raise IntegrityError(f"it is the checkpoint of step {state.step}", str(folder))
         except (IntegrityError, OSError, ValueError, TypeError) as error:
             damaged += (
                 error.problems
@@ -134,9 +147,9 @@ def load_checkpoint(
 
 
 def clear_leftovers(output: Path) -> None:
-    """Delete what a process left behind that was killed while it wrote a checkpoint."""
-    for leftover in (output / FOLDER).glob(".step-*"):
-        shutil.rmtree(leftover)
+    """Put right what a process left behind that was killed while it wrote into the folder."""
+    recover(output)
+    recover(output / FOLDER)
 
 
 def peek_state(output: Path) -> TrainState | None:
@@ -169,17 +182,23 @@ def restore_checkpoint(
 ) -> None:
     """Put a checkpoint's parameters and optimizer state into a freshly built run."""
     restore(model, read_tensors(folder))
+    read_header(folder / OPTIMIZER_FILE)
     _load_optimizer(optimizer, load_file(folder / OPTIMIZER_FILE), state.optimizer)
 
 
 def publish_adapter(
-    output: Path, model: nn.Module, recipe: Recipe, in_full: list[str], processor: Any
+    output: Path,
+    model: nn.Module,
+    recipe: Recipe,
+    in_full: list[str],
+    base: Fingerprint | None,
+    processor: Any,
 ) -> None:
     """Put what is trained into the output folder itself, where users look for it.
 
     With full fine-tuning that is a whole model folder.
     """
-    staging = output / ".publish.tmp"
+    staging = output / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     if recipe.adapter.type == "full":
@@ -187,12 +206,17 @@ def publish_adapter(
         model.save_pretrained(staging)
         processor.save_pretrained(staging)
     else:
-        save_adapter(staging, model, recipe, in_full)
+        save_adapter(staging, model, recipe, in_full, base)
     publish(staging, output)
 
 
 def restore_published(output: Path, model: nn.Module, recipe: Recipe) -> None:
-    """Load what `publish_adapter` wrote into the model that it was written from."""
+    """Load what `publish_adapter` wrote into the model that it was written from.
+
+    Raises:
+        IntegrityError: If it has been damaged since.
+    """
+    verify_manifest(output)
     if recipe.adapter.type == "full":
         assert isinstance(model, PreTrainedModel)
         # by transformers, which may have divided the file or named its tensors otherwise

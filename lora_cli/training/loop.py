@@ -13,10 +13,11 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
-from lora_cli.adapters.attach import trainable_parameters, training_mode
+from lora_cli.adapters.attach import training_mode
 from lora_cli.adapters.starting import make_trainable
 from lora_cli.errors import InterruptedRun, NumericsError
 from lora_cli.evaluation import add_samples, evaluate
+from lora_cli.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Encoded, Task, build_task
 from lora_cli.tasks.base import load_data
@@ -24,9 +25,14 @@ from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.gate import pass_gate
 from lora_cli.training.batches import Batches, PlannedStep
 from lora_cli.training.best import Judge
-from lora_cli.training.checkpoints import adopt_adapter, optimizer_bytes
+from lora_cli.training.checkpoints import adopt_adapter, clear_leftovers, optimizer_bytes
 from lora_cli.training.launch import main_process_first, seed_everything, start_accelerator
 from lora_cli.training.mirror import restore_from_mirror
+from lora_cli.training.numbers import (
+    refuse_bad_parameters,
+    refuse_bad_scale,
+    refuse_bad_steps,
+)
 from lora_cli.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from lora_cli.training.progress import RunLog, clock, peak_memory_bytes
 from lora_cli.training.resources import find_micro_batch, resource_error
@@ -61,6 +67,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
                 return done
             if accelerator.is_main_process:
                 held.enter_context(locked_output(recipe, resume))
+                clear_leftovers(recipe.output_path)
             task.load_processor()
             data = load_data(task)
             findings = pass_gate(task, data) if accelerator.is_main_process else None
@@ -97,10 +104,10 @@ class Run:
         self.recipe, self.task, self.data, self.accelerator = recipe, task, data, accelerator
         self.folder, self.stop = recipe.output_path, stop
         self.notes = [*task.notes, *_empty_rows(data)]
-        self.model, self.in_full = self._load_model()
+        self.model, self.in_full, base = self._load_model()
         self.optimizer = build_optimizer(self.model, recipe, self.in_full)
         self.saver = Saver(
-            recipe, self.model, self.optimizer, self.in_full, task.tokenizer, accelerator
+            recipe, self.model, self.optimizer, self.in_full, base, task.tokenizer, accelerator
         )
         self.prepared = accelerator.prepare_optimizer(self.optimizer)
         self.batches = Batches(task, data.get("train"), accelerator)
@@ -110,13 +117,14 @@ class Run:
         self.state = TrainState(recipe=recipe_facts(recipe), data=hashes, machine=machine)
         self.report = start_report(recipe, task, data, hashes, self.model, accelerator)
         self.judge = Judge(recipe, task)
+        self.in_doubt = False  # a checkpoint is due, and the last steps were bad
 
-    def _load_model(self) -> tuple[nn.Module, list[str]]:
-        """Return the model, ready to be trained, and the names of the modules trained in full."""
+    def _load_model(self) -> tuple[nn.Module, list[str], Fingerprint | None]:
+        """Return the model, ready to be trained, the modules trained in full, and its base."""
         recipe, task = self.recipe, self.task
         seed_everything(recipe.train.seed)
         model, new = task.load_model(self.accelerator.device)
-        make_trainable(model, recipe, new)
+        base = make_trainable(model, recipe, new, fingerprint_of(recipe, model, new))
         if isinstance(task, CausalLM) and recipe.train.packing:
             with self.accelerator.autocast():
                 task.check_packing(model, self.data["train"])
@@ -125,7 +133,7 @@ class Run:
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
             enable: Any = next(getattr(model, name) for name in names if hasattr(model, name))
             enable({"use_reentrant": False})
-        return model, list(dict.fromkeys([*new, *recipe.adapter.train_modules]))
+        return model, list(dict.fromkeys([*new, *recipe.adapter.train_modules])), base
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
@@ -201,13 +209,13 @@ class Run:
             self.accelerator,
             recipe.train.max_grad_norm,
         )
-        self.window.add(result)
-        state.skipped_steps += int(result.skipped)
+        self.window.add(planned, result)
         state.step = step
         state.examples += len(planned.examples)
         state.tokens += planned.n_tokens
         self.log.sample(step, planned.examples)
         self.log.advance(step)
+        refuse_bad_steps(self.window.streak, recipe)
         if step == 1:
             self._warn_of_idle_parameters(result.idle)
         if step % recipe.train.log_every_steps == 0 or step in (1, self.total_steps):
@@ -225,8 +233,7 @@ class Run:
 
     def _log_step(self, rate: float) -> None:
         self._count_seconds()
-        if not math.isfinite(self.window.loss):
-            raise self._gone_bad(f"the loss is {self.window.loss}")
+        self._look_at_numbers()
         state, measured = self.state, self.window.record(self.state)
         left = (self.total_steps - state.step) * measured["seconds_per_step"]
         record = {
@@ -237,8 +244,10 @@ class Run:
             "memory_bytes": peak_memory_bytes(self.accelerator.device),
         }
         self.log.trained(record, left)
+        for bad in self.window.bad:
+            self.log.say(bad.warning())
         state.unlogged_steps, state.unlogged_loss = 0, 0.0
-        self.window = Window(state, self.accelerator.device)
+        self.window = Window(state, self.accelerator.device, self.window.streak)
 
     def _count_seconds(self) -> None:
         """Count the time in steps until now, when the device has done them."""
@@ -261,16 +270,22 @@ class Run:
         evaluating = "validation" in self.data and (last or self._due(recipe.evaluate.every_steps))
         asked = self.stop.poll()
         saving = last or asked.checkpoint or self._due(recipe.checkpoint.every_steps)
-        if not (evaluating or saving or asked.stop):
+        if not (evaluating or saving or asked.stop or self.in_doubt):
             return
         self._count_seconds()
-        self._refuse_bad_numbers()
+        self._look_at_numbers()
+        refuse_bad_parameters(self.model, state.step, recipe)
         saving |= state.evaluation_due
         state.evaluation_due = evaluating
         stop = asked.stop or (self._evaluate() if evaluating else 0)
-        if saving or stop or state.stopped_early:
-            self._save()
-        if stop:
+        if saving or stop or state.stopped_early or self.in_doubt:
+            # after a bad step this waits until another, or validation, vouches for the weights
+            self.in_doubt = bool(self.window.streak)
+            if last or state.stopped_early:
+                refuse_bad_steps(self.window.streak, recipe, limit=1)
+            if not self.in_doubt:
+                self._save()
+        if stop and not self.in_doubt:
             raise self.stop.error(f"stopped at step {state.step}; everything is saved", stop)
         self._clock = time.perf_counter()  # evaluations and checkpoints are not counted
 
@@ -279,24 +294,13 @@ class Run:
         every_steps = every_steps or self.batches.steps_per_epoch or self.total_steps
         return self.state.step % every_steps == 0
 
-    def _refuse_bad_numbers(self) -> None:
-        """Refuse to evaluate or save a model that has gone bad."""
-        if not math.isfinite(self.window.loss):
-            raise self._gone_bad(f"the loss is {self.window.loss}")
-        parameters = trainable_parameters(self.model)
-        finite = torch.stack([p.isfinite().all() for p in parameters.values()])
-        if not finite.all():
-            name = list(parameters)[int(finite.int().argmin())]
-            raise self._gone_bad(f"`{name}` holds NaN or infinity")
-
-    def _gone_bad(self, what: str) -> NumericsError:
-        first, last = self.state.step - self.window.steps + 1, self.state.step
-        return NumericsError(
-            f"{what} in steps {first} to {last}" if first < last else f"{what} at step {last}",
-            self.recipe.at("train.optimizer.learning_rate"),
-            "lower the learning rate, lengthen the warm-up, or use bf16 or fp32; "
-            "the last checkpoint is good",
-        )
+    def _look_at_numbers(self) -> None:
+        """Wait for the device, and stop if too many steps were bad."""
+        self.window.look()
+        refuse_bad_steps(self.window.streak, self.recipe)
+        if self.accelerator.scaler is not None:
+            scale = self.accelerator.scaler.get_scale()
+            refuse_bad_scale(scale, self.state.step, self.recipe)
 
     def _measure_before(self) -> None:
         """Measure the model before training: what every later number is compared with."""
@@ -333,6 +337,8 @@ class Run:
             return stopping.by
         self.stop.doing = TRAINING
         state.evaluation_due = False
+        if math.isfinite(metrics["loss"]):
+            self.window.streak = []
         improved = self.judge.improved(metrics, state, self._epoch)
         self.log.evaluated(state.step, self._epoch, metrics, "  (best)" if improved else "")
         if improved:
@@ -361,6 +367,8 @@ class Run:
                 after[name] = self._metrics(name, file)
         state, seconds = self.state, max(self.state.seconds, 1e-9)
         self.report["metrics"] = {"before": state.before, "after": after}
+        if self.saver.base is not None:
+            self.report["base"] = self.saver.base.facts
         self._sample("after")
         if state.samples:
             self.report["samples"] = state.samples
@@ -377,6 +385,8 @@ class Run:
             "skipped_steps": state.skipped_steps,
             "changes": state.changes,
         }
+        if note := self.batches.note:
+            self.log.say(note)
         self.log.say(f"trained {state.step} steps in {clock(state.seconds)}")
 
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from lora_cli.errors import IntegrityError, ResourceError
 from lora_cli.files import MANIFEST, sha256_of, verify_manifest
+from lora_cli.fingerprint import Fingerprint, read_fingerprint, require_base
 from lora_cli.recipe import Recipe
 from lora_cli.training.checkpoints import (
     FOLDER,
-    clear_leftovers,
     load_checkpoint,
     publish_adapter,
     require_space_for_checkpoints,
@@ -37,6 +37,7 @@ class Saver:
         model: The model with its adapter attached.
         optimizer: Of the trained parameters.
         in_full: Names of the modules trained in full.
+        base: The fingerprint of the base, which is kept beside the adapter.
         processor: The tokenizer, which belongs to a fully trained model.
         accelerator: The processes, and fp16's loss scale.
     """
@@ -47,12 +48,13 @@ class Saver:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         in_full: list[str],
+        base: Fingerprint | None,
         processor: Any,
         accelerator: Accelerator,
     ) -> None:
         self.recipe, self.model, self.optimizer = recipe, model, optimizer
         self.in_full, self.processor, self.accelerator = in_full, processor, accelerator
-        self.folder = recipe.output_path
+        self.base, self.folder = base, recipe.output_path
 
     def begin(self) -> None:
         """Write the recipe; refuse to begin what the disk or the mirror cannot take."""
@@ -62,7 +64,6 @@ class Saver:
         if self.recipe.checkpoint.mirror is not None:
             Mirror(self.recipe).check()
         write_recipe(self.recipe)
-        clear_leftovers(self.folder)
 
     def resume(self, fresh: TrainState, say: Callable[[str], None]) -> TrainState:
         """Return the state of the newest whole checkpoint, and put it into the model.
@@ -86,6 +87,8 @@ class Saver:
             state.recipe, state.data = fresh.recipe, fresh.data
             state.machine, state.memory = fresh.machine, fresh.memory
             state.changes += [f"after step {state.step}: {change}" for change in changes]
+        run = f"the run {self.folder}"
+        self.base = require_base(read_fingerprint(folder), self.base, self.recipe, run)
         restore_checkpoint(folder, state, self.model, self.optimizer)
         if self.accelerator.scaler is not None and state.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
@@ -101,9 +104,8 @@ class Saver:
         if self.accelerator.scaler is not None:
             state.scaler = self.accelerator.scaler.state_dict()
         if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.folder, state, self.model, self.optimizer, self.recipe, self.in_full
-            )
+            trained = (self.model, self.recipe, self.in_full, self.base)
+            save_checkpoint(self.folder, state, self.optimizer, *trained)
             if self.recipe.checkpoint.mirror is not None:
                 try:
                     mirror_checkpoint(self.recipe, state.step, state.logs)
@@ -114,7 +116,8 @@ class Saver:
     def publish(self, state: TrainState) -> None:
         """Put the adapter as it is now into the output folder."""
         if self.accelerator.is_main_process:
-            publish_adapter(self.folder, self.model, self.recipe, self.in_full, self.processor)
+            trained = (self.model, self.recipe, self.in_full, self.base)
+            publish_adapter(self.folder, *trained, self.processor)
         self.accelerator.wait_for_everyone()
         state.published = sha256_of(self.folder / MANIFEST)
 

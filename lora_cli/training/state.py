@@ -42,7 +42,7 @@ class TrainState:
     evaluation_due: bool = False
     """The run was stopped before the evaluation of this step, or in the middle of it."""
     skipped_steps: int = 0
-    """Steps that fp16's loss scale gave up because a gradient overflowed."""
+    """Steps that changed nothing: NaN or infinity, or an overflow that fp16's loss scale met."""
     unlogged_steps: int = 0
     """Steps since the last line of the log."""
     unlogged_loss: float = 0.0
@@ -161,6 +161,7 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
         by_alias=True,
         exclude={
             "output_dir": True,
+            "model": {"allow_other_base"},
             "train": {
                 *("workers", "trackers", "max_hours"),
                 *("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),

@@ -30,8 +30,11 @@ class StepResult:
     """Length of the gradient before it was shortened."""
     idle: list[str]
     """Trained parameters that got no gradient: the forward pass does not use them."""
-    skipped: bool
-    """Whether a gradient overflowed in fp16, so that nothing was updated."""
+    bad: Tensor
+    """Whether the loss or the gradient is NaN or infinity; of fp16, the loss. True or false, on
+    the device, as reading it would wait for the step."""
+    skipped: Tensor
+    """Whether nothing was updated: a bad step, or one whose gradient overflowed in fp16."""
 
 
 def train_step(
@@ -44,6 +47,9 @@ def train_step(
 ) -> StepResult:
     """Make one optimizer step from this process's micro-batches.
 
+    A step whose loss or gradient is NaN or infinity leaves the weights and the optimizer's running
+    means as they are. (A gradient of zeros would not: momentum and decay move the weights too.)
+
     Args:
         model: The model, in training mode.
         task: It computes the loss.
@@ -53,8 +59,9 @@ def train_step(
         max_grad_norm: Longer gradients are shortened to this; None leaves them.
     """
     parameters = trainable_parameters(model)
-    # a float also where there are no batches: the processes must agree on the type
-    n_items = torch.tensor(float(sum(b.n_items for b in batches)), device=accelerator.device)
+    # filled on the device, as a copy would wait for it; a float also where there are no batches,
+    # since the processes must agree on the type
+    n_items = torch.full((), float(sum(b.n_items for b in batches)), device=accelerator.device)
     if accelerator.num_processes > 1:
         n_items = accelerator.reduce(n_items, "sum")
     # Divided before the backward pass, and not after, so that fp16's gradients stay in range.
@@ -72,19 +79,25 @@ def train_step(
         accelerator.scaler.scale(total)  # one that has scaled nothing refuses to step
     idle = [name for name, parameter in parameters.items() if parameter.grad is None]
     limit = math.inf if max_grad_norm is None else max_grad_norm
-    norm = accelerator.clip_grad_norm_(list(parameters.values()), limit)
-    skipped = _step(optimizer, accelerator)
+    norm = torch.as_tensor(accelerator.clip_grad_norm_(list(parameters.values()), limit))
+    bad, overflow = ~total.isfinite(), ~norm.isfinite()
+    if accelerator.scaler is None:
+        bad |= overflow
+        _step_unless(bad, optimizer)
+    else:
+        optimizer.step()  # the scaler leaves out what overflows, and lowers its scale
     optimizer.zero_grad()
-    return StepResult(total, torch.as_tensor(norm), idle, skipped)
+    return StepResult(total, norm, idle, bad, bad | overflow)
 
 
-def _step(optimizer: Any, accelerator: Accelerator) -> bool:
-    """Update the weights; return whether fp16's loss scale gave the step up instead."""
-    scaler = accelerator.scaler
-    before = scaler.get_scale() if scaler is not None else 0.0
-    optimizer.step()
-    # fused optimizers skip a step themselves, on the GPU, so only the lowered scale tells
-    return scaler is not None and scaler.get_scale() < before
+def _step_unless(bad: Tensor, optimizer: Any) -> None:
+    """Update the weights if the step is not bad; fused optimizers find out on the device."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # as Accelerate has it
+    if inner.defaults.get("fused"):
+        inner.found_inf = bad.float()  # what torch's scaler tells them by
+        optimizer.step()
+    elif not bad:
+        optimizer.step()
 
 
 def sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:

@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 
+from lora_cli.errors import NumericsError
 from lora_cli.recipe import load_recipe
+from lora_cli.tasks import Batch
 from lora_cli.training import loop
 from lora_cli.training.checkpoints import load_checkpoint
+from lora_cli.training.step import train_step
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -152,3 +156,91 @@ def test_fused_optimizer_on_the_gpu_resumes_bit_for_bit(tmp_path: Path) -> None:
         (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")
     )
     assert whole == again
+
+
+def test_endless_overflow_in_fp16_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loop.train_step
+
+    def overflow(model: Any, task: Any, *rest: Any) -> Any:
+        class Steep:
+            def loss(self, model: Any, batch: Any) -> Any:
+                return task.loss(model, batch) * 1e30
+
+        return real(model, Steep(), *rest)
+
+    monkeypatch.setattr(loop, "train_step", overflow)
+    # the first loss scale, 65536, is halved 17 times before it is below 1; step 20 is logged
+    with pytest.raises(NumericsError, match="overflow in fp16 at step 20"):
+        train(recipe(tmp_path, "train.precision=fp16", "checkpoint.every_steps=100"))
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_bad_step_changes_nothing_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, optimizer: str
+) -> None:
+    real, steps, weights = loop.train_step, iter(range(1, 100)), []
+
+    def spoil(model: Any, task: Any, *rest: Any) -> Any:
+        spoiled = next(steps) == 7
+
+        class Spoiled:
+            def loss(self, model: Any, batch: Any) -> Any:
+                return task.loss(model, batch) * (float("nan") if spoiled else 1.0)
+
+        result = real(model, Spoiled(), *rest)
+        weights.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+        return result
+
+    monkeypatch.setattr(loop, "train_step", spoil)
+    settings = (f"train.precision={precision}", f"train.optimizer.type={optimizer}")
+    report = train(recipe(tmp_path, *settings, "train.max_steps=12", "train.log_every_steps=12"))
+    assert report["training"]["skipped_steps"] >= 1
+    assert all(torch.equal(a, b) for a, b in zip(weights[5], weights[6], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(weights[6], weights[7], strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bad_steps_in_a_row_stop_a_run_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    real = loop.train_step
+
+    def spoil(model: Any, task: Any, *rest: Any) -> Any:
+        class Spoiled:
+            def loss(self, model: Any, batch: Any) -> Any:
+                return task.loss(model, batch) * float("inf")
+
+        return real(model, Spoiled(), *rest)
+
+    monkeypatch.setattr(loop, "train_step", spoil)
+    with pytest.raises(NumericsError, match="in steps 1 to 5"):  # step 5 is logged: it is read then
+        train(recipe(tmp_path, f"train.precision={precision}"))
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_step_on_a_gpu_does_not_wait_for_it(tmp_path: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator()
+    layer = torch.nn.Linear(8, 8).cuda()
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    prepared = accelerator.prepare_optimizer(optimizer)
+
+    class Task:
+        def loss(self, model: Any, batch: Any) -> Any:
+            return model(batch.inputs["x"]).sum()
+
+    inputs = {"x": torch.ones(2, 8, device="cuda")}
+    batch = Batch(inputs, torch.zeros(2, device="cuda"), 2.0, 2, [0, 1])
+
+    def step() -> Any:
+        return train_step(layer, Task(), prepared, [batch], accelerator, 1.0)
+
+    step()  # the first makes the optimizer's state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not result.bad

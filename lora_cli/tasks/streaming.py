@@ -1,0 +1,76 @@
+"""Train rows that are streamed: checked and encoded as they come, again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from lora_cli.data.sources import stream_rows, without_fault
+from lora_cli.errors import LoraError
+from lora_cli.tasks.base import Example, Task, encode_located
+
+CHUNK = 100  # rows that are encoded together
+
+
+class Stream:
+    """Iterates over the examples of the train rows, without end.
+
+    An example's `row` is the number of its row among those without a fault, which counts on from
+    one pass to the next; its `place` is where that stands.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.skipped = 0  # rows of the first pass that gave no example
+        self.first_fault = ""
+
+    def __iter__(self) -> Iterator[Example]:
+        number, self.skipped = 0, 0
+        is_first = True
+        while True:
+            is_empty = True
+            for examples in self._once(is_first):
+                yield from ({**example, "row": number} for example in examples)
+                is_empty = is_empty and not examples
+                number += 1
+            if is_empty:
+                self._refuse()
+            is_first = False
+
+    def look(self) -> None:
+        """Check and encode the first rows, to find early what is wrong with all of them."""
+        next(self._once(is_first=False), None)
+
+    def note(self) -> str | None:
+        """Return how many rows were skipped, if any were."""
+        if not self.skipped:
+            return None
+        return f"skipped {self.skipped} rows of the stream; the first: {self.first_fault}"
+
+    def _once(self, is_first: bool) -> Iterator[list[Example]]:
+        """Yield the examples of each row without a fault."""
+
+        def skip(place: str, fault: str) -> None:
+            if is_first:
+                self.skipped += 1
+                self.first_fault = self.first_fault or f"{place}: {fault}"
+
+        task = self.task
+        rows = without_fault(stream_rows(task.recipe), task.fault, task.recipe, skip)
+        while chunk := list(islice(rows, CHUNK)):
+            for place, row in chunk:
+                if problem := task.label_problem(row, place):
+                    raise LoraError([problem])
+            places = [place for place, _ in chunk]
+            made = encode_located(task, [row for _, row in chunk], places.__getitem__)
+            for place, examples in zip(places, made, strict=True):
+                if not examples:
+                    skip(place, f"nothing to train is left within {task.max_length} tokens")
+                yield [{**example, "place": place} for example in examples]
+
+    def _refuse(self) -> None:
+        at = self.task.recipe.at("data.train")
+        if not self.skipped:
+            raise LoraError("the train split has no rows", at)
+        what = f"no row of the stream can be used, of {self.skipped}; the first: {self.first_fault}"
+        raise LoraError(what, at)

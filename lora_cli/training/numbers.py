@@ -1,0 +1,99 @@
+"""When numbers go bad: a bad step is left out, and a run of bad steps stops before it saves.
+
+That a step is bad, its loss or gradient NaN or infinity, may be the fault of its rows or of the
+weights. Its update is not made (see `step`), so that rows cannot spoil the weights. If the weights
+are at fault, the next steps are bad as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lora_cli.adapters.attach import trainable_parameters
+from lora_cli.errors import NumericsError
+from lora_cli.recipe import Recipe
+from lora_cli.training.checkpoints import checkpoints
+
+MAX_BAD_STEPS = 5  # in a row
+N_PLACES = 8
+NOT_FINITE = "the loss or the gradient is NaN or infinity"
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step whose loss or gradient is NaN or infinity."""
+
+    number: int
+    places: Callable[[], list[str]]
+    """Where its rows stand."""
+
+    def rows(self) -> str:
+        """Return where its rows stand, in words."""
+        places = self.places()
+        more = f" and {len(places) - N_PLACES} more" if len(places) > N_PLACES else ""
+        return f"{', '.join(places[:N_PLACES])}{more}"
+
+    def warning(self) -> str:
+        """Return what a user is told of it."""
+        return f"warning: step {self.number} is left out: {NOT_FINITE}; its rows: {self.rows()}"
+
+
+def refuse_bad_steps(streak: Sequence[BadStep], recipe: Recipe, limit: int = MAX_BAD_STEPS) -> None:
+    """Stop a run whose last steps were bad.
+
+    Args:
+        streak: The bad steps that came last, without a good one between them.
+        recipe: Of the run.
+        limit: How many stop it.
+
+    Raises:
+        NumericsError: If there are so many.
+    """
+    if len(streak) < limit:
+        return
+    first, last = streak[0].number, streak[-1].number
+    steps = f"in steps {first} to {last}" if first < last else f"at step {last}"
+    # the checkpoint of the step before, if there is one, has the weights that gave this loss
+    cause = f"or look at the rows of step {first}: {streak[0].rows()}"
+    raise _error(f"{NOT_FINITE} {steps}", recipe, first - 1, cause)
+
+
+def refuse_bad_scale(scale: float, step: int, recipe: Recipe) -> None:
+    """Stop a run in fp16 whose gradients overflow however small the loss scale is.
+
+    Raises:
+        NumericsError: If the scale is below 1: lowering it has gone on for long.
+    """
+    if scale < 1:
+        what = f"gradients overflow in fp16 at step {step}, though the loss is not scaled up"
+        raise _error(what, recipe, step, "or use bf16 or fp32")
+
+
+def refuse_bad_parameters(model: nn.Module, step: int, recipe: Recipe) -> None:
+    """Refuse to save or evaluate a model whose trained parameters are not finite.
+
+    Raises:
+        NumericsError: With the name of such a parameter.
+    """
+    parameters = trainable_parameters(model)
+    finite = torch.stack([p.isfinite().all() for p in parameters.values()])
+    if not finite.all():
+        name = list(parameters)[int(finite.int().argmin())]
+        what = f"`{name}` holds NaN or infinity at step {step}"
+        raise _error(what, recipe, step, "or shorten longer gradients with `train.max_grad_norm`")
+
+
+def _error(what: str, recipe: Recipe, before: int, other: str) -> NumericsError:
+    """Return the error, which tells of the checkpoints before a step that they are good."""
+    steps = [step for step, _ in checkpoints(recipe.output_path)]
+    good = [step for step in steps if step < before]
+    hint = f"lower the learning rate, lengthen the warm-up, {other}"
+    if good:
+        hint += f"; the checkpoint of step {good[-1]} is good"
+    if good != steps:
+        hint += "; delete those after it" if good else f"; do not trust that of step {steps[0]}"
+    return NumericsError(what, recipe.at("train.optimizer.learning_rate"), hint)

@@ -1,0 +1,380 @@
+"""Kills runs for real, again and again, and looks whether the result is that of a run left alone.
+
+A process that has imported everything and computed nothing (`Nursery`) forks the runs, so that
+each starts in a moment. Beside a run, a process of its own waits for the time to send it a signal:
+some time after the start, or after it began to save, to evaluate, or to make a step.
+
+usage: python tests/faults/killing.py [KILLS (200)] [SEED (0)]
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+Json = dict[str, Any]
+STEPS = 24
+IMPORTED = (  # what a run imports, some of it late
+    "lora_cli.training", "datasets", "evaluate", "matplotlib.figure", "sklearn.metrics",
+    "matplotlib.backends.backend_agg", "transformers.models.llama.modeling_llama",
+    "transformers.models.roberta.modeling_roberta",
+)  # fmt: skip
+
+# fmt: off
+RUNS: dict[str, Json] = {
+    "accumulation, dropout": {
+        "adapter": {"dropout": 0.3}, "train": {"gradient_accumulation_steps": 2}},
+    "workers, length grouping": {
+        "train": {"workers": 2, "group_by_length": True},
+        "checkpoint": {"every_steps": 2, "keep": 1}},
+    "packing, dropout": {
+        "base": "llama", "task": {"max_length": 48},
+        "adapter": {"dropout": 0.2, "target_modules": "all-linear"},
+        "train": {"packing": True, "micro_batch_size": 1, "gradient_accumulation_steps": 2}},
+    "packing, workers, checkpoints at once": {
+        "base": "llama", "task": {"max_length": 48},
+        "train": {"packing": True, "workers": 2, "micro_batch_size": 1},
+        "checkpoint": {"every_steps": 1}},
+    "full, early stopping": {
+        "adapter": {"type": "full"},
+        "evaluate": {"every_steps": 2, "best": {"metric": "loss"},
+                     "early_stopping": {"patience": 9}}},
+    "streaming, momentum": {
+        "data": {"train": "train.jsonl", "validation": "validation.jsonl", "streaming": True},
+        "train": {"optimizer": {"type": "sgd", "learning_rate": 0.1, "momentum": 0.9}}},
+    "two processes": {"processes": 2, "adapter": {"dropout": 0.3}},
+    "two processes, workers, accumulation": {
+        "processes": 2, "train": {"workers": 1, "gradient_accumulation_steps": 2}},
+}
+# fmt: on
+
+
+@dataclass
+class Kill:
+    """When a run is sent a signal: so many seconds after something has begun."""
+
+    seconds: float
+    at: str = "start"
+    """`start`, or one of `MOMENTS`."""
+    times: int = 1
+    """Which save, evaluation or step of the run, counted from 1."""
+    signal: int = signal.SIGKILL
+    again: float | None = None
+    """Seconds after which the signal is sent once more."""
+
+
+MOMENTS = {  # what is called then
+    "load": "lora_cli.training.loop.make_trainable",
+    "step": "lora_cli.training.loop.train_step",
+    "evaluate": "lora_cli.training.loop.evaluate",
+    "publish": "lora_cli.training.saving.publish_adapter",
+    "save": "lora_cli.training.saving.save_checkpoint",
+    "finish": "lora_cli.training.loop.finish",
+}
+
+
+@dataclass
+class Outcome:
+    """What became of a run that was killed."""
+
+    kills: int = 0
+    in_saves: int = 0
+    too_late: int = 0
+    """Kills that found the run complete."""
+    differences: list[str] = field(default_factory=list)
+
+
+def write_recipe(folder: Path, name: str) -> tuple[Path, int]:
+    """Write the rows and the recipe of one of `RUNS`; return it, and its number of processes."""
+    import tiny
+
+    sections = dict(RUNS[name])
+    processes = sections.pop("processes", 1)
+    kind = sections.pop("base", "encoder")
+    base = folder / kind
+    if not base.exists():
+        (tiny.save_llama if kind == "llama" else tiny.save_encoder)(base)
+    texts = [f"{text} {end}" for end in ("then", "but so", "and so on") for text in tiny.CORPUS]
+    for split, part in {
+        "train": texts[:11],
+        "validation": texts[11:16],
+        "test": texts[16:],
+    }.items():
+        rows = [json.dumps({"text": t, "label": i % 2}) + "\n" for i, t in enumerate(part)]
+        (folder / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
+    data = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
+    often = {"data": data, "evaluate": {"every_steps": 5}, "checkpoint": {"every_steps": 3}}
+    sections = often | sections
+    sections["train"] = {
+        "max_steps": STEPS, "micro_batch_size": 2, "log_every_steps": 2,
+        "optimizer": {"type": "adamw", "learning_rate": 0.01}, **sections.get("train", {}),
+    }  # fmt: skip
+    path = tiny.recipe(base, folder, **sections)
+    target = folder / f"{list(RUNS).index(name)}.yaml"
+    path.rename(target)
+    return target, processes
+
+
+# ------------------------------------------------------------------------------- forking the runs
+
+
+class Nursery:
+    """Forks runs from a process that has imported `lora_cli` and computed nothing."""
+
+    def __enter__(self) -> Nursery:
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+        }  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--nursery"], text=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def run(
+        self,
+        recipe: Path,
+        out: Path,
+        processes: int = 1,
+        kill: Kill | None = None,
+        sets: Sequence[str] = (),
+        resume: bool = True,
+        limits: Sequence[tuple[int, int]] = (),
+    ) -> list[int]:
+        """Run `lora train RECIPE -o OUT --resume`; return how each of its processes ended.
+
+        Args:
+            recipe: The recipe.
+            out: The output folder; `OUT.0.log` gets what the first process says.
+            processes: How many form the run. When one is killed, all are.
+            kill: What signal the first gets, and when.
+            sets: Overrides of the recipe.
+            resume: Whether `--resume` is given.
+            limits: Resources and how much of each the system allows.
+
+        Returns:
+            Exit codes; a negative number is a signal.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        request = {
+            "recipe": str(recipe), "out": str(out), "processes": processes, "sets": list(sets),
+            "kill": kill and asdict(kill), "resume": resume, "limits": list(limits),
+        }  # fmt: skip
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer: list[int] = json.loads(self.process.stdout.readline())
+        return answer
+
+
+def nursery() -> None:
+    """Fork a run for each line of stdin, and answer how it ended."""
+    from lora_cli.cli import _quiet
+
+    _quiet()
+    for module in IMPORTED:
+        importlib.import_module(module)
+    for line in sys.stdin:
+        request = json.loads(line)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        children = []
+        for rank in range(request["processes"]):
+            child = os.fork()
+            if child == 0:
+                _run(request, rank, port)
+            children.append(child)
+        ends = _wait_for(children)
+        say(json.dumps(ends))
+
+
+def _wait_for(children: list[int]) -> list[int]:
+    """Return how processes ended; when one is killed the others are too, as by a launcher."""
+    ends: dict[int, int] = {}
+    while len(ends) < len(children):
+        child, status = os.waitpid(-1, 0)
+        if child in children:
+            ends[child] = os.waitstatus_to_exitcode(status)
+            if ends[child] < 0:
+                for other in set(children) - set(ends):
+                    os.kill(other, signal.SIGKILL)
+    return [ends[child] for child in children]
+
+
+def _run(request: Json, rank: int, port: str) -> None:
+    """Train in this process, which a process of its own kills at the moment that is asked for."""
+    log = os.open(request["out"] + f".{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdin.close()
+    if request["processes"] > 1:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["processes"]),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+    for which, amount in request["limits"]:
+        resource.setrlimit(which, (amount, amount))
+    if request["kill"] is not None and rank == 0:
+        _await_death(Kill(**request["kill"]))
+    code = 1
+    try:
+        from lora_cli.errors import LoraError
+        from lora_cli.recipe import load_recipe
+        from lora_cli.training import train
+
+        sets = [f"output_dir={request['out']}", *request["sets"]]
+        train(load_recipe(Path(request["recipe"]), sets), resume=request["resume"])
+        code = 0
+    except SystemExit as error:
+        code = int(error.code or 0)
+    except LoraError as error:
+        os.write(2, f"{error}\n".encode())
+        code = error.exit_code
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _await_death(kill: Kill) -> None:
+    """Fork the process that sends this one the signal."""
+    told, tell = os.pipe()
+    if os.fork() == 0:
+        os.close(tell)
+        for _ in range(kill.times if kill.at != "start" else 0):
+            if not os.read(told, 1):
+                os._exit(0)  # the run ended before
+        for seconds in (kill.seconds, kill.again):
+            if seconds is not None:
+                _wait_until_over(told, seconds)
+                os.kill(os.getppid(), kill.signal)
+        os._exit(0)
+    os.close(told)
+    if kill.at != "start":
+        module, _, name = MOMENTS[kill.at].rpartition(".")
+        place = importlib.import_module(module)
+        real = getattr(place, name)
+
+        def announced(*arguments: Any, **named: Any) -> Any:
+            os.write(tell, b".")
+            return real(*arguments, **named)
+
+        setattr(place, name, announced)
+
+
+def _wait_until_over(told: int, seconds: float) -> None:
+    """Wait, and end this process if the run that it watches ends meanwhile."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        if select.select([told], [], [], left)[0] and not os.read(told, 1):
+            os._exit(0)
+
+
+# ------------------------------------------------------------------------------- judging the runs
+
+
+def measure(nest: Nursery, folder: Path, name: str) -> tuple[Path, int, float]:
+    """Run one of `RUNS` unharmed, as `folder/whole`; return recipe, processes and seconds."""
+    recipe, processes = write_recipe(folder, name)
+    began = time.monotonic()
+    ends = nest.run(recipe, folder / "whole", processes)
+    assert ends == [0] * processes, (folder / "whole.0.log").read_text()[-3000:]
+    return recipe, processes, time.monotonic() - began
+
+
+def torment(nest: Nursery, folder: Path, name: str, kills: int, chance: random.Random) -> Outcome:
+    """Kill one of `RUNS` so many times, half of them in a save; let it end; compare the results."""
+    from runs import differences
+
+    outcome = Outcome()
+    recipe, processes, seconds = measure(nest, folder, name)
+    out, number = folder / "cut-0", 0
+    while outcome.kills < kills or not (out / "report.json").exists():
+        kill = None
+        if outcome.kills < kills:
+            if chance.random() < 0.5:
+                kill = Kill(chance.uniform(0, 0.03), "save", chance.randint(1, 4))
+            else:
+                kill = Kill(chance.uniform(0, 0.9 * seconds))
+        ends = nest.run(recipe, out, processes, kill)
+        killed = -signal.SIGKILL in ends
+        outcome.kills += killed
+        outcome.in_saves += killed and kill is not None and kill.at == "save"
+        if not killed:
+            outcome.too_late += kill is not None
+            if ends != [0] * processes:
+                text = Path(f"{out}.0.log").read_text()[-3000:]
+                outcome.differences.append(f"{name}: ended with {ends}\n{text}")
+                return outcome
+            outcome.differences += [
+                f"{name}: {what}" for what in differences(folder / "whole", out)
+            ]
+            number += 1
+            out = folder / f"cut-{number}"
+            if outcome.kills >= kills:
+                return outcome
+    return outcome
+
+
+def main() -> None:
+    """Kill runs of every kind, and print a line for each kind."""
+    kills = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    chance, total, bad, began = random.Random(seed), 0, 0, time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, Nursery() as nest:
+        for i, name in enumerate(RUNS):
+            share = (kills * (i + 1)) // len(RUNS) - (kills * i) // len(RUNS)
+            place = Path(folder) / str(i)
+            place.mkdir()
+            found = torment(nest, place, name, share, chance)
+            total, bad = total + found.kills, bad + len(found.differences)
+            counts = f"{found.kills:4} kills, {found.in_saves:4} in a save"
+            say(f"{name:42} {counts}, {len(found.differences)} differences")
+            for difference in found.differences:
+                say(f"  {difference}")
+    say(f"{total} kills, {bad} differences, {time.monotonic() - began:.0f} s, seed {seed}")
+    sys.exit(1 if bad else 0)
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--nursery"]:
+        nursery()
+    else:
+        main()
