@@ -124,9 +124,9 @@ def input_form(source: Path, head: Head, task: Task) -> FormatSpec:
     found, given = (form.model_copy(update=encoding) for form in (head.form, given))
     if head.kind in ("json", "parquet"):
         return found
+    if given.header and kind_of(source, given) == "csv" and _fits(source, given, wanted):
+        return given
     if head.kind == "csv":
-        if given.header and kind_of(source, given) == "csv" and _fits(source, given, wanted):
-            return given
         names = columns_of(source, found)
         if head.named and set(wanted) <= set(names):
             return found
