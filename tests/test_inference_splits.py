@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from drafting import Init, labelled, lines, table, texts
+from transformers import AutoTokenizer
 
 from lora_cli.data.sources import load_rows
 from lora_cli.recipe.spec import HeldOutSpec
@@ -75,6 +76,17 @@ def test_a_test_that_measures_nothing_is_refused(
     recipe = init("train.csv", table(HEADER, TRAIN))
     assert isinstance(recipe.data.validation, HeldOutSpec)
     assert f"dev.csv beside it is not used: {why}" in comments(tmp_path)
+
+
+def test_the_held_out_rows_are_measured_too(init: Init, tmp_path: Path) -> None:
+    (tmp_path / "dev.csv").write_text(table(HEADER, [[f"{t} {t}", label] for t, label in DEV]))
+    recipe = init("train.csv", table(HEADER, TRAIN))
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name)
+    train, dev = (
+        max(len(tokenizer(row["text"])["input_ids"]) for row in rows)
+        for rows in load_rows(recipe).values()
+    )
+    assert train + 32 < dev <= recipe.task.max_length < dev + 32
 
 
 def test_the_rest_is_drawn(init: Init, tmp_path: Path) -> None:

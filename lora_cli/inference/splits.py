@@ -37,10 +37,15 @@ class _Held:
     keys: Keys = field(default_factory=dict)
     train: Rows = ()
     refused: dict[str, str] = field(default_factory=dict)
+    beside: list[dict[str, Any]] = field(default_factory=list)
 
 
-def choose_splits(file: DataFile, columns: Sequence[Column], chosen: Chosen, target: Path) -> Keys:
+def choose_splits(
+    file: DataFile, columns: Sequence[Column], chosen: Chosen, target: Path
+) -> tuple[Keys, list[dict[str, Any]]]:
     """Return the keys of the recipe's `data` that say which rows are held out.
+
+    The rows that are held out in files of their own come with them.
 
     Args:
         file: The data file.
@@ -53,10 +58,11 @@ def choose_splits(file: DataFile, columns: Sequence[Column], chosen: Chosen, tar
     missing = [name for name in ("validation", "test") if name not in held.keys]
     if file.form.get("sample_by") and len(file.rows) >= 20 and len(missing) == 2:
         # what stands side by side belongs together, so the end is held out in one piece
-        return {
+        end = {
             "train": ("train[:90%]", "running text: its end is held out"),
             "validation": ("train[90%:]", ""),
         }
+        return end, []
     drawn = _draws(list(held.train), columns, chosen, len(missing) == 2)
     for name in missing:
         value, why = drawn.get(name, (None, ""))
@@ -64,7 +70,7 @@ def choose_splits(file: DataFile, columns: Sequence[Column], chosen: Chosen, tar
         if said or value:
             held.keys[name if value else ""] = value, said
     order = ("", "split_column", "train", "validation", "test")
-    return {name: held.keys[name] for name in order if name in held.keys}
+    return {name: held.keys[name] for name in order if name in held.keys}, held.beside
 
 
 def is_unusable(row: dict[str, Any], chosen: Chosen) -> bool:
@@ -130,26 +136,27 @@ def _by_files(file: DataFile, chosen: Chosen, target: Path) -> _Held:
             if pattern.fullmatch(other.name)
         )
         for _, _, other in beside[:1]:
-            fault, count = _look_at(other, file, chosen)
+            fault, rows = _look_at(other, file, chosen)
             if fault:
                 held.refused[name] = f"{other.name} beside it is not used: {fault}"
                 continue
             path = os.path.relpath(other, target.absolute().parent)
             more = f"; also there: {', '.join(o.name for _, _, o in beside[1:4])}"
-            why = f"beside the file: {count:,} rows{more if beside[1:] else ''}"
+            held.beside += rows
+            why = f"beside the file: {len(rows):,} rows{more if beside[1:] else ''}"
             held.keys[name] = path if is_file(path) else f"./{path}", why
     return held
 
 
-def _look_at(path: Path, like: DataFile, chosen: Chosen) -> tuple[str, int]:
-    """Return why a file cannot be a split of another, or nothing; and how many rows it has."""
+def _look_at(path: Path, like: DataFile, chosen: Chosen) -> tuple[str, list[dict[str, Any]]]:
+    """Return why a file cannot be a split of another, or nothing; and its rows."""
     try:
         rows = list(read_rows(path, FormatSpec.model_validate(like.form)))
     except LoraError as error:
-        return error.problems[0].what, 0
+        return error.problems[0].what, []
     fault = next((row.fault for row in rows if row.fault), "")
     found = [row.columns for row in rows if row.columns is not None]
-    return fault or _fault_of(found, like.rows, chosen), len(rows)
+    return fault or _fault_of(found, like.rows, chosen), found
 
 
 def _fault_of(rows: Rows, train: Rows, chosen: Chosen) -> str:
