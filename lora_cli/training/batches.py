@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +19,7 @@ from lora_cli.tasks import Batch, Encoded, Task
 from lora_cli.tasks.base import Example
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.streaming import Stream
+from lora_cli.training.stopping import SIGNALS
 
 
 @dataclass
@@ -87,6 +89,7 @@ class Batches:
             collate_fn=self.task.collate,
             num_workers=self.recipe.train.workers,
             pin_memory=self.accelerator.device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_run,
         )
         batches = iter(loader)
         for step, examples in self.plan.steps(done, self.total_steps):
@@ -122,6 +125,12 @@ class Batches:
                 [self.task.collate([chunk[i] for i in part]) for part in parts],
                 [example["place"] for example in chunk].copy,
             )
+
+
+def _leave_signals_to_the_run(_: int) -> None:
+    """Let a worker live on when its whole group is told to stop: the run needs it until it ends."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Packed:

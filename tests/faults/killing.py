@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -78,6 +78,10 @@ class Kill:
     signal: int = signal.SIGKILL
     again: float | None = None
     """Seconds after which the signal is sent once more."""
+    group: bool = False
+    """Whether the processes that it has started get it too."""
+    note: str = ""
+    """File that is made when the signal has been sent."""
 
 
 MOMENTS = {  # what is called then
@@ -140,7 +144,8 @@ class Nursery:
 
     def __enter__(self) -> Nursery:
         environment = os.environ | {
-            "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": os.environ.get("KILLING_THREADS", "1"),
+            "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
         }  # fmt: skip
         self.process = subprocess.Popen(
@@ -155,9 +160,7 @@ class Nursery:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()  # the end of its input ends it
 
     def run(
         self,
@@ -168,6 +171,7 @@ class Nursery:
         sets: Sequence[str] = (),
         resume: bool = True,
         limits: Sequence[tuple[int, int]] = (),
+        squeeze: tuple[str, int] | None = None,
     ) -> list[int]:
         """Run `lora train RECIPE -o OUT --resume`; return how each of its processes ended.
 
@@ -179,6 +183,7 @@ class Nursery:
             sets: Overrides of the recipe.
             resume: Whether `--resume` is given.
             limits: Resources and how much of each the system allows.
+            squeeze: One of `MOMENTS`, and bytes of memory that may be taken from then on.
 
         Returns:
             Exit codes; a negative number is a signal.
@@ -188,6 +193,7 @@ class Nursery:
         request = {
             "recipe": str(recipe), "out": str(out), "processes": processes, "sets": list(sets),
             "kill": kill and asdict(kill), "resume": resume, "limits": list(limits),
+            "squeeze": squeeze,
         }  # fmt: skip
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -245,6 +251,9 @@ def _run(request: Json, rank: int, port: str) -> None:
         resource.setrlimit(which, (amount, amount))
     if request["kill"] is not None and rank == 0:
         _await_death(Kill(**request["kill"]))
+    if request["squeeze"] is not None:
+        at, amount = request["squeeze"]
+        _when(at, lambda: _squeeze(amount))
     code = 1
     try:
         from lora_cli.errors import LoraError
@@ -278,19 +287,40 @@ def _await_death(kill: Kill) -> None:
         for seconds in (kill.seconds, kill.again):
             if seconds is not None:
                 _wait_until_over(told, seconds)
-                os.kill(os.getppid(), kill.signal)
+                for pid in [os.getppid()] if not kill.group else _family(os.getppid()):
+                    os.kill(pid, kill.signal)
+                if kill.note:
+                    Path(kill.note).touch()
         os._exit(0)
-    os.close(told)
+    # `told` stays open here, so that it can be told of what happens after the signal too
     if kill.at != "start":
-        module, _, name = MOMENTS[kill.at].rpartition(".")
-        place = importlib.import_module(module)
-        real = getattr(place, name)
+        _when(kill.at, lambda: os.write(tell, b"."))
 
-        def announced(*arguments: Any, **named: Any) -> Any:
-            os.write(tell, b".")
-            return real(*arguments, **named)
 
-        setattr(place, name, announced)
+def _when(at: str, then: Callable[[], Any]) -> None:
+    """Let something happen whenever one of `MOMENTS` has come."""
+    module, _, name = MOMENTS[at].rpartition(".")
+    place = importlib.import_module(module)
+    real = getattr(place, name)
+
+    def announced(*arguments: Any, **named: Any) -> Any:
+        then()
+        return real(*arguments, **named)
+
+    setattr(place, name, announced)
+
+
+def _squeeze(amount: int) -> None:
+    """Let this process take no more memory than so many bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + amount
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _family(pid: int) -> list[int]:
+    """Return a process and those that it has started, but this one."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(int(child) for child in children if int(child) != os.getpid())]
 
 
 def _wait_until_over(told: int, seconds: float) -> None:
