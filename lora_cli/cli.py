@@ -431,8 +431,13 @@ def _converse(adapter: Path, recipe: Recipe) -> None:
 
 @app.command()
 def init(
-    source: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A data file (csv, json lines, parquet, text).")
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE [FILE]",
+            help="A data file (csv, json lines, parquet, text), or two texts that belong together "
+            "line by line.",
+        ),
     ],
     model: Annotated[str, typer.Option("--model", help="Hub id or folder of the base model.")],
     output: Annotated[
@@ -449,9 +454,11 @@ def init(
     """Look at a data file and write a recipe for it, with what was inferred as comments."""
     from lora_cli.inference import draft_recipe, refuse_existing, write_recipe
 
+    if len(sources) > 2:
+        raise LoraError("more than two files", "FILE", "`data.path` takes a folder or a pattern")
     refuse_existing(output)
     _quiet()
-    draft = draft_recipe(source, model, output, text, label)
+    draft = draft_recipe(sources[0], model, output, text, label, *sources[1:])
     write_recipe(output, draft.text(), draft.extra_files)
     width = max(len(name) for name, _ in draft.findings)
     for name, finding in draft.findings:

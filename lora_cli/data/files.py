@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from lora_cli.data.parallel import parts_of, read_parallel
 from lora_cli.errors import LoraError, Problem, did_you_mean
 from lora_cli.recipe import FormatSpec
 
@@ -45,6 +46,8 @@ class RawRow:
 
 def kind_of(path: Path, spec: FormatSpec) -> str:
     """Return how a file is read: csv, json, parquet or text."""
+    if parts_of(path):
+        return "text"
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     kind = spec.type or KINDS.get(suffix)
     if kind is None:
@@ -76,6 +79,14 @@ def read_rows(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
     Raises:
         LoraError: If the file as a whole cannot be read.
     """
+    if parts := parts_of(path):
+        lines = {name: _lines(part, spec.encoding) for name, part in parts.items()}
+        for number, texts in read_parallel(parts, lines):
+            fault = next(
+                (f for text in texts.values() if (f := _text_fault(text, spec.encoding))), ""
+            )
+            yield RawRow(None if fault else texts, f"{path.name}:{number}", fault)
+        return
     match kind_of(path, spec):
         case "csv":
             yield from _read_csv(path, spec)
@@ -244,7 +255,7 @@ def columns_of(path: Path, spec: FormatSpec) -> list[str]:
         case "parquet":
             names = list(parquet_schema(path).names)
         case "text":
-            names = [text_column(spec)]
+            names = list(parts_of(path)) or [text_column(spec)]
     if names is None:
         enough = None if kind_of(path, spec) == "json" else 1
         rows = (row.columns for row in read_rows(path, spec) if row.columns is not None)

@@ -102,7 +102,7 @@ def read_data_file(path: Path) -> DataFile:
     Raises:
         LoraError: If the file is not there, is empty, or holds no rows that can be read.
     """
-    raw = _bytes_of(path)
+    raw = bytes_of(path)
     if not raw.strip():
         raise LoraError("the file is empty", str(path))
     refuse_binary(raw, path)
@@ -176,7 +176,12 @@ def _sample(raw: bytes, encoding: str) -> str:
     return text[: cut + 1] if cut > 0 else text
 
 
-def _bytes_of(path: Path) -> bytes:
+def bytes_of(path: Path) -> bytes:
+    """Return the content of a file, unpacked.
+
+    Raises:
+        LoraError: If it cannot be read.
+    """
     if path.is_dir():
         raise LoraError("this is a folder", str(path), "name one file in it")
     try:

@@ -16,6 +16,7 @@ from lora_cli import __version__
 from lora_cli.data.files import RawRow, read_rows, require_columns
 from lora_cli.data.finding import SPLITS as SPLITS
 from lora_cli.data.finding import files_of, positions, split_slice
+from lora_cli.data.parallel import parts_of
 from lora_cli.data.splits import draw
 from lora_cli.errors import LoraError, Problem, did_you_mean
 from lora_cli.files import sha256_of
@@ -263,8 +264,9 @@ def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
     import datasets
 
     form = recipe.data.format
-    hashes = [sha256_of(file) for file in files]
-    sha256 = hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    parts = [part for file in files for part in (parts_of(file).values() or [file])]
+    hashes = [sha256_of(part) for part in parts]
+    sha256 = hashes[0] if len(parts) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def stored() -> Iterator[dict[str, str]]:
         for file in files:

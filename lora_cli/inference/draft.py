@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_cli.data.pairs import read_pair, translations_of
 from lora_cli.data.sniffing import DataFile, read_data_file
 from lora_cli.inference.columns import Column, describe, is_blank
 from lora_cli.inference.model import SAMPLE, Base, look_at
 from lora_cli.inference.splits import Keys, Rows, choose_splits, is_unusable
 from lora_cli.inference.task import choose_task
 from lora_cli.inference.writing import commented_yaml
-from lora_cli.inference.written import Chosen
+from lora_cli.inference.written import Chosen, translation
 from lora_cli.recipe import Recipe
 
 FITTING = 0.99  # share of the rows that shall not be cut
@@ -63,7 +64,12 @@ class Draft:
 
 
 def draft_recipe(
-    source: Path, model: str, target: Path, text: str | None = None, label: str | None = None
+    source: Path,
+    model: str,
+    target: Path,
+    text: str | None = None,
+    label: str | None = None,
+    second: Path | None = None,
 ) -> Draft:
     """Return a recipe for a data file.
 
@@ -73,14 +79,18 @@ def draft_recipe(
         target: Where the recipe will be written; its paths are relative to that folder.
         text: The column of the text, if the user names it.
         label: The column of the label, or the completion, if the user names it.
+        second: Another text file whose lines belong to those of the first: the translation.
 
     Raises:
         LoraError: If the file cannot be read, or it cannot be decided what to learn from it.
     """
-    file = read_data_file(source)
+    file = read_data_file(source) if second is None else read_pair(source, second)
     base = look_at(model)
     columns = [describe(name, file.rows) for name in file.columns]
-    chosen = choose_task(columns, file.rows, source.name, text, label, base.can_write)
+    if second is not None and text is None and label is None:
+        chosen = translation(columns[0], columns[1], file.path.name, base.can_write)
+    else:
+        chosen = choose_task(columns, file.rows, file.path.name, text, label, base.can_write)
     file, columns, chosen = _with_names(file, columns, chosen)
     draft = Draft({"model": {"name": _relative(model, target, base)}}, {})
     splits, beside = choose_splits(file, columns, chosen, target)
@@ -349,6 +359,10 @@ def _say(draft: Draft, file: DataFile, chosen: Chosen) -> None:
         say(("held out", more if "validation" in data else f"nothing: {more}"))
     if "on_bad_row" in data:
         say(("skipped", why["data.on_bad_row"]))
+    if others := translations_of(file):
+        beside = ", ".join(other.name for other in others[:4])
+        what = f"beside it, with as many lines: {beside}; to learn to translate, name both files"
+        say(("also", what))
     if chosen.left_out:
         parts = [f"`{name}` ({reason})" for name, reason in chosen.left_out.items()]
         more = f", and {len(parts) - 12} more" if len(parts) > 12 else ""

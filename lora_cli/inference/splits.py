@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.files import read_rows
+from lora_cli.data.parallel import BRACES, parts_of
 from lora_cli.data.sniffing import DataFile
 from lora_cli.data.splits import containing, normalised
 from lora_cli.errors import LoraError
@@ -132,7 +133,7 @@ def _by_files(file: DataFile, chosen: Chosen, target: Path) -> _Held:
         )
         beside = sorted(
             (other.name != before + other.name[len(before) :], len(other.name), other)
-            for other in file.path.absolute().parent.iterdir()
+            for other in _around(file.path)
             if pattern.fullmatch(other.name)
         )
         for _, _, other in beside[:1]:
@@ -146,6 +147,19 @@ def _by_files(file: DataFile, chosen: Chosen, target: Path) -> _Held:
             why = f"beside the file: {len(rows):,} rows{more if beside[1:] else ''}"
             held.keys[name] = path if is_file(path) else f"./{path}", why
     return held
+
+
+def _around(path: Path) -> list[Path]:
+    """Return the files of a folder; where two belong together, they have one name."""
+    files = list(path.absolute().parent.iterdir())
+    braces = BRACES.search(path.name)
+    if braces is None or path.exists():
+        return files
+    first, after = braces[1].split(",")[0], path.name[braces.end() :]
+    end = first + after
+    names = [other.name.removesuffix(end) for other in files if other.name.endswith(end)]
+    pairs = [path.absolute().with_name(f"{name}{braces[0]}{after}") for name in names]
+    return [pair for pair in pairs if all(part.is_file() for part in parts_of(pair).values())]
 
 
 def _look_at(path: Path, like: DataFile, chosen: Chosen) -> tuple[str, list[dict[str, Any]]]:

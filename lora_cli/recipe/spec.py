@@ -355,7 +355,9 @@ class DataSpec(Section):
     """Branch, tag or commit of the data set on the Hub."""
 
     path: Word | None = None
-    """A file, a folder, or a pattern of files (csv, tsv, json lines, parquet, txt; also .gz)."""
+    """A file, a folder, or a pattern of files (csv, tsv, json lines, parquet, txt; also .gz). Text
+    files that belong together line by line are named at once: `train.{en,de}.txt` has the columns
+    `en` and `de`."""
 
     split_column: Word | None = None
     """Column of the files in `path` that says which split a row is of. `train`, `validation` and
