@@ -18,7 +18,7 @@ from typing import Any
 from lora_cli.data.files import read_rows
 from lora_cli.data.parallel import BRACES, parts_of
 from lora_cli.data.sniffing import DataFile
-from lora_cli.data.splits import containing, normalised
+from lora_cli.data.splits import containing, draw, normalised
 from lora_cli.errors import LoraError
 from lora_cli.inference.columns import GROUP_NAME, SPLIT_NAMES, Column, flag, is_blank, label_text
 from lora_cli.inference.written import Chosen
@@ -190,16 +190,16 @@ def _fault_of(rows: Rows, train: Rows, chosen: Chosen) -> str:
             unknown = [v for v in map(label_text, values) if v not in chosen.labels]
             if unknown:
                 return f"train has no label `{unknown[0]}`"
-    known = {_text(row, chosen) for row in train}
-    shared = sum(_text(row, chosen) in known for row in rows)
+    known = {_text(row, chosen.inputs) for row in train}
+    shared = sum(_text(row, chosen.inputs) in known for row in rows)
     if shared > MOST_OVERLAP * len(rows):
         return f"{shared:,} of {len(rows):,} texts stand in train too"
     return ""
 
 
-def _text(row: dict[str, Any], chosen: Chosen) -> str:
+def _text(row: dict[str, Any], columns: Sequence[str]) -> str:
     """Return the text by which rows are compared."""
-    values = [row.get(name) for name in chosen.inputs]
+    values = [row.get(name) for name in columns]
     texts = [v if isinstance(v, str) else json.dumps(v, default=str) for v in values]
     return normalised("\n".join(texts))
 
@@ -212,10 +212,13 @@ def _draws(
 ) -> Keys:
     """Return validation, and test where there are enough rows, as draws from train."""
     rows = [row for row in rows if not is_unusable(row, chosen)]
-    texts = [_text(row, chosen) for row in rows]
+    answers = "completion_column" in chosen.keys or chosen.keys.get("format") == "alpaca"
+    asked = chosen.inputs[:-1] if answers else chosen.inputs  # as the draw compares them
+    texts = [_text(row, asked) for row in rows]
     unique = len(set(texts))
     if unique < 10:
-        return {"validation": (None, f"{unique} different rows are too few to hold any out")}
+        what = f"{unique} different texts are" if unique > 1 else "one text is"
+        return {"validation": (None, f"{what} too few to hold any out")}
     fraction = 0.2 if unique < 200 else 0.1 if unique < 20_000 else max(0.01, 2000 / unique)
     held: dict[str, Any] = {"from": "train", "fraction": round(fraction, 2)}
     why = [f"of {len(rows):,} rows"]
@@ -226,14 +229,28 @@ def _draws(
     elif (share := _inside_others(texts)) >= PHRASES:
         held["disjoint"] = "substring"
         why.append(f"{100 * share:.0f} % of the texts stand inside others: they go together")
-    counts = _strata(rows, chosen)
-    if counts and group is None:
+    strata = _strata(rows, chosen)
+    if strata and group is None:
+        # equal texts stay together, so it is different ones that can be divided
+        counts = Counter(stratum for stratum, _ in set(zip(strata, texts, strict=True)))
         least = min(counts.values())
         if least >= max(5, 1 / fraction):
             held["stratify"] = True
             why.append("each label in proportion")
         else:
-            why.append(f"not stratified: the rarest label has {least} rows")
+            several = f"{least} different texts" if least > 1 else "one text only"
+            why.append(f"not stratified: the rarest label has {several}")
+    try:
+        draw(
+            texts,
+            fraction,
+            (0, 0),
+            held.get("disjoint", "exact"),
+            strata if "stratify" in held else None,
+            [str(row[group.name]) for row in rows] if group else None,
+        )
+    except LoraError as error:
+        return {"validation": (None, error.problems[0].what)}
     drawn: Keys = {"validation": (held, "; ".join(why))}
     if unique >= 200:
         once = "looked at once, at the end"
@@ -252,13 +269,13 @@ def _inside_others(texts: Sequence[str]) -> float:
     return sum(inside) / len(texts)
 
 
-def _strata(rows: Rows, chosen: Chosen) -> Counter[str]:
-    """Return how many rows each stratum has, where the task has labels."""
+def _strata(rows: Rows, chosen: Chosen) -> list[str]:
+    """Return the stratum of each row, where the task has labels."""
     keys = chosen.keys
     if keys.get("problem") != "single_label":
-        return Counter()
+        return []
     names = keys.get("label_columns") or [keys["label_column"]]
-    return Counter(str([row.get(name) for name in names]) for row in rows)
+    return [str([row.get(name) for name in names]) for row in rows]
 
 
 def _group_of(columns: Sequence[Column], chosen: Chosen, rows: Rows) -> Column | None:
