@@ -7,7 +7,9 @@ so that `lora --help` and shell completion answer at once.
 from __future__ import annotations
 
 import errno
+import io
 import json
+import math
 import os
 import shlex
 import signal
@@ -15,12 +17,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lora_cli.completion import join_words, offer_overrides, offer_splits
-from lora_cli.errors import LoraError, RegressionError, ResourceError
+from lora_cli.errors import LoraError, RegressionError, ResourceError, beside
+from lora_cli.redaction import redacted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,6 +33,12 @@ if TYPE_CHECKING:
     from lora_cli.comparison import Comparison
     from lora_cli.recipe import Recipe
     from lora_cli.tasks import Task
+
+# of a path that the user may mend: denied, not there, a file where a folder should be
+NO_ENTRY = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST,
+    errno.EISDIR, errno.ELOOP, errno.ENOENT,
+)  # fmt: skip
 
 app = typer.Typer(
     help="Fine-tune pretrained models with low-rank adapters, from YAML recipes.",
@@ -64,22 +74,48 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     debug = "--debug" in sys.argv or bool(os.environ.get("LORA_DEBUG"))
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    for stream in (sys.stdout, sys.stderr):  # which may not have every letter of the data
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if os.environ.get("_LORA_COMPLETE") == "complete_bash":
         join_words()
     try:
-        app(prog_name="lora")
+        code = app(prog_name="lora", standalone_mode=False)
     except Exception as error:
-        known = error if isinstance(error, LoraError) else _resource_error(error)
+        known = error if isinstance(error, LoraError) else _known_error(error)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error, file=sys.stderr)  # noqa: T201 - the help
+            sys.exit(LoraError.exit_code)
         if debug or known is None:
+            sys.excepthook = _show_traceback  # not earlier: Typer has one of its own
             raise
-        print(known, file=sys.stderr)  # noqa: T201 - this is where errors are printed
+        print(redacted(str(known)), file=sys.stderr)  # noqa: T201 - this is where errors are printed
         sys.exit(known.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _resource_error(error: Exception) -> LoraError | None:
-    """Return what to say of an error that means that memory or disk ran out, else None."""
+def _show_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print a traceback as Python does, with secrets masked."""
+    import traceback
+
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(redacted(text), end="", file=sys.stderr)  # noqa: T201 - as above
+
+
+def _known_error(error: Exception) -> LoraError | None:
+    """Return what to say of an error of the arguments, of files, or of memory, else None."""
+    from lora_cli.arguments import usage_error
+
+    if (wrong := usage_error(error, sys.argv[1:])) is not None:
+        return wrong
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError("the disk is full", error.filename, "make room, then use `--resume`")
+    if isinstance(error, OSError) and error.filename and error.errno in NO_ENTRY:
+        reason = (error.strerror or "").lower()
+        hint = f"look at it with `ls -ld {shlex.quote(str(error.filename))}`, or name another"
+        return ResourceError(f"the system refuses the file: {reason}", str(error.filename), hint)
     if isinstance(error, MemoryError):
         return ResourceError("the memory is full", hint="try `--set train.micro_batch_size=1`")
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
@@ -182,7 +218,7 @@ def _table(rows: list[list[str]]) -> str:
 def _recipe_for(adapter: Path, recipe: Path | None, overrides: list[str] | None) -> Recipe:
     """Return the recipe beside an adapter, or the one that is given."""
     if not adapter.is_dir():
-        raise LoraError(f"there is no folder {adapter}", "--adapter")
+        raise LoraError(f"there is no folder {adapter}", "--adapter", beside(adapter))
     if recipe is not None:
         return _load(recipe, overrides)
     from lora_cli.recipe import RECIPE_FILE, load_adapter_recipe
@@ -229,9 +265,11 @@ def evaluate(
 ) -> None:
     """Measure a saved adapter on the data it was trained for, alone or against an older one."""
     if source is not None and split not in (None, "test"):
-        raise LoraError("`--input` and `--split` exclude each other", "--split")
+        hint = "leave `--split` out: a file is measured as `test`"
+        raise LoraError("`--input` and `--split` exclude each other", "--split", hint)
     if metric is not None and against is None:
-        raise LoraError("`--metric` needs `--against`", "--metric", "`evaluate.metrics` names them")
+        hint = "add `--against DIR`; alone, an adapter is measured by `evaluate.metrics`"
+        raise LoraError("`--metric` stands without `--against`", "--metric", hint)
     loaded = _recipe_for(adapter, recipe, overrides)
     _quiet()
     from lora_cli.evaluation import evaluate_adapter, measure_file
@@ -280,7 +318,8 @@ def _print_comparison(found: Comparison, as_json: bool) -> None:
             f"{found.metric} on {found.split} is worse by {found.drop:.4f}, "
             f"and {found.max_drop:g} is allowed",
             "--max-drop",
-            "look at both reports before this adapter is used",
+            "keep the old adapter, or allow it with "
+            f"`--max-drop {math.ceil(found.drop * 1e4) / 1e4:g}`",
         )
 
 
@@ -340,7 +379,8 @@ def predict(
     if interactive:
         if texts or source or target or as_json:
             other = "texts, files or `--json`"
-            raise LoraError(f"`--interactive` excludes {other}", "the arguments of `lora predict`")
+            at, hint = "the arguments of `lora predict`", "leave one or the other out"
+            raise LoraError(f"`--interactive` excludes {other}", at, hint)
         _converse(adapter, _recipe_for(adapter, recipe, overrides))
         return
     if bool(texts) == bool(source) or bool(source) != bool(target):
@@ -537,7 +577,8 @@ def validate(
     """Check a recipe, its data and its targets without loading weights; print it resolved."""
     loaded = _load(recipe, overrides)
     if show and not data:
-        raise LoraError("`--show` goes with `--data`", "the arguments of `lora validate`")
+        what, at = "`--show` stands without `--data`", "the arguments of `lora validate`"
+        raise LoraError(what, at, f"write `--data --show {show}`")
     _quiet()
     from lora_cli.recipe import dump_recipe
     from lora_cli.tasks.check import check_recipe

@@ -20,6 +20,9 @@ import difflib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from lora_cli.redaction import redacted
 
 WIDTH = 1000  # characters of a line; data may hold 50 MB in one
 
@@ -93,7 +96,7 @@ class InterruptedRun(LoraError):  # noqa: N818 - not an error: the run was asked
 
 def warn(what: str) -> None:
     """Say on stderr what a user should know and need not mend."""
-    print(f"warning: {what}", file=sys.stderr)  # noqa: T201 - stdout is for data
+    print(redacted(f"warning: {what}"), file=sys.stderr)  # noqa: T201 - stdout is for data
 
 
 def printable(text: str, width: int = WIDTH) -> str:
@@ -111,10 +114,32 @@ def printable(text: str, width: int = WIDTH) -> str:
     )
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str | None:
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun: `1 row`, `2 rows`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Return the candidate most like `name`, or None if none is close."""
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    if len(name) > WIDTH:  # comparing takes longer than the text is worth
+        return None
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)
     return close[0] if close else None
+
+
+def beside(path: Path) -> str:
+    """Return a hint for a path that is not there: the nearest name beside it, or where it starts.
+
+    Args:
+        path: As the user wrote it.
+    """
+    try:
+        names = sorted(other.name for other in path.absolute().parent.iterdir())
+    except OSError:
+        return f"there is no folder {path.parent} either; it starts from {Path.cwd()}"
+    if close := nearest(path.name, names):
+        return f"did you mean `{path.with_name(close)}`?"
+    return "is the path right?" if path.is_absolute() else f"the path starts from {Path.cwd()}"
 
 
 def did_you_mean(name: str, candidates: Iterable[str], noun: str = "one of") -> str:
@@ -125,7 +150,7 @@ def did_you_mean(name: str, candidates: Iterable[str], noun: str = "one of") -> 
         candidates: What could have been meant.
         noun: The words before the list of candidates: `its columns are`.
     """
-    names = [str(candidate) for candidate in candidates]
+    names = [str(candidate) or "(no name)" for candidate in candidates]
     if not names:
         return f"{noun} none"
     close = nearest(name, names)

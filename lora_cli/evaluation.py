@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,12 +19,13 @@ from lora_cli.adapters.loading import load_adapter, verify_base
 from lora_cli.data.files import form_of
 from lora_cli.data.plan import Indices
 from lora_cli.data.sources import SPLITS
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, NumericsError, beside
 from lora_cli.files import finish_publishing, verify_manifest
 from lora_cli.fingerprint import fingerprint_of
 from lora_cli.metrics import MetricSet, metric_mode, result_names
 from lora_cli.models import mixed_precision
 from lora_cli.recipe import Recipe
+from lora_cli.reporting.report import strict
 from lora_cli.tasks import Encoded, Prediction, Task, build_task
 from lora_cli.tasks.base import check_data, load_data
 from lora_cli.tasks.causal_lm import CausalLM
@@ -71,6 +73,7 @@ def evaluate(
     predictions: Path | None = None,
     keep: list[Prediction] | None = None,
     stop: Stop | None = None,
+    strict_loss: bool = False,
 ) -> dict[str, float]:
     """Return the loss and the metrics of a model on a split; every process gets them.
 
@@ -84,6 +87,10 @@ def evaluate(
         predictions: File that gets a line for every example, in the order of the rows.
         keep: List that gets every prediction, in the same order.
         stop: Is asked after each batch whether to go on.
+        strict_loss: Refuse a loss that is NaN or infinity.
+
+    Raises:
+        NumericsError: With the place of the first row that has such a loss.
     """
     recipe = task.recipe
     size = recipe.evaluate.micro_batch_size or 2 * recipe.train.micro_batch
@@ -99,6 +106,8 @@ def evaluate(
             rows = _predict_window(model, task, split, window, accelerator, stop)
             if stop is not None:
                 stop.check()
+            if strict_loss:
+                _refuse_bad_loss(rows, split)
             loss += sum(row.loss for row in rows)
             n_items += sum(row.n_items for row in rows)
             for channel in metrics.channels:
@@ -115,8 +124,20 @@ def evaluate(
         model.train(was_training)
     if file is not None and part is not None and predictions is not None:
         part.replace(predictions)
-    results = [{"loss": loss / max(n_items, 1e-12), **metrics.compute()} if main else {}]
+    mean = loss / n_items if n_items else math.nan  # rows may weigh nothing
+    results = [{"loss": mean, **metrics.compute()} if main else {}]
     return dict(gather_object(results)[0])
+
+
+def _refuse_bad_loss(rows: list[Prediction], split: Encoded) -> None:
+    for row in rows:
+        if not math.isfinite(row.loss):
+            raise NumericsError(
+                f"the model's loss on this row is {row.loss}",
+                split.rows.place(row.row),
+                "look at the row; or does the model overflow in `train.precision`? "
+                "Try `--set train.precision=fp32`",
+            )
 
 
 def _windows(split: Encoded, size: int) -> Iterator[list[Indices]]:
@@ -165,7 +186,7 @@ def _line(prediction: Prediction, split: Encoded, task: Task) -> str:
     if prediction.scores is not None:
         line["scores"] = {name: round(score, 6) for name, score in prediction.scores.items()}
     kept = {key: value for key, value in line.items() if value is not None}
-    return json.dumps(kept, ensure_ascii=False) + "\n"
+    return json.dumps(strict(kept), ensure_ascii=False) + "\n"
 
 
 def _text(row: dict[str, Any], columns: Iterable[str]) -> str:
@@ -271,7 +292,7 @@ def measure_file(recipe: Recipe, file: Path) -> None:
         LoraError: If there is no such file, or the labels would have to be found on the Hub.
     """
     if not file.is_file():
-        raise LoraError(f"there is no file {file}", "--input")
+        raise LoraError(f"there is no file {file}", "--input", beside(file))
     task, data = recipe.task, recipe.data
     data.validation, data.test, data.streaming = None, str(file.absolute()), False
     data.format = form_of(file, data.format)
@@ -279,8 +300,14 @@ def measure_file(recipe: Recipe, file: Path) -> None:
     if data.name is not None:
         if needs_labels and not getattr(task, "labels", None):
             raise LoraError(
-                "the labels are not known", recipe.at("task.labels"), "name them in the recipe"
+                "the labels are not known",
+                recipe.at("task.labels"),
+                "name them in the order of the model's outputs: `--set 'task.labels=[no, yes]'`",
             )
+        if getattr(task, "class_weights", None) == "balanced":
+            hint = "name them in the recipe, or leave them out"
+            at = recipe.at("task.class_weights")
+            raise LoraError("the weights of the labels are not known", at, hint)
         data.name = data.config = None
         data.train = str(file.absolute())  # which nothing reads, as the labels are known
 
@@ -294,6 +321,9 @@ def evaluate_adapter(
         folder: The adapter's folder.
         recipe: Says the task and the data.
         split: The split to measure; None measures validation and test.
+
+    Raises:
+        NumericsError: If a row's loss is NaN or infinity.
     """
     present = [name for name in SPLITS if getattr(recipe.data, name) is not None]
     wanted = [name for name in present if name == split or (not split and name != "train")]
@@ -303,8 +333,13 @@ def evaluate_adapter(
             recipe.at("data"),
             f"it has {', '.join(present)}; or name a file with `--input FILE`",
         )
+    if "train" in wanted and recipe.data.streaming:
+        hint = "`--set data.streaming=false` reads it as a whole"
+        raise LoraError("train is streamed: it has no end", recipe.at("data.streaming"), hint)
     accelerator = start_accelerator(recipe)
     task = open_task(folder, recipe)
     data = load_data(task, wanted)
     model = load_adapted(folder, task, accelerator)
-    return {name: evaluate(model, task, data[name], accelerator) for name in wanted}
+    return {
+        name: evaluate(model, task, data[name], accelerator, strict_loss=True) for name in wanted
+    }

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import IntegrityError, LoraError, Problem, ResourceError
+from lora_cli.redaction import redacted
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -39,11 +40,14 @@ def sha256_of(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that its name shows the old content or the new, never a part."""
+    """Write a file so that its name shows the old content or the new, never a part.
+
+    Secrets in a text are masked.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(redacted(content).encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -257,7 +261,7 @@ def refuse_links_outside(folder: Path) -> None:
             str(folder),
             "put the file itself in its place, if you trust it",
         )
-        for path in sorted(folder.iterdir())
+        for path in sorted(folder.rglob("*"))
         if path.is_symlink() and not path.resolve().is_relative_to(root)
     ]
     if problems:

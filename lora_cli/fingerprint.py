@@ -253,11 +253,12 @@ def require_base(
         warn(f"{text}; `{OVERRIDE}` allows it")
         other = {"name": trained_on.name, "fingerprint": trained_on.total}
         return replace(base, earlier=(*trained_on.earlier, other))
+    revision = f", revision {trained_on.revision}" if trained_on.revision != "main" else ""
     raise IntegrityError(
         text,
         recipe.at("model.name"),
-        f"it was trained on `{trained_on.name}`, revision {trained_on.revision}, fingerprint "
-        f"{trained_on.total}; to use this base all the same: `--set {OVERRIDE}=true`",
+        f"it was trained on `{trained_on.name}`{revision} (fingerprint {trained_on.total}); "
+        f"to use this base all the same: `--set {OVERRIDE}=true`",
     )
 
 

@@ -140,6 +140,7 @@ def adapter_task(
         recipe = _recipe_of(held, base)
     elif base is not None:
         recipe.model.name = base
+        recipe._places["model.name"] = f"--base {base}"
     recipe.model.dtype = None
     recipe.model.attention = None  # merging is done on the CPU
     return build_task(recipe), held

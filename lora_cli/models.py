@@ -24,6 +24,7 @@ from lora_cli.tensorfile import read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+WHOLE = "config.json and the weights do not belong together: copy or download both again"
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -67,7 +68,8 @@ def locate(name: str, at: str = "model.name") -> str:
         hint = "name the base model itself; an adapter is named with `--adapter` or `adapter.from`"
         raise LoraError(f"{folder} holds an adapter, not a base model", at, hint)
     if not (folder / "config.json").is_file():
-        raise LoraError(f"{folder} holds no model: it has no config.json", at)
+        hint = "name the folder that holds config.json, model.safetensors and the tokenizer"
+        raise LoraError(f"{folder} holds no model: it has no config.json", at, hint)
     return str(folder)
 
 
@@ -139,7 +141,8 @@ def shard_names(index: Path) -> set[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError("the index of the weights cannot be read", str(index)) from error
     for name in names:
-        if not isinstance(name, str) or PurePosixPath(name).name != name or "\\" in name:
+        plain = isinstance(name, str) and PurePosixPath(name).name == name and "\\" not in name
+        if not plain or name in ("", ".."):
             what = f"the index of the weights names a file outside its folder: {name!r}"
             raise IntegrityError(what, str(index))
     return names
@@ -155,10 +158,12 @@ def _explained(recipe: Recipe, what: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         name = recipe.model.name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = None
+        hint = "is the name right, and can the Hub be reached? `hf download NAME` fetches it before"
+        if Path(name).is_absolute():
+            hint = "are the folder's files whole? Copy or download them again"
         if "trust_remote_code" in str(error):
             reason = "it comes with Python code of its own"
-            hint = "read that code; then set `model.trust_remote_code: true`"
+            hint = "read that code; then `--set model.trust_remote_code=true`"
         elif "/" not in name and not Path(name).exists():
             hint = "a local folder is written with a slash: `./my-model`"
         raise LoraError(
@@ -186,7 +191,13 @@ def load_config(recipe: Recipe, **changes: Any) -> PretrainedConfig:
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer."""
     with _explained(recipe, "tokenizer"):
-        return AutoTokenizer.from_pretrained(**_source(recipe))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_source(recipe))
+    # without its files, transformers makes one that knows no words, and says nothing
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        hint = "copy tokenizer.json (or vocab.txt, or tokenizer.model) into the model's folder"
+        what = f"`{recipe.model.name}` has no tokenizer: its files are missing"
+        raise LoraError(what, recipe.at("model.name"), hint)
+    return tokenizer
 
 
 def build_empty(auto_class: Any, recipe: Recipe, config: PretrainedConfig) -> nn.Module:
@@ -255,14 +266,14 @@ def _refuse_misfits(
     for name in sorted(mismatched):
         if not name.startswith(heads):
             what = f"`{name}` of the checkpoint has another shape than config.json says"
-            raise LoraError(what, at)
+            raise LoraError(what, at, WHOLE)
     # language models are saved without the pooler that a classifier reads: it is new, as the head
     absent = sorted(
         name for name in missing if not name.startswith(heads) and ".pooler." not in f".{name}"
     )
     if absent:
         more = f", nor for {len(absent) - 1} others" if len(absent) > 1 else ""
-        raise LoraError(f"the checkpoint holds no weights for `{absent[0]}`{more}", at)
+        raise LoraError(f"the checkpoint holds no weights for `{absent[0]}`{more}", at, WHOLE)
 
 
 def new_modules(model: nn.Module, missing: Collection[str] = ()) -> list[str]:

@@ -21,7 +21,7 @@ from lora_cli.data.files import (
 )
 from lora_cli.data.sniffing import Head, read_head
 from lora_cli.data.writing import WRITABLE, OutputForm, refuse_target, suffix_of, writing
-from lora_cli.errors import LoraError, Problem
+from lora_cli.errors import LoraError, Problem, beside
 from lora_cli.recipe import FormatSpec
 from lora_cli.tasks import Task
 
@@ -68,7 +68,7 @@ def answer_file(
         new columns are blank, or whose answer the output's encoding cannot hold.
     """
     if not source.is_file():
-        raise LoraError(f"there is no file {source}", "--input")
+        raise LoraError(f"there is no file {source}", "--input", beside(source))
     refuse_target(source, target, overwrite)
     head = read_head(source)
     form = input_form(source, head, task)

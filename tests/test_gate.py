@@ -317,7 +317,7 @@ def test_the_report_has_it_and_keeps_its_keys(write: Write, tmp_path: Path) -> N
     old = {"rows", "examples", "source", "sha256", "skipped_rows", "dropped_rows", "labels"}
     old |= {"rows_without_example", "max_tokens"}
     new = {"tokens", "cut_rows", "divided_rows", "empty_rows", "duplicates", "near_duplicates"}
-    assert set(data["train"]) == old | new | {"contradictions"}
+    assert set(data["train"]) == old | new | {"contradictions", "label_doubts"}
     assert data["train"]["duplicates"]["rows"] == 1
     assert data["overlap"]["test"]["validation"]["exact"] == {
         "rows": 3,

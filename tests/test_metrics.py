@@ -546,6 +546,11 @@ def test_a_script_of_ones_own(script, capsys):
     assert err.split() == ["imported", "computed", "computed"]
 
 
+def test_a_script_does_not_take_the_place_of_the_loss(script):
+    path = script('{"loss": 7.0}')
+    assert measure([path], "label", [1], [1]) == {"mine_loss": 7.0}
+
+
 def test_a_script_in_the_home_folder(script, tmp_path, monkeypatch):
     script('{"a": 1.0}', name="at_home.py")
     (tmp_path / "elsewhere").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_cli.adapters.attach import trainable_parameters
 from lora_cli.errors import NumericsError
+from lora_cli.evaluation import evaluate_adapter
 from lora_cli.recipe import load_recipe
 from lora_cli.training import loop, train
 from lora_cli.training.checkpoints import checkpoints
@@ -238,6 +240,44 @@ def test_parameters_gone_bad_are_neither_saved_nor_published(
         run(texts(12), data={"validation": "validation.jsonl"}, **often)
     assert steps_saved(tmp_path / "out") == []
     assert not (tmp_path / "out/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("baseline", [True, False])
+def test_a_loss_that_is_nan_on_validation_stops_the_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, baseline: bool
+) -> None:
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": f"a {BAD}"}) + "\n")
+    calls: list[int] = []
+    real = loop.train_step
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", counted)
+    with pytest.raises(NumericsError, match="the model's loss on this row is nan") as caught:
+        run(texts(12), data={"validation": "held.jsonl"}, evaluate={"baseline": baseline})
+    assert caught.value.problems[0].at == "held.jsonl:1"
+    assert len(calls) == (0 if baseline else 6)  # found before the first step, if it is measured
+    assert not (tmp_path / "out/adapter_model.safetensors").exists()
+
+
+def test_an_adapter_is_not_measured_on_nan(run: Run, tmp_path: Path) -> None:
+    run(texts(12))
+    recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": f"a {BAD}"}) + "\n")
+    recipe.data.test = str(tmp_path / "held.jsonl")
+    with pytest.raises(NumericsError, match="is nan") as caught:
+        evaluate_adapter(tmp_path / "out", recipe)
+    assert caught.value.exit_code == 3
+
+
+def test_predictions_are_strict_json_whatever_the_loss(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": f"a {BAD}"}) + "\n")
+    report = run(texts(12), data={"test": "held.jsonl"}, evaluate={"baseline": False})
+    assert math.isnan(report["metrics"]["after"]["test"]["loss"])
+    text = (tmp_path / "out/predictions/test.jsonl").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 def test_the_limits() -> None:

@@ -340,6 +340,10 @@ def test_regression(tmp_path: Path) -> None:
     assert "after constant" in page.text
     assert "2.6667" in page.text  # variance of 1, 3, 5
     assert page.text.index("text 2") < page.text.index("text 0")
+    worse = {"before": {"test": {"mse": 9.0}}, "after": {"test": {"mse": 2.7}}}
+    told = analysis.verdict(report_of(metrics=worse, best=best, data={}), "test", lines)
+    assert told.head == "It learned next to nothing."  # though less than before
+    assert "no smaller than that of always saying the mean (2.6667)" in told.text
 
 
 def test_a_language_model(tmp_path: Path) -> None:

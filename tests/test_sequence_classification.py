@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch import Tensor
 
 from lora_cli.data.sources import Rows
 from lora_cli.errors import LoraError
+from lora_cli.evaluation import evaluate
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Task, build_task
 from lora_cli.tasks.base import Example, load_data
@@ -223,21 +226,21 @@ def test_many_unknown_labels_are_not_all_listed(bert: Path, tmp_path: Path) -> N
     with pytest.raises(LoraError) as caught:
         load_data(task_of(bert, tmp_path, ["neg", "pos"], [f"x{i}" for i in range(30)]))
     assert len(caught.value.problems) == 11
-    assert caught.value.problems[-1].what == "20 more values are not labels"
+    assert caught.value.problems[-1].what == "20 more values of validation are not labels"
 
 
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
         (["a", "a"], {}, "there is one label only, `a`"),
-        (["a", "b"], {"labels": ["a", " a"]}, "the label `a` stands twice"),
+        (["a", "b"], {"labels": ["a", " a"]}, "the label `a` stands 2 times"),
         (["a", None], {}, "column `label` is blank"),
         (["a", float("nan")], {}, "column `label` is blank"),
         (["a", ["b"]], {}, "column `label` holds a list, not one label"),
         ([f"value {i}" for i in range(30)], {}, "column `label` has 30 values in 30 rows"),
         ([[], []], {"problem": "multi_label"}, "no row of the train split has a label"),
         ([["a"], [None]], {"problem": "multi_label"}, "a list with a blank"),
-        (["a,b"], {"problem": "multi_label"}, "set `task.label_separator`"),
+        (["a,b"], {"problem": "multi_label"}, "`--set task.label_separator=,` divides a text"),
     ],
 )
 def test_labels_that_teach_nothing_are_refused(
@@ -293,7 +296,7 @@ def test_each_label_may_have_a_column_of_0_and_1(bert: Path, tmp_path: Path) -> 
         ({"b": 1}, "`a`, `b` are all 1; with `problem: single_label` it is one"),
         ({"a": 0}, "no label's column is 1; with `problem: single_label` it is one"),
         ({"c": "2"}, "column `c` holds `2`, not 0 or 1"),
-        ({"c": None}, "column `c` holds `None`, not 0 or 1"),
+        ({"c": None}, "column `c` is blank, not 0 or 1"),
     ],
 )
 def test_other_marks_are_faults(
@@ -411,6 +414,44 @@ def test_balanced_weights_are_written_down_so_that_eval_needs_no_train_rows(
     assert task.recipe.task.class_weights == {"a": pytest.approx(2 / 3), "b": 2.0}
 
 
+def test_balanced_weights_are_those_of_train_whatever_is_measured(
+    bert: Path, tmp_path: Path
+) -> None:
+    weights = {"class_weights": "balanced", "labels": ["a", "b"]}
+    task = task_of(bert, tmp_path, ["a", "a", "a", "b"], ["b", "a"], **weights)
+    (validation,) = load_data(task, ["validation"]).values()
+    assert task.collate(list(validation.examples)).n_items == pytest.approx(2 + 2 / 3)
+
+
+def test_rows_that_weigh_nothing_have_no_loss(bert: Path, tmp_path: Path) -> None:
+    task = task_of(bert, tmp_path, ["a", "b"], ["a", "a"], class_weights={"a": 0.0})
+    data = load_data(task)
+    model, _ = task.load_model(CPU)
+    losses = [evaluate(model, task, split, Accelerator())["loss"] for split in data.values()]
+    assert math.isfinite(losses[0])
+    assert math.isnan(losses[1])
+
+
+def test_a_label_of_very_many_digits_is_no_position(bert: Path, tmp_path: Path) -> None:
+    task = task_of(bert, tmp_path, ["a", "9" * 5000], labels=["a", "b"])
+    with pytest.raises(LoraError, match="the labels are a, b") as caught:
+        load_data(task)
+    assert caught.value.problems[0].at == "train.jsonl:2"
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_a_long_text_is_cut_to_the_positions_of_the_model(tmp_path: Path, kind: str) -> None:
+    base = tiny.save_encoder(tmp_path / "base", kind=kind)
+    unlimited = tiny.tokenizer()
+    unlimited.model_max_length = 10**6
+    unlimited.save_pretrained(base)
+    rows = [{"text": "slow " * 300, "label": label} for label in "ab"]
+    task = task_of(base, tmp_path, rows, max_length=1000)
+    assert task.max_length == tiny.POSITIONS + (0 if kind == "roberta" else 2)
+    model, _ = task.load_model(CPU)
+    assert torch.isfinite(task.loss(model, task.collate(examples_of(task))))
+
+
 def test_balanced_weights_of_several_labels_count_rows(bert: Path, tmp_path: Path) -> None:
     values = [["a", "b"], ["a"], ["a"]]
     task = task_of(bert, tmp_path, values, problem="multi_label", class_weights="balanced")
@@ -418,7 +459,7 @@ def test_balanced_weights_of_several_labels_count_rows(bert: Path, tmp_path: Pat
     assert task.recipe.task.class_weights == {"a": 0.5, "b": 1.5}
 
 
-@pytest.mark.parametrize("weights", [{"c": 1.0}, {"a": -1.0}])
+@pytest.mark.parametrize("weights", [{"c": 1.0}, {"a": -1.0}, {"a": 0.0, "b": 0.0}])
 def test_bad_weights_are_refused(bert: Path, tmp_path: Path, weights: dict[str, float]) -> None:
     with pytest.raises(LoraError, match="class_weights"):
         load_data(task_of(bert, tmp_path, ["a", "b"], class_weights=weights))
@@ -567,5 +608,5 @@ def test_a_damaged_checkpoint_is_an_error_of_the_user(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
     task = task_of(base, tmp_path, [0, 1])
     load_data(task)
-    with pytest.raises(LoraError, match="cannot load the weights"):
+    with pytest.raises(LoraError, match="not a whole safetensors file"):
         task.load_model(CPU)

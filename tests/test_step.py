@@ -82,7 +82,7 @@ def case(base: nn.Module, kind: str, task: dict[str, Any], rows: list[dict[str, 
     if task["type"] == "causal_lm":
         made._pad = made._pad_id()
     elif "class_weights" in task:
-        made.weights = torch.tensor([0.2, 1.0, 5.0])
+        made.reader.weights = torch.tensor([0.2, 1.0, 5.0])
     attach(base, recipe, ["classifier"] if hasattr(base, "classifier") else [])
     tiny.wake(base, std=0.1)
     training_mode(base)
@@ -174,9 +174,9 @@ def test_the_split_is_exact_but_for_rounding(
     ragged: Case, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the losses' own arithmetic
-    weights = getattr(ragged.task, "weights", None)
-    if weights is not None:
-        monkeypatch.setattr(ragged.task, "weights", weights.double())
+    reader = getattr(ragged.task, "reader", None)
+    if reader is not None and reader.weights is not None:
+        monkeypatch.setattr(reader, "weights", reader.weights.double())
     exact = Case(ragged.task, copy.deepcopy(ragged.model).double(), ragged.examples)
     assert_close(exact.gradients(sizes), exact.gradients([7]), 1e-12)
 

@@ -66,7 +66,9 @@ def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
     if not trainable_parameters(model):
         lacking = "bias" if spec.type == "bitfit" else "new head"
         what = f"nothing is trained: the model has no {lacking}"
-        raise LoraError(what, recipe.at("adapter.type"))
+        raise LoraError(
+            what, recipe.at("adapter.type"), "`--set adapter.type=lora` trains adapters"
+        )
     even_norms(model)
     compute_in_own_dtype(model, head)
 

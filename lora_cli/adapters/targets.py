@@ -35,6 +35,9 @@ QUERY_VALUE_NAMES = (
 )
 
 
+EXPRESSION = "one that is: `.*\\.(query|value)`; names need none: `[query, value]`"
+
+
 @dataclass(frozen=True)
 class Target:
     """A module that gets an adapter."""
@@ -106,34 +109,10 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
         problems += _unmatched(spec.exclude_modules, key, adaptable, modules, recipe)
         chosen = [name for name in chosen if not matches(spec.exclude_modules, name)]
     if spec.layers is not None:
-        wanted, found = parse_layers(spec.layers), {layer_index(name) for name in modules}
-        for layer in sorted(wanted - found):
-            count = max((i for i in found if i is not None), default=-1) + 1
-            problems.append(
-                Problem(
-                    f"there is no layer {layer}",
-                    recipe.at("adapter.layers"),
-                    f"the model has layers 0 to {count - 1}",
-                )
-            )
+        wanted = parse_layers(spec.layers)
+        problems += _absent_layers(wanted, modules, recipe)
         chosen = [name for name in chosen if layer_index(name) in wanted]
-    for key in ("rank_pattern", "alpha_pattern"):
-        for entry in getattr(spec, key):
-            if fault := regex_fault(entry):
-                problems.append(
-                    Problem(
-                        f"`{entry}` is not a regular expression: {fault}",
-                        recipe.at(f"adapter.{key}.{entry}"),
-                    )
-                )
-            elif not any(_pattern_matches(entry, name) for name in chosen):
-                problems.append(
-                    Problem(
-                        f"`{entry}` matches no adapted module",
-                        recipe.at(f"adapter.{key}.{entry}"),
-                        did_you_mean(entry, _last_names(chosen), "adapted are"),
-                    )
-                )
+    problems += _unmatched_patterns(chosen, recipe)
     problems += unmatched_in_full(model, recipe)
     if not problems and not chosen:
         problems.append(
@@ -156,6 +135,35 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
     if problems:
         raise LoraError(problems)
     return targets
+
+
+def _absent_layers(wanted: set[int], modules: Iterable[str], recipe: Recipe) -> list[Problem]:
+    """Return a problem for every layer that the model does not have."""
+    found = {layer_index(name) for name in modules}
+    count = max((i for i in found if i is not None), default=-1) + 1
+    return [
+        Problem(
+            f"there is no layer {layer}",
+            recipe.at("adapter.layers"),
+            f"the model has layers 0 to {count - 1}",
+        )
+        for layer in sorted(wanted - found)
+    ]
+
+
+def _unmatched_patterns(chosen: list[str], recipe: Recipe) -> list[Problem]:
+    """Return a problem for every entry of the patterns of rank and alpha that fits no target."""
+    problems = []
+    for key in ("rank_pattern", "alpha_pattern"):
+        for entry in getattr(recipe.adapter, key):
+            at = recipe.at(f"adapter.{key}.{entry}")
+            if fault := regex_fault(entry):
+                what = f"`{entry}` is not a regular expression: {fault}"
+                problems.append(Problem(what, at, EXPRESSION))
+            elif not any(_pattern_matches(entry, name) for name in chosen):
+                hint = did_you_mean(entry, _last_names(chosen), "adapted are")
+                problems.append(Problem(f"`{entry}` matches no adapted module", at, hint))
+    return problems
 
 
 def groups_problem(base: nn.Module, target: Target) -> list[Problem]:
@@ -221,12 +229,11 @@ def _unmatched(
         test = entry if isinstance(pattern, str) else [entry]
         if isinstance(test, str) and (fault := regex_fault(test)):
             what = f"`{entry}` is not a regular expression: {fault}"
-            problems.append(Problem(what, recipe.at(key)))
+            problems.append(Problem(what, recipe.at(key), EXPRESSION))
             continue
         if any(matches(test, name) for name in adaptable):
             continue
         others = [name for name in modules if matches(test, name)]
-        hint: str | None
         if others and can_adapt(modules[others[0]]):
             what = f"`{entry}` matches {others[0]}, which is trained in full"
             hint = "it needs no adapter; take it out"
@@ -234,7 +241,8 @@ def _unmatched(
             kind = type(modules[others[0]]).__name__
             within = [name for name in adaptable if inside(name, others[0])]
             what = f"`{entry}` matches {others[0]} ({kind}), which no adapter fits"
-            hint = f"inside it are {', '.join(_last_names(within))}" if within else None
+            fitting = ", ".join(_last_names(within or adaptable))
+            hint = f"inside it are {fitting}" if within else f"adapters fit {fitting}"
         else:
             what = f"`{entry}` matches no module of the model"
             hint = did_you_mean(entry, _last_names(adaptable), "the model has")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lora_cli.data.files import kind_of
+from lora_cli.data.files import KINDS, kind_by_name, kind_of
 from lora_cli.data.parallel import parts_of
-from lora_cli.errors import LoraError, did_you_mean
+from lora_cli.errors import LoraError, did_you_mean, nearest, printable
+from lora_cli.errors import beside as beside_it
 from lora_cli.recipe import FormatSpec, Recipe
 from lora_cli.recipe.spec import is_file
 
@@ -33,7 +34,7 @@ def split_slice(text: str, at: str) -> tuple[str, str]:
     bounds = part.split(":")
     good = len(bounds) == 2 and all(re.fullmatch(r"(-?\d{1,15}%?)?", bound) for bound in bounds)
     if not good or any(abs(int(b[:-1])) > 100 for b in bounds if b.endswith("%")):
-        hint = "a slice is `train[:80%]`, `train[500:1000]` or `train[-100:]`"
+        hint = "a slice is written `train[:80%]`, `train[500:1000]` or `train[-100:]`"
         raise LoraError(f"`{text}` is not a slice", at, hint)
     return name, part
 
@@ -61,6 +62,16 @@ def files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
     Raises:
         LoraError: If there are none.
     """
+    try:
+        return _files_of(recipe, split, name)
+    except OSError as error:  # of a folder that may not be looked into, a name that is too long
+        at = recipe.at(f"data.{split}" if is_file(name) else "data.path")
+        what = f"cannot be read: {(error.strerror or str(error)).lower()}"
+        hint = f"look at `ls -ld {printable(str(error.filename), 200)}`"
+        raise LoraError(what, at, hint) from error
+
+
+def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
     data = recipe.data
     at = recipe.at(f"data.{split}")
     pattern = Path(name if is_file(name) else (data.path or ""))
@@ -75,8 +86,8 @@ def files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
         of_split = by_split or (inside if name == "train" and not named else [])
         files = [pattern / file for file in of_split]
     elif parts := parts_of(pattern):
-        if missing := [str(part) for part in parts.values() if not part.is_file()]:
-            raise LoraError(f"there is no file {missing[0]}", at)
+        if missing := [part for part in parts.values() if not part.is_file()]:
+            raise LoraError(f"there is no file {missing[0]}", at, beside_it(missing[0]))
         files = [pattern] if is_file(name) or name == "train" else []
     elif pattern.is_file():
         files = [pattern] if is_file(name) or name == "train" else []
@@ -84,16 +95,37 @@ def files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
         folder = next(parent for parent in pattern.parents if parent.is_dir())
         files = [f for f in sorted(folder.glob(str(pattern.relative_to(folder)))) if f.is_file()]
         if not files:
-            around = sorted(f.name for f in folder.iterdir() if not f.name.startswith("."))
-            hint = did_you_mean(pattern.name, around, f"in {folder} are")
-            raise LoraError(f"there is no file {pattern}", at, hint)
+            raise LoraError(*_not_there(pattern, folder, at))
         files = files if is_file(name) or name == "train" else []
+    if not files and pattern.is_dir() and not beside:
+        hint = f"known are {', '.join(KINDS)}, also with .gz"
+        raise LoraError(f"the folder {pattern} holds no file of a known kind", at, hint)
     if not files:
-        hint = "name a file, or draw rows: `{from: train, fraction: 0.1}`"
+        drawn = f", or draw rows from train: `{split}: {{from: train, fraction: 0.1}}`"
+        hint = "name a file" + ("" if split == "train" else drawn)
         if pattern.is_dir():
-            hint += f"; the files in it are: {', '.join(beside[:10]) or 'none of a known kind'}"
+            hint += f"; the files in it are: {', '.join(beside[:10])}"
         raise LoraError(f"{pattern} has no split `{name}`", recipe.at(f"data.{split}"), hint)
     return files
+
+
+def _not_there(pattern: Path, folder: Path, at: str) -> tuple[str, str, str]:
+    """Return why there is no file of a name or a pattern: what, where, and a hint."""
+    if pattern.is_symlink():
+        target = pattern.readlink()
+        what = f"{pattern} is a link to {target}, which is not there, or leads back to it"
+        return what, at, f"make the link anew: `ln -sfn FILE {pattern.name}`"
+    if pattern.exists():
+        what = f"{pattern} is a pipe, a device or a socket, which can be read once at most"
+        return what, at, "write its content into a file, and name that"
+    around = sorted(f.name for f in folder.iterdir() if not f.name.startswith("."))
+    kind = "no file that matches" if re.search(r"[*?\[]", str(pattern)) else "no file"
+    close = nearest(pattern.name, around) if pattern.parent == folder else None
+    hint = did_you_mean(pattern.name, around, f"in {folder} are") if close else ""
+    if not close:
+        data = [name for name in around if kind_by_name(name) or (folder / name).is_dir()]
+        hint = f"in {folder} are " + (", ".join(data[:20]) or "no data files")
+    return f"there is {kind} {pattern}", at, hint
 
 
 def _readable(folder: Path, file: Path, spec: FormatSpec) -> bool:

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.encoding import BOM, encoding_of
-from lora_cli.data.files import KINDS, RawRow, read_rows
+from lora_cli.data.files import KINDS, read_rows
 from lora_cli.data.foreign import refuse_binary, refuse_other_lines
+from lora_cli.data.lines import RawRow
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec
 

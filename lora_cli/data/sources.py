@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_cli import __version__
-from lora_cli.data.files import RawRow, read_rows, require_columns
+from lora_cli.data.files import read_rows, require_columns
 from lora_cli.data.finding import SPLITS as SPLITS
 from lora_cli.data.finding import files_of, positions, split_slice
+from lora_cli.data.lines import ENCODING_HINT, RawRow, unreadable
 from lora_cli.data.parallel import parts_of
 from lora_cli.data.splits import draw
-from lora_cli.errors import LoraError, Problem, did_you_mean
+from lora_cli.errors import LoraError, Problem, counted, did_you_mean
 from lora_cli.files import sha256_of
 from lora_cli.recipe import HeldOutSpec, Recipe
 from lora_cli.recipe.spec import is_file
 
-READING = 2  # counts up when files are read in another way, so that no old cache is used
+READING = 3  # counts up when files are read in another way, so that no old cache is used
 Indices = NDArray[np.int64]
 
 
@@ -88,6 +90,7 @@ class Rows:
 
 
 STORED = {"row", "place", "fault"}
+SKIP = "`--set data.on_bad_row=skip`"
 
 
 def load_rows(recipe: Recipe, splits: Sequence[str] = SPLITS) -> dict[str, Rows]:
@@ -118,7 +121,7 @@ def load_rows(recipe: Recipe, splits: Sequence[str] = SPLITS) -> dict[str, Rows]
                 raise LoraError(
                     f"there is no split `{parent}` to draw rows from",
                     recipe.at(f"data.{name}.from"),
-                    did_you_mean(parent, whole, "the splits are"),
+                    did_you_mean(parent, whole, "the recipe's splits are"),
                 )
             whole[name], whole[parent] = _hold_out(recipe, whole[parent], name, held_out)
     for name, rows in whole.items():
@@ -130,9 +133,13 @@ def _require_rows(rows: Rows, name: str) -> None:
     if len(rows):
         return
     what = f"the {name} split has no rows"
+    hint = "the file is empty, or has a header and nothing below it"
     if rows.skipped:
-        what += f" that can be read: {len(rows.skipped)} were skipped, as {rows.skipped[0]}"
-    raise LoraError(what, rows.source)
+        what += f" that can be read: {counted(len(rows.skipped), 'row')} skipped"
+        hint = f"the first is {rows.skipped[0]}; mend it, or look at `data.format`"
+    elif len(rows.dataset):
+        what, hint = f"the {name} split has no rows left", "is its slice, or what is drawn, right?"
+    raise LoraError(what, rows.source, hint)
 
 
 def stream_rows(recipe: Recipe) -> Iterator[RawRow]:
@@ -264,14 +271,13 @@ def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
     import datasets
 
     form = recipe.data.format
-    parts = [part for file in files for part in (parts_of(file).values() or [file])]
-    hashes = [sha256_of(part) for part in parts]
-    sha256 = hashes[0] if len(parts) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    hashes = [_hash_of(part) for file in files for part in (parts_of(file).values() or [file])]
+    sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def stored() -> Iterator[dict[str, str]]:
         for file in files:
             for row in read_rows(file, form):
-                columns = json.dumps(row.columns, ensure_ascii=False, default=str)
+                columns = json.dumps(row.columns, ensure_ascii=False, default=_stored)
                 yield {"row": columns, "place": row.place, "fault": row.fault}
 
     text = datasets.Value("string")
@@ -284,6 +290,23 @@ def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
     rows = Rows(dataset, source, sha256, np.arange(len(dataset)))
     faults = {i: f for i, f in enumerate(dataset["fault"]) if f}
     return without(rows, faults, recipe)
+
+
+def _stored(value: Any) -> str | None:
+    """Return what JSON holds of a parquet file's dates, decimals and bytes; of no text, nothing."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _hash_of(file: Path) -> str:
+    try:
+        return sha256_of(file)
+    except OSError as error:
+        raise unreadable(file, error) from error
 
 
 def without(rows: Rows, faults: dict[int, str], recipe: Recipe) -> Rows:
@@ -299,16 +322,25 @@ def without(rows: Rows, faults: dict[int, str], recipe: Recipe) -> Rows:
     places = [f"{rows.place(i)}: {fault}" for i, fault in faults.items()]
     if recipe.data.on_bad_row == "error":
         problems = [Problem(fault, rows.place(i)) for i, fault in list(faults.items())[:10]]
-        more = f"; {len(faults) - 10} more rows are like these" if len(faults) > 10 else ""
-        last = problems[-1]
-        problems[-1] = Problem(
-            last.what,
-            last.at,
-            f"mend the rows, or pass them over with `--set data.on_bad_row=skip`{more}",
-        )
+        hint = f"mend {'them' if len(faults) > 1 else 'it'}, or pass such rows over with {SKIP}"
+        if advice := _advice(faults.values()):
+            hint = f"{advice}; or {hint}"
+        if len(faults) > 10:
+            hint += f"; {counted(len(faults) - 10, 'more row')} cannot be used"
+        problems[-1] = replace(problems[-1], hint=hint)
         raise LoraError(problems)
     keep = np.array([i for i in range(len(rows)) if i not in faults], dtype=np.int64)
     return rows.select(keep, places)
+
+
+def _advice(faults: Iterable[str]) -> str:
+    """Return what mends the commonest faults of all rows at once, or nothing."""
+    text = "\n".join(faults)
+    if re.search("^byte 0x", text, re.MULTILINE):
+        return ENCODING_HINT
+    if re.search("fields? where there", text):
+        return "a text that holds the delimiter needs quotation marks around it"
+    return ""
 
 
 def without_fault(
@@ -330,7 +362,7 @@ def without_fault(
             raise LoraError(
                 fault,
                 row.place,
-                "mend the row, or pass such rows over with `--set data.on_bad_row=skip`",
+                f"mend it, or pass such rows over with {SKIP}",
             )
         else:
             skip(row.place, fault)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, counted
 
 Indices = NDArray[np.int64]
 
@@ -69,9 +69,10 @@ def draw(
     kept = [i for i, count in enumerate(inside) if count == 0]
     if not held or not kept:
         raise LoraError(
-            f"{fraction:g} of {len(texts)} rows in {len(units)} units leaves one side empty",
+            f"{fraction:g} of {counted(len(texts), 'row')} ({len(units)} that differ) leaves one "
+            "side empty",
             at,
-            "use another fraction, or a coarser `group_by`",
+            "use a `fraction` nearer to 0.5, or more rows; `group_by` may keep too many together",
         )
     return np.array(held, dtype=np.int64), np.array(kept, dtype=np.int64)
 

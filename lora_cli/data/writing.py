@@ -53,11 +53,13 @@ def refuse_target(source: Path, target: Path, overwrite: bool) -> None:
         hint = "use .csv, .tsv, .jsonl (also with .gz) or .parquet"
         raise LoraError(f"cannot write {target.name}", "--output", hint)
     if not target.parent.is_dir():
-        raise LoraError(f"there is no folder {target.parent}", "--output")
+        hint = f"`mkdir -p {target.parent}`, or name another"
+        raise LoraError(f"there is no folder {target.parent}", "--output", hint)
     if not target.exists():
         return
     if source.exists() and source.samefile(target):
-        raise LoraError("the output would overwrite the input", "--output", "name another file")
+        what = "the output would overwrite the input"
+        raise LoraError(what, "--output", f"name another: `--output answers{target.suffix}`")
     if target.is_dir():
         raise LoraError(f"{target} is a folder", "--output", "name a file in it")
     if not overwrite:
@@ -88,7 +90,8 @@ def writing(target: Path, form: OutputForm) -> Iterator[Write]:
             os.fsync(written.fileno())
         temporary.replace(target)
     except OSError as error:
-        raise LoraError(f"cannot write {target}: {error.strerror}", "--output") from error
+        what = f"cannot write {target}: {(error.strerror or str(error)).lower()}"
+        raise LoraError(what, "--output", "name another file, or make room") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_cli.errors import Problem, did_you_mean, nearest
+from lora_cli.errors import Problem, counted, did_you_mean, nearest
 from lora_cli.recipe.reader import KeyPath, dotted
 from lora_cli.recipe.spec import Recipe
 
@@ -29,6 +29,11 @@ WANTED = {
     "dict_type": "a section with keys",
     "model_type": "a section with keys",
     "model_attributes_type": "a section with keys",
+}
+PATTERNS = {
+    r"^\d+-\d+$": "a range such as 0-11",
+    r"^\d+(-\d+)?$": "a layer such as 3, or a range such as 0-11",
+    r'^[^"\r\n]$': "one character",
 }
 
 
@@ -146,7 +151,8 @@ def _problem(path: KeyPath, group: list[dict[str, Any]], data: Any, at: str | No
         case "missing":
             section_name = dotted(path[:-1])
             of = f" from `{section_name}`" if section_name else ""
-            return Problem(f"`{name}` is missing{of}", at, text)
+            about = f": {text[0].lower()}{text[1:].rstrip('.')}" if text else ""
+            return Problem(f"`{name}` is missing{of}", at, f"add `{name}:`{about}")
         case "conflict":
             return Problem(fault["msg"], at, fault["hint"])
         case "split":
@@ -186,14 +192,15 @@ def _choices(fault: dict[str, Any]) -> list[str]:
 def _wanted(fault: dict[str, Any]) -> str:
     if fault["type"] in ("too_short", "too_long"):
         few = "at least" if fault["type"] == "too_short" else "at most"
-        return f"a list of {few} {fault['ctx'].get('min_length') or fault['ctx']['max_length']}"
+        count = fault["ctx"].get("min_length") or fault["ctx"]["max_length"]
+        return f"a list of {few} {counted(count, 'item')}"
     if fault["type"] == "literal_error":
         return " or ".join(f"`{choice}`" for choice in _choices(fault))
     message: str = fault["msg"]
     for beginning in ("Input should be ", "Value should be ", "Input should "):
         message = message.removeprefix(beginning)
     if fault["type"] == "string_pattern_mismatch":
-        return f"of the form {fault['ctx']['pattern']}"
+        return PATTERNS[fault["ctx"]["pattern"]]
     return WANTED.get(fault["type"], message)
 
 
@@ -288,6 +295,9 @@ def _where_else(name: str, section: dict[str, Any]) -> str:
             return f"did you mean `{path}`?"
     if close := nearest(name, here):
         return f"did you mean `{close}`?"
+    elsewhere = {path.rsplit(".", 1)[-1]: path for path in reversed(_all_keys())}
+    if close := nearest(name, elsewhere, cutoff=0.85):
+        return f"did you mean `{elsewhere[close]}`?"
     return "known keys here: " + ", ".join(here)
 
 

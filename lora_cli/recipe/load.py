@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lora_cli.errors import LoraError, Problem, nearest
 from lora_cli.recipe.explain import explain
 from lora_cli.recipe.reader import Reader, YamlDumper, parse
 from lora_cli.recipe.spec import Recipe, is_file
+from lora_cli.redaction import redacted
 
 MAX_BYTES = 200_000  # a second of reading; a recipe has a hundredth of it
 RECIPE_FILE = "recipe.yaml"  # beside an adapter
@@ -48,9 +50,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         found = explain(error, data, reader.places, reader.faulty)
-        raise LoraError(_first(reader.problems + found, str(path))) from None
+        raise LoraError(_first(reader.problems + found)) from None
     if reader.problems:
-        raise LoraError(_first(reader.problems, str(path)))
+        raise LoraError(_first(reader.problems))
     recipe._places = reader.places
     _make_paths_absolute(recipe, file.parent)
     return recipe
@@ -60,21 +62,24 @@ def load_adapter_recipe(adapter: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe beside an adapter, which may be anybody's.
 
     What only the user may allow, to run code and to take another base, counts in an override alone.
+    Metrics that are code of their own count as code too.
     """
     recipe = load_recipe(adapter / RECIPE_FILE, overrides)
     said = {override.partition("=")[0].strip() for override in overrides}
     for key in ("trust_remote_code", "allow_other_base"):
         if not said & {"model", f"model.{key}"}:
             setattr(recipe.model, key, False)
+    recipe._found = not said & {"evaluate", "evaluate.metrics"}
     return recipe
 
 
-def _first(problems: list[Problem], path: str) -> list[Problem]:
+def _first(problems: list[Problem]) -> list[Problem]:
     """Return so many problems as a person reads, and how many more there are."""
     if len(problems) <= MAX_PROBLEMS:
         return problems
     more = f"{len(problems) - MAX_PROBLEMS + 1:,} more problems are not shown"
-    return [*problems[: MAX_PROBLEMS - 1], Problem(more, path, "mend those above first")]
+    first = problems[: MAX_PROBLEMS - 1]
+    return [*first, Problem(more, first[-1].at, "mend those above first")]
 
 
 def _text_of(file: Path) -> str:
@@ -102,10 +107,14 @@ def _cannot_read(file: Path, error: OSError) -> LoraError:
         return LoraError("this is a folder, not a recipe", str(file), meant)
     missing = isinstance(error, FileNotFoundError)
     reason = "there is no such file" if missing else (error.strerror or str(error))
-    beside = {other.name: other for other in file.parent.glob("*.y*ml")}
-    close = nearest(file.name, beside)
-    hint = f"did you mean `{beside[close]}`?" if close else None
-    return LoraError(f"cannot read the recipe: {reason}", str(file), hint)
+    recipes = {other.name: other for other in file.parent.glob("*.y*ml")}
+    close = nearest(file.name, recipes)
+    hint = (
+        f"did you mean `{recipes[close]}`?" if close else "`lora init DATA --model NAME` writes one"
+    )
+    if not missing:
+        hint = f"look at it with `ls -l {shlex.quote(str(file))}`"
+    return LoraError(f"cannot read the recipe: {reason.lower()}", str(file), hint)
 
 
 def _override(data: dict[str, Any], reader: Reader, override: str) -> None:
@@ -173,9 +182,10 @@ def _make_paths_absolute(recipe: Recipe, folder: Path) -> None:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML: defaults written out, paths absolute."""
+    """Return the resolved recipe as YAML: defaults written out, paths absolute, secrets masked."""
     values = _without_unset(recipe)
-    return yaml.dump(values, Dumper=YamlDumper, sort_keys=False, allow_unicode=True, width=1000)
+    text = yaml.dump(values, Dumper=YamlDumper, sort_keys=False, allow_unicode=True, width=1000)
+    return redacted(text)
 
 
 def _without_unset(section: BaseModel) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class YamlLoader(yaml.SafeLoader):
         self.nesting += 1
         try:
             if self.nesting > MAX_NESTING:
-                mark = self.peek_event().start_mark
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # PyYAML's
                 raise yaml.composer.ComposerError(None, None, TOO_DEEP, mark)
             return super().compose_node(parent, index)
         finally:
@@ -208,10 +208,14 @@ def parse(text: str, source: str, path: KeyPath = (), is_file: bool = True) -> t
     try:
         loader = YamlLoader(text)
     except yaml.reader.ReaderError as error:
+        code = ord(text[error.position])
+        is_byte = 0xDC80 <= code <= 0xDCFF  # of the command line, where it is no UTF-8
         raise LoraError(
-            f"character U+{ord(text[error.position]):04X} is not for text files",
+            f"byte 0x{code - 0xDC00:02x} is not UTF-8 text"
+            if is_byte
+            else f"character U+{code:04X} is not for text files",
             reader.place(len(LINE_END.findall(text[: error.position]))),
-            "delete it; is this a YAML file?",
+            "delete it; is this a YAML file?" if is_file else "delete it, or write it in UTF-8",
         ) from error
     try:
         node = loader.get_single_node()
@@ -228,6 +232,6 @@ def _not_yaml(error: yaml.MarkedYAMLError, reader: Reader) -> LoraError:
     what, hint = in_words(error)
     line, opening = line_of(error), opening_line(error)
     if opening is not None and reader.is_file:
-        hint = f"what is not complete here begins at {reader.place(opening)}"
+        hint = f"the bracket that is not closed is at {reader.place(opening)}"
     at = reader.source if line is None else reader.place(line)
     return LoraError(f"not valid YAML: {what}", at, hint)

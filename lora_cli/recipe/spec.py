@@ -24,6 +24,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from lora_cli.errors import counted
+
 Conflicts = Iterator[tuple[str, str, str]]  # of each: the key, what is wrong, how to mend it
 Word = Annotated[str, Field(min_length=1)]
 Words = Annotated[list[Word], Field(min_length=1)]
@@ -75,7 +77,8 @@ class ModelSpec(Section):
     """Implementation of the attention. Default: the one transformers chooses."""
 
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Leave it off unless you have read that code."""
+    """Run Python code that comes with the model, or with a metric of the Hub. Leave it off unless
+    you have read that code."""
 
     allow_other_base: bool = False
     """Use an adapter, or go on with a run, on a base whose weights are not those that it was
@@ -138,8 +141,10 @@ class SequenceClassificationSpec(Section):
             yield "label_separator", what, "leave it out, or set `problem: multi_label`"
         if self.label_columns is not None:
             yield from self._column_conflicts(self.label_columns)
-        for label, times in Counter(map(str, self.labels or ())).items():
-            if times > 1:
+        for label, times in Counter(str(label).strip() for label in self.labels or ()).items():
+            if not label:
+                yield "labels", "a label of `labels` is blank", "give it a name"
+            elif times > 1:
                 what = f"the label `{label}` stands {times} times in `labels`"
                 yield "labels", what, "each label stands once, in the order of the model's outputs"
 
@@ -151,7 +156,8 @@ class SequenceClassificationSpec(Section):
             what = "`label_separator` divides one column, not `label_columns`"
             yield "label_separator", what, "leave one of the two out"
         if self.labels is not None and len(self.labels) != len(columns):
-            what = f"{len(self.labels)} names in `labels` for {len(columns)} `label_columns`"
+            names = counted(len(self.labels), "name")
+            what = f"{names} in `labels` for {len(columns)} `label_columns`"
             yield "labels", what, "name each column's label, in the same order, or leave them out"
         for column, times in Counter(columns).items():
             if times > 1:
@@ -756,6 +762,7 @@ class Recipe(Section):
     """Folder of the result, relative to the working directory."""
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
+    _found: bool = PrivateAttr(default=False)  # beside an adapter, and so not the user's own
     _started: bool = PrivateAttr(default=False)  # `adapter.from` has been read, by an earlier run
 
     def conflicts(self) -> Conflicts:

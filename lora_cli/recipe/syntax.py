@@ -9,6 +9,7 @@ import yaml
 TOO_DEEP = "brackets or indentation are too deep"
 BACKSLASH = "in quotation marks a backslash begins a code; write `\\\\` for the sign itself"
 COLUMNS = "keys of one section begin in the same column, and only a section has keys below it"
+AFTER = f"{COLUMNS}; after a text in quotation marks the line ends"
 LOOK = "look at the quotation marks, brackets and indentation, here and in the line above"
 QUOTES = "a text that begins with a special character needs quotation marks"
 UNCLOSED = "a quotation mark is not closed"
@@ -25,7 +26,8 @@ WORDS: tuple[tuple[str, str, str], ...] = (
     ),
     (r"expected ',' or '(.)'", "a `{0}` or a comma is missing", LOOK),
     (r"found '[]}]'|found ','", "a value is missing here", LOOK),
-    (r"expected <block end>", "this line does not go on with what is above it", COLUMNS),
+    (r"sequence entries are not", "a list begins where none can be", COLUMNS),
+    (r"expected <block end>", "this line does not go on with what is above it", AFTER),
     (r"unexpected (end of stream|document separator)", UNCLOSED, LOOK),
     (r"expected the node content", "a bracket is not closed, or a value is missing", LOOK),
     (r"expected ':'", "this line is neither `key: value` nor an item `- value`", COLUMNS),
@@ -60,7 +62,8 @@ def line_of(error: yaml.MarkedYAMLError) -> int | None:
 
 
 def opening_line(error: yaml.MarkedYAMLError) -> int | None:
-    """Return the line in which what is not complete begins, if it is another."""
-    opened, line = error.context_mark, line_of(error)
-    is_open = opened and re.search("document|occurrence", str(error.problem)) is None
-    return opened.line if is_open and opened.line != line else None
+    """Return the line in which a bracket that is not closed begins, if it is another."""
+    opened = error.context_mark
+    if opened is None or not re.search("expected ','", str(error.problem)):
+        return None
+    return opened.line if opened.line != line_of(error) else None

@@ -256,12 +256,13 @@ class Verdict:
     text: str
 
 
-def verdict(report: dict[str, Any], split: str) -> Verdict:
-    """Return in a sentence whether the model is better than before, and than the commonest label.
+def verdict(report: dict[str, Any], split: str, numbers: Sequence[Line] = ()) -> Verdict:
+    """Return in a sentence whether the model is better than before, and than a constant answer.
 
     Args:
         report: The report.
         split: The split it is judged by.
+        numbers: The split's predictions, of a regression.
     """
     name, down = main_metric(report, split)
     before, after = (
@@ -297,14 +298,22 @@ def verdict(report: dict[str, Any], split: str) -> Verdict:
         else:
             poor = poor or "It learned next to nothing."
             text += f", no clear gain over {which}"
+    error, mean = (
+        finite(part(report, "metrics", "after", split).get("mse")),
+        constant_error(numbers),
+    )
+    if error is not None and mean is not None and error >= mean:
+        poor = poor or "It learned next to nothing."
+        text += f"; its mean squared error ({shown_number(error)}) is no smaller than that of "
+        text += f"always saying the mean ({shown_number(mean)})"
     head = poor or ("It learned." if before is not None else "Measured.")
     return Verdict("poor" if poor else "good", head, f"{text}.")
 
 
 def _change(name: str, before: float, after: float) -> str:
-    share = min(before, after) >= 0 and max(before, after) <= 1 and name not in SMALLER_IS_BETTER
-    if share:
-        text = f"{(after - before) * 100:+.1f} points"
+    if name not in SMALLER_IS_BETTER and max(abs(before), abs(after)) <= 1:
+        share = min(before, after) >= 0
+        text = f"{(after - before) * 100:+.1f} points" if share else f"{after - before:+.4f}"
     else:
         text = f"{100 * (after - before) / abs(before):+.0f} %" if before else "from zero"
     return text.replace("-", "\N{MINUS SIGN}")

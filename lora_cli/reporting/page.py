@@ -51,8 +51,9 @@ def write_page(folder: Path, report: dict[str, Any] | None = None) -> Path:
     log = [line for line in read_metrics_log(folder / "metrics.jsonl") if "step" in line]
     kind = analysis.kind_of(report, lines)
     report["problem"] = kind
+    numbers = lines if kind == "regression" else []
     sections = [
-        _results(report, lines if kind == "regression" else [], split),
+        _results(report, numbers, split),
         _curves(report, log),
         sample_section(report),
         *answer_sections(report, kind, lines, split),
@@ -60,7 +61,8 @@ def write_page(folder: Path, report: dict[str, Any] | None = None) -> Path:
         settings_section(report, folder),
     ]
     title = _title(report)
-    body = _top(report, title, log, split) + _contents(sections) + "".join(sections)
+    told = analysis.verdict(report, split, numbers)
+    body = _top(report, title, told, log, split) + _contents(sections) + "".join(sections)
     write_atomically(folder / "report.html", document(title, f"<main>{body}{_end(report)}</main>"))
     return folder / "report.html"
 
@@ -71,11 +73,14 @@ def write_page(folder: Path, report: dict[str, Any] | None = None) -> Path:
 def _title(report: dict[str, Any]) -> str:
     task = str(report.get("task") or "")
     goal = PIPELINES.get(task, task.replace("_", "-")).replace("-", " ")
+    goal = "text regression" if report.get("problem") == "regression" else goal
     name = short_name(str(report.get("base_model") or "")) or "A model"
     return f"{name} for {goal}" if goal else name
 
 
-def _top(report: dict[str, Any], title: str, log: list[Line], split: str) -> str:
+def _top(
+    report: dict[str, Any], title: str, told: analysis.Verdict, log: list[Line], split: str
+) -> str:
     """Return the title, what was done, the verdict, and the figures that one asks for first."""
     adapter, ran = part(report, "adapter"), part(report, "training")
     data = part(report, "data", "train")
@@ -94,7 +99,6 @@ def _top(report: dict[str, Any], title: str, log: list[Line], split: str) -> str
     memory = size(finite(ran.get("peak_memory_bytes")))
     done = [how, trained, lasting, f"on {device}" if device else ""]
     done.append(f"at most {memory} of memory" if memory else "")
-    told = analysis.verdict(report, split)
     day = str(report.get("created") or "")[:10]
     return (
         f'<header><div class="over">Training report{f" · {esc(day)}" if day else ""}</div>'
@@ -136,11 +140,7 @@ def _caution(report: dict[str, Any], log: list[Line]) -> str:
     if isinstance(saved, int):
         metric = str(part(report, "best").get("metric")).replace("_", " ")
         text += f" The saved adapter is that of step {saved:,}, chosen by {metric}, "
-        text += (
-            "before the rise."
-            if saved <= over.step
-            else "after the rise began: its probabilities are likely too sure."
-        )
+        text += "before the rise." if saved <= over.step else "after the rise began."
     text += " Try fewer `train.epochs`, `adapter.dropout=0.1`, or more rows."
     return _box("caution", "Overfitting.", text)
 

@@ -22,6 +22,7 @@ from lora_cli.metrics import (
     Channel,
     MetricContext,
     check_metric_names,
+    is_script,
     known_metrics,
     metric_mode,
     result_names,
@@ -36,6 +37,11 @@ from lora_cli.models import (
 from lora_cli.recipe import Recipe
 
 Example = dict[str, Any]
+# RoBERTa and its kin count positions from behind the padding token's id
+POSITIONS_AFTER_PADDING = {
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke",
+    "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
 IGNORED = -100  # a label that is not trained, as in torch's cross entropy
 
 
@@ -137,8 +143,13 @@ class Task(ABC):
     @property
     def positions(self) -> int | None:
         """Tokens that the model has positions for, if that is limited."""
-        count = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return int(count) if count and count > 0 else None
+        config = self.config.get_text_config()
+        count = getattr(config, "max_position_embeddings", None)
+        if not count or count < 0:
+            return None
+        if config.model_type in POSITIONS_AFTER_PADDING:
+            return int(count) - int(config.pad_token_id) - 1
+        return int(count)
 
     # -- rows
 
@@ -154,6 +165,11 @@ class Task(ABC):
     def knows_labels(self) -> bool:
         """Whether the recipe says all that the task has to know of the labels."""
         return True
+
+    @property
+    def reads_train(self) -> bool:
+        """Whether the task learns something from the train rows whatever split is asked for."""
+        return not self.knows_labels
 
     def prepare(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
         """Learn from the rows what the recipe leaves open, such as the labels."""
@@ -180,6 +196,10 @@ class Task(ABC):
 
         An example of a row that is longer than `max_length` has the row's own `full_length`.
         """
+
+    def why_nothing(self, row: dict[str, Any]) -> str:
+        """Return a hint, where a row leaves nothing to train."""
+        return "raise `task.max_length`, if the model can take more"
 
     @abstractmethod
     def features(self) -> dict[str, str]:
@@ -244,6 +264,7 @@ class Task(ABC):
         """Return what is wrong with the recipe's metrics, as far as names tell it."""
         names, at = self.metric_names, self.recipe.at("evaluate.metrics")
         problems = check_metric_names(names, self.metric_channel, self.metric_context, at)
+        problems += self._untrusted(names, at)
         best = self.recipe.evaluate.best
         if best is None or best.metric == "loss":
             return problems
@@ -257,6 +278,24 @@ class Task(ABC):
             what = f"is less or more of `{best.metric}` better?"
             problems.append(Problem(what, at, "say it with `evaluate.best.mode: min`, or `max`"))
         return problems
+
+    def _untrusted(self, names: Sequence[str], at: str) -> list[Problem]:
+        """Return a problem for each metric whose code the user did not allow to run.
+
+        A script that the user's own recipe names by its path is the user's.
+        """
+        recipe = self.recipe
+        return [
+            Problem(
+                f"metric `{name}` is Python code of its own",
+                at,
+                "read that code; then `--set model.trust_remote_code=true`",
+            )
+            for name in names
+            if name not in known_metrics()
+            and not recipe.model.trust_remote_code
+            and (recipe._found or not is_script(name))
+        ]
 
     @property
     def metric_context(self) -> MetricContext:
@@ -319,7 +358,7 @@ def load_data(
 def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
     """Read the splits, check every row, and let the task learn what it needs from them."""
     recipe = task.recipe
-    wanted = splits if task.knows_labels else (*splits, "train")
+    wanted = (*splits, "train") if task.reads_train else splits
     rows = load_rows(recipe, wanted)
     for split in rows.values():
         columns = task.input_columns() | task.target_columns()
@@ -327,8 +366,9 @@ def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
     for name, split in rows.items():
         faults = {i: fault for i, row in enumerate(split) if (fault := task.fault(row))}
         if len(faults) == len(split) and recipe.data.on_bad_row == "skip":
-            first = next(iter(faults.values()))
-            raise LoraError(f"no row of the {name} split can be used: {first}", split.source)
+            what = f"no row of the {name} split can be used: {faults[0]}"
+            hint = "is the right column named? `data.on_bad_row: skip` leaves nothing here"
+            raise LoraError(what, split.place(0), hint)
         rows[name] = without(split, faults, recipe)
     task.prepare(rows)
     return rows
@@ -354,11 +394,7 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
                     yield {**example, "row": first + offset, "length": length}
             first += len(batch)
         if not count:
-            raise LoraError(
-                f"no row leaves anything to train within {task.max_length} tokens",
-                rows.source,
-                "raise `task.max_length`, if the model can take more",
-            )
+            raise nothing_trained(task, rows)
 
     def feature(text: str) -> Any:
         if text.startswith("list<"):
@@ -383,6 +419,12 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
     without_example = len(rows) - len(np.unique(dataset["row"]))
     lengths, full = (np.array(dataset[k], dtype=np.int64) for k in ("length", "full_length"))
     return Encoded(rows, dataset, lengths, full, without_example)
+
+
+def nothing_trained(task: Task, rows: Rows) -> LoraError:
+    """Return what to say of a split of which no row leaves anything to train."""
+    what = f"no row leaves anything to train within {task.max_length} tokens"
+    return LoraError(what, rows.source, task.why_nothing(rows[0]))
 
 
 def _place(rows: Rows, first: int, i: int) -> str:

@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lora_cli.data.files import text_fault
 from lora_cli.errors import LoraError, Problem
 from lora_cli.metrics import reads
 from lora_cli.recipe import CausalLMSpec, Recipe
@@ -52,7 +53,9 @@ class CausalLM(Task):
         if self.spec.chat_template is not None:
             file = Path(self.spec.chat_template)
             if not file.is_file():
-                raise LoraError(f"there is no file {file}", self.recipe.at("task.chat_template"))
+                hint = "a path in a recipe starts from the recipe's own folder"
+                at = self.recipe.at("task.chat_template")
+                raise LoraError(f"there is no file {file}", at, hint)
             self.tokenizer.chat_template = file.read_text(encoding="utf-8")
         if self.is_chat and not self.tokenizer.chat_template:
             raise LoraError(
@@ -62,9 +65,11 @@ class CausalLM(Task):
             )
         if self.is_chat and not self.tokenizer.is_fast:
             what = "the tokenizer does not say where its tokens stand in a text, as chats need"
-            raise LoraError(what, self.recipe.at("model.name"))
+            hint = "take a model with a tokenizer.json, or rows of prompt and completion"
+            raise LoraError(what, self.recipe.at("model.name"), hint)
         if self.tokenizer.eos_token_id is None:
-            raise LoraError("the tokenizer has no end-of-text token", self.recipe.at("model.name"))
+            what, at = "the tokenizer has no end-of-text token", self.recipe.at("model.name")
+            raise LoraError(what, at, "name it as `eos_token` in the model's tokenizer_config.json")
         self._end_of_turn = end_of_turn(self.tokenizer) if self.is_chat else set()
         self._opened = opened_block(self.tokenizer) if self.is_chat else ""
         if self._opened:
@@ -94,6 +99,7 @@ class CausalLM(Task):
                 raise LoraError(
                     f"the tokenizer has no token `{self.spec.pad_token}`",
                     self.recipe.at("task.pad_token"),
+                    "name a token of its vocabulary that texts do not hold, or leave it out",
                 )
             return int(token)
         return int(
@@ -124,7 +130,7 @@ class CausalLM(Task):
     def input_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the text or the prompt, or nothing."""
         by_column = bool(self.spec.instruction_columns) or not self.is_chat
-        if by_column and (fault := self._blank(row, self.input_columns())):
+        if by_column and (fault := text_fault(row, self.input_columns().values())):
             return fault
         conversations = self._conversations(row) if self.is_chat else ""
         return conversations if isinstance(conversations, str) else ""
@@ -132,7 +138,7 @@ class CausalLM(Task):
     def target_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the completion, or nothing."""
         several = self.spec.format == "self_instruct"
-        if not several and (fault := self._blank(row, self.target_columns())):
+        if not several and (fault := text_fault(row, self.target_columns().values())):
             return fault
         if not self.is_chat:
             return ""
@@ -154,15 +160,6 @@ class CausalLM(Task):
         messages = self._conversations(row)[0]
         assert isinstance(messages, list)
         return messages
-
-    def _blank(self, row: dict[str, Any], columns: dict[str, str]) -> str:
-        for column in columns.values():
-            value = row.get(column)
-            if value is None or (isinstance(value, str) and not value.strip()):
-                return f"column `{column}` is blank"
-            if not isinstance(value, str | int | float):
-                return f"column `{column}` holds a {type(value).__name__}, not text"
-        return ""
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return the examples of each row; those in which nothing is trained are left out."""
@@ -202,6 +199,17 @@ class CausalLM(Task):
             whole = start + self.tokenizer(completion, add_special_tokens=False)["input_ids"]
         whole = self._ended(whole)
         return self._trained_from(whole, [IGNORED] * len(start) + whole[len(start) :])
+
+    def why_nothing(self, row: dict[str, Any]) -> str:
+        """Return a hint, where a row leaves nothing to train: is it the template's fault?"""
+        if self.is_chat:
+            _, trained = encode_chat(self.tokenizer, self._messages(row), self.spec.train_on)
+            if not any(trained):
+                return (
+                    "the chat template marks or writes nothing of the assistant's turns: give "
+                    "another with `task.chat_template: FILE`, or `--set task.train_on=all`"
+                )
+        return f"{super().why_nothing(row)}; a prompt has to end before it"
 
     def _encode_chat(self, messages: Sequence[Message] | str) -> list[Example]:
         assert not isinstance(messages, str)

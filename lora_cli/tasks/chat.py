@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lora_cli.data.json_rows import JSON_NAMES
 from lora_cli.errors import LoraError
 
 Message = dict[str, Any]
@@ -111,7 +112,7 @@ def _openai(turn: dict[str, Any]) -> Message | str:
     if content is None and not turn.get("tool_calls"):
         return "it has no `content`"
     if not isinstance(content, str | list | None):  # a list has parts, as in OpenAI's requests
-        return f"its `content` is a {type(content).__name__}, not text"
+        return f"its `content` is {JSON_NAMES[type(content)]}, not text"
     return {key: value for key, value in turn.items() if value is not None}
 
 
@@ -280,4 +281,6 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **op
         return tokenizer.apply_chat_template(list(messages), **{"tokenize": False, **options})
     except Exception as error:  # a template is a program; it fails in any way it likes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LoraError(f"the chat template refuses the conversation: {reason}") from error
+        what = f"the chat template refuses the conversation: {reason}"
+        hint = "mend the row, or give a template that takes it with `task.chat_template: FILE`"
+        raise LoraError(what, hint=hint) from error

@@ -14,7 +14,7 @@ from lora_cli.metrics import MetricSet, known_metrics
 from lora_cli.models import load_config
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Task, build_task
-from lora_cli.tasks.base import check_data, encode_located
+from lora_cli.tasks.base import check_data, encode_located, nothing_trained
 from lora_cli.tasks.streaming import Stream
 
 FIRST_ROWS = 100
@@ -64,7 +64,9 @@ def _check_metrics(task: Task) -> None:
 def _encode_some(task: Task, splits: dict[str, Rows]) -> None:
     """Encode the first rows of each split: what a chat template refuses, it refuses early."""
     for rows in splits.values():
-        encode_located(task, next(rows.batches(FIRST_ROWS)), rows.place)
+        made = encode_located(task, next(rows.batches(FIRST_ROWS)), rows.place)
+        if not any(made) and len(rows) <= FIRST_ROWS:
+            raise nothing_trained(task, rows)
     if task.recipe.data.streaming:
         Stream(task).look()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_cli.errors import Problem
+from lora_cli.errors import Problem, printable
 from lora_cli.recipe import Recipe
 
 N_LABELS = 6  # with more, the table says how many there are and how large
@@ -69,6 +69,8 @@ class SplitFindings:
     near_duplicates: Found | None
     contradictions: Found | None
     """Rows whose text stands elsewhere with another label."""
+    label_doubts: list[str] = field(default_factory=list)
+    """Labels that look like others, or that train does not have."""
 
 
 @dataclass
@@ -125,6 +127,7 @@ class Findings:
                     f"within {self.max_length} tokens: raise `task.max_length`, if the model can "
                     "take more"
                 )
+            lines += split.label_doubts
             if split.contradictions and split.contradictions.rows:
                 first = split.contradictions.examples[0]
                 lines.append(
@@ -194,7 +197,7 @@ class Findings:
         if len(warnings) > room:
             more = len(warnings) - room + 1
             warnings = [*warnings[: room - 1], f"({more} more warnings; all is in report.json)"]
-        return "\n".join([*lines, *warnings])
+        return "\n".join(map(printable, [*lines, *warnings]))
 
 
 # --------------------------------------------------------------------------------- the table

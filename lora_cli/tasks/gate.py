@@ -19,12 +19,13 @@ from lora_cli.data.near import (
     shared,
 )
 from lora_cli.data.sources import Rows
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, printable
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.base import IGNORED, Encoded, Task, load_data
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.findings import Findings, Found, Overlap, Pair, SplitFindings, short
+from lora_cli.tasks.labels import look_alikes
 from lora_cli.tasks.sequence_classification import SequenceClassification
 from lora_cli.tasks.streaming import Stream
 
@@ -60,7 +61,7 @@ def look_at_data(recipe: Recipe) -> tuple[Task, dict[str, Encoded]]:
 def examine(task: Task, data: dict[str, Encoded]) -> Findings:
     """Return what is in the splits, and what they share."""
     findings = Findings(task.recipe, task.max_length)
-    looked = {name: _Look(task, split) for name, split in data.items()}
+    looked = {name: _Look(task, name, split) for name, split in data.items()}
     for name, look in looked.items():
         findings.splits[name] = look.findings()
         earlier = [other for other in looked if other != name][: len(findings.splits) - 1]
@@ -72,8 +73,8 @@ def examine(task: Task, data: dict[str, Encoded]) -> Findings:
 class _Look:
     """One pass over the rows of a split: fingerprints of their texts, and their labels."""
 
-    def __init__(self, task: Task, split: Encoded) -> None:
-        self.task, self.split, self.rows = task, split, split.rows
+    def __init__(self, task: Task, name: str, split: Encoded) -> None:
+        self.task, self.name, self.split, self.rows = task, name, split, split.rows
         self.near = task.recipe.data.check.near_duplicates
         self.targets: list[str] = []
         self.empty_rows = 0
@@ -124,7 +125,23 @@ class _Look:
                 self._found(near_repeated(self.texts), self.rows) if self.near else None
             ),
             contradictions=self._contradictions() if self.targets else None,
+            label_doubts=self._label_doubts(names) if self.name == "train" else [],
         )
+
+    def _label_doubts(self, names: list[str]) -> list[str]:
+        """Return what to ask of the labels: do two mean the same, has one no rows?"""
+        doubts = [
+            f"the labels {' and '.join(f'`{printable(name)}`' for name in alike)} look alike "
+            f"({' and '.join(f'{self.labels[name]:,}' for name in alike)} rows): are they one?"
+            for alike in look_alikes(names)
+        ]
+        absent = [name for name in names if not self.labels[name]]
+        if absent:
+            more = f", nor of {len(absent) - 1} others" if len(absent) > 1 else ""
+            doubts.append(f"train has no row of the label `{printable(absent[0])}`{more}")
+        if "-1" in names and self.task.recipe.task.type == "sequence_classification":
+            doubts.append(f"-1 is taken for a label ({self.labels['-1']:,} rows): is it none?")
+        return doubts
 
     def overlap(self, other: _Look) -> Overlap:
         """Return what this split shares with another."""

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_cli.data.files import is_blank
 from lora_cli.data.sources import Rows, stream_label_names
-from lora_cli.errors import LoraError, Problem, did_you_mean
+from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
 
+NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", re.ASCII)
+LABELS_ARE = "the labels are"
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -40,7 +47,8 @@ class Labels:
             self.names = self._infer(splits)
         twice = [label for label, count in Counter(self.names).items() if count > 1]
         if twice:
-            raise LoraError(f"the label `{twice[0]}` stands twice", self.recipe.at("task.labels"))
+            what = f"the label `{twice[0]}` stands twice"
+            raise LoraError(what, self.recipe.at("task.labels"), "name each label once")
         self.spec.labels = list(self.names)
         found = {name: self.count(rows) for name, rows in splits.items()}
         self._refuse_unknown(splits, found)
@@ -48,7 +56,7 @@ class Labels:
             raise LoraError(
                 f"there is one label only, `{self.names[0]}`",
                 self.recipe.at("task.label_column"),
-                "nothing can be learned from it",
+                "is it the right column, and are all rows there? One label teaches nothing",
             )
         if self.spec.class_weights == "balanced" and "train" in splits:
             self.spec.class_weights = self._balanced(found["train"], len(splits["train"]))
@@ -61,19 +69,20 @@ class Labels:
             raise LoraError(
                 "the labels are not known",
                 self.recipe.at("task.labels"),
-                "name them, in the order of the model's outputs",
+                "name them in the order of the model's outputs: `--set 'task.labels=[no, yes]'`",
             )
         rows = splits["train"]
         if column in rows.label_names:
             return list(rows.label_names[column])
         values = self.count(rows)
         if not values:
-            raise LoraError(f"no row of the train split has a label in `{column}`", rows.source)
+            what = f"no row of the train split has a label in `{column}`"
+            raise LoraError(what, rows.source, "is it the right column?")
         if len(values) > 20 and len(values) > len(rows) / 2:
             raise LoraError(
                 f"column `{column}` has {len(values)} values in {len(rows)} rows",
                 self.recipe.at("task.label_column"),
-                "is it the label? For numbers set `task.problem: regression`",
+                "is it the label? If it is a number to predict, `--set task.problem=regression`",
             )
         return _sorted(values)
 
@@ -119,7 +128,7 @@ class Labels:
         """Return why the columns of 0 and 1 cannot be read."""
         for column in columns:
             if _mark(value := row.get(column)) is None:
-                return f"column `{column}` holds `{value}`, not 0 or 1"
+                return f"column `{column}` {_said(value)}, not 0 or 1"
         marked = [column for column in columns if _mark(row.get(column))]
         many = f"`{'`, `'.join(marked)}` are all 1" if marked else "no label's column is 1"
         return f"{many}; with `problem: single_label` it is one"
@@ -135,31 +144,41 @@ class Labels:
                         places[value] = splits[name].place(i)
             problems += [
                 Problem(
-                    f"`{value}` is not a label ({values[value]} rows of {name})",
+                    f"`{value}` is not a label ({counted(values[value], 'row')} of {name})",
                     places[value],
-                    did_you_mean(value, self.names, "the labels are"),
+                    self._meant(value),
                 )
                 for value in unknown[:10]
             ]
             if len(unknown) > 10:
-                what = f"{len(unknown) - 10} more values are not labels"
-                problems.append(Problem(what, splits[name].source))
+                what = f"{counted(len(unknown) - 10, 'more value')} of {name} are not labels"
+                hint = f"is `{self.spec.label_column}` the column of the label?"
+                problems.append(Problem(what, splits[name].source, hint))
         if problems:
             raise LoraError(problems)
+
+    def _meant(self, value: str) -> str:
+        """Return a hint for a value that is not a label."""
+        last = len(self.names) - 1
+        if value == "-1":
+            return "-1 often stands for a row without a label: leave such rows out"
+        if value.isdecimal() and not any(label.isdecimal() for label in self.names):
+            return f"positions are 0 to {last}: {', '.join(self.names[:20])}"
+        known = did_you_mean(value, self.names, LABELS_ARE)
+        return f"{known}; mend the rows, or name it in `task.labels`"
 
     def problem(self, row: dict[str, Any], place: str) -> Problem | None:
         """Return the problem of a row with a value that is no label."""
         for value in self.texts_of(row) or ():
             if self.position(value) is None:
-                hint = did_you_mean(value, self.names, "the labels are")
-                return Problem(f"`{value}` is not a label", place, hint)
+                return Problem(f"`{value}` is not a label", place, self._meant(value))
         return None
 
     def position(self, value: str) -> int | None:
         """Return the index of a label given by name, or by position."""
         if value in self.names:
             return self.names.index(value)
-        if value.isdecimal() and int(value) < len(self.names):
+        if value.isdecimal() and len(value) < 10 and int(value) < len(self.names):
             # names in the recipe, positions in the data, as in GLUE
             return None if any(label.isdecimal() for label in self.names) else int(value)
         return None
@@ -181,15 +200,19 @@ class Labels:
             return None
         at = self.recipe.at("task.class_weights")
         problems = [
-            Problem(f"`{name}` is not a label", at, did_you_mean(name, self.names, "labels:"))
+            Problem(
+                f"`{name}` is not a label", at, did_you_mean(name, self.names, "the labels are")
+            )
             for name in wanted
             if name not in self.names
         ]
         problems += [
-            Problem(f"the weight of `{name}` is {weight}, not a weight", at)
+            Problem(f"the weight of `{name}` is {weight}", at, "a weight is 0 or more: 1 is usual")
             for name, weight in wanted.items()
             if not 0 <= weight < math.inf
         ]
+        if not problems and not any(wanted.get(label, 1.0) for label in self.names):
+            problems.append(Problem("every label weighs nothing, so nothing is learned", at))
         if problems:
             raise LoraError(problems)
         return torch.tensor([float(wanted.get(label, 1.0)) for label in self.names])
@@ -197,7 +220,19 @@ class Labels:
 
 def _is_blank(value: Any) -> bool:
     """Return whether a value cannot be a label: nothing, NaN (a parquet file's nothing), a list."""
-    return value is None or value != value or isinstance(value, list | dict) or not _text(value)
+    return isinstance(value, list | dict) or is_blank(value)
+
+
+def look_alikes(names: Sequence[str]) -> list[list[str]]:
+    """Return the labels that differ by nothing but case, spaces, or how a number is written."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        seen = unicodedata.normalize("NFKC", name).casefold()
+        key = "".join(letter for letter in seen if not is_blank(letter))
+        key = {"true": "1", "false": "0"}.get(key, key)
+        value = number(key)
+        groups.setdefault(key if value is None else str(value), []).append(name)
+    return [alike for alike in groups.values() if len(alike) > 1]
 
 
 def _mark(value: Any) -> int | None:
@@ -217,11 +252,29 @@ def _text(value: Any) -> str:
 
 def number(value: Any) -> float | None:
     """Return a value as a number, or None if it is none that a float32 holds."""
+    if isinstance(value, bool) or (isinstance(value, str) and not re.fullmatch(NUMBER, value)):
+        return None  # Python's own reading takes 1_0 for ten
     try:
         result = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
     return result if abs(result) <= FLOAT32_MAX else None  # nor is it NaN
+
+
+def not_a_number(column: str, value: Any) -> str:
+    """Return why a value is not a number to learn."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d+,\d+\s*", value):
+        how = "`--set 'data.format.decimal=\",\"'` reads decimal commas"
+        return f"column `{column}` holds `{value.strip()}`, not a number; {how}"
+    return f"column `{column}` {_said(value)}, not a number"
+
+
+def _said(value: Any) -> str:
+    """Return what a column holds, as JSON writes it."""
+    if is_blank(value) and value == value:
+        return "is blank"
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return f"holds `{printable(text, 60)}`"
 
 
 def _sorted(values: Counter[str]) -> list[str]:

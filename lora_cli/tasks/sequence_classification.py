@@ -15,13 +15,15 @@ from transformers import (
     PreTrainedModel,
 )
 
+from lora_cli.data.files import is_blank, text_fault
+from lora_cli.data.json_rows import JSON_NAMES
 from lora_cli.data.sources import Rows
 from lora_cli.errors import LoraError, Problem
 from lora_cli.metrics import MetricContext
 from lora_cli.models import load_config
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
 from lora_cli.tasks.base import Batch, Example, Prediction, Task, pad
-from lora_cli.tasks.labels import Labels
+from lora_cli.tasks.labels import Labels, not_a_number
 
 
 class SequenceClassification(Task):
@@ -60,6 +62,11 @@ class SequenceClassification(Task):
         return bool(self.labels) or self.spec.problem == "regression"
 
     @property
+    def reads_train(self) -> bool:
+        """Whether the labels, or their weights in the loss, are to be found in the train rows."""
+        return not self.knows_labels or self.spec.class_weights == "balanced"
+
+    @property
     def labels(self) -> list[str]:
         """Names of the labels, in the order of the model's outputs; none with regression."""
         return self.reader.names
@@ -76,21 +83,14 @@ class SequenceClassification(Task):
 
     def input_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the texts, or nothing."""
-        for column in filter(None, (self.spec.text_column, self.spec.text_pair_column)):
-            value = row.get(column)
-            if value is None or (isinstance(value, str) and not value.strip()):
-                return f"column `{column}` is blank"
-            if not isinstance(value, str | int | float):
-                return f"column `{column}` holds a {type(value).__name__}, not text"
-        return ""
+        return text_fault(row, filter(None, (self.spec.text_column, self.spec.text_pair_column)))
 
     def target_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the label, or nothing."""
         column = self.spec.label_column
         value = row.get(column)
         if self.spec.problem == "regression":
-            is_number = self.reader.number(row) is not None
-            return "" if is_number else f"column `{column}` holds `{value}`, not a number"
+            return "" if self.reader.number(row) is not None else not_a_number(column, value)
         if self.reader.texts_of(row) is not None:
             return ""
         if self.spec.label_columns is not None:
@@ -98,9 +98,11 @@ class SequenceClassification(Task):
         if self.spec.problem == "multi_label":
             if isinstance(value, list):
                 return f"column `{column}` holds a list with a blank or a list in it"
-            return f"column `{column}` is not a list; set `task.label_separator` for text"
+            if is_blank(value):
+                return f"column `{column}` is blank"
+            return f"column `{column}` is no list; `--set task.label_separator=,` divides a text"
         if isinstance(value, list | dict):
-            return f"column `{column}` holds a {type(value).__name__}, not one label"
+            return f"column `{column}` holds {JSON_NAMES[type(value)]}, not one label"
         return f"column `{column}` is blank"
 
     def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
@@ -193,7 +195,7 @@ class SequenceClassification(Task):
             token == self.tokenizer.unk_token_id and name != self.tokenizer.unk_token
         ):
             raise LoraError(
-                f"the tokenizer has no token `{name}`",
+                f"the tokenizer has no token `{name}`" if name else "the tokenizer has no padding",
                 self.recipe.at("task.pad_token"),
                 "name a token of its vocabulary that texts do not hold",
             )

@@ -309,15 +309,24 @@ class Run:
         self.stop.doing, self.stop.at_once = "measuring the base, before the first step", True
         for name in ("validation", "test"):
             if name in self.data:
-                self.state.before[name] = self._metrics(name)
+                self.state.before[name] = self._metrics(name, strict=True)
         self._sample("before")
         if "validation" in self.state.before:
             self.judge.value(self.state.before["validation"])  # is there such a metric?
             self.log.evaluated(0, 0.0, self.state.before["validation"], "  (before training)")
 
-    def _metrics(self, split: str, predictions: Path | None = None) -> dict[str, float]:
-        split_data, stop = self.data[split], self.stop
-        return evaluate(self.model, self.task, split_data, self.accelerator, predictions, stop=stop)
+    def _metrics(
+        self, split: str, predictions: Path | None = None, strict: bool = False
+    ) -> dict[str, float]:
+        return evaluate(
+            self.model,
+            self.task,
+            self.data[split],
+            self.accelerator,
+            predictions,
+            stop=self.stop,
+            strict_loss=strict,
+        )
 
     def _sample(self, when: str) -> None:
         split, samples = self.data.get("validation"), self.state.samples
@@ -358,6 +367,8 @@ class Run:
     def _measure_best(self) -> None:
         """Measure validation and test with the best adapter, and complete the report."""
         self.stop.doing, self.stop.at_once = "measuring the best adapter", True
+        if self.state.best is None and "validation" in self.data:
+            self._metrics("validation", strict=True)  # is it that no loss was a number?
         self.saver.settle(self.state)
         after = {}
         for name in ("validation", "test"):

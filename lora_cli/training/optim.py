@@ -103,10 +103,10 @@ def _refuse_empty_layer_groups(model: nn.Module, recipe: Recipe) -> None:
     trained = {layer_index(name) for name in trainable_parameters(model)}
     for layers in recipe.train.optimizer.groups.layers:
         if not parse_layers(layers) & {i for i in trained if i is not None}:
-            raise LoraError(
-                f"nothing is trained in layers {layers}",
-                recipe.at(f"train.optimizer.groups.layers.{layers}"),
-            )
+            with_any = sorted(i for i in trained if i is not None)
+            hint = f"layers with trained parameters are {', '.join(map(str, with_any)) or 'none'}"
+            at = recipe.at(f"train.optimizer.groups.layers.{layers}")
+            raise LoraError(f"nothing is trained in layers {layers}", at, hint)
 
 
 def learning_rate_factor(spec: SchedulerSpec, step: int, total_steps: int) -> float:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_cli.errors import LoraError
+from lora_cli.redaction import redacted
 from lora_cli.reporting.report import strict
 
 GIB = 2**30
@@ -82,7 +83,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(redacted(text), markup=False, soft_wrap=True)
 
     def sample(self, step: int, examples: list[int]) -> None:
         """Note which examples formed a step."""
@@ -130,6 +131,8 @@ class RunLog:
     def _open(self, path: Path, sizes: dict[str, int]) -> TextIO:
         """Open a log for appending, without what follows its size at the checkpoint."""
         size = sizes.get(path.name, 0)
+        if path.is_symlink():  # who prepared the folder would choose the file that is cut
+            raise LoraError(f"{path} is a link", hint="put the file itself in its place")
         if path.exists():
             if path.stat().st_size < size:
                 self.say(f"warning: {path} has lost lines that the checkpoint knows of")

@@ -24,7 +24,7 @@ class Outcome:
 
 def lora(*arguments: object) -> Outcome:
     """Run `lora` with these arguments."""
-    handler = signal.getsignal(signal.SIGINT)
+    handler, hook = signal.getsignal(signal.SIGINT), sys.excepthook
     out, err = io.StringIO(), io.StringIO()
     code: object = 0
     try:
@@ -36,5 +36,6 @@ def lora(*arguments: object) -> Outcome:
         code = left.code or 0
     finally:
         signal.signal(signal.SIGINT, handler)
+        sys.excepthook = hook
     assert isinstance(code, int), code
     return Outcome(code, out.getvalue(), err.getvalue())

@@ -10,8 +10,10 @@ usage: python tests/faults/killing.py [KILLS (200)] [SEED (0)]
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
+import pkgutil
 import random
 import resource
 import select
@@ -91,6 +93,8 @@ MOMENTS = {  # what is called then
     "publish": "lora_cli.training.saving.publish_adapter",
     "save": "lora_cli.training.saving.save_checkpoint",
     "finish": "lora_cli.training.loop.finish",
+    "upload": "fsspec.implementations.local.LocalFileSystem.put_file",
+    "restore": "lora_cli.training.mirror._move",
 }
 
 
@@ -294,13 +298,21 @@ def _await_death(kill: Kill) -> None:
         os._exit(0)
     # `told` stays open here, so that it can be told of what happens after the signal too
     if kill.at != "start":
-        _when(kill.at, lambda: os.write(tell, b"."))
+        exactly = itertools.count(1)
+
+        def announce() -> None:
+            number = next(exactly)
+            os.write(tell, b".")
+            if number == kill.times and kill.signal == signal.SIGKILL and not kill.seconds:
+                signal.pause()  # here, and not a moment later
+
+        _when(kill.at, announce)
 
 
 def _when(at: str, then: Callable[[], Any]) -> None:
     """Let something happen whenever one of `MOMENTS` has come."""
-    module, _, name = MOMENTS[at].rpartition(".")
-    place = importlib.import_module(module)
+    path, _, name = MOMENTS[at].rpartition(".")
+    place = pkgutil.resolve_name(path)
     real = getattr(place, name)
 
     def announced(*arguments: Any, **named: Any) -> Any:
@@ -311,7 +323,9 @@ def _when(at: str, then: Callable[[], Any]) -> None:
 
 
 def _squeeze(amount: int) -> None:
-    """Let this process take no more memory than so many bytes."""
+    """Let this process take no more memory than so many bytes, from the first call on."""
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + amount
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -19,15 +19,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     LlamaForCausalLM,
     LlamaModel,
+    PreTrainedModel,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
     RobertaModel,
 )
 
+from lora_cli.adapters.attach import disabled
 from lora_cli.errors import IntegrityError
-from lora_cli.files import write_manifest
+from lora_cli.evaluation import open_adapter
+from lora_cli.files import sha256_of
 from lora_cli.fingerprint import (
     BASE_FILE,
     Fingerprint,
@@ -416,7 +421,6 @@ def test_an_adapter_without_fingerprint_warns(trained: Trained, tmp_path: Path) 
         result = lora(command, "--adapter", out, *to)
         assert result.code == 0, result.err
         assert f"warning: the adapter {out} has no base.json" in result.err
-    write_manifest(out)
 
 
 def test_full_fine_tuning_has_no_base(tmp_path: Path) -> None:
@@ -464,3 +468,152 @@ def test_a_run_does_not_go_on_with_another_base(tmp_path: Path) -> None:
     same = lora("train", run.recipe, "--resume")
     assert same.code == 0, same.err
     assert json.loads((run.out / "report.json").read_text())["base"]["earlier"] == []
+
+
+# ------------------------------------------------------------------------------------- merging
+
+
+def tokens(seed: int = 3) -> Tensor:
+    return torch.randint(4, 200, (3, 11), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(folder: Path, **options: Any) -> Tensor:
+    """Return what anybody gets from a model folder."""
+    kind = json.loads((folder / "config.json").read_text())["architectures"][0]
+    auto = AutoModelForSequenceClassification if "Sequence" in kind else AutoModelForCausalLM
+    return auto.from_pretrained(folder, **options).eval()(tokens()).logits
+
+
+def llama_run(folder: Path, dtype: torch.dtype, **adapter: Any) -> tuple[Path, Path]:
+    """Return a base in a dtype, and an adapter that was trained on it until it says other words."""
+    base = tiny.save_llama(folder / "base")
+    LlamaForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(base)
+    rows = [{"text": text} for text in tiny.CORPUS]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tiny.recipe(
+        base, folder, adapter={"rank": 4, "alpha": 32, **adapter}, data={"train": "rows.jsonl"},
+        train={"max_steps": 4, "optimizer": {"type": "adamw", "learning_rate": 0.1}},
+    )  # fmt: skip
+    run = lora("train", path)
+    assert run.code == 0, run.err
+    return base, folder / "out"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_merged_is_base_and_adapter_and_not_the_base(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """With a tied head; and read again it is what was in memory, to the last bit."""
+    base, out = llama_run(tmp_path, dtype, target_modules=["q_proj", "down_proj"])
+    in_memory: list[Tensor] = []
+    real = PreTrainedModel.save_pretrained
+
+    @torch.no_grad()
+    def save(model: PreTrainedModel, *rest: Any, **options: Any) -> None:
+        in_memory.append(model(tokens()).logits)
+        real(model, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", save)
+        merged = lora("merge", "--base", base, "--adapter", out, "--to", tmp_path / "merged")
+    assert merged.code == 0, merged.err
+    assert torch.equal(logits(tmp_path / "merged", dtype=dtype), in_memory[0])
+    plain, theirs = (logits(f, dtype=torch.float32) for f in (base, tmp_path / "merged"))
+    recipe = load_recipe(out / "recipe.yaml", ["train.precision=fp32"])
+    _, model, _ = open_adapter(out, recipe)
+    with torch.no_grad():
+        ours = model(tokens()).logits
+    scale = float(ours.abs().max())
+    exact = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
+    assert float((theirs - ours).abs().max()) <= exact * scale
+    assert float((theirs - plain).abs().max()) > 0.1 * scale
+
+
+def test_an_adapter_is_not_merged_twice(trained: Trained) -> None:
+    once = trained.folder / "once"
+    first = lora("merge", "--base", trained.base, "--adapter", trained.out, "--to", once)
+    assert first.code == 0, first.err
+    again = ("merge", "--base", once, "--adapter", trained.out, "--to")
+    kind = load_recipe(trained.out / "recipe.yaml").adapter.type
+    second = lora(*again, trained.folder / "twice")
+    if kind == "none":  # the head replaces a head, so that twice is once
+        assert second.code == 0, second.err
+        assert torch.equal(logits(trained.folder / "twice"), logits(once))
+        return
+    assert second.code == 4
+    assert "is not the base that the adapter" in second.err
+    assert not (trained.folder / "twice").exists()
+    third = lora(*again, trained.folder / "thrice", *ALLOW)
+    assert third.code == 0, third.err
+    assert json.loads((trained.folder / "thrice/merge.json").read_text())["base"]["earlier"]
+
+
+@pytest.mark.parametrize(
+    "quantised",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    ],
+)
+def test_nothing_is_merged_into_a_quantised_base(
+    quantised: dict[str, Any], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(bases["llama"], tmp_path / "quantised"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
+    _, out = llama_run(tmp_path, torch.float32)
+    refused = lora("merge", "--base", base, "--adapter", out, "--to", tmp_path / "merged")
+    assert refused.code == 2
+    assert "are quantised, so nothing can be added" in refused.err
+    assert "merge into the checkpoint that it was made from" in refused.err
+    assert not (tmp_path / "merged").exists()
+
+
+# ----------------------------------------------------------------------------- the base is frozen
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["lora", "none", "bitfit"])
+def test_training_leaves_the_base_as_it_is(kind: str, precision: str, tmp_path: Path) -> None:
+    """On the disk, and in memory: with the adapter switched off, it is the base bit for bit."""
+    held: list[PreTrainedModel] = []
+    real = loop.make_trainable
+
+    def keep(model: PreTrainedModel, *rest: Any) -> Any:
+        held.append(model)
+        return real(model, *rest)
+
+    base = tiny.save_encoder(tmp_path / "base")
+    hashes = {file.name: sha256_of(file) for file in base.iterdir()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_trainable", keep)
+        path = tiny.recipe(
+            base, tmp_path, adapter={"type": kind},
+            train={"max_steps": 3, "precision": precision,
+                   "optimizer": {"type": "adamw", "learning_rate": 0.05}},
+        )  # fmt: skip
+        run = lora("train", path)
+    assert run.code == 0, run.err
+    for command in ("eval", "predict", "merge"):
+        more = {"eval": ["--split", "train"], "predict": ["a film"],
+                "merge": ["--base", base, "--to", tmp_path / "merged"]}[command]  # fmt: skip
+        assert lora(command, "--adapter", tmp_path / "out", *more).code == 0
+    assert {file.name: sha256_of(file) for file in base.iterdir()} == hashes
+    model = held[0].eval()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    fresh = RobertaModel.from_pretrained(base, dtype=dtype, add_pooling_layer=False).eval()
+    frozen = dict(model.base_model.named_parameters())
+    frozen = {name.replace(".base.", "."): p for name, p in frozen.items() if ".lora_" not in name}
+    changed = [name for name, p in fresh.named_parameters() if not same(p, frozen[name])]
+    assert all(name.endswith(".bias") for name in changed)
+    assert bool(changed) == (kind == "bitfit")
+    if kind != "bitfit":
+        with torch.no_grad(), disabled(model):
+            ours, theirs = (m(tokens()).last_hidden_state for m in (model.base_model, fresh))
+        assert torch.equal(ours, theirs)
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Compare bit for bit; what is trained is float32, whatever the base is."""
+    return torch.equal(one.float(), other.float())

@@ -149,17 +149,17 @@ def test_memory_that_is_full_is_said_with_what_would_help(
     nest: Nursery, whole: Whole, tmp_path: Path, at: str
 ) -> None:
     """One micro-batch needs more than the process may have; what is advised then works."""
-    rows = [{"text": "a great story and so on " * 8, "label": i % 2} for i in range(512)]
+    rows = [{"text": "a great story and so on " * 8, "label": i % 2} for i in range(1024)]
     file = tmp_path / "long.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sets = ["data.check.near_duplicates=false", "evaluate.baseline=false", "train.max_steps=2",
             "evaluate.every_steps=1", "checkpoint.every_steps=1"]  # fmt: skip
     if at == "step":
-        sets += [f"data.train={file}", "train.micro_batch_size=512"]
+        sets += [f"data.train={file}", "train.micro_batch_size=1024"]
     else:
-        sets += [f"data.validation={file}", "evaluate.micro_batch_size=512"]
+        sets += [f"data.validation={file}", "evaluate.micro_batch_size=1024"]
     out = tmp_path / "out"
-    assert nest.run(whole.recipe, out, sets=sets, squeeze=(at, 24 * 2**20)) == [5]
+    assert nest.run(whole.recipe, out, sets=sets, squeeze=(at, 8 * 2**20)) == [5]
     text = said(out)
     assert "the memory is full while" in text
     hint = text[text.index("hint:") :]

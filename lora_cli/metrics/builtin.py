@@ -1,39 +1,24 @@
-"""Metrics that work without a network, and any other that `evaluate` can load.
+"""The built-in metrics: plain functions in the table `SPECS`, and what their names tell.
 
-The built-in ones are plain functions in the table `_SPECS`; one subclass of `evaluate.Metric` runs
-them all. Any other name goes to `evaluate.load`: a script (`./mine.py`), a name on the Hub
-(`user/metric`), or one of Hugging Face's own (`meteor`).
-
-A task reduces its outputs to one small prediction per row (a class, a number, a text, a sum) before
-they come here, so memory grows with rows, never with logits. Rows wait in Arrow buffers in memory:
-there is no cache file that two runs could fight over.
-
-`import evaluate` takes seconds, so this module imports it, and the libraries that compute, only
-when a `MetricSet` is made. `check_metric_names` and `metric_mode` answer at once.
+The libraries that compute are imported when a metric is computed: `check_metric_names` and
+`metric_mode` answer at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import math
-import numbers
 import os.path
-import shutil
-import sys
-import tempfile
 import warnings
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from lora_cli.errors import LoraError, Problem, did_you_mean
+from lora_cli.errors import LoraError, Problem, beside
 
 Channel = Literal["label", "value", "text", "nll"]
 """What a metric reads of each evaluated row, as prediction and reference.
@@ -61,6 +46,9 @@ class MetricContext:
 
     n_labels: int | None = None
     multi_label: bool = False
+
+
+NOTHING_KNOWN = MetricContext()
 
 
 @dataclass(frozen=True)
@@ -186,7 +174,7 @@ def _rouge(p: Rows, r: Rows, context: MetricContext) -> dict[str, float]:
     return {key: float(np.mean([row[key].fmeasure for row in rows])) for key in _ROUGE}
 
 
-_SPECS: dict[str, MetricSpec] = {
+SPECS: dict[str, MetricSpec] = {
     "accuracy": MetricSpec("label", _accuracy),
     "balanced_accuracy": MetricSpec("label", _balanced_accuracy, multi_label=False),
     **{
@@ -213,40 +201,40 @@ _SPECS: dict[str, MetricSpec] = {
 
 def known_metrics() -> list[str]:
     """Return the names of the built-in metrics."""
-    return list(_SPECS)
+    return list(SPECS)
 
 
 def metric_mode(name: str) -> Mode | None:
     """Return whether less or more of a metric, or of one of its results, is better, if known."""
-    modes = {key: spec.mode for n, spec in _SPECS.items() for key in (n, *spec.results)}
+    modes = {key: spec.mode for n, spec in SPECS.items() for key in (n, *spec.results)}
     return "min" if name == "loss" else modes.get(name)
 
 
 def result_names(metric: str) -> tuple[str, ...]:
     """Return the names of the numbers that a metric gives."""
-    spec = _SPECS.get(metric)
+    spec = SPECS.get(metric)
     return (spec.results if spec else ()) or (metric,)
 
 
 def reads(metric: str) -> Channel | None:
     """Return what a built-in metric reads; of others it is not known."""
-    spec = _SPECS.get(metric)
+    spec = SPECS.get(metric)
     return spec.channel if spec else None
 
 
 def builtin_value(
     metric: str, result: str, predictions: Rows, references: Rows,
-    context: MetricContext = MetricContext(),
+    context: MetricContext = NOTHING_KNOWN,
 ) -> float:  # fmt: skip
     """Return one number of a built-in metric, computed at once from all rows."""
-    found = _SPECS[metric].compute(predictions, references, context)
+    found = SPECS[metric].compute(predictions, references, context)
     return found[result] if isinstance(found, dict) else found
 
 
 def check_metric_names(
     names: Sequence[str],
     default_channel: Channel | None = None,
-    context: MetricContext = MetricContext(),
+    context: MetricContext = NOTHING_KNOWN,
     at: str = "evaluate.metrics",
 ) -> list[Problem]:
     """Return what is wrong with the names, as far as can be said without loading anything.
@@ -256,16 +244,16 @@ def check_metric_names(
     """
     problems = []
     for name in dict.fromkeys(names):
-        spec = _SPECS.get(name)
+        spec = SPECS.get(name)
         if spec is None:
-            if _is_path(name) and not os.path.exists(os.path.expanduser(name)):
+            if is_script(name) and not os.path.exists(os.path.expanduser(name)):
                 what = f"there is no metric script `{name}`"
-                problems.append(Problem(what, at, f"the path starts from {Path.cwd()}"))
+                problems.append(Problem(what, at, beside(Path(name).expanduser())))
             continue
         if default_channel and spec.channel not in _FEEDS[default_channel]:
             reads, fed = _NOUNS[spec.channel], _NOUNS[default_channel]
             what = f"metric `{name}` compares {reads}; this task yields {fed}"
-            usable = [n for n, s in _SPECS.items() if s.channel in _FEEDS[default_channel]]
+            usable = [n for n, s in SPECS.items() if s.channel in _FEEDS[default_channel]]
             problems.append(Problem(what, at, f"choose from {', '.join(usable)}"))
         elif context.multi_label and not spec.multi_label:
             what = f"metric `{name}` is not defined for rows with several labels"
@@ -276,186 +264,6 @@ def check_metric_names(
     return problems
 
 
-def _is_path(name: str) -> bool:
+def is_script(name: str) -> bool:
     """Return whether a name can only be that of a local script or of its folder."""
     return name.endswith(".py") or name.startswith((".", "/", "~"))
-
-
-# --------------------------------------------------------------------------- with `evaluate`
-
-
-class MetricSet:
-    """Several metrics fed row by row.
-
-    Args:
-        names: Built-in metrics, or whatever `evaluate.load` takes; one that stands twice counts
-            once.
-        default_channel: What the task feeds, and what a metric that is not built in reads.
-        context: What the task says of its labels.
-        at: Where the names stand, for errors.
-
-    Raises:
-        LoraError: A metric is unknown, does not suit the task, or needs a missing package; all
-            such problems together.
-    """
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        default_channel: Channel,
-        context: MetricContext = MetricContext(),
-        at: str = "evaluate.metrics",
-    ) -> None:
-        self._at = at
-        self._n_rows: Counter[Channel] = Counter()
-        self._metrics: dict[str, tuple[Channel, Any]] = {}
-        # every Metric makes a folder for itself, even one that keeps its rows in memory
-        scratch = tempfile.mkdtemp(prefix="lora-metrics-")
-        weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
-        problems = []
-        for name in dict.fromkeys(names):
-            if faults := check_metric_names([name], default_channel, context, at):
-                problems += faults
-                continue
-            options = {"cache_dir": scratch, "keep_in_memory": True}
-            if spec := _SPECS.get(name):
-                metric = _builtin_class()(name, spec, context, **options)
-                self._metrics[name] = (spec.channel, metric)
-                continue
-            try:
-                self._metrics[name] = (default_channel, _load(name, at, **options))
-            except LoraError as error:
-                problems += error.problems
-        if problems:
-            raise LoraError(problems)
-
-    @property
-    def channels(self) -> set[Channel]:
-        """What the metrics read, and so what must be fed before `compute`."""
-        return {channel for channel, _ in self._metrics.values()}
-
-    def add_batch(
-        self, channel: Channel, predictions: Sequence[Any], references: Sequence[Any]
-    ) -> None:
-        """Add rows to the metrics that read the channel; there may be none of either.
-
-        Takes lists, numpy arrays, and tensors on the CPU.
-        """
-        assert len(predictions) == len(references), (len(predictions), len(references))
-        if len(predictions) == 0 or channel not in self.channels:
-            return
-        p, r = _plain(channel, predictions, references)
-        for name, (wanted, metric) in self._metrics.items():
-            if wanted == channel:
-                with self._blaming(name):
-                    metric.add_batch(predictions=p, references=r)
-        self._n_rows[channel] += len(p)
-
-    def compute(self) -> dict[str, float]:
-        """Return every metric's numbers by name, and forget the rows.
-
-        A name that two metrics give gets the second metric's name before it: `mine_f1`.
-
-        Raises:
-            LoraError: There are no rows, or a metric that is not built in failed.
-        """
-        results: dict[str, float] = {}
-        for name, (channel, metric) in self._metrics.items():
-            if not self._n_rows[channel]:
-                what = f"nothing to evaluate: metric `{name}` was given no rows"
-                raise LoraError(what, self._at, "is the split empty, or filtered to nothing?")
-            with self._blaming(name):
-                found = _numbers(metric.compute())
-            for key, value in found.items():
-                results[f"{Path(name).stem}_{key}" if key in results else key] = value
-        self._n_rows.clear()
-        return results
-
-    @contextlib.contextmanager
-    def _blaming(self, name: str) -> Iterator[None]:
-        """Keep stdout for data; say which metric failed, if it is not one of ours."""
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                yield
-        except Exception as error:
-            if name in _SPECS:
-                raise
-            raise LoraError(f"metric `{name}` failed: {_reason(error)}", self._at) from error
-
-
-@functools.cache
-def _builtin_class() -> Any:
-    """Return the class that runs a `MetricSpec` as an `evaluate.Metric`."""
-    import datasets
-    import evaluate
-
-    class BuiltinMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
-        def __init__(
-            self, name: str, spec: MetricSpec, context: MetricContext, **options: Any
-        ) -> None:
-            self.spec_name, self.spec, self.context = name, spec, context
-            super().__init__(**options)
-
-        def _info(self) -> Any:
-            kinds = {"label": "int64", "value": "float64", "text": "string", "nll": "float64"}
-            p = datasets.Value(kinds[self.spec.channel])
-            r = datasets.Value("int64") if self.spec.channel == "nll" else p
-            if self.spec.channel == "label" and self.context.multi_label:
-                p = r = datasets.Sequence(p)
-            # no format="numpy": it would round floats to float32
-            features = datasets.Features({"predictions": p, "references": r})
-            return evaluate.MetricInfo(description="", citation="", features=features)
-
-        def _compute(self, predictions: Rows, references: Rows) -> dict[str, float]:
-            result = self.spec.compute(predictions, references, self.context)
-            return result if isinstance(result, dict) else {self.spec_name: result}
-
-    return BuiltinMetric
-
-
-def _load(name: str, at: str, **options: Any) -> Any:
-    """Return the metric that `evaluate` knows by this name."""
-    import evaluate
-
-    path = os.path.expanduser(name) if _is_path(name) else name
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # a script may print
-            metric = evaluate.load(path, **options)
-    except Exception as error:
-        if isinstance(error, FileNotFoundError) and not _is_path(name):
-            what = f"unknown metric `{name}`: it is not built in, and `evaluate` finds none"
-            hint = did_you_mean(name, known_metrics(), noun="built in:")
-            raise LoraError(what, at, hint) from error
-        raise LoraError(f"metric `{name}` cannot be loaded: {_reason(error)}", at) from error
-    features = metric.features[0] if isinstance(metric.features, list) else metric.features
-    if set(features) != {"predictions", "references"}:
-        what = f"metric `{name}` wants {', '.join(features)}; a task yields predictions, references"
-        raise LoraError(what, at, "wrap it in a script of your own, and name that: ./my_metric.py")
-    return metric
-
-
-def _plain(
-    channel: Channel, predictions: Sequence[Any], references: Sequence[Any]
-) -> tuple[Rows, Rows]:
-    """Return rows as lists of what Arrow stores without guessing."""
-    if channel == "text":
-        return list(predictions), list(references)
-    p, r = np.asarray(predictions), np.asarray(references)
-    assert channel != "label" or (p.dtype.kind in "biu" and r.dtype.kind in "biu"), (p, r)
-    kinds = {"label": (int, int), "value": (float, float), "nll": (float, int)}[channel]
-    return p.astype(kinds[0]).tolist(), r.astype(kinds[1]).tolist()
-
-
-def _numbers(computed: Mapping[str, Any]) -> dict[str, float]:
-    """Return the single numbers of a result as plain floats, without lists (a row's, a class's)."""
-    items = {k: v.item() if getattr(v, "ndim", None) == 0 else v for k, v in computed.items()}
-    kept = {key: float(v) for key, v in items.items() if isinstance(v, numbers.Real)}
-    if not kept:
-        raise ValueError(f"it gives no single number, only {', '.join(items) or 'nothing'}")
-    return kept
-
-
-def _reason(error: Exception) -> str:
-    """Return an exception in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,132 @@
+"""Rows of JSON files: an object a line, or a list of objects."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_cli.data.lines import ENCODING_HINT, NOT_TEXT, RawRow, byte_fault, read_lines
+from lora_cli.errors import LoraError
+from lora_cli.recipe import FormatSpec
+
+JSON_NAMES: dict[type, str] = {
+    str: "a text", int: "a number", float: "a number", bool: "true or false", list: "a list",
+    dict: "an object", type(None): "null", bytes: "bytes",
+}  # fmt: skip
+
+
+def read_json(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
+    """Yield the rows of a file of JSON lines, or of one list."""
+    lines = ((n, line) for n, line in read_lines(path, spec.encoding) if line.strip())
+    first = next(lines, None)
+    if first is None:
+        return
+    if first[1].lstrip().startswith("["):
+        yield from _read_json_list(path, spec)
+        return
+    for number, line in itertools.chain([first], lines):
+        row = _json_row(line, f"{path.name}:{number}", spec)
+        if row.fault and number == first[0]:
+            _refuse_one_object(path, spec)
+        yield row
+
+
+def _json_row(line: str, place: str, spec: FormatSpec) -> RawRow:
+    if fault := byte_fault(line, spec.encoding):
+        return RawRow(None, place, fault)
+    try:
+        value = json.loads(line, object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        return RawRow(None, place, json_fault(error))
+    return _json_object(value, place)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; Python's own reading keeps the last of two equal keys, in silence."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise _RepeatedKeyError(f"the key `{twice}` stands twice")
+    return value
+
+
+class _RepeatedKeyError(ValueError):
+    """A JSON object has a key twice."""
+
+
+def json_fault(error: Exception) -> str:
+    """Return why a text is not JSON: Python's words differ between versions, and speak of code."""
+    if isinstance(error, RecursionError):
+        return "the JSON is too deep"
+    if not isinstance(error, json.JSONDecodeError):
+        return (
+            str(error)
+            if isinstance(error, _RepeatedKeyError)
+            else "not valid JSON: a number is too long"
+        )
+    rest = error.doc[error.pos :].lstrip()
+    before = error.doc[: error.pos].rstrip()
+    if error.msg == "Extra data":
+        what = f"{'a comma' if rest[0] == ',' else 'something'} stands after the row"
+    elif rest.startswith("'"):
+        what = "JSON takes double quotation marks"
+    elif not rest:
+        what = "it ends in the middle"
+    elif "string" in error.msg:
+        what = "a quotation mark is not closed"
+    elif "control character" in error.msg:
+        what = "a tab or another control character stands inside a text"
+    elif "escape" in error.msg:
+        what = "a backslash stands before what is no code"
+    elif before.endswith(",") and rest[0] in "]}":
+        what = f"a comma stands before the closing `{rest[0]}`"
+    else:
+        what = f"`{rest[0]}` stands where something else should"
+    return f"not valid JSON: {what} (column {error.colno})"
+
+
+def _json_object(value: Any, place: str) -> RawRow:
+    if not isinstance(value, dict):
+        return RawRow(None, place, f"a row is a JSON object, not {JSON_NAMES[type(value)]}")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        return RawRow(None, place, f"{half} is half of a character")
+    return RawRow(value, place)
+
+
+def _read_json_list(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
+    text = "".join(line for _, line in read_lines(path, spec.encoding))
+    if fault := byte_fault(text, spec.encoding):
+        line = NOT_TEXT.split(text, maxsplit=1)[0].count("\n") + 1
+        raise LoraError(fault, f"{path}:{line}", ENCODING_HINT)
+    try:
+        values = json.loads(text, object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
+        hint = "copy or download it again, or write the rows as lines, one object each"
+        raise LoraError(json_fault(error), place, hint) from error
+    for number, value in enumerate(values):
+        yield _json_object(value, f"{path.name}[{number}]")
+
+
+def _refuse_one_object(path: Path, spec: FormatSpec) -> None:
+    """Say so if a file whose first line is no row is, as a whole, a single object."""
+    first = next(line for _, line in read_lines(path, spec.encoding) if line.strip())
+    if not first.lstrip().startswith("{") or first.rstrip().endswith("}"):
+        return
+    try:
+        value = json.loads("".join(line for _, line in read_lines(path, spec.encoding)))
+    except (ValueError, RecursionError):
+        return
+    lists = [key for key, item in value.items() if isinstance(item, list)]
+    raise LoraError(
+        "the file is one JSON object, and not a list of rows",
+        str(path),
+        f"take the rows out: `jq -c '.{lists[0] if lists else 'rows'}[]' {path.name} > rows.jsonl`",
+    )

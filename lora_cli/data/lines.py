@@ -1,0 +1,104 @@
+"""Lines of text files, packed or not, and what says that a file is no text.
+
+Bytes that are no text of the encoding do not stop the reading: the row that holds them is at fault.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import shlex
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from lora_cli.errors import LoraError
+
+ENCODING_HINT = "if the file has another encoding, name it: `--set data.format.encoding=cp1252`"
+NOT_TEXT = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes
+HEAD_BYTES = 4096
+MAGIC = {  # of files that are not text, whatever they are called
+    b"PK\x03\x04": ("a zip archive or a spreadsheet", "save it as csv"),
+    b"PAR1": ("a parquet file", "`--set data.format.type=parquet`"),
+    b"\x1f\x8b": ("a gzip file", "let its name end in .gz"),
+    b"\xff\xfe\x00\x00": ("UTF-32 text", "`--set data.format.encoding=utf-32`"),
+    b"\xff\xfe": ("UTF-16 text", "`--set data.format.encoding=utf-16`"),
+    b"\xfe\xff": ("UTF-16 text", "`--set data.format.encoding=utf-16`"),
+}
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A row as it was read: its columns, or why it could not be read."""
+
+    columns: dict[str, Any] | None
+    place: str
+    fault: str = ""
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def read_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
+    """Yield (line number, text with its line end); bytes that are no text become surrogates."""
+    codec = encoding.lower().replace("_", "-")
+    try:
+        with _open(path) as raw:
+            head = raw.read(HEAD_BYTES)
+            if codec in ("utf-8", "utf8", "utf-8-sig"):
+                codec = "utf-8"
+                _refuse_no_text(head, path)
+            # a mark before text that is no UTF-8 is left over from a program that joined two files
+            raw.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
+            text = io.TextIOWrapper(raw, encoding=codec, errors="surrogateescape", newline="")
+            yield from enumerate(text, 1)
+    except UnicodeError as error:  # of a whole file, such as an end within a character
+        hint = "name its encoding, `--set data.format.encoding=utf-8`; `lora init` finds it out"
+        raise LoraError(f"not {encoding} text: {error.args[-1]}", str(path), hint) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> LoraError:
+    """Return what to say of a file that the system, or gzip, cannot read."""
+    if isinstance(error, gzip.BadGzipFile | EOFError | zlib.error):
+        cut = isinstance(error, EOFError)
+        what = "the gzip file is cut off" if cut else "this is no gzip file, or a damaged one"
+        hint = "copy or download it again" + ("" if cut else "; if it is plain, rename it")
+        return LoraError(what, str(path), hint)
+    reason = (getattr(error, "strerror", None) or str(error)).lower()
+    denied = isinstance(error, PermissionError)
+    hint = (
+        f"`chmod +r {shlex.quote(str(path))}` lets it be read"
+        if denied
+        else "is the path right, and the disk whole?"
+    )
+    return LoraError(f"cannot be read: {reason}", str(path), hint)
+
+
+def _refuse_no_text(head: bytes, path: Path) -> None:
+    """Refuse a file that is, by its first bytes, anything but text in UTF-8."""
+    for magic, (what, hint) in MAGIC.items():
+        if head.startswith(magic):
+            raise LoraError(
+                f"this is not UTF-8 text but {what}, by its first bytes", str(path), hint
+            )
+    zeros = head.count(0)
+    if zeros <= len(head) // 4:
+        return
+    for encoding, half in (("utf-16-le", head[1::2]), ("utf-16-be", head[0::2])):
+        if half.count(0) == zeros and zeros < len(head) * 0.75:
+            what = "this is not UTF-8 text but UTF-16, by its zero bytes"
+            raise LoraError(what, str(path), f"`--set data.format.encoding={encoding}`")
+    what = f"this is not text: {zeros} of its first {len(head)} bytes are zero"
+    raise LoraError(what, str(path), "was it copied whole?")
+
+
+def byte_fault(text: str, encoding: str) -> str:
+    """Return which byte of a text could not be decoded, or nothing."""
+    found = None if text.isascii() else NOT_TEXT.search(text)
+    return f"byte 0x{ord(found[0]) - 0xDC00:02x} is not {encoding} text" if found else ""

@@ -1,0 +1,27 @@
+"""Metrics that work without a network, and any other that `evaluate` can load."""
+
+from lora_cli.metrics.builtin import (
+    Channel,
+    MetricContext,
+    builtin_value,
+    check_metric_names,
+    is_script,
+    known_metrics,
+    metric_mode,
+    reads,
+    result_names,
+)
+from lora_cli.metrics.metric_set import MetricSet
+
+__all__ = [
+    "Channel",
+    "MetricContext",
+    "MetricSet",
+    "builtin_value",
+    "check_metric_names",
+    "is_script",
+    "known_metrics",
+    "metric_mode",
+    "reads",
+    "result_names",
+]

@@ -1,0 +1,370 @@
+"""Faults of files, rows, splits, labels and conversations."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cases import CASES, Case, case
+from world import TABLE, Printed, World
+
+CUT = gzip.compress(TABLE.encode() * 500)[:-20]
+LONG = "".join(f"{'many words and more ' * 9}{i},{i}\n" for i in range(6))
+
+# -------------------------------------------------------------------------------------- the data
+
+Make = Callable[[Path], None]
+JSON = '{"text": "a film", "label": "good"}\n'
+FILES: dict[str, tuple[str, str | bytes | Make]] = {
+    "an empty file": ("rows.csv", ""),
+    "a header and no rows": ("rows.csv", "text,label\n"),
+    "no such file": ("rows.cvs", lambda folder: None),
+    "no such file, and none like it": ("data/train.csv", lambda folder: None),
+    "a pattern that matches nothing": ("parts/*.csv", lambda folder: (folder / "parts").mkdir()),
+    "a link to nothing": ("rows.csv", lambda folder: (folder / "rows.csv").symlink_to("gone.csv")),
+    "a pipe": ("rows.csv", lambda folder: os.mkfifo(folder / "rows.csv")),
+    "a device": ("/dev/zero", lambda folder: None),
+    "a name that is too long": ("x" * 300 + ".csv", lambda folder: None),
+    "a disk's error": ("/proc/self/mem", lambda folder: None),
+    "an empty folder": ("rows", lambda folder: (folder / "rows").mkdir()),
+    "a spreadsheet": ("rows.xlsx", b"PK\x03\x04"),
+    "a file of unknown kind": ("rows.dat", TABLE),
+    "a spreadsheet called csv": ("rows.csv", b"PK\x03\x04\x14\0"),
+    "a gzip file called csv": ("rows.csv", gzip.compress(TABLE.encode())),
+    "a csv file called gz": ("rows.csv.gz", TABLE),
+    "a gzip file that is cut": ("rows.csv.gz", CUT),
+    "a csv file called parquet": ("rows.parquet", TABLE),
+    "a parquet file that is cut": ("rows.parquet", b"PAR1" + b"\0" * 99),
+    "UTF-16": ("rows.csv", TABLE.encode("utf-16")),
+    "UTF-16 without its mark": ("rows.csv", TABLE.encode("utf-16-be")),
+    "UTF-32": ("rows.csv", b"\xff\xfe\0\0" + TABLE.encode("utf-32-le")),
+    "zeros": ("rows.csv", b"\0" * 100),
+    "another encoding": ("rows.csv", "text,label\nna\xefve,good\nfine,bad\n".encode("latin-1")),
+    "two columns of a name": ("rows.csv", "text,label,text\na,b,c\n"),
+    "a header with an open quotation mark": ("rows.csv", 'text,"label\na,b\n'),
+    "another delimiter": ("rows.csv", TABLE.replace(",", ";")),
+    "another column": ("rows.csv", TABLE.replace("text", "txet", 1)),
+    "too few and too many fields": ("rows.csv", TABLE + "one\nwell, yes,good\n"),
+    "an open quotation mark": ("rows.csv", TABLE + '"never closed,good\nfine,bad\n'),
+    "blank and missing values": ("rows.jsonl", JSON + '{"text": " ", "label": "a"}\n'
+        '{"text": "\u200b", "label": "a"}\n{"text": NaN, "label": "a"}\n{"label": "a"}\n'),
+    "values of other types": ("rows.jsonl", JSON + '{"text": [], "label": "a"}\n'
+        '{"text": {}, "label": "a"}\n{"text": true, "label": "a"}\n{"text": "a", "label": []}\n'),
+    "lines that are no JSON": ("rows.jsonl", JSON + '{"text": "a", "lab\n{"text": "a",\n'
+        + JSON.strip() + ",\n" + JSON.strip() + " {}\n{'text': 'a'}\n" + '{"text": "a",}\n'
+        '{"text" "a"}\n{"text": "\\x"}\n{"text": "a\tb"}\n{"text": ' + "9" * 5000 + "}\n"),
+    "lines that are no objects": ("rows.jsonl", '["a"]\n'.replace("[", " {").replace("]", ": 1}")
+        + '"a"\n3\nnull\ntrue\n' + "[" * 100_000 + "\n"),
+    "a key twice in a line": ("rows.jsonl", JSON + '{"text": "a", "text": "b", "label": "a"}\n'),
+    "half of a character in a line": ("rows.jsonl", JSON + '{"text": "\\ud800", "label": "a"}\n'),
+    "a list that is cut": ("rows.json", "[" + JSON.strip() + ",\n" + JSON.strip()),
+    "a list in another encoding": ("rows.json", '[\n{"text": "na\xefve"}]'.encode("latin-1")),
+    "an object for a list": ("rows.json", '{"data":\n[' + JSON.strip() + "]\n}"),
+    "many bad rows": ("rows.csv", TABLE + "one\n" * 15),
+}  # fmt: skip
+
+
+def _data(name: str, content: Any, sections: Any, *flags: str) -> Callable[[World], Printed]:
+    def run(world: World) -> Printed:
+        if callable(content):
+            content(world.folder)
+            world.write("rows.csv", TABLE) if name == "rows.cvs" else None
+        else:
+            world.write(name, content)
+        recipe = world.recipe(**{"data": {"path": name}, **sections})
+        return world.lora("validate", recipe, *flags)
+
+    return run
+
+
+for _name, (_file, _content) in FILES.items():
+    CASES.append(Case("Files and rows", _name, _data(_file, _content, {})))
+
+DATA: dict[str, dict[str, Any]] = {
+    "UTF-8 that is called UTF-16": {"format": {"encoding": "utf-16"}},
+    "other names for the columns": {"format": {"columns": ["a", "b", "c"]}},
+    "a slice that is none": {"train": "rows.csv[80]"},
+    "a slice without rows": {"train": "rows.csv[5:5]"},
+    "a split that is not there": {"path": "rows.csv", "test": "test"},
+    "a folder without the split": {"path": ".", "train": "training", "test": "final"},
+    "a draw from no split": {"path": "rows.csv", "validation": {"from": "dev", "fraction": 0.1}},
+    "a draw that leaves nothing": {"path": "rows.csv", "validation": {"fraction": 0.001}},
+    "a draw by another column": {
+        "path": "rows.csv", "validation": {"fraction": 0.5, "group_by": "user"},
+    },
+    "a split column that is not there": {"path": "rows.csv", "split_column": "part"},
+    "a split column without the split": {"path": "rows.csv", "split_column": "label"},
+    "a leak": {"path": "rows.csv", "test": "rows.csv"},
+    "a Hub data set that is not there": {"name": "nobody/nothing"},
+}  # fmt: skip
+for _name, _section in DATA.items():
+    _show = ["--data"] if _name == "a leak" else []
+    _made = {"data": _section if {"path", "name"} & set(_section) else {"path": ".", **_section}}
+    if _name.startswith(("UTF-8", "other")):
+        _made = {"data": {"path": "rows.csv", **_section}}
+    CASES.append(Case("Splits", _name, _data("rows.csv", TABLE, _made, *_show)))
+
+
+@case("Splits", "only rows that cannot be read")
+def _(world: World) -> Printed:
+    world.write("rows.csv", "text,label\none\ntwo\n")
+    return world.lora("validate", world.recipe(), "--set", "data.on_bad_row=skip")
+
+
+@case("Splits", "only rows that cannot be used")
+def _(world: World) -> Printed:
+    world.write("rows.csv", "text,label\n,a\n,b\n")
+    return world.lora("validate", world.recipe(), "--set", "data.on_bad_row=skip")
+
+
+@case("Splits", "a bad row of a stream")
+def _(world: World) -> Printed:
+    world.write("rows.csv", "text,label\na,good\none\n")
+    data = {"path": "rows.csv", "streaming": True}
+    return world.lora("train", world.recipe(data=data, task={"labels": ["bad", "good"]}))
+
+
+@case("Splits", "a stream without the split")
+def _(world: World) -> Printed:
+    world.write("rows.csv", TABLE)
+    data = {"path": "rows.csv", "split_column": "label", "streaming": True}
+    return world.lora("train", world.recipe(data=data, task={"labels": ["bad", "good"]}))
+
+
+@case("Splits", "a folder that may not be looked into")
+def _(world: World) -> Printed:
+    world.recipe()
+    os.chmod(world.folder, 0o755)
+    with _as_nobody(world, "rows.csv"):
+        return world.lora("validate", "recipe.yaml")
+
+
+@contextmanager
+def _as_nobody(world: World, name: str) -> Iterator[None]:
+    """Take away the right to read a file, also from root, who has every right."""
+    file = world.folder / name
+    mode = file.stat().st_mode
+    file.chmod(0)
+    is_root = os.geteuid() == 0
+    folders = [world.folder, *world.folder.parents]
+    closed = [f for f in folders if is_root and not f.stat().st_mode & 0o001]
+    modes = {folder: folder.stat().st_mode for folder in closed}
+    for folder in closed:
+        folder.chmod(modes[folder] | 0o011)
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        for folder, before in modes.items():
+            folder.chmod(before)
+        file.chmod(mode)
+
+
+# ---------------------------------------------------------------------------------------- labels
+
+
+def _lines(*labels: Any) -> str:
+    return "".join(json.dumps({"text": f"film {i}", "label": label}) + "\n"
+                   for i, label in enumerate(labels))  # fmt: skip
+
+
+TWO = {"labels": ["bad", "good"]}
+MANY = {"problem": "multi_label"}
+NUMBER = {"problem": "regression"}
+LABELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "unknown": (_lines("bad", "good", "godo", "godo", "ugly"), TWO),
+    "unknown, as other letters": (_lines("Bad", "good"), TWO),
+    "positions that are not there": (_lines(0, 1, 2, -1), TWO),
+    "a fraction for a position": (_lines(0.0, 1.0, 0.5), TWO),
+    "many that are unknown": (_lines("bad", *(f"x{i}" for i in range(15))), TWO),
+    "one only": (_lines("good", "good", " good "), {}),
+    "as many as rows": (_lines(*(f"id {i}" for i in range(60))), {}),
+    "blank": (_lines("good", None, "", " ", float("nan"), "bad"), {}),
+    "lists": (_lines("good", ["bad"], {"a": 1}), {}),
+    "none of many": (_lines([], []), MANY),
+    "a blank among many": (_lines(["a"], ["b", None]), MANY),
+    "text for many": (_lines(["a"], "b,c"), MANY),
+    "no list of many": (_lines(["a"], None), MANY),
+    "no number": (_lines(1, "one", None, [1], True, "1,5", "1_0", float("inf"), "1e99"), NUMBER),
+    "a weight of no label": (_lines("good", "bad"), {"class_weights": {"godo": 2.0, "bad": -1.0}}),
+}
+for _name, (_content, _task) in LABELS.items():
+    CASES.append(Case("Labels", _name, _data("rows.jsonl", _content, {"task": _task})))
+
+
+@case("Labels", "only in validation")
+def _(world: World) -> Printed:
+    world.write("dev.jsonl", _lines("good", "never seen"))
+    recipe = world.recipe(data={"train": "./rows.csv", "validation": "./dev.jsonl"})
+    world.write("rows.csv", TABLE)
+    return world.lora("validate", recipe)
+
+
+@case("Labels", "columns of 0 and 1")
+def _(world: World) -> Printed:
+    marks = [(1, 0), (0, 1), (1, 1), (0, 0), (2, 0), (None, 1), ("yes", 0)]
+    world.write("rows.jsonl", "".join(
+        json.dumps({"text": f"film {i}", "a": a, "b": b}) + "\n" for i, (a, b) in enumerate(marks)
+    ))  # fmt: skip
+    return world.lora("validate", world.recipe(
+        data={"path": "rows.jsonl"}, task={"label_columns": ["a", "b"]}))  # fmt: skip
+
+
+@case("Labels", "columns that are not there")
+def _(world: World) -> Printed:
+    return world.lora("validate", world.recipe(task={"label_columns": ["bad", "good"]}))
+
+
+@case("Labels", "that a stream cannot know")
+def _(world: World) -> Printed:
+    world.write("rows.csv", TABLE)
+    return world.lora("train", world.recipe(data={"path": "rows.csv", "streaming": True}))
+
+
+# ------------------------------------------------------------------------------- language models
+
+PAIR = {"prompt_column": "prompt", "completion_column": "answer", "text_column": ...}
+TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+FINE = json.dumps({"messages": [{"role": "user", "content": "hi"},
+                                {"role": "assistant", "content": "yes"}]}) + "\n"  # fmt: skip
+TWICE = json.dumps({"messages": json.loads(FINE)["messages"] * 2}) + "\n"
+
+
+def _chat(rows: str, template: str | None, **task: Any) -> Callable[[World], Printed]:
+    def run(world: World) -> Printed:
+        world.write("rows.jsonl", rows)
+        keys = {"messages_column": "messages", "text_column": ...}
+        if template is not None:
+            keys["chat_template"] = world.write("chat.jinja", template)
+        recipe = world.recipe("llama", data={"path": "rows.jsonl"}, task={**keys, **task})
+        return world.lora("validate", recipe)
+
+    return run
+
+
+CHATS: dict[str, tuple[str, str | None]] = {
+    "no chat template": (FINE, None),
+    "a template that is no Jinja": (FINE, "{% for %}"),
+    "a template that refuses": (FINE, "{{ raise_exception('roles must alternate') }}"),
+    "a template that rewrites turns": (
+        TWICE, "{% for m in messages %}{{ loop.length }} {{ m.content }} {% endfor %}"
+    ),
+    "a template that leaves the answers out": (FINE, "{{ messages[0].content }}"),
+    "conversations that are none": ('{"messages": []}\n{"messages": "hi"}\n{"messages": [1]}\n'
+        '{"messages": [{"role": "user"}]}\n{"messages": [{"from": "human", "value": "hi"}]}\n'
+        '{"messages": [{"role": "user", "content": 3}]}\n'
+        '{"messages": [{"role": "user", "content": "hi"}]}\n', TURNS),
+}  # fmt: skip
+for _name, (_rows, _template) in CHATS.items():
+    CASES.append(Case("Language models", _name, _chat(_rows, _template)))
+CASES.append(Case("Language models", "speakers that are not known", _chat(
+    '{"messages": [{"from": "nobody", "value": "hi"}]}\n{"messages": [{"from": "human"}]}\n',
+    TURNS, format="sharegpt")))  # fmt: skip
+CASES.append(
+    Case("Language models", "no such template", _chat(FINE, None, chat_template="x.jinja"))
+)
+
+
+@case("Language models", "prompts that leave nothing to train")
+def _(world: World) -> Printed:
+    world.write("rows.csv", "prompt,answer\n" + LONG)
+    return world.lora("train", world.recipe("llama", task=PAIR))
+
+
+@case("Language models", "a padding token that is not there")
+def _(world: World) -> Printed:
+    return world.lora("validate", world.recipe("llama", task={"pad_token": "<nothing>"}))
+
+
+@case("Language models", "a padding token that is not there, for labels")
+def _(world: World) -> Printed:
+    return world.lora("train", world.recipe(task={"pad_token": "<nothing>"}))
+
+
+@case("Language models", "metrics of answers without prompts")
+def _(world: World) -> Printed:
+    return world.lora("validate", world.recipe("llama", evaluate={"metrics": ["exact_match"]}))
+
+
+@case("Language models", "metrics of answers where all is trained")
+def _(world: World) -> Printed:
+    world.write("rows.jsonl", FINE)
+    world.write("chat.jinja", TURNS)
+    task = {"messages_column": "messages", "text_column": ..., "chat_template": "chat.jinja"}
+    return world.lora("validate", world.recipe(
+        "llama", data={"path": "rows.jsonl"}, task={**task, "train_on": "all"},
+        evaluate={"metrics": ["exact_match"]}))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ a recipe from data
+
+INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
+    "an empty file": ("rows.csv", "", ()),
+    "a file that is not there": ("", "", ()),
+    "a folder": ("folder/rows.csv", TABLE, ()),
+    "a gzip file that is cut": ("rows.csv.gz", CUT, ()),
+    "only rows that cannot be read": ("rows.jsonl", '{"a"\n{"b"\n', ()),
+    "more bad rows than good ones": ("rows.jsonl", JSON + '{"a"\n{"b"\n', ()),
+    "no such column": ("rows.csv", TABLE, ("--text", "txet")),
+    "no column of text": ("rows.csv", "a,b\n" + "1,2\n" * 9, ()),
+    "two columns that may be the text": (
+        "rows.csv",
+        "one,two\n" + "".join(f"a long text {i} of some words,another text {i} of words\n"
+                              for i in range(30)), ()),
+    "two columns that may be the label": (
+        "rows.csv",
+        "text,kind,sort\n" + "".join(f"a long text {i} of some words,{'ab'[i % 2]},{'xyz'[i % 3]}\n"
+                                     for i in range(30)), ()),
+    "no label for an encoder": (
+        "rows.txt", "".join(f"a long text {i} of some words\n" for i in range(30)), ()),
+    "a label that holds something else": (
+        "rows.jsonl", '{"text": "a film", "label": {"a": 1}}\n' * 9, ("--label", "label")),
+    "a label of one value": ("rows.csv", TABLE.replace("bad", "good"), ("--label", "label")),
+    "a label of many values": (
+        "rows.csv", "text,label\n" + "".join(f"a text {i},value {i}\n" for i in range(60)),
+        ("--label", "label")),
+    "tokens with tags": (
+        "rows.txt", "".join(f"word{i} {'O' if i % 3 else 'B-place'}\n" for i in range(40)), ()),
+    "files of pictures": (
+        "rows.csv", "image,label\n" + "".join(f"img/{i}.png,{'ab'[i % 2]}\n" for i in range(30)),
+        ()),
+}  # fmt: skip
+
+
+def _init(name: str, content: str | bytes, flags: tuple[str, ...]) -> Callable[[World], Printed]:
+    def run(world: World) -> Printed:
+        source = name or "nowhere.csv"
+        if name:
+            world.write(name, content)
+        source = "folder" if name.startswith("folder") else source
+        return world.lora("init", source, "--model", "../bases/encoder", *flags)
+
+    return run
+
+
+for _name, (_file, _content, _flags) in INIT.items():
+    CASES.append(Case("lora init", _name, _init(_file, _content, _flags)))
+
+
+def _init_of(model: str, *flags: str) -> Callable[[World], Printed]:
+    def run(world: World) -> Printed:
+        world.recipe()
+        world.write("bad/config.json", "{")
+        return world.lora("init", "rows.csv", "--model", model, *flags)
+
+    return run
+
+
+CASES.append(Case("lora init", "over a recipe", _init_of("../bases/encoder")))
+CASES.append(Case("lora init", "into no folder", _init_of("../bases/encoder", "-o", "no/r.yaml")))
+CASES.append(Case("lora init", "with no such model", _init_of("../bases/encodre", "-o", "r.yaml")))
+CASES.append(Case("lora init", "with a model that cannot be read", _init_of("bad", "-o", "r.yaml")))
+CASES.append(Case("lora init", "with a folder without a model", _init_of(".", "-o", "r.yaml")))

@@ -1,0 +1,243 @@
+"""Every message that a user can get, from faults that are made for real, and all in one place.
+
+LORA_UPDATE_GOLDEN=1 writes tests/golden/messages.md anew; the commit says why it changed. Read it.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cases_data  # noqa: F401 - they fill CASES
+import cases_recipes  # noqa: F401
+import cases_runs  # noqa: F401
+import datasets
+import pytest
+import tiny
+from cases import CASES
+from world import Printed, World
+
+from lora_cli import errors
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "messages.md"
+TITLE = """\
+# Messages
+
+What is printed for every fault that a user can make, from faults that tests make for real.
+`LORA_UPDATE_GOLDEN=1 pytest tests/faults/test_messages.py` writes it: change the code, not this.
+"""
+CLASSES = {"Problem"} | {
+    name for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, errors.LoraError)
+}  # fmt: skip
+# what other libraries and the system say differs between versions and machines
+MASKS = [
+    (r"(cannot load the (?:configuration|tokenizer|weights|architecture) of `[^`]*`: ).*", r"\1…"),
+    (r"(cannot load (?:the adapter )?`[^`]*`: ).*", r"\1…"),
+    (r"(the parquet file is cut off or damaged: ).*", r"\1…"),
+    (r"(metric `[^`]*` cannot be loaded: \w+).*", r"\1…"),
+    (r"(the chat template refuses the conversation: Expected).*", r"\1…"),
+    (r"(not a whole safetensors file: ).*", r"\1…"),
+    (r"(cannot read the model: ).*", r"\1…"),
+    (r"(is no address: ).*", r"\1…"),
+    (r"(not valid JSON: Exp).*", r"\1…"),
+]
+
+# places in the code whose messages no case here makes, and why
+CONV = "no task has convolutions yet; tests/test_folder.py"
+SEVERAL = "needs several processes; tests/test_distributed.py"
+MIRROR = "waits six seconds before it gives up, or needs a crash; tests/test_loop.py"
+REST: dict[str, str] = {
+    "adapters/loading.py:_check_plain": "an adapter on tied weights; tests/test_folder.py",
+    "adapters/lora.py:delta_weight": CONV,
+    "adapters/lora.py:check_groups": CONV,
+    "adapters/targets.py:groups_problem": CONV,
+    "arguments.py:usage_error": "what a later Typer may say",
+    "cli.py:_known_error": "a full disk behind stdout (test_commands.py), memory, a GPU's memory",
+    "files.py:require_space": "needs a disk that is nearly full",
+    "merging.py:merge_adapter": "a fault of ours: merging is proved; tests/test_merging.py",
+    "metrics.py:_perplexity": "a guard: a split without trained tokens is refused before",
+    "metrics.py:compute": "a guard: an empty split is refused before",
+    "metrics.py:check_metric_names": "needs an environment without sacrebleu",
+    "prediction.py:answer_file": "printed as warnings, with exit code 0; tests/test_prediction.py",
+    "reporting/report.py:read_metrics_log": "a log that is damaged while its run goes on",
+    "tasks/causal_lm.py:load_processor": "needs a tokenizer that is not fast",
+    "tasks/causal_lm.py:check_packing": "needs a model without positions; tests/test_causal_lm.py",
+    "tasks/causal_lm.py:_question": "printed as a warning; tests/test_prediction.py",
+    "tasks/labels.py:learn": "needs a data set of the Hub whose own labels repeat",
+    "training/launch.py:start_accelerator": SEVERAL,
+    "training/mirror.py:put": MIRROR,
+    "training/mirror.py:get": MIRROR,
+    "training/resources.py:out_of_memory": "needs a machine whose memory is full",
+    "training/saving.py:settle": "needs a crash between two files",
+}
+AREAS = [
+    "Arguments", "Recipes", "Keys that do not go together", "Overrides", "Files and rows", "Splits",
+    "Labels", "Language models", "lora init", "Models", "Targets", "Metrics", "Adapters",
+    "Starting from an adapter", "Training", "Evaluation", "Prediction", "Merging",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the code that makes an error or a problem."""
+
+    file: str
+    function: str
+    first: int
+    last: int
+
+
+def sites() -> list[Site]:
+    """Return every call of `Problem`, `LoraError` or one of its classes in the package."""
+    found = []
+
+    def walk(node: ast.AST, file: str, function: str) -> None:
+        if isinstance(node, ast.FunctionDef):
+            function = node.name
+        name = node.func if isinstance(node, ast.Call) else None
+        if isinstance(node, ast.Call) and isinstance(name, ast.Name) and name.id in CLASSES:
+            found.append(Site(file, function, node.lineno, node.end_lineno or node.lineno))
+        for child in ast.iter_child_nodes(node):
+            walk(child, file, function)
+
+    for path in sorted((ROOT / "lora_cli").rglob("*.py")):
+        file = path.relative_to(ROOT / "lora_cli").as_posix()
+        if file != "errors.py":
+            walk(ast.parse(path.read_text(encoding="utf-8")), file, "")
+    return found
+
+
+class Recorder:
+    """Notes the lines from which errors and problems are made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lines: set[tuple[str, int]] = set()
+        for kind in (errors.Problem, errors.LoraError, errors.InterruptedRun):
+            self._watch(kind, monkeypatch)
+
+    def _watch(self, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = kind.__init__
+
+        def noting(made: Any, *arguments: Any, **options: Any) -> None:
+            frame = sys._getframe(1)
+            file = frame.f_code.co_filename.partition("lora_cli/")[2]
+            self.lines.add((file, frame.f_lineno))
+            before(made, *arguments, **options)
+
+        monkeypatch.setattr(kind, "__init__", noting)
+
+    def hit(self, site: Site) -> bool:
+        return any((site.file, line) in self.lines for line in range(site.first, site.last + 1))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a case printed."""
+
+    area: str
+    name: str
+    arguments: tuple[str, ...]
+    printed: Printed
+
+    def __str__(self) -> str:
+        command = " ".join(map(_quoted, self.arguments))
+        about = f"{self.name}: " if self.name else ""
+        text = self.printed.message.strip()
+        for pattern, shown in MASKS:
+            text = re.sub(pattern, shown, text)
+        return f"{about}exit code {self.printed.code}\n```\n$ lora {command}\n{text}\n```\n"
+
+
+def _quoted(argument: str) -> str:
+    text = errors.printable(argument)
+    return f"$'{text}'" if text != argument else shlex.quote(argument)
+
+
+class Watched(World):
+    """A world that remembers the last command."""
+
+    arguments: tuple[str, ...] = ()
+
+    def lora(self, *arguments: str) -> Printed:
+        self.arguments = arguments
+        return super().lora(*arguments)
+
+
+@pytest.fixture(scope="module")
+def monkey() -> Iterator[pytest.MonkeyPatch]:
+    patch = pytest.MonkeyPatch()
+    yield patch
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def everything(
+    tmp_path_factory: pytest.TempPathFactory, monkey: pytest.MonkeyPatch
+) -> tuple[list[Result], Recorder]:
+    """Run all cases, each in a folder of its own beside the base models."""
+    top = tmp_path_factory.mktemp("messages")
+    monkey.setattr(datasets.config, "HF_DATASETS_CACHE", top / "cache")
+    bases = top / "bases"
+    tiny.save_encoder(bases / "encoder")
+    tiny.save_llama(bases / "llama")
+    first = World(top / "first", bases)
+    recipe = first.recipe(task={"labels": ["bad", "good"]})
+    assert first.lora("train", recipe, "-o", "../bases/trained").code == 0
+    recorder = Recorder(monkey)
+    results = []
+    for number, case in enumerate(CASES):
+        world = Watched(top / f"case{number}", bases)
+        printed = case.run(world)
+        results.append(Result(case.area, case.name, world.arguments, printed))
+    return results, recorder
+
+
+def page(results: list[Result]) -> str:
+    parts = [TITLE]
+    assert {result.area for result in results} == set(AREAS)
+    for area in AREAS:
+        parts.append(f"\n## {area}\n")
+        parts += [f"\n{result}" for result in results if result.area == area]
+    return "".join(parts)
+
+
+def test_the_messages_are_the_golden_ones(everything: tuple[list[Result], Recorder]) -> None:
+    text = page(everything[0])
+    if os.environ.get("LORA_UPDATE_GOLDEN"):
+        GOLDEN.write_text(text, encoding="utf-8")
+    wanted = GOLDEN.read_text(encoding="utf-8")
+    changed = list(difflib.unified_diff(wanted.splitlines(), text.splitlines(), lineterm="", n=2))
+    assert not changed, "\n".join(changed)
+
+
+def test_every_message_says_what_where_and_how_to_mend_it(
+    everything: tuple[list[Result], Recorder],
+) -> None:
+    poor = []
+    for result in everything[0]:
+        text = result.printed.message.strip()
+        last = text.rpartition("error: ")[2]  # several of a kind share their place and hint
+        where = "\n  at " in last or "everything is saved" in last
+        well = text.startswith("error: ") and where and "\nhint: " in last
+        if result.printed.code not in (2, 3, 4, 5, 6) or not well or "Traceback" in text:
+            poor.append(str(result))
+    assert not poor, "\n".join(poor)
+
+
+def test_every_message_of_the_code_is_met(everything: tuple[list[Result], Recorder]) -> None:
+    missed = [site for site in sites() if not everything[1].hit(site)]
+    keys = {f"{site.file}:{site.function}" for site in missed}
+    new = [f"{s.file}:{s.first} in {s.function}" for s in missed
+           if f"{s.file}:{s.function}" not in REST]  # fmt: skip
+    assert not new, "add a case in tests/faults/cases_*.py for\n" + "\n".join(new)
+    assert set(REST) <= keys, f"these are met now: {sorted(set(REST) - keys)}"

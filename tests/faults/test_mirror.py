@@ -1,0 +1,178 @@
+"""A machine goes away with its disk; another goes on from the mirror, as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from killing import Kill, Nursery, measure
+from runs import assert_same_run
+
+from lora_cli.files import verify_manifest
+from lora_cli.training.checkpoints import checkpoints
+
+
+@pytest.fixture(scope="module")
+def nest() -> Iterator[Nursery]:
+    with Nursery() as nursery:
+        yield nursery
+
+
+class Whole(NamedTuple):
+    """A run that was left alone."""
+
+    recipe: Path
+    out: Path
+
+
+@pytest.fixture(scope="module")
+def whole(nest: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    recipe, _, _ = measure(nest, folder, "accumulation, dropout")
+    return Whole(recipe, folder / "whole")
+
+
+def said(out: Path) -> str:
+    text = Path(f"{out}.0.log").read_text()
+    assert "Traceback" not in text
+    return text
+
+
+def whole_ones(mirror: Path) -> list[str]:
+    """Return the folders of a mirror that have their manifest, and agree with it."""
+    return sorted(
+        folder.name
+        for folder in mirror.iterdir()
+        if (folder / "manifest.json").exists() and verify_manifest(folder)
+    )
+
+
+@pytest.mark.parametrize("form", ["{}", "file://{}", "local://{}"])
+def test_an_empty_machine_goes_on(nest: Nursery, whole: Whole, tmp_path: Path, form: str) -> None:
+    sets = [f"checkpoint.mirror={form.format(tmp_path / 'mirror')}"]
+    out = tmp_path / "out"
+    kill = Kill(0.0, "save", 5)
+    assert nest.run(whole.recipe, out, kill=kill, sets=sets) == [-signal.SIGKILL]
+    assert whole_ones(tmp_path / "mirror") == ["step-000009", "step-000012"]
+    shutil.rmtree(out)
+    assert nest.run(whole.recipe, out, sets=sets) == [0]
+    assert "restored step-000012 from" in said(out)
+    assert_same_run(whole.out, out)
+    assert "final" in whole_ones(tmp_path / "mirror")
+
+
+def test_a_complete_run_is_found_complete(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
+    sets = [f"checkpoint.mirror={tmp_path / 'mirror'}"]
+    out = tmp_path / "out"
+    assert nest.run(whole.recipe, out, sets=sets) == [0]
+    files = {p.relative_to(out) for p in out.rglob("*") if p.is_file()}
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "mirror").rglob("*")}
+    shutil.rmtree(out)
+    Path(f"{out}.0.log").unlink()
+    assert nest.run(whole.recipe, out, sets=sets) == [0]
+    assert "restored final" in said(out)
+    assert "trained" not in said(out)
+    kept = {f for f in files if f.parts[0] != "checkpoints"}
+    assert {p.relative_to(out) for p in out.rglob("*") if p.is_file()} == kept
+    assert verify_manifest(out)
+    assert (out / "report.json").read_bytes()
+    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "mirror").rglob("*")}
+    assert before == after  # and nothing is copied again
+
+
+@pytest.mark.parametrize("number", [1, 2, 6, 11])
+def test_a_machine_that_dies_in_the_middle_of_copying(
+    nest: Nursery, whole: Whole, tmp_path: Path, number: int
+) -> None:
+    """Before the n-th file of the second checkpoint: the first is whole, and is gone on from."""
+    sets = [f"checkpoint.mirror={tmp_path / 'mirror'}"]
+    out = tmp_path / "out"
+    per_checkpoint = count_of_files(nest, whole, tmp_path)
+    kill = Kill(0.0, "upload", per_checkpoint + number)
+    assert nest.run(whole.recipe, out, kill=kill, sets=sets) == [-signal.SIGKILL]
+    assert whole_ones(tmp_path / "mirror") == ["step-000003"]
+    part = tmp_path / "mirror" / "step-000006"
+    assert sum(path.is_file() for path in part.rglob("*")) == number - 1
+    shutil.rmtree(out)
+    assert nest.run(whole.recipe, out, sets=sets) == [0]
+    assert "step-000006" in said(out).split("restored")[0]  # what is passed over is named
+    assert "restored step-000003" in said(out)
+    assert_same_run(whole.out, out)
+
+
+def count_of_files(nest: Nursery, whole: Whole, tmp_path: Path) -> int:
+    """Return how many files are copied with a checkpoint: the next begins after so many."""
+    mirror, out = tmp_path / "counted", tmp_path / "counting"
+    kill = Kill(0.0, "save", 2)
+    nest.run(whole.recipe, out, kill=kill, sets=[f"checkpoint.mirror={mirror}"])
+    files = [p for p in (mirror / "step-000003").rglob("*") if p.is_file()]
+    return len(files) - 1  # the manifest comes by another call
+
+
+def test_a_damaged_copy_is_passed_over_by_name(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
+    mirror, out = tmp_path / "mirror", tmp_path / "out"
+    sets = [f"checkpoint.mirror={mirror}"]
+    kill = Kill(0.0, "save", 5)
+    assert nest.run(whole.recipe, out, kill=kill, sets=sets) == [-signal.SIGKILL]
+    shutil.rmtree(out)
+    weights = mirror / "step-000012" / "checkpoint" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    assert nest.run(whole.recipe, out, sets=sets) == [0]
+    assert "step-000012" in said(out)
+    assert "passed over" in said(out)
+    assert "restored step-000009" in said(out)
+    assert_same_run(whole.out, out)
+
+
+def test_a_machine_that_dies_while_it_restores_begins_again(
+    nest: Nursery, whole: Whole, tmp_path: Path
+) -> None:
+    mirror, out = tmp_path / "mirror", tmp_path / "out"
+    sets = [f"checkpoint.mirror={mirror}"]
+    kill = Kill(0.0, "save", 5)
+    assert nest.run(whole.recipe, out, kill=kill, sets=sets) == [-signal.SIGKILL]
+    shutil.rmtree(out)
+    for times in (1, 2, 4):
+        kill = Kill(0.0, "restore", times)
+        assert nest.run(whole.recipe, out, kill=kill, sets=sets) == [-signal.SIGKILL]
+        assert checkpoints(out) == []
+    assert nest.run(whole.recipe, out, sets=sets) == [0]
+    assert "restored step-000012" in said(out)
+    assert_same_run(whole.out, out)
+
+
+def test_a_mirror_that_cannot_be_written_is_found_before_training(
+    nest: Nursery, whole: Whole, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    out = tmp_path / "out"
+    sets = [f"checkpoint.mirror={tmp_path / 'file' / 'inside'}"]
+    assert nest.run(whole.recipe, out, sets=sets) == [5]
+    assert "cannot write to" in said(out)
+    assert "checkpoint.mirror" in said(out)
+    assert nest.run(whole.recipe, tmp_path / "a", sets=["checkpoint.mirror=nonesuch://b"]) == [2]
+    assert "nonesuch" in said(tmp_path / "a")
+
+
+def test_a_mirror_that_fails_for_a_while_costs_nothing(
+    nest: Nursery, whole: Whole, tmp_path: Path
+) -> None:
+    """It is said, training goes on, and the next checkpoint is copied again."""
+    mirror, out = tmp_path / "mirror", tmp_path / "out"
+    gone = ["checkpoint.every_steps=6", f"checkpoint.mirror={mirror}"]
+    mirror.mkdir()
+    (mirror / "step-000006").write_text("in the way")
+    os.chmod(mirror / "step-000006", 0o400)
+    assert nest.run(whole.recipe, out, sets=gone) == [0]
+    assert {"step-000018", "step-000024", "final"} <= set(whole_ones(mirror))
+    assert_same_run(whole.out, out)
+    report = json.loads((out / "report.json").read_text())
+    assert report["training"]["steps"] == 24

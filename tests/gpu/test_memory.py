@@ -1,0 +1,146 @@
+"""A GPU's memory that ends, and micro-batches that are fitted to what there is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from test_precision import pytestmark as on_a_gpu
+from test_precision import recipe, train
+
+from lora_cli.errors import ResourceError
+from lora_cli.training import loop
+from lora_cli.training.checkpoints import load_checkpoint
+
+pytestmark = on_a_gpu
+LARGE = ("train.micro_batch_size=65536", "train.gradient_accumulation_steps=1",
+         "train.max_steps=6", "data.check.near_duplicates=false")  # fmt: skip
+
+
+@contextmanager
+def little_left(mib: int) -> Iterator[None]:
+    """Take the GPU's memory but for so many MiB, as another process would."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    ballast = torch.empty(max(free - mib * 2**20, 0), dtype=torch.uint8, device="cuda")
+    try:
+        yield
+    finally:
+        del ballast
+        torch.cuda.empty_cache()
+
+
+def many_rows(tmp_path: Path, count: int = 20_000) -> str:
+    file = tmp_path / "many.jsonl"
+    words = ["fine great lovely", "poor awful sad"]
+    file.write_text("".join(
+        json.dumps({"text": f"{words[i % 2]} " * 6 + str(i), "label": i % 2}) + "\n"
+        for i in range(count)
+    ))  # fmt: skip
+    return f"data.train={file}"
+
+
+def test_memory_that_ends_in_a_step_is_said_with_flags_that_help(tmp_path: Path) -> None:
+    sets = [*LARGE, many_rows(tmp_path), "data.validation=null", "checkpoint.every_steps=1"]
+    with little_left(1200):
+        with pytest.raises(ResourceError, match="the GPU's memory is full while training") as error:
+            train(recipe(tmp_path, *sets))
+        assert error.value.exit_code == 5
+        hint = str(error.value.problems[0].hint)
+        while "train.micro_batch_size=" in hint:  # do as it says until it fits
+            flags = hint[hint.index("`") + 1 : hint.index("` (the same")].split("--set ")[1:]
+            sets += [flag.strip() for flag in flags]
+            try:
+                report = train(recipe(tmp_path, *sets), resume=True)
+                break
+            except ResourceError as again:
+                hint = str(again.problems[0].hint)
+    assert report["training"]["steps"] == 6
+    assert report["training"]["examples_per_step"] == 65536
+
+
+def test_memory_that_ends_later_leaves_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process takes the memory after the second step; the run goes on when it is gone."""
+    sets = ["train.max_steps=6", "checkpoint.every_steps=1", many_rows(tmp_path),
+            "data.validation=null", "train.micro_batch_size=4096"]  # fmt: skip
+    train(recipe(tmp_path, *sets, output="whole"))
+    real, taken = loop.train_step, []
+
+    def crowded(*arguments: object) -> object:
+        if len(taken) == 2:
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info()
+            taken.append(torch.empty(free - 32 * 2**20, dtype=torch.uint8, device="cuda"))
+        else:
+            taken.append(torch.empty(0))
+        return real(*arguments)  # type: ignore[arg-type]  # as they were given
+
+    monkeypatch.setattr(loop, "train_step", crowded)
+    with pytest.raises(ResourceError, match="go on from step 2"):
+        train(recipe(tmp_path, *sets))
+    taken.clear()
+    torch.cuda.empty_cache()
+    monkeypatch.setattr(loop, "train_step", real)
+    train(recipe(tmp_path, *sets), resume=True)
+    ours, theirs = (tmp_path / name / "adapter_model.safetensors" for name in ("out", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_the_largest_micro_batch_that_fits_is_found(tmp_path: Path) -> None:
+    rows = many_rows(tmp_path)
+    sets = [rows, "data.validation=null", "train.max_steps=4", "train.micro_batch_size=auto",
+            "train.examples_per_step=16384", "train.gradient_accumulation_steps=1",
+            "checkpoint.every_steps=1", "data.check.near_duplicates=false"]  # fmt: skip
+    with little_left(1500):
+        report = train(recipe(tmp_path, *sets))
+        found = load_checkpoint(tmp_path / "out")
+        assert found is not None
+        micro = found[1].memory["micro_batch_size"]
+        assert 64 < micro < 16384  # all of a step do not fit
+        assert report["training"]["examples_per_step"] == 16384
+        too_many = ["train.micro_batch_size=16384", "train.examples_per_step=null"]
+        with pytest.raises(ResourceError):
+            train(recipe(tmp_path, *sets, *too_many, output="large"))
+    # where all fits there is one micro-batch, and the examples of each step are the same
+    train(recipe(tmp_path, *sets, output="roomy"))
+    roomy = load_checkpoint(tmp_path / "roomy")
+    assert roomy is not None
+    assert roomy[1].memory["micro_batch_size"] == 16384
+    samples = [(tmp_path / name / "samples.jsonl").read_bytes() for name in ("out", "roomy")]
+    assert samples[0] == samples[1]
+
+
+def test_a_resumed_run_keeps_what_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = ["train.micro_batch_size=auto", "train.examples_per_step=48", "train.max_steps=8",
+            "train.gradient_accumulation_steps=1", "checkpoint.every_steps=2"]  # fmt: skip
+    train(recipe(tmp_path, *sets, output="whole"))
+    real, calls = loop.train_step, iter(range(1, 100))
+
+    def cut(*arguments: object) -> object:
+        if next(calls) > 5:
+            raise RuntimeError("pulled the plug")
+        return real(*arguments)  # type: ignore[arg-type]  # as they were given
+
+    monkeypatch.setattr(loop, "train_step", cut)
+    with pytest.raises(RuntimeError, match="plug"):
+        train(recipe(tmp_path, *sets))
+    monkeypatch.setattr(loop, "train_step", real)
+    train(recipe(tmp_path, *sets), resume=True)
+    ours, theirs = (tmp_path / name / "adapter_model.safetensors" for name in ("out", "whole"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_one_example_that_does_not_fit_is_said(tmp_path: Path) -> None:
+    sets = ["train.micro_batch_size=auto", "train.examples_per_step=48", "data.validation=null",
+            "train.gradient_accumulation_steps=1"]  # fmt: skip
+    train(recipe(tmp_path, *sets, output="warm"))  # what libraries take once is taken
+    with little_left(0), pytest.raises(ResourceError, match="memory is full"):
+        train(recipe(tmp_path, *sets))
