@@ -281,6 +281,7 @@ def evaluate(
         from lora_cli.comparison import compare
 
         found = compare(adapter, against, loaded, metric, max_drop, split)
+        found.split = source.name if source is not None else found.split
         if not as_json:
             typer.echo(f"old  {against}\nnew  {adapter}")
         _print_comparison(found, as_json)
