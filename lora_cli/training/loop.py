@@ -20,9 +20,10 @@ from lora_cli.evaluation import add_samples, evaluate
 from lora_cli.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Encoded, Task, build_task
-from lora_cli.tasks.base import load_data
 from lora_cli.tasks.causal_lm import CausalLM
+from lora_cli.tasks.encoding import load_data
 from lora_cli.tasks.gate import pass_gate
+from lora_cli.tasks.packing import check_packing
 from lora_cli.training.batches import Batches, PlannedStep
 from lora_cli.training.best import Judge
 from lora_cli.training.checkpoints import adopt_adapter, clear_leftovers, optimizer_bytes
@@ -127,7 +128,7 @@ class Run:
         base = make_trainable(model, recipe, new, fingerprint_of(recipe, model, new))
         if isinstance(task, CausalLM) and recipe.train.packing:
             with self.accelerator.autocast():
-                task.check_packing(model, self.data["train"])
+                check_packing(task, model, self.data["train"])
         if recipe.train.gradient_checkpointing:
             # the second is its name in older transformers
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
