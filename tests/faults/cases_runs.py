@@ -535,6 +535,14 @@ SIMPLE: dict[tuple[str, str], tuple[str, ...]] = {
         "predict", "--adapter", "trained", "--input", "rows.csv", "--output", "no/y.csv"),
     ("Prediction", "of a file without rows"): (
         "predict", "--adapter", "trained", "--input", "empty.csv", "--output", "y.csv"),
+    ("Prediction", "of a file without rows that can be read"): (
+        "predict", "--adapter", "trained", "--input", "bad.jsonl", "--output", "y.csv"),
+    ("Prediction", "into a folder"): (
+        "predict", "--adapter", "trained", "--input", "rows.csv", "--output", "trained"),
+    ("Prediction", "over another file"): (
+        "predict", "--adapter", "trained", "--input", "rows.csv", "--output", "other.csv"),
+    ("Prediction", "of JSON, into parquet"): (
+        "predict", "--adapter", "trained", "--input", "good.jsonl", "--output", "y.parquet"),
     ("Prediction", "of a file without the column"): (
         "predict", "--adapter", "trained", "--input", "other.csv", "--output", "y.csv"),
     ("Merging", "into a folder that is not empty"): (
@@ -549,6 +557,8 @@ def _simple(arguments: tuple[str, ...]) -> Callable[[World], Printed]:
         world.trained()
         world.write("rows.csv", TABLE)
         world.write("empty.csv", "")
+        world.write("bad.jsonl", "{\n")
+        world.write("good.jsonl", '{"text": "a film"}\n')
         world.write("other.csv", "sentence\na\n")
         recipe = (world.folder / "trained" / "recipe.yaml").read_text()
         world.write("whole/recipe.yaml", recipe.replace("type: lora", "type: full"))

@@ -56,6 +56,7 @@ MASKS = [
 # places in the code whose messages no case here makes, and why
 CONV = "no task has convolutions yet; tests/test_folder.py"
 SEVERAL = "needs several processes; tests/test_distributed.py"
+PAIR = "two files, line by line; tests/test_inference.py"
 MIRROR = "waits seconds before it gives up, or needs a crash; tests/faults/test_mirror.py"
 REST: dict[str, str] = {
     "adapters/loading.py:_check_plain": "an adapter on tied weights; tests/test_folder.py",
@@ -64,6 +65,16 @@ REST: dict[str, str] = {
     "adapters/targets.py:groups_problem": CONV,
     "arguments.py:usage_error": "what a later Typer may say",
     "cli.py:_known_error": "a full disk behind stdout (test_commands.py), memory, a GPU's memory",
+    "data/files.py:parquet_schema": "as of a parquet file that is read; tests/test_prediction.py",
+    "data/finding.py:_files_of": PAIR,
+    "data/pairs.py:read_pair": PAIR,
+    "data/parallel.py:joined_name": PAIR,
+    "data/parallel.py:read_parallel": PAIR,
+    "data/writing.py:writing": "needs a disk that fails while it is written to",
+    "inference/written.py:translation": PAIR,
+    "metrics/metric_set.py:_load": "what `evaluate` finds of itself; tests/test_metrics.py",
+    "prediction.py:input_form": "a header where the recipe has none; tests/test_prediction.py",
+    "training/progress.py:_open": "a link for a log; tests/faults/test_security.py",
     "files.py:finish_publishing": "needs a disk that cannot be written to",
     "files.py:require_space": "needs a disk that is nearly full",
     "fingerprint.py:_tensor_hash": "needs a file that is cut while it is read",
