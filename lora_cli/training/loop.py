@@ -377,7 +377,7 @@ class Run:
         if self.state.best is None and "validation" in self.data:
             self._metrics("validation", strict=True)  # is it that no loss was a number?
         self.saver.settle(self.state)
-        after = {}
+        after: dict[str, dict[str, float]] = {}
         for name in ("validation", "test"):
             if name in self.data:
                 file = self.folder / "predictions" / f"{name}.jsonl"
