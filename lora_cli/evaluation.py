@@ -20,7 +20,7 @@ from lora_cli.data.files import form_of
 from lora_cli.data.plan import Indices
 from lora_cli.data.sources import SPLITS
 from lora_cli.errors import LoraError, NumericsError, beside
-from lora_cli.files import finish_publishing, verify_manifest
+from lora_cli.files import finish_publishing, refuse_links_outside, verify_manifest
 from lora_cli.fingerprint import fingerprint_of
 from lora_cli.metrics import MetricSet, metric_mode, result_names
 from lora_cli.models import mixed_precision
@@ -274,6 +274,7 @@ def load_adapted(folder: Path, task: Task, accelerator: Accelerator) -> nn.Modul
         IntegrityError: If the folder is damaged, or its base is another.
     """
     if task.recipe.adapter.type == "full":
+        refuse_links_outside(folder)
         finish_publishing(folder)
         verify_manifest(folder)
         return task.load_model(accelerator.device)[0].eval()

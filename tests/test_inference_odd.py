@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from drafting import Init, classification, labelled, lines, said, table
 
-from lora_cli.data.sniffing import encoding_of
+from lora_cli.data.encoding import encoding_of
 from lora_cli.data.sources import load_rows
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
