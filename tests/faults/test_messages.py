@@ -63,6 +63,7 @@ REST: dict[str, str] = {
     "adapters/targets.py:groups_problem": CONV,
     "arguments.py:usage_error": "what a later Typer may say",
     "cli.py:_known_error": "a full disk behind stdout (test_commands.py), memory, a GPU's memory",
+    "data/writing.py:writing": "needs a disk that is full",
     "files.py:require_space": "needs a disk that is nearly full",
     "merging.py:merge_adapter": "a fault of ours: merging is proved; tests/test_merging.py",
     "metrics.py:_perplexity": "a guard: a split without trained tokens is refused before",
