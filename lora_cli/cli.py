@@ -180,9 +180,11 @@ def train(
     """Train an adapter, evaluate it, and write its folder."""
     loaded = _load(recipe, overrides, output)
     _quiet()
+    from lora_cli.training import end_processes
     from lora_cli.training import train as run
 
     report = run(loaded, resume)
+    end_processes()
     if os.environ.get("RANK", "0") == "0":
         _print_results(loaded, report)
 
@@ -281,6 +283,7 @@ def evaluate(
         from lora_cli.comparison import compare
 
         found = compare(adapter, against, loaded, metric, max_drop, split)
+        found.split = source.name if source is not None else found.split
         if not as_json:
             typer.echo(f"old  {against}\nnew  {adapter}")
         _print_comparison(found, as_json)

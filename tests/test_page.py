@@ -328,6 +328,10 @@ def test_several_labels_a_row(tmp_path: Path) -> None:
     page = page_of(tmp_path, REPORT, lines)
     assert "Confusion" not in page.text
     assert "said none" in page.text
+    assert "every label is right" in page.text
+    alone = {"after": {"test": {"f1": 0.9}}}
+    told = analysis.verdict(report_of(metrics=alone, best={"metric": "f1"}), "test")
+    assert (told.tone, told.head) == ("unknown", "Measured.")
     assert "Reliability" in page.text
 
 

@@ -23,7 +23,7 @@ from lora_cli.evaluation import evaluate
 from lora_cli.prediction import answer, answer_file
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Task, build_task
-from lora_cli.tasks.base import load_data
+from lora_cli.tasks.encoding import load_data
 
 ROWS = [
     {"id": "007", "text": 'great, "fun"\nand more', "note": "NA"},

@@ -306,6 +306,8 @@ def verdict(report: dict[str, Any], split: str, numbers: Sequence[Line] = ()) ->
         poor = poor or "It learned next to nothing."
         text += f"; its mean squared error ({shown_number(error)}) is no smaller than that of "
         text += f"always saying the mean ({shown_number(mean)})"
+    if before is None and base is None and not poor:  # there is nothing to compare it with
+        return Verdict("unknown", "Measured.", f"{text}.")
     head = poor or ("It learned." if before is not None else "Measured.")
     return Verdict("poor" if poor else "good", head, f"{text}.")
 

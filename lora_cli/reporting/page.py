@@ -213,6 +213,8 @@ def _results(report: dict[str, Any], numbers: Sequence[Line], split: str) -> str
         notes.append(f"“Majority” always says {own(common[0], 'code')}, train's commonest label.")
     if "constant" in shown:
         notes.append("“Constant” always says the mean of the split's references.")
+    if report.get("problem") == "multi_label" and "accuracy" in metrics:
+        notes.append("“Accuracy” counts the rows of which every label is right.")
     if "none" in shown:
         notes.append("“Head alone” is the same recipe without the adapter.")
     groups = [(of, [COLUMNS.get(w, w) for w in cells]) for of, cells in columns.items()]

@@ -17,7 +17,7 @@ from lora_cli.reporting.report import shown_number
 Point = tuple[float, float]
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 290, 56, 14, 24, 44
 MOST_POINTS = 500  # of a line; more are averaged
-CELL, NAME = 12, 26  # of a heat map: pixels of a cell, characters of a label
+MAP_WIDTH, CELL, NAME = 1012, (10.5, 18), 24  # of a heat map: pixels; characters of a label
 FAINT = 0.7  # power of a share that is its shade, so that a few confused rows show
 
 
@@ -266,10 +266,12 @@ def heat_map(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:
     """Return the confusion matrix of many labels without numbers; a pointer shows each."""
     names = [label if len(label) <= NAME else label[: NAME - 1] + "…" for label in labels]
     room = 6.2 * max(map(len, names)) + 12
-    side = CELL * len(labels)
-    parts = [f'<rect class="paper" x="{room:.0f}" y="{room:.0f}" width="{side}" height="{side}"/>']
+    cell = min(max((MAP_WIDTH - room - 8) / len(labels), CELL[0]), CELL[1])
+    side = cell * len(labels)
+    ground = f'<rect class="paper" x="{room:.0f}" y="{room:.0f}" '
+    parts = [f'{ground}width="{side:.0f}" height="{side:.0f}"/>']
     for i, (label, name, row) in enumerate(zip(labels, names, matrix, strict=True)):
-        middle, total = room + CELL * (i + 0.5), sum(row) or 1
+        middle, total = room + cell * (i + 0.5), sum(row) or 1
         parts.append(_text(room - 5, middle + 3.5, name, "end"))
         parts.append(
             f'<text text-anchor="start" transform="translate({middle + 3.5:.1f} {room - 5:.0f}) '
@@ -277,7 +279,8 @@ def heat_map(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:
         )
         parts += [
             f'<rect class="{"hit" if i == j else "miss"}" style="--v:{(n / total) ** FAINT:.2f}" '
-            f'x="{room + CELL * j:.0f}" y="{room + CELL * i:.0f}" width="{CELL}" height="{CELL}">'
+            f'x="{room + cell * j:.1f}" y="{room + cell * i:.1f}" width="{cell:.1f}" '
+            f'height="{cell:.1f}">'
             f"<title>{esc(label)} called {esc(labels[j])}: {n:,} of {total:,}</title></rect>"
             for j, n in enumerate(row)
             if n
