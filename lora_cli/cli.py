@@ -27,8 +27,12 @@ from lora_cli.errors import LoraError, RegressionError, ResourceError, beside
 from lora_cli.redaction import redacted
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
     from lora_cli.comparison import Comparison
     from lora_cli.recipe import Recipe
+    from lora_cli.tasks import Task
 
 # of a path that the user may mend: denied, not there, a file where a folder should be
 NO_ENTRY = (
@@ -176,9 +180,11 @@ def train(
     """Train an adapter, evaluate it, and write its folder."""
     loaded = _load(recipe, overrides, output)
     _quiet()
+    from lora_cli.training import end_processes
     from lora_cli.training import train as run
 
     report = run(loaded, resume)
+    end_processes()
     if os.environ.get("RANK", "0") == "0":
         _print_results(loaded, report)
 
@@ -365,6 +371,9 @@ def predict(
         bool,
         typer.Option("--interactive", help="Answer line by line; a chat model remembers."),
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output file, if it exists.")
+    ] = False,
     recipe: RecipeOption = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -385,20 +394,18 @@ def predict(
             "the arguments of `lora predict`",
             "give texts, or a file with `--input FILE --output FILE`",
         )
+    if source is not None and target is not None:
+        from lora_cli.data.writing import refuse_target
+
+        refuse_target(source, target, overwrite)  # before the model is loaded
     loaded = _recipe_for(adapter, recipe, overrides)
     _quiet()
     from lora_cli.evaluation import open_adapter
-    from lora_cli.prediction import answer, answer_file
+    from lora_cli.prediction import answer
 
     task, model, accelerator = open_adapter(adapter, loaded)
     if source is not None and target is not None:
-        written, problems = answer_file(model, task, source, target, accelerator)
-        for problem in problems[:10]:
-            typer.echo(f"warning: {problem.at}: {problem.what}; no prediction", err=True)
-        typer.echo(
-            f"wrote {written} rows to {target}"
-            + (f", {len(problems)} of them without prediction" if problems else "")
-        )
+        _predict_file(model, task, source, target, accelerator, overwrite)
         return
     rows = [task.row_of(text) for text in texts or []]
     for values in answer(model, task, rows, accelerator):
@@ -408,6 +415,34 @@ def predict(
             continue
         scores = sorted(values[1:], reverse=True)[:1]
         typer.echo(f"{values[0]}" + (f"\t{scores[0]:.4f}" if scores else ""))
+
+
+def _predict_file(
+    model: nn.Module,
+    task: Task,
+    source: Path,
+    target: Path,
+    accelerator: Accelerator,
+    overwrite: bool,
+) -> None:
+    from lora_cli.prediction import NO_ANSWER, answer_file
+
+    def tell(count: int) -> None:
+        if sys.stderr.isatty():
+            typer.echo(f"\r{count:,} rows", nl=False, err=True)
+
+    written, problems = answer_file(model, task, source, target, accelerator, overwrite, tell)
+    if sys.stderr.isatty():
+        typer.echo("\r", nl=False, err=True)
+    for problem in problems[:10]:
+        typer.echo(f"warning: {problem.at}: {problem.what}; {problem.hint}", err=True)
+    if len(problems) > 10:
+        typer.echo(f"warning: {len(problems) - 10:,} more rows are like these", err=True)
+    blank = sum(problem.hint == NO_ANSWER for problem in problems)
+    typer.echo(
+        f"wrote {written:,} rows to {target}"
+        + (f", {blank:,} of them without prediction" if blank else "")
+    )
 
 
 def _converse(adapter: Path, recipe: Recipe) -> None:
@@ -439,8 +474,13 @@ def _converse(adapter: Path, recipe: Recipe) -> None:
 
 @app.command()
 def init(
-    source: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A data file (csv, json lines, parquet, text).")
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE [FILE]",
+            help="A data file (csv, json lines, parquet, text), or two texts that belong together "
+            "line by line.",
+        ),
     ],
     model: Annotated[str, typer.Option("--model", help="Hub id or folder of the base model.")],
     output: Annotated[
@@ -457,9 +497,11 @@ def init(
     """Look at a data file and write a recipe for it, with what was inferred as comments."""
     from lora_cli.inference import draft_recipe, refuse_existing, write_recipe
 
+    if len(sources) > 2:
+        raise LoraError("more than two files", "FILE", "`data.path` takes a folder or a pattern")
     refuse_existing(output)
     _quiet()
-    draft = draft_recipe(source, model, output, text, label)
+    draft = draft_recipe(sources[0], model, output, text, label, *sources[1:])
     write_recipe(output, draft.text(), draft.extra_files)
     width = max(len(name) for name, _ in draft.findings)
     for name, finding in draft.findings:

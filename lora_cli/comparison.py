@@ -22,7 +22,7 @@ from lora_cli.evaluation import best_by, evaluate, load_adapted, open_task, star
 from lora_cli.metrics import builtin_value, known_metrics, metric_mode, reads, result_names
 from lora_cli.recipe import RECIPE_FILE, AdapterSpec, Recipe, load_adapter_recipe
 from lora_cli.tasks import Encoded, Prediction, Task
-from lora_cli.tasks.base import load_data
+from lora_cli.tasks.encoding import load_data
 
 RESAMPLES = 10_000
 FEWER_RESAMPLES = 1_000  # where a metric has to be computed anew each time

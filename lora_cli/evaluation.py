@@ -20,15 +20,15 @@ from lora_cli.data.files import form_of
 from lora_cli.data.plan import Indices
 from lora_cli.data.sources import SPLITS
 from lora_cli.errors import LoraError, NumericsError, beside
-from lora_cli.files import finish_publishing, verify_manifest
+from lora_cli.files import finish_publishing, refuse_links_outside, verify_manifest
 from lora_cli.fingerprint import fingerprint_of
 from lora_cli.metrics import MetricSet, metric_mode, result_names
 from lora_cli.models import mixed_precision
 from lora_cli.recipe import Recipe
 from lora_cli.reporting.report import strict
 from lora_cli.tasks import Encoded, Prediction, Task, build_task
-from lora_cli.tasks.base import check_data, load_data
 from lora_cli.tasks.causal_lm import CausalLM
+from lora_cli.tasks.encoding import check_data, load_data
 
 WINDOW = 64  # batches whose examples are sorted by length together
 TEXT_LENGTH = 500  # characters of a row that stand beside its prediction
@@ -107,7 +107,7 @@ def evaluate(
             if stop is not None:
                 stop.check()
             if strict_loss:
-                _refuse_bad_loss(rows, split)
+                _refuse_bad_loss(rows, split, recipe)
             loss += sum(row.loss for row in rows)
             n_items += sum(row.n_items for row in rows)
             for channel in metrics.channels:
@@ -129,15 +129,14 @@ def evaluate(
     return dict(gather_object(results)[0])
 
 
-def _refuse_bad_loss(rows: list[Prediction], split: Encoded) -> None:
-    for row in rows:
-        if not math.isfinite(row.loss):
-            raise NumericsError(
-                f"the model's loss on this row is {row.loss}",
-                split.rows.place(row.row),
-                "look at the row; or does the model overflow in `train.precision`? "
-                "Try `--set train.precision=fp32`",
-            )
+def _refuse_bad_loss(rows: list[Prediction], split: Encoded, recipe: Recipe) -> None:
+    bad = next((row for row in rows if not math.isfinite(row.loss)), None)
+    if bad is not None:
+        hint = "look at the row; or are the model's weights damaged?"
+        if recipe.train.precision != "fp32":
+            hint = "does the model overflow? Try `--set train.precision=fp32`; or look at the row"
+        what = f"the model's loss on this row is {bad.loss}"
+        raise NumericsError(what, split.rows.place(bad.row), hint)
 
 
 def _windows(split: Encoded, size: int) -> Iterator[list[Indices]]:
@@ -275,6 +274,7 @@ def load_adapted(folder: Path, task: Task, accelerator: Accelerator) -> nn.Modul
         IntegrityError: If the folder is damaged, or its base is another.
     """
     if task.recipe.adapter.type == "full":
+        refuse_links_outside(folder)
         finish_publishing(folder)
         verify_manifest(folder)
         return task.load_model(accelerator.device)[0].eval()

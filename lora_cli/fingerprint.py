@@ -107,7 +107,7 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
         value = json.loads(file.read_text(encoding="utf-8"))
         tensors = {str(name): str(h) for name, h in value["tensors"].items()}
         earlier = tuple(
-            {"name": b["name"], "fingerprint": b["fingerprint"]} for b in value["earlier"]
+            {key: str(base[key]) for key in ("name", "fingerprint")} for base in value["earlier"]
         )
         found = Fingerprint(str(value["name"]), str(value["revision"]), tensors, earlier)
         if found.total != value["fingerprint"] or not tensors:
@@ -208,7 +208,8 @@ def _tensor_hash(file: Path, entry: TensorEntry) -> str:
         while left:
             count = handle.readinto(buffer[: min(CHUNK, left)])
             if not count:
-                raise IntegrityError("the file became shorter while it was read", str(file))
+                what, hint = "the file became shorter while it was read", "download it anew"
+                raise IntegrityError(what, str(file), hint)
             state.update(buffer[:count])
             left -= count
     return state.hexdigest()
@@ -240,10 +241,13 @@ def require_base(
     Raises:
         IntegrityError: If the base is another, and `model.allow_other_base` is not set.
     """
+    unknown = "whether this is its base could not be verified"
     if base is None:
+        if trained_on is not None:
+            warn(f"{what} was trained on `{trained_on.name}`; {unknown}")
         return None
     if trained_on is None:
-        warn(f"{what} has no {BASE_FILE}: whether this is its base could not be verified")
+        warn(f"{what} has no {BASE_FILE}: {unknown}")
         return base
     others = trained_on.differing(base, held)
     if not others:

@@ -43,7 +43,8 @@ def locate(name: str, at: str = "model.name") -> str:
     if name.startswith("package:"):
         package, _, inside = name.removeprefix("package:").partition("/")
         if ".." in PurePosixPath(inside).parts or PurePosixPath(inside).is_absolute():
-            raise LoraError(f"`{inside}` is not inside the package `{package}`", at)
+            what = f"`{inside}` is not inside the package `{package}`"
+            raise LoraError(what, at, "write `package:NAME/FOLDER`, or name the folder itself")
         # not of a package in a package: Python would run the outer one to find it
         is_word = re.fullmatch(r"[\w-]+", package)
         spec = importlib.util.find_spec(package.replace("-", "_")) if is_word else None
@@ -122,7 +123,7 @@ def checkpoint_files(recipe: Recipe) -> list[Path]:
             for name, file in shards.items():
                 if file is None:
                     what = f"the index of the weights names `{name}`, which is missing"
-                    raise IntegrityError(what, str(index))
+                    raise IntegrityError(what, str(index), "download the model anew")
             return [file for file in shards.values() if file is not None]
     if Path(where).is_dir():
         hint = "convert its weights where you trust them: a pickle can run code when it is read"
@@ -139,12 +140,13 @@ def shard_names(index: Path) -> set[str]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise IntegrityError("the index of the weights cannot be read", str(index)) from error
+        what = "the index of the weights cannot be read"
+        raise IntegrityError(what, str(index), "download the model anew") from error
     for name in names:
         plain = isinstance(name, str) and PurePosixPath(name).name == name and "\\" not in name
         if not plain or name in ("", ".."):
             what = f"the index of the weights names a file outside its folder: {name!r}"
-            raise IntegrityError(what, str(index))
+            raise IntegrityError(what, str(index), "do not use this folder: ask who made it")
     return names
 
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from lora_cli.data.files import form_of, kind_of, read_rows, require_columns
+from lora_cli.data.files import (
+    columns_of,
+    form_of,
+    kind_of,
+    parquet_schema,
+    read_rows,
+    require_columns,
+)
+from lora_cli.data.sniffing import Head, read_head
+from lora_cli.data.writing import WRITABLE, OutputForm, refuse_target, suffix_of, writing
 from lora_cli.errors import LoraError, Problem, beside
 from lora_cli.recipe import FormatSpec
 from lora_cli.tasks import Task
 
 CHUNK = 1000  # rows in memory at once
+NO_ANSWER = "it has no prediction"
 
 
 @torch.no_grad()
@@ -38,7 +44,13 @@ def answer(
 
 
 def answer_file(
-    model: nn.Module, task: Task, source: Path, target: Path, accelerator: Accelerator
+    model: nn.Module,
+    task: Task,
+    source: Path,
+    target: Path,
+    accelerator: Accelerator,
+    overwrite: bool = False,
+    tell: Callable[[int], object] = lambda _: None,
 ) -> tuple[int, list[Problem]]:
     """Write the rows of a file with the answers added; rows, order and columns are kept.
 
@@ -46,102 +58,159 @@ def answer_file(
         model: The adapted model.
         task: What the columns mean.
         source: A csv, tsv, json lines, parquet or text file.
-        target: A csv, tsv or json lines file, written whole or not at all.
+        target: A csv, tsv, json lines or parquet file, written whole or not at all.
         accelerator: Precision and device.
+        overwrite: Replace the target, if it exists.
+        tell: Is given the number of rows that are written, every now and then.
 
     Returns:
-        How many rows were written, and the problems of those that could not be answered: their
-        new columns are blank.
+        How many rows were written, and the problems of those that could not be answered, whose
+        new columns are blank, or whose answer the output's encoding cannot hold.
     """
     if not source.is_file():
         raise LoraError(f"there is no file {source}", "--input", beside(source))
-    if source.resolve() == target.resolve():
-        what = "the output would overwrite the input"
-        raise LoraError(what, "--output", f"name another: `--output answers{target.suffix}`")
-    form = form_of(source, task.recipe.data.format)
-    columns = _columns(source, form)
+    refuse_target(source, target, overwrite)
+    head = read_head(source)
+    form = input_form(source, head, task)
+    columns = columns_of(source, form)
     require_columns(task.input_columns(), columns, str(source))
-    delimiter = _delimiter(target)
+    added = _free_names(task.answer_columns(), columns)
+    output = _output_form(source, target, head, form, [*columns, *added], task)
     problems: list[Problem] = []
     written = 0
+    blank = [None] * len(added)
     rows = read_rows(source, form)
-    with _replacing(target) as file:
-        write = _writer(file, delimiter, columns, task.answer_columns())
+    with writing(target, output) as write:
         while chunk := list(islice(rows, CHUNK)):
             faults = [row.fault or task.answer_fault(row.columns or {}) for row in chunk]
-            problems += [Problem(f, row.place) for row, f in zip(chunk, faults, strict=True) if f]
             good = [row.columns or {} for row, f in zip(chunk, faults, strict=True) if not f]
             answers = iter(answer(model, task, good, accelerator))
-            blank = [None] * len(task.answer_columns())
+            lines = []
             for row, fault in zip(chunk, faults, strict=True):
-                write(row.columns or {}, blank if fault else next(answers))
+                values = blank if fault else next(answers)
+                lines.append({**(row.columns or {}), **dict(zip(added, values, strict=True))})
+                if fault:
+                    problems.append(Problem(fault, row.place, NO_ANSWER))
+                elif lost := _lost(values, output):
+                    problems.append(Problem(lost, row.place, "use .jsonl to keep them"))
+            write(lines)
             written += len(chunk)
+            tell(written)
     return written, problems
 
 
-def _columns(source: Path, form: FormatSpec) -> list[str]:
-    """Return the names of all columns; only the rows of JSON have columns of their own."""
-    rows = (row.columns for row in read_rows(source, form) if row.columns is not None)
-    enough = None if kind_of(source, form) == "json" else 1
-    columns = list(dict.fromkeys(name for row in islice(rows, enough) for name in row))
-    if not columns:
-        raise LoraError("no row can be read", str(source), "is it empty, or `data.format` another?")
-    return columns
-
-
-def _delimiter(target: Path) -> str | None:
-    """Return what stands between the columns of the output; None for json lines."""
-    match target.suffix.lower():
-        case ".csv":
-            return ","
-        case ".tsv":
-            return "\t"
-        case ".json" | ".jsonl" | ".ndjson":
-            return None
-    raise LoraError(f"cannot write {target.name}", "--output", "use .csv, .tsv or .jsonl")
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[IO[str]]:
-    """Yield a file that takes the target's place if the block ends well; else nothing is left."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        temporary.replace(target)
-    except OSError as error:
-        what = f"cannot write {target}: {(error.strerror or str(error)).lower()}"
-        raise LoraError(what, "--output", f"`mkdir -p {target.parent}`, or name another") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _writer(
-    file: IO[str], delimiter: str | None, columns: list[str], added: list[str]
-) -> Callable[[dict[str, Any], Sequence[Any]], None]:
-    """Return a function that writes a row and its answer, as json lines or separated columns."""
+def _free_names(wanted: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Return names for the new columns that no other column has."""
     names: list[str] = []
-    for name in added:
+    for name in wanted:
         taken = {*columns, *names}
         free = (n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in taken)
         names.append(next(free))
-    if delimiter is None:
+    return names
 
-        def write_json(row: dict[str, Any], values: Sequence[Any]) -> None:
-            line = row | dict(zip(names, values, strict=True))
-            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
-        return write_json
-    table = csv.writer(file, delimiter=delimiter, lineterminator="\n")
-    table.writerow([*columns, *names])
+# --------------------------------------------------------------------------------------- the input
 
-    def write_csv(row: dict[str, Any], values: Sequence[Any]) -> None:
-        cells = [row.get(column) for column in columns] + list(values)
-        table.writerow(
-            [
-                json.dumps(cell, ensure_ascii=False) if isinstance(cell, list | dict) else cell
-                for cell in cells
-            ]
-        )
 
-    return write_csv
+def input_form(source: Path, head: Head, task: Task) -> FormatSpec:
+    """Return how a file is read: as the recipe says, if that fits, else as its first lines say.
+
+    The rows to predict are often written in another way than those that were trained on: another
+    delimiter, no label, one text a line.
+    """
+    given = form_of(source, task.recipe.data.format)
+    wanted = list(task.input_columns().values())
+    encoding = {"encoding": _encoding(head, given)}
+    found, given = (form.model_copy(update=encoding) for form in (head.form, given))
+    if head.kind in ("json", "parquet"):
+        return found
+    if given.header and kind_of(source, given) == "csv" and _fits(source, given, wanted):
+        return given
+    if head.kind == "csv":
+        names = columns_of(source, found)
+        if head.named and set(wanted) <= set(names):
+            return found
+        if not given.header and given.columns and len(names) == len(given.columns):
+            if head.named:
+                raise LoraError(
+                    f"the first line of {source.name} names its columns: {', '.join(names)}",
+                    "--input",
+                    f"call the one that is to be read `{wanted[0]}`, as the recipe does",
+                )
+            return found.model_copy(update={"columns": given.columns})
+        if head.named or len(names) > 1:
+            return given
+    if len(wanted) > 1:
+        return given
+    if head.kind == "text" and kind_of(source, given) == "text":
+        found = found.model_copy(update={"sample_by": given.sample_by})
+    return found.model_copy(update={"columns": wanted})  # a file of one column without a name
+
+
+def _fits(source: Path, form: FormatSpec, wanted: Sequence[str]) -> bool:
+    """Return whether a header, read so, names the columns that are wanted, and others too."""
+    try:
+        names = columns_of(source, form)
+    except LoraError:
+        return False
+    return set(wanted) < set(names)
+
+
+def _encoding(head: Head, given: FormatSpec) -> str:
+    """Return the encoding of a file: the recipe's, unless its bytes are UTF-8 or not in it."""
+    if head.raw.isascii() or (head.form.encoding != "utf-8" and given.encoding != "utf-8"):
+        try:
+            head.raw.decode(given.encoding)
+        except (UnicodeError, LookupError):
+            return head.form.encoding
+        return given.encoding
+    return head.form.encoding
+
+
+# -------------------------------------------------------------------------------------- the output
+
+
+def _lost(values: Sequence[Any], form: OutputForm) -> str:
+    """Return which letters of an answer its encoding lacks, or nothing."""
+    if form.encoding.lower().startswith("utf"):
+        return ""
+    text = "".join(str(value) for value in values[:1])
+    kept = text.encode(form.encoding, errors="ignore").decode(form.encoding)
+    lost = sorted(set(text) - set(kept))
+    shown = " ".join(lost[:5])
+    return f"the answer holds letters that {form.encoding} lacks: `{shown}`" if lost else ""
+
+
+def _output_form(
+    source: Path, target: Path, head: Head, form: FormatSpec, columns: list[str], task: Task
+) -> OutputForm:
+    """Return how the output is written: a table as the table that it is made from."""
+    if suffix_of(target) == ".parquet":
+        return OutputForm(columns, schema=_schema(source, head, columns, task))
+    if head.kind != "csv":
+        return OutputForm(columns, WRITABLE[suffix_of(target)])
+    delimiter = WRITABLE[suffix_of(target)]
+    if suffix_of(target) == suffix_of(source):
+        delimiter = form.delimiter or delimiter
+    encoding = "utf-8-sig" if head.has_mark and form.encoding == "utf-8" else form.encoding
+    return OutputForm(columns, delimiter, encoding, head.line_end)
+
+
+def _schema(source: Path, head: Head, columns: list[str], task: Task) -> Any:
+    """Return the types of the columns of a parquet file: those of the input, and of the answers."""
+    import pyarrow as pa
+
+    if head.kind == "json":
+        what = "the values of JSON have no fixed types, as parquet needs"
+        raise LoraError(what, "--output", "use .jsonl")
+    _, *probabilities = task.answer_columns()
+    problem = getattr(task.recipe.task, "problem", "")
+    by_problem = {"regression": pa.float64(), "multi_label": pa.list_(pa.string())}
+    types = [by_problem.get(problem, pa.string()), *(pa.float64() for _ in probabilities)]
+    old = len(columns) - len(types)
+    schema = pa.schema([(name, pa.string()) for name in columns[:old]])
+    if head.kind == "parquet":
+        schema = parquet_schema(source)
+    for name, kind in zip(columns[old:], types, strict=True):
+        schema = schema.append(pa.field(name, kind))
+    return schema

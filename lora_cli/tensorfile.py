@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from lora_cli.errors import IntegrityError
 
-MAX_HEADER_BYTES = 16 * 2**20  # of a hundred thousand tensors; it is read in less than a second
+MAX_HEADER_BYTES = 16 * 2**20  # of a hundred thousand tensors, which take about a second
 MAX_DIMENSIONS = 64  # torch has no more
 KEYS = {"dtype", "shape", "data_offsets"}
 BITS = {
@@ -135,4 +135,4 @@ def _looks_pickled(file: Path) -> bool:
             beginning = handle.read(4)
     except OSError:
         return False
-    return beginning == b"PK\x03\x04" or (beginning[:1] == b"\x80" and 2 <= beginning[1] <= 5)
+    return beginning.startswith((b"PK\x03\x04", b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"))

@@ -31,7 +31,7 @@ Init = Callable[..., Recipe]
 def initialiser(folder: Path, bases: dict[str, Path]) -> Init:
     """Return a function that writes a file, infers its recipe, and checks both."""
 
-    def run(name: str, content: str | bytes | Path, model: str = "encoder", **given: str) -> Recipe:
+    def run(name: str, content: str | bytes | Path, model: str = "encoder", **given: Any) -> Recipe:
         source = content if isinstance(content, Path) else folder / name
         if not isinstance(content, Path):
             source.write_bytes(content.encode() if isinstance(content, str) else content)

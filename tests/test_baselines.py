@@ -14,7 +14,7 @@ from lora_cli.errors import LoraError
 from lora_cli.evaluation import evaluate_adapter
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.base import load_data
+from lora_cli.tasks.encoding import load_data
 from lora_cli.training import baselines, loop, train
 from lora_cli.training.baselines import majority, verdict
 

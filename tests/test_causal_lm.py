@@ -17,9 +17,11 @@ from lora_cli.errors import LoraError
 from lora_cli.evaluation import evaluate
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Encoded
-from lora_cli.tasks.base import IGNORED, Example, load_data
+from lora_cli.tasks.base import IGNORED, Example
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.check import check_recipe
+from lora_cli.tasks.encoding import load_data
+from lora_cli.tasks.packing import check_packing, one_row
 
 CPU = torch.device("cpu")
 STORIES = Path(__file__).parents[2] / "shared/data/model_stories260k/hf"
@@ -235,7 +237,7 @@ def test_packed_logits_are_those_of_the_texts_alone(
     examples = list(split.examples)
     model, _ = task.load_model(CPU)
     # two packs of different lengths, so that one is filled
-    batch = task.collate([task.pack(examples[:3]), task.pack(examples[3:])])
+    batch = task.collate([one_row(examples[:3]), one_row(examples[3:])])
     with torch.no_grad():
         packed = model(**batch.inputs, use_cache=False).logits
         alone = [
@@ -251,7 +253,7 @@ def test_packed_logits_are_those_of_the_texts_alone(
     first = len(alone[0])
     assert (trap[0, first : first + 5] - alone[1][:5]).abs().max() > 1e-3 * scale
     model.train()
-    task.check_packing(model, split)
+    check_packing(task, model, split)
     assert model.training
 
 
@@ -272,7 +274,7 @@ def test_packed_losses_and_gradients_are_sums(
         found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         return float(total.detach()), sum(batch.n_items for batch in made), found
 
-    loss, n_items, grads = gradients([[task.pack(examples[:3]), task.pack(examples[3:])]])
+    loss, n_items, grads = gradients([[one_row(examples[:3]), one_row(examples[3:])]])
     wanted_loss, wanted_items, wanted = gradients([[example] for example in examples])
     assert n_items == wanted_items
     assert loss == pytest.approx(wanted_loss, rel=1e-6)
@@ -302,10 +304,10 @@ def test_a_model_that_lets_packed_texts_see_each_other_is_refused(
     task = packed_task("llama", bases, tmp_path, "sdpa")
     split = encoded(task)
     model, _ = task.load_model(CPU, dtype)
-    task.check_packing(model, split)
+    check_packing(task, model, split)
     leaky = Forgetful(model, takes_positions).train()
     with pytest.raises(LoraError, match="packed texts see each other") as caught:
-        task.check_packing(leaky, split)
+        check_packing(task, leaky, split)
     assert "packing: false" in str(caught.value)
     assert leaky.training
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe
-from lora_cli.tasks.base import IGNORED, load_data
+from lora_cli.tasks.base import IGNORED
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.chat import (
     encode_chat,
@@ -26,6 +26,7 @@ from lora_cli.tasks.chat import (
     render,
 )
 from lora_cli.tasks.check import check_recipe
+from lora_cli.tasks.encoding import load_data
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

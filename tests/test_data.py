@@ -136,7 +136,11 @@ def test_forms_of_csv(content: str, form: Any, wanted: dict[str, str], csv: Any)
     ("content", "form", "message"),
     [
         ("a,b,a\n1,2,3\n", {}, r"two columns are called `a`[\s\S]*x.csv:1"),
-        ("a,b\n1,2\n", {"columns": ["x"]}, r"1 names for the 2 columns[\s\S]*a, b"),
+        (
+            "a,b\n1,2\n",
+            {"columns": ["x"]},
+            r"1 name in `data.format.columns` for 2 columns[\s\S]*a, b",
+        ),
         ('a,"b\n1,2\n', {}, r"the header: a quotation mark[\s\S]*x.csv:1"),
         ("\xff,b\n1,2\n".encode("latin-1"), {}, r"the header: byte 0xff"),
     ],

@@ -21,7 +21,7 @@ from lora_cli.errors import LoraError
 from lora_cli.evaluation import best_by, evaluate, evaluate_adapter, open_adapter
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.tasks import Encoded, Task, build_task
-from lora_cli.tasks.base import load_data
+from lora_cli.tasks.encoding import load_data
 
 CPU = torch.device("cpu")
 TEXTS = [" ".join(["great fun", "slow", "a plot"][: 1 + i % 3] * (1 + i % 5)) for i in range(23)]

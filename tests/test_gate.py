@@ -22,7 +22,7 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import base as tasks_base
 from lora_cli.tasks import build_task
-from lora_cli.tasks.base import load_data
+from lora_cli.tasks.encoding import load_data
 from lora_cli.tasks.findings import Findings
 from lora_cli.tasks.gate import examine, text_of
 from lora_cli.tasks.showing import pieces, shown_rows

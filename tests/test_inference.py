@@ -22,6 +22,7 @@ from drafting import (
     texts,
 )
 
+from lora_cli.data.sources import load_rows
 from lora_cli.errors import LoraError
 from lora_cli.inference import draft_recipe, refuse_existing
 from lora_cli.recipe import load_recipe
@@ -334,6 +335,88 @@ def test_running_text(init: Init) -> None:
     recipe = init("story.txt", content, "llama")
     assert recipe.data.format.sample_by == "paragraph"
     assert (recipe.data.train, recipe.data.validation) == ("train[:90%]", "train[90%:]")
+
+
+def pair_of_files(folder: Path, names: tuple[str, str], count: int = 60) -> list[Path]:
+    paths = [folder / name for name in names]
+    for path, word in zip(paths, ("the ", "das "), strict=True):
+        raw = "".join(f"{word}{text}\n" for text in texts(count)).encode()
+        path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (("train.en.gz", "train.de.gz"), ["en", "de"]),
+        (("train_de.txt", "train_en.txt"), ["de", "en"]),
+        (("source", "target"), ["source", "target"]),
+        (("english.txt", "german.text"), ["english.txt", "german.text"]),
+    ],
+)
+def test_two_files_line_by_line(
+    names: tuple[str, str], columns: list[str], init: Init, tmp_path: Path
+) -> None:
+    first, second = pair_of_files(tmp_path, names)
+    recipe = init("", first, "llama", second=second)
+    assert said(recipe) == {
+        "type": "causal_lm", "prompt_column": columns[0], "completion_column": columns[1],
+        "separator": "\n",
+    }  # fmt: skip
+    rows = load_rows(recipe)
+    assert (len(rows["train"]), len(rows["validation"])) == (48, 12)
+    for row in rows["train"]:
+        assert row[columns[1]] == "das " + row[columns[0]].removeprefix("the ")
+
+
+def test_a_translation_beside_a_text_is_mentioned(bases: dict[str, Path], tmp_path: Path) -> None:
+    first, second = pair_of_files(tmp_path, ("train.en.gz", "train.de.gz"))
+    (tmp_path / "train.fr.gz").write_bytes(gzip.compress(b"trop peu\n"))
+    found = draft_recipe(first, str(bases["llama"]), tmp_path / "recipe.yaml").findings
+    (also,) = [finding for name, finding in found if name == "also"]
+    assert also.startswith(f"beside it, with as many lines: {second.name}; to learn to translate")
+    rows = tmp_path / "my.rows.csv"
+    rows.write_text(table(["text", "label"], labelled(40, "ab")))
+    found = draft_recipe(rows, str(bases["encoder"]), tmp_path / "recipe.yaml").findings
+    assert "also" not in dict(found)
+
+
+def test_the_splits_of_two_files(init: Init, tmp_path: Path) -> None:
+    first, second = pair_of_files(tmp_path, ("train.en", "train.de"))
+    for count, split in enumerate(("val", "test_2016", "test_2017"), 3):
+        for path in pair_of_files(tmp_path, (f"{split}.en", f"{split}.de"), count):
+            path.write_text(path.read_text().replace(" ", f" {split} "))
+    (tmp_path / "dev.en").write_text("alone\n")
+    recipe = init("", first, "llama", second=second)
+    assert [len(rows) for rows in load_rows(recipe).values()] == [60, 3, 4]
+    assert Path(recipe.data.test).name == "test_2016.{en,de}"
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"one\n", "b.de ends before line 2"),
+        (b"one\ntwo\nthree\n", "b.en ends before line 3"),
+        (b"", "the file is empty"),
+        ("für\nüber\n".encode("cp1252"), "one file is in utf-8, the other in"),
+    ],
+)
+def test_two_files_that_do_not_belong_together(
+    content: bytes, what: str, init: Init, tmp_path: Path
+) -> None:
+    (tmp_path / "b.en").write_text("for\nthe …\n")
+    (tmp_path / "b.de").write_bytes(content)
+    with pytest.raises(LoraError, match=what):
+        init("", tmp_path / "b.en", "llama", second=tmp_path / "b.de")
+
+
+def test_two_files_need_a_model_that_writes_and_a_folder(init: Init, tmp_path: Path) -> None:
+    first, second = pair_of_files(tmp_path, ("a.en", "a.de"))
+    with pytest.raises(LoraError, match="an encoder writes no text"):
+        init("", first, second=second)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(LoraError, match="are not two files of one folder"):
+        init("", first, "llama", second=second.rename(tmp_path / "other" / "a.de"))
 
 
 # ----------------------------------------------------------------------------------- in doubt

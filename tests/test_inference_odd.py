@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from drafting import Init, classification, labelled, lines, said, table
 
-from lora_cli.data.sniffing import encoding_of
+from lora_cli.data.encoding import encoding_of
 from lora_cli.data.sources import load_rows
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.base import check_data
+from lora_cli.tasks.encoding import check_data
 
 ROWS = labelled(40, ["good", "bad"])
 TEXTS = [text for text, _ in ROWS]

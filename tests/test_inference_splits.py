@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from drafting import Init, labelled, lines, table, texts
+from transformers import AutoTokenizer
 
 from lora_cli.data.sources import load_rows
 from lora_cli.recipe.spec import HeldOutSpec
@@ -75,6 +76,17 @@ def test_a_test_that_measures_nothing_is_refused(
     recipe = init("train.csv", table(HEADER, TRAIN))
     assert isinstance(recipe.data.validation, HeldOutSpec)
     assert f"dev.csv beside it is not used: {why}" in comments(tmp_path)
+
+
+def test_the_held_out_rows_are_measured_too(init: Init, tmp_path: Path) -> None:
+    (tmp_path / "dev.csv").write_text(table(HEADER, [[f"{t} {t}", label] for t, label in DEV]))
+    recipe = init("train.csv", table(HEADER, TRAIN))
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name)
+    train, dev = (
+        max(len(tokenizer(row["text"])["input_ids"]) for row in rows)
+        for rows in load_rows(recipe).values()
+    )
+    assert train + 32 < dev <= recipe.task.max_length < dev + 32
 
 
 def test_the_rest_is_drawn(init: Init, tmp_path: Path) -> None:
@@ -158,6 +170,31 @@ def test_phrases_of_sentences_are_held_out_with_them(init: Init, tmp_path: Path)
 def init_again(init: Init, folder: Path, rows: list[list[Any]]) -> Any:
     (folder / "recipe.yaml").unlink()
     return init("rows.csv", table(HEADER, rows))
+
+
+@pytest.mark.parametrize("labels", ["ab", "abcdefghijkl"])
+def test_a_few_texts_in_many_rows_can_be_divided(init: Init, tmp_path: Path, labels: str) -> None:
+    spoken = [text for text, _ in TRAIN[:12]]
+    rows = [[spoken[i % 12], labels[i % 12 % len(labels)]] for i in range(240)]
+    recipe = init("rows.csv", table(HEADER, rows))
+    found = load_rows(recipe)
+    assert {len(split) % 20 for split in found.values()} == {0}
+    assert 0 < len(found["validation"]) < len(found["train"])
+    if len(labels) > 2:
+        assert "not stratified: the rarest label has one text only" in comments(tmp_path)
+
+
+def test_a_group_that_holds_nearly_all_leaves_nothing_out(init: Init, tmp_path: Path) -> None:
+    same = [
+        {"customer_id": "all", "text": t, "label": "ab"[i % 2]} for i, t in enumerate(texts(99))
+    ]
+    for i, row in enumerate(same[:9]):
+        row["customer_id"] = f"c{i}"
+    for a, b in zip(same[:9], same[9:18], strict=True):
+        b["text"] = a["text"]  # and each of the others is joined to it by a text
+    recipe = init("rows.jsonl", lines(same))
+    assert recipe.data.validation is None
+    assert "leaves one side empty" in comments(tmp_path)
 
 
 def test_a_group_stays_whole_though_texts_are_phrases(init: Init) -> None:

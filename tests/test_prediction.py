@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -19,7 +23,7 @@ from lora_cli.evaluation import evaluate
 from lora_cli.prediction import answer, answer_file
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Task, build_task
-from lora_cli.tasks.base import load_data
+from lora_cli.tasks.encoding import load_data
 
 ROWS = [
     {"id": "007", "text": 'great, "fun"\nand more', "note": "NA"},
@@ -70,9 +74,11 @@ def read(path: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(file, delimiter=delimiter))
 
 
-def run(opened: Opened, source: Path, target: Path) -> tuple[int, list[Any]]:
+def run(
+    opened: Opened, source: Path, target: Path, overwrite: bool = False
+) -> tuple[int, list[Any]]:
     task, model, accelerator = opened
-    return answer_file(model, task, source, target, accelerator)
+    return answer_file(model, task, source, target, accelerator, overwrite)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 1000])
@@ -166,7 +172,7 @@ def test_a_file_of_an_unknown_name_is_read_as_the_recipe_says(tmp_path: Path) ->
     opened = open_task(tiny.save_encoder(tmp_path / "base"), tmp_path, data=data)
     source = write(tmp_path / "in.jsonl", ROWS).rename(tmp_path / "in.data")
     assert run(opened, source, tmp_path / "out.jsonl") == (5, [])
-    assert run(opened, write(tmp_path / "in.csv", ROWS), tmp_path / "out.jsonl") == (5, [])
+    assert run(opened, write(tmp_path / "in.csv", ROWS), tmp_path / "more.jsonl") == (5, [])
 
 
 def test_a_model_of_texts_answers_files_too(tmp_path: Path) -> None:
@@ -184,29 +190,36 @@ def test_a_model_of_texts_answers_files_too(tmp_path: Path) -> None:
     [
         ("in.csv", "in.csv", "would overwrite the input"),
         ("in.csv", "link.csv", "would overwrite the input"),
+        ("in.csv", "hard.csv", "would overwrite the input"),
+        ("in.csv", "old.csv", "exists already, and is not overwritten"),
+        ("in.csv", "folder.csv", "is a folder"),
         ("in.csv", "out.xlsx", "cannot write out.xlsx"),
-        ("in.csv", "out.parquet", "cannot write out.parquet"),
-        ("in.csv", "out.csv.gz", "cannot write out.csv.gz"),
+        ("in.csv", "out.parquet.gz", "cannot write out.parquet.gz"),
         ("in.csv", "out", "cannot write out"),
-        ("in.csv", "none/out.csv", "No such file or directory"),
+        ("in.csv", "none/out.csv", "there is no folder"),
+        ("good.jsonl", "out.parquet", "no fixed types"),
         ("none.csv", "out.csv", "there is no file"),
         ("other.csv", "out.csv", "has no column `text`"),
-        ("empty.csv", "out.csv", "no row can be read"),
-        ("in.what", "out.csv", "`in.what` is of no known kind"),
+        ("empty.csv", "out.csv", "the file is empty"),
+        ("in.jsonl", "out.csv", "no row can be read"),
     ],
 )
 def test_what_cannot_be_done_leaves_nothing_behind(
     opened: Opened, tmp_path: Path, source: str, target: str, message: str
 ) -> None:
     write(tmp_path / "in.csv", ROWS)
-    (tmp_path / "in.what").write_text("text\na\n")
+    (tmp_path / "in.jsonl").write_text("{broken\n")
+    write(tmp_path / "good.jsonl", ROWS)
+    (tmp_path / "old.csv").write_text("old")
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "hard.csv").hardlink_to(tmp_path / "in.csv")
     (tmp_path / "link.csv").symlink_to(tmp_path / "in.csv")
-    (tmp_path / "other.csv").write_text("id\n1\n")
-    (tmp_path / "empty.csv").write_text("text\n")
-    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    (tmp_path / "other.csv").write_text("id,note\n1,a\n")
+    (tmp_path / "empty.csv").write_text("\n")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
     with pytest.raises(LoraError, match=message):
         run(opened, tmp_path / source, tmp_path / target)
-    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert {f: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()} == before
 
 
 def test_a_failure_on_the_way_leaves_the_old_output(
@@ -225,9 +238,126 @@ def test_a_failure_on_the_way_leaves_the_old_output(
 
     monkeypatch.setattr(prediction, "answer", fail_later)
     with pytest.raises(RuntimeError, match="out of memory"):
-        run(opened, source, target)
+        run(opened, source, target, overwrite=True)
     assert target.read_text() == "old"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+    monkeypatch.setattr(prediction, "answer", answer)
+    assert run(opened, source, target, overwrite=True) == (5, [])
+    assert len(read(target)) == 5
+
+
+# ------------------------------------------------------------- how the output is written, and read
+
+
+def raw_rows(encoding: str = "utf-8", delimiter: str = ",", end: str = "\n") -> bytes:
+    rows = [("id", "text", "note"), ("1", "très réussi", "é"), ("2", "slow\r\nand dull", "NA")]
+    out = io.StringIO()
+    csv.writer(out, delimiter=delimiter, lineterminator=end).writerows(rows)
+    return out.getvalue().encode(encoding)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("delimiter", [";", "|", ",", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+def test_a_table_is_written_as_it_was(
+    opened: Opened, tmp_path: Path, encoding: str, delimiter: str, end: str
+) -> None:
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_bytes(raw_rows(encoding, delimiter, end))
+    assert run(opened, source, target) == (2, [])
+    raw = target.read_bytes()
+    assert raw[:2] == source.read_bytes()[:2]  # the byte order mark, or none
+    text = raw.decode(encoding)
+    assert text.startswith(delimiter.join(["id", "text", "note", *ADDED]) + end)
+    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    assert [row[:3] for row in rows[1:]] == [
+        ["1", "très réussi", "é"], ["2", "slow\r\nand dull", "NA"],
+    ]  # fmt: skip
+    assert text.count(end) >= 3
+    assert ("\r" in text.replace("slow\r\nand", "")) == (end == "\r\n")
+
+
+def test_a_compressed_output(opened: Opened, tmp_path: Path) -> None:
+    source = tmp_path / "in.csv.gz"
+    source.write_bytes(gzip.compress(raw_rows()))
+    for name in ("out.csv.gz", "out.jsonl.gz"):
+        assert run(opened, source, tmp_path / name) == (2, [])
+        text = gzip.decompress((tmp_path / name).read_bytes()).decode()
+        assert "très réussi" in text
+        assert "prediction" in text
+
+
+def test_parquet_keeps_its_types(opened: Opened, tmp_path: Path) -> None:
+    columns = {
+        "n": pa.array([1, 2, None], pa.int8()),
+        "text": pa.array(["a", None, "the plot 🙂"], pa.large_string()),
+        "kind": pa.array(["x", "y", "x"]).dictionary_encode(),
+        "seen": pa.array([1, 2, 3], pa.timestamp("ms")),
+        "nested": [[{"a": 1}], [], [{"a": 2}]],
+        "raw": [b"\x00\xff", b"", None],
+    }
+    before = pa.table(columns)
+    pq.write_table(before, tmp_path / "in.parquet")
+    written, problems = run(opened, tmp_path / "in.parquet", tmp_path / "out.parquet")
+    assert (written, [p.at for p in problems]) == (3, ["in.parquet[1]"])
+    after = pq.read_table(tmp_path / "out.parquet")
+    assert after.select(before.column_names).cast(before.schema).equals(before)
+    assert after.schema.field("n").type == pa.int8()
+    assert after.column_names == [*before.column_names, *ADDED]
+    assert after["prediction"].to_pylist()[1] is None
+    assert all(0 <= value <= 1 for value in after["p_bad"].to_pylist()[::2])
+    assert run(opened, write(tmp_path / "in.csv", ROWS), tmp_path / "text.parquet") == (5, [])
+    assert pq.read_table(tmp_path / "text.parquet")["id"].to_pylist() == [r["id"] for r in ROWS]
+
+
+def test_a_header_alone_has_no_rows_to_answer(opened: Opened, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("id;text\n")
+    assert run(opened, tmp_path / "in.csv", tmp_path / "out.csv") == (0, [])
+    assert (tmp_path / "out.csv").read_text() == "id;text;prediction;p_bad;p_good\n"
+
+
+@pytest.mark.parametrize("name", ["in.txt", "in.csv", "in.txt.gz"])
+def test_a_text_a_line_needs_no_header(opened: Opened, tmp_path: Path, name: str) -> None:
+    raw = b"great fun, all of it\nslow and dull\na long bore of a film\n"
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    assert run(opened, tmp_path / name, tmp_path / "out.jsonl") == (3, [])
+    found = [row["text"] for row in read(tmp_path / "out.jsonl")]
+    assert found == raw.decode().splitlines()
+
+
+def test_a_file_is_read_by_its_own_form_and_not_by_the_recipe_s(tmp_path: Path) -> None:
+    form = {"encoding": "cp1252", "delimiter": ";", "header": False, "columns": ["text", "label"]}
+    data = {"path": "rows.csv", "format": form}
+    (tmp_path / "rows.csv").write_text("a;0\nb;1\n")
+    opened = open_task(tiny.save_encoder(tmp_path / "base"), tmp_path, data=data)
+    cases = {
+        "same.csv": ("très bon, oui;0\nfade;1\nun peu long;0\n".encode("cp1252"), ";"),
+        "other.csv": (raw_rows(), ","),
+        "lines.csv": ("très bon; oui\nfade\n".encode(), "\t"),
+        "lines.txt": ("très bon, oui\nfade\nun peu long\n".encode("cp1252"), "\t"),
+    }
+    for name, (raw, _) in cases.items():
+        (tmp_path / name).write_bytes(raw)
+        written, problems = run(opened, tmp_path / name, tmp_path / f"out-{name}.jsonl")
+        assert (written, problems) == (raw.count(b"\n") - 2 * (name == "other.csv"), [])
+        assert read(tmp_path / f"out-{name}.jsonl")[0]["text"].startswith("très")
+    (tmp_path / "named.csv").write_text("sentence;label\n" + "a fine film;0\nslow;1\n" * 9)
+    with pytest.raises(
+        LoraError, match=r"the first line of named\.csv names its columns"
+    ) as caught:
+        run(opened, tmp_path / "named.csv", tmp_path / "out.csv")
+    assert "call the one that is to be read `text`" in (caught.value.problems[0].hint or "")
+
+
+def test_letters_that_an_old_encoding_lacks_are_told(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction, "answer", lambda *_: [["良い é", 1, 0], ["ok", 1, 0]])
+    (tmp_path / "in.csv").write_bytes(raw_rows("cp1252"))
+    _, (problem,) = run(opened, tmp_path / "in.csv", tmp_path / "out.csv")
+    assert problem.what == "the answer holds letters that cp1252 lacks: `い 良`"
+    text = (tmp_path / "out.csv").read_bytes().decode("cp1252")
+    assert "\\u826f\\u3044 é" in text
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.csv"])

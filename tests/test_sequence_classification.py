@@ -22,7 +22,8 @@ from lora_cli.errors import LoraError
 from lora_cli.evaluation import evaluate
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Task, build_task
-from lora_cli.tasks.base import Example, load_data
+from lora_cli.tasks.base import Example
+from lora_cli.tasks.encoding import load_data
 
 CPU = torch.device("cpu")
 

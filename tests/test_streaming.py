@@ -15,8 +15,8 @@ import tiny
 from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Task, build_task
-from lora_cli.tasks.base import check_data
 from lora_cli.tasks.check import check_recipe
+from lora_cli.tasks.encoding import check_data
 from lora_cli.tasks.streaming import Stream
 from lora_cli.training import loop, train
 
@@ -146,8 +146,18 @@ def test_a_row_that_cannot_be_encoded_stops_or_is_skipped(
     ("kind", "rows", "task", "message"),
     [
         ("encoder", [], {}, "the train split has no rows"),
-        ("encoder", labelled(None, None), {}, "of 2; the first: rows.jsonl:1: column `label`"),
-        ("llama", chats()[1:2], CHAT, "of 1; the first: rows.jsonl:1: nothing to train"),
+        (
+            "encoder",
+            labelled(None, None),
+            {},
+            "none of 2 rows can be used; the first: rows",
+        ),
+        (
+            "llama",
+            chats()[1:2],
+            CHAT,
+            "the first: rows.jsonl:1: nothing to train",
+        ),
         ("llama", chats()[:1], CHAT | {"max_length": 3}, "nothing to train is left within 3"),
     ],
 )

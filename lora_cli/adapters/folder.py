@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -196,8 +195,8 @@ def read_adapter(path: Path) -> AdapterFolder:
             f"there is no folder {path}",
             hint="`--adapter` takes the output folder of `lora train`, or a folder that PEFT saved",
         )
-    finish_publishing(path)
     refuse_links_outside(path)
+    finish_publishing(path)
     if not (path / WEIGHTS_FILE).is_file():
         pickles = [
             name for name in ("adapter_model.bin", "adapter_model.pt") if (path / name).exists()
@@ -288,21 +287,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         IntegrityError: If the file is damaged, or holds what is no weight.
     """
-    for name, entry in read_header(path / WEIGHTS_FILE).items():
+    file, hint = path / WEIGHTS_FILE, "save it again in the tool that made it"
+    entries = read_header(file)
+    for name, entry in entries.items():
         if entry.dtype not in FLOATS:
             what = f"`{name}` is of dtype {entry.dtype}, which no weight has"
-            raise IntegrityError(what, str(path / WEIGHTS_FILE))
-    try:
-        tensors = load_file(path / WEIGHTS_FILE)
-    except (SafetensorError, OSError) as error:
-        raise IntegrityError(
-            f"not a whole safetensors file: {error}", str(path / WEIGHTS_FILE)
-        ) from error
-    named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    if len(named) != len(tensors):
+            raise IntegrityError(what, str(file), hint)
+    if len({name.removeprefix(PREFIX) for name in entries}) != len(entries):
         what = "a tensor stands twice, with and without PEFT's prefix"
-        raise IntegrityError(what, str(path / WEIGHTS_FILE))
-    return named
+        raise IntegrityError(what, str(file), hint)
+    return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(file).items()}
 
 
 def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from lora_cli.data.json_rows import JSON_NAMES, read_json
 from lora_cli.data.lines import RawRow, byte_fault, read_lines
+from lora_cli.data.parallel import parts_of, read_parallel
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean
 from lora_cli.recipe import FormatSpec
 
@@ -30,6 +31,8 @@ UNCLOSED = "a quotation mark is not closed, or one inside a quoted field is not 
 
 def kind_of(path: Path, spec: FormatSpec) -> str:
     """Return how a file is read: csv, json, parquet or text."""
+    if parts_of(path):
+        return "text"
     kind = spec.type or kind_by_name(path.name)
     if kind is None:
         hint = "say it with `--set data.format.type=csv` (or json, parquet, text)"
@@ -64,6 +67,9 @@ def read_rows(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
     Raises:
         LoraError: If the file as a whole cannot be read.
     """
+    if parts := parts_of(path):
+        yield from _read_together(path, parts, spec)
+        return
     match kind_of(path, spec):
         case "csv":
             yield from _read_csv(path, spec)
@@ -144,32 +150,8 @@ def _records(path: Path, spec: FormatSpec) -> Iterator[tuple[int, list[str], str
 
 
 def _read_csv(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
-    names = spec.columns
     records = _records(path, spec)
-    if spec.header:
-        line, header, fault = next(records, (1, [], ""))
-        header = [name.strip() for name in header]
-        if fault:
-            hint = "mend it; if the file has no header, `--set data.format.header=false`"
-            raise LoraError(f"the header: {fault}", f"{path}:{line}", hint)
-        if names is None:
-            names = header
-            twice = [name for name, times in Counter(names).items() if times > 1]
-            if twice:
-                unique = [n if n not in names[:i] else f"{n}_{i + 1}" for i, n in enumerate(names)]
-                listed = json.dumps(unique, ensure_ascii=False)
-                raise LoraError(
-                    f"two columns are called `{twice[0]}`",
-                    f"{path}:{line}",
-                    f"give each a name: `--set 'data.format.columns={listed}'`",
-                )
-        elif header and len(names) != len(header):
-            raise LoraError(
-                f"{counted(len(names), 'name')} in `data.format.columns` for "
-                f"{counted(len(header), 'column')}",
-                f"{path}:{line}",
-                "its header has " + ", ".join(header),
-            )
+    names = _column_names(path, spec, records)
     for line, fields, fault in records:
         if names is None:
             names = [str(number) for number in range(len(fields))]
@@ -179,7 +161,76 @@ def _read_csv(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
         yield RawRow(columns, f"{path.name}:{line}", fault)
 
 
+def _column_names(
+    path: Path, spec: FormatSpec, records: Iterator[tuple[int, list[str], str]]
+) -> list[str] | None:
+    """Return the names of the columns of a csv file, if there are any; its header is taken."""
+    names = spec.columns
+    if not spec.header:
+        return names
+    line, header, fault = next(records, (1, [], ""))
+    header = [name.strip() for name in header]
+    if fault:
+        hint = "mend it; if the file has no header, `--set data.format.header=false`"
+        raise LoraError(f"the header: {fault}", f"{path}:{line}", hint)
+    if names is None:
+        twice = [name for name, times in Counter(header).items() if times > 1]
+        if twice:
+            unique = [n if n not in header[:i] else f"{n}_{i + 1}" for i, n in enumerate(header)]
+            listed = json.dumps(unique, ensure_ascii=False)
+            raise LoraError(
+                f"two columns are called `{twice[0]}`",
+                f"{path}:{line}",
+                f"give each a name: `--set 'data.format.columns={listed}'`",
+            )
+        return header
+    if header and len(names) != len(header):
+        raise LoraError(
+            f"{counted(len(names), 'name')} in `data.format.columns` for "
+            f"{counted(len(header), 'column')}",
+            f"{path}:{line}",
+            "its header has " + ", ".join(header),
+        )
+    return names
+
+
+def columns_of(path: Path, spec: FormatSpec) -> list[str]:
+    """Return the names of all columns of a file; only the rows of JSON have columns of their own.
+
+    Raises:
+        LoraError: If the file as a whole cannot be read, or no row of it.
+    """
+    names: list[str] | None = None
+    match kind_of(path, spec):
+        case "csv":
+            names = _column_names(path, spec, _records(path, spec))
+        case "parquet":
+            names = list(parquet_schema(path).names)
+        case "text":
+            names = list(parts_of(path)) or [text_column(spec)]
+    if names is None:
+        enough = None if kind_of(path, spec) == "json" else 1
+        rows = (row.columns for row in read_rows(path, spec) if row.columns is not None)
+        names = list(dict.fromkeys(name for row in itertools.islice(rows, enough) for name in row))
+    if not names:
+        hint = "is it empty, or `data.format` another?"
+        raise LoraError("no row can be read", str(path), hint)
+    return names
+
+
 # ------------------------------------------------------------------------------ parquet and text
+
+
+def parquet_schema(path: Path) -> Any:
+    """Return the columns of a parquet file with their types, a `pyarrow.Schema`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        what = f"the parquet file is cut off or damaged: {str(error).strip().splitlines()[0]}"
+        raise LoraError(what, str(path), "copy or download it again") from error
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:
@@ -203,9 +254,22 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
 
 
 def _read_text(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
+    name = text_column(spec)
     for number, text in _text_units(path, spec):
         fault = byte_fault(text, spec.encoding)
-        yield RawRow(None if fault else {"text": text}, f"{path.name}:{number}", fault)
+        yield RawRow(None if fault else {name: text}, f"{path.name}:{number}", fault)
+
+
+def text_column(spec: FormatSpec) -> str:
+    """Return the name of the one column of a text file."""
+    return spec.columns[0] if spec.columns and len(spec.columns) == 1 else "text"
+
+
+def _read_together(path: Path, parts: dict[str, Path], spec: FormatSpec) -> Iterator[RawRow]:
+    lines = {name: read_lines(part, spec.encoding) for name, part in parts.items()}
+    for number, texts in read_parallel(parts, lines):
+        fault = next((f for text in texts.values() if (f := byte_fault(text, spec.encoding))), "")
+        yield RawRow(None if fault else texts, f"{path.name}:{number}", fault)
 
 
 def _text_units(path: Path, spec: FormatSpec) -> Iterator[tuple[int, str]]:

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 from lora_cli.data.files import KINDS, kind_by_name, kind_of
+from lora_cli.data.parallel import parts_of
 from lora_cli.errors import LoraError, did_you_mean, nearest, printable
+from lora_cli.errors import beside as beside_it
 from lora_cli.recipe import FormatSpec, Recipe
 from lora_cli.recipe.spec import is_file
 
@@ -83,6 +85,10 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
         named = any(_belongs(file, other) for file in inside for other in SPLITS)
         of_split = by_split or (inside if name == "train" and not named else [])
         files = [pattern / file for file in of_split]
+    elif parts := parts_of(pattern):
+        if missing := [part for part in parts.values() if not part.is_file()]:
+            raise LoraError(f"there is no file {missing[0]}", at, beside_it(missing[0]))
+        files = [pattern] if is_file(name) or name == "train" else []
     elif pattern.is_file():
         files = [pattern] if is_file(name) or name == "train" else []
     else:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_cli.data.encoding import BOM, encoding_of
 from lora_cli.data.files import KINDS, read_rows
 from lora_cli.data.foreign import refuse_binary, refuse_other_lines
 from lora_cli.data.lines import RawRow
@@ -25,19 +26,12 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec
 
 SAMPLE_BYTES = 1 << 20
+HEAD_BYTES = 1 << 17
+PARQUET = b"PAR1"
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 SPARE_DELIMITERS = "\t;|^~\x1f"  # for a file of one column, whose texts hold commas
 MOST_TITLE_LINES = 10
 CONSISTENT = 0.9  # share of the records with the same number of fields
-BOMS = {
-    b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xef\xbb\xbf": "utf-8",
-    b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
-}  # fmt: skip
-BOM = b"\xef\xbb\xbf"
-LEGACY = [
-    "cp1252", "cp1251", "cp1250", "cp1253", "cp932", "euc_jp", "gb18030", "big5", "euc_kr",
-]  # fmt: skip
-EASTERN = "ìøòõšžðºþ³¹¿£¥¼¾ª¯"  # what cp1252 makes of their letters
 COLUMN_NAMES = re.compile(
     r"(text|sentence|label|class|category|id|index|date|title|name|score|rating|target|intent|"
     r"sentiment|prompt|completion|question|answer|instruction|input|output|url|message|comment|"
@@ -71,6 +65,27 @@ class DataFile:
     about: str
 
 
+@dataclass(frozen=True)
+class Head:
+    """What the beginning of a file says of the whole.
+
+    Args:
+        kind: csv, json, parquet or text.
+        form: How it is read.
+        named: Whether its first line names the columns.
+        line_end: What its lines end with.
+        has_mark: It begins with the byte order mark of UTF-8.
+        raw: The beginning, in whole lines.
+    """
+
+    kind: str
+    form: FormatSpec
+    named: bool
+    line_end: str
+    has_mark: bool
+    raw: bytes
+
+
 @dataclass
 class _Findings:
     kind: str
@@ -88,26 +103,13 @@ def read_data_file(path: Path) -> DataFile:
     Raises:
         LoraError: If the file is not there, is empty, or holds no rows that can be read.
     """
-    raw = _bytes_of(path)
+    raw = bytes_of(path)
     if not raw.strip():
         raise LoraError("the file is empty", str(path))
-    by_name = KINDS.get(Path(path.name.removesuffix(".gz")).suffix.lower())
-    if raw.startswith(b"PAR1"):
-        found = _Findings("parquet")
-    else:
-        refuse_binary(raw, path)
-        encoding, why = encoding_of(raw)
-        text = _sample(raw, encoding)
-        refuse_other_lines(raw, encoding, path)
-        found = _Findings(_kind(text, by_name))
-        if encoding != "utf-8":
-            found.say("encoding", encoding, why)
-        if found.kind == "csv":
-            _find_table(found, path, text)
-        elif found.kind == "text" and _has_paragraphs(text):
-            found.say("sample_by", "paragraph", "blank lines divide the text")
-    if found.kind != by_name:
-        found.say("type", found.kind, "by its content; the name does not say so")
+    refuse_binary(raw, path)
+    if not raw.startswith(PARQUET):
+        refuse_other_lines(raw, encoding_of(raw)[0], path)
+    found = _find(raw, path)
     spec = FormatSpec.model_validate(found.form)
     rows = list(read_rows(path, spec))
     good = [row.columns for row in rows if row.columns is not None and not row.fault]
@@ -124,7 +126,63 @@ def read_data_file(path: Path) -> DataFile:
     )
 
 
-def _bytes_of(path: Path) -> bytes:
+def read_head(path: Path) -> Head:
+    """Find out how a file is written from its first lines, whatever its size.
+
+    Raises:
+        LoraError: If the file is not there or is empty.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            raw = file.read(HEAD_BYTES)
+    except (OSError, EOFError, zlib.error) as error:
+        raise LoraError(f"cannot be read: {error}", str(path)) from error
+    if not raw.strip():
+        raise LoraError("the file is empty", str(path))
+    refuse_binary(raw, path)
+    is_parquet = raw.startswith(PARQUET)
+    whole = raw[: raw.rfind(b"\n") + 1] if len(raw) == HEAD_BYTES and not is_parquet else raw
+    found = _find(whole or raw, path)
+    form = FormatSpec.model_validate(found.form)
+    first = "" if is_parquet else _sample(whole or raw, form.encoding).partition("\n")[0]
+    ends = "\r\n" if first.endswith("\r") else "\n"
+    return Head(found.kind, form, found.named, ends, raw.startswith(BOM), whole)
+
+
+def _find(raw: bytes, path: Path) -> _Findings:
+    """Return the kind of a file, and what `data.format` has to say of it."""
+    by_name = KINDS.get(Path(path.name.removesuffix(".gz")).suffix.lower())
+    if raw.startswith(PARQUET):
+        found = _Findings("parquet")
+    else:
+        encoding, why = encoding_of(raw)
+        text = _sample(raw, encoding)
+        found = _Findings(_kind(text, by_name))
+        if encoding != "utf-8":
+            found.say("encoding", encoding, why)
+        if found.kind == "csv":
+            _find_table(found, path, text)
+        elif found.kind == "text" and _has_paragraphs(text):
+            found.say("sample_by", "paragraph", "blank lines divide the text")
+    if found.kind != by_name:
+        found.say("type", found.kind, "by its content; the name does not say so")
+    return found
+
+
+def _sample(raw: bytes, encoding: str) -> str:
+    """Return the first whole lines of a text, without a byte order mark."""
+    raw = raw.removeprefix(BOM)
+    text = raw[:SAMPLE_BYTES].decode(encoding, errors="replace").removeprefix("\ufeff")
+    cut = text.rfind("\n") if len(raw) > SAMPLE_BYTES else -1
+    return text[: cut + 1] if cut > 0 else text
+
+
+def bytes_of(path: Path) -> bytes:
+    """Return the content of a file, unpacked.
+
+    Raises:
+        LoraError: If it cannot be read.
+    """
     if path.is_dir():
         raise LoraError("this is a folder", str(path), "name one file in it")
     try:
@@ -148,82 +206,6 @@ def _about(found: _Findings, path: Path) -> str:
     return ", ".join([*words, found.form.get("encoding", "utf-8")])
 
 
-# ------------------------------------------------------------------------------------ encoding
-
-
-def encoding_of(raw: bytes) -> tuple[str, str]:
-    """Return the encoding of a text and what says so.
-
-    UTF-8 is nearly certain where it fits. What is left is one of the older encodings of a byte or
-    two a letter, which only the likelihood of the letters tells apart.
-    """
-    for mark, encoding in BOMS.items():
-        if raw.startswith(mark) and (encoding != "utf-8" or _is_utf_8(raw)):
-            return encoding, "by the byte order mark at its beginning"
-    raw = raw.removeprefix(BOM)
-    head = raw[:4000]
-    for encoding, zeros in (("utf-16-le", head[1::2]), ("utf-16-be", head[0::2])):
-        if zeros.count(0) > len(zeros) / 50 and zeros.count(0) > head.count(0) * 0.9:
-            return encoding, "by its zero bytes, which stand on one side of every pair"
-    if raw.isascii():
-        return "utf-8", "it is ASCII"
-    return ("utf-8", "its bytes are UTF-8") if _is_utf_8(raw) else _legacy(raw)
-
-
-def _is_utf_8(raw: bytes) -> bool:
-    """Return whether all bytes, but for a few that are damaged, are UTF-8."""
-    text = raw.removeprefix(BOM).decode("utf-8", errors="surrogateescape")
-    bad = sum("\udc80" <= letter <= "\udcff" for letter in text)
-    good = sum(letter > "\x7f" for letter in text) - bad
-    return bad <= good / 20
-
-
-def _legacy(raw: bytes) -> tuple[str, str]:
-    from charset_normalizer import from_bytes
-
-    lines = [line for line in raw.splitlines(keepends=True) if not line.isascii()]
-    sample = b"".join(lines[:2000])
-    best = from_bytes(sample, cp_isolation=LEGACY).best()
-    encoding = best.encoding if best else "latin-1"
-    if encoding == "cp1250" and _is_western(_decoded(sample, "cp1252") or ""):
-        encoding = "cp1252"
-    if _decoded(raw, encoding) is None:
-        encoding = "latin-1"
-    words = re.findall(r"\w*[^\W\x00-\x7f]\w*", _decoded(sample, encoding) or "")
-    example = max(words[:200], key=len, default="")[:30]
-    return encoding, f"not UTF-8; likeliest by its letters: read so, it says `{example}`"
-
-
-def _is_western(text: str) -> bool:
-    """Return whether a text read as cp1252 is likelier to be that than the cp1250 of Prague.
-
-    Read wrongly, the letters of Czech, Polish, Hungarian and their neighbours become signs and
-    letters that the languages of the west hardly use.
-    """
-    letters = [letter for letter in text if letter > "\x7f"]
-    rare = set(EASTERN) - (set("õ") if "ã" in letters else set())
-    if set("åø") <= set(letters):  # Danish or Norwegian
-        rare -= set("ø")
-    if set(letters) <= set("àèéìîòóùú\u2019«»"):  # Italian
-        rare = set()
-    return sum(letter in rare for letter in letters) < 0.03 * len(letters)
-
-
-def _decoded(raw: bytes, encoding: str) -> str | None:
-    try:
-        return raw.decode(encoding)
-    except UnicodeDecodeError:
-        return None
-
-
-def _sample(raw: bytes, encoding: str) -> str:
-    """Return the first whole lines of a text, without a byte order mark."""
-    raw = raw.removeprefix(BOM)
-    text = raw[:SAMPLE_BYTES].decode(encoding, errors="replace").removeprefix("\ufeff")
-    cut = text.rfind("\n") if len(raw) > SAMPLE_BYTES else -1
-    return text[: cut + 1] if cut > 0 else text
-
-
 # ---------------------------------------------------------------------------- kind and columns
 
 
@@ -232,6 +214,8 @@ def _kind(text: str, by_name: str | None) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     if lines and _is_json(text, lines[0]):
         return "json"
+    if by_name == "json" and lines and lines[0].lstrip().startswith(("{", "[")):
+        return "json"  # a broken one
     if by_name in ("csv", "text"):
         tabs = {line.count("\t") for line in lines}
         return "csv" if by_name == "csv" or (len(tabs) == 1 and tabs != {0}) else "text"

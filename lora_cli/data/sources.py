@@ -18,6 +18,7 @@ from lora_cli.data.files import read_rows, require_columns
 from lora_cli.data.finding import SPLITS as SPLITS
 from lora_cli.data.finding import files_of, positions, split_slice
 from lora_cli.data.lines import ENCODING_HINT, RawRow, unreadable
+from lora_cli.data.parallel import parts_of
 from lora_cli.data.splits import draw
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean
 from lora_cli.files import sha256_of
@@ -270,8 +271,8 @@ def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
     import datasets
 
     form = recipe.data.format
-    hashes = [_hash_of(file) for file in files]
-    sha256 = hashes[0] if len(files) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    hashes = [_hash_of(part) for file in files for part in (parts_of(file).values() or [file])]
+    sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def stored() -> Iterator[dict[str, str]]:
         for file in files:

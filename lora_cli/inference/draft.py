@@ -10,15 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_cli.data.pairs import read_pair, translations_of
 from lora_cli.data.sniffing import DataFile, read_data_file
 from lora_cli.inference.columns import Column, describe, is_blank
 from lora_cli.inference.model import SAMPLE, Base, look_at
-from lora_cli.inference.splits import choose_splits, is_unusable
+from lora_cli.inference.splits import Keys, Rows, choose_splits, is_unusable
 from lora_cli.inference.task import choose_task
 from lora_cli.inference.writing import commented_yaml
-from lora_cli.inference.written import Chosen
+from lora_cli.inference.written import Chosen, translation
 from lora_cli.recipe import Recipe
 
+FITTING = 0.99  # share of the rows that shall not be cut
 MANY_LABELS = 500  # more are not written out, but found in the train rows
 LONGEST = {"sequence_classification": 512, "causal_lm": 2048}  # more is slow, whatever fits
 CHATML = """\
@@ -62,7 +64,12 @@ class Draft:
 
 
 def draft_recipe(
-    source: Path, model: str, target: Path, text: str | None = None, label: str | None = None
+    source: Path,
+    model: str,
+    target: Path,
+    text: str | None = None,
+    label: str | None = None,
+    second: Path | None = None,
 ) -> Draft:
     """Return a recipe for a data file.
 
@@ -72,18 +79,23 @@ def draft_recipe(
         target: Where the recipe will be written; its paths are relative to that folder.
         text: The column of the text, if the user names it.
         label: The column of the label, or the completion, if the user names it.
+        second: Another text file whose lines belong to those of the first: the translation.
 
     Raises:
         LoraError: If the file cannot be read, or it cannot be decided what to learn from it.
     """
-    file = read_data_file(source)
+    file = read_data_file(source) if second is None else read_pair(source, second)
     base = look_at(model)
     columns = [describe(name, file.rows) for name in file.columns]
-    chosen = choose_task(columns, file.rows, source.name, text, label, base.can_write)
+    if second is not None and text is None and label is None:
+        chosen = translation(columns[0], columns[1], file.path.name, base.can_write)
+    else:
+        chosen = choose_task(columns, file.rows, file.path.name, text, label, base.can_write)
     file, columns, chosen = _with_names(file, columns, chosen)
     draft = Draft({"model": {"name": _relative(model, target, base)}}, {})
-    _task(draft, file, base, chosen)
-    _data(draft, file, columns, chosen, target)
+    splits, beside = choose_splits(file, columns, chosen, target)
+    _task(draft, base, chosen, [file.rows, beside])
+    _data(draft, file, columns, chosen, target, splits)
     _training(draft, base, len(file.rows))
     _say(draft, file, chosen)
     Recipe.model_validate(draft.values)  # what is wrong here is ours
@@ -132,7 +144,7 @@ def _with_names(
 # ----------------------------------------------------------------------------------------- task
 
 
-def _task(draft: Draft, file: DataFile, base: Base, chosen: Chosen) -> None:
+def _task(draft: Draft, base: Base, chosen: Chosen, splits: Sequence[Rows]) -> None:
     for key, value in chosen.keys.items():
         if (key, value) not in (("format", "openai"), ("problem", "single_label")):
             draft.put("task", key, value, chosen.why.get(key, ""))
@@ -159,7 +171,7 @@ def _task(draft: Draft, file: DataFile, base: Base, chosen: Chosen) -> None:
     if chosen.is_chat and base.lacks_template:
         draft.put("task", "chat_template", TEMPLATE, "the model has none; this is ChatML")
         draft.extra_files[TEMPLATE] = CHATML
-    length, why = _length(file, base, chosen)
+    length, why = _length(splits, base, chosen)
     draft.put("task", "max_length", length, why)
 
 
@@ -188,31 +200,36 @@ def _label_order(labels: Any) -> Any:
         return None
 
 
-def _length(file: DataFile, base: Base, chosen: Chosen) -> tuple[int, str]:
+def _length(splits: Sequence[Rows], base: Base, chosen: Chosen) -> tuple[int, str]:
     """Return the longest input in tokens, and what it was measured by."""
-    step = max(1, len(file.rows) // SAMPLE)
-    texts = [[_as_text(row.get(name)) for name in chosen.inputs] for row in file.rows[::step]]
+    wanted, unit = 0, ""
+    for rows in filter(None, splits):  # the held-out rows may be longer
+        lengths, unit = _tokens(rows[:: max(1, len(rows) // SAMPLE)], base, chosen)
+        wanted = max(wanted, sorted(lengths)[math.ceil(FITTING * len(lengths)) - 1])
     most = min(LONGEST[chosen.keys["type"]], base.positions or 1 << 30)
-    if base.tokenizer is not None:
-        lengths, unit = base.tokens(texts), "the model's tokens"
-    else:
-        # about 4 tokens for 3 words; where words are not divided by spaces, a token a letter
-        lengths = [
-            sum(max(math.ceil(len(text.split()) * 1.4), _wide(text)) + 2 for text in row)
-            for row in texts
-        ]
-        unit = "its words, for the model's tokenizer is not at hand"
-    wanted = sorted(lengths)[min(len(lengths) - 1, math.ceil(0.95 * len(lengths)))]
     wanted += 16 if chosen.is_chat else 0  # what a template adds, at the least
     running = chosen.keys["type"] == "causal_lm" and "text_column" in chosen.keys
     if running and wanted > min(512, most):
         length, why = min(512, most), "longer texts are divided into several examples"
     else:
         length = max(32, -(-wanted // 32) * 32)
-        why = f"19 of 20 rows have at most {wanted:,}, by {unit}"
+        why = f"99 of 100 rows have at most {wanted:,}, by {unit}"
     if length > most:
         length, why = most, why if running else f"{why}; longer ones are cut"
     return length, why
+
+
+def _tokens(rows: Rows, base: Base, chosen: Chosen) -> tuple[list[int], str]:
+    """Return the lengths of rows, and what they were measured by."""
+    texts = [[_as_text(row.get(name)) for name in chosen.inputs] for row in rows]
+    if base.tokenizer is not None:
+        return base.tokens(texts), "the model's tokens"
+    # about 4 tokens for 3 words; where words are not divided by spaces, a token a letter
+    lengths = [
+        sum(max(math.ceil(len(text.split()) * 1.4), _wide(text)) + 2 for text in row)
+        for row in texts
+    ]
+    return lengths, "its words, for the model's tokenizer is not at hand"
 
 
 def _wide(text: str) -> int:
@@ -229,11 +246,16 @@ def _as_text(value: Any) -> str:
 
 
 def _data(
-    draft: Draft, file: DataFile, columns: list[Column], chosen: Chosen, target: Path
+    draft: Draft,
+    file: DataFile,
+    columns: list[Column],
+    chosen: Chosen,
+    target: Path,
+    splits: Keys,
 ) -> None:
     path = os.path.relpath(file.path.absolute(), target.absolute().parent)
     draft.put("data", "path", f"./{path}" if path.startswith("~") else path, file.about)
-    for key, (value, reason) in choose_splits(file, columns, chosen, target).items():
+    for key, (value, reason) in splits.items():
         if key:
             draft.put("data", key, value, reason)
         else:
@@ -337,6 +359,10 @@ def _say(draft: Draft, file: DataFile, chosen: Chosen) -> None:
         say(("held out", more if "validation" in data else f"nothing: {more}"))
     if "on_bad_row" in data:
         say(("skipped", why["data.on_bad_row"]))
+    if others := translations_of(file):
+        beside = ", ".join(other.name for other in others[:4])
+        what = f"beside it, with as many lines: {beside}; to learn to translate, name both files"
+        say(("also", what))
     if chosen.left_out:
         parts = [f"`{name}` ({reason})" for name, reason in chosen.left_out.items()]
         more = f", and {len(parts) - 12} more" if len(parts) > 12 else ""

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.files import read_rows
+from lora_cli.data.parallel import BRACES, parts_of
 from lora_cli.data.sniffing import DataFile
-from lora_cli.data.splits import containing, normalised
+from lora_cli.data.splits import containing, draw, normalised
 from lora_cli.errors import LoraError
 from lora_cli.inference.columns import GROUP_NAME, SPLIT_NAMES, Column, flag, is_blank, label_text
 from lora_cli.inference.written import Chosen
@@ -37,10 +38,15 @@ class _Held:
     keys: Keys = field(default_factory=dict)
     train: Rows = ()
     refused: dict[str, str] = field(default_factory=dict)
+    beside: list[dict[str, Any]] = field(default_factory=list)
 
 
-def choose_splits(file: DataFile, columns: Sequence[Column], chosen: Chosen, target: Path) -> Keys:
+def choose_splits(
+    file: DataFile, columns: Sequence[Column], chosen: Chosen, target: Path
+) -> tuple[Keys, list[dict[str, Any]]]:
     """Return the keys of the recipe's `data` that say which rows are held out.
+
+    The rows that are held out in files of their own come with them.
 
     Args:
         file: The data file.
@@ -53,10 +59,11 @@ def choose_splits(file: DataFile, columns: Sequence[Column], chosen: Chosen, tar
     missing = [name for name in ("validation", "test") if name not in held.keys]
     if file.form.get("sample_by") and len(file.rows) >= 20 and len(missing) == 2:
         # what stands side by side belongs together, so the end is held out in one piece
-        return {
+        end = {
             "train": ("train[:90%]", "running text: its end is held out"),
             "validation": ("train[90%:]", ""),
         }
+        return end, []
     drawn = _draws(list(held.train), columns, chosen, len(missing) == 2)
     for name in missing:
         value, why = drawn.get(name, (None, ""))
@@ -64,7 +71,7 @@ def choose_splits(file: DataFile, columns: Sequence[Column], chosen: Chosen, tar
         if said or value:
             held.keys[name if value else ""] = value, said
     order = ("", "split_column", "train", "validation", "test")
-    return {name: held.keys[name] for name in order if name in held.keys}
+    return {name: held.keys[name] for name in order if name in held.keys}, held.beside
 
 
 def is_unusable(row: dict[str, Any], chosen: Chosen) -> bool:
@@ -126,30 +133,44 @@ def _by_files(file: DataFile, chosen: Chosen, target: Path) -> _Held:
         )
         beside = sorted(
             (other.name != before + other.name[len(before) :], len(other.name), other)
-            for other in file.path.absolute().parent.iterdir()
+            for other in _around(file.path)
             if pattern.fullmatch(other.name)
         )
         for _, _, other in beside[:1]:
-            fault, count = _look_at(other, file, chosen)
+            fault, rows = _look_at(other, file, chosen)
             if fault:
                 held.refused[name] = f"{other.name} beside it is not used: {fault}"
                 continue
             path = os.path.relpath(other, target.absolute().parent)
             more = f"; also there: {', '.join(o.name for _, _, o in beside[1:4])}"
-            why = f"beside the file: {count:,} rows{more if beside[1:] else ''}"
+            held.beside += rows
+            why = f"beside the file: {len(rows):,} rows{more if beside[1:] else ''}"
             held.keys[name] = path if is_file(path) else f"./{path}", why
     return held
 
 
-def _look_at(path: Path, like: DataFile, chosen: Chosen) -> tuple[str, int]:
-    """Return why a file cannot be a split of another, or nothing; and how many rows it has."""
+def _around(path: Path) -> list[Path]:
+    """Return the files of a folder; where two belong together, they have one name."""
+    files = list(path.absolute().parent.iterdir())
+    braces = BRACES.search(path.name)
+    if braces is None or path.exists():
+        return files
+    first, after = braces[1].split(",")[0], path.name[braces.end() :]
+    end = first + after
+    names = [other.name.removesuffix(end) for other in files if other.name.endswith(end)]
+    pairs = [path.absolute().with_name(f"{name}{braces[0]}{after}") for name in names]
+    return [pair for pair in pairs if all(part.is_file() for part in parts_of(pair).values())]
+
+
+def _look_at(path: Path, like: DataFile, chosen: Chosen) -> tuple[str, list[dict[str, Any]]]:
+    """Return why a file cannot be a split of another, or nothing; and its rows."""
     try:
         rows = list(read_rows(path, FormatSpec.model_validate(like.form)))
     except LoraError as error:
-        return error.problems[0].what, 0
+        return error.problems[0].what, []
     fault = next((row.fault for row in rows if row.fault), "")
     found = [row.columns for row in rows if row.columns is not None]
-    return fault or _fault_of(found, like.rows, chosen), len(rows)
+    return fault or _fault_of(found, like.rows, chosen), found
 
 
 def _fault_of(rows: Rows, train: Rows, chosen: Chosen) -> str:
@@ -169,16 +190,16 @@ def _fault_of(rows: Rows, train: Rows, chosen: Chosen) -> str:
             unknown = [v for v in map(label_text, values) if v not in chosen.labels]
             if unknown:
                 return f"train has no label `{unknown[0]}`"
-    known = {_text(row, chosen) for row in train}
-    shared = sum(_text(row, chosen) in known for row in rows)
+    known = {_text(row, chosen.inputs) for row in train}
+    shared = sum(_text(row, chosen.inputs) in known for row in rows)
     if shared > MOST_OVERLAP * len(rows):
         return f"{shared:,} of {len(rows):,} texts stand in train too"
     return ""
 
 
-def _text(row: dict[str, Any], chosen: Chosen) -> str:
+def _text(row: dict[str, Any], columns: Sequence[str]) -> str:
     """Return the text by which rows are compared."""
-    values = [row.get(name) for name in chosen.inputs]
+    values = [row.get(name) for name in columns]
     texts = [v if isinstance(v, str) else json.dumps(v, default=str) for v in values]
     return normalised("\n".join(texts))
 
@@ -191,10 +212,13 @@ def _draws(
 ) -> Keys:
     """Return validation, and test where there are enough rows, as draws from train."""
     rows = [row for row in rows if not is_unusable(row, chosen)]
-    texts = [_text(row, chosen) for row in rows]
+    answers = "completion_column" in chosen.keys or chosen.keys.get("format") == "alpaca"
+    asked = chosen.inputs[:-1] if answers else chosen.inputs  # as the draw compares them
+    texts = [_text(row, asked) for row in rows]
     unique = len(set(texts))
     if unique < 10:
-        return {"validation": (None, f"{unique} different rows are too few to hold any out")}
+        what = f"{unique} different texts are" if unique > 1 else "one text is"
+        return {"validation": (None, f"{what} too few to hold any out")}
     fraction = 0.2 if unique < 200 else 0.1 if unique < 20_000 else max(0.01, 2000 / unique)
     held: dict[str, Any] = {"from": "train", "fraction": round(fraction, 2)}
     why = [f"of {len(rows):,} rows"]
@@ -205,14 +229,28 @@ def _draws(
     elif (share := _inside_others(texts)) >= PHRASES:
         held["disjoint"] = "substring"
         why.append(f"{100 * share:.0f} % of the texts stand inside others: they go together")
-    counts = _strata(rows, chosen)
-    if counts and group is None:
+    strata = _strata(rows, chosen)
+    if strata and group is None:
+        # equal texts stay together, so it is different ones that can be divided
+        counts = Counter(stratum for stratum, _ in set(zip(strata, texts, strict=True)))
         least = min(counts.values())
         if least >= max(5, 1 / fraction):
             held["stratify"] = True
             why.append("each label in proportion")
         else:
-            why.append(f"not stratified: the rarest label has {least} rows")
+            several = f"{least} different texts" if least > 1 else "one text only"
+            why.append(f"not stratified: the rarest label has {several}")
+    try:
+        draw(
+            texts,
+            fraction,
+            (0, 0),
+            held.get("disjoint", "exact"),
+            strata if "stratify" in held else None,
+            [str(row[group.name]) for row in rows] if group else None,
+        )
+    except LoraError as error:
+        return {"validation": (None, error.problems[0].what)}
     drawn: Keys = {"validation": (held, "; ".join(why))}
     if unique >= 200:
         once = "looked at once, at the end"
@@ -231,13 +269,13 @@ def _inside_others(texts: Sequence[str]) -> float:
     return sum(inside) / len(texts)
 
 
-def _strata(rows: Rows, chosen: Chosen) -> Counter[str]:
-    """Return how many rows each stratum has, where the task has labels."""
+def _strata(rows: Rows, chosen: Chosen) -> list[str]:
+    """Return the stratum of each row, where the task has labels."""
     keys = chosen.keys
     if keys.get("problem") != "single_label":
-        return Counter()
+        return []
     names = keys.get("label_columns") or [keys["label_column"]]
-    return Counter(str([row.get(name) for name in names]) for row in rows)
+    return [str([row.get(name) for name in names]) for row in rows]
 
 
 def _group_of(columns: Sequence[Column], chosen: Chosen, rows: Rows) -> Column | None:

@@ -309,7 +309,7 @@ class FormatSpec(Section):
     """The first line of a csv file names the columns."""
 
     columns: Words | None = None
-    """Names of the columns, instead of those in the header."""
+    """Names of the columns, instead of those in the header; the name of a text file's column."""
 
     skip_lines: Annotated[int, Field(ge=0)] = 0
     """Lines of a csv file before its header, or before its rows, that are neither: a title, a
@@ -361,7 +361,9 @@ class DataSpec(Section):
     """Branch, tag or commit of the data set on the Hub."""
 
     path: Word | None = None
-    """A file, a folder, or a pattern of files (csv, tsv, json lines, parquet, txt; also .gz)."""
+    """A file, a folder, or a pattern of files (csv, tsv, json lines, parquet, txt; also .gz). Text
+    files that belong together line by line are named at once: `train.{en,de}.txt` has the columns
+    `en` and `de`."""
 
     split_column: Word | None = None
     """Column of the files in `path` that says which split a row is of. `train`, `validation` and

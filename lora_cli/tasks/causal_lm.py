@@ -17,7 +17,7 @@ from lora_cli.errors import LoraError, Problem
 from lora_cli.metrics import reads
 from lora_cli.recipe import CausalLMSpec, Recipe
 from lora_cli.recipe.spec import GenerationSpec
-from lora_cli.tasks.base import IGNORED, Batch, Encoded, Example, Prediction, Task, pad
+from lora_cli.tasks.base import IGNORED, Batch, Example, Prediction, Task, pad
 from lora_cli.tasks.chat import (
     Message,
     encode_chat,
@@ -28,7 +28,6 @@ from lora_cli.tasks.chat import (
 )
 from lora_cli.tasks.generation import generate, stop_ids, until_stop
 
-PROBE_TOKENS = 32  # of each text that is packed on trial
 SAMPLE_TOKENS, SAMPLE_NEW_TOKENS = 16, 64  # of a plain text that is continued; of what is added
 
 
@@ -203,8 +202,9 @@ class CausalLM(Task):
     def why_nothing(self, row: dict[str, Any]) -> str:
         """Return a hint, where a row leaves nothing to train: is it the template's fault?"""
         if self.is_chat:
-            _, trained = encode_chat(self.tokenizer, self._messages(row), self.spec.train_on)
-            if not any(trained):
+            messages = self._messages(row)
+            examples = encode_chat(self.tokenizer, messages, self.spec.train_on, self._opened)
+            if not any(any(trained) for _, trained in examples):
                 return (
                     "the chat template marks or writes nothing of the assistant's turns: give "
                     "another with `task.chat_template: FILE`, or `--set task.train_on=all`"
@@ -268,64 +268,6 @@ class CausalLM(Task):
         padded = pad(labels, IGNORED, self.pad_multiple)
         n_items = float((padded != IGNORED).sum())
         return Batch(inputs, padded, n_items, n_tokens, [e["row"] for e in examples])
-
-    def pack(self, examples: Sequence[Example]) -> Example:
-        """Return several examples as one row; the first token of each is not predicted."""
-        return {
-            "input_ids": [token for e in examples for token in e["input_ids"]],
-            "labels": [label for e in examples for label in [IGNORED, *e["labels"][1:]]],
-            "position_ids": [i for e in examples for i in range(len(e["input_ids"]))],
-            "row": examples[0]["row"],
-        }
-
-    @torch.no_grad()
-    def check_packing(self, model: nn.Module, split: Encoded) -> None:
-        """Check on packs of real examples that the model keeps packed texts apart.
-
-        What a model makes of position ids is its own affair: one that ignores them, or whose
-        attention kernel does, would read one text as the other's beginning.
-
-        Args:
-            model: The model that will be trained; it is put into eval mode, and back.
-            split: The train rows.
-
-        Raises:
-            LoraError: If packed logits are not those of the same texts alone.
-        """
-        examples = [split.examples[i] for i in (0, -1)]
-        short = [
-            {**e, **{key: e[key][:PROBE_TOKENS] for key in ("input_ids", "labels")}}
-            for e in examples
-        ]
-        n_rows = min(2, self.recipe.train.micro_batch)  # some kernels unpack one row only
-        packed = self.collate([self.pack(short)] * n_rows).inputs
-        was_training = model.training
-        model.eval()
-        try:
-            together = self._logits(model, packed)
-            as_one = self._logits(model, {"input_ids": packed["input_ids"]})
-            alone = [torch.tensor([example["input_ids"]]) for example in short]
-            apart = torch.cat([self._logits(model, {"input_ids": ids}) for ids in alone], dim=1)
-        except TypeError:  # its forward takes no position ids
-            leaks = True
-        else:
-            rounding = 4 * torch.finfo(apart.dtype).eps * apart.abs().max()
-            leak, most = (together - apart).abs().max(), (as_one - apart).abs().max()
-            leaks = bool(leak > torch.maximum(0.1 * most, rounding))
-        finally:
-            model.train(was_training)
-        if leaks:
-            raise LoraError(
-                "this model lets packed texts see each other",
-                self.recipe.at("train.packing"),
-                "set `train.packing: false`",
-            )
-
-    def _logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        device = next(model.parameters()).device
-        moved = {key: value.to(device) for key, value in inputs.items()}
-        logits: Tensor = model(**moved, use_cache=False).logits
-        return logits
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the negative log-likelihood summed over the trained tokens."""

@@ -14,7 +14,7 @@ from lora_cli.metrics import MetricSet, known_metrics
 from lora_cli.models import load_config
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Task, build_task
-from lora_cli.tasks.base import check_data, encode_located, nothing_trained
+from lora_cli.tasks.encoding import check_data, encode_located, nothing_trained
 from lora_cli.tasks.streaming import Stream
 
 FIRST_ROWS = 100

@@ -22,8 +22,9 @@ from lora_cli.data.sources import Rows
 from lora_cli.errors import LoraError, printable
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.base import IGNORED, Encoded, Task, load_data
+from lora_cli.tasks.base import IGNORED, Encoded, Task
 from lora_cli.tasks.causal_lm import CausalLM
+from lora_cli.tasks.encoding import load_data
 from lora_cli.tasks.findings import Findings, Found, Overlap, Pair, SplitFindings, short
 from lora_cli.tasks.labels import look_alikes
 from lora_cli.tasks.sequence_classification import SequenceClassification

@@ -212,7 +212,8 @@ class Labels:
             if not 0 <= weight < math.inf
         ]
         if not problems and not any(wanted.get(label, 1.0) for label in self.names):
-            problems.append(Problem("every label weighs nothing, so nothing is learned", at))
+            what = "every label weighs nothing, so nothing is learned"
+            problems.append(Problem(what, at, "give one a weight above 0, or leave them out"))
         if problems:
             raise LoraError(problems)
         return torch.tensor([float(wanted.get(label, 1.0)) for label in self.names])

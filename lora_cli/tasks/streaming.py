@@ -7,7 +7,8 @@ from itertools import islice
 
 from lora_cli.data.sources import stream_rows, without_fault
 from lora_cli.errors import LoraError
-from lora_cli.tasks.base import Example, Task, encode_located
+from lora_cli.tasks.base import Example, Task
+from lora_cli.tasks.encoding import encode_located
 
 CHUNK = 100  # rows that are encoded together
 
@@ -69,8 +70,8 @@ class Stream:
                 yield [{**example, "place": place} for example in examples]
 
     def _refuse(self) -> None:
-        at = self.task.recipe.at("data.train")
-        if not self.skipped:
-            raise LoraError("the train split has no rows", at)
-        what = f"no row of the stream can be used, of {self.skipped}; the first: {self.first_fault}"
-        raise LoraError(what, at)
+        what, hint = "the train split has no rows", "name a file that has some"
+        if self.skipped:
+            what = f"none of {self.skipped} rows can be used; the first: {self.first_fault}"
+            hint = "is the right column named? `data.on_bad_row: skip` leaves nothing here"
+        raise LoraError(what, self.task.recipe.at("data.train"), hint)

@@ -21,7 +21,7 @@ from lora_cli.recipe import AdapterSpec, Recipe
 from lora_cli.reporting import write_model_card, write_page, write_report
 from lora_cli.reporting.report import part, shown_number
 from lora_cli.tasks import Encoded, Task, build_task
-from lora_cli.tasks.base import load_data
+from lora_cli.tasks.encoding import load_data
 from lora_cli.training import loop
 from lora_cli.training.mirror import mirror_result
 

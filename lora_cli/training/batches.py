@@ -14,10 +14,10 @@ import numpy as np
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from lora_cli.data.plan import BatchPlan, micro_batches, pack
+from lora_cli.data.plan import BatchPlan, micro_batches
 from lora_cli.tasks import Batch, Encoded, Task
-from lora_cli.tasks.base import Example
 from lora_cli.tasks.causal_lm import CausalLM
+from lora_cli.tasks.packing import Packed
 from lora_cli.tasks.streaming import Stream
 from lora_cli.training.stopping import SIGNALS
 
@@ -53,7 +53,10 @@ class Batches:
             self.total_steps = train.max_steps
             self.stream = Stream(task)
             return
-        self.examples: Any = Packed(task, split) if train.packing else split.examples
+        self.examples: Any = split.examples
+        if train.packing:
+            assert isinstance(task, CausalLM), "the recipe's checks ask for it with packing"
+            self.examples = Packed(task, split)
         self.lengths = self.examples.lengths if train.packing else split.lengths
         self.plan = BatchPlan(
             len(self.examples),
@@ -131,20 +134,3 @@ def _leave_signals_to_the_run(_: int) -> None:
     """Let a worker live on when its whole group is told to stop: the run needs it until it ends."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-class Packed:
-    """Several examples in one row; looks like the data set that it is made from."""
-
-    def __init__(self, task: Task, split: Encoded) -> None:
-        assert isinstance(task, CausalLM), "the recipe's checks ask for it with packing"
-        self.task, self.split = task, split
-        seed = task.recipe.train.seed
-        self.packs = pack(split.lengths.tolist(), task.max_length, seed)
-        self.lengths = np.array([split.lengths[members].sum() for members in self.packs])
-
-    def __len__(self) -> int:
-        return len(self.packs)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.task.pack(self.split.examples.__getitems__(self.packs[index]))

@@ -20,9 +20,10 @@ from lora_cli.evaluation import add_samples, evaluate
 from lora_cli.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Encoded, Task, build_task
-from lora_cli.tasks.base import load_data
 from lora_cli.tasks.causal_lm import CausalLM
+from lora_cli.tasks.encoding import load_data
 from lora_cli.tasks.gate import pass_gate
+from lora_cli.tasks.packing import check_packing
 from lora_cli.training.batches import Batches, PlannedStep
 from lora_cli.training.best import Judge
 from lora_cli.training.checkpoints import adopt_adapter, clear_leftovers, optimizer_bytes
@@ -36,7 +37,13 @@ from lora_cli.training.numbers import (
 from lora_cli.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from lora_cli.training.progress import RunLog, clock, peak_memory_bytes
 from lora_cli.training.resources import find_micro_batch, resource_error
-from lora_cli.training.result import finish, finished_report, locked_output, start_report
+from lora_cli.training.result import (
+    add_results,
+    finish,
+    finished_report,
+    locked_output,
+    start_report,
+)
 from lora_cli.training.saving import Saver
 from lora_cli.training.state import TrainState, machine_facts, memory_facts, recipe_facts
 from lora_cli.training.step import train_step
@@ -127,7 +134,7 @@ class Run:
         base = make_trainable(model, recipe, new, fingerprint_of(recipe, model, new))
         if isinstance(task, CausalLM) and recipe.train.packing:
             with self.accelerator.autocast():
-                task.check_packing(model, self.data["train"])
+                check_packing(task, model, self.data["train"])
         if recipe.train.gradient_checkpointing:
             # the second is its name in older transformers
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
@@ -370,35 +377,19 @@ class Run:
         if self.state.best is None and "validation" in self.data:
             self._metrics("validation", strict=True)  # is it that no loss was a number?
         self.saver.settle(self.state)
-        after = {}
+        after: dict[str, dict[str, float]] = {}
         for name in ("validation", "test"):
             if name in self.data:
                 file = self.folder / "predictions" / f"{name}.jsonl"
                 file.parent.mkdir(exist_ok=True)
                 after[name] = self._metrics(name, file)
-        state, seconds = self.state, max(self.state.seconds, 1e-9)
-        self.report["metrics"] = {"before": state.before, "after": after}
+        self._sample("after")
+        add_results(self.report, self.state, after, self._epoch, self.accelerator.device)
         if self.saver.base is not None:
             self.report["base"] = self.saver.base.facts
-        self._sample("after")
-        if state.samples:
-            self.report["samples"] = state.samples
-        if state.best is not None:
-            self.report["best"] = state.best
-        self.report["training"] |= {
-            "steps": state.step,
-            "epochs": self._epoch,
-            "seconds": round(state.seconds, 2),
-            "examples_per_s": round(state.examples / seconds, 2),
-            "tokens_per_s": round(state.tokens / seconds, 1),
-            "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
-            "stopped_early": state.stopped_early,
-            "skipped_steps": state.skipped_steps,
-            "changes": state.changes,
-        }
         if note := self.batches.note:
             self.log.say(note)
-        self.log.say(f"trained {state.step} steps in {clock(state.seconds)}")
+        self.log.say(f"trained {self.state.step} steps in {clock(self.state.seconds)}")
 
 
 def _empty_rows(data: dict[str, Encoded]) -> list[str]:

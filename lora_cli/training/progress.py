@@ -132,7 +132,8 @@ class RunLog:
         """Open a log for appending, without what follows its size at the checkpoint."""
         size = sizes.get(path.name, 0)
         if path.is_symlink():  # who prepared the folder would choose the file that is cut
-            raise LoraError(f"{path} is a link", hint="put the file itself in its place")
+            hint = "put the file itself in its place, or remove the link"
+            raise LoraError(f"`{path.name}` is a link", str(path.parent), hint)
         if path.exists():
             if path.stat().st_size < size:
                 self.say(f"warning: {path} has lost lines that the checkpoint knows of")

@@ -28,7 +28,7 @@ from lora_cli.training.batches import Batches
 from lora_cli.training.checkpoints import peek_state
 from lora_cli.training.stopping import LOADING, TRAINING
 
-HEADROOM = 0.05  # of the GPU's memory stays free: it gets fragmented, and libraries want some
+HEADROOM = 0.05  # of the GPU's free memory is left: it gets fragmented, and libraries want some
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
@@ -205,11 +205,12 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 def _headroom(device: torch.device) -> Iterator[None]:
     """Let torch take no more than what is free now, less some headroom."""
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    ours = torch.cuda.memory_reserved(device)
-    torch.cuda.set_per_process_memory_fraction((free + ours) * (1 - HEADROOM) / total, device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    ours = torch.cuda.memory_reserved(index)
+    torch.cuda.set_per_process_memory_fraction((ours + free * (1 - HEADROOM)) / total, index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
+        torch.cuda.reset_peak_memory_stats(index)

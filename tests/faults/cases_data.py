@@ -229,6 +229,28 @@ def _(world: World) -> Printed:
     return world.lora("train", world.recipe(data={"path": "rows.csv", "streaming": True}))
 
 
+def _streamed(rows: str) -> Callable[[World], Printed]:
+    def run(world: World) -> Printed:
+        world.write("rows.csv", rows)
+        data = {"path": "rows.csv", "streaming": True, "on_bad_row": "skip"}
+        return world.lora("train", world.recipe(data=data, task={"labels": ["bad", "good"]}))
+
+    return run
+
+
+CASES += [
+    Case("Labels", "one in a stream that is none", _streamed("text,label\na,good\nb,godo\n")),
+    Case("Files and rows", "a stream without rows", _streamed("text,label\n")),
+    Case("Files and rows", "a stream of bad rows", _streamed("text,label\na,\n,good\n")),
+]
+
+
+@case("Labels", "that all weigh nothing")
+def _(world: World) -> Printed:
+    weights = {"bad": 0.0, "good": 0.0}
+    return world.lora("validate", world.recipe(task={"class_weights": weights}))
+
+
 # ------------------------------------------------------------------------------- language models
 
 PAIR = {"prompt_column": "prompt", "completion_column": "answer", "text_column": ...}
@@ -256,6 +278,10 @@ CHATS: dict[str, tuple[str, str | None]] = {
     "a template that refuses": (FINE, "{{ raise_exception('roles must alternate') }}"),
     "a template that rewrites turns": (
         TWICE, "{% for m in messages %}{{ loop.length }} {{ m.content }} {% endfor %}"
+    ),
+    "a template that leaves the reasoning out": (
+        FINE.replace("yes", "<think>why?</think>yes"),
+        TURNS.replace("content", "content.split('</think>')[-1]"),
     ),
     "a template that leaves the answers out": (FINE, "{{ messages[0].content }}"),
     "conversations that are none": ('{"messages": []}\n{"messages": "hi"}\n{"messages": [1]}\n'

@@ -350,6 +350,19 @@ def _(world: World) -> Printed:
     return world.lora("train", world.recipe(train=train, adapter={"alpha": 1e30}))
 
 
+@case("Training", "on a base that yields NaN")
+def _(world: World) -> Printed:
+    shutil.copytree(world.bases / "encoder", world.folder / "broken")
+    file = world.folder / "broken" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["roberta.embeddings.LayerNorm.weight"].fill_(torch.nan)
+    save_file(tensors, file, metadata={"format": "pt"})
+    for name in ("rows.csv", "dev.csv"):
+        world.write(name, TABLE)
+    data = {**HELD_OUT, "check": {"max_overlap": 1.0}}
+    return world.lora("train", world.recipe(model={"name": "./broken"}, data=data))
+
+
 @case("Training", "with a disk that takes no more")
 def _(world: World) -> Printed:
     recipe = world.recipe()
@@ -525,6 +538,22 @@ def _(world: World) -> Printed:
     world.write("rows.csv", TABLE)
     recipe = world.recipe(data={"name": "nobody/nothing"})
     return world.lora("eval", "--adapter", "trained", "--recipe", recipe, "--input", "rows.csv")
+
+
+@case("Evaluation", "of a file, with weights that the rows of the Hub give")
+def _(world: World) -> Printed:
+    world.trained()
+    world.write("rows.csv", TABLE)
+    task = {"labels": ["bad", "good"], "class_weights": "balanced"}
+    recipe = world.recipe(data={"name": "nobody/nothing"}, task=task)
+    return world.lora("eval", "--adapter", "trained", "--recipe", recipe, "--input", "rows.csv")
+
+
+@case("Evaluation", "of a stream")
+def _(world: World) -> Printed:
+    world.trained()
+    streaming = ("--set", "data.streaming=true")
+    return world.lora("eval", "--adapter", "trained", "--split", "train", *streaming)
 
 
 @case("Evaluation", "of labels that the adapter alone knows")

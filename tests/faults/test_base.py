@@ -39,6 +39,7 @@ from lora_cli.fingerprint import (
     file_hashes,
     fingerprint_of,
     read_fingerprint,
+    require_base,
 )
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
@@ -301,6 +302,19 @@ def test_a_fingerprint_whose_hashes_do_not_add_up_is_refused(tmp_path: Path) -> 
     file.write_text(file.read_text().replace('"02"', '"03"'))
     with pytest.raises(IntegrityError, match="cannot be read"):
         read_fingerprint(tmp_path)
+
+
+def test_what_cannot_be_compared_warns(capsys: pytest.CaptureFixture[str]) -> None:
+    some, recipe = Fingerprint("base", "main", {"a": "01"}), tiny.recipe_of()
+    assert require_base(some, None, recipe, "the adapter out") is None
+    assert require_base(None, some, recipe, "the adapter out") == some
+    assert require_base(some, some, recipe, "the adapter out") == some
+    assert require_base(None, None, recipe, "the adapter out") is None
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: the adapter out was trained on `base`; whether this is its base could not be "
+        "verified",
+        "warning: the adapter out has no base.json: whether this is its base could not be verified",
+    ]
 
 
 # --------------------------------------------------------------------------- who refuses another

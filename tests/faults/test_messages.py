@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import cases_data  # noqa: F401 - they fill CASES
+import cases_folders  # noqa: F401
 import cases_recipes  # noqa: F401
 import cases_runs  # noqa: F401
 import datasets
@@ -63,16 +64,18 @@ REST: dict[str, str] = {
     "adapters/targets.py:groups_problem": CONV,
     "arguments.py:usage_error": "what a later Typer may say",
     "cli.py:_known_error": "a full disk behind stdout (test_commands.py), memory, a GPU's memory",
+    "files.py:finish_publishing": "needs a disk that cannot be written to",
     "files.py:require_space": "needs a disk that is nearly full",
+    "fingerprint.py:_tensor_hash": "needs a file that is cut while it is read",
     "merging.py:merge_adapter": "a fault of ours: merging is proved; tests/test_merging.py",
-    "metrics.py:_perplexity": "a guard: a split without trained tokens is refused before",
-    "metrics.py:compute": "a guard: an empty split is refused before",
-    "metrics.py:check_metric_names": "needs an environment without sacrebleu",
+    "metrics/builtin.py:_perplexity": "a guard: a split without trained tokens is refused before",
+    "metrics/metric_set.py:compute": "a guard: an empty split is refused before",
+    "metrics/builtin.py:check_metric_names": "needs an environment without sacrebleu",
     "prediction.py:answer_file": "printed as warnings, with exit code 0; tests/test_prediction.py",
     "reporting/report.py:read_metrics_log": "a log that is damaged while its run goes on",
     "tasks/causal_lm.py:load_processor": "needs a tokenizer that is not fast",
-    "tasks/causal_lm.py:check_packing": "needs a model without positions; tests/test_causal_lm.py",
     "tasks/causal_lm.py:_question": "printed as a warning; tests/test_prediction.py",
+    "tasks/packing.py:check_packing": "needs a model without positions; tests/test_causal_lm.py",
     "tasks/labels.py:learn": "needs a data set of the Hub whose own labels repeat",
     "training/launch.py:start_accelerator": SEVERAL,
     "training/mirror.py:put": MIRROR,

@@ -32,7 +32,7 @@ from lora_cli.data.files import read_rows
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec
 from lora_cli.tasks import build_task
-from lora_cli.tasks.base import load_data
+from lora_cli.tasks.encoding import load_data
 
 TWO = {"labels": ["bad", "good"]}
 SKIP = ("--set", "data.on_bad_row=skip")

@@ -359,7 +359,11 @@ def test_a_link_inside_the_folder_and_in_the_cache_of_the_hub_is_followed(
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (snapshot / name).rename(cache / "blobs" / name)
         (snapshot / name).symlink_to(f"../../blobs/{name}")
-    for out in (inside, snapshot):
+    elsewhere = Path(shutil.copytree(snapshot, tmp_path / "local", symlinks=True))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (elsewhere / name).unlink()
+        (elsewhere / name).symlink_to(cache / "blobs" / name)  # as older downloads leave it
+    for out in (inside, snapshot, elsewhere):
         found = lora("predict", "--adapter", out, "a film")
         assert found.code == 0, found.err
 
@@ -407,6 +411,24 @@ def test_a_folder_of_a_package_is_inside_the_package(tmp_path: Path) -> None:
     for inside in (os.path.relpath(tmp_path / "base", Path(pytest.__file__).parent), "/etc"):
         with pytest.raises(lora_cli.errors.LoraError, match="is not inside the package"):
             locate(f"package:pytest/{inside}")
+
+
+def test_a_publication_does_not_follow_links(world: World, secret: Path, tmp_path: Path) -> None:
+    """What a sender prepared as if a run had been killed while it published."""
+    for name, link in ((".publish.ready", True), ("adapter_config.json", False)):
+        out = Path(shutil.copytree(world.out, tmp_path / f"out-{link}"))
+        if link:
+            (out / name).symlink_to(secret.parent)
+        else:
+            (out / ".publish.ready").mkdir()
+            (out / ".publish.ready" / name).write_text("{}")
+            (out / name).unlink()
+            (out / name).symlink_to(secret.parent)
+        refused = lora("predict", "--adapter", out, "a film")
+        assert refused.code == 4
+        assert "is a link to" in refused.err
+        assert secret.read_text() == "secret"
+        assert len(list(secret.parent.iterdir())) == 1
 
 
 def test_nothing_but_the_named_output_is_written(world: World, tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +20,6 @@ from lora_cli.training import loop
 from lora_cli.training.checkpoints import load_checkpoint
 
 pytestmark = on_a_gpu
-LARGE = ("train.micro_batch_size=65536", "train.gradient_accumulation_steps=1",
-         "train.max_steps=6", "data.check.near_duplicates=false")  # fmt: skip
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def little_left(mib: int) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def many_rows(tmp_path: Path, count: int = 20_000) -> str:
+def many_rows(tmp_path: Path, count: int = 8192) -> str:
     file = tmp_path / "many.jsonl"
     words = ["fine great lovely", "poor awful sad"]
     file.write_text("".join(
@@ -44,23 +45,35 @@ def many_rows(tmp_path: Path, count: int = 20_000) -> str:
     return f"data.train={file}"
 
 
+def fault_of(*arguments: Any, **named: Any) -> ResourceError | None:
+    """Return how a run ends, without the tensors that its traceback would keep alive."""
+    try:
+        train(*arguments, **named)
+    except ResourceError as error:
+        return ResourceError([replace(problem) for problem in error.problems])
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+    return None
+
+
 def test_memory_that_ends_in_a_step_is_said_with_flags_that_help(tmp_path: Path) -> None:
-    sets = [*LARGE, many_rows(tmp_path), "data.validation=null", "checkpoint.every_steps=1"]
+    sets = ["train.micro_batch_size=8192", "train.gradient_accumulation_steps=1",
+            "train.max_steps=3", "data.check.near_duplicates=false", many_rows(tmp_path, 8192),
+            "data.validation=null", "checkpoint.every_steps=1"]  # fmt: skip
     with little_left(1200):
-        with pytest.raises(ResourceError, match="the GPU's memory is full while training") as error:
-            train(recipe(tmp_path, *sets))
-        assert error.value.exit_code == 5
-        hint = str(error.value.problems[0].hint)
-        while "train.micro_batch_size=" in hint:  # do as it says until it fits
+        error, tries = fault_of(recipe(tmp_path, *sets)), 0
+        while error is not None:  # do as it says until it fits
+            assert error.exit_code == 5
+            assert "the GPU's memory is full while training" in str(error)
+            hint, tries = str(error.problems[0].hint), tries + 1
             flags = hint[hint.index("`") + 1 : hint.index("` (the same")].split("--set ")[1:]
             sets += [flag.strip() for flag in flags]
-            try:
-                report = train(recipe(tmp_path, *sets), resume=True)
-                break
-            except ResourceError as again:
-                hint = str(again.problems[0].hint)
-    assert report["training"]["steps"] == 6
-    assert report["training"]["examples_per_step"] == 65536
+            error = fault_of(recipe(tmp_path, *sets), resume=True)
+    assert 1 <= tries <= 8
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["training"]["steps"] == 3
+    assert report["training"]["examples_per_step"] == 8192
 
 
 def test_memory_that_ends_later_leaves_the_checkpoint(
@@ -82,8 +95,8 @@ def test_memory_that_ends_later_leaves_the_checkpoint(
         return real(*arguments)  # type: ignore[arg-type]  # as they were given
 
     monkeypatch.setattr(loop, "train_step", crowded)
-    with pytest.raises(ResourceError, match="go on from step 2"):
-        train(recipe(tmp_path, *sets))
+    error = fault_of(recipe(tmp_path, *sets))
+    assert "go on from step 2" in str(error)
     taken.clear()
     torch.cuda.empty_cache()
     monkeypatch.setattr(loop, "train_step", real)
@@ -95,23 +108,22 @@ def test_memory_that_ends_later_leaves_the_checkpoint(
 def test_the_largest_micro_batch_that_fits_is_found(tmp_path: Path) -> None:
     rows = many_rows(tmp_path)
     sets = [rows, "data.validation=null", "train.max_steps=4", "train.micro_batch_size=auto",
-            "train.examples_per_step=16384", "train.gradient_accumulation_steps=1",
+            "train.examples_per_step=4096", "train.gradient_accumulation_steps=1",
             "checkpoint.every_steps=1", "data.check.near_duplicates=false"]  # fmt: skip
-    with little_left(1500):
+    with little_left(700):
         report = train(recipe(tmp_path, *sets))
         found = load_checkpoint(tmp_path / "out")
         assert found is not None
         micro = found[1].memory["micro_batch_size"]
-        assert 64 < micro < 16384  # all of a step do not fit
-        assert report["training"]["examples_per_step"] == 16384
-        too_many = ["train.micro_batch_size=16384", "train.examples_per_step=null"]
-        with pytest.raises(ResourceError):
-            train(recipe(tmp_path, *sets, *too_many, output="large"))
+        assert 64 < micro < 4096  # all of a step do not fit
+        assert report["training"]["examples_per_step"] == 4096
+        too_many = ["train.micro_batch_size=4096", "train.examples_per_step=null"]
+        assert fault_of(recipe(tmp_path, *sets, *too_many, output="large")) is not None
     # where all fits there is one micro-batch, and the examples of each step are the same
     train(recipe(tmp_path, *sets, output="roomy"))
     roomy = load_checkpoint(tmp_path / "roomy")
     assert roomy is not None
-    assert roomy[1].memory["micro_batch_size"] == 16384
+    assert roomy[1].memory["micro_batch_size"] == 4096
     samples = [(tmp_path / name / "samples.jsonl").read_bytes() for name in ("out", "roomy")]
     assert samples[0] == samples[1]
 
@@ -136,11 +148,3 @@ def test_a_resumed_run_keeps_what_was_found(
     train(recipe(tmp_path, *sets), resume=True)
     ours, theirs = (tmp_path / name / "adapter_model.safetensors" for name in ("out", "whole"))
     assert ours.read_bytes() == theirs.read_bytes()
-
-
-def test_one_example_that_does_not_fit_is_said(tmp_path: Path) -> None:
-    sets = ["train.micro_batch_size=auto", "train.examples_per_step=48", "data.validation=null",
-            "train.gradient_accumulation_steps=1"]  # fmt: skip
-    train(recipe(tmp_path, *sets, output="warm"))  # what libraries take once is taken
-    with little_left(0), pytest.raises(ResourceError, match="memory is full"):
-        train(recipe(tmp_path, *sets))

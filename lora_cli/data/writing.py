@@ -1,0 +1,135 @@
+"""Write rows as csv, tsv, json lines or parquet: row after row, and whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from lora_cli.errors import LoraError
+
+WRITABLE = {".csv": ",", ".tsv": "\t", ".json": "", ".jsonl": "", ".ndjson": "", ".parquet": ""}
+Write = Callable[[Sequence[dict[str, Any]]], None]
+
+
+@dataclass(frozen=True)
+class OutputForm:
+    """How a file is written.
+
+    Args:
+        columns: Its columns in order; rows of JSON have their own.
+        delimiter: What stands between the columns of a csv file.
+        encoding: Of a csv file; letters that it lacks are written by their numbers.
+        line_end: Of a csv file.
+        schema: Columns of a parquet file with their types, a `pyarrow.Schema`.
+    """
+
+    columns: list[str]
+    delimiter: str = ","
+    encoding: str = "utf-8"
+    line_end: str = "\n"
+    schema: Any = None
+
+
+def suffix_of(path: Path) -> str:
+    """Return the suffix that says how a file is written, without `.gz`."""
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def refuse_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Refuse an output that cannot be written, or that would replace something.
+
+    Raises:
+        LoraError: If it cannot be written, is the input, or exists and is not to be replaced.
+    """
+    suffix = suffix_of(target)
+    if suffix not in WRITABLE or (suffix == ".parquet" and target.suffix == ".gz"):
+        hint = "use .csv, .tsv, .jsonl (also with .gz) or .parquet"
+        raise LoraError(f"cannot write {target.name}", "--output", hint)
+    if not target.parent.is_dir():
+        hint = f"`mkdir -p {target.parent}`, or name another"
+        raise LoraError(f"there is no folder {target.parent}", "--output", hint)
+    if not target.exists():
+        return
+    if source.exists() and source.samefile(target):
+        what = "the output would overwrite the input"
+        raise LoraError(what, "--output", f"name another: `--output answers{target.suffix}`")
+    if target.is_dir():
+        raise LoraError(f"{target} is a folder", "--output", "name a file in it")
+    if not overwrite:
+        raise LoraError(
+            f"{target} exists already, and is not overwritten",
+            "--output",
+            "name another file, or allow it with `--overwrite`",
+        )
+
+
+@contextmanager
+def writing(target: Path, form: OutputForm) -> Iterator[Write]:
+    """Yield a function that writes rows; the file appears if the block ends well.
+
+    Raises:
+        LoraError: If it cannot be written; then nothing is left of it.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        if form.schema is not None:
+            with _parquet(temporary, form.schema) as write:
+                yield write
+        else:
+            table = WRITABLE[suffix_of(target)] != ""
+            with _text(temporary, target, form if table else None) as file:
+                yield _table(file, form) if table else _json(file)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(target)
+    except OSError as error:
+        what = f"cannot write {target}: {(error.strerror or str(error)).lower()}"
+        raise LoraError(what, "--output", "name another file, or make room") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _text(path: Path, target: Path, form: OutputForm | None) -> Iterator[IO[str]]:
+    encoding = form.encoding if form else "utf-8"
+    opener: Any = gzip.open if target.suffix == ".gz" else open
+    # a letter that an old encoding lacks is written as Python writes it, and no answer is lost
+    with opener(path, "wt", encoding=encoding, errors="backslashreplace", newline="") as file:
+        yield file
+
+
+@contextmanager
+def _parquet(path: Path, schema: Any) -> Iterator[Write]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetWriter(path, schema) as writer:
+        yield lambda rows: writer.write_table(pa.Table.from_pylist(list(rows), schema=schema))
+
+
+def _json(file: IO[str]) -> Write:
+    def write(rows: Sequence[dict[str, Any]]) -> None:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+    return write
+
+
+def _table(file: IO[str], form: OutputForm) -> Write:
+    table = csv.writer(file, delimiter=form.delimiter, lineterminator=form.line_end)
+    table.writerow(form.columns)
+
+    def write(rows: Sequence[dict[str, Any]]) -> None:
+        table.writerows([_cell(row.get(name)) for name in form.columns] for row in rows)
+
+    return write
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value

@@ -1,0 +1,130 @@
+"""From the rows of a recipe to examples: read, checked, encoded once and kept on the disk."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lora_cli.data.files import require_columns
+from lora_cli.data.sources import Rows, cached_dataset, load_rows, without
+from lora_cli.errors import LoraError
+from lora_cli.tasks.base import Encoded, Example, Task
+
+
+def load_data(
+    task: Task, splits: Sequence[str] = ("train", "validation", "test")
+) -> dict[str, Encoded]:
+    """Read, check and encode the splits; everything that can be wrong with them is found here.
+
+    Raises:
+        LoraError: With the missing columns, or the rows that are wrong and where they stand.
+    """
+    if problems := task.metric_problems():
+        raise LoraError(problems)
+    return {
+        name: encode_rows(task, rows)
+        for name, rows in check_data(task, splits).items()
+        if name in splits
+    }
+
+
+def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
+    """Read the splits, check every row, and let the task learn what it needs from them."""
+    recipe = task.recipe
+    wanted = (*splits, "train") if task.reads_train else splits
+    rows = load_rows(recipe, wanted)
+    for split in rows.values():
+        columns = task.input_columns() | task.target_columns()
+        require_columns(columns, split.columns, split.source)
+    for name, split in rows.items():
+        faults = {i: fault for i, row in enumerate(split) if (fault := task.fault(row))}
+        if len(faults) == len(split) and recipe.data.on_bad_row == "skip":
+            what = f"no row of the {name} split can be used: {faults[0]}"
+            hint = "is the right column named? `data.on_bad_row: skip` leaves nothing here"
+            raise LoraError(what, split.place(0), hint)
+        rows[name] = without(split, faults, recipe)
+    task.prepare(rows)
+    return rows
+
+
+def encode_rows(task: Task, rows: Rows) -> Encoded:
+    """Encode the rows of a split once; the next time they come from the disk.
+
+    Raises:
+        LoraError: With the place of a row that cannot be encoded, or if no row gives an example.
+    """
+    import datasets
+
+    def examples() -> Iterator[Example]:
+        first = count = 0
+        for batch in rows.batches(1000):
+            place = functools.partial(_place, rows, first)
+            for offset, made in enumerate(encode_located(task, batch, place)):
+                count += len(made)
+                for example in made:
+                    length = len(example["input_ids"])
+                    example = {"full_length": length, **example}
+                    yield {**example, "row": first + offset, "length": length}
+            first += len(batch)
+        if not count:
+            raise nothing_trained(task, rows)
+
+    def feature(text: str) -> Any:
+        if text.startswith("list<"):
+            return datasets.List(datasets.Value(text[5:-1]))
+        return datasets.Value(text)
+
+    types = {"input_ids": "list<int32>", **task.features(), "row": "int64"}
+    types |= {"length": "int32", "full_length": "int32"}
+    which = hashlib.sha256(rows.indices.tobytes()).hexdigest()
+    key = [
+        *task.cache_key(),
+        rows.sha256,
+        rows.source,
+        which,
+        str(sorted(types.items())),
+        task.recipe.data.format.model_dump_json(),
+        task.recipe.data.on_bad_row,
+    ]
+    dataset = cached_dataset(
+        examples, key, datasets.Features({name: feature(t) for name, t in types.items()})
+    )
+    without_example = len(rows) - len(np.unique(dataset["row"]))
+    lengths, full = (np.array(dataset[k], dtype=np.int64) for k in ("length", "full_length"))
+    return Encoded(rows, dataset, lengths, full, without_example)
+
+
+def nothing_trained(task: Task, rows: Rows) -> LoraError:
+    """Return what to say of a split of which no row leaves anything to train."""
+    what = f"no row leaves anything to train within {task.max_length} tokens"
+    return LoraError(what, rows.source, task.why_nothing(rows[0]))
+
+
+def _place(rows: Rows, first: int, i: int) -> str:
+    return rows.place(first + i)
+
+
+def encode_located(
+    task: Task, batch: Sequence[dict[str, Any]], place: Callable[[int], str]
+) -> list[list[Example]]:
+    """Return the examples of rows, of which `place` tells by their position where they stand.
+
+    They are encoded together; if that fails, one by one, to find the row that is at fault.
+    """
+    try:
+        return task.encode(batch)
+    except LoraError:
+        made = []
+        for i, row in enumerate(batch):
+            try:
+                made += task.encode([row])
+            except LoraError as error:
+                if task.recipe.data.on_bad_row == "error":
+                    raise LoraError([replace(p, at=place(i)) for p in error.problems]) from error
+                made.append([])
+        return made
