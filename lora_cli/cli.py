@@ -180,9 +180,11 @@ def train(
     """Train an adapter, evaluate it, and write its folder."""
     loaded = _load(recipe, overrides, output)
     _quiet()
+    from lora_cli.training import end_processes
     from lora_cli.training import train as run
 
     report = run(loaded, resume)
+    end_processes()
     if os.environ.get("RANK", "0") == "0":
         _print_results(loaded, report)
 

@@ -15,7 +15,7 @@ COMMENT = re.compile(r"# |-DOCSTART-")
 SAMPLE_BYTES = 100_000
 FASTTEXT = "__label__"
 TABLE = "save its sheet or table as csv"
-NO_TASK = "no task reads sound or pictures yet; give rows of text"
+OTHER = "give a csv, tsv, json lines, parquet or text file"
 MAGIC = {
     b"PK\x03\x04": ("an Excel workbook or another zip archive", f"{TABLE}, or unpack it"),
     b"\xd0\xcf\x11\xe0": ("an old Excel workbook or another Office file", TABLE),
@@ -26,10 +26,9 @@ MAGIC = {
     b"%PDF": ("a PDF", "take its text out first"),
     b"SQLite format": ("an SQLite database", TABLE),
     b"ARROW1": ("an Arrow file", "write it as parquet"),
-    b"\x89PNG": ("a picture", NO_TASK), b"\xff\xd8\xff": ("a picture", NO_TASK),
-    b"RIFF": ("sound or a picture", NO_TASK), b"fLaC": ("sound", NO_TASK),
-    b"ID3": ("sound", NO_TASK),
-    b"OggS": ("sound", NO_TASK), b"\x80\x04": ("a pickle, which is never opened", TABLE),
+    b"\x89PNG": ("a picture", OTHER), b"\xff\xd8\xff": ("a picture", OTHER),
+    b"RIFF": ("sound or a picture", OTHER), b"fLaC": ("sound", OTHER), b"ID3": ("sound", OTHER),
+    b"OggS": ("sound", OTHER), b"\x80\x04": ("a pickle, which is never opened", TABLE),
     b"\x93NUMPY": ("a NumPy array", TABLE),
 }  # fmt: skip
 CONTROLS = set(map(chr, range(1, 32))) - set("\t\n\v\f\r\x1b\x1c\x1d\x1e\x1f")
@@ -59,8 +58,7 @@ def refuse_other_lines(raw: bytes, encoding: str, path: Path) -> None:
     """
     text = raw[:SAMPLE_BYTES].decode(encoding, errors="replace")
     if len(set(text) & CONTROLS) > 5:
-        hint = "give a csv, tsv, json lines, parquet or text file"
-        raise LoraError("this is no text: it is full of control characters", str(path), hint)
+        raise LoraError("this is no text: it is full of control characters", str(path), OTHER)
     sample = text.splitlines()
     sample = sample[:-1] if len(raw) > SAMPLE_BYTES else sample
     filled = [line for line in sample if line.strip()]

@@ -28,6 +28,7 @@ from lora_cli.recipe import FormatSpec
 MEND = "mend it first; csv, tsv, json lines, parquet and plain text are read"
 SAMPLE_BYTES = 1 << 20
 HEAD_BYTES = 1 << 17
+EMPTY = "was it copied whole?"
 PARQUET = b"PAR1"
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 SPARE_DELIMITERS = "\t;|^~\x1f"  # for a file of one column, whose texts hold commas
@@ -106,7 +107,7 @@ def read_data_file(path: Path) -> DataFile:
     """
     raw = bytes_of(path)
     if not raw.strip():
-        raise LoraError("the file is empty", str(path), "was it copied whole?")
+        raise LoraError("the file is empty", str(path), EMPTY)
     refuse_binary(raw, path)
     if not raw.startswith(PARQUET):
         refuse_other_lines(raw, encoding_of(raw)[0], path)
@@ -139,7 +140,7 @@ def read_head(path: Path) -> Head:
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(path, error) from error
     if not raw.strip():
-        raise LoraError("the file is empty", str(path), "was it copied whole?")
+        raise LoraError("the file is empty", str(path), EMPTY)
     refuse_binary(raw, path)
     is_parquet = raw.startswith(PARQUET)
     whole = raw[: raw.rfind(b"\n") + 1] if len(raw) == HEAD_BYTES and not is_parquet else raw

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
 
 from lora_cli.errors import LoraError
@@ -80,6 +80,11 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
         raise
     finally:
         broadcast_object_list([code])
+
+
+def end_processes() -> None:
+    """Take leave of the other processes, if there are any; NCCL warns of those that just end."""
+    PartialState().destroy_process_group()
 
 
 def seed_everything(*seed: int) -> None:

@@ -37,7 +37,13 @@ from lora_cli.training.numbers import (
 from lora_cli.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from lora_cli.training.progress import RunLog, clock, peak_memory_bytes
 from lora_cli.training.resources import find_micro_batch, resource_error
-from lora_cli.training.result import finish, finished_report, locked_output, start_report
+from lora_cli.training.result import (
+    add_results,
+    finish,
+    finished_report,
+    locked_output,
+    start_report,
+)
 from lora_cli.training.saving import Saver
 from lora_cli.training.state import TrainState, machine_facts, memory_facts, recipe_facts
 from lora_cli.training.step import train_step
@@ -371,35 +377,19 @@ class Run:
         if self.state.best is None and "validation" in self.data:
             self._metrics("validation", strict=True)  # is it that no loss was a number?
         self.saver.settle(self.state)
-        after = {}
+        after: dict[str, dict[str, float]] = {}
         for name in ("validation", "test"):
             if name in self.data:
                 file = self.folder / "predictions" / f"{name}.jsonl"
                 file.parent.mkdir(exist_ok=True)
                 after[name] = self._metrics(name, file)
-        state, seconds = self.state, max(self.state.seconds, 1e-9)
-        self.report["metrics"] = {"before": state.before, "after": after}
+        self._sample("after")
+        add_results(self.report, self.state, after, self._epoch, self.accelerator.device)
         if self.saver.base is not None:
             self.report["base"] = self.saver.base.facts
-        self._sample("after")
-        if state.samples:
-            self.report["samples"] = state.samples
-        if state.best is not None:
-            self.report["best"] = state.best
-        self.report["training"] |= {
-            "steps": state.step,
-            "epochs": self._epoch,
-            "seconds": round(state.seconds, 2),
-            "examples_per_s": round(state.examples / seconds, 2),
-            "tokens_per_s": round(state.tokens / seconds, 1),
-            "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
-            "stopped_early": state.stopped_early,
-            "skipped_steps": state.skipped_steps,
-            "changes": state.changes,
-        }
         if note := self.batches.note:
             self.log.say(note)
-        self.log.say(f"trained {state.step} steps in {clock(state.seconds)}")
+        self.log.say(f"trained {self.state.step} steps in {clock(self.state.seconds)}")
 
 
 def _empty_rows(data: dict[str, Encoded]) -> list[str]:

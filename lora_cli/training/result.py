@@ -25,7 +25,8 @@ from lora_cli.reporting import plot_learning_curve, write_model_card, write_page
 from lora_cli.tasks import Encoded, Task
 from lora_cli.tasks.sequence_classification import SequenceClassification, label_counts
 from lora_cli.training.checkpoints import peek_state
-from lora_cli.training.state import refuse_changes
+from lora_cli.training.progress import peak_memory_bytes
+from lora_cli.training.state import TrainState, refuse_changes
 
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "safetensors")
 
@@ -163,6 +164,41 @@ def _facts(task: Task, split: Encoded, sha256: str) -> dict[str, Any]:
     if isinstance(task, SequenceClassification) and task.labels:
         facts["labels"] = label_counts(rows, task)
     return facts
+
+
+def add_results(
+    report: dict[str, Any],
+    state: TrainState,
+    after: dict[str, dict[str, float]],
+    epochs: float,
+    device: torch.device,
+) -> None:
+    """Complete the report with what training has done and reached.
+
+    Args:
+        report: What `start_report` returned.
+        state: Where the run stands at its end.
+        after: Metrics of validation and test with the best adapter.
+        epochs: Passes over the train rows.
+        device: Where it was trained.
+    """
+    seconds = max(state.seconds, 1e-9)
+    report["metrics"] = {"before": state.before, "after": after}
+    if state.samples:
+        report["samples"] = state.samples
+    if state.best is not None:
+        report["best"] = state.best
+    report["training"] |= {
+        "steps": state.step,
+        "epochs": epochs,
+        "seconds": round(state.seconds, 2),
+        "examples_per_s": round(state.examples / seconds, 2),
+        "tokens_per_s": round(state.tokens / seconds, 1),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "stopped_early": state.stopped_early,
+        "skipped_steps": state.skipped_steps,
+        "changes": state.changes,
+    }
 
 
 def finish(recipe: Recipe, report: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
