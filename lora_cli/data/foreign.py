@@ -15,6 +15,7 @@ COMMENT = re.compile(r"# |-DOCSTART-")
 SAMPLE_BYTES = 100_000
 FASTTEXT = "__label__"
 TABLE = "save its sheet or table as csv"
+OTHER = "give a csv, tsv, json lines, parquet or text file"
 MAGIC = {
     b"PK\x03\x04": ("an Excel workbook or another zip archive", f"{TABLE}, or unpack it"),
     b"\xd0\xcf\x11\xe0": ("an old Excel workbook or another Office file", TABLE),
@@ -25,10 +26,10 @@ MAGIC = {
     b"%PDF": ("a PDF", "take its text out first"),
     b"SQLite format": ("an SQLite database", TABLE),
     b"ARROW1": ("an Arrow file", "write it as parquet"),
-    b"\x89PNG": ("a picture", None), b"\xff\xd8\xff": ("a picture", None),
-    b"RIFF": ("sound or a picture", None), b"fLaC": ("sound", None), b"ID3": ("sound", None),
-    b"OggS": ("sound", None), b"\x80\x04": ("a pickle, which is never opened", TABLE),
-    b"\x93NUMPY": ("a NumPy array", None),
+    b"\x89PNG": ("a picture", OTHER), b"\xff\xd8\xff": ("a picture", OTHER),
+    b"RIFF": ("sound or a picture", OTHER), b"fLaC": ("sound", OTHER), b"ID3": ("sound", OTHER),
+    b"OggS": ("sound", OTHER), b"\x80\x04": ("a pickle, which is never opened", TABLE),
+    b"\x93NUMPY": ("a NumPy array", TABLE),
 }  # fmt: skip
 CONTROLS = set(map(chr, range(1, 32))) - set("\t\n\v\f\r\x1b\x1c\x1d\x1e\x1f")
 TAG_NAME = re.compile(r"(?i)(.*_)?(tags?|labels?|entities)")
@@ -57,8 +58,7 @@ def refuse_other_lines(raw: bytes, encoding: str, path: Path) -> None:
     """
     text = raw[:SAMPLE_BYTES].decode(encoding, errors="replace")
     if len(set(text) & CONTROLS) > 5:
-        hint = "give a csv, tsv, json lines, parquet or text file"
-        raise LoraError("this is no text: it is full of control characters", str(path), hint)
+        raise LoraError("this is no text: it is full of control characters", str(path), OTHER)
     sample = text.splitlines()
     sample = sample[:-1] if len(raw) > SAMPLE_BYTES else sample
     filled = [line for line in sample if line.strip()]

@@ -11,7 +11,7 @@ from lora_cli.data.encoding import encoding_of
 from lora_cli.data.files import read_rows
 from lora_cli.data.foreign import refuse_binary
 from lora_cli.data.parallel import joined_name, parts_of
-from lora_cli.data.sniffing import DataFile, bytes_of
+from lora_cli.data.sniffing import EMPTY, DataFile, bytes_of
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec
 
@@ -45,7 +45,7 @@ def read_pair(first: Path, second: Path) -> DataFile:
     for part in (first, second):
         raw = bytes_of(part)
         if not raw.strip():
-            raise LoraError("the file is empty", str(part))
+            raise LoraError("the file is empty", str(part), EMPTY)
         refuse_binary(raw, part)
         if not raw.isascii():  # which is right in any encoding
             encodings.append(encoding_of(raw))

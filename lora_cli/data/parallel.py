@@ -35,7 +35,8 @@ def joined_name(first: Path, second: Path) -> Path:
     if first.absolute().parent != second.absolute().parent or first.name == second.name:
         raise LoraError(
             f"{first} and {second} are not two files of one folder",
-            hint="put what belongs together line by line side by side: train.en.txt, train.de.txt",
+            "FILE",
+            "put what belongs together line by line side by side: train.en.txt, train.de.txt",
         )
     one, two = BORDERS.split(first.name), BORDERS.split(second.name)
     same = [a == b for a, b in zip(one, two, strict=False)]

@@ -21,12 +21,13 @@ from typing import Any
 from lora_cli.data.encoding import BOM, encoding_of
 from lora_cli.data.files import KINDS, read_rows
 from lora_cli.data.foreign import refuse_binary, refuse_other_lines
-from lora_cli.data.lines import RawRow
+from lora_cli.data.lines import RawRow, unreadable
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec
 
 SAMPLE_BYTES = 1 << 20
 HEAD_BYTES = 1 << 17
+EMPTY = "was it copied whole?"
 PARQUET = b"PAR1"
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 SPARE_DELIMITERS = "\t;|^~\x1f"  # for a file of one column, whose texts hold commas
@@ -105,7 +106,7 @@ def read_data_file(path: Path) -> DataFile:
     """
     raw = bytes_of(path)
     if not raw.strip():
-        raise LoraError("the file is empty", str(path))
+        raise LoraError("the file is empty", str(path), EMPTY)
     refuse_binary(raw, path)
     if not raw.startswith(PARQUET):
         refuse_other_lines(raw, encoding_of(raw)[0], path)
@@ -136,9 +137,9 @@ def read_head(path: Path) -> Head:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             raw = file.read(HEAD_BYTES)
     except (OSError, EOFError, zlib.error) as error:
-        raise LoraError(f"cannot be read: {error}", str(path)) from error
+        raise unreadable(path, error) from error
     if not raw.strip():
-        raise LoraError("the file is empty", str(path))
+        raise LoraError("the file is empty", str(path), EMPTY)
     refuse_binary(raw, path)
     is_parquet = raw.startswith(PARQUET)
     whole = raw[: raw.rfind(b"\n") + 1] if len(raw) == HEAD_BYTES and not is_parquet else raw

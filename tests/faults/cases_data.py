@@ -359,6 +359,19 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
         ("--label", "label")),
     "tokens with tags": (
         "rows.txt", "".join(f"word{i} {'O' if i % 3 else 'B-place'}\n" for i in range(40)), ()),
+    "columns inside objects": (
+        "rows.jsonl", '{"id": 1, "data": {"text": "a film", "label": "good"}}\n' * 9, ()),
+    "labels inside objects": (
+        "rows.jsonl", "".join(json.dumps({"text": f"a film, {i}", "label": {"name": "good"}}) + "\n"
+                              for i in range(30)), ()),
+    "a label of one value, that nobody named": (
+        "rows.csv", "text,label\n" + "".join(f"a long text {i} of some words,a\n"
+                                             for i in range(30)), ()),
+    "a file for fastText": ("rows.txt", "__label__good a fine film\n" * 9, ()),
+    "a PDF": ("rows.pdf", b"%PDF-1.4\n", ()),
+    "a picture": ("rows.csv", b"\x89PNG\r\n", ()),
+    "bytes that are no text": ("rows.csv", bytes(range(1, 256)) * 9, ()),
+    "lists of tokens and tags": ("rows.jsonl", '{"tokens": ["a", "b"], "tags": [0, 1]}\n' * 9, ()),
     "files of pictures": (
         "rows.csv", "image,label\n" + "".join(f"img/{i}.png,{'ab'[i % 2]}\n" for i in range(30)),
         ()),
@@ -394,3 +407,43 @@ CASES.append(Case("lora init", "into no folder", _init_of("../bases/encoder", "-
 CASES.append(Case("lora init", "with no such model", _init_of("../bases/encodre", "-o", "r.yaml")))
 CASES.append(Case("lora init", "with a model that cannot be read", _init_of("bad", "-o", "r.yaml")))
 CASES.append(Case("lora init", "with a folder without a model", _init_of(".", "-o", "r.yaml")))
+
+
+def _together(second: bytes, *more: str, model: str = "llama") -> Callable[[World], Printed]:
+    def run(world: World) -> Printed:
+        world.write("a.en", "one …\ntwo\n")
+        world.write("a.de", second)
+        for name in more:
+            world.write(name, "one\n")
+        files = [name for name in ("a.en", "a.de", *more) if name != "a.de" or "/" not in str(more)]
+        return world.lora("init", *files, "--model", f"../bases/{model}")
+
+    return run
+
+
+for _name, _run in {
+    "two files, one of which ends before": _together(b"eins\n"),
+    "two files, one of which is empty": _together(b""),
+    "two files in two encodings": _together("fünf Wörter über Bücher\nzwei\n".encode("cp1252")),
+    "two files of two folders": _together(b"eins\n", "other/a.de"),
+    "two files for an encoder": _together(b"eins\nzwei\n", model="encoder"),
+    "three files": _together(b"eins\nzwei\n", "a.fr"),
+}.items():
+    CASES.append(Case("lora init", _name, _run))
+
+
+@case("Splits", "a file that is not there beside the one it belongs to")
+def _(world: World) -> Printed:
+    world.write("a.en.txt", "one\n")
+    task = {"text_column": ..., "prompt_column": "en", "completion_column": "de"}
+    return world.lora("validate", world.recipe("llama", data={"path": "a.{en,de}.txt"}, task=task))
+
+
+@case("Language models", "instances without an output")
+def _(world: World) -> Printed:
+    rows = [None, [], "a", ["a"], [{"input": "a"}]]
+    world.write("rows.jsonl", "".join(
+        json.dumps({"instruction": "Add.", "instances": row}) + "\n" for row in rows))  # fmt: skip
+    world.write("chat.jinja", TURNS)
+    task = {"text_column": ..., "format": "self_instruct", "chat_template": "chat.jinja"}
+    return world.lora("validate", world.recipe("llama", data={"path": "rows.jsonl"}, task=task))

@@ -563,6 +563,41 @@ def _(world: World) -> Printed:
     return world.lora("predict", "--adapter", "trained", "--recipe", recipe, "a film")
 
 
+def _predicting(
+    source: str, content: str | bytes, target: str = "y.csv", **sections: Any
+) -> Callable[[World], Printed]:
+    def run(world: World) -> Printed:
+        world.trained()
+        world.write(source, content)
+        world.write("old.csv", "mine")
+        (world.folder / "full.csv").mkdir(exist_ok=True)
+        more = []
+        if sections:
+            world.write("rows.csv", TABLE)
+            recipe = world.recipe(task={"labels": ["bad", "good"]}, name="r.yaml", **sections)
+            more = ["--recipe", recipe]
+        files = ["--input", source, "--output", target]
+        return world.lora("predict", "--adapter", "trained", *files, *more)
+
+    return run
+
+
+NAMELESS = {"path": "rows.csv", "format": {"header": False, "columns": ["text", "label"]}}
+for _name, _run in {
+    "over another file": _predicting("a.csv", TABLE, "old.csv"),
+    "over a folder": _predicting("a.csv", TABLE, "full.csv"),
+    "of JSON as parquet": _predicting("a.jsonl", '{"text": "a"}\n', "y.parquet"),
+    "of an empty file": _predicting("a.csv", ""),
+    "of rows that cannot be read": _predicting("a.jsonl", "{broken\n"),
+    "of a parquet file that is cut": _predicting("a.parquet", b"PAR1" + bytes(99)),
+    "of a gzip file that is cut": _predicting("a.csv.gz", b"\x1f\x8b\x08\x00abc"),
+    "of a file with a header, where the recipe's has none": _predicting(
+        "a.csv", "sentence,label\n" + "a fine film,good\n" * 9, data=NAMELESS
+    ),
+}.items():
+    CASES.append(Case("Prediction", _name, _run))
+
+
 @case("Prediction", "of one text where there are two")
 def _(world: World) -> Printed:
     world.trained()
