@@ -22,11 +22,12 @@ from lora_cli.data.encoding import BOM, encoding_of
 from lora_cli.data.files import KINDS, read_rows
 from lora_cli.data.foreign import refuse_binary, refuse_other_lines
 from lora_cli.data.lines import RawRow, unreadable
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, beside
 from lora_cli.recipe import FormatSpec
 
 SAMPLE_BYTES = 1 << 20
 HEAD_BYTES = 1 << 17
+MEND = "look at the file: is it what its name says, and whole?"
 EMPTY = "was it copied whole?"
 PARQUET = b"PAR1"
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
@@ -117,10 +118,10 @@ def read_data_file(path: Path) -> DataFile:
     faults = [row for row in rows if row.columns is None or row.fault]
     if not good:
         what = f"no row can be read: {faults[0].fault}" if faults else "the file has no rows"
-        raise LoraError(what, faults[0].place if faults else str(path))
+        raise LoraError(what, faults[0].place if faults else str(path), MEND)
     if len(faults) > len(good):
         what = f"{len(faults)} of {len(rows)} rows cannot be read: {faults[0].fault}"
-        raise LoraError(what, faults[0].place)
+        raise LoraError(what, faults[0].place, MEND)
     columns = list(dict.fromkeys(name for row in good for name in row))
     return DataFile(
         path, found.form, found.why, good, faults, columns, found.named, _about(found, path)
@@ -189,9 +190,9 @@ def bytes_of(path: Path) -> bytes:
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except FileNotFoundError:
-        raise LoraError("there is no such file", str(path)) from None
+        raise LoraError("there is no such file", str(path), beside(path)) from None
     except (OSError, EOFError, zlib.error) as error:
-        raise LoraError(f"cannot be read: {error}", str(path)) from error
+        raise unreadable(path, error) from error
 
 
 def _about(found: _Findings, path: Path) -> str:

@@ -66,7 +66,8 @@ def look_at(name: str) -> Base:
     except (OSError, ValueError) as error:
         if local or name.startswith("package:"):
             what = str(error).strip().splitlines()[0]
-            raise LoraError(f"cannot read the model: {what}", "--model") from error
+            hint = "name a folder that holds a model's config.json, a Hub id, or a package"
+            raise LoraError(f"cannot read the model: {what}", "--model", hint) from error
         return Base(name)
     kind = config.model_type
     writes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

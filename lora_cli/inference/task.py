@@ -252,7 +252,8 @@ def _label_keys(
             counts,
         )
     if label.kind in ("other", "blank", "openai", "sharegpt"):
-        raise LoraError(f"`{label.name}` holds {content_of(label)}, no label", place)
+        hint = "name a column of words or numbers with `--label COLUMN`"
+        raise LoraError(f"`{label.name}` holds {content_of(label)}, no label", place, hint)
     values = f"{len(label.counts):,} values"
     if given:
         reason = f"chosen by you; {values}"

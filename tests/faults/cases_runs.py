@@ -477,8 +477,6 @@ SIMPLE: dict[tuple[str, str], tuple[str, ...]] = {
         "predict", "--adapter", "trained", "--input", "rows.csv", "--output", "y.xlsx"),
     ("Prediction", "into a folder that is not there"): (
         "predict", "--adapter", "trained", "--input", "rows.csv", "--output", "no/y.csv"),
-    ("Prediction", "of a file without rows"): (
-        "predict", "--adapter", "trained", "--input", "empty.csv", "--output", "y.csv"),
     ("Prediction", "of a file without the column"): (
         "predict", "--adapter", "trained", "--input", "other.csv", "--output", "y.csv"),
     ("Merging", "into a folder that is not empty"): (
@@ -492,7 +490,6 @@ def _simple(arguments: tuple[str, ...]) -> Callable[[World], Printed]:
     def run(world: World) -> Printed:
         world.trained()
         world.write("rows.csv", TABLE)
-        world.write("empty.csv", "text,label\n")
         world.write("other.csv", "sentence\na\n")
         recipe = (world.folder / "trained" / "recipe.yaml").read_text()
         world.write("whole/recipe.yaml", recipe.replace("type: lora", "type: full"))
