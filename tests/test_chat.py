@@ -392,7 +392,7 @@ def test_long_conversations_lose_their_end_and_are_counted(base: Path, tmp_path:
             "turn 1: it has no `role`; it looks like `format: sharegpt`",
         ),
         ("openai", [{"role": "user"}], "turn 1: it has no `content`"),
-        ("openai", [{"role": "user", "content": 3}], "turn 1: its `content` is a int, not text"),
+        ("openai", [{"role": "user", "content": 3}], "turn 1: its `content` is a number, not text"),
         ("sharegpt", [{"from": ["gpt"], "value": "a"}], "turn 1: `['gpt']` is not a known speaker"),
         ("sharegpt", [{"from": "gpt"}], "turn 1: it has no `value`"),
         ("sharegpt", [{"from": "gpt", "value": 3}], "turn 1: it has no `value`"),

@@ -20,7 +20,7 @@ HOSTILE = (
     "<script>alert('1')</script> & \"q\" 😀 \u202eשלמא http://evil.example/x.js \x00\x13\ud800"
 )
 NAN = float("nan")
-VOID = {"meta", "br", "link", "img", "input", "hr"}
+VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
 Json = dict[str, Any]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_cli.reporting import analysis, plots
 from lora_cli.reporting.analysis import Kind, Line, finite
-from lora_cli.reporting.markup import DASH, esc, own, scroller, section, table
+from lora_cli.reporting.markup import DASH, esc, named, own, scroller, section, table
 from lora_cli.reporting.report import part, shown_number
 
 MATRIX_LABELS, MAP_LABELS = 20, 120  # more are no matrix, and no map, that one can read
@@ -55,7 +55,7 @@ def _confusion(labels: list[str], lines: list[Line], rows: str) -> str:
     note = f"{rows}: each line a label, each column what it was called. Blue is right, orange wrong"
     note += "; the deeper, the larger the share of the label's rows."
     if len(labels) > MATRIX_LABELS:
-        cells = [[own(a), own(b), f"{n:,}"] for n, a, b in pairs[:PAIRS]]
+        cells = [[named(a), named(b), f"{n:,}"] for n, a, b in pairs[:PAIRS]]
         header = ["label", "called instead", "rows"]
         shown = table(header, cells, "Confused pairs", texts=2) if cells else ""
         if len(labels) > MAP_LABELS:
@@ -95,7 +95,7 @@ def _labels(labels: list[str], lines: list[Line], rows: str) -> str:
         note += " The labels with the lowest F1 come first."
     cells = [
         [
-            own(s.label),
+            named(s.label),
             *(f"{v:.3f}" if v is not None else DASH for v in (s.precision, s.recall)),
             _bar(s.f1),
             f"{s.rows:,}",

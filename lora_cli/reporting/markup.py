@@ -23,6 +23,11 @@ def own(value: Any, tag: str = "span", more: str = "") -> str:
     return f'<{tag} dir="auto" class="own {more}">{esc(value)}</{tag}>'
 
 
+def named(value: Any) -> str:
+    """Return a label, which may be divided after its underscores."""
+    return own(value).replace("_", "_<wbr>")
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], name: str, texts: int = 1) -> str:
     """Return a table whose cells are HTML; the first `texts` columns are set left, others right."""
     head = "".join(f'<th scope="col"{_left(i, texts)}>{cell}</th>' for i, cell in enumerate(header))
@@ -195,8 +200,8 @@ th,td{padding:.42rem .8rem;text-align:right;border-bottom:1px solid var(--rule);
 white-space:nowrap}
 tbody tr:last-child>*{border-bottom:0}
 thead th{font-weight:600;color:var(--muted);font-size:.82rem;background:var(--soft)}
-tbody th{font-weight:500;text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:7rem;
-max-width:24rem}
+tbody th{font-weight:500;text-align:left;white-space:normal;overflow-wrap:anywhere;min-width:10rem;
+max-width:24rem}.pinned tbody th{min-width:6rem}
 th.left,td.left{text-align:left}
 .pinned tbody th,.pinned th.left{position:sticky;left:0;background:var(--card)}
 .pinned th.left{background:var(--soft)}

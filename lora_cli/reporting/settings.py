@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_cli.reporting.analysis import finite
 from lora_cli.reporting.answers import MATRIX_LABELS
-from lora_cli.reporting.markup import DASH, esc, facts, own, section, table
+from lora_cli.reporting.markup import DASH, esc, facts, named, own, section, table
 from lora_cli.reporting.report import part
 
 COUNTS = {
@@ -80,12 +80,15 @@ def _shared(splits: dict[str, Any], overlap: dict[str, Any]) -> Iterable[str]:
             counts = [n for v in both if (n := finite(v)) is not None]
             if not counts:
                 continue
-            if any(counts):
-                near = f", and {counts[1]:,.0f} nearly do" if len(counts) > 1 else ""
-                yield f"<b>{counts[0]:,.0f} {rows} stand in {esc(other)} too{near}.</b>"
+            exact, near = counts[0], sum(counts[1:])
+            if exact:
+                also = f", and {near:,.0f} nearly do" if near else ""
+                yield f"<b>{exact:,.0f} {rows} stand in {esc(other)} too{also}.</b>"
+            elif near:
+                yield f"{near:,.0f} {rows} nearly stand in {esc(other)}."
             else:
-                near = ", nor nearly" if len(counts) > 1 else ""
-                yield f"None {rows} stands in {esc(other)}{near}."
+                also = ", nor nearly" if len(counts) > 1 else ""
+                yield f"None {rows} stands in {esc(other)}{also}."
 
 
 def _labels(splits: dict[str, Any]) -> str:
@@ -93,7 +96,7 @@ def _labels(splits: dict[str, Any]) -> str:
     labels = dict.fromkeys(label for counts in counted.values() for label in counts)
     if not labels:
         return ""
-    rows = [[own(x), *(_count(c.get(x) or 0) for c in counted.values())] for x in labels]
+    rows = [[named(x), *(_count(c.get(x) or 0) for c in counted.values())] for x in labels]
     shown = table(["label", *map(esc, counted)], rows, "Rows by label")
     is_open = " open" if len(labels) <= MATRIX_LABELS else ""
     return f"<details{is_open}><summary>Rows by label ({len(labels)})</summary>{shown}</details>"
