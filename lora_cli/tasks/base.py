@@ -282,18 +282,18 @@ class Task(ABC):
 
         A script that the user's own recipe names by its path is the user's.
         """
-        recipe = self.recipe
-        return [
-            Problem(
-                f"metric `{name}` is Python code of its own",
-                at,
-                "read that code; then `--set model.trust_remote_code=true`",
-            )
-            for name in names
-            if name not in known_metrics()
-            and not recipe.model.trust_remote_code
-            and (recipe._found or not is_script(name))
-        ]
+        recipe, problems = self.recipe, []
+        if recipe.model.trust_remote_code:
+            return []
+        allow = "read that code; then `--set model.trust_remote_code=true`"
+        for name in names:
+            if is_script(name) and recipe._found:
+                problems.append(Problem(f"metric `{name}` is Python code of its own", at, allow))
+            elif not is_script(name) and name not in known_metrics():
+                what = f"metric `{name}` is not built in, and on the Hub it is code of its own"
+                meant = did_you_mean(name, known_metrics(), "built in are")
+                problems.append(Problem(what, at, f"{meant}; or {allow}"))
+        return problems
 
     @property
     def metric_context(self) -> MetricContext:

@@ -120,6 +120,15 @@ def _script(command: str, names: str, body: str, **evaluate: Any) -> Callable[[W
     return run
 
 
+@case("Metrics", "unknown, and code of others may run")
+def _unknown_metric(world: World) -> Printed:
+    world.write("dev.csv", "text,label\nnew,good\nold,bad\n")
+    world.write("rows.csv", TABLE)
+    metrics = {"metrics": ["acuracy"]}
+    trusted = {"trust_remote_code": True}
+    return world.lora("train", world.recipe(data=HELD_OUT, model=trusted, evaluate=metrics))
+
+
 BEST = {"best": {"metric": "mine", "mode": "max"}}
 for _name, _run in {
     "a script that cannot be read": _script("validate", '"predictions"', "return )"),

@@ -251,7 +251,9 @@ def test_a_metric_of_the_recipe_beside_an_adapter_does_not_run(
                         data={"test": str(world.rows), "train": str(world.rows)})  # fmt: skip
     of_the_hub = lora("eval", "--adapter", world.out, "--recipe", own)
     assert of_the_hub.code == 2
-    assert "metric `user/evil` is Python code of its own" in of_the_hub.err
+    assert (
+        "metric `user/evil` is not built in, and on the Hub it is code of its own" in of_the_hub.err
+    )
     assert not sprung.exists()
     for allowed in ("evaluate.metrics=[./evil.py]", "model.trust_remote_code=true"):
         found = lora("eval", "--adapter", out, "--set", allowed)
