@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from collections.abc import Callable, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
@@ -19,13 +21,14 @@ from lora_cli.data.files import (
     read_rows,
     require_columns,
 )
-from lora_cli.data.sniffing import Head, read_head
+from lora_cli.data.sniffing import DELIMITERS, SPARE_DELIMITERS, Head, read_head
 from lora_cli.data.writing import WRITABLE, OutputForm, refuse_target, suffix_of, writing
 from lora_cli.errors import LoraError, Problem, beside
 from lora_cli.recipe import FormatSpec
 from lora_cli.tasks import Task
 
 CHUNK = 1000  # rows in memory at once
+COLUMN = re.compile(r"[^\W\d]\w*([ _.-]\w+)?")  # the name of a column, and hardly a text
 NO_ANSWER = "it has no prediction"
 
 
@@ -126,6 +129,8 @@ def input_form(source: Path, head: Head, task: Task) -> FormatSpec:
         return found
     if given.header and kind_of(source, given) == "csv" and _fits(source, given, wanted):
         return given
+    if (named := _by_header(head, found, wanted, given.header)) is not None:
+        return named
     if head.kind == "csv":
         names = columns_of(source, found)
         if head.named and set(wanted) <= set(names):
@@ -145,6 +150,29 @@ def input_form(source: Path, head: Head, task: Task) -> FormatSpec:
     if head.kind == "text" and kind_of(source, given) == "text":
         found = found.model_copy(update={"sample_by": given.sample_by})
     return found.model_copy(update={"columns": wanted})  # a file of one column without a name
+
+
+def _by_header(
+    head: Head, found: FormatSpec, wanted: Sequence[str], guess: bool
+) -> FormatSpec | None:
+    """Return how a table is read whose first line holds the names that are wanted, or any names.
+
+    A few broken rows must not make one text a line of a table. Without `guess`, other names are
+    taken for values.
+    """
+    text = head.raw.decode(found.encoding, errors="replace").removeprefix("\ufeff")
+    lines = text.splitlines()[found.skip_lines :]
+    table = {"type": "csv", "header": True, "columns": None}
+    for delimiter in DELIMITERS:
+        names = [name.strip() for name in next(csv.reader(lines[:1], delimiter=delimiter), [])]
+        if set(wanted) < set(names) or (
+            guess and len(names) > 1 and all(map(COLUMN.fullmatch, names))
+        ):
+            return found.model_copy(update={**table, "delimiter": delimiter})
+    if len(wanted) == 1 and lines and lines[0].strip().strip('"') == wanted[0]:
+        spare = next((mark for mark in SPARE_DELIMITERS if mark not in text), ",")
+        return found.model_copy(update={**table, "delimiter": spare})
+    return None
 
 
 def _fits(source: Path, form: FormatSpec, wanted: Sequence[str]) -> bool:
@@ -187,7 +215,7 @@ def _output_form(
     """Return how the output is written: a table as the table that it is made from."""
     if suffix_of(target) == ".parquet":
         return OutputForm(columns, schema=_schema(source, head, columns, task))
-    if head.kind != "csv":
+    if kind_of(source, form) != "csv":
         return OutputForm(columns, WRITABLE[suffix_of(target)])
     delimiter = WRITABLE[suffix_of(target)]
     if suffix_of(target) == suffix_of(source):

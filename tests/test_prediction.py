@@ -349,6 +349,26 @@ def test_a_file_is_read_by_its_own_form_and_not_by_the_recipe_s(tmp_path: Path) 
     assert "call the one that is to be read `text`" in (caught.value.problems[0].hint or "")
 
 
+@pytest.mark.parametrize("delimiter", [";", ",", "\t", "|"])
+def test_broken_rows_do_not_hide_a_table(opened: Opened, tmp_path: Path, delimiter: str) -> None:
+    raw = "id;text;note\r\n1;a film;x\r\n2;too;many;fields\r\n3;few\r\n4;b;c;d\r\n"
+    (tmp_path / "in.csv").write_bytes(raw.replace(";", delimiter).encode())
+    written, problems = run(opened, tmp_path / "in.csv", tmp_path / "out.csv")
+    assert (written, len(problems)) == (4, 3)
+    text = (tmp_path / "out.csv").read_bytes().decode()
+    assert text.startswith(delimiter.join(["id", "text", "note", *ADDED]) + "\r\n1")
+    (tmp_path / "other.csv").write_bytes(raw.replace("text", "body").encode())
+    with pytest.raises(LoraError, match="no column `text`"):
+        run(opened, tmp_path / "other.csv", tmp_path / "out2.csv")
+
+
+def test_a_column_of_the_wanted_name_alone_has_a_header(opened: Opened, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text('text\nslow, dull\na warm; "good" film\n')
+    assert run(opened, tmp_path / "in.csv", tmp_path / "out.jsonl") == (2, [])
+    found = [row["text"] for row in read(tmp_path / "out.jsonl")]
+    assert found == ["slow, dull", 'a warm; "good" film']
+
+
 def test_letters_that_an_old_encoding_lacks_are_told(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -709,3 +709,10 @@ def test_many_unknown_keys_are_reported_quickly(problems: Any) -> None:
     assert len(found) == 20
     assert found[-1].what == "1,981 more problems are not shown"
     assert time.process_time() - start < 5
+
+
+def test_a_key_of_another_type_is_not_what_was_meant(problems: Any) -> None:
+    (problem,) = problems(
+        "model: {name: m}\ntask: {type: causal_lm, label_column: label}\ndata: {path: d.csv}\n"
+    )
+    assert problem.hint.startswith("it is not for `type: causal_lm`; leave it out (known keys: ")

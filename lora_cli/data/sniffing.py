@@ -28,6 +28,7 @@ from lora_cli.recipe import FormatSpec
 MEND = "mend it first; csv, tsv, json lines, parquet and plain text are read"
 SAMPLE_BYTES = 1 << 20
 HEAD_BYTES = 1 << 17
+MEND = "look at the file: is it what its name says, and whole?"
 EMPTY = "was it copied whole?"
 PARQUET = b"PAR1"
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
@@ -263,10 +264,13 @@ def find_delimiter(text: str) -> str | None:
     """
     scores: dict[str, tuple[float, int]] = {}
     for delimiter in DELIMITERS:
-        counts = Counter(map(len, records_of(text, delimiter)))
+        records = records_of(text, delimiter)
+        counts = Counter(map(len, records))
         fields, times = max(counts.items(), key=lambda item: (item[1], item[0]), default=(0, 0))
         share = times / max(counts.total(), 1)
-        if fields > 1 and share >= CONSISTENT:
+        # of a short file one row may be broken, if the first is not
+        all_but_one = len(records) > 3 and times == len(records) - 1 and len(records[0]) == fields
+        if fields > 1 and (share >= CONSISTENT or all_but_one):
             scores[delimiter] = (round(share, 2), fields)
     return max(scores, key=lambda d: scores[d]) if scores else None
 

@@ -390,7 +390,6 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "a label of one value, that nobody named": (
         "rows.csv", "text,label\n" + "".join(f"a long text {i} of some words,a\n"
                                              for i in range(30)), ()),
-    "a file for fastText": ("rows.txt", "__label__good a fine film\n" * 9, ()),
     "a PDF": ("rows.pdf", b"%PDF-1.4\n", ()),
     "a picture": ("rows.csv", b"\x89PNG\r\n", ()),
     "bytes that are no text": ("rows.csv", bytes(range(1, 256)) * 9, ()),
