@@ -360,6 +360,7 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "a folder": ("folder/rows.csv", TABLE, ()),
     "a gzip file that is cut": ("rows.csv.gz", CUT, ()),
     "a file of control characters": ("rows.csv", bytes(range(1, 32)) * 20, ()),
+    "a file for fastText": ("rows.txt", "__label__good a fine film\n" * 9, ()),
     "control characters": ("rows.csv", bytes(range(1, 32)) * 20, ()),
     "only rows that cannot be read": ("rows.jsonl", '{"a"\n{"b"\n', ()),
     "more bad rows than good ones": ("rows.jsonl", JSON + '{"a"\n{"b"\n', ()),
