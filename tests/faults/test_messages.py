@@ -72,6 +72,7 @@ REST: dict[str, str] = {
     "merging.py:merge_adapter": "a fault of ours: merging is proved; tests/test_merging.py",
     "metrics/builtin.py:_perplexity": "a guard: a split without trained tokens is refused before",
     "metrics/metric_set.py:compute": "a guard: an empty split is refused before",
+    "metrics/metric_set.py:_load": "a name that `evaluate` looks for; tests/test_metrics.py",
     "metrics/builtin.py:check_metric_names": "needs an environment without sacrebleu",
     "prediction.py:answer_file": "printed as warnings, with exit code 0; tests/test_prediction.py",
     "reporting/report.py:read_metrics_log": "a log that is damaged while its run goes on",

@@ -302,7 +302,7 @@ def test_labels_never_reach_the_model_unchecked(world: World) -> None:
         assert "rows.jsonl:" in printed.err
         assert "base" not in printed.message
     world.write("rows.jsonl", lines(0, 1))
-    assert "cannot load the weights" in world.lora("train", "recipe.yaml", "--set",
+    assert "has no model.safetensors" in world.lora("train", "recipe.yaml", "--set",
         "task.problem=single_label", "--set", "task.labels=[bad, good]").err  # fmt: skip
 
 
