@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from lora_cli.data.sources import SPLITS
-from lora_cli.errors import LoraError, did_you_mean
+from lora_cli.errors import LoraError, beside, did_you_mean
 from lora_cli.evaluation import best_by, evaluate, load_adapted, open_task, start_accelerator
 from lora_cli.metrics import builtin_value, known_metrics, metric_mode, reads, result_names
 from lora_cli.recipe import RECIPE_FILE, AdapterSpec, Recipe, load_adapter_recipe
@@ -139,7 +139,7 @@ def _split(recipe: Recipe, split: str | None) -> str:
 def _refuse_others(old: Path, recipe: Recipe) -> None:
     """Refuse an old adapter of another base or other labels, which would measure nonsense."""
     if not old.is_dir():
-        raise LoraError(f"there is no folder {old}", "--against")
+        raise LoraError(f"there is no folder {old}", "--against", beside(old))
     if not (old / RECIPE_FILE).is_file():
         return
     theirs = load_adapter_recipe(old)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from lora_cli.redaction import redacted
 
+BACKUP = "take it from a backup or train again"  # of files that were damaged
 WIDTH = 1000  # characters of a line; data may hold 50 MB in one
 
 

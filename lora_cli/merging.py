@@ -90,7 +90,8 @@ def merge_adapter(
         if not difference <= TOLERANCE:
             raise IntegrityError(
                 f"merged, the model's outputs differ by {difference:.2e} of the largest",
-                hint="please report this: merging should be exact",
+                "--adapter",
+                "please report this: merging should be exact",
             )
         for name, tensor in _tensors(model):  # not `model.to`: buffers have dtypes of their own
             tensor.data = tensor.data.to(stored[name])
@@ -104,7 +105,8 @@ def merge_adapter(
         reloaded = task.auto_class.from_pretrained(folder, dtype=dtype).eval()
         with torch.no_grad():
             if not torch.equal(reloaded(**probe).logits, rounded):
-                raise IntegrityError("the saved model does not compute what the merged one did")
+                what = "the saved model does not compute what the merged one did"
+                raise IntegrityError(what, "--to", "please report this: saving should be exact")
     rounding = _difference(rounded.float(), after)
     return MergeResult(to, count, dtype, difference, rounding, untied, held.verified)
 
@@ -132,7 +134,8 @@ def adapter_task(
             "give a recipe with `--recipe`",
         )
     if recipe is not None and recipe.adapter.type == "full":
-        raise LoraError(f"{adapter} is a whole model already", hint="there is nothing to merge")
+        hint = "use the folder as it is: there is nothing to merge"
+        raise LoraError(f"{adapter} is a whole model already", "--adapter", hint)
     if base is not None and Path(base).expanduser().is_dir():
         base = str(Path(base).expanduser().absolute())
     held = read_adapter(adapter)
@@ -169,7 +172,8 @@ def _recipe_of(held: AdapterFolder, base: str | None) -> Recipe:
     if kind is None or not name:
         raise LoraError(
             f"{held.path} does not say what it was trained for",
-            hint="give a recipe with `--recipe`, for its `model` and `task`",
+            "--adapter",
+            "give a recipe with `--recipe`, for its `model` and `task`",
         )
     recipe = Recipe.model_validate(
         {"model": {"name": name}, "task": {"type": kind}, "data": {"path": "none.csv"}}
@@ -179,7 +183,8 @@ def _recipe_of(held: AdapterFolder, base: str | None) -> Recipe:
         if not heads:
             raise LoraError(
                 f"{held.path} holds no classifier",
-                hint="give a recipe with `--recipe`, for its labels",
+                "--adapter",
+                "give a recipe with `--recipe`, for its labels",
             )
         count = min(heads)  # the last layer's outputs: fewer than any hidden size
         known: dict[int, str] = load_config(recipe).id2label
@@ -225,5 +230,7 @@ def _refuse_overflow(model: nn.Module, stored: dict[str, torch.dtype]) -> None:
         if not bool(parameter.to(stored[name]).isfinite().all()):
             raise NumericsError(
                 f"`{name}` has entries that {str(stored[name]).removeprefix('torch.')}, the base "
-                "checkpoint's dtype, cannot hold"
+                "checkpoint's dtype, cannot hold",
+                "--base",
+                "merge into a copy of the base that is stored in float32",
             )

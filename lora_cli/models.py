@@ -24,6 +24,7 @@ from lora_cli.tensorfile import read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LOCAL = "a local folder is written from where the recipe lies, or from `/`"
 WHOLE = "config.json and the weights do not belong together: copy or download both again"
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -61,7 +62,7 @@ def locate(name: str, at: str = "model.name") -> str:
         beside = [str(other) for other in folder.parent.glob("*/")]
         close = nearest(str(folder), beside)
         raise LoraError(
-            f"there is no folder {folder}", at, f"did you mean `{close}`?" if close else None
+            f"there is no folder {folder}", at, f"did you mean `{close}`?" if close else LOCAL
         )
     if not name.startswith("package:"):
         refuse_links_outside(folder)

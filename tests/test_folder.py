@@ -761,9 +761,9 @@ def test_a_broken_configuration_is_refused(
 
 def test_what_is_no_adapter_folder_is_refused(base: nn.Module, folder: Path) -> None:
     (folder / CONFIG_FILE).unlink()
-    assert f"holds no {CONFIG_FILE}" in refusal(base, folder, kind=LoraError)
+    assert f"there is no {CONFIG_FILE}" in refusal(base, folder, kind=LoraError)
     (folder / WEIGHTS_FILE).unlink()
-    assert f"holds no {WEIGHTS_FILE}" in refusal(base, folder, kind=LoraError)
+    assert f"there is no {WEIGHTS_FILE}" in refusal(base, folder, kind=LoraError)
     shutil.rmtree(folder)
     assert f"there is no folder {folder}" in refusal(base, folder, kind=LoraError)
 

@@ -385,7 +385,7 @@ def test_the_splits_of_two_files(init: Init, tmp_path: Path) -> None:
     first, second = pair_of_files(tmp_path, ("train.en", "train.de"))
     for count, split in enumerate(("val", "test_2016", "test_2017"), 3):
         for path in pair_of_files(tmp_path, (f"{split}.en", f"{split}.de"), count):
-            path.write_text(path.read_text().replace("\n", f" {split}\n"))
+            path.write_text(path.read_text().replace(" ", f" {count} "))
     (tmp_path / "dev.en").write_text("alone\n")
     recipe = init("", first, "llama", second=second)
     assert [len(rows) for rows in load_rows(recipe).values()] == [60, 3, 4]

@@ -435,7 +435,7 @@ def test_rows_that_weigh_nothing_have_no_loss(bert: Path, tmp_path: Path) -> Non
 
 def test_a_label_of_very_many_digits_is_no_position(bert: Path, tmp_path: Path) -> None:
     task = task_of(bert, tmp_path, ["a", "9" * 5000], labels=["a", "b"])
-    with pytest.raises(LoraError, match="the labels are a, b") as caught:
+    with pytest.raises(LoraError, match="positions are 0 to 1: a, b") as caught:
         load_data(task)
     assert caught.value.problems[0].at == "train.jsonl:2"
 

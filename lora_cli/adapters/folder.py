@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.adapters.attach import lora_layers, trainable_parameters
 from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer, can_adapt
 from lora_cli.adapters.targets import matches, regex_fault
-from lora_cli.errors import IntegrityError, LoraError, warn
+from lora_cli.errors import BACKUP, IntegrityError, LoraError, beside, warn
 from lora_cli.files import (
     finish_publishing,
     refuse_links_outside,
@@ -41,6 +41,7 @@ from lora_cli.recipe import Recipe
 from lora_cli.tensorfile import read_header
 
 CONFIG_FILE = "adapter_config.json"
+ADAPTER_FOLDER = "an adapter is the output folder of `lora train`, or a folder that PEFT saved"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -191,10 +192,8 @@ def read_adapter(path: Path) -> AdapterFolder:
         IntegrityError: If a file is damaged.
     """
     if not path.is_dir():
-        raise LoraError(
-            f"there is no folder {path}",
-            hint="`--adapter` takes the output folder of `lora train`, or a folder that PEFT saved",
-        )
+        what, hint = f"there is no folder {path}", f"{beside(path)}; {ADAPTER_FOLDER}"
+        raise LoraError(what, "--adapter", hint)
     refuse_links_outside(path)
     finish_publishing(path)
     if not (path / WEIGHTS_FILE).is_file():
@@ -207,26 +206,26 @@ def read_adapter(path: Path) -> AdapterFolder:
                 str(path),
                 "load it in PEFT where you trust it, and save it again",
             )
-        raise LoraError(f"{path} holds no {WEIGHTS_FILE}", hint="is this an adapter folder?")
+        raise LoraError(f"there is no {WEIGHTS_FILE}", str(path), ADAPTER_FOLDER)
     verified = verify_manifest(path, CONFIG_FILE, WEIGHTS_FILE)
     try:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except OSError as error:
-        raise LoraError(f"{path} holds no {CONFIG_FILE}") from error
+        raise LoraError(f"there is no {CONFIG_FILE}", str(path), ADAPTER_FOLDER) from error
     except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"not valid JSON: {error}", str(path / CONFIG_FILE)) from error
+        raise IntegrityError(f"not valid JSON: {error}", str(path / CONFIG_FILE), BACKUP) from error
     if not isinstance(config, dict):
-        raise IntegrityError("not a JSON object", str(path / CONFIG_FILE))
+        raise IntegrityError("not a JSON object", str(path / CONFIG_FILE), BACKUP)
     kind = config.get("peft_type")
     if kind not in ("LORA", "HEAD_ONLY", "BITFIT"):
-        raise LoraError(
-            f"`{kind}` is not a type of adapter that this tool reads", str(path / CONFIG_FILE)
-        )
+        what = f"`{kind}` is not a type of adapter that this tool reads"
+        raise LoraError(what, str(path / CONFIG_FILE), "it reads PEFT's LORA, without DoRA")
     _check_config(config, str(path / CONFIG_FILE))
     tensors = read_tensors(path)
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
-        raise IntegrityError(f"`{bad[0]}` holds NaN or infinity", str(path / WEIGHTS_FILE))
+        what = f"`{bad[0]}` holds NaN or infinity"
+        raise IntegrityError(what, str(path / WEIGHTS_FILE), BACKUP)
     if kind == "LORA" and _is_idle(tensors):
         warn(f"the adapter {path} changes nothing: one matrix of each pair is zero throughout")
     return AdapterFolder(path, config, tensors, verified, read_fingerprint(path))
@@ -245,10 +244,12 @@ def _is_idle(tensors: dict[str, Tensor]) -> bool:
 def _check_config(config: dict[str, Any], where: str) -> None:
     """Refuse a configuration that is damaged, or of an adapter that is more than low rank."""
     if config.get("use_dora"):
-        raise LoraError("DoRA adapters cannot be read yet", where)
+        hint = "merge it into its base in PEFT, or train it again without DoRA"
+        raise LoraError("DoRA adapters cannot be read yet", where, hint)
     for key in ("use_qalora", "alora_invocation_tokens", "arrow_config", "kasa_config"):
         if config.get(key):
-            raise LoraError(f"adapters with `{key}` cannot be read", where)
+            hint = "it is more than low rank: use it in PEFT, or train it again without"
+            raise LoraError(f"adapters with `{key}` cannot be read", where, hint)
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init not in BASE_UNCHANGED:
         raise LoraError(
@@ -267,7 +268,7 @@ def _check_config(config: dict[str, Any], where: str) -> None:
         or (isinstance(targets, str) and regex_fault(targets) is None),
     }
     for key in (key for key, fine in good.items() if not fine):
-        raise IntegrityError(f"`{key}` cannot be {json.dumps(config[key])}", where)
+        raise IntegrityError(f"`{key}` cannot be {json.dumps(config[key])}", where, BACKUP)
 
 
 def _is_number(value: Any) -> bool:

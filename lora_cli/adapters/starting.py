@@ -16,7 +16,7 @@ from lora_cli.adapters.attach import attach
 from lora_cli.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, read_adapter
 from lora_cli.adapters.loading import load_adapter, verify_base
 from lora_cli.adapters.targets import first_match, inside, resolve_targets
-from lora_cli.errors import LoraError, Problem
+from lora_cli.errors import LoraError, Problem, beside
 from lora_cli.files import MANIFEST
 from lora_cli.fingerprint import BASE_FILE, Fingerprint
 from lora_cli.recipe import RECIPE_FILE, AdapterSpec, Recipe, load_adapter_recipe
@@ -69,7 +69,7 @@ def find_adapter(recipe: Recipe) -> AdapterFolder:
     if not folder.is_absolute():
         folder = _download(name, at)
     if not folder.is_dir():
-        raise LoraError(f"there is no folder {folder}", at)
+        raise LoraError(f"there is no folder {folder}", at, beside(folder))
     return read_adapter(folder)
 
 

@@ -15,19 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from lora_cli.data.foreign import refuse_binary
 from lora_cli.errors import LoraError
 
 ENCODING_HINT = "if the file has another encoding, name it: `--set data.format.encoding=cp1252`"
 NOT_TEXT = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes
 HEAD_BYTES = 4096
-MAGIC = {  # of files that are not text, whatever they are called
-    b"PK\x03\x04": ("a zip archive or a spreadsheet", "save it as csv"),
-    b"PAR1": ("a parquet file", "`--set data.format.type=parquet`"),
-    b"\x1f\x8b": ("a gzip file", "let its name end in .gz"),
-    b"\xff\xfe\x00\x00": ("UTF-32 text", "`--set data.format.encoding=utf-32`"),
-    b"\xff\xfe": ("UTF-16 text", "`--set data.format.encoding=utf-16`"),
-    b"\xfe\xff": ("UTF-16 text", "`--set data.format.encoding=utf-16`"),
-}
+UTF = {  # by their marks; longer ones first
+    b"\xff\xfe\x00\x00": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,17 +78,20 @@ def unreadable(path: Path, error: Exception) -> LoraError:
 
 def _refuse_no_text(head: bytes, path: Path) -> None:
     """Refuse a file that is, by its first bytes, anything but text in UTF-8."""
-    for magic, (what, hint) in MAGIC.items():
-        if head.startswith(magic):
-            raise LoraError(
-                f"this is not UTF-8 text but {what}, by its first bytes", str(path), hint
-            )
+    refuse_binary(head, path)
+    if head.startswith(b"PAR1"):
+        hint = "`--set data.format.type=parquet`"
+        raise LoraError("this is a parquet file, by its first bytes", str(path), hint)
+    for mark, encoding in UTF.items():
+        if head.startswith(mark):
+            what = f"this is {encoding.upper()} text, by its first bytes, and not UTF-8"
+            raise LoraError(what, str(path), f"`--set data.format.encoding={encoding}`")
     zeros = head.count(0)
     if zeros <= len(head) // 4:
         return
     for encoding, half in (("utf-16-le", head[1::2]), ("utf-16-be", head[0::2])):
         if half.count(0) == zeros and zeros < len(head) * 0.75:
-            what = "this is not UTF-8 text but UTF-16, by its zero bytes"
+            what = "this is UTF-16 text, by its zero bytes, and not UTF-8"
             raise LoraError(what, str(path), f"`--set data.format.encoding={encoding}`")
     what = f"this is not text: {zeros} of its first {len(head)} bytes are zero"
     raise LoraError(what, str(path), "was it copied whole?")

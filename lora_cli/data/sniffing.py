@@ -25,6 +25,7 @@ from lora_cli.data.lines import RawRow, unreadable
 from lora_cli.errors import LoraError, beside
 from lora_cli.recipe import FormatSpec
 
+MEND = "mend it first; csv, tsv, json lines, parquet and plain text are read"
 SAMPLE_BYTES = 1 << 20
 HEAD_BYTES = 1 << 17
 MEND = "look at the file: is it what its name says, and whole?"
@@ -187,6 +188,9 @@ def bytes_of(path: Path) -> bytes:
     """
     if path.is_dir():
         raise LoraError("this is a folder", str(path), "name one file in it")
+    if path.exists() and not path.is_file():
+        hint = "write its content into a file, and name that"
+        raise LoraError("this is a pipe or a device, and not a file", str(path), hint)
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except FileNotFoundError:

@@ -172,8 +172,7 @@ def _stream_marked(recipe: Recipe, column: str) -> Iterator[RawRow]:
                 yield row
     if empty:
         what = f"column `{column}` marks no row as `{recipe.data.train}`"
-        hint = "`data.train` names a value of that column"
-        raise LoraError(what, recipe.at("data.train"), hint)
+        raise LoraError(what, recipe.at("data.train"), "name what it does hold: `train: NAME`")
 
 
 def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tuple[Rows, Rows]:

@@ -66,7 +66,7 @@ def look_at(name: str) -> Base:
     except (OSError, ValueError) as error:
         if local or name.startswith("package:"):
             what = str(error).strip().splitlines()[0]
-            hint = "name a folder that holds a model's config.json, a Hub id, or a package"
+            hint = "is the folder whole? Copy or download it again"
             raise LoraError(f"cannot read the model: {what}", "--model", hint) from error
         return Base(name)
     kind = config.model_type

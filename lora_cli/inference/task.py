@@ -252,8 +252,8 @@ def _label_keys(
             counts,
         )
     if label.kind in ("other", "blank", "openai", "sharegpt"):
-        hint = "name a column of words or numbers with `--label COLUMN`"
-        raise LoraError(f"`{label.name}` holds {content_of(label)}, no label", place, hint)
+        what = f"`{label.name}` holds {content_of(label)}, no label"
+        raise LoraError(what, place, "name another with `--label COLUMN`")
     values = f"{len(label.counts):,} values"
     if given:
         reason = f"chosen by you; {values}"

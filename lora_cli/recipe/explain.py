@@ -147,7 +147,7 @@ def _problem(path: KeyPath, group: list[dict[str, Any]], data: Any, at: str | No
     match fault["type"]:
         case "extra_forbidden":
             section = _schema_at(path[:-1], data)
-            return Problem(f"unknown key `{name}`", at, _where_else(name, section))
+            return Problem(f"unknown key `{name}`", at, _where_else(path, section))
         case "missing":
             section_name = dotted(path[:-1])
             of = f" from `{section_name}`" if section_name else ""
@@ -287,12 +287,15 @@ def _description(path: KeyPath, data: Any) -> str | None:
     return None
 
 
-def _where_else(name: str, section: dict[str, Any]) -> str:
+def _where_else(path: KeyPath, section: dict[str, Any]) -> str:
     """Return a hint for an unknown key: the section it belongs to, or the nearest one here."""
-    here = list(section.get("properties", {}))
-    for path in _all_keys():
-        if path.rsplit(".", 1)[-1] == name:
-            return f"did you mean `{path}`?"
+    name, here = str(path[-1]), list(section.get("properties", {}))
+    kind = section.get("properties", {}).get("type", {}).get("const")
+    for known in _all_keys():
+        if known == dotted(path):
+            return f"it is not for `type: {kind}`; leave it out (known keys: {', '.join(here)})"
+        if known.rsplit(".", 1)[-1] == name:
+            return f"did you mean `{known}`?"
     if close := nearest(name, here):
         return f"did you mean `{close}`?"
     elsewhere = {path.rsplit(".", 1)[-1]: path for path in reversed(_all_keys())}

@@ -19,7 +19,7 @@ from lora_cli.redaction import redacted
 
 MAX_BYTES = 200_000  # a second of reading; a recipe has a hundredth of it
 RECIPE_FILE = "recipe.yaml"  # beside an adapter
-MAX_PROBLEMS = 50
+MAX_PROBLEMS = 20
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -624,7 +624,8 @@ class TrainSpec(Section):
         """Yield the keys that exclude each other."""
         if self.epochs is not None and self.max_steps is not None:
             what = "`epochs` and `max_steps` exclude each other"
-            yield "max_steps", what, "keep one of the two"
+            hint = "keep one: `--set train.epochs=null` or `--set train.max_steps=null`"
+            yield "max_steps", what, hint
         if self.packing and self.group_by_length:
             what = "`packing` leaves no padding for `group_by_length` to save"
             yield "group_by_length", what, "leave one of the two out"

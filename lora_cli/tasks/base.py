@@ -310,7 +310,8 @@ class Task(ABC):
         if others:
             raise LoraError(
                 f"this model reads `{first}` with `{'`, `'.join(others)}`, not one text",
-                hint="write the rows into a file: `--input FILE --output FILE`",
+                "the arguments of `lora predict`",
+                "write the rows into a file: `--input FILE --output FILE`",
             )
         return {first: text}
 

@@ -19,7 +19,7 @@ from lora_cli.data.near import (
     shared,
 )
 from lora_cli.data.sources import Rows
-from lora_cli.errors import LoraError, printable
+from lora_cli.errors import LoraError, counted, printable
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.base import IGNORED, Encoded, Task
@@ -133,7 +133,7 @@ class _Look:
         """Return what to ask of the labels: do two mean the same, has one no rows?"""
         doubts = [
             f"the labels {' and '.join(f'`{printable(name)}`' for name in alike)} look alike "
-            f"({' and '.join(f'{self.labels[name]:,}' for name in alike)} rows): are they one?"
+            f"({' and '.join(counted(self.labels[name], 'row') for name in alike)}): are they one?"
             for alike in look_alikes(names)
         ]
         absent = [name for name in names if not self.labels[name]]
@@ -141,7 +141,8 @@ class _Look:
             more = f", nor of {len(absent) - 1} others" if len(absent) > 1 else ""
             doubts.append(f"train has no row of the label `{printable(absent[0])}`{more}")
         if "-1" in names and self.task.recipe.task.type == "sequence_classification":
-            doubts.append(f"-1 is taken for a label ({self.labels['-1']:,} rows): is it none?")
+            count = counted(self.labels["-1"], "row")
+            doubts.append(f"-1 is taken for a label ({count}): does it stand for none?")
         return doubts
 
     def overlap(self, other: _Look) -> Overlap:

@@ -19,6 +19,7 @@ from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
 
 NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", re.ASCII)
+SHOWN = 60  # characters of a value that is none
 LABELS_ARE = "the labels are"
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -144,7 +145,8 @@ class Labels:
                         places[value] = splits[name].place(i)
             problems += [
                 Problem(
-                    f"`{value}` is not a label ({counted(values[value], 'row')} of {name})",
+                    f"`{printable(value, SHOWN)}` is not a label "
+                    f"({counted(values[value], 'row')} of {name})",
                     places[value],
                     self._meant(value),
                 )
@@ -171,7 +173,9 @@ class Labels:
         """Return the problem of a row with a value that is no label."""
         for value in self.texts_of(row) or ():
             if self.position(value) is None:
-                return Problem(f"`{value}` is not a label", place, self._meant(value))
+                return Problem(
+                    f"`{printable(value, SHOWN)}` is not a label", place, self._meant(value)
+                )
         return None
 
     def position(self, value: str) -> int | None:
@@ -275,7 +279,7 @@ def _said(value: Any) -> str:
     if is_blank(value) and value == value:
         return "is blank"
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return f"holds `{printable(text, 60)}`"
+    return f"holds `{printable(text, SHOWN)}`"
 
 
 def _sorted(values: Counter[str]) -> list[str]:

@@ -129,7 +129,7 @@ def load_checkpoint(
             damaged += (
                 error.problems
                 if isinstance(error, LoraError)
-                else [Problem(str(error), str(folder))]
+                else [Problem("its state cannot be read by this version", str(folder / STATE_FILE))]
             )
             continue
         if damaged and warn is not None:

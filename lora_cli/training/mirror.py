@@ -52,7 +52,8 @@ class Mirror:
         except ImportError as error:
             raise LoraError(str(error), self.at, "install it, or name a folder") from error
         except ValueError as error:
-            raise LoraError(f"`{self.url}` is no address: {error}", self.at) from error
+            hint = "name a folder, or an address such as `s3://bucket/folder`"
+            raise LoraError(f"`{self.url}` is no address: {error}", self.at, hint) from error
 
     def check(self) -> None:
         """See that it can be written to, before a run relies on it."""

@@ -36,6 +36,7 @@ FILES: dict[str, tuple[str, str | bytes | Make]] = {
     "a file of unknown kind": ("rows.dat", TABLE),
     "a spreadsheet called csv": ("rows.csv", b"PK\x03\x04\x14\0"),
     "a gzip file called csv": ("rows.csv", gzip.compress(TABLE.encode())),
+    "a parquet file called csv": ("rows.csv", b"PAR1" + b"\0" * 99),
     "a csv file called gz": ("rows.csv.gz", TABLE),
     "a gzip file that is cut": ("rows.csv.gz", CUT),
     "a csv file called parquet": ("rows.parquet", TABLE),
@@ -127,6 +128,22 @@ def _(world: World) -> Printed:
     world.write("rows.csv", "text,label\na,good\none\n")
     data = {"path": "rows.csv", "streaming": True}
     return world.lora("train", world.recipe(data=data, task={"labels": ["bad", "good"]}))
+
+
+def _stream(rows: str, *flags: str) -> Callable[[World], Printed]:
+    def run(world: World) -> Printed:
+        world.write("rows.csv", rows)
+        data = {"path": "rows.csv", "streaming": True}
+        recipe = world.recipe(data=data, task={"labels": ["bad", "good"]})
+        return world.lora("train", recipe, *flags)
+
+    return run
+
+
+CASES.append(Case("Splits", "a stream without rows", _stream("text,label\n")))
+CASES.append(Case("Splits", "a stream without rows that can be used", _stream(
+    "text,label\n,good\none\n", "--set", "data.on_bad_row=skip")))  # fmt: skip
+CASES.append(Case("Labels", "unknown, in a stream", _stream(TABLE + "a film,ugly\n")))
 
 
 @case("Splits", "a stream without the split")
@@ -291,6 +308,11 @@ CHATS: dict[str, tuple[str, str | None]] = {
 }  # fmt: skip
 for _name, (_rows, _template) in CHATS.items():
     CASES.append(Case("Language models", _name, _chat(_rows, _template)))
+THOUGHT = json.dumps({"messages": [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yes", "reasoning_content": "a greeting"},
+]}) + "\n"  # fmt: skip
+CASES.append(Case("Language models", "reasoning that is left out", _chat(THOUGHT, TURNS)))
 CASES.append(Case("Language models", "speakers that are not known", _chat(
     '{"messages": [{"from": "nobody", "value": "hi"}]}\n{"messages": [{"from": "human"}]}\n',
     TURNS, format="sharegpt")))  # fmt: skip
@@ -337,6 +359,16 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "a file that is not there": ("", "", ()),
     "a folder": ("folder/rows.csv", TABLE, ()),
     "a gzip file that is cut": ("rows.csv.gz", CUT, ()),
+    "a file of control characters": ("rows.csv", bytes(range(1, 32)) * 20, ()),
+    "a file for fastText": ("rows.txt", "__label__good a film of some words\n" * 20, ()),
+    "columns inside a column": (
+        "rows.jsonl", '{"row": {"text": "a film", "label": "a"}}\n' * 9, ()),
+    "a label of objects": (
+        "rows.jsonl", "".join(json.dumps({"text": f"a long text {i} of words", "label": {"a": 1}})
+                              + "\n" for i in range(30)), ()),
+    "a label of one value, for an encoder": (
+        "rows.csv", "text,label\n" + "".join(f"a long text {i} of some words,good\n"
+                                             for i in range(30)), ()),
     "only rows that cannot be read": ("rows.jsonl", '{"a"\n{"b"\n', ()),
     "more bad rows than good ones": ("rows.jsonl", JSON + '{"a"\n{"b"\n', ()),
     "no such column": ("rows.csv", TABLE, ("--text", "txet")),
@@ -367,7 +399,6 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "a label of one value, that nobody named": (
         "rows.csv", "text,label\n" + "".join(f"a long text {i} of some words,a\n"
                                              for i in range(30)), ()),
-    "a file for fastText": ("rows.txt", "__label__good a fine film\n" * 9, ()),
     "a PDF": ("rows.pdf", b"%PDF-1.4\n", ()),
     "a picture": ("rows.csv", b"\x89PNG\r\n", ()),
     "bytes that are no text": ("rows.csv", bytes(range(1, 256)) * 9, ()),
@@ -391,6 +422,12 @@ def _init(name: str, content: str | bytes, flags: tuple[str, ...]) -> Callable[[
 
 for _name, (_file, _content, _flags) in INIT.items():
     CASES.append(Case("lora init", _name, _init(_file, _content, _flags)))
+
+
+@case("lora init", "a pipe")
+def _(world: World) -> Printed:
+    os.mkfifo(world.folder / "rows.csv")
+    return world.lora("init", "rows.csv", "--model", "../bases/encoder")
 
 
 def _init_of(model: str, *flags: str) -> Callable[[World], Printed]:

@@ -28,6 +28,7 @@ ARGUMENTS: list[tuple[str, ...]] = [
     ("predict", "--adapter", "trained"),
     ("predict", "--adapter", "trained", "--input", "rows.csv"),
     ("predict", "--adapter", "trained", "--interactive", "a text"),
+    ("init", "one.csv", "two.csv", "three.csv", "--model", "base"),
     ("validate", "nowhere.yaml"),
     ("validate", "recipe.yml"),
     ("validate", "bare"),

@@ -36,6 +36,9 @@ PLAIN: dict[tuple[str, str], Any] = {
     ("Models", "a package that is not installed"): _with(
         "validate", model={"name": "package:no_such_model/model"}
     ),
+    ("Models", "a package and a way out of it"): _with(
+        "validate", model={"name": "package:yaml/../torch"}
+    ),
     ("Models", "a Hub id without a network"): _with("validate", model={"name": "nobody/nothing"}),
     ("Models", "a name that is no Hub id"): _with("validate", model={"name": "my model"}),
     ("Models", "fp16 without a GPU"): _with("train", train={"precision": "fp16"}),
@@ -162,6 +165,16 @@ def _drop_tensors(file: Path, part: str) -> None:
     save_file(kept, file, {"format": "pt"})
 
 
+def _index(folder: Path, text: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def _link(file: Path) -> None:
+    file.rename(file.parents[1] / file.name)
+    file.symlink_to(Path("..") / file.name)
+
+
 def _no_end(folder: Path) -> None:
     _edit(folder / "tokenizer_config.json", eos_token=...)
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
@@ -179,6 +192,18 @@ for _name, _run in {
         lambda f: _edit(f / "config.json", model_type="x", auto_map={"AutoConfig": "x.X"})
     ),
     "no end-of-text token": _base(_no_end, "llama"),
+    "an adapter for a base": _base(lambda f: (f / CONFIG).write_text("{}") and None),
+    "weights that are a pickle": _base(
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin") and None
+    ),
+    "an index that is no JSON": _base(lambda f: _index(f, "{")),
+    "an index of files elsewhere": _base(
+        lambda f: _index(f, '{"weight_map": {"a": "../x.safetensors"}}')
+    ),
+    "an index of files that are missing": _base(
+        lambda f: _index(f, '{"weight_map": {"a": "x.safetensors"}}')
+    ),
+    "a link to elsewhere": _base(lambda f: _link(f / "config.json")),
 }.items():
     CASES.append(Case("Models", _name, _run))
 
@@ -248,6 +273,11 @@ ADAPTERS: dict[str, Callable[[Path], None]] = {
     "no head": _without("classifier"),
     "a head of other labels": _of_first("classifier.out_proj", lambda t: t.repeat(2, 1)
         if t.ndim == 2 else t.repeat(2)),
+    "whole numbers": _tensors(lambda t: t | {"steps": torch.ones(2, dtype=torch.int64)}),
+    "a tensor twice": _tensors(lambda t: t | {
+        n.removeprefix("base_model.model."): x.clone() for n, x in t.items()}),
+    "a fingerprint that cannot be read": lambda f: _cut(f / "base.json"),
+    "a link to elsewhere": lambda f: _link(f / CONFIG),
     "many faults": _tensors(lambda t: {
         n.replace("lora_A", "lora_C").replace("classifier.dense", "classifier.x"): x
         for n, x in t.items()}),
@@ -282,6 +312,23 @@ def _(world: World) -> Printed:
 def _(world: World) -> Printed:
     _cut(world.folder / world.trained() / "manifest.json")
     return world.lora("predict", "--adapter", "trained", "a film")
+
+
+@case("Adapters", "a manifest that lacks a file")
+def _(world: World) -> Printed:
+    file = world.folder / world.trained() / "manifest.json"
+    files = json.loads(file.read_text())["files"]
+    del files[CONFIG]
+    file.write_text(json.dumps({"files": files}))
+    return world.lora("predict", "--adapter", "trained", "a film")
+
+
+@case("Adapters", "another base of the same shapes")
+def _(world: World) -> Printed:
+    world.trained()
+    tiny.save_encoder(world.folder / "other", seed=1)
+    flags = ["--set", "model.name=other"]
+    return world.lora("predict", "--adapter", "trained", *flags, "a film")
 
 
 @case("Adapters", "a manifest that names another folder")
@@ -446,6 +493,15 @@ def _(world: World) -> Printed:
     return world.lora("train", "recipe.yaml", "--resume")
 
 
+@case("Training", "again from a checkpoint under another name")
+def _(world: World) -> Printed:
+    world.lora("train", world.recipe())
+    (world.folder / "out" / "report.json").unlink()
+    for step in (world.folder / "out" / "checkpoints").iterdir():
+        step.rename(step.with_name("step-000007"))
+    return world.lora("train", "recipe.yaml", "--resume")
+
+
 @case("Training", "again from checkpoints without a manifest")
 def _(world: World) -> Printed:
     world.lora("train", world.recipe())
@@ -477,6 +533,16 @@ SIMPLE: dict[tuple[str, str], tuple[str, ...]] = {
         "predict", "--adapter", "trained", "--input", "rows.csv", "--output", "y.xlsx"),
     ("Prediction", "into a folder that is not there"): (
         "predict", "--adapter", "trained", "--input", "rows.csv", "--output", "no/y.csv"),
+    ("Prediction", "of a file without rows"): (
+        "predict", "--adapter", "trained", "--input", "empty.csv", "--output", "y.csv"),
+    ("Prediction", "of a file without rows that can be read"): (
+        "predict", "--adapter", "trained", "--input", "bad.jsonl", "--output", "y.csv"),
+    ("Prediction", "into a folder"): (
+        "predict", "--adapter", "trained", "--input", "rows.csv", "--output", "trained"),
+    ("Prediction", "over another file"): (
+        "predict", "--adapter", "trained", "--input", "rows.csv", "--output", "other.csv"),
+    ("Prediction", "of JSON, into parquet"): (
+        "predict", "--adapter", "trained", "--input", "good.jsonl", "--output", "y.parquet"),
     ("Prediction", "of a file without the column"): (
         "predict", "--adapter", "trained", "--input", "other.csv", "--output", "y.csv"),
     ("Merging", "into a folder that is not empty"): (
@@ -490,6 +556,9 @@ def _simple(arguments: tuple[str, ...]) -> Callable[[World], Printed]:
     def run(world: World) -> Printed:
         world.trained()
         world.write("rows.csv", TABLE)
+        world.write("empty.csv", "")
+        world.write("bad.jsonl", "{\n")
+        world.write("good.jsonl", '{"text": "a film"}\n')
         world.write("other.csv", "sentence\na\n")
         recipe = (world.folder / "trained" / "recipe.yaml").read_text()
         world.write("whole/recipe.yaml", recipe.replace("type: lora", "type: full"))
@@ -624,6 +693,7 @@ def _(world: World) -> Printed:
 def _(world: World) -> Printed:
     folder = world.folder / world.trained()
     (folder / "manifest.json").unlink()
+    (folder / "base.json").unlink()  # the half is another base
     _tensors(lambda t: {n: x * 1e5 if "lora_" in n else x for n, x in t.items()})(folder)
     shutil.copytree(world.bases / "encoder", world.folder / "half")
     weights = load_file(world.folder / "half" / "model.safetensors")
@@ -631,6 +701,15 @@ def _(world: World) -> Printed:
     save_file(half, world.folder / "half" / "model.safetensors", {"format": "pt"})
     _edit(world.folder / "half" / "config.json", dtype="float16", torch_dtype=...)
     return world.lora("merge", "--base", "half", "--adapter", "trained", "--to", "to")
+
+
+@case("Merging", "into a base that is quantised")
+def _(world: World) -> Printed:
+    world.trained()
+    shutil.copytree(world.bases / "encoder", world.folder / "eight")
+    _edit(world.folder / "eight" / "config.json", quantization_config={
+        "quant_method": "bitsandbytes", "load_in_8bit": True})  # fmt: skip
+    return world.lora("merge", "--base", "eight", "--adapter", "trained", "--to", "to")
 
 
 @case("Merging", "into a folder that cannot be made")

@@ -231,7 +231,9 @@ def test_a_pipe_that_no_one_writes_to_is_not_waited_for(world: World) -> None:
     os.mkfifo(world.folder / "rows.csv")
     for command in ("validate", "params"):
         assert world.lora(command, world.recipe()).code == 2
-    assert world.lora("init", "rows.csv", "--model", "../bases/encoder").code == 2
+    printed = world.lora("init", "rows.csv", "--model", "../bases/encoder", "-o", "new.yaml")
+    assert printed.code == 2
+    assert "this is a pipe or a device" in printed.err
 
 
 # ---------------------------------------------------------------------------------------- labels
@@ -264,11 +266,11 @@ def test_one_label_written_in_several_ways(labels: Any, wanted: list[str], world
 @pytest.mark.parametrize(
     ("labels", "task", "warning"),
     [
-        (["Good", "good", "bad"], {}, "the labels `Good` and `good` look alike (1 and 1 rows)"),
+        (["Good", "good", "bad"], {}, "the labels `Good` and `good` look alike (1 row and 1 row)"),
         (["go\u200bod", "good"], {}, "the labels `good` and `go\\u200bod` look alike"),
         ([True, 1, 0], {}, "the labels `1` and `true` look alike"),
         (["01", "1", "x"], {}, "the labels `01` and `1` look alike"),
-        ([-1, 0, 1], {}, "-1 is taken for a label (1 rows): is it none?"),
+        ([-1, 0, 1], {}, "-1 is taken for a label (1 row)"),
         (["bad", "good"], {"labels": ["bad", "good", "so so"]}, "no row of the label `so so`"),
         (["bad", "good"], TWO, None),
     ],
