@@ -167,7 +167,7 @@ def test_the_verdict(mode: str, ours: float, others: Any, passed: bool, words: s
         (["evaluate.baselines=[none]", "adapter.type=none"], "`adapter.type: none` trains"),
         (["evaluate.baselines=[majority]", "data.streaming=true"], "need all rows"),
         (["evaluate.baselines=[none]", "task={type: causal_lm}"], "`task.type: causal_lm`"),
-        (["evaluate.baselines=[none]", "data={path: rows.jsonl}"], "`data.validation` or"),
+        (["evaluate.baselines=[none]", "data={path: rows.jsonl}"], "held-out rows, and there are"),
     ],
 )
 def test_baselines_that_cannot_be(

@@ -450,7 +450,10 @@ def test_a_script_that_is_absent(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (problem,) = check_metric_names([name], "label")
     assert problem.what == f"there is no metric script `{name}`"
-    assert problem.hint == f"the path starts from {tmp_path}"
+    absolute = name.startswith(("/", "~"))
+    assert problem.hint == (
+        "is the path right?" if absolute else f"the path starts from {tmp_path}"
+    )
 
 
 @pytest.mark.parametrize(("name", "package"), [("bleu", "sacrebleu"), ("rouge", "rouge_score")])

@@ -308,7 +308,7 @@ def test_the_commands_that_only_look(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (["adapter={from: a, type: full}"], "a whole model is named in `model.name`"),
+        (["adapter={from: a, type: full}"], "and `type: full` has none"),
         (["adapter={from: a}", "evaluate.baselines=[base]"], "the old adapter, and not `base`"),
     ],
 )

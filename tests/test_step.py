@@ -56,16 +56,17 @@ class Case:
         return moved, float(result.loss)
 
     def gradients(self, sizes: list[int], of_means: bool = False) -> dict[str, Tensor]:
-        """Return the gradients of the summed losses over the items, or of the mean of means."""
-        batches = self.batches(sizes)
+        """Return the gradients of the summed losses over the items, or of the mean of means.
+
+        In double precision: what is left then is the law, and not the order of additions.
+        """
+        batches, model = self.batches(sizes), copy.deepcopy(self.model).double()
         total = sum(batch.n_items for batch in batches)
         for batch in batches:
             share = batch.n_items * len(batches) if of_means else total
-            (self.task.loss(self.model, batch) / share).backward()
-        parameters = trainable_parameters(self.model)
-        found = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
-        self.model.zero_grad()
-        return found
+            (self.task.loss(model, batch) / share).backward()
+        parameters = trainable_parameters(model)
+        return {name: p.grad.float() for name, p in parameters.items() if p.grad is not None}
 
 
 def case(base: nn.Module, kind: str, task: dict[str, Any], rows: list[dict[str, Any]]) -> Case:

@@ -204,6 +204,10 @@ def publish_adapter(
     if recipe.adapter.type == "full":
         assert isinstance(model, PreTrainedModel)
         model.save_pretrained(staging)
+        if (backend := getattr(processor, "backend_tokenizer", None)) is not None:
+            # how it cut its last texts is no part of it, and differs where they came from the cache
+            backend.no_truncation()
+            backend.no_padding()
         processor.save_pretrained(staging)
     else:
         save_adapter(staging, model, recipe, in_full, base)

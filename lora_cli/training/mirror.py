@@ -51,9 +51,10 @@ class Mirror:
             self.files, self.root = fsspec.core.url_to_fs(self.url)
         except ImportError as error:
             raise LoraError(str(error), self.at, "install it, or name a folder") from error
-        except ValueError as error:
+        except Exception as error:  # each kind of store has its own
             hint = "name a folder, or an address such as `s3://bucket/folder`"
-            raise LoraError(f"`{self.url}` is no address: {error}", self.at, hint) from error
+            what = f"`{self.url}` cannot be used as a mirror: {error}"
+            raise LoraError(what, self.at, hint) from error
 
     def check(self) -> None:
         """See that it can be written to, before a run relies on it."""
@@ -197,8 +198,17 @@ def restore_from_mirror(recipe: Recipe) -> None:
     output = recipe.output_path
     if (output / "report.json").exists():
         return
+    mirror = Mirror(recipe)
     with locked_output(recipe, resume=True):
-        _restore(Mirror(recipe), output)
+        try:
+            _restore(mirror, output)
+        except LoraError:
+            raise
+        except Exception as error:  # each kind of store has its own
+            what = f"cannot read from {mirror.url}: {error}"
+            hint = "is it the right address, and can it be reached? Without it: "
+            hint += "`--set checkpoint.mirror=null`"
+            raise ResourceError(what, mirror.at, hint) from error
 
 
 def _restore(mirror: Mirror, output: Path) -> None:

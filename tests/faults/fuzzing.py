@@ -313,11 +313,15 @@ def check_problem(problem: Problem, file: Path, case: Case) -> None:
         ends = re.findall(r"\r\n|[\r\n\x85\u2028\u2029]", case.raw.decode("utf-8", "replace"))
         assert 1 <= int(place[1]) <= len(ends) + 1, problem
     if match := re.fullmatch(r"unknown key `(.*)`", problem.what, re.DOTALL):
-        meant = re.fullmatch(r"did you mean `([^`]+)`\?|known keys here: (.+)", problem.hint or "")
+        listed = (
+            r"known keys here: (?P<here>.+)|it is not for `type: .*\(known keys: (?P<these>.+)\)"
+        )
+        meant = re.fullmatch(rf"did you mean `([^`]+)`\?|{listed}", problem.hint or "")
         assert meant, problem
-        here = meant[2].split(", ") if meant[2] else [meant[1].rsplit(".", 1)[-1]]
+        known = meant["here"] or meant["these"]
+        here = known.split(", ") if known else [meant[1].rsplit(".", 1)[-1]]
         assert set(here) <= set(KEYS), problem
-        assert meant[1] or nearest(match[1], here) is None, problem
+        assert not meant["here"] or nearest(match[1], here) is None, problem
 
 
 def kind_of(problem: Problem) -> str:

@@ -176,3 +176,14 @@ def test_a_mirror_that_fails_for_a_while_costs_nothing(
     assert_same_run(whole.out, out)
     report = json.loads((out / "report.json").read_text())
     assert report["training"]["steps"] == 24
+
+
+def test_an_address_that_is_no_mirror_is_said(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
+    (tmp_path / "broken.zip").write_bytes(b"no archive")
+    sets = [f"checkpoint.mirror=zip://inside::{tmp_path / 'broken.zip'}"]
+    assert nest.run(whole.recipe, tmp_path / "a", sets=sets) == [2]
+    assert "cannot be used as a mirror: File is not a zip file" in said(tmp_path / "a")
+    # a port of this machine at which nobody listens, as of a store that is down
+    sets = ["checkpoint.mirror=http://127.0.0.1:9/runs"]
+    assert nest.run(whole.recipe, tmp_path / "b", sets=sets) == [5]
+    assert "http://127.0.0.1:9/runs" in said(tmp_path / "b").split("error:")[1]
