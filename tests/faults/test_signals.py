@@ -148,7 +148,7 @@ def test_the_hours_end_in_time(nest: Nursery, whole: Whole, tmp_path: Path) -> N
             "evaluate.every_steps=1000"]  # fmt: skip
     began = time.monotonic()
     ends = nest.run(whole.recipe, out, sets=sets)
-    assert time.monotonic() - began < seconds + 1  # of forking and saying goodbye
+    assert time.monotonic() - began < seconds + 2  # of forking and saying goodbye
     assert ends == [5]
     said = (tmp_path / "cut.0.log").read_text()
     assert "hours of `train.max_hours` are over: stopped at step" in said
