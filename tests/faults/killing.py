@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -66,6 +66,13 @@ RUNS: dict[str, Json] = {
         "processes": 2, "train": {"workers": 1, "gradient_accumulation_steps": 2}},
 }
 # fmt: on
+
+
+class Whole(NamedTuple):
+    """A run that was left alone."""
+
+    recipe: Path
+    out: Path
 
 
 @dataclass

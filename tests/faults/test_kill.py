@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,6 @@ from runs import assert_same_run
 from lora_cli.training.checkpoints import checkpoints
 
 KILLS = {name: 3 if i < 4 else 2 for i, name in enumerate(RUNS)}  # 20 in all
-
-
-@pytest.fixture(scope="module")
-def nest() -> Iterator[Nursery]:
-    with Nursery() as nursery:
-        yield nursery
 
 
 @pytest.mark.parametrize("name", RUNS)

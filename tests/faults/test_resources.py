@@ -12,36 +12,15 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from killing import Kill, Nursery, measure
+from killing import Kill, Nursery, Whole
 from runs import assert_same_run
 
 from lora_cli.files import FolderLock, verify_manifest
 from lora_cli.training.checkpoints import checkpoints
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-
-
-@pytest.fixture(scope="module")
-def nest() -> Iterator[Nursery]:
-    with Nursery() as nursery:
-        yield nursery
-
-
-class Whole(NamedTuple):
-    """A run that was left alone."""
-
-    recipe: Path
-    out: Path
-
-
-@pytest.fixture(scope="module")
-def whole(nest: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    folder = tmp_path_factory.mktemp("whole")
-    recipe, _, _ = measure(nest, folder, "accumulation, dropout")
-    return Whole(recipe, folder / "whole")
 
 
 @contextlib.contextmanager

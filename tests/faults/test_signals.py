@@ -6,37 +6,15 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from killing import Kill, Nursery, measure
+from killing import Kill, Nursery, Whole, measure
 from runs import assert_same_run
 
 from lora_cli.training.checkpoints import checkpoints
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
-
-
-@pytest.fixture(scope="module")
-def nest() -> Iterator[Nursery]:
-    with Nursery() as nursery:
-        yield nursery
-
-
-class Whole(NamedTuple):
-    """A run that was left alone."""
-
-    recipe: Path
-    out: Path
-
-
-@pytest.fixture(scope="module")
-def whole(nest: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    folder = tmp_path_factory.mktemp("whole")
-    recipe, _, _ = measure(nest, folder, "accumulation, dropout")
-    return Whole(recipe, folder / "whole")
 
 
 @pytest.mark.parametrize(
