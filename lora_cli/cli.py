@@ -15,22 +15,26 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lora_cli.completion import join_words, offer_overrides, offer_splits
 from lora_cli.errors import LoraError, RegressionError, ResourceError, beside
+from lora_cli.printing import (
+    print_comparison,
+    print_measured,
+    print_parameters,
+    print_results,
+)
 from lora_cli.redaction import redacted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-    from lora_cli.comparison import Comparison
     from lora_cli.recipe import Recipe
     from lora_cli.tasks import Task
 
@@ -186,35 +190,7 @@ def train(
     report = run(loaded, resume)
     end_processes()
     if os.environ.get("RANK", "0") == "0":
-        _print_results(loaded, report)
-
-
-def _print_results(recipe: Recipe, report: dict[str, Any]) -> None:
-    from lora_cli.reporting import results_table
-
-    rows = results_table(report)
-    if len(rows) > 1:
-        wide = len(rows[0]) > 5  # with baselines there are more columns than a terminal has room
-        typer.echo(_table([list(line) for line in zip(*rows, strict=True)] if wide else rows))
-    if verdict := report.get("verdict"):
-        typer.echo(f"verdict  {verdict['words']}")
-    folder = recipe.output_path
-    typer.echo(f"report   {folder / 'report.html'}")
-    typer.echo(f"numbers  {folder / 'report.json'}")
-    typer.echo(f"adapter  {folder}/")
-    typer.echo(f"plot     {folder / 'learning_curve.png'}")
-
-
-def _table(rows: list[list[str]]) -> str:
-    """Return rows as aligned columns, the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+        print_results(loaded, report)
 
 
 def _recipe_for(adapter: Path, recipe: Path | None, overrides: list[str] | None) -> Recipe:
@@ -286,44 +262,21 @@ def evaluate(
         found.split = source.name if source is not None else found.split
         if not as_json:
             typer.echo(f"old  {against}\nnew  {adapter}")
-        _print_comparison(found, as_json)
+        print_comparison(found, as_json)
+        if found.worse:
+            raise RegressionError(
+                f"{found.metric} on {found.split} is worse by {found.drop:.4f}, "
+                f"and {found.max_drop:g} is allowed",
+                "--max-drop",
+                "keep the old adapter, or allow it with "
+                f"`--max-drop {math.ceil(found.drop * 1e4) / 1e4:g}`",
+            )
         return
     results = evaluate_adapter(adapter, loaded, split)
     if as_json:
         typer.echo(json.dumps(results, indent=2))
         return
-    names = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
-    rows = [["metric", *([source.name] if source is not None else results)]]
-    rows += [
-        [name, *(f"{metrics[name]:.4f}" if name in metrics else "" for metrics in results.values())]
-        for name in names
-    ]
-    typer.echo(_table(rows))
-
-
-def _print_comparison(found: Comparison, as_json: bool) -> None:
-    """Print a comparison; a new adapter that is too much worse is an error of its own."""
-    from lora_cli.reporting.report import strict
-
-    low, high = found.interval
-    if as_json:
-        facts = asdict(found) | {"worse": found.worse, "verdict": found.verdict}
-        typer.echo(json.dumps(strict(facts), indent=2))
-    else:
-        cells = (found.old, found.new)
-        row = [found.metric, *(f"{value:.4f}" for value in cells), f"{found.difference:+.4f}"]
-        header = [f"{found.split} ({found.rows} rows)", "old", "new", "difference", "95 % interval"]
-        typer.echo(_table([header, [*row, f"{low:+.4f} to {high:+.4f}"]]))
-        typer.echo(f"interval: paired bootstrap, {found.resamples:,} resamples of the rows")
-        typer.echo(f"verdict: {found.verdict}")
-    if found.worse:
-        raise RegressionError(
-            f"{found.metric} on {found.split} is worse by {found.drop:.4f}, "
-            f"and {found.max_drop:g} is allowed",
-            "--max-drop",
-            "keep the old adapter, or allow it with "
-            f"`--max-drop {math.ceil(found.drop * 1e4) / 1e4:g}`",
-        )
+    print_measured(results, source)
 
 
 @app.command()
@@ -520,47 +473,11 @@ def params(
     """Show which parameters are trained, and count them; needs no weights."""
     loaded = _load(recipe, overrides)
     _quiet()
-    from lora_cli.adapters.attach import group_rows, parameter_table
+    from lora_cli.adapters.attach import parameter_table
     from lora_cli.tasks.check import empty_adapted_model
 
     table = parameter_table(empty_adapted_model(loaded))
-    total = sum(row.count for row in table)
-    trainable = sum(row.count for row in table if row.trainable)
-    percent = 100 * trainable / total
-    if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    "total": total,
-                    "trainable": trainable,
-                    "trainable_percent": round(percent, 4),
-                    "parameters": [
-                        {
-                            "name": r.name,
-                            "shape": r.shape,
-                            "trainable": r.trainable,
-                            "count": r.count,
-                        }
-                        for r in table
-                    ],
-                },
-                indent=2,
-            )
-        )
-        return
-    rows = [["parameter", "times" if not every else "shape", "trained", "count"]]
-    if every:
-        rows += [
-            [r.name, " x ".join(map(str, r.shape)), "yes" if r.trainable else "", f"{r.count:,}"]
-            for r in table
-        ]
-    else:
-        rows += [
-            [name, str(times), "yes" if trained else "", f"{count:,}"]
-            for name, times, trained, count in group_rows(table)
-        ]
-    typer.echo(_table(rows))
-    typer.echo(f"\ntotal {total:,}  trainable {trainable:,}  ({percent:.4f} %)")
+    print_parameters(table, every, as_json)
 
 
 @app.command()
