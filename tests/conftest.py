@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
 
 # before anything imports huggingface_hub, which reads them at import
 # and caches of their own: other tests may run beside these
@@ -25,10 +28,17 @@ settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
-def _repeatable() -> None:
+def _repeatable() -> Iterator[None]:
     """Start every test from the same seed, on one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    before = list(sys.path)
+    yield
+    # scripts of metrics are found where they were written, not where another test had its own
+    sys.path[:] = before
+    for name in [name for name in sys.modules if name.partition(".")[0] == "evaluate_modules"]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
 
 
 @pytest.fixture(scope="session")

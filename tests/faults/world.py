@@ -120,4 +120,5 @@ class World:
     def plain(self, text: str) -> str:
         """Return a text with paths as a user in the folder would write them."""
         text = text.replace(str(self.folder), ".").replace(str(self.bases), "../bases")
-        return text.replace(str(self.folder.parent), "..")
+        text = text.replace(str(self.folder.parent), "..")
+        return re.sub(r"x{40,}…?", "xxx…", text)  # where a name is cut depends on the folder
