@@ -5,10 +5,10 @@ Every entry must match a module, and every fault is collected before the model i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import regex
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -35,6 +35,7 @@ QUERY_VALUE_NAMES = (
 )
 
 
+PATIENCE = 0.5  # seconds for one expression and one name; most take a millionth of it
 EXPRESSION = "one that is: `.*\\.(query|value)`; names need none: `[query, value]`"
 
 
@@ -64,19 +65,39 @@ def matches(pattern: str | list[str], name: str) -> bool:
     """Return whether a name matches a regular expression, or ends in one of the suffixes.
 
     A broken expression matches nothing; `resolve_targets` reports it.
+
+    Raises:
+        LoraError: If an expression takes too long, as in a hostile adapter's configuration.
     """
     if isinstance(pattern, str):
-        return regex_fault(pattern) is None and re.fullmatch(pattern, name) is not None
+        return regex_fault(pattern) is None and _fits(pattern, name)
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
 
 
 def regex_fault(pattern: str) -> str | None:
     """Return why a text is no regular expression, or None if it is one."""
     try:
-        re.compile(pattern)
-    except re.error as error:
+        regex.compile(pattern)
+    except (regex.error, RecursionError) as error:
         return str(error)
     return None
+
+
+def _fits(expression: str, name: str, written: str | None = None) -> bool:
+    """Return whether an expression matches a whole name, by `regex`: `re` knows no time limit.
+
+    Raises:
+        LoraError: If it takes longer than `PATIENCE`.
+    """
+    try:
+        return regex.fullmatch(expression, name, timeout=PATIENCE) is not None
+    except TimeoutError:
+        raise LoraError(
+            f"`{written or expression}` takes too long to match",
+            f"module {name}",
+            "an expression without a repetition inside a repetition; names need none: "
+            "`[query, value]`",
+        ) from None
 
 
 def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> list[Target]:
@@ -264,7 +285,7 @@ def _last_names(names: Iterable[str]) -> list[str]:
 def _pattern_matches(pattern: str, name: str) -> bool:
     if regex_fault(pattern):
         return False
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None  # PEFT's rule for its patterns
+    return _fits(rf"(.*\.)?({pattern})$", name, pattern)  # PEFT's rule for its patterns
 
 
 def first_match(patterns: dict[str, int] | dict[str, float], name: str, default: float) -> float:

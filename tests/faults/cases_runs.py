@@ -55,6 +55,9 @@ PLAIN: dict[tuple[str, str], Any] = {
         "validate",
         adapter={"target_modules": "(query", "rank_pattern": {"(": 4}, "exclude_modules": "[a"},
     ),
+    ("Targets", "an expression that would take years"): _with(
+        "validate", adapter={"target_modules": "(.|..)+(?<=Q)"}
+    ),
     ("Targets", "what matches nothing else"): _with(
         "validate",
         adapter={

@@ -228,6 +228,24 @@ def test_the_recipe_beside_an_adapter_lets_no_code_run(world: World, tmp_path: P
     assert sprung.exists()
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "changes",
+    [{"target_modules": "(.|..)+(?<=Q)"}, {"rank_pattern": {"(.|..)+(?<=Q)": 2}}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_an_expression_of_an_adapter_does_not_hold_us_up(
+    changes: dict[str, Any], world: World, tmp_path: Path
+) -> None:
+    """With `re`, these would be matched for longer than anybody lives."""
+    out = hostile_adapter(world, tmp_path / "out")
+    edit_json(out / "adapter_config.json", **changes)
+    write_manifest_of(out)
+    refused = lora("eval", "--adapter", out)
+    assert refused.code == 2, refused.err
+    assert "`(.|..)+(?<=Q)` takes too long to match" in refused.err
+
+
 def write_manifest_of(out: Path) -> None:
     """Let the manifest vouch for what the sender changed."""
     listed = json.loads((out / MANIFEST).read_text())["files"]
