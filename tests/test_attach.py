@@ -23,7 +23,14 @@ from lora_cli.adapters.attach import (
     trainable_parameters,
     training_mode,
 )
-from lora_cli.adapters.targets import Target, parse_layers, resolve_targets
+from lora_cli.adapters.targets import (
+    Target,
+    first_match,
+    matches,
+    parse_layers,
+    regex_fault,
+    resolve_targets,
+)
 from lora_cli.errors import LoraError, Problem
 from lora_cli.recipe import load_recipe
 
@@ -284,6 +291,35 @@ def test_a_broken_regular_expression_is_explained(key: str) -> None:
     assert len(problems) == 1
     assert "`que(ry` is not a regular expression: missing )" in problems[0].what
     assert problems[0].at == f"adapter.{key}"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("pattern", "fault"),
+    [
+        ("(?:(?:(?:a{1000}){1000,}){,1000})", "its counts multiply to more than 10,000"),
+        ("a{%s}" % ("9" * 5000), "Exceeds the limit"),
+        ("|".join(["a" * 50] * 20_000), "longer than 10,000 characters"),
+        ("(?:" * 3000, "recursion"),
+        ("(?au)a", "incompatible"),
+    ],
+    ids=["copies", "a number", "length", "depth", "flags"],
+)
+def test_an_expression_that_would_take_all_memory_is_not_tried(pattern: str, fault: str) -> None:
+    assert fault in str(regex_fault(pattern))
+    assert not matches(pattern, "encoder.query")
+    assert first_match({pattern: 1}, "encoder.query", 0) == 0
+
+
+def test_expressions_that_people_write_are_taken() -> None:
+    name = "model.layers.17.self_attn.q_proj"
+    for pattern in (
+        r"(?!.*visual).*\.(q|v)_proj",
+        r".*layers\.(\d|1\d{1,2})\..*q_proj",
+        r"(?:model\.)?layers\.(?:16|17)\.(?:self_attn|mlp)\.(?:q_proj|k_proj)|model.*q_proj",
+    ):
+        assert matches(pattern, name)
+    assert first_match({"(?x) q_proj  # a remark": 1}, name, 0) == 0
 
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])

@@ -5,6 +5,7 @@ Every entry must match a module, and every fault is collected before the model i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -35,6 +36,9 @@ QUERY_VALUE_NAMES = (
 )
 
 
+LONGEST = 10_000  # characters of an expression
+MOST_COPIES = 10_000  # that its counts may ask for: `regex` writes out `(a{1000}){1000}`, in memory
+COUNT = r"\{([\s\d,]+)\}"  # `{3}`, `{3,}`, `{,3}`, `{3,5}`
 PATIENCE = 0.5  # seconds for one expression and one name; most take a millionth of it
 EXPRESSION = "one that is: `.*\\.(query|value)`; names need none: `[query, value]`"
 
@@ -75,10 +79,15 @@ def matches(pattern: str | list[str], name: str) -> bool:
 
 
 def regex_fault(pattern: str) -> str | None:
-    """Return why a text is no regular expression, or None if it is one."""
+    """Return why a text is no regular expression that can be used, or None if it is one."""
+    if len(pattern) > LONGEST:
+        return f"longer than {LONGEST:,} characters"
     try:
+        counts = [regex.findall(r"\d+", count) for count in regex.findall(COUNT, pattern)]
+        if math.prod(max([1, *map(int, count)]) for count in counts) > MOST_COPIES:
+            return f"its counts multiply to more than {MOST_COPIES:,}"
         regex.compile(pattern)
-    except (regex.error, RecursionError) as error:
+    except (regex.error, ValueError, RecursionError) as error:
         return str(error)
     return None
 
@@ -283,9 +292,8 @@ def _last_names(names: Iterable[str]) -> list[str]:
 
 
 def _pattern_matches(pattern: str, name: str) -> bool:
-    if regex_fault(pattern):
-        return False
-    return _fits(rf"(.*\.)?({pattern})$", name, pattern)  # PEFT's rule for its patterns
+    whole = rf"(.*\.)?({pattern})$"  # PEFT's rule for its patterns
+    return not regex_fault(pattern) and not regex_fault(whole) and _fits(whole, name, pattern)
 
 
 def first_match(patterns: dict[str, int] | dict[str, float], name: str, default: float) -> float:
