@@ -1,6 +1,6 @@
 """What the shell offers after TAB: the keys of a recipe and their values, for `--set`.
 
-They are read from the text of `recipe/spec.py`, which documents each key beneath it. To import it
+They are read from the text of `recipe/spec/`, which documents each key beneath it. To import it
 would take pydantic, and longer than one waits for a TAB.
 """
 
@@ -11,11 +11,11 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-SPEC = Path(__file__).parent / "recipe" / "spec.py"
+SPEC = Path(__file__).parent / "recipe" / "spec"
 ROOT = "Recipe"
 DIVIDED = "_LORA_DIVIDED"
 HELP_WIDTH = 68
@@ -45,7 +45,7 @@ def offer_overrides(incomplete: str) -> list[Offer]:
     incomplete = divided + incomplete
     path, assigned, _ = incomplete.partition("=")
     above, _, last = path.rpartition(".")
-    classes = _classes(ast.parse(SPEC.read_text(encoding="utf-8")))
+    classes = _classes(file.read_text(encoding="utf-8") for file in SPEC.glob("*.py"))
     keys = _keys_of(classes, [ROOT])
     for name in filter(None, above.split(".")):
         keys = _keys_of(classes, keys[name].sections) if name in keys else {}
@@ -87,11 +87,13 @@ def _assignments(prefix: str, key: Key) -> list[Offer]:
 Definitions = dict[str, ast.ClassDef | ast.expr]
 
 
-def _classes(module: ast.Module) -> Definitions:
+def _classes(texts: Iterable[str]) -> Definitions:
     """Return the sections of the recipe, and the names that stand for several of them."""
-    found: Definitions = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
-    for node in module.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+    found: Definitions = {}
+    for node in (node for text in texts for node in ast.parse(text).body):
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             found[node.targets[0].id] = node.value
     return found
 

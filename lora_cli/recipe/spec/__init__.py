@@ -1,0 +1,43 @@
+"""The sections of a recipe, a module each; a field is documented once, beneath it.
+
+The JSON schema, the reference in the docs and the hints in error messages are made from these
+docstrings. Units: a *step* is an optimizer step, a *micro-batch* is one forward pass.
+"""
+
+from lora_cli.recipe.spec.adapter import AdapterSpec
+from lora_cli.recipe.spec.checkpoint import CheckpointSpec
+from lora_cli.recipe.spec.data import (
+    CheckSpec,
+    DataSpec,
+    FormatSpec,
+    HeldOutSpec,
+    SplitSpec,
+    is_file,
+)
+from lora_cli.recipe.spec.evaluate import EvaluateSpec, GenerationSpec
+from lora_cli.recipe.spec.model import ModelSpec
+from lora_cli.recipe.spec.recipe import Recipe
+from lora_cli.recipe.spec.task import CausalLMSpec, SequenceClassificationSpec, TaskSpec
+from lora_cli.recipe.spec.train import OptimizerSpec, ParameterGroupSpec, SchedulerSpec, TrainSpec
+
+__all__ = [
+    "ModelSpec",
+    "CausalLMSpec",
+    "SequenceClassificationSpec",
+    "TaskSpec",
+    "CheckSpec",
+    "DataSpec",
+    "FormatSpec",
+    "HeldOutSpec",
+    "SplitSpec",
+    "is_file",
+    "AdapterSpec",
+    "OptimizerSpec",
+    "ParameterGroupSpec",
+    "SchedulerSpec",
+    "TrainSpec",
+    "EvaluateSpec",
+    "GenerationSpec",
+    "CheckpointSpec",
+    "Recipe",
+]

@@ -1,0 +1,75 @@
+"""`adapter`: what is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lora_cli.recipe.spec.section import (
+    Conflicts,
+    LayerNumber,
+    LayerRange,
+    Positive,
+    Probability,
+    Section,
+    Word,
+)
+
+
+class AdapterSpec(Section):
+    """What is trained. Keys of `lora` are passed over by the other types."""
+
+    type: Literal["lora", "full", "none", "bitfit"] = "lora"
+    """`lora`: low-rank adapters. `full`: every weight. `none`: the task's head alone.
+    `bitfit`: the biases. The last three are the baselines of the first, in the same loop."""
+
+    from_: Word | None = Field(default=None, alias="from")
+    """A trained adapter to start from: a folder (relative to the recipe), or a Hub id. Its rank,
+    alpha, targets, biases and head are trained further; the optimizer starts anew."""
+
+    rank: Positive = 8
+    """Rank of the update: the inner dimension of B A."""
+
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The update is scaled by alpha / rank."""
+
+    dropout: Probability = 0.0
+    """Dropout on the input of the low-rank path."""
+
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA), so that large ranks keep learning."""
+
+    target_modules: Word | list[Word] | None = None
+    """Which modules get an adapter: a list of name suffixes, a regular expression that matches
+    whole names, or `all-linear`. Default: `all-linear` for language models, the attention's query
+    and value for encoders."""
+
+    exclude_modules: Word | list[Word] | None = None
+    """Modules that get none, written in the same way."""
+
+    layers: LayerRange | list[LayerNumber] | None = None
+    """Only these layers: `0-11`, or a list of numbers."""
+
+    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    """Other ranks for some modules: name suffix or regular expression, and rank."""
+
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Other alphas for some modules: name suffix or regular expression, and alpha."""
+
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Which biases are trained besides: none, those of adapted modules, or all."""
+
+    train_modules: list[Word] = Field(default_factory=list)
+    """Modules trained in full and saved with the adapter, besides the task's new head."""
+
+    def conflicts(self) -> Conflicts:
+        """Yield a start from an adapter for what has none."""
+        if self.from_ is not None and self.type == "full":
+            what = "`from` starts from an adapter, and `type: full` has none"
+            yield "from", what, "name the model to start from as `model.name`"
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether low-rank layers are attached."""
+        return self.type == "lora"

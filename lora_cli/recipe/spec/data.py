@@ -1,0 +1,194 @@
+"""`data`: where the rows come from, and how they are read and checked."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from lora_cli.recipe.spec.section import Conflicts, Section, Seed, Share, Word, Words
+
+
+class HeldOutSpec(Section):
+    """Rows drawn from another split, and taken away from it."""
+
+    from_: Word = Field("train", alias="from")
+    """The split that the rows are drawn from."""
+
+    fraction: Share
+    """Share of the rows. (Where `test` is drawn from the same split, of those that it leaves.)"""
+
+    disjoint: Literal["exact", "substring"] | None = "exact"
+    """`exact`: a text is never on both sides. `substring`: nor is a drawn text inside a longer
+    text that stays, nor the reverse; such rows are dropped from the larger side."""
+
+    stratify: bool = False
+    """Keep the proportions of the labels."""
+
+    group_by: Word | None = None
+    """Rows with the same value in this column stay on one side (a customer, a document)."""
+
+    def conflicts(self) -> Conflicts:
+        """Yield the two ways of keeping rows together that exclude each other."""
+        if self.group_by is not None and self.disjoint == "substring":
+            what = "`group_by` and `disjoint: substring` cannot be combined"
+            yield "group_by", what, "leave one of the two out"
+
+
+def _split_form(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "named"
+    return "held_out" if isinstance(value, dict | HeldOutSpec) else None
+
+
+SplitSpec = Annotated[
+    Annotated[Word, Tag("named")] | Annotated[HeldOutSpec, Tag("held_out")],
+    Discriminator(
+        _split_form,
+        custom_error_type="split",
+        custom_error_message="a name (`validation`), a slice (`train[:80%]`), a file (`dev.csv`), "
+        "or rows drawn from another: `{from: train, fraction: 0.1}`",
+    ),
+]
+
+
+class FormatSpec(Section):
+    """How a data file is read, where its name does not say."""
+
+    type: Literal["csv", "json", "parquet", "text"] | None = None
+    """Kind of file. Default: by its suffix; `json` covers JSON lines."""
+
+    encoding: Word = "utf-8"
+    """Encoding of the text (utf-8, latin-1, cp1252, utf-16); a byte order mark is dropped."""
+
+    delimiter: Annotated[str, Field(pattern=r'^[^"\r\n]$')] | None = None
+    """The one character between the columns of a csv file; a tab is written `"\\t"`, with the
+    quotation marks. Default: a tab in `.tsv`, a comma elsewhere."""
+
+    header: bool = True
+    """The first line of a csv file names the columns."""
+
+    columns: Words | None = None
+    """Names of the columns, instead of those in the header; the name of a text file's column."""
+
+    skip_lines: Annotated[int, Field(ge=0)] = 0
+    """Lines of a csv file before its header, or before its rows, that are neither: a title, a
+    remark."""
+
+    decimal: Literal[".", ","] = "."
+    """What stands before the fraction of a number that is text: `0,5` is a half with `","`."""
+
+    sample_by: Literal["line", "paragraph", "document"] = "line"
+    """What is one row of a text file."""
+
+    def conflicts(self) -> Conflicts:
+        """Yield an encoding that does not exist, and columns that are named twice."""
+        try:
+            io.TextIOWrapper(io.BytesIO(), encoding=self.encoding)
+        except (LookupError, ValueError):
+            hint = "for example utf-8, latin-1, cp1252, cp932, utf-16"
+            yield "encoding", f"`{self.encoding}` is not an encoding of text", hint
+        for name, times in Counter(self.columns or ()).items():
+            if times > 1:
+                what = f"the column `{name}` stands {times} times in `columns`"
+                yield "columns", what, "give each column a name of its own"
+
+
+class CheckSpec(Section):
+    """What is looked for in the rows before a model is loaded."""
+
+    max_overlap: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Largest share of the validation or test rows whose text also stands in train; more is an
+    error, for their metrics would measure memory. Case and spaces do not count. (Honest data sets
+    share short texts by chance: SST-2's test rows 0.1 %, Banking77's 0.2 %. A copied or
+    overlapping split shares far more.)"""
+
+    near_duplicates: bool = True
+    """Look for texts that are nearly equal too, within and between the splits, and warn of them;
+    about a second for 100,000 short texts."""
+
+
+class DataSpec(Section):
+    """Where the rows come from, and which are held out."""
+
+    name: Word | None = None
+    """A data set on the Hub."""
+
+    config: Word | None = None
+    """Configuration of the data set on the Hub (`sst2` of `nyu-mll/glue`)."""
+
+    revision: Word = "main"
+    """Branch, tag or commit of the data set on the Hub."""
+
+    path: Word | None = None
+    """A file, a folder, or a pattern of files (csv, tsv, json lines, parquet, txt; also .gz). Text
+    files that belong together line by line are named at once: `train.{en,de}.txt` has the columns
+    `en` and `de`."""
+
+    split_column: Word | None = None
+    """Column of the files in `path` that says which split a row is of. `train`, `validation` and
+    `test` then name its values, such as `dev`."""
+
+    train: Word = "train"
+    """The rows to train on: a split, a slice, or a file."""
+
+    validation: SplitSpec | None = None
+    """The rows to choose the best adapter by."""
+
+    test: SplitSpec | None = None
+    """The rows that are looked at once, at the end."""
+
+    split_seed: Seed = 0
+    """Seed of the draw of held-out rows; `train.seed` does not change them."""
+
+    format: FormatSpec = Field(default_factory=FormatSpec)
+    """How the files are read."""
+
+    streaming: bool = False
+    """Read the train rows as they come, for data larger than the disk. Needs `train.max_steps`."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What happens to a row that cannot be read: stop, or skip and count it."""
+
+    check: CheckSpec = Field(default_factory=CheckSpec)
+    """What is looked for in the rows before a model is loaded."""
+
+    def conflicts(self) -> Conflicts:
+        """Yield what keeps the rows from having exactly one source."""
+        if self.name and self.path:
+            what = "`name` and `path` exclude each other"
+            yield "path", what, "keep `name` for a data set on the Hub, `path` for files"
+        if not self.name and not self.path and not is_file(self.train):
+            yield (
+                "",
+                "the recipe does not say where the rows are",
+                "add `path: FILE` (or a folder), `train: FILE`, or `name:` with a Hub id",
+            )
+        if self.config and not self.name:
+            what = "`config` is of a data set on the Hub, and `name` is missing"
+            yield "config", what, "leave it out, or add `name:` with the Hub id"
+        if self.split_column and not self.path:
+            what = "`split_column` divides the rows of files, and `path` is missing"
+            yield "split_column", what, "name the file or folder: `path: FILE`"
+        if self.streaming and self.train.endswith("]"):
+            what = "`streaming` reads all of `train`, so it cannot be a slice"
+            yield "streaming", what, "leave the brackets out, or set `streaming: false`"
+        for split in ("validation", "test"):
+            spec = getattr(self, split)
+            if self.streaming and isinstance(spec, HeldOutSpec) and spec.from_ == "train":
+                what = f"`streaming` cannot draw `{split}` from `train`"
+                yield split, what, f"name another split or a file: `{split}: FILE`"
+
+
+DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".text")
+
+
+def is_file(split: SplitSpec | None) -> bool:
+    """Return whether a split is given as a file: it has a folder, a known suffix, or a pattern."""
+    if not isinstance(split, str):
+        return False
+    name = re.sub(r"\[[^\[\]/]*\]$", "", split).lower().removesuffix(".gz")
+    return "/" in name or name.endswith(DATA_SUFFIXES)

@@ -1,0 +1,72 @@
+"""`evaluate`: how the result is measured, and which is the best."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lora_cli.recipe.spec.section import Positive, Section, Word
+
+
+class BestSpec(Section):
+    """How the best adapter is chosen."""
+
+    metric: Word = "loss"
+    """A metric of the validation split, or `loss`."""
+
+    mode: Literal["min", "max"] | None = None
+    """Whether less or more is better. Default: as the metric is known to be."""
+
+
+class EarlyStoppingSpec(Section):
+    """Stop when validation has ceased to improve."""
+
+    patience: Positive
+    """Evaluations without improvement before stopping."""
+
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """Smallest change that counts as an improvement."""
+
+
+class GenerationSpec(Section):
+    """How a language model writes its answers when it is evaluated or asked."""
+
+    max_new_tokens: Positive = 128
+    """Longest answer in tokens."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 takes the likeliest token every time."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens that make up this probability."""
+
+
+class EvaluateSpec(Section):
+    """When validation is measured, by what, and what follows from it."""
+
+    every_steps: Positive | None = None
+    """Steps between two evaluations. Default: once an epoch."""
+
+    metrics: list[Word] | None = None
+    """Metrics: accuracy, f1, precision, recall, matthews_correlation, pearson, spearman, mse,
+    perplexity, exact_match, bleu, rouge; or any other name or script that `evaluate` can load."""
+
+    best: BestSpec | None = None
+    """How the best adapter is chosen. Default: by the task's main metric."""
+
+    early_stopping: EarlyStoppingSpec | None = None
+    """Stop when validation has ceased to improve."""
+
+    micro_batch_size: Positive | None = None
+    """Examples of one forward pass. Default: twice `train.micro_batch_size`."""
+
+    baseline: bool = True
+    """Measure validation and test before training too."""
+
+    baselines: list[Literal["majority", "none", "base"]] = Field(default_factory=list)
+    """What the adapter has to beat: `majority`, the commonest label of train (or the mean of its
+    numbers); `none`, the head alone, trained by this recipe; `base`, the model before training."""
+
+    generation: GenerationSpec = Field(default_factory=GenerationSpec)
+    """How a language model writes its answers."""

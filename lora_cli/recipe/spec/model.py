@@ -1,0 +1,33 @@
+"""`model`: the pretrained base."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lora_cli.recipe.spec.section import Section, Word
+
+
+class ModelSpec(Section):
+    """The pretrained base model."""
+
+    name: Word
+    """A Hub id, a local folder (relative to the recipe), or `package:NAME/FOLDER`, a folder inside
+    an installed Python package."""
+
+    revision: Word = "main"
+    """Branch, tag or commit of the model on the Hub."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Storage of the frozen base's weights. Default: that of `train.precision`; `float32` with
+    `adapter.type: full`. Precision `fp32` needs `float32`. Trained weights are float32 always."""
+
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    """Implementation of the attention. Default: the one transformers chooses."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model, or with a metric of the Hub. Leave it off unless
+    you have read that code."""
+
+    allow_other_base: bool = False
+    """Use an adapter, or go on with a run, on a base whose weights are not those that it was
+    trained on. A warning says so, and it is written down."""

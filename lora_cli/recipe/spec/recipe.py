@@ -1,0 +1,125 @@
+"""The recipe: its sections, and what must agree between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, PrivateAttr
+
+from lora_cli.recipe.spec.adapter import AdapterSpec
+from lora_cli.recipe.spec.checkpoint import CheckpointSpec
+from lora_cli.recipe.spec.data import DataSpec, HeldOutSpec
+from lora_cli.recipe.spec.evaluate import EvaluateSpec
+from lora_cli.recipe.spec.model import ModelSpec
+from lora_cli.recipe.spec.section import Conflicts, Section, Word
+from lora_cli.recipe.spec.task import TaskSpec
+from lora_cli.recipe.spec.train import TrainSpec
+
+
+class Recipe(Section):
+    """A fine-tuning run: which model, on which data, how."""
+
+    model: ModelSpec
+    """The pretrained base model."""
+
+    task: TaskSpec
+    """What the model shall do."""
+
+    data: DataSpec
+    """Where the rows come from."""
+
+    adapter: AdapterSpec = Field(default_factory=AdapterSpec)
+    """What is trained."""
+
+    train: TrainSpec = Field(default_factory=TrainSpec)
+    """The training loop."""
+
+    evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec)
+    """How the result is measured."""
+
+    checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
+    """What is saved on the way."""
+
+    output_dir: Word = "out"
+    """Folder of the result, relative to the working directory."""
+
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
+    _found: bool = PrivateAttr(default=False)  # beside an adapter, and so not the user's own
+    _started: bool = PrivateAttr(default=False)  # `adapter.from` has been read, by an earlier run
+
+    def conflicts(self) -> Conflicts:
+        """Yield what is wrong between sections."""
+        data, task, train = self.data, self.task, self.train
+        if train.precision == "fp32" and self.model.dtype not in (None, "float32"):
+            dtype = self.model.dtype
+            what = f"a base that is kept in {dtype} cannot compute in `train.precision: fp32`"
+            other = "bf16" if dtype == "bfloat16" else "fp16"
+            yield "model.dtype", what, f"`--set train.precision={other}`, or leave `dtype` out"
+        if data.streaming and train.max_steps is None:
+            what = "`data.streaming` does not know how many rows there are"
+            yield "data.streaming", what, "say how long to train: `--set train.max_steps=1000`"
+        if data.streaming and getattr(task, "class_weights", None) == "balanced":
+            what = "`balanced` counts all rows, which `data.streaming` does not have"
+            yield "task.class_weights", what, "give each label its weight: `{good: 1, bad: 2.5}`"
+        for key in ("packing", "group_by_length"):
+            if data.streaming and getattr(train, key):
+                what = f"`train.{key}` needs all rows, which `data.streaming` does not have"
+                yield f"train.{key}", what, "leave one of the two out"
+        if data.streaming and train.micro_batch_size == "auto":
+            what = "`auto` tries the longest rows, and `data.streaming` does not know them"
+            yield "train.micro_batch_size", what, "name a number: `--set train.micro_batch_size=8`"
+        if train.packing and task.type != "causal_lm":
+            what = f"`train.packing` has no meaning with `task.type: {task.type}`"
+            hint = "leave it out; `train.group_by_length: true` saves padding here"
+            yield "train.packing", what, hint
+        if data.validation is None and self.evaluate.early_stopping is not None:
+            what = "`evaluate.early_stopping` looks at `data.validation`, and there is none"
+            hint = "name one, `data.validation: {from: train, fraction: 0.1}`, or leave it out"
+            yield "evaluate.early_stopping", what, hint
+        yield from self._baseline_conflicts()
+        labels = task.type == "sequence_classification" and task.problem != "regression"
+        for split in ("validation", "test"):
+            spec = getattr(data, split)
+            if isinstance(spec, HeldOutSpec) and spec.stratify and not labels:
+                key = f"data.{split}.stratify"
+                what = f"`{key}` keeps the proportions of labels, and this task has none"
+                yield key, what, "leave it out"
+
+    def _baseline_conflicts(self) -> Conflicts:
+        key, named = "evaluate.baselines", self.evaluate.baselines
+        for name in named:
+            if name != "base" and self.task.type != "sequence_classification":
+                what = f"`{name}` has no meaning with `task.type: {self.task.type}`"
+                yield key, what, f"leave `{name}` out"
+        if "base" in named and not self.evaluate.baseline:
+            what = "`base` is what `evaluate.baseline` measures, and it is off"
+            yield key, what, "set `evaluate.baseline: true`, or leave `base` out"
+        if "base" in named and self.adapter.from_ is not None:
+            what = "before training, `adapter.from` is the old adapter, and not `base`"
+            yield key, what, "leave `base` out"
+        if "none" in named and self.adapter.type == "none":
+            yield key, "`none` is what `adapter.type: none` trains itself", "leave `none` out"
+        if self.data.streaming and {"majority", "none"} & set(named):
+            what = "`majority` and `none` need all rows, which `data.streaming` does not have"
+            yield key, what, "leave them out"
+        if named and self.data.validation is None and self.data.test is None:
+            what = "`evaluate.baselines` are measured on held-out rows, and there are none"
+            hint = "name some, `data.validation: {from: train, fraction: 0.1}`, or leave it out"
+            yield key, what, hint
+
+    def at(self, key: str) -> str:
+        """Return where a key stands, for an error: `adapter.rank (recipe.yaml:14)`.
+
+        A key that the recipe leaves out is placed where its section stands.
+        """
+        parts = key.split(".")
+        for length in range(len(parts), 0, -1):
+            place = self._places.get(".".join(parts[:length]))
+            if place:
+                return f"{key} ({place})"
+        return key
+
+    @property
+    def output_path(self) -> Path:
+        """The folder of the result."""
+        return Path(self.output_dir)
