@@ -114,21 +114,23 @@ FAMILY = "\U0001f469\u200d\U0001f467"
 ODD = f"{FAMILY} film,good\n{HEBREW},bad\nzero\u200bwidth,good\na\0b,bad\n\u202eto the left,good\n"
 
 
+ODD_FILES: list[tuple[str, Any, dict[str, Any]]] = [
+    ("bom.csv", b"\xef\xbb\xbf" + TABLE.encode(), {}),
+    ("crlf.csv", TABLE.replace("\n", "\r\n"), {}),
+    ("cr.csv", TABLE.replace("\n", "\r"), {}),
+    ("blank.csv", TABLE.replace("\n", "\n\n"), {}),
+    ("no_end.csv", TABLE.rstrip("\n"), {}),
+    ("utf16.csv", TABLE.encode("utf-16"), {"encoding": "utf-16"}),
+    ("cp932.csv", (TABLE + "日本語表示ソ,good\n").encode("cp932"), {"encoding": "cp932"}),
+    ("odd.csv", TABLE + ODD, {}),
+    ("packed.csv.gz", gzip.compress(TABLE.encode(), mtime=0), {}),
+    ("semicolons.csv", TABLE.replace(",", ";"), {"delimiter": ";"}),
+    ("no_header.csv", GOOD, {"header": False, "columns": ["text", "label"]}),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "content", "form"),
-    [
-        ("bom.csv", b"\xef\xbb\xbf" + TABLE.encode(), {}),
-        ("crlf.csv", TABLE.replace("\n", "\r\n"), {}),
-        ("cr.csv", TABLE.replace("\n", "\r"), {}),
-        ("blank.csv", TABLE.replace("\n", "\n\n"), {}),
-        ("no_end.csv", TABLE.rstrip("\n"), {}),
-        ("utf16.csv", TABLE.encode("utf-16"), {"encoding": "utf-16"}),
-        ("cp932.csv", (TABLE + "日本語表示ソ,good\n").encode("cp932"), {"encoding": "cp932"}),
-        ("odd.csv", TABLE + ODD, {}),
-        ("packed.csv.gz", gzip.compress(TABLE.encode()), {}),
-        ("semicolons.csv", TABLE.replace(",", ";"), {"delimiter": ";"}),
-        ("no_header.csv", GOOD, {"header": False, "columns": ["text", "label"]}),
-    ],
+    ("name", "content", "form"), ODD_FILES, ids=[name for name, *_ in ODD_FILES]
 )
 def test_odd_files_are_read(name: str, content: Any, form: Any, world: World) -> None:
     world.write(name, content)
