@@ -388,6 +388,37 @@ def test_overrides_are_yaml_and_may_make_sections(load: Any) -> None:
     assert recipe.at("train.seed") == "train.seed (--set  train.seed = 4)"
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["#2 String", "run #3", "#", "a:", "a: b", "!x", "&x", "*x", "%x", "50% off", "@x", "`x",
+     "a\tb", "- x", "-", "? x", "| x", ">", "...", "--- x", "]x", ",x", "yes", "on", "it's",
+     'say "hi"', "<<", "a\nb", "~/x", "2024", "1e4", "1.50", "0x1F", "True", "a=b", "\ue000",
+     "文\uff1a本"],
+)  # fmt: skip
+def test_a_text_on_the_command_line_is_taken_as_it_was_typed(text: str, load: Any) -> None:
+    assert load(LINES, f"output_dir={text}").output_dir == text
+    assert load(LINES, f"task.text_column={text}").task.text_column == text
+    listed = json.dumps([text, "b"])
+    assert load(LINES, f"task.labels={listed}").task.labels == [text, "b"]
+
+
+def test_lists_and_mappings_on_the_command_line_have_no_comments_anchors_or_tags(load: Any) -> None:
+    recipe = load(
+        LINES,
+        "task.labels=[#1 a, &b, *c, !d, 5%, @e, `f, g|h, i>j, k?, yes, '#, l', \"m #n\"]",
+        "task.class_weights={#1 a: 1, &b: 2e-1}",
+    )
+    assert recipe.task.labels == ["#1 a", "&b", "*c", "!d", "5%", "@e", "`f", "g|h", "i>j", "k?",
+                                  "yes", "#, l", "m #n"]  # fmt: skip
+    assert recipe.task.class_weights == {"#1 a": 1.0, "&b": 0.2}
+
+
+@pytest.mark.parametrize("mark", ["\t", " ", ";", "|", "#", "\x01", '"\\t"'])
+def test_a_delimiter_on_the_command_line(mark: str, load: Any) -> None:
+    wanted = "\t" if mark.startswith('"') else mark
+    assert load(LINES, f"data.format.delimiter={mark}").data.format.delimiter == wanted
+
+
 def test_the_last_override_of_a_key_counts(load: Any) -> None:
     assert load(LINES, "train.seed=1", "train.seed=2").train.seed == 2
 
@@ -410,7 +441,14 @@ def test_an_override_mends_a_faulty_value(load: Any) -> None:
         ("train.epochs=many", "train.epochs", "a number"),
         ("train={seeed: 1}", "train.seeed", "unknown key"),
         ("train={seed: 1, seed: 2}", "train.seed", "stands twice"),
-        ("adapter=!thing {}", "adapter", "is a tag"),
+        ("adapter=!thing {}", "adapter", "should be a section"),
+        ("output_dir=", "", "the value is empty"),
+        ('output_dir="run" 3', "", "more text follows the closing"),
+        ("task.labels=[a] # b", "", "more text follows the closing"),
+        ("output_dir='run", "", "a quotation mark is not closed"),
+        ("task.class_weights={a:1}", "", "`a:1` is a key without a value"),
+        ("train.epochs=1 # one", "train.epochs", "should be a number"),
+        ("data.streaming=yes", "data.streaming", "true or false"),
         ("a", "", "written `key=value`"),
     ],
 )

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lora_cli.errors import LoraError, Problem, nearest
+from lora_cli.recipe.command_line import parse_value
 from lora_cli.recipe.explain import explain
 from lora_cli.recipe.reader import Reader, YamlDumper, parse
 from lora_cli.recipe.spec import Recipe, is_file
@@ -27,7 +28,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: The YAML file.
-        overrides: `key=value` each, the key with dots (`train.epochs=1`), the value in YAML.
+        overrides: `key=value` each, the key with dots (`train.epochs=1`), the value a text as it
+            is, a number, or a list or a mapping in brackets.
 
     Returns:
         The recipe. Paths of data and local models in it are absolute: those written in the file
@@ -47,7 +49,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(data, reader, override)
     try:
-        recipe = Recipe.model_validate(data)
+        try:
+            recipe = Recipe.model_validate(data)
+        except ValidationError as error:
+            if not _restore_texts(data, reader.typed, error):
+                raise
+            recipe = Recipe.model_validate(data)
     except ValidationError as error:
         found = explain(error, data, reader.places, reader.faulty)
         raise LoraError(_first(reader.problems + found)) from None
@@ -56,6 +63,33 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe._places = reader.places
     _make_paths_absolute(recipe, file.parent)
     return recipe
+
+
+def _restore_texts(data: dict[str, Any], typed: dict[str, str], error: ValidationError) -> bool:
+    """Put back what was typed where text is wanted and a flag's value looked like a number.
+
+    Args:
+        data: The recipe's values, which are changed.
+        typed: Values of flags as they were typed, by key.
+        error: What the schema finds wrong.
+
+    Returns:
+        Whether any value was put back.
+    """
+    wanted = [found["loc"] for found in error.errors() if found["type"] == "string_type"]
+    restored = False
+    for key, text in typed.items():
+        *sections, last = key.split(".")
+        # a location has the names of alternatives between those of the sections
+        if not any(loc[0] == (*sections, last)[0] and last in loc for loc in wanted):
+            continue
+        section: Any = data
+        for name in sections:
+            section = section[name]
+        if isinstance(section[last], bool | int | float):
+            section[last] = text
+            restored = True
+    return restored
 
 
 def load_adapter_recipe(adapter: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -140,7 +174,7 @@ def _override(data: dict[str, Any], reader: Reader, override: str) -> None:
             reader.problems.append(Problem(what, flag, hint))
             return
     try:
-        section[last], flag_reader = parse(text, flag, (*sections, last), is_file=False)
+        section[last], flag_reader = parse_value(text, flag, (*sections, last))
     except LoraError as error:
         reader.problems += error.problems
         return
@@ -150,6 +184,9 @@ def _override(data: dict[str, Any], reader: Reader, override: str) -> None:
     reader.places |= flag_reader.places | {key: flag}
     reader.faulty |= flag_reader.faulty
     reader.problems += flag_reader.problems
+    for old in [k for k in reader.typed if k == key or k.startswith(key + ".")]:
+        del reader.typed[old]
+    reader.typed |= flag_reader.typed
 
 
 def _make_paths_absolute(recipe: Recipe, folder: Path) -> None:

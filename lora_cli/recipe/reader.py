@@ -85,6 +85,7 @@ class Reader:
         self.places: dict[str, str] = {}
         self.problems: list[Problem] = []
         self.faulty: set[str] = set()  # keys whose value is not what was written
+        self.typed: dict[str, str] = {}  # single values of `--set` flags, as they were typed
         self.nodes = 0
 
     def place(self, line: int) -> str:

@@ -12,6 +12,7 @@ COLUMNS = "keys of one section begin in the same column, and only a section has 
 AFTER = f"{COLUMNS}; after a text in quotation marks the line ends"
 LOOK = "look at the quotation marks, brackets and indentation, here and in the line above"
 QUOTES = "a text that begins with a special character needs quotation marks"
+DIRECTIVE = "a line begins with `%`"
 UNCLOSED = "a quotation mark is not closed"
 
 # what PyYAML says, what is said instead (with its groups), and the hint
@@ -39,7 +40,7 @@ WORDS: tuple[tuple[str, str, str], ...] = (
     (r"(indentation indicator|chomping)", "after `|` or `>` the text begins on a new line", QUOTES),
     (r"expected alphabetic", "`&` and `*` are followed by a name", QUOTES),
     (r"URI|expected '[!>]'|expected ' '", "a tag is not complete", QUOTES),
-    (r"YAML document|directive|<document start>", "a line begins with `%`", "remove the line"),
+    (r"YAML document|directive|<document start>", DIRECTIVE, "remove the line"),
 )
 
 
