@@ -190,7 +190,8 @@ CONFLICTS: dict[str, str] = {
         _in("data", "streaming: true, test: ./a.csv"))),
 }  # fmt: skip
 FLAGS = ["train.epochs", "=1", "train..seed=1", "train.seed=[1", "model.name.x=1", "train.sed=1",
-         "train.seed=x", "output_dir=", "output_dir=[a] b", "task.class_weights={a:1}", "adapter.rank=!!python/name:os.system", "output_dir=\udcff"]  # fmt: skip
+         "train.seed=x", "output_dir=", "output_dir=[a] b", "task.class_weights={a:1}",
+         "adapter.rank=!!python/name:os.system", "output_dir=\udcff"]  # fmt: skip
 
 
 def _recipe(text: str | bytes, *flags: str) -> Callable[[World], Printed]:
