@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from lora_cli.errors import IntegrityError
+from lora_cli.errors import IntegrityError, printable
 from lora_cli.recipe import Recipe
 from lora_cli.reporting import (
     plot_learning_curve,
@@ -261,7 +261,7 @@ def test_the_card_of_an_adapter(tmp_path: Path) -> None:
     assert "lora eval --adapter .\n" in text
     assert 'lora predict --adapter . "Some text"\n' in text
     assert "| accuracy | 0.8600 | 0.2500 | 0.8500 |" in text
-    assert "| train | 800 |  | `a\\|b.csv` | `ab12` |" in text
+    assert "| train | 800 |  | <code>a&#124;b.csv</code> | `ab12` |" in text
     assert "| test | 90 | 2 | `test.csv` |  |" in text
     assert "| `adapter.rank` | 8 |" in text
     assert "| `parameters.trainable` | 7 |" in text
@@ -329,6 +329,51 @@ def test_labels_that_the_recipe_leaves_out_are_those_of_the_train_split_in_order
     task = {"type": "sequence_classification"}
     _, text = card_of(tmp_path, recipe_of(task), report_of(data=data))
     assert "labels = ['2', '9', '10']" in text
+
+
+HOSTILE = [
+    "<img src=x onerror=alert(1)>", "a`b", "``` <script>x</script>", "]( http://x ) | b",
+    "**bold**", "&lt;b&gt;", "a\n\n# heading\n\n| a |\n|---|",
+    "\\| c", "![x](y)", "<!-- ", "`", "\u202ecba",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_nothing_of_the_data_is_markup_in_the_card(text: str, tmp_path: Path) -> None:
+    """Labels, files, splits, metrics, commands and models are shown as they are."""
+    from markdown_it import MarkdownIt
+
+    task = {**CLASSIFY, "labels": [text, "good", "a ```` b"]}
+    report = report_of(
+        command=f"lora train '{text}'",
+        data={"train": {"rows": 3, "source": text}, text: {"rows": 1}},
+        metrics={"after": {"test": {text: 0.5, "loss": 1.0}}},
+        best={"metric": text, "step": 1},
+    )
+    _, card = card_of(tmp_path, recipe_of(task, model=f"/models/{text}"), report)
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(card)
+    inside = [child for token in tokens for child in token.children or []]
+    assert {token.tag for token in tokens if token.type == "heading_open"} == {"h1", "h2"}
+    assert sum(token.type == "heading_open" for token in tokens) == 5
+    assert not [token for token in tokens if token.type == "html_block"]
+    html = {child.content for child in inside if child.type == "html_inline"}
+    assert html <= {"<code>", "</code>"}
+    assert [c.attrGet("src") for c in inside if c.type == "image"] == ["learning_curve.png"]
+    assert not [child for child in inside if child.type in ("link_open", "strong_open", "em_open")]
+    widths = [len(row) for row in _rows_of(tokens)]
+    assert sorted(set(widths)) == [2, 5]
+    shown = "".join(child.content for child in inside)
+    assert printable(text) in shown.replace("</code>", "").replace("<code>", "")
+
+
+def _rows_of(tokens: list[Any]) -> list[list[Any]]:
+    rows: list[list[Any]] = []
+    for token in tokens:
+        if token.type == "tr_open":
+            rows.append([])
+        elif token.type in ("td_open", "th_open"):
+            rows[-1].append(token)
+    return rows
 
 
 CHAT = {"type": "causal_lm", "messages_column": "messages", "chat_template": "/x/chatml.jinja"}

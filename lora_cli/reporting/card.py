@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from lora_cli.errors import printable
 from lora_cli.files import write_atomically
 from lora_cli.recipe import CausalLMSpec, Recipe, SequenceClassificationSpec
 from lora_cli.reporting.report import (
@@ -27,6 +28,8 @@ SETTINGS = """task.max_length train.optimizer.type train.optimizer.learning_rate
 train.optimizer.weight_decay train.scheduler.type train.scheduler.warmup_ratio
 train.scheduler.warmup_steps train.max_grad_norm train.packing train.seed"""
 LOW_RANK = "adapter.rank adapter.alpha adapter.dropout adapter.use_rslora adapter.bias"
+
+SPECIAL = set("\\`*[]<>|~&$:")  # what Markdown or HTML may take for more than a letter
 
 LOADING = """\
 {imports}from peft import PeftModel
@@ -69,28 +72,31 @@ def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> No
         "datasets": [dataset] if dataset and is_hub_id(dataset) else None,
         "tags": [*([kind] if kind in ("lora", "bitfit") else []), "lora-cli"],
     }
-    base = f"[{name}](https://huggingface.co/{name})" if hub else f"`{name}`"
+    base = f"[{name}](https://huggingface.co/{name})" if hub else code_span(name)
     version, day = (str(report.get(key) or "") for key in ("lora_version", "created"))
     labels, command = _labels(recipe, report), report.get("command")
-    named = ", ".join(f"`{label}`" for label in labels[:50]) + ", ..." * (len(labels) > 50)
+    named = ", ".join(map(code_span, labels[:50])) + ", ..." * (len(labels) > 50)
     results, library = results_table(report), front["library_name"]
     code = _snippet(recipe, labels) if library else ""  # else only this tool reads the folder
     pairs = getattr(recipe.task, "text_pair_column", None)
     asked = "--input pairs.csv --output answers.csv" if pairs else '"Some text"'
     versions = [f"{key} {v}" for key, v in part(report, "versions").items() if v]
+    made = f"Made by {code_span(command)}. " if command else ""
     parts = [
         f"---\n{yaml.safe_dump({k: v for k, v in front.items() if v}, sort_keys=False)}---",
-        f"# {short_name(name)} for {goal}",
+        f"# {plain_text(short_name(name))} for {goal}",
         f"{KINDS[kind]} of {base} for {goal}, made with {f'`lora` {version}'.strip()}"
         + (f" on {day[:10]}." if day else "."),
         f"Labels: {named}." if labels else "",
         "## Use\n\nWith `lora`, in this folder:",
         f"```bash\nlora eval --adapter .\nlora predict --adapter . {asked}\n```",
-        f"With `{library}`:\n\n```python\n{code}\n```" if code else "",
-        f"## Results\n\n{_table(results)}" if len(results) > 1 else "## Results",
+        f"With `{library}`:\n\n{_code_block(code)}" if code else "",
+        f"## Results\n\n{_table([list(map(plain_text, row)) for row in results])}"
+        if len(results) > 1
+        else "## Results",
         "![Loss and validation metric over the steps](learning_curve.png)",
         f"## Data\n\n{_table(_data_rows(report))}" if part(report, "data") else "",
-        f"## Training\n\n{f'Made by `{command}`. ' if command else ''}All settings: `recipe.yaml`.",
+        f"## Training\n\n{made}All settings: `recipe.yaml`.",
         _table(_training_rows(recipe, report)),
         f"Versions: {', '.join(versions)}." if versions else "",
     ]
@@ -98,10 +104,29 @@ def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> No
 
 
 def _table(rows: list[list[str]]) -> str:
-    """Return a table in Markdown; the first row is its header."""
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    cells.insert(1, ["---"] * len(rows[0]))
+    """Return a table in Markdown; the first row is its header, and every cell is Markdown."""
+    cells = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def plain_text(value: Any) -> str:
+    """Return a value so that Markdown shows its letters, whatever they are; also in a table.
+
+    Labels, names of files and columns come from the data, which may be anybody's.
+    """
+    return "".join(f"&#{ord(c)};" if c in SPECIAL else c for c in printable(str(value)))
+
+
+def code_span(value: Any) -> str:
+    """Return a value as code within a line, in backticks where they can hold it."""
+    text = printable(str(value))
+    return f"<code>{plain_text(text)}</code>" if set("`|<>&\\") & set(text) else f"`{text}`"
+
+
+def _code_block(code: str) -> str:
+    """Return a block of Python whose fence is longer than any run of backticks inside."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"{fence}python\n{code}\n{fence}"
 
 
 def _data_rows(report: dict[str, Any]) -> list[list[str]]:
@@ -112,9 +137,9 @@ def _data_rows(report: dict[str, Any]) -> list[list[str]]:
             continue
         counts = (f"{facts[key]:,}" if facts.get(key) else "" for key in ("rows", "skipped_rows"))
         source, sha256 = (
-            f"`{facts[key]}`" if facts.get(key) else "" for key in ("source", "sha256")
+            code_span(facts[key]) if facts.get(key) else "" for key in ("source", "sha256")
         )
-        rows.append([split, *counts, source, sha256])
+        rows.append([plain_text(split), *counts, source, sha256])
     return rows
 
 
@@ -130,7 +155,8 @@ def _training_rows(recipe: Recipe, report: dict[str, Any]) -> list[list[str]]:
         if value is not None:
             text = f"{value:,.6g}" if isinstance(value, float) else str(value)
             text = text.lower() if isinstance(value, bool) else text
-            rows.append([f"`{key}`", f"{value:,}" if type(value) is int else text])
+            number = f"{value:,}" if type(value) is int else plain_text(text)
+            rows.append([code_span(key), number])
     return rows
 
 
