@@ -24,9 +24,15 @@ import pytest
 import torch
 from hypothesis import settings
 
+from lora_cli.training import result
+
 # `nohup` and a shell's `&` have these ignored, and a run rightly leaves them so
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# A plot is half of a run of a few steps. Its own tests call it from `lora_cli.reporting`; runs that
+# tests start as commands of their own draw it.
+result.plot_learning_curve = lambda folder, report: None
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("repeatable")

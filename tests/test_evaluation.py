@@ -85,9 +85,9 @@ def test_neither_batch_size_nor_window_matters(
     assert [line["place"] for line in lines] == [f"dev.jsonl:{i + 1}" for i in range(23)]
     assert len({line["loss"] for line in lines}) > 10  # the rows differ, so a mix-up would show
     for other_metrics, other_lines in results[1:]:
-        assert other_metrics == pytest.approx(metrics, rel=1e-5)
+        assert other_metrics == pytest.approx(metrics, rel=1e-4)
         for line, other in zip(lines, other_lines, strict=True):
-            assert other["loss"] == pytest.approx(line["loss"], rel=1e-4, abs=1e-6)
+            assert other["loss"] == pytest.approx(line["loss"], rel=1e-4, abs=1e-5)
             assert {k: other[k] for k in ("row", "place", "reference", "prediction")} == {
                 k: line[k] for k in ("row", "place", "reference", "prediction")
             }
@@ -97,9 +97,9 @@ def test_the_order_of_the_rows_does_not_matter(base: Path, tmp_path: Path) -> No
     labels = [i % 3 % 2 for i in range(23)]
     metrics, lines = measured(recipe_of(base, tmp_path), tmp_path)
     reverse, backwards = measured(recipe_of(base, tmp_path, TEXTS[::-1], labels[::-1]), tmp_path)
-    assert reverse == pytest.approx(metrics, rel=1e-5)
+    assert reverse == pytest.approx(metrics, rel=1e-4)
     for line, other in zip(lines, backwards[::-1], strict=True):
-        assert other["loss"] == pytest.approx(line["loss"], rel=1e-4, abs=1e-6)
+        assert other["loss"] == pytest.approx(line["loss"], rel=1e-4, abs=1e-5)
 
 
 def test_each_line_is_of_its_own_row(base: Path, tmp_path: Path) -> None:
@@ -109,9 +109,9 @@ def test_each_line_is_of_its_own_row(base: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         for i, line in enumerate(lines):
             (alone,) = task.predict(model, task.collate([split.examples[i]]))
-            assert line["loss"] == pytest.approx(alone.loss, rel=1e-4, abs=1e-6)
+            assert line["loss"] == pytest.approx(alone.loss, rel=1e-4, abs=1e-5)
             assert (line["prediction"], line["reference"]) == (alone.prediction, alone.reference)
-            assert line["scores"] == pytest.approx(alone.scores, abs=2e-6)
+            assert line["scores"] == pytest.approx(alone.scores, abs=1e-5)
 
 
 @pytest.mark.parametrize("weights", [None, {"bad": 3.0}])
@@ -175,7 +175,7 @@ def test_a_saved_adapter_measures_as_it_did_in_memory(base: Path, tmp_path: Path
     wanted = evaluate(model, task, split, Accelerator(cpu=True))
     torch.manual_seed(99)  # another head is drawn before the saved one is loaded
     found = evaluate_adapter(folder, recipe)
-    assert found == {"validation": pytest.approx(wanted, rel=1e-5)}
+    assert found == {"validation": pytest.approx(wanted, rel=1e-4)}
     # a recipe as it was written leaves labels and weights open: the train rows say them
     found = evaluate_adapter(folder, load_recipe(tmp_path / "recipe.yaml"), "validation")
     assert found["validation"]["accuracy"] == wanted["accuracy"]

@@ -17,6 +17,7 @@ import peft
 import pytest
 import tiny
 import torch
+from closeness import assert_close, assert_different
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -57,11 +58,11 @@ def outputs(model: nn.Module) -> Tensor:
 
 
 def assert_same_outputs(one: nn.Module, other: nn.Module) -> None:
-    torch.testing.assert_close(outputs(one), outputs(other), rtol=0.0, atol=1e-5)
+    assert_close(outputs(one), outputs(other))
 
 
 def assert_others(one: nn.Module, other: nn.Module) -> None:
-    assert not torch.allclose(outputs(one), outputs(other), atol=1e-2)
+    assert_different(outputs(one), outputs(other))
 
 
 def stir(model: nn.Module) -> nn.Module:
@@ -403,9 +404,8 @@ def test_a_module_that_is_named_base_keeps_its_name(tmp_path: Path) -> None:
     model = saved(tmp_path / "a", base, ["inner.base.0"], bias="lora_only", **adapter)
     edit_config(tmp_path / "a", task_type=None)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a")
-    assert_close = torch.testing.assert_close
-    assert_close(theirs(x), model(x), rtol=0, atol=1e-5)
-    assert_close(loaded(base, tmp_path / "a")(x), model(x), rtol=0, atol=0)
+    assert_close(theirs(x), model(x))
+    assert torch.equal(loaded(base, tmp_path / "a")(x), model(x))
 
 
 # ------------------------------------------------------------------------------------ tied weights

@@ -83,7 +83,7 @@ def merged(layer: LoRALayer) -> nn.Module:
     return plain
 
 
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 5e-5) -> None:
     """Compare whole tensors, relative to the largest entry."""
     assert actual.shape == expected.shape
     scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
@@ -473,7 +473,8 @@ def image_batches() -> list[dict[str, Tensor]]:
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     if "x" in batch:
-        return F.cross_entropy(model(batch["x"]), batch["labels"])
+        dtype = next(model.parameters()).dtype
+        return F.cross_entropy(model(batch["x"].to(dtype)), batch["labels"])
     return model(**batch).loss
 
 
@@ -588,13 +589,15 @@ def test_fifty_steps_have_the_losses_of_peft(name: str) -> None:
     attach(ours, tiny.recipe_of(**case["ours"]))
     theirs = peft_twin(base, ours, peft.LoraConfig(lora_alpha=6, lora_dropout=0, **case["theirs"]))
     theirs.eval()  # as ours is: the running statistics of a frozen BatchNorm stay
+    # in float32 rounding grows over 50 steps, on each processor in its own way
+    base, ours, theirs = base.double(), ours.double(), theirs.double()
     count = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     assert sum(p.numel() for p in trainable_parameters(ours).values()) == count
     rate, decay = case.get("rate", 1e-3), case.get("decay", 0.0)
     our_losses = train(ours, batches, rate, decay)
     their_losses = train(theirs, batches, rate, decay)
     differences = [abs(a - b) for a, b in zip(our_losses, their_losses, strict=True)]
-    assert max(differences) < 1e-5
+    assert max(differences) < 1e-6
     with torch.no_grad():
         untrained = [loss_of(base, batch).item() for batch in batches[-5:]]
     assert sum(our_losses[-5:]) < sum(untrained) - 0.1  # there was something to differ in
@@ -604,10 +607,10 @@ def test_fifty_steps_of_a_dilated_reflecting_convolution_follow_torch_itself() -
     """PEFT passes over dilation and padding mode, so the reference is a plain merged weight."""
     for groups in (1, 2):
         base = nn.Conv2d(4, 4, 3, padding=2, dilation=2, padding_mode="reflect", groups=groups)
-        layer = LoRAConv(copy.deepcopy(base).requires_grad_(False), 4, 6.0)
+        layer = LoRAConv(copy.deepcopy(base).requires_grad_(False), 4, 6.0).double()
         a, b = (nn.Parameter(m.detach().clone()) for m in (layer.lora_A, layer.lora_B))
-        reference = _reference(copy.deepcopy(layer), x := torch.randn(4, 4, 6, 6))
-        goal = torch.randn(4, 4, 6, 6)
+        x, goal = torch.randn(2, 4, 4, 6, 6, dtype=torch.float64)
+        reference = _reference(copy.deepcopy(layer), x)
         ours = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=1e-2)
         plain = torch.optim.AdamW([a, b], lr=1e-2)
         first = None
@@ -617,7 +620,7 @@ def test_fifty_steps_of_a_dilated_reflecting_convolution_follow_torch_itself() -
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            assert abs(losses[0].item() - losses[1].item()) < 1e-5
+            assert abs(losses[0].item() - losses[1].item()) < 1e-6
             first = first or losses[0].item()
         assert losses[0].item() < first - 0.05
 

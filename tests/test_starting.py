@@ -12,6 +12,7 @@ import peft
 import pytest
 import tiny
 import torch
+from closeness import assert_close
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import nn
@@ -223,7 +224,7 @@ def test_an_adapter_of_peft(base: Path, tmp_path: Path) -> None:
     path = recipe_file(base, tmp_path / "new")
     recipe = only_from(path, tmp_path / "peft")
     _, ours = started(recipe)
-    assert torch.allclose(logits(ours), logits(model.eval()), atol=1e-5)
+    assert_close(logits(ours), logits(model.eval()))
     assert recipe.adapter.rank_pattern == {"value": 2}
     assert len(lora_layers(ours)) == 4
     heads = [name for name in trainable_parameters(ours) if ".lora_" not in name]
