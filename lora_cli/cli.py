@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_cli.completion import join_words, offer_overrides, offer_splits
+from lora_cli.environment import clean_environment
 from lora_cli.errors import LoraError, RegressionError, ResourceError, beside
 from lora_cli.printing import (
     print_comparison,
@@ -159,7 +160,8 @@ def _load(path: Path, overrides: list[str] | None, output: Path | None = None) -
 
 
 def _quiet() -> None:
-    """Keep other libraries' bars and advice off the screen; ours says what matters."""
+    """Keep the environment out of other libraries, and their bars and advice off the screen."""
+    clean_environment()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     import warnings
 

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from lora_cli.data.sources import SPLITS
 from lora_cli.errors import LoraError, beside, did_you_mean
-from lora_cli.evaluation import best_by, evaluate, load_adapted, open_task, start_accelerator
+from lora_cli.evaluation import best_by, evaluate, load_adapted, open_task
 from lora_cli.metrics import builtin_value, known_metrics, metric_mode, reads, result_names
+from lora_cli.placement import start_accelerator
 from lora_cli.recipe import RECIPE_FILE, AdapterSpec, Recipe, load_adapter_recipe
 from lora_cli.tasks import Encoded, Prediction, Task
 from lora_cli.tasks.encoding import load_data

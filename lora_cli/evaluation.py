@@ -23,7 +23,7 @@ from lora_cli.errors import LoraError, NumericsError, beside
 from lora_cli.files import finish_publishing, refuse_links_outside, verify_manifest
 from lora_cli.fingerprint import fingerprint_of
 from lora_cli.metrics import MetricSet, metric_mode, result_names
-from lora_cli.models import mixed_precision
+from lora_cli.placement import start_accelerator
 from lora_cli.recipe import Recipe
 from lora_cli.reporting.report import strict
 from lora_cli.tasks import Encoded, Prediction, Task, build_task
@@ -245,17 +245,6 @@ def open_adapter(folder: Path, recipe: Recipe) -> tuple[Task, nn.Module, Acceler
     if not task.knows_labels:
         check_data(task, ())
     return task, load_adapted(folder, task, accelerator), accelerator
-
-
-def start_accelerator(recipe: Recipe) -> Accelerator:
-    """Return where an adapter is measured, and in which precision."""
-    if recipe.train.precision == "fp16" and not torch.cuda.is_available():
-        raise LoraError(
-            "fp16 needs a GPU",
-            recipe.at("train.precision"),
-            "use `--set train.precision=fp32`, or bf16",
-        )
-    return Accelerator(mixed_precision=mixed_precision(recipe))
 
 
 def open_task(folder: Path, recipe: Recipe) -> Task:

@@ -35,10 +35,10 @@ from lora_cli.adapters.attach import (
 from lora_cli.cli import app
 from lora_cli.errors import IntegrityError, InterruptedRun, LoraError
 from lora_cli.evaluation import evaluate_adapter
+from lora_cli.placement import start_accelerator
 from lora_cli.recipe import OptimizerSpec, Recipe, SchedulerSpec, load_recipe
 from lora_cli.training import best, loop, train
 from lora_cli.training.checkpoints import checkpoints, load_checkpoint
-from lora_cli.training.launch import start_accelerator
 from lora_cli.training.optim import build_optimizer, learning_rate_factor, parameter_groups
 from lora_cli.training.state import TrainState
 from lora_cli.training.stopping import StopRequest

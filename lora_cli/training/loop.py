@@ -15,9 +15,11 @@ from torch import nn
 
 from lora_cli.adapters.attach import training_mode
 from lora_cli.adapters.starting import make_trainable
+from lora_cli.environment import refuse_mpi
 from lora_cli.errors import InterruptedRun, NumericsError
 from lora_cli.evaluation import add_samples, evaluate
 from lora_cli.fingerprint import Fingerprint, fingerprint_of
+from lora_cli.placement import start_accelerator
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Encoded, Task, build_task
 from lora_cli.tasks.causal_lm import CausalLM
@@ -27,7 +29,7 @@ from lora_cli.tasks.packing import check_packing
 from lora_cli.training.batches import Batches, PlannedStep
 from lora_cli.training.best import Judge
 from lora_cli.training.checkpoints import adopt_adapter, clear_leftovers, optimizer_bytes
-from lora_cli.training.launch import main_process_first, seed_everything, start_accelerator
+from lora_cli.training.launch import main_process_first, seed_everything
 from lora_cli.training.mirror import restore_from_mirror
 from lora_cli.training.numbers import (
     refuse_bad_parameters,
@@ -62,6 +64,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         The report, as in `report.json`; of the earlier run, if that is complete.
     """
     started = time.monotonic()
+    refuse_mpi()
     accelerator = start_accelerator(recipe)
     task = build_task(recipe)
     with ExitStack() as held:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import tiny
 import torch
@@ -378,6 +379,27 @@ def _(world: World) -> Printed:
     world.trained()
     task = {"labels": ["good", "bad"]}
     return world.lora("train", world.recipe(adapter={"from": "./trained"}, task=task))
+
+
+def _environment(**variables: str) -> Callable[[World], Printed]:
+    """Train with these variables, which place the processes."""
+
+    def run(world: World) -> Printed:
+        with mock.patch.dict(os.environ, variables):
+            return world.lora("train", world.recipe())
+
+    return run
+
+
+PLACED = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+for _name, _run in {
+    "with a number of processes that is none": _environment(WORLD_SIZE="two"),
+    "as one of two processes, of which little is known": _environment(WORLD_SIZE="2", RANK="1"),
+    "as another process than the only one": _environment(LOCAL_RANK="3"),
+    "as the third of two processes": _environment(RANK="2", LOCAL_RANK="2", **PLACED),
+    "as one of several processes of MPI": _environment(OMPI_COMM_WORLD_SIZE="4"),
+}.items():
+    CASES.append(Case("Training", _name, _run))
 
 
 @case("Training", "into a folder that is not empty")
