@@ -1,4 +1,4 @@
-"""How a run starts: who goes first, and the seeds."""
+"""How a run starts and ends: who goes first, what errors mean, and the seeds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import InterruptedRun, LoraError, NumericsError
+from lora_cli.recipe import Recipe
+from lora_cli.training.resources import resource_error
+from lora_cli.training.stopping import StopRequest
 
 
 @contextmanager
@@ -39,6 +43,27 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
         raise
     finally:
         broadcast_object_list([code])
+
+
+@contextmanager
+def explaining(recipe: Recipe, accelerator: Accelerator, stop: StopRequest) -> Iterator[None]:
+    """Say what an error of training means; what every process raises is left to the main process.
+
+    Args:
+        recipe: Says how large the batches are, and where the result goes.
+        accelerator: Which process this is.
+        stop: Knows what the run is doing.
+    """
+    try:
+        yield
+    except (InterruptedRun, NumericsError) as error:
+        if accelerator.is_main_process:
+            raise
+        raise SystemExit(error.exit_code) from None
+    except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
+        if (full := resource_error(error, recipe, stop.doing)) is not None:
+            raise full from error
+        raise
 
 
 def seed_everything(*seed: int) -> None:

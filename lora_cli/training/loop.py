@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import nn
 
 from lora_cli.adapters.attach import training_mode
 from lora_cli.adapters.starting import make_trainable
 from lora_cli.environment import refuse_mpi
-from lora_cli.errors import InterruptedRun, NumericsError
 from lora_cli.evaluation import add_samples, evaluate
 from lora_cli.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.placement import start_accelerator
@@ -26,10 +24,11 @@ from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.encoding import load_data
 from lora_cli.tasks.gate import pass_gate
 from lora_cli.tasks.packing import check_packing
+from lora_cli.training.agreement import require_same_recipe, require_same_start
 from lora_cli.training.batches import Batches, PlannedStep
 from lora_cli.training.best import Judge
 from lora_cli.training.checkpoints import adopt_adapter, clear_leftovers, optimizer_bytes
-from lora_cli.training.launch import main_process_first, seed_everything
+from lora_cli.training.launch import explaining, main_process_first, seed_everything
 from lora_cli.training.mirror import restore_from_mirror
 from lora_cli.training.numbers import (
     refuse_bad_parameters,
@@ -38,7 +37,7 @@ from lora_cli.training.numbers import (
 )
 from lora_cli.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from lora_cli.training.progress import RunLog, clock, peak_memory_bytes
-from lora_cli.training.resources import find_micro_batch, resource_error
+from lora_cli.training.resources import find_micro_batch
 from lora_cli.training.result import (
     add_results,
     finish,
@@ -50,6 +49,7 @@ from lora_cli.training.saving import Saver
 from lora_cli.training.state import TrainState, machine_facts, memory_facts, recipe_facts
 from lora_cli.training.step import train_step
 from lora_cli.training.stopping import TRAINING, Stopping, StopRequest
+from lora_cli.training.watching import watching
 from lora_cli.training.window import Window
 
 
@@ -66,8 +66,9 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     started = time.monotonic()
     refuse_mpi()
     accelerator = start_accelerator(recipe)
-    task = build_task(recipe)
-    with ExitStack() as held:
+    with watching(accelerator), ExitStack() as held:
+        require_same_recipe(recipe, resume, accelerator)
+        task = build_task(recipe)
         with main_process_first(accelerator):  # it reads and encodes; the others find its cache
             if resume:
                 if recipe.checkpoint.mirror is not None and accelerator.is_main_process:
@@ -82,22 +83,15 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
             data = load_data(task)
             findings = pass_gate(task, data) if accelerator.is_main_process else None
         stop = StopRequest(recipe, accelerator, started)
-        try:
+        with explaining(recipe, accelerator, stop):
             run = Run(recipe, task, data, accelerator, stop)
             if findings is not None:
                 run.report["data"] = findings.added_to(run.report["data"])
             if resume:
                 run.resume()
+            require_same_start(recipe, run.state, run.model, accelerator)
             run.train()
             return finish(recipe, run.report, accelerator)
-        except (InterruptedRun, NumericsError) as error:  # raised by every process: one says so
-            if accelerator.is_main_process:
-                raise
-            raise SystemExit(error.exit_code) from None
-        except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
-            if (full := resource_error(error, recipe, stop.doing)) is not None:
-                raise full from error
-            raise
 
 
 class Run:

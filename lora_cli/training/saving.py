@@ -13,6 +13,7 @@ from lora_cli.errors import IntegrityError, ResourceError
 from lora_cli.files import MANIFEST, sha256_of, verify_manifest
 from lora_cli.fingerprint import Fingerprint, read_fingerprint, require_base
 from lora_cli.recipe import Recipe
+from lora_cli.training.agreement import require_same_parameters
 from lora_cli.training.checkpoints import (
     FOLDER,
     load_checkpoint,
@@ -100,7 +101,11 @@ class Saver:
         Args:
             state: Where the run stands.
             say: Is told if the mirror could not be written: the run goes on without it.
+
+        Raises:
+            NumericsError: If the processes no longer hold the same parameters.
         """
+        require_same_parameters(self.model, state.step, self.accelerator)
         if self.accelerator.scaler is not None:
             state.scaler = self.accelerator.scaler.state_dict()
         if self.accelerator.is_main_process:

@@ -110,7 +110,7 @@ def _changed_keys(before: dict[str, Any], recipe: Recipe, data_is_read: bool) ->
     facts = recipe_facts(recipe)
     if not data_is_read:
         _adopt_findings(facts["task"], before["task"])
-    then, now = _flat(before), _flat(facts)
+    then, now = flat(before), flat(facts)
     return {
         key: Problem(
             f"the run was started with `{key}: {then.get(key)}`, the recipe now says "
@@ -174,11 +174,12 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
     return facts
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a tree of dictionaries as one: `{"train": {"seed": 0}}` as `{"train.seed": 0}`."""
     result: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            result |= _flat(value, f"{prefix}{key}.")
+            result |= flat(value, f"{prefix}{key}.")
         else:
             result[prefix + key] = value
     return result

@@ -91,6 +91,10 @@ class Kill:
     """Whether the processes that it has started get it too."""
     note: str = ""
     """File that is made when the signal has been sent."""
+    rank: int = 0
+    """Which of the processes gets it."""
+    alone: bool = False
+    """Whether the others are left to end by themselves when this one is killed."""
 
 
 MOMENTS = {  # what is called then
@@ -183,6 +187,7 @@ class Nursery:
         resume: bool = True,
         limits: Sequence[tuple[int, int]] = (),
         squeeze: tuple[str, int] | None = None,
+        others: Sequence[str] = (),
     ) -> list[int]:
         """Run `lora train RECIPE -o OUT --resume`; return how each of its processes ended.
 
@@ -195,6 +200,7 @@ class Nursery:
             resume: Whether `--resume` is given.
             limits: Resources and how much of each the system allows.
             squeeze: One of `MOMENTS`, and bytes of memory that may be taken from then on.
+            others: Further overrides, of all processes but the first.
 
         Returns:
             Exit codes; a negative number is a signal.
@@ -204,7 +210,7 @@ class Nursery:
         request = {
             "recipe": str(recipe), "out": str(out), "processes": processes, "sets": list(sets),
             "kill": kill and asdict(kill), "resume": resume, "limits": list(limits),
-            "squeeze": squeeze,
+            "squeeze": squeeze, "others": list(others),
         }  # fmt: skip
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -230,18 +236,18 @@ def nursery() -> None:
             if child == 0:
                 _run(request, rank, port)
             children.append(child)
-        ends = _wait_for(children)
+        ends = _wait_for(children, spare=bool((request["kill"] or {}).get("alone")))
         say(json.dumps(ends))
 
 
-def _wait_for(children: list[int]) -> list[int]:
+def _wait_for(children: list[int], spare: bool = False) -> list[int]:
     """Return how processes ended; when one is killed the others are too, as by a launcher."""
     ends: dict[int, int] = {}
     while len(ends) < len(children):
         child, status = os.waitpid(-1, 0)
         if child in children:
             ends[child] = os.waitstatus_to_exitcode(status)
-            if ends[child] < 0:
+            if ends[child] < 0 and not spare:
                 for other in set(children) - set(ends):
                     os.kill(other, signal.SIGKILL)
     return [ends[child] for child in children]
@@ -260,7 +266,7 @@ def _run(request: Json, rank: int, port: str) -> None:
         }  # fmt: skip
     for which, amount in request["limits"]:
         resource.setrlimit(which, (amount, amount))
-    if request["kill"] is not None and rank == 0:
+    if request["kill"] is not None and rank == request["kill"]["rank"]:
         _await_death(Kill(**request["kill"]))
     if request["squeeze"] is not None:
         at, amount = request["squeeze"]
@@ -272,6 +278,7 @@ def _run(request: Json, rank: int, port: str) -> None:
         from lora_cli.training import train
 
         sets = [f"output_dir={request['out']}", *request["sets"]]
+        sets += request["others"] if rank else []
         train(load_recipe(Path(request["recipe"]), sets), resume=request["resume"])
         code = 0
     except SystemExit as error:

@@ -55,7 +55,7 @@ MASKS = [
 
 # places in the code whose messages no case here makes, and why
 CONV = "no task has convolutions yet; tests/test_folder.py"
-SEVERAL = "needs several processes; tests/test_distributed.py"
+SEVERAL = "needs several processes; tests/faults/test_ranks.py"
 PAIR = "two files, line by line; tests/test_inference.py"
 MIRROR = "waits seconds before it gives up, or needs a crash; tests/faults/test_mirror.py"
 REST: dict[str, str] = {
@@ -83,6 +83,9 @@ REST: dict[str, str] = {
     "placement.py:start_accelerator": "needs a device of another kind",
     "placement.py:_refuse_missing_gpus": "needs GPUs; tests/test_environment.py",
     "placement.py:_meet": "waits for other processes; tests/test_environment.py",
+    "training/agreement.py:_compare": SEVERAL,
+    "training/agreement.py:require_same_parameters": SEVERAL,
+    "training/watching.py:error": SEVERAL,
     "training/mirror.py:put": MIRROR,
     "training/mirror.py:get": MIRROR,
     "training/mirror.py:restore_from_mirror": MIRROR,
