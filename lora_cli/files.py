@@ -9,13 +9,16 @@ process had not moved yet.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
+import select
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +32,8 @@ MANIFEST = "manifest.json"
 LOCK = ".lock"
 STAGING = ".publish.tmp"  # what is to be published, not whole yet
 READY = ".publish.ready"  # it is whole, and not all of it has been moved
-PATIENCE_S = 10.0  # for another process that is moving files
+PATIENCE_S = 10.0  # for another process that is moving files, or writes into a pipe
+MOST_JSON_BYTES = 2**24  # of a manifest or another small file; the largest of ours has kilobytes
 LEFTOVER = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")  # of a name, by a process
 
 
@@ -37,6 +41,31 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_bounded(path: Path, limit_bytes: int = MOST_JSON_BYTES) -> bytes:
+    """Return the content of a file that others wrote, but not of an endless one.
+
+    A pipe (`<(command)`) is read too; who waits for one that nobody writes into waits in vain.
+
+    Raises:
+        OSError: If it cannot be read, is too large (`EFBIG`), or nothing comes (`ETIMEDOUT`).
+    """
+    # without O_NONBLOCK, opening a pipe that nobody writes into never returns
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb", buffering=0) as file:
+        mode = os.fstat(descriptor).st_mode
+        parts: list[bytes] = []
+        size = 0
+        while size <= limit_bytes:
+            if not stat.S_ISREG(mode) and not select.select([file], [], [], PATIENCE_S)[0]:
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), str(path))
+            part = file.read(min(2**20, limit_bytes + 1 - size))
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
+            size += len(part)
+    raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -77,7 +106,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         write_manifest(temporary)
-        _sync_tree(temporary)
+        sync_tree(temporary)
         if target.exists():
             target.rename(old)
         temporary.rename(target)
@@ -96,7 +125,7 @@ def publish(source: Path, target: Path) -> None:
     If the process ends while they are moved, `finish_publishing` moves the rest.
     """
     write_manifest(source)
-    _sync_tree(source)
+    sync_tree(source)
     _move_ready(target)  # of an earlier process
     source.rename(target / READY)
     _sync_folder(target)
@@ -167,11 +196,12 @@ def _delete_of_dead(target: Path) -> None:
     """Delete what processes left of a folder that ended while they wrote it."""
     for path in list(target.parent.glob(".*.tmp")):
         found = LEFTOVER.fullmatch(path.name)
-        if found is not None and found[1] == target.name and not _is_alive(int(found[2])):
+        if found is not None and found[1] == target.name and not is_alive(int(found[2])):
             _delete(path)
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Return whether a process of this machine has this number."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -211,7 +241,7 @@ def verify_manifest(folder: Path, *required: str) -> bool:
     if not manifest.exists():
         return False
     try:
-        raw = manifest.read_bytes()
+        raw = read_bounded(manifest)
         files = json.loads(raw)["files"]
         entries = [(str(name), int(e["bytes"]), str(e["sha256"])) for name, e in files.items()]
     except (
@@ -228,7 +258,7 @@ def verify_manifest(folder: Path, *required: str) -> bool:
             problems.append(Problem(what, str(manifest), hint))
     if not problems:
         return True
-    if (folder / READY).is_dir() or (manifest.is_file() and manifest.read_bytes() != raw):
+    if (folder / READY).is_dir() or (manifest.is_file() and read_bounded(manifest) != raw):
         finish_publishing(folder)  # a run that goes on has published meanwhile
         return verify_manifest(folder, *required)
     raise IntegrityError(problems)
@@ -357,7 +387,7 @@ def umask_mode(file: Path) -> None:
     file.chmod(0o666 & ~umask)
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
     """Flush every file and folder to the disk, files with the mode of the umask."""
     for path in folder.rglob("*"):
         if path.is_dir():

@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_cli import __version__
+from lora_cli.data.cache import SourceChangedError, cached_dataset, damaged_files, forget_files
 from lora_cli.data.files import read_rows, require_columns
 from lora_cli.data.finding import SPLITS as SPLITS
 from lora_cli.data.finding import files_of, positions, split_slice
 from lora_cli.data.lines import ENCODING_HINT, RawRow, unreadable
 from lora_cli.data.parallel import parts_of
 from lora_cli.data.splits import draw
-from lora_cli.errors import LoraError, Problem, counted, did_you_mean
+from lora_cli.errors import LoraError, Problem, counted, did_you_mean, warn
 from lora_cli.files import sha256_of
 from lora_cli.recipe import HeldOutSpec, Recipe
 from lora_cli.recipe.spec import is_file
 
+READINGS = 3  # of a file that changes while it is read
 READING = 3  # counts up when files are read in another way, so that no old cache is used
 Indices = NDArray[np.int64]
 
@@ -271,8 +272,9 @@ def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
     import datasets
 
     form = recipe.data.format
-    hashes = [_hash_of(part) for file in files for part in (parts_of(file).values() or [file])]
-    sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    text = datasets.Value("string")
+    features = datasets.Features({"row": text, "place": text, "fault": text})
+    parts = [part for file in files for part in (parts_of(file).values() or [file])]
 
     def stored() -> Iterator[dict[str, str]]:
         for file in files:
@@ -280,12 +282,29 @@ def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
                 columns = json.dumps(row.columns, ensure_ascii=False, default=_stored)
                 yield {"row": columns, "place": row.place, "fault": row.fault}
 
-    text = datasets.Value("string")
-    dataset = cached_dataset(
-        stored,
-        [str(READING), sha256, form.model_dump_json(), *(file.name for file in files)],
-        datasets.Features({"row": text, "place": text, "fault": text}),
-    )
+    for _ in range(READINGS):
+        state = [_state_of(part) for part in parts]
+        hashes = [sha256 for sha256, _ in state]
+        sha256 = hashes[0] if len(hashes) == 1 else _sha256("".join(hashes))
+        names = [file.name for file in files]
+
+        def changed(state: list[Any] = state) -> bool:
+            return state != [_state_of(part) for part in parts]
+
+        try:
+            dataset = cached_dataset(
+                stored, [str(READING), sha256, form.model_dump_json(), *names], features, changed
+            )
+            break
+        except SourceChangedError:
+            warn(f"{files[0]} changed while it was read: it is read once more")
+        except LoraError:
+            if not changed():
+                raise
+    else:
+        what = "the file changes while it is read"
+        hint = "wait until it is complete, or train on a copy of it"
+        raise LoraError(what, str(files[0]), hint)
     source = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
     rows = Rows(dataset, source, sha256, np.arange(len(dataset)))
     faults = {i: f for i, f in enumerate(dataset["fault"]) if f}
@@ -302,11 +321,18 @@ def _stored(value: Any) -> str | None:
         return None
 
 
-def _hash_of(file: Path) -> str:
+def _state_of(file: Path) -> tuple[str, tuple[int, ...]]:
+    """Return the SHA-256 of a file, and what else differs once it was replaced or written to."""
     try:
-        return sha256_of(file)
+        status = file.stat()
+        times = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return sha256_of(file), times
     except OSError as error:
         raise unreadable(file, error) from error
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def without(rows: Rows, faults: dict[int, str], recipe: Recipe) -> Rows:
@@ -368,36 +394,10 @@ def without_fault(
             skip(row.place, fault)
 
 
-def cached_dataset(generator: Any, key: Sequence[str], features: Any) -> Any:
-    """Return a data set that is made once and then read from the disk.
-
-    Args:
-        generator: Function that yields the rows.
-        key: What the rows depend on; the cache is named by its hash.
-        features: Types of the columns.
-    """
-    import datasets
-
-    digest = hashlib.sha256(json.dumps([__version__, *key]).encode()).hexdigest()
-    shown = datasets.utils.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        return datasets.Dataset.from_generator(generator, features, fingerprint=digest[:32])
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__ or error from None  # the reader's own error says more
-    except ValueError as error:
-        if "no data" not in str(error):
-            raise
-        return datasets.Dataset.from_dict({name: [] for name in features}, features)
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
 # --------------------------------------------------------------------------------------- Hub
 
 
-def _load_hub(recipe: Recipe, split: str, streaming: bool = False) -> Any:
+def _load_hub(recipe: Recipe, split: str, streaming: bool = False, **options: Any) -> Any:
     import datasets
 
     data = recipe.data
@@ -405,7 +405,12 @@ def _load_hub(recipe: Recipe, split: str, streaming: bool = False) -> Any:
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(
-            data.name, data.config, split=split, revision=data.revision, streaming=streaming
+            data.name,
+            data.config,
+            split=split,
+            revision=data.revision,
+            streaming=streaming,
+            **options,
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -421,6 +426,11 @@ def _load_hub(recipe: Recipe, split: str, streaming: bool = False) -> Any:
 
 def _hub_rows(recipe: Recipe, name: str) -> Rows:
     dataset = _load_hub(recipe, name)
+    if damaged := damaged_files(dataset):
+        warn(f"the cached data set of the Hub is damaged, and prepared anew: {damaged[0]}")
+        forget_files(dataset)
+        dataset = _load_hub(recipe, name, download_mode="reuse_cache_if_exists")
+        damaged_files(dataset)
     names = _label_names(dataset.features)
     source = "/".join(filter(None, (recipe.data.name, recipe.data.config, name)))
     return Rows(dataset, source, dataset._fingerprint, np.arange(len(dataset)), names)

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from lora_cli.data.cache import cached_dataset
 from lora_cli.data.files import require_columns
-from lora_cli.data.sources import Rows, cached_dataset, load_rows, without
+from lora_cli.data.sources import Rows, load_rows, without
 from lora_cli.errors import LoraError
 from lora_cli.tasks.base import Encoded, Example, Task
 
