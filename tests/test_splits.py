@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_cli.data.splits import draw
+from lora_cli.data.splits import containing, draw
 from lora_cli.errors import LoraError
 
 SEED = (0, 1)
@@ -87,6 +87,30 @@ def test_substrings_are_of_words_and_not_of_letters() -> None:
     assert seen == {frozenset({True}), frozenset({False})}
     both = draw(["art", "part"], 0.5, SEED, "substring")
     assert [side.size for side in both] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("texts", "alone"),
+    [
+        (["返品", "返品したい", "商品を返品したいです。"], "交換"),
+        (["退货", "我要退货", "你好，我要退货！"], "换货"),
+        (["ราคา", "ราคาเท่าไร", "สินค้านี้ราคาเท่าไร"], "จัดส่ง"),
+        (["ﾊﾞｯﾃﾘｰ", "バッテリーが膨らんだ", "スマホのバッテリーが膨らんだ"], "画面"),
+        (["A型", "血液A型です", "私は血液Ａ型です"], "B型"),
+    ],
+)
+def test_languages_without_spaces_are_compared_by_letters(texts: list[str], alone: str) -> None:
+    seen = set()
+    for seed in range(20):
+        held, _ = draw([*texts, alone], 0.25, (seed,), "substring")
+        assert len({i in held for i in range(len(texts))}) == 1
+        seen.add(0 in held)
+    assert seen == {True, False}
+
+
+def test_words_beside_letters_without_spaces_stay_words() -> None:
+    # `art` is no part of `part`, whatever script stands next to it
+    assert containing(["art", "partを買う", "artを買う"]) == [[2], [1], [2]]
 
 
 def test_a_phrase_of_both_sides_is_in_neither() -> None:

@@ -14,14 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_cli.characters import normalised, pairs_of_letters, words
 from lora_cli.errors import LoraError, counted
 
 Indices = NDArray[np.int64]
-
-
-def normalised(text: str) -> str:
-    """Return what of a text counts when two are compared: its words, whatever their case."""
-    return " ".join(text.lower().split())
 
 
 def draw(
@@ -125,20 +121,32 @@ def _joined(texts: Sequence[str], groups: Sequence[str] | None) -> list[int]:
 def containing(texts: Sequence[str]) -> list[list[int]]:
     """Return, for each text, the longest texts that it stands inside (itself, if in none).
 
-    Candidates are found by the text's rarest word, so that few pairs are compared.
+    A text stands inside another if its words stand there side by side; in scripts without spaces,
+    if its letters do. Candidates are found by the text's rarest word or pair of letters, so that
+    few pairs of texts are compared.
+
+    Args:
+        texts: Normalised texts.
     """
     first = {text: i for i, text in reversed(list(enumerate(texts)))}
-    by_length = sorted(first, key=len, reverse=True)
-    frequency = Counter(word for text in first for word in set(text.split()))
-    holding: dict[str, list[int]] = defaultdict(list)  # maximal texts by the words in them
+    frequency = Counter(key for text in first for key in _keys(text))
+    rarest = {
+        text: min(_keys(text), key=lambda key: (frequency[key], key), default="") for text in first
+    }
+    wanted = set(rarest.values())
+    holding: dict[str, list[tuple[int, str]]] = defaultdict(list)  # maximal texts by what they hold
     owners: dict[str, list[int]] = {}
-    for text in by_length:
-        words = text.split()
-        rarest = min(words, key=lambda word: frequency[word]) if words else ""
-        padded = f" {text} "
-        found = [i for i in holding[rarest] if padded in f" {texts[i]} "]
+    for text in sorted(first, key=len, reverse=True):
+        # between spaces, so that `art` does not stand inside `part`
+        spaced = f" {' '.join(words(text))} "
+        found = [i for i, longer in holding[rarest[text]] if spaced in longer]
         owners[text] = found or [first[text]]
         if not found:
-            for word in set(words):
-                holding[word].append(first[text])
+            for key in _keys(text) & wanted:
+                holding[key].append((first[text], spaced))
     return [owners[text] for text in texts]
+
+
+def _keys(text: str) -> set[str]:
+    """Return the words of a text; of scripts without spaces its letters and their pairs."""
+    return {*words(text), *pairs_of_letters(text)}

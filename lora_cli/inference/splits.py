@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_cli.characters import normalised
 from lora_cli.data.files import read_rows
 from lora_cli.data.parallel import BRACES, parts_of
 from lora_cli.data.sniffing import DataFile
-from lora_cli.data.splits import containing, draw, normalised
+from lora_cli.data.splits import containing, draw
 from lora_cli.errors import LoraError
 from lora_cli.inference.columns import GROUP_NAME, SPLIT_NAMES, Column, flag, is_blank, label_text
 from lora_cli.inference.written import Chosen

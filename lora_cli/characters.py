@@ -1,0 +1,124 @@
+"""Texts of every script: what counts when two are compared, how wide they are, where they may end.
+
+Chinese, Japanese, Thai and some others are written without spaces between words. Where words are
+counted or compared, each of their letters takes the place of a word.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+import regex
+from rich.cells import cell_len
+
+# letters of the scripts that have no spaces between words (Unicode Standard Annex 14, classes ID,
+# CJ and SA), with the punctuation of Chinese and Japanese
+UNSPACED = "".join(
+    rf"\p{{Script_Extensions={script}}}"
+    for script in (
+        "Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar", "Tai_Le",
+        "New_Tai_Lue", "Tai_Tham", "Tai_Viet", "Ahom", "Balinese", "Javanese", "Tibetan",
+    )
+)  # fmt: skip
+_UNITS = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[^\s{UNSPACED}]+")
+_PAIRS = regex.compile(rf"(?:[{UNSPACED}]\p{{M}}*){{2}}")
+# begins with the space: what looks back at every letter takes ten times as long
+_NEEDLESS_SPACE = regex.compile(rf" (?<=[{UNSPACED}] )(?=[{UNSPACED}])")
+_INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
+_ENDS_SENTENCE = regex.compile(r"[\p{Terminal_Punctuation}\s]")
+_GRAPHEMES = regex.compile(r"\X")
+_JOINER = "\N{ZERO WIDTH JOINER}"
+
+
+def normalised(text: str) -> str:
+    """Return what of a text counts when two are compared: its words, however they are typed.
+
+    Two texts are the same where they differ in nothing but case, spaces, width (letters as wide as
+    Chinese ones, or half as wide), the normal form of Unicode (macOS takes accents apart),
+    characters that cannot be seen, or the punctuation at their end.
+    """
+    if text.isascii():
+        return _without_last_marks(" ".join(text.lower().split()))
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    folded = _INVISIBLE.sub("", unicodedata.normalize("NFKC", folded))
+    return _without_last_marks(_NEEDLESS_SPACE.sub("", " ".join(folded.split())))
+
+
+def _without_last_marks(text: str) -> str:
+    """Return a text without the punctuation at its end; one of nothing else stays as it is."""
+    end = len(text)
+    while end and _ENDS_SENTENCE.match(text[end - 1]):
+        end -= 1
+    return text[:end] or text
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text; in scripts without spaces, each letter with its marks."""
+    return text.split() if text.isascii() else _UNITS.findall(text)
+
+
+def pairs_of_letters(text: str) -> list[str]:
+    """Return each two letters that stand side by side in a script without spaces."""
+    return [] if text.isascii() else _PAIRS.findall(text, overlapped=True)
+
+
+# ---------------------------------------------------------------------------------- on a screen
+
+
+def cells(text: str) -> int:
+    """Return how many columns a text takes on a terminal: `返品` takes four."""
+    return len(text) if text.isascii() else cell_len(text)
+
+
+def padded(text: str, width: int, right: bool = False) -> str:
+    """Return a text with spaces up to a width in columns: after it, or with `right` before it."""
+    spaces = " " * (width - cells(text))
+    return spaces + text if right else text + spaces
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Return rows as lines of aligned columns, the first to the left, the others to the right."""
+    widths = [max(map(cells, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            padded(cell, width, right=i > 0)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def shortened(text: str, width: int) -> str:
+    """Return a text of at most `width` columns; one that is cut ends on a whole character and `…`.
+
+    A character is what a reader takes for one: a letter with its accents, an emoji of several.
+    """
+    if len(text) <= width and cells(text) <= width:
+        return text
+    kept, room = "", width - 1
+    # no character needs many code points: what is far beyond the cut cannot matter
+    for match in _GRAPHEMES.finditer(text[: 32 * width]):
+        room -= cells(match[0])
+        if room < 0:
+            break
+        kept += match[0]
+    return kept + "…"
+
+
+def first_characters(text: str, count: int) -> str:
+    """Return at most `count` code points of a text; one that is cut ends on a whole character."""
+    if len(text) <= count:
+        return text
+    end = 0
+    for match in _GRAPHEMES.finditer(text[: count + 1]):
+        if match.end() > count:
+            break
+        end = match.end()
+    return text[: end or count]
+
+
+def without_half_character(text: str) -> str:
+    """Return a text that was cut without what cannot be a whole character at its end."""
+    text = text.rstrip(_JOINER)
+    flags = regex.search(r"\p{Regional_Indicator}+$", text[-64:])
+    return text[:-1] if flags and len(flags[0]) % 2 else text
