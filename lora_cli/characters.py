@@ -6,7 +6,9 @@ counted or compared, each of their letters takes the place of a word.
 
 from __future__ import annotations
 
+import functools
 import unicodedata
+from collections.abc import Callable
 
 import regex
 from rich.cells import cell_len
@@ -42,6 +44,34 @@ def normalised(text: str) -> str:
     folded = unicodedata.normalize("NFKC", text).casefold()
     folded = _INVISIBLE.sub("", unicodedata.normalize("NFKC", folded))
     return _without_last_marks(_NEEDLESS_SPACE.sub("", " ".join(folded.split())))
+
+
+def folded(text: str) -> str:
+    """Return a text without case, width, normal form, spaces and characters that are not seen."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return "".join(_INVISIBLE.sub("", text).split())
+
+
+def difference_of_form(text: str, other: str) -> str:
+    """Return in what two texts differ that look alike, or nothing if they are really different."""
+    if text == other or folded(text) != folded(other):
+        return ""
+
+    def differ(normal: Callable[[str], str]) -> bool:
+        return normal(text) != normal(other)
+
+    if not differ(functools.partial(unicodedata.normalize, "NFC")):
+        codes = (t.encode("unicode_escape").decode() for t in (text, other))
+        return "their normal form of Unicode ({} and {})".format(*codes)
+    if not differ(functools.partial(unicodedata.normalize, "NFKC")):
+        return "the width of their letters, or another form of them"
+    if not differ(str.casefold):
+        return "case"
+    if not differ(lambda t: "".join(t.split())):
+        return "spaces"
+    if not differ(lambda t: _INVISIBLE.sub("", t)):
+        return "characters that cannot be seen"
+    return "case, spaces, or the form of their letters"
 
 
 def _without_last_marks(text: str) -> str:

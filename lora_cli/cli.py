@@ -450,6 +450,7 @@ def init(
     ] = None,
 ) -> None:
     """Look at a data file and write a recipe for it, with what was inferred as comments."""
+    from lora_cli.characters import cells, padded
     from lora_cli.inference import draft_recipe, refuse_existing, write_recipe
 
     if len(sources) > 2:
@@ -458,9 +459,9 @@ def init(
     _quiet()
     draft = draft_recipe(sources[0], model, output, text, label, *sources[1:])
     write_recipe(output, draft.text(), draft.extra_files)
-    width = max(len(name) for name, _ in draft.findings)
+    width = max(cells(name) for name, _ in draft.findings)
     for name, finding in draft.findings:
-        typer.echo(f"{name.ljust(width)}  {finding}")
+        typer.echo(f"{padded(name, width)}  {finding}")
     typer.echo(f"\n{'recipe'.ljust(width)}  {output}")
     typer.echo(f"{'next'.ljust(width)}  lora train {shlex.quote(str(output))}")
 
@@ -505,7 +506,7 @@ def validate(
     from lora_cli.recipe import dump_recipe
     from lora_cli.tasks.check import check_recipe
 
-    check_recipe(loaded)
+    check_recipe(loaded, all_rows_follow=data)
     if data:
         from lora_cli.tasks.gate import look_at_data
         from lora_cli.tasks.showing import shown_rows

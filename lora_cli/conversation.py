@@ -15,6 +15,7 @@ from lora_cli.prediction import answer
 from lora_cli.tasks import Task
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.chat import Message
+from lora_cli.tasks.generation import decode
 
 Write = Callable[[str], object]
 HELP = "/reset forgets the conversation, /quit ends"
@@ -35,20 +36,23 @@ class Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
         self.tokenizer, self.write, self.stops = tokenizer, write, stops
         self.ids: list[int] | None = None  # None until the prompt, which comes first, has passed
         self.written = 0
+        self.has_ended = False
 
     def put(self, value: Tensor) -> None:
         """Take the next token; write what is certain of the text."""
         if self.ids is None:
             self.ids = []
             return
-        self.ids += [i for i in value.flatten().tolist() if i not in self.stops]
+        new = value.flatten().tolist()
+        self.has_ended = self.has_ended or any(i in self.stops for i in new)
+        self.ids += [i for i in new if i not in self.stops]
         text = self._text()
         if not text.endswith("\ufffd"):  # else the rest of a character is yet to come
             self._write_from(text)
 
     def end(self) -> None:
         """Write what is left."""
-        self._write_from(self._text())
+        self._write_from(decode(self.tokenizer, self.ids or [], is_cut=not self.has_ended))
 
     def _text(self) -> str:
         return str(self.tokenizer.decode(self.ids or [], skip_special_tokens=True))

@@ -106,7 +106,10 @@ def printable(text: str, width: int = WIDTH) -> str:
     What cannot be seen is written as its code: a line end, an escape, half of a character, a space
     of no width that makes two labels look the same.
     """
-    text = text if len(text) <= width else text[: width - 1] + "…"
+    if len(text) > width:
+        from lora_cli.characters import first_characters  # which takes a while to import
+
+        text = first_characters(text, width - 1) + "…"
     if text.isprintable():
         return text
     return "".join(

@@ -16,6 +16,7 @@ from torch import nn
 
 from lora_cli.adapters.folder import read_adapter
 from lora_cli.adapters.loading import load_adapter, verify_base
+from lora_cli.characters import first_characters
 from lora_cli.data.files import form_of
 from lora_cli.data.plan import Indices
 from lora_cli.data.sources import SPLITS
@@ -199,7 +200,9 @@ def _text(row: dict[str, Any], columns: Iterable[str]) -> str:
                 turn = f"{who}: {what}"
             parts += [] if turn is None else [str(turn)]
     text = "\n".join(parts)
-    return text if len(text) <= TEXT_LENGTH else text[: TEXT_LENGTH - 1] + "…"
+    if len(text) <= TEXT_LENGTH:
+        return text
+    return first_characters(text, TEXT_LENGTH - 1) + "…"
 
 
 def add_samples(
@@ -226,7 +229,11 @@ def add_samples(
     if not samples:
         places = map(split.rows.place, range(len(prompts)))
         samples += [
-            {"place": place, "prompt": shown[-4 * TEXT_LENGTH :], "reference": wanted[:TEXT_LENGTH]}
+            {
+                "place": place,
+                "prompt": shown[-4 * TEXT_LENGTH :],
+                "reference": first_characters(wanted, TEXT_LENGTH),
+            }
             for place, (_, shown, wanted) in zip(places, prompts, strict=True)
         ]
     was_training = model.training

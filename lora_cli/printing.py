@@ -112,11 +112,6 @@ def print_parameters(table: Sequence[ParameterRow], every: bool, as_json: bool) 
 
 def _table(rows: list[list[str]]) -> str:
     """Return rows as aligned columns, the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    from lora_cli.characters import aligned
+
+    return "\n".join(aligned(rows))

@@ -224,6 +224,24 @@ def test_unknown_labels_are_counted_and_placed_before_a_model_is_loaded(
     assert "did you mean `pos`" in (poss.hint or "")
 
 
+@pytest.mark.parametrize(
+    ("value", "how"),
+    [
+        ("返品Ａ", "but for the width of their letters"),
+        ("カ\u3099ス", "but for their normal form of Unicode (\\u30ab\\u3099\\u30b9 and"),
+        ("返品 A", "but for spaces"),
+        ("返品\u200bA", "but for characters that cannot be seen"),
+    ],
+)
+def test_a_label_typed_another_way_is_named(
+    bert: Path, tmp_path: Path, value: str, how: str
+) -> None:
+    with pytest.raises(LoraError) as caught:
+        load_data(task_of(bert, tmp_path, ["返品A", "ガス"], [value]))
+    (problem,) = caught.value.problems
+    assert how in (problem.hint or "")
+
+
 def test_many_unknown_labels_are_not_all_listed(bert: Path, tmp_path: Path) -> None:
     with pytest.raises(LoraError) as caught:
         load_data(task_of(bert, tmp_path, ["neg", "pos"], [f"x{i}" for i in range(30)]))

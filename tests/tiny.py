@@ -20,7 +20,15 @@ from typing import Any
 
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -101,6 +109,23 @@ def tokenizer(kind: str = "encoder") -> PreTrainedTokenizerFast:
         model_input_names=["input_ids", "attention_mask"],
         **names,
     )
+
+
+def wordpiece() -> PreTrainedTokenizerFast:
+    """Return a tokenizer as BERT's that knows the words of `CORPUS` and no other letter."""
+    known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({w for t in CORPUS for w in t.split()})]
+    vocabulary = {word: i for i, word in enumerate(known)}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    both = "[CLS] $A [SEP] $B [SEP]"
+    backend.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", both, ends)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=POSITIONS, pad_token="[PAD]",
+        unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
 
 
 def vocabulary(kind: str = "encoder") -> int:

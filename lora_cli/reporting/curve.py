@@ -7,6 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_cli.characters import shortened
 from lora_cli.files import write_atomically
 from lora_cli.reporting.report import (
     KINDS,
@@ -191,7 +192,7 @@ def _name_ends(axes: Any) -> None:
             ends.append(((y[y == y][-1] - low) / (high - low), line.get_label(), line.get_color()))
     for height, name, color in sorted(ends):
         height = max(height, free)
-        name = name if len(name) < 15 else name[:12] + "…"
+        name = shortened(name, 14)
         axes.text(1.025, height, name, color=color, va="center", transform=axes.transAxes)
         free = height + 0.055
 

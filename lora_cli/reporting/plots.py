@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_cli.characters import cells, shortened
 from lora_cli.reporting.analysis import Bin
 from lora_cli.reporting.markup import esc
 from lora_cli.reporting.report import shown_number
@@ -17,7 +18,7 @@ from lora_cli.reporting.report import shown_number
 Point = tuple[float, float]
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 290, 56, 14, 24, 44
 MOST_POINTS = 500  # of a line; more are averaged
-MAP_WIDTH, CELL, NAME = 1012, (10.5, 18), 24  # of a heat map: pixels; characters of a label
+MAP_WIDTH, CELL, NAME = 1012, (10.5, 18), 24  # of a heat map: pixels; columns of a label
 FAINT = 0.7  # power of a share that is its shade, so that a few confused rows show
 
 
@@ -264,8 +265,8 @@ def scatter(pairs: Sequence[Point]) -> str:
 
 def heat_map(labels: Sequence[str], matrix: Sequence[Sequence[int]]) -> str:
     """Return the confusion matrix of many labels without numbers; a pointer shows each."""
-    names = [label if len(label) <= NAME else label[: NAME - 1] + "…" for label in labels]
-    room = 6.2 * max(map(len, names)) + 12
+    names = [shortened(label, NAME) for label in labels]
+    room = 6.2 * max(map(cells, names)) + 12
     cell = min(max((MAP_WIDTH - room - 8) / len(labels), CELL[0]), CELL[1])
     side = cell * len(labels)
     ground = f'<rect class="paper" x="{room:.0f}" y="{room:.0f}" '

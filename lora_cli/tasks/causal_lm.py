@@ -26,7 +26,14 @@ from lora_cli.tasks.chat import (
     prompt_of,
     read_conversations,
 )
-from lora_cli.tasks.generation import generate, stop_ids, until_stop
+from lora_cli.tasks.generation import (
+    REPLACEMENT,
+    decode,
+    generate,
+    stop_ids,
+    until_stop,
+    whole_characters,
+)
 
 SAMPLE_TOKENS, SAMPLE_NEW_TOKENS = 16, 64  # of a plain text that is continued; of what is added
 
@@ -324,7 +331,8 @@ class CausalLM(Task):
                 first -= 1
             prompts.append(ids[:first])
             wanted = until_stop(labels[first : last + 1], stops)
-            references.append(self.tokenizer.decode(wanted, skip_special_tokens=True))
+            is_cut = len(wanted) == last + 1 - first
+            references.append(decode(self.tokenizer, wanted, is_cut))
         for prediction, answer, reference in zip(
             predictions, self.generate(model, prompts), references, strict=True
         ):
@@ -434,10 +442,13 @@ class CausalLM(Task):
         else:
             whole = list(self.tokenizer(str(row[column]), verbose=False)["input_ids"])
             cut = min(SAMPLE_TOKENS, (len(whole) + 1) // 2)
+            cut = whole_characters(self.tokenizer, whole, cut)
             ids = whole[:cut]
-            wanted = self.tokenizer.decode(whole[cut : cut + SAMPLE_NEW_TOKENS])
-        ids = ids[-self.max_length :]
-        return ids, str(self.tokenizer.decode(ids, skip_special_tokens=not self.is_chat)), wanted
+            end = whole_characters(self.tokenizer, whole, cut + SAMPLE_NEW_TOKENS)
+            wanted = self.tokenizer.decode(whole[cut:end])
+        is_cut, ids = len(ids) > self.max_length, ids[-self.max_length :]
+        shown = str(self.tokenizer.decode(ids, skip_special_tokens=not self.is_chat))
+        return ids, shown.lstrip(REPLACEMENT) if is_cut else shown, wanted
 
     def continue_greedily(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[str]:
         """Return a short continuation of each prompt, the likeliest token every time."""

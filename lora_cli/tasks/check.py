@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 from torch import nn
 
 from lora_cli.adapters.starting import make_trainable
 from lora_cli.data.sources import Rows
-from lora_cli.errors import LoraError, Problem
+from lora_cli.errors import LoraError, Problem, warn
 from lora_cli.metrics import MetricSet, known_metrics
 from lora_cli.models import load_config
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Task, build_task
+from lora_cli.tasks.base import Example
 from lora_cli.tasks.encoding import check_data, encode_located, nothing_trained
+from lora_cli.tasks.gate import text_columns, text_of
 from lora_cli.tasks.streaming import Stream
+from lora_cli.tasks.unknown import MOST_UNKNOWN, count_unknown, unknown_warning
 
 FIRST_ROWS = 100
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe, all_rows_follow: bool = False) -> None:
     """Find everything that would stop `lora train` later, and raise it together.
+
+    Args:
+        recipe: The recipe.
+        all_rows_follow: The caller inspects all rows afterwards, so that what the first ones
+            would give a warning of is left to that.
 
     Raises:
         LoraError: With every problem of the model, the data, the labels and the targets.
@@ -36,7 +45,7 @@ def check_recipe(recipe: Recipe) -> None:
     with _collected(problems):
         splits = check_data(task, ("train", "validation", "test"))
         if has_processor:
-            _encode_some(task, splits)
+            _encode_some(task, splits, warns=not all_rows_follow)
     if has_processor:
         with _collected(problems):
             model, new = task.empty_model()
@@ -61,14 +70,34 @@ def _check_metrics(task: Task) -> None:
         MetricSet(task.metric_names, task.metric_channel, task.metric_context, at)
 
 
-def _encode_some(task: Task, splits: dict[str, Rows]) -> None:
+def _encode_some(task: Task, splits: dict[str, Rows], warns: bool) -> None:
     """Encode the first rows of each split: what a chat template refuses, it refuses early."""
-    for rows in splits.values():
+    for name, rows in splits.items():
         made = encode_located(task, next(rows.batches(FIRST_ROWS)), rows.place)
         if not any(made) and len(rows) <= FIRST_ROWS:
             raise nothing_trained(task, rows)
+        if warns:
+            _warn_of_unknown(task, name, rows, made)
     if task.recipe.data.streaming:
         Stream(task).look()
+
+
+def _warn_of_unknown(
+    task: Task, name: str, rows: Rows, examples: Sequence[Sequence[Example]]
+) -> None:
+    """Warn if the tokenizer does not know the letters of the first rows."""
+    flat = [(row, example["input_ids"]) for row, made in enumerate(examples) for example in made]
+    if not flat:
+        return
+    ids = np.concatenate([np.asarray(tokens, dtype=np.int64) for _, tokens in flat])
+    ends = np.cumsum([len(tokens) for _, tokens in flat])
+    unknown = count_unknown(task.tokenizer, ids, ends)
+    if unknown.first is None or unknown.share <= MOST_UNKNOWN:
+        return
+    row = flat[unknown.first][0]
+    texts = [text_of(rows[row], text_columns(task))]
+    first = f"{name} (its first {FIRST_ROWS} rows)" if len(rows) > FIRST_ROWS else name
+    warn(unknown_warning(task.tokenizer, first, unknown.share, rows.place(row), texts))
 
 
 def empty_adapted_model(recipe: Recipe) -> nn.Module:

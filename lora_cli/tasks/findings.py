@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from lora_cli.characters import aligned, shortened
 from lora_cli.errors import Problem, printable
 from lora_cli.recipe import Recipe
 
 N_LABELS = 6  # with more, the table says how many there are and how large
-TEXT_WIDTH = 60  # characters of a text that is shown
+TEXT_WIDTH = 60  # columns of a text that is shown
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class SplitFindings:
     """Rows of which `max_length` takes tokens away."""
     divided_rows: int
     """Rows that were too long and became several examples."""
+    unknown_tokens: float
+    """Share of the tokens that stand for what the tokenizer does not know."""
+    unknown_warning: str | None
+    """What to say of them, if they are many."""
     trained_tokens: float | None
     """Share of the tokens that a language model learns to predict."""
     labels: dict[str, int]
@@ -127,6 +132,8 @@ class Findings:
                     f"within {self.max_length} tokens: raise `task.max_length`, if the model can "
                     "take more"
                 )
+            if split.unknown_warning:
+                lines.append(split.unknown_warning)
             lines += split.label_doubts
             if split.contradictions and split.contradictions.rows:
                 first = split.contradictions.examples[0]
@@ -172,6 +179,8 @@ class Findings:
         if not has_divided or any(s.cut_rows for s in splits):
             add(f"cut at {self.max_length}", cut, always=True)
         add(f"divided at {self.max_length}", divided if has_divided else [])
+        if any(s.unknown_warning for s in splits):
+            add("unknown tokens", [f"{100 * s.unknown_tokens:.1f} %" for s in splits])
         trained = [s.trained_tokens for s in splits]
         add(
             "trained tokens", ["" if share is None else f"{100 * share:.1f} %" for share in trained]
@@ -220,12 +229,8 @@ def _label_rows(splits: list[SplitFindings]) -> list[tuple[str, list[str]]]:
 
 
 def _aligned(rows: list[tuple[str, list[str]]]) -> list[str]:
-    columns = [[name for name, _ in rows], *zip(*(values for _, values in rows), strict=True)]
-    widths = [max(map(len, column)) for column in columns]
-    return [
-        "  ".join([name.ljust(widths[0]), *map(str.rjust, values, widths[1:])]).rstrip()
-        for name, values in rows
-    ]
+    # what is written as a code is wider than it was, so that comes first
+    return aligned([[printable(cell) for cell in (name, *values)] for name, values in rows])
 
 
 def _shown(found: Found | None) -> str:
@@ -248,9 +253,8 @@ def _allowing(share: float) -> float:
 
 
 def short(text: str, width: int = TEXT_WIDTH) -> str:
-    """Return a text in one line of at most `width` characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1] + "…"
+    """Return a text in one line of at most `width` columns."""
+    return shortened(" ".join(text.split()), width)
 
 
 def _first(found: Found) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from lora_cli.characters import difference_of_form
 from lora_cli.data.near import (
     Fingerprints,
     Indices,
@@ -29,6 +30,7 @@ from lora_cli.tasks.findings import Findings, Found, Overlap, Pair, SplitFinding
 from lora_cli.tasks.labels import look_alikes
 from lora_cli.tasks.sequence_classification import SequenceClassification
 from lora_cli.tasks.streaming import Stream
+from lora_cli.tasks.unknown import MOST_UNKNOWN, Unknown, count_unknown, unknown_warning
 
 N_SHOWN = 3  # examples of each finding
 
@@ -105,6 +107,7 @@ class _Look:
         cut = long & (kept < full)
         p50, p95 = (int(q) for q in np.percentile(full, (50, 95), method="lower"))
         names = task.labels if isinstance(task, SequenceClassification) else []
+        unknown = _unknown_tokens(task, split)
         return SplitFindings(
             rows=len(self.rows),
             examples=len(split),
@@ -119,6 +122,8 @@ class _Look:
             },
             cut_rows=int(cut.sum()),
             divided_rows=int((long & ~cut).sum()),
+            unknown_tokens=unknown.share,
+            unknown_warning=self._unknown_warning(unknown),
             trained_tokens=_trained_share(split) if isinstance(task, CausalLM) else None,
             labels={name: self.labels[name] for name in names},
             duplicates=self._found(repeated(self.texts), self.rows),
@@ -129,11 +134,26 @@ class _Look:
             label_doubts=self._label_doubts(names) if self.name == "train" else [],
         )
 
+    def _unknown_warning(self, unknown: Unknown) -> str | None:
+        """Return what to say of the tokens that the tokenizer does not know, if they are many."""
+        if unknown.first is None or unknown.share <= MOST_UNKNOWN:
+            return None
+        row = int(self.split.examples[unknown.first]["row"])
+        text = text_of(self.rows[row], text_columns(self.task))
+        place = self.rows.place(row)
+        return unknown_warning(self.task.tokenizer, self.name, unknown.share, place, [text])
+
     def _label_doubts(self, names: list[str]) -> list[str]:
         """Return what to ask of the labels: do two mean the same, has one no rows?"""
         doubts = [
             f"the labels {' and '.join(f'`{printable(name)}`' for name in alike)} look alike "
-            f"({' and '.join(counted(self.labels[name], 'row') for name in alike)}): are they one?"
+            f"({' and '.join(counted(self.labels[name], 'row') for name in alike)})"
+            + (
+                f", they differ in nothing but {how}"
+                if (how := difference_of_form(*alike[:2]))
+                else ""
+            )
+            + ": are they one?"
             for alike in look_alikes(names)
         ]
         absent = [name for name in names if not self.labels[name]]
@@ -220,6 +240,13 @@ def _labels_of(task: SequenceClassification, row: dict[str, Any]) -> list[str]:
         return [str(task.reader.number(row))]
     positions = {task.reader.position(value) for value in task.reader.texts_of(row) or ()}
     return [task.labels[i] for i in sorted(p for p in positions if p is not None)]
+
+
+def _unknown_tokens(task: Task, split: Encoded) -> Unknown:
+    """Return how many tokens of a split the tokenizer does not know, over all its examples."""
+    chunks = split.examples.data.column("input_ids").chunks
+    ids = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
+    return count_unknown(task.tokenizer, np.concatenate(ids), np.cumsum(split.lengths))
 
 
 def _trained_share(split: Encoded) -> float:

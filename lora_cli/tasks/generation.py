@@ -11,7 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lora_cli.characters import without_half_character
 from lora_cli.recipe.spec import GenerationSpec
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def stop_ids(
@@ -58,8 +61,39 @@ def generate(
         ids = [prompts[i] for i in members]
         made = _continue(model, ids, length, stops, pad_id, options, streamer)
         for i, said in zip(members, made, strict=True):
-            answers[i] = str(tokenizer.decode(said, skip_special_tokens=True))
+            answers[i] = decode(tokenizer, said, is_cut=len(said) == length)
     return answers
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], is_cut: bool) -> str:
+    """Return tokens as text, without special ones.
+
+    A token may be a part of a character only: where the tokens were cut, the part that is left at
+    the end is dropped. (What a tokenizer writes for it, U+FFFD, may also be what a model said.)
+
+    Args:
+        tokenizer: Of the model.
+        ids: The tokens.
+        is_cut: Whether they end because there was no room for more.
+    """
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    if not is_cut:
+        return text
+    if text.endswith(REPLACEMENT):
+        written = tokenizer(REPLACEMENT, add_special_tokens=False)["input_ids"]
+        if not written or list(ids[-len(written) :]) != list(written):
+            text = text.rstrip(REPLACEMENT)
+    return without_half_character(text)
+
+
+def whole_characters(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], cut: int) -> int:
+    """Return where to cut tokens at or before `cut` so that no character is divided."""
+    if cut >= len(ids):
+        return len(ids)
+    for end in range(cut, max(cut - 4, 0), -1):  # a character has four bytes at most
+        if not str(tokenizer.decode(ids[:end])).endswith(REPLACEMENT):
+            return end
+    return cut
 
 
 @torch.no_grad()

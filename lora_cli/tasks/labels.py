@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_cli.characters import difference_of_form, folded
 from lora_cli.data.files import is_blank
 from lora_cli.data.sources import Rows, stream_label_names
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
@@ -162,6 +162,9 @@ class Labels:
     def _meant(self, value: str) -> str:
         """Return a hint for a value that is not a label."""
         last = len(self.names) - 1
+        for name in self.names:
+            if how := difference_of_form(value, name):
+                return f"it is the label `{name}` but for {how}: write both alike"
         if value == "-1":
             return "-1 often stands for a row without a label: leave such rows out"
         if value.isdecimal() and not any(label.isdecimal() for label in self.names):
@@ -232,8 +235,7 @@ def look_alikes(names: Sequence[str]) -> list[list[str]]:
     """Return the labels that differ by nothing but case, spaces, or how a number is written."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        seen = unicodedata.normalize("NFKC", name).casefold()
-        key = "".join(letter for letter in seen if not is_blank(letter))
+        key = folded(name)
         key = {"true": "1", "false": "0"}.get(key, key)
         value = number(key)
         groups.setdefault(key if value is None else str(value), []).append(name)
