@@ -14,13 +14,16 @@ import regex
 from rich.cells import cell_len
 
 # letters of the scripts that have no spaces between words (Unicode Standard Annex 14, classes ID,
-# CJ and SA), with the punctuation of Chinese and Japanese
-UNSPACED = "".join(
-    rf"\p{{Script_Extensions={script}}}"
-    for script in (
-        "Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar", "Tai_Le",
-        "New_Tai_Lue", "Tai_Tham", "Tai_Viet", "Ahom", "Balinese", "Javanese", "Tibetan",
+# CJ and SA), with the punctuation and the marks of length and voice that belong to no one script
+UNSPACED = (
+    "".join(
+        rf"\p{{Script={script}}}"
+        for script in (
+            "Han", "Hiragana", "Katakana", "Bopomofo", "Thai", "Lao", "Khmer", "Myanmar", "Tai_Le",
+            "New_Tai_Lue", "Tai_Tham", "Tai_Viet", "Ahom", "Balinese", "Javanese", "Tibetan",
+        )
     )
+    + r"\u3001-\u303f\u3099-\u309c\u30a0\u30fb\u30fc\uff61-\uff65\uff70\uff9e\uff9f"
 )  # fmt: skip
 _UNITS = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[^\s{UNSPACED}]+")
 _PAIRS = regex.compile(rf"(?:[{UNSPACED}]\p{{M}}*){{2}}")

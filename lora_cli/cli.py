@@ -252,7 +252,7 @@ def evaluate(
         raise LoraError("`--metric` stands without `--against`", "--metric", hint)
     loaded = _recipe_for(adapter, recipe, overrides)
     _quiet()
-    from lora_cli.evaluation import evaluate_adapter, measure_file
+    from lora_cli.evaluation import definitions_of, evaluate_adapter, measure_file
 
     if source is not None:
         measure_file(loaded, source)
@@ -275,10 +275,12 @@ def evaluate(
             )
         return
     results = evaluate_adapter(adapter, loaded, split)
+    definitions = definitions_of(loaded)
     if as_json:
-        typer.echo(json.dumps(results, indent=2))
+        facts = {**results, "metric_definitions": definitions}
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
-    print_measured(results, source)
+    print_measured(results, source, definitions)
 
 
 @app.command()

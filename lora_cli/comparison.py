@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 from lora_cli.data.sources import SPLITS
 from lora_cli.errors import LoraError, beside, did_you_mean
 from lora_cli.evaluation import best_by, evaluate, load_adapted, open_task
-from lora_cli.metrics import builtin_value, known_metrics, metric_mode, reads, result_names
+from lora_cli.metrics import (
+    builtin_value,
+    is_exact_match,
+    known_metrics,
+    metric_mode,
+    reads,
+    result_names,
+)
 from lora_cli.placement import start_accelerator
 from lora_cli.recipe import RECIPE_FILE, AdapterSpec, Recipe, load_adapter_recipe
 from lora_cli.tasks import Encoded, Prediction, Task
@@ -48,6 +55,8 @@ class Comparison:
     """95 % of the differences of the resamples."""
     resamples: int
     max_drop: float
+    definition: str = ""
+    """What the metric measures."""
 
     @property
     def drop(self) -> float:
@@ -121,6 +130,7 @@ def compare(
         (float(low), float(high)),
         len(differences),
         max_drop,
+        task.metric_definitions().get(name, ""),
     )
 
 
@@ -280,7 +290,7 @@ def row_sums(metric: str, predictions: list[Prediction]) -> Floats | None:
 
 _SCORES: dict[str, Callable[[Any, Any], float]] = {
     "accuracy": lambda said, want: float(said == want),
-    "exact_match": lambda said, want: float(said.strip() == want.strip()),
+    "exact_match": lambda said, want: float(is_exact_match(said, want)),
     "mse": lambda said, want: (said - want) ** 2,
     "rmse": lambda said, want: (said - want) ** 2,
     "mae": lambda said, want: abs(said - want),

@@ -308,6 +308,15 @@ def measure_file(recipe: Recipe, file: Path) -> None:
         data.train = str(file.absolute())  # which nothing reads, as the labels are known
 
 
+def definitions_of(recipe: Recipe) -> dict[str, str]:
+    """Return what the loss and the metrics of a recipe measure, in a line each.
+
+    Args:
+        recipe: It names its labels, as that of an adapter does.
+    """
+    return build_task(recipe).metric_definitions()
+
+
 def evaluate_adapter(
     folder: Path, recipe: Recipe, split: str | None = None
 ) -> dict[str, dict[str, float]]:

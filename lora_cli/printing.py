@@ -24,6 +24,7 @@ def print_results(recipe: Recipe, report: dict[str, Any]) -> None:
     if len(rows) > 1:
         wide = len(rows[0]) > 5  # with baselines there are more columns than a terminal has room
         typer.echo(_table([list(line) for line in zip(*rows, strict=True)] if wide else rows))
+        _print_definitions(report.get("metric_definitions") or {})
     if verdict := report.get("verdict"):
         typer.echo(f"verdict  {verdict['words']}")
     folder = recipe.output_path
@@ -33,8 +34,10 @@ def print_results(recipe: Recipe, report: dict[str, Any]) -> None:
     typer.echo(f"plot     {folder / 'learning_curve.png'}")
 
 
-def print_measured(results: dict[str, dict[str, float]], source: Path | None) -> None:
-    """Print metrics by split; that of a file is called by its name."""
+def print_measured(
+    results: dict[str, dict[str, float]], source: Path | None, definitions: dict[str, str]
+) -> None:
+    """Print metrics by split, and what they measure; the split of a file is called by its name."""
     names = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
     rows = [["metric", *([source.name] if source is not None else results)]]
     rows += [
@@ -42,6 +45,15 @@ def print_measured(results: dict[str, dict[str, float]], source: Path | None) ->
         for name in names
     ]
     typer.echo(_table(rows))
+    _print_definitions(definitions)
+
+
+def _print_definitions(definitions: dict[str, str]) -> None:
+    """Print what each metric measures."""
+    from lora_cli.errors import printable
+
+    for name, words in definitions.items():
+        typer.echo(f"{name}: {printable(words)}")
 
 
 def print_comparison(found: Comparison, as_json: bool) -> None:
@@ -57,6 +69,7 @@ def print_comparison(found: Comparison, as_json: bool) -> None:
         row = [found.metric, *(f"{value:.4f}" for value in cells), f"{found.difference:+.4f}"]
         header = [f"{found.split} ({found.rows} rows)", "old", "new", "difference", "95 % interval"]
         typer.echo(_table([header, [*row, f"{low:+.4f} to {high:+.4f}"]]))
+        _print_definitions({found.metric: found.definition})
         typer.echo(f"interval: paired bootstrap, {found.resamples:,} resamples of the rows")
         typer.echo(f"verdict: {found.verdict}")
 

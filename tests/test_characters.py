@@ -45,6 +45,7 @@ def test_the_normal_form_makes_no_difference(text: str, form: str) -> None:
         ("मुझे वापस", ["मुझे", "वापस"]),
         ("أريد إرجاع", ["أريد", "إرجاع"]),
         ("schön für dich", ["schön", "für", "dich"]),
+        ("cafe\u0301 col·lega", ["cafe\u0301", "col·lega"]),
         ("", []),
     ],
 )

@@ -270,7 +270,7 @@ def test_another_file_is_measured_without_the_other_splits(
         (tmp_path / name).unlink()
     found = run("--adapter", "a", "--input", "other.csv", "--json")
     assert json.loads(found.stdout) == json.loads(wanted.stdout)
-    assert list(json.loads(found.stdout)) == ["test"]
+    assert list(json.loads(found.stdout)) == ["test", "metric_definitions"]
     compared = run("--adapter", "a", "--against", "a", "--input", "other.csv", "--json")
     assert json.loads(compared.stdout)["rows"] == 8
     missing = run("--adapter", str(folder), "--input", "nowhere.csv")

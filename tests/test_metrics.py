@@ -1,28 +1,36 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
+import re
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from collections import Counter
 
 import numpy as np
 import pytest
+from languages import TEXTS, UNSPACED
 
 from lora_cli.errors import LoraError
 from lora_cli.metrics import (
     MetricContext,
     MetricSet,
     check_metric_names,
+    definition,
     known_metrics,
     metric_mode,
+    result_names,
 )
+from lora_cli.metrics.words import bleu_words
 
 BINARY = MetricContext(n_labels=2)
 THREE = MetricContext(n_labels=3)
 UNKNOWN = MetricContext()
 TAGS = MetricContext(n_labels=3, multi_label=True)
+TEXT_METRICS = ["exact_match", "bleu", "rouge"]
 
 # true positives 2, false positives 1, false negatives 2, true negatives 1
 BINARY_P = [1, 1, 1, 0, 0, 0]
@@ -244,6 +252,186 @@ def test_rouge():
     )
 
 
+# -------------------------------------------------------------------- texts of other languages
+
+
+@pytest.mark.parametrize("language", TEXTS)
+def test_identical_texts_are_perfect_in_every_language(language):
+    text, _ = TEXTS[language]
+    results = measure(TEXT_METRICS, "text", [text, text], [text, text])
+    assert results == {
+        "exact_match": 1.0,
+        "bleu": pytest.approx(100),
+        **dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), pytest.approx(1.0)),
+    }
+
+
+@pytest.mark.parametrize("language", TEXTS)
+def test_nearly_identical_texts_are_nearly_perfect(language):
+    text, other = TEXTS[language]
+    results = measure(TEXT_METRICS, "text", [other], [text])
+    assert results["exact_match"] == 0.0
+    assert 40 < results["bleu"] < 95
+    assert 0.7 < results["rouge1"] < 1
+    assert 0.6 < results["rouge2"] < results["rougeL"] + 1e-9
+
+
+@pytest.mark.parametrize("language", UNSPACED)
+def test_bleu_without_spaces_is_sacrebleus_by_characters(language):
+    import sacrebleu
+
+    pairs = [TEXTS[language], TEXTS[language][::-1]]
+    said, wanted = [p for _, p in pairs], [r for r, _ in pairs]
+    expected = sacrebleu.corpus_bleu(said, [wanted], tokenize="char").score
+    assert one("bleu", "text", said, wanted) == pytest.approx(expected)
+
+
+def test_bleu_of_chinese_is_sacrebleus_zh():
+    import sacrebleu
+
+    said = ["我有2台iPhone15，想退货。", TEXTS["Chinese"][1]]
+    wanted = ["我买了2台iPhone 15，想要退货。", TEXTS["Chinese"][0]]
+    expected = sacrebleu.corpus_bleu(said, [wanted], tokenize="zh").score
+    assert one("bleu", "text", said, wanted) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("language", ["Korean", "Arabic", "Hindi", "German", "Russian"])
+def test_bleu_with_spaces_is_sacrebleus_default(language):
+    import sacrebleu
+
+    text, other = TEXTS[language]
+    said, wanted = [other, f'&quot;{text}&quot;, 3.5 "ok"!'], [text, f'"{other}" 3.5, "ok"?']
+    expected = sacrebleu.corpus_bleu(said, [wanted]).score
+    assert one("bleu", "text", said, wanted) == pytest.approx(expected)
+
+
+def test_bleu_of_answers_shorter_than_four_words_counts_what_there_is():
+    import sacrebleu
+
+    assert one("bleu", "text", ["返品", "yes"], ["返品", "yes"]) == pytest.approx(100)
+    said, wanted = ["the red car", "no"], ["the blue car", "no"]
+    expected = sacrebleu.corpus_bleu(said, [wanted], use_effective_order=True).score
+    assert 0 < one("bleu", "text", said, wanted) == pytest.approx(expected)
+
+
+def lcs(a, b):
+    """Return the length of the longest common subsequence."""
+    table = np.zeros((len(a) + 1, len(b) + 1), dtype=int)
+    for i, j in itertools.product(range(len(a)), range(len(b))):
+        longest = max(table[i, j + 1], table[i + 1, j])
+        table[i + 1, j + 1] = table[i, j] + 1 if a[i] == b[j] else longest
+    return table[-1, -1]
+
+
+@pytest.mark.parametrize("language", TEXTS)
+def test_rouge_is_that_of_words_counted_by_hand(language):
+    text, other = TEXTS[language]
+    marks = "、。，？?"
+    if language in UNSPACED:
+        split = [[c for c in t if c not in marks] for t in (text, other)]
+    elif language == "mixed":
+        split = [
+            re.findall("[a-z]+|[0-9]+|[ぁ-ヿ一-龥]", t.lower().replace("iphone", "iphon"))
+            for t in (text, other)
+        ]
+    else:
+        split = [text.split(), other.split()]
+    want, said = split
+    common = (Counter(want) & Counter(said)).total()
+    results = measure(["rouge"], "text", [other], [text])
+    assert results["rouge1"] == pytest.approx(2 * common / (len(want) + len(said)))
+    assert results["rougeL"] == pytest.approx(2 * lcs(want, said) / (len(want) + len(said)))
+
+
+def test_rouge_of_english_is_that_of_its_library():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    said = "The cats' houses were running-down (badly), e.g. in 2021_b!"
+    want = "A cat's house is running down badly, e.g. in 2021 b"
+    expected = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(want, said)
+    results = measure(["rouge"], "text", [said], [want])
+    for key, score in expected.items():
+        assert results[key] == pytest.approx(score.fmeasure)
+
+
+def test_rouge_sees_letters_beyond_ascii():
+    results = measure(["rouge"], "text", ["sch n f r"], ["schön für"])
+    assert set(results.values()) == {0.0}
+
+
+@pytest.mark.parametrize("text", ["\U0001f44d", "!?", ":-)", "。", "\u2192 \u2713"])
+def test_rouge_of_texts_without_words_compares_what_is_seen(text):
+    assert measure(["rouge"], "text", [text], [text])["rouge1"] == 1.0
+    assert measure(["rouge"], "text", [text], ["x"])["rouge1"] == 0.0
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "bleu", "rouge"])
+@pytest.mark.parametrize(
+    "text", ["ガソリン代を返金", "é à la carte ça", "반품하고 싶은데 어떻게 하나요"]
+)
+def test_the_normal_form_of_unicode_makes_no_difference(metric, text):
+    same = measure([metric], "text", [text], [text])
+    apart = measure([metric], "text", [unicodedata.normalize("NFD", text)], [text])
+    assert apart == same
+
+
+def test_languages_may_stand_in_one_corpus():
+    import sacrebleu
+
+    said, wanted = [b for _, b in TEXTS.values()], [a for a, _ in TEXTS.values()]
+    rows = [bleu_words(t) for t in said], [bleu_words(t) for t in wanted]
+    expected = sacrebleu.corpus_bleu(rows[0], [rows[1]], tokenize="none", force=True).score
+    together = measure(TEXT_METRICS, "text", said, wanted)
+    assert together["bleu"] == pytest.approx(expected)
+    alone = [measure(["rouge"], "text", [p], [r]) for p, r in zip(said, wanted, strict=True)]
+    assert together["rougeL"] == pytest.approx(np.mean([x["rougeL"] for x in alone]))
+
+
+# ---------------------------------------------------------------------------------- what they are
+
+
+@pytest.mark.parametrize(
+    ("metric", "context", "said"),
+    [
+        ("f1", MetricContext(2, labels=("bad", "良い")), "of the label `良い`, the second of two"),
+        ("precision", MetricContext(2), "of the label at position 1"),
+        ("f1", MetricContext(3), "macro average: mean over the 3 labels that occur"),
+        ("f1", TAGS, "macro average: mean over the 3 labels, each"),
+        ("f1_micro", BINARY, "micro average"),
+        ("recall_weighted", THREE, "weighted average"),
+        ("f1", MetricContext(1, True, ("spam",)), "of the label `spam`"),
+        ("accuracy", THREE, "share of rows whose label is right"),
+        ("accuracy", TAGS, "of which every label is right (exact match)"),
+        ("pearson", UNKNOWN, "not defined for fewer than two rows"),
+        ("matthews_correlation", BINARY, "0 where answers or references are all the same"),
+        ("perplexity", UNKNOWN, "per token"),
+        ("bleu", UNKNOWN, "0 to 100; words by sacrebleu's tokenizer 13a, and one word for each"),
+        ("./mine.py", UNKNOWN, "computed by the script `./mine.py`"),
+        ("meteor", UNKNOWN, "computed by `evaluate`'s metric `meteor`"),
+    ],
+)
+def test_a_metric_says_what_it_is(metric, context, said):
+    (line,) = definition(metric, context).values()
+    assert said in line
+
+
+def test_every_metric_says_what_it_is_for_each_of_its_numbers():
+    for name in known_metrics():
+        for context in (UNKNOWN, BINARY, THREE, TAGS):
+            assert list(definition(name, context)) == list(result_names(name))
+    assert "lower-case words" in definition("rouge", UNKNOWN)["rougeL"]
+
+
+def test_the_label_that_f1_is_of_is_the_one_that_is_named():
+    from sklearn.metrics import f1_score
+
+    context = MetricContext(2, labels=("no", "yes"))
+    names_p, names_r = ([context.labels[i] for i in rows] for rows in (BINARY_P, BINARY_R))
+    expected = f1_score(names_r, names_p, pos_label="yes")
+    assert one("f1", "label", BINARY_P, BINARY_R, context) == pytest.approx(expected)
+    assert "`yes`" in definition("f1", context)["f1"]
+
+
 # ------------------------------------------------------------------------------------ batches
 
 
@@ -319,7 +507,6 @@ def test_lengths_must_agree():
 
 LABEL_METRICS = [n for n in known_metrics() if not check_metric_names([n], "label")]
 VALUE_METRICS = [n for n in known_metrics() if not check_metric_names([n], "value")]
-TEXT_METRICS = ["exact_match", "bleu", "rouge"]
 
 
 @pytest.mark.parametrize("context", [BINARY, THREE, MetricContext()])

@@ -5,12 +5,14 @@ from lora_cli.metrics.builtin import (
     MetricContext,
     builtin_value,
     check_metric_names,
+    is_exact_match,
     is_script,
     known_metrics,
     metric_mode,
     reads,
     result_names,
 )
+from lora_cli.metrics.definitions import definition
 from lora_cli.metrics.metric_set import MetricSet
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "MetricSet",
     "builtin_value",
     "check_metric_names",
+    "definition",
+    "is_exact_match",
     "is_script",
     "known_metrics",
     "metric_mode",

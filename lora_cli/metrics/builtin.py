@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lora_cli.errors import LoraError, Problem, beside
+from lora_cli.metrics.words import bleu_words, canonical, rouge_words
 
 Channel = Literal["label", "value", "text", "nll"]
 """What a metric reads of each evaluated row, as prediction and reference.
@@ -42,10 +43,11 @@ _NOUNS = {"label": "labels", "value": "numbers", "text": "texts", "nll": "log-li
 
 @dataclass(frozen=True)
 class MetricContext:
-    """What a metric must know of the task: its number of classes, if known, and their kind."""
+    """What a metric must know of the task: its number of classes, their kind and their names."""
 
     n_labels: int | None = None
     multi_label: bool = False
+    labels: tuple[str, ...] = ()
 
 
 NOTHING_KNOWN = MetricContext()
@@ -150,16 +152,33 @@ def _perplexity(nlls: Rows, n_tokens: Rows, context: MetricContext) -> float:
         return math.inf
 
 
+def is_exact_match(said: str, wanted: str) -> bool:
+    """Return whether two texts are the same but for spaces around them and Unicode's form."""
+    return canonical(said).strip() == canonical(wanted).strip()
+
+
 def _exact_match(p: Rows, r: Rows, context: MetricContext) -> float:
-    return float(np.mean([said.strip() == want.strip() for said, want in zip(p, r, strict=True)]))
+    return float(np.mean([is_exact_match(said, want) for said, want in zip(p, r, strict=True)]))
 
 
 def _bleu(p: Rows, r: Rows, context: MetricContext) -> float:
     """Return corpus BLEU, 0 to 100, as sacrebleu reports it."""
     import sacrebleu
 
+    said, wanted = ([bleu_words(text) for text in texts] for texts in (p, r))
+    # effective order: where no answer has four words, shorter runs are all that can be counted
     # force: no warning about texts that look tokenized
-    return float(sacrebleu.corpus_bleu(p, [r], force=True).score)
+    found = sacrebleu.corpus_bleu(
+        said, [wanted], tokenize="none", force=True, use_effective_order=True
+    )
+    return float(found.score)
+
+
+class _RougeWords:
+    """A tokenizer as `rouge_score` takes it."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return rouge_words(text)
 
 
 _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -169,7 +188,7 @@ def _rouge(p: Rows, r: Rows, context: MetricContext) -> dict[str, float]:
     """Return the means over rows of ROUGE's F1, 0 to 1; rougeLsum takes a line for a sentence."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(_ROUGE, use_stemmer=True)
+    scorer = RougeScorer(_ROUGE, tokenizer=_RougeWords())
     rows = [scorer.score(want, said) for said, want in zip(p, r, strict=True)]
     return {key: float(np.mean([row[key].fmeasure for row in rows])) for key in _ROUGE}
 

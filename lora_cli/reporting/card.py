@@ -82,6 +82,7 @@ def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> No
     asked = "--input pairs.csv --output answers.csv" if pairs else '"Some text"'
     versions = [f"{key} {v}" for key, v in part(report, "versions").items() if v]
     made = f"Made by {code_span(command)}. " if command else ""
+    definitions = part(report, "metric_definitions")
     parts = [
         f"---\n{yaml.safe_dump({k: v for k, v in front.items() if v}, sort_keys=False)}---",
         f"# {plain_text(short_name(name))} for {goal}",
@@ -94,6 +95,7 @@ def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> No
         f"## Results\n\n{_table([list(map(plain_text, row)) for row in results])}"
         if len(results) > 1
         else "## Results",
+        "\n".join(f"- {code_span(n)}: {plain_text(words)}" for n, words in definitions.items()),
         "![Loss and validation metric over the steps](learning_curve.png)",
         f"## Data\n\n{_table(_data_rows(report))}" if part(report, "data") else "",
         f"## Training\n\n{made}All settings: `recipe.yaml`.",

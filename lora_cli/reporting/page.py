@@ -109,8 +109,12 @@ def _top(
 
 
 def _box(tone: str, head: str, text: str) -> str:
-    text = re.sub("`([^`]+)`", r"<code>\1</code>", own(text))
-    return f'<p class="verdict {tone}"><strong>{esc(head)}</strong> {text}</p>'
+    return f'<p class="verdict {tone}"><strong>{esc(head)}</strong> {_code(text)}</p>'
+
+
+def _code(text: str) -> str:
+    """Return a text as markup, in which what stands between backticks is code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", own(text))
 
 
 def _against_baselines(report: dict[str, Any]) -> str:
@@ -213,8 +217,6 @@ def _results(report: dict[str, Any], numbers: Sequence[Line], split: str) -> str
         notes.append(f"“Majority” always says {own(common[0], 'code')}, train's commonest label.")
     if "constant" in shown:
         notes.append("“Constant” always says the mean of the split's references.")
-    if report.get("problem") == "multi_label" and "accuracy" in metrics:
-        notes.append("“Accuracy” counts the rows of which every label is right.")
     if "none" in shown:
         notes.append("“Head alone” is the same recipe without the adapter.")
     groups = [(of, [COLUMNS.get(w, w) for w in cells]) for of, cells in columns.items()]
@@ -223,6 +225,11 @@ def _results(report: dict[str, Any], numbers: Sequence[Line], split: str) -> str
         for i, m in enumerate(metrics)
     ]
     inner = grouped_table("metric", groups, body, "Results", strong="after")
+    lines = part(report, "metric_definitions").items()
+    told = "".join(
+        f"<li><b>{own(n.replace('_', ' '))}</b>: {_code(words)}</li>" for n, words in lines
+    )
+    inner += f'<ul class="plain">{told}</ul>' if told else ""
     return section("results", "Results", " ".join(notes), inner)
 
 

@@ -20,6 +20,7 @@ from lora_cli.metrics import (
     Channel,
     MetricContext,
     check_metric_names,
+    definition,
     is_script,
     known_metrics,
     metric_mode,
@@ -294,6 +295,18 @@ class Task(ABC):
                 meant = did_you_mean(name, known_metrics(), "built in are")
                 problems.append(Problem(what, at, f"{meant}; or {allow}"))
         return problems
+
+    def metric_definitions(self) -> dict[str, str]:
+        """Return what the loss and each of the metrics measure, in a line each."""
+        lines: dict[str, str] = {}
+        for name in self.metric_names:
+            lines |= definition(name, self.metric_context)
+        return {**lines, "loss": self.loss_definition}
+
+    @property
+    @abstractmethod
+    def loss_definition(self) -> str:
+        """What the loss measures: of what it is a mean, and in which unit."""
 
     @property
     def metric_context(self) -> MetricContext:

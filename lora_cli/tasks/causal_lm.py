@@ -43,6 +43,7 @@ class CausalLM(Task):
 
     auto_class = AutoModelForCausalLM
     metric_channel = "nll"
+    loss_definition = "mean cross-entropy per trained token, in nats"
     default_metrics = ("perplexity",)
 
     def __init__(self, recipe: Recipe, spec: CausalLMSpec) -> None:

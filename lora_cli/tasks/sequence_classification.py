@@ -79,7 +79,22 @@ class SequenceClassification(Task):
     @property
     def metric_context(self) -> MetricContext:
         """The number of labels, and whether a row may have several."""
-        return MetricContext(len(self.labels) or None, self.spec.problem == "multi_label")
+        several = self.spec.problem == "multi_label"
+        return MetricContext(len(self.labels) or None, several, tuple(self.labels))
+
+    @property
+    def loss_definition(self) -> str:
+        """What the loss measures."""
+        weighted = ", weighted by `class_weights`" if self.spec.class_weights else ""
+        if self.spec.label_smoothing and self.spec.problem == "single_label":
+            weighted += f", with label smoothing {self.spec.label_smoothing:g}"
+        match self.spec.problem:
+            case "regression":
+                return "mean squared error per row"
+            case "multi_label":
+                return f"mean binary cross-entropy per row and label, in nats{weighted}"
+            case "single_label":
+                return f"mean cross-entropy per row, in nats{weighted}"
 
     def input_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the texts, or nothing."""

@@ -120,6 +120,7 @@ def start_report(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["lora", *sys.argv[1:]]),
         "task": recipe.task.type,
+        "metric_definitions": task.metric_definitions(),
         "base_model": recipe.model.name,
         "adapter": _adapter_facts(recipe),
         "parameters": {
