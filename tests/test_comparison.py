@@ -208,7 +208,8 @@ def test_the_command_says_old_new_and_verdict(base: Path, tmp_path: Path) -> Non
     assert RegressionError.exit_code == 6
     result = run("--adapter", a, "--against", b, "--max-drop", "100")
     assert result.exception is None
-    old, new, header, row, interval, verdict = result.stdout.splitlines()
+    old, new, header, row, definition, interval, verdict = result.stdout.splitlines()
+    assert definition == "accuracy: share of rows whose label is right"
     assert (old, new) == (f"old  {b}", f"new  {a}")
     assert header.split()[-6:] == ["old", "new", "difference", "95", "%", "interval"]
     assert row.split()[0] == "accuracy"
