@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -113,7 +112,7 @@ def _reply(
     """Write the answer to a line, and add both to the history."""
     if not isinstance(task, CausalLM):
         ((said, *scores),) = answer(model, task, [task.row_of(said)], accelerator)
-        best: list[Any] = sorted(scores, reverse=True)[:1]
+        best = sorted((p for p in scores if isinstance(p, float)), reverse=True)[:1]
         write(f"{said}" + (f"\t{best[0]:.4f}" if best else "") + "\n")
         return
     if task.is_chat:

@@ -25,6 +25,7 @@ from pathlib import Path
 from lora_cli.redaction import redacted
 
 BACKUP = "take it from a backup or train again"  # of files that were damaged
+MOST_COMPARED = 1000  # names, of which the nearest is looked for
 WIDTH = 1000  # characters of a line; data may hold 50 MB in one
 
 
@@ -127,7 +128,10 @@ def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
     """Return the candidate most like `name`, or None if none is close."""
     if len(name) > WIDTH:  # comparing takes longer than the text is worth
         return None
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)
+    near = list(candidates)
+    if len(near) > MOST_COMPARED:
+        near = [other for other in near if other[:1] == name[:1]][:MOST_COMPARED]
+    close = difflib.get_close_matches(name, near, n=1, cutoff=cutoff)
     return close[0] if close else None
 
 

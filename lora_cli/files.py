@@ -100,7 +100,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    _delete_of_dead(target)
+    delete_of_dead(target)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -192,8 +192,8 @@ def _delete(path: Path) -> None:
         path.unlink()
 
 
-def _delete_of_dead(target: Path) -> None:
-    """Delete what processes left of a folder that ended while they wrote it."""
+def delete_of_dead(target: Path) -> None:
+    """Delete what processes left of a folder or file that ended while they wrote it."""
     for path in list(target.parent.glob(".*.tmp")):
         found = LEFTOVER.fullmatch(path.name)
         if found is not None and found[1] == target.name and not is_alive(int(found[2])):

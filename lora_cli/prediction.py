@@ -23,7 +23,7 @@ from lora_cli.data.files import (
 )
 from lora_cli.data.sniffing import DELIMITERS, SPARE_DELIMITERS, Head, read_head
 from lora_cli.data.writing import WRITABLE, OutputForm, refuse_target, suffix_of, writing
-from lora_cli.errors import LoraError, Problem, beside
+from lora_cli.errors import LoraError, Problem, beside, counted
 from lora_cli.recipe import FormatSpec
 from lora_cli.tasks import Task
 
@@ -83,7 +83,7 @@ def answer_file(
     written = 0
     blank = [None] * len(added)
     rows = read_rows(source, form)
-    with writing(target, output) as write:
+    with writing(target, output, overwrite) as write:
         while chunk := list(islice(rows, CHUNK)):
             faults = [row.fault or task.answer_fault(row.columns or {}) for row in chunk]
             good = [row.columns or {} for row, f in zip(chunk, faults, strict=True) if not f]
@@ -99,7 +99,18 @@ def answer_file(
             write(lines)
             written += len(chunk)
             tell(written)
+        unanswered = [problem for problem in problems if problem.hint == NO_ANSWER]
+        if written and len(unanswered) == written:
+            raise _nothing_answered(unanswered)
     return written, problems
+
+
+def _nothing_answered(problems: list[Problem]) -> LoraError:
+    """Return what to say of a file of which no row has an answer: the first rows, and why."""
+    shown = [Problem(problem.what, problem.at) for problem in problems[:3]]
+    what = f"none of {counted(len(problems), 'row')} can be answered, so nothing is written"
+    hint = "does the file have the columns and the kind of values that the model was trained on?"
+    return LoraError([*shown, Problem(what, "--input", hint)])
 
 
 def _free_names(wanted: Sequence[str], columns: Sequence[str]) -> list[str]:
@@ -234,7 +245,11 @@ def _schema(source: Path, head: Head, columns: list[str], task: Task) -> Any:
     _, *probabilities = task.answer_columns()
     problem = getattr(task.recipe.task, "problem", "")
     by_problem = {"regression": pa.float64(), "multi_label": pa.list_(pa.string())}
-    types = [by_problem.get(problem, pa.string()), *(pa.float64() for _ in probabilities)]
+    types = [
+        by_problem.get(problem, pa.string()),
+        # the best of many labels are a mapping, which parquet has as JSON
+        *(pa.string() if name == "best" else pa.float64() for name in probabilities),
+    ]
     old = len(columns) - len(types)
     schema = pa.schema([(name, pa.string()) for name in columns[:old]])
     if head.kind == "parquet":

@@ -158,11 +158,26 @@ def test_layers_limit() -> None:
         ]
     for layers in ([0, 1], "0-1"):
         assert len(names_of(model, target_modules=["query", "pooler.dense"], layers=layers)) == 2
-    assert parse_layers("3-5") == {3, 4, 5}
-    assert parse_layers("7") == {7}
+    assert list(parse_layers("3-5")) == [3, 4, 5]
+    assert list(parse_layers("7")) == [7]
     problem = problems_of(model, target_modules=["query"], layers="1-3")
-    assert [p.what for p in problem] == ["there is no layer 2", "there is no layer 3"]
+    assert [p.what for p in problem] == ["there are no layers 2 to 3"]
     assert problem[0].hint == "the model has layers 0 to 1"
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ("0-99999999999", "there are no layers 2 to 99999999999"),
+        ("5-" + "9" * 5000, "there are no layers 5 to " + "9" * 15),
+        ("99999999999-99999999999", "there is no layer 99999999999"),
+        ("1-0", "`1-0` names no layer"),
+        ([1, 2, 9], "there are no layers 2, 9"),
+    ],
+)
+def test_layers_that_are_not_there_are_said_at_once(layers: Any, said: str) -> None:
+    problems = problems_of(tiny.encoder(), target_modules=["query"], layers=layers)
+    assert problems[0].what == said
 
 
 def test_patterns_refine_rank_and_alpha_and_the_first_match_wins() -> None:
@@ -359,7 +374,7 @@ def test_nothing_left_to_adapt_is_an_error() -> None:
         {"target_modules": ["query"], "exclude_modules": ["self.query"]},
         {"target_modules": ["pooler.dense"], "layers": "0-1"},
         {"target_modules": []},
-        {"target_modules": ["query"], "layers": "1-0"},
+        {"target_modules": ["query"], "layers": "0-0", "exclude_modules": ["query"]},
     ):
         assert [p.what for p in problems_of(model, **adapter)] == [what]
 

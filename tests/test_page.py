@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import html5lib
+import numpy as np
 import pytest
 import tiny
 
@@ -149,11 +150,35 @@ def log_of(validation: list[float], training: list[float], key: str = "accuracy"
 def test_confusion_and_scores_of_labels_are_those_counted_by_hand() -> None:
     matrix = analysis.confusion(["a", "b", "c"], LINES)
     assert matrix == [[2, 1, 0], [0, 1, 0], [0, 0, 0]]
-    assert analysis.confused_pairs(["a", "b", "c"], matrix) == [(1, "a", "b")]
+    assert analysis.confused_pairs(["a", "b", "c"], LINES) == [(1, "a", "b")]
     a, b, c = analysis.per_label(["a", "b", "c"], LINES)
     assert (a.rows, a.called, a.precision, a.recall, a.f1) == (3, 2, 1.0, 2 / 3, 0.8)
     assert (b.rows, b.called, b.precision, b.recall, b.f1) == (1, 2, 0.5, 1.0, 2 / 3)
     assert (c.rows, c.called, c.precision, c.recall, c.f1) == (0, 0, None, None, None)
+
+
+def test_pairs_of_labels_are_counted_as_in_the_matrix() -> None:
+    labels = ["a", "b", "c", "d"]
+    random = np.random.default_rng(0)
+    lines = [line_of(0, labels[i], labels[j]) for i, j in random.integers(0, 4, (200, 2))]
+    matrix = analysis.confusion(labels, lines)
+    by_matrix = {(labels[i], labels[j], matrix[i][j]) for i in range(4) for j in range(4) if i != j}
+    found = analysis.confused_pairs(labels, lines)
+    assert {(a, b, n) for n, a, b in found} == by_matrix
+    assert [n for n, _, _ in found] == sorted((n for *_, n in by_matrix), reverse=True)
+    many = [f"label {i}" for i in range(50_000)]
+    assert analysis.confused_pairs(many, [line_of(0, many[3], many[-1])]) == [
+        (1, many[3], many[-1])
+    ]
+
+
+def test_calibration_of_several_labels_needs_the_probability_of_each() -> None:
+    line = {**line_of(0, ["a"], ["a"]), "scores": {"a": 0.9, "b": 0.2}}
+    assert analysis.calibration("multi_label", [line], 2) is not None
+    assert analysis.calibration("multi_label", [line], 30) is None
+    assert analysis.calibration(
+        "single_label", [{**line_of(0, "a", "a"), "scores": {"a": 0.9}}], 30
+    )
 
 
 def test_scores_of_several_labels_a_row() -> None:

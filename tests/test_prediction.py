@@ -4,6 +4,9 @@ import csv
 import gzip
 import io
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from lora_cli.prediction import answer, answer_file
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Task, build_task
 from lora_cli.tasks.encoding import load_data
+from lora_cli.tasks.sequence_classification import SequenceClassification
 
 ROWS = [
     {"id": "007", "text": 'great, "fun"\nand more', "note": "NA"},
@@ -103,6 +107,75 @@ def test_rows_order_and_columns_are_kept(
         found = [float(row[name]) for name in ADDED[1:]]
         assert found == pytest.approx(probabilities, abs=1e-5)
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([source, target])
+
+
+def test_without_any_answer_nothing_is_written(opened: Opened, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [{"text": "", "id": i} for i in range(5)])
+    with pytest.raises(LoraError, match="none of 5 rows can be answered") as found:
+        run(opened, source, tmp_path / "out.jsonl")
+    assert "in.jsonl:1" in str(found.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_what_a_killed_process_left_is_deleted_and_nothing_is_replaced_unasked(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, other = tmp_path / f".out.csv.{dead.pid}.tmp", tmp_path / f".out.csv.{os.getppid()}.tmp"
+    for file in (left, other):
+        file.write_text("a part")
+    source, target = write(tmp_path / "in.csv", ROWS), tmp_path / "out.csv"
+
+    def while_it_runs(*given: Any) -> Any:
+        target.write_text("of another process")
+        return answer(*given)
+
+    monkeypatch.setattr(prediction, "answer", while_it_runs)
+    with pytest.raises(LoraError, match="was written by another process meanwhile"):
+        run(opened, source, target)
+    assert target.read_text() == "of another process"
+    assert run(opened, source, target, overwrite=True)[0] == 5
+    assert {file.name for file in tmp_path.iterdir()} == {"in.csv", "out.csv", other.name}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_of_many_labels_the_best_are_written(suffix: str, tmp_path: Path) -> None:
+    """3,000 labels had 3,000 columns, and each row 70 kB."""
+    names = [f"label {i}" for i in range(3000)]
+    given = {"task": {"labels": names}, "data": {"path": "rows.csv"}}
+    opened = open_task(tiny.save_encoder(tmp_path / "base"), tmp_path, **given)
+    source, target = write(tmp_path / "in.csv", ROWS), tmp_path / f"out{suffix}"
+    run(opened, source, target)
+    task, model, _ = opened
+    assert isinstance(task, SequenceClassification)
+    with torch.no_grad():
+        batch = task._padded(task._encode_texts(ROWS))
+        wanted = torch.softmax(model(**batch).logits, -1)
+    rows = pq.read_table(target).to_pylist() if suffix == ".parquet" else read(target)
+    assert target.stat().st_size < 5 * 1000
+    for row, scores in zip(rows, wanted, strict=True):
+        assert row["prediction"] == names[int(scores.argmax())]
+        assert float(row["p"]) == pytest.approx(float(scores.max()), abs=1e-5)
+        best = row["best"] if suffix == ".jsonl" else json.loads(row["best"])
+        top = scores.topk(10)
+        assert list(best) == [names[i] for i in top.indices.tolist()]
+        assert list(best.values()) == pytest.approx(top.values.tolist(), abs=1e-5)
+
+
+def test_of_many_labels_predictions_keep_the_best_and_the_rows_own(tmp_path: Path) -> None:
+    names = [f"label {i}" for i in range(3000)]
+    rows = [{"text": row["text"], "label": names[-1 - i]} for i, row in enumerate(ROWS)]
+    write(tmp_path / "rows.jsonl", rows)
+    given = {"task": {"labels": names}, "data": {"path": "rows.jsonl"}}
+    task, model, accelerator = open_task(tiny.save_encoder(tmp_path / "base"), tmp_path, **given)
+    file = tmp_path / "predictions.jsonl"
+    evaluate(model, task, load_data(task)["train"], accelerator, file)
+    assert file.stat().st_size < 5 * 1000
+    for i, line in enumerate(read(file)):
+        assert len(line["scores"]) in (10, 11)
+        assert {line["prediction"], names[-1 - i]} <= set(line["scores"])
+        assert max(line["scores"], key=line["scores"].get) == line["prediction"]
 
 
 def test_the_answers_are_those_of_evaluate(tmp_path: Path) -> None:

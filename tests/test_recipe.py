@@ -17,8 +17,16 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_cli import files
 from lora_cli.errors import LoraError, Problem, did_you_mean
-from lora_cli.recipe import Recipe, dump_recipe, load_recipe, recipe_schema
+from lora_cli.recipe import (
+    Recipe,
+    SequenceClassificationSpec,
+    dump_recipe,
+    load_adapter_recipe,
+    load_recipe,
+    recipe_schema,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 LINES = """\
@@ -754,3 +762,36 @@ def test_a_key_of_another_type_is_not_what_was_meant(problems: Any) -> None:
         "model: {name: m}\ntask: {type: causal_lm, label_column: label}\ndata: {path: d.csv}\n"
     )
     assert problem.hint.startswith("it is not for `type: causal_lm`; leave it out (known keys: ")
+
+
+def test_a_recipe_beside_an_adapter_may_name_many_labels(tmp_path: Path) -> None:
+    """Those that were found in the data are written there; anybody's recipe has few."""
+    labels = "".join(f"  - label number {i}\n" for i in range(50_000))
+    text = f"model: {{name: base}}\ntask:\n  type: sequence_classification\n  labels:\n{labels}"
+    (tmp_path / "recipe.yaml").write_text(text + "data: {path: rows.csv}\n")
+    recipe = load_adapter_recipe(tmp_path)
+    assert isinstance(recipe.task, SequenceClassificationSpec)
+    assert recipe.task.labels is not None
+    assert recipe.task.labels[-1] == "label number 49999"
+    with pytest.raises(LoraError, match="more than 200,000 bytes are too many for a recipe"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_recipe_from_a_pipe_or_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LoraError, match="bytes are too many for a recipe"):
+        load_recipe("/dev/zero")
+    monkeypatch.setattr(files, "PATIENCE_S", 0.01)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(LoraError, match="nothing is written into this pipe"):
+        load_recipe(pipe)
+    with open(os.open(pipe, os.O_RDWR), "wb") as file:
+        file.write(b"model: {name: base}\ntask: {type: causal_lm}\ndata: {path: rows.csv}\n")
+        file.flush()
+        with pytest.raises(LoraError, match="nothing is written"):  # it was never closed
+            load_recipe(pipe)
+    source, sink = os.pipe()  # as bash makes one for `<(COMMAND)`
+    os.write(sink, b"model: {name: base}\ntask: {type: causal_lm}\ndata: {path: rows.csv}\n")
+    os.close(sink)
+    assert load_recipe(f"/dev/fd/{source}").model.name == "base"
+    os.close(source)

@@ -37,6 +37,7 @@ QUERY_VALUE_NAMES = (
 
 
 LONGEST = 10_000  # characters of an expression
+LONGEST_NUMBER = 15  # digits of a layer's number; no model has as many layers as that allows
 MOST_COPIES = 10_000  # that its counts may ask for: `regex` writes out `(a{1000}){1000}`, in memory
 COUNT = r"\{([\s\d,]+)\}"  # `{3}`, `{3,}`, `{,3}`, `{3,5}`
 PATIENCE = 0.5  # seconds for one expression and one name; most take a millionth of it
@@ -57,12 +58,12 @@ def layer_index(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
-def parse_layers(layers: str | list[int]) -> set[int]:
-    """Return the layer numbers of `0-5`, `7`, or a list."""
+def parse_layers(layers: str | list[int]) -> range | frozenset[int]:
+    """Return the layer numbers of `0-5`, `7`, or a list; of any range, however long, at once."""
     if not isinstance(layers, str):
-        return set(layers)
-    first, _, last = layers.partition("-")
-    return set(range(int(first), int(last or first) + 1))
+        return frozenset(layers)
+    first, _, last = (number[:LONGEST_NUMBER] for number in layers.partition("-"))
+    return range(int(first), int(last or first) + 1)
 
 
 def matches(pattern: str | list[str], name: str) -> bool:
@@ -167,18 +168,25 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
     return targets
 
 
-def _absent_layers(wanted: set[int], modules: Iterable[str], recipe: Recipe) -> list[Problem]:
-    """Return a problem for every layer that the model does not have."""
-    found = {layer_index(name) for name in modules}
-    count = max((i for i in found if i is not None), default=-1) + 1
-    return [
-        Problem(
-            f"there is no layer {layer}",
-            recipe.at("adapter.layers"),
-            f"the model has layers 0 to {count - 1}",
-        )
-        for layer in sorted(wanted - found)
-    ]
+def _absent_layers(
+    wanted: range | frozenset[int], modules: Iterable[str], recipe: Recipe
+) -> list[Problem]:
+    """Return a problem if the model does not have some of the layers."""
+    at, layers = recipe.at("adapter.layers"), recipe.adapter.layers
+    if not wanted:
+        return [Problem(f"`{layers}` names no layer", at, "write the lower number first: `0-3`")]
+    found = {index for name in modules if (index := layer_index(name)) is not None}
+    # a range may be long: only as much of it is looked at as the model could have
+    most = len(found) + 1
+    first = wanted[:most] if isinstance(wanted, range) else sorted(wanted)
+    absent = [index for index in first if index not in found]
+    if not absent:
+        return []
+    shown = ", ".join(map(str, absent[:10])) + (", …" if len(absent) > 10 else "")
+    if isinstance(wanted, range):
+        shown = f"{absent[0]}" + (f" to {wanted[-1]}" if absent[0] < wanted[-1] else "")
+    what = "there is no layer" if shown.isdecimal() else "there are no layers"
+    return [Problem(f"{what} {shown}", at, f"the model has layers 0 to {max(found, default=0)}")]
 
 
 def _unmatched_patterns(chosen: list[str], recipe: Recipe) -> list[Problem]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_cli.errors import LoraError
+from lora_cli.files import delete_of_dead
 
 WRITABLE = {".csv": ",", ".tsv": "\t", ".json": "", ".jsonl": "", ".ndjson": "", ".parquet": ""}
 Write = Callable[[Sequence[dict[str, Any]]], None]
@@ -71,13 +72,17 @@ def refuse_target(source: Path, target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def writing(target: Path, form: OutputForm) -> Iterator[Write]:
+def writing(target: Path, form: OutputForm, overwrite: bool = True) -> Iterator[Write]:
     """Yield a function that writes rows; the file appears if the block ends well.
 
+    What processes left that were killed while they wrote the same file is deleted.
+
     Raises:
-        LoraError: If it cannot be written; then nothing is left of it.
+        LoraError: If it cannot be written, or, without `overwrite`, another process wrote such a
+            file meanwhile; then nothing is left of it.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    delete_of_dead(target)
     try:
         if form.schema is not None:
             with _parquet(temporary, form.schema) as write:
@@ -88,7 +93,14 @@ def writing(target: Path, form: OutputForm) -> Iterator[Write]:
                 yield _table(file, form) if table else _json(file)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.replace(target)
+        if overwrite:
+            temporary.replace(target)
+        else:
+            os.link(temporary, target)  # which replaces nothing
+    except FileExistsError as error:
+        what = f"{target} was written by another process meanwhile, and is not overwritten"
+        hint = "name another file, or allow it with `--overwrite`"
+        raise LoraError(what, "--output", hint) from error
     except OSError as error:
         what = f"cannot write {target}: {(error.strerror or str(error)).lower()}"
         raise LoraError(what, "--output", "name another file, or make room") from error
@@ -111,7 +123,13 @@ def _parquet(path: Path, schema: Any) -> Iterator[Write]:
     import pyarrow.parquet as pq
 
     with pq.ParquetWriter(path, schema) as writer:
-        yield lambda rows: writer.write_table(pa.Table.from_pylist(list(rows), schema=schema))
+        texts = [field.name for field in schema if pa.types.is_string(field.type)]
+
+        def write(rows: Sequence[dict[str, Any]]) -> None:
+            cells = [{**row, **{n: _cell(row[n]) for n in texts if n in row}} for row in rows]
+            writer.write_table(pa.Table.from_pylist(cells, schema=schema))
+
+        yield write
 
 
 def _json(file: IO[str]) -> Write:

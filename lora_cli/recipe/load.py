@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lora_cli.errors import LoraError, Problem, nearest
+from lora_cli.files import read_bounded
 from lora_cli.recipe.command_line import parse_value
 from lora_cli.recipe.explain import explain
 from lora_cli.recipe.reader import Reader, YamlDumper, parse
@@ -19,17 +21,21 @@ from lora_cli.recipe.spec import Recipe, is_file
 from lora_cli.redaction import redacted
 
 MAX_BYTES = 200_000  # a second of reading; a recipe has a hundredth of it
+MAX_OWN_BYTES = 5_000_000  # beside an adapter, where all labels are named that were found
 RECIPE_FILE = "recipe.yaml"  # beside an adapter
 MAX_PROBLEMS = 20
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), most_bytes: int = MAX_BYTES
+) -> Recipe:
     """Read a recipe, apply overrides, and check it against the schema.
 
     Args:
         path: The YAML file.
         overrides: `key=value` each, the key with dots (`train.epochs=1`), the value a text as it
             is, a number, or a list or a mapping in brackets.
+        most_bytes: Largest size of the file.
 
     Returns:
         The recipe. Paths of data and local models in it are absolute: those written in the file
@@ -39,7 +45,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         LoraError: With every problem that the schema finds, each with its line.
     """
     file = Path(path)
-    data, reader = parse(_text_of(file), str(path))
+    data, reader = parse(_text_of(file, most_bytes), str(path))
     if not isinstance(data, dict):
         raise LoraError(
             "the recipe is empty" if data is None else "a recipe is a mapping of keys to values",
@@ -98,7 +104,7 @@ def load_adapter_recipe(adapter: Path, overrides: Sequence[str] = ()) -> Recipe:
     What only the user may allow, to run code and to take another base, counts in an override alone.
     Metrics that are code of their own count as code too.
     """
-    recipe = load_recipe(adapter / RECIPE_FILE, overrides)
+    recipe = load_recipe(adapter / RECIPE_FILE, overrides, MAX_OWN_BYTES)
     said = {override.partition("=")[0].strip() for override in overrides}
     for key in ("trust_remote_code", "allow_other_base"):
         if not said & {"model", f"model.{key}"}:
@@ -116,14 +122,17 @@ def _first(problems: list[Problem]) -> list[Problem]:
     return [*first, Problem(more, first[-1].at, "mend those above first")]
 
 
-def _text_of(file: Path) -> str:
+def _text_of(file: Path, most_bytes: int) -> str:
     try:
-        raw = file.read_bytes()
+        raw = read_bounded(file, most_bytes)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            what = f"more than {most_bytes:,} bytes are too many for a recipe"
+            raise LoraError(what, str(file), "is this a data file, or a device?") from error
+        if error.errno == errno.ETIMEDOUT:
+            what = "nothing is written into this pipe"
+            raise LoraError(what, str(file), "name a file, or write `<(COMMAND)`") from error
         raise _cannot_read(file, error) from error
-    if len(raw) > MAX_BYTES:
-        hint = f"a recipe has at most {MAX_BYTES:,}; is this a data file?"
-        raise LoraError(f"{len(raw):,} bytes are too many for a recipe", str(file), hint)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -14,7 +14,7 @@ import yaml
 from lora_cli.errors import LoraError, Problem
 from lora_cli.recipe.syntax import BACKSLASH, TOO_DEEP, in_words, line_of, opening_line
 
-MAX_NODES = 10_000  # a recipe has a hundred; aliases inside aliases have billions
+MAX_NODES = 10_000  # beyond the length of the text: aliases inside aliases have billions
 MAX_DEPTH = 30
 MAX_NESTING = 60  # of brackets and indentation, looked at before there are values
 MAX_INTEGER = 2**63 - 1
@@ -77,10 +77,12 @@ class Reader:
     Args:
         source: The file, or the `--set` flag, that the text is from.
         is_file: Whether places name a line.
+        length: Characters of the text.
     """
 
-    def __init__(self, source: str, is_file: bool) -> None:
+    def __init__(self, source: str, is_file: bool, length: int = 0) -> None:
         self.source = source
+        self.most_nodes = MAX_NODES + length // 2  # without aliases, a node has two characters
         self.is_file = is_file
         self.places: dict[str, str] = {}
         self.problems: list[Problem] = []
@@ -95,7 +97,7 @@ class Reader:
     def value(self, node: yaml.Node, path: KeyPath = ()) -> Any:
         """Return what a node means; what it cannot mean goes to `problems`."""
         self.nodes += 1
-        if self.nodes > MAX_NODES or len(path) > MAX_DEPTH:
+        if self.nodes > self.most_nodes or len(path) > MAX_DEPTH:
             raise LoraError(
                 "the recipe is too large or too deep",
                 self.place(node.start_mark.line),
@@ -205,7 +207,7 @@ def parse(text: str, source: str, path: KeyPath = (), is_file: bool = True) -> t
     Raises:
         LoraError: If the text is not YAML.
     """
-    reader = Reader(source, is_file)
+    reader = Reader(source, is_file, len(text))
     try:
         loader = YamlLoader(text)
     except yaml.reader.ReaderError as error:

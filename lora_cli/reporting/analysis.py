@@ -83,15 +83,15 @@ def confusion(labels: Sequence[str], lines: Iterable[Line]) -> list[list[int]]:
     return matrix
 
 
-def confused_pairs(labels: Sequence[str], matrix: list[list[int]]) -> list[tuple[int, str, str]]:
-    """Return (rows, label, what it was called instead), the most frequent first."""
-    pairs = [
-        (count, labels[i], labels[j])
-        for i, row in enumerate(matrix)
-        for j, count in enumerate(row)
-        if count and i != j
-    ]
-    return sorted(pairs, key=lambda pair: -pair[0])
+def confused_pairs(labels: Sequence[str], lines: Iterable[Line]) -> list[tuple[int, str, str]]:
+    """Return (rows, label, what it was called instead), the most frequent first.
+
+    (Counted by pairs that there are: of 50,000 labels there could be 2.5 billion.)
+    """
+    at = {label: i for i, label in enumerate(labels)}
+    pairs = Counter((str(line.get("reference")), str(line.get("prediction"))) for line in lines)
+    found = [(count, a, b) for (a, b), count in pairs.items() if a != b and a in at and b in at]
+    return sorted(found, key=lambda pair: (-pair[0], at[pair[1]], at[pair[2]]))
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,13 @@ class Bin:
     """Share of them that came true."""
 
 
-def calibration(kind: Kind, lines: Iterable[Line]) -> tuple[list[Bin], float] | None:
+def calibration(
+    kind: Kind, lines: Iterable[Line], n_labels: int = 0
+) -> tuple[list[Bin], float] | None:
     """Return the bins of the reliability diagram and the expected calibration error, or None.
+
+    None too with several labels a row of which predictions keep the best few: those alone would
+    make the model seem surer than it is.
 
     With one label a row, the probability of the predicted label against whether it is right; with
     several, that of every label of every row against whether the row has it. Ten bins of equal
@@ -150,6 +155,8 @@ def calibration(kind: Kind, lines: Iterable[Line]) -> tuple[list[Bin], float] | 
     pairs: list[tuple[float, bool]] = []
     for line in lines:
         scores, wanted = line.get("scores") or {}, _as_set(line.get("reference"))
+        if kind == "multi_label" and len(scores) < n_labels:
+            return None
         if kind == "single_label":
             scores = {k: p for k, p in scores.items() if k == line.get("prediction")}
         pairs += [(p, k in wanted) for k, v in scores.items() if (p := finite(v)) is not None]

@@ -28,7 +28,7 @@ def answer_sections(report: dict[str, Any], kind: Kind, lines: list[Line], split
         return [
             _confusion(labels, lines, rows) if kind == "single_label" else "",
             _labels(labels, lines, rows),
-            _calibration(kind, lines, rows),
+            _calibration(kind, lines, rows, len(labels)),
             section("errors", "Worst errors", note, _cases(wrong[:CASES])),
         ]
     if kind == "regression":
@@ -50,8 +50,7 @@ def answer_sections(report: dict[str, Any], kind: Kind, lines: list[Line], split
 
 
 def _confusion(labels: list[str], lines: list[Line], rows: str) -> str:
-    matrix = analysis.confusion(labels, lines)
-    pairs = analysis.confused_pairs(labels, matrix)
+    pairs = analysis.confused_pairs(labels, lines)
     note = f"{rows}: each line a label, each column what it was called. Blue is right, orange wrong"
     note += "; the deeper, the larger the share of the label's rows."
     if len(labels) > MATRIX_LABELS:
@@ -61,8 +60,10 @@ def _confusion(labels: list[str], lines: list[Line], rows: str) -> str:
         if len(labels) > MAP_LABELS:
             note = f"Of {rows} and {len(labels)} labels, the pairs that are confused most."
             return section("confusion", "Confusion", note, shown)
+        matrix = analysis.confusion(labels, lines)
         grid = scroller(plots.heat_map(labels, matrix), "Confusion matrix")
         return section("confusion", "Confusion", note, grid, "<h3>Confused most</h3>", shown)
+    matrix = analysis.confusion(labels, lines)
     head = "".join(f'<th scope="col" title="{esc(x)}">{own(x)}</th>' for x in labels)
     body = ""
     for i, (label, row) in enumerate(zip(labels, matrix, strict=True)):
@@ -119,8 +120,8 @@ def _bar(share: float | None) -> str:
     return f"{share:.3f}{bar}"
 
 
-def _calibration(kind: Kind, lines: list[Line], rows: str) -> str:
-    found = analysis.calibration(kind, lines)
+def _calibration(kind: Kind, lines: list[Line], rows: str, n_labels: int) -> str:
+    found = analysis.calibration(kind, lines, n_labels)
     if found is None:
         return ""
     bins, error = found

@@ -108,7 +108,7 @@ class Labels:
         if isinstance(value, int) and 0 <= value < len(self.class_names):
             name = self.class_names[value]
             # labels of other names in the recipe rename the classes, by position
-            return [name if name in self.names else _text(value)]
+            return [name if name in self._positions else _text(value)]
         return [_text(value)]
 
     def _marked(self, row: dict[str, Any], columns: list[str]) -> list[str] | None:
@@ -167,7 +167,7 @@ class Labels:
                 return f"it is the label `{name}` but for {how}: write both alike"
         if value == "-1":
             return "-1 often stands for a row without a label: leave such rows out"
-        if value.isdecimal() and not any(label.isdecimal() for label in self.names):
+        if value.isdecimal() and self._by_number:
             return f"positions are 0 to {last}: {', '.join(self.names[:20])}"
         known = did_you_mean(value, self.names, LABELS_ARE)
         return f"{known}; mend the rows, or name it in `task.labels`"
@@ -181,13 +181,25 @@ class Labels:
                 )
         return None
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the labels."""
+        return self._names
+
+    @names.setter
+    def names(self, names: list[str]) -> None:
+        self._names = names
+        # there may be tens of thousands, and each is looked up in every row
+        self._positions = {name: i for i, name in reversed(list(enumerate(names)))}
+        self._by_number = not any(name.isdecimal() for name in names)
+
     def position(self, value: str) -> int | None:
         """Return the index of a label given by name, or by position."""
-        if value in self.names:
-            return self.names.index(value)
+        if (found := self._positions.get(value)) is not None:
+            return found
         if value.isdecimal() and len(value) < 10 and int(value) < len(self.names):
             # names in the recipe, positions in the data, as in GLUE
-            return None if any(label.isdecimal() for label in self.names) else int(value)
+            return int(value) if self._by_number else None
         return None
 
     def _balanced(self, values: Counter[str], n_rows: int) -> dict[str, float]:
@@ -211,7 +223,7 @@ class Labels:
                 f"`{name}` is not a label", at, did_you_mean(name, self.names, "the labels are")
             )
             for name in wanted
-            if name not in self.names
+            if name not in self._positions
         ]
         problems += [
             Problem(f"the weight of `{name}` is {weight}", at, "a weight is 0 or more: 1 is usual")

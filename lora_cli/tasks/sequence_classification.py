@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,10 @@ from lora_cli.models import load_config
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
 from lora_cli.tasks.base import Batch, Example, Prediction, Task, pad
 from lora_cli.tasks.labels import Labels, not_a_number
+
+ALL_SCORES = 20  # labels up to which a prediction keeps the probability of each; of more:
+BEST_SCORES = 10
+MOST_COLUMNS = 100  # labels up to which each has a column of its own in what `lora predict` writes
 
 
 class SequenceClassification(Task):
@@ -291,16 +296,16 @@ class SequenceClassification(Task):
                 items,
                 said,
                 self._names(label),
-                scores,
+                self._kept_scores(probabilities, label),
                 {self.metric_channel: (value, label if isinstance(label, float) else _ints(label))},
             )
-            for row, loss, items, label, (value, said, scores) in zip(
+            for row, loss, items, label, (value, said, probabilities) in zip(
                 batch.rows, losses, n_items, labels, readings, strict=True
             )
         ]
 
-    def read(self, logits: Tensor) -> list[tuple[Any, Any, dict[str, float] | None]]:
-        """Return (value for the metrics, what it is called, probabilities by label) of each row."""
+    def read(self, logits: Tensor) -> list[tuple[Any, Any, list[float] | None]]:
+        """Return (value for the metrics, what it is called, probabilities of the labels) by row."""
         values: list[Any]
         match self.spec.problem:
             case "regression":
@@ -312,12 +317,29 @@ class SequenceClassification(Task):
                 probabilities = torch.softmax(logits, -1)
                 values = probabilities.argmax(-1).tolist()
         return [
-            (value, self._names(value), dict(zip(self.labels, row, strict=True)))
+            (value, self._names(value), row)
             for value, row in zip(values, probabilities.tolist(), strict=True)
         ]
 
+    def _kept_scores(
+        self, probabilities: list[float] | None, label: Any
+    ) -> dict[str, float] | None:
+        """Return the probabilities that are kept with a prediction: of many labels, the best few.
+
+        Those of the row's own labels are among them.
+        """
+        if probabilities is None or len(probabilities) <= ALL_SCORES:
+            named = None if probabilities is None else zip(self.labels, probabilities, strict=True)
+            return None if named is None else dict(named)
+        own = [i for i, on in enumerate(label) if on] if isinstance(label, list) else [int(label)]
+        return {
+            self.labels[i]: probabilities[i] for i in dict.fromkeys([*_best(probabilities), *own])
+        }
+
     def answer_columns(self) -> list[str]:
-        """Return `prediction` and, for labels, the probability of each."""
+        """Return `prediction` and, for labels, the probability of each; of many, of the best."""
+        if len(self.labels) > MOST_COLUMNS:
+            return ["prediction", "p", "best"]
         return ["prediction", *(f"p_{label}" for label in self.labels)]
 
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
@@ -325,15 +347,25 @@ class SequenceClassification(Task):
         device = next(model.parameters()).device
         inputs = self._padded(self._encode_texts(rows))
         logits = model(**{key: value.to(device) for key, value in inputs.items()}).logits.float()
-        return [
-            [said, *(round(p, 6) for p in (scores or {}).values())]
-            for _, said, scores in self.read(logits)
-        ]
+        return [[said, *self._answered(row or [])] for _, said, row in self.read(logits)]
+
+    def _answered(self, probabilities: list[float]) -> list[Any]:
+        """Return the probability of each label; of many, the highest, and the best by name."""
+        rounded = [round(p, 6) for p in probabilities]
+        if len(rounded) <= MOST_COLUMNS:
+            return list(rounded)
+        best = {self.labels[i]: rounded[i] for i in _best(probabilities)}
+        return [max(rounded), best]
 
     def _names(self, value: Any) -> Any:
         if isinstance(value, list):
             return [name for name, on in zip(self.labels, value, strict=True) if on]
         return value if self.spec.problem == "regression" else self.labels[value]
+
+
+def _best(probabilities: list[float]) -> list[int]:
+    """Return the positions of the highest, the highest first."""
+    return heapq.nlargest(BEST_SCORES, range(len(probabilities)), key=probabilities.__getitem__)
 
 
 def _ints(label: Any) -> Any:

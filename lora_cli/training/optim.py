@@ -102,7 +102,8 @@ def _settings(name: str, kind: str | None, spec: OptimizerSpec) -> tuple[float, 
 def _refuse_empty_layer_groups(model: nn.Module, recipe: Recipe) -> None:
     trained = {layer_index(name) for name in trainable_parameters(model)}
     for layers in recipe.train.optimizer.groups.layers:
-        if not parse_layers(layers) & {i for i in trained if i is not None}:
+        chosen = parse_layers(layers)
+        if not any(i in chosen for i in trained if i is not None):
             with_any = sorted(i for i in trained if i is not None)
             hint = f"layers with trained parameters are {', '.join(map(str, with_any)) or 'none'}"
             at = recipe.at(f"train.optimizer.groups.layers.{layers}")
