@@ -1,0 +1,528 @@
+"""Every key of a recipe is read: when it changes, the run, what it leaves or its message differs.
+
+A key that nothing reads is the quietest of faults: the recipe says one thing and the run does
+another. So each key stands in `CHANGES` with two settings and what must differ between them, and a
+key that is added to the recipe without an entry here fails.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import datasets
+import pytest
+import tiny
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from runs import lines, without_times
+from safetensors.torch import load_file
+from world import Printed, World
+
+from lora_cli.recipe import Recipe
+from lora_cli.recipe.spec.section import Section
+from lora_cli.tasks.sequence_classification import SequenceClassification
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+Settings = dict[str, Any]
+
+# ------------------------------------------------------------------------------------ all keys
+
+
+def keys(section: type[Section] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Yield every key; those of a task begin with its type."""
+    for name, field in section.model_fields.items():
+        name = field.alias or name
+        inner = list(sections_in(field.annotation))
+        if not inner or _may_be_a_word(field.annotation):
+            yield f"{prefix}{name}"
+        for found in inner:
+            kind = found.model_fields.get("type")
+            of_task = name == "task" and kind is not None
+            part = get_args(kind.annotation)[0] if of_task and kind else f"{prefix}{name}"
+            yield from keys(found, f"{part}.")
+
+
+def _may_be_a_word(annotation: Any) -> bool:
+    if get_origin(annotation) is dict:
+        return False
+    return annotation is str or any(_may_be_a_word(part) for part in get_args(annotation))
+
+
+def sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """Yield the sections that a value may be."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    elif get_origin(annotation) is not Literal:
+        for argument in get_args(annotation):
+            yield from sections_in(argument)
+
+
+# ----------------------------------------------------------------------- what a run leaves behind
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a command printed, and the folder that it wrote."""
+
+    printed: Printed
+    out: Path
+    used: dict[str, int]
+    """What leaves no trace in files: forward passes, workers, the largest batch evaluated."""
+
+
+def adapter(left: Left) -> Any:
+    file = next(f for f in (left.out / "adapter_model.safetensors", left.out / "model.safetensors")
+                if f.exists())  # fmt: skip
+    return {name: tensor.tolist() for name, tensor in load_file(file).items()}
+
+
+def order(left: Left) -> Any:
+    return (left.out / "samples.jsonl").read_text()
+
+
+def losses(left: Left) -> Any:
+    return [without_times(record) for record in lines(left.out / "metrics.jsonl")]
+
+
+def report(left: Left) -> Any:
+    value = json.loads((left.out / "report.json").read_text())
+    for key in ("created", "command", "versions"):
+        del value[key]
+    for key in ("seconds", "examples_per_s", "tokens_per_s", "peak_memory_bytes"):
+        value["training"].pop(key, None)
+    return value
+
+
+def results(left: Left) -> Any:
+    return report(left)["metrics"]
+
+
+def data(left: Left) -> Any:
+    return report(left)["data"]
+
+
+def config(left: Left) -> Any:
+    return json.loads((left.out / "adapter_config.json").read_text())
+
+
+def files(left: Left) -> Any:
+    return sorted(path.relative_to(left.out).as_posix() for path in left.out.rglob("*"))
+
+
+def predictions(left: Left) -> Any:
+    return (left.out / "predictions" / "validation.jsonl").read_text()
+
+
+def message(left: Left) -> Any:
+    return left.printed.code, left.printed.message if left.printed.code else ""
+
+
+def answer(left: Left) -> Any:
+    assert left.printed.code == 0, left.printed.err
+    return left.printed.out
+
+
+# ------------------------------------------------------------------------------- the two settings
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key's two settings, and what differs.
+
+    Args:
+        watch: Reads what must differ from what the command left.
+        settings: The two values; `...` leaves the key out.
+        kind: Which recipe the settings are laid over: a key of `KINDS`.
+        also: Other keys, the same in both.
+        command: What is run instead of `lora train`.
+        key: The key to set, where its name in the table is not it.
+    """
+
+    watch: Callable[[Left], Any]
+    settings: tuple[Any, Any]
+    kind: str = "labels"
+    also: Settings = dataclasses.field(default_factory=dict)
+    command: Callable[[World, list[str]], Printed] | None = None
+    key: str | None = None
+
+
+WORDS = ["warm", "dull", "great", "slow", "funny", "long", "fine", "flat"]
+TRAIN = [
+    {"text": f"a {word} film {'and so on ' * (i % 3)}".strip(), "other": f"{word} {i}",
+     "label": "bad" if i % 2 else "good", "word": "lo" if i % 3 else "hi", "number": i / 4,
+     "comma": f"{i},5", "tags": "good;bad" if i % 3 else "good", "is_bad": i % 2,
+     "is_good": 1 - i % 2, "is_odd": i % 2, "prompt": f"the {word}", "answer": f"film {i}",
+     "who": f"p{i // 3}", "turns": [
+         {"role": "user", "content": f"a {word}?"}, {"role": "assistant", "content": f"yes {i}"},
+         {"role": "user", "content": "why?"}, {"role": "assistant", "content": f"so {word}"}],
+     "talk": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": f"so {word}"}],
+     "said": [{"from": "human", "value": f"a {word}?"}, {"from": "gpt", "value": "yes"}]}
+    for i, word in enumerate(WORDS * 2)
+]  # fmt: skip
+DEV = [{**row, "text": f"{row['text']} indeed", "other": f"{row['other']} too"}
+       for row in TRAIN[:6]]  # fmt: skip
+COMMON: Settings = {
+    "data": {"train": "train.jsonl", "validation": "dev.jsonl",
+             "check": {"max_overlap": 1.0, "near_duplicates": False}},
+    "train": {"max_steps": 3, "micro_batch_size": 2, "log_every_steps": 1,
+              "optimizer": {"learning_rate": 0.01}},
+    "evaluate": {"baseline": False},
+}  # fmt: skip
+KINDS: dict[str, Settings] = {
+    "labels": {
+        "model": {"name": "../bases/encoder"},
+        "task": {"type": "sequence_classification", "labels": ["bad", "good"]},
+    },
+    "tags": {
+        "model": {"name": "../bases/encoder"},
+        "task": {"type": "sequence_classification", "problem": "multi_label",
+                 "label_column": "tags", "labels": ["bad", "good"], "label_separator": ";"},
+    },
+    "number": {
+        "model": {"name": "../bases/encoder"},
+        "task": {"type": "sequence_classification", "problem": "regression",
+                 "label_column": "number"},
+    },
+    "text": {
+        "model": {"name": "../bases/llama"},
+        "task": {"type": "causal_lm", "text_column": "text"},
+    },
+    "pair": {
+        "model": {"name": "../bases/llama"},
+        "task": {"type": "causal_lm", "prompt_column": "prompt", "completion_column": "answer"},
+    },
+    "chat": {
+        "model": {"name": "../bases/llama"},
+        "task": {"type": "causal_lm", "messages_column": "turns", "chat_template": "chat.jinja"},
+    },
+}  # fmt: skip
+
+
+def train(world: World, options: list[str]) -> Printed:
+    """Train as the recipe says."""
+    return world.lora("train", "recipe.yaml", *options)
+
+
+def said(world: World, options: list[str]) -> Printed:
+    """Let the adapter of a run go on from a few words."""
+    assert world.lora("train", "recipe.yaml", "-o", "out").code == 0
+    return world.lora("predict", "--adapter", "out", "the warm", *options[:-2])
+
+
+def resumed(world: World, options: list[str]) -> Printed:
+    """Run, then go on with another learning rate."""
+    assert world.lora("train", "recipe.yaml", "-o", "out").code == 0
+    (world.folder / "out/report.json").unlink()
+    options = [*options, "--resume", "--set", "train.optimizer.learning_rate=0.5"]
+    return train(world, options)
+
+
+def on_another_base(world: World, options: list[str]) -> Printed:
+    """Start from an adapter, on a base that is not its own."""
+    assert world.lora("train", "recipe.yaml", "-o", "first").code == 0
+    options = [*options, "--set", "adapter.from=first", "--set", "model.name=../bases/other"]
+    return train(world, options)
+
+
+def mirrored(world: World, options: list[str]) -> Printed:
+    """Run, and look at what stands in the mirror's folder."""
+    printed = train(world, options)
+    found = sorted(p.name for p in world.folder.glob("mirror/*"))
+    return dataclasses.replace(printed, out=f"{bool(found)}")
+
+
+def best(left: Left) -> Any:
+    return report(left)["best"]
+
+
+TEXT_FILE = {"train": "lines.txt", "validation": None}
+CSV = {"data.train": "train.csv", "data.validation": None}
+MANY = {"train.max_steps": 12, "evaluate.every_steps": 2}
+CHANGES: dict[str, Change] = {
+    "model.name": Change(losses, ("../bases/encoder", "../bases/other")),
+    "model.revision": Change(config, ("main", "v2")),
+    "model.dtype": Change(losses, ("float32", "bfloat16"), also={"train.precision": "bf16"}),
+    "model.attention": Change(message, ("sdpa", "flash_attention_2")),
+    "model.trust_remote_code": Change(
+        message, (False, True), also={"evaluate.metrics": ["not_a_known_metric"]}
+    ),
+    "model.allow_other_base": Change(message, (False, True), command=on_another_base),
+    # ------------------------------------------------------------------------------------- task
+    "sequence_classification.type": Change(
+        report, ("sequence_classification", "causal_lm"), also={"task.labels": ...}
+    ),
+    "sequence_classification.text_column": Change(losses, ("text", "other")),
+    "sequence_classification.text_pair_column": Change(losses, (None, "other")),
+    "sequence_classification.label_column": Change(
+        data, ("label", "word"), also={"task.labels": None}
+    ),
+    "sequence_classification.label_columns": Change(
+        losses, (["is_bad", "is_good"], ["is_good", "is_odd"])
+    ),
+    "sequence_classification.labels": Change(losses, (["bad", "good"], ["good", "bad"])),
+    "sequence_classification.problem": Change(
+        losses, ("single_label", "multi_label"), also={"task.label_columns": ["is_bad", "is_good"]}
+    ),
+    "sequence_classification.label_separator": Change(message, (";", "|"), "tags"),
+    "sequence_classification.class_weights": Change(losses, (None, {"bad": 3.0})),
+    "sequence_classification.label_smoothing": Change(losses, (0.0, 0.2)),
+    "sequence_classification.max_length": Change(losses, (64, 5)),
+    "sequence_classification.pad_token": Change(message, ("<pad>", "<nothing>")),
+    "causal_lm.type": Change(message, ("causal_lm", "sequence_classification"), "pair"),
+    "causal_lm.text_column": Change(losses, ("text", "other"), "text"),
+    "causal_lm.prompt_column": Change(losses, ("prompt", "other"), "pair"),
+    "causal_lm.completion_column": Change(losses, ("answer", "other"), "pair"),
+    "causal_lm.separator": Change(losses, ("", " : "), "pair"),
+    "causal_lm.messages_column": Change(losses, ("turns", "talk"), "chat"),
+    "causal_lm.format": Change(
+        message, ("sharegpt", "openai"), "chat", {"task.messages_column": "said"}
+    ),
+    "causal_lm.chat_template": Change(losses, ("chat.jinja", "other.jinja"), "chat"),
+    "causal_lm.train_on": Change(losses, ("assistant", "last"), "chat"),
+    "causal_lm.pad_token": Change(message, ("<pad>", "<nothing>"), "pair"),
+    "causal_lm.max_length": Change(data, (64, 6), "text"),
+    # ------------------------------------------------------------------------------------- data
+    "data.name": Change(losses, ("a/b", "a/c"),
+        also={"data.train": "train", "data.validation": None}),
+    "data.config": Change(losses, ("one", "two"),
+        also={"data.name": "a/b", "data.train": "train", "data.validation": None}),
+    "data.revision": Change(losses, ("main", "v2"),
+        also={"data.name": "a/b", "data.train": "train", "data.validation": None}),
+    "data.path": Change(losses, ("train.jsonl", "dev.jsonl"),
+        also={"data.train": ..., "data.validation": None}),
+    "data.split_column": Change(message, ("word", "label"),
+        also={"data.path": "train.jsonl", "data.train": "hi", "data.validation": None}),
+    "data.train": Change(losses, ("train.jsonl", "dev.jsonl")),
+    "data.validation": Change(results, ("dev.jsonl", "train.jsonl")),
+    "data.validation.from": Change(message, ("train", "test"),
+        also={"data.validation": {"fraction": 0.25}}),
+    "data.validation.fraction": Change(data, (0.25, 0.5),
+        also={"data.validation": {"from": "train"}}),
+    "data.validation.disjoint": Change(data, ("exact", None),
+        also={"data.train": "twice.jsonl", "data.validation": {"fraction": 0.3}}),
+    "data.validation.stratify": Change(data, (False, True),
+        also={"data.validation": {"fraction": 0.25}}),
+    "data.validation.group_by": Change(data, (None, "who"),
+        also={"data.validation": {"fraction": 0.25}}),
+    "data.test": Change(results, (None, "dev.jsonl")),
+    "data.split_seed": Change(data, (0, 1), also={"data.validation": {"fraction": 0.25}}),
+    "data.format.type": Change(message, ("csv", "text"),
+        also={"data.path": "rows.dat", "data.train": ..., "data.validation": None}),
+    "data.format.encoding": Change(losses, ("utf-8", "cp1252"), also=CSV),
+    "data.format.delimiter": Change(message, (",", ";"), also=CSV),
+    "data.format.header": Change(data, (True, False),
+        also=CSV | {"data.format.columns": ["text", "label"], "task.labels": None}),
+    "data.format.columns": Change(message, (["text", "label"], ["body", "label"]), also=CSV),
+    "data.format.skip_lines": Change(data, (0, 2),
+        also=CSV | {"data.format.columns": ["text", "label"]}),
+    "data.format.decimal": Change(message, (",", "."), "number",
+        {"task.label_column": "comma"}),
+    "data.format.sample_by": Change(data, ("line", "document"), "text",
+        {"data.train": "lines.txt", "data.validation": None}),
+    "data.streaming": Change(order, (False, True)),
+    "data.on_bad_row": Change(message, ("error", "skip"), also={"data.train": "broken.jsonl"}),
+    "data.check.max_overlap": Change(message, (0.0, 1.0), also={"data.validation": "train.jsonl"}),
+    "data.check.near_duplicates": Change(data, (True, False), also={"data.train": "near.jsonl"}),
+    # ---------------------------------------------------------------------------------- adapter
+    "adapter.type": Change(config, ("lora", "bitfit")),
+    "adapter.from": Change(losses, (..., "../bases/adapter")),
+    "adapter.rank": Change(config, (2, 4)),
+    "adapter.alpha": Change(losses, (4.0, 64.0)),
+    "adapter.dropout": Change(losses, (0.0, 0.5)),
+    "adapter.use_rslora": Change(losses, (False, True)),
+    "adapter.target_modules": Change(config, (["query"], ["value"])),
+    "adapter.exclude_modules": Change(report, (None, ["value"])),
+    "adapter.layers": Change(report, ([0], [0, 1])),
+    "adapter.rank_pattern": Change(report, ({}, {"query": 2})),
+    "adapter.alpha_pattern": Change(losses, ({}, {"query": 99.0})),
+    "adapter.bias": Change(report, ("none", "all")),
+    "adapter.train_modules": Change(report, ([], ["pooler"]), also={"model.name": "../bases/bert"}),
+    # ------------------------------------------------------------------------------------ train
+    "train.epochs": Change(report, (1.0, 0.5), also={"train.max_steps": None}),
+    "train.max_steps": Change(report, (2, 3)),
+    "train.max_hours": Change(message, (None, 1e-9)),
+    "train.micro_batch_size": Change(order, (2, 3)),
+    "train.gradient_accumulation_steps": Change(order, (1, 2)),
+    "train.examples_per_step": Change(order, (2, 4)),
+    "train.optimizer.type": Change(adapter, ("adamw", "sgd")),
+    "train.optimizer.learning_rate": Change(adapter, (0.01, 0.02)),
+    "train.optimizer.weight_decay": Change(adapter, (0.0, 0.5)),
+    "train.optimizer.betas": Change(adapter, ([0.9, 0.999], [0.5, 0.9])),
+    "train.optimizer.eps": Change(adapter, (1e-8, 1e-2)),
+    "train.optimizer.momentum": Change(adapter, (0.0, 0.9), also={"train.optimizer.type": "sgd"}),
+    "train.optimizer.lora_plus_ratio": Change(adapter, (None, 16.0)),
+    "train.optimizer.groups.head.learning_rate": Change(adapter, (None, 0.1)),
+    "train.optimizer.groups.head.weight_decay": Change(adapter, (None, 0.9)),
+    "train.optimizer.groups.adapter.learning_rate": Change(adapter, (None, 0.1)),
+    "train.optimizer.groups.adapter.weight_decay": Change(adapter, (None, 0.9)),
+    "train.optimizer.groups.layers.learning_rate": Change(
+        adapter, ({}, {"0-1": {"learning_rate": 0.1}}), key="train.optimizer.groups.layers"),
+    "train.optimizer.groups.layers.weight_decay": Change(
+        adapter, ({}, {"0-1": {"weight_decay": 0.9}}), key="train.optimizer.groups.layers"),
+    "train.scheduler.type": Change(losses, ("linear", "cosine")),
+    "train.scheduler.warmup_steps": Change(losses, (0, 2)),
+    "train.scheduler.warmup_ratio": Change(losses, (None, 0.5)),
+    "train.precision": Change(losses, ("fp32", "bf16")),
+    "train.max_grad_norm": Change(adapter, (None, 1e-3), also={"train.optimizer.type": "sgd"}),
+    "train.gradient_checkpointing": Change(lambda left: left.used["forward"], (False, True)),
+    "train.packing": Change(data, (False, True), "text", {"task.max_length": 32}),
+    "train.group_by_length": Change(order, (False, True)),
+    "train.workers": Change(lambda left: left.used["workers"], (0, 1)),
+    "train.seed": Change(order, (0, 1)),
+    "train.log_every_steps": Change(losses, (1, 9)),
+    "train.trackers": Change(files, ([], ["tensorboard"])),
+    # --------------------------------------------------------------------------------- evaluate
+    "evaluate.every_steps": Change(losses, (1, 2)),
+    "evaluate.metrics": Change(results, (["accuracy"], ["f1"])),
+    "evaluate.best.metric": Change(best, ("loss", "accuracy"), also=MANY),
+    "evaluate.best.mode": Change(
+        best, ("min", "max"), also=MANY | {"evaluate.best.metric": "loss"}),
+    "evaluate.early_stopping.patience": Change(report, (1, 5),
+        also=MANY | {"evaluate.early_stopping.min_delta": 99.0}),
+    "evaluate.early_stopping.min_delta": Change(report, (0.0, 99.0),
+        also=MANY | {"evaluate.early_stopping.patience": 1}),
+    "evaluate.micro_batch_size": Change(lambda left: left.used["evaluated"], (1, 4)),
+    "evaluate.baseline": Change(results, (False, True)),
+    "evaluate.baselines": Change(report, ([], ["majority"])),
+    "evaluate.generation.max_new_tokens": Change(answer, (2, 9), "pair", command=said),
+    "evaluate.generation.temperature": Change(answer, (0.0, 5.0), "pair", command=said),
+    "evaluate.generation.top_p": Change(
+        answer, (1.0, 0.001), "pair", {"evaluate.generation.temperature": 5.0}, command=said),
+    # ------------------------------------------------------------------------------- checkpoint
+    "checkpoint.every_steps": Change(files, (1, 3), also={"checkpoint.keep": 9}),
+    "checkpoint.every_minutes": Change(
+        files, (None, 1e-9), also={"checkpoint.keep": 9, "checkpoint.every_steps": 3}),
+    "checkpoint.keep": Change(files, (1, 3),
+        also={"checkpoint.every_steps": 1, "train.max_steps": 6}),
+    "checkpoint.mirror": Change(answer, (None, "mirror"), command=mirrored),
+    "checkpoint.allow_changes": Change(message, (False, True), command=resumed),
+    "output_dir": Change(lambda left: sorted(p.name for p in left.out.parent.glob("out*")),
+        ("out", "out_too")),
+}  # fmt: skip
+
+
+# rows for the test split are drawn in the same way
+CHANGES |= {
+    key.replace("validation", "test"): dataclasses.replace(
+        change, also={name.replace("validation", "test"): v for name, v in change.also.items()}
+    )
+    for key, change in CHANGES.items()
+    if key.startswith("data.validation.")
+}
+
+
+def test_no_key_is_missing() -> None:
+    assert sorted(set(keys())) == sorted(CHANGES)
+
+
+# ------------------------------------------------------------------------------------ the runs
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of base models, and of an adapter of the first."""
+    top = tmp_path_factory.mktemp("keys")
+    folder = top / "bases"
+    tiny.save_encoder(folder / "encoder")
+    tiny.save_encoder(folder / "other", seed=1)
+    tiny.save_encoder(folder / "bert", kind="bert")
+    tiny.save_llama(folder / "llama")
+    world = World(top / "first", folder)
+    write(world, "labels")
+    flags = ["--set", "adapter.rank=3", "--set", "train.max_steps=1"]
+    assert world.lora("train", "recipe.yaml", "-o", "../bases/adapter", *flags).code == 0
+    return folder
+
+
+def write(world: World, kind: str, without: Collection[str] = ()) -> None:
+    """Write the recipe of a kind without some keys, and all files that recipes here name."""
+    recipe: Settings = copy.deepcopy(COMMON | KINDS[kind])
+    for key in without:
+        section, _, name = key.partition(".")
+        recipe.get(section, {}).pop(name, None)
+    world.write("recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    world.write("chat.jinja", CHAT)
+    world.write("other.jinja", CHAT.replace("</s>", "!</s>"))
+    near = [*TRAIN, {**TRAIN[1], "text": f"{TRAIN[1]['text']} so"}]
+    rows = {"train": TRAIN, "dev": DEV, "twice": TRAIN * 2, "near": near}
+    for name, found in rows.items():
+        world.write(f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in found))
+    world.write("broken.jsonl", "".join(json.dumps(row) + "\n" for row in TRAIN) + "{\n")
+    table = "".join(f"{row['text']} caf\u00e9,{row['label']}\n" for row in TRAIN)
+    for name in ("train.csv", "rows.dat"):
+        world.write(name, "text,label\n" + table)
+    world.write("lines.txt", "".join(f"{row['text']}\n" for row in TRAIN))
+
+
+class Used:
+    """Counts what leaves no trace in files."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.counts = {"forward": 0, "workers": 0, "evaluated": 0}
+        loader, predict = torch.utils.data.DataLoader.__init__, SequenceClassification.predict
+
+        def loading(this: Any, *arguments: Any, **options: Any) -> None:
+            self.counts["workers"] = max(self.counts["workers"], options.get("num_workers", 0))
+            loader(this, *arguments, **options)
+
+        def predicting(this: Any, model: Any, batch: Any) -> Any:
+            self.counts["evaluated"] = max(self.counts["evaluated"], len(batch.rows))
+            return predict(this, model, batch)
+
+        monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", loading)
+        monkeypatch.setattr(SequenceClassification, "predict", predicting)
+
+    def count(self, module: torch.nn.Module, _inputs: Any) -> None:
+        self.counts["forward"] += type(module).__name__.endswith("SelfAttention")
+
+
+def of_the_hub(name: str, config: Any = None, **options: Any) -> datasets.Dataset:
+    """Stand for `datasets.load_dataset`: each name, configuration and revision has its own rows."""
+    first = sum(map(ord, f"{name}{config}{options['revision']}")) % len(TRAIN)
+    rows = [{"text": row["text"], "label": row["label"]} for row in TRAIN]
+    return datasets.Dataset.from_list(rows[first:] + rows[:first])
+
+
+def flags(settings: Settings) -> list[str]:
+    return [
+        part
+        for key, value in settings.items() if value is not ...
+        for part in ("--set", f"{key}={json.dumps(value, ensure_ascii=False)}")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_key_changes_something(key: str, bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change = CHANGES[key]
+    section, _, rest = key.partition(".")
+    of_task = section in ("sequence_classification", "causal_lm")
+    name = change.key or (f"task.{rest}" if of_task else key)
+    monkeypatch.setattr(datasets, "load_dataset", of_the_hub)
+    found = []
+    for i, value in enumerate(change.settings):
+        AcceleratorState._reset_state()  # the run before may have had another precision
+        world, settings = World(bases.parent / str(i), bases), {**change.also, name: value}
+        write(world, change.kind, [key for key, value in settings.items() if value is ...])
+        with monkeypatch.context() as patch:
+            used = Used(patch)
+            hook = torch.nn.modules.module.register_module_forward_pre_hook(used.count)
+            run = change.command or train
+            printed = run(world, flags(settings) + ([] if name == "output_dir" else ["-o", "out"]))
+            hook.remove()
+        if change.watch is not message:
+            assert printed.code == 0, printed.err
+        found.append(change.watch(Left(printed, world.folder / "out", used.counts)))
+        shutil.rmtree(world.folder)
+    assert "Traceback" not in str(found)
+    assert found[0] != found[1]
