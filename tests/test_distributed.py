@@ -117,7 +117,7 @@ def assert_same_result(one: Path, two: Path, tolerance: float) -> None:
         assert [without_numbers(row) for row in a] == [without_numbers(row) for row in b]
         assert [row["loss"] for row in b] == pytest.approx([row["loss"] for row in a], abs=1e-4)
     files = [{p.relative_to(out).as_posix() for p in out.rglob("*")} for out in (one, two)]
-    assert files[0] == files[1]
+    assert files[0] == files[1] - {"learning_curve.png"}  # not drawn in this process: conftest.py
     states = [
         json.loads((checkpoints(out)[-1][1] / "trainer.json").read_text()) for out in (one, two)
     ]
