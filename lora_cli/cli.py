@@ -23,7 +23,7 @@ import typer
 
 from lora_cli.completion import join_words, offer_overrides, offer_splits
 from lora_cli.environment import clean_environment
-from lora_cli.errors import LoraError, RegressionError, ResourceError, beside
+from lora_cli.errors import LoraError, Problem, RegressionError, ResourceError, beside
 from lora_cli.printing import (
     print_comparison,
     print_measured,
@@ -365,6 +365,10 @@ def predict(
         _predict_file(model, task, source, target, accelerator, overwrite)
         return
     rows = [task.row_of(text) for text in texts or []]
+    faults = [(i, fault) for i, row in enumerate(rows, 1) if (fault := task.answer_fault(row))]
+    if faults:
+        hint = "shorten or mend it; `--set task.truncate=left` cuts the beginning of long ones"
+        raise LoraError([Problem(fault, f"text {i} of {len(rows)}", hint) for i, fault in faults])
     for values in answer(model, task, rows, accelerator):
         named = dict(zip(task.answer_columns(), values, strict=True))
         if as_json:
@@ -372,6 +376,8 @@ def predict(
             continue
         scores = sorted((p for p in values[1:] if isinstance(p, float)), reverse=True)[:1]
         typer.echo(f"{values[0]}" + (f"\t{scores[0]:.4f}" if scores else ""))
+    for line in task.take_warnings():
+        typer.echo(f"warning: {line}", err=True)
 
 
 def _predict_file(
@@ -391,6 +397,8 @@ def _predict_file(
     written, problems = answer_file(model, task, source, target, accelerator, overwrite, tell)
     if sys.stderr.isatty():
         typer.echo("\r", nl=False, err=True)
+    for line in task.take_warnings():
+        typer.echo(f"warning: {line}", err=True)
     for problem in problems[:10]:
         typer.echo(f"warning: {problem.at}: {problem.what}; {problem.hint}", err=True)
     if len(problems) > 10:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from lora_cli.data.conversations import Message
 from lora_cli.errors import LoraError
 from lora_cli.prediction import answer
 from lora_cli.tasks import Task
 from lora_cli.tasks.causal_lm import CausalLM
-from lora_cli.tasks.chat import Message
 from lora_cli.tasks.generation import decode
 
 Write = Callable[[str], object]
@@ -124,6 +124,9 @@ def _reply(
             prompt = task.chat_prompt(turns)
         if len(turns) <= len(history):
             note("the conversation is too long for the model: its oldest turns are left out\n")
+        whole, prompt = prompt, task.shortened(prompt)
+        if len(prompt) < len(whole):
+            note("what you wrote is too long for the model: its beginning is left out\n")
     else:
         turns = []
         prompt = task.text_prompt(said)
@@ -131,4 +134,6 @@ def _reply(
         streamer = Streamer(task.tokenizer, write, task.stop_ids(model))
         (text,) = task.generate(model, [prompt], streamer)
     write("\n")
+    for line in task.take_warnings():
+        note(f"warning: {line}\n")
     history[:] = [*turns, {"role": "assistant", "content": text}] if task.is_chat else []

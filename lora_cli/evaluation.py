@@ -20,7 +20,7 @@ from lora_cli.characters import first_characters
 from lora_cli.data.files import form_of
 from lora_cli.data.plan import Indices
 from lora_cli.data.sources import SPLITS
-from lora_cli.errors import LoraError, NumericsError, beside
+from lora_cli.errors import LoraError, NumericsError, beside, warn
 from lora_cli.files import finish_publishing, refuse_links_outside, verify_manifest
 from lora_cli.fingerprint import fingerprint_of
 from lora_cli.metrics import MetricSet, metric_mode, result_names
@@ -125,6 +125,9 @@ def evaluate(
         model.train(was_training)
     if file is not None and part is not None and predictions is not None:
         part.replace(predictions)
+    if warnings := task.take_warnings():
+        for line in warnings if main else ():
+            warn(f"while answering: {line}")
     mean = loss / n_items if n_items else math.nan  # rows may weigh nothing
     results = [{"loss": mean, **metrics.compute()} if main else {}]
     return dict(gather_object(results)[0])

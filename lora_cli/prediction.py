@@ -40,6 +40,7 @@ def answer(
     size = task.recipe.evaluate.micro_batch_size or 2 * task.recipe.train.micro_batch
     answers = []
     model.eval()
+    task.note_control_tokens(rows)
     for start in range(0, len(rows), size):
         with accelerator.autocast():
             answers += task.answer(model, rows[start : start + size])

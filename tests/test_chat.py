@@ -12,19 +12,12 @@ import tiny
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from lora_cli.data.conversations import Conversation, read_conversations, read_messages
 from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks.base import IGNORED
 from lora_cli.tasks.causal_lm import CausalLM
-from lora_cli.tasks.chat import (
-    encode_chat,
-    end_of_turn,
-    opened_block,
-    prompt_of,
-    read_conversations,
-    read_messages,
-    render,
-)
+from lora_cli.tasks.chat import ChatTemplate
 from lora_cli.tasks.check import check_recipe
 from lora_cli.tasks.encoding import load_data
 
@@ -111,9 +104,15 @@ CHAT = turns(
 )  # fmt: skip
 
 
+def encode_chat(
+    made: PreTrainedTokenizerFast, messages: Any, train_on: str, tools: Any = None
+) -> list[tuple[list[int], list[bool]]]:
+    return ChatTemplate(made).encode(Conversation(messages, tools), train_on)
+
+
 def trained_text(made: PreTrainedTokenizerFast, messages: Any, train_on: str) -> list[str]:
     """Return the runs of trained tokens of the one example as text."""
-    (example,) = encode_chat(made, messages, train_on, opened_block(made))
+    (example,) = encode_chat(made, messages, train_on)
     return runs_of(made, *example)
 
 
@@ -155,7 +154,7 @@ def test_a_default_system_prompt_is_read_but_not_trained() -> None:
 def test_a_system_prompt_inside_the_users_turn_is_not_trained() -> None:
     made = tokenizer(LLAMA2)
     assert trained_text(made, CHAT, "assistant") == [" 2 🙂 </s>", " Ja — 二 👩‍👩‍👧 </s>"]
-    ((text, _),) = render(made, CHAT, "assistant")
+    ((text, _),) = ChatTemplate(made).render(CHAT, "assistant")
     assert text.startswith("<s>[INST] <<SYS>>\nAnswer.\n<</SYS>>\n\n1 + 1? [/INST]")
 
 
@@ -239,13 +238,13 @@ def test_the_assistant_says_what_the_template_writes_for_its_turn(
     template: str, messages: Any, opened: str, wanted: list[str]
 ) -> None:
     made = tokenizer(template)
-    assert opened_block(made) == opened
+    assert ChatTemplate(made).opened == opened
     for count, said in zip((2, 4), wanted, strict=True):
-        asked = prompt_of(made, messages[: count - 1], opened)
+        asked = ChatTemplate(made).prompt(messages[: count - 1], None)
         written = made.apply_chat_template(messages[:count], tokenize=False)
         assert asked + said == written  # what is trained follows just what is asked
         assert trained_text(made, messages[:count], "last") == [said]
-    found = encode_chat(made, messages, "assistant", opened)
+    found = encode_chat(made, messages, "assistant")
     assert [run for example in found for run in runs_of(made, *example)] == wanted
     assert len(found) == (2 if template in (QWEN, QWEN_THINKS) else 1)
 
@@ -253,7 +252,7 @@ def test_the_assistant_says_what_the_template_writes_for_its_turn(
 def test_reasoning_that_the_template_leaves_out_is_not_lost_unnoticed() -> None:
     made = tokenizer(DEEPSEEK)
     with pytest.raises(LoraError, match="turn 2: the chat template leaves out the reasoning"):
-        encode_chat(made, REASONED, "assistant", opened_block(made))
+        encode_chat(made, REASONED, "assistant")
     apart = [REASONED[0], {"role": "assistant", "content": "b", "reasoning_content": "x"}]
     with pytest.raises(LoraError, match="leaves out the reasoning"):
         encode_chat(tokenizer(CHATML), apart, "assistant")
@@ -264,8 +263,8 @@ def test_a_turn_that_is_written_in_another_way_than_asked_for_is_refused() -> No
     other = CHATML.replace("<|im_start|>assistant\n", "{{ messages|length }}: ")
     messages = turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     made = tokenizer(other)
-    with pytest.raises(LoraError, match="turn 2 cannot be told"):
-        encode_chat(made, messages, "assistant", "")
+    with pytest.raises(LoraError, match="cannot be told from"):
+        encode_chat(made, messages, "assistant")
 
 
 # ---------------------------------------------------------------------------- rows to examples
@@ -332,7 +331,7 @@ def test_a_conversation_may_be_several_examples(base: Path, tmp_path: Path) -> N
     assert [example["row"] for example in split.examples] == [0, 1, 1]
     assert split.rows_without_example == 0
     for example, messages in zip(list(split.examples)[1:], (REASONED[:2], REASONED), strict=True):
-        asked = task._prompt({"messages": messages})
+        asked = task.prompt({"messages": messages})
         trained = [label != IGNORED for label in example["labels"]]
         assert example["input_ids"][: len(asked)] == asked
         assert trained.index(True) == len(asked)
@@ -343,7 +342,7 @@ def test_what_the_template_opens_in_vain_is_told(base: Path, tmp_path: Path) -> 
     (note,) = task.notes
     assert note.startswith("the chat template asks for an answer with `<think>`")
     (example,) = load_data(task)["train"].examples
-    asked = task._prompt({"messages": PLAIN[:3]})
+    asked = task.prompt({"messages": PLAIN[:3]})
     assert "<think>" not in task.tokenizer.decode(asked)
     assert example["input_ids"][: len(asked)] == asked
     assert example["labels"][len(asked)] != IGNORED
@@ -431,7 +430,7 @@ def test_absent_keys_of_columnar_files_are_dropped() -> None:
     row = {"messages": [{"role": "user", "content": "a", "tool_calls": None}, call]}
     assert read_messages(row, "openai", "messages") == [
         {"role": "user", "content": "a"},
-        {"role": "assistant", "tool_calls": [{"name": "f"}]},
+        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]},
     ]
 
 
@@ -450,7 +449,8 @@ def test_alpaca_rows(base: Path, tmp_path: Path, row: dict[str, Any], fault: str
     task = task_of(base, tmp_path, [good, bare], task=spec)
     assert labels_of(task) == ["2<|im_end|>\n</s>", "a<|im_end|>\n</s>"]
     first, second = (
-        [m["content"] for m in read_conversations(r, "alpaca", None)[0]] for r in (good, bare)
+        [m["content"] for m in read_conversations(r, "alpaca", None)[0].messages]
+        for r in (good, bare)
     )
     assert first == ["Be kind.", "Add.\n\n1 1", "2"]
     assert second == ["Say a.", "a"]
@@ -509,7 +509,7 @@ def test_instances_that_cannot_be_trained(
 
 
 def prompt(task: CausalLM, row: dict[str, Any]) -> str:
-    return task.tokenizer.decode(task._prompt(row))
+    return task.tokenizer.decode(task.prompt(row))
 
 
 def test_what_is_asked_ends_where_the_assistant_begins(base: Path, tmp_path: Path) -> None:
@@ -525,7 +525,7 @@ def test_what_is_asked_ends_where_the_assistant_begins(base: Path, tmp_path: Pat
     # the trained tokens follow just what is asked
     task = task_of(base, tmp_path, [QUESTION])
     (example,) = load_data(task)["train"].examples
-    start = task._prompt({"messages": QUESTION})
+    start = task.prompt({"messages": QUESTION})
     assert example["input_ids"][: len(start)] == start
     assert [label == IGNORED for label in example["labels"]].index(False) == len(start)
 
@@ -535,9 +535,9 @@ def test_what_is_asked_ends_where_the_assistant_begins(base: Path, tmp_path: Pat
 )
 def test_the_token_that_ends_a_turn_ends_an_answer(template: str, end: str | None) -> None:
     made = tokenizer(template)
-    assert end_of_turn(made) == ({made.convert_tokens_to_ids(end)} if end else set())
+    assert ChatTemplate(made).end_of_turn == ({made.convert_tokens_to_ids(end)} if end else set())
     made.chat_template = "{{ raise_exception('no') }}"
-    assert end_of_turn(made) == set()
+    assert ChatTemplate(made).end_of_turn == set()
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -556,8 +556,8 @@ def test_an_answer_and_its_reference_end_with_the_turn(
     model.resize_token_embeddings(len(task.tokenizer))
     asked: list[int] = []
 
-    def generate(input_ids: torch.Tensor, eos_token_id: list[int], **_: Any) -> torch.Tensor:
-        asked[:] = eos_token_id
+    def generate(input_ids: torch.Tensor, generation_config: Any, **_: Any) -> torch.Tensor:
+        asked[:] = generation_config.eos_token_id
         said = task.tokenizer("Because.<|im_end|>\nNo.", add_special_tokens=False)["input_ids"]
         return torch.cat([input_ids, torch.tensor([said])], dim=1)
 

@@ -221,7 +221,7 @@ def test_what_of_a_conversation_is_compared() -> None:
     assert text_of({"m": None, "n": 3}, ["m", "n", "o"]).split() == ["3"]
 
 
-def test_a_conversation_without_words_is_empty(write: Write) -> None:
+def test_a_conversation_without_words_is_an_error(write: Write) -> None:
     rows = [
         {"m": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
         for q, a in (("", ""), ("hi", "ho"))
@@ -234,7 +234,8 @@ def test_a_conversation_without_words_is_empty(write: Write) -> None:
         task={"text_column": None, "messages_column": "m", "chat_template": "t"},
     )
     (path.parent / "t").write_text(template)
-    assert found(path).splits["train"].empty_rows == 1
+    with pytest.raises(LoraError, match="turn 2: the assistant says nothing"):
+        found(path)
 
 
 # ----------------------------------------------------------------------------------- overlap
@@ -318,6 +319,8 @@ def test_the_report_has_it_and_keeps_its_keys(write: Write, tmp_path: Path) -> N
     old |= {"rows_without_example", "max_tokens"}
     new = {
         "unknown_tokens",
+        "control_token_rows",
+        "control_tokens",
         "tokens",
         "cut_rows",
         "divided_rows",

@@ -16,6 +16,7 @@ import tiny
 from lora_cli.recipe import load_recipe
 from lora_cli.reporting import analysis, plots, write_page
 from lora_cli.reporting.markup import STYLE, esc
+from lora_cli.reporting.verdict import verdict
 
 HOSTILE = (
     "<script>alert('1')</script> & \"q\" 😀 \u202eשלמא http://evil.example/x.js \x00\x13\ud800"
@@ -253,7 +254,8 @@ def test_overfitting_is_named_where_it_shows(
     [
         (0.25, 0.75, 400, "good", "rises from 0.2500 before training to 0.7500 (+50.0 points), 50.0"
          " points above always saying “b” (0.2500)"),
-        (0.25, 0.3, 4, "poor", "no clear gain over always saying “b”"),
+        (0.25, 0.28, 400, "poor", "no clear gain over always saying “b”"),
+        (0.25, 0.3, 4, "unknown", "4 rows are too few to tell this from chance"),
         (0.8, 0.75, 400, "poor", "falls from 0.8000 before"),
         (0.05, 0.1, 400, "poor", "15.0 points below always saying"),
         (None, 0.75, 400, "good", "accuracy is 0.7500 (not measured before training)"),
@@ -266,7 +268,7 @@ def test_the_verdict_compares_with_before_and_with_the_commonest_label(
     labels = {"a": rows * 3 // 4, "b": rows // 4}
     data = {"train": REPORT["data"]["train"], "test": {"rows": rows, "labels": labels}}
     metrics = {"before": {"test": {"accuracy": before}}, "after": {"test": {"accuracy": after}}}
-    found = analysis.verdict(report_of(data=data, metrics=metrics), "test")
+    found = verdict(report_of(data=data, metrics=metrics), "test")
     assert found.tone == tone
     assert said in found.text
 
@@ -274,7 +276,8 @@ def test_the_verdict_compares_with_before_and_with_the_commonest_label(
 def test_less_perplexity_is_better() -> None:
     metrics = {"before": {"test": {"perplexity": 20.0}}, "after": {"test": {"perplexity": 5.0}}}
     best = {"metric": "perplexity", "mode": "min"}
-    found = analysis.verdict({"metrics": metrics, "best": best}, "test")
+    data = {"test": {"rows": 400}}
+    found = verdict({"metrics": metrics, "best": best, "data": data}, "test")
     assert (found.tone, "falls from 20.0000" in found.text) == ("good", True)
     assert "(\N{MINUS SIGN}75 %)" in found.text
 
@@ -355,7 +358,7 @@ def test_several_labels_a_row(tmp_path: Path) -> None:
     assert "said none" in page.text
     assert "every label is right" in page.text
     alone = {"after": {"test": {"f1": 0.9}}}
-    told = analysis.verdict(report_of(metrics=alone, best={"metric": "f1"}), "test")
+    told = verdict(report_of(metrics=alone, best={"metric": "f1"}), "test")
     assert (told.tone, told.head) == ("unknown", "Measured.")
     assert "Reliability" in page.text
 
@@ -370,7 +373,8 @@ def test_regression(tmp_path: Path) -> None:
     assert "2.6667" in page.text  # variance of 1, 3, 5
     assert page.text.index("text 2") < page.text.index("text 0")
     worse = {"before": {"test": {"mse": 9.0}}, "after": {"test": {"mse": 2.7}}}
-    told = analysis.verdict(report_of(metrics=worse, best=best, data={}), "test", lines)
+    data = {"test": {"rows": 400}}
+    told = verdict(report_of(metrics=worse, best=best, data=data), "test", lines)
     assert told.head == "It learned next to nothing."  # though less than before
     assert "no smaller than that of always saying the mean (2.6667)" in told.text
 

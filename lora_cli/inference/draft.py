@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_cli.data.conversations import conversation_fault, read_conversations
 from lora_cli.data.pairs import read_pair, translations_of
 from lora_cli.data.sniffing import DataFile, read_data_file
+from lora_cli.errors import LoraError
 from lora_cli.inference.columns import Column, describe, is_blank
 from lora_cli.inference.model import SAMPLE, Base, look_at
 from lora_cli.inference.splits import Keys, Rows, choose_splits, is_unusable
@@ -168,11 +170,33 @@ def _task(draft: Draft, base: Base, chosen: Chosen, splits: Sequence[Rows]) -> N
             [int(name) for name in names] if whole else names,
             "; ".join([f"{len(names)} labels", spread, *_same_but_for_case(names)]),
         )
+    if chosen.is_chat and base.tokenizer is not None:
+        _require_tool_template(base, chosen, splits)
     if chosen.is_chat and base.lacks_template:
         draft.put("task", "chat_template", TEMPLATE, "the model has none; this is ChatML")
         draft.extra_files[TEMPLATE] = CHATML
     length, why = _length(splits, base, chosen)
     draft.put("task", "max_length", length, why)
+
+
+def _require_tool_template(base: Base, chosen: Chosen, splits: Sequence[Rows]) -> None:
+    """Reject conversations with tools or calls that the model's chat template would leave out."""
+    template = CHATML if base.lacks_template else str(base.tokenizer.chat_template)
+    form, column = chosen.keys["format"], chosen.keys.get("messages_column")
+    found = set()
+    for row in (row for rows in splits for row in rows):
+        if conversation_fault(row, form, column):
+            continue  # it is skipped, and said so
+        for conversation in read_conversations(row, form, column):
+            found |= {"tools"} if conversation.tools else set()
+            found |= {"tool_calls" for m in conversation.messages if m.get("tool_calls")}
+    for key in sorted(found):
+        if key not in template:
+            raise LoraError(
+                f"the rows have `{key}`, which the chat template of `{base.name}` does not write",
+                "--model",
+                "take a base that is made for calling tools",
+            )
 
 
 def _same_but_for_case(names: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.characters import normalised
+from lora_cli.data.conversations import conversation_fault
 from lora_cli.data.files import read_rows
 from lora_cli.data.parallel import BRACES, parts_of
 from lora_cli.data.sniffing import DataFile
@@ -81,6 +82,8 @@ def is_unusable(row: dict[str, Any], chosen: Chosen) -> bool:
     needed = [name for name in chosen.inputs if keys.get("format") != "alpaca" or name != "input"]
     if any(is_blank(row.get(name)) for name in needed):
         return True
+    if chosen.is_chat:
+        return bool(conversation_fault(row, keys["format"], keys.get("messages_column")))
     if names := keys.get("label_columns"):
         flags = [flag(row.get(name)) for name in names]
         return None in flags or (keys["problem"] == "single_label" and sum(map(bool, flags)) != 1)

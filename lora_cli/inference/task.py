@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from lora_cli.data.conversations import conversation_fault
 from lora_cli.data.foreign import refuse_tagged_rows
+from lora_cli.data.unsupported import unsupported
 from lora_cli.errors import LoraError, did_you_mean
 from lora_cli.inference.columns import Column, as_number, flag
 from lora_cli.inference.texts import (
@@ -90,10 +92,39 @@ def choose_task(
         )
     if chosen.keys["type"] == "causal_lm" and not can_write:
         raise _no_label(columns, rows, place, chosen)
+    if chosen.is_chat or "prompt_column" in chosen.keys:
+        _refuse_unsupported(chosen, columns, rows, place)
     for column in columns:
         if column.name not in chosen.used:
             chosen.left_out[column.name] = content_of(column)
     return chosen
+
+
+def _refuse_unsupported(
+    chosen: Chosen, columns: Sequence[Column], rows: Sequence[dict[str, Any]], place: str
+) -> None:
+    """Reject rows that only look like conversations, or like prompts with their answers.
+
+    Raises:
+        LoraError: If a row holds what no task reads, or none holds a conversation to be trained.
+    """
+    found = [(i, more) for i, row in enumerate(rows, 1) if (more := unsupported(row)) is not None]
+    if found:
+        number, (other, hint) = found[0]
+        count = f"{len(found):,} of {len(rows):,} rows cannot be read as they are meant"
+        raise LoraError(f"{count}; the first has {other}", f"{place}, row {number}", hint)
+    if not chosen.is_chat:
+        return
+    talks = [column.name for column in columns if column.kind in ("openai", "sharegpt")]
+    if len(talks) > 1:
+        what = f"the columns `{'` and `'.join(talks)}` all hold turns of conversations"
+        hint = "put the turns of a row into one column, in their order"
+        raise LoraError(what, place, hint)
+    form, column = chosen.keys["format"], chosen.keys.get("messages_column")
+    faults = [conversation_fault(row, form, column) for row in rows]
+    if all(faults):
+        hint = "each row has a list of turns, of which one at least is the assistant's"
+        raise LoraError(f"no row can be trained: {faults[0]}", f"{place}, row 1", hint)
 
 
 def _no_label(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_cli.reporting.report import part, shown_number
+from lora_cli.reporting.report import part
 
 Line = dict[str, Any]
 Kind = Literal["single_label", "multi_label", "regression", "text", "other"]
@@ -239,93 +239,6 @@ def interval(share: float, rows: int) -> tuple[float, float]:
     middle, scale = share + z * z / (2 * rows), 1 + z * z / rows
     half = z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
-
-
-# ---------------------------------------------------------------------------------------- verdict
-
-
-def main_metric(report: dict[str, Any], split: str) -> tuple[str, bool]:
-    """Return the metric that the page speaks of, and whether less of it is better."""
-    best, after = part(report, "best"), part(report, "metrics", "after", split)
-    name = str(best.get("metric") or next((k for k in after if k != "loss"), "loss"))
-    if name not in after:
-        name = "loss"
-    known = best.get("mode") if name == best.get("metric") else None
-    return name, known == "min" if known else name in SMALLER_IS_BETTER
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a run reached, in words."""
-
-    tone: Literal["good", "poor", "unknown"]
-    head: str
-    text: str
-
-
-def verdict(report: dict[str, Any], split: str, numbers: Sequence[Line] = ()) -> Verdict:
-    """Return in a sentence whether the model is better than before, and than a constant answer.
-
-    Args:
-        report: The report.
-        split: The split it is judged by.
-        numbers: The split's predictions, of a regression.
-    """
-    name, down = main_metric(report, split)
-    before, after = (
-        finite(part(report, "metrics", when, split).get(name)) for when in ("before", "after")
-    )
-    if after is None:
-        hint = "Hold some out: `data.validation: {fraction: 0.1}`."
-        unknown = f"No rows were held out, so how well it works is not known. {hint}"
-        return Verdict("unknown", "Not measured.", unknown)
-    rows = finite(part(report, "data", split).get("rows"))
-    where = f"On the {rows:,.0f} {split} rows" if rows else f"On {split}"
-    shown, poor = name.replace("_", " "), ""
-    if before is None:
-        text = f"{where}, {shown} is {shown_number(after)} (not measured before training)"
-    elif before == after:
-        poor = "It did not learn."
-        text = f"{where}, {shown} stays {shown_number(after)}, as before training"
-    else:
-        verb = "falls" if after < before else "rises"
-        poor = "" if (after < before) == down else "It got worse."
-        text = f"{where}, {shown} {verb} from {shown_number(before)} before training to "
-        text += f"{shown_number(after)} ({_change(name, before, after)})"
-    base = majority(report, split) if name == "accuracy" else None
-    if base is not None:
-        low, high = interval(after, int(rows or 1))
-        which = f"always saying “{base[0]}” ({shown_number(base[1])})"
-        gap = f"{abs(after - base[1]) * 100:.1f} points"
-        if low > base[1]:
-            text += f", {gap} above {which}"
-        elif high < base[1]:
-            poor = poor or "It is worse than no model."
-            text += f", {gap} below {which}"
-        else:
-            poor = poor or "It learned next to nothing."
-            text += f", no clear gain over {which}"
-    error, mean = (
-        finite(part(report, "metrics", "after", split).get("mse")),
-        constant_error(numbers),
-    )
-    if error is not None and mean is not None and error >= mean:
-        poor = poor or "It learned next to nothing."
-        text += f"; its mean squared error ({shown_number(error)}) is no smaller than that of "
-        text += f"always saying the mean ({shown_number(mean)})"
-    if before is None and base is None and not poor:  # there is nothing to compare it with
-        return Verdict("unknown", "Measured.", f"{text}.")
-    head = poor or ("It learned." if before is not None else "Measured.")
-    return Verdict("poor" if poor else "good", head, f"{text}.")
-
-
-def _change(name: str, before: float, after: float) -> str:
-    if name not in SMALLER_IS_BETTER and max(abs(before), abs(after)) <= 1:
-        share = min(before, after) >= 0
-        text = f"{(after - before) * 100:+.1f} points" if share else f"{after - before:+.4f}"
-    else:
-        text = f"{100 * (after - before) / abs(before):+.0f} %" if before else "from zero"
-    return text.replace("-", "\N{MINUS SIGN}")
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,10 @@ from lora_cli.reporting.report import (
     short_name,
     shown_number,
     strict,
+    trained_rows,
 )
 from lora_cli.reporting.settings import clock, data_section, settings_section, size
+from lora_cli.reporting.verdict import Verdict, main_metric, measured_rows, verdict
 
 COLUMNS = {"none": "head alone"}  # what else a column is called
 MOST_METRICS = 6
@@ -61,7 +63,7 @@ def write_page(folder: Path, report: dict[str, Any] | None = None) -> Path:
         settings_section(report, folder),
     ]
     title = _title(report)
-    told = analysis.verdict(report, split, numbers)
+    told = verdict(report, split, numbers, lines)
     body = _top(report, title, told, log, split) + _contents(sections) + "".join(sections)
     write_atomically(folder / "report.html", document(title, f"<main>{body}{_end(report)}</main>"))
     return folder / "report.html"
@@ -78,9 +80,7 @@ def _title(report: dict[str, Any]) -> str:
     return f"{name} for {goal}" if goal else name
 
 
-def _top(
-    report: dict[str, Any], title: str, told: analysis.Verdict, log: list[Line], split: str
-) -> str:
+def _top(report: dict[str, Any], title: str, told: Verdict, log: list[Line], split: str) -> str:
     """Return the title, what was done, the verdict, and the figures that one asks for first."""
     adapter, ran = part(report, "adapter"), part(report, "training")
     data = part(report, "data", "train")
@@ -88,7 +88,7 @@ def _top(
     if adapter.get("type") == "lora" and adapter.get("rank"):
         how += f", rank {adapter['rank']}"
     source, rows, labels = data.get("source"), data.get("rows"), part(data, "labels")
-    trained = f"trained on {rows:,} rows" if rows else "trained"
+    trained = f"trained on {trained_rows(data)}" if rows else "trained"
     trained += f" of {str(source).rpartition('/')[2]}" if source else ""
     trained += f" with {len(labels)} labels" if labels else ""
     steps, epochs, seconds = (finite(ran.get(k)) for k in ("steps", "epochs", "seconds"))
@@ -150,11 +150,11 @@ def _caution(report: dict[str, Any], log: list[Line]) -> str:
 
 
 def _tiles(report: dict[str, Any], split: str) -> str:
-    name, _ = analysis.main_metric(report, split)
+    name, _ = main_metric(report, split)
     before, after = (
         finite(part(report, "metrics", w, split).get(name)) for w in ("before", "after")
     )
-    rows = finite(part(report, "data", split).get("rows"))
+    rows = measured_rows(report, split)
     tiles = []
     if after is not None:
         notes = [f"before: {shown_number(before)}"] if before is not None else []
@@ -277,7 +277,7 @@ def _curves(report: dict[str, Any], log: list[Line]) -> str:
     losses.append(plots.Series(_points(measured, "loss"), "orange", "validation", dots=True))
     over = analysis.overfitting(smoothed, _points(measured, "loss"))
     figures = [plots.curves("Loss", losses, mark, overfits=over.step if over else None)]
-    main = str(best.get("metric") or analysis.main_metric(report, "validation")[0])
+    main = str(best.get("metric") or main_metric(report, "validation")[0])
     names = dict.fromkeys([main, *(k for line in measured for k in line)])
     for name in [k for k in names if k not in ("loss", "step")][:MOST_METRICS]:
         line = plots.Series(_points(measured, name), "orange", dots=True)

@@ -102,6 +102,13 @@ def shown_number(value: Any) -> str:
     )
 
 
+def trained_rows(facts: dict[str, Any]) -> str:
+    """Return how many rows were trained, and of how many if some left nothing to train."""
+    rows, empty = (facts.get(key) or 0 for key in ("rows", "rows_without_example"))
+    of = f" of {rows:,}" if empty else ""
+    return f"{rows - empty:,}{of} rows"
+
+
 def is_hub_id(name: str) -> bool:
     """Return whether the Hub takes this as a repository's id; it refuses paths."""
     return bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lora_cli.data.sources import Rows
-from lora_cli.errors import LoraError, Problem, did_you_mean
+from lora_cli.errors import LoraError, Problem, counted, did_you_mean
 from lora_cli.metrics import (
     Channel,
     MetricContext,
@@ -34,6 +34,7 @@ from lora_cli.models import (
     new_modules,
 )
 from lora_cli.recipe import Recipe
+from lora_cli.tasks.control_tokens import ControlTokens
 
 Example = dict[str, Any]
 # RoBERTa and its kin count positions from behind the padding token's id
@@ -124,6 +125,7 @@ class Task(ABC):
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.n_control_rows = 0  # answered since the last warning, with a control token in them
         self.notes: list[str] = []  # what a user should know before training
         self.tokenizer: PreTrainedTokenizerBase
         self.config: PretrainedConfig
@@ -131,7 +133,18 @@ class Task(ABC):
     def load_processor(self) -> None:
         """Load the tokenizer and the model's configuration."""
         self.tokenizer = load_tokenizer(self.recipe)
+        self.control_tokens = ControlTokens(self.tokenizer)
         self.config = load_config(self.recipe)
+
+    @property
+    def reads_control_tokens(self) -> bool:
+        """Whether a control token that is spelled out in a text is read as the token."""
+        return not self.recipe.task.split_special_tokens
+
+    @property
+    def text_tokenizer(self) -> PreTrainedTokenizerBase:
+        """What reads the texts of rows: the tokenizer, or a copy that knows no control tokens."""
+        return self.tokenizer if self.reads_control_tokens else self.control_tokens.plain
 
     @property
     def max_length(self) -> int:
@@ -180,6 +193,10 @@ class Task(ABC):
     @abstractmethod
     def target_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the columns that it shall learn to answer, or nothing."""
+
+    def unsupported(self, row: dict[str, Any]) -> tuple[str, str] | None:
+        """Return what a row holds that no task reads though it changes its meaning, and a hint."""
+        return None
 
     def fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with a row, or nothing."""
@@ -331,6 +348,27 @@ class Task(ABC):
     def answer_fault(self, row: dict[str, Any]) -> str:
         """Return why a row cannot be answered, or nothing."""
         return self.input_fault(row)
+
+    def control_token_in(self, row: dict[str, Any]) -> str | None:
+        """Return the first control token that is spelled out in what the model reads of a row."""
+        columns = [*self.input_columns().values(), *self.more_text_columns()]
+        return self.control_tokens.first_in([row.get(column) for column in columns])
+
+    def more_text_columns(self) -> list[str]:
+        """Return other columns whose texts the model reads or writes, where a row has them."""
+        return []
+
+    def note_control_tokens(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Count the rows to be answered in which a control token is spelled out."""
+        self.n_control_rows += sum(self.control_token_in(row) is not None for row in rows)
+
+    def take_warnings(self) -> list[str]:
+        """Return what a user should know of the answers since the last call, each with a count."""
+        count, self.n_control_rows = self.n_control_rows, 0
+        how = "as tokens: `--set task.split_special_tokens=true` reads them as text"
+        how = how if self.reads_control_tokens else "as text"
+        what = f"{counted(count, 'row')} with control tokens in the text; they are read {how}"
+        return [what] if count else []
 
     @abstractmethod
     def answer_columns(self) -> list[str]:

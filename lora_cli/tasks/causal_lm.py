@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +12,24 @@ import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lora_cli.data.files import text_fault
-from lora_cli.errors import LoraError, Problem
+from lora_cli.data.conversations import Message
+from lora_cli.data.unsupported import unsupported
+from lora_cli.errors import LoraError, Problem, counted, warn
 from lora_cli.metrics import reads
 from lora_cli.recipe import CausalLMSpec, Recipe
 from lora_cli.recipe.spec import GenerationSpec
+from lora_cli.tasks import row_formats
 from lora_cli.tasks.base import IGNORED, Batch, Example, Prediction, Task, pad
-from lora_cli.tasks.chat import (
-    Message,
-    encode_chat,
-    end_of_turn,
-    opened_block,
-    prompt_of,
-    read_conversations,
-)
 from lora_cli.tasks.generation import (
     REPLACEMENT,
+    Answer,
+    base_wishes,
     decode,
     generate,
     stop_ids,
     until_stop,
-    whole_characters,
 )
-
-SAMPLE_TOKENS, SAMPLE_NEW_TOKENS = 16, 64  # of a plain text that is continued; of what is added
+from lora_cli.tasks.row_formats import FORMATS, SAMPLE_NEW_TOKENS, Chat, RowFormat
 
 
 class CausalLM(Task):
@@ -45,6 +39,7 @@ class CausalLM(Task):
     metric_channel = "nll"
     loss_definition = "mean cross-entropy per trained token, in nats"
     default_metrics = ("perplexity",)
+    rows: RowFormat
 
     def __init__(self, recipe: Recipe, spec: CausalLMSpec) -> None:
         super().__init__(recipe)
@@ -53,6 +48,8 @@ class CausalLM(Task):
         self.is_pair = spec.prompt_column is not None
         self.text_column = spec.text_column or "text"
         self.writes_answers = False
+        self.n_cut_answers = self.n_cut_prompts = 0  # since they were last told
+        self._has_said_wishes = False
 
     def load_processor(self) -> None:
         """Load the tokenizer, the configuration and the chat template."""
@@ -77,19 +74,29 @@ class CausalLM(Task):
         if self.tokenizer.eos_token_id is None:
             what, at = "the tokenizer has no end-of-text token", self.recipe.at("model.name")
             raise LoraError(what, at, "name it as `eos_token` in the model's tokenizer_config.json")
-        self._end_of_turn = end_of_turn(self.tokenizer) if self.is_chat else set()
-        self._opened = opened_block(self.tokenizer) if self.is_chat else ""
-        if self._opened:
-            self.notes.append(
-                f"the chat template asks for an answer with `{self._opened.strip()}` and writes "
-                "answers without it: so they are trained, and so they are asked for"
-            )
+        kind = "chat" if self.is_chat else "pair" if self.is_pair else "text"
+        self.rows = FORMATS[kind](self.spec, self.tokenizer, self.text_tokenizer, self.max_length)
+        if isinstance(self.rows, Chat):
+            self._end_of_turn = self.rows.template.end_of_turn
+            self.control_tokens = self.rows.template.control
+            if opened := self.rows.template.opened:
+                self.notes.append(
+                    f"the chat template asks for an answer with `{opened.strip()}` and writes "
+                    "answers without it: so they are trained, and so they are asked for"
+                )
+        else:
+            self._end_of_turn = set()
         self._pad = self._pad_id()
         if self._pad == self.tokenizer.eos_token_id and self.spec.pad_token is None:
             self.notes.append(
                 f"the end-of-text token `{self.tokenizer.eos_token}` also fills the rows, where it "
                 "is masked; it is trained where a text ends (`task.pad_token` names another)"
             )
+
+    @property
+    def reads_control_tokens(self) -> bool:
+        """Whether a control token in a text is the token: never in what a conversation says."""
+        return not (self.is_chat or self.spec.split_special_tokens)
 
     def _pad_id(self) -> int:
         """Return an id to fill rows with.
@@ -136,113 +143,31 @@ class CausalLM(Task):
 
     def input_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the text or the prompt, or nothing."""
-        by_column = bool(self.spec.instruction_columns) or not self.is_chat
-        if by_column and (fault := text_fault(row, self.input_columns().values())):
-            return fault
-        conversations = self._conversations(row) if self.is_chat else ""
-        return conversations if isinstance(conversations, str) else ""
+        return row_formats.input_fault(row, self.spec, list(self.input_columns().values()))
 
     def target_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the completion, or nothing."""
-        several = self.spec.format == "self_instruct"
-        if not several and (fault := text_fault(row, self.target_columns().values())):
-            return fault
-        if not self.is_chat:
-            return ""
-        conversations = self._conversations(row)
-        if isinstance(conversations, str):
-            return conversations
-        answered = [any(m["role"] == "assistant" for m in turns) for turns in conversations]
-        if all(answered):
-            return ""
-        if several:
-            return f"instance {answered.index(False) + 1} has no `output`"
-        return "no turn is the assistant's"
+        return row_formats.target_fault(row, self.spec, list(self.target_columns().values()))
 
-    def _conversations(self, row: dict[str, Any]) -> list[list[Message]] | str:
-        return read_conversations(row, self.spec.format, self.spec.messages_column)
+    def more_text_columns(self) -> list[str]:
+        """Return the columns of what the model writes, and of what is put into a conversation."""
+        more = ["system", "tools", "functions", "history"] if self.is_chat else []
+        return [*self.target_columns().values(), *self.spec.instruction_columns, *more]
 
-    def _messages(self, row: dict[str, Any]) -> list[Message]:
-        """Return the conversation of a row without a fault, or the first of several."""
-        messages = self._conversations(row)[0]
-        assert isinstance(messages, list)
-        return messages
+    def unsupported(self, row: dict[str, Any]) -> tuple[str, str] | None:
+        """Return what a row holds besides its prompt and answer, or its conversation, and a hint.
+
+        Of plain text, the other columns are nobody's answer.
+        """
+        return unsupported(row) if self.is_chat or self.is_pair else None
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return the examples of each row; those in which nothing is trained are left out."""
-        if self.is_chat:
-            conversations = map(self._conversations, rows)
-            return [list(chain(*map(self._encode_chat, several))) for several in conversations]
-        if self.is_pair:
-            return [self._encode_pair(row) for row in rows]
-        texts = self.tokenizer([str(row[self.text_column]) for row in rows], verbose=False)
-        return [self._windows(self._ended(ids)) for ids in texts["input_ids"]]
-
-    def _ended(self, ids: list[int]) -> list[int]:
-        """Return a text with its end-of-text token, so that the model learns to stop."""
-        end = self.tokenizer.eos_token_id
-        return ids if ids and ids[-1] == end else [*ids, end]
-
-    def _windows(self, ids: list[int]) -> list[Example]:
-        """Cut a text into examples of at most `max_length` tokens.
-
-        The last token of one is the first of the next, which is read but not predicted: so every
-        token but the text's first is trained, once.
-        """
-        size = self.max_length
-        pieces = [ids[i : i + size] for i in range(0, len(ids) - 1, max(size - 1, 1))]
-        whole = {"full_length": len(ids)} if len(ids) > size else {}
-        return [{"input_ids": p, "labels": p, **whole} for p in pieces if len(p) > 1]
-
-    def _encode_pair(self, row: dict[str, Any]) -> list[Example]:
-        prompt = str(row[self.spec.prompt_column or ""]) + self.spec.separator
-        completion = str(row[self.spec.completion_column or ""])
-        start = self.tokenizer(prompt, verbose=False)["input_ids"]
-        if start and start[-1] == self.tokenizer.eos_token_id:
-            start = start[:-1]  # a tokenizer that ends texts itself: this one goes on
-        whole = self.tokenizer(prompt + completion, verbose=False)["input_ids"]
-        if whole[: len(start)] != start:
-            # A token spans the border. Generation starts after the prompt's own tokens: train so.
-            whole = start + self.tokenizer(completion, add_special_tokens=False)["input_ids"]
-        whole = self._ended(whole)
-        return self._trained_from(whole, [IGNORED] * len(start) + whole[len(start) :])
+        return self.rows.encode(rows)
 
     def why_nothing(self, row: dict[str, Any]) -> str:
-        """Return a hint, where a row leaves nothing to train: is it the template's fault?"""
-        if self.is_chat:
-            messages = self._messages(row)
-            examples = encode_chat(self.tokenizer, messages, self.spec.train_on, self._opened)
-            if not any(any(trained) for _, trained in examples):
-                return (
-                    "the chat template marks or writes nothing of the assistant's turns: give "
-                    "another with `task.chat_template: FILE`, or `--set task.train_on=all`"
-                )
-        return f"{super().why_nothing(row)}; a prompt has to end before it"
-
-    def _encode_chat(self, messages: Sequence[Message] | str) -> list[Example]:
-        assert not isinstance(messages, str)
-        examples = encode_chat(self.tokenizer, messages, self.spec.train_on, self._opened)
-        return [made for ids, trained in examples for made in self._encode_turns(ids, trained)]
-
-    def _encode_turns(self, ids: list[int], trained: list[bool]) -> list[Example]:
-        if not any(trained):
-            return []
-        stop = len(trained) - trained[::-1].index(True)  # what follows teaches nothing
-        ids, trained = ids[:stop], trained[:stop]
-        labels = [token if on else IGNORED for token, on in zip(ids, trained, strict=True)]
-        end = self.tokenizer.eos_token_id
-        last_turn = takewhile(lambda label: label != IGNORED, reversed(labels))
-        if end not in last_turn:  # the template does not end it: the model must learn to stop
-            ids.append(end)
-            labels.append(end)
-        return self._trained_from(ids, labels)
-
-    def _trained_from(self, ids: list[int], labels: list[int]) -> list[Example]:
-        whole = {"full_length": len(ids)} if len(ids) > self.max_length else {}
-        ids, labels = ids[: self.max_length], labels[: self.max_length]
-        # the first token is predicted from nothing
-        trained = any(label != IGNORED for label in labels[1:])
-        return [{"input_ids": ids, "labels": labels, **whole}] if trained else []
+        """Return a hint, where a row leaves nothing to train."""
+        return self.rows.why_nothing(row)
 
     def features(self) -> dict[str, str]:
         """Return the type of the labels."""
@@ -340,13 +265,18 @@ class CausalLM(Task):
             prediction.prediction, prediction.reference = answer, reference
             prediction.metric_inputs["text"] = (answer, reference)
 
+    # --------------------------------------------------------------------------- answers
+
     def answer_columns(self) -> list[str]:
         """Return the column of the answer."""
         return ["prediction"]
 
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
         """Return what the model says to each row's prompt, text or conversation."""
-        return [[text] for text in self.generate(model, [self._prompt(row) for row in rows])]
+        whole = [self.rows.prompt(row) for row in rows]
+        prompts = [self.shortened(prompt) for prompt in whole]
+        self.n_cut_prompts += sum(len(a) > len(b) for a, b in zip(whole, prompts, strict=True))
+        return [[text] for text in self.generate(model, prompts)]
 
     def row_of(self, text: str) -> dict[str, Any]:
         """Return a row that holds a user's text; in a chat it is the user's turn."""
@@ -362,28 +292,27 @@ class CausalLM(Task):
         if fault := self.input_fault(row):
             return fault
         try:
-            self._prompt(row)
+            self._require_room(self.prompt(row))
         except LoraError as error:
             return error.problems[0].what
         return ""
 
-    def _prompt(self, row: dict[str, Any]) -> list[int]:
-        """Return the token ids of a row without its answer."""
-        if self.is_chat:
-            return self.chat_prompt(self._question(row))
-        (column,) = self.input_columns().values()
-        ids = self.tokenizer(str(row[column]) + self.spec.separator, verbose=False)["input_ids"]
-        return list(ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids)
+    def prompt(self, row: dict[str, Any]) -> list[int]:
+        """Return the token ids of a row without its answer; a long prompt is cut, if it may be.
+
+        Raises:
+            LoraError: If there is no turn to answer, or the template refuses the conversation.
+        """
+        return self.shortened(self.rows.prompt(row))
 
     def text_prompt(self, text: str) -> list[int]:
         """Return the token ids of a user's text that the model is to continue."""
-        return self._prompt(self.row_of(text))
+        return self.prompt(self.row_of(text))
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def chat_prompt(self, messages: list[Message]) -> list[int]:
         """Return the token ids of a conversation that the assistant is to continue."""
-        text = prompt_of(self.tokenizer, messages, self._opened)
-        encoding = self.tokenizer(text, add_special_tokens=False, verbose=False)
-        return list(encoding["input_ids"])
+        assert isinstance(self.rows, Chat)
+        return self.rows.ask(messages)
 
     @property
     def room_for_prompt(self) -> int | None:
@@ -393,13 +322,28 @@ class CausalLM(Task):
         longest = self.recipe.evaluate.generation.max_new_tokens
         return max(self.positions - longest, self.positions // 2)
 
-    def _question(self, row: dict[str, Any]) -> list[Message]:
-        """Return the conversation without the assistant's last answer, if it ends with one."""
-        messages = self._messages(row)
-        question = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        if not question:
-            raise LoraError("there is no turn to answer")
-        return question
+    def shortened(self, prompt: list[int]) -> list[int]:
+        """Return a prompt without its beginning, where it is too long and the recipe asks so."""
+        room = self.room_for_prompt
+        if room is None or len(prompt) <= room or self.spec.truncate != "left":
+            return prompt
+        return self.rows.shortened(prompt, room)
+
+    def _require_room(self, prompt: Sequence[int]) -> None:
+        """Reject a prompt that leaves no position for an answer.
+
+        Raises:
+            LoraError: If it does.
+        """
+        if not prompt:
+            raise LoraError("the prompt is empty", "the prompt", "write some text")
+        if self.positions is not None and len(prompt) >= self.positions:
+            raise LoraError(
+                f"the prompt has {len(prompt):,} tokens, and the model takes {self.positions:,}: "
+                "no room is left for an answer",
+                "the prompt",
+                "shorten it, or cut its beginning: `--set task.truncate=left`",
+            )
 
     def generate(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], streamer: Any = None
@@ -407,9 +351,16 @@ class CausalLM(Task):
         """Return what the model says after each prompt, as the recipe's generation section asks.
 
         A streamer of transformers is given the tokens as they come; for it there is one prompt.
+
+        Raises:
+            LoraError: If a prompt leaves no room for an answer.
         """
+        for prompt in prompts:
+            self._require_room(prompt)
         options = self.recipe.evaluate.generation
-        return self._written(model, prompts, options, streamer)
+        answers = self._written(model, prompts, options, streamer)
+        self.n_cut_answers += sum(answer.is_cut for answer in answers)
+        return [answer.text for answer in answers]
 
     def _written(
         self,
@@ -417,11 +368,37 @@ class CausalLM(Task):
         prompts: Sequence[Sequence[int]],
         options: GenerationSpec,
         streamer: Any = None,
-    ) -> list[str]:
+    ) -> list[Answer]:
+        self._say_wishes(model)
         stops, tokenizer = self.stop_ids(model), self.tokenizer
         return generate(
             model, prompts, tokenizer, options, self._pad, self.positions, stops, streamer
         )
+
+    def _say_wishes(self, model: nn.Module) -> None:
+        """Say once what the base would have liked, as its makers measured it so."""
+        wishes = {} if self._has_said_wishes else base_wishes(model)
+        self._has_said_wishes = True
+        if wishes and os.environ.get("RANK", "0") == "0":
+            shown = ", ".join(f"{key} {value}" for key, value in wishes.items())
+            warn(
+                f"the base's generation_config.json asks for {shown}; answers are written as "
+                "`evaluate.generation` of the recipe says, without that"
+            )
+
+    def take_warnings(self) -> list[str]:
+        """Return what a user should know of the answers since the last call, each with a count."""
+        lines = super().take_warnings()
+        if self.n_cut_answers:
+            lines.append(
+                f"{counted(self.n_cut_answers, 'answer')} ended where the model's "
+                f"{self.positions:,} tokens end, not by itself: shorter prompts leave more room"
+            )
+        if self.n_cut_prompts:
+            what = counted(self.n_cut_prompts, "prompt")
+            lines.append(f"{what} lost the beginning, to leave room for the answer")
+        self.n_cut_answers = self.n_cut_prompts = 0
+        return lines
 
     def stop_ids(self, model: nn.Module) -> list[int]:
         """Return the tokens that end what the model says: of a text, or of its turn in a chat."""
@@ -429,29 +406,16 @@ class CausalLM(Task):
 
     def sample_prompt(self, row: dict[str, Any]) -> tuple[list[int], str, str]:
         """Return what a sample continues: token ids, the same as text, and the row's own words."""
-        (column,) = self.input_columns().values()
-        if self.is_chat:
-            messages = self._messages(row)
-            try:
-                ids = self._prompt(row)
-            except LoraError:  # the assistant speaks first
-                ids = list(self.tokenizer(" ", verbose=False)["input_ids"])
-            last = messages[-1]
-            wanted = str(last.get("content") or "") if last["role"] == "assistant" else ""
-        elif self.is_pair:
-            ids, wanted = self._prompt(row), str(row[self.spec.completion_column or ""])
-        else:
-            whole = list(self.tokenizer(str(row[column]), verbose=False)["input_ids"])
-            cut = min(SAMPLE_TOKENS, (len(whole) + 1) // 2)
-            cut = whole_characters(self.tokenizer, whole, cut)
-            ids = whole[:cut]
-            end = whole_characters(self.tokenizer, whole, cut + SAMPLE_NEW_TOKENS)
-            wanted = self.tokenizer.decode(whole[cut:end])
-        is_cut, ids = len(ids) > self.max_length, ids[-self.max_length :]
+        ids, wanted = self.rows.sample(row)
+        room = self.max_length
+        if self.positions is not None:  # the words that are added take positions too
+            room = min(room, max(self.positions - SAMPLE_NEW_TOKENS, self.positions // 2))
+        is_cut, ids = len(ids) > room, ids[-room:]
         shown = str(self.tokenizer.decode(ids, skip_special_tokens=not self.is_chat))
         return ids, shown.lstrip(REPLACEMENT) if is_cut else shown, wanted
 
     def continue_greedily(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[str]:
         """Return a short continuation of each prompt, the likeliest token every time."""
         tokens = min(SAMPLE_NEW_TOKENS, self.recipe.evaluate.generation.max_new_tokens)
-        return self._written(model, prompts, GenerationSpec(max_new_tokens=tokens))
+        answers = self._written(model, prompts, GenerationSpec(max_new_tokens=tokens))
+        return [answer.text for answer in answers]

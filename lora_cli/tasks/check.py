@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from lora_cli.adapters.starting import make_trainable
 from lora_cli.data.sources import Rows
-from lora_cli.errors import LoraError, Problem, warn
+from lora_cli.errors import LoraError, Problem, printable, warn
 from lora_cli.metrics import MetricSet, known_metrics
 from lora_cli.models import load_config
 from lora_cli.recipe import Recipe
@@ -21,7 +22,7 @@ from lora_cli.tasks.gate import text_columns, text_of
 from lora_cli.tasks.streaming import Stream
 from lora_cli.tasks.unknown import MOST_UNKNOWN, count_unknown, unknown_warning
 
-FIRST_ROWS = 100
+FIRST_ROWS = 1000
 
 
 def check_recipe(recipe: Recipe, all_rows_follow: bool = False) -> None:
@@ -73,11 +74,13 @@ def _check_metrics(task: Task) -> None:
 def _encode_some(task: Task, splits: dict[str, Rows], warns: bool) -> None:
     """Encode the first rows of each split: what a chat template refuses, it refuses early."""
     for name, rows in splits.items():
-        made = encode_located(task, next(rows.batches(FIRST_ROWS)), rows.place)
+        some = next(rows.batches(FIRST_ROWS))
+        made = encode_located(task, some, rows.place)
         if not any(made) and len(rows) <= FIRST_ROWS:
             raise nothing_trained(task, rows)
         if warns:
             _warn_of_unknown(task, name, rows, made)
+            _warn_of(task, name, rows, some, made)
     if task.recipe.data.streaming:
         Stream(task).look()
 
@@ -98,6 +101,31 @@ def _warn_of_unknown(
     texts = [text_of(rows[row], text_columns(task))]
     first = f"{name} (its first {FIRST_ROWS} rows)" if len(rows) > FIRST_ROWS else name
     warn(unknown_warning(task.tokenizer, first, unknown.share, rows.place(row), texts))
+
+
+def _warn_of(
+    task: Task,
+    name: str,
+    rows: Rows,
+    some: Sequence[dict[str, Any]],
+    made: Sequence[Sequence[Example]],
+) -> None:
+    """Say how many of the first rows leave nothing to train, or have control tokens in them."""
+    of = f"of the first {len(some):,}" if len(some) < len(rows) else f"of {len(some):,}"
+    if empty := sum(not examples for examples in made):
+        warn(
+            f"{empty:,} {of} {name} rows leave nothing to train within {task.max_length} tokens, "
+            "and are left out: raise `task.max_length`, or see `task.truncate`"
+        )
+    tokens = map(task.control_token_in, some)
+    found = [(i, token) for i, token in enumerate(tokens) if token is not None]
+    if found:
+        i, token = found[0]
+        how = "tokens: see `task.split_special_tokens`" if task.reads_control_tokens else "text"
+        warn(
+            f"{len(found):,} {of} {name} rows have control tokens in their text, the first is "
+            f"`{printable(token)}` at {rows.place(i)}; they are read as {how}"
+        )
 
 
 def empty_adapted_model(recipe: Recipe) -> nn.Module:

@@ -13,7 +13,7 @@ import numpy as np
 from lora_cli.data.cache import cached_dataset
 from lora_cli.data.files import require_columns
 from lora_cli.data.sources import Rows, load_rows, without
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, Problem
 from lora_cli.tasks.base import Encoded, Example, Task
 
 
@@ -42,6 +42,7 @@ def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
     for split in rows.values():
         columns = task.input_columns() | task.target_columns()
         require_columns(columns, split.columns, split.source)
+    _refuse_unsupported(task, rows)
     for name, split in rows.items():
         faults = {i: fault for i, row in enumerate(split) if (fault := task.fault(row))}
         if len(faults) == len(split) and recipe.data.on_bad_row == "skip":
@@ -51,6 +52,26 @@ def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
         rows[name] = without(split, faults, recipe)
     task.prepare(rows)
     return rows
+
+
+def _refuse_unsupported(task: Task, splits: dict[str, Rows]) -> None:
+    """Reject splits with rows of a kind that no task reads, also where bad rows are skipped.
+
+    Raises:
+        LoraError: With how many rows of each split there are, and where the first stands.
+    """
+    problems = []
+    for name, split in splits.items():
+        first, count = None, 0
+        for i, row in enumerate(split):
+            if (found := task.unsupported(row)) is not None:
+                first, count = first or (i, found), count + 1
+        if first is not None:
+            i, (what, hint) = first
+            share = f"{count:,} of {len(split):,} {name} rows cannot be read as they are meant"
+            problems.append(Problem(f"{share}; the first has {what}", split.place(i), hint))
+    if problems:
+        raise LoraError(problems)
 
 
 def encode_rows(task: Task, rows: Rows) -> Encoded:

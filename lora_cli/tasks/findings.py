@@ -56,6 +56,10 @@ class SplitFindings:
     skipped_rows: int
     rows_without_example: int
     empty_rows: int
+    control_token_rows: int
+    """Rows with a control token, such as `</s>`, spelled out in a text."""
+    control_tokens: str
+    """What is made of them, and where the first stands."""
     tokens: dict[str, int]
     """Tokens of a row before it is cut: p50, p95, max, and the total that is left."""
     cut_rows: int
@@ -127,10 +131,19 @@ class Findings:
         for name, split in self.splits.items():
             if split.rows_without_example:
                 share = _percent(split.rows_without_example / split.rows)
+                truncate = self.recipe.task.truncate
+                ways = "raise `task.max_length`, if the model can take more"
+                if truncate == "right":
+                    ways += ", or cut the beginning instead: `task.truncate: left`"
                 lines.append(
-                    f"{split.rows_without_example:,}{share} {name} rows leave nothing to train "
-                    f"within {self.max_length} tokens: raise `task.max_length`, if the model can "
-                    "take more"
+                    f"{split.rows_without_example:,} of {split.rows:,}{share} {name} rows leave "
+                    f"nothing to train within {self.max_length} tokens, and are left out: {ways}"
+                )
+            if split.control_token_rows:
+                share = _percent(split.control_token_rows / split.rows)
+                lines.append(
+                    f"{split.control_token_rows:,}{share} {name} rows have control tokens in their "
+                    f"text; {split.control_tokens}"
                 )
             if split.unknown_warning:
                 lines.append(split.unknown_warning)
@@ -170,6 +183,7 @@ class Findings:
         if any(s.examples != s.rows for s in splits):
             add("examples", [f"{s.examples:,}" for s in splits])
         add("skipped rows", [f"{s.skipped_rows:,}" for s in splits])
+        add("with control tokens", [f"{s.control_token_rows:,}" for s in splits])
         add("empty rows", [f"{s.empty_rows:,}" for s in splits])
         add("rows without example", [f"{s.rows_without_example:,}" for s in splits])
         add("tokens p50/p95/max", [_quantiles(s.tokens) for s in splits])

@@ -81,13 +81,18 @@ class _Look:
         self.near = task.recipe.data.check.near_duplicates
         self.targets: list[str] = []
         self.empty_rows = 0
+        self.control_rows: list[tuple[int, str]] = []  # row, and the first control token in it
         self.labels: Counter[str] = Counter()
         self.texts = Fingerprints.of(self._read(), self.near)
 
     def _read(self) -> Iterator[list[str]]:
         columns = text_columns(self.task)
+        start = 0
         for batch in self.rows.batches(1000):
             texts = [text_of(row, columns) for row in batch]
+            found = enumerate(map(self.task.control_token_in, batch), start)
+            self.control_rows += [(i, token) for i, token in found if token is not None]
+            start += len(batch)
             self.empty_rows += sum(not text.strip() for text in texts)
             if isinstance(self.task, SequenceClassification):
                 for row in batch:
@@ -114,6 +119,8 @@ class _Look:
             skipped_rows=len(self.rows.skipped),
             rows_without_example=split.rows_without_example,
             empty_rows=self.empty_rows,
+            control_token_rows=len(self.control_rows),
+            control_tokens=self._about_control_tokens(),
             tokens={
                 "p50": p50,
                 "p95": p95,
@@ -142,6 +149,19 @@ class _Look:
         text = text_of(self.rows[row], text_columns(self.task))
         place = self.rows.place(row)
         return unknown_warning(self.task.tokenizer, self.name, unknown.share, place, [text])
+
+    def _about_control_tokens(self) -> str:
+        """Return what is made of control tokens in the texts, and where the first stands."""
+        if not self.control_rows:
+            return ""
+        row, token = self.control_rows[0]
+        where = f"the first is `{token}` at {self.rows.place(row)}"
+        if self.task.reads_control_tokens:
+            return (
+                f"{where}; each is read as the token, as if the tokenizer had written it: "
+                "`task.split_special_tokens: true` reads them as text"
+            )
+        return f"{where}; they are read as text"
 
     def _label_doubts(self, names: list[str]) -> list[str]:
         """Return what to ask of the labels: do two mean the same, has one no rows?"""

@@ -1,20 +1,44 @@
-"""Let a language model write on from prompts."""
+"""Let a language model write on from prompts, as the recipe asks and in no other way."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_cli.characters import without_half_character
 from lora_cli.recipe.spec import GenerationSpec
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+# keys of a generation config that change no token: ids, limits that the recipe sets, formats
+NEUTRAL = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length",
+    "max_new_tokens", "use_cache", "cache_implementation", "cache_config", "compile_config",
+    "disable_compile", "output_attentions", "output_hidden_states", "output_scores",
+    "output_logits", "return_dict_in_generate", "transformers_version", "_from_model_config",
+    "return_legacy_cache", "remove_invalid_values",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Args:
+        text: Its words.
+        is_cut: The model has no position for another token, and it had not ended.
+    """
+
+    text: str
+    is_cut: bool
 
 
 def stop_ids(
@@ -25,8 +49,21 @@ def stop_ids(
     A model may be published with several: Llama 3 ends a turn by another token than a text.
     """
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = {int(tokenizer.eos_token_id), *more}
-    return sorted(ends | ({own} if isinstance(own, int) else set(own or ())))
+    ids = [own] if isinstance(own, int) else list(own or ())
+    return sorted({int(tokenizer.eos_token_id), *more, *(i for i in ids if isinstance(i, int))})
+
+
+def base_wishes(model: nn.Module) -> dict[str, Any]:
+    """Return what the base's generation config asks for that would change what is written."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return {}
+    usual = GenerationConfig().to_dict()
+    return {
+        key: value
+        for key, value in sorted(config.to_dict().items())
+        if key not in NEUTRAL and value is not None and value != usual.get(key)
+    }
 
 
 def generate(
@@ -38,12 +75,12 @@ def generate(
     positions: int | None,
     stops: Collection[int],
     streamer: Any = None,
-) -> list[str]:
-    """Return what the model says after each prompt; what stands beside it makes no difference.
+) -> list[Answer]:
+    """Return what the model says after each prompt; the other prompts make no difference to it.
 
     Args:
         model: The model, in eval mode.
-        prompts: Token ids of each prompt. One that leaves no room is cut at its beginning.
+        prompts: Token ids of each prompt; each leaves room for at least one token.
         tokenizer: Of the model.
         options: How long, and how it is sampled.
         pad_id: What fills the rows.
@@ -52,17 +89,21 @@ def generate(
         streamer: Is given the tokens of a single prompt's answer as they come.
     """
     room = positions or 10**9
-    prompts = [prompt[-(room - 1) :] for prompt in prompts]
     groups: dict[int, list[int]] = defaultdict(list)  # prompts by the length of their answers
     for i, prompt in enumerate(prompts):
+        assert 0 < len(prompt) < room
         groups[min(options.max_new_tokens, room - len(prompt))].append(i)
-    answers = [""] * len(prompts)
+    answers: dict[int, Answer] = {}
     for length, members in groups.items():
         ids = [prompts[i] for i in members]
-        made = _continue(model, ids, length, stops, pad_id, options, streamer)
-        for i, said in zip(members, made, strict=True):
-            answers[i] = decode(tokenizer, said, is_cut=len(said) == length)
-    return answers
+        for i, row in zip(
+            members, _continue(model, ids, length, stops, pad_id, options, streamer), strict=True
+        ):
+            said = until_stop(row, stops)
+            has_ended = len(said) < length
+            text = decode(tokenizer, said, is_cut=not has_ended)
+            answers[i] = Answer(text, not has_ended and length < options.max_new_tokens)
+    return [answers[i] for i in range(len(prompts))]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], is_cut: bool) -> str:
@@ -106,7 +147,7 @@ def _continue(
     options: GenerationSpec,
     streamer: Any = None,
 ) -> list[list[int]]:
-    """Return the tokens that the model adds to each prompt, up to the first that ends it."""
+    """Return the tokens that the model adds to each prompt, and what fills the row behind them."""
     device = next(model.parameters()).device
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad_id)
@@ -114,20 +155,36 @@ def _continue(
     for i, prompt in enumerate(prompts):  # on the left, so that every answer starts at once
         ids[i, width - len(prompt) :] = torch.tensor(prompt)
         mask[i, width - len(prompt) :] = 1
-    sampling: dict[str, Any] = {"do_sample": options.temperature > 0, "top_k": 0}
+    sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
-        sampling |= {"temperature": options.temperature, "top_p": options.top_p}
-    output = model.generate(  # type: ignore[operator]  # transformers' generation mix-in
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad_id,
-        eos_token_id=list(stops),
-        streamer=streamer,
-        **sampling,
+        # top_k 0: transformers' own default would keep 50 tokens
+        sampling |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=list(stops), **sampling
     )
-    # cut by hand, as what fills a row after its end need not be a special token
-    return [until_stop(row, stops) for row in output[:, width:].tolist()]
+    with _without_own_config(model):
+        output = model.generate(  # type: ignore[operator]  # transformers' generation mix-in
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            streamer=streamer,
+        )
+    tokens: list[list[int]] = output[:, width:].tolist()
+    return tokens
+
+
+@contextmanager
+def _without_own_config(model: nn.Module) -> Iterator[None]:
+    """Take the model's own generation config away for a while.
+
+    `generate` fills what another config leaves open with it: penalties, beams, forced tokens.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def until_stop(ids: Sequence[int], stops: Collection[int]) -> list[int]:

@@ -130,23 +130,45 @@ class SequenceClassification(Task):
         return None if self.spec.problem == "regression" else self.reader.problem(row, place)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return one example a row."""
+        """Return one example a row, or none of a row that is too long and to be left out."""
         return [
-            [{**inputs, "labels": self._label(row), **self._full_length(row, inputs)}]
+            self._example(row, inputs)
             for row, inputs in zip(rows, self._encode_texts(rows), strict=True)
         ]
+
+    def _example(self, row: dict[str, Any], inputs: Example) -> list[Example]:
+        full = self._full_length(row, inputs)
+        if full and self.spec.truncate == "error":
+            hint = "raise `task.max_length`, or cut such texts: `task.truncate: right`, or left"
+            raise LoraError(self._too_long(full["full_length"]), hint=hint)
+        if full and self.spec.truncate == "drop":
+            return []
+        return [{**inputs, "labels": self._label(row), **full}]
+
+    def _too_long(self, length: int) -> str:
+        return f"the row has {length:,} tokens, more than {self.max_length:,}"
+
+    def answer_fault(self, row: dict[str, Any]) -> str:
+        """Return why a row cannot be answered, or nothing."""
+        fault = super().answer_fault(row)
+        if fault or self.spec.truncate in ("right", "left"):
+            return fault
+        full = self._full_length(row, self._encode_texts([row])[0])
+        return self._too_long(full["full_length"]) if full else ""
 
     def _full_length(self, row: dict[str, Any], inputs: Example) -> dict[str, int]:
         """Return the tokens that a row has when it is not cut, if it was."""
         if len(inputs["input_ids"]) < self.max_length:
             return {}
         texts = [str(row[column]) for column in self.input_columns().values()]
-        full = len(self.tokenizer(*texts, verbose=False)["input_ids"])
+        full = len(self.text_tokenizer(*texts, verbose=False)["input_ids"])
         return {"full_length": full} if full > self.max_length else {}
 
     def _encode_texts(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
         pairs = self.spec.text_pair_column
-        encoding = self.tokenizer(
+        tokenizer = self.text_tokenizer
+        tokenizer.truncation_side = "left" if self.spec.truncate == "left" else "right"
+        encoding = tokenizer(
             [str(row[self.spec.text_column]) for row in rows],
             [str(row[pairs]) for row in rows] if pairs else None,
             truncation=True,

@@ -107,7 +107,7 @@ class Run:
     ) -> None:
         self.recipe, self.task, self.data, self.accelerator = recipe, task, data, accelerator
         self.folder, self.stop = recipe.output_path, stop
-        self.notes = [*task.notes, *_empty_rows(data)]
+        self.notes = [*task.notes]
         self.model, self.in_full, base = self._load_model()
         self.optimizer = build_optimizer(self.model, recipe, self.in_full)
         self.saver = Saver(
@@ -386,13 +386,8 @@ class Run:
             self.report["base"] = self.saver.base.facts
         if note := self.batches.note:
             self.log.say(note)
-        self.log.say(f"trained {self.state.step} steps in {clock(self.state.seconds)}")
-
-
-def _empty_rows(data: dict[str, Encoded]) -> list[str]:
-    return [
-        f"warning: {split.rows_without_example} of {len(split.rows)} {name} rows leave nothing to "
-        "train within `task.max_length`"
-        for name, split in data.items()
-        if split.rows_without_example
-    ]
+        train, on = self.data.get("train"), ""
+        if train is not None and train.rows_without_example:
+            n_rows = len(train.rows)
+            on = f" on {n_rows - train.rows_without_example:,} of {n_rows:,} rows"
+        self.log.say(f"trained {self.state.step} steps{on} in {clock(self.state.seconds)}")

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cases_data  # noqa: F401 - they fill CASES
+import cases_chats  # noqa: F401 - they fill CASES
+import cases_data  # noqa: F401
 import cases_folders  # noqa: F401
 import cases_recipes  # noqa: F401
 import cases_runs  # noqa: F401
@@ -77,7 +78,8 @@ REST: dict[str, str] = {
     "reporting/report.py:read_metrics_log": "a log that is damaged while its run goes on",
     "tasks/base.py:_untrusted": "a script beside an adapter; tests/faults/test_security.py",
     "tasks/causal_lm.py:load_processor": "needs a tokenizer that is not fast",
-    "tasks/causal_lm.py:_question": "printed as a warning; tests/test_prediction.py",
+    "tasks/causal_lm.py:_require_room": "a guard: blank texts are rejected before",
+    "tasks/row_formats.py:prompt": "printed as a warning; tests/test_prediction.py",
     "tasks/packing.py:check_packing": "needs a model without positions; tests/test_causal_lm.py",
     "tasks/labels.py:learn": "needs a data set of the Hub whose own labels repeat",
     "placement.py:start_accelerator": "needs a device of another kind",

@@ -10,6 +10,8 @@ from pydantic import Field
 from lora_cli.errors import counted
 from lora_cli.recipe.spec.section import Conflicts, Positive, Probability, Section, Word
 
+Truncation = Literal["right", "left", "drop", "error"]
+
 
 class SequenceClassificationSpec(Section):
     """Classify a text, or a pair of texts."""
@@ -49,6 +51,14 @@ class SequenceClassificationSpec(Section):
 
     max_length: Positive = 512
     """Longest input in tokens; longer texts are cut. Never more than the model can take."""
+
+    truncate: Truncation = "right"
+    """What happens to a longer text: it loses its end (`right`) or its beginning (`left`), its row
+    is left out (`drop`), or it is an error (`error`)."""
+
+    split_special_tokens: bool = False
+    """Read a control token that is spelled out in a text, such as `</s>` or `[SEP]`, as its letters
+    and not as the token."""
 
     pad_token: Word | None = None
     """The padding token, where the tokenizer has none of its own."""
@@ -135,6 +145,18 @@ class CausalLMSpec(Section):
     max_length: Positive = 1024
     """Longest example in tokens. Never more than the model can take."""
 
+    truncate: Truncation = "right"
+    """What happens to a longer row of a prompt or a conversation: it loses its end (`right`; where
+    the prompt alone is as long, nothing is left to train), or its beginning (`left`; a token that
+    begins every text stays), it is left out (`drop`), or it is an error (`error`). Plain texts are
+    divided, not cut. With `left`, a prompt that leaves no room for an answer loses its beginning
+    too, also where plain texts are trained."""
+
+    split_special_tokens: bool | None = None
+    """Read a control token that is spelled out in a text, such as `</s>`, as its letters and not as
+    the token. Default: not in plain texts, prompts and completions, as transformers does it; always
+    in conversations, where only the chat template writes control tokens."""
+
     def conflicts(self) -> Conflicts:
         """Yield what keeps a row from being read in exactly one way."""
         pair = self.prompt_column is not None or self.completion_column is not None
@@ -150,6 +172,12 @@ class CausalLMSpec(Section):
                 "keep one of `text_column`, `prompt_column` with `completion_column`, "
                 "`messages_column`, or `format: alpaca` (or `self_instruct`)",
             )
+        if self.is_chat and self.split_special_tokens is False:
+            what = "in a conversation, control tokens in a text are always read as letters"
+            yield "split_special_tokens", what, "leave it out: else a text could forge a turn"
+        if self.truncate in ("drop", "error") and not (self.is_chat or pair):
+            what = f"`truncate: {self.truncate}` has no meaning with a text column"
+            yield "truncate", what, "leave it out: plain texts are divided into several examples"
         if self.format == "sharegpt" and self.messages_column is None:
             what = "`format: sharegpt` stands without `messages_column`"
             yield "format", what, "name the column: often `messages_column: conversations`"

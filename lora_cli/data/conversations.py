@@ -1,0 +1,335 @@
+"""Conversations in a row: four ways to store them, read as OpenAI's messages.
+
+What carries meaning and cannot be read is an error that names it, never left out: parts of a
+content that are no text, tool calls that are no JSON, marks of turns that shall not be trained.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_cli.data.json_rows import JSON_NAMES
+
+Message = dict[str, Any]
+SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+    "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system",
+    "tool": "tool", "function": "tool", "function_call": "assistant", "observation": "tool",
+}  # fmt: skip
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# what other collections call the same; a template would write them as they stand
+MEANT_ROLES = {
+    "human": "user", "customer": "user", "gpt": "assistant", "chatgpt": "assistant",
+    "bot": "assistant", "chatbot": "assistant", "ai": "assistant", "model": "assistant",
+    "observation": "tool",
+}  # fmt: skip
+TEXT_PARTS = (None, "text", "input_text", "output_text")
+NOT_READ = (
+    "image", "images", "image_url", "video", "videos", "audio", "audios", "file", "files",
+    "refusal", "mask", "masked", "train_detail", "documents",
+)  # fmt: skip
+SAID = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")
+TRAINED_MARKS = ("weight", "train", "trainable", "loss")
+
+
+class RowError(ValueError):
+    """A row that cannot be read as a conversation; its text says why."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation, and the tools that its assistant may call.
+
+    Args:
+        messages: Turns with `role` and `content`, as OpenAI has them. An assistant's turn with
+            `weight: 0` is not trained.
+        tools: Their JSON schemas; None if there are none.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+def read_conversations(row: dict[str, Any], form: str, column: str | None) -> list[Conversation]:
+    """Return the conversations of a row.
+
+    Args:
+        row: A row of the data.
+        form: `openai`, `sharegpt`, `alpaca` or `self_instruct`, where a row may hold several.
+        column: The column of the messages; not used by the last two forms.
+
+    Raises:
+        RowError: If something of it cannot be read.
+    """
+    if form == "self_instruct":
+        return [Conversation(messages) for messages in _self_instruct(row)]
+    if form == "alpaca":
+        return [Conversation(_alpaca(row))]
+    messages = read_messages(row, form, column)
+    system = row.get("system") if column != "system" else None
+    if isinstance(system, str) and system.strip():
+        if messages[0]["role"] == "system":
+            raise RowError("it has a system prompt in the column `system`, and another as a turn")
+        messages.insert(0, {"role": "system", "content": system})
+    return [Conversation(messages, _tools(row))]
+
+
+def conversation_fault(row: dict[str, Any], form: str, column: str | None) -> str:
+    """Return why a row holds no conversation that can be trained, or nothing."""
+    try:
+        conversations = read_conversations(row, form, column)
+    except RowError as error:
+        return str(error)
+    answered = [any(m["role"] == "assistant" for m in c.messages) for c in conversations]
+    if not all(answered):
+        number = answered.index(False) + 1
+        several = form == "self_instruct"
+        return f"instance {number} has no `output`" if several else "no turn is the assistant's"
+    for number, message in enumerate(conversations[0].messages, 1):
+        said = any(str(message.get(key) or "").strip() for key in SAID)
+        if message["role"] == "assistant" and not said and message.get("weight") != 0:
+            return f"turn {number}: the assistant says nothing"
+    return ""
+
+
+def read_messages(row: dict[str, Any], form: str, column: str | None) -> list[Message]:
+    """Return the conversation in a column as OpenAI messages.
+
+    Args:
+        row: A row of the data.
+        form: `openai` or `sharegpt`.
+        column: The column of the messages.
+
+    Raises:
+        RowError: If something of it cannot be read.
+    """
+    value = row.get(column or "")
+    if isinstance(value, str):  # csv files hold the list as JSON
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise RowError(f"column `{column}` is text, not a list of messages") from None
+    if not isinstance(value, list) or not value:
+        raise RowError(f"column `{column}` is not a list of messages")
+    messages = []
+    for number, turn in enumerate(value, 1):
+        if not isinstance(turn, dict):
+            raise RowError(f"turn {number} is not an object")
+        try:
+            message = _openai(turn) if form == "openai" else _sharegpt(turn)
+            messages.append(message | _marked(turn))
+        except RowError as error:
+            raise RowError(f"turn {number}: {error}") from None
+    return messages
+
+
+# ------------------------------------------------------------------------------- instructions
+
+
+def _self_instruct(row: dict[str, Any]) -> list[list[Message]]:
+    """Return a conversation for each instance; without any, one that waits for its answer."""
+    value = row.get("instances")
+    if isinstance(value, str):  # csv files hold the list as JSON
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            what = "column `instances` is text, not a list of inputs and outputs"
+            raise RowError(what) from None
+    if value is None:
+        return [_alpaca({"instruction": row["instruction"]})]
+    if not isinstance(value, list) or not value:
+        raise RowError("column `instances` is not a list of inputs and outputs")
+    for number, instance in enumerate(value, 1):
+        if not isinstance(instance, dict):
+            raise RowError(f"instance {number} is not an object")
+    keys = ("instruction", "system")
+    whole = {key: row[key] for key in keys if key in row}
+    return [_alpaca({**whole, **instance}) for instance in value]
+
+
+def _alpaca(row: dict[str, Any]) -> list[Message]:
+    more = str(row.get("input") or "").strip()
+    question = f"{row['instruction']}\n\n{more}" if more else str(row["instruction"])
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    answer = row.get("output")
+    blank = answer is None or not str(answer).strip()
+    said = [] if blank else [{"role": "assistant", "content": str(answer)}]
+    return [*system, *_history(row), {"role": "user", "content": question}, *said]
+
+
+def _history(row: dict[str, Any]) -> list[Message]:
+    """Return the earlier turns of an instruction: pairs of a question and its answer."""
+    history = row.get("history") or []
+    if isinstance(history, str):
+        try:
+            history = json.loads(history) if history.strip() else []
+        except (ValueError, RecursionError):
+            history = None
+    pairs: list[Any] = history if isinstance(history, list) else [None]
+    if not all(isinstance(p, list) and len(p) == 2 and set(map(type, p)) == {str} for p in pairs):
+        raise RowError("column `history` is not a list of pairs, a question and its answer each")
+    roles = ("user", "assistant")
+    return [
+        {"role": role, "content": said}
+        for pair in pairs
+        for role, said in zip(roles, pair, strict=True)
+    ]
+
+
+# -------------------------------------------------------------------------------------- turns
+
+
+def _openai(turn: dict[str, Any]) -> Message:
+    role = turn.get("role")
+    if not isinstance(role, str):
+        hint = "; it looks like `format: sharegpt`" if "from" in turn else ""
+        raise RowError(f"it has no `role`{hint}")
+    _require_role(role)
+    message = {key: value for key, value in turn.items() if value is not None}
+    calls = _tool_calls(turn)
+    for key in ("tool_calls", "function_call", "content"):
+        message.pop(key, None)
+    if turn.get("content") is not None:
+        message["content"] = _content(turn["content"])
+    elif not calls:
+        raise RowError("it has no `content`")
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def _require_role(role: str) -> None:
+    """Reject a role that a template would write as it stands, and nobody would train."""
+    plain = role.strip().lower()
+    meant = plain if plain in ROLES else MEANT_ROLES.get(plain)
+    if meant is not None and role != meant:
+        raise RowError(f"its role is `{role}`; write `{meant}`")
+    if not re.fullmatch(r"[A-Za-z][\w-]*", role):
+        raise RowError(f"its role is `{role}`, not a name such as `user`")
+
+
+def _content(value: Any) -> str:
+    """Return a content as text; the parts of a list are joined."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise RowError(f"its `content` is {JSON_NAMES[type(value)]}, not text")
+    texts = []
+    for part in value:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        if not isinstance(part, dict):
+            raise RowError(f"a part of its `content` is {JSON_NAMES[type(part)]}, not text")
+        kind, text = part.get("type"), part.get("text")
+        if kind not in TEXT_PARTS or not isinstance(text, str):
+            shown = kind if isinstance(kind, str) else ", ".join(map(str, part))
+            raise RowError(f"its `content` has a part `{shown}`, and only parts of text are read")
+        if other := _first_filled(part, NOT_READ):
+            raise RowError(f"its `content` has a part with `{other}`, and only text is read")
+        texts.append(text)
+    if not texts:
+        raise RowError("its `content` is an empty list")
+    return "".join(texts)
+
+
+def _first_filled(value: dict[str, Any], keys: Sequence[str]) -> str | None:
+    return next((key for key in keys if value.get(key) not in (None, "", [], {})), None)
+
+
+def _tool_calls(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the calls of a turn, with arguments that are objects: as templates write them."""
+    calls = turn.get("tool_calls") or []
+    if (old := turn.get("function_call")) is not None:  # as OpenAI had it before there were tools
+        if calls:
+            raise RowError("it has both `tool_calls` and `function_call`")
+        calls = [{"type": "function", "function": old}]
+    if isinstance(calls, str):
+        try:
+            calls = json.loads(calls)
+        except (ValueError, RecursionError):
+            raise RowError("its `tool_calls` are text that is no JSON") from None
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise RowError("its `tool_calls` are not a list of objects")
+    return [_tool_call(call) for call in calls]
+
+
+def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
+    call = {key: value for key, value in call.items() if value is not None}
+    inside = call.get("function", call)
+    if not isinstance(inside, dict) or not isinstance(inside.get("name"), str):
+        raise RowError("one of its tool calls has no `name`")
+    arguments = inside.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            what = f"the arguments of its call of `{inside['name']}` are text that is no JSON"
+            raise RowError(what) from None
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise RowError(f"the arguments of its call of `{inside['name']}` are no object")
+    new = {**inside, "arguments": arguments}
+    return {**call, "function": new} if "function" in call else new
+
+
+def _sharegpt(turn: dict[str, Any]) -> Message:
+    speaker, text = turn.get("from"), turn.get("value")
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+        known = ", ".join(SHAREGPT_ROLES)
+        raise RowError(f"`{speaker}` is not a known speaker; they are {known}")
+    if not isinstance(text, str | list) or (isinstance(text, list) and not text):
+        raise RowError("it has no `value`")
+    if speaker == "function_call":
+        try:
+            value = json.loads(text) if isinstance(text, str) else text
+        except (ValueError, RecursionError):
+            value = None
+        calls: list[Any] = value if isinstance(value, list) else [value]
+        if not all(isinstance(call, dict) for call in calls):
+            raise RowError("its `value` is no JSON of a call: a name and its arguments")
+        calls = [{"type": "function", "function": _tool_call(call)} for call in calls]
+        return {"role": "assistant", "tool_calls": calls}
+    return {"role": SHAREGPT_ROLES[speaker], "content": _content(text)}
+
+
+def _marked(turn: dict[str, Any]) -> Message:
+    """Return the weight of a turn that says whether it is trained; reject what is not read."""
+    if other := _first_filled(turn, NOT_READ):
+        raise RowError(f"it has `{other}`, which no task reads")
+    marks = {key: turn[key] for key in TRAINED_MARKS if turn.get(key) is not None}
+    for key, value in marks.items():
+        if value not in (0, 1):  # true and false too
+            raise RowError(f"its `{key}` is {value!r}, not 0 or 1")
+    return {"weight": 0} if any(not value for value in marks.values()) else {}
+
+
+def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the schemas of the tools of a row."""
+    name = next((key for key in ("tools", "functions") if row.get(key) not in (None, "", [])), None)
+    if name is None:
+        return None
+    tools = row[name]
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise RowError(f"column `{name}` is text that is no JSON") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError(f"column `{name}` is not a list of the schemas of tools")
+    if not all(isinstance(name_of(tool), str) for tool in tools):
+        raise RowError(f"column `{name}` has a tool without a name")
+    if name == "functions":  # as OpenAI had it before there were tools
+        tools = [{"type": "function", "function": tool} for tool in tools]
+    return tools or None
+
+
+def name_of(tool: dict[str, Any]) -> Any:
+    """Return the name of a tool, or of what a call calls."""
+    inside = tool.get("function", tool)
+    return inside.get("name") if isinstance(inside, dict) else None

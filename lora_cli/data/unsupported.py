@@ -1,0 +1,77 @@
+"""Rows of a kind that no task reads, though their columns look like those of one that does.
+
+A collection of preferences, rated answers or pictures has a prompt and an answer too. Trained as
+if it had nothing else, a model would learn its bad answers as well as its good ones.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+REJECTED = re.compile(
+    r"(?i)(.*[_\W])?(rejected|dispreferred|non_?preferred|unpreferred|losing|loser)([_\W].*)?"
+)
+RATED = re.compile(
+    r"(?i)(is_)?(labels?|kto_(label|tag)|desirable|preferred|accepted|approved|thumbs_up|upvoted|"
+    r"good|correct|chosen|safe|helpful)"
+)
+MEDIA = re.compile(
+    r"(?i)(images?|pictures?|videos?|audios?|image_(paths?|urls?|files?)|audio_(paths?|urls?|files?"
+    r")|video_(paths?|urls?|files?)|pixel_values)"
+)
+NO = ("false", "0", "0.0", "no")
+DROP = "take the column out of the file"
+
+
+Found = tuple[str, str]
+
+
+def unsupported(row: dict[str, Any]) -> Found | None:
+    """Return what a row holds besides its prompt and answer or its conversation, and a hint.
+
+    Args:
+        row: A row of a language model's data.
+
+    Returns:
+        What no task reads, to be said after "it has", and how to go on; None if there is nothing.
+    """
+    return bad_answer(row) or unread_media(row)
+
+
+def unread_media(row: dict[str, Any]) -> Found | None:
+    """Return what is to be seen or heard beside the text of a row, and a hint."""
+    for column, value in row.items():
+        if MEDIA.fullmatch(column) and value not in (None, "", [], {}):
+            return (
+                f"pictures, sound or films in `{column}`, which no task reads",
+                f"to learn from the text alone, {DROP}, and the rows that need it",
+            )
+    return None
+
+
+def bad_answer(row: dict[str, Any]) -> Found | None:
+    """Return which column of a row says that an answer is bad, and a hint."""
+    for column, value in row.items():
+        if REJECTED.fullmatch(column) and value and isinstance(value, str | list | dict):
+            return (
+                f"a rejected answer in `{column}`: it is a preference, which no task learns from",
+                f"to learn the good answers alone, {DROP}",
+            )
+        if _is_rated_bad(column, value):
+            return (
+                f"{str(value).lower()} in `{column}`: an answer that is marked as bad would be "
+                "learned like a good one",
+                f"keep the rows whose `{column}` is true; if it means something else, {DROP}",
+            )
+    return None
+
+
+def _is_rated_bad(column: str, value: Any) -> bool:
+    if not RATED.fullmatch(column):
+        return False
+    if isinstance(value, bool):
+        return not value
+    # 0 is false of a `label` alone: a count of other things has 0 too
+    numbers = NO if column.lower().endswith(("label", "labels", "tag")) else ("false", "no")
+    return isinstance(value, str | int) and str(value).strip().lower() in numbers

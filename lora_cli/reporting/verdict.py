@@ -1,0 +1,195 @@
+"""What a run reached, in a sentence: better than before, and than an answer without looking?
+
+No more is said than the rows carry. A difference counts where the 95 % interval of what was
+measured leaves no doubt of its sign; otherwise the sentence says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lora_cli.reporting.analysis import (
+    SMALLER_IS_BETTER,
+    Line,
+    constant_error,
+    finite,
+    interval,
+    majority,
+)
+from lora_cli.reporting.report import part, shown_number
+
+SHARES = {"accuracy", "exact_match", "f1", "precision", "recall"}
+CORRELATIONS = {"pearson", "spearman", "matthews_correlation"}
+ENOUGH_ROWS = 30  # of a metric whose interval is not known
+MANY_ROWS = 100  # with so many, it is not for want of rows that a difference is unclear
+
+
+def main_metric(report: dict[str, Any], split: str) -> tuple[str, bool]:
+    """Return the metric that the page speaks of, and whether less of it is better."""
+    best, after = part(report, "best"), part(report, "metrics", "after", split)
+    name = str(best.get("metric") or next((k for k in after if k != "loss"), "loss"))
+    if name not in after:
+        name = "loss"
+    known = best.get("mode") if name == best.get("metric") else None
+    return name, known == "min" if known else name in SMALLER_IS_BETTER
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run reached, in words."""
+
+    tone: Literal["good", "poor", "unknown"]
+    head: str
+    text: str
+
+
+def verdict(
+    report: dict[str, Any], split: str, numbers: Sequence[Line] = (), lines: Sequence[Line] = ()
+) -> Verdict:
+    """Return in a sentence whether the model is better than before, and than a constant answer.
+
+    Args:
+        report: The report.
+        split: The split it is judged by.
+        numbers: The split's predictions, of a regression.
+        lines: The split's predictions, of any task: the losses of the rows.
+    """
+    name, down = main_metric(report, split)
+    before, after = (
+        finite(part(report, "metrics", when, split).get(name)) for when in ("before", "after")
+    )
+    if after is None:
+        hint = "Hold some out: `data.validation: {fraction: 0.1}`."
+        unknown = f"No rows were held out, so how well it works is not known. {hint}"
+        return Verdict("unknown", "Not measured.", unknown)
+    rows = measured_rows(report, split)
+    text, poor = _against_before(name, down, before, after, split, rows)
+    base = majority(report, split) if name == "accuracy" else None
+    if base is not None:
+        low, high = interval(after, rows or 1)
+        which = f"always saying “{base[0]}” ({shown_number(base[1])})"
+        gap = f"{abs(after - base[1]) * 100:.1f} points"
+        if low > base[1]:
+            text += f", {gap} above {which}"
+        elif high < base[1]:
+            poor = poor or "It is worse than no model."
+            text += f", {gap} below {which}"
+        else:
+            poor = poor or "It learned next to nothing."
+            text += f", no clear gain over {which}"
+    error, mean = (
+        finite(part(report, "metrics", "after", split).get("mse")),
+        constant_error(numbers),
+    )
+    if error is not None and mean is not None and error >= mean:
+        poor = poor or "It learned next to nothing."
+        text += f"; its mean squared error ({shown_number(error)}) is no smaller than that of "
+        text += f"always saying the mean ({shown_number(mean)})"
+    if before is None and base is None and not poor:  # there is nothing to compare it with
+        return Verdict("unknown", "Measured.", f"{text}.")
+    if not _is_clear(name, before, after, rows, lines):
+        if rows < MANY_ROWS:
+            text += f": {rows:,} rows are too few to tell this from chance"
+            return Verdict("unknown", "Too few rows to tell.", f"{text}.")
+        if before != after:
+            poor = poor or "No clear change."
+            text += ": so small a difference may be chance"
+    head = poor or ("It learned." if before is not None else "Measured.")
+    return Verdict("poor" if poor else "good", head, f"{text}.")
+
+
+def _against_before(
+    name: str, down: bool, before: float | None, after: float, split: str, rows: int
+) -> tuple[str, str]:
+    """Return what was measured before and after, and what is poor about it, or nothing."""
+    where = f"On the {rows:,} {split} rows" if rows else f"On {split}"
+    shown = name.replace("_", " ")
+    if before is None:
+        return f"{where}, {shown} is {shown_number(after)} (not measured before training)", ""
+    if before == after:
+        text = f"{where}, {shown} stays {shown_number(after)}, as before training"
+        return text, "It did not learn."
+    verb = "falls" if after < before else "rises"
+    text = f"{where}, {shown} {verb} from {shown_number(before)} before training to "
+    text += f"{shown_number(after)} ({_change(name, before, after)})"
+    return text, "" if (after < before) == down else "It got worse."
+
+
+def measured_rows(report: dict[str, Any], split: str) -> int:
+    """Return how many rows of a split were measured: those that left something to measure."""
+    facts = part(report, "data", split)
+    rows, empty = (finite(facts.get(key)) or 0.0 for key in ("rows", "rows_without_example"))
+    return int(rows - empty)
+
+
+def _is_clear(
+    name: str, before: float | None, after: float, rows: int, lines: Sequence[Line]
+) -> bool:
+    """Return whether the rows are enough to say that a metric has changed, or has not.
+
+    Of shares, Newcombe's interval of the difference of two (1998, method 10); of correlations,
+    Fisher's; of means over rows, Student's. What was measured before is taken for another sample of
+    as many rows, since its rows are not kept: that is on the safe side.
+    """
+    if before is None or before == after:
+        return rows >= ENOUGH_ROWS
+    difference = abs(after - before)
+    if name in SHARES and min(before, after) >= 0 and max(before, after) <= 1:
+        if rows < 1:
+            return False
+        low, high = sorted((before, after))
+        below, above = high - interval(high, rows)[0], interval(low, rows)[1] - low
+        return difference > math.hypot(below, above)
+    if name in CORRELATIONS:
+        if rows <= 3:
+            return False
+        first, second = (math.atanh(max(-0.999999, min(0.999999, r))) for r in (before, after))
+        return abs(second - first) > 1.959964 * math.sqrt(2 / (rows - 3))
+    values = _of_rows(name, lines)
+    if values is None:
+        return rows >= ENOUGH_ROWS
+    if name == "perplexity":  # the losses of the rows are its logarithms
+        difference = abs(math.log(after / before)) if min(before, after) > 0 else 0.0
+    return difference > math.sqrt(2) * _half_width(values)
+
+
+def _of_rows(name: str, lines: Sequence[Line]) -> list[tuple[float, float]] | None:
+    """Return the sum and the number of items of each row of which a metric is the mean."""
+    rows: dict[Any, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+    for line in lines:
+        loss, items = finite(line.get("loss")), finite(line.get("n_items"))
+        if name == "mse":
+            wanted, said = finite(line.get("reference")), finite(line.get("prediction"))
+            loss = None if wanted is None or said is None else (wanted - said) ** 2
+            items = 1.0
+        if loss is not None and items:
+            total, count = rows[line.get("row")]
+            rows[line.get("row")] = (total + loss, count + items)
+    if name not in ("loss", "perplexity", "mse") or not rows:
+        return None
+    return list(rows.values())
+
+
+def _half_width(rows: Sequence[tuple[float, float]]) -> float:
+    """Return half of the 95 % interval of a mean over items, from the differences of rows."""
+    from scipy.stats import t
+
+    n, items = len(rows), sum(count for _, count in rows)
+    if n < 2:
+        return math.inf
+    mean = sum(total for total, _ in rows) / items
+    squares = sum((total - mean * count) ** 2 for total, count in rows)
+    return float(t.ppf(0.975, n - 1)) * math.sqrt(squares * n / (n - 1)) / items
+
+
+def _change(name: str, before: float, after: float) -> str:
+    if name not in SMALLER_IS_BETTER and max(abs(before), abs(after)) <= 1:
+        share = min(before, after) >= 0
+        text = f"{(after - before) * 100:+.1f} points" if share else f"{after - before:+.4f}"
+    else:
+        text = f"{100 * (after - before) / abs(before):+.0f} %" if before else "from zero"
+    return text.replace("-", "\N{MINUS SIGN}")

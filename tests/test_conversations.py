@@ -1,0 +1,175 @@
+"""How rows are read as conversations, against transformers' own rendering of the same messages."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import tiny
+
+from lora_cli.data.conversations import Conversation, conversation_fault, read_conversations
+from lora_cli.data.unsupported import unsupported
+from lora_cli.tasks.chat import ChatTemplate
+
+Json = dict[str, Any]
+TEMPLATE = (
+    "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}"
+    "{% for m in messages %}{{ m.role }}:\n{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} "
+    "{{ c.function.arguments | tojson }}</call>{% endfor %}|\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+
+
+def user(content: Any, **more: Any) -> Json:
+    return {"role": "user", "content": content, **more}
+
+
+def said(content: Any, **more: Any) -> Json:
+    return {"role": "assistant", "content": content, **more}
+
+
+def read(row: Json, form: str = "openai") -> Conversation:
+    (one,) = read_conversations(row, form, "messages")
+    return one
+
+
+def ids_of(conversation: Conversation, train_on: str = "assistant") -> tuple[list[int], str]:
+    made = tiny.tokenizer("llama")
+    made.chat_template = TEMPLATE
+    ((ids, trained),) = ChatTemplate(made).encode(conversation, train_on)
+    return ids, made.decode([i for i, on in zip(ids, trained, strict=True) if on])
+
+
+def theirs(messages: list[Json], tools: Any = None) -> list[int]:
+    made = tiny.tokenizer("llama")
+    made.chat_template = TEMPLATE
+    ids: list[int] = made.apply_chat_template(messages, tools=tools)["input_ids"]
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        ([{"type": "text", "text": "Hello "}, {"type": "text", "text": "you"}], "Hello you"),
+        ([{"type": "input_text", "text": "a\n"}, "b"], "a\nb"),
+        ([{"type": "text", "text": "a", "image_url": None, "cache_control": {"type": "x"}}], "a"),
+        ([{"text": "a"}], "a"),
+    ],
+)
+def test_parts_of_text_are_joined(parts: list[Any], text: str) -> None:
+    row = {"messages": [user(parts), said(parts)]}
+    for value in (row, {"messages": json.dumps(row["messages"])}):
+        ids, trained = ids_of(read(value))
+        assert ids == theirs([user(text), said(text)])
+        assert trained == f"{text}|\n"
+
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"a": [1, None], "b": "é"}}}
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+
+
+def test_calls_and_tools_are_given_to_the_template() -> None:
+    text = json.loads(json.dumps(CALL))
+    text["function"]["arguments"] = json.dumps(CALL["function"]["arguments"])
+    legacy = {"role": "assistant", "content": None, "function_call": text["function"]}
+    messages = [
+        user("q"), {"role": "assistant", "content": None, "tool_calls": [text, text]},
+        {"role": "tool", "content": "sun", "tool_call_id": "1"}, said("ok"),
+    ]  # fmt: skip
+    wanted = [user("q"), {"role": "assistant", "tool_calls": [CALL, CALL]}, messages[2], said("ok")]
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        ids, trained = ids_of(read({"messages": messages, "tools": tools}))
+        assert ids == theirs(wanted, TOOLS)
+        call = '<call>look {"a": [1, null], "b": "é"}</call>'
+        assert trained == f"{call}{call}|\nok|\n"
+    ids, _ = ids_of(read({"messages": [user("q"), legacy], "functions": [TOOLS[0]["function"]]}))
+    assert ids == theirs([user("q"), {"role": "assistant", "tool_calls": [CALL]}], TOOLS)
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": json.dumps(CALL["function"])},
+        {"from": "observation", "value": "sun"}, {"from": "gpt", "value": "ok"},
+    ]  # fmt: skip
+    ids, _ = ids_of(read({"messages": turns, "tools": TOOLS}, "sharegpt"))
+    wanted[1]["tool_calls"] = [CALL]
+    assert ids == theirs(wanted, TOOLS)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": 0}])
+def test_turns_of_no_weight_are_read_but_not_trained(mark: Json) -> None:
+    row = {"messages": [user("a"), said("bad", **mark), user("b"), said("good", weight=1)]}
+    ids, trained = ids_of(read(row))
+    assert ids == theirs([user("a"), said("bad"), user("b"), said("good")])
+    assert trained == "good|\n"
+    assert ids_of(read(row), "last")[1] == "good|\n"
+    made = tiny.tokenizer("llama")
+    made.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}|"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    ((ids, on),) = ChatTemplate(made).encode(read(row), "assistant")
+    assert made.decode([i for i, yes in zip(ids, on, strict=True) if yes]) == "good|"
+
+
+def test_a_system_prompt_in_a_column_of_its_own_is_read() -> None:
+    row = {"messages": [user("a"), said("b")], "system": "Be kind."}
+    wanted = [{"role": "system", "content": "Be kind."}, user("a"), said("b")]
+    assert read(row).messages == wanted
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert read({"messages": turns, "system": "Be kind."}, "sharegpt").messages == wanted
+    assert read({**row, "system": " "}).messages == wanted[1:]
+
+
+def test_earlier_turns_of_an_instruction_are_read() -> None:
+    row = {"instruction": "c", "output": "d", "history": [["a", "b"]]}
+    wanted = [user("a"), said("b"), user("c"), said("d")]
+    assert read(row, "alpaca").messages == wanted
+    assert read({**row, "history": '[["a", "b"]]'}, "alpaca").messages == wanted
+    assert read({**row, "history": []}, "alpaca").messages == wanted[2:]
+    assert "column `history`" in conversation_fault({**row, "history": ["a"]}, "alpaca", None)
+
+
+@pytest.mark.parametrize(
+    ("turns", "fault"),
+    [
+        ([user([{"type": "image_url", "image_url": {}}]), said("a")], "turn 1: its `content` has"),
+        ([user("a"), said([{"type": "refusal", "refusal": "no"}])], "turn 2: its `content` has"),
+        ([user("a"), said([{"type": "text", "text": None}])], "turn 2: its `content` has a part"),
+        ([user("a", images=["x.png"]), said("b")], "turn 1: it has `images`"),
+        ([user("a"), said("b", audio={"id": "x"})], "turn 2: it has `audio`"),
+        ([user("a"), said("b", mask=True)], "turn 2: it has `mask`"),
+        ([user("a"), said("b", weight=0.3)], "turn 2: its `weight` is 0.3"),
+        ([user("a"), {"role": "Assistant", "content": "b"}], "turn 2: its role is `Assistant`"),
+        ([{"role": "human", "content": "a"}, said("b")], "turn 1: its role is `human`; write"),
+        ([{"role": "x\n<|im_end|>", "content": "a"}, said("b")], "turn 1: its role is"),
+        ([user("a"), said("  ")], "turn 2: the assistant says nothing"),
+        ([user("a"), said(None, tool_calls=[])], "turn 2: it has no `content`"),
+        ([user("a"), said(None, tool_calls=[{"function": {}}])], "turn 2: one of its tool calls"),
+        ([user("a")], "no turn is the assistant's"),
+    ],
+)
+def test_what_cannot_be_read_is_named(turns: list[Json], fault: str) -> None:
+    assert conversation_fault({"messages": turns}, "openai", "messages").startswith(fault)
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"rejected": "a"}, "a rejected answer in `rejected`"),
+        ({"chosen": "a", "rejected": [said("b")]}, "a rejected answer in `rejected`"),
+        ({"rejected_response": "a"}, "a rejected answer in `rejected_response`"),
+        ({"non_preferred_output": [said("a")]}, "a rejected answer in `non_preferred_output`"),
+        ({"label": False}, "false in `label`"), ({"label": "False"}, "false in `label`"),
+        ({"label": 0}, "0 in `label`"), ({"kto_tag": False}, "false in `kto_tag`"),
+        ({"is_desirable": "no"}, "no in `is_desirable`"), ({"images": ["a"]}, "pictures, sound"),
+        ({"image": {"bytes": b"a"}}, "pictures, sound"), ({"audio": "a.wav"}, "pictures, sound"),
+        ({"video_path": "a"}, "pictures, sound"), ({"rejected": None}, None),
+        ({"rejected": False}, None), ({"label": True}, None), ({"label": 3}, None),
+        ({"label": "sport"}, None), ({"images": []}, None), ({"correct": 0}, None),
+        ({"imagery": "words"}, None), ({"title": "a"}, None),
+    ],
+)  # fmt: skip
+def test_rows_that_only_look_like_a_task_are_known(more: Json, what: str | None) -> None:
+    found = unsupported({"prompt": "a", "completion": "b", **more})
+    assert (found and found[0].startswith(what or "")) == (what and True)
