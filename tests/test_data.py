@@ -141,7 +141,7 @@ def test_forms_of_csv(content: str, form: Any, wanted: dict[str, str], csv: Any)
             {"columns": ["x"]},
             r"1 name in `data.format.columns` for 2 columns[\s\S]*a, b",
         ),
-        ('a,"b\n1,2\n', {}, r"the header: a quotation mark[\s\S]*x.csv:1"),
+        ('a,"b\n1,2\n', {"quoting": "csv"}, r"the header: a quotation mark[\s\S]*x.csv:1"),
         ("\xff,b\n1,2\n".encode("latin-1"), {}, r"the header: byte 0xff"),
     ],
 )
@@ -166,7 +166,7 @@ def test_too_many_and_too_few_fields_are_placed(csv: Any) -> None:
 
 def test_an_open_quote_costs_one_row_and_not_the_rest_of_the_file(csv: Any) -> None:
     body = "".join(f"{i},text {i}\n" for i in range(1000))
-    rows = csv('n,text\n1,"never closed\n' + body)
+    rows = csv('n,text\n1,"never closed\n' + body, quoting="csv")
     assert len(good(rows)) == 1000
     assert list(faults(rows)) == ["x.csv:2"]
     assert "a quotation mark is not closed" in rows[0].fault
@@ -207,7 +207,7 @@ def test_what_python_writes_is_read_and_a_broken_line_costs_no_other(
         parts.append(buffer.getvalue())
     parts.insert(min(at, len(pairs)), '1,"x"y\n')
     text = "a,b\n" + "".join(parts)
-    rows = read(tmp_path_factory.getbasetemp() / "x.csv", text.encode())
+    rows = read(tmp_path_factory.getbasetemp() / "x.csv", text.encode(), quoting="csv")
     assert good(rows) == [list(pair) for pair in pairs]
     assert len(faults(rows)) == 1
 

@@ -6,12 +6,9 @@ zeros. A row that cannot be read is yielded with its fault, so that all can be r
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
-import sys
 import unicodedata
-from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,14 +16,15 @@ from typing import Any
 from lora_cli.data.json_rows import JSON_NAMES, read_json
 from lora_cli.data.lines import RawRow, byte_fault, read_lines
 from lora_cli.data.parallel import parts_of, read_parallel
-from lora_cli.errors import LoraError, Problem, counted, did_you_mean
+from lora_cli.data.quoting import quoting_of
+from lora_cli.data.tables import column_names, read_records, width_fault
+from lora_cli.errors import LoraError, Problem, did_you_mean
 from lora_cli.recipe import FormatSpec
 
 KINDS = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json",
     ".parquet": "parquet", ".txt": "text", ".text": "text",
 }  # fmt: skip
-UNCLOSED = "a quotation mark is not closed, or one inside a quoted field is not doubled"
 
 
 def kind_of(path: Path, spec: FormatSpec) -> str:
@@ -84,114 +82,15 @@ def read_rows(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
 # ----------------------------------------------------------------------------------------- csv
 
 
-class _Record:
-    """An iterator over lines that remembers those of one record, and can put them back."""
-
-    def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
-        self.lines = lines
-        self.taken: list[tuple[int, str]] = []
-        self.again: deque[tuple[int, str]] = deque()
-        self.doubtful = 0  # until this line, a record may be the inside of a broken one
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = self.again.popleft() if self.again else next(self.lines)
-        self.taken.append(line)
-        return line[1]
-
-    def retry(self) -> None:
-        """Put back all lines of the record but the first."""
-        self.doubtful = max(self.doubtful, self.taken[-1][0] + 1)
-        self.again.extendleft(reversed(self.taken[1:]))
-
-    def inside_broken(self) -> bool:
-        """Return whether the record seems to be the inside of a broken one: by an odd quote."""
-        last = self.taken[-1][0]
-        odd = sum(line.count('"') for _, line in self.taken) % 2 == 1
-        if last > self.doubtful or not odd:
-            return False
-        self.doubtful = max(self.doubtful, last + 1)  # which may go on
-        return True
-
-
-def _records(path: Path, spec: FormatSpec) -> Iterator[tuple[int, list[str], str]]:
-    """Yield (first line, fields, fault) of the records of a csv file that are not blank.
-
-    A quotation mark that is never closed would swallow the rest of the file: a broken record costs
-    its first line, and what followed is read again.
-    """
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default cuts fields at 128 KiB
-    is_tsv = path.name.removesuffix(".gz").lower().endswith(".tsv")
-    delimiter = spec.delimiter or ("\t" if is_tsv else ",")
-    lines = read_lines(path, spec.encoding)
-    record = _Record(itertools.islice(lines, spec.skip_lines, None))
-    reader = csv.reader(record, delimiter=delimiter, strict=True)
-    while True:
-        record.taken = []
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            what = UNCLOSED
-            fault = what if '"' in str(error) or "end of data" in str(error) else str(error)
-            yield record.taken[0][0], [], fault
-            record.retry()
-            reader = csv.reader(record, delimiter=delimiter, strict=True)
-            continue
-        if not fields or not any(line.strip(" \r\n") for _, line in record.taken):
-            continue
-        fault = next((f for field in fields if (f := byte_fault(field, spec.encoding))), "")
-        if record.inside_broken():
-            fault = "this line belongs to the broken row above it"
-        yield record.taken[0][0], fields, fault
-
-
 def _read_csv(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
-    records = _records(path, spec)
-    names = _column_names(path, spec, records)
-    for line, fields, fault in records:
+    records = read_records(path, spec, quoting_of(path, spec).name)
+    names = column_names(path, spec, records)
+    for line, fields, fault, _ in records:
         if names is None:
             names = [str(number) for number in range(len(fields))]
-        if not fault and len(fields) != len(names):
-            fault = f"{counted(len(fields), 'field')} where there are {len(names)} columns"
+        fault = fault or width_fault(fields, len(names))
         columns = None if fault else dict(zip(names, fields, strict=True))
         yield RawRow(columns, f"{path.name}:{line}", fault)
-
-
-def _column_names(
-    path: Path, spec: FormatSpec, records: Iterator[tuple[int, list[str], str]]
-) -> list[str] | None:
-    """Return the names of the columns of a csv file, if there are any; its header is taken."""
-    names = spec.columns
-    if not spec.header:
-        return names
-    line, header, fault = next(records, (1, [], ""))
-    header = [name.strip() for name in header]
-    if fault:
-        hint = "mend it; if the file has no header, `--set data.format.header=false`"
-        raise LoraError(f"the header: {fault}", f"{path}:{line}", hint)
-    if names is None:
-        twice = [name for name, times in Counter(header).items() if times > 1]
-        if twice:
-            unique = [n if n not in header[:i] else f"{n}_{i + 1}" for i, n in enumerate(header)]
-            listed = json.dumps(unique, ensure_ascii=False)
-            raise LoraError(
-                f"two columns are called `{twice[0]}`",
-                f"{path}:{line}",
-                f"give each a name: `--set 'data.format.columns={listed}'`",
-            )
-        return header
-    if header and len(names) != len(header):
-        raise LoraError(
-            f"{counted(len(names), 'name')} in `data.format.columns` for "
-            f"{counted(len(header), 'column')}",
-            f"{path}:{line}",
-            "its header has " + ", ".join(header),
-        )
-    return names
 
 
 def columns_of(path: Path, spec: FormatSpec) -> list[str]:
@@ -203,7 +102,8 @@ def columns_of(path: Path, spec: FormatSpec) -> list[str]:
     names: list[str] | None = None
     match kind_of(path, spec):
         case "csv":
-            names = _column_names(path, spec, _records(path, spec))
+            records = read_records(path, spec, quoting_of(path, spec).name)
+            names = column_names(path, spec, records)
         case "parquet":
             names = list(parquet_schema(path).names)
         case "text":

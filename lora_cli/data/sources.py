@@ -26,7 +26,7 @@ from lora_cli.recipe import HeldOutSpec, Recipe
 from lora_cli.recipe.spec import is_file
 
 READINGS = 3  # of a file that changes while it is read
-READING = 3  # counts up when files are read in another way, so that no old cache is used
+READING = 4  # counts up when files are read in another way, so that no old cache is used
 Indices = NDArray[np.int64]
 
 

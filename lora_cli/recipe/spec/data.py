@@ -68,6 +68,13 @@ class FormatSpec(Section):
     """The one character between the columns of a csv file; a tab is written `"\\t"`, with the
     quotation marks. Default: a tab in `.tsv`, a comma elsewhere."""
 
+    quoting: Literal["auto", "csv", "backslash", "none"] = "auto"
+    """How quotation marks in a csv file are meant. `csv`: they enclose fields that may hold
+    delimiters and line ends, and `""` is a mark inside; `backslash`: the same, with `\\"` for a
+    mark inside; `none`: they are letters of the text, and every line is a row (GLUE's tsv files).
+    `auto` reads the whole file in each way, takes the one that gives every row the fields of the
+    header, and prints which it took where they differ."""
+
     header: bool = True
     """The first line of a csv file names the columns."""
 
