@@ -17,8 +17,9 @@ from torch import nn
 from lora_cli.adapters.folder import read_adapter
 from lora_cli.adapters.loading import load_adapter, verify_base
 from lora_cli.characters import first_characters
-from lora_cli.data.files import form_of
+from lora_cli.data.inputs import input_form
 from lora_cli.data.plan import Indices
+from lora_cli.data.sniffing import read_head
 from lora_cli.data.sources import SPLITS
 from lora_cli.errors import LoraError, NumericsError, beside, warn
 from lora_cli.files import finish_publishing, refuse_links_outside, verify_manifest
@@ -294,7 +295,9 @@ def measure_file(recipe: Recipe, file: Path) -> None:
         raise LoraError(f"there is no file {file}", "--input", beside(file))
     task, data = recipe.task, recipe.data
     data.validation, data.test, data.streaming = None, str(file.absolute()), False
-    data.format = form_of(file, data.format)
+    columns = build_task(recipe)
+    wanted = [*columns.input_columns().values(), *columns.target_columns().values()]
+    data.format = input_form(file, read_head(file), data.format, wanted)
     needs_labels = task.type == "sequence_classification" and task.problem != "regression"
     if data.name is not None:
         if needs_labels and not getattr(task, "labels", None):

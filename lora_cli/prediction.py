@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable, Sequence
 from itertools import chain, count, islice
@@ -13,22 +12,18 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from lora_cli.data.files import (
-    columns_of,
-    form_of,
-    kind_of,
-    parquet_schema,
-    read_rows,
-    require_columns,
-)
-from lora_cli.data.sniffing import DELIMITERS, SPARE_DELIMITERS, Head, read_head
+from lora_cli.data.files import columns_of, kind_of, read_rows, require_columns
+from lora_cli.data.inputs import input_form
+from lora_cli.data.parquet import parquet_schema
+from lora_cli.data.quoting import quoting_of, say_quoting
+from lora_cli.data.sniffing import Head, read_head
+from lora_cli.data.tables import delimiter_of
 from lora_cli.data.writing import WRITABLE, OutputForm, refuse_target, suffix_of, writing
 from lora_cli.errors import LoraError, Problem, beside, counted
 from lora_cli.recipe import FormatSpec
 from lora_cli.tasks import Task
 
 CHUNK = 1000  # rows in memory at once
-COLUMN = re.compile(r"[^\W\d]\w*([ _.-]\w+)?")  # the name of a column, and hardly a text
 NO_ANSWER = "it has no prediction"
 
 
@@ -75,7 +70,10 @@ def answer_file(
         raise LoraError(f"there is no file {source}", "--input", beside(source))
     refuse_target(source, target, overwrite)
     head = read_head(source)
-    form = input_form(source, head, task)
+    wanted = list(task.input_columns().values())
+    form = input_form(source, head, task.recipe.data.format, wanted)
+    if kind_of(source, form) == "csv":
+        say_quoting(source, form)
     columns = columns_of(source, form)
     require_columns(task.input_columns(), columns, str(source))
     added = _free_names(task.answer_columns(), columns)
@@ -124,94 +122,13 @@ def _free_names(wanted: Sequence[str], columns: Sequence[str]) -> list[str]:
     return names
 
 
-# --------------------------------------------------------------------------------------- the input
-
-
-def input_form(source: Path, head: Head, task: Task) -> FormatSpec:
-    """Return how a file is read: as the recipe says, if that fits, else as its first lines say.
-
-    The rows to predict are often written in another way than those that were trained on: another
-    delimiter, no label, one text a line.
-    """
-    given = form_of(source, task.recipe.data.format)
-    wanted = list(task.input_columns().values())
-    encoding = {"encoding": _encoding(head, given)}
-    found, given = (form.model_copy(update=encoding) for form in (head.form, given))
-    if head.kind in ("json", "parquet"):
-        return found
-    if given.header and kind_of(source, given) == "csv" and _fits(source, given, wanted):
-        return given
-    if (named := _by_header(head, found, wanted, given.header)) is not None:
-        return named
-    if head.kind == "csv":
-        names = columns_of(source, found)
-        if head.named and set(wanted) <= set(names):
-            return found
-        if not given.header and given.columns and len(names) == len(given.columns):
-            if head.named:
-                raise LoraError(
-                    f"the first line of {source.name} names its columns: {', '.join(names)}",
-                    "--input",
-                    f"call the one that is to be read `{wanted[0]}`, as the recipe does",
-                )
-            return found.model_copy(update={"columns": given.columns})
-        if head.named or len(names) > 1:
-            return given
-    if len(wanted) > 1:
-        return given
-    if head.kind == "text" and kind_of(source, given) == "text":
-        found = found.model_copy(update={"sample_by": given.sample_by})
-    return found.model_copy(update={"columns": wanted})  # a file of one column without a name
-
-
-def _by_header(
-    head: Head, found: FormatSpec, wanted: Sequence[str], guess: bool
-) -> FormatSpec | None:
-    """Return how a table is read whose first line holds the names that are wanted, or any names.
-
-    A few broken rows must not make one text a line of a table. Without `guess`, other names are
-    taken for values.
-    """
-    text = head.raw.decode(found.encoding, errors="replace").removeprefix("\ufeff")
-    lines = text.splitlines()[found.skip_lines :]
-    table = {"type": "csv", "header": True, "columns": None}
-    for delimiter in DELIMITERS:
-        names = [name.strip() for name in next(csv.reader(lines[:1], delimiter=delimiter), [])]
-        if set(wanted) < set(names) or (
-            guess and len(names) > 1 and all(map(COLUMN.fullmatch, names))
-        ):
-            return found.model_copy(update={**table, "delimiter": delimiter})
-    if len(wanted) == 1 and lines and lines[0].strip().strip('"') == wanted[0]:
-        spare = next((mark for mark in SPARE_DELIMITERS if mark not in text), ",")
-        return found.model_copy(update={**table, "delimiter": spare})
-    return None
-
-
-def _fits(source: Path, form: FormatSpec, wanted: Sequence[str]) -> bool:
-    """Return whether a header, read so, names the columns that are wanted, and others too."""
-    try:
-        names = columns_of(source, form)
-    except LoraError:
-        return False
-    return set(wanted) < set(names)
-
-
-def _encoding(head: Head, given: FormatSpec) -> str:
-    """Return the encoding of a file: the recipe's, unless its bytes are UTF-8 or not in it."""
-    if head.raw.isascii() or (head.form.encoding != "utf-8" and given.encoding != "utf-8"):
-        try:
-            head.raw.decode(given.encoding)
-        except (UnicodeError, LookupError):
-            return head.form.encoding
-        return given.encoding
-    return head.form.encoding
-
-
 # -------------------------------------------------------------------------------------- the output
 
 
 def _lost(values: Sequence[Any], form: OutputForm) -> str:
-    """Return which letters of an answer its encoding lacks, or nothing."""
+    """Return what of an answer the output has no room for, or nothing."""
+    if form.quoting == "none" and re.search(f"[{re.escape(form.delimiter)}\r\n]", str(values[0])):
+        return "the answer holds a tab or a line end, which an output without quoting cannot"
     if form.encoding.lower().startswith("utf"):
         return ""
     text = "".join(str(value) for value in values[:1])
@@ -226,14 +143,17 @@ def _output_form(
 ) -> OutputForm:
     """Return how the output is written: a table as the table that it is made from."""
     if suffix_of(target) == ".parquet":
-        return OutputForm(columns, schema=_schema(source, head, columns, task))
+        copied = source if head.kind == "parquet" else None
+        return OutputForm(columns, schema=_schema(source, head, columns, task), copied=copied)
     if kind_of(source, form) != "csv":
         return OutputForm(columns, WRITABLE[suffix_of(target)])
     delimiter = WRITABLE[suffix_of(target)]
     if suffix_of(target) == suffix_of(source):
         delimiter = form.delimiter or delimiter
     encoding = "utf-8-sig" if head.has_mark and form.encoding == "utf-8" else form.encoding
-    return OutputForm(columns, delimiter, encoding, head.line_end)
+    same = delimiter == delimiter_of(source, form)
+    quoting = quoting_of(source, form).name if same else "csv"
+    return OutputForm(columns, delimiter, encoding, head.line_end, quoting)
 
 
 def _schema(source: Path, head: Head, columns: list[str], task: Task) -> Any:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lora_cli.data import files as reading
 from lora_cli.data import sources
-from lora_cli.data.files import kind_of, read_rows, require_columns
+from lora_cli.data.files import columns_of, kind_of, read_rows, require_columns, text_fault
 from lora_cli.data.lines import RawRow
 from lora_cli.data.sources import Rows, load_rows, stream_label_names, stream_rows, without_fault
 from lora_cli.errors import LoraError
@@ -305,6 +305,43 @@ def test_parquet(tmp_path: Path) -> None:
         file.write_bytes(raw)
         with pytest.raises(LoraError, match=rf"{what}[\s\S]*x\.parquet\nhint: "):
             list(read_rows(file, FormatSpec()))
+
+
+def test_parquet_with_two_columns_of_a_name(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["t", "t"]), file)
+    with pytest.raises(LoraError, match=r'two columns are called `t`[\s\S]*\["t", "t_2"\]'):
+        list(read_rows(file, FormatSpec()))
+    spec = FormatSpec(columns=["t", "t_2"])
+    assert [row.columns for row in read_rows(file, spec)] == [{"t": "a", "t_2": "b"}]
+    assert columns_of(file, spec) == ["t", "t_2"]
+
+
+def test_values_of_parquet_that_python_cannot_hold(tmp_path: Path) -> None:
+    offsets = pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0")
+    broken = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"a\xff")])
+    columns = {
+        "text": ["x", "y"],
+        "broken": broken,
+        "list": pa.ListArray.from_arrays(pa.array([0, 1, 2]), broken),
+        "kind": broken.dictionary_encode(),
+        "day": pa.array([0, 10**8], pa.int32()).cast(pa.date32()),
+        "moment": pa.array([0, 2**52], pa.timestamp("s")),
+        "zone": pa.array([0, 1], pa.timestamp("s", "Mars/Phobos")),
+    }
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table(columns), file)
+    first, second = (row.columns for row in read_rows(file, FormatSpec()))
+    assert first is not None
+    assert second is not None
+    assert (first["text"], first["broken"], first["kind"]) == ("x", "a", "a")
+    assert (second["text"], second["broken"], second["kind"]) == ("y", "\udcff", "\udcff")
+    assert second["list"] is None
+    assert isinstance(second["day"], str)
+    rows = load_rows(recipe_of({"path": str(file)}))["train"]
+    assert [row["broken"] for row in rows] == ["a", "\udcff"]
+    assert text_fault(rows[1], ["text"]) == ""
+    assert text_fault(rows[1], ["broken"]) == "column `broken`: byte 0xff is not UTF-8 text"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,10 +22,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_cli import prediction
+from lora_cli.data.files import read_rows
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import evaluate
 from lora_cli.prediction import answer, answer_file
-from lora_cli.recipe import load_recipe
+from lora_cli.recipe import FormatSpec, load_recipe
 from lora_cli.tasks import Task, build_task
 from lora_cli.tasks.encoding import load_data
 from lora_cli.tasks.sequence_classification import SequenceClassification
@@ -381,6 +383,57 @@ def test_parquet_keeps_its_types(opened: Opened, tmp_path: Path) -> None:
     assert all(0 <= value <= 1 for value in after["p_bad"].to_pylist()[::2])
     assert run(opened, write(tmp_path / "in.csv", ROWS), tmp_path / "text.parquet") == (5, [])
     assert pq.read_table(tmp_path / "text.parquet")["id"].to_pylist() == [r["id"] for r in ROWS]
+
+
+def test_parquet_keeps_what_python_cannot_hold(opened: Opened, tmp_path: Path) -> None:
+    text = pa.array(["great fun"] * 2500)
+    offsets = np.arange(2501, dtype=np.int32) * 2
+    broken = pa.Array.from_buffers(
+        pa.string(), 2500, [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(b"\xff " * 2500)]
+    )
+    day = pa.array([10**8] * 2500, pa.int32()).cast(pa.date32())
+    moment = pa.array(range(2500), pa.timestamp("ns"))
+    before = pa.table({"text": text, "broken": broken, "day": day, "moment": moment})
+    pq.write_table(before, tmp_path / "in.parquet", row_group_size=700)
+    assert run(opened, tmp_path / "in.parquet", tmp_path / "out.parquet") == (2500, [])
+    after = pq.read_table(tmp_path / "out.parquet")
+    assert after.drop_columns(ADDED).equals(before)
+
+
+@pytest.mark.parametrize("name", ["in.tsv", "in.tsv.gz", "in.txt"])
+def test_a_table_without_quoting_is_written_without(
+    opened: Opened, tmp_path: Path, name: str
+) -> None:
+    lines = ["id\ttext", '1\t"Open quote', "2\trow in the middle", '3\tlast row"', '4\t5" "x" pipe']
+    raw = "\r\n".join([*lines, ""]).encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    assert run(opened, tmp_path / name, tmp_path / "out.tsv") == (4, [])
+    written = (tmp_path / "out.tsv").read_bytes().decode().split("\r\n")
+    assert written.pop() == ""
+    assert [line.rsplit("\t", 3)[0] for line in written] == lines
+
+
+def test_a_table_with_backslashes_is_written_with_them(opened: Opened, tmp_path: Path) -> None:
+    text = 'id,text\n1,"say \\"hi\\", \\\\ you"\n2,plain\n'
+    (tmp_path / "in.csv").write_text(text)
+    assert run(opened, tmp_path / "in.csv", tmp_path / "out.csv") == (2, [])
+    spec = FormatSpec(quoting="backslash")
+    for name in ("in.csv", "out.csv"):
+        rows = [row.columns for row in read_rows(tmp_path / name, spec)]
+        assert [row and row["text"] for row in rows] == ['say "hi", \\ you', "plain"]
+
+
+def test_an_answer_with_a_tab_in_a_table_without_quoting(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [["a\tb\r\nc", 0.5, 0.5], ["bad", 1.0, 0.0]]
+    monkeypatch.setattr(prediction, "answer", lambda *_: answers)
+    (tmp_path / "in.tsv").write_text('text\tn\n"x\t1\ny\t2\n')
+    written, problems = run(opened, tmp_path / "in.tsv", tmp_path / "out.tsv")
+    assert written == 2
+    assert [(p.at, "tab or a line end" in p.what) for p in problems] == [("in.tsv:2", True)]
+    lines = (tmp_path / "out.tsv").read_text().splitlines()
+    assert lines[1:] == ['"x\t1\ta b c\t0.5\t0.5', "y\t2\tbad\t1.0\t0.0"]
 
 
 def test_a_header_alone_has_no_rows_to_answer(opened: Opened, tmp_path: Path) -> None:

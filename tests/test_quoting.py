@@ -82,7 +82,7 @@ MARKS = [["text", "label"], *([f'a "word" {i}', "ab"[i % 2]] for i in range(4)),
 AIRLINE = """\
 tweet_id,airline_sentiment,text,tweet_created
 570306133677760513,neutral,@VirginAmerica What @dhepburn said.,2015-02-24
-570301031407624196,negative,"@VirginAmerica it's really aggressive to blast obnoxious ""entertainment"" in
+570301031407624196,negative,"@VirginAmerica it's really aggressive to blast ""entertainment"" in
 your guests' faces &amp; they have little recourse",2015-02-24
 570300817074462722,negative,"@united bad, bad",2015-02-24
 """

@@ -1,4 +1,4 @@
-"""Which encoding a text is in, found from its bytes."""
+"""Which encoding a text is in, found from its bytes, and where its lines end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ BOM = b"\xef\xbb\xbf"
 LEGACY = [
     "cp1252", "cp1251", "cp1250", "cp1253", "cp932", "euc_jp", "gb18030", "big5", "euc_kr",
 ]  # fmt: skip
+LINE_END = re.compile("\r\n|[\r\n]")
 EASTERN = "ìøòõšžðºþ³¹¿£¥¼¾ª¯"  # what cp1252 makes of their letters
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text without their ends.
+
+    `str.splitlines` ends a line at U+2028, U+0085 and other characters too, which stand inside the
+    texts of data files.
+    """
+    lines = LINE_END.split(text)
+    return lines if lines[-1] else lines[:-1]
 
 
 def encoding_of(raw: bytes) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from typing import Any
 from lora_cli.data.json_rows import JSON_NAMES, read_json
 from lora_cli.data.lines import RawRow, byte_fault, read_lines
 from lora_cli.data.parallel import parts_of, read_parallel
+from lora_cli.data.parquet import parquet_names, read_parquet
 from lora_cli.data.quoting import quoting_of
 from lora_cli.data.tables import column_names, read_records, width_fault
 from lora_cli.errors import LoraError, Problem, did_you_mean
@@ -74,7 +75,7 @@ def read_rows(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
         case "json":
             yield from read_json(path, spec)
         case "parquet":
-            yield from _read_parquet(path)
+            yield from read_parquet(path, spec)
         case _:
             yield from _read_text(path, spec)
 
@@ -105,7 +106,7 @@ def columns_of(path: Path, spec: FormatSpec) -> list[str]:
             records = read_records(path, spec, quoting_of(path, spec).name)
             names = column_names(path, spec, records)
         case "parquet":
-            names = list(parquet_schema(path).names)
+            names = parquet_names(path, spec)
         case "text":
             names = list(parts_of(path)) or [text_column(spec)]
     if names is None:
@@ -118,39 +119,7 @@ def columns_of(path: Path, spec: FormatSpec) -> list[str]:
     return names
 
 
-# ------------------------------------------------------------------------------ parquet and text
-
-
-def parquet_schema(path: Path) -> Any:
-    """Return the columns of a parquet file with their types, a `pyarrow.Schema`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
-        what = f"the parquet file is cut off or damaged: {str(error).strip().splitlines()[0]}"
-        raise LoraError(what, str(path), "copy or download it again") from error
-
-
-def _read_parquet(path: Path) -> Iterator[RawRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with path.open("rb") as raw:
-            if raw.read(4) != b"PAR1":
-                hint = "`--set data.format.type=csv` (or json, text) says what it is"
-                raise LoraError("this is no parquet file, by its first bytes", str(path), hint)
-        with pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    yield RawRow(row, f"{path.name}[{number}]")
-                    number += 1
-    except (pa.ArrowException, OSError) as error:
-        what = f"the parquet file is cut off or damaged: {str(error).strip().splitlines()[0]}"
-        raise LoraError(what, str(path), "copy or download it again") from error
+# ---------------------------------------------------------------------------------------- text
 
 
 def _read_text(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
@@ -202,6 +171,8 @@ def text_fault(row: dict[str, Any], columns: Iterable[str]) -> str:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             kind = JSON_NAMES.get(type(value), f"a {type(value).__name__}")
             return f"column `{column}` holds {kind}, not text"
+        if isinstance(value, str) and (fault := byte_fault(value, "UTF-8")):
+            return f"column `{column}`: {fault}"
     return ""
 
 

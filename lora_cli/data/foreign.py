@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_cli.data.encoding import lines_of
 from lora_cli.errors import LoraError
 
 TAG = re.compile(r"O|[BIESLUM]-\S+")
@@ -59,7 +60,7 @@ def refuse_other_lines(raw: bytes, encoding: str, path: Path) -> None:
     text = raw[:SAMPLE_BYTES].decode(encoding, errors="replace")
     if len(set(text) & CONTROLS) > 5:
         raise LoraError("this is no text: it is full of control characters", str(path), OTHER)
-    sample = text.splitlines()
+    sample = lines_of(text)
     sample = sample[:-1] if len(raw) > SAMPLE_BYTES else sample
     filled = [line for line in sample if line.strip()]
     if sum(line.startswith(FASTTEXT) for line in filled) > 0.95 * len(filled):
@@ -74,7 +75,7 @@ def refuse_other_lines(raw: bytes, encoding: str, path: Path) -> None:
 
 
 def _refuse_tagged(raw: bytes, encoding: str, place: str) -> None:
-    lines = raw.decode(encoding, errors="replace").splitlines()
+    lines = lines_of(raw.decode(encoding, errors="replace"))
     fields = [line.split() for line in lines if line.strip()]
     tags = Counter(found[-1] for found in fields if TAG.fullmatch(found[-1]))
     pairs = zip(["", *lines], lines, strict=False)

@@ -33,7 +33,7 @@ from lora_cli.data.tables import Record, delimiter_of, read_records
 from lora_cli.errors import counted
 from lora_cli.recipe import FormatSpec
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Quoting:
 
     Args:
         name: `csv`, `backslash` or `none`.
-        why: What says so; nothing where the readings do not differ.
+        why: What says so; nothing for csv in which no line could be taken for a row.
         joined: How many rows are made of lines that would each be a row by themselves.
         first_joined: Number of the line at which the first of them begins.
     """
@@ -51,6 +51,15 @@ class Quoting:
     why: str = ""
     joined: int = 0
     first_joined: int = 0
+
+    def reason(self, name: str) -> str:
+        """Return what says so, and which lines of the file are joined that may be rows."""
+        if not self.joined:
+            return self.why
+        return (
+            f"{self.why}; {counted(self.joined, 'row')} of several lines, the first at {name}:"
+            f"{self.first_joined}: if each line is a row, `--set data.format.quoting=none`"
+        )
 
 
 @dataclass
@@ -146,13 +155,7 @@ def in_words(found: Quoting, name: str) -> str:
         "backslash": 'quotation marks enclose fields, with `\\"` for a mark inside',
         "none": "quotation marks are part of the text",
     }[found.name]
-    words = f"{how} (`data.format.quoting: {found.name}`): {found.why}"
-    if found.joined:
-        words += (
-            f"; {counted(found.joined, 'row')} of several lines, the first at {name}:"
-            f"{found.first_joined}: if each line is a row, `--set data.format.quoting=none`"
-        )
-    return words
+    return f"{how} (`data.format.quoting: {found.name}`): {found.reason(name)}"
 
 
 def _has_marks(path: Path, encoding: str) -> bool:
@@ -181,33 +184,26 @@ def _decide(path: Path, spec: FormatSpec) -> Quoting:
         escaped, _ = _read_quoted(path, spec, "backslash")
         if escaped.lost < quoted.lost and escaped.lost <= plain.lost:
             return Quoting("backslash", f"read so, {_fitting(escaped)}")
-    name, why = _choose(quoted, plain, marks, delimiter == "\t" and plain.width > 1)
-    if name == "none" or plain.width == 1:  # where lines are joined, if any are quoted
-        return Quoting(name, why)
-    if quoted.joined and not why:
-        why = f"every row has {counted(quoted.width, 'field')}"
-    return Quoting("csv", why, quoted.joined, quoted.first_joined)
+    if why := _why_none(quoted, plain, marks, delimiter == "\t" and plain.width > 1):
+        return Quoting("none", why)
+    if not quoted.joined or plain.width == 1:
+        return Quoting("csv")  # as most tables are: its broken rows are reported one by one
+    return Quoting("csv", "usual for csv", quoted.joined, quoted.first_joined)
 
 
-def _choose(quoted: _Reading, plain: _Reading, marks: _Marks, is_tabbed: bool) -> tuple[str, str]:
-    """Return which of two readings is right, and why, where that is not plain to see."""
+def _why_none(quoted: _Reading, plain: _Reading, marks: _Marks, is_tabbed: bool) -> str:
+    """Return why a file is read without quoting, or nothing if it is csv."""
     if plain.width == 1:
-        if quoted.enclosed > quoted.lost or not quoted.lost:
-            return "csv", _fitting(quoted) if quoted.lost else ""
-        return "none", f"as csv {_not_fitting(quoted)}"
-    if quoted.lost < plain.lost:
-        why = f"{_fitting(quoted)}; without it {_not_fitting(plain)}"
-        return "csv", why if quoted.lost else ""
-    is_plain = marks.are_plain or marks.doubled > quoted.lost
+        return f"as csv {_not_fitting(quoted)}" if quoted.lost > quoted.enclosed else ""
+    if quoted.lost < plain.lost or marks.are_plain or marks.doubled > quoted.lost:
+        return ""
     most = quoted.lost if is_tabbed else quoted.lost / 10
-    if plain.lost < quoted.lost and (not plain.lost or plain.lost < most) and not is_plain:
-        return "none", f"read so, {_fitting(plain)}; as csv {_not_fitting(quoted)}"
-    if is_plain or not (marks.stray or marks.needless):
-        return "csv", _fitting(quoted) if quoted.lost else ""
-    if is_tabbed:
+    if plain.lost < quoted.lost and (not plain.lost or plain.lost < most):
+        return f"read so, {_fitting(plain)}; as csv {_not_fitting(quoted)}"
+    if is_tabbed and (marks.stray or marks.needless):
         joined = f", and csv would join lines into {counted(quoted.joined, 'row')}"
-        return "none", f"tabs divide the columns{joined if quoted.joined else ''}"
-    return "csv", "the columns are not divided by tabs"
+        return f"tabs divide the columns{joined if quoted.joined else ''}"
+    return ""
 
 
 def _fitting(reading: _Reading) -> str:

@@ -13,15 +13,16 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.encoding import BOM, encoding_of
+from lora_cli.data.encoding import BOM, LINE_END, encoding_of, lines_of
 from lora_cli.data.files import KINDS, read_rows
 from lora_cli.data.foreign import refuse_binary, refuse_other_lines
 from lora_cli.data.lines import RawRow, unreadable
+from lora_cli.data.quoting import Quoting, quoting_of
 from lora_cli.errors import LoraError, beside
 from lora_cli.recipe import FormatSpec
 
@@ -147,8 +148,8 @@ def read_head(path: Path) -> Head:
     whole = raw[: raw.rfind(b"\n") + 1] if len(raw) == HEAD_BYTES and not is_parquet else raw
     found = _find(whole or raw, path)
     form = FormatSpec.model_validate(found.form)
-    first = "" if is_parquet else _sample(whole or raw, form.encoding).partition("\n")[0]
-    ends = "\r\n" if first.endswith("\r") else "\n"
+    end = None if is_parquet else LINE_END.search(_sample(whole or raw, form.encoding))
+    ends = end[0] if end else "\n"
     return Head(found.kind, form, found.named, ends, raw.startswith(BOM), whole)
 
 
@@ -217,14 +218,13 @@ def _about(found: _Findings, path: Path) -> str:
 
 def _kind(text: str, by_name: str | None) -> str:
     """Return csv, json or text; the content decides where it is clear, else the name."""
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines_of(text) if line.strip()]
     if lines and _is_json(text, lines[0]):
         return "json"
     if by_name == "json" and lines and lines[0].lstrip().startswith(("{", "[")):
         return "json"  # a broken one
     if by_name in ("csv", "text"):
-        tabs = {line.count("\t") for line in lines}
-        return "csv" if by_name == "csv" or (len(tabs) == 1 and tabs != {0}) else "text"
+        return "csv" if by_name == "csv" or find_delimiter(text, "\t") else "text"
     return "csv" if find_delimiter(text) else "text"
 
 
@@ -238,14 +238,17 @@ def _is_json(text: str, line: str) -> bool:
 
 
 def _has_paragraphs(text: str) -> bool:
-    lines = text.splitlines()
+    lines = lines_of(text)
     return sum(not line.strip() for line in lines) > len(lines) / 20
 
 
-def records_of(text: str, delimiter: str) -> list[list[str]]:
+def records_of(text: str, delimiter: str, quoting: str = "csv") -> list[list[str]]:
     """Return the records of a table that are not blank; one that is broken costs its line."""
+    if quoting == "none":
+        return [line.split(delimiter) for line in lines_of(text) if line.strip()]
     records: list[list[str]] = []
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    escape = "\\" if quoting == "backslash" else None
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, escapechar=escape)
     while True:
         try:
             fields = next(reader)
@@ -257,22 +260,31 @@ def records_of(text: str, delimiter: str) -> list[list[str]]:
             records.append(fields)
 
 
-def find_delimiter(text: str) -> str | None:
+def find_delimiter(text: str, among: Iterable[str] = DELIMITERS) -> str | None:
     """Return what stands between the columns: it gives the most records the same fields.
 
     Prose has commas too, but not as many in every line: below nine in ten, it is no delimiter.
     """
     scores: dict[str, tuple[float, int]] = {}
-    for delimiter in DELIMITERS:
-        records = records_of(text, delimiter)
-        counts = Counter(map(len, records))
-        fields, times = max(counts.items(), key=lambda item: (item[1], item[0]), default=(0, 0))
-        share = times / max(counts.total(), 1)
-        # of a short file one row may be broken, if the first is not
-        all_but_one = len(records) > 3 and times == len(records) - 1 and len(records[0]) == fields
-        if fields > 1 and (share >= CONSISTENT or all_but_one):
-            scores[delimiter] = (round(share, 2), fields)
-    return max(scores, key=lambda d: scores[d]) if scores else None
+    for delimiter in among:
+        readings = ("csv", "none") if '"' in text else ("none",)
+        scores[delimiter] = max(_evenness(records_of(text, delimiter, way)) for way in readings)
+    best = max(scores, key=lambda delimiter: scores[delimiter])
+    return best if scores[best][0] else None
+
+
+def _evenness(records: list[list[str]]) -> tuple[float, int]:
+    """Return the share of the records with the commonest number of fields, and that number.
+
+    Both are 0 where that is one field, or too few of the records have it.
+    """
+    counts = Counter(map(len, records))
+    fields, times = max(counts.items(), key=lambda item: (item[1], item[0]), default=(0, 0))
+    share = times / max(counts.total(), 1)
+    # of a short file one row may be broken, if the first is not
+    all_but_one = len(records) > 3 and times == len(records) - 1 and len(records[0]) == fields
+    is_even = fields > 1 and (share >= CONSISTENT or all_but_one)
+    return (round(share, 2), fields) if is_even else (0.0, 0)
 
 
 def _find_table(found: _Findings, path: Path, text: str) -> None:
@@ -283,26 +295,40 @@ def _find_table(found: _Findings, path: Path, text: str) -> None:
         found.say("skip_lines", 1, f"the first line says `{said[0].strip()}`, and is no row")
         text = text[said.end() :]
     delimiter = said[1] if said else find_delimiter(text)
-    records = records_of(text, delimiter or default)
-    if delimiter is None and max(map(len, records)) > 1:
-        lines = [[line] for line in text.splitlines() if line.strip()]
+    lines = [[line] for line in lines_of(text) if line.strip()]
+    if delimiter is None and any(default in line for (line,) in lines):
         if not has_header(lines):
             found.kind, found.named = "text", False
             return
         delimiter = next((mark for mark in SPARE_DELIMITERS if mark not in text), None)
-        records = lines if delimiter else records
         if delimiter:
             why = "the file has one column; this character stands nowhere in it"
             found.say("delimiter", delimiter, why)
     elif delimiter not in (None, default):
         assert delimiter is not None
-        why = f"a {DELIMITERS.get(delimiter, 'mark')} gives every row {len(records[-1])} fields"
-        found.say("delimiter", delimiter, why)
-    _find_names(found, _without_title(found, text, delimiter or default, records))
+        found.say("delimiter", delimiter, f"a {DELIMITERS.get(delimiter, 'mark')} divides the rows")
+    delimiter = delimiter or default
+    quoting = _quoting(found, path, delimiter)
+    records = records_of(text, delimiter, quoting.name)
+    if delimiter in DELIMITERS and "delimiter" in found.form:
+        found.why["delimiter"] = (
+            f"a {DELIMITERS[delimiter]} gives every row {len(records[-1])} fields"
+        )
+    records = _without_title(found, text, delimiter, records, quoting.name)
+    quoting = _quoting(found, path, delimiter)  # its lines are not of the title any more
+    if quoting.why:
+        found.say("quoting", quoting.name, quoting.reason(path.name))
+    _find_names(found, records)
+
+
+def _quoting(found: _Findings, path: Path, delimiter: str) -> Quoting:
+    """Return how the marks of the whole file are read, with what is known of it so far."""
+    known = {k: v for k, v in found.form.items() if k in ("encoding", "skip_lines")}
+    return quoting_of(path, FormatSpec(**known, delimiter=delimiter))
 
 
 def _without_title(
-    found: _Findings, text: str, delimiter: str, records: list[list[str]]
+    found: _Findings, text: str, delimiter: str, records: list[list[str]], quoting: str
 ) -> list[list[str]]:
     """Return the records without those at the beginning that have too few fields to be rows."""
     width = Counter(map(len, records)).most_common(1)[0][0]
@@ -318,16 +344,25 @@ def _without_title(
         why = f"the header lacks a name for the first of {width} columns"
         found.say("header", False, why)
         found.say("columns", [cell.strip() for cell in rest[0]], why)
+    lines = found.form.get("skip_lines", 0)
+    lines += _lines_above(text, delimiter, width, quoting)
+    start = " ".join(records[0])[:40]
+    found.say("skip_lines", lines, f"no rows, by their number of fields: `{start}`")
+    return rest
+
+
+def _lines_above(text: str, delimiter: str, width: int, quoting: str) -> int:
+    """Return the number of lines above the first record of a number of fields."""
+    if quoting == "none":
+        counts = [len(line.split(delimiter)) for line in lines_of(text)]
+        return counts.index(width)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     lines = 0
     for record in reader:
         if len(record) == width:
             break
         lines = reader.line_num
-    lines += found.form.get("skip_lines", 0)
-    start = " ".join(records[0])[:40]
-    found.say("skip_lines", lines, f"no rows, by their number of fields: `{start}`")
-    return rest
+    return lines
 
 
 def _find_names(found: _Findings, records: list[list[str]]) -> None:

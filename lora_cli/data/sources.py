@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_cli.data.cache import SourceChangedError, cached_dataset, damaged_files, forget_files
-from lora_cli.data.files import read_rows, require_columns
+from lora_cli.data.files import kind_of, read_rows, require_columns
 from lora_cli.data.finding import SPLITS as SPLITS
 from lora_cli.data.finding import files_of, positions, split_slice
-from lora_cli.data.lines import ENCODING_HINT, RawRow, unreadable
+from lora_cli.data.lines import ENCODING_HINT, NOT_TEXT, RawRow, unreadable
 from lora_cli.data.parallel import parts_of
+from lora_cli.data.quoting import say_quoting
 from lora_cli.data.splits import draw
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean, warn
 from lora_cli.files import sha256_of
@@ -153,6 +154,8 @@ def stream_rows(recipe: Recipe) -> Iterator[RawRow]:
         yield from _stream_marked(recipe, data.split_column)
     else:
         for file in files_of(recipe, "train", data.train):
+            if kind_of(file, data.format) == "csv":
+                say_quoting(file, data.format)
             yield from read_rows(file, data.format)
 
 
@@ -280,6 +283,8 @@ def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
         for file in files:
             for row in read_rows(file, form):
                 columns = json.dumps(row.columns, ensure_ascii=False, default=_stored)
+                if NOT_TEXT.search(columns):  # bytes that are no text, in a parquet file
+                    columns = json.dumps(row.columns, default=_stored)
                 yield {"row": columns, "place": row.place, "fault": row.fault}
 
     for _ in range(READINGS):
@@ -305,6 +310,9 @@ def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
         what = "the file changes while it is read"
         hint = "wait until it is complete, or train on a copy of it"
         raise LoraError(what, str(files[0]), hint)
+    for file in files:
+        if not parts_of(file) and kind_of(file, form) == "csv":
+            say_quoting(file, form)
     source = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
     rows = Rows(dataset, source, sha256, np.arange(len(dataset)))
     faults = {i: f for i, f in enumerate(dataset["fault"]) if f}

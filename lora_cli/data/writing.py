@@ -6,12 +6,14 @@ import csv
 import gzip
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from lora_cli.data.parquet import parquet_batches
 from lora_cli.errors import LoraError
 from lora_cli.files import delete_of_dead
 
@@ -28,14 +30,18 @@ class OutputForm:
         delimiter: What stands between the columns of a csv file.
         encoding: Of a csv file; letters that it lacks are written by their numbers.
         line_end: Of a csv file.
+        quoting: Of a csv file: `csv`, `backslash` or `none`, as in `data.format`.
         schema: Columns of a parquet file with their types, a `pyarrow.Schema`.
+        copied: A parquet file whose columns, exactly as they are, come before the new ones.
     """
 
     columns: list[str]
     delimiter: str = ","
     encoding: str = "utf-8"
     line_end: str = "\n"
+    quoting: str = "csv"
     schema: Any = None
+    copied: Path | None = None
 
 
 def suffix_of(path: Path) -> str:
@@ -85,7 +91,7 @@ def writing(target: Path, form: OutputForm, overwrite: bool = True) -> Iterator[
     delete_of_dead(target)
     try:
         if form.schema is not None:
-            with _parquet(temporary, form.schema) as write:
+            with _parquet(temporary, form) as write:
                 yield write
         else:
             table = WRITABLE[suffix_of(target)] != ""
@@ -118,17 +124,31 @@ def _text(path: Path, target: Path, form: OutputForm | None) -> Iterator[IO[str]
 
 
 @contextmanager
-def _parquet(path: Path, schema: Any) -> Iterator[Write]:
+def _parquet(path: Path, form: OutputForm) -> Iterator[Write]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetWriter(path, schema) as writer:
-        texts = [field.name for field in schema if pa.types.is_string(field.type)]
+    copied = parquet_batches(form.copied) if form.copied is not None else None
+    rest: list[Any] = []  # batches of which rows are to be copied yet
+    texts = [field.name for field in form.schema if pa.types.is_string(field.type)]
 
-        def write(rows: Sequence[dict[str, Any]]) -> None:
-            cells = [{**row, **{n: _cell(row[n]) for n in texts if n in row}} for row in rows]
-            writer.write_table(pa.Table.from_pylist(cells, schema=schema))
+    def write(rows: Sequence[dict[str, Any]]) -> None:
+        cells = [{**row, **{n: _cell(row[n]) for n in texts if n in row}} for row in rows]
+        if copied is None:
+            writer.write_table(pa.Table.from_pylist(cells, schema=form.schema))
+            return
+        while sum(batch.num_rows for batch in rest) < len(rows):
+            rest.append(next(copied))
+        old = pa.Table.from_batches(rest)
+        rest[:] = old.slice(len(rows)).to_batches()
+        added = [
+            pa.array([row[field.name] for row in cells], field.type)
+            for field in list(form.schema)[old.num_columns :]
+        ]
+        columns = [*old.slice(0, len(rows)).columns, *added]
+        writer.write_table(pa.Table.from_arrays(columns, schema=form.schema))
 
+    with pq.ParquetWriter(path, form.schema) as writer:
         yield write
 
 
@@ -140,12 +160,36 @@ def _json(file: IO[str]) -> Write:
 
 
 def _table(file: IO[str], form: OutputForm) -> Write:
-    table = csv.writer(file, delimiter=form.delimiter, lineterminator=form.line_end)
+    if form.quoting == "none":
+        return _plain_table(file, form)
+    escapes = form.quoting == "backslash"
+    table = csv.writer(
+        file,
+        delimiter=form.delimiter,
+        lineterminator=form.line_end,
+        escapechar="\\" if escapes else None,
+        doublequote=not escapes,
+    )
     table.writerow(form.columns)
 
     def write(rows: Sequence[dict[str, Any]]) -> None:
         table.writerows([_cell(row.get(name)) for name in form.columns] for row in rows)
 
+    return write
+
+
+def _plain_table(file: IO[str], form: OutputForm) -> Write:
+    """Write fields as they are; what would divide a field in two becomes a space."""
+    dividers = re.compile(f"\r\n|[{re.escape(form.delimiter)}\r\n]")
+
+    def line(values: Iterable[Any]) -> str:
+        fields = ("" if value is None else dividers.sub(" ", str(value)) for value in values)
+        return form.delimiter.join(fields) + form.line_end
+
+    def write(rows: Sequence[dict[str, Any]]) -> None:
+        file.writelines(line(_cell(row.get(name)) for name in form.columns) for row in rows)
+
+    file.write(line(form.columns))
     return write
 
 

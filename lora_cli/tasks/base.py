@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from lora_cli.data.lines import byte_fault
 from lora_cli.data.sources import Rows
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean
 from lora_cli.metrics import (
@@ -200,7 +201,15 @@ class Task(ABC):
 
     def fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with a row, or nothing."""
-        return self.input_fault(row) or self.target_fault(row)
+        return self.input_fault(row) or self.target_fault(row) or self._byte_fault(row)
+
+    def _byte_fault(self, row: dict[str, Any]) -> str:
+        """Return which column that is read holds bytes that are no text, or nothing."""
+        for column in self.target_columns().values():
+            value = row.get(column)
+            if isinstance(value, str) and (fault := byte_fault(value, "UTF-8")):
+                return f"column `{column}`: {fault}"
+        return ""
 
     def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
         """Return what is wrong with the label of a streamed row, which `prepare` did not see."""

@@ -20,6 +20,20 @@ LONG = "".join(f"{'many words and more ' * 9}{i},{i}\n" for i in range(6))
 
 Make = Callable[[Path], None]
 JSON = '{"text": "a film", "label": "good"}\n'
+
+
+def _parquet(*names: str) -> bytes:
+    """Return a parquet file of a row."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]) for _ in names], names), file)
+    return file.getvalue()
+
+
 FILES: dict[str, tuple[str, str | bytes | Make]] = {
     "an empty file": ("rows.csv", ""),
     "a header and no rows": ("rows.csv", "text,label\n"),
@@ -41,6 +55,7 @@ FILES: dict[str, tuple[str, str | bytes | Make]] = {
     "a gzip file that is cut": ("rows.csv.gz", CUT),
     "a csv file called parquet": ("rows.parquet", TABLE),
     "a parquet file that is cut": ("rows.parquet", b"PAR1" + b"\0" * 99),
+    "two columns of a name in parquet": ("rows.parquet", _parquet("text", "text")),
     "UTF-16": ("rows.csv", TABLE.encode("utf-16")),
     "UTF-16 without its mark": ("rows.csv", TABLE.encode("utf-16-be")),
     "UTF-32": ("rows.csv", b"\xff\xfe\0\0" + TABLE.encode("utf-32-le")),
@@ -84,7 +99,9 @@ def _data(name: str, content: Any, sections: Any, *flags: str) -> Callable[[Worl
 
 
 for _name, (_file, _content) in FILES.items():
-    CASES.append(Case("Files and rows", _name, _data(_file, _content, {})))
+    # a mark that is not closed is a letter like others, unless the file is said to be csv
+    _flags = ["--set", "data.format.quoting=csv"] if "quotation mark" in _name else []
+    CASES.append(Case("Files and rows", _name, _data(_file, _content, {}, *_flags)))
 
 DATA: dict[str, dict[str, Any]] = {
     "UTF-8 that is called UTF-16": {"format": {"encoding": "utf-16"}},
@@ -109,6 +126,13 @@ for _name, _section in DATA.items():
     if _name.startswith(("UTF-8", "other")):
         _made = {"data": {"path": "rows.csv", **_section}}
     CASES.append(Case("Splits", _name, _data("rows.csv", TABLE, _made, *_show)))
+
+
+@case("Files and rows", "more names than a parquet file has columns")
+def _(world: World) -> Printed:
+    world.write("rows.parquet", _parquet("text", "label"))
+    data = {"path": "rows.parquet", "format": {"columns": ["a", "b", "c"]}}
+    return world.lora("validate", world.recipe(data=data))
 
 
 @case("Splits", "only rows that cannot be read")
