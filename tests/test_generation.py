@@ -169,8 +169,8 @@ def test_a_prompt_may_lose_its_beginning(tmp_path: Path) -> None:
     text = "a story " * 100 + "great fun"
     task = task_of(tmp_path, task={"truncate": "left"}, **sections)
     model, _ = task.load_model(CPU)
-    whole = task.tokenizer(text)["input_ids"]
-    kept = [whole[0], *whole[-111:]]  # 128 - 16, the token that begins a text among them
+    ids = task.tokenizer(text)["input_ids"]
+    kept = [ids[0], *ids[-111:]]  # 128 - 16, the token that begins a text among them
     assert task.text_prompt(text) == kept
     said = task.tokenizer.decode(greedy(model, kept, 16, {tiny.EOS}), skip_special_tokens=True)
     assert task.answer_fault({"text": text}) == ""
