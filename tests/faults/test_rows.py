@@ -316,7 +316,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(world: World) -> Non
     task = {"prompt_column": "prompt", "completion_column": "answer", "text_column": ...}
     printed = world.lora("train", world.recipe("llama", task=task))
     assert printed.code == 0
-    assert "6 (75.0 %) train rows leave nothing to train within 32 tokens" in printed.err
+    assert "6 of 8 (75.0 %) train rows leave nothing to train within 32 tokens" in printed.err
     facts = report_of(world)["data"]["train"]
     assert (facts["rows"], facts["examples"], facts["rows_without_example"]) == (8, 2, 6)
 
