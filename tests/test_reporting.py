@@ -16,12 +16,14 @@ import yaml
 from lora_cli.errors import IntegrityError, printable
 from lora_cli.recipe import Recipe
 from lora_cli.reporting import (
+    fonts,
     plot_learning_curve,
     read_metrics_log,
     results_table,
     write_model_card,
     write_report,
 )
+from lora_cli.reporting.fonts import Fonts
 
 HUB_ID = "FacebookAI/roberta-base"
 CLASSIFY = {"type": "sequence_classification", "labels": ["no", "yes"]}
@@ -246,6 +248,44 @@ def test_drawing_again_gives_the_same_file_and_leaves_the_style_alone(tmp_path: 
 
 
 # --------------------------------------------------------------------------------- the model card
+
+
+@pytest.mark.parametrize("name", ["日本語モデル", "모델", "模型 \U0001f600", "โมเดล", "\U00012000"])
+def test_names_that_no_font_has_are_called_otherwise(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fonts, "_installed", dict)
+    lines = [{"step": i, "validation": {"loss": 1.0, "類似度": i / 4}} for i in (0, 2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    best = {"metric": "類似度", "step": 2, "mode": "max"}
+    # a letter without a glyph is a warning of matplotlib, which is an error here
+    plot_learning_curve(tmp_path, report_of(best=best, base_model=f"/models/{name}"))
+    said = capsys.readouterr().err
+    assert f"`metric 1` is `類似度`, `base model` is `{name}`" in said
+
+
+def test_a_font_that_has_the_letters_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    letters = {
+        "Some Sans": frozenset("日本"),
+        "Other Sans": frozenset("日本語"),
+        "Third": frozenset("π"),
+    }
+    monkeypatch.setattr(fonts, "_installed", lambda: letters)
+    assert fonts.fonts_for(["model", "é π"]) == Fonts(["DejaVu Sans"], frozenset())
+    assert fonts.fonts_for(["日本語"]) == Fonts(["DejaVu Sans", "Other Sans"], frozenset())
+    assert fonts.fonts_for(["日", "한국"]).lacking == {"한", "국"}
+
+
+def test_installed_fonts_draw_what_they_are_said_to_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = fonts.fonts_for(["日本語モデル"])
+    if found.lacking:
+        pytest.skip("no font with Japanese letters is installed")
+    plot_learning_curve(tmp_path, report_of(base_model="/models/日本語モデル"))
+    assert capsys.readouterr().err == ""
 
 
 def test_the_card_of_an_adapter(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> No
         f"## Results\n\n{_table([list(map(plain_text, row)) for row in results])}"
         if len(results) > 1
         else "## Results",
-        "\n".join(f"- {code_span(n)}: {plain_text(words)}" for n, words in definitions.items()),
+        "\n".join(f"- {code_span(n)}: {_with_code(words)}" for n, words in definitions.items()),
         "![Loss and validation metric over the steps](learning_curve.png)",
         f"## Data\n\n{_table(_data_rows(report))}" if part(report, "data") else "",
         f"## Training\n\n{made}All settings: `recipe.yaml`.",
@@ -123,6 +123,11 @@ def code_span(value: Any) -> str:
     """Return a value as code within a line, in backticks where they can hold it."""
     text = printable(str(value))
     return f"<code>{plain_text(text)}</code>" if set("`|<>&\\") & set(text) else f"`{text}`"
+
+
+def _with_code(words: str) -> str:
+    """Return words of this project, in which what comes from data stands between backticks."""
+    return re.sub("`([^`]+)`", lambda found: code_span(found[1]), words)
 
 
 def _code_block(code: str) -> str:

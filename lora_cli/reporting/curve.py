@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.characters import shortened
+from lora_cli.errors import printable, warn
 from lora_cli.files import write_atomically
+from lora_cli.reporting.fonts import fonts_for
 from lora_cli.reporting.report import (
     KINDS,
     PIPELINES,
@@ -33,7 +35,7 @@ STYLE: dict[str, Any] = {
     "axes.titlelocation": "left", "axes.titlecolor": INK, "axes.titlesize": 12,
     "axes.titleweight": "bold", "axes.labelcolor": MUTED, "axes.labelsize": 10.5,
     "xtick.color": MUTED, "ytick.color": MUTED, "xtick.major.size": 3, "ytick.major.size": 0,
-    "font.family": "DejaVu Sans", "font.size": 10, "lines.markeredgecolor": "white",
+    "font.size": 10, "lines.markeredgecolor": "white",
     "text.parse_math": False,  # a `$` in a name is no formula
 }
 # fmt: on
@@ -54,7 +56,12 @@ def plot_learning_curve(folder: Path, report: dict[str, Any]) -> Path:
     measured = [{**part(s, "validation"), "step": s["step"]} for s in log if "validation" in s]
     best = part(report, "best")
     metric, marked = best.get("metric", "loss"), isinstance(best.get("step"), int)
-    with matplotlib.rc_context({**STYLE, "axes.titlepad": 24 if marked else 10}):
+    fonts, drawn = _drawable_names(report, measured, metric)
+    metric = drawn.get(metric, metric)
+    measured = [{drawn.get(k, k): v for k, v in line.items()} for line in measured]
+    report = {**report, "base_model": drawn.get(_model_name(report), report.get("base_model"))}
+    style = {**STYLE, "font.family": fonts, "axes.titlepad": 24 if marked else 10}
+    with matplotlib.rc_context(style):
         # not pyplot, which keeps every figure alive and may look for a screen
         figure = Figure(figsize=(10, 5.625), dpi=160, facecolor="white")
         canvas = FigureCanvasAgg(figure)
@@ -74,12 +81,41 @@ def plot_learning_curve(folder: Path, report: dict[str, Any]) -> Path:
     return folder / "learning_curve.png"
 
 
+def _model_name(report: dict[str, Any]) -> str:
+    return short_name(str(report.get("base_model") or ""))
+
+
+def _drawable_names(
+    report: dict[str, Any], measured: Log, metric: str
+) -> tuple[list[str], dict[str, str]]:
+    """Return the fonts for the names in the plot, and what stands for a name without a font.
+
+    The warning says what is what; elsewhere the names stand as they are.
+    """
+    metrics = dict.fromkeys([metric, *(k for line in measured for k in line if k != "step")])
+    model = _model_name(report)
+    fonts = fonts_for([model, *metrics])
+    unknown = [name for name in metrics if not fonts.can_draw(name)]
+    drawn = {name: f"metric {i}" for i, name in enumerate(unknown, 1)}
+    if not fonts.can_draw(model):
+        drawn[model] = "base model"
+    if drawn:
+        meant = ", ".join(f"`{short}` is `{name}`" for name, short in drawn.items())
+        letters = "".join(sorted(fonts.lacking))[:20]
+        warn(
+            f"no installed font can draw `{printable(letters)}` in learning_curve.png: there "
+            f"{printable(meant)}; report.html has the names. A package like fonts-noto-cjk brings "
+            "such fonts"
+        )
+    return fonts.families, drawn
+
+
 def _headline(figure: Any, report: dict[str, Any]) -> None:
     ran, kind = part(report, "training"), str(part(report, "adapter").get("type"))
     rank, rows = part(report, "adapter").get("rank"), part(report, "data", "train").get("rows")
     steps, seconds = ran.get("steps"), ran.get("seconds")
     task = PIPELINES.get(str(report.get("task")), "training").replace("-", " ").capitalize()
-    title = [task, short_name(str(report.get("base_model") or ""))[-54:]]
+    title = [task, _model_name(report)[-54:]]
     facts = [
         KINDS.get(kind, "") + (f", rank {rank}" if kind == "lora" and rank else ""),
         f"{rows:,} training rows" if rows else "",

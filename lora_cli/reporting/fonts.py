@@ -1,0 +1,97 @@
+"""Fonts that have the letters of a plot, and which letters none of the installed ones has."""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+DEFAULT = "DejaVu Sans"  # which matplotlib brings along
+SHAPED = (3, 11)  # the first version of matplotlib that joins letters and writes to the left
+
+
+@dataclass(frozen=True)
+class Fonts:
+    """Families that are tried in order for each letter, and the letters that none of them has."""
+
+    families: list[str]
+    lacking: frozenset[str]
+
+    def can_draw(self, text: str) -> bool:
+        """Return whether every letter of a text is drawn as it should be."""
+        return not self.lacking & set(text)
+
+
+def fonts_for(texts: Iterable[str]) -> Fonts:
+    """Return as few installed fonts as possible that have the letters of some texts."""
+    wanted = {c for text in texts for c in text if c.isprintable() and not c.isspace()}
+    joined = frozenset(filter(_needs_shaping, wanted)) if _version() < SHAPED else frozenset()
+    families = [DEFAULT]
+    wanted -= joined | _letters_of_default()
+    available = _installed() if wanted else {}
+    while best := max(available, key=lambda name: len(wanted & available[name]), default=""):
+        if not wanted & available[best]:
+            break
+        families.append(best)
+        wanted -= available[best]
+    return Fonts(families, joined | wanted)
+
+
+def _needs_shaping(letter: str) -> bool:
+    """Return whether a letter is written to the left, or takes its form from its neighbours."""
+    if unicodedata.bidirectional(letter) in ("R", "AL"):
+        return True
+    return 0x0900 <= ord(letter) <= 0x109F or 0x1780 <= ord(letter) <= 0x17FF  # Indic, to Khmer
+
+
+def _version() -> tuple[int, ...]:
+    import matplotlib
+
+    return tuple(int(part) for part in matplotlib.__version__.split(".")[:2])
+
+
+def _letters_of_default() -> frozenset[str]:
+    from matplotlib import font_manager
+
+    return frozenset(_letters(font_manager.findfont(DEFAULT)))
+
+
+def _letters(path: str) -> Collection[str]:
+    """Return the letters of a font's file; none of one that can be drawn in one size only."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        font: Any = FT2Font(path)
+        return {chr(code) for code in font.get_charmap()} if font.scalable else set()
+    except (OSError, RuntimeError, ValueError):  # a damaged file, or a kind that it cannot read
+        return set()
+
+
+@functools.cache
+def _installed() -> dict[str, frozenset[str]]:
+    """Return the letters of each installed family, those of upright sans-serif fonts first.
+
+    Reading hundreds of fonts takes seconds: this is for letters that the default does not have.
+    """
+    from matplotlib import font_manager
+
+    manager: Any = font_manager.fontManager
+    known = {font.fname for font in manager.ttflist}
+    for path in font_manager.findSystemFonts():
+        if path not in known:  # matplotlib keeps a list, which is not up to date
+            try:
+                manager.addfont(path)
+            except (OSError, RuntimeError, ValueError):
+                continue
+    upright = [f for f in manager.ttflist if f.style == "normal" and 300 <= _weight(f) <= 500]
+    found: dict[str, frozenset[str]] = {}
+    for font in sorted(upright, key=lambda f: ("Sans" not in f.name, "Mono" in f.name, f.name)):
+        if font.name not in found:
+            found[font.name] = frozenset(_letters(font.fname))
+    return found
+
+
+def _weight(font: Any) -> int:
+    return font.weight if isinstance(font.weight, int) else {"normal": 400}.get(font.weight, 400)
