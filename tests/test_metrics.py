@@ -395,8 +395,8 @@ def test_languages_may_stand_in_one_corpus():
     [
         ("f1", MetricContext(2, labels=("bad", "良い")), "of the label `良い`, the second of two"),
         ("precision", MetricContext(2), "of the label at position 1"),
-        ("f1", MetricContext(3), "macro average: mean over the 3 labels that occur"),
-        ("f1", TAGS, "macro average: mean over the 3 labels, each"),
+        ("f1", MetricContext(3), "macro average, the mean over those of the 3 labels that occur"),
+        ("f1", TAGS, "macro average, the mean over the 3 labels, each"),
         ("f1_micro", BINARY, "micro average"),
         ("recall_weighted", THREE, "weighted average"),
         ("f1", MetricContext(1, True, ("spam",)), "of the label `spam`"),

@@ -258,7 +258,6 @@ def test_names_that_no_font_has_are_called_otherwise(
     lines = [{"step": i, "validation": {"loss": 1.0, "類似度": i / 4}} for i in (0, 2)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     best = {"metric": "類似度", "step": 2, "mode": "max"}
-    # a letter without a glyph is a warning of matplotlib, which is an error here
     plot_learning_curve(tmp_path, report_of(best=best, base_model=f"/models/{name}"))
     said = capsys.readouterr().err
     assert f"`metric 1` is `類似度`, `base model` is `{name}`" in said
@@ -276,6 +275,11 @@ def test_a_font_that_has_the_letters_is_found(
     assert fonts.fonts_for(["model", "é π"]) == Fonts(["DejaVu Sans"], frozenset())
     assert fonts.fonts_for(["日本語"]) == Fonts(["DejaVu Sans", "Other Sans"], frozenset())
     assert fonts.fonts_for(["日", "한국"]).lacking == {"한", "국"}
+
+
+def test_the_font_that_has_a_box_for_every_letter_is_no_font_for_them() -> None:
+    assert fonts._installed()
+    assert not [name for name in fonts._installed() if name.startswith("Last Resort")]
 
 
 def test_installed_fonts_draw_what_they_are_said_to_have(

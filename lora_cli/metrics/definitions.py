@@ -12,9 +12,9 @@ from lora_cli.metrics.builtin import SPECS, MetricContext, is_script, result_nam
 from lora_cli.metrics.words import BLEU_WORDS, ROUGE_WORDS
 
 AVERAGES = {
-    "macro": "mean over {labels}, each counting the same",
-    "micro": "over all rows and {labels} together",
-    "weighted": "mean over {labels}, weighted by their rows",
+    "macro": "the mean over {labels}, each counting the same",
+    "micro": "counted over all rows and {labels} together",
+    "weighted": "the mean over {labels}, weighted by their rows",
 }
 SCORES = {
     "f1": "harmonic mean of precision and recall",
@@ -86,10 +86,10 @@ def _average(average: str, context: MetricContext) -> str:
     if context.n_labels == 2 and not context.multi_label and not average:
         return f"of the label {_named(context, 1)}, the second of two"
     average = average or "macro"
-    count = "the labels" if context.n_labels is None else f"the {context.n_labels} labels"
-    if not context.multi_label:
-        count += " that occur"  # in answers or references; others have no score
-    return f"{average} average: {AVERAGES[average].format(labels=count)}"
+    labels = "the labels" if context.n_labels is None else f"the {context.n_labels} labels"
+    if not context.multi_label:  # those in neither answers nor references have no score
+        labels = f"those of {labels} that occur"
+    return f"{average} average, {AVERAGES[average].format(labels=labels)}"
 
 
 def _named(context: MetricContext, position: int) -> str:

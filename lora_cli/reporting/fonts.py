@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 DEFAULT = "DejaVu Sans"  # which matplotlib brings along
+BOXES = "Last Resort"  # matplotlib's own, which has a box for every letter
 SHAPED = (3, 11)  # the first version of matplotlib that joins letters and writes to the left
 
 
@@ -85,7 +86,13 @@ def _installed() -> dict[str, frozenset[str]]:
                 manager.addfont(path)
             except (OSError, RuntimeError, ValueError):
                 continue
-    upright = [f for f in manager.ttflist if f.style == "normal" and 300 <= _weight(f) <= 500]
+    upright = [
+        font
+        for font in manager.ttflist
+        if font.style == "normal"
+        and 300 <= _weight(font) <= 500
+        and not font.name.startswith(BOXES)
+    ]
     found: dict[str, frozenset[str]] = {}
     for font in sorted(upright, key=lambda f: ("Sans" not in f.name, "Mono" in f.name, f.name)):
         if font.name not in found:

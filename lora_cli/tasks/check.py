@@ -73,13 +73,15 @@ def _check_metrics(task: Task) -> None:
 
 def _encode_some(task: Task, splits: dict[str, Rows], warns: bool) -> None:
     """Encode the first rows of each split: what a chat template refuses, it refuses early."""
+    says_unknown = False
     for name, rows in splits.items():
         some = next(rows.batches(FIRST_ROWS))
         made = encode_located(task, some, rows.place)
         if not any(made) and len(rows) <= FIRST_ROWS:
             raise nothing_trained(task, rows)
         if warns:
-            _warn_of_unknown(task, name, rows, made)
+            if not says_unknown:  # once: the other splits are written in the same language
+                says_unknown = _warn_of_unknown(task, name, rows, made)
             _warn_of(task, name, rows, some, made)
     if task.recipe.data.streaming:
         Stream(task).look()
@@ -87,20 +89,21 @@ def _encode_some(task: Task, splits: dict[str, Rows], warns: bool) -> None:
 
 def _warn_of_unknown(
     task: Task, name: str, rows: Rows, examples: Sequence[Sequence[Example]]
-) -> None:
-    """Warn if the tokenizer does not know the letters of the first rows."""
+) -> bool:
+    """Warn if the tokenizer does not know the letters of the first rows, and return whether."""
     flat = [(row, example["input_ids"]) for row, made in enumerate(examples) for example in made]
     if not flat:
-        return
+        return False
     ids = np.concatenate([np.asarray(tokens, dtype=np.int64) for _, tokens in flat])
     ends = np.cumsum([len(tokens) for _, tokens in flat])
     unknown = count_unknown(task.tokenizer, ids, ends)
     if unknown.first is None or unknown.share <= MOST_UNKNOWN:
-        return
+        return False
     row = flat[unknown.first][0]
     texts = [text_of(rows[row], text_columns(task))]
     first = f"{name} (its first {FIRST_ROWS} rows)" if len(rows) > FIRST_ROWS else name
     warn(unknown_warning(task.tokenizer, first, unknown.share, rows.place(row), texts))
+    return True
 
 
 def _warn_of(

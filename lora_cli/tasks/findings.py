@@ -127,7 +127,9 @@ class Findings:
 
     def warnings(self) -> list[str]:
         """Return what is not forbidden but should be looked at, a line each."""
-        lines = []
+        # once: the other splits are written in the same language
+        unknown = (split.unknown_warning for split in self.splits.values())
+        lines = list(filter(None, unknown))[:1]
         for name, split in self.splits.items():
             if split.rows_without_example:
                 share = _percent(split.rows_without_example / split.rows)
@@ -145,8 +147,6 @@ class Findings:
                     f"{split.control_token_rows:,}{share} {name} rows have control tokens in their "
                     f"text; {split.control_tokens}"
                 )
-            if split.unknown_warning:
-                lines.append(split.unknown_warning)
             lines += split.label_doubts
             if split.contradictions and split.contradictions.rows:
                 first = split.contradictions.examples[0]

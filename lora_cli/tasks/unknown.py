@@ -87,9 +87,9 @@ def unknown_warning(
     pieces = unknown_pieces(tokenizer, texts)
     shown = ", ".join(f"`{piece[:20]}`" for piece in pieces[:SHOWN])
     shown += ", …" if len(pieces) > SHOWN else ""
-    of = f" of {shown}" if shown else ""
+    example = f"{place}: {shown}" if shown else place
     return (
         f"{100 * share:.1f} % of the tokens of {split} are `{tokenizer.unk_token}`, the token for "
-        f"what the tokenizer does not know: {place} loses the difference{of}; use a base model "
-        "that was trained on the language of these texts"
+        f"what the tokenizer does not know ({example}): the model cannot tell such words apart; "
+        "use a base model that was trained on the language of these texts"
     )
