@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
+from lora_cli.metrics import MetricContext, definition
 from lora_cli.recipe import load_recipe
 from lora_cli.reporting import analysis, plots, write_page
 from lora_cli.reporting.markup import STYLE, esc
@@ -353,10 +354,13 @@ def test_several_labels_a_row(tmp_path: Path) -> None:
         line_of(0, ["a"], ["a", "b"], {"a": 0.9, "b": 0.6}),
         line_of(1, ["b"], [], {"a": 0.1, "b": 0.2}),
     ]
-    page = page_of(tmp_path, REPORT, lines)
+    several = MetricContext(2, multi_label=True, labels=("a", "<b>"))
+    report = report_of(metric_definitions=definition("accuracy", several) | {"x": "of `<b>`"})
+    page = page_of(tmp_path, report, lines)
     assert "Confusion" not in page.text
     assert "said none" in page.text
     assert "every label is right" in page.text
+    assert "of <b>" in page.text  # as text
     alone = {"after": {"test": {"f1": 0.9}}}
     told = verdict(report_of(metrics=alone, best={"metric": "f1"}), "test")
     assert (told.tone, told.head) == ("unknown", "Measured.")
