@@ -17,8 +17,9 @@ from transformers import AutoModelForSequenceClassification
 from lora_cli import evaluation
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.folder import save_adapter
+from lora_cli.data.files import read_rows
 from lora_cli.errors import LoraError
-from lora_cli.evaluation import best_by, evaluate, evaluate_adapter, open_adapter
+from lora_cli.evaluation import best_by, evaluate, evaluate_adapter, measure_file, open_adapter
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.tasks import Encoded, Task, build_task
 from lora_cli.tasks.encoding import load_data
@@ -263,3 +264,25 @@ def test_a_metric_of_several_numbers_chooses_by_the_first(tmp_path: Path) -> Non
     assert best_by(recipe, build_task(recipe)) == ("rouge1", "max")
     recipe.evaluate.metrics = None
     assert best_by(recipe, build_task(recipe)) == ("perplexity", "min")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("x.csv", "label;text\r\ngood;a; b\r\nbad;c\r\n".replace("a; b", '"a; b"').encode("utf-16"),
+         {"text": "a; b", "label": "good"}),
+        ("x.txt", b"text\tlabel\n\"a\tgood\nb\tbad\n", {"text": '"a', "label": "good"}),
+        ("x.jsonl", b'{"text": "a", "label": "good"}\n', {"text": "a", "label": "good"}),
+        ("x.csv", "text,label\nna\u00efve,good\nb,bad\n".encode("cp1252"),
+         {"text": "na\u00efve", "label": "good"}),
+    ],
+)  # fmt: skip
+def test_a_file_to_measure_is_read_as_predict_reads_it(
+    name: str, content: bytes, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    recipe = load_recipe(tiny.recipe(tiny.save_encoder(tmp_path / "base"), tmp_path))
+    (tmp_path / name).write_bytes(content)
+    measure_file(recipe, tmp_path / name)
+    first = next(read_rows(tmp_path / name, recipe.data.format))
+    assert first.columns is not None
+    assert {key: first.columns[key] for key in wanted} == wanted

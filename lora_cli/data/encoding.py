@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 BOMS = {
     b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xef\xbb\xbf": "utf-8",
@@ -26,6 +27,54 @@ def lines_of(text: str) -> list[str]:
     return lines if lines[-1] else lines[:-1]
 
 
+# a switch to another set of letters, as ISO 2022 makes it (`tput` writes `ESC ( B` too)
+ESCAPE = re.compile(rb"\x1b(\$[@ABC]|\$\([A-DO-Q]|\$\)[A-C]|\([IJ])")
+ISO_2022 = ("iso2022_jp", "iso2022_jp_ext", "iso2022_jp_2", "iso2022_jp_2004", "iso2022_kr")
+HZ = re.compile(rb"~\{([\x21-\x77][\x21-\x7e])+~\}")
+UTF_7 = re.compile(rb"\+[A-Za-z0-9+/]{3,}")
+COMMON_CHINESE = set(
+    "的一是不了在人有我他这为之大来以个中上们到说国和地也子时道出而要于就下得可你年生很好没"
+)
+
+
+def seven_bit_encoding(raw: bytes) -> str | None:
+    """Return the encoding of a text that looks like ASCII, and is Japanese, Korean or Chinese.
+
+    Its letters are written in codes (`ESC $ B`, `~{`, `+AGE-`), so that it can be read as ASCII.
+    """
+    if not raw.isascii():
+        return None
+    if ESCAPE.search(raw):
+        names = ISO_2022[::-1] if b"\x1b$)C" in raw else ISO_2022
+        return next((name for name in names if _decoded(raw, name) is not None), None)
+    if HZ.search(raw) and (text := _decoded(raw, "hz")) is not None:
+        letters = [letter for letter in text if "\u4e00" <= letter <= "\u9fff"]
+        if sum(letter in COMMON_CHINESE for letter in letters) > len(letters) / 20:
+            return "hz"
+    if UTF_7.search(raw) and (text := _decoded(raw, "utf-7")) is not None:
+        letters = [letter for letter in text if letter > "\x7f"]
+        enough = 1 if b"-" in raw else 3
+        if len(letters) >= enough and set(map(_kind, letters)) <= set("LMPNZS"):
+            return "utf-7"
+    return None
+
+
+def _kind(letter: str) -> str:
+    return unicodedata.category(letter)[0]
+
+
+def _by_kana(raw: bytes) -> str | None:
+    """Return the encoding in which bytes are Japanese: no other language writes kana."""
+    for encoding in ("euc_jp", "cp932"):
+        text = _decoded(raw, encoding)
+        letters = [letter for letter in text or "" if letter > "\x7f"]
+        kana = sum("\u3041" <= letter <= "\u30fe" for letter in letters)
+        narrow = sum("\uff61" <= letter <= "\uff9f" for letter in letters)
+        if letters and kana >= len(letters) / 5 and narrow < len(letters) / 5:
+            return encoding
+    return None
+
+
 def encoding_of(raw: bytes) -> tuple[str, str]:
     """Return the encoding of a text and what says so.
 
@@ -37,9 +86,12 @@ def encoding_of(raw: bytes) -> tuple[str, str]:
             return encoding, "by the byte order mark at its beginning"
     raw = raw.removeprefix(BOM)
     head = raw[:4000]
+    may_be = head.count(0) > len(head) / 4 or not _is_utf_8(raw)
     for encoding, zeros in (("utf-16-le", head[1::2]), ("utf-16-be", head[0::2])):
-        if zeros.count(0) > len(zeros) / 50 and zeros.count(0) > head.count(0) * 0.9:
+        if may_be and zeros.count(0) > len(zeros) / 50 and zeros.count(0) > head.count(0) * 0.9:
             return encoding, "by its zero bytes, which stand on one side of every pair"
+    if (found := seven_bit_encoding(raw)) is not None:
+        return found, "by the codes that stand for its letters"
     if raw.isascii():
         return "utf-8", "it is ASCII"
     return ("utf-8", "its bytes are UTF-8") if _is_utf_8(raw) else _legacy(raw)
@@ -58,6 +110,8 @@ def _legacy(raw: bytes) -> tuple[str, str]:
 
     lines = [line for line in raw.splitlines(keepends=True) if not line.isascii()]
     sample = b"".join(lines[:2000])
+    if (japanese := _by_kana(sample)) is not None and _decoded(raw, japanese) is not None:
+        return japanese, "not UTF-8; read so, it is Japanese"
     best = from_bytes(sample, cp_isolation=LEGACY).best()
     encoding = best.encoding if best else "latin-1"
     if encoding == "cp1250" and _is_western(_decoded(sample, "cp1252") or ""):

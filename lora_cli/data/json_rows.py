@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.lines import ENCODING_HINT, NOT_TEXT, RawRow, byte_fault, read_lines
+from lora_cli.data.lines import NOT_TEXT, RawRow, byte_fault, encoding_hint, read_lines
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec
 
@@ -104,7 +104,7 @@ def _read_json_list(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
     text = "".join(line for _, line in read_lines(path, spec.encoding))
     if fault := byte_fault(text, spec.encoding):
         line = NOT_TEXT.split(text, maxsplit=1)[0].count("\n") + 1
-        raise LoraError(fault, f"{path}:{line}", ENCODING_HINT)
+        raise LoraError(fault, f"{path}:{line}", encoding_hint(path, spec.encoding))
     try:
         values = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:

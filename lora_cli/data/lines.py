@@ -5,6 +5,7 @@ Bytes that are no text of the encoding do not stop the reading: the row that hol
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import re
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from lora_cli.data.encoding import encoding_of, seven_bit_encoding
 from lora_cli.data.foreign import refuse_binary
 from lora_cli.errors import LoraError
 
-ENCODING_HINT = "if the file has another encoding, name it: `--set data.format.encoding=cp1252`"
 NOT_TEXT = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes
 HEAD_BYTES = 4096
+HINT_BYTES = 1 << 20
 UTF = {  # by their marks; longer ones first
     b"\xff\xfe\x00\x00": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
 }  # fmt: skip
@@ -41,22 +43,50 @@ def _open(path: Path) -> IO[bytes]:
 
 def read_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
     """Yield (line number, text with its line end); bytes that are no text become surrogates."""
-    codec = encoding.lower().replace("_", "-")
+    codec = codecs.lookup(encoding).name
     try:
         with _open(path) as raw:
             head = raw.read(HEAD_BYTES)
-            if codec in ("utf-8", "utf8", "utf-8-sig"):
+            checked = codec in ("utf-8", "utf-8-sig")
+            if checked:
                 codec = "utf-8"
                 _refuse_no_text(head, path)
             # a mark before text that is no UTF-8 is left over from a program that joined two files
             raw.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
             text = io.TextIOWrapper(raw, encoding=codec, errors="surrogateescape", newline="")
-            yield from enumerate(text, 1)
+            for number, line in enumerate(text, 1):
+                if checked and "\x1b" in line:
+                    _refuse_seven_bit(line.encode(errors="surrogateescape"), f"{path}:{number}")
+                yield number, line
     except UnicodeError as error:  # of a whole file, such as an end within a character
         hint = "name its encoding, `--set data.format.encoding=utf-8`; `lora init` finds it out"
         raise LoraError(f"not {encoding} text: {error.args[-1]}", str(path), hint) from error
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(path, error) from error
+
+
+def encoding_hint(path: Path, encoding: str) -> str:
+    """Return how to read a file that has bytes which are no text of its encoding."""
+    try:
+        with _open(path) as raw:
+            found, why = encoding_of(raw.read(HINT_BYTES))
+    except (OSError, EOFError, zlib.error):
+        found, why = encoding, ""
+    if codecs.lookup(found).name != codecs.lookup(encoding).name:
+        return f"`--set data.format.encoding={found}`, if that is right ({why})"
+    return "the other bytes are what they should be: mend these; are they of another file?"
+
+
+def _refuse_seven_bit(raw: bytes, place: str) -> None:
+    """Refuse a text that looks like ASCII and is of another encoding; `ascii` allows it.
+
+    Raises:
+        LoraError: With the encoding's name.
+    """
+    if (found := seven_bit_encoding(raw)) is not None:
+        what = f"this is {found} text, by the codes that stand for its letters, and not UTF-8"
+        hint = f"`--set data.format.encoding={found}`; `ascii` reads the codes as they stand"
+        raise LoraError(what, place, hint)
 
 
 def unreadable(path: Path, error: Exception) -> LoraError:
@@ -79,6 +109,7 @@ def unreadable(path: Path, error: Exception) -> LoraError:
 def _refuse_no_text(head: bytes, path: Path) -> None:
     """Refuse a file that is, by its first bytes, anything but text in UTF-8."""
     refuse_binary(head, path)
+    _refuse_seven_bit(head[: head.rfind(b"\n") + 1] or head, str(path))
     if head.startswith(b"PAR1"):
         hint = "`--set data.format.type=parquet`"
         raise LoraError("this is a parquet file, by its first bytes", str(path), hint)

@@ -160,14 +160,14 @@ def in_words(found: Quoting, name: str) -> str:
 
 def _has_marks(path: Path, encoding: str) -> bool:
     """Return whether a quotation mark may stand in a file, by a fast search of its bytes."""
-    if b'"' not in '"'.encode(encoding, errors="replace"):
-        return True
     try:
+        if b'"' not in '"'.encode(encoding):
+            return True
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             while chunk := file.read(CHUNK_BYTES):
                 if b'"' in chunk:
                     return True
-    except (OSError, EOFError, zlib.error):
+    except (OSError, EOFError, zlib.error, UnicodeError):
         return True  # whoever reads the file says what is wrong with it
     return False
 

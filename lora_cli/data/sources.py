@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lora_cli.data.cache import SourceChangedError, cached_dataset, damaged_file
 from lora_cli.data.files import kind_of, read_rows, require_columns
 from lora_cli.data.finding import SPLITS as SPLITS
 from lora_cli.data.finding import files_of, positions, split_slice
-from lora_cli.data.lines import ENCODING_HINT, NOT_TEXT, RawRow, unreadable
+from lora_cli.data.lines import NOT_TEXT, RawRow, encoding_hint, unreadable
 from lora_cli.data.parallel import parts_of
 from lora_cli.data.quoting import say_quoting
 from lora_cli.data.splits import draw
@@ -357,7 +357,7 @@ def without(rows: Rows, faults: dict[int, str], recipe: Recipe) -> Rows:
     if recipe.data.on_bad_row == "error":
         problems = [Problem(fault, rows.place(i)) for i, fault in list(faults.items())[:10]]
         hint = f"mend {'them' if len(faults) > 1 else 'it'}, or pass such rows over with {SKIP}"
-        if advice := _advice(faults.values()):
+        if advice := _advice(rows, faults, recipe):
             hint = f"{advice}; or {hint}"
         if len(faults) > 10:
             hint += f"; {counted(len(faults) - 10, 'more row')} cannot be used"
@@ -367,12 +367,16 @@ def without(rows: Rows, faults: dict[int, str], recipe: Recipe) -> Rows:
     return rows.select(keep, places)
 
 
-def _advice(faults: Iterable[str]) -> str:
+def _advice(rows: Rows, faults: dict[int, str], recipe: Recipe) -> str:
     """Return what mends the commonest faults of all rows at once, or nothing."""
-    text = "\n".join(faults)
-    if re.search("^byte 0x", text, re.MULTILINE):
-        return ENCODING_HINT
-    if re.search("fields? where there", text):
+    of_bytes = next((i for i, fault in faults.items() if fault.startswith("byte 0x")), None)
+    if of_bytes is not None:
+        source = Path(rows.source)
+        if not source.is_file():  # `FOLDER (3 files)`
+            folder = Path(rows.source.rpartition(" (")[0])
+            source = folder / re.sub(r":\d+$", "", rows.place(of_bytes))
+        return encoding_hint(source, recipe.data.format.encoding)
+    if any(re.search("fields? where there", fault) for fault in faults.values()):
         return "a text that holds the delimiter needs quotation marks around it"
     return ""
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_cli.data.lines import byte_fault, read_lines
+from lora_cli.data.lines import byte_fault, encoding_hint, read_lines
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import FormatSpec
 
@@ -171,6 +171,7 @@ def column_names(path: Path, spec: FormatSpec, records: Iterator[Record]) -> lis
     header = [name.strip() for name in header]
     if fault:
         hint = "mend it; if the file has no header, `--set data.format.header=false`"
+        hint = encoding_hint(path, spec.encoding) if fault.startswith("byte 0x") else hint
         raise LoraError(f"the header: {fault}", f"{path}:{line}", hint)
     if names is None:
         require_unique(header, f"{path}:{line}")

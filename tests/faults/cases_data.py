@@ -59,6 +59,8 @@ FILES: dict[str, tuple[str, str | bytes | Make]] = {
     "UTF-16": ("rows.csv", TABLE.encode("utf-16")),
     "UTF-16 without its mark": ("rows.csv", TABLE.encode("utf-16-be")),
     "UTF-32": ("rows.csv", b"\xff\xfe\0\0" + TABLE.encode("utf-32-le")),
+    "ISO-2022-JP": ("rows.csv", (TABLE + "返品,good\n").encode("iso2022_jp")),
+    "cp932": ("rows.csv", (TABLE + "返品したいです,good\n").encode("cp932")),
     "zeros": ("rows.csv", b"\0" * 100),
     "another encoding": ("rows.csv", "text,label\nna\xefve,good\nfine,bad\n".encode("latin-1")),
     "two columns of a name": ("rows.csv", "text,label,text\na,b,c\n"),

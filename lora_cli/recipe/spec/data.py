@@ -7,8 +7,9 @@ import re
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
+from lora_cli.recipe.spec.encodings import python_name
 from lora_cli.recipe.spec.section import Conflicts, Section, Seed, Share, Word, Words
 
 
@@ -61,8 +62,9 @@ class FormatSpec(Section):
     type: Literal["csv", "json", "parquet", "text"] | None = None
     """Kind of file. Default: by its suffix; `json` covers JSON lines."""
 
-    encoding: Word = "utf-8"
-    """Encoding of the text (utf-8, latin-1, cp1252, utf-16); a byte order mark is dropped."""
+    encoding: Annotated[Word, AfterValidator(python_name)] = "utf-8"
+    """Encoding of the text (utf-8, latin-1, cp1252, cp932, utf-16); a byte order mark is
+    dropped."""
 
     delimiter: Annotated[str, Field(pattern=r'^[^"\r\n]$')] | None = None
     """The one character between the columns of a csv file; a tab is written `"\\t"`, with the
