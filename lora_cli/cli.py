@@ -7,7 +7,6 @@ so that `lora --help` and shell completion answer at once.
 from __future__ import annotations
 
 import errno
-import io
 import json
 import math
 import os
@@ -17,13 +16,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lora_cli.completion import join_words, offer_overrides, offer_splits
 from lora_cli.environment import clean_environment
 from lora_cli.errors import LoraError, Problem, RegressionError, ResourceError, beside
+from lora_cli.paths import expanded, path_problem
 from lora_cli.printing import (
     print_comparison,
     print_measured,
@@ -31,6 +31,7 @@ from lora_cli.printing import (
     print_results,
 )
 from lora_cli.redaction import redacted
+from lora_cli.streams import prepare_streams
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,9 +54,32 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+
+def _meant(parameter: typer.CallbackParam, value: Any) -> Any:
+    """Return the path, or paths, that an argument means: `~` is the home directory."""
+    if isinstance(value, list | tuple):
+        return [_meant(parameter, one) for one in value]
+    if value is None:
+        return None
+    option = next((name for name in parameter.opts if name.startswith("--")), None)
+    if (problem := path_problem(str(value), option or str(parameter.metavar))) is not None:
+        raise LoraError([problem])
+    return type(value)(expanded(str(value)))
+
+
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="The recipe, a YAML file.",
+        callback=_meant,
+    ),
+]
 AdapterDir = Annotated[
-    Path, typer.Option("--adapter", help="Output folder of `lora train`, or a PEFT folder.")
+    Path,
+    typer.Option(
+        "--adapter", help="Output folder of `lora train`, or a PEFT folder.", callback=_meant
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -68,7 +92,9 @@ Overrides = Annotated[
 ]
 RecipeOption = Annotated[
     Path | None,
-    typer.Option("--recipe", help="Recipe for an adapter whose folder holds none."),
+    typer.Option(
+        "--recipe", help="Recipe for an adapter whose folder holds none.", callback=_meant
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -79,13 +105,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     debug = "--debug" in sys.argv or bool(os.environ.get("LORA_DEBUG"))
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    for stream in (sys.stdout, sys.stderr):  # which may not have every letter of the data
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    prepare_streams()
     if os.environ.get("_LORA_COMPLETE") == "complete_bash":
         join_words()
     try:
         code = app(prog_name="lora", standalone_mode=False)
+        sys.stdout.flush()
     except Exception as error:
         known = error if isinstance(error, LoraError) else _known_error(error)
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -177,7 +202,13 @@ def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Output folder (`output_dir`).")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Output folder (`output_dir`).",
+            callback=_meant,
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
@@ -225,11 +256,15 @@ def evaluate(
     ] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--input", help="Measure on this file, which has the recipe's columns."),
+        typer.Option(
+            "--input", help="Measure on this file, which has the recipe's columns.", callback=_meant
+        ),
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option("--against", help="Folder of an older adapter to compare with."),
+        typer.Option(
+            "--against", help="Folder of an older adapter to compare with.", callback=_meant
+        ),
     ] = None,
     metric: Annotated[
         str | None,
@@ -285,9 +320,23 @@ def evaluate(
 
 @app.command()
 def merge(
-    base: Annotated[str, typer.Option("--base", help="Hub id or folder of the base model.")],
+    base: Annotated[
+        str,
+        typer.Option(
+            "--base",
+            help="Hub id or folder of the base model.",
+            callback=_meant,
+        ),
+    ],
     adapter: AdapterDir,
-    to: Annotated[Path, typer.Option("--to", help="Folder of the merged model.")],
+    to: Annotated[
+        Path,
+        typer.Option(
+            "--to",
+            help="Folder of the merged model.",
+            callback=_meant,
+        ),
+    ],
     recipe: RecipeOption = None,
     overrides: Overrides = None,
 ) -> None:
@@ -319,10 +368,18 @@ def predict(
     adapter: AdapterDir,
     texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT…")] = None,
     source: Annotated[
-        Path | None, typer.Option("--input", help="File of rows (csv, tsv, json lines, parquet).")
+        Path | None,
+        typer.Option(
+            "--input", help="File of rows (csv, tsv, json lines, parquet).", callback=_meant
+        ),
     ] = None,
     target: Annotated[
-        Path | None, typer.Option("--output", help="File of the same rows with predictions.")
+        Path | None,
+        typer.Option(
+            "--output",
+            help="File of the same rows with predictions.",
+            callback=_meant,
+        ),
     ] = None,
     interactive: Annotated[
         bool,
@@ -445,11 +502,22 @@ def init(
             metavar="FILE [FILE]",
             help="A data file (csv, json lines, parquet, text), or two texts that belong together "
             "line by line.",
+            callback=_meant,
         ),
     ],
-    model: Annotated[str, typer.Option("--model", help="Hub id or folder of the base model.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            help="Hub id or folder of the base model.",
+            callback=_meant,
+        ),
+    ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="The recipe to write; never overwritten.")
+        Path,
+        typer.Option(
+            "-o", "--output", help="The recipe to write; never overwritten.", callback=_meant
+        ),
     ] = Path("recipe.yaml"),
     text: Annotated[
         str | None, typer.Option("--text", help="The column of the text, where it is in doubt.")

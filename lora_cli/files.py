@@ -322,13 +322,15 @@ class FolderLock:
     Args:
         folder: The folder, which must exist.
         at: Where it is named, for errors.
+        for_one: A file or folder in it that is to be made: others in the folder are not locked.
 
     Raises:
         LoraError: If another process has it, with the number of that process.
     """
 
-    def __init__(self, folder: Path, at: str | None = None) -> None:
-        self.path = folder / LOCK
+    def __init__(self, folder: Path, at: str | None = None, for_one: Path | None = None) -> None:
+        self.path = folder / (LOCK if for_one is None else f".{for_one.name}{LOCK}")
+        folder = folder if for_one is None else for_one
         while True:
             self.file = self.path.open("a+", encoding="utf-8")
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from lora_cli.adapters.attach import lora_layers, merge
 from lora_cli.adapters.folder import TASK_TYPES, AdapterFolder, read_adapter
 from lora_cli.adapters.loading import load_adapter, verify_base
 from lora_cli.errors import IntegrityError, LoraError, NumericsError
-from lora_cli.files import new_folder, write_json
+from lora_cli.files import FolderLock, new_folder, write_json
 from lora_cli.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.models import load_config
 from lora_cli.recipe import (
@@ -67,8 +68,31 @@ def merge_adapter(
             base + adapter.
         NumericsError: If a merged weight does not fit the base checkpoint's dtype.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise LoraError(f"{to} is not empty", "--to", "choose a folder that is not there yet")
+    with _locked(to):
+        return _merge(base, adapter, to, recipe_file, overrides)
+
+
+@contextmanager
+def _locked(to: Path) -> Iterator[None]:
+    """Keep other processes from merging into the same folder, which is not there or empty."""
+    to.absolute().parent.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(to.absolute().parent, "--to", for_one=to.absolute())
+    try:
+        if to.exists() and (not to.is_dir() or any(to.iterdir())):
+            raise LoraError(f"{to} is not empty", "--to", "choose a folder that is not there yet")
+        yield
+    finally:
+        lock.release()
+
+
+def _merge(
+    base: str,
+    adapter: Path,
+    to: Path,
+    recipe_file: Path | None,
+    overrides: list[str] | None,
+) -> MergeResult:
+    """Merge, once the folder is ours."""
     task, held = adapter_task(adapter, recipe_file, base, overrides)
     task.load_processor()
     _refuse_quantised(task)

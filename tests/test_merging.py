@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -382,3 +384,31 @@ def test_heads_and_biases_without_matrices_are_merged(tmp_path: Path, kind: str)
     assert merge_adapter(str(base), out, tmp_path / "merged").merged_modules == 0
     wanted = logits(adapted(base, out))
     assert torch.equal(logits(plain(tmp_path / "merged")), wanted)
+
+
+def test_two_merges_into_one_folder_exclude_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three at once "succeeded", and of two different ones one ended in a traceback."""
+    to = tmp_path / "merged"
+    code = (
+        "import sys; from pathlib import Path; from lora_cli.merging import _locked\n"
+        "with _locked(Path(sys.argv[1])):\n    print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(to)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"locked\n"
+    with pytest.raises(LoraError, match=f"process {other.pid} on .* is writing to {to}"):
+        merge_adapter("base", tmp_path / "adapter", to)
+    other.communicate()
+    assert other.returncode == 0
+    with merging._locked(to):
+        to.mkdir()
+        (to / "config.json").touch()
+    with (
+        pytest.raises(LoraError, match="is not empty"),
+        merging._locked(tmp_path / "." / "merged"),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]

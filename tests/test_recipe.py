@@ -404,7 +404,7 @@ def test_overrides_are_yaml_and_may_make_sections(load: Any) -> None:
      "文\uff1a本"],
 )  # fmt: skip
 def test_a_text_on_the_command_line_is_taken_as_it_was_typed(text: str, load: Any) -> None:
-    assert load(LINES, f"output_dir={text}").output_dir == text
+    assert load(LINES, f"model.revision={text}").model.revision == text
     assert load(LINES, f"task.text_column={text}").task.text_column == text
     listed = json.dumps([text, "b"])
     assert load(LINES, f"task.labels={listed}").task.labels == [text, "b"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from lora_cli.errors import LoraError, Problem, nearest
 from lora_cli.files import read_bounded
+from lora_cli.paths import expanded, path_problem
 from lora_cli.recipe.command_line import parse_value
 from lora_cli.recipe.explain import explain
 from lora_cli.recipe.reader import Reader, YamlDumper, parse
@@ -199,19 +199,34 @@ def _override(data: dict[str, Any], reader: Reader, override: str) -> None:
 
 
 def _make_paths_absolute(recipe: Recipe, folder: Path) -> None:
-    def absolute(key: str, value: str) -> str:
-        base = Path.cwd() if recipe._places.get(key, "").startswith("--set") else folder
-        # os.path, which leaves what it does not know (`~nobody`) as it is
-        return str((base / os.path.expanduser(value)).absolute())
+    """Make every path of a recipe absolute; that of the output stays as it is, but for `~`.
 
-    name = recipe.model.name
-    if name.startswith((".", "/", "~")) or os.path.isdir(absolute("model.name", name)):
-        recipe.model.name = absolute("model.name", name)
-    start = recipe.adapter.from_
-    if start and (
-        start.startswith((".", "/", "~")) or os.path.isdir(absolute("adapter.from", start))
-    ):
-        recipe.adapter.from_ = absolute("adapter.from", start)
+    Raises:
+        LoraError: With every path that is not what its author means.
+    """
+    problems: list[Problem] = []
+
+    def start_of(key: str) -> Path:
+        return Path.cwd() if recipe._places.get(key, "").startswith("--set") else folder
+
+    def check(key: str, value: str, start: Path) -> None:
+        problem = path_problem(value, recipe.at(key), start)
+        problems.extend([problem] if problem is not None else [])
+
+    def absolute(key: str, value: str) -> str:
+        check(key, value, start_of(key))
+        return str((start_of(key) / expanded(value)).absolute())
+
+    def named(key: str, value: str) -> str:
+        """Return a folder, or what has another meaning, such as a Hub id."""
+        if value.startswith((".", "/", "~")) or (start_of(key) / expanded(value)).is_dir():
+            return absolute(key, value)
+        check(key, value, start_of(key))
+        return value
+
+    recipe.model.name = named("model.name", recipe.model.name)
+    if recipe.adapter.from_:
+        recipe.adapter.from_ = named("adapter.from", recipe.adapter.from_)
     mirror = recipe.checkpoint.mirror
     if mirror and "://" not in mirror:
         recipe.checkpoint.mirror = absolute("checkpoint.mirror", mirror)
@@ -221,10 +236,14 @@ def _make_paths_absolute(recipe: Recipe, folder: Path) -> None:
     for split in ("train", "validation", "test"):
         value = getattr(data, split)
         # with a Hub data set, `train` may be anything but a file
-        if not data.name and is_file(value):
+        if not data.name and isinstance(value, str) and is_file(value.strip()):
             setattr(data, split, absolute(f"data.{split}", value))
     if recipe.task.type == "causal_lm" and recipe.task.chat_template:
         recipe.task.chat_template = absolute("task.chat_template", recipe.task.chat_template)
+    check("output_dir", recipe.output_dir, Path.cwd())
+    recipe.output_dir = expanded(recipe.output_dir)
+    if problems:
+        raise LoraError(problems)
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -20,6 +20,7 @@ import cases_data  # noqa: F401
 import cases_folders  # noqa: F401
 import cases_recipes  # noqa: F401
 import cases_runs  # noqa: F401
+import cases_system  # noqa: F401
 import datasets
 import pytest
 import tiny
@@ -66,6 +67,11 @@ REST: dict[str, str] = {
     "adapters/targets.py:groups_problem": CONV,
     "arguments.py:usage_error": "what a later Typer may say",
     "cli.py:_known_error": "a full disk behind stdout (test_commands.py), memory, a GPU's memory",
+    "data/cache.py:_open": "printed as a warning; tests/test_cache.py",
+    "data/cache.py:cached_dataset": "needs a disk that reads back something else",
+    "data/sources.py:_file_rows": "a file that keeps changing; tests/test_cache.py",
+    "recipe/load.py:_text_of": "a pipe that nobody writes into; tests/test_recipe.py",
+    "streams.py:_told": "needs a full stdout; tests/test_streams.py",
     "data/writing.py:writing": "needs a disk that is full",
     "files.py:finish_publishing": "needs a disk that cannot be written to",
     "files.py:require_space": "needs a disk that is nearly full",
