@@ -16,6 +16,7 @@ import json
 import os
 import re
 import select
+import shlex
 import shutil
 import socket
 import stat
@@ -236,7 +237,21 @@ def verify_manifest(folder: Path, *required: str) -> bool:
 
     Raises:
         IntegrityError: With every listed file that is missing or differs.
+        ResourceError: If the system does not let files be read.
     """
+    try:
+        return _verify(folder, *required)
+    except PermissionError as error:
+        raise forbidden(Path(error.filename or folder)) from error
+
+
+def forbidden(path: Path) -> ResourceError:
+    """Return what to say of a file or folder that may not be read, and may be whole."""
+    hint = f"let it be read: `chmod -R u+rwX {shlex.quote(str(path))}`, as its owner"
+    return ResourceError("it may not be read: permission denied", str(path), hint)
+
+
+def _verify(folder: Path, *required: str) -> bool:
     manifest = folder / MANIFEST
     if not manifest.exists():
         return False
@@ -244,6 +259,8 @@ def verify_manifest(folder: Path, *required: str) -> bool:
         raw = read_bounded(manifest)
         files = json.loads(raw)["files"]
         entries = [(str(name), int(e["bytes"]), str(e["sha256"])) for name, e in files.items()]
+    except PermissionError:
+        raise
     except (
         *(OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError),
         RecursionError,
@@ -260,7 +277,7 @@ def verify_manifest(folder: Path, *required: str) -> bool:
         return True
     if (folder / READY).is_dir() or (manifest.is_file() and read_bounded(manifest) != raw):
         finish_publishing(folder)  # a run that goes on has published meanwhile
-        return verify_manifest(folder, *required)
+        return _verify(folder, *required)
     raise IntegrityError(problems)
 
 

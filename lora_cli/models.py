@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
@@ -17,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from lora_cli.errors import IntegrityError, LoraError, nearest
+from lora_cli.errors import IntegrityError, LoraError, ResourceError, nearest
 from lora_cli.files import refuse_links_outside
 from lora_cli.recipe import Recipe
 from lora_cli.tensorfile import read_header
@@ -159,6 +161,8 @@ def _explained(recipe: Recipe, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if (place := place_error(error)) is not None:
+            raise place from error
         name = recipe.model.name
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "is the name right, and can the Hub be reached? `hf download NAME` fetches it before"
@@ -174,6 +178,23 @@ def _explained(recipe: Recipe, what: str) -> Iterator[None]:
         ) from error
     finally:
         transformers_logging.set_verbosity(level)
+
+
+def place_error(error: BaseException) -> ResourceError | None:
+    """Return what to say if the Hub's cache is full, or may not be written to, else None."""
+    cause: BaseException | None = error
+    while cause is not None:
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            from huggingface_hub import constants
+
+            place = str(getattr(cause, "filename", None) or constants.HF_HUB_CACHE)
+            reason = os.strerror(number).lower()
+            what = f"a file of the model cannot be read or stored: {reason}"
+            hint = "make room, let the place be read and written, or name another: `HF_HOME=DIR`"
+            return ResourceError(what, place, hint)
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _source(recipe: Recipe) -> dict[str, Any]:

@@ -425,6 +425,10 @@ def _load_hub(recipe: Recipe, split: str, streaming: bool = False, **options: An
             **options,
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        from lora_cli.models import place_error
+
+        if (place := place_error(error)) is not None:
+            raise place from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise LoraError(
             f"cannot load `{data.name}`: {reason}",

@@ -25,6 +25,7 @@ from lora_cli.adapters.folder import WEIGHTS_FILE, read_tensors, restore, save_a
 from lora_cli.errors import IntegrityError, LoraError, Problem
 from lora_cli.files import (
     STAGING,
+    forbidden,
     new_folder,
     publish,
     recover,
@@ -100,8 +101,18 @@ def save_checkpoint(
 
 
 def checkpoints(output: Path) -> list[tuple[int, Path]]:
-    """Return the steps and folders of a run's checkpoints, oldest first."""
-    found = ((re.fullmatch(r"step-(\d+)", p.name), p) for p in (output / FOLDER).glob("step-*"))
+    """Return the steps and folders of a run's checkpoints, oldest first.
+
+    Raises:
+        ResourceError: If the system does not let them be listed: that is not to have none.
+    """
+    try:
+        paths = list((output / FOLDER).iterdir())  # `glob` passes over what it may not list
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except PermissionError as error:
+        raise forbidden(output / FOLDER) from error
+    found = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in paths)
     return sorted((int(name[1]), path) for name, path in found if name)
 
 
@@ -125,6 +136,8 @@ def load_checkpoint(
             state = TrainState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
             if state.step != step:
                 raise IntegrityError(f"it is the checkpoint of step {state.step}", str(folder))
+        except PermissionError as error:
+            raise forbidden(folder) from error
         except (IntegrityError, OSError, ValueError, TypeError) as error:
             damaged += (
                 error.problems

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,11 @@ DISK_ERRORS = {
     errno.EDQUOT: "the disk's quota is used up",
     errno.EFBIG: "a file has grown larger than the system allows",
     errno.EROFS: "the disk can only be read",
+    errno.EACCES: "permission was denied",
+    errno.EPERM: "permission was denied",
 }
+WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal: (\w+))")
+SHARED = re.compile(r"shared memory|</torch_\w+>|shm_open|/dev/shm")
 
 
 def resource_error(error: BaseException, recipe: Recipe, doing: str) -> ResourceError | None:
@@ -48,16 +53,52 @@ def resource_error(error: BaseException, recipe: Recipe, doing: str) -> Resource
     """
     if is_out_of_memory(error):
         return out_of_memory(recipe, doing)
+    saved = peek_state(recipe.output_path)
+    kept = f"the checkpoint of step {saved.step} is whole; " if saved else ""
+    if (worker := _worker_error(error, doing, kept)) is not None:
+        return worker
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
         number = int(found[1])
+    if number == errno.ENOENT:
+        return _removed(error, recipe, doing)
     if number not in DISK_ERRORS:
         return None
-    saved = peek_state(recipe.output_path)
-    kept = f"the checkpoint of step {saved.step} is whole; " if saved else ""
     name = getattr(error, "filename", None) or recipe.output_path
     hint = f"{kept}make room, then go on with `--resume`"
     return ResourceError(f"{DISK_ERRORS[number]} while {doing}", str(name), hint)
+
+
+def _worker_error(error: BaseException, doing: str, kept: str) -> ResourceError | None:
+    """Return what to say if a process that prepares batches died, or could not hand them over."""
+    text = str(error)
+    found = WORKER.search(text)
+    if SHARED.search(text) or (found and found[2] == "Bus"):
+        what = f"the shared memory, through which workers hand over batches, is full while {doing}"
+        hint = f"{kept}go on with `--resume --set train.workers=0`, which needs none"
+        return ResourceError(what, "/dev/shm", hint)
+    if found is None:
+        return None
+    what = f"a worker that prepares batches was killed while {doing}"
+    hint = (
+        f"{kept}go on with `--resume`; if the machine's memory was full (`dmesg` says so), with "
+        "`--set train.workers=0`"
+    )
+    return ResourceError(what, "train.workers", hint)
+
+
+def _removed(error: BaseException, recipe: Recipe, doing: str) -> ResourceError | None:
+    """Return what to say of an output that was removed while the run wrote into it."""
+    folder = recipe.output_path
+    name = str(getattr(error, "filename", None) or folder)
+    if folder.is_dir() and not Path(name).absolute().is_relative_to(folder.absolute()):
+        return None
+    lost = str(folder) if not folder.is_dir() else name
+    what = f"`{lost}` was removed while {doing}, by another program or by hand"
+    hint = "what was saved in it is gone: start again, with `-o DIR` in another folder"
+    if folder.is_dir() and peek_state(folder) is not None:
+        hint = "go on from the checkpoints that are left with `--resume`"
+    return ResourceError(what, recipe.at("output_dir"), hint)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

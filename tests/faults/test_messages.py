@@ -73,6 +73,7 @@ REST: dict[str, str] = {
     "recipe/load.py:_text_of": "a pipe that nobody writes into; tests/test_recipe.py",
     "streams.py:_told": "needs a full stdout; tests/test_streams.py",
     "data/writing.py:writing": "needs a disk that is full",
+    "files.py:forbidden": "root may read everything; tests/faults/test_places.py",
     "files.py:finish_publishing": "needs a disk that cannot be written to",
     "files.py:require_space": "needs a disk that is nearly full",
     "fingerprint.py:_tensor_hash": "needs a file that is cut while it is read",
@@ -97,6 +98,9 @@ REST: dict[str, str] = {
     "training/mirror.py:put": MIRROR,
     "training/mirror.py:get": MIRROR,
     "training/mirror.py:restore_from_mirror": MIRROR,
+    "models.py:place_error": "needs a cache that is full; tests/faults/test_places.py",
+    "training/resources.py:_worker_error": "needs a worker that dies; tests/faults/test_places.py",
+    "training/resources.py:_removed": "needs a folder that goes away; tests/faults/test_places.py",
     "training/resources.py:out_of_memory": "needs a full memory; tests/faults/test_resources.py",
     "training/saving.py:settle": "needs a crash between two files",
 }
