@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_cli.data.label_lists import listed_labels
 from lora_cli.data.sniffing import is_number
 
 URL = re.compile(r"(https?://|www\.)\S+$", re.IGNORECASE)
@@ -107,6 +108,9 @@ def describe(name: str, rows: Sequence[dict[str, Any]]) -> Column:
         return _of_lists(name, values)
     if (form := conversation_form(values)) is not None:
         return Column(name, form, len(values), Counter())
+    lists = [listed_labels(value) for value in values]
+    if all(items is not None for items in lists) and any(lists):
+        return _of_lists(name, lists)
     texts = [label_text(value) for value in values]
     counts = Counter(texts)
     characters = sum(map(len, texts)) / len(texts)

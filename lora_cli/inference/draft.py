@@ -15,6 +15,7 @@ from lora_cli.data.pairs import read_pair, translations_of
 from lora_cli.data.sniffing import DataFile, read_data_file
 from lora_cli.errors import LoraError
 from lora_cli.inference.columns import Column, describe, is_blank
+from lora_cli.inference.cutting import rows_without_answer
 from lora_cli.inference.model import SAMPLE, Base, look_at
 from lora_cli.inference.splits import Keys, Rows, choose_splits, is_unusable
 from lora_cli.inference.task import choose_task
@@ -177,6 +178,15 @@ def _task(draft: Draft, base: Base, chosen: Chosen, splits: Sequence[Rows]) -> N
         draft.extra_files[TEMPLATE] = CHATML
     length, why = _length(splits, base, chosen)
     draft.put("task", "max_length", length, why)
+    if (without := rows_without_answer(splits, base, chosen, length)) is not None:
+        count, of = without
+        draft.put(
+            "task",
+            "truncate",
+            "left",
+            f"in {count:,} of {of:,} rows the prompt alone has so many tokens: cut at their end "
+            "(`right`) they would be left out; so they lose their beginning",
+        )
 
 
 def _require_tool_template(base: Base, chosen: Chosen, splits: Sequence[Rows]) -> None:
@@ -358,7 +368,7 @@ def _say(draft: Draft, file: DataFile, chosen: Chosen) -> None:
         "text_column": "text", "text_pair_column": "text pair", "prompt_column": "prompt",
         "completion_column": "completion", "messages_column": "messages", "label_column": "label",
         "label_columns": "labels", "label_separator": "separator", "labels": "labels",
-        "chat_template": "template", "max_length": "length",
+        "chat_template": "template", "max_length": "length", "truncate": "cut",
     }  # fmt: skip
     for key, name in names.items():
         if key not in task:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_cli.characters import difference_of_form, folded
 from lora_cli.data.files import is_blank
+from lora_cli.data.label_lists import listed_labels
 from lora_cli.data.sources import Rows, stream_label_names
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
@@ -97,7 +98,9 @@ class Labels:
             return self._marked(row, self.spec.label_columns)
         value = row.get(self.spec.label_column)
         if self.spec.problem == "multi_label":
-            if isinstance(value, str) and self.spec.label_separator is not None:
+            if (items := listed_labels(value)) is not None:
+                value = items
+            elif isinstance(value, str) and self.spec.label_separator is not None:
                 parts = [part.strip() for part in value.split(self.spec.label_separator)]
                 return [part for part in parts if part]
             if not isinstance(value, list) or any(_is_blank(item) for item in value):
@@ -109,6 +112,8 @@ class Labels:
             name = self.class_names[value]
             # labels of other names in the recipe rename the classes, by position
             return [name if name in self._positions else _text(value)]
+        if listed_labels(value) is not None and _text(value) not in (self.spec.labels or ()):
+            return None  # several labels, and not one of an odd name
         return [_text(value)]
 
     def _marked(self, row: dict[str, Any], columns: list[str]) -> list[str] | None:

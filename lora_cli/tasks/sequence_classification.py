@@ -18,6 +18,7 @@ from transformers import (
 
 from lora_cli.data.files import is_blank, text_fault
 from lora_cli.data.json_rows import JSON_NAMES
+from lora_cli.data.label_lists import listed_labels
 from lora_cli.data.sources import Rows
 from lora_cli.errors import LoraError, Problem
 from lora_cli.metrics import MetricContext
@@ -121,6 +122,8 @@ class SequenceClassification(Task):
             if is_blank(value):
                 return f"column `{column}` is blank"
             return f"column `{column}` is no list; `--set task.label_separator=,` divides a text"
+        if listed_labels(value) is not None:
+            return f"column `{column}` holds a list; `--set task.problem=multi_label` reads it"
         if isinstance(value, list | dict):
             return f"column `{column}` holds {JSON_NAMES[type(value)]}, not one label"
         return f"column `{column}` is blank"

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lora_cli.data.label_lists import listed_labels
+from lora_cli.inference.columns import describe
+
+
+@pytest.mark.parametrize(
+    ("value", "items"),
+    [
+        ("['a', 'b']", ["a", "b"]), ('["a", "b"]', ["a", "b"]), ("[1, 2]", [1, 2]), ("[]", []),
+        ("('a', 'b')", ["a", "b"]), ("{'b', 'a'}", ["a", "b"]), ("['a' 'b']", ["a", "b"]),
+        ("['a'\n 'b']", ["a", "b"]), (" ['a'] ", ["a"]), ('["it\'s", "b"]', ["it's", "b"]),
+        ("a, b", None), ("[a, b]", None), ("(positive)", None), ("{}", None), ('{"a": 1}', None),
+        ("[['a']]", None), ("[None]", None), ("[" * 5000 + "]" * 5000, None), ("", None),
+        ("[1, 2", None), ("[].__class__", None), ("2,25", None), (["a"], None), (3, None),
+    ],
+)  # fmt: skip
+def test_lists_in_text_are_read(value: Any, items: list[Any] | None) -> None:
+    assert listed_labels(value) == items
+
+
+def test_a_column_of_them_is_one_of_lists() -> None:
+    rows = [{"tags": "['a', 'b']"}, {"tags": "[]"}, {"tags": "['b']"}]
+    column = describe("tags", rows)
+    assert (column.kind, dict(column.counts)) == ("list", {"a": 1, "b": 2})
+    assert describe("tags", [*rows, {"tags": "b"}]).kind != "list"
