@@ -49,7 +49,7 @@ def test_a_share_is_judged_by_its_rows(
 
 
 def test_rows_that_left_nothing_are_not_counted() -> None:
-    told = verdict(report_of("accuracy", 0.1, 0.9, 1000, rows_without_example=995), "test")
+    told = verdict(report_of("accuracy", 0.2, 0.8, 1000, rows_without_example=995), "test")
     assert told.head == "Too few rows to tell."
     assert "On the 5 test rows" in told.text
     assert trained_rows({"rows": 97, "rows_without_example": 78}) == "19 of 97 rows"

@@ -131,8 +131,8 @@ def _is_clear(
 ) -> bool:
     """Return whether the rows are enough to say that a metric has changed, or has not.
 
-    Of shares, Newcombe's interval of the difference of two (1998, method 10); of correlations,
-    Fisher's; of means over rows, Student's. What was measured before is taken for another sample of
+    Of shares, Newcombe's interval of the difference of two (1998, method 10) and Fisher's exact
+    test, which holds for few rows too; of correlations, Fisher's interval; of means over rows, Student's. What was measured before is taken for another sample of
     as many rows, since its rows are not kept: that is on the safe side.
     """
     if before is None or before == after:
@@ -141,9 +141,7 @@ def _is_clear(
     if name in SHARES and min(before, after) >= 0 and max(before, after) <= 1:
         if rows < 1:
             return False
-        low, high = sorted((before, after))
-        below, above = high - interval(high, rows)[0], interval(low, rows)[1] - low
-        return difference > math.hypot(below, above)
+        return _are_apart(before, after, rows)
     if name in CORRELATIONS:
         if rows <= 3:
             return False
@@ -155,6 +153,18 @@ def _is_clear(
     if name == "perplexity":  # the losses of the rows are its logarithms
         difference = abs(math.log(after / before)) if min(before, after) > 0 else 0.0
     return difference > math.sqrt(2) * _half_width(values)
+
+
+def _are_apart(one: float, other: float, rows: int) -> bool:
+    """Return whether two shares of as many rows differ by more than chance."""
+    from scipy.stats import fisher_exact
+
+    low, high = sorted((one, other))
+    below, above = high - interval(high, rows)[0], interval(low, rows)[1] - low
+    if high - low <= math.hypot(below, above):
+        return False
+    hits = [round(share * rows) for share in (low, high)]
+    return float(fisher_exact([[n, rows - n] for n in hits]).pvalue) < 0.05
 
 
 def _of_rows(name: str, lines: Sequence[Line]) -> list[tuple[float, float]] | None:
