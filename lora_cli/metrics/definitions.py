@@ -75,7 +75,8 @@ def _line(metric: str, name: str, context: MetricContext) -> str:
         case "bleu":
             return f"corpus BLEU, 0 to 100; {BLEU_WORDS}"
         case "rouge":
-            return f"F1 of {ROUGE[name]}, mean over rows, 0 to 1; {ROUGE_WORDS}"
+            words = ROUGE_WORDS if name == "rouge1" else "words as for rouge1"
+            return f"F1 of {ROUGE[name]}, mean over rows, 0 to 1; {words}"
     return OF_NUMBERS[metric]
 
 

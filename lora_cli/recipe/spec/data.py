@@ -23,8 +23,10 @@ class HeldOutSpec(Section):
     """Share of the rows. (Where `test` is drawn from the same split, of those that it leaves.)"""
 
     disjoint: Literal["exact", "substring"] | None = "exact"
-    """`exact`: a text is never on both sides. `substring`: nor is a drawn text inside a longer
-    text that stays, nor the reverse; such rows are dropped from the larger side."""
+    """`exact`: a text is never on both sides, however it is typed (see `max_overlap`). `substring`:
+    nor does a text of one side stand inside a text of the other, word for word, or letter for
+    letter in scripts without spaces (Chinese, Japanese, Thai, …); a text that stands inside texts
+    of both sides is dropped."""
 
     stratify: bool = False
     """Keep the proportions of the labels."""
@@ -111,13 +113,15 @@ class CheckSpec(Section):
 
     max_overlap: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Largest share of the validation or test rows whose text also stands in train; more is an
-    error, for their metrics would measure memory. Case and spaces do not count. (Honest data sets
-    share short texts by chance: SST-2's test rows 0.1 %, Banking77's 0.2 %. A copied or
-    overlapping split shares far more.)"""
+    error, for their metrics would measure memory. Case, spaces, width, Unicode's normal form,
+    characters that cannot be seen and the punctuation at the end do not count. (Honest data sets
+    share short texts by chance: SST-2's test rows and Banking77's 0.3 %. A copied or overlapping
+    split shares far more.)"""
 
     near_duplicates: bool = True
-    """Look for texts that are nearly equal too, within and between the splits, and warn of them;
-    about a second for 100,000 short texts."""
+    """Look for texts that are nearly equal too (four fifths of their runs of a few characters are
+    the same), within and between the splits, and warn of them; about a second for 100,000 short
+    texts."""
 
 
 class DataSpec(Section):
