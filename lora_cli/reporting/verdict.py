@@ -132,8 +132,9 @@ def _is_clear(
     """Return whether the rows are enough to say that a metric has changed, or has not.
 
     Of shares, Newcombe's interval of the difference of two (1998, method 10) and Fisher's exact
-    test, which holds for few rows too; of correlations, Fisher's interval; of means over rows, Student's. What was measured before is taken for another sample of
-    as many rows, since its rows are not kept: that is on the safe side.
+    test, which holds for few rows too; of correlations, Fisher's interval; of means over rows,
+    Student's. What was measured before is taken for another sample of as many rows, since its rows
+    are not kept: that is on the safe side.
     """
     if before is None or before == after:
         return rows >= ENOUGH_ROWS

@@ -43,6 +43,7 @@ POSITIONS_AFTER_PADDING = {
     "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke",
     "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 }  # fmt: skip
+ENCODING = 2  # of rows into examples; a change of it makes what is kept on the disk useless
 IGNORED = -100  # a label that is not trained, as in torch's cross entropy
 
 
@@ -394,7 +395,8 @@ class Task(ABC):
         state = backend.to_str() if backend is not None else str(tokenizer.get_vocab())
         template = str(getattr(tokenizer, "chat_template", None))
         digest = hashlib.sha256(f"{state}{template}".encode()).hexdigest()
-        return [self.recipe.task.model_dump_json(), digest, str(self.max_length)]
+        how = f"encoding {ENCODING}"
+        return [how, self.recipe.task.model_dump_json(), digest, str(self.max_length)]
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, multiple: int) -> Tensor:
