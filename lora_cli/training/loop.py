@@ -29,7 +29,7 @@ from lora_cli.training.batches import Batches, PlannedStep
 from lora_cli.training.best import Judge
 from lora_cli.training.checkpoints import adopt_adapter, clear_leftovers, optimizer_bytes
 from lora_cli.training.launch import explaining, main_process_first, seed_everything
-from lora_cli.training.mirror import restore_from_mirror
+from lora_cli.training.mirror import open_mirror
 from lora_cli.training.numbers import (
     refuse_bad_parameters,
     refuse_bad_scale,
@@ -43,10 +43,17 @@ from lora_cli.training.result import (
     finish,
     finished_report,
     locked_output,
+    refuse_other_rows,
     start_report,
 )
 from lora_cli.training.saving import Saver
-from lora_cli.training.state import TrainState, machine_facts, memory_facts, recipe_facts
+from lora_cli.training.state import (
+    TrainState,
+    machine_facts,
+    memory_facts,
+    recipe_facts,
+    refuse_fewer_steps,
+)
 from lora_cli.training.step import train_step
 from lora_cli.training.stopping import TRAINING, Stopping, StopRequest
 from lora_cli.training.watching import watching
@@ -70,17 +77,19 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         require_same_recipe(recipe, resume, accelerator)
         task = build_task(recipe)
         with main_process_first(accelerator):  # it reads and encodes; the others find its cache
-            if resume:
-                if recipe.checkpoint.mirror is not None and accelerator.is_main_process:
-                    restore_from_mirror(recipe)
-                adopt_adapter(recipe)
-            if (done := finished_report(recipe, resume)) is not None:
-                return done
             if accelerator.is_main_process:
+                open_mirror(recipe, resume)
+            if resume:
+                adopt_adapter(recipe)
+            done = finished_report(recipe, resume)
+            if accelerator.is_main_process and done is None:
                 held.enter_context(locked_output(recipe, resume))
                 clear_leftovers(recipe.output_path)
             task.load_processor()
             data = load_data(task)
+            if done is not None:
+                refuse_other_rows(recipe, done, data)
+                return done
             findings = pass_gate(task, data) if accelerator.is_main_process else None
         stop = StopRequest(recipe, accelerator, started)
         with explaining(recipe, accelerator, stop):
@@ -142,6 +151,7 @@ class Run:
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
         self.state = self.saver.resume(self.state, self.notes.append)
+        refuse_fewer_steps(self.state, self.total_steps, self.recipe)
 
     def _fit_memory(self) -> None:
         """Find the largest micro-batch that fits, where the recipe leaves that open."""
@@ -156,7 +166,7 @@ class Run:
     def train(self) -> None:
         """Train to the end, or until validation ceases to improve, then evaluate the best."""
         state = self.state
-        self.saver.begin()
+        self.saver.begin(state)
         self._fit_memory()
         with self._log() as self.log, self.stop:
             for note in self.notes:

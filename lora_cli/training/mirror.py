@@ -2,6 +2,7 @@
 
 Each checkpoint becomes a folder there of its own, with all that another machine needs to go on:
 
+    MIRROR/run.json                    the recipe and the hashes of the rows of its run
     MIRROR/step-000500/checkpoint/…    as it stands in the output folder
                        published/…     the best adapter so far, where it is another
                        logs/…          metrics and samples up to this step
@@ -10,7 +11,8 @@ Each checkpoint becomes a folder there of its own, with all that another machine
     MIRROR/final/output/…              the output folder of the complete run, likewise
 
 A folder without its manifest, or one that differs from it, is one that was being written when the
-machine went away: it is passed over.
+machine went away: it is passed over. A mirror belongs to one run: nothing is restored from that of
+another, and nothing is written into it.
 """
 
 from __future__ import annotations
@@ -19,18 +21,22 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
 from rich.console import Console
 
-from lora_cli.errors import IntegrityError, LoraError, ResourceError
+from lora_cli.errors import IntegrityError, LoraError, Problem, ResourceError
 from lora_cli.files import MANIFEST, sha256_of, verify_manifest
 from lora_cli.recipe import Recipe
 from lora_cli.training.checkpoints import FOLDER, checkpoints
 from lora_cli.training.result import locked_output
+from lora_cli.training.state import TrainState, refuse_changes
 
-FINAL = "final"
+FINAL, RUN = "final", "run.json"
+ANOTHER = "name another with `--set checkpoint.mirror=…`"
 TRIES = 3
 PAUSE_S = 2.0
 
@@ -93,8 +99,65 @@ class Mirror:
                 time.sleep(PAUSE_S * attempt)
 
     def _manifest(self, name: str) -> bytes | None:
-        path = f"{self.root}/{name}/{MANIFEST}"
+        return self._read(f"{name}/{MANIFEST}")
+
+    def _read(self, name: str) -> bytes | None:
+        path = f"{self.root}/{name}"
         return bytes(self.files.cat_file(path)) if self.files.exists(path) else None
+
+    def owner(self) -> TrainState | None:
+        """Return the recipe and the rows of the run that it belongs to; None if it is empty.
+
+        Raises:
+            IntegrityError: If it holds a run, and does not say of which recipe.
+        """
+        content = self._read(RUN)
+        if content is None and not self.names():
+            return None
+        try:
+            facts = json.loads(content or b"")
+            return TrainState(recipe=dict(facts["recipe"]), data=dict(facts["data"]))
+        except (ValueError, TypeError, KeyError) as error:
+            what = f"{self.url} holds a run, and its {RUN} does not say of which recipe"
+            raise IntegrityError(what, self.at, ANOTHER) from error
+
+    def compare(self, recipe: Recipe, now: TrainState | None = None) -> list[str]:
+        """Refuse the mirror of another run.
+
+        Args:
+            recipe: The recipe of this run.
+            now: The rows of this run; None before they are read.
+
+        Returns:
+            What has changed since, and is allowed to.
+
+        Raises:
+            LoraError: With what differs.
+        """
+        owner = self.owner()
+        if owner is None:
+            return []
+        if now is not None:
+            owner.machine, owner.memory = now.machine, now.memory
+        try:
+            return refuse_changes(owner, recipe, now)
+        except LoraError as error:
+            first = Problem(f"{self.url} is the mirror of another run", self.at)
+            *others, last = error.problems
+            hint = ANOTHER + (f"; or {last.hint}" if last.hint else "")
+            raise LoraError([first, *others, Problem(last.what, last.at, hint)]) from error
+
+    def claim(self, recipe: Recipe, state: TrainState) -> None:
+        """Write down that it belongs to this run, whose result is not there yet.
+
+        Raises:
+            LoraError: If it belongs to another.
+        """
+        self.compare(recipe, state)
+        facts = json.dumps({"recipe": state.recipe, "data": state.data}, indent=2).encode()
+        if self._read(RUN) != facts:
+            self.files.pipe_file(self._place(RUN), facts)
+        self.remove(FINAL)  # of the same run, before it was given more steps
 
     def _place(self, path: str) -> str:
         """Return where a file goes, in a folder that exists."""
@@ -169,13 +232,16 @@ def mirror_result(recipe: Recipe) -> None:
     """Copy the output folder of a complete run to the mirror, if there is one, but no checkpoints.
 
     Raises:
+        LoraError: If the mirror belongs to another run.
         ResourceError: If it cannot be written there.
     """
     if recipe.checkpoint.mirror is None:
         return
-    left = (f"output/{FOLDER}/", "output/.")
+    mirror, left = Mirror(recipe), (f"output/{FOLDER}/", "output/.")
+    with _reaching(mirror):
+        mirror.compare(recipe)
     files = _inside(recipe.output_path, "output")
-    Mirror(recipe).put(FINAL, {k: v for k, v in files.items() if not k.startswith(left)})
+    mirror.put(FINAL, {k: v for k, v in files.items() if not k.startswith(left)})
 
 
 def _inside(folder: Path, prefix: str) -> dict[str, Path]:
@@ -187,35 +253,55 @@ def _inside(folder: Path, prefix: str) -> dict[str, Path]:
     }
 
 
-def restore_from_mirror(recipe: Recipe) -> None:
+def open_mirror(recipe: Recipe, resume: bool) -> None:
     """Fill the output folder from the mirror, where that has more than the folder.
 
     The checkpoint comes last, and appears whole: until then, the next try begins anew.
 
     Args:
         recipe: Names the mirror and the output folder.
+        resume: Whether the run goes on; a new one needs a mirror that is empty.
+
+    Raises:
+        LoraError: If the mirror belongs to another run.
+        ResourceError: If it cannot be read.
     """
-    output = recipe.output_path
-    if (output / "report.json").exists():
+    if recipe.checkpoint.mirror is None:
         return
-    mirror = Mirror(recipe)
-    with locked_output(recipe, resume=True):
-        try:
-            _restore(mirror, output)
-        except LoraError:
-            raise
-        except Exception as error:  # each kind of store has its own
-            what = f"cannot read from {mirror.url}: {error}"
-            hint = "is it the right address, and can it be reached? Without it: "
-            hint += "`--set checkpoint.mirror=null`"
-            raise ResourceError(what, mirror.at, hint) from error
+    mirror, output = Mirror(recipe), recipe.output_path
+    with _reaching(mirror):
+        if not resume and mirror.owner() is not None:
+            what = f"{mirror.url} holds a run already, and a mirror belongs to one"
+            raise LoraError(what, mirror.at, f"go on with that run with `--resume`, or {ANOTHER}")
+        if not resume or (output / "report.json").exists():
+            return
+        changed = bool(mirror.compare(recipe))
+        with locked_output(recipe, resume=True):
+            _restore(mirror, output, changed)
 
 
-def _restore(mirror: Mirror, output: Path) -> None:
+@contextmanager
+def _reaching(mirror: Mirror) -> Iterator[None]:
+    """Say which mirror it is that cannot be read."""
+    try:
+        yield
+    except LoraError:
+        raise
+    except Exception as error:  # each kind of store has its own
+        what = f"cannot read from {mirror.url}: {error}"
+        hint = "is it the right address, and can it be reached? Without it: "
+        hint += "`--set checkpoint.mirror=null`"
+        raise ResourceError(what, mirror.at, hint) from error
+
+
+def _restore(mirror: Mirror, output: Path, changed: bool) -> None:
+    """Take the best of what the mirror has; the result only if the recipe is still its own."""
     say = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
     here = max((step for step, _ in checkpoints(output)), default=0)
     staging = output / ".mirror.tmp"
     for name in mirror.names():
+        if name == FINAL and changed:
+            continue
         if name != FINAL and step_of(name) <= here:
             return
         shutil.rmtree(staging, ignore_errors=True)

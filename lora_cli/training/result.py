@@ -18,21 +18,27 @@ from torch import nn
 
 from lora_cli import __version__
 from lora_cli.adapters.attach import parameter_table
-from lora_cli.errors import LoraError, ResourceError
+from lora_cli.data.sources import SPLITS
+from lora_cli.errors import LoraError, Problem, ResourceError
 from lora_cli.files import FolderLock, is_leftover, write_atomically
-from lora_cli.recipe import Recipe, dump_recipe
+from lora_cli.recipe import Recipe, dump_recipe, load_adapter_recipe
 from lora_cli.reporting import plot_learning_curve, write_model_card, write_page, write_report
+from lora_cli.reporting.report import part
 from lora_cli.tasks import Encoded, Task
 from lora_cli.tasks.sequence_classification import SequenceClassification, label_counts
 from lora_cli.training.checkpoints import peek_state
 from lora_cli.training.progress import peak_memory_bytes
-from lora_cli.training.state import TrainState, refuse_changes
+from lora_cli.training.state import TrainState, recipe_facts, refuse_changes
 
+REPORT = "report.json"
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "safetensors")
 
 
 def finished_report(recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     """Return the report of a complete run, which is to be resumed, else None; nothing is written.
+
+    Where the recipe has changed, and is allowed to, the run is not complete any more: more steps,
+    or other metrics, are still to come.
 
     Raises:
         LoraError: If the folder holds something and the run shall not be resumed, or holds no run,
@@ -40,13 +46,47 @@ def finished_report(recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     """
     folder = recipe.output_path
     _refuse_foreign(recipe, resume)
-    report = folder / "report.json"
-    if not report.exists():
+    if not (folder / REPORT).exists():
         return None
-    if (state := peek_state(folder)) is not None:
-        refuse_changes(state, recipe)
-    value: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-    return value
+    report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    state = peek_state(folder)
+    if state is None:  # it was restored without its checkpoints
+        state = TrainState(recipe=recipe_facts(load_adapter_recipe(folder)))
+        if changes := refuse_changes(state, recipe):
+            raise LoraError(
+                f"the run is complete, and without its checkpoints it cannot go on: {changes[0]}",
+                str(folder),
+                "start a new run in another folder with `-o DIR`; `adapter.from` takes this one's "
+                "adapter as its start",
+            )
+    return None if refuse_changes(state, recipe) else report
+
+
+def refuse_other_rows(recipe: Recipe, report: dict[str, Any], data: dict[str, Encoded]) -> None:
+    """Refuse the results of a complete run if its rows are others by now.
+
+    Args:
+        recipe: Says where the rows lie.
+        report: The report of the run.
+        data: The rows now.
+
+    Raises:
+        LoraError: With the splits that differ.
+    """
+    hint = "start a new run in another folder with `-o DIR`, or restore the rows"
+    before = {split: part(report, "data", split).get("sha256") for split in report["data"]}
+    now = {split: encoded.rows.content_sha256() for split, encoded in data.items()}
+    problems = [
+        Problem(
+            f"the run is complete, and the rows of {split} are not those it was trained with",
+            recipe.at(f"data.{split}"),
+            hint,
+        )
+        for split in SPLITS
+        if before.get(split) != now.get(split)
+    ]
+    if problems:
+        raise LoraError(problems)
 
 
 def _refuse_foreign(recipe: Recipe, resume: bool) -> None:
@@ -88,8 +128,12 @@ def locked_output(recipe: Recipe, resume: bool) -> Iterator[None]:
 
 
 def write_recipe(recipe: Recipe) -> None:
-    """Write the resolved recipe into the output folder, which from then on holds a run."""
+    """Write the resolved recipe into the output folder, which from then on holds a run.
+
+    A report of before is removed: it is that of fewer steps, and would make the run complete.
+    """
     try:
+        (recipe.output_path / REPORT).unlink(missing_ok=True)
         write_atomically(recipe.output_path / "recipe.yaml", dump_recipe(recipe))
     except OSError as error:
         raise _cannot_write(recipe, error) from error

@@ -24,8 +24,8 @@ from lora_cli.training.checkpoints import (
     save_checkpoint,
 )
 from lora_cli.training.mirror import Mirror, mirror_checkpoint
-from lora_cli.training.result import write_recipe
-from lora_cli.training.state import TrainState, memory_facts, refuse_changes
+from lora_cli.training.result import REPORT, write_recipe
+from lora_cli.training.state import TrainState, let_stopping_go_on, memory_facts, refuse_changes
 
 
 class Saver:
@@ -57,13 +57,19 @@ class Saver:
         self.in_full, self.processor, self.accelerator = in_full, processor, accelerator
         self.base, self.folder = base, recipe.output_path
 
-    def begin(self) -> None:
-        """Write the recipe; refuse to begin what the disk or the mirror cannot take."""
+    def begin(self, state: TrainState) -> None:
+        """Write the recipe; refuse to begin what the disk or the mirror cannot take.
+
+        Args:
+            state: Where the run stands, with its recipe and its rows.
+        """
         if not self.accelerator.is_main_process:
             return
         require_space_for_checkpoints(self.model, self.recipe)
         if self.recipe.checkpoint.mirror is not None:
-            Mirror(self.recipe).check()
+            mirror = Mirror(self.recipe)
+            mirror.check()
+            mirror.claim(self.recipe, state)
         write_recipe(self.recipe)
 
     def resume(self, fresh: TrainState, say: Callable[[str], None]) -> TrainState:
@@ -84,7 +90,10 @@ class Saver:
         changes = refuse_changes(state, self.recipe, fresh)
         for change in changes:
             say(f"warning: {change}")
+        if (self.folder / REPORT).exists():
+            say(f"the run was complete after {state.step} steps; it goes on with what has changed")
         if changes:  # from here on the run is another, which a later resumption compares with
+            let_stopping_go_on(state, fresh, say)
             state.recipe, state.data = fresh.recipe, fresh.data
             state.machine, state.memory = fresh.machine, fresh.memory
             state.changes += [f"after step {state.step}: {change}" for change in changes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,6 +105,41 @@ def refuse_changes(saved: TrainState, recipe: Recipe, now: TrainState | None = N
     if not allowed and not any(key.startswith(FIXED) for key in problems):
         hint += "; `--set checkpoint.allow_changes=true` goes on all the same"
     raise LoraError([*fixed[:-1], Problem(fixed[-1].what, fixed[-1].at, hint)])
+
+
+def let_stopping_go_on(state: TrainState, fresh: TrainState, say: Callable[[str], None]) -> None:
+    """Let a run that early stopping has ended go on if its rule is another now; else say why not.
+
+    Args:
+        state: Where the run stands, with the recipe of before.
+        fresh: With the recipe now.
+        say: Gets the explanation.
+    """
+    if not state.stopped_early:
+        return
+    key = "early_stopping"
+    if state.recipe["evaluate"].get(key) != fresh.recipe["evaluate"].get(key):
+        state.stopped_early = False
+    else:
+        say(
+            f"the run stopped early at step {state.step}, so it makes no more steps; "
+            "`--set evaluate.early_stopping=null` lets it go on"
+        )
+
+
+def refuse_fewer_steps(state: TrainState, total_steps: int, recipe: Recipe) -> None:
+    """Refuse a recipe with fewer steps than the run has made.
+
+    Raises:
+        LoraError: If there are fewer.
+    """
+    if state.step > total_steps:
+        key = "train.max_steps" if recipe.train.max_steps else "train.epochs"
+        raise LoraError(
+            f"the run has made {state.step} steps, and the recipe now asks for {total_steps}",
+            recipe.at(key),
+            "ask for more, or start a new run in another folder with `-o DIR`",
+        )
 
 
 def _changed_keys(before: dict[str, Any], recipe: Recipe, data_is_read: bool) -> dict[str, Problem]:
