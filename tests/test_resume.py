@@ -2,48 +2,61 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file, save_file
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import IntegrityError, LoraError
+from lora_cli.files import write_manifest
 from lora_cli.recipe import load_recipe
-from lora_cli.training import train
+from lora_cli.training import loop, train
 from lora_cli.training.checkpoints import checkpoints
+from lora_cli.training.step import train_step
 
 Json = dict[str, Any]
 ALLOWED = "checkpoint.allow_changes=true"
 Run = Callable[..., Json]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_encoder(tmp_path_factory.mktemp("base") / "base")
-
-
-@pytest.fixture
-def run(base: Path, tmp_path: Path) -> Run:
-    """Return a function that trains, or goes on with `resume`, and returns the report."""
+def write_rows(folder: Path) -> None:
     for name, texts in (("train", tiny.CORPUS[:6]), ("validation", tiny.CORPUS[6:])):
         rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    path = tiny.recipe(
-        base,
-        tmp_path,
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the recipe of all runs; the rows lie beside it."""
+    folder = tmp_path_factory.mktemp("recipe")
+    return tiny.recipe(
+        tiny.save_encoder(folder / "base"),
+        folder,
         data={"train": "train.jsonl", "validation": "validation.jsonl"},
         train={"max_steps": 4, "log_every_steps": 1},
         evaluate={"baseline": False},
         checkpoint={"every_steps": 2},
     )
 
+
+@pytest.fixture
+def run(recipe: Path, tmp_path: Path) -> Run:
+    """Return a function that trains, or goes on with `resume`, and returns the report."""
+    write_rows(recipe.parent)  # which a test may have changed
+
     def go(*sets: str, resume: bool = False) -> Json:
         placed = [s.replace("output_dir=", f"output_dir={tmp_path}/") for s in sets]
-        return train(load_recipe(path, placed), resume=resume)
+        placed = [f"output_dir={tmp_path / 'out'}", *placed]
+        return train(load_recipe(recipe, placed), resume=resume)
 
     return go
 
@@ -95,9 +108,9 @@ def test_a_complete_run_is_measured_anew_by_other_metrics(run: Run) -> None:
     assert report["metrics"]["after"]["validation"]["loss"] == loss
 
 
-def test_the_results_of_other_rows_are_not_given(run: Run, tmp_path: Path) -> None:
+def test_the_results_of_other_rows_are_not_given(run: Run, recipe: Path) -> None:
     run()
-    with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as file:
+    with (recipe.parent / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"text": "one more", "label": 1}\n')
     with pytest.raises(LoraError, match="the rows of train are not those it was trained with"):
         run(resume=True)
@@ -167,11 +180,11 @@ def test_a_mirror_belongs_to_one_run(run: Run, tmp_path: Path, change: str) -> N
     assert contents(tmp_path / "mirror") == before
 
 
-def test_a_mirror_of_other_rows_is_left_alone(run: Run, tmp_path: Path) -> None:
+def test_a_mirror_of_other_rows_is_left_alone(run: Run, recipe: Path, tmp_path: Path) -> None:
     mirror = f"checkpoint.mirror={tmp_path / 'mirror'}"
     run(mirror)
     before = contents(tmp_path / "mirror")
-    with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as file:
+    with (recipe.parent / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"text": "one more", "label": 1}\n')
     with pytest.raises(LoraError, match="the rows of train are not those it was trained with"):
         run("output_dir=new", mirror, resume=True)
@@ -201,3 +214,194 @@ def test_a_mirror_that_does_not_say_whose_it_is(run: Run, tmp_path: Path) -> Non
     (tmp_path / "mirror" / "run.json").write_text("{")
     with pytest.raises(LoraError, match="does not say of which recipe"):
         run("output_dir=new", mirror, resume=True)
+
+
+# --------------------------------------------------------------------------------- damaged files
+
+
+class Plug(Exception):
+    """What ends a run without warning."""
+
+
+@pytest.fixture(scope="module")
+def died(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the output folder of a run that died in its fourth step."""
+    folder, count, real = tmp_path_factory.mktemp("died") / "out", itertools.count(1), train_step
+    write_rows(recipe.parent)
+
+    def dying(*arguments: Any) -> Any:
+        if next(count) == 4:
+            raise Plug
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", dying)
+        with pytest.raises(Plug):
+            train(load_recipe(recipe, [f"output_dir={folder}"]))
+    assert [step for step, _ in checkpoints(folder)] == [2]
+    return folder
+
+
+@pytest.fixture
+def cut(died: Path, tmp_path: Path) -> Path:
+    """Return a copy of that folder, from which a run goes on."""
+    return Path(shutil.copytree(died, tmp_path / "out"))
+
+
+def _half_a_line(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def _in_the_middle(path: Path) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[0] = lines[0][:7] + b"\n"
+    path.write_bytes(b"".join(lines))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), "is gone, and with it the lines of 2 steps"),
+        (_in_the_middle, "was cut or edited"),
+        (lambda path: path.write_bytes(b"\xff\xfe[]\n" + path.read_bytes()), "was cut or edited"),
+        (
+            lambda path: path.write_bytes(b"[1]\n" * 99),
+            "was cut or edited: 0 lines of it are whole",
+        ),
+        (lambda path: path.write_bytes(b""), "was cut or edited: 0 lines"),
+    ],
+)
+def test_a_damaged_log_is_mended_and_named(
+    run: Run,
+    cut: Path,
+    name: str,
+    damage: Callable[[Path], None],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage(cut / name)
+    capsys.readouterr()
+    report = run(resume=True)
+    assert f"warning: {cut / name} {said}" in capsys.readouterr().err
+    assert [said in change for change in report["training"]["changes"]] == [True]
+    lines = (cut / name).read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == sorted(steps)
+    assert steps[-1] == 4
+
+
+def test_a_line_that_was_cut_is_made_again(run: Run, cut: Path) -> None:
+    """What stands beyond the checkpoint belongs to steps that are made again: nothing is lost."""
+    _half_a_line(cut / "metrics.jsonl")
+    report = run(resume=True)
+    assert report["training"]["changes"] == []
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def _first(tensors: Tensors, key: str = "exp_avg") -> str:
+    return next(
+        name for name in sorted(tensors) if name.endswith(f"/{key}") and tensors[name].ndim == 2
+    )
+
+
+def _changed(change: Callable[[torch.Tensor], torch.Tensor], key: str = "exp_avg") -> Any:
+    def of(tensors: Tensors) -> Tensors:
+        name = _first(tensors, key)
+        return tensors | {name: change(tensors[name]).contiguous()}
+
+    return of
+
+
+def _without(part: str) -> Any:
+    return lambda tensors: {name: t for name, t in tensors.items() if part not in name}
+
+
+OPTIMIZER = {
+    "missing": (_without("query.lora_A/exp_avg_sq"), "is missing"),
+    "none": (lambda _: {"x/exp_avg": torch.zeros(1)}, "is missing"),
+    "transposed": (_changed(lambda t: t.T), "is not the file that was written with"),  # a square
+    "transposed, of another shape": (
+        lambda t: {n: x.T.contiguous() if "lora_B/exp_avg" in n else x for n, x in t.items()},
+        "was written",
+    ),
+    "other numbers": (_changed(lambda t: t * 2), "is not the file that was written with"),
+    "of another dtype": (_changed(lambda t: t.half()), "float32"),
+    "one number": (_changed(lambda t: t[:1, :1]), "was written"),
+    "foreign": (lambda t: t | {"other.weight/exp_avg": torch.zeros(2)}, "that is not trained"),
+    "more": (lambda t: t | {_first(t) + "_of_more": torch.zeros(2)}, "it was not written"),
+    "NaN": (_changed(lambda t: t * float("nan")), "holds NaN or infinity"),
+    "infinity": (_changed(lambda t: t + float("inf"), "exp_avg_sq"), "holds NaN or infinity"),
+    "negative": (_changed(lambda t: t - 1, "exp_avg_sq"), "has negative entries"),
+    "later": (
+        lambda t: {n: x + 90 if n.endswith("/step") else x for n, x in t.items()},
+        "counts 92 steps, and the run has made 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZER)
+def test_optimizer_tensors_are_checked_whatever_the_manifest_says(
+    run: Run, cut: Path, kind: str
+) -> None:
+    change, said = OPTIMIZER[kind]
+    folder = cut / "checkpoints" / "step-000002"
+    file = folder / "optimizer.safetensors"
+    save_file(change(load_file(file)), file)
+    write_manifest(folder)
+    with pytest.raises(IntegrityError) as caught:
+        run(resume=True)
+    assert said in str(caught.value)
+    assert f"hint: remove {folder}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: dict(list(t.items())[1:]), "is not there, and should be"),
+        (lambda t: {n: x.T.contiguous() if "lora_A" in n else x for n, x in t.items()}, "of shape"),
+        (lambda t: {n: x[:, :1].clone() if "lora_A" in n else x for n, x in t.items()}, "of shape"),
+        (lambda t: t | {"base_model.model.x.weight": torch.zeros(2)}, "is of shape [2], and"),
+    ],
+)
+def test_weights_of_a_checkpoint_are_checked_whatever_the_manifest_says(
+    run: Run, cut: Path, change: Callable[[Tensors], Tensors], said: str
+) -> None:
+    folder = cut / "checkpoints" / "step-000002"
+    file = folder / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    write_manifest(folder)
+    with pytest.raises(IntegrityError) as caught:
+        run(resume=True)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"step": "two"}, {"step": None}, {"best": 7}, {"logs": [1]}, {"tokens": -4}, {"machine": 3},
+     {"before": {"validation": {"loss": "low"}}}, {"pace": 3}],
+)  # fmt: skip
+def test_a_state_of_other_types_is_no_state(run: Run, cut: Path, values: Json) -> None:
+    folder = cut / "checkpoints" / "step-000002"
+    file = folder / "trainer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    write_manifest(folder)
+    with pytest.raises(IntegrityError, match="its state cannot be read by this version"):
+        run(resume=True)
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+def test_another_version_of_a_library_is_named(run: Run, cut: Path, name: str) -> None:
+    folder = cut / "checkpoints" / "step-000002"
+    file = folder / "trainer.json"
+    state = json.loads(file.read_text())
+    assert state["machine"][name] == version(name)
+    state["machine"][name] = "1.0"
+    file.write_text(json.dumps(state))
+    write_manifest(folder)
+    with pytest.raises(LoraError, match=f"the run was started with `{name}: 1.0`, and now it is"):
+        run(resume=True)
+    report = run(ALLOWED, resume=True)
+    assert any(f"{name}: 1.0" in change for change in report["training"]["changes"])

@@ -7,7 +7,6 @@ step follow from (seed, step). Tensors are in safetensors, the rest in JSON; not
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -17,11 +16,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from lora_cli.adapters.attach import trainable_parameters
-from lora_cli.adapters.folder import WEIGHTS_FILE, read_tensors, restore, save_adapter
+from lora_cli.adapters.folder import (
+    PREFIX,
+    WEIGHTS_FILE,
+    adapter_tensors,
+    read_tensors,
+    restore,
+    save_adapter,
+)
 from lora_cli.errors import IntegrityError, LoraError, Problem
 from lora_cli.files import (
     STAGING,
@@ -30,13 +36,20 @@ from lora_cli.files import (
     publish,
     recover,
     require_space,
+    sha256_of,
     verify_manifest,
     write_json,
 )
 from lora_cli.fingerprint import Fingerprint
 from lora_cli.recipe import AdapterSpec, Recipe
 from lora_cli.tensorfile import read_header
-from lora_cli.training.state import TrainState
+from lora_cli.training.optimizer_state import (
+    described,
+    load_optimizer,
+    optimizer_problems,
+    optimizer_state,
+)
+from lora_cli.training.state import TrainState, read_state
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer.json"
@@ -85,10 +98,12 @@ def save_checkpoint(
     The newest `checkpoint.keep` are kept, and that of the best evaluation.
     """
     target = output / FOLDER / f"step-{state.step:06d}"
-    tensors, state.optimizer = _optimizer_state(optimizer)
+    tensors, state.optimizer = optimizer_state(optimizer)
+    state.optimizer_tensors = {name: described(tensor) for name, tensor in tensors.items()}
     with new_folder(target) as folder:
         save_adapter(folder, model, recipe, in_full, base)
         save_file(tensors, folder / OPTIMIZER_FILE)
+        state.sha256 = {name: sha256_of(folder / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
         write_json(folder / STATE_FILE, asdict(state))
     # one of a later step is damaged, or this run had not resumed from an earlier
     older = [(step, old) for step, old in checkpoints(output) if step <= state.step]
@@ -133,7 +148,7 @@ def load_checkpoint(
         try:
             if not verify_manifest(folder, WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE):
                 raise IntegrityError("the manifest is missing", str(folder))
-            state = TrainState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+            state = read_state(folder / STATE_FILE)
             if state.step != step:
                 raise IntegrityError(f"it is the checkpoint of step {state.step}", str(folder))
         except PermissionError as error:
@@ -169,7 +184,7 @@ def peek_state(output: Path) -> TrainState | None:
     """Return the newest checkpoint's state without looking at its tensors, or None."""
     for _, folder in reversed(checkpoints(output)):
         try:
-            return TrainState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+            return read_state(folder / STATE_FILE)
         except (OSError, ValueError, TypeError):
             continue
     return None
@@ -193,10 +208,49 @@ def adopt_adapter(recipe: Recipe) -> None:
 def restore_checkpoint(
     folder: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put a checkpoint's parameters and optimizer state into a freshly built run."""
-    restore(model, read_tensors(folder))
+    """Put a checkpoint's parameters and optimizer state into a freshly built run.
+
+    Raises:
+        IntegrityError: If a tensor is missing, foreign, of another shape or not finite.
+    """
     read_header(folder / OPTIMIZER_FILE)
-    _load_optimizer(optimizer, load_file(folder / OPTIMIZER_FILE), state.optimizer)
+    tensors = load_file(folder / OPTIMIZER_FILE)
+    problems = optimizer_problems(optimizer, tensors, state, folder / OPTIMIZER_FILE)
+    if problems:
+        last = problems[-1]
+        raise IntegrityError([*problems[:-1], Problem(last.what, last.at, _without(folder))])
+    restore_parameters(folder, model)
+    for name, written in state.sha256.items():  # whatever the manifest says by now
+        if sha256_of(folder / name) != written:
+            what = f"`{name}` is not the file that was written with `{STATE_FILE}`"
+            raise IntegrityError(what, str(folder / name), _without(folder))
+    load_optimizer(optimizer, tensors, state.optimizer)
+
+
+def restore_parameters(folder: Path, model: nn.Module) -> None:
+    """Put a checkpoint's parameters into a freshly built run.
+
+    Raises:
+        IntegrityError: If they are not those that are trained.
+    """
+    tensors, wanted = read_tensors(folder), adapter_tensors(model)
+    shapes = {name.removeprefix(PREFIX): tensor.shape for name, tensor in wanted.items()}
+    for name in sorted(shapes.keys() | tensors.keys()):
+        saved = tensors[name].shape if name in tensors else None
+        if saved != shapes.get(name):
+            what = f"`{name}` is {_shape(saved)}, and should be {_shape(shapes.get(name))}"
+            raise IntegrityError(what, str(folder / WEIGHTS_FILE), _without(folder))
+    restore(model, tensors)
+
+
+def _without(folder: Path) -> str:
+    return (
+        f"remove {folder}: `--resume` then goes on from the checkpoint before it, if there is one"
+    )
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "not there" if shape is None else f"of shape {list(shape)}"
 
 
 def publish_adapter(
@@ -236,33 +290,3 @@ def restore_published(output: Path, model: nn.Module, recipe: Recipe) -> None:
         model.load_state_dict(saved.state_dict())
     else:
         restore(model, read_tensors(output))
-
-
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimizer's tensors by `parameter name/key`, and its other values likewise."""
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, Any] = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"{name}/{key}"] = value.detach().cpu().contiguous().clone()
-                else:
-                    rest[f"{name}/{key}"] = value
-    return tensors, rest
-
-
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]
-) -> None:
-    values: dict[str, dict[str, Any]] = {}
-    for path, value in (*tensors.items(), *rest.items()):
-        name, _, key = path.rpartition("/")
-        values.setdefault(name, {})[key] = value
-    for group in optimizer.param_groups:
-        steps_on_gpu = group.get("fused") or group.get("capturable")
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            for key, value in values.get(name, {}).items():
-                if isinstance(value, Tensor) and (key != "step" or steps_on_gpu):
-                    value = value.to(parameter.device)
-                optimizer.state[parameter][key] = value

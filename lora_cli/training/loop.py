@@ -166,7 +166,7 @@ class Run:
     def train(self) -> None:
         """Train to the end, or until validation ceases to improve, then evaluate the best."""
         state = self.state
-        self.saver.begin(state)
+        self.saver.begin(state, self.notes.append)
         self._fit_memory()
         with self._log() as self.log, self.stop:
             for note in self.notes:

@@ -137,8 +137,6 @@ class Mirror:
         owner = self.owner()
         if owner is None:
             return []
-        if now is not None:
-            owner.machine, owner.memory = now.machine, now.memory
         try:
             return refuse_changes(owner, recipe, now)
         except LoraError as error:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_cli.errors import LoraError
+from lora_cli.files import write_atomically
 from lora_cli.redaction import redacted
 from lora_cli.reporting.report import strict
 
@@ -135,10 +136,7 @@ class RunLog:
             hint = "put the file itself in its place, or remove the link"
             raise LoraError(f"`{path.name}` is a link", str(path.parent), hint)
         if path.exists():
-            if path.stat().st_size < size:
-                self.say(f"warning: {path} has lost lines that the checkpoint knows of")
-            else:
-                os.truncate(path, size)
+            os.truncate(path, size)
         return path.open("a", encoding="utf-8")
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -148,6 +146,48 @@ class RunLog:
         self.metrics.flush()
         for tracker in self.trackers:
             tracker.log(record)
+
+
+def repair_logs(folder: Path, sizes: dict[str, int], step: int) -> list[str]:
+    """Remove what is no line of a log from the logs of a run that is resumed.
+
+    What follows a checkpoint's size is cut off later; before it something may have been cut, edited
+    or deleted since.
+
+    Args:
+        folder: The output folder.
+        sizes: Size in bytes of each log at the checkpoint; changed to what is kept.
+        step: The step of the checkpoint.
+
+    Returns:
+        What was lost, by log.
+    """
+    lost = []
+    for name, size in sizes.items():
+        path = folder / name
+        if path.is_symlink() or not size:
+            continue  # links are refused where the log is opened
+        raw = path.read_bytes()[:size] if path.exists() else b""
+        lines = raw.splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and _is_record(line, step)]
+        if len(raw) == size and kept == lines:
+            continue
+        if not path.exists():
+            lost.append(f"{path} is gone, and with it the lines of {step} steps")
+        else:
+            lost.append(f"{path} was cut or edited: {len(kept)} lines of it are whole and are kept")
+        write_atomically(path, b"".join(kept))
+        sizes[name] = path.stat().st_size
+    return lost
+
+
+def _is_record(line: bytes, step: int) -> bool:
+    """Return whether a line of a log is one, and not of a later step."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # also what UnicodeDecodeError is
+        return False
+    return isinstance(record, dict) and record.get("step") in range(step + 1)
 
 
 class _TensorBoard:

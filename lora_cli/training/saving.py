@@ -20,10 +20,12 @@ from lora_cli.training.checkpoints import (
     publish_adapter,
     require_space_for_checkpoints,
     restore_checkpoint,
+    restore_parameters,
     restore_published,
     save_checkpoint,
 )
 from lora_cli.training.mirror import Mirror, mirror_checkpoint
+from lora_cli.training.progress import repair_logs
 from lora_cli.training.result import REPORT, write_recipe
 from lora_cli.training.state import TrainState, let_stopping_go_on, memory_facts, refuse_changes
 
@@ -57,15 +59,19 @@ class Saver:
         self.in_full, self.processor, self.accelerator = in_full, processor, accelerator
         self.base, self.folder = base, recipe.output_path
 
-    def begin(self, state: TrainState) -> None:
+    def begin(self, state: TrainState, say: Callable[[str], None]) -> None:
         """Write the recipe; refuse to begin what the disk or the mirror cannot take.
 
         Args:
             state: Where the run stands, with its recipe and its rows.
+            say: Is told what the logs have lost.
         """
         if not self.accelerator.is_main_process:
             return
         require_space_for_checkpoints(self.model, self.recipe)
+        for lost in repair_logs(self.folder, state.logs, state.step):
+            say(f"warning: {lost}")
+            state.changes.append(f"after step {state.step}: {lost}")
         if self.recipe.checkpoint.mirror is not None:
             mirror = Mirror(self.recipe)
             mirror.check()
@@ -156,7 +162,7 @@ class Saver:
                 str(self.folder),
                 "it was damaged or edited; start again in another folder with `-o DIR`",
             )
-        restore_checkpoint(best, state, self.model, self.optimizer)
+        restore_parameters(best, self.model)
         self.publish(state)
 
     def _holds(self, state: TrainState) -> bool:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from pydantic import TypeAdapter
 
 from lora_cli.errors import LoraError, Problem
 from lora_cli.recipe import Recipe
 
 FIXED = ("model.", "task.", "adapter.", "train.optimizer.type")  # a change makes it another model
+VERSIONS = ("torch", "transformers")
 MACHINE = {  # what decides the last bits, and where it is said
     "device": "the machine",
     "processes": "`accelerate launch --num_processes`",
     "threads": "the environment variable `OMP_NUM_THREADS`",
+    **dict.fromkeys(VERSIONS, "the installed packages"),
 }
 
 
@@ -53,8 +59,12 @@ class TrainState:
     scaler: dict[str, Any] | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
     """What the optimizer keeps besides tensors."""
+    optimizer_tensors: dict[str, str] = field(default_factory=dict)
+    """Dtype and shape of each tensor that it keeps."""
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Of the files with tensors beside it."""
     machine: dict[str, Any] = field(default_factory=dict)
-    """What of the machine decides the last bits: device, processes, threads."""
+    """What of the machine decides the last bits: device, processes, threads, versions."""
     memory: dict[str, Any] = field(default_factory=dict)
     """How memory is saved: it decides the last bits too, but `--resume` may change it."""
     changes: list[str] = field(default_factory=list)
@@ -64,10 +74,28 @@ class TrainState:
     recipe: dict[str, Any] = field(default_factory=dict)
 
 
+def read_state(file: Path) -> TrainState:
+    """Read what a checkpoint says of its run.
+
+    Raises:
+        ValueError: If a value is missing, unknown or of another type.
+        OSError: If the file cannot be read.
+    """
+    values = json.loads(file.read_text(encoding="utf-8"))
+    known = {of_state.name for of_state in fields(TrainState)}
+    if not isinstance(values, dict) or not values.keys() <= known:
+        raise ValueError("it is the state of another version")
+    state = TypeAdapter(TrainState).validate_python(values)
+    if min(state.step, state.examples, state.tokens, state.skipped_steps) < 0:
+        raise ValueError("it counts less than nothing")
+    return state
+
+
 def machine_facts(accelerator: Accelerator) -> dict[str, Any]:
     """Return what of the machine decides the last bits of the result."""
     device = accelerator.device.type
     facts = {"device": device, "processes": accelerator.num_processes}
+    facts |= {name: version(name) for name in VERSIONS}
     # one thread adds up in another order than two; a GPU does not care
     return facts | ({"threads": torch.get_num_threads()} if device == "cpu" else {})
 
@@ -175,7 +203,7 @@ def _changed(then: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     return {
         key: f"the run was started with `{key}: {then.get(key)}`, and now it is `{value}`"
         for key, value in now.items()
-        if then.get(key) != value
+        if key in then and then[key] != value
     }
 
 

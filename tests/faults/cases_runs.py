@@ -545,6 +545,78 @@ def _(world: World) -> Printed:
     return world.lora("train", "recipe.yaml", "--resume")
 
 
+@case("Training", "again after the end, with fewer steps")
+def _(world: World) -> Printed:
+    world.lora("train", world.recipe())
+    flags = ("--set", "train.max_steps=1", "--set", "checkpoint.allow_changes=true")
+    return world.lora("train", "recipe.yaml", "--resume", *flags)
+
+
+@case("Training", "again after the end, with other rows")
+def _(world: World) -> Printed:
+    world.lora("train", world.recipe())
+    world.write("rows.csv", TABLE + "one more,good\n")
+    return world.lora("train", "recipe.yaml", "--resume")
+
+
+@case("Training", "again after the end, without checkpoints")
+def _(world: World) -> Printed:
+    world.lora("train", world.recipe())
+    shutil.rmtree(world.folder / "out" / "checkpoints")
+    flags = ("--set", "train.max_steps=4", "--set", "checkpoint.allow_changes=true")
+    return world.lora("train", "recipe.yaml", "--resume", *flags)
+
+
+@case("Training", "with the mirror of another run")
+def _(world: World) -> Printed:
+    mirror = ("--set", "checkpoint.mirror=mirror")
+    world.lora("train", world.recipe(), *mirror)
+    return world.lora(
+        "train", "recipe.yaml", "--resume", *mirror, "-o", "new", "--set", "train.seed=1"
+    )
+
+
+@case("Training", "anew, with the mirror of a run")
+def _(world: World) -> Printed:
+    world.write("mirror/run.json", '{"recipe": {}, "data": {}}')
+    return world.lora("train", world.recipe(checkpoint={"mirror": "./mirror"}))
+
+
+@case("Training", "with a mirror of unknown recipe")
+def _(world: World) -> Printed:
+    world.write("mirror/run.json", "{")
+    return world.lora("train", world.recipe(checkpoint={"mirror": "./mirror"}))
+
+
+def _again(file: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """Go on from a checkpoint whose tensors, and whose manifest, were changed."""
+
+    def run(world: World) -> Printed:
+        world.lora("train", world.recipe())
+        (world.folder / "out" / "report.json").unlink()
+        for step in (world.folder / "out" / "checkpoints").iterdir():
+            save_file(change(load_file(step / file)), step / file, {"format": "pt"})
+            write_manifest(step)
+        return world.lora("train", "recipe.yaml", "--resume")
+
+    return run
+
+
+for _name, _run in {
+    "of an optimizer that was changed": _again(
+        "optimizer.safetensors",
+        lambda t: {n: x * 2 if n.endswith("exp_avg") else x for n, x in t.items()},
+    ),
+    "of an optimizer that lacks tensors": _again(
+        "optimizer.safetensors", lambda t: {n: x for n, x in t.items() if "exp_avg_sq" not in n}
+    ),
+    "of weights that lack tensors": _again(
+        WEIGHTS, lambda t: {n: x for n, x in t.items() if "layer.1." not in n}
+    ),
+}.items():
+    CASES.append(Case("Training", f"again from a checkpoint {_name}", _run))
+
+
 # ----------------------------------------------------------------- evaluation, merging, predicting
 
 AGAINST = ("eval", "--adapter", "trained", "--against")
