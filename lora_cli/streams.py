@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lora_cli.errors import ResourceError
+from lora_cli.pipes import guard_output
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF)
 
@@ -34,6 +35,7 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):  # which may not have every letter of the data
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    guard_output()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout = _Stream(sys.stdout, is_log=False)
     if isinstance(sys.stderr, io.TextIOWrapper):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from lora_cli.errors import InterruptedRun, ResourceError
+from lora_cli.pipes import listening
 from lora_cli.recipe import Recipe
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -43,6 +45,8 @@ class Asked:
 class StopRequest:
     """Within the context, a signal that would end the process is noted instead.
 
+    A broken pipe counts as one: nobody reads any more what the run says.
+
     While `at_once` is set there is nothing to save, and a signal ends the process after all. A
     second SIGINT always does, if it comes after a moment: a launcher passes Ctrl-C on to processes
     that got it from the terminal already.
@@ -67,14 +71,17 @@ class StopRequest:
         self._longest_step_s = self._longest_save_s = 0.0
         self._since = 0.0
         self._before: dict[int, Any] = {}
+        self._pipes = ExitStack()
 
     def __enter__(self) -> StopRequest:
+        self._pipes.enter_context(listening(lambda: self._note(signal.SIGPIPE, None)))
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as with nohup
                 self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._pipes.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
