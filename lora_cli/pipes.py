@@ -28,9 +28,9 @@ _listeners: list[Callable[[], None]] = [_end]
 class _Pipe(io.FileIO):
     """Standard output or error; once it is broken, what is written to it goes nowhere."""
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
-            return super().write(data)
+            return super().write(data) or 0
         except BrokenPipeError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())

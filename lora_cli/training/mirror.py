@@ -112,7 +112,7 @@ class Mirror:
             IntegrityError: If it holds a run, and does not say of which recipe.
         """
         content = self._read(RUN)
-        if content is None and not self.names():
+        if content is None and not any(self._manifest(name) for name in self.names()):
             return None
         try:
             facts = json.loads(content or b"")
