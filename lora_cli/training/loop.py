@@ -52,7 +52,6 @@ from lora_cli.training.state import (
     machine_facts,
     memory_facts,
     recipe_facts,
-    refuse_fewer_steps,
 )
 from lora_cli.training.step import train_step
 from lora_cli.training.stopping import TRAINING, Stopping, StopRequest
@@ -150,8 +149,7 @@ class Run:
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
-        self.state = self.saver.resume(self.state, self.notes.append)
-        refuse_fewer_steps(self.state, self.total_steps, self.recipe)
+        self.state = self.saver.resume(self.state, self.total_steps, self.notes.append)
 
     def _fit_memory(self) -> None:
         """Find the largest micro-batch that fits, where the recipe leaves that open."""
@@ -231,19 +229,10 @@ class Run:
         self.log.advance(step)
         refuse_bad_steps(self.window.streak, recipe)
         if step == 1:
-            self._warn_of_idle_parameters(result.idle)
+            self.log.warn_of_idle(result.idle)
         if step % recipe.train.log_every_steps == 0 or step in (1, self.total_steps):
             self._log_step(rate)
         self.stop.stepped(time.monotonic() - began)
-
-    def _warn_of_idle_parameters(self, idle: list[str]) -> None:
-        """Name trained parameters that the first step left without gradient: they cannot learn."""
-        if idle:
-            self.log.say(
-                f"warning: {len(idle)} trained parameters take no part in the model's "
-                f"forward pass, `{idle[0]}` among them; leave them out with "
-                "adapter.exclude_modules"
-            )
 
     def _log_step(self, rate: float) -> None:
         self._count_seconds()

@@ -86,6 +86,15 @@ class RunLog:
         """Print a line."""
         self.console.print(redacted(text), markup=False, soft_wrap=True)
 
+    def warn_of_idle(self, parameters: list[str]) -> None:
+        """Name trained parameters that the first step left without gradient: they cannot learn."""
+        if parameters:
+            self.say(
+                f"warning: {len(parameters)} trained parameters take no part in the model's "
+                f"forward pass, `{parameters[0]}` among them; leave them out with "
+                "adapter.exclude_modules"
+            )
+
     def sample(self, step: int, examples: list[int]) -> None:
         """Note which examples formed a step."""
         if self.samples is not None:

@@ -27,7 +27,13 @@ from lora_cli.training.checkpoints import (
 from lora_cli.training.mirror import Mirror, mirror_checkpoint
 from lora_cli.training.progress import repair_logs
 from lora_cli.training.result import REPORT, write_recipe
-from lora_cli.training.state import TrainState, let_stopping_go_on, memory_facts, refuse_changes
+from lora_cli.training.state import (
+    TrainState,
+    let_stopping_go_on,
+    memory_facts,
+    refuse_changes,
+    refuse_fewer_steps,
+)
 
 
 class Saver:
@@ -78,11 +84,12 @@ class Saver:
             mirror.claim(self.recipe, state)
         write_recipe(self.recipe)
 
-    def resume(self, fresh: TrainState, say: Callable[[str], None]) -> TrainState:
+    def resume(self, fresh: TrainState, total_steps: int, say: Callable[[str], None]) -> TrainState:
         """Return the state of the newest whole checkpoint, and put it into the model.
 
         Args:
             fresh: What there is without a checkpoint, and what a checkpoint has to agree with.
+            total_steps: Steps of the run, by the recipe.
             say: Is told what is passed over, and what has changed.
         """
         found = load_checkpoint(self.folder, say)
@@ -94,6 +101,7 @@ class Saver:
             self.recipe.train._found_micro_batch = state.memory["micro_batch_size"]
         fresh.memory = memory_facts(self.recipe)
         changes = refuse_changes(state, self.recipe, fresh)
+        refuse_fewer_steps(state, total_steps, self.recipe)
         for change in changes:
             say(f"warning: {change}")
         if (self.folder / REPORT).exists():
