@@ -47,12 +47,7 @@ from lora_cli.training.result import (
     start_report,
 )
 from lora_cli.training.saving import Saver
-from lora_cli.training.state import (
-    TrainState,
-    machine_facts,
-    memory_facts,
-    recipe_facts,
-)
+from lora_cli.training.state import TrainState, machine_facts, memory_facts, recipe_facts
 from lora_cli.training.step import train_step
 from lora_cli.training.stopping import TRAINING, Stopping, StopRequest
 from lora_cli.training.watching import watching
