@@ -215,7 +215,7 @@ def _measure(
 ) -> list[Prediction]:
     predictions: list[Prediction] = []
     model = load_adapted(folder, loader, accelerator)
-    evaluate(model, task, data, accelerator, keep=predictions)
+    evaluate(model, task, data, accelerator, keep=predictions, strict_loss=True)
     return predictions
 
 

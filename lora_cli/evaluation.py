@@ -31,6 +31,7 @@ from lora_cli.reporting.report import strict
 from lora_cli.tasks import Encoded, Prediction, Task, build_task
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.encoding import check_data, load_data
+from lora_cli.tasks.finite import likely_cause
 
 WINDOW = 64  # batches whose examples are sorted by length together
 TEXT_LENGTH = 500  # characters of a row that stand beside its prediction
@@ -109,7 +110,7 @@ def evaluate(
             if stop is not None:
                 stop.check()
             if strict_loss:
-                _refuse_bad_loss(rows, split, recipe)
+                _refuse_bad_loss(rows, split, model, recipe)
             loss += sum(row.loss for row in rows)
             n_items += sum(row.n_items for row in rows)
             for channel in metrics.channels:
@@ -134,12 +135,12 @@ def evaluate(
     return dict(gather_object(results)[0])
 
 
-def _refuse_bad_loss(rows: list[Prediction], split: Encoded, recipe: Recipe) -> None:
+def _refuse_bad_loss(
+    rows: list[Prediction], split: Encoded, model: nn.Module, recipe: Recipe
+) -> None:
     bad = next((row for row in rows if not math.isfinite(row.loss)), None)
     if bad is not None:
-        hint = "look at the row; or are the model's weights damaged?"
-        if recipe.train.precision != "fp32":
-            hint = "does the model overflow? Try `--set train.precision=fp32`; or look at the row"
+        hint = likely_cause(model, recipe)
         what = f"the model's loss on this row is {bad.loss}"
         raise NumericsError(what, split.rows.place(bad.row), hint)
 

@@ -15,6 +15,8 @@ from lora_cli import __version__
 from lora_cli.adapters.attach import lora_layers, merge
 from lora_cli.adapters.folder import TASK_TYPES, AdapterFolder, read_adapter
 from lora_cli.adapters.loading import load_adapter, verify_base
+from lora_cli.adapters.proof import ExpectedWeights, expected_weights, weights_of
+from lora_cli.adapters.ties import separate, tied_groups
 from lora_cli.errors import IntegrityError, LoraError, NumericsError
 from lora_cli.files import FolderLock, new_folder, write_json
 from lora_cli.fingerprint import Fingerprint, fingerprint_of
@@ -27,6 +29,7 @@ from lora_cli.recipe import (
     load_recipe,
 )
 from lora_cli.tasks import Task, build_task
+from lora_cli.tasks.finite import require_finite
 
 TOLERANCE = 1e-4  # of the largest output, in float32; rounding alone stays below 1e-5
 
@@ -101,13 +104,21 @@ def _merge(
     verified_base = verify_base(held, fingerprint_of(task.recipe, model, new), task.recipe)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
-    model = model.float().eval()
+    model, ties = model.float().eval(), tied_groups(model)
+    expected = expected_weights(model, held.tensors, held.config)
     load_adapter(model, held, new)
     probe = _probe(task)
     with torch.no_grad():
         before: Tensor = model(**probe).logits
+        require_finite(before, model, at="--adapter")
         count = len(lora_layers(model))
-        untied = merge(model)
+        untied = _merge_apart(model, ties)
+        if name := expected.disagreement(model):
+            raise IntegrityError(
+                f"merged, `{name}` is not what the adapter's file says",
+                "--adapter",
+                "please report this: merging should be exact",
+            )
         after: Tensor = model(**probe).logits
         _refuse_overflow(model, stored)
         difference = _difference(after, before)
@@ -119,20 +130,39 @@ def _merge(
             )
         for name, tensor in _tensors(model):  # not `model.to`: buffers have dtypes of their own
             tensor.data = tensor.data.to(stored[name])
-        rounded = model(**probe).logits
-    if untied:
-        model.config.tie_word_embeddings = False
+        rounded, weights = model(**probe).logits, weights_of(model)
     with new_folder(to) as folder:
         model.save_pretrained(folder)
         task.tokenizer.save_pretrained(folder)
         _write_origin(folder, adapter, verified_base)
         reloaded = task.auto_class.from_pretrained(folder, dtype=dtype).eval()
-        with torch.no_grad():
-            if not torch.equal(reloaded(**probe).logits, rounded):
-                what = "the saved model does not compute what the merged one did"
-                raise IntegrityError(what, "--to", "please report this: saving should be exact")
+        _require_saved(reloaded, weights, rounded, probe)
     rounding = _difference(rounded.float(), after)
     return MergeResult(to, count, dtype, difference, rounding, untied, held.verified)
+
+
+def _merge_apart(model: PreTrainedModel, ties: list[list[str]]) -> list[str]:
+    """Merge, and give each side of a tie that was parted a weight of its own; return their names.
+
+    The sides may have been parted by the low-rank update of one, or by a copy that was trained.
+    """
+    untied = merge(model)
+    parted = [name.rpartition(".")[0] for name in separate(model, ties)]
+    untied += [name for name in dict.fromkeys(parted) if name not in untied]
+    if untied:
+        model.config.tie_word_embeddings = False
+    return untied
+
+
+def _require_saved(
+    reloaded: nn.Module, weights: ExpectedWeights, outputs: Tensor, probe: dict[str, Tensor]
+) -> None:
+    """Reject a saved model that is not the merged one, in a weight or in what it computes."""
+    with torch.no_grad():
+        same = torch.equal(reloaded(**probe).logits, outputs)
+    if not same or weights.disagreement(reloaded) is not None:
+        what = "the saved model does not compute what the merged one did"
+        raise IntegrityError(what, "--to", "please report this: saving should be exact")
 
 
 def adapter_task(

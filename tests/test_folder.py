@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import json
 import pickle
 import re
@@ -32,6 +34,8 @@ from lora_cli.adapters.folder import (
     save_adapter,
 )
 from lora_cli.adapters.loading import load_adapter
+from lora_cli.adapters.peft_config import CHECKS, IDLE, KNOWN_OTHERS, VARIANTS
+from lora_cli.adapters.proof import expected_weights
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.files import MANIFEST, write_manifest
 
@@ -423,19 +427,95 @@ def test_a_tie_trained_in_full_is_saved_under_both_names(tmp_path: Path) -> None
     assert_same_outputs(loaded_by_peft(base, tmp_path / "a"), model)
 
 
-def test_two_different_halves_of_a_tie_are_refused(tmp_path: Path) -> None:
-    """PEFT trains a copy of each; a model that ties them can hold only one."""
-    base = tiny.llama(tied=True)
-    saved_by_peft(
+TIED = {
+    "llama embed_tokens": (lambda: tiny.llama(tied=True), ["embed_tokens"], ["q_proj"]),
+    "llama lm_head": (lambda: tiny.llama(tied=True), ["lm_head"], ["q_proj"]),
+    "llama both": (lambda: tiny.llama(tied=True), ["embed_tokens", "lm_head"], ["q_proj"]),
+    "llama lm_head, adapted embedding": (
+        lambda: tiny.llama(tied=True), ["lm_head"], ["embed_tokens"],
+    ),
+    "gpt2 wte": (tiny.gpt2, ["wte"], ["c_attn"]),
+    "gpt2 lm_head": (tiny.gpt2, ["lm_head"], ["c_attn"]),
+    "bart shared": (lambda: tiny.encoder_decoder("bart"), ["shared"], ["q_proj"]),
+    "bart embed_tokens": (lambda: tiny.encoder_decoder("bart"), ["embed_tokens"], ["q_proj"]),
+    "t5 shared": (lambda: tiny.encoder_decoder("t5"), ["shared"], ["q"]),
+    "t5 lm_head": (lambda: tiny.encoder_decoder("t5"), ["lm_head"], ["q"]),
+    "t5 encoder.embed_tokens": (
+        lambda: tiny.encoder_decoder("t5"), ["encoder.embed_tokens"], ["q"],
+    ),
+    "t5 shared and lm_head": (lambda: tiny.encoder_decoder("t5"), ["shared", "lm_head"], ["q"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "in_full", "targets"), TIED.values(), ids=TIED.keys())
+def test_a_side_of_a_tie_in_modules_to_save_is_a_copy_of_its_own(
+    build: Callable[[], nn.Module], in_full: list[str], targets: list[str], tmp_path: Path
+) -> None:
+    base, folder = build(), tmp_path / "a"
+    config = {"fan_in_fan_out": targets == ["c_attn"], "modules_to_save": in_full}
+    theirs = saved_by_peft(folder, base, target_modules=targets, **config)
+    ours = loaded(base, folder)
+    more = {"decoder_input_ids": torch.arange(4, 9)[None]} if base.config.is_encoder_decoder else {}
+
+    def logits(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=torch.arange(5, 14)[None], **more).logits
+
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-4)
+    close(logits(ours), logits(theirs))
+    if in_full != [
+        "shared"
+    ]:  # which no layer reads: each side of the model has a module of its own
+        assert not torch.allclose(logits(ours), logits(base), atol=1e-2)
+    expected = expected_weights(base, read_adapter(folder).tensors, read_adapter(folder).config)
+    merge(ours)
+    close(logits(ours), logits(theirs))
+    assert expected.disagreement(ours) is None
+
+
+def test_a_tie_whose_sides_are_equal_stays(tmp_path: Path) -> None:
+    base, both = tiny.llama(tied=True), ["embed_tokens", "lm_head"]
+    theirs = saved_by_peft(
         tmp_path / "a",
         base,
         target_modules=["q_proj"],
-        modules_to_save=["embed_tokens", "lm_head"],
-        **LM,
+        modules_to_save=both,
+        ensure_weight_tying=True,
     )
-    text = refusal(base, tmp_path / "a")
-    assert "lm_head.weight" in text
-    assert "model.embed_tokens.weight" in text
+    ours = loaded(base, tmp_path / "a")
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert_same_outputs(ours, theirs)
+
+
+def test_a_copy_of_one_side_is_trained_and_read_as_in_peft(tmp_path: Path) -> None:
+    base, folder = tiny.llama(tied=True), tmp_path / "a"
+    adapter = {"target_modules": ["q_proj"], "train_modules": ["lm_head"]}
+    model = saved(folder, base, [], **adapter, ensure_weight_tying=False)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert torch.equal(model.model.embed_tokens.weight, base.model.embed_tokens.weight)
+
+
+def test_two_values_of_one_bias_are_rejected(base: nn.Module, tmp_path: Path) -> None:
+    saved_by_peft(
+        tmp_path / "a", base, target_modules=["query"], bias="all", modules_to_save=["classifier"]
+    )
+    edit_tensors(tmp_path / "a", lambda t: t.update(
+        {f"{P}classifier.modules_to_save.bias": torch.ones(2)}
+    ))  # fmt: skip
+    assert "stands in the adapter with two values" in refusal(base, tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_bias_all_with_a_nested_head(kind: str, tmp_path: Path) -> None:
+    """PEFT 0.21 names the biases of a nested head with the adapter's name in them."""
+    base = tiny.encoder(kind=kind)
+    heads = {"roberta": ["classifier"], "bert": ["classifier", "pooler"]}[kind]
+    config = {"target_modules": ["query"], "bias": "all", "modules_to_save": heads}
+    theirs = saved_by_peft(tmp_path / "a", base, **config)
+    if kind == "roberta":
+        key = f"{P}classifier.modules_to_save.default.dense.bias"
+        assert key in load_file(tmp_path / "a" / WEIGHTS_FILE)
+    assert_same_outputs(loaded(base, tmp_path / "a", ["classifier"]), theirs)
 
 
 # ---------------------------------------------------------------- what PEFT alone does, read here
@@ -768,6 +848,56 @@ def test_what_is_no_adapter_folder_is_refused(base: nn.Module, folder: Path) -> 
     assert f"there is no folder {folder}" in refusal(base, folder, kind=LoraError)
 
 
+def test_every_key_of_peft_has_a_meaning() -> None:
+    ours = {*CHECKS, *VARIANTS, *IDLE, *KNOWN_OTHERS}
+    assert not {field.name for field in dataclasses.fields(peft.LoraConfig)} - ours
+
+
+NUMBERS = ["NaN", "Infinity", "-Infinity", "1e999", "1e300", "1" + "0" * 400, "true", '"8"', "[8]"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("lora_alpha", value) for value in NUMBERS),
+        *(("r", value) for value in ["0", "-4", "4.0", "NaN", "true", "1e999", "null"]),
+        *(("lora_dropout", value) for value in ["NaN", "-0.1", "1.5", "Infinity", '"0"']),
+        *(("rank_pattern", f'{{"query": {v}}}') for v in ["0", "-1", "2.0", "true", "NaN"]),
+        *(("alpha_pattern", f'{{"query": {value}}}') for value in NUMBERS),
+        ("use_rslora", '"yes"'), ("use_rslora", "1"), ("bias", '"some"'),
+        ("modules_to_save", '"classifier"'), ("target_modules", "[1]"),
+        ("layers_to_transform", '"0"'), ("layers_to_transform", "[true]"),
+    ],
+)  # fmt: skip
+def test_a_value_that_makes_no_sense_is_rejected_by_its_key(
+    key: str, value: str, base: nn.Module, folder: Path
+) -> None:
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    text = json.dumps({**config, key: "HERE"}).replace('"HERE"', value)
+    (folder / CONFIG_FILE).write_text(text)
+    with pytest.raises(IntegrityError, match=f"`{key}` cannot be") as caught:
+        read_adapter(folder)
+    assert len(str(caught.value)) < 400
+
+
+def test_values_that_peft_takes_are_read(base: nn.Module, folder: Path) -> None:
+    for alpha in (0, -3, 2.5, 1000):
+        edit_config(folder, lora_alpha=alpha)
+        assert loaded(base, folder, ["classifier"])
+
+
+def test_unknown_keys_are_named(
+    base: nn.Module, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_config(folder, note="trained on a Monday", some_size=16, use_other=False, other=None)
+    read_adapter(folder)
+    text = capsys.readouterr().err
+    assert "`note`, `other`, `some_size`, `use_other`" in text
+    for value in (True, {"a": 1}, [1]):
+        edit_config(folder, use_other=value)
+        assert "the key `use_other` is not known" in refusal(base, folder, kind=LoraError)
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [
@@ -786,7 +916,7 @@ def test_adapters_that_change_more_than_this_tool_knows_are_refused(
     assert str(tmp_path / "a" / CONFIG_FILE) in text
 
 
-@pytest.mark.parametrize("key", ["use_qalora", "alora_invocation_tokens", "kasa_config"])
+@pytest.mark.parametrize("key", sorted(VARIANTS.keys() - {"use_dora"}))
 def test_variants_that_the_tensors_do_not_tell_of_are_refused(
     key: str, base: nn.Module, folder: Path
 ) -> None:
@@ -796,7 +926,7 @@ def test_variants_that_the_tensors_do_not_tell_of_are_refused(
     read_adapter(folder)
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "mica"])
 def test_how_a_was_drawn_does_not_matter(init: Any, base: nn.Module, tmp_path: Path) -> None:
     config = {"r": 4, "target_modules": ["query"], "init_lora_weights": init}
     theirs = saved_by_peft(tmp_path / "a", base, **config)

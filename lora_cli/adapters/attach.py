@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.lora import LoRALayer, layer_for
 from lora_cli.adapters.targets import Target, inside, matches, resolve_targets, unmatched_in_full
+from lora_cli.adapters.ties import give_own_parameters, tied_groups
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 
@@ -47,7 +48,7 @@ def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
         for name, _ in model.named_modules()
         if name in head or (name and matches(spec.train_modules, name))
     ]
-    _refuse_half_of_a_tie(model, in_full, recipe)
+    _part_ties(model, in_full, recipe)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for target in targets:
@@ -180,20 +181,24 @@ def _from_float32(
     return output
 
 
-def _refuse_half_of_a_tie(model: nn.Module, in_full: list[str], recipe: Recipe) -> None:
-    """Refuse to train one of two modules that share a weight: PEFT's folder holds copies."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    for names in owners.values():
-        trained = [name for name in names if any(inside(name, top) for top in in_full)]
-        if trained and len(trained) < len(names):
+def _part_ties(model: nn.Module, in_full: list[str], recipe: Recipe) -> None:
+    """Reject half of a tie among the modules trained in full, or give each a copy of its own.
+
+    Raises:
+        LoraError: If one of two modules that share a weight is to be trained, and the recipe does
+            not allow to part them.
+    """
+    for names in tied_groups(model):
+        owners = {name: name.rpartition(".")[0] for name in names}
+        trained = [n for n, owner in owners.items() if any(inside(owner, top) for top in in_full)]
+        if not recipe.adapter.ensure_weight_tying:
+            give_own_parameters(model, trained)
+        elif trained and len(trained) < len(names):
+            other = next(owner for name, owner in owners.items() if name not in trained)
             raise LoraError(
-                f"`{trained[0]}` shares its weight with `{(set(names) - set(trained)).pop()}`",
+                f"`{owners[trained[0]]}` shares its weight with `{other}`",
                 recipe.at("adapter.train_modules"),
-                "name both, or neither",
+                "name both, or neither; `adapter.ensure_weight_tying: false` trains a copy of it",
             )
 
 

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.attach import lora_layers, trainable_parameters
-from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer, can_adapt
-from lora_cli.adapters.targets import matches, regex_fault
+from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer
+from lora_cli.adapters.peft_config import check_config
+from lora_cli.adapters.peft_rules import base_modules, full_names, peft_differences, peft_reading
 from lora_cli.errors import BACKUP, IntegrityError, LoraError, beside, warn
 from lora_cli.files import (
     finish_publishing,
@@ -45,7 +46,6 @@ ADAPTER_FOLDER = "an adapter is the output folder of `lora train`, or a folder t
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FLOATS = ("F64", "F32", "F16", "BF16")
-BASE_UNCHANGED = ("gaussian", "eva", "orthogonal")  # named initialisations of A and B alone
 TASK_TYPES = {"sequence_classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 
 
@@ -83,6 +83,7 @@ def save_adapter(
 def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict[str, Any]:
     """Return PEFT's configuration; keys that are newer and stand at their default are left out."""
     spec, layers = recipe.adapter, lora_layers(model)
+    in_full = full_names(base_modules(model), in_full)
     base = {
         "base_model_name_or_path": recipe.model.name,
         "revision": recipe.model.revision,
@@ -93,13 +94,13 @@ def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict
     if not layers:
         # PEFT has no such types and says so; it would read an empty LoRA as the plain base
         return {"peft_type": {"none": "HEAD_ONLY"}.get(spec.type, spec.type.upper()), **base}
-    return {
+    config = {
         "peft_type": "LORA",
         **base,
         "r": spec.rank,
         "lora_alpha": _whole(spec.alpha),
         "lora_dropout": spec.dropout,
-        "target_modules": _target_modules(model, spec.target_modules, layers),
+        "target_modules": sorted(layers),
         "bias": spec.bias,
         "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
         "use_rslora": spec.use_rslora,
@@ -108,21 +109,16 @@ def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict
         "alpha_pattern": {key: _whole(value) for key, value in spec.alpha_pattern.items()},
         "init_lora_weights": True,
     }
+    if isinstance(spec.target_modules, list):  # the user's suffixes, if they select no others
+        short = {**config, "target_modules": spec.target_modules}
+        reading = peft_reading(model, short)
+        if reading.adapted == set(layers) and not reading.errors:
+            return short
+    return config
 
 
 def _whole(number: float) -> float | int:
     return int(number) if number == int(number) else number
-
-
-def _target_modules(
-    model: nn.Module, wanted: str | list[str] | None, layers: dict[str, LoRALayer]
-) -> list[str]:
-    """Return suffixes that select exactly the adapted modules: the user's, or the full names."""
-    names = [name for name, module in model.named_modules() if can_adapt(module)]
-    names = [n.removesuffix(".base") if n.removesuffix(".base") in layers else n for n in names]
-    if isinstance(wanted, list) and {n for n in names if matches(wanted, n)} == set(layers):
-        return wanted
-    return sorted(layers)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -166,6 +162,25 @@ def within_groups(a: Tensor, groups: int) -> Tensor:
         [a[g * rows : (g + 1) * rows, g * channels : (g + 1) * channels] for g in range(groups)]
     )
     return narrow if torch.count_nonzero(narrow) == torch.count_nonzero(a) else a
+
+
+def differences_in_peft(
+    model: nn.Module, recipe: Recipe, in_full: list[str], folder: Path | None = None
+) -> list[str]:
+    """Return how PEFT would read what is saved of a model otherwise than this tool does.
+
+    Args:
+        model: The model with its adapter attached; may be on the meta device.
+        recipe: What the configuration is made from.
+        in_full: Names of the modules trained in full.
+        folder: Holds what was saved; None asks of what would be.
+    """
+    if folder is None:
+        config, tensors = adapter_config(model, recipe, in_full), set(adapter_tensors(model))
+    else:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        tensors = set(read_header(folder / WEIGHTS_FILE))
+    return peft_differences(model, config, {name.removeprefix(PREFIX) for name in tensors})
 
 
 # ----------------------------------------------------------------------------------------- read
@@ -216,17 +231,13 @@ def read_adapter(path: Path) -> AdapterFolder:
         raise IntegrityError(f"not valid JSON: {error}", str(path / CONFIG_FILE), BACKUP) from error
     if not isinstance(config, dict):
         raise IntegrityError("not a JSON object", str(path / CONFIG_FILE), BACKUP)
-    kind = config.get("peft_type")
-    if kind not in ("LORA", "HEAD_ONLY", "BITFIT"):
-        what = f"`{kind}` is not a type of adapter that this tool reads"
-        raise LoraError(what, str(path / CONFIG_FILE), "it reads PEFT's LORA, without DoRA")
-    _check_config(config, str(path / CONFIG_FILE))
+    check_config(config, str(path / CONFIG_FILE))
     tensors = read_tensors(path)
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         what = f"`{bad[0]}` holds NaN or infinity"
         raise IntegrityError(what, str(path / WEIGHTS_FILE), BACKUP)
-    if kind == "LORA" and _is_idle(tensors):
+    if config["peft_type"] == "LORA" and _is_idle(tensors):
         warn(f"the adapter {path} changes nothing: one matrix of each pair is zero throughout")
     return AdapterFolder(path, config, tensors, verified, read_fingerprint(path))
 
@@ -239,47 +250,6 @@ def _is_idle(tensors: dict[str, Tensor]) -> bool:
         if is_matrix:
             pairs[module] = pairs.get(module, False) or not bool(tensor.any())
     return bool(pairs) and all(pairs.values())
-
-
-def _check_config(config: dict[str, Any], where: str) -> None:
-    """Refuse a configuration that is damaged, or of an adapter that is more than low rank."""
-    if config.get("use_dora"):
-        hint = "merge it into its base in PEFT, or train it again without DoRA"
-        raise LoraError("DoRA adapters cannot be read yet", where, hint)
-    for key in ("use_qalora", "alora_invocation_tokens", "arrow_config", "kasa_config"):
-        if config.get(key):
-            hint = "it is more than low rank: use it in PEFT, or train it again without"
-            raise LoraError(f"adapters with `{key}` cannot be read", where, hint)
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init not in BASE_UNCHANGED:
-        raise LoraError(
-            f"`{init}` changed the weights of the base too",
-            where,
-            "save it in PEFT with `path_initial_model_for_weight_conversion`: a plain LoRA",
-        )
-    targets = config.get("target_modules")
-    good = {
-        "r": _is_number(config.get("r", 8)),
-        "lora_alpha": _is_number(config.get("lora_alpha", 8)),
-        "rank_pattern": _is_pattern(config.get("rank_pattern")),
-        "alpha_pattern": _is_pattern(config.get("alpha_pattern")),
-        "target_modules": targets is None
-        or (isinstance(targets, list) and all(isinstance(name, str) for name in targets))
-        or (isinstance(targets, str) and regex_fault(targets) is None),
-    }
-    for key in (key for key, fine in good.items() if not fine):
-        raise IntegrityError(f"`{key}` cannot be {json.dumps(config[key])}", where, BACKUP)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_pattern(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, dict)
-        and all(_is_number(v) and regex_fault(key) is None for key, v in value.items())
-    )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from torch import nn
 
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, read_adapter
-from lora_cli.adapters.loading import load_adapter, verify_base
+from lora_cli.adapters.loading import load_adapter, own_parameters, verify_base
+from lora_cli.adapters.peft_rules import copied_modules, full_names
 from lora_cli.adapters.targets import first_match, inside, resolve_targets
 from lora_cli.errors import LoraError, Problem, beside
 from lora_cli.files import MANIFEST
@@ -113,17 +114,10 @@ def take_over(model: nn.Module, recipe: Recipe, head: list[str], held: AdapterFo
         LoraError: With every key by which the recipe says otherwise.
     """
     spec, config = recipe.adapter, held.config
-    names = [name for name, _ in model.named_modules() if name]
     adapted = sorted({n.partition(".lora_")[0] for n in held.tensors if ".lora_" in n})
-    plain = [name for name in held.tensors if ".lora_" not in name]
-    own = [
-        entry
-        for entry in config.get("modules_to_save") or []
-        if entry not in head
-        and any(inside(name.rpartition(".")[0], entry) for name in plain)
-        and any(inside(name, entry) for name in names)
-    ]
+    own, tied = _trained_in_full(model, held, head)
     theirs: dict[str, Any] = {"type": TYPES[config["peft_type"]], "train_modules": own}
+    theirs["ensure_weight_tying"] = tied
     if theirs["type"] == "lora":
         theirs |= {
             "rank": int(config.get("r", 8)),
@@ -144,6 +138,18 @@ def take_over(model: nn.Module, recipe: Recipe, head: list[str], held: AdapterFo
     kept = {"from_": spec.from_, "dropout": spec.dropout}
     targets = {"target_modules": adapted} if adapted else {}
     recipe.adapter = AdapterSpec(**{**kept, **theirs, **targets})
+
+
+def _trained_in_full(
+    model: nn.Module, held: AdapterFolder, head: list[str]
+) -> tuple[list[str], bool]:
+    """Return the modules that an adapter holds whole, besides the head, and whether ties stay."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    plain = {name: tensor for name, tensor in held.tensors.items() if ".lora_" not in name}
+    copied = copied_modules(names, held.config)
+    own = [n for n in full_names(names, copied) if any(t.startswith(f"{n}.") for t in plain)]
+    own = [name for name in own if not any(inside(name, top) for top in head)]
+    return own, not own_parameters(model, held.config, plain)
 
 
 def _used(patterns: dict[str, Any] | None, names: list[str], kind: type) -> dict[str, Any]:

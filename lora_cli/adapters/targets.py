@@ -36,6 +36,9 @@ QUERY_VALUE_NAMES = (
 )
 
 
+MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+MAMBA_KERNEL = ("out_proj", "conv1d")  # layers whose weights Mamba's kernels read themselves
+
 LONGEST = 10_000  # characters of an expression
 LONGEST_NUMBER = 15  # digits of a layer's number; no model has as many layers as that allows
 MOST_COPIES = 10_000  # that its counts may ask for: `regex` writes out `(a{1000}){1000}`, in memory
@@ -130,14 +133,16 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
     adaptable = {
         name: module
         for name, module in modules.items()
-        if can_adapt(module) and not any(inside(name, top) for top in in_full)
+        if can_adapt(module)
+        and not any(inside(name, top) for top in in_full)
+        and not read_by_kernels(model, name)
     }
 
     pattern, chosen = _chosen(model, spec, adaptable)
-    problems += _unmatched(pattern, "adapter.target_modules", adaptable, modules, recipe)
+    problems += _unmatched(pattern, "adapter.target_modules", adaptable, model, recipe)
     if spec.exclude_modules is not None:
         key = "adapter.exclude_modules"
-        problems += _unmatched(spec.exclude_modules, key, adaptable, modules, recipe)
+        problems += _unmatched(spec.exclude_modules, key, adaptable, model, recipe)
         chosen = [name for name in chosen if not matches(spec.exclude_modules, name)]
     if spec.layers is not None:
         wanted = parse_layers(spec.layers)
@@ -204,6 +209,15 @@ def _unmatched_patterns(chosen: list[str], recipe: Recipe) -> list[Problem]:
     return problems
 
 
+def read_by_kernels(model: nn.Module, name: str) -> bool:
+    """Return whether a Mamba kernel reads a module's weight: an adapter on it would be passed by.
+
+    PEFT adapts no module of these names in such models, and raises an error.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return model_type in MAMBA_TYPES and name.rpartition(".")[2] in MAMBA_KERNEL
+
+
 def groups_problem(base: nn.Module, target: Target) -> list[Problem]:
     """Return a problem if the groups of a convolution do not divide the rank."""
     try:
@@ -256,10 +270,11 @@ def _unmatched(
     pattern: str | list[str],
     key: str,
     adaptable: dict[str, nn.Module],
-    modules: dict[str, nn.Module],
+    model: nn.Module,
     recipe: Recipe,
 ) -> list[Problem]:
     """Return a problem for every entry that matches no module which an adapter fits."""
+    modules = {name: module for name, module in model.named_modules() if name}
     if pattern == "all-linear" and key == "adapter.target_modules":
         return []
     problems = []
@@ -272,7 +287,12 @@ def _unmatched(
         if any(matches(test, name) for name in adaptable):
             continue
         others = [name for name in modules if matches(test, name)]
-        if others and can_adapt(modules[others[0]]):
+        if others and read_by_kernels(model, others[0]):
+            if key == "adapter.exclude_modules":
+                continue
+            what = f"`{entry}` matches {others[0]}, whose weight Mamba's kernels read themselves"
+            hint = "an adapter on it would be passed by, and PEFT rejects it; take it out"
+        elif others and can_adapt(modules[others[0]]):
             what = f"`{entry}` matches {others[0]}, which is trained in full"
             hint = "it needs no adapter; take it out"
         elif others:

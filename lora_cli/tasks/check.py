@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from lora_cli.adapters.folder import differences_in_peft
 from lora_cli.adapters.starting import make_trainable
 from lora_cli.data.sources import Rows
 from lora_cli.errors import LoraError, Problem, printable, warn
@@ -51,6 +52,10 @@ def check_recipe(recipe: Recipe, all_rows_follow: bool = False) -> None:
         with _collected(problems):
             model, new = task.empty_model()
             make_trainable(model, recipe, new)
+            if not problems and recipe.adapter.low_rank:
+                in_full = [*new, *recipe.adapter.train_modules]
+                for difference in differences_in_peft(model, recipe, in_full):
+                    warn(difference)
     if problems:
         raise LoraError(problems)
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from lora_cli.characters import without_half_character
 from lora_cli.recipe.spec import GenerationSpec
+from lora_cli.tasks.finite import FiniteScores
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -167,6 +168,7 @@ def _continue(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=config,
+            logits_processor=LogitsProcessorList([FiniteScores(model)]),
             streamer=streamer,
         )
     tokens: list[list[int]] = output[:, width:].tolist()

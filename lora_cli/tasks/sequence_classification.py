@@ -25,6 +25,7 @@ from lora_cli.metrics import MetricContext
 from lora_cli.models import load_config
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
 from lora_cli.tasks.base import Batch, Example, Prediction, Task, pad
+from lora_cli.tasks.finite import require_finite
 from lora_cli.tasks.labels import Labels, not_a_number
 
 ALL_SCORES = 20  # labels up to which a prediction keeps the probability of each; of more:
@@ -372,6 +373,7 @@ class SequenceClassification(Task):
         device = next(model.parameters()).device
         inputs = self._padded(self._encode_texts(rows))
         logits = model(**{key: value.to(device) for key, value in inputs.items()}).logits.float()
+        require_finite(logits, model, self.recipe)
         return [[said, *self._answered(row or [])] for _, said, row in self.read(logits)]
 
     def _answered(self, probabilities: list[float]) -> list[Any]:

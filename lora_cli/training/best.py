@@ -38,12 +38,28 @@ class Judge:
             )
         return metrics[self.metric]
 
+    def warning(self, metrics: dict[str, float], step: int) -> str | None:
+        """Return what to say of a metric that is not a number, else None."""
+        value = self.value(metrics)
+        if math.isfinite(value):
+            return None
+        return (
+            f"warning: `{self.metric}` is {value} at step {step}: it chooses no adapter, and does "
+            "not count for early stopping; `evaluate.best` can name another metric"
+        )
+
     def improved(self, metrics: dict[str, float], state: TrainState, epoch: float) -> bool:
-        """Return whether an evaluation is the best; decide whether it is time to stop."""
+        """Return whether an evaluation is the best; decide whether it is time to stop.
+
+        One that is not a number says nothing of whether the model improves, so it uses up no
+        patience.
+        """
         value, best = self.value(metrics), state.best
+        if not math.isfinite(value):
+            return False
         sign = 1 if self.mode == "max" else -1
         gain = sign * (value - best["value"]) if best else math.inf
-        improved = math.isfinite(value) and gain > 0
+        improved = gain > 0
         if improved:
             state.best = self._facts(value, state.step, epoch)
         stopping = self.recipe.evaluate.early_stopping

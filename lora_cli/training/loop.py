@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_cli.adapters.attach import training_mode
+from lora_cli.adapters.folder import differences_in_peft
 from lora_cli.adapters.starting import make_trainable
 from lora_cli.environment import refuse_mpi
 from lora_cli.evaluation import add_samples, evaluate
@@ -348,6 +349,8 @@ class Run:
             self.window.streak = []
         improved = self.judge.improved(metrics, state, self._epoch)
         self.log.evaluated(state.step, self._epoch, metrics, "  (best)" if improved else "")
+        if warning := self.judge.warning(metrics, state.step):
+            self.log.say(warning)
         if improved:
             self.saver.publish(state)
         training_mode(self.model)
@@ -375,6 +378,7 @@ class Run:
                 file.parent.mkdir(exist_ok=True)
                 after[name] = self._metrics(name, file)
         self._sample("after")
+        self._compare_with_peft()
         add_results(self.report, self.state, after, self._epoch, self.accelerator.device)
         if self.saver.base is not None:
             self.report["base"] = self.saver.base.facts
@@ -385,3 +389,14 @@ class Run:
             n_rows = len(train.rows)
             on = f" on {n_rows - train.rows_without_example:,} of {n_rows:,} rows"
         self.log.say(f"trained {self.state.step} steps{on} in {clock(self.state.seconds)}")
+
+    def _compare_with_peft(self) -> None:
+        """Say what PEFT would read otherwise in the output folder than this tool does."""
+        recipe = self.recipe
+        if not (recipe.adapter.low_rank and self.accelerator.is_main_process):
+            return
+        found = differences_in_peft(self.model, recipe, self.in_full, self.folder)
+        for difference in found:
+            self.log.say(f"warning: {difference}")
+        if found:
+            self.report["differences_in_peft"] = found

@@ -16,6 +16,8 @@ from lora_cli.recipe.spec.section import (
     Word,
 )
 
+Alpha = Annotated[float, Field(gt=0, le=1e30)]  # float32 ends at 3e38
+
 
 class AdapterSpec(Section):
     """What is trained. Keys of `lora` are passed over by the other types."""
@@ -31,7 +33,7 @@ class AdapterSpec(Section):
     rank: Positive = 8
     """Rank of the update: the inner dimension of B A."""
 
-    alpha: Annotated[float, Field(gt=0)] = 16.0
+    alpha: Alpha = 16.0
     """The update is scaled by alpha / rank."""
 
     dropout: Probability = 0.0
@@ -54,7 +56,7 @@ class AdapterSpec(Section):
     rank_pattern: dict[str, Positive] = Field(default_factory=dict)
     """Other ranks for some modules: name suffix or regular expression, and rank."""
 
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Alpha] = Field(default_factory=dict)
     """Other alphas for some modules: name suffix or regular expression, and alpha."""
 
     bias: Literal["none", "lora_only", "all"] = "none"
@@ -62,6 +64,10 @@ class AdapterSpec(Section):
 
     train_modules: list[Word] = Field(default_factory=list)
     """Modules trained in full and saved with the adapter, besides the task's new head."""
+
+    ensure_weight_tying: bool = True
+    """Modules of `train_modules` that share a weight, as an embedding and the output layer do, stay
+    one. `false` trains a copy of each that is named, and leaves the others as they are."""
 
     def conflicts(self) -> Conflicts:
         """Yield a start from an adapter for what has none."""

@@ -1,0 +1,197 @@
+"""What the keys of PEFT's `adapter_config.json` mean here, each of them (PEFT 0.21).
+
+A key is one of five kinds:
+
+- read: it decides what the adapter computes, and is implemented (`CHECKS` says which values);
+- a variant (`VARIANTS`): it would make the adapter compute something else, so it must be off;
+- idle (`IDLE`): it changes nothing of what a saved adapter computes;
+- an initialisation (`init_lora_weights`): only those that leave the base as it was can be read;
+- unknown: a newer version's, or another tool's. It is named, and must not switch anything on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+from lora_cli.adapters.targets import regex_fault
+from lora_cli.errors import BACKUP, IntegrityError, LoraError, warn
+
+KINDS = ("LORA", "HEAD_ONLY", "BITFIT")
+SMALL_INITS = ("gaussian", "eva", "orthogonal", "mica")  # they draw A and B, and leave the base
+LARGEST = 3e38  # of an alpha: float32 ends there
+SHOWN = 60  # characters of a value in a message
+
+MERGE_IN_PEFT = "merge it into its base in PEFT, or train it again without"
+VARIANTS = {
+    "use_dora": MERGE_IN_PEFT,
+    "use_qalora": MERGE_IN_PEFT,
+    "use_bdlora": MERGE_IN_PEFT,
+    "lora_bias": MERGE_IN_PEFT,
+    "kasa_config": MERGE_IN_PEFT,
+    "monteclora_config": MERGE_IN_PEFT,
+    "velora_config": MERGE_IN_PEFT,
+    "target_parameters": MERGE_IN_PEFT,
+    "trainable_token_indices": MERGE_IN_PEFT,
+    "layer_replication": "use it in PEFT: it runs layers of the base several times",
+    "alora_invocation_tokens": "use it in PEFT: it is active after certain tokens alone",
+    "arrow_config": "use it in PEFT: it chooses among several adapters",
+    "megatron_config": "use it in Megatron, whose layers it was trained on",
+    "enable_lora": "train it again with a PEFT of today: this key is of its first versions",
+}
+IDLE = {
+    # where it comes from
+    "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type",
+    # of training, or of the start of it
+    "inference_mode", "lora_dropout", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "runtime_config", "merge_weights", "lora_magnitude_vector",
+    # they refine a variant
+    "qalora_group_size", "megatron_core",
+    # the tensors tell which modules are adapted, and which of a tie
+    "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying",
+    # read from the module itself
+    "fan_in_fan_out",
+}  # fmt: skip
+
+
+def check_config(config: dict[str, Any], where: str) -> None:
+    """Reject a configuration whose adapter computes what is not implemented, or that is damaged.
+
+    Args:
+        config: What `adapter_config.json` holds.
+        where: Its path.
+
+    Raises:
+        LoraError: With the key that asks for what is not implemented.
+        IntegrityError: With the key whose value makes no sense.
+    """
+    kind = config.get("peft_type")
+    if kind not in KINDS:
+        what = f"`{_shown(kind) if kind else kind}` is not a type of adapter that this tool reads"
+        raise LoraError(what, where, "it reads PEFT's LORA, without DoRA")
+    if config.get("use_dora"):
+        raise LoraError("DoRA adapters cannot be read yet", where, f"{MERGE_IN_PEFT} DoRA")
+    for key, hint in VARIANTS.items():
+        if not _is_off(config.get(key)):
+            hint = f"{hint} it" if hint == MERGE_IN_PEFT else hint
+            raise LoraError(f"adapters with `{key}` cannot be read", where, hint)
+    _check_init(config.get("init_lora_weights"), where)
+    for key, is_good in CHECKS.items():
+        if key in config and not is_good(config[key]):
+            what = f"`{key}` cannot be {_shown(config[key])}"
+            raise IntegrityError(what, where, BACKUP)
+    _name_unknown(config, where)
+
+
+def _check_init(init: Any, where: str) -> None:
+    if isinstance(init, str) and init not in SMALL_INITS:
+        raise LoraError(
+            f"`{_shown(init)}`, its `init_lora_weights`, changed the weights of the base too",
+            where,
+            "save it in PEFT with `path_initial_model_for_weight_conversion`: a plain LoRA",
+        )
+    if not isinstance(init, bool | str | None):
+        raise IntegrityError(f"`init_lora_weights` cannot be {_shown(init)}", where, BACKUP)
+
+
+def _name_unknown(config: dict[str, Any], where: str) -> None:
+    """Name the keys that are not known; reject one that seems to switch something on."""
+    unknown = sorted(config.keys() - CHECKS.keys() - VARIANTS.keys() - IDLE - KNOWN_OTHERS)
+    for key in unknown:
+        if config[key] is True or (isinstance(config[key], list | dict) and config[key]):
+            raise LoraError(
+                f"the key `{_shown(key)}` is not known: it may change what the adapter computes",
+                where,
+                "if it is only a remark, take it out of the file; else use the adapter in PEFT",
+            )
+    if unknown:
+        names = ", ".join(f"`{_shown(key)}`" for key in unknown[:8])
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        warn(f"{where} has keys that this tool does not know, and ignores: {names}{more}")
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, list | dict | str) and not value)
+
+
+def _shown(value: Any) -> str:
+    """Return a value as JSON has it, cut where it is long."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value)
+    except ValueError:  # a whole number of thousands of digits
+        text = f"a number of {int(math.log10(abs(value)))} digits"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+# ------------------------------------------------------------------------------------- the values
+
+
+def is_rank(value: Any) -> bool:
+    """Return whether a value is a rank: a whole number above zero."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def is_alpha(value: Any) -> bool:
+    """Return whether a value is a number that float32 can hold, so neither NaN nor infinity."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= LARGEST  # False for NaN; an int of any size compares
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _is_probability(value: Any) -> bool:
+    return is_alpha(value) and 0 <= value <= 1
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_list_of_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(x, str) for x in value))
+
+
+def _is_names_or_expression(value: Any) -> bool:
+    return _is_list_of_names(value) or (isinstance(value, str) and regex_fault(value) is None)
+
+
+def _is_layers(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return value is None or all(type(number) is int for number in numbers)
+
+
+def _pattern_of(is_good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        return value is None or (
+            isinstance(value, dict)
+            and all(is_good(number) and regex_fault(key) is None for key, number in value.items())
+        )
+
+    return check
+
+
+CHECKS: dict[str, Callable[[Any], bool]] = {
+    "r": is_rank,
+    "lora_alpha": is_alpha,
+    "lora_dropout": _is_probability,
+    "rank_pattern": _pattern_of(is_rank),
+    "alpha_pattern": _pattern_of(is_alpha),
+    "use_rslora": _is_flag,
+    "fan_in_fan_out": _is_flag,
+    "ensure_weight_tying": _is_flag,
+    "bias": lambda value: value in (None, "none", "all", "lora_only"),
+    "target_modules": _is_names_or_expression,
+    "exclude_modules": _is_names_or_expression,
+    "modules_to_save": _is_list_of_names,
+    "layers_to_transform": _is_layers,
+    "layers_pattern": lambda value: isinstance(value, str) or _is_list_of_names(value),
+    "task_type": _is_text,
+    "base_model_name_or_path": _is_text,
+    "revision": _is_text,
+}
+KNOWN_OTHERS = {"peft_type", "init_lora_weights"}

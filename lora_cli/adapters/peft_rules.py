@@ -1,0 +1,204 @@
+"""Which modules PEFT adapts, and which it trains in full, for a configuration: PEFT's own rules.
+
+Written down from PEFT 0.21 and tested against it, so that what is saved here can be checked without
+PEFT. Its rules are not those of a recipe: `modules_to_save` compares the ends of names, also in the
+middle of a word; in Mamba models some layers are rejected; and in models whose experts are stored
+as one tensor, names that experts once had are taken for experts, wherever they stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.adapters.attach import lora_layers
+from lora_cli.adapters.lora import LoRALayer
+from lora_cli.adapters.targets import inside, matches, read_by_kernels
+
+HEADS = ("classifier", "score")  # PEFT trains them in full where a task classifies
+CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS")
+SUPPORTED = (
+    nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D,
+)  # fmt: skip
+# names of an expert's layers in older checkpoints, by the family that transformers files a model in
+EXPERTS = {
+    "mixtral": ("gate", "w1", "w3", "w2"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+SHOWN = 3
+
+
+@dataclass
+class PeftReading:
+    """What PEFT makes of a configuration."""
+
+    adapted: set[str] = field(default_factory=set)
+    """Names of the modules that get low-rank matrices."""
+    copied: set[str] = field(default_factory=set)
+    """Names of the modules of which it trains a copy."""
+    errors: list[str] = field(default_factory=list)
+    """Why it raises an error."""
+    experts: set[str] = field(default_factory=set)
+    """Names of modules that it takes for experts, and does not adapt."""
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a base model by each of their names, without the layers put into it."""
+    layers = tuple(f"{name}." for name in lora_layers(model))
+    return {
+        name: module.base if isinstance(module, LoRALayer) else module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and not (layers and name.startswith(layers))
+    }
+
+
+def peft_reading(model: nn.Module, config: dict[str, Any]) -> PeftReading:
+    """Return which modules of a model PEFT adapts and copies for a configuration.
+
+    Args:
+        model: The base model, with or without an adapter of ours; may be on the meta device.
+        config: What `adapter_config.json` holds; `target_modules` is a list or an expression.
+    """
+    reading = PeftReading()
+    modules = base_modules(model)
+    copied = modules_to_save(config)
+    targets, expert_names = config.get("target_modules") or [], _expert_names(model)
+    if isinstance(targets, list):
+        for_experts = [t for t in targets if _ends_in(t, expert_names)]
+        targets = [target for target in targets if target not in for_experts]
+        reading.experts = {n for n in modules if for_experts and matches(for_experts, n)}
+    for name, module in modules.items():
+        if any(inside(name, top) for top in copied) or not matches(targets, name):
+            continue
+        if read_by_kernels(model, name):
+            what = f"in a Mamba model it adapts no `{name.rpartition('.')[2]}`"
+            reading.errors.append(what)
+        elif not isinstance(module, SUPPORTED):
+            kind = type(module).__name__
+            reading.errors.append(f"`{name}` is a {kind}, which it does not adapt")
+        reading.adapted.add(name)
+    reading.copied = copied_modules(modules, config)
+    return reading
+
+
+def modules_to_save(config: dict[str, Any]) -> list[str]:
+    """Return the entries of `modules_to_save`, and what PEFT adds to them where it classifies."""
+    heads = HEADS if config.get("task_type") in CLASSIFYING else ()
+    return [*(config.get("modules_to_save") or []), *heads]
+
+
+def copied_modules(names: Iterable[str], config: dict[str, Any]) -> set[str]:
+    """Return the modules of which PEFT trains a copy: whose names end in an entry, as texts do."""
+    entries = tuple(modules_to_save(config))
+    return {name for name in names if entries and name.endswith(entries)}
+
+
+def _ends_in(name: str, lasts: tuple[str, ...]) -> bool:
+    return name.rpartition(".")[2] in lasts
+
+
+def _expert_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names that PEFT takes for parts of experts in a model."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    try:
+        from transformers import conversion_mapping
+
+        if conversion_mapping.get_checkpoint_conversion_mapping(model_type) is None:
+            return ()
+        families = conversion_mapping._MODEL_TO_CONVERSION_PATTERN
+    except (ImportError, AttributeError):  # of an older or newer transformers
+        return ()
+    return EXPERTS.get("mixtral" if model_type == "mixtral" else families.get(model_type, ""), ())
+
+
+# -------------------------------------------------------------------------------- what would differ
+
+
+def peft_differences(
+    model: nn.Module, config: dict[str, Any], tensors: Collection[str]
+) -> list[str]:
+    """Return how PEFT would read an adapter otherwise than this tool; each with the way out.
+
+    Args:
+        model: The base model, with or without the adapter; may be on the meta device.
+        config: The configuration that stands beside the adapter.
+        tensors: Names of the adapter's tensors, without PEFT's prefix.
+    """
+    if config["peft_type"] != "LORA":
+        return []
+    reading, modules = peft_reading(model, config), base_modules(model)
+    if reading.errors:
+        without = "leave such modules out with `adapter.exclude_modules`"
+        return [f"PEFT would reject this adapter: {e}; {without}" for e in set(reading.errors)]
+    ours = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
+    found = _experts_lost(reading, ours)
+    if lost := sorted(ours - reading.adapted - reading.experts):
+        found.append(
+            f"PEFT would not adapt {_listed(lost)}: by its name, it would train it in full; "
+            "leave it out with `adapter.exclude_modules`"
+        )
+    if more := sorted(reading.adapted - ours):
+        found.append(
+            f"PEFT would adapt {_listed(more)} too, whose name ends like another's; add it to "
+            "`adapter.target_modules`"
+        )
+    own = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    more = sorted(
+        module
+        for module in reading.copied
+        if any(name not in tensors for name in own if name.startswith(f"{module}."))
+    )
+    if more:
+        found.append(
+            f"PEFT would look for weights of {_listed(more)} too, whose name ends like another's; "
+            "add it to `adapter.train_modules`"
+        )
+    if padded := sorted(n for n in ours if getattr(modules[n], "padding_mode", "zeros") != "zeros"):
+        found.append(
+            f"PEFT's update of {_listed(padded)} pads with zeros, where the base does not; leave "
+            "such modules out with `adapter.exclude_modules`"
+        )
+    return found
+
+
+def _experts_lost(reading: PeftReading, ours: set[str]) -> list[str]:
+    """Return what to say of adapted modules that PEFT takes for parts of experts."""
+    lost = sorted(reading.experts & ours)
+    if not lost:
+        return []
+    ends = sorted({name.rpartition(".")[2] for name in lost})
+    without = sorted({".".join(name.split(".")[-2:]) for name in lost})
+    return [
+        f"PEFT would not adapt {_listed(lost)}, {len(lost)} of {len(ours)} modules: in models of "
+        f"this type it takes {_words(ends)} for parts of the experts; to use the adapter in PEFT, "
+        f"train without them: `--set 'adapter.exclude_modules=[{', '.join(without)}]'`, or merge it"
+    ]
+
+
+def _words(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return _words(names[:SHOWN]) + more
+
+
+def full_names(names: Iterable[str], entries: Iterable[str]) -> list[str]:
+    """Return the whole names of the modules that entries name, of nested ones the outermost.
+
+    PEFT compares the ends of names: `norm` would be `input_layernorm` too.
+    """
+    names = list(names)
+    chosen: list[str] = []
+    for entry in entries:
+        chosen += [entry] if entry in names else [n for n in names if matches([entry], n)]
+    return [
+        name
+        for name in dict.fromkeys(chosen)
+        if not any(name.startswith(f"{other}.") for other in chosen)
+    ]

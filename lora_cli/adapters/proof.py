@@ -1,0 +1,130 @@
+"""An independent reading of an adapter, which a merge has to agree with.
+
+It goes from the tensors of the file and the weights of the base to the weights that the merged
+model must have, one parameter at a time and in float64, by PEFT's definition:
+
+    W + s B A                  of an adapted module, s = alpha / rank (rsLoRA: alpha / sqrt(rank))
+    the tensor of the file     of a module in `modules_to_save`, under each name by itself, and of
+                               a bias or another parameter that was trained
+    W                          of all others
+
+It shares no code with the layers, with attaching or with merging. Not the weights are kept but
+their products with a random vector (Freivalds' check): a wrong entry changes the product.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.adapters.targets import first_match
+
+HEADS = ("classifier", "score")
+TOLERANCE = 1e-4  # of the largest entry of a product; float32 alone stays below 1e-5
+
+
+@dataclass
+class ExpectedWeights:
+    """What the parameters of a merged model must be, by all of their names."""
+
+    products: dict[str, Tensor]
+
+    def disagreement(self, merged: nn.Module) -> str | None:
+        """Return the first parameter of a merged model that is not as expected, else None."""
+        actual = dict(merged.named_parameters(remove_duplicate=False))
+        for name, expected in self.products.items():
+            if name not in actual:
+                return name
+            product = _product(actual[name])
+            scale = max(float(expected.abs().max()), 1e-30)
+            if not float((product - expected).abs().max()) <= TOLERANCE * scale:
+                return name
+        return None
+
+
+@torch.no_grad()
+def expected_weights(
+    base: nn.Module, tensors: dict[str, Tensor], config: dict[str, Any]
+) -> ExpectedWeights:
+    """Return what the merged model must hold.
+
+    Args:
+        base: The base model, before the adapter is attached.
+        tensors: Of the adapter's file, by names without PEFT's prefix.
+        config: What `adapter_config.json` holds.
+    """
+    parameters = dict(base.named_parameters(remove_duplicate=False))
+    modules = dict(base.named_modules(remove_duplicate=False))
+    copies = {name for name in modules if name.endswith(_copied(config))}
+    whole: dict[str, Tensor] = {}  # by the name of one place
+    shared: dict[int, Tensor] = {}  # by the parameter, in all of its places
+    for name, tensor in tensors.items():
+        if ".lora_" in name or ".original_module." in name or name.endswith(".base_layer.weight"):
+            continue
+        place = _place(name, parameters)
+        if any(place.startswith(f"{module}.") for module in copies):
+            whole[place] = tensor
+        else:
+            shared[id(parameters[place])] = tensor
+    products = {}
+    for name, parameter in parameters.items():
+        weight = whole.get(name, shared.get(id(parameter), parameter)).detach().double()
+        module, _, last = name.rpartition(".")
+        if last == "weight":
+            weight = weight + _update(module, modules[module], tensors, config)
+        products[name] = _product(weight)
+    return ExpectedWeights(products)
+
+
+def weights_of(model: nn.Module) -> ExpectedWeights:
+    """Return what a copy of a model must hold."""
+    named = model.named_parameters(remove_duplicate=False)
+    return ExpectedWeights({name: _product(parameter) for name, parameter in named})
+
+
+def _copied(config: dict[str, Any]) -> tuple[str, ...]:
+    heads = HEADS if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else ()
+    return (*(config.get("modules_to_save") or ()), *heads) or ("\0",)
+
+
+def _place(name: str, parameters: dict[str, nn.Parameter]) -> str:
+    name = name.replace(".base_layer.", ".")
+    plain = name.replace(".modules_to_save.", ".")
+    return plain if plain in parameters else re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
+
+
+def _update(name: str, module: nn.Module, tensors: dict[str, Tensor], config: Any) -> Tensor:
+    """Return s B A in the layout of a module's weight, or zero where it is not adapted."""
+    found: dict[str, Tensor] = {}
+    for side in "AB":
+        for key in (f"{name}.lora_{side}.weight", f"{name}.lora_embedding_{side}"):
+            found |= {side: tensors[key].double()} if key in tensors else {}
+    if len(found) < 2:
+        return torch.zeros((), dtype=torch.float64)
+    a, b, rank = found["A"], found["B"], found["A"].shape[0]
+    alpha = first_match(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
+    s = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        groups, per = module.groups, a.shape[1] // module.groups
+        rows = a.shape[0] // groups
+        blocks = []
+        for g, part in enumerate(b.flatten(1).chunk(groups)):
+            own = a[g * rows : (g + 1) * rows, g * per : (g + 1) * per]
+            blocks.append(torch.tensordot(part, own, dims=1))
+        return s * torch.cat(blocks)
+    delta = s * (b @ a)
+    return delta.T if isinstance(module, nn.Embedding | Conv1D) else delta
+
+
+def _product(weight: Tensor) -> Tensor:
+    """Return a weight's product with a vector that depends on its shape alone."""
+    rows = weight.detach().double().reshape(weight.shape[0] if weight.ndim else 1, -1)
+    generator = torch.Generator().manual_seed(rows.shape[1])
+    vector = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64)
+    return rows @ vector.to(rows.device)

@@ -1,0 +1,76 @@
+"""Scores have to be finite: what a model says with NaN or infinity behind it is no answer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.adapters.attach import lora_layers
+from lora_cli.errors import NumericsError
+from lora_cli.recipe import Recipe
+
+LARGE_SCALING = 1000.0  # no adapter that learned anything is scaled by as much
+WEIGHTS = "are the weights of the base or of the adapter damaged, or of a model of another dtype?"
+
+
+def likely_cause(model: nn.Module, recipe: Recipe | None = None) -> str:
+    """Return a hint to why a model's outputs are NaN or infinity.
+
+    Args:
+        model: The model, with its adapter attached if it has one.
+        recipe: Says in which precision the model ran; None for float32.
+    """
+    layers = lora_layers(model)
+    name = max(layers, key=lambda name: abs(layers[name].scaling), default=None)
+    if name is not None and abs(layers[name].scaling) > LARGE_SCALING:
+        layer = layers[name]
+        return (
+            f"the update of `{name}` is multiplied by {layer.scaling:g} (alpha {layer.alpha:g}, "
+            f"rank {layer.rank}): is the adapter's alpha right?"
+        )
+    if recipe is not None and recipe.train.precision != "fp32":
+        return "does the model overflow? Try `--set train.precision=fp32`"
+    return WEIGHTS
+
+
+def require_finite(
+    scores: Tensor, model: nn.Module, recipe: Recipe | None = None, at: str | None = None
+) -> None:
+    """Reject scores of which one is NaN or infinity.
+
+    Args:
+        scores: Scores (B, C) of rows.
+        model: What they come from.
+        recipe: Of the model.
+        at: Where to say that they stand.
+
+    Raises:
+        NumericsError: With what is likely the cause.
+    """
+    if not bool(torch.isfinite(scores).all()):
+        bad = scores[~torch.isfinite(scores)].flatten()[0].item()
+        what = f"the model's scores are not finite: one is {bad}"
+        raise NumericsError(what, at, likely_cause(model, recipe))
+
+
+class FiniteScores:
+    """Looks at the scores of each new token while a language model writes; changes none.
+
+    Args:
+        model: The model that writes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores (B, vocabulary) as they are.
+
+        Raises:
+            NumericsError: If one is NaN or infinity. Minus infinity rules a token out, unless all
+                have it.
+        """
+        ruled_out = scores == -torch.inf
+        none_left = ruled_out.all(-1, keepdim=True)
+        require_finite(scores.masked_fill(ruled_out & ~none_left, 0.0), self.model)
+        return scores

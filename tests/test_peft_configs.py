@@ -1,0 +1,104 @@
+"""Adapters of random configurations, from PEFT to here and back: the same outputs, or a clear no.
+
+A few examples run with the suite. A thousand, with the counts of what came of them:
+
+    LORA_PEFT_EXAMPLES=1000 pytest tests/test_peft_configs.py -s
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import peft_configs
+import pytest
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import strategies as st
+from peft_configs import ARCHITECTURES, TOLERANCE, base_of, configs, difference, read_by_peft
+
+from lora_cli.adapters.attach import merge
+from lora_cli.adapters.folder import read_adapter
+from lora_cli.adapters.loading import load_adapter
+from lora_cli.adapters.peft_config import VARIANTS
+from lora_cli.errors import LoraError
+
+EXAMPLES = int(os.environ.get("LORA_PEFT_EXAMPLES", "25"))
+COUNTS: Counter[str] = Counter()
+# what a message may name as the reason why PEFT's adapter is not read here
+REASONS = [
+    *VARIANTS,
+    "DoRA",
+    "ensure_weight_tying",
+    "init_lora_weights",
+    "both adapted and trained in full",  # `modules_to_save` names a part of a target's name
+    "no adapter fits",  # an embedding that scales what it looks up
+    "PEFT's update of it with zeros",  # of a convolution that pads by reflection
+    "num_batches_tracked",  # batch normalisation in `modules_to_save`
+    "cannot be divided among",  # ranks and groups of a convolution
+]
+given_freely = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=EXAMPLES <= 25,
+    database=None,
+    phases=[Phase.generate],  # a configuration is short enough to read without shrinking
+    report_multiple_bugs=False,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counts() -> Iterator[None]:
+    yield
+    if EXAMPLES > 25:
+        for what, count in sorted(COUNTS.items()):
+            print(f"{count:6}  {what}")  # noqa: T201 - the counts are what it is run for
+
+
+@given_freely
+@given(data=st.data())
+def test_what_peft_saves_is_read_here_as_peft_reads_it(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    name = data.draw(st.sampled_from(sorted(ARCHITECTURES)))
+    config = data.draw(configs(name))
+    folder = _empty(tmp_path_factory)
+    trained = peft_configs.save_by_peft(folder, base_of(name), config)
+    theirs = read_by_peft(folder, base_of(name)) if trained is not None else None
+    assume(theirs is not None)
+    ours = copy.deepcopy(base_of(name))
+    reason = _reason(lambda: load_adapter(ours, read_adapter(folder), []))
+    if reason is not None:
+        assert any(known in reason for known in REASONS), f"{reason}\n{config}"
+        COUNTS[f"{name}: rejected by {next(r for r in REASONS if r in reason)}"] += 1
+        return
+    if difference(trained, theirs) > TOLERANCE:  # it forgets the output layer: with
+        COUNTS[f"{name}: PEFT reads another"] += 1  # `ensure_weight_tying`, in GPT-2 and T5
+        theirs = trained
+    assert difference(ours.eval(), theirs) <= TOLERANCE, config
+    COUNTS[f"{name}: equal"] += 1
+    if (reason := _reason(lambda: merge(ours))) is not None:
+        assert "spans all channels" in reason
+        return
+    assert difference(ours, theirs) <= TOLERANCE, config
+    COUNTS[f"{name}: merged equal"] += 1
+
+
+def _reason(run: Callable[[], object]) -> str | None:
+    """Return why something is rejected, or None if it is not."""
+    try:
+        run()
+    except LoraError as error:
+        return str(error)
+    return None
+
+
+def _empty(factory: pytest.TempPathFactory) -> Path:
+    folder = factory.getbasetemp() / "adapter"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder

@@ -1,0 +1,220 @@
+"""Our reading of PEFT's rules, against PEFT: what it adapts, copies and rejects, by model type."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from lora_cli.adapters.attach import attach, lora_layers
+from lora_cli.adapters.folder import differences_in_peft, save_adapter
+from lora_cli.adapters.peft_rules import full_names, peft_reading
+from lora_cli.errors import LoraError
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 16, "max_position_embeddings": 32, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS = {"moe_intermediate_size": 8, "num_experts_per_tok": 1, "num_key_value_heads": 1}
+MODELS: dict[str, dict[str, Any]] = {
+    "glm4_moe": {
+        **EXPERTS, "n_routed_experts": 2, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "n_group": 1, "topk_group": 1, "head_dim": 8,
+    },
+    "ernie4_5_moe": {
+        **EXPERTS, "moe_num_experts": 2, "moe_num_shared_experts": 1, "moe_k": 1,
+        "moe_layer_start_index": 1, "moe_layer_end_index": 1, "head_dim": 8,
+    },
+    "deepseek_v3": {
+        **EXPERTS, "n_routed_experts": 2, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "n_group": 1, "topk_group": 1, "q_lora_rank": 4, "kv_lora_rank": 4,
+        "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "num_key_value_heads": 2,
+    },
+    "qwen3_next": {
+        **EXPERTS, "num_experts": 2, "shared_expert_intermediate_size": 8, "head_dim": 8,
+        "linear_num_value_heads": 2, "linear_num_key_heads": 1, "linear_key_head_dim": 4,
+        "linear_value_head_dim": 4, "layer_types": ["linear_attention", "full_attention"],
+    },
+    "qwen3_moe": {**EXPERTS, "num_experts": 2, "head_dim": 8},
+    "mixtral": {"num_local_experts": 2, "num_key_value_heads": 1},
+    "mamba": {"state_size": 4, "time_step_rank": 2},
+    "llama": {"num_key_value_heads": 1},
+}  # fmt: skip
+
+
+@functools.cache
+def base_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "distilbert":
+        small = {"vocab_size": 64, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 16}
+        config = AutoConfig.for_model("distilbert", **small)
+        return AutoModelForSequenceClassification.from_config(config)
+    if name == "bert":
+        return tiny.encoder()
+    config = AutoConfig.for_model(name, **{**SMALL, **MODELS[name]})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def by_peft(base: nn.Module, config: dict[str, Any]) -> tuple[set[str], set[str]] | None:
+    """Return what PEFT adapts and copies, or None if it raises."""
+    given = {key: value for key, value in config.items() if key != "peft_type"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**given))
+        except ValueError:
+            return None
+    copied = {
+        name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    return set(model.base_model.targeted_module_names), copied
+
+
+CAUSAL, CLASSIFY = {"task_type": "CAUSAL_LM"}, {"task_type": "SEQ_CLS"}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("llama", {"target_modules": ["q_proj", "0.mlp.up_proj"], **CAUSAL}),
+        ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["norm"], **CAUSAL}),
+        ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["model.norm"], **CAUSAL}),
+        ("llama", {"target_modules": ["q_proj", "mlp"], **CAUSAL}),
+        ("llama", {"target_modules": r".*\.(q|v)_proj", **CAUSAL}),
+        ("bert", {"target_modules": ["dense", "query"], **CLASSIFY}),
+        ("bert", {"target_modules": ["dense"], "modules_to_save": ["pooler"], **CLASSIFY}),
+        ("distilbert", {"target_modules": ["q_lin"], **CLASSIFY}),
+        ("mamba", {"target_modules": ["in_proj", "x_proj"], **CAUSAL}),
+        ("mamba", {"target_modules": ["in_proj", "out_proj"], **CAUSAL}),
+        ("mamba", {"target_modules": ["conv1d"], **CAUSAL}),
+        *(
+            (name, {"target_modules": ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]})
+            for name in ("glm4_moe", "ernie4_5_moe", "qwen3_next", "qwen3_moe")
+        ),
+        ("deepseek_v3", {"target_modules": ["kv_b_proj", "gate_proj", "up_proj", "down_proj"]}),
+        ("glm4_moe", {"target_modules": ["q_proj", "down_proj"]}),
+        ("mixtral", {"target_modules": ["q_proj", "k_proj"]}),
+    ],
+    ids=str,
+)
+def test_what_peft_adapts_and_copies(name: str, config: dict[str, Any]) -> None:
+    reading = peft_reading(base_of(name), {"peft_type": "LORA", **config})
+    theirs = by_peft(base_of(name), config)
+    if theirs is None:
+        assert reading.errors
+        return
+    assert not reading.errors
+    assert (reading.adapted, reading.copied) == theirs
+
+
+def adapted(name: str, head: list[str], **adapter: Any) -> tuple[nn.Module, Any]:
+    model = copy.deepcopy(base_of(name))
+    recipe = tiny.recipe_of("sequence_classification" if head else "causal_lm", **adapter)
+    attach(model, recipe, head)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.2)
+    return model.eval(), recipe
+
+
+def loaded_by_peft(name: str, folder: Path) -> nn.Module | None:
+    """Return the base with a folder's adapter as PEFT reads it, or None if it raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return peft.PeftModel.from_pretrained(copy.deepcopy(base_of(name)), folder).eval()
+        except (ValueError, KeyError):
+            return None
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 12)[None]).logits
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "adapter", "said"),
+    [
+        ("llama", [], {"target_modules": "all-linear"}, None),
+        ("llama", [], {"target_modules": ["q_proj"], "train_modules": ["norm"]}, None),
+        ("llama", [], {"target_modules": ["q_proj"], "train_modules": ["input_layernorm"]}, None),
+        ("bert", ["classifier"], {"target_modules": ["query"], "bias": "all"}, None),
+        ("distilbert", ["pre_classifier", "classifier"], {"target_modules": ["q_lin"]}, None),
+        ("distilbert", ["classifier"], {"target_modules": ["q_lin"]}, "pre_classifier"),
+        ("mamba", [], {"target_modules": "all-linear"}, None),
+        ("glm4_moe", [], {"target_modules": "all-linear"}, "shared_experts"),
+        ("ernie4_5_moe", [], {"target_modules": "all-linear"}, "shared_experts"),
+        ("deepseek_v3", [], {"target_modules": "all-linear"}, "shared_experts"),
+        ("qwen3_next", [], {"target_modules": "all-linear"}, "shared_expert"),
+        ("qwen3_moe", [], {"target_modules": "all-linear"}, None),
+        ("mixtral", [], {"target_modules": "all-linear"}, None),
+    ],
+    ids=str,
+)
+def test_what_is_said_of_peft_is_true(
+    name: str, head: list[str], adapter: dict[str, Any], said: str | None, tmp_path: Path
+) -> None:
+    """Nothing is said where PEFT computes the same, and something wherever it does not."""
+    model, recipe = adapted(name, head, rank=2, **adapter)
+    in_full = [*head, *recipe.adapter.train_modules]
+    save_adapter(tmp_path, model, recipe, in_full)
+    before = differences_in_peft(model, recipe, in_full)
+    assert before == differences_in_peft(model, recipe, in_full, tmp_path)
+    theirs = loaded_by_peft(name, tmp_path)
+    if said is None:
+        assert not before
+        assert theirs is not None
+        torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-4)
+        return
+    assert said in " ".join(before)
+    assert theirs is None or not torch.allclose(logits(theirs), logits(model), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "qwen3_next"])
+def test_the_way_out_leads_out(name: str, tmp_path: Path) -> None:
+    model, recipe = adapted(name, [], rank=2, target_modules="all-linear")
+    (said,) = differences_in_peft(model, recipe, [])
+    excluded = said.partition("exclude_modules=[")[2].partition("]")[0].split(", ")
+    model, recipe = adapted(name, [], rank=2, target_modules="all-linear", exclude_modules=excluded)
+    assert differences_in_peft(model, recipe, []) == []
+    save_adapter(tmp_path, model, recipe, [])
+    theirs = loaded_by_peft(name, tmp_path)
+    assert theirs is not None
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_mamba_s_kernels_read_get_no_adapter() -> None:
+    model, _ = adapted("mamba", [], target_modules="all-linear")
+    assert {name.rpartition(".")[2] for name in lora_layers(model)} == {
+        "in_proj", "x_proj", "dt_proj",
+    }  # fmt: skip
+    with pytest.raises(LoraError, match="Mamba's kernels read themselves"):
+        adapted("mamba", [], target_modules=["in_proj", "out_proj"])
+    adapted("mamba", [], target_modules="all-linear", exclude_modules=["out_proj", "dt_proj"])
+
+
+def test_modules_in_full_are_written_by_their_whole_names(tmp_path: Path) -> None:
+    model, recipe = adapted("llama", [], target_modules=["q_proj"], train_modules=["norm", "1.mlp"])
+    save_adapter(tmp_path, model, recipe, recipe.adapter.train_modules)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["model.norm", "model.layers.1.mlp"]
+
+
+def test_of_nested_names_the_outermost_stands() -> None:
+    names = ["a", "a.norm", "b.norm", "b.prenorm"]
+    assert full_names(names, ["norm", "a"]) == ["b.norm", "a"]
