@@ -353,8 +353,8 @@ def merge(
     )
     if result.untied:
         typer.echo(
-            f"untied {' and '.join(result.untied)}: their common weight was adapted for "
-            "one of them, so each has its own now"
+            f"untied {' and '.join(result.untied)}: the adapter changes them differently, "
+            "so each has its own weight now"
         )
     if not result.verified:
         typer.echo(

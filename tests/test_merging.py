@@ -170,7 +170,7 @@ def test_adapting_one_of_two_tied_weights_unties_them(
     said = next(line for line in result.stdout.splitlines() if line.startswith("untied "))
     assert embedding in said
     assert head in said
-    assert said.endswith("their common weight was adapted for one of them, so each has its own now")
+    assert said.endswith("the adapter changes them differently, so each has its own weight now")
     model = plain(tmp_path / "merged")
     assert model.config.tie_word_embeddings is False
     ours, theirs = model.get_input_embeddings().weight, model.get_output_embeddings().weight

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from closeness import assert_close
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from lora_cli.adapters.attach import lora_layers, trainable_parameters
@@ -231,6 +232,61 @@ def test_an_adapter_of_peft(base: Path, tmp_path: Path) -> None:
     assert heads
     assert all(name.startswith("classifier.") for name in heads)
     train(only_from(path, tmp_path / "peft"))
+
+
+@pytest.mark.parametrize("in_full", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_each_side_of_a_tie_is_trained_further_and_resumed(
+    bases: dict[str, Path], tmp_path: Path, in_full: list[str]
+) -> None:
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=in_full
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the model's weights are tied
+        theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(bases["llama"]), config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path / "peft")
+    sections: dict[str, Any] = {"checkpoint": {"every_steps": 1}, "train": {"max_steps": 2}}
+    path = recipe_file(bases["llama"], tmp_path / "new", **sections)
+    recipe = only_from(path, tmp_path / "peft")
+    _, ours = started(recipe)
+    assert torch.allclose(logits(ours), logits(theirs.eval()), atol=1e-4)
+    assert recipe.adapter.ensure_weight_tying is False
+    names = {name for name in trainable_parameters(ours) if ".lora_" not in name}
+    assert {name.split(".")[-2] for name in names} == set(in_full)
+
+    train(only_from(path, tmp_path / "peft"))
+    out = tmp_path / "new" / "out"
+    trained_once = (out / "adapter_model.safetensors").read_bytes()
+    for name in ("report.json", "checkpoints/step-000002"):
+        (shutil.rmtree if (out / name).is_dir() else Path.unlink)(out / name)
+    train(only_from(path, tmp_path / "peft"), resume=True)
+    assert (out / "adapter_model.safetensors").read_bytes() == trained_once
+    _, ours, _ = open_adapter(out, load_recipe(out / "recipe.yaml"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = AutoModelForCausalLM.from_pretrained(bases["llama"])
+        again = peft.PeftModel.from_pretrained(base, out)
+    assert torch.allclose(logits(ours), logits(again.eval()), atol=1e-4)
+
+
+def test_an_alpha_that_cannot_learn_is_named(base: Path, tmp_path: Path) -> None:
+    old = trained(base, tmp_path / "old", adapter=OLD, train={"max_steps": 1})
+    for name in ("manifest.json", "recipe.yaml"):
+        (old / name).unlink()
+    file = old / "adapter_config.json"
+    file.write_text(file.read_text().replace('"lora_alpha": 5', '"lora_alpha": -3'))
+    with pytest.raises(LoraError, match=r"`alpha` of the adapter of `adapter\.from` is -3"):
+        started(only_from(recipe_file(base, tmp_path / "new"), old))
+
+
+def test_modules_in_full_may_be_written_shorter(base: Path, tmp_path: Path) -> None:
+    adapter = {"rank": 2, "train_modules": ["embeddings.LayerNorm"]}
+    old = trained(base, tmp_path / "old", adapter=adapter, train={"max_steps": 1})
+    started(only_from(recipe_file(base, tmp_path / "new"), old, **adapter))
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])

@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, read_adapter
 from lora_cli.adapters.loading import load_adapter, own_parameters, verify_base
-from lora_cli.adapters.peft_rules import copied_modules, full_names
+from lora_cli.adapters.peft_rules import base_modules, copied_modules, full_names
 from lora_cli.adapters.targets import first_match, inside, resolve_targets
 from lora_cli.errors import LoraError, Problem, beside
 from lora_cli.files import MANIFEST
@@ -127,17 +128,28 @@ def take_over(model: nn.Module, recipe: Recipe, head: list[str], held: AdapterFo
             "alpha_pattern": _used(config.get("alpha_pattern"), adapted, float),
             "bias": config.get("bias") or "none",
         }
+    given = {key: getattr(spec, key) for key in spec.model_fields_set & theirs.keys()}
+    if "train_modules" in given and set(
+        full_names(base_modules(model), given["train_modules"])
+    ) == {*own}:
+        del given["train_modules"]  # written shorter
     problems = [
-        _differs(recipe, key, getattr(spec, key), value)
+        _differs(recipe, key, given[key], value)
         for key, value in theirs.items()
-        if key in spec.model_fields_set and getattr(spec, key) != value
+        if key in given and given[key] != value
     ]
     problems += _other_targets(model, recipe, head, adapted)
     if problems:
         raise LoraError(problems)
     kept = {"from_": spec.from_, "dropout": spec.dropout}
     targets = {"target_modules": adapted} if adapted else {}
-    recipe.adapter = AdapterSpec(**{**kept, **theirs, **targets})
+    try:
+        recipe.adapter = AdapterSpec(**{**kept, **theirs, **targets})
+    except ValidationError as error:  # PEFT takes an alpha of 0 or less, which learns nothing
+        first = error.errors()[0]
+        what = f"`{first['loc'][0]}` of the adapter of `adapter.from` is {first['input']}"
+        hint = "it can be used as it is, but not trained further"
+        raise LoraError(what, recipe.at("adapter.from"), hint) from error
 
 
 def _trained_in_full(

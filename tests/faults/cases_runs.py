@@ -273,7 +273,13 @@ ADAPTERS: dict[str, Callable[[Path], None]] = {
     "DoRA": _config(use_dora=True),
     "an adapter that depends on tokens": _config(alora_invocation_tokens=[1]),
     "a base that was changed too": _config(init_lora_weights="pissa"),
+    "an initialisation that is no name": _config(init_lora_weights=[1]),
+    "layers that run several times": _config(layer_replication=[[0, 2], [1, 2]]),
+    "a key of a newer version": _config(use_newer={"way": 1}),
     "a rank that is no number": _config(r="eight"),
+    "an alpha that is no number": _config(lora_alpha=float("nan")),
+    "an alpha that overflows": _config(lora_alpha=1e36),
+    "a rank that a tie decides": _config(r=3, ensure_weight_tying=True),
     "weights that are cut": lambda f: _cut(f / WEIGHTS),
     "NaN": _of_first("lora_A", lambda t: t * float("nan")),
     "another rank": _of_first("lora_A", lambda t: t[:2]),
@@ -286,6 +292,13 @@ ADAPTERS: dict[str, Callable[[Path], None]] = {
     "no head": _without("classifier"),
     "a head of other labels": _of_first("classifier.out_proj", lambda t: t.repeat(2, 1)
         if t.ndim == 2 else t.repeat(2)),
+    "a module adapted and trained in full": _renamed(
+        "0.attention.self.query.lora_A", "0.attention.self.query.original_module.lora_A"),
+    "a bias of two values": _tensors(lambda t: t | {
+        "base_model.model.classifier.modules_to_save.default.dense.bias": torch.ones(32)}),
+    "single rows of an embedding": _tensors(lambda t: t | {
+        "base_model.model.roberta.embeddings.word_embeddings.token_adapter.trainable_tokens_delta":
+            torch.ones(2, 32)}),
     "whole numbers": _tensors(lambda t: t | {"steps": torch.ones(2, dtype=torch.int64)}),
     "a tensor twice": _tensors(lambda t: t | {
         n.removeprefix("base_model.model."): x.clone() for n, x in t.items()}),
@@ -365,9 +378,18 @@ def _start(**adapter: Any) -> Callable[[World], Printed]:
     return run
 
 
+def _negative_alpha(world: World) -> Printed:
+    folder = world.folder / world.trained()
+    (folder / "manifest.json").unlink()
+    _edit(folder / CONFIG, lora_alpha=-3)
+    recipe = world.recipe(adapter={"from": "./trained"}, task={"labels": ["bad", "good"]})
+    return world.lora("train", recipe)
+
+
 for _name, _run in {
     "of another rank and alpha": _start(rank=3, alpha=5),
     "of other targets": _start(target_modules=["key"]),
+    "whose alpha learns nothing": _negative_alpha,
     "that is not there": _with("train", adapter={"from": "./nowhere"}),
     "of the Hub, without a network": _with("train", adapter={"from": "nobody/nothing"}),
 }.items():

@@ -62,6 +62,7 @@ PAIR = "two files, line by line; tests/test_inference.py"
 MIRROR = "waits seconds before it gives up, or needs a crash; tests/faults/test_mirror.py"
 REST: dict[str, str] = {
     "adapters/loading.py:_check_plain": "an adapter on tied weights; tests/test_folder.py",
+    "adapters/loading.py:_check_pair": CONV,
     "adapters/lora.py:delta_weight": CONV,
     "adapters/lora.py:check_groups": CONV,
     "adapters/targets.py:groups_problem": CONV,
@@ -78,6 +79,7 @@ REST: dict[str, str] = {
     "files.py:require_space": "needs a disk that is nearly full",
     "fingerprint.py:_tensor_hash": "needs a file that is cut while it is read",
     "merging.py:merge_adapter": "a fault of ours: merging is proved; tests/test_merging.py",
+    "merging.py:_require_saved": "a fault of ours: saving is proved; tests/test_merging.py",
     "metrics/builtin.py:_perplexity": "a guard: a split without trained tokens is refused before",
     "metrics/metric_set.py:compute": "a guard: an empty split is refused before",
     "metrics/builtin.py:check_metric_names": "needs an environment without sacrebleu",
