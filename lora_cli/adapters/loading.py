@@ -20,7 +20,12 @@ from lora_cli.adapters.attach import (
     even_norms,
     lora_layers,
 )
-from lora_cli.adapters.folder import AdapterFolder, within_groups
+from lora_cli.adapters.folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterFolder,
+    within_groups,
+)
 from lora_cli.adapters.lora import LoRAConv, LoRALayer, can_adapt
 from lora_cli.adapters.peft_rules import copied_modules
 from lora_cli.adapters.targets import Target, first_match, groups_problem, inside, matches
@@ -30,6 +35,7 @@ from lora_cli.fingerprint import Fingerprint, require_base
 from lora_cli.recipe import Recipe
 
 SHOWN = 8  # problems of a kind
+TOGETHER = f"{CONFIG_FILE} and {WEIGHTS_FILE} do not belong together: copy both again"
 
 
 def load_adapter(
@@ -260,11 +266,11 @@ def _sort_tensors(
         elif ".original_module." not in name:  # the head before training: PEFT's `bias: all`
             short = _parameter_name(name, parameters)
             if short in plain and not torch.equal(plain[short], tensor):
-                problems.append(Problem(f"`{short}` stands in the adapter with two values"))
+                problems.append(Problem(f"`{short}` has two values in it", hint=TOGETHER))
             plain[short] = tensor
     for module, pair in pairs.items():
         if set(pair) != {"A", "B"}:
-            problems.append(Problem(f"`{module}` has only lora_{next(iter(pair))}"))
+            problems.append(Problem(f"`{module}` has only lora_{next(iter(pair))}", hint=TOGETHER))
     pairs = {module: pair for module, pair in pairs.items() if set(pair) == {"A", "B"}}
     return pairs, plain, frozen, problems
 
@@ -306,9 +312,11 @@ def _check_pair(
     stated = int(first_match(config.get("rank_pattern") or {}, name, config.get("r", rank)))
     alpha = first_match(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
     if stated != rank:
-        hint = "with `ensure_weight_tying`, PEFT gives a tied module the rank of the other"
+        hint = TOGETHER
+        if config.get("ensure_weight_tying"):
+            hint = "with `ensure_weight_tying`, PEFT gives a tied module the rank of the other"
         what = f"`{name}` has rank {rank}, its configuration says {stated}"
-        return [Problem(what, hint=hint if config.get("ensure_weight_tying") else None)], []
+        return [Problem(what, hint=hint)], []
     target = Target(name, rank, alpha)
     if problems := groups_problem(module, target):
         return problems, []

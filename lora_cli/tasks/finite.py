@@ -34,7 +34,10 @@ def likely_cause(model: nn.Module, recipe: Recipe | None = None) -> str:
 
 
 def require_finite(
-    scores: Tensor, model: nn.Module, recipe: Recipe | None = None, at: str | None = None
+    scores: Tensor,
+    model: nn.Module,
+    recipe: Recipe | None = None,
+    at: str = "the model with its adapter",
 ) -> None:
     """Reject scores of which one is NaN or infinity.
 
