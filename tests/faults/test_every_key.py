@@ -348,6 +348,10 @@ CHANGES: dict[str, Change] = {
     "adapter.alpha_pattern": Change(losses, ({}, {"query": 99.0})),
     "adapter.bias": Change(report, ("none", "all")),
     "adapter.train_modules": Change(report, ([], ["pooler"]), also={"model.name": "../bases/bert"}),
+    "adapter.ensure_weight_tying": Change(
+        losses, (True, False), "text",
+        also={"adapter.train_modules": ["embed_tokens", "lm_head"]},
+    ),
     # ------------------------------------------------------------------------------------ train
     "train.epochs": Change(report, (1.0, 0.5), also={"train.max_steps": None}),
     "train.max_steps": Change(report, (2, 3)),
