@@ -131,7 +131,7 @@ def test_equal_texts_are_not_near_duplicates() -> None:
 
 
 def test_a_changed_word_of_a_short_text_makes_another_text() -> None:
-    pairs = ["turn the light on", "turn the radio on", "a", "b", "", "I like it", "I hate it"]
+    pairs = ["turn the light on", "turn the light off", "a", "b", "", "I like it", "I hate it"]
     assert len(near_repeated(prints(pairs))[0]) == 0
 
 
@@ -211,6 +211,26 @@ def test_marks_alone_are_texts_of_their_own() -> None:
 def test_changed_copies_of_short_texts_are_found(text: str, changed: str, other: str) -> None:
     rows, partner = near_repeated(prints([text, other, changed]))
     assert (rows.tolist(), partner.tolist()) == ([2], [0])
+
+
+def test_of_short_texts_the_similarity_is_counted() -> None:
+    things = ["帽子", "椅子", "靴", "時計", "スマホ", "バッグ", "椅子と机", "大きな椅子"]
+    texts = [f"{thing}を返品したいのですが" for thing in things]
+    texts += [f"where is my {thing}" for thing in ("bag", "bags", "big bag", "hat", "old hat")]
+    rows, others = near_repeated(prints(texts))
+    found = set(zip(rows.tolist(), others.tolist(), strict=True))
+    assert all(similarity(texts[i], texts[j]) >= near.SIMILAR for i, j in found)
+    pairs = {
+        (i, j) for i in range(len(texts)) for j in range(i)
+        if similarity(texts[i], texts[j]) >= near.SIMILAR
+    }  # fmt: skip
+    assert pairs
+    assert {i for i, _ in pairs} == {i for i, _ in found}
+    # two texts of different splits, each pair by itself
+    for i in range(len(texts)):
+        for j in range(i):
+            near_rows, _ = near_shared(prints([texts[i]]), prints([texts[j]]))
+            assert bool(len(near_rows)) == (similarity(texts[i], texts[j]) >= near.SIMILAR)
 
 
 def test_texts_on_both_sides_of_what_is_short_are_compared() -> None:

@@ -9,9 +9,9 @@ length can be compared.
 The similarity is estimated by MinHash (Broder, "On the resemblance and containment of documents",
 1997): of `HASHES` hash functions each keeps the smallest value over a text's runs, and two texts
 agree in a value with a probability equal to their similarity. Only texts that agree in a whole band
-of values are compared, so the time grows with the number of texts, and nothing of a text is kept
-but its hashes: 520 bytes, of texts of both lengths twice that. Nothing is drawn at random: the same
-texts give the same answer.
+of values are compared, so the time grows with the number of texts. Of two short texts, of which
+many differ by one word, the similarity is counted instead. Nothing of a text is kept but hashes:
+520 bytes, of a short one 200 more. Nothing is drawn at random: the same texts give the same answer.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ SIMILAR = 0.8
 """Share of common runs from which on two texts are near duplicates."""
 RUN, SHORT_RUN, WIDE_RUN = 5, 3, 2  # characters: of a text, of a short one, of wide letters
 SHORT, AROUND_SHORT = 40, 6  # characters: of what is short, and how much more may be either
+SHORT_WIDTH = SHORT + AROUND_SHORT + 2  # runs of the longest short text with a space at both ends
 HASHES = 128
 BAND = 4  # a pair at `SIMILAR` agrees in one of 32 bands with a probability of 0.99999
 WIDE = ((0x1100, 0x11FF), (0x2E80, 0xA4CF), (0xAC00, 0xD7A3), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
-MOST_ROWS = 500_000  # of a split that are compared: their hashes take 256 MiB
+MOST_ROWS = 500_000  # of a split that are compared: their hashes take 256 to 700 MiB
 MOST_RUNS = 4096  # of a text; of a longer one, those with the smallest hashes stand for it
 MOST_CHARACTERS = 1_000_000  # of a text, and about as many of the texts that are hashed together
 
 Hashes = NDArray[np.uint64]
 Signatures = NDArray[np.uint32]
 Indices = NDArray[np.int64]
+Shares = NDArray[np.float64]
 
 _seeds = np.random.default_rng(0x10A).integers(0, 2**32, (2, HASHES), dtype=np.uint32)
 _XOR, _ODD = _seeds[0], _seeds[1] | np.uint32(1)
@@ -52,11 +54,15 @@ class Fingerprints:
         exact: A hash of each text (N,); 64 bits, so that equal ones are equal texts.
         near: MinHash values (M, HASHES) of the first texts; empty where they were not wanted.
         near_rows: Which text each of them is of (M,), ascending.
+        runs: The runs of the short texts (S, SHORT_WIDTH), filled up with the first.
+        runs_at: Where each of the MinHash values has its runs (M,), -1 for long texts.
     """
 
     exact: Hashes
     near: Signatures
     near_rows: Indices
+    runs: Signatures
+    runs_at: Indices
 
     @classmethod
     def of(cls, batches: Iterable[list[str]], near: bool = True) -> Fingerprints:
@@ -64,7 +70,8 @@ class Fingerprints:
         exact: list[Hashes] = []
         signatures = [np.empty((0, HASHES), dtype=np.uint32)]
         rows = [np.empty(0, dtype=np.int64)]
-        count = 0
+        runs, runs_at = [np.empty((0, SHORT_WIDTH), dtype=np.uint32)], [rows[0]]
+        count = short = 0
         for batch in batches:
             texts = [normalised(text) for text in batch]
             hashed = [xxhash.xxh3_64_intdigest(t.encode("utf-8", "surrogatepass")) for t in texts]
@@ -74,12 +81,19 @@ class Fingerprints:
                 of = np.array([i + count for i, _ in chosen], dtype=np.int64)
                 signatures += [_signatures(group, run) for group in _groups([t for _, t in chosen])]
                 rows.append(of)
+                is_short = run == SHORT_RUN
+                if is_short:
+                    runs.append(_short_runs([text for _, text in chosen]))
+                runs_at.append(short + np.arange(len(of)) if is_short else np.full(len(of), -1))
+                short += len(of) if is_short else 0
             count += len(texts)
         by_row = np.argsort(np.concatenate(rows), kind="stable")
         return cls(
             np.concatenate(exact) if exact else np.empty(0, dtype=np.uint64),
             np.concatenate(signatures)[by_row],
             np.concatenate(rows)[by_row],
+            np.concatenate(runs),
+            np.concatenate(runs_at)[by_row],
         )
 
     def __len__(self) -> int:
@@ -146,12 +160,26 @@ def _near(
             ours, others = own[found >= 0], theirs[first[found[found >= 0]]]
         unknown = partner[a.near_rows[ours]] < 0
         ours, others = ours[unknown], others[unknown]
-        for start in range(0, len(ours), 100_000):  # bounds the memory of what is compared
-            part, against = ours[start : start + 100_000], others[start : start + 100_000]
-            good = (a.near[part] == b.near[against]).mean(axis=1) >= SIMILAR
+        for start in range(0, len(ours), 10_000):  # bounds the memory of what is compared
+            part, against = ours[start : start + 10_000], others[start : start + 10_000]
+            good = _similarity(a, part, b, against) >= SIMILAR
             partner[a.near_rows[part[good]]] = b.near_rows[against[good]]
     rows = np.flatnonzero(partner >= 0)
     return rows, partner[rows]
+
+
+def _similarity(a: Fingerprints, ours: Indices, b: Fingerprints, others: Indices) -> Shares:
+    """Return how similar pairs of texts are (N,): of short ones counted, of others estimated."""
+    result: Shares = (a.near[ours] == b.near[others]).mean(axis=1)
+    short = np.flatnonzero((a.runs_at[ours] >= 0) & (b.runs_at[others] >= 0))
+    x, y = np.sort(a.runs[a.runs_at[ours[short]]]), np.sort(b.runs[b.runs_at[others[short]]])
+    first_x, first_y = (
+        np.diff(runs, axis=1, prepend=~runs[:, :1]) != 0  # of equal runs, the first counts
+        for runs in (x, y)
+    )
+    common = ((x[:, :, None] == y[:, None, :]).any(axis=2) & first_x).sum(axis=1)
+    result[short] = common / (first_x.sum(axis=1) + first_y.sum(axis=1) - common)
+    return result
 
 
 def _find(wanted: Hashes, keys: Hashes) -> Indices:
@@ -213,6 +241,18 @@ def _signatures(texts: list[str], run: int) -> Signatures:
     result = np.empty((len(texts), HASHES), dtype=np.uint32)
     for i in range(HASHES):
         result[:, i] = np.minimum.reduceat((runs ^ _XOR[i]) * _ODD[i], starts)
+    return result
+
+
+def _short_runs(texts: list[str]) -> Signatures:
+    """Return the hashes of the runs of short texts (N, SHORT_WIDTH)."""
+    padded = [f" {text} ".ljust(RUN) for text in texts]
+    lengths = np.array([len(text) for text in padded])
+    starts = np.cumsum(lengths) - lengths
+    runs = _run_hashes("".join(padded), starts, lengths, SHORT_RUN)
+    columns = np.arange(SHORT_WIDTH)
+    inside = columns < lengths[:, None]
+    result: Signatures = runs[starts[:, None] + np.where(inside, columns, 0)]
     return result
 
 
