@@ -115,6 +115,7 @@ def _reply(
         best = sorted((p for p in scores if isinstance(p, float)), reverse=True)[:1]
         write(f"{said}" + (f"\t{best[0]:.4f}" if best else "") + "\n")
         return
+    task.note_control_tokens([task.row_of(said)])
     if task.is_chat:
         turns = [*history, {"role": "user", "content": said}]
         prompt = task.chat_prompt(turns)

@@ -32,6 +32,7 @@ from lora_cli.tasks.sequence_classification import SequenceClassification
 from lora_cli.tasks.streaming import Stream
 from lora_cli.tasks.unknown import MOST_UNKNOWN, Unknown, count_unknown, unknown_warning
 
+NO_WORDS = ("role", "from", "type", "id", "tool_call_id", "weight")  # keys of turns and parts
 N_SHOWN = 3  # examples of each finding
 
 
@@ -248,7 +249,7 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         if "system" in (value.get("role"), value.get("from")):
             return ""
-        return "\n".join(_text(v) for key, v in value.items() if key not in ("role", "from"))
+        return "\n".join(_text(v) for key, v in value.items() if key not in NO_WORDS)
     if isinstance(value, bytes):
         return xxhash.xxh3_128_hexdigest(value)
     return "" if value is None else str(value)
