@@ -65,16 +65,16 @@ def difference_of_form(text: str, other: str) -> str:
 
     if not differ(functools.partial(unicodedata.normalize, "NFC")):
         codes = (t.encode("unicode_escape").decode() for t in (text, other))
-        return "their normal form of Unicode ({} and {})".format(*codes)
+        return "the normal form of Unicode ({} and {})".format(*codes)
     if not differ(functools.partial(unicodedata.normalize, "NFKC")):
-        return "the width of their letters, or another form of them"
+        return "the width or the form of letters"
     if not differ(str.casefold):
         return "case"
     if not differ(lambda t: "".join(t.split())):
         return "spaces"
     if not differ(lambda t: _INVISIBLE.sub("", t)):
         return "characters that cannot be seen"
-    return "case, spaces, or the form of their letters"
+    return "case, spaces, or the form of letters"
 
 
 def _without_last_marks(text: str) -> str:

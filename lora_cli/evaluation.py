@@ -32,6 +32,7 @@ from lora_cli.tasks import Encoded, Prediction, Task, build_task
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.encoding import check_data, load_data
 from lora_cli.tasks.finite import likely_cause
+from lora_cli.tasks.gate import unknown_tokens, warning_of_unknown
 
 WINDOW = 64  # batches whose examples are sorted by length together
 TEXT_LENGTH = 500  # characters of a row that stand beside its prediction
@@ -351,6 +352,9 @@ def evaluate_adapter(
     accelerator = start_accelerator(recipe)
     task = open_task(folder, recipe)
     data = load_data(task, wanted)
+    said = (warning_of_unknown(task, n, data[n], unknown_tokens(task, data[n])) for n in wanted)
+    if warning := next(filter(None, said), None):
+        warn(warning)
     model = load_adapted(folder, task, accelerator)
     return {
         name: evaluate(model, task, data[name], accelerator, strict_loss=True) for name in wanted

@@ -227,8 +227,8 @@ def test_unknown_labels_are_counted_and_placed_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("value", "how"),
     [
-        ("返品Ａ", "but for the width of their letters"),
-        ("カ\u3099ス", "but for their normal form of Unicode (\\u30ab\\u3099\\u30b9 and"),
+        ("返品Ａ", "but for the width or the form of letters"),
+        ("カ\u3099ス", "but for the normal form of Unicode (\\u30ab\\u3099\\u30b9 and"),
         ("返品 A", "but for spaces"),
         ("返品\u200bA", "but for characters that cannot be seen"),
     ],

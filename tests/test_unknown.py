@@ -11,12 +11,14 @@ import pytest
 import tiny
 from transformers import PreTrainedTokenizerFast
 
+from lora_cli.evaluation import evaluate_adapter, measure_file
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.check import check_recipe
 from lora_cli.tasks.encoding import load_data
 from lora_cli.tasks.gate import examine
 from lora_cli.tasks.unknown import count_unknown
+from lora_cli.training import train
 
 ROWS = [
     ("商品を返品したいです", "返品"),
@@ -86,3 +88,20 @@ def test_special_tokens_do_not_thin_out_the_share() -> None:
     ids = np.array(tokenizer("返 film")["input_ids"] + tokenizer("film 返")["input_ids"])
     found = count_unknown(tokenizer, ids, np.array([4, 8]))
     assert (found.share, found.first) == (0.5, 0)
+
+
+def test_eval_says_it_of_a_file_in_another_language(
+    english: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = [(text, "返品" if i % 2 else "交換") for i, text in enumerate(tiny.CORPUS)]
+    path = recipe(english, tmp_path, known)
+    (tmp_path / "other.jsonl").write_text(
+        "".join(json.dumps({"text": t, "label": label}) + "\n" for t, label in ROWS),
+        encoding="utf-8",
+    )
+    train(load_recipe(path, ["train.max_steps=1"]))
+    capsys.readouterr()
+    loaded = load_recipe(tmp_path / "out" / "recipe.yaml")
+    measure_file(loaded, tmp_path / "other.jsonl")
+    evaluate_adapter(tmp_path / "out", loaded, "test")
+    assert "of the tokens of test are `[UNK]`" in capsys.readouterr().err

@@ -113,7 +113,7 @@ class _Look:
         cut = long & (kept < full)
         p50, p95 = (int(q) for q in np.percentile(full, (50, 95), method="lower"))
         names = task.labels if isinstance(task, SequenceClassification) else []
-        unknown = _unknown_tokens(task, split)
+        unknown = unknown_tokens(task, split)
         return SplitFindings(
             rows=len(self.rows),
             examples=len(split),
@@ -131,7 +131,7 @@ class _Look:
             cut_rows=int(cut.sum()),
             divided_rows=int((long & ~cut).sum()),
             unknown_tokens=unknown.share,
-            unknown_warning=self._unknown_warning(unknown),
+            unknown_warning=warning_of_unknown(task, self.name, split, unknown),
             trained_tokens=_trained_share(split) if isinstance(task, CausalLM) else None,
             labels={name: self.labels[name] for name in names},
             duplicates=self._found(repeated(self.texts), self.rows),
@@ -141,15 +141,6 @@ class _Look:
             contradictions=self._contradictions() if self.targets else None,
             label_doubts=self._label_doubts(names) if self.name == "train" else [],
         )
-
-    def _unknown_warning(self, unknown: Unknown) -> str | None:
-        """Return what to say of the tokens that the tokenizer does not know, if they are many."""
-        if unknown.first is None or unknown.share <= MOST_UNKNOWN:
-            return None
-        row = int(self.split.examples[unknown.first]["row"])
-        text = text_of(self.rows[row], text_columns(self.task))
-        place = self.rows.place(row)
-        return unknown_warning(self.task.tokenizer, self.name, unknown.share, place, [text])
 
     def _about_control_tokens(self) -> str:
         """Return what is made of control tokens in the texts, and where the first stands."""
@@ -263,11 +254,20 @@ def _labels_of(task: SequenceClassification, row: dict[str, Any]) -> list[str]:
     return [task.labels[i] for i in sorted(p for p in positions if p is not None)]
 
 
-def _unknown_tokens(task: Task, split: Encoded) -> Unknown:
+def unknown_tokens(task: Task, split: Encoded) -> Unknown:
     """Return how many tokens of a split the tokenizer does not know, over all its examples."""
     chunks = split.examples.data.column("input_ids").chunks
     ids = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
     return count_unknown(task.tokenizer, np.concatenate(ids), np.cumsum(split.lengths))
+
+
+def warning_of_unknown(task: Task, name: str, split: Encoded, unknown: Unknown) -> str | None:
+    """Return what to say of the tokens that the tokenizer does not know, if they are many."""
+    if unknown.first is None or unknown.share <= MOST_UNKNOWN:
+        return None
+    row = int(split.examples[unknown.first]["row"])
+    texts = [text_of(split.rows[row], text_columns(task))]
+    return unknown_warning(task.tokenizer, name, unknown.share, split.rows.place(row), texts)
 
 
 def _trained_share(split: Encoded) -> float:
