@@ -196,6 +196,29 @@ def configs(name: str) -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
+def recipes(name: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Return what draws the adapter section of a recipe for an architecture."""
+    arch = ARCHITECTURES[name]
+    some = st.lists(st.sampled_from(arch.targets), min_size=1, max_size=3, unique=True)
+    in_full = st.lists(st.sampled_from(arch.in_full), max_size=2, unique=True)
+    return st.fixed_dictionaries(
+        {"rank": st.sampled_from([2, 4]), "target_modules": st.one_of(some, st.just("all-linear"))},
+        optional={
+            "alpha": st.sampled_from([1.0, 4.0, 2.5]),
+            "use_rslora": st.booleans(),
+            "bias": st.sampled_from(["none", "lora_only", "all"]),
+            "exclude_modules": some,
+            "layers": st.sampled_from([[0], [1], [0, 1]]),
+            "rank_pattern": st.dictionaries(st.sampled_from(arch.targets), st.just(6), max_size=1),
+            "alpha_pattern": st.dictionaries(
+                st.sampled_from(arch.targets), st.just(9.5), max_size=1
+            ),
+            "train_modules": in_full,
+            "ensure_weight_tying": st.booleans(),
+        },
+    )
+
+
 def _possible(config: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration without what PEFT rejects at once, so that few are drawn in vain."""
     if isinstance(config["target_modules"], str):
