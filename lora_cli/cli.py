@@ -116,9 +116,13 @@ def main() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error, file=sys.stderr)  # noqa: T201 - the help
             sys.exit(LoraError.exit_code)
-        if debug or known is None:
+        if debug:
             sys.excepthook = _show_traceback  # not earlier: Typer has one of its own
             raise
+        if known is None:
+            from lora_cli.unexpected import unexpected_error
+
+            known = unexpected_error(error, sys.argv[1:])
         print(redacted(str(known)), file=sys.stderr)  # noqa: T201 - this is where errors are printed
         sys.exit(known.exit_code)
     sys.exit(code if isinstance(code, int) else 0)

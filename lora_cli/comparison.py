@@ -215,6 +215,7 @@ def _measure(
 ) -> list[Prediction]:
     predictions: list[Prediction] = []
     model = load_adapted(folder, loader, accelerator)
+    task.padding = loader.padding
     evaluate(model, task, data, accelerator, keep=predictions, strict_loss=True)
     return predictions
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from lora_cli.adapters.folder import read_adapter
 from lora_cli.adapters.loading import load_adapter, verify_base
+from lora_cli.base_facts import require_facts
 from lora_cli.characters import first_characters
 from lora_cli.data.inputs import input_form
 from lora_cli.data.plan import Indices
@@ -26,13 +27,15 @@ from lora_cli.files import finish_publishing, refuse_links_outside, verify_manif
 from lora_cli.fingerprint import fingerprint_of
 from lora_cli.metrics import MetricSet, metric_mode, result_names
 from lora_cli.placement import start_accelerator
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import Recipe, check_labels, read_computation
 from lora_cli.reporting.report import strict
 from lora_cli.tasks import Encoded, Prediction, Task, build_task
+from lora_cli.tasks.batch_check import choose_padding
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.encoding import check_data, load_data
 from lora_cli.tasks.finite import likely_cause
 from lora_cli.tasks.gate import unknown_tokens, warning_of_unknown
+from lora_cli.unexpected import phase
 
 WINDOW = 64  # batches whose examples are sorted by length together
 TEXT_LENGTH = 500  # characters of a row that stand beside its prediction
@@ -169,7 +172,8 @@ def _predict_window(
             break  # the other processes wait for this one, and learn of it then
         examples = split.examples.__getitems__(indices.tolist())
         batch = task.collate(examples).to(accelerator.device)
-        with accelerator.autocast():
+        first = split.rows.place(batch.rows[0])
+        with phase(f"evaluating {first} and the rows after it"), accelerator.autocast():
             made = task.predict(model, batch)
         mine += zip(indices.tolist(), made, strict=True)
     together: list[tuple[int, Prediction]] = gather_object(mine)
@@ -265,6 +269,7 @@ def open_task(folder: Path, recipe: Recipe) -> Task:
     if recipe.adapter.type == "full":
         recipe.model.name = str(folder.absolute())
     task = build_task(recipe)
+    task.trained_in = folder
     task.load_processor()
     return task
 
@@ -279,12 +284,31 @@ def load_adapted(folder: Path, task: Task, accelerator: Accelerator) -> nn.Modul
         refuse_links_outside(folder)
         finish_publishing(folder)
         verify_manifest(folder)
-        return task.load_model(accelerator.device)[0].eval()
+        check_labels(folder, task.recipe)
+        model = task.load_model(accelerator.device)[0].eval()
+        with accelerator.autocast():
+            choose_padding(task, model)
+        return model
     held = read_adapter(folder)
+    check_use(folder, task)
     model, new = task.load_model(accelerator.device)
     verify_base(held, fingerprint_of(task.recipe, model, new), task.recipe)
     load_adapter(model, held, new)
+    with accelerator.autocast():
+        choose_padding(task, model.eval())
     return model.eval()
+
+
+def check_use(folder: Path, task: Task) -> None:
+    """Check that an adapter is used as it was trained: its labels, and its base's config.json.
+
+    Raises:
+        IntegrityError: If they are not those of the training.
+    """
+    check_labels(folder, task.recipe)
+    trained = read_computation(folder)
+    if trained is not None:
+        require_facts(trained["base"], task.base_facts, task.recipe, f"the adapter {folder}")
 
 
 def measure_file(recipe: Recipe, file: Path) -> None:

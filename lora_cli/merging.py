@@ -18,6 +18,7 @@ from lora_cli.adapters.loading import load_adapter, verify_base
 from lora_cli.adapters.proof import ExpectedWeights, expected_weights, weights_of
 from lora_cli.adapters.ties import separate, tied_groups
 from lora_cli.errors import IntegrityError, LoraError, NumericsError
+from lora_cli.evaluation import check_use
 from lora_cli.files import FolderLock, new_folder, write_json
 from lora_cli.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.models import load_config
@@ -97,7 +98,9 @@ def _merge(
 ) -> MergeResult:
     """Merge, once the folder is ours."""
     task, held = adapter_task(adapter, recipe_file, base, overrides)
+    task.trained_in = adapter
     task.load_processor()
+    check_use(adapter, task)
     _refuse_quantised(task)
     model, new = task.load_model(torch.device("cpu"), dtype="auto")
     assert isinstance(model, PreTrainedModel)

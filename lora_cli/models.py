@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import importlib.util
 import json
-import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from lora_cli.errors import IntegrityError, LoraError, ResourceError, nearest
+from lora_cli.errors import IntegrityError, LoraError, nearest
 from lora_cli.files import refuse_links_outside
+from lora_cli.model_errors import check_config, explained, require_kind
 from lora_cli.recipe import Recipe
 from lora_cli.tensorfile import read_header
+from lora_cli.unexpected import own_words
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -118,7 +115,7 @@ def checkpoint_files(recipe: Recipe) -> list[Path]:
         )
         return None if found is None else Path(found)
 
-    with _explained(recipe, "weights"):
+    with explained(recipe, "weights"):
         if (whole := find(WEIGHTS)) is not None:
             return [whole]
         if (index := find(INDEX)) is not None:
@@ -153,50 +150,6 @@ def shard_names(index: Path) -> set[str]:
     return names
 
 
-@contextlib.contextmanager
-def _explained(recipe: Recipe, what: str) -> Iterator[None]:
-    """Say in one sentence why transformers could not load something; hold its own log back."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        if (place := place_error(error)) is not None:
-            raise place from error
-        name = recipe.model.name
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = "is the name right, and can the Hub be reached? `hf download NAME` fetches it before"
-        if Path(name).is_absolute():
-            hint = "are the folder's files whole? Copy or download them again"
-        if "trust_remote_code" in str(error):
-            reason = "it comes with Python code of its own"
-            hint = "read that code; then `--set model.trust_remote_code=true`"
-        elif "/" not in name and not Path(name).exists():
-            hint = "a local folder is written with a slash: `./my-model`"
-        raise LoraError(
-            f"cannot load the {what} of `{name}`: {reason}", recipe.at("model.name"), hint
-        ) from error
-    finally:
-        transformers_logging.set_verbosity(level)
-
-
-def place_error(error: BaseException) -> ResourceError | None:
-    """Return what to say if the Hub's cache is full, or may not be written to, else None."""
-    cause: BaseException | None = error
-    while cause is not None:
-        number = cause.errno if isinstance(cause, OSError) else None
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            from huggingface_hub import constants
-
-            place = str(getattr(cause, "filename", None) or constants.HF_HUB_CACHE)
-            reason = os.strerror(number).lower()
-            what = f"a file of the model cannot be read or stored: {reason}"
-            hint = "make room, let the place be read and written, or name another: `HF_HOME=DIR`"
-            return ResourceError(what, place, hint)
-        cause = cause.__cause__ or cause.__context__
-    return None
-
-
 def _source(recipe: Recipe) -> dict[str, Any]:
     spec = recipe.model
     return {
@@ -208,13 +161,15 @@ def _source(recipe: Recipe) -> dict[str, Any]:
 
 def load_config(recipe: Recipe, **changes: Any) -> PretrainedConfig:
     """Return the model's configuration, with changes such as the labels."""
-    with _explained(recipe, "configuration"):
-        return AutoConfig.from_pretrained(**_source(recipe), **changes)
+    with explained(recipe, "configuration"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(**_source(recipe), **changes)
+        check_config(config, recipe)
+    return config
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer."""
-    with _explained(recipe, "tokenizer"):
+    with explained(recipe, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_source(recipe))
     # without its files, transformers makes one that knows no words, and says nothing
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
@@ -226,7 +181,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 def build_empty(auto_class: Any, recipe: Recipe, config: PretrainedConfig) -> nn.Module:
     """Return the model on the meta device: every name and shape, no weights."""
-    with _explained(recipe, "architecture"), torch.device("meta"):
+    require_kind(auto_class, config, recipe)
+    with explained(recipe, "architecture"), torch.device("meta"):
         model: nn.Module = auto_class.from_config(
             config, trust_remote_code=recipe.model.trust_remote_code
         )
@@ -260,12 +216,13 @@ def load_pretrained(
         LoraError: If the checkpoint does not fit the model.
         IntegrityError: If a file of it is damaged.
     """
+    require_kind(auto_class, config, recipe)
     options: dict[str, Any] = {"dtype": dtype or storage_dtype(recipe)}
     if recipe.model.attention is not None:
         options["attn_implementation"] = recipe.model.attention
     for file in checkpoint_files(recipe):
         read_header(file)
-    with _explained(recipe, "weights"):
+    with explained(recipe, "weights"):
         model, info = auto_class.from_pretrained(
             **_source(recipe),
             config=config,
@@ -317,3 +274,38 @@ def new_modules(model: nn.Module, missing: Collection[str] = ()) -> list[str]:
         if not any(owner == head or owner.startswith(f"{head}.") for head in heads):
             heads.append(owner)
     return heads
+
+
+def require_gradient_checkpointing(model: nn.Module, recipe: Recipe) -> None:
+    """Reject a recipe that asks for gradient checkpointing where the architecture has none.
+
+    Raises:
+        LoraError: If the model cannot compute its activations anew.
+    """
+    if recipe.train.gradient_checkpointing and not getattr(
+        model, "supports_gradient_checkpointing", False
+    ):
+        raise LoraError(
+            f"{type(model).__name__} cannot do gradient checkpointing",
+            recipe.at("train.gradient_checkpointing"),
+            "set `train.gradient_checkpointing: false`; a smaller `train.micro_batch_size` with "
+            "more `train.gradient_accumulation_steps` saves memory too",
+        )
+
+
+def enable_gradient_checkpointing(model: nn.Module, recipe: Recipe) -> None:
+    """Let the backward pass compute the activations anew.
+
+    Raises:
+        LoraError: If the architecture cannot do that.
+    """
+    require_gradient_checkpointing(model, recipe)
+    # the second is its name in older transformers
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable: Any = next(getattr(model, name) for name in names if hasattr(model, name))
+    try:
+        enable({"use_reentrant": False})
+    except (ValueError, AttributeError, NotImplementedError) as error:
+        what = f"{type(model).__name__} cannot do gradient checkpointing: {own_words(error)}"
+        hint = "set `train.gradient_checkpointing: false`"
+        raise LoraError(what, recipe.at("train.gradient_checkpointing"), hint) from error

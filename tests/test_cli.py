@@ -182,13 +182,16 @@ def test_errors_that_a_user_can_mend_have_a_code_and_no_traceback(
     assert "Traceback" not in err
 
 
-def test_an_error_of_our_own_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_our_own_keeps_its_traceback_for_those_who_debug(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def fail(*_: Any) -> Any:
         raise PermissionError(13, "no")
 
     monkeypatch.setattr("lora_cli.cli._load", fail)
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["lora", "validate", "r.yaml"])
+    monkeypatch.setattr("sys.excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "argv", ["lora", "validate", "r.yaml", "--debug"])
     with pytest.raises(PermissionError):
         main()
 

@@ -338,7 +338,7 @@ def test_an_adapter_of_the_hub_brings_its_own_files_only(
     started(only_from(path, "user/adapter"))
     assert asked == [
         ("user/adapter", ["adapter_config.json", "adapter_model.safetensors", "base.json",
-                          "manifest.json", "recipe.yaml"]),
+                          "manifest.json", "recipe.yaml", "computation.json"]),
     ]  # fmt: skip
     with pytest.raises(LoraError, match="cannot load the adapter `user/none`: offline"):
         started(only_from(path, "user/none"))

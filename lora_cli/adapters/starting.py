@@ -18,17 +18,29 @@ from lora_cli.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, r
 from lora_cli.adapters.loading import load_adapter, own_parameters, verify_base
 from lora_cli.adapters.peft_rules import base_modules, copied_modules, full_names
 from lora_cli.adapters.targets import first_match, inside, resolve_targets
+from lora_cli.base_facts import require_facts
 from lora_cli.errors import LoraError, Problem, beside
 from lora_cli.files import MANIFEST
 from lora_cli.fingerprint import BASE_FILE, Fingerprint
-from lora_cli.recipe import RECIPE_FILE, AdapterSpec, Recipe, load_adapter_recipe
+from lora_cli.recipe import (
+    COMPUTATION_FILE,
+    RECIPE_FILE,
+    AdapterSpec,
+    Recipe,
+    load_adapter_recipe,
+    read_computation,
+)
 
 TYPES = {"LORA": "lora", "HEAD_ONLY": "none", "BITFIT": "bitfit"}
 TARGET_KEYS = ("target_modules", "exclude_modules", "layers")
 
 
 def make_trainable(
-    model: nn.Module, recipe: Recipe, head: Iterable[str] = (), base: Fingerprint | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    head: Iterable[str] = (),
+    base: Fingerprint | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> Fingerprint | None:
     """Attach what the recipe's adapter section says, new or from a trained adapter.
 
@@ -37,6 +49,7 @@ def make_trainable(
         recipe: With `adapter.from`, its adapter section is completed.
         head: Names of the modules that the task created anew.
         base: The fingerprint of the base model.
+        facts: What else of the base decides the computation, as `base_facts` returns it.
 
     Returns:
         The fingerprint that is to be kept beside what is trained.
@@ -56,6 +69,9 @@ def make_trainable(
         attach(model, recipe, head)
         return None
     base = verify_base(held, base, recipe)
+    trained = read_computation(held.path)
+    if trained is not None and facts is not None:
+        require_facts(trained["base"], facts, recipe, f"the adapter {held.path}", True)
     load_adapter(model, held, head, recipe.adapter.dropout, trained=True)
     return base
 
@@ -80,7 +96,7 @@ def _download(name: str, at: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = [CONFIG_FILE, WEIGHTS_FILE, BASE_FILE, MANIFEST, RECIPE_FILE]
+    wanted = [CONFIG_FILE, WEIGHTS_FILE, BASE_FILE, MANIFEST, RECIPE_FILE, COMPUTATION_FILE]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -425,7 +425,7 @@ def _load_hub(recipe: Recipe, split: str, streaming: bool = False, **options: An
             **options,
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        from lora_cli.models import place_error
+        from lora_cli.model_errors import place_error
 
         if (place := place_error(error)) is not None:
             raise place from error

@@ -1,5 +1,12 @@
 """The recipe: what a user writes, checked and typed, without importing torch."""
 
+from lora_cli.recipe.computation import (
+    COMPUTATION_FILE,
+    FORMAT,
+    check_labels,
+    computing_values,
+    read_computation,
+)
 from lora_cli.recipe.explain import recipe_schema
 from lora_cli.recipe.load import RECIPE_FILE, dump_recipe, load_adapter_recipe, load_recipe
 from lora_cli.recipe.spec import (
@@ -24,6 +31,11 @@ __all__ = [
     "load_recipe",
     "load_adapter_recipe",
     "RECIPE_FILE",
+    "COMPUTATION_FILE",
+    "FORMAT",
+    "check_labels",
+    "computing_values",
+    "read_computation",
     "dump_recipe",
     "recipe_schema",
     "Recipe",

@@ -15,6 +15,7 @@ from lora_cli.errors import LoraError, Problem, nearest
 from lora_cli.files import read_bounded
 from lora_cli.paths import expanded, path_problem
 from lora_cli.recipe.command_line import parse_value
+from lora_cli.recipe.computation import check_recipe_file
 from lora_cli.recipe.explain import explain
 from lora_cli.recipe.reader import Reader, YamlDumper, parse
 from lora_cli.recipe.spec import Recipe, is_file
@@ -103,8 +104,13 @@ def load_adapter_recipe(adapter: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     What only the user may allow, to run code and to take another base, counts in an override alone.
     Metrics that are code of their own count as code too.
+
+    Raises:
+        IntegrityError: If it was edited, and says otherwise what the adapter was trained with.
     """
-    recipe = load_recipe(adapter / RECIPE_FILE, overrides, MAX_OWN_BYTES)
+    file = adapter / RECIPE_FILE
+    check_recipe_file(adapter, load_recipe(file, (), MAX_OWN_BYTES), file)
+    recipe = load_recipe(file, overrides, MAX_OWN_BYTES)
     said = {override.partition("=")[0].strip() for override in overrides}
     for key in ("trust_remote_code", "allow_other_base"):
         if not said & {"model", f"model.{key}"}:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from lora_cli.base_facts import base_facts, trained_tokenizer
 from lora_cli.data.lines import byte_fault
 from lora_cli.data.sources import Rows
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean
@@ -36,6 +40,7 @@ from lora_cli.models import (
 )
 from lora_cli.recipe import Recipe
 from lora_cli.tasks.control_tokens import ControlTokens
+from lora_cli.tasks.padding import RIGHT, Padding, logits_by_length
 
 Example = dict[str, Any]
 # RoBERTa and its kin count positions from behind the padding token's id
@@ -44,7 +49,12 @@ POSITIONS_AFTER_PADDING = {
     "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 }  # fmt: skip
 ENCODING = 2  # of rows into examples; a change of it makes what is kept on the disk useless
+POSITIONS = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
 IGNORED = -100  # a label that is not trained, as in torch's cross entropy
+CONFIG_KEYS = ("vocab_size", "eos_token_id", "is_encoder_decoder")  # what `encode` checks
+TRIAL_TEXT = (
+    "the film was not as good as the book , but its music and the cast are worth a second look"
+)
 
 
 @dataclass
@@ -129,12 +139,16 @@ class Task(ABC):
         self.recipe = recipe
         self.n_control_rows = 0  # answered since the last warning, with a control token in them
         self.notes: list[str] = []  # what a user should know before training
+        self.trained_in: Path | None = None  # the adapter's folder, where one is used
         self.tokenizer: PreTrainedTokenizerBase
         self.config: PretrainedConfig
 
     def load_processor(self) -> None:
         """Load the tokenizer and the model's configuration."""
-        self.tokenizer = load_tokenizer(self.recipe)
+        if self.trained_in is None:
+            self.tokenizer = load_tokenizer(self.recipe)
+        else:
+            self.tokenizer = trained_tokenizer(self.trained_in, self.recipe)
         self.control_tokens = ControlTokens(self.tokenizer)
         self.config = load_config(self.recipe)
 
@@ -149,6 +163,11 @@ class Task(ABC):
         return self.tokenizer if self.reads_control_tokens else self.control_tokens.plain
 
     @property
+    def base_facts(self) -> dict[str, Any]:
+        """What of the base decides the computation besides its tensors."""
+        return base_facts(self.config, self.tokenizer)
+
+    @property
     def max_length(self) -> int:
         """The recipe's `max_length`, or what the model can take if that is less."""
         limits = [self.recipe.task.max_length, int(self.tokenizer.model_max_length)]
@@ -158,12 +177,53 @@ class Task(ABC):
     def positions(self) -> int | None:
         """Tokens that the model has positions for, if that is limited."""
         config = self.config.get_text_config()
-        count = getattr(config, "max_position_embeddings", None)
-        if not count or count < 0:
+        count = next((c for key in POSITIONS if (c := getattr(config, key, None))), None)
+        if count is None or count < 0:
             return None
         if config.model_type in POSITIONS_AFTER_PADDING:
-            return int(count) - int(config.pad_token_id) - 1
+            return max(int(count) - int(config.pad_token_id) - 1, 1)
         return int(count)
+
+    @property
+    def length_note(self) -> str | None:
+        """What to say of a `max_length` that is more than the model can take, if it is."""
+        asked = self.recipe.task.max_length
+        if self.max_length == asked or "max_length" not in self.recipe.task.model_fields_set:
+            return None
+        whose = "the model has positions for"
+        if self.positions is None or self.max_length < self.positions:
+            whose = "the tokenizer allows"
+        return (
+            f"warning: `task.max_length` is {asked}, and {whose} {self.max_length} tokens: longer "
+            "texts are cut there"
+        )
+
+    @property
+    def longer_hint(self) -> str:
+        """What to do where texts are too long: raise `max_length`, if the model allows it."""
+        if self.max_length < self.recipe.task.max_length:
+            return f"the model takes no more than {self.max_length} tokens: shorten the texts"
+        limits = [self.positions, int(self.tokenizer.model_max_length)]
+        if self.max_length in limits:
+            return f"the model takes no more than {self.max_length} tokens: shorten the texts"
+        return "raise `task.max_length`"
+
+    def require_known_tokens(self, ids: Sequence[int]) -> None:
+        """Reject token ids that the model's embedding does not have.
+
+        Raises:
+            LoraError: With the first such token; the caller adds the row.
+        """
+        size = getattr(self.config.get_text_config(), "vocab_size", None)
+        if size is None or not ids or max(ids) < size:
+            return
+        odd = next(token for token in ids if token >= size)
+        raise LoraError(
+            f"the token `{self.tokenizer.convert_ids_to_tokens(odd)}` has the id {odd}, and the "
+            f"model's embedding ends at {size - 1}",
+            self.recipe.at("model.name"),
+            "the tokenizer and the model do not belong together: copy or download both again",
+        )
 
     # -- rows
 
@@ -225,7 +285,7 @@ class Task(ABC):
 
     def why_nothing(self, row: dict[str, Any]) -> str:
         """Return a hint, where a row leaves nothing to train."""
-        return "raise `task.max_length`, if the model can take more"
+        return self.longer_hint
 
     @abstractmethod
     def features(self) -> dict[str, str]:
@@ -249,9 +309,13 @@ class Task(ABC):
         model, missing = load_pretrained(
             self.auto_class, self.recipe, self.model_config(), device, dtype, self.has_head
         )
+        self.arrange_head(model, missing)
         # attention plans and picks its kernels anew for every new length
         self.pad_multiple = 8 if device.type == "cuda" else 1
         return model, new_modules(model, missing) if self.has_head else []
+
+    def arrange_head(self, model: nn.Module, missing: set[str]) -> None:  # noqa: B027 - optional
+        """Put the outputs of a head that the checkpoint holds into the order of the task's own."""
 
     def empty_model(self) -> tuple[nn.Module, list[str]]:
         """Return the same without weights."""
@@ -260,6 +324,12 @@ class Task(ABC):
 
     has_head: bool = False
     """Whether the task adds a head to the pretrained model."""
+    forward_options: dict[str, Any] = {}
+    """What the model's forward is given besides a batch, if it takes it."""
+    padding: Padding = RIGHT
+    """How rows of different lengths become one batch; `batch_check` chooses it by the model."""
+    can_fill_left: bool = True
+    """Whether rows may be filled on the left."""
     pad_multiple: int = 1
     """Batches are padded to a multiple of this many tokens."""
 
@@ -268,6 +338,34 @@ class Task(ABC):
     @abstractmethod
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Return the examples as one batch, padded to the longest."""
+
+    @abstractmethod
+    def trial_examples(self, length: int) -> tuple[Example, Example]:
+        """Return a short example and one of about `length` tokens, to try the model on."""
+
+    def check_trial(self, model: nn.Module, example: Example, logits: Tensor) -> None:  # noqa: B027
+        """Check what the task needs of the model's outputs for one example, if anything.
+
+        Raises:
+            LoraError: If the model is of no use for the task.
+        """
+
+    def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the model's outputs for the inputs of a batch: (B, C), or (B, T, V)."""
+        takes = _parameters(type(model).forward)
+        options = {key: value for key, value in self.forward_options.items() if key in takes}
+        if self.padding.side == "none" and "attention_mask" in inputs:
+            lengths = inputs["attention_mask"].sum(-1)
+            return logits_by_length(model, self._taken(inputs, takes), lengths, options)
+        logits: Tensor = model(**self._taken(inputs, takes), **options).logits
+        return logits
+
+    @staticmethod
+    def _taken(inputs: dict[str, Tensor], takes: frozenset[str]) -> dict[str, Tensor]:
+        """Return the inputs without a mask that the model would not know."""
+        if "attention_mask" in takes or "**" in takes:
+            return inputs
+        return {key: value for key, value in inputs.items() if key != "attention_mask"}
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -396,14 +494,14 @@ class Task(ABC):
         template = str(getattr(tokenizer, "chat_template", None))
         digest = hashlib.sha256(f"{state}{template}".encode()).hexdigest()
         how = f"encoding {ENCODING}"
-        return [how, self.recipe.task.model_dump_json(), digest, str(self.max_length)]
+        known = [getattr(self.config.get_text_config(), key, None) for key in CONFIG_KEYS]
+        task = self.recipe.task.model_dump_json()
+        return [how, task, digest, str(self.max_length), str(known)]
 
 
-def pad(sequences: Sequence[Sequence[int]], value: int, multiple: int) -> Tensor:
-    """Return sequences as one tensor (B, T), padded on the right to a multiple."""
-    length = max(len(sequence) for sequence in sequences)
-    length = -(-length // multiple) * multiple
-    result = torch.full((len(sequences), length), value, dtype=torch.long)
-    for i, sequence in enumerate(sequences):
-        result[i, : len(sequence)] = torch.as_tensor(sequence, dtype=torch.long)
-    return result
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of what a model's forward takes, and `**` if it takes any other too."""
+    parameters = inspect.signature(forward).parameters.values()
+    any_other = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return frozenset({p.name for p in parameters} | ({"**"} if any_other else set()))

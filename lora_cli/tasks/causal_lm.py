@@ -16,10 +16,10 @@ from lora_cli.data.conversations import Message
 from lora_cli.data.unsupported import unsupported
 from lora_cli.errors import LoraError, Problem, counted, warn
 from lora_cli.metrics import reads
-from lora_cli.recipe import CausalLMSpec, Recipe
+from lora_cli.recipe import CausalLMSpec, Recipe, read_computation
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks import row_formats
-from lora_cli.tasks.base import IGNORED, Batch, Example, Prediction, Task, pad
+from lora_cli.tasks.base import IGNORED, TRIAL_TEXT, Batch, Example, Prediction, Task
 from lora_cli.tasks.generation import (
     REPLACEMENT,
     Answer,
@@ -29,7 +29,10 @@ from lora_cli.tasks.generation import (
     stop_ids,
     until_stop,
 )
+from lora_cli.tasks.padding import fill, tolerance
 from lora_cli.tasks.row_formats import FORMATS, SAMPLE_NEW_TOKENS, Chat, RowFormat
+
+TRIAL_TOKENS = 64  # of the longer text that the model is tried on
 
 
 class CausalLM(Task):
@@ -40,6 +43,8 @@ class CausalLM(Task):
     loss_definition = "mean cross-entropy per trained token, in nats"
     default_metrics = ("perplexity",)
     rows: RowFormat
+    forward_options = {"use_cache": False}
+    can_fill_left = False  # filled on the right, no token comes after what it could be seen by
 
     def __init__(self, recipe: Recipe, spec: CausalLMSpec) -> None:
         super().__init__(recipe)
@@ -54,7 +59,7 @@ class CausalLM(Task):
     def load_processor(self) -> None:
         """Load the tokenizer, the configuration and the chat template."""
         super().load_processor()
-        if self.spec.chat_template is not None:
+        if self.spec.chat_template is not None and not self._keeps_template():
             file = Path(self.spec.chat_template)
             if not file.is_file():
                 hint = "a path in a recipe starts from the recipe's own folder"
@@ -97,6 +102,12 @@ class CausalLM(Task):
     def reads_control_tokens(self) -> bool:
         """Whether a control token in a text is the token: never in what a conversation says."""
         return not (self.is_chat or self.spec.split_special_tokens)
+
+    def _keeps_template(self) -> bool:
+        """Return whether an adapter's own chat template is used, not the file in the recipe."""
+        said = self.recipe._places.get("task.chat_template", "").startswith("--set")
+        folder = self.trained_in
+        return folder is not None and read_computation(folder) is not None and not said
 
     def _pad_id(self) -> int:
         """Return an id to fill rows with.
@@ -173,6 +184,36 @@ class CausalLM(Task):
         """Return the type of the labels."""
         return {"labels": "list<int32>"}
 
+    def trial_examples(self, length: int) -> tuple[Example, Example]:
+        """Return a short example and one of some tokens more, to try the model on."""
+        text = TRIAL_TEXT * (1 + TRIAL_TOKENS // 10)
+        ids = list(self.tokenizer(text, verbose=False)["input_ids"])[: min(TRIAL_TOKENS, length)]
+        start = ids[: max(min(7, len(ids) // 2), 2)]
+        return (
+            {"input_ids": start, "labels": start, "row": 0},
+            {"input_ids": ids, "labels": ids, "row": 0},
+        )
+
+    def check_trial(self, model: nn.Module, example: Example, logits: Tensor) -> None:
+        """Check that no token is predicted from those that come after it.
+
+        Raises:
+            LoraError: If another last token changes what is predicted before it.
+        """
+        *others, last = example["input_ids"]
+        other = others[0] if others[0] != last else (last + 1) % len(self.tokenizer)
+        inputs = self.collate([{**example, "input_ids": [*others, other]}])
+        device = next(model.parameters()).device
+        changed = self.logits(model, inputs.to(device).inputs)[0]
+        difference = float((changed[: len(others)] - logits[: len(others)]).abs().max())
+        if difference > tolerance(logits, 0.0, logits.dtype):
+            raise LoraError(
+                "this model sees the tokens that it has to predict",
+                self.recipe.at("model.name"),
+                "it is an encoder: take a decoder such as GPT-2, Llama or Qwen, or set "
+                "`is_decoder` to true in its config.json",
+            )
+
     # --------------------------------------------------------------------------- batches
 
     def collate(self, examples: Sequence[Example]) -> Batch:
@@ -183,7 +224,7 @@ class CausalLM(Task):
         """
         ids = [example["input_ids"] for example in examples]
         labels = [[IGNORED, *example["labels"][1:]] for example in examples]
-        inputs = {"input_ids": pad(ids, self._pad, self.pad_multiple)}
+        inputs = {"input_ids": fill(ids, self._pad, self.pad_multiple)}
         n_tokens = sum(len(sequence) for sequence in ids)
         if "position_ids" in examples[0]:
             # filled positions are a document of their own, so that every row is a whole pack
@@ -195,16 +236,15 @@ class CausalLM(Task):
                 ]
             )
         else:
-            inputs["attention_mask"] = pad(
-                [[1] * len(sequence) for sequence in ids], 0, self.pad_multiple
-            )
-        padded = pad(labels, IGNORED, self.pad_multiple)
+            ones = [[1] * len(sequence) for sequence in ids]
+            inputs["attention_mask"] = fill(ones, 0, self.pad_multiple)
+        padded = fill(labels, IGNORED, self.pad_multiple)
         n_items = float((padded != IGNORED).sum())
         return Batch(inputs, padded, n_items, n_tokens, [e["row"] for e in examples])
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the negative log-likelihood summed over the trained tokens."""
-        logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
+        logits = self.logits(model, batch.inputs)[:, :-1]
         trained = batch.labels[:, 1:] != IGNORED
         # masked rows are dropped first: a float32 copy of all logits is what fills the memory
         return F.cross_entropy(
@@ -213,7 +253,7 @@ class CausalLM(Task):
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         """Return the negative log-likelihood of each example, and the answer if a metric asks."""
-        logits = model(**batch.inputs, use_cache=False).logits
+        logits = self.logits(model, batch.inputs)
         predictions = []
         for i, row in enumerate(batch.rows):
             trained = batch.labels[i, 1:] != IGNORED

@@ -14,7 +14,7 @@ from lora_cli.adapters.starting import make_trainable
 from lora_cli.data.sources import Rows
 from lora_cli.errors import LoraError, Problem, printable, warn
 from lora_cli.metrics import MetricSet, known_metrics
-from lora_cli.models import load_config
+from lora_cli.models import load_config, require_gradient_checkpointing
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Task, build_task
 from lora_cli.tasks.base import Example
@@ -42,6 +42,8 @@ def check_recipe(recipe: Recipe, all_rows_follow: bool = False) -> None:
     with _collected(problems):
         task.load_processor()
     has_processor = not problems
+    if has_processor and task.length_note is not None:
+        warn(task.length_note.removeprefix("warning: "))
     with _collected(problems):
         _check_metrics(task)
     with _collected(problems):
@@ -51,6 +53,8 @@ def check_recipe(recipe: Recipe, all_rows_follow: bool = False) -> None:
     if has_processor:
         with _collected(problems):
             model, new = task.empty_model()
+            with _collected(problems):
+                require_gradient_checkpointing(model, recipe)
             make_trainable(model, recipe, new)
             if not problems and recipe.adapter.low_rank:
                 in_full = [*new, *recipe.adapter.train_modules]

@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from lora_cli.data.files import require_columns
 from lora_cli.data.sources import Rows, load_rows, without
 from lora_cli.errors import LoraError, Problem
 from lora_cli.tasks.base import Encoded, Example, Task
+from lora_cli.unexpected import own_words
 
 
 def load_data(
@@ -136,17 +138,35 @@ def encode_located(
 ) -> list[list[Example]]:
     """Return the examples of rows, of which `place` tells by their position where they stand.
 
-    They are encoded together; if that fails, one by one, to find the row that is at fault.
+    They are encoded together; if that fails, one by one, to find the row that cannot be encoded.
     """
     try:
-        return task.encode(batch)
+        return _encoded(task, batch)
     except LoraError:
         made = []
         for i, row in enumerate(batch):
             try:
-                made += task.encode([row])
+                made += _encoded(task, [row])
             except LoraError as error:
                 if task.recipe.data.on_bad_row == "error":
                     raise LoraError([replace(p, at=place(i)) for p in error.problems]) from error
                 made.append([])
         return made
+
+
+def _encoded(task: Task, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
+    """Return the examples of rows.
+
+    Raises:
+        LoraError: If the tokenizer fails on them, or returns a token that the model does not have.
+    """
+    try:
+        made = task.encode(rows)
+    except (LoraError, MemoryError):
+        raise
+    except Exception as error:  # tokenizers raise plain exceptions of many kinds
+        what = f"the tokenizer cannot encode this row: {own_words(error)}"
+        raise LoraError(what, hint="leave the row out, or change its text") from error
+    for example in chain.from_iterable(made):
+        task.require_known_tokens(example["input_ids"])
+    return made

@@ -88,6 +88,7 @@ class Findings:
 
     recipe: Recipe
     max_length: int
+    longer_hint: str = "raise `task.max_length`"
     splits: dict[str, SplitFindings] = field(default_factory=dict)
     overlap: dict[str, dict[str, Overlap]] = field(default_factory=dict)
 
@@ -134,7 +135,7 @@ class Findings:
             if split.rows_without_example:
                 share = _percent(split.rows_without_example / split.rows)
                 truncate = self.recipe.task.truncate
-                ways = "raise `task.max_length`, if the model can take more"
+                ways = self.longer_hint
                 if truncate == "right":
                     ways += ", or cut the beginning instead: `task.truncate: left`"
                 lines.append(

@@ -64,7 +64,7 @@ def look_at_data(recipe: Recipe) -> tuple[Task, dict[str, Encoded]]:
 
 def examine(task: Task, data: dict[str, Encoded]) -> Findings:
     """Return what is in the splits, and what they share."""
-    findings = Findings(task.recipe, task.max_length)
+    findings = Findings(task.recipe, task.max_length, task.longer_hint)
     looked = {name: _Look(task, name, split) for name, split in data.items()}
     for name, look in looked.items():
         findings.splits[name] = look.findings()

@@ -24,9 +24,11 @@ from lora_cli.errors import LoraError, Problem
 from lora_cli.metrics import MetricContext
 from lora_cli.models import load_config
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
-from lora_cli.tasks.base import Batch, Example, Prediction, Task, pad
+from lora_cli.tasks.base import TRIAL_TEXT, Batch, Example, Prediction, Task
 from lora_cli.tasks.finite import require_finite
+from lora_cli.tasks.head_rows import arrange_rows
 from lora_cli.tasks.labels import Labels, not_a_number
+from lora_cli.tasks.padding import fill, positions_of
 
 ALL_SCORES = 20  # labels up to which a prediction keeps the probability of each; of more:
 BEST_SCORES = 10
@@ -137,7 +139,7 @@ class SequenceClassification(Task):
         """Return one example a row, or none of a row that is too long and to be left out."""
         return [
             self._example(row, inputs)
-            for row, inputs in zip(rows, self._encode_texts(rows), strict=True)
+            for row, inputs in zip(rows, self._encode_checked(rows), strict=True)
         ]
 
     def _example(self, row: dict[str, Any], inputs: Example) -> list[Example]:
@@ -154,10 +156,16 @@ class SequenceClassification(Task):
 
     def answer_fault(self, row: dict[str, Any]) -> str:
         """Return why a row cannot be answered, or nothing."""
-        fault = super().answer_fault(row)
-        if fault or self.spec.truncate in ("right", "left"):
+        if fault := super().answer_fault(row):
             return fault
-        full = self._full_length(row, self._encode_texts([row])[0])
+        try:
+            (inputs,) = self._encode_checked([row])
+            self.require_known_tokens(inputs["input_ids"])
+        except LoraError as error:
+            return error.problems[0].what
+        if self.spec.truncate in ("right", "left"):
+            return ""
+        full = self._full_length(row, inputs)
         return self._too_long(full["full_length"]) if full else ""
 
     def _full_length(self, row: dict[str, Any], inputs: Example) -> dict[str, int]:
@@ -168,7 +176,40 @@ class SequenceClassification(Task):
         full = len(self.text_tokenizer(*texts, verbose=False)["input_ids"])
         return {"full_length": full} if full > self.max_length else {}
 
-    def _encode_texts(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
+    def _encode_checked(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
+        """Return the inputs of rows, each with as many end-of-text tokens as the model expects.
+
+        Encoder-decoders read their answer at the last one, and need the same number in every row.
+        """
+        encoded = self._encode_texts(rows)
+        end = self.config.eos_token_id
+        if not self.config.is_encoder_decoder or not isinstance(end, int):
+            return encoded
+        wanted = self._ends_of_a_text(end)
+        if any(example["input_ids"].count(end) != wanted for example in encoded):
+            token = self.tokenizer.convert_ids_to_tokens(end)
+            raise LoraError(
+                f"the text holds `{token}`, by which this model finds the end of a text",
+                hint=f"write `{token}` otherwise in the text, or leave the row out",
+            )
+        return encoded
+
+    def _ends_of_a_text(self, end: int) -> int:
+        """Return how many end-of-text tokens the tokenizer gives a row of ordinary text."""
+        row = dict.fromkeys(self.input_columns().values(), TRIAL_TEXT)
+        count = int(self._encode_texts([row])[0]["input_ids"].count(end))
+        if not count:
+            token = self.tokenizer.convert_ids_to_tokens(end)
+            raise LoraError(
+                f"the tokenizer does not end a text with `{token}`, and this model answers there",
+                self.recipe.at("model.name"),
+                "copy the model's own tokenizer into its folder",
+            )
+        return count
+
+    def _encode_texts(
+        self, rows: Sequence[dict[str, Any]], max_length: int | None = None
+    ) -> list[Example]:
         pairs = self.spec.text_pair_column
         tokenizer = self.text_tokenizer
         tokenizer.truncation_side = "left" if self.spec.truncate == "left" else "right"
@@ -176,7 +217,7 @@ class SequenceClassification(Task):
             [str(row[self.spec.text_column]) for row in rows],
             [str(row[pairs]) for row in rows] if pairs else None,
             truncation=True,
-            max_length=self.max_length,
+            max_length=max_length or self.max_length,
             return_attention_mask=False,
         )
         keys = [key for key in encoding if key == "input_ids" or key in self.features()]
@@ -233,6 +274,14 @@ class SequenceClassification(Task):
             config.pad_token_id = self._pad  # decoders find the last token of a text by it
         return model, new
 
+    def arrange_head(self, model: nn.Module, missing: set[str]) -> None:
+        """Put the rows of a pretrained classifier into the order of the labels, by name."""
+        if self.spec.problem == "regression":
+            return
+        config = (self.config, self.recipe, self.auto_class)
+        if note := arrange_rows(model, missing, self.labels, *config):
+            self.notes.append(note)
+
     def _pad_id(self) -> int:
         """Return the padding token's id."""
         name = self.spec.pad_token or self.tokenizer.pad_token or self.tokenizer.eos_token
@@ -245,7 +294,21 @@ class SequenceClassification(Task):
                 self.recipe.at("task.pad_token"),
                 "name a token of its vocabulary that texts do not hold",
             )
+        self.require_known_tokens([int(token)])
         return int(token)
+
+    def trial_examples(self, length: int) -> tuple[Example, Example]:
+        """Return a short example and one of about `length` tokens, to try the model on."""
+        columns = self.input_columns().values()
+        texts = (TRIAL_TEXT[:13], TRIAL_TEXT * (1 + length // 10))
+        label: Any = {"regression": 0.0, "single_label": 0}.get(self.spec.problem)
+        if label is None:
+            label = [0] * len(self.labels)
+        short, long = (
+            {**self._encode_texts([dict.fromkeys(columns, text)], length)[0], "labels": label}
+            for text in texts
+        )
+        return {**short, "row": 0}, {**long, "row": 0}
 
     # --------------------------------------------------------------------------- batches
 
@@ -266,14 +329,17 @@ class SequenceClassification(Task):
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         ids = [example["input_ids"] for example in examples]
+        ones = [[1] * len(sequence) for sequence in ids]
+        mask = fill(ones, 0, self.pad_multiple, self.padding)
         inputs = {
-            "input_ids": pad(ids, self._pad, self.pad_multiple),
-            "attention_mask": pad([[1] * len(sequence) for sequence in ids], 0, self.pad_multiple),
+            "input_ids": fill(ids, self._pad, self.pad_multiple, self.padding),
+            "attention_mask": mask,
         }
         if "token_type_ids" in examples[0]:
-            inputs["token_type_ids"] = pad(
-                [e["token_type_ids"] for e in examples], 0, self.pad_multiple
-            )
+            segments = [example["token_type_ids"] for example in examples]
+            inputs["token_type_ids"] = fill(segments, 0, self.pad_multiple, self.padding)
+        if self.padding.positions:
+            inputs["position_ids"] = positions_of(mask)
         return inputs
 
     @property
@@ -284,7 +350,7 @@ class SequenceClassification(Task):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the summed loss of the batch."""
-        return self._losses(model(**batch.inputs).logits, batch.labels).sum()
+        return self._losses(self.logits(model, batch.inputs), batch.labels).sum()
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of each row (B,): cross entropy, its sum over labels, or the square."""
@@ -308,7 +374,7 @@ class SequenceClassification(Task):
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         """Return the label, or the number, of each row, with the probabilities."""
-        logits = model(**batch.inputs).logits.float()
+        logits = self.logits(model, batch.inputs).float()
         losses = self._losses(logits, batch.labels).tolist()
         labels = batch.labels.tolist()
         n_items = [batch.n_items / len(losses)] * len(losses)
@@ -372,7 +438,8 @@ class SequenceClassification(Task):
         """Return the prediction and the probabilities of each row."""
         device = next(model.parameters()).device
         inputs = self._padded(self._encode_texts(rows))
-        logits = model(**{key: value.to(device) for key, value in inputs.items()}).logits.float()
+        moved = {key: value.to(device) for key, value in inputs.items()}
+        logits = self.logits(model, moved).float()
         require_finite(logits, model, self.recipe)
         return [[said, *self._answered(row or [])] for _, said, row in self.read(logits)]
 

@@ -28,6 +28,7 @@ from lora_cli.adapters.folder import (
     restore,
     save_adapter,
 )
+from lora_cli.base_facts import save_tokenizer, write_computation
 from lora_cli.errors import IntegrityError, LoraError, Problem
 from lora_cli.files import (
     STAGING,
@@ -92,6 +93,7 @@ def save_checkpoint(
     recipe: Recipe,
     in_full: list[str],
     base: Fingerprint | None,
+    facts: dict[str, Any] | None = None,
 ) -> Path:
     """Write `checkpoints/step-NNNNNN`, whole or not at all, then delete the oldest.
 
@@ -102,6 +104,8 @@ def save_checkpoint(
     state.optimizer_tensors = {name: described(tensor) for name, tensor in tensors.items()}
     with new_folder(target) as folder:
         save_adapter(folder, model, recipe, in_full, base)
+        if facts is not None:
+            write_computation(folder, recipe, facts)
         save_file(tensors, folder / OPTIMIZER_FILE)
         state.sha256 = {name: sha256_of(folder / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
         write_json(folder / STATE_FILE, asdict(state))
@@ -260,10 +264,12 @@ def publish_adapter(
     in_full: list[str],
     base: Fingerprint | None,
     processor: Any,
+    facts: dict[str, Any] | None = None,
 ) -> None:
     """Put what is trained into the output folder itself, where users look for it.
 
-    With full fine-tuning that is a whole model folder.
+    With full fine-tuning that is a whole model folder. The tokenizer that was trained with, and
+    what else decides the computation (`facts`), stay with it.
     """
     staging = output / STAGING
     shutil.rmtree(staging, ignore_errors=True)
@@ -271,13 +277,12 @@ def publish_adapter(
     if recipe.adapter.type == "full":
         assert isinstance(model, PreTrainedModel)
         model.save_pretrained(staging)
-        if (backend := getattr(processor, "backend_tokenizer", None)) is not None:
-            # how it cut its last texts is no part of it, and differs where they came from the cache
-            backend.no_truncation()
-            backend.no_padding()
-        processor.save_pretrained(staging)
     else:
         save_adapter(staging, model, recipe, in_full, base)
+    if processor is not None:
+        save_tokenizer(staging, processor, recipe, facts)
+    if facts is not None:
+        write_computation(staging, recipe, facts)
     publish(staging, output)
 
 

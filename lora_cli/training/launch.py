@@ -16,6 +16,7 @@ from lora_cli.errors import InterruptedRun, LoraError, NumericsError
 from lora_cli.recipe import Recipe
 from lora_cli.training.resources import resource_error
 from lora_cli.training.stopping import StopRequest
+from lora_cli.unexpected import note_phase
 
 
 @contextmanager
@@ -63,6 +64,10 @@ def explaining(recipe: Recipe, accelerator: Accelerator, stop: StopRequest) -> I
     except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
         if (full := resource_error(error, recipe, stop.doing)) is not None:
             raise full from error
+        note_phase(error, stop.doing)
+        raise
+    except Exception as error:
+        note_phase(error, stop.doing)
         raise
 
 

@@ -18,9 +18,11 @@ from lora_cli.adapters.starting import make_trainable
 from lora_cli.environment import refuse_mpi
 from lora_cli.evaluation import add_samples, evaluate
 from lora_cli.fingerprint import Fingerprint, fingerprint_of
+from lora_cli.models import enable_gradient_checkpointing
 from lora_cli.placement import start_accelerator
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Encoded, Task, build_task
+from lora_cli.tasks.batch_check import check_training, choose_padding
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.encoding import load_data
 from lora_cli.tasks.gate import pass_gate
@@ -53,6 +55,7 @@ from lora_cli.training.step import train_step
 from lora_cli.training.stopping import TRAINING, Stopping, StopRequest
 from lora_cli.training.watching import watching
 from lora_cli.training.window import Window
+from lora_cli.unexpected import phase
 
 
 def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
@@ -111,12 +114,11 @@ class Run:
     ) -> None:
         self.recipe, self.task, self.data, self.accelerator = recipe, task, data, accelerator
         self.folder, self.stop = recipe.output_path, stop
-        self.notes = [*task.notes]
         self.model, self.in_full, base = self._load_model()
+        self.notes = [*filter(None, [task.length_note]), *task.notes]
         self.optimizer = build_optimizer(self.model, recipe, self.in_full)
-        self.saver = Saver(
-            recipe, self.model, self.optimizer, self.in_full, base, task.tokenizer, accelerator
-        )
+        trained = (self.model, self.optimizer, self.in_full, base)
+        self.saver = Saver(recipe, *trained, task.tokenizer, accelerator, task.base_facts)
         self.prepared = accelerator.prepare_optimizer(self.optimizer)
         self.batches = Batches(task, data.get("train"), accelerator)
         self.total_steps = self.batches.total_steps
@@ -132,15 +134,17 @@ class Run:
         recipe, task = self.recipe, self.task
         seed_everything(recipe.train.seed)
         model, new = task.load_model(self.accelerator.device)
-        base = make_trainable(model, recipe, new, fingerprint_of(recipe, model, new))
-        if isinstance(task, CausalLM) and recipe.train.packing:
-            with self.accelerator.autocast():
+        base = fingerprint_of(recipe, model, new)
+        base = make_trainable(model, recipe, new, base, task.base_facts)
+        lengths = [int(split.lengths.max()) for split in self.data.values()]
+        longest = max(lengths) if "train" in self.data else None
+        with self.accelerator.autocast():
+            choose_padding(task, model, longest)
+            check_training(task, model, longest)
+            if isinstance(task, CausalLM) and recipe.train.packing:
                 check_packing(task, model, self.data["train"])
         if recipe.train.gradient_checkpointing:
-            # the second is its name in older transformers
-            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-            enable: Any = next(getattr(model, name) for name in names if hasattr(model, name))
-            enable({"use_reentrant": False})
+            enable_gradient_checkpointing(model, recipe)
         return model, list(dict.fromkeys([*new, *recipe.adapter.train_modules])), base
 
     def resume(self) -> None:
@@ -209,14 +213,15 @@ class Run:
         seed_everything(recipe.train.seed, step, self.accelerator.process_index)
         factor = learning_rate_factor(recipe.train.scheduler, step, self.total_steps)
         rate = set_learning_rate(self.optimizer, factor)
-        result = train_step(
-            self.model,
-            self.task,
-            self.prepared,
-            [batch.to(self.accelerator.device) for batch in planned.batches],
-            self.accelerator,
-            recipe.train.max_grad_norm,
-        )
+        with phase(f"training, in step {step}"):
+            result = train_step(
+                self.model,
+                self.task,
+                self.prepared,
+                [batch.to(self.accelerator.device) for batch in planned.batches],
+                self.accelerator,
+                recipe.train.max_grad_norm,
+            )
         self.window.add(planned, result)
         state.step = step
         state.examples += len(planned.examples)

@@ -9,10 +9,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from lora_cli.base_facts import require_facts
 from lora_cli.errors import IntegrityError, ResourceError
 from lora_cli.files import MANIFEST, sha256_of, verify_manifest
 from lora_cli.fingerprint import Fingerprint, read_fingerprint, require_base
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import Recipe, read_computation
 from lora_cli.training.agreement import require_same_parameters
 from lora_cli.training.checkpoints import (
     FOLDER,
@@ -47,8 +48,9 @@ class Saver:
         optimizer: Of the trained parameters.
         in_full: Names of the modules trained in full.
         base: The fingerprint of the base, which is kept beside the adapter.
-        processor: The tokenizer, which belongs to a fully trained model.
+        processor: The tokenizer, which stays with what was trained with it.
         accelerator: The processes, and fp16's loss scale.
+        facts: What of the base decides the computation besides its tensors.
     """
 
     def __init__(
@@ -60,10 +62,11 @@ class Saver:
         base: Fingerprint | None,
         processor: Any,
         accelerator: Accelerator,
+        facts: dict[str, Any],
     ) -> None:
         self.recipe, self.model, self.optimizer = recipe, model, optimizer
         self.in_full, self.processor, self.accelerator = in_full, processor, accelerator
-        self.base, self.folder = base, recipe.output_path
+        self.base, self.folder, self.facts = base, recipe.output_path, facts
 
     def begin(self, state: TrainState, say: Callable[[str], None]) -> None:
         """Write the recipe; refuse to begin what the disk or the mirror cannot take.
@@ -112,6 +115,11 @@ class Saver:
             state.machine, state.memory = fresh.machine, fresh.memory
             state.changes += [f"after step {state.step}: {change}" for change in changes]
         run = f"the run {self.folder}"
+        computation = read_computation(folder)
+        if computation is None:
+            say(f"warning: {run} is of an earlier version: its tokenizer is unverified")
+        else:
+            require_facts(computation["base"], self.facts, self.recipe, run, True, True)
         self.base = require_base(read_fingerprint(folder), self.base, self.recipe, run)
         restore_checkpoint(folder, state, self.model, self.optimizer)
         if self.accelerator.scaler is not None and state.scaler is not None:
@@ -133,7 +141,7 @@ class Saver:
             state.scaler = self.accelerator.scaler.state_dict()
         if self.accelerator.is_main_process:
             trained = (self.model, self.recipe, self.in_full, self.base)
-            save_checkpoint(self.folder, state, self.optimizer, *trained)
+            save_checkpoint(self.folder, state, self.optimizer, *trained, self.facts)
             if self.recipe.checkpoint.mirror is not None:
                 try:
                     mirror_checkpoint(self.recipe, state.step, state.logs)
@@ -145,7 +153,7 @@ class Saver:
         """Put the adapter as it is now into the output folder."""
         if self.accelerator.is_main_process:
             trained = (self.model, self.recipe, self.in_full, self.base)
-            publish_adapter(self.folder, *trained, self.processor)
+            publish_adapter(self.folder, *trained, self.processor, self.facts)
         self.accelerator.wait_for_everyone()
         state.published = sha256_of(self.folder / MANIFEST)
 

@@ -18,6 +18,7 @@ from typing import Any
 import cases_chats  # noqa: F401 - they fill CASES
 import cases_data  # noqa: F401
 import cases_folders  # noqa: F401
+import cases_models  # noqa: F401
 import cases_recipes  # noqa: F401
 import cases_runs  # noqa: F401
 import cases_system  # noqa: F401
@@ -89,6 +90,11 @@ REST: dict[str, str] = {
     "tasks/causal_lm.py:load_processor": "needs a tokenizer that is not fast",
     "tasks/causal_lm.py:_require_room": "a guard: blank texts are rejected before",
     "tasks/row_formats.py:prompt": "printed as a warning; tests/test_prediction.py",
+    "models.py:enable_gradient_checkpointing": "a guard: its absence is found before",
+    "tasks/batch_check.py:_of_first": "needs a forward pass that fails; tests/test_padding.py",
+    "tasks/batch_check.py:_not_repeatable": "needs a model that draws; tests/test_padding.py",
+    "tasks/batch_check.py:_require_single_rows": "as above; tests/test_padding.py",
+    "tasks/encoding.py:_encoded": "needs a tokenizer that fails; tests/test_unexpected.py",
     "tasks/packing.py:check_packing": "needs a model without positions; tests/test_causal_lm.py",
     "tasks/labels.py:learn": "needs a data set of the Hub whose own labels repeat",
     "placement.py:start_accelerator": "needs a device of another kind",

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lora_cli.errors import ResourceError
 from lora_cli.files import verify_manifest, write_manifest
-from lora_cli.models import place_error
+from lora_cli.model_errors import place_error
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.training.checkpoints import load_checkpoint
 from lora_cli.training.resources import resource_error

@@ -607,7 +607,7 @@ def test_no_secret_reaches_a_file_or_the_screen(
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_no_secret_reaches_a_traceback(debug: bool, world: World) -> None:
+def test_no_secret_reaches_a_traceback(debug: bool, world: World, tmp_path: Path) -> None:
     code = (
         "import sys; from lora_cli import cli, recipe\n"
         f"def fail(*_): raise RuntimeError('no answer from https://me:{PASSWORD}@host')\n"
@@ -615,15 +615,17 @@ def test_no_secret_reaches_a_traceback(debug: bool, world: World) -> None:
         "cli.main()"
     )
     arguments = ["validate", str(world.recipe)]
-    environment = {**os.environ, "PYTHONPATH": str(HOME.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(HOME.parent), "TMPDIR": str(tmp_path)}
     found = subprocess.run(
         [sys.executable, "-c", code, *arguments, *(["--debug"] if debug else [])],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     assert found.returncode == 1
-    assert "Traceback" in found.stderr
+    assert ("Traceback" in found.stderr) == debug
     assert "RuntimeError: no answer from https://***@host" in found.stderr
-    assert PASSWORD not in found.stdout + found.stderr
+    kept = "".join(file.read_text() for file in tmp_path.glob("lora-error-*"))
+    assert ("Traceback" in kept) == (not debug)
+    assert PASSWORD not in found.stdout + found.stderr + kept
 
 
 # --------------------------------------------------------------------------------------- modes

@@ -1,0 +1,168 @@
+"""The rows of a pretrained classifier go by the names of their labels, not by their positions.
+
+A base may come with a classifier of its own: `id2label` of its config.json says which row of the
+last layer stands for which label. A recipe has its labels in another order (inferred ones are
+sorted), or some of them, or more. Each row is put where its label is; labels that the base does not
+know get a row of their own, drawn anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from lora_cli.errors import printable
+from lora_cli.models import build_empty, checkpoint_files, new_modules
+from lora_cli.recipe import Recipe
+
+UNNAMED = re.compile(r"LABEL_\d+")  # what transformers calls a label without a name
+
+
+def arrange_rows(
+    model: nn.Module,
+    missing: Collection[str],
+    labels: Sequence[str],
+    base: PretrainedConfig,
+    recipe: Recipe,
+    auto_class: Any,
+) -> str | None:
+    """Put the rows of a pretrained classifier in the order of the recipe's labels.
+
+    Args:
+        model: The model as it was loaded, with a row for each of `labels`; it is changed in place.
+        missing: Names of parameters that were drawn anew, since the checkpoint lacks them or has
+            another number of rows.
+        labels: Of the recipe, in order.
+        base: The configuration of the base, with its own labels.
+        recipe: Names the checkpoint.
+        auto_class: The transformers class of the model.
+
+    Returns:
+        What a user should know, or None.
+    """
+    outputs = _output_layer(model, labels, base, recipe, auto_class)
+    own = _own_names(base)
+    if not outputs or not own:
+        return None
+    is_loaded = not set(outputs) & set(missing)
+    if all(UNNAMED.fullmatch(name) for name in own):
+        if is_loaded and not all(label.isdecimal() for label in labels):
+            return (
+                "warning: the base's classifier has labels without names: its outputs stand for "
+                f"{_listed(labels)}, in this order"
+            )
+        return None
+    if all(label.isdecimal() for label in labels):
+        if is_loaded:
+            pairs = [f"{label} is `{name}`" for label, name in zip(labels, own, strict=False)]
+            return f"the base's classifier goes by position: {', '.join(pairs[:10])}"
+        return None
+    rows = match_rows(own, labels)
+    stored = {
+        name: parameter.detach().clone() if is_loaded else _stored(name, recipe)
+        for name, parameter in outputs.items()
+    }
+    for name, parameter in outputs.items():
+        source = stored[name]
+        if source is None or len(source) != len(own):
+            rows = [None] * len(labels)  # of unknown names: it starts anew
+            source = None
+        _place(parameter, source, rows, base, is_loaded)
+    known = sum(row is not None for row in rows)
+    if known == len(labels):
+        return None
+    new = [label for label, row in zip(labels, rows, strict=True) if row is None]
+    return (
+        f"the base's classifier knows {_listed(own)}: the rows of {_listed(new)} start anew; "
+        "labels of the same name would keep theirs"
+    )
+
+
+def match_rows(own: Sequence[str], labels: Sequence[str]) -> list[int | None]:
+    """Return the row of each label among a classifier's own, by name, whatever its case."""
+    exact = {name: i for i, name in reversed(list(enumerate(own)))}
+    folded: dict[str, list[int]] = {}
+    for i, name in enumerate(own):
+        folded.setdefault(name.strip().casefold(), []).append(i)
+    taken = {exact[label] for label in labels if label in exact}
+    rows: list[int | None] = []
+    for label in labels:
+        row = exact.get(label)
+        if row is None:
+            alike = [i for i in folded.get(label.strip().casefold(), []) if i not in taken]
+            row = alike[0] if len(alike) == 1 else None
+            taken |= {row} if row is not None else set()
+        rows.append(row)
+    return rows
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the first names in words."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(f"`{printable(name, 60)}`" for name in names[:5]) + more
+
+
+def _own_names(base: PretrainedConfig) -> list[str]:
+    """Return the base's labels in the order of its outputs; none if they are not numbered so."""
+    names = {int(i): str(name) for i, name in (base.id2label or {}).items()}
+    return [names[i] for i in range(len(names))] if sorted(names) == list(range(len(names))) else []
+
+
+def _output_layer(
+    model: nn.Module,
+    labels: Sequence[str],
+    base: PretrainedConfig,
+    recipe: Recipe,
+    auto_class: Any,
+) -> dict[str, nn.Parameter]:
+    """Return the parameters that have a row for each label: those that grow with their number."""
+    heads = tuple(f"{head}." for head in new_modules(model))
+    found = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith(heads) and parameter.ndim and parameter.shape[0] == len(labels)
+    }
+    if sum(parameter.ndim > 1 for parameter in found.values()) < 2:
+        return found
+    config = type(base).from_dict({**base.to_dict(), **_numbered(len(labels) + 1)})
+    larger = dict(build_empty(auto_class, recipe, config).named_parameters())
+    return {name: p for name, p in found.items() if larger[name].shape[0] == len(labels) + 1}
+
+
+def _numbered(count: int) -> dict[str, Any]:
+    names = {i: f"LABEL_{i}" for i in range(count)}
+    return {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+
+
+def _stored(name: str, recipe: Recipe) -> Tensor | None:
+    """Return a tensor of the checkpoint, or None if it is not there under this name."""
+    for file in checkpoint_files(recipe):
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 - it is no dictionary
+                found: Tensor = tensors.get_tensor(name)
+                return found
+    return None
+
+
+@torch.no_grad()
+def _place(
+    parameter: nn.Parameter,
+    source: Tensor | None,
+    rows: Sequence[int | None],
+    base: PretrainedConfig,
+    is_loaded: bool,
+) -> None:
+    """Copy the rows that are known; draw the others as transformers draws a new layer."""
+    for i, row in enumerate(rows):
+        if row is not None and source is not None:
+            parameter[i] = source[row].to(parameter.device, parameter.dtype)
+        elif is_loaded and parameter.ndim > 1:
+            parameter[i].normal_(0.0, float(getattr(base, "initializer_range", None) or 0.02))
+        elif is_loaded:
+            parameter[i].zero_()

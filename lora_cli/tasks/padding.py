@@ -1,0 +1,120 @@
+"""How rows of different lengths become one batch: decided by trying it on the model itself.
+
+What a row means must not depend on the rows next to it. Whether that holds is a matter of the
+architecture: XLNet reads the last position of a row, so filling on the right changes its answer;
+RWKV and convolutions know no mask; absolute positions shift when a row is filled on the left. So a
+short row is computed alone and next to a long one, and the first way of filling that gives the same
+outputs, near rounding, is taken: that of the tokenizer, then the other side. Where none does, only
+rows of the same length are computed together.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+ROUNDING = {torch.float32: 128, torch.float16: 16, torch.bfloat16: 8}  # times eps and the scale
+NOISE = 8  # times what the same row differs by when it is computed again, next to a copy of itself
+
+
+@dataclass(frozen=True)
+class Padding:
+    """A way to fill rows: on which side, and whether positions are given with them.
+
+    `none` computes only rows of the same length together.
+    """
+
+    side: Literal["right", "left", "none"] = "right"
+    positions: bool = False
+
+    def __str__(self) -> str:
+        if self.side == "none":
+            return "rows of the same length together"
+        return f"on the {self.side}" + (" with positions" if self.positions else "")
+
+
+RIGHT, NONE = Padding(), Padding("none")
+
+
+def fill(rows: list[Any], value: int, multiple: int, padding: Padding = RIGHT) -> Tensor:
+    """Return rows of numbers as one tensor (B, T), filled to a multiple of so many tokens."""
+    length = max(len(row) for row in rows)
+    length = -(-length // multiple) * multiple
+    result = torch.full((len(rows), length), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        start = length - len(row) if padding.side == "left" else 0
+        result[i, start : start + len(row)] = torch.as_tensor(row, dtype=torch.long)
+    return result
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Return the position of each token in its own row, given the attention mask (B, T)."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Return whether a model's forward can be given the positions of the tokens."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def candidates(model: nn.Module, tokenizer_side: str) -> Iterator[Padding]:
+    """Yield ways to fill rows, the tokenizer's own side first."""
+    other = {"left": "right", "right": "left"}[tokenizer_side]
+    sides: list[Literal["right", "left"]] = [
+        "left" if side == "left" else "right" for side in (tokenizer_side, other)
+    ]
+    for side in sides:
+        yield Padding(side)
+        if side == "left" and takes_positions(model):
+            yield Padding(side, positions=True)
+
+
+def logits_by_length(
+    model: nn.Module, inputs: Mapping[str, Tensor], lengths: Tensor, options: Mapping[str, Any]
+) -> Tensor:
+    """Return the logits of rows filled on the right, computing those of the same length together.
+
+    Args:
+        model: A model that cannot be given filled rows.
+        inputs: Tensors (B, T).
+        lengths: Tokens of each row (B,).
+        options: What else its forward is given.
+
+    Returns:
+        (B, C), or (B, T, V) with zeros where a row is filled.
+    """
+    width = next(iter(inputs.values())).shape[1]
+    result: Tensor | None = None
+    for length in sorted(set(lengths.tolist())):
+        rows = (lengths == length).nonzero().squeeze(-1)
+        part = {key: value[rows, :length] for key, value in inputs.items()}
+        logits = model(**part, **options).logits
+        if result is None:
+            shape = [len(lengths), *logits.shape[1:]]
+            if logits.ndim == 3:
+                shape[1] = width
+            result = logits.new_zeros(shape)
+        if logits.ndim == 3:
+            result[rows, :length] = logits
+        else:
+            result[rows] = logits
+    assert result is not None
+    return result
+
+
+def tolerance(alone: Tensor, noise: Tensor | float, dtype: torch.dtype) -> float:
+    """Return how much equal outputs may differ by rounding alone.
+
+    Args:
+        alone: The outputs of a row computed alone.
+        noise: The largest difference that computing it twice made.
+        dtype: In which it is computed.
+    """
+    scale = float(alone.abs().max())
+    eps = torch.finfo(dtype).eps
+    return max(ROUNDING.get(dtype, 128) * eps * scale, NOISE * float(noise))
