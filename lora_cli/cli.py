@@ -324,14 +324,6 @@ def evaluate(
 
 @app.command()
 def merge(
-    base: Annotated[
-        str,
-        typer.Option(
-            "--base",
-            help="Hub id or folder of the base model.",
-            callback=_meant,
-        ),
-    ],
     adapter: AdapterDir,
     to: Annotated[
         Path,
@@ -341,6 +333,14 @@ def merge(
             callback=_meant,
         ),
     ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            help="Hub id or folder of the base model. Default: the one that the adapter names.",
+            callback=_meant,
+        ),
+    ] = None,
     recipe: RecipeOption = None,
     overrides: Overrides = None,
 ) -> None:

@@ -51,7 +51,7 @@ class MergeResult:
 
 
 def merge_adapter(
-    base: str,
+    base: str | None,
     adapter: Path,
     to: Path,
     recipe_file: Path | None = None,
@@ -60,7 +60,8 @@ def merge_adapter(
     """Write the merged model, and `merge.json`, which says what it was merged from.
 
     Args:
-        base: Hub id or folder of the base model.
+        base: Hub id or folder of the base model. None: the one that the adapter's recipe or PEFT
+            configuration names.
         adapter: Folder of the adapter.
         to: Folder that is made; it must not exist, or be empty.
         recipe_file: Recipe of an adapter that another tool made.

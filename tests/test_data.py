@@ -680,6 +680,23 @@ def test_a_row_that_cannot_be_read_is_of_no_split(marked_csv: str) -> None:
     assert [len(split.skipped) for split in rows.values()] == [1, 0]
 
 
+@pytest.mark.parametrize(
+    "splits",
+    [
+        {"validation": {"fraction": 0.2}, "test": {"fraction": 0.2}},
+        {"train": "train[:60%]", "validation": "train[60%:80%]", "test": "train[80%:]"},
+        {"split_column": "split", "validation": "dev", "test": "test"},
+    ],
+)
+def test_a_row_that_cannot_be_read_is_counted_once(splits: dict[str, Any], marked_csv: str) -> None:
+    with Path(marked_csv).open("a") as file:
+        file.write("too,many,fields,here\n")
+    rows = load_rows(recipe_of({"path": marked_csv, "on_bad_row": "skip", **splits}))
+    assert {name: len(split.skipped) for name, split in rows.items()} == {
+        "train": 1, "validation": 0, "test": 0,
+    }  # fmt: skip
+
+
 def test_a_column_divides_a_stream(marked_csv: str) -> None:
     data = {"path": marked_csv, "split_column": "split", "streaming": True}
     found = [(row.columns or {})["text"] for row in stream_rows(recipe_of(data, max_steps=1))]

@@ -99,6 +99,18 @@ def stored(folder: Path) -> dict[str, torch.dtype]:
     return {name: tensor.dtype for name, tensor in load_file(folder / WEIGHTS).items()}
 
 
+def test_the_base_is_the_one_that_the_adapter_names(tmp_path: Path) -> None:
+    base = base_of("encoder", tmp_path)
+    out = trained(tmp_path, base)
+    merge_adapter(str(base), out, tmp_path / "named")
+    merge_adapter(None, out, tmp_path / "found")
+    (out / "recipe.yaml").rename(tmp_path / "recipe.yaml")  # as PEFT leaves it
+    merge_adapter(None, out, tmp_path / "peft")
+    named = logits(plain(tmp_path / "named"))
+    for folder in ("found", "peft"):
+        assert torch.equal(logits(plain(tmp_path / folder)), named)
+
+
 @pytest.mark.parametrize(
     ("kind", "targets"),
     [

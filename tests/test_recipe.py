@@ -436,6 +436,84 @@ def test_an_override_mends_a_faulty_value(load: Any) -> None:
     assert load(text, "adapter.rank=8").adapter.rank == 8
 
 
+CLASSIFY = {
+    "model": {"name": "base"},
+    "task": {"type": "sequence_classification"},
+    "data": {"path": "a.csv"},
+}
+CONTINUE = CLASSIFY | {"task": {"type": "causal_lm"}}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "in_file", "flags"),
+    [
+        (CLASSIFY, {"train": {"epochs": 5}}, ["train.max_steps=30"]),
+        (CLASSIFY, {"train": {"max_steps": 30}}, ["train.epochs=5"]),
+        (CLASSIFY, {"train": {"gradient_accumulation_steps": 4}}, ["train.examples_per_step=64"]),
+        (CLASSIFY, {"train": {"examples_per_step": 64}}, ["train.gradient_accumulation_steps=4"]),
+        (CLASSIFY, {"train": {"scheduler": {"warmup_ratio": 0.1}}},
+         ["train.scheduler.warmup_steps=9"]),
+        (CLASSIFY, {"train": {"scheduler": {"warmup_steps": 9}}},
+         ["train.scheduler.warmup_ratio=0.1"]),
+        (CONTINUE, {"train": {"packing": True}}, ["train.group_by_length=true"]),
+        (CONTINUE, {"train": {"group_by_length": True}}, ["train.packing=true"]),
+        (CLASSIFY, {"data": {"path": "a.csv", "split_column": "split"}}, ["data.name=org/set"]),
+        (CLASSIFY, {"data": {"name": "org/set", "config": "one"}}, ["data.path=a.csv"]),
+        (CLASSIFY, {"data": {"path": "a.csv", "validation": {"fraction": 0.1, "group_by": "who"}}},
+         ["data.validation.disjoint=substring"]),
+        (CLASSIFY, {"data": {"path": "a.csv", "test": {"fraction": 0.1, "disjoint": "substring"}}},
+         ["data.test.group_by=who"]),
+        (CLASSIFY, {"task": {"type": "sequence_classification", "problem": "multi_label",
+                             "label_columns": ["a", "b"]}}, ["task.label_separator=;"]),
+        (CONTINUE, {"task": {"type": "causal_lm", "text_column": "t"}},
+         ["task.prompt_column=q", "task.completion_column=a"]),
+        (CONTINUE, {"task": {"type": "causal_lm", "prompt_column": "q", "completion_column": "a"}},
+         ["task.text_column=t"]),
+        (CONTINUE, {"task": {"type": "causal_lm", "messages_column": "m", "format": "sharegpt"}},
+         ["task.text_column=t"]),
+        (CONTINUE, {"task": {"type": "causal_lm", "text_column": "t"}}, ["task.format=alpaca"]),
+        (CONTINUE, {"task": {"type": "causal_lm", "prompt_column": "q", "completion_column": "a"}},
+         ["task.messages_column=m"]),
+    ],
+)  # fmt: skip
+def test_an_override_replaces_the_keys_that_exclude_it(
+    recipe: dict[str, Any], in_file: dict[str, Any], flags: list[str], load: Any
+) -> None:
+    loaded = load(yaml.safe_dump(recipe | in_file), *flags)
+    for flag in flags:
+        key, _, value = flag.partition("=")
+        found = loaded
+        for name in key.split("."):
+            found = getattr(found, name)
+        wanted = yaml.safe_load(value)
+        assert found == wanted or found == str(Path.cwd() / str(wanted))
+    # both in the file, or both on the command line, are an error
+    section, _, name = flags[0].partition("=")[0].rpartition(".")
+    both: Any = yaml.safe_load(yaml.safe_dump(recipe | in_file))
+    inner = both
+    for part in section.split("."):
+        inner = inner.setdefault(part, {})
+    for flag in flags:
+        key, _, value = flag.partition("=")
+        inner[key.rpartition(".")[2]] = yaml.safe_load(value)
+    with pytest.raises(LoraError, match=r"exclude|more than one way|combined|divides|padding"):
+        load(yaml.safe_dump(both))
+
+
+def test_two_overrides_that_exclude_each_other_are_an_error(problems: Any) -> None:
+    (problem,) = problems(LINES, "train.epochs=1", "train.max_steps=3")
+    assert problem.what == "`epochs` and `max_steps` exclude each other"
+
+
+@pytest.mark.parametrize("flag", ["train.max_steps=null", "train={seed: 3}", "train.packing=false"])
+def test_an_override_that_excludes_nothing_replaces_nothing(flag: str, load: Any) -> None:
+    text = yaml.safe_dump(CLASSIFY | {"train": {"epochs": 5, "group_by_length": True}})
+    train = load(text, flag).train
+    assert (train.epochs, train.group_by_length) == (
+        (None, False) if flag.startswith("train={") else (5, True)
+    )
+
+
 @pytest.mark.parametrize(
     ("flag", "at", "what"),
     [

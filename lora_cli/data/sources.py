@@ -128,7 +128,19 @@ def load_rows(recipe: Recipe, splits: Sequence[str] = SPLITS) -> dict[str, Rows]
             whole[name], whole[parent] = _hold_out(recipe, whole[parent], name, held_out)
     for name, rows in whole.items():
         _require_rows(rows, name)
+    _count_skipped_once(whole)
     return {name: whole[name] for name in SPLITS if name in whole and name in splits}
+
+
+def _count_skipped_once(splits: dict[str, Rows]) -> None:
+    """Leave the rows that cannot be read with the first of the splits that share their files."""
+    seen: set[tuple[str, str]] = set()
+    for name in SPLITS:
+        rows = splits.get(name)
+        if rows is not None and rows.skipped:
+            files = (rows.source, rows.sha256)
+            splits[name] = replace(rows, skipped=()) if files in seen else rows
+            seen.add(files)
 
 
 def _require_rows(rows: Rows, name: str) -> None:
@@ -257,9 +269,7 @@ def _rows_marked(recipe: Recipe, split: str, name: str) -> Rows:
         hint = did_you_mean(name, sorted(set(values)), "it holds")
         what = f"column `{column}` marks no row as `{name}`"
         raise LoraError(what, recipe.at(f"data.{split}"), hint)
-    marked = rows.select(found)
-    # a row that cannot be read has no mark: it counts once
-    return marked if split == "train" else replace(marked, skipped=())
+    return rows.select(found)
 
 
 def split_mark(row: dict[str, Any], column: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,25 @@ MAX_BYTES = 200_000  # a second of reading; a recipe has a hundredth of it
 MAX_OWN_BYTES = 5_000_000  # beside an adapter, where all labels are named that were found
 RECIPE_FILE = "recipe.yaml"  # beside an adapter
 MAX_PROBLEMS = 20
+# Of each pair, a recipe has at most one. A key of `--set` replaces the other one of the file.
+EXCLUDES_NOTHING = (None, False, "exact", "openai")  # values of these keys that go with the other
+EXCLUSIVE_KEYS = [
+    ("train.epochs", "train.max_steps"),
+    ("train.gradient_accumulation_steps", "train.examples_per_step"),
+    ("train.scheduler.warmup_steps", "train.scheduler.warmup_ratio"),
+    ("train.packing", "train.group_by_length"),
+    ("data.name", "data.path"),
+    ("data.config", "data.path"),
+    ("data.name", "data.split_column"),
+    ("data.validation.group_by", "data.validation.disjoint"),
+    ("data.test.group_by", "data.test.disjoint"),
+    ("task.label_columns", "task.label_separator"),
+    *itertools.product(["task.text_column"], ["task.prompt_column", "task.completion_column"]),
+    *itertools.product(
+        ["task.messages_column", "task.format"],
+        ["task.text_column", "task.prompt_column", "task.completion_column"],
+    ),
+]
 
 
 def load_recipe(
@@ -55,6 +75,7 @@ def load_recipe(
         )
     for override in overrides:
         _override(data, reader, override)
+    _drop_replaced_keys(data, reader, overrides)
     try:
         try:
             recipe = Recipe.model_validate(data)
@@ -202,6 +223,38 @@ def _override(data: dict[str, Any], reader: Reader, override: str) -> None:
     for old in [k for k in reader.typed if k == key or k.startswith(key + ".")]:
         del reader.typed[old]
     reader.typed |= flag_reader.typed
+
+
+def _drop_replaced_keys(data: dict[str, Any], reader: Reader, overrides: Sequence[str]) -> None:
+    """Drop each key of the file that excludes a key which an override sets.
+
+    Two such keys in the file, or in the overrides, stay, and are an error of the schema.
+    """
+    said = {override.partition("=")[0].strip() for override in overrides}
+    for one, other in EXCLUSIVE_KEYS:
+        for new, old in ((one, other), (other, one)):
+            if _is_set(data, new, said) and not _is_set(data, old, said):
+                *sections, last = old.split(".")
+                section = _section(data, sections)
+                if section is not None and section.pop(last, None) is not None:
+                    reader.places.pop(old, None)
+                    reader.faulty.discard(old)
+
+
+def _section(data: dict[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
+    """Return the section at the end of a path of names, or None if there is none."""
+    section: Any = data
+    for name in names:
+        section = section.get(name) if isinstance(section, dict) else None
+    return section if isinstance(section, dict) else None
+
+
+def _is_set(data: dict[str, Any], key: str, said: Collection[str]) -> bool:
+    """Return whether an override gives a key, or the section around it, a value that counts."""
+    *sections, last = key.split(".")
+    around = {".".join([*sections, last][:depth]) for depth in range(1, len(sections) + 2)}
+    section = _section(data, sections)
+    return bool(around & set(said)) and bool(section) and section.get(last) not in EXCLUDES_NOTHING
 
 
 def _make_paths_absolute(recipe: Recipe, folder: Path) -> None:
