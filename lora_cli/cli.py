@@ -526,9 +526,21 @@ def init(
     text: Annotated[
         str | None, typer.Option("--text", help="The column of the text, where it is in doubt.")
     ] = None,
+    pair: Annotated[
+        str | None,
+        typer.Option("--pair", help="The column of a second text, for a label of two texts."),
+    ] = None,
     label: Annotated[
         str | None,
         typer.Option("--label", help="The column of the label, or of the answer; none: no label."),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            "--memory",
+            min=1,
+            help="Memory of the GPU that will train, in GiB. Default: that of this machine's GPU.",
+        ),
     ] = None,
 ) -> None:
     """Look at a data file and write a recipe for it, with what was inferred as comments."""
@@ -539,7 +551,8 @@ def init(
         raise LoraError("more than two files", "FILE", "`data.path` takes a folder or a pattern")
     refuse_existing(output)
     _quiet()
-    draft = draft_recipe(sources[0], model, output, text, label, *sources[1:])
+    second = sources[1] if len(sources) > 1 else None
+    draft = draft_recipe(sources[0], model, output, text, label, second, pair, memory)
     write_recipe(output, draft.text(), draft.extra_files)
     width = max(cells(name) for name, _ in draft.findings)
     for name, finding in draft.findings:

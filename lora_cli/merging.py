@@ -91,7 +91,7 @@ def _locked(to: Path) -> Iterator[None]:
 
 
 def _merge(
-    base: str,
+    base: str | None,
     adapter: Path,
     to: Path,
     recipe_file: Path | None,

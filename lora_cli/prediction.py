@@ -71,7 +71,8 @@ def answer_file(
     refuse_target(source, target, overwrite)
     head = read_head(source)
     wanted = list(task.input_columns().values())
-    form = input_form(source, head, task.recipe.data.format, wanted)
+    labels = getattr(task, "labels", ())
+    form = input_form(source, head, task.recipe.data.format, wanted, labels)
     if kind_of(source, form) == "csv":
         say_quoting(source, form)
     columns = columns_of(source, form)
@@ -153,7 +154,7 @@ def _output_form(
     encoding = "utf-8-sig" if head.has_mark and form.encoding == "utf-8" else form.encoding
     same = delimiter == delimiter_of(source, form)
     quoting = quoting_of(source, form).name if same else "csv"
-    return OutputForm(columns, delimiter, encoding, head.line_end, quoting)
+    return OutputForm(columns, delimiter, encoding, head.line_end, quoting, header=form.header)
 
 
 def _schema(source: Path, head: Head, columns: list[str], task: Task) -> Any:

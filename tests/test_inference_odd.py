@@ -225,7 +225,6 @@ FOREIGN = [
     ("rows.csv", b"\xd0\xcf\x11\xe0" + bytes(99), "an old Excel workbook", "as csv"),
     ("rows.pdf", b"%PDF-1.4\n" + bytes(range(99)), "a PDF", "take its text out"),
     ("rows.csv", bytes(range(1, 256)) * 20, "no text", "csv, tsv"),
-    ("rows.txt", b"".join(f"__label__{b} {t}\n".encode() for t, b in ROWS), "fastText", "sed -E"),
     ("rows.conll", TOKENS.encode(), "tokens with a tag each .one a line, .* person", "so far"),
     ("rows.jsonl", lines([{"tokens": ["a", "b"], "ner_tags": [0, i % 5]} for i in range(20)])
      .encode(), "`tokens` and `ner_tags`, 20 sentences, 5 tags", "so far"),
@@ -243,17 +242,6 @@ def test_what_is_something_else_is_named(
         init(name, content, model)
     assert hint in (caught.value.problems[0].hint or "")
     assert not (tmp_path / "recipe.yaml").exists()
-
-
-def test_the_command_for_fasttext_works(init: Init, tmp_path: Path) -> None:
-    import subprocess
-
-    content = "".join(f"__label__{b} {t}\n" for t, b in ROWS)
-    with pytest.raises(LoraError) as caught:
-        init("rows.txt", content)
-    command = (caught.value.problems[0].hint or "").split("`")[1]
-    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
-    assert init("", tmp_path / "rows.tsv").task.labels == ["bad", "good"]
 
 
 # ------------------------------------------------------------------------------------- too little

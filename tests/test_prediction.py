@@ -436,6 +436,41 @@ def test_an_answer_with_a_tab_in_a_table_without_quoting(
     assert lines[1:] == ['"x\t1\ta b c\t0.5\t0.5', "y\t2\tbad\t1.0\t0.0"]
 
 
+def test_a_table_without_a_header_stays_without(tmp_path: Path) -> None:
+    form = {"header": False, "columns": ["text", "label"]}
+    (tmp_path / "rows.csv").write_text("a;0\nb;1\n".replace(";", ","))
+    data = {"path": "rows.csv", "format": form}
+    opened = open_task(tiny.save_encoder(tmp_path / "base"), tmp_path, data=data)
+    (tmp_path / "in.csv").write_text("a fine film,0\nslow and dull,1\nlong,0\n")
+    assert run(opened, tmp_path / "in.csv", tmp_path / "out.csv") == (3, [])
+    lines = (tmp_path / "out.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in lines] == [
+        ["a fine film", "0"], ["slow and dull", "1"], ["long", "0"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("trained_on", ["first_word", "fasttext", "folder", None])
+def test_the_labels_of_lines_are_not_read_as_text(tmp_path: Path, trained_on: str | None) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\na,bad\nb,good\n")
+    data = {"path": "rows.csv", "format": {"label_from": trained_on} if trained_on else {}}
+    opened = open_task(
+        tiny.save_encoder(tmp_path / "base"), tmp_path, data=data, task={"labels": ["bad", "good"]}
+    )
+    cases = {
+        "marked.txt": ("__label__bad a long film\n__label__good a fine one\n", "a long film"),
+        "plain.txt": ("a long film\nbad news for all\n", "a long film"),
+        "table.csv": ("text,label\na long film,bad\na fine one,good\n", "a long film"),
+        "words.txt": (
+            "bad a long film\ngood a fine one\n",
+            "a long film" if trained_on == "first_word" else "bad a long film",
+        ),
+    }
+    for name, (content, first) in cases.items():
+        (tmp_path / name).write_text(content)
+        assert run(opened, tmp_path / name, tmp_path / f"{name}.jsonl") == (2, [])
+        assert read(tmp_path / f"{name}.jsonl")[0]["text"] == first
+
+
 def test_a_header_alone_has_no_rows_to_answer(opened: Opened, tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("id;text\n")
     assert run(opened, tmp_path / "in.csv", tmp_path / "out.csv") == (0, [])

@@ -107,6 +107,15 @@ def test_a_label_that_is_none_stops_late_too(bases: dict[str, Path], tmp_path: P
     assert caught.value.problems[0].at == "rows.jsonl:151"
 
 
+def test_rows_with_a_label_to_skip_are_left_out(bases: dict[str, Path], tmp_path: Path) -> None:
+    section = {"type": "sequence_classification", "labels": ["bad", "good"], "skip_labels": ["-"]}
+    rows = labelled("good", "-", "bad", "-")
+    stream = Stream(task_of(recipe_file(bases["encoder"], tmp_path, rows, task=section)))
+    assert [example["place"] for example in first(stream, 2)] == ["rows.jsonl:1", "rows.jsonl:3"]
+    first(stream, 3)
+    assert str(stream.note()).startswith("skipped 2 rows of the stream; the first: rows.jsonl:2: ")
+
+
 def test_label_names_of_a_hub_stream_are_known(bases: dict[str, Path], tmp_path: Path) -> None:
     names = datasets.ClassLabel(names=["bad", "good"])
     features = datasets.Features({"text": datasets.Value("string"), "label": names})

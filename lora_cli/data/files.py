@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.json_rows import JSON_NAMES, read_json
+from lora_cli.data.labelled import LABEL_COLUMN, divide
 from lora_cli.data.lines import RawRow, byte_fault, read_lines
 from lora_cli.data.parallel import parts_of, read_parallel
 from lora_cli.data.parquet import parquet_names, read_parquet
@@ -30,7 +31,7 @@ KINDS = {
 
 def kind_of(path: Path, spec: FormatSpec) -> str:
     """Return how a file is read: csv, json, parquet or text."""
-    if parts_of(path):
+    if parts_of(path) or spec.label_from:
         return "text"
     kind = spec.type or kind_by_name(path.name)
     if kind is None:
@@ -48,7 +49,9 @@ def kind_by_name(name: str) -> str | None:
 
 def form_of(source: Path, given: FormatSpec) -> FormatSpec:
     """Return how the file is read: of the kind that its name says, else as the recipe says."""
-    by_name = given.model_copy(update={"type": None})
+    is_text = kind_by_name(source.name) in (None, "text")
+    label_from = given.label_from if is_text else None
+    by_name = given.model_copy(update={"type": None, "label_from": label_from})
     try:
         kind_of(source, by_name)
     except LoraError:
@@ -109,6 +112,7 @@ def columns_of(path: Path, spec: FormatSpec) -> list[str]:
             names = parquet_names(path, spec)
         case "text":
             names = list(parts_of(path)) or [text_column(spec)]
+            names = [LABEL_COLUMN, *names] if spec.label_from else names
     if names is None:
         enough = None if kind_of(path, spec) == "json" else 1
         rows = (row.columns for row in read_rows(path, spec) if row.columns is not None)
@@ -124,9 +128,16 @@ def columns_of(path: Path, spec: FormatSpec) -> list[str]:
 
 def _read_text(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
     name = text_column(spec)
+    place = f"{path.parent.name}/{path.name}" if spec.label_from == "folder" else path.name
     for number, text in _text_units(path, spec):
+        columns = {name: text}
+        if spec.label_from == "folder":
+            columns = {LABEL_COLUMN: path.parent.name, name: text}
+        elif spec.label_from:
+            label, rest = divide(text, spec.label_from)
+            columns = {LABEL_COLUMN: label, name: rest}
         fault = byte_fault(text, spec.encoding)
-        yield RawRow(None if fault else {name: text}, f"{path.name}:{number}", fault)
+        yield RawRow(None if fault else columns, f"{place}:{number}", fault)
 
 
 def text_column(spec: FormatSpec) -> str:
@@ -143,14 +154,15 @@ def _read_together(path: Path, parts: dict[str, Path], spec: FormatSpec) -> Iter
 
 def _text_units(path: Path, spec: FormatSpec) -> Iterator[tuple[int, str]]:
     """Yield (first line, text) of the lines, the paragraphs, or the whole of a text file."""
+    sample_by = "document" if spec.label_from == "folder" else spec.sample_by
     pending: list[str] = []
     first = 1
     for number, line in read_lines(path, spec.encoding):
         blank = not line.strip()
-        if spec.sample_by == "line":
+        if sample_by == "line":
             if not blank:
                 yield number, line.rstrip("\r\n")
-        elif blank and (spec.sample_by == "paragraph" or not pending):
+        elif blank and (sample_by == "paragraph" or not pending):
             if pending:
                 yield first, "".join(pending).rstrip("\r\n")
             pending = []
@@ -159,7 +171,7 @@ def _text_units(path: Path, spec: FormatSpec) -> Iterator[tuple[int, str]]:
             pending.append(line)
     if pending:
         text = "".join(pending)
-        yield first, text.rstrip("\r\n") if spec.sample_by == "paragraph" else text
+        yield first, text.rstrip("\r\n") if sample_by == "paragraph" else text
 
 
 def text_fault(row: dict[str, Any], columns: Iterable[str]) -> str:

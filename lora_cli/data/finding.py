@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_cli.data.files import KINDS, kind_by_name, kind_of
+from lora_cli.data.labelled import class_files
 from lora_cli.data.parallel import parts_of
 from lora_cli.errors import LoraError, did_you_mean, nearest, printable
 from lora_cli.errors import beside as beside_it
@@ -81,8 +83,11 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
         inside = [file.relative_to(pattern) for file in sorted(pattern.rglob("*"))]
         inside = [file for file in inside if _readable(pattern, file, data.format)]
         beside = [str(file) for file in inside]
-        by_split = [file for file in inside if _belongs(file, name)]
-        named = any(_belongs(file, other) for file in inside for other in SPLITS)
+        if data.format.label_from == "folder":
+            inside = class_files(inside)
+        of = {file: _split_parts(file, data.format) for file in inside}
+        by_split = [file for file in inside if _belongs(of[file], name)]
+        named = any(_belongs(of[file], other) for file in inside for other in SPLITS)
         of_split = by_split or (inside if name == "train" and not named else [])
         files = [pattern / file for file in of_split]
     elif parts := parts_of(pattern):
@@ -139,7 +144,12 @@ def _readable(folder: Path, file: Path, spec: FormatSpec) -> bool:
         return False
 
 
-def _belongs(file: Path, split: str) -> bool:
-    """Return whether a file's name or folder says that it is of a split."""
+def _split_parts(file: Path, form: FormatSpec) -> tuple[str, ...]:
+    """Return the parts of a path that may name its split; the folder of a class does not."""
+    return file.parts[:-2] if form.label_from == "folder" else file.parts
+
+
+def _belongs(parts: Sequence[str], split: str) -> bool:
+    """Return whether a name or a folder of a path says that the file is of a split."""
     pattern = SPLIT_FILES.get(split, re.escape(split.lower()))
-    return any(re.search(rf"(^|[^a-z]){pattern}([^a-z]|$)", part.lower()) for part in file.parts)
+    return any(re.search(rf"(^|[^a-z]){pattern}([^a-z]|$)", part.lower()) for part in parts)

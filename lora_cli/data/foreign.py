@@ -14,7 +14,6 @@ from lora_cli.errors import LoraError
 TAG = re.compile(r"O|[BIESLUM]-\S+")
 COMMENT = re.compile(r"# |-DOCSTART-")
 SAMPLE_BYTES = 100_000
-FASTTEXT = "__label__"
 TABLE = "save its sheet or table as csv"
 OTHER = "give a csv, tsv, json lines, parquet or text file"
 MAGIC = {
@@ -52,7 +51,7 @@ def refuse_binary(raw: bytes, path: Path) -> None:
 
 
 def refuse_other_lines(raw: bytes, encoding: str, path: Path) -> None:
-    """Refuse what is no text, and texts in the forms of CoNLL (a tag a token) and fastText.
+    """Reject what is not text, and texts in the form of CoNLL, with a tag for each token.
 
     Raises:
         LoraError: If it is one; it says what was seen.
@@ -63,13 +62,6 @@ def refuse_other_lines(raw: bytes, encoding: str, path: Path) -> None:
     sample = lines_of(text)
     sample = sample[:-1] if len(raw) > SAMPLE_BYTES else sample
     filled = [line for line in sample if line.strip()]
-    if sum(line.startswith(FASTTEXT) for line in filled) > 0.95 * len(filled):
-        raise LoraError(
-            f"this is a file for fastText: its labels stand in the text, after `{FASTTEXT}`",
-            str(path),
-            f"make columns of them: `sed -E 's/^{FASTTEXT}(\\S+) +/\\1\\t/' {path.name} > "
-            f"{path.stem}.tsv`",
-        )
     if _is_tagged(filled):
         _refuse_tagged(raw, encoding, path.name)
 

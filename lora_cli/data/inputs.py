@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lora_cli.data.encoding import lines_of
 from lora_cli.data.files import columns_of, form_of, kind_of
+from lora_cli.data.labelled import FASTTEXT, LABEL_COLUMN
 from lora_cli.data.sniffing import DELIMITERS, SPARE_DELIMITERS, Head
 from lora_cli.data.tables import delimiter_of
 from lora_cli.errors import LoraError
@@ -17,7 +18,13 @@ from lora_cli.recipe import FormatSpec
 COLUMN = re.compile(r"[^\W\d]\w*([ _.-]\w+)?")  # the name of a column, and hardly a text
 
 
-def input_form(source: Path, head: Head, given: FormatSpec, wanted: Sequence[str]) -> FormatSpec:
+def input_form(
+    source: Path,
+    head: Head,
+    given: FormatSpec,
+    wanted: Sequence[str],
+    labels: Collection[str] = (),
+) -> FormatSpec:
     """Return how a file is read: as the recipe says, if that fits, else as its first lines say.
 
     The rows to predict or to measure are often written in another way than those that were trained
@@ -28,6 +35,7 @@ def input_form(source: Path, head: Head, given: FormatSpec, wanted: Sequence[str
         head: What its first lines say.
         given: The recipe's `data.format`.
         wanted: The columns that are to be read.
+        labels: Of the model; a line of text may begin with one.
     """
     given = form_of(source, given)
     if given.quoting == "none" and delimiter_of(source, given) == ",":
@@ -36,6 +44,8 @@ def input_form(source: Path, head: Head, given: FormatSpec, wanted: Sequence[str
     found, given = (form.model_copy(update=encoding) for form in (head.form, given))
     if head.kind in ("json", "parquet"):
         return found
+    if head.kind == "text" and (given.label_from or found.label_from):
+        return _with_or_without_labels(head, found, given, wanted, labels)
     if given.header and kind_of(source, given) == "csv" and _fits(source, given, wanted):
         return given
     if (named := _by_header(head, found, wanted, given.header)) is not None:
@@ -59,6 +69,33 @@ def input_form(source: Path, head: Head, given: FormatSpec, wanted: Sequence[str
     if head.kind == "text" and kind_of(source, given) == "text":
         found = found.model_copy(update={"sample_by": given.sample_by})
     return found.model_copy(update={"columns": wanted})  # a file of one column without a name
+
+
+def _with_or_without_labels(
+    head: Head,
+    found: FormatSpec,
+    given: FormatSpec,
+    wanted: Sequence[str],
+    labels: Collection[str],
+) -> FormatSpec:
+    """Return how lines are read that may begin with labels, as those that were trained on did.
+
+    Where labels are not wanted, the first word of a line is only taken away if it is a label of the
+    model in every line.
+    """
+    texts = [name for name in wanted if name != LABEL_COLUMN]
+    lines = lines_of(head.raw.decode(found.encoding, errors="replace").removeprefix("\ufeff"))
+    filled = [line for line in lines if line.strip()]
+    label_from = None
+    if LABEL_COLUMN in wanted and given.label_from:
+        label_from = given.label_from
+    elif any(FASTTEXT in line for line in filled):
+        label_from = "fasttext"
+    elif "first_word" in (given.label_from, found.label_from):
+        known = all(line.split()[0] in labels for line in filled)
+        label_from = "first_word" if known else None
+    form = {"type": "text", "label_from": label_from, "columns": texts[:1] or None}
+    return FormatSpec.model_validate({**form, "encoding": found.encoding})
 
 
 def _by_header(

@@ -21,6 +21,7 @@ from typing import Any
 from lora_cli.data.encoding import BOM, LINE_END, encoding_of, lines_of
 from lora_cli.data.files import KINDS, read_rows
 from lora_cli.data.foreign import refuse_binary, refuse_other_lines
+from lora_cli.data.labelled import FASTTEXT, label_source
 from lora_cli.data.lines import RawRow, unreadable
 from lora_cli.data.quoting import Quoting, quoting_of
 from lora_cli.errors import LoraError, beside
@@ -35,6 +36,11 @@ PARQUET = b"PAR1"
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 SPARE_DELIMITERS = "\t;|^~\x1f"  # for a file of one column, whose texts hold commas
 MOST_TITLE_LINES = 10
+LABELS_ARE = {
+    "first_word": "each line begins with one of a few words",
+    "fasttext": f"each line begins with `{FASTTEXT}`",
+    "folder": "each folder holds the texts of one label",
+}
 CONSISTENT = 0.9  # share of the records with the same number of fields
 COLUMN_NAMES = re.compile(
     r"(text|sentence|label|class|category|id|index|date|title|name|score|rating|target|intent|"
@@ -161,14 +167,17 @@ def _find(raw: bytes, path: Path) -> _Findings:
     else:
         encoding, why = encoding_of(raw)
         text = _sample(raw, encoding)
-        found = _Findings(_kind(text, by_name))
+        label_from = None if by_name in ("csv", "json") else label_source(text.splitlines())
+        found = _Findings("text" if label_from else _kind(text, by_name))
         if encoding != "utf-8":
             found.say("encoding", encoding, why)
         if found.kind == "csv":
             _find_table(found, path, text)
+        elif label_from:
+            found.say("label_from", label_from, LABELS_ARE[label_from])
         elif found.kind == "text" and _has_paragraphs(text):
             found.say("sample_by", "paragraph", "blank lines divide the text")
-    if found.kind != by_name:
+    if found.kind != by_name and "label_from" not in found.form:
         found.say("type", found.kind, "by its content; the name does not say so")
     return found
 
@@ -223,8 +232,11 @@ def _kind(text: str, by_name: str | None) -> str:
         return "json"
     if by_name == "json" and lines and lines[0].lstrip().startswith(("{", "[")):
         return "json"  # a broken one
-    if by_name in ("csv", "text"):
-        return "csv" if by_name == "csv" or find_delimiter(text, "\t") else "text"
+    if by_name == "text":
+        even = any({line.count(mark) for line in lines} == {1} for mark in ";|")
+        return "csv" if even or find_delimiter(text, "\t") else "text"
+    if by_name == "csv":
+        return "csv"
     return "csv" if find_delimiter(text) else "text"
 
 

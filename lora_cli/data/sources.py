@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -289,6 +290,9 @@ def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
     features = datasets.Features({"row": text, "place": text, "fault": text})
     parts = [part for file in files for part in (parts_of(file).values() or [file])]
 
+    in_folders = form.label_from == "folder"  # whose names are labels
+    names = [f"{file.parent.name}/{file.name}" if in_folders else file.name for file in files]
+
     def stored() -> Iterator[dict[str, str]]:
         for file in files:
             for row in read_rows(file, form):
@@ -301,7 +305,6 @@ def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
         state = [_state_of(part) for part in parts]
         hashes = [sha256 for sha256, _ in state]
         sha256 = hashes[0] if len(hashes) == 1 else _sha256("".join(hashes))
-        names = [file.name for file in files]
 
         def changed(state: list[Any] = state) -> bool:
             return state != [_state_of(part) for part in parts]
@@ -323,7 +326,8 @@ def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
     for file in files:
         if not parts_of(file) and kind_of(file, form) == "csv":
             say_quoting(file, form)
-    source = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
+    folder = os.path.commonpath([file.parent for file in files])
+    source = str(files[0]) if len(files) == 1 else f"{folder} ({len(files):,} files)"
     rows = Rows(dataset, source, sha256, np.arange(len(dataset)))
     faults = {i: f for i, f in enumerate(dataset["fault"]) if f}
     return without(rows, faults, recipe)

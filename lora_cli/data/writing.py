@@ -33,6 +33,7 @@ class OutputForm:
         quoting: Of a csv file: `csv`, `backslash` or `none`, as in `data.format`.
         schema: Columns of a parquet file with their types, a `pyarrow.Schema`.
         copied: A parquet file whose columns, exactly as they are, come before the new ones.
+        header: Whether the first line of a csv file names its columns.
     """
 
     columns: list[str]
@@ -42,6 +43,7 @@ class OutputForm:
     quoting: str = "csv"
     schema: Any = None
     copied: Path | None = None
+    header: bool = True
 
 
 def suffix_of(path: Path) -> str:
@@ -170,7 +172,8 @@ def _table(file: IO[str], form: OutputForm) -> Write:
         escapechar="\\" if escapes else None,
         doublequote=not escapes,
     )
-    table.writerow(form.columns)
+    if form.header:
+        table.writerow(form.columns)
 
     def write(rows: Sequence[dict[str, Any]]) -> None:
         table.writerows([_cell(row.get(name)) for name in form.columns] for row in rows)
@@ -189,7 +192,8 @@ def _plain_table(file: IO[str], form: OutputForm) -> Write:
     def write(rows: Sequence[dict[str, Any]]) -> None:
         file.writelines(line(_cell(row.get(name)) for name in form.columns) for row in rows)
 
-    file.write(line(form.columns))
+    if form.header:
+        file.write(line(form.columns))
     return write
 
 

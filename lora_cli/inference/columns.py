@@ -22,6 +22,7 @@ ID_NAME = re.compile(
     r"(?i:(.*[_\W])?(id|ids|idx|index|uuid|guid|key|hash|row|no|nr))|.*[a-z](Id|ID)"
 )
 ID_VALUE = re.compile(r"[A-Za-z]*[-_#]?\d+|[0-9a-fA-F]{8}-[0-9a-fA-F-]{20,}|[0-9a-f]{16,}")
+CLASS_ID = re.compile(r"(?i)(label|class|target)[ _]?(id|idx|index|no)")
 GROUP_NAME = re.compile(
     r"(?i)(.*[_\W])?(customer|client|user|author|conversation|session|thread|patient|document|doc|"
     r"dialog(ue)?|speaker|ticket|account|product|group|family)s?([_ ]?(id|name|no|nr|key))?"
@@ -151,7 +152,8 @@ def _kind(name: str, texts: list[str], counts: Counter[str], words: float) -> st
     if set(map(str.lower, counts)) <= FLAGS.keys():
         return "binary"
     is_unique = len(counts) == len(texts) and len(texts) > 1
-    named_id = ID_NAME.fullmatch(name) is not None
+    repeats = len(counts) * 5 <= len(texts) and CLASS_ID.fullmatch(name) is not None
+    named_id = ID_NAME.fullmatch(name) is not None and not repeats
     if most(ID_VALUE.fullmatch) and (named_id or (is_unique and not all(map(_is_small, counts)))):
         return "id"
     if all(map(is_number, texts)) or _has_decimal_commas(texts):

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lora_cli.data.conversations import conversation_fault, read_conversations
 from lora_cli.data.pairs import read_pair, translations_of
-from lora_cli.data.sniffing import DataFile, read_data_file
+from lora_cli.data.sniffing import DataFile
 from lora_cli.errors import LoraError
-from lora_cli.inference.columns import Column, describe, is_blank
+from lora_cli.inference.columns import SPLIT_NAMES, Column, describe
 from lora_cli.inference.cutting import rows_without_answer
-from lora_cli.inference.model import SAMPLE, Base, look_at
+from lora_cli.inference.folder import read_source
+from lora_cli.inference.lengths import length_of
+from lora_cli.inference.memory import (
+    GIB,
+    LARGE,
+    SMALL,
+    Card,
+    Fit,
+    Shape,
+    card_here,
+    fit_to,
+    gib,
+    in_words,
+)
+from lora_cli.inference.model import Base, look_at
 from lora_cli.inference.splits import Keys, Rows, choose_splits, is_unusable
 from lora_cli.inference.task import choose_task
-from lora_cli.inference.writing import commented_yaml
+from lora_cli.inference.writing import SCHEMA, commented_yaml
 from lora_cli.inference.written import Chosen, translation
 from lora_cli.recipe import Recipe
 
-FITTING = 0.99  # share of the rows that shall not be cut
 MANY_LABELS = 500  # more are not written out, but found in the train rows
-LONGEST = {"sequence_classification": 512, "causal_lm": 2048}  # more is slow, whatever fits
 CHATML = """\
 {%- for message in messages -%}
 <|im_start|>{{ message['role'] }}
@@ -36,6 +49,10 @@ CHATML = """\
 {% endif -%}
 """
 TEMPLATE = "chatml.jinja"
+HEAD = [
+    f"yaml-language-server: $schema={SCHEMA}",
+    "Written by `lora init`; each comment says what a value was inferred from.",
+]
 
 
 @dataclass
@@ -46,18 +63,19 @@ class Draft:
         values: The recipe, section by section.
         why: By key with dots, what says so; a comment in the file.
         findings: What was inferred and from what, to print: (name, finding).
-        extra_files: Files that the recipe names, by name, to be written beside it.
+        extra_files: Files that the recipe names, by name, to be written next to it.
+        memory: What training takes, in words.
     """
 
     values: dict[str, Any]
     why: dict[str, str]
     findings: list[tuple[str, str]] = field(default_factory=list)
     extra_files: dict[str, str] = field(default_factory=dict)
+    memory: str = ""
 
     def text(self) -> str:
         """Return the recipe as YAML with comments."""
-        head = "Written by `lora init`; each comment says what a value was inferred from."
-        return commented_yaml(self.values, self.why, head)
+        return commented_yaml(self.values, self.why, HEAD)
 
     def put(self, section: str, key: str, value: Any, why: str = "") -> None:
         """Set a key of a section."""
@@ -73,6 +91,8 @@ def draft_recipe(
     text: str | None = None,
     label: str | None = None,
     second: Path | None = None,
+    pair: str | None = None,
+    memory: float | None = None,
 ) -> Draft:
     """Return a recipe for a data file.
 
@@ -82,27 +102,55 @@ def draft_recipe(
         target: Where the recipe will be written; its paths are relative to that folder.
         text: The column of the text, if the user names it.
         label: The column of the label, or the completion, if the user names it.
+        pair: The column of the second text, which the label compares with the first.
+        memory: Of the GPU that trains it, in GiB. None: that of the GPU of this machine.
         second: Another text file whose lines belong to those of the first: the translation.
 
     Raises:
         LoraError: If the file cannot be read, or it cannot be decided what to learn from it.
     """
-    file = read_data_file(source) if second is None else read_pair(source, second)
+    file = read_source(source) if second is None else read_pair(source, second)
     base = look_at(model)
     columns = [describe(name, file.rows) for name in file.columns]
+    if file.form.get("label_from") == "fasttext":
+        columns = [_divided_by_spaces(column) for column in columns]
     if second is not None and text is None and label is None:
         chosen = translation(columns[0], columns[1], file.path.name, base.can_write)
     else:
-        chosen = choose_task(columns, file.rows, file.path.name, text, label, base.can_write)
+        chosen = choose_task(columns, file.rows, file.path.name, text, label, base.can_write, pair)
     file, columns, chosen = _with_names(file, columns, chosen)
+    card = card_here() if memory is None else Card(memory * GIB, f"a GPU of {memory:g} GiB")
     draft = Draft({"model": {"name": _relative(model, target, base)}}, {})
     splits, beside = choose_splits(file, columns, chosen, target)
     _task(draft, base, chosen, [file.rows, beside])
     _data(draft, file, columns, chosen, target, splits)
-    _training(draft, base, len(file.rows))
+    _training(draft, base, len(file.rows), card)
+    draft.values["output_dir"] = _output_dir(file.path, target)
     _say(draft, file, chosen)
     Recipe.model_validate(draft.values)  # what is wrong here is ours
     return draft
+
+
+def _divided_by_spaces(column: Column) -> Column:
+    """Return fastText's column of labels as what it is, if some row has several."""
+    if column.name != "label" or not any(" " in value for value in column.counts):
+        return column
+    counts: Counter[str] = Counter()
+    for value, times in column.counts.items():
+        for label in value.split():
+            counts[label] += times
+    return replace(column, kind="list", separator=" ", counts=counts)
+
+
+def _output_dir(source: Path, target: Path) -> str:
+    """Return a folder for the results: called as the recipe, or as the data if that is `recipe`."""
+    name = target.stem if target.stem != "recipe" else source.absolute().name
+    if target.stem == "recipe" and not source.is_dir():
+        if name.partition(".")[0].lower() in SPLIT_NAMES:  # `ag_news/train.csv`
+            name = source.absolute().parent.name
+        name = re.sub(r"\{.*?\}", "", name).lstrip(".").partition(".")[0]
+    name = re.sub(r"[^-.\w]+", "_", name).strip("_.")
+    return f"out/{name or 'recipe'}"
 
 
 def _relative(model: str, target: Path, base: Base) -> str:
@@ -176,7 +224,7 @@ def _task(draft: Draft, base: Base, chosen: Chosen, splits: Sequence[Rows]) -> N
     if chosen.is_chat and base.lacks_template:
         draft.put("task", "chat_template", TEMPLATE, "the model has none; this is ChatML")
         draft.extra_files[TEMPLATE] = CHATML
-    length, why = _length(splits, base, chosen)
+    length, why = length_of(splits, base, chosen)
     draft.put("task", "max_length", length, why)
     if (without := rows_without_answer(splits, base, chosen, length)) is not None:
         count, of = without
@@ -234,48 +282,6 @@ def _label_order(labels: Any) -> Any:
         return None
 
 
-def _length(splits: Sequence[Rows], base: Base, chosen: Chosen) -> tuple[int, str]:
-    """Return the longest input in tokens, and what it was measured by."""
-    wanted, unit = 0, ""
-    for rows in filter(None, splits):  # the held-out rows may be longer
-        lengths, unit = _tokens(rows[:: max(1, len(rows) // SAMPLE)], base, chosen)
-        wanted = max(wanted, sorted(lengths)[math.ceil(FITTING * len(lengths)) - 1])
-    most = min(LONGEST[chosen.keys["type"]], base.positions or 1 << 30)
-    wanted += 16 if chosen.is_chat else 0  # what a template adds, at the least
-    running = chosen.keys["type"] == "causal_lm" and "text_column" in chosen.keys
-    if running and wanted > min(512, most):
-        length, why = min(512, most), "longer texts are divided into several examples"
-    else:
-        length = max(32, -(-wanted // 32) * 32)
-        why = f"99 of 100 rows have at most {wanted:,}, by {unit}"
-    if length > most:
-        length, why = most, why if running else f"{why}; longer ones are cut"
-    return length, why
-
-
-def _tokens(rows: Rows, base: Base, chosen: Chosen) -> tuple[list[int], str]:
-    """Return the lengths of rows, and what they were measured by."""
-    texts = [[_as_text(row.get(name)) for name in chosen.inputs] for row in rows]
-    if base.tokenizer is not None:
-        return base.tokens(texts), "the model's tokens"
-    # about 4 tokens for 3 words; where words are not divided by spaces, a token a letter
-    lengths = [
-        sum(max(math.ceil(len(text.split()) * 1.4), _wide(text)) + 2 for text in row)
-        for row in texts
-    ]
-    return lengths, "its words, for the model's tokenizer is not at hand"
-
-
-def _wide(text: str) -> int:
-    return sum(letter > "\u2e7f" for letter in text)
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return "" if is_blank(value) else json.dumps(value, ensure_ascii=False, default=str)
-
-
 # ----------------------------------------------------------------------------------------- data
 
 
@@ -317,10 +323,11 @@ def _data(
 # ------------------------------------------------------------------------------------- training
 
 
-def _training(draft: Draft, base: Base, count: int) -> None:
-    """Choose the adapter and the training by the task and the number of rows."""
+def _training(draft: Draft, base: Base, count: int, card: Card | None) -> None:
+    """Choose the adapter and the training by the task, the number of rows and the memory."""
+    large = base.shape is not None and base.shape.parameters > LARGE
     writes = draft.values["task"]["type"] == "causal_lm" or (
-        base.hidden_size is not None and base.can_write
+        base.can_write and (base.hidden_size is not None or large)
     )
     small = base.hidden_size is not None and base.hidden_size <= 512
     if writes:
@@ -338,14 +345,48 @@ def _training(draft: Draft, base: Base, count: int) -> None:
     if draft.values["task"]["type"] == "causal_lm":
         sizes = ((1_000, 3), (20_000, 2), (math.inf, 1))
     epochs = next(epochs for most, epochs in sizes if count < most)
+    length = draft.values["task"]["max_length"]
+    shape = base.shape or Shape(0)
+    fit = fit_to(shape, card, batch, accumulation, length)
+    if fit.length < length:
+        reason = f"more does not fit into {card.name if card else 'the memory'}"
+        draft.put("task", "max_length", fit.length, f"{reason}; {draft.why['task.max_length']}")
     draft.put("train", "epochs", epochs, f"for {count:,} rows")
-    draft.put("train", "micro_batch_size", batch, "halve it, and double the next, if memory ends")
-    draft.put("train", "gradient_accumulation_steps", accumulation)
+    why = "halve it, and double the next, if memory runs out"
+    draft.put("train", "micro_batch_size", fit.micro_batch, why)
+    draft.put("train", "gradient_accumulation_steps", fit.accumulation)
+    if fit.checkpointing:
+        why = "much less memory, for about a third more time"
+        draft.put("train", "gradient_checkpointing", True, why)
     draft.put("train", "optimizer", {"type": "adamw", "learning_rate": rate})
     kind = "cosine" if writes else "linear"
     draft.put("train", "scheduler", {"type": kind, "warmup_ratio": 0.06})
-    draft.put("train", "precision", "fp32", "bf16 is faster, on a GPU")
-    draft.values["output_dir"] = "out"
+    draft.put("train", "precision", fit.precision, _precision_reason(fit, shape, card))
+    draft.memory = _memory_finding(fit, base, card)
+
+
+def _precision_reason(fit: Fit, shape: Shape, card: Card | None) -> str:
+    if fit.precision == "fp16":
+        return f"half the memory of fp32; {card.name if card else 'the GPU'} has no bf16"
+    if fit.precision == "bf16":
+        return "half the memory of fp32, and faster; fp16 on GPUs without bf16 (T4, V100)"
+    return "bf16 is faster, on a GPU" if not card else "the model is small"
+
+
+def _memory_finding(fit: Fit, base: Base, card: Card | None) -> str:
+    """Return what the training takes, and where it runs."""
+    if base.shape is None:
+        unknown = "the model's size is not known"
+        return f"{unknown}, so memory is not either: `--memory` has no effect" if card else unknown
+    size = f"{in_words(base.shape.parameters)} parameters, {base.size_from}"
+    how = fit.precision + (", gradient checkpointing" if fit.checkpointing else "")
+    if not base.shape.is_known:
+        return f"{size}; {how}; what a step takes is not known without its configuration"
+    needed = f"about {gib(fit.needed)} GiB in {how}"
+    if card is not None:
+        return f"{size}: {needed}, of {gib(card.memory)} GiB on {card.name}"
+    advice = "; there is no GPU here: `--memory 24` drafts for one of 24 GiB"
+    return f"{size}: {needed}{advice if base.shape.parameters > SMALL else ''}"
 
 
 # -------------------------------------------------------------------------------------- printing
@@ -368,7 +409,8 @@ def _say(draft: Draft, file: DataFile, chosen: Chosen) -> None:
         "text_column": "text", "text_pair_column": "text pair", "prompt_column": "prompt",
         "completion_column": "completion", "messages_column": "messages", "label_column": "label",
         "label_columns": "labels", "label_separator": "separator", "labels": "labels",
-        "chat_template": "template", "max_length": "length", "truncate": "cut",
+        "skip_labels": "no label", "chat_template": "template", "max_length": "length",
+        "truncate": "cut",
     }  # fmt: skip
     for key, name in names.items():
         if key not in task:
@@ -377,6 +419,8 @@ def _say(draft: Draft, file: DataFile, chosen: Chosen) -> None:
         reason = why.get(f"task.{key}", "")
         if key == "labels" and isinstance(value, list):
             shown = ", ".join(map(str, value[:6])) + (", …" if len(value) > 6 else "")
+        elif key == "label_separator":
+            shown = repr(value)
         elif isinstance(value, list):
             shown = ", ".join(f"`{item}`" for item in value)
         else:
@@ -391,6 +435,7 @@ def _say(draft: Draft, file: DataFile, chosen: Chosen) -> None:
             say((split.replace("_", " "), f"{shown}" + (f", {reason}" if reason else "")))
     if more := why["data.path"].removeprefix(file.about).removeprefix("; "):
         say(("held out", more if "validation" in data else f"nothing: {more}"))
+    say(("memory", draft.memory))
     if "on_bad_row" in data:
         say(("skipped", why["data.on_bad_row"]))
     if others := translations_of(file):

@@ -21,8 +21,9 @@ from lora_cli.data.files import read_rows
 from lora_cli.data.parallel import BRACES, parts_of
 from lora_cli.data.sniffing import DataFile
 from lora_cli.data.splits import containing, draw
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, counted
 from lora_cli.inference.columns import GROUP_NAME, SPLIT_NAMES, Column, flag, is_blank, label_text
+from lora_cli.inference.folder import held_out_of
 from lora_cli.inference.written import Chosen
 from lora_cli.recipe import FormatSpec
 from lora_cli.recipe.spec import CheckSpec, is_file
@@ -57,7 +58,12 @@ def choose_splits(
         target: Where the recipe will be written; its paths are relative to that folder.
     """
     mark = next((c for c in columns if c.kind == "split" and c.name not in chosen.used), None)
-    held = _by_column(file, mark, chosen) if mark else _by_files(file, chosen, target)
+    if mark:
+        held = _by_column(file, mark, chosen)
+    elif file.path.is_dir():
+        held = _by_folder(file, chosen)
+    else:
+        held = _by_files(file, chosen, target)
     missing = [name for name in ("validation", "test") if name not in held.keys]
     if file.form.get("sample_by") and len(file.rows) >= 20 and len(missing) == 2:
         # what stands side by side belongs together, so the end is held out in one piece
@@ -74,6 +80,12 @@ def choose_splits(
             held.keys[name if value else ""] = value, said
     order = ("", "split_column", "train", "validation", "test")
     return {name: held.keys[name] for name in order if name in held.keys}, held.beside
+
+
+def is_skipped(row: dict[str, Any], chosen: Chosen) -> bool:
+    """Return whether the label of a row says that it has none."""
+    marks = chosen.keys.get("skip_labels", ())
+    return bool(marks) and label_text(row.get(chosen.keys["label_column"])) in marks
 
 
 def is_unusable(row: dict[str, Any], chosen: Chosen) -> bool:
@@ -121,6 +133,23 @@ def _by_column(file: DataFile, mark: Column, chosen: Chosen) -> _Held:
     held.keys["split_column"] = mark.name, f"rows of each split: {counts}"
     if train != "train":
         held.keys["train"] = train, ""
+    return held
+
+
+def _by_folder(file: DataFile, chosen: Chosen) -> _Held:
+    """Return the splits that are files or folders of a folder."""
+    held = _Held(train=file.rows)
+    form = FormatSpec.model_validate(file.form)
+    for name, files in held_out_of(file.path, file.form).items():
+        read = [row for other in files for row in read_rows(other, form)]
+        rows = [row.columns for row in read if row.columns is not None]
+        fault = next((row.fault for row in read if row.fault), "")
+        what = f"{counted(len(files), 'file')} in the folder"
+        if fault := fault or _fault_of(rows, file.rows, chosen):
+            held.refused[name] = f"{what} called {name} are not used: {fault}"
+            continue
+        held.beside += rows
+        held.keys[name] = name, f"{what}: {len(rows):,} rows"
     return held
 
 
@@ -179,6 +208,7 @@ def _look_at(path: Path, like: DataFile, chosen: Chosen) -> tuple[str, list[dict
 
 def _fault_of(rows: Rows, train: Rows, chosen: Chosen) -> str:
     """Return why rows cannot measure what train teaches, or nothing."""
+    rows = [row for row in rows if not is_skipped(row, chosen)]
     if not rows:
         return "it has no rows"
     lacking = [name for name in chosen.used if all(name not in row for row in rows[:100])]
@@ -215,7 +245,7 @@ def _draws(
     rows: list[dict[str, Any]], columns: Sequence[Column], chosen: Chosen, both: bool
 ) -> Keys:
     """Return validation, and test where there are enough rows, as draws from train."""
-    rows = [row for row in rows if not is_unusable(row, chosen)]
+    rows = [row for row in rows if not is_unusable(row, chosen) and not is_skipped(row, chosen)]
     answers = "completion_column" in chosen.keys or chosen.keys.get("format") == "alpaca"
     asked = chosen.inputs[:-1] if answers else chosen.inputs  # as the draw compares them
     texts = [_text(row, asked) for row in rows]

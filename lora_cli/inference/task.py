@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lora_cli.data.conversations import conversation_fault
 from lora_cli.data.foreign import refuse_tagged_rows
 from lora_cli.data.unsupported import unsupported
-from lora_cli.errors import LoraError, did_you_mean
+from lora_cli.errors import LoraError, counted, did_you_mean
 from lora_cli.inference.columns import Column, as_number, flag
 from lora_cli.inference.texts import (
     content_of,
@@ -36,14 +37,21 @@ from lora_cli.inference.written import (
 NONE = "none"  # `--label none`: there is a label, but it is not wanted
 # the stronger hints first; a column's place is that of the first group that its name matches
 LABEL_NAMES = [
-    re.compile(rf"(?i)(.*[_\W])?({names})s?")
-    for names in (
-        "label|gold_label|class|target|y",
-        "category|categorie|kategorie|intent|sentiment|emotion|topic|queue|polarity|stance|tag|"
-        "genre|toxicity|spam|is_\\w+|ラベル|カテゴリ|标签|метка|etiqueta|classe|klasse",
-        "rating|score|stars?|grade|similarity|priority|type|language|lang|answer",
+    re.compile(rf"(?i){before}({names})s?")
+    for before, names in (
+        ("", r"label|gold_label|class|target|y|(label|class|target)[ _]?(id|idx|index|no|number)"),
+        (r"(.*[_\W])?", "label|class|target"),
+        (r"(.*[_\W])?",
+         r"category|categorie|kategorie|intent|sentiment|emotion|topic|queue|polarity|stance|tag|"
+         r"genre|toxicity|spam|is_\w+|ラベル|カテゴリ|标签|метка|etiqueta|classe|klasse"),
+        (r"(.*[_\W])?",
+         r"rating|score|stars?|grade|similarity|priority|type|language|lang|answer|overall|"
+         r"sterne?|note|punkte?|points?|étoiles?|estrellas?|stelle|voto|評価|評点|点数|星|评分|평점|оценка"),
     )
-]
+]  # fmt: skip
+NO_ANSWER = {"-", "unsup", "unlabeled", "unlabelled"}  # labels that say there is none
+MOST_SMALL_NUMBERS = 20  # values of a column of small whole numbers that are labels
+PAIR_HINT = "; two texts that the label compares: `--text A --pair B`"
 READABLE = ("text", "category", "openai", "sharegpt")
 ENOUGH_ROWS_PER_LABEL = 5  # of a label that nothing but its few values makes one
 
@@ -55,6 +63,7 @@ def choose_task(
     text: str | None = None,
     label: str | None = None,
     can_write: bool = True,
+    pair: str | None = None,
 ) -> Chosen:
     """Return the task of a file.
 
@@ -65,12 +74,13 @@ def choose_task(
         text: The column of the text, if the user names it.
         label: The column of the label, if the user names it; `none` if there shall be none.
         can_write: The model can continue a text.
+        pair: The column of the second text, if the user names it.
 
     Raises:
         LoraError: If it cannot be decided.
     """
     by_name = {column.name: column for column in columns}
-    for option, name in (("--text", text), ("--label", label)):
+    for option, name in (("--text", text), ("--pair", pair), ("--label", label)):
         if name is not None and name not in by_name and not (option == "--label" and name == NONE):
             hint = did_you_mean(name, by_name, "its columns are")
             raise LoraError(f"{place} has no column `{name}`", option, hint)
@@ -80,16 +90,18 @@ def choose_task(
         if nested is not None:
             what = f"the columns stand inside `{nested.name}`, and no task looks there"
             raise LoraError(what, place, unnested(nested, rows, place))
-    if text is None and label is None:
+    if text is None and label is None and pair is None:
         refuse_tagged_rows(rows, place)
         about_files = spoken(columns, place, can_write)
         written = about_files or conversation(columns, rows) or prompts(by_name)
         # a conversation may have a label too, and an encoder can learn nothing else
         chosen = written if can_write else _label_beside(written, columns, by_name, rows, place)
     if chosen is None:
-        chosen = _labelled(columns, by_name, rows, place, text, label) or plain(
-            columns, by_name, place, text
-        )
+        labelled = _labelled(columns, by_name, rows, place, text, label, pair)
+        if labelled is None and pair is not None:
+            what, hint = "two texts need a label that compares them", "name it: `--label COLUMN`"
+            raise LoraError(what, "--pair", f"{hint} ({listed(columns)})")
+        chosen = labelled or plain(columns, by_name, place, text)
     if chosen.keys["type"] == "causal_lm" and not can_write:
         raise _no_label(columns, rows, place, chosen)
     if chosen.is_chat or "prompt_column" in chosen.keys:
@@ -172,11 +184,12 @@ def _labelled(
     place: str,
     text: str | None,
     label: str | None,
+    second: str | None = None,
 ) -> Chosen | None:
     """Return the task of a text with a label, or None if nothing is a label."""
     if label == NONE and NONE not in by_name:
         return None
-    others = [column for column in columns if column.name != text]
+    others = [column for column in columns if column.name not in (text, second)]
     chosen = by_name[label] if label is not None else _label_of(others, rows, place, text)
     if chosen is None:
         return None
@@ -184,9 +197,14 @@ def _labelled(
         return prompt_and_completion(by_name[text], chosen)
     taken = {chosen.name} if isinstance(chosen, Column) else {c.name for c in chosen}
     texts = [column for column in columns if column.name not in taken]
-    pair = None if text is not None else pair_of(texts)
     first = by_name[text] if text is not None else None
-    first = first or (pair[0] if pair else text_of(texts, place, chosen))
+    pair: tuple[Column, Column] | None
+    if second is not None:
+        rest = [column for column in texts if column.name != second]
+        pair = (first or text_of(rest, place, chosen), by_name[second])
+    else:
+        pair = None if first is not None else pair_of(texts)
+    first = first or (pair[0] if pair else text_of(texts, place, chosen, PAIR_HINT))
     keys = {"type": "sequence_classification", "text_column": first.name}
     why = {"text_column": "chosen by you" if text is not None else text_reason(first, texts)}
     inputs = [first.name]
@@ -217,7 +235,10 @@ def _label_of(
         return flags
     if len(named) == 1:
         return named[0]
-    able = _without_renamings(named or able, rows)
+    words = [column for column in able if column.kind != "number"]
+    able = _without_renamings(named or words or able, rows)
+    if not able and (measured := _measured(columns)) is not None:
+        return measured
     if len(able) <= 1:
         return able[0] if able else None
     raise LoraError(
@@ -228,17 +249,41 @@ def _label_of(
     )
 
 
+def _measured(columns: Sequence[Column]) -> Column | None:
+    """Return the only column of fractions, if two columns without names are a pair of texts."""
+    fractions = [column for column in columns if column.kind == "number" and column.has_fractions]
+    unnamed = pair_of(columns) is not None and columns[0].name == "column_1"
+    return fractions[0] if unnamed and len(fractions) == 1 else None
+
+
 def _may_be_label(column: Column) -> bool:
     hinted = _rank(column) < len(LABEL_NAMES)
     if column.kind not in ("binary", "category", "number", "list") or len(column.counts) < 2:
         return False
-    if column.is_id_by_name:
+    if column.is_id_by_name and _rank(column) > 0:
         return False
     if column.kind == "number" and (column.has_fractions or len(column.counts) > 20):
         return hinted
     if hinted:
         return column.rows_per_value > 1 or column.kind == "category"
-    return column.rows_per_value >= ENOUGH_ROWS_PER_LABEL and column.kind != "number"
+    if column.kind == "number" and not _are_small(column):
+        return False
+    return column.rows_per_value >= ENOUGH_ROWS_PER_LABEL
+
+
+def _are_small(column: Column) -> bool:
+    """Return whether the numbers of a column are few small whole ones, as labels and grades are."""
+    return len(column.counts) <= MOST_SMALL_NUMBERS and all(
+        re.fullmatch(r"-?\d{1,2}", value) for value in column.counts
+    )
+
+
+def _count_up(column: Column) -> bool:
+    """Return whether the values are the whole numbers from 0 or 1, each several times."""
+    if column.has_fractions or column.rows_per_value < 3:
+        return False
+    values = sorted(as_number(value) for value in column.counts)
+    return values[0] in (0, 1) and values[-1] - values[0] == len(values) - 1
 
 
 def _without_renamings(columns: list[Column], rows: Sequence[dict[str, Any]]) -> list[Column]:
@@ -294,7 +339,10 @@ def _label_keys(
         reason = f"the only column of few values ({len(label.counts):,})"
     keys: dict[str, Any] = {"label_column": label.name}
     why = {"label_column": reason}
-    if label.kind == "number" and (label.has_fractions or len(label.counts) > 20):
+    are_names = _rank(label) < len(LABEL_NAMES) - 1 and label.kind == "number" and _count_up(label)
+    if are_names:
+        why["label_column"] += "; numbers that count up, so that they are names of labels"
+    elif label.kind == "number" and (label.has_fractions or len(label.counts) > 20):
         keys["problem"] = "regression"
         numbers = [as_number(value) for value in label.counts]
         why["problem"] = f"numbers from {min(numbers):g} to {max(numbers):g}"
@@ -309,6 +357,12 @@ def _label_keys(
             why["problem"] = "several labels in a row"
         return keys, why, label.counts
     keys["problem"] = "single_label"
+    if marks := _marks_without_answer(label.counts):
+        keys["skip_labels"] = marks
+        rows_of = sum(label.counts[mark] for mark in marks)
+        why["skip_labels"] = f"{counted(rows_of, 'row')} without an answer, left out"
+        kept = {name: times for name, times in label.counts.items() if name not in marks}
+        label = replace(label, counts=Counter(kept))
     if len(label.counts) < 2:
         hint = "nothing can be learned from it; name another with `--label COLUMN`"
         raise LoraError(f"`{label.name}` has one value only", place, hint)
@@ -319,3 +373,12 @@ def _label_keys(
             "for a prompt and its completion, name both: `--text PROMPT --label COMPLETION`",
         )
     return keys, why, label.counts
+
+
+def _marks_without_answer(counts: Counter[str]) -> list[str]:
+    """Return the labels that say that a row has none: `-` in SNLI, -1 beside 0, 1 and 2."""
+    found = [name for name in counts if name.lower() in NO_ANSWER]
+    others = {name for name in counts if name != "-1"}
+    if "-1" in counts and others == {str(i) for i in range(len(others))} and len(others) > 2:
+        found.append("-1")
+    return found if len(counts) - len(found) > 1 else []

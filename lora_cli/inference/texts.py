@@ -10,6 +10,7 @@ from typing import Any
 from lora_cli.errors import LoraError
 from lora_cli.inference.columns import Column, is_blank
 
+SECOND = {"1": "2", "a": "b", "first": "second", "left": "right", "one": "two", "x": "y"}
 TEXT_NAMES = re.compile(
     r"(?i)(.*[_\W])?(text|sentence|review|message|comment|content|body|tweet|utterance|query|"
     r"question|document|article|post|description|transcript|transcription|文|テキスト|texte?o?)"
@@ -58,11 +59,10 @@ def pair_of(columns: Sequence[Column]) -> tuple[Column, Column] | None:
     for one, two in PAIR_NAMES:
         if one in lower and two in lower:
             return lower[one], lower[two]
-    for name, column in lower.items():
-        match = re.fullmatch(r"(.*?)(_?)(1|a)", name)
-        other = match and lower.get(match[1] + match[2] + {"1": "2", "a": "b"}[match[3]])
-        if match and match[1] != "column" and other:
-            return column, other
+    for name in sorted(lower, key=len):  # `sentence1` before `sentence1_parse`
+        for other in _counterparts(name):
+            if other in lower and not name.startswith("column_"):
+                return lower[name], lower[other]
     unnamed = [c for c in texts if re.fullmatch(r"column_\d+", c.name) and c.kind == "text"]
     if len(unnamed) == 2:
         short, long = sorted(unnamed, key=lambda column: column.characters)
@@ -71,12 +71,29 @@ def pair_of(columns: Sequence[Column]) -> tuple[Column, Column] | None:
     return None
 
 
+def _counterparts(name: str) -> list[str]:
+    """Return the names that a second text would have: `#2 string` beside `#1 string`."""
+    parts = re.findall(r"[^\W\d_]+|\d+|[\W_]+", name)
+    found = []
+    for i, part in enumerate(parts):
+        if part in SECOND:
+            found.append("".join([*parts[:i], SECOND[part], *parts[i + 1 :]]))
+    return found
+
+
 def _is_short_text(column: Column) -> bool:
     return column.kind == "category" and column.words >= 1.5
 
 
-def text_of(columns: Sequence[Column], place: str, label: Any) -> Column:
-    """Return the column of the text: the longest, unless names or lengths leave a doubt."""
+def text_of(columns: Sequence[Column], place: str, label: Any, more: str = "") -> Column:
+    """Return the column of the text: the longest, unless names or lengths leave a doubt.
+
+    Args:
+        columns: Those that may be it.
+        place: Name of the file, for the error.
+        label: The label, if there is one.
+        more: What else the error says of the options.
+    """
     texts = sorted(
         (column for column in columns if column.kind == "text"), key=lambda c: -c.characters
     )
@@ -98,7 +115,7 @@ def text_of(columns: Sequence[Column], place: str, label: Any) -> Column:
     raise LoraError(
         f"which column is the text? It could be {close}",
         place,
-        f"name it with `--text COLUMN`{both} ({listed(columns)})",
+        f"name it with `--text COLUMN`{both}{more} ({listed(columns)})",
     )
 
 

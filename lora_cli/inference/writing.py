@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +11,22 @@ import yaml
 
 from lora_cli.errors import LoraError
 from lora_cli.files import write_atomically
+from lora_cli.recipe import recipe_schema
 from lora_cli.recipe.reader import YamlDumper
 
 WIDTH = 100
+SCHEMA = "recipe.schema.json"  # next to the recipe, so that editors find it without a network
 
 
-def commented_yaml(values: dict[str, Any], why: dict[str, str], head: str) -> str:
+def commented_yaml(values: dict[str, Any], why: dict[str, str], head: Sequence[str]) -> str:
     """Return a mapping of sections as YAML.
 
     Args:
         values: Sections and their keys; what lies deeper is written in one line.
         why: Comments, by key with dots. A mapping with comments of its own is written as a block.
-        head: The first line.
+        head: The first lines, which are comments.
     """
-    lines = [f"# {head}"]
+    lines = [f"# {line}" for line in head]
     for name, section in values.items():
         lines += _entry(name, section, (name,), why)
     return "\n".join(lines) + "\n"
@@ -75,17 +79,32 @@ def plain(text: str) -> str:
 
 
 def write_recipe(target: Path, text: str, extra_files: dict[str, str]) -> None:
-    """Write a recipe, and the files that it names; what is there already stays as it is.
+    """Write a recipe, its schema for editors, and the files that it names.
+
+    Files that are there already stay as they are; a schema that this program wrote is renewed.
 
     Raises:
         LoraError: If the recipe exists already, or its folder does not.
     """
     refuse_existing(target)
+    schema = target.parent / SCHEMA
+    if not schema.exists() or _is_our_schema(schema):
+        write_atomically(schema, json.dumps(recipe_schema(), indent=1))
     for name, content in extra_files.items():
         file = target.parent / name
         if not file.exists():
             write_atomically(file, content)
     write_atomically(target, text)
+
+
+def _is_our_schema(file: Path) -> bool:
+    """Return whether a file is the schema of recipes, perhaps that of another version."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    title = recipe_schema()["title"]
+    return isinstance(found, dict) and found.get("title") == title and "$defs" in found
 
 
 def refuse_existing(target: Path) -> None:

@@ -253,8 +253,8 @@ def _is_set(data: dict[str, Any], key: str, said: Collection[str]) -> bool:
     """Return whether an override gives a key, or the section around it, a value that counts."""
     *sections, last = key.split(".")
     around = {".".join([*sections, last][:depth]) for depth in range(1, len(sections) + 2)}
-    section = _section(data, sections)
-    return bool(around & set(said)) and bool(section) and section.get(last) not in EXCLUDES_NOTHING
+    value = (_section(data, sections) or {}).get(last)
+    return bool(around & set(said)) and value not in EXCLUDES_NOTHING
 
 
 def _make_paths_absolute(recipe: Recipe, folder: Path) -> None:

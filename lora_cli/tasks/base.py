@@ -272,6 +272,10 @@ class Task(ABC):
                 return f"column `{column}`: {fault}"
         return ""
 
+    def skip_reason(self, row: dict[str, Any]) -> str:
+        """Return why the recipe leaves a row out, or nothing."""
+        return ""
+
     def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
         """Return what is wrong with the label of a streamed row, which `prepare` did not see."""
         return None

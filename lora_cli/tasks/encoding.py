@@ -46,6 +46,7 @@ def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
         require_columns(columns, split.columns, split.source)
     _refuse_unsupported(task, rows)
     for name, split in rows.items():
+        split = _without_skipped(task, name, split)
         faults = {i: fault for i, row in enumerate(split) if (fault := task.fault(row))}
         if len(faults) == len(split) and recipe.data.on_bad_row == "skip":
             what = f"no row of the {name} split can be used: {faults[0]}"
@@ -74,6 +75,23 @@ def _refuse_unsupported(task: Task, splits: dict[str, Rows]) -> None:
             problems.append(Problem(f"{share}; the first has {what}", split.place(i), hint))
     if problems:
         raise LoraError(problems)
+
+
+def _without_skipped(task: Task, name: str, split: Rows) -> Rows:
+    """Return a split without the rows that the recipe leaves out; they count as skipped.
+
+    Raises:
+        LoraError: If none is left.
+    """
+    reasons = [task.skip_reason(row) for row in split]
+    left_out = [f"{split.place(i)}: {reason}" for i, reason in enumerate(reasons) if reason]
+    if not left_out:
+        return split
+    if len(left_out) == len(split):
+        what = f"no row of the {name} split is left: `skip_labels` has the labels of all"
+        raise LoraError(what, task.recipe.at("task.skip_labels"), "is it the right list?")
+    kept = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=np.int64)
+    return split.select(kept, left_out)
 
 
 def encode_rows(task: Task, rows: Rows) -> Encoded:

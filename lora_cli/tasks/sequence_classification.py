@@ -131,6 +131,14 @@ class SequenceClassification(Task):
             return f"column `{column}` holds {JSON_NAMES[type(value)]}, not one label"
         return f"column `{column}` is blank"
 
+    def skip_reason(self, row: dict[str, Any]) -> str:
+        """Return which of `skip_labels` the row has, or nothing."""
+        if not self.spec.skip_labels:
+            return ""
+        label = (self.reader.texts_of(row) or [""])[0]
+        skipped = {str(name).strip() for name in self.spec.skip_labels}
+        return f"the label `{label}` is one of `skip_labels`" if label in skipped else ""
+
     def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
         """Return which value of a streamed row is no label."""
         return None if self.spec.problem == "regression" else self.reader.problem(row, place)

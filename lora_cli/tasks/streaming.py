@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
+from lora_cli.data.lines import RawRow
 from lora_cli.data.sources import stream_rows, without_fault
 from lora_cli.errors import LoraError
 from lora_cli.tasks.base import Example, Task
@@ -57,7 +58,15 @@ class Stream:
                 self.first_fault = self.first_fault or f"{place}: {fault}"
 
         task = self.task
-        rows = without_fault(stream_rows(task.recipe), task.fault, task.recipe, skip)
+
+        def wanted() -> Iterator[RawRow]:
+            for row in stream_rows(task.recipe):
+                if row.columns is not None and (reason := task.skip_reason(row.columns)):
+                    skip(row.place, reason)
+                else:
+                    yield row
+
+        rows = without_fault(wanted(), task.fault, task.recipe, skip)
         while chunk := list(islice(rows, CHUNK)):
             for place, row in chunk:
                 if problem := task.label_problem(row, place):

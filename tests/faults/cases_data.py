@@ -383,10 +383,16 @@ def _(world: World) -> Printed:
 INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "an empty file": ("rows.csv", "", ()),
     "a file that is not there": ("", "", ()),
-    "a folder": ("folder/rows.csv", TABLE, ()),
+    "a folder without data": ("folder/image.jpg", b"\xff\xd8\xff", ()),
+    "a folder without train rows": ("folder/test.csv", TABLE, ()),
+    "a pair without a label": (
+        "rows.csv", "one,two\n" + "".join(f"a long text {i} of some words,another text {i} of us\n"
+                                          for i in range(30)),
+        ("--text", "one", "--pair", "two")),
+    "a model that the memory cannot hold": (
+        "rows.csv", TABLE, ("--memory", "1", "--model", "x-8B")),
     "a gzip file that is cut": ("rows.csv.gz", CUT, ()),
     "a file of control characters": ("rows.csv", bytes(range(1, 32)) * 20, ()),
-    "a file for fastText": ("rows.txt", "__label__good a fine film\n" * 9, ()),
     "control characters": ("rows.csv", bytes(range(1, 32)) * 20, ()),
     "only rows that cannot be read": ("rows.jsonl", '{"a"\n{"b"\n', ()),
     "more bad rows than good ones": ("rows.jsonl", JSON + '{"a"\n{"b"\n', ()),
@@ -441,6 +447,26 @@ def _init(name: str, content: str | bytes, flags: tuple[str, ...]) -> Callable[[
 
 for _name, (_file, _content, _flags) in INIT.items():
     CASES.append(Case("lora init", _name, _init(_file, _content, _flags)))
+
+
+def _folder(files: dict[str, str]) -> Callable[[World], Printed]:
+    def run(world: World) -> Printed:
+        for name, content in files.items():
+            world.write(f"folder/{name}", content)
+        return world.lora("init", "folder", "--model", "../bases/llama")
+
+    return run
+
+
+CASES.append(Case("lora init", "a folder of files with other columns", _folder(
+    {"a.csv": TABLE, "b.csv": TABLE.replace("text", "body")})))  # fmt: skip
+CASES.append(Case("lora init", "a folder of translations", _folder(
+    {"train.de.txt": "eins\nzwei\n", "train.en.txt": "one\ntwo\n"})))  # fmt: skip
+
+
+@case("Labels", "no row with a label that counts")
+def _(world: World) -> Printed:
+    return world.lora("validate", world.recipe(task={"skip_labels": ["good", "bad"]}))
 
 
 @case("lora init", "a pipe")

@@ -155,6 +155,11 @@ CONFLICTS: dict[str, str] = {
         "task", "label_columns: [x, y], label_separator: ',', problem: multi_label"
     ),
     "smoothing": _in("task", "problem: multi_label, label_smoothing: 0.1"),
+    "labels of a text file in a table": _in("data", "format: {type: csv, label_from: fasttext}"),
+    "labels of lines and paragraphs": _in(
+        "data", "format: {label_from: first_word, sample_by: paragraph}"),
+    "labels to skip of several": _in("task", "problem: multi_label, skip_labels: ['-']"),
+    "a label that is skipped too": _in("task", "labels: [a, b], skip_labels: [b]"),
     "labels of numbers": _in("task", "problem: regression, labels: [a, b]"),
     "weights of numbers": _in("task", "problem: regression, class_weights: balanced"),
     "a separator of one label": _in("task", "label_separator: ','"),

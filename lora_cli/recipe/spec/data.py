@@ -95,6 +95,12 @@ class FormatSpec(Section):
     sample_by: Literal["line", "paragraph", "document"] = "line"
     """What is one row of a text file."""
 
+    label_from: Literal["folder", "first_word", "fasttext"] | None = None
+    """Where a text file holds its label, which becomes the column `label`: in the name of the
+    `folder` that it is in (then each file is a row, and only folders that hold no folders count);
+    in the `first_word` of each line; or in the words that begin with `__label__` (`fasttext`;
+    several are joined by a space, so `task.label_separator: " "` divides them)."""
+
     def conflicts(self) -> Conflicts:
         """Yield an encoding that does not exist, and columns that are named twice."""
         try:
@@ -102,6 +108,12 @@ class FormatSpec(Section):
         except (LookupError, ValueError):
             hint = "for example utf-8, latin-1, cp1252, cp932, utf-16"
             yield "encoding", f"`{self.encoding}` is not an encoding of text", hint
+        if self.label_from and self.type not in (None, "text"):
+            what = f"`label_from` is for text files, and `type` is `{self.type}`"
+            yield "label_from", what, "leave one of the two out"
+        if self.label_from and self.sample_by != "line":
+            what = f"`label_from: {self.label_from}` already says what a row is"
+            yield "sample_by", what, "leave `sample_by` out"
         for name, times in Counter(self.columns or ()).items():
             if times > 1:
                 what = f"the column `{name}` stands {times} times in `columns`"

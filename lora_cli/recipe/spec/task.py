@@ -36,6 +36,10 @@ class SequenceClassificationSpec(Section):
     """Names of the labels, in order. Integers in the data are read as positions in this list.
     Default: the values found in the train split, sorted."""
 
+    skip_labels: list[str | int] = Field(default_factory=list)
+    """Labels that mark a row without an answer, such as `-` in SNLI: rows with one of them are left
+    out of every split, and counted."""
+
     problem: Literal["single_label", "multi_label", "regression"] = "single_label"
     """One label a row, any number of labels a row, or one number a row."""
 
@@ -72,6 +76,13 @@ class SequenceClassificationSpec(Section):
             for key in ("labels", "class_weights"):
                 if getattr(self, key):
                     yield key, f"`{key}` has no meaning with `problem: regression`", "leave it out"
+        if self.skip_labels and (self.problem != "single_label" or self.label_columns):
+            what = "`skip_labels` is for one label a row, in `label_column`"
+            yield "skip_labels", what, "leave it out, or set `problem: single_label`"
+        for label in {str(label).strip() for label in self.skip_labels}:
+            if label in {str(name).strip() for name in self.labels or ()}:
+                what = f"`{label}` is in `labels`, and in `skip_labels`"
+                yield "skip_labels", what, "leave it in one of the two"
         if self.label_separator is not None and self.problem != "multi_label":
             what = f"`label_separator` has no meaning with `problem: {self.problem}`"
             yield "label_separator", what, "leave it out, or set `problem: multi_label`"

@@ -1,0 +1,61 @@
+"""How long the inputs are, by the model's tokenizer or by a guess."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lora_cli.inference.columns import is_blank
+from lora_cli.inference.model import SAMPLE, Base
+from lora_cli.inference.splits import Rows
+from lora_cli.inference.written import Chosen
+
+FITTING = 0.99  # share of the rows that shall not be cut
+LONGEST = {"sequence_classification": 512, "causal_lm": 2048}  # more is slow, whatever fits
+
+
+def length_of(splits: Sequence[Rows], base: Base, chosen: Chosen) -> tuple[int, str]:
+    """Return the longest input in tokens, and what it was measured by."""
+    wanted, unit = 0, ""
+    for rows in filter(None, splits):  # the held-out rows may be longer
+        lengths, unit = _tokens(rows[:: max(1, len(rows) // SAMPLE)], base, chosen)
+        wanted = max(wanted, sorted(lengths)[math.ceil(FITTING * len(lengths)) - 1])
+    most = min(LONGEST[chosen.keys["type"]], base.positions or 1 << 30)
+    wanted += 16 if chosen.is_chat else 0  # what a template adds, at the least
+    running = chosen.keys["type"] == "causal_lm" and "text_column" in chosen.keys
+    if running and wanted > min(512, most):
+        length, why = min(512, most), "longer texts are divided into several examples"
+    else:
+        length = max(32, -(-wanted // 32) * 32)
+        why = f"99 of 100 rows have at most {wanted:,}, by {unit}"
+    if length > most:
+        length, why = most, why if running else f"{why}; longer ones are cut"
+    return length, why
+
+
+def _tokens(rows: Rows, base: Base, chosen: Chosen) -> tuple[list[int], str]:
+    """Return the lengths of rows, and what they were measured by."""
+    texts = [[_as_text(row.get(name)) for name in chosen.inputs] for row in rows]
+    if base.tokenizer is not None:
+        return base.tokens(texts), "the model's tokens"
+    lengths = [sum(guessed_tokens(text) + 2 for text in row) for row in texts]
+    return lengths, "a guess on the long side: the model's tokenizer could not be fetched"
+
+
+def guessed_tokens(text: str) -> int:
+    """Return how many tokens a text has at the most, as tokenizers usually divide it.
+
+    English text has about 4 characters a token, other languages fewer, Chinese and Japanese one.
+    """
+    wide = sum(letter > "\u2e7f" for letter in text)
+    other = sum("\x7f" < letter <= "\u2e7f" for letter in text)
+    plain = len(text) - wide - other
+    return math.ceil(max(plain / 3 + other / 1.5 + wide * 1.2, len(text.split()) * 1.4))
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if is_blank(value) else json.dumps(value, ensure_ascii=False, default=str)
