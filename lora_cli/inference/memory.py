@@ -154,7 +154,7 @@ def in_words(parameters: int) -> str:
     """Return a number of parameters: `22.7 million`, `8.0 billion`."""
     if parameters >= 1e9:
         return f"{parameters / 1e9:.1f} billion"
-    return f"{parameters / 1e6:.1f} million"
+    return f"{parameters / 1e6:.1f} million" if parameters >= 1e6 else f"{parameters:,}"
 
 
 def gib(size: float) -> str:
