@@ -129,6 +129,35 @@ def test_a_pair_without_telling_names(init: Init) -> None:
     assert said(recipe) == classification("before", "same", [0, 1], text_pair_column="after")
 
 
+DOLLY = [
+    {
+        "instruction": t,
+        "context": u if i % 3 else "",
+        "response": f"{u} {t}",
+        "category": "ab"[i % 2],
+    }
+    for i, (t, u) in enumerate(zip(T, U, strict=True))
+]
+
+
+def test_a_context_is_not_left_out_of_the_prompt(init: Init, tmp_path: Path) -> None:
+    with pytest.raises(LoraError, match="`context` belongs to the prompt in 40 rows") as caught:
+        init("dolly.jsonl", lines(DOLLY), "llama")
+    hint = caught.value.problems[0].hint or ""
+    assert "{instruction: .instruction, input: .context, output: .response}" in hint
+    without = init("dolly.jsonl", lines(DOLLY), "llama", text="instruction", label="response")
+    assert said(without)["prompt_column"] == "instruction"
+
+
+def test_single_messages_are_not_conversations(init: Init) -> None:
+    rows = [
+        {"message_id": f"{i}", "parent_id": f"{i - 1}", "role": f"role {i % 2}", "text": t}
+        for i, t in enumerate(T)
+    ]
+    with pytest.raises(LoraError, match="one message of a conversation"):
+        init("oasst.jsonl", lines(rows), "llama")
+
+
 # -------------------------------------------------------------------------------- labels of lines
 
 

@@ -88,7 +88,7 @@ def _joined(folder: Path, parts: Sequence[DataFile], files: Sequence[Path]) -> D
             names = f"{first.path.name} and {other.path.name}"
             raise _apart(f"{names} do not have the same columns", folder, files)
     if others := translations_of(first):
-        names = " ".join(str(file) for file in (first.path, others[0]))
+        names = " ".join(str(first.path.with_name(file.name)) for file in (first.path, others[0]))
         what = f"{first.path.name} and {others[0].name} have as many lines: they seem to be "
         hint = f"name both, for example `lora init {names}`, or one of them"
         raise LoraError(f"{what}translations", str(folder), hint)

@@ -31,6 +31,8 @@ from lora_cli.inference.written import (
     plain,
     prompt_and_completion,
     prompts,
+    require_context,
+    require_conversations,
     spoken,
 )
 
@@ -92,10 +94,13 @@ def choose_task(
             raise LoraError(what, place, unnested(nested, rows, place))
     if text is None and label is None and pair is None:
         refuse_tagged_rows(rows, place)
+        require_conversations(by_name, place)
         about_files = spoken(columns, place, can_write)
         written = about_files or conversation(columns, rows) or prompts(by_name)
         # a conversation may have a label too, and an encoder can learn nothing else
         chosen = written if can_write else _label_beside(written, columns, by_name, rows, place)
+        if chosen is not None:
+            require_context(chosen, by_name, place)
     if chosen is None:
         labelled = _labelled(columns, by_name, rows, place, text, label, pair)
         if labelled is None and pair is not None:

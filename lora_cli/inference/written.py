@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, counted
 from lora_cli.inference.columns import Column, is_blank
 from lora_cli.inference.texts import TEXT_NAMES, listed, text_of, text_reason
 
@@ -18,6 +19,7 @@ PROMPT_NAMES = [
     ("article", "summary"), ("document", "summary"), ("text", "summary"),
     ("article", "highlights"), ("dialogue", "summary"), ("frage", "antwort"),
 ]  # fmt: skip
+CONTEXT_NAMES = ("context", "input", "passage", "knowledge", "document")
 
 
 @dataclass
@@ -132,6 +134,42 @@ def prompts(by_name: dict[str, Column]) -> Chosen | None:
         if said.rows_per_value < 2 and said.kind in ("category", "number", "id"):
             return prompt_and_completion(asked, said)
     return None
+
+
+def require_context(chosen: Chosen, by_name: dict[str, Column], place: str) -> None:
+    """Reject a prompt whose context is in a third column, which the model would not see.
+
+    Raises:
+        LoraError: If there is such a column, as in Dolly and in SQuAD.
+    """
+    if "prompt_column" not in chosen.keys:
+        return
+    for name, column in by_name.items():
+        if name.lower() in CONTEXT_NAMES and name not in chosen.inputs and column.kind == "text":
+            asked, said = chosen.keys["prompt_column"], chosen.keys["completion_column"]
+            new = f"instruction: .{asked}, input: .{name}, output: .{said}"
+            source = shlex.quote(place)
+            raise LoraError(
+                f"`{name}` belongs to the prompt in {counted(column.count, 'row')}, and a recipe "
+                "has one column for it",
+                place,
+                f"join them: `jq -c '{{{new}}}' {source} > joined.jsonl`; or train without it: "
+                f"`--text {shlex.quote(asked)} --label {shlex.quote(said)}`",
+            )
+
+
+def require_conversations(by_name: dict[str, Column], place: str) -> None:
+    """Reject rows that are single messages of conversations, as in oasst1.
+
+    Raises:
+        LoraError: If they are.
+    """
+    if {"message_id", "parent_id", "role", "text"} <= set(by_name):
+        raise LoraError(
+            "each row is one message of a conversation, which `parent_id` puts together",
+            place,
+            "write each conversation as a row, with a list `messages` of role and content",
+        )
 
 
 def prompt_and_completion(asked: Column, said: Column) -> Chosen:

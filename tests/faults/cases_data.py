@@ -384,7 +384,14 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "an empty file": ("rows.csv", "", ()),
     "a file that is not there": ("", "", ()),
     "a folder without data": ("folder/image.jpg", b"\xff\xd8\xff", ()),
-    "a folder without train rows": ("folder/test.csv", TABLE, ()),
+    "a prompt with a context": (
+        "rows.jsonl", "".join(json.dumps({"instruction": f"answer question {i} in a few words",
+                                          "context": f"a long context {i} of some words",
+                                          "response": f"an answer {i} of some words"}) + "\n"
+                              for i in range(30)), ("--model", "../bases/llama")),
+    "messages of conversations": (
+        "rows.jsonl", "".join(json.dumps({"message_id": f"m{i}", "parent_id": None, "role": "user",
+                                          "text": f"a message {i}"}) + "\n" for i in range(9)), ()),
     "a pair without a label": (
         "rows.csv", "one,two\n" + "".join(f"a long text {i} of some words,another text {i} of us\n"
                                           for i in range(30)),
@@ -460,6 +467,8 @@ def _folder(files: dict[str, str]) -> Callable[[World], Printed]:
 
 CASES.append(Case("lora init", "a folder of files with other columns", _folder(
     {"a.csv": TABLE, "b.csv": TABLE.replace("text", "body")})))  # fmt: skip
+CASES.append(Case("lora init", "a folder without train rows", _folder(
+    {"test.csv": TABLE, "dev.csv": TABLE})))  # fmt: skip
 CASES.append(Case("lora init", "a folder of translations", _folder(
     {"train.de.txt": "eins\nzwei\n", "train.en.txt": "one\ntwo\n"})))  # fmt: skip
 
