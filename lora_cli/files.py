@@ -297,7 +297,7 @@ def _fault_of(folder: Path, name: str, size: int, sha256: str) -> Problem | None
 
 
 def refuse_links_outside(folder: Path) -> None:
-    """Refuse a folder with a file that is a link to somewhere else.
+    """Refuse a folder with a file that is a link to somewhere else, or has no end.
 
     The Hub's cache is not elsewhere: every file of a snapshot in it is a link to another folder of
     it, and older downloads to a folder are links to it too.
@@ -315,8 +315,24 @@ def refuse_links_outside(folder: Path) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_symlink() and not _is_within(path.resolve(), root)
     ]
+    problems += [problem for path in folder.glob("*") if (problem := _endless(path)) is not None]
     if problems:
         raise IntegrityError(problems)
+
+
+def _endless(path: Path) -> Problem | None:
+    """Return a problem if reading a file would never end, or fill the memory."""
+    try:
+        status = path.stat()
+    except OSError:  # a link to nothing, which is missing
+        return None
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        what = f"`{path.name}` is a pipe, a device or a socket, and not a file"
+        return Problem(what, str(path.parent), "put the file itself in its place")
+    if path.name.endswith("config.json") and status.st_size > MOST_JSON_BYTES:
+        what = f"`{path.name}` has {status.st_size:,} bytes, and such files have a few thousand"
+        return Problem(what, str(path.parent), "do not use this folder: ask who made it")
+    return None
 
 
 def _is_within(target: Path, root: Path) -> bool:

@@ -25,6 +25,12 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LOCAL = "a local folder is written from where the recipe lies, or from `/`"
 WHOLE = "config.json and the weights do not belong together: copy or download both again"
+# keys of a config.json, and the most that is built: ten times what any published model has
+MOST = {
+    r"(layers?|blocks?|experts?|heads?|stages?|depths?|groups|repeats?)$": 10_000,
+    r"(size|dim|dims|embd|inner|ctx|model|ff|kv|rank|channels?|positions?|embeddings?|length|"
+    r"features|state|labels?)$": 100_000_000,
+}
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -163,8 +169,27 @@ def load_config(recipe: Recipe, **changes: Any) -> PretrainedConfig:
     """Return the model's configuration, with changes such as the labels."""
     with explained(recipe, "configuration"):
         config: PretrainedConfig = AutoConfig.from_pretrained(**_source(recipe), **changes)
+        if (found := _too_large(config.to_dict())) is not None:
+            key, value, most = found
+            what = f"config.json says `{key}: {value:,}`, and no model has more than {most:,}"
+            hint = "copy or download the model again, or ask who made it"
+            raise LoraError(what, recipe.at("model.name"), hint)
         check_config(config, recipe)
     return config
+
+
+def _too_large(values: Any, key: str = "") -> tuple[str, int, int] | None:
+    """Return the first count or size that would take forever, or all memory: key, value, most."""
+    if isinstance(values, dict):
+        inside = [(str(name), value) for name, value in values.items()]
+    elif isinstance(values, list | tuple):
+        inside = [(key, value) for value in values]
+    else:
+        whole = isinstance(values, int) and not isinstance(values, bool)
+        limits = (most for pattern, most in MOST.items() if re.search(pattern, key))
+        most = next(limits, None) if whole else None
+        return (key, values, most) if most is not None and abs(values) > most else None
+    return next((found for name, value in inside if (found := _too_large(value, name))), None)
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_cli.data.conversations import Conversation, read_conversations, read_messages
 from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe
+from lora_cli.tasks import chat
 from lora_cli.tasks.base import IGNORED
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.chat import ChatTemplate
@@ -538,6 +539,22 @@ def test_the_token_that_ends_a_turn_ends_an_answer(template: str, end: str | Non
     assert ChatTemplate(made).end_of_turn == ({made.convert_tokens_to_ids(end)} if end else set())
     made.chat_template = "{{ raise_exception('no') }}"
     assert ChatTemplate(made).end_of_turn == set()
+
+
+LOOPS = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [LOOPS, LOOPS + "{% generation %}{% endgeneration %}"])
+def test_a_template_that_does_not_come_to_an_end(
+    template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "PATIENCE_S", 0.05)
+    made = ChatTemplate(tokenizer(template))
+    conversation = Conversation([{"role": "user", "content": "Hi"}])
+    for _ in range(2):  # and it is not tried again for every row
+        with pytest.raises(LoraError, match="does not come to an end: it computed for more than"):
+            made.encode(conversation, "all")
+        monkeypatch.setattr(chat, "PATIENCE_S", 1e9)
 
 
 @pytest.mark.parametrize("special", [True, False])

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -23,9 +23,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_cli.data.conversations import ROLES, Conversation, Message, name_of
 from lora_cli.errors import LoraError
+from lora_cli.patience import TooLongError, time_limit
 from lora_cli.tasks.control_tokens import ControlTokens
 
 THINK_END = "</think>"
+PATIENCE_S = 10.0  # of computing, for one conversation; most take a thousandth of a second
 ANOTHER = "give another template with `task.chat_template: FILE`"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Spans = list[tuple[int, int]]
@@ -40,6 +42,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self._endless: LoraError | None = None
         given = tokenizer.chat_template  # one, or one for each use by its name
         self.source = "\n".join(given.values()) if isinstance(given, dict) else str(given)
         self.opened = self._opened_block()
@@ -102,8 +105,21 @@ class ChatTemplate:
             LoraError: If the template refuses it.
         """
         options = {"tokenize": False, "tools": tools or None, **options}
+        return str(
+            self._run(lambda: self.tokenizer.apply_chat_template(_unmarked(messages), **options))
+        )
+
+    def _run(self, program: Callable[[], Any]) -> Any:
+        """Return what the template gives; one that did not come to an end is not tried again."""
+        if self._endless is not None:
+            raise self._endless
         try:
-            return str(self.tokenizer.apply_chat_template(_unmarked(messages), **options))
+            with time_limit(PATIENCE_S):
+                return program()
+        except TooLongError as error:
+            what = f"the chat template does not come to an end: {error}"
+            self._endless = LoraError(what, hint=ANOTHER)
+            raise self._endless from error
         except Exception as error:  # a template is a program; it fails in any way it likes
             raise _refusal(error) from error
 
@@ -184,16 +200,15 @@ class ChatTemplate:
         tools: Sequence[dict[str, Any]] | None,
     ) -> tuple[str, Spans]:
         """Return a conversation with what the template itself marks as the assistant's."""
-        try:
-            texts, marked = render_jinja_template(
+        texts, marked = self._run(
+            lambda: render_jinja_template(
                 [_unmarked(messages)],
                 tools=list(tools) if tools else None,
                 chat_template=self.tokenizer.get_chat_template(tools=list(tools or ()) or None),
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
-        except Exception as error:  # a template is a program; it fails in any way it likes
-            raise _refusal(error) from error
+        )
         text, spans = str(texts[0]), _joined(marked[0])
         _require_contents(messages, text)
         turns = [message for message in messages if message["role"] == "assistant"]
