@@ -106,7 +106,7 @@ REST: dict[str, str] = {
     "training/mirror.py:put": MIRROR,
     "training/mirror.py:get": MIRROR,
     "training/mirror.py:_reaching": MIRROR,
-    "models.py:place_error": "needs a cache that is full; tests/faults/test_places.py",
+    "model_errors.py:place_error": "needs a cache that is full; tests/faults/test_places.py",
     "training/resources.py:_worker_error": "needs a worker that dies; tests/faults/test_places.py",
     "training/resources.py:_removed": "needs a folder that goes away; tests/faults/test_places.py",
     "training/resources.py:out_of_memory": "needs a full memory; tests/faults/test_resources.py",
