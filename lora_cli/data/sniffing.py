@@ -24,6 +24,7 @@ from lora_cli.data.foreign import refuse_binary, refuse_other_lines
 from lora_cli.data.labelled import FASTTEXT, label_source
 from lora_cli.data.lines import RawRow, unreadable
 from lora_cli.data.quoting import Quoting, quoting_of
+from lora_cli.data.values import FORMS, read_number
 from lora_cli.errors import LoraError, beside
 from lora_cli.recipe import FormatSpec
 
@@ -432,8 +433,5 @@ def _vote(cell: str, below: list[str]) -> int:
 
 
 def is_number(text: str) -> bool:
-    """Return whether a text is a finite number."""
-    try:
-        return abs(float(text)) < float("inf")
-    except ValueError:
-        return False
+    """Return whether a text is a number, however it is written."""
+    return any(read_number(text, form) is not None for form in FORMS)

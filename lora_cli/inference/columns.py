@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_cli.data.label_lists import listed_labels
-from lora_cli.data.sniffing import is_number
+from lora_cli.data.values import PLAIN, NumberForm, divided, number_form, read_number
+from lora_cli.data.values import flag as value_of_flag
 
 URL = re.compile(r"(https?://|www\.)\S+$", re.IGNORECASE)
 DATE = re.compile(
@@ -30,14 +31,12 @@ GROUP_NAME = re.compile(
 FILE_NAME = re.compile(
     r"(?i)\S[^\n]*\.(?P<kind>wav|mp3|flac|ogg|opus|m4a|png|jpe?g|gif|bmp|tiff?|webp|mp4|avi)"
 )
-FLAGS = {"0": 0, "false": 0, "0.0": 0, "1": 1, "true": 1, "1.0": 1}
 SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation",
     "validation": "validation", "dev": "validation", "test": "test", "testing": "test",
     "eval": "test",
 }  # fmt: skip
-DECIMAL_COMMA = re.compile(r"[+-]?(\d+)(,(0\d*)|,\d+)?")
-SEPARATORS = (";", "|", ",", "+", "/", " ")
+SEPARATORS = (";", "|", ",", "、", "+", "/", " ")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Column:
         words: Mean number of words of a value.
         has_fractions: Some number is not whole.
         separator: What divides the labels in a value, where there are several.
-        decimal: What stands before the fraction of its numbers.
+        numbers: How its numbers are written.
     """
 
     name: str
@@ -66,7 +65,7 @@ class Column:
     words: float = 0.0
     has_fractions: bool = False
     separator: str | None = None
-    decimal: str = "."
+    numbers: NumberForm = PLAIN
 
     @property
     def rows_per_value(self) -> float:
@@ -92,7 +91,7 @@ def flag(value: Any) -> int | None:
     """Return 0 or 1 for what a column of 0 and 1 holds, or None."""
     if is_blank(value):
         return None
-    return FLAGS.get(label_text(value).lower())
+    return value_of_flag(value)
 
 
 def is_blank(value: Any) -> bool:
@@ -100,8 +99,14 @@ def is_blank(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
-def describe(name: str, rows: Sequence[dict[str, Any]]) -> Column:
-    """Return what a column holds."""
+def describe(name: str, rows: Sequence[dict[str, Any]], delimiter: str = ",") -> Column:
+    """Return what a column holds.
+
+    Args:
+        name: Of the column.
+        rows: The rows of the file.
+        delimiter: What divides the columns of the file.
+    """
     values = [value for row in rows if not is_blank(value := row.get(name))]
     if not values:
         return Column(name, "blank", 0, Counter())
@@ -116,7 +121,10 @@ def describe(name: str, rows: Sequence[dict[str, Any]]) -> Column:
     counts = Counter(texts)
     characters = sum(map(len, texts)) / len(texts)
     words = sum(len(text.split()) for text in texts) / len(texts)
-    kind = _kind(name, texts, counts, words)
+    # a number that is one in the file needs no reading
+    written = [value for value in values if isinstance(value, str)]
+    numbers = number_form(written, delimiter) if written else PLAIN
+    kind = _kind(name, texts, counts, words, numbers)
     column = Column(
         name,
         kind,
@@ -124,8 +132,8 @@ def describe(name: str, rows: Sequence[dict[str, Any]]) -> Column:
         counts,
         characters,
         words,
-        kind == "number" and any(not as_number(text).is_integer() for text in texts),
-        decimal="," if kind == "number" and any("," in text for text in texts) else ".",
+        kind == "number" and any(not as_number(text, numbers).is_integer() for text in texts),
+        numbers=numbers or PLAIN,
     )
     separator = _separator(column) if kind in ("category", "text", "id") else None
     if separator is None:
@@ -134,7 +142,13 @@ def describe(name: str, rows: Sequence[dict[str, Any]]) -> Column:
     return Column(name, "list", len(values), parts, characters, words, separator=separator)
 
 
-def _kind(name: str, texts: list[str], counts: Counter[str], words: float) -> str:
+def _kind(
+    name: str,
+    texts: list[str],
+    counts: Counter[str],
+    words: float,
+    numbers: NumberForm | None,
+) -> str:
     """Return the kind of a column of single values."""
 
     def most(test: Any) -> bool:
@@ -149,14 +163,14 @@ def _kind(name: str, texts: list[str], counts: Counter[str], words: float) -> st
     splits = [SPLIT_NAMES.get(text.lower()) for text in counts]
     if None not in splits and "train" in splits and len(set(splits)) > 1:
         return "split"
-    if set(map(str.lower, counts)) <= FLAGS.keys():
+    if all(value_of_flag(text) is not None for text in counts):
         return "binary"
     is_unique = len(counts) == len(texts) and len(texts) > 1
     repeats = len(counts) * 5 <= len(texts) and CLASS_ID.fullmatch(name) is not None
     named_id = ID_NAME.fullmatch(name) is not None and not repeats
     if most(ID_VALUE.fullmatch) and (named_id or (is_unique and not all(map(_is_small, counts)))):
         return "id"
-    if all(map(is_number, texts)) or _has_decimal_commas(texts):
+    if numbers is not None and all(_reads(text, numbers) for text in texts):
         whole = all(text.lstrip("-").isdecimal() for text in texts)
         return "id" if is_unique and whole and _is_count(texts) else "number"
     if named_id and words < 2:
@@ -166,21 +180,15 @@ def _kind(name: str, texts: list[str], counts: Counter[str], words: float) -> st
     return "text" if _is_natural(texts, words) else "category"
 
 
-def as_number(text: str) -> float:
-    """Return a number that may have a decimal comma."""
-    return float(text.replace(",", "."))
+def as_number(text: str, form: NumberForm | None = None) -> float:
+    """Return the number that a text is; one that Python wrote has a dot whatever the form."""
+    value = read_number(text, form or PLAIN)
+    return float(text) if value is None else value
 
 
-def _has_decimal_commas(texts: list[str]) -> bool:
-    """Return whether all are numbers such as `0,25`.
-
-    In `1,250` the comma may mean thousands, and in `1,2` it may stand between two labels: a zero
-    on either side of some comma says that it does not.
-    """
-    matches = [DECIMAL_COMMA.fullmatch(text) for text in texts]
-    return all(matches) and any(
-        match and (match[3] or (match[1] == "0" and match[2])) for match in matches
-    )
+def _reads(text: str, form: NumberForm) -> bool:
+    """Return whether a text is a number, as the column has them or as Python writes them."""
+    return read_number(text, form) is not None or (form != PLAIN and read_number(text) is not None)
 
 
 def _is_small(text: str) -> bool:
@@ -240,11 +248,6 @@ def _form(value: Any) -> str | None:
     if "role" in turn and "content" in turn:
         return "openai"
     return "sharegpt" if "from" in turn and "value" in turn else None
-
-
-def divided(text: str, separator: str) -> list[str]:
-    """Return the labels that stand in a value."""
-    return [part.strip() for part in text.split(separator) if part.strip()]
 
 
 def _separator(column: Column) -> str | None:

@@ -14,8 +14,10 @@ from typing import Any
 from lora_cli.data.conversations import conversation_fault, read_conversations
 from lora_cli.data.pairs import read_pair, translations_of
 from lora_cli.data.sniffing import DataFile
+from lora_cli.data.tables import delimiter_of
+from lora_cli.data.values import half_width
 from lora_cli.errors import LoraError
-from lora_cli.inference.columns import SPLIT_NAMES, Column, describe
+from lora_cli.inference.columns import SPLIT_NAMES, Column, as_number, describe
 from lora_cli.inference.cutting import rows_without_answer
 from lora_cli.inference.folder import read_source
 from lora_cli.inference.lengths import length_of
@@ -36,7 +38,7 @@ from lora_cli.inference.splits import Keys, Rows, choose_splits, is_unusable
 from lora_cli.inference.task import choose_task
 from lora_cli.inference.writing import SCHEMA, commented_yaml
 from lora_cli.inference.written import Chosen, translation
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import FormatSpec, Recipe
 
 MANY_LABELS = 500  # more are not written out, but found in the train rows
 CHATML = """\
@@ -111,7 +113,7 @@ def draft_recipe(
     """
     file = read_source(source) if second is None else read_pair(source, second)
     base = look_at(model)
-    columns = [describe(name, file.rows) for name in file.columns]
+    columns = [describe(name, file.rows, _delimiter(file)) for name in file.columns]
     if file.form.get("label_from") == "fasttext":
         columns = [_divided_by_spaces(column) for column in columns]
     if second is not None and text is None and label is None:
@@ -151,6 +153,10 @@ def _output_dir(source: Path, target: Path) -> str:
         name = re.sub(r"\{.*?\}", "", name).lstrip(".").partition(".")[0]
     name = re.sub(r"[^-.\w]+", "_", name).strip("_.")
     return f"out/{name or 'recipe'}"
+
+
+def _delimiter(file: DataFile) -> str:
+    return delimiter_of(file.path, FormatSpec.model_validate(file.form))
 
 
 def _relative(model: str, target: Path, base: Base) -> str:
@@ -301,9 +307,13 @@ def _data(
         else:
             draft.why["data.path"] += f"; {reason}"
     label = next((c for c in columns if c.name == chosen.keys.get("label_column")), None)
-    if label and label.decimal == "," and chosen.keys["problem"] == "regression":
-        file.form["decimal"] = ","
-        file.why["decimal"] = f"in `{label.name}`, such as {next(iter(label.counts))}"
+    if label and chosen.keys["problem"] == "regression":
+        for key, mark in label.numbers._asdict().items():
+            if mark != getattr(FormatSpec(), key):
+                example = next(text for text in label.counts if {".", ","} & set(half_width(text)))
+                value = as_number(example, label.numbers)
+                file.form[key] = mark
+                file.why[key] = f"in `{label.name}`: {example} is {value:.15g}"
     if file.form:
         draft.put("data", "format", file.form)
         for key, why in file.why.items():

@@ -349,9 +349,9 @@ def _label_keys(
         why["label_column"] += "; numbers that count up, so that they are names of labels"
     elif label.kind == "number" and (label.has_fractions or len(label.counts) > 20):
         keys["problem"] = "regression"
-        numbers = [as_number(value) for value in label.counts]
+        numbers = [as_number(value, label.numbers) for value in label.counts]
         why["problem"] = f"numbers from {min(numbers):g} to {max(numbers):g}"
-        if label.decimal == ",":
+        if label.numbers.decimal == ",":
             why["problem"] += ", with decimal commas"
         return keys, why, Counter()
     if label.kind == "list":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +15,20 @@ from lora_cli.characters import difference_of_form, folded
 from lora_cli.data.files import is_blank
 from lora_cli.data.label_lists import listed_labels
 from lora_cli.data.sources import Rows, stream_label_names
+from lora_cli.data.values import (
+    FLOAT32_MAX,
+    NumberForm,
+    currency_of,
+    divided,
+    flag,
+    other_forms,
+    read_number,
+)
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
 
-NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", re.ASCII)
 SHOWN = 60  # characters of a value that is none
 LABELS_ARE = "the labels are"
-FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class Labels:
@@ -33,6 +39,7 @@ class Labels:
         self.names = [_text(label) for label in spec.labels or spec.label_columns or []]
         self.class_names: list[str] = []  # of the Hub's ClassLabel column; its rows hold positions
         self.weights: Tensor | None = None
+        self._currency = ""  # of the numbers of a regression, if they have one
 
     def learn(self, splits: dict[str, Rows]) -> None:
         """Find the labels and their weights, and write both into the recipe.
@@ -101,8 +108,7 @@ class Labels:
             if (items := listed_labels(value)) is not None:
                 value = items
             elif isinstance(value, str) and self.spec.label_separator is not None:
-                parts = [part.strip() for part in value.split(self.spec.label_separator)]
-                return [part for part in parts if part]
+                return divided(value, self.spec.label_separator)
             if not isinstance(value, list) or any(_is_blank(item) for item in value):
                 return None
             return [_text(item) for item in value]
@@ -118,7 +124,7 @@ class Labels:
 
     def _marked(self, row: dict[str, Any], columns: list[str]) -> list[str] | None:
         """Return the labels whose columns hold a 1, or None where some hold neither 0 nor 1."""
-        marks = [_mark(row.get(column)) for column in columns]
+        marks = [flag(row.get(column)) for column in columns]
         if None in marks or (self.spec.problem == "single_label" and sum(map(bool, marks)) != 1):
             return None
         return [name for name, mark in zip(self.names, marks, strict=True) if mark]
@@ -126,16 +132,34 @@ class Labels:
     def number(self, row: dict[str, Any]) -> float | None:
         """Return the number of a row that is learned in a regression, or None if it is none."""
         value = row.get(self.spec.label_column)
-        if isinstance(value, str) and self.recipe.data.format.decimal == ",":
-            value = value.replace(",", ".")
-        return number(value)
+        if not isinstance(value, str):
+            return number(value)
+        return read_number(value, self.number_form)
+
+    @property
+    def number_form(self) -> NumberForm:
+        """How numbers that are text are written."""
+        form = self.recipe.data.format
+        return NumberForm(form.decimal, form.thousands)
+
+    def number_fault(self, row: dict[str, Any]) -> str:
+        """Return why a row has no number to learn, or another currency than rows before it."""
+        column = self.spec.label_column
+        value = row.get(column)
+        if self.number(row) is None:
+            return not_a_number(column, value, self.number_form)
+        currency = currency_of(value) if isinstance(value, str) else ""
+        self._currency = self._currency or currency
+        if currency and currency != self._currency:
+            return f"column `{column}` {_said(value)}, and rows before it {self._currency}"
+        return ""
 
     def fault_of_marks(self, row: dict[str, Any], columns: list[str]) -> str:
         """Return why the columns of 0 and 1 cannot be read."""
         for column in columns:
-            if _mark(value := row.get(column)) is None:
+            if flag(value := row.get(column)) is None:
                 return f"column `{column}` {_said(value)}, not 0 or 1"
-        marked = [column for column in columns if _mark(row.get(column))]
+        marked = [column for column in columns if flag(row.get(column))]
         many = f"`{'`, `'.join(marked)}` are all 1" if marked else "no label's column is 1"
         return f"{many}; with `problem: single_label` it is one"
 
@@ -259,12 +283,6 @@ def look_alikes(names: Sequence[str]) -> list[list[str]]:
     return [alike for alike in groups.values() if len(alike) > 1]
 
 
-def _mark(value: Any) -> int | None:
-    """Return 0 or 1 for what a label's own column holds, or None."""
-    text = str(float(value)) if isinstance(value, int | float) else str(value).strip().lower()
-    return {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}.get(text)
-
-
 def _text(value: Any) -> str:
     """Return a label as text: 1, 1.0 and " 1" are the same label."""
     if isinstance(value, bool):
@@ -276,8 +294,10 @@ def _text(value: Any) -> str:
 
 def number(value: Any) -> float | None:
     """Return a value as a number, or None if it is none that a float32 holds."""
-    if isinstance(value, bool) or (isinstance(value, str) and not re.fullmatch(NUMBER, value)):
-        return None  # Python's own reading takes 1_0 for ten
+    if isinstance(value, str):
+        return read_number(value)  # Python's own reading takes 1_0 for ten
+    if isinstance(value, bool):
+        return None
     try:
         result = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -285,12 +305,10 @@ def number(value: Any) -> float | None:
     return result if abs(result) <= FLOAT32_MAX else None  # nor is it NaN
 
 
-def not_a_number(column: str, value: Any) -> str:
-    """Return why a value is not a number to learn."""
-    if isinstance(value, str) and re.fullmatch(r"\s*[-+]?\d+,\d+\s*", value):
-        how = "`--set 'data.format.decimal=\",\"'` reads decimal commas"
-        return f"column `{column}` holds `{value.strip()}`, not a number; {how}"
-    return f"column `{column}` {_said(value)}, not a number"
+def not_a_number(column: str, value: Any, form: NumberForm) -> str:
+    """Return why a value is not a number to learn, and how it might be read as one."""
+    how = other_forms(value, form) if isinstance(value, str) else ""
+    return f"column `{column}` {_said(value)}, not a number" + (f"; {how}" if how else "")
 
 
 def _said(value: Any) -> str:

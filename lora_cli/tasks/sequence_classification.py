@@ -27,7 +27,7 @@ from lora_cli.recipe import Recipe, SequenceClassificationSpec
 from lora_cli.tasks.base import TRIAL_TEXT, Batch, Example, Prediction, Task
 from lora_cli.tasks.finite import require_finite
 from lora_cli.tasks.head_rows import arrange_rows
-from lora_cli.tasks.labels import Labels, not_a_number
+from lora_cli.tasks.labels import Labels
 from lora_cli.tasks.padding import fill, positions_of
 
 ALL_SCORES = 20  # labels up to which a prediction keeps the probability of each; of more:
@@ -114,7 +114,7 @@ class SequenceClassification(Task):
         column = self.spec.label_column
         value = row.get(column)
         if self.spec.problem == "regression":
-            return "" if self.reader.number(row) is not None else not_a_number(column, value)
+            return self.reader.number_fault(row)
         if self.reader.texts_of(row) is not None:
             return ""
         if self.spec.label_columns is not None:

@@ -30,9 +30,10 @@ from world import GOOD, TABLE, World
 
 from lora_cli.data.files import read_rows
 from lora_cli.errors import LoraError
-from lora_cli.recipe import FormatSpec
+from lora_cli.recipe import FormatSpec, load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.encoding import load_data
+from lora_cli.tasks.labels import Labels
 
 TWO = {"labels": ["bad", "good"]}
 SKIP = ("--set", "data.on_bad_row=skip")
@@ -341,3 +342,74 @@ def test_a_zip_bomb_is_read_line_by_line(tmp_path: Path) -> None:
     with bounded():
         (row,) = read_rows(file, FormatSpec())
     assert row.fault == "1,048,577 fields where there are 2 columns"
+
+
+# ------------------------------------------------------------ what `lora init` writes is accepted
+
+
+def _priced(pattern: str, first: str, between: str = ",") -> str:
+    """Return a table of texts with a number each, quoted where the delimiter is in it."""
+    values = [first, *(pattern.replace("%", str(120 + i)) for i in range(31))]
+    cells = [f'"{value}"' if between in value else value for value in values]
+    texts = [text.replace(",", "") for text in tiny.CORPUS * 4]
+    rows = [f"{text} {i}{between}{cell}"
+            for i, (text, cell) in enumerate(zip(texts, cells, strict=True))]  # fmt: skip
+    return "\n".join([f"text{between}score", *rows, ""])
+
+
+@pytest.mark.parametrize(
+    ("content", "form", "first"),
+    [
+        (_priced("2,%", "812"), {"thousands": ","}, 812.0),
+        (_priced("2,%", "12,301"), {"thousands": ","}, 12301.0),
+        (_priced("2,%", "812", "\t"), {"thousands": ","}, 812.0),
+        (_priced("2,%", "2,301", ";"), {"decimal": ","}, 2.301),
+        (_priced("2.%", "812", ";"), {"thousands": ".", "decimal": ","}, 812.0),
+        (_priced("%,5", "0,5", ";"), {"decimal": ","}, 0.5),
+        (_priced("\uff11%\uff0e\uff15", "\uff14\uff0e\uff15"), {}, 4.5),
+        (_priced("\u00a52,%", "\u00a5920"), {"thousands": ","}, 920.0),
+        (_priced("%\u5186", "4059.5\u5186"), {}, 4059.5),
+        (_priced("1\u00a0%,5", "7,0", ";"), {"decimal": ","}, 7.0),
+        (_priced("%.25", "-3"), {}, -3.0),
+    ],
+)
+def test_a_draft_reads_numbers_as_its_own_check_does(
+    content: str, form: dict[str, str], first: float, world: World
+) -> None:
+    world.write("rows.tsv" if "\t" in content else "rows.csv", content)
+    source = "rows.tsv" if "\t" in content else "rows.csv"
+    drafted = world.lora("init", source, "--model", "../bases/encoder", "--label", "score")
+    assert drafted.code == 0, drafted.err
+    with world.inside():
+        recipe = load_recipe("recipe.yaml")
+    set_form = {key: getattr(recipe.data.format, key) for key in ("decimal", "thousands")}
+    assert {k: v for k, v in set_form.items() if v not in (None, ".") or k in form} == form
+    assert recipe.task.type == "sequence_classification"
+    assert recipe.task.problem == "regression"
+    rows = read_rows(world.folder / source, recipe.data.format)
+    labels = Labels(recipe, recipe.task)
+    assert labels.number(next(rows).columns or {}) == first
+    checked = world.lora("validate", "recipe.yaml")
+    assert checked.code == 0, checked.err
+
+
+def test_several_labels_between_ideographic_commas(world: World) -> None:
+    topics = ["請求、配送", "請求", "配送、返品", "返品"]
+    rows = [f"{text} {i},{topics[i % 4]}" for i, text in enumerate(tiny.CORPUS * 4)
+            if "," not in text]  # fmt: skip
+    world.write("rows.csv", "\n".join(["text,label", *rows, ""]))
+    drafted = world.lora("init", "rows.csv", "--model", "../bases/encoder")
+    assert drafted.code == 0, drafted.err
+    recipe = world.load("recipe.yaml")
+    assert recipe.task.type == "sequence_classification"
+    assert (recipe.task.problem, recipe.task.label_separator) == ("multi_label", "、")
+    assert recipe.task.labels == ["請求", "返品", "配送"]
+    assert world.lora("validate", "recipe.yaml").code == 0
+
+
+def test_two_currencies_in_a_column_are_told_apart(world: World) -> None:
+    world.write("rows.csv", _priced("$%", "7") + "a film,\u20ac5\n")
+    printed = world.lora("validate", world.recipe(task={
+        "label_column": "score", "problem": "regression"}))  # fmt: skip
+    assert printed.code == 2
+    assert "column `score` holds `\u20ac5`, and rows before it $\n  at rows.csv:" in printed.err

@@ -92,6 +92,10 @@ class FormatSpec(Section):
     decimal: Literal[".", ","] = "."
     """What stands before the fraction of a number that is text: `0,5` is a half with `","`."""
 
+    thousands: Literal[".", ","] | None = None
+    """What stands between the thousands of a number that is text: `2,301` is 2301 with `","`.
+    (Spaces and apostrophes between them need no key.)"""
+
     sample_by: Literal["line", "paragraph", "document"] = "line"
     """What is one row of a text file."""
 
@@ -114,6 +118,9 @@ class FormatSpec(Section):
         if self.label_from and self.sample_by != "line":
             what = f"`label_from: {self.label_from}` already says what a row is"
             yield "sample_by", what, "leave `sample_by` out"
+        if self.thousands == self.decimal:
+            what = f"`{self.decimal}` cannot stand both before the fraction and between thousands"
+            yield "thousands", what, "name another for one of the two, or leave it out"
         for name, times in Counter(self.columns or ()).items():
             if times > 1:
                 what = f"the column `{name}` stands {times} times in `columns`"
