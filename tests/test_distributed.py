@@ -36,9 +36,12 @@ def losses(out: Path) -> list[float]:
 
 def recipe(folder: Path, base: Path, **sections: Any) -> Path:
     """Write a recipe of five rows to train, four a step: every other step has a single example."""
+    pairs = "completion_column" in sections.get("task", {})
+    second = "more" if pairs else "label"
     for name, count in (("train", 5), ("validation", 7), ("test", 3)):
         rows = [
-            {"text": f"{text}{' and so on' * (i % 3)}", "label": i % 2, "more": text[: 2 + 3 * i]}
+            # a label next to a completion would say whether it is a good one
+            {"text": f"{text}{' and so on' * (i % 3)}", second: (i % 2, text[: 2 + 3 * i])[pairs]}
             for i, text in enumerate(tiny.CORPUS[:count])
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
