@@ -20,7 +20,7 @@ YES, NO = ("1", "true", "yes", "on", "y", "t"), ("", "0", "false", "no", "off", 
 
 # Families of variables that are read by libraries, and set something that the recipe decides.
 FAMILIES = (
-    "ACCELERATE_",
+    "ACCELERATE_", "FORK_LAUNCHED",
     "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "FP8_",  # plug-ins of Accelerate
     "PYTORCH_TUNABLEOP_",  # chooses kernels by their speed, so differently each time
 )  # fmt: skip
@@ -158,8 +158,9 @@ def read_processes() -> Processes:
         size = numbers["WORLD_SIZE"]
         problems = _alone(numbers) if size in (None, 1) else _together(given, numbers)
     if problems:
+        wrong = [name for name in (*PLACING, USE_CPU) if os.environ.get(name, "").strip()]
         hint = "start with `torchrun` or `accelerate launch`, which set all of them; for a single "
-        hint += f"process: `env {' '.join(f'-u {name}' for name in PLACING if given[name])}` before"
+        hint += f"process: `env {' '.join(f'-u {name}' for name in wrong)}` before"
         last = problems[-1]
         raise LoraError([*problems[:-1], Problem(last.what, last.at, f"{hint} the command")])
     if size in (None, 1):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
+import socket
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import distributed
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.rendezvous import TCPStore, rendezvous
 
 from lora_cli.environment import Processes, clean_environment, read_processes
 from lora_cli.errors import LoraError, ResourceError, counted, warn
@@ -24,6 +25,8 @@ NOTICE_S = 10.0  # after so long a process says that it waits for the others to 
 APPEAR_S = 1800.0  # and after so long it gives up: queues start nodes minutes apart
 # once they have met, the others wait while the main process reads and encodes the data
 PATIENCE = timedelta(hours=6)
+POLL_S = 0.05
+APPEARED = "lora/appeared"  # counts the processes
 GPUS = Path("/proc/driver/nvidia/gpus")  # of this machine, whether they may be used or not
 
 
@@ -106,47 +109,61 @@ def _refuse_missing_gpus(processes: Processes) -> None:
 def _meet(processes: Processes, on_cpu: bool) -> None:
     """Wait until all processes have appeared, and form their group.
 
-    The waiting is done in a thread, since torch's own hears no signal meanwhile.
+    Torch's own waiting hears no signal, and says nothing; so it is begun when all are there.
 
     Raises:
         ResourceError: If they do not appear in time.
     """
-    found: list[Any] = []  # the store through which they find each other
-    errors: list[Exception] = []
-
-    def wait() -> None:
-        try:
-            timeout = timedelta(seconds=APPEAR_S)
-            store, _, _ = next(rendezvous("env://", timeout=timeout))
-            store.set_timeout(PATIENCE)
-            found.append(store)
-        except Exception as error:  # torch raises several kinds
-            errors.append(error)
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    thread.join(NOTICE_S)
+    began, noticed = time.monotonic(), False
     me = f"process {processes.rank} of {processes.size}"
     place = f"{processes.address} (`MASTER_ADDR`, `MASTER_PORT`)"
     whom = f"at {place} for the others" if processes.rank == 0 else f"for process 0 at {place}"
-    if thread.is_alive():
-        warn(f"{me} waits {whom} (`WORLD_SIZE` is {processes.size})")
-    while thread.is_alive():
-        thread.join(1.0)
-    if errors:
-        reason = str(errors[0]).splitlines()[0] if str(errors[0]) else type(errors[0]).__name__
-        raise ResourceError(
-            f"{me} has waited in vain {whom}: {reason}",
-            "the environment variables",
-            f"start all {processes.size} processes, with the same address",
-        ) from errors[0]
-    backend = "gloo" if on_cpu else "nccl"
+    store: Any = None
+    while True:
+        try:
+            store = store or _store(processes)
+            if store is not None and store.add(APPEARED, 0) >= processes.size:
+                break
+        except (RuntimeError, OSError) as error:  # torch's own are of the first kind
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise _alone(processes, f"{me} cannot meet the others at {place}: {reason}") from error
+        waited = time.monotonic() - began
+        if waited > APPEAR_S:
+            raise _alone(processes, f"{me} has waited in vain {whom}")
+        if waited > NOTICE_S and not noticed:
+            warn(f"{me} waits {whom} (`WORLD_SIZE` is {processes.size})")
+            noticed = True
+        time.sleep(POLL_S)
     if not on_cpu:
         torch.cuda.set_device(processes.local_rank)
+    store.set_timeout(PATIENCE)
     distributed.init_process_group(
-        backend,
-        store=found[0],
+        "gloo" if on_cpu else "nccl",
+        store=store,
         rank=processes.rank,
         world_size=processes.size,
         timeout=PATIENCE,
     )
+
+
+def _store(processes: Processes) -> Any:
+    """Return the store through which the processes meet, None if nobody offers it yet."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the launcher offers it
+        store: Any = next(rendezvous("env://"))[0]
+    else:
+        host, _, port = processes.address.rpartition(":")
+        if processes.rank > 0:
+            try:
+                socket.create_connection((host, int(port)), timeout=1.0).close()
+            except OSError:
+                return None
+        store = TCPStore(
+            host, int(port), processes.size, processes.rank == 0, wait_for_workers=False
+        )
+    store.add(APPEARED, 1)
+    return store
+
+
+def _alone(processes: Processes, what: str) -> ResourceError:
+    hint = f"start all {processes.size} processes, with the same address and a port that is free"
+    return ResourceError(what, "the environment variables", hint)

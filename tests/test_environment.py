@@ -7,7 +7,6 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,7 +37,7 @@ ACCELERATE = sorted(
         file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py")
     )))
 )  # fmt: skip
-FOREIGN = {"FSDP_VERSION": "2", "PARALLELISM_CONFIG_TP_SIZE": "2", "FORK_LAUNCHED": "0"}
+FOREIGN = {"FSDP_VERSION": "2", "PARALLELISM_CONFIG_TP_SIZE": "2", "FORK_LAUNCHED": "x"}
 
 
 @pytest.fixture(autouse=True)
@@ -262,7 +261,19 @@ def test_a_process_without_others_says_so_and_gives_up(
     assert waits in capsys.readouterr().err
     assert "process 0 of 2 has waited in vain" in str(caught.value)
     assert "start all 2 processes" in str(caught.value)
-    assert all(thread.daemon for thread in threading.enumerate()[1:])
+
+
+def test_a_process_that_waits_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**PAIR, "MASTER_PORT": "1"}.items():  # where nobody listens
+        monkeypatch.setenv(name, value)
+
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(placement.time, "sleep", interrupted)
+    reset()
+    with pytest.raises(KeyboardInterrupt):
+        placement.start_accelerator(tiny.recipe_of())
 
 
 def test_what_a_notebook_set_for_torch_is_undone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,7 +99,7 @@ REST: dict[str, str] = {
     "tasks/labels.py:learn": "needs a data set of the Hub whose own labels repeat",
     "placement.py:start_accelerator": "needs a device of another kind",
     "placement.py:_refuse_missing_gpus": "needs GPUs; tests/test_environment.py",
-    "placement.py:_meet": "waits for other processes; tests/test_environment.py",
+    "placement.py:_alone": "waits for other processes; tests/test_environment.py",
     "training/agreement.py:_compare": SEVERAL,
     "training/agreement.py:require_same_parameters": SEVERAL,
     "training/watching.py:error": SEVERAL,
