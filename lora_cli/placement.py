@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import distributed
-from torch.distributed.rendezvous import TCPStore, rendezvous
+from torch.distributed.rendezvous import rendezvous
 
 from lora_cli.environment import Processes, clean_environment, read_processes
 from lora_cli.errors import LoraError, ResourceError, counted, warn
@@ -157,7 +157,8 @@ def _store(processes: Processes) -> Any:
                 socket.create_connection((host, int(port)), timeout=1.0).close()
             except OSError:
                 return None
-        store = TCPStore(
+        tcp_store: Any = vars(distributed)["TCPStore"]  # public, but not to type checkers
+        store = tcp_store(
             host, int(port), processes.size, processes.rank == 0, wait_for_workers=False
         )
     store.add(APPEARED, 1)
