@@ -566,11 +566,12 @@ def test_an_answer_and_its_reference_end_with_the_turn(
     ends = tiny.tokenizer("llama")
     ends.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=special)
     ends.save_pretrained(folder)
+    model = tiny.llama()
+    model.resize_token_embeddings(len(ends))
+    model.save_pretrained(folder)
     evaluate = {"metrics": ["exact_match"]}
     task = task_of(folder, tmp_path, [QUESTION], evaluate=evaluate)
     end = task.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    model = tiny.llama()
-    model.resize_token_embeddings(len(task.tokenizer))
     asked: list[int] = []
 
     def generate(input_ids: torch.Tensor, generation_config: Any, **_: Any) -> torch.Tensor:

@@ -185,6 +185,9 @@ RUNS: dict[str, tuple[str, Json]] = {
 def test_four_steps_resumed_are_as_ten(bench: Bench, name: str) -> None:
     kind, sections = RUNS[name]
     often = {"evaluate": {"every_steps": 3}, "checkpoint": {"every_steps": 4}}
+    if name == "prompts":  # a label next to an answer would say whether the answer is good
+        for file in bench.folder.glob("*.jsonl"):
+            write_lines(file, [{k: v for k, v in r.items() if k != "label"} for r in lines(file)])
     path = bench.recipe(kind, **(often | sections))
     path.write_text(path.read_text().replace("train:\n", "train:\n  log_every_steps: 3\n", 1))
     bench.run(path, "whole")

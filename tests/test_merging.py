@@ -104,7 +104,8 @@ def test_the_base_is_the_one_that_the_adapter_names(tmp_path: Path) -> None:
     out = trained(tmp_path, base)
     merge_adapter(str(base), out, tmp_path / "named")
     merge_adapter(None, out, tmp_path / "found")
-    (out / "recipe.yaml").rename(tmp_path / "recipe.yaml")  # as PEFT leaves it
+    for name in ("recipe.yaml", "computation.json"):  # as PEFT leaves it
+        (out / name).rename(tmp_path / name)
     merge_adapter(None, out, tmp_path / "peft")
     named = logits(plain(tmp_path / "named"))
     for folder in ("found", "peft"):

@@ -260,7 +260,7 @@ CHANGES: dict[str, Change] = {
     "model.allow_other_base": Change(message, (False, True), command=on_another_base),
     # ------------------------------------------------------------------------------------- task
     "sequence_classification.type": Change(
-        report, ("sequence_classification", "causal_lm"), also={"task.labels": ...}
+        message, ("sequence_classification", "causal_lm"), also={"task.labels": ...}
     ),
     "sequence_classification.text_column": Change(losses, ("text", "other")),
     "sequence_classification.text_pair_column": Change(losses, (None, "other")),
@@ -278,6 +278,12 @@ CHANGES: dict[str, Change] = {
     "sequence_classification.class_weights": Change(losses, (None, {"bad": 3.0})),
     "sequence_classification.label_smoothing": Change(losses, (0.0, 0.2)),
     "sequence_classification.max_length": Change(losses, (64, 5)),
+    "sequence_classification.truncate": Change(losses, ("right", "left"),
+        also={"task.max_length": 5}),
+    "sequence_classification.split_special_tokens": Change(losses, (False, True),
+        also={"data.train": "tokens.jsonl"}),
+    "sequence_classification.skip_labels": Change(message, ([], ["-"]),
+        also={"data.train": "marked.jsonl"}),
     "sequence_classification.pad_token": Change(message, ("<pad>", "<nothing>")),
     "causal_lm.type": Change(message, ("causal_lm", "sequence_classification"), "pair"),
     "causal_lm.text_column": Change(losses, ("text", "other"), "text"),
@@ -290,6 +296,9 @@ CHANGES: dict[str, Change] = {
     ),
     "causal_lm.chat_template": Change(losses, ("chat.jinja", "other.jinja"), "chat"),
     "causal_lm.train_on": Change(losses, ("assistant", "last"), "chat"),
+    "causal_lm.truncate": Change(losses, ("right", "left"), "pair", {"task.max_length": 9}),
+    "causal_lm.split_special_tokens": Change(losses, (False, True), "text",
+        {"data.train": "tokens.jsonl"}),
     "causal_lm.pad_token": Change(message, ("<pad>", "<nothing>"), "pair"),
     "causal_lm.max_length": Change(data, (64, 6), "text"),
     # ------------------------------------------------------------------------------------- data
@@ -328,6 +337,12 @@ CHANGES: dict[str, Change] = {
         also=CSV | {"data.format.columns": ["text", "label"]}),
     "data.format.decimal": Change(message, (",", "."), "number",
         {"task.label_column": "comma"}),
+    "data.format.quoting": Change(message, ("csv", "none"),
+        also={"data.train": "quoted.csv", "data.validation": None}),
+    "data.format.thousands": Change(message, (",", None), "number",
+        {"data.train": "thousands.csv", "data.validation": None}),
+    "data.format.label_from": Change(message, (None, "fasttext"),
+        also={"data.train": "fast.txt", "data.validation": None}),
     "data.format.sample_by": Change(data, ("line", "document"), "text",
         {"data.train": "lines.txt", "data.validation": None}),
     "data.streaming": Change(order, (False, True)),
@@ -459,13 +474,25 @@ def write(world: World, kind: str, without: Collection[str] = ()) -> None:
     world.write("chat.jinja", CHAT)
     world.write("other.jinja", CHAT.replace("</s>", "!</s>"))
     near = [*TRAIN, {**TRAIN[1], "text": f"{TRAIN[1]['text']} so"}]
-    rows = {"train": TRAIN, "dev": DEV, "twice": TRAIN * 2, "near": near}
+    marked = [*TRAIN, {**TRAIN[0], "text": "a film", "label": "-"}]
+    tokens = [{**row, "text": f"{row['text']} </s> yes"} for row in TRAIN]
+    rows = {
+        "marked": marked,
+        "tokens": tokens,
+        "train": TRAIN,
+        "dev": DEV,
+        "twice": TRAIN * 2,
+        "near": near,
+    }
     for name, found in rows.items():
         world.write(f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in found))
     world.write("broken.jsonl", "".join(json.dumps(row) + "\n" for row in TRAIN) + "{\n")
     table = "".join(f"{row['text']} caf\u00e9,{row['label']}\n" for row in TRAIN)
     for name in ("train.csv", "rows.dat"):
         world.write(name, "text,label\n" + table)
+    world.write("quoted.csv", "text,label\n" + '"a, b",good\nwhat,bad\n' * 4)
+    world.write("thousands.csv", "text,number\n" + 'a film,"2,301"\na plot,812\n' * 4)
+    world.write("fast.txt", "__label__good a film\n__label__bad a plot\n" * 4)
     world.write("lines.txt", "".join(f"{row['text']}\n" for row in TRAIN))
 
 

@@ -206,7 +206,6 @@ def test_the_recipe_beside_an_adapter_lets_no_code_run(world: World, tmp_path: P
     (out / "evil.py").write_text(CODE.format(sprung=str(sprung)))
     edit_json(
         out / "adapter_config.json",
-        auto_map=AUTO_MAP,
         auto_mapping={"parent_library": "evil", "base_model_class": "Classifier"},
         base_model_name_or_path=str(base),
     )
