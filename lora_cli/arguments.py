@@ -49,9 +49,9 @@ def usage_error(error: Exception, given: Sequence[str]) -> LoraError | None:
         return LoraError(f"there is no command `{found[1]}`", at, hint)
     if found := re.search(r"unexpected extra argument\S* \((.*)\)", message):
         hint = f"a text with spaces needs quotation marks; {help_hint}"
-        return LoraError(f"`{found[1]}` is more than the command takes", at, hint)
+        return LoraError(f"`{found[1]}` is one argument too many", at, hint)
     if found := re.search(r"Option ['\"](\S+)['\"] requires an argument", message):
-        return LoraError(f"`{found[1]}` stands without its value", at, help_hint)
+        return LoraError(f"`{found[1]}` is missing its value", at, help_hint)
     if found := re.search(r"Option ['\"](\S+)['\"] does not take a value", message):
         return LoraError(f"`{found[1]}` takes no value", at, f"write `{found[1]}` alone")
     return LoraError(message.rstrip("."), at, help_hint)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from lora_cli.recipe import Recipe
     from lora_cli.tasks import Task
 
-# of a path that the user may mend: denied, not there, a file where a folder should be
+# of a path that the user may fix: denied, not there, a file where a folder should be
 NO_ENTRY = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST,
     errno.EISDIR, errno.ELOOP, errno.ENOENT,
@@ -100,7 +100,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
-    """Run the command line; turn every error that a user can mend into a message and a code."""
+    """Run the command line; turn every error that a user can fix into a message and a code."""
     # Click would turn an interruption into exit code 1.
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     debug = "--debug" in sys.argv or bool(os.environ.get("LORA_DEBUG"))
@@ -145,11 +145,15 @@ def _known_error(error: Exception) -> LoraError | None:
     if (wrong := usage_error(error, sys.argv[1:])) is not None:
         return wrong
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError("the disk is full", error.filename, "make room, then use `--resume`")
+        return ResourceError(
+            "the disk is full", error.filename, "free some space, then use `--resume`"
+        )
     if isinstance(error, OSError) and error.filename and error.errno in NO_ENTRY:
         reason = (error.strerror or "").lower()
-        hint = f"look at it with `ls -ld {shlex.quote(str(error.filename))}`, or name another"
-        return ResourceError(f"the system refuses the file: {reason}", str(error.filename), hint)
+        hint = f"check it with `ls -ld {shlex.quote(str(error.filename))}`, or name another"
+        return ResourceError(
+            f"the system denies access to the file: {reason}", str(error.filename), hint
+        )
     if isinstance(error, MemoryError):
         return ResourceError("the memory is full", hint="try `--set train.micro_batch_size=1`")
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
@@ -215,7 +219,7 @@ def train(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint, if there is one.")
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint, if there is one.")
     ] = False,
 ) -> None:
     """Train an adapter, evaluate it, and write its folder."""
@@ -288,7 +292,7 @@ def evaluate(
         raise LoraError("`--input` and `--split` exclude each other", "--split", hint)
     if metric is not None and against is None:
         hint = "add `--against DIR`; alone, an adapter is measured by `evaluate.metrics`"
-        raise LoraError("`--metric` stands without `--against`", "--metric", hint)
+        raise LoraError("`--metric` needs `--against`", "--metric", hint)
     loaded = _recipe_for(adapter, recipe, overrides)
     _quiet()
     from lora_cli.evaluation import definitions_of, evaluate_adapter, measure_file
@@ -406,7 +410,7 @@ def predict(
         return
     if bool(texts) == bool(source) or bool(source) != bool(target):
         raise LoraError(
-            "there is nothing to predict, or too much"
+            "expected either texts or an input file"
             if bool(texts) == bool(source)
             else "`--input` and `--output` go together",
             "the arguments of `lora predict`",
@@ -428,7 +432,7 @@ def predict(
     rows = [task.row_of(text) for text in texts or []]
     faults = [(i, fault) for i, row in enumerate(rows, 1) if (fault := task.answer_fault(row))]
     if faults:
-        hint = "shorten or mend it; `--set task.truncate=left` cuts the beginning of long ones"
+        hint = "shorten or fix it; `--set task.truncate=left` cuts the beginning of long ones"
         raise LoraError([Problem(fault, f"text {i} of {len(rows)}", hint) for i, fault in faults])
     for values in answer(model, task, rows, accelerator):
         named = dict(zip(task.answer_columns(), values, strict=True))
@@ -524,7 +528,7 @@ def init(
         ),
     ] = Path("recipe.yaml"),
     text: Annotated[
-        str | None, typer.Option("--text", help="The column of the text, where it is in doubt.")
+        str | None, typer.Option("--text", help="The column of the text, where it is not obvious.")
     ] = None,
     pair: Annotated[
         str | None,
@@ -583,7 +587,7 @@ def validate(
     recipe: RecipeFile,
     overrides: Overrides = None,
     data: Annotated[
-        bool, typer.Option("--data", help="Look at all rows too: lengths, duplicates, overlap.")
+        bool, typer.Option("--data", help="Inspect all rows too: lengths, duplicates, overlap.")
     ] = False,
     show: Annotated[
         int,
@@ -595,7 +599,7 @@ def validate(
     """Check a recipe, its data and its targets without loading weights; print it resolved."""
     loaded = _load(recipe, overrides)
     if show and not data:
-        what, at = "`--show` stands without `--data`", "the arguments of `lora validate`"
+        what, at = "`--show` needs `--data`", "the arguments of `lora validate`"
         raise LoraError(what, at, f"write `--data --show {show}`")
     _quiet()
     from lora_cli.recipe import dump_recipe

@@ -33,7 +33,7 @@ from lora_cli.tasks import Encoded, Prediction, Task
 from lora_cli.tasks.encoding import load_data
 
 RESAMPLES = 10_000
-FEWER_RESAMPLES = 1_000  # where a metric has to be computed anew each time
+FEWER_RESAMPLES = 1_000  # where a metric has to be computed again each time
 SEED = 0
 AT_ONCE = 4_000_000  # counts in memory together
 Floats = NDArray[np.float64]
@@ -229,7 +229,7 @@ def bootstrap(
     """Return a metric of the old and the new predictions, and the differences of the resamples.
 
     Where a metric is a function of sums over rows, a resample is a product of matrices; any other
-    (f1, a correlation, bleu) is computed anew for each of `FEWER_RESAMPLES`.
+    (f1, a correlation, bleu) is computed again for each of `FEWER_RESAMPLES`.
     """
     generator = np.random.default_rng(SEED)
     sums = [row_sums(metric, predictions) for predictions in (old, new)]

@@ -90,7 +90,7 @@ def converse(
             return
         if said == "/reset":
             history = []
-            note("the conversation starts anew\n")
+            note("the conversation starts over\n")
         elif said.startswith("/"):
             note(f"there is no command {said.split()[0]}; {HELP}\n")
         elif said:
@@ -124,10 +124,10 @@ def _reply(
             turns = turns[2:]
             prompt = task.chat_prompt(turns)
         if len(turns) <= len(history):
-            note("the conversation is too long for the model: its oldest turns are left out\n")
+            note("the conversation is too long for the model: its oldest turns were dropped\n")
         whole, prompt = prompt, task.shortened(prompt)
         if len(prompt) < len(whole):
-            note("what you wrote is too long for the model: its beginning is left out\n")
+            note("what you wrote is too long for the model: its beginning was cut\n")
     else:
         turns = []
         prompt = task.text_prompt(said)

@@ -1,7 +1,7 @@
-"""What can go wrong, said so that a user can mend it.
+"""What can go wrong, said so that a user can fix it.
 
 Every error that a user can cause is a `LoraError`. It carries one or more problems, each of which
-says *what* is wrong, *where* (a recipe key, a file and line, a file and row), and *how* to mend it.
+says *what* is wrong, *where* (a recipe key, a file and line, a file and row), and *how* to fix it.
 The class decides the exit code of the command:
 
 | code | class              | meaning                                          |
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from lora_cli.redaction import redacted
 
-BACKUP = "take it from a backup or train again"  # of files that were damaged
+BACKUP = "restore it from a backup or train again"  # of files that were damaged
 MOST_COMPARED = 1000  # names, of which the nearest is looked for
 WIDTH = 1000  # characters of a line; data may hold 50 MB in one
 
@@ -53,7 +53,7 @@ class Problem:
 
 
 class LoraError(Exception):
-    """Something that the user can mend: the recipe, the arguments or the data."""
+    """Something that the user can fix: the recipe, the arguments or the data."""
 
     exit_code = 2
 
@@ -97,7 +97,7 @@ class InterruptedRun(LoraError):  # noqa: N818 - not an error: the run was asked
 
 
 def warn(what: str) -> None:
-    """Say on stderr what a user should know and need not mend."""
+    """Say on stderr what a user should know and need not fix."""
     print(redacted(f"warning: {what}"), file=sys.stderr)  # noqa: T201 - stdout is for data
 
 

@@ -266,12 +266,12 @@ def _verify(folder: Path, *required: str) -> bool:
         RecursionError,
     ) as error:
         raise IntegrityError(
-            "the manifest cannot be read", str(manifest), "take it from a backup or train again"
+            "the manifest cannot be read", str(manifest), "restore it from a backup or train again"
         ) from error
     problems = [fault for entry in entries if (fault := _fault_of(folder, *entry)) is not None]
     for name in required:
         if name not in files:
-            what, hint = f"the manifest does not list `{name}`", "take both from a backup"
+            what, hint = f"the manifest does not list `{name}`", "restore both from a backup"
             problems.append(Problem(what, str(manifest), hint))
     if not problems:
         return True
@@ -284,7 +284,7 @@ def _verify(folder: Path, *required: str) -> bool:
 def _fault_of(folder: Path, name: str, size: int, sha256: str) -> Problem | None:
     """Return what is wrong with a file that a manifest lists."""
     file = folder / name
-    hint = "take it from a backup or train again"
+    hint = "restore it from a backup or train again"
     if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
         what = f"the manifest names a file outside its folder: {name!r}"
         return Problem(what, str(folder / MANIFEST), "do not use this folder: ask who made it")
@@ -410,7 +410,7 @@ def require_space(folder: Path, needed_bytes: int, at: str | None = None) -> Non
             f"the disk of {folder} has {free / 2**20:,.1f} MiB free, and the run needs "
             f"{needed_bytes / 2**20:,.1f} MiB",
             at,
-            "make room, choose another disk with `-o DIR`, or keep less with "
+            "free some space, choose another disk with `-o DIR`, or keep less with "
             "`--set checkpoint.keep=1`",
         )
 

@@ -10,7 +10,7 @@ A tensor's hash (xxh3, 128 bits) is over its dtype, its shape and its bytes as t
 them: how the weights are divided among files does not matter, nor the dtype that they are loaded
 in. Names are those inside the pretrained model: `BertModel` saves `encoder.…`, and the
 `BertForMaskedLM` around it `bert.encoder.…`. Of tied tensors, of which a checkpoint may hold one or
-both, each has the hash of the one that is stored. Heads that the task creates anew do not count:
+both, each has the hash of the one that is stored. Heads that the task creates do not count:
 the adapter holds them.
 
 The hash tells mistakes, not forgery: who can forge a base can write another `base.json` too.
@@ -113,7 +113,7 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
         if found.total != value["fingerprint"] or not tensors:
             raise ValueError("its hashes do not add up")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        hint = "take it from a backup or train again"
+        hint = "restore it from a backup or train again"
         raise IntegrityError("the base's fingerprint cannot be read", str(file), hint) from error
     return found
 
@@ -125,7 +125,7 @@ def fingerprint_of(recipe: Recipe, model: nn.Module, new: Collection[str]) -> Fi
         recipe: Its `model` section names the checkpoint.
         model: The model that was loaded from it, before anything is attached: says which tensors
             count.
-        new: Names of the modules that the task created anew.
+        new: Names of the modules that the task created.
 
     Raises:
         IntegrityError: If a file of the checkpoint is damaged.
@@ -208,7 +208,7 @@ def _tensor_hash(file: Path, entry: TensorEntry) -> str:
         while left:
             count = handle.readinto(buffer[: min(CHUNK, left)])
             if not count:
-                what, hint = "the file became shorter while it was read", "download it anew"
+                what, hint = "the file became shorter while it was read", "download it again"
                 raise IntegrityError(what, str(file), hint)
             state.update(buffer[:count])
             left -= count
@@ -262,7 +262,7 @@ def require_base(
         text,
         recipe.at("model.name"),
         f"it was trained on `{trained_on.name}`{revision} (fingerprint {trained_on.total}); "
-        f"to use this base all the same: `--set {OVERRIDE}=true`",
+        f"to use this base anyway: `--set {OVERRIDE}=true`",
     )
 
 

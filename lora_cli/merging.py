@@ -193,7 +193,7 @@ def adapter_task(
         )
     if recipe is not None and recipe.adapter.type == "full":
         hint = "use the folder as it is: there is nothing to merge"
-        raise LoraError(f"{adapter} is a whole model already", "--adapter", hint)
+        raise LoraError(f"{adapter} is already a complete model", "--adapter", hint)
     if base is not None and Path(base).expanduser().is_dir():
         base = str(Path(base).expanduser().absolute())
     held = read_adapter(adapter)

@@ -35,7 +35,7 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 
 
 def locate(name: str, at: str = "model.name") -> str:
-    """Return what transformers shall load: a local folder, or the Hub id as it is.
+    """Return what transformers should load: a local folder, or the Hub id as it is.
 
     Args:
         name: A Hub id, a folder, or `package:NAME/FOLDER`.
@@ -73,15 +73,15 @@ def locate(name: str, at: str = "model.name") -> str:
         refuse_links_outside(folder)
     if (folder / "adapter_config.json").is_file():  # transformers would put the adapter onto it
         hint = "name the base model itself; an adapter is named with `--adapter` or `adapter.from`"
-        raise LoraError(f"{folder} holds an adapter, not a base model", at, hint)
+        raise LoraError(f"{folder} contains an adapter, not a base model", at, hint)
     if not (folder / "config.json").is_file():
         hint = "name the folder that holds config.json, model.safetensors and the tokenizer"
-        raise LoraError(f"{folder} holds no model: it has no config.json", at, hint)
+        raise LoraError(f"{folder} contains no model: it has no config.json", at, hint)
     return str(folder)
 
 
 def mixed_precision(recipe: Recipe) -> str:
-    """Return the precision that Accelerate's autocast shall give: `no`, `fp16` or `bf16`.
+    """Return the precision that Accelerate's autocast should use: `no`, `fp16` or `bf16`.
 
     A bf16 base computes in bf16 as it is. Autocast would cast its normalisations to float32 and
     back at every layer, which costs small models a third of their speed. fp16 needs that range.
@@ -129,7 +129,7 @@ def checkpoint_files(recipe: Recipe) -> list[Path]:
             for name, file in shards.items():
                 if file is None:
                     what = f"the index of the weights names `{name}`, which is missing"
-                    raise IntegrityError(what, str(index), "download the model anew")
+                    raise IntegrityError(what, str(index), "download the model again")
             return [file for file in shards.values() if file is not None]
     if Path(where).is_dir():
         hint = "convert its weights where you trust them: a pickle can run code when it is read"
@@ -147,7 +147,7 @@ def shard_names(index: Path) -> set[str]:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = "the index of the weights cannot be read"
-        raise IntegrityError(what, str(index), "download the model anew") from error
+        raise IntegrityError(what, str(index), "download the model again") from error
     for name in names:
         plain = isinstance(name, str) and PurePosixPath(name).name == name and "\\" not in name
         if not plain or name in ("", ".."):
@@ -305,7 +305,7 @@ def require_gradient_checkpointing(model: nn.Module, recipe: Recipe) -> None:
     """Reject a recipe that asks for gradient checkpointing where the architecture has none.
 
     Raises:
-        LoraError: If the model cannot compute its activations anew.
+        LoraError: If the model cannot recompute its activations.
     """
     if recipe.train.gradient_checkpointing and not getattr(
         model, "supports_gradient_checkpointing", False
@@ -319,7 +319,7 @@ def require_gradient_checkpointing(model: nn.Module, recipe: Recipe) -> None:
 
 
 def enable_gradient_checkpointing(model: nn.Module, recipe: Recipe) -> None:
-    """Let the backward pass compute the activations anew.
+    """Let the backward pass recompute the activations.
 
     Raises:
         LoraError: If the architecture cannot do that.

@@ -46,14 +46,14 @@ def path_problem(text: str, at: str, folder: Path | None = None) -> Problem | No
         where = "begins" if text != text.lstrip() else "ends"
         return Problem(f"the path `{text}` {where} with a space", at, f"write `{text.strip()}`")
     if not text.isprintable():
-        what = f"the path `{text}` holds a character that cannot be seen"
-        return Problem(what, at, "write it without")
+        what = f"the path `{text}` contains an invisible character"
+        return Problem(what, at, "write it without that character")
     if found := re.search(r"\$(?:\{(\w+)\}|(\w+))", text):
         name = found[1] or found[2]
         value = os.environ.get(name) if name in PLACES else None
         meant = text.replace(found[0], value) if value else f"the value of {name} in its place"
         hint = f"write {shlex.quote(meant)}" if value else f"write {meant}"
-        return Problem(f"`{text}` holds a variable, which is not replaced here", at, hint)
+        return Problem(f"`{text}` contains a variable, which is not replaced here", at, hint)
     if path.startswith("~"):
         user = path[1:].partition("/")[0]
         hint = f"a folder of that name is written `./{text}`"

@@ -129,7 +129,7 @@ def _meet(processes: Processes, on_cpu: bool) -> None:
             raise _alone(processes, f"{me} cannot meet the others at {place}: {reason}") from error
         waited = time.monotonic() - began
         if waited > APPEAR_S:
-            raise _alone(processes, f"{me} has waited in vain {whom}")
+            raise _alone(processes, f"{me} waited in vain {whom}")
         if waited > NOTICE_S and not noticed:
             warn(f"{me} waits {whom} (`WORLD_SIZE` is {processes.size})")
             noticed = True

@@ -44,7 +44,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     try:
         return _entries(file)
     except (OSError, ValueError, RecursionError) as error:
-        hint = "it was damaged, or another tool made it wrongly; take it from where it came"
+        hint = "it was damaged, or another tool wrote it wrongly; get it again from its source"
         reason = "the header is too deep" if isinstance(error, RecursionError) else str(error)
         if _looks_pickled(file):
             reason = "it is a pickle, which can run code when it is read"
@@ -88,12 +88,14 @@ def _entry(name: str, value: Any, first: int) -> TensorEntry:
     if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"`{name}` is of a dtype that is not known")
     if not _are_counts(shape, MAX_DIMENSIONS):
-        raise ValueError(f"the shape of `{name}` is none")
+        raise ValueError(f"the shape of `{name}` is not valid")
     if not _are_counts(offsets, 2) or len(offsets) != 2:
-        raise ValueError(f"the place of `{name}` is none")
+        raise ValueError(f"the place of `{name}` is not valid")
     start, end = offsets
     if math.prod(shape) * BITS[dtype] != (end - start) * 8:
-        raise ValueError(f"`{name}` has other bytes than its shape {tuple(shape)} needs")
+        raise ValueError(
+            f"`{name}` does not have the number of bytes that its shape {tuple(shape)} needs"
+        )
     return TensorEntry(dtype, tuple(shape), first + start, first + end)
 
 
@@ -116,11 +118,11 @@ class _Objects:
         """Return an object: of a tensor, or one of two others, the metadata and the whole."""
         found = dict(pairs)
         if len(found) != len(pairs):
-            raise ValueError("a name stands twice in its header")
+            raise ValueError("a name appears twice in its header")
         if len(found) != len(KEYS) or "dtype" not in found:
             self.others += 1
             if self.others > 2:
-                raise ValueError("its header holds what is not a tensor")
+                raise ValueError("its header contains something that is not a tensor")
         return found
 
 

@@ -79,7 +79,7 @@ def test_what_is_damaged_is_made_anew_and_said(
     DAMAGE[damage](folder / name)
     assert make() == ROWS
     said = capsys.readouterr().err
-    assert said.count("warning: cached rows are damaged, and made anew") == 1
+    assert said.count("warning: cached rows are damaged and were rebuilt") == 1
     assert str(folder) in said
     assert list(cached_dataset(no_rows, ["key"], FEATURES)) == ROWS
     assert only(root) == folder  # and nothing is left beside it

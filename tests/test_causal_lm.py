@@ -415,7 +415,7 @@ def test_metrics_of_text_compare_answers(bases: dict[str, Path], tmp_path: Path,
         ),
         (
             {"evaluate": {"metrics": ["own/metric"], "best": {"metric": "score"}}},
-            "is less or more of `score` better?",
+            "is a lower or a higher `score` better?",
         ),
     ],
 )

@@ -224,7 +224,7 @@ def test_the_command_says_old_new_and_verdict(base: Path, tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         (["--against", "nowhere"], "there is no folder nowhere"),
-        (["--metric", "f1"], "`--metric` stands without `--against`"),
+        (["--metric", "f1"], "`--metric` needs `--against`"),
         (["--input", "dev.jsonl", "--split", "train"], "exclude each other"),
         (["--against", "a", "--split", "test"], "no split `test`"),
         (["--against", "a", "--metric", "acuracy"], "did you mean `accuracy`"),

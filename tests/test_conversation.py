@@ -175,7 +175,7 @@ def test_a_pipe_is_answered_to_its_end(tmp_path: Path) -> None:
     first = CliRunner().invoke(app, ["predict", "--adapter", str(folder), "great"])
     assert result.stdout == first.stdout * 2
     assert "> " not in result.stdout  # a pipe is not asked
-    assert "the conversation starts anew" in result.stderr
+    assert "the conversation starts over" in result.stderr
 
 
 @pytest.mark.parametrize("more", [["text"], ["--input", "a", "--output", "b"], ["--json"]])

@@ -767,7 +767,7 @@ def test_a_tensor_with_nan_or_infinity_is_refused(
     value: float, base: nn.Module, folder: Path
 ) -> None:
     edit_tensors(folder, lambda t: t[f"{P}{QUERY}.lora_A.weight"][1].fill_(value))
-    assert f"`{QUERY}.lora_A.weight` holds NaN or infinity" in refusal(base, folder)
+    assert f"`{QUERY}.lora_A.weight` contains NaN or infinity" in refusal(base, folder)
 
 
 class Trap:

@@ -297,7 +297,7 @@ def test_a_leak_ends_with_2_before_any_weights(
     assert (exited.value.code, out) == (2, "")
     table, _, error = err.partition("error: ")
     assert "also in train" in table
-    assert error.startswith("5 of 5 validation rows (100.0 %) stand in train too, and ")
+    assert error.startswith("5 of 5 validation rows (100.0 %) also occur in train, and ")
     assert [f"validation.jsonl:{i}" in error for i in (1, 2, 3, 4)] == [True, True, True, False]
     assert "is train.jsonl:5" in error
     assert "at data.validation (" in error
@@ -353,7 +353,7 @@ def test_of_streamed_rows_it_knows_nothing_and_says_so(
     report = train(load_recipe(path))
     assert report["data"]["validation"]["duplicates"]["rows"] == 0
     assert report["data"]["overlap"] == {}
-    assert "train is streamed: its rows were not looked at" in capsys.readouterr().err
+    assert "train is streamed: its rows were not inspected" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------- the table
@@ -381,7 +381,7 @@ def test_the_table_stays_short(write: Write) -> None:
     lines = table.splitlines()
     assert len(lines) <= 25
     assert any(line.startswith("labels, of 30") for line in lines)
-    assert lines[-1].endswith("more warnings; all is in report.json)")
+    assert lines[-1].endswith("more warnings; report.json has them all)")
 
 
 def test_clean_data_have_no_warning(write: Write) -> None:

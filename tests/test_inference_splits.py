@@ -63,7 +63,7 @@ def test_files_of_other_sets_are_let_alone(name: str, init: Init, tmp_path: Path
          "it has no column `label`"),
         (table(HEADER, [[text, ""] for text, _ in DEV]), "12 of 12 rows lack a text or a label"),
         (table(HEADER, [[text, "-1"] for text, _ in DEV]), "train has no label `-1`"),
-        (table(HEADER, TRAIN[:3] + DEV), "3 of 15 texts stand in train too"),
+        (table(HEADER, TRAIN[:3] + DEV), "3 of 15 texts also occur in train"),
         (table(HEADER, DEV, ";"), ""),
         ("text,label\n", "it has no rows"),
         ("text,label\na,b,c\n", "3 fields where there are 2 columns"),
@@ -147,7 +147,7 @@ def test_a_split_column_that_leaks_is_not_used(init: Init, tmp_path: Path) -> No
     rows = load_rows(recipe)
     sides = [{row["text"] for row in split} for split in rows.values()]
     assert not sides[0] & sides[1]
-    assert "calls test are not used: 60 of 60 texts stand in train too" in comments(tmp_path)
+    assert "calls test are not used: 60 of 60 texts also occur in train" in comments(tmp_path)
 
 
 # ------------------------------------------------------------------------------------ drawn rows

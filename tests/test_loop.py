@@ -245,7 +245,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     bench.run(path, "cut", resume=True)
     said = capsys.readouterr().err
     assert "warning: damaged checkpoint: `optimizer.safetensors` is not the file" in said
-    assert "going on from the one before, step-000004" in said
+    assert "continuing from the one before, step-000004" in said
     assert_same_run(bench.folder / "whole", bench.folder / "cut")
 
     for folder in checkpoints(bench.folder / "spoilt"):

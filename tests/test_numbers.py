@@ -236,7 +236,7 @@ def test_parameters_gone_bad_are_neither_saved_nor_published(
 
     monkeypatch.setattr(loop, "train_step", spoil)
     often = {"evaluate": {"every_steps": 1}, "checkpoint": {"every_steps": 1}}
-    with pytest.raises(NumericsError, match="holds NaN or infinity at step 1"):
+    with pytest.raises(NumericsError, match="contains NaN or infinity at step 1"):
         run(texts(12), data={"validation": "validation.jsonl"}, **often)
     assert steps_saved(tmp_path / "out") == []
     assert not (tmp_path / "out/adapter_model.safetensors").exists()

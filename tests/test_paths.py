@@ -19,9 +19,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 WRONG = {
-    "$HOME/x": "holds a variable",
-    "${HOME}/x": "holds a variable",
-    "data/$SECRET.csv": "holds a variable",
+    "$HOME/x": "contains a variable",
+    "${HOME}/x": "contains a variable",
+    "data/$SECRET.csv": "contains a variable",
     "x ": "ends with a space",
     " x": "begins with a space",
     "x\n": "ends with a space",

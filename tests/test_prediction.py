@@ -507,7 +507,7 @@ def test_a_file_is_read_by_its_own_form_and_not_by_the_recipe_s(tmp_path: Path) 
         LoraError, match=r"the first line of named\.csv names its columns"
     ) as caught:
         run(opened, tmp_path / "named.csv", tmp_path / "out.csv")
-    assert "call the one that is to be read `text`" in (caught.value.problems[0].hint or "")
+    assert "rename the column to be read to `text`" in (caught.value.problems[0].hint or "")
 
 
 @pytest.mark.parametrize("delimiter", [";", ",", "\t", "|"])

@@ -102,14 +102,14 @@ def test_a_byte_order_mark_is_dropped(load: Any) -> None:
             "r.yaml:7",
             "not closed is at",
         ),
-        (LINES + "output_dir: a: b\n", "a colon stands", "r.yaml:4", "quotation marks"),
+        (LINES + "output_dir: a: b\n", "a colon is not", "r.yaml:4", "quotation marks"),
         (LINES + "output_dir: @x\n", "cannot begin with `@`", "r.yaml:4", "quotation marks"),
         (LINES + "a: &a [*a]\n", "too large or too deep", "r.yaml:4", "aliases"),
         ("[" * 5000, "too deep", "r.yaml:1", "a few levels"),
         (bytes(range(1, 256)), "not UTF-8", "r.yaml:2", "UTF-8"),
         (LINES.encode() + b"x: \x00", "U+0000", "r.yaml:4", "delete it"),
         (LINES.encode("utf-16"), "not UTF-8", "r.yaml:1", "UTF-8"),
-        (LINES + 'output_dir: "\\UFFFFFFFF"\n', "no character", "r.yaml:4", "backslash"),
+        (LINES + 'output_dir: "\\UFFFFFFFF"\n', "not a character", "r.yaml:4", "backslash"),
         (b"#" * 300_000, "too many", "r.yaml", "data file"),
     ],
 )
@@ -134,7 +134,7 @@ def test_what_is_not_a_recipe_says_why_and_where(
         ("{use_rslora: !!bool maybe}", "`maybe` is not what `!!bool` says"),
         ("{rank: 1" + "0" * 30 + "}", "too large a number"),
         ("{rank: 1" + "0" * 5000 + "}", "number is too long"),
-        ('{target_modules: "a\\0b"}', "a text holds a NUL"),
+        ('{target_modules: "a\\0b"}', "a text contains a NUL"),
         ('{target_modules: "\\ud800"}', "half of a character"),
         ("{? [a] : 3}", "a key must be a word"),
         ("{<<: {rank: 3}}", "do not merge"),
@@ -199,7 +199,7 @@ def test_all_problems_come_together_each_with_its_line(problems: Any) -> None:
         "rank: 8\n"
     )
     assert {(p.at, p.what) for p in found} == {
-        ("train.seed (r.yaml:8)", "`seed` stands twice"),
+        ("train.seed (r.yaml:8)", "`seed` appears twice"),
         ("model.dtpye (r.yaml:1)", "unknown key `dtpye`"),
         (
             "task.max_length (r.yaml:4)",
@@ -527,7 +527,7 @@ def test_an_override_that_excludes_nothing_replaces_nothing(flag: str, load: Any
         ("train.epoch=1", "train.epoch", "unknown key"),
         ("train.epochs=many", "train.epochs", "a number"),
         ("train={seeed: 1}", "train.seeed", "unknown key"),
-        ("train={seed: 1, seed: 2}", "train.seed", "stands twice"),
+        ("train={seed: 1, seed: 2}", "train.seed", "appears twice"),
         ("adapter=!thing {}", "adapter", "should be a section"),
         ("output_dir=", "", "the value is empty"),
         ('output_dir="run" 3', "", "more text follows the closing"),
@@ -857,12 +857,12 @@ def test_a_recipe_beside_an_adapter_may_name_many_labels(tmp_path: Path) -> None
     assert isinstance(recipe.task, SequenceClassificationSpec)
     assert recipe.task.labels is not None
     assert recipe.task.labels[-1] == "label number 49999"
-    with pytest.raises(LoraError, match="more than 200,000 bytes are too many for a recipe"):
+    with pytest.raises(LoraError, match="the recipe has more than 200,000 bytes"):
         load_recipe(tmp_path / "recipe.yaml")
 
 
 def test_a_recipe_from_a_pipe_or_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(LoraError, match="bytes are too many for a recipe"):
+    with pytest.raises(LoraError, match="the recipe has more than"):
         load_recipe("/dev/zero")
     monkeypatch.setattr(files, "PATIENCE_S", 0.01)
     pipe = tmp_path / "pipe"

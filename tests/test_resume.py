@@ -332,8 +332,8 @@ OPTIMIZER = {
     "one number": (_changed(lambda t: t[:1, :1]), "was written"),
     "foreign": (lambda t: t | {"other.weight/exp_avg": torch.zeros(2)}, "that is not trained"),
     "more": (lambda t: t | {_first(t) + "_of_more": torch.zeros(2)}, "it was not written"),
-    "NaN": (_changed(lambda t: t * float("nan")), "holds NaN or infinity"),
-    "infinity": (_changed(lambda t: t + float("inf"), "exp_avg_sq"), "holds NaN or infinity"),
+    "NaN": (_changed(lambda t: t * float("nan")), "contains NaN or infinity"),
+    "infinity": (_changed(lambda t: t + float("inf"), "exp_avg_sq"), "contains NaN or infinity"),
     "negative": (_changed(lambda t: t - 1, "exp_avg_sq"), "has negative entries"),
     "later": (
         lambda t: {n: x + 90 if n.endswith("/step") else x for n, x in t.items()},

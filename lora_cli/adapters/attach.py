@@ -30,7 +30,7 @@ def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
     Args:
         model: The base model, changed in place.
         recipe: Its `adapter` section says what is trained.
-        head: Names of the modules that the task created anew.
+        head: Names of the modules that the task created.
 
     Raises:
         LoraError: As `resolve_targets`; the model is untouched then.

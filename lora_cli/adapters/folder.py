@@ -235,10 +235,10 @@ def read_adapter(path: Path) -> AdapterFolder:
     tensors = read_tensors(path)
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
-        what = f"`{bad[0]}` holds NaN or infinity"
+        what = f"`{bad[0]}` contains NaN or infinity"
         raise IntegrityError(what, str(path / WEIGHTS_FILE), BACKUP)
     if config["peft_type"] == "LORA" and _is_idle(tensors):
-        warn(f"the adapter {path} changes nothing: one matrix of each pair is zero throughout")
+        warn(f"the adapter {path} changes nothing: one matrix of each pair is all zeros")
     return AdapterFolder(path, config, tensors, verified, read_fingerprint(path))
 
 
@@ -265,7 +265,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             what = f"`{name}` is of dtype {entry.dtype}, which no weight has"
             raise IntegrityError(what, str(file), hint)
     if len({name.removeprefix(PREFIX) for name in entries}) != len(entries):
-        what = "a tensor stands twice, with and without PEFT's prefix"
+        what = "a tensor appears twice, with and without PEFT's prefix"
         raise IntegrityError(what, str(file), hint)
     return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(file).items()}
 
@@ -279,7 +279,7 @@ def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """
     layers, parameters = lora_layers(model), trainable_parameters(model)
     names = {name.removeprefix(PREFIX) for name in adapter_tensors(model)}
-    assert names == set(tensors), "the tensors are of another recipe"
+    assert names == set(tensors), "the tensors belong to another recipe"
     with torch.no_grad():
         for name, parameter in parameters.items():
             owner, _, last = name.rpartition(".")

@@ -132,7 +132,7 @@ def verify_base(
 
     Args:
         adapter: What `read_adapter` returned.
-        base: The fingerprint of the base that it shall be attached to.
+        base: The fingerprint of the base that it is to be attached to.
         recipe: Names that base, and may allow another.
     """
     return require_base(adapter.base, base, recipe, f"the adapter {adapter.path}", adapter.tensors)
@@ -259,7 +259,7 @@ def _sort_tensors(
         elif low_rank:
             pairs.setdefault(low_rank[1], {})[low_rank[2]] = tensor
         elif ".lora_" in name:
-            what = f"`{name}` is of a kind that this tool does not know"
+            what = f"`{name}` is of a kind that this tool does not support"
             problems.append(Problem(what, hint="it reads LoRA's A and B: merge the rest in PEFT"))
         elif name.endswith(".base_layer.weight"):  # of an embedding: PEFT writes it besides
             frozen[f"{name.removesuffix('.base_layer.weight')}.weight"] = tensor

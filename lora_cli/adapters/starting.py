@@ -47,7 +47,7 @@ def make_trainable(
     Args:
         model: The base model, changed in place; on the meta device it gets no weights.
         recipe: With `adapter.from`, its adapter section is completed.
-        head: Names of the modules that the task created anew.
+        head: Names of the modules that the task created.
         base: The fingerprint of the base model.
         facts: What else of the base decides the computation, as `base_facts` returns it.
 

@@ -44,7 +44,7 @@ LONGEST_NUMBER = 15  # digits of a layer's number; no model has as many layers a
 MOST_COPIES = 10_000  # that its counts may ask for: `regex` writes out `(a{1000}){1000}`, in memory
 COUNT = r"\{([\s\d,]+)\}"  # `{3}`, `{3,}`, `{,3}`, `{3,5}`
 PATIENCE = 0.5  # seconds for one expression and one name; most take a millionth of it
-EXPRESSION = "one that is: `.*\\.(query|value)`; names need none: `[query, value]`"
+EXPRESSION = "a valid one: `.*\\.(query|value)`; names need none: `[query, value]`"
 
 
 @dataclass(frozen=True)
@@ -294,7 +294,7 @@ def _unmatched(
             hint = "an adapter on it would be passed by, and PEFT rejects it; take it out"
         elif others and can_adapt(modules[others[0]]):
             what = f"`{entry}` matches {others[0]}, which is trained in full"
-            hint = "it needs no adapter; take it out"
+            hint = "it needs no adapter; remove it"
         elif others:
             kind = type(modules[others[0]]).__name__
             within = [name for name in adaptable if inside(name, others[0])]

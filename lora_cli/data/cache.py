@@ -2,7 +2,7 @@
 
 Each lies in a folder of its own, named by a hash of all that its rows depend on, with a manifest of
 sizes and SHA-256 sums. The folder appears whole or not at all, so there are no locks: if two
-processes make the same data set, the first to finish wins. What is damaged is made anew, and that
+processes make the same data set, the first to finish wins. What is damaged is rebuilt, and that
 is said.
 """
 
@@ -112,7 +112,7 @@ def _open(folder: Path, about: dict[str, str], say: Callable[[str], None] = warn
         reason = error.problems[0].what
     except Exception as error:  # of pyarrow and the system, in any form they like
         reason = str(error) or type(error).__name__
-    say(f"cached rows are damaged, and made anew: {reason}, in {folder}")
+    say(f"cached rows are damaged and were rebuilt: {reason}, in {folder}")
     return None
 
 
@@ -209,7 +209,7 @@ def _cannot_write(root: Path, error: OSError) -> ResourceError:
     number = error.errno or (int(found[1]) if found else None)
     reason = os.strerror(number) if number else str(error)
     what = f"the cache of data sets cannot be written to: {reason.lower()}"
-    hint = "make room there, or name another folder: `HF_DATASETS_CACHE=DIR lora …`"
+    hint = "free some space there, or name another folder: `HF_DATASETS_CACHE=DIR lora …`"
     return ResourceError(what, str(root), hint)
 
 
@@ -245,7 +245,7 @@ def damaged_files(dataset: Any) -> list[str]:
 
 
 def forget_files(dataset: Any) -> None:
-    """Forget the sums of a data set of the Hub, which has been prepared anew."""
+    """Forget the sums of a data set of the Hub, which has been prepared again."""
     import datasets
 
     files = sorted(entry["filename"] for entry in dataset.cache_files)

@@ -1,7 +1,7 @@
 """Conversations in a row: four ways to store them, read as OpenAI's messages.
 
 What carries meaning and cannot be read is an error that names it, never left out: parts of a
-content that are no text, tool calls that are no JSON, marks of turns that shall not be trained.
+content that are no text, tool calls that are no JSON, marks of turns that are not to be trained.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def _legacy(raw: bytes) -> tuple[str, str]:
         encoding = "latin-1"
     words = re.findall(r"\w*[^\W\x00-\x7f]\w*", _decoded(sample, encoding) or "")
     example = max(words[:200], key=len, default="")[:30]
-    return encoding, f"not UTF-8; likeliest by its letters: read so, it says `{example}`"
+    return encoding, f"not UTF-8; most likely, by its letters; read that way, it says `{example}`"
 
 
 def _is_western(text: str) -> bool:

@@ -35,10 +35,10 @@ def kind_of(path: Path, spec: FormatSpec) -> str:
         return "text"
     kind = spec.type or kind_by_name(path.name)
     if kind is None:
-        hint = "say it with `--set data.format.type=csv` (or json, parquet, text)"
+        hint = "set it with `--set data.format.type=csv` (or json, parquet, text)"
         if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
             hint = "save the spreadsheet as csv"
-        raise LoraError(f"`{path.name}` is of no known kind of file", str(path), hint)
+        raise LoraError(f"`{path.name}` is not a known kind of file", str(path), hint)
     return kind
 
 

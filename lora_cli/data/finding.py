@@ -69,7 +69,7 @@ def files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
     except OSError as error:  # of a folder that may not be looked into, a name that is too long
         at = recipe.at(f"data.{split}" if is_file(name) else "data.path")
         what = f"cannot be read: {(error.strerror or str(error)).lower()}"
-        hint = f"look at `ls -ld {printable(str(error.filename), 200)}`"
+        hint = f"check `ls -ld {printable(str(error.filename), 200)}`"
         raise LoraError(what, at, hint) from error
 
 
@@ -104,7 +104,7 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
         files = files if is_file(name) or name == "train" else []
     if not files and pattern.is_dir() and not beside:
         hint = f"known are {', '.join(KINDS)}, also with .gz"
-        raise LoraError(f"the folder {pattern} holds no file of a known kind", at, hint)
+        raise LoraError(f"the folder {pattern} contains no file of a known kind", at, hint)
     if not files:
         drawn = f", or draw rows from train: `{split}: {{from: train, fraction: 0.1}}`"
         hint = "name a file" + ("" if split == "train" else drawn)
@@ -119,7 +119,7 @@ def _not_there(pattern: Path, folder: Path, at: str) -> tuple[str, str, str]:
     if pattern.is_symlink():
         target = pattern.readlink()
         what = f"{pattern} is a link to {target}, which is not there, or leads back to it"
-        return what, at, f"make the link anew: `ln -sfn FILE {pattern.name}`"
+        return what, at, f"create the link again: `ln -sfn FILE {pattern.name}`"
     if pattern.exists():
         what = f"{pattern} is a pipe, a device or a socket, which can be read once at most"
         return what, at, "write its content into a file, and name that"

@@ -19,11 +19,11 @@ OTHER = "give a csv, tsv, json lines, parquet or text file"
 MAGIC = {
     b"PK\x03\x04": ("an Excel workbook or another zip archive", f"{TABLE}, or unpack it"),
     b"\xd0\xcf\x11\xe0": ("an old Excel workbook or another Office file", TABLE),
-    b"\x1f\x8b": ("compressed by gzip", "let its name end in .gz"),
+    b"\x1f\x8b": ("compressed by gzip", "rename it so that it ends in .gz"),
     b"BZh": ("compressed by bzip2", "unpack it: `bunzip2 --keep FILE`"),
     b"\xfd7zXZ": ("compressed by xz", "unpack it: `unxz --keep FILE`"),
     b"\x28\xb5\x2f\xfd": ("compressed by zstd", "unpack it: `unzstd FILE`"),
-    b"%PDF": ("a PDF", "take its text out first"),
+    b"%PDF": ("a PDF", "extract its text first"),
     b"SQLite format": ("an SQLite database", TABLE),
     b"ARROW1": ("an Arrow file", "write it as parquet"),
     b"\x89PNG": ("a picture", OTHER), b"\xff\xd8\xff": ("a picture", OTHER),
@@ -34,7 +34,7 @@ MAGIC = {
 CONTROLS = set(map(chr, range(1, 32))) - set("\t\n\v\f\r\x1b\x1c\x1d\x1e\x1f")
 TAG_NAME = re.compile(r"(?i)(.*_)?(tags?|labels?|entities)")
 HINT = (
-    "the tasks so far are sequence_classification (a label for a whole text) and causal_lm "
+    "the supported tasks are sequence_classification (a label for a whole text) and causal_lm "
     "(text to continue)"
 )
 
@@ -58,7 +58,7 @@ def refuse_other_lines(raw: bytes, encoding: str, path: Path) -> None:
     """
     text = raw[:SAMPLE_BYTES].decode(encoding, errors="replace")
     if len(set(text) & CONTROLS) > 5:
-        raise LoraError("this is no text: it is full of control characters", str(path), OTHER)
+        raise LoraError("this is not text: it is full of control characters", str(path), OTHER)
     sample = lines_of(text)
     sample = sample[:-1] if len(raw) > SAMPLE_BYTES else sample
     filled = [line for line in sample if line.strip()]

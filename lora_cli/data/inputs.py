@@ -59,7 +59,7 @@ def input_form(
                 raise LoraError(
                     f"the first line of {source.name} names its columns: {', '.join(names)}",
                     "--input",
-                    f"call the one that is to be read `{wanted[0]}`, as the recipe does",
+                    f"rename the column to be read to `{wanted[0]}`, as the recipe does",
                 )
             return found.model_copy(update={"columns": given.columns})
         if head.named or len(names) > 1:

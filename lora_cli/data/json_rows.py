@@ -50,7 +50,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        raise _RepeatedKeyError(f"the key `{twice}` stands twice")
+        raise _RepeatedKeyError(f"the key `{twice}` appears twice")
     return value
 
 
@@ -71,21 +71,21 @@ def json_fault(error: Exception) -> str:
     rest = error.doc[error.pos :].lstrip()
     before = error.doc[: error.pos].rstrip()
     if error.msg == "Extra data":
-        what = f"{'a comma' if rest[0] == ',' else 'something'} stands after the row"
+        what = f"{'a comma' if rest[0] == ',' else 'something'} follows the row"
     elif rest.startswith("'"):
-        what = "JSON takes double quotation marks"
+        what = "JSON needs double quotation marks"
     elif not rest:
-        what = "it ends in the middle"
+        what = "it ends too early"
     elif "string" in error.msg:
         what = "a quotation mark is not closed"
     elif "control character" in error.msg:
-        what = "a tab or another control character stands inside a text"
+        what = "a text contains a tab or another control character"
     elif "escape" in error.msg:
-        what = "a backslash stands before what is no code"
+        what = "a backslash is followed by something that is not an escape code"
     elif before.endswith(",") and rest[0] in "]}":
-        what = f"a comma stands before the closing `{rest[0]}`"
+        what = f"there is a comma before the closing `{rest[0]}`"
     else:
-        what = f"`{rest[0]}` stands where something else should"
+        what = f"`{rest[0]}` is unexpected here"
     return f"not valid JSON: {what} (column {error.colno})"
 
 
@@ -128,5 +128,5 @@ def _refuse_one_object(path: Path, spec: FormatSpec) -> None:
     raise LoraError(
         "the file is one JSON object, and not a list of rows",
         str(path),
-        f"take the rows out: `jq -c '.{lists[0] if lists else 'rows'}[]' {path.name} > rows.jsonl`",
+        f"extract the rows: `jq -c '.{lists[0] if lists else 'rows'}[]' {path.name} > rows.jsonl`",
     )

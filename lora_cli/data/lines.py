@@ -74,7 +74,7 @@ def encoding_hint(path: Path, encoding: str) -> str:
         found, why = encoding, ""
     if codecs.lookup(found).name != codecs.lookup(encoding).name:
         return f"`--set data.format.encoding={found}`, if that is right ({why})"
-    return "the other bytes are what they should be: mend these; are they of another file?"
+    return "the other bytes are what they should be: fix these; are they of another file?"
 
 
 def _refuse_seven_bit(raw: bytes, place: str) -> None:
@@ -93,7 +93,7 @@ def unreadable(path: Path, error: Exception) -> LoraError:
     """Return what to say of a file that the system, or gzip, cannot read."""
     if isinstance(error, gzip.BadGzipFile | EOFError | zlib.error):
         cut = isinstance(error, EOFError)
-        what = "the gzip file is cut off" if cut else "this is no gzip file, or a damaged one"
+        what = "the gzip file is cut off" if cut else "this is not a gzip file, or it is damaged"
         hint = "copy or download it again" + ("" if cut else "; if it is plain, rename it")
         return LoraError(what, str(path), hint)
     reason = (getattr(error, "strerror", None) or str(error)).lower()
@@ -101,7 +101,7 @@ def unreadable(path: Path, error: Exception) -> LoraError:
     hint = (
         f"`chmod +r {shlex.quote(str(path))}` lets it be read"
         if denied
-        else "is the path right, and the disk whole?"
+        else "is the path right, and the disk healthy?"
     )
     return LoraError(f"cannot be read: {reason}", str(path), hint)
 
@@ -125,7 +125,7 @@ def _refuse_no_text(head: bytes, path: Path) -> None:
             what = "this is UTF-16 text, by its zero bytes, and not UTF-8"
             raise LoraError(what, str(path), f"`--set data.format.encoding={encoding}`")
     what = f"this is not text: {zeros} of its first {len(head)} bytes are zero"
-    raise LoraError(what, str(path), "was it copied whole?")
+    raise LoraError(what, str(path), "was it copied completely?")
 
 
 def byte_fault(text: str, encoding: str) -> str:

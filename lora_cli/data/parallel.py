@@ -36,7 +36,7 @@ def joined_name(first: Path, second: Path) -> Path:
         raise LoraError(
             f"{first} and {second} are not two files of one folder",
             "FILE",
-            "put what belongs together line by line side by side: train.en.txt, train.de.txt",
+            "put paired files next to each other: train.en.txt, train.de.txt",
         )
     one, two = BORDERS.split(first.name), BORDERS.split(second.name)
     same = [a == b for a, b in zip(one, two, strict=False)]
@@ -61,7 +61,7 @@ def read_parallel(
                 raise LoraError(
                     f"{parts[name].name} ends before line {number}, and the other does not",
                     str(parts[name]),
-                    "files that belong together have as many lines",
+                    "paired files must have the same number of lines",
                 )
             texts[name] = line[1].rstrip("\r\n")
         yield number, texts

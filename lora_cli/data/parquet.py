@@ -62,7 +62,7 @@ def parquet_batches(path: Path) -> Iterator[Any]:
         with path.open("rb") as raw:
             if raw.read(4) != b"PAR1":
                 hint = "`--set data.format.type=csv` (or json, text) says what it is"
-                raise LoraError("this is no parquet file, by its first bytes", str(path), hint)
+                raise LoraError("this is not a parquet file, by its first bytes", str(path), hint)
         with pq.ParquetFile(path) as file:
             yield from file.iter_batches(batch_size=BATCH)
     except (pa.ArrowException, OSError) as error:

@@ -28,11 +28,10 @@ from lora_cli.data.values import FORMS, read_number
 from lora_cli.errors import LoraError, beside
 from lora_cli.recipe import FormatSpec
 
-MEND = "mend it first; csv, tsv, json lines, parquet and plain text are read"
 SAMPLE_BYTES = 1 << 20
 HEAD_BYTES = 1 << 17
-MEND = "look at the file: is it what its name says, and whole?"
-EMPTY = "was it copied whole?"
+WHAT_TO_DO = "check the file: is it what its name says, and complete?"
+EMPTY = "was it copied completely?"
 PARQUET = b"PAR1"
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 SPARE_DELIMITERS = "\t;|^~\x1f"  # for a file of one column, whose texts hold commas
@@ -127,10 +126,10 @@ def read_data_file(path: Path) -> DataFile:
     faults = [row for row in rows if row.columns is None or row.fault]
     if not good:
         what = f"no row can be read: {faults[0].fault}" if faults else "the file has no rows"
-        raise LoraError(what, faults[0].place if faults else str(path), MEND)
+        raise LoraError(what, faults[0].place if faults else str(path), WHAT_TO_DO)
     if len(faults) > len(good):
         what = f"{len(faults)} of {len(rows)} rows cannot be read: {faults[0].fault}"
-        raise LoraError(what, faults[0].place, MEND)
+        raise LoraError(what, faults[0].place, WHAT_TO_DO)
     columns = list(dict.fromkeys(name for row in good for name in row))
     return DataFile(
         path, found.form, found.why, good, faults, columns, found.named, _about(found, path)

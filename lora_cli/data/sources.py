@@ -151,7 +151,7 @@ def _require_rows(rows: Rows, name: str) -> None:
     hint = "the file is empty, or has a header and nothing below it"
     if rows.skipped:
         what += f" that can be read: {counted(len(rows.skipped), 'row')} skipped"
-        hint = f"the first is {rows.skipped[0]}; mend it, or look at `data.format`"
+        hint = f"the first is {rows.skipped[0]}; fix it, or check `data.format`"
     elif len(rows.dataset):
         what, hint = f"the {name} split has no rows left", "is its slice, or what is drawn, right?"
     raise LoraError(what, rows.source, hint)
@@ -370,7 +370,7 @@ def without(rows: Rows, faults: dict[int, str], recipe: Recipe) -> Rows:
     places = [f"{rows.place(i)}: {fault}" for i, fault in faults.items()]
     if recipe.data.on_bad_row == "error":
         problems = [Problem(fault, rows.place(i)) for i, fault in list(faults.items())[:10]]
-        hint = f"mend {'them' if len(faults) > 1 else 'it'}, or pass such rows over with {SKIP}"
+        hint = f"fix {'them' if len(faults) > 1 else 'it'}, or skip such rows with {SKIP}"
         if advice := _advice(rows, faults, recipe):
             hint = f"{advice}; or {hint}"
         if len(faults) > 10:
@@ -382,7 +382,7 @@ def without(rows: Rows, faults: dict[int, str], recipe: Recipe) -> Rows:
 
 
 def _advice(rows: Rows, faults: dict[int, str], recipe: Recipe) -> str:
-    """Return what mends the commonest faults of all rows at once, or nothing."""
+    """Return what fixes the commonest faults of all rows at once, or nothing."""
     of_bytes = next((i for i, fault in faults.items() if fault.startswith("byte 0x")), None)
     if of_bytes is not None:
         source = Path(rows.source)
@@ -414,7 +414,7 @@ def without_fault(
             raise LoraError(
                 fault,
                 row.place,
-                f"mend it, or pass such rows over with {SKIP}",
+                f"fix it, or skip such rows with {SKIP}",
             )
         else:
             skip(row.place, fault)
@@ -457,7 +457,7 @@ def _load_hub(recipe: Recipe, split: str, streaming: bool = False, **options: An
 def _hub_rows(recipe: Recipe, name: str) -> Rows:
     dataset = _load_hub(recipe, name)
     if damaged := damaged_files(dataset):
-        warn(f"the cached data set of the Hub is damaged, and prepared anew: {damaged[0]}")
+        warn(f"the cached data set of the Hub is damaged and is prepared again: {damaged[0]}")
         forget_files(dataset)
         dataset = _load_hub(recipe, name, download_mode="reuse_cache_if_exists")
         damaged_files(dataset)

@@ -170,7 +170,7 @@ def column_names(path: Path, spec: FormatSpec, records: Iterator[Record]) -> lis
     line, header, fault, _ = next(records, Record(1, [], "", []))
     header = [name.strip() for name in header]
     if fault:
-        hint = "mend it; if the file has no header, `--set data.format.header=false`"
+        hint = "fix it; if the file has no header, `--set data.format.header=false`"
         hint = encoding_hint(path, spec.encoding) if fault.startswith("byte 0x") else hint
         raise LoraError(f"the header: {fault}", f"{path}:{line}", hint)
     if names is None:

@@ -21,7 +21,7 @@ MEDIA = re.compile(
     r")|video_(paths?|urls?|files?)|pixel_values)"
 )
 NO = ("false", "0", "0.0", "no")
-DROP = "take the column out of the file"
+DROP = "remove the column from the file"
 
 
 Found = tuple[str, str]

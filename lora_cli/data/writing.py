@@ -111,7 +111,7 @@ def writing(target: Path, form: OutputForm, overwrite: bool = True) -> Iterator[
         raise LoraError(what, "--output", hint) from error
     except OSError as error:
         what = f"cannot write {target}: {(error.strerror or str(error)).lower()}"
-        raise LoraError(what, "--output", "name another file, or make room") from error
+        raise LoraError(what, "--output", "name another file, or free some space") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -259,7 +259,7 @@ def _require_tool_template(base: Base, chosen: Chosen, splits: Sequence[Rows]) -
             raise LoraError(
                 f"the rows have `{key}`, which the chat template of `{base.name}` does not write",
                 "--model",
-                "take a base that is made for calling tools",
+                "use a base model that was trained to call tools",
             )
 
 
@@ -270,7 +270,7 @@ def _same_but_for_case(names: Sequence[str]) -> list[str]:
         alike.setdefault(name.casefold(), []).append(name)
     pairs = [" and ".join(f"`{name}`" for name in some) for some in alike.values() if some[1:]]
     return (
-        [f"{', '.join(pairs)} differ in case only: mend the rows if they are one"] if pairs else []
+        [f"{', '.join(pairs)} differ in case only: fix the rows if they are one"] if pairs else []
     )
 
 
@@ -346,8 +346,9 @@ def _training(draft: Draft, base: Base, count: int, card: Card | None) -> None:
         draft.why["adapter"] = "usual for language models"
         rate, batch, accumulation = 2e-4, 4, 4
     else:
-        draft.values["adapter"] = {"rank": 8, "alpha": 16, "dropout": 0.1}
-        draft.why["adapter"] = "usual for encoders; on the attention's query and value"
+        adapter = {"rank": 8, "alpha": 16, "dropout": 0.1, "target_modules": "all-linear"}
+        draft.values["adapter"] = adapter
+        draft.why["adapter"] = "better than query and value alone where it was measured"
         rate, batch, accumulation = (1e-3 if small else 5e-4), 16, 1
     if count < 200:
         batch, accumulation = min(batch, 8), 1

@@ -12,7 +12,7 @@ from lora_cli.inference.model import SAMPLE, Base
 from lora_cli.inference.splits import Rows
 from lora_cli.inference.written import Chosen
 
-FITTING = 0.99  # share of the rows that shall not be cut
+FITTING = 0.99  # share of the rows that should not be cut
 LONGEST = {"sequence_classification": 512, "causal_lm": 2048}  # more is slow, whatever fits
 
 

@@ -77,7 +77,7 @@ def look_at(name: str) -> Base:
     except (OSError, ValueError) as error:
         if local or name.startswith("package:"):
             what = str(error).strip().splitlines()[0]
-            hint = "is the folder whole? Copy or download it again"
+            hint = "is the folder complete? Copy or download it again"
             raise LoraError(f"cannot read the model: {what}", "--model", hint) from error
         return Base(name, shape=shape_by_name(name), size_from="by its name")
     kind = config.model_type

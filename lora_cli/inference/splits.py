@@ -227,7 +227,7 @@ def _fault_of(rows: Rows, train: Rows, chosen: Chosen) -> str:
     known = {_text(row, chosen.inputs) for row in train}
     shared = sum(_text(row, chosen.inputs) in known for row in rows)
     if shared > MOST_OVERLAP * len(rows):
-        return f"{shared:,} of {len(rows):,} texts stand in train too"
+        return f"{shared:,} of {len(rows):,} texts also occur in train"
     return ""
 
 
@@ -287,7 +287,7 @@ def _draws(
         return {"validation": (None, error.problems[0].what)}
     drawn: Keys = {"validation": (held, "; ".join(why))}
     if unique >= 200:
-        once = "looked at once, at the end"
+        once = "used once, at the end"
         drawn["test"] = dict(held), once if both else "; ".join([*why, once])
     return drawn
 

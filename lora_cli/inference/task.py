@@ -74,7 +74,7 @@ def choose_task(
         rows: The rows.
         place: Name of the file, for errors.
         text: The column of the text, if the user names it.
-        label: The column of the label, if the user names it; `none` if there shall be none.
+        label: The column of the label, if the user names it; `none` if there is none.
         can_write: The model can continue a text.
         pair: The column of the second text, if the user names it.
 
@@ -149,7 +149,7 @@ def _no_label(
 ) -> LoraError:
     """Return the error of texts that an encoder cannot learn."""
     what = chosen.why.get("", "text without a label").removesuffix(" without a label")
-    hint = f"name the label with `--label COLUMN` ({listed(columns)}), or take a language model"
+    hint = f"name the label with `--label COLUMN` ({listed(columns)}), or use a language model"
     for column in columns:
         if _rank(column) < len(LABEL_NAMES) and column.kind == "other":
             return LoraError(f"`{column.name}` holds objects", place, unnested(column, rows, place))
@@ -341,7 +341,7 @@ def _label_keys(
     elif _rank(label) < len(LABEL_NAMES):
         reason = f"by its name and its {values}"
     else:
-        reason = f"the only column of few values ({len(label.counts):,})"
+        reason = f"the only column with few values ({len(label.counts):,})"
     keys: dict[str, Any] = {"label_column": label.name}
     why = {"label_column": reason}
     are_names = _rank(label) < len(LABEL_NAMES) - 1 and label.kind == "number" and _count_up(label)

@@ -49,7 +49,7 @@ def unnested(column: Column, rows: Sequence[dict[str, Any]], place: str) -> str:
     if len(rows) > 1 and not isinstance(value, list):
         beside = [f"del(.{key})"] if len(rows[0]) > 1 else []
         how = " + ".join([*beside, f".{key}"])
-    return f"make columns of them: `jq -c '{how}' {source} > flat.jsonl`"
+    return f"turn them into columns: `jq -c '{how}' {source} > flat.jsonl`"
 
 
 def pair_of(columns: Sequence[Column]) -> tuple[Column, Column] | None:

@@ -192,14 +192,14 @@ def prompt_and_completion(asked: Column, said: Column) -> Chosen:
 
 
 def translation(first: Column, second: Column, place: str, can_write: bool) -> Chosen:
-    """Return the task of two texts that belong together line by line.
+    """Return the task of two text files paired line by line.
 
     Raises:
         LoraError: If the model cannot write.
     """
     if not can_write:
         what = "an encoder writes no text, so it cannot learn one file from the other"
-        raise LoraError(what, place, "take a language model")
+        raise LoraError(what, place, "use a language model")
     chosen = prompt_and_completion(first, second)
     chosen.why[""] = f"a line of `{second.name}` answers the same line of `{first.name}`"
     return chosen

@@ -140,7 +140,7 @@ class MetricSet:
             if name in SPECS:
                 raise
             what = f"metric `{name}` failed: {_reason(error)}"
-            raise LoraError(what, self._at, "mend the script, or leave the metric out") from error
+            raise LoraError(what, self._at, "fix the script, or leave the metric out") from error
 
 
 @functools.cache
@@ -191,7 +191,9 @@ def _load(name: str, at: str, **options: Any) -> Any:
         raise LoraError(what, at, hint) from error
     features = metric.features[0] if isinstance(metric.features, list) else metric.features
     if set(features) != {"predictions", "references"}:
-        what = f"metric `{name}` wants {', '.join(features)}; a task yields predictions, references"
+        what = (
+            f"metric `{name}` expects {', '.join(features)}; a task yields predictions, references"
+        )
         raise LoraError(what, at, "wrap it in a script of your own, and name that: ./my_metric.py")
     return metric
 

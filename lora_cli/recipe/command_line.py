@@ -90,7 +90,7 @@ def _restored(value: Any, signs: dict[int, str], reader: Reader, path: KeyPath) 
         key = key.translate(signs)
         if item is None and ":" in key:
             what = f"`{key}` is a key without a value"
-            hint = f"a space stands behind the colon: `{key.replace(':', ': ', 1)}`"
+            hint = f"put a space after the colon: `{key.replace(':', ': ', 1)}`"
             reader.problems.append(Problem(what, reader.source, hint))
             reader.faulty.add(dotted((*path, key)))
         result[key] = _restored(item, signs, reader, (*path, key))

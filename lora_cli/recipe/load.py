@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -146,7 +147,7 @@ def _first(problems: list[Problem]) -> list[Problem]:
         return problems
     more = f"{len(problems) - MAX_PROBLEMS + 1:,} more problems are not shown"
     first = problems[: MAX_PROBLEMS - 1]
-    return [*first, Problem(more, first[-1].at, "mend those above first")]
+    return [*first, Problem(more, first[-1].at, "fix those above first")]
 
 
 def _text_of(file: Path, most_bytes: int) -> str:
@@ -154,7 +155,7 @@ def _text_of(file: Path, most_bytes: int) -> str:
         raw = read_bounded(file, most_bytes)
     except OSError as error:
         if error.errno == errno.EFBIG:
-            what = f"more than {most_bytes:,} bytes are too many for a recipe"
+            what = f"the recipe has more than {most_bytes:,} bytes"
             raise LoraError(what, str(file), "is this a data file, or a device?") from error
         if error.errno == errno.ETIMEDOUT:
             what = "nothing is written into this pipe"
@@ -183,7 +184,7 @@ def _cannot_read(file: Path, error: OSError) -> LoraError:
         f"did you mean `{recipes[close]}`?" if close else "`lora init DATA --model NAME` writes one"
     )
     if not missing:
-        hint = f"look at it with `ls -l {shlex.quote(str(file))}`"
+        hint = f"check it with `ls -l {shlex.quote(str(file))}`"
     return LoraError(f"cannot read the recipe: {reason.lower()}", str(file), hint)
 
 
@@ -278,7 +279,7 @@ def _make_paths_absolute(recipe: Recipe, folder: Path) -> None:
 
     def named(key: str, value: str) -> str:
         """Return a folder, or what has another meaning, such as a Hub id."""
-        if value.startswith((".", "/", "~")) or (start_of(key) / expanded(value)).is_dir():
+        if value.startswith((".", "/", "~")) or os.path.isdir(start_of(key) / expanded(value)):
             return absolute(key, value)
         check(key, value, start_of(key))
         return value

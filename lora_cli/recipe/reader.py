@@ -156,7 +156,7 @@ class Reader:
             if key in result:
                 first = self.places[dotted(here)]
                 hint = f"the first is at {first}; keep one"
-                self._fault(f"`{key}` stands twice", key_node, here, hint)
+                self._fault(f"`{key}` appears twice", key_node, here, hint)
             elif key == "<<" and key_node.style is None:
                 hint = "write the keys out; YAML 1.2 has no `<<`"
                 self._fault("recipes do not merge mappings", key_node, here, hint)
@@ -174,9 +174,9 @@ class Reader:
 
 def _odd_character(text: str) -> str:
     if "\0" in text:
-        return "a text holds a NUL, which no file or column can be called"
+        return "a text contains a NUL, which no file or column can be called"
     half = next(letter for letter in text if "\ud800" <= letter <= "\udfff")
-    return f"a text holds `\\u{ord(half):04x}`, which is half of a character"
+    return f"a text contains `\\u{ord(half):04x}`, which is half of a character"
 
 
 def _characters(text: str) -> str:
@@ -226,7 +226,7 @@ def parse(text: str, source: str, path: KeyPath = (), is_file: bool = True) -> t
         raise _not_yaml(error, reader) from error
     except (ValueError, OverflowError) as error:  # "\UFFFFFFFF"
         place = reader.place(loader.get_mark().line)
-        what = "not valid YAML: a code stands for no character"
+        what = "not valid YAML: an escape code is not a character"
         raise LoraError(what, place, BACKSLASH) from error
     return (reader.value(node, path) if node is not None else None), reader
 

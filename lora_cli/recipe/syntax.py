@@ -7,10 +7,13 @@ import re
 import yaml
 
 TOO_DEEP = "brackets or indentation are too deep"
-BACKSLASH = "in quotation marks a backslash begins a code; write `\\\\` for the sign itself"
-COLUMNS = "keys of one section begin in the same column, and only a section has keys below it"
+BACKSLASH = (
+    "inside quotation marks a backslash starts an escape code; write `\\\\` for the backslash "
+    "itself"
+)
+COLUMNS = "keys of one section start in the same column, and only a section has keys below it"
 AFTER = f"{COLUMNS}; after a text in quotation marks the line ends"
-LOOK = "look at the quotation marks, brackets and indentation, here and in the line above"
+LOOK = "check the quotation marks, brackets and indentation, here and in the line above"
 QUOTES = "a text that begins with a special character needs quotation marks"
 DIRECTIVE = "a line begins with `%`"
 UNCLOSED = "a quotation mark is not closed"
@@ -19,23 +22,23 @@ UNCLOSED = "a quotation mark is not closed"
 WORDS: tuple[tuple[str, str, str], ...] = (
     (TOO_DEEP, TOO_DEEP, "a recipe is a few levels deep"),
     (r"another document", "a recipe is one document, and a second begins here", "remove the `---`"),
-    (r"character '\\t'", "a tab stands in the indentation", "indent with spaces"),
+    (r"character '\\t'", "there is a tab in the indentation", "indent with spaces"),
     (
         r"mapping values are not allowed",
-        "a colon stands where no key can be",
+        "a colon is not allowed here",
         "a text with a colon needs quotation marks; " + COLUMNS,
     ),
     (r"expected ',' or '(.)'", "a `{0}` or a comma is missing", LOOK),
     (r"found '[]}]'|found ','", "a value is missing here", LOOK),
-    (r"sequence entries are not", "a list begins where none can be", COLUMNS),
-    (r"expected <block end>", "this line does not go on with what is above it", AFTER),
+    (r"sequence entries are not", "a list starts where none is allowed", COLUMNS),
+    (r"expected <block end>", "this line does not continue what is above it", AFTER),
     (r"unexpected (end of stream|document separator)", UNCLOSED, LOOK),
     (r"expected the node content", "a bracket is not closed, or a value is missing", LOOK),
     (r"expected ':'", "this line is neither `key: value` nor an item `- value`", COLUMNS),
-    (r"unknown escape character '(.+)'", "`\\{0}` is no code of YAML", BACKSLASH),
-    (r"undefined alias '(.*)'", "`*{0}` repeats what has no name", QUOTES),
+    (r"unknown escape character '(.+)'", "`\\{0}` is not an escape code of YAML", BACKSLASH),
+    (r"undefined alias '(.*)'", "`*{0}` refers to a name that is not defined", QUOTES),
     (r"second occurrence", "two values have the same name (`&name`)", "leave such names out"),
-    (r"undefined tag handle '(.*)'", "`{0}` begins a tag that recipes do not use", QUOTES),
+    (r"undefined tag handle '(.*)'", "`{0}` starts a tag that recipes do not use", QUOTES),
     (r"character '(.)' that cannot start", "a text cannot begin with `{0}` as it is", QUOTES),
     (r"(indentation indicator|chomping)", "after `|` or `>` the text begins on a new line", QUOTES),
     (r"expected alphabetic", "`&` and `*` are followed by a name", QUOTES),
@@ -55,7 +58,7 @@ def in_words(error: yaml.MarkedYAMLError) -> tuple[str, str]:
 
 
 def line_of(error: yaml.MarkedYAMLError) -> int | None:
-    """Return the line that is to be mended, counted from 0."""
+    """Return the line that is to be fixed, counted from 0."""
     mark, opened = error.problem_mark or error.context_mark, error.context_mark
     if opened and re.search("expected ':'|unexpected", str(error.problem)):
         mark = opened  # PyYAML finds out further below

@@ -23,7 +23,7 @@ BINS = 10
 
 
 def read_predictions(path: Path) -> list[Line]:
-    """Return the lines of a file of predictions; those that are no JSON objects are passed over."""
+    """Return the lines of a file of predictions; those that are no JSON objects are skipped."""
     lines = []
     for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:

@@ -23,7 +23,7 @@ def answer_sections(report: dict[str, Any], kind: Kind, lines: list[Line], split
         note = (
             f"{shown} wrong rows (of {rows}) that cost most loss, the worst first; beside a label "
             "the probability that the model gave it. Where it is sure and the label says "
-            "otherwise, look at the label first: it may be that which is wrong."
+            "otherwise, check the label first: it may be the label that is wrong."
         )
         return [
             _confusion(labels, lines, rows) if kind == "single_label" else "",
@@ -197,6 +197,6 @@ def sample_section(report: dict[str, Any]) -> str:
         head = f'<div class="head"><span>prompt</span>{place}</div>{prompt}'
         items.append(f'<li>{head}<div class="pair">{texts}</div></li>')
     inner = f'<ol class="cases">{"".join(items)}</ol>' if items else ""
-    note = "How the model goes on with the first validation rows, before and after training; the "
-    note += "likeliest token every time."
+    note = "How the model continues the first validation rows, before and after training; the "
+    note += "most likely token every time."
     return section("samples", "Samples", note, inner)

@@ -38,7 +38,7 @@ def strict(value: Any) -> Any:
 def read_metrics_log(path: Path) -> list[dict[str, Any]]:
     """Return the lines of `metrics.jsonl`; none if there is no such file.
 
-    A torn last line, which a machine that stops leaves behind, is passed over.
+    A torn last line, which a machine that stops leaves behind, is skipped.
 
     Raises:
         IntegrityError: If a line before the last is not a JSON object.

@@ -233,7 +233,7 @@ class Task(ABC):
 
     @abstractmethod
     def target_columns(self) -> dict[str, str]:
-        """Return the columns that it shall learn to answer, likewise."""
+        """Return the columns that it learns to answer, likewise."""
 
     @property
     def knows_labels(self) -> bool:
@@ -254,7 +254,7 @@ class Task(ABC):
 
     @abstractmethod
     def target_fault(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the columns that it shall learn to answer, or nothing."""
+        """Return what is wrong with the columns that it learns to answer, or nothing."""
 
     def unsupported(self, row: dict[str, Any]) -> tuple[str, str] | None:
         """Return what a row holds that no task reads though it changes its meaning, and a hint."""
@@ -314,7 +314,7 @@ class Task(ABC):
             self.auto_class, self.recipe, self.model_config(), device, dtype, self.has_head
         )
         self.arrange_head(model, missing)
-        # attention plans and picks its kernels anew for every new length
+        # attention plans and picks its kernels again for every new length
         self.pad_multiple = 8 if device.type == "cuda" else 1
         return model, new_modules(model, missing) if self.has_head else []
 
@@ -403,8 +403,8 @@ class Task(ABC):
             what = f"there is no metric `{best.metric}` to choose the best adapter by"
             problems.append(Problem(what, at, did_you_mean(best.metric, known, "measured are")))
         elif best.mode is None and metric_mode(best.metric) is None:
-            what = f"is less or more of `{best.metric}` better?"
-            problems.append(Problem(what, at, "say it with `evaluate.best.mode: min`, or `max`"))
+            what = f"is a lower or a higher `{best.metric}` better?"
+            problems.append(Problem(what, at, "set it with `evaluate.best.mode: min`, or `max`"))
         return problems
 
     def _untrusted(self, names: Sequence[str], at: str) -> list[Problem]:
@@ -418,9 +418,9 @@ class Task(ABC):
         allow = "read that code; then `--set model.trust_remote_code=true`"
         for name in names:
             if is_script(name) and recipe._found:
-                problems.append(Problem(f"metric `{name}` is Python code of its own", at, allow))
+                problems.append(Problem(f"metric `{name}` is a Python script", at, allow))
             elif not is_script(name) and name not in known_metrics():
-                what = f"metric `{name}` is not built in, and on the Hub it is code of its own"
+                what = f"metric `{name}` is not built in, and on the Hub metrics are Python code"
                 meant = did_you_mean(name, known_metrics(), "built in are")
                 problems.append(Problem(what, at, f"{meant}; or {allow}"))
         return problems

@@ -74,7 +74,7 @@ class CausalLM(Task):
             )
         if self.is_chat and not self.tokenizer.is_fast:
             what = "the tokenizer does not say where its tokens stand in a text, as chats need"
-            hint = "take a model with a tokenizer.json, or rows of prompt and completion"
+            hint = "use a model with a tokenizer.json, or rows of prompt and completion"
             raise LoraError(what, self.recipe.at("model.name"), hint)
         if self.tokenizer.eos_token_id is None:
             what, at = "the tokenizer has no end-of-text token", self.recipe.at("model.name")
@@ -124,7 +124,8 @@ class CausalLM(Task):
                 raise LoraError(
                     f"the tokenizer has no token `{self.spec.pad_token}`",
                     self.recipe.at("task.pad_token"),
-                    "name a token of its vocabulary that texts do not hold, or leave it out",
+                    "name a token of its vocabulary that does not occur in the texts, or leave it "
+                    "out",
                 )
             return int(token)
         return int(
@@ -455,7 +456,7 @@ class CausalLM(Task):
         return ids, shown.lstrip(REPLACEMENT) if is_cut else shown, wanted
 
     def continue_greedily(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """Return a short continuation of each prompt, the likeliest token every time."""
+        """Return a short continuation of each prompt, the most likely token every time."""
         tokens = min(SAMPLE_NEW_TOKENS, self.recipe.evaluate.generation.max_new_tokens)
         answers = self._written(model, prompts, GenerationSpec(max_new_tokens=tokens))
         return [answer.text for answer in answers]

@@ -270,7 +270,7 @@ def _unmarked(messages: Sequence[Message]) -> list[Message]:
 def _refusal(error: Exception) -> LoraError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     what = f"the chat template refuses the conversation: {reason}"
-    hint = "mend the row, or give a template that takes it with `task.chat_template: FILE`"
+    hint = "fix the row, or give a template that accepts it with `task.chat_template: FILE`"
     return LoraError(what, hint=hint)
 
 
@@ -295,7 +295,7 @@ def _require_tools(tools: Sequence[dict[str, Any]] | None, text: str) -> None:
         if not _holds(text, str(name_of(tool))):
             raise LoraError(
                 f"the chat template does not write the row's tools: `{name_of(tool)}` is missing",
-                hint=f"take a base that is made for calling tools, or {ANOTHER}",
+                hint=f"use a base model that was trained to call tools, or {ANOTHER}",
             )
 
 
@@ -325,14 +325,14 @@ def _require_turn(message: Message, written: str, number: int) -> None:
     if isinstance(reasoning, str) and not _holds(written, reasoning):
         raise LoraError(
             f"turn {number}: the chat template leaves out the reasoning before the answer",
-            hint="take it out of the data, or give a template that writes it with "
+            hint="remove it from the data, or give a template that writes it with "
             "`task.chat_template`",
         )
     for call in message.get("tool_calls") or ():
         if not _holds(written, str(name_of(call))):
             raise LoraError(
                 f"turn {number}: the chat template does not write its call of `{name_of(call)}`",
-                hint=f"take a base that is made for calling tools, or {ANOTHER}",
+                hint=f"use a base model that was trained to call tools, or {ANOTHER}",
             )
     if not _holds(written, said):
         raise LoraError(

@@ -5,7 +5,7 @@ typed. `ControlTokens.plain` is a copy of the tokenizer in which every control t
 no text holds: with it, a text never becomes a control token, whatever the algorithm is. (Splitting
 special tokens, as transformers can, is not enough where the vocabulary has them as words.)
 
-For a chat, only what the template itself writes shall be a control token. So in the messages each
+For a chat, only what the template itself writes may be a control token. So in the messages each
 is replaced by one character before the template writes them, and what it writes is read with
 that copy, in which the template's own control tokens are called by their new names.
 """
@@ -124,7 +124,7 @@ class Hidden:
         )
         if block is None or len(control.names) > BLOCK_SIZE:
             what = "it has characters of every private plane of Unicode"
-            raise LoraError(what, hint="take them out of the row: they mean nothing by themselves")
+            raise LoraError(what, hint="remove them from the row: they mean nothing by themselves")
         self._marks = {name: chr(block + i) for i, name in enumerate(control.names)}
         self._names = {mark: name for name, mark in self._marks.items()}
         self._either = re.compile(

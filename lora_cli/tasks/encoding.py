@@ -50,7 +50,7 @@ def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
         faults = {i: fault for i, row in enumerate(split) if (fault := task.fault(row))}
         if len(faults) == len(split) and recipe.data.on_bad_row == "skip":
             what = f"no row of the {name} split can be used: {faults[0]}"
-            hint = "is the right column named? `data.on_bad_row: skip` leaves nothing here"
+            hint = "is the column named correctly? `data.on_bad_row: skip` leaves no row here"
             raise LoraError(what, split.place(0), hint)
         rows[name] = without(split, faults, recipe)
     task.prepare(rows)

@@ -116,11 +116,11 @@ class Findings:
             problems.append(
                 Problem(
                     f"{exact.rows:,} of {self.splits[name].rows:,} {name} rows"
-                    f"{_percent(exact.share)} stand in train too, and `max_overlap` allows "
+                    f"{_percent(exact.share)} also occur in train, and `max_overlap` allows "
                     f"{100 * limit:g} %: {places}",
                     self.recipe.at(f"data.{name}"),
                     "draw the rows from train, `{from: train, fraction: 0.1, disjoint: exact}`, "
-                    "take them out of one side, or, if this is meant, allow it with "
+                    "remove them from one side, or, if this is meant, allow it with "
                     f"`--set data.check.max_overlap={_allowing(exact.share):g}`",
                 )
             )
@@ -216,11 +216,11 @@ class Findings:
         lines = _aligned(rows)
         warnings = [f"warning: {line}" for line in self.warnings()]
         if self.recipe.data.streaming:
-            lines.append("train is streamed: its rows were not looked at, nor what it shares")
+            lines.append("train is streamed: its rows were not inspected for duplicates or overlap")
         room = max(25 - len(lines), 4)
         if len(warnings) > room:
             more = len(warnings) - room + 1
-            warnings = [*warnings[: room - 1], f"({more} more warnings; all is in report.json)"]
+            warnings = [*warnings[: room - 1], f"({more} more warnings; report.json has them all)"]
         return "\n".join(map(printable, [*lines, *warnings]))
 
 

@@ -3,7 +3,7 @@
 A base may come with a classifier of its own: `id2label` of its config.json says which row of the
 last layer stands for which label. A recipe has its labels in another order (inferred ones are
 sorted), or some of them, or more. Each row is put where its label is; labels that the base does not
-know get a row of their own, drawn anew.
+know get a row of their own, drawn at random.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def arrange_rows(
 
     Args:
         model: The model as it was loaded, with a row for each of `labels`; it is changed in place.
-        missing: Names of parameters that were drawn anew, since the checkpoint lacks them or has
-            another number of rows.
+        missing: Names of parameters that were drawn at random, since the checkpoint lacks them or
+            has another number of rows.
         labels: Of the recipe, in order.
         base: The configuration of the base, with its own labels.
         recipe: Names the checkpoint.
@@ -71,7 +71,7 @@ def arrange_rows(
     for name, parameter in outputs.items():
         source = stored[name]
         if source is None or len(source) != len(own):
-            rows = [None] * len(labels)  # of unknown names: it starts anew
+            rows = [None] * len(labels)  # of unknown names: it starts at random
             source = None
         _place(parameter, source, rows, base, is_loaded)
     known = sum(row is not None for row in rows)
@@ -79,7 +79,7 @@ def arrange_rows(
         return None
     new = [label for label, row in zip(labels, rows, strict=True) if row is None]
     return (
-        f"the base's classifier knows {_listed(own)}: the rows of {_listed(new)} start anew; "
+        f"the base's classifier knows {_listed(own)}: the rows of {_listed(new)} start at random; "
         "labels of the same name would keep theirs"
     )
 

@@ -56,7 +56,7 @@ class Labels:
             self.names = self._infer(splits)
         twice = [label for label, count in Counter(self.names).items() if count > 1]
         if twice:
-            what = f"the label `{twice[0]}` stands twice"
+            what = f"the label `{twice[0]}` appears twice"
             raise LoraError(what, self.recipe.at("task.labels"), "name each label once")
         self.spec.labels = list(self.names)
         found = {name: self.count(rows) for name, rows in splits.items()}
@@ -199,7 +199,7 @@ class Labels:
         if value.isdecimal() and self._by_number:
             return f"positions are 0 to {last}: {', '.join(self.names[:20])}"
         known = did_you_mean(value, self.names, LABELS_ARE)
-        return f"{known}; mend the rows, or name it in `task.labels`"
+        return f"{known}; fix the rows, or name it in `task.labels`"
 
     def problem(self, row: dict[str, Any], place: str) -> Problem | None:
         """Return the problem of a row with a value that is no label."""

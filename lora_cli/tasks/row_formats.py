@@ -290,7 +290,7 @@ def input_fault(row: dict[str, Any], spec: CausalLMSpec, columns: Sequence[str])
 
 
 def target_fault(row: dict[str, Any], spec: CausalLMSpec, columns: Sequence[str]) -> str:
-    """Return what is wrong with what a model shall learn of a row, or nothing.
+    """Return what is wrong with what a model should learn of a row, or nothing.
 
     Args:
         row: A row without a fault of `input_fault`.

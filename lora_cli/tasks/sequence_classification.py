@@ -300,7 +300,7 @@ class SequenceClassification(Task):
             raise LoraError(
                 f"the tokenizer has no token `{name}`" if name else "the tokenizer has no padding",
                 self.recipe.at("task.pad_token"),
-                "name a token of its vocabulary that texts do not hold",
+                "name a token of its vocabulary that does not occur in the texts",
             )
         self.require_known_tokens([int(token)])
         return int(token)

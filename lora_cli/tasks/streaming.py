@@ -82,5 +82,5 @@ class Stream:
         what, hint = "the train split has no rows", "name a file that has some"
         if self.skipped:
             what = f"none of {self.skipped} rows can be used; the first: {self.first_fault}"
-            hint = "is the right column named? `data.on_bad_row: skip` leaves nothing here"
+            hint = "is the column named correctly? `data.on_bad_row: skip` leaves no row here"
         raise LoraError(what, self.task.recipe.at("data.train"), hint)

@@ -93,7 +93,7 @@ def require_same_parameters(model: nn.Module, step: int, accelerator: Accelerato
         raise NumericsError(
             f"after step {step} {noun} {', '.join(others)} and process 0 hold different parameters",
             "the processes of the run",
-            "go on from the last checkpoint with `--resume`; do all machines have the same GPUs "
+            "continue from the last checkpoint with `--resume`; do all machines have the same GPUs "
             "and libraries, and is their memory sound?",
         )
 

@@ -167,7 +167,7 @@ def load_checkpoint(
         if damaged and warn is not None:
             for problem in damaged:
                 warn(f"warning: damaged checkpoint: {problem.what} at {problem.at}")
-            warn(f"going on from the one before, {folder.name}")
+            warn(f"continuing from the one before, {folder.name}")
         return folder, state
     if damaged:
         hint = (

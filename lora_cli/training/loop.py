@@ -63,7 +63,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
 
     Args:
         recipe: The checked recipe.
-        resume: Go on from the newest checkpoint in the output folder, if there is one.
+        resume: Continue from the newest checkpoint in the output folder, if there is one.
 
     Returns:
         The report, as in `report.json`; of the earlier run, if that is complete.

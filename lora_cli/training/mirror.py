@@ -11,7 +11,7 @@ Each checkpoint becomes a folder there of its own, with all that another machine
     MIRROR/final/output/…              the output folder of the complete run, likewise
 
 A folder without its manifest, or one that differs from it, is one that was being written when the
-machine went away: it is passed over. A mirror belongs to one run: nothing is restored from that of
+machine went away: it is skipped. A mirror belongs to one run: nothing is restored from that of
 another, and nothing is written into it.
 """
 
@@ -95,7 +95,7 @@ class Mirror:
             except Exception as error:  # each kind of store has its own
                 if attempt == TRIES:
                     what = f"cannot write to {self.url}: {error}"
-                    raise ResourceError(what, self.at, "see to it; then use `--resume`") from error
+                    raise ResourceError(what, self.at, "fix that, then use `--resume`") from error
                 time.sleep(PAUSE_S * attempt)
 
     def _manifest(self, name: str) -> bytes | None:
@@ -180,7 +180,7 @@ class Mirror:
         """
         source = f"{self.root}/{name}"
         if self._manifest(name) is None:
-            raise IntegrityError("it was being written when its machine went away", source)
+            raise IntegrityError("it was being written when its machine disappeared", source)
         target.mkdir(parents=True)
         for path in self.files.find(source):
             here = target / str(path)[len(source) + 1 :]
@@ -254,7 +254,7 @@ def _inside(folder: Path, prefix: str) -> dict[str, Path]:
 def open_mirror(recipe: Recipe, resume: bool) -> None:
     """Fill the output folder from the mirror, where that has more than the folder.
 
-    The checkpoint comes last, and appears whole: until then, the next try begins anew.
+    The checkpoint comes last, and appears whole: until then, the next try starts from scratch.
 
     Args:
         recipe: Names the mirror and the output folder.
@@ -306,7 +306,7 @@ def _restore(mirror: Mirror, output: Path, changed: bool) -> None:
         try:
             mirror.get(name, staging)
         except IntegrityError as error:
-            say(f"warning: {name} in {mirror.url} is passed over: {error.problems[0].what}")
+            say(f"warning: {name} in {mirror.url} is skipped: {error.problems[0].what}")
             continue
         (_take_result if name == FINAL else _take_checkpoint)(staging, output, name)
         say(f"restored {name} from {mirror.url}")

@@ -58,7 +58,7 @@ def refuse_bad_steps(streak: Sequence[BadStep], recipe: Recipe, limit: int = MAX
     first, last = streak[0].number, streak[-1].number
     steps = f"in steps {first} to {last}" if first < last else f"at step {last}"
     # the checkpoint of the step before, if there is one, has the weights that gave this loss
-    cause = f"or look at the rows of step {first}: {streak[0].rows()}"
+    cause = f"or check the rows of step {first}: {streak[0].rows()}"
     raise _error(f"{NOT_FINITE} {steps}", recipe, first - 1, cause)
 
 
@@ -83,7 +83,7 @@ def refuse_bad_parameters(model: nn.Module, step: int, recipe: Recipe) -> None:
     finite = torch.stack([p.isfinite().all() for p in parameters.values()])
     if not finite.all():
         name = list(parameters)[int(finite.int().argmin())]
-        what = f"`{name}` holds NaN or infinity at step {step}"
+        what = f"`{name}` contains NaN or infinity at step {step}"
         raise _error(what, recipe, step, "or shorten longer gradients with `train.max_grad_norm`")
 
 

@@ -25,7 +25,7 @@ def optimizer_problems(
 ) -> list[Problem]:
     """Return what is wrong with saved tensors: names, dtypes, shapes, counts, values.
 
-    A manifest that was made anew says that the file is whole; it does not say that it is right.
+    A manifest that was rewritten says that the file is complete; it does not say that it is right.
 
     Args:
         optimizer: The optimizer that they are for.
@@ -64,7 +64,7 @@ def optimizer_problems(
 def _wrong_values(key: str, tensor: Tensor, step: int) -> str:
     """Return what no optimizer can have written, or nothing."""
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        return "holds NaN or infinity"
+        return "contains NaN or infinity"
     if key == "step" and not 0 <= float(tensor.max()) <= step:
         return f"counts {float(tensor.max()):g} steps, and the run has made {step}"
     if key == "exp_avg_sq" and bool((tensor < 0).any()):

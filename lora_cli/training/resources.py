@@ -65,7 +65,7 @@ def resource_error(error: BaseException, recipe: Recipe, doing: str) -> Resource
     if number not in DISK_ERRORS:
         return None
     name = getattr(error, "filename", None) or recipe.output_path
-    hint = f"{kept}make room, then go on with `--resume`"
+    hint = f"{kept}free some space, then continue with `--resume`"
     return ResourceError(f"{DISK_ERRORS[number]} while {doing}", str(name), hint)
 
 
@@ -81,7 +81,7 @@ def _worker_error(error: BaseException, doing: str, kept: str) -> ResourceError 
         return None
     what = f"a worker that prepares batches was killed while {doing}"
     hint = (
-        f"{kept}go on with `--resume`; if the machine's memory was full (`dmesg` says so), with "
+        f"{kept}continue with `--resume`; if the machine's memory was full (`dmesg` says so), with "
         "`--set train.workers=0`"
     )
     return ResourceError(what, "train.workers", hint)
@@ -129,7 +129,7 @@ def out_of_memory(recipe: Recipe, doing: str) -> ResourceError:
         ways.append(f"`--set task.max_length={shorter}` (cuts more texts)")
     hint = f"add {', or '.join(ways)}"
     if doing != LOADING and (saved := peek_state(recipe.output_path)) is not None:
-        hint += f"; with `--resume` all but the last go on from step {saved.step}"
+        hint += f"; with `--resume` all but the last continue from step {saved.step}"
     return ResourceError(f"{where} is full while {doing}", hint=hint)
 
 

@@ -41,7 +41,7 @@ def finished_report(recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     or other metrics, are still to come.
 
     Raises:
-        LoraError: If the folder holds something and the run shall not be resumed, or holds no run,
+        LoraError: If the folder holds something and the run is not to be resumed, or holds no run,
             or a complete run of another recipe.
     """
     folder = recipe.output_path
@@ -99,10 +99,10 @@ def _refuse_foreign(recipe: Recipe, resume: bool) -> None:
         raise LoraError(
             f"the output folder {folder} is not empty",
             at,
-            "go on with its run with `--resume`, or choose another with `-o DIR`",
+            "continue its run with `--resume`, or choose another with `-o DIR`",
         )
     if filled and not (folder / "recipe.yaml").exists():
-        what = f"the output folder {folder} holds other things, and no run"
+        what = f"the output folder {folder} contains other things, and no run"
         raise LoraError(what, at, "choose another with `-o DIR`")
 
 

@@ -93,7 +93,7 @@ class Saver:
         Args:
             fresh: What there is without a checkpoint, and what a checkpoint has to agree with.
             total_steps: Steps of the run, by the recipe.
-            say: Is told what is passed over, and what has changed.
+            say: Is told what is skipped, and what has changed.
         """
         found = load_checkpoint(self.folder, say)
         if found is None:

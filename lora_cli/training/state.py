@@ -131,7 +131,7 @@ def refuse_changes(saved: TrainState, recipe: Recipe, now: TrainState | None = N
         return [problem.what for problem in problems.values()] + list(cut.values())
     hint = "start a new run in another folder with `-o DIR`, or restore what it was started with"
     if not allowed and not any(key.startswith(FIXED) for key in problems):
-        hint += "; `--set checkpoint.allow_changes=true` goes on all the same"
+        hint += "; `--set checkpoint.allow_changes=true` continues anyway"
     raise LoraError([*fixed[:-1], Problem(fixed[-1].what, fixed[-1].at, hint)])
 
 

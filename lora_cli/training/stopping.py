@@ -135,4 +135,4 @@ class StopRequest:
         if stop == HOURS_ARE_OVER:
             what = f"the {self.max_hours:g} hours of `train.max_hours` are over: {what}"
             code = ResourceError.exit_code
-        return InterruptedRun(what, code, "go on with `--resume`")
+        return InterruptedRun(what, code, "continue with `--resume`")

@@ -106,7 +106,7 @@ class Watch:
             f"process {self.dead} of {self.size} has ended, so process {self.rank} ends too",
             f"process {self.rank}",
             "its own message, or the launcher's, says why (without one: was its memory full?); "
-            "then go on with `--resume`",
+            "then continue with `--resume`",
         )
 
     def leave(self, well: bool) -> None:

@@ -303,7 +303,7 @@ def check_problem(problem: Problem, file: Path, case: Case) -> None:
     """Check that a problem has a place that exists, and that its text reads well."""
     text = str(problem)
     lines = text.split("\n")
-    assert len(lines) == 3, repr(text)  # what, where and how to mend it, a line each
+    assert len(lines) == 3, repr(text)  # what, where and how to fix it, a line each
     assert all(line.isprintable() and len(line) <= 1020 for line in lines), repr(text)
     at = problem.at or ""
     flagged = [flag for flag in case.flags if f"--set {flag}" in at]

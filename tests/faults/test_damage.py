@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_is_passed_over(name: str, run: Cut, tmp_path: Path
     resumed = run.resume(out)
     assert resumed.code == 0, resumed.err
     assert "warning: damaged checkpoint" in resumed.err
-    assert "going on from the one before, step-000002" in resumed.err
+    assert "continuing from the one before, step-000002" in resumed.err
     # and it was written anew
     assert verify_manifest(out / "checkpoints/step-000003")
 
@@ -176,7 +176,7 @@ def test_each_damaged_checkpoint_is_named_and_without_a_whole_one_nothing_is_don
     assert resumed.code == 0, resumed.err
     for step in ("step-000003", "step-000002"):
         assert re.search(rf"warning: damaged checkpoint: .*{step}", resumed.err)
-    assert "going on from the one before, step-000001" in resumed.err
+    assert "continuing from the one before, step-000001" in resumed.err
     os.truncate(copied / "checkpoints/step-000001" / OPTIMIZER_FILE, 100)
     before = (copied / "metrics.jsonl").read_bytes()
     refused = run.resume(copied)
@@ -398,7 +398,7 @@ def test_numbers_that_are_none_are_refused(value: float, run: Cut, tmp_path: Pat
     out = altered(run, tmp_path / "out", spoil)
     for command, outcome in run.commands(out).items():
         assert outcome.code == 4, command
-        assert "holds NaN or infinity" in outcome.err
+        assert "contains NaN or infinity" in outcome.err
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64])

@@ -74,12 +74,14 @@ REST: dict[str, str] = {
     "data/sources.py:_file_rows": "a file that keeps changing; tests/test_cache.py",
     "recipe/load.py:_text_of": "a pipe that nobody writes into; tests/test_recipe.py",
     "streams.py:_told": "needs a full stdout; tests/test_streams.py",
+    "comparison.py:_refuse_others": "adapters without computation.json; tests/test_comparison.py",
+    "data/sniffing.py:bytes_of": "a guard: init finds folders and pipes before it reads",
     "data/writing.py:writing": "needs a disk that is full",
     "files.py:forbidden": "root may read everything; tests/faults/test_places.py",
     "files.py:finish_publishing": "needs a disk that cannot be written to",
     "files.py:require_space": "needs a disk that is nearly full",
     "fingerprint.py:_tensor_hash": "needs a file that is cut while it is read",
-    "merging.py:merge_adapter": "a fault of ours: merging is proved; tests/test_merging.py",
+    "merging.py:_merge": "a fault of ours: merging is proved; tests/test_merging.py",
     "merging.py:_require_saved": "a fault of ours: saving is proved; tests/test_merging.py",
     "metrics/builtin.py:_perplexity": "a guard: a split without trained tokens is refused before",
     "metrics/metric_set.py:compute": "a guard: an empty split is refused before",
@@ -259,7 +261,7 @@ def test_every_message_is_the_golden_one_and_says_what_where_and_how_to_mend_it(
     if os.environ.get("LORA_UPDATE_GOLDEN"):
         GOLDEN.write_text(text, encoding="utf-8")
     missed = {f"{s.file}:{s.function}": s for s in sites() if not recorder.hit(s)}
-    complaints = [f"what, where, or how to mend it: {one}" for one in poor_ones(results)]
+    complaints = [f"what, where, or how to fix it: {one}" for one in poor_ones(results)]
     complaints += [
         f"add a case in tests/faults/cases_*.py for {name}, line {site.first}"
         for name, site in missed.items()

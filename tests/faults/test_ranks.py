@@ -87,7 +87,7 @@ def test_a_dead_process_is_named_by_the_other(
     assert ends[1 - rank] == 5
     one = said(out, 1 - rank)
     assert one.count(f"error: process {rank} of 2 has ended, so process {1 - rank} ends too") == 1
-    assert "go on with `--resume`" in one
+    assert "continue with `--resume`" in one
     assert nest.run(pair, out, 2, sets=sets) == [0, 0]
     if rank == 0:
         assert nest.run(pair, tmp_path / "whole", 2, sets=sets) == [0, 0]

@@ -264,13 +264,14 @@ def test_a_metric_of_the_recipe_beside_an_adapter_does_not_run(
     (out / "evil.py").write_text(METRIC.format(sprung=str(sprung)))
     refused = lora("eval", "--adapter", out)
     assert refused.code == 2
-    assert "metric `./evil.py` is Python code of its own" in refused.err
+    assert "metric `./evil.py` is a Python script" in refused.err
     own = edited_recipe(world.recipe, tmp_path / "own.yaml", evaluate__metrics=["user/evil"],
                         data={"test": str(world.rows), "train": str(world.rows)})  # fmt: skip
     of_the_hub = lora("eval", "--adapter", world.out, "--recipe", own)
     assert of_the_hub.code == 2
     assert (
-        "metric `user/evil` is not built in, and on the Hub it is code of its own" in of_the_hub.err
+        "metric `user/evil` is not built in, and on the Hub metrics are Python code"
+        in of_the_hub.err
     )
     assert not sprung.exists()
     for allowed in ("evaluate.metrics=[./evil.py]", "model.trust_remote_code=true"):

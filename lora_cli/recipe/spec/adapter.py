@@ -20,7 +20,7 @@ Alpha = Annotated[float, Field(gt=0, le=1e30)]  # float32 ends at 3e38
 
 
 class AdapterSpec(Section):
-    """What is trained. Keys of `lora` are passed over by the other types."""
+    """What is trained. Keys of `lora` are ignored by the other types."""
 
     type: Literal["lora", "full", "none", "bitfit"] = "lora"
     """`lora`: low-rank adapters. `full`: every weight. `none`: the task's head alone.
@@ -28,7 +28,7 @@ class AdapterSpec(Section):
 
     from_: Word | None = Field(default=None, alias="from")
     """A trained adapter to start from: a folder (relative to the recipe), or a Hub id. Its rank,
-    alpha, targets, biases and head are trained further; the optimizer starts anew."""
+    alpha, targets, biases and head are trained further; the optimizer starts from scratch."""
 
     rank: Positive = 8
     """Rank of the update: the inner dimension of B A."""

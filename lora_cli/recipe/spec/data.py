@@ -90,10 +90,10 @@ class FormatSpec(Section):
     remark."""
 
     decimal: Literal[".", ","] = "."
-    """What stands before the fraction of a number that is text: `0,5` is a half with `","`."""
+    """The decimal mark of a number that is text: `0,5` is a half with `","`."""
 
     thousands: Literal[".", ","] | None = None
-    """What stands between the thousands of a number that is text: `2,301` is 2301 with `","`.
+    """The thousands separator of a number that is text: `2,301` is 2301 with `","`.
     (Spaces and apostrophes between them need no key.)"""
 
     sample_by: Literal["line", "paragraph", "document"] = "line"
@@ -123,7 +123,7 @@ class FormatSpec(Section):
             yield "thousands", what, "name another for one of the two, or leave it out"
         for name, times in Counter(self.columns or ()).items():
             if times > 1:
-                what = f"the column `{name}` stands {times} times in `columns`"
+                what = f"the column `{name}` appears {times} times in `columns`"
                 yield "columns", what, "give each column a name of its own"
 
 
@@ -131,7 +131,7 @@ class CheckSpec(Section):
     """What is looked for in the rows before a model is loaded."""
 
     max_overlap: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Largest share of the validation or test rows whose text also stands in train; more is an
+    """Largest share of the validation or test rows whose text also occurs in train; more is an
     error, for their metrics would measure memory. Case, spaces, width, Unicode's normal form,
     characters that cannot be seen and the punctuation at the end do not count. (Honest data sets
     share short texts by chance: SST-2's test rows and Banking77's 0.3 %. A copied or overlapping
@@ -171,7 +171,7 @@ class DataSpec(Section):
     """The rows to choose the best adapter by."""
 
     test: SplitSpec | None = None
-    """The rows that are looked at once, at the end."""
+    """The rows that are used once, at the end."""
 
     split_seed: Seed = 0
     """Seed of the draw of held-out rows; `train.seed` does not change them."""

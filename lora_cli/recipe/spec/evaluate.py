@@ -36,7 +36,7 @@ class GenerationSpec(Section):
     """Longest answer in tokens."""
 
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0 takes the likeliest token every time."""
+    """0 takes the most likely token every time."""
 
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the likeliest tokens that make up this probability."""

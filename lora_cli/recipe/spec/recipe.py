@@ -23,7 +23,7 @@ class Recipe(Section):
     """The pretrained base model."""
 
     task: TaskSpec
-    """What the model shall do."""
+    """What the model should do."""
 
     data: DataSpec
     """Where the rows come from."""
@@ -108,7 +108,7 @@ class Recipe(Section):
             yield key, what, hint
 
     def at(self, key: str) -> str:
-        """Return where a key stands, for an error: `adapter.rank (recipe.yaml:14)`.
+        """Return where a key is, for an error: `adapter.rank (recipe.yaml:14)`.
 
         A key that the recipe leaves out is placed where its section stands.
         """

@@ -8,7 +8,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-Conflicts = Iterator[tuple[str, str, str]]  # of each: the key, what is wrong, how to mend it
+Conflicts = Iterator[tuple[str, str, str]]  # of each: the key, what is wrong, how to fix it
 Word = Annotated[str, Field(min_length=1)]
 Words = Annotated[list[Word], Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]

@@ -1,4 +1,4 @@
-"""`task`: what the model shall do, a class for each type."""
+"""`task`: what the model should do, a class for each type."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class SequenceClassificationSpec(Section):
     """One label a row, any number of labels a row, or one number a row."""
 
     label_separator: Word | None = None
-    """What stands between the labels of a row, where a multi-label column is text."""
+    """The separator between the labels of a row, where a multi-label column is text."""
 
     class_weights: Literal["balanced"] | dict[str, float] | None = None
     """Weight of each label in the loss: by name, or `balanced` (rows / (labels x rows of the
@@ -68,7 +68,7 @@ class SequenceClassificationSpec(Section):
     """The padding token, where the tokenizer has none of its own."""
 
     def conflicts(self) -> Conflicts:
-        """Yield the keys that do not go with `problem`, and labels that stand twice."""
+        """Yield the keys that do not go with `problem`, and labels that appear twice."""
         if self.problem != "single_label" and self.label_smoothing:
             what = f"`label_smoothing` has no meaning with `problem: {self.problem}`"
             yield "label_smoothing", what, "leave it out, or set `problem: single_label`"
@@ -92,8 +92,8 @@ class SequenceClassificationSpec(Section):
             if not label:
                 yield "labels", "a label of `labels` is blank", "give it a name"
             elif times > 1:
-                what = f"the label `{label}` stands {times} times in `labels`"
-                yield "labels", what, "each label stands once, in the order of the model's outputs"
+                what = f"the label `{label}` appears {times} times in `labels`"
+                yield "labels", what, "list each label once, in the order of the model's outputs"
 
     def _column_conflicts(self, columns: list[str]) -> Conflicts:
         if self.problem == "regression":
@@ -108,8 +108,8 @@ class SequenceClassificationSpec(Section):
             yield "labels", what, "name each column's label, in the same order, or leave them out"
         for column, times in Counter(columns).items():
             if times > 1:
-                what = f"the column `{column}` stands {times} times in `label_columns`"
-                yield "label_columns", what, "each column stands once"
+                what = f"the column `{column}` appears {times} times in `label_columns`"
+                yield "label_columns", what, "list each column once"
 
     @property
     def target_columns(self) -> list[str]:
@@ -174,7 +174,7 @@ class CausalLMSpec(Section):
         if (self.prompt_column is None) != (self.completion_column is None):
             given = "prompt_column" if self.prompt_column else "completion_column"
             other = "completion_column" if self.prompt_column else "prompt_column"
-            what = f"`{given}` stands without `{other}`"
+            what = f"`{given}` needs `{other}`"
             yield given, what, f"name both columns: add `{other}: …`"
         if self.is_chat + pair + (self.text_column is not None) > 1:
             yield (
@@ -190,7 +190,7 @@ class CausalLMSpec(Section):
             what = f"`truncate: {self.truncate}` has no meaning with a text column"
             yield "truncate", what, "leave it out: plain texts are divided into several examples"
         if self.format == "sharegpt" and self.messages_column is None:
-            what = "`format: sharegpt` stands without `messages_column`"
+            what = "`format: sharegpt` needs `messages_column`"
             yield "format", what, "name the column: often `messages_column: conversations`"
 
     @property

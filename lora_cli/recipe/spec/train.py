@@ -153,8 +153,8 @@ class TrainSpec(Section):
             what = "`gradient_accumulation_steps` and `examples_per_step` exclude each other"
             yield "examples_per_step", what, "keep one of the two"
         if self.micro_batch_size == "auto" and self.examples_per_step is None:
-            what = "`auto` does not say how many examples a step shall see"
-            yield "micro_batch_size", what, "say it: `--set train.examples_per_step=64`"
+            what = "`auto` does not say how many examples a step should see"
+            yield "micro_batch_size", what, "set it: `--set train.examples_per_step=64`"
 
     @property
     def step_size(self) -> int:
