@@ -25,7 +25,7 @@ WRONG = {
     "x ": "ends with a space",
     " x": "begins with a space",
     "x\n": "ends with a space",
-    "a\u200bb": "cannot be seen",
+    "a\u200bb": "contains an invisible character",
     "file:///a/x": "is an address",
     "FILE:/a/x": "is an address",
     "s3://bucket/x": "is an address",

@@ -110,7 +110,7 @@ def test_a_byte_order_mark_is_dropped(load: Any) -> None:
         (LINES.encode() + b"x: \x00", "U+0000", "r.yaml:4", "delete it"),
         (LINES.encode("utf-16"), "not UTF-8", "r.yaml:1", "UTF-8"),
         (LINES + 'output_dir: "\\UFFFFFFFF"\n', "not a character", "r.yaml:4", "backslash"),
-        (b"#" * 300_000, "too many", "r.yaml", "data file"),
+        (b"#" * 300_000, "has more than", "r.yaml", "data file"),
     ],
 )
 def test_what_is_not_a_recipe_says_why_and_where(
