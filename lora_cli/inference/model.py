@@ -46,9 +46,11 @@ class Base:
 
     def tokens(self, texts: Sequence[Sequence[str]]) -> list[int]:
         """Return the length of each row's texts in tokens, the special ones included."""
+        from lora_cli.tasks.long_texts import token_ids
+
         total = [0] * len(texts)
         for column in zip(*texts, strict=True):
-            encoded = self.tokenizer(list(column), verbose=False)["input_ids"]
+            encoded = (token_ids(self.tokenizer, text) for text in column)
             total = [a + len(ids) for a, ids in zip(total, encoded, strict=True)]
         return total
 

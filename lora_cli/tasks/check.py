@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +19,14 @@ from lora_cli.models import load_config, require_gradient_checkpointing
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Task, build_task
 from lora_cli.tasks.base import Example
-from lora_cli.tasks.encoding import check_data, encode_located, nothing_trained
+from lora_cli.tasks.encoding import (
+    characters_in,
+    check_data,
+    encode_located,
+    nothing_trained,
+)
 from lora_cli.tasks.gate import text_columns, text_of
+from lora_cli.tasks.long_texts import LONG, in_batches
 from lora_cli.tasks.streaming import Stream
 from lora_cli.tasks.unknown import MOST_UNKNOWN, count_unknown, unknown_warning
 
@@ -85,8 +92,15 @@ def _encode_some(task: Task, splits: dict[str, Rows], warns: bool) -> None:
     says_unknown = False
     for name, rows in splits.items():
         some = next(rows.batches(FIRST_ROWS))
-        made = encode_located(task, some, rows.place)
-        if not any(made) and len(rows) <= FIRST_ROWS:
+        made: list[list[Example]] = []
+        lengths = [characters_in(row) for row in some]
+        for part in in_batches(lengths):
+            if not warns and lengths[part.start] > LONG:
+                continue  # takes long, and is encoded with all rows afterwards
+            encoded = encode_located(task, some[part], functools.partial(_place, rows, part.start))
+            # what no warning needs is not kept: a long text has many examples
+            made += encoded if warns else (examples[:1] for examples in encoded)
+        if not any(made) and max(lengths) <= LONG and len(rows) <= FIRST_ROWS:
             raise nothing_trained(task, rows)
         if warns:
             if not says_unknown:  # once: the other splits are written in the same language
@@ -94,6 +108,10 @@ def _encode_some(task: Task, splits: dict[str, Rows], warns: bool) -> None:
             _warn_of(task, name, rows, some, made)
     if task.recipe.data.streaming:
         Stream(task).look()
+
+
+def _place(rows: Rows, first: int, i: int) -> str:
+    return rows.place(first + i)
 
 
 def _warn_of_unknown(

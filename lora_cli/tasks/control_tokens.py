@@ -22,11 +22,13 @@ from collections.abc import Collection
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.errors import LoraError
+from lora_cli.tasks.long_texts import tokens_of
 
 # where unassigned characters begin that can stand for control tokens: the private planes
 BLOCKS = (0xF0000, 0xF8000, 0x100000, 0x108000)
@@ -153,14 +155,11 @@ class Hidden:
         if self.is_needed:
             tokenizer = self.control.plain
             text, spans = self._restored(text, spans)
-        encoding = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        inside = [
-            any(start < last and first < end for first, last in spans)
-            for start, end in encoding["offset_mapping"]
-        ]
-        return list(encoding["input_ids"]), inside
+        tokens = tokens_of(tokenizer, text, special=False)
+        inside = np.zeros(len(tokens.ids), dtype=bool)
+        for first, last in spans:
+            inside |= (tokens.starts < last) & (first < tokens.ends)
+        return tokens.ids, inside.tolist()
 
     def _restored(
         self, text: str, spans: list[tuple[int, int]]

@@ -16,6 +16,7 @@ from lora_cli.data.files import require_columns
 from lora_cli.data.sources import Rows, load_rows, without
 from lora_cli.errors import LoraError, Problem
 from lora_cli.tasks.base import Encoded, Example, Task
+from lora_cli.tasks.long_texts import in_batches
 from lora_cli.unexpected import own_words
 
 
@@ -104,7 +105,7 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
 
     def examples() -> Iterator[Example]:
         first = count = 0
-        for batch in rows.batches(1000):
+        for batch in _bounded(rows.batches(1000)):
             place = functools.partial(_place, rows, first)
             for offset, made in enumerate(encode_located(task, batch, place)):
                 count += len(made)
@@ -136,9 +137,28 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
     dataset = cached_dataset(
         examples, key, datasets.Features({name: feature(t) for name, t in types.items()})
     )
-    without_example = len(rows) - len(np.unique(dataset["row"]))
-    lengths, full = (np.array(dataset[k], dtype=np.int64) for k in ("length", "full_length"))
+    of_row, lengths, full = (
+        dataset.data.column(name).to_numpy().astype(np.int64)
+        for name in ("row", "length", "full_length")
+    )
+    without_example = len(rows) - len(np.unique(of_row))
     return Encoded(rows, dataset, lengths, full, without_example)
+
+
+def _bounded(batches: Iterator[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield rows in batches of bounded text: their tokens are in memory at the same time."""
+    for batch in batches:
+        for part in in_batches([characters_in(row) for row in batch]):
+            yield batch[part]
+
+
+def characters_in(value: Any) -> int:
+    """Return how many characters the texts of a row have, also those inside lists and objects."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(characters_in, value)) if isinstance(value, list) else 0
 
 
 def nothing_trained(task: Task, rows: Rows) -> LoraError:
@@ -185,6 +205,7 @@ def _encoded(task: Task, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
     except Exception as error:  # tokenizers raise plain exceptions of many kinds
         what = f"the tokenizer cannot encode this row: {own_words(error)}"
         raise LoraError(what, hint="leave the row out, or change its text") from error
-    for example in chain.from_iterable(made):
-        task.require_known_tokens(example["input_ids"])
+    # of each example the highest: to ask for each token takes long
+    highest = [max(example["input_ids"], default=0) for example in chain.from_iterable(made)]
+    task.require_known_tokens(highest)
     return made

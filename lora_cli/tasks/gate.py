@@ -105,7 +105,7 @@ class _Look:
     def findings(self) -> SplitFindings:
         split, task = self.split, self.task
         of_row, first, which = np.unique(
-            np.array(split.examples["row"]), return_index=True, return_inverse=True
+            split.examples.data.column("row").to_numpy(), return_index=True, return_inverse=True
         )
         full = split.full_lengths[first]
         long = full > task.max_length

@@ -27,6 +27,7 @@ from lora_cli.recipe import CausalLMSpec
 from lora_cli.tasks.base import IGNORED, Example
 from lora_cli.tasks.chat import ChatTemplate
 from lora_cli.tasks.generation import whole_characters
+from lora_cli.tasks.long_texts import is_long, token_ids
 
 SAMPLE_TOKENS, SAMPLE_NEW_TOKENS = 16, 64  # of a plain text that is continued; of what is added
 
@@ -74,7 +75,7 @@ class RowFormat(ABC):
 
     def begun(self, text: str) -> list[int]:
         """Return the tokens of a text that goes on."""
-        ids: list[int] = self.reader(text, verbose=False)["input_ids"]
+        ids = token_ids(self.reader, text)
         return ids[:-1] if ids and ids[-1] == self.end else ids
 
     def shortened(self, ids: list[int], room: int) -> list[int]:
@@ -123,8 +124,11 @@ class PlainText(RowFormat):
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return the windows of each row."""
         column = self.spec.text_column or "text"
-        texts = self.reader([str(row[column]) for row in rows], verbose=False)
-        return [self._windows(self.ended(ids)) for ids in texts["input_ids"]]
+        texts = [str(row[column]) for row in rows]
+        if any(map(is_long, texts)):
+            return [self._windows(self.ended(token_ids(self.reader, text))) for text in texts]
+        read = self.reader(texts, verbose=False)
+        return [self._windows(self.ended(ids)) for ids in read["input_ids"]]
 
     def _windows(self, ids: list[int]) -> list[Example]:
         """Cut a text into examples of at most `max_length` tokens.
@@ -144,7 +148,7 @@ class PlainText(RowFormat):
     def sample(self, row: dict[str, Any]) -> tuple[list[int], str]:
         """Return the beginning of the text, and what follows it."""
         column = self.spec.text_column or "text"
-        whole: list[int] = self.reader(str(row[column]), verbose=False)["input_ids"]
+        whole = token_ids(self.reader, str(row[column]))
         cut = whole_characters(self.tokenizer, whole, min(SAMPLE_TOKENS, (len(whole) + 1) // 2))
         end = whole_characters(self.tokenizer, whole, cut + SAMPLE_NEW_TOKENS)
         return whole[:cut], str(self.tokenizer.decode(whole[cut:end]))
@@ -161,10 +165,10 @@ class PromptAndCompletion(RowFormat):
         prompt = str(row[self.spec.prompt_column or ""]) + self.spec.separator
         completion = str(row[self.spec.completion_column or ""])
         start = self.begun(prompt)  # a tokenizer that ends texts itself: this one goes on
-        whole = self.reader(prompt + completion, verbose=False)["input_ids"]
+        whole = token_ids(self.reader, prompt + completion)
         if whole[: len(start)] != start:
             # A token spans the border. Generation starts after the prompt's own tokens: train so.
-            whole = start + self.reader(completion, add_special_tokens=False)["input_ids"]
+            whole = start + token_ids(self.reader, completion, special=False)
         whole = self.ended(whole)
         return self.fitted(whole, [IGNORED] * len(start) + whole[len(start) :])
 

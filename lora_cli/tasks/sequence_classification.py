@@ -28,6 +28,7 @@ from lora_cli.tasks.base import TRIAL_TEXT, Batch, Example, Prediction, Task
 from lora_cli.tasks.finite import require_finite
 from lora_cli.tasks.head_rows import arrange_rows
 from lora_cli.tasks.labels import Labels
+from lora_cli.tasks.long_texts import end_of_text, in_batches, is_long, token_ids
 from lora_cli.tasks.padding import fill, positions_of
 
 ALL_SCORES = 20  # labels up to which a prediction keeps the probability of each; of more:
@@ -181,7 +182,12 @@ class SequenceClassification(Task):
         if len(inputs["input_ids"]) < self.max_length:
             return {}
         texts = [str(row[column]) for column in self.input_columns().values()]
-        full = len(self.text_tokenizer(*texts, verbose=False)["input_ids"])
+        tokenizer = self.text_tokenizer
+        if any(map(is_long, texts)):
+            full = sum(len(token_ids(tokenizer, text, special=False)) for text in texts)
+            full += tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)
+        else:
+            full = len(tokenizer(*texts, verbose=False)["input_ids"])
         return {"full_length": full} if full > self.max_length else {}
 
     def _encode_checked(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
@@ -218,18 +224,44 @@ class SequenceClassification(Task):
     def _encode_texts(
         self, rows: Sequence[dict[str, Any]], max_length: int | None = None
     ) -> list[Example]:
-        pairs = self.spec.text_pair_column
         tokenizer = self.text_tokenizer
         tokenizer.truncation_side = "left" if self.spec.truncate == "left" else "right"
-        encoding = tokenizer(
-            [str(row[self.spec.text_column]) for row in rows],
-            [str(row[pairs]) for row in rows] if pairs else None,
-            truncation=True,
-            max_length=max_length or self.max_length,
-            return_attention_mask=False,
-        )
-        keys = [key for key in encoding if key == "input_ids" or key in self.features()]
-        return [{key: encoding[key][i] for key in keys} for i in range(len(rows))]
+        wanted = max_length or self.max_length
+        columns = [self.spec.text_column, *filter(None, [self.spec.text_pair_column])]
+        texts = [self._decisive([str(row[c]) for c in columns], wanted) for row in rows]
+        examples: list[Example] = []
+        for some in in_batches([sum(map(len, row)) for row in texts]):
+            encoding = tokenizer(
+                *(list(column) for column in zip(*texts[some], strict=True)),
+                truncation=True,
+                max_length=wanted,
+                return_attention_mask=False,
+            )
+            keys = [key for key in encoding if key == "input_ids" or key in self.features()]
+            values = (encoding[key] for key in keys)
+            examples += [dict(zip(keys, v, strict=True)) for v in zip(*values, strict=True)]
+        return examples
+
+    def _decisive(self, texts: list[str], wanted: int) -> list[str]:
+        """Return a row's text, or its pair, without what surely lies behind the cut.
+
+        Tokenizers keep what they cut off in parts, and of a pair every part of one text with every
+        part of the other. Of a pair the longer text is cut first, so the longer stays the longer.
+        """
+        tokenizer, last = self.text_tokenizer, self.spec.truncate == "left"
+        ends = [end_of_text(tokenizer, text, wanted, last) for text in texts]
+        if len(texts) > 1 and ends != texts:
+            full, cut = (
+                [len(token_ids(tokenizer, text, special=False)) for text in some]
+                for some in (texts, ends)
+            )
+            if full[0] == full[1]:
+                return texts
+            longer = int(full[1] > full[0])
+            if cut[longer] <= cut[1 - longer]:
+                more = cut[1 - longer] + 1
+                ends[longer] = end_of_text(tokenizer, texts[longer], more, last)
+        return ends
 
     def _label(self, row: dict[str, Any]) -> float | int | list[int]:
         if self.spec.problem == "regression":
