@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.hub import cached_file
 
 from lora_cli.errors import IntegrityError, LoraError, nearest
@@ -211,7 +217,35 @@ def build_empty(auto_class: Any, recipe: Recipe, config: PretrainedConfig) -> nn
         model: nn.Module = auto_class.from_config(
             config, trust_remote_code=recipe.model.trust_remote_code
         )
+    _check_generation_config(auto_class, config, recipe)
     return model
+
+
+def _check_generation_config(auto_class: Any, config: PretrainedConfig, recipe: Recipe) -> None:
+    """Reject a generation_config.json that transformers does not take; there may be none.
+
+    Raises:
+        LoraError: With what is wrong in it.
+    """
+    mapping = auto_class._model_mapping
+    if type(config) not in mapping or not mapping[type(config)].can_generate():
+        return
+    source = _source(recipe)
+    try:
+        GenerationConfig.from_pretrained(
+            source["pretrained_model_name_or_path"], revision=source["revision"]
+        )
+    except OSError as error:  # there is none, or it is no JSON
+        if "valid JSON" not in str(error):
+            return
+        reason = "it is not valid JSON"
+    except Exception as error:  # a value may be wrong in any way
+        reason = own_words(error)
+    else:
+        return
+    what = f"the generation_config.json of `{recipe.model.name}` cannot be used: {reason}"
+    hint = "correct that file in the model's folder, or download it again"
+    raise LoraError(what, recipe.at("model.name"), hint)
 
 
 def load_pretrained(
@@ -247,6 +281,7 @@ def load_pretrained(
         options["attn_implementation"] = recipe.model.attention
     for file in checkpoint_files(recipe):
         read_header(file)
+    _check_generation_config(auto_class, config, recipe)
     with explained(recipe, "weights"):
         model, info = auto_class.from_pretrained(
             **_source(recipe),

@@ -41,6 +41,26 @@ for _name, _changes in {
     CASES.append(Case("Models", f"config.json with {_name}", _config(**_changes)))
 
 
+def _generation_config(text: str) -> Callable[[World], Printed]:
+    def run(world: World) -> Printed:
+        shutil.copytree(world.bases / "llama", world.folder / "base")
+        (world.folder / "base/generation_config.json").write_text(text)
+        task = {"type": "causal_lm", "text_column": "text"}
+        return world.lora("validate", world.recipe(model={"name": "./base"}, task=task))
+
+    return run
+
+
+for _name, _text in {
+    "a word that is no choice": '{"early_stopping": "maybe"}',
+    "a mode of caching that there is not": '{"cache_implementation": "quick"}',
+    "a word for a number": '{"max_new_tokens": "many"}',
+    "a list": "[]",
+    "half a file": '{"do_sample": tr',
+}.items():
+    CASES.append(Case("Models", f"generation_config.json with {_name}", _generation_config(_text)))
+
+
 def _tokenizer(text: str) -> Callable[[World], Printed]:
     def run(world: World) -> Printed:
         shutil.copytree(world.bases / "encoder", world.folder / "base")
