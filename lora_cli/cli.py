@@ -477,7 +477,7 @@ def _predict_file(
 
 def _converse(adapter: Path, recipe: Recipe) -> None:
     _quiet()
-    from lora_cli.conversation import HELP, converse
+    from lora_cli.conversation import HELP, converse, read_line
     from lora_cli.evaluation import open_adapter
 
     def lines() -> Iterator[str]:
@@ -487,7 +487,7 @@ def _converse(adapter: Path, recipe: Recipe) -> None:
         while True:
             if asking:
                 typer.echo("> ", nl=False, err=True)
-            line = sys.stdin.readline()
+            line = read_line(sys.stdin, note)
             if not line:
                 return
             yield line

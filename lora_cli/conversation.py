@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from typing import TextIO
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.generation import decode
 
 Write = Callable[[str], object]
+MOST_CHARACTERS = 1_000_000  # of a line; what is longer is no question, and may not end
 HELP = "/reset forgets the conversation, /quit ends"
 
 
@@ -60,6 +62,20 @@ class Streamer(BaseStreamer):  # type: ignore[misc]  # transformers is untyped
         if len(text) > self.written:
             self.write(text[self.written :])
             self.written = len(text)
+
+
+def read_line(stream: TextIO, note: Write) -> str:
+    """Return the next line that is not too long, with its end; nothing at the end of the stream.
+
+    Args:
+        stream: Where the user writes.
+        note: Takes what to say of a line that is too long; the line is passed over.
+    """
+    while len(line := stream.readline(MOST_CHARACTERS)) == MOST_CHARACTERS and line[-1] != "\n":
+        while line and line[-1] != "\n":
+            line = stream.readline(MOST_CHARACTERS)
+        note(f"a line has {MOST_CHARACTERS:,} characters or more, and is not answered\n")
+    return line
 
 
 def converse(

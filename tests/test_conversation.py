@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 from typer.testing import CliRunner
 
+from lora_cli import conversation
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.folder import save_adapter
 from lora_cli.cli import app
@@ -183,3 +185,23 @@ def test_it_stands_alone(tmp_path: Path, more: list[str]) -> None:
     result = CliRunner().invoke(app, ["predict", "--adapter", ".", "--interactive", *more])
     assert isinstance(result.exception, LoraError)
     assert "`--interactive` excludes" in str(result.exception)
+
+
+def test_a_line_of_any_length_is_passed_over_in_bounded_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(conversation, "MOST_CHARACTERS", 10)
+    sizes, notes = list[int](), list[str]()
+
+    class Recording(io.StringIO):
+        def readline(self, size: int | None = -1) -> str:  # type: ignore[override]
+            sizes.append(-1 if size is None else size)
+            return super().readline(size)
+
+    stream = Recording("short\n" + "x" * 95 + "\n123456789\n" + "y" * 10 + "\nlast" + "z" * 50)
+    lines = []
+    while line := conversation.read_line(stream, notes.append):
+        lines.append(line)
+    assert lines == ["short\n", "123456789\n"]
+    assert len(notes) == 3
+    assert set(sizes) == {10}

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -23,6 +24,7 @@ from torch import nn
 
 from lora_cli import prediction
 from lora_cli.data.files import read_rows
+from lora_cli.data.writing import OutputForm, writing
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import evaluate
 from lora_cli.prediction import answer, answer_file
@@ -563,3 +565,33 @@ def test_a_file_of_any_size_takes_the_memory_of_a_chunk(
     assert peak < size / 10  # a chunk of rows is a sixtieth of them
     with (tmp_path / "out.jsonl").open() as file:
         assert sum(json.loads(row)["text"].strip() == text.strip() for row in file) == count
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_no_temporary_file(tmp_path: Path, number: signal.Signals) -> None:
+    target = tmp_path / "answers.jsonl"
+    before = signal.getsignal(number)
+
+    def interrupted() -> None:
+        with writing(target, OutputForm(["text"])) as write:
+            write([{"text": "a film"}])
+            assert list(tmp_path.iterdir())
+            assert signal.getsignal(number) is not signal.SIG_DFL
+            signal.raise_signal(number)
+
+    with pytest.raises(SystemExit) as ended:
+        interrupted()
+    assert ended.value.code == 128 + number
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(number) is before
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with writing(tmp_path / "answers.jsonl", OutputForm(["text"])) as write:
+            signal.raise_signal(signal.SIGHUP)
+            write([{"text": "a film"}])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "answers.jsonl").is_file()

@@ -7,6 +7,8 @@ import gzip
 import json
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,6 +93,7 @@ def writing(target: Path, form: OutputForm, overwrite: bool = True) -> Iterator[
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     delete_of_dead(target)
+    before = _exit_on_signals()
     try:
         if form.schema is not None:
             with _parquet(temporary, form) as write:
@@ -114,6 +117,27 @@ def writing(target: Path, form: OutputForm, overwrite: bool = True) -> Iterator[
         raise LoraError(what, "--output", "name another file, or free some space") from error
     finally:
         temporary.unlink(missing_ok=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit_on_signals() -> dict[signal.Signals, Any]:
+    """Let signals that would end the process at once raise `SystemExit`, and return what they did.
+
+    Otherwise nothing would delete the temporary file. A signal that is ignored stays so (`nohup`),
+    and one that is handled already.
+    """
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        return {}  # which Python does not let handle signals
+    numbers = [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU]
+    before = {n: signal.SIG_DFL for n in numbers if signal.getsignal(n) is signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, leave)
+    return before
 
 
 @contextmanager
