@@ -20,6 +20,7 @@ from lora_cli.files import write_manifest
 from lora_cli.recipe import load_recipe
 from lora_cli.training import loop, train
 from lora_cli.training.checkpoints import checkpoints
+from lora_cli.training.state import TrainState, recipe_facts, refuse_changes
 from lora_cli.training.step import train_step
 
 Json = dict[str, Any]
@@ -91,7 +92,7 @@ def test_what_a_complete_run_may_not_change_is_named(run: Run, tmp_path: Path) -
     run()
     with pytest.raises(LoraError, match=r"`train.max_steps: 4`, the recipe now says `6`") as caught:
         run("train.max_steps=6", resume=True)
-    assert f"`--set {ALLOWED}` goes on" in str(caught.value)
+    assert f"`--set {ALLOWED}` continues anyway" in str(caught.value)
     with pytest.raises(LoraError, match="has made 4 steps, and the recipe now asks for 3"):
         run("train.max_steps=3", ALLOWED, resume=True)
     with pytest.raises(LoraError, match=r"adapter\.rank"):
@@ -405,3 +406,29 @@ def test_another_version_of_a_library_is_named(run: Run, cut: Path, name: str) -
         run(resume=True)
     report = run(ALLOWED, resume=True)
     assert any(f"{name}: 1.0" in change for change in report["training"]["changes"])
+
+
+def test_keys_that_an_earlier_version_did_not_know_are_no_change(run: Run, cut: Path) -> None:
+    file = cut / "checkpoints" / "step-000002" / "trainer.json"
+    state = json.loads(file.read_text())
+    known = state["recipe"]
+    del known["train"]["optimizer"]["weight_decay"], known["adapter"]["dropout"]
+    del known["evaluate"]["generation"]
+    file.write_text(json.dumps(state))
+    write_manifest(file.parent)
+    for key, value in (("adapter.dropout", 0.1), ("evaluate.generation.max_new_tokens", 7)):
+        with pytest.raises(LoraError, match=f"`{key}: None`, the recipe now says `{value}`"):
+            run(f"{key}={value}", resume=True)  # which that version could not have meant
+    report = run(resume=True)
+    assert report["training"]["steps"] == 4
+    assert report["training"]["changes"] == []
+
+
+def test_a_section_that_was_left_out_is_a_change(recipe: Path) -> None:
+    """`best: {}` has defaults only, but `best: null` chose by another metric."""
+    then = TrainState(recipe=recipe_facts(load_recipe(recipe)))
+    assert refuse_changes(then, load_recipe(recipe)) == []
+    with pytest.raises(
+        LoraError, match=r"evaluate\.best\.metric: None`, the recipe now says `loss`"
+    ):
+        refuse_changes(then, load_recipe(recipe, ["evaluate.best={}"]))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from lora_cli.errors import LoraError, Problem
 from lora_cli.recipe import Recipe
@@ -174,7 +174,7 @@ def _changed_keys(before: dict[str, Any], recipe: Recipe, data_is_read: bool) ->
     facts = recipe_facts(recipe)
     if not data_is_read:
         _adopt_findings(facts["task"], before["task"])
-    then, now = flat(before), flat(facts)
+    then, now = flat(_with_new_defaults(before, recipe, facts)), flat(facts)
     return {
         key: Problem(
             f"the run was started with `{key}: {then.get(key)}`, the recipe now says "
@@ -184,6 +184,36 @@ def _changed_keys(before: dict[str, Any], recipe: Recipe, data_is_read: bool) ->
         for key in sorted(then.keys() | now.keys())
         if then.get(key) != now.get(key)
     }
+
+
+def _with_new_defaults(saved: Any, now: Any, facts: Any) -> Any:
+    """Return saved facts with the recipe keys that an earlier version did not know.
+
+    Such a key was not in what that version saved. A default asks for nothing, so it is no change.
+
+    Args:
+        saved: What the run was started with.
+        now: The recipe now, or a part of it.
+        facts: The same part as facts.
+    """
+    if isinstance(now, BaseModel) and isinstance(saved, dict) and isinstance(facts, dict):
+        result = dict(saved)
+        for name, key in type(now).model_fields.items():
+            shown, value = key.alias or name, getattr(now, name)
+            if shown not in facts:
+                continue
+            if shown in saved:
+                result[shown] = _with_new_defaults(saved[shown], value, facts[shown])
+            elif not key.is_required() and value == key.get_default(call_default_factory=True):
+                result[shown] = facts[shown]
+        return result
+    if isinstance(now, dict) and isinstance(saved, dict) and isinstance(facts, dict):
+        known = saved.keys() & now.keys() & facts.keys()
+        return saved | {k: _with_new_defaults(saved[k], now[k], facts[k]) for k in known}
+    if all(isinstance(part, list) and len(part) == len(facts) for part in (saved, now, facts)):
+        parts = zip(saved, now, facts, strict=True)
+        return [_with_new_defaults(*part) for part in parts]
+    return saved
 
 
 def _changed_facts(then: TrainState, now: TrainState) -> dict[str, Problem]:
