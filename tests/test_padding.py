@@ -13,14 +13,17 @@ from transformers import (
     AlbertConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BartConfig,
     BertConfig,
     ConvBertConfig,
     DistilBertConfig,
     FNetConfig,
+    GenerationConfig,
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
     ReformerConfig,
+    RwkvConfig,
     XLNetConfig,
 )
 
@@ -29,6 +32,7 @@ from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Task, build_task
 from lora_cli.tasks.batch_check import check_training, choose_padding
 from lora_cli.tasks.encoding import load_data
+from lora_cli.tasks.generation import REPLACEMENT
 from lora_cli.tasks.packing import check_packing
 from lora_cli.tasks.padding import NONE, Padding
 
@@ -75,6 +79,24 @@ def config(kind: str) -> PretrainedConfig:
                 num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
                 max_position_embeddings=130, **ENDS,
             )  # fmt: skip
+        case "bart":
+            return BartConfig(
+                vocab_size=tiny.vocabulary(), d_model=32, encoder_layers=2, decoder_layers=2,
+                encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+                decoder_ffn_dim=48, max_position_embeddings=128, dropout=0.0, is_decoder=True,
+                is_encoder_decoder=False, **ENDS,
+            )  # fmt: skip
+        case "rwkv":
+            return RwkvConfig(
+                vocab_size=tiny.vocabulary(), hidden_size=32, num_hidden_layers=2,
+                attention_hidden_size=32, intermediate_size=48, context_length=128, **ENDS,
+            )  # fmt: skip
+        case "longrope":  # its positions are scaled by the longest row of a batch
+            scaling = {
+                "rope_type": "longrope", "original_max_position_embeddings": 16, "factor": 8.0,
+                "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 10000.0,
+            }  # fmt: skip
+            return LlamaConfig(**config("llama").to_dict() | {"rope_parameters": scaling})
         case "reformer":
             return ReformerConfig(
                 vocab_size=tiny.vocabulary(), hidden_size=32, num_attention_heads=2,
@@ -198,6 +220,51 @@ def test_an_encoder_is_no_language_model(tmp_path: Path) -> None:
     task, model = opened(folder, tmp_path, task=LANGUAGE)
     with pytest.raises(LoraError, match="sees the tokens that it has to predict"):
         choose_padding(task, model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bart", "rwkv", "longrope"])
+def test_a_prompt_is_answered_among_others_as_transformers_answers_it_alone(
+    kind: str, tmp_path: Path
+) -> None:
+    folder = base(tmp_path / "base", kind, AutoModelForCausalLM)
+    short = {"generation": {"max_new_tokens": 6}}
+    task, model = opened(folder, tmp_path, task=LANGUAGE, evaluate=short)
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    plain.generation_config = GenerationConfig(pad_token_id=tiny.PAD, eos_token_id=tiny.EOS)
+    texts = ["a great plot", *tiny.CORPUS, "fun", "fun " * 30]
+    wanted = []
+    for text in texts:
+        ids = torch.tensor([task.prompt({"text": text})])
+        with torch.no_grad():
+            said = plain.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        # the last token may be a part of a character
+        wanted.append(task.tokenizer.decode(said, skip_special_tokens=True).rstrip(REPLACEMENT))
+    batches = texts[:3], texts[3:-1], texts[-4:]  # each has a longer or a shorter one than before
+    for batch in batches:
+        found = task.answer(model, [{"text": text} for text in batch])
+        answers = [str(answer).rstrip(REPLACEMENT) for (answer,) in found]
+        assert answers == [wanted[texts.index(text)] for text in batch]
+    assert len(set(wanted)) > 3
+
+
+@pytest.mark.parametrize(("kind", "n_calls"), [("llama", 1), ("bart", 3)])
+def test_prompts_are_answered_together_where_padding_changes_nothing(
+    kind: str, n_calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = base(tmp_path / "base", kind, AutoModelForCausalLM)
+    short = {"generation": {"max_new_tokens": 2}}
+    task, model = opened(folder, tmp_path, task=LANGUAGE, evaluate=short)
+    prompts = [[5] * 4, [6] * 9, [7] * 20]
+    task.generate(model, prompts)  # the trial
+    own, sizes = model.generate, []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        sizes.append(len(options["input_ids"]))
+        return own(*args, **options)
+
+    monkeypatch.setattr(model, "generate", counted)
+    task.generate(model, prompts)
+    assert sizes == [len(prompts) // n_calls] * n_calls
 
 
 class Leaky(torch.nn.Module):

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from lora_cli.adapters.attach import training_mode
 from lora_cli.errors import LoraError
 from lora_cli.tasks.base import Example, Task
-from lora_cli.tasks.padding import NONE, RIGHT, Padding, candidates, tolerance
+from lora_cli.tasks.padding import MOST_NOISE, NONE, RIGHT, Padding, candidates, tolerance
 from lora_cli.unexpected import own_words
 
 LONGEST = 1024  # tokens of the long row of the trial
-MOST_NOISE = 1e-2  # of the outputs: more than that is no rounding
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -16,8 +17,15 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from lora_cli.characters import without_half_character
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.finite import FiniteScores
+from lora_cli.tasks.padding import MOST_NOISE, Padding, fill, tolerance
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+LEFT = Padding("left")
+TRIAL_TOKENS = 3  # the first comes from the prompt, the others from what the model keeps of it
+Together = Literal["any", "same length", "none"]
+# which prompts each model can answer together, and the shortest and longest that showed it
+_TRIED: WeakKeyDictionary[nn.Module, tuple[Together, int, int]] = WeakKeyDictionary()
 
 # keys of a generation config that change no token: ids, limits that the recipe sets, formats
 NEUTRAL = {
@@ -90,12 +98,19 @@ def generate(
         streamer: Is given the tokens of a single prompt's answer as they come.
     """
     room = positions or 10**9
-    groups: dict[int, list[int]] = defaultdict(list)  # prompts by the length of their answers
+    # prompts by the length of their answers, and by what the model can answer together
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    together = _answered_together(model, prompts, pad_id, room)
+    longest = max(map(len, prompts), default=0) + options.max_new_tokens
+    if together == "any" and longest > _same_positions(model):
+        together = "same length"
     for i, prompt in enumerate(prompts):
         assert 0 < len(prompt) < room
-        groups[min(options.max_new_tokens, room - len(prompt))].append(i)
+        length = min(options.max_new_tokens, room - len(prompt))
+        own = {"any": 0, "same length": len(prompt), "none": -1 - i}[together]
+        groups[length, own].append(i)
     answers: dict[int, Answer] = {}
-    for length, members in groups.items():
+    for (length, _), members in groups.items():
         ids = [prompts[i] for i in members]
         for i, row in zip(
             members, _continue(model, ids, length, stops, pad_id, options, streamer), strict=True
@@ -149,13 +164,8 @@ def _continue(
     streamer: Any = None,
 ) -> list[list[int]]:
     """Return the tokens that the model adds to each prompt, and what fills the row behind them."""
-    device = next(model.parameters()).device
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad_id)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):  # on the left, so that every answer starts at once
-        ids[i, width - len(prompt) :] = torch.tensor(prompt)
-        mask[i, width - len(prompt) :] = 1
+    inputs = _padded_left(model, prompts, pad_id)
+    width = inputs["input_ids"].shape[1]
     sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
         # top_k 0: transformers' own default would keep 50 tokens
@@ -165,14 +175,114 @@ def _continue(
     )
     with _without_own_config(model):
         output = model.generate(  # type: ignore[operator]  # transformers' generation mix-in
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            **inputs,
             generation_config=config,
             logits_processor=LogitsProcessorList([FiniteScores(model)]),
             streamer=streamer,
         )
     tokens: list[list[int]] = output[:, width:].tolist()
     return tokens
+
+
+def _padded_left(
+    model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int
+) -> dict[str, torch.Tensor]:
+    """Return prompts as one batch, padded on the left so that all answers start together."""
+    device, rows = next(model.parameters()).device, [list(prompt) for prompt in prompts]
+    ones = [[1] * len(row) for row in rows]
+    return {
+        "input_ids": fill(rows, pad_id, 1, LEFT).to(device),
+        "attention_mask": fill(ones, 0, 1, LEFT).to(device),
+    }
+
+
+def _same_positions(model: nn.Module) -> int:
+    """Return up to how many tokens in a row all rows of a batch have the positions they have alone.
+
+    LongRoPE scales the positions of the whole batch otherwise once its longest row has more.
+    """
+    config: Any = getattr(model, "config", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    rope = rope if isinstance(rope, dict) else {}
+    if rope.get("rope_type", rope.get("type")) != "longrope":
+        return 10**9
+    own = rope.get("original_max_position_embeddings")
+    own = own or getattr(config, "original_max_position_embeddings", None)
+    return int(own) if own else 0
+
+
+def _answered_together(
+    model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int, room: int
+) -> Together:
+    """Return which prompts the model answers in one batch as it answers each alone.
+
+    It is tried on the shortest and the longest prompt, and again when a batch has a shorter or a
+    longer one than any before. BART's decoder counts positions from the start of the row, padded
+    or not; RWKV mixes the rows of a batch even without padding.
+
+    Args:
+        model: The model.
+        prompts: Token ids of each prompt.
+        pad_id: What pads the rows.
+        room: Tokens that the model has positions for.
+    """
+    if len(prompts) < 2:
+        return "any"
+    rows = sorted(map(list, prompts), key=len)
+    short, long = rows[0], rows[-1]
+    n_tokens = min(TRIAL_TOKENS, room - len(long))
+    together, least, most = _TRIED.get(model, ("any", len(short), len(short)))
+    if model not in _TRIED:
+        others = (row[-len(short) :] for row in (*rows, short[::-1]))
+        other = next((ids for ids in others if ids != short), short)
+        if other == short:  # the same prompt again: it shows nothing
+            return "none"
+        if not _is_same_next_to(model, short, other, pad_id, n_tokens):
+            together = "none"
+    is_wider = len(short) < least or len(long) > most
+    if (
+        together == "any"
+        and is_wider
+        and not _is_same_next_to(model, short, long, pad_id, n_tokens)
+    ):
+        together = "same length"
+    _TRIED[model] = together, min(least, len(short)), max(most, len(long))
+    return together
+
+
+def _is_same_next_to(
+    model: nn.Module, short: Sequence[int], other: Sequence[int], pad_id: int, n_tokens: int
+) -> bool:
+    """Return whether the logits after a short prompt do not depend on another one next to it.
+
+    Rounding may differ with the size of a batch: a copy of the short prompt shows by how much.
+    """
+    batches = [short], [short, short], [short, other]
+    alone, copies, padded = (_greedy(model, batch, pad_id, n_tokens) for batch in batches)
+    dtype = next(model.parameters()).dtype
+    for (token, a), (copied, b), (found, c) in zip(alone, copies, padded, strict=True):
+        noise, scale = float((a - b).abs().max()), float(a.abs().max())
+        if not float((a - c).abs().max()) <= min(tolerance(a, noise, dtype), MOST_NOISE * scale):
+            return False
+        if not token == copied == found:  # a tie: what follows is another text
+            break
+    return True
+
+
+@torch.no_grad()
+def _greedy(
+    model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int, n_tokens: int
+) -> list[tuple[int, torch.Tensor]]:
+    """Return the likeliest tokens after the first prompt, each with the logits (V,) it is from."""
+    config = GenerationConfig(
+        max_new_tokens=n_tokens, do_sample=False, pad_token_id=pad_id, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    with _without_own_config(model):
+        output = model.generate(  # type: ignore[operator]  # transformers' generation mix-in
+            **_padded_left(model, prompts, pad_id), generation_config=config
+        )
+    return [(int(logits[0].argmax()), logits[0].float()) for logits in output.logits]
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 ROUNDING = {torch.float32: 128, torch.float16: 16, torch.bfloat16: 8}  # times eps and the scale
 NOISE = 8  # times what the same row differs by when it is computed again, next to a copy of itself
+MOST_NOISE = 1e-2  # of the outputs: more than that is no rounding
 
 
 @dataclass(frozen=True)
