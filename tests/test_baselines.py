@@ -13,6 +13,7 @@ from lora_cli.cli import app
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import evaluate_adapter
 from lora_cli.recipe import load_recipe
+from lora_cli.reporting.page import _against_baselines
 from lora_cli.tasks import build_task
 from lora_cli.tasks.encoding import load_data
 from lora_cli.training import baselines, loop, train
@@ -93,9 +94,10 @@ def test_all_baselines_are_measured_and_shown(base: Path, tmp_path: Path) -> Non
         assert column in (tmp_path / "out" / "README.md").read_text()
     assert report["verdict"]["words"] in result.stdout
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert (
-        "Beats its baselines." if report["verdict"]["passed"] else "Fails its baselines."
-    ) in page
+    assert report["verdict"]["passed"] is None  # of 8 rows
+    assert "8 rows are too few to tell whether the adapter" in report["verdict"]["words"]
+    assert "Too few rows to tell." in page
+    assert "its baselines." not in page
     assert "head alone" in page
     assert json.loads((head / "report.json").read_text())["adapter"] == {"type": "none"}
     # the head is trained as by a recipe of its own
@@ -152,11 +154,41 @@ def test_the_verdict(mode: str, ours: float, others: Any, passed: bool, words: s
         report = {
             "metrics": {"after": {split: {"m": ours}}},
             "baselines": {name: {split: {"m": value}} for name, value in others.items()},
+            "data": {split: {"rows": 30}},
         }
         found = verdict(report, "m", mode)
         assert found["passed"] is passed
         assert words in found["words"]
         assert found["words"].endswith(f"in m on {split}")
+
+
+@pytest.mark.parametrize(
+    ("metric", "ours", "other", "rows", "passed", "head"),
+    [
+        ("accuracy", 1.0, 0.5, 4, None, "Too few rows to tell."),
+        ("accuracy", 0.0, 1.0, 2, None, "Too few rows to tell."),
+        ("accuracy", 0.5, 0.5, 8, None, "Too few rows to tell."),
+        ("f1", 0.7, 0.6, 50, None, "Too few rows to tell."),
+        ("accuracy", 0.9, 0.1, 20, True, "Beats its baselines."),
+        ("accuracy", 0.1, 0.9, 20, False, "Fails its baselines."),
+        ("accuracy", 0.9, 0.8, 1000, True, "Beats its baselines."),
+        ("pearson", 0.9, 0.1, 3, None, "Too few rows to tell."),
+        ("pearson", 0.9, NAN, 8, None, "Too few rows to tell."),
+        ("bleu", 40.0, 1.0, 5, None, "Too few rows to tell."),
+    ],
+)
+def test_few_rows_carry_no_verdict(
+    metric: str, ours: float, other: float, rows: int, passed: Any, head: str
+) -> None:
+    report: dict[str, Any] = {
+        "metrics": {"after": {"test": {metric: ours}}},
+        "baselines": {"majority": {"test": {metric: other}}},
+        "data": {"test": {"rows": rows}},
+    }
+    report["verdict"] = verdict(report, metric, "max")
+    assert report["verdict"]["passed"] is passed
+    assert head in _against_baselines(report)
+    assert (f"{rows} rows are too few" in report["verdict"]["words"]) == (passed is None)
 
 
 @pytest.mark.parametrize(

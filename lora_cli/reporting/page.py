@@ -120,9 +120,14 @@ def _code(text: str) -> str:
 def _against_baselines(report: dict[str, Any]) -> str:
     """Return whether the adapter beats what it was to beat, as `lora train` says it."""
     words, passed = (part(report, "verdict").get(key) for key in ("words", "passed"))
-    if not isinstance(words, str) or passed is None:
+    if not isinstance(words, str):
         return ""
     text = f"{words[:1].upper()}{words[1:]}."
+    if passed is None:
+        unknown = (
+            "Too few rows to tell." if part(report, "verdict").get("split") else "Not measured."
+        )
+        return _box("unknown", unknown, text)
     if passed:
         return _box("good", "Beats its baselines.", text)
     text += " What it costs to train and to serve buys nothing: use the baseline, or change the run"

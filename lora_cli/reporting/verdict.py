@@ -91,7 +91,7 @@ def verdict(
         text += f"always saying the mean ({shown_number(mean)})"
     if before is None and base is None and not poor:  # there is nothing to compare it with
         return Verdict("unknown", "Measured.", f"{text}.")
-    if not _is_clear(name, before, after, rows, lines):
+    if not is_clear(name, before, after, rows, lines):
         if rows < MANY_ROWS:
             text += f": {rows:,} rows are too few to tell this from chance"
             return Verdict("unknown", "Too few rows to tell.", f"{text}.")
@@ -126,8 +126,8 @@ def measured_rows(report: dict[str, Any], split: str) -> int:
     return int(rows - empty)
 
 
-def _is_clear(
-    name: str, before: float | None, after: float, rows: int, lines: Sequence[Line]
+def is_clear(
+    name: str, before: float | None, after: float | None, rows: int, lines: Sequence[Line]
 ) -> bool:
     """Return whether the rows are enough to say that a metric has changed, or has not.
 
@@ -136,7 +136,7 @@ def _is_clear(
     Student's. What was measured before is taken for another sample of as many rows, since its rows
     are not kept: that is on the safe side.
     """
-    if before is None or before == after:
+    if before is None or after is None or before == after:
         return rows >= ENOUGH_ROWS
     difference = abs(after - before)
     if name in SHARES and min(before, after) >= 0 and max(before, after) <= 1:

@@ -19,7 +19,9 @@ from accelerate.state import AcceleratorState, PartialState
 from lora_cli.evaluation import best_by, build_metrics
 from lora_cli.recipe import AdapterSpec, Recipe
 from lora_cli.reporting import write_model_card, write_page, write_report
+from lora_cli.reporting.analysis import finite
 from lora_cli.reporting.report import part, shown_number
+from lora_cli.reporting.verdict import MANY_ROWS, is_clear, measured_rows
 from lora_cli.tasks import Encoded, Task, build_task
 from lora_cli.tasks.encoding import load_data
 from lora_cli.training import loop
@@ -115,6 +117,8 @@ def _head_alone(recipe: Recipe) -> Metrics:
 def verdict(report: dict[str, Any], metric: str, mode: str) -> dict[str, Any]:
     """Return whether the adapter beats the best of its baselines, and say so.
 
+    `passed` is None where nothing is held out, or too few rows to tell a difference from chance.
+
     Args:
         report: With `metrics` and `baselines`.
         metric: What decides, on validation, or on test if there is no validation.
@@ -135,8 +139,13 @@ def verdict(report: dict[str, Any], metric: str, mode: str) -> dict[str, Any]:
     }
     ours = after[split].get(metric)
     best = max(values, key=lambda name: worth(values[name]))
-    passed = worth(ours) > worth(values[best])
+    passed: bool | None = worth(ours) > worth(values[best])
     rest = f"{NAMES[best]} (`{best}`, {shown_number(values[best])}) in {metric} on {split}"
     words = f"the adapter ({shown_number(ours)}) {'beats' if passed else 'FAILS to beat'} {rest}"
+    rows = measured_rows(report, split)
+    if rows < MANY_ROWS and not is_clear(metric, finite(values[best]), finite(ours), rows, ()):
+        passed = None
+        ours_shown = f"the adapter ({shown_number(ours)})"
+        words = f"{rows:,} rows are too few to tell whether {ours_shown} beats {rest}"
     facts = {"metric": metric, "split": split, "adapter": ours}
     return {"passed": passed, "words": words, **facts, "baseline": best, "value": values[best]}
