@@ -350,6 +350,7 @@ def test_what_fills_a_row_is_no_part_of_its_answer(
         tail = torch.tensor([[*said, tiny.EOS, filler, filler]] * len(input_ids))
         return torch.cat([input_ids, tail], dim=1)
 
+    task.answer(model, [{"text": "a"}, {"text": "b c d"}])  # which tries how the model is padded
     monkeypatch.setattr(model, "generate", generate)
     assert task.answer(model, [{"text": "a"}, {"text": "b c d"}]) == [["dull"], ["dull"]]
 
