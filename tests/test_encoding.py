@@ -8,8 +8,9 @@ import pytest
 
 from lora_cli.data.encoding import encoding_of, lines_of, seven_bit_encoding
 from lora_cli.data.files import read_rows
+from lora_cli.data.inputs import input_form
 from lora_cli.data.lines import encoding_hint
-from lora_cli.data.sniffing import read_data_file
+from lora_cli.data.sniffing import read_data_file, read_head
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec
 
@@ -59,6 +60,20 @@ def test_codes_of_letters_are_never_read_as_text(
         list(read_rows(tmp_path / "x.csv", FormatSpec()))
     rows = list(read_rows(tmp_path / "x.csv", FormatSpec(encoding=encoding)))
     assert [row.columns["text"] for row in rows if row.columns][above:] == texts
+
+
+@pytest.mark.parametrize("given", ["utf-8", "cp932"])
+@pytest.mark.parametrize(("encoding", "texts"), [*CODED[:1], ("utf-16-le", ["abc", "def"])])
+def test_codes_are_read_whatever_the_recipe_says_of_its_own_files(
+    encoding: str, texts: list[str], given: str, tmp_path: Path
+) -> None:
+    (tmp_path / "x.csv").write_bytes(table(texts * 4).encode(encoding))
+    form = input_form(
+        tmp_path / "x.csv", read_head(tmp_path / "x.csv"), FormatSpec(encoding=given), ["text"]
+    )
+    assert form.encoding == encoding
+    rows = [row.columns["text"] for row in read_rows(tmp_path / "x.csv", form) if row.columns]
+    assert rows == texts * 4
 
 
 @pytest.mark.parametrize(

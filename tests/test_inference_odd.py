@@ -210,7 +210,7 @@ def test_parquet_of_categories_large_texts_and_more(init: Init, tmp_path: Path) 
 def test_a_compressed_table_without_its_suffix(init: Init) -> None:
     with pytest.raises(LoraError, match="compressed by gzip") as caught:
         init("rows.csv", gzip.compress(TABLE.encode()))
-    assert "end in .gz" in (caught.value.problems[0].hint or "")
+    assert "ends in .gz" in (caught.value.problems[0].hint or "")
     assert said(init("rows.tsv.gz", gzip.compress(TABLE.replace(",", "\t").encode()))) == PLAIN
 
 
@@ -296,3 +296,15 @@ def test_two_encodings_of_the_same_bytes(text: str, encoding: str) -> None:
     found, why = encoding_of(raw)
     assert raw.decode(found) == raw.decode(encoding)
     assert why.split("`")[1] in text.replace(",", "")
+
+
+def test_bytes_that_are_no_text_are_counted_not_tokenized(init: Init, tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    values = pa.array([b"\xff\xfe", *(text.encode() for text in TEXTS[1:])], pa.binary())
+    bad = pa.StringArray.from_buffers(len(values), *values.buffers()[1:])
+    table_of_bytes = pa.table({"text": bad, "label": [label for _, label in ROWS]})
+    pq.write_table(table_of_bytes, tmp_path / "bad.parquet")
+    recipe = init("bad.parquet", tmp_path / "bad.parquet")
+    assert recipe.data.on_bad_row == "skip"

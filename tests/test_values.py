@@ -123,3 +123,9 @@ def test_flags(value: Any, wanted: int | None) -> None:
 
 def test_only_width_and_digits_change() -> None:
     assert half_width("\uff21\uff11\uff0c \u0969 5\u00b2 文") == "A1, 3 5\u00b2 文"
+
+
+def test_several_currencies_are_no_numbers() -> None:
+    assert number_form(["$1,200", "$3"], ",") == NumberForm(".", ",")
+    assert number_form(["$1,200", "3"], ",") == NumberForm(".", ",")
+    assert number_form(["$1,200", "\u20ac3"], ",") is None

@@ -137,6 +137,8 @@ def _names(header: Sequence[str], wanted: Sequence[str]) -> bool:
 
 def _encoding(head: Head, given: FormatSpec) -> str:
     """Return the encoding of a file: the recipe's, unless its bytes are UTF-8 or not in it."""
+    if head.raw.isascii() and head.form.encoding != "utf-8":
+        return head.form.encoding  # letters written in codes, or of two bytes: hardly ASCII
     if head.raw.isascii() or (head.form.encoding != "utf-8" and given.encoding != "utf-8"):
         try:
             head.raw.decode(given.encoding)

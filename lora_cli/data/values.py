@@ -119,6 +119,8 @@ def other_forms(text: str, form: NumberForm) -> str:
 def number_form(texts: Sequence[str], delimiter: str) -> NumberForm | None:
     """Return how the numbers of a column are written, or None if they are no numbers.
 
+    Amounts in several currencies are no numbers that can be compared.
+
     A comma before three digits stands between thousands where commas divide the columns too, or
     where other numbers of the column have none; in `1,2` it may stand between two labels.
 
@@ -127,7 +129,7 @@ def number_form(texts: Sequence[str], delimiter: str) -> NumberForm | None:
         delimiter: What divides the columns of the file.
     """
     fitting = [form for form in FORMS if all(read_number(text, form) is not None for text in texts)]
-    if not fitting:
+    if not fitting or len({sign for text in texts if (sign := currency_of(text))}) > 1:
         return None
     plain = [divided_currency(half_width(text).strip())[0].lstrip("+-") for text in texts]
     if FORMS[0] in fitting:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lora_cli.data.conversations import conversation_fault, read_conversations
 from lora_cli.inference.model import SAMPLE, Base
+from lora_cli.inference.turns import TurnCounter, conversations_of
 from lora_cli.inference.written import Chosen
-
-TURN_TOKENS = 4  # that a template adds to a turn, at the least
 
 
 def rows_without_answer(
-    splits: Sequence[Sequence[dict[str, Any]]], base: Base, chosen: Chosen, length: int
+    splits: Sequence[Sequence[dict[str, Any]]],
+    base: Base,
+    chosen: Chosen,
+    length: int,
+    turns: TurnCounter | None = None,
 ) -> tuple[int, int] | None:
     """Return in how many of some rows the prompt alone is as long as an example may be.
 
@@ -22,6 +24,7 @@ def rows_without_answer(
         base: Its tokenizer counts; without one, nothing is known.
         chosen: The task.
         length: `max_length`, in tokens.
+        turns: Counts conversations with the chat template.
 
     Returns:
         Those rows, and how many were measured; None if there are none.
@@ -29,21 +32,18 @@ def rows_without_answer(
     if base.tokenizer is None or not (chosen.is_chat or "prompt_column" in chosen.keys):
         return None
     rows = [row for split in splits for row in split[:: max(1, len(split) // SAMPLE)]]
-    found = [(text, turns) for row in rows for text, turns in _prompt(row, chosen)]
-    lengths = base.tokens([[text] for text, _ in found])
-    count = sum(n + extra >= length for n, (_, extra) in zip(lengths, found, strict=True))
-    return (count, len(found)) if count else None
+    if chosen.is_chat:
+        if turns is None:
+            return None
+        asked = [turns.prompt(one) for row in rows for one in conversations_of(row, chosen)]
+        lengths = [tokens for tokens in asked if tokens is not None]
+    else:
+        lengths = base.tokens([[_prompt(row, chosen)] for row in rows])
+    count = sum(tokens >= length for tokens in lengths)
+    return (count, len(lengths)) if count else None
 
 
-def _prompt(row: dict[str, Any], chosen: Chosen) -> list[tuple[str, int]]:
-    """Return what stands before the first answer, and the tokens that a template adds to it."""
+def _prompt(row: dict[str, Any], chosen: Chosen) -> str:
+    """Return what stands before the answer."""
     keys = chosen.keys
-    if not chosen.is_chat:
-        return [(str(row.get(keys["prompt_column"]) or "") + keys.get("separator", ""), 0)]
-    form, column = keys["format"], keys.get("messages_column")
-    if conversation_fault(row, form, column):
-        return []
-    messages = read_conversations(row, form, column)[0].messages
-    first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    text = "\n".join(str(message.get("content") or "") for message in messages[:first])
-    return [(text, TURN_TOKENS * (first + 1))]
+    return str(row.get(keys["prompt_column"]) or "") + str(keys.get("separator", ""))

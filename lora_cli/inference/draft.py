@@ -36,6 +36,7 @@ from lora_cli.inference.memory import (
 from lora_cli.inference.model import Base, look_at
 from lora_cli.inference.splits import Keys, Rows, choose_splits, is_unusable
 from lora_cli.inference.task import choose_task
+from lora_cli.inference.turns import TurnCounter
 from lora_cli.inference.writing import SCHEMA, commented_yaml
 from lora_cli.inference.written import Chosen, translation
 from lora_cli.recipe import FormatSpec, Recipe
@@ -230,9 +231,12 @@ def _task(draft: Draft, base: Base, chosen: Chosen, splits: Sequence[Rows]) -> N
     if chosen.is_chat and base.lacks_template:
         draft.put("task", "chat_template", TEMPLATE, "the model has none; this is ChatML")
         draft.extra_files[TEMPLATE] = CHATML
-    length, why = length_of(splits, base, chosen)
+    turns = None
+    if chosen.is_chat and base.tokenizer is not None:
+        turns = TurnCounter(base.tokenizer, CHATML if base.lacks_template else None)
+    length, why = length_of(splits, base, chosen, turns)
     draft.put("task", "max_length", length, why)
-    if (without := rows_without_answer(splits, base, chosen, length)) is not None:
+    if (without := rows_without_answer(splits, base, chosen, length, turns)) is not None:
         count, of = without
         draft.put(
             "task",

@@ -10,20 +10,31 @@ from typing import Any
 from lora_cli.inference.columns import is_blank
 from lora_cli.inference.model import SAMPLE, Base
 from lora_cli.inference.splits import Rows
+from lora_cli.inference.turns import TurnCounter, conversations_of
 from lora_cli.inference.written import Chosen
 
 FITTING = 0.99  # share of the rows that should not be cut
 LONGEST = {"sequence_classification": 512, "causal_lm": 2048}  # more is slow, whatever fits
 
 
-def length_of(splits: Sequence[Rows], base: Base, chosen: Chosen) -> tuple[int, str]:
-    """Return the longest input in tokens, and what it was measured by."""
+def length_of(
+    splits: Sequence[Rows], base: Base, chosen: Chosen, turns: TurnCounter | None = None
+) -> tuple[int, str]:
+    """Return the longest input in tokens, and what it was measured by.
+
+    Args:
+        splits: The rows of train, and of other files; a sample of them is measured.
+        base: Its tokenizer counts.
+        chosen: The task.
+        turns: Counts conversations with the chat template, where the tokenizer is known.
+    """
     wanted, unit = 0, ""
     for rows in filter(None, splits):  # the held-out rows may be longer
-        lengths, unit = _tokens(rows[:: max(1, len(rows) // SAMPLE)], base, chosen)
+        lengths, unit = _tokens(rows[:: max(1, len(rows) // SAMPLE)], base, chosen, turns)
         wanted = max(wanted, sorted(lengths)[math.ceil(FITTING * len(lengths)) - 1])
     most = min(LONGEST[chosen.keys["type"]], base.positions or 1 << 30)
-    wanted += 16 if chosen.is_chat else 0  # what a template adds, at the least
+    if chosen.is_chat and turns is None:
+        wanted += 16  # what a template adds, at the least
     running = chosen.keys["type"] == "causal_lm" and "text_column" in chosen.keys
     if running and wanted > min(512, most):
         length, why = min(512, most), "longer texts are divided into several examples"
@@ -35,8 +46,14 @@ def length_of(splits: Sequence[Rows], base: Base, chosen: Chosen) -> tuple[int, 
     return length, why
 
 
-def _tokens(rows: Rows, base: Base, chosen: Chosen) -> tuple[list[int], str]:
+def _tokens(
+    rows: Rows, base: Base, chosen: Chosen, turns: TurnCounter | None
+) -> tuple[list[int], str]:
     """Return the lengths of rows, and what they were measured by."""
+    if chosen.is_chat and turns is not None:
+        written = [turns.whole(one) for row in rows for one in conversations_of(row, chosen)]
+        if lengths := [length for length in written if length is not None]:
+            return lengths, "the model's tokens"
     texts = [[_as_text(row.get(name)) for name in chosen.inputs] for row in rows]
     if base.tokenizer is not None:
         return base.tokens(texts), "the model's tokens"

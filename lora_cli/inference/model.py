@@ -50,7 +50,9 @@ class Base:
 
         total = [0] * len(texts)
         for column in zip(*texts, strict=True):
-            encoded = (token_ids(self.tokenizer, text) for text in column)
+            # bytes that are not text stop the tokenizer; their rows are skipped later, and counted
+            read = (text.encode("utf-8", "replace").decode() for text in column)
+            encoded = (token_ids(self.tokenizer, text) for text in read)
             total = [a + len(ids) for a, ids in zip(total, encoded, strict=True)]
         return total
 

@@ -18,6 +18,7 @@ from typing import Any
 from lora_cli.characters import normalised
 from lora_cli.data.conversations import conversation_fault
 from lora_cli.data.files import read_rows
+from lora_cli.data.lines import byte_fault
 from lora_cli.data.parallel import BRACES, parts_of
 from lora_cli.data.sniffing import DataFile
 from lora_cli.data.splits import containing, draw
@@ -93,6 +94,10 @@ def is_unusable(row: dict[str, Any], chosen: Chosen) -> bool:
     keys = chosen.keys
     needed = [name for name in chosen.inputs if keys.get("format") != "alpaca" or name != "input"]
     if any(is_blank(row.get(name)) for name in needed):
+        return True
+    if any(
+        isinstance(value := row.get(name), str) and byte_fault(value, "UTF-8") for name in needed
+    ):
         return True
     if chosen.is_chat:
         return bool(conversation_fault(row, keys["format"], keys.get("messages_column")))

@@ -112,7 +112,7 @@ def choose_task(
     if chosen.is_chat or "prompt_column" in chosen.keys:
         _refuse_unsupported(chosen, columns, rows, place)
     for column in columns:
-        if column.name not in chosen.used:
+        if column.name not in chosen.used | chosen.also_read:
             chosen.left_out[column.name] = content_of(column)
     return chosen
 

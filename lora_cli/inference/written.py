@@ -19,6 +19,12 @@ PROMPT_NAMES = [
     ("article", "summary"), ("document", "summary"), ("text", "summary"),
     ("article", "highlights"), ("dialogue", "summary"), ("frage", "antwort"),
 ]  # fmt: skip
+CONVERSATION_COLUMNS = {  # that are read besides the turns, by the format of the conversation
+    "openai": {"system", "tools", "functions"},
+    "sharegpt": {"system", "tools", "functions"},
+    "alpaca": {"system", "history"},
+    "self_instruct": {"system"},
+}
 CONTEXT_NAMES = ("context", "input", "passage", "knowledge", "document")
 
 
@@ -44,6 +50,11 @@ class Chosen:
     def is_chat(self) -> bool:
         """Whether a row is a conversation, written with the model's chat template."""
         return "format" in self.keys
+
+    @property
+    def also_read(self) -> set[str]:
+        """The columns that conversations are read from besides their turns, where there are any."""
+        return CONVERSATION_COLUMNS.get(self.keys.get("format", ""), set())
 
     @property
     def used(self) -> set[str]:

@@ -151,7 +151,7 @@ class Labels:
         currency = currency_of(value) if isinstance(value, str) else ""
         self._currency = self._currency or currency
         if currency and currency != self._currency:
-            return f"column `{column}` {_said(value)}, and rows before it {self._currency}"
+            return f"column `{column}` {_said(value)}, where rows before it have `{self._currency}`"
         return ""
 
     def fault_of_marks(self, row: dict[str, Any], columns: list[str]) -> str:
@@ -321,5 +321,7 @@ def _said(value: Any) -> str:
 
 def _sorted(values: Counter[str]) -> list[str]:
     """Return labels in order: by value where all are numbers, else by name."""
-    numeric = all(number(value) is not None for value in values)
-    return sorted(values, key=(lambda v: (float(v), v)) if numeric else None)
+    numbers = {value: number(value) for value in values}
+    if None in numbers.values():
+        return sorted(values)
+    return sorted(values, key=lambda value: (numbers[value], value))

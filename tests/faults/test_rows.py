@@ -412,4 +412,7 @@ def test_two_currencies_in_a_column_are_told_apart(world: World) -> None:
     printed = world.lora("validate", world.recipe(task={
         "label_column": "score", "problem": "regression"}))  # fmt: skip
     assert printed.code == 2
-    assert "column `score` holds `\u20ac5`, and rows before it $\n  at rows.csv:" in printed.err
+    assert (
+        "column `score` holds `\u20ac5`, where rows before it have `$`\n  at rows.csv:"
+        in printed.err
+    )
