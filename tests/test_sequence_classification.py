@@ -255,7 +255,7 @@ def test_many_unknown_labels_are_not_all_listed(bert: Path, tmp_path: Path) -> N
     ("values", "options", "message"),
     [
         (["a", "a"], {}, "there is one label only, `a`"),
-        (["a", "b"], {"labels": ["a", " a"]}, "the label `a` stands 2 times"),
+        (["a", "b"], {"labels": ["a", " a"]}, "the label `a` appears 2 times"),
         (["a", None], {}, "column `label` is blank"),
         (["a", float("nan")], {}, "column `label` is blank"),
         (["a", ["b"]], {}, "column `label` holds a list, not one label"),
