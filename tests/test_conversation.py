@@ -111,7 +111,7 @@ def test_a_long_chat_forgets_its_oldest_turns(
     assert "8 great" in prompts[-1]
     assert "7 great" in prompts[-1]
     _, notes = talk(chat, *lines)
-    assert "oldest turns are left out" in notes
+    assert "oldest turns were dropped" in notes
 
 
 def test_what_is_streamed_is_the_answer(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def test_a_damaged_gz_is_an_error_of_the_file(damage: str, tmp_path: Path) -> No
         raw[len(raw) // 2 : len(raw) // 2 + 20] = b"\0" * 20
     file = tmp_path / "x.csv.gz"
     file.write_bytes(raw)
-    what = "is cut off" if damage == "cut" else "is no gzip file, or a damaged one"
+    what = "is cut off" if damage == "cut" else "is not a gzip file, or it is damaged"
     with pytest.raises(LoraError, match=rf"{what}\n  at .*x\.csv\.gz\nhint: copy"):
         list(read_rows(file, FormatSpec()))
 
@@ -299,7 +299,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert good(rows) == [["a", 1, ["x"]], [None, 2, []]]
     assert [row.place for row in rows] == ["x.parquet[0]", "x.parquet[1]"]
     whole = file.read_bytes()
-    damaged = {whole[:-20]: "cut off or damaged", b"": "no parquet file", b"PAR1": "cut off",
+    damaged = {whole[:-20]: "cut off or damaged", b"": "not a parquet file", b"PAR1": "cut off",
                whole.replace(b"\x15", b"\x16"): "damaged"}  # fmt: skip
     for raw, what in damaged.items():
         file.write_bytes(raw)
@@ -372,7 +372,7 @@ def test_an_empty_file_has_no_rows(name: str, tmp_path: Path) -> None:
 def test_the_kind_of_a_file(tmp_path: Path) -> None:
     assert kind_of(Path("a.JSONL.gz"), FormatSpec()) == "json"
     assert kind_of(Path("a.dat"), FormatSpec(type="csv")) == "csv"
-    with pytest.raises(LoraError, match=r"`a\.dat` is of no known kind[\s\S]*csv` \(or json"):
+    with pytest.raises(LoraError, match=r"`a\.dat` is not a known kind[\s\S]*csv` \(or json"):
         kind_of(Path("a.dat"), FormatSpec())
     with pytest.raises(LoraError, match="cannot be read"):
         list(read_rows(tmp_path / "no.csv", FormatSpec()))

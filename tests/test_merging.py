@@ -104,7 +104,7 @@ def test_the_base_is_the_one_that_the_adapter_names(tmp_path: Path) -> None:
     out = trained(tmp_path, base)
     merge_adapter(str(base), out, tmp_path / "named")
     merge_adapter(None, out, tmp_path / "found")
-    for name in ("recipe.yaml", "computation.json"):  # as PEFT leaves it
+    for name in ("recipe.yaml", "computation.json", "manifest.json"):  # as PEFT leaves it
         (out / name).rename(tmp_path / name)
     merge_adapter(None, out, tmp_path / "peft")
     named = logits(plain(tmp_path / "named"))
@@ -345,7 +345,7 @@ def test_a_target_that_holds_something_is_refused(
 def test_a_fully_trained_model_is_refused(tmp_path: Path) -> None:
     base = base_of("encoder", tmp_path)
     out = trained(tmp_path, base, type="full")
-    with pytest.raises(LoraError, match="whole model already"):
+    with pytest.raises(LoraError, match="already a complete model"):
         merge_adapter(str(base), out, tmp_path / "merged")
     (out / "recipe.yaml").unlink()
     with pytest.raises(LoraError, match=r"adapter_model\.safetensors"):

@@ -70,7 +70,7 @@ def expected_weights(
         place = _place(name, parameters)
         if any(place.startswith(f"{module}.") for module in copies):
             whole[place] = tensor
-        else:
+        elif place in parameters:  # what the base lacks is named by `load_adapter`
             shared[id(parameters[place])] = tensor
     products = {}
     for name, parameter in parameters.items():

@@ -308,7 +308,7 @@ def test_a_model_folder_that_brings_an_adapter_along_is_refused(
     shutil.copy(world.out / "adapter_model.safetensors", base)
     refused = lora("predict", "--adapter", world.out, "a", "--set", f"model.name={base}")
     assert refused.code == 2
-    assert "holds an adapter, not a base model" in refused.err
+    assert "contains an adapter, not a base model" in refused.err
 
 
 # -------------------------------------------------------------------- outside the folders named
