@@ -225,7 +225,8 @@ FOREIGN = [
     ("rows.csv", b"\xd0\xcf\x11\xe0" + bytes(99), "an old Excel workbook", "as csv"),
     ("rows.pdf", b"%PDF-1.4\n" + bytes(range(99)), "a PDF", "extract its text"),
     ("rows.csv", bytes(range(1, 256)) * 20, "not text", "csv, tsv"),
-    ("rows.conll", TOKENS.encode(), "tokens with a tag each .one a line, .* person", "supported tasks"),
+    ("rows.conll", TOKENS.encode(), "tokens with a tag each .one a line, .* person",
+     "supported tasks"),
     ("rows.jsonl", lines([{"tokens": ["a", "b"], "ner_tags": [0, i % 5]} for i in range(20)])
      .encode(), "`tokens` and `ner_tags`, 20 sentences, 5 tags", "supported tasks"),
     ("rows.csv", table(["path", "speaker"], [[f"a/{i}.wav", "xy"[i % 2]] for i in range(30)])
