@@ -97,6 +97,11 @@ def converse(
         lines: What the user says.
         write: Takes the answers, piece by piece.
         note: Takes what is not an answer: errors, hints.
+
+    Raises:
+        LoraError: If the next answer would fail too, such as a full disk behind standard output
+            (exit code 5) or scores that are not finite (3). What is wrong with a single message
+            is noted, and the conversation continues.
     """
     model.eval()
     history: list[Message] = []
@@ -113,6 +118,8 @@ def converse(
             try:
                 _reply(model, task, accelerator, said, history, write, note)
             except LoraError as error:
+                if error.exit_code != LoraError.exit_code:  # every further answer would fail too
+                    raise
                 note(f"{error}\n")
 
 

@@ -17,7 +17,7 @@ from lora_cli.adapters.attach import attach
 from lora_cli.adapters.folder import save_adapter
 from lora_cli.cli import app
 from lora_cli.conversation import Streamer, converse
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, NumericsError, ResourceError
 from lora_cli.recipe import dump_recipe, load_recipe
 from lora_cli.tasks import Task, build_task
 
@@ -155,6 +155,20 @@ def test_what_is_wrong_is_noted_and_the_talk_goes_on(
     _, notes = talk(chat, "/help", "one", "two")
     assert notes.startswith("there is no command /help; /reset forgets")
     assert notes.endswith("error: refused\n")
+
+
+@pytest.mark.parametrize("kind", [NumericsError, ResourceError])
+def test_what_no_further_message_can_mend_ends_the_conversation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[LoraError]
+) -> None:
+    chat = opened(folder_of(tmp_path, task=CHAT))
+
+    def generate(*_: Any) -> list[str]:
+        raise kind("broken")
+
+    monkeypatch.setattr(chat[0], "generate", generate)
+    with pytest.raises(kind, match="broken"):
+        talk(chat, "one", "two")
 
 
 def test_a_classifier_answers_line_by_line(tmp_path: Path) -> None:
