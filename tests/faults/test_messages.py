@@ -52,6 +52,8 @@ MASKS = [
     (r"(not a whole safetensors file: ).*", r"\1…"),
     (r"(cannot read the model: ).*", r"\1…"),
     (r"(is no address: ).*", r"\1…"),
+    (r"(the generation_config.json of `[^`]*` cannot be used: ).*", r"\1…"),
+    (r"the token `[^`]*` has the id \d+", "the token `…` has the id …"),  # ties: by chance
     (r"(not valid JSON: Exp).*", r"\1…"),
     (r"fingerprint \w{16,}", "fingerprint …"),
 ]
