@@ -787,7 +787,7 @@ def test_a_script_that_wants_other_rows(script):
 
 def test_a_script_that_wants_other_inputs(script):
     features = '{"predictions": datasets.Value("string"), "sources": datasets.Value("string")}'
-    with pytest.raises(LoraError, match="wants predictions, sources; a task yields"):
+    with pytest.raises(LoraError, match="expects predictions, sources; a task yields"):
         MetricSet([script('{"a": 1.0}', features)], "text")
 
 

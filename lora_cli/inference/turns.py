@@ -9,7 +9,6 @@ from typing import Any
 from lora_cli.data.conversations import Conversation, conversation_fault, read_conversations
 from lora_cli.errors import LoraError
 from lora_cli.inference.written import Chosen
-from lora_cli.tasks.chat import ChatTemplate
 
 
 class TurnCounter:
@@ -21,6 +20,8 @@ class TurnCounter:
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+        from lora_cli.tasks.chat import ChatTemplate  # torch, which most drafts do not need
+
         if template is not None:
             tokenizer = copy.copy(tokenizer)
             tokenizer.chat_template = template
