@@ -22,7 +22,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and an adapter trained on it."""
     top = tmp_path_factory.mktemp("computation")
     tiny.save_encoder(top / "bases" / "encoder")
-    world = World(top / "work", top / "bases")
+    world = World(top / "folder", top / "bases")
     recipe = world.recipe(task={"labels": ["bad", "good"]})
     assert world.lora("train", recipe, "-o", "out").code == 0
     return top
@@ -31,8 +31,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def world(source: Path, tmp_path: Path) -> World:
     shutil.copytree(source, tmp_path / "top")
-    edit(tmp_path / "top/work/out/recipe.yaml", str(source), str(tmp_path / "top"))
-    return World(tmp_path / "top" / "work", tmp_path / "top" / "bases")
+    edit(tmp_path / "top/folder/out/recipe.yaml", str(source), str(tmp_path / "top"))
+    return World(tmp_path / "top" / "folder", tmp_path / "top" / "bases")
 
 
 USES: dict[str, Callable[[World], Printed]] = {
