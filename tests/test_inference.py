@@ -505,11 +505,11 @@ def test_the_recipe_says_why(init: Init, tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------ real files
 
-MESSAGES = {"type": "causal_lm", "format": "self_instruct"}
+MESSAGES = {"type": "causal_lm", "format": "self_instruct", "truncate": "left"}
 PLAIN = {"type": "causal_lm", "text_column": "text"}
 PROMPTS = {
     "type": "causal_lm", "prompt_column": "question", "completion_column": "answer",
-    "separator": "\n",
+    "separator": "\n", "truncate": "left",
 }  # fmt: skip
 DRAWN = None
 
@@ -582,7 +582,7 @@ def test_real_files(
         ("fsdd/metadata.csv", "the rows are about files of sound or pictures"),
         ("fsdd/recordings.zip", "an Excel workbook or another zip archive"),
         ("speech_jfk/jfk.flac", "this is sound"),
-        ("mnist_test/t10k-images-idx3-ubyte.gz", "this is no text"),
+        ("mnist_test/t10k-images-idx3-ubyte.gz", "this is not text"),
         ("gsm8k/train.jsonl", "the model is an encoder"),
     ],
 )
