@@ -172,6 +172,10 @@ def test_the_verdict(mode: str, ours: float, others: Any, passed: bool, words: s
         ("accuracy", 0.9, 0.1, 20, True, "Beats its baselines."),
         ("accuracy", 0.1, 0.9, 20, False, "Fails its baselines."),
         ("accuracy", 0.9, 0.8, 1000, True, "Beats its baselines."),
+        ("accuracy", 0.82, 0.80, 1000, None, "No clear change."),
+        ("accuracy", 0.80, 0.82, 1000, None, "No clear change."),
+        ("pearson", 0.50, 0.52, 200, None, "No clear change."),
+        ("accuracy", 0.80, 0.80, 1000, False, "Fails its baselines."),
         ("pearson", 0.9, 0.1, 3, None, "Too few rows to tell."),
         ("pearson", 0.9, NAN, 8, None, "Too few rows to tell."),
         ("bleu", 40.0, 1.0, 5, None, "Too few rows to tell."),
@@ -188,7 +192,26 @@ def test_few_rows_carry_no_verdict(
     report["verdict"] = verdict(report, metric, "max")
     assert report["verdict"]["passed"] is passed
     assert head in _against_baselines(report)
-    assert (f"{rows} rows are too few" in report["verdict"]["words"]) == (passed is None)
+    words = report["verdict"]["words"]
+    assert (f"{rows} rows are too few" in words) == (head == "Too few rows to tell.")
+    assert (f"no clear difference on {rows:,} rows" in words) == (head == "No clear change.")
+
+
+def test_a_mean_loss_is_judged_by_the_losses_of_the_rows(tmp_path: Path) -> None:
+    report: dict[str, Any] = {
+        "metrics": {"after": {"test": {"loss": 1.0}}},
+        "baselines": {"base": {"test": {"loss": 1.05}}},
+        "data": {"test": {"rows": 200}},
+    }
+    assert verdict(report, "loss", "min")["passed"] is True  # nothing tells how they spread
+    (tmp_path / "predictions").mkdir()
+    for spread, passed in ((2.0, None), (0.01, True)):
+        lines = [
+            json.dumps({"row": i, "loss": 1.0 + spread * (-1) ** i, "n_items": 1})
+            for i in range(200)
+        ]
+        (tmp_path / "predictions" / "test.jsonl").write_text("\n".join(lines))
+        assert verdict(report, "loss", "min", tmp_path)["passed"] is passed
 
 
 @pytest.mark.parametrize(

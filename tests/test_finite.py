@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import datasets
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lora_cli.adapters.attach import attach, lora_layers
@@ -23,6 +25,7 @@ from lora_cli.recipe import Recipe, dump_recipe, load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.finite import FiniteScores, likely_cause
 from lora_cli.training.best import Judge
+from lora_cli.training.loop import train
 from lora_cli.training.state import TrainState
 
 
@@ -154,3 +157,21 @@ def test_a_metric_that_is_not_a_number_uses_up_no_patience() -> None:
     for value in (0.4, math.nan, 0.3):
         judge.improved({"pearson": value}, state, 2.0)
     assert state.stopped_early
+
+
+@pytest.mark.parametrize("kind", ["sequence_classification", "causal_lm"])
+def test_a_base_with_such_weights_is_rejected_before_padding_is_tried(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No way of padding would give the same outputs as NaN, and a note would blame the model."""
+    is_lm = kind == "causal_lm"
+    base = (tiny.save_llama if is_lm else tiny.save_encoder)(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(("q_proj.weight", "query.weight")))
+    tensors[name][0, 0] = math.nan
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    task = {"type": "causal_lm", "text_column": "text"} if is_lm else {}
+    recipe = load_recipe(tiny.recipe(base, tmp_path, task=task, train={"max_steps": 1}))
+    with pytest.raises(NumericsError, match=re.escape(name[-20:])):
+        train(recipe)
+    assert "padded" not in capsys.readouterr().err

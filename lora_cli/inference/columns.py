@@ -7,11 +7,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_cli.data.label_lists import listed_labels
-from lora_cli.data.values import PLAIN, NumberForm, divided, number_form, read_number
+from lora_cli.data.values import (
+    FORMS,
+    PLAIN,
+    NumberForm,
+    divided,
+    half_width,
+    number_form,
+    read_number,
+)
 from lora_cli.data.values import flag as value_of_flag
 
 URL = re.compile(r"(https?://|www\.)\S+$", re.IGNORECASE)
@@ -36,6 +44,10 @@ SPLIT_NAMES = {
     "validation": "validation", "dev": "validation", "test": "test", "testing": "test",
     "eval": "test",
 }  # fmt: skip
+NEARLY_NUMBER = re.compile(r"\d")
+MISSING = re.compile(r"(?i)nan|n/?a|null|none|nil|missing|inf(inity)?|[-?.*\u2013\u2014]+|#\S+")
+MOSTLY = 0.9  # share of a column's cells that makes it one of numbers
+MOST_CLASSES = 20  # different whole numbers that may be the names of classes
 SEPARATORS = (";", "|", ",", "、", "+", "/", " ")
 
 
@@ -55,6 +67,7 @@ class Column:
         has_fractions: Some number is not whole.
         separator: What divides the labels in a value, where there are several.
         numbers: How its numbers are written.
+        strays: Of a column of numbers, the cells that are none: (row, from 1, and its text).
     """
 
     name: str
@@ -66,6 +79,7 @@ class Column:
     has_fractions: bool = False
     separator: str | None = None
     numbers: NumberForm = PLAIN
+    strays: tuple[tuple[int, str], ...] = ()
 
     @property
     def rows_per_value(self) -> float:
@@ -124,6 +138,10 @@ def describe(name: str, rows: Sequence[dict[str, Any]], delimiter: str = ",") ->
     # a number that is one in the file needs no reading
     written = [value for value in values if isinstance(value, str)]
     numbers = number_form(written, delimiter) if written else PLAIN
+    if numbers is None and (strays := _strays(name, rows, delimiter)):
+        rest = set(range(1, len(rows) + 1)) - {number for number, _ in strays}
+        column = describe(name, [rows[number - 1] for number in sorted(rest)], delimiter)
+        return replace(column, strays=strays)
     kind = _kind(name, texts, counts, words, numbers)
     column = Column(
         name,
@@ -178,6 +196,36 @@ def _kind(
     if len(counts) * 2 <= len(texts) and words <= 6 and max(map(len, counts)) <= 80:
         return "category"
     return "text" if _is_natural(texts, words) else "category"
+
+
+def _strays(
+    name: str, rows: Sequence[dict[str, Any]], delimiter: str
+) -> tuple[tuple[int, str], ...]:
+    """Return the cells of a column of numbers that are none, or nothing if it is no such column.
+
+    Few names among small whole numbers may be labels: `1`, `2`, `3` and `unknown`.
+    """
+    cells = [(i, label_text(row[name])) for i, row in enumerate(rows, 1) if name in row]
+    cells = [(i, text) for i, text in cells if not is_blank(text)]
+    plausible = [(i, text) for i, text in cells if NEARLY_NUMBER.search(half_width(text))]
+    if len(plausible) < MOSTLY * len(cells):  # which spares most columns of text the rest
+        return ()
+    found = [
+        (i, text)
+        for i, text in cells
+        if all(read_number(text, form) is None for form in (PLAIN, *FORMS))
+    ]
+    if not found or len(found) > (1 - MOSTLY) * len(cells) or len(cells) - len(found) < 5:
+        return ()
+    bad = {i for i, _ in found}
+    form = number_form([text for i, text in cells if i not in bad], delimiter)
+    if form is None:
+        return ()
+    numbers = [as_number(text, form) for i, text in cells if i not in bad]
+    is_measured = len(set(numbers)) > MOST_CLASSES or not all(map(float.is_integer, numbers))
+    marks = all(MISSING.fullmatch(text) or NEARLY_NUMBER.search(text) for _, text in found)
+    unlabelled = all(text == "-" for _, text in found)  # as in SNLI: rows without a label
+    return tuple(found) if is_measured or (marks and not unlabelled) else ()
 
 
 def as_number(text: str, form: NumberForm | None = None) -> float:

@@ -20,6 +20,7 @@ from lora_cli.errors import LoraError
 from lora_cli.inference.columns import SPLIT_NAMES, Column, as_number, describe
 from lora_cli.inference.cutting import rows_without_answer
 from lora_cli.inference.folder import read_source
+from lora_cli.inference.hints import without_overrides
 from lora_cli.inference.lengths import length_of
 from lora_cli.inference.memory import (
     GIB,
@@ -112,6 +113,23 @@ def draft_recipe(
     Raises:
         LoraError: If the file cannot be read, or it cannot be decided what to learn from it.
     """
+    try:
+        return _drafted(source, model, target, text, label, second, pair, memory)
+    except LoraError as error:
+        raise without_overrides(error) from error
+
+
+def _drafted(
+    source: Path,
+    model: str,
+    target: Path,
+    text: str | None,
+    label: str | None,
+    second: Path | None,
+    pair: str | None,
+    memory: float | None,
+) -> Draft:
+    """Return the recipe; errors may speak of keys that only a recipe has."""
     file = read_source(source) if second is None else read_pair(source, second)
     base = look_at(model)
     columns = [describe(name, file.rows, _delimiter(file)) for name in file.columns]

@@ -335,7 +335,9 @@ def _label_keys(
     if label.kind in ("other", "blank", "openai", "sharegpt"):
         what = f"`{label.name}` holds {content_of(label)}, no label"
         raise LoraError(what, place, "name another with `--label COLUMN`")
-    values = f"{len(label.counts):,} values"
+    if label.strays:
+        raise _stray_cells(label, place)
+    values = counted(len(label.counts), "value")
     if given:
         reason = f"chosen by you; {values}"
     elif _rank(label) < len(LABEL_NAMES):
@@ -378,6 +380,18 @@ def _label_keys(
             "for a prompt and its completion, name both: `--text PROMPT --label COMPLETION`",
         )
     return keys, why, label.counts
+
+
+def _stray_cells(label: Column, place: str) -> LoraError:
+    """Return the error of a column of numbers with cells that are none."""
+    cells = counted(len(label.strays), "cell")
+    shown = ", ".join(f"`{text[:40]}` in row {number:,}" for number, text in label.strays[:3])
+    more = ", …" if len(label.strays) > 3 else ""
+    return LoraError(
+        f"`{label.name}` holds numbers, except in {cells}: {shown}{more}",
+        f"{place}, row {label.strays[0][0]}",
+        "write a number there (or leave the cell empty: then its row is skipped)",
+    )
 
 
 def _marks_without_answer(counts: Counter[str]) -> list[str]:

@@ -31,7 +31,7 @@ from lora_cli.reporting.report import (
     trained_rows,
 )
 from lora_cli.reporting.settings import clock, data_section, settings_section, size
-from lora_cli.reporting.verdict import Verdict, main_metric, measured_rows, verdict
+from lora_cli.reporting.verdict import MANY_ROWS, Verdict, main_metric, measured_rows, verdict
 
 COLUMNS = {"none": "head alone"}  # what else a column is called
 MOST_METRICS = 6
@@ -124,9 +124,10 @@ def _against_baselines(report: dict[str, Any]) -> str:
         return ""
     text = f"{words[:1].upper()}{words[1:]}."
     if passed is None:
-        unknown = (
-            "Too few rows to tell." if part(report, "verdict").get("split") else "Not measured."
-        )
+        unknown = "Not measured."
+        if split := part(report, "verdict").get("split"):
+            rows = measured_rows(report, str(split))
+            unknown = "Too few rows to tell." if rows < MANY_ROWS else "No clear change."
         return _box("unknown", unknown, text)
     if passed:
         return _box("good", "Beats its baselines.", text)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from lora_cli.adapters.attach import training_mode
 from lora_cli.errors import LoraError
 from lora_cli.tasks.base import Example, Task
+from lora_cli.tasks.finite import require_finite, require_finite_weights
 from lora_cli.tasks.padding import MOST_NOISE, NONE, RIGHT, Padding, candidates, tolerance
 from lora_cli.unexpected import own_words
 
 LONGEST = 1024  # tokens of the long row of the trial
+NOT_TRAINED = "the model, before it is used"
 
 
 @torch.no_grad()
@@ -29,11 +31,16 @@ def choose_padding(task: Task, model: nn.Module, longest: int | None = None) -> 
     Raises:
         LoraError: If the model cannot compute such rows, gives another answer each time, or one
             that depends on the other rows however they are put together.
+        NumericsError: If its weights or scores are NaN or infinity; minus infinity, which rules
+            a token out, may be a score.
     """
     length = min(longest or task.max_length, task.max_length, LONGEST)
     short, long = task.trial_examples(length)
+    require_finite_weights(model, task.recipe.at("model.name"))
     with _trial(task, model):
         alone = _of_first(task, model, [short], "model.name")
+        # before anything is compared: no difference of NaN is small, whatever its cause
+        require_finite(alone.masked_fill(alone == -torch.inf, 0.0), model, task.recipe, NOT_TRAINED)
         noise = float((alone - _of_first(task, model, [short], "model.name")).abs().max())
         dtype = alone.dtype
         if noise > tolerance(alone, 0.0, dtype):

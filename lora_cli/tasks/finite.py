@@ -10,6 +10,7 @@ from lora_cli.errors import NumericsError
 from lora_cli.recipe import Recipe
 
 LARGE_SCALING = 1000.0  # no adapter that learned anything is scaled by as much
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WEIGHTS = "are the weights of the base or of the adapter damaged, or of a model of another dtype?"
 
 
@@ -31,6 +32,30 @@ def likely_cause(model: nn.Module, recipe: Recipe | None = None) -> str:
     if recipe is not None and recipe.train.precision != "fp32":
         return "does the model overflow? Try `--set train.precision=fp32`"
     return WEIGHTS
+
+
+@torch.no_grad()
+def require_finite_weights(model: nn.Module, at: str) -> None:
+    """Reject a model of which a weight is NaN or infinity.
+
+    Its outputs do not always tell: torch's attention on the CPU makes zeros of a row of NaN.
+
+    Args:
+        model: The model that is going to be used.
+        at: Where it is named.
+
+    Raises:
+        NumericsError: With the name of the first such weight.
+    """
+    for name, weight in model.named_parameters():
+        if weight.numel() and weight.dtype in FLOATS:
+            extremes = torch.stack(torch.aminmax(weight))  # without a copy of the weight
+            if not bool(torch.isfinite(extremes).all()):
+                owner, _, last = name.rpartition(".")
+                if owner.removesuffix(".base") in lora_layers(model):
+                    name = f"{owner.removesuffix('.base')}.{last}"  # as the base calls it
+                what = f"the model's weights are not finite: `{name}` contains NaN or infinity"
+                raise NumericsError(what, at, "download or copy the model again")
 
 
 def require_finite(

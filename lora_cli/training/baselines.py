@@ -11,15 +11,17 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate.state import AcceleratorState, PartialState
 
+from lora_cli.errors import counted
 from lora_cli.evaluation import best_by, build_metrics
 from lora_cli.recipe import AdapterSpec, Recipe
 from lora_cli.reporting import write_model_card, write_page, write_report
-from lora_cli.reporting.analysis import finite
+from lora_cli.reporting.analysis import finite, read_predictions
 from lora_cli.reporting.report import part, shown_number
 from lora_cli.reporting.verdict import MANY_ROWS, is_clear, measured_rows
 from lora_cli.tasks import Encoded, Task, build_task
@@ -53,7 +55,9 @@ def _measure_all(wanted: Sequence[str], recipe: Recipe, report: dict[str, Any]) 
     report["baselines"] = {
         name: known[name] if name in known else _measure(name, recipe, report) for name in wanted
     }
-    report["verdict"] = verdict(report, *best_by(recipe, build_task(recipe)))
+    report["verdict"] = verdict(
+        report, *best_by(recipe, build_task(recipe)), folder=recipe.output_path
+    )
     if PartialState().is_main_process:
         write_model_card(recipe.output_path, recipe, report)
         write_page(recipe.output_path, report)
@@ -114,20 +118,25 @@ def _head_alone(recipe: Recipe) -> Metrics:
     return dict(loop.train(head, resume=started)["metrics"]["after"])
 
 
-def verdict(report: dict[str, Any], metric: str, mode: str) -> dict[str, Any]:
+def verdict(
+    report: dict[str, Any], metric: str, mode: str, folder: Path | None = None
+) -> dict[str, Any]:
     """Return whether the adapter beats the best of its baselines, and say so.
 
-    `passed` is None where nothing is held out, or too few rows to tell a difference from chance.
+    `passed` is None where nothing is held out, and where the difference, in whichever direction,
+    may be chance.
 
     Args:
         report: With `metrics` and `baselines`.
         metric: What decides, on validation, or on test if there is no validation.
         mode: Whether less (`min`) or more (`max`) of it is better.
+        folder: Holds the predictions, whose losses say how sure a mean loss is.
     """
     after = part(report, "metrics", "after")
     split = next((name for name in HELD_OUT if name in after), None)
     if split is None:
         return {"passed": None, "words": "nothing is held out to judge the adapter by"}
+    lines = [] if folder is None else read_predictions(folder / "predictions" / f"{split}.jsonl")
     sign = 1 if mode == "max" else -1
 
     def worth(value: Any) -> float:
@@ -141,11 +150,14 @@ def verdict(report: dict[str, Any], metric: str, mode: str) -> dict[str, Any]:
     best = max(values, key=lambda name: worth(values[name]))
     passed: bool | None = worth(ours) > worth(values[best])
     rest = f"{NAMES[best]} (`{best}`, {shown_number(values[best])}) in {metric} on {split}"
-    words = f"the adapter ({shown_number(ours)}) {'beats' if passed else 'FAILS to beat'} {rest}"
+    shown = f"the adapter ({shown_number(ours)})"
+    words = f"{shown} {'beats' if passed else 'FAILS to beat'} {rest}"
     rows = measured_rows(report, split)
-    if rows < MANY_ROWS and not is_clear(metric, finite(values[best]), finite(ours), rows, ()):
+    if not is_clear(metric, finite(values[best]), finite(ours), rows, lines):
         passed = None
-        ours_shown = f"the adapter ({shown_number(ours)})"
-        words = f"{rows:,} rows are too few to tell whether {ours_shown} beats {rest}"
+        words = f"no clear difference on {counted(rows, 'row')} between {shown} and {rest}"
+        if rows < MANY_ROWS:
+            few = f"{counted(rows, 'row')} {'is' if rows == 1 else 'are'} too few"
+            words = f"{few} to tell whether {shown} beats {rest}"
     facts = {"metric": metric, "split": split, "adapter": ours}
     return {"passed": passed, "words": words, **facts, "baseline": best, "value": values[best]}

@@ -423,6 +423,10 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
         ("--label", "label")),
     "tokens with tags": (
         "rows.txt", "".join(f"word{i} {'O' if i % 3 else 'B-place'}\n" for i in range(40)), ()),
+    "a number that is none": (
+        "rows.csv", "text,score\n" + "".join(f"a long text {i} of some words,{i / 8}\n"
+                                              for i in range(30)) + "a last text,1.5k\n", ()),
+    "two columns of a name in parquet": ("rows.parquet", _parquet("text", "label", "label"), ()),
     "columns inside objects": (
         "rows.jsonl", '{"id": 1, "data": {"text": "a film", "label": "good"}}\n' * 9, ()),
     "labels inside objects": (

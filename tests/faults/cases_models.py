@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+import torch
 from cases import CASES, Case, case
+from safetensors.torch import load_file, save_file
 from transformers import AlbertConfig, AlbertForSequenceClassification
 from world import Printed, World
 
@@ -71,6 +73,16 @@ def _tokenizer(text: str) -> Callable[[World], Printed]:
 
 
 CASES.append(Case("Models", "tokenizer.json that holds nothing", _tokenizer("{}")))
+
+
+@case("Models", "a weight that is not a number")
+def _nan(world: World) -> Printed:
+    folder = world.folder / "base"
+    shutil.copytree(world.bases / "encoder", folder)
+    tensors = load_file(folder / "model.safetensors")
+    next(t for name, t in tensors.items() if name.endswith("query.weight"))[0, 0] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return world.lora("train", world.recipe(model={"name": "./base"}))
 
 
 @case("Models", "an encoder-decoder for a language model")
