@@ -8,6 +8,7 @@ them before those libraries are imported.
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 
@@ -220,3 +221,11 @@ def _together(given: dict[str, str], numbers: dict[str, int | None]) -> list[Pro
 
 def _wrong(name: str, value: str, wanted: str) -> Problem:
     return Problem(f"`{name}={value}` is not {wanted}", f"the environment variable `{name}`")
+
+
+@functools.cache
+def installed_version(package: str) -> str:
+    """Return the version of an installed package, whose metadata is read from the disk once."""
+    from importlib.metadata import version  # `lora --help` does not need it
+
+    return version(package)

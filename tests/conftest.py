@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 # before anything imports huggingface_hub, which reads them at import
 # and caches of their own: other tests may run beside these
@@ -17,50 +19,83 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from pathlib import Path
-
-import drafting
 import pytest
-import torch
-from hypothesis import settings
 
-from lora_cli.training import result
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import drafting
 
 # `nohup` and a shell's `&` have these ignored, and a run rightly leaves them so
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# A plot is half of a run of a few steps. Its own tests call it from `lora_cli.reporting`; runs that
-# tests start as commands of their own draw it.
-result.plot_learning_curve = lambda folder, report: None
+ON_THE_DISK = os.fsync
 
-settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
-settings.load_profile("repeatable")
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepare the processes that run tests; the one that only hands them out needs no torch."""
+    os.fsync = lambda descriptor: os.fstat(descriptor) and None
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return
+    from hypothesis import settings
+
+    from lora_cli.training import result
+
+    # A plot is half of a run of a few steps. Its own tests call it from `lora_cli.reporting`; runs
+    # that tests start as commands of their own draw it.
+    result.plot_learning_curve = lambda folder, report: None
+    settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
+    settings.load_profile("repeatable")
+    # what is imported by now stays: no collection of garbage needs to walk through it again
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Give each process a half of the tests in their order, and let it take of another's rest."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
+@pytest.fixture
+def real_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `os.fsync` wait for the disk, which only a loss of power would tell from its stand-in."""
+    monkeypatch.setattr(os, "fsync", ON_THE_DISK)
 
 
 @pytest.fixture(autouse=True)
 def _repeatable() -> Iterator[None]:
     """Start every test from the same seed, on one thread."""
+    import torch
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
     before = list(sys.path)
     yield
     # scripts of metrics are found where they were written, not where another test had its own
     sys.path[:] = before
-    for name in [name for name in sys.modules if name.partition(".")[0] == "evaluate_modules"]:
-        del sys.modules[name]
-    importlib.invalidate_caches()
+    if "evaluate_modules" in sys.modules:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "evaluate_modules"]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
 
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return the folders of a tiny encoder and a tiny language model."""
+    import drafting
+
     return drafting.save_bases(tmp_path_factory.mktemp("bases"))
 
 
 @pytest.fixture
 def init(tmp_path: Path, bases: dict[str, Path]) -> drafting.Init:
     """Return a function that writes a file, infers its recipe, and checks both."""
+    import drafting
+
     return drafting.initialiser(tmp_path, bases)
 
 

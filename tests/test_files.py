@@ -24,6 +24,8 @@ from lora_cli.files import (
     write_manifest,
 )
 
+pytestmark = pytest.mark.usefixtures("real_fsync")
+
 
 def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))

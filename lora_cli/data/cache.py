@@ -20,11 +20,11 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lora_cli import __version__
+from lora_cli.environment import installed_version
 from lora_cli.errors import IntegrityError, LoraError, ResourceError, counted, warn
 from lora_cli.files import (
     MANIFEST,
@@ -74,7 +74,7 @@ def cached_dataset(
     """
     import datasets
 
-    versions = [f"{name} {version(name)}" for name in LIBRARIES]
+    versions = [f"{name} {installed_version(name)}" for name in LIBRARIES]
     whole = json.dumps([__version__, versions, *key, str(features)])
     about = {"lora": __version__, "sha256": hashlib.sha256(whole.encode()).hexdigest()}
     digest = about["sha256"][:32]

@@ -10,7 +10,6 @@ import hashlib
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 
 from lora_cli import __version__
 from lora_cli.adapters.attach import trainable_parameters
+from lora_cli.environment import installed_version
 from lora_cli.errors import LoraError, NumericsError, Problem
 from lora_cli.recipe import Recipe
 from lora_cli.training.state import TrainState, flat
@@ -48,7 +48,7 @@ def require_same_recipe(recipe: Recipe, resume: bool, accelerator: Accelerator) 
         "--resume": resume,
         "the version of lora": __version__,
         "the version of Python": platform.python_version(),
-        **{f"the version of {name}": version(name) for name in ("torch", "transformers")},
+        **{f"the version of {name}": installed_version(name) for name in ("torch", "transformers")},
     }
     _compare(facts, accelerator, SAME_RECIPE, recipe)
 

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import nn
 from lora_cli import __version__
 from lora_cli.adapters.attach import parameter_table
 from lora_cli.data.sources import SPLITS
+from lora_cli.environment import installed_version
 from lora_cli.errors import LoraError, Problem, ResourceError
 from lora_cli.files import FolderLock, is_leftover, write_atomically
 from lora_cli.recipe import Recipe, dump_recipe, load_adapter_recipe
@@ -181,7 +181,7 @@ def start_report(
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in LIBRARIES},
+            **{name: installed_version(name) for name in LIBRARIES},
         },
     }
 

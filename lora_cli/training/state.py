@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from pydantic import BaseModel, TypeAdapter
 
+from lora_cli.environment import installed_version
 from lora_cli.errors import LoraError, Problem
 from lora_cli.recipe import Recipe
 
@@ -95,7 +95,7 @@ def machine_facts(accelerator: Accelerator) -> dict[str, Any]:
     """Return what of the machine decides the last bits of the result."""
     device = accelerator.device.type
     facts = {"device": device, "processes": accelerator.num_processes}
-    facts |= {name: version(name) for name in VERSIONS}
+    facts |= {name: installed_version(name) for name in VERSIONS}
     # one thread adds up in another order than two; a GPU does not care
     return facts | ({"threads": torch.get_num_threads()} if device == "cpu" else {})
 

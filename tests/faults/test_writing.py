@@ -50,9 +50,10 @@ from lora_cli.training.optim import build_optimizer
 from lora_cli.training.state import TrainState
 
 # the child starts no thread, and takes no lock that a thread of the parent may hold
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This process .* is multi-threaded:DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+    pytest.mark.usefixtures("real_fsync"),
+]
 
 # what changes the disk; a file that was opened, and no more, is one that was not written yet
 TOUCHING = {"write", "fsync", "rename", "replace", "mkdir", "rmdir", "unlink"}
