@@ -230,22 +230,51 @@ def _check_generation_config(auto_class: Any, config: PretrainedConfig, recipe: 
     mapping = auto_class._model_mapping
     if type(config) not in mapping or not mapping[type(config)].can_generate():
         return
-    source = _source(recipe)
+    source, file = _source(recipe), "generation_config.json"
     try:
-        GenerationConfig.from_pretrained(
+        own = GenerationConfig.from_pretrained(
             source["pretrained_model_name_or_path"], revision=source["revision"]
         )
+        _check_stop_ids(own.eos_token_id, config, recipe, file)
+        return
+    except LoraError:
+        raise
     except OSError as error:  # there is none, or it is no JSON
         if "valid JSON" not in str(error):
+            _check_stop_ids(config.eos_token_id, config, recipe, "config.json")
             return
         reason = "it is not valid JSON"
     except Exception as error:  # a value may be wrong in any way
         reason = own_words(error)
-    else:
-        return
-    what = f"the generation_config.json of `{recipe.model.name}` cannot be used: {reason}"
+    what = f"the {file} of `{recipe.model.name}` cannot be used: {reason}"
     hint = "correct that file in the model's folder, or download it again"
     raise LoraError(what, recipe.at("model.name"), hint)
+
+
+def _check_stop_ids(ids: Any, config: PretrainedConfig, recipe: Recipe, file: str) -> None:
+    """Reject tokens that cannot end an answer, since the model has no such tokens.
+
+    Args:
+        ids: `eos_token_id`: a number, several, or None.
+        config: Says how many tokens the model has.
+        recipe: Names the model.
+        file: Of the model, in which they stand.
+
+    Raises:
+        LoraError: With the first that is no id of a token.
+    """
+    count = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    for token in ids if isinstance(ids, list | tuple) else [ids]:
+        is_id = isinstance(token, int) and not isinstance(token, bool)
+        if token is None or (is_id and 0 <= token < (count or token + 1)):
+            continue
+        known = f"the ids of its tokens are 0 to {count - 1:,}" if count else "an id is a number"
+        raise LoraError(
+            f"the {file} of `{recipe.model.name}` has the `eos_token_id` {json.dumps(token)}, "
+            f"which is no token of the model: {known}",
+            recipe.at("model.name"),
+            "write the id of the token that ends an answer there; tokenizer_config.json names it",
+        )
 
 
 def load_pretrained(

@@ -891,13 +891,23 @@ def test_values_that_peft_takes_are_read(base: nn.Module, folder: Path) -> None:
 def test_unknown_keys_are_named(
     base: nn.Module, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    edit_config(folder, note="trained on a Monday", some_size=16, use_other=False, other=None)
+    edit_config(folder, some_list=[], some_text="", use_other=False, other=None)
+    edit_config(folder, notes="trained on a Monday", unsloth_fixed=True, torch_dtype="float32")
     read_adapter(folder)
     text = capsys.readouterr().err
-    assert "`note`, `other`, `some_size`, `use_other`" in text
-    for value in (True, {"a": 1}, [1]):
+    assert "`other`, `some_list`, `some_text`, `use_other`" in text
+    assert "notes" not in text
+    for value in (True, {"a": 1}, [1], 16, 0.5, 0, "mean"):
         edit_config(folder, use_other=value)
-        assert "the key `use_other` is not known" in refusal(base, folder, kind=LoraError)
+        assert "the key `use_other` (" in refusal(base, folder, kind=LoraError)
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha", "lora_dropout"])
+def test_a_number_that_is_written_as_text_is_said_to_be_text(
+    key: str, base: nn.Module, folder: Path
+) -> None:
+    edit_config(folder, **{key: "8"})
+    assert f'`{key}` has to be a number, and is the text "8"' in refusal(base, folder)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,16 @@ import datasets
 import pytest
 import tiny
 import torch
+import transformers
 from transformers import GenerationConfig
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe
+from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.causal_lm import CausalLM
+from lora_cli.tasks.check import check_recipe
+from lora_cli.tasks.generation import generate
+from lora_cli.training.loop import train
 
 CPU = torch.device("cpu")
 TEXTS = ["great fun", "a warm and funny film", "the plot is dull and slow", "what a bore"]
@@ -176,3 +182,66 @@ def test_a_prompt_may_lose_its_beginning(tmp_path: Path) -> None:
     assert task.answer_fault({"text": text}) == ""
     assert whole(task.answer(model, [{"text": text}])[0]) == whole([said])
     assert task.take_warnings() == ["1 prompt lost the beginning, to leave room for the answer"]
+
+
+# --------------------------------------------------------------------------- where an answer ends
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("ids", [99_999, -1, "2", True, 1.5, [2, 99_999], [[2]]], ids=str)
+def test_an_end_that_is_no_token_of_the_model_is_an_error(
+    tmp_path: Path, file: str, ids: Any
+) -> None:
+    base = tiny.save_llama(tmp_path / "base")
+    recipe = load_recipe(tiny.recipe(base, tmp_path))
+    (base / "generation_config.json").unlink(missing_ok=True)
+    own = json.loads((base / file).read_text()) if file == "config.json" else {}
+    (base / file).write_text(json.dumps(own | {"eos_token_id": ids}))
+    with pytest.raises(LoraError, match="eos_token_id"):
+        check_recipe(recipe)
+    with pytest.raises(LoraError, match="eos_token_id"):
+        train(recipe)
+
+
+def test_the_tokens_that_end_an_answer_are_said_where_they_surprise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for ids, words in ((tiny.EOS, ""), ([tiny.EOS, tiny.BOS], "`<s>` (0)"), (20, "ordinary word")):
+        task = task_of(tmp_path)
+        model, _ = task.load_model(CPU)
+        model.generation_config.eos_token_id = ids
+        task.generate(model, [[tiny.BOS, 20]])
+        said = capsys.readouterr().err
+        assert ("answers end at" in said) == bool(words)
+        assert words in said
+        assert ("ordinary" in said) == (ids == 20)
+
+
+SIZES = {
+    "vocab_size": 64, "d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 64,
+    "pad_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["Bart", "Marian", "Pegasus", "PLBart"])
+@pytest.mark.parametrize("layers", [(1, 3), (3, 1)])
+def test_decoders_with_other_layers_than_their_encoder(kind: str, layers: tuple[int, int]) -> None:
+    config = getattr(transformers, f"{kind}Config")(
+        **SIZES, encoder_layers=layers[0], decoder_layers=layers[1]
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    options, prompt = GenerationSpec(max_new_tokens=6), [5, 6, 7]
+    (answer,) = generate(model, [prompt], IDS, options, 1, 64, {2})  # type: ignore[arg-type]
+    assert answer.text == str(greedy(model, prompt, 6, {2}))
+
+
+class Ids:
+    """Writes tokens as their numbers."""
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return str(ids)
+
+
+IDS = Ids()

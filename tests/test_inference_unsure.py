@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
-from drafting import Init, classification, labelled, said, table, texts
+import tiny
+from drafting import Init, classification, labelled, lines, said, table, texts
 
 from lora_cli.errors import LoraError
+from lora_cli.recipe import load_recipe
+from lora_cli.tasks.check import check_recipe
 
 STRAYS = ["nan", "1e40", "1.5k", "12万", "N/A", "null", "inf", "?", "1.2.3", "3/5", "#REF!"]
 
@@ -61,3 +66,44 @@ def test_hints_name_no_option_that_init_lacks(init: Init, tmp_path: Path) -> Non
         assert "`--set " not in hint.replace("`lora init` has no `--set`", "")
         if "recipe" in hint:
             assert f"`{key}` in a recipe" in hint
+
+
+# ----------------------------------------------------------------------------- answers to be ranked
+
+PAIR = ["a long answer of many words", "another answer that has more words"]
+RANKED: list[dict[str, Any]] = [
+    {"responses": PAIR, "scores": [0.1, 0.9]},
+    {"responses": json.dumps(PAIR), "scores": json.dumps([0.1, 0.9])},
+    {"responses": PAIR},
+    {"candidates": [*PAIR, "a"], "ranks": [1, 2, 3]},
+    {"completions": [{"response": "a", "score": 1}, {"response": "b", "score": 2}]},
+    {"model_outputs": PAIR, "human_ratings": [1, 5]},
+    {"passages": PAIR, "scores": [0.1, 0.9]},
+]
+
+
+@pytest.mark.parametrize("model", ["encoder", "llama"])
+@pytest.mark.parametrize("more", RANKED, ids=str)
+def test_answers_to_be_ranked_are_no_labels(init: Init, more: dict[str, Any], model: str) -> None:
+    rows = lines([{"prompt": text, **more} for text in texts(40)])
+    column = next(iter(more))
+    with pytest.raises(LoraError, match=f"several answers in `{column}`.* ranked, which no task"):
+        init("rows.jsonl", rows, model)
+
+
+def test_lists_beside_another_label_are_left_out(init: Init) -> None:
+    rows = [{"text": t, "label": "ab"[i % 2], "outputs": PAIR} for i, t in enumerate(texts(40))]
+    recipe = init("rows.jsonl", lines(rows))
+    assert said(recipe) == classification("text", "label", ["a", "b"])
+
+
+@pytest.mark.parametrize("column", ["responses", "scores"])
+def test_a_recipe_that_learns_such_a_list_is_rejected(
+    column: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = [{"prompt": text, **RANKED[0]} for text in texts(8)]
+    (tmp_path / "rows.jsonl").write_text(lines(rows), encoding="utf-8")
+    task = {"text_column": "prompt", "label_column": column, "problem": "multi_label"}
+    file = tiny.recipe(bases["encoder"], tmp_path, task=task, data={"path": "rows.jsonl"})
+    with pytest.raises(LoraError, match=r"8 of 8 train rows .* several answers in `responses`"):
+        check_recipe(load_recipe(file))

@@ -6,7 +6,8 @@ A key is one of five kinds:
 - a variant (`VARIANTS`): it would make the adapter compute something else, so it must be off;
 - idle (`IDLE`): it changes nothing of what a saved adapter computes;
 - an initialisation (`init_lora_weights`): only those that leave the base as it was can be read;
-- unknown: a newer version's, or another tool's. It is named, and must not switch anything on.
+- unknown: a newer version's, or another tool's. It is named, and must be off (null, false or
+  empty), unless it is known to be a remark (`REMARKS`).
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from collections.abc import Callable
 from typing import Any
 
 from lora_cli.adapters.targets import regex_fault
-from lora_cli.errors import BACKUP, IntegrityError, LoraError, warn
+from lora_cli.errors import BACKUP, IntegrityError, LoraError, Problem, warn
 
 KINDS = ("LORA", "HEAD_ONLY", "BITFIT")
 SMALL_INITS = ("gaussian", "eva", "orthogonal", "mica")  # they draw A and B, and leave the base
 LARGEST = 3e38  # of an alpha: float32 ends there
 SHOWN = 60  # characters of a value in a message
+SHOWN_KEYS = 8
 
 MERGE_IN_PEFT = "merge it into its base in PEFT, or train it again without"
 VARIANTS = {
@@ -55,6 +57,12 @@ IDLE = {
     "fan_in_fan_out",
 }  # fmt: skip
 
+REMARKS = {  # of other tools and people
+    "unsloth_fixed", "unsloth_version", "transformers_version", "torch_version", "torch_dtype",
+    "dtype", "library_name", "license", "tags", "language", "description", "comment", "_comment",
+    "notes", "created_at", "_name_or_path",
+}  # fmt: skip
+
 
 def check_config(config: dict[str, Any], where: str) -> None:
     """Reject a configuration whose adapter computes what is not implemented, or that is damaged.
@@ -80,9 +88,17 @@ def check_config(config: dict[str, Any], where: str) -> None:
     _check_init(config.get("init_lora_weights"), where)
     for key, is_good in CHECKS.items():
         if key in config and not is_good(config[key]):
-            what = f"`{key}` cannot be {_shown(config[key])}"
+            what = f"`{key}` {_misfit(key, config[key])}"
             raise IntegrityError(what, where, BACKUP)
     _name_unknown(config, where)
+
+
+def _misfit(key: str, value: Any) -> str:
+    """Return why a key cannot have a value: it is of another kind, or out of range."""
+    if isinstance(value, str) and key in NUMBERS:
+        return f"has to be a number, and is the text {json.dumps(_shown(value))}"
+    shown = _shown(value) if not isinstance(value, str) else json.dumps(_shown(value))
+    return f"cannot be {shown}"
 
 
 def _check_init(init: Any, where: str) -> None:
@@ -97,18 +113,24 @@ def _check_init(init: Any, where: str) -> None:
 
 
 def _name_unknown(config: dict[str, Any], where: str) -> None:
-    """Name the keys that are not known; reject one that seems to switch something on."""
-    unknown = sorted(config.keys() - CHECKS.keys() - VARIANTS.keys() - IDLE - KNOWN_OTHERS)
-    for key in unknown:
-        if config[key] is True or (isinstance(config[key], list | dict) and config[key]):
-            raise LoraError(
-                f"the key `{_shown(key)}` is not known: it may change what the adapter computes",
-                where,
-                "if it is only a remark, take it out of the file; else use the adapter in PEFT",
-            )
+    """Name the keys that are not known; reject those that may change what is computed."""
+    known = CHECKS.keys() | VARIANTS.keys() | IDLE | KNOWN_OTHERS | REMARKS
+    unknown = sorted(config.keys() - known)
+    if active := [key for key in unknown if not _is_off(config[key])]:
+        raise LoraError(
+            [
+                Problem(
+                    f"the key `{_shown(key)}` ({_shown(config[key])}) is not known: it may change "
+                    "what the adapter computes",
+                    where,
+                    "if it is only a remark, take it out of the file; else use the adapter in PEFT",
+                )
+                for key in active[:SHOWN_KEYS]
+            ]
+        )
     if unknown:
-        names = ", ".join(f"`{_shown(key)}`" for key in unknown[:8])
-        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        names = ", ".join(f"`{_shown(key)}`" for key in unknown[:SHOWN_KEYS])
+        more = f" and {len(unknown) - SHOWN_KEYS} more" if len(unknown) > SHOWN_KEYS else ""
         warn(f"{where} has keys that this tool does not know, and ignores: {names}{more}")
 
 
@@ -194,4 +216,5 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "base_model_name_or_path": _is_text,
     "revision": _is_text,
 }
+NUMBERS = ("r", "lora_alpha", "lora_dropout")
 KNOWN_OTHERS = {"peft_type", "init_lora_weights"}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from lora_cli.data.label_lists import listed_labels
+
 REJECTED = re.compile(
     r"(?i)(.*[_\W])?(rejected|dispreferred|non_?preferred|unpreferred|losing|loser)([_\W].*)?"
 )
@@ -20,6 +22,12 @@ MEDIA = re.compile(
     r"(?i)(images?|pictures?|videos?|audios?|image_(paths?|urls?|files?)|audio_(paths?|urls?|files?"
     r")|video_(paths?|urls?|files?)|pixel_values)"
 )
+ANSWERS = re.compile(
+    r"(?i)(.*[_\W])?(responses|completions|candidates|answers|outputs|generations|replies|"
+    r"continuations)"
+)
+SCORES = re.compile(r"(?i)(.*[_\W])?(scores?|ranks?|rankings?|rewards?|ratings?|preferences?)")
+ASKED = re.compile(r"(?i)(.*[_\W])?(prompts?|questions?|instructions?|query|queries|inputs?)")
 NO = ("false", "0", "0.0", "no")
 DROP = "remove the column from the file"
 
@@ -36,7 +44,56 @@ def unsupported(row: dict[str, Any]) -> Found | None:
     Returns:
         What no task reads, to be said after "it has", and how to go on; None if there is nothing.
     """
-    return bad_answer(row) or unread_media(row)
+    return several_answers(row) or bad_answer(row) or unread_media(row)
+
+
+def several_answers(row: dict[str, Any], label: str | None = None) -> Found | None:
+    """Return which column holds several answers to one prompt, to be ranked, and a hint.
+
+    Args:
+        row: A row.
+        label: The column that is learned, where the other columns do not matter.
+    """
+    lists = {name: items for name, value in row.items() if (items := _listed(value))}
+    for column, value in lists.items():
+        if not all(isinstance(item, str | dict) for item in value):
+            continue
+        scores = [
+            name
+            for name, numbers in lists.items()
+            if SCORES.fullmatch(name)
+            and len(numbers) == len(value)
+            and all(map(_is_number, numbers))
+        ]
+        is_ranked = bool(scores) and (ANSWERS.fullmatch(column) or _are_long(value))
+        is_asked = ANSWERS.fullmatch(column) and any(map(ASKED.fullmatch, row))
+        # who names the label may well have short answers that are labels
+        is_asked = is_asked and (label is None or _are_long(value))
+        if (is_ranked or is_asked) and label in (None, column, *scores):
+            told = f" with `{scores[0]}`" if scores else ""
+            return (
+                f"several answers in `{column}`{told}: they are there to be ranked, which no task "
+                "learns",
+                "keep the best answer of each row, as a text, in a column of its own",
+            )
+    return None
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return the items of a list of two or more, also of one that is written as text."""
+    if isinstance(value, str):
+        value = listed_labels(value) if value.lstrip().startswith("[") else None
+    return value if isinstance(value, list) and len(value) > 1 else []
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_long(items: list[Any]) -> bool:
+    """Return whether items are sentences: labels have few words."""
+    texts = [item for item in items if isinstance(item, str)]
+    return sum(len(text.split()) > 3 for text in texts) * 2 > len(items)
 
 
 def unread_media(row: dict[str, Any]) -> Found | None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lora_cli.data.conversations import conversation_fault
 from lora_cli.data.foreign import refuse_tagged_rows
-from lora_cli.data.unsupported import unsupported
+from lora_cli.data.unsupported import Found, several_answers, unsupported
 from lora_cli.errors import LoraError, counted, did_you_mean
 from lora_cli.inference.columns import Column, as_number, flag
 from lora_cli.inference.texts import (
@@ -107,6 +107,10 @@ def choose_task(
             what, hint = "two texts need a label that compares them", "name it: `--label COLUMN`"
             raise LoraError(what, "--pair", f"{hint} ({listed(columns)})")
         chosen = labelled or plain(columns, by_name, place, text)
+    if not chosen.is_chat and (text is None or chosen.labels is not None):
+        # texts that are learned alone say nothing of the other columns, if the user says so
+        learned = chosen.keys.get("label_column") if text is not None else None
+        _refuse_rows(rows, place, lambda row: several_answers(row, learned))
     if chosen.keys["type"] == "causal_lm" and not can_write:
         raise _no_label(columns, rows, place, chosen)
     if chosen.is_chat or "prompt_column" in chosen.keys:
@@ -125,11 +129,7 @@ def _refuse_unsupported(
     Raises:
         LoraError: If a row holds what no task reads, or none holds a conversation to be trained.
     """
-    found = [(i, more) for i, row in enumerate(rows, 1) if (more := unsupported(row)) is not None]
-    if found:
-        number, (other, hint) = found[0]
-        count = f"{len(found):,} of {len(rows):,} rows cannot be read as they are meant"
-        raise LoraError(f"{count}; the first has {other}", f"{place}, row {number}", hint)
+    _refuse_rows(rows, place, unsupported)
     if not chosen.is_chat:
         return
     talks = [column.name for column in columns if column.kind in ("openai", "sharegpt")]
@@ -142,6 +142,21 @@ def _refuse_unsupported(
     if all(faults):
         hint = "each row has a list of turns, of which one at least is the assistant's"
         raise LoraError(f"no row can be trained: {faults[0]}", f"{place}, row 1", hint)
+
+
+def _refuse_rows(
+    rows: Sequence[dict[str, Any]], place: str, test: Callable[[dict[str, Any]], Found | None]
+) -> None:
+    """Reject rows of which some hold what no task reads.
+
+    Raises:
+        LoraError: With how many there are, and what the first one has.
+    """
+    found = [(i, more) for i, row in enumerate(rows, 1) if (more := test(row)) is not None]
+    if found:
+        number, (other, hint) = found[0]
+        count = f"{len(found):,} of {counted(len(rows), 'row')} cannot be read as they are meant"
+        raise LoraError(f"{count}; the first has {other}", f"{place}, row {number}", hint)
 
 
 def _no_label(

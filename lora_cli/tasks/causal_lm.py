@@ -27,6 +27,7 @@ from lora_cli.tasks.generation import (
     decode,
     generate,
     stop_ids,
+    stop_note,
     until_stop,
 )
 from lora_cli.tasks.padding import fill, tolerance
@@ -418,14 +419,21 @@ class CausalLM(Task):
 
     def _say_wishes(self, model: nn.Module) -> None:
         """Say once what the base would have liked, as its makers measured it so."""
-        wishes = {} if self._has_said_wishes else base_wishes(model)
-        self._has_said_wishes = True
+        is_first, self._has_said_wishes = not self._has_said_wishes, True
+        wishes = base_wishes(model) if is_first else {}
         if wishes and os.environ.get("RANK", "0") == "0":
             shown = ", ".join(f"{key} {value}" for key, value in wishes.items())
             warn(
                 f"the base's generation_config.json asks for {shown}; answers are written as "
                 "`evaluate.generation` of the recipe says, without that"
             )
+        if is_first and (note := self._stop_note(model)) and os.environ.get("RANK", "0") == "0":
+            warn(note)
+
+    def _stop_note(self, model: nn.Module) -> str:
+        """Return which tokens end an answer, where the base's files name one that is surprising."""
+        usual = {int(self.tokenizer.eos_token_id), *self._end_of_turn}
+        return stop_note(self.tokenizer, self.stop_ids(model), usual)
 
     def take_warnings(self) -> list[str]:
         """Return what a user should know of the answers since the last call, each with a count."""

@@ -42,10 +42,11 @@ def check_recipe(recipe: Recipe, all_rows_follow: bool = False) -> None:
             would give a warning of is left to that.
 
     Raises:
-        LoraError: With every problem of the model, the data, the labels and the targets.
+        LoraError: With every problem of the model, the data, the labels and the targets. If all are
+            of one class, such as a place that cannot be written to, it is of that class.
     """
     task = build_task(recipe)
-    problems: list[Problem] = []
+    problems = Problems()
     with _collected(problems):
         task.load_processor()
     has_processor = not problems
@@ -67,16 +68,33 @@ def check_recipe(recipe: Recipe, all_rows_follow: bool = False) -> None:
                 in_full = [*new, *recipe.adapter.train_modules]
                 for difference in differences_in_peft(model, recipe, in_full):
                     warn(difference)
-    if problems:
-        raise LoraError(problems)
+    problems.raise_them()
+
+
+class Problems(list[Problem]):
+    """Problems that are collected, and the classes of the errors that they come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes: set[type[LoraError]] = set()
+
+    def raise_them(self) -> None:
+        """Raise them together, if there are any.
+
+        Raises:
+            LoraError: Of their class; a plain one if they are of several.
+        """
+        if self:
+            raise (self.classes.pop() if len(self.classes) == 1 else LoraError)(self)
 
 
 @contextmanager
-def _collected(problems: list[Problem]) -> Iterator[None]:
+def _collected(problems: Problems) -> Iterator[None]:
     try:
         yield
     except LoraError as error:
         problems += error.problems
+        problems.classes.add(type(error))
 
 
 def _check_metrics(task: Task) -> None:

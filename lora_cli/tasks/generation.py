@@ -62,6 +62,30 @@ def stop_ids(
     return sorted({int(tokenizer.eos_token_id), *more, *(i for i in ids if isinstance(i, int))})
 
 
+def stop_note(
+    tokenizer: PreTrainedTokenizerBase, stops: Collection[int], usual: Collection[int]
+) -> str:
+    """Return which tokens end an answer, if the base's files name others than the usual ones.
+
+    Args:
+        tokenizer: Of the model.
+        stops: What `stop_ids` returned.
+        usual: The tokenizer's end of a text, and what the chat template ends a turn with.
+    """
+    if set(stops) <= set(usual):
+        return ""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    names = {i: tokenizer.convert_ids_to_tokens(i) for i in stops}
+    shown = ", ".join(f"`{name}` ({i})" for i, name in names.items())
+    note = f"answers end at {shown}"
+    if words := [f"`{name}`" for i, name in names.items() if i not in special]:
+        verb = "is an ordinary word" if len(words) == 1 else "are ordinary words"
+        note += (
+            f": {', '.join(words)} {verb} of the tokenizer; is `eos_token_id` of the base right?"
+        )
+    return note
+
+
 def base_wishes(model: nn.Module) -> dict[str, Any]:
     """Return what the base's generation config asks for that would change what is written."""
     config = getattr(model, "generation_config", None)
@@ -171,7 +195,11 @@ def _continue(
         # top_k 0: transformers' own default would keep 50 tokens
         sampling |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=list(stops), **sampling
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_id,
+        eos_token_id=list(stops),
+        use_cache=_can_cache(model),
+        **sampling,
     )
     with _without_own_config(model):
         output = model.generate(  # type: ignore[operator]  # transformers' generation mix-in
@@ -276,13 +304,25 @@ def _greedy(
     """Return the likeliest tokens after the first prompt, each with the logits (V,) it is from."""
     config = GenerationConfig(
         max_new_tokens=n_tokens, do_sample=False, pad_token_id=pad_id, output_logits=True,
-        return_dict_in_generate=True,
+        return_dict_in_generate=True, use_cache=_can_cache(model),
     )  # fmt: skip
     with _without_own_config(model):
         output = model.generate(  # type: ignore[operator]  # transformers' generation mix-in
             **_padded_left(model, prompts, pad_id), generation_config=config
         )
     return [(int(logits[0].argmax()), logits[0].float()) for logits in output.logits]
+
+
+def _can_cache(model: nn.Module) -> bool:
+    """Return whether transformers makes a cache with a place for each layer that fills one.
+
+    It counts a decoder's layers by `num_hidden_layers`, which in the configurations of BART and its
+    relatives is the number of the encoder's. Without a cache, answers are the same, and slower.
+    """
+    config: Any = getattr(model, "config", None)
+    counted = getattr(config, "num_hidden_layers", None)
+    own = getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", None)
+    return not (isinstance(own, int) and isinstance(counted, int) and own > counted)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from lora_cli.data.files import is_blank, text_fault
 from lora_cli.data.json_rows import JSON_NAMES
 from lora_cli.data.label_lists import listed_labels
 from lora_cli.data.sources import Rows
+from lora_cli.data.unsupported import several_answers
 from lora_cli.errors import LoraError, Problem
 from lora_cli.metrics import MetricContext
 from lora_cli.models import load_config
@@ -109,6 +110,11 @@ class SequenceClassification(Task):
     def input_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the texts, or nothing."""
         return text_fault(row, filter(None, (self.spec.text_column, self.spec.text_pair_column)))
+
+    def unsupported(self, row: dict[str, Any]) -> tuple[str, str] | None:
+        """Return whether the label is a list of answers to be ranked, or of their scores."""
+        columns = self.spec.label_columns
+        return None if columns else several_answers(row, self.spec.label_column)
 
     def target_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the label, or nothing."""

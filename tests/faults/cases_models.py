@@ -59,6 +59,7 @@ for _name, _text in {
     "a word for a number": '{"max_new_tokens": "many"}',
     "a list": "[]",
     "half a file": '{"do_sample": tr',
+    "an end that is no token": '{"eos_token_id": 99999}',
 }.items():
     CASES.append(Case("Models", f"generation_config.json with {_name}", _generation_config(_text)))
 

@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
 from torch.utils.data import DataLoader
+from typer.testing import CliRunner
 
-from lora_cli.errors import ResourceError
+from lora_cli.cli import app
+from lora_cli.errors import LoraError, ResourceError
 from lora_cli.files import verify_manifest, write_manifest
 from lora_cli.model_errors import place_error
 from lora_cli.recipe import Recipe, load_recipe
@@ -147,3 +150,27 @@ def test_a_cache_of_models_that_cannot_be_used_is_named(number: int) -> None:
     assert "/cache/hub/models--a" in str(found)
     assert "HF_HOME=DIR" in str(found)
     assert place_error(OSError("no answer")) is None
+
+
+@pytest.mark.parametrize("command", [["validate"], ["validate", "--data"], ["train"]])
+def test_a_cache_that_cannot_be_written_to_is_a_resource(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    recipe = tiny.recipe(tiny.save_encoder(tmp_path / "base"), tmp_path)
+    result = CliRunner().invoke(app, [command[0], str(recipe), *command[1:]])
+    assert isinstance(result.exception, ResourceError)
+    assert "the cache of data sets cannot be written to" in str(result.exception)
+
+
+def test_it_is_none_if_the_recipe_is_wrong_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    adapter = {"target_modules": ["qery"]}
+    recipe = tiny.recipe(tiny.save_encoder(tmp_path / "base"), tmp_path, adapter=adapter)
+    result = CliRunner().invoke(app, ["validate", str(recipe)])
+    assert type(result.exception) is LoraError
+    assert len(result.exception.problems) == 2
