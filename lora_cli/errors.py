@@ -150,6 +150,26 @@ def beside(path: Path) -> str:
     return "is the path right?" if path.is_absolute() else f"the path starts from {Path.cwd()}"
 
 
+def require_file(path: Path, at: str) -> None:
+    """Reject a path that is not an ordinary file.
+
+    Args:
+        path: As the user wrote it.
+        at: The option or the key that names it.
+
+    Raises:
+        LoraError: If it is not there, or is a folder, a pipe or a device.
+    """
+    if path.is_file():
+        return
+    if path.is_dir():
+        raise LoraError(f"{path} is a folder, and not a file", at, "name one file in it")
+    if path.exists():
+        hint = "write its content into a file, and name that"
+        raise LoraError(f"{path} is a pipe or a device, and not a file", at, hint)
+    raise LoraError(f"there is no file {path}", at, beside(path))
+
+
 def did_you_mean(name: str, candidates: Iterable[str], noun: str = "one of") -> str:
     """Return a hint that names the nearest candidate, and all of them if they are few.
 

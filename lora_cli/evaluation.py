@@ -22,7 +22,7 @@ from lora_cli.data.inputs import input_form
 from lora_cli.data.plan import Indices
 from lora_cli.data.sniffing import read_head
 from lora_cli.data.sources import SPLITS
-from lora_cli.errors import LoraError, NumericsError, beside, warn
+from lora_cli.errors import LoraError, NumericsError, require_file, warn
 from lora_cli.files import finish_publishing, refuse_links_outside, verify_manifest
 from lora_cli.fingerprint import fingerprint_of
 from lora_cli.metrics import MetricSet, metric_mode, result_names
@@ -317,8 +317,7 @@ def measure_file(recipe: Recipe, file: Path) -> None:
     Raises:
         LoraError: If there is no such file, or the labels would have to be found on the Hub.
     """
-    if not file.is_file():
-        raise LoraError(f"there is no file {file}", "--input", beside(file))
+    require_file(file, "--input")
     task, data = recipe.task, recipe.data
     data.validation, data.test, data.streaming = None, str(file.absolute()), False
     columns = build_task(recipe)

@@ -25,6 +25,8 @@ NOTICE_S = 10.0  # after so long a process says that it waits for the others to 
 APPEAR_S = 1800.0  # and after so long it gives up: queues start nodes minutes apart
 # once they have met, the others wait while the main process reads and encodes the data
 PATIENCE = timedelta(hours=6)
+# torch retries for so long where nobody answers at the address, which may be another machine's
+CONNECT = timedelta(seconds=30)
 POLL_S = 0.05
 APPEARED = "lora/appeared"  # counts the processes
 GPUS = Path("/proc/driver/nvidia/gpus")  # of this machine, whether they may be used or not
@@ -129,9 +131,13 @@ def _meet(processes: Processes, on_cpu: bool) -> None:
             raise _alone(processes, f"{me} cannot meet the others at {place}: {reason}") from error
         waited = time.monotonic() - began
         if waited > APPEAR_S:
-            raise _alone(processes, f"{me} waited in vain {whom}")
+            unknown = _unknown_address(processes)
+            what = f"{me} waited in vain {whom}" + (f": {unknown}" if unknown else "")
+            raise _alone(processes, what)
         if waited > NOTICE_S and not noticed:
-            warn(f"{me} waits {whom} (`WORLD_SIZE` is {processes.size})")
+            unknown = _unknown_address(processes)
+            why = f": {unknown}" if unknown else ""
+            warn(f"{me} waits {whom} (`WORLD_SIZE` is {processes.size}){why}")
             noticed = True
         time.sleep(POLL_S)
     if not on_cpu:
@@ -152,6 +158,8 @@ def _store(processes: Processes) -> Any:
         store: Any = next(rendezvous("env://"))[0]
     else:
         host, _, port = processes.address.rpartition(":")
+        if _unknown_address(processes):  # a cluster's names may take a while to be known
+            return None
         if processes.rank > 0:
             try:
                 socket.create_connection((host, int(port)), timeout=1.0).close()
@@ -159,10 +167,26 @@ def _store(processes: Processes) -> Any:
                 return None
         tcp_store: Any = vars(distributed)["TCPStore"]  # public, but not to type checkers
         store = tcp_store(
-            host, int(port), processes.size, processes.rank == 0, wait_for_workers=False
+            host,
+            int(port),
+            processes.size,
+            processes.rank == 0,
+            timeout=CONNECT,
+            wait_for_workers=False,
         )
     store.add(APPEARED, 1)
     return store
+
+
+def _unknown_address(processes: Processes) -> str:
+    """Return why the name of process 0's machine leads to no address; nothing if it does."""
+    host, _, port = processes.address.rpartition(":")
+    try:
+        socket.getaddrinfo(host, int(port))
+    except (OSError, UnicodeError) as error:  # the second where the name is too long for one
+        reason = getattr(error, "strerror", None) or str(error)
+        return f"no machine is known as `{host}` ({reason})"
+    return ""
 
 
 def _alone(processes: Processes, what: str) -> ResourceError:

@@ -19,7 +19,7 @@ from lora_cli.data.quoting import quoting_of, say_quoting
 from lora_cli.data.sniffing import Head, read_head
 from lora_cli.data.tables import delimiter_of
 from lora_cli.data.writing import WRITABLE, OutputForm, refuse_target, suffix_of, writing
-from lora_cli.errors import LoraError, Problem, beside, counted
+from lora_cli.errors import LoraError, Problem, counted, require_file
 from lora_cli.recipe import FormatSpec
 from lora_cli.tasks import Task
 
@@ -66,8 +66,7 @@ def answer_file(
         How many rows were written, and the problems of those that could not be answered, whose
         new columns are blank, or whose answer the output's encoding cannot hold.
     """
-    if not source.is_file():
-        raise LoraError(f"there is no file {source}", "--input", beside(source))
+    require_file(source, "--input")
     refuse_target(source, target, overwrite)
     head = read_head(source)
     wanted = list(task.input_columns().values())

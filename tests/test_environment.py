@@ -263,6 +263,28 @@ def test_a_process_without_others_says_so_and_gives_up(
     assert "start all 2 processes" in str(caught.value)
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_an_address_that_is_not_known_is_named(
+    rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "no.such.host.invalid"}
+    for name, value in {**PAIR, **values}.items():
+        monkeypatch.setenv(name, value)
+
+    def unknown(*_: Any) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(placement.socket, "getaddrinfo", unknown)  # no name server is asked
+    monkeypatch.setattr(placement, "NOTICE_S", 0.05)
+    monkeypatch.setattr(placement, "APPEAR_S", 0.2)
+    reset()
+    with pytest.raises(ResourceError) as caught:
+        placement.start_accelerator(tiny.recipe_of())
+    reason = "no machine is known as `no.such.host.invalid` (Name or service not known)"
+    assert reason in str(caught.value)
+    assert reason in capsys.readouterr().err
+
+
 def test_a_process_that_waits_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**PAIR, "MASTER_PORT": "1"}.items():  # where nobody listens
         monkeypatch.setenv(name, value)

@@ -646,6 +646,8 @@ SIMPLE: dict[tuple[str, str], tuple[str, ...]] = {
     ("Evaluation", "of a split that is not there"): (
         "eval", "--adapter", "trained", "--split", "x"),
     ("Evaluation", "of a file that is not there"): ("eval", "--adapter", "trained", "--input", "x"),
+    ("Evaluation", "of a device"): ("eval", "--adapter", "trained", "--input", "/dev/null"),
+    ("Evaluation", "of a folder"): ("eval", "--adapter", "trained", "--input", "."),
     ("Evaluation", "against nothing"): (*AGAINST, "nowhere", "--input", "rows.csv"),
     ("Evaluation", "by a metric that is none"): (
         *AGAINST, "trained", "--metric", "acuracy", "--input", "rows.csv"),
