@@ -271,7 +271,7 @@ def test_an_address_that_is_not_known_is_named(
     for name, value in {**PAIR, **values}.items():
         monkeypatch.setenv(name, value)
 
-    def unknown(*_: Any) -> None:
+    def unknown(*_: object) -> None:
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(placement.socket, "getaddrinfo", unknown)  # no name server is asked

@@ -112,7 +112,7 @@ def _misfit(
 ) -> IntegrityError:
     """Return the error that names what does not fit; the last problem gets the place and a hint."""
     shown = _first_of(problems) + _first_of(missing)
-    hinted = next((problem.hint for problem in problems if problem.hint), None)
+    hinted = next((problem.hint for problem in problems + missing if problem.hint), None)
     hint = hinted or "is this the base model that the adapter was trained on?"
     shown = [Problem(problem.what) for problem in shown]
     shown[-1] = Problem(shown[-1].what, str(adapter.path), hint)
@@ -209,8 +209,11 @@ def _missing(
         owner, _, last = name.rpartition(".")
         if name in plain:
             continue
-        if any(name.startswith(f"{head}.") for head in new):
-            problems.append(Problem(f"`{name}` is missing: the base does not hold it either"))
+        if head := next((head for head in new if name.startswith(f"{head}.")), None):
+            what = f"`{name}` is missing: a head is read from the adapter, never from the base"
+            save = f"train the head too, and save it: in PEFT with `modules_to_save=['{head}']`"
+            named = any(inside(owner, top) for top in in_full)
+            problems.append(Problem(what, hint=None if named else save))
         elif any(inside(owner, top) for top in in_full) or (
             last == "bias" and (bias == "all" or (bias == "lora_only" and owner in adapted))
         ):
