@@ -22,7 +22,14 @@ import typer
 
 from lora_cli.completion import join_words, offer_overrides, offer_splits
 from lora_cli.environment import clean_environment
-from lora_cli.errors import LoraError, Problem, RegressionError, ResourceError, beside
+from lora_cli.errors import (
+    LoraError,
+    Problem,
+    RegressionError,
+    ResourceError,
+    beside,
+    system_error,
+)
 from lora_cli.paths import expanded, path_problem
 from lora_cli.printing import (
     print_comparison,
@@ -41,6 +48,11 @@ if TYPE_CHECKING:
     from lora_cli.tasks import Task
 
 # of a path that the user may fix: denied, not there, a file where a folder should be
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file has grown larger than the system allows",
+}
 NO_ENTRY = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST,
     errno.EISDIR, errno.ELOOP, errno.ENOENT,
@@ -144,16 +156,16 @@ def _known_error(error: Exception) -> LoraError | None:
 
     if (wrong := usage_error(error, sys.argv[1:])) is not None:
         return wrong
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError(
-            "the disk is full", error.filename, "free some space, then use `--resume`"
-        )
-    if isinstance(error, OSError) and error.filename and error.errno in NO_ENTRY:
-        reason = (error.strerror or "").lower()
-        hint = f"check it with `ls -ld {shlex.quote(str(error.filename))}`, or name another"
-        return ResourceError(
-            f"the system denies access to the file: {reason}", str(error.filename), hint
-        )
+    number = system_error(error)
+    filename = getattr(error, "filename", None)
+    if number in FULL:
+        hint = "free some space" + (", then use `--resume`" if "train" in sys.argv[1:2] else "")
+        return ResourceError(FULL[number], filename, hint)
+    if number in NO_ENTRY and filename:
+        denied = number in (errno.EACCES, errno.EPERM, errno.EROFS)
+        what = "the system denies access to the file" if denied else "the path cannot be used"
+        hint = f"check it with `ls -ld {shlex.quote(str(filename))}`, or name another"
+        return ResourceError(f"{what}: {os.strerror(number).lower()}", str(filename), hint)
     if isinstance(error, MemoryError):
         return ResourceError("the memory is full", hint="try `--set train.micro_batch_size=1`")
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here

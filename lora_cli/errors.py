@@ -17,6 +17,7 @@ The class decides the exit code of the command:
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -135,12 +136,25 @@ def nearest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
     return close[0] if close else None
 
 
+def system_error(error: BaseException) -> int | None:
+    """Return the number (`errno`) of an error of the system, whichever library raised it."""
+    if isinstance(error, OSError):
+        return error.errno
+    # libraries written in Rust, as safetensors, have errors of their own, with the number in them
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
 def beside(path: Path) -> str:
     """Return a hint for a path that is not there: the nearest name beside it, or where it starts.
 
     Args:
         path: As the user wrote it.
     """
+    if path.is_file():
+        return f"{path} is a file"
+    if path.exists() and not path.is_dir():
+        return f"{path} is a pipe or a device"
     try:
         names = sorted(other.name for other in path.absolute().parent.iterdir())
     except OSError:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drafting import Init, classification, labelled, lines, said, table
+from drafting import Init, classification, labelled, lines, said, table, texts
 
 from lora_cli.data.encoding import encoding_of
 from lora_cli.data.sources import load_rows
@@ -309,3 +309,12 @@ def test_bytes_that_are_no_text_are_counted_not_tokenized(init: Init, tmp_path: 
     pq.write_table(table_of_bytes, tmp_path / "bad.parquet")
     recipe = init("bad.parquet", tmp_path / "bad.parquet")
     assert recipe.data.on_bad_row == "skip"
+
+
+def test_names_too_rare_for_what_validation_leaves_are_no_labels(init: Init) -> None:
+    rows = [[text, f"name {i % 120}"] for i, text in enumerate(texts(240))]
+    with pytest.raises(LoraError, match="has 120 values in 240 rows: no label"):
+        init("rows.csv", table(["text", "label"], rows))
+    rows = [[text, f"name {i % 96}"] for i, text in enumerate(texts(240))]
+    recipe = init("rows.csv", table(["text", "label"], rows))
+    check_data(build_task(recipe), ("train", "validation", "test"))

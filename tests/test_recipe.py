@@ -134,6 +134,8 @@ def test_what_is_not_a_recipe_says_why_and_where(
         ("{use_rslora: !!bool maybe}", "`maybe` is not what `!!bool` says"),
         ("{rank: 1" + "0" * 30 + "}", "too large a number"),
         ("{rank: 1" + "0" * 5000 + "}", "number is too long"),
+        ("{rank: 65537}", "less than or equal to 65536"),
+        ("{rank_pattern: {query: 65537}}", "less than or equal to 65536"),
         ('{target_modules: "a\\0b"}', "a text contains a NUL"),
         ('{target_modules: "\\ud800"}', "half of a character"),
         ("{? [a] : 3}", "a key must be a word"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import tiny
 import torch
 
 from lora_cli import cli
+from lora_cli.errors import LoraError, beside, require_file
 from lora_cli.tasks.sequence_classification import SequenceClassification
 from lora_cli.unexpected import note_phase, own_words, phase, unexpected_error
 
@@ -57,6 +59,44 @@ def test_three_lines_and_a_file(
     assert "Traceback (most recent call last):" in kept
     assert "pass-of-mine" not in kept + said
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+class RustError(Exception):
+    """Stands for an error of a library that is written in Rust, as safetensors is."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (RustError("I/O error: No space left on device (os error 28)"), 5, "the disk is full"),
+        (RustError("I/O error: File too large (os error 27)"), 5, "grown larger than"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "m/x"), 5, "quota is used up\n  at m/x"),
+        (FileExistsError(errno.EEXIST, "File exists", "/dev/full"), 5, "path cannot be used"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), 5, "denies access"),
+    ],
+    ids=["disk", "size", "quota", "no folder", "access"],
+)
+def test_what_the_system_denies_is_said_whichever_library_asked(
+    error: Exception,
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ended, text = printed(error, monkeypatch, capsys)
+    assert ended == code
+    assert words in text
+    assert "--resume" not in text  # only training has it
+
+
+def test_a_path_that_is_there_is_not_suggested(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    assert beside(tmp_path / "file") == f"{tmp_path / 'file'} is a file"
+    assert beside(Path("/dev/null")) == "/dev/null is a pipe or a device"
+    assert beside(tmp_path / "fil") == f"did you mean `{tmp_path / 'file'}`?"
+    for path, words in (("/dev/null", "a pipe or a device"), (str(tmp_path), "a folder")):
+        with pytest.raises(LoraError, match=f"{path} is {words}, and not a file"):
+            require_file(Path(path), "--input")
 
 
 def test_where_no_file_can_be_written_the_way_to_the_traceback_is_said(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_cli.data.parquet import parquet_batches
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, ResourceError
 from lora_cli.files import delete_of_dead
 
 WRITABLE = {".csv": ",", ".tsv": "\t", ".json": "", ".jsonl": "", ".ndjson": "", ".parquet": ""}
@@ -114,7 +115,9 @@ def writing(target: Path, form: OutputForm, overwrite: bool = True) -> Iterator[
         raise LoraError(what, "--output", hint) from error
     except OSError as error:
         what = f"cannot write {target}: {(error.strerror or str(error)).lower()}"
-        raise LoraError(what, "--output", "name another file, or free some space") from error
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        kind = ResourceError if is_full else LoraError
+        raise kind(what, "--output", "name another file, or free some space") from error
     finally:
         temporary.unlink(missing_ok=True)
         for number, handler in before.items():

@@ -51,6 +51,7 @@ LABEL_NAMES = [
          r"sterne?|note|punkte?|points?|étoiles?|estrellas?|stelle|voto|評価|評点|点数|星|评分|평점|оценка"),
     )
 ]  # fmt: skip
+FEWEST_ROWS = 2.5  # of a label; training wants 2 of those that validation and test leave
 NO_ANSWER = {"-", "unsup", "unlabeled", "unlabelled"}  # labels that say there is none
 MOST_SMALL_NUMBERS = 20  # values of a column of small whole numbers that are labels
 PAIR_HINT = "; two texts that the label compares: `--text A --pair B`"
@@ -388,7 +389,7 @@ def _label_keys(
     if len(label.counts) < 2:
         hint = "nothing can be learned from it; name another with `--label COLUMN`"
         raise LoraError(f"`{label.name}` has one value only", place, hint)
-    if label.kind == "text" or (len(label.counts) > 20 and label.rows_per_value < 2):
+    if label.kind == "text" or (len(label.counts) > 20 and label.rows_per_value < FEWEST_ROWS):
         raise LoraError(
             f"`{label.name}` has {len(label.counts):,} values in {label.count:,} rows: no label",
             place,

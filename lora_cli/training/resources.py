@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch import nn
 
 from lora_cli.adapters.attach import training_mode
-from lora_cli.errors import ResourceError
+from lora_cli.errors import ResourceError, system_error
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Task
 from lora_cli.training.batches import Batches
@@ -57,9 +56,7 @@ def resource_error(error: BaseException, recipe: Recipe, doing: str) -> Resource
     kept = f"the checkpoint of step {saved.step} is whole; " if saved else ""
     if (worker := _worker_error(error, doing, kept)) is not None:
         return worker
-    number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
-        number = int(found[1])
+    number = system_error(error)
     if number == errno.ENOENT:
         return _removed(error, recipe, doing)
     if number not in DISK_ERRORS:

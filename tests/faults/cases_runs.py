@@ -478,6 +478,16 @@ def _(world: World) -> Printed:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@case("Merging", "onto a disk that takes no more")
+def _(world: World) -> Printed:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        return world.lora("merge", "--adapter", world.trained(), "--to", "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @case("Training", "until the hours are over")
 def _(world: World) -> Printed:
     return world.lora("train", world.recipe(train={"max_hours": 1e-9, "max_steps": 50}))

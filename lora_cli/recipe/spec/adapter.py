@@ -10,12 +10,12 @@ from lora_cli.recipe.spec.section import (
     Conflicts,
     LayerNumber,
     LayerRange,
-    Positive,
     Probability,
     Section,
     Word,
 )
 
+Rank = Annotated[int, Field(gt=0, le=65_536)]  # no layer is so wide that more would add to it
 Alpha = Annotated[float, Field(gt=0, le=1e30)]  # float32 ends at 3e38
 
 
@@ -30,7 +30,7 @@ class AdapterSpec(Section):
     """A trained adapter to start from: a folder (relative to the recipe), or a Hub id. Its rank,
     alpha, targets, biases and head are trained further; the optimizer starts from scratch."""
 
-    rank: Positive = 8
+    rank: Rank = 8
     """Rank of the update: the inner dimension of B A."""
 
     alpha: Alpha = 16.0
@@ -53,7 +53,7 @@ class AdapterSpec(Section):
     layers: LayerRange | list[LayerNumber] | None = None
     """Only these layers: `0-11`, or a list of numbers."""
 
-    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
     """Other ranks for some modules: name suffix or regular expression, and rank."""
 
     alpha_pattern: dict[str, Alpha] = Field(default_factory=dict)
