@@ -68,6 +68,91 @@ def test_hints_name_no_option_that_init_lacks(init: Init, tmp_path: Path) -> Non
             assert f"`{key}` in a recipe" in hint
 
 
+# ---------------------------------------------------------------------------- several labels a cell
+
+QUEUES = ["請求", "配送", "返品", "解約"]
+
+
+@pytest.mark.parametrize("rows", [range(0, 60, 3), [5]], ids=["often", "once"])
+@pytest.mark.parametrize(
+    ("between", "separator"),
+    [
+        ("・", "・"), ("･", "・"), ("·", "·"), ("／", "/"), (" / ", "/"), ("＆", "&"), ("、", "、"),
+        ("，", ","), ("；", ";"), ("｜", "|"), ("＋", "+"), ("\u3000", "\u3000"), ("と", "と"),
+        (" and ", " and "),
+    ],
+)  # fmt: skip
+def test_signs_between_labels(init: Init, between: str, separator: str, rows: Any) -> None:
+    labels = [QUEUES[i % 4] for i in range(60)]
+    for i in rows:
+        labels[i] = between.join([QUEUES[i % 4], QUEUES[(i + 1) % 4]])
+    recipe = init("rows.csv", table(["text", "label"], list(zip(texts(60), labels, strict=True))))
+    assert recipe.task.problem == "multi_label"
+    assert recipe.task.label_separator == separator
+    assert recipe.task.labels == sorted(QUEUES)
+
+
+@pytest.mark.parametrize(
+    "labels", [["スター・ウォーズ", "ハリー・ポッター"], ["R&B", "R&D", "pop"], ["非と", "是"]]
+)
+def test_signs_inside_a_label(init: Init, labels: list[str]) -> None:
+    recipe = init("rows.csv", table(["text", "label"], labelled(40, labels)))
+    assert said(recipe) == classification("text", "label", sorted(labels))
+
+
+@pytest.mark.parametrize("least", [1, 2])
+def test_numbers_of_labels_are_no_fractions(init: Init, least: int) -> None:
+    draw = random.Random(0)
+    ids = [draw.sample(range(28), draw.randint(least, 2)) for _ in range(200)]
+    cells = [",".join(map(str, some)) for some in ids]
+    recipe = init("rows.csv", table(["text", "labels"], list(zip(texts(200), cells, strict=True))))
+    assert (recipe.task.problem, recipe.task.label_separator) == ("multi_label", ",")
+    assert recipe.task.labels == list(range(28))
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+def test_fractions_are_no_numbers_of_labels(init: Init, digits: int) -> None:
+    draw = random.Random(0)
+    cells = [f"{draw.uniform(0, 5):.{digits}f}".replace(".", ",") for _ in range(200)]
+    cells[::9] = ["3"] * len(cells[::9])
+    recipe = init("rows.csv", table(["text", "score"], list(zip(texts(200), cells, strict=True))))
+    assert recipe.task.problem == "regression"
+
+
+# --------------------------------------------------------------------------------- inside objects
+
+NESTED: list[tuple[dict[str, Any], str, str]] = [
+    ({"context": "x", "answers": {"text": ["film"], "answer_start": [3]}}, "the answers stand",
+     "{instruction: .question, input: .context, output: .answers.text[0]}"),
+    ({"answers": [{"text": "film"}]}, "the answers stand", "output: .answers[0].text}"),
+    ({"choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}, "its choices",
+     '.question + "\\n" + (.choices.text | join("\\n"))'),
+    ({"choices": ["a film", "a play"], "answer": 1}, "its choices", "(.answer | tostring)"),
+    ({"writer": {"joy": 1, "anger": 0}, "reader": {"joy": 2, "anger": 0}}, "`writer` holds objects",
+     ". + {label: .writer.joy}"),
+    ({"annotations": [{"by": 1, "label": "a"}]}, "holds objects", ".annotations[0].label"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["encoder", "llama"])
+@pytest.mark.parametrize(("more", "what", "command"), NESTED, ids=str)
+def test_what_stands_inside_objects_is_named(
+    init: Init, more: dict[str, Any], what: str, command: str, model: str
+) -> None:
+    rows = [{"question": text, **more} for text in texts(40)]
+    for i, row in enumerate(rows):
+        varied = {"context": row["question"][::-1], "answerKey": "AB"[i % 2], "answer": i % 2}
+        row.update({key: value for key, value in varied.items() if key in row})
+    with pytest.raises(LoraError, match=what) as caught:
+        init("rows.jsonl", lines(rows), model)
+    assert command in (caught.value.problems[0].hint or "")
+
+
+def test_objects_about_a_text_are_left_out(init: Init) -> None:
+    rows = [{"text": text, "meta": {"source": 1, "id": 2}} for text in texts(40)]
+    assert said(init("rows.jsonl", lines(rows), "llama"))["text_column"] == "text"
+
+
 # ----------------------------------------------------------------------------- answers to be ranked
 
 PAIR = ["a long answer of many words", "another answer that has more words"]

@@ -163,9 +163,10 @@ def flag(value: Any) -> int | None:
 def divided(text: str, separator: str) -> list[str]:
     """Return the labels in a text; a full-width separator divides as the narrow one does."""
     if len(separator) == 1:
-        narrow = half_width(separator).replace("\uff64", "\u3001")
+        narrow = half_width(separator).replace("\uff64", "\u3001").replace("\uff65", "\u30fb")
         wide = chr(ord(narrow) + 0xFEE0) if "!" <= narrow <= "~" else narrow
-        also = "\uff64" if narrow == "\u3001" else ""  # the ideographic comma, narrow
+        # narrow ones, that are no ASCII: of the ideographic comma and of the middle dot
+        also = {"\u3001": "\uff64", "\u30fb": "\uff65"}.get(narrow, "")
         parts = re.split(f"[{re.escape(narrow + wide + also)}]", text)
     else:
         parts = text.split(separator)

@@ -48,7 +48,9 @@ NEARLY_NUMBER = re.compile(r"\d")
 MISSING = re.compile(r"(?i)nan|n/?a|null|none|nil|missing|inf(inity)?|[-?.*\u2013\u2014]+|#\S+")
 MOSTLY = 0.9  # share of a column's cells that makes it one of numbers
 MOST_CLASSES = 20  # different whole numbers that may be the names of classes
-SEPARATORS = (";", "|", ",", "、", "+", "/", " ")
+SEPARATORS = (";", "|", ",", "、", "・", "·", "+", "/", "&", "\n", "\u3000", " ")
+# words that may be a part of one label too, so that all that they divide has to be a label
+BETWEEN = ("と", "および", "及び", "和", " and ", " und ", " et ", " y ", " - ")
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,8 @@ def describe(name: str, rows: Sequence[dict[str, Any]], delimiter: str = ",") ->
         column = describe(name, [rows[number - 1] for number in sorted(rest)], delimiter)
         return replace(column, strays=strays)
     kind = _kind(name, texts, counts, words, numbers)
+    if kind == "number" and numbers != PLAIN and _are_ids(counts):
+        kind = "category"  # `2,14` are two labels by their numbers
     column = Column(
         name,
         kind,
@@ -196,6 +200,23 @@ def _kind(
     if len(counts) * 2 <= len(texts) and words <= 6 and max(map(len, counts)) <= 80:
         return "category"
     return "text" if _is_natural(texts, words) else "category"
+
+
+def _are_ids(counts: Counter[str]) -> bool:
+    """Return whether values such as `2,14` and `27` are lists of the numbers of labels.
+
+    A fraction differs: what stands behind its comma does not stand before the others, and begins
+    with zeros as often as not.
+    """
+    lists = [[part.strip() for part in value.split(",")] for value in counts]
+    parts = {part for several in lists for part in several}
+    if not all(part.isdecimal() and (part == "0" or part[0] != "0") for part in parts):
+        return False
+    alone = {several[0] for several in lists if len(several) == 1}
+    first = {several[0] for several in lists if several[1:]}
+    others = {part for several in lists for part in several[1:]}
+    is_same = len(first & others) >= 0.7 * len(first | others)
+    return (len(others) > 2 and first | others <= alone) or (len(others) > 4 and is_same)
 
 
 def _strays(
@@ -302,8 +323,15 @@ def _separator(column: Column) -> str | None:
     """Return what divides the labels of a value, if its parts recur in other company.
 
     `Action;Drama`, `Drama`, `Drama;War`: three values of few parts. In `New York`, the parts recur
-    nowhere, and in prose they are too many.
+    nowhere, and in prose they are too many. Where each part is a label of other rows by itself, one
+    row with several labels is enough.
     """
+    for separator in (*SEPARATORS[:-1], *BETWEEN):
+        divisions = [divided(value, separator) for value in column.counts]
+        composed = [division for division in divisions if len(division) > 1]
+        alone = column.counts.keys() - {value for value in column.counts if separator in value}
+        if composed and all(part in alone for division in composed for part in division):
+            return separator
     for separator in SEPARATORS:
         if separator == " " and not re.fullmatch(r"(?i)(labels|tags|topics|genres)", column.name):
             continue

@@ -17,6 +17,7 @@ from lora_cli.data.foreign import refuse_tagged_rows
 from lora_cli.data.unsupported import Found, several_answers, unsupported
 from lora_cli.errors import LoraError, counted, did_you_mean
 from lora_cli.inference.columns import Column, as_number, flag
+from lora_cli.inference.nested import require_flat
 from lora_cli.inference.texts import (
     content_of,
     listed,
@@ -108,6 +109,8 @@ def choose_task(
             what, hint = "two texts need a label that compares them", "name it: `--label COLUMN`"
             raise LoraError(what, "--pair", f"{hint} ({listed(columns)})")
         chosen = labelled or plain(columns, by_name, place, text)
+    if not chosen.is_chat and text is None and label is None and pair is None:
+        require_flat(columns, rows, place, chosen.labels is not None)
     if not chosen.is_chat and (text is None or chosen.labels is not None):
         # texts that are learned alone say nothing of the other columns, if the user says so
         learned = chosen.keys.get("label_column") if text is not None else None

@@ -427,6 +427,22 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
         "rows.csv", "text,score\n" + "".join(f"a long text {i} of some words,{i / 8}\n"
                                               for i in range(30)) + "a last text,1.5k\n", ()),
     "two columns of a name in parquet": ("rows.parquet", _parquet("text", "label", "label"), ()),
+    "answers inside objects": (
+        "rows.jsonl", "".join(json.dumps({"question": f"what is number {i} of all",
+                                          "answers": {"text": ["a"]}}) + "\n"
+                              for i in range(30)), ()),
+    "choices": (
+        "rows.jsonl", "".join(json.dumps({"question": f"which is number {i} of all",
+                                          "choices": ["a", "b"], "answer": i % 2}) + "\n"
+                              for i in range(30)), ()),
+    "answers to be ranked": (
+        "rows.jsonl", "".join(json.dumps({"prompt": f"say something about number {i}",
+                                          "responses": ["a", "b"], "scores": [0.1, 0.9]}) + "\n"
+                              for i in range(30)), ()),
+    "labels inside other objects": (
+        "rows.jsonl", "".join(json.dumps({"text": f"a long text {i} of some words",
+                                          "writer": {"joy": 1, "anger": 0}}) + "\n"
+                              for i in range(30)), ()),
     "columns inside objects": (
         "rows.jsonl", '{"id": 1, "data": {"text": "a film", "label": "good"}}\n' * 9, ()),
     "labels inside objects": (
