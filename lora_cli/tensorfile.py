@@ -40,9 +40,12 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
     Raises:
         IntegrityError: If the file is not whole, or not a safetensors file.
+        PermissionError: If it may not be read.
     """
     try:
         return _entries(file)
+    except PermissionError:
+        raise  # the file may be whole
     except (OSError, ValueError, RecursionError) as error:
         hint = "it was damaged, or another tool wrote it wrongly; get it again from its source"
         reason = "the header is too deep" if isinstance(error, RecursionError) else str(error)

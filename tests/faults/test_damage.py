@@ -542,3 +542,17 @@ def test_a_pickle_is_refused_and_nothing_in_it_runs(
     assert not sprung.exists()
     torch.load(tmp_path / "trap", weights_only=False) if kind == "torch" else pickle.loads(trap)
     assert sprung.exists()  # it would have been
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+
+    def denied(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(Path, "open", denied)  # root may read everything
+    with pytest.raises(PermissionError):
+        read_header(file)
