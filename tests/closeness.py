@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,3 +24,10 @@ def assert_different(found: Tensor, other: Tensor, share: float = 1e-3) -> None:
     """Fail unless two tensors differ by more than a share of the largest entry."""
     scale = float(other.detach().abs().max())
     assert float((found - other).detach().abs().max()) > share * scale
+
+
+def near(values: Mapping[str, float] | Iterable[float], tolerance: float = 5e-5) -> Any:
+    """Return what equals numbers, or numbers by name, within a share of the largest of them."""
+    values = dict(values) if isinstance(values, Mapping) else list(values)
+    largest = max(map(abs, values.values() if isinstance(values, dict) else values), default=0.0)
+    return pytest.approx(values, rel=0.0, abs=tolerance * largest)

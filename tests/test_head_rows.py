@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from closeness import near
 from transformers import AutoModelForSequenceClassification, DistilBertConfig
 
 from lora_cli.recipe import load_recipe
@@ -77,8 +78,8 @@ def test_each_label_has_the_row_of_its_name(kind: str, labels: list[str], tmp_pa
     ours, notes = logits(folder, tmp_path, labels=labels)
     theirs = base_logits(folder)
     known = [label for label in labels if label.lower() in OWN]
-    for label in known:
-        assert ours[label] == pytest.approx(theirs[label.lower()], abs=1e-6)
+    wanted = {label: theirs[label.lower()] for label in known}
+    assert {label: ours[label] for label in known} == near(wanted)
     unknown = [label for label in labels if label not in known]
     said = [f"the rows of `{label}` start at random" for label in unknown]
     assert any(text in note for text in said for note in notes
@@ -92,7 +93,7 @@ def test_several_labels_a_row_likewise(tmp_path: Path) -> None:
     file.write_text(json.dumps(config))
     labels = ["neutral", "negative", "positive"]
     ours, _ = logits(folder, tmp_path, labels=labels, problem="multi_label")
-    assert ours == pytest.approx(base_logits(folder), abs=1e-6)
+    assert ours == near(base_logits(folder))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_rows_without_a_name_go_by_position_and_that_is_said(
 ) -> None:
     folder = tiny.save_encoder(tmp_path / "base", own)
     ours, notes = logits(folder, tmp_path, labels=labels)
-    assert list(ours.values()) == pytest.approx(list(base_logits(folder).values()), abs=1e-6)
+    assert list(ours.values()) == near(base_logits(folder).values())
     assert (said is None and not notes) or any(str(said) in note for note in notes)
 
 
@@ -124,7 +125,7 @@ def test_a_layer_as_wide_as_there_are_labels_is_not_taken_for_the_last(tmp_path:
     tiny.enliven(AutoModelForSequenceClassification.from_config(config)).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     ours, _ = logits(folder, tmp_path, labels=names)
-    assert ours == pytest.approx(base_logits(folder), abs=1e-5)
+    assert ours == near(base_logits(folder))
 
 
 def test_a_base_without_a_classifier_gets_a_new_one(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import peft
 import pytest
 import tiny
 import torch
+from closeness import assert_close
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -179,7 +180,7 @@ def test_what_is_said_of_peft_is_true(
     if said is None:
         assert not before
         assert theirs is not None
-        torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-4)
+        assert_close(logits(theirs), logits(model))
         return
     assert said in " ".join(before)
     assert theirs is None or not torch.allclose(logits(theirs), logits(model), atol=1e-3)
@@ -195,7 +196,7 @@ def test_the_way_out_leads_out(name: str, tmp_path: Path) -> None:
     save_adapter(tmp_path, model, recipe, [])
     theirs = loaded_by_peft(name, tmp_path)
     assert theirs is not None
-    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-4)
+    assert_close(logits(theirs), logits(model))
 
 
 def test_layers_that_mamba_s_kernels_read_get_no_adapter() -> None:

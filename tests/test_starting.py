@@ -253,7 +253,7 @@ def test_each_side_of_a_tie_is_trained_further_and_resumed(
     path = recipe_file(bases["llama"], tmp_path / "new", **sections)
     recipe = only_from(path, tmp_path / "peft")
     _, ours = started(recipe)
-    assert torch.allclose(logits(ours), logits(theirs.eval()), atol=1e-4)
+    assert_close(logits(ours), logits(theirs.eval()))
     assert recipe.adapter.ensure_weight_tying is False
     names = {name for name in trainable_parameters(ours) if ".lora_" not in name}
     assert {name.split(".")[-2] for name in names} == set(in_full)
@@ -270,7 +270,7 @@ def test_each_side_of_a_tie_is_trained_further_and_resumed(
         warnings.simplefilter("ignore")
         base = AutoModelForCausalLM.from_pretrained(bases["llama"])
         again = peft.PeftModel.from_pretrained(base, out)
-    assert torch.allclose(logits(ours), logits(again.eval()), atol=1e-4)
+    assert_close(logits(ours), logits(again.eval()))
 
 
 def test_an_alpha_that_cannot_learn_is_named(base: Path, tmp_path: Path) -> None:

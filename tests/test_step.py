@@ -191,8 +191,11 @@ def test_the_split_is_exact_but_for_rounding(
 
 def test_a_step_follows_the_gradient_of_the_mean_over_all_items(ragged: Case) -> None:
     moved, _ = ragged.step([3, 4])
-    for name, gradient in ragged.gradients([7]).items():
-        torch.testing.assert_close(moved[name], gradient, rtol=1e-5, atol=1e-6)
+    wanted = ragged.gradients([7])
+    # (the bias of a key moves nothing: its gradient is what rounding leaves of zero)
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    scales = {name: float(g.abs().max()) + largest / 10 for name, g in wanted.items()}
+    assert_close(moved, wanted, 1e-5, scales)
 
 
 def test_the_mean_of_means_differs_on_these_examples(ragged: Case) -> None:
@@ -211,8 +214,7 @@ def test_a_long_gradient_is_shortened_as_a_whole(ragged: Case) -> None:
     free, _ = ragged.step([3, 4])
     length = float(torch.cat([t.flatten() for t in free.values()]).norm())
     clipped, _ = ragged.step([3, 4], max_grad_norm=length / 10)
-    for name, tensor in free.items():
-        torch.testing.assert_close(clipped[name], tensor / 10, rtol=1e-3, atol=1e-6)
+    assert_close(clipped, {name: tensor / 10 for name, tensor in free.items()}, 1e-3)
     unclipped, _ = ragged.step([3, 4], max_grad_norm=length * 10)
     for name, tensor in free.items():
         torch.testing.assert_close(unclipped[name], tensor)
