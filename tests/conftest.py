@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import os
@@ -38,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.fsync = lambda descriptor: os.fstat(descriptor) and None
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
         return
+    import typer.main
     from hypothesis import settings
 
     from lora_cli.training import result
@@ -45,6 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # A plot is half of a run of a few steps. Its own tests call it from `lora_cli.reporting`; runs
     # that tests start as commands of their own draw it.
     result.plot_learning_curve = lambda folder, report: None
+    # the commands are made of their functions' annotations once, not for each of 1,000 calls
+    typer.main.get_command = functools.cache(typer.main.get_command)
     settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
     settings.load_profile("repeatable")
     # what is imported by now stays: no collection of garbage needs to walk through it again

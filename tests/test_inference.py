@@ -525,9 +525,10 @@ def thinned(file: Path, folder: Path) -> Path:
             with opener(other, "rb") as content:
                 found = content.readlines()
             target = folder / other.name
-            if len(found) > 20_000 and other.name.startswith("train"):
+            most, step = (2_000, 5) if other.suffix == ".jsonl" else (20_000, 20)
+            if len(found) > most and other.name.startswith("train"):
                 with opener(target, "wb") as out:
-                    out.writelines([found[0], *found[1::20]])
+                    out.writelines([found[0], *found[1::step]])
             else:
                 shutil.copyfile(other, target)
     return folder / file.name

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -399,23 +398,29 @@ def test_heads_and_biases_without_matrices_are_merged(tmp_path: Path, kind: str)
     assert torch.equal(logits(plain(tmp_path / "merged")), wanted)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_two_merges_into_one_folder_exclude_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three at once "succeeded", and of two different ones one ended in a traceback."""
     to = tmp_path / "merged"
-    code = (
-        "import sys; from pathlib import Path; from lora_cli.merging import _locked\n"
-        "with _locked(Path(sys.argv[1])):\n    print('locked', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", code, str(to)]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert other.stdout is not None
-    assert other.stdout.readline() == b"locked\n"
-    with pytest.raises(LoraError, match=f"process {other.pid} on .* is writing to {to}"):
-        merge_adapter("base", tmp_path / "adapter", to)
-    other.communicate()
-    assert other.returncode == 0
+    locked, lock = os.pipe()
+    wait, go_on = os.pipe()
+    other = os.fork()
+    if other == 0:
+        os.close(go_on)
+        with merging._locked(to):
+            os.write(lock, b"locked")
+            os.read(wait, 1)
+        os._exit(0)
+    os.close(wait)
+    try:
+        assert os.read(locked, 6) == b"locked"
+        with pytest.raises(LoraError, match=f"process {other} on .* is writing to {to}"):
+            merge_adapter("base", tmp_path / "adapter", to)
+    finally:
+        os.close(go_on)
+        assert os.waitpid(other, 0)[1] == 0
     with merging._locked(to):
         to.mkdir()
         (to / "config.json").touch()

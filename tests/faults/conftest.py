@@ -8,10 +8,21 @@ import pytest
 from killing import Nursery, Whole, measure
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Start the process that runs are forked from, before a test computes something here."""
+    if any("nest" in getattr(item, "fixturenames", ()) for item in session.items):
+        session.config.stash[NEST] = Nursery().__enter__()
+
+
+NEST = pytest.StashKey[Nursery]()
+
+
 @pytest.fixture(scope="session")
-def nest() -> Iterator[Nursery]:
-    with Nursery() as nursery:
-        yield nursery
+def nest(pytestconfig: pytest.Config) -> Iterator[Nursery]:
+    nursery = pytestconfig.stash[NEST]
+    yield nursery
+    nursery.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="session")

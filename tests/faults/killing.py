@@ -9,9 +9,11 @@ usage: python tests/faults/killing.py [KILLS (200)] [SEED (0)]
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import itertools
 import json
+import logging
 import os
 import pkgutil
 import random
@@ -19,11 +21,12 @@ import resource
 import select
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -158,15 +161,20 @@ class Nursery:
     """Forks runs from a process that has imported `lora_cli` and computed nothing."""
 
     def __enter__(self) -> Nursery:
-        environment = os.environ | {
-            "OMP_NUM_THREADS": os.environ.get("KILLING_THREADS", "1"),
-            "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
-        }  # fmt: skip
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--nursery"], text=True, env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+        """Import what a run imports, and fork; before that this process should compute nothing."""
+        for module in IMPORTED:
+            importlib.import_module(module)
+        asked, ask = os.pipe()
+        told, tell = os.pipe()
+        self.process = os.fork()
+        if self.process == 0:
+            try:
+                nursery(asked, tell)
+            finally:
+                os._exit(1)
+        os.close(asked)
+        os.close(tell)
+        self.requests, self.answers = os.fdopen(ask, "w"), os.fdopen(told)
         return self
 
     def __exit__(
@@ -175,7 +183,9 @@ class Nursery:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.process.communicate()  # the end of its input ends it
+        self.requests.close()  # which ends it
+        self.answers.close()
+        os.waitpid(self.process, 0)
 
     def run(
         self,
@@ -188,6 +198,8 @@ class Nursery:
         limits: Sequence[tuple[int, int]] = (),
         squeeze: tuple[str, int] | None = None,
         others: Sequence[str] = (),
+        ignored: Sequence[int] = (),
+        threads: int = 1,
     ) -> list[int]:
         """Run `lora train RECIPE -o OUT --resume`; return how each of its processes ended.
 
@@ -201,31 +213,36 @@ class Nursery:
             limits: Resources and how much of each the system allows.
             squeeze: One of `MOMENTS`, and bytes of memory that may be taken from then on.
             others: Further overrides, of all processes but the first.
+            ignored: Signals that the run finds ignored, as under `nohup`.
+            threads: How many threads compute.
 
         Returns:
             Exit codes; a negative number is a signal.
         """
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         request = {
             "recipe": str(recipe), "out": str(out), "processes": processes, "sets": list(sets),
             "kill": kill and asdict(kill), "resume": resume, "limits": list(limits),
-            "squeeze": squeeze, "others": list(others),
+            "squeeze": squeeze, "others": list(others), "ignored": list(ignored),
+            "threads": threads,
         }  # fmt: skip
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        answer: list[int] = json.loads(self.process.stdout.readline())
+        self.requests.write(json.dumps(request) + "\n")
+        self.requests.flush()
+        answer: list[int] = json.loads(self.answers.readline())
         return answer
 
 
-def nursery() -> None:
-    """Fork a run for each line of stdin, and answer how it ended."""
+def nursery(asked: int, tell: int) -> None:
+    """Fork a run for each line that is asked, and answer how it ended.
+
+    Args:
+        asked: A file descriptor to read from.
+        tell: A file descriptor to write to.
+    """
+    _forget_the_parent(asked, tell)
     from lora_cli.cli import _quiet
 
     _quiet()
-    for module in IMPORTED:
-        importlib.import_module(module)
-    for line in sys.stdin:
+    for line in os.fdopen(asked):
         request = json.loads(line)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -237,7 +254,27 @@ def nursery() -> None:
                 _run(request, rank, port)
             children.append(child)
         ends = _wait_for(children, spare=bool((request["kill"] or {}).get("alone")))
-        say(json.dumps(ends))
+        os.write(tell, json.dumps(ends).encode() + b"\n")
+
+
+def _forget_the_parent(*used: int) -> None:
+    """Leave streams, files, log handlers and filters of warnings to the process before the fork."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1):
+        os.dup2(null, number)
+    faulthandler.disable()  # it would write into a file that is closed here
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2 and number not in used:
+            with suppress(OSError):
+                os.close(number)
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
+    sys.argv = ["lora"]
+    logging.getLogger().handlers.clear()
+    warnings.resetwarnings()
+    warnings.simplefilter("ignore", DeprecationWarning)
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false",
+                   "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # fmt: skip
 
 
 def _wait_for(children: list[int], spare: bool = False) -> list[int]:
@@ -259,6 +296,11 @@ def _run(request: Json, rank: int, port: str) -> None:
     os.dup2(log, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdin.close()
+    import torch
+
+    torch.set_num_threads(request["threads"])
+    for number in request["ignored"]:
+        signal.signal(number, signal.SIG_IGN)
     if request["processes"] > 1:
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["processes"]),
@@ -432,7 +474,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--nursery"]:
-        nursery()
-    else:
-        main()
+    main()

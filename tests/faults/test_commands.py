@@ -74,7 +74,6 @@ def worse(world: World) -> list[str]:
 CODES: dict[int, Callable[[World], list[str]]] = {
     0: lambda world: ["schema"],
     2: lambda world: ["validate", "recipe.yaml", "--set", "train.sed=1"],
-    6: worse,
 }
 
 
@@ -83,6 +82,12 @@ def test_the_exit_code_says_what_kind_of_fault_it_was(code: int, world: World) -
     result = lora(*CODES[code](world), cwd=world.folder)
     assert result.returncode == code, result.stderr
     assert (b"error: " in result.stderr) == (code != 0)
+
+
+def test_an_adapter_that_is_worse_has_a_code_of_its_own(world: World) -> None:
+    printed = world.lora(*worse(world))  # in this process: the next would import torch again
+    assert printed.code == 6, printed.err
+    assert "error: " in printed.err
 
 
 # ----------------------------------------------------------------------------------- the streams

@@ -26,6 +26,7 @@ from runs import lines, without_times
 from safetensors.torch import load_file
 from world import Printed, World
 
+from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 from lora_cli.recipe.spec.section import Section
 from lora_cli.tasks.sequence_classification import SequenceClassification
@@ -533,27 +534,47 @@ def flags(settings: Settings) -> list[str]:
     ]  # fmt: skip
 
 
+LEFT: dict[str, Left] = {}
+"""What commands left, by what they were and the whole recipe: many keys have the same default."""
+
+
+def left_by(change: Change, name: str, value: Any, bases: Path) -> Left:
+    """Run a command with a key set to a value, unless it has been run with just this recipe."""
+    world = World(bases.parent / f"run{len(LEFT)}", bases)
+    settings = {**change.also, name: value}
+    write(world, change.kind, [key for key, value in settings.items() if value is ...])
+    options = flags(settings) + ([] if name == "output_dir" else ["-o", "out"])
+    run = change.command or train
+    try:
+        whole = world.load("recipe.yaml", *flags(settings)[1::2])
+        same = f"{run.__name__} {whole.model_dump_json()}".replace(str(world.folder), ".")
+    except LoraError:
+        same = f"{run.__name__} {change.kind} {options}"
+    if same in LEFT:
+        shutil.rmtree(world.folder)
+        return LEFT[same]
+    AcceleratorState._reset_state()  # the run before may have had another precision
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", of_the_hub)
+        used = Used(patch)
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(used.count)
+        printed = run(world, options)
+        hook.remove()
+    LEFT[same] = Left(printed, world.folder / "out", used.counts)
+    return LEFT[same]
+
+
 @pytest.mark.parametrize("key", CHANGES)
-def test_a_key_changes_something(key: str, bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_changes_something(key: str, bases: Path) -> None:
     change = CHANGES[key]
     section, _, rest = key.partition(".")
     of_task = section in ("sequence_classification", "causal_lm")
     name = change.key or (f"task.{rest}" if of_task else key)
-    monkeypatch.setattr(datasets, "load_dataset", of_the_hub)
     found = []
-    for i, value in enumerate(change.settings):
-        AcceleratorState._reset_state()  # the run before may have had another precision
-        world, settings = World(bases.parent / str(i), bases), {**change.also, name: value}
-        write(world, change.kind, [key for key, value in settings.items() if value is ...])
-        with monkeypatch.context() as patch:
-            used = Used(patch)
-            hook = torch.nn.modules.module.register_module_forward_pre_hook(used.count)
-            run = change.command or train
-            printed = run(world, flags(settings) + ([] if name == "output_dir" else ["-o", "out"]))
-            hook.remove()
+    for value in change.settings:
+        left = left_by(change, name, value, bases)
         if change.watch is not message:
-            assert printed.code == 0, printed.err
-        found.append(change.watch(Left(printed, world.folder / "out", used.counts)))
-        shutil.rmtree(world.folder)
+            assert left.printed.code == 0, left.printed.err
+        found.append(change.watch(left))
     assert "Traceback" not in str(found)
     assert found[0] != found[1]

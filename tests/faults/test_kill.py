@@ -17,18 +17,13 @@ from runs import assert_same_run
 
 from lora_cli.training.checkpoints import checkpoints
 
-KILLS = {name: 3 if i < 4 else 2 for i, name in enumerate(RUNS)}  # 20 in all
-
 
 @pytest.mark.parametrize("name", RUNS)
 def test_random_kills_change_nothing(nest: Nursery, tmp_path: Path, name: str) -> None:
-    outcome = torment(nest, tmp_path, name, KILLS[name], random.Random(name))
+    """One here; `scripts/chaos` kills hundreds."""
+    outcome = torment(nest, tmp_path, name, 1, random.Random(name))
     assert outcome.differences == []
-    assert outcome.kills == KILLS[name]
-
-
-def test_twenty_are_killed() -> None:
-    assert sum(KILLS.values()) == 20
+    assert outcome.kills == 1
 
 
 def test_every_step_can_be_the_last(nest: Nursery, tmp_path: Path) -> None:

@@ -76,6 +76,18 @@ def test_other_rows_and_another_base_are_named(nest: Nursery, pair: Path, tmp_pa
     assert nest.run(pair, tmp_path / "same", 2, sets=few, others=[f"data.train={other}"]) == [0, 0]
 
 
+def test_an_error_in_the_data_ends_both_and_is_printed_once(
+    nest: Nursery, pair: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "train.jsonl"
+    rows.write_text((pair.parent / "train.jsonl").read_text() + '{"text": "", "label": 0}\n')
+    out = tmp_path / "out"
+    assert nest.run(pair, out, 2, sets=[f"data.train={rows}"]) == [2, 2]
+    assert said(out, 0).count("column `text` is blank") == 1
+    assert said(out, 1) == ""
+    assert not any(out.iterdir())
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_dead_process_is_named_by_the_other(
     nest: Nursery, pair: Path, tmp_path: Path, rank: int
