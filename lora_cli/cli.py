@@ -28,6 +28,7 @@ from lora_cli.errors import (
     RegressionError,
     ResourceError,
     beside,
+    counted,
     system_error,
 )
 from lora_cli.paths import expanded, path_problem
@@ -366,7 +367,7 @@ def merge(
 
     result = merge_adapter(base, adapter, to, recipe, overrides)
     dtype = str(result.dtype).removeprefix("torch.")
-    typer.echo(f"merged {result.merged_modules} modules into {result.folder}/ ({dtype})")
+    typer.echo(f"merged {counted(result.merged_modules, 'module')} into {result.folder}/ ({dtype})")
     typer.echo(
         f"outputs differ from base + adapter by {result.difference:.1e} in float32, "
         f"and by {result.rounding:.1e} more as {dtype}"
@@ -390,7 +391,9 @@ def predict(
     source: Annotated[
         Path | None,
         typer.Option(
-            "--input", help="File of rows (csv, tsv, json lines, parquet).", callback=_meant
+            "--input",
+            help="File of rows (csv, tsv, json lines, parquet, or a text a line).",
+            callback=_meant,
         ),
     ] = None,
     target: Annotated[
@@ -412,7 +415,7 @@ def predict(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what the adapted model answers to texts, or to the rows of a file."""
+    """Answer texts, the rows of a file, or a conversation, with the adapted model."""
     if interactive:
         if texts or source or target or as_json:
             other = "texts, files or `--json`"
@@ -469,7 +472,7 @@ def _predict_file(
 
     def tell(count: int) -> None:
         if sys.stderr.isatty():
-            typer.echo(f"\r{count:,} rows", nl=False, err=True)
+            typer.echo(f"\r{counted(count, 'row')}", nl=False, err=True)
 
     written, problems = answer_file(model, task, source, target, accelerator, overwrite, tell)
     if sys.stderr.isatty():
@@ -482,7 +485,7 @@ def _predict_file(
         typer.echo(f"warning: {len(problems) - 10:,} more rows are like these", err=True)
     blank = sum(problem.hint == NO_ANSWER for problem in problems)
     typer.echo(
-        f"wrote {written:,} rows to {target}"
+        f"wrote {counted(written, 'row')} to {target}"
         + (f", {blank:,} of them without prediction" if blank else "")
     )
 
@@ -520,8 +523,8 @@ def init(
         list[Path],
         typer.Argument(
             metavar="FILE [FILE]",
-            help="A data file (csv, json lines, parquet, text), or two texts that belong together "
-            "line by line.",
+            help="A data file (csv, json lines, parquet, text) or a folder of such files; or "
+            "two text files that belong together line by line.",
             callback=_meant,
         ),
     ],
@@ -559,12 +562,13 @@ def init(
         ),
     ] = None,
 ) -> None:
-    """Look at a data file and write a recipe for it, with what was inferred as comments."""
+    """Read a data file or folder and write a recipe for it, with the reasons as comments."""
     from lora_cli.characters import cells, padded
     from lora_cli.inference import draft_recipe, refuse_existing, write_recipe
 
     if len(sources) > 2:
-        raise LoraError("more than two files", "FILE", "`data.path` takes a folder or a pattern")
+        hint = "name their folder instead: `lora init FOLDER`"
+        raise LoraError("more than two files", "FILE", hint)
     refuse_existing(output)
     _quiet()
     second = sources[1] if len(sources) > 1 else None
@@ -584,7 +588,7 @@ def params(
     every: Annotated[bool, typer.Option("--all", help="A row for every parameter.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show which parameters are trained, and count them; needs no weights."""
+    """List and count the parameters that a recipe trains; the weights are not loaded."""
     loaded = _load(recipe, overrides)
     _quiet()
     from lora_cli.adapters.attach import parameter_table

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from lora_cli.data.sources import SPLITS
-from lora_cli.errors import LoraError, beside, did_you_mean
+from lora_cli.errors import LoraError, beside, counted, did_you_mean
 from lora_cli.evaluation import best_by, evaluate, load_adapted, open_task
 from lora_cli.metrics import (
     builtin_value,
@@ -78,7 +78,8 @@ class Comparison:
         allowed = "more than" if self.worse else "within"
         limit = "" if self.drop <= 0 else f", {allowed} the {self.max_drop:g} that is allowed"
         doubt = (
-            f"zero is inside the 95 % interval, so on {self.rows:,} rows that may be chance"
+            f"zero is inside the 95 % interval, so on {counted(self.rows, 'row')} "
+            "that may be chance"
             if low <= 0 <= high
             else "zero is outside the 95 % interval, so that is hardly chance"
         )

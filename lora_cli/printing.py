@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lora_cli.errors import counted
+
 if TYPE_CHECKING:
     from lora_cli.adapters.attach import ParameterRow
     from lora_cli.comparison import Comparison
@@ -67,7 +69,13 @@ def print_comparison(found: Comparison, as_json: bool) -> None:
     else:
         cells = (found.old, found.new)
         row = [found.metric, *(f"{value:.4f}" for value in cells), f"{found.difference:+.4f}"]
-        header = [f"{found.split} ({found.rows} rows)", "old", "new", "difference", "95 % interval"]
+        header = [
+            f"{found.split} ({counted(found.rows, 'row')})",
+            "old",
+            "new",
+            "difference",
+            "95 % interval",
+        ]
         typer.echo(_table([header, [*row, f"{low:+.4f} to {high:+.4f}"]]))
         _print_definitions({found.metric: found.definition})
         typer.echo(f"interval: paired bootstrap, {found.resamples:,} resamples of the rows")

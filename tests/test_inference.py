@@ -105,8 +105,8 @@ def test_rows_that_cannot_be_used_are_passed_over(init: Init, tmp_path: Path) ->
     recipe = init("rows.csv", table(["text", "label"], rows))
     assert recipe.data.on_bad_row == "skip"
     comment = (tmp_path / "recipe.yaml").read_text()
-    assert "1 rows cannot be read, the first at rows.csv:43" in comment
-    assert "1 rows lack a text or a label" in comment
+    assert "1 row cannot be read, the first at rows.csv:43" in comment
+    assert "1 row lacks a text or a label" in comment
 
 
 def test_one_column_of_text_without_a_header(init: Init) -> None:
@@ -374,7 +374,7 @@ def test_a_translation_beside_a_text_is_mentioned(bases: dict[str, Path], tmp_pa
     (tmp_path / "train.fr.gz").write_bytes(gzip.compress(b"trop peu\n"))
     found = draft_recipe(first, str(bases["llama"]), tmp_path / "recipe.yaml").findings
     (also,) = [finding for name, finding in found if name == "also"]
-    assert also.startswith(f"beside it, with as many lines: {second.name}; to learn to translate")
+    assert also.startswith(f"next to it, with as many lines: {second.name}; to learn to translate")
     rows = tmp_path / "my.rows.csv"
     rows.write_text(table(["text", "label"], labelled(40, "ab")))
     found = draft_recipe(rows, str(bases["encoder"]), tmp_path / "recipe.yaml").findings

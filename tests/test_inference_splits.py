@@ -46,7 +46,7 @@ def test_files_beside_train(train: str, dev: str, test: str, init: Init, tmp_pat
     recipe = init(train, table(HEADER, TRAIN))
     assert [Path(p).name for p in (recipe.data.validation, recipe.data.test)] == [dev, test]
     assert sizes(recipe) == {"train": 60, "validation": 12, "test": 14}
-    assert "beside the file: 12 rows" in comments(tmp_path)
+    assert "next to the file: 12 rows" in comments(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "sentences_train.csv", "retraining.csv"])
@@ -75,7 +75,7 @@ def test_a_test_that_measures_nothing_is_refused(
     (tmp_path / "dev.csv").write_text(content)
     recipe = init("train.csv", table(HEADER, TRAIN))
     assert isinstance(recipe.data.validation, HeldOutSpec)
-    assert f"dev.csv beside it is not used: {why}" in comments(tmp_path)
+    assert f"dev.csv next to it is not used: {why}" in comments(tmp_path)
 
 
 def test_the_held_out_rows_are_measured_too(init: Init, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import tiny
 from drafting import Init, classification, labelled, lines, said, table, texts
 
 from lora_cli.errors import LoraError
+from lora_cli.inference import draft_recipe
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks.check import check_recipe
 
@@ -192,3 +193,15 @@ def test_a_recipe_that_learns_such_a_list_is_rejected(
     file = tiny.recipe(bases["encoder"], tmp_path, task=task, data={"path": "rows.jsonl"})
     with pytest.raises(LoraError, match=r"8 of 8 train rows .* several answers in `responses`"):
         check_recipe(load_recipe(file))
+
+
+def test_a_short_table_is_counted_in_words(bases: dict[str, Path], tmp_path: Path) -> None:
+    source = tmp_path / "rows.csv"
+    for count, words in ((2, "no row has more than"), (120, "99 of 100 rows have at most")):
+        source.write_text(table(["text", "label"], labelled(count, ["a", "b"])), encoding="utf-8")
+        draft = draft_recipe(source, str(bases["encoder"]), tmp_path / "recipe.yaml")
+        assert draft.why["task.max_length"].startswith(words)
+        assert f"{count} rows, 2 columns" in dict(draft.findings)["file"]
+    source.write_text("text\na long text of many words\n", encoding="utf-8")
+    draft = draft_recipe(source, str(bases["llama"]), tmp_path / "recipe.yaml")
+    assert "1 row, 1 column" in dict(draft.findings)["file"]

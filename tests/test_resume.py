@@ -268,9 +268,9 @@ def _in_the_middle(path: Path) -> None:
         (lambda path: path.write_bytes(b"\xff\xfe[]\n" + path.read_bytes()), "was cut or edited"),
         (
             lambda path: path.write_bytes(b"[1]\n" * 99),
-            "was cut or edited: 0 lines of it are whole",
+            "was cut or edited; it keeps 0 whole lines",
         ),
-        (lambda path: path.write_bytes(b""), "was cut or edited: 0 lines"),
+        (lambda path: path.write_bytes(b""), "was cut or edited; it keeps 0 whole lines"),
     ],
 )
 def test_a_damaged_log_is_mended_and_named(

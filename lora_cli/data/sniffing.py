@@ -25,7 +25,7 @@ from lora_cli.data.labelled import FASTTEXT, label_source
 from lora_cli.data.lines import RawRow, unreadable
 from lora_cli.data.quoting import Quoting, quoting_of
 from lora_cli.data.values import FORMS, read_number
-from lora_cli.errors import LoraError, beside
+from lora_cli.errors import LoraError, beside, counted
 from lora_cli.recipe import FormatSpec
 
 SAMPLE_BYTES = 1 << 20
@@ -128,7 +128,7 @@ def read_data_file(path: Path) -> DataFile:
         what = f"no row can be read: {faults[0].fault}" if faults else "the file has no rows"
         raise LoraError(what, faults[0].place if faults else str(path), WHAT_TO_DO)
     if len(faults) > len(good):
-        what = f"{len(faults)} of {len(rows)} rows cannot be read: {faults[0].fault}"
+        what = f"{len(faults)} of {counted(len(rows), 'row')} cannot be read: {faults[0].fault}"
         raise LoraError(what, faults[0].place, WHAT_TO_DO)
     columns = list(dict.fromkeys(name for row in good for name in row))
     return DataFile(

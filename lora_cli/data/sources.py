@@ -327,7 +327,7 @@ def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
         if not parts_of(file) and kind_of(file, form) == "csv":
             say_quoting(file, form)
     folder = os.path.commonpath([file.parent for file in files])
-    source = str(files[0]) if len(files) == 1 else f"{folder} ({len(files):,} files)"
+    source = str(files[0]) if len(files) == 1 else f"{folder} ({counted(len(files), 'file')})"
     rows = Rows(dataset, source, sha256, np.arange(len(dataset)))
     faults = {i: f for i, f in enumerate(dataset["fault"]) if f}
     return without(rows, faults, recipe)

@@ -16,7 +16,7 @@ from lora_cli.data.pairs import read_pair, translations_of
 from lora_cli.data.sniffing import DataFile
 from lora_cli.data.tables import delimiter_of
 from lora_cli.data.values import half_width
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, counted
 from lora_cli.inference.columns import SPLIT_NAMES, Column, as_number, describe
 from lora_cli.inference.cutting import rows_without_answer
 from lora_cli.inference.folder import read_source
@@ -237,12 +237,12 @@ def _task(draft: Draft, base: Base, chosen: Chosen, splits: Sequence[Rows]) -> N
         spread = f"rows of each: {labels[rarest]:,} (`{rarest}`) to {labels[commonest]:,}"
         spread += f" (`{commonest}`)"
         if labels[rarest] == labels[commonest]:
-            spread = f"{labels[rarest]:,} rows of each"
+            spread = f"{counted(labels[rarest], 'row')} of each"
         draft.put(
             "task",
             "labels",
             [int(name) for name in names] if whole else names,
-            "; ".join([f"{len(names)} labels", spread, *_same_but_for_case(names)]),
+            "; ".join([counted(len(names), "label"), spread, *_same_but_for_case(names)]),
         )
     if chosen.is_chat and base.tokenizer is not None:
         _require_tool_template(base, chosen, splits)
@@ -260,8 +260,8 @@ def _task(draft: Draft, base: Base, chosen: Chosen, splits: Sequence[Rows]) -> N
             "task",
             "truncate",
             "left",
-            f"in {count:,} of {of:,} rows the prompt alone has so many tokens: cut at their end "
-            "(`right`) they would be left out; so they lose their beginning",
+            f"in {count:,} of {counted(of, 'row')} the prompt alone has so many tokens: cut at "
+            "their end (`right`) they would be left out; so they lose their beginning",
         )
 
 
@@ -345,10 +345,12 @@ def _data(
     if faults or blank:
         said = []
         if faults:
-            what = f"{len(faults):,} rows cannot be read, the first at {faults[0]}"
+            what = f"{counted(len(faults), 'row')} cannot be read, the first at {faults[0]}"
             said.append(f"{what} ({file.faults[0].fault})")
         if blank:
-            said.append(f"{blank:,} rows lack a text or a label")
+            said.append(
+                f"{counted(blank, 'row')} {'lacks' if blank == 1 else 'lack'} a text or a label"
+            )
         draft.put("data", "on_bad_row", "skip", "; ".join(said))
 
 
@@ -384,7 +386,7 @@ def _training(draft: Draft, base: Base, count: int, card: Card | None) -> None:
     if fit.length < length:
         reason = f"more does not fit into {card.name if card else 'the memory'}"
         draft.put("task", "max_length", fit.length, f"{reason}; {draft.why['task.max_length']}")
-    draft.put("train", "epochs", epochs, f"for {count:,} rows")
+    draft.put("train", "epochs", epochs, f"for {counted(count, 'row')}")
     why = "halve it, and double the next, if memory runs out"
     draft.put("train", "micro_batch_size", fit.micro_batch, why)
     draft.put("train", "gradient_accumulation_steps", fit.accumulation)
@@ -429,7 +431,13 @@ def _say(draft: Draft, file: DataFile, chosen: Chosen) -> None:
     """Collect what was inferred and from what, in the order in which a reader asks."""
     say = draft.findings.append
     task, data, why = draft.values["task"], draft.values["data"], draft.why
-    say(("file", f"{file.about}: {len(file.rows):,} rows, {len(file.columns)} columns"))
+    say(
+        (
+            "file",
+            f"{file.about}: {counted(len(file.rows), 'row')}, "
+            f"{counted(len(file.columns), 'column')}",
+        )
+    )
     for key, value in file.form.items():
         shown = repr(value) if key == "delimiter" else value
         shown = ", ".join(value) if isinstance(value, list) else shown
@@ -473,7 +481,7 @@ def _say(draft: Draft, file: DataFile, chosen: Chosen) -> None:
         say(("skipped", why["data.on_bad_row"]))
     if others := translations_of(file):
         beside = ", ".join(other.name for other in others[:4])
-        what = f"beside it, with as many lines: {beside}; to learn to translate, name both files"
+        what = f"next to it, with as many lines: {beside}; to learn to translate, name both files"
         say(("also", what))
     if chosen.left_out:
         parts = [f"`{name}` ({reason})" for name, reason in chosen.left_out.items()]

@@ -98,7 +98,7 @@ def _joined(folder: Path, parts: Sequence[DataFile], files: Sequence[Path]) -> D
     faults = [fault for part in parts for fault in part.faults]
     about = first.about
     if len(parts) > 1:
-        about = f"{len(parts):,} files in a folder, each a {about}"
+        about = f"{counted(len(parts), 'file')} in a folder, each a {about}"
     return DataFile(folder, first.form, first.why, rows, faults, first.columns, first.named, about)
 
 

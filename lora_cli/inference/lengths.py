@@ -28,9 +28,10 @@ def length_of(
         chosen: The task.
         turns: Counts conversations with the chat template, where the tokenizer is known.
     """
-    wanted, unit = 0, ""
+    wanted, unit, most_rows = 0, "", 0
     for rows in filter(None, splits):  # the held-out rows may be longer
         lengths, unit = _tokens(rows[:: max(1, len(rows) // SAMPLE)], base, chosen, turns)
+        most_rows = max(most_rows, len(lengths))
         wanted = max(wanted, sorted(lengths)[math.ceil(FITTING * len(lengths)) - 1])
     most = min(LONGEST[chosen.keys["type"]], base.positions or 1 << 30)
     if chosen.is_chat and turns is None:
@@ -40,7 +41,8 @@ def length_of(
         length, why = min(512, most), "longer texts are divided into several examples"
     else:
         length = max(32, -(-wanted // 32) * 32)
-        why = f"99 of 100 rows have at most {wanted:,}, by {unit}"
+        share = "99 of 100 rows have" if most_rows >= 100 else "no row has"
+        why = f"{share} {'at most' if most_rows >= 100 else 'more than'} {wanted:,}, by {unit}"
     if length > most:
         length, why = most, why if running else f"{why}; longer ones are cut"
     return length, why

@@ -154,7 +154,7 @@ def _by_folder(file: DataFile, chosen: Chosen) -> _Held:
             held.refused[name] = f"{what} called {name} are not used: {fault}"
             continue
         held.beside += rows
-        held.keys[name] = name, f"{what}: {len(rows):,} rows"
+        held.keys[name] = name, f"{what}: {counted(len(rows), 'row')}"
     return held
 
 
@@ -177,12 +177,12 @@ def _by_files(file: DataFile, chosen: Chosen, target: Path) -> _Held:
         for _, _, other in beside[:1]:
             fault, rows = _look_at(other, file, chosen)
             if fault:
-                held.refused[name] = f"{other.name} beside it is not used: {fault}"
+                held.refused[name] = f"{other.name} next to it is not used: {fault}"
                 continue
             path = os.path.relpath(other, target.absolute().parent)
             more = f"; also there: {', '.join(o.name for _, _, o in beside[1:4])}"
             held.beside += rows
-            why = f"beside the file: {len(rows):,} rows{more if beside[1:] else ''}"
+            why = f"next to the file: {counted(len(rows), 'row')}{more if beside[1:] else ''}"
             held.keys[name] = path if is_file(path) else f"./{path}", why
     return held
 
@@ -221,7 +221,7 @@ def _fault_of(rows: Rows, train: Rows, chosen: Chosen) -> str:
         return f"it has no column `{sorted(lacking)[0]}`"
     unusable = sum(is_unusable(row, chosen) for row in rows)
     if unusable:
-        return f"{unusable:,} of {len(rows):,} rows lack a text or a label"
+        return f"{unusable:,} of {counted(len(rows), 'row')} lack a text or a label"
     if chosen.labels and "label_column" in chosen.keys and "label_separator" not in chosen.keys:
         column = chosen.keys["label_column"]
         for row in rows:
@@ -232,7 +232,7 @@ def _fault_of(rows: Rows, train: Rows, chosen: Chosen) -> str:
     known = {_text(row, chosen.inputs) for row in train}
     shared = sum(_text(row, chosen.inputs) in known for row in rows)
     if shared > MOST_OVERLAP * len(rows):
-        return f"{shared:,} of {len(rows):,} texts also occur in train"
+        return f"{shared:,} of {counted(len(rows), 'text')} also occur in train"
     return ""
 
 
@@ -260,7 +260,7 @@ def _draws(
         return {"validation": (None, f"{what} too few to hold any out")}
     fraction = 0.2 if unique < 200 else 0.1 if unique < 20_000 else max(0.01, 2000 / unique)
     held: dict[str, Any] = {"from": "train", "fraction": round(fraction, 2)}
-    why = [f"of {len(rows):,} rows"]
+    why = [f"of {counted(len(rows), 'row')}"]
     group = _group_of(columns, chosen, rows)
     if group is not None:
         held["group_by"] = group.name

@@ -394,7 +394,8 @@ def _label_keys(
         raise LoraError(f"`{label.name}` has one value only", place, hint)
     if label.kind == "text" or (len(label.counts) > 20 and label.rows_per_value < FEWEST_ROWS):
         raise LoraError(
-            f"`{label.name}` has {len(label.counts):,} values in {label.count:,} rows: no label",
+            f"`{label.name}` has {counted(len(label.counts), 'value')} in "
+            f"{counted(label.count, 'row')}: no label",
             place,
             "for a prompt and its completion, name both: `--text PROMPT --label COMPLETION`",
         )

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, counted
 from lora_cli.inference.columns import Column, is_blank
 
 SECOND = {"1": "2", "a": "b", "first": "second", "left": "right", "one": "two", "x": "y"}
@@ -26,11 +26,16 @@ def content_of(column: Column) -> str:
     """Return in a few words what a column holds."""
     return {
         "blank": "nothing in it", "url": "addresses", "date": "dates", "id": "names of rows",
-        "number": "numbers", "category": f"{len(column.counts)} values", "binary": "two values",
+        "number": "numbers", "binary": "two values",
+        "category": counted(len(column.counts), "value"),
         "file": "names of files of sound or pictures", "split": "which split a row is of",
-        "text": f"text, {column.characters:.0f} characters on average",
+        "text": f"text, {_characters(column)} on average",
         "list": "lists", "other": "objects inside rows, which no task reads",
     }.get(column.kind, "another conversation")  # fmt: skip
+
+
+def _characters(column: Column) -> str:
+    return counted(round(column.characters), "character")
 
 
 def listed(columns: Sequence[Column]) -> str:
@@ -123,4 +128,4 @@ def text_reason(column: Column, columns: Sequence[Column]) -> str:
     """Return why a column is taken for the text."""
     longer = any(c.kind == "text" and c.characters > column.characters for c in columns)
     what = "text, by its name" if longer else "the longest text"
-    return f"{what} (mean {column.characters:.0f} characters)"
+    return f"{what} (mean {_characters(column)})"

@@ -117,7 +117,7 @@ def conversation(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> C
         {"type": "causal_lm", "format": "alpaca"},
         {
             "": "the columns instruction and output",
-            "format": f"instruction, input (filled in {filled:,} rows) and output",
+            "format": f"instruction, input (filled in {counted(filled, 'row')}) and output",
         },
         [name for name in ("instruction", "input", "output") if name in kinds],
     )

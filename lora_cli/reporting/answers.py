@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_cli.errors import counted
 from lora_cli.reporting import analysis, plots
 from lora_cli.reporting.analysis import Kind, Line, finite
 from lora_cli.reporting.markup import DASH, esc, named, own, scroller, section, table
@@ -15,7 +16,7 @@ MOST_LABELS, PAIRS, CASES = 200, 15, 20
 
 def answer_sections(report: dict[str, Any], kind: Kind, lines: list[Line], split: str) -> list[str]:
     """Return the sections on what the model says of a split's rows."""
-    rows = f"{len(lines):,} {split} rows"
+    rows = counted(len(lines), f"{split} row")
     if kind in ("single_label", "multi_label"):
         labels = analysis.label_names(report, lines)
         wrong = analysis.worst(kind, lines, len(lines))
@@ -58,7 +59,9 @@ def _confusion(labels: list[str], lines: list[Line], rows: str) -> str:
         header = ["label", "called instead", "rows"]
         shown = table(header, cells, "Confused pairs", texts=2) if cells else ""
         if len(labels) > MAP_LABELS:
-            note = f"Of {rows} and {len(labels)} labels, the pairs that are confused most."
+            note = (
+                f"Of {rows} and {counted(len(labels), 'label')}, the pairs that are confused most."
+            )
             return section("confusion", "Confusion", note, shown)
         matrix = analysis.confusion(labels, lines)
         grid = scroller(plots.heat_map(labels, matrix), "Confusion matrix")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.characters import shortened
-from lora_cli.errors import printable, warn
+from lora_cli.errors import counted, printable, warn
 from lora_cli.files import write_atomically
 from lora_cli.reporting.fonts import fonts_for
 from lora_cli.reporting.report import (
@@ -119,7 +119,7 @@ def _headline(figure: Any, report: dict[str, Any]) -> None:
     facts = [
         KINDS.get(kind, "") + (f", rank {rank}" if kind == "lora" and rank else ""),
         f"{rows:,} training rows" if rows else "",
-        f"{steps:,} steps" if steps else "",
+        counted(steps, "step") if steps else "",
         (f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min") if seconds else "",
         str(ran.get("device") or "").replace("cpu", "CPU"),
     ]

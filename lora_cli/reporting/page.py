@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_cli.errors import counted
 from lora_cli.files import write_atomically
 from lora_cli.reporting import analysis, plots
 from lora_cli.reporting.analysis import Line, finite
@@ -90,9 +91,9 @@ def _top(report: dict[str, Any], title: str, told: Verdict, log: list[Line], spl
     source, rows, labels = data.get("source"), data.get("rows"), part(data, "labels")
     trained = f"trained on {trained_rows(data)}" if rows else "trained"
     trained += f" of {str(source).rpartition('/')[2]}" if source else ""
-    trained += f" with {len(labels)} labels" if labels else ""
+    trained += f" with {counted(len(labels), 'label')}" if labels else ""
     steps, epochs, seconds = (finite(ran.get(k)) for k in ("steps", "epochs", "seconds"))
-    lasting = f"{steps:,.0f} steps" if steps else ""
+    lasting = counted(int(steps), "step") if steps else ""
     lasting += f" ({epochs:,.4g} epoch{'s' * (epochs != 1)})" if steps and epochs else ""
     lasting += f" in {clock(seconds)}" if seconds else ""
     device = str(ran.get("device") or "").replace("cpu", "CPU")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_cli.characters import cells, shortened
+from lora_cli.errors import counted
 from lora_cli.reporting.analysis import Bin
 from lora_cli.reporting.markup import esc
 from lora_cli.reporting.report import shown_number
@@ -233,7 +234,7 @@ def reliability(bins: Sequence[Bin], error: float) -> str:
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     parts.append(f'<path class="line orange" d="{path}"/>')
     for (x, y), b in zip(points, bins, strict=True):
-        told = f"{b.rows:,} predictions: said {b.confidence:.3f}, true {b.accuracy:.3f}"
+        told = f"{counted(b.rows, 'prediction')}: said {b.confidence:.3f}, true {b.accuracy:.3f}"
         radius = 2.5 + 5 * math.sqrt(b.rows / total)  # a bin of few rows tells little
         parts.append(
             f'<circle class="dot orange" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}">'
@@ -259,7 +260,7 @@ def scatter(pairs: Sequence[Point]) -> str:
     for point in pairs:
         x, y = frame.at(point)
         parts.append(f'<circle class="dot blue" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
-    said = f"Predictions against references of {len(pairs):,} rows"
+    said = f"Predictions against references of {counted(len(pairs), 'row')}"
     return _figure("Predicted and wanted", _key("dash", "equal"), said, parts)
 
 

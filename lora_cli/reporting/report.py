@@ -106,7 +106,7 @@ def trained_rows(facts: dict[str, Any]) -> str:
     """Return how many rows were trained, and of how many if some left nothing to train."""
     rows, empty = (facts.get(key) or 0 for key in ("rows", "rows_without_example"))
     of = f" of {rows:,}" if empty else ""
-    return f"{rows - empty:,}{of} rows"
+    return f"{rows - empty:,}{of} " + ("row" if rows == 1 else "rows")
 
 
 def is_hub_id(name: str) -> bool:

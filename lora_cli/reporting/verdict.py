@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lora_cli.errors import counted
 from lora_cli.reporting.analysis import (
     SMALLER_IS_BETTER,
     Line,
@@ -93,7 +94,8 @@ def verdict(
         return Verdict("unknown", "Measured.", f"{text}.")
     if not is_clear(name, before, after, rows, lines):
         if rows < MANY_ROWS:
-            text += f": {rows:,} rows are too few to tell this from chance"
+            few = f"{counted(rows, 'row')} {'is' if rows == 1 else 'are'} too few"
+            text += f": {few} to tell this from chance"
             return Verdict("unknown", "Too few rows to tell.", f"{text}.")
         if before != after:
             poor = poor or "No clear change."
@@ -106,7 +108,7 @@ def _against_before(
     name: str, down: bool, before: float | None, after: float, split: str, rows: int
 ) -> tuple[str, str]:
     """Return what was measured before and after, and what is poor about it, or nothing."""
-    where = f"On the {rows:,} {split} rows" if rows else f"On {split}"
+    where = f"On the {counted(rows, f'{split} row')}" if rows else f"On {split}"
     shown = name.replace("_", " ")
     if before is None:
         return f"{where}, {shown} is {shown_number(after)} (not measured before training)", ""

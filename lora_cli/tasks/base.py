@@ -202,10 +202,12 @@ class Task(ABC):
     def longer_hint(self) -> str:
         """What to do where texts are too long: raise `max_length`, if the model allows it."""
         if self.max_length < self.recipe.task.max_length:
-            return f"the model takes no more than {self.max_length} tokens: shorten the texts"
+            most = counted(self.max_length, "token")
+            return f"the model takes no more than {most}: shorten the texts"
         limits = [self.positions, int(self.tokenizer.model_max_length)]
         if self.max_length in limits:
-            return f"the model takes no more than {self.max_length} tokens: shorten the texts"
+            most = counted(self.max_length, "token")
+            return f"the model takes no more than {most}: shorten the texts"
         return "raise `task.max_length`"
 
     def require_known_tokens(self, ids: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.adapters.attach import training_mode
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, counted
 from lora_cli.tasks.base import Example, Task
 from lora_cli.tasks.finite import require_finite, require_finite_weights
 from lora_cli.tasks.padding import MOST_NOISE, NONE, RIGHT, Padding, candidates, tolerance
@@ -115,7 +115,7 @@ def _of_first(task: Task, model: nn.Module, examples: Sequence[Example], key: st
     except (LoraError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # architectures raise exceptions of any kind
-        what = f"the model cannot compute {longest} tokens: {own_words(error)}"
+        what = f"the model cannot compute {counted(longest, 'token')}: {own_words(error)}"
         hint = f"`--set task.max_length={max(longest // 2, 1)}` cuts longer texts"
         if key == "model.name":
             hint = "is its config.json right, and does it need a newer transformers?"

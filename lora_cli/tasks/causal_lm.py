@@ -381,8 +381,8 @@ class CausalLM(Task):
             raise LoraError("the prompt is empty", "the prompt", "write some text")
         if self.positions is not None and len(prompt) >= self.positions:
             raise LoraError(
-                f"the prompt has {len(prompt):,} tokens, and the model takes {self.positions:,}: "
-                "no room is left for an answer",
+                f"the prompt has {counted(len(prompt), 'token')}, and the model takes "
+                f"{self.positions:,}: no room is left for an answer",
                 "the prompt",
                 "shorten it, or cut its beginning: `--set task.truncate=left`",
             )

@@ -14,7 +14,7 @@ import numpy as np
 from lora_cli.data.cache import cached_dataset
 from lora_cli.data.files import require_columns
 from lora_cli.data.sources import Rows, load_rows, without
-from lora_cli.errors import LoraError, Problem
+from lora_cli.errors import LoraError, Problem, counted
 from lora_cli.tasks.base import Encoded, Example, Task
 from lora_cli.tasks.long_texts import in_batches
 from lora_cli.unexpected import own_words
@@ -72,7 +72,8 @@ def _refuse_unsupported(task: Task, splits: dict[str, Rows]) -> None:
                 first, count = first or (i, found), count + 1
         if first is not None:
             i, (what, hint) = first
-            share = f"{count:,} of {len(split):,} {name} rows cannot be read as they are meant"
+            of = counted(len(split), f"{name} row")
+            share = f"{count:,} of {of} cannot be read as they are meant"
             problems.append(Problem(f"{share}; the first has {what}", split.place(i), hint))
     if problems:
         raise LoraError(problems)
@@ -163,7 +164,7 @@ def characters_in(value: Any) -> int:
 
 def nothing_trained(task: Task, rows: Rows) -> LoraError:
     """Return what to say of a split of which no row leaves anything to train."""
-    what = f"no row leaves anything to train within {task.max_length} tokens"
+    what = f"no row leaves anything to train within {counted(task.max_length, 'token')}"
     return LoraError(what, rows.source, task.why_nothing(rows[0]))
 
 

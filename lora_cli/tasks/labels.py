@@ -89,7 +89,8 @@ class Labels:
             raise LoraError(what, rows.source, "is it the right column?")
         if len(values) > 20 and len(values) > len(rows) / 2:
             raise LoraError(
-                f"column `{column}` has {len(values)} values in {len(rows)} rows",
+                f"column `{column}` has {counted(len(values), 'value')} in "
+                f"{counted(len(rows), 'row')}",
                 self.recipe.at("task.label_column"),
                 "is it the label? If it is a number to predict, `--set task.problem=regression`",
             )

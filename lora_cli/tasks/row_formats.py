@@ -22,7 +22,7 @@ from lora_cli.data.conversations import (
 )
 from lora_cli.data.files import text_fault
 from lora_cli.data.unsupported import bad_answer, unread_media
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import CausalLMSpec
 from lora_cli.tasks.base import IGNORED, Example
 from lora_cli.tasks.chat import ChatTemplate
@@ -113,7 +113,7 @@ class RowFormat(ABC):
                 return [], []
             case "error":
                 raise LoraError(
-                    f"the row has {len(ids):,} tokens, more than {size:,}",
+                    f"the row has {counted(len(ids), 'token')}, more than {size:,}",
                     hint="raise `task.max_length`, or cut such rows: `task.truncate: left`",
                 )
 

@@ -21,7 +21,7 @@ from lora_cli.data.json_rows import JSON_NAMES
 from lora_cli.data.label_lists import listed_labels
 from lora_cli.data.sources import Rows
 from lora_cli.data.unsupported import several_answers
-from lora_cli.errors import LoraError, Problem
+from lora_cli.errors import LoraError, Problem, counted
 from lora_cli.metrics import MetricContext
 from lora_cli.models import load_config
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
@@ -167,7 +167,7 @@ class SequenceClassification(Task):
         return [{**inputs, "labels": self._label(row), **full}]
 
     def _too_long(self, length: int) -> str:
-        return f"the row has {length:,} tokens, more than {self.max_length:,}"
+        return f"the row has {counted(length, 'token')}, more than {self.max_length:,}"
 
     def answer_fault(self, row: dict[str, Any]) -> str:
         """Return why a row cannot be answered, or nothing."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lora_cli.errors import counted
 from lora_cli.tasks.base import IGNORED, Encoded, Example, Task
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.sequence_classification import SequenceClassification
@@ -33,7 +34,7 @@ def shown_rows(task: Task, data: dict[str, Encoded], count: int, colour: bool) -
         ):
             example = split.examples[i]
             facts = [f"{name}  {split.rows.place(row)}", *_label(task, example)]
-            tokens = f"{example['length']} tokens"
+            tokens = counted(example["length"], "token")
             if n_examples > 1:
                 tokens += f", the first of {n_examples} examples"
             elif example["full_length"] > example["length"]:

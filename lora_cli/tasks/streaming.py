@@ -7,7 +7,7 @@ from itertools import islice
 
 from lora_cli.data.lines import RawRow
 from lora_cli.data.sources import stream_rows, without_fault
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, counted
 from lora_cli.tasks.base import Example, Task
 from lora_cli.tasks.encoding import encode_located
 
@@ -47,7 +47,9 @@ class Stream:
         """Return how many rows were skipped, if any were."""
         if not self.skipped:
             return None
-        return f"skipped {self.skipped} rows of the stream; the first: {self.first_fault}"
+        return (
+            f"skipped {counted(self.skipped, 'row')} of the stream; the first: {self.first_fault}"
+        )
 
     def _once(self, is_first: bool) -> Iterator[list[Example]]:
         """Yield the examples of each row without a fault."""
@@ -75,12 +77,17 @@ class Stream:
             made = encode_located(task, [row for _, row in chunk], places.__getitem__)
             for place, examples in zip(places, made, strict=True):
                 if not examples:
-                    skip(place, f"nothing to train is left within {task.max_length} tokens")
+                    skip(
+                        place,
+                        f"nothing to train is left within {counted(task.max_length, 'token')}",
+                    )
                 yield [{**example, "place": place} for example in examples]
 
     def _refuse(self) -> None:
         what, hint = "the train split has no rows", "name a file that has some"
         if self.skipped:
-            what = f"none of {self.skipped} rows can be used; the first: {self.first_fault}"
+            what = (
+                f"none of {counted(self.skipped, 'row')} can be used; the first: {self.first_fault}"
+            )
             hint = "is the column named correctly? `data.on_bad_row: skip` leaves no row here"
         raise LoraError(what, self.task.recipe.at("data.train"), hint)

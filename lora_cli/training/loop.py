@@ -16,6 +16,7 @@ from lora_cli.adapters.attach import training_mode
 from lora_cli.adapters.folder import differences_in_peft
 from lora_cli.adapters.starting import make_trainable
 from lora_cli.environment import refuse_mpi
+from lora_cli.errors import counted
 from lora_cli.evaluation import add_samples, evaluate
 from lora_cli.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.models import enable_gradient_checkpointing
@@ -392,8 +393,10 @@ class Run:
         train, on = self.data.get("train"), ""
         if train is not None and train.rows_without_example:
             n_rows = len(train.rows)
-            on = f" on {n_rows - train.rows_without_example:,} of {n_rows:,} rows"
-        self.log.say(f"trained {self.state.step} steps{on} in {clock(self.state.seconds)}")
+            on = f" on {n_rows - train.rows_without_example:,} of {counted(n_rows, 'row')}"
+        self.log.say(
+            f"trained {counted(self.state.step, 'step')}{on} in {clock(self.state.seconds)}"
+        )
 
     def _compare_with_peft(self) -> None:
         """Say what PEFT would read otherwise in the output folder than this tool does."""

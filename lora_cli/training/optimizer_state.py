@@ -66,7 +66,7 @@ def _wrong_values(key: str, tensor: Tensor, step: int) -> str:
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
         return "contains NaN or infinity"
     if key == "step" and not 0 <= float(tensor.max()) <= step:
-        return f"counts {float(tensor.max()):g} steps, and the run has made {step}"
+        return f"counts {float(tensor.max()):g} as the number of steps, and the run has made {step}"
     if key == "exp_avg_sq" and bool((tensor < 0).any()):
         return "is a mean of squares, and has negative entries"
     return ""

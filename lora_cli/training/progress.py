@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, counted
 from lora_cli.files import write_atomically
 from lora_cli.redaction import redacted
 from lora_cli.reporting.report import strict
@@ -182,9 +182,9 @@ def repair_logs(folder: Path, sizes: dict[str, int], step: int) -> list[str]:
         if len(raw) == size and kept == lines:
             continue
         if not path.exists():
-            lost.append(f"{path} is gone, and with it the lines of {step} steps")
+            lost.append(f"{path} is gone, and with it the lines of {counted(step, 'step')}")
         else:
-            lost.append(f"{path} was cut or edited: {len(kept)} lines of it are whole and are kept")
+            lost.append(f"{path} was cut or edited; it keeps {counted(len(kept), 'whole line')}")
         write_atomically(path, b"".join(kept))
         sizes[name] = path.stat().st_size
     return lost

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_cli.base_facts import require_facts
-from lora_cli.errors import IntegrityError, ResourceError
+from lora_cli.errors import IntegrityError, ResourceError, counted
 from lora_cli.files import MANIFEST, sha256_of, verify_manifest
 from lora_cli.fingerprint import Fingerprint, read_fingerprint, require_base
 from lora_cli.recipe import Recipe, read_computation
@@ -108,7 +108,10 @@ class Saver:
         for change in changes:
             say(f"warning: {change}")
         if (self.folder / REPORT).exists():
-            say(f"the run was complete after {state.step} steps; it goes on with what has changed")
+            say(
+                f"the run was complete after {counted(state.step, 'step')}; "
+                "it goes on with what has changed"
+            )
         if changes:  # from here on the run is another, which a later resumption compares with
             let_stopping_go_on(state, fresh, say)
             state.recipe, state.data = fresh.recipe, fresh.data

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from pydantic import BaseModel, TypeAdapter
 
 from lora_cli.environment import installed_version
-from lora_cli.errors import LoraError, Problem
+from lora_cli.errors import LoraError, Problem, counted
 from lora_cli.recipe import Recipe
 
 FIXED = ("model.", "task.", "adapter.", "train.optimizer.type")  # a change makes it another model
@@ -164,7 +164,8 @@ def refuse_fewer_steps(state: TrainState, total_steps: int, recipe: Recipe) -> N
     if state.step > total_steps:
         key = "train.max_steps" if recipe.train.max_steps else "train.epochs"
         raise LoraError(
-            f"the run has made {state.step} steps, and the recipe now asks for {total_steps}",
+            f"the run has made {counted(state.step, 'step')}, and the recipe now asks "
+            f"for {total_steps}",
             recipe.at(key),
             "ask for more, or start a new run in another folder with `-o DIR`",
         )
