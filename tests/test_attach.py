@@ -428,19 +428,6 @@ def test_exactly_this_is_trained(kind: str, bias: str, more: list[str]) -> None:
     assert bool(lora_layers(model)) == (kind == "lora")
 
 
-def test_attaching_gives_the_base_s_outputs_and_keeps_its_weights() -> None:
-    base = tiny.encoder()
-    model = copy.deepcopy(base)
-    attach(model, tiny.recipe_of(target_modules="all-linear", bias="all"), ["classifier"])
-    ids = torch.randint(4, 200, (3, 8))
-    assert torch.equal(model(input_ids=ids).logits, base(input_ids=ids).logits)
-    state = model.state_dict()
-    for name, value in base.state_dict().items():
-        owner, _, last = name.rpartition(".")
-        here = f"{owner}.base.{last}" if f"{owner}.base.{last}" in state else name
-        assert torch.equal(state[here], value)
-
-
 @pytest.mark.parametrize(
     "adapter",
     [

@@ -257,32 +257,6 @@ def test_packed_logits_are_those_of_the_texts_alone(
     assert model.training
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_packed_losses_and_gradients_are_sums(
-    bases: dict[str, Path], tmp_path: Path, kind: str
-) -> None:
-    task = packed_task(kind, bases, tmp_path, "sdpa")
-    examples = examples_of(task)
-    model, _ = task.load_model(CPU, torch.float64)
-
-    def gradients(batches: list[list[Example]]) -> tuple[float, float, dict[str, torch.Tensor]]:
-        model.zero_grad()
-        made = [task.collate(batch) for batch in batches]
-        # float64 shows that nothing but rounding differs: the loss itself is computed in float32
-        total = torch.stack([task.loss(model, batch) for batch in made]).sum()
-        total.backward()
-        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        return float(total.detach()), sum(batch.n_items for batch in made), found
-
-    loss, n_items, grads = gradients([[one_row(examples[:3]), one_row(examples[3:])]])
-    wanted_loss, wanted_items, wanted = gradients([[example] for example in examples])
-    assert n_items == wanted_items
-    assert loss == pytest.approx(wanted_loss, rel=1e-6)
-    assert set(grads) == set(wanted)
-    for name, gradient in wanted.items():
-        assert (grads[name] - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
-
-
 class Forgetful(nn.Module):
     """A language model that takes position ids and makes nothing of them, or takes none."""
 

@@ -277,17 +277,6 @@ def test_what_peft_saves_is_read_here(case: Case, tmp_path: Path) -> None:
 
 
 @each_case
-def test_what_is_saved_here_is_read_here_exactly(case: Case, tmp_path: Path) -> None:
-    base = case.build()
-    model = saved(tmp_path / "a", base, case.in_full, **case.ours)
-    again = loaded(base, tmp_path / "a", case.in_full)
-    ours, theirs = model.state_dict(), again.state_dict()
-    assert set(ours) == set(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert torch.equal(outputs(again), outputs(model))
-
-
-@each_case
 def test_the_names_and_shapes_are_those_of_peft(case: Case, tmp_path: Path) -> None:
     base = case.build()
     saved(tmp_path / "ours", base, case.in_full, **case.ours)
@@ -314,12 +303,9 @@ def test_restoring_a_copy_puts_the_saved_adapter_back(case: Case, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["none", "bitfit"])
-def test_the_baselines_are_saved_and_read(kind: str, tmp_path: Path) -> None:
+def test_peft_takes_no_baseline_for_an_adapter(kind: str, tmp_path: Path) -> None:
     base = tiny.encoder()
-    model = saved(tmp_path / "a", base, ["classifier"], type=kind)
-    assert_others(model, base)
-    again = loaded(base, tmp_path / "a", ["classifier"])
-    assert torch.equal(outputs(again), outputs(model))
+    saved(tmp_path / "a", base, ["classifier"], type=kind)
     with pytest.raises(Exception, match=r"HEAD_ONLY|BITFIT"):  # and not an empty adapter
         peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a")
 

@@ -23,7 +23,6 @@ from lora_cli.adapters.attach import (
     attach,
     disabled,
     lora_layers,
-    merge,
     trainable_parameters,
 )
 from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear, layer_for
@@ -411,42 +410,6 @@ def test_disabled_is_the_base_bit_for_bit() -> None:
 
 
 LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@pytest.mark.parametrize(
-    ("build", "targets"),
-    [
-        (tiny.encoder, ["query", "dense", "word_embeddings"]),
-        (tiny.gpt2, ["c_attn", "c_proj", "c_fc", "wpe"]),
-        (lambda: tiny.llama(tied=False), [*LLAMA_LINEAR, "embed_tokens", "lm_head"]),
-        (tiny.ConvNet, ["stem", "point", "grouped", "dilated", "reflect", "line", "classifier"]),
-    ],
-    ids=["bert", "gpt2", "llama", "convolutions"],
-)
-def test_a_merged_model_equals_the_unmerged(build: Any, targets: list[str]) -> None:
-    model = build()
-    inputs = (
-        {"x": torch.randn(4, 3, 12, 12)}
-        if isinstance(model, tiny.ConvNet)
-        else {"input_ids": torch.randint(4, 200, (4, 9))}
-    )
-
-    def outputs() -> Tensor:
-        with torch.no_grad():
-            y = model(**inputs)
-        return y if isinstance(y, Tensor) else y.logits
-
-    before, state = outputs(), {name: p.clone() for name, p in model.named_parameters()}
-    attach(model, tiny.recipe_of(rank=4, target_modules=targets))
-    tiny.wake(model)
-    unmerged = outputs()
-    assert not torch.allclose(unmerged, before, atol=1e-2)
-    assert merge(model) == []
-    assert_close(outputs(), unmerged)
-    assert set(dict(model.named_parameters())) == set(state)  # the very layers of the base again
-    kept = [name for name, p in model.named_parameters() if torch.equal(p, state[name])]
-    assert not [name for name in kept if name.endswith("weight") and name.split(".")[-2] in targets]
-    assert all(name in kept for name in state if name.endswith("bias"))
 
 
 # ------------------------------------------------------------------- parity with PEFT in training

@@ -153,14 +153,6 @@ def scales(ragged: Case) -> dict[str, float]:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=splits())
-def test_gradients_do_not_depend_on_the_split(
-    ragged: Case, scales: dict[str, float], sizes: list[int]
-) -> None:
-    assert_close(ragged.gradients(sizes), ragged.gradients([7]), 1e-6, scales)
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(sizes=splits())
 def test_a_step_does_not_depend_on_the_split(
     ragged: Case, scales: dict[str, float], sizes: list[int]
 ) -> None:

@@ -1,0 +1,194 @@
+"""What the contract tests run over: a new task or a new adapter type is one entry here.
+
+A `TaskKind` needs a base model, rows and the `task` section of a recipe; an `AdapterKind` needs the
+`adapter` section, and a `Site` a model with layers that an adapter can replace.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tiny
+from torch import nn
+
+Json = dict[str, Any]
+WORDS = "a warm and funny film , slow and dull but great in the end".split()  # noqa: SIM905
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+# --------------------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """A task, or a form of its rows."""
+
+    save_base: Callable[[Path], Path]
+    """Saves a tiny base model in a folder, and returns the folder."""
+    task: Json
+    """The recipe's `task` section."""
+    row: Callable[[int], Json]
+    """Makes a row, different for each number; the lengths differ too."""
+    answers: tuple[str, ...]
+    """The columns that `lora predict` adds."""
+    targets: tuple[str, ...] = ()
+    """The columns that a row to be predicted does not have."""
+    train: Json = field(default_factory=dict)
+    """Keys of the recipe's `train` section."""
+    drafted: Json | None = None
+    """What `lora init` writes as `task` for such rows, besides `max_length`; None: another kind."""
+
+
+def text(i: int) -> str:
+    """Return a text of one to eleven words that no other number has."""
+    return " ".join([*WORDS[: (7 * i) % 11], f"number {i}"])
+
+
+def save_chat(folder: Path) -> Path:
+    """Save a Llama whose tokenizer has a chat template."""
+    tiny.save_llama(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, "chat_template": TEMPLATE}), encoding="utf-8")
+    return folder
+
+
+def conversation(i: int) -> list[Json]:
+    turns = [text(3 * i + n) for n in range(2 + 2 * (i % 2))]
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": turn} for n, turn in enumerate(turns)]
+
+
+BAD_GOOD = ["bad", "good"]
+CLASSIFICATION = {"type": "sequence_classification", "labels": BAD_GOOD}
+PROMPTS = {"type": "causal_lm", "prompt_column": "prompt", "completion_column": "completion"}
+SCORES = ("prediction", "p_bad", "p_good")
+
+
+def labelled(i: int) -> Json:
+    return {"text": text(i), "label": BAD_GOOD[i % 2]}
+
+
+def answered(i: int) -> Json:
+    return {"prompt": text(i), "completion": f" {text(2 * i + 1)}"}
+
+
+TASKS = {
+    "classification": TaskKind(
+        tiny.save_encoder, CLASSIFICATION, labelled, SCORES, ("label",),
+        drafted=CLASSIFICATION,
+    ),
+    "weighted classification": TaskKind(
+        tiny.save_encoder,
+        {**CLASSIFICATION, "class_weights": {"bad": 0.2}, "label_smoothing": 0.1},
+        labelled, SCORES, ("label",),
+    ),
+    "classification by a decoder": TaskKind(
+        tiny.save_llama, CLASSIFICATION, labelled, SCORES, ("label",)
+    ),
+    "several labels": TaskKind(
+        tiny.save_encoder,
+        {"type": "sequence_classification", "problem": "multi_label", "label_column": "labels"},
+        lambda i: {"text": text(i), "labels": [n for n in ("dull", "warm") if i % (len(n) - 1)]},
+        ("prediction", "p_dull", "p_warm"), ("labels",),
+        drafted={"type": "sequence_classification", "problem": "multi_label",
+                 "label_column": "labels", "labels": ["dull", "warm"]},
+    ),
+    "regression": TaskKind(
+        tiny.save_encoder,
+        {"type": "sequence_classification", "problem": "regression", "label_column": "score"},
+        lambda i: {"text": text(i), "score": (i * 37 % 100) / 8},
+        ("prediction",), ("score",),
+        drafted={"type": "sequence_classification", "problem": "regression",
+                 "label_column": "score"},
+    ),
+    "pairs of texts": TaskKind(
+        tiny.save_encoder,
+        {**CLASSIFICATION, "text_column": "premise", "text_pair_column": "hypothesis"},
+        lambda i: {"premise": text(i), "hypothesis": text(2 * i + 1), "label": BAD_GOOD[i % 2]},
+        SCORES, ("label",),
+    ),
+    "text": TaskKind(
+        tiny.save_gpt2, {"type": "causal_lm", "text_column": "text"}, lambda i: {"text": text(i)},
+        ("prediction",), drafted={"type": "causal_lm", "text_column": "text"},
+    ),
+    "prompts": TaskKind(
+        tiny.save_llama, PROMPTS, answered, ("prediction",), ("completion",),
+        drafted={**PROMPTS, "separator": "\n"},
+    ),
+    "conversations": TaskKind(
+        save_chat, {"type": "causal_lm", "messages_column": "messages"},
+        lambda i: {"messages": conversation(i)}, ("prediction",),
+        drafted={"type": "causal_lm", "messages_column": "messages"},
+    ),
+    "packed text": TaskKind(
+        tiny.save_gpt2, {"type": "causal_lm", "text_column": "text", "max_length": 32},
+        lambda i: {"text": text(i)}, ("prediction",), train={"packing": True},
+    ),
+    "packed prompts": TaskKind(
+        tiny.save_llama, {**PROMPTS, "max_length": 128}, answered, ("prediction",), ("completion",),
+        train={"packing": True},
+    ),
+}  # fmt: skip
+
+# ------------------------------------------------------------------------------------ adapters
+
+
+@dataclass(frozen=True)
+class AdapterKind:
+    """A way of training: an adapter, or a baseline without one."""
+
+    adapter: Json
+    """The recipe's `adapter` section, without `target_modules`."""
+    bare: bool = True
+    """Turned off, the model is its base: nothing outside the new matrices is trained."""
+    has_folder: bool = True
+    """It is saved as an adapter folder, not as a whole model."""
+    runs: bool = True
+    """A whole run is made with it; otherwise it trains as another type does, but for the layers."""
+
+
+ADAPTERS = {
+    "lora": AdapterKind({"rank": 4, "alpha": 6}, runs=False),
+    "rslora": AdapterKind({"rank": 4, "alpha": 6, "use_rslora": True}, runs=False),
+    "dropout": AdapterKind({"rank": 4, "alpha": 6, "dropout": 0.3}),
+    "patterns": AdapterKind(
+        {"rank": 4, "alpha": 6, "rank_pattern": {".*[a-z]": 6}, "alpha_pattern": {".*[a-z]": 3}},
+        runs=False,
+    ),
+    "bias of adapted modules": AdapterKind(
+        {"rank": 4, "bias": "lora_only"}, bare=False, runs=False
+    ),
+    "all biases": AdapterKind({"rank": 4, "bias": "all"}, bare=False),
+    "full": AdapterKind({"type": "full"}, bare=False, has_folder=False),
+    "bitfit": AdapterKind({"type": "bitfit"}, bare=False),
+    "head alone": AdapterKind({"type": "none"}, bare=False),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A model, and modules of one kind in it that an adapter can replace."""
+
+    build: Callable[[], nn.Module]
+    targets: list[str]
+    head: list[str] = field(default_factory=list)
+    """Modules that the task created, which are trained in full."""
+
+
+SITES = {
+    "Linear": Site(tiny.encoder, ["query", "dense"], ["classifier"]),
+    "Conv1D": Site(tiny.gpt2, ["c_attn", "c_proj", "c_fc"], ["transformer.ln_f"]),
+    "Conv2d": Site(tiny.ConvNet, ["stem", "point", "dilated"], ["classifier"]),
+    "grouped Conv2d": Site(tiny.ConvNet, ["grouped"], ["classifier"]),
+    "Conv1d": Site(tiny.ConvNet, ["line"], ["classifier"]),
+    "Embedding": Site(lambda: tiny.llama(tied=False), ["embed_tokens"], ["model.norm"]),
+    "tied Embedding": Site(tiny.gpt2, ["wte"], ["transformer.ln_f"]),
+}

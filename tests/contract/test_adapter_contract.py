@@ -1,0 +1,62 @@
+"""What every adapter type owes on every kind of layer: a start at the base, saving, and merging."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from calls import attached, loaded, merged, outputs, run, stir, stopped_copy, trained, turned_off
+from calls import write_kind as write_task
+from closeness import assert_close, assert_different
+from kinds import ADAPTERS, SITES, TASKS
+from runs import assert_same_run
+from torch import nn
+
+
+@pytest.mark.parametrize("site_name", SITES)
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_keeps_its_promises(name: str, site_name: str, tmp_path: Path) -> None:
+    kind, site = ADAPTERS[name], SITES[site_name]
+    base = site.build()
+    wanted = outputs(base)
+    model = attached(site, base, kind.adapter)
+
+    # step 0 is the base model exactly, and a gradient reaches all that is trained, and only that
+    assert torch.equal(outputs(model), wanted)
+    assert trained(model)
+    stir(model)
+    outputs(model).square().sum().backward()
+    with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == set(trained(model))
+
+    # training changes the outputs; turned off, an adapter leaves the base
+    found = outputs(model)
+    assert_different(found, wanted)
+    if kind.bare and not site.head:
+        with turned_off(model):
+            assert torch.equal(outputs(model), wanted)
+
+    # saved and loaded it is the same, bit for bit; merged it computes the same
+    if kind.has_folder:
+        again = loaded(site, base, model, kind.adapter, tmp_path)
+        assert torch.equal(outputs(again), found)
+        assert not trained(again)
+        assert set(again.state_dict()) == set(model.state_dict())
+    plain = merged(model)
+    assert_close(outputs(plain), found)
+    assert parameter_names(plain) == parameter_names(base)
+
+
+def parameter_names(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
+@pytest.mark.parametrize("name", [name for name, kind in ADAPTERS.items() if kind.runs])
+def test_a_run_of_any_type_is_resumed_exactly(name: str, tmp_path: Path) -> None:
+    kind, task = ADAPTERS[name], TASKS["classification"]
+    recipe = write_task(task, tmp_path, kind.adapter)
+    run(recipe, tmp_path / "whole")
+    stopped_copy(tmp_path / "whole", tmp_path / "resumed")
+    run(recipe, tmp_path / "resumed", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")

@@ -1,0 +1,114 @@
+"""What every task owes: sums that no split changes, rows that see no other row, exact resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calls import (
+    N_ROWS,
+    Opened,
+    answers,
+    drafted,
+    merged,
+    open_kind,
+    outcomes,
+    run,
+    saved_and_loaded,
+    stopped_copy,
+    sums,
+    with_model,
+    write_kind,
+)
+from closeness import assert_close
+from kinds import TASKS
+from runs import assert_same_run
+from torch import Tensor
+
+SPLITS = {
+    "one by one": lambda examples: [[example] for example in examples],
+    "the first alone": lambda examples: [examples[:1], examples[1:]],
+    "every other": lambda examples: [examples[::2], examples[1::2]],
+}
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    torch.manual_seed(0)
+    return open_kind(TASKS[request.param], tmp_path_factory.mktemp("task"))
+
+
+def added(opened: Opened, batches: list[list[Any]]) -> tuple[float, float, dict[str, Tensor]]:
+    """Return the sums of loss, items and gradients over batches."""
+    loss, n_items, gradients = 0.0, 0.0, {}
+    for batch in batches:
+        more_loss, more_items, more = sums(opened, batch)
+        loss, n_items = loss + more_loss, n_items + more_items
+        gradients = {name: gradients.get(name, 0) + more[name].clone() for name in more}
+    return loss, n_items, gradients
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_any_split_of_a_batch_gives_the_same_sums(opened: Opened, split: str) -> None:
+    loss, n_items, gradients = added(opened, [opened.examples])
+    assert loss > 0.0
+    # one by one also out of their packs: in a pack none sees another
+    examples = opened.single if split == "one by one" else opened.examples
+    split_loss, split_items, split_gradients = added(opened, SPLITS[split](examples))
+    assert split_items == pytest.approx(n_items, rel=1e-6)
+    assert split_loss == pytest.approx(loss, rel=1e-5)
+    assert split_gradients.keys() == gradients.keys()
+    # losses are float32, and what they add up to may cancel: the scale is that of all gradients
+    scale = max(float(gradient.abs().max()) for gradient in gradients.values())
+    assert scale > 0.0
+    for name, gradient in gradients.items():
+        assert float((split_gradients[name] - gradient).abs().max()) <= 1e-5 * scale, name
+
+
+def test_an_example_is_the_same_alone_and_among_longer_ones(opened: Opened) -> None:
+    together = outcomes(opened, opened.single)
+    alone = torch.cat([outcomes(opened, [example]) for example in opened.single])
+    assert_close(together, alone)
+    loss, n_items, _ = sums(opened, opened.single)
+    assert float(together[:, 0].sum()) == pytest.approx(loss, rel=1e-5)
+    assert float(together[:, 1].sum()) == pytest.approx(n_items, rel=1e-6)
+
+
+def test_what_is_saved_is_loaded_again(opened: Opened, tmp_path: Path) -> None:
+    again = saved_and_loaded(opened, tmp_path / "adapter")
+    found, wanted = again.model.state_dict(), opened.model.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert_close(outcomes(again, opened.single), outcomes(opened, opened.single))
+
+
+def test_merged_equals_adapted(opened: Opened) -> None:
+    found = outcomes(with_model(opened, merged(opened.model)), opened.single)
+    assert_close(found, outcomes(opened, opened.single))
+
+
+def test_predict_adds_the_same_columns_to_rows_alone_and_together(opened: Opened) -> None:
+    kind = opened.kind
+    rows = [
+        {key: value for key, value in kind.row(i).items() if key not in kind.targets}
+        for i in range(N_ROWS)
+    ]
+    together = answers(opened, rows)
+    assert [tuple(row) for row in together] == [kind.answers] * len(rows)
+    assert together == [answers(opened, [row])[0] for row in rows]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_run_that_was_stopped_is_resumed_exactly(name: str, tmp_path: Path) -> None:
+    recipe = write_kind(TASKS[name], tmp_path)
+    run(recipe, tmp_path / "whole")
+    stopped_copy(tmp_path / "whole", tmp_path / "resumed")
+    run(recipe, tmp_path / "resumed", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("name", [name for name, kind in TASKS.items() if kind.drafted])
+def test_init_writes_a_valid_recipe_for_its_rows(name: str, tmp_path: Path) -> None:
+    assert drafted(TASKS[name], tmp_path) == TASKS[name].drafted
