@@ -390,7 +390,8 @@ class FolderLock:
         owner = self.file.read().strip() or "another process"
         self.file.close()
         what = f"{owner} is writing to {folder}"
-        return LoraError(what, at, "wait for it, or choose another folder with `-o DIR`")
+        option = "--to" if at == "--to" else "-o"  # of a merge, or of a training
+        return LoraError(what, at, f"wait for it, or choose another folder with `{option} DIR`")
 
     def release(self) -> None:
         """Let others have the folder."""
