@@ -21,7 +21,7 @@ from lora_cli.errors import LoraError, ResourceError, counted, warn
 from lora_cli.models import mixed_precision
 from lora_cli.recipe import Recipe
 
-NOTICE_S = 10.0  # after so long a process says that it waits for the others to appear
+NOTICE_S = 2.0  # after so long a process says that it waits; starting Python took several more
 APPEAR_S = 1800.0  # and after so long it gives up: queues start nodes minutes apart
 # once they have met, the others wait while the main process reads and encodes the data
 PATIENCE = timedelta(hours=6)

@@ -205,3 +205,18 @@ def test_a_short_table_is_counted_in_words(bases: dict[str, Path], tmp_path: Pat
     source.write_text("text\na long text of many words\n", encoding="utf-8")
     draft = draft_recipe(source, str(bases["llama"]), tmp_path / "recipe.yaml")
     assert "1 row, 1 column" in dict(draft.findings)["file"]
+
+
+def test_letters_that_the_tokenizer_does_not_know_are_reported(tmp_path: Path) -> None:
+    source, base = tmp_path / "rows.csv", tiny.save_encoder(tmp_path / "base")
+    (base / "tokenizer.json").unlink()
+    tiny.wordpiece().save_pretrained(base)
+    for words, share in (
+        (tiny.CORPUS * 5, 0),
+        (["商品を返品したいです", "荷物が届きません"] * 20, 1),
+    ):
+        rows = [[text, "ab"[i % 2]] for i, text in enumerate(words)]
+        source.write_text(table(["text", "label"], rows), encoding="utf-8")
+        draft = draft_recipe(source, str(base), tmp_path / "recipe.yaml")
+        assert ("unknown" in dict(draft.findings)) == bool(share)
+    assert "of the tokens of the texts are `[UNK]`" in dict(draft.findings)["unknown"]

@@ -21,7 +21,7 @@ from lora_cli.inference.columns import SPLIT_NAMES, Column, as_number, describe
 from lora_cli.inference.cutting import rows_without_answer
 from lora_cli.inference.folder import read_source
 from lora_cli.inference.hints import without_overrides
-from lora_cli.inference.lengths import length_of
+from lora_cli.inference.lengths import length_of, unknown_share
 from lora_cli.inference.memory import (
     GIB,
     LARGE,
@@ -146,6 +146,8 @@ def _drafted(
     _task(draft, base, chosen, [file.rows, beside])
     _data(draft, file, columns, chosen, target, splits)
     _training(draft, base, len(file.rows), card)
+    if (warning := unknown_share([file.rows, beside], base, chosen)) is not None:
+        draft.findings.append(("unknown", warning))
     draft.values["output_dir"] = _output_dir(file.path, target)
     _say(draft, file, chosen)
     Recipe.model_validate(draft.values)  # what is wrong here is ours

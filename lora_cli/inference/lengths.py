@@ -48,6 +48,37 @@ def length_of(
     return length, why
 
 
+def unknown_share(splits: Sequence[Rows], base: Base, chosen: Chosen) -> str | None:
+    """Return what to say where the model's tokenizer does not know many of the texts' letters.
+
+    Args:
+        splits: The rows of train, and of other files; a sample of them is encoded.
+        base: Its tokenizer encodes, where it is at hand.
+        chosen: The task.
+    """
+    if base.tokenizer is None:
+        return None
+    import numpy as np
+
+    from lora_cli.tasks.long_texts import token_ids
+    from lora_cli.tasks.unknown import MOST_UNKNOWN, count_unknown, unknown_warning
+
+    for rows in filter(None, splits):
+        sample = [(i, rows[i]) for i in range(0, len(rows), max(1, len(rows) // SAMPLE))]
+        texts = [[_as_text(row.get(name)) for name in chosen.inputs] for _, row in sample]
+        # bytes that are not text stop the tokenizer
+        read = [[text.encode("utf-8", "replace").decode() for text in some] for some in texts]
+        encoded = [[i for text in some for i in token_ids(base.tokenizer, text)] for some in read]
+        ids = np.array([i for row in encoded for i in row], dtype=np.int64)
+        found = count_unknown(base.tokenizer, ids, np.cumsum([len(row) for row in encoded]))
+        if found.first is not None and found.share > MOST_UNKNOWN:
+            place = f"row {sample[found.first][0] + 1}"
+            return unknown_warning(
+                base.tokenizer, "the texts", found.share, place, texts[found.first]
+            )
+    return None
+
+
 def _tokens(
     rows: Rows, base: Base, chosen: Chosen, turns: TurnCounter | None
 ) -> tuple[list[int], str]:
