@@ -12,6 +12,7 @@ import pytest
 from drafting import Init, classification, labelled, lines, said, table, texts
 
 from lora_cli.data.encoding import encoding_of
+from lora_cli.data.lines import read_lines
 from lora_cli.data.sources import load_rows
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
@@ -297,6 +298,38 @@ def test_two_encodings_of_the_same_bytes(text: str, encoding: str) -> None:
     found, why = encoding_of(raw)
     assert raw.decode(found) == raw.decode(encoding)
     assert why.split("`")[1] in text.replace(",", "")
+
+
+RUSSIAN = ["Фильм очень хороший, актёры играют прекрасно", "Скучно и слишком долго, не советую"]
+
+
+@pytest.mark.parametrize("encoding", ["cp1251", "koi8_r", "cp866", "iso8859_5"])
+def test_encodings_of_russian(encoding: str) -> None:
+    raw = "".join(f"{i},{text}\n" for i, text in enumerate(RUSSIAN * 5)).encode(encoding)
+    assert raw.decode(encoding_of(raw)[0]) == raw.decode(encoding)
+
+
+@pytest.mark.parametrize("own", ["cp932", "utf-8", "koi8_r", "cp1252"])
+def test_control_characters_of_a_wrong_encoding(own: str, tmp_path: Path) -> None:
+    text = {"cp932": "商品を返品したいです", "cp1252": "“well” – he said…"}.get(own, RUSSIAN[0])
+    file = tmp_path / "rows.txt"
+    file.write_bytes(f"{text}\n{text}\n".encode(own))
+    if own == "koi8_r":  # has letters there only, which in latin-1 are letters too
+        assert len(list(read_lines(file, "latin-1"))) == 2
+        return
+    with pytest.raises(LoraError, match="read as iso8859-1, the text has") as caught:
+        list(read_lines(file, "latin-1"))
+    hint = caught.value.problems[0].hint or ""
+    assert f"encoding={own}" in hint
+
+
+def test_a_rare_control_character_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.txt"
+    file.write_bytes("é".encode("latin-1") * 200 + b"\x93\n")
+    assert len(list(read_lines(file, "latin-1"))) == 1
+    assert "the text has 1 control character" in capsys.readouterr().err
 
 
 def test_bytes_that_are_no_text_are_counted_not_tokenized(init: Init, tmp_path: Path) -> None:

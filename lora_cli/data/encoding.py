@@ -14,6 +14,9 @@ LEGACY = [
     "cp1252", "cp1251", "cp1250", "cp1253", "cp932", "euc_jp", "gb18030", "big5", "euc_kr",
 ]  # fmt: skip
 LINE_END = re.compile("\r\n|[\r\n]")
+C1 = re.compile("[\x80-\x84\x86-\x9f]")
+CYRILLIC = ("cp1251", "koi8_r", "cp866", "iso8859_5", "mac_cyrillic")  # likelier ones first
+COMMON_RUSSIAN = set("оеаинтсрвл")
 EASTERN = "ìøòõšžðºþ³¹¿£¥¼¾ª¯"  # what cp1252 makes of their letters
 
 
@@ -75,6 +78,33 @@ def _by_kana(raw: bytes) -> str | None:
     return None
 
 
+def _by_common_russian(raw: bytes) -> str | None:
+    """Return the encoding in which bytes have the letters that Russian and its kin use most.
+
+    The same bytes are Cyrillic in all of these encodings, with other letters.
+    """
+    shares = {}
+    words = re.findall(r"\w*[^\W\x00-\x7f]\w*", raw.decode("cp866"))
+    if sum(letter > "\x7f" for word in words for letter in word) < 0.9 * sum(map(len, words)):
+        return None  # words of Latin letters, of which some have accents
+    for encoding in CYRILLIC:
+        letters = [letter for letter in _decoded(raw, encoding) or "" if letter > "\x7f"]
+        common = sum(letter in COMMON_RUSSIAN for letter in letters)
+        shares[encoding] = common / max(len(letters), 1)
+    best = max(shares, key=lambda encoding: shares[encoding])
+    return best if shares[best] > 0.45 else None
+
+
+def c1_share(text: str) -> tuple[int, float]:
+    """Return how many control characters of U+0080 to U+009F a text has, and their share.
+
+    No text has them: they are what other encodings' letters become in latin-1. The share is that of
+    all letters beyond ASCII; U+0085, a line end of old computers, does not count.
+    """
+    found = len(C1.findall(text))
+    return found, found / max(sum(letter > "\x7f" for letter in text), 1) if found else 0.0
+
+
 def encoding_of(raw: bytes) -> tuple[str, str]:
     """Return the encoding of a text and what says so.
 
@@ -112,6 +142,8 @@ def _legacy(raw: bytes) -> tuple[str, str]:
     sample = b"".join(lines[:2000])
     if (japanese := _by_kana(sample)) is not None and _decoded(raw, japanese) is not None:
         return japanese, "not UTF-8; read so, it is Japanese"
+    if (cyrillic := _by_common_russian(sample)) is not None and _decoded(raw, cyrillic) is not None:
+        return cyrillic, "not UTF-8; read so, its letters are as frequent as in Russian"
     best = from_bytes(sample, cp_isolation=LEGACY).best()
     encoding = best.encoding if best else "latin-1"
     if encoding == "cp1250" and _is_western(_decoded(sample, "cp1252") or ""):

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from lora_cli.data.encoding import encoding_of, seven_bit_encoding
+from lora_cli.data.encoding import c1_share, encoding_of, seven_bit_encoding
 from lora_cli.data.foreign import refuse_binary
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, counted, warn
 
 NOT_TEXT = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes
 HEAD_BYTES = 4096
+MOST_CONTROLS = 0.02  # of the letters beyond ASCII: fewer may be damage
 HINT_BYTES = 1 << 20
 UTF = {  # by their marks; longer ones first
     b"\xff\xfe\x00\x00": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
@@ -51,6 +52,8 @@ def read_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
             if checked:
                 codec = "utf-8"
                 _refuse_no_text(head, path)
+            else:
+                _refuse_controls(head + raw.read(HINT_BYTES), codec, path)
             # a mark before text that is no UTF-8 is left over from a program that joined two files
             raw.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
             text = io.TextIOWrapper(raw, encoding=codec, errors="surrogateescape", newline="")
@@ -63,6 +66,22 @@ def read_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
         raise LoraError(f"not {encoding} text: {error.args[-1]}", str(path), hint) from error
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(path, error) from error
+
+
+def _refuse_controls(raw: bytes, encoding: str, path: Path) -> None:
+    """Reject a text that is full of control characters, read so; warn where it has few.
+
+    Raises:
+        LoraError: With the encoding that its bytes are likely to be in.
+    """
+    found, share = c1_share(raw.decode(encoding, errors="ignore"))
+    if not found:
+        return
+    count = counted(found, "control character")
+    what = f"read as {encoding}, the text has {count} (U+0080 to U+009F), which no text has"
+    if share > MOST_CONTROLS:
+        raise LoraError(what, str(path), encoding_hint(path, encoding))
+    warn(f"{path}: {what}; is it of another encoding, or damaged there?")
 
 
 def encoding_hint(path: Path, encoding: str) -> str:

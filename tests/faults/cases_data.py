@@ -378,6 +378,15 @@ def _(world: World) -> Printed:
         evaluate={"metrics": ["exact_match"]}))  # fmt: skip
 
 
+@case("Files and rows", "an encoding that is not the file's")
+def _controls(world: World) -> Printed:
+    world.write(
+        "rows.csv", "text,label\n商品を返品したいです,good\n届きません,bad\n".encode("cp932")
+    )
+    data = {"path": "rows.csv", "format": {"encoding": "latin-1"}}
+    return world.lora("validate", world.recipe(data=data))
+
+
 # ------------------------------------------------------------------------------ a recipe from data
 
 INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
