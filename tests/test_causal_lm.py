@@ -114,7 +114,7 @@ def test_a_single_token_trains_nothing(bases: dict[str, Path], tmp_path: Path) -
     split = encoded(task)
     assert [example["row"] for example in split.examples] == [1]
     assert split.rows_without_example == 1
-    with pytest.raises(LoraError, match="no row leaves anything to train within 1 tokens"):
+    with pytest.raises(LoraError, match="no row leaves anything to train within 1 token"):
         encoded(task_of(bases["gpt2"], tmp_path, TEXTS, task={"max_length": 1}))
 
 

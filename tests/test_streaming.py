@@ -148,7 +148,7 @@ def test_a_row_that_cannot_be_encoded_stops_or_is_skipped(
     stream = Stream(task_of(recipe_file(bases["llama"], tmp_path, chats(), **skipping)))
     found = first(stream, 4)
     assert [e["place"] for e in found] == ["rows.jsonl:1", "rows.jsonl:3"] * 2
-    assert str(stream.note()).startswith("skipped 1 rows of the stream; the first: rows.jsonl:2: ")
+    assert str(stream.note()).startswith("skipped 1 row of the stream; the first: rows.jsonl:2: ")
 
 
 @pytest.mark.parametrize(
