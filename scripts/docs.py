@@ -117,7 +117,7 @@ def commands_page() -> str:
     from typer.main import get_command
     from typer.testing import CliRunner
 
-    from lora_cli.cli import app
+    from lora_cli.cli.app import app
 
     command: Any = get_command(app)
     parts = [f"{NOTE}\n# Commands\n", "`lora COMMAND --help` prints the same.\n"]

@@ -42,11 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
     import typer.main
     from hypothesis import settings
 
-    from lora_cli.training import result
+    from lora_cli.training import output_folder
 
     # A plot is half of a run of a few steps. Its own tests call it from `lora_cli.reporting`; runs
     # that tests start as commands of their own draw it.
-    result.plot_learning_curve = lambda folder, report: None
+    output_folder.plot_learning_curve = lambda folder, report: None
     # the commands are made of their functions' annotations once, not for each of 1,000 calls
     typer.main.get_command = functools.cache(typer.main.get_command)
     settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)

@@ -12,9 +12,9 @@ from typing import Any
 
 import tiny
 
-from lora_cli.inference import draft_recipe, write_recipe
+from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.recipe import Recipe, load_recipe
-from lora_cli.tasks.check import check_recipe
+from lora_cli.recipe_draft import draft_recipe, write_recipe
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"  # beside the checkout
 OPINIONS = [

@@ -9,14 +9,15 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from lora_cli.cli import app
+from lora_cli.cli.app import app
 from lora_cli.errors import LoraError
-from lora_cli.evaluation import evaluate_adapter
+from lora_cli.evaluation.evaluate_split import evaluate_adapter
+from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
-from lora_cli.reporting.page import _against_baselines
+from lora_cli.reporting.html_page import _against_baselines
 from lora_cli.tasks import build_task
-from lora_cli.tasks.encoding import load_data
-from lora_cli.training import baselines, loop, train
+from lora_cli.training import baselines, train
+from lora_cli.training import run as training_run
 from lora_cli.training.baselines import majority, verdict
 
 
@@ -114,7 +115,7 @@ def test_baselines_do_not_change_the_adapter_and_can_be_added_later(
     assert "baselines" not in first
     weights = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     more = load_recipe(path, ["evaluate.baselines=[none, majority]"])
-    real = loop.train
+    real = training_run.train
 
     def stop(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
@@ -127,7 +128,7 @@ def test_baselines_do_not_change_the_adapter_and_can_be_added_later(
     assert list(report["baselines"]) == ["none", "majority"]
     assert report["metrics"] == first["metrics"]
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == weights
-    assert loop.train is real
+    assert training_run.train is real
     monkeypatch.setattr(baselines, "_measure", lambda *_: pytest.fail("measured already"))
     again = train(load_recipe(path, ["evaluate.baselines=[none, majority]"]), resume=True)
     assert again == report

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_cli.errors import LoraError
-from lora_cli.evaluation import evaluate
+from lora_cli.evaluation.evaluate_split import evaluate
+from lora_cli.preprocessing.check_recipe import check_recipe
+from lora_cli.preprocessing.encode import load_data
+from lora_cli.preprocessing.packing import check_packing, one_row
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Encoded
-from lora_cli.tasks.base import IGNORED, Example
 from lora_cli.tasks.causal_lm import CausalLM
-from lora_cli.tasks.check import check_recipe
-from lora_cli.tasks.encoding import load_data
-from lora_cli.tasks.packing import check_packing, one_row
+from lora_cli.tasks.contract import IGNORED, Example
 
 CPU = torch.device("cpu")
 STORIES = Path(__file__).parents[2] / "shared/data/model_stories260k/hf"

@@ -19,7 +19,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from lora_cli import __version__
-from lora_cli.cli import app, main
+from lora_cli.cli.app import app, main
 from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe, recipe_schema
 
@@ -96,7 +96,7 @@ def test_wrong_arguments_exit_with_2(arguments: list[str]) -> None:
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom lora_cli.cli import main\nsys.argv = ['lora', '--help']\n"
+        "import sys\nfrom lora_cli.cli.app import main\nsys.argv = ['lora', '--help']\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'pydantic', 'transformers', 'yaml', 'datasets', 'numpy', 'accelerate'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
@@ -111,7 +111,8 @@ def test_a_schema_is_checked_without_torch(command: str, tmp_path: Path) -> None
     (tmp_path / "r.yaml").write_text(FAULTY)
     argument = "" if command == "schema" else "'r.yaml'"
     code = (
-        f"import sys\nfrom lora_cli.cli import main\nsys.argv = ['lora', '{command}', {argument}]\n"
+        "import sys\nfrom lora_cli.cli.app import main\n"
+        f"sys.argv = ['lora', '{command}', {argument}]\n"
         "try:\n    main()\nexcept SystemExit as error:\n    code = error.code\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'accelerate'}\n"
         "print(code, sorted(heavy & set(sys.modules)))"
@@ -175,7 +176,7 @@ def test_errors_that_a_user_can_mend_have_a_code_and_no_traceback(
     def fail(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("lora_cli.cli._load", fail)
+    monkeypatch.setattr("lora_cli.cli.app._load", fail)
     exit_code, out, err = in_process(["validate", "r.yaml"], monkeypatch, capsys)
     assert (exit_code, out) == (code, "")
     assert what in err
@@ -188,7 +189,7 @@ def test_an_error_of_our_own_keeps_its_traceback_for_those_who_debug(
     def fail(*_: Any) -> Any:
         raise PermissionError(13, "no")
 
-    monkeypatch.setattr("lora_cli.cli._load", fail)
+    monkeypatch.setattr("lora_cli.cli.app._load", fail)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("sys.excepthook", sys.excepthook)
     monkeypatch.setattr(sys, "argv", ["lora", "validate", "r.yaml", "--debug"])
@@ -350,8 +351,8 @@ def test_init_reads_a_file_without_torch_being_needed_to_sniff(tmp_path: Path) -
     (tmp_path / "rows.csv").write_text("text;label\na warm film;x\na cold film;y\n")
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from lora_cli.data.sniffing import read_data_file\n"
-        "import lora_cli.inference\n"
+        "from lora_cli.data.detect_format import read_data_file\n"
+        "import lora_cli.recipe_draft\n"
         "print(read_data_file(Path('rows.csv')).columns, 'torch' in sys.modules)"
     )
     assert python("-c", code, cwd=tmp_path).stdout == "['text', 'label'] False\n"

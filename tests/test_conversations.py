@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from lora_cli.data.conversations import Conversation, conversation_fault, read_conversations
-from lora_cli.data.unsupported import unsupported
-from lora_cli.tasks.chat import ChatTemplate
+from lora_cli.data.unsupported_rows import unsupported
+from lora_cli.tasks.chat_template import ChatTemplate
 
 Json = dict[str, Any]
 TEMPLATE = (

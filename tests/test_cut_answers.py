@@ -7,8 +7,8 @@ import tiny
 import torch
 from languages import TEXTS
 
-from lora_cli.conversation import Streamer
-from lora_cli.tasks.generation import decode, whole_characters
+from lora_cli.evaluation.converse import Streamer
+from lora_cli.tasks.text_generation import decode, whole_characters
 
 TOKENIZER = tiny.tokenizer("llama")  # of bytes: a Japanese letter takes three tokens
 

@@ -35,7 +35,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_recipe_keys_named_in_the_docs_exist(page: Path) -> None:
-    from lora_cli.recipe.explain import _all_keys
+    from lora_cli.recipe.schema_errors import _all_keys
 
     keys = set(_all_keys())
     sections = "model|task|data|adapter|train|evaluate|checkpoint"
@@ -51,8 +51,8 @@ def blocks(page: Path, language: str) -> list[str]:
 def test_commands_in_the_docs_can_be_typed(page: Path) -> None:
     from typer.main import get_command
 
-    from lora_cli.cli import app
-    from lora_cli.recipe.explain import _all_keys
+    from lora_cli.cli.app import app
+    from lora_cli.recipe.schema_errors import _all_keys
 
     keys, commands = set(_all_keys()), get_command(app).commands
     lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()

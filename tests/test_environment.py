@@ -16,7 +16,7 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from lora_cli import placement
+from lora_cli import accelerator as placement
 from lora_cli.environment import (
     NAMES,
     PLACING,

@@ -12,9 +12,9 @@ import tiny
 from drafting import Init, classification, labelled, lines, said, table, texts
 
 from lora_cli.errors import LoraError
-from lora_cli.inference import draft_recipe
+from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.recipe import load_recipe
-from lora_cli.tasks.check import check_recipe
+from lora_cli.recipe_draft import draft_recipe
 
 STRAYS = ["nan", "1e40", "1.5k", "12万", "N/A", "null", "inf", "?", "1.2.3", "3/5", "#REF!"]
 

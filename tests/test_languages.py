@@ -12,12 +12,12 @@ import tiny
 from drafting import Init, initialiser, save_bases
 from languages import TEXTS
 
-from lora_cli.evaluation import definitions_of
+from lora_cli.evaluation.evaluate_split import definitions_of
 from lora_cli.metrics import builtin_value
+from lora_cli.preprocessing.data_gate import examine
+from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.encoding import load_data
-from lora_cli.tasks.gate import examine
 from lora_cli.training import train
 
 LABELS = {

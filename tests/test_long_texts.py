@@ -12,9 +12,9 @@ import pytest
 import tiny
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lora_cli.preprocessing.data_gate import look_at_data
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task, long_texts
-from lora_cli.tasks.gate import look_at_data
 
 LETTERS = [
     "the film",

@@ -24,7 +24,7 @@ from lora_cli.metrics import (
     metric_mode,
     result_names,
 )
-from lora_cli.metrics.words import bleu_words
+from lora_cli.metrics.word_tokenizers import bleu_words
 
 BINARY = MetricContext(n_labels=2)
 THREE = MetricContext(n_labels=3)

@@ -31,14 +31,14 @@ from peft_configs import (
     recipes,
 )
 
-from lora_cli.adapters.attach import attach, merge
-from lora_cli.adapters.folder import (
+from lora_cli.adapters.adapter_folder import (
     CONFIG_FILE,
     differences_in_peft,
     read_adapter,
     save_adapter,
 )
-from lora_cli.adapters.loading import load_adapter
+from lora_cli.adapters.attach import attach, merge
+from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.adapters.peft_config import VARIANTS
 from lora_cli.errors import LoraError
 

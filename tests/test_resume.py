@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.files import write_manifest
 from lora_cli.recipe import load_recipe
-from lora_cli.training import loop, train
+from lora_cli.training import run as training_run
+from lora_cli.training import train
 from lora_cli.training.checkpoints import checkpoints
-from lora_cli.training.state import TrainState, recipe_facts, refuse_changes
 from lora_cli.training.step import train_step
+from lora_cli.training.train_state import TrainState, recipe_facts, refuse_changes
 
 Json = dict[str, Any]
 ALLOWED = "checkpoint.allow_changes=true"
@@ -145,7 +146,7 @@ def test_a_killed_continuation_is_not_taken_for_complete(
         raise RuntimeError("the plug")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lora_cli.training.loop.finish", pulled)
+        patch.setattr("lora_cli.training.run.finish", pulled)
         with pytest.raises(RuntimeError, match="the plug"):
             run(*more, resume=True)
     assert not (tmp_path / "out" / "report.json").exists()
@@ -236,7 +237,7 @@ def died(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return real(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_step", dying)
+        patch.setattr(training_run, "train_step", dying)
         with pytest.raises(Plug):
             train(load_recipe(recipe, [f"output_dir={folder}"]))
     assert [step for step, _ in checkpoints(folder)] == [2]

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch import Tensor
 
-from lora_cli.data.sources import Rows
+from lora_cli.data.load_rows import Rows
 from lora_cli.errors import LoraError
-from lora_cli.evaluation import evaluate
+from lora_cli.evaluation.evaluate_split import evaluate
+from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Task, build_task
-from lora_cli.tasks.base import Example
-from lora_cli.tasks.encoding import load_data
+from lora_cli.tasks.contract import Example
 
 CPU = torch.device("cpu")
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lora_cli.adapters.attach import attach, trainable_parameters, training_mode
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Batch, Task, build_task
-from lora_cli.tasks.base import IGNORED, Example
-from lora_cli.tasks.row_formats import FORMATS
+from lora_cli.tasks.causal_lm_encoders import FORMATS
+from lora_cli.tasks.contract import IGNORED, Example
 from lora_cli.training.step import StepResult, sum_gradients, train_step
 
 RATE = 0.5

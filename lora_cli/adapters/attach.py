@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.lora import LoRALayer, layer_for
 from lora_cli.adapters.targets import Target, inside, matches, resolve_targets, unmatched_in_full
-from lora_cli.adapters.ties import give_own_parameters, tied_groups
+from lora_cli.adapters.tied_weights import give_own_parameters, tied_groups
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.lines import NOT_TEXT, RawRow, byte_fault, encoding_hint, read_lines
+from lora_cli.data.text_lines import NOT_TEXT, RawRow, byte_fault, encoding_hint, read_lines
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec
 

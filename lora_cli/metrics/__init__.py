@@ -12,7 +12,7 @@ from lora_cli.metrics.builtin import (
     reads,
     result_names,
 )
-from lora_cli.metrics.definitions import definition
+from lora_cli.metrics.metric_definitions import definition
 from lora_cli.metrics.metric_set import MetricSet
 
 __all__ = [

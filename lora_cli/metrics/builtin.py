@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lora_cli.errors import LoraError, Problem, beside
-from lora_cli.metrics.words import bleu_words, canonical, rouge_words
+from lora_cli.metrics.word_tokenizers import bleu_words, canonical, rouge_words
 
 Channel = Literal["label", "value", "text", "nll"]
 """What a metric reads of each evaluated row, as prediction and reference.

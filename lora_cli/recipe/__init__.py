@@ -1,14 +1,14 @@
 """The recipe: what a user writes, checked and typed, without importing torch."""
 
-from lora_cli.recipe.computation import (
+from lora_cli.recipe.computing_keys import (
     COMPUTATION_FILE,
     FORMAT,
     check_labels,
     computing_values,
     read_computation,
 )
-from lora_cli.recipe.explain import recipe_schema
 from lora_cli.recipe.load import RECIPE_FILE, dump_recipe, load_adapter_recipe, load_recipe
+from lora_cli.recipe.schema_errors import recipe_schema
 from lora_cli.recipe.spec import (
     AdapterSpec,
     CausalLMSpec,

@@ -16,11 +16,11 @@ from pydantic import BaseModel, ValidationError
 from lora_cli.errors import LoraError, Problem, nearest
 from lora_cli.files import read_bounded
 from lora_cli.paths import expanded, path_problem
-from lora_cli.recipe.command_line import parse_value
-from lora_cli.recipe.computation import check_recipe_file
-from lora_cli.recipe.explain import explain
-from lora_cli.recipe.reader import Reader, YamlDumper, parse
+from lora_cli.recipe.computing_keys import check_recipe_file
+from lora_cli.recipe.schema_errors import explain
+from lora_cli.recipe.set_values import parse_value
 from lora_cli.recipe.spec import Recipe, is_file
+from lora_cli.recipe.yaml_reader import Reader, YamlDumper, parse
 from lora_cli.redaction import redacted
 
 MAX_BYTES = 200_000  # a second of reading; a recipe has a hundredth of it

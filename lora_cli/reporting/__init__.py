@@ -4,9 +4,9 @@ All are made from the report, the recipe and `metrics.jsonl` alone, so that they
 at any time. What is not known is left out.
 """
 
-from lora_cli.reporting.card import write_model_card
-from lora_cli.reporting.curve import plot_learning_curve
-from lora_cli.reporting.page import write_page
+from lora_cli.reporting.html_page import write_page
+from lora_cli.reporting.learning_curve import plot_learning_curve
+from lora_cli.reporting.model_card import write_model_card
 from lora_cli.reporting.report import read_metrics_log, results_table, write_report
 
 __all__ = [

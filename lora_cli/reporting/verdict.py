@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lora_cli.errors import counted
-from lora_cli.reporting.analysis import (
+from lora_cli.reporting.page_analysis import (
     SMALLER_IS_BETTER,
     Line,
     constant_error,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from lora_cli.recipe import CausalLMSpec, Recipe, SequenceClassificationSpec
-from lora_cli.tasks.base import Batch, Encoded, Prediction, Task
+from lora_cli.tasks.contract import Batch, Encoded, Prediction, Task
 
 
 def build_task(recipe: Recipe) -> Task:

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lora_cli.data.conversations import Message
-from lora_cli.data.unsupported import unsupported
+from lora_cli.data.unsupported_rows import unsupported
 from lora_cli.errors import LoraError, Problem, counted, warn
 from lora_cli.metrics import reads
 from lora_cli.recipe import CausalLMSpec, Recipe, read_computation
 from lora_cli.recipe.spec import GenerationSpec
-from lora_cli.tasks import row_formats
-from lora_cli.tasks.base import IGNORED, TRIAL_TEXT, Batch, Example, Prediction, Task
-from lora_cli.tasks.generation import (
+from lora_cli.tasks import causal_lm_encoders
+from lora_cli.tasks.causal_lm_encoders import FORMATS, SAMPLE_NEW_TOKENS, Chat, RowFormat
+from lora_cli.tasks.contract import IGNORED, TRIAL_TEXT, Batch, Example, Prediction, Task
+from lora_cli.tasks.padding import fill, tolerance
+from lora_cli.tasks.text_generation import (
     REPLACEMENT,
     Answer,
     base_wishes,
@@ -30,8 +32,6 @@ from lora_cli.tasks.generation import (
     stop_note,
     until_stop,
 )
-from lora_cli.tasks.padding import fill, tolerance
-from lora_cli.tasks.row_formats import FORMATS, SAMPLE_NEW_TOKENS, Chat, RowFormat
 
 TRIAL_TOKENS = 64  # of the longer text that the model is tried on
 
@@ -156,11 +156,11 @@ class CausalLM(Task):
 
     def input_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the text or the prompt, or nothing."""
-        return row_formats.input_fault(row, self.spec, list(self.input_columns().values()))
+        return causal_lm_encoders.input_fault(row, self.spec, list(self.input_columns().values()))
 
     def target_fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the completion, or nothing."""
-        return row_formats.target_fault(row, self.spec, list(self.target_columns().values()))
+        return causal_lm_encoders.target_fault(row, self.spec, list(self.target_columns().values()))
 
     def more_text_columns(self) -> list[str]:
         """Return the columns of what the model writes, and of what is put into a conversation."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lora_cli.errors import printable
-from lora_cli.models import build_empty, checkpoint_files, new_modules
+from lora_cli.models.base_model import build_empty, checkpoint_files, new_modules
 from lora_cli.recipe import Recipe
 
 UNNAMED = re.compile(r"LABEL_\d+")  # what transformers calls a label without a name

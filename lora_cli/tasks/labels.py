@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.characters import difference_of_form, folded
-from lora_cli.data.files import is_blank
-from lora_cli.data.label_lists import listed_labels
-from lora_cli.data.sources import Rows, stream_label_names
-from lora_cli.data.values import (
+from lora_cli.data.cell_values import (
     FLOAT32_MAX,
     NumberForm,
     currency_of,
@@ -24,6 +21,9 @@ from lora_cli.data.values import (
     other_forms,
     read_number,
 )
+from lora_cli.data.label_lists import listed_labels
+from lora_cli.data.load_rows import Rows, stream_label_names
+from lora_cli.data.readers import is_blank
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
 

@@ -16,17 +16,17 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lora_cli.data.files import is_blank, text_fault
 from lora_cli.data.json_rows import JSON_NAMES
 from lora_cli.data.label_lists import listed_labels
-from lora_cli.data.sources import Rows
-from lora_cli.data.unsupported import several_answers
+from lora_cli.data.load_rows import Rows
+from lora_cli.data.readers import is_blank, text_fault
+from lora_cli.data.unsupported_rows import several_answers
 from lora_cli.errors import LoraError, Problem, counted
 from lora_cli.metrics import MetricContext
-from lora_cli.models import load_config
+from lora_cli.models.base_model import load_config
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
-from lora_cli.tasks.base import TRIAL_TEXT, Batch, Example, Prediction, Task
-from lora_cli.tasks.finite import require_finite
+from lora_cli.tasks.contract import TRIAL_TEXT, Batch, Example, Prediction, Task
+from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.tasks.head_rows import arrange_rows
 from lora_cli.tasks.labels import Labels
 from lora_cli.tasks.long_texts import end_of_text, in_batches, is_long, token_ids

@@ -18,15 +18,15 @@ import numpy as np
 from accelerate.state import AcceleratorState, PartialState
 
 from lora_cli.errors import counted
-from lora_cli.evaluation import best_by, build_metrics
+from lora_cli.evaluation.evaluate_split import best_by, build_metrics
+from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import AdapterSpec, Recipe
 from lora_cli.reporting import write_model_card, write_page, write_report
-from lora_cli.reporting.analysis import finite, read_predictions
+from lora_cli.reporting.page_analysis import finite, read_predictions
 from lora_cli.reporting.report import part, shown_number
 from lora_cli.reporting.verdict import MANY_ROWS, is_clear, measured_rows
 from lora_cli.tasks import Encoded, Task, build_task
-from lora_cli.tasks.encoding import load_data
-from lora_cli.training import loop
+from lora_cli.training import run as training_run
 from lora_cli.training.mirror import mirror_result
 
 HELD_OUT = ("validation", "test")
@@ -35,12 +35,12 @@ Metrics = dict[str, dict[str, float]]
 
 
 def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
-    """Train as the recipe says, then measure its baselines; as `loop.train` otherwise.
+    """Train as the recipe says, then measure its baselines; as `training_run.train` otherwise.
 
     Returns:
         The report, with `baselines` (metrics by name and split) and `verdict`.
     """
-    report = loop.train(recipe, resume)
+    report = training_run.train(recipe, resume)
     wanted = recipe.evaluate.baselines
     if not set(wanted) <= set(part(report, "baselines")):
         _measure_all(wanted, recipe, report)
@@ -115,7 +115,7 @@ def _head_alone(recipe: Recipe) -> Metrics:
     state.wait_for_everyone()
     # full fine-tuning may have autocast where the head alone has none
     AcceleratorState._reset_state()
-    return dict(loop.train(head, resume=started)["metrics"]["after"])
+    return dict(training_run.train(head, resume=started)["metrics"]["after"])
 
 
 def verdict(

@@ -14,11 +14,11 @@ import numpy as np
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from lora_cli.data.plan import BatchPlan, micro_batches
+from lora_cli.preprocessing.batch_plan import BatchPlan, micro_batches
+from lora_cli.preprocessing.packing import Packed
+from lora_cli.preprocessing.stream import Stream
 from lora_cli.tasks import Batch, Encoded, Task
 from lora_cli.tasks.causal_lm import CausalLM
-from lora_cli.tasks.packing import Packed
-from lora_cli.tasks.streaming import Stream
 from lora_cli.training.stopping import SIGNALS
 
 

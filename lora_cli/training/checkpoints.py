@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_cli.adapters.attach import trainable_parameters
-from lora_cli.adapters.folder import (
+from lora_cli.adapters.adapter_folder import (
     PREFIX,
     WEIGHTS_FILE,
     adapter_tensors,
@@ -28,7 +27,7 @@ from lora_cli.adapters.folder import (
     restore,
     save_adapter,
 )
-from lora_cli.base_facts import save_tokenizer, write_computation
+from lora_cli.adapters.attach import trainable_parameters
 from lora_cli.errors import IntegrityError, LoraError, Problem
 from lora_cli.files import (
     STAGING,
@@ -41,7 +40,8 @@ from lora_cli.files import (
     verify_manifest,
     write_json,
 )
-from lora_cli.fingerprint import Fingerprint
+from lora_cli.models.base_facts import save_tokenizer, write_computation
+from lora_cli.models.fingerprint import Fingerprint
 from lora_cli.recipe import AdapterSpec, Recipe
 from lora_cli.tensorfile import read_header
 from lora_cli.training.optimizer_state import (
@@ -50,7 +50,7 @@ from lora_cli.training.optimizer_state import (
     optimizer_problems,
     optimizer_state,
 )
-from lora_cli.training.state import TrainState, read_state
+from lora_cli.training.train_state import TrainState, read_state
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer.json"

@@ -32,8 +32,8 @@ from lora_cli.errors import IntegrityError, LoraError, Problem, ResourceError
 from lora_cli.files import MANIFEST, sha256_of, verify_manifest
 from lora_cli.recipe import Recipe
 from lora_cli.training.checkpoints import FOLDER, checkpoints
-from lora_cli.training.result import locked_output
-from lora_cli.training.state import TrainState, refuse_changes
+from lora_cli.training.output_folder import locked_output
+from lora_cli.training.train_state import TrainState, refuse_changes
 
 FINAL, RUN = "final", "run.json"
 ANOTHER = "name another with `--set checkpoint.mirror=…`"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.errors import Problem
-from lora_cli.training.state import TrainState
+from lora_cli.training.train_state import TrainState
 
 LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 MOST = 5  # problems that are named

@@ -11,8 +11,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from lora_cli.broken_pipe import listening
 from lora_cli.errors import InterruptedRun, ResourceError
-from lora_cli.pipes import listening
 from lora_cli.recipe import Recipe
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

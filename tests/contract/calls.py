@@ -22,18 +22,18 @@ import yaml
 from kinds import Json, Site, TaskKind
 from torch import Tensor, nn
 
+from lora_cli.accelerator import start_accelerator
+from lora_cli.adapters.adapter_folder import read_adapter, save_adapter
 from lora_cli.adapters.attach import attach, disabled, merge, trainable_parameters
-from lora_cli.adapters.folder import read_adapter, save_adapter
-from lora_cli.adapters.loading import load_adapter
-from lora_cli.inference import draft_recipe, write_recipe
-from lora_cli.placement import start_accelerator
-from lora_cli.prediction import answer
+from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.evaluation.predict import answer
+from lora_cli.preprocessing.check_recipe import check_recipe
+from lora_cli.preprocessing.encode import load_data
+from lora_cli.preprocessing.packing import Packed
+from lora_cli.preprocessing.padding_check import choose_padding
 from lora_cli.recipe import Recipe, load_recipe
+from lora_cli.recipe_draft import draft_recipe, write_recipe
 from lora_cli.tasks import Task, build_task
-from lora_cli.tasks.batch_check import choose_padding
-from lora_cli.tasks.check import check_recipe
-from lora_cli.tasks.encoding import load_data
-from lora_cli.tasks.packing import Packed
 from lora_cli.training import train
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from lora_cli import cli
+from lora_cli.cli import app as cli
 
 
 @dataclass

@@ -101,12 +101,12 @@ class Kill:
 
 
 MOMENTS = {  # what is called then
-    "load": "lora_cli.training.loop.make_trainable",
-    "step": "lora_cli.training.loop.train_step",
-    "evaluate": "lora_cli.training.loop.evaluate",
-    "publish": "lora_cli.training.saving.publish_adapter",
-    "save": "lora_cli.training.saving.save_checkpoint",
-    "finish": "lora_cli.training.loop.finish",
+    "load": "lora_cli.training.run.make_trainable",
+    "step": "lora_cli.training.run.train_step",
+    "evaluate": "lora_cli.training.run.evaluate",
+    "publish": "lora_cli.training.saver.publish_adapter",
+    "save": "lora_cli.training.saver.save_checkpoint",
+    "finish": "lora_cli.training.run.finish",
     "upload": "fsspec.implementations.local.LocalFileSystem.put_file",
     "restore": "lora_cli.training.mirror._move",
 }
@@ -239,7 +239,7 @@ def nursery(asked: int, tell: int) -> None:
         tell: A file descriptor to write to.
     """
     _forget_the_parent(asked, tell)
-    from lora_cli.cli import _quiet
+    from lora_cli.cli.app import _quiet
 
     _quiet()
     for line in os.fdopen(asked):

@@ -31,9 +31,9 @@ from transformers import (
 
 from lora_cli.adapters.attach import disabled
 from lora_cli.errors import IntegrityError
-from lora_cli.evaluation import open_adapter
+from lora_cli.evaluation.evaluate_split import open_adapter
 from lora_cli.files import sha256_of
-from lora_cli.fingerprint import (
+from lora_cli.models.fingerprint import (
     BASE_FILE,
     Fingerprint,
     file_hashes,
@@ -43,7 +43,7 @@ from lora_cli.fingerprint import (
 )
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
-from lora_cli.training import loop
+from lora_cli.training import run as training_run
 
 WEIGHTS = "model.safetensors"
 QUERY = "encoder.layer.0.attention.self.query.weight"
@@ -451,14 +451,14 @@ def test_a_run_does_not_go_on_with_another_base(tmp_path: Path) -> None:
     weights = (run.base / WEIGHTS).read_bytes()
     shutil.rmtree(run.out)
     with pytest.MonkeyPatch.context() as patch:
-        real, count = loop.train_step, iter(range(9))
+        real, count = training_run.train_step, iter(range(9))
 
         def step(*arguments: Any) -> Any:
             if next(count) == 1:
                 raise KeyError("pulled the plug")
             return real(*arguments)
 
-        patch.setattr(loop, "train_step", step)
+        patch.setattr(training_run, "train_step", step)
         assert lora("train", run.recipe).code == 1
     shutil.copytree(run.out, tmp_path / "copy")
     edit(run.base / WEIGHTS, nudge(QUERY))
@@ -591,7 +591,7 @@ def test_nothing_is_merged_into_a_quantised_base(
 def test_training_leaves_the_base_as_it_is(kind: str, precision: str, tmp_path: Path) -> None:
     """On the disk, and in memory: with the adapter switched off, it is the base bit for bit."""
     held: list[PreTrainedModel] = []
-    real = loop.make_trainable
+    real = training_run.make_trainable
 
     def keep(model: PreTrainedModel, *rest: Any) -> Any:
         held.append(model)
@@ -600,7 +600,7 @@ def test_training_leaves_the_base_as_it_is(kind: str, precision: str, tmp_path: 
     base = tiny.save_encoder(tmp_path / "base")
     hashes = {file.name: sha256_of(file) for file in base.iterdir()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_trainable", keep)
+        patch.setattr(training_run, "make_trainable", keep)
         path = tiny.recipe(
             base, tmp_path, adapter={"type": kind},
             train={"max_steps": 3, "precision": precision,

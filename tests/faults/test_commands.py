@@ -21,7 +21,7 @@ import tiny
 from safetensors.torch import load_file, save_file
 from world import TABLE, World
 
-from lora_cli.cli import main
+from lora_cli.cli.app import main
 
 ROOT = Path(__file__).parents[2]
 Done = subprocess.CompletedProcess[bytes]

@@ -20,12 +20,12 @@ import torch
 from commands import Outcome, lora
 from safetensors.torch import load_file, save_file
 
-from lora_cli.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from lora_cli.adapters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from lora_cli.errors import IntegrityError
 from lora_cli.files import MANIFEST, READY, sha256_of, verify_manifest, write_manifest
-from lora_cli.fingerprint import BASE_FILE
+from lora_cli.models.fingerprint import BASE_FILE
 from lora_cli.tensorfile import MAX_HEADER_BYTES, read_header
-from lora_cli.training import loop
+from lora_cli.training import run as training_run
 from lora_cli.training.checkpoints import OPTIMIZER_FILE, STATE_FILE, load_checkpoint
 
 PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, BASE_FILE, MANIFEST)
@@ -49,14 +49,14 @@ class Cut:
         (folder / "rows.jsonl").write_text(text, encoding="utf-8")
         self.out = folder / "out"
         with pytest.MonkeyPatch.context() as patch:
-            real, left = loop.train_step, iter([True] * 3)
+            real, left = training_run.train_step, iter([True] * 3)
 
             def step(*arguments: Any) -> Any:
                 if not next(left, False):
                     raise KeyError("pulled the plug")
                 return real(*arguments)
 
-            patch.setattr(loop, "train_step", step)
+            patch.setattr(training_run, "train_step", step)
             assert lora("train", self.recipe).code == 1
         assert sorted(p.name for p in (self.out / "checkpoints").iterdir()) == [
             f"step-00000{i}" for i in (1, 2, 3)

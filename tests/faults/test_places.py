@@ -17,13 +17,13 @@ import tiny
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
-from lora_cli.cli import app
+from lora_cli.cli.app import app
 from lora_cli.errors import LoraError, ResourceError
 from lora_cli.files import verify_manifest, write_manifest
-from lora_cli.model_errors import place_error
+from lora_cli.models.load_errors import place_error
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.training.checkpoints import load_checkpoint
-from lora_cli.training.resources import resource_error
+from lora_cli.training.memory_and_disk import resource_error
 
 NOBODY = 65534
 

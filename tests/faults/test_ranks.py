@@ -15,7 +15,7 @@ from runs import assert_same_run
 from torch import nn
 
 from lora_cli.errors import NumericsError
-from lora_cli.training import agreement
+from lora_cli.training import rank_agreement
 from lora_cli.training.checkpoints import checkpoints
 
 
@@ -111,13 +111,13 @@ def test_parameters_that_are_not_the_same_are_not_saved(monkeypatch: pytest.Monk
         num_processes = 2
 
     model = nn.Linear(3, 2)
-    sums = [agreement.checksum(dict(model.named_parameters()))]
-    monkeypatch.setattr(agreement, "gather_object", lambda one: sums + one)
-    agreement.require_same_parameters(model, 7, Two())  # type: ignore[arg-type]
+    sums = [rank_agreement.checksum(dict(model.named_parameters()))]
+    monkeypatch.setattr(rank_agreement, "gather_object", lambda one: sums + one)
+    rank_agreement.require_same_parameters(model, 7, Two())  # type: ignore[arg-type]
     with torch.no_grad():
         model.weight[1, 2] += 1e-7
     with pytest.raises(NumericsError, match="after step 7 process 1 and process 0 hold different"):
-        agreement.require_same_parameters(model, 7, Two())  # type: ignore[arg-type]
+        rank_agreement.require_same_parameters(model, 7, Two())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -125,10 +125,10 @@ def test_parameters_that_are_not_the_same_are_not_saved(monkeypatch: pytest.Monk
 )
 def test_a_checksum_sees_every_bit(dtype: torch.dtype) -> None:
     tensor = torch.arange(12).reshape(3, 4).to(dtype)
-    first = agreement.checksum({"a": tensor, "b": torch.ones(())})
-    assert agreement.checksum({"a": tensor.clone(), "b": torch.ones(())}) == first
-    assert agreement.checksum({"b": tensor, "a": torch.ones(())}) != first
-    assert agreement.checksum({"a": tensor.reshape(4, 3), "b": torch.ones(())}) != first
+    first = rank_agreement.checksum({"a": tensor, "b": torch.ones(())})
+    assert rank_agreement.checksum({"a": tensor.clone(), "b": torch.ones(())}) == first
+    assert rank_agreement.checksum({"b": tensor, "a": torch.ones(())}) != first
+    assert rank_agreement.checksum({"a": tensor.reshape(4, 3), "b": torch.ones(())}) != first
     tensor.view(torch.uint8)[0, 0] ^= 1
-    assert agreement.checksum({"a": tensor, "b": torch.ones(())}) != first
+    assert rank_agreement.checksum({"a": tensor, "b": torch.ones(())}) != first
     assert json.dumps(first)

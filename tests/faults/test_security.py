@@ -22,7 +22,7 @@ from commands import lora
 import lora_cli
 from lora_cli.errors import IntegrityError
 from lora_cli.files import MANIFEST, sha256_of, verify_manifest, write_json
-from lora_cli.models import locate, shard_names
+from lora_cli.models.base_model import locate, shard_names
 from lora_cli.redaction import redacted
 
 HOME = Path(lora_cli.__file__).parent
@@ -609,7 +609,7 @@ def test_no_secret_reaches_a_file_or_the_screen(
 @pytest.mark.parametrize("debug", [False, True])
 def test_no_secret_reaches_a_traceback(debug: bool, world: World, tmp_path: Path) -> None:
     code = (
-        "import sys; from lora_cli import cli, recipe\n"
+        "import sys; from lora_cli import recipe; from lora_cli.cli import app as cli\n"
         f"def fail(*_): raise RuntimeError('no answer from https://me:{PASSWORD}@host')\n"
         "recipe.load_recipe = fail\n"
         "cli.main()"

@@ -24,8 +24,8 @@ import tiny
 import torch
 
 from lora_cli import files
+from lora_cli.adapters.adapter_folder import read_adapter, read_tensors
 from lora_cli.adapters.attach import attach, trainable_parameters
-from lora_cli.adapters.folder import read_adapter, read_tensors
 from lora_cli.errors import LoraError
 from lora_cli.files import (
     MANIFEST,
@@ -38,7 +38,7 @@ from lora_cli.files import (
     verify_manifest,
     write_atomically,
 )
-from lora_cli.fingerprint import Fingerprint
+from lora_cli.models.fingerprint import Fingerprint
 from lora_cli.training.checkpoints import (
     checkpoints,
     clear_leftovers,
@@ -46,8 +46,8 @@ from lora_cli.training.checkpoints import (
     publish_adapter,
     save_checkpoint,
 )
-from lora_cli.training.optim import build_optimizer
-from lora_cli.training.state import TrainState
+from lora_cli.training.optimizers import build_optimizer
+from lora_cli.training.train_state import TrainState
 
 # the child starts no thread, and takes no lock that a thread of the parent may hold
 pytestmark = [

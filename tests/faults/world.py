@@ -24,7 +24,7 @@ from unittest import mock
 import tiny
 import yaml
 
-from lora_cli.cli import main
+from lora_cli.cli.app import main
 from lora_cli.recipe import Recipe, load_recipe
 
 GOOD = "".join(f"{text},{'bad' if i % 2 else 'good'}\n" for i, text in enumerate(

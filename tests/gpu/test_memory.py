@@ -16,7 +16,7 @@ from test_precision import pytestmark as on_a_gpu
 from test_precision import recipe, train
 
 from lora_cli.errors import ResourceError
-from lora_cli.training import loop
+from lora_cli.training import run as training_run
 from lora_cli.training.checkpoints import load_checkpoint
 
 pytestmark = on_a_gpu
@@ -83,7 +83,7 @@ def test_memory_that_ends_later_leaves_the_checkpoint(
     sets = ["train.max_steps=6", "checkpoint.every_steps=1", many_rows(tmp_path),
             "data.validation=null", "train.micro_batch_size=4096"]  # fmt: skip
     train(recipe(tmp_path, *sets, output="whole"))
-    real, taken = loop.train_step, []
+    real, taken = training_run.train_step, []
 
     def crowded(*arguments: object) -> object:
         if len(taken) == 2:
@@ -94,12 +94,12 @@ def test_memory_that_ends_later_leaves_the_checkpoint(
             taken.append(torch.empty(0))
         return real(*arguments)  # type: ignore[arg-type]  # as they were given
 
-    monkeypatch.setattr(loop, "train_step", crowded)
+    monkeypatch.setattr(training_run, "train_step", crowded)
     error = fault_of(recipe(tmp_path, *sets))
     assert "go on from step 2" in str(error)
     taken.clear()
     torch.cuda.empty_cache()
-    monkeypatch.setattr(loop, "train_step", real)
+    monkeypatch.setattr(training_run, "train_step", real)
     train(recipe(tmp_path, *sets), resume=True)
     ours, theirs = (tmp_path / name / "adapter_model.safetensors" for name in ("out", "whole"))
     assert ours.read_bytes() == theirs.read_bytes()
@@ -134,17 +134,17 @@ def test_a_resumed_run_keeps_what_was_found(
     sets = ["train.micro_batch_size=auto", "train.examples_per_step=48", "train.max_steps=8",
             "train.gradient_accumulation_steps=1", "checkpoint.every_steps=2"]  # fmt: skip
     train(recipe(tmp_path, *sets, output="whole"))
-    real, calls = loop.train_step, iter(range(1, 100))
+    real, calls = training_run.train_step, iter(range(1, 100))
 
     def cut(*arguments: object) -> object:
         if next(calls) > 5:
             raise RuntimeError("pulled the plug")
         return real(*arguments)  # type: ignore[arg-type]  # as they were given
 
-    monkeypatch.setattr(loop, "train_step", cut)
+    monkeypatch.setattr(training_run, "train_step", cut)
     with pytest.raises(RuntimeError, match="plug"):
         train(recipe(tmp_path, *sets))
-    monkeypatch.setattr(loop, "train_step", real)
+    monkeypatch.setattr(training_run, "train_step", real)
     train(recipe(tmp_path, *sets), resume=True)
     ours, theirs = (tmp_path / name / "adapter_model.safetensors" for name in ("out", "whole"))
     assert ours.read_bytes() == theirs.read_bytes()

@@ -18,7 +18,7 @@ import tiny
 from lora_cli.errors import NumericsError
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Batch
-from lora_cli.training import loop
+from lora_cli.training import run as training_run
 from lora_cli.training.checkpoints import load_checkpoint
 from lora_cli.training.step import train_step
 
@@ -31,7 +31,7 @@ pytestmark = [
 
 def train(recipe: Any, resume: bool = False) -> dict[str, Any]:
     AcceleratorState._reset_state(reset_partial_state=True)  # it remembers one precision a process
-    return loop.train(recipe, resume)
+    return training_run.train(recipe, resume)
 
 
 def rows(path: Path, count: int = 256) -> Path:
@@ -91,7 +91,7 @@ def test_low_precision_follows_fp32(tmp_path: Path, precision: str) -> None:
 def test_fp16_resumes_with_its_loss_scale_after_an_overflow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.train_step
+    real = training_run.train_step
 
     def overflow_at(step: int, stop: int | None) -> Any:
         calls = iter(range(1, 1000))
@@ -114,15 +114,15 @@ def test_fp16_resumes_with_its_loss_scale_after_an_overflow(
         return step_once
 
     settings = ("train.precision=fp16", "checkpoint.every_steps=10")
-    monkeypatch.setattr(loop, "train_step", overflow_at(5, None))
+    monkeypatch.setattr(training_run, "train_step", overflow_at(5, None))
     train(recipe(tmp_path, *settings, output="whole"))
-    monkeypatch.setattr(loop, "train_step", overflow_at(5, 14))
+    monkeypatch.setattr(training_run, "train_step", overflow_at(5, 14))
     with pytest.raises(RuntimeError, match="plug"):
         train(recipe(tmp_path, *settings, output="cut"))
     found = load_checkpoint(tmp_path / "cut")
     assert found is not None
     assert found[1].skipped_steps >= 1
-    monkeypatch.setattr(loop, "train_step", real)
+    monkeypatch.setattr(training_run, "train_step", real)
     train(recipe(tmp_path, *settings, output="cut"), resume=True)
     for name in ("adapter_model.safetensors", "samples.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -138,19 +138,19 @@ def test_fused_optimizer_on_the_gpu_resumes_bit_for_bit(tmp_path: Path) -> None:
     train(recipe(tmp_path, *settings, output="whole"))
     first = recipe(tmp_path, *settings, output="cut")
     calls = iter(range(1, 1000))
-    real = loop.train_step
+    real = training_run.train_step
 
     def cut(*arguments: Any) -> Any:
         if next(calls) > 33:
             raise RuntimeError("pulled the plug")
         return real(*arguments)
 
-    loop.train_step = cut  # type: ignore[assignment]  # put back below
+    training_run.train_step = cut  # type: ignore[assignment]  # put back below
     try:
         with pytest.raises(RuntimeError, match="plug"):
             train(first)
     finally:
-        loop.train_step = real
+        training_run.train_step = real
     train(recipe(tmp_path, *settings, output="cut"), resume=True)
     whole, again = (
         (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")
@@ -159,7 +159,7 @@ def test_fused_optimizer_on_the_gpu_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_endless_overflow_in_fp16_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop.train_step
+    real = training_run.train_step
 
     def overflow(model: Any, task: Any, *rest: Any) -> Any:
         class Steep:
@@ -168,7 +168,7 @@ def test_endless_overflow_in_fp16_stops(tmp_path: Path, monkeypatch: pytest.Monk
 
         return real(model, Steep(), *rest)
 
-    monkeypatch.setattr(loop, "train_step", overflow)
+    monkeypatch.setattr(training_run, "train_step", overflow)
     # the first loss scale, 65536, is halved 17 times before it is below 1; step 20 is logged
     with pytest.raises(NumericsError, match="overflow in fp16 at step 20"):
         train(recipe(tmp_path, "train.precision=fp16", "checkpoint.every_steps=100"))
@@ -180,7 +180,7 @@ def test_endless_overflow_in_fp16_stops(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_bad_step_changes_nothing_on_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, optimizer: str
 ) -> None:
-    real, steps, weights = loop.train_step, iter(range(1, 100)), []
+    real, steps, weights = training_run.train_step, iter(range(1, 100)), []
 
     def spoil(model: Any, task: Any, *rest: Any) -> Any:
         spoiled = next(steps) == 7
@@ -193,7 +193,7 @@ def test_a_bad_step_changes_nothing_on_a_gpu(
         weights.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
         return result
 
-    monkeypatch.setattr(loop, "train_step", spoil)
+    monkeypatch.setattr(training_run, "train_step", spoil)
     settings = (f"train.precision={precision}", f"train.optimizer.type={optimizer}")
     report = train(recipe(tmp_path, *settings, "train.max_steps=12", "train.log_every_steps=12"))
     assert report["training"]["skipped_steps"] >= 1
@@ -205,7 +205,7 @@ def test_a_bad_step_changes_nothing_on_a_gpu(
 def test_bad_steps_in_a_row_stop_a_run_on_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    real = loop.train_step
+    real = training_run.train_step
 
     def spoil(model: Any, task: Any, *rest: Any) -> Any:
         class Spoiled:
@@ -214,7 +214,7 @@ def test_bad_steps_in_a_row_stop_a_run_on_a_gpu(
 
         return real(model, Spoiled(), *rest)
 
-    monkeypatch.setattr(loop, "train_step", spoil)
+    monkeypatch.setattr(training_run, "train_step", spoil)
     with pytest.raises(NumericsError, match="in steps 1 to 5"):  # step 5 is logged: it is read then
         train(recipe(tmp_path, f"train.precision={precision}"))
     assert not (tmp_path / "out" / "checkpoints").exists()

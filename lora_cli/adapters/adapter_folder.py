@@ -1,0 +1,306 @@
+"""The adapter folder in PEFT's format, both ways; the only module that knows PEFT's names.
+
+`adapter_config.json` says how to scale, `adapter_model.safetensors` holds the matrices:
+
+    base_model.model.<module>.lora_A.weight         (rank, in)      Linear, Conv1D
+    base_model.model.<module>.lora_B.weight         (out, rank)
+    base_model.model.<module>.lora_A.weight         (rank, in, *kernel), and B (out, rank / G, 1…)
+    base_model.model.<module>.lora_embedding_A      (rank, vocabulary), and B (dim, rank)
+    base_model.model.<module>.base_layer.bias       a trained bias of an adapted module
+    base_model.model.<parameter>                    whatever else is trained: a head, a bias
+
+When a folder is read, its tensors say which modules are adapted and with which rank, and its
+configuration says alpha; everything is checked before the model is touched.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.adapters.attach import lora_layers, trainable_parameters
+from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer
+from lora_cli.adapters.peft_config import check_config
+from lora_cli.adapters.peft_rules import base_modules, full_names, peft_differences, peft_reading
+from lora_cli.errors import BACKUP, IntegrityError, LoraError, beside, warn
+from lora_cli.files import (
+    finish_publishing,
+    refuse_links_outside,
+    umask_mode,
+    verify_manifest,
+    write_json,
+)
+from lora_cli.models.fingerprint import Fingerprint, read_fingerprint
+from lora_cli.recipe import Recipe
+from lora_cli.tensorfile import read_header
+
+CONFIG_FILE = "adapter_config.json"
+ADAPTER_FOLDER = "an adapter is the output folder of `lora train`, or a folder that PEFT saved"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+FLOATS = ("F64", "F32", "F16", "BF16")
+TASK_TYPES = {"sequence_classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
+
+
+# ---------------------------------------------------------------------------------------- write
+
+
+def save_adapter(
+    folder: Path,
+    model: nn.Module,
+    recipe: Recipe,
+    in_full: list[str],
+    base: Fingerprint | None = None,
+) -> None:
+    """Write everything that is trained into `folder`, which must exist.
+
+    Args:
+        folder: Where `adapter_config.json` and `adapter_model.safetensors` go.
+        model: The model with its adapter attached.
+        recipe: What the configuration is made from.
+        in_full: Names of the modules trained in full.
+        base: The fingerprint of the base, which is kept beside the adapter.
+    """
+    write_json(folder / CONFIG_FILE, adapter_config(model, recipe, in_full))
+    if base is not None:
+        base.write(folder)
+    # copies, since safetensors refuses tensors that share memory, as those of a tie do
+    tensors = {
+        name: t.cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in adapter_tensors(model).items()
+    }
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    umask_mode(folder / WEIGHTS_FILE)
+
+
+def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict[str, Any]:
+    """Return PEFT's configuration; keys that are newer and stand at their default are left out."""
+    spec, layers = recipe.adapter, lora_layers(model)
+    in_full = full_names(base_modules(model), in_full)
+    base = {
+        "base_model_name_or_path": recipe.model.name,
+        "revision": recipe.model.revision,
+        "task_type": TASK_TYPES[recipe.task.type],
+        "modules_to_save": in_full or None,
+        "inference_mode": True,
+    }
+    if not layers:
+        # PEFT has no such types and says so; it would read an empty LoRA as the plain base
+        return {"peft_type": {"none": "HEAD_ONLY"}.get(spec.type, spec.type.upper()), **base}
+    config = {
+        "peft_type": "LORA",
+        **base,
+        "r": spec.rank,
+        "lora_alpha": _whole(spec.alpha),
+        "lora_dropout": spec.dropout,
+        "target_modules": sorted(layers),
+        "bias": spec.bias,
+        "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
+        "use_rslora": spec.use_rslora,
+        "use_dora": False,
+        "rank_pattern": spec.rank_pattern,
+        "alpha_pattern": {key: _whole(value) for key, value in spec.alpha_pattern.items()},
+        "init_lora_weights": True,
+    }
+    if isinstance(spec.target_modules, list):  # the user's suffixes, if they select no others
+        short = {**config, "target_modules": spec.target_modules}
+        reading = peft_reading(model, short)
+        if reading.adapted == set(layers) and not reading.errors:
+            return short
+    return config
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if number == int(number) else number
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what is trained, under PEFT's names; a shared parameter under each of its names."""
+    result: dict[str, Tensor] = {}
+    layers = lora_layers(model)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            continue
+        owner, _, last = name.rpartition(".")
+        layer = layers.get(owner)
+        if layer is None:
+            result[PREFIX + _plain_name(name, layers)] = parameter.detach()
+        else:
+            result[PREFIX + _peft_name(owner, last, layer)] = (
+                _over_all_channels(layer)
+                if isinstance(layer, LoRAConv) and last == "lora_A"
+                else parameter.detach()
+            )
+    return result
+
+
+def _over_all_channels(layer: LoRAConv) -> Tensor:
+    """Return A as PEFT stores it: over all input channels, zero outside a row's group."""
+    a, base = layer.lora_A.detach(), layer.base
+    assert isinstance(base, nn.Conv1d | nn.Conv2d)
+    if a.shape[1] == base.in_channels:
+        return a
+    rows, channels = a.shape[0] // layer.groups, a.shape[1]
+    wide = a.new_zeros(a.shape[0], base.in_channels, *a.shape[2:])
+    for g in range(layer.groups):
+        r, c = slice(g * rows, (g + 1) * rows), slice(g * channels, (g + 1) * channels)
+        wide[r, c] = a[r]
+    return wide
+
+
+def within_groups(a: Tensor, groups: int) -> Tensor:
+    """Return PEFT's A without the zeros outside the groups, or as it is where they are not zero."""
+    rows, channels = a.shape[0] // groups, a.shape[1] // groups
+    narrow = torch.cat(
+        [a[g * rows : (g + 1) * rows, g * channels : (g + 1) * channels] for g in range(groups)]
+    )
+    return narrow if torch.count_nonzero(narrow) == torch.count_nonzero(a) else a
+
+
+def differences_in_peft(
+    model: nn.Module, recipe: Recipe, in_full: list[str], folder: Path | None = None
+) -> list[str]:
+    """Return how PEFT would read what is saved of a model otherwise than this tool does.
+
+    Args:
+        model: The model with its adapter attached; may be on the meta device.
+        recipe: What the configuration is made from.
+        in_full: Names of the modules trained in full.
+        folder: Holds what was saved; None asks of what would be.
+    """
+    if folder is None:
+        config, tensors = adapter_config(model, recipe, in_full), set(adapter_tensors(model))
+    else:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        tensors = set(read_header(folder / WEIGHTS_FILE))
+    return peft_differences(model, config, {name.removeprefix(PREFIX) for name in tensors})
+
+
+# ----------------------------------------------------------------------------------------- read
+
+
+@dataclass
+class AdapterFolder:
+    """An adapter folder in memory: its configuration and its tensors, by names without prefix."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    verified: bool
+    """Whether a manifest vouched for the files; False for a folder that another tool made."""
+    base: Fingerprint | None = None
+    """Of the base that it was trained on; None where another tool made it."""
+
+
+def read_adapter(path: Path) -> AdapterFolder:
+    """Read an adapter folder; nothing in it is run.
+
+    Raises:
+        LoraError: If it is not an adapter folder, or of a kind that is not supported.
+        IntegrityError: If a file is damaged.
+    """
+    if not path.is_dir():
+        what, hint = f"there is no folder {path}", f"{beside(path)}; {ADAPTER_FOLDER}"
+        raise LoraError(what, "--adapter", hint)
+    refuse_links_outside(path)
+    finish_publishing(path)
+    if not (path / WEIGHTS_FILE).is_file():
+        pickles = [
+            name for name in ("adapter_model.bin", "adapter_model.pt") if (path / name).exists()
+        ]
+        if pickles:
+            raise LoraError(
+                f"`{pickles[0]}` is a pickle, which can run code when it is read",
+                str(path),
+                "load it in PEFT where you trust it, and save it again",
+            )
+        raise LoraError(f"there is no {WEIGHTS_FILE}", str(path), ADAPTER_FOLDER)
+    verified = verify_manifest(path, CONFIG_FILE, WEIGHTS_FILE)
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LoraError(f"there is no {CONFIG_FILE}", str(path), ADAPTER_FOLDER) from error
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"not valid JSON: {error}", str(path / CONFIG_FILE), BACKUP) from error
+    if not isinstance(config, dict):
+        raise IntegrityError("not a JSON object", str(path / CONFIG_FILE), BACKUP)
+    check_config(config, str(path / CONFIG_FILE))
+    tensors = read_tensors(path)
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        what = f"`{bad[0]}` contains NaN or infinity"
+        raise IntegrityError(what, str(path / WEIGHTS_FILE), BACKUP)
+    if config["peft_type"] == "LORA" and _is_idle(tensors):
+        warn(f"the adapter {path} changes nothing: one matrix of each pair is all zeros")
+    return AdapterFolder(path, config, tensors, verified, read_fingerprint(path))
+
+
+def _is_idle(tensors: dict[str, Tensor]) -> bool:
+    """Return whether every pair of matrices has a product of zero, as before training."""
+    pairs: dict[str, bool] = {}
+    for name, tensor in tensors.items():
+        module, is_matrix, _ = name.partition(".lora_")
+        if is_matrix:
+            pairs[module] = pairs.get(module, False) or not bool(tensor.any())
+    return bool(pairs) and all(pairs.values())
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter folder, by names without PEFT's prefix.
+
+    Raises:
+        IntegrityError: If the file is damaged, or holds what is no weight.
+    """
+    file, hint = path / WEIGHTS_FILE, "save it again in the tool that made it"
+    entries = read_header(file)
+    for name, entry in entries.items():
+        if entry.dtype not in FLOATS:
+            what = f"`{name}` is of dtype {entry.dtype}, which no weight has"
+            raise IntegrityError(what, str(file), hint)
+    if len({name.removeprefix(PREFIX) for name in entries}) != len(entries):
+        what = "a tensor appears twice, with and without PEFT's prefix"
+        raise IntegrityError(what, str(file), hint)
+    return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(file).items()}
+
+
+def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy saved tensors into a model that has the same adapter attached, in place.
+
+    Args:
+        model: A model made ready by the same recipe.
+        tensors: What `read_tensors` returned.
+    """
+    layers, parameters = lora_layers(model), trainable_parameters(model)
+    names = {name.removeprefix(PREFIX) for name in adapter_tensors(model)}
+    assert names == set(tensors), "the tensors belong to another recipe"
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            owner, _, last = name.rpartition(".")
+            layer = layers.get(owner)
+            if layer is None:
+                parameter.copy_(tensors[_plain_name(name, layers)])
+                continue
+            tensor = tensors[_peft_name(owner, last, layer)]
+            if isinstance(layer, LoRAConv) and last == "lora_A" and layer.groups > 1:
+                tensor = within_groups(tensor, layer.groups)
+            parameter.copy_(tensor)
+
+
+def _plain_name(name: str, layers: dict[str, LoRALayer]) -> str:
+    """Return PEFT's name of a parameter that is trained as it is."""
+    owner, _, last = name.rpartition(".")
+    module = owner.removesuffix(".base")
+    return f"{module}.base_layer.{last}" if module != owner and module in layers else name
+
+
+def _peft_name(module: str, matrix: str, layer: LoRALayer) -> str:
+    if isinstance(layer, LoRAEmbedding):
+        return f"{module}.{matrix.replace('lora_', 'lora_embedding_')}"
+    return f"{module}.{matrix}.weight"

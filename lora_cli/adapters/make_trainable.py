@@ -1,0 +1,224 @@
+"""Make a model ready for training: with fresh low-rank layers, or with those of a trained adapter.
+
+`adapter.from` names the trained adapter. Its rank, alpha, targets and the rest of its configuration
+come from its folder and are written into the recipe; a recipe that says otherwise is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+
+from lora_cli.adapters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, read_adapter
+from lora_cli.adapters.attach import attach
+from lora_cli.adapters.load_adapter import load_adapter, own_parameters, verify_base
+from lora_cli.adapters.peft_rules import base_modules, copied_modules, full_names
+from lora_cli.adapters.targets import first_match, inside, resolve_targets
+from lora_cli.errors import LoraError, Problem, beside
+from lora_cli.files import MANIFEST
+from lora_cli.models.base_facts import require_facts
+from lora_cli.models.fingerprint import BASE_FILE, Fingerprint
+from lora_cli.recipe import (
+    COMPUTATION_FILE,
+    RECIPE_FILE,
+    AdapterSpec,
+    Recipe,
+    load_adapter_recipe,
+    read_computation,
+)
+
+TYPES = {"LORA": "lora", "HEAD_ONLY": "none", "BITFIT": "bitfit"}
+TARGET_KEYS = ("target_modules", "exclude_modules", "layers")
+
+
+def make_trainable(
+    model: nn.Module,
+    recipe: Recipe,
+    head: Iterable[str] = (),
+    base: Fingerprint | None = None,
+    facts: dict[str, Any] | None = None,
+) -> Fingerprint | None:
+    """Attach what the recipe's adapter section says, new or from a trained adapter.
+
+    Args:
+        model: The base model, changed in place; on the meta device it gets no weights.
+        recipe: With `adapter.from`, its adapter section is completed.
+        head: Names of the modules that the task created.
+        base: The fingerprint of the base model.
+        facts: What else of the base decides the computation, as `base_facts` returns it.
+
+    Returns:
+        The fingerprint that is to be kept beside what is trained.
+
+    Raises:
+        LoraError: As `attach`; or if the recipe or its labels are not those of the adapter.
+        IntegrityError: If the adapter is damaged, or of another base; the model is untouched then.
+    """
+    head = list(head)
+    if recipe.adapter.from_ is None or recipe._started:
+        attach(model, recipe, head)
+        return base
+    held = find_adapter(recipe)
+    _refuse_other_labels(held, recipe)
+    take_over(model, recipe, head, held)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        attach(model, recipe, head)
+        return None
+    base = verify_base(held, base, recipe)
+    trained = read_computation(held.path)
+    if trained is not None and facts is not None:
+        require_facts(trained["base"], facts, recipe, f"the adapter {held.path}", True)
+    load_adapter(model, held, head, recipe.adapter.dropout, trained=True)
+    return base
+
+
+def find_adapter(recipe: Recipe) -> AdapterFolder:
+    """Return the adapter that `adapter.from` names: of a folder, or of the Hub.
+
+    Raises:
+        LoraError: If there is none; and as `read_adapter`.
+    """
+    name, at = recipe.adapter.from_ or "", recipe.at("adapter.from")
+    folder = Path(name)
+    if not folder.is_absolute():
+        folder = _download(name, at)
+    if not folder.is_dir():
+        raise LoraError(f"there is no folder {folder}", at, beside(folder))
+    return read_adapter(folder)
+
+
+def _download(name: str, at: str) -> Path:
+    """Return the folder of the Hub's cache that holds an adapter's files, and no others."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = [CONFIG_FILE, WEIGHTS_FILE, BASE_FILE, MANIFEST, RECIPE_FILE, COMPUTATION_FILE]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LoraError(
+            f"cannot load the adapter `{name}`: {reason}",
+            at,
+            "a local folder is written with a slash: `./my-adapter`",
+        ) from error
+
+
+def _refuse_other_labels(held: AdapterFolder, recipe: Recipe) -> None:
+    """Refuse labels that are not those of the adapter's own recipe, in their order."""
+    file = held.path / RECIPE_FILE
+    if not file.is_file():
+        return
+    theirs = load_adapter_recipe(held.path).task
+    for key in ("problem", "labels"):
+        ours, other = getattr(recipe.task, key, None), getattr(theirs, key, None)
+        if ours is not None and other is not None and list(map(str, ours)) != list(map(str, other)):
+            raise LoraError(
+                f"`{key}` is {ours} in the recipe and {other} in the adapter of `adapter.from`",
+                recipe.at(f"task.{key}"),
+                "its head answers with its own labels, in their order",
+            )
+
+
+def take_over(model: nn.Module, recipe: Recipe, head: list[str], held: AdapterFolder) -> None:
+    """Complete the recipe's adapter section from a trained adapter.
+
+    Raises:
+        LoraError: With every key by which the recipe says otherwise.
+    """
+    spec, config = recipe.adapter, held.config
+    adapted = sorted({n.partition(".lora_")[0] for n in held.tensors if ".lora_" in n})
+    own, tied = _trained_in_full(model, held, head)
+    theirs: dict[str, Any] = {"type": TYPES[config["peft_type"]], "train_modules": own}
+    theirs["ensure_weight_tying"] = tied
+    if theirs["type"] == "lora":
+        theirs |= {
+            "rank": int(config.get("r", 8)),
+            "alpha": float(config.get("lora_alpha", 8)),
+            "use_rslora": bool(config.get("use_rslora")),
+            "rank_pattern": _used(config.get("rank_pattern"), adapted, int),
+            "alpha_pattern": _used(config.get("alpha_pattern"), adapted, float),
+            "bias": config.get("bias") or "none",
+        }
+    given = {key: getattr(spec, key) for key in spec.model_fields_set & theirs.keys()}
+    if "train_modules" in given and set(
+        full_names(base_modules(model), given["train_modules"])
+    ) == {*own}:
+        del given["train_modules"]  # written shorter
+    problems = [
+        _differs(recipe, key, given[key], value)
+        for key, value in theirs.items()
+        if key in given and given[key] != value
+    ]
+    problems += _other_targets(model, recipe, head, adapted)
+    if problems:
+        raise LoraError(problems)
+    kept = {"from_": spec.from_, "dropout": spec.dropout}
+    targets = {"target_modules": adapted} if adapted else {}
+    try:
+        recipe.adapter = AdapterSpec(**{**kept, **theirs, **targets})
+    except ValidationError as error:  # PEFT takes an alpha of 0 or less, which learns nothing
+        first = error.errors()[0]
+        what = f"`{first['loc'][0]}` of the adapter of `adapter.from` is {first['input']}"
+        hint = "it can be used as it is, but not trained further"
+        raise LoraError(what, recipe.at("adapter.from"), hint) from error
+
+
+def _trained_in_full(
+    model: nn.Module, held: AdapterFolder, head: list[str]
+) -> tuple[list[str], bool]:
+    """Return the modules that an adapter holds whole, besides the head, and whether ties stay."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    plain = {name: tensor for name, tensor in held.tensors.items() if ".lora_" not in name}
+    copied = copied_modules(names, held.config)
+    own = [n for n in full_names(names, copied) if any(t.startswith(f"{n}.") for t in plain)]
+    own = [name for name in own if not any(inside(name, top) for top in head)]
+    return own, not own_parameters(model, held.config, plain)
+
+
+def _used(patterns: dict[str, Any] | None, names: list[str], kind: type) -> dict[str, Any]:
+    """Return the patterns that match a module: PEFT writes any, and a recipe must mean each."""
+    return {
+        pattern: kind(value)
+        for pattern, value in (patterns or {}).items()
+        if any(first_match({pattern: 1}, name, 0) for name in names)
+    }
+
+
+def _other_targets(
+    model: nn.Module, recipe: Recipe, head: list[str], adapted: list[str]
+) -> list[Problem]:
+    """Return a problem if the recipe names targets that are not the adapter's."""
+    spec = recipe.adapter
+    named = [key for key in TARGET_KEYS if getattr(spec, key) is not None]
+    if not named or not spec.low_rank:
+        return []
+    asked = recipe.model_copy(deep=True)
+    if spec.target_modules is None:
+        asked.adapter.target_modules = adapted
+    ours = {target.name for target in resolve_targets(model, asked, head)}
+    if ours == set(adapted):
+        return []
+    odd = sorted(ours ^ set(adapted))[0]
+    where = "the recipe" if odd in ours else "the adapter"
+    others = sorted({name.rpartition(".")[2] for name in adapted})
+    return [
+        Problem(
+            f"the recipe's targets are {len(ours)} modules, those of the adapter of "
+            f"`adapter.from` are {len(adapted)} ({', '.join(others)}); only {where} has `{odd}`",
+            recipe.at(f"adapter.{named[0]}"),
+            f"leave `{'`, `'.join(named)}` out: the targets come from the adapter",
+        )
+    ]
+
+
+def _differs(recipe: Recipe, key: str, ours: Any, theirs: Any) -> Problem:
+    return Problem(
+        f"`{key}` is {ours} in the recipe and {theirs} in the adapter of `adapter.from`",
+        recipe.at(f"adapter.{key}"),
+        "leave it out: it comes from the adapter",
+    )

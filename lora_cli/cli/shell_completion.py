@@ -1,0 +1,193 @@
+"""What the shell offers after TAB: the keys of a recipe and their values, for `--set`.
+
+They are read from the text of `recipe/spec/`, which documents each key beneath it. To import it
+would take pydantic, and longer than one waits for a TAB.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+SPEC = Path(__file__).parents[1] / "recipe" / "spec"
+ROOT = "Recipe"
+DIVIDED = "_LORA_DIVIDED"
+HELP_WIDTH = 68
+Offer = tuple[str, str]  # what is inserted, and what it is
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a section."""
+
+    name: str
+    help: str
+    sections: tuple[str, ...]
+    """The classes of its value, where that is a section."""
+    values: tuple[str, ...]
+    """Values that are known: the choices, or the default."""
+    plain: bool
+    """Whether its value may be something else than a section."""
+
+
+def offer_overrides(incomplete: str) -> list[Offer]:
+    """Return what `--set` may go on with: keys, level by level, then the values of a key.
+
+    A key stands with `=` and again with each known value, so that the shell adds no space.
+    """
+    divided = os.environ.get(DIVIDED, "")
+    incomplete = divided + incomplete
+    path, assigned, _ = incomplete.partition("=")
+    above, _, last = path.rpartition(".")
+    classes = _classes(file.read_text(encoding="utf-8") for file in SPEC.glob("*.py"))
+    keys = _keys_of(classes, [ROOT])
+    for name in filter(None, above.split(".")):
+        keys = _keys_of(classes, keys[name].sections) if name in keys else {}
+    prefix = f"{above}." if above else ""
+    if assigned:
+        offers = _assignments(prefix, keys[last]) if last in keys else []
+    else:
+        found = [key for key in keys.values() if key.name.startswith(last)]
+        offers = [offer for key in found for offer in _names(prefix, key)]
+        while len(offers) == 1 and offers[0][0].endswith("."):  # nothing else: go down at once
+            prefix, keys = offers[0][0], _keys_of(classes, found[0].sections)
+            found = list(keys.values())
+            offers = [offer for key in found for offer in _names(prefix, key)]
+        if len(found) == 1 and found[0].plain:
+            offers += _assignments(prefix, found[0])
+    offers = [offer for offer in dict.fromkeys(offers) if offer[0].startswith(incomplete)]
+    return [(text.removeprefix(divided), told) for text, told in offers]
+
+
+def offer_splits(incomplete: str) -> list[str]:
+    """Return the names of the splits."""
+    return [name for name in ("train", "validation", "test") if name.startswith(incomplete)]
+
+
+def _names(prefix: str, key: Key) -> Iterator[Offer]:
+    if key.plain:
+        yield f"{prefix}{key.name}=", key.help
+    if key.sections:
+        yield f"{prefix}{key.name}.", key.help
+
+
+def _assignments(prefix: str, key: Key) -> list[Offer]:
+    return [(f"{prefix}{key.name}={value}", key.help) for value in key.values]
+
+
+# -------------------------------------------------------------------------- reading the text
+
+
+Definitions = dict[str, ast.ClassDef | ast.expr]
+
+
+def _classes(texts: Iterable[str]) -> Definitions:
+    """Return the sections of the recipe, and the names that stand for several of them."""
+    found: Definitions = {}
+    for node in (node for text in texts for node in ast.parse(text).body):
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = node
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = node.value
+    return found
+
+
+def _keys_of(classes: Definitions, names: list[str] | tuple[str, ...]) -> dict[str, Key]:
+    """Return the keys of a section, which may be of several classes."""
+    keys: dict[str, Key] = {}
+    for name in names:
+        section = classes[name]
+        assert isinstance(section, ast.ClassDef)
+        body = section.body
+        for node, after in zip(body, [*body[1:], None], strict=True):
+            if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+                continue
+            if node.target.id.startswith("_"):
+                continue
+            key = _key(classes, node, after)
+            if other := keys.get(key.name):
+                values = tuple(dict.fromkeys(other.values + key.values))
+                key = Key(key.name, other.help, other.sections, values, other.plain)
+            keys[key.name] = key
+    return keys
+
+
+def _key(classes: Definitions, node: ast.AnnAssign, after: ast.stmt | None) -> Key:
+    assert isinstance(node.target, ast.Name)
+    name, default = node.target.id, node.value
+    if isinstance(default, ast.Call):  # `Field(…)`
+        named = {word.arg: word.value for word in default.keywords}
+        alias, default = named.get("alias"), next(iter(default.args), named.get("default"))
+        name = str(alias.value) if isinstance(alias, ast.Constant) else name
+    known = _Type()
+    known.read(classes, node.annotation)
+    if isinstance(default, ast.Constant):
+        known.values.append(_word(default.value))
+    told = ""
+    if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+        told = re.split(r"(?<=[.;])\s", str(after.value.value), maxsplit=1)[0].rstrip(".;")
+    # without what a shell, or rich, reads as its own
+    told = textwrap.shorten(re.sub(r"[^\w\s.,;%/-]", "", told), HELP_WIDTH, placeholder="")
+    values = tuple(dict.fromkeys(known.values))
+    return Key(name, told, tuple(known.sections), values, known.plain)
+
+
+def _word(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+class _Type:
+    """What an annotation allows."""
+
+    def __init__(self) -> None:
+        self.sections: list[str] = []
+        self.values: list[str] = []
+        self.plain = False
+
+    def read(self, classes: Definitions, node: ast.expr) -> None:
+        match node:
+            case ast.BinOp(left=left, right=right):
+                self.read(classes, left)
+                self.read(classes, right)
+            case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[of, *_])):
+                self.read(classes, of)
+            case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
+                self.plain = True
+                constants = [c for c in ast.walk(choices) if isinstance(c, ast.Constant)]
+                self.values += [_word(c.value) for c in constants]
+            case ast.Constant(value=None):
+                self.values.append("null")
+            case ast.Name(id=name) if isinstance(found := classes.get(name), ast.ClassDef):
+                self.sections.append(found.name)
+            case ast.Name(id=name) if isinstance(found := classes.get(name), ast.expr):
+                self.read(classes, found)
+            case ast.Name(id="bool"):
+                self.plain = True
+                self.values += ["true", "false"]
+            case _:
+                self.plain = True
+
+
+def join_words() -> None:
+    """Put together what bash has divided at `=`, before the words are read.
+
+    Of `--set train.precision=f` bash makes three words and replaces the last alone, so the others
+    are kept aside.
+    """
+    words, at = os.environ.get("COMP_WORDS", "").split("\n"), int(os.environ.get("COMP_CWORD", 0))
+    joined: list[str] = []
+    for i, word in enumerate(words[: at + 1]):
+        if joined and (word == "=" or (i and words[i - 1] == "=")):
+            joined[-1] += word
+        else:
+            joined.append(word)
+    key, assigned, value = joined[-1].partition("=")
+    if assigned and not key.startswith("-"):
+        os.environ[DIVIDED], joined[-1] = key + assigned, value
+    os.environ |= {"COMP_WORDS": "\n".join(joined), "COMP_CWORD": str(len(joined) - 1)}

@@ -1,0 +1,203 @@
+"""Records of csv and tsv files: fields, lines, and what is wrong with them.
+
+A record that cannot be read is yielded with its fault and costs no other. How quotation marks are
+read is decided from the whole file (`quoting.py`), unless the recipe says it.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import re
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lora_cli.data.text_lines import byte_fault, encoding_hint, read_lines
+from lora_cli.errors import LoraError, counted
+from lora_cli.recipe import FormatSpec
+
+UNCLOSED = "a quotation mark is not closed, or one inside a quoted field is not doubled"
+MOST_LINES = 100_000  # of one record; a quotation mark that is not closed would take the whole file
+BACKSLASH = re.compile(r"\\(.?)", re.DOTALL)
+
+
+class Record(NamedTuple):
+    """One record of a table.
+
+    Args:
+        line: Number of its first line.
+        fields: Its fields; none where it cannot be read.
+        fault: Why it cannot be read, or nothing.
+        lines: Its lines, with their ends.
+    """
+
+    line: int
+    fields: list[str]
+    fault: str
+    lines: Sequence[str]
+
+
+def delimiter_of(path: Path, spec: FormatSpec) -> str:
+    """Return what stands between the columns of a table: a tab in `.tsv`, else a comma."""
+    is_tsv = path.name.removesuffix(".gz").lower().endswith(".tsv")
+    return spec.delimiter or ("\t" if is_tsv else ",")
+
+
+def read_records(path: Path, spec: FormatSpec, quoting: str) -> Iterator[Record]:
+    """Yield the records of a table that are not blank.
+
+    Args:
+        path: The file.
+        spec: Its encoding and delimiter, and how many lines are not read.
+        quoting: `csv`, `backslash` or `none`.
+    """
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default cuts fields at 128 KiB
+    lines = itertools.islice(read_lines(path, spec.encoding), spec.skip_lines, None)
+    delimiter = delimiter_of(path, spec)
+    found = (
+        _plain_records(lines, delimiter)
+        if quoting == "none"
+        else _quoted_records(lines, delimiter, has_backslashes=quoting == "backslash")
+    )
+    for record in found:
+        fault = record.fault or next(
+            (f for field in record.fields if (f := byte_fault(field, spec.encoding))), ""
+        )
+        yield record._replace(fault=fault) if fault else record
+
+
+def _plain_records(lines: Iterator[tuple[int, str]], delimiter: str) -> Iterator[Record]:
+    """Yield a record for each line: a quotation mark is a letter like others."""
+    for number, line in lines:
+        text = line.rstrip("\r\n")
+        if text.strip(" "):
+            yield Record(number, text.split(delimiter), "", [line])
+
+
+class _Lines:
+    """An iterator over lines that remembers those of one record, and can put them back."""
+
+    def __init__(self, lines: Iterator[tuple[int, str]], has_backslashes: bool) -> None:
+        self.lines = lines
+        self.has_backslashes = has_backslashes
+        self.taken: list[tuple[int, str]] = []
+        self.again: deque[tuple[int, str]] = deque()
+        self.doubtful = 0  # until this line, a record may be the inside of a broken one
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if len(self.taken) == MOST_LINES:
+            raise csv.Error('a record is too long: is a " not closed?')
+        line = self.again.popleft() if self.again else next(self.lines)
+        self.taken.append(line)
+        return BACKSLASH.sub(_escaped, line[1]) if self.has_backslashes else line[1]
+
+    def retry(self) -> None:
+        """Put back all lines of the record but the first."""
+        self.doubtful = max(self.doubtful, self.taken[-1][0] + 1)
+        self.again.extendleft(reversed(self.taken[1:]))
+
+    def inside_broken(self) -> bool:
+        """Return whether the record seems to be the inside of a broken one: by an odd quote."""
+        last = self.taken[-1][0]
+        odd = sum(line.count('"') for _, line in self.taken) % 2 == 1
+        if last > self.doubtful or not odd:
+            return False
+        self.doubtful = max(self.doubtful, last + 1)  # which may go on
+        return True
+
+
+def _escaped(found: re.Match[str]) -> str:
+    r"""Return `\"` and `\\` as they are, and any other backslash doubled: it stands for itself."""
+    return found[0] if found[1] in ('"', "\\") and found[1] else f"\\\\{found[1]}"
+
+
+def _quoted_records(
+    lines: Iterator[tuple[int, str]], delimiter: str, has_backslashes: bool
+) -> Iterator[Record]:
+    """Yield records in which a quoted field may hold delimiters and line ends.
+
+    A quotation mark that is never closed would swallow the rest of the file: a broken record costs
+    its first line, and what followed is read again.
+    """
+    record = _Lines(lines, has_backslashes)
+
+    def new_reader() -> Iterator[list[str]]:
+        escape = "\\" if has_backslashes else None
+        return csv.reader(record, delimiter=delimiter, strict=True, escapechar=escape)
+
+    reader = new_reader()
+    while True:
+        record.taken = []
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            fault = UNCLOSED if '"' in str(error) or "end of data" in str(error) else str(error)
+            yield Record(record.taken[0][0], [], fault, [record.taken[0][1]])
+            record.retry()
+            reader = new_reader()
+            continue
+        if not fields or not any(line.strip(" \r\n") for _, line in record.taken):
+            continue
+        fault = "this line belongs to the broken row above it" if record.inside_broken() else ""
+        yield Record(record.taken[0][0], fields, fault, [line for _, line in record.taken])
+
+
+def width_fault(fields: Sequence[str], width: int) -> str:
+    """Return what is wrong with the number of fields of a record, or nothing."""
+    if len(fields) == width:
+        return ""
+    return f"{counted(len(fields), 'field')} where there are {width} columns"
+
+
+def column_names(path: Path, spec: FormatSpec, records: Iterator[Record]) -> list[str] | None:
+    """Return the names of the columns of a table, if there are any; its header is taken.
+
+    Raises:
+        LoraError: If the header cannot be read, or does not name each column once.
+    """
+    names = spec.columns
+    if not spec.header:
+        return names
+    line, header, fault, _ = next(records, Record(1, [], "", []))
+    header = [name.strip() for name in header]
+    if fault:
+        hint = "fix it; if the file has no header, `--set data.format.header=false`"
+        hint = encoding_hint(path, spec.encoding) if fault.startswith("byte 0x") else hint
+        raise LoraError(f"the header: {fault}", f"{path}:{line}", hint)
+    if names is None:
+        require_unique(header, f"{path}:{line}")
+        return header
+    if header and len(names) != len(header):
+        raise LoraError(
+            f"{counted(len(names), 'name')} in `data.format.columns` for "
+            f"{counted(len(header), 'column')}",
+            f"{path}:{line}",
+            "its header has " + ", ".join(header),
+        )
+    return names
+
+
+def require_unique(names: Sequence[str], place: str) -> None:
+    """Check that no two columns have the same name.
+
+    Raises:
+        LoraError: If two have; its hint gives each a name of its own.
+    """
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        unique = [n if n not in names[:i] else f"{n}_{i + 1}" for i, n in enumerate(names)]
+        listed = json.dumps(unique, ensure_ascii=False)
+        raise LoraError(
+            f"two columns are called `{twice[0]}`",
+            place,
+            f"give each a name: `--set 'data.format.columns={listed}'`",
+        )

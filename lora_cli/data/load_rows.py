@@ -1,0 +1,481 @@
+"""From the recipe's `data` section to rows: the train, validation and test splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_cli.data.csv_quoting import say_quoting
+from lora_cli.data.dataset_cache import (
+    SourceChangedError,
+    cached_dataset,
+    damaged_files,
+    forget_files,
+)
+from lora_cli.data.find_files import SPLITS as SPLITS
+from lora_cli.data.find_files import files_of, positions, split_slice
+from lora_cli.data.held_out import draw
+from lora_cli.data.parallel_texts import parts_of
+from lora_cli.data.readers import kind_of, read_rows, require_columns
+from lora_cli.data.text_lines import NOT_TEXT, RawRow, encoding_hint, unreadable
+from lora_cli.errors import LoraError, Problem, counted, did_you_mean, warn
+from lora_cli.files import sha256_of
+from lora_cli.recipe import HeldOutSpec, Recipe
+from lora_cli.recipe.spec import is_file
+
+READINGS = 3  # of a file that changes while it is read
+READING = 4  # counts up when files are read in another way, so that no old cache is used
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a split, kept on the disk and read one at a time.
+
+    `self[i]` is a dictionary of the columns of row i, `self.place(i)` says where it stands.
+    """
+
+    dataset: Any  # datasets.Dataset: columns row (JSON), place, fault; or the Hub's own columns
+    source: str
+    sha256: str
+    indices: Indices
+    label_names: dict[str, list[str]] = field(default_factory=dict)  # the Hub's ClassLabel columns
+    skipped: tuple[str, ...] = ()
+    dropped: int = 0  # rows that would have stood on both sides of a held-out split
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self._decode(self.dataset[int(self.indices[i])])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (row for batch in self.batches(1000) for row in batch)
+
+    def batches(self, size: int) -> Iterator[list[dict[str, Any]]]:
+        """Yield the rows in lists of at most `size`."""
+        for start in range(0, len(self), size):
+            columns = self.dataset[self.indices[start : start + size]]
+            count = len(next(iter(columns.values())))
+            yield [self._decode({k: v[i] for k, v in columns.items()}) for i in range(count)]
+
+    def _decode(self, stored: dict[str, Any]) -> dict[str, Any]:
+        return json.loads(stored["row"]) if set(stored) == STORED else stored
+
+    def place(self, i: int) -> str:
+        """Return where row i stands: `train.csv:17`."""
+        index = int(self.indices[i])
+        if set(self.dataset.column_names) == STORED:
+            return str(self.dataset[index]["place"])
+        return f"{self.source}[{index}]"
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns, from the first rows."""
+        first = [self[i] for i in range(min(100, len(self)))]
+        return list(dict.fromkeys(name for row in first for name in row))
+
+    def select(self, positions: Indices, skipped: Sequence[str] = ()) -> Rows:
+        """Return the rows at some positions of this split."""
+        return replace(self, indices=self.indices[positions], skipped=(*self.skipped, *skipped))
+
+    def content_sha256(self) -> str:
+        """Return the SHA-256 of the rows themselves, in their order."""
+        digest = hashlib.sha256()
+        for row in self:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+            digest.update(b"\n")
+        return digest.hexdigest()
+
+
+STORED = {"row", "place", "fault"}
+SKIP = "`--set data.on_bad_row=skip`"
+
+
+def load_rows(recipe: Recipe, splits: Sequence[str] = SPLITS) -> dict[str, Rows]:
+    """Return the rows of each split that the recipe names.
+
+    Args:
+        recipe: Its `data` section says where rows come from.
+        splits: Which of them are wanted; held-out rows need the split that they are drawn from.
+
+    Raises:
+        LoraError: With the rows that cannot be read, unless `data.on_bad_row` is `skip`.
+    """
+    data = recipe.data
+    specs = {name: getattr(data, name) for name in SPLITS if getattr(data, name) is not None}
+    if data.streaming:
+        specs.pop("train")
+    parents = {spec.from_ for spec in specs.values() if isinstance(spec, HeldOutSpec)}
+    whole = {
+        name: _named(recipe, name, spec)
+        for name, spec in specs.items()
+        if isinstance(spec, str) and name in parents.union(splits)
+    }
+    for name in ("test", "validation"):
+        held_out = specs.get(name)
+        if isinstance(held_out, HeldOutSpec):
+            parent = held_out.from_
+            if parent not in whole:
+                raise LoraError(
+                    f"there is no split `{parent}` to draw rows from",
+                    recipe.at(f"data.{name}.from"),
+                    did_you_mean(parent, whole, "the recipe's splits are"),
+                )
+            whole[name], whole[parent] = _hold_out(recipe, whole[parent], name, held_out)
+    for name, rows in whole.items():
+        _require_rows(rows, name)
+    _count_skipped_once(whole)
+    return {name: whole[name] for name in SPLITS if name in whole and name in splits}
+
+
+def _count_skipped_once(splits: dict[str, Rows]) -> None:
+    """Leave the rows that cannot be read with the first of the splits that share their files."""
+    seen: set[tuple[str, str]] = set()
+    for name in SPLITS:
+        rows = splits.get(name)
+        if rows is not None and rows.skipped:
+            files = (rows.source, rows.sha256)
+            splits[name] = replace(rows, skipped=()) if files in seen else rows
+            seen.add(files)
+
+
+def _require_rows(rows: Rows, name: str) -> None:
+    if len(rows):
+        return
+    what = f"the {name} split has no rows"
+    hint = "the file is empty, or has a header and nothing below it"
+    if rows.skipped:
+        what += f" that can be read: {counted(len(rows.skipped), 'row')} skipped"
+        hint = f"the first is {rows.skipped[0]}; fix it, or check `data.format`"
+    elif len(rows.dataset):
+        what, hint = f"the {name} split has no rows left", "is its slice, or what is drawn, right?"
+    raise LoraError(what, rows.source, hint)
+
+
+def stream_rows(recipe: Recipe) -> Iterator[RawRow]:
+    """Yield the train rows as they come, once."""
+    data = recipe.data
+    if data.name:
+        for number, row in enumerate(_load_hub(recipe, data.train, streaming=True)):
+            yield RawRow(row, f"{data.name}[{number}]")
+    elif data.split_column and not is_file(data.train):
+        yield from _stream_marked(recipe, data.split_column)
+    else:
+        for file in files_of(recipe, "train", data.train):
+            if kind_of(file, data.format) == "csv":
+                say_quoting(file, data.format)
+            yield from read_rows(file, data.format)
+
+
+def stream_label_names(recipe: Recipe) -> dict[str, list[str]]:
+    """Return the names of the labels in a streamed data set of the Hub, by column."""
+    if not recipe.data.name:
+        return {}
+    return _label_names(_load_hub(recipe, recipe.data.train, streaming=True).features or {})
+
+
+def _stream_marked(recipe: Recipe, column: str) -> Iterator[RawRow]:
+    """Yield the rows that a column marks as train."""
+    empty = True
+    for file in files_of(recipe, "train", "train"):
+        for row in read_rows(file, recipe.data.format):
+            if row.columns is None or split_mark(row.columns, column) == recipe.data.train:
+                empty = False
+                yield row
+    if empty:
+        what = f"column `{column}` marks no row as `{recipe.data.train}`"
+        raise LoraError(what, recipe.at("data.train"), "name what it does hold: `train: NAME`")
+
+
+def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tuple[Rows, Rows]:
+    """Return (held-out rows, what stays)."""
+    task = recipe.task
+    labels = task.target_columns if task.type == "sequence_classification" else []
+    _require_rows(parent, spec.from_)
+    texts, wanted = _text_columns(recipe)
+    if spec.group_by:
+        wanted[recipe.at(f"data.{name}.group_by")] = spec.group_by
+    if spec.stratify:
+        key = "task.label_columns.{}" if len(labels) > 1 else "task.label_column"
+        wanted |= {recipe.at(key.format(i)): label for i, label in enumerate(labels)}
+    require_columns(wanted, parent.columns, parent.source)
+    rows = list(parent)
+    held, kept = draw(
+        [_joined_text(row, texts) for row in rows],
+        spec.fraction,
+        # another seed for each, so that the two draws do not pick the same positions
+        seed=(recipe.data.split_seed, SPLITS.index(name)),
+        disjoint=spec.disjoint,
+        strata=[_stratum(row, labels) for row in rows] if spec.stratify and labels else None,
+        groups=[str(row.get(spec.group_by)) for row in rows] if spec.group_by else None,
+        at=recipe.at(f"data.{name}"),
+    )
+    dropped = len(rows) - len(held) - len(kept)
+    return parent.select(held), replace(parent.select(kept), dropped=parent.dropped + dropped)
+
+
+def _stratum(row: dict[str, Any], labels: list[str]) -> str:
+    return "\n".join(str(row.get(label)) for label in labels)
+
+
+def _text_columns(recipe: Recipe) -> tuple[list[str], dict[str, str]]:
+    """Return the columns whose text must not stand on both sides, and which must be there."""
+    task = recipe.task
+    if task.type == "causal_lm" and task.instruction_columns:
+        # of Self-Instruct's rows, the instances are the input (and their outputs)
+        return task.instruction_columns[:2], {recipe.at("task.format"): "instruction"}
+    if task.type == "causal_lm":
+        keys = ["text_column", "prompt_column", "messages_column"]
+    else:
+        keys = ["text_column", "text_pair_column"]
+    named = {f"task.{key}": column for key in keys if (column := getattr(task, key))}
+    named = named or {"task.text_column": "text"}
+    return list(named.values()), {recipe.at(key): column for key, column in named.items()}
+
+
+def _joined_text(row: dict[str, Any], columns: list[str]) -> str:
+    return "\n".join(
+        value if isinstance(value := row[name], str) else json.dumps(value, default=str)
+        for name in columns
+        if row.get(name) is not None
+    )
+
+
+def _named(recipe: Recipe, split: str, text: str) -> Rows:
+    """Return the rows of a split given as a name, a slice or a file."""
+    name, part = split_slice(text, recipe.at(f"data.{split}"))
+    if recipe.data.name:
+        rows = _hub_rows(recipe, name)
+    elif recipe.data.split_column and not is_file(name):
+        rows = _rows_marked(recipe, split, name)
+    else:
+        rows = _file_rows(recipe, files_of(recipe, split, name))
+    return rows.select(np.arange(len(rows))[positions(part, len(rows))]) if part else rows
+
+
+def _rows_marked(recipe: Recipe, split: str, name: str) -> Rows:
+    """Return the rows of `data.path` whose `data.split_column` holds a name."""
+    column = recipe.data.split_column
+    assert column is not None
+    rows = _file_rows(recipe, files_of(recipe, "train", "train"))
+    require_columns({recipe.at("data.split_column"): column}, rows.columns, rows.source)
+    values = [split_mark(row, column) for row in rows]
+    found = np.array([i for i, value in enumerate(values) if value == name], dtype=np.int64)
+    if not len(found):
+        hint = did_you_mean(name, sorted(set(values)), "it holds")
+        what = f"column `{column}` marks no row as `{name}`"
+        raise LoraError(what, recipe.at(f"data.{split}"), hint)
+    return rows.select(found)
+
+
+def split_mark(row: dict[str, Any], column: str) -> str:
+    """Return the name of a row's split."""
+    value = row.get(column)
+    return "" if value is None else str(value).strip()
+
+
+# ------------------------------------------------------------------------------------- files
+
+
+def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
+    import datasets
+
+    form = recipe.data.format
+    text = datasets.Value("string")
+    features = datasets.Features({"row": text, "place": text, "fault": text})
+    parts = [part for file in files for part in (parts_of(file).values() or [file])]
+
+    in_folders = form.label_from == "folder"  # whose names are labels
+    names = [f"{file.parent.name}/{file.name}" if in_folders else file.name for file in files]
+
+    def stored() -> Iterator[dict[str, str]]:
+        for file in files:
+            for row in read_rows(file, form):
+                columns = json.dumps(row.columns, ensure_ascii=False, default=_stored)
+                if NOT_TEXT.search(columns):  # bytes that are no text, in a parquet file
+                    columns = json.dumps(row.columns, default=_stored)
+                yield {"row": columns, "place": row.place, "fault": row.fault}
+
+    for _ in range(READINGS):
+        state = [_state_of(part) for part in parts]
+        hashes = [sha256 for sha256, _ in state]
+        sha256 = hashes[0] if len(hashes) == 1 else _sha256("".join(hashes))
+
+        def changed(state: list[Any] = state) -> bool:
+            return state != [_state_of(part) for part in parts]
+
+        try:
+            dataset = cached_dataset(
+                stored, [str(READING), sha256, form.model_dump_json(), *names], features, changed
+            )
+            break
+        except SourceChangedError:
+            warn(f"{files[0]} changed while it was read: it is read once more")
+        except LoraError:
+            if not changed():
+                raise
+    else:
+        what = "the file changes while it is read"
+        hint = "wait until it is complete, or train on a copy of it"
+        raise LoraError(what, str(files[0]), hint)
+    for file in files:
+        if not parts_of(file) and kind_of(file, form) == "csv":
+            say_quoting(file, form)
+    folder = os.path.commonpath([file.parent for file in files])
+    source = str(files[0]) if len(files) == 1 else f"{folder} ({counted(len(files), 'file')})"
+    rows = Rows(dataset, source, sha256, np.arange(len(dataset)))
+    faults = {i: f for i, f in enumerate(dataset["fault"]) if f}
+    return without(rows, faults, recipe)
+
+
+def _stored(value: Any) -> str | None:
+    """Return what JSON holds of a parquet file's dates, decimals and bytes; of no text, nothing."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _state_of(file: Path) -> tuple[str, tuple[int, ...]]:
+    """Return the SHA-256 of a file, and what else differs once it was replaced or written to."""
+    try:
+        status = file.stat()
+        times = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return sha256_of(file), times
+    except OSError as error:
+        raise unreadable(file, error) from error
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def without(rows: Rows, faults: dict[int, str], recipe: Recipe) -> Rows:
+    """Return the rows without the faulty ones; unless they may be skipped, that is an error.
+
+    Args:
+        rows: A split.
+        faults: What is wrong, by position.
+        recipe: Its `data.on_bad_row` decides.
+    """
+    if not faults:
+        return rows
+    places = [f"{rows.place(i)}: {fault}" for i, fault in faults.items()]
+    if recipe.data.on_bad_row == "error":
+        problems = [Problem(fault, rows.place(i)) for i, fault in list(faults.items())[:10]]
+        hint = f"fix {'them' if len(faults) > 1 else 'it'}, or skip such rows with {SKIP}"
+        if advice := _advice(rows, faults, recipe):
+            hint = f"{advice}; or {hint}"
+        if len(faults) > 10:
+            hint += f"; {counted(len(faults) - 10, 'more row')} cannot be used"
+        problems[-1] = replace(problems[-1], hint=hint)
+        raise LoraError(problems)
+    keep = np.array([i for i in range(len(rows)) if i not in faults], dtype=np.int64)
+    return rows.select(keep, places)
+
+
+def _advice(rows: Rows, faults: dict[int, str], recipe: Recipe) -> str:
+    """Return what fixes the commonest faults of all rows at once, or nothing."""
+    of_bytes = next((i for i, fault in faults.items() if fault.startswith("byte 0x")), None)
+    if of_bytes is not None:
+        source = Path(rows.source)
+        if not source.is_file():  # `FOLDER (3 files)`
+            folder = Path(rows.source.rpartition(" (")[0])
+            source = folder / re.sub(r":\d+$", "", rows.place(of_bytes))
+        return encoding_hint(source, recipe.data.format.encoding)
+    if any(re.search("fields? where there", fault) for fault in faults.values()):
+        return "a text that holds the delimiter needs quotation marks around it"
+    return ""
+
+
+def without_fault(
+    rows: Iterator[RawRow],
+    fault_of: Callable[[dict[str, Any]], str],
+    recipe: Recipe,
+    skip: Callable[[str, str], None],
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the places and columns of streamed rows that can be used.
+
+    A faulty row stops; unless rows may be skipped: then `skip` is told its place and its fault.
+    """
+    for row in rows:
+        fault = row.fault or fault_of(row.columns or {})
+        if not fault:
+            assert row.columns is not None
+            yield row.place, row.columns
+        elif recipe.data.on_bad_row == "error":
+            raise LoraError(
+                fault,
+                row.place,
+                f"fix it, or skip such rows with {SKIP}",
+            )
+        else:
+            skip(row.place, fault)
+
+
+# --------------------------------------------------------------------------------------- Hub
+
+
+def _load_hub(recipe: Recipe, split: str, streaming: bool = False, **options: Any) -> Any:
+    import datasets
+
+    data = recipe.data
+    shown = datasets.utils.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(
+            data.name,
+            data.config,
+            split=split,
+            revision=data.revision,
+            streaming=streaming,
+            **options,
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        from lora_cli.models.load_errors import place_error
+
+        if (place := place_error(error)) is not None:
+            raise place from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LoraError(
+            f"cannot load `{data.name}`: {reason}",
+            recipe.at("data.name"),
+            "a local file is given as `data.path`",
+        ) from error
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _hub_rows(recipe: Recipe, name: str) -> Rows:
+    dataset = _load_hub(recipe, name)
+    if damaged := damaged_files(dataset):
+        warn(f"the cached data set of the Hub is damaged and is prepared again: {damaged[0]}")
+        forget_files(dataset)
+        dataset = _load_hub(recipe, name, download_mode="reuse_cache_if_exists")
+        damaged_files(dataset)
+    names = _label_names(dataset.features)
+    source = "/".join(filter(None, (recipe.data.name, recipe.data.config, name)))
+    return Rows(dataset, source, dataset._fingerprint, np.arange(len(dataset)), names)
+
+
+def _label_names(features: Any) -> dict[str, list[str]]:
+    import datasets
+
+    return {
+        column: list(feature.names)
+        for column, feature in features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }

@@ -1,0 +1,216 @@
+"""Read rows from csv, json, parquet and text files, with the place of each and what is wrong.
+
+Every value of a csv file is text, as it stands: `NA`, `null` and `nan` are words, `007` keeps its
+zeros. A row that cannot be read is yielded with its fault, so that all can be reported together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_cli.data.csv_quoting import quoting_of
+from lora_cli.data.csv_rows import column_names, read_records, width_fault
+from lora_cli.data.json_rows import JSON_NAMES, read_json
+from lora_cli.data.labelled_text import LABEL_COLUMN, divide
+from lora_cli.data.parallel_texts import parts_of, read_parallel
+from lora_cli.data.parquet_rows import parquet_names, read_parquet
+from lora_cli.data.text_lines import RawRow, byte_fault, read_lines
+from lora_cli.errors import LoraError, Problem, did_you_mean
+from lora_cli.recipe import FormatSpec
+
+KINDS = {
+    ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json",
+    ".parquet": "parquet", ".txt": "text", ".text": "text",
+}  # fmt: skip
+
+
+def kind_of(path: Path, spec: FormatSpec) -> str:
+    """Return how a file is read: csv, json, parquet or text."""
+    if parts_of(path) or spec.label_from:
+        return "text"
+    kind = spec.type or kind_by_name(path.name)
+    if kind is None:
+        hint = "set it with `--set data.format.type=csv` (or json, parquet, text)"
+        if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
+            hint = "save the spreadsheet as csv"
+        raise LoraError(f"`{path.name}` is not a known kind of file", str(path), hint)
+    return kind
+
+
+def kind_by_name(name: str) -> str | None:
+    """Return the kind of file that a name's end says, if it does."""
+    return KINDS.get(Path(name.lower().removesuffix(".gz")).suffix)
+
+
+def form_of(source: Path, given: FormatSpec) -> FormatSpec:
+    """Return how the file is read: of the kind that its name says, else as the recipe says."""
+    is_text = kind_by_name(source.name) in (None, "text")
+    label_from = given.label_from if is_text else None
+    by_name = given.model_copy(update={"type": None, "label_from": label_from})
+    try:
+        kind_of(source, by_name)
+    except LoraError:
+        return given
+    return by_name
+
+
+def read_rows(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
+    """Yield the rows of a file in order.
+
+    Args:
+        path: The file; `.gz` is unpacked on the way.
+        spec: How it is read, where its name does not say.
+
+    Raises:
+        LoraError: If the file as a whole cannot be read.
+    """
+    if parts := parts_of(path):
+        yield from _read_together(path, parts, spec)
+        return
+    match kind_of(path, spec):
+        case "csv":
+            yield from _read_csv(path, spec)
+        case "json":
+            yield from read_json(path, spec)
+        case "parquet":
+            yield from read_parquet(path, spec)
+        case _:
+            yield from _read_text(path, spec)
+
+
+# ----------------------------------------------------------------------------------------- csv
+
+
+def _read_csv(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
+    records = read_records(path, spec, quoting_of(path, spec).name)
+    names = column_names(path, spec, records)
+    for line, fields, fault, _ in records:
+        if names is None:
+            names = [str(number) for number in range(len(fields))]
+        fault = fault or width_fault(fields, len(names))
+        columns = None if fault else dict(zip(names, fields, strict=True))
+        yield RawRow(columns, f"{path.name}:{line}", fault)
+
+
+def columns_of(path: Path, spec: FormatSpec) -> list[str]:
+    """Return the names of all columns of a file; only the rows of JSON have columns of their own.
+
+    Raises:
+        LoraError: If the file as a whole cannot be read, or no row of it.
+    """
+    names: list[str] | None = None
+    match kind_of(path, spec):
+        case "csv":
+            records = read_records(path, spec, quoting_of(path, spec).name)
+            names = column_names(path, spec, records)
+        case "parquet":
+            names = parquet_names(path, spec)
+        case "text":
+            names = list(parts_of(path)) or [text_column(spec)]
+            names = [LABEL_COLUMN, *names] if spec.label_from else names
+    if names is None:
+        enough = None if kind_of(path, spec) == "json" else 1
+        rows = (row.columns for row in read_rows(path, spec) if row.columns is not None)
+        names = list(dict.fromkeys(name for row in itertools.islice(rows, enough) for name in row))
+    if not names:
+        hint = "is it empty, or `data.format` another?"
+        raise LoraError("no row can be read", str(path), hint)
+    return names
+
+
+# ---------------------------------------------------------------------------------------- text
+
+
+def _read_text(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
+    name = text_column(spec)
+    place = f"{path.parent.name}/{path.name}" if spec.label_from == "folder" else path.name
+    for number, text in _text_units(path, spec):
+        columns = {name: text}
+        if spec.label_from == "folder":
+            columns = {LABEL_COLUMN: path.parent.name, name: text}
+        elif spec.label_from:
+            label, rest = divide(text, spec.label_from)
+            columns = {LABEL_COLUMN: label, name: rest}
+        fault = byte_fault(text, spec.encoding)
+        yield RawRow(None if fault else columns, f"{place}:{number}", fault)
+
+
+def text_column(spec: FormatSpec) -> str:
+    """Return the name of the one column of a text file."""
+    return spec.columns[0] if spec.columns and len(spec.columns) == 1 else "text"
+
+
+def _read_together(path: Path, parts: dict[str, Path], spec: FormatSpec) -> Iterator[RawRow]:
+    lines = {name: read_lines(part, spec.encoding) for name, part in parts.items()}
+    for number, texts in read_parallel(parts, lines):
+        fault = next((f for text in texts.values() if (f := byte_fault(text, spec.encoding))), "")
+        yield RawRow(None if fault else texts, f"{path.name}:{number}", fault)
+
+
+def _text_units(path: Path, spec: FormatSpec) -> Iterator[tuple[int, str]]:
+    """Yield (first line, text) of the lines, the paragraphs, or the whole of a text file."""
+    sample_by = "document" if spec.label_from == "folder" else spec.sample_by
+    pending: list[str] = []
+    first = 1
+    for number, line in read_lines(path, spec.encoding):
+        blank = not line.strip()
+        if sample_by == "line":
+            if not blank:
+                yield number, line.rstrip("\r\n")
+        elif blank and (sample_by == "paragraph" or not pending):
+            if pending:
+                yield first, "".join(pending).rstrip("\r\n")
+            pending = []
+        else:
+            first = first if pending else number
+            pending.append(line)
+    if pending:
+        text = "".join(pending)
+        yield first, text.rstrip("\r\n") if sample_by == "paragraph" else text
+
+
+def text_fault(row: dict[str, Any], columns: Iterable[str]) -> str:
+    """Return which of some columns holds no text, or nothing."""
+    for column in columns:
+        value = row.get(column)
+        if is_blank(value):
+            return f"column `{column}` is blank"
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            kind = JSON_NAMES.get(type(value), f"a {type(value).__name__}")
+            return f"column `{column}` holds {kind}, not text"
+        if isinstance(value, str) and (fault := byte_fault(value, "UTF-8")):
+            return f"column `{column}`: {fault}"
+    return ""
+
+
+def is_blank(value: Any) -> bool:
+    """Return whether there is nothing to be seen: null, NaN, spaces, characters of no width."""
+    if isinstance(value, str):
+        return all(letter.isspace() or unicodedata.category(letter) == "Cf" for letter in value)
+    return value is None or value != value
+
+
+def require_columns(wanted: dict[str, str], present: list[str], source: str) -> None:
+    """Check that the columns named in the recipe are there.
+
+    Args:
+        wanted: Column by the place in the recipe that names it.
+        present: The columns of the data.
+        source: Name of the data, for the error.
+    """
+    problems = []
+    for at, column in wanted.items():
+        if column not in present:
+            hint = did_you_mean(column, present, "its columns are")
+            between = next((mark for mark in ";\t|," if mark in "".join(present)), None)
+            if len(present) == 1 and between:
+                flag = f"--set 'data.format.delimiter={json.dumps(between)}'"
+                hint = f"if its columns are divided by {json.dumps(between)}: `{flag}`"
+            problems.append(Problem(f"{source} has no column `{column}`", at, hint))
+    if problems:
+        raise LoraError(problems)

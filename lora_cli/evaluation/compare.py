@@ -1,0 +1,321 @@
+"""Is a new adapter worse than an old one? Both on the same rows, with a paired bootstrap.
+
+The rows of a test split are a sample. The bootstrap draws rows with replacement, the same rows for
+both adapters, and takes the difference again each time: the middle 95 % of these differences is the
+interval that is reported (Efron and Tibshirani, 1993, chapter 13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from numpy.typing import NDArray
+
+from lora_cli.accelerator import start_accelerator
+from lora_cli.data.load_rows import SPLITS
+from lora_cli.errors import LoraError, beside, counted, did_you_mean
+from lora_cli.evaluation.evaluate_split import best_by, evaluate, load_adapted, open_task
+from lora_cli.metrics import (
+    builtin_value,
+    is_exact_match,
+    known_metrics,
+    metric_mode,
+    reads,
+    result_names,
+)
+from lora_cli.preprocessing.encode import load_data
+from lora_cli.recipe import RECIPE_FILE, AdapterSpec, Recipe, load_adapter_recipe
+from lora_cli.tasks import Encoded, Prediction, Task
+
+RESAMPLES = 10_000
+FEWER_RESAMPLES = 1_000  # where a metric has to be computed again each time
+SEED = 0
+AT_ONCE = 4_000_000  # counts in memory together
+Floats = NDArray[np.float64]
+
+
+@dataclass
+class Comparison:
+    """What `lora eval --against` reports; `difference` is new - old, whichever is better."""
+
+    split: str
+    metric: str
+    mode: str
+    """Whether less (`min`) or more (`max`) is better."""
+    rows: int
+    old: float
+    new: float
+    difference: float
+    interval: tuple[float, float]
+    """95 % of the differences of the resamples."""
+    resamples: int
+    max_drop: float
+    definition: str = ""
+    """What the metric measures."""
+
+    @property
+    def drop(self) -> float:
+        """How much worse the new one is; negative where it is better."""
+        return self.difference if self.mode == "min" else -self.difference
+
+    @property
+    def worse(self) -> bool:
+        """Whether the drop that was measured is too large; of NaN it is."""
+        return not self.drop <= self.max_drop
+
+    @property
+    def verdict(self) -> str:
+        """The judgement in words."""
+        low, high = self.interval
+        if self.drop == 0:
+            return "the new adapter is equal to the old one"
+        how = f"{'worse' if not self.drop < 0 else 'better'} by {abs(self.drop):.4f}"
+        allowed = "more than" if self.worse else "within"
+        limit = "" if self.drop <= 0 else f", {allowed} the {self.max_drop:g} that is allowed"
+        doubt = (
+            f"zero is inside the 95 % interval, so on {counted(self.rows, 'row')} "
+            "that may be chance"
+            if low <= 0 <= high
+            else "zero is outside the 95 % interval, so that is hardly chance"
+        )
+        return f"the new adapter is {how}{limit}; {doubt}"
+
+
+def compare(
+    new: Path,
+    old: Path,
+    recipe: Recipe,
+    metric: str | None = None,
+    max_drop: float = 0.005,
+    split: str | None = None,
+) -> Comparison:
+    """Measure two adapters on the same rows.
+
+    Args:
+        new: Folder of the new adapter.
+        old: Folder of the old one, which supplies weights only.
+        recipe: Of the new one: it says the base, the task and the data for both.
+        metric: A built-in metric or `loss`. Default: what chooses the best adapter.
+        max_drop: How much worse the new one may be.
+        split: Which rows. Default: test, or validation if there is no test.
+
+    Raises:
+        LoraError: If there is no such split or metric, or the two cannot be compared.
+    """
+    split = _split(recipe, split)
+    _refuse_others(old, recipe)
+    accelerator = start_accelerator(recipe)
+    written = recipe.model_copy(deep=True)  # opening a whole model makes it the recipe's base
+    task = open_task(new, recipe)
+    name, mode = _metric(recipe, task, metric)
+    data = load_data(task, [split])[split]
+    written.task = recipe.task  # with the labels, which the data may have said
+    ours = _measure(new, task, task, data, accelerator)
+    theirs = _measure(old, _loader(old, written), task, data, accelerator)
+    old_value, new_value, differences = bootstrap(name, task, theirs, ours)
+    finite = differences[np.isfinite(differences)]
+    low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
+    return Comparison(
+        split,
+        name,
+        mode,
+        len({p.row for p in ours}),
+        old_value,
+        new_value,
+        new_value - old_value,
+        (float(low), float(high)),
+        len(differences),
+        max_drop,
+        task.metric_definitions().get(name, ""),
+    )
+
+
+def _split(recipe: Recipe, split: str | None) -> str:
+    present = [name for name in SPLITS if getattr(recipe.data, name) is not None]
+    wanted = [split] if split else ["test", "validation"]
+    for name in wanted:
+        if name in present:
+            return name
+    raise LoraError(
+        f"the recipe has no split `{split or 'test or validation'}`",
+        recipe.at("data"),
+        f"it has {', '.join(present)}; or name a file with `--input FILE`",
+    )
+
+
+def _refuse_others(old: Path, recipe: Recipe) -> None:
+    """Refuse an old adapter of another base or other labels, which would measure nonsense."""
+    if not old.is_dir():
+        raise LoraError(f"there is no folder {old}", "--against", beside(old))
+    if not (old / RECIPE_FILE).is_file():
+        return
+    theirs = load_adapter_recipe(old)
+    for key in ("labels", "problem"):
+        ours, other = (getattr(r.task, key, None) for r in (recipe, theirs))
+        if ours is not None and other is not None and ours != other:
+            raise LoraError(
+                f"`task.{key}` {_differ(other, ours)}",
+                "--against",
+                "only adapters of the same task can be compared",
+            )
+    moved = recipe._places.get("model.name", "").startswith("--set")
+    if "full" in (recipe.adapter.type, theirs.adapter.type) or moved:
+        return
+    if theirs.model.name != recipe.model.name:
+        raise LoraError(
+            f"the old adapter was trained on `{theirs.model.name}`, the new one on "
+            f"`{recipe.model.name}`",
+            "--against",
+            "if these are the same model, say where it is with `--set model.name=`",
+        )
+
+
+def _differ(old: Any, new: Any) -> str:
+    """Return in words how two values differ, of lists only what one has and the other has not."""
+    if isinstance(old, list) and isinstance(new, list) and set(old) != set(new):
+        only = [[x for x in a if x not in b] for a, b in ((old, new), (new, old))]
+        shown = (", ".join(map(str, x[:5])) + ", …" * (len(x) > 5) or "nothing" for x in only)
+        return "is not the same: the old adapter alone has {}; the new one {}".format(*shown)
+    return f"is {old} in the old adapter and {new} in the new one"
+
+
+def _loader(folder: Path, recipe: Recipe) -> Task:
+    """Return the task that loads a folder, which may be an adapter or a whole model."""
+    if not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
+        recipe.adapter = AdapterSpec(type="full")
+    elif recipe.adapter.type == "full":
+        recipe.adapter = AdapterSpec()
+    return open_task(folder, recipe)
+
+
+def _metric(recipe: Recipe, task: Task, wanted: str | None) -> tuple[str, str]:
+    """Return the metric that is compared, and its mode; the recipe measures it from then on."""
+    name, mode = best_by(recipe, task)
+    if wanted is not None and wanted != name:
+        name, mode = wanted, metric_mode(wanted) or ""
+    of = next((m for m in known_metrics() if name in result_names(m)), None)
+    if of is None and name != "loss":
+        known = ["loss", *(result for m in known_metrics() for result in result_names(m))]
+        raise LoraError(
+            f"`{name}` is not a metric that two adapters are compared by",
+            "--metric",
+            did_you_mean(name, known, "these are:"),
+        )
+    recipe.evaluate.metrics = [] if of is None else [of]
+    recipe.evaluate.best = None
+    return name, mode
+
+
+def _measure(
+    folder: Path, loader: Task, task: Task, data: Encoded, accelerator: Accelerator
+) -> list[Prediction]:
+    predictions: list[Prediction] = []
+    model = load_adapted(folder, loader, accelerator)
+    task.padding = loader.padding
+    evaluate(model, task, data, accelerator, keep=predictions, strict_loss=True)
+    return predictions
+
+
+# ----------------------------------------------------------------------------------- bootstrap
+
+
+def bootstrap(
+    metric: str, task: Task, old: list[Prediction], new: list[Prediction]
+) -> tuple[float, float, Floats]:
+    """Return a metric of the old and the new predictions, and the differences of the resamples.
+
+    Where a metric is a function of sums over rows, a resample is a product of matrices; any other
+    (f1, a correlation, bleu) is computed again for each of `FEWER_RESAMPLES`.
+    """
+    generator = np.random.default_rng(SEED)
+    sums = [row_sums(metric, predictions) for predictions in (old, new)]
+    if sums[0] is None or sums[1] is None:
+        return _recomputed(metric, task, old, new, generator)
+    value = _VALUES.get(metric, _ratio)
+    table = np.concatenate([sums[0], sums[1]], axis=1)
+    n = len(table)
+    differences = []
+    per_batch = max(1, AT_ONCE // n)
+    for start in range(0, RESAMPLES, per_batch):
+        size = min(per_batch, RESAMPLES - start)
+        drawn = generator.integers(0, n, (size, n)) + np.arange(size)[:, None] * n
+        counts = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
+        totals = counts @ table
+        differences.append(value(totals[:, 2:]) - value(totals[:, :2]))
+    whole = table.sum(0, keepdims=True)
+    ours, theirs = float(value(whole[:, 2:])[0]), float(value(whole[:, :2])[0])
+    return theirs, ours, np.concatenate(differences)
+
+
+def _ratio(totals: Floats) -> Floats:
+    return totals[:, 0] / np.maximum(totals[:, 1], 1e-12)
+
+
+_VALUES: dict[str, Callable[[Floats], Floats]] = {
+    "perplexity": lambda totals: np.exp(np.minimum(_ratio(totals), 700.0)),
+    "rmse": lambda totals: np.sqrt(_ratio(totals)),
+}
+
+
+def row_sums(metric: str, predictions: list[Prediction]) -> Floats | None:
+    """Return (rows, 2): what each row adds to the numerator and the denominator of a metric.
+
+    A row may have several examples, which are drawn together. None for a metric that is not a
+    function of such sums.
+    """
+    per_example: list[tuple[float, float]]
+    if metric == "loss":
+        per_example = [(p.loss, p.n_items) for p in predictions]
+    elif metric == "perplexity":
+        per_example = [p.metric_inputs["nll"] for p in predictions]
+    elif metric in _SCORES:
+        channel = reads(metric) or ""
+        score = _SCORES[metric]
+        per_example = [(score(*p.metric_inputs[channel]), 1.0) for p in predictions]
+    elif metric in result_names("rouge"):  # a mean over rows
+        per_example = [
+            (builtin_value("rouge", metric, [said], [want]), 1.0)
+            for said, want in (p.metric_inputs["text"] for p in predictions)
+        ]
+    else:
+        return None
+    rows = np.unique([p.row for p in predictions], return_inverse=True)[1]
+    table = np.zeros((int(rows.max()) + 1, 2))
+    np.add.at(table, rows, np.array(per_example, dtype=np.float64))
+    return table
+
+
+_SCORES: dict[str, Callable[[Any, Any], float]] = {
+    "accuracy": lambda said, want: float(said == want),
+    "exact_match": lambda said, want: float(is_exact_match(said, want)),
+    "mse": lambda said, want: (said - want) ** 2,
+    "rmse": lambda said, want: (said - want) ** 2,
+    "mae": lambda said, want: abs(said - want),
+}
+
+
+def _recomputed(
+    metric: str,
+    task: Task,
+    old: list[Prediction],
+    new: list[Prediction],
+    generator: np.random.Generator,
+) -> tuple[float, float, Floats]:
+    of = next(name for name in known_metrics() if metric in result_names(name))
+    channel = reads(of) or ""
+    theirs, ours = ([p.metric_inputs[channel] for p in rows] for rows in (old, new))
+
+    def value(pairs: list[tuple[Any, Any]], indices: Any) -> float:
+        said, want = zip(*(pairs[i] for i in indices), strict=True)
+        return builtin_value(of, metric, list(said), list(want), task.metric_context)
+
+    n = len(ours)
+    whole = range(n)
+    draws = (generator.integers(0, n, n) for _ in range(FEWER_RESAMPLES))
+    differences = [value(ours, draw) - value(theirs, draw) for draw in draws]
+    return value(theirs, whole), value(ours, whole), np.array(differences)

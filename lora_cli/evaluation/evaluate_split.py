@@ -1,0 +1,384 @@
+"""The one evaluation that training and `lora eval` share."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from lora_cli.accelerator import start_accelerator
+from lora_cli.adapters.adapter_folder import read_adapter
+from lora_cli.adapters.load_adapter import load_adapter, verify_base
+from lora_cli.characters import first_characters
+from lora_cli.data.detect_format import read_head
+from lora_cli.data.input_files import input_form
+from lora_cli.data.load_rows import SPLITS
+from lora_cli.errors import LoraError, NumericsError, require_file, warn
+from lora_cli.files import finish_publishing, refuse_links_outside, verify_manifest
+from lora_cli.metrics import MetricSet, metric_mode, result_names
+from lora_cli.models.base_facts import require_facts
+from lora_cli.models.fingerprint import fingerprint_of
+from lora_cli.preprocessing.batch_plan import Indices
+from lora_cli.preprocessing.data_gate import unknown_tokens, warning_of_unknown
+from lora_cli.preprocessing.encode import check_data, load_data
+from lora_cli.preprocessing.padding_check import choose_padding
+from lora_cli.recipe import Recipe, check_labels, read_computation
+from lora_cli.reporting.report import strict
+from lora_cli.tasks import Encoded, Prediction, Task, build_task
+from lora_cli.tasks.causal_lm import CausalLM
+from lora_cli.tasks.finite_scores import likely_cause
+from lora_cli.unexpected_errors import phase
+
+WINDOW = 64  # batches whose examples are sorted by length together
+TEXT_LENGTH = 500  # characters of a row that stand beside its prediction
+TURN = (("role", "from"), ("content", "value"))  # keys of a turn
+SAMPLES = 5  # prompts that are continued before and after training
+
+
+class Stop(Protocol):
+    """What can break an evaluation off."""
+
+    def is_noted(self) -> bool:
+        """Return whether this process was asked to stop."""
+
+    def check(self) -> None:
+        """Raise if any process was asked to; all of them call it at the same place."""
+
+
+def build_metrics(task: Task) -> MetricSet:
+    """Return the recipe's metrics, or the task's own."""
+    at = task.recipe.at("evaluate.metrics")
+    metrics = MetricSet(task.metric_names, task.metric_channel, task.metric_context, at)
+    task.check_metrics(set(metrics.channels))
+    return metrics
+
+
+def best_by(recipe: Recipe, task: Task) -> tuple[str, str]:
+    """Return the metric that chooses the best adapter, and whether `min` or `max` is better."""
+    best = recipe.evaluate.best
+    if best is not None:
+        return best.metric, best.mode or metric_mode(best.metric) or "max"
+    name = result_names(task.metric_names[0])[0] if task.metric_names else "loss"
+    mode = metric_mode(name)
+    return (name, mode) if mode else ("loss", "min")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    split: Encoded,
+    accelerator: Accelerator,
+    predictions: Path | None = None,
+    keep: list[Prediction] | None = None,
+    stop: Stop | None = None,
+    strict_loss: bool = False,
+) -> dict[str, float]:
+    """Return the loss and the metrics of a model on a split; every process gets them.
+
+    Only what the metrics read is kept of a batch, never its logits.
+
+    Args:
+        model: The model; it is put into eval mode, and back.
+        task: What the rows mean.
+        split: The encoded rows.
+        accelerator: Precision and processes.
+        predictions: File that gets a line for every example, in the order of the rows.
+        keep: List that gets every prediction, in the same order.
+        stop: Is asked after each batch whether to go on.
+        strict_loss: Refuse a loss that is NaN or infinity.
+
+    Raises:
+        NumericsError: With the place of the first row that has such a loss.
+    """
+    recipe = task.recipe
+    size = recipe.evaluate.micro_batch_size or 2 * recipe.train.micro_batch
+    metrics = build_metrics(task)
+    loss = n_items = 0.0
+    was_training = model.training
+    model.eval()
+    main = accelerator.is_main_process
+    part = predictions.with_name(f".{predictions.name}.tmp") if predictions is not None else None
+    file = part.open("w", encoding="utf-8") if part is not None and main else None
+    try:
+        for window in _windows(split, size):
+            rows = _predict_window(model, task, split, window, accelerator, stop)
+            if stop is not None:
+                stop.check()
+            if strict_loss:
+                _refuse_bad_loss(rows, split, model, recipe)
+            loss += sum(row.loss for row in rows)
+            n_items += sum(row.n_items for row in rows)
+            for channel in metrics.channels:
+                pairs = [r.metric_inputs[channel] for r in rows if channel in r.metric_inputs]
+                if main and pairs:
+                    metrics.add_batch(channel, [p for p, _ in pairs], [r for _, r in pairs])
+            if keep is not None:
+                keep += rows
+            if file is not None:
+                file.writelines(_line(row, split, task) for row in rows)
+    finally:
+        if file is not None:
+            file.close()
+        model.train(was_training)
+    if file is not None and part is not None and predictions is not None:
+        part.replace(predictions)
+    if warnings := task.take_warnings():
+        for line in warnings if main else ():
+            warn(f"while answering: {line}")
+    mean = loss / n_items if n_items else math.nan  # rows may weigh nothing
+    results = [{"loss": mean, **metrics.compute()} if main else {}]
+    return dict(gather_object(results)[0])
+
+
+def _refuse_bad_loss(
+    rows: list[Prediction], split: Encoded, model: nn.Module, recipe: Recipe
+) -> None:
+    bad = next((row for row in rows if not math.isfinite(row.loss)), None)
+    if bad is not None:
+        hint = likely_cause(model, recipe)
+        what = f"the model's loss on this row is {bad.loss}"
+        raise NumericsError(what, split.rows.place(bad.row), hint)
+
+
+def _windows(split: Encoded, size: int) -> Iterator[list[Indices]]:
+    """Yield batches of similar length, a window of rows at a time."""
+    for start in range(0, len(split), size * WINDOW):
+        window = np.arange(start, min(start + size * WINDOW, len(split)))
+        window = window[np.argsort(-split.lengths[window], kind="stable")]
+        yield [window[i : i + size] for i in range(0, len(window), size)]
+
+
+def _predict_window(
+    model: nn.Module,
+    task: Task,
+    split: Encoded,
+    batches: list[Indices],
+    accelerator: Accelerator,
+    stop: Stop | None,
+) -> list[Prediction]:
+    """Return the predictions of a window in the order of its examples, on every process."""
+    mine: list[tuple[int, Prediction]] = []
+    for indices in batches[accelerator.process_index :: accelerator.num_processes]:
+        if stop is not None and stop.is_noted():
+            break  # the other processes wait for this one, and learn of it then
+        examples = split.examples.__getitems__(indices.tolist())
+        batch = task.collate(examples).to(accelerator.device)
+        first = split.rows.place(batch.rows[0])
+        with phase(f"evaluating {first} and the rows after it"), accelerator.autocast():
+            made = task.predict(model, batch)
+        mine += zip(indices.tolist(), made, strict=True)
+    together: list[tuple[int, Prediction]] = gather_object(mine)
+    return [prediction for _, prediction in sorted(together, key=lambda pair: pair[0])]
+
+
+def _line(prediction: Prediction, split: Encoded, task: Task) -> str:
+    row, reference = split.rows[prediction.row], prediction.reference
+    if reference is None and isinstance(task, CausalLM):
+        reference = _text(row, task.target_columns().values()) or None
+    line: dict[str, Any] = {
+        "row": prediction.row,
+        "place": split.rows.place(prediction.row),
+        "text": _text(row, task.input_columns().values()),
+        "reference": reference,
+        "prediction": prediction.prediction,
+        "loss": prediction.loss,
+        "n_items": prediction.n_items,
+    }
+    if prediction.scores is not None:
+        line["scores"] = {name: round(score, 6) for name, score in prediction.scores.items()}
+    kept = {key: value for key, value in line.items() if value is not None}
+    return json.dumps(strict(kept), ensure_ascii=False) + "\n"
+
+
+def _text(row: dict[str, Any], columns: Iterable[str]) -> str:
+    """Return the beginning of what stands in some columns of a row, to be read by a person."""
+    parts: list[str] = []
+    for column in columns:
+        value = row.get(column)
+        for turn in value if isinstance(value, list) else [value]:
+            if isinstance(turn, dict):  # of a conversation, as OpenAI or ShareGPT have it
+                who, what = (turn.get(a, turn.get(b)) for a, b in TURN)
+                turn = f"{who}: {what}"
+            parts += [] if turn is None else [str(turn)]
+    text = "\n".join(parts)
+    if len(text) <= TEXT_LENGTH:
+        return text
+    return first_characters(text, TEXT_LENGTH - 1) + "…"
+
+
+def add_samples(
+    model: nn.Module,
+    task: Task,
+    split: Encoded | None,
+    accelerator: Accelerator,
+    samples: list[dict[str, Any]],
+    when: str,
+) -> None:
+    """Let a language model continue the first rows of a split, on the main process alone.
+
+    Args:
+        model: The model; it is put into eval mode, and back.
+        task: Of the model; one that does not write leaves no samples.
+        split: The rows; None leaves no samples.
+        accelerator: Precision and processes.
+        samples: A dictionary for each row, which gets the continuation.
+        when: The key of the continuation: `before` or `after` training.
+    """
+    if not (isinstance(task, CausalLM) and split is not None and accelerator.is_main_process):
+        return
+    prompts = [task.sample_prompt(split.rows[i]) for i in range(min(SAMPLES, len(split.rows)))]
+    if not samples:
+        places = map(split.rows.place, range(len(prompts)))
+        samples += [
+            {
+                "place": place,
+                "prompt": shown[-4 * TEXT_LENGTH :],
+                "reference": first_characters(wanted, TEXT_LENGTH),
+            }
+            for place, (_, shown, wanted) in zip(places, prompts, strict=True)
+        ]
+    was_training = model.training
+    model.eval()
+    with accelerator.autocast():
+        written = task.continue_greedily(model, [ids for ids, _, _ in prompts])
+    model.train(was_training)
+    for sample, text in zip(samples, written, strict=True):
+        sample[when] = text
+
+
+def open_adapter(folder: Path, recipe: Recipe) -> tuple[Task, nn.Module, Accelerator]:
+    """Return the task, the base model with the adapter of a folder, and where it runs."""
+    accelerator = start_accelerator(recipe)
+    task = open_task(folder, recipe)
+    if not task.knows_labels:
+        check_data(task, ())
+    return task, load_adapted(folder, task, accelerator), accelerator
+
+
+def open_task(folder: Path, recipe: Recipe) -> Task:
+    """Return the task of a recipe; with `adapter.type: full` the folder is the model."""
+    if recipe.adapter.type == "full":
+        recipe.model.name = str(folder.absolute())
+    task = build_task(recipe)
+    task.trained_in = folder
+    task.load_processor()
+    return task
+
+
+def load_adapted(folder: Path, task: Task, accelerator: Accelerator) -> nn.Module:
+    """Return the base model with the adapter of a folder, in eval mode.
+
+    Raises:
+        IntegrityError: If the folder is damaged, or its base is another.
+    """
+    if task.recipe.adapter.type == "full":
+        refuse_links_outside(folder)
+        finish_publishing(folder)
+        verify_manifest(folder)
+        check_labels(folder, task.recipe)
+        model = task.load_model(accelerator.device)[0].eval()
+        with accelerator.autocast():
+            choose_padding(task, model)
+        return model
+    held = read_adapter(folder)
+    check_use(folder, task)
+    model, new = task.load_model(accelerator.device)
+    verify_base(held, fingerprint_of(task.recipe, model, new), task.recipe)
+    load_adapter(model, held, new)
+    with accelerator.autocast():
+        choose_padding(task, model.eval())
+    return model.eval()
+
+
+def check_use(folder: Path, task: Task) -> None:
+    """Check that an adapter is used as it was trained: its labels, and its base's config.json.
+
+    Raises:
+        IntegrityError: If they are not those of the training.
+    """
+    check_labels(folder, task.recipe)
+    trained = read_computation(folder)
+    if trained is not None:
+        require_facts(trained["base"], task.base_facts, task.recipe, f"the adapter {folder}")
+
+
+def measure_file(recipe: Recipe, file: Path) -> None:
+    """Let the recipe's test split be a file, and leave out what else it holds out.
+
+    Raises:
+        LoraError: If there is no such file, or the labels would have to be found on the Hub.
+    """
+    require_file(file, "--input")
+    task, data = recipe.task, recipe.data
+    data.validation, data.test, data.streaming = None, str(file.absolute()), False
+    columns = build_task(recipe)
+    wanted = [*columns.input_columns().values(), *columns.target_columns().values()]
+    data.format = input_form(file, read_head(file), data.format, wanted)
+    needs_labels = task.type == "sequence_classification" and task.problem != "regression"
+    if data.name is not None:
+        if needs_labels and not getattr(task, "labels", None):
+            raise LoraError(
+                "the labels are not known",
+                recipe.at("task.labels"),
+                "name them in the order of the model's outputs: `--set 'task.labels=[no, yes]'`",
+            )
+        if getattr(task, "class_weights", None) == "balanced":
+            hint = "name them in the recipe, or leave them out"
+            at = recipe.at("task.class_weights")
+            raise LoraError("the weights of the labels are not known", at, hint)
+        data.name = data.config = None
+        data.train = str(file.absolute())  # which nothing reads, as the labels are known
+
+
+def definitions_of(recipe: Recipe) -> dict[str, str]:
+    """Return what the loss and the metrics of a recipe measure, in a line each.
+
+    Args:
+        recipe: It names its labels, as that of an adapter does.
+    """
+    return build_task(recipe).metric_definitions()
+
+
+def evaluate_adapter(
+    folder: Path, recipe: Recipe, split: str | None = None
+) -> dict[str, dict[str, float]]:
+    """Return the metrics of a saved adapter, by split; the data are checked before the weights.
+
+    Args:
+        folder: The adapter's folder.
+        recipe: Says the task and the data.
+        split: The split to measure; None measures validation and test.
+
+    Raises:
+        NumericsError: If a row's loss is NaN or infinity.
+    """
+    present = [name for name in SPLITS if getattr(recipe.data, name) is not None]
+    wanted = [name for name in present if name == split or (not split and name != "train")]
+    if not wanted:
+        raise LoraError(
+            f"the recipe has no split `{split or 'validation or test'}`",
+            recipe.at("data"),
+            f"it has {', '.join(present)}; or name a file with `--input FILE`",
+        )
+    if "train" in wanted and recipe.data.streaming:
+        hint = "`--set data.streaming=false` reads it as a whole"
+        raise LoraError("train is streamed: it has no end", recipe.at("data.streaming"), hint)
+    accelerator = start_accelerator(recipe)
+    task = open_task(folder, recipe)
+    data = load_data(task, wanted)
+    said = (warning_of_unknown(task, n, data[n], unknown_tokens(task, data[n])) for n in wanted)
+    if warning := next(filter(None, said), None):
+        warn(warning)
+    model = load_adapted(folder, task, accelerator)
+    return {
+        name: evaluate(model, task, data[name], accelerator, strict_loss=True) for name in wanted
+    }

@@ -1,0 +1,180 @@
+"""What an adapted model says of new texts, and of files of any size."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lora_cli.data.csv_quoting import quoting_of, say_quoting
+from lora_cli.data.csv_rows import delimiter_of
+from lora_cli.data.detect_format import Head, read_head
+from lora_cli.data.input_files import input_form
+from lora_cli.data.parquet_rows import parquet_schema
+from lora_cli.data.readers import columns_of, kind_of, read_rows, require_columns
+from lora_cli.data.write_rows import WRITABLE, OutputForm, refuse_target, suffix_of, writing
+from lora_cli.errors import LoraError, Problem, counted, require_file
+from lora_cli.recipe import FormatSpec
+from lora_cli.tasks import Task
+
+CHUNK = 1000  # rows in memory at once
+NO_ANSWER = "it has no prediction"
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module, task: Task, rows: Sequence[dict[str, Any]], accelerator: Accelerator
+) -> list[list[Any]]:
+    """Return, for each row, the values of the task's `answer_columns`."""
+    size = task.recipe.evaluate.micro_batch_size or 2 * task.recipe.train.micro_batch
+    answers = []
+    model.eval()
+    task.note_control_tokens(rows)
+    for start in range(0, len(rows), size):
+        with accelerator.autocast():
+            answers += task.answer(model, rows[start : start + size])
+    return answers
+
+
+def answer_file(
+    model: nn.Module,
+    task: Task,
+    source: Path,
+    target: Path,
+    accelerator: Accelerator,
+    overwrite: bool = False,
+    tell: Callable[[int], object] = lambda _: None,
+) -> tuple[int, list[Problem]]:
+    """Write the rows of a file with the answers added; rows, order and columns are kept.
+
+    Args:
+        model: The adapted model.
+        task: What the columns mean.
+        source: A csv, tsv, json lines, parquet or text file.
+        target: A csv, tsv, json lines or parquet file, written whole or not at all.
+        accelerator: Precision and device.
+        overwrite: Replace the target, if it exists.
+        tell: Is given the number of rows that are written, every now and then.
+
+    Returns:
+        How many rows were written, and the problems of those that could not be answered, whose
+        new columns are blank, or whose answer the output's encoding cannot hold.
+    """
+    require_file(source, "--input")
+    refuse_target(source, target, overwrite)
+    head = read_head(source)
+    wanted = list(task.input_columns().values())
+    labels = getattr(task, "labels", ())
+    form = input_form(source, head, task.recipe.data.format, wanted, labels)
+    if kind_of(source, form) == "csv":
+        say_quoting(source, form)
+    columns = columns_of(source, form)
+    require_columns(task.input_columns(), columns, str(source))
+    added = _free_names(task.answer_columns(), columns)
+    output = _output_form(source, target, head, form, [*columns, *added], task)
+    problems: list[Problem] = []
+    written = 0
+    blank = [None] * len(added)
+    rows = read_rows(source, form)
+    with writing(target, output, overwrite) as write:
+        while chunk := list(islice(rows, CHUNK)):
+            faults = [row.fault or task.answer_fault(row.columns or {}) for row in chunk]
+            good = [row.columns or {} for row, f in zip(chunk, faults, strict=True) if not f]
+            answers = iter(answer(model, task, good, accelerator))
+            lines = []
+            for row, fault in zip(chunk, faults, strict=True):
+                values = blank if fault else next(answers)
+                lines.append({**(row.columns or {}), **dict(zip(added, values, strict=True))})
+                if fault:
+                    problems.append(Problem(fault, row.place, NO_ANSWER))
+                elif lost := _lost(values, output):
+                    problems.append(Problem(lost, row.place, "use .jsonl to keep them"))
+            write(lines)
+            written += len(chunk)
+            tell(written)
+        unanswered = [problem for problem in problems if problem.hint == NO_ANSWER]
+        if written and len(unanswered) == written:
+            raise _nothing_answered(unanswered)
+    return written, problems
+
+
+def _nothing_answered(problems: list[Problem]) -> LoraError:
+    """Return what to say of a file of which no row has an answer: the first rows, and why."""
+    shown = [Problem(problem.what, problem.at) for problem in problems[:3]]
+    what = f"none of {counted(len(problems), 'row')} can be answered, so nothing is written"
+    hint = "does the file have the columns and the kind of values that the model was trained on?"
+    return LoraError([*shown, Problem(what, "--input", hint)])
+
+
+def _free_names(wanted: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Return names for the new columns that no other column has."""
+    names: list[str] = []
+    for name in wanted:
+        taken = {*columns, *names}
+        free = (n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in taken)
+        names.append(next(free))
+    return names
+
+
+# -------------------------------------------------------------------------------------- the output
+
+
+def _lost(values: Sequence[Any], form: OutputForm) -> str:
+    """Return what of an answer the output has no room for, or nothing."""
+    if form.quoting == "none" and re.search(f"[{re.escape(form.delimiter)}\r\n]", str(values[0])):
+        return "the answer holds a tab or a line end, which an output without quoting cannot"
+    if form.encoding.lower().startswith("utf"):
+        return ""
+    text = "".join(str(value) for value in values[:1])
+    kept = text.encode(form.encoding, errors="ignore").decode(form.encoding)
+    lost = sorted(set(text) - set(kept))
+    shown = " ".join(lost[:5])
+    return f"the answer holds letters that {form.encoding} lacks: `{shown}`" if lost else ""
+
+
+def _output_form(
+    source: Path, target: Path, head: Head, form: FormatSpec, columns: list[str], task: Task
+) -> OutputForm:
+    """Return how the output is written: a table as the table that it is made from."""
+    if suffix_of(target) == ".parquet":
+        copied = source if head.kind == "parquet" else None
+        return OutputForm(columns, schema=_schema(source, head, columns, task), copied=copied)
+    if kind_of(source, form) != "csv":
+        return OutputForm(columns, WRITABLE[suffix_of(target)])
+    delimiter = WRITABLE[suffix_of(target)]
+    if suffix_of(target) == suffix_of(source):
+        delimiter = form.delimiter or delimiter
+    encoding = "utf-8-sig" if head.has_mark and form.encoding == "utf-8" else form.encoding
+    same = delimiter == delimiter_of(source, form)
+    quoting = quoting_of(source, form).name if same else "csv"
+    return OutputForm(columns, delimiter, encoding, head.line_end, quoting, header=form.header)
+
+
+def _schema(source: Path, head: Head, columns: list[str], task: Task) -> Any:
+    """Return the types of the columns of a parquet file: those of the input, and of the answers."""
+    import pyarrow as pa
+
+    if head.kind == "json":
+        what = "the values of JSON have no fixed types, as parquet needs"
+        raise LoraError(what, "--output", "use .jsonl")
+    _, *probabilities = task.answer_columns()
+    problem = getattr(task.recipe.task, "problem", "")
+    by_problem = {"regression": pa.float64(), "multi_label": pa.list_(pa.string())}
+    types = [
+        by_problem.get(problem, pa.string()),
+        # the best of many labels are a mapping, which parquet has as JSON
+        *(pa.string() if name == "best" else pa.float64() for name in probabilities),
+    ]
+    old = len(columns) - len(types)
+    schema = pa.schema([(name, pa.string()) for name in columns[:old]])
+    if head.kind == "parquet":
+        schema = parquet_schema(source)
+    for name, kind in zip(columns[old:], types, strict=True):
+        schema = schema.append(pa.field(name, kind))
+    return schema

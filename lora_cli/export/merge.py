@@ -1,0 +1,294 @@
+"""Base + adapter -> a stand-alone model folder, proved equal before it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lora_cli import __version__
+from lora_cli.adapters.adapter_folder import TASK_TYPES, AdapterFolder, read_adapter
+from lora_cli.adapters.attach import lora_layers, merge
+from lora_cli.adapters.load_adapter import load_adapter, verify_base
+from lora_cli.adapters.merge_proof import ExpectedWeights, expected_weights, weights_of
+from lora_cli.adapters.tied_weights import separate, tied_groups
+from lora_cli.errors import IntegrityError, LoraError, NumericsError
+from lora_cli.evaluation.evaluate_split import check_use
+from lora_cli.files import FolderLock, new_folder, write_json
+from lora_cli.models.base_model import load_config
+from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
+from lora_cli.recipe import (
+    RECIPE_FILE,
+    Recipe,
+    SequenceClassificationSpec,
+    load_adapter_recipe,
+    load_recipe,
+)
+from lora_cli.tasks import Task, build_task
+from lora_cli.tasks.finite_scores import require_finite
+
+TOLERANCE = 1e-4  # of the largest output, in float32; rounding alone stays below 1e-5
+
+
+@dataclass
+class MergeResult:
+    """What `lora merge` reports."""
+
+    folder: Path
+    merged_modules: int
+    dtype: torch.dtype
+    difference: float
+    """Largest difference of an output between base + adapter and merged, both in float32."""
+    rounding: float
+    """Largest difference that storing the weights in `dtype` makes."""
+    untied: list[str]
+    verified: bool
+
+
+def merge_adapter(
+    base: str | None,
+    adapter: Path,
+    to: Path,
+    recipe_file: Path | None = None,
+    overrides: list[str] | None = None,
+) -> MergeResult:
+    """Write the merged model, and `merge.json`, which says what it was merged from.
+
+    Args:
+        base: Hub id or folder of the base model. None: the one that the adapter's recipe or PEFT
+            configuration names.
+        adapter: Folder of the adapter.
+        to: Folder that is made; it must not exist, or be empty.
+        recipe_file: Recipe of an adapter that another tool made.
+        overrides: `key=value` each, over keys of the recipe.
+
+    Raises:
+        LoraError: If the adapter is a full model, the base is quantised, or `to` holds something.
+        IntegrityError: If the base is not the adapter's, or the merged model is not equal to
+            base + adapter.
+        NumericsError: If a merged weight does not fit the base checkpoint's dtype.
+    """
+    with _locked(to):
+        return _merge(base, adapter, to, recipe_file, overrides)
+
+
+@contextmanager
+def _locked(to: Path) -> Iterator[None]:
+    """Keep other processes from merging into the same folder, which is not there or empty."""
+    to.absolute().parent.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(to.absolute().parent, "--to", for_one=to.absolute())
+    try:
+        if to.exists() and (not to.is_dir() or any(to.iterdir())):
+            raise LoraError(f"{to} is not empty", "--to", "choose a folder that is not there yet")
+        yield
+    finally:
+        lock.release()
+
+
+def _merge(
+    base: str | None,
+    adapter: Path,
+    to: Path,
+    recipe_file: Path | None,
+    overrides: list[str] | None,
+) -> MergeResult:
+    """Merge, once the folder is ours."""
+    task, held = adapter_task(adapter, recipe_file, base, overrides)
+    task.trained_in = adapter
+    task.load_processor()
+    check_use(adapter, task)
+    _refuse_quantised(task)
+    model, new = task.load_model(torch.device("cpu"), dtype="auto")
+    assert isinstance(model, PreTrainedModel)
+    verified_base = verify_base(held, fingerprint_of(task.recipe, model, new), task.recipe)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    stored = {name: tensor.dtype for name, tensor in _tensors(model)}
+    model, ties = model.float().eval(), tied_groups(model)
+    expected = expected_weights(model, held.tensors, held.config)
+    load_adapter(model, held, new)
+    probe = _probe(task)
+    with torch.no_grad():
+        before: Tensor = model(**probe).logits
+        require_finite(before, model, at="--adapter")
+        count = len(lora_layers(model))
+        untied = _merge_apart(model, ties)
+        if name := expected.disagreement(model):
+            raise IntegrityError(
+                f"merged, `{name}` is not what the adapter's file says",
+                "--adapter",
+                "please report this: merging should be exact",
+            )
+        after: Tensor = model(**probe).logits
+        _refuse_overflow(model, stored)
+        difference = _difference(after, before)
+        if not difference <= TOLERANCE:
+            raise IntegrityError(
+                f"merged, the model's outputs differ by {difference:.2e} of the largest",
+                "--adapter",
+                "please report this: merging should be exact",
+            )
+        for name, tensor in _tensors(model):  # not `model.to`: buffers have dtypes of their own
+            tensor.data = tensor.data.to(stored[name])
+        rounded, weights = model(**probe).logits, weights_of(model)
+    with new_folder(to) as folder:
+        model.save_pretrained(folder)
+        task.tokenizer.save_pretrained(folder)
+        _write_origin(folder, adapter, verified_base)
+        reloaded = task.auto_class.from_pretrained(folder, dtype=dtype).eval()
+        _require_saved(reloaded, weights, rounded, probe)
+    rounding = _difference(rounded.float(), after)
+    return MergeResult(to, count, dtype, difference, rounding, untied, held.verified)
+
+
+def _merge_apart(model: PreTrainedModel, ties: list[list[str]]) -> list[str]:
+    """Merge, and give each side of a tie that was parted a weight of its own; return their names.
+
+    The sides may have been parted by the low-rank update of one, or by a copy that was trained.
+    """
+    untied = merge(model)
+    parted = [name.rpartition(".")[0] for name in separate(model, ties)]
+    untied += [name for name in dict.fromkeys(parted) if name not in untied]
+    if untied:
+        model.config.tie_word_embeddings = False
+    return untied
+
+
+def _require_saved(
+    reloaded: nn.Module, weights: ExpectedWeights, outputs: Tensor, probe: dict[str, Tensor]
+) -> None:
+    """Reject a saved model that is not the merged one, in a weight or in what it computes."""
+    with torch.no_grad():
+        same = torch.equal(reloaded(**probe).logits, outputs)
+    if not same or weights.disagreement(reloaded) is not None:
+        what = "the saved model does not compute what the merged one did"
+        raise IntegrityError(what, "--to", "please report this: saving should be exact")
+
+
+def adapter_task(
+    adapter: Path,
+    recipe_file: Path | None = None,
+    base: str | None = None,
+    overrides: list[str] | None = None,
+) -> tuple[Task, AdapterFolder]:
+    """Return the task that an adapter was trained for, and the adapter.
+
+    The recipe is the one beside the adapter, or `recipe_file`, or follows from PEFT's
+    configuration.
+    """
+    recipe = None
+    if recipe_file is not None:
+        recipe = load_recipe(recipe_file, overrides or [])
+    elif (adapter / RECIPE_FILE).is_file():
+        recipe = load_adapter_recipe(adapter, overrides or [])
+    elif overrides:
+        raise LoraError(
+            f"{adapter} holds no {RECIPE_FILE} whose keys could be set",
+            f"--set {overrides[0]}",
+            "give a recipe with `--recipe`",
+        )
+    if recipe is not None and recipe.adapter.type == "full":
+        hint = "use the folder as it is: there is nothing to merge"
+        raise LoraError(f"{adapter} is already a complete model", "--adapter", hint)
+    if base is not None and Path(base).expanduser().is_dir():
+        base = str(Path(base).expanduser().absolute())
+    held = read_adapter(adapter)
+    if recipe is None:
+        recipe = _recipe_of(held, base)
+    elif base is not None:
+        recipe.model.name = base
+        recipe._places["model.name"] = f"--base {base}"
+    recipe.model.dtype = None
+    recipe.model.attention = None  # merging is done on the CPU
+    return build_task(recipe), held
+
+
+def _refuse_quantised(task: Task) -> None:
+    """Refuse a base whose weights are codes: an update added to them would be rounded away."""
+    if getattr(task.config, "quantization_config", None) is not None:
+        raise LoraError(
+            f"the weights of `{task.recipe.model.name}` are quantised, so nothing can be added",
+            "--base",
+            "merge into the checkpoint that it was made from, and quantise that",
+        )
+
+
+def _write_origin(folder: Path, adapter: Path, base: Fingerprint | None) -> None:
+    """Write down what a merged folder was made from."""
+    facts = {"lora_version": __version__, "adapter": str(adapter)}
+    write_json(folder / "merge.json", facts | ({} if base is None else {"base": base.facts}))
+
+
+def _recipe_of(held: AdapterFolder, base: str | None) -> Recipe:
+    """Return what PEFT's configuration, the tensors and the base say of the task."""
+    kind = next((k for k, v in TASK_TYPES.items() if v == held.config.get("task_type")), None)
+    name = base or held.config.get("base_model_name_or_path")
+    if kind is None or not name:
+        raise LoraError(
+            f"{held.path} does not say what it was trained for",
+            "--adapter",
+            "give a recipe with `--recipe`, for its `model` and `task`",
+        )
+    recipe = Recipe.model_validate(
+        {"model": {"name": name}, "task": {"type": kind}, "data": {"path": "none.csv"}}
+    )
+    if isinstance(recipe.task, SequenceClassificationSpec):
+        heads = [t.shape[0] for n, t in held.tensors.items() if ".lora_" not in n and t.ndim == 2]
+        if not heads:
+            raise LoraError(
+                f"{held.path} holds no classifier",
+                "--adapter",
+                "give a recipe with `--recipe`, for its labels",
+            )
+        count = min(heads)  # the last layer's outputs: fewer than any hidden size
+        known: dict[int, str] = load_config(recipe).id2label
+        if count == 1:
+            recipe.task.problem = "regression"
+        elif sorted(known) == list(range(count)):  # a base that has such a classifier already
+            recipe.task.labels = [known[i] for i in range(count)]
+        else:
+            recipe.task.labels = [f"LABEL_{i}" for i in range(count)]
+    return recipe
+
+
+def _probe(task: Task) -> dict[str, Tensor]:
+    """Return inputs to compare outputs on: random tokens, the same every time.
+
+    Each row ends with an end-of-text token and has no other: an encoder-decoder classifies by it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    length = min(32, task.max_length)
+    vocabulary = min(len(task.tokenizer), int(task.config.get_text_config().vocab_size))
+    end = task.config.eos_token_id
+    ends = {end} if isinstance(end, int) else set(end or ())
+    others = torch.tensor([i for i in range(vocabulary) if i not in ends])
+    ids = others[torch.randint(0, len(others), (4, length), generator=generator)]
+    if ends:
+        ids[:, -1] = min(ends)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1.0))
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter and buffer, a shared one under each of its names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _refuse_overflow(model: nn.Module, stored: dict[str, torch.dtype]) -> None:
+    """Refuse a weight that is not finite in the dtype that it is kept in."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.to(stored[name]).isfinite().all()):
+            raise NumericsError(
+                f"`{name}` has entries that {str(stored[name]).removeprefix('torch.')}, the base "
+                "checkpoint's dtype, cannot hold",
+                "--base",
+                "merge into a copy of the base that is stored in float32",
+            )

@@ -1,0 +1,99 @@
+"""What each metric measures, in one line: of which label or average, on which scale, of what words.
+
+These lines stand wherever the figures do: on the screen, in the reports and in the model card.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_cli.errors import printable
+from lora_cli.metrics.builtin import SPECS, MetricContext, is_script, result_names
+from lora_cli.metrics.word_tokenizers import BLEU_WORDS, ROUGE_WORDS
+
+AVERAGES = {
+    "macro": "the mean over {labels}, each counting the same",
+    "micro": "counted over all rows and {labels} together",
+    "weighted": "the mean over {labels}, weighted by their rows",
+}
+SCORES = {
+    "f1": "harmonic mean of precision and recall",
+    "precision": "share of right ones among what is given a label",
+    "recall": "share of the rows of a label that are given it",
+}
+ROUGE = {
+    "rouge1": "single words",
+    "rouge2": "pairs of words",
+    "rougeL": "the longest common subsequence of words",
+    "rougeLsum": "the longest common subsequences of words, a line being a sentence",
+}
+UNDEFINED = "-1 to 1; not defined for fewer than two rows, or where either side is constant"
+OF_NUMBERS = {
+    "pearson": f"correlation of answers and references, {UNDEFINED}",
+    "spearman": f"correlation of the ranks of answers and references, {UNDEFINED}",
+    "mse": "mean squared error, in the square of the label's unit",
+    "rmse": "root of the mean squared error, in the label's unit",
+    "mae": "mean absolute error, in the label's unit",
+}
+
+
+def definition(metric: str, context: MetricContext) -> dict[str, str]:
+    """Return what a metric measures, in a line for each number that it gives.
+
+    Args:
+        metric: Its name in the recipe.
+        context: What the task says of its labels.
+    """
+    if metric not in SPECS:
+        how = "the script" if is_script(metric) else "`evaluate`'s metric"
+        return {Path(metric).stem: f"computed by {how} `{metric}`"}
+    return {name: _line(metric, name, context) for name in result_names(metric)}
+
+
+def _line(metric: str, name: str, context: MetricContext) -> str:
+    score, _, average = metric.partition("_")
+    if score in SCORES:
+        return f"{_average(average, context)} ({SCORES[score]}; 0 where nothing can be divided)"
+    match metric:
+        case "accuracy" if context.multi_label:
+            return "share of rows of which every label is right (exact match)"
+        case "accuracy":
+            return "share of rows whose label is right"
+        case "balanced_accuracy":
+            return "mean recall of the labels that the references contain"
+        case "matthews_correlation":
+            return "-1 to 1; 0 where answers or references are all the same label"
+        case "perplexity":
+            return (
+                "exp(mean loss per token of this model's tokenizer), so not comparable with others"
+            )
+        case "exact_match":
+            return (
+                "share of answers equal to the reference, but for spaces around it and Unicode's "
+                "normal form"
+            )
+        case "bleu":
+            return f"corpus BLEU, 0 to 100; {BLEU_WORDS}"
+        case "rouge":
+            words = ROUGE_WORDS if name == "rouge1" else "words as for rouge1"
+            return f"F1 of {ROUGE[name]}, mean over rows, 0 to 1; {words}"
+    return OF_NUMBERS[metric]
+
+
+def _average(average: str, context: MetricContext) -> str:
+    """Return which labels a score is of, in the way in which they are averaged."""
+    if context.multi_label and context.n_labels == 1:
+        return f"of the label {_named(context, 0)}"
+    if context.n_labels == 2 and not context.multi_label and not average:
+        return f"of the label {_named(context, 1)}, the second of two"
+    average = average or "macro"
+    labels = "the labels" if context.n_labels is None else f"the {context.n_labels} labels"
+    if not context.multi_label:  # those in neither answers nor references have no score
+        labels = f"those of {labels} that occur"
+    return f"{average} average, {AVERAGES[average].format(labels=labels)}"
+
+
+def _named(context: MetricContext, position: int) -> str:
+    if not context.labels:
+        return f"at position {position}"
+    return f"`{printable(context.labels[position]).replace('`', chr(39))}`"

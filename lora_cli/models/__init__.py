@@ -1,0 +1,1 @@
+"""Base models: how they are loaded, what identifies them, and why one cannot be loaded."""

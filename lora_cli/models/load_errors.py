@@ -1,0 +1,207 @@
+"""Why a model or its tokenizer cannot be loaded: one sentence, its place, and what to do.
+
+Model files come from anywhere, and libraries raise any kind of exception over a damaged one (a
+`KeyError` for an unknown activation, a `ZeroDivisionError` for no attention heads). Whatever is
+raised while files of a model are read becomes a `LoraError` here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+from transformers.utils import logging as transformers_logging
+
+from lora_cli.errors import LoraError, Problem, ResourceError, nearest
+from lora_cli.recipe import Recipe
+from lora_cli.unexpected_errors import own_words
+
+CONFIG_FILE = "config.json"
+REPAIR = "correct config.json, or download it again"
+# keys of which every architecture needs a positive whole number, if it has the key at all
+SIZES = re.compile(
+    r"hidden_size|d_model|n_embd|embed_dim|intermediate_size|vocab_size|max_position_embeddings|"
+    r"n_positions|(num_|n_|encoder_|decoder_)?(attention_|hidden_|key_value_)?(heads?|layers?)|"
+    r"num_hidden_layers|num_attention_heads|num_key_value_heads|n_head|n_layer|d_kv|d_ff|"
+    r"(encoder|decoder)_(layers|attention_heads|ffn_dim)"
+)
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "ff_activation")
+MOST_LAYERS = 2000  # the deepest known models have about 200; building each takes time
+PACKAGES = {  # names of packages as errors write them, and as pip installs them
+    "sentencepiece": "sentencepiece", "protobuf": "protobuf", "tiktoken": "tiktoken",
+    "timm": "timm", "sacremoses": "sacremoses", "mamba_ssm": "mamba-ssm", "einops": "einops",
+    "causal_conv1d": "causal-conv1d", "rjieba": "rjieba", "fugashi": "fugashi",
+    "pythainlp": "pythainlp", "nltk": "nltk", "torchvision": "torchvision", "blobfile": "blobfile",
+}  # fmt: skip
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
+
+
+@contextlib.contextmanager
+def explained(recipe: Recipe, what: str) -> Iterator[None]:
+    """Turn whatever is raised while a part of the model is loaded into a `LoraError`.
+
+    Args:
+        recipe: Names the model.
+        what: The part: `configuration`, `tokenizer`, `architecture` or `weights`.
+    """
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    except LoraError:
+        raise
+    except Exception as error:
+        if (place := place_error(error)) is not None:
+            raise place from error
+        if _is_resource(error):
+            raise
+        raise _load_error(recipe, what, error) from error
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def place_error(error: BaseException) -> ResourceError | None:
+    """Return what to say if the Hub's cache is full, or may not be written to, else None."""
+    cause: BaseException | None = error
+    while cause is not None:
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            from huggingface_hub import constants
+
+            place = str(getattr(cause, "filename", None) or constants.HF_HUB_CACHE)
+            reason = os.strerror(number).lower()
+            what = f"a file of the model cannot be read or stored: {reason}"
+            hint = "make room, let the place be read and written, or name another: `HF_HOME=DIR`"
+            return ResourceError(what, place, hint)
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _is_resource(error: Exception) -> bool:
+    """Return whether memory is full, which is nothing that the model's files did."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
+def _load_error(recipe: Recipe, what: str, error: Exception) -> LoraError:
+    """Return what to say of an error that a library raised while it loaded a part of the model."""
+    name, text = recipe.model.name, str(error)
+    at = recipe.at("model.name")
+    known = isinstance(error, OSError | ValueError | ImportError)
+    reason = text.strip().splitlines()[0] if known and text.strip() else own_words(error)
+    is_local = Path(name).is_absolute() or name.startswith("package:")
+    if "trust_remote_code" in text:
+        reason = "it comes with Python code of its own"
+        hint = "read that code; then `--set model.trust_remote_code=true`"
+    elif (package := _missing_package(error)) is not None:
+        reason = f"it needs the Python package `{package}`, which is not installed"
+        hint = f"pip install {package}"
+    elif "does not recognize this architecture" in text:
+        reason = reason.partition(" This could be")[0]
+        hint = "is `model_type` in config.json right? A newer transformers may know it"
+    elif found := re.search(r"field '(\w+)'[\s\S]*?(expected .*)", text):
+        reason = f"`{found[1]}` in {CONFIG_FILE}: {found[2].splitlines()[0]}"
+        hint = REPAIR
+    elif is_local:
+        hint = {
+            "configuration": REPAIR,
+            "architecture": f"{CONFIG_FILE} asks for what cannot be built: {REPAIR}",
+            "tokenizer": "copy or download the tokenizer's files again (tokenizer.json and "
+            "tokenizer_config.json)",
+        }.get(what, "are the folder's files complete? Copy or download them again")
+    elif "/" not in name and not Path(name).exists():
+        hint = "a local folder is written with a slash: `./my-model`"
+    else:
+        hint = "is the name right, and can the Hub be reached? `hf download NAME` fetches it before"
+    return LoraError(f"cannot load the {what} of `{name}`: {reason}", at, hint)
+
+
+def _missing_package(error: Exception) -> str | None:
+    """Return the package that an error asks for, if it does."""
+    text = str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        top = error.name.partition(".")[0]
+        return PACKAGES.get(top, top)
+    asks = r"(?i)not (?:be )?(?:found|installed|available)|is required|requires|need to install"
+    if not isinstance(error, ImportError | ValueError) or not re.search(
+        asks + "|pip install", text
+    ):
+        return None
+    named = re.search(r"pip install (?:-\S+ )*['\"`]?([A-Za-z][\w-]+)", text)
+    known = next((pip for word, pip in PACKAGES.items() if word in text.lower()), None)
+    if known is None and named and named[1].lower() != "transformers":
+        return named[1]
+    return known
+
+
+def require_kind(auto_class: Any, config: PretrainedConfig, recipe: Recipe) -> None:
+    """Reject an architecture that the task has no use for.
+
+    (Transformers would import every architecture that it has, to list them in its error.)
+
+    Raises:
+        LoraError: If the architecture is none of those that `auto_class` can build.
+    """
+    mapping = auto_class._model_mapping
+    if type(config) in mapping or getattr(config, "auto_map", None):
+        return
+    kind = type(config).__name__.removesuffix("Config")
+    what = f"a {kind} model cannot be used for `{recipe.task.type}`"
+    hints = {
+        "causal_lm": "take a decoder such as GPT-2, Llama or Qwen; encoders, and models that "
+        "translate one text into another, can be used for `sequence_classification`",
+        "sequence_classification": "take a model that transformers can make a classifier of, such "
+        "as BERT, RoBERTa or Llama",
+    }
+    raise LoraError(what, recipe.at("task.type"), hints[recipe.task.type])
+
+
+def check_config(config: PretrainedConfig, recipe: Recipe) -> None:
+    """Check what every architecture needs: positive sizes, and activations that there are.
+
+    Raises:
+        LoraError: With every key of config.json that no model can be built from.
+    """
+    problems = []
+    parts = {id(c): c for c in (config, config.get_text_config())}.values()
+    # what a class has by default is right for it: -1 layers, or an activation of its own
+    values = {
+        key: value
+        for part in parts
+        for key, value in vars(part).items()
+        if getattr(type(part), key, None) != value
+    }
+    at = recipe.at("model.name")
+    for key, value in values.items():
+        if SIZES.fullmatch(key) and isinstance(value, int | float) and not _is_size(value, key):
+            most = f", {MOST_LAYERS} at most" if "layer" in key and value > 0 else ""
+            what = f"`{key}` in {CONFIG_FILE} is {value}: it is a positive whole number{most}"
+            problems.append(Problem(what, at, REPAIR))
+        elif key in ACTIVATIONS and isinstance(value, str) and not _is_activation(value):
+            close = nearest(value, ACT2FN)
+            meant = f"did you mean `{close}`? " if close else ""
+            what = f"`{key}` in {CONFIG_FILE} is `{value}`, which is no activation"
+            problems.append(Problem(what, at, f"{meant}{REPAIR}"))
+    if problems:
+        raise LoraError(problems)
+
+
+def _is_size(value: Any, key: str) -> bool:
+    if isinstance(value, bool) or value != int(value):
+        return False
+    if key in ("max_position_embeddings", "n_positions") and value == -1:
+        return True  # DeBERTa's word for: no absolute positions
+    return value > 0 and ("layer" not in key or value <= MOST_LAYERS)
+
+
+def _is_activation(value: str) -> bool:
+    own = {"gelu_accurate", "gelu-approximate", "geglu", "reglu", "glu", "identity", "none"}
+    return value in ACT2FN or value in own

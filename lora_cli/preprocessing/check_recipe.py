@@ -1,0 +1,190 @@
+"""The second stage of checking: data, labels, metrics and targets, on a model without weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lora_cli.adapters.adapter_folder import differences_in_peft
+from lora_cli.adapters.make_trainable import make_trainable
+from lora_cli.data.load_rows import Rows
+from lora_cli.errors import LoraError, Problem, printable, warn
+from lora_cli.metrics import MetricSet, known_metrics
+from lora_cli.models.base_model import load_config, require_gradient_checkpointing
+from lora_cli.preprocessing.data_gate import text_columns, text_of
+from lora_cli.preprocessing.encode import (
+    characters_in,
+    check_data,
+    encode_located,
+    nothing_trained,
+)
+from lora_cli.preprocessing.stream import Stream
+from lora_cli.preprocessing.unknown_tokens import MOST_UNKNOWN, count_unknown, unknown_warning
+from lora_cli.recipe import Recipe
+from lora_cli.tasks import Task, build_task
+from lora_cli.tasks.contract import Example
+from lora_cli.tasks.long_texts import LONG, in_batches
+
+FIRST_ROWS = 1000
+
+
+def check_recipe(recipe: Recipe, all_rows_follow: bool = False) -> None:
+    """Find everything that would stop `lora train` later, and raise it together.
+
+    Args:
+        recipe: The recipe.
+        all_rows_follow: The caller inspects all rows afterwards, so that what the first ones
+            would give a warning of is left to that.
+
+    Raises:
+        LoraError: With every problem of the model, the data, the labels and the targets. If all are
+            of one class, such as a place that cannot be written to, it is of that class.
+    """
+    task = build_task(recipe)
+    problems = Problems()
+    with _collected(problems):
+        task.load_processor()
+    has_processor = not problems
+    if has_processor and task.length_note is not None:
+        warn(task.length_note.removeprefix("warning: "))
+    with _collected(problems):
+        _check_metrics(task)
+    with _collected(problems):
+        splits = check_data(task, ("train", "validation", "test"))
+        if has_processor:
+            _encode_some(task, splits, warns=not all_rows_follow)
+    if has_processor:
+        with _collected(problems):
+            model, new = task.empty_model()
+            with _collected(problems):
+                require_gradient_checkpointing(model, recipe)
+            make_trainable(model, recipe, new)
+            if not problems and recipe.adapter.low_rank:
+                in_full = [*new, *recipe.adapter.train_modules]
+                for difference in differences_in_peft(model, recipe, in_full):
+                    warn(difference)
+    problems.raise_them()
+
+
+class Problems(list[Problem]):
+    """Problems that are collected, and the classes of the errors that they come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes: set[type[LoraError]] = set()
+
+    def raise_them(self) -> None:
+        """Raise them together, if there are any.
+
+        Raises:
+            LoraError: Of their class; a plain one if they are of several.
+        """
+        if self:
+            raise (self.classes.pop() if len(self.classes) == 1 else LoraError)(self)
+
+
+@contextmanager
+def _collected(problems: Problems) -> Iterator[None]:
+    try:
+        yield
+    except LoraError as error:
+        problems += error.problems
+        problems.classes.add(type(error))
+
+
+def _check_metrics(task: Task) -> None:
+    if problems := task.metric_problems():
+        raise LoraError(problems)
+    if set(task.metric_names) - set(known_metrics()):  # only `evaluate` knows what it can load
+        at = task.recipe.at("evaluate.metrics")
+        MetricSet(task.metric_names, task.metric_channel, task.metric_context, at)
+
+
+def _encode_some(task: Task, splits: dict[str, Rows], warns: bool) -> None:
+    """Encode the first rows of each split: what a chat template refuses, it refuses early."""
+    says_unknown = False
+    for name, rows in splits.items():
+        some = next(rows.batches(FIRST_ROWS))
+        made: list[list[Example]] = []
+        lengths = [characters_in(row) for row in some]
+        for part in in_batches(lengths):
+            if not warns and lengths[part.start] > LONG:
+                continue  # takes long, and is encoded with all rows afterwards
+            encoded = encode_located(task, some[part], functools.partial(_place, rows, part.start))
+            # what no warning needs is not kept: a long text has many examples
+            made += encoded if warns else (examples[:1] for examples in encoded)
+        if not any(made) and max(lengths) <= LONG and len(rows) <= FIRST_ROWS:
+            raise nothing_trained(task, rows)
+        if warns:
+            if not says_unknown:  # once: the other splits are written in the same language
+                says_unknown = _warn_of_unknown(task, name, rows, made)
+            _warn_of(task, name, rows, some, made)
+    if task.recipe.data.streaming:
+        Stream(task).look()
+
+
+def _place(rows: Rows, first: int, i: int) -> str:
+    return rows.place(first + i)
+
+
+def _warn_of_unknown(
+    task: Task, name: str, rows: Rows, examples: Sequence[Sequence[Example]]
+) -> bool:
+    """Warn if the tokenizer does not know the letters of the first rows, and return whether."""
+    flat = [(row, example["input_ids"]) for row, made in enumerate(examples) for example in made]
+    if not flat:
+        return False
+    ids = np.concatenate([np.asarray(tokens, dtype=np.int64) for _, tokens in flat])
+    ends = np.cumsum([len(tokens) for _, tokens in flat])
+    unknown = count_unknown(task.tokenizer, ids, ends)
+    if unknown.first is None or unknown.share <= MOST_UNKNOWN:
+        return False
+    row = flat[unknown.first][0]
+    texts = [text_of(rows[row], text_columns(task))]
+    first = f"{name} (its first {FIRST_ROWS} rows)" if len(rows) > FIRST_ROWS else name
+    warn(unknown_warning(task.tokenizer, first, unknown.share, rows.place(row), texts))
+    return True
+
+
+def _warn_of(
+    task: Task,
+    name: str,
+    rows: Rows,
+    some: Sequence[dict[str, Any]],
+    made: Sequence[Sequence[Example]],
+) -> None:
+    """Say how many of the first rows leave nothing to train, or have control tokens in them."""
+    of = f"of the first {len(some):,}" if len(some) < len(rows) else f"of {len(some):,}"
+    if empty := sum(not examples for examples in made):
+        warn(
+            f"{empty:,} {of} {name} rows leave nothing to train within {task.max_length} tokens, "
+            "and are left out: raise `task.max_length`, or see `task.truncate`"
+        )
+    tokens = map(task.control_token_in, some)
+    found = [(i, token) for i, token in enumerate(tokens) if token is not None]
+    if found:
+        i, token = found[0]
+        how = "tokens: see `task.split_special_tokens`" if task.reads_control_tokens else "text"
+        warn(
+            f"{len(found):,} {of} {name} rows have control tokens in their text, the first is "
+            f"`{printable(token)}` at {rows.place(i)}; they are read as {how}"
+        )
+
+
+def empty_adapted_model(recipe: Recipe) -> nn.Module:
+    """Return the model on the meta device with its adapter attached; needs its config only.
+
+    The data are read only where the recipe does not name the labels.
+    """
+    task = build_task(recipe)
+    task.config = load_config(recipe)
+    if not task.knows_labels:
+        check_data(task, ())
+    model, new = task.empty_model()
+    make_trainable(model, recipe, new)
+    return model

@@ -1,0 +1,285 @@
+"""Look at the encoded splits before a model is loaded: what is in them, and what they share."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from lora_cli.characters import difference_of_form
+from lora_cli.data.load_rows import Rows
+from lora_cli.errors import LoraError, counted, printable
+from lora_cli.preprocessing.encode import load_data
+from lora_cli.preprocessing.findings import Findings, Found, Overlap, Pair, SplitFindings, short
+from lora_cli.preprocessing.near_duplicates import (
+    Fingerprints,
+    Indices,
+    near_repeated,
+    near_shared,
+    repeated,
+    shared,
+)
+from lora_cli.preprocessing.stream import Stream
+from lora_cli.preprocessing.unknown_tokens import (
+    MOST_UNKNOWN,
+    Unknown,
+    count_unknown,
+    unknown_warning,
+)
+from lora_cli.recipe import Recipe
+from lora_cli.tasks import build_task
+from lora_cli.tasks.causal_lm import CausalLM
+from lora_cli.tasks.contract import IGNORED, Encoded, Task
+from lora_cli.tasks.labels import look_alikes
+from lora_cli.tasks.sequence_classification import SequenceClassification
+
+NO_WORDS = ("role", "from", "type", "id", "tool_call_id", "weight")  # keys of turns and parts
+N_SHOWN = 3  # examples of each finding
+
+
+def pass_gate(task: Task, data: dict[str, Encoded]) -> Findings:
+    """Look at the splits, print what was found on stderr, and refuse a leak.
+
+    Raises:
+        LoraError: If validation or test share more with train than `data.check.max_overlap`; or
+            with a faulty row among the first that are streamed.
+    """
+    if task.recipe.data.streaming:
+        Stream(task).look()
+    findings = examine(task, data)
+    if findings.splits:
+        sys.stderr.write(findings.table() + "\n")
+    if problems := findings.problems():
+        raise LoraError(problems)
+    return findings
+
+
+def look_at_data(recipe: Recipe) -> tuple[Task, dict[str, Encoded]]:
+    """Read, encode and examine the data of a recipe, as training would; without the model."""
+    task = build_task(recipe)
+    task.load_processor()
+    data = load_data(task)
+    pass_gate(task, data)
+    return task, data
+
+
+def examine(task: Task, data: dict[str, Encoded]) -> Findings:
+    """Return what is in the splits, and what they share."""
+    findings = Findings(task.recipe, task.max_length, task.longer_hint)
+    looked = {name: _Look(task, name, split) for name, split in data.items()}
+    for name, look in looked.items():
+        findings.splits[name] = look.findings()
+        earlier = [other for other in looked if other != name][: len(findings.splits) - 1]
+        if earlier:
+            findings.overlap[name] = {other: look.overlap(looked[other]) for other in earlier}
+    return findings
+
+
+class _Look:
+    """One pass over the rows of a split: fingerprints of their texts, and their labels."""
+
+    def __init__(self, task: Task, name: str, split: Encoded) -> None:
+        self.task, self.name, self.split, self.rows = task, name, split, split.rows
+        self.near = task.recipe.data.check.near_duplicates
+        self.targets: list[str] = []
+        self.empty_rows = 0
+        self.control_rows: list[tuple[int, str]] = []  # row, and the first control token in it
+        self.labels: Counter[str] = Counter()
+        self.texts = Fingerprints.of(self._read(), self.near)
+
+    def _read(self) -> Iterator[list[str]]:
+        columns = text_columns(self.task)
+        start = 0
+        for batch in self.rows.batches(1000):
+            texts = [text_of(row, columns) for row in batch]
+            found = enumerate(map(self.task.control_token_in, batch), start)
+            self.control_rows += [(i, token) for i, token in found if token is not None]
+            start += len(batch)
+            self.empty_rows += sum(not text.strip() for text in texts)
+            if isinstance(self.task, SequenceClassification):
+                for row in batch:
+                    labels = _labels_of(self.task, row)
+                    self.targets.append(", ".join(labels))
+                    self.labels.update(labels)
+            yield texts
+
+    def findings(self) -> SplitFindings:
+        split, task = self.split, self.task
+        of_row, first, which = np.unique(
+            split.examples.data.column("row").to_numpy(), return_index=True, return_inverse=True
+        )
+        full = split.full_lengths[first]
+        long = full > task.max_length
+        kept = np.bincount(which, split.lengths, minlength=len(of_row))
+        cut = long & (kept < full)
+        p50, p95 = (int(q) for q in np.percentile(full, (50, 95), method="lower"))
+        names = task.labels if isinstance(task, SequenceClassification) else []
+        unknown = unknown_tokens(task, split)
+        return SplitFindings(
+            rows=len(self.rows),
+            examples=len(split),
+            skipped_rows=len(self.rows.skipped),
+            rows_without_example=split.rows_without_example,
+            empty_rows=self.empty_rows,
+            control_token_rows=len(self.control_rows),
+            control_tokens=self._about_control_tokens(),
+            tokens={
+                "p50": p50,
+                "p95": p95,
+                "max": int(full.max()),
+                "total": int(split.lengths.sum()),
+            },
+            cut_rows=int(cut.sum()),
+            divided_rows=int((long & ~cut).sum()),
+            unknown_tokens=unknown.share,
+            unknown_warning=warning_of_unknown(task, self.name, split, unknown),
+            trained_tokens=_trained_share(split) if isinstance(task, CausalLM) else None,
+            labels={name: self.labels[name] for name in names},
+            duplicates=self._found(repeated(self.texts), self.rows),
+            near_duplicates=(
+                self._found(near_repeated(self.texts), self.rows) if self.near else None
+            ),
+            contradictions=self._contradictions() if self.targets else None,
+            label_doubts=self._label_doubts(names) if self.name == "train" else [],
+        )
+
+    def _about_control_tokens(self) -> str:
+        """Return what is made of control tokens in the texts, and where the first stands."""
+        if not self.control_rows:
+            return ""
+        row, token = self.control_rows[0]
+        where = f"the first is `{token}` at {self.rows.place(row)}"
+        if self.task.reads_control_tokens:
+            return (
+                f"{where}; each is read as the token, as if the tokenizer had written it: "
+                "`task.split_special_tokens: true` reads them as text"
+            )
+        return f"{where}; they are read as text"
+
+    def _label_doubts(self, names: list[str]) -> list[str]:
+        """Return what to ask of the labels: do two mean the same, has one no rows?"""
+        doubts = [
+            f"the labels {' and '.join(f'`{printable(name)}`' for name in alike)} look alike "
+            f"({' and '.join(counted(self.labels[name], 'row') for name in alike)})"
+            + (
+                f", they differ in nothing but {how}"
+                if (how := difference_of_form(*alike[:2]))
+                else ""
+            )
+            + ": are they one?"
+            for alike in look_alikes(names)
+        ]
+        absent = [name for name in names if not self.labels[name]]
+        if absent:
+            more = f", nor of {len(absent) - 1} others" if len(absent) > 1 else ""
+            doubts.append(f"train has no row of the label `{printable(absent[0])}`{more}")
+        if "-1" in names and self.task.recipe.task.type == "sequence_classification":
+            count = counted(self.labels["-1"], "row")
+            doubts.append(f"-1 is taken for a label ({count}): does it stand for none?")
+        return doubts
+
+    def overlap(self, other: _Look) -> Overlap:
+        """Return what this split shares with another."""
+        near = near_shared(self.texts, other.texts) if self.near else None
+        return Overlap(
+            self._found(shared(self.texts, other.texts), other.rows),
+            None if near is None else self._found(near, other.rows),
+        )
+
+    def _contradictions(self) -> Found:
+        """Return the rows with equal texts and different labels."""
+        targets = np.unique(np.array(self.targets), return_inverse=True)[1]
+        _, first, which = np.unique(self.texts.exact, return_index=True, return_inverse=True)
+        other = targets != targets[first][which]
+        opposed = np.zeros(len(first), dtype=bool)
+        opposed[which[other]] = True
+        rows = np.flatnonzero(other)
+        found = self._found((rows, first[which[rows]]), self.rows, labels=True)
+        count = int(opposed[which].sum())
+        return Found(count, count / len(self.rows), found.examples)
+
+    def _found(self, pairs: tuple[Indices, Indices], others: Rows, labels: bool = False) -> Found:
+        rows, beside = pairs
+        columns = text_columns(self.task)
+        examples = [
+            Pair(
+                self.rows.place(row),
+                others.place(other),
+                short(text_of(self.rows[row], columns)),
+                short(text_of(others[other], columns)),
+                self.targets[row] if labels else None,
+                self.targets[other] if labels else None,
+            )
+            for row, other in zip(rows[:N_SHOWN].tolist(), beside[:N_SHOWN].tolist(), strict=True)
+        ]
+        return Found(len(rows), len(rows) / len(self.rows), examples)
+
+
+def text_columns(task: Task) -> list[str]:
+    """Return the columns by which rows are compared: what the model reads, and what it writes.
+
+    A label is no part of that. (Language models may have the same prompt in every row.)
+    """
+    if isinstance(task, CausalLM) and task.spec.instruction_columns:
+        return task.spec.instruction_columns
+    columns = list(task.input_columns().values())
+    if not isinstance(task, SequenceClassification):
+        columns += task.target_columns().values()
+    return columns
+
+
+def text_of(row: dict[str, Any], columns: list[str]) -> str:
+    """Return the text by which a row is compared; of a conversation, without the system's turn."""
+    return "\n".join(_text(row.get(column)) for column in columns)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "\n".join(map(_text, value))
+    if isinstance(value, dict):
+        if "system" in (value.get("role"), value.get("from")):
+            return ""
+        return "\n".join(_text(v) for key, v in value.items() if key not in NO_WORDS)
+    if isinstance(value, bytes):
+        return xxhash.xxh3_128_hexdigest(value)
+    return "" if value is None else str(value)
+
+
+def _labels_of(task: SequenceClassification, row: dict[str, Any]) -> list[str]:
+    """Return the names of a row's labels, in the order of the labels; or its number."""
+    if task.spec.problem == "regression":
+        return [str(task.reader.number(row))]
+    positions = {task.reader.position(value) for value in task.reader.texts_of(row) or ()}
+    return [task.labels[i] for i in sorted(p for p in positions if p is not None)]
+
+
+def unknown_tokens(task: Task, split: Encoded) -> Unknown:
+    """Return how many tokens of a split the tokenizer does not know, over all its examples."""
+    chunks = split.examples.data.column("input_ids").chunks
+    ids = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
+    return count_unknown(task.tokenizer, np.concatenate(ids), np.cumsum(split.lengths))
+
+
+def warning_of_unknown(task: Task, name: str, split: Encoded, unknown: Unknown) -> str | None:
+    """Return what to say of the tokens that the tokenizer does not know, if they are many."""
+    if unknown.first is None or unknown.share <= MOST_UNKNOWN:
+        return None
+    row = int(split.examples[unknown.first]["row"])
+    texts = [text_of(split.rows[row], text_columns(task))]
+    return unknown_warning(task.tokenizer, name, unknown.share, split.rows.place(row), texts)
+
+
+def _trained_share(split: Encoded) -> float:
+    """Return the share of the tokens that are predicted; the first of an example never is."""
+    trained = 0
+    for labels in split.examples.data.column("labels").chunks:
+        values = labels.flatten().to_numpy(zero_copy_only=False) != IGNORED
+        starts = labels.offsets.to_numpy()[:-1] - labels.offsets[0].as_py()
+        trained += int(values.sum()) - int(values[starts].sum())
+    return trained / int(split.lengths.sum())

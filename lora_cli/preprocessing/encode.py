@@ -1,0 +1,212 @@
+"""From the rows of a recipe to examples: read, checked, encoded once and kept on the disk."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from lora_cli.data.dataset_cache import cached_dataset
+from lora_cli.data.load_rows import Rows, load_rows, without
+from lora_cli.data.readers import require_columns
+from lora_cli.errors import LoraError, Problem, counted
+from lora_cli.tasks.contract import Encoded, Example, Task
+from lora_cli.tasks.long_texts import in_batches
+from lora_cli.unexpected_errors import own_words
+
+
+def load_data(
+    task: Task, splits: Sequence[str] = ("train", "validation", "test")
+) -> dict[str, Encoded]:
+    """Read, check and encode the splits; everything that can be wrong with them is found here.
+
+    Raises:
+        LoraError: With the missing columns, or the rows that are wrong and where they stand.
+    """
+    if problems := task.metric_problems():
+        raise LoraError(problems)
+    return {
+        name: encode_rows(task, rows)
+        for name, rows in check_data(task, splits).items()
+        if name in splits
+    }
+
+
+def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
+    """Read the splits, check every row, and let the task learn what it needs from them."""
+    recipe = task.recipe
+    wanted = (*splits, "train") if task.reads_train else splits
+    rows = load_rows(recipe, wanted)
+    for split in rows.values():
+        columns = task.input_columns() | task.target_columns()
+        require_columns(columns, split.columns, split.source)
+    _refuse_unsupported(task, rows)
+    for name, split in rows.items():
+        split = _without_skipped(task, name, split)
+        faults = {i: fault for i, row in enumerate(split) if (fault := task.fault(row))}
+        if len(faults) == len(split) and recipe.data.on_bad_row == "skip":
+            what = f"no row of the {name} split can be used: {faults[0]}"
+            hint = "is the column named correctly? `data.on_bad_row: skip` leaves no row here"
+            raise LoraError(what, split.place(0), hint)
+        rows[name] = without(split, faults, recipe)
+    task.prepare(rows)
+    return rows
+
+
+def _refuse_unsupported(task: Task, splits: dict[str, Rows]) -> None:
+    """Reject splits with rows of a kind that no task reads, also where bad rows are skipped.
+
+    Raises:
+        LoraError: With how many rows of each split there are, and where the first stands.
+    """
+    problems = []
+    for name, split in splits.items():
+        first, count = None, 0
+        for i, row in enumerate(split):
+            if (found := task.unsupported(row)) is not None:
+                first, count = first or (i, found), count + 1
+        if first is not None:
+            i, (what, hint) = first
+            of = counted(len(split), f"{name} row")
+            share = f"{count:,} of {of} cannot be read as they are meant"
+            problems.append(Problem(f"{share}; the first has {what}", split.place(i), hint))
+    if problems:
+        raise LoraError(problems)
+
+
+def _without_skipped(task: Task, name: str, split: Rows) -> Rows:
+    """Return a split without the rows that the recipe leaves out; they count as skipped.
+
+    Raises:
+        LoraError: If none is left.
+    """
+    reasons = [task.skip_reason(row) for row in split]
+    left_out = [f"{split.place(i)}: {reason}" for i, reason in enumerate(reasons) if reason]
+    if not left_out:
+        return split
+    if len(left_out) == len(split):
+        what = f"no row of the {name} split is left: `skip_labels` has the labels of all"
+        raise LoraError(what, task.recipe.at("task.skip_labels"), "is it the right list?")
+    kept = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=np.int64)
+    return split.select(kept, left_out)
+
+
+def encode_rows(task: Task, rows: Rows) -> Encoded:
+    """Encode the rows of a split once; the next time they come from the disk.
+
+    Raises:
+        LoraError: With the place of a row that cannot be encoded, or if no row gives an example.
+    """
+    import datasets
+
+    def examples() -> Iterator[Example]:
+        first = count = 0
+        for batch in _bounded(rows.batches(1000)):
+            place = functools.partial(_place, rows, first)
+            for offset, made in enumerate(encode_located(task, batch, place)):
+                count += len(made)
+                for example in made:
+                    length = len(example["input_ids"])
+                    example = {"full_length": length, **example}
+                    yield {**example, "row": first + offset, "length": length}
+            first += len(batch)
+        if not count:
+            raise nothing_trained(task, rows)
+
+    def feature(text: str) -> Any:
+        if text.startswith("list<"):
+            return datasets.List(datasets.Value(text[5:-1]))
+        return datasets.Value(text)
+
+    types = {"input_ids": "list<int32>", **task.features(), "row": "int64"}
+    types |= {"length": "int32", "full_length": "int32"}
+    which = hashlib.sha256(rows.indices.tobytes()).hexdigest()
+    key = [
+        *task.cache_key(),
+        rows.sha256,
+        rows.source,
+        which,
+        str(sorted(types.items())),
+        task.recipe.data.format.model_dump_json(),
+        task.recipe.data.on_bad_row,
+    ]
+    dataset = cached_dataset(
+        examples, key, datasets.Features({name: feature(t) for name, t in types.items()})
+    )
+    of_row, lengths, full = (
+        dataset.data.column(name).to_numpy().astype(np.int64)
+        for name in ("row", "length", "full_length")
+    )
+    without_example = len(rows) - len(np.unique(of_row))
+    return Encoded(rows, dataset, lengths, full, without_example)
+
+
+def _bounded(batches: Iterator[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield rows in batches of bounded text: their tokens are in memory at the same time."""
+    for batch in batches:
+        for part in in_batches([characters_in(row) for row in batch]):
+            yield batch[part]
+
+
+def characters_in(value: Any) -> int:
+    """Return how many characters the texts of a row have, also those inside lists and objects."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(characters_in, value)) if isinstance(value, list) else 0
+
+
+def nothing_trained(task: Task, rows: Rows) -> LoraError:
+    """Return what to say of a split of which no row leaves anything to train."""
+    what = f"no row leaves anything to train within {counted(task.max_length, 'token')}"
+    return LoraError(what, rows.source, task.why_nothing(rows[0]))
+
+
+def _place(rows: Rows, first: int, i: int) -> str:
+    return rows.place(first + i)
+
+
+def encode_located(
+    task: Task, batch: Sequence[dict[str, Any]], place: Callable[[int], str]
+) -> list[list[Example]]:
+    """Return the examples of rows, of which `place` tells by their position where they stand.
+
+    They are encoded together; if that fails, one by one, to find the row that cannot be encoded.
+    """
+    try:
+        return _encoded(task, batch)
+    except LoraError:
+        made = []
+        for i, row in enumerate(batch):
+            try:
+                made += _encoded(task, [row])
+            except LoraError as error:
+                if task.recipe.data.on_bad_row == "error":
+                    raise LoraError([replace(p, at=place(i)) for p in error.problems]) from error
+                made.append([])
+        return made
+
+
+def _encoded(task: Task, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
+    """Return the examples of rows.
+
+    Raises:
+        LoraError: If the tokenizer fails on them, or returns a token that the model does not have.
+    """
+    try:
+        made = task.encode(rows)
+    except (LoraError, MemoryError):
+        raise
+    except Exception as error:  # tokenizers raise plain exceptions of many kinds
+        what = f"the tokenizer cannot encode this row: {own_words(error)}"
+        raise LoraError(what, hint="leave the row out, or change its text") from error
+    # of each example the highest: to ask for each token takes long
+    highest = [max(example["input_ids"], default=0) for example in chain.from_iterable(made)]
+    task.require_known_tokens(highest)
+    return made

@@ -1,0 +1,107 @@
+"""Several texts in one row, none of which sees another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lora_cli.errors import LoraError
+from lora_cli.preprocessing.batch_plan import pack
+from lora_cli.tasks.causal_lm import CausalLM
+from lora_cli.tasks.contract import IGNORED, Encoded, Example
+from lora_cli.tasks.padding import tolerance
+
+PROBE_TOKENS = 32  # of each text that is packed on trial
+SAME_KERNELS = 16  # times eps and the scale: what the routing of experts may change
+
+
+class Packed:
+    """Several examples in one row; looks like the data set that it is made from.
+
+    Args:
+        task: Says how many tokens a row takes, and by its recipe's seed what comes together.
+        split: The examples.
+    """
+
+    def __init__(self, task: CausalLM, split: Encoded) -> None:
+        self.split = split
+        self.packs = pack(split.lengths.tolist(), task.max_length, task.recipe.train.seed)
+        self.lengths = np.array([split.lengths[members].sum() for members in self.packs])
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> Example:
+        return one_row(self.split.examples.__getitems__(self.packs[index]))
+
+
+def one_row(examples: Sequence[Example]) -> Example:
+    """Return several examples as one; the first token of each is not predicted."""
+    return {
+        "input_ids": [token for e in examples for token in e["input_ids"]],
+        "labels": [label for e in examples for label in [IGNORED, *e["labels"][1:]]],
+        "position_ids": [i for e in examples for i in range(len(e["input_ids"]))],
+        "row": examples[0]["row"],
+    }
+
+
+@torch.no_grad()
+def check_packing(task: CausalLM, model: nn.Module, split: Encoded) -> None:
+    """Check on packs of real examples that the model keeps packed texts apart.
+
+    What a model does with position ids depends on its architecture: one that ignores them, or
+    whose attention kernel does, or that carries a state along the row (Mamba, RWKV), would read one
+    text as the beginning of the other. Two things must hold near rounding: what stands before a
+    text in its row changes nothing in its outputs, and these are the outputs of the text alone.
+
+    Args:
+        task: It puts examples into batches.
+        model: The model that will be trained; it is put into eval mode, and back.
+        split: The train rows.
+
+    Raises:
+        LoraError: If packed logits are not those of the same texts alone.
+    """
+    examples = [split.examples[i] for i in (0, -1)]
+    first, second = (
+        {**e, **{key: e[key][:PROBE_TOKENS] for key in ("input_ids", "labels")}} for e in examples
+    )
+    size = len(task.tokenizer)
+    other = {**first, "input_ids": [(token + 1) % size for token in first["input_ids"]]}
+    n_rows = min(2, task.recipe.train.micro_batch)  # some kernels unpack one row only
+    start = len(first["input_ids"])
+    was_training = model.training
+    model.eval()
+    try:
+        packed, beside = (
+            _logits(model, task.collate([one_row([before, second])] * n_rows).inputs)[:, start:]
+            for before in (first, other)
+        )
+        alone = _logits(model, {"input_ids": torch.tensor([second["input_ids"]])})
+        packed, beside = (logits[:, : alone.shape[1]] for logits in (packed, beside))
+    except TypeError:  # its forward takes no position ids
+        leaks = True
+    else:
+        seen = float((packed - beside).abs().max())
+        apart = float((packed - alone).abs().max())
+        # the kernels of both packs are the same, so hardly anything is lost to rounding there
+        fine = SAME_KERNELS * torch.finfo(alone.dtype).eps * float(alone.abs().max())
+        leaks = not (seen <= fine and apart <= tolerance(alone, 0.0, alone.dtype))
+    finally:
+        model.train(was_training)
+    if leaks:
+        raise LoraError(
+            "this model lets packed texts see each other",
+            task.recipe.at("train.packing"),
+            "set `train.packing: false`",
+        )
+
+
+def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    device = next(model.parameters()).device
+    moved = {key: value.to(device) for key, value in inputs.items()}
+    logits: Tensor = model(**moved, use_cache=False).logits
+    return logits

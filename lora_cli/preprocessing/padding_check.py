@@ -1,0 +1,146 @@
+"""Before training and before use: what a row means does not depend on the rows next to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.adapters.attach import training_mode
+from lora_cli.errors import LoraError, counted
+from lora_cli.tasks.contract import Example, Task
+from lora_cli.tasks.finite_scores import require_finite, require_finite_weights
+from lora_cli.tasks.padding import MOST_NOISE, NONE, RIGHT, Padding, candidates, tolerance
+from lora_cli.unexpected_errors import own_words
+
+LONGEST = 1024  # tokens of the long row of the trial
+NOT_TRAINED = "the model, before it is used"
+
+
+@torch.no_grad()
+def choose_padding(task: Task, model: nn.Module, longest: int | None = None) -> None:
+    """Choose how the task fills rows of different lengths, by trying it on the model.
+
+    Args:
+        task: Its `padding` is set.
+        model: The model that will be used; it is put into eval mode, and back.
+        longest: Tokens of the longest row; the task's `max_length` if that is not known.
+
+    Raises:
+        LoraError: If the model cannot compute such rows, gives another answer each time, or one
+            that depends on the other rows however they are put together.
+        NumericsError: If its weights or scores are NaN or infinity; minus infinity, which rules
+            a token out, may be a score.
+    """
+    length = min(longest or task.max_length, task.max_length, LONGEST)
+    short, long = task.trial_examples(length)
+    require_finite_weights(model, task.recipe.at("model.name"))
+    with _trial(task, model):
+        alone = _of_first(task, model, [short], "model.name")
+        # before anything is compared: no difference of NaN is small, whatever its cause
+        require_finite(alone.masked_fill(alone == -torch.inf, 0.0), model, task.recipe, NOT_TRAINED)
+        noise = float((alone - _of_first(task, model, [short], "model.name")).abs().max())
+        dtype = alone.dtype
+        if noise > tolerance(alone, 0.0, dtype):
+            raise _not_repeatable(task, noise)
+        task.check_trial(model, short, alone)
+        copies = _of_first(task, model, [short, short], "model.name")
+        noise = float((alone - copies).abs().max())
+        allowed = min(tolerance(alone, noise, dtype), MOST_NOISE * float(alone.abs().max()))
+        chosen: Padding | None = None
+        if len(long["input_ids"]) > len(short["input_ids"]):
+            for padding in candidates(model, task.tokenizer.padding_side):
+                if padding.side == "left" and not task.can_fill_left:
+                    continue
+                task.padding = padding
+                found = _of_first(task, model, [short, long], "task.max_length")
+                if float((found - alone).abs().max()) <= allowed:
+                    chosen = padding
+                    break
+        if chosen is None and noise > allowed:
+            _require_single_rows(task, noise)
+    task.padding = chosen or NONE
+    if task.padding == NONE and len(long["input_ids"]) > len(short["input_ids"]):
+        task.notes.append(
+            "this model's answer to a text changes when the text is padded, so only texts of the "
+            "same length are computed together; `train.group_by_length: true` makes that faster"
+        )
+
+
+@torch.no_grad()
+def check_training(task: Task, model: nn.Module, longest: int | None = None) -> None:
+    """Compute a short and a long row as in training, whose forward pass may ask for more.
+
+    Args:
+        task: Its padding has been chosen.
+        model: The model that will be trained; it is put into training mode, and back.
+        longest: Tokens of the longest row; the task's `max_length` if that is not known.
+
+    Raises:
+        LoraError: If the model cannot compute them (Reformer wants multiples of its chunk).
+    """
+    length = min(longest or task.max_length, task.max_length, LONGEST)
+    short, long = task.trial_examples(length)
+    was_training = model.training
+    training_mode(model)
+    try:
+        for example in (short, long):
+            _of_first(task, model, [example], "task.max_length")
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _trial(task: Task, model: nn.Module) -> Iterator[None]:
+    """Compute without dropout, and without filling rows to a multiple of some tokens."""
+    was_training, multiple, padding = model.training, task.pad_multiple, task.padding
+    model.eval()
+    task.pad_multiple, task.padding = 1, RIGHT
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        task.pad_multiple, task.padding = multiple, padding
+
+
+def _of_first(task: Task, model: nn.Module, examples: Sequence[Example], key: str) -> Tensor:
+    """Return the outputs of the first of several rows that are computed together."""
+    device = next(model.parameters()).device
+    inputs = task.collate(examples).to(device).inputs
+    longest = max(len(example["input_ids"]) for example in examples)
+    try:
+        logits = task.logits(model, inputs)[0]
+    except (LoraError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # architectures raise exceptions of any kind
+        what = f"the model cannot compute {counted(longest, 'token')}: {own_words(error)}"
+        hint = f"`--set task.max_length={max(longest // 2, 1)}` cuts longer texts"
+        if key == "model.name":
+            hint = "is its config.json right, and does it need a newer transformers?"
+        raise LoraError(what, task.recipe.at(key), hint) from error
+    if logits.ndim == 1:
+        return logits
+    length = len(examples[0]["input_ids"])  # (T, V)
+    return logits[-length:] if task.padding.side == "left" else logits[:length]
+
+
+def _not_repeatable(task: Task, noise: float) -> LoraError:
+    what = f"the model answers the same text differently each time, by {noise:.1e}"
+    hint = "it draws random numbers while it answers; for Reformer, set `hash_seed` in config.json"
+    return LoraError(what, task.recipe.at("model.name"), hint)
+
+
+def _require_single_rows(task: Task, noise: float) -> None:
+    """Reject batches of a model whose answers depend on the other rows even without padding."""
+    sizes = {
+        "train.micro_batch_size": task.recipe.train.micro_batch,
+        "evaluate.micro_batch_size": task.recipe.evaluate.micro_batch_size
+        or 2 * task.recipe.train.micro_batch,
+    }
+    large = [key for key, size in sizes.items() if size > 1]
+    if large:
+        what = f"this model's answer to a text depends on the texts next to it, by {noise:.1e}"
+        flags = " ".join(f"--set {key}=1" for key in sizes)
+        raise LoraError(what, task.recipe.at(large[0]), f"compute one at a time: `{flags}`")

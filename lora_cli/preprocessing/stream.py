@@ -1,0 +1,93 @@
+"""Train rows that are streamed: checked and encoded as they come, again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from lora_cli.data.load_rows import stream_rows, without_fault
+from lora_cli.data.text_lines import RawRow
+from lora_cli.errors import LoraError, counted
+from lora_cli.preprocessing.encode import encode_located
+from lora_cli.tasks.contract import Example, Task
+
+CHUNK = 100  # rows that are encoded together
+
+
+class Stream:
+    """Iterates over the examples of the train rows, without end.
+
+    An example's `row` is the number of its row among those without a fault, which counts on from
+    one pass to the next; its `place` is where that stands.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.skipped = 0  # rows of the first pass that gave no example
+        self.first_fault = ""
+
+    def __iter__(self) -> Iterator[Example]:
+        number, self.skipped = 0, 0
+        is_first = True
+        while True:
+            is_empty = True
+            for examples in self._once(is_first):
+                yield from ({**example, "row": number} for example in examples)
+                is_empty = is_empty and not examples
+                number += 1
+            if is_empty:
+                self._refuse()
+            is_first = False
+
+    def look(self) -> None:
+        """Check and encode the first rows, to find early what is wrong with all of them."""
+        next(self._once(is_first=False), None)
+
+    def note(self) -> str | None:
+        """Return how many rows were skipped, if any were."""
+        if not self.skipped:
+            return None
+        return (
+            f"skipped {counted(self.skipped, 'row')} of the stream; the first: {self.first_fault}"
+        )
+
+    def _once(self, is_first: bool) -> Iterator[list[Example]]:
+        """Yield the examples of each row without a fault."""
+
+        def skip(place: str, fault: str) -> None:
+            if is_first:
+                self.skipped += 1
+                self.first_fault = self.first_fault or f"{place}: {fault}"
+
+        task = self.task
+
+        def wanted() -> Iterator[RawRow]:
+            for row in stream_rows(task.recipe):
+                if row.columns is not None and (reason := task.skip_reason(row.columns)):
+                    skip(row.place, reason)
+                else:
+                    yield row
+
+        rows = without_fault(wanted(), task.fault, task.recipe, skip)
+        while chunk := list(islice(rows, CHUNK)):
+            for place, row in chunk:
+                if problem := task.label_problem(row, place):
+                    raise LoraError([problem])
+            places = [place for place, _ in chunk]
+            made = encode_located(task, [row for _, row in chunk], places.__getitem__)
+            for place, examples in zip(places, made, strict=True):
+                if not examples:
+                    skip(
+                        place,
+                        f"nothing to train is left within {counted(task.max_length, 'token')}",
+                    )
+                yield [{**example, "place": place} for example in examples]
+
+    def _refuse(self) -> None:
+        what, hint = "the train split has no rows", "name a file that has some"
+        if self.skipped:
+            what = (
+                f"none of {counted(self.skipped, 'row')} can be used; the first: {self.first_fault}"
+            )
+            hint = "is the column named correctly? `data.on_bad_row: skip` leaves no row here"
+        raise LoraError(what, self.task.recipe.at("data.train"), hint)

@@ -1,0 +1,8 @@
+"""A first recipe for a file of rows, with the reasons of its values beside them."""
+
+from __future__ import annotations
+
+from lora_cli.recipe_draft.commented_yaml import refuse_existing, write_recipe
+from lora_cli.recipe_draft.draft import Draft, draft_recipe
+
+__all__ = ["Draft", "draft_recipe", "refuse_existing", "write_recipe"]

@@ -1,0 +1,159 @@
+"""What is known of the base model without loading it: its family, its size, its tokenizer."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import LoraError
+from lora_cli.recipe_draft.memory_budget import Shape
+
+SIZE = re.compile(r"(?i)(?<![a-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z])")
+SECONDS = 5  # to wait for the Hub
+SAMPLE = 2000  # rows whose length is measured
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, as far as it is at hand (a folder, a package, or the Hub's cache).
+
+    Args:
+        name: As the recipe names it.
+        tokenizer: Its tokenizer, or None.
+        can_write: It continues texts; True where that is not known.
+        positions: Tokens that it can take, if that is known.
+        hidden_size: Width of its layers, if that is known.
+        shape: Its sizes, if they are known.
+        size_from: What says how many parameters it has.
+    """
+
+    name: str
+    tokenizer: Any = None
+    can_write: bool = True
+    positions: int | None = None
+    hidden_size: int | None = None
+    shape: Shape | None = None
+    size_from: str = "by its configuration"
+
+    @property
+    def lacks_template(self) -> bool:
+        """Whether the tokenizer is known to have no chat template."""
+        return self.tokenizer is not None and not getattr(self.tokenizer, "chat_template", None)
+
+    def tokens(self, texts: Sequence[Sequence[str]]) -> list[int]:
+        """Return the length of each row's texts in tokens, the special ones included."""
+        from lora_cli.tasks.long_texts import token_ids
+
+        total = [0] * len(texts)
+        for column in zip(*texts, strict=True):
+            # bytes that are not text stop the tokenizer; their rows are skipped later, and counted
+            read = (text.encode("utf-8", "replace").decode() for text in column)
+            encoded = (token_ids(self.tokenizer, text) for text in read)
+            total = [a + len(ids) for a, ids in zip(total, encoded, strict=True)]
+        return total
+
+
+def look_at(name: str) -> Base:
+    """Return what is known of a model; its weights are not read.
+
+    The configuration and the tokenizer of a model on the Hub are downloaded, if they can be.
+
+    Raises:
+        LoraError: If the name is that of a folder or a package which is not there.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    from lora_cli.models.base_model import locate
+
+    folder = Path(name).expanduser()
+    local = folder.is_dir() or name.startswith((".", "/", "~"))
+    source = locate(str(folder.absolute()) if local else name, "--model")
+    try:
+        config = _from_hub(AutoConfig, source, local)
+    except (OSError, ValueError) as error:
+        if local or name.startswith("package:"):
+            what = str(error).strip().splitlines()[0]
+            hint = "is the folder complete? Copy or download it again"
+            raise LoraError(f"cannot read the model: {what}", "--model", hint) from error
+        return Base(name, shape=shape_by_name(name), size_from="by its name")
+    kind = config.model_type
+    writes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    encodes = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or "ernie" in kind
+    text_config = config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None) or None
+    try:
+        tokenizer = _from_hub(AutoTokenizer, source, local)
+        limit = min(limit or 1 << 30, int(tokenizer.model_max_length))
+    except (OSError, ValueError):
+        tokenizer = None
+    return Base(
+        name,
+        tokenizer,
+        writes and not encodes,
+        None if limit == 1 << 30 else limit,
+        getattr(text_config, "hidden_size", None),
+        _shape_of(config, writes and not encodes),
+    )
+
+
+def _from_hub(kind: Any, source: str, local: bool) -> Any:
+    """Return a configuration or a tokenizer: from the disk, or else from the Hub."""
+    try:
+        return kind.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError):
+        if local or source.startswith("/") or not _hub_answers():
+            raise
+    return kind.from_pretrained(source)
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    """Return whether the Hub can be reached: asked once, for its own client tries for a minute."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=SECONDS)
+    except Exception:  # of whichever library it speaks through
+        return False
+    return True
+
+
+def _shape_of(config: Any, can_write: bool) -> Shape | None:
+    """Return the sizes of a model, counted without memory for its weights."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    kind: Any = AutoModelForCausalLM if can_write else AutoModel
+    try:
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in kind.from_config(config).parameters())
+    except Exception:  # of other people's code, and of configurations that build no such model
+        return None
+    text = config.get_text_config()
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 0
+    return Shape(
+        parameters,
+        int(getattr(text, "num_hidden_layers", 0) or 0),
+        int(getattr(text, "hidden_size", 0) or 0),
+        int(inner) if isinstance(inner, int) else 0,
+        int(getattr(text, "vocab_size", 0) or 0) if can_write else 0,
+    )
+
+
+def shape_by_name(name: str) -> Shape | None:
+    """Return the number of parameters that a name gives: `Llama-3.1-8B`, `mixtral-8x7b`."""
+    match = SIZE.search(name.rpartition("/")[2])
+    if match is None:
+        return None
+    parameters = float(match[2]) * {"b": 1e9, "m": 1e6}[match[3].lower()]
+    return Shape(int(parameters * int(match[1] or 1)))

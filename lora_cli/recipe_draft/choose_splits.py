@@ -1,0 +1,334 @@
+"""Which rows are held out: those that the data set's author held out, or else drawn ones.
+
+A split of the author's is only taken where it measures what it says: with a label in its rows, and
+with texts that train does not have too. Why one is not taken is said beside what is done instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_cli.characters import normalised
+from lora_cli.data.conversations import conversation_fault
+from lora_cli.data.detect_format import DataFile
+from lora_cli.data.held_out import containing, draw
+from lora_cli.data.parallel_texts import BRACES, parts_of
+from lora_cli.data.readers import read_rows
+from lora_cli.data.text_lines import byte_fault
+from lora_cli.errors import LoraError, counted
+from lora_cli.recipe import FormatSpec
+from lora_cli.recipe.spec import CheckSpec, is_file
+from lora_cli.recipe_draft.column_kinds import (
+    GROUP_NAME,
+    SPLIT_NAMES,
+    Column,
+    flag,
+    is_blank,
+    label_text,
+)
+from lora_cli.recipe_draft.data_folder import held_out_of
+from lora_cli.recipe_draft.language_model_rows import Chosen
+
+MOST_OVERLAP = CheckSpec().max_overlap
+PHRASES = 0.1  # with a larger share of rows that stand inside others, these are held out together
+Keys = dict[str, tuple[Any, str]]  # of `data`: the value, and what says so
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass
+class _Held:
+    """The splits of the author, by name, and why others are none."""
+
+    keys: Keys = field(default_factory=dict)
+    train: Rows = ()
+    refused: dict[str, str] = field(default_factory=dict)
+    beside: list[dict[str, Any]] = field(default_factory=list)
+
+
+def choose_splits(
+    file: DataFile, columns: Sequence[Column], chosen: Chosen, target: Path
+) -> tuple[Keys, list[dict[str, Any]]]:
+    """Return the keys of the recipe's `data` that say which rows are held out.
+
+    The rows that are held out in files of their own come with them.
+
+    Args:
+        file: The data file.
+        columns: What its columns hold.
+        chosen: The task.
+        target: Where the recipe will be written; its paths are relative to that folder.
+    """
+    mark = next((c for c in columns if c.kind == "split" and c.name not in chosen.used), None)
+    if mark:
+        held = _by_column(file, mark, chosen)
+    elif file.path.is_dir():
+        held = _by_folder(file, chosen)
+    else:
+        held = _by_files(file, chosen, target)
+    missing = [name for name in ("validation", "test") if name not in held.keys]
+    if file.form.get("sample_by") and len(file.rows) >= 20 and len(missing) == 2:
+        # what stands side by side belongs together, so the end is held out in one piece
+        end = {
+            "train": ("train[:90%]", "running text: its end is held out"),
+            "validation": ("train[90%:]", ""),
+        }
+        return end, []
+    drawn = _draws(list(held.train), columns, chosen, len(missing) == 2)
+    for name in missing:
+        value, why = drawn.get(name, (None, ""))
+        said = "; ".join(filter(None, (held.refused.get(name), why)))
+        if said or value:
+            held.keys[name if value else ""] = value, said
+    order = ("", "split_column", "train", "validation", "test")
+    return {name: held.keys[name] for name in order if name in held.keys}, held.beside
+
+
+def is_skipped(row: dict[str, Any], chosen: Chosen) -> bool:
+    """Return whether the label of a row says that it has none."""
+    marks = chosen.keys.get("skip_labels", ())
+    return bool(marks) and label_text(row.get(chosen.keys["label_column"])) in marks
+
+
+def is_unusable(row: dict[str, Any], chosen: Chosen) -> bool:
+    """Return whether the task would refuse a row."""
+    keys = chosen.keys
+    needed = [name for name in chosen.inputs if keys.get("format") != "alpaca" or name != "input"]
+    if any(is_blank(row.get(name)) for name in needed):
+        return True
+    if any(
+        isinstance(value := row.get(name), str) and byte_fault(value, "UTF-8") for name in needed
+    ):
+        return True
+    if chosen.is_chat:
+        return bool(conversation_fault(row, keys["format"], keys.get("messages_column")))
+    if names := keys.get("label_columns"):
+        flags = [flag(row.get(name)) for name in names]
+        return None in flags or (keys["problem"] == "single_label" and sum(map(bool, flags)) != 1)
+    name = keys.get("label_column")
+    return name is not None and is_blank(row.get(name)) and "label_separator" not in keys
+
+
+# ------------------------------------------------------------------------- splits of the author
+
+
+def _by_column(file: DataFile, mark: Column, chosen: Chosen) -> _Held:
+    """Return the splits that a column names."""
+    named: dict[str, list[str]] = {}
+    for value in mark.counts:
+        named.setdefault(SPLIT_NAMES[value.lower()], []).append(value)
+    rows: dict[str, list[dict[str, Any]]] = {value: [] for value in mark.counts}
+    for row in file.rows:
+        if not is_blank(row.get(mark.name)):
+            rows[label_text(row[mark.name])].append(row)
+    if len(named["train"]) > 1:
+        return _Held(train=file.rows)
+    train = named["train"][0]
+    held = _Held(train=rows[train])
+    for name in ("validation", "test"):
+        for value in named.get(name, ())[:1]:
+            fault = _fault_of(rows[value], rows[train], chosen)
+            what = f"the rows that `{mark.name}` calls {value}"
+            if fault:
+                held.refused[name] = f"{what} are not used: {fault}"
+            else:
+                held.keys[name] = value, f"{what}: {len(rows[value]):,}"
+    if not held.keys:  # then nothing speaks against training on all rows that are not held out
+        return _Held(train=file.rows, refused=held.refused)
+    counts = ", ".join(f"{value} {len(rows[value]):,}" for value in mark.counts)
+    held.keys["split_column"] = mark.name, f"rows of each split: {counts}"
+    if train != "train":
+        held.keys["train"] = train, ""
+    return held
+
+
+def _by_folder(file: DataFile, chosen: Chosen) -> _Held:
+    """Return the splits that are files or folders of a folder."""
+    held = _Held(train=file.rows)
+    form = FormatSpec.model_validate(file.form)
+    for name, files in held_out_of(file.path, file.form).items():
+        read = [row for other in files for row in read_rows(other, form)]
+        rows = [row.columns for row in read if row.columns is not None]
+        fault = next((row.fault for row in read if row.fault), "")
+        what = f"{counted(len(files), 'file')} in the folder"
+        if fault := fault or _fault_of(rows, file.rows, chosen):
+            held.refused[name] = f"{what} called {name} are not used: {fault}"
+            continue
+        held.beside += rows
+        held.keys[name] = name, f"{what}: {counted(len(rows), 'row')}"
+    return held
+
+
+def _by_files(file: DataFile, chosen: Chosen, target: Path) -> _Held:
+    """Return the splits whose files stand beside one that is called train."""
+    held = _Held(train=file.rows)
+    match = re.search(r"(?i)(?<![a-z])train(ing)?(?![a-z])", file.path.name)
+    if match is None:
+        return held
+    before, after = file.path.name[: match.start()], file.path.name[match.end() :]
+    for name, words in (("validation", "validation|valid|val|dev"), ("test", "test|testing")):
+        pattern = re.compile(
+            f"{re.escape(before)}({words})(?P<more>([-_][^.]+)?){re.escape(after)}", re.IGNORECASE
+        )
+        beside = sorted(
+            (other.name != before + other.name[len(before) :], len(other.name), other)
+            for other in _around(file.path)
+            if pattern.fullmatch(other.name)
+        )
+        for _, _, other in beside[:1]:
+            fault, rows = _look_at(other, file, chosen)
+            if fault:
+                held.refused[name] = f"{other.name} next to it is not used: {fault}"
+                continue
+            path = os.path.relpath(other, target.absolute().parent)
+            more = f"; also there: {', '.join(o.name for _, _, o in beside[1:4])}"
+            held.beside += rows
+            why = f"next to the file: {counted(len(rows), 'row')}{more if beside[1:] else ''}"
+            held.keys[name] = path if is_file(path) else f"./{path}", why
+    return held
+
+
+def _around(path: Path) -> list[Path]:
+    """Return the files of a folder; where two belong together, they have one name."""
+    files = list(path.absolute().parent.iterdir())
+    braces = BRACES.search(path.name)
+    if braces is None or path.exists():
+        return files
+    first, after = braces[1].split(",")[0], path.name[braces.end() :]
+    end = first + after
+    names = [other.name.removesuffix(end) for other in files if other.name.endswith(end)]
+    pairs = [path.absolute().with_name(f"{name}{braces[0]}{after}") for name in names]
+    return [pair for pair in pairs if all(part.is_file() for part in parts_of(pair).values())]
+
+
+def _look_at(path: Path, like: DataFile, chosen: Chosen) -> tuple[str, list[dict[str, Any]]]:
+    """Return why a file cannot be a split of another, or nothing; and its rows."""
+    try:
+        rows = list(read_rows(path, FormatSpec.model_validate(like.form)))
+    except LoraError as error:
+        return error.problems[0].what, []
+    fault = next((row.fault for row in rows if row.fault), "")
+    found = [row.columns for row in rows if row.columns is not None]
+    return fault or _fault_of(found, like.rows, chosen), found
+
+
+def _fault_of(rows: Rows, train: Rows, chosen: Chosen) -> str:
+    """Return why rows cannot measure what train teaches, or nothing."""
+    rows = [row for row in rows if not is_skipped(row, chosen)]
+    if not rows:
+        return "it has no rows"
+    lacking = [name for name in chosen.used if all(name not in row for row in rows[:100])]
+    if lacking and "format" not in chosen.keys:
+        return f"it has no column `{sorted(lacking)[0]}`"
+    unusable = sum(is_unusable(row, chosen) for row in rows)
+    if unusable:
+        return f"{unusable:,} of {counted(len(rows), 'row')} lack a text or a label"
+    if chosen.labels and "label_column" in chosen.keys and "label_separator" not in chosen.keys:
+        column = chosen.keys["label_column"]
+        for row in rows:
+            values = row[column] if isinstance(row[column], list) else [row[column]]
+            unknown = [v for v in map(label_text, values) if v not in chosen.labels]
+            if unknown:
+                return f"train has no label `{unknown[0]}`"
+    known = {_text(row, chosen.inputs) for row in train}
+    shared = sum(_text(row, chosen.inputs) in known for row in rows)
+    if shared > MOST_OVERLAP * len(rows):
+        return f"{shared:,} of {counted(len(rows), 'text')} also occur in train"
+    return ""
+
+
+def _text(row: dict[str, Any], columns: Sequence[str]) -> str:
+    """Return the text by which rows are compared."""
+    values = [row.get(name) for name in columns]
+    texts = [v if isinstance(v, str) else json.dumps(v, default=str) for v in values]
+    return normalised("\n".join(texts))
+
+
+# ------------------------------------------------------------------------------------ drawn rows
+
+
+def _draws(
+    rows: list[dict[str, Any]], columns: Sequence[Column], chosen: Chosen, both: bool
+) -> Keys:
+    """Return validation, and test where there are enough rows, as draws from train."""
+    rows = [row for row in rows if not is_unusable(row, chosen) and not is_skipped(row, chosen)]
+    answers = "completion_column" in chosen.keys or chosen.keys.get("format") == "alpaca"
+    asked = chosen.inputs[:-1] if answers else chosen.inputs  # as the draw compares them
+    texts = [_text(row, asked) for row in rows]
+    unique = len(set(texts))
+    if unique < 10:
+        what = f"{unique} different texts are" if unique > 1 else "one text is"
+        return {"validation": (None, f"{what} too few to hold any out")}
+    fraction = 0.2 if unique < 200 else 0.1 if unique < 20_000 else max(0.01, 2000 / unique)
+    held: dict[str, Any] = {"from": "train", "fraction": round(fraction, 2)}
+    why = [f"of {counted(len(rows), 'row')}"]
+    group = _group_of(columns, chosen, rows)
+    if group is not None:
+        held["group_by"] = group.name
+        why.append(f"`{group.name}` repeats: its rows stay on one side")
+    elif (share := _inside_others(texts)) >= PHRASES:
+        held["disjoint"] = "substring"
+        why.append(f"{100 * share:.0f} % of the texts stand inside others: they go together")
+    strata = _strata(rows, chosen)
+    if strata and group is None:
+        # equal texts stay together, so it is different ones that can be divided
+        counts = Counter(stratum for stratum, _ in set(zip(strata, texts, strict=True)))
+        least = min(counts.values())
+        if least >= max(5, 1 / fraction):
+            held["stratify"] = True
+            why.append("each label in proportion")
+        else:
+            several = f"{least} different texts" if least > 1 else "one text only"
+            why.append(f"not stratified: the rarest label has {several}")
+    try:
+        draw(
+            texts,
+            fraction,
+            (0, 0),
+            held.get("disjoint", "exact"),
+            strata if "stratify" in held else None,
+            [str(row[group.name]) for row in rows] if group else None,
+        )
+    except LoraError as error:
+        return {"validation": (None, error.problems[0].what)}
+    drawn: Keys = {"validation": (held, "; ".join(why))}
+    if unique >= 200:
+        once = "used once, at the end"
+        drawn["test"] = dict(held), once if both else "; ".join([*why, once])
+    return drawn
+
+
+def _inside_others(texts: Sequence[str]) -> float:
+    """Return the share of short texts that stand inside longer ones, word for word."""
+    if sum(map(len, texts)) > 300 * len(texts):  # documents
+        return 0.0
+    first = {text: i for i, text in reversed(list(enumerate(texts)))}
+    inside = (
+        first[text] not in owners for text, owners in zip(texts, containing(texts), strict=True)
+    )
+    return sum(inside) / len(texts)
+
+
+def _strata(rows: Rows, chosen: Chosen) -> list[str]:
+    """Return the stratum of each row, where the task has labels."""
+    keys = chosen.keys
+    if keys.get("problem") != "single_label":
+        return []
+    names = keys.get("label_columns") or [keys["label_column"]]
+    return [str([row.get(name) for name in names]) for row in rows]
+
+
+def _group_of(columns: Sequence[Column], chosen: Chosen, rows: Rows) -> Column | None:
+    """Return the column that says which rows belong together: a customer, a conversation."""
+    for column in columns:
+        named = GROUP_NAME.fullmatch(column.name) and column.name not in chosen.used
+        repeats = len(column.counts) >= 10 and column.rows_per_value >= 1.2
+        if named and repeats and not any(is_blank(row.get(column.name)) for row in rows):
+            return column
+    return None

@@ -1,0 +1,491 @@
+"""From a data file and a model's name to a recipe with comments."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lora_cli.data.cell_values import half_width
+from lora_cli.data.conversations import conversation_fault, read_conversations
+from lora_cli.data.csv_rows import delimiter_of
+from lora_cli.data.detect_format import DataFile
+from lora_cli.data.parallel_pairs import read_pair, translations_of
+from lora_cli.errors import LoraError, counted
+from lora_cli.recipe import FormatSpec, Recipe
+from lora_cli.recipe_draft.answer_cuts import rows_without_answer
+from lora_cli.recipe_draft.base_model_info import Base, look_at
+from lora_cli.recipe_draft.chat_lengths import TurnCounter
+from lora_cli.recipe_draft.choose_splits import Keys, Rows, choose_splits, is_unusable
+from lora_cli.recipe_draft.choose_task import choose_task
+from lora_cli.recipe_draft.column_kinds import SPLIT_NAMES, Column, as_number, describe
+from lora_cli.recipe_draft.commented_yaml import SCHEMA, commented_yaml
+from lora_cli.recipe_draft.data_folder import read_source
+from lora_cli.recipe_draft.hints import without_overrides
+from lora_cli.recipe_draft.language_model_rows import Chosen, translation
+from lora_cli.recipe_draft.memory_budget import (
+    GIB,
+    LARGE,
+    SMALL,
+    Card,
+    Fit,
+    Shape,
+    card_here,
+    fit_to,
+    gib,
+    in_words,
+)
+from lora_cli.recipe_draft.text_lengths import length_of, unknown_share
+
+MANY_LABELS = 500  # more are not written out, but found in the train rows
+CHATML = """\
+{%- for message in messages -%}
+<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
+TEMPLATE = "chatml.jinja"
+HEAD = [
+    f"yaml-language-server: $schema={SCHEMA}",
+    "Written by `lora init`; each comment says what a value was inferred from.",
+]
+
+
+@dataclass
+class Draft:
+    """A recipe, with the reasons of its values.
+
+    Args:
+        values: The recipe, section by section.
+        why: By key with dots, what says so; a comment in the file.
+        findings: What was inferred and from what, to print: (name, finding).
+        extra_files: Files that the recipe names, by name, to be written next to it.
+        memory: What training takes, in words.
+    """
+
+    values: dict[str, Any]
+    why: dict[str, str]
+    findings: list[tuple[str, str]] = field(default_factory=list)
+    extra_files: dict[str, str] = field(default_factory=dict)
+    memory: str = ""
+
+    def text(self) -> str:
+        """Return the recipe as YAML with comments."""
+        return commented_yaml(self.values, self.why, HEAD)
+
+    def put(self, section: str, key: str, value: Any, why: str = "") -> None:
+        """Set a key of a section."""
+        self.values.setdefault(section, {})[key] = value
+        if why:
+            self.why[f"{section}.{key}"] = why
+
+
+def draft_recipe(
+    source: Path,
+    model: str,
+    target: Path,
+    text: str | None = None,
+    label: str | None = None,
+    second: Path | None = None,
+    pair: str | None = None,
+    memory: float | None = None,
+) -> Draft:
+    """Return a recipe for a data file.
+
+    Args:
+        source: The data file.
+        model: Hub id, folder or `package:NAME/FOLDER` of the base model.
+        target: Where the recipe will be written; its paths are relative to that folder.
+        text: The column of the text, if the user names it.
+        label: The column of the label, or the completion, if the user names it.
+        pair: The column of the second text, which the label compares with the first.
+        memory: Of the GPU that trains it, in GiB. None: that of the GPU of this machine.
+        second: Another text file whose lines belong to those of the first: the translation.
+
+    Raises:
+        LoraError: If the file cannot be read, or it cannot be decided what to learn from it.
+    """
+    try:
+        return _drafted(source, model, target, text, label, second, pair, memory)
+    except LoraError as error:
+        raise without_overrides(error) from error
+
+
+def _drafted(
+    source: Path,
+    model: str,
+    target: Path,
+    text: str | None,
+    label: str | None,
+    second: Path | None,
+    pair: str | None,
+    memory: float | None,
+) -> Draft:
+    """Return the recipe; errors may speak of keys that only a recipe has."""
+    file = read_source(source) if second is None else read_pair(source, second)
+    base = look_at(model)
+    columns = [describe(name, file.rows, _delimiter(file)) for name in file.columns]
+    if file.form.get("label_from") == "fasttext":
+        columns = [_divided_by_spaces(column) for column in columns]
+    if second is not None and text is None and label is None:
+        chosen = translation(columns[0], columns[1], file.path.name, base.can_write)
+    else:
+        chosen = choose_task(columns, file.rows, file.path.name, text, label, base.can_write, pair)
+    file, columns, chosen = _with_names(file, columns, chosen)
+    card = card_here() if memory is None else Card(memory * GIB, f"a GPU of {memory:g} GiB")
+    draft = Draft({"model": {"name": _relative(model, target, base)}}, {})
+    splits, beside = choose_splits(file, columns, chosen, target)
+    _task(draft, base, chosen, [file.rows, beside])
+    _data(draft, file, columns, chosen, target, splits)
+    _training(draft, base, len(file.rows), card)
+    if (warning := unknown_share([file.rows, beside], base, chosen)) is not None:
+        draft.findings.append(("unknown", warning))
+    draft.values["output_dir"] = _output_dir(file.path, target)
+    _say(draft, file, chosen)
+    Recipe.model_validate(draft.values)  # what is wrong here is ours
+    return draft
+
+
+def _divided_by_spaces(column: Column) -> Column:
+    """Return fastText's column of labels as what it is, if some row has several."""
+    if column.name != "label" or not any(" " in value for value in column.counts):
+        return column
+    counts: Counter[str] = Counter()
+    for value, times in column.counts.items():
+        for label in value.split():
+            counts[label] += times
+    return replace(column, kind="list", separator=" ", counts=counts)
+
+
+def _output_dir(source: Path, target: Path) -> str:
+    """Return a folder for the results: called as the recipe, or as the data if that is `recipe`."""
+    name = target.stem if target.stem != "recipe" else source.absolute().name
+    if target.stem == "recipe" and not source.is_dir():
+        if name.partition(".")[0].lower() in SPLIT_NAMES:  # `ag_news/train.csv`
+            name = source.absolute().parent.name
+        name = re.sub(r"\{.*?\}", "", name).lstrip(".").partition(".")[0]
+    name = re.sub(r"[^-.\w]+", "_", name).strip("_.")
+    return f"out/{name or 'recipe'}"
+
+
+def _delimiter(file: DataFile) -> str:
+    return delimiter_of(file.path, FormatSpec.model_validate(file.form))
+
+
+def _relative(model: str, target: Path, base: Base) -> str:
+    """Return a model's name as the recipe has to write it: a folder as seen from the recipe."""
+    folder = Path(model).expanduser()
+    if Path(model).is_absolute() or model.startswith("~") or not folder.is_dir():
+        return model
+    path = os.path.relpath(folder.absolute(), target.absolute().parent)
+    return path if path.startswith(".") else f"./{path}"
+
+
+def _with_names(
+    file: DataFile, columns: list[Column], chosen: Chosen
+) -> tuple[DataFile, list[Column], Chosen]:
+    """Name the columns of a file without a header after what they are used for."""
+    if file.named or "columns" not in file.form:
+        return file, columns, chosen
+    roles = {
+        "text_column": "text", "text_pair_column": "text_2", "label_column": "label",
+        "prompt_column": "prompt", "completion_column": "completion", "messages_column": "messages",
+    }  # fmt: skip
+    new = {chosen.keys[key]: name for key, name in roles.items() if key in chosen.keys}
+
+    def renamed(value: Any) -> Any:
+        return new.get(value, value) if isinstance(value, str) else value
+
+    keys = {key: renamed(value) if key in roles else value for key, value in chosen.keys.items()}
+    why = {}
+    for key, reason in chosen.why.items():
+        for old, name in new.items():
+            reason = reason.replace(f"`{old}`", f"`{name}`")
+        why[key] = reason
+    rows = [{renamed(name): value for name, value in row.items()} for row in file.rows]
+    names = [renamed(name) for name in file.columns]
+    form = {**file.form, "columns": names}
+    file = DataFile(file.path, form, file.why, rows, file.faults, names, file.named, file.about)
+    inputs = [renamed(name) for name in chosen.inputs]
+    columns = [Column(**{**vars(column), "name": renamed(column.name)}) for column in columns]
+    return file, columns, Chosen(keys, why, inputs, chosen.labels, chosen.left_out)
+
+
+# ----------------------------------------------------------------------------------------- task
+
+
+def _task(draft: Draft, base: Base, chosen: Chosen, splits: Sequence[Rows]) -> None:
+    for key, value in chosen.keys.items():
+        if (key, value) not in (("format", "openai"), ("problem", "single_label")):
+            draft.put("task", key, value, chosen.why.get(key, ""))
+    if "" in chosen.why:
+        draft.why["task.type"] = chosen.why[""]
+    labels = chosen.labels
+    if labels and "label_columns" not in chosen.keys and len(labels) <= MANY_LABELS:
+        names = sorted(labels, key=_label_order(labels))
+        whole = all(name == str(int(name)) for name in names if _is_whole(name)) and all(
+            map(_is_whole, names)
+        )
+        rarest = min(labels, key=lambda name: labels[name])
+        commonest = max(labels, key=lambda name: labels[name])
+        spread = f"rows of each: {labels[rarest]:,} (`{rarest}`) to {labels[commonest]:,}"
+        spread += f" (`{commonest}`)"
+        if labels[rarest] == labels[commonest]:
+            spread = f"{counted(labels[rarest], 'row')} of each"
+        draft.put(
+            "task",
+            "labels",
+            [int(name) for name in names] if whole else names,
+            "; ".join([counted(len(names), "label"), spread, *_same_but_for_case(names)]),
+        )
+    if chosen.is_chat and base.tokenizer is not None:
+        _require_tool_template(base, chosen, splits)
+    if chosen.is_chat and base.lacks_template:
+        draft.put("task", "chat_template", TEMPLATE, "the model has none; this is ChatML")
+        draft.extra_files[TEMPLATE] = CHATML
+    turns = None
+    if chosen.is_chat and base.tokenizer is not None:
+        turns = TurnCounter(base.tokenizer, CHATML if base.lacks_template else None)
+    length, why = length_of(splits, base, chosen, turns)
+    draft.put("task", "max_length", length, why)
+    if (without := rows_without_answer(splits, base, chosen, length, turns)) is not None:
+        count, of = without
+        draft.put(
+            "task",
+            "truncate",
+            "left",
+            f"in {count:,} of {counted(of, 'row')} the prompt alone has so many tokens: cut at "
+            "their end (`right`) they would be left out; so they lose their beginning",
+        )
+
+
+def _require_tool_template(base: Base, chosen: Chosen, splits: Sequence[Rows]) -> None:
+    """Reject conversations with tools or calls that the model's chat template would leave out."""
+    template = CHATML if base.lacks_template else str(base.tokenizer.chat_template)
+    form, column = chosen.keys["format"], chosen.keys.get("messages_column")
+    found = set()
+    for row in (row for rows in splits for row in rows):
+        if conversation_fault(row, form, column):
+            continue  # it is skipped, and said so
+        for conversation in read_conversations(row, form, column):
+            found |= {"tools"} if conversation.tools else set()
+            found |= {"tool_calls" for m in conversation.messages if m.get("tool_calls")}
+    for key in sorted(found):
+        if key not in template:
+            raise LoraError(
+                f"the rows have `{key}`, which the chat template of `{base.name}` does not write",
+                "--model",
+                "use a base model that was trained to call tools",
+            )
+
+
+def _same_but_for_case(names: Sequence[str]) -> list[str]:
+    """Return which labels may be meant to be one."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(name.casefold(), []).append(name)
+    pairs = [" and ".join(f"`{name}`" for name in some) for some in alike.values() if some[1:]]
+    return (
+        [f"{', '.join(pairs)} differ in case only: fix the rows if they are one"] if pairs else []
+    )
+
+
+def _is_whole(text: str) -> bool:
+    return text.isdecimal() and text.isascii() and len(text) < 10
+
+
+def _label_order(labels: Any) -> Any:
+    def key(name: str) -> Any:
+        return float(name), name
+
+    try:
+        return key if all(math.isfinite(float(name)) for name in labels) else None
+    except ValueError:
+        return None
+
+
+# ----------------------------------------------------------------------------------------- data
+
+
+def _data(
+    draft: Draft,
+    file: DataFile,
+    columns: list[Column],
+    chosen: Chosen,
+    target: Path,
+    splits: Keys,
+) -> None:
+    path = os.path.relpath(file.path.absolute(), target.absolute().parent)
+    draft.put("data", "path", f"./{path}" if path.startswith("~") else path, file.about)
+    for key, (value, reason) in splits.items():
+        if key:
+            draft.put("data", key, value, reason)
+        else:
+            draft.why["data.path"] += f"; {reason}"
+    label = next((c for c in columns if c.name == chosen.keys.get("label_column")), None)
+    if label and chosen.keys["problem"] == "regression":
+        for key, mark in label.numbers._asdict().items():
+            if mark != getattr(FormatSpec(), key):
+                example = next(text for text in label.counts if {".", ","} & set(half_width(text)))
+                value = as_number(example, label.numbers)
+                file.form[key] = mark
+                file.why[key] = f"in `{label.name}`: {example} is {value:.15g}"
+    if file.form:
+        draft.put("data", "format", file.form)
+        for key, why in file.why.items():
+            draft.why[f"data.format.{key}"] = why
+    faults = [fault.place for fault in file.faults]
+    blank = sum(is_unusable(row, chosen) for row in file.rows)
+    if faults or blank:
+        said = []
+        if faults:
+            what = f"{counted(len(faults), 'row')} cannot be read, the first at {faults[0]}"
+            said.append(f"{what} ({file.faults[0].fault})")
+        if blank:
+            said.append(
+                f"{counted(blank, 'row')} {'lacks' if blank == 1 else 'lack'} a text or a label"
+            )
+        draft.put("data", "on_bad_row", "skip", "; ".join(said))
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def _training(draft: Draft, base: Base, count: int, card: Card | None) -> None:
+    """Choose the adapter and the training by the task, the number of rows and the memory."""
+    large = base.shape is not None and base.shape.parameters > LARGE
+    writes = draft.values["task"]["type"] == "causal_lm" or (
+        base.can_write and (base.hidden_size is not None or large)
+    )
+    small = base.hidden_size is not None and base.hidden_size <= 512
+    if writes:
+        adapter = {"rank": 16, "alpha": 32, "dropout": 0.05, "target_modules": "all-linear"}
+        draft.values["adapter"] = adapter
+        draft.why["adapter"] = "usual for language models"
+        rate, batch, accumulation = 2e-4, 4, 4
+    else:
+        adapter = {"rank": 8, "alpha": 16, "dropout": 0.1, "target_modules": "all-linear"}
+        draft.values["adapter"] = adapter
+        draft.why["adapter"] = "better than query and value alone where it was measured"
+        rate, batch, accumulation = (1e-3 if small else 5e-4), 16, 1
+    if count < 200:
+        batch, accumulation = min(batch, 8), 1
+    sizes: tuple[tuple[float, int], ...] = ((500, 10), (5_000, 5), (50_000, 3), (math.inf, 1))
+    if draft.values["task"]["type"] == "causal_lm":
+        sizes = ((1_000, 3), (20_000, 2), (math.inf, 1))
+    epochs = next(epochs for most, epochs in sizes if count < most)
+    length = draft.values["task"]["max_length"]
+    shape = base.shape or Shape(0)
+    fit = fit_to(shape, card, batch, accumulation, length)
+    if fit.length < length:
+        reason = f"more does not fit into {card.name if card else 'the memory'}"
+        draft.put("task", "max_length", fit.length, f"{reason}; {draft.why['task.max_length']}")
+    draft.put("train", "epochs", epochs, f"for {counted(count, 'row')}")
+    why = "halve it, and double the next, if memory runs out"
+    draft.put("train", "micro_batch_size", fit.micro_batch, why)
+    draft.put("train", "gradient_accumulation_steps", fit.accumulation)
+    if fit.checkpointing:
+        why = "much less memory, for about a third more time"
+        draft.put("train", "gradient_checkpointing", True, why)
+    draft.put("train", "optimizer", {"type": "adamw", "learning_rate": rate})
+    kind = "cosine" if writes else "linear"
+    draft.put("train", "scheduler", {"type": kind, "warmup_ratio": 0.06})
+    draft.put("train", "precision", fit.precision, _precision_reason(fit, shape, card))
+    draft.memory = _memory_finding(fit, base, card)
+
+
+def _precision_reason(fit: Fit, shape: Shape, card: Card | None) -> str:
+    if fit.precision == "fp16":
+        return f"half the memory of fp32; {card.name if card else 'the GPU'} has no bf16"
+    if fit.precision == "bf16":
+        return "half the memory of fp32, and faster; fp16 on GPUs without bf16 (T4, V100)"
+    return "bf16 is faster, on a GPU" if not card else "the model is small"
+
+
+def _memory_finding(fit: Fit, base: Base, card: Card | None) -> str:
+    """Return what the training takes, and where it runs."""
+    if base.shape is None:
+        unknown = "the model's size is not known"
+        return f"{unknown}, so memory is not either: `--memory` has no effect" if card else unknown
+    size = f"{in_words(base.shape.parameters)} parameters, {base.size_from}"
+    how = fit.precision + (", gradient checkpointing" if fit.checkpointing else "")
+    if not base.shape.is_known:
+        return f"{size}; {how}; what a step takes is not known without its configuration"
+    needed = f"about {gib(fit.needed)} GiB in {how}"
+    if card is not None:
+        return f"{size}: {needed}, of {gib(card.memory)} GiB on {card.name}"
+    advice = "; there is no GPU here: `--memory 24` drafts for one of 24 GiB"
+    return f"{size}: {needed}{advice if base.shape.parameters > SMALL else ''}"
+
+
+# -------------------------------------------------------------------------------------- printing
+
+
+def _say(draft: Draft, file: DataFile, chosen: Chosen) -> None:
+    """Collect what was inferred and from what, in the order in which a reader asks."""
+    say = draft.findings.append
+    task, data, why = draft.values["task"], draft.values["data"], draft.why
+    say(
+        (
+            "file",
+            f"{file.about}: {counted(len(file.rows), 'row')}, "
+            f"{counted(len(file.columns), 'column')}",
+        )
+    )
+    for key, value in file.form.items():
+        shown = repr(value) if key == "delimiter" else value
+        shown = ", ".join(value) if isinstance(value, list) else shown
+        say((key, f"{str(shown).lower() if isinstance(value, bool) else shown}: {file.why[key]}"))
+    problem = task.get("problem", "single_label") if chosen.labels is not None else None
+    reason = chosen.why.get("problem") or chosen.why.get("", "")
+    kind = f"{task['type']}, {problem}" if problem else task["type"]
+    say(("task", f"{kind}" + (f": {reason}" if reason else "")))
+    names = {
+        "text_column": "text", "text_pair_column": "text pair", "prompt_column": "prompt",
+        "completion_column": "completion", "messages_column": "messages", "label_column": "label",
+        "label_columns": "labels", "label_separator": "separator", "labels": "labels",
+        "skip_labels": "no label", "chat_template": "template", "max_length": "length",
+        "truncate": "cut",
+    }  # fmt: skip
+    for key, name in names.items():
+        if key not in task:
+            continue
+        value = task[key]
+        reason = why.get(f"task.{key}", "")
+        if key == "labels" and isinstance(value, list):
+            shown = ", ".join(map(str, value[:6])) + (", …" if len(value) > 6 else "")
+        elif key == "label_separator":
+            shown = repr(value)
+        elif isinstance(value, list):
+            shown = ", ".join(f"`{item}`" for item in value)
+        else:
+            shown = str(value) if key == "max_length" else f"`{value}`"
+        say((name, f"{shown}, {reason}" if reason else shown))
+    for split in ("split_column", "train", "validation", "test"):
+        if split in data:
+            value = data[split]
+            shown = value if isinstance(value, str) else f"{value['fraction']:g} of train"
+            shown = f"`{shown}`" if split == "split_column" else shown
+            reason = why.get(f"data.{split}", "")
+            say((split.replace("_", " "), f"{shown}" + (f", {reason}" if reason else "")))
+    if more := why["data.path"].removeprefix(file.about).removeprefix("; "):
+        say(("held out", more if "validation" in data else f"nothing: {more}"))
+    say(("memory", draft.memory))
+    if "on_bad_row" in data:
+        say(("skipped", why["data.on_bad_row"]))
+    if others := translations_of(file):
+        beside = ", ".join(other.name for other in others[:4])
+        what = f"next to it, with as many lines: {beside}; to learn to translate, name both files"
+        say(("also", what))
+    if chosen.left_out:
+        parts = [f"`{name}` ({reason})" for name, reason in chosen.left_out.items()]
+        more = f", and {len(parts) - 12} more" if len(parts) > 12 else ""
+        say(("left out", ", ".join(parts[:12]) + more))

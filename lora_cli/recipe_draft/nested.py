@@ -1,0 +1,106 @@
+"""Rows whose answers, choices or labels stand inside objects: named, with a command that helps.
+
+Left out in silence, a question would be learned without its choices, or a text without its labels.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from lora_cli.errors import LoraError
+from lora_cli.recipe_draft.column_kinds import Column, is_blank
+
+ANSWERS = re.compile(r"(?i)(.*_)?answers?")
+CHOICES = re.compile(r"(?i)(.*_)?(choices|options|endings|alternatives)")
+ASKED = re.compile(r"(?i)question|query|prompt|ctx|context|stem|instruction|startphrase|problem")
+KEY = re.compile(r"(?i)answer[_ ]?key|answer([_ ]?(idx|index|id))?|label|correct([_ ]?answer)?")
+ABOUT = re.compile(r"(?i)_*(meta(data)?|info|attributes|source|provenance|extra|stats)_*")
+LABEL_KEYS = {"label", "labels", "type", "tag", "entity", "category", "class", "emotion", "value"}
+
+
+def require_flat(
+    columns: Sequence[Column], rows: Sequence[dict[str, Any]], place: str, has_label: bool
+) -> None:
+    """Reject rows of which a part that matters stands inside objects or lists.
+
+    Args:
+        columns: What the columns hold.
+        rows: The rows.
+        place: Name of the file.
+        has_label: A label was found among the columns.
+
+    Raises:
+        LoraError: If there are such; its hint makes columns of them.
+    """
+    texts = [c.name for c in columns if ASKED.fullmatch(c.name) and c.kind == "text"]
+    asked = next((name for name in texts if name != "context"), texts[0]) if texts else None
+    key = next((c.name for c in columns if KEY.fullmatch(c.name) and c.kind != "other"), None)
+    source = shlex.quote(place)
+    for column in columns:
+        value = next((v for row in rows if not is_blank(v := row.get(column.name))), None)
+        if asked and key and CHOICES.fullmatch(column.name) and column.kind in ("other", "list"):
+            new = _choice(asked, column.name, key, value)
+            raise LoraError(
+                f"each row has a question (`{asked}`) and its choices (`{column.name}`), and no "
+                "task chooses among texts",
+                place,
+                f"write them as prompt and completion: `jq -c '{new}' "
+                f"{source} > flat.jsonl`; or name what is learned: `--text {asked} --label {key}`",
+            )
+        if column.kind != "other" or ABOUT.fullmatch(column.name):
+            continue
+        path = _answer_in(value) if ANSWERS.fullmatch(column.name) else None
+        if asked and path:
+            context = ", input: .context" if any(c.name == "context" for c in columns) else ""
+            new = f"{{instruction: .{asked}{context}, output: .{column.name}{path}}}"
+            raise LoraError(
+                f"the answers stand inside `{column.name}`, which no task reads",
+                place,
+                f"write the first one as a column: `jq -c '{new}' {source} > flat.jsonl`",
+            )
+        if not has_label and (path := _label_in(value)):
+            raise LoraError(
+                f"`{column.name}` holds objects, in which labels may stand; no task reads them",
+                place,
+                f"write what is to be learned as a column: `jq -c '. + {{label: .{column.name}"
+                f"{path}}}' {source} > flat.jsonl`; or name the columns to be read, "
+                "`--text COLUMN --label COLUMN`, with `--label none` for text alone",
+            )
+
+
+def _choice(asked: str, choices: str, key: str, value: Any) -> str:
+    """Return the expression of jq that makes a prompt and a completion of a question."""
+    texts, right = f".{choices}", f".{key}"
+    if isinstance(value, dict):
+        name = next((name for name, item in value.items() if isinstance(item, list)), "text")
+        texts = f".{choices}.{'text' if 'text' in value else name}"
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        texts = f"[.{choices}[].text]"
+    prompt = f'.{asked} + "\\n" + ({texts} | join("\\n"))'
+    return f"{{prompt: ({prompt}), completion: ({right} | tostring)}}"
+
+
+def _answer_in(value: Any) -> str | None:
+    """Return where the first text stands inside answers, as jq writes it."""
+    if isinstance(value, dict) and "text" in value:
+        return ".text[0]" if isinstance(value["text"], list) else ".text"
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "text" in value[0]:
+        return "[0].text"
+    return None
+
+
+def _label_in(value: Any) -> str | None:
+    """Return where something like a label stands inside an object, or a list of them."""
+    start = ""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value, start = value[0], "[0]"
+    if not isinstance(value, dict) or not value:
+        return None
+    name = next((name for name in value if name.lower() in LABEL_KEYS), None)
+    marks = [isinstance(item, int | float) for item in value.values()]
+    if name is None and len(marks) > 1 and all(marks) and not start:
+        name = next(iter(value))
+    return None if name is None else f"{start}.{name}"

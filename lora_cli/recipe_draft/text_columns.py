@@ -1,0 +1,131 @@
+"""Which column is the text, or which two are, and what the columns hold, in words."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from lora_cli.errors import LoraError, counted
+from lora_cli.recipe_draft.column_kinds import Column, is_blank
+
+SECOND = {"1": "2", "a": "b", "first": "second", "left": "right", "one": "two", "x": "y"}
+TEXT_NAMES = re.compile(
+    r"(?i)(.*[_\W])?(text|sentence|review|message|comment|content|body|tweet|utterance|query|"
+    r"question|document|article|post|description|transcript|transcription|文|テキスト|texte?o?)"
+)
+PAIR_NAMES = [
+    ("premise", "hypothesis"), ("question", "passage"), ("question", "sentence"),
+    ("question", "context"), ("query", "document"), ("query", "passage"), ("text", "text_pair"),
+    ("context", "response"), ("claim", "evidence"),
+]  # fmt: skip
+
+
+def content_of(column: Column) -> str:
+    """Return in a few words what a column holds."""
+    return {
+        "blank": "nothing in it", "url": "addresses", "date": "dates", "id": "names of rows",
+        "number": "numbers", "binary": "two values",
+        "category": counted(len(column.counts), "value"),
+        "file": "names of files of sound or pictures", "split": "which split a row is of",
+        "text": f"text, {_characters(column)} on average",
+        "list": "lists", "other": "objects inside rows, which no task reads",
+    }.get(column.kind, "another conversation")  # fmt: skip
+
+
+def _characters(column: Column) -> str:
+    return counted(round(column.characters), "character")
+
+
+def listed(columns: Sequence[Column]) -> str:
+    """Return the columns with what they hold, for a hint."""
+    return "the columns: " + "; ".join(
+        f"`{column.name}`: {content_of(column)}" for column in columns[:20]
+    )
+
+
+def unnested(column: Column, rows: Sequence[dict[str, Any]], place: str) -> str:
+    """Return the command that makes columns of the objects in a column."""
+    source = shlex.quote(place)
+    key = column.name if column.name.isidentifier() else f'"{column.name}"'
+    value = next(value for row in rows if not is_blank(value := row.get(column.name)))
+    how = f".{key}[]" if isinstance(value, list) else f".{key}"
+    if len(rows) > 1 and not isinstance(value, list):
+        beside = [f"del(.{key})"] if len(rows[0]) > 1 else []
+        how = " + ".join([*beside, f".{key}"])
+    return f"turn them into columns: `jq -c '{how}' {source} > flat.jsonl`"
+
+
+def pair_of(columns: Sequence[Column]) -> tuple[Column, Column] | None:
+    """Return two texts that belong together, by their names or for want of names."""
+    texts = [column for column in columns if column.kind == "text" or _is_short_text(column)]
+    lower = {column.name.strip().lower(): column for column in texts}
+    for one, two in PAIR_NAMES:
+        if one in lower and two in lower:
+            return lower[one], lower[two]
+    for name in sorted(lower, key=len):  # `sentence1` before `sentence1_parse`
+        for other in _counterparts(name):
+            if other in lower and not name.startswith("column_"):
+                return lower[name], lower[other]
+    unnamed = [c for c in texts if re.fullmatch(r"column_\d+", c.name) and c.kind == "text"]
+    if len(unnamed) == 2:
+        short, long = sorted(unnamed, key=lambda column: column.characters)
+        if long.characters < 3 * short.characters:
+            return unnamed[0], unnamed[1]
+    return None
+
+
+def _counterparts(name: str) -> list[str]:
+    """Return the names that a second text would have: `#2 string` beside `#1 string`."""
+    parts = re.findall(r"[^\W\d_]+|\d+|[\W_]+", name)
+    found = []
+    for i, part in enumerate(parts):
+        if part in SECOND:
+            found.append("".join([*parts[:i], SECOND[part], *parts[i + 1 :]]))
+    return found
+
+
+def _is_short_text(column: Column) -> bool:
+    return column.kind == "category" and column.words >= 1.5
+
+
+def text_of(columns: Sequence[Column], place: str, label: Any, more: str = "") -> Column:
+    """Return the column of the text: the longest, unless names or lengths leave a doubt.
+
+    Args:
+        columns: Those that may be it.
+        place: Name of the file, for the error.
+        label: The label, if there is one.
+        more: What else the error says of the options.
+    """
+    texts = sorted(
+        (column for column in columns if column.kind == "text"), key=lambda c: -c.characters
+    )
+    if not texts:
+        texts = [c for c in columns if c.kind == "category" and TEXT_NAMES.fullmatch(c.name)]
+    if not texts:
+        texts = [c for c in columns if c.kind == "category" and c.rows_per_value < 2]
+    if not texts and label is not None:
+        texts = [c for c in columns if c.kind in ("category", "list") and c.words >= 1.5]
+    if not texts:
+        what = "no column holds text"
+        raise LoraError(what, place, f"name it with `--text COLUMN` ({listed(columns)})")
+    named = [column for column in texts if TEXT_NAMES.fullmatch(column.name.strip())]
+    for some in (named, texts):
+        if len(some) == 1 or (some and some[0].characters > 1.3 * some[1].characters):
+            return some[0]
+    close = " or ".join(f"`{column.name}`" for column in (named or texts)[:6])
+    both = "" if label is not None else ", or a prompt and its completion: `--text A --label B`"
+    raise LoraError(
+        f"which column is the text? It could be {close}",
+        place,
+        f"name it with `--text COLUMN`{both}{more} ({listed(columns)})",
+    )
+
+
+def text_reason(column: Column, columns: Sequence[Column]) -> str:
+    """Return why a column is taken for the text."""
+    longer = any(c.kind == "text" and c.characters > column.characters for c in columns)
+    what = "text, by its name" if longer else "the longest text"
+    return f"{what} (mean {_characters(column)})"

@@ -1,0 +1,205 @@
+"""The part of the page on the model's answers: which labels it confuses, where it errs, samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_cli.errors import counted
+from lora_cli.reporting import page_analysis, svg_plots
+from lora_cli.reporting.html import DASH, esc, named, own, scroller, section, table
+from lora_cli.reporting.page_analysis import Kind, Line, finite
+from lora_cli.reporting.report import part, shown_number
+
+MATRIX_LABELS, MAP_LABELS = 20, 120  # more are no matrix, and no map, that one can read
+MOST_LABELS, PAIRS, CASES = 200, 15, 20
+
+
+def answer_sections(report: dict[str, Any], kind: Kind, lines: list[Line], split: str) -> list[str]:
+    """Return the sections on what the model says of a split's rows."""
+    rows = counted(len(lines), f"{split} row")
+    if kind in ("single_label", "multi_label"):
+        labels = page_analysis.label_names(report, lines)
+        wrong = page_analysis.worst(kind, lines, len(lines))
+        shown = f"The {CASES} of {len(wrong):,}" if len(wrong) > CASES else f"The {len(wrong):,}"
+        note = (
+            f"{shown} wrong rows (of {rows}) that cost most loss, the worst first; beside a label "
+            "the probability that the model gave it. Where it is sure and the label says "
+            "otherwise, check the label first: it may be the label that is wrong."
+        )
+        return [
+            _confusion(labels, lines, rows) if kind == "single_label" else "",
+            _labels(labels, lines, rows),
+            _calibration(kind, lines, rows, len(labels)),
+            section("errors", "Worst errors", note, _cases(wrong[:CASES])),
+        ]
+    if kind == "regression":
+        both = [(finite(x.get("reference")), finite(x.get("prediction"))) for x in lines]
+        pairs = [(a, b) for a, b in both if a is not None and b is not None]
+        plot = svg_plots.scatter(pairs)
+        plot = f'<div class="grid">{plot}</div>' if plot else ""
+        cases = _cases(page_analysis.worst(kind, lines, CASES))
+        note = f"The {split} rows whose prediction is farthest from the reference, the worst first."
+        return [
+            section("predictions", "Predictions", f"Of the {rows}.", plot),
+            section("errors", "Worst errors", note, cases),
+        ]
+    hardest = page_analysis.worst(kind, lines, CASES)
+    unit = "token" if kind == "text" else "item"
+    note = f"The {split} rows with the highest loss a {unit}, the hardest first. Look for rows "
+    note += "that are broken: another language, markup, a text that was cut."
+    return [section("errors", "Hardest rows", note, _cases(hardest, unit))]
+
+
+def _confusion(labels: list[str], lines: list[Line], rows: str) -> str:
+    pairs = page_analysis.confused_pairs(labels, lines)
+    note = f"{rows}: each line a label, each column what it was called. Blue is right, orange wrong"
+    note += "; the deeper, the larger the share of the label's rows."
+    if len(labels) > MATRIX_LABELS:
+        cells = [[named(a), named(b), f"{n:,}"] for n, a, b in pairs[:PAIRS]]
+        header = ["label", "called instead", "rows"]
+        shown = table(header, cells, "Confused pairs", texts=2) if cells else ""
+        if len(labels) > MAP_LABELS:
+            note = (
+                f"Of {rows} and {counted(len(labels), 'label')}, the pairs that are confused most."
+            )
+            return section("confusion", "Confusion", note, shown)
+        matrix = page_analysis.confusion(labels, lines)
+        grid = scroller(svg_plots.heat_map(labels, matrix), "Confusion matrix")
+        return section("confusion", "Confusion", note, grid, "<h3>Confused most</h3>", shown)
+    matrix = page_analysis.confusion(labels, lines)
+    head = "".join(f'<th scope="col" title="{esc(x)}">{own(x)}</th>' for x in labels)
+    body = ""
+    for i, (label, row) in enumerate(zip(labels, matrix, strict=True)):
+        total = sum(row) or 1
+        counts = "".join(_cell(n, n / total, i == j) for j, n in enumerate(row))
+        body += f'<tr><th scope="row" title="{esc(label)}">{own(label)}</th>{counts}</tr>'
+    corner = '<td class="corner">label ↓<br>called →</td>'
+    grid = f"<thead><tr>{corner}{head}</tr></thead><tbody>{body}</tbody>"
+    if pairs:
+        count, label, called = pairs[0]
+        note += f" Confused most: {own(label, 'code')} called {own(called, 'code')} ({count})."
+    inner = scroller(f'<table class="matrix">{grid}</table>', "Confusion matrix")
+    return section("confusion", "Confusion", note, inner)
+
+
+def _cell(count: int, share: float, hit: bool) -> str:
+    shade = share**svg_plots.FAINT
+    deep = shade > (0.87 if hit else 0.92)  # so deep that white reads better than black
+    looks = [*["hi"] * deep, *["hit"] * hit]
+    look = f' class="{" ".join(looks)}"' if looks else ""
+    return f'<td{look} style="--v:{shade:.2f}">{count}</td>' if count else "<td></td>"
+
+
+def _labels(labels: list[str], lines: list[Line], rows: str) -> str:
+    scores = page_analysis.per_label(labels, lines)
+    note = f"Of {rows}. Precision: of the rows called so, the share that are. Recall: of the rows "
+    note += "that are, the share called so. F1: the harmonic mean of both."
+    if many := len(scores) > MATRIX_LABELS:
+        scores = sorted(scores, key=lambda s: (s.f1 is None, s.f1 or 0.0))[:MOST_LABELS]
+        note += " The labels with the lowest F1 come first."
+    cells = [
+        [
+            named(s.label),
+            *(f"{v:.3f}" if v is not None else DASH for v in (s.precision, s.recall)),
+            _bar(s.f1),
+            f"{s.rows:,}",
+            f"{s.called:,}",
+        ]
+        for s in scores
+    ]
+    header = ["label", "precision", "recall", "F1", "rows", "called so"]
+    inner = table(header, cells[:MATRIX_LABELS], "By label") if cells else ""
+    if many:
+        rest = table(header, cells[MATRIX_LABELS:], "The other labels")
+        inner += f"<details><summary>The other {len(cells) - MATRIX_LABELS} labels</summary>{rest}"
+        inner += "</details>"
+    return section("labels", "By label", note, inner)
+
+
+def _bar(share: float | None) -> str:
+    if share is None:
+        return DASH
+    bar = f'<span class="bar"><i style="width:{100 * share:.1f}%"></i></span>'
+    return f"{share:.3f}{bar}"
+
+
+def _calibration(kind: Kind, lines: list[Line], rows: str, n_labels: int) -> str:
+    found = page_analysis.calibration(kind, lines, n_labels)
+    if found is None:
+        return ""
+    bins, error = found
+    total = sum(b.rows for b in bins)
+    said = sum(b.rows * b.confidence for b in bins) / total
+    true = sum(b.rows * b.accuracy for b in bins) / total
+    of = "its predictions" if kind == "single_label" else "its labels, row by row,"
+    lean = "overconfident" if said > true else "underconfident"
+    lean = "" if abs(said - true) < 0.02 else f": it is {lean}"
+    note = (
+        f"Can its probabilities be believed? It gives {of} {100 * said:.1f} % on average, and "
+        f"{100 * true:.1f} % of them are right{lean}. Expected calibration error "
+        f"<b>{error:.3f}</b>: the mean distance from the dashed line, over ten bins. The pale bars "
+        f"show how many of the {total:,} predictions each bin holds."
+    )
+    plot = f'<div class="grid">{svg_plots.reliability(bins, error)}</div>'
+    return section("calibration", "Calibration", note, plot)
+
+
+def _cases(lines: list[Line], unit: str = "") -> str:
+    """Return rows with their text, what was wanted and what was said; `unit` is of the loss."""
+    items = []
+    for line in lines:
+        scores = part(line, "scores")
+        wanted, said = line.get("reference"), line.get("prediction")
+        loss, count = finite(line.get("loss")), finite(line.get("n_items"))
+        place = f'<span class="place">{own(line["place"])}</span>' if "place" in line else ""
+        texts = ""
+        if unit:
+            each = f"<b>{loss / count:.3f}</b>" if loss is not None and count else DASH
+            head = f"<span>{each} a {unit}, {count or 0:,.0f} {unit}s</span>"
+            answers = [("wanted", wanted), ("said", said)]
+            texts = "".join(
+                f"<div><i>{name}</i>{own(str(text).strip(), 'span', 'text')}</div>"
+                for name, text in answers
+                if text is not None
+            )
+        else:
+            head = f"<span>wanted {_answer(wanted, scores)}</span>"
+            head += f"<span>said {_answer(said, scores)}</span>"
+        text = own(line["text"], "span", "text") if line.get("text") else ""
+        texts = f'<div class="pair">{texts}</div>' if texts else ""
+        items.append(f'<li><div class="head">{head}{place}</div>{text}{texts}</li>')
+    return f'<ol class="cases">{"".join(items)}</ol>' if items else ""
+
+
+def _answer(value: Any, scores: dict[str, Any]) -> str:
+    """Return a label, several, or a number, with the probability that the model gave it."""
+    if isinstance(value, float):
+        return f"<b>{shown_number(value)}</b>"
+    parts = []
+    for label in value if isinstance(value, list) else [value]:
+        p = finite(scores.get(str(label)))
+        parts.append(f"{own(label, 'b')}{f' {100 * p:.1f} %' if p is not None else ''}")
+    return ", ".join(parts) or "<b>none</b>"
+
+
+def sample_section(report: dict[str, Any]) -> str:
+    """Return what a language model wrote before and after training."""
+    items = []
+    samples = report.get("samples")
+    for sample in samples if isinstance(samples, list) else []:
+        if not isinstance(sample, dict):
+            continue
+        names = (("before", "before"), ("after", "after training"), ("reference", "in the data"))
+        texts = "".join(
+            f"<div><i>{name}</i>{own(sample[key].strip() or '(nothing)', 'span', 'text')}</div>"
+            for key, name in names
+            if isinstance(sample.get(key), str) and (sample[key] or key != "reference")
+        )
+        prompt = own(sample.get("prompt", ""), "b", "text")
+        place = f'<span class="place">{own(sample.get("place", ""))}</span>'
+        head = f'<div class="head"><span>prompt</span>{place}</div>{prompt}'
+        items.append(f'<li>{head}<div class="pair">{texts}</div></li>')
+    inner = f'<ol class="cases">{"".join(items)}</ol>' if items else ""
+    note = "How the model continues the first validation rows, before and after training; the "
+    note += "most likely token every time."
+    return section("samples", "Samples", note, inner)

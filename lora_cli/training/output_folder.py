@@ -1,0 +1,258 @@
+"""The output folder of a run: opened before training, completed after it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lora_cli import __version__
+from lora_cli.adapters.attach import parameter_table
+from lora_cli.data.load_rows import SPLITS
+from lora_cli.environment import installed_version
+from lora_cli.errors import LoraError, Problem, ResourceError
+from lora_cli.files import FolderLock, is_leftover, write_atomically
+from lora_cli.recipe import Recipe, dump_recipe, load_adapter_recipe
+from lora_cli.reporting import plot_learning_curve, write_model_card, write_page, write_report
+from lora_cli.reporting.report import part
+from lora_cli.tasks import Encoded, Task
+from lora_cli.tasks.sequence_classification import SequenceClassification, label_counts
+from lora_cli.training.checkpoints import peek_state
+from lora_cli.training.progress import peak_memory_bytes
+from lora_cli.training.train_state import TrainState, recipe_facts, refuse_changes
+
+REPORT = "report.json"
+LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "safetensors")
+
+
+def finished_report(recipe: Recipe, resume: bool) -> dict[str, Any] | None:
+    """Return the report of a complete run, which is to be resumed, else None; nothing is written.
+
+    Where the recipe has changed, and is allowed to, the run is not complete any more: more steps,
+    or other metrics, are still to come.
+
+    Raises:
+        LoraError: If the folder holds something and the run is not to be resumed, or holds no run,
+            or a complete run of another recipe.
+    """
+    folder = recipe.output_path
+    _refuse_foreign(recipe, resume)
+    if not (folder / REPORT).exists():
+        return None
+    report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    state = peek_state(folder)
+    if state is None:  # it was restored without its checkpoints
+        state = TrainState(recipe=recipe_facts(load_adapter_recipe(folder)))
+        if changes := refuse_changes(state, recipe):
+            raise LoraError(
+                f"the run is complete, and without its checkpoints it cannot go on: {changes[0]}",
+                str(folder),
+                "start a new run in another folder with `-o DIR`; `adapter.from` takes this one's "
+                "adapter as its start",
+            )
+    return None if refuse_changes(state, recipe) else report
+
+
+def refuse_other_rows(recipe: Recipe, report: dict[str, Any], data: dict[str, Encoded]) -> None:
+    """Refuse the results of a complete run if its rows are others by now.
+
+    Args:
+        recipe: Says where the rows lie.
+        report: The report of the run.
+        data: The rows now.
+
+    Raises:
+        LoraError: With the splits that differ.
+    """
+    hint = "start a new run in another folder with `-o DIR`, or restore the rows"
+    before = {split: part(report, "data", split).get("sha256") for split in report["data"]}
+    now = {split: encoded.rows.content_sha256() for split, encoded in data.items()}
+    problems = [
+        Problem(
+            f"the run is complete, and the rows of {split} are not those it was trained with",
+            recipe.at(f"data.{split}"),
+            hint,
+        )
+        for split in SPLITS
+        if before.get(split) != now.get(split)
+    ]
+    if problems:
+        raise LoraError(problems)
+
+
+def _refuse_foreign(recipe: Recipe, resume: bool) -> None:
+    """Refuse an output folder that holds what this run must not write over."""
+    folder, at = recipe.output_path, recipe.at("output_dir")
+    if folder.exists() and not folder.is_dir():
+        raise LoraError(f"{folder} is a file", at, "choose another with `-o DIR`")
+    filled = folder.exists() and any(not is_leftover(path) for path in folder.iterdir())
+    if filled and not resume:
+        raise LoraError(
+            f"the output folder {folder} is not empty",
+            at,
+            "continue its run with `--resume`, or choose another with `-o DIR`",
+        )
+    if filled and not (folder / "recipe.yaml").exists():
+        what = f"the output folder {folder} contains other things, and no run"
+        raise LoraError(what, at, "choose another with `-o DIR`")
+
+
+@contextmanager
+def locked_output(recipe: Recipe, resume: bool) -> Iterator[None]:
+    """Make the output folder, and keep other processes out of it within the context.
+
+    Raises:
+        LoraError: If another process writes to it, or has by now.
+        ResourceError: If it cannot be written to.
+    """
+    folder = recipe.output_path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder, recipe.at("output_dir"))
+    except OSError as error:
+        raise _cannot_write(recipe, error) from error
+    try:
+        _refuse_foreign(recipe, resume)
+        yield
+    finally:
+        lock.release()
+
+
+def write_recipe(recipe: Recipe) -> None:
+    """Write the resolved recipe into the output folder, which from then on holds a run.
+
+    A report of before is removed: it is that of fewer steps, and would make the run complete.
+    """
+    try:
+        (recipe.output_path / REPORT).unlink(missing_ok=True)
+        write_atomically(recipe.output_path / "recipe.yaml", dump_recipe(recipe))
+    except OSError as error:
+        raise _cannot_write(recipe, error) from error
+
+
+def _cannot_write(recipe: Recipe, error: OSError) -> LoraError:
+    what = f"cannot write to {recipe.output_path}: {error.strerror}"
+    hint = "choose another folder with `-o DIR`"
+    return ResourceError(what, recipe.at("output_dir"), hint)
+
+
+def start_report(
+    recipe: Recipe,
+    task: Task,
+    data: dict[str, Encoded],
+    hashes: dict[str, str],
+    model: nn.Module,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Return what of the report is known before training."""
+    rows = parameter_table(model)
+    trainable = sum(row.count for row in rows if row.trainable)
+    total = sum(row.count for row in rows)
+    device = accelerator.device
+    on_gpu = device.type == "cuda"
+    return {
+        "lora_version": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["lora", *sys.argv[1:]]),
+        "task": recipe.task.type,
+        "metric_definitions": task.metric_definitions(),
+        "base_model": recipe.model.name,
+        "adapter": _adapter_facts(recipe),
+        "parameters": {
+            "total": total,
+            "trainable": trainable,
+            "trainable_percent": round(100 * trainable / total, 4),
+        },
+        "data": {name: _facts(task, split, hashes[name]) for name, split in data.items()},
+        "training": {
+            "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+            "processes": accelerator.num_processes,
+            "precision": recipe.train.precision,
+            "examples_per_step": recipe.train.step_size,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: installed_version(name) for name in LIBRARIES},
+        },
+    }
+
+
+def _adapter_facts(recipe: Recipe) -> dict[str, Any]:
+    spec = recipe.adapter
+    if not spec.low_rank:
+        return {"type": spec.type}
+    chosen = spec.model_dump(exclude_defaults=True, by_alias=True)
+    return {"type": spec.type, "rank": spec.rank, "alpha": spec.alpha} | chosen
+
+
+def _facts(task: Task, split: Encoded, sha256: str) -> dict[str, Any]:
+    rows = split.rows
+    facts: dict[str, Any] = {
+        "rows": len(rows),
+        "examples": len(split),
+        "source": rows.source,
+        "sha256": sha256,
+        "skipped_rows": len(rows.skipped),
+        "dropped_rows": rows.dropped,
+        "rows_without_example": split.rows_without_example,
+        "max_tokens": int(split.lengths.max()),
+    }
+    if isinstance(task, SequenceClassification) and task.labels:
+        facts["labels"] = label_counts(rows, task)
+    return facts
+
+
+def add_results(
+    report: dict[str, Any],
+    state: TrainState,
+    after: dict[str, dict[str, float]],
+    epochs: float,
+    device: torch.device,
+) -> None:
+    """Complete the report with what training has done and reached.
+
+    Args:
+        report: What `start_report` returned.
+        state: Where the run stands at its end.
+        after: Metrics of validation and test with the best adapter.
+        epochs: Passes over the train rows.
+        device: Where it was trained.
+    """
+    seconds = max(state.seconds, 1e-9)
+    report["metrics"] = {"before": state.before, "after": after}
+    if state.samples:
+        report["samples"] = state.samples
+    if state.best is not None:
+        report["best"] = state.best
+    report["training"] |= {
+        "steps": state.step,
+        "epochs": epochs,
+        "seconds": round(state.seconds, 2),
+        "examples_per_s": round(state.examples / seconds, 2),
+        "tokens_per_s": round(state.tokens / seconds, 1),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "stopped_early": state.stopped_early,
+        "skipped_steps": state.skipped_steps,
+        "changes": state.changes,
+    }
+
+
+def finish(recipe: Recipe, report: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+    """Write the plot, the model card, the page, and the report last."""
+    folder = recipe.output_path
+    if accelerator.is_main_process:
+        plot_learning_curve(folder, report)
+        write_model_card(folder, recipe, report)
+        write_page(folder, report)
+        write_report(folder, report)
+    accelerator.wait_for_everyone()
+    return report

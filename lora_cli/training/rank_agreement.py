@@ -1,0 +1,134 @@
+"""Several processes make one run only if they agree: on the recipe, the data and the parameters.
+
+Each reads the recipe and the data itself. A process with another learning rate or other rows would
+train on without a word; one with another number of steps would wait for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from lora_cli import __version__
+from lora_cli.adapters.attach import trainable_parameters
+from lora_cli.environment import installed_version
+from lora_cli.errors import LoraError, NumericsError, Problem
+from lora_cli.recipe import Recipe
+from lora_cli.training.train_state import TrainState, flat
+
+# where files lie may differ between machines: what is in them is compared
+PATHS = {
+    "model.name", "adapter.from", "task.chat_template", "checkpoint.mirror", "data.path",
+    "data.train", "data.validation", "data.test",
+}  # fmt: skip
+MOST = 10  # differences that are named
+SAME_RECIPE = "start all processes with the same recipe, flags and versions"
+SAME_FILES = "give all processes the same base, data and output folder"
+
+
+def require_same_recipe(recipe: Recipe, resume: bool, accelerator: Accelerator) -> None:
+    """Refuse to start processes that were not asked for the same.
+
+    Raises:
+        LoraError: In the main process; the others end with its exit code.
+    """
+    if accelerator.num_processes == 1:
+        return
+    facts = flat(recipe.model_dump(mode="json", by_alias=True))
+    facts = {key: value for key, value in facts.items() if key not in PATHS}
+    facts |= {
+        "--resume": resume,
+        "the version of lora": __version__,
+        "the version of Python": platform.python_version(),
+        **{f"the version of {name}": installed_version(name) for name in ("torch", "transformers")},
+    }
+    _compare(facts, accelerator, SAME_RECIPE, recipe)
+
+
+def require_same_start(
+    recipe: Recipe, state: TrainState, model: nn.Module, accelerator: Accelerator
+) -> None:
+    """Refuse to train with processes that have read other files, or stand at another step.
+
+    Raises:
+        LoraError: In the main process; the others end with its exit code.
+    """
+    if accelerator.num_processes == 1:
+        return
+    facts = flat(asdict(state))
+    # threads and devices may differ, and so may paths; `data.train` is here the hash of its rows
+    left = {f"recipe.{path}" for path in PATHS}
+    facts = {
+        key: value
+        for key, value in facts.items()
+        if not key.startswith("machine.") and key not in left
+    }
+    facts["the trained parameters"] = checksum(trainable_parameters(model))
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    facts["the weights of the base"] = checksum(frozen)
+    facts["the output folder is there"] = recipe.output_path.is_dir()
+    _compare(facts, accelerator, SAME_FILES, recipe)
+
+
+def require_same_parameters(model: nn.Module, step: int, accelerator: Accelerator) -> None:
+    """Refuse to save when the processes no longer hold the same parameters.
+
+    Raises:
+        NumericsError: In every process.
+    """
+    if accelerator.num_processes == 1:
+        return
+    sums = gather_object([checksum(trainable_parameters(model))])
+    others = [str(rank) for rank, found in enumerate(sums) if found != sums[0]]
+    if others:
+        noun = "process" if len(others) == 1 else "processes"
+        raise NumericsError(
+            f"after step {step} {noun} {', '.join(others)} and process 0 hold different parameters",
+            "the processes of the run",
+            "continue from the last checkpoint with `--resume`; do all machines have the same GPUs "
+            "and libraries, and is their memory sound?",
+        )
+
+
+def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return a hash of the names, shapes and bits of tensors; the sums are made on their device."""
+    found = hashlib.sha256()
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = []
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        integer = integers.get(tensor.element_size(), torch.uint8)
+        bits = tensor.detach().contiguous().view(integer)
+        sums.append(bits.sum(dtype=torch.int64))
+    if sums:
+        found.update(str(torch.stack(sums).tolist()).encode())
+    return found.hexdigest()
+
+
+def _compare(facts: dict[str, Any], accelerator: Accelerator, hint: str, recipe: Recipe) -> None:
+    """Refuse facts that differ between the processes."""
+    every: list[dict[str, Any]] = gather_object([facts])
+    problems = []
+    for key in sorted(set().union(*every)):
+        values = [str(of_one.get(key)) for of_one in every]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            what = f"the processes differ in `{key}`: process 0 has `{values[0]}`, "
+            what += f"process {other} has `{values[other]}`"
+            at = recipe.at(key) if hasattr(recipe, key.partition(".")[0]) else "the processes"
+            problems.append(Problem(what, at))
+    if not problems:
+        return
+    if not accelerator.is_main_process:
+        raise SystemExit(LoraError.exit_code)
+    shown, more = problems[:MOST], len(problems) - MOST
+    hint += f" ({more} more differences)" if more > 0 else ""
+    raise LoraError([*shown[:-1], Problem(shown[-1].what, shown[-1].at, hint)])

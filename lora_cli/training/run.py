@@ -1,0 +1,410 @@
+"""The training loop: step, evaluate, save, stop; the same for every task and adapter type."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lora_cli.accelerator import start_accelerator
+from lora_cli.adapters.adapter_folder import differences_in_peft
+from lora_cli.adapters.attach import training_mode
+from lora_cli.adapters.make_trainable import make_trainable
+from lora_cli.environment import refuse_mpi
+from lora_cli.errors import counted
+from lora_cli.evaluation.evaluate_split import add_samples, evaluate
+from lora_cli.models.base_model import enable_gradient_checkpointing
+from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
+from lora_cli.preprocessing.data_gate import pass_gate
+from lora_cli.preprocessing.encode import load_data
+from lora_cli.preprocessing.packing import check_packing
+from lora_cli.preprocessing.padding_check import check_training, choose_padding
+from lora_cli.recipe import Recipe
+from lora_cli.tasks import Encoded, Task, build_task
+from lora_cli.tasks.causal_lm import CausalLM
+from lora_cli.training.bad_numbers import (
+    refuse_bad_parameters,
+    refuse_bad_scale,
+    refuse_bad_steps,
+)
+from lora_cli.training.batches import Batches, PlannedStep
+from lora_cli.training.best_adapter import Judge
+from lora_cli.training.checkpoints import adopt_adapter, clear_leftovers, optimizer_bytes
+from lora_cli.training.launch import explaining, main_process_first, seed_everything
+from lora_cli.training.log_window import Window
+from lora_cli.training.memory_and_disk import find_micro_batch
+from lora_cli.training.mirror import open_mirror
+from lora_cli.training.optimizers import build_optimizer, learning_rate_factor, set_learning_rate
+from lora_cli.training.output_folder import (
+    add_results,
+    finish,
+    finished_report,
+    locked_output,
+    refuse_other_rows,
+    start_report,
+)
+from lora_cli.training.progress import RunLog, clock, peak_memory_bytes
+from lora_cli.training.rank_agreement import require_same_recipe, require_same_start
+from lora_cli.training.rank_watch import watching
+from lora_cli.training.saver import Saver
+from lora_cli.training.step import train_step
+from lora_cli.training.stopping import TRAINING, Stopping, StopRequest
+from lora_cli.training.train_state import TrainState, machine_facts, memory_facts, recipe_facts
+from lora_cli.unexpected_errors import phase
+
+
+def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
+    """Train as the recipe says, and write the output folder.
+
+    Args:
+        recipe: The checked recipe.
+        resume: Continue from the newest checkpoint in the output folder, if there is one.
+
+    Returns:
+        The report, as in `report.json`; of the earlier run, if that is complete.
+    """
+    started = time.monotonic()
+    refuse_mpi()
+    accelerator = start_accelerator(recipe)
+    with watching(accelerator), ExitStack() as held:
+        require_same_recipe(recipe, resume, accelerator)
+        task = build_task(recipe)
+        with main_process_first(accelerator):  # it reads and encodes; the others find its cache
+            if accelerator.is_main_process:
+                open_mirror(recipe, resume)
+            if resume:
+                adopt_adapter(recipe)
+            done = finished_report(recipe, resume)
+            if accelerator.is_main_process and done is None:
+                held.enter_context(locked_output(recipe, resume))
+                clear_leftovers(recipe.output_path)
+            task.load_processor()
+            data = load_data(task)
+            if done is not None:
+                refuse_other_rows(recipe, done, data)
+                return done
+            findings = pass_gate(task, data) if accelerator.is_main_process else None
+        stop = StopRequest(recipe, accelerator, started)
+        with explaining(recipe, accelerator, stop):
+            run = Run(recipe, task, data, accelerator, stop)
+            if findings is not None:
+                run.report["data"] = findings.added_to(run.report["data"])
+            if resume:
+                run.resume()
+            require_same_start(recipe, run.state, run.model, accelerator)
+            run.train()
+            return finish(recipe, run.report, accelerator)
+
+
+class Run:
+    """A run of training: its parts, its state, and what happens between two steps."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        task: Task,
+        data: dict[str, Encoded],
+        accelerator: Accelerator,
+        stop: StopRequest,
+    ) -> None:
+        self.recipe, self.task, self.data, self.accelerator = recipe, task, data, accelerator
+        self.folder, self.stop = recipe.output_path, stop
+        self.model, self.in_full, base = self._load_model()
+        self.notes = [*filter(None, [task.length_note]), *task.notes]
+        self.optimizer = build_optimizer(self.model, recipe, self.in_full)
+        trained = (self.model, self.optimizer, self.in_full, base)
+        self.saver = Saver(recipe, *trained, task.tokenizer, accelerator, task.base_facts)
+        self.prepared = accelerator.prepare_optimizer(self.optimizer)
+        self.batches = Batches(task, data.get("train"), accelerator)
+        self.total_steps = self.batches.total_steps
+        hashes = {name: split.rows.content_sha256() for name, split in data.items()}
+        machine = machine_facts(accelerator)
+        self.state = TrainState(recipe=recipe_facts(recipe), data=hashes, machine=machine)
+        self.report = start_report(recipe, task, data, hashes, self.model, accelerator)
+        self.judge = Judge(recipe, task)
+        self.in_doubt = False  # a checkpoint is due, and the last steps were bad
+
+    def _load_model(self) -> tuple[nn.Module, list[str], Fingerprint | None]:
+        """Return the model, ready to be trained, the modules trained in full, and its base."""
+        recipe, task = self.recipe, self.task
+        seed_everything(recipe.train.seed)
+        model, new = task.load_model(self.accelerator.device)
+        base = fingerprint_of(recipe, model, new)
+        base = make_trainable(model, recipe, new, base, task.base_facts)
+        lengths = [int(split.lengths.max()) for split in self.data.values()]
+        longest = max(lengths) if "train" in self.data else None
+        with self.accelerator.autocast():
+            choose_padding(task, model, longest)
+            check_training(task, model, longest)
+            if isinstance(task, CausalLM) and recipe.train.packing:
+                check_packing(task, model, self.data["train"])
+        if recipe.train.gradient_checkpointing:
+            enable_gradient_checkpointing(model, recipe)
+        return model, list(dict.fromkeys([*new, *recipe.adapter.train_modules])), base
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one."""
+        self.state = self.saver.resume(self.state, self.total_steps, self.notes.append)
+
+    def _fit_memory(self) -> None:
+        """Find the largest micro-batch that fits, where the recipe leaves that open."""
+        train, needed = self.recipe.train, optimizer_bytes(self.model, self.recipe)
+        if train.micro_batch_size == "auto" and self.state.step == 0:
+            train._found_micro_batch = find_micro_batch(
+                self.model, self.task, self.batches, self.accelerator, needed
+            )
+            self.notes.append(f"micro-batches of {train.micro_batch}, the largest that fit")
+        self.state.memory = memory_facts(self.recipe)
+
+    def train(self) -> None:
+        """Train to the end, or until validation ceases to improve, then evaluate the best."""
+        state = self.state
+        self.saver.begin(state, self.notes.append)
+        self._fit_memory()
+        with self._log() as self.log, self.stop:
+            for note in self.notes:
+                self.log.say(note)
+            try:
+                if state.step == 0:
+                    self._measure_before()
+                self._train()
+                self._measure_best()
+            except Stopping as stopping:
+                what = f"stopped while {self.stop.doing}; there was nothing new to save"
+                raise self.stop.error(what, stopping.by) from None
+
+    def _train(self) -> None:
+        state = self.state
+        self.stop.doing, self.stop.at_once = TRAINING, False
+        training_mode(self.model)
+        self.window = Window(state, self.accelerator.device)
+        self._clock = time.perf_counter()
+        if state.evaluation_due:  # the run was stopped before it, or in the middle
+            self._between_steps()
+        for planned in self.batches.steps(state.step):
+            if state.stopped_early:
+                break
+            self._step(planned)
+            self._between_steps()
+
+    def _log(self) -> RunLog:
+        main = self.accelerator.is_main_process
+        name = f"{self.recipe.task.type} {self.folder.name}"
+        return RunLog(
+            self.folder if main else None,
+            self.total_steps,
+            self.state.step,
+            self.state.logs,
+            self.recipe.train.trackers,
+            name,
+        )
+
+    # ------------------------------------------------------------------------------ a step
+
+    def _step(self, planned: PlannedStep) -> None:
+        recipe, state, step = self.recipe, self.state, planned.number
+        began = time.monotonic()
+        # The noise of a step depends on its number alone, so a resumed run needs no saved state.
+        seed_everything(recipe.train.seed, step, self.accelerator.process_index)
+        factor = learning_rate_factor(recipe.train.scheduler, step, self.total_steps)
+        rate = set_learning_rate(self.optimizer, factor)
+        with phase(f"training, in step {step}"):
+            result = train_step(
+                self.model,
+                self.task,
+                self.prepared,
+                [batch.to(self.accelerator.device) for batch in planned.batches],
+                self.accelerator,
+                recipe.train.max_grad_norm,
+            )
+        self.window.add(planned, result)
+        state.step = step
+        state.examples += len(planned.examples)
+        state.tokens += planned.n_tokens
+        self.log.sample(step, planned.examples)
+        self.log.advance(step)
+        refuse_bad_steps(self.window.streak, recipe)
+        if step == 1:
+            self.log.warn_of_idle(result.idle)
+        if step % recipe.train.log_every_steps == 0 or step in (1, self.total_steps):
+            self._log_step(rate)
+        self.stop.stepped(time.monotonic() - began)
+
+    def _log_step(self, rate: float) -> None:
+        self._count_seconds()
+        self._look_at_numbers()
+        state, measured = self.state, self.window.record(self.state)
+        left = (self.total_steps - state.step) * measured["seconds_per_step"]
+        record = {
+            "step": state.step,
+            "epoch": self._epoch,
+            **measured,
+            "learning_rate": rate,
+            "memory_bytes": peak_memory_bytes(self.accelerator.device),
+        }
+        self.log.trained(record, left)
+        for bad in self.window.bad:
+            self.log.say(bad.warning())
+        state.unlogged_steps, state.unlogged_loss = 0, 0.0
+        self.window = Window(state, self.accelerator.device, self.window.streak)
+
+    def _count_seconds(self) -> None:
+        """Count the time in steps until now, when the device has done them."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)
+        now = time.perf_counter()
+        self.state.seconds += now - self._clock
+        self._clock = now
+
+    @property
+    def _epoch(self) -> float:
+        return round(self.batches.epoch_of(self.state.step), 4)
+
+    # ----------------------------------------------------------------------- between steps
+
+    def _between_steps(self) -> None:
+        """Evaluate, save and leave, where it is time."""
+        recipe, state = self.recipe, self.state
+        last = state.step == self.total_steps
+        evaluating = "validation" in self.data and (last or self._due(recipe.evaluate.every_steps))
+        asked = self.stop.poll()
+        saving = last or asked.checkpoint or self._due(recipe.checkpoint.every_steps)
+        if not (evaluating or saving or asked.stop or self.in_doubt):
+            return
+        self._count_seconds()
+        self._look_at_numbers()
+        refuse_bad_parameters(self.model, state.step, recipe)
+        saving |= state.evaluation_due
+        state.evaluation_due = evaluating
+        stop = asked.stop or (self._evaluate() if evaluating else 0)
+        if saving or stop or state.stopped_early or self.in_doubt:
+            # after a bad step this waits until another, or validation, vouches for the weights
+            self.in_doubt = bool(self.window.streak)
+            if last or state.stopped_early:
+                refuse_bad_steps(self.window.streak, recipe, limit=1)
+            if not self.in_doubt:
+                self._save()
+        if stop and not self.in_doubt:
+            raise self.stop.error(f"stopped at step {state.step}; everything is saved", stop)
+        self._clock = time.perf_counter()  # evaluations and checkpoints are not counted
+
+    def _due(self, every_steps: int | None) -> bool:
+        """Return whether something is due that happens every so many steps, or every epoch."""
+        every_steps = every_steps or self.batches.steps_per_epoch or self.total_steps
+        return self.state.step % every_steps == 0
+
+    def _look_at_numbers(self) -> None:
+        """Wait for the device, and stop if too many steps were bad."""
+        self.window.look()
+        refuse_bad_steps(self.window.streak, self.recipe)
+        if self.accelerator.scaler is not None:
+            scale = self.accelerator.scaler.get_scale()
+            refuse_bad_scale(scale, self.state.step, self.recipe)
+
+    def _measure_before(self) -> None:
+        """Measure the model before training: what every later number is compared with."""
+        if not self.recipe.evaluate.baseline:
+            return
+        self.stop.doing, self.stop.at_once = "measuring the base, before the first step", True
+        for name in ("validation", "test"):
+            if name in self.data:
+                self.state.before[name] = self._metrics(name, strict=True)
+        self._sample("before")
+        if "validation" in self.state.before:
+            self.judge.value(self.state.before["validation"])  # is there such a metric?
+            self.log.evaluated(0, 0.0, self.state.before["validation"], "  (before training)")
+
+    def _metrics(
+        self, split: str, predictions: Path | None = None, strict: bool = False
+    ) -> dict[str, float]:
+        return evaluate(
+            self.model,
+            self.task,
+            self.data[split],
+            self.accelerator,
+            predictions,
+            stop=self.stop,
+            strict_loss=strict,
+        )
+
+    def _sample(self, when: str) -> None:
+        split, samples = self.data.get("validation"), self.state.samples
+        add_samples(self.model, self.task, split, self.accelerator, samples, when)
+
+    def _evaluate(self) -> int:
+        """Measure validation; publish the adapter if it is the best so far.
+
+        Returns:
+            What broke the evaluation off, so that it is due still, or 0.
+        """
+        state = self.state
+        self.stop.doing = "evaluating"
+        try:
+            metrics = self._metrics("validation")
+        except Stopping as stopping:
+            return stopping.by
+        self.stop.doing = TRAINING
+        state.evaluation_due = False
+        if math.isfinite(metrics["loss"]):
+            self.window.streak = []
+        improved = self.judge.improved(metrics, state, self._epoch)
+        self.log.evaluated(state.step, self._epoch, metrics, "  (best)" if improved else "")
+        if warning := self.judge.warning(metrics, state.step):
+            self.log.say(warning)
+        if improved:
+            self.saver.publish(state)
+        training_mode(self.model)
+        return 0
+
+    def _save(self) -> None:
+        """Write a checkpoint."""
+        self.window.note(self.state)
+        self.stop.doing = "saving"
+        began, self.state.logs = time.monotonic(), self.log.flush()
+        self.saver.save(self.state, self.log.say)
+        self.stop.saved(time.monotonic() - began)
+        self.stop.doing = TRAINING
+
+    def _measure_best(self) -> None:
+        """Measure validation and test with the best adapter, and complete the report."""
+        self.stop.doing, self.stop.at_once = "measuring the best adapter", True
+        if self.state.best is None and "validation" in self.data:
+            self._metrics("validation", strict=True)  # is it that no loss was a number?
+        self.saver.settle(self.state)
+        after: dict[str, dict[str, float]] = {}
+        for name in ("validation", "test"):
+            if name in self.data:
+                file = self.folder / "predictions" / f"{name}.jsonl"
+                file.parent.mkdir(exist_ok=True)
+                after[name] = self._metrics(name, file)
+        self._sample("after")
+        self._compare_with_peft()
+        add_results(self.report, self.state, after, self._epoch, self.accelerator.device)
+        if self.saver.base is not None:
+            self.report["base"] = self.saver.base.facts
+        if note := self.batches.note:
+            self.log.say(note)
+        train, on = self.data.get("train"), ""
+        if train is not None and train.rows_without_example:
+            n_rows = len(train.rows)
+            on = f" on {n_rows - train.rows_without_example:,} of {counted(n_rows, 'row')}"
+        self.log.say(
+            f"trained {counted(self.state.step, 'step')}{on} in {clock(self.state.seconds)}"
+        )
+
+    def _compare_with_peft(self) -> None:
+        """Say what PEFT would read otherwise in the output folder than this tool does."""
+        recipe = self.recipe
+        if not (recipe.adapter.low_rank and self.accelerator.is_main_process):
+            return
+        found = differences_in_peft(self.model, recipe, self.in_full, self.folder)
+        for difference in found:
+            self.log.say(f"warning: {difference}")
+        if found:
+            self.report["differences_in_peft"] = found

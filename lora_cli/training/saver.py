@@ -1,0 +1,195 @@
+"""What a run puts on the disk while it goes on, and finds there when it is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lora_cli.errors import IntegrityError, ResourceError, counted
+from lora_cli.files import MANIFEST, sha256_of, verify_manifest
+from lora_cli.models.base_facts import require_facts
+from lora_cli.models.fingerprint import Fingerprint, read_fingerprint, require_base
+from lora_cli.recipe import Recipe, read_computation
+from lora_cli.training.checkpoints import (
+    FOLDER,
+    load_checkpoint,
+    publish_adapter,
+    require_space_for_checkpoints,
+    restore_checkpoint,
+    restore_parameters,
+    restore_published,
+    save_checkpoint,
+)
+from lora_cli.training.mirror import Mirror, mirror_checkpoint
+from lora_cli.training.output_folder import REPORT, write_recipe
+from lora_cli.training.progress import repair_logs
+from lora_cli.training.rank_agreement import require_same_parameters
+from lora_cli.training.train_state import (
+    TrainState,
+    let_stopping_go_on,
+    memory_facts,
+    refuse_changes,
+    refuse_fewer_steps,
+)
+
+
+class Saver:
+    """Checkpoints, the best adapter in the output folder, and the copy of both elsewhere.
+
+    The main process writes, and the others wait for it.
+
+    Args:
+        recipe: Says where, and how much is kept.
+        model: The model with its adapter attached.
+        optimizer: Of the trained parameters.
+        in_full: Names of the modules trained in full.
+        base: The fingerprint of the base, which is kept beside the adapter.
+        processor: The tokenizer, which stays with what was trained with it.
+        accelerator: The processes, and fp16's loss scale.
+        facts: What of the base decides the computation besides its tensors.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        in_full: list[str],
+        base: Fingerprint | None,
+        processor: Any,
+        accelerator: Accelerator,
+        facts: dict[str, Any],
+    ) -> None:
+        self.recipe, self.model, self.optimizer = recipe, model, optimizer
+        self.in_full, self.processor, self.accelerator = in_full, processor, accelerator
+        self.base, self.folder, self.facts = base, recipe.output_path, facts
+
+    def begin(self, state: TrainState, say: Callable[[str], None]) -> None:
+        """Write the recipe; refuse to begin what the disk or the mirror cannot take.
+
+        Args:
+            state: Where the run stands, with its recipe and its rows.
+            say: Is told what the logs have lost.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        require_space_for_checkpoints(self.model, self.recipe)
+        for lost in repair_logs(self.folder, state.logs, state.step):
+            say(f"warning: {lost}")
+            state.changes.append(f"after step {state.step}: {lost}")
+        if self.recipe.checkpoint.mirror is not None:
+            mirror = Mirror(self.recipe)
+            mirror.check()
+            mirror.claim(self.recipe, state)
+        write_recipe(self.recipe)
+
+    def resume(self, fresh: TrainState, total_steps: int, say: Callable[[str], None]) -> TrainState:
+        """Return the state of the newest whole checkpoint, and put it into the model.
+
+        Args:
+            fresh: What there is without a checkpoint, and what a checkpoint has to agree with.
+            total_steps: Steps of the run, by the recipe.
+            say: Is told what is skipped, and what has changed.
+        """
+        found = load_checkpoint(self.folder, say)
+        if found is None:
+            say(f"there is no checkpoint in {self.folder}: starting at the beginning")
+            return fresh
+        folder, state = found
+        if self.recipe.train.micro_batch_size == "auto":
+            self.recipe.train._found_micro_batch = state.memory["micro_batch_size"]
+        fresh.memory = memory_facts(self.recipe)
+        changes = refuse_changes(state, self.recipe, fresh)
+        refuse_fewer_steps(state, total_steps, self.recipe)
+        for change in changes:
+            say(f"warning: {change}")
+        if (self.folder / REPORT).exists():
+            say(
+                f"the run was complete after {counted(state.step, 'step')}; "
+                "it goes on with what has changed"
+            )
+        if changes:  # from here on the run is another, which a later resumption compares with
+            let_stopping_go_on(state, fresh, say)
+            state.recipe, state.data = fresh.recipe, fresh.data
+            state.machine, state.memory = fresh.machine, fresh.memory
+            state.changes += [f"after step {state.step}: {change}" for change in changes]
+        run = f"the run {self.folder}"
+        computation = read_computation(folder)
+        if computation is None:
+            say(f"warning: {run} is of an earlier version: its tokenizer is unverified")
+        else:
+            require_facts(computation["base"], self.facts, self.recipe, run, True, True)
+        self.base = require_base(read_fingerprint(folder), self.base, self.recipe, run)
+        restore_checkpoint(folder, state, self.model, self.optimizer)
+        if self.accelerator.scaler is not None and state.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        return state
+
+    def save(self, state: TrainState, say: Callable[[str], None]) -> None:
+        """Write a checkpoint, and copy it to the mirror.
+
+        Args:
+            state: Where the run stands.
+            say: Is told if the mirror could not be written: the run goes on without it.
+
+        Raises:
+            NumericsError: If the processes no longer hold the same parameters.
+        """
+        require_same_parameters(self.model, state.step, self.accelerator)
+        if self.accelerator.scaler is not None:
+            state.scaler = self.accelerator.scaler.state_dict()
+        if self.accelerator.is_main_process:
+            trained = (self.model, self.recipe, self.in_full, self.base)
+            save_checkpoint(self.folder, state, self.optimizer, *trained, self.facts)
+            if self.recipe.checkpoint.mirror is not None:
+                try:
+                    mirror_checkpoint(self.recipe, state.step, state.logs)
+                except ResourceError as error:
+                    say(f"warning: {error.problems[0].what}; the next checkpoint tries again")
+        self.accelerator.wait_for_everyone()
+
+    def publish(self, state: TrainState) -> None:
+        """Put the adapter as it is now into the output folder."""
+        if self.accelerator.is_main_process:
+            trained = (self.model, self.recipe, self.in_full, self.base)
+            publish_adapter(self.folder, *trained, self.processor, self.facts)
+        self.accelerator.wait_for_everyone()
+        state.published = sha256_of(self.folder / MANIFEST)
+
+    def settle(self, state: TrainState) -> None:
+        """Let model and output folder hold the best adapter; the last, if none was judged.
+
+        Raises:
+            IntegrityError: If the best is neither in the output folder nor among the checkpoints.
+        """
+        if state.best is None or state.best["step"] == state.step:
+            if not self._holds(state):
+                self.publish(state)
+            return
+        if self._holds(state):
+            restore_published(self.folder, self.model, self.recipe)
+            return
+        best = self.folder / FOLDER / f"step-{state.best['step']:06d}"
+        if not (best.is_dir() and verify_manifest(best)):
+            raise IntegrityError(
+                f"the adapter in {self.folder} is not that of step {state.best['step']}, "
+                "which was the best",
+                str(self.folder),
+                "it was damaged or edited; start again in another folder with `-o DIR`",
+            )
+        restore_parameters(best, self.model)
+        self.publish(state)
+
+    def _holds(self, state: TrainState) -> bool:
+        """Return whether the output folder holds, whole, what this run published last."""
+        manifest = self.folder / MANIFEST
+        if not manifest.exists() or sha256_of(manifest) != state.published:
+            return False
+        try:
+            return verify_manifest(self.folder)
+        except IntegrityError:
+            return False

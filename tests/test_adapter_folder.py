@@ -1,0 +1,936 @@
+"""The adapter folder: PEFT reads what is written here, and the reverse; faults are all refused."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from closeness import assert_close, assert_different
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora_cli.adapters.adapter_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    read_adapter,
+    read_tensors,
+    restore,
+    save_adapter,
+)
+from lora_cli.adapters.attach import attach, lora_layers, merge, trainable_parameters
+from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.merge_proof import expected_weights
+from lora_cli.adapters.peft_config import CHECKS, IDLE, KNOWN_OTHERS, VARIANTS
+from lora_cli.errors import IntegrityError, LoraError
+from lora_cli.files import MANIFEST, write_manifest
+
+pytestmark = [
+    # what PEFT says to its own users
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
+    pytest.mark.filterwarnings("ignore:Could not identify embedding layer"),
+]
+
+# ------------------------------------------------------------------------------------- helpers
+
+
+def outputs(model: nn.Module) -> Tensor:
+    """Return what a model makes of a fixed input."""
+    generator = torch.Generator().manual_seed(5)
+    plain = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    with torch.no_grad():
+        if isinstance(plain, tiny.ConvNet):
+            return plain(torch.randn(4, 3, 12, 12, generator=generator))
+        ids = torch.randint(4, 200, (4, 9), generator=generator)
+        return plain(input_ids=ids).logits
+
+
+def assert_same_outputs(one: nn.Module, other: nn.Module) -> None:
+    assert_close(outputs(one), outputs(other))
+
+
+def assert_others(one: nn.Module, other: nn.Module) -> None:
+    assert_different(outputs(one), outputs(other))
+
+
+def stir(model: nn.Module) -> nn.Module:
+    """Redraw everything that is trained, as if a training had been."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.25)
+    return model.eval()
+
+
+def trained(base: nn.Module, in_full: list[str], **adapter: Any) -> tuple[nn.Module, Any]:
+    """Return a copy of the base with an adapter at work, and its recipe."""
+    model, recipe = copy.deepcopy(base), tiny.recipe_of(**adapter)
+    attach(model, recipe, in_full)
+    return stir(model), recipe
+
+
+def saved(folder: Path, base: nn.Module, in_full: list[str], **adapter: Any) -> nn.Module:
+    """Save an adapter as the tool does, and return the model that it belongs to."""
+    model, recipe = trained(base, in_full, **adapter)
+    folder.mkdir()
+    save_adapter(folder, model, recipe, in_full)
+    return model
+
+
+def loaded(base: nn.Module, folder: Path, new: list[str] | None = None) -> nn.Module:
+    model = copy.deepcopy(base)
+    load_adapter(model, read_adapter(folder), new or [])
+    return model.eval()
+
+
+def loaded_by_peft(base: nn.Module, folder: Path) -> nn.Module:
+    if isinstance(base, tiny.ConvNet):  # no task of PEFT's fits it
+        edit_config(folder, task_type=None)
+    return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+
+
+def saved_by_peft(folder: Path, base: nn.Module, **config: Any) -> nn.Module:
+    with warnings.catch_warnings():
+        model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(lora_alpha=6, **config))
+        stir(model).save_pretrained(folder)
+    return model
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, **changes}))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def snapshot(model: nn.Module) -> dict[str, tuple[Tensor, torch.dtype, bool, type]]:
+    return {
+        name: (value.clone(), value.dtype, p.requires_grad, type(model.get_submodule(owner)))
+        for name, value in model.state_dict().items()
+        for owner, _, last in [name.rpartition(".")]
+        for p in [getattr(model.get_submodule(owner), last)]
+    }
+
+
+def refusal(
+    base: nn.Module, folder: Path, new: list[str] | None = None, kind: type = IntegrityError
+) -> str:
+    """Return the error of loading a folder, having checked that the model is untouched."""
+    model = copy.deepcopy(base)
+    before = snapshot(model)
+    with pytest.raises(LoraError) as caught:
+        load_adapter(model, read_adapter(folder), new or [])
+    assert type(caught.value) is kind
+    after = snapshot(model)
+    assert list(after) == list(before)
+    for name, (value, *facts) in before.items():
+        assert torch.equal(after[name][0], value), name
+        assert after[name][1:] == tuple(facts), name
+    assert not lora_layers(model)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------- here, PEFT, and back
+
+
+@dataclass
+class Case:
+    """An adapter as both tools describe it."""
+
+    build: Callable[[], nn.Module]
+    ours: dict[str, Any]
+    theirs: dict[str, Any]
+    in_full: list[str] = field(default_factory=list)
+
+
+LINEAR = Case(
+    tiny.encoder,
+    {"rank": 4, "target_modules": ["query", "value"]},
+    {
+        "r": 4,
+        "target_modules": ["query", "value"],
+        "modules_to_save": ["classifier"],
+        "task_type": "SEQ_CLS",
+    },
+    ["classifier"],
+)
+
+
+def like_linear(ours: dict[str, Any], theirs: dict[str, Any]) -> Case:
+    return Case(LINEAR.build, LINEAR.ours | ours, LINEAR.theirs | theirs, LINEAR.in_full)
+
+
+LM = {"task_type": "CAUSAL_LM"}
+PATTERNS = {
+    "rank_pattern": {"value": 2, r"layer\.1\..*query": 6},
+    "alpha_pattern": {"query": 3.5, "bert.encoder.layer.0.attention.self.value": 9.0},
+}
+CASES = {
+    "linear": LINEAR,
+    "rsLoRA": like_linear({"use_rslora": True}, {"use_rslora": True}),
+    "patterns": like_linear(PATTERNS, PATTERNS),
+    "patterns and rsLoRA": like_linear(
+        PATTERNS | {"use_rslora": True}, PATTERNS | {"use_rslora": True}
+    ),
+    "bias lora_only": like_linear({"bias": "lora_only"}, {"bias": "lora_only"}),
+    "bias all": like_linear({"bias": "all"}, {"bias": "all"}),
+    "regular expression": like_linear(
+        {"target_modules": r".*layer\.\d\.(output|intermediate)\.dense"},
+        {"target_modules": r".*layer\.\d\.(output|intermediate)\.dense"},
+    ),
+    "more modules in full": Case(
+        LINEAR.build,
+        LINEAR.ours | {"train_modules": ["pooler"]},
+        LINEAR.theirs | {"modules_to_save": ["classifier", "bert.pooler"]},
+        ["bert.pooler", "classifier"],
+    ),
+    "a suffix that the head has too": Case(
+        lambda: tiny.encoder(kind="roberta"),
+        {"rank": 4, "target_modules": ["dense"]},
+        LINEAR.theirs | {"target_modules": ["dense"]},
+        ["classifier"],
+    ),
+    "all-linear": Case(
+        lambda: tiny.llama(tied=False),
+        {"rank": 4, "target_modules": "all-linear"},
+        {"r": 4, "target_modules": "all-linear", **LM},
+    ),
+    "layers": Case(
+        lambda: tiny.llama(tied=False),
+        {"rank": 4, "target_modules": ["q_proj", "up_proj"], "layers": [1]},
+        {"r": 4, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], **LM},
+    ),
+    "exclude": Case(
+        lambda: tiny.llama(tied=False),
+        {"rank": 4, "target_modules": ["q_proj"], "exclude_modules": ["0.self_attn.q_proj"]},
+        {"r": 4, "target_modules": ["q_proj"], "exclude_modules": ["0.self_attn.q_proj"], **LM},
+    ),
+    "Conv1D of GPT-2": Case(
+        tiny.gpt2,
+        {"rank": 4, "target_modules": ["c_attn", "mlp.c_proj"]},
+        {"r": 4, "target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True, **LM},
+    ),
+    "embedding": Case(
+        lambda: tiny.llama(tied=False),
+        {"rank": 4, "target_modules": ["embed_tokens", "q_proj"]},
+        {"r": 4, "target_modules": ["embed_tokens", "q_proj"], **LM},
+    ),
+    "tied embedding": Case(
+        lambda: tiny.llama(tied=True),
+        {"rank": 4, "target_modules": ["embed_tokens"]},
+        {"r": 4, "target_modules": ["embed_tokens"], **LM},
+    ),
+    "embedding of an encoder": like_linear(
+        {"target_modules": ["word_embeddings", "key"]},
+        {"target_modules": ["word_embeddings", "key"]},
+    ),
+    "convolutions": Case(
+        tiny.ConvNet,
+        {"rank": 4, "target_modules": ["stem", "point", "line"]},
+        {"r": 4, "target_modules": ["stem", "point", "line"], "modules_to_save": ["classifier"]},
+        ["classifier"],
+    ),
+    "grouped convolution": Case(
+        tiny.ConvNet,
+        {"rank": 4, "target_modules": ["grouped"], "bias": "lora_only"},
+        {"r": 4, "target_modules": ["grouped"], "bias": "lora_only"},
+    ),
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+@each_case
+def test_peft_reads_what_is_saved_here(case: Case, tmp_path: Path) -> None:
+    base = case.build()
+    model = saved(tmp_path / "a", base, case.in_full, **case.ours)
+    assert_others(model, base)
+    assert_same_outputs(loaded_by_peft(base, tmp_path / "a"), model)
+
+
+@each_case
+def test_what_peft_saves_is_read_here(case: Case, tmp_path: Path) -> None:
+    base = case.build()
+    model = saved_by_peft(tmp_path / "a", base, **case.theirs)
+    assert_others(model, base)
+    ours = loaded(base, tmp_path / "a", case.in_full)
+    assert_same_outputs(ours, model)
+    assert not trainable_parameters(ours)
+
+
+@each_case
+def test_the_names_and_shapes_are_those_of_peft(case: Case, tmp_path: Path) -> None:
+    base = case.build()
+    saved(tmp_path / "ours", base, case.in_full, **case.ours)
+    saved_by_peft(tmp_path / "theirs", base, **case.theirs)
+
+    def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+        tensors = load_file(folder / WEIGHTS_FILE)
+        return {name: tuple(t.shape) for name, t in tensors.items()}
+
+    ours, theirs = shapes(tmp_path / "ours"), shapes(tmp_path / "theirs")
+    # PEFT adds the frozen embedding, and with `bias: all` two more copies of the head's bias
+    extra = {n for n in theirs if re.search(r"base_layer.weight|original_mod|modules_to_save", n)}
+    assert ours == {name: shape for name, shape in theirs.items() if name not in extra}
+
+
+@each_case
+def test_restoring_a_copy_puts_the_saved_adapter_back(case: Case, tmp_path: Path) -> None:
+    base = case.build()
+    model = saved(tmp_path / "a", base, case.in_full, **case.ours)
+    before = {name: p.clone() for name, p in trainable_parameters(model).items()}
+    stir(model)
+    restore(model, read_tensors(tmp_path / "a"))
+    assert all(torch.equal(p, before[name]) for name, p in trainable_parameters(model).items())
+
+
+@pytest.mark.parametrize("kind", ["none", "bitfit"])
+def test_peft_takes_no_baseline_for_an_adapter(kind: str, tmp_path: Path) -> None:
+    base = tiny.encoder()
+    saved(tmp_path / "a", base, ["classifier"], type=kind)
+    with pytest.raises(Exception, match=r"HEAD_ONLY|BITFIT"):  # and not an empty adapter
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a")
+
+
+# ------------------------------------------------------------------------------- how it is written
+
+
+def test_the_configuration_has_exactly_these_keys(tmp_path: Path) -> None:
+    saved(
+        tmp_path / "a",
+        tiny.encoder(),
+        ["classifier"],
+        rank=4,
+        alpha=8.0,
+        dropout=0.1,
+        target_modules=["query", "value"],
+        rank_pattern={"query": 2},
+        alpha_pattern={"query": 3.0, "value": 2.5},
+        bias="lora_only",
+        use_rslora=True,
+    )
+    text = (tmp_path / "a" / CONFIG_FILE).read_text()
+    assert json.loads(text) == {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "base_model_name_or_path": "base",
+        "revision": "main",
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.1,
+        "target_modules": ["query", "value"],
+        "modules_to_save": ["classifier"],
+        "bias": "lora_only",
+        "fan_in_fan_out": False,
+        "use_rslora": True,
+        "use_dora": False,
+        "rank_pattern": {"query": 2},
+        "alpha_pattern": {"query": 3, "value": 2.5},
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    assert '"lora_alpha": 8,' in text  # an integer: older readers insist on it
+    peft.LoraConfig.from_pretrained(tmp_path / "a")  # with warnings as errors: no unknown key
+
+
+def test_modules_to_save_is_null_without_a_head_and_full_names_stand_for_other_targets(
+    tmp_path: Path,
+) -> None:
+    saved(tmp_path / "a", tiny.gpt2(), [], target_modules="all-linear", layers=[1])
+    config = json.loads((tmp_path / "a" / CONFIG_FILE).read_text())
+    assert config["modules_to_save"] is None  # vLLM refuses a list, even an empty one
+    assert config["fan_in_fan_out"] is True
+    assert config["target_modules"] == [
+        f"transformer.h.1.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc",
+                                               "mlp.c_proj")
+    ]  # fmt: skip
+
+
+def test_the_header_and_the_dtype_are_what_readers_expect(tmp_path: Path) -> None:
+    base = tiny.encoder().bfloat16()
+    saved(tmp_path / "a", base, ["classifier"], target_modules=["query"])
+    with safe_open(tmp_path / "a" / WEIGHTS_FILE, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        names = set(file.keys())
+    assert all(name.startswith("base_model.model.") for name in names)
+    assert {t.dtype for t in load_file(tmp_path / "a" / WEIGHTS_FILE).values()} == {torch.float32}
+    # as every other file, and not 0600 as safetensors makes them
+    modes = {f.name: f.stat().st_mode & 0o777 for f in (tmp_path / "a").iterdir()}
+    assert modes[WEIGHTS_FILE] == modes[CONFIG_FILE]
+
+
+def test_a_module_that_is_named_base_keeps_its_name(tmp_path: Path) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleDict(
+                {"base": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), "base_2": nn.Linear(4, 2)}
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner["base_2"](self.inner["base"](x))
+
+    base, x = Wrapped(), torch.randn(3, 4)
+    adapter = {"rank": 2, "target_modules": ["base.1"], "train_modules": ["base.0"]}
+    model = saved(tmp_path / "a", base, ["inner.base.0"], bias="lora_only", **adapter)
+    edit_config(tmp_path / "a", task_type=None)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "a")
+    assert_close(theirs(x), model(x))
+    assert torch.equal(loaded(base, tmp_path / "a")(x), model(x))
+
+
+# ------------------------------------------------------------------------------------ tied weights
+
+
+def test_a_tie_trained_in_full_is_saved_under_both_names(tmp_path: Path) -> None:
+    base, both = tiny.llama(tied=True), ["model.embed_tokens", "lm_head"]
+    adapter = {"target_modules": ["q_proj"], "train_modules": both}
+    model = saved(tmp_path / "a", base, both, **adapter)
+    names = set(load_file(tmp_path / "a" / WEIGHTS_FILE))
+    assert {f"base_model.model.{name}.weight" for name in both} < names
+    ours = loaded(base, tmp_path / "a")
+    assert torch.equal(outputs(ours), outputs(model))
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert_same_outputs(loaded_by_peft(base, tmp_path / "a"), model)
+
+
+TIED = {
+    "llama embed_tokens": (lambda: tiny.llama(tied=True), ["embed_tokens"], ["q_proj"]),
+    "llama lm_head": (lambda: tiny.llama(tied=True), ["lm_head"], ["q_proj"]),
+    "llama both": (lambda: tiny.llama(tied=True), ["embed_tokens", "lm_head"], ["q_proj"]),
+    "llama lm_head, adapted embedding": (
+        lambda: tiny.llama(tied=True), ["lm_head"], ["embed_tokens"],
+    ),
+    "gpt2 wte": (tiny.gpt2, ["wte"], ["c_attn"]),
+    "gpt2 lm_head": (tiny.gpt2, ["lm_head"], ["c_attn"]),
+    "bart shared": (lambda: tiny.encoder_decoder("bart"), ["shared"], ["q_proj"]),
+    "bart embed_tokens": (lambda: tiny.encoder_decoder("bart"), ["embed_tokens"], ["q_proj"]),
+    "t5 shared": (lambda: tiny.encoder_decoder("t5"), ["shared"], ["q"]),
+    "t5 lm_head": (lambda: tiny.encoder_decoder("t5"), ["lm_head"], ["q"]),
+    "t5 encoder.embed_tokens": (
+        lambda: tiny.encoder_decoder("t5"), ["encoder.embed_tokens"], ["q"],
+    ),
+    "t5 shared and lm_head": (lambda: tiny.encoder_decoder("t5"), ["shared", "lm_head"], ["q"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "in_full", "targets"), TIED.values(), ids=TIED.keys())
+def test_a_side_of_a_tie_in_modules_to_save_is_a_copy_of_its_own(
+    build: Callable[[], nn.Module], in_full: list[str], targets: list[str], tmp_path: Path
+) -> None:
+    base, folder = build(), tmp_path / "a"
+    config = {"fan_in_fan_out": targets == ["c_attn"], "modules_to_save": in_full}
+    theirs = saved_by_peft(folder, base, target_modules=targets, **config)
+    ours = loaded(base, folder)
+    more = {"decoder_input_ids": torch.arange(4, 9)[None]} if base.config.is_encoder_decoder else {}
+
+    def logits(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model(input_ids=torch.arange(5, 14)[None], **more).logits
+
+    assert_close(logits(ours), logits(theirs))
+    if in_full != [
+        "shared"
+    ]:  # which no layer reads: each side of the model has a module of its own
+        assert not torch.allclose(logits(ours), logits(base), atol=1e-2)
+    expected = expected_weights(base, read_adapter(folder).tensors, read_adapter(folder).config)
+    merge(ours)
+    assert_close(logits(ours), logits(theirs))
+    assert expected.disagreement(ours) is None
+
+
+def test_a_tie_whose_sides_are_equal_stays(tmp_path: Path) -> None:
+    base, both = tiny.llama(tied=True), ["embed_tokens", "lm_head"]
+    theirs = saved_by_peft(
+        tmp_path / "a",
+        base,
+        target_modules=["q_proj"],
+        modules_to_save=both,
+        ensure_weight_tying=True,
+    )
+    ours = loaded(base, tmp_path / "a")
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert_same_outputs(ours, theirs)
+
+
+def test_a_copy_of_one_side_is_trained_and_read_as_in_peft(tmp_path: Path) -> None:
+    base, folder = tiny.llama(tied=True), tmp_path / "a"
+    adapter = {"target_modules": ["q_proj"], "train_modules": ["lm_head"]}
+    model = saved(folder, base, [], **adapter, ensure_weight_tying=False)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert torch.equal(model.model.embed_tokens.weight, base.model.embed_tokens.weight)
+
+
+def test_two_values_of_one_bias_are_rejected(base: nn.Module, tmp_path: Path) -> None:
+    saved_by_peft(
+        tmp_path / "a", base, target_modules=["query"], bias="all", modules_to_save=["classifier"]
+    )
+    edit_tensors(tmp_path / "a", lambda t: t.update(
+        {f"{P}classifier.modules_to_save.bias": torch.ones(2)}
+    ))  # fmt: skip
+    assert "has two values in it" in refusal(base, tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_bias_all_with_a_nested_head(kind: str, tmp_path: Path) -> None:
+    """PEFT 0.21 names the biases of a nested head with the adapter's name in them."""
+    base = tiny.encoder(kind=kind)
+    heads = {"roberta": ["classifier"], "bert": ["classifier", "pooler"]}[kind]
+    config = {"target_modules": ["query"], "bias": "all", "modules_to_save": heads}
+    theirs = saved_by_peft(tmp_path / "a", base, **config)
+    if kind == "roberta":
+        key = f"{P}classifier.modules_to_save.default.dense.bias"
+        assert key in load_file(tmp_path / "a" / WEIGHTS_FILE)
+    assert_same_outputs(loaded(base, tmp_path / "a", ["classifier"]), theirs)
+
+
+# ---------------------------------------------------------------- what PEFT alone does, read here
+
+
+def test_a_dense_a_of_a_grouped_convolution_is_used_but_not_merged(tmp_path: Path) -> None:
+    base = tiny.ConvNet()
+    theirs = saved_by_peft(tmp_path / "a", base, r=4, target_modules=["grouped", "stem"])
+    a = load_file(tmp_path / "a" / WEIGHTS_FILE)["base_model.model.grouped.lora_A.weight"]
+    assert torch.count_nonzero(a) == a.numel()
+    assert a.shape == (4, 8, 3, 3)
+    ours = loaded(base, tmp_path / "a")
+    assert_same_outputs(ours, theirs)
+    before = ours.state_dict()
+    with pytest.raises(LoraError, match="cannot be merged"):
+        merge(ours)
+    assert list(ours.state_dict()) == list(before)
+    # and it can be saved again
+    (tmp_path / "b").mkdir()
+    for layer in lora_layers(ours).values():
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
+    recipe = tiny.recipe_of(rank=4, target_modules=["grouped", "stem"])
+    save_adapter(tmp_path / "b", ours, recipe, [])
+    assert_same_outputs(loaded_by_peft(base, tmp_path / "b"), theirs)
+
+
+def test_an_adapter_read_here_can_be_merged(tmp_path: Path) -> None:
+    base = tiny.llama(tied=False)
+    theirs = saved_by_peft(tmp_path / "a", base, r=4, target_modules="all-linear", **LM)
+    ours = loaded(base, tmp_path / "a")
+    merge(ours)
+    assert_same_outputs(ours, theirs)
+    assert_same_outputs(ours, theirs.merge_and_unload())
+
+
+def test_the_base_weight_that_peft_writes_is_compared(tmp_path: Path) -> None:
+    base = tiny.llama(tied=False)
+    theirs = saved_by_peft(tmp_path / "a", base, r=4, target_modules=["embed_tokens"], **LM)
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    assert name in load_file(tmp_path / "a" / WEIGHTS_FILE)
+    assert_same_outputs(loaded(base, tmp_path / "a"), theirs)
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.model.embed_tokens.weight[3, 3] += 0.01
+    text = refusal(other, tmp_path / "a")
+    assert "`model.embed_tokens.weight` of the base is not the one it was trained on" in text
+
+
+@pytest.mark.parametrize("coarse", ["base", "file"])
+def test_the_base_weight_is_compared_in_the_coarser_dtype(coarse: str, tmp_path: Path) -> None:
+    """The base in bfloat16 here and float32 there, or the reverse, is still the same base."""
+    base = tiny.llama(tied=False)
+    saved_by_peft(tmp_path / "a", base, r=4, target_modules=["embed_tokens"], **LM)
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    if coarse == "base":
+        base = base.bfloat16()
+    else:
+        edit_tensors(tmp_path / "a", lambda t: t.update({name: t[name].bfloat16()}))
+    before = base.model.embed_tokens.weight.clone()
+    ours = loaded(base, tmp_path / "a")
+    weight = lora_layers(ours)["model.embed_tokens"].base.weight
+    assert weight.dtype == before.dtype  # the base stays what it is
+    assert torch.equal(weight, before)
+    outputs(ours)
+
+
+def test_layers_pattern_of_peft_is_understood(tmp_path: Path) -> None:
+    base = tiny.encoder()
+    config = {"layers_to_transform": 1, "layers_pattern": "layer"}
+    theirs = saved_by_peft(tmp_path / "a", base, r=4, target_modules=["query", "key"], **config)
+    ours = loaded(base, tmp_path / "a")
+    assert {name.split(".")[3] for name in lora_layers(ours)} == {"1"}
+    assert_same_outputs(ours, theirs)
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_a_bfloat16_base_takes_an_adapter(bias: str, tmp_path: Path) -> None:
+    base = tiny.encoder().bfloat16()
+    model = saved(tmp_path / "a", base, ["classifier"], target_modules=["query"], bias=bias)
+    ours = loaded(base, tmp_path / "a", ["classifier"])
+    assert {n: p.dtype for n, p in ours.named_parameters()} == {
+        n: p.dtype for n, p in model.named_parameters()
+    }
+    for autocast in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert torch.equal(outputs(ours), outputs(model))
+
+
+# -------------------------------------------------------------------------------- what is refused
+
+
+@pytest.fixture
+def base() -> nn.Module:
+    return tiny.encoder()
+
+
+@pytest.fixture
+def folder(base: nn.Module, tmp_path: Path) -> Path:
+    """An adapter on query and value of both layers, with its head."""
+    saved(tmp_path / "a", base, ["classifier"], rank=4, target_modules=["query", "value"])
+    return tmp_path / "a"
+
+
+P = "base_model.model."
+QUERY = "bert.encoder.layer.0.attention.self.query"
+VALUE = "bert.encoder.layer.1.attention.self.value"
+
+
+def test_the_folder_of_these_tests_is_fine(base: nn.Module, folder: Path) -> None:
+    loaded(base, folder, ["classifier"])
+
+
+@pytest.mark.parametrize(
+    ("remove", "named"),
+    [
+        ([f"{P}{QUERY}.lora_A.weight"], f"`{QUERY}` has only lora_B"),
+        ([f"{P}{VALUE}.lora_B.weight"], f"`{VALUE}` has only lora_A"),
+        ([f"{P}{VALUE}.lora_A.weight", f"{P}{VALUE}.lora_B.weight"], f"`{VALUE}`"),
+        ([f"{P}classifier.bias"], "`classifier.bias` is missing"),
+    ],
+    ids=["A", "B", "a pair", "head"],
+)
+@pytest.mark.parametrize("new", [["classifier"], []], ids=["new head", "old head"])
+def test_a_missing_tensor_is_refused(
+    remove: list[str], named: str, new: list[str], base: nn.Module, folder: Path
+) -> None:
+    edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in remove])
+    text = refusal(base, folder, new)
+    assert named in text
+    assert str(folder) in text
+    alone = any(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in remove)
+    hint = "do not belong together" if alone and len(remove) == 1 else "is this the base model"
+    assert hint in text
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_a_missing_bias_is_refused(bias: str, base: nn.Module, tmp_path: Path) -> None:
+    saved(tmp_path / "a", base, ["classifier"], target_modules=["query"], bias=bias)
+    edit_tensors(tmp_path / "a", lambda t: t.pop(f"{P}{QUERY}.base_layer.bias"))
+    assert f"`{QUERY}.bias` is missing" in refusal(base, tmp_path / "a")
+
+
+def test_a_module_that_the_new_head_holds_must_be_there_whatever_the_configuration_says(
+    base: nn.Module, tmp_path: Path
+) -> None:
+    saved(tmp_path / "a", base, [], target_modules=["query"])
+    loaded(base, tmp_path / "a")
+    text = refusal(base, tmp_path / "a", ["classifier"])
+    assert "`classifier.weight` is missing: a head is read from the adapter" in text
+    assert "modules_to_save=['classifier']" in text
+    assert "is this the base" not in text
+    assert "`classifier.bias` is missing" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "named"),
+    [
+        ("bert.nothing.lora_A.weight", (4, 32), "`bert.nothing` has only lora_A"),
+        ("bert.nothing.weight", (4, 32), "the model has no parameter `bert.nothing.weight`"),
+        (f"{QUERY}.lora_C.weight", (4, 32), "lora_C.weight` is of a kind that"),
+        (f"{QUERY}.lora_B.bias", (32,), "lora_B.bias` is of a kind that"),
+        (f"{QUERY}.lora_magnitude_vector", (32,), "lora_magnitude_vector` is of a kind that"),
+    ],
+)
+def test_a_tensor_too_many_is_refused(
+    name: str, shape: tuple[int, ...], named: str, base: nn.Module, folder: Path
+) -> None:
+    edit_tensors(folder, lambda t: t.update({P + name: torch.ones(shape)}))
+    assert named in refusal(base, folder, ["classifier"])
+
+
+def test_a_renamed_tensor_is_refused(base: nn.Module, folder: Path) -> None:
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for matrix in ("lora_A", "lora_B"):
+            tensor = tensors.pop(f"{P}{QUERY}.{matrix}.weight")
+            tensors[f"{P}{QUERY}x.{matrix}.weight"] = tensor
+
+    edit_tensors(folder, rename)
+    text = refusal(base, folder)
+    assert f"the adapter is for `{QUERY}x`, which in the model is not there" in text
+    assert f"`{QUERY}`" in text  # and what is missing by that
+
+
+def test_an_adapter_for_a_module_that_takes_none_is_refused(base: nn.Module, folder: Path) -> None:
+    norm = "bert.embeddings.LayerNorm"
+    pair = {f"{P}{norm}.lora_{k}.weight": torch.ones(2, 2) for k in "AB"}
+    edit_tensors(folder, lambda t: t.update(pair))
+    assert f"`{norm}`, which in the model is a LayerNorm" in refusal(base, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "named"),
+    [
+        (f"{QUERY}.lora_A.weight", (4, 31), rf"lora_A of `{QUERY}` is (4, 31), the model needs"),
+        (f"{QUERY}.lora_B.weight", (32, 5), rf"lora_B of `{QUERY}` is (32, 5), the model needs"),
+        (f"{QUERY}.lora_A.weight", (128,), f"lora_A of `{QUERY}`"),
+        (f"{QUERY}.lora_A.weight", (), f"`{QUERY}`"),
+        ("classifier.weight", (3, 32), "`classifier.weight` is (3, 32) in the adapter and (2, 32)"),
+    ],
+)
+def test_a_wrong_shape_is_refused(
+    name: str, shape: tuple[int, ...], named: str, base: nn.Module, folder: Path
+) -> None:
+    edit_tensors(folder, lambda t: t.update({P + name: torch.ones(shape)}))
+    if shape == (128,):
+        edit_config(folder, rank_pattern={"layer.0.attention.self.query": 128})
+    assert named in refusal(base, folder, ["classifier"])
+
+
+def test_a_rank_that_the_configuration_denies_is_refused(base: nn.Module, folder: Path) -> None:
+    edit_config(folder, r=8)
+    text = refusal(base, folder)
+    assert f"`{QUERY}` has rank 4, its configuration says 8" in text
+    assert text.count("configuration says") == 4
+
+
+def test_a_rank_that_the_groups_do_not_divide_is_refused(tmp_path: Path) -> None:
+    base = tiny.ConvNet()
+    saved(tmp_path / "a", base, [], rank=4, target_modules=["stem", "grouped"])
+
+    def narrow(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{P}grouped.lora_A.weight"] = torch.ones(3, 8, 3, 3)
+        tensors[f"{P}grouped.lora_B.weight"] = torch.ones(8, 1, 1, 1)
+
+    edit_tensors(tmp_path / "a", narrow)
+    edit_config(tmp_path / "a", rank_pattern={"grouped": 3})
+    assert "rank 3 cannot be divided among the 2 groups" in refusal(base, tmp_path / "a")
+
+
+def test_all_faults_are_reported_together_but_not_a_screenful(
+    base: nn.Module, folder: Path
+) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors.pop(f"{P}{QUERY}.lora_A.weight")
+        tensors[f"{P}classifier.weight"] = torch.ones(3, 32)
+        tensors[f"{P}strange.weight"] = torch.ones(3)
+
+    edit_tensors(folder, spoil)
+    text = refusal(base, folder)
+    for name in (QUERY, "classifier.weight", "strange.weight"):
+        assert f"`{name}`" in text
+    edit_tensors(folder, lambda t: t.update({f"s{i}.weight": torch.ones(1) for i in range(20)}))
+    text = refusal(base, folder)
+    assert text.count("error:") == 9
+    assert re.search(r"and \d+ more like these", text)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_tensor_with_nan_or_infinity_is_refused(
+    value: float, base: nn.Module, folder: Path
+) -> None:
+    edit_tensors(folder, lambda t: t[f"{P}{QUERY}.lora_A.weight"][1].fill_(value))
+    assert f"`{QUERY}.lora_A.weight` contains NaN or infinity" in refusal(base, folder)
+
+
+class Trap:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.file,))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
+def test_a_pickle_is_refused_unread(
+    name: str, base: nn.Module, folder: Path, tmp_path: Path
+) -> None:
+    sprung = tmp_path / "sprung"
+    (folder / WEIGHTS_FILE).unlink()
+    (folder / name).write_bytes(pickle.dumps(Trap(sprung)))
+    text = refusal(base, folder, kind=LoraError)
+    assert f"`{name}` is a pickle, which can run code when it is read" in text
+    assert not sprung.exists()
+    pickle.loads((folder / name).read_bytes())
+    assert sprung.exists()  # it would have been
+
+
+def test_a_flipped_byte_is_found_by_the_manifest(base: nn.Module, folder: Path) -> None:
+    assert read_adapter(folder).verified is False
+    write_manifest(folder)
+    assert read_adapter(folder).verified is True
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        whole = (folder / name).read_bytes()
+        damaged = bytearray(whole)
+        damaged[-20] ^= 1
+        (folder / name).write_bytes(damaged)
+        assert f"`{name}` is not the file that was written" in refusal(base, folder)
+        (folder / name).write_bytes(whole)
+    read_adapter(folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert set(manifest["files"]) == {WEIGHTS_FILE, CONFIG_FILE}
+
+
+def test_a_cut_file_is_refused_without_a_manifest(base: nn.Module, folder: Path) -> None:
+    whole = (folder / WEIGHTS_FILE).read_bytes()
+    for end in (0, 4, 100, len(whole) - 1):
+        (folder / WEIGHTS_FILE).write_bytes(whole[:end])
+        assert "not a whole safetensors file" in refusal(base, folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "named"),
+    [
+        ("{", IntegrityError, "not valid JSON"),
+        ("[]", IntegrityError, "not a JSON object"),
+        ("{}", LoraError, "`None` is not a type of adapter"),
+        ('{"peft_type": "IA3"}', LoraError, "`IA3` is not a type of adapter"),
+        ('{"peft_type": "LORA", "r": "four"}', IntegrityError, "`r`"),
+        ('{"peft_type": "LORA", "lora_alpha": null}', IntegrityError, "`lora_alpha`"),
+        ('{"peft_type": "LORA", "rank_pattern": [4]}', IntegrityError, "`rank_pattern`"),
+        ('{"peft_type": "LORA", "alpha_pattern": {"q": "x"}}', IntegrityError, "`alpha_pattern`"),
+        ('{"peft_type": "LORA", "rank_pattern": {"(": 4}}', IntegrityError, "`rank_pattern`"),
+        ('{"peft_type": "LORA", "target_modules": "("}', IntegrityError, "`target_modules`"),
+    ],
+)
+def test_a_broken_configuration_is_refused(
+    text: str, kind: type, named: str, base: nn.Module, folder: Path
+) -> None:
+    (folder / CONFIG_FILE).write_text(text)
+    message = refusal(base, folder, kind=kind)
+    assert named in message
+    assert str(folder / CONFIG_FILE) in message
+
+
+def test_what_is_no_adapter_folder_is_refused(base: nn.Module, folder: Path) -> None:
+    (folder / CONFIG_FILE).unlink()
+    assert f"there is no {CONFIG_FILE}" in refusal(base, folder, kind=LoraError)
+    (folder / WEIGHTS_FILE).unlink()
+    assert f"there is no {WEIGHTS_FILE}" in refusal(base, folder, kind=LoraError)
+    shutil.rmtree(folder)
+    assert f"there is no folder {folder}" in refusal(base, folder, kind=LoraError)
+
+
+def test_every_key_of_peft_has_a_meaning() -> None:
+    ours = {*CHECKS, *VARIANTS, *IDLE, *KNOWN_OTHERS}
+    assert not {field.name for field in dataclasses.fields(peft.LoraConfig)} - ours
+
+
+NUMBERS = ["NaN", "Infinity", "-Infinity", "1e999", "1e300", "1" + "0" * 400, "true", '"8"', "[8]"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("lora_alpha", value) for value in NUMBERS),
+        *(("r", value) for value in ["0", "-4", "4.0", "NaN", "true", "1e999", "null"]),
+        *(("lora_dropout", value) for value in ["NaN", "-0.1", "1.5", "Infinity", '"0"']),
+        *(("rank_pattern", f'{{"query": {v}}}') for v in ["0", "-1", "2.0", "true", "NaN"]),
+        *(("alpha_pattern", f'{{"query": {value}}}') for value in NUMBERS),
+        ("use_rslora", '"yes"'), ("use_rslora", "1"), ("bias", '"some"'),
+        ("modules_to_save", '"classifier"'), ("target_modules", "[1]"),
+        ("layers_to_transform", '"0"'), ("layers_to_transform", "[true]"),
+    ],
+)  # fmt: skip
+def test_a_value_that_makes_no_sense_is_rejected_by_its_key(
+    key: str, value: str, base: nn.Module, folder: Path
+) -> None:
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    text = json.dumps({**config, key: "HERE"}).replace('"HERE"', value)
+    (folder / CONFIG_FILE).write_text(text)
+    with pytest.raises(IntegrityError, match=f"`{key}` cannot be") as caught:
+        read_adapter(folder)
+    assert len(str(caught.value)) < 400
+
+
+def test_values_that_peft_takes_are_read(base: nn.Module, folder: Path) -> None:
+    for alpha in (0, -3, 2.5, 1000):
+        edit_config(folder, lora_alpha=alpha)
+        assert loaded(base, folder, ["classifier"])
+
+
+def test_unknown_keys_are_named(
+    base: nn.Module, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_config(folder, some_list=[], some_text="", use_other=False, other=None)
+    edit_config(folder, notes="trained on a Monday", unsloth_fixed=True, torch_dtype="float32")
+    read_adapter(folder)
+    text = capsys.readouterr().err
+    assert "`other`, `some_list`, `some_text`, `use_other`" in text
+    assert "notes" not in text
+    for value in (True, {"a": 1}, [1], 16, 0.5, 0, "mean"):
+        edit_config(folder, use_other=value)
+        assert "the key `use_other` (" in refusal(base, folder, kind=LoraError)
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha", "lora_dropout"])
+def test_a_number_that_is_written_as_text_is_said_to_be_text(
+    key: str, base: nn.Module, folder: Path
+) -> None:
+    edit_config(folder, **{key: "8"})
+    assert f'`{key}` has to be a number, and is the text "8"' in refusal(base, folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"init_lora_weights": "pissa"}, "`pissa`"),
+        ({"init_lora_weights": "olora"}, "`olora`"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_adapters_that_change_more_than_this_tool_knows_are_refused(
+    config: dict[str, Any], named: str, base: nn.Module, tmp_path: Path
+) -> None:
+    saved_by_peft(tmp_path / "a", base, r=4, target_modules=["query"], **config)
+    text = refusal(base, tmp_path / "a", kind=LoraError)
+    assert named in text
+    assert str(tmp_path / "a" / CONFIG_FILE) in text
+
+
+@pytest.mark.parametrize("key", sorted(VARIANTS.keys() - {"use_dora"}))
+def test_variants_that_the_tensors_do_not_tell_of_are_refused(
+    key: str, base: nn.Module, folder: Path
+) -> None:
+    edit_config(folder, **{key: [7]})
+    assert f"adapters with `{key}` cannot be read" in refusal(base, folder, kind=LoraError)
+    edit_config(folder, **{key: None})
+    read_adapter(folder)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "mica"])
+def test_how_a_was_drawn_does_not_matter(init: Any, base: nn.Module, tmp_path: Path) -> None:
+    config = {"r": 4, "target_modules": ["query"], "init_lora_weights": init}
+    theirs = saved_by_peft(tmp_path / "a", base, **config)
+    assert_same_outputs(loaded(base, tmp_path / "a"), theirs)
+
+
+def test_an_adapter_of_another_base_is_refused(folder: Path) -> None:
+    text = refusal(tiny.gpt2(), folder)
+    assert f"the adapter is for `{QUERY}`, which in the model is not there" in text

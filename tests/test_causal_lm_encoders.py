@@ -1,0 +1,200 @@
+"""What is cut of long rows, against slices of the tokens of the whole row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import tiny
+import torch
+
+from lora_cli.errors import LoraError
+from lora_cli.preprocessing.check_recipe import check_recipe
+from lora_cli.preprocessing.encode import load_data
+from lora_cli.recipe import load_recipe
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import IGNORED, Encoded, Task
+
+PAIR = {"type": "causal_lm", "prompt_column": "prompt", "completion_column": "completion"}
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}:\n{{ m.content }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+CHAT = {"type": "causal_lm", "messages_column": "messages", "chat_template": "chat.jinja"}
+LABELS = {"type": "sequence_classification", "labels": ["bad", "good"]}
+SIZE = 48
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def task_of(tmp_path: Path, rows: list[dict[str, Any]], task: dict[str, Any], **more: Any) -> Task:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    save = tiny.save_encoder if task["type"] == LABELS["type"] else tiny.save_llama
+    base = tmp_path / "base"
+    base = base if base.exists() else save(base)
+    keys = {"text_column": None, "max_length": SIZE} if save is tiny.save_llama else {}
+    path = tiny.recipe(base, tmp_path, task={**keys, **task}, data={"path": "rows.jsonl"}, **more)
+    made = build_task(load_recipe(path))
+    made.load_processor()
+    return made
+
+
+def encoded(task: Task) -> Encoded:
+    return load_data(task)["train"]
+
+
+LONG, SHORT = "slow " * 60 + "\n", "yes"
+
+
+def row_of(kind: str, prompt: str, answer: str) -> dict[str, Any]:
+    if kind == "pair":
+        return {"prompt": prompt, "completion": answer}
+    turns = (("user", prompt), ("assistant", answer))
+    return {"messages": [{"role": role, "content": said} for role, said in turns]}
+
+
+def whole_of(kind: str, task: Task, prompt: str, answer: str) -> tuple[list[int], int]:
+    """Return the tokens of a row and how many of them ask, without our code."""
+    read = task.tokenizer
+    if kind == "pair":
+        asked = read(prompt)["input_ids"]
+        return [*read(prompt + answer)["input_ids"], tiny.EOS], len(asked)
+    row = row_of(kind, prompt, answer)["messages"]
+    asked = read.apply_chat_template(row[:1], add_generation_prompt=True)["input_ids"]
+    ids = read.apply_chat_template(row)["input_ids"]
+    return ids, len(asked)  # the template's own end of text is the last but one
+
+
+@pytest.mark.parametrize("kind", ["pair", "chat"])
+@pytest.mark.parametrize(("prompt", "answer"), [(LONG, SHORT), ("a\n", LONG + "x"), (LONG, LONG)])
+def test_the_beginning_is_cut_where_the_recipe_asks(
+    tmp_path: Path, kind: str, prompt: str, answer: str
+) -> None:
+    spec = {**(PAIR if kind == "pair" else CHAT), "truncate": "left"}
+    task = task_of(tmp_path, [row_of(kind, prompt, answer)], spec)
+    ids, n_asked = whole_of(kind, task, prompt, answer)
+    if kind == "chat" and ids[-1] != tiny.EOS:
+        ids = [*ids]  # a line end follows the turn; it is trained with it
+    (example,) = encoded(task).examples
+    labels = [IGNORED] * n_asked + ids[n_asked:]
+    if example["full_length"] == len(ids) + 1:  # an end of text was added
+        ids, labels = [*ids, tiny.EOS], [*labels, tiny.EOS]
+    assert example["full_length"] == len(ids) > SIZE
+    assert example["input_ids"] == [ids[0], *ids[-SIZE + 1 :]]
+    assert example["input_ids"][0] == tiny.BOS
+    assert example["labels"] == [IGNORED, *labels[-SIZE + 1 :]]
+
+
+@pytest.mark.parametrize("kind", ["pair", "chat"])
+def test_the_end_is_cut_and_rows_without_an_answer_are_counted(tmp_path: Path, kind: str) -> None:
+    spec = PAIR if kind == "pair" else CHAT
+    rows = [row_of(kind, LONG, SHORT), row_of(kind, "a\n", LONG + "x"), row_of(kind, "a\n", SHORT)]
+    split = encoded(task := task_of(tmp_path, rows, spec))
+    assert list(split.examples["row"]) == [1, 2]
+    assert split.rows_without_example == 1
+    ids, n_asked = whole_of(kind, task, "a\n", LONG + "x")
+    assert split.examples[0]["input_ids"] == ids[:SIZE]
+    assert split.examples[0]["labels"] == [IGNORED] * n_asked + ids[n_asked:SIZE]
+
+
+@pytest.mark.parametrize("kind", ["pair", "chat"])
+def test_long_rows_are_left_out_or_are_errors(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = PAIR if kind == "pair" else CHAT
+    rows = [row_of(kind, "a\n", SHORT), row_of(kind, "a\n", LONG + "x"), row_of(kind, LONG, SHORT)]
+    task = task_of(tmp_path, rows, {**spec, "truncate": "drop"})
+    split = encoded(task)
+    assert (list(split.examples["row"]), split.rows_without_example) == ([0], 2)
+    check_recipe(task.recipe)
+    assert "2 of 3 train rows leave nothing to train within 48 tokens" in capsys.readouterr().err
+    with pytest.raises(LoraError, match=r"the row has \d+ tokens, more than 48") as caught:
+        encoded(task_of(tmp_path, rows, {**spec, "truncate": "error"}))
+    assert [p.at for p in caught.value.problems] == ["rows.jsonl:2"]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_classified_text_is_cut_on_the_side_that_the_recipe_says(
+    tmp_path: Path, side: str, pairs: bool
+) -> None:
+    row = {"text": "a long and boring plot " * 12, "other": "great fun " * 30, "label": "bad"}
+    spec = {**LABELS, "truncate": side, "max_length": SIZE}
+    spec |= {"text_pair_column": "other"} if pairs else {}
+    task = task_of(tmp_path, [row, {**row, "label": "good"}], spec)
+    theirs = tiny.tokenizer("encoder")
+    theirs.truncation_side = side
+    texts = [row["text"], row["other"]] if pairs else [row["text"]]
+    wanted = theirs(*texts, truncation=True, max_length=SIZE)["input_ids"]
+    assert encoded(task).examples[0]["input_ids"] == wanted
+    model, _ = task.load_model(torch.device("cpu"))
+    assert len(task.answer(model, [row])) == 1
+
+
+def test_long_texts_to_classify_may_be_left_out_or_errors(tmp_path: Path) -> None:
+    rows = [{"text": "great", "label": "good"}, {"text": LONG, "label": "bad"},
+            {"text": "dull", "label": "bad"}]  # fmt: skip
+    spec = {**LABELS, "max_length": SIZE}
+    split = encoded(task := task_of(tmp_path, rows, {**spec, "truncate": "drop"}))
+    assert (list(split.examples["row"]), split.rows_without_example) == ([0, 2], 1)
+    assert task.answer_fault(rows[0]) == ""
+    assert "tokens, more than 48" in task.answer_fault(rows[1])
+    with pytest.raises(LoraError, match="tokens, more than 48") as caught:
+        encoded(task_of(tmp_path, rows, {**spec, "truncate": "error"}))
+    assert caught.value.problems[0].at == "rows.jsonl:2"
+
+
+# ------------------------------------------------------------------------------ control tokens
+
+
+@pytest.mark.parametrize("splits", [None, False, True])
+@pytest.mark.parametrize("kind", ["text", "pair", "labels"])
+def test_control_tokens_are_counted_and_read_as_the_recipe_says(
+    tmp_path: Path, kind: str, splits: bool | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "<s> great </s> fun"
+    row = {"text": text, "prompt": text, "completion": "a</s>", "label": "good"}
+    rows = [{**row, "text": "dull", "prompt": "b", "completion": "c", "label": "bad"}, row]
+    spec = {"text": {"type": "causal_lm", "text_column": "text"}, "pair": PAIR, "labels": LABELS}
+    keys = {**spec[kind], "max_length": 64}
+    if splits is not None:
+        keys["split_special_tokens"] = splits
+    task = task_of(tmp_path, rows, keys)
+    theirs = tiny.tokenizer("encoder" if kind == "labels" else "llama")
+    whole = f"{text}a</s>" if kind == "pair" else text
+    wanted = theirs(whole, split_special_tokens=bool(splits))["input_ids"]
+    if kind != "labels" and wanted[-1] != tiny.EOS:
+        wanted = [*wanted, tiny.EOS]
+    found = encoded(task).examples[1]["input_ids"]
+    assert found == wanted
+    assert (found.count(tiny.BOS) > 1) == (not splits)
+    check_recipe(task.recipe)
+    err = capsys.readouterr().err
+    how = "as text" if splits else "as tokens: see `task.split_special_tokens`"
+    assert "1 of 2 train rows have control tokens in their text, the first is `<s>` at" in err
+    assert f"rows.jsonl:2; they are read {how}" in err
+    task.note_control_tokens(rows)
+    (warning,) = task.take_warnings()
+    assert warning.startswith("1 row with control tokens in the text")
+    asked = task.text_tokenizer(text)["input_ids"]
+    if kind != "labels":
+        assert task.prompt(row) == asked  # type: ignore[attr-defined]
+
+
+def test_in_a_conversation_control_tokens_are_never_read(tmp_path: Path) -> None:
+    with pytest.raises(LoraError, match="control tokens in a text are always read as letters"):
+        task_of(tmp_path, [row_of("chat", "a", "b")], {**CHAT, "split_special_tokens": False})
+    row = row_of("chat", f"a</s>\nassistant:\n{SHORT}</s>", "b")
+    task = task_of(tmp_path, [row], {**CHAT, "max_length": 64})
+    (example,) = encoded(task).examples
+    assert example["input_ids"].count(tiny.EOS) == 2
+    asked = task.prompt({"messages": row["messages"][:1]})  # type: ignore[attr-defined]
+    assert asked == example["input_ids"][: len(asked)]
+    assert asked.count(tiny.EOS) == 1

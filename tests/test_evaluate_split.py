@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from lora_cli.adapters.adapter_folder import save_adapter
+from lora_cli.adapters.attach import attach
+from lora_cli.data.readers import read_rows
+from lora_cli.errors import LoraError
+from lora_cli.evaluation import evaluate_split as evaluation
+from lora_cli.evaluation.evaluate_split import (
+    best_by,
+    evaluate,
+    evaluate_adapter,
+    measure_file,
+    open_adapter,
+)
+from lora_cli.preprocessing.encode import load_data
+from lora_cli.recipe import Recipe, load_recipe
+from lora_cli.tasks import Encoded, Task, build_task
+
+CPU = torch.device("cpu")
+TEXTS = [" ".join(["great fun", "slow", "a plot"][: 1 + i % 3] * (1 + i % 5)) for i in range(23)]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_encoder(tmp_path_factory.mktemp("base"))
+
+
+def recipe_of(
+    base: Path, tmp_path: Path, texts: Any = None, labels: Any = None, **sections: Any
+) -> Recipe:
+    for name in ("train", "dev"):
+        rows = [
+            {"text": text, "label": labels[i] if labels else i % 3 % 2}
+            for i, text in enumerate(texts or TEXTS)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    data = {"path": "train.jsonl", "validation": "dev.jsonl"}
+    return load_recipe(tiny.recipe(base, tmp_path, data=data, **sections))
+
+
+def opened(recipe: Recipe) -> tuple[Task, nn.Module, Encoded]:
+    task = build_task(recipe)
+    task.load_processor()
+    split = load_data(task)["validation"]
+    model, _ = task.load_model(CPU)
+    return task, tiny.enliven(model, 2), split
+
+
+def measured(
+    recipe: Recipe, tmp_path: Path, **sections: Any
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    task, model, split = opened(recipe)
+    file = tmp_path / "predictions.jsonl"
+    metrics = evaluate(model, task, split, Accelerator(cpu=True), file)
+    return metrics, [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# ----------------------------------------------------------------------------------- evaluate
+
+
+def test_neither_batch_size_nor_window_matters(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(base, tmp_path)
+    results = []
+    for size, window in ((1, 64), (3, 2), (4, 64), (64, 64)):
+        monkeypatch.setattr(evaluation, "WINDOW", window)
+        recipe.evaluate.micro_batch_size = size
+        results.append(measured(recipe, tmp_path))
+    metrics, lines = results[0]
+    assert [line["row"] for line in lines] == list(range(23))
+    assert [line["place"] for line in lines] == [f"dev.jsonl:{i + 1}" for i in range(23)]
+    assert len({line["loss"] for line in lines}) > 10  # the rows differ, so a mix-up would show
+    for other_metrics, other_lines in results[1:]:
+        assert other_metrics == pytest.approx(metrics, rel=1e-4)
+        for line, other in zip(lines, other_lines, strict=True):
+            assert other["loss"] == pytest.approx(line["loss"], rel=1e-4, abs=1e-5)
+            assert {k: other[k] for k in ("row", "place", "reference", "prediction")} == {
+                k: line[k] for k in ("row", "place", "reference", "prediction")
+            }
+
+
+def test_the_order_of_the_rows_does_not_matter(base: Path, tmp_path: Path) -> None:
+    labels = [i % 3 % 2 for i in range(23)]
+    metrics, lines = measured(recipe_of(base, tmp_path), tmp_path)
+    reverse, backwards = measured(recipe_of(base, tmp_path, TEXTS[::-1], labels[::-1]), tmp_path)
+    assert reverse == pytest.approx(metrics, rel=1e-4)
+    for line, other in zip(lines, backwards[::-1], strict=True):
+        assert other["loss"] == pytest.approx(line["loss"], rel=1e-4, abs=1e-5)
+
+
+def test_each_line_is_of_its_own_row(base: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(base, tmp_path)
+    task, model, split = opened(recipe)
+    _, lines = measured(recipe, tmp_path)
+    with torch.no_grad():
+        for i, line in enumerate(lines):
+            (alone,) = task.predict(model, task.collate([split.examples[i]]))
+            assert line["loss"] == pytest.approx(alone.loss, rel=1e-4, abs=1e-5)
+            assert (line["prediction"], line["reference"]) == (alone.prediction, alone.reference)
+            assert line["scores"] == pytest.approx(alone.scores, abs=1e-5)
+
+
+@pytest.mark.parametrize("weights", [None, {"bad": 3.0}])
+def test_the_loss_is_the_sum_over_the_number_of_items(
+    base: Path, tmp_path: Path, weights: Any
+) -> None:
+    task = {"class_weights": weights, "labels": ["bad", "good"]}
+    metrics, lines = measured(recipe_of(base, tmp_path, task=task), tmp_path)
+    total, count = (sum(line[key] for line in lines) for key in ("loss", "n_items"))
+    assert metrics["loss"] == pytest.approx(total / count)
+    right = sum(line["prediction"] == line["reference"] for line in lines)
+    assert metrics["accuracy"] == pytest.approx(right / 23)
+    assert 0 < right < 23
+
+
+def test_logits_are_let_go_and_the_model_is_left_as_it_was(base: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(base, tmp_path, evaluate={"micro_batch_size": 2})
+    task, model, split = opened(recipe)
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive = []
+
+    def before(*_: Any) -> None:
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        alive.append(sum(logits() is not None for logits in made))
+
+    model.register_forward_pre_hook(before)
+    model.register_forward_hook(lambda _, __, out: made.append(weakref.ref(out.logits)))
+    model.train()
+    evaluate(model, task, split, Accelerator(cpu=True))
+    assert len(made) == 12
+    assert alive == [0] * 12
+    assert model.training
+
+
+def test_a_failure_leaves_the_model_as_it_was(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, model, split = opened(recipe_of(base, tmp_path))
+    monkeypatch.setattr(task, "predict", lambda *_: 1 / 0)
+    model.train()
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, task, split, Accelerator(cpu=True), tmp_path / "p.jsonl")
+    assert model.training
+
+
+# ----------------------------------------------------------------------------- saved adapters
+
+
+def test_a_saved_adapter_measures_as_it_did_in_memory(base: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(base, tmp_path, task={"labels": None, "class_weights": "balanced"})
+    task = build_task(recipe)
+    task.load_processor()
+    split = load_data(task)["validation"]
+    model, new = task.load_model(CPU)
+    attach(model, recipe, new)
+    tiny.wake(model)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_adapter(folder, model, recipe, new)
+    wanted = evaluate(model, task, split, Accelerator(cpu=True))
+    torch.manual_seed(99)  # another head is drawn before the saved one is loaded
+    found = evaluate_adapter(folder, recipe)
+    assert found == {"validation": pytest.approx(wanted, rel=1e-4)}
+    # a recipe as it was written leaves labels and weights open: the train rows say them
+    found = evaluate_adapter(folder, load_recipe(tmp_path / "recipe.yaml"), "validation")
+    assert found["validation"]["accuracy"] == wanted["accuracy"]
+    task, model, _ = open_adapter(folder, load_recipe(tmp_path / "recipe.yaml"))
+    assert task.labels == ["0", "1"]  # type: ignore[attr-defined]
+    assert not model.training
+
+
+def test_a_peft_folder_is_measured_with_a_recipe(base: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(base, tmp_path, task={"labels": ["bad", "good"]})
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", r=4, target_modules=["query", "value"], modules_to_save=["classifier"]
+    )  # fmt: skip
+    model = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+                assert "lora_" in name or "classifier" in name
+    folder = tmp_path / "peft"
+    model.save_pretrained(folder)
+    found = evaluate_adapter(folder, recipe)["validation"]
+    task, _, split = opened(recipe)
+    batch = task.collate(list(split.examples))
+    with torch.no_grad():
+        loss = model.eval()(**batch.inputs, labels=batch.labels).loss.item()
+    assert found["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("split", ["test", "path", "dev", None])
+def test_a_split_that_is_not_there_is_refused_at_once(
+    base: Path, tmp_path: Path, split: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(base, tmp_path)
+    if split is None:
+        recipe.data.validation = None
+    monkeypatch.setattr(evaluation, "build_task", lambda _: pytest.fail("too late"))
+    with pytest.raises(LoraError, match=f"no split `{split or 'validation or test'}`"):
+        evaluate_adapter(tmp_path, recipe, split)
+
+
+def test_the_data_are_checked_before_weights_are_loaded(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(base, tmp_path, labels=["meh"] * 23)
+    monkeypatch.setattr(evaluation, "load_adapted", lambda *_: pytest.fail("too late"))
+    with pytest.raises(LoraError, match="`meh` is not a label"):
+        evaluate_adapter(tmp_path, recipe)
+
+
+def test_fp16_without_a_gpu_is_refused(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LoraError, match="fp16 needs a GPU"):
+        open_adapter(tmp_path, recipe_of(base, tmp_path, train={"precision": "fp16"}))
+
+
+# -------------------------------------------------------------------------------------- best
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "wanted"),
+    [
+        ({}, ("accuracy", "max")),
+        ({"metrics": ["f1_macro", "accuracy"]}, ("f1_macro", "max")),
+        ({"metrics": []}, ("loss", "min")),
+        ({"metrics": ["own/metric", "f1"]}, ("loss", "min")),
+        ({"best": {"metric": "loss"}}, ("loss", "min")),
+        ({"best": {"metric": "accuracy"}}, ("accuracy", "max")),
+        ({"best": {"metric": "accuracy", "mode": "min"}}, ("accuracy", "min")),
+    ],
+)
+def test_what_chooses_the_best(
+    base: Path, tmp_path: Path, evaluate: dict[str, Any], wanted: tuple[str, str]
+) -> None:
+    recipe = recipe_of(base, tmp_path, evaluate=evaluate)
+    assert best_by(recipe, build_task(recipe)) == wanted
+
+
+def test_a_metric_of_several_numbers_chooses_by_the_first(tmp_path: Path) -> None:
+    task = {"type": "causal_lm", "prompt_column": "a", "completion_column": "b"}
+    recipe = recipe_of(tmp_path, tmp_path, task=task, evaluate={"metrics": ["rouge", "bleu"]})
+    assert best_by(recipe, build_task(recipe)) == ("rouge1", "max")
+    recipe.evaluate.metrics = None
+    assert best_by(recipe, build_task(recipe)) == ("perplexity", "min")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("x.csv", "label;text\r\ngood;a; b\r\nbad;c\r\n".replace("a; b", '"a; b"').encode("utf-16"),
+         {"text": "a; b", "label": "good"}),
+        ("x.txt", b"text\tlabel\n\"a\tgood\nb\tbad\n", {"text": '"a', "label": "good"}),
+        ("x.jsonl", b'{"text": "a", "label": "good"}\n', {"text": "a", "label": "good"}),
+        ("x.csv", "text,label\nna\u00efve,good\nb,bad\n".encode("cp1252"),
+         {"text": "na\u00efve", "label": "good"}),
+    ],
+)  # fmt: skip
+def test_a_file_to_measure_is_read_as_predict_reads_it(
+    name: str, content: bytes, wanted: dict[str, str], tmp_path: Path
+) -> None:
+    recipe = load_recipe(tiny.recipe(tiny.save_encoder(tmp_path / "base"), tmp_path))
+    (tmp_path / name).write_bytes(content)
+    measure_file(recipe, tmp_path / name)
+    first = next(read_rows(tmp_path / name, recipe.data.format))
+    assert first.columns is not None
+    assert {key: first.columns[key] for key in wanted} == wanted

@@ -1,0 +1,130 @@
+"""How `lora init` makes a model fit into a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from drafting import table, texts
+
+from lora_cli.errors import LoraError
+from lora_cli.recipe_draft import base_model_info, draft_recipe, text_lengths
+from lora_cli.recipe_draft.base_model_info import look_at, shape_by_name
+from lora_cli.recipe_draft.memory_budget import GIB, Card, Fit, Shape, fit_to, needed_bytes
+
+LLAMA_8B = Shape(8_030_000_000, 32, 4096, 14336, 128256)
+ROBERTA = Shape(125_000_000, 12, 768, 3072)
+
+
+def card(memory: float, has_bf16: bool = True) -> Card:
+    return Card(memory * GIB, f"a GPU of {memory:g} GiB", has_bf16)
+
+
+@pytest.mark.parametrize(("checkpointing", "measured"), [(False, 72.4), (True, 29.4)])
+def test_the_estimate_is_near_what_training_took(checkpointing: bool, measured: float) -> None:
+    fit = Fit("bf16", 2, 1, checkpointing, 4096, 0.0)
+    assert needed_bytes(LLAMA_8B, fit) / GIB == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("length", [256, 512, 2048, 4096])
+@pytest.mark.parametrize("memory", [20, 24, 40, 80, 192])
+def test_what_fits_is_within_the_memory_and_keeps_the_step(memory: int, length: int) -> None:
+    fit = fit_to(LLAMA_8B, card(memory), 4, 4, length)
+    assert fit.precision == "bf16"
+    assert fit.needed <= 0.9 * memory * GIB
+    assert fit.micro_batch * fit.accumulation == 16
+    assert fit.length <= length
+
+
+def test_more_memory_needs_less_help() -> None:
+    fits = [fit_to(LLAMA_8B, card(memory), 4, 4, 2048) for memory in (24, 40, 192)]
+    assert [(f.micro_batch, f.checkpointing) for f in fits] == [(1, True), (4, True), (4, False)]
+    assert fit_to(LLAMA_8B, card(20), 4, 4, 2048).length <= 512
+
+
+@pytest.mark.parametrize(
+    ("shape", "gpu", "precision"),
+    [
+        (ROBERTA, None, "fp32"),
+        (ROBERTA, card(24), "fp32"),
+        (Shape(355_000_000, 24, 1024, 4096), None, "fp32"),
+        (Shape(355_000_000, 24, 1024, 4096), card(24), "bf16"),
+        (Shape(355_000_000, 24, 1024, 4096), card(16, has_bf16=False), "fp16"),
+        (LLAMA_8B, None, "bf16"),
+        (Shape(8_000_000_000), None, "bf16"),
+        (Shape(0), card(24), "fp32"),
+    ],
+)
+def test_the_precision_follows_size_and_card(
+    shape: Shape, gpu: Card | None, precision: str
+) -> None:
+    fit = fit_to(shape, gpu, 4, 4, 512)
+    assert fit.precision == precision
+    assert fit.checkpointing == (shape.parameters > 1_000_000_000)
+
+
+@pytest.mark.parametrize(("shape", "memory"), [(LLAMA_8B, 16), (Shape(70_000_000_000), 80)])
+def test_a_model_that_cannot_fit_is_rejected(shape: Shape, memory: float) -> None:
+    with pytest.raises(LoraError, match="billion parameters needs about") as caught:
+        fit_to(shape, card(memory), 4, 4, 2048)
+    hint = caught.value.problems[0].hint or ""
+    larger = int(hint.split("--memory ")[1].rstrip("`"))
+    assert fit_to(shape, card(larger), 4, 4, 2048).needed <= larger * GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", 8e9),
+        ("Qwen/Qwen2.5-0.5B", 0.5e9),
+        ("mistralai/Mixtral-8x7B-v0.1", 56e9),
+        ("EleutherAI/pythia-160m", 160e6),
+        ("org/model-7b", 7e9),
+        ("FacebookAI/roberta-large", None),
+        ("org/v2.0-base", None),
+        ("sentence-transformers/all-MiniLM-L6-v2", None),
+    ],
+)
+def test_a_name_may_give_the_size(name: str, parameters: float | None) -> None:
+    shape = shape_by_name(name)
+    assert (shape and shape.parameters) == parameters
+
+
+def test_the_size_of_a_model_at_hand_is_counted(bases: dict[str, Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    found = look_at(str(bases["llama"])).shape
+    real = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    assert found is not None
+    assert found.parameters == sum(p.numel() for p in real.parameters())
+
+
+def test_the_memory_is_written_into_the_draft(
+    tmp_path: Path, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text(table(["text", "label"], [[t, i % 2] for i, t in enumerate(texts(60))]))
+    base = look_at(str(bases["llama"]))
+    large = base_model_info.Base("llama", base.tokenizer, True, 4096, 4096, LLAMA_8B)
+    monkeypatch.setattr("lora_cli.recipe_draft.draft.look_at", lambda name: large)
+    draft = draft_recipe(rows, str(bases["llama"]), tmp_path / "r.yaml", memory=24)
+    assert draft.values["train"]["precision"] == "bf16"
+    assert dict(draft.findings)["memory"].startswith("8.0 billion parameters")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a warm and funny film, and a great cast", "この映画はとても面白かった", "Größe passt nicht",
+     "Фильм очень хороший, советую", "antidisestablishmentarianism", "https://a.example/b?c=d"],
+)  # fmt: skip
+def test_the_guessed_length_is_on_the_long_side(text: str) -> None:
+    assert len(text.split()) <= text_lengths.guessed_tokens(text) <= 2 * len(text)
+    assert text_lengths.guessed_tokens(text) >= len(text) / 4
+
+
+def test_a_guessed_length_says_so(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text(table(["text", "label"], [[t, i % 2] for i, t in enumerate(texts(60))]))
+    draft = draft_recipe(rows, "org/some-8B", tmp_path / "r.yaml")
+    assert "could not be fetched" in draft.why["task.max_length"]
+    assert draft.values["train"]["precision"] == "bf16"

@@ -1,0 +1,346 @@
+"""A row means the same alone, next to others and in a pack, whatever the architecture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import (
+    AlbertConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BertConfig,
+    ConvBertConfig,
+    DistilBertConfig,
+    FNetConfig,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    ReformerConfig,
+    RwkvConfig,
+    XLNetConfig,
+)
+
+from lora_cli.errors import LoraError
+from lora_cli.preprocessing.encode import load_data
+from lora_cli.preprocessing.packing import check_packing
+from lora_cli.preprocessing.padding_check import check_training, choose_padding
+from lora_cli.recipe import load_recipe
+from lora_cli.tasks import Task, build_task
+from lora_cli.tasks.padding import NONE, Padding
+from lora_cli.tasks.text_generation import REPLACEMENT
+
+LANGUAGE = {"type": "causal_lm", "pad_token": "<pad>"}
+LEFT, RIGHT = Padding("left"), Padding("right")
+ENDS = {"pad_token_id": tiny.PAD, "bos_token_id": tiny.BOS, "eos_token_id": tiny.EOS}
+COMMON: dict[str, Any] = {
+    "vocab_size": tiny.vocabulary(), "hidden_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 130,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **ENDS,
+}  # fmt: skip
+
+
+def config(kind: str) -> PretrainedConfig:
+    """Return the configuration of a tiny model of an architecture."""
+    match kind:
+        case "bert":
+            return BertConfig(**COMMON)
+        case "albert":
+            return AlbertConfig(**COMMON, embedding_size=16)
+        case "convbert":
+            return ConvBertConfig(**COMMON, embedding_size=16, conv_kernel_size=3)
+        case "fnet":
+            return FNetConfig(**COMMON)
+        case "distilbert":
+            return DistilBertConfig(
+                vocab_size=tiny.vocabulary(), dim=32, n_layers=2, n_heads=4, hidden_dim=48,
+                max_position_embeddings=130, dropout=0.0, attention_dropout=0.0,
+                seq_classif_dropout=0.0, **ENDS,
+            )  # fmt: skip
+        case "xlnet":
+            return XLNetConfig(
+                vocab_size=tiny.vocabulary(), d_model=32, n_layer=2, n_head=4, d_inner=48,
+                dropout=0.0, summary_last_dropout=0.0, **ENDS,
+            )  # fmt: skip
+        case "gpt2":
+            return GPT2Config(
+                vocab_size=tiny.vocabulary(), n_embd=32, n_layer=2, n_head=4, n_positions=130,
+                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ENDS,
+            )  # fmt: skip
+        case "llama":
+            return LlamaConfig(
+                vocab_size=tiny.vocabulary(), hidden_size=32, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+                max_position_embeddings=130, **ENDS,
+            )  # fmt: skip
+        case "bart":
+            return BartConfig(
+                vocab_size=tiny.vocabulary(), d_model=32, encoder_layers=2, decoder_layers=2,
+                encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+                decoder_ffn_dim=48, max_position_embeddings=128, dropout=0.0, is_decoder=True,
+                is_encoder_decoder=False, **ENDS,
+            )  # fmt: skip
+        case "rwkv":
+            return RwkvConfig(
+                vocab_size=tiny.vocabulary(), hidden_size=32, num_hidden_layers=2,
+                attention_hidden_size=32, intermediate_size=48, context_length=128, **ENDS,
+            )  # fmt: skip
+        case "longrope":  # its positions are scaled by the longest row of a batch
+            scaling = {
+                "rope_type": "longrope", "original_max_position_embeddings": 16, "factor": 8.0,
+                "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 10000.0,
+            }  # fmt: skip
+            return LlamaConfig(**config("llama").to_dict() | {"rope_parameters": scaling})
+        case "reformer":
+            return ReformerConfig(
+                vocab_size=tiny.vocabulary(), hidden_size=32, num_attention_heads=2,
+                attention_head_size=16, attn_layers=["local", "local"], feed_forward_size=48,
+                axial_pos_shape=[8, 16], axial_pos_embds_dim=[16, 16], is_decoder=False,
+                local_attn_chunk_length=8, max_position_embeddings=128, hidden_dropout_prob=0.0,
+                local_attention_probs_dropout_prob=0.0, **ENDS,
+            )  # fmt: skip
+    raise ValueError(kind)
+
+
+def base(folder: Path, kind: str, auto: Any, side: str = "right") -> Path:
+    """Save a tiny model of an architecture, with a tokenizer that fills rows on a side."""
+    torch.manual_seed(0)
+    model = tiny.enliven(auto.from_config(config(kind)))
+    model.save_pretrained(folder)
+    tiny.tokenizer("encoder").save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": side}))
+    return folder
+
+
+def opened(folder: Path, tmp_path: Path, **sections: Any) -> tuple[Task, Any]:
+    """Return the task of a recipe on a base, and its model."""
+    kind = {"type": "sequence_classification", "labels": ["bad", "good"], "pad_token": "<pad>"}
+    sections = {"task": kind, **sections}
+    task = build_task(load_recipe(tiny.recipe(folder, tmp_path, **sections)))
+    task.load_processor()
+    task.prepare({})
+    return task, task.load_model(torch.device("cpu"))[0].eval()
+
+
+def largest_difference(task: Task, model: Any, folder: Path) -> float:
+    """Compare the probabilities of texts in one batch with those of transformers, one by one."""
+    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    plain.config.pad_token_id = tiny.PAD
+    tokenizer = task.tokenizer
+    difference = 0.0
+    with torch.no_grad():
+        answers = task.answer(model, [{"text": text} for text in tiny.CORPUS])
+        for text, (_, *probabilities) in zip(tiny.CORPUS, answers, strict=True):
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            alone = torch.softmax(plain(input_ids=ids).logits[0], -1).tolist()
+            pairs = zip(alone, probabilities, strict=True)
+            difference = max(difference, *(abs(a - b) for a, b in pairs))
+    return difference
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "wanted"),
+    [
+        ("bert", "right", RIGHT),
+        ("bert", "left", RIGHT),  # its positions would shift, and it reads the first
+        ("albert", "right", RIGHT),
+        ("distilbert", "right", RIGHT),
+        ("xlnet", "left", LEFT),
+        ("xlnet", "right", LEFT),  # it reads the last position
+        ("gpt2", "right", RIGHT),
+        ("gpt2", "left", Padding("left", positions=True)),
+        ("llama", "left", LEFT),
+        ("fnet", "right", NONE),  # it knows no mask
+        ("convbert", "right", NONE),  # its convolutions see what fills a row
+    ],
+)
+def test_a_text_is_answered_alone_as_among_others(
+    kind: str, side: str, wanted: Padding, tmp_path: Path
+) -> None:
+    folder = base(tmp_path / "base", kind, AutoModelForSequenceClassification, side)
+    task, model = opened(folder, tmp_path)
+    choose_padding(task, model)
+    assert task.padding == wanted
+    assert largest_difference(task, model, folder) <= 2e-6  # rounded to six digits
+
+
+def test_what_was_taken_before_would_not_do(tmp_path: Path) -> None:
+    folder = base(tmp_path / "base", "xlnet", AutoModelForSequenceClassification)
+    task, model = opened(folder, tmp_path)
+    assert largest_difference(task, model, folder) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["fnet", "convbert"])
+def test_loss_and_gradients_of_rows_that_cannot_be_padded_are_those_of_each_alone(
+    kind: str, tmp_path: Path
+) -> None:
+    folder = base(tmp_path / "base", kind, AutoModelForSequenceClassification)
+    task, model = opened(folder, tmp_path)
+    choose_padding(task, model)
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(tiny.CORPUS)]
+    examples = [{**made[0], "row": i} for i, made in enumerate(task.encode(rows))]
+    model = model.double()
+
+    def gradients(batches: list[list[Any]]) -> list[torch.Tensor]:
+        model.zero_grad()
+        for batch in batches:
+            task.loss(model, task.collate(batch)).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    together, apart = gradients([examples]), gradients([[example] for example in examples])
+    for a, b in zip(together, apart, strict=True):
+        # the loss itself is taken in float32
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(b.abs().max() + 1e-3))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_language_model_sees_no_padding(kind: str, tmp_path: Path) -> None:
+    folder = base(tmp_path / "base", kind, AutoModelForCausalLM)
+    task, model = opened(folder, tmp_path, task=LANGUAGE)
+    choose_padding(task, model)
+    assert task.padding == RIGHT
+    examples = [{**m[0], "row": 0} for m in task.encode([{"text": t} for t in tiny.CORPUS])]
+    with torch.no_grad():
+        together = task.predict(model, task.collate(examples))
+        for example, found in zip(examples, together, strict=True):
+            ids = torch.tensor([example["input_ids"]])
+            loss = model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1)
+            assert found.loss == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_an_encoder_is_no_language_model(tmp_path: Path) -> None:
+    folder = base(tmp_path / "base", "bert", AutoModelForCausalLM)
+    task, model = opened(folder, tmp_path, task=LANGUAGE)
+    with pytest.raises(LoraError, match="sees the tokens that it has to predict"):
+        choose_padding(task, model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bart", "rwkv", "longrope"])
+def test_a_prompt_is_answered_among_others_as_transformers_answers_it_alone(
+    kind: str, tmp_path: Path
+) -> None:
+    folder = base(tmp_path / "base", kind, AutoModelForCausalLM)
+    short = {"generation": {"max_new_tokens": 6}}
+    task, model = opened(folder, tmp_path, task=LANGUAGE, evaluate=short)
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    plain.generation_config = GenerationConfig(pad_token_id=tiny.PAD, eos_token_id=tiny.EOS)
+    texts = ["a great plot", *tiny.CORPUS, "fun", "fun " * 30]
+    wanted = []
+    for text in texts:
+        ids = torch.tensor([task.prompt({"text": text})])
+        with torch.no_grad():
+            said = plain.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        # the last token may be a part of a character
+        wanted.append(task.tokenizer.decode(said, skip_special_tokens=True).rstrip(REPLACEMENT))
+    batches = texts[:3], texts[3:-1], texts[-4:]  # each has a longer or a shorter one than before
+    for batch in batches:
+        found = task.answer(model, [{"text": text} for text in batch])
+        answers = [str(answer).rstrip(REPLACEMENT) for (answer,) in found]
+        assert answers == [wanted[texts.index(text)] for text in batch]
+    assert len(set(wanted)) > 3
+
+
+@pytest.mark.parametrize(("kind", "n_calls"), [("llama", 1), ("bart", 3)])
+def test_prompts_are_answered_together_where_padding_changes_nothing(
+    kind: str, n_calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = base(tmp_path / "base", kind, AutoModelForCausalLM)
+    short = {"generation": {"max_new_tokens": 2}}
+    task, model = opened(folder, tmp_path, task=LANGUAGE, evaluate=short)
+    prompts = [[5] * 4, [6] * 9, [7] * 20]
+    task.generate(model, prompts)  # the trial
+    own, sizes = model.generate, []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        sizes.append(len(options["input_ids"]))
+        return own(*args, **options)
+
+    monkeypatch.setattr(model, "generate", counted)
+    task.generate(model, prompts)
+    assert sizes == [len(prompts) // n_calls] * n_calls
+
+
+class Leaky(torch.nn.Module):
+    """A language model that adds a little of what stands at the start of its row."""
+
+    def __init__(self, model: Any, share: float) -> None:
+        super().__init__()
+        self.model, self.share = model, share
+
+    def forward(
+        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, **options: Any
+    ) -> Any:
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **options
+        )
+        out.logits = out.logits + self.share * out.logits[:, :1]
+        return out
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-4, 0.05])
+def test_any_leak_between_packed_texts_is_found(share: float, tmp_path: Path) -> None:
+    """The first logits of a pack are those of another text: as the state of a Mamba layer."""
+    folder = base(tmp_path / "base", "llama", AutoModelForCausalLM)
+    sections = {"task": LANGUAGE, "train": {"packing": True}}
+    task, model = opened(folder, tmp_path, **sections)
+    split = load_data(task)["train"]
+    if not share:
+        check_packing(task, model, split)
+        return
+    with pytest.raises(LoraError, match="packed texts see each other"):
+        check_packing(task, Leaky(model, share), split)
+
+
+def test_lengths_that_a_model_cannot_be_trained_on_are_found_before_training(
+    tmp_path: Path,
+) -> None:
+    folder = base(tmp_path / "base", "reformer", AutoModelForSequenceClassification)
+    task, model = opened(folder, tmp_path)
+    with pytest.raises(LoraError, match="multiple of least common multiple chunk_length") as found:
+        check_training(task, model, 11)
+    assert found.value.problems[0].at.startswith("task.max_length")
+
+
+class Random(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Any, attention_mask: Any = None) -> Any:
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        out.logits = out.logits + torch.rand_like(out.logits)
+        return out
+
+
+class Mixing(Random):
+    def forward(self, input_ids: Any, attention_mask: Any = None) -> Any:
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        out.logits = out.logits * len(input_ids)
+        return out
+
+
+def test_answers_that_are_drawn_or_depend_on_other_rows_are_rejected(tmp_path: Path) -> None:
+    folder = base(tmp_path / "base", "bert", AutoModelForSequenceClassification)
+    task, model = opened(folder, tmp_path)
+    with pytest.raises(LoraError, match="differently each time"):
+        choose_padding(task, Random(model))
+    with pytest.raises(LoraError, match="depends on the texts next to it"):
+        choose_padding(task, Mixing(model))
+    task.recipe.train.micro_batch_size = task.recipe.evaluate.micro_batch_size = 1
+    choose_padding(task, Mixing(model))
+
+
+def test_more_tokens_than_the_model_can_take_are_found_with_the_key(tmp_path: Path) -> None:
+    folder = base(tmp_path / "base", "bert", AutoModelForSequenceClassification)
+    task, model = opened(folder, tmp_path, task={"max_length": 100})
+    model.bert.embeddings.position_embeddings = torch.nn.Embedding(20, 32)
+    with pytest.raises(LoraError, match="cannot compute 100 tokens") as found:
+        choose_padding(task, model)
+    assert found.value.problems[0].at.startswith("task.max_length")
