@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_cli.preprocessing.batch_plan import WINDOW_STEPS, BatchPlan, micro_batches, pack
+from lora_cli.preprocessing.batch_plan import WINDOW_STEPS, BatchPlan, micro_batches
+from lora_cli.tasks.packing import pack
 
 
 @st.composite

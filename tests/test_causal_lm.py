@@ -17,11 +17,11 @@ from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate_split import evaluate
 from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.encode import load_data
-from lora_cli.preprocessing.packing import check_packing, one_row
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Encoded
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.contract import IGNORED, Example
+from lora_cli.tasks.packing import check_packing, one_row
 
 CPU = torch.device("cpu")
 STORIES = Path(__file__).parents[2] / "shared/data/model_stories260k/hf"
@@ -89,7 +89,7 @@ def test_windows_throw_nothing_away(
         assert all(a[-1] == b[0] for a, b in pairwise(pieces))
         # every token but the first is trained, once; the end also where it is the padding too
         batch = task.collate([example for example in examples if example["row"] == row])
-        trained = batch.labels[batch.labels != IGNORED].tolist()
+        trained = batch.targets["labels"][batch.targets["labels"] != IGNORED].tolist()
         assert trained == whole[1:]
         assert batch.n_items == len(whole) - 1
     assert (examples[0]["input_ids"][0] == tiny.BOS) == (kind == "llama")
@@ -100,10 +100,10 @@ def test_gpt2_is_padded_with_its_end_of_text(bases: dict[str, Path], tmp_path: P
     batch = task.collate(examples_of(task))
     mask = batch.inputs["attention_mask"]
     assert (batch.inputs["input_ids"][mask == 0] == task.tokenizer.eos_token_id).all()
-    assert (batch.labels[mask == 0] == IGNORED).all()
-    assert int(mask.sum()) == batch.n_tokens
+    assert (batch.targets["labels"][mask == 0] == IGNORED).all()
+    assert int(mask.sum()) == batch.cost
     last = mask.sum(1) - 1
-    assert (batch.labels[torch.arange(4), last] == task.tokenizer.eos_token_id).all()
+    assert (batch.targets["labels"][torch.arange(4), last] == task.tokenizer.eos_token_id).all()
     (note,) = task.notes  # and is not so in silence
     assert "end-of-text token `<|endoftext|>` also fills the rows" in note
     assert not task_of(bases["gpt2"], tmp_path, TEXTS, task={"pad_token": "<|endoftext|>"}).notes
@@ -196,7 +196,7 @@ def test_the_loss_is_that_of_transformers(
     assert new == []
     with torch.no_grad():
         loss = task.loss(model, batch)
-        theirs = model(**batch.inputs, labels=batch.labels).loss
+        theirs = model(**batch.inputs, labels=batch.targets["labels"]).loss
         predictions = task.predict(model, batch)
     torch.testing.assert_close(loss / batch.n_items, theirs)
     assert sum(p.loss for p in predictions) == pytest.approx(loss.item(), rel=1e-5)
@@ -298,7 +298,7 @@ def test_answers_do_not_depend_on_company(
     )  # fmt: skip
     model, _ = task.load_model(CPU)
     prompts = [*TEXTS, "slow " * 60, "slow " * 123]  # room for few tokens
-    rows = [task.row_of(prompt) for prompt in prompts]
+    rows = [task.parse_input(prompt) for prompt in prompts]
     together = task.answer(model, rows)
     assert together == [task.answer(model, [row])[0] for row in rows]
     assert all(answer for (answer,) in together)

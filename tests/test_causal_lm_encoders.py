@@ -144,8 +144,8 @@ def test_long_texts_to_classify_may_be_left_out_or_errors(tmp_path: Path) -> Non
     spec = {**LABELS, "max_length": SIZE}
     split = encoded(task := task_of(tmp_path, rows, {**spec, "truncate": "drop"}))
     assert (list(split.examples["row"]), split.rows_without_example) == ([0, 2], 1)
-    assert task.answer_fault(rows[0]) == ""
-    assert "tokens, more than 48" in task.answer_fault(rows[1])
+    assert task.answer_error(rows[0]) == ""
+    assert "tokens, more than 48" in task.answer_error(rows[1])
     with pytest.raises(LoraError, match="tokens, more than 48") as caught:
         encoded(task_of(tmp_path, rows, {**spec, "truncate": "error"}))
     assert caught.value.problems[0].at == "rows.jsonl:2"

@@ -481,8 +481,8 @@ def test_each_instance_of_an_instruction_is_an_example(
     assert list(examples["row"]) == [0, 0]
     asked = prompt(task, row)  # the first instance is what is asked
     assert asked.endswith("Add.\n\n1 1<|im_end|>\n<|im_start|>assistant\n")
-    assert task.answer_fault({"instruction": "Add."}) == ""  # what has no answer can be asked
-    assert "Why?" in prompt(task, task.row_of("Why?"))
+    assert task.answer_error({"instruction": "Add."}) == ""  # what has no answer can be asked
+    assert "Why?" in prompt(task, task.parse_input("Why?"))
 
 
 @pytest.mark.parametrize(
@@ -521,8 +521,8 @@ def test_what_is_asked_ends_where_the_assistant_begins(base: Path, tmp_path: Pat
     assert prompt(task, {"messages": CHAT[:4]}) == wanted  # the last answer need not be there
     assert prompt(task, {"messages": json.dumps(CHAT)}) == wanted
     asked = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    assert prompt(task, task.row_of("Why?")) == asked
-    assert prompt(task, task.row_of('["Why?"]')).startswith('<|im_start|>user\n["Why?"]')
+    assert prompt(task, task.parse_input("Why?")) == asked
+    assert prompt(task, task.parse_input('["Why?"]')).startswith('<|im_start|>user\n["Why?"]')
     # the trained tokens follow just what is asked
     task = task_of(base, tmp_path, [QUESTION])
     (example,) = load_data(task)["train"].examples
@@ -599,17 +599,17 @@ def test_a_text_becomes_a_row_of_the_form(base: Path, tmp_path: Path, form: str)
         base, tmp_path, [rows[form]], task={"format": form, "messages_column": column}
     )  # fmt: skip
     asked = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    assert prompt(task, task.row_of("Why?")) == asked
+    assert prompt(task, task.parse_input("Why?")) == asked
     assert prompt(task, rows[form]) == asked.replace("Why?", "a")
 
 
 def test_what_cannot_be_asked_is_a_fault(base: Path, tmp_path: Path) -> None:
     task = task_of(base, tmp_path, [QUESTION], LLAMA2)
-    assert task.answer_fault({"messages": turns(("user", "a"))}) == ""
-    assert "only system" in task.answer_fault({"messages": turns(("tool", "a"))})
+    assert task.answer_error({"messages": turns(("user", "a"))}) == ""
+    assert "only system" in task.answer_error({"messages": turns(("tool", "a"))})
     nothing = {"messages": turns(("assistant", "a"))}
-    assert task.answer_fault(nothing) == "there is no turn to answer"
-    assert "not a list" in task.answer_fault({"messages": "a"})
+    assert task.answer_error(nothing) == "there is no turn to answer"
+    assert "not a list" in task.answer_error({"messages": "a"})
 
 
 def test_metrics_of_text_are_refused_where_all_is_trained(base: Path, tmp_path: Path) -> None:

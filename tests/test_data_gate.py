@@ -18,14 +18,16 @@ import tiny
 from typer.testing import CliRunner
 
 from lora_cli.cli.app import app, main
+from lora_cli.data.row_texts import text_of
 from lora_cli.errors import LoraError
-from lora_cli.preprocessing.data_gate import examine, text_of
+from lora_cli.preprocessing.data_gate import examine
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.preprocessing.findings import Findings
-from lora_cli.preprocessing.show_examples import pieces, shown_rows
+from lora_cli.preprocessing.show_examples import shown_rows
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks import contract as tasks_base
+from lora_cli.tasks.marked_tokens import pieces
 from lora_cli.training import train
 
 GOLDEN = Path(__file__).parent / "golden" / "gate_table.txt"

@@ -61,8 +61,15 @@ def reset() -> None:
 class Squares:
     """A task whose loss is the sum of squares."""
 
-    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        return model(batch.labels).square().sum()
+    loss_weights = {"loss": 1.0}
+
+    def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return model(batch.targets["labels"])
+
+    def losses(
+        self, model: torch.nn.Module, output: torch.Tensor, batch: Batch
+    ) -> dict[str, torch.Tensor]:
+        return {"loss": output.square().sum(-1)}
 
 
 def step(recipe: Recipe) -> tuple[list[float], str]:
@@ -73,7 +80,10 @@ def step(recipe: Recipe) -> tuple[list[float], str]:
     model = torch.nn.Linear(3, 2)
     optimizer = accelerator.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     for _ in range(2):
-        batches = [Batch({}, torch.randn(2, 3), 2.0, 6, [0, 1]) for _ in range(2)]
+        batches = [
+            Batch({}, {"labels": torch.randn(2, 3)}, {"loss": torch.ones(2)}, 6, [0, 1])
+            for _ in range(2)
+        ]
         train_step(model, Squares(), optimizer, batches, accelerator, 1.0)  # type: ignore[arg-type]
     how = f"{accelerator.distributed_type} {accelerator.device} {accelerator.mixed_precision}"
     return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(), how

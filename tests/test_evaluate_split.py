@@ -209,7 +209,7 @@ def test_a_peft_folder_is_measured_with_a_recipe(base: Path, tmp_path: Path) -> 
     task, _, split = opened(recipe)
     batch = task.collate(list(split.examples))
     with torch.no_grad():
-        loss = model.eval()(**batch.inputs, labels=batch.labels).loss.item()
+        loss = model.eval()(**batch.inputs, labels=batch.targets["labels"]).loss.item()
     assert found["loss"] == pytest.approx(loss, rel=1e-4)
 
 

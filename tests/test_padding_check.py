@@ -29,11 +29,11 @@ from transformers import (
 
 from lora_cli.errors import LoraError
 from lora_cli.preprocessing.encode import load_data
-from lora_cli.preprocessing.packing import check_packing
-from lora_cli.preprocessing.padding_check import check_training, choose_padding
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Task, build_task
+from lora_cli.tasks.packing import check_packing
 from lora_cli.tasks.padding import NONE, Padding
+from lora_cli.tasks.padding_check import check_training, choose_padding
 from lora_cli.tasks.text_generation import REPLACEMENT
 
 LANGUAGE = {"type": "causal_lm", "pad_token": "<pad>"}
@@ -125,7 +125,7 @@ def opened(folder: Path, tmp_path: Path, **sections: Any) -> tuple[Task, Any]:
     sections = {"task": kind, **sections}
     task = build_task(load_recipe(tiny.recipe(folder, tmp_path, **sections)))
     task.load_processor()
-    task.prepare({})
+    task.learn_from({})
     return task, task.load_model(torch.device("cpu"))[0].eval()
 
 

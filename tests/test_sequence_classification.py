@@ -106,7 +106,7 @@ def test_token_types_reach_the_model_and_are_padded(bert: Path, tmp_path: Path) 
     )  # fmt: skip
     for key, wanted in tokens.items():
         assert torch.equal(batch.inputs[key], wanted), key
-    assert batch.n_tokens == int(tokens["attention_mask"].sum())
+    assert batch.cost == int(tokens["attention_mask"].sum())
 
 
 def test_token_types_are_not_given_to_a_model_without_them(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_class_labels_are_positions_in_their_own_names(
 ) -> None:
     task = task_of(bert, tmp_path, [0, 1], labels=named)
     rows = hub_rows([0, 1, 1], classes)
-    task.prepare({"train": rows})
+    task.learn_from({"train": rows})
     assert task.recipe.task.labels == (named or classes)
     assert [made[0]["labels"] for made in task.encode(list(rows))] == positions
 
@@ -210,7 +210,7 @@ def test_unlabelled_hub_rows_are_named(bert: Path, tmp_path: Path) -> None:
     train = hub_rows([0, 1], ["a", "b"])
     hidden = replace(train, dataset=train.dataset.map(lambda row: {"label": -1}))
     with pytest.raises(LoraError, match=r"`-1` is not a label \(2 rows of test\)"):
-        task.prepare({"train": train, "test": hidden})
+        task.learn_from({"train": train, "test": hidden})
 
 
 def test_unknown_labels_are_counted_and_placed_before_a_model_is_loaded(
@@ -352,7 +352,7 @@ def test_numbers_are_targets(bert: Path, tmp_path: Path) -> None:
     task = task_of(bert, tmp_path, ["1.5", -2, 3e3], problem="regression")
     assert labels_of(task) == [1.5, -2.0, 3000.0]
     assert task.model_config().num_labels == 1
-    assert task.answer_columns() == ["prediction"]
+    assert task.answer_columns() == {"prediction": "double"}
 
 
 # -------------------------------------------------------------------------- losses, predictions
@@ -376,7 +376,7 @@ def test_the_loss_is_that_of_transformers_and_predictions_sum_to_it(
     tiny.enliven(model, 3)
     with torch.no_grad():
         loss = task.loss(model, batch)
-        theirs = model(**batch.inputs, labels=batch.labels).loss
+        theirs = model(**batch.inputs, labels=batch.targets["labels"]).loss
         predictions = task.predict(model, batch)
     assert batch.n_items == {"single_label": 6, "multi_label": 18, "regression": 6}[problem]
     torch.testing.assert_close(loss / batch.n_items, theirs)
@@ -545,8 +545,8 @@ def test_one_text_cannot_stand_for_a_pair(bert: Path, tmp_path: Path) -> None:
     rows = [{"text": "one", "more": "two", "label": i % 2} for i in range(2)]
     task = task_of(bert, tmp_path, rows, text_pair_column="more")
     with pytest.raises(LoraError, match="reads `text` with `more`"):
-        task.row_of("one")
-    assert task_of(bert, tmp_path, [0, 1]).row_of("one") == {"text": "one"}
+        task.parse_input("one")
+    assert task_of(bert, tmp_path, [0, 1]).parse_input("one") == {"text": "one"}
 
 
 # -------------------------------------------------------------------------------- checkpoints

@@ -288,15 +288,16 @@ def test_gradients_that_no_process_has_stay_away() -> None:
 
 def test_all_items_of_no_weight_move_nothing(ragged: Case) -> None:
     class Weightless(type(ragged.task)):
-        def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-            return super().loss(model, batch) * 0.0
+        def losses(self, model: nn.Module, output: Any, batch: Batch) -> dict[str, Tensor]:
+            found = super().losses(model, output, batch)
+            return {term: sums * 0.0 for term, sums in found.items()}
 
     ragged_batches = ragged.batches
     task = Weightless.__new__(Weightless)
     task.__dict__ = ragged.task.__dict__
     batches = ragged_batches([7])
     for batch in batches:
-        batch.n_items = 0.0
+        batch.items["loss"].zero_()
     parameters = trainable_parameters(ragged.model)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     accelerator = Accelerator()
@@ -322,11 +323,15 @@ class Spoiled:
     def __init__(self, task: Task, loss: float | None = None, gradient: float | None = None):
         self.task, self.factor, self.gradient = task, loss, gradient
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        loss = self.task.loss(model, batch)
-        if self.gradient is not None:
-            loss.register_hook(lambda grad: grad * self.gradient)
-        return loss if self.factor is None else loss * self.factor
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
+
+    def losses(self, model: nn.Module, output: Any, batch: Batch) -> dict[str, Tensor]:
+        found = self.task.losses(model, output, batch)
+        for sums in found.values() if self.gradient is not None else ():
+            sums.register_hook(lambda grad: grad * self.gradient)
+        factor = 1.0 if self.factor is None else self.factor
+        return {term: sums * factor for term, sums in found.items()}
 
 
 def copied(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -380,8 +385,9 @@ def test_a_micro_batch_without_trained_tokens_changes_nothing() -> None:
     rows = [{"prompt": "a", "completion": "b c d"}] * 3
     made = case(tiny.llama(), "llama", PAIRS, rows)
     masked, *others = made.batches([1, 1, 1])
-    masked.labels.fill_(IGNORED)
-    masked.n_items = 0.0
+    masked.targets["labels"].fill_(IGNORED)
+    masked.targets["positions"] = masked.targets["positions"][:0]
+    masked.items["loss"].zero_()
     loss = made.task.loss(made.model, masked)
     assert loss.item() == 0.0
 

@@ -165,7 +165,7 @@ def test_a_prompt_needs_room_for_an_answer(tmp_path: Path, length: int) -> None:
         assert task.take_warnings() == []
         return
     wanted = f"the prompt has {length} tokens, and the model takes 128"
-    assert task.answer_fault({"text": text}).startswith(wanted)
+    assert task.answer_error({"text": text}).startswith(wanted)
     with pytest.raises(LoraError, match=wanted):
         task.answer(model, [{"text": text}])
 
@@ -179,7 +179,7 @@ def test_a_prompt_may_lose_its_beginning(tmp_path: Path) -> None:
     kept = [ids[0], *ids[-111:]]  # 128 - 16, the token that begins a text among them
     assert task.text_prompt(text) == kept
     said = task.tokenizer.decode(greedy(model, kept, 16, {tiny.EOS}), skip_special_tokens=True)
-    assert task.answer_fault({"text": text}) == ""
+    assert task.answer_error({"text": text}) == ""
     assert whole(task.answer(model, [{"text": text}])[0]) == whole([said])
     assert task.take_warnings() == ["1 prompt lost the beginning, to leave room for the answer"]
 

@@ -15,9 +15,9 @@ from lora_cli.evaluation.evaluate_split import evaluate_adapter, measure_file
 from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.data_gate import examine
 from lora_cli.preprocessing.encode import load_data
-from lora_cli.preprocessing.unknown_tokens import count_unknown
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
+from lora_cli.tasks.unknown_tokens import count_unknown
 from lora_cli.training import train
 
 ROWS = [

@@ -46,7 +46,6 @@ ADAPTER_FOLDER = "an adapter is the output folder of `lora train`, or a folder t
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FLOATS = ("F64", "F32", "F16", "BF16")
-TASK_TYPES = {"sequence_classification": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}
 
 
 # ---------------------------------------------------------------------------------------- write
@@ -87,7 +86,7 @@ def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict
     base = {
         "base_model_name_or_path": recipe.model.name,
         "revision": recipe.model.revision,
-        "task_type": TASK_TYPES[recipe.task.type],
+        "task_type": recipe.task.peft_task_type,
         "modules_to_save": in_full or None,
         "inference_mode": True,
     }

@@ -444,8 +444,8 @@ def predict(
     if source is not None and target is not None:
         _predict_file(model, task, source, target, accelerator, overwrite)
         return
-    rows = [task.row_of(text) for text in texts or []]
-    faults = [(i, fault) for i, row in enumerate(rows, 1) if (fault := task.answer_fault(row))]
+    rows = [task.parse_input(text) for text in texts or []]
+    faults = [(i, fault) for i, row in enumerate(rows, 1) if (fault := task.answer_error(row))]
     if faults:
         hint = "shorten or fix it; `--set task.truncate=left` cuts the beginning of long ones"
         raise LoraError([Problem(fault, f"text {i} of {len(rows)}", hint) for i, fault in faults])

@@ -199,19 +199,17 @@ def _stream_marked(recipe: Recipe, column: str) -> Iterator[RawRow]:
 
 def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tuple[Rows, Rows]:
     """Return (held-out rows, what stays)."""
-    task = recipe.task
-    labels = task.target_columns if task.type == "sequence_classification" else []
+    texts, by_label = recipe.task.input_columns_by_key, recipe.task.label_columns_by_key
     _require_rows(parent, spec.from_)
-    texts, wanted = _text_columns(recipe)
+    wanted = {recipe.at(key): column for key, column in texts.items() if key}
     if spec.group_by:
         wanted[recipe.at(f"data.{name}.group_by")] = spec.group_by
     if spec.stratify:
-        key = "task.label_columns.{}" if len(labels) > 1 else "task.label_column"
-        wanted |= {recipe.at(key.format(i)): label for i, label in enumerate(labels)}
+        wanted |= {recipe.at(key): column for key, column in by_label.items()}
     require_columns(wanted, parent.columns, parent.source)
-    rows = list(parent)
+    rows, labels = list(parent), list(by_label.values())
     held, kept = draw(
-        [_joined_text(row, texts) for row in rows],
+        [_joined_text(row, list(texts.values())) for row in rows],
         spec.fraction,
         # another seed for each, so that the two draws do not pick the same positions
         seed=(recipe.data.split_seed, SPLITS.index(name)),
@@ -226,21 +224,6 @@ def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tup
 
 def _stratum(row: dict[str, Any], labels: list[str]) -> str:
     return "\n".join(str(row.get(label)) for label in labels)
-
-
-def _text_columns(recipe: Recipe) -> tuple[list[str], dict[str, str]]:
-    """Return the columns whose text must not stand on both sides, and which must be there."""
-    task = recipe.task
-    if task.type == "causal_lm" and task.instruction_columns:
-        # of Self-Instruct's rows, the instances are the input (and their outputs)
-        return task.instruction_columns[:2], {recipe.at("task.format"): "instruction"}
-    if task.type == "causal_lm":
-        keys = ["text_column", "prompt_column", "messages_column"]
-    else:
-        keys = ["text_column", "text_pair_column"]
-    named = {f"task.{key}": column for key in keys if (column := getattr(task, key))}
-    named = named or {"task.text_column": "text"}
-    return list(named.values()), {recipe.at(key): column for key, column in named.items()}
 
 
 def _joined_text(row: dict[str, Any], columns: list[str]) -> str:

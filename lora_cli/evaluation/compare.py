@@ -216,7 +216,7 @@ def _measure(
 ) -> list[Prediction]:
     predictions: list[Prediction] = []
     model = load_adapted(folder, loader, accelerator)
-    task.padding = loader.padding
+    task.fit_as(loader)
     evaluate(model, task, data, accelerator, keep=predictions, strict_loss=True)
     return predictions
 

@@ -14,7 +14,6 @@ from lora_cli.data.conversations import Message
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.predict import answer
 from lora_cli.tasks import Task
-from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.text_generation import decode
 
 Write = Callable[[str], object]
@@ -133,31 +132,32 @@ def _reply(
     note: Write,
 ) -> None:
     """Write the answer to a line, and add both to the history."""
-    if not isinstance(task, CausalLM):
-        ((said, *scores),) = answer(model, task, [task.row_of(said)], accelerator)
+    writer = task.writer
+    if writer is None:
+        ((said, *scores),) = answer(model, task, [task.parse_input(said)], accelerator)
         best = sorted((p for p in scores if isinstance(p, float)), reverse=True)[:1]
         write(f"{said}" + (f"\t{best[0]:.4f}" if best else "") + "\n")
         return
-    task.note_control_tokens([task.row_of(said)])
-    if task.is_chat:
+    writer.note_control_tokens([writer.parse_input(said)])
+    if writer.is_chat:
         turns = [*history, {"role": "user", "content": said}]
-        prompt = task.chat_prompt(turns)
-        room = task.room_for_prompt
+        prompt = writer.chat_prompt(turns)
+        room = writer.room_for_prompt
         while room is not None and len(prompt) > room and len(turns) > 2:
             turns = turns[2:]
-            prompt = task.chat_prompt(turns)
+            prompt = writer.chat_prompt(turns)
         if len(turns) <= len(history):
             note("the conversation is too long for the model: its oldest turns were dropped\n")
-        whole, prompt = prompt, task.shortened(prompt)
+        whole, prompt = prompt, writer.shortened(prompt)
         if len(prompt) < len(whole):
             note("what you wrote is too long for the model: its beginning was cut\n")
     else:
         turns = []
-        prompt = task.text_prompt(said)
+        prompt = writer.text_prompt(said)
     with accelerator.autocast():
-        streamer = Streamer(task.tokenizer, write, task.stop_ids(model))
-        (text,) = task.generate(model, [prompt], streamer)
+        streamer = Streamer(writer.tokenizer, write, writer.stop_ids(model))
+        (text,) = writer.generate(model, [prompt], streamer)
     write("\n")
-    for line in task.take_warnings():
+    for line in writer.take_warnings():
         note(f"warning: {line}\n")
-    history[:] = [*turns, {"role": "assistant", "content": text}] if task.is_chat else []
+    history[:] = [*turns, {"role": "assistant", "content": text}] if writer.is_chat else []

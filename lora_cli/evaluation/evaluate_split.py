@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,19 +27,15 @@ from lora_cli.metrics import MetricSet, metric_mode, result_names
 from lora_cli.models.base_facts import require_facts
 from lora_cli.models.fingerprint import fingerprint_of
 from lora_cli.preprocessing.batch_plan import Indices
-from lora_cli.preprocessing.data_gate import unknown_tokens, warning_of_unknown
 from lora_cli.preprocessing.encode import check_data, load_data
-from lora_cli.preprocessing.padding_check import choose_padding
 from lora_cli.recipe import Recipe, check_labels, read_computation
 from lora_cli.reporting.report import strict
 from lora_cli.tasks import Encoded, Prediction, Task, build_task
-from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.finite_scores import likely_cause
 from lora_cli.unexpected_errors import phase
 
 WINDOW = 64  # batches whose examples are sorted by length together
 TEXT_LENGTH = 500  # characters of a row that stand beside its prediction
-TURN = (("role", "from"), ("content", "value"))  # keys of a turn
 SAMPLES = 5  # prompts that are continued before and after training
 
 
@@ -102,7 +98,7 @@ def evaluate(
     recipe = task.recipe
     size = recipe.evaluate.micro_batch_size or 2 * recipe.train.micro_batch
     metrics = build_metrics(task)
-    loss = n_items = 0.0
+    sums: dict[str, list[float]] = {term: [0.0, 0.0] for term in task.loss_weights}
     was_training = model.training
     model.eval()
     main = accelerator.is_main_process
@@ -115,8 +111,9 @@ def evaluate(
                 stop.check()
             if strict_loss:
                 _refuse_bad_loss(rows, split, model, recipe)
-            loss += sum(row.loss for row in rows)
-            n_items += sum(row.n_items for row in rows)
+            for term, total in sums.items():
+                total[0] += sum(row.losses[term][0] for row in rows)
+                total[1] += sum(row.losses[term][1] for row in rows)
             for channel in metrics.channels:
                 pairs = [r.metric_inputs[channel] for r in rows if channel in r.metric_inputs]
                 if main and pairs:
@@ -134,9 +131,16 @@ def evaluate(
     if warnings := task.take_warnings():
         for line in warnings if main else ():
             warn(f"while answering: {line}")
-    mean = loss / n_items if n_items else math.nan  # rows may weigh nothing
-    results = [{"loss": mean, **metrics.compute()} if main else {}]
+    results = [{**_mean_losses(task, sums), **metrics.compute()} if main else {}]
     return dict(gather_object(results)[0])
+
+
+def _mean_losses(task: Task, sums: dict[str, list[float]]) -> dict[str, float]:
+    """Return the loss: the weighted sum of its terms' means, and each term if there are several."""
+    # rows may weigh nothing
+    means = {term: total / count if count else math.nan for term, (total, count) in sums.items()}
+    loss = sum(task.loss_weights[term] * mean for term, mean in means.items())
+    return {"loss": loss} | {f"loss_{term}": mean for term, mean in means.items() if len(means) > 1}
 
 
 def _refuse_bad_loss(
@@ -176,18 +180,20 @@ def _predict_window(
         with phase(f"evaluating {first} and the rows after it"), accelerator.autocast():
             made = task.predict(model, batch)
         mine += zip(indices.tolist(), made, strict=True)
+    for _, prediction in mine:  # what perplexity is computed of
+        prediction.metric_inputs.setdefault("nll", (prediction.loss, prediction.n_items))
     together: list[tuple[int, Prediction]] = gather_object(mine)
     return [prediction for _, prediction in sorted(together, key=lambda pair: pair[0])]
 
 
 def _line(prediction: Prediction, split: Encoded, task: Task) -> str:
     row, reference = split.rows[prediction.row], prediction.reference
-    if reference is None and isinstance(task, CausalLM):
-        reference = _text(row, task.target_columns().values()) or None
+    if reference is None and (wanted := task.shown_reference(row)):
+        reference = _shortened(wanted)
     line: dict[str, Any] = {
         "row": prediction.row,
         "place": split.rows.place(prediction.row),
-        "text": _text(row, task.input_columns().values()),
+        "text": _shortened(task.shown_input(row)),
         "reference": reference,
         "prediction": prediction.prediction,
         "loss": prediction.loss,
@@ -199,17 +205,8 @@ def _line(prediction: Prediction, split: Encoded, task: Task) -> str:
     return json.dumps(strict(kept), ensure_ascii=False) + "\n"
 
 
-def _text(row: dict[str, Any], columns: Iterable[str]) -> str:
-    """Return the beginning of what stands in some columns of a row, to be read by a person."""
-    parts: list[str] = []
-    for column in columns:
-        value = row.get(column)
-        for turn in value if isinstance(value, list) else [value]:
-            if isinstance(turn, dict):  # of a conversation, as OpenAI or ShareGPT have it
-                who, what = (turn.get(a, turn.get(b)) for a, b in TURN)
-                turn = f"{who}: {what}"
-            parts += [] if turn is None else [str(turn)]
-    text = "\n".join(parts)
+def _shortened(text: str) -> str:
+    """Return the beginning of a text, to be read by a person."""
     if len(text) <= TEXT_LENGTH:
         return text
     return first_characters(text, TEXT_LENGTH - 1) + "…"
@@ -223,35 +220,30 @@ def add_samples(
     samples: list[dict[str, Any]],
     when: str,
 ) -> None:
-    """Let a language model continue the first rows of a split, on the main process alone.
+    """Let the model answer the first rows of a split in words, on the main process alone.
 
     Args:
         model: The model; it is put into eval mode, and back.
-        task: Of the model; one that does not write leaves no samples.
+        task: Of the model; one whose answers are no text leaves no samples.
         split: The rows; None leaves no samples.
         accelerator: Precision and processes.
-        samples: A dictionary for each row, which gets the continuation.
-        when: The key of the continuation: `before` or `after` training.
+        samples: A dictionary for each row, which gets the answer.
+        when: The key of the answer: `before` or `after` training.
     """
-    if not (isinstance(task, CausalLM) and split is not None and accelerator.is_main_process):
+    if split is None or not accelerator.is_main_process:
         return
-    prompts = [task.sample_prompt(split.rows[i]) for i in range(min(SAMPLES, len(split.rows)))]
-    if not samples:
-        places = map(split.rows.place, range(len(prompts)))
-        samples += [
-            {
-                "place": place,
-                "prompt": shown[-4 * TEXT_LENGTH :],
-                "reference": first_characters(wanted, TEXT_LENGTH),
-            }
-            for place, (_, shown, wanted) in zip(places, prompts, strict=True)
-        ]
+    rows = [split.rows[i] for i in range(min(SAMPLES, len(split.rows)))]
     was_training = model.training
     model.eval()
     with accelerator.autocast():
-        written = task.continue_greedily(model, [ids for ids, _, _ in prompts])
+        found = task.sample(model, rows)
     model.train(was_training)
-    for sample, text in zip(samples, written, strict=True):
+    if not samples:
+        for i, (shown, wanted, _) in enumerate(found):
+            reference = first_characters(wanted, TEXT_LENGTH)
+            sample = {"place": split.rows.place(i), "prompt": shown[-4 * TEXT_LENGTH :]}
+            samples.append({**sample, "reference": reference})
+    for sample, (_, _, text) in zip(samples, found, strict=True):
         sample[when] = text
 
 
@@ -287,7 +279,7 @@ def load_adapted(folder: Path, task: Task, accelerator: Accelerator) -> nn.Modul
         check_labels(folder, task.recipe)
         model = task.load_model(accelerator.device)[0].eval()
         with accelerator.autocast():
-            choose_padding(task, model)
+            task.fit_to_model(model)
         return model
     held = read_adapter(folder)
     check_use(folder, task)
@@ -295,7 +287,7 @@ def load_adapted(folder: Path, task: Task, accelerator: Accelerator) -> nn.Modul
     verify_base(held, fingerprint_of(task.recipe, model, new), task.recipe)
     load_adapter(model, held, new)
     with accelerator.autocast():
-        choose_padding(task, model.eval())
+        task.fit_to_model(model.eval())
     return model.eval()
 
 
@@ -318,20 +310,19 @@ def measure_file(recipe: Recipe, file: Path) -> None:
         LoraError: If there is no such file, or the labels would have to be found on the Hub.
     """
     require_file(file, "--input")
-    task, data = recipe.task, recipe.data
+    data = recipe.data
     data.validation, data.test, data.streaming = None, str(file.absolute()), False
     columns = build_task(recipe)
     wanted = [*columns.input_columns().values(), *columns.target_columns().values()]
     data.format = input_form(file, read_head(file), data.format, wanted)
-    needs_labels = task.type == "sequence_classification" and task.problem != "regression"
     if data.name is not None:
-        if needs_labels and not getattr(task, "labels", None):
+        if not columns.knows_labels:
             raise LoraError(
                 "the labels are not known",
                 recipe.at("task.labels"),
                 "name them in the order of the model's outputs: `--set 'task.labels=[no, yes]'`",
             )
-        if getattr(task, "class_weights", None) == "balanced":
+        if columns.reads_train:
             hint = "name them in the recipe, or leave them out"
             at = recipe.at("task.class_weights")
             raise LoraError("the weights of the labels are not known", at, hint)
@@ -375,7 +366,7 @@ def evaluate_adapter(
     accelerator = start_accelerator(recipe)
     task = open_task(folder, recipe)
     data = load_data(task, wanted)
-    said = (warning_of_unknown(task, n, data[n], unknown_tokens(task, data[n])) for n in wanted)
+    said = (task.unknown_input(name, data[name].rows, data[name].examples)[1] for name in wanted)
     if warning := next(filter(None, said), None):
         warn(warning)
     model = load_adapted(folder, task, accelerator)

@@ -76,7 +76,7 @@ def answer_file(
         say_quoting(source, form)
     columns = columns_of(source, form)
     require_columns(task.input_columns(), columns, str(source))
-    added = _free_names(task.answer_columns(), columns)
+    added = _free_names(list(task.answer_columns()), columns)
     output = _output_form(source, target, head, form, [*columns, *added], task)
     problems: list[Problem] = []
     written = 0
@@ -84,7 +84,7 @@ def answer_file(
     rows = read_rows(source, form)
     with writing(target, output, overwrite) as write:
         while chunk := list(islice(rows, CHUNK)):
-            faults = [row.fault or task.answer_fault(row.columns or {}) for row in chunk]
+            faults = [row.fault or task.answer_error(row.columns or {}) for row in chunk]
             good = [row.columns or {} for row, f in zip(chunk, faults, strict=True) if not f]
             answers = iter(answer(model, task, good, accelerator))
             lines = []
@@ -163,14 +163,8 @@ def _schema(source: Path, head: Head, columns: list[str], task: Task) -> Any:
     if head.kind == "json":
         what = "the values of JSON have no fixed types, as parquet needs"
         raise LoraError(what, "--output", "use .jsonl")
-    _, *probabilities = task.answer_columns()
-    problem = getattr(task.recipe.task, "problem", "")
-    by_problem = {"regression": pa.float64(), "multi_label": pa.list_(pa.string())}
-    types = [
-        by_problem.get(problem, pa.string()),
-        # the best of many labels are a mapping, which parquet has as JSON
-        *(pa.string() if name == "best" else pa.float64() for name in probabilities),
-    ]
+    by_name = {"string": pa.string(), "double": pa.float64(), "list<string>": pa.list_(pa.string())}
+    types = [by_name[kind] for kind in task.answer_columns().values()]
     old = len(columns) - len(types)
     schema = pa.schema([(name, pa.string()) for name in columns[:old]])
     if head.kind == "parquet":

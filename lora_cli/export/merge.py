@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli import __version__
-from lora_cli.adapters.adapter_folder import TASK_TYPES, AdapterFolder, read_adapter
+from lora_cli.adapters.adapter_folder import AdapterFolder, read_adapter
 from lora_cli.adapters.attach import lora_layers, merge
 from lora_cli.adapters.load_adapter import load_adapter, verify_base
 from lora_cli.adapters.merge_proof import ExpectedWeights, expected_weights, weights_of
@@ -20,12 +20,11 @@ from lora_cli.adapters.tied_weights import separate, tied_groups
 from lora_cli.errors import IntegrityError, LoraError, NumericsError
 from lora_cli.evaluation.evaluate_split import check_use
 from lora_cli.files import FolderLock, new_folder, write_json
-from lora_cli.models.base_model import load_config
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.recipe import (
     RECIPE_FILE,
+    TASKS,
     Recipe,
-    SequenceClassificationSpec,
     load_adapter_recipe,
     load_recipe,
 )
@@ -111,9 +110,9 @@ def _merge(
     model, ties = model.float().eval(), tied_groups(model)
     expected = expected_weights(model, held.tensors, held.config)
     load_adapter(model, held, new)
-    probe = _probe(task)
+    probe = task.probe()
     with torch.no_grad():
-        before: Tensor = model(**probe).logits
+        before: Tensor = task.tensor_of(model(**probe))
         require_finite(before, model, at="--adapter")
         count = len(lora_layers(model))
         untied = _merge_apart(model, ties)
@@ -123,7 +122,7 @@ def _merge(
                 "--adapter",
                 "please report this: merging should be exact",
             )
-        after: Tensor = model(**probe).logits
+        after: Tensor = task.tensor_of(model(**probe))
         _refuse_overflow(model, stored)
         difference = _difference(after, before)
         if not difference <= TOLERANCE:
@@ -134,13 +133,13 @@ def _merge(
             )
         for name, tensor in _tensors(model):  # not `model.to`: buffers have dtypes of their own
             tensor.data = tensor.data.to(stored[name])
-        rounded, weights = model(**probe).logits, weights_of(model)
+        rounded, weights = task.tensor_of(model(**probe)), weights_of(model)
     with new_folder(to) as folder:
         model.save_pretrained(folder)
-        task.tokenizer.save_pretrained(folder)
+        task.save_processor(folder)
         _write_origin(folder, adapter, verified_base)
         reloaded = task.auto_class.from_pretrained(folder, dtype=dtype).eval()
-        _require_saved(reloaded, weights, rounded, probe)
+        _require_saved(task, reloaded, weights, rounded)
     rounding = _difference(rounded.float(), after)
     return MergeResult(to, count, dtype, difference, rounding, untied, held.verified)
 
@@ -159,11 +158,11 @@ def _merge_apart(model: PreTrainedModel, ties: list[list[str]]) -> list[str]:
 
 
 def _require_saved(
-    reloaded: nn.Module, weights: ExpectedWeights, outputs: Tensor, probe: dict[str, Tensor]
+    task: Task, reloaded: nn.Module, weights: ExpectedWeights, outputs: Tensor
 ) -> None:
     """Reject a saved model that is not the merged one, in a weight or in what it computes."""
     with torch.no_grad():
-        same = torch.equal(reloaded(**probe).logits, outputs)
+        same = torch.equal(task.tensor_of(reloaded(**task.probe())), outputs)
     if not same or weights.disagreement(reloaded) is not None:
         what = "the saved model does not compute what the merged one did"
         raise IntegrityError(what, "--to", "please report this: saving should be exact")
@@ -225,7 +224,8 @@ def _write_origin(folder: Path, adapter: Path, base: Fingerprint | None) -> None
 
 def _recipe_of(held: AdapterFolder, base: str | None) -> Recipe:
     """Return what PEFT's configuration, the tensors and the base say of the task."""
-    kind = next((k for k, v in TASK_TYPES.items() if v == held.config.get("task_type")), None)
+    named = held.config.get("task_type")
+    kind = next((k for k, spec in TASKS.items() if named and spec.peft_task_type == named), None)
     name = base or held.config.get("base_model_name_or_path")
     if kind is None or not name:
         raise LoraError(
@@ -236,40 +236,8 @@ def _recipe_of(held: AdapterFolder, base: str | None) -> Recipe:
     recipe = Recipe.model_validate(
         {"model": {"name": name}, "task": {"type": kind}, "data": {"path": "none.csv"}}
     )
-    if isinstance(recipe.task, SequenceClassificationSpec):
-        heads = [t.shape[0] for n, t in held.tensors.items() if ".lora_" not in n and t.ndim == 2]
-        if not heads:
-            raise LoraError(
-                f"{held.path} holds no classifier",
-                "--adapter",
-                "give a recipe with `--recipe`, for its labels",
-            )
-        count = min(heads)  # the last layer's outputs: fewer than any hidden size
-        known: dict[int, str] = load_config(recipe).id2label
-        if count == 1:
-            recipe.task.problem = "regression"
-        elif sorted(known) == list(range(count)):  # a base that has such a classifier already
-            recipe.task.labels = [known[i] for i in range(count)]
-        else:
-            recipe.task.labels = [f"LABEL_{i}" for i in range(count)]
+    build_task(recipe).complete_from(held.tensors)
     return recipe
-
-
-def _probe(task: Task) -> dict[str, Tensor]:
-    """Return inputs to compare outputs on: random tokens, the same every time.
-
-    Each row ends with an end-of-text token and has no other: an encoder-decoder classifies by it.
-    """
-    generator = torch.Generator().manual_seed(0)
-    length = min(32, task.max_length)
-    vocabulary = min(len(task.tokenizer), int(task.config.get_text_config().vocab_size))
-    end = task.config.eos_token_id
-    ends = {end} if isinstance(end, int) else set(end or ())
-    others = torch.tensor([i for i in range(vocabulary) if i not in ends])
-    ids = others[torch.randint(0, len(others), (4, length), generator=generator)]
-    if ends:
-        ids[:, -1] = min(ends)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

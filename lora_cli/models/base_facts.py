@@ -212,12 +212,12 @@ def require_facts(
         f"`{key}` in config.json is {json.dumps(ours[key])}, and was {json.dumps(then[key])}"
         for key in differing
     ]
-    if with_tokenizer and now["tokenizer"] not in (
-        trained["tokenizer"],
-        trained.get("tokenizer_copy"),
-    ):
+    known = (trained.get("tokenizer"), trained.get("tokenizer_copy"))
+    if with_tokenizer and now.get("tokenizer") not in known:
         texts.append("the tokenizer is another")
-    if with_template and trained["chat_template"] != now["chat_template"]:
+    if now.get("processor") != trained.get("processor"):
+        texts.append("the processor of its inputs is another")
+    if with_template and trained.get("chat_template") != now.get("chat_template"):
         texts.append("the chat template is another")
     if not texts:
         return

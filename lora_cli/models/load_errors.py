@@ -155,13 +155,7 @@ def require_kind(auto_class: Any, config: PretrainedConfig, recipe: Recipe) -> N
         return
     kind = type(config).__name__.removesuffix("Config")
     what = f"a {kind} model cannot be used for `{recipe.task.type}`"
-    hints = {
-        "causal_lm": "take a decoder such as GPT-2, Llama or Qwen; encoders, and models that "
-        "translate one text into another, can be used for `sequence_classification`",
-        "sequence_classification": "take a model that transformers can make a classifier of, such "
-        "as BERT, RoBERTa or Llama",
-    }
-    raise LoraError(what, recipe.at("task.type"), hints[recipe.task.type])
+    raise LoraError(what, recipe.at("task.type"), recipe.task.suitable_models)
 
 
 def check_config(config: PretrainedConfig, recipe: Recipe) -> None:

@@ -7,7 +7,7 @@ resumes at step k asks for the batches from step k on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,36 +78,3 @@ def micro_batches(
     """
     share = np.array_split(examples, processes)[rank]
     return [share[i : i + micro_batch_size] for i in range(0, len(share), micro_batch_size)]
-
-
-def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
-    """Put examples together so that each pack has at most `capacity` tokens.
-
-    First-fit over a shuffled order, within the last packs that have room: packs mix what the data
-    set keeps apart, and few tokens are left empty.
-
-    Args:
-        lengths: Tokens of each example, each at most `capacity`.
-        capacity: Tokens of a pack.
-        seed: Decides the order.
-
-    Returns:
-        The examples of each pack.
-    """
-    assert max(lengths, default=0) <= capacity
-    packs: list[list[int]] = []
-    room: list[int] = []
-    open_packs: list[int] = []
-    for example in np.random.default_rng((seed, 0x9AC)).permutation(len(lengths)).tolist():
-        length = lengths[example]
-        place = next((p for p in open_packs if room[p] >= length), None)
-        if place is None:
-            place = len(packs)
-            packs.append([])
-            room.append(capacity)
-            open_packs = [*open_packs[-63:], place]
-        packs[place].append(example)
-        room[place] -= length
-        if room[place] == 0:
-            open_packs.remove(place)
-    return packs

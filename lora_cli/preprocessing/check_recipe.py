@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from lora_cli.adapters.adapter_folder import differences_in_peft
@@ -16,7 +15,6 @@ from lora_cli.data.load_rows import Rows
 from lora_cli.errors import LoraError, Problem, printable, warn
 from lora_cli.metrics import MetricSet, known_metrics
 from lora_cli.models.base_model import load_config, require_gradient_checkpointing
-from lora_cli.preprocessing.data_gate import text_columns, text_of
 from lora_cli.preprocessing.encode import (
     characters_in,
     check_data,
@@ -24,7 +22,6 @@ from lora_cli.preprocessing.encode import (
     nothing_trained,
 )
 from lora_cli.preprocessing.stream import Stream
-from lora_cli.preprocessing.unknown_tokens import MOST_UNKNOWN, count_unknown, unknown_warning
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Task, build_task
 from lora_cli.tasks.contract import Example
@@ -135,20 +132,13 @@ def _place(rows: Rows, first: int, i: int) -> str:
 def _warn_of_unknown(
     task: Task, name: str, rows: Rows, examples: Sequence[Sequence[Example]]
 ) -> bool:
-    """Warn if the tokenizer does not know the letters of the first rows, and return whether."""
-    flat = [(row, example["input_ids"]) for row, made in enumerate(examples) for example in made]
-    if not flat:
-        return False
-    ids = np.concatenate([np.asarray(tokens, dtype=np.int64) for _, tokens in flat])
-    ends = np.cumsum([len(tokens) for _, tokens in flat])
-    unknown = count_unknown(task.tokenizer, ids, ends)
-    if unknown.first is None or unknown.share <= MOST_UNKNOWN:
-        return False
-    row = flat[unknown.first][0]
-    texts = [text_of(rows[row], text_columns(task))]
+    """Warn if the processor cannot represent much of the first rows, and return whether."""
+    flat = [{**example, "row": row} for row, made in enumerate(examples) for example in made]
     first = f"{name} (its first {FIRST_ROWS} rows)" if len(rows) > FIRST_ROWS else name
-    warn(unknown_warning(task.tokenizer, first, unknown.share, rows.place(row), texts))
-    return True
+    _, warning = task.unknown_input(first, rows, flat)
+    if warning is not None:
+        warn(warning)
+    return warning is not None
 
 
 def _warn_of(
@@ -162,7 +152,7 @@ def _warn_of(
     of = f"of the first {len(some):,}" if len(some) < len(rows) else f"of {len(some):,}"
     if empty := sum(not examples for examples in made):
         warn(
-            f"{empty:,} {of} {name} rows leave nothing to train within {task.max_length} tokens, "
+            f"{empty:,} {of} {name} rows leave nothing to train within {task.length_limit}, "
             "and are left out: raise `task.max_length`, or see `task.truncate`"
         )
     tokens = map(task.control_token_in, some)

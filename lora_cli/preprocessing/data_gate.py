@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import xxhash
 
 from lora_cli.characters import difference_of_form
 from lora_cli.data.load_rows import Rows
+from lora_cli.data.row_texts import text_of
 from lora_cli.errors import LoraError, counted, printable
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.preprocessing.findings import Findings, Found, Overlap, Pair, SplitFindings, short
@@ -24,20 +23,11 @@ from lora_cli.preprocessing.near_duplicates import (
     shared,
 )
 from lora_cli.preprocessing.stream import Stream
-from lora_cli.preprocessing.unknown_tokens import (
-    MOST_UNKNOWN,
-    Unknown,
-    count_unknown,
-    unknown_warning,
-)
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.causal_lm import CausalLM
-from lora_cli.tasks.contract import IGNORED, Encoded, Task
+from lora_cli.tasks.contract import Encoded, Task
 from lora_cli.tasks.labels import look_alikes
-from lora_cli.tasks.sequence_classification import SequenceClassification
 
-NO_WORDS = ("role", "from", "type", "id", "tool_call_id", "weight")  # keys of turns and parts
 N_SHOWN = 3  # examples of each finding
 
 
@@ -69,7 +59,9 @@ def look_at_data(recipe: Recipe) -> tuple[Task, dict[str, Encoded]]:
 
 def examine(task: Task, data: dict[str, Encoded]) -> Findings:
     """Return what is in the splits, and what they share."""
-    findings = Findings(task.recipe, task.max_length, task.longer_hint)
+    findings = Findings(
+        task.recipe, task.max_length, task.longer_hint, task.unit, task.length_limit
+    )
     looked = {name: _Look(task, name, split) for name, split in data.items()}
     for name, look in looked.items():
         findings.splits[name] = look.findings()
@@ -92,7 +84,7 @@ class _Look:
         self.texts = Fingerprints.of(self._read(), self.near)
 
     def _read(self) -> Iterator[list[str]]:
-        columns = text_columns(self.task)
+        columns = self.task.compared_columns()
         start = 0
         for batch in self.rows.batches(1000):
             texts = [text_of(row, columns) for row in batch]
@@ -100,9 +92,8 @@ class _Look:
             self.control_rows += [(i, token) for i, token in found if token is not None]
             start += len(batch)
             self.empty_rows += sum(not text.strip() for text in texts)
-            if isinstance(self.task, SequenceClassification):
-                for row in batch:
-                    labels = _labels_of(self.task, row)
+            for row in batch:
+                if (labels := self.task.labels_of(row)) is not None:
                     self.targets.append(", ".join(labels))
                     self.labels.update(labels)
             yield texts
@@ -113,12 +104,12 @@ class _Look:
             split.examples.data.column("row").to_numpy(), return_index=True, return_inverse=True
         )
         full = split.full_lengths[first]
-        long = full > task.max_length
+        long = full > (task.max_length or np.inf)
         kept = np.bincount(which, split.lengths, minlength=len(of_row))
         cut = long & (kept < full)
         p50, p95 = (int(q) for q in np.percentile(full, (50, 95), method="lower"))
-        names = task.labels if isinstance(task, SequenceClassification) else []
-        unknown = unknown_tokens(task, split)
+        names = task.labels
+        unknown_share, unknown_warning = task.unknown_input(self.name, self.rows, split.examples)
         return SplitFindings(
             rows=len(self.rows),
             examples=len(split),
@@ -135,9 +126,9 @@ class _Look:
             },
             cut_rows=int(cut.sum()),
             divided_rows=int((long & ~cut).sum()),
-            unknown_tokens=unknown.share,
-            unknown_warning=warning_of_unknown(task, self.name, split, unknown),
-            trained_tokens=_trained_share(split) if isinstance(task, CausalLM) else None,
+            unknown_tokens=unknown_share,
+            unknown_warning=unknown_warning,
+            trained_tokens=task.trained_share(split),
             labels={name: self.labels[name] for name in names},
             duplicates=self._found(repeated(self.texts), self.rows),
             near_duplicates=(
@@ -177,7 +168,7 @@ class _Look:
         if absent:
             more = f", nor of {len(absent) - 1} others" if len(absent) > 1 else ""
             doubts.append(f"train has no row of the label `{printable(absent[0])}`{more}")
-        if "-1" in names and self.task.recipe.task.type == "sequence_classification":
+        if "-1" in names:
             count = counted(self.labels["-1"], "row")
             doubts.append(f"-1 is taken for a label ({count}): does it stand for none?")
         return doubts
@@ -204,7 +195,7 @@ class _Look:
 
     def _found(self, pairs: tuple[Indices, Indices], others: Rows, labels: bool = False) -> Found:
         rows, beside = pairs
-        columns = text_columns(self.task)
+        columns = self.task.compared_columns()
         examples = [
             Pair(
                 self.rows.place(row),
@@ -217,69 +208,3 @@ class _Look:
             for row, other in zip(rows[:N_SHOWN].tolist(), beside[:N_SHOWN].tolist(), strict=True)
         ]
         return Found(len(rows), len(rows) / len(self.rows), examples)
-
-
-def text_columns(task: Task) -> list[str]:
-    """Return the columns by which rows are compared: what the model reads, and what it writes.
-
-    A label is no part of that. (Language models may have the same prompt in every row.)
-    """
-    if isinstance(task, CausalLM) and task.spec.instruction_columns:
-        return task.spec.instruction_columns
-    columns = list(task.input_columns().values())
-    if not isinstance(task, SequenceClassification):
-        columns += task.target_columns().values()
-    return columns
-
-
-def text_of(row: dict[str, Any], columns: list[str]) -> str:
-    """Return the text by which a row is compared; of a conversation, without the system's turn."""
-    return "\n".join(_text(row.get(column)) for column in columns)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return "\n".join(map(_text, value))
-    if isinstance(value, dict):
-        if "system" in (value.get("role"), value.get("from")):
-            return ""
-        return "\n".join(_text(v) for key, v in value.items() if key not in NO_WORDS)
-    if isinstance(value, bytes):
-        return xxhash.xxh3_128_hexdigest(value)
-    return "" if value is None else str(value)
-
-
-def _labels_of(task: SequenceClassification, row: dict[str, Any]) -> list[str]:
-    """Return the names of a row's labels, in the order of the labels; or its number."""
-    if task.spec.problem == "regression":
-        return [str(task.reader.number(row))]
-    positions = {task.reader.position(value) for value in task.reader.texts_of(row) or ()}
-    return [task.labels[i] for i in sorted(p for p in positions if p is not None)]
-
-
-def unknown_tokens(task: Task, split: Encoded) -> Unknown:
-    """Return how many tokens of a split the tokenizer does not know, over all its examples."""
-    chunks = split.examples.data.column("input_ids").chunks
-    ids = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
-    return count_unknown(task.tokenizer, np.concatenate(ids), np.cumsum(split.lengths))
-
-
-def warning_of_unknown(task: Task, name: str, split: Encoded, unknown: Unknown) -> str | None:
-    """Return what to say of the tokens that the tokenizer does not know, if they are many."""
-    if unknown.first is None or unknown.share <= MOST_UNKNOWN:
-        return None
-    row = int(split.examples[unknown.first]["row"])
-    texts = [text_of(split.rows[row], text_columns(task))]
-    return unknown_warning(task.tokenizer, name, unknown.share, split.rows.place(row), texts)
-
-
-def _trained_share(split: Encoded) -> float:
-    """Return the share of the tokens that are predicted; the first of an example never is."""
-    trained = 0
-    for labels in split.examples.data.column("labels").chunks:
-        values = labels.flatten().to_numpy(zero_copy_only=False) != IGNORED
-        starts = labels.offsets.to_numpy()[:-1] - labels.offsets[0].as_py()
-        trained += int(values.sum()) - int(values[starts].sum())
-    return trained / int(split.lengths.sum())

@@ -48,13 +48,13 @@ def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
     _refuse_unsupported(task, rows)
     for name, split in rows.items():
         split = _without_skipped(task, name, split)
-        faults = {i: fault for i, row in enumerate(split) if (fault := task.fault(row))}
+        faults = {i: fault for i, row in enumerate(split) if (fault := task.row_error(row))}
         if len(faults) == len(split) and recipe.data.on_bad_row == "skip":
             what = f"no row of the {name} split can be used: {faults[0]}"
             hint = "is the column named correctly? `data.on_bad_row: skip` leaves no row here"
             raise LoraError(what, split.place(0), hint)
         rows[name] = without(split, faults, recipe)
-    task.prepare(rows)
+    task.learn_from(rows)
     return rows
 
 
@@ -111,7 +111,7 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
             for offset, made in enumerate(encode_located(task, batch, place)):
                 count += len(made)
                 for example in made:
-                    length = len(example["input_ids"])
+                    length = task.cost(example)
                     example = {"full_length": length, **example}
                     yield {**example, "row": first + offset, "length": length}
             first += len(batch)
@@ -123,7 +123,7 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
             return datasets.List(datasets.Value(text[5:-1]))
         return datasets.Value(text)
 
-    types = {"input_ids": "list<int32>", **task.features(), "row": "int64"}
+    types = {**task.features(), "row": "int64"}
     types |= {"length": "int32", "full_length": "int32"}
     which = hashlib.sha256(rows.indices.tobytes()).hexdigest()
     key = [
@@ -164,7 +164,7 @@ def characters_in(value: Any) -> int:
 
 def nothing_trained(task: Task, rows: Rows) -> LoraError:
     """Return what to say of a split of which no row leaves anything to train."""
-    what = f"no row leaves anything to train within {counted(task.max_length, 'token')}"
+    what = f"no row leaves anything to train within {task.length_limit}"
     return LoraError(what, rows.source, task.why_nothing(rows[0]))
 
 
@@ -206,7 +206,5 @@ def _encoded(task: Task, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
     except Exception as error:  # tokenizers raise plain exceptions of many kinds
         what = f"the tokenizer cannot encode this row: {own_words(error)}"
         raise LoraError(what, hint="leave the row out, or change its text") from error
-    # of each example the highest: to ask for each token takes long
-    highest = [max(example["input_ids"], default=0) for example in chain.from_iterable(made)]
-    task.require_known_tokens(highest)
+    task.check_examples(list(chain.from_iterable(made)))
     return made

@@ -87,8 +87,10 @@ class Findings:
     """What was found in all splits; `overlap[split][other]` says what is shared."""
 
     recipe: Recipe
-    max_length: int
+    max_length: int | None
     longer_hint: str = "raise `task.max_length`"
+    unit: str = "token"
+    length_limit: str = ""
     splits: dict[str, SplitFindings] = field(default_factory=dict)
     overlap: dict[str, dict[str, Overlap]] = field(default_factory=dict)
 
@@ -134,13 +136,13 @@ class Findings:
         for name, split in self.splits.items():
             if split.rows_without_example:
                 share = _percent(split.rows_without_example / split.rows)
-                truncate = self.recipe.task.truncate
+                truncate = getattr(self.recipe.task, "truncate", None)
                 ways = self.longer_hint
                 if truncate == "right":
                     ways += ", or cut the beginning instead: `task.truncate: left`"
                 lines.append(
                     f"{split.rows_without_example:,} of {split.rows:,}{share} {name} rows leave "
-                    f"nothing to train within {self.max_length} tokens, and are left out: {ways}"
+                    f"nothing to train within {self.length_limit}, and are left out: {ways}"
                 )
             if split.control_token_rows:
                 share = _percent(split.control_token_rows / split.rows)
@@ -187,11 +189,12 @@ class Findings:
         add("with control tokens", [f"{s.control_token_rows:,}" for s in splits])
         add("empty rows", [f"{s.empty_rows:,}" for s in splits])
         add("rows without example", [f"{s.rows_without_example:,}" for s in splits])
-        add("tokens p50/p95/max", [_quantiles(s.tokens) for s in splits])
+        if self.max_length is not None:
+            add(f"{self.unit}s p50/p95/max", [_quantiles(s.tokens) for s in splits])
         cut = [f"{s.cut_rows:,}{_percent(s.cut_rows / s.rows)}" for s in splits]
         divided = [f"{s.divided_rows:,}{_percent(s.divided_rows / s.rows)}" for s in splits]
         has_divided = any(s.divided_rows for s in splits)
-        if not has_divided or any(s.cut_rows for s in splits):
+        if self.max_length and (not has_divided or any(s.cut_rows for s in splits)):
             add(f"cut at {self.max_length}", cut, always=True)
         add(f"divided at {self.max_length}", divided if has_divided else [])
         if any(s.unknown_warning for s in splits):

@@ -68,7 +68,7 @@ class Stream:
                 else:
                     yield row
 
-        rows = without_fault(wanted(), task.fault, task.recipe, skip)
+        rows = without_fault(wanted(), task.row_error, task.recipe, skip)
         while chunk := list(islice(rows, CHUNK)):
             for place, row in chunk:
                 if problem := task.label_problem(row, place):
@@ -77,10 +77,7 @@ class Stream:
             made = encode_located(task, [row for _, row in chunk], places.__getitem__)
             for place, examples in zip(places, made, strict=True):
                 if not examples:
-                    skip(
-                        place,
-                        f"nothing to train is left within {counted(task.max_length, 'token')}",
-                    )
+                    skip(place, f"nothing to train is left within {task.length_limit}")
                 yield [{**example, "place": place} for example in examples]
 
     def _refuse(self) -> None:

@@ -10,6 +10,7 @@ from lora_cli.recipe.computing_keys import (
 from lora_cli.recipe.load import RECIPE_FILE, dump_recipe, load_adapter_recipe, load_recipe
 from lora_cli.recipe.schema_errors import recipe_schema
 from lora_cli.recipe.spec import (
+    TASKS,
     AdapterSpec,
     CausalLMSpec,
     CheckpointSpec,
@@ -28,6 +29,7 @@ from lora_cli.recipe.spec import (
 )
 
 __all__ = [
+    "TASKS",
     "load_recipe",
     "load_adapter_recipe",
     "RECIPE_FILE",

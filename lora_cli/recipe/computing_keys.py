@@ -67,7 +67,7 @@ def read_computation(folder: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
         known = value["format"] == FORMAT
-        parts = value["recipe"], value["base"]["config"], value["base"]["tokenizer"]
+        parts = value["recipe"], value["base"]["config"]
         if known and not (isinstance(parts[0], dict) and isinstance(parts[1], dict)):
             raise ValueError("a part is missing")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

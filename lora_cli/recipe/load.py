@@ -298,8 +298,8 @@ def _make_paths_absolute(recipe: Recipe, folder: Path) -> None:
         # with a Hub data set, `train` may be anything but a file
         if not data.name and isinstance(value, str) and is_file(value.strip()):
             setattr(data, split, absolute(f"data.{split}", value))
-    if recipe.task.type == "causal_lm" and recipe.task.chat_template:
-        recipe.task.chat_template = absolute("task.chat_template", recipe.task.chat_template)
+    for key in recipe.task.local_files:
+        setattr(recipe.task, key, absolute(f"task.{key}", getattr(recipe.task, key)))
     check("output_dir", recipe.output_dir, Path.cwd())
     recipe.output_dir = expanded(recipe.output_dir)
     if problems:

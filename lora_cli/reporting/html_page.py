@@ -23,7 +23,7 @@ from lora_cli.reporting.page_answers import answer_sections, sample_section
 from lora_cli.reporting.page_settings import clock, data_section, settings_section, size
 from lora_cli.reporting.report import (
     KINDS,
-    PIPELINES,
+    goal_of,
     part,
     read_metrics_log,
     results_table,
@@ -75,7 +75,7 @@ def write_page(folder: Path, report: dict[str, Any] | None = None) -> Path:
 
 def _title(report: dict[str, Any]) -> str:
     task = str(report.get("task") or "")
-    goal = PIPELINES.get(task, task.replace("_", "-")).replace("-", " ")
+    goal = goal_of(task)
     goal = "text regression" if report.get("problem") == "regression" else goal
     name = short_name(str(report.get("base_model") or "")) or "A model"
     return f"{name} for {goal}" if goal else name

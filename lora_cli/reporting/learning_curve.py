@@ -13,7 +13,7 @@ from lora_cli.files import write_atomically
 from lora_cli.reporting.fonts import fonts_for
 from lora_cli.reporting.report import (
     KINDS,
-    PIPELINES,
+    goal_of,
     part,
     read_metrics_log,
     short_name,
@@ -114,7 +114,7 @@ def _headline(figure: Any, report: dict[str, Any]) -> None:
     ran, kind = part(report, "training"), str(part(report, "adapter").get("type"))
     rank, rows = part(report, "adapter").get("rank"), part(report, "data", "train").get("rows")
     steps, seconds = ran.get("steps"), ran.get("seconds")
-    task = PIPELINES.get(str(report.get("task")), "training").replace("-", " ").capitalize()
+    task = goal_of(report.get("task") or "training").capitalize()
     title = [task, _model_name(report)[-54:]]
     facts = [
         KINDS.get(kind, "") + (f", rank {rank}" if kind == "lora" and rank else ""),

@@ -5,17 +5,17 @@ from __future__ import annotations
 import functools
 import pprint
 import re
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lora_cli.errors import printable
 from lora_cli.files import write_atomically
-from lora_cli.recipe import CausalLMSpec, Recipe, SequenceClassificationSpec
+from lora_cli.recipe import Recipe
 from lora_cli.reporting.report import (
     KINDS,
-    PIPELINES,
+    goal_of,
     is_hub_id,
     part,
     results_table,
@@ -33,38 +33,20 @@ SPECIAL = set("\\`*[]<>|~&$:")  # what Markdown or HTML may take for more than a
 
 LOADING = """\
 {imports}from peft import PeftModel
-from transformers import {auto}, AutoTokenizer
+from transformers import {auto}, {processor}
 
 base = {base}
-tokenizer = AutoTokenizer.from_pretrained(base{options})
+{variable} = {processor}.from_pretrained(base{options})
 {setup}model = {auto}.from_pretrained({how})
 model = PeftModel.from_pretrained(model, ".").eval()  # this folder, or its id on the Hub
 
 """
-CLASSIFYING = """\
-inputs = tokenizer({texts}, truncation=True, max_length={length}, return_tensors="pt")
-with torch.no_grad():
-    scores = model(**inputs).logits[0]
-print({answer})"""
-ANSWERS = {
-    "single_label": "model.config.id2label[scores.argmax().item()]",
-    "multi_label": "[model.config.id2label[i] for i, score in enumerate(scores) if score > 0]",
-    "regression": "scores.item()",
-}
-GENERATING = """\
-inputs = tokenizer({text}, return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens={length}, do_sample=False)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
-CHAT = """tokenizer.apply_chat_template(
-    [{"role": "user", "content": "Some text"}], add_generation_prompt=True, return_dict=True,
-    return_tensors="pt",
-)"""
 
 
 def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> None:
     """Write `README.md`, the card that the Hub shows: what it is, its use, results and origin."""
-    name, kind, pipeline = recipe.model.name, recipe.adapter.type, PIPELINES[recipe.task.type]
-    hub, dataset, goal = is_hub_id(name), recipe.data.name, pipeline.replace("-", " ")
+    name, kind, pipeline = recipe.model.name, recipe.adapter.type, recipe.task.pipeline_tag
+    hub, dataset, goal = is_hub_id(name), recipe.data.name, goal_of(recipe.task.type)
     front = {
         "base_model": name if hub else None,  # the Hub refuses paths
         "library_name": {"lora": "peft", "full": "transformers"}.get(kind),
@@ -169,51 +151,36 @@ def _training_rows(recipe: Recipe, report: dict[str, Any]) -> list[list[str]]:
 
 def _labels(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     """Return the names of the labels, in the order of the model's outputs."""
-    task = recipe.task
-    if task.type != "sequence_classification" or task.problem == "regression":
+    if not recipe.task.label_columns_by_key:
         return []
     found = sorted(part(report, "data", "train", "labels"), key=lambda v: (str(type(v)), v))
-    return [str(label) for label in task.labels or found]
+    return [str(label) for label in getattr(recipe.task, "labels", None) or found]
 
 
 def _snippet(recipe: Recipe, labels: list[str]) -> str:
     """Return Python that runs an adapter or a full model without this tool."""
     model, lora = recipe.model, recipe.adapter.low_rank
-    fill = {"options": "", "setup": "", "imports": ""}
-    base, head = repr(model.name), ""
-    match recipe.task:
-        case SequenceClassificationSpec() as task:
-            if task.problem != "regression" and not labels:
-                return ""
-            fill["imports"] = "import torch\n"
-            auto, texts = "AutoModelForSequenceClassification", '"Some text"'
-            texts += ', "Another text"' if task.text_pair_column else ""
-            head, answer = ", num_labels=1", ANSWERS[task.problem]
-            if labels:
-                head = ", num_labels=len(labels), id2label=dict(enumerate(labels))"
-                base += f"\nlabels = {pprint.pformat(labels, width=88, compact=True)}"
-            run = CLASSIFYING.format(texts=texts, length=task.max_length, answer=answer)
-        case CausalLMSpec() as task:
-            auto, length = "AutoModelForCausalLM", recipe.evaluate.generation.max_new_tokens
-            run = GENERATING.format(text=repr(f"Some text{task.separator}"), length=length)
-            if task.is_chat:
-                run = re.sub(r"tokenizer\(.*\)", CHAT, run, count=1)
-            if task.chat_template:
-                name = PurePath(task.chat_template).name
-                fill["setup"] = f"tokenizer.chat_template = open({name!r}).read()\n"
-    if task.pad_token:
-        fill["setup"] += f"tokenizer.pad_token = {task.pad_token!r}\n"
+    usage = recipe.task.usage(labels, recipe.evaluate.generation)
+    if usage is None:
+        return ""
+    base, head, imports, options = repr(model.name), usage.head, usage.imports, ""
+    if labels:
+        base += f"\nlabels = {pprint.pformat(labels, width=88, compact=True)}"
     if not lora:  # the folder is a whole model, which knows its labels
         base, head = repr("."), ""
     elif model.name.startswith("package:"):
         package, _, inside = model.name.removeprefix("package:").partition("/")
         base = base.replace(repr(model.name), f"str(files({package!r}) / {inside!r})")
-        fill["imports"] = "from importlib.resources import files\n\n" + fill["imports"]
+        imports = "from importlib.resources import files\n\n" + imports
     elif model.revision != "main":
-        fill["options"] = f", revision={model.revision!r}"
+        options = f", revision={model.revision!r}"
     if model.trust_remote_code:
-        fill["options"] += ", trust_remote_code=True"
-    how = f"base{head}{fill['options']}"
+        options += ", trust_remote_code=True"
+    how = f"base{head}{options}"
     how = how if len(how) < 40 else f"\n    {how}\n"
-    code = LOADING.format(auto=auto, base=base, how=how, **fill) + run
-    return code if lora else re.sub(r"(?m)^.*PeftModel.*\n", "", code)
+    variable, processor = usage.processor
+    code = LOADING.format(
+        imports=imports, auto=usage.auto_class, base=base, how=how, options=options,
+        setup=usage.setup, variable=variable, processor=processor,
+    )  # fmt: skip
+    return (code if lora else re.sub(r"(?m)^.*PeftModel.*\n", "", code)) + usage.code

@@ -43,11 +43,14 @@ def finite(value: Any) -> float | None:
 
 def kind_of(report: dict[str, Any], lines: Sequence[Line]) -> Kind:
     """Return what sort of answers a run's predictions are."""
-    task = report.get("task")
-    if task == "causal_lm":
+    kind, task = report.get("answers"), report.get("task")
+    if kind == "text" or (kind is None and task == "causal_lm"):
         return "text"
+    if kind is not None:
+        return kind if lines and kind in ("single_label", "multi_label", "regression") else "other"
     if task != "sequence_classification" or not lines:
         return "other"
+    # of a report that an earlier version wrote, the lines have to say it
     reference = next((r for line in lines if (r := line.get("reference")) is not None), None)
     if isinstance(reference, list):
         return "multi_label"

@@ -10,12 +10,18 @@ from typing import Any
 
 from lora_cli.errors import IntegrityError
 from lora_cli.files import write_json
+from lora_cli.recipe import TASKS
 
 # fmt: off
-PIPELINES = {"sequence_classification": "text-classification", "causal_lm": "text-generation"}
 KINDS = {"lora": "LoRA adapter", "full": "Full fine-tuning", "none": "Newly trained head",
          "bitfit": "Fine-tuned biases"}
 # fmt: on
+
+
+def goal_of(task: object) -> str:
+    """Return what a type of task is for, in words: `text classification`."""
+    spec = TASKS.get(str(task))
+    return (spec.pipeline_tag if spec else str(task)).replace("-", " ").replace("_", " ")
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from lora_cli.recipe import CausalLMSpec, Recipe, SequenceClassificationSpec
-from lora_cli.tasks.contract import Batch, Encoded, Prediction, Task
+from lora_cli.tasks.contract import Batch, Encoded, Example, Prediction, Task
 
 
 def build_task(recipe: Recipe) -> Task:
@@ -23,4 +23,4 @@ def build_task(recipe: Recipe) -> Task:
             assert_never(recipe.task)
 
 
-__all__ = ["Batch", "Encoded", "Prediction", "Task", "build_task"]
+__all__ = ["Batch", "Encoded", "Example", "Prediction", "Task", "build_task"]

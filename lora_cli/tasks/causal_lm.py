@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lora_cli.data.conversations import Message
+from lora_cli.data.row_texts import shown_value
 from lora_cli.data.unsupported_rows import unsupported
 from lora_cli.errors import LoraError, Problem, counted, warn
 from lora_cli.metrics import reads
@@ -20,7 +21,17 @@ from lora_cli.recipe import CausalLMSpec, Recipe, read_computation
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks import causal_lm_encoders
 from lora_cli.tasks.causal_lm_encoders import FORMATS, SAMPLE_NEW_TOKENS, Chat, RowFormat
-from lora_cli.tasks.contract import IGNORED, TRIAL_TEXT, Batch, Example, Prediction, Task
+from lora_cli.tasks.contract import (
+    IGNORED,
+    MAIN,
+    Batch,
+    Encoded,
+    Example,
+    Field,
+    Prediction,
+)
+from lora_cli.tasks.marked_tokens import marked
+from lora_cli.tasks.packing import Packed, check_packing
 from lora_cli.tasks.padding import fill, tolerance
 from lora_cli.tasks.text_generation import (
     REPLACEMENT,
@@ -32,11 +43,12 @@ from lora_cli.tasks.text_generation import (
     stop_note,
     until_stop,
 )
+from lora_cli.tasks.text_task import TRIAL_TEXT, TextTask
 
 TRIAL_TOKENS = 64  # of the longer text that the model is tried on
 
 
-class CausalLM(Task):
+class CausalLM(TextTask):
     """`task.type: causal_lm`."""
 
     auto_class = AutoModelForCausalLM
@@ -135,32 +147,36 @@ class CausalLM(Task):
 
     # ------------------------------------------------------------------------------ rows
 
-    def input_columns(self) -> dict[str, str]:
-        """Return the column of the text, the prompt or the conversation."""
+    def fields(self) -> list[Field]:
+        """Return the columns of a text, of a prompt and its completion, or of a conversation."""
         spec = self.spec
-        if spec.instruction_columns:
-            return {self.recipe.at("task.format"): "instruction"}
+        if columns := spec.instruction_columns:
+            return [
+                Field("task.format", "instruction", "input", "text"),
+                Field("task.format", columns[-1], "target", "text"),
+            ]
         if spec.messages_column:
-            return {self.recipe.at("task.messages_column"): spec.messages_column}
+            return [Field("task.messages_column", spec.messages_column, "input", "messages")]
         if spec.prompt_column:
-            return {self.recipe.at("task.prompt_column"): spec.prompt_column}
-        return {self.recipe.at("task.text_column"): self.text_column}
+            return [
+                Field("task.prompt_column", spec.prompt_column, "input", "text"),
+                Field("task.completion_column", str(spec.completion_column), "target", "text"),
+            ]
+        return [Field("task.text_column", self.text_column, "input", "text")]
 
-    def target_columns(self) -> dict[str, str]:
-        """Return the column of the completion, where it has one of its own."""
+    def compared_columns(self) -> list[str]:
+        """Return what is read and what is written: prompts may be the same in every row."""
         if columns := self.spec.instruction_columns:
-            return {self.recipe.at("task.format"): columns[-1]}
-        if self.spec.completion_column:
-            return {self.recipe.at("task.completion_column"): self.spec.completion_column}
-        return {}
+            return columns
+        return [*self.input_columns().values(), *self.target_columns().values()]
 
-    def input_fault(self, row: dict[str, Any]) -> str:
+    def input_error(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the text or the prompt, or nothing."""
-        return causal_lm_encoders.input_fault(row, self.spec, list(self.input_columns().values()))
+        return causal_lm_encoders.input_error(row, self.spec, list(self.input_columns().values()))
 
-    def target_fault(self, row: dict[str, Any]) -> str:
+    def target_error(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the completion, or nothing."""
-        return causal_lm_encoders.target_fault(row, self.spec, list(self.target_columns().values()))
+        return causal_lm_encoders.target_error(row, self.spec, list(self.target_columns().values()))
 
     def more_text_columns(self) -> list[str]:
         """Return the columns of what the model writes, and of what is put into a conversation."""
@@ -183,8 +199,8 @@ class CausalLM(Task):
         return self.rows.why_nothing(row)
 
     def features(self) -> dict[str, str]:
-        """Return the type of the labels."""
-        return {"labels": "list<int32>"}
+        """Return the types of the tokens and the labels."""
+        return {"input_ids": "list<int32>", "labels": "list<int32>"}
 
     def trial_examples(self, length: int) -> tuple[Example, Example]:
         """Return a short example and one of some tokens more, to try the model on."""
@@ -241,34 +257,56 @@ class CausalLM(Task):
             ones = [[1] * len(sequence) for sequence in ids]
             inputs["attention_mask"] = fill(ones, 0, self.pad_multiple)
         padded = fill(labels, IGNORED, self.pad_multiple)
-        n_items = float((padded != IGNORED).sum())
-        return Batch(inputs, padded, n_items, n_tokens, [e["row"] for e in examples])
+        # what is trained is found here, as the device would have to be waited for
+        trained = padded[:, 1:] != IGNORED
+        row, column = trained.nonzero(as_tuple=True)
+        targets = {"labels": padded, "positions": row * padded.shape[1] + column}
+        items = {MAIN: trained.sum(-1).float()}
+        return Batch(inputs, targets, items, n_tokens, [e["row"] for e in examples])
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the negative log-likelihood summed over the trained tokens."""
-        logits = self.logits(model, batch.inputs)[:, :-1]
-        trained = batch.labels[:, 1:] != IGNORED
-        # masked rows are dropped first: a float32 copy of all logits is what fills the memory
-        return F.cross_entropy(
-            logits[trained].float(), batch.labels[:, 1:][trained], reduction="sum"
-        )
+    def losses(self, model: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return the negative log-likelihood of each example, summed over its trained tokens."""
+        labels, positions = batch.targets["labels"], batch.targets["positions"]
+        # only trained rows are copied: a float32 copy of all logits is what fills the memory
+        logits = output.flatten(0, 1).index_select(0, positions).float()
+        wanted = labels.flatten().index_select(0, positions + 1)
+        losses = F.cross_entropy(logits, wanted, reduction="none")
+        by_token = losses.new_zeros(labels.numel()).index_copy(0, positions, losses)
+        return {MAIN: by_token.view(labels.shape).sum(-1)}
 
-    def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
-        """Return the negative log-likelihood of each example, and the answer if a metric asks."""
-        logits = self.logits(model, batch.inputs)
-        predictions = []
-        for i, row in enumerate(batch.rows):
-            trained = batch.labels[i, 1:] != IGNORED
-            loss = F.cross_entropy(
-                logits[i, :-1][trained].float(), batch.labels[i, 1:][trained], reduction="sum"
-            ).item()
-            count = int(trained.sum())
-            predictions.append(
-                Prediction(row, loss, count, None, None, None, {"nll": (loss, count)})
-            )
+    def predictions(self, model: nn.Module, output: Tensor, batch: Batch) -> list[Prediction]:
+        """Return the answer to each example, if a metric asks for it."""
+        predictions = [Prediction(row, None, None) for row in batch.rows]
         if self.writes_answers:
             self._add_answers(model, batch, predictions)
         return predictions
+
+    def packed(self, split: Encoded) -> Packed:
+        """Return the examples of a split, several in a row."""
+        return Packed(self, split)
+
+    def check_packing(self, model: nn.Module, split: Encoded) -> None:
+        """Check that packed texts do not see each other."""
+        check_packing(self, model, split)
+
+    def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
+        """Return the text of an encoded example, with the trained tokens marked."""
+        # the first token is predicted from nothing
+        trained = [i > 0 and label != IGNORED for i, label in enumerate(example["labels"])]
+        return [], marked(self.tokenizer, example["input_ids"], trained, colour)
+
+    def shown_reference(self, row: dict[str, Any]) -> str | None:
+        """Return the completion of a row."""
+        return shown_value([row.get(c) for c in self.target_columns().values()]) or None
+
+    def trained_share(self, split: Encoded) -> float:
+        """Return the share of the tokens that are predicted; the first of an example never is."""
+        trained = 0
+        for labels in split.examples.data.column("labels").chunks:
+            values = labels.flatten().to_numpy(zero_copy_only=False) != IGNORED
+            starts = labels.offsets.to_numpy()[:-1] - labels.offsets[0].as_py()
+            trained += int(values.sum()) - int(values[starts].sum())
+        return trained / int(split.lengths.sum())
 
     def check_metrics(self, channels: set[str]) -> None:
         """Let the model write answers, if a metric reads text."""
@@ -291,7 +329,7 @@ class CausalLM(Task):
         """Let the model answer what stands before the last trained span of each example."""
         prompts, references, stops = [], [], self.stop_ids(model)
         for ids, labels in zip(
-            batch.inputs["input_ids"].tolist(), batch.labels.tolist(), strict=True
+            batch.inputs["input_ids"].tolist(), batch.targets["labels"].tolist(), strict=True
         ):
             last = max(i for i, label in enumerate(labels) if label != IGNORED)
             first = last
@@ -309,9 +347,9 @@ class CausalLM(Task):
 
     # --------------------------------------------------------------------------- answers
 
-    def answer_columns(self) -> list[str]:
+    def answer_columns(self) -> dict[str, str]:
         """Return the column of the answer."""
-        return ["prediction"]
+        return {"prediction": "string"}
 
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
         """Return what the model says to each row's prompt, text or conversation."""
@@ -320,18 +358,18 @@ class CausalLM(Task):
         self.n_cut_prompts += sum(len(a) > len(b) for a, b in zip(whole, prompts, strict=True))
         return [[text] for text in self.generate(model, prompts)]
 
-    def row_of(self, text: str) -> dict[str, Any]:
+    def parse_input(self, typed: str) -> dict[str, Any]:
         """Return a row that holds a user's text; in a chat it is the user's turn."""
         if not self.is_chat or self.spec.instruction_columns:
-            return super().row_of(text)
-        turn = {"role": "user", "content": text}
+            return super().parse_input(typed)
+        turn = {"role": "user", "content": typed}
         if self.spec.format == "sharegpt":
-            turn = {"from": "human", "value": text}
+            turn = {"from": "human", "value": typed}
         return {str(self.spec.messages_column): [turn]}
 
-    def answer_fault(self, row: dict[str, Any]) -> str:
+    def answer_error(self, row: dict[str, Any]) -> str:
         """Return why a row cannot be answered, or nothing."""
-        if fault := self.input_fault(row):
+        if fault := self.input_error(row):
             return fault
         try:
             self._require_room(self.prompt(row))
@@ -349,7 +387,7 @@ class CausalLM(Task):
 
     def text_prompt(self, text: str) -> list[int]:
         """Return the token ids of a user's text that the model is to continue."""
-        return self.prompt(self.row_of(text))
+        return self.prompt(self.parse_input(text))
 
     def chat_prompt(self, messages: list[Message]) -> list[int]:
         """Return the token ids of a conversation that the assistant is to continue."""
@@ -452,6 +490,21 @@ class CausalLM(Task):
     def stop_ids(self, model: nn.Module) -> list[int]:
         """Return the tokens that end what the model says: of a text, or of its turn in a chat."""
         return stop_ids(model, self.tokenizer, self._end_of_turn)
+
+    @property
+    def writer(self) -> CausalLM:
+        """The task itself: its model writes text."""
+        return self
+
+    def sample(
+        self, model: nn.Module, rows: Sequence[dict[str, Any]]
+    ) -> list[tuple[str, str, str]]:
+        """Return how the model continues rows, the most likely token every time."""
+        prompts = [self.sample_prompt(row) for row in rows]
+        written = self.continue_greedily(model, [ids for ids, _, _ in prompts])
+        return [
+            (shown, wanted, text) for (_, shown, wanted), text in zip(prompts, written, strict=True)
+        ]
 
     def sample_prompt(self, row: dict[str, Any]) -> tuple[list[int], str, str]:
         """Return what a sample continues: token ids, the same as text, and the row's own words."""

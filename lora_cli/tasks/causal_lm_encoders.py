@@ -271,7 +271,7 @@ def conversations_of(row: dict[str, Any], spec: CausalLMSpec) -> list[Conversati
     return read_conversations(row, spec.format, spec.messages_column)
 
 
-def input_fault(row: dict[str, Any], spec: CausalLMSpec, columns: Sequence[str]) -> str:
+def input_error(row: dict[str, Any], spec: CausalLMSpec, columns: Sequence[str]) -> str:
     """Return what is wrong with what a model reads of a row, or nothing.
 
     Args:
@@ -293,7 +293,7 @@ def input_fault(row: dict[str, Any], spec: CausalLMSpec, columns: Sequence[str])
     return ""
 
 
-def target_fault(row: dict[str, Any], spec: CausalLMSpec, columns: Sequence[str]) -> str:
+def target_error(row: dict[str, Any], spec: CausalLMSpec, columns: Sequence[str]) -> str:
     """Return what is wrong with what a model should learn of a row, or nothing.
 
     Args:

@@ -1,23 +1,30 @@
-"""What a task owes the loop."""
+"""What a task owes to everything that reads rows, trains, evaluates and merges.
+
+A task alone knows what a row is. No caller asks which task it has, nor assumes tokens, a tokenizer
+or logits: what differs between kinds of work is a method here. The order of calls:
+
+1. `load_processor`, then `learn_from` with the rows of the splits;
+2. `encode` makes examples of rows, once; `prepare` and `collate` make a batch of examples;
+3. `load_model`, then `fit_to_model`, which tries the model on small batches;
+4. `forward`, then `losses` for training, and `predictions` for evaluation.
+"""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from lora_cli.data.load_rows import Rows
+from lora_cli.data.row_texts import shown_value
 from lora_cli.data.text_lines import byte_fault
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean
 from lora_cli.metrics import (
@@ -30,85 +37,109 @@ from lora_cli.metrics import (
     metric_mode,
     result_names,
 )
-from lora_cli.models.base_facts import base_facts, trained_tokenizer
-from lora_cli.models.base_model import (
-    build_empty,
-    load_config,
-    load_pretrained,
-    load_tokenizer,
-    new_modules,
-)
+from lora_cli.models.base_model import build_empty, load_config, load_pretrained, new_modules
 from lora_cli.recipe import Recipe
-from lora_cli.tasks.control_tokens import ControlTokens
-from lora_cli.tasks.padding import RIGHT, Padding, logits_by_length
 
 Example = dict[str, Any]
-# RoBERTa and its kin count positions from behind the padding token's id
-POSITIONS_AFTER_PADDING = {
-    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke",
-    "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
-}  # fmt: skip
-ENCODING = 2  # of rows into examples; a change of it makes what is kept on the disk useless
-POSITIONS = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
+Kind = Literal["text", "messages", "label", "labels", "number", "tags", "image", "audio"]
+Sample = tuple[str, str, str]
+"""What was asked, what the row wants, and what the model says, in words."""
+MEDIA: tuple[Kind, ...] = ("image", "audio")
+MAIN = "loss"  # the only term of most losses
 IGNORED = -100  # a label that is not trained, as in torch's cross entropy
-CONFIG_KEYS = ("vocab_size", "eos_token_id", "is_encoder_decoder")  # what `encode` checks
-TRIAL_TEXT = (
-    "the film was not as good as the book , but its music and the cast are worth a second look"
-)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A column that a task reads.
+
+    Args:
+        key: The recipe key that names it.
+        column: Its name.
+        role: Whether the model reads it, or learns to answer it.
+        kind: What it holds.
+    """
+
+    key: str
+    column: str
+    role: Literal["input", "target"]
+    kind: Kind
 
 
 @dataclass
 class Batch:
-    """A micro-batch.
+    """A micro-batch of B examples.
 
     Args:
-        inputs: What the model's forward takes, (B, T) each.
-        labels: What it should have answered.
-        n_items: How many items the loss is a sum over: rows, or tokens.
-        n_tokens: Tokens that are not padding.
+        inputs: What `forward` reads, tensors whose first dimension is B.
+        targets: What `losses` reads.
+        items: For each term of the loss, the items of each example (B,): rows, tokens, or their
+            weights. They stay on the host, so that no step has to wait for the device.
+        cost: What the batch costs, in the task's `unit`: tokens that are not padding, or pictures.
         rows: Position of each example's row in its split.
     """
 
     inputs: dict[str, Tensor]
-    labels: Tensor
-    n_items: float
-    n_tokens: int
+    targets: dict[str, Tensor]
+    items: dict[str, Tensor]
+    cost: int
     rows: list[int]
 
+    @property
+    def n_items(self) -> float:
+        """Items of the main term, of all examples."""
+        return float(self.items[MAIN].sum())
+
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device."""
+        """Return the batch on a device; the items stay where they are."""
         inputs = {k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}
-        labels = self.labels.to(device, non_blocking=True)
-        return Batch(inputs, labels, self.n_items, self.n_tokens, self.rows)
+        targets = {k: v.to(device, non_blocking=True) for k, v in self.targets.items()}
+        return Batch(inputs, targets, self.items, self.cost, self.rows)
 
     def pin_memory(self) -> Batch:
         """Return the batch in memory that a GPU can copy from; the data loader calls this."""
         inputs = {k: v.pin_memory() for k, v in self.inputs.items()}
-        return Batch(inputs, self.labels.pin_memory(), self.n_items, self.n_tokens, self.rows)
+        targets = {k: v.pin_memory() for k, v in self.targets.items()}
+        return Batch(inputs, targets, self.items, self.cost, self.rows)
 
 
 @dataclass
 class Prediction:
     """What the model says of one example.
 
-    `metric_inputs` holds, by the metrics' channel, a pair (prediction, reference).
+    Args:
+        row: Position of its row in the split.
+        prediction: In the user's terms: a label's name, a number, a text.
+        reference: What the row says, likewise.
+        scores: Probabilities by name.
+        metric_inputs: By the metrics' channel, a pair (prediction, reference).
+        losses: For each term of the loss, (sum, items) of the example.
     """
 
     row: int
-    loss: float  # summed over the example's items
-    n_items: float
     prediction: Any
     reference: Any
     scores: dict[str, float] | None = None
     metric_inputs: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    losses: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        """The main term's loss, summed over the example's items."""
+        return self.losses[MAIN][0]
+
+    @property
+    def n_items(self) -> float:
+        """The example's items of the main term."""
+        return self.losses[MAIN][1]
 
 
 @dataclass
 class Encoded:
     """The examples of a split, encoded and kept on the disk.
 
-    `lengths` are the tokens of each example, `full_lengths` those that its row had before it was
-    cut at `max_length`, or divided.
+    `lengths` is what each example costs; `full_lengths` what its row cost before it was cut at
+    `max_length`, or divided.
     """
 
     rows: Rows
@@ -122,11 +153,7 @@ class Encoded:
 
 
 class Task(ABC):
-    """A kind of work: how rows become batches, batches a loss, and outputs predictions.
-
-    The order of calls: `load_processor`, `prepare` (with the rows of all splits), then any of the
-    others.
-    """
+    """A kind of work: how rows become batches, batches a loss, and outputs predictions."""
 
     auto_class: Any
     """The transformers class that builds the model."""
@@ -134,108 +161,77 @@ class Task(ABC):
     """What the task's own metrics read (see `metrics.Channel`)."""
     default_metrics: tuple[str, ...]
     """Metrics that are measured if the recipe names none; the first chooses the best adapter."""
+    loss_weights: Mapping[str, float] = {MAIN: 1.0}
+    """The terms of the loss, with their weights. A term is the mean over its own items."""
+    unit: str = "token"
+    """What `cost` counts, one of it."""
+    has_head: bool = False
+    """Whether the task adds a head to the pretrained model."""
+    max_length: int | None = None
+    """Where examples are cut or divided, in `unit`s; None: nowhere."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.n_control_rows = 0  # answered since the last warning, with a control token in them
         self.notes: list[str] = []  # what a user should know before training
         self.trained_in: Path | None = None  # the adapter's folder, where one is used
-        self.tokenizer: PreTrainedTokenizerBase
         self.config: PretrainedConfig
 
+    # -- the processor: a tokenizer, an image processor, a feature extractor
+
+    @abstractmethod
     def load_processor(self) -> None:
-        """Load the tokenizer and the model's configuration."""
-        if self.trained_in is None:
-            self.tokenizer = load_tokenizer(self.recipe)
-        else:
-            self.tokenizer = trained_tokenizer(self.trained_in, self.recipe)
-        self.control_tokens = ControlTokens(self.tokenizer)
-        self.config = load_config(self.recipe)
+        """Load what turns rows into inputs, and the model's configuration."""
+
+    @abstractmethod
+    def save_processor(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
+        """Write the processor into a folder, as transformers keeps it.
+
+        Args:
+            folder: Where its files go.
+            facts: What `base_facts` returned; gets what identifies the copy, if that differs.
+        """
 
     @property
-    def reads_control_tokens(self) -> bool:
-        """Whether a control token that is spelled out in a text is read as the token."""
-        return not self.recipe.task.split_special_tokens
-
-    @property
-    def text_tokenizer(self) -> PreTrainedTokenizerBase:
-        """What reads the texts of rows: the tokenizer, or a copy that knows no control tokens."""
-        return self.tokenizer if self.reads_control_tokens else self.control_tokens.plain
-
-    @property
+    @abstractmethod
     def base_facts(self) -> dict[str, Any]:
         """What of the base decides the computation besides its tensors."""
-        return base_facts(self.config, self.tokenizer)
 
-    @property
-    def max_length(self) -> int:
-        """The recipe's `max_length`, or what the model can take if that is less."""
-        limits = [self.recipe.task.max_length, int(self.tokenizer.model_max_length)]
-        return min(limits + ([] if self.positions is None else [self.positions]))
-
-    @property
-    def positions(self) -> int | None:
-        """Tokens that the model has positions for, if that is limited."""
-        config = self.config.get_text_config()
-        count = next((c for key in POSITIONS if (c := getattr(config, key, None))), None)
-        if count is None or count < 0:
-            return None
-        if config.model_type in POSITIONS_AFTER_PADDING:
-            return max(int(count) - int(config.pad_token_id) - 1, 1)
-        return int(count)
+    @abstractmethod
+    def cache_key(self) -> list[str]:
+        """Return what an encoded row depends on besides the row."""
 
     @property
     def length_note(self) -> str | None:
         """What to say of a `max_length` that is more than the model can take, if it is."""
-        asked = self.recipe.task.max_length
-        if self.max_length == asked or "max_length" not in self.recipe.task.model_fields_set:
-            return None
-        whose = "the model has positions for"
-        if self.positions is None or self.max_length < self.positions:
-            whose = "the tokenizer allows"
-        return (
-            f"warning: `task.max_length` is {asked}, and {whose} {self.max_length} tokens: longer "
-            "texts are cut there"
-        )
+        return None
+
+    @property
+    def length_limit(self) -> str:
+        """`max_length` in words: `512 tokens`."""
+        return counted(self.max_length or 0, self.unit)
 
     @property
     def longer_hint(self) -> str:
-        """What to do where texts are too long: raise `max_length`, if the model allows it."""
-        if self.max_length < self.recipe.task.max_length:
-            most = counted(self.max_length, "token")
-            return f"the model takes no more than {most}: shorten the texts"
-        limits = [self.positions, int(self.tokenizer.model_max_length)]
-        if self.max_length in limits:
-            most = counted(self.max_length, "token")
-            return f"the model takes no more than {most}: shorten the texts"
+        """What to do where rows are too long."""
         return "raise `task.max_length`"
-
-    def require_known_tokens(self, ids: Sequence[int]) -> None:
-        """Reject token ids that the model's embedding does not have.
-
-        Raises:
-            LoraError: With the first such token; the caller adds the row.
-        """
-        size = getattr(self.config.get_text_config(), "vocab_size", None)
-        if size is None or not ids or max(ids) < size:
-            return
-        odd = next(token for token in ids if token >= size)
-        raise LoraError(
-            f"the token `{self.tokenizer.convert_ids_to_tokens(odd)}` has the id {odd}, and the "
-            f"model's embedding ends at {size - 1}",
-            self.recipe.at("model.name"),
-            "the tokenizer and the model do not belong together: copy or download both again",
-        )
 
     # -- rows
 
     @abstractmethod
-    def input_columns(self) -> dict[str, str]:
-        """Return the columns that the model reads, by the recipe key that names them."""
+    def fields(self) -> list[Field]:
+        """Return the columns that the task reads."""
 
-    @abstractmethod
+    def input_columns(self) -> dict[str, str]:
+        """Return the columns that the model reads, by the place of the key that names them."""
+        return {self.recipe.at(f.key): f.column for f in self.fields() if f.role == "input"}
+
     def target_columns(self) -> dict[str, str]:
         """Return the columns that it learns to answer, likewise."""
+        return {self.recipe.at(f.key): f.column for f in self.fields() if f.role == "target"}
+
+    def compared_columns(self) -> list[str]:
+        """Return the columns by which rows count as equal: what the model reads."""
+        return list(self.input_columns().values())
 
     @property
     def knows_labels(self) -> bool:
@@ -247,26 +243,39 @@ class Task(ABC):
         """Whether the task learns something from the train rows whatever split is asked for."""
         return not self.knows_labels
 
-    def prepare(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
+    @property
+    def labels(self) -> list[str]:
+        """Names of the labels, in the order of the model's outputs, if it has labels."""
+        return []
+
+    def labels_of(self, row: dict[str, Any]) -> list[str] | None:
+        """Return what a row's answer is called, to count and to compare; None if it has no name."""
+        return None
+
+    def label_counts(self, rows: Rows) -> dict[str, int]:
+        """Return how often each label stands in the rows, in the order of the labels."""
+        return {}
+
+    def learn_from(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
         """Learn from the rows what the recipe leaves open, such as the labels."""
 
     @abstractmethod
-    def input_fault(self, row: dict[str, Any]) -> str:
+    def input_error(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the columns that the model reads, or nothing."""
 
     @abstractmethod
-    def target_fault(self, row: dict[str, Any]) -> str:
+    def target_error(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the columns that it learns to answer, or nothing."""
 
     def unsupported(self, row: dict[str, Any]) -> tuple[str, str] | None:
         """Return what a row holds that no task reads though it changes its meaning, and a hint."""
         return None
 
-    def fault(self, row: dict[str, Any]) -> str:
+    def row_error(self, row: dict[str, Any]) -> str:
         """Return what is wrong with a row, or nothing."""
-        return self.input_fault(row) or self.target_fault(row) or self._byte_fault(row)
+        return self.input_error(row) or self.target_error(row) or self._byte_error(row)
 
-    def _byte_fault(self, row: dict[str, Any]) -> str:
+    def _byte_error(self, row: dict[str, Any]) -> str:
         """Return which column that is read holds bytes that are no text, or nothing."""
         for column in self.target_columns().values():
             value = row.get(column)
@@ -279,23 +288,96 @@ class Task(ABC):
         return ""
 
     def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
-        """Return what is wrong with the label of a streamed row, which `prepare` did not see."""
+        """Return what is wrong with the label of a streamed row, which `learn_from` did not see."""
         return None
+
+    # -- examples
 
     @abstractmethod
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return the examples of each row, `input_ids` and `labels` among their keys.
+        """Return the examples of each row: small facts, which are kept on the disk.
 
         An example of a row that is longer than `max_length` has the row's own `full_length`.
+        """
+
+    @abstractmethod
+    def features(self) -> dict[str, str]:
+        """Return the type of each key of an example: `list<int32>`, `float32`, `media`."""
+
+    @abstractmethod
+    def cost(self, example: Example) -> int:
+        """Return what an example costs, in `unit`s."""
+
+    def check_examples(self, examples: Sequence[Example]) -> None:  # noqa: B027 - optional
+        """Check that the model can read the examples.
+
+        Raises:
+            LoraError: Without a place; the caller adds the row.
         """
 
     def why_nothing(self, row: dict[str, Any]) -> str:
         """Return a hint, where a row leaves nothing to train."""
         return self.longer_hint
 
+    def prepare(self, example: Example, rng: np.random.Generator | None) -> Example:
+        """Return an example ready to be collated: decoded and, in training, augmented.
+
+        Args:
+            example: One of those that `encode` returned.
+            rng: In training, the generator of (seed, step, row), which alone may decide what is
+                random; None in evaluation, where nothing is.
+        """
+        return example
+
     @abstractmethod
-    def features(self) -> dict[str, str]:
-        """Return the type of each key of an example but `input_ids`: `list<int32>`, `float32`."""
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Return prepared examples as one batch."""
+
+    def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
+        """Return facts of an encoded example, and what the model sees, in words.
+
+        Args:
+            example: One of those that `encode` returned.
+            colour: Whether to mark what is trained by colour.
+        """
+        return [], ""
+
+    def shown_input(self, row: dict[str, Any]) -> str:
+        """Return what the model reads of a row, in words."""
+        return shown_value([row.get(column) for column in self.input_columns().values()])
+
+    def shown_reference(self, row: dict[str, Any]) -> str | None:
+        """Return what a row wants, in words, where its predictions do not say it."""
+        return None
+
+    def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
+        """Return the share of the examples that the processor cannot represent, and a warning.
+
+        Args:
+            name: What the rows are called in the warning.
+            rows: The rows.
+            examples: Of the rows: a data set, or a list.
+        """
+        return 0.0, None
+
+    def trained_share(self, split: Encoded) -> float | None:
+        """Return the share of a split's units that are predicted, where not all or none are."""
+        return None
+
+    # -- packing
+
+    def packed(self, split: Encoded) -> Any:
+        """Return a split with several examples in a row; looks like `split.examples`.
+
+        Raises:
+            LoraError: If the task has no such thing (`can_pack` of its spec says so before).
+        """
+        what = f"`train.packing` has no meaning with `task.type: {self.recipe.task.type}`"
+        raise LoraError(what, self.recipe.at("train.packing"), "leave it out")
+
+    def check_packing(self, model: nn.Module, split: Encoded) -> None:
+        """Check on the model that what is packed together stays apart."""
+        self.packed(split)
 
     # -- model
 
@@ -316,8 +398,6 @@ class Task(ABC):
             self.auto_class, self.recipe, self.model_config(), device, dtype, self.has_head
         )
         self.arrange_head(model, missing)
-        # attention plans and picks its kernels again for every new length
-        self.pad_multiple = 8 if device.type == "cuda" else 1
         return model, new_modules(model, missing) if self.has_head else []
 
     def arrange_head(self, model: nn.Module, missing: set[str]) -> None:  # noqa: B027 - optional
@@ -328,61 +408,82 @@ class Task(ABC):
         model = build_empty(self.auto_class, self.recipe, self.model_config())
         return model, new_modules(model) if self.has_head else []
 
-    has_head: bool = False
-    """Whether the task adds a head to the pretrained model."""
-    forward_options: dict[str, Any] = {}
-    """What the model's forward is given besides a batch, if it takes it."""
-    padding: Padding = RIGHT
-    """How rows of different lengths become one batch; `batch_check` chooses it by the model."""
-    can_fill_left: bool = True
-    """Whether rows may be filled on the left."""
-    pad_multiple: int = 1
-    """Batches are padded to a multiple of this many tokens."""
+    def fit_to_model(self, model: nn.Module, longest: int | None = None) -> None:  # noqa: B027
+        """Try the model on small batches, and choose what depends on it, such as the padding.
 
-    # -- batches
-
-    @abstractmethod
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        """Return the examples as one batch, padded to the longest."""
-
-    @abstractmethod
-    def trial_examples(self, length: int) -> tuple[Example, Example]:
-        """Return a short example and one of about `length` tokens, to try the model on."""
-
-    def check_trial(self, model: nn.Module, example: Example, logits: Tensor) -> None:  # noqa: B027
-        """Check what the task needs of the model's outputs for one example, if anything.
+        Args:
+            model: The model that will be used; it is left as it was.
+            longest: Cost of the longest example, if that is known.
 
         Raises:
-            LoraError: If the model is of no use for the task.
+            LoraError: If the model is of no use for the task, or if what it says of an example
+                depends on the others of the batch.
         """
 
-    def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the model's outputs for the inputs of a batch: (B, C), or (B, T, V)."""
-        takes = _parameters(type(model).forward)
-        options = {key: value for key, value in self.forward_options.items() if key in takes}
-        if self.padding.side == "none" and "attention_mask" in inputs:
-            lengths = inputs["attention_mask"].sum(-1)
-            return logits_by_length(model, self._taken(inputs, takes), lengths, options)
-        logits: Tensor = model(**self._taken(inputs, takes), **options).logits
+    def fit_as(self, other: Task) -> None:  # noqa: B027 - optional
+        """Take over what another instance of the task has chosen for the model."""
+
+    def try_training(self, model: nn.Module, longest: int | None = None) -> None:  # noqa: B027
+        """Compute small batches as in training, whose forward pass may ask for more.
+
+        Raises:
+            LoraError: If the model cannot compute them.
+        """
+
+    @abstractmethod
+    def probe(self) -> dict[str, Tensor]:
+        """Return inputs of the model to compare outputs on, the same every time."""
+
+    def tensor_of(self, output: Any) -> Tensor:
+        """Return what of a model's output is compared."""
+        logits: Tensor = output.logits
         return logits
 
-    @staticmethod
-    def _taken(inputs: dict[str, Tensor], takes: frozenset[str]) -> dict[str, Tensor]:
-        """Return the inputs without a mask that the model would not know."""
-        if "attention_mask" in takes or "**" in takes:
-            return inputs
-        return {key: value for key, value in inputs.items() if key != "attention_mask"}
+    def complete_from(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027 - optional
+        """Complete the recipe of an adapter that another tool made, by its tensors.
+
+        Raises:
+            LoraError: If they do not tell what has to be known.
+        """
+
+    # -- loss and predictions
 
     @abstractmethod
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """Return the model's output for a batch, as `losses` and `predictions` read it."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, output: Any, batch: Batch) -> dict[str, Tensor]:
+        """Return, for each term of the loss, its sum over the items of each example (B,)."""
+
+    @abstractmethod
+    def predictions(self, model: nn.Module, output: Any, batch: Batch) -> list[Prediction]:
+        """Return a prediction for each example of the batch; `predict` adds the losses."""
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the loss summed over the batch's `n_items`; a scalar with a gradient."""
+        """Return the weighted sum of all terms over all items of a batch; a scalar."""
+        found = self.losses(model, self.forward(model, batch), batch)
+        return torch.stack([self.loss_weights[k] * v.sum() for k, v in found.items()]).sum()
 
-    @abstractmethod
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
-        """Return a prediction for each example of the batch, with its own loss."""
+        """Return a prediction for each example of the batch, with its losses."""
+        output = self.forward(model, batch)
+        predictions = self.predictions(model, output, batch)
+        for term, sums in self.losses(model, output, batch).items():
+            items = batch.items[term].tolist()
+            for found, loss, count in zip(predictions, sums.tolist(), items, strict=True):
+                found.losses[term] = (loss, count)
+        return predictions
+
+    joins_examples: bool = False
+    """Whether the examples of a row have one answer together, which `join` makes."""
+
+    def join(self, parts: Sequence[Prediction]) -> Prediction:
+        """Return the predictions for all examples of a row as one."""
+        raise NotImplementedError
 
     def check_metrics(self, channels: set[str]) -> None:  # noqa: B027 - optional
-        """Learn which channels the metrics read, so that `predict` fills them."""
+        """Learn which channels the metrics read, so that `predictions` fills them."""
 
     @property
     def metric_names(self) -> Sequence[str]:
@@ -444,11 +545,13 @@ class Task(ABC):
         """What the metrics have to know of the task."""
         return MetricContext()
 
-    def row_of(self, text: str) -> dict[str, Any]:
-        """Return a row that holds a user's text.
+    # -- answers
+
+    def parse_input(self, typed: str) -> dict[str, Any]:
+        """Return a row that holds what a user typed.
 
         Raises:
-            LoraError: If the task reads more than one text.
+            LoraError: If the task reads more than one column.
         """
         first, *others = self.input_columns().values()
         if others:
@@ -457,57 +560,50 @@ class Task(ABC):
                 "the arguments of `lora predict`",
                 "write the rows into a file: `--input FILE --output FILE`",
             )
-        return {first: text}
+        return {first: typed}
 
-    def answer_fault(self, row: dict[str, Any]) -> str:
+    def answer_error(self, row: dict[str, Any]) -> str:
         """Return why a row cannot be answered, or nothing."""
-        return self.input_fault(row)
+        return self.input_error(row)
 
     def control_token_in(self, row: dict[str, Any]) -> str | None:
         """Return the first control token that is spelled out in what the model reads of a row."""
-        columns = [*self.input_columns().values(), *self.more_text_columns()]
-        return self.control_tokens.first_in([row.get(column) for column in columns])
+        return None
 
-    def more_text_columns(self) -> list[str]:
-        """Return other columns whose texts the model reads or writes, where a row has them."""
-        return []
+    @property
+    def reads_control_tokens(self) -> bool:
+        """Whether a control token that is spelled out in a text is read as the token."""
+        return False
 
-    def note_control_tokens(self, rows: Sequence[dict[str, Any]]) -> None:
+    def note_control_tokens(self, rows: Sequence[dict[str, Any]]) -> None:  # noqa: B027
         """Count the rows to be answered in which a control token is spelled out."""
-        self.n_control_rows += sum(self.control_token_in(row) is not None for row in rows)
 
     def take_warnings(self) -> list[str]:
         """Return what a user should know of the answers since the last call, each with a count."""
-        count, self.n_control_rows = self.n_control_rows, 0
-        how = "as tokens: `--set task.split_special_tokens=true` reads them as text"
-        how = how if self.reads_control_tokens else "as text"
-        what = f"{counted(count, 'row')} with control tokens in the text; they are read {how}"
-        return [what] if count else []
+        return []
 
     @abstractmethod
-    def answer_columns(self) -> list[str]:
-        """Return the columns that `answer` adds to a row."""
+    def answer_columns(self) -> dict[str, str]:
+        """Return the columns that `answer` adds to a row, with the type of each.
+
+        The types are those of pyarrow: `string`, `double`, `list<string>`.
+        """
 
     @abstractmethod
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
         """Return the values of `answer_columns` for rows without targets, as one batch."""
 
-    def cache_key(self) -> list[str]:
-        """Return what an encoded row depends on besides the row."""
-        tokenizer = self.tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        state = backend.to_str() if backend is not None else str(tokenizer.get_vocab())
-        template = str(getattr(tokenizer, "chat_template", None))
-        digest = hashlib.sha256(f"{state}{template}".encode()).hexdigest()
-        how = f"encoding {ENCODING}"
-        known = [getattr(self.config.get_text_config(), key, None) for key in CONFIG_KEYS]
-        task = self.recipe.task.model_dump_json()
-        return [how, task, digest, str(self.max_length), str(known)]
+    def sample(
+        self, model: nn.Module, rows: Sequence[dict[str, Any]]
+    ) -> list[tuple[str, str, str]]:
+        """Return what the model makes of rows, to be read before and after training.
 
+        Returns:
+            For each row (what was asked, what the row wants, what the model says), in words.
+        """
+        return []
 
-@functools.cache
-def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
-    """Return the names of what a model's forward takes, and `**` if it takes any other too."""
-    parameters = inspect.signature(forward).parameters.values()
-    any_other = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    return frozenset({p.name for p in parameters} | ({"**"} if any_other else set()))
+    @property
+    def writer(self) -> Any:
+        """The task itself, if its model writes text and can converse; else None."""
+        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,19 +25,20 @@ from lora_cli.errors import LoraError, Problem, counted
 from lora_cli.metrics import MetricContext
 from lora_cli.models.base_model import load_config
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
-from lora_cli.tasks.contract import TRIAL_TEXT, Batch, Example, Prediction, Task
+from lora_cli.tasks.contract import MAIN, Batch, Example, Field, Kind, Prediction
 from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.tasks.head_rows import arrange_rows
 from lora_cli.tasks.labels import Labels
 from lora_cli.tasks.long_texts import end_of_text, in_batches, is_long, token_ids
 from lora_cli.tasks.padding import fill, positions_of
+from lora_cli.tasks.text_task import TRIAL_TEXT, TextTask
 
 ALL_SCORES = 20  # labels up to which a prediction keeps the probability of each; of more:
 BEST_SCORES = 10
 MOST_COLUMNS = 100  # labels up to which each has a column of its own in what `lora predict` writes
 
 
-class SequenceClassification(Task):
+class SequenceClassification(TextTask):
     """`task.type: sequence_classification`."""
 
     auto_class = AutoModelForSequenceClassification
@@ -54,18 +55,23 @@ class SequenceClassification(Task):
 
     # ------------------------------------------------------------------------------ rows
 
-    def input_columns(self) -> dict[str, str]:
-        """Return the columns of the text and the second text."""
-        named = {"task.text_column": self.spec.text_column}
-        if self.spec.text_pair_column:
-            named["task.text_pair_column"] = self.spec.text_pair_column
-        return {self.recipe.at(key): column for key, column in named.items()}
-
-    def target_columns(self) -> dict[str, str]:
-        """Return the column of the label, or the columns of the labels."""
-        if columns := self.spec.label_columns:
-            return {self.recipe.at(f"task.label_columns.{i}"): c for i, c in enumerate(columns)}
-        return {self.recipe.at("task.label_column"): self.spec.label_column}
+    def fields(self) -> list[Field]:
+        """Return the columns of the text, the second text, and the label or labels."""
+        spec = self.spec
+        kinds: dict[str, Kind] = {"regression": "number", "multi_label": "labels"}
+        kind = kinds.get(spec.problem, "label")
+        texts = {
+            "task.text_column": spec.text_column,
+            "task.text_pair_column": spec.text_pair_column,
+        }
+        found = [Field(key, column, "input", "text") for key, column in texts.items() if column]
+        if columns := spec.label_columns:
+            keys = (f"task.label_columns.{i}" for i in range(len(columns)))
+            return found + [
+                Field(key, column, "target", kind)
+                for key, column in zip(keys, columns, strict=True)
+            ]
+        return [*found, Field("task.label_column", spec.label_column, "target", kind)]
 
     @property
     def knows_labels(self) -> bool:
@@ -82,7 +88,7 @@ class SequenceClassification(Task):
         """Names of the labels, in the order of the model's outputs; none with regression."""
         return self.reader.names
 
-    def prepare(self, splits: dict[str, Rows]) -> None:
+    def learn_from(self, splits: dict[str, Rows]) -> None:
         """Find the labels and their weights, and write both into the recipe."""
         if self.spec.problem != "regression":
             self.reader.learn(splits)
@@ -107,7 +113,42 @@ class SequenceClassification(Task):
             case "single_label":
                 return f"mean cross-entropy per row, in nats{weighted}"
 
-    def input_fault(self, row: dict[str, Any]) -> str:
+    def labels_of(self, row: dict[str, Any]) -> list[str]:
+        """Return the names of a row's labels, in the order of the labels; or its number."""
+        if self.spec.problem == "regression":
+            return [str(self.reader.number(row))]
+        positions = {self.reader.position(value) for value in self.reader.texts_of(row) or ()}
+        return [self.labels[i] for i in sorted(p for p in positions if p is not None)]
+
+    def label_counts(self, rows: Rows) -> dict[str, int]:
+        """Return how often each label stands in the rows, in the order of the labels."""
+        counts: Counter[int | None] = Counter()
+        for value, count in self.reader.count(rows).items() if self.labels else ():
+            counts[self.reader.position(value)] += count
+        return {label: counts[i] for i, label in enumerate(self.labels)}
+
+    def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
+        """Return the label and the text of an encoded example."""
+        value = self._names(example["labels"])
+        label = ", ".join(value) if isinstance(value, list) else value
+        return [f"label {label}"], super().shown(example, colour)[1]
+
+    def complete_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Find the number of labels in the head of an adapter that another tool made."""
+        heads = [t.shape[0] for n, t in tensors.items() if ".lora_" not in n and t.ndim == 2]
+        if not heads:
+            what = "the adapter holds no classifier"
+            raise LoraError(what, "--adapter", "give a recipe with `--recipe`, for its labels")
+        count = min(heads)  # the last layer's outputs: fewer than any hidden size
+        known: dict[int, str] = load_config(self.recipe).id2label
+        if count == 1:
+            self.spec.problem = "regression"
+        elif sorted(known) == list(range(count)):  # a base that has such a classifier already
+            self.spec.labels = [known[i] for i in range(count)]
+        else:
+            self.spec.labels = [f"LABEL_{i}" for i in range(count)]
+
+    def input_error(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the texts, or nothing."""
         return text_fault(row, filter(None, (self.spec.text_column, self.spec.text_pair_column)))
 
@@ -116,7 +157,7 @@ class SequenceClassification(Task):
         columns = self.spec.label_columns
         return None if columns else several_answers(row, self.spec.label_column)
 
-    def target_fault(self, row: dict[str, Any]) -> str:
+    def target_error(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the label, or nothing."""
         column = self.spec.label_column
         value = row.get(column)
@@ -169,9 +210,9 @@ class SequenceClassification(Task):
     def _too_long(self, length: int) -> str:
         return f"the row has {counted(length, 'token')}, more than {self.max_length:,}"
 
-    def answer_fault(self, row: dict[str, Any]) -> str:
+    def answer_error(self, row: dict[str, Any]) -> str:
         """Return why a row cannot be answered, or nothing."""
-        if fault := super().answer_fault(row):
+        if fault := super().answer_error(row):
             return fault
         try:
             (inputs,) = self._encode_checked([row])
@@ -281,12 +322,13 @@ class SequenceClassification(Task):
         return positions[0]
 
     def features(self) -> dict[str, str]:
-        """Return the types of the labels, and of the segments of a pair."""
+        """Return the types of the tokens, the labels, and the segments of a pair."""
         kind = {"regression": "float32", "multi_label": "list<int8>", "single_label": "int64"}
         # some tokenizers make them for models that have no embedding for them
         embedded = getattr(self.config, "type_vocab_size", 0) > 1
         segments = embedded and "token_type_ids" in self.tokenizer.model_input_names
         return {
+            "input_ids": "list<int32>",
             "labels": kind[self.spec.problem],
             **({"token_type_ids": "list<int8>"} if segments else {}),
         }
@@ -359,19 +401,20 @@ class SequenceClassification(Task):
     # --------------------------------------------------------------------------- batches
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Return the examples padded to the longest; `n_items` is rows, or their weights."""
+        """Return the examples padded to the longest; the items are rows, or their weights."""
         ids = [example["input_ids"] for example in examples]
         inputs = self._padded(examples)
         labels = torch.tensor([example["labels"] for example in examples])
         if self.spec.problem != "single_label":
             labels = labels.float()
-        n_items = float(len(examples))
+        items = torch.ones(len(examples))
         if self.spec.problem == "multi_label":
-            n_items = float(labels.numel())
+            items *= len(self.labels)
         elif self.reader.weights is not None:
-            n_items = float(self.reader.weights[labels].sum())
+            items = self.reader.weights[labels]
         n_tokens = sum(len(sequence) for sequence in ids)
-        return Batch(inputs, labels, n_items, n_tokens, [e["row"] for e in examples])
+        rows = [example["row"] for example in examples]
+        return Batch(inputs, {"labels": labels}, {MAIN: items}, n_tokens, rows)
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         ids = [example["input_ids"] for example in examples]
@@ -394,13 +437,11 @@ class SequenceClassification(Task):
             self._pad_token_id = self._pad_id()
         return self._pad_token_id
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the summed loss of the batch."""
-        return self._losses(self.logits(model, batch.inputs), batch.labels).sum()
+    def losses(self, model: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss of each row: cross entropy, its sum over labels, or the square."""
+        return {MAIN: self._losses(output.float(), batch.targets["labels"])}
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of each row (B,): cross entropy, its sum over labels, or the square."""
-        logits = logits.float()
         weight = None if self.reader.weights is None else self.reader.weights.to(logits.device)
         match self.spec.problem:
             case "regression":
@@ -418,27 +459,20 @@ class SequenceClassification(Task):
                     label_smoothing=self.spec.label_smoothing,
                 )
 
-    def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
+    def predictions(self, model: nn.Module, output: Tensor, batch: Batch) -> list[Prediction]:
         """Return the label, or the number, of each row, with the probabilities."""
-        logits = self.logits(model, batch.inputs).float()
-        losses = self._losses(logits, batch.labels).tolist()
-        labels = batch.labels.tolist()
-        n_items = [batch.n_items / len(losses)] * len(losses)
-        if self.spec.problem == "single_label" and self.reader.weights is not None:
-            n_items = self.reader.weights[batch.labels.cpu()].tolist()
-        readings = self.read(logits)
+        readings = self.read(output.float())
+        labels = batch.targets["labels"].tolist()
         return [
             Prediction(
                 row,
-                loss,
-                items,
                 said,
                 self._names(label),
                 self._kept_scores(probabilities, label),
                 {self.metric_channel: (value, label if isinstance(label, float) else _ints(label))},
             )
-            for row, loss, items, label, (value, said, probabilities) in zip(
-                batch.rows, losses, n_items, labels, readings, strict=True
+            for row, label, (value, said, probabilities) in zip(
+                batch.rows, labels, readings, strict=True
             )
         ]
 
@@ -474,11 +508,14 @@ class SequenceClassification(Task):
             self.labels[i]: probabilities[i] for i in dict.fromkeys([*_best(probabilities), *own])
         }
 
-    def answer_columns(self) -> list[str]:
+    def answer_columns(self) -> dict[str, str]:
         """Return `prediction` and, for labels, the probability of each; of many, of the best."""
+        kinds = {"regression": "double", "multi_label": "list<string>", "single_label": "string"}
+        said = {"prediction": kinds[self.spec.problem]}
         if len(self.labels) > MOST_COLUMNS:
-            return ["prediction", "p", "best"]
-        return ["prediction", *(f"p_{label}" for label in self.labels)]
+            # the best of many labels are a mapping, which parquet has as JSON
+            return said | {"p": "double", "best": "string"}
+        return said | {f"p_{label}": "double" for label in self.labels}
 
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
         """Return the prediction and the probabilities of each row."""
@@ -510,11 +547,3 @@ def _best(probabilities: list[float]) -> list[int]:
 
 def _ints(label: Any) -> Any:
     return [int(value) for value in label] if isinstance(label, list) else int(label)
-
-
-def label_counts(rows: Rows, task: SequenceClassification) -> dict[str, int]:
-    """Return how often each label stands in the rows, in the order of the labels."""
-    counts: Counter[int | None] = Counter()
-    for value, count in task.reader.count(rows).items():
-        counts[task.reader.position(value)] += count
-    return {label: counts[i] for i, label in enumerate(task.labels)}

@@ -15,20 +15,19 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from lora_cli.preprocessing.batch_plan import BatchPlan, micro_batches
-from lora_cli.preprocessing.packing import Packed
 from lora_cli.preprocessing.stream import Stream
 from lora_cli.tasks import Batch, Encoded, Task
-from lora_cli.tasks.causal_lm import CausalLM
+from lora_cli.tasks.packing import Packed
 from lora_cli.training.stopping import SIGNALS
 
 
 @dataclass
 class PlannedStep:
-    """A step's number, its examples and their tokens on all processes, and this one's share."""
+    """A step's number, its examples and their cost on all processes, and this one's share."""
 
     number: int
     examples: list[int]
-    n_tokens: int
+    cost: int
     batches: list[Batch]
     places: Callable[[], list[str]]
     """Where the rows of the examples stand."""
@@ -55,8 +54,7 @@ class Batches:
             return
         self.examples: Any = split.examples
         if train.packing:
-            assert isinstance(task, CausalLM), "the recipe's checks ask for it with packing"
-            self.examples = Packed(task, split)
+            self.examples = task.packed(split)
         self.lengths = self.examples.lengths if train.packing else split.lengths
         self.plan = BatchPlan(
             len(self.examples),
@@ -124,7 +122,7 @@ class Batches:
             yield PlannedStep(
                 step,
                 [example["row"] for example in chunk],
-                sum(len(example["input_ids"]) for example in chunk),
+                sum(map(self.task.cost, chunk)),
                 [self.task.collate([chunk[i] for i in part]) for part in parts],
                 [example["place"] for example in chunk].copy,
             )

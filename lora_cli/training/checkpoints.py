@@ -40,7 +40,7 @@ from lora_cli.files import (
     verify_manifest,
     write_json,
 )
-from lora_cli.models.base_facts import save_tokenizer, write_computation
+from lora_cli.models.base_facts import write_computation
 from lora_cli.models.fingerprint import Fingerprint
 from lora_cli.recipe import AdapterSpec, Recipe
 from lora_cli.tensorfile import read_header
@@ -257,18 +257,21 @@ def _shape(shape: torch.Size | None) -> str:
     return "not there" if shape is None else f"of shape {list(shape)}"
 
 
+SaveProcessor = Callable[[Path, dict[str, Any] | None], None]
+
+
 def publish_adapter(
     output: Path,
     model: nn.Module,
     recipe: Recipe,
     in_full: list[str],
     base: Fingerprint | None,
-    processor: Any,
+    save_processor: SaveProcessor | None,
     facts: dict[str, Any] | None = None,
 ) -> None:
     """Put what is trained into the output folder itself, where users look for it.
 
-    With full fine-tuning that is a whole model folder. The tokenizer that was trained with, and
+    With full fine-tuning that is a whole model folder. The processor that was trained with, and
     what else decides the computation (`facts`), stay with it.
     """
     staging = output / STAGING
@@ -279,8 +282,8 @@ def publish_adapter(
         model.save_pretrained(staging)
     else:
         save_adapter(staging, model, recipe, in_full, base)
-    if processor is not None:
-        save_tokenizer(staging, processor, recipe, facts)
+    if save_processor is not None:
+        save_processor(staging, facts)
     if facts is not None:
         write_computation(staging, recipe, facts)
     publish(staging, output)

@@ -121,8 +121,8 @@ def out_of_memory(recipe: Recipe, doing: str) -> ResourceError:
         size = evaluation.micro_batch_size or 2 * train.micro_batch
         if size > 1:
             ways.append(f"`--set evaluate.micro_batch_size={size // 2}` (the same numbers)")
-    if doing != LOADING:
-        shorter = max(recipe.task.max_length // 2, 1)
+    if doing != LOADING and (longest := getattr(recipe.task, "max_length", None)):
+        shorter = max(longest // 2, 1)
         ways.append(f"`--set task.max_length={shorter}` (cuts more texts)")
     hint = f"add {', or '.join(ways)}"
     if doing != LOADING and (saved := peek_state(recipe.output_path)) is not None:

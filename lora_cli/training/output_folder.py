@@ -25,7 +25,6 @@ from lora_cli.recipe import Recipe, dump_recipe, load_adapter_recipe
 from lora_cli.reporting import plot_learning_curve, write_model_card, write_page, write_report
 from lora_cli.reporting.report import part
 from lora_cli.tasks import Encoded, Task
-from lora_cli.tasks.sequence_classification import SequenceClassification, label_counts
 from lora_cli.training.checkpoints import peek_state
 from lora_cli.training.progress import peak_memory_bytes
 from lora_cli.training.train_state import TrainState, recipe_facts, refuse_changes
@@ -164,6 +163,7 @@ def start_report(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["lora", *sys.argv[1:]]),
         "task": recipe.task.type,
+        "answers": recipe.task.answer_kind,
         "metric_definitions": task.metric_definitions(),
         "base_model": recipe.model.name,
         "adapter": _adapter_facts(recipe),
@@ -206,8 +206,8 @@ def _facts(task: Task, split: Encoded, sha256: str) -> dict[str, Any]:
         "rows_without_example": split.rows_without_example,
         "max_tokens": int(split.lengths.max()),
     }
-    if isinstance(task, SequenceClassification) and task.labels:
-        facts["labels"] = label_counts(rows, task)
+    if counts := task.label_counts(rows):
+        facts["labels"] = counts
     return facts
 
 

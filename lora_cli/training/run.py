@@ -23,11 +23,8 @@ from lora_cli.models.base_model import enable_gradient_checkpointing
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.preprocessing.data_gate import pass_gate
 from lora_cli.preprocessing.encode import load_data
-from lora_cli.preprocessing.packing import check_packing
-from lora_cli.preprocessing.padding_check import check_training, choose_padding
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Encoded, Task, build_task
-from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.training.bad_numbers import (
     refuse_bad_parameters,
     refuse_bad_scale,
@@ -119,7 +116,7 @@ class Run:
         self.notes = [*filter(None, [task.length_note]), *task.notes]
         self.optimizer = build_optimizer(self.model, recipe, self.in_full)
         trained = (self.model, self.optimizer, self.in_full, base)
-        self.saver = Saver(recipe, *trained, task.tokenizer, accelerator, task.base_facts)
+        self.saver = Saver(recipe, *trained, task.save_processor, accelerator, task.base_facts)
         self.prepared = accelerator.prepare_optimizer(self.optimizer)
         self.batches = Batches(task, data.get("train"), accelerator)
         self.total_steps = self.batches.total_steps
@@ -140,10 +137,10 @@ class Run:
         lengths = [int(split.lengths.max()) for split in self.data.values()]
         longest = max(lengths) if "train" in self.data else None
         with self.accelerator.autocast():
-            choose_padding(task, model, longest)
-            check_training(task, model, longest)
-            if isinstance(task, CausalLM) and recipe.train.packing:
-                check_packing(task, model, self.data["train"])
+            task.fit_to_model(model, longest)
+            task.try_training(model, longest)
+            if recipe.train.packing:
+                task.check_packing(model, self.data["train"])
         if recipe.train.gradient_checkpointing:
             enable_gradient_checkpointing(model, recipe)
         return model, list(dict.fromkeys([*new, *recipe.adapter.train_modules])), base
@@ -226,7 +223,7 @@ class Run:
         self.window.add(planned, result)
         state.step = step
         state.examples += len(planned.examples)
-        state.tokens += planned.n_tokens
+        state.tokens += planned.cost
         self.log.sample(step, planned.examples)
         self.log.advance(step)
         refuse_bad_steps(self.window.streak, recipe)

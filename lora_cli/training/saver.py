@@ -16,6 +16,7 @@ from lora_cli.models.fingerprint import Fingerprint, read_fingerprint, require_b
 from lora_cli.recipe import Recipe, read_computation
 from lora_cli.training.checkpoints import (
     FOLDER,
+    SaveProcessor,
     load_checkpoint,
     publish_adapter,
     require_space_for_checkpoints,
@@ -48,7 +49,7 @@ class Saver:
         optimizer: Of the trained parameters.
         in_full: Names of the modules trained in full.
         base: The fingerprint of the base, which is kept beside the adapter.
-        processor: The tokenizer, which stays with what was trained with it.
+        save_processor: Writes the tokenizer, or what else turns rows into inputs, into a folder.
         accelerator: The processes, and fp16's loss scale.
         facts: What of the base decides the computation besides its tensors.
     """
@@ -60,12 +61,12 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         in_full: list[str],
         base: Fingerprint | None,
-        processor: Any,
+        save_processor: SaveProcessor,
         accelerator: Accelerator,
         facts: dict[str, Any],
     ) -> None:
         self.recipe, self.model, self.optimizer = recipe, model, optimizer
-        self.in_full, self.processor, self.accelerator = in_full, processor, accelerator
+        self.in_full, self.save_processor, self.accelerator = in_full, save_processor, accelerator
         self.base, self.folder, self.facts = base, recipe.output_path, facts
 
     def begin(self, state: TrainState, say: Callable[[str], None]) -> None:
@@ -156,7 +157,7 @@ class Saver:
         """Put the adapter as it is now into the output folder."""
         if self.accelerator.is_main_process:
             trained = (self.model, self.recipe, self.in_full, self.base)
-            publish_adapter(self.folder, *trained, self.processor, self.facts)
+            publish_adapter(self.folder, *trained, self.save_processor, self.facts)
         self.accelerator.wait_for_everyone()
         state.published = sha256_of(self.folder / MANIFEST)
 

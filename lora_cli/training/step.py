@@ -1,9 +1,9 @@
 """One optimizer step.
 
-A step adds the gradients of loss *sums* over its micro-batches and processes, each divided by the
-number of items of the whole step (rows, or trained tokens). However a step is cut, its gradient is
-the same. (The mean of micro-batch means, which many loops take, weighs a token in a short batch
-more than one in a long batch.)
+A step adds the gradients of loss *sums* over its micro-batches and processes, each term of the loss
+divided by its number of items in the whole step (rows, or trained tokens). However a step is cut,
+its gradient is the same. (The mean of micro-batch means, which many loops take, weighs a token in a
+short batch more than one in a long batch.)
 """
 
 from __future__ import annotations
@@ -59,17 +59,13 @@ def train_step(
         max_grad_norm: Longer gradients are shortened to this; None leaves them.
     """
     parameters = trainable_parameters(model)
-    # filled on the device, as a copy would wait for it; a float also where there are no batches,
-    # since the processes must agree on the type
-    n_items = torch.full((), float(sum(b.n_items for b in batches)), device=accelerator.device)
-    if accelerator.num_processes > 1:
-        n_items = accelerator.reduce(n_items, "sum")
     # Divided before the backward pass, and not after, so that fp16's gradients stay in range.
-    per_item = 1.0 / n_items.clamp(min=1e-12)
+    per_item = _weights_per_item(task, batches, accelerator)
     total = torch.zeros((), device=accelerator.device)
     for batch in batches:
         with accelerator.autocast():
-            loss = task.loss(model, batch) * per_item
+            sums = task.losses(model, task.forward(model, batch), batch)
+            loss = torch.stack([sums[term].sum() * weight for term, weight in per_item]).sum()
         accelerator.backward(loss)
         total += loss.detach()
     if accelerator.num_processes > 1:
@@ -88,6 +84,22 @@ def train_step(
         optimizer.step()  # the scaler leaves out what overflows, and lowers its scale
     optimizer.zero_grad()
     return StepResult(total, norm, idle, bad, bad | overflow)
+
+
+def _weights_per_item(
+    task: Task, batches: list[Batch], accelerator: Accelerator
+) -> list[tuple[str, Tensor]]:
+    """Return the terms of the loss, with the weight of each divided by its items in the step."""
+    weights = []
+    for term, weight in task.loss_weights.items():
+        # filled on the device, as a copy would wait for it; a float also where there are no
+        # batches, since the processes must agree on the type
+        count = float(sum(float(batch.items[term].sum()) for batch in batches))
+        n_items = torch.full((), count, device=accelerator.device)
+        if accelerator.num_processes > 1:
+            n_items = accelerator.reduce(n_items, "sum")
+        weights.append((term, weight / n_items.clamp(min=1e-12)))
+    return weights
 
 
 def _step_unless(bad: Tensor, optimizer: Any) -> None:

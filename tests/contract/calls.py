@@ -29,8 +29,6 @@ from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.evaluation.predict import answer
 from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.encode import load_data
-from lora_cli.preprocessing.packing import Packed
-from lora_cli.preprocessing.padding_check import choose_padding
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe, write_recipe
 from lora_cli.tasks import Task, build_task
@@ -91,8 +89,8 @@ def open_kind(kind: TaskKind, folder: Path) -> Opened:
     attach(model, recipe, head)
     stir(model)
     model.double()
-    choose_padding(task, model)
-    examples = Packed(task, split) if recipe.train.packing else split.examples
+    task.fit_to_model(model)
+    examples = task.packed(split) if recipe.train.packing else split.examples
     return Opened(
         kind, recipe, task, model, head,
         [examples[i] for i in range(len(examples))],

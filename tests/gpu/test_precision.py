@@ -29,6 +29,23 @@ pytestmark = [
 ]
 
 
+def scaled(losses: dict[str, Any], factor: float) -> dict[str, Any]:
+    return {term: sums * factor for term, sums in losses.items()}
+
+
+class Scaled:
+    """A task whose losses are multiplied by a factor."""
+
+    def __init__(self, task: Any, factor: float) -> None:
+        self.task, self.factor = task, factor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
+
+    def losses(self, *given: Any) -> dict[str, Any]:
+        return scaled(self.task.losses(*given), self.factor)
+
+
 def train(recipe: Any, resume: bool = False) -> dict[str, Any]:
     AcceleratorState._reset_state(reset_partial_state=True)  # it remembers one precision a process
     return training_run.train(recipe, resume)
@@ -102,13 +119,13 @@ def test_fp16_resumes_with_its_loss_scale_after_an_overflow(
                 raise RuntimeError("pulled the plug")
             if number == step:
                 for batch in batches:
-                    batch.labels = batch.labels.clone()
-                original = task.loss
-                task.loss = lambda m, b: original(m, b) * 1e30
+                    batch.targets["labels"] = batch.targets["labels"].clone()
+                original = task.losses
+                task.losses = lambda *given: scaled(original(*given), 1e30)
                 try:
                     return real(model, task, optimizer, batches, *rest)
                 finally:
-                    task.loss = original
+                    task.losses = original
             return real(model, task, optimizer, batches, *rest)
 
         return step_once
@@ -162,11 +179,7 @@ def test_endless_overflow_in_fp16_stops(tmp_path: Path, monkeypatch: pytest.Monk
     real = training_run.train_step
 
     def overflow(model: Any, task: Any, *rest: Any) -> Any:
-        class Steep:
-            def loss(self, model: Any, batch: Any) -> Any:
-                return task.loss(model, batch) * 1e30
-
-        return real(model, Steep(), *rest)
+        return real(model, Scaled(task, 1e30), *rest)
 
     monkeypatch.setattr(training_run, "train_step", overflow)
     # the first loss scale, 65536, is halved 17 times before it is below 1; step 20 is logged
@@ -185,11 +198,7 @@ def test_a_bad_step_changes_nothing_on_a_gpu(
     def spoil(model: Any, task: Any, *rest: Any) -> Any:
         spoiled = next(steps) == 7
 
-        class Spoiled:
-            def loss(self, model: Any, batch: Any) -> Any:
-                return task.loss(model, batch) * (float("nan") if spoiled else 1.0)
-
-        result = real(model, Spoiled(), *rest)
+        result = real(model, Scaled(task, float("nan") if spoiled else 1.0), *rest)
         weights.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
         return result
 
@@ -208,11 +217,7 @@ def test_bad_steps_in_a_row_stop_a_run_on_a_gpu(
     real = training_run.train_step
 
     def spoil(model: Any, task: Any, *rest: Any) -> Any:
-        class Spoiled:
-            def loss(self, model: Any, batch: Any) -> Any:
-                return task.loss(model, batch) * float("inf")
-
-        return real(model, Spoiled(), *rest)
+        return real(model, Scaled(task, float("inf")), *rest)
 
     monkeypatch.setattr(training_run, "train_step", spoil)
     with pytest.raises(NumericsError, match="in steps 1 to 5"):  # step 5 is logged: it is read then
@@ -228,11 +233,18 @@ def test_a_step_on_a_gpu_does_not_wait_for_it(tmp_path: Path) -> None:
     prepared = accelerator.prepare_optimizer(optimizer)
 
     class Task:
-        def loss(self, model: Any, batch: Any) -> Any:
-            return model(batch.inputs["x"]).sum()
+        loss_weights = {"loss": 1.0}
+
+        def forward(self, model: Any, batch: Any) -> Any:
+            return model(batch.inputs["x"])
+
+        def losses(self, model: Any, output: Any, batch: Any) -> Any:
+            return {"loss": output.sum(-1)}
 
     inputs = {"x": torch.ones(2, 8, device="cuda")}
-    batch = Batch(inputs, torch.zeros(2, device="cuda"), 2.0, 2, [0, 1])
+    batch = Batch(
+        inputs, {"labels": torch.zeros(2, device="cuda")}, {"loss": torch.ones(2)}, 2, [0, 1]
+    )
 
     def step() -> Any:
         return train_step(layer, Task(), prepared, [batch], accelerator, 1.0)

@@ -5,6 +5,7 @@ docstrings. Units: a *step* is an optimizer step, a *micro-batch* is one forward
 """
 
 from lora_cli.recipe.spec.adapter import AdapterSpec
+from lora_cli.recipe.spec.causal_lm_spec import CausalLMSpec
 from lora_cli.recipe.spec.checkpoint import CheckpointSpec
 from lora_cli.recipe.spec.data import (
     CheckSpec,
@@ -17,7 +18,8 @@ from lora_cli.recipe.spec.data import (
 from lora_cli.recipe.spec.evaluate import EvaluateSpec, GenerationSpec
 from lora_cli.recipe.spec.model import ModelSpec
 from lora_cli.recipe.spec.recipe import Recipe
-from lora_cli.recipe.spec.task import CausalLMSpec, SequenceClassificationSpec, TaskSpec
+from lora_cli.recipe.spec.sequence_classification_spec import SequenceClassificationSpec
+from lora_cli.recipe.spec.task import TASKS, TaskSpec
 from lora_cli.recipe.spec.train import OptimizerSpec, ParameterGroupSpec, SchedulerSpec, TrainSpec
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "CausalLMSpec",
     "SequenceClassificationSpec",
     "TaskSpec",
+    "TASKS",
     "CheckSpec",
     "DataSpec",
     "FormatSpec",

@@ -68,19 +68,17 @@ class Recipe(Section):
         if data.streaming and train.micro_batch_size == "auto":
             what = "`auto` tries the longest rows, and `data.streaming` does not know them"
             yield "train.micro_batch_size", what, "name a number: `--set train.micro_batch_size=8`"
-        if train.packing and task.type != "causal_lm":
+        if train.packing and not task.can_pack:
             what = f"`train.packing` has no meaning with `task.type: {task.type}`"
-            hint = "leave it out; `train.group_by_length: true` saves padding here"
-            yield "train.packing", what, hint
+            yield "train.packing", what, task.packing_hint
         if data.validation is None and self.evaluate.early_stopping is not None:
             what = "`evaluate.early_stopping` looks at `data.validation`, and there is none"
             hint = "name one, `data.validation: {from: train, fraction: 0.1}`, or leave it out"
             yield "evaluate.early_stopping", what, hint
         yield from self._baseline_conflicts()
-        labels = task.type == "sequence_classification" and task.problem != "regression"
         for split in ("validation", "test"):
             spec = getattr(data, split)
-            if isinstance(spec, HeldOutSpec) and spec.stratify and not labels:
+            if isinstance(spec, HeldOutSpec) and spec.stratify and not task.label_columns_by_key:
                 key = f"data.{split}.stratify"
                 what = f"`{key}` keeps the proportions of labels, and this task has none"
                 yield key, what, "leave it out"
@@ -88,7 +86,7 @@ class Recipe(Section):
     def _baseline_conflicts(self) -> Conflicts:
         key, named = "evaluate.baselines", self.evaluate.baselines
         for name in named:
-            if name != "base" and self.task.type != "sequence_classification":
+            if name not in self.task.baselines:
                 what = f"`{name}` has no meaning with `task.type: {self.task.type}`"
                 yield key, what, f"leave `{name}` out"
         if "base" in named and not self.evaluate.baseline:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.attach import training_mode
 from lora_cli.errors import LoraError, counted
-from lora_cli.tasks.contract import Example, Task
+from lora_cli.tasks.contract import Example
 from lora_cli.tasks.finite_scores import require_finite, require_finite_weights
 from lora_cli.tasks.padding import MOST_NOISE, NONE, RIGHT, Padding, candidates, tolerance
+from lora_cli.tasks.text_task import TextTask
 from lora_cli.unexpected_errors import own_words
 
 LONGEST = 1024  # tokens of the long row of the trial
@@ -20,7 +21,7 @@ NOT_TRAINED = "the model, before it is used"
 
 
 @torch.no_grad()
-def choose_padding(task: Task, model: nn.Module, longest: int | None = None) -> None:
+def choose_padding(task: TextTask, model: nn.Module, longest: int | None = None) -> None:
     """Choose how the task fills rows of different lengths, by trying it on the model.
 
     Args:
@@ -70,7 +71,7 @@ def choose_padding(task: Task, model: nn.Module, longest: int | None = None) -> 
 
 
 @torch.no_grad()
-def check_training(task: Task, model: nn.Module, longest: int | None = None) -> None:
+def check_training(task: TextTask, model: nn.Module, longest: int | None = None) -> None:
     """Compute a short and a long row as in training, whose forward pass may ask for more.
 
     Args:
@@ -93,7 +94,7 @@ def check_training(task: Task, model: nn.Module, longest: int | None = None) -> 
 
 
 @contextmanager
-def _trial(task: Task, model: nn.Module) -> Iterator[None]:
+def _trial(task: TextTask, model: nn.Module) -> Iterator[None]:
     """Compute without dropout, and without filling rows to a multiple of some tokens."""
     was_training, multiple, padding = model.training, task.pad_multiple, task.padding
     model.eval()
@@ -105,7 +106,7 @@ def _trial(task: Task, model: nn.Module) -> Iterator[None]:
         task.pad_multiple, task.padding = multiple, padding
 
 
-def _of_first(task: Task, model: nn.Module, examples: Sequence[Example], key: str) -> Tensor:
+def _of_first(task: TextTask, model: nn.Module, examples: Sequence[Example], key: str) -> Tensor:
     """Return the outputs of the first of several rows that are computed together."""
     device = next(model.parameters()).device
     inputs = task.collate(examples).to(device).inputs
@@ -126,13 +127,13 @@ def _of_first(task: Task, model: nn.Module, examples: Sequence[Example], key: st
     return logits[-length:] if task.padding.side == "left" else logits[:length]
 
 
-def _not_repeatable(task: Task, noise: float) -> LoraError:
+def _not_repeatable(task: TextTask, noise: float) -> LoraError:
     what = f"the model answers the same text differently each time, by {noise:.1e}"
     hint = "it draws random numbers while it answers; for Reformer, set `hash_seed` in config.json"
     return LoraError(what, task.recipe.at("model.name"), hint)
 
 
-def _require_single_rows(task: Task, noise: float) -> None:
+def _require_single_rows(task: TextTask, noise: float) -> None:
     """Reject batches of a model whose answers depend on the other rows even without padding."""
     sizes = {
         "train.micro_batch_size": task.recipe.train.micro_batch,

@@ -9,13 +9,45 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.errors import LoraError
-from lora_cli.preprocessing.batch_plan import pack
-from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.contract import IGNORED, Encoded, Example
 from lora_cli.tasks.padding import tolerance
+from lora_cli.tasks.text_task import TextTask
 
 PROBE_TOKENS = 32  # of each text that is packed on trial
 SAME_KERNELS = 16  # times eps and the scale: what the routing of experts may change
+
+
+def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
+    """Put examples together so that each pack has at most `capacity` tokens.
+
+    First-fit over a shuffled order, within the last packs that have room: packs mix what the data
+    set keeps apart, and few tokens are left empty.
+
+    Args:
+        lengths: Tokens of each example, each at most `capacity`.
+        capacity: Tokens of a pack.
+        seed: Decides the order.
+
+    Returns:
+        The examples of each pack.
+    """
+    assert max(lengths, default=0) <= capacity
+    packs: list[list[int]] = []
+    room: list[int] = []
+    open_packs: list[int] = []
+    for example in np.random.default_rng((seed, 0x9AC)).permutation(len(lengths)).tolist():
+        length = lengths[example]
+        place = next((p for p in open_packs if room[p] >= length), None)
+        if place is None:
+            place = len(packs)
+            packs.append([])
+            room.append(capacity)
+            open_packs = [*open_packs[-63:], place]
+        packs[place].append(example)
+        room[place] -= length
+        if room[place] == 0:
+            open_packs.remove(place)
+    return packs
 
 
 class Packed:
@@ -26,7 +58,7 @@ class Packed:
         split: The examples.
     """
 
-    def __init__(self, task: CausalLM, split: Encoded) -> None:
+    def __init__(self, task: TextTask, split: Encoded) -> None:
         self.split = split
         self.packs = pack(split.lengths.tolist(), task.max_length, task.recipe.train.seed)
         self.lengths = np.array([split.lengths[members].sum() for members in self.packs])
@@ -49,7 +81,7 @@ def one_row(examples: Sequence[Example]) -> Example:
 
 
 @torch.no_grad()
-def check_packing(task: CausalLM, model: nn.Module, split: Encoded) -> None:
+def check_packing(task: TextTask, model: nn.Module, split: Encoded) -> None:
     """Check on packs of real examples that the model keeps packed texts apart.
 
     What a model does with position ids depends on its architecture: one that ignores them, or

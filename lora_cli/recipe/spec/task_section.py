@@ -1,0 +1,77 @@
+"""What the specs of all tasks share: facts of a task that need no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from lora_cli.recipe.spec.section import Section
+
+Truncation = Literal["right", "left", "drop", "error"]
+AnswerKind = Literal["single_label", "multi_label", "regression", "text", "other"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How a model card uses the model without this tool.
+
+    Args:
+        auto_class: The class of transformers that loads the model.
+        code: Python that runs `model` on an input and prints its answer.
+        imports: Lines above the others.
+        setup: Lines after the processor is loaded.
+        head: Arguments that give the model its head, each with a comma before it.
+        processor: The name of the variable and the class of transformers that prepare inputs.
+    """
+
+    auto_class: str
+    code: str
+    imports: str = ""
+    setup: str = ""
+    head: str = ""
+    processor: tuple[str, str] = ("tokenizer", "AutoTokenizer")
+
+
+class TaskSection(Section):
+    """What every task has."""
+
+    peft_task_type: ClassVar[str | None] = None
+    """PEFT's name of the task."""
+    pipeline_tag: ClassVar[str]
+    """The Hub's name of the task."""
+    suitable_models: ClassVar[str]
+    """What to say to a user whose model cannot be used for the task."""
+    can_pack: ClassVar[bool] = False
+    """Whether several examples can share a row (`train.packing`)."""
+    baselines: ClassVar[frozenset[str]] = frozenset({"base"})
+    """Which of `evaluate.baselines` have a meaning."""
+    packing_hint: ClassVar[str] = "leave it out"
+
+    @property
+    def answer_kind(self) -> AnswerKind:
+        """What sort of answers the model gives, by which the report presents them."""
+        return "other"
+
+    @property
+    def label_columns_by_key(self) -> dict[str, str]:
+        """The columns of labels whose proportions a drawn split can keep, by their keys."""
+        return {}
+
+    @property
+    def input_columns_by_key(self) -> dict[str, str]:
+        """The columns whose content must not be on both sides of a split, by their keys."""
+        return {}
+
+    @property
+    def local_files(self) -> list[str]:
+        """The keys whose values are files, as seen from the recipe."""
+        return []
+
+    def usage(self, labels: list[str], settings: Any) -> Usage | None:
+        """Return how the model is used without this tool, or None if that cannot be said.
+
+        Args:
+            labels: Names of the labels, in the order of the model's outputs.
+            settings: The recipe's `evaluate.generation`.
+        """
+        return None
