@@ -176,7 +176,7 @@ def test_errors_that_a_user_can_mend_have_a_code_and_no_traceback(
     def fail(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("lora_cli.cli.app._load", fail)
+    monkeypatch.setattr("lora_cli.cli.options.load", fail)
     exit_code, out, err = in_process(["validate", "r.yaml"], monkeypatch, capsys)
     assert (exit_code, out) == (code, "")
     assert what in err
@@ -189,7 +189,7 @@ def test_an_error_of_our_own_keeps_its_traceback_for_those_who_debug(
     def fail(*_: Any) -> Any:
         raise PermissionError(13, "no")
 
-    monkeypatch.setattr("lora_cli.cli.app._load", fail)
+    monkeypatch.setattr("lora_cli.cli.options.load", fail)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("sys.excepthook", sys.excepthook)
     monkeypatch.setattr(sys, "argv", ["lora", "validate", "r.yaml", "--debug"])

@@ -27,7 +27,7 @@ def printed(
         with phase("reading the recipe"):
             raise error
 
-    monkeypatch.setattr("lora_cli.cli.app._load", fail)
+    monkeypatch.setattr("lora_cli.cli.options.load", fail)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("sys.argv", ["lora", "validate", "r.yaml"])
     with pytest.raises(SystemExit) as exited:

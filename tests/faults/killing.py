@@ -239,9 +239,9 @@ def nursery(asked: int, tell: int) -> None:
         tell: A file descriptor to write to.
     """
     _forget_the_parent(asked, tell)
-    from lora_cli.cli.app import _quiet
+    from lora_cli.cli.options import quiet_libraries
 
-    _quiet()
+    quiet_libraries()
     for line in os.fdopen(asked):
         request = json.loads(line)
         with socket.socket() as free:

@@ -1,0 +1,90 @@
+"""`lora eval`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_cli.cli import options
+from lora_cli.cli.options import AdapterDir, AsJson, Overrides, RecipeOption, expand
+from lora_cli.cli.printing import print_comparison, print_measured
+from lora_cli.cli.shell_completion import offer_splits
+from lora_cli.errors import LoraError, RegressionError
+
+
+def evaluate(
+    adapter: AdapterDir,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split",
+            help="train, validation or test. Default: all but train.",
+            autocompletion=offer_splits,
+        ),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--input", help="Measure on this file, which has the recipe's columns.", callback=expand
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against", help="Folder of an older adapter to compare with.", callback=expand
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option("--metric", help="Metric to compare by. Default: the recipe's main metric."),
+    ] = None,
+    max_drop: Annotated[
+        float,
+        typer.Option("--max-drop", min=0, help="How much worse than the older one it may be."),
+    ] = 0.005,
+    recipe: RecipeOption = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a saved adapter on the data it was trained for, alone or against an older one."""
+    if source is not None and split not in (None, "test"):
+        hint = "leave `--split` out: a file is measured as `test`"
+        raise LoraError("`--input` and `--split` exclude each other", "--split", hint)
+    if metric is not None and against is None:
+        hint = "add `--against DIR`; alone, an adapter is measured by `evaluate.metrics`"
+        raise LoraError("`--metric` needs `--against`", "--metric", hint)
+    loaded = options.recipe_for(adapter, recipe, overrides)
+    options.quiet_libraries()
+    from lora_cli.evaluation.evaluate_split import definitions_of, evaluate_adapter, measure_file
+
+    if source is not None:
+        measure_file(loaded, source)
+        split = "test"
+    if against is not None:
+        from lora_cli.evaluation.compare import compare
+
+        found = compare(adapter, against, loaded, metric, max_drop, split)
+        found.split = source.name if source is not None else found.split
+        if not as_json:
+            typer.echo(f"old  {against}\nnew  {adapter}")
+        print_comparison(found, as_json)
+        if found.worse:
+            raise RegressionError(
+                f"{found.metric} on {found.split} is worse by {found.drop:.4f}, "
+                f"and {found.max_drop:g} is allowed",
+                "--max-drop",
+                "keep the old adapter, or allow it with "
+                f"`--max-drop {math.ceil(found.drop * 1e4) / 1e4:g}`",
+            )
+        return
+    results = evaluate_adapter(adapter, loaded, split)
+    definitions = definitions_of(loaded)
+    if as_json:
+        facts = {**results, "metric_definitions": definitions}
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    print_measured(results, source, definitions)

@@ -1,0 +1,105 @@
+"""What several commands share: their arguments, and how they find their recipe.
+
+No command imports torch before its recipe is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_cli.cli.shell_completion import offer_overrides
+from lora_cli.environment import clean_environment
+from lora_cli.errors import LoraError, beside
+from lora_cli.paths import expanded, path_problem
+
+if TYPE_CHECKING:
+    from lora_cli.recipe import Recipe
+
+
+def expand(parameter: typer.CallbackParam, value: Any) -> Any:
+    """Return the path, or paths, that an argument means: `~` is the home directory."""
+    if isinstance(value, list | tuple):
+        return [expand(parameter, one) for one in value]
+    if value is None:
+        return None
+    option = next((name for name in parameter.opts if name.startswith("--")), None)
+    if (problem := path_problem(str(value), option or str(parameter.metavar))) is not None:
+        raise LoraError([problem])
+    return type(value)(expanded(str(value)))
+
+
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="The recipe, a YAML file.",
+        callback=expand,
+    ),
+]
+AdapterDir = Annotated[
+    Path,
+    typer.Option(
+        "--adapter", help="Output folder of `lora train`, or a PEFT folder.", callback=expand
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the recipe; repeatable.",
+        autocompletion=offer_overrides,
+    ),
+]
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe", help="Recipe for an adapter whose folder holds none.", callback=expand
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def load(path: Path, overrides: list[str] | None, output: Path | None = None) -> Recipe:
+    """Return the recipe of a file, with overrides and perhaps another output folder."""
+    from lora_cli.recipe import load_recipe
+
+    sets = list(overrides or [])
+    if output is not None:
+        sets.append(f"output_dir={json.dumps(str(output))}")
+    return load_recipe(path, sets)
+
+
+def quiet_libraries() -> None:
+    """Keep the environment out of other libraries, and their bars and advice off the screen."""
+    clean_environment()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module=r"(transformers|accelerate|torch|datasets)\.")
+
+
+def recipe_for(adapter: Path, recipe: Path | None, overrides: list[str] | None) -> Recipe:
+    """Return the recipe beside an adapter, or the one that is given."""
+    if not adapter.is_dir():
+        raise LoraError(f"there is no folder {adapter}", "--adapter", beside(adapter))
+    if recipe is not None:
+        return load(recipe, overrides)
+    from lora_cli.recipe import RECIPE_FILE, load_adapter_recipe
+
+    if not (adapter / RECIPE_FILE).is_file():
+        raise LoraError(
+            f"{adapter} holds no {RECIPE_FILE}",
+            "--adapter",
+            "name a recipe with `--recipe FILE`, for its task and data",
+        )
+    return load_adapter_recipe(adapter, overrides or [])

@@ -1,0 +1,154 @@
+"""`lora predict`: texts, files, or a conversation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_cli.cli import options
+from lora_cli.cli.options import AdapterDir, AsJson, Overrides, RecipeOption, expand
+from lora_cli.errors import LoraError, Problem, counted
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from lora_cli.recipe import Recipe
+    from lora_cli.tasks import Task
+
+
+def predict(
+    adapter: AdapterDir,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT…")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            help="File of rows (csv, tsv, json lines, parquet, or a text a line).",
+            callback=expand,
+        ),
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            help="File of the same rows with predictions.",
+            callback=expand,
+        ),
+    ] = None,
+    interactive: Annotated[
+        bool,
+        typer.Option("--interactive", help="Answer line by line; a chat model remembers."),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output file, if it exists.")
+    ] = False,
+    recipe: RecipeOption = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer texts, the rows of a file, or a conversation, with the adapted model."""
+    if interactive:
+        if texts or source or target or as_json:
+            other = "texts, files or `--json`"
+            at, hint = "the arguments of `lora predict`", "leave one or the other out"
+            raise LoraError(f"`--interactive` excludes {other}", at, hint)
+        _converse(adapter, options.recipe_for(adapter, recipe, overrides))
+        return
+    if bool(texts) == bool(source) or bool(source) != bool(target):
+        raise LoraError(
+            "expected either texts or an input file"
+            if bool(texts) == bool(source)
+            else "`--input` and `--output` go together",
+            "the arguments of `lora predict`",
+            "give texts, or a file with `--input FILE --output FILE`",
+        )
+    if source is not None and target is not None:
+        from lora_cli.data.write_rows import refuse_target
+
+        refuse_target(source, target, overwrite)  # before the model is loaded
+    loaded = options.recipe_for(adapter, recipe, overrides)
+    options.quiet_libraries()
+    from lora_cli.evaluation.evaluate_split import open_adapter
+    from lora_cli.evaluation.predict import answer
+
+    task, model, accelerator = open_adapter(adapter, loaded)
+    if source is not None and target is not None:
+        _predict_file(model, task, source, target, accelerator, overwrite)
+        return
+    rows = [task.parse_input(text) for text in texts or []]
+    faults = [(i, fault) for i, row in enumerate(rows, 1) if (fault := task.answer_error(row))]
+    if faults:
+        hint = "shorten or fix it; `--set task.truncate=left` cuts the beginning of long ones"
+        raise LoraError([Problem(fault, f"text {i} of {len(rows)}", hint) for i, fault in faults])
+    for values in answer(model, task, rows, accelerator):
+        named = dict(zip(task.answer_columns(), values, strict=True))
+        if as_json:
+            typer.echo(json.dumps(named, ensure_ascii=False))
+            continue
+        scores = sorted((p for p in values[1:] if isinstance(p, float)), reverse=True)[:1]
+        typer.echo(f"{values[0]}" + (f"\t{scores[0]:.4f}" if scores else ""))
+    for line in task.take_warnings():
+        typer.echo(f"warning: {line}", err=True)
+
+
+def _predict_file(
+    model: nn.Module,
+    task: Task,
+    source: Path,
+    target: Path,
+    accelerator: Accelerator,
+    overwrite: bool,
+) -> None:
+    from lora_cli.evaluation.predict import NO_ANSWER, answer_file
+
+    def tell(count: int) -> None:
+        if sys.stderr.isatty():
+            typer.echo(f"\r{counted(count, 'row')}", nl=False, err=True)
+
+    written, problems = answer_file(model, task, source, target, accelerator, overwrite, tell)
+    if sys.stderr.isatty():
+        typer.echo("\r", nl=False, err=True)
+    for line in task.take_warnings():
+        typer.echo(f"warning: {line}", err=True)
+    for problem in problems[:10]:
+        typer.echo(f"warning: {problem.at}: {problem.what}; {problem.hint}", err=True)
+    if len(problems) > 10:
+        typer.echo(f"warning: {len(problems) - 10:,} more rows are like these", err=True)
+    blank = sum(problem.hint == NO_ANSWER for problem in problems)
+    typer.echo(
+        f"wrote {counted(written, 'row')} to {target}"
+        + (f", {blank:,} of them without prediction" if blank else "")
+    )
+
+
+def _converse(adapter: Path, recipe: Recipe) -> None:
+    options.quiet_libraries()
+    from lora_cli.evaluation.converse import HELP, converse, read_line
+    from lora_cli.evaluation.evaluate_split import open_adapter
+
+    def lines() -> Iterator[str]:
+        asking = sys.stdin.isatty()
+        if asking:
+            typer.echo(HELP, err=True)
+        while True:
+            if asking:
+                typer.echo("> ", nl=False, err=True)
+            line = read_line(sys.stdin, note)
+            if not line:
+                return
+            yield line
+
+    def write(text: str) -> None:
+        typer.echo(text, nl=False)  # which flushes
+
+    def note(text: str) -> None:
+        typer.echo(text, nl=False, err=True)
+
+    task, model, accelerator = open_adapter(adapter, recipe)
+    converse(model, task, accelerator, lines(), write, note)

@@ -1,0 +1,72 @@
+"""Commands that inspect a recipe: `lora params`, `lora validate`, `lora schema`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from lora_cli.cli import options
+from lora_cli.cli.options import AsJson, Overrides, RecipeFile
+from lora_cli.cli.printing import print_parameters
+from lora_cli.errors import LoraError
+
+
+def params(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    every: Annotated[bool, typer.Option("--all", help="A row for every parameter.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List and count the parameters that a recipe trains; the weights are not loaded."""
+    loaded = options.load(recipe, overrides)
+    options.quiet_libraries()
+    from lora_cli.adapters.attach import parameter_table
+    from lora_cli.preprocessing.check_recipe import empty_adapted_model
+
+    table = parameter_table(empty_adapted_model(loaded))
+    print_parameters(table, every, as_json)
+
+
+def validate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    data: Annotated[
+        bool, typer.Option("--data", help="Inspect all rows too: lengths, duplicates, overlap.")
+    ] = False,
+    show: Annotated[
+        int,
+        typer.Option(
+            "--show", min=0, help="With --data: print so many encoded rows of each split instead."
+        ),
+    ] = 0,
+) -> None:
+    """Check a recipe, its data and its targets without loading weights; print it resolved."""
+    loaded = options.load(recipe, overrides)
+    if show and not data:
+        what, at = "`--show` needs `--data`", "the arguments of `lora validate`"
+        raise LoraError(what, at, f"write `--data --show {show}`")
+    options.quiet_libraries()
+    from lora_cli.preprocessing.check_recipe import check_recipe
+    from lora_cli.recipe import dump_recipe
+
+    check_recipe(loaded, all_rows_follow=data)
+    if data:
+        from lora_cli.preprocessing.data_gate import look_at_data
+        from lora_cli.preprocessing.show_examples import shown_rows
+
+        task, encoded = look_at_data(loaded)
+        if show:
+            for text in shown_rows(task, encoded, show, sys.stdout.isatty()):
+                typer.echo(text)
+            return
+    typer.echo(dump_recipe(loaded), nl=False)
+
+
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from lora_cli.recipe import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
