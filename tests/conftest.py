@@ -56,6 +56,14 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def fresh_commands() -> None:
+    """Make the commands again: Click keeps the options of `--help` that it was first asked for."""
+    import typer.main
+
+    typer.main.get_command.cache_clear()  # type: ignore[attr-defined]
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """Give each process a half of the tests in their order, and let it take of another's rest."""

@@ -62,6 +62,7 @@ def in_process(
 # ------------------------------------------------------------------------------------ the surface
 
 
+@pytest.mark.usefixtures("fresh_commands")
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_the_help_is_the_golden_one(command: str) -> None:
     result = run(*filter(None, [command]), "--help")

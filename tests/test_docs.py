@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+@pytest.mark.usefixtures("fresh_commands")
 @pytest.mark.parametrize("name", ["recipe.md", "commands.md"])
 def test_the_reference_is_up_to_date(name: str) -> None:
     import docs
