@@ -31,16 +31,19 @@ from lora_cli.errors import (
 )
 from lora_cli.redaction import redacted
 
-# of a path that the user may fix: denied, not there, a file where a folder should be
 FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file has grown larger than the system allows",
 }
+# of a path that the user may fix: denied, not there, a file where a folder should be
 NO_ENTRY = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST,
     errno.EISDIR, errno.ELOOP, errno.ENOENT,
 )  # fmt: skip
+
+# what names the place that a command writes to
+OUTPUT_OPTIONS = ("--to", "-o", "--output")
 
 app = typer.Typer(
     help="Fine-tune pretrained models with low-rank adapters, from YAML recipes.",
@@ -100,7 +103,9 @@ def _known_error(error: Exception) -> LoraError | None:
     filename = getattr(error, "filename", None)
     if number in FULL:
         hint = "free some space" + (", then use `--resume`" if "train" in sys.argv[1:2] else "")
-        return ResourceError(FULL[number], filename, hint)
+        # some libraries do not say which file it was
+        place = filename or next((a for a in sys.argv if a in OUTPUT_OPTIONS), None)
+        return ResourceError(FULL[number], place, hint)
     if number in NO_ENTRY and filename:
         denied = number in (errno.EACCES, errno.EPERM, errno.EROFS)
         what = "the system denies access to the file" if denied else "the path cannot be used"

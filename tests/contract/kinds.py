@@ -42,6 +42,8 @@ class TaskKind:
     """The columns that a row to be predicted does not have."""
     train: Json = field(default_factory=dict)
     """Keys of the recipe's `train` section."""
+    runs: bool = True
+    """A whole run is made of it; otherwise it trains as another kind does."""
     drafted: Json | None = None
     """What `lora init` writes as `task` for such rows, besides `max_length`; None: another kind."""
 
@@ -88,10 +90,10 @@ TASKS = {
     "weighted classification": TaskKind(
         tiny.save_encoder,
         {**CLASSIFICATION, "class_weights": {"bad": 0.2}, "label_smoothing": 0.1},
-        labelled, SCORES, ("label",),
+        labelled, SCORES, ("label",), runs=False,
     ),
     "classification by a decoder": TaskKind(
-        tiny.save_llama, CLASSIFICATION, labelled, SCORES, ("label",)
+        tiny.save_llama, CLASSIFICATION, labelled, SCORES, ("label",), runs=False
     ),
     "several labels": TaskKind(
         tiny.save_encoder,
@@ -130,7 +132,7 @@ TASKS = {
     ),
     "packed text": TaskKind(
         tiny.save_gpt2, {"type": "causal_lm", "text_column": "text", "max_length": 32},
-        lambda i: {"text": text(i)}, ("prediction",), train={"packing": True},
+        lambda i: {"text": text(i)}, ("prediction",), train={"packing": True}, runs=False,
     ),
     "packed prompts": TaskKind(
         tiny.save_llama, {**PROMPTS, "max_length": 128}, answered, ("prediction",), ("completion",),

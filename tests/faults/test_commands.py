@@ -156,4 +156,4 @@ def test_nothing_can_be_written_where_the_system_says_so(world: World) -> None:
         "init", "rows.csv", "--model", "../bases/encoder", "-o", "/proc/recipe.yaml"
     )
     assert printed.code == 5
-    assert "error: the system denies access to the file: no such file or directory" in printed.err
+    assert "error: the path cannot be used: no such file or directory" in printed.err
