@@ -43,7 +43,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     clean_environment()
     processes = read_processes()
     _use_float32()
-    _refuse_missing_gpus(processes)
+    _reject_missing_gpus(processes)
     on_cpu = processes.use_cpu or not torch.cuda.is_available()
     if recipe.train.precision == "fp16" and on_cpu:
         raise LoraError(
@@ -83,7 +83,7 @@ def _use_float32() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def _refuse_missing_gpus(processes: Processes) -> None:
+def _reject_missing_gpus(processes: Processes) -> None:
     """Refuse GPUs that are asked for and cannot be used: a CPU would silently take their place."""
     if processes.use_cpu:
         return

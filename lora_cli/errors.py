@@ -145,7 +145,7 @@ def system_error(error: BaseException) -> int | None:
     return int(found[1]) if found else None
 
 
-def beside(path: Path) -> str:
+def name_neighbours(path: Path) -> str:
     """Return a hint for a path that is not there: the nearest name beside it, or where it starts.
 
     Args:
@@ -181,7 +181,7 @@ def require_file(path: Path, at: str) -> None:
     if path.exists():
         hint = "write its content into a file, and name that"
         raise LoraError(f"{path} is a pipe or a device, and not a file", at, hint)
-    raise LoraError(f"there is no file {path}", at, beside(path))
+    raise LoraError(f"there is no file {path}", at, name_neighbours(path))
 
 
 def did_you_mean(name: str, candidates: Iterable[str], noun: str = "one of") -> str:

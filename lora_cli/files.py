@@ -268,7 +268,7 @@ def _verify(folder: Path, *required: str) -> bool:
         raise IntegrityError(
             "the manifest cannot be read", str(manifest), "restore it from a backup or train again"
         ) from error
-    problems = [fault for entry in entries if (fault := _fault_of(folder, *entry)) is not None]
+    problems = [reason for entry in entries if (reason := _error_of(folder, *entry)) is not None]
     for name in required:
         if name not in files:
             what, hint = f"the manifest does not list `{name}`", "restore both from a backup"
@@ -281,7 +281,7 @@ def _verify(folder: Path, *required: str) -> bool:
     raise IntegrityError(problems)
 
 
-def _fault_of(folder: Path, name: str, size: int, sha256: str) -> Problem | None:
+def _error_of(folder: Path, name: str, size: int, sha256: str) -> Problem | None:
     """Return what is wrong with a file that a manifest lists."""
     file = folder / name
     hint = "restore it from a backup or train again"
@@ -296,7 +296,7 @@ def _fault_of(folder: Path, name: str, size: int, sha256: str) -> Problem | None
     return None
 
 
-def refuse_links_outside(folder: Path) -> None:
+def reject_links_outside(folder: Path) -> None:
     """Refuse a folder with a file that is a link to somewhere else, or has no end.
 
     The Hub's cache is not elsewhere: every file of a snapshot in it is a link to another folder of

@@ -64,7 +64,7 @@ def _entries(file: Path) -> dict[str, TensorEntry]:
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"its header has {length:,} bytes, more than {MAX_HEADER_BYTES:,}")
         text = handle.read(length)
-    header = json.loads(text, object_pairs_hook=_Objects().checked, parse_constant=_refuse)
+    header = json.loads(text, object_pairs_hook=_Objects().checked, parse_constant=_reject)
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
@@ -76,8 +76,8 @@ def _entries(file: Path) -> dict[str, TensorEntry]:
     ends = [entry.end for entry in entries.values()]
     for (name, entry), end in zip(entries.items(), itertools.chain([first], ends), strict=False):
         if entry.start != end:
-            fault = "overlaps the one before" if entry.start < end else "begins after a gap"
-            raise ValueError(f"`{name}` {fault}")
+            error = "overlaps the one before" if entry.start < end else "begins after a gap"
+            raise ValueError(f"`{name}` {error}")
     if (last := ends[-1] if ends else first) != size:
         raise ValueError(f"it has {size:,} bytes, and its tensors end at {last:,}")
     return entries
@@ -129,7 +129,7 @@ class _Objects:
         return found
 
 
-def _refuse(constant: str) -> None:
+def _reject(constant: str) -> None:
     raise ValueError(f"its header holds {constant}")
 
 

@@ -56,12 +56,12 @@ def unexpected_error(error: BaseException, arguments: Sequence[str]) -> Unexpect
         arguments: Of the command, as they were typed.
     """
     command = shlex.join(["lora", *arguments])
-    doing = _phase_of(error) or f"running `{shlex.join(['lora', *arguments[:1]])}`"
+    activity = _phase_of(error) or f"running `{shlex.join(['lora', *arguments[:1]])}`"
     file = _write(error, command)
     hint = "run it again with `--debug` to see the traceback, which no file could hold"
     if file is not None:
         hint = f"the traceback is in {file}; please report it together with the recipe"
-    what = f"unexpected error while {doing}: {own_words(error)}"
+    what = f"unexpected error while {activity}: {own_words(error)}"
     return UnexpectedError(what, _place(error), hint)
 
 

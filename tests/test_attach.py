@@ -29,7 +29,7 @@ from lora_cli.adapters.targets import (
     first_match,
     matches,
     parse_layers,
-    regex_fault,
+    regex_error,
     resolve_targets,
 )
 from lora_cli.errors import LoraError, Problem
@@ -321,8 +321,8 @@ def test_a_broken_regular_expression_is_explained(key: str) -> None:
     ],
     ids=["copies", "a number", "length", "depth", "flags"],
 )
-def test_an_expression_that_would_take_all_memory_is_not_tried(pattern: str, fault: str) -> None:
-    assert fault in str(regex_fault(pattern))
+def test_an_expression_that_would_take_all_memory_is_not_tried(pattern: str, error: str) -> None:
+    assert error in str(regex_error(pattern))
     assert not matches(pattern, "encoder.query")
     assert first_match({pattern: 1}, "encoder.query", 0) == 0
 

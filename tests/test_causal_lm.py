@@ -176,11 +176,11 @@ def test_rows_whose_answer_is_cut_away_are_counted(bases: dict[str, Path], tmp_p
     ],
 )
 def test_bad_pairs_are_faults(
-    bases: dict[str, Path], tmp_path: Path, row: dict[str, Any], fault: str
+    bases: dict[str, Path], tmp_path: Path, row: dict[str, Any], error: str
 ) -> None:
     with pytest.raises(LoraError) as caught:
         encoded(task_of(bases["gpt2"], tmp_path, [pair("a", "b"), row], task=PAIR))
-    assert [(p.what, p.at) for p in caught.value.problems] == [(fault, "train.jsonl:2")]
+    assert [(p.what, p.at) for p in caught.value.problems] == [(error, "train.jsonl:2")]
 
 
 # ----------------------------------------------------------------------------------- losses

@@ -402,8 +402,8 @@ def test_long_conversations_lose_their_end_and_are_counted(base: Path, tmp_path:
         ("sharegpt", [{"from": "human", "value": "a"}], "no turn is the assistant's"),
     ],
 )
-def test_a_bad_turn_is_a_fault(
-    base: Path, tmp_path: Path, form: str, value: Any, fault: str
+def test_a_bad_turn_is_a_error(
+    base: Path, tmp_path: Path, form: str, value: Any, error: str
 ) -> None:
     good = QUESTION
     if form == "sharegpt":
@@ -412,7 +412,7 @@ def test_a_bad_turn_is_a_fault(
     with pytest.raises(LoraError) as caught:
         load_data(task_of(base, tmp_path, rows, task={"format": form}))
     (problem,) = caught.value.problems
-    assert problem.what.startswith(fault)
+    assert problem.what.startswith(error)
     assert problem.at == "train.jsonl:2"
 
 
@@ -443,7 +443,7 @@ def test_absent_keys_of_columnar_files_are_dropped() -> None:
         ({"instruction": ["a"], "output": "a"}, "column `instruction` holds a list, not text"),
     ],
 )
-def test_alpaca_rows(base: Path, tmp_path: Path, row: dict[str, Any], fault: str) -> None:
+def test_alpaca_rows(base: Path, tmp_path: Path, row: dict[str, Any], error: str) -> None:
     good = {"instruction": "Add.", "input": "1 1", "output": 2, "system": "Be kind."}
     bare = {"instruction": "Say a.", "input": " ", "output": "a"}
     spec = {"format": "alpaca", "messages_column": None}
@@ -457,7 +457,7 @@ def test_alpaca_rows(base: Path, tmp_path: Path, row: dict[str, Any], fault: str
     assert second == ["Say a.", "a"]
     with pytest.raises(LoraError) as caught:
         load_data(task_of(base, tmp_path, [good, row], task=spec))
-    assert [(p.what, p.at) for p in caught.value.problems] == [(fault, "train.jsonl:2")]
+    assert [(p.what, p.at) for p in caught.value.problems] == [(error, "train.jsonl:2")]
 
 
 INSTRUCTED = {"instruction": "Add.", "instances": [
@@ -497,13 +497,13 @@ def test_each_instance_of_an_instruction_is_an_example(
     ],
 )  # fmt: skip
 def test_instances_that_cannot_be_trained(
-    base: Path, tmp_path: Path, instances: Any, fault: str
+    base: Path, tmp_path: Path, instances: Any, error: str
 ) -> None:
     spec = {"format": "self_instruct", "messages_column": None}
     row = {"instruction": "Add.", "instances": instances}
     with pytest.raises(LoraError) as caught:
         load_data(task_of(base, tmp_path, [INSTRUCTED, row], task=spec))
-    assert [(p.what, p.at) for p in caught.value.problems] == [(fault, "train.jsonl:2")]
+    assert [(p.what, p.at) for p in caught.value.problems] == [(error, "train.jsonl:2")]
 
 
 # ------------------------------------------------------------------------------------- answers
@@ -603,7 +603,7 @@ def test_a_text_becomes_a_row_of_the_form(base: Path, tmp_path: Path, form: str)
     assert prompt(task, rows[form]) == asked.replace("Why?", "a")
 
 
-def test_what_cannot_be_asked_is_a_fault(base: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_asked_is_a_error(base: Path, tmp_path: Path) -> None:
     task = task_of(base, tmp_path, [QUESTION], LLAMA2)
     assert task.answer_error({"messages": turns(("user", "a"))}) == ""
     assert "only system" in task.answer_error({"messages": turns(("tool", "a"))})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 
-from lora_cli.data.conversations import Conversation, conversation_fault, read_conversations
+from lora_cli.data.conversations import Conversation, conversation_error, read_conversations
 from lora_cli.data.unsupported_rows import unsupported
 from lora_cli.tasks.chat_template import ChatTemplate
 
@@ -127,7 +127,7 @@ def test_earlier_turns_of_an_instruction_are_read() -> None:
     assert read(row, "alpaca").messages == wanted
     assert read({**row, "history": '[["a", "b"]]'}, "alpaca").messages == wanted
     assert read({**row, "history": []}, "alpaca").messages == wanted[2:]
-    assert "column `history`" in conversation_fault({**row, "history": ["a"]}, "alpaca", None)
+    assert "column `history`" in conversation_error({**row, "history": ["a"]}, "alpaca", None)
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ def test_earlier_turns_of_an_instruction_are_read() -> None:
         ([user("a")], "no turn is the assistant's"),
     ],
 )
-def test_what_cannot_be_read_is_named(turns: list[Json], fault: str) -> None:
-    assert conversation_fault({"messages": turns}, "openai", "messages").startswith(fault)
+def test_what_cannot_be_read_is_named(turns: list[Json], error: str) -> None:
+    assert conversation_error({"messages": turns}, "openai", "messages").startswith(error)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pandas
 import pytest
 
-from lora_cli.data.csv_quoting import quoting_of, say_quoting
+from lora_cli.data.csv_quoting import announce_quoting, quoting_of
 from lora_cli.data.readers import columns_of, read_rows
 from lora_cli.recipe import FormatSpec
 
@@ -112,19 +112,19 @@ def read(path: Path, content: str, **form: Any) -> tuple[FormatSpec, list[list[s
     spec = FormatSpec(**form)
     rows = list(read_rows(path, spec))
     good = [list(row.columns.values()) for row in rows if row.columns is not None]
-    return spec, good, [row.fault for row in rows if row.fault]
+    return spec, good, [row.error for row in rows if row.error]
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_files_without_quoting_are_read_line_by_line(name: str, tmp_path: Path) -> None:
     header = name not in NO_HEADER
-    spec, rows, faults = read(tmp_path / name, PLAIN[name], header=header)
+    spec, rows, errors = read(tmp_path / name, PLAIN[name], header=header)
     assert quoting_of(tmp_path / name, spec).name == "none"
     wanted = pandas.read_csv(
         tmp_path / name, sep="\t", quoting=csv.QUOTE_NONE, dtype=str, na_filter=False,
         header=0 if header else None, engine="c",
     )  # fmt: skip
-    assert (rows, faults) == (wanted.to_numpy().tolist(), [])
+    assert (rows, errors) == (wanted.to_numpy().tolist(), [])
     if header:
         assert columns_of(tmp_path / name, spec) == list(wanted.columns)
 
@@ -132,13 +132,13 @@ def test_files_without_quoting_are_read_line_by_line(name: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", CSV)
 def test_files_with_quoting_are_read_as_csv(name: str, tmp_path: Path) -> None:
     content, form = CSV[name]
-    spec, rows, faults = read(tmp_path / name, content, **form)
+    spec, rows, errors = read(tmp_path / name, content, **form)
     assert quoting_of(tmp_path / name, spec).name == "csv"
     delimiter = form.get("delimiter") or ("\t" if name.endswith(".tsv") else ",")
     reader = csv.reader(io.StringIO(content.removeprefix("\ufeff"), newline=""),
                         delimiter=delimiter, strict=True)  # fmt: skip
     header, *wanted = reader
-    assert (rows, faults) == (wanted, [])
+    assert (rows, errors) == (wanted, [])
     assert columns_of(tmp_path / name, spec) == header
 
 
@@ -147,16 +147,16 @@ def test_backslashes_before_marks(tmp_path: Path) -> None:
         'text,label\n"He said \\"hi\\", twice",pos\n"C:\\new, \\\\\\"x\\"",neg\nplain \\ ,pos\n'
         '"ends \\\\",neg\n"a ""b"", c",pos\n'
     )
-    spec, rows, faults = read(tmp_path / "x.csv", content)
+    spec, rows, errors = read(tmp_path / "x.csv", content)
     assert quoting_of(tmp_path / "x.csv", spec).name == "backslash"
     assert rows == [
         ['He said "hi", twice', "pos"], ['C:\\new, \\"x"', "neg"], ["plain \\ ", "pos"],
         ["ends \\", "neg"], ['a "b", c', "pos"],
     ]  # fmt: skip
-    assert faults == []
+    assert errors == []
     # a backslash at the end of a quoted field of a csv file escapes nothing
-    spec, rows, faults = read(tmp_path / "y.csv", 'text,label\n"C:\\a, b\\",x\n"c",y\n')
-    assert (rows, faults) == ([["C:\\a, b\\", "x"], ["c", "y"]], [])
+    spec, rows, errors = read(tmp_path / "y.csv", 'text,label\n"C:\\a, b\\",x\n"c",y\n')
+    assert (rows, errors) == ([["C:\\a, b\\", "x"], ["c", "y"]], [])
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,8 @@ def test_files_that_fit_neither_way(
     content: str, name: str, n_rows: int, n_faults: int, tmp_path: Path
 ) -> None:
     path = tmp_path / ("x.tsv" if "\t" in content else "x.csv")
-    spec, rows, faults = read(path, content)
-    assert (quoting_of(path, spec).name, len(rows), len(faults)) == (name, n_rows, n_faults)
+    spec, rows, errors = read(path, content)
+    assert (quoting_of(path, spec).name, len(rows), len(errors)) == (name, n_rows, n_faults)
 
 
 def test_what_had_to_be_decided_is_printed_once(
@@ -190,7 +190,7 @@ def test_what_had_to_be_decided_is_printed_once(
         form = {"header": False} if name in NO_HEADER else {}
         form |= {"delimiter": ";"} if name.startswith("semi") else {}
         for _ in range(2):
-            say_quoting(tmp_path / name, FormatSpec(**form))
+            announce_quoting(tmp_path / name, FormatSpec(**form))
         said = capsys.readouterr().err
         assert len(said.splitlines()) == (name in PLAIN or name == "commas_and_lines.csv"), said
         if name in PLAIN:
@@ -198,7 +198,7 @@ def test_what_had_to_be_decided_is_printed_once(
                 f"{name}: quotation marks are part of the text (`data.format.quoting: none`)"
                 in said
             )
-    say_quoting(tmp_path / "rte.tsv", FormatSpec(quoting="none"))
+    announce_quoting(tmp_path / "rte.tsv", FormatSpec(quoting="none"))
     assert capsys.readouterr().err == ""
 
 
@@ -214,5 +214,5 @@ def test_an_open_mark_does_not_take_the_whole_file_into_memory(
 ) -> None:
     monkeypatch.setattr("lora_cli.data.csv_rows.MOST_LINES", 10)
     content = 'a,b\n"open,1\n' + "x,2\n" * 30 + '"y, z",3\n'
-    _, rows, faults = read(tmp_path / "x.csv", content, quoting="csv")
-    assert (len(rows), len(faults)) == (31, 1)
+    _, rows, errors = read(tmp_path / "x.csv", content, quoting="csv")
+    assert (len(rows), len(errors)) == (31, 1)

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from lora_cli.data import load_rows as rows_module
 from lora_cli.data import readers as reading
-from lora_cli.data.load_rows import Rows, load_rows, stream_label_names, stream_rows, without_fault
-from lora_cli.data.readers import columns_of, kind_of, read_rows, require_columns, text_fault
+from lora_cli.data.load_rows import Rows, load_rows, stream_label_names, stream_rows, without_errors
+from lora_cli.data.readers import columns_of, kind_of, read_rows, require_columns, text_error
 from lora_cli.data.text_lines import RawRow
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec, Recipe
@@ -39,8 +39,8 @@ def good(rows: Sequence[RawRow]) -> list[list[Any]]:
     return [list(row.columns.values()) for row in rows if row.columns is not None]
 
 
-def faults(rows: Sequence[RawRow]) -> dict[str, str]:
-    return {row.place: row.fault for row in rows if row.fault}
+def errors(rows: Sequence[RawRow]) -> dict[str, str]:
+    return {row.place: row.error for row in rows if row.error}
 
 
 plain = st.text(st.characters(exclude_categories=["Cs"])) | st.text('",a\n\r ')
@@ -97,7 +97,7 @@ def test_encodings(encoding: str, text: str, csv: Any) -> None:
 def test_bytes_of_another_encoding_are_the_fault_of_their_row(csv: Any) -> None:
     rows = csv('a,b\n1,2\nna\xefve,2\n"x\n\xff",3\n4,5\n'.encode("latin-1"))
     assert good(rows) == [["1", "2"], ["4", "5"]]
-    assert faults(rows) == {
+    assert errors(rows) == {
         "x.csv:3": "byte 0xef is not utf-8 text",
         "x.csv:4": "byte 0xff is not utf-8 text",
     }
@@ -158,7 +158,7 @@ def test_a_csv_file_without_rows(content: str, csv: Any) -> None:
 def test_too_many_and_too_few_fields_are_placed(csv: Any) -> None:
     rows = csv('a,b\n"1\n\n2",x\n1,2,3\n4\n5,6\n')
     assert good(rows) == [["1\n\n2", "x"], ["5", "6"]]
-    assert faults(rows) == {
+    assert errors(rows) == {
         "x.csv:5": "3 fields where there are 2 columns",
         "x.csv:6": "1 field where there are 2 columns",
     }
@@ -168,8 +168,8 @@ def test_an_open_quote_costs_one_row_and_not_the_rest_of_the_file(csv: Any) -> N
     body = "".join(f"{i},text {i}\n" for i in range(1000))
     rows = csv('n,text\n1,"never closed\n' + body, quoting="csv")
     assert len(good(rows)) == 1000
-    assert list(faults(rows)) == ["x.csv:2"]
-    assert "a quotation mark is not closed" in rows[0].fault
+    assert list(errors(rows)) == ["x.csv:2"]
+    assert "a quotation mark is not closed" in rows[0].error
     assert rows[-1].place == "x.csv:1002"
 
 
@@ -178,9 +178,9 @@ def test_an_open_quote_costs_one_row_and_not_the_rest_of_the_file(csv: Any) -> N
 )
 def test_a_broken_row_costs_itself(broken: str, csv: Any) -> None:
     rows = csv(f'a,b\n1,2\n{broken},x\n"multi\nline",3\n"q, ""r""",4\n5,6\n')
-    assert list(faults(rows)) == ["x.csv:3"]
+    assert list(errors(rows)) == ["x.csv:3"]
     assert good(rows) == [["1", "2"], ["multi\nline", "3"], ['q, "r"', "4"], ["5", "6"]]
-    assert [row.place for row in rows if not row.fault] == [
+    assert [row.place for row in rows if not row.error] == [
         "x.csv:2", "x.csv:4", "x.csv:6", "x.csv:7",
     ]  # fmt: skip
 
@@ -188,7 +188,7 @@ def test_a_broken_row_costs_itself(broken: str, csv: Any) -> None:
 def test_the_inside_of_a_broken_row_is_not_taken_for_rows(csv: Any) -> None:
     rows = csv('a,b\n"one "two" three\nfour",x\n5,6\n')
     assert good(rows) == [["5", "6"]]
-    assert list(faults(rows)) == ["x.csv:2", "x.csv:3"]
+    assert list(errors(rows)) == ["x.csv:2", "x.csv:3"]
 
 
 @given(pairs=st.lists(st.tuples(plain, plain), max_size=8), at=st.integers(0, 8))
@@ -209,7 +209,7 @@ def test_what_python_writes_is_read_and_a_broken_line_costs_no_other(
     text = "a,b\n" + "".join(parts)
     rows = read(tmp_path_factory.getbasetemp() / "x.csv", text.encode(), quoting="csv")
     assert good(rows) == [list(pair) for pair in pairs]
-    assert len(faults(rows)) == 1
+    assert len(errors(rows)) == 1
 
 
 def test_nul_and_a_megabyte_are_text(csv: Any) -> None:
@@ -262,7 +262,7 @@ def test_bad_json_lines_cost_themselves(jsonl: Any) -> None:
     # fmt: on
     rows = jsonl(b"\n".join(lines))
     assert good(rows) == [[1], [2]]
-    found = faults(rows)
+    found = errors(rows)
     assert list(found) == [f"x.jsonl:{n}" for n in range(2, 12)]
     for line, word in {2: "not valid JSON", 3: "not a list", 4: "not a text", 5: "not a number",
                        6: "not null", 7: "not true or false", 8: "0xff", 9: "half of a character",
@@ -276,7 +276,7 @@ def test_a_json_list(encoding: str, tmp_path: Path) -> None:
     form = "utf-8" if encoding == "utf-8-sig" else encoding
     rows = read(tmp_path / "x.json", content, encoding=form)
     assert good(rows) == [["é"], [2]]
-    assert faults(rows) == {"x.json[1]": "a row is a JSON object, not a number"}
+    assert errors(rows) == {"x.json[1]": "a row is a JSON object, not a number"}
 
 
 @pytest.mark.parametrize(
@@ -340,8 +340,8 @@ def test_values_of_parquet_that_python_cannot_hold(tmp_path: Path) -> None:
     assert isinstance(second["day"], str)
     rows = load_rows(recipe_of({"path": str(file)}))["train"]
     assert [row["broken"] for row in rows] == ["a", "\udcff"]
-    assert text_fault(rows[1], ["text"]) == ""
-    assert text_fault(rows[1], ["broken"]) == "column `broken`: byte 0xff is not UTF-8 text"
+    assert text_error(rows[1], ["text"]) == ""
+    assert text_error(rows[1], ["broken"]) == "column `broken`: byte 0xff is not UTF-8 text"
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_text(by: str, wanted: list[tuple[str, str]], tmp_path: Path) -> None:
 def test_a_bad_byte_costs_the_unit_of_text_it_is_in(by: str, left: int, tmp_path: Path) -> None:
     rows = read(tmp_path / "x.txt", b"one\n\xff\ntwo\n\nthree\n", sample_by=by)
     assert len(good(rows)) == left
-    assert len(faults(rows)) == 1
+    assert len(errors(rows)) == 1
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.jsonl", "x.json", "x.txt"])
@@ -387,7 +387,7 @@ def test_any_bytes_are_rows_or_faults(
         rows = read(file, b"a\n" + raw if kind == "csv" else raw, type=kind)
     except LoraError:
         return
-    assert all((row.columns is None) == bool(row.fault) for row in rows)
+    assert all((row.columns is None) == bool(row.error) for row in rows)
     json.dumps([row.columns for row in rows], ensure_ascii=False).encode()
 
 
@@ -789,7 +789,7 @@ def test_a_stream_yields_each_row_once(source: str, hub: str, rows_csv: str) -> 
     count = 20 if source == "hub" else 200
     recipe = recipe_of({**data, "streaming": True, "validation": None}, max_steps=3)
     assert load_rows(recipe) == {}
-    seen = [row["text"] for _, row in without_fault(stream_rows(recipe), faultless, recipe, print)]
+    seen = [row["text"] for _, row in without_errors(stream_rows(recipe), faultless, recipe, print)]
     assert len(seen) == len(set(seen)) == count
 
 
@@ -802,7 +802,7 @@ def test_a_faulty_row_of_a_stream_stops_or_is_passed_over(tmp_path: Path) -> Non
     data = {"path": str(tmp_path / "x.csv"), "streaming": True}
     recipe = recipe_of(data, max_steps=1)
     with pytest.raises(LoraError, match=r"1 field where[\s\S]*x\.csv:3"):
-        list(without_fault(stream_rows(recipe), faultless, recipe, print))
+        list(without_errors(stream_rows(recipe), faultless, recipe, print))
     skipping = recipe_of({**data, "on_bad_row": "skip"}, max_steps=1)
     skipped: list[tuple[str, str]] = []
 
@@ -810,7 +810,7 @@ def test_a_faulty_row_of_a_stream_stops_or_is_passed_over(tmp_path: Path) -> Non
         return "no" if row["text"] == "a" else ""
 
     rows = stream_rows(skipping)
-    kept = without_fault(rows, a_is_bad, skipping, lambda *why: skipped.append(why))
+    kept = without_errors(rows, a_is_bad, skipping, lambda *why: skipped.append(why))
     assert list(kept) == [("x.csv:4", {"text": "c", "label": "1"})]
     assert skipped[0] == ("x.csv:2", "no")
     assert skipped[1][0] == "x.csv:3"

@@ -23,7 +23,7 @@ from lora_cli.environment import (
     Processes,
     clean_environment,
     read_processes,
-    refuse_mpi,
+    reject_mpi,
 )
 from lora_cli.errors import LoraError, ResourceError
 from lora_cli.recipe import Recipe, load_recipe
@@ -246,12 +246,12 @@ def test_processes_of_mpi_are_not_taken_for_single_ones(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, "1")
-    refuse_mpi()
+    reject_mpi()
     monkeypatch.setenv(name, "3")
     with pytest.raises(LoraError, match="MPI has started 3 processes"):
-        refuse_mpi()
+        reject_mpi()
     monkeypatch.setenv("WORLD_SIZE", "3")  # a launcher within MPI
-    refuse_mpi()
+    reject_mpi()
 
 
 def test_a_process_without_others_says_so_and_gives_up(

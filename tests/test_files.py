@@ -127,12 +127,12 @@ def test_the_old_folder_comes_back_if_the_new_cannot_take_its_place(
     (target / "old").write_text("old")
     rename = Path.rename
 
-    def refuse(self: Path, to: Path) -> Path:
+    def reject(self: Path, to: Path) -> Path:
         if self.name.endswith(".tmp"):
             raise OSError("refused")
         return rename(self, to)
 
-    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(Path, "rename", reject)
     with pytest.raises(OSError, match="refused"), new_folder(target) as temporary:
         (temporary / "new").write_text("new")
     assert names(tmp_path) == ["out", "out/old"]

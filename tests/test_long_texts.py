@@ -12,7 +12,7 @@ import pytest
 import tiny
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lora_cli.preprocessing.data_gate import look_at_data
+from lora_cli.preprocessing.data_gate import inspect_data
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task, long_texts
 
@@ -149,6 +149,6 @@ def test_the_tokenizer_never_reads_much_at_once(
         return read(self, text, text_pair, **options)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "_encode_plus", recording)
-    _, data = look_at_data(recipe)
+    _, data = inspect_data(recipe)
     assert data["train"].full_lengths.max() > 100_000
     assert 100_000 < max(sizes) < 300_000

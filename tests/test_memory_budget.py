@@ -9,7 +9,7 @@ from drafting import table, texts
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe_draft import base_model_info, draft_recipe, text_lengths
-from lora_cli.recipe_draft.base_model_info import look_at, shape_by_name
+from lora_cli.recipe_draft.base_model_info import describe_base, shape_by_name
 from lora_cli.recipe_draft.memory_budget import GIB, Card, Fit, Shape, fit_to, needed_bytes
 
 LLAMA_8B = Shape(8_030_000_000, 32, 4096, 14336, 128256)
@@ -93,7 +93,7 @@ def test_a_name_may_give_the_size(name: str, parameters: float | None) -> None:
 def test_the_size_of_a_model_at_hand_is_counted(bases: dict[str, Path]) -> None:
     from transformers import AutoModelForCausalLM
 
-    found = look_at(str(bases["llama"])).shape
+    found = describe_base(str(bases["llama"])).shape
     real = AutoModelForCausalLM.from_pretrained(bases["llama"])
     assert found is not None
     assert found.parameters == sum(p.numel() for p in real.parameters())
@@ -104,9 +104,9 @@ def test_the_memory_is_written_into_the_draft(
 ) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text(table(["text", "label"], [[t, i % 2] for i, t in enumerate(texts(60))]))
-    base = look_at(str(bases["llama"]))
+    base = describe_base(str(bases["llama"]))
     large = base_model_info.Base("llama", base.tokenizer, True, 4096, 4096, LLAMA_8B)
-    monkeypatch.setattr("lora_cli.recipe_draft.draft.look_at", lambda name: large)
+    monkeypatch.setattr("lora_cli.recipe_draft.draft.describe_base", lambda name: large)
     draft = draft_recipe(rows, str(bases["llama"]), tmp_path / "r.yaml", memory=24)
     assert draft.values["train"]["precision"] == "bf16"
     assert dict(draft.findings)["memory"].startswith("8.0 billion parameters")

@@ -354,13 +354,13 @@ def test_a_fully_trained_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["another base", "damaged", "difference", "disk"])
 def test_nothing_is_left_behind_after_an_error(
-    tmp_path: Path, llama_run: tuple[Path, Path], fault: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, llama_run: tuple[Path, Path], error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, out = llama_run
     kind: type[Exception] = IntegrityError
-    if fault == "another base":
+    if error == "another base":
         base = base_of("gpt2", tmp_path)
-    elif fault == "damaged":
+    elif error == "damaged":
         real = PreTrainedModel.save_pretrained
 
         def save(model: PreTrainedModel, folder: Path, **options: Any) -> None:
@@ -369,7 +369,7 @@ def test_nothing_is_left_behind_after_an_error(
             real(model, folder, **options)
 
         monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
-    elif fault == "difference":
+    elif error == "difference":
         merge = merging.merge
 
         def wrong(model: nn.Module) -> list[str]:

@@ -808,12 +808,12 @@ def _loads_or_refuses(file: Path, raw: bytes) -> None:
     try:
         recipe = load_recipe(file)
     except LoraError as error:
-        refused: list[Problem] | None = error.problems
+        rejected: list[Problem] | None = error.problems
     else:
-        refused = None
+        rejected = None
         file.write_text(dump_recipe(recipe), encoding="utf-8", newline="")
         assert load_recipe(file).model_dump() == recipe.model_dump()
-    assert refused is None or (refused and all(problem.at for problem in refused))
+    assert rejected is None or (rejected and all(problem.at for problem in rejected))
     assert time.process_time() - start < 2
 
 

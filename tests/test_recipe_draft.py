@@ -26,7 +26,7 @@ from lora_cli.data.load_rows import load_rows
 from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe
 from lora_cli.recipe.spec import HeldOutSpec
-from lora_cli.recipe_draft import draft_recipe, refuse_existing
+from lora_cli.recipe_draft import draft_recipe, reject_existing
 
 # ------------------------------------------------------------------------- how the file is written
 
@@ -476,7 +476,7 @@ def test_what_cannot_be_learned_is_an_error(
 def test_a_recipe_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("mine")
     with pytest.raises(LoraError, match="exists already") as caught:
-        refuse_existing(tmp_path / "recipe.yaml")
+        reject_existing(tmp_path / "recipe.yaml")
     assert "-o FILE" in (caught.value.problems[0].hint or "")
 
 

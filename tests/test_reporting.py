@@ -104,14 +104,14 @@ def has_color(pixels: np.ndarray, color: str) -> bool:
 
 
 def test_the_report_is_strict_json_with_null_for_what_is_not_finite(tmp_path: Path) -> None:
-    def refuse(constant: str) -> None:
+    def reject(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     metrics = {"a": NAN, "b": [math.inf, 1.5], "c": np.float32("-inf"), "é": np.int64(3)}
     report = {"metrics": metrics, "data": {"labels": {0: 4}, "path": Path("x/y")}}
     write_report(tmp_path, report)
     text = (tmp_path / "report.json").read_text(encoding="utf-8")
-    assert json.loads(text, parse_constant=refuse) == {
+    assert json.loads(text, parse_constant=reject) == {
         "metrics": {"a": None, "b": [None, 1.5], "c": None, "é": 3},
         "data": {"labels": {"0": 4}, "path": "x/y"},
     }

@@ -22,7 +22,7 @@ from lora_cli.training import run as training_run
 from lora_cli.training import train
 from lora_cli.training.checkpoints import checkpoints
 from lora_cli.training.step import train_step
-from lora_cli.training.train_state import TrainState, recipe_facts, refuse_changes
+from lora_cli.training.train_state import TrainState, recipe_facts, reject_changes
 
 Json = dict[str, Any]
 ALLOWED = "checkpoint.allow_changes=true"
@@ -428,8 +428,8 @@ def test_keys_that_an_earlier_version_did_not_know_are_no_change(run: Run, cut: 
 def test_a_section_that_was_left_out_is_a_change(recipe: Path) -> None:
     """`best: {}` has defaults only, but `best: null` chose by another metric."""
     then = TrainState(recipe=recipe_facts(load_recipe(recipe)))
-    assert refuse_changes(then, load_recipe(recipe)) == []
+    assert reject_changes(then, load_recipe(recipe)) == []
     with pytest.raises(
         LoraError, match=r"evaluate\.best\.metric: None`, the recipe now says `loss`"
     ):
-        refuse_changes(then, load_recipe(recipe, ["evaluate.best={}"]))
+        reject_changes(then, load_recipe(recipe, ["evaluate.best={}"]))

@@ -342,7 +342,7 @@ def test_a_missing_column_of_marks_is_named(bert: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "value", ["many", "", None, float("nan"), float("inf"), "-inf", "1e39", 10**400, [1.0]]
 )
-def test_a_bad_number_is_a_fault(bert: Path, tmp_path: Path, value: Any) -> None:
+def test_a_bad_number_is_a_error(bert: Path, tmp_path: Path, value: Any) -> None:
     with pytest.raises(LoraError, match="not a number") as caught:
         load_data(task_of(bert, tmp_path, [1.0, value], problem="regression"))
     assert caught.value.problems[0].at == "train.jsonl:2"

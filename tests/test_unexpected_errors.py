@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from lora_cli.cli import app as cli
-from lora_cli.errors import LoraError, beside, require_file
+from lora_cli.errors import LoraError, name_neighbours, require_file
 from lora_cli.tasks.sequence_classification import SequenceClassification
 from lora_cli.unexpected_errors import note_phase, own_words, phase, unexpected_error
 
@@ -91,9 +91,9 @@ def test_what_the_system_denies_is_said_whichever_library_asked(
 
 def test_a_path_that_is_there_is_not_suggested(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    assert beside(tmp_path / "file") == f"{tmp_path / 'file'} is a file"
-    assert beside(Path("/dev/null")) == "/dev/null is a pipe or a device"
-    assert beside(tmp_path / "fil") == f"did you mean `{tmp_path / 'file'}`?"
+    assert name_neighbours(tmp_path / "file") == f"{tmp_path / 'file'} is a file"
+    assert name_neighbours(Path("/dev/null")) == "/dev/null is a pipe or a device"
+    assert name_neighbours(tmp_path / "fil") == f"did you mean `{tmp_path / 'file'}`?"
     for path, words in (("/dev/null", "a pipe or a device"), (str(tmp_path), "a folder")):
         with pytest.raises(LoraError, match=f"{path} is {words}, and not a file"):
             require_file(Path(path), "--input")

@@ -29,10 +29,10 @@ from lora_cli.adapters.attach import lora_layers, trainable_parameters
 from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer
 from lora_cli.adapters.peft_config import check_config
 from lora_cli.adapters.peft_rules import base_modules, full_names, peft_differences, peft_reading
-from lora_cli.errors import BACKUP, IntegrityError, LoraError, beside, warn
+from lora_cli.errors import BACKUP, IntegrityError, LoraError, name_neighbours, warn
 from lora_cli.files import (
     finish_publishing,
-    refuse_links_outside,
+    reject_links_outside,
     umask_mode,
     verify_manifest,
     write_json,
@@ -206,9 +206,9 @@ def read_adapter(path: Path) -> AdapterFolder:
         IntegrityError: If a file is damaged.
     """
     if not path.is_dir():
-        what, hint = f"there is no folder {path}", f"{beside(path)}; {ADAPTER_FOLDER}"
+        what, hint = f"there is no folder {path}", f"{name_neighbours(path)}; {ADAPTER_FOLDER}"
         raise LoraError(what, "--adapter", hint)
-    refuse_links_outside(path)
+    reject_links_outside(path)
     finish_publishing(path)
     if not (path / WEIGHTS_FILE).is_file():
         pickles = [

@@ -64,8 +64,8 @@ def load_adapter(
     own = own_parameters(model, adapter.config, plain)
     targets: list[Target] = []
     for name, pair in pairs.items():
-        faults, found = _check_pair(name, pair, modules, adapter)
-        problems += faults
+        errors, found = _check_pair(name, pair, modules, adapter)
+        problems += errors
         targets += found
     problems += _check_plain(plain, frozen, parameters, own)
     missing = _missing(adapter, modules, parameters, plain, new)
@@ -85,10 +85,10 @@ def load_adapter(
             parameter.data = plain[name].to(parameter.device, torch.float32)
     even_norms(model)
     compute_in_own_dtype(model, new)
-    held = {id(parameters[name]) for name in plain}
-    held |= {id(m) for layer in lora_layers(model).values() for m in (layer.lora_A, layer.lora_B)}
+    loaded = {id(parameters[name]) for name in plain}
+    loaded |= {id(m) for layer in lora_layers(model).values() for m in (layer.lora_A, layer.lora_B)}
     for parameter in model.parameters():
-        parameter.requires_grad_(trained and id(parameter) in held)
+        parameter.requires_grad_(trained and id(parameter) in loaded)
 
 
 def own_parameters(model: nn.Module, config: dict[str, Any], plain: dict[str, Tensor]) -> list[str]:

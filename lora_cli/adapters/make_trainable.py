@@ -18,7 +18,7 @@ from lora_cli.adapters.attach import attach
 from lora_cli.adapters.load_adapter import load_adapter, own_parameters, verify_base
 from lora_cli.adapters.peft_rules import base_modules, copied_modules, full_names
 from lora_cli.adapters.targets import first_match, inside, resolve_targets
-from lora_cli.errors import LoraError, Problem, beside
+from lora_cli.errors import LoraError, Problem, name_neighbours
 from lora_cli.files import MANIFEST
 from lora_cli.models.base_facts import require_facts
 from lora_cli.models.fingerprint import BASE_FILE, Fingerprint
@@ -62,17 +62,17 @@ def make_trainable(
     if recipe.adapter.from_ is None or recipe._started:
         attach(model, recipe, head)
         return base
-    held = find_adapter(recipe)
-    _refuse_other_labels(held, recipe)
-    take_over(model, recipe, head, held)
+    saved = find_adapter(recipe)
+    _reject_other_labels(saved, recipe)
+    take_over(model, recipe, head, saved)
     if any(parameter.is_meta for parameter in model.parameters()):
         attach(model, recipe, head)
         return None
-    base = verify_base(held, base, recipe)
-    trained = read_computation(held.path)
+    base = verify_base(saved, base, recipe)
+    trained = read_computation(saved.path)
     if trained is not None and facts is not None:
-        require_facts(trained["base"], facts, recipe, f"the adapter {held.path}", True)
-    load_adapter(model, held, head, recipe.adapter.dropout, trained=True)
+        require_facts(trained["base"], facts, recipe, f"the adapter {saved.path}", True)
+    load_adapter(model, saved, head, recipe.adapter.dropout, trained=True)
     return base
 
 
@@ -87,7 +87,7 @@ def find_adapter(recipe: Recipe) -> AdapterFolder:
     if not folder.is_absolute():
         folder = _download(name, at)
     if not folder.is_dir():
-        raise LoraError(f"there is no folder {folder}", at, beside(folder))
+        raise LoraError(f"there is no folder {folder}", at, name_neighbours(folder))
     return read_adapter(folder)
 
 
@@ -108,12 +108,12 @@ def _download(name: str, at: str) -> Path:
         ) from error
 
 
-def _refuse_other_labels(held: AdapterFolder, recipe: Recipe) -> None:
+def _reject_other_labels(saved: AdapterFolder, recipe: Recipe) -> None:
     """Refuse labels that are not those of the adapter's own recipe, in their order."""
-    file = held.path / RECIPE_FILE
+    file = saved.path / RECIPE_FILE
     if not file.is_file():
         return
-    theirs = load_adapter_recipe(held.path).task
+    theirs = load_adapter_recipe(saved.path).task
     for key in ("problem", "labels"):
         ours, other = getattr(recipe.task, key, None), getattr(theirs, key, None)
         if ours is not None and other is not None and list(map(str, ours)) != list(map(str, other)):
@@ -124,15 +124,15 @@ def _refuse_other_labels(held: AdapterFolder, recipe: Recipe) -> None:
             )
 
 
-def take_over(model: nn.Module, recipe: Recipe, head: list[str], held: AdapterFolder) -> None:
+def take_over(model: nn.Module, recipe: Recipe, head: list[str], saved: AdapterFolder) -> None:
     """Complete the recipe's adapter section from a trained adapter.
 
     Raises:
         LoraError: With every key by which the recipe says otherwise.
     """
-    spec, config = recipe.adapter, held.config
-    adapted = sorted({n.partition(".lora_")[0] for n in held.tensors if ".lora_" in n})
-    own, tied = _trained_in_full(model, held, head)
+    spec, config = recipe.adapter, saved.config
+    adapted = sorted({n.partition(".lora_")[0] for n in saved.tensors if ".lora_" in n})
+    own, tied = _trained_in_full(model, saved, head)
     theirs: dict[str, Any] = {"type": TYPES[config["peft_type"]], "train_modules": own}
     theirs["ensure_weight_tying"] = tied
     if theirs["type"] == "lora":
@@ -169,15 +169,15 @@ def take_over(model: nn.Module, recipe: Recipe, head: list[str], held: AdapterFo
 
 
 def _trained_in_full(
-    model: nn.Module, held: AdapterFolder, head: list[str]
+    model: nn.Module, saved: AdapterFolder, head: list[str]
 ) -> tuple[list[str], bool]:
     """Return the modules that an adapter holds whole, besides the head, and whether ties stay."""
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    plain = {name: tensor for name, tensor in held.tensors.items() if ".lora_" not in name}
-    copied = copied_modules(names, held.config)
+    plain = {name: tensor for name, tensor in saved.tensors.items() if ".lora_" not in name}
+    copied = copied_modules(names, saved.config)
     own = [n for n in full_names(names, copied) if any(t.startswith(f"{n}.") for t in plain)]
     own = [name for name in own if not any(inside(name, top) for top in head)]
-    return own, not own_parameters(model, held.config, plain)
+    return own, not own_parameters(model, saved.config, plain)
 
 
 def _used(patterns: dict[str, Any] | None, names: list[str], kind: type) -> dict[str, Any]:

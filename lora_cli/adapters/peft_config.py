@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from lora_cli.adapters.targets import regex_fault
+from lora_cli.adapters.targets import regex_error
 from lora_cli.errors import BACKUP, IntegrityError, LoraError, Problem, warn
 
 KINDS = ("LORA", "HEAD_ONLY", "BITFIT")
@@ -179,7 +179,7 @@ def _is_list_of_names(value: Any) -> bool:
 
 
 def _is_names_or_expression(value: Any) -> bool:
-    return _is_list_of_names(value) or (isinstance(value, str) and regex_fault(value) is None)
+    return _is_list_of_names(value) or (isinstance(value, str) and regex_error(value) is None)
 
 
 def _is_layers(value: Any) -> bool:
@@ -191,7 +191,7 @@ def _pattern_of(is_good: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def check(value: Any) -> bool:
         return value is None or (
             isinstance(value, dict)
-            and all(is_good(number) and regex_fault(key) is None for key, number in value.items())
+            and all(is_good(number) and regex_error(key) is None for key, number in value.items())
         )
 
     return check

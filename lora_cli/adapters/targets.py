@@ -78,11 +78,11 @@ def matches(pattern: str | list[str], name: str) -> bool:
         LoraError: If an expression takes too long, as in a hostile adapter's configuration.
     """
     if isinstance(pattern, str):
-        return regex_fault(pattern) is None and _fits(pattern, name)
+        return regex_error(pattern) is None and _fits(pattern, name)
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
 
 
-def regex_fault(pattern: str) -> str | None:
+def regex_error(pattern: str) -> str | None:
     """Return why a text is no regular expression that can be used, or None if it is one."""
     if len(pattern) > LONGEST:
         return f"longer than {LONGEST:,} characters"
@@ -200,8 +200,8 @@ def _unmatched_patterns(chosen: list[str], recipe: Recipe) -> list[Problem]:
     for key in ("rank_pattern", "alpha_pattern"):
         for entry in getattr(recipe.adapter, key):
             at = recipe.at(f"adapter.{key}.{entry}")
-            if fault := regex_fault(entry):
-                what = f"`{entry}` is not a regular expression: {fault}"
+            if error := regex_error(entry):
+                what = f"`{entry}` is not a regular expression: {error}"
                 problems.append(Problem(what, at, EXPRESSION))
             elif not any(_pattern_matches(entry, name) for name in chosen):
                 hint = did_you_mean(entry, _last_names(chosen), "adapted are")
@@ -280,8 +280,8 @@ def _unmatched(
     problems = []
     for entry in [pattern] if isinstance(pattern, str) else pattern:
         test = entry if isinstance(pattern, str) else [entry]
-        if isinstance(test, str) and (fault := regex_fault(test)):
-            what = f"`{entry}` is not a regular expression: {fault}"
+        if isinstance(test, str) and (error := regex_error(test)):
+            what = f"`{entry}` is not a regular expression: {error}"
             problems.append(Problem(what, recipe.at(key), EXPRESSION))
             continue
         if any(matches(test, name) for name in adaptable):
@@ -321,7 +321,7 @@ def _last_names(names: Iterable[str]) -> list[str]:
 
 def _pattern_matches(pattern: str, name: str) -> bool:
     whole = rf"(.*\.)?({pattern})$"  # PEFT's rule for its patterns
-    return not regex_fault(pattern) and not regex_fault(whole) and _fits(whole, name, pattern)
+    return not regex_error(pattern) and not regex_error(whole) and _fits(whole, name, pattern)
 
 
 def first_match(patterns: dict[str, int] | dict[str, float], name: str, default: float) -> float:

@@ -59,12 +59,12 @@ def init(
 ) -> None:
     """Read a data file or folder and write a recipe for it, with the reasons as comments."""
     from lora_cli.characters import cells, padded
-    from lora_cli.recipe_draft import draft_recipe, refuse_existing, write_recipe
+    from lora_cli.recipe_draft import draft_recipe, reject_existing, write_recipe
 
     if len(sources) > 2:
         hint = "name their folder instead: `lora init FOLDER`"
         raise LoraError("more than two files", "FILE", hint)
-    refuse_existing(output)
+    reject_existing(output)
     options.quiet_libraries()
     second = sources[1] if len(sources) > 1 else None
     draft = draft_recipe(sources[0], model, output, text, label, second, pair, memory)

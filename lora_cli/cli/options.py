@@ -14,7 +14,7 @@ import typer
 
 from lora_cli.cli.shell_completion import offer_overrides
 from lora_cli.environment import clean_environment
-from lora_cli.errors import LoraError, beside
+from lora_cli.errors import LoraError, name_neighbours
 from lora_cli.paths import expanded, path_problem
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def quiet_libraries() -> None:
 def recipe_for(adapter: Path, recipe: Path | None, overrides: list[str] | None) -> Recipe:
     """Return the recipe beside an adapter, or the one that is given."""
     if not adapter.is_dir():
-        raise LoraError(f"there is no folder {adapter}", "--adapter", beside(adapter))
+        raise LoraError(f"there is no folder {adapter}", "--adapter", name_neighbours(adapter))
     if recipe is not None:
         return load(recipe, overrides)
     from lora_cli.recipe import RECIPE_FILE, load_adapter_recipe

@@ -69,9 +69,9 @@ def predict(
             "give texts, or a file with `--input FILE --output FILE`",
         )
     if source is not None and target is not None:
-        from lora_cli.data.write_rows import refuse_target
+        from lora_cli.data.write_rows import reject_target
 
-        refuse_target(source, target, overwrite)  # before the model is loaded
+        reject_target(source, target, overwrite)  # before the model is loaded
     loaded = options.recipe_for(adapter, recipe, overrides)
     options.quiet_libraries()
     from lora_cli.evaluation.evaluate_split import open_adapter
@@ -82,10 +82,10 @@ def predict(
         _predict_file(model, task, source, target, accelerator, overwrite)
         return
     rows = [task.parse_input(text) for text in texts or []]
-    faults = [(i, fault) for i, row in enumerate(rows, 1) if (fault := task.answer_error(row))]
-    if faults:
+    errors = [(i, error) for i, row in enumerate(rows, 1) if (error := task.answer_error(row))]
+    if errors:
         hint = "shorten or fix it; `--set task.truncate=left` cuts the beginning of long ones"
-        raise LoraError([Problem(fault, f"text {i} of {len(rows)}", hint) for i, fault in faults])
+        raise LoraError([Problem(error, f"text {i} of {len(rows)}", hint) for i, error in errors])
     for values in answer(model, task, rows, accelerator):
         named = dict(zip(task.answer_columns(), values, strict=True))
         if as_json:
@@ -107,11 +107,13 @@ def _predict_file(
 ) -> None:
     from lora_cli.evaluation.predict import NO_ANSWER, answer_file
 
-    def tell(count: int) -> None:
+    def report_progress(count: int) -> None:
         if sys.stderr.isatty():
             typer.echo(f"\r{counted(count, 'row')}", nl=False, err=True)
 
-    written, problems = answer_file(model, task, source, target, accelerator, overwrite, tell)
+    written, problems = answer_file(
+        model, task, source, target, accelerator, overwrite, report_progress
+    )
     if sys.stderr.isatty():
         typer.echo("\r", nl=False, err=True)
     for line in task.take_warnings():

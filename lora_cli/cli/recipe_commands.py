@@ -54,10 +54,10 @@ def validate(
 
     check_recipe(loaded, all_rows_follow=data)
     if data:
-        from lora_cli.preprocessing.data_gate import look_at_data
+        from lora_cli.preprocessing.data_gate import inspect_data
         from lora_cli.preprocessing.show_examples import shown_rows
 
-        task, encoded = look_at_data(loaded)
+        task, encoded = inspect_data(loaded)
         if show:
             for text in shown_rows(task, encoded, show, sys.stdout.isatty()):
                 typer.echo(text)

@@ -62,7 +62,7 @@ def offer_overrides(incomplete: str) -> list[Offer]:
         if len(found) == 1 and found[0].plain:
             offers += _assignments(prefix, found[0])
     offers = [offer for offer in dict.fromkeys(offers) if offer[0].startswith(incomplete)]
-    return [(text.removeprefix(divided), told) for text, told in offers]
+    return [(text.removeprefix(divided), about) for text, about in offers]
 
 
 def offer_splits(incomplete: str) -> list[str]:
@@ -129,13 +129,13 @@ def _key(classes: Definitions, node: ast.AnnAssign, after: ast.stmt | None) -> K
     known.read(classes, node.annotation)
     if isinstance(default, ast.Constant):
         known.values.append(_word(default.value))
-    told = ""
+    about = ""
     if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-        told = re.split(r"(?<=[.;])\s", str(after.value.value), maxsplit=1)[0].rstrip(".;")
+        about = re.split(r"(?<=[.;])\s", str(after.value.value), maxsplit=1)[0].rstrip(".;")
     # without what a shell, or rich, reads as its own
-    told = textwrap.shorten(re.sub(r"[^\w\s.,;%/-]", "", told), HELP_WIDTH, placeholder="")
+    about = textwrap.shorten(re.sub(r"[^\w\s.,;%/-]", "", about), HELP_WIDTH, placeholder="")
     values = tuple(dict.fromkeys(known.values))
-    return Key(name, told, tuple(known.sections), values, known.plain)
+    return Key(name, about, tuple(known.sections), values, known.plain)
 
 
 def _word(value: object) -> str:

@@ -66,7 +66,7 @@ class _Stream:
 
     def write(self, text: str) -> int:
         """Write a text."""
-        with self._told():
+        with self._warned():
             self._stream.write(text)
         return len(text)
 
@@ -77,11 +77,11 @@ class _Stream:
 
     def flush(self) -> None:
         """Write what waits."""
-        with self._told():
+        with self._warned():
             self._stream.flush()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _warned(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

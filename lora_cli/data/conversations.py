@@ -78,7 +78,7 @@ def read_conversations(row: dict[str, Any], form: str, column: str | None) -> li
     return [Conversation(messages, _tools(row))]
 
 
-def conversation_fault(row: dict[str, Any], form: str, column: str | None) -> str:
+def conversation_error(row: dict[str, Any], form: str, column: str | None) -> str:
     """Return why a row holds no conversation that can be trained, or nothing."""
     try:
         conversations = read_conversations(row, form, column)

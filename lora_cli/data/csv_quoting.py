@@ -137,7 +137,7 @@ def quoting_of(path: Path, spec: FormatSpec) -> Quoting:
     return _decided[key]
 
 
-def say_quoting(path: Path, spec: FormatSpec) -> None:
+def announce_quoting(path: Path, spec: FormatSpec) -> None:
     """Print on stderr how the quotation marks of a table are read, if that had to be decided."""
     found = quoting_of(path, spec)
     known = (str(path), found)
@@ -229,7 +229,7 @@ def _read_quoted(path: Path, spec: FormatSpec, quoting: str) -> tuple[_Reading, 
             continue
         escapes = escapes or any('\\"' in line for line in record.lines)
         divided = [line.rstrip("\r\n").split(delimiter) for line in record.lines]
-        found.enclosed += divided != [record.fields] and not record.fault
+        found.enclosed += divided != [record.fields] and not record.error
         found.differs = found.differs or divided != [record.fields]
         if len(divided) > 1 and all(len(fields) == found.width for fields in divided):
             found.first_joined = found.first_joined or record.line
@@ -281,5 +281,5 @@ def _given_width(spec: FormatSpec) -> int:
 
 
 def _lost(record: Record, width: int) -> int:
-    fits = not record.fault and len(record.fields) == width
+    fits = not record.error and len(record.fields) == width
     return 0 if fits else len(record.lines)

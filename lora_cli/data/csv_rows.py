@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_cli.data.text_lines import byte_fault, encoding_hint, read_lines
+from lora_cli.data.text_lines import byte_error, encoding_hint, read_lines
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import FormatSpec
 
@@ -31,13 +31,13 @@ class Record(NamedTuple):
     Args:
         line: Number of its first line.
         fields: Its fields; none where it cannot be read.
-        fault: Why it cannot be read, or nothing.
+        error: Why it cannot be read, or nothing.
         lines: Its lines, with their ends.
     """
 
     line: int
     fields: list[str]
-    fault: str
+    error: str
     lines: Sequence[str]
 
 
@@ -64,10 +64,10 @@ def read_records(path: Path, spec: FormatSpec, quoting: str) -> Iterator[Record]
         else _quoted_records(lines, delimiter, has_backslashes=quoting == "backslash")
     )
     for record in found:
-        fault = record.fault or next(
-            (f for field in record.fields if (f := byte_fault(field, spec.encoding))), ""
+        error = record.error or next(
+            (f for field in record.fields if (f := byte_error(field, spec.encoding))), ""
         )
-        yield record._replace(fault=fault) if fault else record
+        yield record._replace(error=error) if error else record
 
 
 def _plain_records(lines: Iterator[tuple[int, str]], delimiter: str) -> Iterator[Record]:
@@ -139,19 +139,21 @@ def _quoted_records(
             fields = next(reader)
         except StopIteration:
             return
-        except csv.Error as error:
-            fault = UNCLOSED if '"' in str(error) or "end of data" in str(error) else str(error)
-            yield Record(record.taken[0][0], [], fault, [record.taken[0][1]])
+        except csv.Error as failure:
+            error = (
+                UNCLOSED if '"' in str(failure) or "end of data" in str(failure) else str(failure)
+            )
+            yield Record(record.taken[0][0], [], error, [record.taken[0][1]])
             record.retry()
             reader = new_reader()
             continue
         if not fields or not any(line.strip(" \r\n") for _, line in record.taken):
             continue
-        fault = "this line belongs to the broken row above it" if record.inside_broken() else ""
-        yield Record(record.taken[0][0], fields, fault, [line for _, line in record.taken])
+        error = "this line belongs to the broken row above it" if record.inside_broken() else ""
+        yield Record(record.taken[0][0], fields, error, [line for _, line in record.taken])
 
 
-def width_fault(fields: Sequence[str], width: int) -> str:
+def width_error(fields: Sequence[str], width: int) -> str:
     """Return what is wrong with the number of fields of a record, or nothing."""
     if len(fields) == width:
         return ""
@@ -167,12 +169,12 @@ def column_names(path: Path, spec: FormatSpec, records: Iterator[Record]) -> lis
     names = spec.columns
     if not spec.header:
         return names
-    line, header, fault, _ = next(records, Record(1, [], "", []))
+    line, header, error, _ = next(records, Record(1, [], "", []))
     header = [name.strip() for name in header]
-    if fault:
+    if error:
         hint = "fix it; if the file has no header, `--set data.format.header=false`"
-        hint = encoding_hint(path, spec.encoding) if fault.startswith("byte 0x") else hint
-        raise LoraError(f"the header: {fault}", f"{path}:{line}", hint)
+        hint = encoding_hint(path, spec.encoding) if error.startswith("byte 0x") else hint
+        raise LoraError(f"the header: {error}", f"{path}:{line}", hint)
     if names is None:
         require_unique(header, f"{path}:{line}")
         return header

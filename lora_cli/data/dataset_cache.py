@@ -88,12 +88,12 @@ def cached_dataset(
         raise (error.__cause__ or error) from None
     except OSError as error:
         raise _cannot_write(root, error) from error
-    made = _open(root / digest, about)
-    if made is None:
+    cached = _open(root / digest, about)
+    if cached is None:
         what = "a data set that was just written to the cache reads back otherwise"
         hint = "is the disk damaged? Name another: `HF_DATASETS_CACHE=DIR lora …`"
         raise IntegrityError(what, str(root / digest), hint)
-    return made
+    return cached
 
 
 def _open(folder: Path, about: dict[str, str], say: Callable[[str], None] = warn) -> Any:

@@ -24,8 +24,8 @@ from lora_cli.data.labelled_text import FASTTEXT, label_source
 from lora_cli.data.readers import KINDS, read_rows
 from lora_cli.data.text_encoding import BOM, LINE_END, encoding_of, lines_of
 from lora_cli.data.text_lines import RawRow, unreadable
-from lora_cli.data.unreadable_files import refuse_binary, refuse_other_lines
-from lora_cli.errors import LoraError, beside, counted
+from lora_cli.data.unreadable_files import reject_binary, reject_other_lines
+from lora_cli.errors import LoraError, counted, name_neighbours
 from lora_cli.recipe import FormatSpec
 
 SAMPLE_BYTES = 1 << 20
@@ -59,7 +59,7 @@ class DataFile:
         form: The keys of `data.format` that are not their defaults.
         why: Of each of these keys, what says so.
         rows: The rows that can be read.
-        faults: Those that cannot.
+        errors: Those that cannot.
         columns: Names of the columns, in order.
         named: Whether the file itself names them.
         about: The kind of file in words: `csv, semicolon, cp1252`.
@@ -69,7 +69,7 @@ class DataFile:
     form: dict[str, Any]
     why: dict[str, str]
     rows: list[dict[str, Any]]
-    faults: list[RawRow]
+    errors: list[RawRow]
     columns: list[str]
     named: bool
     about: str
@@ -116,23 +116,23 @@ def read_data_file(path: Path) -> DataFile:
     raw = bytes_of(path)
     if not raw.strip():
         raise LoraError("the file is empty", str(path), EMPTY)
-    refuse_binary(raw, path)
+    reject_binary(raw, path)
     if not raw.startswith(PARQUET):
-        refuse_other_lines(raw, encoding_of(raw)[0], path)
+        reject_other_lines(raw, encoding_of(raw)[0], path)
     found = _find(raw, path)
     spec = FormatSpec.model_validate(found.form)
     rows = list(read_rows(path, spec))
-    good = [row.columns for row in rows if row.columns is not None and not row.fault]
-    faults = [row for row in rows if row.columns is None or row.fault]
+    good = [row.columns for row in rows if row.columns is not None and not row.error]
+    errors = [row for row in rows if row.columns is None or row.error]
     if not good:
-        what = f"no row can be read: {faults[0].fault}" if faults else "the file has no rows"
-        raise LoraError(what, faults[0].place if faults else str(path), WHAT_TO_DO)
-    if len(faults) > len(good):
-        what = f"{len(faults)} of {counted(len(rows), 'row')} cannot be read: {faults[0].fault}"
-        raise LoraError(what, faults[0].place, WHAT_TO_DO)
+        what = f"no row can be read: {errors[0].error}" if errors else "the file has no rows"
+        raise LoraError(what, errors[0].place if errors else str(path), WHAT_TO_DO)
+    if len(errors) > len(good):
+        what = f"{len(errors)} of {counted(len(rows), 'row')} cannot be read: {errors[0].error}"
+        raise LoraError(what, errors[0].place, WHAT_TO_DO)
     columns = list(dict.fromkeys(name for row in good for name in row))
     return DataFile(
-        path, found.form, found.why, good, faults, columns, found.named, _about(found, path)
+        path, found.form, found.why, good, errors, columns, found.named, _about(found, path)
     )
 
 
@@ -149,7 +149,7 @@ def read_head(path: Path) -> Head:
         raise unreadable(path, error) from error
     if not raw.strip():
         raise LoraError("the file is empty", str(path), EMPTY)
-    refuse_binary(raw, path)
+    reject_binary(raw, path)
     is_parquet = raw.startswith(PARQUET)
     whole = raw[: raw.rfind(b"\n") + 1] if len(raw) == HEAD_BYTES and not is_parquet else raw
     found = _find(whole or raw, path)
@@ -204,7 +204,7 @@ def bytes_of(path: Path) -> bytes:
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except FileNotFoundError:
-        raise LoraError("there is no such file", str(path), beside(path)) from None
+        raise LoraError("there is no such file", str(path), name_neighbours(path)) from None
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(path, error) from error
 

@@ -10,7 +10,7 @@ from lora_cli.data.labelled_text import class_files
 from lora_cli.data.parallel_texts import parts_of
 from lora_cli.data.readers import KINDS, kind_by_name, kind_of
 from lora_cli.errors import LoraError, did_you_mean, nearest, printable
-from lora_cli.errors import beside as beside_it
+from lora_cli.errors import name_neighbours as name_neighbours
 from lora_cli.recipe import FormatSpec, Recipe
 from lora_cli.recipe.spec import is_file
 
@@ -82,7 +82,7 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
     if pattern.is_dir():
         inside = [file.relative_to(pattern) for file in sorted(pattern.rglob("*"))]
         inside = [file for file in inside if _readable(pattern, file, data.format)]
-        beside = [str(file) for file in inside]
+        others_there = [str(file) for file in inside]
         if data.format.label_from == "folder":
             inside = class_files(inside)
         of = {file: _split_parts(file, data.format) for file in inside}
@@ -92,7 +92,7 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
         files = [pattern / file for file in of_split]
     elif parts := parts_of(pattern):
         if missing := [part for part in parts.values() if not part.is_file()]:
-            raise LoraError(f"there is no file {missing[0]}", at, beside_it(missing[0]))
+            raise LoraError(f"there is no file {missing[0]}", at, name_neighbours(missing[0]))
         files = [pattern] if is_file(name) or name == "train" else []
     elif pattern.is_file():
         files = [pattern] if is_file(name) or name == "train" else []
@@ -102,14 +102,14 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
         if not files:
             raise LoraError(*_not_there(pattern, folder, at))
         files = files if is_file(name) or name == "train" else []
-    if not files and pattern.is_dir() and not beside:
+    if not files and pattern.is_dir() and not others_there:
         hint = f"known are {', '.join(KINDS)}, also with .gz"
         raise LoraError(f"the folder {pattern} contains no file of a known kind", at, hint)
     if not files:
         drawn = f", or draw rows from train: `{split}: {{from: train, fraction: 0.1}}`"
         hint = "name a file" + ("" if split == "train" else drawn)
         if pattern.is_dir():
-            hint += f"; the files in it are: {', '.join(beside[:10])}"
+            hint += f"; the files in it are: {', '.join(others_there[:10])}"
         raise LoraError(f"{pattern} has no split `{name}`", recipe.at(f"data.{split}"), hint)
     return files
 

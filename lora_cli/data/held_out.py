@@ -61,16 +61,16 @@ def draw(
             units[owner].append(row)
     drawn = _draw_units(units, holders, fraction, seed, strata)
     inside = [sum(owner in drawn for owner in owners) for owners in holders]
-    held = [i for i, count in enumerate(inside) if count == len(holders[i])]
+    held_out = [i for i, count in enumerate(inside) if count == len(holders[i])]
     kept = [i for i, count in enumerate(inside) if count == 0]
-    if not held or not kept:
+    if not held_out or not kept:
         raise LoraError(
             f"{fraction:g} of {counted(len(texts), 'row')} ({len(units)} that differ) leaves one "
             "side empty",
             at,
             "use a `fraction` nearer to 0.5, or more rows; `group_by` may keep too many together",
         )
-    return np.array(held, dtype=np.int64), np.array(kept, dtype=np.int64)
+    return np.array(held_out, dtype=np.int64), np.array(kept, dtype=np.int64)
 
 
 def _draw_units(

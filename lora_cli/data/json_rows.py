@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.text_lines import NOT_TEXT, RawRow, byte_fault, encoding_hint, read_lines
+from lora_cli.data.text_lines import NOT_TEXT, RawRow, byte_error, encoding_hint, read_lines
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec
 
@@ -30,18 +30,18 @@ def read_json(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
         return
     for number, line in itertools.chain([first], lines):
         row = _json_row(line, f"{path.name}:{number}", spec)
-        if row.fault and number == first[0]:
-            _refuse_one_object(path, spec)
+        if row.error and number == first[0]:
+            _reject_one_object(path, spec)
         yield row
 
 
 def _json_row(line: str, place: str, spec: FormatSpec) -> RawRow:
-    if fault := byte_fault(line, spec.encoding):
-        return RawRow(None, place, fault)
+    if reason := byte_error(line, spec.encoding):
+        return RawRow(None, place, reason)
     try:
         value = json.loads(line, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
-        return RawRow(None, place, json_fault(error))
+        return RawRow(None, place, json_error(error))
     return _json_object(value, place)
 
 
@@ -58,7 +58,7 @@ class _RepeatedKeyError(ValueError):
     """A JSON object has a key twice."""
 
 
-def json_fault(error: Exception) -> str:
+def json_error(error: Exception) -> str:
     """Return why a text is not JSON: Python's words differ between versions, and speak of code."""
     if isinstance(error, RecursionError):
         return "the JSON is too deep"
@@ -102,20 +102,20 @@ def _json_object(value: Any, place: str) -> RawRow:
 
 def _read_json_list(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
     text = "".join(line for _, line in read_lines(path, spec.encoding))
-    if fault := byte_fault(text, spec.encoding):
+    if reason := byte_error(text, spec.encoding):
         line = NOT_TEXT.split(text, maxsplit=1)[0].count("\n") + 1
-        raise LoraError(fault, f"{path}:{line}", encoding_hint(path, spec.encoding))
+        raise LoraError(reason, f"{path}:{line}", encoding_hint(path, spec.encoding))
     try:
         values = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
         hint = "copy or download it again, or write the rows as lines, one object each"
-        raise LoraError(json_fault(error), place, hint) from error
+        raise LoraError(json_error(error), place, hint) from error
     for number, value in enumerate(values):
         yield _json_object(value, f"{path.name}[{number}]")
 
 
-def _refuse_one_object(path: Path, spec: FormatSpec) -> None:
+def _reject_one_object(path: Path, spec: FormatSpec) -> None:
     """Say so if a file whose first line is no row is, as a whole, a single object."""
     first = next(line for _, line in read_lines(path, spec.encoding) if line.strip())
     if not first.lstrip().startswith("{") or first.rstrip().endswith("}"):

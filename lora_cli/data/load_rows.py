@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_cli.data.csv_quoting import say_quoting
+from lora_cli.data.csv_quoting import announce_quoting
 from lora_cli.data.dataset_cache import (
     SourceChangedError,
     cached_dataset,
@@ -173,7 +173,7 @@ def stream_rows(recipe: Recipe) -> Iterator[RawRow]:
     else:
         for file in files_of(recipe, "train", data.train):
             if kind_of(file, data.format) == "csv":
-                say_quoting(file, data.format)
+                announce_quoting(file, data.format)
             yield from read_rows(file, data.format)
 
 
@@ -208,7 +208,7 @@ def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tup
         wanted |= {recipe.at(key): column for key, column in by_label.items()}
     require_columns(wanted, parent.columns, parent.source)
     rows, labels = list(parent), list(by_label.values())
-    held, kept = draw(
+    held_out_rows, kept = draw(
         [_joined_text(row, list(texts.values())) for row in rows],
         spec.fraction,
         # another seed for each, so that the two draws do not pick the same positions
@@ -218,8 +218,10 @@ def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tup
         groups=[str(row.get(spec.group_by)) for row in rows] if spec.group_by else None,
         at=recipe.at(f"data.{name}"),
     )
-    dropped = len(rows) - len(held) - len(kept)
-    return parent.select(held), replace(parent.select(kept), dropped=parent.dropped + dropped)
+    dropped = len(rows) - len(held_out_rows) - len(kept)
+    return parent.select(held_out_rows), replace(
+        parent.select(kept), dropped=parent.dropped + dropped
+    )
 
 
 def _stratum(row: dict[str, Any], labels: list[str]) -> str:
@@ -287,7 +289,7 @@ def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
                 columns = json.dumps(row.columns, ensure_ascii=False, default=_stored)
                 if NOT_TEXT.search(columns):  # bytes that are no text, in a parquet file
                     columns = json.dumps(row.columns, default=_stored)
-                yield {"row": columns, "place": row.place, "fault": row.fault}
+                yield {"row": columns, "place": row.place, "fault": row.error}
 
     for _ in range(READINGS):
         state = [_state_of(part) for part in parts]
@@ -313,12 +315,12 @@ def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
         raise LoraError(what, str(files[0]), hint)
     for file in files:
         if not parts_of(file) and kind_of(file, form) == "csv":
-            say_quoting(file, form)
+            announce_quoting(file, form)
     folder = os.path.commonpath([file.parent for file in files])
     source = str(files[0]) if len(files) == 1 else f"{folder} ({counted(len(files), 'file')})"
     rows = Rows(dataset, source, sha256, np.arange(len(dataset)))
-    faults = {i: f for i, f in enumerate(dataset["fault"]) if f}
-    return without(rows, faults, recipe)
+    errors = {i: f for i, f in enumerate(dataset["fault"]) if f}
+    return without(rows, errors, recipe)
 
 
 def _stored(value: Any) -> str | None:
@@ -345,47 +347,47 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def without(rows: Rows, faults: dict[int, str], recipe: Recipe) -> Rows:
+def without(rows: Rows, errors: dict[int, str], recipe: Recipe) -> Rows:
     """Return the rows without the faulty ones; unless they may be skipped, that is an error.
 
     Args:
         rows: A split.
-        faults: What is wrong, by position.
+        errors: What is wrong, by position.
         recipe: Its `data.on_bad_row` decides.
     """
-    if not faults:
+    if not errors:
         return rows
-    places = [f"{rows.place(i)}: {fault}" for i, fault in faults.items()]
+    places = [f"{rows.place(i)}: {error}" for i, error in errors.items()]
     if recipe.data.on_bad_row == "error":
-        problems = [Problem(fault, rows.place(i)) for i, fault in list(faults.items())[:10]]
-        hint = f"fix {'them' if len(faults) > 1 else 'it'}, or skip such rows with {SKIP}"
-        if advice := _advice(rows, faults, recipe):
+        problems = [Problem(error, rows.place(i)) for i, error in list(errors.items())[:10]]
+        hint = f"fix {'them' if len(errors) > 1 else 'it'}, or skip such rows with {SKIP}"
+        if advice := _advice(rows, errors, recipe):
             hint = f"{advice}; or {hint}"
-        if len(faults) > 10:
-            hint += f"; {counted(len(faults) - 10, 'more row')} cannot be used"
+        if len(errors) > 10:
+            hint += f"; {counted(len(errors) - 10, 'more row')} cannot be used"
         problems[-1] = replace(problems[-1], hint=hint)
         raise LoraError(problems)
-    keep = np.array([i for i in range(len(rows)) if i not in faults], dtype=np.int64)
+    keep = np.array([i for i in range(len(rows)) if i not in errors], dtype=np.int64)
     return rows.select(keep, places)
 
 
-def _advice(rows: Rows, faults: dict[int, str], recipe: Recipe) -> str:
+def _advice(rows: Rows, errors: dict[int, str], recipe: Recipe) -> str:
     """Return what fixes the commonest faults of all rows at once, or nothing."""
-    of_bytes = next((i for i, fault in faults.items() if fault.startswith("byte 0x")), None)
+    of_bytes = next((i for i, error in errors.items() if error.startswith("byte 0x")), None)
     if of_bytes is not None:
         source = Path(rows.source)
         if not source.is_file():  # `FOLDER (3 files)`
             folder = Path(rows.source.rpartition(" (")[0])
             source = folder / re.sub(r":\d+$", "", rows.place(of_bytes))
         return encoding_hint(source, recipe.data.format.encoding)
-    if any(re.search("fields? where there", fault) for fault in faults.values()):
+    if any(re.search("fields? where there", error) for error in errors.values()):
         return "a text that holds the delimiter needs quotation marks around it"
     return ""
 
 
-def without_fault(
+def without_errors(
     rows: Iterator[RawRow],
-    fault_of: Callable[[dict[str, Any]], str],
+    error_of: Callable[[dict[str, Any]], str],
     recipe: Recipe,
     skip: Callable[[str, str], None],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -394,18 +396,18 @@ def without_fault(
     A faulty row stops; unless rows may be skipped: then `skip` is told its place and its fault.
     """
     for row in rows:
-        fault = row.fault or fault_of(row.columns or {})
-        if not fault:
+        error = row.error or error_of(row.columns or {})
+        if not error:
             assert row.columns is not None
             yield row.place, row.columns
         elif recipe.data.on_bad_row == "error":
             raise LoraError(
-                fault,
+                error,
                 row.place,
                 f"fix it, or skip such rows with {SKIP}",
             )
         else:
-            skip(row.place, fault)
+            skip(row.place, error)
 
 
 # --------------------------------------------------------------------------------------- Hub

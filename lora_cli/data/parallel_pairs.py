@@ -11,7 +11,7 @@ from lora_cli.data.detect_format import EMPTY, DataFile, bytes_of
 from lora_cli.data.parallel_texts import joined_name, parts_of
 from lora_cli.data.readers import read_rows
 from lora_cli.data.text_encoding import encoding_of
-from lora_cli.data.unreadable_files import refuse_binary
+from lora_cli.data.unreadable_files import reject_binary
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec
 
@@ -46,7 +46,7 @@ def read_pair(first: Path, second: Path) -> DataFile:
         raw = bytes_of(part)
         if not raw.strip():
             raise LoraError("the file is empty", str(part), EMPTY)
-        refuse_binary(raw, part)
+        reject_binary(raw, part)
         if not raw.isascii():  # which is right in any encoding
             encodings.append(encoding_of(raw))
     encodings = encodings or [("utf-8", "")]
@@ -60,6 +60,6 @@ def read_pair(first: Path, second: Path) -> DataFile:
         form["encoding"], why["encoding"] = encodings[0]
     rows = list(read_rows(path, FormatSpec.model_validate(form)))
     good = [row.columns for row in rows if row.columns is not None]
-    faults = [row for row in rows if row.columns is None]
+    errors = [row for row in rows if row.columns is None]
     about = f"two plain texts, line by line, {encodings[0][0]}"
-    return DataFile(path, form, why, good, faults, list(parts_of(path)), True, about)
+    return DataFile(path, form, why, good, errors, list(parts_of(path)), True, about)

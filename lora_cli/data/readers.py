@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.csv_quoting import quoting_of
-from lora_cli.data.csv_rows import column_names, read_records, width_fault
+from lora_cli.data.csv_rows import column_names, read_records, width_error
 from lora_cli.data.json_rows import JSON_NAMES, read_json
 from lora_cli.data.labelled_text import LABEL_COLUMN, divide
 from lora_cli.data.parallel_texts import parts_of, read_parallel
 from lora_cli.data.parquet_rows import parquet_names, read_parquet
-from lora_cli.data.text_lines import RawRow, byte_fault, read_lines
+from lora_cli.data.text_lines import RawRow, byte_error, read_lines
 from lora_cli.errors import LoraError, Problem, did_you_mean
 from lora_cli.recipe import FormatSpec
 
@@ -89,12 +89,12 @@ def read_rows(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
 def _read_csv(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
     records = read_records(path, spec, quoting_of(path, spec).name)
     names = column_names(path, spec, records)
-    for line, fields, fault, _ in records:
+    for line, fields, error, _ in records:
         if names is None:
             names = [str(number) for number in range(len(fields))]
-        fault = fault or width_fault(fields, len(names))
-        columns = None if fault else dict(zip(names, fields, strict=True))
-        yield RawRow(columns, f"{path.name}:{line}", fault)
+        error = error or width_error(fields, len(names))
+        columns = None if error else dict(zip(names, fields, strict=True))
+        yield RawRow(columns, f"{path.name}:{line}", error)
 
 
 def columns_of(path: Path, spec: FormatSpec) -> list[str]:
@@ -136,8 +136,8 @@ def _read_text(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
         elif spec.label_from:
             label, rest = divide(text, spec.label_from)
             columns = {LABEL_COLUMN: label, name: rest}
-        fault = byte_fault(text, spec.encoding)
-        yield RawRow(None if fault else columns, f"{place}:{number}", fault)
+        error = byte_error(text, spec.encoding)
+        yield RawRow(None if error else columns, f"{place}:{number}", error)
 
 
 def text_column(spec: FormatSpec) -> str:
@@ -148,8 +148,8 @@ def text_column(spec: FormatSpec) -> str:
 def _read_together(path: Path, parts: dict[str, Path], spec: FormatSpec) -> Iterator[RawRow]:
     lines = {name: read_lines(part, spec.encoding) for name, part in parts.items()}
     for number, texts in read_parallel(parts, lines):
-        fault = next((f for text in texts.values() if (f := byte_fault(text, spec.encoding))), "")
-        yield RawRow(None if fault else texts, f"{path.name}:{number}", fault)
+        error = next((f for text in texts.values() if (f := byte_error(text, spec.encoding))), "")
+        yield RawRow(None if error else texts, f"{path.name}:{number}", error)
 
 
 def _text_units(path: Path, spec: FormatSpec) -> Iterator[tuple[int, str]]:
@@ -174,7 +174,7 @@ def _text_units(path: Path, spec: FormatSpec) -> Iterator[tuple[int, str]]:
         yield first, text.rstrip("\r\n") if sample_by == "paragraph" else text
 
 
-def text_fault(row: dict[str, Any], columns: Iterable[str]) -> str:
+def text_error(row: dict[str, Any], columns: Iterable[str]) -> str:
     """Return which of some columns holds no text, or nothing."""
     for column in columns:
         value = row.get(column)
@@ -183,8 +183,8 @@ def text_fault(row: dict[str, Any], columns: Iterable[str]) -> str:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             kind = JSON_NAMES.get(type(value), f"a {type(value).__name__}")
             return f"column `{column}` holds {kind}, not text"
-        if isinstance(value, str) and (fault := byte_fault(value, "UTF-8")):
-            return f"column `{column}`: {fault}"
+        if isinstance(value, str) and (error := byte_error(value, "UTF-8")):
+            return f"column `{column}`: {error}"
     return ""
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_cli.data.text_encoding import c1_share, encoding_of, seven_bit_encoding
-from lora_cli.data.unreadable_files import refuse_binary
+from lora_cli.data.unreadable_files import reject_binary
 from lora_cli.errors import LoraError, counted, warn
 
 NOT_TEXT = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes
@@ -35,7 +35,7 @@ class RawRow:
 
     columns: dict[str, Any] | None
     place: str
-    fault: str = ""
+    error: str = ""
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -51,15 +51,15 @@ def read_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
             checked = codec in ("utf-8", "utf-8-sig")
             if checked:
                 codec = "utf-8"
-                _refuse_no_text(head, path)
+                _reject_no_text(head, path)
             else:
-                _refuse_controls(head + raw.read(HINT_BYTES), codec, path)
+                _reject_controls(head + raw.read(HINT_BYTES), codec, path)
             # a mark before text that is no UTF-8 is left over from a program that joined two files
             raw.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
             text = io.TextIOWrapper(raw, encoding=codec, errors="surrogateescape", newline="")
             for number, line in enumerate(text, 1):
                 if checked and "\x1b" in line:
-                    _refuse_seven_bit(line.encode(errors="surrogateescape"), f"{path}:{number}")
+                    _reject_seven_bit(line.encode(errors="surrogateescape"), f"{path}:{number}")
                 yield number, line
     except UnicodeError as error:  # of a whole file, such as an end within a character
         hint = "name its encoding, `--set data.format.encoding=utf-8`; `lora init` finds it out"
@@ -68,7 +68,7 @@ def read_lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
         raise unreadable(path, error) from error
 
 
-def _refuse_controls(raw: bytes, encoding: str, path: Path) -> None:
+def _reject_controls(raw: bytes, encoding: str, path: Path) -> None:
     """Reject a text that is full of control characters, read so; warn where it has few.
 
     Raises:
@@ -96,7 +96,7 @@ def encoding_hint(path: Path, encoding: str) -> str:
     return "the other bytes are what they should be: fix these; are they of another file?"
 
 
-def _refuse_seven_bit(raw: bytes, place: str) -> None:
+def _reject_seven_bit(raw: bytes, place: str) -> None:
     """Refuse a text that looks like ASCII and is of another encoding; `ascii` allows it.
 
     Raises:
@@ -125,10 +125,10 @@ def unreadable(path: Path, error: Exception) -> LoraError:
     return LoraError(f"cannot be read: {reason}", str(path), hint)
 
 
-def _refuse_no_text(head: bytes, path: Path) -> None:
+def _reject_no_text(head: bytes, path: Path) -> None:
     """Refuse a file that is, by its first bytes, anything but text in UTF-8."""
-    refuse_binary(head, path)
-    _refuse_seven_bit(head[: head.rfind(b"\n") + 1] or head, str(path))
+    reject_binary(head, path)
+    _reject_seven_bit(head[: head.rfind(b"\n") + 1] or head, str(path))
     if head.startswith(b"PAR1"):
         hint = "`--set data.format.type=parquet`"
         raise LoraError("this is a parquet file, by its first bytes", str(path), hint)
@@ -147,7 +147,7 @@ def _refuse_no_text(head: bytes, path: Path) -> None:
     raise LoraError(what, str(path), "was it copied completely?")
 
 
-def byte_fault(text: str, encoding: str) -> str:
+def byte_error(text: str, encoding: str) -> str:
     """Return which byte of a text could not be decoded, or nothing."""
     found = None if text.isascii() else NOT_TEXT.search(text)
     return f"byte 0x{ord(found[0]) - 0xDC00:02x} is not {encoding} text" if found else ""

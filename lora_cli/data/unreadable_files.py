@@ -39,7 +39,7 @@ HINT = (
 )
 
 
-def refuse_binary(raw: bytes, path: Path) -> None:
+def reject_binary(raw: bytes, path: Path) -> None:
     """Refuse what is no text and no parquet file, whatever its name.
 
     Raises:
@@ -50,7 +50,7 @@ def refuse_binary(raw: bytes, path: Path) -> None:
             raise LoraError(f"this is {what}, by its first bytes", str(path), hint)
 
 
-def refuse_other_lines(raw: bytes, encoding: str, path: Path) -> None:
+def reject_other_lines(raw: bytes, encoding: str, path: Path) -> None:
     """Reject what is not text, and texts in the form of CoNLL, with a tag for each token.
 
     Raises:
@@ -63,10 +63,10 @@ def refuse_other_lines(raw: bytes, encoding: str, path: Path) -> None:
     sample = sample[:-1] if len(raw) > SAMPLE_BYTES else sample
     filled = [line for line in sample if line.strip()]
     if _is_tagged(filled):
-        _refuse_tagged(raw, encoding, path.name)
+        _reject_tagged(raw, encoding, path.name)
 
 
-def _refuse_tagged(raw: bytes, encoding: str, place: str) -> None:
+def _reject_tagged(raw: bytes, encoding: str, place: str) -> None:
     lines = lines_of(raw.decode(encoding, errors="replace"))
     fields = [line.split() for line in lines if line.strip()]
     tags = Counter(found[-1] for found in fields if TAG.fullmatch(found[-1]))
@@ -81,7 +81,7 @@ def _is_tagged(lines: Sequence[str]) -> bool:
     return len(fields) >= 10 and len(tags) >= 0.95 * len(fields) and len(set(tags)) > 1
 
 
-def refuse_tagged_rows(rows: Sequence[dict[str, Any]], place: str) -> None:
+def reject_tagged_rows(rows: Sequence[dict[str, Any]], place: str) -> None:
     """Refuse rows of two lists, tokens and tags, of the same length.
 
     Raises:

@@ -70,10 +70,10 @@ def several_answers(row: dict[str, Any], label: str | None = None) -> Found | No
         # who names the label may well have short answers that are labels
         is_asked = is_asked and (label is None or _are_long(value))
         if (is_ranked or is_asked) and label in (None, column, *scores):
-            told = f" with `{scores[0]}`" if scores else ""
+            scored = f" with `{scores[0]}`" if scores else ""
             return (
-                f"several answers in `{column}`{told}: they are there to be ranked, which no task "
-                "learns",
+                f"several answers in `{column}`{scored}: they are there to be ranked, which no "
+                "task learns",
                 "keep the best answer of each row, as a text, in a column of its own",
             )
     return None

@@ -54,7 +54,7 @@ def suffix_of(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
-def refuse_target(source: Path, target: Path, overwrite: bool) -> None:
+def reject_target(source: Path, target: Path, overwrite: bool) -> None:
     """Refuse an output that cannot be written, or that would replace something.
 
     Raises:

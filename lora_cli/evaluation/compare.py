@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lora_cli.accelerator import start_accelerator
 from lora_cli.data.load_rows import SPLITS
-from lora_cli.errors import LoraError, beside, counted, did_you_mean
+from lora_cli.errors import LoraError, counted, did_you_mean, name_neighbours
 from lora_cli.evaluation.evaluate_split import best_by, evaluate, load_adapted, open_task
 from lora_cli.metrics import (
     builtin_value,
@@ -108,7 +108,7 @@ def compare(
         LoraError: If there is no such split or metric, or the two cannot be compared.
     """
     split = _split(recipe, split)
-    _refuse_others(old, recipe)
+    _reject_others(old, recipe)
     accelerator = start_accelerator(recipe)
     written = recipe.model_copy(deep=True)  # opening a whole model makes it the recipe's base
     task = open_task(new, recipe)
@@ -148,10 +148,10 @@ def _split(recipe: Recipe, split: str | None) -> str:
     )
 
 
-def _refuse_others(old: Path, recipe: Recipe) -> None:
+def _reject_others(old: Path, recipe: Recipe) -> None:
     """Refuse an old adapter of another base or other labels, which would measure nonsense."""
     if not old.is_dir():
-        raise LoraError(f"there is no folder {old}", "--against", beside(old))
+        raise LoraError(f"there is no folder {old}", "--against", name_neighbours(old))
     if not (old / RECIPE_FILE).is_file():
         return
     theirs = load_adapter_recipe(old)

@@ -22,7 +22,7 @@ from lora_cli.data.detect_format import read_head
 from lora_cli.data.input_files import input_form
 from lora_cli.data.load_rows import SPLITS
 from lora_cli.errors import LoraError, NumericsError, require_file, warn
-from lora_cli.files import finish_publishing, refuse_links_outside, verify_manifest
+from lora_cli.files import finish_publishing, reject_links_outside, verify_manifest
 from lora_cli.metrics import MetricSet, metric_mode, result_names
 from lora_cli.models.base_facts import require_facts
 from lora_cli.models.fingerprint import fingerprint_of
@@ -110,7 +110,7 @@ def evaluate(
             if stop is not None:
                 stop.check()
             if strict_loss:
-                _refuse_bad_loss(rows, split, model, recipe)
+                _reject_bad_loss(rows, split, model, recipe)
             for term, total in sums.items():
                 total[0] += sum(row.losses[term][0] for row in rows)
                 total[1] += sum(row.losses[term][1] for row in rows)
@@ -143,7 +143,7 @@ def _mean_losses(task: Task, sums: dict[str, list[float]]) -> dict[str, float]:
     return {"loss": loss} | {f"loss_{term}": mean for term, mean in means.items() if len(means) > 1}
 
 
-def _refuse_bad_loss(
+def _reject_bad_loss(
     rows: list[Prediction], split: Encoded, model: nn.Module, recipe: Recipe
 ) -> None:
     bad = next((row for row in rows if not math.isfinite(row.loss)), None)
@@ -178,8 +178,8 @@ def _predict_window(
         batch = task.collate(examples).to(accelerator.device)
         first = split.rows.place(batch.rows[0])
         with phase(f"evaluating {first} and the rows after it"), accelerator.autocast():
-            made = task.predict(model, batch)
-        mine += zip(indices.tolist(), made, strict=True)
+            predictions = task.predict(model, batch)
+        mine += zip(indices.tolist(), predictions, strict=True)
     for _, prediction in mine:  # what perplexity is computed of
         prediction.metric_inputs.setdefault("nll", (prediction.loss, prediction.n_items))
     together: list[tuple[int, Prediction]] = gather_object(mine)
@@ -273,7 +273,7 @@ def load_adapted(folder: Path, task: Task, accelerator: Accelerator) -> nn.Modul
         IntegrityError: If the folder is damaged, or its base is another.
     """
     if task.recipe.adapter.type == "full":
-        refuse_links_outside(folder)
+        reject_links_outside(folder)
         finish_publishing(folder)
         verify_manifest(folder)
         check_labels(folder, task.recipe)
@@ -281,11 +281,11 @@ def load_adapted(folder: Path, task: Task, accelerator: Accelerator) -> nn.Modul
         with accelerator.autocast():
             task.fit_to_model(model)
         return model
-    held = read_adapter(folder)
+    saved = read_adapter(folder)
     check_use(folder, task)
     model, new = task.load_model(accelerator.device)
-    verify_base(held, fingerprint_of(task.recipe, model, new), task.recipe)
-    load_adapter(model, held, new)
+    verify_base(saved, fingerprint_of(task.recipe, model, new), task.recipe)
+    load_adapter(model, saved, new)
     with accelerator.autocast():
         task.fit_to_model(model.eval())
     return model.eval()

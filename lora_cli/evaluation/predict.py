@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from lora_cli.data.csv_quoting import quoting_of, say_quoting
+from lora_cli.data.csv_quoting import announce_quoting, quoting_of
 from lora_cli.data.csv_rows import delimiter_of
 from lora_cli.data.detect_format import Head, read_head
 from lora_cli.data.input_files import input_form
 from lora_cli.data.parquet_rows import parquet_schema
 from lora_cli.data.readers import columns_of, kind_of, read_rows, require_columns
-from lora_cli.data.write_rows import WRITABLE, OutputForm, refuse_target, suffix_of, writing
+from lora_cli.data.write_rows import WRITABLE, OutputForm, reject_target, suffix_of, writing
 from lora_cli.errors import LoraError, Problem, counted, require_file
 from lora_cli.recipe import FormatSpec
 from lora_cli.tasks import Task
@@ -49,7 +49,7 @@ def answer_file(
     target: Path,
     accelerator: Accelerator,
     overwrite: bool = False,
-    tell: Callable[[int], object] = lambda _: None,
+    report_progress: Callable[[int], object] = lambda _: None,
 ) -> tuple[int, list[Problem]]:
     """Write the rows of a file with the answers added; rows, order and columns are kept.
 
@@ -60,20 +60,20 @@ def answer_file(
         target: A csv, tsv, json lines or parquet file, written whole or not at all.
         accelerator: Precision and device.
         overwrite: Replace the target, if it exists.
-        tell: Is given the number of rows that are written, every now and then.
+        report_progress: Is given the number of rows that are written, every now and then.
 
     Returns:
         How many rows were written, and the problems of those that could not be answered, whose
         new columns are blank, or whose answer the output's encoding cannot hold.
     """
     require_file(source, "--input")
-    refuse_target(source, target, overwrite)
+    reject_target(source, target, overwrite)
     head = read_head(source)
     wanted = list(task.input_columns().values())
     labels = getattr(task, "labels", ())
     form = input_form(source, head, task.recipe.data.format, wanted, labels)
     if kind_of(source, form) == "csv":
-        say_quoting(source, form)
+        announce_quoting(source, form)
     columns = columns_of(source, form)
     require_columns(task.input_columns(), columns, str(source))
     added = _free_names(list(task.answer_columns()), columns)
@@ -84,20 +84,20 @@ def answer_file(
     rows = read_rows(source, form)
     with writing(target, output, overwrite) as write:
         while chunk := list(islice(rows, CHUNK)):
-            faults = [row.fault or task.answer_error(row.columns or {}) for row in chunk]
-            good = [row.columns or {} for row, f in zip(chunk, faults, strict=True) if not f]
+            errors = [row.error or task.answer_error(row.columns or {}) for row in chunk]
+            good = [row.columns or {} for row, f in zip(chunk, errors, strict=True) if not f]
             answers = iter(answer(model, task, good, accelerator))
             lines = []
-            for row, fault in zip(chunk, faults, strict=True):
-                values = blank if fault else next(answers)
+            for row, error in zip(chunk, errors, strict=True):
+                values = blank if error else next(answers)
                 lines.append({**(row.columns or {}), **dict(zip(added, values, strict=True))})
-                if fault:
-                    problems.append(Problem(fault, row.place, NO_ANSWER))
+                if error:
+                    problems.append(Problem(error, row.place, NO_ANSWER))
                 elif lost := _lost(values, output):
                     problems.append(Problem(lost, row.place, "use .jsonl to keep them"))
             write(lines)
             written += len(chunk)
-            tell(written)
+            report_progress(written)
         unanswered = [problem for problem in problems if problem.hint == NO_ANSWER]
         if written and len(unanswered) == written:
             raise _nothing_answered(unanswered)

@@ -97,19 +97,19 @@ def _merge(
     overrides: list[str] | None,
 ) -> MergeResult:
     """Merge, once the folder is ours."""
-    task, held = adapter_task(adapter, recipe_file, base, overrides)
+    task, saved = adapter_task(adapter, recipe_file, base, overrides)
     task.trained_in = adapter
     task.load_processor()
     check_use(adapter, task)
-    _refuse_quantised(task)
+    _reject_quantised(task)
     model, new = task.load_model(torch.device("cpu"), dtype="auto")
     assert isinstance(model, PreTrainedModel)
-    verified_base = verify_base(held, fingerprint_of(task.recipe, model, new), task.recipe)
+    verified_base = verify_base(saved, fingerprint_of(task.recipe, model, new), task.recipe)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     model, ties = model.float().eval(), tied_groups(model)
-    expected = expected_weights(model, held.tensors, held.config)
-    load_adapter(model, held, new)
+    expected = expected_weights(model, saved.tensors, saved.config)
+    load_adapter(model, saved, new)
     probe = task.probe()
     with torch.no_grad():
         before: Tensor = task.tensor_of(model(**probe))
@@ -123,7 +123,7 @@ def _merge(
                 "please report this: merging should be exact",
             )
         after: Tensor = task.tensor_of(model(**probe))
-        _refuse_overflow(model, stored)
+        _reject_overflow(model, stored)
         difference = _difference(after, before)
         if not difference <= TOLERANCE:
             raise IntegrityError(
@@ -141,7 +141,7 @@ def _merge(
         reloaded = task.auto_class.from_pretrained(folder, dtype=dtype).eval()
         _require_saved(task, reloaded, weights, rounded)
     rounding = _difference(rounded.float(), after)
-    return MergeResult(to, count, dtype, difference, rounding, untied, held.verified)
+    return MergeResult(to, count, dtype, difference, rounding, untied, saved.verified)
 
 
 def _merge_apart(model: PreTrainedModel, ties: list[list[str]]) -> list[str]:
@@ -195,18 +195,18 @@ def adapter_task(
         raise LoraError(f"{adapter} is already a complete model", "--adapter", hint)
     if base is not None and Path(base).expanduser().is_dir():
         base = str(Path(base).expanduser().absolute())
-    held = read_adapter(adapter)
+    saved = read_adapter(adapter)
     if recipe is None:
-        recipe = _recipe_of(held, base)
+        recipe = _recipe_of(saved, base)
     elif base is not None:
         recipe.model.name = base
         recipe._places["model.name"] = f"--base {base}"
     recipe.model.dtype = None
     recipe.model.attention = None  # merging is done on the CPU
-    return build_task(recipe), held
+    return build_task(recipe), saved
 
 
-def _refuse_quantised(task: Task) -> None:
+def _reject_quantised(task: Task) -> None:
     """Refuse a base whose weights are codes: an update added to them would be rounded away."""
     if getattr(task.config, "quantization_config", None) is not None:
         raise LoraError(
@@ -222,21 +222,21 @@ def _write_origin(folder: Path, adapter: Path, base: Fingerprint | None) -> None
     write_json(folder / "merge.json", facts | ({} if base is None else {"base": base.facts}))
 
 
-def _recipe_of(held: AdapterFolder, base: str | None) -> Recipe:
+def _recipe_of(saved: AdapterFolder, base: str | None) -> Recipe:
     """Return what PEFT's configuration, the tensors and the base say of the task."""
-    named = held.config.get("task_type")
+    named = saved.config.get("task_type")
     kind = next((k for k, spec in TASKS.items() if named and spec.peft_task_type == named), None)
-    name = base or held.config.get("base_model_name_or_path")
+    name = base or saved.config.get("base_model_name_or_path")
     if kind is None or not name:
         raise LoraError(
-            f"{held.path} does not say what it was trained for",
+            f"{saved.path} does not say what it was trained for",
             "--adapter",
             "give a recipe with `--recipe`, for its `model` and `task`",
         )
     recipe = Recipe.model_validate(
         {"model": {"name": name}, "task": {"type": kind}, "data": {"path": "none.csv"}}
     )
-    build_task(recipe).complete_from(held.tensors)
+    build_task(recipe).complete_from(saved.tensors)
     return recipe
 
 
@@ -250,7 +250,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _refuse_overflow(model: nn.Module, stored: dict[str, torch.dtype]) -> None:
+def _reject_overflow(model: nn.Module, stored: dict[str, torch.dtype]) -> None:
     """Refuse a weight that is not finite in the dtype that it is kept in."""
     for name, parameter in model.named_parameters():
         if not bool(parameter.to(stored[name]).isfinite().all()):

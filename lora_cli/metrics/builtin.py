@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lora_cli.errors import LoraError, Problem, beside
+from lora_cli.errors import LoraError, Problem, name_neighbours
 from lora_cli.metrics.word_tokenizers import bleu_words, canonical, rouge_words
 
 Channel = Literal["label", "value", "text", "nll"]
@@ -267,7 +267,7 @@ def check_metric_names(
         if spec is None:
             if is_script(name) and not os.path.exists(os.path.expanduser(name)):
                 what = f"there is no metric script `{name}`"
-                problems.append(Problem(what, at, beside(Path(name).expanduser())))
+                problems.append(Problem(what, at, name_neighbours(Path(name).expanduser())))
             continue
         if default_channel and spec.channel not in _FEEDS[default_channel]:
             reads, fed = _NOUNS[spec.channel], _NOUNS[default_channel]

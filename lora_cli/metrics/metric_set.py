@@ -71,8 +71,8 @@ class MetricSet:
         weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
         problems = []
         for name in dict.fromkeys(names):
-            if faults := check_metric_names([name], default_channel, context, at):
-                problems += faults
+            if errors := check_metric_names([name], default_channel, context, at):
+                problems += errors
                 continue
             options = {"cache_dir": scratch, "keep_in_memory": True}
             if spec := SPECS.get(name):

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from lora_cli.errors import IntegrityError, LoraError, nearest
-from lora_cli.files import refuse_links_outside
+from lora_cli.files import reject_links_outside
 from lora_cli.models.load_errors import check_config, explained, require_kind
 from lora_cli.recipe import Recipe
 from lora_cli.tensorfile import read_header
@@ -70,13 +70,13 @@ def locate(name: str, at: str = "model.name") -> str:
     elif not folder.is_absolute():
         return name
     if not folder.is_dir():
-        beside = [str(other) for other in folder.parent.glob("*/")]
-        close = nearest(str(folder), beside)
+        siblings = [str(other) for other in folder.parent.glob("*/")]
+        close = nearest(str(folder), siblings)
         raise LoraError(
             f"there is no folder {folder}", at, f"did you mean `{close}`?" if close else LOCAL
         )
     if not name.startswith("package:"):
-        refuse_links_outside(folder)
+        reject_links_outside(folder)
     if (folder / "adapter_config.json").is_file():  # transformers would put the adapter onto it
         hint = "name the base model itself; an adapter is named with `--adapter` or `adapter.from`"
         raise LoraError(f"{folder} contains an adapter, not a base model", at, hint)
@@ -323,11 +323,11 @@ def load_pretrained(
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     parameters = {name for name, _ in model.named_parameters()}
     missing = (set(info["missing_keys"]) | mismatched) & parameters
-    _refuse_misfits(model, mismatched, missing, recipe, has_head)
+    _reject_misfits(model, mismatched, missing, recipe, has_head)
     return model.to(device), missing
 
 
-def _refuse_misfits(
+def _reject_misfits(
     model: nn.Module, mismatched: set[str], missing: set[str], recipe: Recipe, has_head: bool
 ) -> None:
     """Refuse a model whose pretrained part would be random; a task's new head may be."""

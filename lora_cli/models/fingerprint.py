@@ -66,20 +66,20 @@ class Fingerprint:
         lines = "".join(f"{name} {self.tensors[name]}\n" for name in sorted(self.tensors))
         return hashlib.sha256(lines.encode()).hexdigest()[:32]
 
-    def differing(self, other: Fingerprint, held: Collection[str] = ()) -> list[str]:
+    def differing(self, other: Fingerprint, in_adapter: Collection[str] = ()) -> list[str]:
         """Return the names of tensors that another base has otherwise, not at all, or besides.
 
         Args:
             other: Of the other base.
-            held: Names of tensors that the adapter holds in full. What only the other base has is
-                no difference then: it was new when the adapter was trained (as the pooler that
-                masked language models lack).
+            in_adapter: Names of tensors that the adapter holds in full. What only the other base
+                has is no difference then: it was new when the adapter was trained (as the pooler
+                that masked language models lack).
         """
         ours, theirs = self.tensors, other.tensors
         besides = [
             name
             for name in theirs.keys() - ours.keys()
-            if not any(h == name or h.endswith(f".{name}") for h in held)
+            if not any(h == name or h.endswith(f".{name}") for h in in_adapter)
         ]
         return [*(name for name, h in ours.items() if theirs.get(name) != h), *sorted(besides)]
 
@@ -223,7 +223,7 @@ def require_base(
     base: Fingerprint | None,
     recipe: Recipe,
     what: str,
-    held: Collection[str] = (),
+    in_adapter: Collection[str] = (),
 ) -> Fingerprint | None:
     """Refuse a base that is not the one that something was trained on.
 
@@ -232,7 +232,7 @@ def require_base(
         base: The fingerprint of the recipe's base.
         recipe: Names the base, and may allow another.
         what: What was trained: `the adapter out/`.
-        held: Names of the tensors that it holds in full.
+        in_adapter: Names of the tensors that it holds in full.
 
     Returns:
         What to keep beside what is made on the base: its fingerprint, which remembers the other
@@ -249,7 +249,7 @@ def require_base(
     if trained_on is None:
         warn(f"{what} has no {BASE_FILE}: {unknown}")
         return base
-    others = trained_on.differing(base, held)
+    others = trained_on.differing(base, in_adapter)
     if not others:
         return replace(base, earlier=trained_on.earlier)
     text = f"`{base.name}` is not the base that {what} was trained on: {_first_of(others, base)}"

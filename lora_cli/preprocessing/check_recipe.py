@@ -107,22 +107,22 @@ def _encode_some(task: Task, splits: dict[str, Rows], warns: bool) -> None:
     says_unknown = False
     for name, rows in splits.items():
         some = next(rows.batches(FIRST_ROWS))
-        made: list[list[Example]] = []
+        encoded_rows: list[list[Example]] = []
         lengths = [characters_in(row) for row in some]
         for part in in_batches(lengths):
             if not warns and lengths[part.start] > LONG:
                 continue  # takes long, and is encoded with all rows afterwards
             encoded = encode_located(task, some[part], functools.partial(_place, rows, part.start))
             # what no warning needs is not kept: a long text has many examples
-            made += encoded if warns else (examples[:1] for examples in encoded)
-        if not any(made) and max(lengths) <= LONG and len(rows) <= FIRST_ROWS:
+            encoded_rows += encoded if warns else (examples[:1] for examples in encoded)
+        if not any(encoded_rows) and max(lengths) <= LONG and len(rows) <= FIRST_ROWS:
             raise nothing_trained(task, rows)
         if warns:
             if not says_unknown:  # once: the other splits are written in the same language
-                says_unknown = _warn_of_unknown(task, name, rows, made)
-            _warn_of(task, name, rows, some, made)
+                says_unknown = _warn_of_unknown(task, name, rows, encoded_rows)
+            _warn_of(task, name, rows, some, encoded_rows)
     if task.recipe.data.streaming:
-        Stream(task).look()
+        Stream(task).check_start()
 
 
 def _place(rows: Rows, first: int, i: int) -> str:
@@ -133,7 +133,11 @@ def _warn_of_unknown(
     task: Task, name: str, rows: Rows, examples: Sequence[Sequence[Example]]
 ) -> bool:
     """Warn if the processor cannot represent much of the first rows, and return whether."""
-    flat = [{**example, "row": row} for row, made in enumerate(examples) for example in made]
+    flat = [
+        {**example, "row": row}
+        for row, encoded_rows in enumerate(examples)
+        for example in encoded_rows
+    ]
     first = f"{name} (its first {FIRST_ROWS} rows)" if len(rows) > FIRST_ROWS else name
     _, warning = task.unknown_input(first, rows, flat)
     if warning is not None:
@@ -146,11 +150,11 @@ def _warn_of(
     name: str,
     rows: Rows,
     some: Sequence[dict[str, Any]],
-    made: Sequence[Sequence[Example]],
+    encoded_rows: Sequence[Sequence[Example]],
 ) -> None:
     """Say how many of the first rows leave nothing to train, or have control tokens in them."""
     of = f"of the first {len(some):,}" if len(some) < len(rows) else f"of {len(some):,}"
-    if empty := sum(not examples for examples in made):
+    if empty := sum(not examples for examples in encoded_rows):
         warn(
             f"{empty:,} {of} {name} rows leave nothing to train within {task.length_limit}, "
             "and are left out: raise `task.max_length`, or see `task.truncate`"

@@ -39,7 +39,7 @@ def pass_gate(task: Task, data: dict[str, Encoded]) -> Findings:
             with a faulty row among the first that are streamed.
     """
     if task.recipe.data.streaming:
-        Stream(task).look()
+        Stream(task).check_start()
     findings = examine(task, data)
     if findings.splits:
         sys.stderr.write(findings.table() + "\n")
@@ -48,7 +48,7 @@ def pass_gate(task: Task, data: dict[str, Encoded]) -> Findings:
     return findings
 
 
-def look_at_data(recipe: Recipe) -> tuple[Task, dict[str, Encoded]]:
+def inspect_data(recipe: Recipe) -> tuple[Task, dict[str, Encoded]]:
     """Read, encode and examine the data of a recipe, as training would; without the model."""
     task = build_task(recipe)
     task.load_processor()
@@ -62,16 +62,16 @@ def examine(task: Task, data: dict[str, Encoded]) -> Findings:
     findings = Findings(
         task.recipe, task.max_length, task.longer_hint, task.unit, task.length_limit
     )
-    looked = {name: _Look(task, name, split) for name, split in data.items()}
-    for name, look in looked.items():
-        findings.splits[name] = look.findings()
-        earlier = [other for other in looked if other != name][: len(findings.splits) - 1]
+    scans = {name: _Scan(task, name, split) for name, split in data.items()}
+    for name, scan in scans.items():
+        findings.splits[name] = scan.findings()
+        earlier = [other for other in scans if other != name][: len(findings.splits) - 1]
         if earlier:
-            findings.overlap[name] = {other: look.overlap(looked[other]) for other in earlier}
+            findings.overlap[name] = {other: scan.overlap(scans[other]) for other in earlier}
     return findings
 
 
-class _Look:
+class _Scan:
     """One pass over the rows of a split: fingerprints of their texts, and their labels."""
 
     def __init__(self, task: Task, name: str, split: Encoded) -> None:
@@ -135,7 +135,7 @@ class _Look:
                 self._found(near_repeated(self.texts), self.rows) if self.near else None
             ),
             contradictions=self._contradictions() if self.targets else None,
-            label_doubts=self._label_doubts(names) if self.name == "train" else [],
+            label_doubts=self._label_questions(names) if self.name == "train" else [],
         )
 
     def _about_control_tokens(self) -> str:
@@ -151,9 +151,9 @@ class _Look:
             )
         return f"{where}; they are read as text"
 
-    def _label_doubts(self, names: list[str]) -> list[str]:
+    def _label_questions(self, names: list[str]) -> list[str]:
         """Return what to ask of the labels: do two mean the same, has one no rows?"""
-        doubts = [
+        questions = [
             f"the labels {' and '.join(f'`{printable(name)}`' for name in alike)} look alike "
             f"({' and '.join(counted(self.labels[name], 'row') for name in alike)})"
             + (
@@ -167,13 +167,13 @@ class _Look:
         absent = [name for name in names if not self.labels[name]]
         if absent:
             more = f", nor of {len(absent) - 1} others" if len(absent) > 1 else ""
-            doubts.append(f"train has no row of the label `{printable(absent[0])}`{more}")
+            questions.append(f"train has no row of the label `{printable(absent[0])}`{more}")
         if "-1" in names:
             count = counted(self.labels["-1"], "row")
-            doubts.append(f"-1 is taken for a label ({count}): does it stand for none?")
-        return doubts
+            questions.append(f"-1 is taken for a label ({count}): does it stand for none?")
+        return questions
 
-    def overlap(self, other: _Look) -> Overlap:
+    def overlap(self, other: _Scan) -> Overlap:
         """Return what this split shares with another."""
         near = near_shared(self.texts, other.texts) if self.near else None
         return Overlap(
@@ -194,7 +194,7 @@ class _Look:
         return Found(count, count / len(self.rows), found.examples)
 
     def _found(self, pairs: tuple[Indices, Indices], others: Rows, labels: bool = False) -> Found:
-        rows, beside = pairs
+        rows, neighbours = pairs
         columns = self.task.compared_columns()
         examples = [
             Pair(
@@ -205,6 +205,8 @@ class _Look:
                 self.targets[row] if labels else None,
                 self.targets[other] if labels else None,
             )
-            for row, other in zip(rows[:N_SHOWN].tolist(), beside[:N_SHOWN].tolist(), strict=True)
+            for row, other in zip(
+                rows[:N_SHOWN].tolist(), neighbours[:N_SHOWN].tolist(), strict=True
+            )
         ]
         return Found(len(rows), len(rows) / len(self.rows), examples)

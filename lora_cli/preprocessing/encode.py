@@ -45,20 +45,20 @@ def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
     for split in rows.values():
         columns = task.input_columns() | task.target_columns()
         require_columns(columns, split.columns, split.source)
-    _refuse_unsupported(task, rows)
+    _reject_unsupported(task, rows)
     for name, split in rows.items():
         split = _without_skipped(task, name, split)
-        faults = {i: fault for i, row in enumerate(split) if (fault := task.row_error(row))}
-        if len(faults) == len(split) and recipe.data.on_bad_row == "skip":
-            what = f"no row of the {name} split can be used: {faults[0]}"
+        errors = {i: error for i, row in enumerate(split) if (error := task.row_error(row))}
+        if len(errors) == len(split) and recipe.data.on_bad_row == "skip":
+            what = f"no row of the {name} split can be used: {errors[0]}"
             hint = "is the column named correctly? `data.on_bad_row: skip` leaves no row here"
             raise LoraError(what, split.place(0), hint)
-        rows[name] = without(split, faults, recipe)
+        rows[name] = without(split, errors, recipe)
     task.learn_from(rows)
     return rows
 
 
-def _refuse_unsupported(task: Task, splits: dict[str, Rows]) -> None:
+def _reject_unsupported(task: Task, splits: dict[str, Rows]) -> None:
     """Reject splits with rows of a kind that no task reads, also where bad rows are skipped.
 
     Raises:
@@ -108,9 +108,9 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
         first = count = 0
         for batch in _bounded(rows.batches(1000)):
             place = functools.partial(_place, rows, first)
-            for offset, made in enumerate(encode_located(task, batch, place)):
-                count += len(made)
-                for example in made:
+            for offset, encoded in enumerate(encode_located(task, batch, place)):
+                count += len(encoded)
+                for example in encoded:
                     length = task.cost(example)
                     example = {"full_length": length, **example}
                     yield {**example, "row": first + offset, "length": length}
@@ -182,15 +182,15 @@ def encode_located(
     try:
         return _encoded(task, batch)
     except LoraError:
-        made = []
+        encoded = []
         for i, row in enumerate(batch):
             try:
-                made += _encoded(task, [row])
+                encoded += _encoded(task, [row])
             except LoraError as error:
                 if task.recipe.data.on_bad_row == "error":
                     raise LoraError([replace(p, at=place(i)) for p in error.problems]) from error
-                made.append([])
-        return made
+                encoded.append([])
+        return encoded
 
 
 def _encoded(task: Task, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
@@ -200,11 +200,11 @@ def _encoded(task: Task, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         LoraError: If the tokenizer fails on them, or returns a token that the model does not have.
     """
     try:
-        made = task.encode(rows)
+        encoded = task.encode(rows)
     except (LoraError, MemoryError):
         raise
     except Exception as error:  # tokenizers raise plain exceptions of many kinds
         what = f"the tokenizer cannot encode this row: {own_words(error)}"
         raise LoraError(what, hint="leave the row out, or change its text") from error
-    task.check_examples(list(chain.from_iterable(made)))
-    return made
+    task.check_examples(list(chain.from_iterable(encoded)))
+    return encoded

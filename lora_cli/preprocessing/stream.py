@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from lora_cli.data.load_rows import stream_rows, without_fault
+from lora_cli.data.load_rows import stream_rows, without_errors
 from lora_cli.data.text_lines import RawRow
 from lora_cli.errors import LoraError, counted
 from lora_cli.preprocessing.encode import encode_located
@@ -24,7 +24,7 @@ class Stream:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.skipped = 0  # rows of the first pass that gave no example
-        self.first_fault = ""
+        self.first_error = ""
 
     def __iter__(self) -> Iterator[Example]:
         number, self.skipped = 0, 0
@@ -36,10 +36,10 @@ class Stream:
                 is_empty = is_empty and not examples
                 number += 1
             if is_empty:
-                self._refuse()
+                self._reject()
             is_first = False
 
-    def look(self) -> None:
+    def check_start(self) -> None:
         """Check and encode the first rows, to find early what is wrong with all of them."""
         next(self._once(is_first=False), None)
 
@@ -48,16 +48,16 @@ class Stream:
         if not self.skipped:
             return None
         return (
-            f"skipped {counted(self.skipped, 'row')} of the stream; the first: {self.first_fault}"
+            f"skipped {counted(self.skipped, 'row')} of the stream; the first: {self.first_error}"
         )
 
     def _once(self, is_first: bool) -> Iterator[list[Example]]:
         """Yield the examples of each row without a fault."""
 
-        def skip(place: str, fault: str) -> None:
+        def skip(place: str, error: str) -> None:
             if is_first:
                 self.skipped += 1
-                self.first_fault = self.first_fault or f"{place}: {fault}"
+                self.first_error = self.first_error or f"{place}: {error}"
 
         task = self.task
 
@@ -68,23 +68,23 @@ class Stream:
                 else:
                     yield row
 
-        rows = without_fault(wanted(), task.row_error, task.recipe, skip)
+        rows = without_errors(wanted(), task.row_error, task.recipe, skip)
         while chunk := list(islice(rows, CHUNK)):
             for place, row in chunk:
                 if problem := task.label_problem(row, place):
                     raise LoraError([problem])
             places = [place for place, _ in chunk]
-            made = encode_located(task, [row for _, row in chunk], places.__getitem__)
-            for place, examples in zip(places, made, strict=True):
+            encoded = encode_located(task, [row for _, row in chunk], places.__getitem__)
+            for place, examples in zip(places, encoded, strict=True):
                 if not examples:
                     skip(place, f"nothing to train is left within {task.length_limit}")
                 yield [{**example, "place": place} for example in examples]
 
-    def _refuse(self) -> None:
+    def _reject(self) -> None:
         what, hint = "the train split has no rows", "name a file that has some"
         if self.skipped:
             what = (
-                f"none of {counted(self.skipped, 'row')} can be used; the first: {self.first_fault}"
+                f"none of {counted(self.skipped, 'row')} can be used; the first: {self.first_error}"
             )
             hint = "is the column named correctly? `data.on_bad_row: skip` leaves no row here"
         raise LoraError(what, self.task.recipe.at("data.train"), hint)

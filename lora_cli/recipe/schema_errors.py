@@ -49,41 +49,41 @@ def explain(
         faulty: Keys whose value was refused by the reader already.
     """
     absent = {key.rsplit(".", 1)[-1] for key in faulty}
-    faults = _faults(error, data, absent)
-    found = _problems(faults, data, places, faulty)
+    entries = _entries(error, data, absent)
+    found = _problems(entries, data, places, faulty)
     # Pydantic looks for conflicts only within a section that has no other fault: look again
     # without the keys that are wrong, as long as that shows more.
-    paths = [path for path, _ in faults]
-    while faults:
+    paths = [path for path, _ in entries]
+    while entries:
         pruned, removed = _without(paths, data)
         try:
             Recipe.model_validate(pruned)
             break
         except ValidationError as again:
-            faults = _faults(again, pruned, absent | removed)
-        faults = [(p, fault) for p, fault in faults if fault["type"] == "conflict"]
-        faults = [(p, fault) for p, fault in faults if p not in paths]
-        paths += [path for path, _ in faults]
-        found += _problems(faults, pruned, places, faulty)
+            entries = _entries(again, pruned, absent | removed)
+        entries = [(p, entry) for p, entry in entries if entry["type"] == "conflict"]
+        entries = [(p, entry) for p, entry in entries if p not in paths]
+        paths += [path for path, _ in entries]
+        found += _problems(entries, pruned, places, faulty)
     return found
 
 
-def _faults(error: ValidationError, data: Any, absent: set[str]) -> list[Fault]:
+def _entries(error: ValidationError, data: Any, absent: set[str]) -> list[Fault]:
     """Return pydantic's errors by the key that each is about.
 
     Conflicts that name an absent key are left out: its absence may be their only cause.
     """
-    faults: list[Fault] = []
-    for fault in error.errors(include_url=False):
-        path = _path_in(data, fault["loc"], fault["type"] == "missing")
-        if fault["type"] != "conflict":
-            faults.append((path, dict(fault)))
+    entries: list[Fault] = []
+    for entry in error.errors(include_url=False):
+        path = _path_in(data, entry["loc"], entry["type"] == "missing")
+        if entry["type"] != "conflict":
+            entries.append((path, dict(entry)))
             continue
-        for key, what, hint in fault["ctx"]["found"]:
+        for key, what, hint in entry["ctx"]["found"]:
             if not absent & set(re.findall(r"`(?:\w+\.)*(\w+)\b[^`]*`", f"{what} {hint}")):
                 where = (*path, *key.split(".")) if key else path
-                faults.append((where, {**fault, "msg": what, "hint": hint}))
-    return faults
+                entries.append((where, {**entry, "msg": what, "hint": hint}))
+    return entries
 
 
 def _path_in(data: Any, location: Sequence[str | int], missing: bool) -> KeyPath:
@@ -117,12 +117,12 @@ def _without(paths: list[KeyPath], data: Any) -> tuple[Any, set[str]]:
 
 
 def _problems(
-    faults: list[Fault], data: Any, places: dict[str, str], faulty: set[str]
+    entries: list[Fault], data: Any, places: dict[str, str], faulty: set[str]
 ) -> list[Problem]:
     by_key: dict[tuple[KeyPath, str], list[dict[str, Any]]] = {}
-    for path, fault in faults:
-        text = fault["msg"] if fault["type"] == "conflict" else ""
-        by_key.setdefault((path, text), []).append(fault)
+    for path, entry in entries:
+        text = entry["msg"] if entry["type"] == "conflict" else ""
+        by_key.setdefault((path, text), []).append(entry)
     # where a value may be a word or a list, a wrong item of a list is the list's only fault
     deeper = {path[:i] for path, _ in by_key for i in range(len(path))}
     problems = []
@@ -140,11 +140,11 @@ def _problems(
 
 def _problem(path: KeyPath, group: list[dict[str, Any]], data: Any, at: str | None) -> Problem:
     """Return the problem of one key; `group` holds a fault for each form its value may have."""
-    fault = group[0]
+    entry = group[0]
     name = str(path[-1]) if path else ""
-    about_key = fault["type"] == "string_pattern_mismatch" and fault["input"] == name
+    about_key = entry["type"] == "string_pattern_mismatch" and entry["input"] == name
     text = _description(path[:-1] if about_key else path, data)
-    match fault["type"]:
+    match entry["type"]:
         case "extra_forbidden":
             section = _schema_at(path[:-1], data)
             return Problem(f"unknown key `{name}`", at, _where_else(path, section))
@@ -154,15 +154,15 @@ def _problem(path: KeyPath, group: list[dict[str, Any]], data: Any, at: str | No
             about = f": {text[0].lower()}{text[1:].rstrip('.')}" if text else ""
             return Problem(f"`{name}` is missing{of}", at, f"add `{name}:`{about}")
         case "conflict":
-            return Problem(fault["msg"], at, fault["hint"])
+            return Problem(entry["msg"], at, entry["hint"])
         case "split":
-            return Problem(f"`{_shown(fault['input'])}` is not a split", at, fault["msg"])
+            return Problem(f"`{_shown(entry['input'])}` is not a split", at, entry["msg"])
         case "union_tag_invalid" | "union_tag_not_found":
             types = list(_field_at(path, data).get("discriminator", {}).get("mapping", {}))
-            given = str(fault["ctx"].get("tag", ""))
+            given = str(entry["ctx"].get("tag", ""))
             what = f"unknown type `{given}`" if given else f"`type` is missing from `{name}`"
             return Problem(what, at, did_you_mean(given, types))
-    given = fault["input"]
+    given = entry["input"]
     if given is None:
         what = f"`{name}`" if isinstance(path[-1], str) else f"item {path[-1] + 1} of `{path[-2]}`"
         return Problem(f"{what} is empty", at, f"give it a value, or leave it out: {text}")
@@ -183,25 +183,25 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:80] + "…"
 
 
-def _choices(fault: dict[str, Any]) -> list[str]:
-    if fault["type"] != "literal_error":
+def _choices(entry: dict[str, Any]) -> list[str]:
+    if entry["type"] != "literal_error":
         return []
-    return re.findall(r"'([^']+)'", fault["ctx"]["expected"])
+    return re.findall(r"'([^']+)'", entry["ctx"]["expected"])
 
 
-def _wanted(fault: dict[str, Any]) -> str:
-    if fault["type"] in ("too_short", "too_long"):
-        few = "at least" if fault["type"] == "too_short" else "at most"
-        count = fault["ctx"].get("min_length") or fault["ctx"]["max_length"]
+def _wanted(entry: dict[str, Any]) -> str:
+    if entry["type"] in ("too_short", "too_long"):
+        few = "at least" if entry["type"] == "too_short" else "at most"
+        count = entry["ctx"].get("min_length") or entry["ctx"]["max_length"]
         return f"a list of {few} {counted(count, 'item')}"
-    if fault["type"] == "literal_error":
-        return " or ".join(f"`{choice}`" for choice in _choices(fault))
-    message: str = fault["msg"]
+    if entry["type"] == "literal_error":
+        return " or ".join(f"`{choice}`" for choice in _choices(entry))
+    message: str = entry["msg"]
     for beginning in ("Input should be ", "Value should be ", "Input should "):
         message = message.removeprefix(beginning)
-    if fault["type"] == "string_pattern_mismatch":
-        return PATTERNS[fault["ctx"]["pattern"]]
-    return WANTED.get(fault["type"], message)
+    if entry["type"] == "string_pattern_mismatch":
+        return PATTERNS[entry["ctx"]["pattern"]]
+    return WANTED.get(entry["type"], message)
 
 
 # ------------------------------------------------------------------------------- the JSON schema

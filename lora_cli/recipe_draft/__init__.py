@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_cli.recipe_draft.commented_yaml import refuse_existing, write_recipe
+from lora_cli.recipe_draft.commented_yaml import reject_existing, write_recipe
 from lora_cli.recipe_draft.draft import Draft, draft_recipe
 
-__all__ = ["Draft", "draft_recipe", "refuse_existing", "write_recipe"]
+__all__ = ["Draft", "draft_recipe", "reject_existing", "write_recipe"]

@@ -57,7 +57,7 @@ class Base:
         return total
 
 
-def look_at(name: str) -> Base:
+def describe_base(name: str) -> Base:
     """Return what is known of a model; its weights are not read.
 
     The configuration and the tokenizer of a model on the Hub are downloaded, if they can be.

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from lora_cli.data.conversations import Conversation, conversation_fault, read_conversations
+from lora_cli.data.conversations import Conversation, conversation_error, read_conversations
 from lora_cli.errors import LoraError
 from lora_cli.recipe_draft.language_model_rows import Chosen
 
@@ -55,6 +55,6 @@ class TurnCounter:
 def conversations_of(row: dict[str, Any], chosen: Chosen) -> list[Conversation]:
     """Return the conversations of a row; none if it cannot be trained."""
     form, column = chosen.keys["format"], chosen.keys.get("messages_column")
-    if conversation_fault(row, form, column):
+    if conversation_error(row, form, column):
         return []
     return read_conversations(row, form, column)

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.characters import normalised
-from lora_cli.data.conversations import conversation_fault
+from lora_cli.data.conversations import conversation_error
 from lora_cli.data.detect_format import DataFile
 from lora_cli.data.held_out import containing, draw
 from lora_cli.data.parallel_texts import BRACES, parts_of
 from lora_cli.data.readers import read_rows
-from lora_cli.data.text_lines import byte_fault
+from lora_cli.data.text_lines import byte_error
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import FormatSpec
 from lora_cli.recipe.spec import CheckSpec, is_file
@@ -43,13 +43,13 @@ Rows = Sequence[dict[str, Any]]
 
 
 @dataclass
-class _Held:
+class _Splits:
     """The splits of the author, by name, and why others are none."""
 
     keys: Keys = field(default_factory=dict)
     train: Rows = ()
-    refused: dict[str, str] = field(default_factory=dict)
-    beside: list[dict[str, Any]] = field(default_factory=list)
+    rejected: dict[str, str] = field(default_factory=dict)
+    other_rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 def choose_splits(
@@ -67,12 +67,12 @@ def choose_splits(
     """
     mark = next((c for c in columns if c.kind == "split" and c.name not in chosen.used), None)
     if mark:
-        held = _by_column(file, mark, chosen)
+        chosen_splits = _by_column(file, mark, chosen)
     elif file.path.is_dir():
-        held = _by_folder(file, chosen)
+        chosen_splits = _by_folder(file, chosen)
     else:
-        held = _by_files(file, chosen, target)
-    missing = [name for name in ("validation", "test") if name not in held.keys]
+        chosen_splits = _by_files(file, chosen, target)
+    missing = [name for name in ("validation", "test") if name not in chosen_splits.keys]
     if file.form.get("sample_by") and len(file.rows) >= 20 and len(missing) == 2:
         # what stands side by side belongs together, so the end is held out in one piece
         end = {
@@ -80,14 +80,16 @@ def choose_splits(
             "validation": ("train[90%:]", ""),
         }
         return end, []
-    drawn = _draws(list(held.train), columns, chosen, len(missing) == 2)
+    drawn = _draws(list(chosen_splits.train), columns, chosen, len(missing) == 2)
     for name in missing:
         value, why = drawn.get(name, (None, ""))
-        said = "; ".join(filter(None, (held.refused.get(name), why)))
+        said = "; ".join(filter(None, (chosen_splits.rejected.get(name), why)))
         if said or value:
-            held.keys[name if value else ""] = value, said
+            chosen_splits.keys[name if value else ""] = value, said
     order = ("", "split_column", "train", "validation", "test")
-    return {name: held.keys[name] for name in order if name in held.keys}, held.beside
+    return {
+        name: chosen_splits.keys[name] for name in order if name in chosen_splits.keys
+    }, chosen_splits.other_rows
 
 
 def is_skipped(row: dict[str, Any], chosen: Chosen) -> bool:
@@ -103,11 +105,11 @@ def is_unusable(row: dict[str, Any], chosen: Chosen) -> bool:
     if any(is_blank(row.get(name)) for name in needed):
         return True
     if any(
-        isinstance(value := row.get(name), str) and byte_fault(value, "UTF-8") for name in needed
+        isinstance(value := row.get(name), str) and byte_error(value, "UTF-8") for name in needed
     ):
         return True
     if chosen.is_chat:
-        return bool(conversation_fault(row, keys["format"], keys.get("messages_column")))
+        return bool(conversation_error(row, keys["format"], keys.get("messages_column")))
     if names := keys.get("label_columns"):
         flags = [flag(row.get(name)) for name in names]
         return None in flags or (keys["problem"] == "single_label" and sum(map(bool, flags)) != 1)
@@ -118,7 +120,7 @@ def is_unusable(row: dict[str, Any], chosen: Chosen) -> bool:
 # ------------------------------------------------------------------------- splits of the author
 
 
-def _by_column(file: DataFile, mark: Column, chosen: Chosen) -> _Held:
+def _by_column(file: DataFile, mark: Column, chosen: Chosen) -> _Splits:
     """Return the splits that a column names."""
     named: dict[str, list[str]] = {}
     for value in mark.counts:
@@ -128,70 +130,72 @@ def _by_column(file: DataFile, mark: Column, chosen: Chosen) -> _Held:
         if not is_blank(row.get(mark.name)):
             rows[label_text(row[mark.name])].append(row)
     if len(named["train"]) > 1:
-        return _Held(train=file.rows)
+        return _Splits(train=file.rows)
     train = named["train"][0]
-    held = _Held(train=rows[train])
+    chosen_splits = _Splits(train=rows[train])
     for name in ("validation", "test"):
         for value in named.get(name, ())[:1]:
-            fault = _fault_of(rows[value], rows[train], chosen)
+            reason = _error_of(rows[value], rows[train], chosen)
             what = f"the rows that `{mark.name}` calls {value}"
-            if fault:
-                held.refused[name] = f"{what} are not used: {fault}"
+            if reason:
+                chosen_splits.rejected[name] = f"{what} are not used: {reason}"
             else:
-                held.keys[name] = value, f"{what}: {len(rows[value]):,}"
-    if not held.keys:  # then nothing speaks against training on all rows that are not held out
-        return _Held(train=file.rows, refused=held.refused)
+                chosen_splits.keys[name] = value, f"{what}: {len(rows[value]):,}"
+    if (
+        not chosen_splits.keys
+    ):  # then nothing speaks against training on all rows that are not held out
+        return _Splits(train=file.rows, rejected=chosen_splits.rejected)
     counts = ", ".join(f"{value} {len(rows[value]):,}" for value in mark.counts)
-    held.keys["split_column"] = mark.name, f"rows of each split: {counts}"
+    chosen_splits.keys["split_column"] = mark.name, f"rows of each split: {counts}"
     if train != "train":
-        held.keys["train"] = train, ""
-    return held
+        chosen_splits.keys["train"] = train, ""
+    return chosen_splits
 
 
-def _by_folder(file: DataFile, chosen: Chosen) -> _Held:
+def _by_folder(file: DataFile, chosen: Chosen) -> _Splits:
     """Return the splits that are files or folders of a folder."""
-    held = _Held(train=file.rows)
+    chosen_splits = _Splits(train=file.rows)
     form = FormatSpec.model_validate(file.form)
     for name, files in held_out_of(file.path, file.form).items():
         read = [row for other in files for row in read_rows(other, form)]
         rows = [row.columns for row in read if row.columns is not None]
-        fault = next((row.fault for row in read if row.fault), "")
+        reason = next((row.error for row in read if row.error), "")
         what = f"{counted(len(files), 'file')} in the folder"
-        if fault := fault or _fault_of(rows, file.rows, chosen):
-            held.refused[name] = f"{what} called {name} are not used: {fault}"
+        if reason := reason or _error_of(rows, file.rows, chosen):
+            chosen_splits.rejected[name] = f"{what} called {name} are not used: {reason}"
             continue
-        held.beside += rows
-        held.keys[name] = name, f"{what}: {counted(len(rows), 'row')}"
-    return held
+        chosen_splits.other_rows += rows
+        chosen_splits.keys[name] = name, f"{what}: {counted(len(rows), 'row')}"
+    return chosen_splits
 
 
-def _by_files(file: DataFile, chosen: Chosen, target: Path) -> _Held:
+def _by_files(file: DataFile, chosen: Chosen, target: Path) -> _Splits:
     """Return the splits whose files stand beside one that is called train."""
-    held = _Held(train=file.rows)
+    chosen_splits = _Splits(train=file.rows)
     match = re.search(r"(?i)(?<![a-z])train(ing)?(?![a-z])", file.path.name)
     if match is None:
-        return held
+        return chosen_splits
     before, after = file.path.name[: match.start()], file.path.name[match.end() :]
     for name, words in (("validation", "validation|valid|val|dev"), ("test", "test|testing")):
         pattern = re.compile(
             f"{re.escape(before)}({words})(?P<more>([-_][^.]+)?){re.escape(after)}", re.IGNORECASE
         )
-        beside = sorted(
+        other_rows = sorted(
             (other.name != before + other.name[len(before) :], len(other.name), other)
             for other in _around(file.path)
             if pattern.fullmatch(other.name)
         )
-        for _, _, other in beside[:1]:
-            fault, rows = _look_at(other, file, chosen)
-            if fault:
-                held.refused[name] = f"{other.name} next to it is not used: {fault}"
+        for _, _, other in other_rows[:1]:
+            reason, rows = _inspect(other, file, chosen)
+            if reason:
+                chosen_splits.rejected[name] = f"{other.name} next to it is not used: {reason}"
                 continue
             path = os.path.relpath(other, target.absolute().parent)
-            more = f"; also there: {', '.join(o.name for _, _, o in beside[1:4])}"
-            held.beside += rows
-            why = f"next to the file: {counted(len(rows), 'row')}{more if beside[1:] else ''}"
-            held.keys[name] = path if is_file(path) else f"./{path}", why
-    return held
+            more = f"; also there: {', '.join(o.name for _, _, o in other_rows[1:4])}"
+            chosen_splits.other_rows += rows
+            why = f"next to the file: {counted(len(rows), 'row')}{more if other_rows[1:] else ''}"
+            chosen_splits.keys[name] = path if is_file(path) else f"./{path}", why
+    return chosen_splits
 
 
 def _around(path: Path) -> list[Path]:
@@ -207,18 +211,18 @@ def _around(path: Path) -> list[Path]:
     return [pair for pair in pairs if all(part.is_file() for part in parts_of(pair).values())]
 
 
-def _look_at(path: Path, like: DataFile, chosen: Chosen) -> tuple[str, list[dict[str, Any]]]:
+def _inspect(path: Path, like: DataFile, chosen: Chosen) -> tuple[str, list[dict[str, Any]]]:
     """Return why a file cannot be a split of another, or nothing; and its rows."""
     try:
         rows = list(read_rows(path, FormatSpec.model_validate(like.form)))
     except LoraError as error:
         return error.problems[0].what, []
-    fault = next((row.fault for row in rows if row.fault), "")
+    reason = next((row.error for row in rows if row.error), "")
     found = [row.columns for row in rows if row.columns is not None]
-    return fault or _fault_of(found, like.rows, chosen), found
+    return reason or _error_of(found, like.rows, chosen), found
 
 
-def _fault_of(rows: Rows, train: Rows, chosen: Chosen) -> str:
+def _error_of(rows: Rows, train: Rows, chosen: Chosen) -> str:
     """Return why rows cannot measure what train teaches, or nothing."""
     rows = [row for row in rows if not is_skipped(row, chosen)]
     if not rows:
@@ -266,14 +270,14 @@ def _draws(
         what = f"{unique} different texts are" if unique > 1 else "one text is"
         return {"validation": (None, f"{what} too few to hold any out")}
     fraction = 0.2 if unique < 200 else 0.1 if unique < 20_000 else max(0.01, 2000 / unique)
-    held: dict[str, Any] = {"from": "train", "fraction": round(fraction, 2)}
+    chosen_splits: dict[str, Any] = {"from": "train", "fraction": round(fraction, 2)}
     why = [f"of {counted(len(rows), 'row')}"]
     group = _group_of(columns, chosen, rows)
     if group is not None:
-        held["group_by"] = group.name
+        chosen_splits["group_by"] = group.name
         why.append(f"`{group.name}` repeats: its rows stay on one side")
     elif (share := _inside_others(texts)) >= PHRASES:
-        held["disjoint"] = "substring"
+        chosen_splits["disjoint"] = "substring"
         why.append(f"{100 * share:.0f} % of the texts stand inside others: they go together")
     strata = _strata(rows, chosen)
     if strata and group is None:
@@ -281,7 +285,7 @@ def _draws(
         counts = Counter(stratum for stratum, _ in set(zip(strata, texts, strict=True)))
         least = min(counts.values())
         if least >= max(5, 1 / fraction):
-            held["stratify"] = True
+            chosen_splits["stratify"] = True
             why.append("each label in proportion")
         else:
             several = f"{least} different texts" if least > 1 else "one text only"
@@ -291,16 +295,16 @@ def _draws(
             texts,
             fraction,
             (0, 0),
-            held.get("disjoint", "exact"),
-            strata if "stratify" in held else None,
+            chosen_splits.get("disjoint", "exact"),
+            strata if "stratify" in chosen_splits else None,
             [str(row[group.name]) for row in rows] if group else None,
         )
     except LoraError as error:
         return {"validation": (None, error.problems[0].what)}
-    drawn: Keys = {"validation": (held, "; ".join(why))}
+    drawn: Keys = {"validation": (chosen_splits, "; ".join(why))}
     if unique >= 200:
         once = "used once, at the end"
-        drawn["test"] = dict(held), once if both else "; ".join([*why, once])
+        drawn["test"] = dict(chosen_splits), once if both else "; ".join([*why, once])
     return drawn
 
 

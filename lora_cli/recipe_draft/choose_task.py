@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_cli.data.conversations import conversation_fault
-from lora_cli.data.unreadable_files import refuse_tagged_rows
+from lora_cli.data.conversations import conversation_error
+from lora_cli.data.unreadable_files import reject_tagged_rows
 from lora_cli.data.unsupported_rows import Found, several_answers, unsupported
 from lora_cli.errors import LoraError, counted, did_you_mean
 from lora_cli.recipe_draft.column_kinds import Column, as_number, flag
@@ -95,12 +95,12 @@ def choose_task(
             what = f"the columns stand inside `{nested.name}`, and no task looks there"
             raise LoraError(what, place, unnested(nested, rows, place))
     if text is None and label is None and pair is None:
-        refuse_tagged_rows(rows, place)
+        reject_tagged_rows(rows, place)
         require_conversations(by_name, place)
         about_files = spoken(columns, place, can_write)
         written = about_files or conversation(columns, rows) or prompts(by_name)
         # a conversation may have a label too, and an encoder can learn nothing else
-        chosen = written if can_write else _label_beside(written, columns, by_name, rows, place)
+        chosen = written if can_write else _label_next_to(written, columns, by_name, rows, place)
         if chosen is not None:
             require_context(chosen, by_name, place)
     if chosen is None:
@@ -114,18 +114,18 @@ def choose_task(
     if not chosen.is_chat and (text is None or chosen.labels is not None):
         # texts that are learned alone say nothing of the other columns, if the user says so
         learned = chosen.keys.get("label_column") if text is not None else None
-        _refuse_rows(rows, place, lambda row: several_answers(row, learned))
+        _reject_rows(rows, place, lambda row: several_answers(row, learned))
     if chosen.keys["type"] == "causal_lm" and not can_write:
         raise _no_label(columns, rows, place, chosen)
     if chosen.is_chat or "prompt_column" in chosen.keys:
-        _refuse_unsupported(chosen, columns, rows, place)
+        _reject_unsupported(chosen, columns, rows, place)
     for column in columns:
         if column.name not in chosen.used | chosen.also_read:
             chosen.left_out[column.name] = content_of(column)
     return chosen
 
 
-def _refuse_unsupported(
+def _reject_unsupported(
     chosen: Chosen, columns: Sequence[Column], rows: Sequence[dict[str, Any]], place: str
 ) -> None:
     """Reject rows that only look like conversations, or like prompts with their answers.
@@ -133,7 +133,7 @@ def _refuse_unsupported(
     Raises:
         LoraError: If a row holds what no task reads, or none holds a conversation to be trained.
     """
-    _refuse_rows(rows, place, unsupported)
+    _reject_rows(rows, place, unsupported)
     if not chosen.is_chat:
         return
     talks = [column.name for column in columns if column.kind in ("openai", "sharegpt")]
@@ -142,13 +142,13 @@ def _refuse_unsupported(
         hint = "put the turns of a row into one column, in their order"
         raise LoraError(what, place, hint)
     form, column = chosen.keys["format"], chosen.keys.get("messages_column")
-    faults = [conversation_fault(row, form, column) for row in rows]
-    if all(faults):
+    errors = [conversation_error(row, form, column) for row in rows]
+    if all(errors):
         hint = "each row has a list of turns, of which one at least is the assistant's"
-        raise LoraError(f"no row can be trained: {faults[0]}", f"{place}, row 1", hint)
+        raise LoraError(f"no row can be trained: {errors[0]}", f"{place}, row 1", hint)
 
 
-def _refuse_rows(
+def _reject_rows(
     rows: Sequence[dict[str, Any]], place: str, test: Callable[[dict[str, Any]], Found | None]
 ) -> None:
     """Reject rows of which some hold what no task reads.
@@ -182,7 +182,7 @@ def _no_label(
     )
 
 
-def _label_beside(
+def _label_next_to(
     written: Chosen | None,
     columns: Sequence[Column],
     by_name: dict[str, Column],

@@ -86,7 +86,7 @@ def write_recipe(target: Path, text: str, extra_files: dict[str, str]) -> None:
     Raises:
         LoraError: If the recipe exists already, or its folder does not.
     """
-    refuse_existing(target)
+    reject_existing(target)
     schema = target.parent / SCHEMA
     if not schema.exists() or _is_our_schema(schema):
         write_atomically(schema, json.dumps(recipe_schema(), indent=1))
@@ -107,7 +107,7 @@ def _is_our_schema(file: Path) -> bool:
     return isinstance(found, dict) and found.get("title") == title and "$defs" in found
 
 
-def refuse_existing(target: Path) -> None:
+def reject_existing(target: Path) -> None:
     """Refuse to write where something is, or where there is no folder."""
     if target.exists():
         hint = "name another file with `-o FILE`, or remove this one first"

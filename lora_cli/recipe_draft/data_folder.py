@@ -95,11 +95,11 @@ def _joined(folder: Path, parts: Sequence[DataFile], files: Sequence[Path]) -> D
     if len(files) == 1:
         return first
     rows = [row for part in parts for row in part.rows]
-    faults = [fault for part in parts for fault in part.faults]
+    errors = [error for part in parts for error in part.errors]
     about = first.about
     if len(parts) > 1:
         about = f"{counted(len(parts), 'file')} in a folder, each a {about}"
-    return DataFile(folder, first.form, first.why, rows, faults, first.columns, first.named, about)
+    return DataFile(folder, first.form, first.why, rows, errors, first.columns, first.named, about)
 
 
 # -------------------------------------------------------------------------- a folder for a label
@@ -125,9 +125,9 @@ def _read_class_folders(folder: Path) -> DataFile:
     spec = FormatSpec.model_validate(form)
     rows: list[RawRow] = [row for file in files for row in read_rows(file, spec)]
     good = [row.columns for row in rows if row.columns is not None]
-    faults = [row for row in rows if row.columns is None]
+    errors = [row for row in rows if row.columns is None]
     about = f"{counted(len(files), 'text file')} in folders that name their labels, {encoding}"
-    return DataFile(folder, form, why, good, faults, ["label", "text"], True, about)
+    return DataFile(folder, form, why, good, errors, ["label", "text"], True, about)
 
 
 def _encoding_of(files: Sequence[Path]) -> tuple[str, str]:

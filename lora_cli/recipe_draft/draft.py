@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.cell_values import half_width
-from lora_cli.data.conversations import conversation_fault, read_conversations
+from lora_cli.data.conversations import conversation_error, read_conversations
 from lora_cli.data.csv_rows import delimiter_of
 from lora_cli.data.detect_format import DataFile
 from lora_cli.data.parallel_pairs import read_pair, translations_of
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import FormatSpec, Recipe
 from lora_cli.recipe_draft.answer_cuts import rows_without_answer
-from lora_cli.recipe_draft.base_model_info import Base, look_at
+from lora_cli.recipe_draft.base_model_info import Base, describe_base
 from lora_cli.recipe_draft.chat_lengths import TurnCounter
 from lora_cli.recipe_draft.choose_splits import Keys, Rows, choose_splits, is_unusable
 from lora_cli.recipe_draft.choose_task import choose_task
@@ -131,7 +131,7 @@ def _drafted(
 ) -> Draft:
     """Return the recipe; errors may speak of keys that only a recipe has."""
     file = read_source(source) if second is None else read_pair(source, second)
-    base = look_at(model)
+    base = describe_base(model)
     columns = [describe(name, file.rows, _delimiter(file)) for name in file.columns]
     if file.form.get("label_from") == "fasttext":
         columns = [_divided_by_spaces(column) for column in columns]
@@ -142,11 +142,11 @@ def _drafted(
     file, columns, chosen = _with_names(file, columns, chosen)
     card = card_here() if memory is None else Card(memory * GIB, f"a GPU of {memory:g} GiB")
     draft = Draft({"model": {"name": _relative(model, target, base)}}, {})
-    splits, beside = choose_splits(file, columns, chosen, target)
-    _task(draft, base, chosen, [file.rows, beside])
+    splits, other_rows = choose_splits(file, columns, chosen, target)
+    _task(draft, base, chosen, [file.rows, other_rows])
     _data(draft, file, columns, chosen, target, splits)
     _training(draft, base, len(file.rows), card)
-    if (warning := unknown_share([file.rows, beside], base, chosen)) is not None:
+    if (warning := unknown_share([file.rows, other_rows], base, chosen)) is not None:
         draft.findings.append(("unknown", warning))
     draft.values["output_dir"] = _output_dir(file.path, target)
     _say(draft, file, chosen)
@@ -213,7 +213,7 @@ def _with_names(
     rows = [{renamed(name): value for name, value in row.items()} for row in file.rows]
     names = [renamed(name) for name in file.columns]
     form = {**file.form, "columns": names}
-    file = DataFile(file.path, form, file.why, rows, file.faults, names, file.named, file.about)
+    file = DataFile(file.path, form, file.why, rows, file.errors, names, file.named, file.about)
     inputs = [renamed(name) for name in chosen.inputs]
     columns = [Column(**{**vars(column), "name": renamed(column.name)}) for column in columns]
     return file, columns, Chosen(keys, why, inputs, chosen.labels, chosen.left_out)
@@ -273,7 +273,7 @@ def _require_tool_template(base: Base, chosen: Chosen, splits: Sequence[Rows]) -
     form, column = chosen.keys["format"], chosen.keys.get("messages_column")
     found = set()
     for row in (row for rows in splits for row in rows):
-        if conversation_fault(row, form, column):
+        if conversation_error(row, form, column):
             continue  # it is skipped, and said so
         for conversation in read_conversations(row, form, column):
             found |= {"tools"} if conversation.tools else set()
@@ -342,13 +342,13 @@ def _data(
         draft.put("data", "format", file.form)
         for key, why in file.why.items():
             draft.why[f"data.format.{key}"] = why
-    faults = [fault.place for fault in file.faults]
+    errors = [error.place for error in file.errors]
     blank = sum(is_unusable(row, chosen) for row in file.rows)
-    if faults or blank:
+    if errors or blank:
         said = []
-        if faults:
-            what = f"{counted(len(faults), 'row')} cannot be read, the first at {faults[0]}"
-            said.append(f"{what} ({file.faults[0].fault})")
+        if errors:
+            what = f"{counted(len(errors), 'row')} cannot be read, the first at {errors[0]}"
+            said.append(f"{what} ({file.errors[0].error})")
         if blank:
             said.append(
                 f"{counted(blank, 'row')} {'lacks' if blank == 1 else 'lack'} a text or a label"
@@ -482,8 +482,10 @@ def _say(draft: Draft, file: DataFile, chosen: Chosen) -> None:
     if "on_bad_row" in data:
         say(("skipped", why["data.on_bad_row"]))
     if others := translations_of(file):
-        beside = ", ".join(other.name for other in others[:4])
-        what = f"next to it, with as many lines: {beside}; to learn to translate, name both files"
+        other_rows = ", ".join(other.name for other in others[:4])
+        what = (
+            f"next to it, with as many lines: {other_rows}; to learn to translate, name both files"
+        )
         say(("also", what))
     if chosen.left_out:
         parts = [f"`{name}` ({reason})" for name, reason in chosen.left_out.items()]

@@ -52,8 +52,8 @@ def unnested(column: Column, rows: Sequence[dict[str, Any]], place: str) -> str:
     value = next(value for row in rows if not is_blank(value := row.get(column.name)))
     how = f".{key}[]" if isinstance(value, list) else f".{key}"
     if len(rows) > 1 and not isinstance(value, list):
-        beside = [f"del(.{key})"] if len(rows[0]) > 1 else []
-        how = " + ".join([*beside, f".{key}"])
+        deletions = [f"del(.{key})"] if len(rows[0]) > 1 else []
+        how = " + ".join([*deletions, f".{key}"])
     return f"turn them into columns: `jq -c '{how}' {source} > flat.jsonl`"
 
 

@@ -64,8 +64,8 @@ def write_page(folder: Path, report: dict[str, Any] | None = None) -> Path:
         settings_section(report, folder),
     ]
     title = _title(report)
-    told = verdict(report, split, numbers, lines)
-    body = _top(report, title, told, log, split) + _contents(sections) + "".join(sections)
+    verdict_box = verdict(report, split, numbers, lines)
+    body = _top(report, title, verdict_box, log, split) + _contents(sections) + "".join(sections)
     write_atomically(folder / "report.html", document(title, f"<main>{body}{_end(report)}</main>"))
     return folder / "report.html"
 
@@ -81,7 +81,9 @@ def _title(report: dict[str, Any]) -> str:
     return f"{name} for {goal}" if goal else name
 
 
-def _top(report: dict[str, Any], title: str, told: Verdict, log: list[Line], split: str) -> str:
+def _top(
+    report: dict[str, Any], title: str, verdict_box: Verdict, log: list[Line], split: str
+) -> str:
     """Return the title, what was done, the verdict, and the figures that one asks for first."""
     adapter, ran = part(report, "adapter"), part(report, "training")
     data = part(report, "data", "train")
@@ -104,7 +106,7 @@ def _top(report: dict[str, Any], title: str, told: Verdict, log: list[Line], spl
     return (
         f'<header><div class="over">Training report{f" · {esc(day)}" if day else ""}</div>'
         f'<h1>{own(title)}</h1><p class="lead">{own(", ".join(filter(None, done)))}.</p></header>'
-        f"{_box(told.tone, told.head, told.text)}{_against_baselines(report)}"
+        f"{_box(verdict_box.tone, verdict_box.head, verdict_box.text)}{_against_baselines(report)}"
         f"{_caution(report, log)}{_tiles(report, split)}"
     )
 
@@ -233,10 +235,10 @@ def _results(report: dict[str, Any], numbers: Sequence[Line], split: str) -> str
     ]
     inner = grouped_table("metric", groups, body, "Results", strong="after")
     lines = part(report, "metric_definitions").items()
-    told = "".join(
+    verdict_box = "".join(
         f"<li><b>{own(n.replace('_', ' '))}</b>: {_code(words)}</li>" for n, words in lines
     )
-    inner += f'<ul class="plain">{told}</ul>' if told else ""
+    inner += f'<ul class="plain">{verdict_box}</ul>' if verdict_box else ""
     return section("results", "Results", " ".join(notes), inner)
 
 
@@ -301,9 +303,9 @@ def _curves(report: dict[str, Any], log: list[Line]) -> str:
 
 def _end(report: dict[str, Any]) -> str:
     version, when = report.get("lora_version"), report.get("created")
-    made = f"Made by lora{f' {esc(version)}' if version else ''}"
+    made_by = f"Made by lora{f' {esc(version)}' if version else ''}"
     at = f" on {esc(str(when)[:16].replace('T', ' '))}" if when else ""
     return (
-        f"<footer>{made}{at} from report.json, metrics.jsonl and predictions/ in this folder."
+        f"<footer>{made_by}{at} from report.json, metrics.jsonl and predictions/ in this folder."
         "</footer>"
     )

@@ -63,7 +63,7 @@ def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> No
     pairs = getattr(recipe.task, "text_pair_column", None)
     asked = "--input pairs.csv --output answers.csv" if pairs else '"Some text"'
     versions = [f"{key} {v}" for key, v in part(report, "versions").items() if v]
-    made = f"Made by {code_span(command)}. " if command else ""
+    made_by = f"Made by {code_span(command)}. " if command else ""
     definitions = part(report, "metric_definitions")
     parts = [
         f"---\n{yaml.safe_dump({k: v for k, v in front.items() if v}, sort_keys=False)}---",
@@ -80,7 +80,7 @@ def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> No
         "\n".join(f"- {code_span(n)}: {_with_code(words)}" for n, words in definitions.items()),
         "![Loss and validation metric over the steps](learning_curve.png)",
         f"## Data\n\n{_table(_data_rows(report))}" if part(report, "data") else "",
-        f"## Training\n\n{made}All settings: `recipe.yaml`.",
+        f"## Training\n\n{made_by}All settings: `recipe.yaml`.",
         _table(_training_rows(recipe, report)),
         f"Versions: {', '.join(versions)}." if versions else "",
     ]

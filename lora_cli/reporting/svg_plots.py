@@ -101,7 +101,7 @@ def curves(
     parts += [_line(frame, s) for s in series]
     keys = "".join(_key(f"bg-{s.color}", s.name) for s in series if s.name)
     keys += "".join(_key("dash", f"{name} {shown_number(value)}") for value, name in bases)
-    said = f"{title} over {last:,.0f} steps. {' '.join(_told(s) for s in series if not s.raw)}"
+    said = f"{title} over {last:,.0f} steps. {' '.join(_titled(s) for s in series if not s.raw)}"
     said += f" The best adapter is that of step {mark:,}." if mark is not None else ""
     said += f" It overfits from step {overfits:,} on." if overfits is not None else ""
     return _figure(title, keys, said, parts)
@@ -126,7 +126,7 @@ def _mark(frame: Frame, step: int) -> list[str]:
     return [line, _text(x, frame.top - 8, f"best: step {step:,}", side)]
 
 
-def _told(series: Series) -> str:
+def _titled(series: Series) -> str:
     """Return a line of a plot in words, for those who do not see it."""
     (first, start), (last, end) = series.points[0], series.points[-1]
     name = series.name[:1].upper() + series.name[1:] or "It"
@@ -234,11 +234,11 @@ def reliability(bins: Sequence[Bin], error: float) -> str:
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     parts.append(f'<path class="line orange" d="{path}"/>')
     for (x, y), b in zip(points, bins, strict=True):
-        told = f"{counted(b.rows, 'prediction')}: said {b.confidence:.3f}, true {b.accuracy:.3f}"
+        title = f"{counted(b.rows, 'prediction')}: said {b.confidence:.3f}, true {b.accuracy:.3f}"
         radius = 2.5 + 5 * math.sqrt(b.rows / total)  # a bin of few rows tells little
         parts.append(
             f'<circle class="dot orange" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}">'
-            f"<title>{told}</title></circle>"
+            f"<title>{title}</title></circle>"
         )
     keys = _key("bg-orange", "measured") + _key("dash", "perfect")
     said = f"Reliability diagram, expected calibration error {error:.4f}"

@@ -36,7 +36,7 @@ from lora_cli.tasks.padding import fill, tolerance
 from lora_cli.tasks.text_generation import (
     REPLACEMENT,
     Answer,
-    base_wishes,
+    base_generation_settings,
     decode,
     generate,
     stop_ids,
@@ -67,7 +67,7 @@ class CausalLM(TextTask):
         self.text_column = spec.text_column or "text"
         self.writes_answers = False
         self.n_cut_answers = self.n_cut_prompts = 0  # since they were last told
-        self._has_said_wishes = False
+        self._has_named_base_settings = False
 
     def load_processor(self) -> None:
         """Load the tokenizer, the configuration and the chat template."""
@@ -369,8 +369,8 @@ class CausalLM(TextTask):
 
     def answer_error(self, row: dict[str, Any]) -> str:
         """Return why a row cannot be answered, or nothing."""
-        if fault := self.input_error(row):
-            return fault
+        if reason := self.input_error(row):
+            return reason
         try:
             self._require_room(self.prompt(row))
         except LoraError as error:
@@ -449,18 +449,18 @@ class CausalLM(TextTask):
         options: GenerationSpec,
         streamer: Any = None,
     ) -> list[Answer]:
-        self._say_wishes(model)
+        self._warn_of_base_settings(model)
         stops, tokenizer = self.stop_ids(model), self.tokenizer
         return generate(
             model, prompts, tokenizer, options, self._pad, self.positions, stops, streamer
         )
 
-    def _say_wishes(self, model: nn.Module) -> None:
+    def _warn_of_base_settings(self, model: nn.Module) -> None:
         """Say once what the base would have liked, as its makers measured it so."""
-        is_first, self._has_said_wishes = not self._has_said_wishes, True
-        wishes = base_wishes(model) if is_first else {}
-        if wishes and os.environ.get("RANK", "0") == "0":
-            shown = ", ".join(f"{key} {value}" for key, value in wishes.items())
+        is_first, self._has_named_base_settings = not self._has_named_base_settings, True
+        settings_of_base = base_generation_settings(model) if is_first else {}
+        if settings_of_base and os.environ.get("RANK", "0") == "0":
+            shown = ", ".join(f"{key} {value}" for key, value in settings_of_base.items())
             warn(
                 f"the base's generation_config.json asks for {shown}; answers are written as "
                 "`evaluate.generation` of the recipe says, without that"

@@ -17,10 +17,10 @@ from lora_cli.data.conversations import (
     Conversation,
     Message,
     RowError,
-    conversation_fault,
+    conversation_error,
     read_conversations,
 )
-from lora_cli.data.readers import text_fault
+from lora_cli.data.readers import text_error
 from lora_cli.data.unsupported_rows import bad_answer, unread_media
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import CausalLMSpec
@@ -280,8 +280,8 @@ def input_error(row: dict[str, Any], spec: CausalLMSpec, columns: Sequence[str])
         columns: Those of the text or the prompt.
     """
     by_column = bool(spec.instruction_columns) or not spec.is_chat
-    if by_column and (fault := text_fault(row, columns)):
-        return fault
+    if by_column and (reason := text_error(row, columns)):
+        return reason
     if (spec.is_chat or spec.prompt_column) and (found := unread_media(row)):
         return f"it has {found[0]}"
     if not spec.is_chat:
@@ -302,10 +302,10 @@ def target_error(row: dict[str, Any], spec: CausalLMSpec, columns: Sequence[str]
         columns: That of the completion.
     """
     several = spec.format == "self_instruct"
-    if not several and (fault := text_fault(row, columns)):
-        return fault
+    if not several and (reason := text_error(row, columns)):
+        return reason
     if (spec.is_chat or spec.prompt_column) and (found := bad_answer(row)):
         return f"it has {found[0]}"
     if not spec.is_chat:
         return ""
-    return conversation_fault(row, spec.format, spec.messages_column)
+    return conversation_error(row, spec.format, spec.messages_column)

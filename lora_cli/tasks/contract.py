@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 
 from lora_cli.data.load_rows import Rows
 from lora_cli.data.row_texts import shown_value
-from lora_cli.data.text_lines import byte_fault
+from lora_cli.data.text_lines import byte_error
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean
 from lora_cli.metrics import (
     Channel,
@@ -279,8 +279,8 @@ class Task(ABC):
         """Return which column that is read holds bytes that are no text, or nothing."""
         for column in self.target_columns().values():
             value = row.get(column)
-            if isinstance(value, str) and (fault := byte_fault(value, "UTF-8")):
-                return f"column `{column}`: {fault}"
+            if isinstance(value, str) and (error := byte_error(value, "UTF-8")):
+                return f"column `{column}`: {error}"
         return ""
 
     def skip_reason(self, row: dict[str, Any]) -> str:

@@ -60,7 +60,7 @@ class Labels:
             raise LoraError(what, self.recipe.at("task.labels"), "name each label once")
         self.spec.labels = list(self.names)
         found = {name: self.count(rows) for name, rows in splits.items()}
-        self._refuse_unknown(splits, found)
+        self._reject_unknown(splits, found)
         if len(self.names) < 2 and self.spec.problem == "single_label":
             raise LoraError(
                 f"there is one label only, `{self.names[0]}`",
@@ -143,7 +143,7 @@ class Labels:
         form = self.recipe.data.format
         return NumberForm(form.decimal, form.thousands)
 
-    def number_fault(self, row: dict[str, Any]) -> str:
+    def number_error(self, row: dict[str, Any]) -> str:
         """Return why a row has no number to learn, or another currency than rows before it."""
         column = self.spec.label_column
         value = row.get(column)
@@ -155,7 +155,7 @@ class Labels:
             return f"column `{column}` {_said(value)}, where rows before it have `{self._currency}`"
         return ""
 
-    def fault_of_marks(self, row: dict[str, Any], columns: list[str]) -> str:
+    def error_of_marks(self, row: dict[str, Any], columns: list[str]) -> str:
         """Return why the columns of 0 and 1 cannot be read."""
         for column in columns:
             if flag(value := row.get(column)) is None:
@@ -164,7 +164,7 @@ class Labels:
         many = f"`{'`, `'.join(marked)}` are all 1" if marked else "no label's column is 1"
         return f"{many}; with `problem: single_label` it is one"
 
-    def _refuse_unknown(self, splits: dict[str, Rows], found: dict[str, Counter[str]]) -> None:
+    def _reject_unknown(self, splits: dict[str, Rows], found: dict[str, Counter[str]]) -> None:
         problems = []
         for name, values in found.items():
             unknown = [value for value in _sorted(values) if self.position(value) is None]

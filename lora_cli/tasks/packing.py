@@ -108,16 +108,16 @@ def check_packing(task: TextTask, model: nn.Module, split: Encoded) -> None:
     was_training = model.training
     model.eval()
     try:
-        packed, beside = (
+        packed, other_packed = (
             _logits(model, task.collate([one_row([before, second])] * n_rows).inputs)[:, start:]
             for before in (first, other)
         )
         alone = _logits(model, {"input_ids": torch.tensor([second["input_ids"]])})
-        packed, beside = (logits[:, : alone.shape[1]] for logits in (packed, beside))
+        packed, other_packed = (logits[:, : alone.shape[1]] for logits in (packed, other_packed))
     except TypeError:  # its forward takes no position ids
         leaks = True
     else:
-        seen = float((packed - beside).abs().max())
+        seen = float((packed - other_packed).abs().max())
         apart = float((packed - alone).abs().max())
         # the kernels of both packs are the same, so hardly anything is lost to rounding there
         fine = SAME_KERNELS * torch.finfo(alone.dtype).eps * float(alone.abs().max())

@@ -19,7 +19,7 @@ from transformers import (
 from lora_cli.data.json_rows import JSON_NAMES
 from lora_cli.data.label_lists import listed_labels
 from lora_cli.data.load_rows import Rows
-from lora_cli.data.readers import is_blank, text_fault
+from lora_cli.data.readers import is_blank, text_error
 from lora_cli.data.unsupported_rows import several_answers
 from lora_cli.errors import LoraError, Problem, counted
 from lora_cli.metrics import MetricContext
@@ -150,7 +150,7 @@ class SequenceClassification(TextTask):
 
     def input_error(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the texts, or nothing."""
-        return text_fault(row, filter(None, (self.spec.text_column, self.spec.text_pair_column)))
+        return text_error(row, filter(None, (self.spec.text_column, self.spec.text_pair_column)))
 
     def unsupported(self, row: dict[str, Any]) -> tuple[str, str] | None:
         """Return whether the label is a list of answers to be ranked, or of their scores."""
@@ -162,11 +162,11 @@ class SequenceClassification(TextTask):
         column = self.spec.label_column
         value = row.get(column)
         if self.spec.problem == "regression":
-            return self.reader.number_fault(row)
+            return self.reader.number_error(row)
         if self.reader.texts_of(row) is not None:
             return ""
         if self.spec.label_columns is not None:
-            return self.reader.fault_of_marks(row, self.spec.label_columns)
+            return self.reader.error_of_marks(row, self.spec.label_columns)
         if self.spec.problem == "multi_label":
             if isinstance(value, list):
                 return f"column `{column}` holds a list with a blank or a list in it"
@@ -212,8 +212,8 @@ class SequenceClassification(TextTask):
 
     def answer_error(self, row: dict[str, Any]) -> str:
         """Return why a row cannot be answered, or nothing."""
-        if fault := super().answer_error(row):
-            return fault
+        if reason := super().answer_error(row):
+            return reason
         try:
             (inputs,) = self._encode_checked([row])
             self.require_known_tokens(inputs["input_ids"])

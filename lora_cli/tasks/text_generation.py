@@ -86,7 +86,7 @@ def stop_note(
     return note
 
 
-def base_wishes(model: nn.Module) -> dict[str, Any]:
+def base_generation_settings(model: nn.Module) -> dict[str, Any]:
     """Return what the base's generation config asks for that would change what is written."""
     config = getattr(model, "generation_config", None)
     if config is None:

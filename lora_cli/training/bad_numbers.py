@@ -42,7 +42,7 @@ class BadStep:
         return f"warning: step {self.number} is left out: {NOT_FINITE}; its rows: {self.rows()}"
 
 
-def refuse_bad_steps(streak: Sequence[BadStep], recipe: Recipe, limit: int = MAX_BAD_STEPS) -> None:
+def reject_bad_steps(streak: Sequence[BadStep], recipe: Recipe, limit: int = MAX_BAD_STEPS) -> None:
     """Stop a run whose last steps were bad.
 
     Args:
@@ -62,7 +62,7 @@ def refuse_bad_steps(streak: Sequence[BadStep], recipe: Recipe, limit: int = MAX
     raise _error(f"{NOT_FINITE} {steps}", recipe, first - 1, cause)
 
 
-def refuse_bad_scale(scale: float, step: int, recipe: Recipe) -> None:
+def reject_bad_scale(scale: float, step: int, recipe: Recipe) -> None:
     """Stop a run in fp16 whose gradients overflow however small the loss scale is.
 
     Raises:
@@ -73,7 +73,7 @@ def refuse_bad_scale(scale: float, step: int, recipe: Recipe) -> None:
         raise _error(what, recipe, step, "or use bf16 or fp32")
 
 
-def refuse_bad_parameters(model: nn.Module, step: int, recipe: Recipe) -> None:
+def reject_bad_parameters(model: nn.Module, step: int, recipe: Recipe) -> None:
     """Refuse to save or evaluate a model whose trained parameters are not finite.
 
     Raises:

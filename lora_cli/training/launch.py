@@ -62,12 +62,12 @@ def explaining(recipe: Recipe, accelerator: Accelerator, stop: StopRequest) -> I
             raise
         raise SystemExit(error.exit_code) from None
     except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
-        if (full := resource_error(error, recipe, stop.doing)) is not None:
+        if (full := resource_error(error, recipe, stop.activity)) is not None:
             raise full from error
-        note_phase(error, stop.doing)
+        note_phase(error, stop.activity)
         raise
     except Exception as error:
-        note_phase(error, stop.doing)
+        note_phase(error, stop.activity)
         raise
 
 

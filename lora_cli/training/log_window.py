@@ -40,9 +40,9 @@ class Window:
         flags = torch.stack([result.bad, result.skipped])
         self._unread.append((BadStep(planned.number, planned.places), flags))
         if flags.device.type == "cpu":
-            self.look()
+            self.read()
 
-    def look(self) -> None:
+    def read(self) -> None:
         """Wait for the device, and learn which steps were bad or skipped."""
         if not self._unread:
             return
@@ -57,12 +57,12 @@ class Window:
     @property
     def loss(self) -> float:
         """Mean loss of the steps that are not bad; waits for the device."""
-        self.look()
+        self.read()
         return float(self.total) / self.steps if self.steps else float("nan")
 
     def note(self, state: TrainState) -> None:
         """Put into the state what the next line of the log will need."""
-        self.look()
+        self.read()
         state.unlogged_steps, state.unlogged_loss = self.steps, float(self.total)
 
     def record(self, state: TrainState) -> dict[str, float]:

@@ -42,41 +42,43 @@ WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal:
 SHARED = re.compile(r"shared memory|</torch_\w+>|shm_open|/dev/shm")
 
 
-def resource_error(error: BaseException, recipe: Recipe, doing: str) -> ResourceError | None:
+def resource_error(error: BaseException, recipe: Recipe, activity: str) -> ResourceError | None:
     """Return what to say of an error that means that memory or disk ran out, else None.
 
     Args:
         error: What was raised, by whichever library.
         recipe: Says how large the batches are, and where the result goes.
-        doing: What the run was doing.
+        activity: What the run was doing.
     """
     if is_out_of_memory(error):
-        return out_of_memory(recipe, doing)
+        return out_of_memory(recipe, activity)
     saved = peek_state(recipe.output_path)
     kept = f"the checkpoint of step {saved.step} is whole; " if saved else ""
-    if (worker := _worker_error(error, doing, kept)) is not None:
+    if (worker := _worker_error(error, activity, kept)) is not None:
         return worker
     number = system_error(error)
     if number == errno.ENOENT:
-        return _removed(error, recipe, doing)
+        return _removed(error, recipe, activity)
     if number not in DISK_ERRORS:
         return None
     name = getattr(error, "filename", None) or recipe.output_path
     hint = f"{kept}free some space, then continue with `--resume`"
-    return ResourceError(f"{DISK_ERRORS[number]} while {doing}", str(name), hint)
+    return ResourceError(f"{DISK_ERRORS[number]} while {activity}", str(name), hint)
 
 
-def _worker_error(error: BaseException, doing: str, kept: str) -> ResourceError | None:
+def _worker_error(error: BaseException, activity: str, kept: str) -> ResourceError | None:
     """Return what to say if a process that prepares batches died, or could not hand them over."""
     text = str(error)
     found = WORKER.search(text)
     if SHARED.search(text) or (found and found[2] == "Bus"):
-        what = f"the shared memory, through which workers hand over batches, is full while {doing}"
+        what = (
+            f"the shared memory, through which workers hand over batches, is full while {activity}"
+        )
         hint = f"{kept}go on with `--resume --set train.workers=0`, which needs none"
         return ResourceError(what, "/dev/shm", hint)
     if found is None:
         return None
-    what = f"a worker that prepares batches was killed while {doing}"
+    what = f"a worker that prepares batches was killed while {activity}"
     hint = (
         f"{kept}continue with `--resume`; if the machine's memory was full (`dmesg` says so), with "
         "`--set train.workers=0`"
@@ -84,14 +86,14 @@ def _worker_error(error: BaseException, doing: str, kept: str) -> ResourceError 
     return ResourceError(what, "train.workers", hint)
 
 
-def _removed(error: BaseException, recipe: Recipe, doing: str) -> ResourceError | None:
+def _removed(error: BaseException, recipe: Recipe, activity: str) -> ResourceError | None:
     """Return what to say of an output that was removed while the run wrote into it."""
     folder = recipe.output_path
     name = str(getattr(error, "filename", None) or folder)
     if folder.is_dir() and not Path(name).absolute().is_relative_to(folder.absolute()):
         return None
     lost = str(folder) if not folder.is_dir() else name
-    what = f"`{lost}` was removed while {doing}, by another program or by hand"
+    what = f"`{lost}` was removed while {activity}, by another program or by hand"
     hint = "what was saved in it is gone: start again, with `-o DIR` in another folder"
     if folder.is_dir() and peek_state(folder) is not None:
         hint = "go on from the checkpoints that are left with `--resume`"
@@ -105,29 +107,29 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in MEMORY_WORDS)
 
 
-def out_of_memory(recipe: Recipe, doing: str) -> ResourceError:
+def out_of_memory(recipe: Recipe, activity: str) -> ResourceError:
     """Return the error that says what to change when memory ends."""
     where = "the GPU's memory" if torch.cuda.is_available() else "the memory"
     train, evaluation = recipe.train, recipe.evaluate
     ways = []
-    if doing == TRAINING:
+    if activity == TRAINING:
         if train.micro_batch > 1:
             ways.append(f"`{_cut(train.step_size, train.micro_batch // 2)}` (the same steps)")
         if not train.gradient_checkpointing:
             ways.append("`--set train.gradient_checkpointing=true` (slower)")
-    elif doing == LOADING:
+    elif activity == LOADING:
         ways += ["`--set train.precision=bf16` (half the weights' size)"]
     else:
         size = evaluation.micro_batch_size or 2 * train.micro_batch
         if size > 1:
             ways.append(f"`--set evaluate.micro_batch_size={size // 2}` (the same numbers)")
-    if doing != LOADING and (longest := getattr(recipe.task, "max_length", None)):
+    if activity != LOADING and (longest := getattr(recipe.task, "max_length", None)):
         shorter = max(longest // 2, 1)
         ways.append(f"`--set task.max_length={shorter}` (cuts more texts)")
     hint = f"add {', or '.join(ways)}"
-    if doing != LOADING and (saved := peek_state(recipe.output_path)) is not None:
+    if activity != LOADING and (saved := peek_state(recipe.output_path)) is not None:
         hint += f"; with `--resume` all but the last continue from step {saved.step}"
-    return ResourceError(f"{where} is full while {doing}", hint=hint)
+    return ResourceError(f"{where} is full while {activity}", hint=hint)
 
 
 def _cut(step_size: int, micro_batch: int) -> str:

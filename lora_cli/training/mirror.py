@@ -33,7 +33,7 @@ from lora_cli.files import MANIFEST, sha256_of, verify_manifest
 from lora_cli.recipe import Recipe
 from lora_cli.training.checkpoints import FOLDER, checkpoints
 from lora_cli.training.output_folder import locked_output
-from lora_cli.training.train_state import TrainState, refuse_changes
+from lora_cli.training.train_state import TrainState, reject_changes
 
 FINAL, RUN = "final", "run.json"
 ANOTHER = "name another with `--set checkpoint.mirror=…`"
@@ -138,7 +138,7 @@ class Mirror:
         if owner is None:
             return []
         try:
-            return refuse_changes(owner, recipe, now)
+            return reject_changes(owner, recipe, now)
         except LoraError as error:
             first = Problem(f"{self.url} is the mirror of another run", self.at)
             *others, last = error.problems

@@ -63,7 +63,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return parameters with the same learning rate and weight decay together."""
     spec = recipe.train.optimizer
-    _refuse_empty_layer_groups(model, recipe)
+    _reject_empty_layer_groups(model, recipe)
     adapters = {
         f"{name}.{matrix}" for name in lora_layers(model) for matrix in ("lora_A", "lora_B")
     }
@@ -99,7 +99,7 @@ def _settings(name: str, kind: str | None, spec: OptimizerSpec) -> tuple[float, 
     )
 
 
-def _refuse_empty_layer_groups(model: nn.Module, recipe: Recipe) -> None:
+def _reject_empty_layer_groups(model: nn.Module, recipe: Recipe) -> None:
     trained = {layer_index(name) for name in trainable_parameters(model)}
     for layers in recipe.train.optimizer.groups.layers:
         chosen = parse_layers(layers)

@@ -27,7 +27,7 @@ from lora_cli.reporting.report import part
 from lora_cli.tasks import Encoded, Task
 from lora_cli.training.checkpoints import peek_state
 from lora_cli.training.progress import peak_memory_bytes
-from lora_cli.training.train_state import TrainState, recipe_facts, refuse_changes
+from lora_cli.training.train_state import TrainState, recipe_facts, reject_changes
 
 REPORT = "report.json"
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "safetensors")
@@ -44,24 +44,24 @@ def finished_report(recipe: Recipe, resume: bool) -> dict[str, Any] | None:
             or a complete run of another recipe.
     """
     folder = recipe.output_path
-    _refuse_foreign(recipe, resume)
+    _reject_foreign(recipe, resume)
     if not (folder / REPORT).exists():
         return None
     report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     state = peek_state(folder)
     if state is None:  # it was restored without its checkpoints
         state = TrainState(recipe=recipe_facts(load_adapter_recipe(folder)))
-        if changes := refuse_changes(state, recipe):
+        if changes := reject_changes(state, recipe):
             raise LoraError(
                 f"the run is complete, and without its checkpoints it cannot go on: {changes[0]}",
                 str(folder),
                 "start a new run in another folder with `-o DIR`; `adapter.from` takes this one's "
                 "adapter as its start",
             )
-    return None if refuse_changes(state, recipe) else report
+    return None if reject_changes(state, recipe) else report
 
 
-def refuse_other_rows(recipe: Recipe, report: dict[str, Any], data: dict[str, Encoded]) -> None:
+def reject_other_rows(recipe: Recipe, report: dict[str, Any], data: dict[str, Encoded]) -> None:
     """Refuse the results of a complete run if its rows are others by now.
 
     Args:
@@ -88,7 +88,7 @@ def refuse_other_rows(recipe: Recipe, report: dict[str, Any], data: dict[str, En
         raise LoraError(problems)
 
 
-def _refuse_foreign(recipe: Recipe, resume: bool) -> None:
+def _reject_foreign(recipe: Recipe, resume: bool) -> None:
     """Refuse an output folder that holds what this run must not write over."""
     folder, at = recipe.output_path, recipe.at("output_dir")
     if folder.exists() and not folder.is_dir():
@@ -120,7 +120,7 @@ def locked_output(recipe: Recipe, resume: bool) -> Iterator[None]:
     except OSError as error:
         raise _cannot_write(recipe, error) from error
     try:
-        _refuse_foreign(recipe, resume)
+        _reject_foreign(recipe, resume)
         yield
     finally:
         lock.release()

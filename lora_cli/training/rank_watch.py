@@ -86,12 +86,12 @@ class Watch:
         self.dead = int(line) if line.isdigit() else rank
         self._news.set()
         if self.rank == 0:
-            self._tell(str(self.dead))
+            self._send(str(self.dead))
         if not self._over.wait(GRACE_S):  # the process hangs in an operation with the dead one
             print(self.error(), file=sys.stderr, flush=True)  # noqa: T201 - there is no other way
             os._exit(ResourceError.exit_code)
 
-    def _tell(self, what: str) -> None:
+    def _send(self, what: str) -> None:
         for connection in list(self._connections.values()):
             with contextlib.suppress(OSError):
                 connection.sendall(f"{what}\n".encode())
@@ -117,7 +117,7 @@ class Watch:
         """
         self._over.set()
         if well:
-            self._tell("bye")
+            self._send("bye")
         for end in (self._server, *self._connections.values()):
             if end is not None:
                 with contextlib.suppress(OSError):

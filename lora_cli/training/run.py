@@ -16,7 +16,7 @@ from lora_cli.accelerator import start_accelerator
 from lora_cli.adapters.adapter_folder import differences_in_peft
 from lora_cli.adapters.attach import training_mode
 from lora_cli.adapters.make_trainable import make_trainable
-from lora_cli.environment import refuse_mpi
+from lora_cli.environment import reject_mpi
 from lora_cli.errors import counted
 from lora_cli.evaluation.evaluate_split import add_samples, evaluate
 from lora_cli.models.base_model import enable_gradient_checkpointing
@@ -26,9 +26,9 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Encoded, Task, build_task
 from lora_cli.training.bad_numbers import (
-    refuse_bad_parameters,
-    refuse_bad_scale,
-    refuse_bad_steps,
+    reject_bad_parameters,
+    reject_bad_scale,
+    reject_bad_steps,
 )
 from lora_cli.training.batches import Batches, PlannedStep
 from lora_cli.training.best_adapter import Judge
@@ -43,7 +43,7 @@ from lora_cli.training.output_folder import (
     finish,
     finished_report,
     locked_output,
-    refuse_other_rows,
+    reject_other_rows,
     start_report,
 )
 from lora_cli.training.progress import RunLog, clock, peak_memory_bytes
@@ -67,9 +67,9 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
         The report, as in `report.json`; of the earlier run, if that is complete.
     """
     started = time.monotonic()
-    refuse_mpi()
+    reject_mpi()
     accelerator = start_accelerator(recipe)
-    with watching(accelerator), ExitStack() as held:
+    with watching(accelerator), ExitStack() as resources:
         require_same_recipe(recipe, resume, accelerator)
         task = build_task(recipe)
         with main_process_first(accelerator):  # it reads and encodes; the others find its cache
@@ -79,12 +79,12 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
                 adopt_adapter(recipe)
             done = finished_report(recipe, resume)
             if accelerator.is_main_process and done is None:
-                held.enter_context(locked_output(recipe, resume))
+                resources.enter_context(locked_output(recipe, resume))
                 clear_leftovers(recipe.output_path)
             task.load_processor()
             data = load_data(task)
             if done is not None:
-                refuse_other_rows(recipe, done, data)
+                reject_other_rows(recipe, done, data)
                 return done
             findings = pass_gate(task, data) if accelerator.is_main_process else None
         stop = StopRequest(recipe, accelerator, started)
@@ -125,7 +125,7 @@ class Run:
         self.state = TrainState(recipe=recipe_facts(recipe), data=hashes, machine=machine)
         self.report = start_report(recipe, task, data, hashes, self.model, accelerator)
         self.judge = Judge(recipe, task)
-        self.in_doubt = False  # a checkpoint is due, and the last steps were bad
+        self.save_pending = False  # a checkpoint is due, and the last steps were bad
 
     def _load_model(self) -> tuple[nn.Module, list[str], Fingerprint | None]:
         """Return the model, ready to be trained, the modules trained in full, and its base."""
@@ -173,12 +173,12 @@ class Run:
                 self._train()
                 self._measure_best()
             except Stopping as stopping:
-                what = f"stopped while {self.stop.doing}; there was nothing new to save"
+                what = f"stopped while {self.stop.activity}; there was nothing new to save"
                 raise self.stop.error(what, stopping.by) from None
 
     def _train(self) -> None:
         state = self.state
-        self.stop.doing, self.stop.at_once = TRAINING, False
+        self.stop.activity, self.stop.at_once = TRAINING, False
         training_mode(self.model)
         self.window = Window(state, self.accelerator.device)
         self._clock = time.perf_counter()
@@ -226,7 +226,7 @@ class Run:
         state.tokens += planned.cost
         self.log.sample(step, planned.examples)
         self.log.advance(step)
-        refuse_bad_steps(self.window.streak, recipe)
+        reject_bad_steps(self.window.streak, recipe)
         if step == 1:
             self.log.warn_of_idle(result.idle)
         if step % recipe.train.log_every_steps == 0 or step in (1, self.total_steps):
@@ -235,7 +235,7 @@ class Run:
 
     def _log_step(self, rate: float) -> None:
         self._count_seconds()
-        self._look_at_numbers()
+        self._check_numbers()
         state, measured = self.state, self.window.record(self.state)
         left = (self.total_steps - state.step) * measured["seconds_per_step"]
         record = {
@@ -272,22 +272,22 @@ class Run:
         evaluating = "validation" in self.data and (last or self._due(recipe.evaluate.every_steps))
         asked = self.stop.poll()
         saving = last or asked.checkpoint or self._due(recipe.checkpoint.every_steps)
-        if not (evaluating or saving or asked.stop or self.in_doubt):
+        if not (evaluating or saving or asked.stop or self.save_pending):
             return
         self._count_seconds()
-        self._look_at_numbers()
-        refuse_bad_parameters(self.model, state.step, recipe)
+        self._check_numbers()
+        reject_bad_parameters(self.model, state.step, recipe)
         saving |= state.evaluation_due
         state.evaluation_due = evaluating
         stop = asked.stop or (self._evaluate() if evaluating else 0)
-        if saving or stop or state.stopped_early or self.in_doubt:
+        if saving or stop or state.stopped_early or self.save_pending:
             # after a bad step this waits until another, or validation, vouches for the weights
-            self.in_doubt = bool(self.window.streak)
+            self.save_pending = bool(self.window.streak)
             if last or state.stopped_early:
-                refuse_bad_steps(self.window.streak, recipe, limit=1)
-            if not self.in_doubt:
+                reject_bad_steps(self.window.streak, recipe, limit=1)
+            if not self.save_pending:
                 self._save()
-        if stop and not self.in_doubt:
+        if stop and not self.save_pending:
             raise self.stop.error(f"stopped at step {state.step}; everything is saved", stop)
         self._clock = time.perf_counter()  # evaluations and checkpoints are not counted
 
@@ -296,19 +296,19 @@ class Run:
         every_steps = every_steps or self.batches.steps_per_epoch or self.total_steps
         return self.state.step % every_steps == 0
 
-    def _look_at_numbers(self) -> None:
+    def _check_numbers(self) -> None:
         """Wait for the device, and stop if too many steps were bad."""
-        self.window.look()
-        refuse_bad_steps(self.window.streak, self.recipe)
+        self.window.read()
+        reject_bad_steps(self.window.streak, self.recipe)
         if self.accelerator.scaler is not None:
             scale = self.accelerator.scaler.get_scale()
-            refuse_bad_scale(scale, self.state.step, self.recipe)
+            reject_bad_scale(scale, self.state.step, self.recipe)
 
     def _measure_before(self) -> None:
         """Measure the model before training: what every later number is compared with."""
         if not self.recipe.evaluate.baseline:
             return
-        self.stop.doing, self.stop.at_once = "measuring the base, before the first step", True
+        self.stop.activity, self.stop.at_once = "measuring the base, before the first step", True
         for name in ("validation", "test"):
             if name in self.data:
                 self.state.before[name] = self._metrics(name, strict=True)
@@ -341,12 +341,12 @@ class Run:
             What broke the evaluation off, so that it is due still, or 0.
         """
         state = self.state
-        self.stop.doing = "evaluating"
+        self.stop.activity = "evaluating"
         try:
             metrics = self._metrics("validation")
         except Stopping as stopping:
             return stopping.by
-        self.stop.doing = TRAINING
+        self.stop.activity = TRAINING
         state.evaluation_due = False
         if math.isfinite(metrics["loss"]):
             self.window.streak = []
@@ -362,18 +362,18 @@ class Run:
     def _save(self) -> None:
         """Write a checkpoint."""
         self.window.note(self.state)
-        self.stop.doing = "saving"
+        self.stop.activity = "saving"
         began, self.state.logs = time.monotonic(), self.log.flush()
         self.saver.save(self.state, self.log.say)
         self.stop.saved(time.monotonic() - began)
-        self.stop.doing = TRAINING
+        self.stop.activity = TRAINING
 
     def _measure_best(self) -> None:
         """Measure validation and test with the best adapter, and complete the report."""
-        self.stop.doing, self.stop.at_once = "measuring the best adapter", True
+        self.stop.activity, self.stop.at_once = "measuring the best adapter", True
         if self.state.best is None and "validation" in self.data:
             self._metrics("validation", strict=True)  # is it that no loss was a number?
-        self.saver.settle(self.state)
+        self.saver.leave_best(self.state)
         after: dict[str, dict[str, float]] = {}
         for name in ("validation", "test"):
             if name in self.data:

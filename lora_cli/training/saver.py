@@ -33,8 +33,8 @@ from lora_cli.training.train_state import (
     TrainState,
     let_stopping_go_on,
     memory_facts,
-    refuse_changes,
-    refuse_fewer_steps,
+    reject_changes,
+    reject_fewer_steps,
 )
 
 
@@ -104,8 +104,8 @@ class Saver:
         if self.recipe.train.micro_batch_size == "auto":
             self.recipe.train._found_micro_batch = state.memory["micro_batch_size"]
         fresh.memory = memory_facts(self.recipe)
-        changes = refuse_changes(state, self.recipe, fresh)
-        refuse_fewer_steps(state, total_steps, self.recipe)
+        changes = reject_changes(state, self.recipe, fresh)
+        reject_fewer_steps(state, total_steps, self.recipe)
         for change in changes:
             say(f"warning: {change}")
         if (self.folder / REPORT).exists():
@@ -161,7 +161,7 @@ class Saver:
         self.accelerator.wait_for_everyone()
         state.published = sha256_of(self.folder / MANIFEST)
 
-    def settle(self, state: TrainState) -> None:
+    def leave_best(self, state: TrainState) -> None:
         """Let model and output folder hold the best adapter; the last, if none was judged.
 
         Raises:

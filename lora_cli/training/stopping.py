@@ -65,7 +65,7 @@ class StopRequest:
         self.every_minutes = recipe.checkpoint.every_minutes
         self.received = 0
         self.at_once = False
-        self.doing = LOADING
+        self.activity = LOADING
         self._until = started + max_hours * 3600 if max_hours else None
         self._saved = time.monotonic()
         self._longest_step_s = self._longest_save_s = 0.0
@@ -90,7 +90,7 @@ class StopRequest:
         if not self.received:
             self.received, self._since = number, now
             if self.at_once:
-                what = f"stopped while {self.doing}; there was nothing new to save"
+                what = f"stopped while {self.activity}; there was nothing new to save"
                 raise self.error(what, number)
         elif number == signal.SIGINT and now - self._since > self.MOMENT_S:
             raise SystemExit(128 + number)

@@ -107,7 +107,7 @@ def memory_facts(recipe: Recipe) -> dict[str, Any]:
     return {"micro_batch_size": train.micro_batch, "gradient_checkpointing": checkpointing}
 
 
-def refuse_changes(saved: TrainState, recipe: Recipe, now: TrainState | None = None) -> list[str]:
+def reject_changes(saved: TrainState, recipe: Recipe, now: TrainState | None = None) -> list[str]:
     """Refuse to go on with another recipe, other data, or on another machine.
 
     Where the result lies may change, and how memory is saved; with `checkpoint.allow_changes`
@@ -155,7 +155,7 @@ def let_stopping_go_on(state: TrainState, fresh: TrainState, say: Callable[[str]
         )
 
 
-def refuse_fewer_steps(state: TrainState, total_steps: int, recipe: Recipe) -> None:
+def reject_fewer_steps(state: TrainState, total_steps: int, recipe: Recipe) -> None:
     """Refuse a recipe with fewer steps than the run has made.
 
     Raises:

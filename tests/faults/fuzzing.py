@@ -281,15 +281,15 @@ def read_or_refused(case: Case, file: Path) -> str:
     try:
         with nothing_runs(), bounded():
             recipe = load_recipe(file, case.flags)
-        refused = None
+        rejected = None
     except LoraError as error:
-        refused = error
-    if refused is not None:
-        assert refused.exit_code == 2
-        assert refused.problems
-        for problem in refused.problems:
+        rejected = error
+    if rejected is not None:
+        assert rejected.exit_code == 2
+        assert rejected.problems
+        for problem in rejected.problems:
             check_problem(problem, file, case)
-        return kind_of(refused.problems[0])
+        return kind_of(rejected.problems[0])
     again = file.with_name("again.yaml")
     dumped = dump_recipe(recipe)
     again.write_text(dumped, encoding="utf-8", newline="")

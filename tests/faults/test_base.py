@@ -367,13 +367,13 @@ ALLOW = ("--set", "model.allow_other_base=true")
 
 @pytest.mark.parametrize("command", ["eval", "predict", "merge", "train"])
 def test_another_base_is_refused_unless_allowed(command: str, trained: Trained) -> None:
-    refused = lora(*trained.command(command, trained.other))
-    assert refused.code == 4, refused.err
+    rejected = lora(*trained.command(command, trained.other))
+    assert rejected.code == 4, rejected.err
     assert f"`{trained.other}` is not the base that the adapter {trained.out} was trained on" in (
-        refused.err
+        rejected.err
     )
-    assert f"`{QUERY}` differs" in refused.err
-    assert "--set model.allow_other_base=true" in refused.err
+    assert f"`{QUERY}` differs" in rejected.err
+    assert "--set model.allow_other_base=true" in rejected.err
     allowed = lora(*trained.command(command, trained.other, *ALLOW))
     assert allowed.code == 0, allowed.err
     assert allowed.err.count("warning: `") == 1
@@ -462,10 +462,10 @@ def test_a_run_does_not_go_on_with_another_base(tmp_path: Path) -> None:
         assert lora("train", run.recipe).code == 1
     shutil.copytree(run.out, tmp_path / "copy")
     edit(run.base / WEIGHTS, nudge(QUERY))
-    refused = lora("train", run.recipe, "--resume")
-    assert refused.code == 4
+    rejected = lora("train", run.recipe, "--resume")
+    assert rejected.code == 4
     assert f"is not the base that the run {run.out} was trained on: `{QUERY}` differs" in (
-        refused.err
+        rejected.err
     )
     allowed = lora("train", run.recipe, "--resume", *ALLOW)
     assert allowed.code == 0, allowed.err
@@ -576,10 +576,10 @@ def test_nothing_is_merged_into_a_quantised_base(
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
     _, out = llama_run(tmp_path, torch.float32)
-    refused = lora("merge", "--base", base, "--adapter", out, "--to", tmp_path / "merged")
-    assert refused.code == 2
-    assert "are quantised, so nothing can be added" in refused.err
-    assert "merge into the checkpoint that it was made from" in refused.err
+    rejected = lora("merge", "--base", base, "--adapter", out, "--to", tmp_path / "merged")
+    assert rejected.code == 2
+    assert "are quantised, so nothing can be added" in rejected.err
+    assert "merge into the checkpoint that it was made from" in rejected.err
     assert not (tmp_path / "merged").exists()
 
 

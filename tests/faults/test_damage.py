@@ -179,11 +179,11 @@ def test_each_damaged_checkpoint_is_named_and_without_a_whole_one_nothing_is_don
     assert "continuing from the one before, step-000001" in resumed.err
     os.truncate(copied / "checkpoints/step-000001" / OPTIMIZER_FILE, 100)
     before = (copied / "metrics.jsonl").read_bytes()
-    refused = run.resume(copied)
-    assert refused.code == 4
+    rejected = run.resume(copied)
+    assert rejected.code == 4
     for step in (1, 2, 3):
-        assert f"step-00000{step}" in refused.err
-    assert "no checkpoint is whole" in refused.err
+        assert f"step-00000{step}" in rejected.err
+    assert "no checkpoint is whole" in rejected.err
     assert (copied / "metrics.jsonl").read_bytes() == before
 
 
@@ -470,11 +470,11 @@ def test_both_lists_are_shown_of_renamed_tensors(run: Cut, tmp_path: Path) -> No
             for name in list(tensors)
         ],
     )
-    refused = lora("predict", "--adapter", deep, "a film")
-    assert refused.code == 4
-    assert refused.err.count("more like these") == 2 - (refused.err.count("is missing") < 9)
-    assert "is missing" in refused.err
-    assert refused.err.count("error:") < 20
+    rejected = lora("predict", "--adapter", deep, "a film")
+    assert rejected.code == 4
+    assert rejected.err.count("more like these") == 2 - (rejected.err.count("is missing") < 9)
+    assert "is missing" in rejected.err
+    assert rejected.err.count("error:") < 20
 
 
 def test_an_adapter_that_changes_nothing_warns(run: Cut, tmp_path: Path) -> None:

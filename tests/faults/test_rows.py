@@ -212,7 +212,7 @@ ENCODINGS = sorted({*encodings.aliases.aliases.values(), "unicode_escape", "utf-
     name=st.sampled_from(["x.csv", "x.tsv", "x.jsonl", "x.txt", "x.json.gz", "x.parquet"]),
 )
 @settings(max_examples=150)
-def test_any_bytes_in_any_encoding_are_rows_or_a_fault(
+def test_any_bytes_in_any_encoding_are_rows_or_a_error(
     raw: bytes, encoding: str, name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     file = tmp_path_factory.getbasetemp() / name
@@ -223,11 +223,11 @@ def test_any_bytes_in_any_encoding_are_rows_or_a_fault(
     file.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
     with bounded():
         try:
-            rows, fault = list(read_rows(file, form)), None
+            rows, reason = list(read_rows(file, form)), None
         except LoraError as error:
-            rows, fault = [], error.problems[0]
-    assert fault is None or (fault.at and fault.hint)
-    assert all(row.place and (row.columns is None) == bool(row.fault) for row in rows)
+            rows, reason = [], error.problems[0]
+    assert reason is None or (reason.at and reason.hint)
+    assert all(row.place and (row.columns is None) == bool(row.error) for row in rows)
 
 
 def test_a_pipe_that_no_one_writes_to_is_not_waited_for(world: World) -> None:
@@ -341,7 +341,7 @@ def test_a_zip_bomb_is_read_line_by_line(tmp_path: Path) -> None:
             out.write(b" " * 2**16 + b"\n")
     with bounded():
         (row,) = read_rows(file, FormatSpec())
-    assert row.fault == "1,048,577 fields where there are 2 columns"
+    assert row.error == "1,048,577 fields where there are 2 columns"
 
 
 # ------------------------------------------------------------ what `lora init` writes is accepted

@@ -178,10 +178,10 @@ def test_code_of_a_model_runs_only_if_the_users_own_recipe_says_so(
     base = hostile_base(world, tmp_path / "evil-base", sprung)
     path = edited_recipe(world.recipe, world.recipe.parent / "evil.yaml", model__name=str(base))
     out = ("-o", tmp_path / "out")
-    refused = lora("train", path, *out)
-    assert refused.code == 2
-    assert "it comes with Python code of its own" in refused.err
-    assert "--set model.trust_remote_code=true" in refused.err
+    rejected = lora("train", path, *out)
+    assert rejected.code == 2
+    assert "it comes with Python code of its own" in rejected.err
+    assert "--set model.trust_remote_code=true" in rejected.err
     for command in ("validate", "params"):
         assert lora(command, path).code == 2
     assert lora("init", world.rows, "--model", base, "-o", tmp_path / "r.yaml").code != 0
@@ -219,8 +219,8 @@ def test_the_recipe_beside_an_adapter_lets_no_code_run(world: World, tmp_path: P
         ("train", world.recipe, "-o", tmp_path / "new", "--set", f"adapter={{from: {out}}}",
          "--set", f"model.name={base}"),
     ):  # fmt: skip
-        refused = lora(*command)
-        assert refused.code in (2, 4), (command, refused.err)
+        rejected = lora(*command)
+        assert rejected.code in (2, 4), (command, rejected.err)
         assert not sprung.exists(), command
     assert not to.exists()
     trusted = ("--set", "model.trust_remote_code=true")
@@ -241,9 +241,9 @@ def test_an_expression_of_an_adapter_does_not_hold_us_up(
     out = hostile_adapter(world, tmp_path / "out")
     edit_json(out / "adapter_config.json", **changes)
     write_manifest_of(out)
-    refused = lora("eval", "--adapter", out)
-    assert refused.code == 2, refused.err
-    assert "`(.|..)+(?<=Q)` takes too long to match" in refused.err
+    rejected = lora("eval", "--adapter", out)
+    assert rejected.code == 2, rejected.err
+    assert "`(.|..)+(?<=Q)` takes too long to match" in rejected.err
 
 
 def write_manifest_of(out: Path) -> None:
@@ -262,9 +262,9 @@ def test_a_metric_of_the_recipe_beside_an_adapter_does_not_run(
     )
     monkeypatch.chdir(out)
     (out / "evil.py").write_text(METRIC.format(sprung=str(sprung)))
-    refused = lora("eval", "--adapter", out)
-    assert refused.code == 2
-    assert "metric `./evil.py` is a Python script" in refused.err
+    rejected = lora("eval", "--adapter", out)
+    assert rejected.code == 2
+    assert "metric `./evil.py` is a Python script" in rejected.err
     own = edited_recipe(world.recipe, tmp_path / "own.yaml", evaluate__metrics=["user/evil"],
                         data={"test": str(world.rows), "train": str(world.rows)})  # fmt: skip
     of_the_hub = lora("eval", "--adapter", world.out, "--recipe", own)
@@ -293,9 +293,9 @@ def test_a_package_beside_the_adapter_is_not_imported(
     shutil.copytree(world.base, out / "evil/inner/model")
     monkeypatch.chdir(out)
     monkeypatch.syspath_prepend(str(out))
-    refused = lora("predict", "--adapter", ".", "a film")
-    assert refused.code == 2
-    assert "`evil.inner` is not installed" in refused.err
+    rejected = lora("predict", "--adapter", ".", "a film")
+    assert rejected.code == 2
+    assert "`evil.inner` is not installed" in rejected.err
     assert not sprung.exists()
 
 
@@ -306,9 +306,9 @@ def test_a_model_folder_that_brings_an_adapter_along_is_refused(
     base = Path(shutil.copytree(world.base, tmp_path / "base"))
     shutil.copy(world.out / "adapter_config.json", base)
     shutil.copy(world.out / "adapter_model.safetensors", base)
-    refused = lora("predict", "--adapter", world.out, "a", "--set", f"model.name={base}")
-    assert refused.code == 2
-    assert "contains an adapter, not a base model" in refused.err
+    rejected = lora("predict", "--adapter", world.out, "a", "--set", f"model.name={base}")
+    assert rejected.code == 2
+    assert "contains an adapter, not a base model" in rejected.err
 
 
 # -------------------------------------------------------------------- outside the folders named
@@ -332,9 +332,9 @@ def test_a_manifest_names_no_file_outside(
     manifest = json.loads((out / MANIFEST).read_text())
     manifest["files"][name.format(secret=secret)] = {"bytes": 6, "sha256": sha256_of(secret)}
     (out / MANIFEST).write_text(json.dumps(manifest))
-    refused = lora("predict", "--adapter", out, "a film")
-    assert refused.code == 4
-    assert "outside its folder" in refused.err
+    rejected = lora("predict", "--adapter", out, "a film")
+    assert rejected.code == 4
+    assert "outside its folder" in rejected.err
 
 
 LINKS: dict[str, Callable[[Path, Path], object]] = {
@@ -361,10 +361,10 @@ def test_a_link_of_an_adapter_leads_nowhere_outside(
     shutil.copy(out / name, secret.with_name(name))
     (out / name).unlink()
     LINKS[kind](out / name, secret.with_name(name))
-    refused = lora("predict", "--adapter", out, "a film")
-    assert refused.code == 4
-    assert "is a link to" in refused.err
-    assert "which is outside the folder" in refused.err
+    rejected = lora("predict", "--adapter", out, "a film")
+    assert rejected.code == 4
+    assert "is a link to" in rejected.err
+    assert "which is outside the folder" in rejected.err
 
 
 def test_a_link_inside_the_folder_and_in_the_cache_of_the_hub_is_followed(
@@ -396,9 +396,9 @@ def test_a_link_of_a_model_leads_nowhere_outside(
     base = Path(shutil.copytree(world.base, tmp_path / "base"))
     (base / name).rename(secret.with_name(name))
     (base / name).symlink_to(secret.with_name(name))
-    refused = lora("predict", "--adapter", world.out, "a", "--set", f"model.name={base}")
-    assert refused.code == 4
-    assert f"`{name}` is a link to" in refused.err
+    rejected = lora("predict", "--adapter", world.out, "a", "--set", f"model.name={base}")
+    assert rejected.code == 4
+    assert f"`{name}` is a link to" in rejected.err
 
 
 @pytest.mark.parametrize(
@@ -415,9 +415,9 @@ def test_an_index_names_no_file_outside(
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
     with pytest.raises(IntegrityError, match="outside its folder"):
         shard_names(base / "model.safetensors.index.json")
-    refused = lora("predict", "--adapter", world.out, "a", "--set", f"model.name={base}")
-    assert refused.code == 4
-    assert "outside its folder" in refused.err
+    rejected = lora("predict", "--adapter", world.out, "a", "--set", f"model.name={base}")
+    assert rejected.code == 4
+    assert "outside its folder" in rejected.err
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', "[" * 100_000])
@@ -445,9 +445,9 @@ def test_a_publication_does_not_follow_links(world: World, secret: Path, tmp_pat
             (out / ".publish.ready" / name).write_text("{}")
             (out / name).unlink()
             (out / name).symlink_to(secret.parent)
-        refused = lora("predict", "--adapter", out, "a film")
-        assert refused.code == 4
-        assert "is a link to" in refused.err
+        rejected = lora("predict", "--adapter", out, "a film")
+        assert rejected.code == 4
+        assert "is a link to" in rejected.err
         assert secret.read_text() == "secret"
         assert len(list(secret.parent.iterdir())) == 1
 
@@ -480,9 +480,9 @@ def test_a_log_that_is_a_link_is_not_written(world: World, secret: Path, tmp_pat
     for name in ("report.json", "metrics.jsonl"):
         (out / name).unlink()
     (out / "metrics.jsonl").symlink_to(secret)
-    refused = lora("train", world.recipe, "-o", out, "--resume")
-    assert refused.code == 2
-    assert "is a link" in refused.err
+    rejected = lora("train", world.recipe, "-o", out, "--resume")
+    assert rejected.code == 2
+    assert "is a link" in rejected.err
     assert secret.read_text() == "secret"
 
 

@@ -45,7 +45,7 @@ def many_rows(tmp_path: Path, count: int = 8192) -> str:
     return f"data.train={file}"
 
 
-def fault_of(*arguments: Any, **named: Any) -> ResourceError | None:
+def error_of(*arguments: Any, **named: Any) -> ResourceError | None:
     """Return how a run ends, without the tensors that its traceback would keep alive."""
     try:
         train(*arguments, **named)
@@ -62,14 +62,14 @@ def test_memory_that_ends_in_a_step_is_said_with_flags_that_help(tmp_path: Path)
             "train.max_steps=3", "data.check.near_duplicates=false", many_rows(tmp_path, 8192),
             "data.validation=null", "checkpoint.every_steps=1"]  # fmt: skip
     with little_left(1200):
-        error, tries = fault_of(recipe(tmp_path, *sets)), 0
+        error, tries = error_of(recipe(tmp_path, *sets)), 0
         while error is not None:  # do as it says until it fits
             assert error.exit_code == 5
             assert "the GPU's memory is full while training" in str(error)
             hint, tries = str(error.problems[0].hint), tries + 1
             flags = hint[hint.index("`") + 1 : hint.index("` (the same")].split("--set ")[1:]
             sets += [flag.strip() for flag in flags]
-            error = fault_of(recipe(tmp_path, *sets), resume=True)
+            error = error_of(recipe(tmp_path, *sets), resume=True)
     assert 1 <= tries <= 8
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["training"]["steps"] == 3
@@ -95,7 +95,7 @@ def test_memory_that_ends_later_leaves_the_checkpoint(
         return real(*arguments)  # type: ignore[arg-type]  # as they were given
 
     monkeypatch.setattr(training_run, "train_step", crowded)
-    error = fault_of(recipe(tmp_path, *sets))
+    error = error_of(recipe(tmp_path, *sets))
     assert "go on from step 2" in str(error)
     taken.clear()
     torch.cuda.empty_cache()
@@ -118,7 +118,7 @@ def test_the_largest_micro_batch_that_fits_is_found(tmp_path: Path) -> None:
         assert 64 < micro < 4096  # all of a step do not fit
         assert report["training"]["examples_per_step"] == 4096
         too_many = ["train.micro_batch_size=4096", "train.examples_per_step=null"]
-        assert fault_of(recipe(tmp_path, *sets, *too_many, output="large")) is not None
+        assert error_of(recipe(tmp_path, *sets, *too_many, output="large")) is not None
     # where all fits there is one micro-batch, and the examples of each step are the same
     train(recipe(tmp_path, *sets, output="roomy"))
     roomy = load_checkpoint(tmp_path / "roomy")
