@@ -45,7 +45,7 @@ def logits(folder: Path, tmp_path: Path, **task: Any) -> tuple[dict[str, float],
     values = {"type": "sequence_classification", **task}
     built = build_task(load_recipe(tiny.recipe(folder, tmp_path, task=values)))
     built.load_processor()
-    built.prepare({})
+    built.learn_from({})
     torch.manual_seed(0)
     model = built.load_model(torch.device("cpu"))[0].eval()
     with torch.no_grad():
