@@ -55,7 +55,7 @@ CHAT = {"messages_column": "messages", "text_column": None, "chat_template": "ch
 
 
 def opened(folder: Path) -> Opened:
-    from lora_cli.evaluation.evaluate_split import open_adapter
+    from lora_cli.evaluation.open_adapter import open_adapter
 
     task, model, _ = open_adapter(folder, load_recipe(folder / "recipe.yaml"))
     return task, model

@@ -24,7 +24,8 @@ from lora_cli.adapters.attach import lora_layers, trainable_parameters
 from lora_cli.adapters.make_trainable import make_trainable
 from lora_cli.cli.app import app
 from lora_cli.errors import IntegrityError, LoraError
-from lora_cli.evaluation.evaluate_split import evaluate_adapter, open_adapter
+from lora_cli.evaluation.evaluate_split import evaluate_adapter
+from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.tasks import Task, build_task
 from lora_cli.training import run as training_run

@@ -74,7 +74,7 @@ def predict(
         reject_target(source, target, overwrite)  # before the model is loaded
     loaded = options.recipe_for(adapter, recipe, overrides)
     options.quiet_libraries()
-    from lora_cli.evaluation.evaluate_split import open_adapter
+    from lora_cli.evaluation.open_adapter import open_adapter
     from lora_cli.evaluation.predict import answer
 
     task, model, accelerator = open_adapter(adapter, loaded)
@@ -132,7 +132,7 @@ def _predict_file(
 def _converse(adapter: Path, recipe: Recipe) -> None:
     options.quiet_libraries()
     from lora_cli.evaluation.converse import HELP, converse, read_line
-    from lora_cli.evaluation.evaluate_split import open_adapter
+    from lora_cli.evaluation.open_adapter import open_adapter
 
     def lines() -> Iterator[str]:
         asking = sys.stdin.isatty()

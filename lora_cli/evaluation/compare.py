@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from lora_cli.accelerator import start_accelerator
 from lora_cli.data.load_rows import SPLITS
 from lora_cli.errors import LoraError, counted, did_you_mean, name_neighbours
-from lora_cli.evaluation.evaluate_split import best_by, evaluate, load_adapted, open_task
+from lora_cli.evaluation.evaluate_split import best_by, evaluate
+from lora_cli.evaluation.open_adapter import load_adapted, open_task
 from lora_cli.metrics import (
     builtin_value,
     is_exact_match,

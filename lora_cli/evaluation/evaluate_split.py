@@ -15,20 +15,16 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from lora_cli.accelerator import start_accelerator
-from lora_cli.adapters.adapter_folder import read_adapter
-from lora_cli.adapters.load_adapter import load_adapter, verify_base
 from lora_cli.characters import first_characters
 from lora_cli.data.detect_format import read_head
 from lora_cli.data.input_files import input_form
 from lora_cli.data.load_rows import SPLITS
 from lora_cli.errors import LoraError, NumericsError, require_file, warn
-from lora_cli.files import finish_publishing, reject_links_outside, verify_manifest
+from lora_cli.evaluation.open_adapter import load_adapted, open_task
 from lora_cli.metrics import MetricSet, metric_mode, result_names
-from lora_cli.models.base_facts import require_facts
-from lora_cli.models.fingerprint import fingerprint_of
 from lora_cli.preprocessing.batch_plan import Indices
-from lora_cli.preprocessing.encode import check_data, load_data
-from lora_cli.recipe import Recipe, check_labels, read_computation
+from lora_cli.preprocessing.encode import load_data
+from lora_cli.recipe import Recipe
 from lora_cli.reporting.report import strict
 from lora_cli.tasks import Encoded, Prediction, Task, build_task
 from lora_cli.tasks.finite_scores import likely_cause
@@ -245,62 +241,6 @@ def add_samples(
             samples.append({**sample, "reference": reference})
     for sample, (_, _, text) in zip(samples, found, strict=True):
         sample[when] = text
-
-
-def open_adapter(folder: Path, recipe: Recipe) -> tuple[Task, nn.Module, Accelerator]:
-    """Return the task, the base model with the adapter of a folder, and where it runs."""
-    accelerator = start_accelerator(recipe)
-    task = open_task(folder, recipe)
-    if not task.knows_labels:
-        check_data(task, ())
-    return task, load_adapted(folder, task, accelerator), accelerator
-
-
-def open_task(folder: Path, recipe: Recipe) -> Task:
-    """Return the task of a recipe; with `adapter.type: full` the folder is the model."""
-    if recipe.adapter.type == "full":
-        recipe.model.name = str(folder.absolute())
-    task = build_task(recipe)
-    task.trained_in = folder
-    task.load_processor()
-    return task
-
-
-def load_adapted(folder: Path, task: Task, accelerator: Accelerator) -> nn.Module:
-    """Return the base model with the adapter of a folder, in eval mode.
-
-    Raises:
-        IntegrityError: If the folder is damaged, or its base is another.
-    """
-    if task.recipe.adapter.type == "full":
-        reject_links_outside(folder)
-        finish_publishing(folder)
-        verify_manifest(folder)
-        check_labels(folder, task.recipe)
-        model = task.load_model(accelerator.device)[0].eval()
-        with accelerator.autocast():
-            task.fit_to_model(model)
-        return model
-    saved = read_adapter(folder)
-    check_use(folder, task)
-    model, new = task.load_model(accelerator.device)
-    verify_base(saved, fingerprint_of(task.recipe, model, new), task.recipe)
-    load_adapter(model, saved, new)
-    with accelerator.autocast():
-        task.fit_to_model(model.eval())
-    return model.eval()
-
-
-def check_use(folder: Path, task: Task) -> None:
-    """Check that an adapter is used as it was trained: its labels, and its base's config.json.
-
-    Raises:
-        IntegrityError: If they are not those of the training.
-    """
-    check_labels(folder, task.recipe)
-    trained = read_computation(folder)
-    if trained is not None:
-        require_facts(trained["base"], task.base_facts, task.recipe, f"the adapter {folder}")
 
 
 def measure_file(recipe: Recipe, file: Path) -> None:

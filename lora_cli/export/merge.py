@@ -18,7 +18,7 @@ from lora_cli.adapters.load_adapter import load_adapter, verify_base
 from lora_cli.adapters.merge_proof import ExpectedWeights, expected_weights, weights_of
 from lora_cli.adapters.tied_weights import separate, tied_groups
 from lora_cli.errors import IntegrityError, LoraError, NumericsError
-from lora_cli.evaluation.evaluate_split import check_use
+from lora_cli.evaluation.open_adapter import check_use
 from lora_cli.files import FolderLock, new_folder, write_json
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.recipe import (

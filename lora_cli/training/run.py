@@ -50,7 +50,7 @@ from lora_cli.training.progress import RunLog, clock, peak_memory_bytes
 from lora_cli.training.rank_agreement import require_same_recipe, require_same_start
 from lora_cli.training.rank_watch import watching
 from lora_cli.training.saver import Saver
-from lora_cli.training.step import train_step
+from lora_cli.training.step import StepResult, train_step
 from lora_cli.training.stopping import TRAINING, Stopping, StopRequest
 from lora_cli.training.train_state import TrainState, machine_facts, memory_facts, recipe_facts
 from lora_cli.unexpected_errors import phase
@@ -161,34 +161,76 @@ class Run:
 
     def train(self) -> None:
         """Train to the end, or until validation ceases to improve, then evaluate the best."""
-        state = self.state
-        self.saver.begin(state, self.notes.append)
+        self.saver.begin(self.state, self.notes.append)
         self._fit_memory()
         with self._log() as self.log, self.stop:
             for note in self.notes:
                 self.log.say(note)
             try:
-                if state.step == 0:
+                if self.state.step == 0:
                     self._measure_before()
-                self._train()
+                self._make_steps()
                 self._measure_best()
             except Stopping as stopping:
                 what = f"stopped while {self.stop.activity}; there was nothing new to save"
                 raise self.stop.error(what, stopping.by) from None
 
-    def _train(self) -> None:
-        state = self.state
+    def _make_steps(self) -> None:
+        """The loop: set the learning rate, make a step, log it, evaluate, save, stop."""
+        recipe, state, accelerator = self.recipe, self.state, self.accelerator
         self.stop.activity, self.stop.at_once = TRAINING, False
         training_mode(self.model)
-        self.window = Window(state, self.accelerator.device)
+        self.window = Window(state, accelerator.device)
         self._clock = time.perf_counter()
         if state.evaluation_due:  # the run was stopped before it, or in the middle
-            self._between_steps()
+            self._evaluate_and_save()
         for planned in self.batches.steps(state.step):
             if state.stopped_early:
                 break
-            self._step(planned)
-            self._between_steps()
+            began = time.monotonic()
+            # a step's noise depends on its number alone, so a resumed run needs no saved state
+            seed_everything(recipe.train.seed, planned.number, accelerator.process_index)
+            factor = learning_rate_factor(recipe.train.scheduler, planned.number, self.total_steps)
+            rate = set_learning_rate(self.optimizer, factor)
+            batches = [batch.to(accelerator.device) for batch in planned.batches]
+            with phase(f"training, in step {planned.number}"):
+                result = train_step(
+                    self.model,
+                    self.task,
+                    self.prepared,
+                    batches,
+                    accelerator,
+                    recipe.train.max_grad_norm,
+                )
+            self._record(planned, result, rate)
+            self.stop.stepped(time.monotonic() - began)
+            self._evaluate_and_save()
+
+    def _evaluate_and_save(self) -> None:
+        """Evaluate, save and leave, where it is time after a step."""
+        recipe, state = self.recipe, self.state
+        last = state.step == self.total_steps
+        evaluating = "validation" in self.data and (last or self._due(recipe.evaluate.every_steps))
+        asked = self.stop.poll()
+        saving = last or asked.checkpoint or self._due(recipe.checkpoint.every_steps)
+        if not (evaluating or saving or asked.stop or self.save_pending):
+            return
+        self._count_seconds()
+        self._check_numbers()
+        reject_bad_parameters(self.model, state.step, recipe)
+        saving |= state.evaluation_due
+        state.evaluation_due = evaluating
+        stop = asked.stop or (self._evaluate() if evaluating else 0)
+        if saving or stop or state.stopped_early or self.save_pending:
+            # after a bad step this waits until another, or validation, vouches for the weights
+            self.save_pending = bool(self.window.streak)
+            if last or state.stopped_early:
+                reject_bad_steps(self.window.streak, recipe, limit=1)
+            if not self.save_pending:
+                self._save()
+        if stop and not self.save_pending:
+            raise self.stop.error(f"stopped at step {state.step}; everything is saved", stop)
+        self._clock = time.perf_counter()  # evaluations and checkpoints are not counted
 
     def _log(self) -> RunLog:
         main = self.accelerator.is_main_process
@@ -202,36 +244,23 @@ class Run:
             name,
         )
 
-    # ------------------------------------------------------------------------------ a step
+    # ------------------------------------------------------------------------------ the log
 
-    def _step(self, planned: PlannedStep) -> None:
-        recipe, state, step = self.recipe, self.state, planned.number
-        began = time.monotonic()
-        # The noise of a step depends on its number alone, so a resumed run needs no saved state.
-        seed_everything(recipe.train.seed, step, self.accelerator.process_index)
-        factor = learning_rate_factor(recipe.train.scheduler, step, self.total_steps)
-        rate = set_learning_rate(self.optimizer, factor)
-        with phase(f"training, in step {step}"):
-            result = train_step(
-                self.model,
-                self.task,
-                self.prepared,
-                [batch.to(self.accelerator.device) for batch in planned.batches],
-                self.accelerator,
-                recipe.train.max_grad_norm,
-            )
+    def _record(self, planned: PlannedStep, result: StepResult, rate: float) -> None:
+        """Count a step, and log it where that is due."""
+        recipe, state = self.recipe, self.state
         self.window.add(planned, result)
-        state.step = step
+        state.step = planned.number
         state.examples += len(planned.examples)
         state.tokens += planned.cost
-        self.log.sample(step, planned.examples)
-        self.log.advance(step)
+        self.log.sample(state.step, planned.examples)
+        self.log.advance(state.step)
         reject_bad_steps(self.window.streak, recipe)
-        if step == 1:
+        if state.step == 1:
             self.log.warn_of_idle(result.idle)
-        if step % recipe.train.log_every_steps == 0 or step in (1, self.total_steps):
+        is_due = state.step % recipe.train.log_every_steps == 0
+        if is_due or state.step in (1, self.total_steps):
             self._log_step(rate)
-        self.stop.stepped(time.monotonic() - began)
 
     def _log_step(self, rate: float) -> None:
         self._count_seconds()
@@ -263,33 +292,7 @@ class Run:
     def _epoch(self) -> float:
         return round(self.batches.epoch_of(self.state.step), 4)
 
-    # ----------------------------------------------------------------------- between steps
-
-    def _between_steps(self) -> None:
-        """Evaluate, save and leave, where it is time."""
-        recipe, state = self.recipe, self.state
-        last = state.step == self.total_steps
-        evaluating = "validation" in self.data and (last or self._due(recipe.evaluate.every_steps))
-        asked = self.stop.poll()
-        saving = last or asked.checkpoint or self._due(recipe.checkpoint.every_steps)
-        if not (evaluating or saving or asked.stop or self.save_pending):
-            return
-        self._count_seconds()
-        self._check_numbers()
-        reject_bad_parameters(self.model, state.step, recipe)
-        saving |= state.evaluation_due
-        state.evaluation_due = evaluating
-        stop = asked.stop or (self._evaluate() if evaluating else 0)
-        if saving or stop or state.stopped_early or self.save_pending:
-            # after a bad step this waits until another, or validation, vouches for the weights
-            self.save_pending = bool(self.window.streak)
-            if last or state.stopped_early:
-                reject_bad_steps(self.window.streak, recipe, limit=1)
-            if not self.save_pending:
-                self._save()
-        if stop and not self.save_pending:
-            raise self.stop.error(f"stopped at step {state.step}; everything is saved", stop)
-        self._clock = time.perf_counter()  # evaluations and checkpoints are not counted
+    # ------------------------------------------------------------------------ evaluations
 
     def _due(self, every_steps: int | None) -> bool:
         """Return whether something is due that happens every so many steps, or every epoch."""

@@ -31,7 +31,7 @@ from transformers import (
 
 from lora_cli.adapters.attach import disabled
 from lora_cli.errors import IntegrityError
-from lora_cli.evaluation.evaluate_split import open_adapter
+from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.files import sha256_of
 from lora_cli.models.fingerprint import (
     BASE_FILE,
