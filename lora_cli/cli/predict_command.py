@@ -91,8 +91,7 @@ def predict(
         if as_json:
             typer.echo(json.dumps(named, ensure_ascii=False))
             continue
-        scores = sorted((p for p in values[1:] if isinstance(p, float)), reverse=True)[:1]
-        typer.echo(f"{values[0]}" + (f"\t{scores[0]:.4f}" if scores else ""))
+        typer.echo(task.answer_line(values))
     for line in task.take_warnings():
         typer.echo(f"warning: {line}", err=True)
 

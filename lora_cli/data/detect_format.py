@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.cell_values import FORMS, read_number
+from lora_cli.data.conll import is_conll
 from lora_cli.data.csv_quoting import Quoting, quoting_of
 from lora_cli.data.labelled_text import FASTTEXT, label_source
 from lora_cli.data.readers import KINDS, read_rows
@@ -80,7 +81,7 @@ class Head:
     """What the beginning of a file says of the whole.
 
     Args:
-        kind: csv, json, parquet or text.
+        kind: csv, json, parquet, text or conll.
         form: How it is read.
         named: Whether its first line names the columns.
         line_end: What its lines end with.
@@ -167,8 +168,10 @@ def _find(raw: bytes, path: Path) -> _Findings:
     else:
         encoding, why = encoding_of(raw)
         text = _sample(raw, encoding)
-        label_from = None if by_name in ("csv", "json") else label_source(text.splitlines())
-        found = _Findings("text" if label_from else _kind(text, by_name))
+        lines = text.splitlines()
+        is_tagged = by_name in (None, "text", "conll", "csv") and is_conll(lines)
+        label_from = None if is_tagged or by_name in ("csv", "json") else label_source(lines)
+        found = _Findings("text" if label_from else "conll" if is_tagged else _kind(text, by_name))
         if encoding != "utf-8":
             found.say("encoding", encoding, why)
         if found.kind == "csv":
@@ -212,7 +215,8 @@ def bytes_of(path: Path) -> bytes:
 def _about(found: _Findings, path: Path) -> str:
     if found.kind == "parquet":
         return "parquet"
-    words = [{"csv": "table", "json": "JSON", "text": "plain text"}[found.kind]]
+    kinds = {"csv": "table", "json": "JSON", "text": "plain text", "conll": "a word a line"}
+    words = [kinds[found.kind]]
     if found.kind == "csv":
         is_tsv = path.name.removesuffix(".gz").lower().endswith(".tsv")
         delimiter = found.form.get("delimiter") or ("\t" if is_tsv else ",")

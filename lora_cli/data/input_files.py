@@ -44,6 +44,8 @@ def input_form(
     found, given = (form.model_copy(update=encoding) for form in (head.form, given))
     if head.kind in ("json", "parquet"):
         return found
+    if head.kind == "conll":  # whose columns have the names that the recipe gives them, if any
+        return found.model_copy(update={"type": "conll", "columns": given.columns})
     if head.kind == "text" and (given.label_from or found.label_from):
         return _with_or_without_labels(head, found, given, wanted, labels)
     if given.header and kind_of(source, given) == "csv" and _fits(source, given, wanted):

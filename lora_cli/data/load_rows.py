@@ -459,8 +459,10 @@ def _hub_rows(recipe: Recipe, name: str) -> Rows:
 def _label_names(features: Any) -> dict[str, list[str]]:
     import datasets
 
+    # of a list of labels, those of its items
+    kinds = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
     return {
-        column: list(feature.names)
-        for column, feature in features.items()
-        if isinstance(feature, datasets.ClassLabel)
+        column: list(kind.names)
+        for column, kind in kinds.items()
+        if isinstance(kind, datasets.ClassLabel)
     }

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_cli.data.conll import read_conll
 from lora_cli.data.csv_quoting import quoting_of
 from lora_cli.data.csv_rows import column_names, read_records, width_error
 from lora_cli.data.json_rows import JSON_NAMES, read_json
@@ -26,16 +27,17 @@ from lora_cli.recipe import FormatSpec
 KINDS = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json",
     ".parquet": "parquet", ".txt": "text", ".text": "text",
+    ".conll": "conll", ".conllu": "conll", ".bio": "conll", ".iob": "conll", ".iob2": "conll",
 }  # fmt: skip
 
 
 def kind_of(path: Path, spec: FormatSpec) -> str:
-    """Return how a file is read: csv, json, parquet or text."""
+    """Return how a file is read: csv, json, parquet, text or conll."""
     if parts_of(path) or spec.label_from:
         return "text"
     kind = spec.type or kind_by_name(path.name)
     if kind is None:
-        hint = "set it with `--set data.format.type=csv` (or json, parquet, text)"
+        hint = "set it with `--set data.format.type=csv` (or json, parquet, text, conll)"
         if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
             hint = "save the spreadsheet as csv"
         raise LoraError(f"`{path.name}` is not a known kind of file", str(path), hint)
@@ -79,6 +81,8 @@ def read_rows(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
             yield from read_json(path, spec)
         case "parquet":
             yield from read_parquet(path, spec)
+        case "conll":
+            yield from read_conll(path, spec)
         case _:
             yield from _read_text(path, spec)
 

@@ -134,9 +134,8 @@ def _reply(
     """Write the answer to a line, and add both to the history."""
     writer = task.writer
     if writer is None:
-        ((said, *scores),) = answer(model, task, [task.parse_input(said)], accelerator)
-        best = sorted((p for p in scores if isinstance(p, float)), reverse=True)[:1]
-        write(f"{said}" + (f"\t{best[0]:.4f}" if best else "") + "\n")
+        (values,) = answer(model, task, [task.parse_input(said)], accelerator)
+        write(f"{task.answer_line(values)}\n")
         return
     writer.note_control_tokens([writer.parse_input(said)])
     if writer.is_chat:

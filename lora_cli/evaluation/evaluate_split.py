@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,12 +102,14 @@ def evaluate(
     part = predictions.with_name(f".{predictions.name}.tmp") if predictions is not None else None
     file = part.open("w", encoding="utf-8") if part is not None and main else None
     try:
-        for window in _windows(split, size):
+        joined = _Joined(task, split)
+        for window, is_last in _with_last(_windows(split, size)):
             rows = _predict_window(model, task, split, window, accelerator, stop)
             if stop is not None:
                 stop.check()
             if strict_loss:
                 _reject_bad_loss(rows, split, model, recipe)
+            rows = joined.add(rows, is_last)
             for term, total in sums.items():
                 total[0] += sum(row.losses[term][0] for row in rows)
                 total[1] += sum(row.losses[term][1] for row in rows)
@@ -176,10 +179,54 @@ def _predict_window(
         with phase(f"evaluating {first} and the rows after it"), accelerator.autocast():
             predictions = task.predict(model, batch)
         mine += zip(indices.tolist(), predictions, strict=True)
-    for _, prediction in mine:  # what perplexity is computed of
-        prediction.metric_inputs.setdefault("nll", (prediction.loss, prediction.n_items))
+    for _, prediction in mine:
+        _add_nll(prediction)
     together: list[tuple[int, Prediction]] = gather_object(mine)
     return [prediction for _, prediction in sorted(together, key=lambda pair: pair[0])]
+
+
+def _add_nll(prediction: Prediction) -> None:
+    """Add what perplexity is computed of."""
+    prediction.metric_inputs.setdefault("nll", (prediction.loss, prediction.n_items))
+
+
+def _with_last(windows: Iterator[list[Indices]]) -> Iterator[tuple[list[Indices], bool]]:
+    """Yield each window, and whether it is the last."""
+    before = next(windows, None)
+    for window in windows:
+        assert before is not None
+        yield before, False
+        before = window
+    if before is not None:
+        yield before, True
+
+
+class _Joined:
+    """Joins the examples of a row to one prediction, where the task's rows have one answer.
+
+    The examples of a row stand side by side; the last row of a window may go on in the next.
+    """
+
+    def __init__(self, task: Task, split: Encoded) -> None:
+        self.task, self.split = task, split
+        self.waiting: list[Prediction] = []
+
+    def add(self, parts: list[Prediction], is_last: bool) -> list[Prediction]:
+        """Return the predictions of the rows that are complete, given the next examples."""
+        if not self.task.joins_examples:
+            return parts
+        parts = self.waiting + parts
+        rows = [list(group) for _, group in groupby(parts, key=lambda part: part.row)]
+        self.waiting = [] if is_last or not rows else rows.pop()
+        return [self._join(row) for row in rows]
+
+    def _join(self, parts: list[Prediction]) -> Prediction:
+        found = self.task.join(self.split.rows[parts[0].row], parts)
+        for term in parts[0].losses:
+            sums = [part.losses[term] for part in parts]
+            found.losses[term] = (sum(loss for loss, _ in sums), sum(count for _, count in sums))
+        _add_nll(found)
+        return found
 
 
 def _line(prediction: Prediction, split: Encoded, task: Task) -> str:

@@ -19,14 +19,15 @@ from typing import Any, Literal
 import numpy as np
 
 from lora_cli.errors import LoraError, Problem, name_neighbours
+from lora_cli.metrics.entity_scores import entity_scores
 from lora_cli.metrics.word_tokenizers import bleu_words, canonical, rouge_words
 
-Channel = Literal["label", "value", "text", "nll"]
+Channel = Literal["label", "value", "text", "nll", "tags"]
 """What a metric reads of each evaluated row, as prediction and reference.
 
 `label`: class indices, or 0/1 lists of length `n_labels` where a row may have several; `value`:
 floats; `text`: strings; `nll`: the row's sum of negative log-likelihoods in nats, and its number of
-trained tokens.
+trained tokens; `tags`: lists of tags, one for each word.
 """
 Rows = list[Any]
 Mode = Literal["min", "max"]
@@ -37,8 +38,12 @@ _FEEDS: dict[Channel, tuple[Channel, ...]] = {
     "value": ("value",),
     "text": ("text", "nll"),
     "nll": ("nll", "text"),
+    "tags": ("tags",),
 }
-_NOUNS = {"label": "labels", "value": "numbers", "text": "texts", "nll": "log-likelihoods"}
+_NOUNS = {
+    "label": "labels", "value": "numbers", "text": "texts", "nll": "log-likelihoods",
+    "tags": "tags of words",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ class MetricSpec:
             several by name.
         mode: Whether less or more is better.
         results: The names of its numbers, where it gives several.
-        package: What it needs of the extra `text-metrics`.
+        package: What it needs that is not always installed.
+        extra: The extra that installs that.
         multi_label: Whether it is defined for rows with several labels.
     """
 
@@ -72,6 +78,7 @@ class MetricSpec:
     mode: Mode = "max"
     results: tuple[str, ...] = ()
     package: str | None = None
+    extra: str = "text-metrics"
     multi_label: bool = True
 
 
@@ -152,6 +159,10 @@ def _perplexity(nlls: Rows, n_tokens: Rows, context: MetricContext) -> float:
         return math.inf
 
 
+def _entity_scores(p: Rows, r: Rows, context: MetricContext) -> dict[str, float]:
+    return entity_scores(p, r)
+
+
 def is_exact_match(said: str, wanted: str) -> bool:
     """Return whether two texts are the same but for spaces around them and Unicode's form."""
     return canonical(said).strip() == canonical(wanted).strip()
@@ -213,7 +224,11 @@ SPECS: dict[str, MetricSpec] = {
     "exact_match": MetricSpec("text", _exact_match),
     "bleu": MetricSpec("text", _bleu, package="sacrebleu"),
     "rouge": MetricSpec("text", _rouge, results=_ROUGE, package="rouge_score"),
-}
+    "seqeval": MetricSpec(
+        "tags", _entity_scores, results=("f1", "precision", "recall"), package="seqeval",
+        extra="ner",
+    ),
+}  # fmt: skip
 
 # ------------------------------------------------------------------- names, without `evaluate`
 
@@ -279,7 +294,7 @@ def check_metric_names(
             problems.append(Problem(what, at, "f1_macro and f1_micro are"))
         if spec.package and importlib.util.find_spec(spec.package) is None:
             what = f"metric `{name}` needs the package `{spec.package}`, which is not installed"
-            problems.append(Problem(what, at, "pip install 'lora-cli[text-metrics]'"))
+            problems.append(Problem(what, at, f"pip install 'lora-cli[{spec.extra}]'"))
     return problems
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lora_cli.errors import printable
 from lora_cli.metrics.builtin import SPECS, MetricContext, is_script, result_names
+from lora_cli.metrics.entity_scores import DEFINITIONS
 from lora_cli.metrics.word_tokenizers import BLEU_WORDS, ROUGE_WORDS
 
 AVERAGES = {
@@ -74,6 +75,8 @@ def _line(metric: str, name: str, context: MetricContext) -> str:
             )
         case "bleu":
             return f"corpus BLEU, 0 to 100; {BLEU_WORDS}"
+        case "seqeval":
+            return DEFINITIONS[name]
         case "rouge":
             words = ROUGE_WORDS if name == "rouge1" else "words as for rouge1"
             return f"F1 of {ROUGE[name]}, mean over rows, 0 to 1; {words}"

@@ -157,8 +157,13 @@ def _builtin_class() -> Any:
             super().__init__(**options)
 
         def _info(self) -> Any:
-            kinds = {"label": "int64", "value": "float64", "text": "string", "nll": "float64"}
+            kinds = {
+                "label": "int64", "value": "float64", "text": "string", "nll": "float64",
+                "tags": "string",
+            }  # fmt: skip
             p = datasets.Value(kinds[self.spec.channel])
+            if self.spec.channel == "tags":
+                p = datasets.List(p)
             r = datasets.Value("int64") if self.spec.channel == "nll" else p
             if self.spec.channel == "label" and self.context.multi_label:
                 p = r = datasets.Sequence(p)
@@ -202,7 +207,7 @@ def _plain(
     channel: Channel, predictions: Sequence[Any], references: Sequence[Any]
 ) -> tuple[Rows, Rows]:
     """Return rows as lists of what Arrow stores without guessing."""
-    if channel == "text":
+    if channel in ("text", "tags"):
         return list(predictions), list(references)
     p, r = np.asarray(predictions), np.asarray(references)
     assert channel != "label" or (p.dtype.kind in "biu" and r.dtype.kind in "biu"), (p, r)

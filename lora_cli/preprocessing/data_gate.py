@@ -93,9 +93,9 @@ class _Scan:
             start += len(batch)
             self.empty_rows += sum(not text.strip() for text in texts)
             for row in batch:
-                if (labels := self.task.labels_of(row)) is not None:
-                    self.targets.append(", ".join(labels))
-                    self.labels.update(labels)
+                if (answer := self.task.answer_of(row)) is not None:
+                    self.targets.append(answer)
+                    self.labels.update(self.task.labels_of(row) or ())
             yield texts
 
     def findings(self) -> SplitFindings:
@@ -108,7 +108,7 @@ class _Scan:
         kept = np.bincount(which, split.lengths, minlength=len(of_row))
         cut = long & (kept < full)
         p50, p95 = (int(q) for q in np.percentile(full, (50, 95), method="lower"))
-        names = task.labels
+        names = task.label_names
         unknown_share, unknown_warning = task.unknown_input(self.name, self.rows, split.examples)
         return SplitFindings(
             rows=len(self.rows),

@@ -46,8 +46,9 @@ def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
         columns = task.input_columns() | task.target_columns()
         require_columns(columns, split.columns, split.source)
     _reject_unsupported(task, rows)
+    rows = {name: _without_skipped(task, name, split) for name, split in rows.items()}
+    task.learn_form(rows)
     for name, split in rows.items():
-        split = _without_skipped(task, name, split)
         errors = {i: error for i, row in enumerate(split) if (error := task.row_error(row))}
         if len(errors) == len(split) and recipe.data.on_bad_row == "skip":
             what = f"no row of the {name} split can be used: {errors[0]}"

@@ -25,6 +25,7 @@ from lora_cli.recipe.spec import (
     SequenceClassificationSpec,
     SplitSpec,
     TaskSpec,
+    TokenClassificationSpec,
     TrainSpec,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "ModelSpec",
     "TaskSpec",
     "SequenceClassificationSpec",
+    "TokenClassificationSpec",
     "CausalLMSpec",
     "DataSpec",
     "SplitSpec",

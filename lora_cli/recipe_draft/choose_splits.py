@@ -108,6 +108,8 @@ def is_unusable(row: dict[str, Any], chosen: Chosen) -> bool:
         isinstance(value := row.get(name), str) and byte_error(value, "UTF-8") for name in needed
     ):
         return True
+    if chosen.row_error is not None:
+        return bool(chosen.row_error(row))
     if chosen.is_chat:
         return bool(conversation_error(row, keys["format"], keys.get("messages_column")))
     if names := keys.get("label_columns"):

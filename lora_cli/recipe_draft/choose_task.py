@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 from lora_cli.data.conversations import conversation_error
-from lora_cli.data.unreadable_files import reject_tagged_rows
 from lora_cli.data.unsupported_rows import Found, several_answers, unsupported
 from lora_cli.errors import LoraError, counted, did_you_mean
 from lora_cli.recipe_draft.column_kinds import Column, as_number, flag
@@ -28,6 +27,7 @@ from lora_cli.recipe_draft.language_model_rows import (
     spoken,
 )
 from lora_cli.recipe_draft.nested import require_flat
+from lora_cli.recipe_draft.tagged_rows import tagged
 from lora_cli.recipe_draft.text_columns import (
     content_of,
     listed,
@@ -88,14 +88,14 @@ def choose_task(
         if name is not None and name not in by_name and not (option == "--label" and name == NONE):
             hint = did_you_mean(name, by_name, "its columns are")
             raise LoraError(f"{place} has no column `{name}`", option, hint)
-    chosen = None
+    if pair is None and (chosen := tagged(columns, rows, place, text, label)) is not None:
+        return _with_left_out(chosen, columns)
     if text is None and not any(column.kind in READABLE for column in columns):
         nested = next((column for column in columns if column.kind == "other"), None)
         if nested is not None:
             what = f"the columns stand inside `{nested.name}`, and no task looks there"
             raise LoraError(what, place, unnested(nested, rows, place))
     if text is None and label is None and pair is None:
-        reject_tagged_rows(rows, place)
         require_conversations(by_name, place)
         about_files = spoken(columns, place, can_write)
         written = about_files or conversation(columns, rows) or prompts(by_name)
@@ -119,6 +119,11 @@ def choose_task(
         raise _no_label(columns, rows, place, chosen)
     if chosen.is_chat or "prompt_column" in chosen.keys:
         _reject_unsupported(chosen, columns, rows, place)
+    return _with_left_out(chosen, columns)
+
+
+def _with_left_out(chosen: Chosen, columns: Sequence[Column]) -> Chosen:
+    """Return the task with what the columns hold that it does not read."""
     for column in columns:
         if column.name not in chosen.used | chosen.also_read:
             chosen.left_out[column.name] = content_of(column)

@@ -453,7 +453,8 @@ def _say(draft: Draft, file: DataFile, chosen: Chosen) -> None:
         "completion_column": "completion", "messages_column": "messages", "label_column": "label",
         "label_columns": "labels", "label_separator": "separator", "labels": "labels",
         "skip_labels": "no label", "chat_template": "template", "max_length": "length",
-        "truncate": "cut",
+        "truncate": "cut", "tokens_column": "words", "tags_column": "tags", "scheme": "scheme",
+        "spans_column": "spans",
     }  # fmt: skip
     for key, name in names.items():
         if key not in task:

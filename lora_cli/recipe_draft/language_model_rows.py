@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ class Chosen:
         inputs: The columns that the model reads and writes; their length counts.
         labels: How often each label stands, if there are labels.
         left_out: Of the other columns, why they are not read.
+        row_error: Says what is wrong with a row, where more than a missing value can be.
     """
 
     keys: dict[str, Any]
@@ -45,6 +46,7 @@ class Chosen:
     inputs: list[str]
     labels: Counter[str] | None = None
     left_out: dict[str, str] = field(default_factory=dict)
+    row_error: Callable[[dict[str, Any]], str] | None = None
 
     @property
     def is_chat(self) -> bool:
@@ -59,7 +61,9 @@ class Chosen:
     @property
     def used(self) -> set[str]:
         """The columns that the task reads."""
-        label = self.keys.get("label_columns") or [self.keys.get("label_column")]
+        label = self.keys.get("label_columns") or [
+            self.keys.get(key) for key in ("label_column", "tags_column", "spans_column")
+        ]
         return {*self.inputs, *filter(None, label)}
 
 

@@ -14,7 +14,8 @@ from lora_cli.recipe_draft.column_kinds import is_blank
 from lora_cli.recipe_draft.language_model_rows import Chosen
 
 FITTING = 0.99  # share of the rows that should not be cut
-LONGEST = {"sequence_classification": 512, "causal_lm": 2048}  # more is slow, whatever fits
+LONGEST = {"causal_lm": 2048}  # more is slow, whatever fits; of other tasks:
+LONGEST_READ = 512
 
 
 def length_of(
@@ -33,7 +34,7 @@ def length_of(
         lengths, unit = _tokens(rows[:: max(1, len(rows) // SAMPLE)], base, chosen, turns)
         most_rows = max(most_rows, len(lengths))
         wanted = max(wanted, sorted(lengths)[math.ceil(FITTING * len(lengths)) - 1])
-    most = min(LONGEST[chosen.keys["type"]], base.positions or 1 << 30)
+    most = min(LONGEST.get(chosen.keys["type"], LONGEST_READ), base.positions or 1 << 30)
     if chosen.is_chat and turns is None:
         wanted += 16  # what a template adds, at the least
     running = chosen.keys["type"] == "causal_lm" and "text_column" in chosen.keys
@@ -108,4 +109,6 @@ def guessed_tokens(text: str) -> int:
 def _as_text(value: Any) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return " ".join(value)
     return "" if is_blank(value) else json.dumps(value, ensure_ascii=False, default=str)

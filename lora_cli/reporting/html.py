@@ -97,6 +97,14 @@ def section(anchor: str, title: str, note: str, *parts: str) -> str:
     return f'<section id="{anchor}"><h2>{esc(title)}</h2>{note}{inner}</section>' if inner else ""
 
 
+def share_bar(share: float | None) -> str:
+    """Return a share with a bar of its length."""
+    if share is None:
+        return DASH
+    bar = f'<span class="bar"><i style="width:{100 * share:.1f}%"></i></span>'
+    return f"{share:.3f}{bar}"
+
+
 def facts(pairs: Iterable[tuple[str, Any]]) -> str:
     """Return names and values, without those that are not known."""
     rows = "".join(
@@ -239,6 +247,10 @@ text-align:start}
 gap:.4rem 1.4rem;margin-top:.6rem;padding-top:.6rem;border-top:1px solid var(--rule)}
 .pair i{color:var(--muted);font-style:normal;font-size:.82rem}
 .pair .text{margin-top:.1rem;font-size:.93rem}
+mark.entity{color:inherit;background:rgb(var(--hit)/.16);border-bottom:2px solid var(--blue);
+padding:0 .15em;border-radius:2px}
+mark.wrong{background:rgb(var(--miss)/.16);border-color:var(--orange)}
+mark small{color:var(--muted);font-size:.72em;margin-left:.35em}
 h3{margin-top:1.3rem}
 .plain{padding-left:1.1rem;font-size:.92rem;margin:.8rem 0}
 .facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr));

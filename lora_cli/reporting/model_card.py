@@ -151,10 +151,12 @@ def _training_rows(recipe: Recipe, report: dict[str, Any]) -> list[list[str]]:
 
 def _labels(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     """Return the names of the labels, in the order of the model's outputs."""
+    if named := getattr(recipe.task, "labels", None):
+        return [str(label) for label in named]
     if not recipe.task.label_columns_by_key:
         return []
     found = sorted(part(report, "data", "train", "labels"), key=lambda v: (str(type(v)), v))
-    return [str(label) for label in getattr(recipe.task, "labels", None) or found]
+    return [str(label) for label in found]
 
 
 def _snippet(recipe: Recipe, labels: list[str]) -> str:

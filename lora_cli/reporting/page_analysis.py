@@ -17,7 +17,8 @@ from typing import Any, Literal
 from lora_cli.reporting.report import part
 
 Line = dict[str, Any]
-Kind = Literal["single_label", "multi_label", "regression", "text", "other"]
+Kind = Literal["single_label", "multi_label", "regression", "text", "spans", "other"]
+OF_LINES = ("single_label", "multi_label", "regression", "spans")  # which need predictions
 SMALLER_IS_BETTER = {"loss", "perplexity", "mse", "rmse", "mae", "wer", "cer", "ter"}
 BINS = 10
 
@@ -47,7 +48,7 @@ def kind_of(report: dict[str, Any], lines: Sequence[Line]) -> Kind:
     if kind == "text" or (kind is None and task == "causal_lm"):
         return "text"
     if kind is not None:
-        return kind if lines and kind in ("single_label", "multi_label", "regression") else "other"
+        return kind if lines and kind in OF_LINES else "other"
     if task != "sequence_classification" or not lines:
         return "other"
     # of a report that an earlier version wrote, the lines have to say it

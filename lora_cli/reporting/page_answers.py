@@ -6,8 +6,9 @@ from typing import Any
 
 from lora_cli.errors import counted
 from lora_cli.reporting import page_analysis, svg_plots
-from lora_cli.reporting.html import DASH, esc, named, own, scroller, section, table
+from lora_cli.reporting.html import DASH, esc, named, own, scroller, section, share_bar, table
 from lora_cli.reporting.page_analysis import Kind, Line, finite
+from lora_cli.reporting.page_entities import entity_sections
 from lora_cli.reporting.report import part, shown_number
 
 MATRIX_LABELS, MAP_LABELS = 20, 120  # more are no matrix, and no map, that one can read
@@ -32,6 +33,8 @@ def answer_sections(report: dict[str, Any], kind: Kind, lines: list[Line], split
             _calibration(kind, lines, rows, len(labels)),
             section("errors", "Worst errors", note, _cases(wrong[:CASES])),
         ]
+    if kind == "spans":
+        return entity_sections(lines, split)
     if kind == "regression":
         both = [(finite(x.get("reference")), finite(x.get("prediction"))) for x in lines]
         pairs = [(a, b) for a, b in both if a is not None and b is not None]
@@ -101,7 +104,7 @@ def _labels(labels: list[str], lines: list[Line], rows: str) -> str:
         [
             named(s.label),
             *(f"{v:.3f}" if v is not None else DASH for v in (s.precision, s.recall)),
-            _bar(s.f1),
+            share_bar(s.f1),
             f"{s.rows:,}",
             f"{s.called:,}",
         ]
@@ -114,13 +117,6 @@ def _labels(labels: list[str], lines: list[Line], rows: str) -> str:
         inner += f"<details><summary>The other {len(cells) - MATRIX_LABELS} labels</summary>{rest}"
         inner += "</details>"
     return section("labels", "By label", note, inner)
-
-
-def _bar(share: float | None) -> str:
-    if share is None:
-        return DASH
-    bar = f'<span class="bar"><i style="width:{100 * share:.1f}%"></i></span>'
-    return f"{share:.3f}{bar}"
 
 
 def _calibration(kind: Kind, lines: list[Line], rows: str, n_labels: int) -> str:

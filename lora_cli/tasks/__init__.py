@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from lora_cli.recipe import CausalLMSpec, Recipe, SequenceClassificationSpec
+from lora_cli.recipe import (
+    CausalLMSpec,
+    Recipe,
+    SequenceClassificationSpec,
+    TokenClassificationSpec,
+)
 from lora_cli.tasks.contract import Batch, Encoded, Example, Prediction, Task
 
 
@@ -15,6 +20,10 @@ def build_task(recipe: Recipe) -> Task:
             from lora_cli.tasks.sequence_classification import SequenceClassification
 
             return SequenceClassification(recipe, recipe.task)
+        case TokenClassificationSpec():
+            from lora_cli.tasks.token_classification import TokenClassification
+
+            return TokenClassification(recipe, recipe.task)
         case CausalLMSpec():
             from lora_cli.tasks.causal_lm import CausalLM
 

@@ -252,9 +252,22 @@ class Task(ABC):
         """Return what a row's answer is called, to count and to compare; None if it has no name."""
         return None
 
+    @property
+    def label_names(self) -> list[str]:
+        """What `labels_of` and `label_counts` speak of, if that is not each of the `labels`."""
+        return self.labels
+
+    def answer_of(self, row: dict[str, Any]) -> str | None:
+        """Return a row's answer as text, to find equal inputs with different answers."""
+        labels = self.labels_of(row)
+        return None if labels is None else ", ".join(labels)
+
     def label_counts(self, rows: Rows) -> dict[str, int]:
         """Return how often each label stands in the rows, in the order of the labels."""
         return {}
+
+    def learn_form(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
+        """Learn how the rows are written, before `row_error` judges each of them."""
 
     def learn_from(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
         """Learn from the rows what the recipe leaves open, such as the labels."""
@@ -478,8 +491,8 @@ class Task(ABC):
     joins_examples: bool = False
     """Whether the examples of a row have one answer together, which `join` makes."""
 
-    def join(self, parts: Sequence[Prediction]) -> Prediction:
-        """Return the predictions for all examples of a row as one."""
+    def join(self, row: dict[str, Any], parts: Sequence[Prediction]) -> Prediction:
+        """Return the predictions for all examples of a row as one; the losses are added later."""
         raise NotImplementedError
 
     def check_metrics(self, channels: set[str]) -> None:  # noqa: B027 - optional
@@ -592,6 +605,11 @@ class Task(ABC):
     @abstractmethod
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
         """Return the values of `answer_columns` for rows without targets, as one batch."""
+
+    def answer_line(self, values: Sequence[Any]) -> str:
+        """Return in one line what `answer` says of a typed text: the answer, and how sure it is."""
+        scores = sorted((p for p in values[1:] if isinstance(p, float)), reverse=True)[:1]
+        return f"{values[0]}" + (f"\t{scores[0]:.4f}" if scores else "")
 
     def sample(
         self, model: nn.Module, rows: Sequence[dict[str, Any]]

@@ -82,6 +82,25 @@ def answered(i: int) -> Json:
     return {"prompt": text(i), "completion": f" {text(2 * i + 1)}"}
 
 
+def tagged(i: int) -> Json:
+    words = text(i).split()
+    kind = ("PER", "LOC")[i % 2]
+    return {"tokens": words, "tags": [f"B-{kind}", f"I-{kind}", *["O"] * len(words)][: len(words)]}
+
+
+def with_spans(i: int) -> Json:
+    words = text(i)
+    end = words.rindex(" ")  # before the number
+    return {
+        "text": words,
+        "spans": [
+            {"start": end + 1, "end": len(words), "label": "NUMBER"},
+            {"start": 0, "end": end, "label": "WORD"},
+        ][: 1 + i % 2],
+    }
+
+
+NAMES = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 TASKS = {
     "classification": TaskKind(
         tiny.save_encoder, CLASSIFICATION, labelled, SCORES, ("label",),
@@ -116,6 +135,21 @@ TASKS = {
         {**CLASSIFICATION, "text_column": "premise", "text_pair_column": "hypothesis"},
         lambda i: {"premise": text(i), "hypothesis": text(2 * i + 1), "label": BAD_GOOD[i % 2]},
         SCORES, ("label",),
+    ),
+    "words with tags": TaskKind(
+        tiny.save_encoder, {"type": "token_classification"}, tagged, ("prediction",), ("tags",),
+        drafted={"type": "token_classification", "scheme": "iob2", "labels": NAMES},
+    ),
+    "words with tags in windows": TaskKind(
+        tiny.save_llama, {"type": "token_classification", "scheme": "iob2", "max_length": 12},
+        tagged, ("prediction",), ("tags",),
+    ),
+    "texts with spans": TaskKind(
+        tiny.save_encoder,
+        {"type": "token_classification", "text_column": "text", "spans_column": "spans"},
+        with_spans, ("prediction",), ("spans",),
+        drafted={"type": "token_classification", "text_column": "text", "spans_column": "spans",
+                 "labels": ["O", "B-NUMBER", "I-NUMBER", "B-WORD", "I-WORD"]},
     ),
     "text": TaskKind(
         tiny.save_gpt2, {"type": "causal_lm", "text_column": "text"}, lambda i: {"text": text(i)},

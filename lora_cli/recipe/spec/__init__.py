@@ -20,12 +20,14 @@ from lora_cli.recipe.spec.model import ModelSpec
 from lora_cli.recipe.spec.recipe import Recipe
 from lora_cli.recipe.spec.sequence_classification_spec import SequenceClassificationSpec
 from lora_cli.recipe.spec.task import TASKS, TaskSpec
+from lora_cli.recipe.spec.token_classification_spec import TokenClassificationSpec
 from lora_cli.recipe.spec.train import OptimizerSpec, ParameterGroupSpec, SchedulerSpec, TrainSpec
 
 __all__ = [
     "ModelSpec",
     "CausalLMSpec",
     "SequenceClassificationSpec",
+    "TokenClassificationSpec",
     "TaskSpec",
     "TASKS",
     "CheckSpec",

@@ -61,8 +61,9 @@ SplitSpec = Annotated[
 class FormatSpec(Section):
     """How a data file is read, where its name does not say."""
 
-    type: Literal["csv", "json", "parquet", "text"] | None = None
-    """Kind of file. Default: by its suffix; `json` covers JSON lines."""
+    type: Literal["csv", "json", "parquet", "text", "conll"] | None = None
+    """Kind of file. Default: by its suffix; `json` covers JSON lines; `conll` has a word a line
+    with its tags, and a blank line between sentences."""
 
     encoding: Annotated[Word, AfterValidator(python_name)] = "utf-8"
     """Encoding of the text (utf-8, latin-1, cp1252, cp932, utf-16); a byte order mark is
@@ -83,7 +84,8 @@ class FormatSpec(Section):
     """The first line of a csv file names the columns."""
 
     columns: Words | None = None
-    """Names of the columns, instead of those in the header; the name of a text file's column."""
+    """Names of the columns, instead of those in the header; the name of a text file's column; the
+    names of a CoNLL file's columns, of which the first is else `tokens` and the last `tags`."""
 
     skip_lines: Annotated[int, Field(ge=0)] = 0
     """Lines of a csv file before its header, or before its rows, that are neither: a title, a
@@ -215,7 +217,10 @@ class DataSpec(Section):
                 yield split, what, f"name another split or a file: `{split}: FILE`"
 
 
-DATA_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".text")
+DATA_SUFFIXES = (
+    ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt", ".text", ".conll", ".conllu",
+    ".bio", ".iob", ".iob2",
+)  # fmt: skip
 
 
 def is_file(split: SplitSpec | None) -> bool:

@@ -9,9 +9,10 @@ from pydantic import Field
 from lora_cli.recipe.spec.causal_lm_spec import CausalLMSpec
 from lora_cli.recipe.spec.sequence_classification_spec import SequenceClassificationSpec
 from lora_cli.recipe.spec.task_section import TaskSection
+from lora_cli.recipe.spec.token_classification_spec import TokenClassificationSpec
 
 TaskSpec = Annotated[
-    SequenceClassificationSpec | CausalLMSpec,
+    SequenceClassificationSpec | TokenClassificationSpec | CausalLMSpec,
     Field(discriminator="type"),
 ]
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from lora_cli.recipe.spec.section import Section
 
 Truncation = Literal["right", "left", "drop", "error"]
-AnswerKind = Literal["single_label", "multi_label", "regression", "text", "other"]
+AnswerKind = Literal["single_label", "multi_label", "regression", "text", "spans", "other"]
 
 
 @dataclass(frozen=True)

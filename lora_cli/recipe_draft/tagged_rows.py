@@ -1,0 +1,141 @@
+"""Rows with entities: words with a tag each, or texts with places that have a type."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lora_cli.data.entity_spans import are_spans, read_spans
+from lora_cli.data.entity_tags import Beginnings, entities_of, iob2_labels, tag_error
+from lora_cli.errors import LoraError, counted
+from lora_cli.recipe_draft.column_kinds import Column
+from lora_cli.recipe_draft.language_model_rows import Chosen
+
+TAG_NAME = re.compile(r"(?i)(.*_)?(tags?|labels?|entities|ner|bio|iob)")
+SPANS_NAME = re.compile(r"(?i)(.*_)?(spans?|entities|entity|labels?|annotations?|ner|tags?)")
+OTHER_TAGS = re.compile(r"(?i)(.*_)?(pos|upos|xpos|chunk|dep|morph|lemma)(_.*)?")
+MOSTLY = 0.9  # of the rows
+Json = dict[str, Any]
+
+
+def tagged(
+    columns: Sequence[Column], rows: Sequence[Json], place: str, text: str | None, label: str | None
+) -> Chosen | None:
+    """Return the task of rows with entities, or None if they are no such rows.
+
+    Args:
+        columns: What they hold.
+        rows: The rows.
+        place: Name of the file, for errors.
+        text: The column of the words or the text, if the user names it.
+        label: The column of the tags or the spans, if the user names it.
+
+    Raises:
+        LoraError: If the tags are numbers without names.
+    """
+    names = [column.name for column in columns]
+    inputs = [name for name in names if text in (None, name)]
+    targets = [name for name in names if label in (None, name)]
+    return _of_words(inputs, targets, rows, place) or _of_texts(columns, inputs, targets, rows)
+
+
+def _of_words(
+    inputs: Sequence[str], targets: Sequence[str], rows: Sequence[Json], place: str
+) -> Chosen | None:
+    """Return the task of rows with a list of words and a list of tags."""
+    able = [name for name in targets if TAG_NAME.fullmatch(name) and _are_lists(name, rows)]
+    ranked = sorted(able, key=lambda name: (bool(OTHER_TAGS.fullmatch(name)), "ner" not in name))
+    for tags in ranked:
+        for tokens in (name for name in inputs if name != tags and _are_words(name, rows)):
+            even = sum(_lengths(row, tokens) == _lengths(row, tags) for row in rows)
+            several = sum(_lengths(row, tags) for row in rows) > len(rows)
+            if several and even >= MOSTLY * len(rows):
+                return _words_chosen(tokens, tags, rows, place)
+    return None
+
+
+def _words_chosen(tokens: str, column: str, rows: Sequence[Json], place: str) -> Chosen | None:
+    values = [row[column] for row in rows if isinstance(row.get(column), list)]
+    if any(isinstance(tag, int) for tags in values for tag in tags):
+        what = f"`{column}` holds the numbers of tags, one for each word in `{tokens}`"
+        hint = "write the tags' names into the file, or write the recipe by hand: "
+        hint += "`task: {type: token_classification, tag_names: [O, B-PER, I-PER]}`"
+        raise LoraError(f"{what}, and no names of them", place, hint)
+    sentences = [[str(tag).strip() for tag in tags] for tags in values]
+    found = Beginnings.of(sentences)
+    if not found.has_outside:
+        return None
+    scheme = found.scheme
+    good = [tags for tags in sentences if not tag_error(tags, scheme)]
+    counts = Counter(entity.label for tags in good for entity in entities_of(tags))
+    if not counts:
+        return None
+
+    def error(row: Json) -> str:
+        if _lengths(row, tokens) != _lengths(row, column) or not _lengths(row, tokens):
+            return "words and tags differ in number"
+        return tag_error([str(tag).strip() for tag in row[column]], scheme)
+
+    keys = {"tokens_column": tokens, "tags_column": column, "scheme": scheme}
+    prefixes = ", ".join(sorted(p or "none" for p in found.prefixes if p != "O"))
+    why = {"scheme": f"by the prefixes of the tags: {prefixes}", "tokens_column": "lists of words"}
+    why["tags_column"] = "a tag for each word"
+    return _chosen(keys, why, tokens, counts, error)
+
+
+def _of_texts(
+    columns: Sequence[Column], inputs: Sequence[str], targets: Sequence[str], rows: Sequence[Json]
+) -> Chosen | None:
+    """Return the task of rows with a text and a list of places in it."""
+    texts = [c.name for c in columns if c.name in inputs and c.kind in ("text", "category", "id")]
+    for spans in (name for name in targets if SPANS_NAME.fullmatch(name)):
+        if not are_spans([row.get(spans) for row in rows]):
+            continue
+        for text in sorted(texts, key=lambda name: name != "text"):
+            read = [read_spans(row.get(spans), str(row.get(text))) for row in rows]
+            good = [found for found in read if not isinstance(found, str)]
+            counts = Counter(span.label for found in good for span in found)
+            if len(good) < MOSTLY * len(rows) or not counts:
+                continue
+
+            def error(row: Json, text: str = text, spans: str = spans) -> str:
+                found = read_spans(row.get(spans), str(row.get(text)))
+                return found if isinstance(found, str) else ""
+
+            why = {"text_column": "the text that the places are of", "spans_column": "places in it"}
+            keys = {"text_column": text, "spans_column": spans}
+            return _chosen(keys, why, text, counts, error)
+    return None
+
+
+def _chosen(
+    keys: Json, why: dict[str, str], read: str, counts: Counter[str], error: Callable[[Json], str]
+) -> Chosen:
+    rarest, commonest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    spread = f"{counts[rarest]:,} (`{rarest}`) to {counts[commonest]:,} (`{commonest}`)"
+    why = {"": "entities in texts", "labels": f"{counted(len(counts), 'type')}: {spread}", **why}
+    labels = iob2_labels(sorted(counts))
+    whole = {"type": "token_classification", **keys, "labels": labels}
+    return Chosen(whole, why, [read], row_error=error)
+
+
+def _are_lists(name: str, rows: Sequence[Json]) -> bool:
+    plain = sum(_is_plain(row.get(name)) for row in rows)
+    return bool(rows) and plain >= MOSTLY * len(rows)
+
+
+def _are_words(name: str, rows: Sequence[Json]) -> bool:
+    return _are_lists(name, rows) and all(
+        isinstance(item, str) for row in rows[:100] for item in row.get(name) or ()
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, list) and not any(isinstance(v, list | dict | None) for v in value)
+
+
+def _lengths(row: Json, name: str) -> int:
+    value = row.get(name)
+    return len(value) if isinstance(value, list) else 0

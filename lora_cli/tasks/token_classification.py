@@ -1,0 +1,424 @@
+"""Find entities: words of a row, or places of a text, that have a type."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's own name for it
+from torch import Tensor, nn
+from transformers import AutoModelForTokenClassification, PretrainedConfig
+
+from lora_cli.data.entity_tags import Entity, entities_of, iob2_tags
+from lora_cli.data.load_rows import Rows
+from lora_cli.errors import LoraError, Problem
+from lora_cli.models.base_model import load_config
+from lora_cli.recipe import Recipe, TokenClassificationSpec
+from lora_cli.tasks.contract import IGNORED, MAIN, Batch, Example, Field, Prediction
+from lora_cli.tasks.entity_rows import EntityRows, RowText, spans_in_words
+from lora_cli.tasks.finite_scores import require_finite
+from lora_cli.tasks.head_rows import arrange_rows
+from lora_cli.tasks.long_texts import token_ids
+from lora_cli.tasks.padding import fill, positions_of
+from lora_cli.tasks.text_task import TRIAL_TEXT, TextTask
+from lora_cli.tasks.word_windows import (
+    Words,
+    complete_tags,
+    places_of_tokens,
+    windows_of,
+    words_in,
+    words_one_by_one,
+)
+
+Said = tuple[int, str, float]  # a word's position in its row, its tag, and the tag's probability
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """What is added to the tokens of a window, before and behind."""
+
+    prefix: list[int]
+    suffix: list[int]
+
+
+class TokenClassification(TextTask):
+    """`task.type: token_classification`."""
+
+    auto_class = AutoModelForTokenClassification
+    has_head = True
+    metric_channel = "tags"
+    default_metrics = ("seqeval",)
+    loss_definition = "mean cross-entropy per word, at its first token, in nats"
+    joins_examples = True
+
+    def __init__(self, recipe: Recipe, spec: TokenClassificationSpec) -> None:
+        super().__init__(recipe)
+        self.spec = spec
+        self.reader = EntityRows(recipe, spec)
+
+    def load_processor(self) -> None:
+        """Load the tokenizer, and find what it adds to a text.
+
+        Raises:
+            LoraError: If it does not know the places of its tokens, and the rows have spans.
+        """
+        super().load_processor()
+        if self.spec.has_spans and not self.tokenizer.is_fast:
+            what = "the tokenizer does not say where its tokens stand in a text, as spans need"
+            hint = "use a model with a tokenizer.json, or rows of words with tags"
+            raise LoraError(what, self.recipe.at("model.name"), hint)
+        self._added = self._special_tokens()
+
+    def _special_tokens(self) -> _Encoding:
+        whole, inside = (token_ids(self.tokenizer, TRIAL_TEXT, special=s) for s in (True, False))
+        for start in range(len(whole) - len(inside) + 1):
+            if whole[start : start + len(inside)] == inside:
+                return _Encoding(whole[:start], whole[start + len(inside) :])
+        what = "the tokenizer reads a text in another way when it adds its special tokens"
+        raise LoraError(what, self.recipe.at("model.name"), "use another base model")
+
+    @property
+    def _capacity(self) -> int:
+        """Tokens of a row that fit into a window."""
+        room = self.max_length - len(self._added.prefix) - len(self._added.suffix)
+        if room < 1:
+            what = f"`max_length: {self.max_length}` leaves no room for a word"
+            raise LoraError(what, self.recipe.at("task.max_length"), self.longer_hint)
+        return room
+
+    # ------------------------------------------------------------------------------ rows
+
+    def fields(self) -> list[Field]:
+        """Return the columns of words and tags, or of a text and its spans."""
+        spec = self.spec
+        if spec.text_column is not None and spec.spans_column is not None:
+            return [
+                Field("task.text_column", spec.text_column, "input", "text"),
+                Field("task.spans_column", spec.spans_column, "target", "tags"),
+            ]
+        return [
+            Field("task.tokens_column", spec.tokens_column, "input", "text"),
+            Field("task.tags_column", spec.tags_column, "target", "tags"),
+        ]
+
+    @property
+    def knows_labels(self) -> bool:
+        """Whether the labels are named."""
+        return bool(self.labels)
+
+    @property
+    def labels(self) -> list[str]:
+        """The tags in IOB2, in the order of the model's outputs."""
+        return self.reader.labels
+
+    @property
+    def label_names(self) -> list[str]:
+        """The types of entities."""
+        return self.reader.types
+
+    def labels_of(self, row: dict[str, Any]) -> list[str]:
+        """Return the types of a row's entities, each once."""
+        return self.reader.types_in(row)
+
+    def answer_of(self, row: dict[str, Any]) -> str:
+        """Return the entities of a row, to be compared with those of a row of the same text."""
+        if self.spec.has_spans:
+            spans = self.reader.spans(row)
+            text = str(row[str(self.spec.text_column)])
+            # not by their places: spaces do not count where texts are compared, nor does case
+            found = [] if isinstance(spans, str) else spans
+            named = [f"{text[s.start : s.end].casefold()} ({s.label})" for s in found]
+        else:
+            named = [
+                f"word {e.start + 1} ({e.label})"
+                if e.end == e.start + 1
+                else f"words {e.start + 1} to {e.end} ({e.label})"
+                for e in self.reader.entities(row)
+            ]
+        return ", ".join(named) or "without entities"
+
+    def label_counts(self, rows: Rows) -> dict[str, int]:
+        """Return how many rows have an entity of each type."""
+        counts = Counter(kind for row in rows for kind in self.reader.types_in(row))
+        return {kind: counts[kind] for kind in self.reader.types}
+
+    def learn_form(self, splits: dict[str, Rows]) -> None:
+        """Find out the scheme of the tags."""
+        self.reader.learn_form(splits)
+
+    def learn_from(self, splits: dict[str, Rows]) -> None:
+        """Find the types of entities, and write the labels into the recipe."""
+        self.reader.learn(splits)
+
+    def input_error(self, row: dict[str, Any]) -> str:
+        """Return what is wrong with the words or the text, or nothing."""
+        return self.reader.input_error(row)
+
+    def target_error(self, row: dict[str, Any]) -> str:
+        """Return what is wrong with the tags or the spans, or nothing."""
+        return self.reader.target_error(row)
+
+    def skip_reason(self, row: dict[str, Any]) -> str:
+        """Return why Prodigy's annotator put a row aside, or nothing."""
+        answer = row.get("answer")
+        put_aside = self.spec.has_spans and "_task_hash" in row and answer in ("reject", "ignore")
+        return f"its annotation is marked `{answer}`" if put_aside else ""
+
+    def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
+        """Return which type of a streamed row is no label."""
+        return self.reader.label_problem(row, place)
+
+    def shown_input(self, row: dict[str, Any]) -> str:
+        """Return the text of a row, in which the places of its predictions are counted."""
+        return self._text_of(row).shown
+
+    def _text_of(self, row: dict[str, Any]) -> RowText:
+        """Return the text of a row and the places of its words."""
+        if not self.spec.has_spans:
+            return self.reader.text(row)
+        text = str(row[str(self.spec.text_column)])
+        places = places_of_tokens(self.text_tokenizer, text)
+        return RowText(text, places, text, places)
+
+    def _tags_of(self, row: dict[str, Any], text: RowText) -> list[str]:
+        """Return the tags of a row's words in IOB2."""
+        return iob2_tags(self._entities_of(row, text), len(text.places))
+
+    def _entities_of(self, row: dict[str, Any], text: RowText) -> list[Entity]:
+        if not self.spec.has_spans:
+            return self.reader.entities(row)
+        spans = self.reader.spans(row)
+        assert not isinstance(spans, str), spans
+        return spans_in_words(spans, text.places, text.text)
+
+    # -------------------------------------------------------------------------- examples
+
+    def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
+        """Return an example for each window of a row; most rows have one."""
+        return [self._examples(row, has_tags=True) for row in rows]
+
+    def _examples(self, row: dict[str, Any], has_tags: bool) -> list[Example]:
+        text = self._text_of(row)
+        positions = {label: i for i, label in enumerate(self.labels)}
+        tags = [positions[t] for t in self._tags_of(row, text)] if has_tags else []
+        words = self._tokenised(text)
+        prefix, suffix = self._added.prefix, self._added.suffix
+        examples = []
+        for window in windows_of(words, self._capacity):
+            ids = [*prefix, *words.ids[window.start : window.end], *suffix]
+            if not ids:
+                continue
+            labels, at = [IGNORED] * len(ids), [-1] * len(ids)
+            for word in window.words:
+                token = len(prefix) + words.first[word] - window.start
+                at[token] = word
+                labels[token] = tags[word] if has_tags else IGNORED
+            full = len(words.ids) + len(prefix) + len(suffix)
+            examples.append({"input_ids": ids, "labels": labels, "words": at, "full_length": full})
+        return examples
+
+    def _tokenised(self, text: RowText) -> Words:
+        tokenizer = self.text_tokenizer
+        if tokenizer.is_fast:
+            return words_in(tokenizer, text.text, text.places)
+        return words_one_by_one(tokenizer, [text.text[start:end] for start, end in text.places])
+
+    def features(self) -> dict[str, str]:
+        """Return the types of the tokens, their labels, and the words that begin with them."""
+        return dict.fromkeys(("input_ids", "labels", "words"), "list<int32>")
+
+    def trial_examples(self, length: int) -> tuple[Example, Example]:
+        """Return a short example and one of about `length` tokens, to try the model on."""
+        ids = token_ids(self.tokenizer, TRIAL_TEXT * (1 + length // 10), special=False)
+        room = max(1, min(length, self.max_length) - self.max_length + self._capacity)
+        short, long = (self._trial(ids[:count]) for count in (min(5, room), room))
+        return short, long
+
+    def _trial(self, ids: list[int]) -> Example:
+        ids = [*self._added.prefix, *ids, *self._added.suffix]
+        labels = [IGNORED] * len(ids)
+        return {"input_ids": ids, "labels": labels, "words": [-1] * len(ids), "row": 0}
+
+    def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
+        """Return the tokens of an encoded example, and the tags behind those that have one."""
+        tokens = self.tokenizer.convert_ids_to_tokens(example["input_ids"])
+        opening, closing = ("\x1b[32m", "\x1b[0m") if colour else ("", "")
+        shown = [
+            token if label == IGNORED else f"{token}{opening}/{self.labels[label]}{closing}"
+            for token, label in zip(tokens, example["labels"], strict=True)
+        ]
+        return [], " ".join(map(str, shown))
+
+    def trained_share(self, split: Any) -> float:
+        """Return the share of the tokens that are predicted: the first ones of words."""
+        trained = sum(
+            int((labels.flatten().to_numpy(zero_copy_only=False) != IGNORED).sum())
+            for labels in split.examples.data.column("labels").chunks
+        )
+        return trained / int(split.lengths.sum())
+
+    # ----------------------------------------------------------------------------- model
+
+    def model_config(self) -> PretrainedConfig:
+        """Return the configuration with the labels by name."""
+        if not self.labels:  # `lora validate` asks for the names of modules all the same
+            return load_config(self.recipe)
+        return load_config(
+            self.recipe,
+            num_labels=len(self.labels),
+            id2label=dict(enumerate(self.labels)),
+            label2id={label: i for i, label in enumerate(self.labels)},
+        )
+
+    def arrange_head(self, model: nn.Module, missing: set[str]) -> None:
+        """Put the rows of a pretrained classifier into the order of the labels, by name."""
+        config = (self.config, self.recipe, self.auto_class)
+        if note := arrange_rows(model, missing, self.labels, *config):
+            self.notes.append(note)
+
+    def complete_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Find the labels of an adapter that another tool made: the base's, of the same number."""
+        heads = [t.shape[0] for n, t in tensors.items() if ".lora_" not in n and t.ndim == 2]
+        if not heads:
+            what = "the adapter holds no classifier"
+            raise LoraError(what, "--adapter", "give a recipe with `--recipe`, for its labels")
+        count = min(heads)
+        known: dict[int, str] = load_config(self.recipe).id2label
+        names = [known[i] for i in sorted(known)]
+        if len(names) != count:
+            names = [f"LABEL_{i}" for i in range(count)]
+        self.reader.labels = self.spec.labels = names
+
+    # --------------------------------------------------------------------------- batches
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Return the examples padded to the longest; the items are words."""
+        ids, labels, words = ([e[k] for e in examples] for k in ("input_ids", "labels", "words"))
+        options = (self.pad_multiple, self.padding)
+        targets = {"labels": fill(labels, IGNORED, *options), "words": fill(words, -1, *options)}
+        items = (targets["labels"] != IGNORED).sum(-1).float()
+        n_tokens = sum(len(sequence) for sequence in ids)
+        return Batch(
+            self._padded(ids), targets, {MAIN: items}, n_tokens, [e["row"] for e in examples]
+        )
+
+    def _padded(self, ids: list[list[int]]) -> dict[str, Tensor]:
+        mask = fill([[1] * len(sequence) for sequence in ids], 0, self.pad_multiple, self.padding)
+        token = self.tokenizer.pad_token_id
+        token = self.tokenizer.eos_token_id if token is None else token
+        padding = 0 if token is None else int(token)  # it is masked, whichever it is
+        inputs = {
+            "input_ids": fill(ids, padding, self.pad_multiple, self.padding),
+            "attention_mask": mask,
+        }
+        if self.padding.positions:
+            inputs["position_ids"] = positions_of(mask)
+        return inputs
+
+    def losses(self, model: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return the cross entropy of each example, summed over its words."""
+        labels = batch.targets["labels"]
+        losses = F.cross_entropy(
+            output.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+        )
+        return {MAIN: losses.sum(-1)}
+
+    def predictions(self, model: nn.Module, output: Tensor, batch: Batch) -> list[Prediction]:
+        """Return the tags of the words of each window; `join` makes entities of them."""
+        return [
+            Prediction(row, said, None)
+            for row, said in zip(
+                batch.rows, self._read(output, batch.targets["words"]), strict=True
+            )
+        ]
+
+    def _read(self, logits: Tensor, words: Tensor) -> list[list[Said]]:
+        """Return the word, the tag and its probability for each word of each window."""
+        best, which = torch.softmax(logits.float(), -1).max(-1)
+        rows = zip(words.tolist(), which.tolist(), best.tolist(), strict=True)
+        return [
+            [
+                (word, self.labels[label], p)
+                for word, label, p in zip(*row, strict=True)
+                if word >= 0
+            ]
+            for row in rows
+        ]
+
+    def join(self, row: dict[str, Any], parts: Sequence[Prediction]) -> Prediction:
+        """Return the entities of a row, from the tags of its windows."""
+        text = self._text_of(row)
+        said = [word for part in parts for word in part.prediction]
+        tags, found = self._answer(text, said)
+        wanted = self._entities_of(row, text)
+        reference = [self._place(text, entity) for entity in wanted]
+        inputs: dict[str, tuple[Any, Any]] = {
+            self.metric_channel: (tags, iob2_tags(wanted, len(text.places)))
+        }
+        return Prediction(parts[0].row, found, reference, None, inputs)
+
+    def _answer(
+        self, text: RowText, said: Sequence[Said]
+    ) -> tuple[list[str], list[dict[str, Any]]]:
+        """Return the tags of all words of a row, and its entities as places in the text.
+
+        The score of an entity is the mean probability of its words' tags.
+        """
+        given: list[str | None] = [None] * len(text.places)
+        sure: list[float | None] = [None] * len(text.places)
+        for word, tag, p in said:
+            assert given[word] is None, "a word is predicted once"
+            given[word], sure[word] = tag, p
+        tags = complete_tags(given)
+        found = []
+        for entity in entities_of(tags):
+            known = [p for p in sure[entity.start : entity.end] if p is not None]
+            score = round(sum(known) / len(known), 6)
+            found.append({**self._place(text, entity), "score": score})
+        return tags, found
+
+    @staticmethod
+    def _place(text: RowText, entity: Entity) -> dict[str, Any]:
+        start, end = text.shown_places[entity.start][0], text.shown_places[entity.end - 1][1]
+        return {"start": start, "end": end, "label": entity.label, "text": text.shown[start:end]}
+
+    # --------------------------------------------------------------------------- answers
+
+    def answer_error(self, row: dict[str, Any]) -> str:
+        """Return why a row cannot be answered, or nothing; a text may stand for its words."""
+        return self.reader.input_error(row, may_be_typed=True)
+
+    def answer_columns(self) -> dict[str, str]:
+        """Return `prediction`: a list of entities, which tables hold as JSON."""
+        return {"prediction": "string"}
+
+    def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
+        """Return the entities of each row."""
+        device = next(model.parameters()).device
+        windows = [
+            {**example, "row": i}
+            for i, row in enumerate(rows)
+            for example in self._examples(row, has_tags=False)
+        ]
+        said: list[list[Said]] = [[] for _ in rows]
+        size = max(1, len(rows))  # a long row has many windows
+        for start in range(0, len(windows), size):
+            batch = self.collate(windows[start : start + size]).to(device)
+            logits = self.logits(model, batch.inputs).float()
+            require_finite(logits, model, self.recipe)
+            for row, words in zip(
+                batch.rows, self._read(logits, batch.targets["words"]), strict=True
+            ):
+                said[row] += words
+        return [
+            [self._answer(self._text_of(row), words)[1]]
+            for row, words in zip(rows, said, strict=True)
+        ]
+
+    def answer_line(self, values: Sequence[Any]) -> str:
+        """Return the entities of a typed text as JSON."""
+        return json.dumps(values[0], ensure_ascii=False)

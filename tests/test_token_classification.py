@@ -1,0 +1,738 @@
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from closeness import assert_close
+from transformers import AutoModelForTokenClassification, BertForTokenClassification
+
+from lora_cli.data.conll import is_conll, read_conll
+from lora_cli.data.entity_spans import Span, read_spans, words_of
+from lora_cli.data.entity_tags import (
+    Beginnings,
+    Entity,
+    entities_of,
+    iob2_labels,
+    iob2_tags,
+    tag_error,
+)
+from lora_cli.data.load_rows import _label_names
+from lora_cli.errors import LoraError
+from lora_cli.evaluation import evaluate_split
+from lora_cli.evaluation.evaluate_split import evaluate
+from lora_cli.evaluation.predict import answer, answer_file
+from lora_cli.metrics.entity_scores import entity_scores
+from lora_cli.preprocessing.encode import check_data, load_data
+from lora_cli.recipe import FormatSpec, Recipe, load_recipe
+from lora_cli.reporting.page_entities import entity_sections, per_type
+from lora_cli.tasks import Task, build_task
+from lora_cli.tasks.word_windows import (
+    NO_TOKEN,
+    Words,
+    complete_tags,
+    places_of_tokens,
+    windows_of,
+    words_in,
+    words_one_by_one,
+)
+
+CPU = torch.device("cpu")
+Json = dict[str, Any]
+ROWS = [
+    {"tokens": ["Ada", "met", "a", "warm", "cast"], "tags": ["B-PER", "O", "O", "B-ART", "I-ART"]},
+    {"tokens": ["dull", "film"], "tags": ["O", "B-ART"]},
+    {"tokens": ["Ada"], "tags": ["B-PER"]},
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_encoder(tmp_path_factory.mktemp("base"))
+
+
+def jsonl(path: Path, rows: Sequence[Json]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path.name
+
+
+def task_of(
+    base: Path, tmp_path: Path, rows: Any = ROWS, data: Json | None = None, **task: Any
+) -> Task:
+    """Return a task with its tokenizer loaded; `rows` are rows, or the text of a CoNLL file."""
+    if isinstance(rows, str):
+        (tmp_path / "train.conll").write_text(rows, encoding="utf-8", newline="")
+        path = "train.conll"
+    else:
+        path = jsonl(tmp_path / "train.jsonl", rows)
+    sections = {"data": {"path": path, **(data or {})}, "evaluate": {"micro_batch_size": 2}}
+    given = {"type": "token_classification", **task}
+    made = build_task(load_recipe(tiny.recipe(base, tmp_path, task=given, **sections)))
+    made.load_processor()
+    return made
+
+
+def model_of(task: Task, seed: int = 0) -> torch.nn.Module:
+    model, _ = task.load_model(CPU)
+    tiny.enliven(model, seed)
+    return model.double().eval()
+
+
+# ------------------------------------------------------------------------------------- schemes
+
+ENTITIES = [Entity(0, 1, "PER"), Entity(2, 4, "LOC"), Entity(4, 5, "LOC"), Entity(6, 9, "PER")]
+SCHEMES = {
+    "iob2": "B-PER O B-LOC I-LOC B-LOC O B-PER I-PER I-PER",
+    "iob1": "I-PER O I-LOC I-LOC B-LOC O I-PER I-PER I-PER",
+    "iobes": "S-PER O B-LOC E-LOC S-LOC O B-PER I-PER E-PER",
+    "bilou": "U-PER O B-LOC L-LOC U-LOC O B-PER I-PER L-PER",
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_is_read_and_recognised(scheme: str) -> None:
+    tags = SCHEMES[scheme].split()
+    assert entities_of(tags) == ENTITIES
+    name = "iobes" if scheme == "bilou" else scheme
+    assert Beginnings.of([tags] * 3).scheme == name
+    assert tag_error(tags, name) == ""  # type: ignore[arg-type]
+
+
+def test_io_joins_neighbours_of_one_type() -> None:
+    for tags in (["PER", "O", "LOC", "LOC", "PER"], ["I-PER", "O", "I-LOC", "I-LOC", "I-PER"]):
+        assert entities_of(tags) == [Entity(0, 1, "PER"), Entity(2, 4, "LOC"), Entity(4, 5, "PER")]
+        assert Beginnings.of([tags]).scheme == "io"
+        assert tag_error(tags, "io") == ""
+
+
+@pytest.mark.parametrize(
+    ("scheme", "tags", "what"),
+    [
+        ("iob2", "O I-PER", "tag 2, `I-PER`, continues an entity that no `B-PER` began"),
+        ("iob2", "B-LOC I-PER", "continues an entity that no `B-PER` began"),
+        ("iob2", "B-PER E-PER", "a prefix that only IOBES has, and the scheme is iob2"),
+        ("iob2", "PER O", "neither O nor a type with a prefix, such as `B-PER`"),
+        ("iob1", "o O", "`o`, is neither O nor"),
+        ("iob1", "S-PER", "only IOBES has"),
+        ("io", "O B-PER", "begins with B, which IO does not have"),
+        ("iobes", "O I-PER E-PER", "tag 2, `I-PER`, continues an entity that no `B-PER` began"),
+        ("iobes", "E-PER", "continues an entity that no `B-PER` began"),
+        ("iobes", "B-PER O", "tag 2, `O`, follows `B-PER`, which no `E-PER` has ended"),
+        ("iobes", "B-PER S-PER", "which no `E-PER` has ended"),
+        ("iobes", "B-PER E-LOC", "continues an entity that no `B-LOC` began"),
+        ("iobes", "O B-PER I-PER", "the last tag is `I-PER`, which no `E-PER` has ended"),
+    ],
+)
+def test_tags_that_break_their_scheme_are_named(scheme: Any, tags: str, what: str) -> None:
+    assert what in tag_error(tags.split(), scheme)
+
+
+def test_iob2_is_read_back_as_it_was_written() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        at, entities = 0, []
+        while at < 12:
+            length = draw.randint(1, 3)
+            if draw.random() < 0.5:
+                entities.append(Entity(at, at + length, draw.choice("AB")))
+            at += length
+        tags = iob2_tags(entities, 15)
+        assert entities_of(tags) == entities
+        assert tag_error(tags, "iob2") == ""
+
+
+def counted_by_hand(tags: Sequence[str]) -> set[tuple[int, int, str]]:
+    """conlleval's two conditions, written out: where a chunk begins, and where one ends."""
+    found, start = set(), None
+    pairs = [("O", ""), *((t[:1], t[2:]) for t in tags), ("O", "")]
+    for i in range(1, len(pairs)):
+        (p, kind_before), (q, kind) = pairs[i - 1], pairs[i]
+        ends = p in "BIES" and (q in "BSO" or p in "ES" or kind_before != kind)
+        begins = q in "BS" or (q in "IE" and (p in "ESO" or kind_before != kind))
+        if ends and start is not None:
+            found.add((start, i - 1, kind_before))
+            start = None
+        if begins:
+            start = i - 1
+    return found
+
+
+def test_scores_are_those_of_an_own_count_of_entities() -> None:
+    draw = random.Random(1)
+    kinds = ["O", "O", *(f"{p}-{k}" for p in "BI" for k in ("X", "Y"))]
+    rows = [[draw.choice(kinds) for _ in range(draw.randint(1, 12))] for _ in range(60)]
+    other = [[t if draw.random() < 0.7 else draw.choice(kinds) for t in row] for row in rows]
+    said, wanted = (
+        {(i, *e) for i, row in enumerate(x) for e in counted_by_hand(row)} for x in (other, rows)
+    )
+    assert said == {
+        (i, e.start, e.end, e.label) for i, row in enumerate(other) for e in entities_of(row)
+    }
+    right = len(said & wanted)
+    precision, recall = right / len(said), right / len(wanted)
+    found = entity_scores(other, rows)
+    assert found["precision"] == pytest.approx(precision)
+    assert found["recall"] == pytest.approx(recall)
+    assert found["f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    assert 0.1 < found["f1"] < 0.9
+    assert entity_scores([["O"]], [["O"]]) == {"f1": 0.0, "precision": 0.0, "recall": 0.0}
+
+
+# --------------------------------------------------------------------------------- CoNLL files
+
+SENTENCES = [{"tokens": ["EU", "rejects", "#"], "tags": ["B-ORG", "O", "O"]},
+             {"tokens": ["Ida"], "tags": ["B-PER"]}]  # fmt: skip
+FILES = {
+    "tabs": "EU\tB-ORG\nrejects\tO\n#\tO\n\nIda\tB-PER\n",
+    "spaces": "EU B-ORG\nrejects  O\n# O\n\nIda B-PER",
+    "windows": "EU\tB-ORG\r\nrejects\tO\r\n#\tO\r\n \t\r\nIda\tB-PER\r\n",
+    "a mark, and blank lines": "\ufeff\n\nEU B-ORG\nrejects O\n# O\n   \n\n\nIda B-PER\n\n\n",
+    "documents": "-DOCSTART- O\n\nEU B-ORG\nrejects O\n# O\n-DOCSTART- O\n\nIda B-PER\n",
+    "comments": "# sent_id = 1\n# text = EU\n#\nEU B-ORG\nrejects O\n# O\n\n# x = 2\nIda B-PER\n",
+    "a comment first": "# a title of words\nEU\tB-ORG\nrejects\tO\n#\tO\n\nIda\tB-PER\n",
+    "some lines with spaces": "EU\tB-ORG\nrejects O\n#\tO\n\nIda B-PER\n",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_conll_files_are_read_in_their_dialects(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.conll"
+    file.write_text(FILES[name], encoding="utf-8", newline="")
+    rows = list(read_conll(file, FormatSpec()))
+    assert [row.columns for row in rows] == SENTENCES
+    assert not any(row.error for row in rows)
+
+
+def test_columns_of_conll_files_have_names(tmp_path: Path) -> None:
+    file = tmp_path / "rows.conll"
+    file.write_text("EU NNP B-NP B-ORG\n\nIda NN B-NP B-PER\n")
+    first = next(iter(read_conll(file, FormatSpec())))
+    columns = {"tokens": ["EU"], "column_2": ["NNP"], "column_3": ["B-NP"], "tags": ["B-ORG"]}
+    assert first.columns == columns
+    named = FormatSpec(columns=["word", "pos", "chunk", "ner"])
+    assert list(next(iter(read_conll(file, named))).columns or ()) == named.columns
+    with pytest.raises(LoraError, match=r"names 2 columns, and\s+the file has 4"):
+        list(read_conll(file, FormatSpec(columns=["a", "b"])))
+    file.write_text("EU\n\nIda\n")
+    assert [row.columns for row in read_conll(file, FormatSpec())] == [
+        {"tokens": ["EU"]}, {"tokens": ["Ida"]}
+    ]  # fmt: skip
+
+
+def test_universal_files_lose_their_ranges_and_empty_nodes(tmp_path: Path) -> None:
+    word = "{}\t{}\t_\tNOUN\t_\t_\t0\troot\t_\tO\n"
+    lines = [word.format(i, w) for i, w in (("1-2", "im"), (1, "in"), (2, "dem"), ("2.1", "x"))]
+    (tmp_path / "rows.conllu").write_text("# text = im\n" + "".join(lines))
+    (row,) = read_conll(tmp_path / "rows.conllu", FormatSpec())
+    assert row.columns is not None
+    assert (row.columns["tokens"], row.columns["misc"]) == (["in", "dem"], ["O", "O"])
+
+
+def test_a_line_with_other_columns_is_named_by_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.conll"
+    file.write_bytes(b"EU\tB-ORG\n\nIda\tB-PER\nmet\n\nna\xefve\tO\n")
+    rows = list(read_conll(file, FormatSpec()))
+    assert [(row.place, row.error) for row in rows] == [
+        ("rows.conll:1", ""),
+        ("rows.conll:3", "line 4 has 1 column where there are 2"),
+        ("rows.conll:6", "line 6: byte 0xef is not utf-8 text"),
+    ]
+
+
+def test_prose_and_tables_are_no_conll_files() -> None:
+    assert is_conll(["EU B-ORG", "x O", ""] * 5)
+    assert not is_conll(["a text O"] * 20)  # one tag only: what is there to find?
+    assert not is_conll(["Vitamin B-12 is good", "and so is O negative"] * 10)
+    assert not is_conll(["EU,B-ORG", "x,O"] * 10)
+
+
+# --------------------------------------------------------------------------------------- spans
+
+TEXT = "Ada met Ida."
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [{"start": 8, "end": 11, "label": "PER"}, {"start": 0, "end": 4, "label": "PER"}],
+        [[0, 3, "PER"], [8, 11, "PER"]],
+        [{"id": 1, "start_offset": 0, "end_offset": 3, "label": "PER"},
+         {"id": 2, "start_offset": 7, "end_offset": 11, "label": " PER"}],
+        [{"start": 0, "end": 3, "text": "Ada", "labels": ["PER"]},
+         {"value": {"start": 8, "end": 11, "text": "Ida", "labels": ["PER"]}}],
+        [{"start": 0, "end": 3, "token_start": 0, "token_end": 0, "label": "PER"},
+         {"start": 8, "end": 11, "entity_group": "PER"}],
+    ],
+)  # fmt: skip
+def test_spans_are_read_as_tools_export_them(spans: list[Any]) -> None:
+    assert read_spans(spans, TEXT) == [Span(0, 3, "PER"), Span(8, 11, "PER")]
+
+
+@pytest.mark.parametrize(
+    ("spans", "what"),
+    [
+        (None, "holds null, not a list"),
+        ([3], "span 1 is a number, not start, end and label"),
+        ([[0, 3]], "span 1 has 2 parts"),
+        ([{"start": 0, "end": 3}], "span 1 has no label"),
+        ([{"start": 0, "label": "X"}], "span 1 has no `end`"),
+        ([{"start": 0.5, "end": 3, "label": "X"}], "no `start` that is a whole number"),
+        ([[0, 3, "X"], [8, 13, "X"]], "span 2, 8 to 13 (`X`), is not inside the text"),
+        ([[3, 3, "X"]], "is not inside"),
+        ([[-1, 3, "X"]], "is not inside"),
+        ([[3, 4, "X"]], "holds nothing but spaces"),
+        ([[4, 8, "X"], [0, 6, "Y"]], "two spans overlap: 0 to 6 (`Y`) and 4 to 7 (`X`)"),
+        ([{"start": 0, "end": 3, "labels": ["X", "Y"]}], "span 1 has 2 labels"),
+        ([{"start": 1, "end": 4, "text": "Ada", "label": "X"}], "`da` by its places, and `Ada`"),
+    ],
+)
+def test_what_is_wrong_with_spans_is_named(spans: Any, what: str) -> None:
+    found = read_spans(spans, TEXT)
+    assert isinstance(found, str)
+    assert what in found
+
+
+def test_a_typed_text_is_divided_into_words() -> None:
+    text = 'Ada\'s "e-mail" to @ida: 3.5 %, 東京へ行く。 (U.S.) ...'
+    words = [text[start:end] for start, end in words_of(text)]
+    shown = 'Ada\'s | " | e-mail | " | to | @ida | : | 3.5 | % | , | 東 | 京 | へ | 行 | く | 。'
+    assert words == [*shown.split(" | "), "(", "U.S", ".", ")", ".", ".", "."]
+    assert "".join(words) == "".join(text.split())
+
+
+# ------------------------------------------------------------------------ alignment and windows
+
+
+@pytest.mark.parametrize("kind", ["encoder", "wordpiece"])
+def test_each_word_has_the_first_token_that_reaches_into_it(kind: str) -> None:
+    tokenizer = tiny.wordpiece() if kind == "wordpiece" else tiny.tokenizer()
+    words = ["the", "film", "\u200b", "is", "😀", "", "great", "great"]
+    text = " ".join(words)
+    places, at = [], 0
+    for word in words:
+        places.append((at, at + len(word)))
+        at += len(word) + 1
+    found = words_in(tokenizer, text, places)
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert found.ids == offsets["input_ids"]
+    for (start, end), first in zip(places, found.first, strict=True):
+        inside = [i for i, (a, b) in enumerate(offsets["offset_mapping"]) if a < end and b > start]
+        has_token = bool(inside) and bool(text[start:end].strip())
+        assert first == (inside[0] if has_token else NO_TOKEN)
+    used = [first for first in found.first if first != NO_TOKEN]
+    assert used == sorted(set(used))
+    assert len(used) >= 6
+
+
+def test_words_that_share_a_token_are_predicted_once() -> None:
+    text, tokenizer = "thefilm", tiny.wordpiece()  # one unknown token
+    found = words_in(tokenizer, text, [(0, 3), (3, 7)])
+    assert found.first == [0, NO_TOKEN]
+    assert complete_tags(["B-A", None, "I-A"]) == ["B-A", "I-A", "I-A"]
+    assert complete_tags(["B-A", None, "O"]) == ["B-A", "O", "O"]
+    assert complete_tags([None, "I-A", None, None, "I-A", None]) == [
+        "O", "I-A", "I-A", "I-A", "I-A", "O"
+    ]  # fmt: skip
+    assert complete_tags(["B-A", None, "B-A"]) == ["B-A", "O", "B-A"]
+
+
+def test_a_tokenizer_without_offsets_reads_word_by_word() -> None:
+    tokenizer = tiny.wordpiece()
+    found = words_one_by_one(tokenizer, ["the", " ", "film"])
+    assert (found.ids, found.first) == (
+        tokenizer("the film", add_special_tokens=False)["input_ids"], [0, NO_TOKEN, 1]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 5, 8, 13, 40])
+def test_windows_hold_every_word_once_where_it_has_most_room(capacity: int) -> None:
+    draw = random.Random(capacity)
+    for count in (1, 7, 12, 13, 29):
+        first = [i if draw.random() < 0.6 else NO_TOKEN for i in range(count)]
+        first[0] = 0
+        windows = windows_of(Words(list(range(count)), first), capacity)
+        owned = [word for window in windows for word in window.words]
+        assert sorted(owned) == [i for i in range(count) if first[i] != NO_TOKEN]
+        assert all(window.end - window.start <= capacity for window in windows)
+        for window in windows:
+            for word in window.words:
+                assert window.start <= first[word] < window.end
+                if capacity >= 8:  # room on a side that is no end of the row
+                    left = first[word] - window.start if window.start else 10**6
+                    right = window.end - 1 - first[word] if window.end < count else 10**6
+                    assert min(left, right) >= capacity // 4 - 1
+
+
+def test_tokens_without_spaces_are_words() -> None:
+    text = "東京 へ great film"
+    places = places_of_tokens(tiny.tokenizer(), text)
+    assert "".join(text[a:b] for a, b in places) == text.replace(" ", "")
+    assert all(b <= c for (_, b), (c, _) in pairwise(places))
+
+
+# ------------------------------------------------------------------------------- rows and labels
+
+
+def test_the_same_entities_are_learned_from_every_form(base: Path, tmp_path: Path) -> None:
+    names = ["O", "I-LOC", "B-LOC", "B-PER", "I-PER"]
+    tags = {name: text.split() for name, text in SCHEMES.items()}
+    words = [f"w{i}" for i in range(9)]
+    text = " ".join(words)
+    starts = [text.index(word) for word in words]
+    spans = [[starts[e.start], starts[e.end - 1] + 2, e.label] for e in ENTITIES]
+    forms: list[tuple[Any, Json]] = [
+        ([{"tokens": words, "tags": some}], {}) for some in tags.values()
+    ]
+    numbers = [names.index(tag) for tag in tags["iob2"]]
+    forms += [
+        ([{"tokens": words, "tags": numbers}], {"tag_names": names}),
+        ([{"tokens": json.dumps(words), "tags": str(tags["iob2"])}], {}),  # as a table has them
+        ("".join(f"{w}\tx\t{t}\n" for w, t in zip(words, tags["iobes"], strict=True)), {}),
+        ([{"text": text, "marks": spans}], {"text_column": "text", "spans_column": "marks"}),
+    ]
+    found = []
+    for i, (rows, task) in enumerate(forms):
+        (tmp_path / str(i)).mkdir()
+        made = task_of(base, tmp_path / str(i), rows, **task)
+        example = load_data(made)["train"].examples[0]
+        marks = [made.labels[x] for x in example["labels"] if x >= 0]
+        # where tokens are words, an entity has more tags
+        found.append([e.label for e in entities_of(marks)])
+        if i < len(forms) - 1:
+            assert marks == iob2_tags(ENTITIES, 9)
+        assert sorted(made.labels) == sorted(iob2_labels(["LOC", "PER"]))
+        assert made.recipe.task.labels == made.labels
+    assert found == [[e.label for e in ENTITIES]] * len(forms)
+
+
+def test_lists_of_class_labels_have_their_names() -> None:
+    names = ["O", "B-PER", "I-PER"]
+    features = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("string")),
+         "ner_tags": datasets.List(datasets.ClassLabel(names=names))}
+    )  # fmt: skip
+    assert _label_names(features) == {"ner_tags": names}
+
+
+@pytest.mark.parametrize(
+    ("row", "task", "what"),
+    [
+        ({"tokens": ["a", "b"], "tags": ["O"]}, {}, "2 words in `tokens`, and 1 tag in `tags`"),
+        ({"tokens": ["a"], "tags": ["I-PER"]}, {}, "no `B-PER` began (`--set task.scheme=iob1`"),
+        ({"tokens": "a b", "tags": ["O"]}, {}, "`tokens` holds `a b`, not a list of words"),
+        ({"tokens": ["a", {}], "tags": ["O"]}, {}, "something else than words in it"),
+        ({"tokens": [], "tags": []}, {}, "holds no words"),
+        ({"tokens": ["a"], "tags": "O"}, {}, "`tags` holds `O`, not a list of tags"),
+        ({"tokens": ["a"], "tags": [3]}, {}, "numbers, and what they stand for is not known"),
+        ({"tokens": ["a"], "tags": [3]}, {"tag_names": ["O", "B-PER", "I-PER"]}, "tags 0 to 2"),
+        ({"tokens": ["a"], "tags": [None]}, {}, "tag 1 is blank, not a name"),
+    ],
+)
+def test_bad_rows_are_named_by_file_and_line(
+    row: Json, task: Json, what: str, base: Path, tmp_path: Path
+) -> None:
+    made = task_of(base, tmp_path, [ROWS[0], ROWS[1], row], scheme="iob2", **task)
+    with pytest.raises(LoraError) as caught:
+        check_data(made, ("train",))
+    (problem,) = caught.value.problems
+    assert what in problem.what
+    assert problem.at == "train.jsonl:3"
+
+
+def test_a_few_broken_tags_do_not_make_another_scheme(base: Path, tmp_path: Path) -> None:
+    broken = {"tokens": ["Ida", "x"], "tags": ["I-PER", "O"]}
+    made = task_of(base, tmp_path, [*ROWS, broken])
+    with pytest.raises(LoraError, match="continues an entity"):
+        check_data(made, ("train",))
+    made = task_of(base, tmp_path, [*ROWS, broken], data={"on_bad_row": "skip"})
+    assert len(check_data(made, ("train",))["train"]) == 3
+    made = task_of(base, tmp_path, [*ROWS, broken], scheme="iob1")
+    rows = check_data(made, ("train",))["train"]
+    assert made.labels_of(rows[3]) == ["PER"]
+
+
+def test_types_that_train_lacks_are_errors(base: Path, tmp_path: Path) -> None:
+    jsonl(tmp_path / "dev.jsonl", [ROWS[1], {"tokens": ["a"], "tags": ["B-PRE"]}])
+    made = task_of(base, tmp_path, data={"validation": "dev.jsonl"})
+    with pytest.raises(LoraError, match="`PRE` is not a type of entity") as caught:
+        check_data(made, ("train", "validation"))
+    assert caught.value.problems[0].at == "dev.jsonl:2"
+    assert "did you mean `PER`" in str(caught.value)
+
+
+def test_a_tag_for_every_word_is_no_entity(base: Path, tmp_path: Path) -> None:
+    rows = [{"tokens": ["a", "film"], "tags": ["DET", "NOUN"]}] * 3
+    with pytest.raises(LoraError, match="no word has the tag `O`"):
+        check_data(task_of(base, tmp_path, rows), ("train",))
+
+
+def test_a_train_split_without_entities_is_an_error(base: Path, tmp_path: Path) -> None:
+    rows = [{"tokens": ["a"], "tags": ["O"]}]
+    with pytest.raises(LoraError, match="no row of the train split has an entity in `tags`"):
+        check_data(task_of(base, tmp_path, rows), ("train",))
+
+
+def test_a_span_that_cuts_a_token_is_an_error_with_its_place(base: Path, tmp_path: Path) -> None:
+    rows = [
+        {"text": "a film", "spans": [[2, 6, "ART"]]},
+        {"text": "a film", "spans": [[2, 4, "ART"]]},
+    ]
+    task = {"text_column": "text", "spans_column": "spans"}
+    with pytest.raises(LoraError, match=r"2 to 4, `fi` .ART., cuts the token `film`") as caught:
+        load_data(task_of(base, tmp_path, rows, **task))
+    assert caught.value.problems[0].at == "train.jsonl:2"
+
+
+def test_rows_that_an_annotator_put_aside_are_left_out(base: Path, tmp_path: Path) -> None:
+    good = {"text": "a film", "spans": [[2, 6, "ART"]], "answer": "accept", "_task_hash": 1}
+    rows = [good, {**good, "answer": "reject"}, {**good, "answer": "ignore"}]
+    made = task_of(base, tmp_path, rows, text_column="text", spans_column="spans")
+    assert len(check_data(made, ("train",))["train"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "what"),
+    [
+        ({"text_column": "text"}, "`text_column` and `spans_column` go together"),
+        ({"text_column": "a", "spans_column": "b", "tags_column": "c"}, "for rows of words"),
+        ({"text_column": "a", "spans_column": "b", "scheme": "io"}, "for rows of words"),
+        ({"labels": ["O", "PER", "LOC"]}, "`labels` are not O and"),
+        ({"labels": ["O", "B-PER", "I-PER", "O"]}, "appears 2 times"),
+    ],
+)
+def test_keys_that_do_not_go_together(task: Json, what: str, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoraError, match=what):
+        task_of(base, tmp_path, ROWS, **task)
+
+
+def test_equal_texts_with_other_entities_contradict(base: Path, tmp_path: Path) -> None:
+    texts = task_of(base, tmp_path, ROWS, text_column="text", spans_column="spans")
+    words = task_of(base, tmp_path)
+    one = {"tokens": ["the", "the"], "tags": ["B-A", "O"], "text": "a a", "spans": [[0, 1, "A"]]}
+    same = {"tokens": ["The", "the"], "tags": ["B-A", "O"], "text": "A a", "spans": [[0, 1, "A"]]}
+    other = {"tokens": ["the", "the"], "tags": ["O", "B-A"], "text": "a a", "spans": []}
+    for task in (words, texts):
+        assert task.answer_of(one) == task.answer_of(same) != task.answer_of(other)
+
+
+# ------------------------------------------------------------------------------ loss and answers
+
+
+def test_the_loss_is_that_of_transformers(base: Path, tmp_path: Path) -> None:
+    task = task_of(base, tmp_path)
+    split = load_data(task)["train"]
+    model = model_of(task)
+    assert type(model) is type(AutoModelForTokenClassification.from_config(model.config))
+    batch = task.collate([split.examples[i] for i in range(3)])
+    ours = task.losses(model, task.forward(model, batch), batch)["loss"]
+    theirs = model(**batch.inputs, labels=batch.targets["labels"]).loss
+    assert batch.items["loss"].tolist() == [5.0, 2.0, 1.0]
+    assert_close(ours.double().sum() / batch.n_items, theirs)
+
+
+def long_row(count: int = 150) -> Json:
+    words = [tiny.CORPUS[i % 8].split()[i % 3] for i in range(count)]
+    tags = ["B-ART" if i % 5 == 0 else "I-ART" if i % 5 == 1 else "O" for i in range(count)]
+    return {"tokens": words, "tags": tags}
+
+
+def test_long_rows_are_one_prediction_across_windows(base: Path, tmp_path: Path) -> None:
+    rows = [ROWS[0], long_row(), ROWS[1], long_row(90), ROWS[2]]
+    task = task_of(base, tmp_path, rows, max_length=24)
+    split = load_data(task)["train"]
+    assert len(split) > 12
+    model = model_of(task)
+    kept: list[Any] = []
+    found = evaluate(model, task, split, Accelerator(cpu=True), tmp_path / "said.jsonl", kept)
+    assert [p.row for p in kept] == [0, 1, 2, 3, 4]
+    lines = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert [line["n_items"] for line in lines] == [5, 150, 2, 90, 1]
+    # the same, from the model and the tokenizer alone
+    tags, total = [], 0.0
+    for row in rows:
+        said = tags_by_hand(model, task, row)
+        tags.append([tag for tag, _ in said])
+        total += sum(loss for _, loss in said)
+    wanted = [row["tags"] for row in rows]
+    assert [p.metric_inputs["tags"] for p in kept] == list(zip(tags, wanted, strict=True))
+    assert found["loss"] == pytest.approx(total / 248, rel=1e-5)
+    expected = entity_scores(tags, wanted)
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+
+
+def tags_by_hand(model: Any, task: Task, row: Json) -> list[tuple[str, float]]:
+    """Return the tag and the loss of each word, from the window in which it has most context."""
+    tokenizer = task.tokenizer  # type: ignore[attr-defined]
+    text = " ".join(row["tokens"])
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, room, at, found = encoding["input_ids"], 22, 0, []
+    starts = [*range(0, max(len(ids) - room, 0), room // 2), max(len(ids) - room, 0)]
+    for word, tag in zip(row["tokens"], row["tags"], strict=True):
+        first = next(i for i, (_, b) in enumerate(encoding["offset_mapping"]) if b > at)
+        at += len(word) + 1
+
+        def context(start: int, first: int = first) -> int:
+            left = first - start if start else 10**6
+            right = start + room - 1 - first if start + room < len(ids) else 10**6
+            return min(left, right) if start <= first < start + room else -1
+
+        start = max(starts, key=context)
+        window = torch.tensor([[tiny.BOS, *ids[start : start + room], tiny.EOS]])
+        with torch.no_grad():
+            scores = model(input_ids=window).logits[0, 1 + first - start].log_softmax(-1)
+        labels = task.labels
+        found.append((labels[int(scores.argmax())], -float(scores[labels.index(tag)])))
+    return found
+
+
+def test_rows_are_joined_across_the_windows_of_the_evaluation(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(base, tmp_path, [long_row(), long_row(60), ROWS[0]], max_length=12)
+    split, model = load_data(task)["train"], None
+    model = model_of(task)
+    whole: list[Any] = []
+    evaluate(model, task, split, Accelerator(cpu=True), keep=whole)
+    monkeypatch.setattr(evaluate_split, "WINDOW", 1)
+    parts: list[Any] = []
+    evaluate(model, task, split, Accelerator(cpu=True), keep=parts)
+    assert [p.row for p in parts] == [0, 1, 2]
+    for one, other in zip(whole, parts, strict=True):
+        assert one.metric_inputs["tags"] == other.metric_inputs["tags"]
+        assert one.losses["loss"] == pytest.approx(other.losses["loss"])
+        assert one.metric_inputs["nll"] == pytest.approx(other.metric_inputs["nll"])
+
+
+def test_answers_are_places_in_what_was_typed(base: Path, tmp_path: Path) -> None:
+    task = task_of(base, tmp_path)
+    check_data(task, ("train",))
+    model = model_of(task, seed=3)
+    accelerator = Accelerator(cpu=True)
+    typed = "  Ada met a  (warm) cast, a bore."
+    rows = [task.parse_input(typed), {"tokens": ["a", "warm", "cast"]}, ROWS[0]]
+    ((first,), (second,), (third,)) = answer(model, task, rows, accelerator)
+    assert first
+    assert all(typed[e["start"] : e["end"]] == e["text"].strip() == e["text"] for e in first)
+    assert all(0 < e["score"] <= 1 and e["label"] in ("PER", "ART") for e in first)
+    joined = "a warm cast"
+    assert all(joined[e["start"] : e["end"]] == e["text"] for e in second)
+    said = tags_by_hand(model, task, ROWS[0])
+    assert [e["label"] for e in third] == [e.label for e in entities_of([t for t, _ in said])]
+    assert json.loads(task.answer_line([first])) == first
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_files_of_every_kind_are_answered(suffix: str, base: Path, tmp_path: Path) -> None:
+    task = task_of(base, tmp_path)
+    check_data(task, ("train",))
+    model = model_of(task, seed=3)
+    (tmp_path / "new.conll").write_text("a\twarm\tO\n\n" + "Ada\tx\tO\nmet\tx\tB-PER\n\n" * 6)
+    jsonl(tmp_path / "new.jsonl", [{"tokens": ["a"]}, {"tokens": "a warm cast"}, {"tokens": []}])
+    (tmp_path / "new.txt").write_text("a warm cast\nAda met a bore\n")
+    for name, count, bad in (("new.conll", 7, 0), ("new.jsonl", 3, 1), ("new.txt", 2, 0)):
+        if suffix == ".parquet" and name == "new.jsonl":
+            continue  # of JSON, parquet is not written
+        target = tmp_path / f"said-{name}{suffix}"
+        written, problems = answer_file(model, task, tmp_path / name, target, Accelerator(cpu=True))
+        assert (written, len(problems)) == (count, bad)
+        if suffix == ".jsonl":
+            lines = [json.loads(line) for line in target.read_text().splitlines()]
+            assert isinstance(lines[0]["prediction"], list)
+
+
+def test_a_tokenizer_without_offsets_is_used_for_words_and_rejected_for_spans(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = task_of(base, tmp_path)
+    fast_examples = list(load_data(fast)["train"].examples)
+    monkeypatch.setattr(type(fast.tokenizer), "is_fast", False)  # type: ignore[attr-defined]
+    slow = task_of(base, tmp_path)
+    check_data(slow, ("train",))
+    made = slow.encode(ROWS)
+    for (example,), other in zip(made, fast_examples, strict=True):
+        kept = [[x for x in e["labels"] if x >= 0] for e in (example, other)]
+        assert kept[0] == kept[1]
+    with pytest.raises(LoraError, match="does not say where its tokens stand"):
+        task_of(base, tmp_path, ROWS, text_column="text", spans_column="spans")
+
+
+def test_a_pretrained_tagger_keeps_its_rows_by_name(tmp_path: Path) -> None:
+    config = tiny.encoder(None).config
+    config.id2label = dict(enumerate(["I-ART", "B-PER", "O", "B-ART", "I-PER"]))
+    config.label2id = {name: i for i, name in config.id2label.items()}
+    model = tiny.enliven(BertForTokenClassification(config))
+    model.save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    task = task_of(tmp_path / "base", tmp_path)
+    check_data(task, ("train",))
+    loaded, _ = task.load_model(CPU)
+    order = [config.label2id[name] for name in task.labels]
+    assert torch.equal(loaded.classifier.weight, model.classifier.weight[order])
+
+
+def test_long_words_do_not_need_more_than_a_window(base: Path, tmp_path: Path) -> None:
+    rows = [{"tokens": ["x" * 300, "y"], "tags": ["B-ART", "O"]}]
+    task = task_of(base, tmp_path, rows, max_length=16)
+    split = load_data(task)["train"]
+    kept: list[Any] = []
+    evaluate(model_of(task), task, split, Accelerator(cpu=True), keep=kept)
+    assert kept[0].n_items == 2
+    with pytest.raises(LoraError, match="leaves no room for a word"):
+        load_data(task_of(base, tmp_path, rows, max_length=2))
+
+
+# ---------------------------------------------------------------------------------- the report
+
+
+def test_the_page_counts_types_and_marks_errors() -> None:
+    person = {"start": 0, "end": 3, "label": "PER", "text": "Ada"}
+    place = {"start": 4, "end": 8, "label": "LOC", "text": "<Rom"}
+    lines = [
+        {"reference": [person], "prediction": [{**person, "score": 0.9}], "text": "Ada", "loss": 1},
+        {"reference": [person, place], "prediction": [{**place, "label": "PER"}],
+         "text": "Ada <Rom", "loss": 2.0, "place": "a.conll:3"},
+        {"reference": [], "prediction": [], "text": "x", "loss": 9.0},
+    ]  # fmt: skip
+    found = {s.label: (s.precision, s.recall, s.f1, s.rows, s.called) for s in per_type(lines)}
+    assert found == {"PER": (0.5, 0.5, 0.5, 2, 2), "LOC": (None, 0.0, 0.0, 1, 0)}
+    types, errors = entity_sections(lines, "test")
+    assert ">PER<" in types
+    assert errors.count("<li>") == 1
+    assert errors.count('class="entity wrong"') == 3
+    assert "<b>2</b> not found" in errors
+    assert "<b>1</b> not in the data" in errors
+    assert "&lt;Rom" in errors
+    assert "<Rom" not in errors
+
+
+def test_the_usage_code_runs(base: Path, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(
+        {"model": {"name": "x"}, "task": {"type": "token_classification"},
+         "data": {"path": "a.conll"}, "adapter": {"rank": 2}}
+    )  # fmt: skip
+    labels = ["O", "B-PER", "I-PER"]
+    usage = recipe.task.usage(labels, None)
+    assert usage is not None
+    assert recipe.task.usage([], None) is None
+    model = tiny.enliven(BertForTokenClassification(tiny.encoder(None).config))
+    model.config.id2label = dict(enumerate([*labels]))
+    said: list[tuple[Any, ...]] = []
+    values = {"tokenizer": tiny.tokenizer(), "model": model, "torch": torch}
+    exec(usage.code, values | {"print": lambda *x: said.append(x)})
+    pieces = tiny.tokenizer().tokenize("Some text", add_special_tokens=False)
+    words = [pieces[0], next(p for p in pieces if p.startswith("Ġt") or p == "t")]
+    assert [word for word, _ in said] == [word.removeprefix("Ġ") for word in words]
+    assert {tag for _, tag in said} <= set(labels)
