@@ -579,7 +579,6 @@ def test_real_files(
 @pytest.mark.parametrize(
     ("file", "what"),
     [
-        ("ner_wnut17/train.conll", "tokens with a tag each .one a line, 3,394 sentences, 13 tags"),
         ("fsdd/metadata.csv", "the rows are about files of sound or pictures"),
         ("fsdd/recordings.zip", "an Excel workbook or another zip archive"),
         ("speech_jfk/jfk.flac", "this is sound"),

@@ -217,19 +217,13 @@ def test_a_compressed_table_without_its_suffix(init: Init) -> None:
 
 # ------------------------------------------------------------------------------ no rows of text
 
-TOKENS = "".join(
-    f"{word} {tag}\n{'' if i % 7 else chr(10)}"
-    for i, (word, tag) in enumerate([("Ada", "B-person"), ("met", "O"), ("Ida", "B-person")] * 9)
-)
 FOREIGN = [
     ("rows.xlsx", b"PK\x03\x04" + bytes(range(256)), "an Excel workbook", "as csv"),
     ("rows.csv", b"\xd0\xcf\x11\xe0" + bytes(99), "an old Excel workbook", "as csv"),
     ("rows.pdf", b"%PDF-1.4\n" + bytes(range(99)), "a PDF", "extract its text"),
     ("rows.csv", bytes(range(1, 256)) * 20, "not text", "csv, tsv"),
-    ("rows.conll", TOKENS.encode(), "tokens with a tag each .one a line, .* person",
-     "supported tasks"),
     ("rows.jsonl", lines([{"tokens": ["a", "b"], "ner_tags": [0, i % 5]} for i in range(20)])
-     .encode(), "`tokens` and `ner_tags`, 20 sentences, 5 tags", "supported tasks"),
+     .encode(), "`ner_tags` holds the numbers of tags", "tag_names"),
     ("rows.csv", table(["path", "speaker"], [[f"a/{i}.wav", "xy"[i % 2]] for i in range(30)])
      .encode(), "files of sound or pictures .`path`: a/0.wav", "--text COLUMN"),
 ]  # fmt: skip

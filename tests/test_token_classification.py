@@ -32,7 +32,8 @@ from lora_cli.evaluation.evaluate_split import evaluate
 from lora_cli.evaluation.predict import answer, answer_file
 from lora_cli.metrics.entity_scores import entity_scores
 from lora_cli.preprocessing.encode import check_data, load_data
-from lora_cli.recipe import FormatSpec, Recipe, load_recipe
+from lora_cli.recipe import FormatSpec, HeldOutSpec, Recipe, load_recipe
+from lora_cli.recipe_draft import draft_recipe
 from lora_cli.reporting.page_entities import entity_sections, per_type
 from lora_cli.tasks import Task, build_task
 from lora_cli.tasks.word_windows import (
@@ -347,6 +348,20 @@ def test_words_that_share_a_token_are_predicted_once() -> None:
         "O", "I-A", "I-A", "I-A", "I-A", "O"
     ]  # fmt: skip
     assert complete_tags(["B-A", None, "B-A"]) == ["B-A", "O", "B-A"]
+
+
+def test_words_without_tokens_are_warned_of(base: Path, tmp_path: Path) -> None:
+    rows = [{"tokens": ["a", " fi", "lm"], "tags": ["O", "B-A", "O"]}] * 9 + ROWS
+    for separator, warns in ((" ", False), ("", True)):
+        task = task_of(base, tmp_path, rows, word_separator=separator)
+        split = load_data(task)["train"]
+        listed = [{**e, "row": i} for i, row in enumerate(rows) for e in task.encode([row])[0]]
+        for examples in (split.examples, listed):
+            _, warning = task.unknown_input("train", split.rows, examples)
+            assert bool(warning) == warns
+            if warns:
+                assert "9 of 35 words of train have no token of their own" in str(warning)
+                assert "train.jsonl:1" in str(warning)
 
 
 def test_a_tokenizer_without_offsets_reads_word_by_word() -> None:
@@ -692,6 +707,79 @@ def test_long_words_do_not_need_more_than_a_window(base: Path, tmp_path: Path) -
     assert kept[0].n_items == 2
     with pytest.raises(LoraError, match="leaves no room for a word"):
         load_data(task_of(base, tmp_path, rows, max_length=2))
+
+
+# -------------------------------------------------------------------------------------- drafts
+
+SCHEME_KEYS = {"tokens_column": "tokens", "tags_column": "tags", "scheme": "iob2"}
+
+
+def drafted(base: Path, tmp_path: Path, name: str, content: str) -> tuple[Json, dict[str, str]]:
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    draft = draft_recipe(tmp_path / name, str(base), tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text(draft.text(), encoding="utf-8")
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    check_data(build_task(recipe), ("train",))
+    task = recipe.task.model_dump(exclude={"type", "max_length"}, exclude_unset=True)
+    return task, dict(draft.findings)
+
+
+CONLL = "".join(f"Ada{i} NN B-PER\nmet{i} VB O\nRome{i} NN B-LOC\n\n" for i in range(30))
+LABELS = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+
+
+@pytest.mark.parametrize("name", ["train.conll", "rows.txt", "rows.tsv", "rows"])
+def test_init_drafts_a_recipe_for_conll_files(name: str, base: Path, tmp_path: Path) -> None:
+    content = CONLL.replace(" ", "\t") if name.endswith("tsv") else CONLL
+    task, said = drafted(base, tmp_path, name, content)
+    assert task == {**SCHEME_KEYS, "labels": LABELS}
+    assert said["task"] == "token_classification: entities in texts"
+    assert said["scheme"] == "`iob2`, by the prefixes of the tags: B"
+    assert said["file"].startswith("a word a line, utf-8: 30 rows, 3 columns")
+    assert "`column_2`" in said["left out"]
+
+
+def test_init_takes_the_splits_next_to_a_conll_file(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "dev.conll").write_text(CONLL.replace("Ada", "Ida"))
+    drafted(base, tmp_path, "train.conll", CONLL.replace("B-", "I-"))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.task.scheme == "io"  # type: ignore[union-attr]
+    # tags in another scheme cannot be read beside it
+    assert isinstance(recipe.data.validation, HeldOutSpec)
+    drafted(base, tmp_path, "train.conll", CONLL)
+    validation = load_recipe(tmp_path / "recipe.yaml").data.validation
+    assert isinstance(validation, str)
+    assert Path(validation).name == "dev.conll"
+
+
+def test_init_finds_entities_in_json(base: Path, tmp_path: Path) -> None:
+    rows = [
+        {"id": i, "tokens": ["Ada", f"x{i}"], "pos_tags": ["NN", "O"], "ner_tags": ["PER", "O"]}
+        for i in range(30)
+    ]
+    task, _ = drafted(base, tmp_path, "a.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    assert (task["tags_column"], task["scheme"]) == ("ner_tags", "io")
+    texts = [
+        {"id": i, "text": f"Ada met number {i}", "label": [[0, 3, "PER"]] if i % 3 else []}
+        for i in range(30)
+    ]
+    bad = {"id": 99, "text": "x", "label": [[0, 9, "PER"]]}
+    lines = "".join(json.dumps(row) + "\n" for row in [*texts, bad])
+    task, said = drafted(base, tmp_path, "b.jsonl", lines)
+    labels = ["O", "B-PER", "I-PER"]
+    assert task.pop("scheme") == "iob2"  # what spans are read as
+    assert task == {"text_column": "text", "spans_column": "label", "labels": labels}
+    assert "1 row" in said["skipped"]
+
+
+def test_lists_of_topics_are_no_tags(base: Path, tmp_path: Path) -> None:
+    rows = [
+        {"text": f"a long text of {i} words", "labels": ["dull", "warm"][: 1 + i % 2]}
+        for i in range(60)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draft = draft_recipe(tmp_path / "a.jsonl", str(base), tmp_path / "recipe.yaml")
+    assert draft.values["task"]["type"] == "sequence_classification"
 
 
 # ---------------------------------------------------------------------------------- the report

@@ -93,7 +93,9 @@ class EntityRows:
                     found.append(name)
                     continue
             if isinstance(item, bool) or not isinstance(item, int):
-                return f"column `{column}`: tag {number} {_said(item)}, not a name or a number"
+                return (
+                    f"column `{column}`: tag {number} {_said(item)}, not a name or a whole number"
+                )
             if not self.names:
                 return (
                     f"column `{column}` holds numbers, and what they stand for is not known: name "

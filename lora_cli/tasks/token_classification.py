@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
@@ -32,8 +33,10 @@ from lora_cli.tasks.word_windows import (
     windows_of,
     words_in,
     words_one_by_one,
+    words_without_token,
 )
 
+MOST_WITHOUT_TOKEN = 0.02  # of the words: more is worth a warning
 Said = tuple[int, str, float]  # a word's position in its row, its tag, and the tag's probability
 
 
@@ -217,8 +220,9 @@ class TokenClassification(TextTask):
                 token = len(prefix) + words.first[word] - window.start
                 at[token] = word
                 labels[token] = tags[word] if has_tags else IGNORED
+            example = {"input_ids": ids, "labels": labels, "words": at}
             full = len(words.ids) + len(prefix) + len(suffix)
-            examples.append({"input_ids": ids, "labels": labels, "words": at, "full_length": full})
+            examples.append({**example, "n_words": len(words.first), "full_length": full})
         return examples
 
     def _tokenised(self, text: RowText) -> Words:
@@ -228,8 +232,8 @@ class TokenClassification(TextTask):
         return words_one_by_one(tokenizer, [text.text[start:end] for start, end in text.places])
 
     def features(self) -> dict[str, str]:
-        """Return the types of the tokens, their labels, and the words that begin with them."""
-        return dict.fromkeys(("input_ids", "labels", "words"), "list<int32>")
+        """Return the types of the tokens, their labels, the words at them, and the row's words."""
+        return dict.fromkeys(("input_ids", "labels", "words"), "list<int32>") | {"n_words": "int32"}
 
     def trial_examples(self, length: int) -> tuple[Example, Example]:
         """Return a short example and one of about `length` tokens, to try the model on."""
@@ -260,6 +264,22 @@ class TokenClassification(TextTask):
             for labels in split.examples.data.column("labels").chunks
         )
         return trained / int(split.lengths.sum())
+
+    def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
+        """Return the share of unknown tokens; and warn of words that have no token of their own."""
+        share, warning = super().unknown_input(name, rows, examples)
+        if warning is not None or not len(examples):
+            return share, warning
+        missing, total = words_without_token(examples)
+        count = int(missing.sum())
+        if count <= MOST_WITHOUT_TOKEN * total:
+            return share, None
+        place = rows.place(int(np.flatnonzero(missing)[0]))
+        return share, (
+            f"{count:,} of {total:,} words of {name} have no token of their own, so that they are "
+            f"not learned, the first at {place}: the tokenizer joins them with the word before, or "
+            "drops them; see `task.word_separator`"
+        )
 
     # ----------------------------------------------------------------------------- model
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,3 +160,27 @@ def complete_tags(tags: Sequence[str | None]) -> list[str]:
         if after.startswith("I-") and before != "O" and before[2:] == after[2:]:
             found[i] = after
     return found
+
+
+def words_without_token(examples: Any) -> tuple[NDArray[np.int64], int]:
+    """Return how many words of each row have no token of their own, and how many words there are.
+
+    Args:
+        examples: Windows of rows, a data set or a list, with `row`, `n_words` (of the row) and
+            `words` (at each token the word that begins there, or -1).
+    """
+    if hasattr(examples, "data"):  # without making Python's lists of them
+        rows, totals = (examples.data.column(name).to_numpy() for name in ("row", "n_words"))
+        found = [
+            int((window.to_numpy(zero_copy_only=False) >= 0).sum())
+            for chunk in examples.data.column("words").chunks
+            for window in (chunk.slice(i, 1).flatten() for i in range(len(chunk)))
+        ]
+    else:
+        rows, totals = (np.array([e[name] for e in examples]) for name in ("row", "n_words"))
+        found = [sum(word >= 0 for word in example["words"]) for example in examples]
+    missing = np.zeros(int(rows.max()) + 1, dtype=np.int64)
+    missing[rows] = totals
+    total = int(missing.sum())
+    np.subtract.at(missing, rows, np.array(found))
+    return missing, total

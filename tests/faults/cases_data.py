@@ -430,8 +430,6 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "a label of many values": (
         "rows.csv", "text,label\n" + "".join(f"a text {i},value {i}\n" for i in range(60)),
         ("--label", "label")),
-    "tokens with tags": (
-        "rows.txt", "".join(f"word{i} {'O' if i % 3 else 'B-place'}\n" for i in range(40)), ()),
     "a number that is none": (
         "rows.csv", "text,score\n" + "".join(f"a long text {i} of some words,{i / 8}\n"
                                               for i in range(30)) + "a last text,1.5k\n", ()),
@@ -463,7 +461,8 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "a PDF": ("rows.pdf", b"%PDF-1.4\n", ()),
     "a picture": ("rows.csv", b"\x89PNG\r\n", ()),
     "bytes that are no text": ("rows.csv", bytes(range(1, 256)) * 9, ()),
-    "lists of tokens and tags": ("rows.jsonl", '{"tokens": ["a", "b"], "tags": [0, 1]}\n' * 9, ()),
+    "lists of tokens and numbers of tags": (
+        "rows.jsonl", '{"tokens": ["a", "b"], "tags": [0, 1]}\n' * 9, ()),
     "files of pictures": (
         "rows.csv", "image,label\n" + "".join(f"img/{i}.png,{'ab'[i % 2]}\n" for i in range(30)),
         ()),

@@ -17,6 +17,7 @@ from typing import Any
 
 import cases_chats  # noqa: F401 - they fill CASES
 import cases_data  # noqa: F401
+import cases_entities  # noqa: F401
 import cases_folders  # noqa: F401
 import cases_models  # noqa: F401
 import cases_recipes  # noqa: F401
@@ -169,6 +170,10 @@ REST: dict[str, list[str]] = {
     ],
     "needs a tokenizer that is not fast": [
         "the tokenizer does not say where its tokens stand in a text, as chats need",
+        "the tokenizer does not say where its tokens stand in a text, as spans need",
+    ],
+    "needs a tokenizer whose special tokens change how a text is divided": [
+        "the tokenizer reads a text in another way when it adds its special tokens",
     ],
     "a guard: blank texts are rejected before": [
         "the prompt is empty",
@@ -211,8 +216,8 @@ REST: dict[str, list[str]] = {
 MOST_LINES = 36  # of a message on the page
 AREAS = [
     "Arguments", "Recipes", "Keys that do not go together", "Overrides", "Files and rows", "Splits",
-    "Labels", "Language models", "lora init", "Models", "Targets", "Metrics", "Adapters",
-    "Starting from an adapter", "Training", "Evaluation", "Prediction", "Merging",
+    "Labels", "Entities", "Language models", "lora init", "Models", "Targets", "Metrics",
+    "Adapters", "Starting from an adapter", "Training", "Evaluation", "Prediction", "Merging",
 ]  # fmt: skip
 
 
