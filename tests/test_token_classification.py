@@ -28,11 +28,13 @@ from lora_cli.data.entity_tags import (
 from lora_cli.data.load_rows import _label_names
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import evaluate_split
-from lora_cli.evaluation.evaluate_split import evaluate
+from lora_cli.evaluation.compare import compare
+from lora_cli.evaluation.evaluate_split import evaluate, evaluate_adapter
 from lora_cli.evaluation.predict import answer, answer_file
-from lora_cli.metrics.entity_scores import entity_scores
+from lora_cli.export.merge import merge_adapter
+from lora_cli.metrics.entity_scores import entity_scores, entity_sums
 from lora_cli.preprocessing.encode import check_data, load_data
-from lora_cli.recipe import FormatSpec, HeldOutSpec, Recipe, load_recipe
+from lora_cli.recipe import FormatSpec, HeldOutSpec, Recipe, load_adapter_recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe
 from lora_cli.reporting.page_entities import entity_sections, per_type
 from lora_cli.tasks import Task, build_task
@@ -45,6 +47,7 @@ from lora_cli.tasks.word_windows import (
     words_in,
     words_one_by_one,
 )
+from lora_cli.training import train
 
 CPU = torch.device("cpu")
 Json = dict[str, Any]
@@ -189,6 +192,9 @@ def test_scores_are_those_of_an_own_count_of_entities() -> None:
     assert found["recall"] == pytest.approx(recall)
     assert found["f1"] == pytest.approx(2 * precision * recall / (precision + recall))
     assert 0.1 < found["f1"] < 0.9
+    for name, value in found.items():
+        sums = [entity_sums(name, *pair) for pair in zip(other, rows, strict=True)]
+        assert sum(a for a, _ in sums) / sum(b for _, b in sums) == pytest.approx(value)
     assert entity_scores([["O"]], [["O"]]) == {"f1": 0.0, "precision": 0.0, "recall": 0.0}
 
 
@@ -707,6 +713,39 @@ def test_long_words_do_not_need_more_than_a_window(base: Path, tmp_path: Path) -
     assert kept[0].n_items == 2
     with pytest.raises(LoraError, match="leaves no room for a word"):
         load_data(task_of(base, tmp_path, rows, max_length=2))
+
+
+def test_two_taggers_are_compared_and_one_is_merged_and_used(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**row, "tokens": [*row["tokens"], f"x{i}"], "tags": [*row["tags"], "O"]}
+            for i in range(4) for row in ROWS]  # fmt: skip
+    data = {"train": jsonl(tmp_path / "train.jsonl", rows[:6]),
+            "test": jsonl(tmp_path / "test.jsonl", rows[6:])}  # fmt: skip
+    task = {"type": "token_classification", "max_length": 16}
+    adapter = {"rank": 4, "target_modules": "all-linear"}
+    path = tiny.recipe(base, tmp_path, task=task, data=data, adapter=adapter)
+    for seed in (0, 1):
+        sets = [f"output_dir={tmp_path / f'out{seed}'}", f"train.seed={seed}"]
+        sets += ["train.optimizer.learning_rate=0.01", "train.max_steps=6"]
+        train(load_recipe(path, sets), False)
+    new, old = tmp_path / "out1", tmp_path / "out0"
+    recipe = load_adapter_recipe(new)
+    assert recipe.task.scheme == "iob2"  # type: ignore[union-attr]
+    found = compare(new, old, load_adapter_recipe(new))
+    measured = evaluate_adapter(new, load_adapter_recipe(new))["test"]
+    assert (found.metric, found.rows) == ("f1", 6)
+    assert found.new == pytest.approx(measured["f1"])
+    lines = (new / "predictions" / "test.jsonl").read_text().splitlines()
+    assert len(lines) == 6
+    card = (new / "README.md").read_text()
+    assert "AutoModelForTokenClassification" in card
+    assert "num_labels=len(labels)" in card
+    page = (new / "report.html").read_text()
+    assert "By type of entity" in page
+    merge_adapter(None, new, tmp_path / "merged")
+    merged = AutoModelForTokenClassification.from_pretrained(tmp_path / "merged")
+    assert list(merged.config.id2label.values()) == recipe.task.labels  # type: ignore[union-attr]
 
 
 # -------------------------------------------------------------------------------------- drafts

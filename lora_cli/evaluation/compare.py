@@ -25,10 +25,12 @@ from lora_cli.metrics import (
     builtin_value,
     is_exact_match,
     known_metrics,
+    metric_giving,
     metric_mode,
     reads,
     result_names,
 )
+from lora_cli.metrics.entity_scores import entity_sums
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import RECIPE_FILE, AdapterSpec, Recipe, load_adapter_recipe
 from lora_cli.tasks import Encoded, Prediction, Task
@@ -199,7 +201,7 @@ def _metric(recipe: Recipe, task: Task, wanted: str | None) -> tuple[str, str]:
     name, mode = best_by(recipe, task)
     if wanted is not None and wanted != name:
         name, mode = wanted, metric_mode(wanted) or ""
-    of = next((m for m in known_metrics() if name in result_names(m)), None)
+    of = metric_giving(name, task.metric_channel)
     if of is None and name != "loss":
         known = ["loss", *(result for m in known_metrics() for result in result_names(m))]
         raise LoraError(
@@ -274,6 +276,8 @@ def row_sums(metric: str, predictions: list[Prediction]) -> Floats | None:
         per_example = [(p.loss, p.n_items) for p in predictions]
     elif metric == "perplexity":
         per_example = [p.metric_inputs["nll"] for p in predictions]
+    elif metric in result_names("seqeval") and "tags" in predictions[0].metric_inputs:
+        per_example = [entity_sums(metric, *p.metric_inputs["tags"]) for p in predictions]
     elif metric in _SCORES:
         channel = reads(metric) or ""
         score = _SCORES[metric]
@@ -307,7 +311,8 @@ def _recomputed(
     new: list[Prediction],
     generator: np.random.Generator,
 ) -> tuple[float, float, Floats]:
-    of = next(name for name in known_metrics() if metric in result_names(name))
+    of = metric_giving(metric, task.metric_channel)
+    assert of is not None, metric
     channel = reads(of) or ""
     theirs, ours = ([p.metric_inputs[channel] for p in rows] for rows in (old, new))
 

@@ -250,6 +250,18 @@ def result_names(metric: str) -> tuple[str, ...]:
     return (spec.results if spec else ()) or (metric,)
 
 
+def metric_giving(result: str, channel: Channel) -> str | None:
+    """Return the built-in metric that gives a number of this name, for what a task feeds.
+
+    Args:
+        result: A metric, or one of the numbers that one gives: `f1` is of labels and of entities.
+        channel: What the task's own metrics read.
+    """
+    feeds = _FEEDS[channel]
+    able = sorted(SPECS, key=lambda name: SPECS[name].channel not in feeds)
+    return next((name for name in able if result in result_names(name)), None)
+
+
 def reads(metric: str) -> Channel | None:
     """Return what a built-in metric reads; of others it is not known."""
     spec = SPECS.get(metric)

@@ -33,3 +33,22 @@ def entity_scores(
         zero_division=0,
     )
     return {"f1": float(f1), "precision": float(precision), "recall": float(recall)}
+
+
+def entity_sums(
+    score: str, predicted: Sequence[str], reference: Sequence[str]
+) -> tuple[float, float]:
+    """Return what a row adds to the numerator and to the denominator of a score.
+
+    Args:
+        score: `f1`, `precision` or `recall`.
+        predicted: The tags of the row's words, in IOB2.
+        reference: Likewise.
+    """
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    said, wanted = (set(get_entities(list(tags))) for tags in (predicted, reference))
+    right = len(said & wanted)
+    if score == "f1":
+        return 2.0 * right, float(len(said) + len(wanted))
+    return float(right), float(len(said if score == "precision" else wanted))
