@@ -23,7 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_cli.adapters.adapter_folder import (
+from lora_cli.adapters.attach import attach, lora_layers, merge, trainable_parameters
+from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.merge_proof import expected_weights
+from lora_cli.adapters.peft_format.adapter_folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     read_adapter,
@@ -31,10 +34,7 @@ from lora_cli.adapters.adapter_folder import (
     restore,
     save_adapter,
 )
-from lora_cli.adapters.attach import attach, lora_layers, merge, trainable_parameters
-from lora_cli.adapters.load_adapter import load_adapter
-from lora_cli.adapters.merge_proof import expected_weights
-from lora_cli.adapters.peft_config import CHECKS, IDLE, KNOWN_OTHERS, VARIANTS
+from lora_cli.adapters.peft_format.peft_config import CHECKS, IDLE, KNOWN_OTHERS, VARIANTS
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.files import MANIFEST, write_manifest
 

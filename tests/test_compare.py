@@ -11,8 +11,8 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from lora_cli.adapters.adapter_folder import save_adapter
 from lora_cli.adapters.attach import attach
+from lora_cli.adapters.peft_format.adapter_folder import save_adapter
 from lora_cli.cli.app import app
 from lora_cli.errors import LoraError, RegressionError
 from lora_cli.evaluation import compare as comparison

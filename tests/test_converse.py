@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from torch import nn
 from typer.testing import CliRunner
 
-from lora_cli.adapters.adapter_folder import save_adapter
 from lora_cli.adapters.attach import attach
+from lora_cli.adapters.peft_format.adapter_folder import save_adapter
 from lora_cli.cli.app import app
 from lora_cli.errors import LoraError, NumericsError, ResourceError
 from lora_cli.evaluation import converse as conversation

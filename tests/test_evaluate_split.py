@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from lora_cli.adapters.adapter_folder import save_adapter
 from lora_cli.adapters.attach import attach
+from lora_cli.adapters.peft_format.adapter_folder import save_adapter
 from lora_cli.data.readers import read_rows
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import evaluate_split as evaluation

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lora_cli.adapters.adapter_folder import save_adapter
 from lora_cli.adapters.attach import attach, lora_layers
+from lora_cli.adapters.peft_format.adapter_folder import save_adapter
 from lora_cli.cli.app import app
 from lora_cli.errors import LoraError, NumericsError
 from lora_cli.evaluation.compare import compare

@@ -21,9 +21,9 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from lora_cli.adapters.adapter_folder import read_adapter
 from lora_cli.adapters.attach import lora_layers
 from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.peft_format.adapter_folder import read_adapter
 from lora_cli.cli.app import app
 from lora_cli.errors import IntegrityError, LoraError, NumericsError
 from lora_cli.export import merge as merging

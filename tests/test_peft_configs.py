@@ -31,15 +31,15 @@ from peft_configs import (
     recipes,
 )
 
-from lora_cli.adapters.adapter_folder import (
+from lora_cli.adapters.attach import attach, merge
+from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.peft_format.adapter_folder import (
     CONFIG_FILE,
     differences_in_peft,
     read_adapter,
     save_adapter,
 )
-from lora_cli.adapters.attach import attach, merge
-from lora_cli.adapters.load_adapter import load_adapter
-from lora_cli.adapters.peft_config import VARIANTS
+from lora_cli.adapters.peft_format.peft_config import VARIANTS
 from lora_cli.errors import LoraError
 
 EXAMPLES = int(os.environ.get("LORA_PEFT_EXAMPLES", "25"))

@@ -18,9 +18,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lora_cli.adapters.adapter_folder import differences_in_peft, save_adapter
 from lora_cli.adapters.attach import attach, lora_layers
-from lora_cli.adapters.peft_rules import full_names, peft_reading
+from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft, save_adapter
+from lora_cli.adapters.peft_format.peft_rules import full_names, peft_reading
 from lora_cli.errors import LoraError
 
 SMALL = {

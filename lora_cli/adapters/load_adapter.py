@@ -14,12 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.adapter_folder import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    AdapterFolder,
-    within_groups,
-)
 from lora_cli.adapters.attach import (
     add_layer,
     compute_in_own_dtype,
@@ -27,7 +21,13 @@ from lora_cli.adapters.attach import (
     lora_layers,
 )
 from lora_cli.adapters.lora import LoRAConv, LoRALayer, can_adapt
-from lora_cli.adapters.peft_rules import copied_modules
+from lora_cli.adapters.peft_format.adapter_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterFolder,
+    within_groups,
+)
+from lora_cli.adapters.peft_format.peft_rules import copied_modules
 from lora_cli.adapters.targets import Target, first_match, groups_problem, inside, matches
 from lora_cli.adapters.tied_weights import give_own_parameters, tied_groups
 from lora_cli.errors import IntegrityError, Problem

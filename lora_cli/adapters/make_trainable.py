@@ -13,10 +13,15 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
-from lora_cli.adapters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, read_adapter
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.load_adapter import load_adapter, own_parameters, verify_base
-from lora_cli.adapters.peft_rules import base_modules, copied_modules, full_names
+from lora_cli.adapters.peft_format.adapter_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterFolder,
+    read_adapter,
+)
+from lora_cli.adapters.peft_format.peft_rules import base_modules, copied_modules, full_names
 from lora_cli.adapters.targets import first_match, inside, resolve_targets
 from lora_cli.errors import LoraError, Problem, name_neighbours
 from lora_cli.files import MANIFEST

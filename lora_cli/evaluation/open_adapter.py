@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_cli.accelerator import start_accelerator
-from lora_cli.adapters.adapter_folder import read_adapter
 from lora_cli.adapters.load_adapter import load_adapter, verify_base
+from lora_cli.adapters.peft_format.adapter_folder import read_adapter
 from lora_cli.files import finish_publishing, reject_links_outside, verify_manifest
 from lora_cli.models.base_facts import require_facts
 from lora_cli.models.fingerprint import fingerprint_of

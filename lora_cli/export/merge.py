@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli import __version__
-from lora_cli.adapters.adapter_folder import AdapterFolder, read_adapter
 from lora_cli.adapters.attach import lora_layers, merge
 from lora_cli.adapters.load_adapter import load_adapter, verify_base
 from lora_cli.adapters.merge_proof import ExpectedWeights, expected_weights, weights_of
+from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
 from lora_cli.adapters.tied_weights import separate, tied_groups
 from lora_cli.errors import IntegrityError, LoraError, NumericsError
 from lora_cli.evaluation.open_adapter import check_use

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_cli.adapters.adapter_folder import differences_in_peft
 from lora_cli.adapters.make_trainable import make_trainable
+from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
 from lora_cli.data.load_rows import Rows
 from lora_cli.errors import LoraError, Problem, printable, warn
 from lora_cli.metrics import MetricSet, known_metrics

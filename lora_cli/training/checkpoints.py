@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_cli.adapters.adapter_folder import (
+from lora_cli.adapters.attach import trainable_parameters
+from lora_cli.adapters.peft_format.adapter_folder import (
     PREFIX,
     WEIGHTS_FILE,
     adapter_tensors,
@@ -27,7 +28,6 @@ from lora_cli.adapters.adapter_folder import (
     restore,
     save_adapter,
 )
-from lora_cli.adapters.attach import trainable_parameters
 from lora_cli.errors import IntegrityError, LoraError, Problem
 from lora_cli.files import (
     STAGING,

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_cli.accelerator import start_accelerator
-from lora_cli.adapters.adapter_folder import differences_in_peft
 from lora_cli.adapters.attach import training_mode
 from lora_cli.adapters.make_trainable import make_trainable
+from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
 from lora_cli.environment import reject_mpi
 from lora_cli.errors import counted
 from lora_cli.evaluation.evaluate_split import add_samples, evaluate

@@ -23,9 +23,9 @@ from kinds import Json, Site, TaskKind
 from torch import Tensor, nn
 
 from lora_cli.accelerator import start_accelerator
-from lora_cli.adapters.adapter_folder import read_adapter, save_adapter
 from lora_cli.adapters.attach import attach, disabled, merge, trainable_parameters
 from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.peft_format.adapter_folder import read_adapter, save_adapter
 from lora_cli.evaluation.predict import answer
 from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.encode import load_data

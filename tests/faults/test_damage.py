@@ -20,7 +20,7 @@ import torch
 from commands import Outcome, lora
 from safetensors.torch import load_file, save_file
 
-from lora_cli.adapters.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from lora_cli.adapters.peft_format.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from lora_cli.errors import IntegrityError
 from lora_cli.files import MANIFEST, READY, sha256_of, verify_manifest, write_manifest
 from lora_cli.models.fingerprint import BASE_FILE

@@ -24,8 +24,8 @@ import tiny
 import torch
 
 from lora_cli import files
-from lora_cli.adapters.adapter_folder import read_adapter, read_tensors
 from lora_cli.adapters.attach import attach, trainable_parameters
+from lora_cli.adapters.peft_format.adapter_folder import read_adapter, read_tensors
 from lora_cli.errors import LoraError
 from lora_cli.files import (
     MANIFEST,

@@ -27,8 +27,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.attach import lora_layers, trainable_parameters
 from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer
-from lora_cli.adapters.peft_config import check_config
-from lora_cli.adapters.peft_rules import base_modules, full_names, peft_differences, peft_reading
+from lora_cli.adapters.peft_format.peft_config import check_config
+from lora_cli.adapters.peft_format.peft_rules import (
+    base_modules,
+    full_names,
+    peft_differences,
+    peft_reading,
+)
 from lora_cli.errors import BACKUP, IntegrityError, LoraError, name_neighbours, warn
 from lora_cli.files import (
     finish_publishing,
