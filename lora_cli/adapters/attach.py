@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_cli.adapters.lora import LoRALayer, layer_for
-from lora_cli.adapters.targets import Target, inside, matches, resolve_targets, unmatched_in_full
-from lora_cli.adapters.tied_weights import give_own_parameters, tied_groups
+from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
+from lora_cli.adapters.targets import Target, matches, resolve_targets, unmatched_in_full
+from lora_cli.adapters.tied_weights import separate_trained
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 
@@ -48,7 +47,7 @@ def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
         for name, _ in model.named_modules()
         if name in head or (name and matches(spec.train_modules, name))
     ]
-    _part_ties(model, in_full, recipe)
+    separate_trained(model, in_full, recipe)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for target in targets:
@@ -70,8 +69,7 @@ def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
         raise LoraError(
             what, recipe.at("adapter.type"), "`--set adapter.type=lora` trains adapters"
         )
-    even_norms(model)
-    compute_in_own_dtype(model, head)
+    let_dtypes_meet(model, head)
 
 
 def add_layer(
@@ -92,114 +90,6 @@ def _train(parameter: torch.Tensor | nn.Parameter | None) -> None:
     assert parameter is not None
     parameter.data = parameter.data.float()  # an optimizer's steps are too small for 16 bits
     parameter.requires_grad_(True)
-
-
-def even_norms(model: nn.Module) -> None:
-    """Make every normalisation with a float32 bias float32 as a whole: torch takes no mixture."""
-    for module in model.modules():
-        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-        if weight is None or bias is None or weight.ndim != 1:
-            continue
-        if bias.dtype == torch.float32:
-            weight.data = weight.data.float()
-            for name, statistic in module._buffers.items():  # of batch normalisation
-                if statistic is not None and statistic.is_floating_point():
-                    module._buffers[name] = statistic.float()
-
-
-def compute_in_own_dtype(model: nn.Module, head: Iterable[str]) -> None:
-    """Let the float32 parameters of a 16-bit model meet its activations, where autocast does not.
-
-    A module that is float32 as a whole computes in float32. Of one that also holds 16-bit weights
-    (a linear layer whose bias is trained), the float32 parameters are cast at their use.
-
-    Args:
-        model: The model with its adapter attached.
-        head: Modules whose outputs stay float32; those of others return to their input's dtype.
-    """
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    base_dtype = next((dtype for dtype in dtypes if dtype.itemsize == 2), None)
-    if base_dtype is None:
-        return
-    head = list(head)
-    for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        wide = [key for key, p in own.items() if p.dtype == torch.float32]
-        if isinstance(module, LoRALayer) or not wide:
-            continue
-        if any(p.dtype == base_dtype for p in module.parameters()):
-            _cast_at_use(module, wide, base_dtype)
-            continue
-        module.register_forward_pre_hook(_to_float32)
-        if not any(inside(name, top) for top in head):
-            module.register_forward_hook(functools.partial(_from_float32, base_dtype))
-
-
-def _cast_at_use(module: nn.Module, names: list[str], dtype: torch.dtype) -> None:
-    """Let a module's forward see some of its own parameters in another dtype."""
-    # a partial, whose module a copy of the model exchanges for its own, as of no closure
-    forward = functools.partial(_forward_with_casts, module, module.forward, names, dtype)
-    module.forward = forward
-
-
-def _forward_with_casts(
-    module: nn.Module,
-    forward: Callable[..., Any],
-    names: list[str],
-    dtype: torch.dtype,
-    *inputs: Any,
-    **options: Any,
-) -> Any:
-    kept = {name: module._parameters[name] for name in names}
-    if any(p is not None and torch.is_autocast_enabled(p.device.type) for p in kept.values()):
-        return forward(*inputs, **options)
-    try:
-        for name, parameter in kept.items():
-            assert parameter is not None
-            module._parameters[name] = parameter.to(dtype)  # type: ignore[assignment]  # no leaf
-        return forward(*inputs, **options)
-    finally:
-        module._parameters.update(kept)
-
-
-def _to_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(
-        value.float()
-        if isinstance(value, Tensor)
-        and value.is_floating_point()
-        and not torch.is_autocast_enabled(value.device.type)
-        else value
-        for value in inputs
-    )
-
-
-def _from_float32(
-    dtype: torch.dtype, _module: nn.Module, _inputs: tuple[Any, ...], output: Any
-) -> Any:
-    if isinstance(output, Tensor) and not torch.is_autocast_enabled(output.device.type):
-        return output.to(dtype)
-    return output
-
-
-def _part_ties(model: nn.Module, in_full: list[str], recipe: Recipe) -> None:
-    """Reject half of a tie among the modules trained in full, or give each a copy of its own.
-
-    Raises:
-        LoraError: If one of two modules that share a weight is to be trained, and the recipe does
-            not allow to part them.
-    """
-    for names in tied_groups(model):
-        owners = {name: name.rpartition(".")[0] for name in names}
-        trained = [n for n, owner in owners.items() if any(inside(owner, top) for top in in_full)]
-        if not recipe.adapter.ensure_weight_tying:
-            give_own_parameters(model, trained)
-        elif trained and len(trained) < len(names):
-            other = next(owner for name, owner in owners.items() if name not in trained)
-            raise LoraError(
-                f"`{owners[trained[0]]}` shares its weight with `{other}`",
-                recipe.at("adapter.train_modules"),
-                "name both, or neither; `adapter.ensure_weight_tying: false` trains a copy of it",
-            )
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:

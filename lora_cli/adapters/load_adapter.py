@@ -16,11 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.attach import (
     add_layer,
-    compute_in_own_dtype,
-    even_norms,
     lora_layers,
 )
 from lora_cli.adapters.lora import LoRAConv, LoRALayer, can_adapt
+from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
 from lora_cli.adapters.peft_format.adapter_folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -83,8 +82,7 @@ def load_adapter(
         for name in sorted(plain, key=own.__contains__):  # a copy, after what it was a copy of
             parameter = parameters[name]
             parameter.data = plain[name].to(parameter.device, torch.float32)
-    even_norms(model)
-    compute_in_own_dtype(model, new)
+    let_dtypes_meet(model, new)
     loaded = {id(parameters[name]) for name in plain}
     loaded |= {id(m) for layer in lora_layers(model).values() for m in (layer.lora_A, layer.lora_B)}
     for parameter in model.parameters():

@@ -11,6 +11,10 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
+from lora_cli.adapters.targets import inside
+from lora_cli.errors import LoraError
+from lora_cli.recipe import Recipe
+
 
 def tied_groups(model: nn.Module) -> list[list[str]]:
     """Return, for each parameter that stands in several places, all of its names."""
@@ -54,3 +58,24 @@ def separate(model: nn.Module, groups: Iterable[Collection[str]]) -> list[str]:
             parted += names
     give_own_parameters(model, parted)
     return parted
+
+
+def separate_trained(model: nn.Module, in_full: list[str], recipe: Recipe) -> None:
+    """Reject half of a tie among the modules trained in full, or give each a weight of its own.
+
+    Raises:
+        LoraError: If one of two modules that share a weight is to be trained, and the recipe does
+            not allow to part them.
+    """
+    for names in tied_groups(model):
+        owners = {name: name.rpartition(".")[0] for name in names}
+        trained = [n for n, owner in owners.items() if any(inside(owner, top) for top in in_full)]
+        if not recipe.adapter.ensure_weight_tying:
+            give_own_parameters(model, trained)
+        elif trained and len(trained) < len(names):
+            other = next(owner for name, owner in owners.items() if name not in trained)
+            raise LoraError(
+                f"`{owners[trained[0]]}` shares its weight with `{other}`",
+                recipe.at("adapter.train_modules"),
+                "name both, or neither; `adapter.ensure_weight_tying: false` trains a copy of it",
+            )
