@@ -25,8 +25,9 @@ from lora_cli.adapters.attach import (
     lora_layers,
     trainable_parameters,
 )
-from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear, layer_for
+from lora_cli.adapters.lora import LORA_LAYERS, LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear
 from lora_cli.adapters.targets import resolve_targets
+from lora_cli.adapters.variants import layer_for
 from lora_cli.errors import LoraError
 
 # ------------------------------------------------------------------------------- layers to try
@@ -62,12 +63,22 @@ BASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 KINDS = sorted(BASES)
 
 
+def new_layer(
+    base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False
+) -> LoRALayer:
+    """Return the low-rank layer that fits `base`, as at the start of a training."""
+    fitting = layer_for(base, LORA_LAYERS)
+    assert fitting is not None
+    layer = fitting(base, rank, alpha, dropout, use_rslora)
+    layer.reset_parameters()
+    return layer
+
+
 def adapted(
     base: nn.Module, rank: int = 4, alpha: float = 6.0, dropout: float = 0.0, rslora: bool = False
 ) -> LoRALayer:
     """Return a low-rank layer on `base` with an A and a B that are both at work."""
-    layer = layer_for(base, rank, alpha, dropout, rslora)
-    assert layer is not None
+    layer = new_layer(base, rank, alpha, dropout, rslora)
     with torch.no_grad():
         layer.lora_A.normal_()
         layer.lora_B.normal_()
@@ -78,7 +89,7 @@ def merged(layer: LoRALayer) -> nn.Module:
     """Return a plain copy of the layer's base that has the merged weight."""
     plain = copy.deepcopy(layer.base)
     with torch.no_grad():
-        plain.weight.copy_(layer.merged_weight())
+        plain.weight.copy_(layer.merged_weight(layer.weight.detach().float()))
     return plain
 
 
@@ -97,7 +108,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 5e-5) -> N
 def test_a_new_layer_gives_the_base_exactly(kind: str, dtype: torch.dtype) -> None:
     base, x = BASES[kind][0]().to(dtype), BASES[kind][1]()
     x = x.to(dtype) if x.is_floating_point() else x
-    layer = layer_for(copy.deepcopy(base), 4, 8.0, dropout=0.5)
+    layer = new_layer(copy.deepcopy(base), 4, 8.0, dropout=0.5)
     assert torch.equal(layer(x), base(x))
     assert layer(x).dtype == dtype
     first, zero = (layer.lora_A, layer.lora_B)
@@ -105,26 +116,34 @@ def test_a_new_layer_gives_the_base_exactly(kind: str, dtype: torch.dtype) -> No
         first, zero = zero, first
     assert torch.count_nonzero(first) == first.numel()
     assert torch.count_nonzero(zero) == 0
-    assert torch.equal(layer.merged_weight(), base.weight.float())
+    assert torch.equal(layer.merged_weight(layer.weight.detach().float()), base.weight.float())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_constructing_a_layer_draws_nothing(kind: str) -> None:
+    base, before = BASES[kind][0](), torch.get_rng_state()
+    layer = layer_for(base, LORA_LAYERS)(base, 4, 8.0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.count_nonzero(layer.lora_A) == torch.count_nonzero(layer.lora_B) == 0
 
 
 def test_a_is_drawn_kaiming_uniform_and_the_seed_decides() -> None:
     def draw() -> Tensor:
         torch.manual_seed(3)
-        return LoRALinear(nn.Linear(400, 5), 50, 8.0).lora_A.detach()
+        return new_layer(nn.Linear(400, 5), 50, 8.0).lora_A.detach()
 
     a, bound = draw(), 400**-0.5  # gain sqrt(1/3) times sqrt(3 / fan_in)
     assert torch.equal(a, draw())
     assert a.abs().max() <= bound
     assert math.isclose(a.std().item(), bound / math.sqrt(3), rel_tol=0.02)
-    b = LoRAEmbedding(nn.Embedding(9, 400), 50, 8.0).lora_B.detach()
+    b = new_layer(nn.Embedding(9, 400), 50, 8.0).lora_B.detach()
     assert math.isclose(b.std().item(), 1.0, rel_tol=0.02)
 
 
 def test_a_layer_on_the_meta_device_has_shapes_only() -> None:
     with torch.device("meta"):
         base = nn.Linear(6, 5)
-    layer = LoRALinear(base, 4, 8.0)
+    layer = new_layer(base, 4, 8.0)
     assert layer.lora_A.is_meta
     assert (layer.lora_A.shape, layer.lora_B.shape) == ((4, 6), (5, 4))
 
@@ -198,7 +217,7 @@ def test_scaling_is_alpha_over_rank_or_over_its_root() -> None:
     rooted.scaling = LoRALinear(nn.Linear(6, 5), 4, 8.0, use_rslora=True).scaling
     assert_close(rooted(x) - plain.base(x), 2 * (plain(x) - plain.base(x)))
     for base in (nn.Embedding(9, 6), nn.Conv1d(4, 4, 3), conv1d_gpt2(4, 4)):
-        assert layer_for(base, 4, 8.0, use_rslora=True).scaling == 4.0
+        assert new_layer(base, 4, 8.0, use_rslora=True).scaling == 4.0
 
 
 # -------------------------------------------------------------------------------------- gradients
@@ -240,7 +259,7 @@ def test_gradients_of_a_and_b_match_a_plain_reference(kind: str) -> None:
 def test_the_gradient_passes_through_to_the_input() -> None:
     layer, x = adapted(nn.Linear(6, 5)), torch.randn(3, 6, requires_grad=True)
     layer(x).sum().backward()
-    expected = layer.merged_weight().sum(0).expand(3, 6)
+    expected = layer.merged_weight(layer.weight.detach().float()).sum(0).expand(3, 6)
     assert_close(x.grad, expected)
 
 
@@ -319,7 +338,7 @@ def test_an_a_over_all_channels_of_a_grouped_convolution_is_used_but_not_merged(
     low = F.conv2d(x, layer.lora_A)
     assert_close(layer(x), layer.base(x) + 1.5 * F.conv2d(low, layer.lora_B, groups=2))
     with pytest.raises(LoraError, match="cannot be merged"):
-        layer.merged_weight()
+        layer.merged_weight(layer.weight.detach().float())
 
 
 def test_a_rank_that_the_groups_do_not_divide_is_refused() -> None:
@@ -570,7 +589,7 @@ def test_fifty_steps_of_a_dilated_reflecting_convolution_follow_torch_itself() -
     """PEFT passes over dilation and padding mode, so the reference is a plain merged weight."""
     for groups in (1, 2):
         base = nn.Conv2d(4, 4, 3, padding=2, dilation=2, padding_mode="reflect", groups=groups)
-        layer = LoRAConv(copy.deepcopy(base).requires_grad_(False), 4, 6.0).double()
+        layer = new_layer(copy.deepcopy(base).requires_grad_(False), 4, 6.0).double()
         a, b = (nn.Parameter(m.detach().clone()) for m in (layer.lora_A, layer.lora_B))
         x, goal = torch.randn(2, 4, 4, 6, 6, dtype=torch.float64)
         reference = _reference(copy.deepcopy(layer), x)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lora_cli.adapters.lora import LoRALayer, layer_for
+from lora_cli.adapters.lora import LORA_LAYERS, LoRALayer
 from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
 from lora_cli.adapters.targets import Target, matches, resolve_targets, unmatched_in_full
 from lora_cli.adapters.tied_weights import separate_trained
+from lora_cli.adapters.variants import Layers, layer_for, layers_of
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 
@@ -51,7 +52,8 @@ def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for target in targets:
-        add_layer(model, target, spec.dropout, spec.use_rslora)
+        layer = add_layer(model, target, layers_of(spec.type), spec.dropout, spec.use_rslora)
+        layer.reset_parameters()
     for name in in_full:
         for parameter in model.get_submodule(name).parameters():
             _train(parameter)
@@ -73,14 +75,22 @@ def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
 
 
 def add_layer(
-    model: nn.Module, target: Target, dropout: float = 0.0, use_rslora: bool = False
+    model: nn.Module,
+    target: Target,
+    layers: Layers = LORA_LAYERS,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
 ) -> LoRALayer:
-    """Put a low-rank layer in the place of the module that `target` names, and return it."""
+    """Put a layer in the place of the module that `target` names, and return it.
+
+    What it adds is zero: `reset_parameters` draws it for a training, `from_peft` loads it.
+    """
     parent_name, _, child_name = target.name.rpartition(".")
     parent = model.get_submodule(parent_name)
     base = getattr(parent, child_name)
-    layer = layer_for(base, target.rank, target.alpha, dropout, use_rslora)
-    assert layer is not None, f"{target.name} was resolved but no layer fits it"
+    kind = layer_for(base, layers)
+    assert kind is not None, f"{target.name} was resolved but no layer fits it"
+    layer = kind(base, target.rank, target.alpha, dropout, use_rslora)
     layer.train(base.training)
     setattr(parent, child_name, layer)
     return layer
@@ -97,8 +107,20 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
 
 
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what the low-rank layers of a model added to it, by name."""
+    return {
+        f"{module}.{name}": parameter
+        for module, layer in lora_layers(model).items()
+        for name, parameter in layer.named_parameters(recurse=False)
+    }
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained, by name, each once."""
+    """Return the parameters that are trained, by name, each once.
+
+    It is this set that is optimized, clipped, checked, counted and kept in a checkpoint.
+    """
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -146,7 +168,9 @@ def merge(model: nn.Module) -> list[str]:
         LoraError: If a layer cannot be merged; the model is untouched then.
     """
     layers = lora_layers(model)
-    merged = {name: layer.merged_weight() for name, layer in layers.items()}
+    merged = {
+        name: layer.merged_weight(layer.weight.detach().float()) for name, layer in layers.items()
+    }
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")

@@ -10,13 +10,16 @@ zero, neither would have a gradient; were both random, the model would start wit
 Shapes, as PyTorch stores them: x (..., in), A (rank, in), B (out, rank), W0 (out, in). Tutorials
 often write x A B with A (in, rank) and B (rank, out): the same numbers, transposed.
 
-A layer wraps its base, so a base that is quantised or sharded needs nothing from this file. A layer
-owes two things: `forward`, and `delta_weight`, the s B A that merging adds to W0.
+A layer wraps its base, so a base that is quantised or sharded needs nothing from this file.
+`LoRALayer` says what a layer owes; other adapters (`dora.py`) are layers in the same way, and
+`variants.py` chooses among them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name for it
@@ -26,48 +29,93 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import LoraError
 
+Shape = tuple[int, ...]
+
 
 class LoRALayer(nn.Module):
-    """A frozen base layer and its low-rank update.
+    """A frozen base layer and what is trained in its place.
+
+    A class of layers owes `fits`, `shapes`, `forward` (here: `update`), `merged_weight` (here:
+    `delta_weight`), the start of a training (`reset_parameters`), and PEFT's names of its
+    parameters. Constructing a layer draws nothing: everything is zero until it is reset or loaded.
 
     Args:
         base: The layer to adapt; it is kept as the child `base`.
-        shape_a: Shape of `lora_A`; the first dimension is the rank.
-        shape_b: Shape of `lora_B`; the first dimension is that of the output.
+        rank: Rank of the update.
         alpha: Numerator of the scaling.
         dropout: Dropout on the input of the low-rank path, in training.
         use_rslora: Scale by alpha / sqrt(rank) instead of alpha / rank.
+
+    Raises:
+        LoraError: As `shapes`.
     """
+
+    lora_A: nn.Parameter  # noqa: N815 - the field's own names
+    lora_B: nn.Parameter  # noqa: N815
+
+    peft_config: ClassVar[dict[str, bool]] = {}
+    """Keys of PEFT's configuration that tell such layers from plain LoRA."""
+    peft_names: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    """PEFT's name of each parameter, beneath the name of the module."""
 
     def __init__(
         self,
         base: nn.Module,
-        shape_a: tuple[int, ...],
-        shape_b: tuple[int, ...],
+        rank: int,
         alpha: float,
         dropout: float = 0.0,
         use_rslora: bool = False,
     ) -> None:
         super().__init__()
+        shapes = self.shapes(base, rank)
         self.base = base
-        self.rank = shape_a[0]
+        self.rank = rank
         self.alpha = alpha
         self.use_rslora = use_rslora
-        self.scaling = alpha / (math.sqrt(self.rank) if use_rslora else self.rank)
+        self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
         self.dropout = nn.Dropout(dropout)
         self.enabled = True
-        device = self.weight.device
-        # float32 whatever the base is: an update of 1e-5 is lost in bf16's 8 bits
-        self.lora_A = nn.Parameter(torch.zeros(shape_a, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(shape_b, dtype=torch.float32, device=device))
-        self.reset_parameters()
+        for name, shape in shapes.items():
+            # float32 whatever the base is: an update of 1e-5 is lost in bf16's 8 bits
+            zeros = torch.zeros(shape, dtype=torch.float32, device=self.weight.device)
+            self.register_parameter(name, nn.Parameter(zeros))
+
+    @classmethod
+    def fits(cls, base: nn.Module) -> bool:
+        """Return whether such a layer can take the place of a module."""
+        raise NotImplementedError
+
+    @classmethod
+    def shapes(cls, base: nn.Module, rank: int) -> dict[str, Shape]:
+        """Return the shape of each parameter that the layer adds to a base which it fits.
+
+        Raises:
+            LoraError: If this base, or this rank on it, is impossible.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def peft_shapes(cls, base: nn.Module, rank: int) -> dict[str, Shape]:
+        """Return the shapes of the same parameters in PEFT's file."""
+        return cls.shapes(base, rank)
+
+    def to_peft(self, name: str) -> Tensor:
+        """Return one of the layer's own parameters as PEFT stores it."""
+        shape = self.peft_shapes(self.base, self.rank)[name]
+        return self.get_parameter(name).detach().reshape(shape)
+
+    def from_peft(self, name: str, tensor: Tensor) -> None:
+        """Set one of the layer's own parameters to what PEFT stored."""
+        parameter = self.get_parameter(name)
+        with torch.no_grad():
+            parameter.copy_(tensor.reshape(parameter.shape))
 
     def reset_parameters(self) -> None:
         """Draw A, kaiming-uniform with a = sqrt(5); set B to zero."""
+        # drawn on the CPU, so that a seed gives the same adapter on every device
+        drawn = torch.empty(self.lora_A.shape, dtype=torch.float32)
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
         with torch.no_grad():
-            # drawn on the CPU, so that a seed gives the same adapter on every device
-            drawn = torch.empty(self.lora_A.shape, dtype=torch.float32)
-            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
             if not self.lora_A.is_meta:
                 self.lora_A.copy_(drawn)
             self.lora_B.zero_()
@@ -89,19 +137,24 @@ class LoRALayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the base's output plus the scaled low-rank update, in the base's dtype."""
         y: Tensor = self.base(x)
-        return y + self.update(x).to(y.dtype) if self.enabled else y
+        return y + self.update(self.dropout(x)).to(y.dtype) if self.enabled else y
 
     def update(self, x: Tensor) -> Tensor:
         """Return s B A x."""
         raise NotImplementedError
 
     def delta_weight(self) -> Tensor:
-        """Return s B A in float32, in the shape of the base's weight."""
+        """Return s B A in the shape of the base's weight."""
         raise NotImplementedError
 
-    def merged_weight(self) -> Tensor:
-        """Return W0 + s B A in float32, in the shape of the base's weight."""
-        return self.weight.detach().float() + self.delta_weight()
+    def merged_weight(self, w0: Tensor) -> Tensor:
+        """Return W0 + s B A, the weight of a plain layer that computes the same.
+
+        Args:
+            w0: The weight of the base in float32, in its own shape: of a quantised base, the one
+                that it was made from.
+        """
+        return w0 + self.delta_weight()
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of the layer."""
@@ -114,31 +167,32 @@ class LoRALinear(LoRALayer):
     `lora_A` (rank, in), `lora_B` (out, rank); input (..., in), output (..., out).
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-    ) -> None:
-        self.transposed = isinstance(base, Conv1D)  # its weight is (in, out)
+    @classmethod
+    def fits(cls, base: nn.Module) -> bool:
+        """Return whether a module is a linear layer that is called as one."""
+        if isinstance(base, NonDynamicallyQuantizableLinear):
+            return False  # nn.MultiheadAttention takes its weight and never calls it
+        return isinstance(base, nn.Linear | Conv1D)
+
+    @classmethod
+    def shapes(cls, base: nn.Module, rank: int) -> dict[str, Shape]:
+        """Return the shapes of A and B."""
         if isinstance(base, nn.Linear):
             n_out, n_in = base.out_features, base.in_features  # a 4-bit weight has another shape
         else:
             assert isinstance(base, Conv1D)
             n_in, n_out = base.weight.shape
-        super().__init__(base, (rank, n_in), (n_out, rank), alpha, dropout, use_rslora)
+        return {"lora_A": (rank, n_in), "lora_B": (n_out, rank)}
 
     def update(self, x: Tensor) -> Tensor:
         """Return s B A x, shape (..., out)."""
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return F.linear(F.linear(self.dropout(x), a) * self.scaling, b)
+        return F.linear(F.linear(x, a) * self.scaling, b)
 
     def delta_weight(self) -> Tensor:
         """Return s B A, shape (out, in), or (in, out) for `Conv1D`."""
         delta = self.scaling * (self.lora_B.detach() @ self.lora_A.detach())
-        return delta.T if self.transposed else delta
+        return delta.T if isinstance(self.base, Conv1D) else delta
 
 
 class LoRAEmbedding(LoRALayer):
@@ -149,21 +203,36 @@ class LoRAEmbedding(LoRALayer):
     token shares. There is no dropout on indices.
     """
 
+    peft_names: ClassVar[dict[str, str]] = {
+        "lora_A": "lora_embedding_A",
+        "lora_B": "lora_embedding_B",
+    }
+
     def __init__(
         self,
-        base: nn.Embedding,
+        base: nn.Module,
         rank: int,
         alpha: float,
         dropout: float = 0.0,
         use_rslora: bool = False,
     ) -> None:
-        shape_a, shape_b = (rank, base.num_embeddings), (base.embedding_dim, rank)
-        super().__init__(base, shape_a, shape_b, alpha, 0.0, use_rslora)
+        super().__init__(base, rank, alpha, 0.0, use_rslora)
+
+    @classmethod
+    def fits(cls, base: nn.Module) -> bool:
+        """Return whether a module is a plain embedding."""
+        return type(base) is nn.Embedding  # subclasses scale or cut what they look up
+
+    @classmethod
+    def shapes(cls, base: nn.Module, rank: int) -> dict[str, Shape]:
+        """Return the shapes of A and B."""
+        assert isinstance(base, nn.Embedding)
+        return {"lora_A": (rank, base.num_embeddings), "lora_B": (base.embedding_dim, rank)}
 
     def reset_parameters(self) -> None:
         """Set A to zero; draw B from a standard normal distribution."""
+        drawn = torch.randn(self.lora_B.shape, dtype=torch.float32)
         with torch.no_grad():
-            drawn = torch.randn(self.lora_B.shape, dtype=torch.float32)
             if not self.lora_B.is_meta:
                 self.lora_B.copy_(drawn)
             self.lora_A.zero_()
@@ -187,35 +256,81 @@ class LoRAConv(LoRALayer):
     to it, so it cannot be merged.
     """
 
-    def __init__(
-        self,
-        base: nn.Conv1d | nn.Conv2d,
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-    ) -> None:
-        check_groups(base, rank)
-        self.convolve = F.conv1d if isinstance(base, nn.Conv1d) else F.conv2d
-        self.groups = base.groups
-        shape_a = (rank, base.in_channels // base.groups, *base.kernel_size)
-        shape_b = (base.out_channels, rank // base.groups, *(1 for _ in base.kernel_size))
-        super().__init__(base, shape_a, shape_b, alpha, dropout, use_rslora)
+    base: nn.Conv1d | nn.Conv2d
+
+    @classmethod
+    def fits(cls, base: nn.Module) -> bool:
+        """Return whether a module is a convolution of one or two dimensions."""
+        return isinstance(base, nn.Conv1d | nn.Conv2d)
+
+    @classmethod
+    def shapes(cls, base: nn.Module, rank: int) -> dict[str, Shape]:
+        """Return the shapes of A and B.
+
+        Raises:
+            LoraError: If the groups do not divide the rank: a row of B would have no whole number
+                of columns.
+        """
+        assert isinstance(base, nn.Conv1d | nn.Conv2d)
+        if rank % base.groups:
+            raise LoraError(
+                f"rank {rank} cannot be divided among the {base.groups} groups of a convolution",
+                hint=f"use a rank that {base.groups} divides, or exclude the module",
+            )
+        ones = (1,) * len(base.kernel_size)
+        return {
+            "lora_A": (rank, base.in_channels // base.groups, *base.kernel_size),
+            "lora_B": (base.out_channels, rank // base.groups, *ones),
+        }
+
+    @classmethod
+    def peft_shapes(cls, base: nn.Module, rank: int) -> dict[str, Shape]:
+        """Return the same shapes, but with an A over all input channels."""
+        assert isinstance(base, nn.Conv1d | nn.Conv2d)
+        shape_a = (rank, base.in_channels, *base.kernel_size)
+        return {**cls.shapes(base, rank), "lora_A": shape_a}
+
+    def to_peft(self, name: str) -> Tensor:
+        """Return a parameter as PEFT stores it: A with zeros outside a row's group."""
+        a = self.lora_A.detach()
+        if name != "lora_A" or a.shape[1] == self.base.in_channels:
+            return super().to_peft(name)
+        wide = a.new_zeros(self.peft_shapes(self.base, self.rank)["lora_A"])
+        for rows, channels in self._blocks():
+            wide[rows, channels] = a[rows]
+        return wide
+
+    def from_peft(self, name: str, tensor: Tensor) -> None:
+        """Set a parameter; an A that is not zero outside the groups stays over all channels."""
+        if name == "lora_A" and self.base.groups > 1:
+            narrow = torch.cat([tensor[rows, channels] for rows, channels in self._blocks()])
+            is_grouped = torch.count_nonzero(narrow) == torch.count_nonzero(tensor)
+            tensor = narrow if is_grouped else tensor
+            if tensor.shape != self.lora_A.shape:
+                self.lora_A = nn.Parameter(tensor.to(self.lora_A.device, torch.float32))
+        super().from_peft(name, tensor)
+
+    def _blocks(self) -> list[tuple[slice, slice]]:
+        """Return each group's rows and channels of an A over all channels."""
+        groups = self.base.groups
+        rows, channels = self.rank // groups, self.base.in_channels // groups
+        return [
+            (slice(g * rows, (g + 1) * rows), slice(g * channels, (g + 1) * channels))
+            for g in range(groups)
+        ]
 
     def update(self, x: Tensor) -> Tensor:
         """Return s B * A * x (two convolutions), in the shape of the base's output."""
         base = self.base
-        assert isinstance(base, nn.Conv1d | nn.Conv2d)
+        convolve: Callable[..., Tensor] = F.conv1d if isinstance(base, nn.Conv1d) else F.conv2d
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        x = self.dropout(x)
         padding: str | int | tuple[int, ...] = base.padding
         if base.padding_mode != "zeros":
             x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
             padding = 0
         groups_a = base.in_channels // self.lora_A.shape[1]  # 1 for an A over all channels
-        low: Tensor = self.convolve(x, a, None, base.stride, padding, base.dilation, groups_a)
-        result: Tensor = self.convolve(low * self.scaling, b, groups=self.groups)
-        return result
+        low = convolve(x, a, None, base.stride, padding, base.dilation, groups_a)
+        return convolve(low * self.scaling, b, groups=base.groups)
 
     def delta_weight(self) -> Tensor:
         """Return the kernel of the update, shape (out, in / G, *kernel).
@@ -229,43 +344,9 @@ class LoRAConv(LoRALayer):
                 hint="use it unmerged, or train it again with this tool, which keeps the groups",
             )
         # G groups: a (G, rank/G, in/G, *kernel), b (G, out/G, rank/G)
-        a = torch.unflatten(self.lora_A.detach(), 0, (self.groups, -1))
-        b = torch.unflatten(self.lora_B.detach().flatten(1), 0, (self.groups, -1))
+        a = torch.unflatten(self.lora_A.detach(), 0, (self.base.groups, -1))
+        b = torch.unflatten(self.lora_B.detach().flatten(1), 0, (self.base.groups, -1))
         return self.scaling * torch.einsum("gor,gr...->go...", b, a).flatten(0, 1)
 
 
-def check_groups(base: nn.Module, rank: int) -> None:
-    """Refuse a rank that the groups of a convolution do not divide; all else is fine.
-
-    Raises:
-        LoraError: If a row of B would have no whole number of columns.
-    """
-    groups = base.groups if isinstance(base, nn.Conv1d | nn.Conv2d) else 1
-    if rank % groups:
-        raise LoraError(
-            f"rank {rank} cannot be divided among the {groups} groups of a convolution",
-            hint=f"use a rank that {groups} divides, or exclude the module",
-        )
-
-
-def layer_for(
-    base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, use_rslora: bool = False
-) -> LoRALayer | None:
-    """Return the low-rank layer that fits `base`, or None where none does."""
-    if isinstance(base, nn.Linear | Conv1D):
-        return LoRALinear(base, rank, alpha, dropout, use_rslora)
-    if type(base) is nn.Embedding:  # subclasses scale or cut what they look up
-        return LoRAEmbedding(base, rank, alpha, dropout, use_rslora)
-    if isinstance(base, nn.Conv1d | nn.Conv2d):
-        return LoRAConv(base, rank, alpha, dropout, use_rslora)
-    return None
-
-
-def can_adapt(module: nn.Module) -> bool:
-    """Return whether a low-rank layer fits the module."""
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return False  # nn.MultiheadAttention takes its weight and never calls it
-    return (
-        isinstance(module, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d)
-        or type(module) is nn.Embedding
-    )
+LORA_LAYERS = (LoRALinear, LoRAEmbedding, LoRAConv)

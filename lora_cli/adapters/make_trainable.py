@@ -29,6 +29,7 @@ from lora_cli.models.base_facts import require_facts
 from lora_cli.models.fingerprint import BASE_FILE, Fingerprint
 from lora_cli.recipe import (
     COMPUTATION_FILE,
+    LOW_RANK_TYPES,
     RECIPE_FILE,
     AdapterSpec,
     Recipe,
@@ -36,7 +37,6 @@ from lora_cli.recipe import (
     read_computation,
 )
 
-TYPES = {"LORA": "lora", "HEAD_ONLY": "none", "BITFIT": "bitfit"}
 TARGET_KEYS = ("target_modules", "exclude_modules", "layers")
 
 
@@ -138,9 +138,9 @@ def take_over(model: nn.Module, recipe: Recipe, head: list[str], saved: AdapterF
     spec, config = recipe.adapter, saved.config
     adapted = sorted({n.partition(".lora_")[0] for n in saved.tensors if ".lora_" in n})
     own, tied = _trained_in_full(model, saved, head)
-    theirs: dict[str, Any] = {"type": TYPES[config["peft_type"]], "train_modules": own}
+    theirs: dict[str, Any] = {"type": saved.type, "train_modules": own}
     theirs["ensure_weight_tying"] = tied
-    if theirs["type"] == "lora":
+    if saved.type in LOW_RANK_TYPES:
         theirs |= {
             "rank": int(config.get("r", 8)),
             "alpha": float(config.get("lora_alpha", 8)),

@@ -13,7 +13,7 @@ import regex
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.lora import can_adapt, check_groups
+from lora_cli.adapters.variants import Layers, layer_for, layers_of
 from lora_cli.errors import LoraError, Problem, did_you_mean
 from lora_cli.recipe import AdapterSpec, Recipe
 
@@ -54,6 +54,9 @@ class Target:
     name: str
     rank: int
     alpha: float
+    parameter: str | None = None
+    """Its one parameter that gets it, as of a module that holds many experts in one tensor; None
+    for the module as a whole, which is all that the layers fit today."""
 
 
 def layer_index(name: str) -> int | None:
@@ -126,14 +129,14 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
             `rank_pattern`, `alpha_pattern` and `train_modules` that matches nothing, and every
             rank that a module cannot have.
     """
-    spec = recipe.adapter
+    spec, layers = recipe.adapter, layers_of(recipe.adapter.type)
     problems: list[Problem] = []
     in_full = [*head, *spec.train_modules]
     modules = {name: module for name, module in model.named_modules() if name}
     adaptable = {
         name: module
         for name, module in modules.items()
-        if can_adapt(module)
+        if layer_for(module, layers)
         and not any(inside(name, top) for top in in_full)
         and not read_by_kernels(model, name)
     }
@@ -167,7 +170,7 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
         for name in chosen
     ]
     for target in targets:
-        problems += groups_problem(modules[target.name], target)
+        problems += shape_problem(modules[target.name], target, layers)
     if problems:
         raise LoraError(problems)
     return targets
@@ -218,10 +221,12 @@ def read_by_kernels(model: nn.Module, name: str) -> bool:
     return model_type in MAMBA_TYPES and name.rpartition(".")[2] in MAMBA_KERNEL
 
 
-def groups_problem(base: nn.Module, target: Target) -> list[Problem]:
-    """Return a problem if the groups of a convolution do not divide the rank."""
+def shape_problem(base: nn.Module, target: Target, layers: Layers) -> list[Problem]:
+    """Return a problem if the layer that fits a module cannot have a target's rank on it."""
+    layer = layer_for(base, layers)
+    assert layer is not None
     try:
-        check_groups(base, target.rank)
+        layer.shapes(base, target.rank)
     except LoraError as error:
         problem = error.problems[0]
         return [Problem(problem.what, f"module {target.name}", problem.hint)]
@@ -292,7 +297,7 @@ def _unmatched(
                 continue
             what = f"`{entry}` matches {others[0]}, whose weight Mamba's kernels read themselves"
             hint = "an adapter on it would be passed by, and PEFT rejects it; take it out"
-        elif others and can_adapt(modules[others[0]]):
+        elif others and layer_for(modules[others[0]], layers_of(recipe.adapter.type)):
             what = f"`{entry}` matches {others[0]}, which is trained in full"
             hint = "it needs no adapter; remove it"
         elif others:

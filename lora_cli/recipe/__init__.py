@@ -10,8 +10,11 @@ from lora_cli.recipe.computing_keys import (
 from lora_cli.recipe.load import RECIPE_FILE, dump_recipe, load_adapter_recipe, load_recipe
 from lora_cli.recipe.schema_errors import recipe_schema
 from lora_cli.recipe.spec import (
+    ADAPTER_TITLES,
+    LOW_RANK_TYPES,
     TASKS,
     AdapterSpec,
+    AdapterType,
     CausalLMSpec,
     CheckpointSpec,
     DataSpec,
@@ -52,6 +55,9 @@ __all__ = [
     "HeldOutSpec",
     "FormatSpec",
     "AdapterSpec",
+    "AdapterType",
+    "LOW_RANK_TYPES",
+    "ADAPTER_TITLES",
     "TrainSpec",
     "OptimizerSpec",
     "SchedulerSpec",

@@ -22,7 +22,6 @@ from lora_cli.reporting.page_analysis import Line, finite
 from lora_cli.reporting.page_answers import answer_sections, sample_section
 from lora_cli.reporting.page_settings import clock, data_section, settings_section, size
 from lora_cli.reporting.report import (
-    KINDS,
     goal_of,
     part,
     read_metrics_log,
@@ -30,6 +29,7 @@ from lora_cli.reporting.report import (
     short_name,
     shown_number,
     strict,
+    title_of,
     trained_rows,
 )
 from lora_cli.reporting.verdict import MANY_ROWS, Verdict, main_metric, measured_rows, verdict
@@ -87,8 +87,8 @@ def _top(
     """Return the title, what was done, the verdict, and the figures that one asks for first."""
     adapter, ran = part(report, "adapter"), part(report, "training")
     data = part(report, "data", "train")
-    how = KINDS.get(str(adapter.get("type")), "")
-    if adapter.get("type") == "lora" and adapter.get("rank"):
+    how = title_of(adapter)
+    if adapter.get("rank"):
         how += f", rank {adapter['rank']}"
     source, rows, labels = data.get("source"), data.get("rows"), part(data, "labels")
     trained = f"trained on {trained_rows(data)}" if rows else "trained"

@@ -12,12 +12,12 @@ from lora_cli.errors import counted, printable, warn
 from lora_cli.files import write_atomically
 from lora_cli.reporting.fonts import fonts_for
 from lora_cli.reporting.report import (
-    KINDS,
     goal_of,
     part,
     read_metrics_log,
     short_name,
     shown_number,
+    title_of,
 )
 
 if TYPE_CHECKING:
@@ -111,13 +111,13 @@ def _drawable_names(
 
 
 def _headline(figure: Any, report: dict[str, Any]) -> None:
-    ran, kind = part(report, "training"), str(part(report, "adapter").get("type"))
-    rank, rows = part(report, "adapter").get("rank"), part(report, "data", "train").get("rows")
+    ran, adapter = part(report, "training"), part(report, "adapter")
+    rank, rows = adapter.get("rank"), part(report, "data", "train").get("rows")
     steps, seconds = ran.get("steps"), ran.get("seconds")
     task = goal_of(report.get("task") or "training").capitalize()
     title = [task, _model_name(report)[-54:]]
     facts = [
-        KINDS.get(kind, "") + (f", rank {rank}" if kind == "lora" and rank else ""),
+        title_of(adapter) + (f", rank {rank}" if rank else ""),
         f"{rows:,} training rows" if rows else "",
         counted(steps, "step") if steps else "",
         (f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min") if seconds else "",

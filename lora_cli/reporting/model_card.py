@@ -12,9 +12,8 @@ import yaml
 
 from lora_cli.errors import printable
 from lora_cli.files import write_atomically
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import ADAPTER_TITLES, Recipe
 from lora_cli.reporting.report import (
-    KINDS,
     goal_of,
     is_hub_id,
     part,
@@ -47,18 +46,19 @@ def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> No
     """Write `README.md`, the card that the Hub shows: what it is, its use, results and origin."""
     name, kind, pipeline = recipe.model.name, recipe.adapter.type, recipe.task.pipeline_tag
     hub, dataset, goal = is_hub_id(name), recipe.data.name, goal_of(recipe.task.type)
+    library = "peft" if recipe.adapter.low_rank else "transformers" if kind == "full" else None
     front = {
         "base_model": name if hub else None,  # the Hub refuses paths
-        "library_name": {"lora": "peft", "full": "transformers"}.get(kind),
+        "library_name": library,
         "pipeline_tag": pipeline,
         "datasets": [dataset] if dataset and is_hub_id(dataset) else None,
-        "tags": [*([kind] if kind in ("lora", "bitfit") else []), "lora-cli"],
+        "tags": [*([] if kind in ("full", "none") else [kind]), "lora-cli"],
     }
     base = f"[{name}](https://huggingface.co/{name})" if hub else code_span(name)
     version, day = (str(report.get(key) or "") for key in ("lora_version", "created"))
     labels, command = _labels(recipe, report), report.get("command")
     named = ", ".join(map(code_span, labels[:50])) + ", ..." * (len(labels) > 50)
-    results, library = results_table(report), front["library_name"]
+    results = results_table(report)
     code = _snippet(recipe, labels) if library else ""  # else only this tool reads the folder
     pairs = getattr(recipe.task, "text_pair_column", None)
     asked = "--input pairs.csv --output answers.csv" if pairs else '"Some text"'
@@ -68,7 +68,7 @@ def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> No
     parts = [
         f"---\n{yaml.safe_dump({k: v for k, v in front.items() if v}, sort_keys=False)}---",
         f"# {plain_text(short_name(name))} for {goal}",
-        f"{KINDS[kind]} of {base} for {goal}, made with {f'`lora` {version}'.strip()}"
+        f"{ADAPTER_TITLES[kind]} of {base} for {goal}, made with {f'`lora` {version}'.strip()}"
         + (f" on {day[:10]}." if day else "."),
         f"Labels: {named}." if labels else "",
         "## Use\n\nWith `lora`, in this folder:",

@@ -10,12 +10,12 @@ from typing import Any
 
 from lora_cli.errors import IntegrityError
 from lora_cli.files import write_json
-from lora_cli.recipe import TASKS
+from lora_cli.recipe import ADAPTER_TITLES, TASKS
 
-# fmt: off
-KINDS = {"lora": "LoRA adapter", "full": "Full fine-tuning", "none": "Newly trained head",
-         "bitfit": "Fine-tuned biases"}
-# fmt: on
+
+def title_of(adapter: dict[str, Any]) -> str:
+    """Return what was trained, in words, for the `adapter` part of a report; of any version."""
+    return ADAPTER_TITLES.get(str(adapter.get("type")), "")
 
 
 def goal_of(task: object) -> str:

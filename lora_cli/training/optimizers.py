@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_cli.adapters.attach import lora_layers, trainable_parameters
+from lora_cli.adapters.attach import adapter_parameters, trainable_parameters
 from lora_cli.adapters.targets import inside, layer_index, parse_layers
 from lora_cli.errors import LoraError
 from lora_cli.recipe import OptimizerSpec, Recipe, SchedulerSpec
@@ -64,9 +64,7 @@ def parameter_groups(
     """Return parameters with the same learning rate and weight decay together."""
     spec = recipe.train.optimizer
     _reject_empty_layer_groups(model, recipe)
-    adapters = {
-        f"{name}.{matrix}" for name in lora_layers(model) for matrix in ("lora_A", "lora_B")
-    }
+    adapters = adapter_parameters(model).keys()
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in trainable_parameters(model).items():
         is_head = any(inside(name, module) for module in in_full)

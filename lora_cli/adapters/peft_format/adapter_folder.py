@@ -1,13 +1,10 @@
-"""The adapter folder in PEFT's format, both ways; the only module that knows PEFT's names.
+"""The adapter folder in PEFT's format, both ways.
 
 `adapter_config.json` says how to scale, `adapter_model.safetensors` holds the matrices:
 
-    base_model.model.<module>.lora_A.weight         (rank, in)      Linear, Conv1D
-    base_model.model.<module>.lora_B.weight         (out, rank)
-    base_model.model.<module>.lora_A.weight         (rank, in, *kernel), and B (out, rank / G, 1…)
-    base_model.model.<module>.lora_embedding_A      (rank, vocabulary), and B (dim, rank)
-    base_model.model.<module>.base_layer.bias       a trained bias of an adapted module
-    base_model.model.<parameter>                    whatever else is trained: a head, a bias
+    base_model.model.<module>.lora_A.weight     what a layer added; the layer has a table of names
+    base_model.model.<module>.base_layer.bias   a trained bias of an adapted module
+    base_model.model.<parameter>                whatever else is trained: a head, a bias
 
 When a folder is read, its tensors say which modules are adapted and with which rank, and its
 configuration says alpha; everything is checked before the model is touched.
@@ -26,8 +23,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.attach import lora_layers, trainable_parameters
-from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer
-from lora_cli.adapters.peft_format.peft_config import check_config
+from lora_cli.adapters.lora import LoRALayer
+from lora_cli.adapters.peft_format.peft_config import adapter_type, check_config
 from lora_cli.adapters.peft_format.peft_rules import (
     base_modules,
     full_names,
@@ -43,7 +40,7 @@ from lora_cli.files import (
     write_json,
 )
 from lora_cli.models.fingerprint import Fingerprint, read_fingerprint
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import AdapterType, Recipe
 from lora_cli.tensorfile import read_header
 
 CONFIG_FILE = "adapter_config.json"
@@ -112,6 +109,7 @@ def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict
         "rank_pattern": spec.rank_pattern,
         "alpha_pattern": {key: _whole(value) for key, value in spec.alpha_pattern.items()},
         "init_lora_weights": True,
+        **next(iter(layers.values())).peft_config,
     }
     if isinstance(spec.target_modules, list):  # the user's suffixes, if they select no others
         short = {**config, "target_modules": spec.target_modules}
@@ -137,35 +135,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         if layer is None:
             result[PREFIX + _plain_name(name, layers)] = parameter.detach()
         else:
-            result[PREFIX + _peft_name(owner, last, layer)] = (
-                _over_all_channels(layer)
-                if isinstance(layer, LoRAConv) and last == "lora_A"
-                else parameter.detach()
-            )
+            result[f"{PREFIX}{owner}.{layer.peft_names[last]}"] = layer.to_peft(last)
     return result
-
-
-def _over_all_channels(layer: LoRAConv) -> Tensor:
-    """Return A as PEFT stores it: over all input channels, zero outside a row's group."""
-    a, base = layer.lora_A.detach(), layer.base
-    assert isinstance(base, nn.Conv1d | nn.Conv2d)
-    if a.shape[1] == base.in_channels:
-        return a
-    rows, channels = a.shape[0] // layer.groups, a.shape[1]
-    wide = a.new_zeros(a.shape[0], base.in_channels, *a.shape[2:])
-    for g in range(layer.groups):
-        r, c = slice(g * rows, (g + 1) * rows), slice(g * channels, (g + 1) * channels)
-        wide[r, c] = a[r]
-    return wide
-
-
-def within_groups(a: Tensor, groups: int) -> Tensor:
-    """Return PEFT's A without the zeros outside the groups, or as it is where they are not zero."""
-    rows, channels = a.shape[0] // groups, a.shape[1] // groups
-    narrow = torch.cat(
-        [a[g * rows : (g + 1) * rows, g * channels : (g + 1) * channels] for g in range(groups)]
-    )
-    return narrow if torch.count_nonzero(narrow) == torch.count_nonzero(a) else a
 
 
 def differences_in_peft(
@@ -201,6 +172,11 @@ class AdapterFolder:
     """Whether a manifest vouched for the files; False for a folder that another tool made."""
     base: Fingerprint | None = None
     """Of the base that it was trained on; None where another tool made it."""
+
+    @property
+    def type(self) -> AdapterType:
+        """The recipe's type of such an adapter."""
+        return adapter_type(self.config)
 
 
 def read_adapter(path: Path) -> AdapterFolder:
@@ -247,13 +223,13 @@ def read_adapter(path: Path) -> AdapterFolder:
 
 
 def _is_idle(tensors: dict[str, Tensor]) -> bool:
-    """Return whether every pair of matrices has a product of zero, as before training."""
-    pairs: dict[str, bool] = {}
+    """Return whether all that is adapted are pairs with a product of zero, as before training."""
+    zeros: dict[str, list[bool]] = {}
     for name, tensor in tensors.items():
-        module, is_matrix, _ = name.partition(".lora_")
-        if is_matrix:
-            pairs[module] = pairs.get(module, False) or not bool(tensor.any())
-    return bool(pairs) and all(pairs.values())
+        module, is_adapted, _ = name.partition(".lora_")
+        if is_adapted:
+            zeros.setdefault(module, []).append(not bool(tensor.any()))
+    return bool(zeros) and all(len(pair) <= 2 and any(pair) for pair in zeros.values())
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -290,11 +266,8 @@ def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             layer = layers.get(owner)
             if layer is None:
                 parameter.copy_(tensors[_plain_name(name, layers)])
-                continue
-            tensor = tensors[_peft_name(owner, last, layer)]
-            if isinstance(layer, LoRAConv) and last == "lora_A" and layer.groups > 1:
-                tensor = within_groups(tensor, layer.groups)
-            parameter.copy_(tensor)
+            else:
+                layer.from_peft(last, tensors[f"{owner}.{layer.peft_names[last]}"])
 
 
 def _plain_name(name: str, layers: dict[str, LoRALayer]) -> str:
@@ -302,9 +275,3 @@ def _plain_name(name: str, layers: dict[str, LoRALayer]) -> str:
     owner, _, last = name.rpartition(".")
     module = owner.removesuffix(".base")
     return f"{module}.base_layer.{last}" if module != owner and module in layers else name
-
-
-def _peft_name(module: str, matrix: str, layer: LoRALayer) -> str:
-    if isinstance(layer, LoRAEmbedding):
-        return f"{module}.{matrix.replace('lora_', 'lora_embedding_')}"
-    return f"{module}.{matrix}.weight"

@@ -3,7 +3,8 @@
 A key is one of five kinds:
 
 - read: it decides what the adapter computes, and is implemented (`CHECKS` says which values);
-- a variant (`VARIANTS`): it would make the adapter compute something else, so it must be off;
+- a variant (`VARIANTS`): it would make the adapter compute something else, so it must be off,
+  unless a type of adapter here is told by it (`KEYS_OF_TYPES`);
 - idle (`IDLE`): it changes nothing of what a saved adapter computes;
 - an initialisation (`init_lora_weights`): only those that leave the base as it was can be read;
 - unknown: a newer version's, or another tool's. It is named, and must be off (null, false or
@@ -18,7 +19,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lora_cli.adapters.targets import regex_error
+from lora_cli.adapters.variants import layers_of
 from lora_cli.errors import BACKUP, IntegrityError, LoraError, Problem, warn
+from lora_cli.recipe import LOW_RANK_TYPES, AdapterType
 
 KINDS = ("LORA", "HEAD_ONLY", "BITFIT")
 SMALL_INITS = ("gaussian", "eva", "orthogonal", "mica")  # they draw A and B, and leave the base
@@ -43,6 +46,10 @@ VARIANTS = {
     "megatron_config": "use it in Megatron, whose layers it was trained on",
     "enable_lora": "train it again with a PEFT of today: this key is of its first versions",
 }
+KEYS_OF_TYPES: dict[AdapterType, set[str]] = {
+    kind: {key for layer in layers_of(kind) for key in layer.peft_config} for kind in LOW_RANK_TYPES
+}
+READABLE = set[str]().union(*KEYS_OF_TYPES.values())
 IDLE = {
     # where it comes from
     "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type",
@@ -78,11 +85,9 @@ def check_config(config: dict[str, Any], where: str) -> None:
     kind = config.get("peft_type")
     if kind not in KINDS:
         what = f"`{_shown(kind) if kind else kind}` is not a type of adapter that this tool reads"
-        raise LoraError(what, where, "it reads PEFT's LORA, without DoRA")
-    if config.get("use_dora"):
-        raise LoraError("DoRA adapters cannot be read yet", where, f"{MERGE_IN_PEFT} DoRA")
+        raise LoraError(what, where, "it reads PEFT's LORA")
     for key, hint in VARIANTS.items():
-        if not _is_off(config.get(key)):
+        if key not in READABLE and not _is_off(config.get(key)):
             hint = f"{hint} it" if hint == MERGE_IN_PEFT else hint
             raise LoraError(f"adapters with `{key}` cannot be read", where, hint)
     _check_init(config.get("init_lora_weights"), where)
@@ -91,6 +96,17 @@ def check_config(config: dict[str, Any], where: str) -> None:
             what = f"`{key}` {_misfit(key, config[key])}"
             raise IntegrityError(what, where, BACKUP)
     _name_unknown(config, where)
+
+
+def adapter_type(config: dict[str, Any]) -> AdapterType:
+    """Return the recipe's type of an adapter whose configuration `check_config` accepts."""
+    match config["peft_type"]:
+        case "HEAD_ONLY":
+            return "none"
+        case "BITFIT":
+            return "bitfit"
+    told = {key for key in READABLE if config.get(key)}
+    return next(kind for kind, keys in KEYS_OF_TYPES.items() if keys == told)
 
 
 def _misfit(key: str, value: Any) -> str:
@@ -215,6 +231,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "task_type": _is_text,
     "base_model_name_or_path": _is_text,
     "revision": _is_text,
+    **dict.fromkeys(READABLE, _is_flag),
 }
 NUMBERS = ("r", "lora_alpha", "lora_dropout")
 KNOWN_OTHERS = {"peft_type", "init_lora_weights"}

@@ -4,7 +4,7 @@ The JSON schema, the reference in the docs and the hints in error messages are m
 docstrings. Units: a *step* is an optimizer step, a *micro-batch* is one forward pass.
 """
 
-from lora_cli.recipe.spec.adapter import AdapterSpec
+from lora_cli.recipe.spec.adapter import ADAPTER_TITLES, LOW_RANK_TYPES, AdapterSpec, AdapterType
 from lora_cli.recipe.spec.causal_lm_spec import CausalLMSpec
 from lora_cli.recipe.spec.checkpoint import CheckpointSpec
 from lora_cli.recipe.spec.data import (
@@ -37,6 +37,9 @@ __all__ = [
     "SplitSpec",
     "is_file",
     "AdapterSpec",
+    "AdapterType",
+    "LOW_RANK_TYPES",
+    "ADAPTER_TITLES",
     "OptimizerSpec",
     "ParameterGroupSpec",
     "SchedulerSpec",

@@ -19,10 +19,21 @@ Rank = Annotated[int, Field(gt=0, le=65_536)]  # no layer is so wide that more w
 Alpha = Annotated[float, Field(gt=0, le=1e30)]  # float32 ends at 3e38
 
 
+AdapterType = Literal["lora", "full", "none", "bitfit"]
+LOW_RANK_TYPES: tuple[AdapterType, ...] = ("lora",)
+ADAPTER_TITLES: dict[str, str] = {
+    "lora": "LoRA adapter",
+    "full": "Full fine-tuning",
+    "none": "Newly trained head",
+    "bitfit": "Fine-tuned biases",
+}
+"""What was trained, in the words of reports."""
+
+
 class AdapterSpec(Section):
     """What is trained. Keys of `lora` are ignored by the other types."""
 
-    type: Literal["lora", "full", "none", "bitfit"] = "lora"
+    type: AdapterType = "lora"
     """`lora`: low-rank adapters. `full`: every weight. `none`: the task's head alone.
     `bitfit`: the biases. The last three are the baselines of the first, in the same loop."""
 
@@ -78,4 +89,4 @@ class AdapterSpec(Section):
     @property
     def low_rank(self) -> bool:
         """Whether low-rank layers are attached."""
-        return self.type == "lora"
+        return self.type in LOW_RANK_TYPES

@@ -1,0 +1,24 @@
+"""Which layers a type of adapter is made of: the one place that chooses among the variants."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lora_cli.adapters.lora import LORA_LAYERS, LoRALayer
+from lora_cli.recipe.spec import AdapterType
+
+Layers = tuple[type[LoRALayer], ...]
+
+
+def layers_of(kind: AdapterType) -> Layers:
+    """Return the classes of layers that a type of adapter has; none if it adds no layers."""
+    match kind:
+        case "lora":
+            return LORA_LAYERS
+        case "full" | "none" | "bitfit":
+            return ()
+
+
+def layer_for(base: nn.Module, layers: Layers) -> type[LoRALayer] | None:
+    """Return the first class that fits a module, or None where none does."""
+    return next((layer for layer in layers if layer.fits(base)), None)
