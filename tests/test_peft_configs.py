@@ -47,7 +47,7 @@ COUNTS: Counter[str] = Counter()
 # what a message may name as the reason why PEFT's adapter is not read here
 REASONS = [
     *VARIANTS,
-    "DoRA",
+    "DoRA does not fit",  # a grouped convolution
     "ensure_weight_tying",
     "init_lora_weights",
     "both adapted and trained in full",  # `modules_to_save` names a part of a target's name

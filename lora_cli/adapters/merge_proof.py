@@ -4,6 +4,7 @@ It goes from the tensors of the file and the weights of the base to the weights 
 model must have, one parameter at a time and in float64, by PEFT's definition:
 
     W + s B A                  of an adapted module, s = alpha / rank (rsLoRA: alpha / sqrt(rank))
+    m (W + s B A) / |W + s B A|     of one with DoRA: the length is that of an output's weights
     the tensor of the file     of a module in `modules_to_save`, under each name by itself, and of
                                a bias or another parameter that was trained
     W                          of all others
@@ -78,6 +79,7 @@ def expected_weights(
         module, _, last = name.rpartition(".")
         if last == "weight":
             weight = weight + _update(module, modules[module], tensors, config)
+            weight = _with_magnitude(weight, module, modules[module], tensors)
         products[name] = _product(weight)
     return ExpectedWeights(products)
 
@@ -120,6 +122,19 @@ def _update(name: str, module: nn.Module, tensors: dict[str, Tensor], config: An
         return s * torch.cat(blocks)
     delta = s * (b @ a)
     return delta.T if isinstance(module, nn.Embedding | Conv1D) else delta
+
+
+def _with_magnitude(
+    weight: Tensor, name: str, module: nn.Module, tensors: dict[str, Tensor]
+) -> Tensor:
+    """Return a weight whose outputs have DoRA's lengths, or as it is where they are not given."""
+    magnitude = tensors.get(f"{name}.lora_magnitude_vector")
+    if magnitude is None:
+        return weight
+    if isinstance(module, nn.Embedding | Conv1D):  # an output is a column
+        return weight / (weight**2).sum(0).sqrt() * magnitude.double()
+    lengths = torch.einsum("o...->o", weight**2).sqrt()
+    return torch.einsum("o...,o->o...", weight, magnitude.double().flatten() / lengths)
 
 
 def _product(weight: Tensor) -> Tensor:

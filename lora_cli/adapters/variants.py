@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lora_cli.adapters.dora import DORA_LAYERS
 from lora_cli.adapters.lora import LORA_LAYERS, LoRALayer
 from lora_cli.recipe.spec import AdapterType
 
@@ -15,6 +16,8 @@ def layers_of(kind: AdapterType) -> Layers:
     match kind:
         case "lora":
             return LORA_LAYERS
+        case "dora":
+            return DORA_LAYERS
         case "full" | "none" | "bitfit":
             return ()
 

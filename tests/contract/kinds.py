@@ -189,12 +189,30 @@ class AdapterKind:
     """It is saved as an adapter folder, not as a whole model."""
     runs: bool = True
     """A whole run is made with it; otherwise it trains as another type does, but for the layers."""
+    not_on: tuple[str, ...] = ()
+    """Sites whose layers it does not fit."""
 
 
 ADAPTERS = {
     "lora": AdapterKind({"rank": 4, "alpha": 6}, runs=False),
     "rslora": AdapterKind({"rank": 4, "alpha": 6, "use_rslora": True}, runs=False),
     "dropout": AdapterKind({"rank": 4, "alpha": 6, "dropout": 0.3}),
+    "dora": AdapterKind(
+        {"type": "dora", "rank": 4, "alpha": 6, "dropout": 0.2}, not_on=("grouped Conv2d",)
+    ),
+    "dora with patterns": AdapterKind(
+        {
+            "type": "dora",
+            "rank": 4,
+            "use_rslora": True,
+            "bias": "lora_only",
+            "rank_pattern": {".*[a-z]": 6},
+            "alpha_pattern": {".*[a-z]": 3},
+        },
+        bare=False,
+        runs=False,
+        not_on=("grouped Conv2d",),
+    ),
     "patterns": AdapterKind(
         {"rank": 4, "alpha": 6, "rank_pattern": {".*[a-z]": 6}, "alpha_pattern": {".*[a-z]": 3}},
         runs=False,

@@ -270,7 +270,10 @@ ADAPTERS: dict[str, Callable[[Path], None]] = {
     "a configuration that is cut": lambda f: _cut(f / CONFIG),
     "a configuration that is a list": lambda f: (f / CONFIG).write_text("[]") and None,
     "another type of adapter": _config(peft_type="IA3"),
-    "DoRA": _config(use_dora=True),
+    "DoRA without magnitudes": _config(use_dora=True),
+    "magnitudes without DoRA": _tensors(lambda t: t | {
+        "base_model.model.roberta.encoder.layer.0.attention.self.query.lora_magnitude_vector":
+            torch.ones(32)}),
     "an adapter that depends on tokens": _config(alora_invocation_tokens=[1]),
     "a base that was changed too": _config(init_lora_weights="pissa"),
     "an initialisation that is no name": _config(init_lora_weights=[1]),

@@ -71,7 +71,11 @@ REST: dict[str, list[str]] = {
         "`…` pads with `…`, and PEFT's update of it with zeros",
         "an adapter whose A spans all channels of a grouped convolution cannot be merged",
         "rank … cannot be divided among the … groups of a convolution",
-        "in groups_problem()",
+        "in shape_problem()",
+        "DoRA does not fit a convolution of … groups",
+    ],
+    "a quantised base needs a GPU; tests/test_dora.py": [
+        "DoRA needs the length of the base's weights, which are …: quantised",
     ],
     "what a later Typer may say": [
         "in usage_error()",

@@ -19,10 +19,11 @@ Rank = Annotated[int, Field(gt=0, le=65_536)]  # no layer is so wide that more w
 Alpha = Annotated[float, Field(gt=0, le=1e30)]  # float32 ends at 3e38
 
 
-AdapterType = Literal["lora", "full", "none", "bitfit"]
-LOW_RANK_TYPES: tuple[AdapterType, ...] = ("lora",)
+AdapterType = Literal["lora", "dora", "full", "none", "bitfit"]
+LOW_RANK_TYPES: tuple[AdapterType, ...] = ("lora", "dora")
 ADAPTER_TITLES: dict[str, str] = {
     "lora": "LoRA adapter",
+    "dora": "DoRA adapter",
     "full": "Full fine-tuning",
     "none": "Newly trained head",
     "bitfit": "Fine-tuned biases",
@@ -31,11 +32,12 @@ ADAPTER_TITLES: dict[str, str] = {
 
 
 class AdapterSpec(Section):
-    """What is trained. Keys of `lora` are ignored by the other types."""
+    """What is trained. Keys of low-rank adapters are ignored by the other types."""
 
     type: AdapterType = "lora"
-    """`lora`: low-rank adapters. `full`: every weight. `none`: the task's head alone.
-    `bitfit`: the biases. The last three are the baselines of the first, in the same loop."""
+    """`lora`: low-rank adapters. `dora`: the same, and a trained length for the weights of each
+    output; a step takes longer. `full`: every weight. `none`: the task's head alone. `bitfit`: the
+    biases. The last three are the baselines of the others, in the same loop."""
 
     from_: Word | None = Field(default=None, alias="from")
     """A trained adapter to start from: a folder (relative to the recipe), or a Hub id. Its rank,

@@ -1,0 +1,157 @@
+r"""DoRA: LoRA with a trained length, as in Liu et al. 2024, https://arxiv.org/abs/2402.09353.
+
+The weight is divided into directions and lengths: each output has a row of weights V, of length
+|V|. A and B change the direction as in LoRA, and a trained vector m, one entry an output, is the
+length:
+
+    y = m / |V| V x          V = W0 + s B A          |V| (out): of all weights of an output
+
+m starts at |W0| and B at zero, so that step 0 is the base model exactly.
+
+In the backward pass |V| is a constant, as section 4.3 of the paper proposes and as PEFT does: that
+saves the memory of its graph and changes results little. Written with g = m / |V|, and W0 x taken
+from the base as it is,
+
+    y = W0 x + (g - 1) W0 x + g s B A x          and the base's bias, which has no length
+
+|V| is computed anew in each forward pass, in float32: one more product B A and one sum over the
+weight.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear, Shape
+from lora_cli.errors import LoraError
+
+READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SHORTEST = 1e-12  # of a row: one of zeros has no direction, and stays as it is
+
+
+class DoRALayer(LoRALayer):
+    """What the layers of DoRA add to those of LoRA, each of which it stands before as a base class.
+
+    `magnitude` (out): m.
+    """
+
+    magnitude: nn.Parameter
+
+    peft_config: ClassVar[dict[str, bool]] = {"use_dora": True}
+    peft_names: ClassVar[dict[str, str]] = {
+        **LoRALayer.peft_names,
+        "magnitude": "lora_magnitude_vector",
+    }
+
+    @classmethod
+    def shapes(cls, base: nn.Module, rank: int) -> dict[str, Shape]:
+        """Return the shapes of A, B and m.
+
+        Raises:
+            LoraError: If the base's weights cannot be read as numbers, to take their length.
+        """
+        weight = base.weight
+        assert isinstance(weight, Tensor)
+        if weight.dtype not in READABLE:
+            raise LoraError(
+                f"DoRA needs the length of the base's weights, which are {weight.dtype}: quantised",
+                hint="`adapter.type: lora` needs only what the base computes",
+            )
+        shapes = super().shapes(base, rank)
+        return {**shapes, "magnitude": shapes["lora_B"][:1]}
+
+    def reset_parameters(self) -> None:
+        """Start A and B as LoRA does, and m at |W0|."""
+        super().reset_parameters()
+        if not self.magnitude.is_meta:
+            with torch.no_grad():
+                self.magnitude.copy_(self.length(self._w0()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y in the base's dtype. Dropout acts on all of x that is scaled or updated."""
+        y: Tensor = self.base(x)
+        if not self.enabled:
+            return y
+        dropped = self.dropout(x)
+        w0_x = self.base(dropped) if self.training and self.dropout.p else y
+        if self.bias is not None:
+            w0_x = w0_x - self._over_output(self.bias)
+        gain = self._over_output(self.magnitude / self.length(self._w0()))
+        return y + ((gain - 1) * w0_x + gain * self.update(dropped)).to(y.dtype)
+
+    @torch.no_grad()
+    def length(self, w0: Tensor) -> Tensor:
+        """Return |W0 + s B A|, shape (out,), without a gradient."""
+        # not under autocast: in bfloat16 a length would be off by more than a step changes it
+        with torch.autocast(w0.device.type, enabled=False):
+            rows = (w0 + self.delta_weight()).transpose(0, self._output_dim).flatten(1)
+            length: Tensor = rows.norm(dim=1).clamp(min=SHORTEST)
+            return length
+
+    def merged_weight(self, w0: Tensor) -> Tensor:
+        """Return m / |V| V, the weight of a plain layer that computes the same.
+
+        Args:
+            w0: As in `LoRALayer`.
+        """
+        gain = self.magnitude.detach() / self.length(w0)
+        rows = (w0 + self.delta_weight()).transpose(0, self._output_dim)
+        scaled = gain.view(-1, *[1] * (rows.ndim - 1)) * rows
+        return scaled.transpose(0, self._output_dim).contiguous()
+
+    def _w0(self) -> Tensor:
+        return self.weight.detach().to(self.magnitude.dtype)
+
+    @property
+    def _output_dim(self) -> int:
+        """The dimension of the base's weight that its output has."""
+        return 1 if isinstance(self.base, Conv1D | nn.Embedding) else 0
+
+    def _over_output(self, vector: Tensor) -> Tensor:
+        """Return an entry for each output in a shape that fits the base's output."""
+        return vector
+
+
+class DoRALinear(DoRALayer, LoRALinear):
+    """DoRA on `nn.Linear` and transformers' `Conv1D`."""
+
+
+class DoRAEmbedding(DoRALayer, LoRAEmbedding):
+    """DoRA on `nn.Embedding`: an output is a column of the table."""
+
+    peft_names: ClassVar[dict[str, str]] = {**DoRALayer.peft_names, **LoRAEmbedding.peft_names}
+
+
+class DoRAConv(DoRALayer, LoRAConv):
+    """DoRA on `nn.Conv1d` and `nn.Conv2d` without groups."""
+
+    @classmethod
+    def shapes(cls, base: nn.Module, rank: int) -> dict[str, Shape]:
+        """Return the shapes of A, B and m.
+
+        Raises:
+            LoraError: If the base has groups: PEFT takes the lengths of other weights there.
+        """
+        if isinstance(base, nn.Conv1d | nn.Conv2d) and base.groups > 1:
+            raise LoraError(
+                f"DoRA does not fit a convolution of {base.groups} groups",
+                hint="exclude the module, or use `adapter.type: lora`",
+            )
+        return super().shapes(base, rank)
+
+    @classmethod
+    def peft_shapes(cls, base: nn.Module, rank: int) -> dict[str, Shape]:
+        """Return the same shapes, but m with the dimensions of an output: (1, out, 1, ...)."""
+        shapes = super().peft_shapes(base, rank)
+        n_out, *ones = shapes["lora_B"][0], *shapes["lora_B"][2:]
+        return {**shapes, "magnitude": (1, n_out, *ones)}
+
+    def _over_output(self, vector: Tensor) -> Tensor:
+        return vector.view(-1, *[1] * len(self.base.kernel_size))
+
+
+DORA_LAYERS = (DoRALinear, DoRAEmbedding, DoRAConv)
