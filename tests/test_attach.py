@@ -311,7 +311,7 @@ def test_a_broken_regular_expression_is_explained(key: str) -> None:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
-    ("pattern", "fault"),
+    ("pattern", "error"),
     [
         ("(?:(?:(?:a{1000}){1000,}){,1000})", "its counts multiply to more than 10,000"),
         ("a{%s}" % ("9" * 5000), "Exceeds the limit"),

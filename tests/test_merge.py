@@ -352,7 +352,7 @@ def test_a_fully_trained_model_is_refused(tmp_path: Path) -> None:
         merge_adapter(str(base), out, tmp_path / "merged")
 
 
-@pytest.mark.parametrize("fault", ["another base", "damaged", "difference", "disk"])
+@pytest.mark.parametrize("error", ["another base", "damaged", "difference", "disk"])
 def test_nothing_is_left_behind_after_an_error(
     tmp_path: Path, llama_run: tuple[Path, Path], error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
