@@ -52,7 +52,7 @@ REASONS = [
     "init_lora_weights",
     "both adapted and trained in full",  # `modules_to_save` names a part of a target's name
     "no adapter fits",  # an embedding that scales what it looks up
-    "PEFT's update of it with zeros",  # of a convolution that pads by reflection
+    "PEFT's update of it",  # of a convolution that pads by reflection, or has a dilation
     "num_batches_tracked",  # batch normalisation in `modules_to_save`
     "cannot be divided among",  # ranks and groups of a convolution
 ]

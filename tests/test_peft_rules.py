@@ -19,9 +19,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lora_cli.adapters.attach import attach, lora_layers
-from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft, save_adapter
+from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.peft_format.adapter_folder import (
+    differences_in_peft,
+    read_adapter,
+    save_adapter,
+)
 from lora_cli.adapters.peft_format.peft_rules import full_names, peft_reading
-from lora_cli.errors import LoraError
+from lora_cli.errors import IntegrityError, LoraError
+from lora_cli.files import write_manifest
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -219,3 +225,19 @@ def test_modules_in_full_are_written_by_their_whole_names(tmp_path: Path) -> Non
 def test_of_nested_names_the_outermost_stands() -> None:
     names = ["a", "a.norm", "b.norm", "b.prenorm"]
     assert full_names(names, ["norm", "a"]) == ["b.norm", "a"]
+
+
+@pytest.mark.parametrize("layer", ["dilated", "reflect"])
+def test_what_peft_computes_otherwise_in_a_convolution_is_said_and_not_read(
+    layer: str, tmp_path: Path
+) -> None:
+    """PEFT's A has neither the dilation nor the padding mode of its base."""
+    recipe = tiny.recipe_of("causal_lm", target_modules=["stem", layer], rank=2)
+    model = tiny.ConvNet()
+    attach(model, recipe)
+    save_adapter(tmp_path, model, recipe, [])
+    assert any(f"`{layer}`" in d for d in differences_in_peft(model, recipe, [], tmp_path))
+    with pytest.raises(IntegrityError, match=f"`{layer}` .*and PEFT's update of it"):
+        load_adapter(tiny.ConvNet(), read_adapter(tmp_path), [])
+    write_manifest(tmp_path)  # as a folder of this tool has, whose updates are those of the base
+    load_adapter(tiny.ConvNet(), read_adapter(tmp_path), [])

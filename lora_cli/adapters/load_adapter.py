@@ -19,7 +19,7 @@ from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
 from lora_cli.adapters.peft_format.adapter_folder import (
     AdapterFolder,
 )
-from lora_cli.adapters.peft_format.peft_rules import copied_modules
+from lora_cli.adapters.peft_format.peft_rules import convolution_difference, copied_modules
 from lora_cli.adapters.peft_format.peft_tensors import TOGETHER, sort_tensors, unsupported
 from lora_cli.adapters.targets import Target, first_match, inside, matches, shape_problem
 from lora_cli.adapters.tied_weights import give_own_parameters, tied_groups
@@ -247,8 +247,9 @@ def _check_layer(
         if isinstance(module, nn.Linear | nn.Embedding):  # PEFT has a layer for it
             hint = "this tool has no low-rank layer for it: merge the adapter in PEFT"
         return [Problem(f"the adapter is for `{name}`, which in the model {kind}", hint=hint)], None
-    if getattr(module, "padding_mode", "zeros") != "zeros":
-        what = f"`{name}` pads with `{module.padding_mode}`, and PEFT's update of it with zeros"
+    # a folder of this tool has a manifest, and its updates are computed as the base is
+    if not adapter.verified and (difference := convolution_difference(module)):
+        what = f"`{name}` {difference}"
         hint = "no merged weight is equal to it: use the adapter in PEFT"
         return [Problem(what, hint=hint)], None
     config = adapter.config

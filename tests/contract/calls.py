@@ -27,6 +27,7 @@ from lora_cli.adapters.attach import attach, disabled, merge, trainable_paramete
 from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.adapters.peft_format.adapter_folder import read_adapter, save_adapter
 from lora_cli.evaluation.predict import answer
+from lora_cli.files import write_manifest
 from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Recipe, load_recipe
@@ -208,6 +209,7 @@ def stir(model: nn.Module) -> nn.Module:
 def loaded(site: Site, base: nn.Module, model: nn.Module, adapter: Json, folder: Path) -> nn.Module:
     """Return a copy of a base with a model's adapter, which is saved in a folder and read again."""
     save_adapter(folder, model, recipe_of(site, adapter), site.head)
+    write_manifest(folder)
     again = copy.deepcopy(base)
     load_adapter(again, read_adapter(folder), site.head)
     return again.eval()

@@ -240,7 +240,7 @@ class Site:
 SITES = {
     "Linear": Site(tiny.encoder, ["query", "dense"], ["classifier"]),
     "Conv1D": Site(tiny.gpt2, ["c_attn", "c_proj", "c_fc"], ["transformer.ln_f"]),
-    "Conv2d": Site(tiny.ConvNet, ["stem", "point", "dilated"], ["classifier"]),
+    "Conv2d": Site(tiny.ConvNet, ["stem", "point", "dilated", "reflect"], ["classifier"]),
     "grouped Conv2d": Site(tiny.ConvNet, ["grouped"], ["classifier"]),
     "Conv1d": Site(tiny.ConvNet, ["line"], ["classifier"]),
     "Embedding": Site(lambda: tiny.llama(tied=False), ["embed_tokens"], ["model.norm"]),

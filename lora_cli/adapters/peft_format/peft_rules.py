@@ -157,12 +157,27 @@ def peft_differences(
             f"PEFT would look for weights of {_listed(more)} too, whose name ends like another's; "
             "add it to `adapter.train_modules`"
         )
-    if padded := sorted(n for n in ours if getattr(modules[n], "padding_mode", "zeros") != "zeros"):
-        found.append(
-            f"PEFT's update of {_listed(padded)} pads with zeros, where the base does not; leave "
-            "such modules out with `adapter.exclude_modules`"
-        )
+    for name in sorted(ours):
+        if difference := convolution_difference(modules[name]):
+            found.append(
+                f"`{name}` {difference}: leave such modules out with `adapter.exclude_modules`"
+            )
+            break
     return found
+
+
+def convolution_difference(module: nn.Module) -> str:
+    """Return how PEFT's update of a convolution differs from the base's own computation, if so.
+
+    PEFT gives its A the stride and the padding of the base, but not its padding mode or dilation.
+    """
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return ""
+    if module.padding_mode != "zeros":
+        return f"pads with `{module.padding_mode}`, and PEFT's update of it with zeros"
+    if any(d > 1 and size > 1 for d, size in zip(module.dilation, module.kernel_size, strict=True)):
+        return f"has a dilation of {max(module.dilation)}, and PEFT's update of it has none"
+    return ""
 
 
 def _experts_lost(reading: PeftReading, ours: set[str]) -> list[str]:
