@@ -210,6 +210,7 @@ FILES = {
     "documents": "-DOCSTART- O\n\nEU B-ORG\nrejects O\n# O\n-DOCSTART- O\n\nIda B-PER\n",
     "comments": "# sent_id = 1\n# text = EU\n#\nEU B-ORG\nrejects O\n# O\n\n# x = 2\nIda B-PER\n",
     "a comment first": "# a title of words\nEU\tB-ORG\nrejects\tO\n#\tO\n\nIda\tB-PER\n",
+    "a header": "word\ttag\nEU\tB-ORG\nrejects\tO\n#\tO\n\nIda\tB-PER\n",
     "some lines with spaces": "EU\tB-ORG\nrejects O\n#\tO\n\nIda B-PER\n",
 }
 
@@ -789,6 +790,25 @@ def test_init_takes_the_splits_next_to_a_conll_file(base: Path, tmp_path: Path) 
     validation = load_recipe(tmp_path / "recipe.yaml").data.validation
     assert isinstance(validation, str)
     assert Path(validation).name == "dev.conll"
+
+
+def test_init_takes_the_columns_that_the_user_names(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.conll").write_text("".join(" ".join(reversed(line.split())) + "\n"
+                                              for line in CONLL.splitlines()))  # fmt: skip
+    found = draft_recipe(
+        tmp_path / "a.conll", str(base), tmp_path / "recipe.yaml", text="tags", label="tokens"
+    )
+    task = found.values["task"]
+    assert (task["tokens_column"], task["tags_column"]) == ("tags", "tokens")
+    with pytest.raises(LoraError, match="no column holds text"):
+        draft_recipe(tmp_path / "a.conll", str(base), tmp_path / "recipe.yaml")
+
+
+def test_init_reads_lists_of_a_table(base: Path, tmp_path: Path) -> None:
+    row = "\"['Ada', 'x{}']\";\"['B-PER', 'O']\"\n"
+    lines = "tokens;tags\n" + "".join(row.format(i) for i in range(30))
+    task, _ = drafted(base, tmp_path, "a.csv", lines)
+    assert task == {**SCHEME_KEYS, "labels": ["O", "B-PER", "I-PER"]}
 
 
 def test_init_finds_entities_in_json(base: Path, tmp_path: Path) -> None:

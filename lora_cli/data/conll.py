@@ -25,6 +25,8 @@ DOCUMENT = "-DOCSTART-"
 COMMENT = re.compile(r"#\s+([\w.:-]+\s*=|newdoc\b|newpar\b)|#$|#{2,}\s")
 SPACES = re.compile(r"[ \t]+")
 TOKENS, TAGS = "tokens", "tags"
+WORD_NAMES = ("word", "words", "token", "tokens", "form")
+TAG_NAMES = ("tag", "tags", "label", "labels", "ner", "ner_tag", "ner_tags", "entity", "bio", "iob")
 UNIVERSAL = ("id", TOKENS, "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 FEWEST_LINES = 10  # by which such a file is recognised
 MOSTLY = 0.95  # of its lines
@@ -50,6 +52,8 @@ def read_conll(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
             if _is_comment(text, is_word=_is_tag(SPACES.split(text)[-1])):
                 continue
             reader = _Columns.of(text, spec, path)
+            if _is_header(reader.divided(text)):
+                continue
         fields = reader.divided(text)
         begins = not words and not error
         is_part = reader.universal and not fields[0].isdecimal()  # of words, or left out of a text
@@ -82,6 +86,11 @@ def _is_comment(text: str, is_word: bool) -> bool:
     """
     alone = text.startswith(("# ", "#\t")) and not is_word
     return alone or COMMENT.match(text) is not None
+
+
+def _is_header(fields: Sequence[str]) -> bool:
+    """Return whether the first line names the columns, as a few such files have it."""
+    return fields[0].lower() in WORD_NAMES and fields[-1].lower() in TAG_NAMES
 
 
 class _Columns:

@@ -169,7 +169,7 @@ def _find(raw: bytes, path: Path) -> _Findings:
         encoding, why = encoding_of(raw)
         text = _sample(raw, encoding)
         lines = text.splitlines()
-        is_tagged = by_name in (None, "text", "conll", "csv") and is_conll(lines)
+        is_tagged = by_name == "conll" or (by_name in (None, "text", "csv") and is_conll(lines))
         label_from = None if is_tagged or by_name in ("csv", "json") else label_source(lines)
         found = _Findings("text" if label_from else "conll" if is_tagged else _kind(text, by_name))
         if encoding != "utf-8":

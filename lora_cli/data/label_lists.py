@@ -33,3 +33,19 @@ def listed_labels(value: Any) -> list[Any] | None:
     if not all(isinstance(item, str | int | float) for item in items):
         return None
     return sorted(items, key=str) if isinstance(items, set | frozenset) else list(items)
+
+
+def list_in_cell(value: Any) -> list[Any] | None:
+    """Return a list, also one that a table holds as text: as JSON or Python write it."""
+    if isinstance(value, list):
+        return value
+    text = value.strip() if isinstance(value, str) else ""
+    if text[:1] + text[-1:] != "[]":
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            items = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            continue
+        return items if isinstance(items, list) else None
+    return None

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_cli.data.entity_spans import are_spans, read_spans
 from lora_cli.data.entity_tags import Beginnings, entities_of, iob2_labels, tag_error
+from lora_cli.data.label_lists import list_in_cell
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe_draft.column_kinds import Column
 from lora_cli.recipe_draft.language_model_rows import Chosen
@@ -35,17 +36,22 @@ def tagged(
     Raises:
         LoraError: If the tags are numbers without names.
     """
+    # as a table holds lists
+    rows = [{name: _read(value) for name, value in row.items()} for row in rows]
     names = [column.name for column in columns]
     inputs = [name for name in names if text in (None, name)]
-    targets = [name for name in names if label in (None, name)]
-    return _of_words(inputs, targets, rows, place) or _of_texts(columns, inputs, targets, rows)
+    if label is None:
+        tags, spans = ([n for n in names if p.fullmatch(n)] for p in (TAG_NAME, SPANS_NAME))
+    else:
+        tags = spans = [label]
+    return _of_words(inputs, tags, rows, place) or _of_texts(columns, inputs, spans, rows)
 
 
 def _of_words(
     inputs: Sequence[str], targets: Sequence[str], rows: Sequence[Json], place: str
 ) -> Chosen | None:
     """Return the task of rows with a list of words and a list of tags."""
-    able = [name for name in targets if TAG_NAME.fullmatch(name) and _are_lists(name, rows)]
+    able = [name for name in targets if _are_lists(name, rows)]
     ranked = sorted(able, key=lambda name: (bool(OTHER_TAGS.fullmatch(name)), "ner" not in name))
     for tags in ranked:
         for tokens in (name for name in inputs if name != tags and _are_words(name, rows)):
@@ -74,6 +80,7 @@ def _words_chosen(tokens: str, column: str, rows: Sequence[Json], place: str) ->
         return None
 
     def error(row: Json) -> str:
+        row = {name: _read(row.get(name)) for name in (tokens, column)}
         if _lengths(row, tokens) != _lengths(row, column) or not _lengths(row, tokens):
             return "words and tags differ in number"
         return tag_error([str(tag).strip() for tag in row[column]], scheme)
@@ -90,7 +97,7 @@ def _of_texts(
 ) -> Chosen | None:
     """Return the task of rows with a text and a list of places in it."""
     texts = [c.name for c in columns if c.name in inputs and c.kind in ("text", "category", "id")]
-    for spans in (name for name in targets if SPANS_NAME.fullmatch(name)):
+    for spans in targets:
         if not are_spans([row.get(spans) for row in rows]):
             continue
         for text in sorted(texts, key=lambda name: name != "text"):
@@ -101,7 +108,7 @@ def _of_texts(
                 continue
 
             def error(row: Json, text: str = text, spans: str = spans) -> str:
-                found = read_spans(row.get(spans), str(row.get(text)))
+                found = read_spans(_read(row.get(spans)), str(row.get(text)))
                 return found if isinstance(found, str) else ""
 
             why = {"text_column": "the text that the places are of", "spans_column": "places in it"}
@@ -119,6 +126,11 @@ def _chosen(
     labels = iob2_labels(sorted(counts))
     whole = {"type": "token_classification", **keys, "labels": labels}
     return Chosen(whole, why, [read], row_error=error)
+
+
+def _read(value: Any) -> Any:
+    items = list_in_cell(value)
+    return value if items is None else items
 
 
 def _are_lists(name: str, rows: Sequence[Json]) -> bool:

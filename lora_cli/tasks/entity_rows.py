@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +18,7 @@ from lora_cli.data.entity_tags import (
     types_of,
 )
 from lora_cli.data.json_rows import JSON_NAMES
+from lora_cli.data.label_lists import list_in_cell
 from lora_cli.data.load_rows import Rows
 from lora_cli.data.readers import is_blank, text_error
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
@@ -72,7 +71,7 @@ class EntityRows:
 
     def words(self, row: dict[str, Any]) -> list[str] | None:
         """Return the words of a row, or None if its column holds no list of words."""
-        items = _as_list(row.get(self.spec.tokens_column))
+        items = list_in_cell(row.get(self.spec.tokens_column))
         if items is None or any(isinstance(x, bool | list | dict | None) for x in items):
             return None
         return [str(item) for item in items]
@@ -80,7 +79,7 @@ class EntityRows:
     def tags(self, row: dict[str, Any]) -> list[str] | str:
         """Return the tags of a row by name, in the scheme of the data; or what is wrong."""
         column = self.spec.tags_column
-        items = _as_list(row.get(column))
+        items = list_in_cell(row.get(column))
         if items is None:
             return f"column `{column}` {_said(row.get(column))}, not a list of tags"
         found = []
@@ -111,7 +110,7 @@ class EntityRows:
         """Return the entities of a text, or what is wrong with them."""
         column = str(self.spec.spans_column)
         value = row.get(column)
-        items = _as_list(value)
+        items = list_in_cell(value)
         text = str(row.get(str(self.spec.text_column)))
         found = read_spans(value if items is None else items, text)
         return f"column `{column}`: {found}" if isinstance(found, str) else found
@@ -159,7 +158,7 @@ class EntityRows:
             return text_error(row, [str(self.spec.text_column)])
         column = self.spec.tokens_column
         value = row.get(column)
-        if isinstance(value, str) and _as_list(value) is None and may_be_typed:
+        if isinstance(value, str) and list_in_cell(value) is None and may_be_typed:
             return text_error(row, [column])
         words = self.words(row)
         if words is None:
@@ -269,22 +268,6 @@ class EntityRows:
             )
             raise LoraError(what, where, "is it the right column? If it is, name `task.labels`")
         return iob2_labels(sorted(types))
-
-
-def _as_list(value: Any) -> list[Any] | None:
-    """Return a list, also one that a table holds as text: as JSON or Python write it."""
-    if isinstance(value, list):
-        return value
-    text = value.strip() if isinstance(value, str) else ""
-    if text[:1] + text[-1:] != "[]":
-        return None
-    for read in (json.loads, ast.literal_eval):
-        try:
-            items = read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            continue
-        return items if isinstance(items, list) else None
-    return None
 
 
 def _said(value: Any) -> str:
