@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from world import Printed, World
 
 from lora_cli.errors import LoraError
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import TASKS, Recipe
 from lora_cli.recipe.spec.section import Section
 from lora_cli.tasks.sequence_classification import SequenceClassification
 
@@ -168,7 +168,10 @@ TRAIN = [
          {"role": "user", "content": f"a {word}?"}, {"role": "assistant", "content": f"yes {i}"},
          {"role": "user", "content": "why?"}, {"role": "assistant", "content": f"so {word}"}],
      "talk": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": f"so {word}"}],
-     "said": [{"from": "human", "value": f"a {word}?"}, {"from": "gpt", "value": "yes"}]}
+     "said": [{"from": "human", "value": f"a {word}?"}, {"from": "gpt", "value": "yes"}],
+     "words": ["a", word, "film"], "others": ["so", word, f"{i}"], "odd": ["a", "</s>", word],
+     "ner": ["O", "B-A", "O"], "kinds": ["B-A", "O", "O"], "ids": [0, 1, 0], "alike": f"a {word}",
+     "spans": [[2, 2 + len(word), "A"]], "marks": [[0, 1, "A"]]}
     for i, word in enumerate(WORDS * 2)
 ]  # fmt: skip
 DEV = [{**row, "text": f"{row['text']} indeed", "other": f"{row['other']} too"}
@@ -194,6 +197,15 @@ KINDS: dict[str, Settings] = {
         "model": {"name": "../bases/encoder"},
         "task": {"type": "sequence_classification", "problem": "regression",
                  "label_column": "number"},
+    },
+    "entities": {
+        "model": {"name": "../bases/encoder"},
+        "task": {"type": "token_classification", "tokens_column": "words", "tags_column": "ner",
+                 "labels": ["O", "B-A", "I-A"]},
+    },
+    "spans": {
+        "model": {"name": "../bases/encoder"},
+        "task": {"type": "token_classification", "text_column": "text", "spans_column": "marks"},
     },
     "text": {
         "model": {"name": "../bases/llama"},
@@ -286,6 +298,25 @@ CHANGES: dict[str, Change] = {
     "sequence_classification.skip_labels": Change(message, ([], ["-"]),
         also={"data.train": "marked.jsonl"}),
     "sequence_classification.pad_token": Change(message, ("<pad>", "<nothing>")),
+    "token_classification.type": Change(
+        message, ("token_classification", "causal_lm"), "entities", {"task.labels": ...}
+    ),
+    "token_classification.tokens_column": Change(losses, ("words", "others"), "entities"),
+    "token_classification.tags_column": Change(losses, ("ner", "kinds"), "entities"),
+    "token_classification.scheme": Change(message, ("iob2", "iobes"), "entities"),
+    "token_classification.text_column": Change(losses, ("text", "alike"), "spans"),
+    "token_classification.spans_column": Change(losses, ("marks", "spans"), "spans"),
+    "token_classification.labels": Change(
+        losses, (["O", "B-A", "I-A"], ["B-A", "O", "I-A"]), "entities"
+    ),
+    "token_classification.tag_names": Change(
+        losses, (["O", "B-A", "I-A"], ["B-A", "O", "I-A"]), "entities", {"task.tags_column": "ids"}
+    ),
+    "token_classification.word_separator": Change(losses, (" ", "_"), "entities"),
+    "token_classification.max_length": Change(losses, (64, 4), "entities"),
+    "token_classification.split_special_tokens": Change(
+        losses, (False, True), "entities", {"task.tokens_column": "odd"}
+    ),
     "causal_lm.type": Change(message, ("causal_lm", "sequence_classification"), "pair"),
     "causal_lm.text_column": Change(losses, ("text", "other"), "text"),
     "causal_lm.prompt_column": Change(losses, ("prompt", "other"), "pair"),
@@ -568,7 +599,7 @@ def left_by(change: Change, name: str, value: Any, bases: Path) -> Left:
 def test_a_key_changes_something(key: str, bases: Path) -> None:
     change = CHANGES[key]
     section, _, rest = key.partition(".")
-    of_task = section in ("sequence_classification", "causal_lm")
+    of_task = section in TASKS
     name = change.key or (f"task.{rest}" if of_task else key)
     found = []
     for value in change.settings:
