@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -389,6 +390,26 @@ def test_the_proof_of_a_merge_sees_a_wrong_magnitude(site: str, tmp_path: Path) 
     name = next(iter(lora_layers(ours)))
     merge(ours)
     assert expected.disagreement(ours) == f"{name}.weight"
+
+
+@each_site
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_names_of_raw_state_dicts_are_read_and_merged(site: str, kind: str, tmp_path: Path) -> None:
+    base = SITES[site][0]()
+    ours, recipe = ours_on(site, base, type=kind)
+    save_adapter(tmp_path, stir(ours), recipe, [])
+    raw = {
+        re.sub(r"(\.weight)?$", r".default\1", name, count=1) if "lora_" in name else name: tensor
+        for name, tensor in load_file(tmp_path / WEIGHTS_FILE).items()
+    }
+    save_file(raw, tmp_path / WEIGHTS_FILE, {"format": "pt"})
+    saved, again = read_adapter(tmp_path), copy.deepcopy(base)
+    expected = expected_weights(copy.deepcopy(base), saved.tensors, saved.config)
+    load_adapter(again, saved, [])
+    with torch.no_grad():
+        assert torch.equal(outputs(again.eval()), outputs(ours))
+    merge(again)
+    assert expected.disagreement(again) is None
 
 
 def _without_magnitude(tensors: dict[str, Tensor]) -> None:

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.adapters.targets import first_match
 
 HEADS = ("classifier", "score")
+ENDS = r"(\.lora_\w+?)(?:\.default)?(?:\.weight)?$"
 TOLERANCE = 1e-4  # of the largest entry of a product; float32 alone stays below 1e-5
 
 
@@ -60,6 +61,8 @@ def expected_weights(
         tensors: Of the adapter's file, by names without PEFT's prefix.
         config: What `adapter_config.json` holds.
     """
+    # one name for `lora_A.weight` and for `lora_A.default.weight` of raw state dicts
+    tensors = {re.sub(ENDS, r"\1", name): tensor for name, tensor in tensors.items()}
     parameters = dict(base.named_parameters(remove_duplicate=False))
     modules = dict(base.named_modules(remove_duplicate=False))
     copies = {name for name in modules if name.endswith(_copied(config))}
@@ -105,7 +108,7 @@ def _update(name: str, module: nn.Module, tensors: dict[str, Tensor], config: An
     """Return s B A in the layout of a module's weight, or zero where it is not adapted."""
     found: dict[str, Tensor] = {}
     for side in "AB":
-        for key in (f"{name}.lora_{side}.weight", f"{name}.lora_embedding_{side}"):
+        for key in (f"{name}.lora_{side}", f"{name}.lora_embedding_{side}"):
             found |= {side: tensors[key].double()} if key in tensors else {}
     if len(found) < 2:
         return torch.zeros((), dtype=torch.float64)
