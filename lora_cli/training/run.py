@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_cli.accelerator import start_accelerator
-from lora_cli.adapters.attach import training_mode
+from lora_cli.adapters.attach import trainable_parameters, training_mode
 from lora_cli.adapters.make_trainable import make_trainable
 from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
 from lora_cli.environment import reject_mpi
@@ -180,6 +180,7 @@ class Run:
         recipe, state, accelerator = self.recipe, self.state, self.accelerator
         self.stop.activity, self.stop.at_once = TRAINING, False
         training_mode(self.model)
+        parameters = trainable_parameters(self.model)  # once: searched in each step, they take 1 ms
         self.window = Window(state, accelerator.device)
         self._clock = time.perf_counter()
         if state.evaluation_due:  # the run was stopped before it, or in the middle
@@ -201,6 +202,7 @@ class Run:
                     batches,
                     accelerator,
                     recipe.train.max_grad_norm,
+                    parameters,
                 )
             self._record(planned, result, rate)
             self.stop.stepped(time.monotonic() - began)

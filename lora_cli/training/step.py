@@ -44,6 +44,7 @@ def train_step(
     batches: list[Batch],
     accelerator: Accelerator,
     max_grad_norm: float | None = None,
+    parameters: dict[str, nn.Parameter] | None = None,
 ) -> StepResult:
     """Make one optimizer step from this process's micro-batches.
 
@@ -57,8 +58,11 @@ def train_step(
         batches: This process's share of the step; may be empty.
         accelerator: Precision and processes.
         max_grad_norm: Longer gradients are shortened to this; None leaves them.
+        parameters: The model's trained parameters; None searches the model for them, which takes as
+            long as a small step.
     """
-    parameters = trainable_parameters(model)
+    if parameters is None:
+        parameters = trainable_parameters(model)
     # Divided before the backward pass, and not after, so that fp16's gradients stay in range.
     per_item = _weights_per_item(task, batches, accelerator)
     total = torch.zeros((), device=accelerator.device)
