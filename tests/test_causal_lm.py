@@ -168,7 +168,7 @@ def test_rows_whose_answer_is_cut_away_are_counted(bases: dict[str, Path], tmp_p
 
 
 @pytest.mark.parametrize(
-    ("row", "fault"),
+    ("row", "error"),
     [
         (pair(" ", "b"), "column `prompt` is blank"),
         (pair("a", None), "column `completion` is blank"),

@@ -377,7 +377,7 @@ def test_long_conversations_lose_their_end_and_are_counted(base: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("form", "value", "fault"),
+    ("form", "value", "error"),
     [
         ("openai", None, "column `messages` is not a list of messages"),
         ("openai", [], "column `messages` is not a list of messages"),
@@ -436,7 +436,7 @@ def test_absent_keys_of_columnar_files_are_dropped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "fault"),
+    ("row", "error"),
     [
         ({"instruction": "", "output": "a"}, "column `instruction` is blank"),
         ({"instruction": "a", "output": None}, "column `output` is blank"),
@@ -486,7 +486,7 @@ def test_each_instance_of_an_instruction_is_an_example(
 
 
 @pytest.mark.parametrize(
-    ("instances", "fault"),
+    ("instances", "error"),
     [
         (None, "instance 1 has no `output`"),
         ([], "column `instances` is not a list of inputs and outputs"),

@@ -131,7 +131,7 @@ def test_earlier_turns_of_an_instruction_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("turns", "fault"),
+    ("turns", "error"),
     [
         ([user([{"type": "image_url", "image_url": {}}]), said("a")], "turn 1: its `content` has"),
         ([user("a"), said([{"type": "refusal", "refusal": "no"}])], "turn 2: its `content` has"),

@@ -267,7 +267,7 @@ def test_overlap_is_counted_of_each_split_with_the_others(write: Write) -> None:
     assert [p.at.split(" ")[0] for p in problems if p.at] == ["data.validation", "data.test"]
 
 
-@pytest.mark.parametrize(("limit", "refused"), [("0.24", True), ("0.25", False), ("1", False)])
+@pytest.mark.parametrize(("limit", "rejected"), [("0.24", True), ("0.25", False), ("1", False)])
 def test_the_limit(limit: str, rejected: bool, write: Write) -> None:
     path = write(train=plain(10, "x"), validation=[*plain(3, "y"), plain(1, "x")[0]])
     assert bool(found(path, f"data.check.max_overlap={limit}").problems()) is rejected

@@ -24,8 +24,8 @@ from lora_cli.evaluation.evaluate_split import (
     evaluate,
     evaluate_adapter,
     measure_file,
-    open_adapter,
 )
+from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.tasks import Encoded, Task, build_task
