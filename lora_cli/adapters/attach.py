@@ -125,16 +125,16 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def training_mode(model: nn.Module) -> None:
-    """Put the model into training mode, but frozen batch normalisation into eval mode.
+    """Put the model into training mode, but batch normalisation into eval mode.
 
     In training mode it would average the new data into its running statistics, which no adapter
-    folder holds: the base would drift away from what was saved.
+    folder holds: the base would drift away from what was saved. It would also normalise by the
+    micro-batch, so that how a step is divided would decide what it computes. So its statistics
+    stay those of the base, also where its weight and bias are trained.
     """
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
-            parameter.requires_grad for parameter in module.parameters()
-        ):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
 
 

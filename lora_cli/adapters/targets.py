@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.variants import Layers, layer_for, layers_of
 from lora_cli.errors import LoraError, Problem, did_you_mean
-from lora_cli.recipe import AdapterSpec, Recipe
+from lora_cli.recipe import Recipe
 
 # The names that transformers' encoders give to the query and value projections.
 QUERY_VALUE_NAMES = (
@@ -38,6 +38,8 @@ QUERY_VALUE_NAMES = (
 
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 MAMBA_KERNEL = ("out_proj", "conv1d")  # layers whose weights Mamba's kernels read themselves
+
+GATES = regex.compile(r"(^|\.)(squeeze_excite|squeeze_excitation|se|se_module)(\.|$)")
 
 LONGEST = 10_000  # characters of an expression
 LONGEST_NUMBER = 15  # digits of a layer's number; no model has as many layers as that allows
@@ -141,7 +143,7 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
         and not read_by_kernels(model, name)
     }
 
-    pattern, chosen = _chosen(model, spec, adaptable)
+    pattern, chosen = _chosen(model, recipe, adaptable)
     problems += _unmatched(pattern, "adapter.target_modules", adaptable, model, recipe)
     if spec.exclude_modules is not None:
         key = "adapter.exclude_modules"
@@ -248,12 +250,17 @@ def unmatched_in_full(model: nn.Module, recipe: Recipe) -> list[Problem]:
 
 
 def _chosen(
-    model: nn.Module, spec: AdapterSpec, adaptable: dict[str, nn.Module]
+    model: nn.Module, recipe: Recipe, adaptable: dict[str, nn.Module]
 ) -> tuple[str | list[str], list[str]]:
     """Return the pattern in effect and the names that it matches."""
     linear = [name for name, module in adaptable.items() if isinstance(module, nn.Linear | Conv1D)]
     output = _output_embedding_name(model)
-    pattern = spec.target_modules
+    pattern = recipe.adapter.target_modules
+    if pattern is None and recipe.task.default_targets == "layers":
+        if linear:
+            return "all-linear", [name for name in linear if name != output]
+        if convolutions := default_convolutions(adaptable):
+            return convolutions, convolutions
     if pattern is None:
         found = {name.rsplit(".", 1)[-1] for name in linear}
         pattern = [name for name in QUERY_VALUE_NAMES if name in found]
@@ -262,6 +269,25 @@ def _chosen(
     if pattern == "all-linear":
         return pattern, [name for name in linear if name != output]
     return pattern, [name for name in adaptable if matches(pattern, name)]
+
+
+def default_convolutions(modules: dict[str, nn.Module]) -> list[str]:
+    """Return which convolutions of a model are adapted if the recipe does not say.
+
+    Of a model whose convolutions mix the channels at every step (ResNet) it is all of them. Where
+    some have groups (EfficientNet), it is those that mix channels and nothing else: of size 1 x 1,
+    without groups. An update of few ranks has no room in one group a channel, and the gates of
+    squeeze-and-excitation only scale what the others make.
+    """
+    convolutions = {n: m for n, m in modules.items() if isinstance(m, nn.Conv1d | nn.Conv2d)}
+    whole = [name for name, module in convolutions.items() if module.groups == 1]
+    if len(whole) == len(convolutions):
+        return whole
+    return [
+        name
+        for name in whole
+        if set(convolutions[name].kernel_size) == {1} and not GATES.search(name)
+    ]
 
 
 def _output_embedding_name(model: nn.Module) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_cli.data.labelled_text import class_files
+from lora_cli.data.media_folder import media_files, split_parts
 from lora_cli.data.parallel_texts import parts_of
 from lora_cli.data.readers import KINDS, kind_by_name, kind_of
 from lora_cli.errors import LoraError, did_you_mean, nearest, printable
@@ -81,14 +82,18 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
         at = recipe.at("data.path")
     if pattern.is_dir():
         inside = [file.relative_to(pattern) for file in sorted(pattern.rglob("*"))]
-        inside = [file for file in inside if _readable(pattern, file, data.format)]
+        inside = [file for file in inside if _readable(pattern, file, recipe)]
         others_there = [str(file) for file in inside]
         if data.format.label_from == "folder":
             inside = class_files(inside)
         of = {file: _split_parts(file, data.format) for file in inside}
+        if not inside and (inside := media_files(pattern, recipe)):
+            others_there, of = [str(file) for file in inside], split_parts(inside)
         by_split = [file for file in inside if _belongs(of[file], name)]
         named = any(_belongs(of[file], other) for file in inside for other in SPLITS)
         of_split = by_split or (inside if name == "train" and not named else [])
+        if is_file(name) and of == split_parts(inside):
+            of_split = inside  # a folder of pictures that is named as a split
         files = [pattern / file for file in of_split]
     elif parts := parts_of(pattern):
         if missing := [part for part in parts.values() if not part.is_file()]:
@@ -133,13 +138,17 @@ def _not_there(pattern: Path, folder: Path, at: str) -> tuple[str, str, str]:
     return f"there is {kind} {pattern}", at, hint
 
 
-def _readable(folder: Path, file: Path, spec: FormatSpec) -> bool:
-    """Return whether a file in a folder is one of data, and neither hidden nor a read-me."""
+def _readable(folder: Path, file: Path, recipe: Recipe) -> bool:
+    """Return whether a file in a folder is one of data, and neither hidden nor a read-me.
+
+    Next to pictures, a text file is a remark, and a table describes them.
+    """
     hidden = any(part.startswith(".") for part in file.parts)
     if hidden or file.stem.lower() in ("readme", "license") or not (folder / file).is_file():
         return False
     try:
-        return bool(kind_of(file, spec))
+        kind = kind_of(file, recipe.data.format)
+        return kind != "text" or not recipe.task.media_columns
     except LoraError:
         return False
 

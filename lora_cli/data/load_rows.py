@@ -7,25 +7,38 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lora_cli.data.csv_quoting import announce_quoting
-from lora_cli.data.dataset_cache import (
-    SourceChangedError,
-    cached_dataset,
-    damaged_files,
-    forget_files,
-)
+from lora_cli.data.dataset_cache import SourceChangedError, cached_dataset
 from lora_cli.data.find_files import SPLITS as SPLITS
 from lora_cli.data.find_files import files_of, positions, split_slice
 from lora_cli.data.held_out import draw
+from lora_cli.data.hub_rows import hub_rows, label_names, load_hub
+from lora_cli.data.media import (
+    hashed,
+    is_media,
+    media_error,
+    media_hash,
+    stored_media,
+    undecoded,
+    with_media,
+)
+from lora_cli.data.media_folder import (
+    class_names,
+    folder_labels,
+    is_media_file,
+    other_files,
+    read_media_files,
+    root_of,
+)
 from lora_cli.data.parallel_texts import parts_of
 from lora_cli.data.readers import kind_of, read_rows, require_columns
+from lora_cli.data.rows import Rows as Rows
 from lora_cli.data.text_lines import NOT_TEXT, RawRow, encoding_hint, unreadable
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean, warn
 from lora_cli.files import sha256_of
@@ -34,70 +47,8 @@ from lora_cli.recipe.spec import is_file
 
 READINGS = 3  # of a file that changes while it is read
 READING = 4  # counts up when files are read in another way, so that no old cache is used
-Indices = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a split, kept on the disk and read one at a time.
-
-    `self[i]` is a dictionary of the columns of row i, `self.place(i)` says where it stands.
-    """
-
-    dataset: Any  # datasets.Dataset: columns row (JSON), place, fault; or the Hub's own columns
-    source: str
-    sha256: str
-    indices: Indices
-    label_names: dict[str, list[str]] = field(default_factory=dict)  # the Hub's ClassLabel columns
-    skipped: tuple[str, ...] = ()
-    dropped: int = 0  # rows that would have stood on both sides of a held-out split
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return self._decode(self.dataset[int(self.indices[i])])
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (row for batch in self.batches(1000) for row in batch)
-
-    def batches(self, size: int) -> Iterator[list[dict[str, Any]]]:
-        """Yield the rows in lists of at most `size`."""
-        for start in range(0, len(self), size):
-            columns = self.dataset[self.indices[start : start + size]]
-            count = len(next(iter(columns.values())))
-            yield [self._decode({k: v[i] for k, v in columns.items()}) for i in range(count)]
-
-    def _decode(self, stored: dict[str, Any]) -> dict[str, Any]:
-        return json.loads(stored["row"]) if set(stored) == STORED else stored
-
-    def place(self, i: int) -> str:
-        """Return where row i stands: `train.csv:17`."""
-        index = int(self.indices[i])
-        if set(self.dataset.column_names) == STORED:
-            return str(self.dataset[index]["place"])
-        return f"{self.source}[{index}]"
-
-    @property
-    def columns(self) -> list[str]:
-        """Names of the columns, from the first rows."""
-        first = [self[i] for i in range(min(100, len(self)))]
-        return list(dict.fromkeys(name for row in first for name in row))
-
-    def select(self, positions: Indices, skipped: Sequence[str] = ()) -> Rows:
-        """Return the rows at some positions of this split."""
-        return replace(self, indices=self.indices[positions], skipped=(*self.skipped, *skipped))
-
-    def content_sha256(self) -> str:
-        """Return the SHA-256 of the rows themselves, in their order."""
-        digest = hashlib.sha256()
-        for row in self:
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-            digest.update(b"\n")
-        return digest.hexdigest()
-
-
-STORED = {"row", "place", "fault"}
 SKIP = "`--set data.on_bad_row=skip`"
 
 
@@ -166,32 +117,36 @@ def stream_rows(recipe: Recipe) -> Iterator[RawRow]:
     """Yield the train rows as they come, once."""
     data = recipe.data
     if data.name:
-        for number, row in enumerate(_load_hub(recipe, data.train, streaming=True)):
-            yield RawRow(row, f"{data.name}[{number}]")
+        media = recipe.task.media_columns
+        for number, row in enumerate(undecoded(load_hub(recipe, data.train, streaming=True))):
+            yield with_media(RawRow(row, f"{data.name}[{number}]"), Path(), media)
     elif data.split_column and not is_file(data.train):
         yield from _stream_marked(recipe, data.split_column)
     else:
-        for file in files_of(recipe, "train", data.train):
-            if kind_of(file, data.format) == "csv":
+        files = files_of(recipe, "train", data.train)
+        for file in files:
+            if not is_media_file(file) and kind_of(file, data.format) == "csv":
                 announce_quoting(file, data.format)
-            yield from read_rows(file, data.format)
+        for row in _read(recipe, files):
+            error = row.error or media_error(row.columns or {}, recipe.task.media_columns)
+            yield replace(row, error=error)
 
 
 def stream_label_names(recipe: Recipe) -> dict[str, list[str]]:
     """Return the names of the labels in a streamed data set of the Hub, by column."""
     if not recipe.data.name:
         return {}
-    return _label_names(_load_hub(recipe, recipe.data.train, streaming=True).features or {})
+    return label_names(load_hub(recipe, recipe.data.train, streaming=True).features or {})
 
 
 def _stream_marked(recipe: Recipe, column: str) -> Iterator[RawRow]:
     """Yield the rows that a column marks as train."""
     empty = True
-    for file in files_of(recipe, "train", "train"):
-        for row in read_rows(file, recipe.data.format):
-            if row.columns is None or split_mark(row.columns, column) == recipe.data.train:
-                empty = False
-                yield row
+    for row in _read(recipe, files_of(recipe, "train", "train")):
+        if row.columns is None or split_mark(row.columns, column) == recipe.data.train:
+            empty = False
+            error = row.error or media_error(row.columns or {}, recipe.task.media_columns)
+            yield replace(row, error=error)
     if empty:
         what = f"column `{column}` marks no row as `{recipe.data.train}`"
         raise LoraError(what, recipe.at("data.train"), "name what it does hold: `train: NAME`")
@@ -230,9 +185,9 @@ def _stratum(row: dict[str, Any], labels: list[str]) -> str:
 
 def _joined_text(row: dict[str, Any], columns: list[str]) -> str:
     return "\n".join(
-        value if isinstance(value := row[name], str) else json.dumps(value, default=str)
-        for name in columns
-        if row.get(name) is not None
+        value if isinstance(value, str) else json.dumps(value, default=str)
+        for name, value in hashed({name: row.get(name) for name in columns}).items()
+        if value is not None
     )
 
 
@@ -240,7 +195,7 @@ def _named(recipe: Recipe, split: str, text: str) -> Rows:
     """Return the rows of a split given as a name, a slice or a file."""
     name, part = split_slice(text, recipe.at(f"data.{split}"))
     if recipe.data.name:
-        rows = _hub_rows(recipe, name)
+        rows = hub_rows(recipe, name)
     elif recipe.data.split_column and not is_file(name):
         rows = _rows_marked(recipe, split, name)
     else:
@@ -272,24 +227,49 @@ def split_mark(row: dict[str, Any], column: str) -> str:
 # ------------------------------------------------------------------------------------- files
 
 
+def _read(recipe: Recipe, files: list[Path]) -> Iterator[RawRow]:
+    """Yield the rows of files in order, with media values in the columns that hold media."""
+    media = recipe.task.media_columns
+    pictures = [file for file in files if media and is_media_file(file)]
+    if pictures:
+        yield from read_media_files(recipe, pictures)
+        return
+    for file in files:
+        for row in read_rows(file, recipe.data.format):
+            yield with_media(row, file.parent, media)
+
+
 def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
     import datasets
 
     form = recipe.data.format
+    media = tuple(recipe.task.media_columns)
     text = datasets.Value("string")
-    features = datasets.Features({"row": text, "place": text, "fault": text})
+    features = {"row": text, "place": text, "fault": text}
+    if media:
+        binary = datasets.Value("binary")
+        features["media"] = datasets.List({"column": text, "bytes": binary, "path": text})
     parts = [part for file in files for part in (parts_of(file).values() or [file])]
 
     in_folders = form.label_from == "folder"  # whose names are labels
     names = [f"{file.parent.name}/{file.name}" if in_folders else file.name for file in files]
+    are_media = bool(media) and is_media_file(files[0])
+    if media:  # paths lead on from where the files lie
+        names = [str(file.absolute()) for file in files] + list(media)
+    if are_media:  # and labels depend on all folders
+        names += map(str, sorted(folder_labels(recipe, files).items()))
 
-    def stored() -> Iterator[dict[str, str]]:
-        for file in files:
-            for row in read_rows(file, form):
-                columns = json.dumps(row.columns, ensure_ascii=False, default=_stored)
-                if NOT_TEXT.search(columns):  # bytes that are no text, in a parquet file
-                    columns = json.dumps(row.columns, default=_stored)
-                yield {"row": columns, "place": row.place, "fault": row.error}
+    def stored() -> Iterator[dict[str, Any]]:
+        for row in _read(recipe, files):
+            apart = list(stored_media(row.columns or {}, media))
+            others = row.columns
+            if others is not None and apart:
+                others = {**others, **{value["column"]: None for value in apart}}
+            columns = json.dumps(others, ensure_ascii=False, default=_stored)
+            if NOT_TEXT.search(columns):  # bytes that are no text, in a parquet file
+                columns = json.dumps(others, default=_stored)
+            line = {"row": columns, "place": row.place, "fault": row.error}
+            yield {**line, "media": apart} if media else line
 
     for _ in range(READINGS):
         state = [_state_of(part) for part in parts]
@@ -300,9 +280,8 @@ def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
             return state != [_state_of(part) for part in parts]
 
         try:
-            dataset = cached_dataset(
-                stored, [str(READING), sha256, form.model_dump_json(), *names], features, changed
-            )
+            key = [str(READING), sha256, form.model_dump_json(), *names]
+            dataset = cached_dataset(stored, key, datasets.Features(features), changed)
             break
         except SourceChangedError:
             warn(f"{files[0]} changed while it was read: it is read once more")
@@ -314,13 +293,41 @@ def _file_rows(recipe: Recipe, files: list[Path]) -> Rows:
         hint = "wait until it is complete, or train on a copy of it"
         raise LoraError(what, str(files[0]), hint)
     for file in files:
-        if not parts_of(file) and kind_of(file, form) == "csv":
+        if not are_media and not parts_of(file) and kind_of(file, form) == "csv":
             announce_quoting(file, form)
     folder = os.path.commonpath([file.parent for file in files])
     source = str(files[0]) if len(files) == 1 else f"{folder} ({counted(len(files), 'file')})"
-    rows = Rows(dataset, source, sha256, np.arange(len(dataset)))
+    labels = class_names(recipe, files) if are_media else {}
+    if are_media and (others := other_files(root_of(recipe, files), recipe)):
+        left = f"{counted(len(others), 'file')} in the folders of the classes"
+        warn(f"{left} are left out, the first is {others[0]}: by its name it is of another kind")
+    rows = Rows(dataset, source, sha256, np.arange(len(dataset)), labels, media=media)
     errors = {i: f for i, f in enumerate(dataset["fault"]) if f}
-    return without(rows, errors, recipe)
+    return without(*_with_hashes(rows, errors), recipe)
+
+
+def _with_hashes(rows: Rows, errors: dict[int, str]) -> tuple[Rows, dict[int, str]]:
+    """Return rows whose hash depends on the bytes of their media, and errors with missing files.
+
+    The files that a table names may change or go while the table stays as it was.
+    """
+    if not rows.media:
+        return rows, errors
+    digest, errors = hashlib.sha256(rows.sha256.encode()), dict(errors)
+    for i, row in enumerate(rows):
+        if i in errors:
+            continue
+        if error := _absent(row, rows.media):
+            errors[i] = error
+        for column in rows.media:
+            value: Any = row.get(column)
+            digest.update((media_hash(value) if is_media(value) else "-").encode())
+    return replace(rows, sha256=digest.hexdigest()), errors
+
+
+def _absent(row: dict[str, Any], media: Sequence[str]) -> str:
+    """Return which file of a row is not there, or nothing; what is blank is left to the task."""
+    return media_error(row, [column for column in media if is_media(row.get(column))])
 
 
 def _stored(value: Any) -> str | None:
@@ -408,61 +415,3 @@ def without_errors(
             )
         else:
             skip(row.place, error)
-
-
-# --------------------------------------------------------------------------------------- Hub
-
-
-def _load_hub(recipe: Recipe, split: str, streaming: bool = False, **options: Any) -> Any:
-    import datasets
-
-    data = recipe.data
-    shown = datasets.utils.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(
-            data.name,
-            data.config,
-            split=split,
-            revision=data.revision,
-            streaming=streaming,
-            **options,
-        )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        from lora_cli.models.load_errors import place_error
-
-        if (place := place_error(error)) is not None:
-            raise place from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LoraError(
-            f"cannot load `{data.name}`: {reason}",
-            recipe.at("data.name"),
-            "a local file is given as `data.path`",
-        ) from error
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
-def _hub_rows(recipe: Recipe, name: str) -> Rows:
-    dataset = _load_hub(recipe, name)
-    if damaged := damaged_files(dataset):
-        warn(f"the cached data set of the Hub is damaged and is prepared again: {damaged[0]}")
-        forget_files(dataset)
-        dataset = _load_hub(recipe, name, download_mode="reuse_cache_if_exists")
-        damaged_files(dataset)
-    names = _label_names(dataset.features)
-    source = "/".join(filter(None, (recipe.data.name, recipe.data.config, name)))
-    return Rows(dataset, source, dataset._fingerprint, np.arange(len(dataset)), names)
-
-
-def _label_names(features: Any) -> dict[str, list[str]]:
-    import datasets
-
-    # of a list of labels, those of its items
-    kinds = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
-    return {
-        column: list(kind.names)
-        for column, kind in kinds.items()
-        if isinstance(kind, datasets.ClassLabel)
-    }

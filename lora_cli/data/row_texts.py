@@ -7,6 +7,8 @@ from typing import Any
 
 import xxhash
 
+from lora_cli.data.media import described, is_media, media_hash
+
 NO_WORDS = ("role", "from", "type", "id", "tool_call_id", "weight")  # keys of turns and parts
 TURN = (("role", "from"), ("content", "value"))  # keys of a turn
 
@@ -21,6 +23,8 @@ def _text(value: Any) -> str:
         return value
     if isinstance(value, list):
         return "\n".join(map(_text, value))
+    if is_media(value):
+        return media_hash(value)
     if isinstance(value, dict):
         if "system" in (value.get("role"), value.get("from")):
             return ""
@@ -35,7 +39,9 @@ def shown_value(values: Sequence[Any]) -> str:
     parts: list[str] = []
     for value in values:
         for turn in value if isinstance(value, list) else [value]:
-            if isinstance(turn, dict):  # of a conversation, as OpenAI or ShareGPT have it
+            if is_media(turn):
+                turn = described(turn)
+            elif isinstance(turn, dict):  # of a conversation, as OpenAI or ShareGPT have it
                 who, what = (turn.get(a, turn.get(b)) for a, b in TURN)
                 turn = f"{who}: {what}"
             parts += [] if turn is None else [str(turn)]

@@ -174,7 +174,8 @@ def _predict_window(
         if stop is not None and stop.is_noted():
             break  # the other processes wait for this one, and learn of it then
         examples = split.examples.__getitems__(indices.tolist())
-        batch = task.collate(examples).to(accelerator.device)
+        prepared = [task.prepare(example, None) for example in examples]
+        batch = task.collate(prepared).to(accelerator.device)
         first = split.rows.place(batch.rows[0])
         with phase(f"evaluating {first} and the rows after it"), accelerator.autocast():
             predictions = task.predict(model, batch)

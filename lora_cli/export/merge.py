@@ -110,9 +110,8 @@ def _merge(
     model, ties = model.float().eval(), tied_groups(model)
     expected = expected_weights(model, saved.tensors, saved.config)
     load_adapter(model, saved, new)
-    probe = task.probe()
     with torch.no_grad():
-        before: Tensor = task.tensor_of(model(**probe))
+        before = _outputs(task, model)
         require_finite(before, model, at="--adapter")
         count = len(lora_layers(model))
         untied = _merge_apart(model, ties)
@@ -122,7 +121,7 @@ def _merge(
                 "--adapter",
                 "please report this: merging should be exact",
             )
-        after: Tensor = task.tensor_of(model(**probe))
+        after = _outputs(task, model)
         _reject_overflow(model, stored)
         difference = _difference(after, before)
         if not difference <= TOLERANCE:
@@ -133,7 +132,7 @@ def _merge(
             )
         for name, tensor in _tensors(model):  # not `model.to`: buffers have dtypes of their own
             tensor.data = tensor.data.to(stored[name])
-        rounded, weights = task.tensor_of(model(**probe)), weights_of(model)
+        rounded, weights = _outputs(task, model), weights_of(model)
     with new_folder(to) as folder:
         model.save_pretrained(folder)
         task.save_processor(folder)
@@ -142,6 +141,13 @@ def _merge(
         _require_saved(task, reloaded, weights, rounded)
     rounding = _difference(rounded.float(), after)
     return MergeResult(to, count, dtype, difference, rounding, untied, saved.verified)
+
+
+def _outputs(task: Task, model: nn.Module) -> Tensor:
+    """Return what a model makes of the task's probe, whose numbers get the model's dtype."""
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    probe = {k: v.to(dtype) if v.is_floating_point() else v for k, v in task.probe().items()}
+    return task.tensor_of(model(**probe))
 
 
 def _merge_apart(model: PreTrainedModel, ties: list[list[str]]) -> list[str]:
@@ -162,7 +168,7 @@ def _require_saved(
 ) -> None:
     """Reject a saved model that is not the merged one, in a weight or in what it computes."""
     with torch.no_grad():
-        same = torch.equal(task.tensor_of(reloaded(**task.probe())), outputs)
+        same = torch.equal(_outputs(task, reloaded), outputs)
     if not same or weights.disagreement(reloaded) is not None:
         what = "the saved model does not compute what the merged one did"
         raise IntegrityError(what, "--to", "please report this: saving should be exact")

@@ -162,7 +162,8 @@ def shard_names(index: Path) -> set[str]:
     return names
 
 
-def _source(recipe: Recipe) -> dict[str, Any]:
+def source_of(recipe: Recipe) -> dict[str, Any]:
+    """Return what transformers is told of where the model is, and how it may be loaded."""
     spec = recipe.model
     return {
         "pretrained_model_name_or_path": locate(spec.name, recipe.at("model.name")),
@@ -174,7 +175,7 @@ def _source(recipe: Recipe) -> dict[str, Any]:
 def load_config(recipe: Recipe, **changes: Any) -> PretrainedConfig:
     """Return the model's configuration, with changes such as the labels."""
     with explained(recipe, "configuration"):
-        config: PretrainedConfig = AutoConfig.from_pretrained(**_source(recipe), **changes)
+        config: PretrainedConfig = AutoConfig.from_pretrained(**source_of(recipe), **changes)
         if (found := _too_large(config.to_dict())) is not None:
             key, value, most = found
             what = f"config.json says `{key}: {value:,}`, and no model has more than {most:,}"
@@ -201,7 +202,7 @@ def _too_large(values: Any, key: str = "") -> tuple[str, int, int] | None:
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer."""
     with explained(recipe, "tokenizer"):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_source(recipe))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**source_of(recipe))
     # without its files, transformers makes one that knows no words, and says nothing
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         hint = "copy tokenizer.json (or vocab.txt, or tokenizer.model) into the model's folder"
@@ -230,7 +231,7 @@ def _check_generation_config(auto_class: Any, config: PretrainedConfig, recipe: 
     mapping = auto_class._model_mapping
     if type(config) not in mapping or not mapping[type(config)].can_generate():
         return
-    source, file = _source(recipe), "generation_config.json"
+    source, file = source_of(recipe), "generation_config.json"
     try:
         own = GenerationConfig.from_pretrained(
             source["pretrained_model_name_or_path"], revision=source["revision"]
@@ -313,7 +314,7 @@ def load_pretrained(
     _check_generation_config(auto_class, config, recipe)
     with explained(recipe, "weights"):
         model, info = auto_class.from_pretrained(
-            **_source(recipe),
+            **source_of(recipe),
             config=config,
             output_loading_info=True,
             use_safetensors=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from lora_cli.preprocessing.near_duplicates import (
 from lora_cli.preprocessing.stream import Stream
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.contract import Encoded, Task
+from lora_cli.tasks.contract import MEDIA, Encoded, Task
 from lora_cli.tasks.labels import look_alikes
 
 N_SHOWN = 3  # examples of each finding
@@ -193,15 +194,20 @@ class _Scan:
         count = int(opposed[which].sum())
         return Found(count, count / len(self.rows), found.examples)
 
+    def _read_text(self, row: dict[str, Any]) -> str:
+        """Return what a person compares of a row: its text, or the name of its picture."""
+        if any(field.kind in MEDIA for field in self.task.fields()):
+            return short(self.task.shown_input(row))
+        return short(text_of(row, self.task.compared_columns()))
+
     def _found(self, pairs: tuple[Indices, Indices], others: Rows, labels: bool = False) -> Found:
         rows, neighbours = pairs
-        columns = self.task.compared_columns()
         examples = [
             Pair(
                 self.rows.place(row),
                 others.place(other),
-                short(text_of(self.rows[row], columns)),
-                short(text_of(others[other], columns)),
+                self._read_text(self.rows[row]),
+                self._read_text(others[other]),
                 self.targets[row] if labels else None,
                 self.targets[other] if labels else None,
             )

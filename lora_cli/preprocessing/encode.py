@@ -120,6 +120,8 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
             raise nothing_trained(task, rows)
 
     def feature(text: str) -> Any:
+        if text == "media":  # encoded bytes, or a path
+            return {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
         if text.startswith("list<"):
             return datasets.List(datasets.Value(text[5:-1]))
         return datasets.Value(text)
@@ -155,8 +157,8 @@ def _bounded(batches: Iterator[list[dict[str, Any]]]) -> Iterator[list[dict[str,
 
 
 def characters_in(value: Any) -> int:
-    """Return how many characters the texts of a row have, also those inside lists and objects."""
-    if isinstance(value, str):
+    """Return how many characters and bytes a row has, also those inside lists and objects."""
+    if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, dict):
         value = list(value.values())

@@ -61,7 +61,7 @@ def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> No
     results = results_table(report)
     code = _snippet(recipe, labels) if library else ""  # else only this tool reads the folder
     pairs = getattr(recipe.task, "text_pair_column", None)
-    asked = "--input pairs.csv --output answers.csv" if pairs else '"Some text"'
+    asked = "--input pairs.csv --output answers.csv" if pairs else f'"{recipe.task.example_input}"'
     versions = [f"{key} {v}" for key, v in part(report, "versions").items() if v]
     made_by = f"Made by {code_span(command)}. " if command else ""
     definitions = part(report, "metric_definitions")
@@ -136,7 +136,7 @@ def _training_rows(recipe: Recipe, report: dict[str, Any]) -> list[list[str]]:
     """Return the recipe's settings and the report's measurements, each by its own key."""
     found: dict[str, Any] = {"adapter.type": recipe.adapter.type}
     for key in f"{LOW_RANK if recipe.adapter.low_rank else ''} {SETTINGS}".split():
-        found[key] = functools.reduce(getattr, key.split("."), recipe)
+        found[key] = functools.reduce(_value_of, key.split("."), recipe)
     for section in ("parameters", "best", "training"):
         found |= {f"{section}.{key}": value for key, value in part(report, section).items()}
     rows = [["setting or measurement", "value"]]
@@ -147,6 +147,11 @@ def _training_rows(recipe: Recipe, report: dict[str, Any]) -> list[list[str]]:
             number = f"{value:,}" if type(value) is int else plain_text(text)
             rows.append([code_span(key), number])
     return rows
+
+
+def _value_of(section: Any, key: str) -> Any:
+    """Return a key of a section; None if a section of its type has none."""
+    return getattr(section, key, None)
 
 
 def _labels(recipe: Recipe, report: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ from typing import assert_never
 
 from lora_cli.recipe import (
     CausalLMSpec,
+    ImageClassificationSpec,
     Recipe,
     SequenceClassificationSpec,
     TokenClassificationSpec,
@@ -28,6 +29,10 @@ def build_task(recipe: Recipe) -> Task:
             from lora_cli.tasks.causal_lm import CausalLM
 
             return CausalLM(recipe, recipe.task)
+        case ImageClassificationSpec():
+            from lora_cli.tasks.image_classification import ImageClassification
+
+            return ImageClassification(recipe, recipe.task)
         case _:
             assert_never(recipe.task)
 

@@ -51,6 +51,7 @@ TRIAL_TOKENS = 64  # of the longer text that the model is tried on
 class CausalLM(TextTask):
     """`task.type: causal_lm`."""
 
+    spec: CausalLMSpec
     auto_class = AutoModelForCausalLM
     metric_channel = "nll"
     loss_definition = "mean cross-entropy per trained token, in nats"

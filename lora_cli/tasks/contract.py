@@ -342,6 +342,11 @@ class Task(ABC):
         """
         return example
 
+    @property
+    def prepares(self) -> bool:
+        """Whether examples are prepared at all."""
+        return type(self).prepare is not Task.prepare
+
     @abstractmethod
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Return prepared examples as one batch."""
@@ -358,6 +363,10 @@ class Task(ABC):
     def shown_input(self, row: dict[str, Any]) -> str:
         """Return what the model reads of a row, in words."""
         return shown_value([row.get(column) for column in self.input_columns().values()])
+
+    def thumbnail(self, row: dict[str, Any]) -> str | None:
+        """Return a small picture of a row for the report, as a `data:` address, if it has one."""
+        return None
 
     def shown_reference(self, row: dict[str, Any]) -> str | None:
         """Return what a row wants, in words, where its predictions do not say it."""

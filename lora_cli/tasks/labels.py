@@ -25,7 +25,8 @@ from lora_cli.data.label_lists import listed_labels
 from lora_cli.data.load_rows import Rows, stream_label_names
 from lora_cli.data.readers import is_blank
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
-from lora_cli.recipe import Recipe, SequenceClassificationSpec
+from lora_cli.recipe import Recipe
+from lora_cli.recipe.spec.classification_section import ClassificationSection
 
 SHOWN = 60  # characters of a value that is none
 LABELS_ARE = "the labels are"
@@ -34,7 +35,7 @@ LABELS_ARE = "the labels are"
 class Labels:
     """The labels of a classification, in the order of the model's outputs."""
 
-    def __init__(self, recipe: Recipe, spec: SequenceClassificationSpec) -> None:
+    def __init__(self, recipe: Recipe, spec: ClassificationSection) -> None:
         self.recipe, self.spec = recipe, spec
         self.names = [_text(label) for label in spec.labels or spec.label_columns or []]
         self.class_names: list[str] = []  # of the Hub's ClassLabel column; its rows hold positions

@@ -8,7 +8,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,9 +39,25 @@ TRIAL_TEXT = (
 )
 
 
+class TextSpec(Protocol):
+    """What the `task` section of every text task has."""
+
+    max_length: int
+
+    @property
+    def split_special_tokens(self) -> bool | None:
+        """Whether control tokens that are spelled out are read as text."""
+
+    @property
+    def model_fields_set(self) -> set[str]:
+        """The keys that the recipe itself has."""
+
+
 class TextTask(Task):
     """A task whose model reads tokens of texts."""
 
+    spec: TextSpec
+    """The recipe's `task` section."""
     forward_options: dict[str, Any] = {}
     """What the model's forward is given besides a batch, if it takes it."""
     padding: Padding = RIGHT
@@ -68,7 +84,7 @@ class TextTask(Task):
     @property
     def reads_control_tokens(self) -> bool:
         """Whether a control token that is spelled out in a text is read as the token."""
-        return not self.recipe.task.split_special_tokens
+        return not self.spec.split_special_tokens
 
     @property
     def text_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -87,7 +103,7 @@ class TextTask(Task):
     @property
     def max_length(self) -> int:  # type: ignore[override]
         """The recipe's `max_length`, or what the model can take if that is less."""
-        limits = [self.recipe.task.max_length, int(self.tokenizer.model_max_length)]
+        limits = [self.spec.max_length, int(self.tokenizer.model_max_length)]
         return min(limits + ([] if self.positions is None else [self.positions]))
 
     @property
@@ -104,8 +120,8 @@ class TextTask(Task):
     @property
     def length_note(self) -> str | None:
         """What to say of a `max_length` that is more than the model can take, if it is."""
-        asked = self.recipe.task.max_length
-        if self.max_length == asked or "max_length" not in self.recipe.task.model_fields_set:
+        asked = self.spec.max_length
+        if self.max_length == asked or "max_length" not in self.spec.model_fields_set:
             return None
         whose = "the model has positions for"
         if self.positions is None or self.max_length < self.positions:
@@ -118,7 +134,7 @@ class TextTask(Task):
     @property
     def longer_hint(self) -> str:
         """What to do where texts are too long: raise `max_length`, if the model allows it."""
-        if self.max_length < self.recipe.task.max_length:
+        if self.max_length < self.spec.max_length:
             most = counted(self.max_length, "token")
             return f"the model takes no more than {most}: shorten the texts"
         limits = [self.positions, int(self.tokenizer.model_max_length)]

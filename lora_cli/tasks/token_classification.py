@@ -51,6 +51,7 @@ class _Encoding:
 class TokenClassification(TextTask):
     """`task.type: token_classification`."""
 
+    spec: TokenClassificationSpec
     auto_class = AutoModelForTokenClassification
     has_head = True
     metric_channel = "tags"

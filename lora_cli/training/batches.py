@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lora_cli.preprocessing.batch_plan import BatchPlan, micro_batches
 from lora_cli.preprocessing.stream import Stream
-from lora_cli.tasks import Batch, Encoded, Task
+from lora_cli.tasks import Batch, Encoded, Example, Task
 from lora_cli.tasks.packing import Packed
 from lora_cli.training.stopping import SIGNALS
 
@@ -80,11 +80,14 @@ class Batches:
         if self.steps_per_epoch is None:
             yield from self._stream(done)
             return
+        prepared: Any = self.examples
+        if self.task.prepares:
+            prepared = _Prepared(self.task, self.examples, self.recipe.train.seed)
         loader: Any = DataLoader(
-            self.examples,
+            prepared,
             batch_sampler=(
-                part.tolist()
-                for _, examples in self.plan.steps(done, self.total_steps)
+                [(step, i) for i in part.tolist()] if self.task.prepares else part.tolist()
+                for step, examples in self.plan.steps(done, self.total_steps)
                 for part in self._mine(examples)
             ),
             collate_fn=self.task.collate,
@@ -118,6 +121,9 @@ class Batches:
         examples = islice(self.stream, done * size, None)
         for step in range(done + 1, self.total_steps + 1):
             chunk = list(islice(examples, size))
+            if self.task.prepares:
+                seed = self.recipe.train.seed
+                chunk = [prepared_for(self.task, one, seed, step) for one in chunk]
             parts = self._mine(np.arange(len(chunk)))
             yield PlannedStep(
                 step,
@@ -126,6 +132,29 @@ class Batches:
                 [self.task.collate([chunk[i] for i in part]) for part in parts],
                 [example["place"] for example in chunk].copy,
             )
+
+
+class _Prepared:
+    """Examples that are made ready when they are asked for, by a data loader's worker.
+
+    A key is (step, position of the example): what is random of an example depends on the seed, the
+    step and the row alone, and neither on the worker nor on what came before.
+    """
+
+    def __init__(self, task: Task, examples: Any, seed: int) -> None:
+        self.task, self.examples, self.seed = task, examples, seed
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, key: tuple[int, int]) -> Example:
+        step, position = key
+        return prepared_for(self.task, self.examples[position], self.seed, step)
+
+
+def prepared_for(task: Task, example: Example, seed: int, step: int) -> Example:
+    """Return an example ready to be collated in a step of training."""
+    return task.prepare(example, np.random.default_rng((seed, step, int(example["row"]))))
 
 
 def _leave_signals_to_the_run(_: int) -> None:

@@ -175,7 +175,8 @@ def find_micro_batch(
     longest = np.argsort(-batches.lengths, kind="stable")[:share]
 
     def fits(count: int) -> bool:
-        batch = task.collate([batches.examples[int(i)] for i in longest[:count]])
+        examples = (batches.examples[int(i)] for i in longest[:count])
+        batch = task.collate([task.prepare(example, None) for example in examples])
         return _fits(model, task, batch.to(accelerator.device), accelerator, optimizer_bytes)
 
     with _untouched(model), _headroom(accelerator.device):

@@ -16,6 +16,7 @@ from lora_cli.recipe.spec.data import (
     is_file,
 )
 from lora_cli.recipe.spec.evaluate import EvaluateSpec, GenerationSpec
+from lora_cli.recipe.spec.image_classification_spec import ImageClassificationSpec
 from lora_cli.recipe.spec.model import ModelSpec
 from lora_cli.recipe.spec.recipe import Recipe
 from lora_cli.recipe.spec.sequence_classification_spec import SequenceClassificationSpec
@@ -26,6 +27,7 @@ from lora_cli.recipe.spec.train import OptimizerSpec, ParameterGroupSpec, Schedu
 __all__ = [
     "ModelSpec",
     "CausalLMSpec",
+    "ImageClassificationSpec",
     "SequenceClassificationSpec",
     "TokenClassificationSpec",
     "TaskSpec",

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from lora_cli.recipe.spec.section import Section
 
 Truncation = Literal["right", "left", "drop", "error"]
+MediaKind = Literal["image", "audio"]
 AnswerKind = Literal["single_label", "multi_label", "regression", "text", "spans", "other"]
 
 
@@ -39,10 +40,15 @@ class TaskSection(Section):
     """PEFT's name of the task."""
     pipeline_tag: ClassVar[str]
     """The Hub's name of the task."""
+    example_input: ClassVar[str] = "Some text"
+    """What a model card gives `lora predict`."""
     suitable_models: ClassVar[str]
     """What to say to a user whose model cannot be used for the task."""
     can_pack: ClassVar[bool] = False
     """Whether several examples can share a row (`train.packing`)."""
+    default_targets: ClassVar[Literal["attention", "layers"]] = "attention"
+    """What is adapted if the recipe does not say: the queries and values of attention, or every
+    linear layer; where a model has none of either, what comes nearest."""
     baselines: ClassVar[frozenset[str]] = frozenset({"base"})
     """Which of `evaluate.baselines` have a meaning."""
     packing_hint: ClassVar[str] = "leave it out"
@@ -60,6 +66,11 @@ class TaskSection(Section):
     @property
     def input_columns_by_key(self) -> dict[str, str]:
         """The columns whose content must not be on both sides of a split, by their keys."""
+        return {}
+
+    @property
+    def media_columns(self) -> dict[str, MediaKind]:
+        """The columns that hold pictures or sound, and which of the two."""
         return {}
 
     @property

@@ -1,0 +1,131 @@
+"""Folders of pictures (or of sound): a row for each file, with the name of its folder as the label.
+
+    pictures/cat/1.png  pictures/dog/2.png                      label: cat, dog
+    pictures/train/cat/1.png  pictures/test/cat/2.png           a folder for each split above them
+    pictures/Greek/alpha/1.png  pictures/Latin/alpha/2.png      label: Greek/alpha, Latin/alpha
+    pictures/metadata.csv                                       a table of them: an ordinary file
+
+The last name of a folder is the label, as `datasets` has it, unless two folders share it: those
+would become one class in silence, so that there the whole path is the label.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lora_cli.data.labelled_text import LABEL_COLUMN
+from lora_cli.data.text_lines import RawRow
+from lora_cli.recipe import Recipe
+
+SUFFIXES: dict[str, tuple[str, ...]] = {
+    "image": (
+        ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".dib", ".webp", ".tif", ".tiff",
+        ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".tga",
+    ),
+    "audio": (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au"),
+}  # fmt: skip
+ALL_SUFFIXES = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+SPLIT_NAME = re.compile(r"(?i)train(ing)?|validation|valid|val|dev|test|eval")
+ASIDE = ("__MACOSX",)  # what a Mac puts into archives
+
+
+def is_media_file(path: Path) -> bool:
+    """Return whether a file is a picture or sound, by its name."""
+    return path.name.lower().endswith(ALL_SUFFIXES)
+
+
+def media_files(folder: Path, recipe: Recipe) -> list[Path]:
+    """Return the files in a folder that hold what the recipe's task sees or hears, in order.
+
+    Args:
+        folder: The folder.
+        recipe: Its task says which kinds of media it reads; there may be none.
+
+    Returns:
+        Paths relative to the folder.
+    """
+    kinds = set(recipe.task.media_columns.values())
+    suffixes = tuple(suffix for kind in kinds for suffix in SUFFIXES[kind])
+    return [file for file in _inside(folder) if suffixes and file.name.lower().endswith(suffixes)]
+
+
+def other_files(folder: Path, recipe: Recipe) -> list[Path]:
+    """Return the files next to pictures in the folders of the classes that are none."""
+    found = set(media_files(folder, recipe))
+    classes = {file.parent for file in found if file.parent != Path()}
+    return [file for file in _inside(folder) if file.parent in classes and file not in found]
+
+
+def _inside(folder: Path) -> list[Path]:
+    files = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
+    return [
+        file
+        for file in files
+        if not any(part.startswith(".") or part in ASIDE for part in file.parts)
+        and file.name.lower() not in ("thumbs.db", "desktop.ini")
+    ]
+
+
+def split_parts(files: Sequence[Path]) -> dict[Path, tuple[str, ...]]:
+    """Return, for each file of a folder, the parts of its path that may name its split.
+
+    They are those above the folder of its class; or all, if the folders name nothing but splits.
+    """
+    parents = {file: file.parent.parts for file in files}
+    if all(parts and SPLIT_NAME.fullmatch(parts[-1]) for parts in parents.values()):
+        return parents
+    return {file: parts[:-1] for file, parts in parents.items()}
+
+
+def classes_of(files: Sequence[Path]) -> dict[Path, str]:
+    """Return the name of the class of each folder that holds files; none if it names no class.
+
+    Args:
+        files: All files of a folder of pictures, relative to it.
+    """
+    above = split_parts(files)
+    inner: dict[Path, tuple[str, ...]] = {}
+    for file in files:
+        parts = file.parent.parts
+        if parts and len(above[file]) < len(parts):
+            names = [part for part in parts[:-1] if not SPLIT_NAME.fullmatch(part)]
+            inner[file.parent] = (*names, parts[-1])
+    whole = set(inner.values())
+    are_unique = len({names[-1] for names in whole}) == len(whole)
+    return {folder: names[-1] if are_unique else "/".join(names) for folder, names in inner.items()}
+
+
+def root_of(recipe: Recipe, files: Sequence[Path]) -> Path:
+    """Return the folder of pictures that files were found in."""
+    data = recipe.data
+    named = [data.path, data.train, data.validation, data.test]
+    for folder in (Path(name) for name in named if isinstance(name, str)):
+        if folder.is_dir() and files[0].is_relative_to(folder):
+            return folder
+    return Path(os.path.commonpath([file.parent for file in files]))
+
+
+def class_names(recipe: Recipe, files: Sequence[Path]) -> dict[str, list[str]]:
+    """Return the names of all classes in the folder that files come from, in the order of text."""
+    found = folder_labels(recipe, files)
+    return {LABEL_COLUMN: sorted(set(found.values()))} if found else {}
+
+
+def folder_labels(recipe: Recipe, files: Sequence[Path]) -> dict[Path, str]:
+    """Return the label of each folder of a class, as seen from the folder of all pictures."""
+    return classes_of(media_files(root_of(recipe, files), recipe))
+
+
+def read_media_files(recipe: Recipe, files: Sequence[Path]) -> Iterator[RawRow]:
+    """Yield a row for each file: the file itself, and its label if its folder names one."""
+    root = root_of(recipe, files)
+    classes = folder_labels(recipe, files)
+    (column, *_) = recipe.task.media_columns
+    for file in files:
+        place = file.relative_to(root)
+        row = {column: {"bytes": None, "path": str(file)}}
+        label = classes.get(place.parent)
+        yield RawRow(row if label is None else {**row, LABEL_COLUMN: label}, place.as_posix())

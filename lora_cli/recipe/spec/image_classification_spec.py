@@ -1,0 +1,82 @@
+"""`task` for `type: image_classification`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from lora_cli.recipe.spec.classification_section import ANSWERS, ClassificationSection, head_of
+from lora_cli.recipe.spec.section import Conflicts, Section, Word
+from lora_cli.recipe.spec.task_section import MediaKind, Usage
+
+CLASSIFYING = """\
+picture = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB")
+with torch.no_grad():
+    scores = model(**processor(picture, return_tensors="pt")).logits[0]
+print({answer})"""
+
+
+class AugmentationSpec(Section):
+    """How a picture is changed in training, another way in every step."""
+
+    crop: bool = False
+    """Train on a random part of each picture, stretched to the size that the model reads."""
+
+    smallest_crop: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """The smallest part that `crop` takes, as a share of the picture's area."""
+
+    flip: bool = False
+    """Mirror half of the pictures, left to right. Not for letters, digits and whatever else has a
+    left and a right."""
+
+    def conflicts(self) -> Conflicts:
+        """Yield a size of crops where none are made."""
+        if "smallest_crop" in self.model_fields_set and not self.crop:
+            what = "`smallest_crop` has no meaning without `crop`"
+            yield "smallest_crop", what, "add `crop: true`, or leave it out"
+
+
+class ImageClassificationSpec(ClassificationSection):
+    """Classify a picture."""
+
+    pipeline_tag = "image-classification"
+    suitable_models = (
+        "take a model that transformers can make a classifier of pictures of, such as ViT, Swin, "
+        "ConvNeXt, ResNet or EfficientNet"
+    )
+    default_targets = "layers"
+    example_input = "picture.jpg"
+
+    type: Literal["image_classification"]
+    """Which task."""
+
+    image_column: Word = "image"
+    """Column of the picture: a path relative to the file that names it (csv, JSON), or the encoded
+    picture itself (parquet, the Hub). In a folder of pictures (`data.path`) each file is a row, and
+    the folder that it is in is its `label`."""
+
+    augmentation: AugmentationSpec = Field(default_factory=AugmentationSpec)
+    """How pictures are changed in training. Evaluation and prediction read them as they are."""
+
+    @property
+    def input_columns_by_key(self) -> dict[str, str]:
+        """The column of the picture."""
+        return {"task.image_column": self.image_column}
+
+    @property
+    def media_columns(self) -> dict[str, MediaKind]:
+        """The column of the picture."""
+        return {self.image_column: "image"}
+
+    def usage(self, labels: list[str], settings: Any) -> Usage | None:
+        """Return how a picture is classified."""
+        if self.problem != "regression" and not labels:
+            return None
+        return Usage(
+            "AutoModelForImageClassification",
+            CLASSIFYING.format(answer=ANSWERS[self.problem]),
+            "import torch\nfrom PIL import Image, ImageOps\n",
+            head=head_of(labels),
+            processor=("processor", "AutoImageProcessor"),
+        )

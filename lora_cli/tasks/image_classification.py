@@ -1,0 +1,298 @@
+"""Classify a picture: one label, several labels, or a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification
+
+from lora_cli.data.load_rows import Rows
+from lora_cli.data.media import described, media_error, media_value
+from lora_cli.data.pictures import (
+    PictureError,
+    open_picture,
+    picture_facts,
+    require_pillow,
+    resampling,
+    thumbnail_of,
+)
+from lora_cli.errors import LoraError, counted, warn
+from lora_cli.models.base_facts import config_facts
+from lora_cli.models.base_model import load_config
+from lora_cli.models.image_processor import (
+    load_image_processor,
+    output_size,
+    pixels_of,
+    processor_hash,
+    save_processor,
+)
+from lora_cli.recipe import ImageClassificationSpec, Recipe
+from lora_cli.tasks.classification import Classification
+from lora_cli.tasks.contract import MAIN, Batch, Example, Field
+from lora_cli.tasks.finite_scores import require_finite
+from lora_cli.unexpected_errors import own_words
+
+ENCODING = 1  # of rows into examples; a change of it makes what is kept on the disk useless
+RATIO = 4 / 3  # a random crop is at most so much wider than high, or higher than wide
+CROP_TRIALS = 10
+
+
+class ImageClassification(Classification):
+    """`task.type: image_classification`."""
+
+    auto_class = AutoModelForImageClassification
+    unit = "picture"
+
+    def __init__(self, recipe: Recipe, spec: ImageClassificationSpec) -> None:
+        super().__init__(recipe, spec)
+        self.spec = spec
+        self.processor: Any
+
+    # --------------------------------------------------------------------- the processor
+
+    def load_processor(self) -> None:
+        """Load the image processor and the model's configuration."""
+        require_pillow()
+        self.config = load_config(self.recipe)
+        self.channels = int(getattr(self.config, "num_channels", None) or 3)
+        if self.channels not in (1, 3):
+            what = f"`{self.recipe.model.name}` reads pictures of {self.channels} channels"
+            hint = "use a model that reads 3 (red, green and blue) or 1 (grey)"
+            raise LoraError(what, self.recipe.at("model.name"), hint)
+        self.processor = load_image_processor(self.recipe)
+        self.size = output_size(self.processor, self.channels, self.recipe)
+
+    def save_processor(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
+        """Write `preprocessor_config.json` into a folder."""
+        save_processor(self.processor, folder)
+
+    @property
+    def base_facts(self) -> dict[str, Any]:
+        """The computing keys of config.json, and a hash of the image processor."""
+        return {"config": config_facts(self.config), "processor": processor_hash(self.processor)}
+
+    def cache_key(self) -> list[str]:
+        """Return what an encoded row depends on besides the row."""
+        task = self.spec.model_dump_json(exclude={"augmentation"})
+        return [f"pictures {ENCODING}", task]
+
+    # ------------------------------------------------------------------------------ rows
+
+    def fields(self) -> list[Field]:
+        """Return the columns of the picture, and the label or labels."""
+        return [
+            Field("task.image_column", self.spec.image_column, "input", "image"),
+            *self.label_fields(),
+        ]
+
+    def learn_from(self, splits: dict[str, Rows]) -> None:
+        """Find the labels and their weights; say so where folders are numbered."""
+        was_known = bool(self.labels)
+        super().learn_from(splits)
+        names = self.labels
+        numbers = [int(name) for name in names if name.isdecimal()]
+        if not was_known and len(numbers) == len(names) and numbers != sorted(numbers):
+            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            warn(
+                f"the labels are numbers and stand in the order of text: {shown}; for another "
+                "order, name them in `task.labels`"
+            )
+
+    def input_error(self, row: dict[str, Any]) -> str:
+        """Return why the picture cannot be read, or nothing; it is decoded."""
+        column = self.spec.image_column
+        if error := media_error(row, [column]):
+            return error
+        value = row[column]
+        error = picture_facts(value).error
+        return f"`{described(value)}` {error}" if error else ""
+
+    def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
+        """Return one example a row: the picture as its file has it, and the label."""
+        examples = []
+        for row in rows:
+            value = row[self.spec.image_column]
+            facts = picture_facts(value)
+            look = {"is_animated": facts.is_animated, "is_transparent": facts.is_transparent}
+            examples.append([{"image": value, "labels": self.label_of(row), **look}])
+        return examples
+
+    def features(self) -> dict[str, str]:
+        """Return the types of an example."""
+        looks = {"is_animated": "bool", "is_transparent": "bool"}
+        return {"image": "media", "labels": self.label_feature, **looks}
+
+    def cost(self, example: Example) -> int:
+        """Return 1: all pictures are read in one size."""
+        return 1
+
+    def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
+        """Return the label of an example, and the size of its picture."""
+        about, _ = super().shown(example, colour)
+        facts, (height, width) = picture_facts(example["image"]), self.size
+        return about, (
+            f"{described(example['image'])}: {facts.width} x {facts.height} pixels, "
+            f"read as {width} x {height}"
+        )
+
+    def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
+        """Return a warning of pictures that are animated, or have transparent parts."""
+        said = []
+        reads = {
+            "is_animated": "several pictures in one file, of which the first is read",
+            "is_transparent": "transparent parts, which are read as white",
+        }
+        for key, what in reads.items():
+            if hasattr(examples, "data"):
+                found = np.flatnonzero(examples.data.column(key).to_numpy())
+            else:
+                found = np.flatnonzero([example[key] for example in examples])
+            if len(found):
+                place = rows.place(int(examples[int(found[0])]["row"]))
+                have = "has" if len(found) == 1 else "have"
+                said.append(f"{counted(len(found), f'{name} row')} {have} {what}: {place}")
+        return 0.0, "; ".join(said) or None
+
+    # ---------------------------------------------------------------------------- pixels
+
+    def prepare(self, example: Example, rng: np.random.Generator | None) -> Example:
+        """Return an example with its picture decoded and, in training, augmented."""
+        return {**example, "pixels": self._pixels(example["image"], rng)}
+
+    def _pixels(self, value: dict[str, Any], rng: np.random.Generator | None) -> Tensor:
+        """Return the pixels (C, H, W) of a picture; `rng` augments."""
+        try:
+            image = open_picture(value, self.channels)
+        except PictureError as error:  # it was whole when the rows were checked
+            what = f"`{described(value)}` {error}; it was whole when the run began"
+            hint = "put the file back; a run that was interrupted goes on with `--resume`"
+            raise LoraError(what, str(value["path"] or ""), hint) from error
+        options: dict[str, Any] = {}
+        augmentation = self.spec.augmentation
+        if rng is not None and augmentation.crop:
+            height, width = self.size
+            filter_ = resampling(int(getattr(self.processor, "resample", None) or 2))
+            box = random_box(*image.size, augmentation.smallest_crop, rng)
+            image = image.resize((width, height), filter_, box=box)
+            options = {"do_resize": False, "do_center_crop": False}
+        if rng is not None and augmentation.flip and rng.random() < 0.5:
+            from PIL import Image
+
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return torch.from_numpy(pixels_of(self.processor, image, **options))
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Return the examples as one batch; the items are rows, or their weights."""
+        pixels = torch.stack([example["pixels"] for example in examples])
+        labels, items = self.labels_and_items(examples)
+        rows = [example["row"] for example in examples]
+        inputs, targets = {"pixel_values": pixels}, {"labels": labels}
+        return Batch(inputs, targets, {MAIN: items}, len(examples), rows)
+
+    # ----------------------------------------------------------------------------- model
+
+    def empty_model(self) -> tuple[nn.Module, list[str]]:
+        """Return the model without weights; a size of pictures that it cannot read is an error."""
+        model, new = super().empty_model()
+        if hasattr(self, "size"):
+            shape = (1, self.channels, *self.size)
+            try:
+                model.eval()(pixel_values=torch.zeros(shape, device="meta"))
+            except ValueError as error:
+                raise self._unreadable(error) from error
+            except Exception:
+                pass
+        return model, new
+
+    def fit_to_model(self, model: nn.Module, longest: int | None = None) -> None:
+        """Try the model on two pictures."""
+        was_training = model.training
+        parameter = next(model.parameters())
+        try:
+            with torch.no_grad():
+                inputs = self.probe()["pixel_values"][:2].to(parameter.device)
+                outputs = self.logits(model.eval(), inputs)
+        except ValueError as error:
+            raise self._unreadable(error) from error
+        finally:
+            model.train(was_training)
+        assert outputs.shape[0] == 2
+
+    def _unreadable(self, error: Exception) -> LoraError:
+        height, width = self.size
+        name = self.recipe.model.name
+        what = f"`{name}` cannot read the pictures of {width} x {height} pixels that its own image "
+        what += f"processor makes: {own_words(error)}"
+        hint = "correct `size` and `crop_size` in preprocessor_config.json, or download it again"
+        return LoraError(what, self.recipe.at("model.name"), hint)
+
+    def probe(self) -> dict[str, Tensor]:
+        """Return random pixels, the same every time."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (4, self.channels, *self.size)
+        return {"pixel_values": torch.randn(shape, generator=generator)}
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the model's logits (B, C)."""
+        return self.logits(model, batch.inputs["pixel_values"])
+
+    def logits(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        """Return the model's logits (B, C) for pixels (B, C, H, W) of any precision."""
+        if not torch.is_autocast_enabled(pixels.device.type):
+            pixels = pixels.to(_dtype_of(model))
+        logits: Tensor = model(pixel_values=pixels).logits
+        return logits
+
+    # --------------------------------------------------------------------------- answers
+
+    def parse_input(self, typed: str) -> dict[str, Any]:
+        """Return a row of the path of a picture."""
+        return {self.spec.image_column: media_value(typed, Path.cwd())}
+
+    def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
+        """Return the prediction and the probabilities of each row."""
+        device = next(model.parameters()).device
+        pixels = [self._pixels(row[self.spec.image_column], None) for row in rows]
+        logits = self.logits(model, torch.stack(pixels).to(device)).float()
+        require_finite(logits, model, self.recipe)
+        return self.answers_of(logits)
+
+    def thumbnail(self, row: dict[str, Any]) -> str | None:
+        """Return a small copy of a row's picture, as a `data:` address."""
+        try:
+            return thumbnail_of(row[self.spec.image_column])
+        except PictureError:
+            return None
+
+
+def random_box(
+    width: int, height: int, smallest: float, rng: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """Return a random part of a picture (left, upper, right, lower), in pixels.
+
+    Its area is uniform between `smallest` and 1 of the picture's, the logarithm of its ratio
+    between 3:4 and 4:3 (Szegedy et al. 2014, https://arxiv.org/abs/1409.4842); of a picture that is
+    too narrow for that, it is the largest part in the middle.
+    """
+    for _ in range(CROP_TRIALS):
+        area = width * height * rng.uniform(smallest, 1.0)
+        ratio = math.exp(rng.uniform(-math.log(RATIO), math.log(RATIO)))
+        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if w <= width and h <= height:
+            left, upper = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            return left, upper, left + w, upper + h
+    w, h = min(width, height * RATIO), min(height, width * RATIO)
+    left, upper = (width - w) / 2, (height - h) / 2
+    return left, upper, left + w, upper + h
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the weights that read the pixels: those of the base."""
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    return next((p.dtype for p in parameters if not p.requires_grad), parameters[0].dtype)
