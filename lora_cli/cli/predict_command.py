@@ -29,7 +29,8 @@ def predict(
         Path | None,
         typer.Option(
             "--input",
-            help="File of rows (csv, tsv, json lines, parquet, or a text a line).",
+            help="File of rows (csv, tsv, json lines, parquet, or a text a line), or a folder "
+            "of pictures.",
             callback=expand,
         ),
     ] = None,
@@ -52,7 +53,7 @@ def predict(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer texts, the rows of a file, or a conversation, with the adapted model."""
+    """Answer texts (or pictures), the rows of a file, or a conversation, with the adapted model."""
     if interactive:
         if texts or source or target or as_json:
             other = "texts, files or `--json`"
@@ -84,8 +85,9 @@ def predict(
     rows = [task.parse_input(text) for text in texts or []]
     errors = [(i, error) for i, row in enumerate(rows, 1) if (error := task.answer_error(row))]
     if errors:
-        hint = "shorten or fix it; `--set task.truncate=left` cuts the beginning of long ones"
-        raise LoraError([Problem(error, f"text {i} of {len(rows)}", hint) for i, error in errors])
+        name, hint = task.input_name, task.answer_hint
+        places = {i: f"{name} {i} of {len(rows)}" for i, _ in errors}
+        raise LoraError([Problem(error, places[i], hint) for i, error in errors])
     for values in answer(model, task, rows, accelerator):
         named = dict(zip(task.answer_columns(), values, strict=True))
         if as_json:

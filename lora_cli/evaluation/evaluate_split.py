@@ -20,6 +20,7 @@ from lora_cli.characters import first_characters
 from lora_cli.data.detect_format import read_head
 from lora_cli.data.input_files import input_form
 from lora_cli.data.load_rows import SPLITS
+from lora_cli.data.media_folder import media_files
 from lora_cli.errors import LoraError, NumericsError, require_file, warn
 from lora_cli.evaluation.open_adapter import load_adapted, open_task
 from lora_cli.metrics import MetricSet, metric_mode, result_names
@@ -297,12 +298,15 @@ def measure_file(recipe: Recipe, file: Path) -> None:
     Raises:
         LoraError: If there is no such file, or the labels would have to be found on the Hub.
     """
-    require_file(file, "--input")
+    is_folder = file.is_dir() and bool(media_files(file, recipe))
+    if not is_folder:
+        require_file(file, "--input")
     data = recipe.data
     data.validation, data.test, data.streaming = None, str(file.absolute()), False
     columns = build_task(recipe)
     wanted = [*columns.input_columns().values(), *columns.target_columns().values()]
-    data.format = input_form(file, read_head(file), data.format, wanted)
+    if not is_folder:
+        data.format = input_form(file, read_head(file), data.format, wanted)
     if data.name is not None:
         if not columns.knows_labels:
             raise LoraError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ from lora_cli.data.csv_quoting import announce_quoting, quoting_of
 from lora_cli.data.csv_rows import delimiter_of
 from lora_cli.data.detect_format import Head, read_head
 from lora_cli.data.input_files import input_form
+from lora_cli.data.media import FILE_NAME, with_media
+from lora_cli.data.media_folder import media_files
 from lora_cli.data.parquet_rows import parquet_schema
 from lora_cli.data.readers import columns_of, kind_of, read_rows, require_columns
+from lora_cli.data.text_lines import RawRow
 from lora_cli.data.write_rows import WRITABLE, OutputForm, reject_target, suffix_of, writing
 from lora_cli.errors import LoraError, Problem, counted, require_file
 from lora_cli.recipe import FormatSpec
@@ -56,7 +59,7 @@ def answer_file(
     Args:
         model: The adapted model.
         task: What the columns mean.
-        source: A csv, tsv, json lines, parquet or text file.
+        source: A csv, tsv, json lines, parquet or text file, or a folder of pictures.
         target: A csv, tsv, json lines or parquet file, written whole or not at all.
         accelerator: Precision and device.
         overwrite: Replace the target, if it exists.
@@ -66,26 +69,21 @@ def answer_file(
         How many rows were written, and the problems of those that could not be answered, whose
         new columns are blank, or whose answer the output's encoding cannot hold.
     """
-    require_file(source, "--input")
     reject_target(source, target, overwrite)
-    head = read_head(source)
-    wanted = list(task.input_columns().values())
-    labels = getattr(task, "labels", ())
-    form = input_form(source, head, task.recipe.data.format, wanted, labels)
-    if kind_of(source, form) == "csv":
-        announce_quoting(source, form)
-    columns = columns_of(source, form)
-    require_columns(task.input_columns(), columns, str(source))
-    added = _free_names(list(task.answer_columns()), columns)
-    output = _output_form(source, target, head, form, [*columns, *added], task)
+    media = task.recipe.task.media_columns
+    rows, output, added = _opened(source, target, task)
+    folder = source if source.is_dir() else source.parent  # what paths in it are relative to
     problems: list[Problem] = []
     written = 0
     blank = [None] * len(added)
-    rows = read_rows(source, form)
     with writing(target, output, overwrite) as write:
         while chunk := list(islice(rows, CHUNK)):
-            errors = [row.error or task.answer_error(row.columns or {}) for row in chunk]
-            good = [row.columns or {} for row, f in zip(chunk, errors, strict=True) if not f]
+            asked = [with_media(row, folder, media).columns or {} for row in chunk]
+            errors = [
+                row.error or task.answer_error(columns)
+                for row, columns in zip(chunk, asked, strict=True)
+            ]
+            good = [columns for columns, error in zip(asked, errors, strict=True) if not error]
             answers = iter(answer(model, task, good, accelerator))
             lines = []
             for row, error in zip(chunk, errors, strict=True):
@@ -102,6 +100,37 @@ def answer_file(
         if written and len(unanswered) == written:
             raise _nothing_answered(unanswered)
     return written, problems
+
+
+def _opened(
+    source: Path, target: Path, task: Task
+) -> tuple[Iterator[RawRow], OutputForm, list[str]]:
+    """Return the rows of a file or a folder, how they are written, and the names of new columns."""
+    recipe, wanted = task.recipe, task.input_columns()
+    if source.is_dir() and (files := media_files(source, recipe)):
+        (column,) = wanted.values()
+        added = _free_names(list(task.answer_columns()), [column])
+        rows = (RawRow({column: file.as_posix()}, file.as_posix()) for file in files)
+        return rows, _form_of_table(target, [column], added, task), added
+    require_file(source, "--input")
+    head = read_head(source)
+    labels = getattr(task, "labels", ())
+    form = input_form(source, head, recipe.data.format, list(wanted.values()), labels)
+    if kind_of(source, form) == "csv":
+        announce_quoting(source, form)
+    columns = columns_of(source, form)
+    if not (recipe.task.media_columns and FILE_NAME in columns):
+        require_columns(wanted, columns, str(source))
+    added = _free_names(list(task.answer_columns()), columns)
+    output = _output_form(source, target, head, form, [*columns, *added], task)
+    return read_rows(source, form), output, added
+
+
+def _form_of_table(target: Path, columns: list[str], added: list[str], task: Task) -> OutputForm:
+    """Return how rows of texts are written that come from no table."""
+    if suffix_of(target) != ".parquet":
+        return OutputForm([*columns, *added], WRITABLE[suffix_of(target)])
+    return OutputForm([*columns, *added], schema=_with_answers(None, columns, added, task))
 
 
 def _nothing_answered(problems: list[Problem]) -> LoraError:
@@ -158,17 +187,21 @@ def _output_form(
 
 def _schema(source: Path, head: Head, columns: list[str], task: Task) -> Any:
     """Return the types of the columns of a parquet file: those of the input, and of the answers."""
-    import pyarrow as pa
-
     if head.kind == "json":
         what = "the values of JSON have no fixed types, as parquet needs"
         raise LoraError(what, "--output", "use .jsonl")
+    old = len(columns) - len(task.answer_columns())
+    schema = parquet_schema(source) if head.kind == "parquet" else None
+    return _with_answers(schema, columns[:old], columns[old:], task)
+
+
+def _with_answers(schema: Any, columns: list[str], added: list[str], task: Task) -> Any:
+    """Return a schema, or that of columns of text, with the columns of the answers."""
+    import pyarrow as pa
+
     by_name = {"string": pa.string(), "double": pa.float64(), "list<string>": pa.list_(pa.string())}
-    types = [by_name[kind] for kind in task.answer_columns().values()]
-    old = len(columns) - len(types)
-    schema = pa.schema([(name, pa.string()) for name in columns[:old]])
-    if head.kind == "parquet":
-        schema = parquet_schema(source)
-    for name, kind in zip(columns[old:], types, strict=True):
-        schema = schema.append(pa.field(name, kind))
+    if schema is None:
+        schema = pa.schema([(name, pa.string()) for name in columns])
+    for name, kind in zip(added, task.answer_columns().values(), strict=True):
+        schema = schema.append(pa.field(name, by_name[kind]))
     return schema

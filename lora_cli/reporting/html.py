@@ -233,6 +233,7 @@ max-height:9.5rem;overflow:hidden;text-overflow:ellipsis;text-align:left}
 overflow:hidden;text-overflow:ellipsis;white-space:nowrap;border-bottom:0}
 .matrix td.corner{color:var(--muted);background:none;font-size:.78rem;text-align:left;
 line-height:1.3;vertical-align:bottom;padding:.6rem .8rem}
+ol.cases .thumb{float:right;max-width:96px;max-height:96px;margin:0 0 .3rem .8rem;border-radius:4px}
 ol.cases{list-style:none;margin:0;padding:0;display:grid;gap:.7rem}
 ol.cases>li{background:var(--card);border:1px solid var(--rule);border-radius:8px;
 padding:.75rem 1rem;break-inside:avoid;min-width:0}

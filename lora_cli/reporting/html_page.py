@@ -19,7 +19,7 @@ from lora_cli.reporting import page_analysis, svg_plots
 from lora_cli.reporting.html import DASH, document, esc, grouped_table, own, section
 from lora_cli.reporting.learning_curve import curve_of, smooth
 from lora_cli.reporting.page_analysis import Line, finite
-from lora_cli.reporting.page_answers import answer_sections, sample_section
+from lora_cli.reporting.page_answers import answer_sections, read_thumbnails, sample_section
 from lora_cli.reporting.page_settings import clock, data_section, settings_section, size
 from lora_cli.reporting.report import (
     goal_of,
@@ -59,7 +59,9 @@ def write_page(folder: Path, report: dict[str, Any] | None = None) -> Path:
         _results(report, numbers, split),
         _curves(report, log),
         sample_section(report),
-        *answer_sections(report, kind, lines, split),
+        *answer_sections(
+            report, kind, lines, split, read_thumbnails(folder / "predictions", split)
+        ),
         data_section(report),
         settings_section(report, folder),
     ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import counted
@@ -13,10 +16,31 @@ from lora_cli.reporting.report import part, shown_number
 
 MATRIX_LABELS, MAP_LABELS = 20, 120  # more are no matrix, and no map, that one can read
 MOST_LABELS, PAIRS, CASES = 200, 15, 20
+THUMBNAILS = "thumbnails.json"  # in `predictions`: of the worst rows, by split and row
+    "thumbnails.json"  # in `predictions`: small pictures of the worst rows, by split and row
+)
+PICTURE = re.compile(r"data:image/(jpeg|png|webp);base64,[A-Za-z0-9+/=]+")
 
 
-def answer_sections(report: dict[str, Any], kind: Kind, lines: list[Line], split: str) -> list[str]:
-    """Return the sections on what the model says of a split's rows."""
+def read_thumbnails(folder: Path, split: str) -> dict[str, str]:
+    """Return small pictures of a split's rows, by row, as `data:` addresses; there may be none."""
+    try:
+        found = json.loads((folder / THUMBNAILS).read_text(encoding="utf-8"))
+        pictures = part(found, split) if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+    return {row: str(p) for row, p in pictures.items() if PICTURE.fullmatch(str(p))}
+
+
+def answer_sections(
+    report: dict[str, Any],
+    kind: Kind,
+    lines: list[Line],
+    split: str,
+    pictures: dict[str, str] | None = None,
+) -> list[str]:
+    """Return the sections on what the model says of a split's rows; `pictures` are of its rows."""
+    lines = [{**line, "picture": (pictures or {}).get(str(line.get("row")))} for line in lines]
     rows = counted(len(lines), f"{split} row")
     if kind in ("single_label", "multi_label"):
         labels = page_analysis.label_names(report, lines)
@@ -163,7 +187,9 @@ def _cases(lines: list[Line], unit: str = "") -> str:
             head += f"<span>said {_answer(said, scores)}</span>"
         text = own(line["text"], "span", "text") if line.get("text") else ""
         texts = f'<div class="pair">{texts}</div>' if texts else ""
-        items.append(f'<li><div class="head">{head}{place}</div>{text}{texts}</li>')
+        picture = line.get("picture")
+        picture = f'<img class="thumb" alt="" src="{esc(picture)}">' if picture else ""
+        items.append(f'<li>{picture}<div class="head">{head}{place}</div>{text}{texts}</li>')
     return f'<ol class="cases">{"".join(items)}</ol>' if items else ""
 
 

@@ -35,7 +35,8 @@ def data_section(report: dict[str, Any]) -> str:
     columns: dict[str, list[str]] = {}
     for key, name in COUNTS.items():
         columns[name] = [_count(s.get(key)) for s in splits.values()]
-    columns["tokens (median, longest)"] = [_tokens(s) for s in splits.values()]
+    if report.get("unit", "token") == "token":
+        columns["tokens (median, longest)"] = [_tokens(s) for s in splits.values()]
     for key, name in FOUND.items():
         columns[name] = [_count(part(s, key).get("rows")) for s in splits.values()]
     if columns["examples"] == columns["rows"]:

@@ -165,6 +165,10 @@ class Task(ABC):
     """The terms of the loss, with their weights. A term is the mean over its own items."""
     unit: str = "token"
     """What `cost` counts, one of it."""
+    input_name: str = "input"
+    """What one thing to be answered is called."""
+    answer_hint: str = "name another"
+    """What to do where one cannot be answered."""
     has_head: bool = False
     """Whether the task adds a head to the pretrained model."""
     max_length: int | None = None

@@ -48,6 +48,7 @@ class ImageClassification(Classification):
 
     auto_class = AutoModelForImageClassification
     unit = "picture"
+    input_name = "picture"
 
     def __init__(self, recipe: Recipe, spec: ImageClassificationSpec) -> None:
         super().__init__(recipe, spec)

@@ -164,6 +164,7 @@ def start_report(
         "command": shlex.join(["lora", *sys.argv[1:]]),
         "task": recipe.task.type,
         "answers": recipe.task.answer_kind,
+        "unit": task.unit,
         "metric_definitions": task.metric_definitions(),
         "base_model": recipe.model.name,
         "adapter": _adapter_facts(recipe),

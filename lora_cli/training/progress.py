@@ -32,6 +32,7 @@ class RunLog:
         sizes: Size in bytes of each log then: what it holds beyond that is cut off.
         trackers: `tensorboard`, `trackio`.
         name: Name of the run, for trackers.
+        unit: What throughput is counted in besides examples.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class RunLog:
         sizes: dict[str, int],
         trackers: Sequence[str],
         name: str,
+        unit: str = "token",
     ) -> None:
+        self.unit = unit
         self.console = Console(stderr=True, highlight=False, quiet=folder is None)
         self.metrics: TextIO | None = None
         self.samples: TextIO | None = None
@@ -104,12 +107,16 @@ class RunLog:
         """Move the bar."""
         self.bar.update(self.row, completed=step)
 
+    def _units_of(self, record: dict[str, Any]) -> str:
+        """Return the speed in tokens, where that is not the one in examples."""
+        return f"{record['tokens_per_s']:,.0f} tok/s  " if self.unit == "token" else ""
+
     def trained(self, record: dict[str, Any], seconds_left: float) -> None:
         """Log a record of training."""
         self._write(record)
         text = (
             f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
-            f"{record['examples_per_s']:.1f} ex/s  {record['tokens_per_s']:,.0f} tok/s  "
+            f"{record['examples_per_s']:.1f} ex/s  {self._units_of(record)}"
             f"{record['memory_bytes'] / GIB:.1f} GiB"
         )
         self.bar.update(self.row, text=text)

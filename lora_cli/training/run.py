@@ -19,6 +19,7 @@ from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
 from lora_cli.environment import reject_mpi
 from lora_cli.errors import counted
 from lora_cli.evaluation.evaluate_split import add_samples, evaluate
+from lora_cli.evaluation.thumbnails import write_thumbnails
 from lora_cli.models.base_model import enable_gradient_checkpointing
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.preprocessing.data_gate import pass_gate
@@ -244,6 +245,7 @@ class Run:
             self.state.logs,
             self.recipe.train.trackers,
             name,
+            self.task.unit,
         )
 
     # ------------------------------------------------------------------------------ the log
@@ -385,6 +387,8 @@ class Run:
                 file = self.folder / "predictions" / f"{name}.jsonl"
                 file.parent.mkdir(exist_ok=True)
                 after[name] = self._metrics(name, file)
+        if self.accelerator.is_main_process:
+            write_thumbnails(self.folder / "predictions", self.task, self.data)
         self._sample("after")
         self._compare_with_peft()
         add_results(self.report, self.state, after, self._epoch, self.accelerator.device)
