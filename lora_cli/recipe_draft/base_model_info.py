@@ -29,6 +29,7 @@ class Base:
         hidden_size: Width of its layers, if that is known.
         shape: Its sizes, if they are known.
         size_from: What says how many parameters it has.
+        sees: It reads pictures and no texts; None where that is not known.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Base:
     hidden_size: int | None = None
     shape: Shape | None = None
     size_from: str = "by its configuration"
+    sees: bool | None = None
 
     @property
     def lacks_template(self) -> bool:
@@ -68,6 +70,7 @@ def describe_base(name: str) -> Base:
     from transformers import AutoConfig, AutoTokenizer
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
@@ -87,6 +90,8 @@ def describe_base(name: str) -> Base:
     kind = config.model_type
     writes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     encodes = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or "ernie" in kind
+    if kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and not (writes or encodes):
+        return Base(name, can_write=False, shape=_shape_of(config, False), sees=True)
     text_config = config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or None
     try:
@@ -101,6 +106,7 @@ def describe_base(name: str) -> Base:
         None if limit == 1 << 30 else limit,
         getattr(text_config, "hidden_size", None),
         _shape_of(config, writes and not encodes),
+        sees=False,
     )
 
 

@@ -40,6 +40,11 @@ from lora_cli.recipe_draft.memory_budget import (
     gib,
     in_words,
 )
+from lora_cli.recipe_draft.picture_rows import (
+    choose_pictures,
+    picture_splits,
+    read_picture_folder,
+)
 from lora_cli.recipe_draft.text_lengths import length_of, unknown_share
 
 MANY_LABELS = 500  # more are not written out, but found in the train rows
@@ -130,23 +135,38 @@ def _drafted(
     memory: float | None,
 ) -> Draft:
     """Return the recipe; errors may speak of keys that only a recipe has."""
-    file = read_source(source) if second is None else read_pair(source, second)
+    pictures = read_picture_folder(source) if second is None else None
+    if pictures is not None:
+        file = pictures
+    else:
+        file = read_source(source) if second is None else read_pair(source, second)
     base = describe_base(model)
+    if pictures is not None and base.sees is False:
+        what = f"`{model}` reads texts, and {source} holds pictures"
+        raise LoraError(what, "--model", "use a model that reads pictures, such as ViT or ResNet")
     columns = [describe(name, file.rows, _delimiter(file)) for name in file.columns]
     if file.form.get("label_from") == "fasttext":
         columns = [_divided_by_spaces(column) for column in columns]
-    if second is not None and text is None and label is None:
+    if pictures is not None or base.sees:
+        chosen = choose_pictures(file, columns, label)
+    elif second is not None and text is None and label is None:
         chosen = translation(columns[0], columns[1], file.path.name, base.can_write)
     else:
         chosen = choose_task(columns, file.rows, file.path.name, text, label, base.can_write, pair)
     file, columns, chosen = _with_names(file, columns, chosen)
     card = card_here() if memory is None else Card(memory * GIB, f"a GPU of {memory:g} GiB")
     draft = Draft({"model": {"name": _relative(model, target, base)}}, {})
-    splits, other_rows = choose_splits(file, columns, chosen, target)
+    if pictures is not None:
+        other_rows: Rows = []
+        splits = picture_splits(file)
+    else:
+        splits, other_rows = choose_splits(file, columns, chosen, target)
     _task(draft, base, chosen, [file.rows, other_rows])
     _data(draft, file, columns, chosen, target, splits)
     _training(draft, base, len(file.rows), card)
-    if (warning := unknown_share([file.rows, other_rows], base, chosen)) is not None:
+    reads_texts = chosen.keys["type"] != "image_classification"
+    warning = unknown_share([file.rows, other_rows], base, chosen) if reads_texts else None
+    if warning is not None:
         draft.findings.append(("unknown", warning))
     draft.values["output_dir"] = _output_dir(file.path, target)
     _say(draft, file, chosen)
@@ -231,6 +251,8 @@ def _task(draft: Draft, base: Base, chosen: Chosen, splits: Sequence[Rows]) -> N
     labels = chosen.labels
     if labels and "label_columns" not in chosen.keys and len(labels) <= MANY_LABELS:
         names = sorted(labels, key=_label_order(labels))
+        if chosen.keys.get("image_column") and chosen.why["label_column"].startswith("the names"):
+            names = sorted(labels)  # as all tools order folders
         whole = all(name == str(int(name)) for name in names if _is_whole(name)) and all(
             map(_is_whole, names)
         )
@@ -251,6 +273,8 @@ def _task(draft: Draft, base: Base, chosen: Chosen, splits: Sequence[Rows]) -> N
     if chosen.is_chat and base.lacks_template:
         draft.put("task", "chat_template", TEMPLATE, "the model has none; this is ChatML")
         draft.extra_files[TEMPLATE] = CHATML
+    if chosen.keys["type"] == "image_classification":
+        return
     turns = None
     if chosen.is_chat and base.tokenizer is not None:
         turns = TurnCounter(base.tokenizer, CHATML if base.lacks_template else None)
@@ -376,13 +400,17 @@ def _training(draft: Draft, base: Base, count: int, card: Card | None) -> None:
         draft.values["adapter"] = adapter
         draft.why["adapter"] = "better than query and value alone where it was measured"
         rate, batch, accumulation = (1e-3 if small else 5e-4), 16, 1
+    if draft.values["task"]["type"] == "image_classification":
+        del adapter["target_modules"]
+        draft.why["adapter"] = "of its linear layers; where it has none, of its convolutions"
+        rate = 1e-3
     if count < 200:
         batch, accumulation = min(batch, 8), 1
     sizes: tuple[tuple[float, int], ...] = ((500, 10), (5_000, 5), (50_000, 3), (math.inf, 1))
     if draft.values["task"]["type"] == "causal_lm":
         sizes = ((1_000, 3), (20_000, 2), (math.inf, 1))
     epochs = next(epochs for most, epochs in sizes if count < most)
-    length = draft.values["task"]["max_length"]
+    length = draft.values["task"].get("max_length", 1)
     shape = base.shape or Shape(0)
     fit = fit_to(shape, card, batch, accumulation, length)
     if fit.length < length:
@@ -417,6 +445,8 @@ def _memory_finding(fit: Fit, base: Base, card: Card | None) -> str:
         return f"{unknown}, so memory is not either: `--memory` has no effect" if card else unknown
     size = f"{in_words(base.shape.parameters)} parameters, {base.size_from}"
     how = fit.precision + (", gradient checkpointing" if fit.checkpointing else "")
+    if base.sees:
+        return f"{size}; {how}"
     if not base.shape.is_known:
         return f"{size}; {how}; what a step takes is not known without its configuration"
     needed = f"about {gib(fit.needed)} GiB in {how}"
@@ -449,8 +479,9 @@ def _say(draft: Draft, file: DataFile, chosen: Chosen) -> None:
     kind = f"{task['type']}, {problem}" if problem else task["type"]
     say(("task", f"{kind}" + (f": {reason}" if reason else "")))
     names = {
-        "text_column": "text", "text_pair_column": "text pair", "prompt_column": "prompt",
-        "completion_column": "completion", "messages_column": "messages", "label_column": "label",
+        "image_column": "picture", "text_column": "text", "text_pair_column": "text pair",
+        "prompt_column": "prompt", "completion_column": "completion",
+        "messages_column": "messages", "label_column": "label",
         "label_columns": "labels", "label_separator": "separator", "labels": "labels",
         "skip_labels": "no label", "chat_template": "template", "max_length": "length",
         "truncate": "cut", "tokens_column": "words", "tags_column": "tags", "scheme": "scheme",

@@ -17,8 +17,6 @@ from lora_cli.reporting.report import part, shown_number
 MATRIX_LABELS, MAP_LABELS = 20, 120  # more are no matrix, and no map, that one can read
 MOST_LABELS, PAIRS, CASES = 200, 15, 20
 THUMBNAILS = "thumbnails.json"  # in `predictions`: of the worst rows, by split and row
-    "thumbnails.json"  # in `predictions`: small pictures of the worst rows, by split and row
-)
 PICTURE = re.compile(r"data:image/(jpeg|png|webp);base64,[A-Za-z0-9+/=]+")
 
 
