@@ -114,7 +114,7 @@ def _open(value: dict[str, Any]) -> tuple[Image, PictureFacts]:
         warnings.simplefilter("ignore")  # of bombs, which are refused, and of odd metadata
         try:
             _refuse_bomb(*_webp_size(raw))
-            with Image.open(io.BytesIO(raw), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(raw), formats=_formats()) as image:
                 _refuse_bomb(*image.size)
                 image.load()
                 several = bool(getattr(image, "is_animated", False))
@@ -136,6 +136,15 @@ def _open(value: dict[str, Any]) -> tuple[Image, PictureFacts]:
             what = f"is cut off or damaged: {printable(reason, LINE)}"
             raise PictureError(what) from error
     return plain, PictureFacts("", *plain.size, is_animated, is_transparent)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Return the formats that are read, as far as this Pillow knows them."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _refuse_bomb(width: int, height: int) -> None:

@@ -16,6 +16,8 @@ with torch.no_grad():
     scores = model(**processor(picture, return_tensors="pt")).logits[0]
 print({answer})"""
 
+SMALLEST_CROP = 0.25
+
 
 class AugmentationSpec(Section):
     """How a picture is changed in training, another way in every step."""
@@ -23,7 +25,7 @@ class AugmentationSpec(Section):
     crop: bool = False
     """Train on a random part of each picture, stretched to the size that the model reads."""
 
-    smallest_crop: Annotated[float, Field(gt=0, le=1)] = 0.25
+    smallest_crop: Annotated[float, Field(gt=0, le=1)] = SMALLEST_CROP
     """The smallest part that `crop` takes, as a share of the picture's area."""
 
     flip: bool = False
@@ -32,7 +34,7 @@ class AugmentationSpec(Section):
 
     def conflicts(self) -> Conflicts:
         """Yield a size of crops where none are made."""
-        if "smallest_crop" in self.model_fields_set and not self.crop:
+        if self.smallest_crop != SMALLEST_CROP and not self.crop:
             what = "`smallest_crop` has no meaning without `crop`"
             yield "smallest_crop", what, "add `crop: true`, or leave it out"
 

@@ -1,0 +1,704 @@
+"""Pictures as models see them, augmentation, and the task from `init` to `merge`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import tiny_pictures
+import torch
+import yaml
+from accelerate import Accelerator
+from closeness import assert_close, assert_different
+from peft import PeftModel
+from PIL import Image, ImageOps
+from tiny_pictures import CLASSES, SIZE, encoded, picture
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from lora_cli.adapters.attach import attach, lora_layers, training_mode
+from lora_cli.data import pictures
+from lora_cli.data.pictures import PictureError, open_picture, picture_facts
+from lora_cli.errors import IntegrityError, LoraError
+from lora_cli.evaluation.evaluate_split import evaluate_adapter, measure_file, open_adapter
+from lora_cli.evaluation.predict import answer, answer_file
+from lora_cli.export.merge import merge_adapter
+from lora_cli.preprocessing.encode import check_data, load_data
+from lora_cli.recipe import load_adapter_recipe, load_recipe
+from lora_cli.recipe_draft import draft_recipe, write_recipe
+from lora_cli.tasks import Encoded, Task, build_task
+from lora_cli.tasks.image_classification import random_box
+from lora_cli.training import train
+from lora_cli.training.batches import Batches
+
+Json = dict[str, Any]
+CPU = torch.device("cpu")
+ARCHITECTURES = ("vit", "resnet", "efficientnet", "convnext", "swin")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def media(data: bytes) -> Json:
+    return {"bytes": data, "path": None}
+
+
+def write_recipe_of(folder: Path, base: Path, **sections: Any) -> Path:
+    """Write a recipe for the pictures in `folder/pictures`, which are drawn if they are not."""
+    root = folder / "pictures"
+    if not root.exists():
+        tiny_pictures.draw_folders(root, {"train": 6, "validation": 3, "test": 3})
+    values: Json = {
+        "model": {"name": str(base)},
+        "task": {"type": "image_classification"},
+        "data": {"path": "pictures", "validation": "validation", "test": "test"},
+        "adapter": {"rank": 2, "alpha": 4},
+        "train": {"max_steps": 3, "micro_batch_size": 4, "log_every_steps": 1},
+        "output_dir": str(folder / "out"),
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def opened(folder: Path, kind: str = "vit", **sections: Any) -> tuple[Task, dict[str, Encoded]]:
+    base = folder / "base"
+    if not base.exists():
+        tiny_pictures.save(kind, base)
+    task = build_task(load_recipe(write_recipe_of(folder, base, **sections)))
+    task.load_processor()
+    with contextlib.redirect_stderr(io.StringIO()):
+        return task, load_data(task)
+
+
+def run(recipe: Path, **options: Any) -> Json:
+    with contextlib.redirect_stderr(io.StringIO()):
+        return train(load_recipe(recipe), **options)
+
+
+# --------------------------------------------------------------------------- pictures as they are
+
+
+def grey16(values: np.ndarray) -> bytes:
+    return encoded(Image.fromarray(values.astype(np.uint16)))
+
+
+PLAIN = picture(1)
+RED = np.zeros((4, 6, 4), dtype=np.uint8)
+RED[..., 0], RED[..., 3] = 255, 255
+HALF = RED.copy()
+HALF[:, 3:] = 0  # black, and transparent
+RAMP = np.arange(0, 65536, 257).reshape(8, 32)
+
+READ: dict[str, tuple[bytes, np.ndarray | None]] = {
+    "colour": (encoded(PLAIN), np.asarray(PLAIN)),
+    "grey": (encoded(PLAIN.convert("L")), np.asarray(PLAIN.convert("L").convert("RGB"))),
+    "black and white": (
+        encoded(PLAIN.convert("1")), np.asarray(PLAIN.convert("1").convert("RGB"))
+    ),
+    "a palette": (
+        encoded(PLAIN.quantize(7)), np.asarray(PLAIN.quantize(7).convert("RGB"))
+    ),
+    "16 bits of grey": (grey16(RAMP), np.repeat((RAMP // 257)[..., None], 3, axis=2)),
+    "transparent parts": (
+        encoded(Image.fromarray(HALF)),
+        np.where(HALF[..., 3:] == 255, RED[..., :3], 255),
+    ),
+    "an alpha channel without transparency": (encoded(Image.fromarray(RED)), RED[..., :3]),
+    "four inks": (
+        encoded(Image.new("CMYK", (5, 4), (0, 255, 255, 0)), "TIFF"),
+        np.broadcast_to([255, 0, 0], (4, 5, 3)),
+    ),
+    "an animation": (
+        encoded(Image.new("RGB", (5, 4), "red"), "GIF", save_all=True,
+                append_images=[Image.new("RGB", (5, 4), "blue")]),
+        np.broadcast_to([255, 0, 0], (4, 5, 3)),
+    ),
+    "one pixel": (encoded(Image.new("RGB", (1, 1), "red")), np.array([[[255, 0, 0]]])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_is_seen_of_a_picture_with(name: str) -> None:
+    data, wanted = READ[name]
+    image = open_picture(media(data))
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(image), wanted)
+    facts = picture_facts(media(data))
+    assert facts.error == ""
+    assert (facts.height, facts.width) == np.asarray(image).shape[:2]
+    assert facts.is_animated == (name == "an animation")
+    assert facts.is_transparent == (name == "transparent parts")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_seen_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(PLAIN, "PNG", exif=exif)
+    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    found = open_picture(media(data))
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+    if orientation in (5, 6, 7, 8):
+        assert found.size == PLAIN.size[::-1]
+
+
+def png_of(width: int, height: int) -> bytes:
+    """Return the first bytes of a PNG that claims a size, with a check sum that is right."""
+    import struct
+    import zlib
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    part = b"IHDR" + head
+    check = struct.pack(">I", zlib.crc32(part))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + part
+        + check
+        + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
+    )
+
+
+BROKEN = {
+    "a bomb": (png_of(60_000, 60_000), "has more than 89,478,485 pixels|has 60,000 x 60,000"),
+    "a smaller bomb": (png_of(10_000, 10_000), "has 10,000 x 10,000 pixels"),
+    "a bomb in WebP": (
+        b"RIFF\x80\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0\xff\x3e\0\xff\x3e\0" + b"\0" * 60,
+        "has 16,128 x 16,128 pixels",
+    ),
+    "a cut PNG": (encoded(picture(1, width=90, height=90))[:900], "is cut off or damaged"),
+    "a cut JPEG": (encoded(picture(1, width=90, height=90), "JPEG")[:900], "is cut off or damaged"),
+    "a cut GIF": (encoded(picture(1, width=90, height=90), "GIF")[:900], "is cut off or damaged"),
+    "a text": (b"no picture at all", "is not a picture"),
+    "a page of the web": (b"<!DOCTYPE html><html>404</html>", "is not a picture"),
+    "PostScript, which Pillow would run": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a picture"
+    ),
+    "nothing": (b"", "is empty"),
+    "numbers without a range": (
+        encoded(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF"), "32 bits a pixel"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_said_of(name: str) -> None:
+    data, wanted = BROKEN[name]
+    with pytest.raises(PictureError, match=wanted):
+        open_picture(media(data))
+    assert re.search(wanted, picture_facts(media(data)).error)
+
+
+def test_a_picture_that_is_cut_off_is_never_read_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import ImageFile
+
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as other libraries do
+    with pytest.raises(PictureError, match="cut off"):
+        open_picture(media(BROKEN["a cut JPEG"][0]))
+
+
+def test_broken_pictures_are_named_by_file_and_row_or_skipped(tmp_path: Path) -> None:
+    base = tiny_pictures.save("vit", tmp_path / "base")
+    root = tiny_pictures.draw_folders(
+        tmp_path / "pictures", {"train": 3, "validation": 1, "test": 1}
+    )
+    (root / "train/dark/cut.png").write_bytes(BROKEN["a cut PNG"][0])
+    (root / "train/light/text.png").write_bytes(b"no picture")
+    task = build_task(load_recipe(write_recipe_of(tmp_path, base)))
+    with pytest.raises(LoraError) as raised:
+        check_data(task, ["train"])
+    cut, text = raised.value.problems
+    assert (cut.at, text.at) == ("train/dark/cut.png", "train/light/text.png")
+    assert cut.what.startswith("`cut.png` is cut off or damaged: ")
+    assert text.what.startswith("`text.png` is not a picture")
+    recipe = load_recipe(write_recipe_of(tmp_path, base), ["data.on_bad_row=skip"])
+    rows = check_data(build_task(recipe), ["train"])["train"]
+    assert (len(rows), len(rows.skipped)) == (6, 2)
+    # as rows of a table
+    lines = ["train/dark/0.png,dark", "train/dark/cut.png,dark", "train/light/0.png,light"]
+    (root / "rows.csv").write_text("\n".join(["image,label", *lines]))
+    recipe = load_recipe(
+        write_recipe_of(tmp_path, base, data={"path": "pictures/rows.csv"}),
+        ["data.validation=null", "data.test=null"],
+    )
+    with pytest.raises(LoraError, match=r"`cut.png` is cut off[\s\S]*rows\.csv:3"):
+        check_data(build_task(recipe), ["train"])
+
+
+# ----------------------------------------------------------------------------- the model's pixels
+
+
+@pytest.mark.parametrize("kind", ["vit", "efficientnet", "convnext"])
+def test_pixels_are_those_of_transformers_with_pillow(kind: str, tmp_path: Path) -> None:
+    names = {
+        "vit": {}, "efficientnet": {
+            "image_processor_type": "EfficientNetImageProcessor", "size": {"shortest_edge": 40},
+            "do_center_crop": True, "crop_size": {"height": SIZE, "width": SIZE},
+            "include_top": False, "resample": 3,
+        },
+        "convnext": {
+            "image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": SIZE},
+            "crop_pct": 0.875,
+        },
+    }  # fmt: skip
+    tiny_pictures.save(kind, tmp_path / "base", **names[kind])
+    task, data = opened(tmp_path, kind)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "base", backend="pil")
+    split = data["train"]
+    for i in range(4):
+        found = task.prepare(split.examples[i], None)["pixels"]
+        image = Image.open(split.rows[i]["image"]["path"]).convert("RGB")
+        assert torch.equal(found, processor(image, return_tensors="pt")["pixel_values"][0])
+
+
+def test_a_grey_model_reads_grey(tmp_path: Path) -> None:
+    model = tiny_pictures.model("vit")
+    config = copy.deepcopy(model.config)
+    config.num_channels = 1
+    type(model)(config).save_pretrained(tmp_path / "base")
+    processor = {**tiny_pictures.PROCESSOR, "image_mean": [0.5], "image_std": [0.5]}
+    (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(processor))
+    task, data = opened(tmp_path)
+    assert task.prepare(data["train"].examples[0], None)["pixels"].shape == (1, SIZE, SIZE)
+
+
+ODD_PROCESSORS: dict[str, tuple[Json, str]] = {
+    "tensors of any shape": (
+        {"image_processor_type": "EfficientNetImageProcessor", "size": {"shortest_edge": SIZE}},
+        "makes tensors of 32 x 49 and 49 x 32|makes tensors of 32 x 50 and 50 x 32",
+    ),
+    "another size than the model's": (
+        {"size": {"height": 48, "width": 48}}, "cannot read the pictures of 48 x 48 pixels"
+    ),
+    "means of another number": ({"image_mean": [0.5, 0.5]}, "the image processor of .* fails"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_PROCESSORS)
+def test_a_processor_that_makes(name: str, tmp_path: Path) -> None:
+    options, wanted = ODD_PROCESSORS[name]
+    base = tiny_pictures.save("vit", tmp_path / "base", **options)
+    task = build_task(load_recipe(write_recipe_of(tmp_path, base)))
+
+    def use() -> None:
+        task.load_processor()
+        task.empty_model()
+
+    with pytest.raises(LoraError, match=wanted):
+        use()
+
+
+def test_a_model_without_a_processor(tmp_path: Path) -> None:
+    tiny_pictures.model("vit").save_pretrained(tmp_path / "base")
+    with pytest.raises(LoraError, match="cannot load the image processor"):
+        opened(tmp_path)
+
+
+# ------------------------------------------------------------------------------- augmentation
+
+AUGMENTED = {"type": "image_classification", "augmentation": {"crop": True, "flip": True}}
+
+
+def pixels_by_row(task: Task, split: Encoded, done: int = 0) -> dict[Any, Tensor]:
+    """Return the pixels of each row in each step, as training gets them."""
+    found = {}
+    for planned in Batches(task, split, Accelerator()).steps(done):
+        for batch in planned.batches:
+            for row, pixels in zip(batch.rows, batch.inputs["pixel_values"], strict=True):
+                found[planned.number, row] = pixels
+    return found
+
+
+def test_augmentation_depends_on_seed_step_and_row_alone(tmp_path: Path) -> None:
+    task, data = opened(tmp_path, task=AUGMENTED, train={"max_steps": 5})
+    split, recipe = data["train"], task.recipe
+    before = pixels_by_row(task, split)
+    rows = {row for _, row in before}
+    several = [row for row in rows if sum(other == row for _, other in before) > 1]
+    assert several
+    for row in several:  # another picture in every step
+        a, b = [pixels for (_, other), pixels in before.items() if other == row][:2]
+        assert not torch.equal(a, b)
+    for workers, micro_batch, done in ((2, 4, 0), (0, 1, 0), (1, 3, 0), (0, 4, 2)):
+        recipe.train.workers, recipe.train.micro_batch_size = workers, micro_batch
+        recipe.train.gradient_accumulation_steps, recipe.train.examples_per_step = None, 4
+        again = pixels_by_row(task, split, done=done)
+        assert again.keys() == {key for key in before if key[0] > done}
+        assert all(torch.equal(again[key], before[key]) for key in again)
+    recipe.train.seed = 1
+    other = pixels_by_row(task, split)
+    assert not any(torch.equal(other[key], before[key]) for key in other.keys() & before.keys())
+
+
+def test_evaluation_reads_pictures_as_they_are(tmp_path: Path) -> None:
+    plain, data = opened(tmp_path)
+    augmented, _ = opened(tmp_path, task=AUGMENTED)
+    example = data["train"].examples[0]
+    assert torch.equal(
+        augmented.prepare(example, None)["pixels"], plain.prepare(example, None)["pixels"]
+    )
+
+
+def test_random_parts_are_of_the_promised_size() -> None:
+    rng = np.random.default_rng(0)
+    shares, ratios = [], []
+    for _ in range(2000):
+        left, upper, right, lower = random_box(80, 60, 0.25, rng)
+        assert 0 <= left < right <= 80
+        assert 0 <= upper < lower <= 60
+        shares.append((right - left) * (lower - upper) / 4800)
+        ratios.append((right - left) / (lower - upper))
+    assert 0.25 - 1e-9 <= min(shares) < 0.3
+    assert 0.9 < max(shares) <= 1
+    assert min(ratios) >= 3 / 4 - 1e-9
+    assert max(ratios) <= 4 / 3 + 1e-9
+    assert random_box(1000, 10, 0.9, rng) == (
+        pytest.approx(500 - 20 / 3),
+        0,
+        pytest.approx(500 + 20 / 3),
+        10,
+    )
+
+
+def test_a_flip_mirrors_half_of_the_pictures(tmp_path: Path) -> None:
+    task, data = opened(tmp_path, task={"augmentation": {"flip": True}})
+    example = data["train"].examples[0]
+    plain = task.prepare(example, None)["pixels"]
+    image = Image.open(example["image"]["path"]).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    mirrored = task.prepare({**example, "image": media(encoded(image))}, None)["pixels"]
+    found = [task.prepare(example, np.random.default_rng(i))["pixels"] for i in range(40)]
+    flipped = [torch.equal(pixels, mirrored) for pixels in found]
+    assert all(f or torch.equal(p, plain) for f, p in zip(flipped, found, strict=True))
+    assert 10 < sum(flipped) < 30
+
+
+# --------------------------------------------------------------------- architectures and adapters
+
+
+def targets(kind: str, folder: Path) -> tuple[Task, torch.nn.Module, list[str]]:
+    task, _ = opened(folder, kind)
+    model, head = task.load_model(CPU)
+    attach(model, task.recipe, head)
+    return task, model, [name.rpartition(".")[2] for name in lora_layers(model)]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_what_is_adapted_by_default(kind: str, tmp_path: Path) -> None:
+    _, model, names = targets(kind, tmp_path)
+    layers = lora_layers(model).values()
+    assert names
+    if kind in ("vit", "swin", "convnext"):
+        assert all(isinstance(layer.base, torch.nn.Linear) for layer in layers)
+        assert {"vit": 12, "swin": 13, "convnext": 4}[kind] == len(names)
+    elif kind == "resnet":
+        convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+        assert len(convolutions) == len(names)
+    else:
+        assert set(names) == {"expand_conv", "project_conv", "top_conv"}
+        assert all(layer.base.kernel_size == (1, 1) for layer in layers)
+        assert all(layer.base.groups == 1 for layer in layers)
+
+
+def test_a_rank_that_groups_do_not_divide_is_an_error(tmp_path: Path) -> None:
+    base = tiny_pictures.save("efficientnet", tmp_path / "base")
+    adapter = {"target_modules": ["depthwise_conv"], "rank": 3}
+    task = build_task(load_recipe(write_recipe_of(tmp_path, base, adapter=adapter)))
+    model, head = task.empty_model()
+    with pytest.raises(LoraError, match="rank 3 cannot be divided among the"):
+        attach(model, task.recipe, head)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_loss_is_that_of_transformers(kind: str, tmp_path: Path) -> None:
+    task, data = opened(tmp_path, kind)
+    model, _ = task.load_model(CPU)
+    examples = [data["train"].examples[i] for i in range(4)]
+    batch = task.collate([task.prepare(example, None) for example in examples])
+    loss = task.loss(model.eval(), batch) / batch.n_items
+    theirs = model(**batch.inputs, labels=batch.targets["labels"]).loss
+    assert_close(loss, theirs)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_run_leaves_an_adapter_that_peft_reads_and_merge_proves(
+    kind: str, tmp_path: Path
+) -> None:
+    base = tiny_pictures.save(kind, tmp_path / "base")
+    report = run(write_recipe_of(tmp_path, base, task=AUGMENTED))
+    out = tmp_path / "out"
+    recipe = load_adapter_recipe(out)
+    assert recipe.task.labels == ["dark", "light"]
+    again = evaluate_adapter(out, load_adapter_recipe(out))
+    assert again["test"] == pytest.approx(report["metrics"]["after"]["test"], rel=1e-5)
+
+    task, ours, _ = open_adapter(out, load_adapter_recipe(out))
+    inputs = task.probe()
+    theirs = AutoModelForImageClassification.from_pretrained(
+        base, num_labels=2, id2label={0: "dark", 1: "light"}
+    )
+    plain = theirs(**inputs).logits
+    with torch.no_grad():
+        found, wanted = (
+            ours(**inputs).logits,
+            PeftModel.from_pretrained(theirs, out)(**inputs).logits,
+        )
+    assert_close(found, wanted)
+    assert_different(found, plain)
+
+    result = merge_adapter(None, out, tmp_path / "merged")
+    assert result.merged_modules == len(lora_layers(ours))
+    merged = AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
+    assert_close(merged(**inputs).logits, found)
+    processors = [
+        AutoImageProcessor.from_pretrained(folder, backend="pil").to_dict()
+        for folder in (base, tmp_path / "merged")
+    ]
+    assert processors[0] == processors[1]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "bitfit", "full", "none"])
+def test_statistics_of_batch_normalisation_stay_bit_for_bit(adapter: str, tmp_path: Path) -> None:
+    base = tiny_pictures.save("resnet", tmp_path / "base")
+    recipe = load_recipe(write_recipe_of(tmp_path, base, adapter={"type": adapter}))
+    task = build_task(recipe)
+    task.load_processor()
+    load_data(task)
+    model, head = task.load_model(CPU)
+    attach(model, recipe, head)
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert any("running_mean" in name for name in kept)
+    training_mode(model)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        model(
+            pixel_values=torch.randn(4, 3, SIZE, SIZE, generator=generator)
+        ).logits.sum().backward()
+    assert all(torch.equal(kept[name], buffer) for name, buffer in model.named_buffers())
+
+
+def test_rows_of_a_pretrained_head_go_by_the_names_of_labels(tmp_path: Path) -> None:
+    base = tiny_pictures.save("vit", tmp_path / "base", ["light", "other", "dark"])
+    task, _ = opened(tmp_path)
+    model, _ = task.load_model(CPU)
+    own = AutoModelForImageClassification.from_pretrained(base)
+    assert torch.equal(model.classifier.weight, own.classifier.weight[[2, 0]])
+    assert torch.equal(model.classifier.bias, own.classifier.bias[[2, 0]])
+
+
+@pytest.mark.parametrize("problem", ["multi_label", "regression"])
+def test_several_labels_and_numbers(problem: str, tmp_path: Path) -> None:
+    root = tiny_pictures.draw_folders(tmp_path / "pictures", {"train": 4})
+    files = sorted(root.rglob("*.png"))
+    values = (["a", "b", "a,b", ""] if problem == "multi_label" else [1.5, -2.0, 0.25, 7.0]) * 2
+    rows = [
+        {"image": str(file), "label": value.split(",") if isinstance(value, str) else value}
+        for file, value in zip(files, values, strict=True)
+    ]
+    for row in rows:
+        if isinstance(row["label"], list):
+            row["label"] = [label for label in row["label"] if label]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task, data = opened(
+        tmp_path, task={"problem": problem},
+        data={"path": "pictures/rows.jsonl", "validation": None, "test": None},
+    )  # fmt: skip
+    model, _ = task.load_model(CPU)
+    examples = [task.prepare(data["train"].examples[i], None) for i in range(8)]
+    batch = task.collate(examples)
+    loss = task.loss(model.eval(), batch) / batch.n_items
+    labels = batch.targets["labels"]
+    labels = labels[:, None] if problem == "regression" else labels
+    assert_close(loss, model(**batch.inputs, labels=labels.float()).loss)
+
+
+def test_another_processor_than_that_of_the_training_is_an_error(tmp_path: Path) -> None:
+    base = tiny_pictures.save("vit", tmp_path / "base")
+    run(write_recipe_of(tmp_path, base, train={"max_steps": 1}))
+    tiny_pictures.save("vit", base, image_mean=[0.1, 0.1, 0.1])
+    with pytest.raises(IntegrityError, match="the processor of its inputs is another"):
+        open_adapter(tmp_path / "out", load_adapter_recipe(tmp_path / "out"))
+
+
+# -------------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a ViT that was trained on pictures, some of them wrongly labelled."""
+    folder = tmp_path_factory.mktemp("trained")
+    base = tiny_pictures.save("vit", folder / "base")
+    recipe = write_recipe_of(folder, base, train={"max_steps": 2})
+    for kind, name in (("light", "dark"), ("dark", "light")):
+        picture(99, kind).save(folder / "pictures" / "test" / name / "wrong.png")
+    run(recipe)
+    return folder
+
+
+def test_predict_files_folders_and_tables(trained: Path, tmp_path: Path) -> None:
+    task, model, accelerator = open_adapter(trained / "out", load_adapter_recipe(trained / "out"))
+    folder = trained / "pictures" / "test"
+    files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.png"))
+    rows = [task.parse_input(str(folder / file)) for file in files]
+    wanted = answer(model, task, rows, accelerator)
+    assert list(task.answer_columns()) == ["prediction", "p_dark", "p_light"]
+
+    def answered(source: Path, name: str) -> list[Json]:
+        target = tmp_path / name
+        answer_file(model, task, source, target, accelerator)
+        if name.endswith("csv"):
+            return list(csv.DictReader(io.StringIO(target.read_text())))
+        return datasets.Dataset.from_parquet(str(target)).to_list()
+
+    for name in ("folder.csv", "folder.parquet"):
+        found = answered(folder, name)
+        assert [row["image"] for row in found] == files
+        assert [row["prediction"] for row in found] == [values[0] for values in wanted]
+    (folder / "rows.csv").write_text("id,file_name\n" + "".join(f"7,{file}\n" for file in files))
+    found = answered(folder / "rows.csv", "table.csv")
+    assert list(found[0]) == ["id", "file_name", "prediction", "p_dark", "p_light"]
+    assert [(row["file_name"], float(row["p_dark"])) for row in found] == [
+        (file, values[1]) for file, values in zip(files, wanted, strict=True)
+    ]
+    (folder / "rows.csv").unlink()
+
+
+def test_a_picture_that_cannot_be_predicted_is_named(trained: Path, tmp_path: Path) -> None:
+    task, model, accelerator = open_adapter(trained / "out", load_adapter_recipe(trained / "out"))
+    picture(3).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "rows.csv").write_text("id,image\n1,good.png\n2,bad.png\n3,gone.png\n")
+    target = tmp_path / "answers.csv"
+    written, problems = answer_file(model, task, tmp_path / "rows.csv", target, accelerator)
+    assert written == 3
+    assert [problem.at for problem in problems] == ["rows.csv:3", "rows.csv:4"]
+    assert "is not a picture" in problems[0].what
+    assert "there is no file" in problems[1].what
+    answered = csv.DictReader(io.StringIO(target.read_text()))
+    assert [row["prediction"] != "" for row in answered] == [True, False, False]
+    assert "there is no file" in task.answer_error(task.parse_input("gone.png"))
+
+
+def test_eval_measures_a_folder(trained: Path) -> None:
+    recipe = load_adapter_recipe(trained / "out")
+    measure_file(recipe, trained / "pictures" / "test")
+    found = evaluate_adapter(trained / "out", recipe, "test")
+    report = json.loads((trained / "out" / "report.json").read_text())
+    assert found["test"] == pytest.approx(report["metrics"]["after"]["test"], rel=1e-6)
+
+
+def test_the_report_shows_the_worst_pictures_in_one_file(trained: Path) -> None:
+    page = (trained / "out" / "report.html").read_text()
+    wrong = [
+        line
+        for text in (trained / "out/predictions/test.jsonl").read_text().splitlines()
+        if (line := json.loads(text))["reference"] != line["prediction"]
+    ]
+    assert wrong
+    shown = re.findall(r'<img class="thumb" alt="" src="(data:image/jpeg;base64,[^"]+)">', page)
+    assert len(shown) == len(wrong)
+    assert "http" not in re.sub(r"http-equiv|https?://(www\.)?w3\.org\S*", "", page)
+    assert "tokens (median" not in page
+
+
+def test_the_card_runs(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = (trained / "out" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    out = tmp_path / "out"
+    out.symlink_to(trained / "out")
+    monkeypatch.chdir(out)
+    file = sorted((trained / "pictures/test").rglob("*.png"))[0]
+    (trained / "out" / "picture.jpg").write_bytes(file.read_bytes())
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "card", "exec"), {})
+    task, model, accelerator = open_adapter(trained / "out", load_adapter_recipe(trained / "out"))
+    ((said, *_),) = answer(model, task, [task.parse_input(str(file))], accelerator)
+    assert printed.getvalue().strip() == said
+    assert 'lora predict --adapter . "picture.jpg"' in card
+
+
+@pytest.mark.parametrize("source", ["folder", "table"])
+def test_init_drafts_a_recipe_that_trains(source: str, tmp_path: Path) -> None:
+    base = tiny_pictures.save("resnet", tmp_path / "base")
+    root = tiny_pictures.draw_folders(tmp_path / "pictures", {"train": 10, "test": 2})
+    data = root
+    if source == "table":
+        data = root / "train" / "list.csv"
+        lines = [f"{kind}/{i}.png,{kind}\n" for kind in CLASSES for i in range(10)]
+        data.write_text("".join(["photo,species\n", *lines]))
+    target = tmp_path / "recipe.yaml"
+    draft = draft_recipe(data, str(base), target)
+    write_recipe(target, draft.text(), draft.extra_files)
+    task = load_recipe(target).task
+    assert task.type == "image_classification"
+    assert task.labels == ["dark", "light"]
+    assert task.image_column == ("photo" if source == "table" else "image")
+    report = train_quietly(target, tmp_path / "out")
+    assert report["data"]["train"]["rows"] == 16
+
+
+def train_quietly(recipe: Path, out: Path) -> Json:
+    with contextlib.redirect_stderr(io.StringIO()):
+        return train(
+            load_recipe(recipe, ["train.epochs=null", "train.max_steps=1", f"output_dir={out}"])
+        )
+
+
+def test_init_rejects_what_cannot_be_learned(tmp_path: Path) -> None:
+    import tiny
+
+    text_model = tiny.save_encoder(tmp_path / "text")
+    seeing = tiny_pictures.save("vit", tmp_path / "base")
+    root = tiny_pictures.draw_folders(tmp_path / "pictures", {"train": 2})
+    target = tmp_path / "recipe.yaml"
+    with pytest.raises(LoraError, match=r"reads texts, and .* holds pictures"):
+        draft_recipe(root, str(text_model), target)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    picture(1).save(flat / "1.png")
+    with pytest.raises(LoraError, match="no folder in it names a class"):
+        draft_recipe(flat, str(seeing), target)
+    (tmp_path / "texts.csv").write_text("text,label\na,x\nb,y\n")
+    with pytest.raises(LoraError, match="no column holds pictures"):
+        draft_recipe(tmp_path / "texts.csv", str(seeing), target)
+
+
+def test_animations_and_transparent_parts_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lora_cli.preprocessing.data_gate import pass_gate
+
+    base = tiny_pictures.save("vit", tmp_path / "base")
+    root = tiny_pictures.draw_folders(
+        tmp_path / "pictures", {"train": 2, "validation": 1, "test": 1}
+    )
+    (root / "train/dark/moving.gif").write_bytes(READ["an animation"][0])
+    (root / "train/dark/glass.png").write_bytes(READ["transparent parts"][0])
+    task = build_task(load_recipe(write_recipe_of(tmp_path, base)))
+    task.load_processor()
+    pass_gate(task, load_data(task))
+    said = capsys.readouterr().err
+    assert "1 train row has several pictures in one file, of which the first is read" in said
+    assert "1 train row has transparent parts, which are read as white" in said
+
+
+def test_pillow_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(LoraError, match=r"pillow[\s\S]*lora-cli\[vision\]"):
+        pictures.require_pillow()
