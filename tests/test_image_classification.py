@@ -696,6 +696,14 @@ def test_animations_and_transparent_parts_are_said(
     assert "1 train row has transparent parts, which are read as white" in said
 
 
+def test_a_picture_that_breaks_in_the_middle_of_a_run_is_named(tmp_path: Path) -> None:
+    task, data = opened(tmp_path)
+    example = data["train"].examples[0]
+    Path(example["image"]["path"]).write_bytes(b"no picture any more")
+    with pytest.raises(LoraError, match=r"is not a picture[\s\S]*was whole when the run began"):
+        task.prepare(example, None)
+
+
 def test_pillow_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

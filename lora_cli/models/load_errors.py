@@ -114,6 +114,7 @@ def _load_error(recipe: Recipe, what: str, error: Exception) -> LoraError:
         hint = {
             "configuration": REPAIR,
             "architecture": f"{CONFIG_FILE} asks for what cannot be built: {REPAIR}",
+            "image processor": "copy preprocessor_config.json into the model's folder",
             "tokenizer": "copy or download the tokenizer's files again (tokenizer.json and "
             "tokenizer_config.json)",
         }.get(what, "are the folder's files complete? Copy or download them again")

@@ -32,6 +32,7 @@ from lora_cli.models.image_processor import (
     processor_hash,
     save_processor,
 )
+from lora_cli.models.load_errors import require_kind
 from lora_cli.recipe import ImageClassificationSpec, Recipe
 from lora_cli.tasks.classification import Classification
 from lora_cli.tasks.contract import MAIN, Batch, Example, Field
@@ -61,6 +62,7 @@ class ImageClassification(Classification):
         """Load the image processor and the model's configuration."""
         require_pillow()
         self.config = load_config(self.recipe)
+        require_kind(self.auto_class, self.config, self.recipe)
         self.channels = int(getattr(self.config, "num_channels", None) or 3)
         if self.channels not in (1, 3):
             what = f"`{self.recipe.model.name}` reads pictures of {self.channels} channels"

@@ -26,6 +26,8 @@ from lora_cli.accelerator import start_accelerator
 from lora_cli.adapters.attach import attach, disabled, merge, trainable_parameters
 from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.adapters.peft_format.adapter_folder import read_adapter, save_adapter
+from lora_cli.data.media import with_media
+from lora_cli.data.text_lines import RawRow
 from lora_cli.evaluation.predict import answer
 from lora_cli.files import write_manifest
 from lora_cli.preprocessing.check_recipe import check_recipe
@@ -94,8 +96,8 @@ def open_kind(kind: TaskKind, folder: Path) -> Opened:
     examples = task.packed(split) if recipe.train.packing else split.examples
     return Opened(
         kind, recipe, task, model, head,
-        [examples[i] for i in range(len(examples))],
-        [split.examples[i] for i in range(len(split.examples))],
+        [task.prepare(examples[i], None) for i in range(len(examples))],
+        [task.prepare(split.examples[i], None) for i in range(len(split.examples))],
     )  # fmt: skip
 
 
@@ -126,6 +128,8 @@ def outcomes(opened: Opened, examples: Sequence[Any]) -> Tensor:
 def answers(opened: Opened, rows: Sequence[Json]) -> list[Json]:
     """Return what `lora predict` adds to rows."""
     accelerator = start_accelerator(opened.recipe)
+    media = opened.recipe.task.media_columns
+    rows = [with_media(RawRow(row, ""), Path(), media).columns or {} for row in rows]
     columns = opened.task.answer_columns()
     values = answer(opened.model, opened.task, rows, accelerator)
     return [dict(zip(columns, row, strict=True)) for row in values]

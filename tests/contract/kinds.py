@@ -6,13 +6,16 @@ A `TaskKind` needs a base model, rows and the `task` section of a recipe; an `Ad
 
 from __future__ import annotations
 
+import functools
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tiny
+import tiny_pictures
 from torch import nn
 
 Json = dict[str, Any]
@@ -68,6 +71,20 @@ def conversation(i: int) -> list[Json]:
     return [{"role": roles[n % 2], "content": turn} for n, turn in enumerate(turns)]
 
 
+@functools.cache
+def pictures() -> Path:
+    """Return a folder for the pictures of rows."""
+    return Path(tempfile.mkdtemp(prefix="lora-pictures-"))
+
+
+def pictured(i: int) -> Json:
+    file = pictures() / f"{i}.png"
+    kind = tiny_pictures.CLASSES[i % 2]
+    tiny_pictures.picture(i, kind, 20 + i % 5, 14 + i % 3).save(file)
+    return {"image": str(file), "label": kind}
+
+
+PICTURES = {"type": "image_classification", "labels": list(tiny_pictures.CLASSES)}
 BAD_GOOD = ["bad", "good"]
 CLASSIFICATION = {"type": "sequence_classification", "labels": BAD_GOOD}
 PROMPTS = {"type": "causal_lm", "prompt_column": "prompt", "completion_column": "completion"}
@@ -167,6 +184,11 @@ TASKS = {
     "packed text": TaskKind(
         tiny.save_gpt2, {"type": "causal_lm", "text_column": "text", "max_length": 32},
         lambda i: {"text": text(i)}, ("prediction",), train={"packing": True}, runs=False,
+    ),
+    "pictures": TaskKind(
+        lambda folder: tiny_pictures.save("vit", folder),
+        {**PICTURES, "augmentation": {"crop": True, "flip": True}}, pictured,
+        ("prediction", "p_dark", "p_light"), ("label",), drafted=PICTURES,
     ),
     "packed prompts": TaskKind(
         tiny.save_llama, {**PROMPTS, "max_length": 128}, answered, ("prediction",), ("completion",),

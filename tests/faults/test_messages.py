@@ -20,6 +20,7 @@ import cases_data  # noqa: F401
 import cases_entities  # noqa: F401
 import cases_folders  # noqa: F401
 import cases_models  # noqa: F401
+import cases_pictures  # noqa: F401
 import cases_recipes  # noqa: F401
 import cases_runs  # noqa: F401
 import cases_system  # noqa: F401
@@ -61,17 +62,24 @@ MASKS = [
 
 # why no case here makes some messages, which stand here as the code has them (see `Site`)
 REST: dict[str, list[str]] = {
+    "needs an environment without Pillow; tests/test_image_classification.py": [
+        "pictures are read by the Python package `pillow`, which is not installed",
+    ],
+    "no tiny model has a processor of that kind": [
+        "`…` has an image processor that needs torchvision",
+    ],
+    "a file that changes in the middle of a run; tests/test_image_classification.py": [
+        "`…` …; it was whole when the run began",
+    ],
     "a guard: weights and scores are checked before; tests/test_numbers.py": [
         "the model's loss on this row is",
     ],
     "an adapter on tied weights; tests/test_folder.py": [
         "`…` and `…` differ in the adapter, and are one in the model",
     ],
-    "no task has convolutions yet; tests/test_folder.py": [
+    "no tiny model has such convolutions; tests/test_adapter_folder.py": [
         "`…` …",  # of a convolution whose padding mode or dilation PEFT's update does not have
         "an adapter whose A spans all channels of a grouped convolution cannot be merged",
-        "rank … cannot be divided among the … groups of a convolution",
-        "in shape_problem()",
         "DoRA does not fit a convolution of … groups",
     ],
     "a quantised base needs a GPU; tests/test_dora.py": [
@@ -222,6 +230,7 @@ AREAS = [
     "Arguments", "Recipes", "Keys that do not go together", "Overrides", "Files and rows", "Splits",
     "Labels", "Entities", "Language models", "lora init", "Models", "Targets", "Metrics",
     "Adapters", "Starting from an adapter", "Training", "Evaluation", "Prediction", "Merging",
+    "Pictures",
 ]  # fmt: skip
 
 
