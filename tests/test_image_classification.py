@@ -29,7 +29,8 @@ from lora_cli.adapters.attach import attach, lora_layers, training_mode
 from lora_cli.data import pictures
 from lora_cli.data.pictures import PictureError, open_picture, picture_facts
 from lora_cli.errors import IntegrityError, LoraError
-from lora_cli.evaluation.evaluate_split import evaluate_adapter, measure_file, open_adapter
+from lora_cli.evaluation.evaluate_split import evaluate_adapter, measure_file
+from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.evaluation.predict import answer, answer_file
 from lora_cli.export.merge import merge_adapter
 from lora_cli.preprocessing.encode import check_data, load_data
