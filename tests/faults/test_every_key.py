@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 import datasets
 import pytest
 import tiny
+import tiny_pictures
 import torch
 import yaml
 from accelerate.state import AcceleratorState
@@ -171,6 +172,7 @@ TRAIN = [
      "said": [{"from": "human", "value": f"a {word}?"}, {"from": "gpt", "value": "yes"}],
      "words": ["a", word, "film"], "others": ["so", word, f"{i}"], "odd": ["a", "</s>", word],
      "ner": ["O", "B-A", "O"], "kinds": ["B-A", "O", "O"], "ids": [0, 1, 0], "alike": f"a {word}",
+     "shot": f"shots/{i}.png", "view": f"shots/{i + 20}.png",
      "spans": [[2, 2 + len(word), "A"]], "marks": [[0, 1, "A"]]}
     for i, word in enumerate(WORDS * 2)
 ]  # fmt: skip
@@ -206,6 +208,11 @@ KINDS: dict[str, Settings] = {
     "spans": {
         "model": {"name": "../bases/encoder"},
         "task": {"type": "token_classification", "text_column": "text", "spans_column": "marks"},
+    },
+    "pictures": {
+        "model": {"name": "../bases/vit"},
+        "task": {"type": "image_classification", "image_column": "shot",
+                 "labels": ["bad", "good"]},
     },
     "text": {
         "model": {"name": "../bases/llama"},
@@ -316,6 +323,37 @@ CHANGES: dict[str, Change] = {
     "token_classification.max_length": Change(losses, (64, 4), "entities"),
     "token_classification.split_special_tokens": Change(
         losses, (False, True), "entities", {"task.tokens_column": "odd"}
+    ),
+    "image_classification.type": Change(
+        message, ("image_classification", "causal_lm"), "pictures", {"task.labels": ...}
+    ),
+    "image_classification.image_column": Change(losses, ("shot", "view"), "pictures"),
+    "image_classification.augmentation.crop": Change(losses, (False, True), "pictures"),
+    "image_classification.augmentation.smallest_crop": Change(
+        losses, (0.25, 0.9), "pictures", {"task.augmentation.crop": True}
+    ),
+    "image_classification.augmentation.flip": Change(losses, (False, True), "pictures"),
+    "image_classification.label_column": Change(
+        data, ("label", "word"), "pictures", {"task.labels": None}
+    ),
+    "image_classification.label_columns": Change(
+        losses, (["is_bad", "is_good"], ["is_good", "is_odd"]), "pictures"
+    ),
+    "image_classification.labels": Change(
+        losses, (["bad", "good"], ["good", "bad"]), "pictures"
+    ),
+    "image_classification.problem": Change(
+        losses, ("single_label", "multi_label"), "pictures",
+        {"task.label_columns": ["is_bad", "is_good"]},
+    ),
+    "image_classification.label_separator": Change(
+        message, (";", "|"), "pictures",
+        {"task.problem": "multi_label", "task.label_column": "tags"},
+    ),
+    "image_classification.class_weights": Change(losses, (None, {"bad": 3.0}), "pictures"),
+    "image_classification.label_smoothing": Change(losses, (0.0, 0.2), "pictures"),
+    "image_classification.skip_labels": Change(
+        message, ([], ["-"]), "pictures", {"data.train": "marked.jsonl"}
     ),
     "causal_lm.type": Change(message, ("causal_lm", "sequence_classification"), "pair"),
     "causal_lm.text_column": Change(losses, ("text", "other"), "text"),
@@ -489,6 +527,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_encoder(folder / "other", seed=1)
     tiny.save_encoder(folder / "bert", kind="bert")
     tiny.save_llama(folder / "llama")
+    tiny_pictures.save("vit", folder / "vit")
     world = World(top / "first", folder)
     write(world, "labels")
     flags = ["--set", "adapter.rank=3", "--set", "train.max_steps=1"]
@@ -503,6 +542,8 @@ def write(world: World, kind: str, without: Collection[str] = ()) -> None:
         section, _, name = key.partition(".")
         recipe.get(section, {}).pop(name, None)
     world.write("recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    for i in range(40 if kind == "pictures" else 0):
+        world.write(f"shots/{i}.png", tiny_pictures.encoded(tiny_pictures.picture(i)))
     world.write("chat.jinja", CHAT)
     world.write("other.jinja", CHAT.replace("</s>", "!</s>"))
     near = [*TRAIN, {**TRAIN[1], "text": f"{TRAIN[1]['text']} so"}]
