@@ -131,6 +131,7 @@ def test_io_joins_neighbours_of_one_type() -> None:
         ("iob2", "PER O", "neither O nor a type with a prefix, such as `B-PER`"),
         ("iob1", "o O", "`o`, is neither O nor"),
         ("iob1", "S-PER", "only IOBES has"),
+        ("io", "O B-", "tag 2, `B-`, has a prefix, and no type after it"),
         ("io", "O B-PER", "begins with B, which IO does not have"),
         ("iobes", "O I-PER E-PER", "tag 2, `I-PER`, continues an entity that no `B-PER` began"),
         ("iobes", "E-PER", "continues an entity that no `B-PER` began"),
@@ -142,6 +143,14 @@ def test_io_joins_neighbours_of_one_type() -> None:
 )
 def test_tags_that_break_their_scheme_are_named(scheme: Any, tags: str, what: str) -> None:
     assert what in tag_error(tags.split(), scheme)
+
+
+def test_tags_of_one_type_may_be_prefixes_alone() -> None:
+    tags = ["B", "I", "O", "B"]
+    assert entities_of(tags) == [Entity(0, 2, "entity"), Entity(3, 4, "entity")]
+    assert Beginnings.of([tags]).scheme == "iob2"
+    assert tag_error(tags, "iob2") == ""
+    assert "no `B-entity` began" in tag_error(["O", "I"], "iob2")
 
 
 def test_iob2_is_read_back_as_it_was_written() -> None:
@@ -774,6 +783,8 @@ def test_init_drafts_a_recipe_for_conll_files(name: str, base: Path, tmp_path: P
     task, said = drafted(base, tmp_path, name, content)
     assert task == {**SCHEME_KEYS, "labels": LABELS}
     assert said["task"] == "token_classification: entities in texts"
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.train.optimizer.learning_rate == 5e-4  # half of that of a classifier
     assert said["scheme"] == "`iob2`, by the prefixes of the tags: B"
     assert said["file"].startswith("a word a line, utf-8: 30 rows, 3 columns")
     assert "`column_2`" in said["left out"]

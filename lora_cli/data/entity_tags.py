@@ -24,6 +24,9 @@ from typing import Literal
 Scheme = Literal["iob1", "iob2", "io", "iobes"]
 OUTSIDE = "O"
 TAG = re.compile(r"(?P<prefix>[BIESLUM])[-_](?P<kind>\S.*)", re.DOTALL)
+PREFIXES = ("B", "I", "E", "S")  # which are whole tags where all entities are of one type
+ONLY_TYPE = "entity"  # what that is called
+NO_TYPE = re.compile(r"[BIESLUM][-_]\s*")
 SAME_PREFIX = {"L": "E", "U": "S", "M": "I"}  # of BILOU and BMES
 BEGINS = ("B", "S")
 ENDS = ("E", "S")
@@ -43,14 +46,23 @@ class Entity:
 def parts_of(tag: str) -> tuple[str, str]:
     """Return the prefix and the type of a tag: of `B-PER` B and PER, of `PER` I and PER, of O "".
 
+    Of a prefix alone, as in data sets of one type (B, I and O), the type is `entity`.
+
     L, U and M, as BILOU and BMES have them, are returned as E, S and I.
     """
     if tag == OUTSIDE:
         return OUTSIDE, ""
+    if tag in PREFIXES:
+        return tag, ONLY_TYPE
     match = TAG.fullmatch(tag)
     if match is None:
         return "I", tag
     return SAME_PREFIX.get(match["prefix"], match["prefix"]), match["kind"]
+
+
+def _is_bare(tag: str) -> bool:
+    """Return whether a tag is a type without a prefix."""
+    return tag != OUTSIDE and tag not in PREFIXES and TAG.fullmatch(tag) is None
 
 
 def entities_of(tags: Sequence[str]) -> list[Entity]:
@@ -107,8 +119,7 @@ class Beginnings:
             before = ""
             for tag in tags:
                 prefix, kind = parts_of(tag)
-                bare = bool(kind) and TAG.fullmatch(tag) is None
-                found.prefixes["" if bare else prefix] += 1
+                found.prefixes["" if _is_bare(tag) else prefix] += 1
                 found.i_begins += prefix == "I" and kind != before
                 found.needless_b += prefix == "B" and kind != before
                 before = kind
@@ -136,10 +147,11 @@ def tag_error(tags: Sequence[str], scheme: Scheme) -> str:
     before, kind = OUTSIDE, ""
     for number, tag in enumerate(tags, 1):
         prefix, label = parts_of(tag)
-        is_bare = bool(label) and TAG.fullmatch(tag) is None
         goes_on = bool(label) and label == kind and before in ("B", "I")
         where = f"tag {number}, `{tag}`,"
-        if is_bare and scheme != "io":
+        if NO_TYPE.fullmatch(tag):
+            return f"{where} has a prefix, and no type after it"
+        if _is_bare(tag) and scheme != "io":
             return f"{where} is neither O nor a type with a prefix, such as `B-{label}`"
         if scheme != "iobes" and prefix in ONLY_IN_IOBES:
             return f"{where} has a prefix that only IOBES has, and the scheme is {scheme}"

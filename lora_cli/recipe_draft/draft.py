@@ -17,7 +17,7 @@ from lora_cli.data.csv_rows import delimiter_of
 from lora_cli.data.detect_format import DataFile
 from lora_cli.data.parallel_pairs import read_pair, translations_of
 from lora_cli.errors import LoraError, counted
-from lora_cli.recipe import FormatSpec, Recipe
+from lora_cli.recipe import TASKS, FormatSpec, Recipe
 from lora_cli.recipe_draft.answer_cuts import rows_without_answer
 from lora_cli.recipe_draft.base_model_info import Base, describe_base
 from lora_cli.recipe_draft.chat_lengths import TurnCounter
@@ -423,6 +423,7 @@ def _training(draft: Draft, base: Base, count: int, card: Card | None) -> None:
     if fit.checkpointing:
         why = "much less memory, for about a third more time"
         draft.put("train", "gradient_checkpointing", True, why)
+    rate *= TASKS[draft.values["task"]["type"]].rate_scale
     draft.put("train", "optimizer", {"type": "adamw", "learning_rate": rate})
     kind = "cosine" if writes else "linear"
     draft.put("train", "scheduler", {"type": kind, "warmup_ratio": 0.06})

@@ -64,6 +64,7 @@ FILES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "rows.jsonl", _rows(GOOD, _words(["a"], ["S-PER"]), _words(["a"], ["PER"])),
         {**WORDS, "scheme": "iob2"},
     ),
+    "a prefix without a type": ("rows.jsonl", _rows(GOOD, _words(["a"], ["B-"])), WORDS),
     "an entity that does not end": (
         "rows.jsonl",
         _rows(_words(["a"], ["S-A"]), _words(["a", "b"], ["B-A", "O"]), _words(["a"], ["B-A"]),

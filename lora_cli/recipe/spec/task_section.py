@@ -51,6 +51,8 @@ class TaskSection(Section):
     linear layer; where a model has none of either, what comes nearest."""
     baselines: ClassVar[frozenset[str]] = frozenset({"base"})
     """Which of `evaluate.baselines` have a meaning."""
+    rate_scale: ClassVar[float] = 1.0
+    """What a draft multiplies the usual learning rate of an adapter by."""
     packing_hint: ClassVar[str] = "leave it out"
 
     @property
