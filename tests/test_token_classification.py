@@ -25,7 +25,7 @@ from lora_cli.data.entity_tags import (
     iob2_tags,
     tag_error,
 )
-from lora_cli.data.load_rows import _label_names
+from lora_cli.data.hub_rows import label_names
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import evaluate_split
 from lora_cli.evaluation.compare import compare
@@ -455,7 +455,7 @@ def test_lists_of_class_labels_have_their_names() -> None:
         {"tokens": datasets.List(datasets.Value("string")),
          "ner_tags": datasets.List(datasets.ClassLabel(names=names))}
     )  # fmt: skip
-    assert _label_names(features) == {"ner_tags": names}
+    assert label_names(features) == {"ner_tags": names}
 
 
 @pytest.mark.parametrize(
