@@ -240,7 +240,7 @@ def test_all_problems_come_together_each_with_its_line(problems: Any) -> None:
         ("train:", "train", "`train` is empty", "leave it out"),
         ("adapter: {alpha: .nan}", "adapter.alpha", "finite", "scaled"),
         ("adapter: {alpha: 1e999}", "adapter.alpha", "finite", "scaled"),
-        ("adapter: {type: lroa}", "adapter.type", "`lora` or `full`", "did you mean `lora`"),
+        ("adapter: {type: lroa}", "adapter.type", "`lora` or `dora`", "did you mean `lora`"),
         ("train: {trackers: [wandb]}", "train.trackers.0", "`trackio`", "Where else"),
         ("evaluate: {metrics: f1}", "evaluate.metrics", "should be a list", "accuracy"),
         ("train: {optimizer: {betas: [0.9]}}", "train.optimizer.betas", "at least 2", "AdamW"),

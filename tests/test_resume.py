@@ -339,7 +339,7 @@ OPTIMIZER = {
     "negative": (_changed(lambda t: t - 1, "exp_avg_sq"), "has negative entries"),
     "later": (
         lambda t: {n: x + 90 if n.endswith("/step") else x for n, x in t.items()},
-        "counts 92 steps, and the run has made 2",
+        "counts 92 as the number of steps, and the run has made 2",
     ),
 }
 

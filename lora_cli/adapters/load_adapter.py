@@ -249,7 +249,7 @@ def _check_layer(
         return [Problem(f"the adapter is for `{name}`, which in the model {kind}", hint=hint)], None
     # a folder of this tool has a manifest, and its updates are computed as the base is
     if not adapter.verified and (difference := convolution_difference(module)):
-        what = f"`{name}` {difference}"
+        what = f"the convolution `{name}` {difference}"
         hint = "no merged weight is equal to it: use the adapter in PEFT"
         return [Problem(what, hint=hint)], None
     config = adapter.config

@@ -88,7 +88,8 @@ def choose_task(
         if name is not None and name not in by_name and not (option == "--label" and name == NONE):
             hint = did_you_mean(name, by_name, "its columns are")
             raise LoraError(f"{place} has no column `{name}`", option, hint)
-    if pair is None and (chosen := tagged(columns, rows, place, text, label)) is not None:
+    chosen = tagged(columns, rows, place, text, label) if pair is None else None
+    if chosen is not None:
         return _with_left_out(chosen, columns)
     if text is None and not any(column.kind in READABLE for column in columns):
         nested = next((column for column in columns if column.kind == "other"), None)

@@ -495,6 +495,7 @@ def _folder(files: dict[str, str]) -> Callable[[World], Printed]:
 
 CASES.append(Case("lora init", "a folder of files with other columns", _folder(
     {"a.csv": TABLE, "b.csv": TABLE.replace("text", "body")})))  # fmt: skip
+CASES.append(Case("lora init", "a folder without a data file", _folder({"notes.bin": "x"})))
 CASES.append(Case("lora init", "a folder without train rows", _folder(
     {"test.csv": TABLE, "dev.csv": TABLE})))  # fmt: skip
 CASES.append(Case("lora init", "a folder of translations", _folder(

@@ -73,12 +73,13 @@ REST: dict[str, list[str]] = {
     ],
     "a guard: weights and scores are checked before; tests/test_numbers.py": [
         "the model's loss on this row is",
+        "`train.packing` has no meaning with `task.type: …`",  # the recipe's check says the same
     ],
     "an adapter on tied weights; tests/test_folder.py": [
         "`…` and `…` differ in the adapter, and are one in the model",
     ],
     "no tiny model has such convolutions; tests/test_adapter_folder.py": [
-        "`…` …",  # of a convolution whose padding mode or dilation PEFT's update does not have
+        "the convolution `…`",  # whose padding mode or dilation PEFT's update does not have
         "an adapter whose A spans all channels of a grouped convolution cannot be merged",
         "DoRA does not fit a convolution of … groups",
     ],

@@ -24,6 +24,7 @@ from unittest import mock
 import tiny
 import yaml
 
+import lora_cli.time_limit  # noqa: F401 - it binds `signal.signal`, which is replaced below
 from lora_cli.cli.app import main
 from lora_cli.recipe import Recipe, load_recipe
 

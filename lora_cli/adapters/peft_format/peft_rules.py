@@ -160,7 +160,8 @@ def peft_differences(
     for name in sorted(ours):
         if difference := convolution_difference(modules[name]):
             found.append(
-                f"`{name}` {difference}: leave such modules out with `adapter.exclude_modules`"
+                f"the convolution `{name}` {difference}: leave such modules out with "
+                "`adapter.exclude_modules`"
             )
             break
     return found
