@@ -84,7 +84,7 @@ def test_conversations_are_counted_as_the_template_writes_them(
         longest.messages, tools=longest.tools, tokenize=True, return_dict=False
     )
     length, why = length_of([rows], base, chosen, turns)
-    assert f"at most {len(right)}, by the model's tokens" in why
+    assert f"no row has more than {len(right)}, by the model's tokens" in why
     assert len(right) <= length < len(right) + 32
     first = [message["role"] for message in longest.messages].index("assistant")
     asked = tokenizer.apply_chat_template(

@@ -102,13 +102,11 @@ def _keys_of(classes: Definitions, names: list[str] | tuple[str, ...]) -> dict[s
     """Return the keys of a section, which may be of several classes."""
     keys: dict[str, Key] = {}
     for name in names:
-        section = classes[name]
-        assert isinstance(section, ast.ClassDef)
-        body = section.body
+        body = _body(classes, name)
         for node, after in zip(body, [*body[1:], None], strict=True):
             if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
                 continue
-            if node.target.id.startswith("_"):
+            if node.target.id.startswith("_") or "ClassVar" in ast.unparse(node.annotation):
                 continue
             key = _key(classes, node, after)
             if other := keys.get(key.name):
@@ -116,6 +114,15 @@ def _keys_of(classes: Definitions, names: list[str] | tuple[str, ...]) -> dict[s
                 key = Key(key.name, other.help, other.sections, values, other.plain)
             keys[key.name] = key
     return keys
+
+
+def _body(classes: Definitions, name: str) -> list[ast.stmt]:
+    """Return the statements of a class, after those of the classes that it extends."""
+    section = classes[name]
+    assert isinstance(section, ast.ClassDef)
+    bases = [base.id for base in section.bases if isinstance(base, ast.Name)]
+    inherited = [node for base in bases if base in classes for node in _body(classes, base)]
+    return [*inherited, *section.body]
 
 
 def _key(classes: Definitions, node: ast.AnnAssign, after: ast.stmt | None) -> Key:
