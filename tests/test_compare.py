@@ -68,9 +68,12 @@ def run(*arguments: str) -> Any:
 # ----------------------------------------------------------------------------------- bootstrap
 
 
+LOSS = {"loss": (0.0, 1.0)}
+
+
 def rows_of(rights: list[bool]) -> list[Prediction]:
     return [
-        Prediction(i, 0.0, 1.0, None, None, None, {"label": (int(right), 1)})
+        Prediction(i, None, None, None, {"label": (int(right), 1)}, LOSS)
         for i, right in enumerate(rights)
     ]
 
@@ -102,7 +105,7 @@ def test_batches_of_resamples_make_no_difference_but_in_memory(
 
 def test_examples_of_one_row_are_drawn_together() -> None:
     examples = [
-        Prediction(row, 2.0 * n, n, None, None, None, {"nll": (2.0 * n, n)})
+        Prediction(row, None, None, None, {"nll": (2.0 * n, n)}, {"loss": (2.0 * n, n)})
         for row, n in ((4, 3), (4, 5), (7, 1))
     ]
     for metric in ("loss", "perplexity"):
@@ -124,8 +127,8 @@ def test_metrics_that_are_no_sums_are_computed_anew(
 
     def predicted(wrong: int) -> list[Prediction]:
         return [
-            Prediction(i, 0.0, 1.0, None, None, None,
-                       {"label": (1 - want if i % wrong == 0 else want, want)})
+            Prediction(i, None, None, None,
+                       {"label": (1 - want if i % wrong == 0 else want, want)}, LOSS)
             for i, want in enumerate(reference)
         ]  # fmt: skip
 
@@ -141,9 +144,7 @@ def test_errors_are_means_over_rows() -> None:
     recipe = tiny.recipe_of()
     recipe.task.problem = "regression"  # type: ignore[union-attr]
     values = [(0.5, 1.0), (2.0, -1.0)]
-    rows = [
-        Prediction(i, 0.0, 1.0, None, None, None, {"value": pair}) for i, pair in enumerate(values)
-    ]
+    rows = [Prediction(i, None, None, None, {"value": pair}, LOSS) for i, pair in enumerate(values)]
     task = build_task(recipe)
     for metric, wanted in (("mse", 4.625), ("mae", 1.75), ("rmse", 4.625**0.5)):
         assert bootstrap(metric, task, rows, rows)[0] == pytest.approx(wanted)
