@@ -84,7 +84,7 @@ def _use_float32() -> None:
 
 
 def _reject_missing_gpus(processes: Processes) -> None:
-    """Refuse GPUs that are asked for and cannot be used: a CPU would silently take their place."""
+    """Reject GPUs that are asked for and cannot be used: a CPU would silently take their place."""
     if processes.use_cpu:
         return
     count = torch.cuda.device_count()

@@ -126,7 +126,7 @@ def clean_environment() -> None:
 
 
 def reject_mpi() -> None:
-    """Refuse several processes of MPI that do not know of each other: each would train it all."""
+    """Reject several processes of MPI that do not know of each other: each would train it all."""
     for name in () if os.environ.get("WORLD_SIZE", "").strip() else MPI_SIZES:
         if (size := os.environ.get(name, "").strip()) not in ("", "0", "1"):
             raise LoraError(

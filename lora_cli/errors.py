@@ -35,7 +35,7 @@ class Problem:
     """One thing that is wrong.
 
     Args:
-        what: The fault, in one line. Names the value that is wrong in backticks.
+        what: The error, in one line. Names the value that is wrong in backticks.
         at: Where it stands: `adapter.rank (recipe.yaml:14)` or `train.csv:17`.
         hint: What to do about it; a command or a value that works when typed in.
     """

@@ -297,7 +297,7 @@ def _error_of(folder: Path, name: str, size: int, sha256: str) -> Problem | None
 
 
 def reject_links_outside(folder: Path) -> None:
-    """Refuse a folder with a file that is a link to somewhere else, or has no end.
+    """Reject a folder with a file that is a link to somewhere else, or has no end.
 
     The Hub's cache is not elsewhere: every file of a snapshot in it is a link to another folder of
     it, and older downloads to a folder are links to it too.
@@ -400,7 +400,7 @@ class FolderLock:
 
 
 def require_space(folder: Path, needed_bytes: int, at: str | None = None) -> None:
-    """Refuse to begin what the disk has no room for.
+    """Check that the disk has room for what is about to be written.
 
     Raises:
         ResourceError: If less is free on the disk of the folder.

@@ -123,7 +123,7 @@ def _first_of(problems: list[Problem]) -> list[Problem]:
 def verify_base(
     adapter: AdapterFolder, base: Fingerprint | None, recipe: Recipe
 ) -> Fingerprint | None:
-    """Refuse an adapter of another base, and return what to keep beside what is made of it.
+    """Reject an adapter of another base, and return what to keep beside what is made of it.
 
     Args:
         adapter: What `read_adapter` returned.

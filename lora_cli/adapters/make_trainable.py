@@ -1,7 +1,7 @@
 """Make a model ready for training: with fresh low-rank layers, or with those of a trained adapter.
 
 `adapter.from` names the trained adapter. Its rank, alpha, targets and the rest of its configuration
-come from its folder and are written into the recipe; a recipe that says otherwise is refused.
+come from its folder and are written into the recipe; a recipe that says otherwise is rejected.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _download(name: str, at: str) -> Path:
 
 
 def _reject_other_labels(saved: AdapterFolder, recipe: Recipe) -> None:
-    """Refuse labels that are not those of the adapter's own recipe, in their order."""
+    """Reject labels that are not those of the adapter's own recipe, in their order."""
     file = saved.path / RECIPE_FILE
     if not file.is_file():
         return

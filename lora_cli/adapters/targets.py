@@ -1,6 +1,6 @@
 """Which modules get an adapter: the recipe's `target_modules` and what refines it.
 
-Every entry must match a module, and every fault is collected before the model is touched.
+Every entry must match a module, and every error is collected before the model is touched.
 """
 
 from __future__ import annotations

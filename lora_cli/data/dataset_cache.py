@@ -47,7 +47,7 @@ LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.(.+)\.(\d+)\.[0-9a-f]+\.tmp")
 
 
 class _ReadError(Exception):
-    """The system could not read what the rows are made from, which is no fault of the cache."""
+    """The system could not read what the rows are made from, which is no error of the cache."""
 
 
 class SourceChangedError(Exception):

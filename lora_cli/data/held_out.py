@@ -47,7 +47,7 @@ def draw(
     Raises:
         LoraError: If the rows cannot be divided.
     """
-    assert disjoint != "substring" or groups is None  # the recipe refuses it
+    assert disjoint != "substring" or groups is None  # the recipe rejects it
     normal = [normalised(text) for text in texts]
     if disjoint == "substring":
         holders = containing(normal)

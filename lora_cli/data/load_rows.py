@@ -355,7 +355,7 @@ def _sha256(text: str) -> str:
 
 
 def without(rows: Rows, errors: dict[int, str], recipe: Recipe) -> Rows:
-    """Return the rows without the faulty ones; unless they may be skipped, that is an error.
+    """Return the rows without the wrong ones; unless they may be skipped, that is an error.
 
     Args:
         rows: A split.
@@ -379,7 +379,7 @@ def without(rows: Rows, errors: dict[int, str], recipe: Recipe) -> Rows:
 
 
 def _advice(rows: Rows, errors: dict[int, str], recipe: Recipe) -> str:
-    """Return what fixes the commonest faults of all rows at once, or nothing."""
+    """Return what fixes the commonest errors of all rows at once, or nothing."""
     of_bytes = next((i for i, error in errors.items() if error.startswith("byte 0x")), None)
     if of_bytes is not None:
         source = Path(rows.source)
@@ -400,7 +400,7 @@ def without_errors(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the places and columns of streamed rows that can be used.
 
-    A faulty row stops; unless rows may be skipped: then `skip` is told its place and its fault.
+    A wrong row stops; unless rows may be skipped: then `skip` is told its place and its error.
     """
     for row in rows:
         error = row.error or error_of(row.columns or {})

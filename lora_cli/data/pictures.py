@@ -111,7 +111,7 @@ def _open(value: dict[str, Any]) -> tuple[Image, PictureFacts]:
     if not raw:
         raise PictureError("is empty")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of bombs, which are refused, and of odd metadata
+        warnings.simplefilter("ignore")  # of bombs, which are rejected, and of odd metadata
         try:
             _refuse_bomb(*_webp_size(raw))
             with Image.open(io.BytesIO(raw), formats=_formats()) as image:

@@ -1,7 +1,7 @@
 """Read rows from csv, json, parquet and text files, with the place of each and what is wrong.
 
 Every value of a csv file is text, as it stands: `NA`, `null` and `nan` are words, `007` keeps its
-zeros. A row that cannot be read is yielded with its fault, so that all can be reported together.
+zeros. A row that cannot be read is yielded with its error, so that all can be reported together.
 """
 
 from __future__ import annotations

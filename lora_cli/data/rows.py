@@ -26,7 +26,7 @@ class Rows:
     `self[i]` is a dictionary of the columns of row i, `self.place(i)` says where it stands.
     """
 
-    dataset: Any  # datasets.Dataset: columns row (JSON), place, fault; or the Hub's own columns
+    dataset: Any  # datasets.Dataset: columns row (JSON), place, error; or the Hub's own columns
     source: str
     sha256: str
     indices: Indices

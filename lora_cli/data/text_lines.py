@@ -1,6 +1,6 @@
 """Lines of text files, packed or not, and what says that a file is no text.
 
-Bytes that are no text of the encoding do not stop the reading: the row that holds them is at fault.
+Bytes that are no text of the encoding do not stop the reading: the row that holds them is reported.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def encoding_hint(path: Path, encoding: str) -> str:
 
 
 def _reject_seven_bit(raw: bytes, place: str) -> None:
-    """Refuse a text that looks like ASCII and is of another encoding; `ascii` allows it.
+    """Reject a text that looks like ASCII and is of another encoding; `ascii` allows it.
 
     Raises:
         LoraError: With the encoding's name.
@@ -126,7 +126,7 @@ def unreadable(path: Path, error: Exception) -> LoraError:
 
 
 def _reject_no_text(head: bytes, path: Path) -> None:
-    """Refuse a file that is, by its first bytes, anything but text in UTF-8."""
+    """Reject a file that is, by its first bytes, anything but text in UTF-8."""
     reject_binary(head, path)
     _reject_seven_bit(head[: head.rfind(b"\n") + 1] or head, str(path))
     if head.startswith(b"PAR1"):

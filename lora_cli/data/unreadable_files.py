@@ -28,7 +28,7 @@ CONTROLS = set(map(chr, range(1, 32))) - set("\t\n\v\f\r\x1b\x1c\x1d\x1e\x1f")
 
 
 def reject_binary(raw: bytes, path: Path) -> None:
-    """Refuse what is no text and no parquet file, whatever its name.
+    """Reject what is no text and no parquet file, whatever its name.
 
     Raises:
         LoraError: If it is such a file.

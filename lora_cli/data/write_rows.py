@@ -55,7 +55,7 @@ def suffix_of(path: Path) -> str:
 
 
 def reject_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Refuse an output that cannot be written, or that would replace something.
+    """Reject an output that cannot be written, or that would replace something.
 
     Raises:
         LoraError: If it cannot be written, is the input, or exists and is not to be replaced.

@@ -88,7 +88,7 @@ def evaluate(
         predictions: File that gets a line for every example, in the order of the rows.
         keep: List that gets every prediction, in the same order.
         stop: Is asked after each batch whether to go on.
-        strict_loss: Refuse a loss that is NaN or infinity.
+        strict_loss: Reject a loss that is NaN or infinity.
 
     Raises:
         NumericsError: With the place of the first row that has such a loss.

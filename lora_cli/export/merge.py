@@ -213,7 +213,7 @@ def adapter_task(
 
 
 def _reject_quantised(task: Task) -> None:
-    """Refuse a base whose weights are codes: an update added to them would be rounded away."""
+    """Reject a base whose weights are codes: an update added to them would be rounded away."""
     if getattr(task.config, "quantization_config", None) is not None:
         raise LoraError(
             f"the weights of `{task.recipe.model.name}` are quantised, so nothing can be added",
@@ -257,7 +257,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _reject_overflow(model: nn.Module, stored: dict[str, torch.dtype]) -> None:
-    """Refuse a weight that is not finite in the dtype that it is kept in."""
+    """Reject a weight that is not finite in the dtype that it is kept in."""
     for name, parameter in model.named_parameters():
         if not bool(parameter.to(stored[name]).isfinite().all()):
             raise NumericsError(

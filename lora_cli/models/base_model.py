@@ -318,7 +318,7 @@ def load_pretrained(
             config=config,
             output_loading_info=True,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # a head for other labels; any other is refused below
+            ignore_mismatched_sizes=True,  # a head for other labels; any other is rejected below
             **options,
         )
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
@@ -331,7 +331,7 @@ def load_pretrained(
 def _reject_misfits(
     model: nn.Module, mismatched: set[str], missing: set[str], recipe: Recipe, has_head: bool
 ) -> None:
-    """Refuse a model whose pretrained part would be random; a task's new head may be."""
+    """Reject a model whose pretrained part would be random; a task's new head may be."""
     heads = tuple(f"{head}." for head in new_modules(model)) if has_head else ()
     at = recipe.at("model.name")
     for name in sorted(mismatched):

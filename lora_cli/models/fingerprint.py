@@ -225,7 +225,7 @@ def require_base(
     what: str,
     in_adapter: Collection[str] = (),
 ) -> Fingerprint | None:
-    """Refuse a base that is not the one that something was trained on.
+    """Reject a base that is not the one that something was trained on.
 
     Args:
         trained_on: The fingerprint that is kept beside it; None if another tool made it.

@@ -103,7 +103,7 @@ def _check_metrics(task: Task) -> None:
 
 
 def _encode_some(task: Task, splits: dict[str, Rows], warns: bool) -> None:
-    """Encode the first rows of each split: what a chat template refuses, it refuses early."""
+    """Encode the first rows of each split: what a chat template rejects, it rejects early."""
     says_unknown = False
     for name, rows in splits.items():
         some = next(rows.batches(FIRST_ROWS))

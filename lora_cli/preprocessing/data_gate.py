@@ -33,11 +33,11 @@ N_SHOWN = 3  # examples of each finding
 
 
 def pass_gate(task: Task, data: dict[str, Encoded]) -> Findings:
-    """Look at the splits, print what was found on stderr, and refuse a leak.
+    """Look at the splits, print what was found on stderr, and reject a leak.
 
     Raises:
         LoraError: If validation or test share more with train than `data.check.max_overlap`; or
-            with a faulty row among the first that are streamed.
+            with a wrong row among the first that are streamed.
     """
     if task.recipe.data.streaming:
         Stream(task).check_start()

@@ -17,7 +17,7 @@ CHUNK = 100  # rows that are encoded together
 class Stream:
     """Iterates over the examples of the train rows, without end.
 
-    An example's `row` is the number of its row among those without a fault, which counts on from
+    An example's `row` is the number of its row among those without an error, which counts on from
     one pass to the next; its `place` is where that stands.
     """
 
@@ -52,7 +52,7 @@ class Stream:
         )
 
     def _once(self, is_first: bool) -> Iterator[list[Example]]:
-        """Yield the examples of each row without a fault."""
+        """Yield the examples of each row without an error."""
 
         def skip(place: str, error: str) -> None:
             if is_first:

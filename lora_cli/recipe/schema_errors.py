@@ -46,12 +46,12 @@ def explain(
         error: What pydantic says of `data`.
         data: The recipe as it was read.
         places: Where each key stands.
-        faulty: Keys whose value was refused by the reader already.
+        faulty: Keys whose value was rejected by the reader already.
     """
     absent = {key.rsplit(".", 1)[-1] for key in faulty}
     entries = _entries(error, data, absent)
     found = _problems(entries, data, places, faulty)
-    # Pydantic looks for conflicts only within a section that has no other fault: look again
+    # Pydantic looks for conflicts only within a section that has no other error: look again
     # without the keys that are wrong, as long as that shows more.
     paths = [path for path, _ in entries]
     while entries:
@@ -123,7 +123,7 @@ def _problems(
     for path, entry in entries:
         text = entry["msg"] if entry["type"] == "conflict" else ""
         by_key.setdefault((path, text), []).append(entry)
-    # where a value may be a word or a list, a wrong item of a list is the list's only fault
+    # where a value may be a word or a list, a wrong item of a list is the list's only error
     deeper = {path[:i] for path, _ in by_key for i in range(len(path))}
     problems = []
     for (path, conflict), group in by_key.items():
@@ -139,7 +139,7 @@ def _problems(
 
 
 def _problem(path: KeyPath, group: list[dict[str, Any]], data: Any, at: str | None) -> Problem:
-    """Return the problem of one key; `group` holds a fault for each form its value may have."""
+    """Return the problem of one key; `group` holds an error for each form its value may have."""
     entry = group[0]
     name = str(path[-1]) if path else ""
     about_key = entry["type"] == "string_pattern_mismatch" and entry["input"] == name

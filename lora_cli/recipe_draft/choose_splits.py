@@ -99,7 +99,7 @@ def is_skipped(row: dict[str, Any], chosen: Chosen) -> bool:
 
 
 def is_unusable(row: dict[str, Any], chosen: Chosen) -> bool:
-    """Return whether the task would refuse a row."""
+    """Return whether the task would reject a row."""
     keys = chosen.keys
     needed = [name for name in chosen.inputs if keys.get("format") != "alpaca" or name != "input"]
     if any(is_blank(row.get(name)) for name in needed):

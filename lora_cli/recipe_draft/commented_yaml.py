@@ -108,7 +108,7 @@ def _is_our_schema(file: Path) -> bool:
 
 
 def reject_existing(target: Path) -> None:
-    """Refuse to write where something is, or where there is no folder."""
+    """Check that nothing is there yet, and that the folder exists."""
     if target.exists():
         hint = "name another file with `-o FILE`, or remove this one first"
         raise LoraError(f"{target} exists already, and is not overwritten", "-o", hint)

@@ -48,7 +48,7 @@ def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> No
     hub, dataset, goal = is_hub_id(name), recipe.data.name, goal_of(recipe.task.type)
     library = "peft" if recipe.adapter.low_rank else "transformers" if kind == "full" else None
     front = {
-        "base_model": name if hub else None,  # the Hub refuses paths
+        "base_model": name if hub else None,  # the Hub rejects paths
         "library_name": library,
         "pipeline_tag": pipeline,
         "datasets": [dataset] if dataset and is_hub_id(dataset) else None,

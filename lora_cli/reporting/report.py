@@ -116,7 +116,7 @@ def trained_rows(facts: dict[str, Any]) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether the Hub takes this as a repository's id; it refuses paths."""
+    """Return whether the Hub takes this as a repository's id; it rejects paths."""
     return bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII))
 
 

@@ -382,7 +382,7 @@ class CausalLM(TextTask):
         """Return the token ids of a row without its answer; a long prompt is cut, if it may be.
 
         Raises:
-            LoraError: If there is no turn to answer, or the template refuses the conversation.
+            LoraError: If there is no turn to answer, or the template rejects the conversation.
         """
         return self.shortened(self.rows.prompt(row))
 

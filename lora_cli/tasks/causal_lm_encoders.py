@@ -219,7 +219,7 @@ class Chat(RowFormat):
         return self.fitted(ids, labels)
 
     def why_nothing(self, row: dict[str, Any]) -> str:
-        """Return a hint, where a row leaves nothing to train: is it the template's fault?"""
+        """Return a hint, where a row leaves nothing to train: is it due to the template?"""
         conversation = conversations_of(row, self.spec)[0]
         examples = self.template.encode(conversation, self.spec.train_on)
         if not any(any(trained) for _, trained in examples):
@@ -233,7 +233,7 @@ class Chat(RowFormat):
         """Return the tokens of the conversation without the assistant's last answer, if it has one.
 
         Raises:
-            LoraError: If there is no turn to answer, or the template refuses the conversation.
+            LoraError: If there is no turn to answer, or the template rejects the conversation.
         """
         conversation = conversations_of(row, self.spec)[0]
         messages = conversation.messages
@@ -267,7 +267,7 @@ FORMATS: dict[str, type[PlainText | PromptAndCompletion | Chat]] = {
 
 
 def conversations_of(row: dict[str, Any], spec: CausalLMSpec) -> list[Conversation]:
-    """Return the conversations of a row that has no fault."""
+    """Return the conversations of a row that has no error."""
     return read_conversations(row, spec.format, spec.messages_column)
 
 
@@ -297,7 +297,7 @@ def target_error(row: dict[str, Any], spec: CausalLMSpec, columns: Sequence[str]
     """Return what is wrong with what a model should learn of a row, or nothing.
 
     Args:
-        row: A row without a fault of `input_fault`.
+        row: A row without an error of `input_error`.
         spec: The recipe's task.
         columns: That of the completion.
     """

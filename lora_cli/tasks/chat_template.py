@@ -102,7 +102,7 @@ class ChatTemplate:
         """Return a conversation as the template writes it.
 
         Raises:
-            LoraError: If the template refuses it.
+            LoraError: If the template rejects it.
         """
         options = {"tokenize": False, "tools": tools or None, **options}
         return str(
@@ -131,7 +131,7 @@ class ChatTemplate:
         """Return the tokens of a conversation that the assistant is to continue.
 
         Raises:
-            LoraError: If the template refuses it, or does not write all of it.
+            LoraError: If the template rejects it, or does not write all of it.
         """
         self._require_roles(conversation.messages)
         hidden = self.control.hide(conversation.messages, conversation.tools)
@@ -151,7 +151,7 @@ class ChatTemplate:
             train_on: `assistant`, `all` or `last`.
 
         Raises:
-            LoraError: If the template refuses the conversation or leaves something of it out, or
+            LoraError: If the template rejects the conversation or leaves something of it out, or
                 the turns cannot be told apart.
         """
         self._require_roles(conversation.messages)

@@ -1,8 +1,8 @@
 """When numbers go bad: a bad step is left out, and a run of bad steps stops before it saves.
 
-That a step is bad, its loss or gradient NaN or infinity, may be the fault of its rows or of the
+That a step is bad, its loss or gradient NaN or infinity, may be due to its rows or to the
 weights. Its update is not made (see `step`), so that rows cannot spoil the weights. If the weights
-are at fault, the next steps are bad as well.
+are the cause, the next steps are bad as well.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class BadStep:
         return f"{', '.join(places[:N_PLACES])}{more}"
 
     def warning(self) -> str:
-        """Return what a user is told of it."""
+        """Return what to say of it to the user."""
         return f"warning: step {self.number} is left out: {NOT_FINITE}; its rows: {self.rows()}"
 
 
@@ -74,7 +74,7 @@ def reject_bad_scale(scale: float, step: int, recipe: Recipe) -> None:
 
 
 def reject_bad_parameters(model: nn.Module, step: int, recipe: Recipe) -> None:
-    """Refuse to save or evaluate a model whose trained parameters are not finite.
+    """Reject a model whose trained parameters are not finite, before it is saved or evaluated.
 
     Raises:
         NumericsError: With the name of such a parameter.

@@ -70,7 +70,7 @@ def optimizer_bytes(model: nn.Module, recipe: Recipe) -> int:
 
 
 def require_space_for_checkpoints(model: nn.Module, recipe: Recipe) -> None:
-    """Refuse to begin a run that would fill the disk.
+    """Check that the disk has room for the run.
 
     There are `checkpoint.keep` checkpoints, that of the best evaluation, and one that is written
     before the oldest goes; and the adapter in the output folder, likewise old and new.
@@ -142,7 +142,7 @@ def load_checkpoint(
 
     Args:
         output: The output folder of the run.
-        warn: Is told of every newer checkpoint that is damaged.
+        warn: Is called with a line about every newer checkpoint that is damaged.
 
     Raises:
         IntegrityError: If there are checkpoints and none is whole.

@@ -122,7 +122,7 @@ class Mirror:
             raise IntegrityError(what, self.at, ANOTHER) from error
 
     def compare(self, recipe: Recipe, now: TrainState | None = None) -> list[str]:
-        """Refuse the mirror of another run.
+        """Reject the mirror of another run.
 
         Args:
             recipe: The recipe of this run.

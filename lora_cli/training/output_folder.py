@@ -62,7 +62,7 @@ def finished_report(recipe: Recipe, resume: bool) -> dict[str, Any] | None:
 
 
 def reject_other_rows(recipe: Recipe, report: dict[str, Any], data: dict[str, Encoded]) -> None:
-    """Refuse the results of a complete run if its rows are others by now.
+    """Reject the results of a complete run if its rows are others by now.
 
     Args:
         recipe: Says where the rows lie.
@@ -89,7 +89,7 @@ def reject_other_rows(recipe: Recipe, report: dict[str, Any], data: dict[str, En
 
 
 def _reject_foreign(recipe: Recipe, resume: bool) -> None:
-    """Refuse an output folder that holds what this run must not write over."""
+    """Reject an output folder that holds what this run must not write over."""
     folder, at = recipe.output_path, recipe.at("output_dir")
     if folder.exists() and not folder.is_dir():
         raise LoraError(f"{folder} is a file", at, "choose another with `-o DIR`")

@@ -182,7 +182,7 @@ def repair_logs(folder: Path, sizes: dict[str, int], step: int) -> list[str]:
     for name, size in sizes.items():
         path = folder / name
         if path.is_symlink() or not size:
-            continue  # links are refused where the log is opened
+            continue  # links are rejected where the log is opened
         raw = path.read_bytes()[:size] if path.exists() else b""
         lines = raw.splitlines(keepends=True)
         kept = [line for line in lines if line.endswith(b"\n") and _is_record(line, step)]

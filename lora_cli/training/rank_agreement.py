@@ -35,7 +35,7 @@ SAME_FILES = "give all processes the same base, data and output folder"
 
 
 def require_same_recipe(recipe: Recipe, resume: bool, accelerator: Accelerator) -> None:
-    """Refuse to start processes that were not asked for the same.
+    """Check that all processes were asked for the same.
 
     Raises:
         LoraError: In the main process; the others end with its exit code.
@@ -56,7 +56,7 @@ def require_same_recipe(recipe: Recipe, resume: bool, accelerator: Accelerator) 
 def require_same_start(
     recipe: Recipe, state: TrainState, model: nn.Module, accelerator: Accelerator
 ) -> None:
-    """Refuse to train with processes that have read other files, or stand at another step.
+    """Check that all processes have read the same files, and stand at the same step.
 
     Raises:
         LoraError: In the main process; the others end with its exit code.
@@ -79,7 +79,7 @@ def require_same_start(
 
 
 def require_same_parameters(model: nn.Module, step: int, accelerator: Accelerator) -> None:
-    """Refuse to save when the processes no longer hold the same parameters.
+    """Check, before saving, that all processes still have the same parameters.
 
     Raises:
         NumericsError: In every process.
@@ -114,7 +114,7 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _compare(facts: dict[str, Any], accelerator: Accelerator, hint: str, recipe: Recipe) -> None:
-    """Refuse facts that differ between the processes."""
+    """Reject facts that differ between the processes."""
     every: list[dict[str, Any]] = gather_object([facts])
     problems = []
     for key in sorted(set().union(*every)):

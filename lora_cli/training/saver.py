@@ -70,11 +70,11 @@ class Saver:
         self.base, self.folder, self.facts = base, recipe.output_path, facts
 
     def begin(self, state: TrainState, say: Callable[[str], None]) -> None:
-        """Write the recipe; refuse to begin what the disk or the mirror cannot take.
+        """Write the recipe, once the disk and the mirror are known to have room.
 
         Args:
             state: Where the run stands, with its recipe and its rows.
-            say: Is told what the logs have lost.
+            say: Is called with a line about what the logs have lost.
         """
         if not self.accelerator.is_main_process:
             return
@@ -94,7 +94,7 @@ class Saver:
         Args:
             fresh: What there is without a checkpoint, and what a checkpoint has to agree with.
             total_steps: Steps of the run, by the recipe.
-            say: Is told what is skipped, and what has changed.
+            say: Is called with a line about what is skipped, or has changed.
         """
         found = load_checkpoint(self.folder, say)
         if found is None:
@@ -135,7 +135,7 @@ class Saver:
 
         Args:
             state: Where the run stands.
-            say: Is told if the mirror could not be written: the run goes on without it.
+            say: Is called with a line if the mirror could not be written; the run goes on.
 
         Raises:
             NumericsError: If the processes no longer hold the same parameters.

@@ -76,7 +76,7 @@ def train_step(
         total = accelerator.reduce(total, "sum")
         sum_gradients(list(parameters.values()), accelerator)
     if accelerator.scaler is not None and not batches:
-        accelerator.scaler.scale(total)  # one that has scaled nothing refuses to step
+        accelerator.scaler.scale(total)  # one that has scaled nothing raises on a step
     idle = [name for name, parameter in parameters.items() if parameter.grad is None]
     limit = math.inf if max_grad_norm is None else max_grad_norm
     norm = torch.as_tensor(accelerator.clip_grad_norm_(list(parameters.values()), limit))

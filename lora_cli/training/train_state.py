@@ -108,7 +108,7 @@ def memory_facts(recipe: Recipe) -> dict[str, Any]:
 
 
 def reject_changes(saved: TrainState, recipe: Recipe, now: TrainState | None = None) -> list[str]:
-    """Refuse to go on with another recipe, other data, or on another machine.
+    """Reject a resumption with another recipe, other data, or on another machine.
 
     Where the result lies may change, and how memory is saved; with `checkpoint.allow_changes`
     whatever does not change the model.
@@ -156,7 +156,7 @@ def let_stopping_go_on(state: TrainState, fresh: TrainState, say: Callable[[str]
 
 
 def reject_fewer_steps(state: TrainState, total_steps: int, recipe: Recipe) -> None:
-    """Refuse a recipe with fewer steps than the run has made.
+    """Reject a recipe with fewer steps than the run has made.
 
     Raises:
         LoraError: If there are fewer.

@@ -72,7 +72,7 @@ def save_adapter(
     write_json(folder / CONFIG_FILE, adapter_config(model, recipe, in_full))
     if base is not None:
         base.write(folder)
-    # copies, since safetensors refuses tensors that share memory, as those of a tie do
+    # copies, since safetensors rejects tensors that share memory, as those of a tie do
     tensors = {
         name: t.cpu().clone(memory_format=torch.contiguous_format)
         for name, t in adapter_tensors(model).items()
