@@ -10,7 +10,8 @@ from lora_cli.training.checkpoints import checkpoints
 
 Json = dict[str, Any]
 TIMES = {
-    "logs", "seconds_per_step", "examples_per_s", "tokens_per_s", "memory_bytes", "seconds"
+    "logs", "seconds_per_step", "examples_per_s", "tokens_per_s", "pictures_per_s",
+    "memory_bytes", "seconds",
 }  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def test_counts_labels_and_lengths(write: Write) -> None:
     task = build_task(load_recipe(path))
     task.load_processor()
     full = [len(task.tokenizer(text)["input_ids"]) for text, _ in rows]
-    assert split.tokens == {
+    assert split.lengths == {
         "p50": sorted(full)[1], "p95": sorted(full)[2], "max": full[-1],
         "total": sum(min(n, 16) for n in full),
     }  # fmt: skip
@@ -102,7 +102,7 @@ def test_counts_labels_and_lengths(write: Write) -> None:
 def test_a_row_that_just_fits_is_not_cut(write: Write) -> None:
     rows = [("a b c", 0), ("a b c d", 1)]
     path = write(train=rows)
-    longest = found(path).splits["train"].tokens["max"]
+    longest = found(path).splits["train"].lengths["max"]
     assert found(path, f"task.max_length={longest}").splits["train"].cut_rows == 0
     assert found(path, f"task.max_length={longest - 1}").splits["train"].cut_rows == 1
 
@@ -190,7 +190,7 @@ def test_a_long_text_is_divided_and_not_cut(write: Write) -> None:
     split = found(write("llama", train=rows, task={"max_length": 16})).splits["train"]
     assert (split.divided_rows, split.cut_rows) == (1, 0)
     assert split.examples > 2
-    assert split.tokens["max"] > 40
+    assert split.lengths["max"] > 40
 
 
 def test_a_long_pair_is_cut_and_its_trained_tokens_are_counted(write: Write) -> None:
@@ -210,7 +210,7 @@ def test_a_long_pair_is_cut_and_its_trained_tokens_are_counted(write: Write) -> 
 
 def test_plain_text_is_trained_but_for_the_first_token(write: Write) -> None:
     split = found(write("llama", train=[{"text": "a b c"}, {"text": "d"}])).splits["train"]
-    assert split.trained_tokens == (split.tokens["total"] - 2) / split.tokens["total"]
+    assert split.trained_tokens == (split.lengths["total"] - 2) / split.lengths["total"]
 
 
 def test_what_of_a_conversation_is_compared() -> None:

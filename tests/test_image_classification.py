@@ -615,6 +615,17 @@ def test_the_report_shows_the_worst_pictures_in_one_file(trained: Path) -> None:
     assert "tokens (median" not in page
 
 
+def test_the_log_and_the_report_count_pictures(trained: Path) -> None:
+    report = json.loads((trained / "out" / "report.json").read_text())
+    logged = json.loads((trained / "out" / "metrics.jsonl").read_text().splitlines()[-2])
+    for found in (report["training"], logged):
+        assert found["pictures_per_s"] == pytest.approx(found["examples_per_s"], abs=0.06)
+        assert not any("token" in key for key in found)
+    # all pictures are read in one size, so that a row has no length
+    assert not report["data"]["train"].keys() & {"max_tokens", "max_pictures", "tokens", "pictures"}
+    assert "pictures a second" in (trained / "out" / "report.html").read_text()
+
+
 def test_the_card_runs(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = (trained / "out" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]

@@ -51,7 +51,7 @@ def test_a_share_of_unknown_tokens_is_said_with_the_letters(english: Path, tmp_p
     ids = [i for text, _ in ROWS for i in task.tokenizer(text)["input_ids"][1:-1]]
     share = ids.count(task.tokenizer.unk_token_id) / len(ids)
     assert 0.3 < share < 0.9
-    assert findings.splits["train"].unknown_tokens == pytest.approx(share)
+    assert findings.splits["train"].unknown_share == pytest.approx(share)
     (line,) = [line for line in findings.warnings() if "tokenizer does not know" in line]
     assert line.startswith(f"{100 * share:.1f} % of the tokens of train are `[UNK]`")
     assert "(train.jsonl:1: `商`, `品`" in line

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_cli.characters import difference_of_form
 from lora_cli.data.load_rows import Rows
@@ -108,7 +109,6 @@ class _Scan:
         long = full > (task.max_length or np.inf)
         kept = np.bincount(which, split.lengths, minlength=len(of_row))
         cut = long & (kept < full)
-        p50, p95 = (int(q) for q in np.percentile(full, (50, 95), method="lower"))
         names = task.label_names
         unknown_share, unknown_warning = task.unknown_input(self.name, self.rows, split.examples)
         return SplitFindings(
@@ -119,15 +119,10 @@ class _Scan:
             empty_rows=self.empty_rows,
             control_token_rows=len(self.control_rows),
             control_tokens=self._about_control_tokens(),
-            tokens={
-                "p50": p50,
-                "p95": p95,
-                "max": int(full.max()),
-                "total": int(split.lengths.sum()),
-            },
+            lengths=self._lengths(full),
             cut_rows=int(cut.sum()),
             divided_rows=int((long & ~cut).sum()),
-            unknown_tokens=unknown_share,
+            unknown_share=unknown_share,
             unknown_warning=unknown_warning,
             trained_tokens=task.trained_share(split),
             labels={name: self.labels[name] for name in names},
@@ -138,6 +133,14 @@ class _Scan:
             contradictions=self._contradictions() if self.targets else None,
             label_doubts=self._label_questions(names) if self.name == "train" else [],
         )
+
+    def _lengths(self, full: NDArray[np.int64]) -> dict[str, int] | None:
+        """Return how long the rows are, where they have a length, and the total after the cut."""
+        if self.task.max_length is None:
+            return None
+        p50, p95 = (int(q) for q in np.percentile(full, (50, 95), method="lower"))
+        total = int(self.split.lengths.sum())
+        return {"p50": p50, "p95": p95, "max": int(full.max()), "total": total}
 
     def _about_control_tokens(self) -> str:
         """Return what is made of control tokens in the texts, and where the first stands."""

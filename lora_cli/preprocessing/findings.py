@@ -60,13 +60,14 @@ class SplitFindings:
     """Rows with a control token, such as `</s>`, spelled out in a text."""
     control_tokens: str
     """What is made of them, and where the first stands."""
-    tokens: dict[str, int]
-    """Tokens of a row before it is cut: p50, p95, max, and the total that is left."""
+    lengths: dict[str, int] | None
+    """Tokens of a row before it is cut (or what else the task counts): p50, p95, max, and the
+    total that is left; None where a row has no length."""
     cut_rows: int
     """Rows of which `max_length` takes tokens away."""
     divided_rows: int
     """Rows that were too long and became several examples."""
-    unknown_tokens: float
+    unknown_share: float
     """Share of the tokens that stand for what the tokenizer does not know."""
     unknown_warning: str | None
     """What to say of them, if they are many."""
@@ -97,7 +98,7 @@ class Findings:
     def added_to(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Return the data section of a report with the findings; what it says already stays."""
         added = {
-            name: {**_without_none(asdict(split)), **facts.get(name, {})}
+            name: {**self._in_report(split), **facts.get(name, {})}
             for name, split in self.splits.items()
         }
         overlap = {
@@ -105,6 +106,15 @@ class Findings:
             for name, others in self.overlap.items()
         }
         return {**facts, **added, "overlap": overlap}
+
+    def _in_report(self, split: SplitFindings) -> dict[str, Any]:
+        """Return the findings of a split by the keys of a report, which name what is counted."""
+        known: dict[str, Any] = _without_none(asdict(split))
+        if (lengths := known.pop("lengths", None)) is not None:
+            known[f"{self.unit}s"] = lengths
+            known[f"unknown_{self.unit}s"] = known["unknown_share"]
+        del known["unknown_share"]
+        return known
 
     def problems(self) -> list[Problem]:
         """Return the overlaps of held-out rows with train that are above `max_overlap`."""
@@ -189,8 +199,8 @@ class Findings:
         add("with control tokens", [f"{s.control_token_rows:,}" for s in splits])
         add("empty rows", [f"{s.empty_rows:,}" for s in splits])
         add("rows without example", [f"{s.rows_without_example:,}" for s in splits])
-        if self.max_length is not None:
-            add(f"{self.unit}s p50/p95/max", [_quantiles(s.tokens) for s in splits])
+        lengths = [s.lengths for s in splits]
+        add(f"{self.unit}s p50/p95/max", ["" if n is None else _quantiles(n) for n in lengths])
         cut = [f"{s.cut_rows:,}{_percent(s.cut_rows / s.rows)}" for s in splits]
         divided = [f"{s.divided_rows:,}{_percent(s.divided_rows / s.rows)}" for s in splits]
         has_divided = any(s.divided_rows for s in splits)
@@ -198,7 +208,7 @@ class Findings:
             add(f"cut at {self.max_length}", cut, always=True)
         add(f"divided at {self.max_length}", divided if has_divided else [])
         if any(s.unknown_warning for s in splits):
-            add("unknown tokens", [f"{100 * s.unknown_tokens:.1f} %" for s in splits])
+            add("unknown tokens", [f"{100 * s.unknown_share:.1f} %" for s in splits])
         trained = [s.trained_tokens for s in splits]
         add(
             "trained tokens", ["" if share is None else f"{100 * share:.1f} %" for share in trained]
@@ -255,8 +265,8 @@ def _shown(found: Found | None) -> str:
     return "" if found is None else str(found)
 
 
-def _quantiles(tokens: dict[str, int]) -> str:
-    return "/".join(str(tokens[key]) for key in ("p50", "p95", "max"))
+def _quantiles(lengths: dict[str, int]) -> str:
+    return "/".join(str(lengths[key]) for key in ("p50", "p95", "max"))
 
 
 def _percent(share: float) -> str:

@@ -35,8 +35,9 @@ def data_section(report: dict[str, Any]) -> str:
     columns: dict[str, list[str]] = {}
     for key, name in COUNTS.items():
         columns[name] = [_count(s.get(key)) for s in splits.values()]
-    if report.get("unit", "token") == "token":
-        columns["tokens (median, longest)"] = [_tokens(s) for s in splits.values()]
+    units = f"{report.get('unit', 'token')}s"
+    if any(f"max_{units}" in split for split in splits.values()):
+        columns[f"{units} (median, longest)"] = [_lengths(s, units) for s in splits.values()]
     for key, name in FOUND.items():
         columns[name] = [_count(part(s, key).get("rows")) for s in splits.values()]
     if columns["examples"] == columns["rows"]:
@@ -60,9 +61,9 @@ def _count(value: Any) -> str:
     return f"{number:,.0f}" if (number := finite(value)) is not None else DASH
 
 
-def _tokens(split: dict[str, Any]) -> str:
-    known = part(split, "tokens")
-    longest = known.get("max", split.get("max_tokens"))
+def _lengths(split: dict[str, Any], units: str) -> str:
+    known = part(split, units)
+    longest = known.get("max", split.get(f"max_{units}"))
     return f"{_count(known.get('p50'))}, {_count(longest)}" if longest is not None else DASH
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_cli.training.bad_numbers import BadStep
 from lora_cli.training.batches import PlannedStep
+from lora_cli.training.progress import rate_key
 from lora_cli.training.step import StepResult
 from lora_cli.training.train_state import TrainState
 
@@ -65,14 +66,19 @@ class Window:
         self.read()
         state.unlogged_steps, state.unlogged_loss = self.steps, float(self.total)
 
-    def record(self, state: TrainState) -> dict[str, float]:
-        """Return loss, gradient norm and speed."""
+    def record(self, state: TrainState, unit: str) -> dict[str, float]:
+        """Return loss, gradient norm and speed.
+
+        Args:
+            state: Where the run stands now.
+            unit: What the costs of batches are counted in, such as `token`.
+        """
         start = self.start
         seconds = max(state.seconds - start.seconds, 1e-9)
         return {
             "loss": self.loss,
             "grad_norm": float(self.norm),
             "examples_per_s": round((state.examples - start.examples) / seconds, 2),
-            "tokens_per_s": round((state.tokens - start.tokens) / seconds, 1),
+            rate_key(unit): round((state.tokens - start.tokens) / seconds, 1),
             "seconds_per_step": round(seconds / max(state.step - start.step, 1), 4),
         }

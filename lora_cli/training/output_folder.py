@@ -26,7 +26,7 @@ from lora_cli.reporting import plot_learning_curve, write_model_card, write_page
 from lora_cli.reporting.report import part
 from lora_cli.tasks import Encoded, Task
 from lora_cli.training.checkpoints import peek_state
-from lora_cli.training.progress import peak_memory_bytes
+from lora_cli.training.progress import peak_memory_bytes, rate_key
 from lora_cli.training.train_state import TrainState, recipe_facts, reject_changes
 
 REPORT = "report.json"
@@ -205,8 +205,9 @@ def _facts(task: Task, split: Encoded, sha256: str) -> dict[str, Any]:
         "skipped_rows": len(rows.skipped),
         "dropped_rows": rows.dropped,
         "rows_without_example": split.rows_without_example,
-        "max_tokens": int(split.lengths.max()),
     }
+    if task.max_length is not None:
+        facts[f"max_{task.unit}s"] = int(split.lengths.max())
     if counts := task.label_counts(rows):
         facts["labels"] = counts
     return facts
@@ -239,7 +240,7 @@ def add_results(
         "epochs": epochs,
         "seconds": round(state.seconds, 2),
         "examples_per_s": round(state.examples / seconds, 2),
-        "tokens_per_s": round(state.tokens / seconds, 1),
+        rate_key(report["unit"]): round(state.tokens / seconds, 1),
         "peak_memory_bytes": peak_memory_bytes(device),
         "stopped_early": state.stopped_early,
         "skipped_steps": state.skipped_steps,

@@ -22,6 +22,11 @@ from lora_cli.reporting.report import strict
 GIB = 2**30
 
 
+def rate_key(unit: str) -> str:
+    """Return what a log and a report call the speed: `tokens_per_s`, `pictures_per_s`."""
+    return f"{unit}s_per_s"
+
+
 class RunLog:
     """The display on stderr, `metrics.jsonl`, `samples.jsonl`, and trackers.
 
@@ -108,8 +113,10 @@ class RunLog:
         self.bar.update(self.row, completed=step)
 
     def _units_of(self, record: dict[str, Any]) -> str:
-        """Return the speed in tokens, where that is not the one in examples."""
-        return f"{record['tokens_per_s']:,.0f} tok/s  " if self.unit == "token" else ""
+        """Return the speed in the task's unit, unless each example counts as one."""
+        rate, name = record[rate_key(self.unit)], "tok" if self.unit == "token" else f"{self.unit}s"
+        same = round(rate, 1) == round(record["examples_per_s"], 1)
+        return "" if same else f"{rate:,.0f} {name}/s  "
 
     def trained(self, record: dict[str, Any], seconds_left: float) -> None:
         """Log a record of training."""

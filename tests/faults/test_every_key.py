@@ -101,7 +101,7 @@ def report(left: Left) -> Any:
     value = json.loads((left.out / "report.json").read_text())
     for key in ("created", "command", "versions"):
         del value[key]
-    for key in ("seconds", "examples_per_s", "tokens_per_s", "peak_memory_bytes"):
+    for key in ("seconds", "examples_per_s", "tokens_per_s", "pictures_per_s", "peak_memory_bytes"):
         value["training"].pop(key, None)
     return value
 
