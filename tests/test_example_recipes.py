@@ -1,0 +1,139 @@
+"""The recipes in configs/: each trains a tiny model on rows of the form of its data set."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import tiny_pictures
+import yaml
+
+from lora_cli.evaluation.open_adapter import open_adapter
+from lora_cli.recipe import load_adapter_recipe, load_recipe
+from lora_cli.training import train
+
+Json = dict[str, Any]
+Make = Callable[[int], Json]
+CONFIGS = Path(__file__).parents[1] / "configs"
+ENTITIES = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC"]
+LEAVES = ["angular_leaf_spot", "bean_rust", "healthy"]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def sentence(i: int) -> Json:
+    return {"sentence": f"{tiny.CORPUS[i % 8]}, number {i}", "label": i % 2, "idx": i}
+
+
+def entities(i: int) -> Json:
+    tokens = [f"x{i}", "Ada", "Byron", "met", "Rome", "."][: 2 + i % 5]
+    return {
+        "id": str(i), "tokens": tokens, "pos_tags": [0] * len(tokens),
+        "ner_tags": [0, 1, 2, 0, 5, 0][: len(tokens)],
+    }  # fmt: skip
+
+
+def leaf(i: int) -> Json:
+    file = tiny_pictures.encoded(tiny_pictures.picture(i, width=50, height=40), "JPEG")
+    image = {"bytes": file, "path": f"{i}.jpg"}
+    return {"image_file_path": f"/home/{i}.jpg", "image": image, "labels": i % 3}
+
+
+def paragraph(i: int) -> Json:
+    return {"text": "" if i % 2 else f" {tiny.CORPUS[i % 8]} {i} \n" * 4}
+
+
+def instruction(i: int) -> Json:
+    turns = [("user", f"say {i}"), ("assistant", f"{tiny.CORPUS[i % 8]} {i}")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return {"prompt": f"say {i}", "messages": messages, "category": "Chat"}
+
+
+def classes(*names: str) -> Any:
+    import datasets
+
+    return datasets.ClassLabel(names=list(names))
+
+
+def save_llama(folder: Path) -> Path:
+    tokenizer, model = tiny.tokenizer("llama"), tiny.llama()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.pad_token = None
+    # one of the many that Llama 3 reserves
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|finetune_right_pad_id|>"]})
+    tokenizer.save_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    return folder
+
+
+def hub_folder(
+    folder: Path, config: str | None, splits: list[str], make: Make, **kinds: Any
+) -> Path:
+    """Write a data set as the Hub keeps it: parquet files, and a README that names its splits."""
+    import datasets
+
+    files = []
+    for n, split in enumerate(splits):
+        rows = [make(1000 * n + i) for i in range(10 if n else 120)]
+        dataset = datasets.Dataset.from_list(rows)
+        for column, kind in kinds.items():
+            dataset = dataset.cast_column(column, kind)
+        dataset.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+        files.append({"split": split, "path": f"{split}-*.parquet"})
+    head = yaml.safe_dump({"configs": [{"config_name": config or "default", "data_files": files}]})
+    (folder / "README.md").write_text(f"---\n{head}---\n", encoding="utf-8")
+    return folder
+
+
+def stand_ins(name: str, folder: Path) -> tuple[Path, Path]:
+    """Return a base model and a data set of the structure that a recipe expects."""
+    import datasets
+
+    all_splits = ["train", "validation", "test"]
+    base, data = folder / "base", folder / name  # `datasets` caches by the folder's own name
+    data.mkdir()
+    match name:
+        case "sst2_roberta":
+            kind = {"label": classes("negative", "positive")}
+            splits = ["train", "validation"]
+            return tiny.save_encoder(base), hub_folder(data, "sst2", splits, sentence, **kind)
+        case "conll2003_roberta":
+            kind = {"ner_tags": datasets.List(classes(*ENTITIES))}
+            return tiny.save_encoder(base), hub_folder(data, None, all_splits, entities, **kind)
+        case "beans_vit":
+            kind = {"image": datasets.Image(), "labels": classes(*LEAVES)}
+            return tiny_pictures.save("vit", base), hub_folder(data, None, all_splits, leaf, **kind)
+        case "gpt2_wikitext":
+            config = "wikitext-2-raw-v1"
+            return tiny.save_gpt2(base), hub_folder(data, config, all_splits, paragraph)
+        case "llama_instruct":
+            return save_llama(base), hub_folder(data, None, ["train", "test"], instruction)
+    raise AssertionError(f"configs/{name}.yaml has no stand-ins: write them here")
+
+
+NEEDS_HUB = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "demo")
+
+
+@pytest.mark.parametrize("name", NEEDS_HUB)
+def test_an_example_recipe_trains(name: str, tmp_path: Path) -> None:
+    base, data = stand_ins(name, tmp_path)
+    changes = [f"model.name={base}", f"data.name={data}", f"output_dir={tmp_path / 'out'}"]
+    changes += ["train.epochs=null", "train.max_steps=1", "train.micro_batch_size=4"]
+    if name == "sst2_roberta":
+        changes.append("train.precision=fp32")  # fp16 needs a GPU
+    with contextlib.redirect_stderr(io.StringIO()):
+        report = train(load_recipe(CONFIGS / f"{name}.yaml", changes))
+    assert report["metrics"]["after"]["test"].keys() > {"loss"}
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["r"] == yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["adapter"]["rank"]
+    open_adapter(tmp_path / "out", load_adapter_recipe(tmp_path / "out"))
