@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from transformers import (
     AlbertConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BartConfig,
     BertConfig,
@@ -24,10 +26,12 @@ from transformers import (
     PretrainedConfig,
     ReformerConfig,
     RwkvConfig,
+    T5Config,
     XLNetConfig,
 )
 
 from lora_cli.errors import LoraError
+from lora_cli.models.full_precision import full_precision
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Task, build_task
@@ -97,6 +101,12 @@ def config(kind: str) -> PretrainedConfig:
                 "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 10000.0,
             }  # fmt: skip
             return LlamaConfig(**config("llama").to_dict() | {"rope_parameters": scaling})
+        case "t5":
+            return T5Config(
+                vocab_size=tiny.vocabulary(), d_model=32, d_kv=8, d_ff=48, num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu", dropout_rate=0.0, decoder_start_token_id=0, **ENDS,
+            )  # fmt: skip
         case "reformer":
             return ReformerConfig(
                 vocab_size=tiny.vocabulary(), hidden_size=32, num_attention_heads=2,
@@ -344,3 +354,43 @@ def test_more_tokens_than_the_model_can_take_are_found_with_the_key(tmp_path: Pa
     with pytest.raises(LoraError, match="cannot compute 100 tokens") as found:
         choose_padding(task, model)
     assert found.value.problems[0].at.startswith("task.max_length")
+
+
+@pytest.mark.parametrize(
+    "kind", ["bert", "distilbert", "gpt2", "llama", "xlnet", "fnet", "convbert"]
+)
+def test_rounding_to_16_bits_is_not_taken_for_padding_that_is_seen(
+    kind: str, tmp_path: Path
+) -> None:
+    """A deep model in bfloat16 differs by more than a small head's outputs may."""
+    wanted = {"xlnet": LEFT, "fnet": NONE, "convbert": NONE}
+    folder = base(tmp_path / "base", kind, AutoModelForSequenceClassification)
+    task, model = opened(folder, tmp_path, train={"precision": "bf16"})
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.shape[0] == 2:  # the head: outputs are small, and rounding is not
+                parameter.mul_(1e-3)
+        choose_padding(task, model)
+    assert {p.dtype for p in model.parameters()} <= {torch.bfloat16, torch.float32}
+    assert task.padding == wanted.get(kind, RIGHT)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "t5", "bart", "rwkv"])
+@torch.no_grad()
+def test_full_precision_is_what_a_float32_copy_computes(kind: str, tmp_path: Path) -> None:
+    auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+    if kind == "t5":
+        auto = AutoModelForSeq2SeqLM
+    torch.manual_seed(0)
+    model = tiny.enliven(auto.from_config(config(kind))).eval().to(torch.bfloat16)
+    wide = copy.deepcopy(model).float()
+    inputs = {"input_ids": torch.randint(5, 20, (2, 12))}
+    if kind == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    wanted = wide(**inputs).logits
+    assert (model(**inputs).logits.float() - wanted).abs().max() > 1e-3
+    with full_precision(model) as dtype:
+        found = model(**inputs).logits
+    assert dtype == found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.errors import LoraError
+from lora_cli.models.full_precision import full_precision
 from lora_cli.tasks.contract import IGNORED, Encoded, Example
 from lora_cli.tasks.padding import tolerance
 from lora_cli.tasks.text_task import TextTask
@@ -108,11 +109,12 @@ def check_packing(task: TextTask, model: nn.Module, split: Encoded) -> None:
     was_training = model.training
     model.eval()
     try:
-        packed, other_packed = (
-            _logits(model, task.collate([one_row([before, second])] * n_rows).inputs)[:, start:]
-            for before in (first, other)
-        )
-        alone = _logits(model, {"input_ids": torch.tensor([second["input_ids"]])})
+        with full_precision(model):
+            packed, other_packed = (
+                _logits(model, task.collate([one_row([before, second])] * n_rows).inputs)[:, start:]
+                for before in (first, other)
+            )
+            alone = _logits(model, {"input_ids": torch.tensor([second["input_ids"]])})
         packed, other_packed = (logits[:, : alone.shape[1]] for logits in (packed, other_packed))
     except TypeError:  # its forward takes no position ids
         leaks = True

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.attach import training_mode
 from lora_cli.errors import LoraError, counted
+from lora_cli.models.full_precision import full_precision
 from lora_cli.tasks.contract import Example
 from lora_cli.tasks.finite_scores import require_finite, require_finite_weights
 from lora_cli.tasks.padding import MOST_NOISE, NONE, RIGHT, Padding, candidates, tolerance
@@ -95,12 +96,13 @@ def check_training(task: TextTask, model: nn.Module, longest: int | None = None)
 
 @contextmanager
 def _trial(task: TextTask, model: nn.Module) -> Iterator[None]:
-    """Compute without dropout, and without filling rows to a multiple of some tokens."""
+    """Compute in float32, without dropout, and without rows filled to a multiple of tokens."""
     was_training, multiple, padding = model.training, task.pad_multiple, task.padding
     model.eval()
     task.pad_multiple, task.padding = 1, RIGHT
     try:
-        yield
+        with full_precision(model):  # rounding would hide, or pass for, what padding changes
+            yield
     finally:
         model.train(was_training)
         task.pad_multiple, task.padding = multiple, padding

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from lora_cli.characters import without_half_character
+from lora_cli.models.full_precision import full_precision
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.finite_scores import FiniteScores
 from lora_cli.tasks.padding import MOST_NOISE, Padding, fill, tolerance
@@ -286,8 +287,8 @@ def _is_same_next_to(
     Rounding may differ with the size of a batch: a copy of the short prompt shows by how much.
     """
     batches = [short], [short, short], [short, other]
-    alone, copies, padded = (_greedy(model, batch, pad_id, n_tokens) for batch in batches)
-    dtype = next(model.parameters()).dtype
+    with full_precision(model) as dtype:
+        alone, copies, padded = (_greedy(model, batch, pad_id, n_tokens) for batch in batches)
     for (token, a), (copied, b), (found, c) in zip(alone, copies, padded, strict=True):
         noise, scale = float((a - b).abs().max()), float(a.abs().max())
         if not float((a - c).abs().max()) <= min(tolerance(a, noise, dtype), MOST_NOISE * scale):
