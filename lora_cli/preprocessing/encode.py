@@ -15,6 +15,7 @@ from lora_cli.data.dataset_cache import cached_dataset
 from lora_cli.data.load_rows import Rows, load_rows, without
 from lora_cli.data.readers import require_columns
 from lora_cli.errors import LoraError, Problem, counted
+from lora_cli.preprocessing.encoded_table import EncodedTable
 from lora_cli.tasks.contract import Encoded, Example, Task
 from lora_cli.tasks.long_texts import in_batches
 from lora_cli.unexpected_errors import own_words
@@ -146,7 +147,7 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
         for name in ("row", "length", "full_length")
     )
     without_example = len(rows) - len(np.unique(of_row))
-    return Encoded(rows, dataset, lengths, full, without_example)
+    return Encoded(rows, EncodedTable(dataset), lengths, full, without_example)
 
 
 def _bounded(batches: Iterator[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -32,7 +32,7 @@ from lora_cli.tasks.contract import (
 )
 from lora_cli.tasks.marked_tokens import marked
 from lora_cli.tasks.packing import Packed, check_packing
-from lora_cli.tasks.padding import fill, tolerance
+from lora_cli.tasks.padding import fill, mask_of, tolerance
 from lora_cli.tasks.text_generation import (
     REPLACEMENT,
     Answer,
@@ -242,22 +242,18 @@ class CausalLM(TextTask):
         off, transformers then builds a block mask, so that none attends to another.
         """
         ids = [example["input_ids"] for example in examples]
-        labels = [[IGNORED, *example["labels"][1:]] for example in examples]
         inputs = {"input_ids": fill(ids, self._pad, self.pad_multiple)}
         n_tokens = sum(len(sequence) for sequence in ids)
         if "position_ids" in examples[0]:
             # filled positions are a document of their own, so that every row is a whole pack
             width = inputs["input_ids"].shape[1]
-            inputs["position_ids"] = torch.tensor(
-                [
-                    [*example["position_ids"], *range(width - len(example["position_ids"]))]
-                    for example in examples
-                ]
-            )
+            positions = [example["position_ids"] for example in examples]
+            positions = [np.append(row, np.arange(width - len(row))) for row in positions]
+            inputs["position_ids"] = fill(positions, 0, 1)
         else:
-            ones = [[1] * len(sequence) for sequence in ids]
-            inputs["attention_mask"] = fill(ones, 0, self.pad_multiple)
-        padded = fill(labels, IGNORED, self.pad_multiple)
+            inputs["attention_mask"] = mask_of(ids, self.pad_multiple)
+        padded = fill([example["labels"] for example in examples], IGNORED, self.pad_multiple)
+        padded[:, 0] = IGNORED  # the first token is predicted from nothing
         # what is trained is found here, as the device would have to be waited for
         trained = padded[:, 1:] != IGNORED
         row, column = trained.nonzero(as_tuple=True)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
@@ -183,7 +184,7 @@ class Classification(Task):
 
     def labels_and_items(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """Return the labels of examples, and how many items each is: rows, or their weights."""
-        labels = torch.tensor([example["labels"] for example in examples])
+        labels = torch.from_numpy(np.array([example["labels"] for example in examples]))
         if self.label_spec.problem != "single_label":
             labels = labels.float()
         items = torch.ones(len(examples))

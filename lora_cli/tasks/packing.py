@@ -74,9 +74,9 @@ class Packed:
 def one_row(examples: Sequence[Example]) -> Example:
     """Return several examples as one; the first token of each is not predicted."""
     return {
-        "input_ids": [token for e in examples for token in e["input_ids"]],
-        "labels": [label for e in examples for label in [IGNORED, *e["labels"][1:]]],
-        "position_ids": [i for e in examples for i in range(len(e["input_ids"]))],
+        "input_ids": np.concatenate([e["input_ids"] for e in examples]),
+        "labels": np.concatenate([np.append(IGNORED, e["labels"][1:]) for e in examples]),
+        "position_ids": np.concatenate([np.arange(len(e["input_ids"])) for e in examples]),
         "row": examples[0]["row"],
     }
 

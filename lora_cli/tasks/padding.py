@@ -11,11 +11,13 @@ rows of the same length are computed together.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 ROUNDING = {torch.float32: 128, torch.float16: 16, torch.bfloat16: 8}  # times eps and the scale
@@ -42,15 +44,27 @@ class Padding:
 RIGHT, NONE = Padding(), Padding("none")
 
 
-def fill(rows: list[Any], value: int, multiple: int, padding: Padding = RIGHT) -> Tensor:
+def fill(
+    rows: Sequence[Sequence[int] | NDArray[Any]],
+    value: int,
+    multiple: int,
+    padding: Padding = RIGHT,
+) -> Tensor:
     """Return rows of numbers as one tensor (B, T), filled to a multiple of so many tokens."""
     length = max(len(row) for row in rows)
     length = -(-length // multiple) * multiple
-    result = torch.full((len(rows), length), value, dtype=torch.long)
+    result = np.full((len(rows), length), value, dtype=np.int64)
     for i, row in enumerate(rows):
         start = length - len(row) if padding.side == "left" else 0
-        result[i, start : start + len(row)] = torch.as_tensor(row, dtype=torch.long)
-    return result
+        result[i, start : start + len(row)] = row
+    return torch.from_numpy(result)
+
+
+def mask_of(
+    rows: Sequence[Sequence[int] | NDArray[Any]], multiple: int, padding: Padding = RIGHT
+) -> Tensor:
+    """Return the attention mask (B, T) of rows that are filled: 1 at tokens, 0 where filled."""
+    return fill([np.ones(len(row), dtype=np.int64) for row in rows], 0, multiple, padding)
 
 
 def positions_of(mask: Tensor) -> Tensor:

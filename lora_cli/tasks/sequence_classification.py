@@ -20,7 +20,7 @@ from lora_cli.tasks.classification import Classification
 from lora_cli.tasks.contract import MAIN, Batch, Example, Field
 from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.tasks.long_texts import end_of_text, in_batches, is_long, token_ids
-from lora_cli.tasks.padding import fill, positions_of
+from lora_cli.tasks.padding import fill, mask_of, positions_of
 from lora_cli.tasks.text_task import TRIAL_TEXT, TextTask
 
 
@@ -238,8 +238,7 @@ class SequenceClassification(Classification, TextTask):
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         ids = [example["input_ids"] for example in examples]
-        ones = [[1] * len(sequence) for sequence in ids]
-        mask = fill(ones, 0, self.pad_multiple, self.padding)
+        mask = mask_of(ids, self.pad_multiple, self.padding)
         inputs = {
             "input_ids": fill(ids, self._pad, self.pad_multiple, self.padding),
             "attention_mask": mask,

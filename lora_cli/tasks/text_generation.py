@@ -18,7 +18,7 @@ from lora_cli.characters import without_half_character
 from lora_cli.models.full_precision import full_precision
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.finite_scores import FiniteScores
-from lora_cli.tasks.padding import MOST_NOISE, Padding, fill, tolerance
+from lora_cli.tasks.padding import MOST_NOISE, Padding, fill, mask_of, tolerance
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -218,10 +218,9 @@ def _padded_left(
 ) -> dict[str, torch.Tensor]:
     """Return prompts as one batch, padded on the left so that all answers start together."""
     device, rows = next(model.parameters()).device, [list(prompt) for prompt in prompts]
-    ones = [[1] * len(row) for row in rows]
     return {
         "input_ids": fill(rows, pad_id, 1, LEFT).to(device),
-        "attention_mask": fill(ones, 0, 1, LEFT).to(device),
+        "attention_mask": mask_of(rows, 1, LEFT).to(device),
     }
 
 

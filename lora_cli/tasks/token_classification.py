@@ -24,7 +24,7 @@ from lora_cli.tasks.entity_rows import EntityRows, RowText, spans_in_words
 from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.tasks.head_rows import arrange_rows
 from lora_cli.tasks.long_texts import token_ids
-from lora_cli.tasks.padding import fill, positions_of
+from lora_cli.tasks.padding import fill, mask_of, positions_of
 from lora_cli.tasks.text_task import TRIAL_TEXT, TextTask
 from lora_cli.tasks.word_windows import (
     Words,
@@ -328,7 +328,7 @@ class TokenClassification(TextTask):
         )
 
     def _padded(self, ids: list[list[int]]) -> dict[str, Tensor]:
-        mask = fill([[1] * len(sequence) for sequence in ids], 0, self.pad_multiple, self.padding)
+        mask = mask_of(ids, self.pad_multiple, self.padding)
         token = self.tokenizer.pad_token_id
         token = self.tokenizer.eos_token_id if token is None else token
         padding = 0 if token is None else int(token)  # it is masked, whichever it is

@@ -1,0 +1,82 @@
+"""Encoded examples, read from the memory-mapped table without making Python lists of them.
+
+A batch of 32 short texts takes 1.2 ms to read as lists and 2.3 ms more to pad, which is half of a
+small step on a GPU. The table holds the tokens of many rows one after another, so an example is a
+slice of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from lora_cli.tasks.contract import Example
+
+
+class EncodedTable:
+    """The examples of a split, in order.
+
+    Args:
+        dataset: A `datasets.Dataset` whose rows are the table's, in order.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset, self.data = dataset, dataset.data
+        self._slices: dict[str, _Slices] = {}
+        self._scalars: dict[str, NDArray[Any]] = {}
+        self._others: list[str] = []
+        for name, kind in zip(dataset.column_names, self.data.schema.types, strict=True):
+            column = self.data.column(name)
+            if pa.types.is_list(kind) and pa.types.is_integer(kind.value_type):
+                self._slices[name] = _Slices(column)
+            elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+                self._scalars[name] = column.to_numpy()
+            else:
+                self._others.append(name)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.dataset)
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return an example, as lists and numbers, or all values of a column."""
+        return self.dataset[key]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+        """Return examples whose lists are arrays: views of the table, which cannot be written."""
+        columns: dict[str, Sequence[Any]] = {
+            name: values[indices].tolist() for name, values in self._scalars.items()
+        }
+        columns |= {name: [slices[i] for i in indices] for name, slices in self._slices.items()}
+        if self._others:
+            rows = self.dataset.select_columns(self._others)[list(indices)]
+            columns |= {name: rows[name] for name in self._others}
+        return [
+            dict(zip(columns, values, strict=True))
+            for values in zip(*columns.values(), strict=True)
+        ]
+
+
+class _Slices:
+    """A column of lists of integers.
+
+    Args:
+        column: A chunked array, of which every chunk has its own values and offsets.
+    """
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self.values = [chunk.values.to_numpy() for chunk in column.chunks]
+        self.offsets = [chunk.offsets.to_numpy() for chunk in column.chunks]
+        self.starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
+
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        chunk = int(np.searchsorted(self.starts, index, side="right")) - 1
+        place, offsets = index - int(self.starts[chunk]), self.offsets[chunk]
+        found: NDArray[Any] = self.values[chunk][offsets[place] : offsets[place + 1]]
+        return found

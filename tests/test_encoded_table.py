@@ -1,0 +1,64 @@
+"""Examples read as slices of the table are those that the data set itself gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from lora_cli.preprocessing.encoded_table import EncodedTable
+
+FEATURES = datasets.Features({
+    "input_ids": datasets.List(datasets.Value("int32")),
+    "token_type_ids": datasets.List(datasets.Value("int8")),
+    "labels": datasets.List(datasets.Value("float32")),
+    "image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+    "length": datasets.Value("int32"),
+    "weight": datasets.Value("float32"),
+})  # fmt: skip
+
+
+def row(i: int) -> dict[str, Any]:
+    ids = list(range(i, i + i % 4))  # every fourth has none
+    return {
+        "input_ids": ids, "token_type_ids": [i % 2] * len(ids), "labels": [i / 4] * 2,
+        "image": {"bytes": bytes([i]), "path": None}, "length": len(ids), "weight": i / 8,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> EncodedTable:
+    folder = Path(tmp_path_factory.mktemp("table"))
+    parts = [
+        datasets.Dataset.from_list([row(i) for i in some], features=FEATURES)
+        for some in (range(5), range(5, 6), range(6, 23))
+    ]
+    datasets.concatenate_datasets(parts).save_to_disk(folder, num_shards=2)
+    found = EncodedTable(datasets.load_from_disk(str(folder)))
+    assert found.data.column("input_ids").num_chunks > 1
+    return found
+
+
+def test_a_batch_of_examples_is_that_of_the_data_set(table: EncodedTable) -> None:
+    order = [22, 0, 5, 6, 4, 17, 5]
+    found = table.__getitems__(order)
+    for position, example in zip(order, found, strict=True):
+        wanted = row(position)
+        assert list(example) == list(wanted) or set(example) == set(wanted)
+        for name, value in wanted.items():
+            given = example[name]
+            assert (given.tolist() if isinstance(given, np.ndarray) else given) == value
+        assert isinstance(example["input_ids"], np.ndarray)
+        assert type(example["length"]) is int
+    assert table[3] == row(3)
+    assert table["length"][:] == [row(i)["length"] for i in range(23)]
+    assert len(table) == 23
+
+
+def test_what_the_table_holds_cannot_be_written_over(table: EncodedTable) -> None:
+    (example,) = table.__getitems__([3])
+    with pytest.raises(ValueError, match="read-only"):
+        example["input_ids"][0] = 7
