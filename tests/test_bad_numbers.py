@@ -25,6 +25,7 @@ from lora_cli.training import run as training_run
 from lora_cli.training import train
 from lora_cli.training.bad_numbers import MAX_BAD_STEPS, BadStep, reject_bad_scale, reject_bad_steps
 from lora_cli.training.checkpoints import checkpoints
+from lora_cli.training.engine import Engine
 
 Json = dict[str, Any]
 Run = Callable[..., Json]
@@ -118,9 +119,9 @@ def test_a_left_out_step_is_as_if_it_had_not_been(run: Run, tmp_path: Path) -> N
     weights: list[dict[str, torch.Tensor]] = []
     real = training_run.train_step
 
-    def watched(model: nn.Module, *rest: Any) -> Any:
-        result = real(model, *rest)
-        weights.append({n: p.detach().clone() for n, p in trainable_parameters(model).items()})
+    def watched(engine: Engine, batches: Any) -> Any:
+        result = real(engine, batches)
+        weights.append({n: p.detach().clone() for n, p in engine.parameters.items()})
         return result
 
     with pytest.MonkeyPatch.context() as patch:
@@ -232,10 +233,10 @@ def test_parameters_gone_bad_are_neither_saved_nor_published(
 ) -> None:
     real = training_run.train_step
 
-    def spoil(model: nn.Module, *rest: Any) -> Any:
-        result = real(model, *rest)  # the loss is of the parameters before the step
+    def spoil(engine: Engine, batches: Any) -> Any:
+        result = real(engine, batches)  # the loss is of the parameters before the step
         with torch.no_grad():
-            next(iter(trainable_parameters(model).values())).fill_(torch.nan)
+            next(iter(engine.parameters.values())).fill_(torch.nan)
         return result
 
     monkeypatch.setattr(training_run, "train_step", spoil)

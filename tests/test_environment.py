@@ -29,6 +29,7 @@ from lora_cli.errors import LoraError, ResourceError
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.tasks import Batch
 from lora_cli.training import train
+from lora_cli.training.engine import Engine
 from lora_cli.training.step import train_step
 
 PACKAGE = Path(accelerate.__path__[0])
@@ -84,7 +85,8 @@ def step(recipe: Recipe) -> tuple[list[float], str]:
             Batch({}, {"labels": torch.randn(2, 3)}, {"loss": torch.ones(2)}, 6, [0, 1])
             for _ in range(2)
         ]
-        train_step(model, Squares(), optimizer, batches, accelerator, 1.0)  # type: ignore[arg-type]
+        engine = Engine(model, Squares(), optimizer, accelerator, 1.0)  # type: ignore[arg-type]
+        train_step(engine, batches)
     how = f"{accelerator.distributed_type} {accelerator.device} {accelerator.mixed_precision}"
     return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(), how
 

@@ -22,7 +22,8 @@ from lora_cli.recipe import Recipe
 from lora_cli.tasks import Batch, Task, build_task
 from lora_cli.tasks.causal_lm_encoders import FORMATS
 from lora_cli.tasks.contract import IGNORED, Example
-from lora_cli.training.step import StepResult, sum_gradients, train_step
+from lora_cli.training.engine import Engine, sum_gradients
+from lora_cli.training.step import StepResult, train_step
 
 RATE = 0.5
 TEXTS = ["a", "a warm and funny film", "dull", "great fun and a great cast , far too long"]
@@ -49,7 +50,9 @@ class Case:
         accelerator = Accelerator()
         optimizer = accelerator.prepare_optimizer(torch.optim.SGD(parameters.values(), lr=RATE))
         batches = self.batches(sizes)
-        result = train_step(self.model, self.task, optimizer, batches, accelerator, **options)
+        result = train_step(
+            Engine(self.model, self.task, optimizer, accelerator, **options), batches
+        )
         moved = {name: (before[name] - p.detach()) / RATE for name, p in parameters.items()}
         with torch.no_grad():
             for name, p in parameters.items():
@@ -218,7 +221,7 @@ def test_the_gradient_norm_is_that_before_clipping(ragged: Case) -> None:
     accelerator = Accelerator()
     optimizer = accelerator.prepare_optimizer(torch.optim.SGD(parameters.values(), lr=0.0))
     batches = ragged.batches([7])
-    result = train_step(ragged.model, ragged.task, optimizer, batches, accelerator, 1e-3)
+    result = train_step(Engine(ragged.model, ragged.task, optimizer, accelerator, 1e-3), batches)
     wanted = torch.cat([t.flatten() for t in gradients.values()]).norm()
     torch.testing.assert_close(result.grad_norm, wanted, rtol=1e-5, atol=0.0)
     assert result.idle == []
@@ -232,7 +235,7 @@ def test_a_parameter_that_the_forward_does_not_use_is_named() -> None:
     optimizer = torch.optim.AdamW(made.model.parameters(), weight_decay=0.1)
     prepared = accelerator.prepare_optimizer(optimizer)
     before = made.model.extra.weight.detach().clone()
-    result = train_step(made.model, made.task, prepared, made.batches([2]), accelerator)
+    result = train_step(Engine(made.model, made.task, prepared, accelerator), made.batches([2]))
     assert result.idle == ["extra.weight", "extra.bias"]
     assert torch.equal(made.model.extra.weight, before)
 
@@ -268,7 +271,7 @@ def test_a_process_without_examples_takes_the_step_of_the_others(ragged: Case) -
     parameters = trainable_parameters(ragged.model)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer = torch.optim.SGD(parameters.values(), lr=RATE)
-    result = train_step(ragged.model, ragged.task, optimizer, [], others)
+    result = train_step(Engine(ragged.model, ragged.task, optimizer, others), [])
     assert float(result.loss) == pytest.approx(0.7)
     for name, gradient in gradients.items():
         moved = (before[name] - parameters[name].detach()) / RATE
@@ -302,7 +305,7 @@ def test_all_items_of_no_weight_move_nothing(ragged: Case) -> None:
     before = {name: p.detach().clone() for name, p in parameters.items()}
     accelerator = Accelerator()
     optimizer = accelerator.prepare_optimizer(torch.optim.SGD(parameters.values(), lr=RATE))
-    result = train_step(ragged.model, task, optimizer, batches, accelerator, 1.0)
+    result = train_step(Engine(ragged.model, task, optimizer, accelerator, 1.0), batches)
     assert float(result.loss) == 0.0
     assert all(torch.equal(p, before[name]) for name, p in parameters.items())
 
@@ -357,7 +360,9 @@ def test_a_bad_step_changes_nothing(kind: str, spoil: dict[str, float], first: b
     prepared = accelerator.prepare_optimizer(optimizer)
 
     def step(task: Any) -> StepResult:
-        return train_step(made.model, task, prepared, made.batches([1, 1]), accelerator, 1.0)
+        return train_step(
+            Engine(made.model, task, prepared, accelerator, 1.0), made.batches([1, 1])
+        )
 
     if not first:
         assert not step(made.task).bad
@@ -376,7 +381,9 @@ def test_a_bad_step_changes_nothing(kind: str, spoil: dict[str, float], first: b
             theirs.copy_(mine)
     if first:
         made_by_twin = accelerator.prepare_optimizer(OPTIMIZERS[kind](others))
-        train_step(twin.model, twin.task, made_by_twin, twin.batches([1, 1]), accelerator, 1.0)
+        train_step(
+            Engine(twin.model, twin.task, made_by_twin, accelerator, 1.0), twin.batches([1, 1])
+        )
         assert not step(made.task).skipped
         assert all(torch.equal(a, b) for a, b in zip(parameters, others, strict=True))
 
@@ -396,7 +403,7 @@ def test_a_micro_batch_without_trained_tokens_changes_nothing() -> None:
         accelerator = Accelerator()
         parameters = list(trainable_parameters(model).values())
         optimizer = accelerator.prepare_optimizer(torch.optim.SGD(parameters, lr=RATE))
-        result = train_step(model, made.task, optimizer, batches, accelerator)
+        result = train_step(Engine(model, made.task, optimizer, accelerator), batches)
         return result, parameters
 
     with_it, ours = moved([masked, *others])

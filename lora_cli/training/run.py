@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_cli.accelerator import start_accelerator
-from lora_cli.adapters.attach import trainable_parameters, training_mode
+from lora_cli.adapters.attach import training_mode
 from lora_cli.adapters.make_trainable import make_trainable
 from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
 from lora_cli.environment import reject_mpi
@@ -34,6 +34,7 @@ from lora_cli.training.bad_numbers import (
 from lora_cli.training.batches import Batches, PlannedStep
 from lora_cli.training.best_adapter import Judge
 from lora_cli.training.checkpoints import adopt_adapter, clear_leftovers, optimizer_bytes
+from lora_cli.training.engine import Engine
 from lora_cli.training.launch import explaining, main_process_first, seed_everything
 from lora_cli.training.log_window import Window
 from lora_cli.training.memory_and_disk import find_micro_batch
@@ -181,7 +182,8 @@ class Run:
         recipe, state, accelerator = self.recipe, self.state, self.accelerator
         self.stop.activity, self.stop.at_once = TRAINING, False
         training_mode(self.model)
-        parameters = trainable_parameters(self.model)  # once: searched in each step, they take 1 ms
+        limit = recipe.train.max_grad_norm
+        engine = Engine(self.model, self.task, self.prepared, accelerator, limit)
         self.window = Window(state, accelerator.device)
         self._clock = time.perf_counter()
         if state.evaluation_due:  # the run was stopped before it, or in the middle
@@ -196,15 +198,7 @@ class Run:
             rate = set_learning_rate(self.optimizer, factor)
             batches = [batch.to(accelerator.device) for batch in planned.batches]
             with phase(f"training, in step {planned.number}"):
-                result = train_step(
-                    self.model,
-                    self.task,
-                    self.prepared,
-                    batches,
-                    accelerator,
-                    recipe.train.max_grad_norm,
-                    parameters,
-                )
+                result = train_step(engine, batches)
             self._record(planned, result, rate)
             self.stop.stepped(time.monotonic() - began)
             self._evaluate_and_save()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Batch
 from lora_cli.training import run as training_run
 from lora_cli.training.checkpoints import load_checkpoint
+from lora_cli.training.engine import Engine
 from lora_cli.training.step import train_step
 
 pytestmark = [
@@ -113,20 +115,15 @@ def test_fp16_resumes_with_its_loss_scale_after_an_overflow(
     def overflow_at(step: int, stop: int | None) -> Any:
         calls = iter(range(1, 1000))
 
-        def step_once(model: Any, task: Any, optimizer: Any, batches: Any, *rest: Any) -> Any:
+        def step_once(engine: Any, batches: Any) -> Any:
             number = next(calls)
             if stop is not None and number > stop:
                 raise RuntimeError("pulled the plug")
             if number == step:
                 for batch in batches:
                     batch.targets["labels"] = batch.targets["labels"].clone()
-                original = task.losses
-                task.losses = lambda *given: scaled(original(*given), 1e30)
-                try:
-                    return real(model, task, optimizer, batches, *rest)
-                finally:
-                    task.losses = original
-            return real(model, task, optimizer, batches, *rest)
+                return real(replace(engine, task=Scaled(engine.task, 1e30)), batches)
+            return real(engine, batches)
 
         return step_once
 
@@ -178,8 +175,8 @@ def test_fused_optimizer_on_the_gpu_resumes_bit_for_bit(tmp_path: Path) -> None:
 def test_endless_overflow_in_fp16_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = training_run.train_step
 
-    def overflow(model: Any, task: Any, *rest: Any) -> Any:
-        return real(model, Scaled(task, 1e30), *rest)
+    def overflow(engine: Any, batches: Any) -> Any:
+        return real(replace(engine, task=Scaled(engine.task, 1e30)), batches)
 
     monkeypatch.setattr(training_run, "train_step", overflow)
     # the first loss scale, 65536, is halved 17 times before it is below 1; step 20 is logged
@@ -195,11 +192,10 @@ def test_a_bad_step_changes_nothing_on_a_gpu(
 ) -> None:
     real, steps, weights = training_run.train_step, iter(range(1, 100)), []
 
-    def spoil(model: Any, task: Any, *rest: Any) -> Any:
-        spoiled = next(steps) == 7
-
-        result = real(model, Scaled(task, float("nan") if spoiled else 1.0), *rest)
-        weights.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+    def spoil(engine: Any, batches: Any) -> Any:
+        factor = float("nan") if next(steps) == 7 else 1.0
+        result = real(replace(engine, task=Scaled(engine.task, factor)), batches)
+        weights.append([p.detach().clone() for p in engine.parameters.values()])
         return result
 
     monkeypatch.setattr(training_run, "train_step", spoil)
@@ -216,8 +212,8 @@ def test_bad_steps_in_a_row_stop_a_run_on_a_gpu(
 ) -> None:
     real = training_run.train_step
 
-    def spoil(model: Any, task: Any, *rest: Any) -> Any:
-        return real(model, Scaled(task, float("inf")), *rest)
+    def spoil(engine: Any, batches: Any) -> Any:
+        return real(replace(engine, task=Scaled(engine.task, float("inf"))), batches)
 
     monkeypatch.setattr(training_run, "train_step", spoil)
     with pytest.raises(NumericsError, match="in steps 1 to 5"):  # step 5 is logged: it is read then
@@ -246,8 +242,10 @@ def test_a_step_on_a_gpu_does_not_wait_for_it(tmp_path: Path) -> None:
         inputs, {"labels": torch.zeros(2, device="cuda")}, {"loss": torch.ones(2)}, 2, [0, 1]
     )
 
+    engine = Engine(layer, Task(), prepared, accelerator, 1.0)
+
     def step() -> Any:
-        return train_step(layer, Task(), prepared, [batch], accelerator, 1.0)
+        return train_step(engine, [batch])
 
     step()  # the first makes the optimizer's state
     torch.cuda.set_sync_debug_mode("error")
