@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
         return
     import typer.main
+    from datasets import arrow_dataset
     from hypothesis import settings
 
     from lora_cli.training import output_folder
@@ -47,6 +49,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # A plot is half of a run of a few steps. Its own tests call it from `lora_cli.reporting`; runs
     # that tests start as commands of their own draw it.
     output_folder.plot_learning_curve = lambda folder, report: None
+    # Each metric puts its rows into a table, whose contents `datasets` pickles for a fingerprint
+    # that nothing reads: a tenth of a run of a few steps.
+    arrow_dataset.generate_fingerprint = lambda dataset: uuid.uuid4().hex[:16]
     # the commands are made of their functions' annotations once, not for each of 1,000 calls
     typer.main.get_command = functools.cache(typer.main.get_command)
     settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)

@@ -59,6 +59,7 @@ def test_every_file_the_text_names_exists(cells: list[dict[str, Any]]) -> None:
     assert [name for name in names if not (NOTEBOOK.parents[1] / name).is_file()] == []
 
 
+@pytest.mark.slow
 def test_the_code_prints_what_is_stored(
     code: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

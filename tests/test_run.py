@@ -9,10 +9,7 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -393,57 +390,6 @@ def test_a_second_interruption_ends_at_once(bench: Bench, monkeypatch: pytest.Mo
         with pytest.raises(SystemExit) as caught:
             signal.raise_signal(signal.SIGINT)
     assert caught.value.code == 130
-
-
-@pytest.fixture
-def commands() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start `lora`; what still runs at the end is ended."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: str | Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "lora_cli", *map(str, arguments)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        started.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-        )  # fmt: skip
-        return started[-1]
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Wait until a run has logged a step."""
-    log = out / "metrics.jsonl"
-    while not log.exists() or f'"step": {step},' not in log.read_text():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-
-
-def test_the_command_saves_on_a_signal(
-    bench: Bench, commands: Callable[..., subprocess.Popen[str]]
-) -> None:
-    """Resuming is proved above, and with every signal in tests/faults/test_signals.py."""
-    train = {"max_steps": 3000, "log_every_steps": 1}
-    path = bench.recipe(adapter={"dropout": 0.3}, train=train, checkpoint={"every_steps": 1000})
-    out = bench.folder / "cut"
-    process = commands("train", path, "-o", out)
-    wait_for_step(out, 5, process)
-    process.send_signal(signal.SIGTERM)
-    stdout, stderr = process.communicate()
-    assert process.returncode == 143, stderr
-    assert stdout == ""
-    assert "everything is saved" in stderr
-    assert "Traceback" not in stderr
-    assert re.search(r"^step +1/3000  loss", stderr, re.MULTILINE)
-    assert not re.search(r"[^\n\x20-\uffff]", stderr)  # a file is no terminal
-    assert 5 <= steps_of(out)[-1] < 3000
 
 
 def test_the_command_returns_at_once_from_a_complete_run(bench: Bench) -> None:

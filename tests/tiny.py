@@ -12,9 +12,12 @@ few rows.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,6 @@ from tokenizers import (
 )
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -247,34 +249,65 @@ class ConvNet(nn.Module):
 
 # --------------------------------------------------------------------------- folders and recipes
 
+_SAVED: dict[tuple[object, ...], Path] = {}
 
-def _save(folder: Path | str, model: PreTrainedModel, kind: str) -> Path:
-    folder = Path(folder)
-    model.save_pretrained(folder)
-    tokenizer(kind).save_pretrained(folder)
-    return folder
+
+@functools.cache
+def _templates() -> Path:
+    folder = tempfile.mkdtemp(prefix="lora-tiny-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _save(folder: Path | str, key: tuple[object, ...], build: Callable[[], Any], kind: str) -> Path:
+    """Save what `build` returns, with its tokenizer; what was saved once is copied from then on."""
+
+    def save(place: Path) -> None:
+        build().save_pretrained(place)
+        tokenizer(kind).save_pretrained(place)
+
+    return saved_once(folder, key, save)
+
+
+def saved_once(folder: Path | str, key: tuple[object, ...], save: Callable[[Path], None]) -> Path:
+    """Write a model's folder: the first of its kind with `save`, all others as copies of that.
+
+    Making and saving even a tiny model takes longer than many a test. The random numbers that it
+    draws are not taken from the test's, so a test is the same whether it is the first or not.
+    """
+    if key not in _SAVED:
+        template = _templates() / str(len(_SAVED))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            save(template)
+        _SAVED[key] = template
+    # not `copy2`: each is a file of its own, with a time of its own
+    shutil.copytree(_SAVED[key], folder, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    return Path(folder)
 
 
 def save_encoder(
     folder: Path | str, labels: Sequence[str] | None = None, kind: str = "roberta", seed: int = 0
 ) -> Path:
     """Save a base encoder, or with `labels` a classifier of them, and return its folder."""
-    return _save(folder, encoder(labels, kind, seed), "encoder")
+    names = None if labels is None else tuple(labels)
+    key = ("encoder", names, kind, seed)
+    return _save(folder, key, lambda: encoder(labels, kind, seed), "encoder")
 
 
 def save_encoder_decoder(folder: Path | str, kind: str = "bart", seed: int = 0) -> Path:
     """Save a BART or a T5, and return its folder."""
-    return _save(folder, encoder_decoder(kind, seed), "encoder")
+    return _save(folder, (kind, seed), lambda: encoder_decoder(kind, seed), "encoder")
 
 
 def save_gpt2(folder: Path | str, seed: int = 0) -> Path:
     """Save a GPT-2 whose tokenizer has no padding token, and return its folder."""
-    return _save(folder, gpt2(seed), "gpt2")
+    return _save(folder, ("gpt2", seed), lambda: gpt2(seed), "gpt2")
 
 
 def save_llama(folder: Path | str, tied: bool = True, seed: int = 0) -> Path:
     """Save a Llama whose tokenizer has every special token, and return its folder."""
-    return _save(folder, llama(tied, seed), "llama")
+    return _save(folder, ("llama", tied, seed), lambda: llama(tied, seed), "llama")
 
 
 def recipe_of(task: str = "sequence_classification", **adapter: Any) -> Recipe:
@@ -314,7 +347,7 @@ def recipe(folder: Path | str, tmp_path: Path, **sections: Any) -> Path:
         "output_dir": str(tmp_path / "out"),
     }
     if (Path(folder) / "config.json").is_file():
-        kind = AutoConfig.from_pretrained(folder).model_type
+        kind = json.loads((Path(folder) / "config.json").read_text())["model_type"]
         if kind in ("gpt2", "llama"):
             values["task"] = {"type": "causal_lm", "text_column": "text", "max_length": 32}
             if kind == "gpt2":

@@ -84,7 +84,8 @@ def model(kind: str, labels: int | Sequence[str] = 2, seed: int = 0) -> PreTrain
 
 def save(kind: str, folder: Path, labels: int | Sequence[str] = 2, **processor: Any) -> Path:
     """Save a tiny classifier with its processor into a folder, and return the folder."""
-    model(kind, labels).save_pretrained(folder)
+    names = labels if isinstance(labels, int) else tuple(labels)
+    tiny.saved_once(folder, (kind, names), lambda place: model(kind, labels).save_pretrained(place))
     text = json.dumps({**PROCESSOR, **processor})
     (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
     return folder

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import pytest
 from killing import Nursery, Whole, measure
@@ -26,7 +27,11 @@ def nest(pytestconfig: pytest.Config) -> Iterator[Nursery]:
 
 
 @pytest.fixture(scope="session")
-def whole(nest: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    folder = tmp_path_factory.mktemp("whole")
-    recipe, _, _ = measure(nest, folder, "accumulation, dropout")
-    return Whole(recipe, folder / "whole")
+def wholes(nest: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
+    """Return a function that gives one of `RUNS`, which is run once for all tests."""
+    return functools.cache(lambda name: measure(nest, tmp_path_factory.mktemp("whole"), name))
+
+
+@pytest.fixture(scope="session")
+def whole(wholes: Callable[[str], Whole]) -> Whole:
+    return wholes("accumulation, dropout")

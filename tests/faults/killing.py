@@ -10,6 +10,7 @@ usage: python tests/faults/killing.py [KILLS (200)] [SEED (0)]
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import itertools
 import json
@@ -35,7 +36,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 Json = dict[str, Any]
-STEPS = 24
+STEPS = 15
 IMPORTED = (  # what a run imports, some of it late
     "lora_cli.training", "datasets", "evaluate", "matplotlib.figure", "sklearn.metrics",
     "matplotlib.backends.backend_agg", "transformers.models.llama.modeling_llama",
@@ -76,6 +77,8 @@ class Whole(NamedTuple):
 
     recipe: Path
     out: Path
+    processes: int
+    seconds: float
 
 
 @dataclass
@@ -219,12 +222,34 @@ class Nursery:
         Returns:
             Exit codes; a negative number is a signal.
         """
-        request = {
-            "recipe": str(recipe), "out": str(out), "processes": processes, "sets": list(sets),
-            "kill": kill and asdict(kill), "resume": resume, "limits": list(limits),
-            "squeeze": squeeze, "others": list(others), "ignored": list(ignored),
-            "threads": threads,
-        }  # fmt: skip
+        return self._ask(
+            recipe=str(recipe), out=str(out), processes=processes, sets=list(sets),
+            kill=kill and asdict(kill), resume=resume, limits=list(limits), squeeze=squeeze,
+            others=list(others), ignored=list(ignored), threads=threads,
+        )  # fmt: skip
+
+    def command(
+        self,
+        arguments: Sequence[str],
+        out: Path,
+        kill: Kill | None = None,
+        pipe: Path | None = None,
+    ) -> int:
+        """Run `lora ARGUMENTS` as a shell starts it, and return its exit code.
+
+        Args:
+            arguments: The command line after `lora`.
+            out: `OUT.0.out` gets what is written to stdout, and `OUT.0.log` what is to stderr.
+            kill: What signal the command gets, and when.
+            pipe: A named pipe that gets both instead.
+        """
+        (code,) = self._ask(
+            arguments=list(arguments), out=str(out), processes=1, kill=kill and asdict(kill),
+            limits=[], squeeze=None, ignored=[], threads=1, pipe=pipe and str(pipe),
+        )  # fmt: skip
+        return code
+
+    def _ask(self, **request: Any) -> list[int]:
         self.requests.write(json.dumps(request) + "\n")
         self.requests.flush()
         answer: list[int] = json.loads(self.answers.readline())
@@ -242,6 +267,8 @@ def nursery(asked: int, tell: int) -> None:
     from lora_cli.cli.options import quiet_libraries
 
     quiet_libraries()
+    gc.collect()
+    gc.freeze()  # a run that collects garbage would write to, and so copy, every page from here
     for line in os.fdopen(asked):
         request = json.loads(line)
         with socket.socket() as free:
@@ -315,25 +342,52 @@ def _run(request: Json, rank: int, port: str) -> None:
         _when(at, lambda: _squeeze(amount))
     code = 1
     try:
-        from lora_cli.errors import LoraError
-        from lora_cli.recipe import load_recipe
-        from lora_cli.training import train
-
-        sets = [f"output_dir={request['out']}", *request["sets"]]
-        sets += request["others"] if rank else []
-        train(load_recipe(Path(request["recipe"]), sets), resume=request["resume"])
-        code = 0
-    except SystemExit as error:
-        code = int(error.code or 0)
-    except LoraError as error:
-        os.write(2, f"{error}\n".encode())
-        code = error.exit_code
+        code = _command(request) if "arguments" in request else _train(request, rank)
     except BaseException:
         import traceback
 
-        traceback.print_exc()
+        os.write(log, traceback.format_exc().encode())
     finally:
         os._exit(code)
+
+
+def _train(request: Json, rank: int) -> int:
+    """Train, and return the exit code."""
+    from lora_cli.errors import LoraError
+    from lora_cli.recipe import load_recipe
+    from lora_cli.training import train
+
+    sets = [f"output_dir={request['out']}", *request["sets"]]
+    sets += request["others"] if rank else []
+    try:
+        train(load_recipe(Path(request["recipe"]), sets), resume=request["resume"])
+    except SystemExit as error:
+        return int(error.code or 0)
+    except LoraError as error:
+        os.write(2, f"{error}\n".encode())
+        return error.exit_code
+    return 0
+
+
+def _command(request: Json) -> int:
+    """Run the command line with streams of its own, and return the exit code."""
+    from lora_cli.cli.app import main
+
+    pipe = request["pipe"]
+    place = pipe or request["out"] + ".0.out"
+    output = os.open(place, os.O_WRONLY | (0 if pipe else os.O_CREAT | os.O_TRUNC))
+    for number in (1, 2) if pipe else (1,):
+        os.dup2(output, number)
+    os.close(output)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.argv = ["lora", *request["arguments"]]
+    try:
+        main()
+    except SystemExit as error:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return int(error.code or 0)
+    return 0
 
 
 def _await_death(kill: Kill) -> None:
@@ -404,21 +458,23 @@ def _wait_until_over(told: int, seconds: float) -> None:
 # ------------------------------------------------------------------------------- judging the runs
 
 
-def measure(nest: Nursery, folder: Path, name: str) -> tuple[Path, int, float]:
-    """Run one of `RUNS` unharmed, as `folder/whole`; return recipe, processes and seconds."""
+def measure(nest: Nursery, folder: Path, name: str) -> Whole:
+    """Run one of `RUNS` unharmed, as `folder/whole`."""
     recipe, processes = write_recipe(folder, name)
     began = time.monotonic()
     ends = nest.run(recipe, folder / "whole", processes)
     assert ends == [0] * processes, (folder / "whole.0.log").read_text()[-3000:]
-    return recipe, processes, time.monotonic() - began
+    return Whole(recipe, folder / "whole", processes, time.monotonic() - began)
 
 
-def torment(nest: Nursery, folder: Path, name: str, kills: int, chance: random.Random) -> Outcome:
-    """Kill one of `RUNS` so many times, half of them in a save; let it end; compare the results."""
+def torment(
+    nest: Nursery, folder: Path, whole: Whole, kills: int, chance: random.Random
+) -> Outcome:
+    """Kill a run so many times, half of them in a save; let it end; compare the results."""
     from runs import differences
 
     outcome = Outcome()
-    recipe, processes, seconds = measure(nest, folder, name)
+    recipe, _, processes, seconds = whole
     out, number = folder / "cut-0", 0
     while outcome.kills < kills or not (out / "report.json").exists():
         kill = None
@@ -435,11 +491,9 @@ def torment(nest: Nursery, folder: Path, name: str, kills: int, chance: random.R
             outcome.too_late += kill is not None
             if ends != [0] * processes:
                 text = Path(f"{out}.0.log").read_text()[-3000:]
-                outcome.differences.append(f"{name}: ended with {ends}\n{text}")
+                outcome.differences.append(f"ended with {ends}\n{text}")
                 return outcome
-            outcome.differences += [
-                f"{name}: {what}" for what in differences(folder / "whole", out)
-            ]
+            outcome.differences += differences(whole.out, out)
             number += 1
             out = folder / f"cut-{number}"
             if outcome.kills >= kills:
@@ -457,7 +511,7 @@ def main() -> None:
             share = (kills * (i + 1)) // len(RUNS) - (kills * i) // len(RUNS)
             place = Path(folder) / str(i)
             place.mkdir()
-            found = torment(nest, place, name, share, chance)
+            found = torment(nest, place, measure(nest, place, name), share, chance)
             total, bad = total + found.kills, bad + len(found.differences)
             counts = f"{found.kills:4} kills, {found.in_saves:4} in a save"
             say(f"{name:42} {counts}, {len(found.differences)} differences")

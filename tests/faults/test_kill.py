@@ -9,56 +9,62 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from killing import RUNS, Kill, Nursery, measure, torment, write_recipe
+from killing import RUNS, STEPS, Kill, Nursery, Whole, torment, write_recipe
 from runs import assert_same_run
 
 from lora_cli.training.checkpoints import checkpoints
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_random_kills_change_nothing(nest: Nursery, tmp_path: Path, name: str) -> None:
+def test_random_kills_change_nothing(
+    nest: Nursery, wholes: Callable[[str], Whole], tmp_path: Path, name: str
+) -> None:
     """One here; `scripts/chaos` kills hundreds."""
-    outcome = torment(nest, tmp_path, name, 1, random.Random(name))
+    outcome = torment(nest, tmp_path, wholes(name), 1, random.Random(name))
     assert outcome.differences == []
     assert outcome.kills == 1
 
 
-def test_every_step_can_be_the_last(nest: Nursery, tmp_path: Path) -> None:
+def test_every_step_can_be_the_last(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
     """Row 2: each step in turn, across accumulation, the edge of an epoch and its short batch."""
-    recipe, _, _ = measure(nest, tmp_path, "accumulation, dropout")
-    recipe.write_text(recipe.read_text().replace("every_steps: 3", "every_steps: 1"))
+    recipe, sets = whole.recipe, ["checkpoint.every_steps=1"]
     out = tmp_path / "cut"
     seen = []
-    for _ in range(6):  # the second save of each process: two steps on
-        assert nest.run(recipe, out, kill=Kill(0.0, "save", 2)) == [-signal.SIGKILL]
+    for _ in range(5):  # the second save of each process: two steps on
+        kill = Kill(0.0, "save", 2)
+        assert nest.run(recipe, out, kill=kill, sets=sets) == [-signal.SIGKILL]
         seen.append(checkpoints(out)[-1][0])
     assert seen == sorted(seen)
-    assert nest.run(recipe, out) == [0]
+    assert nest.run(recipe, out, sets=sets) == [0]
     steps = [json.loads(line)["step"] for line in (out / "samples.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 25))  # none twice, none lost
+    assert steps == list(range(1, STEPS + 1))  # none twice, none lost
 
 
-def test_resuming_what_never_began_begins(nest: Nursery, tmp_path: Path) -> None:
+def test_resuming_what_never_began_begins(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
     """In a shell loop the first call has nothing to resume, and the last finds all done."""
-    recipe, _, _ = measure(nest, tmp_path, "accumulation, dropout")
+    recipe = whole.recipe
     out = tmp_path / "cut"
     assert nest.run(recipe, out, kill=Kill(0.0)) == [-signal.SIGKILL]
     assert nest.run(recipe, out, kill=Kill(0.0, "save")) == [-signal.SIGKILL]
     assert nest.run(recipe, out) == [0]
-    assert_same_run(tmp_path / "whole", out)
+    assert_same_run(whole.out, out)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     assert nest.run(recipe, out) == [0]
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
-def test_a_killed_launch_is_resumed_by_the_launcher(nest: Nursery, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_killed_launch_is_resumed_by_the_launcher(
+    nest: Nursery, wholes: Callable[[str], Whole], tmp_path: Path
+) -> None:
     """Two processes under `accelerate launch`, killed with their launcher."""
-    name = "two processes"
-    recipe, processes, _ = measure(nest, tmp_path, name)
-    assert processes == 2
+    whole = wholes("two processes")
+    assert whole.processes == 2
+    recipe = whole.recipe
     out = tmp_path / "cut"
     command = [
         str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu",
@@ -79,7 +85,7 @@ def test_a_killed_launch_is_resumed_by_the_launcher(nest: Nursery, tmp_path: Pat
     launcher.wait()
     assert not (out / "report.json").exists()
     assert nest.run(recipe, out, 2) == [0, 0]
-    assert_same_run(tmp_path / "whole", out)
+    assert_same_run(whole.out, out)
 
 
 def descendants(pid: int) -> list[int]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from killing import Kill, Nursery, Whole
+from killing import STEPS, Kill, Nursery, Whole
 from runs import assert_same_run
 
 from lora_cli.files import FolderLock, verify_manifest
@@ -211,7 +211,7 @@ CHANGES = {
     "learning rate": (["train.optimizer.learning_rate=0.5"], "`train.optimizer.learning_rate"),
     "batch": (["train.gradient_accumulation_steps=1"], "`train.examples_per_step: 4`"),
     "data": (["data.train=validation.jsonl", "data.check.max_overlap=1.0"], "`data.train:"),
-    "length": (["train.max_steps=30"], "`train.max_steps: 24`, the recipe now says `30`"),
+    "length": (["train.max_steps=30"], f"`train.max_steps: {STEPS}`, the recipe now says `30`"),
 }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from killing import Kill, Nursery, Whole, measure
+from killing import STEPS, Kill, Nursery, Whole
 from runs import assert_same_run
 
 from lora_cli.training.checkpoints import checkpoints
@@ -62,9 +64,24 @@ def test_before_the_first_step_there_is_nothing_to_save(
     assert_same_run(whole.out, out)
 
 
+def test_the_command_saves_on_a_signal(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
+    """The whole command: its exit code, and what goes to which stream."""
+    out = tmp_path / "cut"
+    flags = ["-o", str(out), "--set", "train.log_every_steps=1"]
+    kill = Kill(0.0, "step", 5, signal.SIGTERM)
+    assert nest.command(["train", str(whole.recipe), *flags], out, kill) == 143
+    said = (tmp_path / "cut.0.log").read_text()
+    assert (tmp_path / "cut.0.out").read_text() == ""
+    assert "everything is saved" in said
+    assert "Traceback" not in said
+    assert re.search(rf"^step +1/{STEPS}  loss", said, re.MULTILINE)
+    assert not re.search(r"[^\n\x20-\uffff]", said)  # a file is no terminal
+    assert checkpoints(out)[-1][0] == 5
+
+
 def test_after_the_last_step_all_is_saved(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
     out = tmp_path / "cut"
-    evaluations = 2 + 24 // 5 + 1  # before, every five steps, after the last; then the best
+    evaluations = 2 + STEPS // 5  # before, every five steps and after the last; then the best
     kill = Kill(0.0, "evaluate", evaluations + 1, signal.SIGTERM)
     assert nest.run(whole.recipe, out, kill=kill) == [143]
     assert not (out / "report.json").exists()
@@ -85,26 +102,32 @@ def test_the_second_interruption_ends_at_once(nest: Nursery, whole: Whole, tmp_p
         assert (folder / "manifest.json").exists()
 
 
-def test_a_signal_to_the_whole_group_spares_the_workers(nest: Nursery, tmp_path: Path) -> None:
+def test_a_signal_to_the_whole_group_spares_the_workers(
+    nest: Nursery, wholes: Callable[[str], Whole], tmp_path: Path
+) -> None:
     """Schedulers and terminals tell every process: also those that prepare the batches."""
-    recipe, _, _ = measure(nest, tmp_path, "workers, length grouping")
+    whole = wholes("workers, length grouping")
+    recipe = whole.recipe
     out = tmp_path / "cut"
     kill = Kill(0.0, "step", 5, signal.SIGTERM, group=True)
     assert nest.run(recipe, out, kill=kill) == [143]
     assert "everything is saved" in (tmp_path / "cut.0.log").read_text()
     assert nest.run(recipe, out) == [0]
-    assert_same_run(tmp_path / "whole", out)
+    assert_same_run(whole.out, out)
 
 
-def test_one_of_two_is_told_and_both_stop(nest: Nursery, tmp_path: Path) -> None:
-    recipe, _, _ = measure(nest, tmp_path, "two processes")
+def test_one_of_two_is_told_and_both_stop(
+    nest: Nursery, wholes: Callable[[str], Whole], tmp_path: Path
+) -> None:
+    whole = wholes("two processes")
+    recipe = whole.recipe
     for at, times in (("step", 6), ("evaluate", 3)):
         out = tmp_path / at
         assert nest.run(recipe, out, 2, Kill(0.0, at, times, signal.SIGTERM)) == [143, 143]
         said = "".join(Path(f"{out}.{rank}.log").read_text() for rank in (0, 1))
         assert said.count("everything is saved") == 1
         assert nest.run(recipe, out, 2) == [0, 0]
-        assert_same_run(tmp_path / "whole", out)
+        assert_same_run(whole.out, out)
 
 
 def test_ten_seconds_are_enough(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
@@ -139,7 +162,7 @@ def test_minutes_make_checkpoints(nest: Nursery, whole: Whole, tmp_path: Path) -
     out = tmp_path / "often"
     sets = ["checkpoint.every_minutes=1e-6", "checkpoint.every_steps=1000", "checkpoint.keep=100"]
     assert nest.run(whole.recipe, out, sets=sets) == [0]
-    assert [step for step, _ in checkpoints(out)] == list(range(1, 25))
+    assert [step for step, _ in checkpoints(out)] == list(range(1, STEPS + 1))
     assert_same_run(whole.out, out)
 
 

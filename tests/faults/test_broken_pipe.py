@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import tiny
+from killing import Nursery
 
 from lora_cli.training.checkpoints import checkpoints
 
@@ -23,11 +25,21 @@ def piped(command: str, folder: Path, read: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_run_whose_output_nobody_reads_saves_and_ends(tmp_path: Path) -> None:
+def test_a_run_whose_output_nobody_reads_saves_and_ends(nest: Nursery, tmp_path: Path) -> None:
+    """As `lora train recipe.yaml 2>&1 | grep -m1 'step      5/5000'`."""
     train = {"max_steps": 5000, "log_every_steps": 1}
-    tiny.recipe(tiny.save_encoder(tmp_path / "base"), tmp_path, train=train)
-    code, _, _ = piped("train recipe.yaml 2>&1", tmp_path, "grep -m1 -q 'step      5/5000'")
-    assert code == QUIET
+    path = tiny.recipe(tiny.save_encoder(tmp_path / "base"), tmp_path, train=train)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def read_until_the_fifth_step() -> None:
+        with pipe.open() as lines:
+            next(line for line in lines if "step      5/5000" in line)
+
+    reader = threading.Thread(target=read_until_the_fifth_step)
+    reader.start()
+    assert nest.command(["train", str(path)], tmp_path / "out", pipe=pipe) == QUIET
+    reader.join()
     step, folder = checkpoints(tmp_path / "out")[-1]
     assert 5 <= step < 5000
     assert json.loads((folder / "trainer.json").read_text())["step"] == step
