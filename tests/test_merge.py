@@ -33,6 +33,7 @@ from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.training import run as training_run
 from lora_cli.training import train
+from lora_cli.training.engine import Engine
 
 IDS = torch.arange(5, 65).reshape(4, 15)
 IDS[:, -1] = tiny.EOS  # by which BART and T5 know what to classify
@@ -63,9 +64,9 @@ def trained(folder: Path, base: Path, **adapter: Any) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         real = training_run.train_step
 
-        def step(model: nn.Module, *rest: Any) -> Any:
-            result = real(model, *rest)
-            tiny.wake(model, std=0.1)
+        def step(engine: Engine, batches: Any) -> Any:
+            result = real(engine, batches)
+            tiny.wake(engine.model, std=0.1)
             return result
 
         patch.setattr(training_run, "train_step", step)

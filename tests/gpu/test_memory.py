@@ -96,7 +96,7 @@ def test_memory_that_ends_later_leaves_the_checkpoint(
 
     monkeypatch.setattr(training_run, "train_step", crowded)
     error = error_of(recipe(tmp_path, *sets))
-    assert "go on from step 2" in str(error)
+    assert "continue from step 2" in str(error)
     taken.clear()
     torch.cuda.empty_cache()
     monkeypatch.setattr(training_run, "train_step", real)
