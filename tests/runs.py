@@ -9,10 +9,7 @@ from typing import Any
 from lora_cli.training.checkpoints import checkpoints
 
 Json = dict[str, Any]
-TIMES = {
-    "logs", "seconds_per_step", "examples_per_s", "tokens_per_s", "pictures_per_s",
-    "memory_bytes", "seconds",
-}  # fmt: skip
+TIMES = {"logs", "seconds_per_step", "memory_bytes", "seconds"}
 
 
 def lines(path: Path) -> list[Json]:
@@ -21,7 +18,11 @@ def lines(path: Path) -> list[Json]:
 
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
+        return {
+            k: without_times(v)
+            for k, v in value.items()
+            if k not in TIMES and not k.endswith("_per_s")
+        }
     return value
 
 

@@ -199,8 +199,8 @@ def test_the_loss_is_that_of_transformers(
         theirs = model(**batch.inputs, labels=batch.targets["labels"]).loss
         predictions = task.predict(model, batch)
     torch.testing.assert_close(loss / batch.n_items, theirs)
-    assert sum(p.loss for p in predictions) == pytest.approx(loss.item(), rel=1e-5)
-    assert sum(p.n_items for p in predictions) == batch.n_items
+    assert sum(p.losses["loss"][0] for p in predictions) == pytest.approx(loss.item(), rel=1e-5)
+    assert sum(p.losses["loss"][1] for p in predictions) == batch.n_items
 
 
 def test_a_checkpoint_without_its_output_layer_is_refused(tmp_path: Path) -> None:

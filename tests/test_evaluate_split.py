@@ -116,7 +116,7 @@ def test_each_line_is_of_its_own_row(base: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         for i, line in enumerate(lines):
             (alone,) = task.predict(model, task.collate([split.examples[i]]))
-            assert line["loss"] == pytest.approx(alone.loss, rel=1e-4, abs=1e-5)
+            assert line["loss"] == pytest.approx(alone.losses["loss"][0], rel=1e-4, abs=1e-5)
             assert (line["prediction"], line["reference"]) == (alone.prediction, alone.reference)
             assert line["scores"] == pytest.approx(alone.scores, abs=1e-5)
 

@@ -261,7 +261,7 @@ def test_pixels_are_those_of_transformers_with_pillow(kind: str, tmp_path: Path)
     processor = AutoImageProcessor.from_pretrained(tmp_path / "base", backend="pil")
     split = data["train"]
     for i in range(4):
-        found = task.prepare(split.examples[i], None)["pixels"]
+        found = task.prepare(split.examples[i], RNG, training=False)["pixels"]
         image = Image.open(split.rows[i]["image"]["path"]).convert("RGB")
         assert torch.equal(found, processor(image, return_tensors="pt")["pixel_values"][0])
 
@@ -274,7 +274,11 @@ def test_a_grey_model_reads_grey(tmp_path: Path) -> None:
     processor = {**tiny_pictures.PROCESSOR, "image_mean": [0.5], "image_std": [0.5]}
     (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(processor))
     task, data = opened(tmp_path)
-    assert task.prepare(data["train"].examples[0], None)["pixels"].shape == (1, SIZE, SIZE)
+    assert task.prepare(data["train"].examples[0], RNG, training=False)["pixels"].shape == (
+        1,
+        SIZE,
+        SIZE,
+    )
 
 
 ODD_PROCESSORS: dict[str, tuple[Json, str]] = {
@@ -311,6 +315,7 @@ def test_a_model_without_a_processor(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------- augmentation
 
+RNG = np.random.default_rng(0)
 AUGMENTED = {"type": "image_classification", "augmentation": {"crop": True, "flip": True}}
 
 
@@ -350,7 +355,8 @@ def test_evaluation_reads_pictures_as_they_are(tmp_path: Path) -> None:
     augmented, _ = opened(tmp_path, task=AUGMENTED)
     example = data["train"].examples[0]
     assert torch.equal(
-        augmented.prepare(example, None)["pixels"], plain.prepare(example, None)["pixels"]
+        augmented.prepare(example, RNG, training=False)["pixels"],
+        plain.prepare(example, RNG, training=False)["pixels"],
     )
 
 
@@ -378,10 +384,14 @@ def test_random_parts_are_of_the_promised_size() -> None:
 def test_a_flip_mirrors_half_of_the_pictures(tmp_path: Path) -> None:
     task, data = opened(tmp_path, task={"augmentation": {"flip": True}})
     example = data["train"].examples[0]
-    plain = task.prepare(example, None)["pixels"]
+    plain = task.prepare(example, RNG, training=False)["pixels"]
     image = Image.open(example["image"]["path"]).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    mirrored = task.prepare({**example, "image": media(encoded(image))}, None)["pixels"]
-    found = [task.prepare(example, np.random.default_rng(i))["pixels"] for i in range(40)]
+    mirrored = task.prepare({**example, "image": media(encoded(image))}, RNG, training=False)[
+        "pixels"
+    ]
+    found = [
+        task.prepare(example, np.random.default_rng(i), training=True)["pixels"] for i in range(40)
+    ]
     flipped = [torch.equal(pixels, mirrored) for pixels in found]
     assert all(f or torch.equal(p, plain) for f, p in zip(flipped, found, strict=True))
     assert 10 < sum(flipped) < 30
@@ -428,7 +438,7 @@ def test_the_loss_is_that_of_transformers(kind: str, tmp_path: Path) -> None:
     task, data = opened(tmp_path, kind)
     model, _ = task.load_model(CPU)
     examples = [data["train"].examples[i] for i in range(4)]
-    batch = task.collate([task.prepare(example, None) for example in examples])
+    batch = task.collate([task.prepare(example, RNG, training=False) for example in examples])
     loss = task.loss(model.eval(), batch) / batch.n_items
     theirs = model(**batch.inputs, labels=batch.targets["labels"]).loss
     assert_close(loss, theirs)
@@ -518,7 +528,7 @@ def test_several_labels_and_numbers(problem: str, tmp_path: Path) -> None:
         data={"path": "pictures/rows.jsonl", "validation": None, "test": None},
     )  # fmt: skip
     model, _ = task.load_model(CPU)
-    examples = [task.prepare(data["train"].examples[i], None) for i in range(8)]
+    examples = [task.prepare(data["train"].examples[i], RNG, training=False) for i in range(8)]
     batch = task.collate(examples)
     loss = task.loss(model.eval(), batch) / batch.n_items
     labels = batch.targets["labels"]
@@ -713,7 +723,7 @@ def test_a_picture_that_breaks_in_the_middle_of_a_run_is_named(tmp_path: Path) -
     example = data["train"].examples[0]
     Path(example["image"]["path"]).write_bytes(b"no picture any more")
     with pytest.raises(LoraError, match=r"is not a picture[\s\S]*was whole when the run began"):
-        task.prepare(example, None)
+        task.prepare(example, RNG, training=False)
 
 
 def test_pillow_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,7 +222,7 @@ def test_a_language_model_sees_no_padding(kind: str, tmp_path: Path) -> None:
         for example, found in zip(examples, together, strict=True):
             ids = torch.tensor([example["input_ids"]])
             loss = model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1)
-            assert found.loss == pytest.approx(loss.item(), rel=1e-5)
+            assert found.losses["loss"][0] == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_an_encoder_is_no_language_model(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from lora_cli.adapters.targets import Target, matches, resolve_targets, unmatche
 from lora_cli.adapters.tied_weights import separate_trained
 from lora_cli.adapters.variants import Layers, layer_for, layers_of
 from lora_cli.errors import LoraError
+from lora_cli.models.bundle import is_frozen
 from lora_cli.recipe import Recipe
 
 # --------------------------------------------------------------------------- attach and freeze
@@ -37,8 +38,11 @@ def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
     """
     spec, head = recipe.adapter, list(head)
     if spec.type == "full":
-        for parameter in model.parameters():
-            _train(parameter)
+        for name, parameter in model.named_parameters():
+            if is_frozen(model, name):
+                parameter.requires_grad_(False)
+            else:
+                _train(parameter)
         return
     targets = resolve_targets(model, recipe, head) if spec.low_rank else []
     if problems := unmatched_in_full(model, recipe):
@@ -58,8 +62,9 @@ def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
         for parameter in model.get_submodule(name).parameters():
             _train(parameter)
     if spec.type == "bitfit" or (spec.low_rank and spec.bias == "all"):
-        for module in model.modules():
-            if isinstance(module._parameters.get("bias"), nn.Parameter):
+        for name, module in model.named_modules():
+            has_bias = isinstance(module._parameters.get("bias"), nn.Parameter)
+            if has_bias and not is_frozen(model, name):
                 _train(module._parameters["bias"])
     elif spec.low_rank and spec.bias == "lora_only":
         for layer in lora_layers(model).values():

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.variants import Layers, layer_for, layers_of
 from lora_cli.errors import LoraError, Problem, did_you_mean
+from lora_cli.models.bundle import is_frozen
 from lora_cli.recipe import Recipe
 
 # The names that transformers' encoders give to the query and value projections.
@@ -141,6 +142,7 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
         if layer_for(module, layers)
         and not any(inside(name, top) for top in in_full)
         and not read_by_kernels(model, name)
+        and not is_frozen(model, name)
     }
 
     pattern, chosen = _chosen(model, recipe, adaptable)

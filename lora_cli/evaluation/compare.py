@@ -32,6 +32,7 @@ from lora_cli.metrics import (
 )
 from lora_cli.metrics.entity_scores import entity_sums
 from lora_cli.preprocessing.encode import load_data
+from lora_cli.preprocessing.frozen_outputs import with_frozen_outputs
 from lora_cli.recipe import RECIPE_FILE, AdapterSpec, Recipe, load_adapter_recipe
 from lora_cli.tasks import Encoded, Prediction, Task
 
@@ -220,6 +221,7 @@ def _measure(
     predictions: list[Prediction] = []
     model = load_adapted(folder, loader, accelerator)
     task.fit_as(loader)
+    data = with_frozen_outputs(task, model, data, accelerator)
     evaluate(model, task, data, accelerator, keep=predictions, strict_loss=True)
     return predictions
 
@@ -273,7 +275,9 @@ def row_sums(metric: str, predictions: list[Prediction]) -> Floats | None:
     """
     per_example: list[tuple[float, float]]
     if metric == "loss":
-        per_example = [(p.loss, p.n_items) for p in predictions]
+        if len(predictions[0].losses) > 1:  # a sum of means, each over items of its own
+            return None
+        per_example = [pair for p in predictions for pair in p.losses.values()]
     elif metric == "perplexity":
         per_example = [p.metric_inputs["nll"] for p in predictions]
     elif metric in result_names("seqeval") and "tags" in predictions[0].metric_inputs:

@@ -26,9 +26,11 @@ from lora_cli.evaluation.open_adapter import load_adapted, open_task
 from lora_cli.metrics import MetricSet, metric_mode, result_names
 from lora_cli.preprocessing.batch_plan import Indices
 from lora_cli.preprocessing.encode import load_data
+from lora_cli.preprocessing.frozen_outputs import with_frozen_outputs
 from lora_cli.recipe import Recipe
 from lora_cli.reporting.report import strict
 from lora_cli.tasks import Encoded, Prediction, Task, build_task
+from lora_cli.tasks.contract import MAIN, prepared_for_evaluation
 from lora_cli.tasks.finite_scores import likely_cause
 from lora_cli.unexpected_errors import phase
 
@@ -136,21 +138,25 @@ def evaluate(
 
 
 def _mean_losses(task: Task, sums: dict[str, list[float]]) -> dict[str, float]:
-    """Return the loss: the weighted sum of its terms' means, and each term if there are several."""
-    # rows may weigh nothing
-    means = {term: total / count if count else math.nan for term, (total, count) in sums.items()}
-    loss = sum(task.loss_weights[term] * mean for term, mean in means.items())
-    return {"loss": loss} | {f"loss_{term}": mean for term, mean in means.items() if len(means) > 1}
+    """Return the loss: the weighted sum of its terms' means, and each term if there are several.
+
+    A term without items, such as that of the labels where no row has one, counts nothing.
+    """
+    means = {term: total / count for term, (total, count) in sums.items() if count}
+    weights = task.loss_weights
+    loss = sum(weights[term] * mean for term, mean in means.items()) if means else math.nan
+    return {"loss": loss} | {f"loss_{term}": mean for term, mean in means.items() if len(sums) > 1}
 
 
 def _reject_bad_loss(
     rows: list[Prediction], split: Encoded, model: nn.Module, recipe: Recipe
 ) -> None:
-    bad = next((row for row in rows if not math.isfinite(row.loss)), None)
-    if bad is not None:
-        hint = likely_cause(model, recipe)
-        what = f"the model's loss on this row is {bad.loss}"
-        raise NumericsError(what, split.rows.place(bad.row), hint)
+    for row in rows:
+        for loss, _ in row.losses.values():
+            if not math.isfinite(loss):
+                what = f"the model's loss on this row is {loss}"
+                place = split.rows.place(row.row)
+                raise NumericsError(what, place, likely_cause(model, recipe))
 
 
 def _windows(split: Encoded, size: int) -> Iterator[list[Indices]]:
@@ -175,7 +181,7 @@ def _predict_window(
         if stop is not None and stop.is_noted():
             break  # the other processes wait for this one, and learn of it then
         examples = split.examples.__getitems__(indices.tolist())
-        prepared = [task.prepare(example, None) for example in examples]
+        prepared = [prepared_for_evaluation(task, example) for example in examples]
         batch = task.collate(prepared).to(accelerator.device)
         first = split.rows.place(batch.rows[0])
         with phase(f"evaluating {first} and the rows after it"), accelerator.autocast():
@@ -188,8 +194,9 @@ def _predict_window(
 
 
 def _add_nll(prediction: Prediction) -> None:
-    """Add what perplexity is computed of."""
-    prediction.metric_inputs.setdefault("nll", (prediction.loss, prediction.n_items))
+    """Add what perplexity is computed of, if the loss has such a term."""
+    if MAIN in prediction.losses:
+        prediction.metric_inputs.setdefault("nll", prediction.losses[MAIN])
 
 
 def _with_last(windows: Iterator[list[Indices]]) -> Iterator[tuple[list[Indices], bool]]:
@@ -235,14 +242,15 @@ def _line(prediction: Prediction, split: Encoded, task: Task) -> str:
     row, reference = split.rows[prediction.row], prediction.reference
     if reference is None and (wanted := task.shown_reference(row)):
         reference = _shortened(wanted)
+    loss, n_items = prediction.weighted_loss(task.loss_weights)
     line: dict[str, Any] = {
         "row": prediction.row,
         "place": split.rows.place(prediction.row),
         "text": _shortened(task.shown_input(row)),
         "reference": reference,
         "prediction": prediction.prediction,
-        "loss": prediction.loss,
-        "n_items": prediction.n_items,
+        "loss": loss,
+        "n_items": n_items,
     }
     if prediction.scores is not None:
         line["scores"] = {name: round(score, 6) for name, score in prediction.scores.items()}
@@ -362,6 +370,8 @@ def evaluate_adapter(
     if warning := next(filter(None, said), None):
         warn(warning)
     model = load_adapted(folder, task, accelerator)
-    return {
-        name: evaluate(model, task, data[name], accelerator, strict_loss=True) for name in wanted
-    }
+    results = {}
+    for name in wanted:
+        encoded = with_frozen_outputs(task, model, data[name], accelerator)
+        results[name] = evaluate(model, task, encoded, accelerator, strict_loss=True)
+    return results

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from lora_cli.adapters.tied_weights import separate, tied_groups
 from lora_cli.errors import IntegrityError, LoraError, NumericsError
 from lora_cli.evaluation.open_adapter import check_use
 from lora_cli.files import FolderLock, new_folder, write_json
+from lora_cli.models.bundle import Bundle
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.recipe import (
     RECIPE_FILE,
@@ -103,7 +105,7 @@ def _merge(
     check_use(adapter, task)
     _reject_quantised(task)
     model, new = task.load_model(torch.device("cpu"), dtype="auto")
-    assert isinstance(model, PreTrainedModel)
+    assert isinstance(model, PreTrainedModel | Bundle)
     verified_base = verify_base(saved, fingerprint_of(task.recipe, model, new), task.recipe)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
@@ -137,7 +139,7 @@ def _merge(
         model.save_pretrained(folder)
         task.save_processor(folder)
         _write_origin(folder, adapter, verified_base)
-        reloaded = task.auto_class.from_pretrained(folder, dtype=dtype).eval()
+        reloaded = task.reloaded(folder, dtype).eval()
         _require_saved(task, reloaded, weights, rounded)
     rounding = _difference(rounded.float(), after)
     return MergeResult(to, count, dtype, difference, rounding, untied, saved.verified)
@@ -147,10 +149,10 @@ def _outputs(task: Task, model: nn.Module) -> Tensor:
     """Return what a model makes of the task's probe, whose numbers get the model's dtype."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     probe = {k: v.to(dtype) if v.is_floating_point() else v for k, v in task.probe().items()}
-    return task.tensor_of(model(**probe))
+    return task.probed(model, probe)
 
 
-def _merge_apart(model: PreTrainedModel, ties: list[list[str]]) -> list[str]:
+def _merge_apart(model: PreTrainedModel | Bundle, ties: list[list[str]]) -> list[str]:
     """Merge, and give each side of a tie that was parted a weight of its own; return their names.
 
     The sides may have been parted by the low-rank update of one, or by a copy that was trained.
@@ -158,8 +160,10 @@ def _merge_apart(model: PreTrainedModel, ties: list[list[str]]) -> list[str]:
     untied = merge(model)
     parted = [name.rpartition(".")[0] for name in separate(model, ties)]
     untied += [name for name in dict.fromkeys(parted) if name not in untied]
-    if untied:
-        model.config.tie_word_embeddings = False
+    for name in untied:
+        part = model.parts[name.partition(".")[0]] if isinstance(model, Bundle) else model
+        config: Any = part.config
+        config.tie_word_embeddings = False
     return untied
 
 
@@ -214,7 +218,7 @@ def adapter_task(
 
 def _reject_quantised(task: Task) -> None:
     """Reject a base whose weights are codes: an update added to them would be rounded away."""
-    if getattr(task.config, "quantization_config", None) is not None:
+    if task.is_quantised:
         raise LoraError(
             f"the weights of `{task.recipe.model.name}` are quantised, so nothing can be added",
             "--base",

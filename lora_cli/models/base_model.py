@@ -28,6 +28,8 @@ from lora_cli.tensorfile import read_header
 from lora_cli.unexpected_errors import own_words
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+IN_DIFFUSERS = "diffusion_pytorch_model.safetensors"  # the same in parts of its pipelines
+PIPELINE = "model_index.json"  # what stands for config.json in a checkpoint of several parts
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LOCAL = "a local folder is written from where the recipe lies, or from `/`"
 WHOLE = "config.json and the weights do not belong together: copy or download both again"
@@ -80,7 +82,7 @@ def locate(name: str, at: str = "model.name") -> str:
     if (folder / "adapter_config.json").is_file():  # transformers would put the adapter onto it
         hint = "name the base model itself; an adapter is named with `--adapter` or `adapter.from`"
         raise LoraError(f"{folder} contains an adapter, not a base model", at, hint)
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", PIPELINE)):
         hint = "name the folder that holds config.json, model.safetensors and the tokenizer"
         raise LoraError(f"{folder} contains no model: it has no config.json", at, hint)
     return str(folder)
@@ -106,10 +108,14 @@ def storage_dtype(recipe: Recipe) -> torch.dtype:
     return PRECISIONS[recipe.train.precision]
 
 
-def checkpoint_files(recipe: Recipe) -> list[Path]:
+def checkpoint_files(recipe: Recipe, part: str = "") -> list[Path]:
     """Return the safetensors files of the recipe's base: of a folder, a package or the Hub.
 
     There may be none on the Hub, where transformers finds a converted copy.
+
+    Args:
+        recipe: Its `model` section names the base.
+        part: The part of a base of several, whose folder of this name is looked into.
 
     Raises:
         LoraError: If there are none in a folder.
@@ -123,23 +129,26 @@ def checkpoint_files(recipe: Recipe) -> list[Path]:
             where,
             name,
             revision=recipe.model.revision,
+            subfolder=part,
             _raise_exceptions_for_missing_entries=False,
         )
         return None if found is None else Path(found)
 
     with explained(recipe, "weights"):
-        if (whole := find(WEIGHTS)) is not None:
-            return [whole]
-        if (index := find(INDEX)) is not None:
-            shards = {name: find(name) for name in sorted(shard_names(index))}
-            for name, file in shards.items():
-                if file is None:
-                    what = f"the index of the weights names `{name}`, which is missing"
-                    raise IntegrityError(what, str(index), "download the model again")
-            return [file for file in shards.values() if file is not None]
+        names = (WEIGHTS, IN_DIFFUSERS) if part else (WEIGHTS,)
+        for weights in names:
+            if (whole := find(weights)) is not None:
+                return [whole]
+            if (index := find(f"{weights}{INDEX.removeprefix(WEIGHTS)}")) is not None:
+                shards = {name: find(name) for name in sorted(shard_names(index))}
+                for name, file in shards.items():
+                    if file is None:
+                        what = f"the index of the weights names `{name}`, which is missing"
+                        raise IntegrityError(what, str(index), "download the model again")
+                return [file for file in shards.values() if file is not None]
     if Path(where).is_dir():
         hint = "convert its weights where you trust them: a pickle can run code when it is read"
-        raise LoraError(f"{where} has no {WEIGHTS}", at, hint)
+        raise LoraError(f"{Path(where) / part} has no {' or '.join(names)}", at, hint)
     return []
 
 

@@ -23,7 +23,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from torch import nn
 from lora_cli.errors import IntegrityError, warn
 from lora_cli.files import write_json
 from lora_cli.models.base_model import checkpoint_files
+from lora_cli.models.bundle import Bundle
 from lora_cli.recipe import Recipe
 from lora_cli.tensorfile import TensorEntry, read_header
 
@@ -132,12 +133,25 @@ def fingerprint_of(recipe: Recipe, model: nn.Module, new: Collection[str]) -> Fi
     """
     if recipe.adapter.type == "full":
         return None
-    files = checkpoint_files(recipe)
-    if not files:
-        warn(
-            f"`{recipe.model.name}` has no safetensors files of its own, so no fingerprint is kept"
-        )
-        return None
+    tensors: dict[str, str] = {}
+    parts = model.parts if isinstance(model, Bundle) else {"": model}
+    for part, module in parts.items():
+        files = checkpoint_files(recipe, part)
+        if not files:
+            where = f"`{recipe.model.name}`" + (f", in its folder `{part}`," if part else "")
+            warn(f"{where} has no safetensors files of its own, so no fingerprint is kept")
+            return None
+        before = f"{part}." if part else ""
+        in_part = [name.removeprefix(before) for name in new if name.startswith(before)]
+        hashes = _pretrained_hashes(files, module, in_part)
+        tensors |= {f"{before}{name}": h for name, h in hashes.items()}
+    return Fingerprint(recipe.model.name, recipe.model.revision, dict(sorted(tensors.items())))
+
+
+def _pretrained_hashes(
+    files: Sequence[Path], model: nn.Module, new: Collection[str]
+) -> dict[str, str]:
+    """Return the hashes of the tensors of a checkpoint that a model has, by their inner names."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     stored: dict[str, str] = {}
     for file in files:
@@ -156,7 +170,7 @@ def fingerprint_of(recipe: Recipe, model: nn.Module, new: Collection[str]) -> Fi
             tensors |= dict.fromkeys(inner, found)
     if converted:  # transformers names or joins them otherwise: then all that is stored counts
         tensors |= stored
-    return Fingerprint(recipe.model.name, recipe.model.revision, dict(sorted(tensors.items())))
+    return tensors
 
 
 def _inner_name(name: str, prefix: str) -> str:

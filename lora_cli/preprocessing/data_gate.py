@@ -73,13 +73,17 @@ def examine(task: Task, data: dict[str, Encoded]) -> Findings:
     return findings
 
 
+def _is_known(answer: str | None) -> bool:
+    return answer is not None
+
+
 class _Scan:
     """One pass over the rows of a split: fingerprints of their texts, and their labels."""
 
     def __init__(self, task: Task, name: str, split: Encoded) -> None:
         self.task, self.name, self.split, self.rows = task, name, split, split.rows
         self.near = task.recipe.data.check.near_duplicates
-        self.targets: list[str] = []
+        self.targets: list[str | None] = []  # of each row; some rows may have no answer
         self.empty_rows = 0
         self.control_rows: list[tuple[int, str]] = []  # row, and the first control token in it
         self.labels: Counter[str] = Counter()
@@ -95,8 +99,8 @@ class _Scan:
             start += len(batch)
             self.empty_rows += sum(not text.strip() for text in texts)
             for row in batch:
-                if (answer := self.task.answer_of(row)) is not None:
-                    self.targets.append(answer)
+                self.targets.append(self.task.answer_of(row))
+                if self.targets[-1] is not None:
                     self.labels.update(self.task.labels_of(row) or ())
             yield texts
 
@@ -130,7 +134,7 @@ class _Scan:
             near_duplicates=(
                 self._found(near_repeated(self.texts), self.rows) if self.near else None
             ),
-            contradictions=self._contradictions() if self.targets else None,
+            contradictions=self._contradictions() if any(map(_is_known, self.targets)) else None,
             label_doubts=self._label_questions(names) if self.name == "train" else [],
         )
 
@@ -187,13 +191,16 @@ class _Scan:
 
     def _contradictions(self) -> Found:
         """Return the rows with equal texts and different labels."""
-        targets = np.unique(np.array(self.targets), return_inverse=True)[1]
-        _, first, which = np.unique(self.texts.exact, return_index=True, return_inverse=True)
+        answered = np.flatnonzero([_is_known(target) for target in self.targets])
+        targets = np.unique([str(self.targets[i]) for i in answered], return_inverse=True)[1]
+        exact = self.texts.exact[answered]
+        _, first, which = np.unique(exact, return_index=True, return_inverse=True)
         other = targets != targets[first][which]
         opposed = np.zeros(len(first), dtype=bool)
         opposed[which[other]] = True
-        rows = np.flatnonzero(other)
-        found = self._found((rows, first[which[rows]]), self.rows, labels=True)
+        those = np.flatnonzero(other)
+        pairs = answered[those], answered[first[which[those]]]
+        found = self._found(pairs, self.rows, labels=True)
         count = int(opposed[which].sum())
         return Found(count, count / len(self.rows), found.examples)
 

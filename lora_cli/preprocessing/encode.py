@@ -127,27 +127,33 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
             return datasets.List(datasets.Value(text[5:-1]))
         return datasets.Value(text)
 
-    types = {**task.features(), "row": "int64"}
-    types |= {"length": "int32", "full_length": "int32"}
-    which = hashlib.sha256(rows.indices.tobytes()).hexdigest()
-    key = [
-        *task.cache_key(),
-        rows.sha256,
-        rows.source,
-        which,
-        str(sorted(types.items())),
-        task.recipe.data.format.model_dump_json(),
-        task.recipe.data.on_bad_row,
-    ]
-    dataset = cached_dataset(
-        examples, key, datasets.Features({name: feature(t) for name, t in types.items()})
-    )
+    features = datasets.Features({name: feature(t) for name, t in _types(task).items()})
+    dataset = cached_dataset(examples, cache_key(task, rows), features)
     of_row, lengths, full = (
         dataset.data.column(name).to_numpy().astype(np.int64)
         for name in ("row", "length", "full_length")
     )
     without_example = len(rows) - len(np.unique(of_row))
     return Encoded(rows, EncodedTable(dataset), lengths, full, without_example)
+
+
+def _types(task: Task) -> dict[str, str]:
+    """Return the type of each key of an encoded example."""
+    types = {**task.features(), "row": "int64"}
+    return types | {"length": "int32", "full_length": "int32"}
+
+
+def cache_key(task: Task, rows: Rows) -> list[str]:
+    """Return what the examples of rows depend on."""
+    return [
+        *task.cache_key(),
+        rows.sha256,
+        rows.source,
+        hashlib.sha256(rows.indices.tobytes()).hexdigest(),
+        str(sorted(_types(task).items())),
+        task.recipe.data.format.model_dump_json(),
+        task.recipe.data.on_bad_row,
+    ]
 
 
 def _bounded(batches: Iterator[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:

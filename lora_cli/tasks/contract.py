@@ -39,6 +39,7 @@ from lora_cli.metrics import (
 )
 from lora_cli.models.base_model import build_empty, load_config, load_pretrained, new_modules
 from lora_cli.recipe import Recipe
+from lora_cli.tasks.kept_tensors import restored
 
 Example = dict[str, Any]
 Kind = Literal["text", "messages", "label", "labels", "number", "tags", "image", "audio"]
@@ -87,8 +88,8 @@ class Batch:
 
     @property
     def n_items(self) -> float:
-        """Items of the main term, of all examples."""
-        return float(self.items[MAIN].sum())
+        """Items of the first term of the loss, of all examples."""
+        return float(next(iter(self.items.values())).sum())
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device; the items stay where they are."""
@@ -123,15 +124,24 @@ class Prediction:
     metric_inputs: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     losses: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    @property
-    def loss(self) -> float:
-        """The main term's loss, summed over the example's items."""
-        return self.losses[MAIN][0]
+    def weighted_loss(self, weights: Mapping[str, float]) -> tuple[float, float]:
+        """Return the example's loss and the items that it is a sum over.
 
-    @property
-    def n_items(self) -> float:
-        """The example's items of the main term."""
-        return self.losses[MAIN][1]
+        Terms of different denominators cannot be added up over items: of several terms it is the
+        weighted sum of the terms' means, over one item. A term without items counts nothing.
+
+        Args:
+            weights: Of each term, as in `Task.loss_weights`.
+        """
+        if len(weights) == 1:
+            (term, weight), *_ = weights.items()
+            return weight * self.losses[term][0], self.losses[term][1]
+        means = [
+            weight * self.losses[term][0] / self.losses[term][1]
+            for term, weight in weights.items()
+            if self.losses[term][1]
+        ]
+        return sum(means), float(bool(means))
 
 
 @dataclass
@@ -150,6 +160,12 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+
+def prepared_for_evaluation(task: Task, example: Example) -> Example:
+    """Return an example ready to be collated; what is random in it is the same every time."""
+    rng = np.random.default_rng((task.recipe.train.seed, int(example["row"])))
+    return task.prepare(restored(example), rng, training=False)
 
 
 class Task(ABC):
@@ -198,7 +214,12 @@ class Task(ABC):
     @property
     @abstractmethod
     def base_facts(self) -> dict[str, Any]:
-        """What of the base decides the computation besides its tensors."""
+        """What of the base decides the computation besides its tensors.
+
+        `config` has the computing keys of config.json, of a base of several parts with the name of
+        the part before each (`unet.sample_size`). `tokenizer`, `chat_template` and `processor` are
+        there where the base has them.
+        """
 
     @abstractmethod
     def cache_key(self) -> list[str]:
@@ -336,20 +357,23 @@ class Task(ABC):
         """Return a hint, where a row leaves nothing to train."""
         return self.longer_hint
 
-    def prepare(self, example: Example, rng: np.random.Generator | None) -> Example:
-        """Return an example ready to be collated: decoded and, in training, augmented.
+    def prepare(self, example: Example, rng: np.random.Generator, training: bool) -> Example:
+        """Return an example ready to be collated: decoded, augmented, with its noise drawn.
 
         Args:
             example: One of those that `encode` returned.
-            rng: In training, the generator of (seed, step, row), which alone may decide what is
-                random; None in evaluation, where nothing is.
+            rng: It alone may decide what is random. In training it is the generator of (seed,
+                step, row), else that of (seed, row), so that every evaluation draws the same.
+            training: Whether to augment.
         """
         return example
 
     @property
     def prepares(self) -> bool:
-        """Whether examples are prepared at all."""
-        return type(self).prepare is not Task.prepare
+        """Whether examples are prepared at all, or hold tensors that are kept as bytes."""
+        own = type(self)
+        keeps_tensors = own.frozen_outputs is not Task.frozen_outputs
+        return own.prepare is not Task.prepare or keeps_tensors
 
     @abstractmethod
     def collate(self, examples: Sequence[Example]) -> Batch:
@@ -411,6 +435,11 @@ class Task(ABC):
         """Return the model's configuration with the task's changes."""
         return load_config(self.recipe)
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the base keeps codes in the place of weights."""
+        return getattr(self.config, "quantization_config", None) is not None
+
     def load_model(
         self, device: torch.device, dtype: torch.dtype | str | None = None
     ) -> tuple[nn.Module, list[str]]:
@@ -446,6 +475,25 @@ class Task(ABC):
                 depends on the others of the batch.
         """
 
+    def frozen_parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """Return frozen models whose outputs for an example are computed once, and kept.
+
+        They may be parts of the model, or models that the task holds itself, as a teacher. What is
+        kept depends on their tensors, and on the example as `prepare` returns it in evaluation.
+        """
+        return {}
+
+    def frozen_outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return what the frozen parts make of each example of a batch, by name.
+
+        The examples that `prepare` and `collate` get hold it then under these names. A batch
+        without it is one of new rows, of which it has to be computed in `forward`.
+
+        Returns:
+            Tensors (B, …), of which each example gets its own row.
+        """
+        return {}
+
     def fit_as(self, other: Task) -> None:  # noqa: B027 - optional
         """Take over what another instance of the task has chosen for the model."""
 
@@ -459,6 +507,15 @@ class Task(ABC):
     @abstractmethod
     def probe(self) -> dict[str, Tensor]:
         """Return inputs of the model to compare outputs on, the same every time."""
+
+    def probed(self, model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
+        """Return what is compared of what a model makes of the probe."""
+        return self.tensor_of(model(**probe))
+
+    def reloaded(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+        """Return a whole model from a folder that the model's `save_pretrained` wrote."""
+        model: nn.Module = self.auto_class.from_pretrained(folder, dtype=dtype)
+        return model
 
     def tensor_of(self, output: Any) -> Tensor:
         """Return what of a model's output is compared."""

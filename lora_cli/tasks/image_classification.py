@@ -164,9 +164,9 @@ class ImageClassification(Classification):
 
     # ---------------------------------------------------------------------------- pixels
 
-    def prepare(self, example: Example, rng: np.random.Generator | None) -> Example:
+    def prepare(self, example: Example, rng: np.random.Generator, training: bool) -> Example:
         """Return an example with its picture decoded and, in training, augmented."""
-        return {**example, "pixels": self._pixels(example["image"], rng)}
+        return {**example, "pixels": self._pixels(example["image"], rng if training else None)}
 
     def _pixels(self, value: dict[str, Any], rng: np.random.Generator | None) -> Tensor:
         """Return the pixels (C, H, W) of a picture; `rng` augments."""

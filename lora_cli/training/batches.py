@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lora_cli.preprocessing.batch_plan import BatchPlan, micro_batches
 from lora_cli.preprocessing.stream import Stream
 from lora_cli.tasks import Batch, Encoded, Example, Task
+from lora_cli.tasks.kept_tensors import restored
 from lora_cli.tasks.packing import Packed
 from lora_cli.training.stopping import SIGNALS
 
@@ -154,7 +155,8 @@ class _Prepared:
 
 def prepared_for(task: Task, example: Example, seed: int, step: int) -> Example:
     """Return an example ready to be collated in a step of training."""
-    return task.prepare(example, np.random.default_rng((seed, step, int(example["row"]))))
+    rng = np.random.default_rng((seed, step, int(example["row"])))
+    return task.prepare(restored(example), rng, training=True)
 
 
 def _leave_signals_to_the_run(_: int) -> None:

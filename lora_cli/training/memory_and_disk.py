@@ -24,6 +24,7 @@ from lora_cli.adapters.attach import training_mode
 from lora_cli.errors import ResourceError, system_error
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Task
+from lora_cli.tasks.contract import prepared_for_evaluation
 from lora_cli.training.batches import Batches
 from lora_cli.training.checkpoints import peek_state
 from lora_cli.training.stopping import LOADING, TRAINING
@@ -176,7 +177,7 @@ def find_micro_batch(
 
     def fits(count: int) -> bool:
         examples = (batches.examples[int(i)] for i in longest[:count])
-        batch = task.collate([task.prepare(example, None) for example in examples])
+        batch = task.collate([prepared_for_evaluation(task, example) for example in examples])
         return _fits(model, task, batch.to(accelerator.device), accelerator, optimizer_bytes)
 
     with _untouched(model), _headroom(accelerator.device):

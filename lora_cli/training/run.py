@@ -24,6 +24,7 @@ from lora_cli.models.base_model import enable_gradient_checkpointing
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.preprocessing.data_gate import pass_gate
 from lora_cli.preprocessing.encode import load_data
+from lora_cli.preprocessing.frozen_outputs import with_frozen_outputs
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Encoded, Task, build_task
 from lora_cli.training.bad_numbers import (
@@ -115,12 +116,17 @@ class Run:
         self.recipe, self.task, self.data, self.accelerator = recipe, task, data, accelerator
         self.folder, self.stop = recipe.output_path, stop
         self.model, self.in_full, base = self._load_model()
+        with main_process_first(accelerator):
+            self.data = {
+                name: with_frozen_outputs(task, self.model, split, accelerator)
+                for name, split in data.items()
+            }
         self.notes = [*filter(None, [task.length_note]), *task.notes]
         self.optimizer = build_optimizer(self.model, recipe, self.in_full)
         trained = (self.model, self.optimizer, self.in_full, base)
         self.saver = Saver(recipe, *trained, task.save_processor, accelerator, task.base_facts)
         self.prepared = accelerator.prepare_optimizer(self.optimizer)
-        self.batches = Batches(task, data.get("train"), accelerator)
+        self.batches = Batches(task, self.data.get("train"), accelerator)
         self.total_steps = self.batches.total_steps
         hashes = {name: split.rows.content_sha256() for name, split in data.items()}
         machine = machine_facts(accelerator)

@@ -35,6 +35,7 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe, write_recipe
 from lora_cli.tasks import Task, build_task
+from lora_cli.tasks.contract import prepared_for_evaluation
 from lora_cli.training import train
 
 CPU = torch.device("cpu")
@@ -96,8 +97,8 @@ def open_kind(kind: TaskKind, folder: Path) -> Opened:
     examples = task.packed(split) if recipe.train.packing else split.examples
     return Opened(
         kind, recipe, task, model, head,
-        [task.prepare(examples[i], None) for i in range(len(examples))],
-        [task.prepare(split.examples[i], None) for i in range(len(split.examples))],
+        [prepared_for_evaluation(task, examples[i]) for i in range(len(examples))],
+        [prepared_for_evaluation(task, split.examples[i]) for i in range(len(split.examples))],
     )  # fmt: skip
 
 
@@ -107,21 +108,28 @@ def with_model(opened: Opened, model: nn.Module) -> Opened:
 
 
 def sums(opened: Opened, examples: Sequence[Any]) -> tuple[float, float, dict[str, Tensor]]:
-    """Return the loss of a batch of examples, its items, and the loss's gradients."""
+    """Return the loss of a batch of examples, the items of all terms, and the gradients."""
     opened.model.zero_grad()
     batch = opened.task.collate(examples)
     loss = opened.task.loss(opened.model, batch)
     loss.backward()
     parameters = trainable_parameters(opened.model)
     gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    return float(loss.detach()), batch.n_items, gradients
+    n_items = sum(float(items.sum()) for items in batch.items.values())
+    return float(loss.detach()), n_items, gradients
 
 
 @torch.no_grad()
 def outcomes(opened: Opened, examples: Sequence[Any]) -> Tensor:
-    """Return what the task says of each example of a batch: loss, items, and scores if any."""
+    """Return what the task says of each example of a batch: loss, items, terms and scores."""
     predictions = opened.task.predict(opened.model, opened.task.collate(examples))
-    rows = [[p.loss, p.n_items, *(p.scores or {}).values()] for p in predictions]
+    weights = opened.task.loss_weights
+    rows = []
+    for p in predictions:
+        loss = sum(weights[term] * total for term, (total, _) in p.losses.items())
+        terms = [value for pair in p.losses.values() for value in pair]
+        n_items = sum(count for _, count in p.losses.values())
+        rows.append([loss, n_items, *terms, *(p.scores or {}).values()])
     return torch.tensor(rows, dtype=torch.float64)
 
 

@@ -1,0 +1,69 @@
+"""A base of several models, such as the autoencoder, text encoder and U-Net of a diffusion model.
+
+In a checkpoint each is a folder of its own. Here they are one module, whose tensors have the name
+of their part before their own: `unet.down_blocks.0.…`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+class Bundle(nn.Module):
+    """Several models as one module.
+
+    Args:
+        parts: The models by name, which is also that of their folder in the checkpoint. Each has
+            `save_pretrained`, as those of transformers and diffusers.
+        frozen: Names of parts that are used as they are: they get no adapter, and stay in eval
+            mode.
+    """
+
+    def __init__(self, parts: Mapping[str, nn.Module], frozen: Collection[str] = ()) -> None:
+        super().__init__()
+        assert set(frozen) <= set(parts), "a frozen part that is no part"
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.frozen = tuple(frozen)
+        self.train(False)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The models by name."""
+        return dict(self.named_children())
+
+    def train(self, mode: bool = True) -> Bundle:
+        """Put the parts that are not frozen into training mode, or all into eval mode."""
+        super().train(mode)
+        for name in self.frozen:
+            self.get_submodule(name).eval()
+        return self
+
+    @property
+    def supports_gradient_checkpointing(self) -> bool:
+        """Whether every part that is trained can recompute its activations."""
+        return all(getattr(part, "supports_gradient_checkpointing", False) for part in self._own())
+
+    def gradient_checkpointing_enable(self, options: dict[str, Any]) -> None:
+        """Let the parts that are trained recompute their activations."""
+        for part in self._own():
+            enable: Any = getattr(part, "gradient_checkpointing_enable")  # noqa: B009 - of a Module
+            enable(options)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write each part into a folder of its name."""
+        for name, part in self.parts.items():
+            save: Any = getattr(part, "save_pretrained")  # noqa: B009 - of a Module
+            save(folder / name)
+
+    def _own(self) -> Iterator[nn.Module]:
+        return (part for name, part in self.parts.items() if name not in self.frozen)
+
+
+def is_frozen(model: nn.Module, name: str) -> bool:
+    """Return whether a module or a parameter belongs to a part that is used as it is."""
+    return isinstance(model, Bundle) and name.partition(".")[0] in model.frozen

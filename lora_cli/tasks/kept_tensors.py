@@ -1,0 +1,37 @@
+"""Tensors of an example as its cache keeps them: bytes, a shape and a dtype, without loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEYS = {"data", "shape", "dtype"}
+FEATURE = {"data": "large_binary", "shape": ["int32"], "dtype": "string"}
+"""The types of the three, as `datasets` names them; of a list, that of its items."""
+
+
+def kept(tensor: Tensor) -> dict[str, Any]:
+    """Return a tensor as it is kept."""
+    tensor = tensor.detach().cpu().contiguous()
+    data = tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"data": data, "shape": list(tensor.shape), "dtype": dtype}
+
+
+def restored(example: dict[str, Any]) -> dict[str, Any]:
+    """Return an example with its kept values as tensors again."""
+    return {name: _tensor(value) if _is_kept(value) else value for name, value in example.items()}
+
+
+def _is_kept(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == KEYS
+
+
+def _tensor(value: dict[str, Any]) -> Tensor:
+    dtype = getattr(torch, value["dtype"])
+    if not value["data"]:
+        return torch.zeros(value["shape"], dtype=dtype)
+    flat = torch.frombuffer(bytearray(value["data"]), dtype=dtype)
+    return flat.view(value["shape"])
