@@ -476,3 +476,25 @@ def test_language_models_are_shown_by_the_command_too(write: Write) -> None:
     path = write("llama", train=[{"text": "a great story"}])
     result = CliRunner().invoke(app, ["validate", str(path), "--data", "--show", "1"])
     assert "⟦a great story</s>⟧" in result.stdout
+
+
+def test_rows_without_an_answer_contradict_none(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_cli.tasks.sequence_classification import SequenceClassification
+
+    known = SequenceClassification.labels_of
+    blank = "b"
+
+    def labels_of(self: SequenceClassification, row: Json) -> list[str] | None:
+        return None if row["text"] == blank else known(self, row)
+
+    rows = [("b", 0), ("a", 0), ("b", 1), ("a", 1), ("c", 0)]
+    path = write(train=rows)
+    monkeypatch.setattr(SequenceClassification, "labels_of", labels_of)
+    split = found(path).splits["train"]
+    assert split.contradictions is not None
+    assert split.contradictions.rows == 2
+    (pair,) = split.contradictions.examples
+    assert (pair.row, pair.other) == ("train.jsonl:4", "train.jsonl:2")
+    assert sum(split.labels.values()) == 3

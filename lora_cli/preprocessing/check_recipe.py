@@ -14,7 +14,7 @@ from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
 from lora_cli.data.load_rows import Rows
 from lora_cli.errors import LoraError, Problem, printable, warn
 from lora_cli.metrics import MetricSet, known_metrics
-from lora_cli.models.base_model import load_config, require_gradient_checkpointing
+from lora_cli.models.base_model import require_gradient_checkpointing
 from lora_cli.preprocessing.encode import (
     characters_in,
     check_data,
@@ -176,7 +176,7 @@ def empty_adapted_model(recipe: Recipe) -> nn.Module:
     The data are read only where the recipe does not name the labels.
     """
     task = build_task(recipe)
-    task.config = load_config(recipe)
+    task.read_config()
     if not task.knows_labels:
         check_data(task, ())
     model, new = task.empty_model()

@@ -202,6 +202,10 @@ class Task(ABC):
     def load_processor(self) -> None:
         """Load what turns rows into inputs, and the model's configuration."""
 
+    def read_config(self) -> None:
+        """Read the model's configuration, which is all of the base that `empty_model` needs."""
+        self.config = load_config(self.recipe)
+
     @abstractmethod
     def save_processor(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
         """Write the processor into a folder, as transformers keeps it.
@@ -616,7 +620,12 @@ class Task(ABC):
         lines: dict[str, str] = {}
         for name in self.metric_names:
             lines |= definition(name, self.metric_context)
-        return {**lines, "loss": self.loss_definition}
+        lines["loss"] = self.loss_definition
+        if len(self.loss_weights) > 1:
+            for term, weight in self.loss_weights.items():
+                lines[f"loss_{term}"] = f"a term of the loss, of weight {weight:g}: the mean over "
+                lines[f"loss_{term}"] += "the items that it counts"
+        return lines
 
     @property
     @abstractmethod

@@ -115,7 +115,7 @@ class RunLog:
     def _units_of(self, record: dict[str, Any]) -> str:
         """Return the speed in the task's unit, unless each example counts as one."""
         rate, name = record[rate_key(self.unit)], "tok" if self.unit == "token" else f"{self.unit}s"
-        same = round(rate, 1) == round(record["examples_per_s"], 1)
+        same = abs(rate - record["examples_per_s"]) <= 0.1  # they are rounded to different digits
         return "" if same else f"{rate:,.0f} {name}/s  "
 
     def trained(self, record: dict[str, Any], seconds_left: float) -> None:

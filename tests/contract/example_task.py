@@ -82,6 +82,9 @@ class ExampleTask(Task):
     def load_processor(self) -> None:
         """There is none."""
 
+    def read_config(self) -> None:
+        """There is none."""
+
     def save_processor(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
         """There is none."""
 

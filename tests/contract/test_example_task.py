@@ -129,6 +129,7 @@ def test_a_run_from_training_to_a_merged_model(
     after = report["metrics"]["after"]["validation"]
     assert after["loss"] == pytest.approx(after["loss_loss"] + 0.25 * after["loss_label"])
     assert "bytes_per_s" in report["training"]
+    assert "weight 0.25" in report["metric_definitions"]["loss_label"]
     assert all(name.startswith("base_model.model.decoder.") for name in load_file(
         out / "adapter_model.safetensors"
     ))  # fmt: skip
