@@ -16,6 +16,7 @@ from torch import nn
 
 from lora_cli.data.dataset_cache import cached_dataset
 from lora_cli.preprocessing.encode import cache_key
+from lora_cli.preprocessing.encoded_table import EncodedTable
 from lora_cli.tasks.contract import Encoded, Task, prepared_for_evaluation
 from lora_cli.tasks.kept_tensors import FEATURE, kept
 
@@ -59,7 +60,8 @@ def with_frozen_outputs(
 
     types = {part: feature(text) for part, text in FEATURE.items()}
     added = cached_dataset(outputs, key, datasets.Features(dict.fromkeys(names, types)))
-    return replace(split, examples=datasets.concatenate_datasets([split.examples, added], axis=1))
+    both = datasets.concatenate_datasets([split.examples.dataset, added], axis=1)
+    return replace(split, examples=EncodedTable(both))
 
 
 def _names(task: Task, model: nn.Module, split: Encoded, accelerator: Accelerator) -> list[str]:
