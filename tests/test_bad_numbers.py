@@ -271,7 +271,7 @@ def test_an_adapter_is_not_measured_on_nan(run: Run, tmp_path: Path) -> None:
     run(texts(12))
     recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
     (tmp_path / "held.jsonl").write_text(json.dumps({"text": f"a {BAD}"}) + "\n")
-    recipe.data.test = str(tmp_path / "held.jsonl")
+    recipe = recipe.with_values({"data.test": str(tmp_path / "held.jsonl")})
     with pytest.raises(NumericsError, match="is nan") as caught:
         evaluate_adapter(tmp_path / "out", recipe)
     assert caught.value.exit_code == 3

@@ -103,7 +103,7 @@ def test_all_baselines_are_measured_and_shown(base: Path, tmp_path: Path) -> Non
     assert json.loads((head / "report.json").read_text())["adapter"] == {"type": "none"}
     # the head is trained as by a recipe of its own
     own = load_recipe(path, ["adapter.type=none", "evaluate.baselines=[]", "output_dir=own"])
-    own.output_dir = str(tmp_path / "own")
+    own = own.with_values({"output_dir": str(tmp_path / "own")})
     assert train(own)["metrics"]["after"] == report["baselines"]["none"]
 
 

@@ -120,8 +120,7 @@ def test_metrics_that_are_no_sums_are_computed_anew(
 ) -> None:
     assert comparison.FEWER_RESAMPLES == 1000
     monkeypatch.setattr(comparison, "FEWER_RESAMPLES", 200)
-    recipe = tiny.recipe_of()
-    recipe.task.labels = ["bad", "good"]  # type: ignore[union-attr]
+    recipe = tiny.recipe_of().with_values({"task.labels": ["bad", "good"]})
     task = build_task(recipe)
     reference = np.random.default_rng(0).integers(0, 2, 60).tolist()
 
@@ -141,8 +140,7 @@ def test_metrics_that_are_no_sums_are_computed_anew(
 
 
 def test_errors_are_means_over_rows() -> None:
-    recipe = tiny.recipe_of()
-    recipe.task.problem = "regression"  # type: ignore[union-attr]
+    recipe = tiny.recipe_of().with_values({"task.problem": "regression"})
     values = [(0.5, 1.0), (2.0, -1.0)]
     rows = [Prediction(i, None, None, None, {"value": pair}, LOSS) for i, pair in enumerate(values)]
     task = build_task(recipe)
@@ -291,7 +289,7 @@ def test_a_file_stands_for_a_data_set_of_the_hub(base: Path, tmp_path: Path) -> 
     folder = adapter(recipe, tmp_path / "a", 0)
     found = run("--adapter", str(folder), "--input", str(tmp_path / "dev.jsonl"), "--json")
     assert found.exception is None
-    recipe.task.labels = None  # type: ignore[union-attr]
+    recipe = recipe.with_values({"task.labels": None})
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     found = run("--adapter", str(folder), "--input", str(tmp_path / "dev.jsonl"))
     assert "the labels are not known" in str(found.exception)

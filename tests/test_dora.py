@@ -33,6 +33,7 @@ from lora_cli.adapters.peft_format.adapter_folder import (
 )
 from lora_cli.adapters.variants import layer_for
 from lora_cli.errors import IntegrityError, LoraError
+from lora_cli.recipe import AdapterSpec, Learned
 from lora_cli.training.optimizers import parameter_groups
 
 pytestmark = [
@@ -498,10 +499,9 @@ def test_a_base_whose_weights_are_codes_is_rejected() -> None:
 
 def test_magnitudes_are_not_decayed_and_learn_at_the_adapters_rate() -> None:
     model, recipe = ours_on("Conv1d and Conv2d", tiny.ConvNet())
-    recipe.train.optimizer.weight_decay = 0.1
-    recipe.train.optimizer.lora_plus_ratio = 16.0
-    recipe.train.optimizer.groups.adapter.learning_rate = 0.5
-    groups = parameter_groups(model, recipe)
+    settings = {"weight_decay": 0.1, "lora_plus_ratio": 16.0, "groups.adapter.learning_rate": 0.5}
+    settings = {f"train.optimizer.{key}": value for key, value in settings.items()}
+    groups = parameter_groups(model, recipe.with_values(settings))
     found = {
         name.rpartition(".")[2]: (group["lr"], group["weight_decay"])
         for group in groups
@@ -515,9 +515,11 @@ def test_an_adapter_of_peft_is_trained_further(tmp_path: Path) -> None:
     theirs = stir(theirs_on("Linear", base, modules_to_save=["classifier"]))
     theirs.save_pretrained(tmp_path)
     ours, recipe = copy.deepcopy(base), tiny.recipe_of(**{"from": str(tmp_path)})
-    recipe.adapter = type(recipe.adapter)(from_=str(tmp_path))
-    make_trainable(ours, recipe, ["classifier"])
-    assert (recipe.adapter.type, recipe.adapter.rank) == ("dora", 4)
+    recipe = recipe.with_values({"adapter": AdapterSpec(from_=str(tmp_path))})
+    learned = Learned()
+    make_trainable(ours, recipe, ["classifier"], learned=learned)
+    assert learned.adapter is not None
+    assert (learned.adapter.type, learned.adapter.rank) == ("dora", 4)
     trained = trainable_parameters(ours)
     assert sum(name.endswith(".magnitude") for name in trained) == len(lora_layers(ours))
     with torch.no_grad():

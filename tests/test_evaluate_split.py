@@ -23,7 +23,7 @@ from lora_cli.evaluation.evaluate_split import (
     best_by,
     evaluate,
     evaluate_adapter,
-    measure_file,
+    measuring_file,
 )
 from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.preprocessing.encode import load_data
@@ -85,8 +85,8 @@ def test_neither_batch_size_nor_window_matters(
     results = []
     for size, window in ((1, 64), (3, 2), (4, 64), (64, 64)):
         monkeypatch.setattr(evaluation, "WINDOW", window)
-        recipe.evaluate.micro_batch_size = size
-        results.append(measured(recipe, tmp_path))
+        of_size = recipe.with_values({"evaluate.micro_batch_size": size})
+        results.append(measured(of_size, tmp_path))
     metrics, lines = results[0]
     assert [line["row"] for line in lines] == list(range(23))
     assert [line["place"] for line in lines] == [f"dev.jsonl:{i + 1}" for i in range(23)]
@@ -219,7 +219,7 @@ def test_a_split_that_is_not_there_is_refused_at_once(
 ) -> None:
     recipe = recipe_of(base, tmp_path)
     if split is None:
-        recipe.data.validation = None
+        recipe = recipe.with_values({"data.validation": None})
     monkeypatch.setattr(evaluation, "build_task", lambda _: pytest.fail("too late"))
     with pytest.raises(LoraError, match=f"no split `{split or 'validation or test'}`"):
         evaluate_adapter(tmp_path, recipe, split)
@@ -268,7 +268,7 @@ def test_a_metric_of_several_numbers_chooses_by_the_first(tmp_path: Path) -> Non
     task = {"type": "causal_lm", "prompt_column": "a", "completion_column": "b"}
     recipe = recipe_of(tmp_path, tmp_path, task=task, evaluate={"metrics": ["rouge", "bleu"]})
     assert best_by(recipe, build_task(recipe)) == ("rouge1", "max")
-    recipe.evaluate.metrics = None
+    recipe = recipe.with_values({"evaluate.metrics": None})
     assert best_by(recipe, build_task(recipe)) == ("perplexity", "min")
 
 
@@ -288,7 +288,7 @@ def test_a_file_to_measure_is_read_as_predict_reads_it(
 ) -> None:
     recipe = load_recipe(tiny.recipe(tiny.save_encoder(tmp_path / "base"), tmp_path))
     (tmp_path / name).write_bytes(content)
-    measure_file(recipe, tmp_path / name)
+    recipe = measuring_file(recipe, tmp_path / name)
     first = next(read_rows(tmp_path / name, recipe.data.format))
     assert first.columns is not None
     assert {key: first.columns[key] for key in wanted} == wanted

@@ -37,7 +37,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def adapter(tmp_path: Path, base: Path, alpha: float, **sections: Any) -> tuple[Path, Recipe]:
     """Write an adapter folder as training would, whose update is multiplied by alpha / 4."""
     recipe = load_recipe(tiny.recipe(base, tmp_path, adapter={"alpha": alpha}, **sections))
-    recipe.data.validation = recipe.data.path
+    recipe = recipe.with_values({"data.validation": recipe.data.path})
     task = build_task(recipe)
     task.load_processor()
     model, new = task.load_model(torch.device("cpu"))
@@ -121,7 +121,7 @@ def test_a_language_model_may_rule_out_some_tokens_but_not_all() -> None:
 def test_the_hint_says_what_is_likely() -> None:
     model, recipe = tiny.encoder(), tiny.recipe_of(target_modules=["query"])
     assert "damaged" in likely_cause(model, recipe)
-    recipe.train.precision = "bf16"
+    recipe = recipe.with_values({"train.precision": "bf16"})
     assert "precision=fp32" in likely_cause(model, recipe)
     attach(model, recipe, ["classifier"])
     next(iter(lora_layers(model).values())).scaling = -1e9

@@ -29,7 +29,7 @@ from lora_cli.adapters.attach import attach, lora_layers, training_mode
 from lora_cli.data import pictures
 from lora_cli.data.pictures import PictureError, open_picture, picture_facts
 from lora_cli.errors import IntegrityError, LoraError
-from lora_cli.evaluation.evaluate_split import evaluate_adapter, measure_file
+from lora_cli.evaluation.evaluate_split import evaluate_adapter, measuring_file
 from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.evaluation.predict import answer, answer_file
 from lora_cli.export.merge import merge_adapter
@@ -340,12 +340,12 @@ def test_augmentation_depends_on_seed_step_and_row_alone(tmp_path: Path) -> None
         a, b = [pixels for (_, other), pixels in before.items() if other == row][:2]
         assert not torch.equal(a, b)
     for workers, micro_batch, done in ((2, 4, 0), (0, 1, 0), (1, 3, 0), (0, 4, 2)):
-        recipe.train.workers, recipe.train.micro_batch_size = workers, micro_batch
-        recipe.train.gradient_accumulation_steps, recipe.train.examples_per_step = None, 4
+        values = {"workers": workers, "micro_batch_size": micro_batch, "examples_per_step": 4}
+        task.recipe = recipe.with_values({f"train.{key}": value for key, value in values.items()})
         again = pixels_by_row(task, split, done=done)
         assert again.keys() == {key for key in before if key[0] > done}
         assert all(torch.equal(again[key], before[key]) for key in again)
-    recipe.train.seed = 1
+    task.recipe = recipe.with_values({"train.seed": 1})
     other = pixels_by_row(task, split)
     assert not any(torch.equal(other[key], before[key]) for key in other.keys() & before.keys())
 
@@ -604,8 +604,7 @@ def test_a_picture_that_cannot_be_predicted_is_named(trained: Path, tmp_path: Pa
 
 
 def test_eval_measures_a_folder(trained: Path) -> None:
-    recipe = load_adapter_recipe(trained / "out")
-    measure_file(recipe, trained / "pictures" / "test")
+    recipe = measuring_file(load_adapter_recipe(trained / "out"), trained / "pictures" / "test")
     found = evaluate_adapter(trained / "out", recipe, "test")
     report = json.loads((trained / "out" / "report.json").read_text())
     assert found["test"] == pytest.approx(report["metrics"]["after"]["test"], rel=1e-6)

@@ -103,7 +103,7 @@ def test_labels_of_all_languages_are_in_the_reports(
         )
     )
     report = train(recipe)
-    assert report["metric_definitions"] == definitions_of(recipe)
+    assert report["metric_definitions"] == definitions_of(load_recipe(tmp_path / "out/recipe.yaml"))
     assert "those of the 12 labels that occur" in report["metric_definitions"]["f1"]
     out = tmp_path / "out"
     page, card = ((out / name).read_text(encoding="utf-8") for name in ("report.html", "README.md"))

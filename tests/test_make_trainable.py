@@ -76,7 +76,7 @@ def started(recipe: Recipe) -> tuple[Task, nn.Module]:
     task.load_processor()
     torch.manual_seed(77)
     model, new = task.load_model(torch.device("cpu"))
-    make_trainable(model, recipe, new)
+    make_trainable(model, recipe, new, learned=task.learned)
     return task, model.eval()
 
 
@@ -110,7 +110,7 @@ def test_step_0_is_the_old_adapter_bit_for_bit(
     _, before, _ = open_adapter(old, load_recipe(old / "recipe.yaml"))
     path = recipe_file(bases[kind], tmp_path / "new")
     recipe = only_from(path, old)
-    _, model = started(recipe)
+    task, model = started(recipe)
     assert torch.equal(logits(model), logits(before))
     assert not torch.equal(logits(model), logits(tiny.enliven(before)))
     # it is trained as the old one was, head included
@@ -119,9 +119,8 @@ def test_step_0_is_the_old_adapter_bit_for_bit(
     assert list(trainable_parameters(model)) == list(trainable_parameters(like))
     for name, layer in lora_layers(model).items():
         assert layer.scaling == lora_layers(like)[name].scaling
-    # attached again by what the recipe now says, the parameters are the same
-    recipe.adapter.from_ = None
-    _, again = started(recipe)
+    # attached by what was learnt of the recipe, the parameters are the same
+    _, again = started(task.completed_recipe.with_values({"adapter.from_": None}))
     shapes = [{n: p.shape for n, p in trainable_parameters(m).items()} for m in (model, again)]
     assert shapes[0] == shapes[1]
 
@@ -172,8 +171,7 @@ def test_resume_does_not_need_the_old_folder(
     name = "adapter_model.safetensors"
     assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert train(load("cut"), resume=True)["metrics"]  # it is complete
-    other = load("cut")
-    other.adapter.from_ = "/elsewhere"
+    other = load("cut").with_values({"adapter.from_": "/elsewhere"})
     with pytest.raises(LoraError, match=r"adapter.from: .*old/out.*, the recipe now says"):
         train(other, resume=True)
 
@@ -226,9 +224,9 @@ def test_an_adapter_of_peft(base: Path, tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"value": 2', '"value": 2, "nothing": 7'))
     path = recipe_file(base, tmp_path / "new")
     recipe = only_from(path, tmp_path / "peft")
-    _, ours = started(recipe)
+    task, ours = started(recipe)
     assert_close(logits(ours), logits(model.eval()))
-    assert recipe.adapter.rank_pattern == {"value": 2}
+    assert task.completed_recipe.adapter.rank_pattern == {"value": 2}
     assert len(lora_layers(ours)) == 4
     heads = [name for name in trainable_parameters(ours) if ".lora_" not in name]
     assert heads
@@ -254,9 +252,9 @@ def test_each_side_of_a_tie_is_trained_further_and_resumed(
     sections: dict[str, Any] = {"checkpoint": {"every_steps": 1}, "train": {"max_steps": 2}}
     path = recipe_file(bases["llama"], tmp_path / "new", **sections)
     recipe = only_from(path, tmp_path / "peft")
-    _, ours = started(recipe)
+    task, ours = started(recipe)
     assert_close(logits(ours), logits(theirs.eval()))
-    assert recipe.adapter.ensure_weight_tying is False
+    assert task.completed_recipe.adapter.ensure_weight_tying is False
     names = {name for name in trainable_parameters(ours) if ".lora_" not in name}
     assert {name.split(".")[-2] for name in names} == set(in_full)
 
@@ -300,10 +298,10 @@ def test_biases_that_come_from_an_adapter_train_in_bf16(
     before = load_file(old / "adapter_model.safetensors")
     recipe = only_from(recipe_file(base, tmp_path / "new", train={"precision": "bf16"}), old)
     report = train(recipe)
-    assert recipe.adapter.bias == bias
+    new = tmp_path / "new" / "out"
+    assert load_recipe(new / "recipe.yaml").adapter.bias == bias
     first = json.loads((old / "report.json").read_text())["metrics"]["after"]["validation"]
     assert report["metrics"]["before"]["validation"] == first
-    new = tmp_path / "new" / "out"
     after = load_file(new / "adapter_model.safetensors")
     biases = [name for name in after if name.endswith(".base_layer.bias")]
     assert biases

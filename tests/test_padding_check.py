@@ -343,7 +343,8 @@ def test_answers_that_are_drawn_or_depend_on_other_rows_are_rejected(tmp_path: P
         choose_padding(task, Random(model))
     with pytest.raises(LoraError, match="depends on the texts next to it"):
         choose_padding(task, Mixing(model))
-    task.recipe.train.micro_batch_size = task.recipe.evaluate.micro_batch_size = 1
+    sizes = {"train.micro_batch_size": 1, "evaluate.micro_batch_size": 1}
+    task.recipe = task.recipe.with_values(sizes)
     choose_padding(task, Mixing(model))
 
 

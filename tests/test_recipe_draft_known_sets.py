@@ -221,7 +221,7 @@ def test_a_folder_for_each_label(init: Init, tmp_path: Path) -> None:
     data = load_data(task)  # the rows of `unsup` are skipped, and counted
     assert sum(len(data[name].rows) for name in ("train", "validation")) == 60
     assert sum(len(data[name].rows.skipped) for name in ("train", "validation")) == 60
-    assert recipe.task.labels == ["neg", "pos"]
+    assert task.labels == ["neg", "pos"]
 
 
 def test_a_file_that_moves_to_another_label_is_read_anew(init: Init, tmp_path: Path) -> None:

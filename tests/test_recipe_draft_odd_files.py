@@ -29,7 +29,7 @@ def dumped(recipe: Recipe) -> dict[str, Any]:
 
 def first(recipe: Recipe) -> dict[str, Any]:
     """Return the first row, as training would read it."""
-    recipe.data.validation = recipe.data.test = None
+    recipe = recipe.with_values({"data.validation": None, "data.test": None})
     return load_rows(recipe)["train"][0]
 
 
@@ -130,7 +130,7 @@ def test_a_table(
 def test_decimal_commas_are_numbers(init: Init) -> None:
     rows = [[t, f"{i / 8:.3f}".replace(".", ",")] for i, t in enumerate(TEXTS)]
     recipe = init("rows.csv", table(["text", "score"], rows, "\t"))
-    recipe.data.validation = recipe.data.test = None
+    recipe = recipe.with_values({"data.validation": None, "data.test": None})
     task = build_task(recipe)
     train = check_data(task, ["train"])["train"]
     assert [task.reader.number(row) for row in train] == [i / 8 for i in range(40)]  # type: ignore[attr-defined]

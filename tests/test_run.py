@@ -710,10 +710,8 @@ def groups(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict[str, tu
 
 def with_optimizer(kind: str = "lora", **optimizer: Any) -> Recipe:
     recipe = tiny.recipe_of(type=kind, rank=2, target_modules=["query", "value"], bias="lora_only")
-    recipe.train.optimizer = OptimizerSpec.model_validate(
-        {"learning_rate": 0.1, "weight_decay": 0.5, **optimizer}
-    )
-    return recipe
+    settings = {"learning_rate": 0.1, "weight_decay": 0.5, **optimizer}
+    return recipe.with_values({"train.optimizer": OptimizerSpec.model_validate(settings)})
 
 
 def test_groups_of_parameters_have_their_own_settings() -> None:

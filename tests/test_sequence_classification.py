@@ -201,7 +201,7 @@ def test_class_labels_are_positions_in_their_own_names(
     task = task_of(bert, tmp_path, [0, 1], labels=named)
     rows = hub_rows([0, 1, 1], classes)
     task.learn_from({"train": rows})
-    assert task.recipe.task.labels == (named or classes)
+    assert task.learned.task["labels"] == (named or classes)
     assert [made[0]["labels"] for made in task.encode(list(rows))] == positions
 
 
@@ -426,14 +426,14 @@ def test_balanced_weights_are_written_down_so_that_eval_needs_no_train_rows(
 ) -> None:
     task = task_of(bert, tmp_path, ["a", "a", "a", "b"], ["b", "a"], class_weights="balanced")
     validation = load_data(task)["validation"]
-    again = build_task(task.recipe)
+    again = build_task(task.completed_recipe)
     again.load_processor()
     n_items = [
         t.collate(list(s.examples)).n_items
         for t, s in ((task, validation), (again, load_data(again, ["validation"])["validation"]))
     ]
     assert n_items == [pytest.approx(2 + 2 / 3)] * 2
-    assert task.recipe.task.class_weights == {"a": pytest.approx(2 / 3), "b": 2.0}
+    assert task.learned.task["class_weights"] == {"a": pytest.approx(2 / 3), "b": 2.0}
 
 
 def test_balanced_weights_are_those_of_train_whatever_is_measured(
@@ -478,7 +478,7 @@ def test_balanced_weights_of_several_labels_count_rows(bert: Path, tmp_path: Pat
     values = [["a", "b"], ["a"], ["a"]]
     task = task_of(bert, tmp_path, values, problem="multi_label", class_weights="balanced")
     load_data(task)
-    assert task.recipe.task.class_weights == {"a": 0.5, "b": 1.5}
+    assert task.learned.task["class_weights"] == {"a": 0.5, "b": 1.5}
 
 
 @pytest.mark.parametrize("weights", [{"c": 1.0}, {"a": -1.0}, {"a": 0.0, "b": 0.0}])

@@ -445,7 +445,7 @@ def test_the_same_entities_are_learned_from_every_form(base: Path, tmp_path: Pat
         if i < len(forms) - 1:
             assert marks == iob2_tags(ENTITIES, 9)
         assert sorted(made.labels) == sorted(iob2_labels(["LOC", "PER"]))
-        assert made.recipe.task.labels == made.labels
+        assert made.learned.task["labels"] == made.labels
     assert found == [[e.label for e in ENTITIES]] * len(forms)
 
 
@@ -768,8 +768,11 @@ def drafted(base: Path, tmp_path: Path, name: str, content: str) -> tuple[Json, 
     draft = draft_recipe(tmp_path / name, str(base), tmp_path / "recipe.yaml")
     (tmp_path / "recipe.yaml").write_text(draft.text(), encoding="utf-8")
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    check_data(build_task(recipe), ("train",))
-    task = recipe.task.model_dump(exclude={"type", "max_length"}, exclude_unset=True)
+    checked = build_task(recipe)
+    check_data(checked, ("train",))
+    task = checked.completed_recipe.task.model_dump(
+        exclude={"type", "max_length"}, exclude_unset=True
+    )
     return task, dict(draft.findings)
 
 

@@ -1,7 +1,7 @@
 """Make a model ready for training: with fresh low-rank layers, or with those of a trained adapter.
 
 `adapter.from` names the trained adapter. Its rank, alpha, targets and the rest of its configuration
-come from its folder and are written into the recipe; a recipe that says otherwise is rejected.
+come from its folder, as if the recipe said them; a recipe that says otherwise is rejected.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from lora_cli.recipe import (
     LOW_RANK_TYPES,
     RECIPE_FILE,
     AdapterSpec,
+    Learned,
     Recipe,
     load_adapter_recipe,
     read_computation,
@@ -46,15 +47,17 @@ def make_trainable(
     head: Iterable[str] = (),
     base: Fingerprint | None = None,
     facts: dict[str, Any] | None = None,
+    learned: Learned | None = None,
 ) -> Fingerprint | None:
     """Attach what the recipe's adapter section says, new or from a trained adapter.
 
     Args:
         model: The base model, changed in place; on the meta device it gets no weights.
-        recipe: With `adapter.from`, its adapter section is completed.
+        recipe: Its adapter section says what is trained.
         head: Names of the modules that the task created.
         base: The fingerprint of the base model.
         facts: What else of the base decides the computation, as `base_facts` returns it.
+        learned: What is known of the labels; with `adapter.from`, gets the adapter section.
 
     Returns:
         The fingerprint that is to be kept beside what is trained.
@@ -63,21 +66,21 @@ def make_trainable(
         LoraError: As `attach`; or if the recipe or its labels are not those of the adapter.
         IntegrityError: If the adapter is damaged, or of another base; the model is untouched then.
     """
-    head = list(head)
-    if recipe.adapter.from_ is None or recipe._started:
-        attach(model, recipe, head)
+    head, learned = list(head), Learned() if learned is None else learned
+    if recipe.adapter.from_ is None or learned.in_checkpoint:
+        attach(model, learned.completed(recipe), head)
         return base
     saved = find_adapter(recipe)
-    _reject_other_labels(saved, recipe)
-    take_over(model, recipe, head, saved)
+    _reject_other_labels(saved, learned.completed(recipe))
+    learned.adapter = completed_section(model, recipe, head, saved)
     if any(parameter.is_meta for parameter in model.parameters()):
-        attach(model, recipe, head)
+        attach(model, learned.completed(recipe), head)
         return None
     base = verify_base(saved, base, recipe)
     trained = read_computation(saved.path)
     if trained is not None and facts is not None:
         require_facts(trained["base"], facts, recipe, f"the adapter {saved.path}", True)
-    load_adapter(model, saved, head, recipe.adapter.dropout, trained=True)
+    load_adapter(model, saved, head, learned.adapter.dropout, trained=True)
     return base
 
 
@@ -129,8 +132,10 @@ def _reject_other_labels(saved: AdapterFolder, recipe: Recipe) -> None:
             )
 
 
-def take_over(model: nn.Module, recipe: Recipe, head: list[str], saved: AdapterFolder) -> None:
-    """Complete the recipe's adapter section from a trained adapter.
+def completed_section(
+    model: nn.Module, recipe: Recipe, head: list[str], saved: AdapterFolder
+) -> AdapterSpec:
+    """Return the recipe's adapter section, completed from a trained adapter.
 
     Raises:
         LoraError: With every key by which the recipe says otherwise.
@@ -165,7 +170,7 @@ def take_over(model: nn.Module, recipe: Recipe, head: list[str], saved: AdapterF
     kept = {"from_": spec.from_, "dropout": spec.dropout}
     targets = {"target_modules": adapted} if adapted else {}
     try:
-        recipe.adapter = AdapterSpec(**{**kept, **theirs, **targets})
+        return AdapterSpec(**{**kept, **theirs, **targets})
     except ValidationError as error:  # PEFT takes an alpha of 0 or less, which learns nothing
         first = error.errors()[0]
         what = f"`{first['loc'][0]}` of the adapter of `adapter.from` is {first['input']}"
@@ -202,9 +207,9 @@ def _other_targets(
     named = [key for key in TARGET_KEYS if getattr(spec, key) is not None]
     if not named or not spec.low_rank:
         return []
-    asked = recipe.model_copy(deep=True)
+    asked = recipe
     if spec.target_modules is None:
-        asked.adapter.target_modules = adapted
+        asked = recipe.with_values({"adapter.target_modules": adapted})
     ours = {target.name for target in resolve_targets(model, asked, head)}
     if ours == set(adapted):
         return []

@@ -59,10 +59,15 @@ def evaluate(
         raise LoraError("`--metric` needs `--against`", "--metric", hint)
     loaded = options.recipe_for(adapter, recipe, overrides)
     options.quiet_libraries()
-    from lora_cli.evaluation.evaluate_split import definitions_of, evaluate_adapter, measure_file
+    from lora_cli.evaluation.evaluate_split import (
+        definitions_of,
+        evaluate_adapter,
+        measuring_file,
+    )
+    from lora_cli.recipe import Learned
 
     if source is not None:
-        measure_file(loaded, source)
+        loaded = measuring_file(loaded, source)
         split = "test"
     if against is not None:
         from lora_cli.evaluation.compare import compare
@@ -81,8 +86,9 @@ def evaluate(
                 f"`--max-drop {math.ceil(found.drop * 1e4) / 1e4:g}`",
             )
         return
-    results = evaluate_adapter(adapter, loaded, split)
-    definitions = definitions_of(loaded)
+    learned = Learned()
+    results = evaluate_adapter(adapter, loaded, split, learned)
+    definitions = definitions_of(learned.completed(loaded))
     if as_json:
         facts = {**results, "metric_definitions": definitions}
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))

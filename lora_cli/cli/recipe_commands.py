@@ -52,17 +52,17 @@ def validate(
     from lora_cli.preprocessing.check_recipe import check_recipe
     from lora_cli.recipe import dump_recipe
 
-    check_recipe(loaded, all_rows_follow=data)
+    checked = check_recipe(loaded, all_rows_follow=data)
     if data:
         from lora_cli.preprocessing.data_gate import inspect_data
         from lora_cli.preprocessing.show_examples import shown_rows
 
-        task, encoded = inspect_data(loaded)
+        task, encoded = inspect_data(checked)
         if show:
             for text in shown_rows(task, encoded, show, sys.stdout.isatty()):
                 typer.echo(text)
             return
-    typer.echo(dump_recipe(loaded), nl=False)
+    typer.echo(dump_recipe(checked), nl=False)
 
 
 def schema() -> None:

@@ -34,7 +34,7 @@ from lora_cli.metrics.entity_scores import entity_sums
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.preprocessing.frozen_outputs import with_frozen_outputs
 from lora_cli.recipe import RECIPE_FILE, AdapterSpec, Recipe, load_adapter_recipe
-from lora_cli.tasks import Encoded, Prediction, Task
+from lora_cli.tasks import Encoded, Prediction, Task, build_task
 
 RESAMPLES = 10_000
 FEWER_RESAMPLES = 1_000  # where a metric has to be computed again each time
@@ -114,13 +114,12 @@ def compare(
     split = _split(recipe, split)
     _reject_others(old, recipe)
     accelerator = start_accelerator(recipe)
-    written = recipe.model_copy(deep=True)  # opening a whole model makes it the recipe's base
+    name, mode, measured = _metric(build_task(recipe), metric)
+    recipe = recipe.with_values({"evaluate.metrics": measured, "evaluate.best": None})
     task = open_task(new, recipe)
-    name, mode = _metric(recipe, task, metric)
     data = load_data(task, [split])[split]
-    written.task = recipe.task  # with the labels, which the data may have said
     ours = _measure(new, task, task, data, accelerator)
-    theirs = _measure(old, _loader(old, written), task, data, accelerator)
+    theirs = _measure(old, _loader(old, task.learned.completed(recipe)), task, data, accelerator)
     old_value, new_value, differences = bootstrap(name, task, theirs, ours)
     finite = differences[np.isfinite(differences)]
     low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
@@ -167,7 +166,7 @@ def _reject_others(old: Path, recipe: Recipe) -> None:
                 "--against",
                 "only adapters of the same task can be compared",
             )
-    moved = recipe._places.get("model.name", "").startswith("--set")
+    moved = recipe.is_overridden("model.name")
     if "full" in (recipe.adapter.type, theirs.adapter.type) or moved:
         return
     if theirs.model.name != recipe.model.name:
@@ -191,15 +190,15 @@ def _differ(old: Any, new: Any) -> str:
 def _loader(folder: Path, recipe: Recipe) -> Task:
     """Return the task that loads a folder, which may be an adapter or a whole model."""
     if not (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
-        recipe.adapter = AdapterSpec(type="full")
+        recipe = recipe.with_values({"adapter": AdapterSpec(type="full")})
     elif recipe.adapter.type == "full":
-        recipe.adapter = AdapterSpec()
+        recipe = recipe.with_values({"adapter": AdapterSpec()})
     return open_task(folder, recipe)
 
 
-def _metric(recipe: Recipe, task: Task, wanted: str | None) -> tuple[str, str]:
-    """Return the metric that is compared, and its mode; the recipe measures it from then on."""
-    name, mode = best_by(recipe, task)
+def _metric(task: Task, wanted: str | None) -> tuple[str, str, list[str]]:
+    """Return what is compared, its mode, and the metrics that have to be measured for it."""
+    name, mode = best_by(task.recipe, task)
     if wanted is not None and wanted != name:
         name, mode = wanted, metric_mode(wanted) or ""
     of = metric_giving(name, task.metric_channel)
@@ -210,9 +209,7 @@ def _metric(recipe: Recipe, task: Task, wanted: str | None) -> tuple[str, str]:
             "--metric",
             did_you_mean(name, known, "these are:"),
         )
-    recipe.evaluate.metrics = [] if of is None else [of]
-    recipe.evaluate.best = None
-    return name, mode
+    return name, mode, [] if of is None else [of]
 
 
 def _measure(

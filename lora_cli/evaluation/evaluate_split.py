@@ -27,7 +27,7 @@ from lora_cli.metrics import MetricSet, metric_mode, result_names
 from lora_cli.preprocessing.batch_plan import Indices
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.preprocessing.frozen_outputs import with_frozen_outputs
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import Learned, Recipe
 from lora_cli.reporting.report import strict
 from lora_cli.tasks import Encoded, Prediction, Task, build_task
 from lora_cli.tasks.contract import MAIN, prepared_for_evaluation
@@ -96,7 +96,7 @@ def evaluate(
         NumericsError: With the place of the first row that has such a loss.
     """
     recipe = task.recipe
-    size = recipe.evaluate.micro_batch_size or 2 * recipe.train.micro_batch
+    size = recipe.evaluate.micro_batch_size or 2 * task.micro_batch
     metrics = build_metrics(task)
     sums: dict[str, list[float]] = {term: [0.0, 0.0] for term in task.loss_weights}
     was_training = model.training
@@ -300,8 +300,8 @@ def add_samples(
         sample[when] = text
 
 
-def measure_file(recipe: Recipe, file: Path) -> None:
-    """Let the recipe's test split be a file, and leave out what else it holds out.
+def measuring_file(recipe: Recipe, file: Path) -> Recipe:
+    """Return a recipe whose test split is a file, and that holds out nothing else.
 
     Raises:
         LoraError: If there is no such file, or the labels would have to be found on the Hub.
@@ -309,12 +309,12 @@ def measure_file(recipe: Recipe, file: Path) -> None:
     is_folder = file.is_dir() and bool(media_files(file, recipe))
     if not is_folder:
         require_file(file, "--input")
-    data = recipe.data
-    data.validation, data.test, data.streaming = None, str(file.absolute()), False
+    path, data = str(file.absolute()), recipe.data
+    values: dict[str, Any] = {"data.validation": None, "data.test": path, "data.streaming": False}
     columns = build_task(recipe)
     wanted = [*columns.input_columns().values(), *columns.target_columns().values()]
     if not is_folder:
-        data.format = input_form(file, read_head(file), data.format, wanted)
+        values["data.format"] = input_form(file, read_head(file), data.format, wanted)
     if data.name is not None:
         if not columns.knows_labels:
             raise LoraError(
@@ -326,8 +326,9 @@ def measure_file(recipe: Recipe, file: Path) -> None:
             hint = "name them in the recipe, or leave them out"
             at = recipe.at("task.class_weights")
             raise LoraError("the weights of the labels are not known", at, hint)
-        data.name = data.config = None
-        data.train = str(file.absolute())  # which nothing reads, as the labels are known
+        # nothing reads the train split, as the labels are known
+        values |= {"data.name": None, "data.config": None, "data.train": path}
+    return recipe.with_values(values)
 
 
 def definitions_of(recipe: Recipe) -> dict[str, str]:
@@ -340,7 +341,7 @@ def definitions_of(recipe: Recipe) -> dict[str, str]:
 
 
 def evaluate_adapter(
-    folder: Path, recipe: Recipe, split: str | None = None
+    folder: Path, recipe: Recipe, split: str | None = None, learned: Learned | None = None
 ) -> dict[str, dict[str, float]]:
     """Return the metrics of a saved adapter, by split; the data are checked before the weights.
 
@@ -348,6 +349,7 @@ def evaluate_adapter(
         folder: The adapter's folder.
         recipe: Says the task and the data.
         split: The split to measure; None measures validation and test.
+        learned: Gets what the rows teach, such as the labels.
 
     Raises:
         NumericsError: If a row's loss is NaN or infinity.
@@ -364,7 +366,7 @@ def evaluate_adapter(
         hint = "`--set data.streaming=false` reads it as a whole"
         raise LoraError("train is streamed: it has no end", recipe.at("data.streaming"), hint)
     accelerator = start_accelerator(recipe)
-    task = open_task(folder, recipe)
+    task = open_task(folder, recipe, learned)
     data = load_data(task, wanted)
     said = (task.unknown_input(name, data[name].rows, data[name].examples)[1] for name in wanted)
     if warning := next(filter(None, said), None):

@@ -14,7 +14,7 @@ from lora_cli.files import finish_publishing, reject_links_outside, verify_manif
 from lora_cli.models.base_facts import require_facts
 from lora_cli.models.fingerprint import fingerprint_of
 from lora_cli.preprocessing.encode import check_data
-from lora_cli.recipe import Recipe, check_labels, read_computation
+from lora_cli.recipe import Learned, Recipe, check_labels, read_computation
 from lora_cli.tasks import Task, build_task
 
 
@@ -27,11 +27,11 @@ def open_adapter(folder: Path, recipe: Recipe) -> tuple[Task, nn.Module, Acceler
     return task, load_adapted(folder, task, accelerator), accelerator
 
 
-def open_task(folder: Path, recipe: Recipe) -> Task:
+def open_task(folder: Path, recipe: Recipe, learned: Learned | None = None) -> Task:
     """Return the task of a recipe; with `adapter.type: full` the folder is the model."""
     if recipe.adapter.type == "full":
-        recipe.model.name = str(folder.absolute())
-    task = build_task(recipe)
+        recipe = recipe.with_values({"model.name": str(folder.absolute())})
+    task = build_task(recipe, learned)
     task.trained_in = folder
     task.load_processor()
     return task
@@ -47,7 +47,7 @@ def load_adapted(folder: Path, task: Task, accelerator: Accelerator) -> nn.Modul
         reject_links_outside(folder)
         finish_publishing(folder)
         verify_manifest(folder)
-        check_labels(folder, task.recipe)
+        check_labels(folder, task.completed_recipe)
         model = task.load_model(accelerator.device)[0].eval()
         with accelerator.autocast():
             task.fit_to_model(model)
@@ -68,7 +68,7 @@ def check_use(folder: Path, task: Task) -> None:
     Raises:
         IntegrityError: If they are not those of the training.
     """
-    check_labels(folder, task.recipe)
+    check_labels(folder, task.completed_recipe)
     trained = read_computation(folder)
     if trained is not None:
         require_facts(trained["base"], task.base_facts, task.recipe, f"the adapter {folder}")

@@ -35,7 +35,7 @@ def answer(
     model: nn.Module, task: Task, rows: Sequence[dict[str, Any]], accelerator: Accelerator
 ) -> list[list[Any]]:
     """Return, for each row, the values of the task's `answer_columns`."""
-    size = task.recipe.evaluate.micro_batch_size or 2 * task.recipe.train.micro_batch
+    size = task.recipe.evaluate.micro_batch_size or 2 * task.micro_batch
     answers = []
     model.eval()
     task.note_control_tokens(rows)

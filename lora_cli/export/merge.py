@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,10 +209,11 @@ def adapter_task(
     if recipe is None:
         recipe = _recipe_of(saved, base)
     elif base is not None:
-        recipe.model.name = base
-        recipe._places["model.name"] = f"--base {base}"
-    recipe.model.dtype = None
-    recipe.model.attention = None  # merging is done on the CPU
+        places = {**recipe.origin.places, "model.name": f"--base {base}"}
+        recipe = recipe.with_values({"model.name": base})
+        recipe = recipe.with_origin(replace(recipe.origin, places=places))
+    # merging is done on the CPU, in the dtype of the checkpoint
+    recipe = recipe.with_values({"model.dtype": None, "model.attention": None})
     return build_task(recipe), saved
 
 
@@ -246,8 +247,9 @@ def _recipe_of(saved: AdapterFolder, base: str | None) -> Recipe:
     recipe = Recipe.model_validate(
         {"model": {"name": name}, "task": {"type": kind}, "data": {"path": "none.csv"}}
     )
-    build_task(recipe).complete_from(saved.tensors)
-    return recipe
+    task = build_task(recipe)
+    task.complete_from(saved.tensors)
+    return task.completed_recipe
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

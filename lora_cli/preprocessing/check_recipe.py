@@ -30,13 +30,16 @@ from lora_cli.tasks.long_texts import LONG, in_batches
 FIRST_ROWS = 1000
 
 
-def check_recipe(recipe: Recipe, all_rows_follow: bool = False) -> None:
+def check_recipe(recipe: Recipe, all_rows_follow: bool = False) -> Recipe:
     """Find everything that would stop `lora train` later, and raise it together.
 
     Args:
         recipe: The recipe.
         all_rows_follow: The caller inspects all rows afterwards, so that what the first ones
             would give a warning of is left to that.
+
+    Returns:
+        The recipe, with what the rows and the adapter of `adapter.from` say.
 
     Raises:
         LoraError: With every problem of the model, the data, the labels and the targets. If all are
@@ -60,12 +63,14 @@ def check_recipe(recipe: Recipe, all_rows_follow: bool = False) -> None:
             model, new = task.empty_model()
             with _collected(problems):
                 require_gradient_checkpointing(model, recipe)
-            make_trainable(model, recipe, new)
-            if not problems and recipe.adapter.low_rank:
-                in_full = [*new, *recipe.adapter.train_modules]
-                for difference in differences_in_peft(model, recipe, in_full):
+            make_trainable(model, recipe, new, learned=task.learned)
+            completed = task.completed_recipe
+            if not problems and completed.adapter.low_rank:
+                in_full = [*new, *completed.adapter.train_modules]
+                for difference in differences_in_peft(model, completed, in_full):
                     warn(difference)
     problems.raise_them()
+    return task.completed_recipe
 
 
 class Problems(list[Problem]):
@@ -180,5 +185,5 @@ def empty_adapted_model(recipe: Recipe) -> nn.Module:
     if not task.knows_labels:
         check_data(task, ())
     model, new = task.empty_model()
-    make_trainable(model, recipe, new)
+    make_trainable(model, recipe, new, learned=task.learned)
     return model

@@ -7,6 +7,7 @@ from lora_cli.recipe.computing_keys import (
     computing_values,
     read_computation,
 )
+from lora_cli.recipe.learned import Learned
 from lora_cli.recipe.load import RECIPE_FILE, dump_recipe, load_adapter_recipe, load_recipe
 from lora_cli.recipe.schema_errors import recipe_schema
 from lora_cli.recipe.spec import (
@@ -46,6 +47,7 @@ __all__ = [
     "dump_recipe",
     "recipe_schema",
     "Recipe",
+    "Learned",
     "ModelSpec",
     "TaskSpec",
     "SequenceClassificationSpec",

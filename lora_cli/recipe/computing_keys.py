@@ -121,7 +121,7 @@ def _compare(
             continue
         what = f"the adapter was trained with {_shown(key, then[key])}, and the recipe says "
         what += f"`{_json(now[key])}`"
-        if recipe._places.get(key, "").startswith("--set"):
+        if recipe.is_overridden(key):
             warn(what)
         elif is_error(key):
             hint = f"restore {_shown(key, then[key])}; for one command, use `--set {key}=…`"

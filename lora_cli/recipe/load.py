@@ -7,6 +7,7 @@ import itertools
 import os
 import shlex
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lora_cli.paths import expanded, path_problem
 from lora_cli.recipe.computing_keys import check_recipe_file
 from lora_cli.recipe.schema_errors import explain
 from lora_cli.recipe.set_values import parse_value
-from lora_cli.recipe.spec import Recipe, is_file
+from lora_cli.recipe.spec import Origin, Recipe, is_file
 from lora_cli.recipe.yaml_reader import Reader, YamlDumper, parse
 from lora_cli.redaction import redacted
 
@@ -89,9 +90,7 @@ def load_recipe(
         raise LoraError(_first(reader.problems + found)) from None
     if reader.problems:
         raise LoraError(_first(reader.problems))
-    recipe._places = reader.places
-    _make_paths_absolute(recipe, file.parent)
-    return recipe
+    return _with_absolute_paths(recipe.with_origin(Origin(reader.places)), file.parent)
 
 
 def _restore_texts(data: dict[str, Any], typed: dict[str, str], error: ValidationError) -> bool:
@@ -134,11 +133,11 @@ def load_adapter_recipe(adapter: Path, overrides: Sequence[str] = ()) -> Recipe:
     check_recipe_file(adapter, load_recipe(file, (), MAX_OWN_BYTES), file)
     recipe = load_recipe(file, overrides, MAX_OWN_BYTES)
     said = {override.partition("=")[0].strip() for override in overrides}
-    for key in ("trust_remote_code", "allow_other_base"):
-        if not said & {"model", f"model.{key}"}:
-            setattr(recipe.model, key, False)
-    recipe._found = not said & {"evaluate", "evaluate.metrics"}
-    return recipe
+    for key in ("model.trust_remote_code", "model.allow_other_base"):
+        if not said & {"model", key}:
+            recipe = recipe.with_values({key: False})
+    of_adapter = not said & {"evaluate", "evaluate.metrics"}
+    return recipe.with_origin(replace(recipe.origin, metrics_of_adapter=of_adapter))
 
 
 def _first(problems: list[Problem]) -> list[Problem]:
@@ -258,8 +257,8 @@ def _is_set(data: dict[str, Any], key: str, said: Collection[str]) -> bool:
     return bool(around & set(said)) and value not in EXCLUDES_NOTHING
 
 
-def _make_paths_absolute(recipe: Recipe, folder: Path) -> None:
-    """Make every path of a recipe absolute; that of the output stays as it is, but for `~`.
+def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Return a recipe whose paths are absolute; that of the output stays as it is, but for `~`.
 
     Raises:
         LoraError: With every path that is not what its author means.
@@ -267,7 +266,7 @@ def _make_paths_absolute(recipe: Recipe, folder: Path) -> None:
     problems: list[Problem] = []
 
     def start_of(key: str) -> Path:
-        return Path.cwd() if recipe._places.get(key, "").startswith("--set") else folder
+        return Path.cwd() if recipe.is_overridden(key) else folder
 
     def check(key: str, value: str, start: Path) -> None:
         problem = path_problem(value, recipe.at(key), start)
@@ -284,26 +283,27 @@ def _make_paths_absolute(recipe: Recipe, folder: Path) -> None:
         check(key, value, start_of(key))
         return value
 
-    recipe.model.name = named("model.name", recipe.model.name)
+    paths = {"model.name": named("model.name", recipe.model.name)}
     if recipe.adapter.from_:
-        recipe.adapter.from_ = named("adapter.from", recipe.adapter.from_)
+        paths["adapter.from_"] = named("adapter.from", recipe.adapter.from_)
     mirror = recipe.checkpoint.mirror
     if mirror and "://" not in mirror:
-        recipe.checkpoint.mirror = absolute("checkpoint.mirror", mirror)
+        paths["checkpoint.mirror"] = absolute("checkpoint.mirror", mirror)
     data = recipe.data
     if data.path is not None:
-        data.path = absolute("data.path", data.path)
-    for split in ("train", "validation", "test"):
-        value = getattr(data, split)
+        paths["data.path"] = absolute("data.path", data.path)
+    for key in ("train", "validation", "test"):
+        value = getattr(data, key)
         # with a Hub data set, `train` may be anything but a file
         if not data.name and isinstance(value, str) and is_file(value.strip()):
-            setattr(data, split, absolute(f"data.{split}", value))
+            paths[f"data.{key}"] = absolute(f"data.{key}", value)
     for key in recipe.task.local_files:
-        setattr(recipe.task, key, absolute(f"task.{key}", getattr(recipe.task, key)))
+        paths[f"task.{key}"] = absolute(f"task.{key}", getattr(recipe.task, key))
     check("output_dir", recipe.output_dir, Path.cwd())
-    recipe.output_dir = expanded(recipe.output_dir)
+    paths["output_dir"] = expanded(recipe.output_dir)
     if problems:
         raise LoraError(problems)
+    return recipe.with_values(paths)
 
 
 def dump_recipe(recipe: Recipe) -> str:

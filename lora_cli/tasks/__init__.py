@@ -7,6 +7,7 @@ from typing import assert_never
 from lora_cli.recipe import (
     CausalLMSpec,
     ImageClassificationSpec,
+    Learned,
     Recipe,
     SequenceClassificationSpec,
     TokenClassificationSpec,
@@ -14,8 +15,20 @@ from lora_cli.recipe import (
 from lora_cli.tasks.contract import Batch, Encoded, Example, Prediction, Task
 
 
-def build_task(recipe: Recipe) -> Task:
-    """Return the task that the recipe names."""
+def build_task(recipe: Recipe, learned: Learned | None = None) -> Task:
+    """Return the task that the recipe names.
+
+    Args:
+        recipe: The recipe.
+        learned: Gets what the task learns of its rows; None: a new one, `task.learned`.
+    """
+    task = _task_of(recipe)
+    if learned is not None:
+        task.learned = learned
+    return task
+
+
+def _task_of(recipe: Recipe) -> Task:
     match recipe.task:
         case SequenceClassificationSpec():
             from lora_cli.tasks.sequence_classification import SequenceClassification

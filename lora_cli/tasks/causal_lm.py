@@ -119,7 +119,7 @@ class CausalLM(TextTask):
 
     def _keeps_template(self) -> bool:
         """Return whether an adapter's own chat template is used, not the file in the recipe."""
-        said = self.recipe._places.get("task.chat_template", "").startswith("--set")
+        said = self.recipe.is_overridden("task.chat_template")
         folder = self.trained_in
         return folder is not None and read_computation(folder) is not None and not said
 

@@ -71,9 +71,13 @@ class Classification(Task):
         return self.reader.names
 
     def learn_from(self, splits: dict[str, Rows]) -> None:
-        """Find the labels and their weights, and write both into the recipe."""
-        if self.label_spec.problem != "regression":
-            self.reader.learn(splits)
+        """Find the labels and their weights."""
+        if self.label_spec.problem == "regression":
+            return
+        self.reader.learn(splits)
+        self.learned.task["labels"] = list(self.labels)
+        if self.reader.class_weights is not None:
+            self.learned.task["class_weights"] = self.reader.class_weights
 
     @property
     def metric_context(self) -> MetricContext:
@@ -118,11 +122,11 @@ class Classification(Task):
         count = min(heads)  # the last layer's outputs: fewer than any hidden size
         known: dict[int, str] = load_config(self.recipe).id2label
         if count == 1:
-            self.label_spec.problem = "regression"
+            self.learned.task["problem"] = "regression"
         elif sorted(known) == list(range(count)):  # a base that has such a classifier already
-            self.label_spec.labels = [known[i] for i in range(count)]
+            self.learned.task["labels"] = [known[i] for i in range(count)]
         else:
-            self.label_spec.labels = [f"LABEL_{i}" for i in range(count)]
+            self.learned.task["labels"] = [f"LABEL_{i}" for i in range(count)]
 
     def target_error(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the label, or nothing."""

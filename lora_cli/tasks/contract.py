@@ -38,7 +38,7 @@ from lora_cli.metrics import (
     result_names,
 )
 from lora_cli.models.base_model import build_empty, load_config, load_pretrained, new_modules
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import Learned, Recipe
 from lora_cli.tasks.kept_tensors import restored
 
 Example = dict[str, Any]
@@ -192,6 +192,7 @@ class Task(ABC):
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.learned = Learned()  # what the rows teach, and others learn on the way
         self.notes: list[str] = []  # what a user should know before training
         self.trained_in: Path | None = None  # the adapter's folder, where one is used
         self.config: PretrainedConfig
@@ -296,10 +297,26 @@ class Task(ABC):
         return {}
 
     def learn_form(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
-        """Learn how the rows are written, before `row_error` judges each of them."""
+        """Learn how the rows are written, before `row_error` judges each of them.
+
+        What recipes have a key for goes into `self.learned.task`.
+        """
 
     def learn_from(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
-        """Learn from the rows what the recipe leaves open, such as the labels."""
+        """Learn from the rows what the recipe leaves open, such as the labels.
+
+        What recipes have a key for goes into `self.learned.task`.
+        """
+
+    @property
+    def completed_recipe(self) -> Recipe:
+        """The recipe with what has been learnt until now."""
+        return self.learned.completed(self.recipe)
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples of one forward pass in training."""
+        return self.learned.micro_batch_of(self.recipe.train)
 
     @abstractmethod
     def input_error(self, row: dict[str, Any]) -> str:
@@ -527,7 +544,7 @@ class Task(ABC):
         return logits
 
     def complete_from(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027 - optional
-        """Complete the recipe of an adapter that another tool made, by its tensors.
+        """Learn what the recipe of an adapter that another tool made would say, by its tensors.
 
         Raises:
             LoraError: If they do not tell what has to be known.
@@ -607,7 +624,7 @@ class Task(ABC):
             return []
         allow = "read that code; then `--set model.trust_remote_code=true`"
         for name in names:
-            if is_script(name) and recipe._found:
+            if is_script(name) and recipe.origin.metrics_of_adapter:
                 problems.append(Problem(f"metric `{name}` is a Python script", at, allow))
             elif not is_script(name) and name not in known_metrics():
                 what = f"metric `{name}` is not built in, and on the Hub metrics are Python code"

@@ -50,17 +50,14 @@ class EntityRows:
     def __init__(self, recipe: Recipe, spec: TokenClassificationSpec) -> None:
         self.recipe, self.spec = recipe, spec
         self.labels = list(spec.labels or ())
+        self.scheme: Scheme = "iob2" if spec.scheme == "auto" else spec.scheme
+        self.knows_scheme = spec.scheme != "auto"
         self.hub_names: list[str] = []  # of the tags, where a data set of the Hub has their numbers
 
     @property
     def types(self) -> list[str]:
         """The types of the entities, in the order of the labels."""
         return types_of(self.labels)
-
-    @property
-    def scheme(self) -> Scheme:
-        """The scheme of the tags; `learn_form` has found it out."""
-        return "iob2" if self.spec.scheme == "auto" else self.spec.scheme
 
     @property
     def names(self) -> list[str]:
@@ -201,7 +198,7 @@ class EntityRows:
     # -- what the rows teach
 
     def learn_form(self, splits: dict[str, Rows]) -> None:
-        """Find out the scheme of the tags, and write it into the recipe.
+        """Find out the scheme of the tags.
 
         Raises:
             LoraError: If the tags are none of entities.
@@ -209,10 +206,10 @@ class EntityRows:
         for rows in splits.values():
             self.hub_names = rows.label_names.get(self.spec.tags_column, self.hub_names)
         if self.spec.has_spans:
-            self.spec.scheme = "iob2"
+            self.scheme, self.knows_scheme = "iob2", True
             return
         known = [splits["train"]] if "train" in splits else list(splits.values())
-        if self.spec.scheme != "auto" or not known:
+        if self.knows_scheme or not known:
             return
         tags = (self.tags(row) for rows in known for row in rows)
         found = Beginnings.of(some for some in tags if not isinstance(some, str))
@@ -223,17 +220,16 @@ class EntityRows:
                 "this task finds entities among other words; a tag for every word (a part of "
                 "speech) is none. Is it the right column?",
             )
-        self.spec.scheme = found.scheme
+        self.scheme, self.knows_scheme = found.scheme, True
 
     def learn(self, splits: dict[str, Rows]) -> None:
-        """Find the types of entities, and write the labels into the recipe.
+        """Find the types of entities, and with them the labels.
 
         Raises:
             LoraError: If there are none; with the types in the data that are no labels.
         """
         if not self.labels:
             self.labels = self._infer(splits)
-        self.spec.labels = list(self.labels)
         problems = []
         for name, rows in splits.items():
             unknown: dict[str, Problem] = {}

@@ -39,11 +39,12 @@ class Labels:
         self.recipe, self.spec = recipe, spec
         self.names = [_text(label) for label in spec.labels or spec.label_columns or []]
         self.class_names: list[str] = []  # of the Hub's ClassLabel column; its rows hold positions
+        self.class_weights = spec.class_weights
         self.weights: Tensor | None = None
         self._currency = ""  # of the numbers of a regression, if they have one
 
     def learn(self, splits: dict[str, Rows]) -> None:
-        """Find the labels and their weights, and write both into the recipe.
+        """Find the labels and their weights.
 
         Raises:
             LoraError: If there are none, or one only; with the values in the data that are none.
@@ -59,7 +60,6 @@ class Labels:
         if twice:
             what = f"the label `{twice[0]}` appears twice"
             raise LoraError(what, self.recipe.at("task.labels"), "name each label once")
-        self.spec.labels = list(self.names)
         found = {name: self.count(rows) for name, rows in splits.items()}
         self._reject_unknown(splits, found)
         if len(self.names) < 2 and self.spec.problem == "single_label":
@@ -68,8 +68,8 @@ class Labels:
                 self.recipe.at("task.label_column"),
                 "is it the right column, and are all rows there? One label teaches nothing",
             )
-        if self.spec.class_weights == "balanced" and "train" in splits:
-            self.spec.class_weights = self._balanced(found["train"], len(splits["train"]))
+        if self.class_weights == "balanced" and "train" in splits:
+            self.class_weights = self._balanced(found["train"], len(splits["train"]))
         self.weights = self._weights()
 
     def _infer(self, splits: dict[str, Rows]) -> list[str]:
@@ -120,7 +120,7 @@ class Labels:
             name = self.class_names[value]
             # labels of other names in the recipe rename the classes, by position
             return [name if name in self._positions else _text(value)]
-        if listed_labels(value) is not None and _text(value) not in (self.spec.labels or ()):
+        if listed_labels(value) is not None and _text(value) not in self.names:
             return None  # several labels, and not one of an odd name
         return [_text(value)]
 
@@ -245,7 +245,7 @@ class Labels:
         }
 
     def _weights(self) -> Tensor | None:
-        wanted = self.spec.class_weights
+        wanted = self.class_weights
         if not isinstance(wanted, dict):
             return None
         at = self.recipe.at("task.class_weights")

@@ -104,7 +104,7 @@ def check_packing(task: TextTask, model: nn.Module, split: Encoded) -> None:
     )
     size = len(task.tokenizer)
     other = {**first, "input_ids": [(token + 1) % size for token in first["input_ids"]]}
-    n_rows = min(2, task.recipe.train.micro_batch)  # some kernels unpack one row only
+    n_rows = min(2, task.micro_batch)  # some kernels unpack one row only
     start = len(first["input_ids"])
     was_training = model.training
     model.eval()

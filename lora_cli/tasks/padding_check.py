@@ -138,9 +138,8 @@ def _not_repeatable(task: TextTask, noise: float) -> LoraError:
 def _require_single_rows(task: TextTask, noise: float) -> None:
     """Reject batches of a model whose answers depend on the other rows even without padding."""
     sizes = {
-        "train.micro_batch_size": task.recipe.train.micro_batch,
-        "evaluate.micro_batch_size": task.recipe.evaluate.micro_batch_size
-        or 2 * task.recipe.train.micro_batch,
+        "train.micro_batch_size": task.micro_batch,
+        "evaluate.micro_batch_size": task.recipe.evaluate.micro_batch_size or 2 * task.micro_batch,
     }
     large = [key for key, size in sizes.items() if size > 1]
     if large:

@@ -153,10 +153,13 @@ class TokenClassification(TextTask):
     def learn_form(self, splits: dict[str, Rows]) -> None:
         """Find out the scheme of the tags."""
         self.reader.learn_form(splits)
+        if self.reader.knows_scheme:
+            self.learned.task["scheme"] = self.reader.scheme
 
     def learn_from(self, splits: dict[str, Rows]) -> None:
-        """Find the types of entities, and write the labels into the recipe."""
+        """Find the types of entities, and with them the labels."""
         self.reader.learn(splits)
+        self.learned.task["labels"] = list(self.labels)
 
     def input_error(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the words or the text, or nothing."""
@@ -312,7 +315,7 @@ class TokenClassification(TextTask):
         names = [known[i] for i in sorted(known)]
         if len(names) != count:
             names = [f"LABEL_{i}" for i in range(count)]
-        self.reader.labels = self.spec.labels = names
+        self.learned.task["labels"] = names
 
     # --------------------------------------------------------------------------- batches
 

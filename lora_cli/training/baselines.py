@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, PartialState
 from lora_cli.errors import counted
 from lora_cli.evaluation.evaluate_split import best_by, build_metrics
 from lora_cli.preprocessing.encode import load_data
-from lora_cli.recipe import AdapterSpec, Recipe
+from lora_cli.recipe import AdapterSpec, Learned, Recipe
 from lora_cli.reporting import write_model_card, write_page, write_report
 from lora_cli.reporting.page_analysis import finite, read_predictions
 from lora_cli.reporting.report import part, shown_number
@@ -40,7 +40,9 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
     Returns:
         The report, with `baselines` (metrics by name and split) and `verdict`.
     """
-    report = training_run.train(recipe, resume)
+    learned = Learned()
+    report = training_run.train(recipe, resume, learned)
+    recipe = learned.completed(recipe)
     wanted = recipe.evaluate.baselines
     if not set(wanted) <= set(part(report, "baselines")):
         _measure_all(wanted, recipe, report)
@@ -100,12 +102,17 @@ def majority(task: Task, data: dict[str, Encoded]) -> Metrics:
 
 def _head_alone(recipe: Recipe) -> Metrics:
     """Train the head alone by the same recipe, and return its metrics."""
-    head = recipe.model_copy(deep=True)
-    head.adapter = AdapterSpec(type="none", train_modules=recipe.adapter.train_modules)
-    head.evaluate.baselines, head.evaluate.baseline = [], False
-    head.train.trackers, head.checkpoint.mirror = [], None
     folder = recipe.output_path / "baselines" / "none"
-    head.output_dir = str(folder)
+    head = recipe.with_values(
+        {
+            "adapter": AdapterSpec(type="none", train_modules=recipe.adapter.train_modules),
+            "evaluate.baselines": [],
+            "evaluate.baseline": False,
+            "train.trackers": [],
+            "checkpoint.mirror": None,
+            "output_dir": str(folder),
+        }
+    )
     started = (folder / "recipe.yaml").exists()
     state = PartialState()
     if not started and state.is_main_process:

@@ -115,7 +115,7 @@ class Batches:
 
     def _mine(self, examples: Any) -> list[Any]:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        return micro_batches(examples, self.recipe.train.micro_batch, rank, processes)
+        return micro_batches(examples, self.task.micro_batch, rank, processes)
 
     def _stream(self, done: int) -> Iterator[PlannedStep]:
         size = self.recipe.train.step_size

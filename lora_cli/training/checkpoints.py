@@ -42,7 +42,7 @@ from lora_cli.files import (
 )
 from lora_cli.models.base_facts import write_computation
 from lora_cli.models.fingerprint import Fingerprint
-from lora_cli.recipe import AdapterSpec, Recipe
+from lora_cli.recipe import AdapterSpec, Learned, Recipe
 from lora_cli.tensorfile import read_header
 from lora_cli.training.optimizer_state import (
     described,
@@ -194,19 +194,22 @@ def peek_state(output: Path) -> TrainState | None:
     return None
 
 
-def adopt_adapter(recipe: Recipe) -> None:
+def adopt_adapter(recipe: Recipe, learned: Learned) -> None:
     """Let a run that is resumed go on without the adapter that it once started from.
 
-    What came from that adapter stands in the checkpoint. `refuse_changes` finds out if the recipe
+    What came from that adapter stands in the checkpoint. `reject_changes` finds out if the recipe
     says otherwise.
+
+    Args:
+        recipe: Names the adapter.
+        learned: Gets the adapter section that the run was started with.
     """
     state, spec = peek_state(recipe.output_path), recipe.adapter
     if spec.from_ is None or state is None:
         return
     saved = AdapterSpec.model_validate(state.recipe["adapter"])
     said = {key: getattr(spec, key) for key in spec.model_fields_set - TARGETS}
-    recipe.adapter = saved.model_copy(update=said)
-    recipe._started = True
+    learned.adapter, learned.in_checkpoint = saved.with_values(said), True
 
 
 def restore_checkpoint(

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from lora_cli.errors import InterruptedRun, LoraError, NumericsError
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import Learned, Recipe
 from lora_cli.training.memory_and_disk import resource_error
 from lora_cli.training.stopping import StopRequest
 from lora_cli.unexpected_errors import note_phase
@@ -47,11 +47,14 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
 
 
 @contextmanager
-def explaining(recipe: Recipe, accelerator: Accelerator, stop: StopRequest) -> Iterator[None]:
+def explaining(
+    recipe: Recipe, learned: Learned, accelerator: Accelerator, stop: StopRequest
+) -> Iterator[None]:
     """Say what an error of training means; what every process raises is left to the main process.
 
     Args:
         recipe: Says how large the batches are, and where the result goes.
+        learned: How large they are, where the recipe leaves that open.
         accelerator: Which process this is.
         stop: Knows what the run is doing.
     """
@@ -62,7 +65,7 @@ def explaining(recipe: Recipe, accelerator: Accelerator, stop: StopRequest) -> I
             raise
         raise SystemExit(error.exit_code) from None
     except (MemoryError, RuntimeError, OSError, SafetensorError) as error:
-        if (full := resource_error(error, recipe, stop.activity)) is not None:
+        if (full := resource_error(error, recipe, learned, stop.activity)) is not None:
             raise full from error
         note_phase(error, stop.activity)
         raise

@@ -22,7 +22,7 @@ from torch import nn
 
 from lora_cli.adapters.attach import training_mode
 from lora_cli.errors import ResourceError, system_error
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import Learned, Recipe
 from lora_cli.tasks import Task
 from lora_cli.tasks.contract import prepared_for_evaluation
 from lora_cli.training.batches import Batches
@@ -43,16 +43,19 @@ WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|killed by signal:
 SHARED = re.compile(r"shared memory|</torch_\w+>|shm_open|/dev/shm")
 
 
-def resource_error(error: BaseException, recipe: Recipe, activity: str) -> ResourceError | None:
+def resource_error(
+    error: BaseException, recipe: Recipe, learned: Learned, activity: str
+) -> ResourceError | None:
     """Return what to say of an error that means that memory or disk ran out, else None.
 
     Args:
         error: What was raised, by whichever library.
         recipe: Says how large the batches are, and where the result goes.
+        learned: How large they are, where the recipe leaves that open.
         activity: What the run was doing.
     """
     if is_out_of_memory(error):
-        return out_of_memory(recipe, activity)
+        return out_of_memory(recipe, learned.micro_batch_of(recipe.train), activity)
     saved = peek_state(recipe.output_path)
     kept = f"the checkpoint of step {saved.step} is whole; " if saved else ""
     if (worker := _worker_error(error, activity, kept)) is not None:
@@ -108,20 +111,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in MEMORY_WORDS)
 
 
-def out_of_memory(recipe: Recipe, activity: str) -> ResourceError:
+def out_of_memory(recipe: Recipe, micro_batch: int, activity: str) -> ResourceError:
     """Return the error that says what to change when memory ends."""
     where = "the GPU's memory" if torch.cuda.is_available() else "the memory"
     train, evaluation = recipe.train, recipe.evaluate
     ways = []
     if activity == TRAINING:
-        if train.micro_batch > 1:
-            ways.append(f"`{_cut(train.step_size, train.micro_batch // 2)}` (the same steps)")
+        if micro_batch > 1:
+            ways.append(f"`{_cut(train.step_size, micro_batch // 2)}` (the same steps)")
         if not train.gradient_checkpointing:
             ways.append("`--set train.gradient_checkpointing=true` (slower)")
     elif activity == LOADING:
         ways += ["`--set train.precision=bf16` (half the weights' size)"]
     else:
-        size = evaluation.micro_batch_size or 2 * train.micro_batch
+        size = evaluation.micro_batch_size or 2 * micro_batch
         if size > 1:
             ways.append(f"`--set evaluate.micro_batch_size={size // 2}` (the same numbers)")
     if activity != LOADING and (longest := getattr(recipe.task, "max_length", None)):
@@ -184,8 +187,7 @@ def find_micro_batch(
         found = largest(fits, share)
     found = min(gather_object([found])) if accelerator.num_processes > 1 else found
     if not found:
-        task.recipe.train._found_micro_batch = 1
-        raise out_of_memory(task.recipe, TRAINING)
+        raise out_of_memory(task.recipe, 1, TRAINING)
     return found
 
 

@@ -25,7 +25,7 @@ from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.preprocessing.data_gate import pass_gate
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.preprocessing.frozen_outputs import with_frozen_outputs
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import Learned, Recipe
 from lora_cli.tasks import Encoded, Task, build_task
 from lora_cli.training.bad_numbers import (
     reject_bad_parameters,
@@ -59,28 +59,29 @@ from lora_cli.training.train_state import TrainState, machine_facts, memory_fact
 from lora_cli.unexpected_errors import phase
 
 
-def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, resume: bool = False, learned: Learned | None = None) -> dict[str, Any]:
     """Train as the recipe says, and write the output folder.
 
     Args:
         recipe: The checked recipe.
         resume: Continue from the newest checkpoint in the output folder, if there is one.
+        learned: Gets what the run learns, such as the labels.
 
     Returns:
         The report, as in `report.json`; of the earlier run, if that is complete.
     """
-    started = time.monotonic()
+    started, learned = time.monotonic(), Learned() if learned is None else learned
     reject_mpi()
     accelerator = start_accelerator(recipe)
     with watching(accelerator), ExitStack() as resources:
         require_same_recipe(recipe, resume, accelerator)
-        task = build_task(recipe)
+        task = build_task(recipe, learned)
         with main_process_first(accelerator):  # it reads and encodes; the others find its cache
             if accelerator.is_main_process:
                 open_mirror(recipe, resume)
             if resume:
-                adopt_adapter(recipe)
-            done = finished_report(recipe, resume)
+                adopt_adapter(recipe, learned)
+            done = finished_report(learned.completed(recipe), resume)
             if accelerator.is_main_process and done is None:
                 resources.enter_context(locked_output(recipe, resume))
                 clear_leftovers(recipe.output_path)
@@ -91,15 +92,15 @@ def train(recipe: Recipe, resume: bool = False) -> dict[str, Any]:
                 return done
             findings = pass_gate(task, data) if accelerator.is_main_process else None
         stop = StopRequest(recipe, accelerator, started)
-        with explaining(recipe, accelerator, stop):
-            run = Run(recipe, task, data, accelerator, stop)
+        with explaining(recipe, learned, accelerator, stop):
+            run = Run(task, data, accelerator, stop)
             if findings is not None:
                 run.report["data"] = findings.added_to(run.report["data"])
             if resume:
                 run.resume()
             require_same_start(recipe, run.state, run.model, accelerator)
             run.train()
-            return finish(recipe, run.report, accelerator)
+            return finish(run.recipe, run.report, accelerator)
 
 
 class Run:
@@ -107,15 +108,17 @@ class Run:
 
     def __init__(
         self,
-        recipe: Recipe,
         task: Task,
         data: dict[str, Encoded],
         accelerator: Accelerator,
         stop: StopRequest,
     ) -> None:
-        self.recipe, self.task, self.data, self.accelerator = recipe, task, data, accelerator
-        self.folder, self.stop = recipe.output_path, stop
-        self.model, self.in_full, base = self._load_model()
+        self.task, self.data, self.accelerator, self.stop = task, data, accelerator, stop
+        self.model, new, base = self._load_model()
+        self.learned = task.learned
+        self.recipe = recipe = task.completed_recipe  # labels and adapter are known from here on
+        self.folder = recipe.output_path
+        self.in_full = list(dict.fromkeys([*new, *recipe.adapter.train_modules]))
         with main_process_first(accelerator):
             self.data = {
                 name: with_frozen_outputs(task, self.model, split, accelerator)
@@ -124,7 +127,8 @@ class Run:
         self.notes = [*filter(None, [task.length_note]), *task.notes]
         self.optimizer = build_optimizer(self.model, recipe, self.in_full)
         trained = (self.model, self.optimizer, self.in_full, base)
-        self.saver = Saver(recipe, *trained, task.save_processor, accelerator, task.base_facts)
+        kept = (task.save_processor, accelerator, task.base_facts, self.learned)
+        self.saver = Saver(recipe, *trained, *kept)
         self.prepared = accelerator.prepare_optimizer(self.optimizer)
         self.batches = Batches(task, self.data.get("train"), accelerator)
         self.total_steps = self.batches.total_steps
@@ -136,12 +140,12 @@ class Run:
         self.save_pending = False  # a checkpoint is due, and the last steps were bad
 
     def _load_model(self) -> tuple[nn.Module, list[str], Fingerprint | None]:
-        """Return the model, ready to be trained, the modules trained in full, and its base."""
-        recipe, task = self.recipe, self.task
+        """Return the model, ready to be trained, the modules of its head, and its base."""
+        recipe, task = self.task.recipe, self.task
         seed_everything(recipe.train.seed)
         model, new = task.load_model(self.accelerator.device)
         base = fingerprint_of(recipe, model, new)
-        base = make_trainable(model, recipe, new, base, task.base_facts)
+        base = make_trainable(model, recipe, new, base, task.base_facts, task.learned)
         lengths = [int(split.lengths.max()) for split in self.data.values()]
         longest = max(lengths) if "train" in self.data else None
         with self.accelerator.autocast():
@@ -151,7 +155,7 @@ class Run:
                 task.check_packing(model, self.data["train"])
         if recipe.train.gradient_checkpointing:
             enable_gradient_checkpointing(model, recipe)
-        return model, list(dict.fromkeys([*new, *recipe.adapter.train_modules])), base
+        return model, new, base
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
@@ -161,11 +165,11 @@ class Run:
         """Find the largest micro-batch that fits, where the recipe leaves that open."""
         train, needed = self.recipe.train, optimizer_bytes(self.model, self.recipe)
         if train.micro_batch_size == "auto" and self.state.step == 0:
-            train._found_micro_batch = find_micro_batch(
+            self.learned.micro_batch = find_micro_batch(
                 self.model, self.task, self.batches, self.accelerator, needed
             )
-            self.notes.append(f"micro-batches of {train.micro_batch}, the largest that fit")
-        self.state.memory = memory_facts(self.recipe)
+            self.notes.append(f"micro-batches of {self.learned.micro_batch}, the largest that fit")
+        self.state.memory = memory_facts(self.recipe, self.learned)
 
     def train(self) -> None:
         """Train to the end, or until validation ceases to improve, then evaluate the best."""

@@ -13,7 +13,7 @@ from lora_cli.errors import IntegrityError, ResourceError, counted
 from lora_cli.files import MANIFEST, sha256_of, verify_manifest
 from lora_cli.models.base_facts import require_facts
 from lora_cli.models.fingerprint import Fingerprint, read_fingerprint, require_base
-from lora_cli.recipe import Recipe, read_computation
+from lora_cli.recipe import Learned, Recipe, read_computation
 from lora_cli.training.checkpoints import (
     FOLDER,
     SaveProcessor,
@@ -52,6 +52,7 @@ class Saver:
         save_processor: Writes the tokenizer, or what else turns rows into inputs, into a folder.
         accelerator: The processes, and fp16's loss scale.
         facts: What of the base decides the computation besides its tensors.
+        learned: Gets the size of the micro-batches that a run was started with.
     """
 
     def __init__(
@@ -64,10 +65,12 @@ class Saver:
         save_processor: SaveProcessor,
         accelerator: Accelerator,
         facts: dict[str, Any],
+        learned: Learned,
     ) -> None:
         self.recipe, self.model, self.optimizer = recipe, model, optimizer
         self.in_full, self.save_processor, self.accelerator = in_full, save_processor, accelerator
         self.base, self.folder, self.facts = base, recipe.output_path, facts
+        self.learned = learned
 
     def begin(self, state: TrainState, say: Callable[[str], None]) -> None:
         """Write the recipe, once the disk and the mirror are known to have room.
@@ -102,8 +105,8 @@ class Saver:
             return fresh
         folder, state = found
         if self.recipe.train.micro_batch_size == "auto":
-            self.recipe.train._found_micro_batch = state.memory["micro_batch_size"]
-        fresh.memory = memory_facts(self.recipe)
+            self.learned.micro_batch = state.memory["micro_batch_size"]
+        fresh.memory = memory_facts(self.recipe, self.learned)
         changes = reject_changes(state, self.recipe, fresh)
         reject_fewer_steps(state, total_steps, self.recipe)
         for change in changes:

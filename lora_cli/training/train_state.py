@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from lora_cli.environment import installed_version
 from lora_cli.errors import LoraError, Problem, counted
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import Learned, Recipe
 
 FIXED = ("model.", "task.", "adapter.", "train.optimizer.type")  # a change makes it another model
 VERSIONS = ("torch", "transformers")
@@ -100,11 +100,10 @@ def machine_facts(accelerator: Accelerator) -> dict[str, Any]:
     return facts | ({"threads": torch.get_num_threads()} if device == "cpu" else {})
 
 
-def memory_facts(recipe: Recipe) -> dict[str, Any]:
+def memory_facts(recipe: Recipe, learned: Learned) -> dict[str, Any]:
     """Return how memory is saved."""
-    train = recipe.train
-    checkpointing = train.gradient_checkpointing
-    return {"micro_batch_size": train.micro_batch, "gradient_checkpointing": checkpointing}
+    size, checkpointing = learned.micro_batch_of(recipe.train), recipe.train.gradient_checkpointing
+    return {"micro_batch_size": size, "gradient_checkpointing": checkpointing}
 
 
 def reject_changes(saved: TrainState, recipe: Recipe, now: TrainState | None = None) -> list[str]:

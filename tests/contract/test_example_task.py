@@ -26,7 +26,7 @@ from lora_cli.evaluation.predict import answer_file
 from lora_cli.export import merge as merging
 from lora_cli.export.merge import merge_adapter
 from lora_cli.preprocessing.encode import load_data
-from lora_cli.recipe import Recipe, load_adapter_recipe, load_recipe
+from lora_cli.recipe import Learned, Recipe, load_adapter_recipe, load_recipe
 from lora_cli.tasks.contract import prepared_for_evaluation
 from lora_cli.training import run as runs_of_training
 
@@ -40,8 +40,9 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> list[ExampleTask]:
     """Let every room build the example task, and return those that were built."""
     built: list[ExampleTask] = []
 
-    def build(recipe: Recipe) -> ExampleTask:
+    def build(recipe: Recipe, learned: Learned | None = None) -> ExampleTask:
         built.append(ExampleTask(recipe, recipe.task))
+        built[-1].learned = learned or Learned()
         return built[-1]
 
     for module in (runs_of_training, evaluate_split, open_adapter, merging):

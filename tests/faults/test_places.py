@@ -21,7 +21,7 @@ from lora_cli.cli.app import app
 from lora_cli.errors import LoraError, ResourceError
 from lora_cli.files import verify_manifest, write_manifest
 from lora_cli.models.load_errors import place_error
-from lora_cli.recipe import Recipe, load_recipe
+from lora_cli.recipe import Learned, Recipe, load_recipe
 from lora_cli.training.checkpoints import load_checkpoint
 from lora_cli.training.memory_and_disk import resource_error
 
@@ -95,7 +95,7 @@ class Deadly:
 def test_a_worker_that_is_killed_is_named(recipe: Recipe) -> None:
     with pytest.raises(RuntimeError) as caught:
         list(DataLoader(Deadly(), num_workers=1, batch_size=1))  # type: ignore[arg-type]
-    found = resource_error(caught.value, recipe, "training")
+    found = resource_error(caught.value, recipe, Learned(), "training")
     assert found is not None
     assert "a worker that prepares batches was killed while training" in str(found)
     assert "--set train.workers=0" in str(found)
@@ -113,7 +113,7 @@ def test_a_worker_that_is_killed_is_named(recipe: Recipe) -> None:
 )
 def test_shared_memory_that_is_full_is_named(text: str, recipe: Recipe) -> None:
     """ "Make room, then go on with --resume" would end in the same way again."""
-    found = resource_error(RuntimeError(text), recipe, "training")
+    found = resource_error(RuntimeError(text), recipe, Learned(), "training")
     assert found is not None
     assert "at /dev/shm" in str(found)
     assert "--set train.workers=0" in str(found)
@@ -127,16 +127,16 @@ def test_an_output_folder_that_was_removed_is_named(recipe: Recipe) -> None:
             return error
         raise AssertionError("there was such a folder")
 
-    found = resource_error(error(), recipe, "saving")
+    found = resource_error(error(), recipe, Learned(), "saving")
     assert found is not None
     assert ".publish.tmp" in str(found)
     recipe.output_path.rmdir()
-    found = resource_error(error(), recipe, "saving")
+    found = resource_error(error(), recipe, Learned(), "saving")
     assert found is not None
     assert f"`{recipe.output_path}` was removed while saving" in str(found)
     other = FileNotFoundError(errno.ENOENT, "no such file", "/elsewhere/base")
     recipe.output_path.mkdir()
-    assert resource_error(other, recipe, "saving") is None
+    assert resource_error(other, recipe, Learned(), "saving") is None
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.EROFS])

@@ -227,7 +227,7 @@ class Work:
     def __init__(self) -> None:
         self.model = tiny.encoder()
         self.recipe = tiny.recipe_of(rank=2, target_modules=["query"])
-        self.recipe.checkpoint.keep = 1
+        self.recipe = self.recipe.with_values({"checkpoint.keep": 1})
         attach(self.model, self.recipe, ["classifier"])
         self.optimizer = build_optimizer(self.model, self.recipe, ["classifier"])
         self.base = Fingerprint("base", "main", {"a": "00"})

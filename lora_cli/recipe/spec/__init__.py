@@ -18,7 +18,7 @@ from lora_cli.recipe.spec.data import (
 from lora_cli.recipe.spec.evaluate import EvaluateSpec, GenerationSpec
 from lora_cli.recipe.spec.image_classification_spec import ImageClassificationSpec
 from lora_cli.recipe.spec.model import ModelSpec
-from lora_cli.recipe.spec.recipe import Recipe
+from lora_cli.recipe.spec.recipe import Origin, Recipe
 from lora_cli.recipe.spec.sequence_classification_spec import SequenceClassificationSpec
 from lora_cli.recipe.spec.task import TASKS, TaskSpec
 from lora_cli.recipe.spec.token_classification_spec import TokenClassificationSpec
@@ -50,4 +50,5 @@ __all__ = [
     "GenerationSpec",
     "CheckpointSpec",
     "Recipe",
+    "Origin",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import Field, PrivateAttr
@@ -14,6 +16,20 @@ from lora_cli.recipe.spec.model import ModelSpec
 from lora_cli.recipe.spec.section import Conflicts, Section, Word
 from lora_cli.recipe.spec.task import TaskSpec
 from lora_cli.recipe.spec.train import TrainSpec
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a recipe comes from.
+
+    Args:
+        places: For each key that was written, where: `recipe.yaml:14`, or the `--set` flag.
+        metrics_of_adapter: The metrics are named by a recipe beside an adapter, which may be
+            anybody's.
+    """
+
+    places: Mapping[str, str] = field(default_factory=dict)
+    metrics_of_adapter: bool = False
 
 
 class Recipe(Section):
@@ -43,9 +59,7 @@ class Recipe(Section):
     output_dir: Word = "out"
     """Folder of the result, relative to the working directory."""
 
-    _places: dict[str, str] = PrivateAttr(default_factory=dict)
-    _found: bool = PrivateAttr(default=False)  # beside an adapter, and so not the user's own
-    _started: bool = PrivateAttr(default=False)  # `adapter.from` has been read, by an earlier run
+    _origin: Origin = PrivateAttr(default_factory=Origin)
 
     def conflicts(self) -> Conflicts:
         """Yield what is wrong between sections."""
@@ -112,10 +126,25 @@ class Recipe(Section):
         """
         parts = key.split(".")
         for length in range(len(parts), 0, -1):
-            place = self._places.get(".".join(parts[:length]))
+            place = self._origin.places.get(".".join(parts[:length]))
             if place:
                 return f"{key} ({place})"
         return key
+
+    def is_overridden(self, key: str) -> bool:
+        """Return whether a `--set` flag gives a key its value."""
+        return self._origin.places.get(key, "").startswith("--set")
+
+    @property
+    def origin(self) -> Origin:
+        """Where the recipe comes from."""
+        return self._origin
+
+    def with_origin(self, origin: Origin) -> Recipe:
+        """Return a copy that comes from elsewhere."""
+        copied = self.model_copy()
+        copied._origin = origin
+        return copied
 
     @property
     def output_path(self) -> Path:

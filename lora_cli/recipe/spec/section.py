@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -20,9 +20,10 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """A section of the recipe: unknown keys are refused, values are not converted."""
+    """A section of the recipe: frozen; unknown keys are rejected, values are not converted."""
 
     model_config = ConfigDict(
+        frozen=True,
         extra="forbid",
         strict=True,
         allow_inf_nan=False,
@@ -33,6 +34,21 @@ class Section(BaseModel):
     def conflicts(self) -> Conflicts:
         """Yield what is wrong between keys that are each right by themselves."""
         yield from ()
+
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """Return a copy in which some keys have other values, which are not checked.
+
+        Args:
+            values: By the name of the field; with dots, of a section: `{"data.test": None}`.
+        """
+        changed = self
+        for key, value in values.items():
+            name, _, rest = key.partition(".")
+            assert name in type(self).model_fields, f"{type(self).__name__} has no `{name}`"
+            if rest:
+                value = getattr(changed, name).with_values({rest: value})
+            changed = changed.model_copy(update={name: value})
+        return changed
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

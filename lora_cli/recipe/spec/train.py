@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
 from lora_cli.recipe.spec.section import Conflicts, Positive, Probability, Section, Seed
 
@@ -138,8 +138,6 @@ class TrainSpec(Section):
     trackers: list[Literal["tensorboard", "trackio"]] = Field(default_factory=list)
     """Where else the log goes."""
 
-    _found_micro_batch: int | None = PrivateAttr(default=None)
-
     def conflicts(self) -> Conflicts:
         """Yield the keys that exclude each other."""
         if self.epochs is not None and self.max_steps is not None:
@@ -159,11 +157,7 @@ class TrainSpec(Section):
     @property
     def step_size(self) -> int:
         """Examples (or packs) that one optimizer step sees."""
-        return self.examples_per_step or self.micro_batch * self.gradient_accumulation_steps
-
-    @property
-    def micro_batch(self) -> int:
-        """Examples of one forward pass; where they are to be found, what was found, or 8."""
-        if self.micro_batch_size != "auto":
-            return self.micro_batch_size
-        return self._found_micro_batch or min(8, self.examples_per_step or 8)
+        if self.examples_per_step is not None:
+            return self.examples_per_step
+        assert self.micro_batch_size != "auto", "`conflicts` asks for `examples_per_step`"
+        return self.micro_batch_size * self.gradient_accumulation_steps

@@ -1,0 +1,44 @@
+"""What is learnt on the way, and a recipe leaves open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_cli.recipe.spec import AdapterSpec, Recipe, TrainSpec
+
+
+@dataclass
+class Learned:
+    """What a command learns that its recipe leaves open; the recipe itself never changes.
+
+    It is created once, with the task, and handed on. Each part has one place that sets it.
+
+    Args:
+        task: Values of keys of the recipe's task section: the labels, their weights, the scheme of
+            tags. The task sets them when it has seen the rows.
+        adapter: The adapter section with what the adapter of `adapter.from` decides.
+            `make_trainable` sets it, or the checkpoint of a run that is resumed.
+        in_checkpoint: The parameters of `adapter.from` are in the checkpoint of a run that is
+            resumed, and are not to be read again.
+        micro_batch: Examples of one forward pass, where `train.micro_batch_size` is `auto`. The run
+            sets it, or the checkpoint of one that is resumed.
+    """
+
+    task: dict[str, Any] = field(default_factory=dict)
+    adapter: AdapterSpec | None = None
+    in_checkpoint: bool = False
+    micro_batch: int | None = None
+
+    def completed(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with what is learnt: as `recipe.yaml` beside the adapter says it."""
+        values: dict[str, Any] = {f"task.{key}": value for key, value in self.task.items()}
+        if self.adapter is not None:
+            values["adapter"] = self.adapter
+        return recipe.with_values(values)
+
+    def micro_batch_of(self, train: TrainSpec) -> int:
+        """Return the examples of one forward pass; `auto` is what was found, or 8 before."""
+        if train.micro_batch_size != "auto":
+            return train.micro_batch_size
+        return self.micro_batch or min(8, train.examples_per_step or 8)
