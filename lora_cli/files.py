@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import IntegrityError, LoraError, Problem, ResourceError
+from lora_cli.format_version import FORMAT, require_format
 from lora_cli.redaction import redacted
 
 MANIFEST = "manifest.json"
@@ -222,7 +223,7 @@ def write_manifest(folder: Path) -> None:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file != folder / MANIFEST
     }
-    write_json(folder / MANIFEST, {"files": files})
+    write_json(folder / MANIFEST, {"format": FORMAT, "files": files})
 
 
 def verify_manifest(folder: Path, *required: str) -> bool:
@@ -237,6 +238,7 @@ def verify_manifest(folder: Path, *required: str) -> bool:
 
     Raises:
         IntegrityError: With every listed file that is missing or differs.
+        LoraError: If a newer version wrote the manifest.
         ResourceError: If the system does not let files be read.
     """
     try:
@@ -257,7 +259,9 @@ def _verify(folder: Path, *required: str) -> bool:
         return False
     try:
         raw = read_bounded(manifest)
-        files = json.loads(raw)["files"]
+        values = json.loads(raw)
+        require_format(values, str(manifest))
+        files = values["files"]
         entries = [(str(name), int(e["bytes"]), str(e["sha256"])) for name, e in files.items()]
     except PermissionError:
         raise

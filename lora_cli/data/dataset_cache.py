@@ -36,6 +36,7 @@ from lora_cli.files import (
     write_json,
     write_manifest,
 )
+from lora_cli.format_version import FORMAT, require_format
 
 TABLE = "rows.arrow"
 KEY = "key.json"  # the hash of what the rows depend on: a folder that was renamed is found out
@@ -76,8 +77,8 @@ def cached_dataset(
 
     versions = [f"{name} {installed_version(name)}" for name in LIBRARIES]
     whole = json.dumps([__version__, versions, *key, str(features)])
-    about = {"lora": __version__, "sha256": hashlib.sha256(whole.encode()).hexdigest()}
-    digest = about["sha256"][:32]
+    sha256 = hashlib.sha256(whole.encode()).hexdigest()
+    about, digest = {"format": FORMAT, "lora": __version__, "sha256": sha256}, sha256[:32]
     root = Path(datasets.config.HF_DATASETS_CACHE) / "lora"
     if (found := _open(root / digest, about)) is not None:
         return found
@@ -96,7 +97,7 @@ def cached_dataset(
     return cached
 
 
-def _open(folder: Path, about: dict[str, str], say: Callable[[str], None] = warn) -> Any:
+def _open(folder: Path, about: dict[str, Any], say: Callable[[str], None] = warn) -> Any:
     """Return the data set in a folder; None if there is none, or it is damaged, which is said."""
     import datasets
 
@@ -105,7 +106,9 @@ def _open(folder: Path, about: dict[str, str], say: Callable[[str], None] = warn
     try:
         if not verify_manifest(folder, TABLE, KEY):
             raise IntegrityError(f"`{MANIFEST}` is missing", str(folder))
-        if json.loads(read_bounded(folder / KEY)) != about:
+        found = json.loads(read_bounded(folder / KEY))
+        require_format(found, str(folder / KEY))
+        if {"format": FORMAT, **found} != about:
             raise IntegrityError("it holds the rows of something else", str(folder))
         return datasets.Dataset.from_file(str(folder / TABLE))
     except LoraError as error:
@@ -119,7 +122,7 @@ def _open(folder: Path, about: dict[str, str], say: Callable[[str], None] = warn
 def _make(
     root: Path,
     digest: str,
-    about: dict[str, str],
+    about: dict[str, Any],
     rows: Iterable[dict[str, Any]],
     features: Any,
     changed: Callable[[], bool],
@@ -156,7 +159,7 @@ def _make(
     return temporary
 
 
-def _publish(temporary: Path, folder: Path, about: dict[str, str]) -> None:
+def _publish(temporary: Path, folder: Path, about: dict[str, Any]) -> None:
     """Give a temporary folder its name; where another process was first, its folder stays."""
     aside = temporary.with_name(f"{temporary.stem}-old.tmp")
     try:

@@ -16,11 +16,11 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from lora_cli.errors import IntegrityError, LoraError, warn
 from lora_cli.files import write_json
+from lora_cli.format_version import FORMAT
 from lora_cli.models.base_model import load_tokenizer
 from lora_cli.models.load_errors import explained
 from lora_cli.recipe import (
     COMPUTATION_FILE,
-    FORMAT,
     RECIPE_FILE,
     Recipe,
     computing_values,

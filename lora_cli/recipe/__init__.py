@@ -2,7 +2,6 @@
 
 from lora_cli.recipe.computing_keys import (
     COMPUTATION_FILE,
-    FORMAT,
     check_labels,
     computing_values,
     read_computation,
@@ -40,7 +39,6 @@ __all__ = [
     "load_adapter_recipe",
     "RECIPE_FILE",
     "COMPUTATION_FILE",
-    "FORMAT",
     "check_labels",
     "computing_values",
     "read_computation",

@@ -19,11 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import BACKUP, IntegrityError, LoraError, Problem, warn
+from lora_cli.errors import BACKUP, IntegrityError, Problem, warn
+from lora_cli.format_version import require_format
 from lora_cli.recipe.spec import Recipe
 
 COMPUTATION_FILE = "computation.json"
-FORMAT = 1
 # where rows lie may change; the template's text is kept, not its place
 PLACES = {
     "task.chat_template", "data.path", "data.name", "data.config", "data.revision", "data.train",
@@ -66,16 +66,13 @@ def read_computation(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-        known = value["format"] == FORMAT
+        require_format(value, str(file))
         parts = value["recipe"], value["base"]["config"]
-        if known and not (isinstance(parts[0], dict) and isinstance(parts[1], dict)):
+        if not (isinstance(parts[0], dict) and isinstance(parts[1], dict)):
             raise ValueError("a part is missing")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = "what the adapter was trained with cannot be read"
         raise IntegrityError(what, str(file), BACKUP) from error
-    if not known:
-        what = f"its format is {value['format']!r}, and this version reads {FORMAT}"
-        raise LoraError(what, str(file), "use the version of lora that wrote it, or a newer one")
     return dict(value)
 
 

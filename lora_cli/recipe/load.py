@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from lora_cli.errors import LoraError, Problem, nearest
 from lora_cli.files import read_bounded
+from lora_cli.format_version import require_format
 from lora_cli.paths import expanded, path_problem
 from lora_cli.recipe.computing_keys import check_recipe_file
 from lora_cli.recipe.schema_errors import explain
@@ -28,6 +29,10 @@ MAX_BYTES = 200_000  # a second of reading; a recipe has a hundredth of it
 MAX_OWN_BYTES = 5_000_000  # beside an adapter, where all labels are named that were found
 RECIPE_FILE = "recipe.yaml"  # beside an adapter
 MAX_PROBLEMS = 20
+OTHER_FORMAT = (
+    "leave it out (`task.format` and `data.format` are other keys); if a newer lora wrote the "
+    "recipe, upgrade: `pip install --upgrade lora-cli`"
+)
 # Of each pair, a recipe has at most one. A key of `--set` replaces the other one of the file.
 EXCLUDES_NOTHING = (None, False, "exact", "openai")  # values of these keys that go with the other
 EXCLUSIVE_KEYS = [
@@ -78,6 +83,9 @@ def load_recipe(
     for override in overrides:
         _override(data, reader, override)
     _drop_replaced_keys(data, reader, overrides)
+    if "format" not in reader.faulty:  # before its keys are read, which may be others
+        place = reader.places.get("format", str(path))
+        require_format(data, f"format ({place})", OTHER_FORMAT)
     try:
         try:
             recipe = Recipe.model_validate(data)

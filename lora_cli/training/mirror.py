@@ -30,6 +30,7 @@ from rich.console import Console
 
 from lora_cli.errors import IntegrityError, LoraError, Problem, ResourceError
 from lora_cli.files import MANIFEST, sha256_of, verify_manifest
+from lora_cli.format_version import FORMAT
 from lora_cli.recipe import Recipe
 from lora_cli.training.checkpoints import FOLDER, checkpoints
 from lora_cli.training.output_folder import locked_output
@@ -81,7 +82,7 @@ class Mirror:
             there: {"bytes": here.stat().st_size, "sha256": sha256_of(here)}
             for there, here in files.items()
         }
-        manifest = json.dumps({"files": facts}, indent=2).encode()
+        manifest = json.dumps({"format": FORMAT, "files": facts}, indent=2).encode()
         for attempt in range(1, TRIES + 1):
             try:
                 if self._manifest(name) == manifest:

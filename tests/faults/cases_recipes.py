@@ -108,6 +108,7 @@ RECIPES: dict[str, str | bytes] = {
     "an unknown key like no other": _in("train", "zzz: 1"),
     "many unknown keys": HEAD + "".join(f"key{i}: 1\n" for i in range(60)),
     "no sections": "output_dir: out\n",
+    "a format of a later version": HEAD + "format: 2\nfuture: {}\n",
     "a missing key": "model: {}\ntask: {type: sequence_classification}\ndata: {path: rows.csv}\n",
     "an unknown task": "model: {name: m}\ntask: {type: classification}\ndata: {path: rows.csv}\n",
     "a task without a type": "model: {name: m}\ntask: {max_length: 3}\ndata: {path: rows.csv}\n",

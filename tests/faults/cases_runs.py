@@ -352,6 +352,13 @@ def _(world: World) -> Printed:
     return world.lora("predict", "--adapter", "trained", "a film")
 
 
+@case("Adapters", "a manifest of a later version")
+def _(world: World) -> Printed:
+    file = world.folder / world.trained() / "manifest.json"
+    file.write_text(json.dumps({"format": 2, "files": []}))
+    return world.lora("predict", "--adapter", "trained", "a film")
+
+
 @case("Adapters", "another base of the same shapes")
 def _(world: World) -> Printed:
     world.trained()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, PrivateAttr
 
@@ -34,6 +35,10 @@ class Origin:
 
 class Recipe(Section):
     """A fine-tuning run: which model, on which data, how."""
+
+    format: Literal[1] = 1
+    """The version of the recipe's keys. Recipes that lora writes name it; others may leave it
+    out."""
 
     model: ModelSpec
     """The pretrained base model."""
