@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_cli.data import load_rows as rows_module
+from lora_cli.data import file_rows
 from lora_cli.data import readers as reading
-from lora_cli.data.load_rows import Rows, load_rows, stream_label_names, stream_rows, without_errors
+from lora_cli.data.bad_rows import without_errors
+from lora_cli.data.load_rows import Rows, load_rows, stream_label_names, stream_rows
 from lora_cli.data.readers import columns_of, kind_of, read_rows, require_columns, text_error
 from lora_cli.data.text_lines import RawRow
 from lora_cli.errors import LoraError
@@ -718,7 +719,7 @@ def test_files_are_read_once_until_they_or_the_format_change(
         calls.append(path.name)
         return reading.read_rows(path, spec)
 
-    monkeypatch.setattr(rows_module, "read_rows", counted)
+    monkeypatch.setattr(file_rows, "read_rows", counted)
     first = load_rows(recipe_of({"path": rows_csv}))["train"]
     again = load_rows(recipe_of({"path": rows_csv, "validation": {"fraction": 0.1}}))
     assert calls == ["rows.csv"]

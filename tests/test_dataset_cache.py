@@ -14,7 +14,7 @@ import datasets
 import pytest
 import tiny
 
-from lora_cli.data import dataset_cache, load_rows
+from lora_cli.data import dataset_cache, file_rows, load_rows
 from lora_cli.data.dataset_cache import cached_dataset
 from lora_cli.errors import LoraError, ResourceError
 from lora_cli.preprocessing.encode import load_data
@@ -198,7 +198,7 @@ def test_a_file_that_is_replaced_while_it_is_read(
     file = recipe_file.with_name("rows.jsonl")
     old = file.read_text()
     new = old.replace("film", "book")
-    read, times = load_rows.read_rows, []
+    read, times = file_rows.read_rows, []
 
     def replacing(path: Path, form: Any) -> Iterator[Any]:
         if not times:
@@ -208,8 +208,8 @@ def test_a_file_that_is_replaced_while_it_is_read(
             replace(file, old)
         times.append(1)
 
-    monkeypatch.setattr(load_rows, "read_rows", replacing)
-    monkeypatch.setattr(load_rows, "warn", lambda _: None)
+    monkeypatch.setattr(file_rows, "read_rows", replacing)
+    monkeypatch.setattr(file_rows, "warn", lambda _: None)
 
     def texts() -> list[str]:
         return [row["text"] for row in load_rows.load_rows(load_recipe(recipe_file))["train"]]
@@ -224,12 +224,12 @@ def test_a_file_that_is_replaced_while_it_is_read(
 def test_a_file_that_never_stops_changing(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, read = recipe_file.with_name("rows.jsonl"), load_rows.read_rows
+    file, read = recipe_file.with_name("rows.jsonl"), file_rows.read_rows
 
     def growing(path: Path, form: Any) -> Iterator[Any]:
         yield from read(path, form)
         file.write_text(file.read_text() + '{"text": "more", "label": 1}\n')
 
-    monkeypatch.setattr(load_rows, "read_rows", growing)
+    monkeypatch.setattr(file_rows, "read_rows", growing)
     with pytest.raises(LoraError, match="the file changes while it is read"):
         load_rows.load_rows(load_recipe(recipe_file))

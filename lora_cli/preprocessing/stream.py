@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from lora_cli.data.load_rows import stream_rows, without_errors
+from lora_cli.data.bad_rows import without_errors
+from lora_cli.data.load_rows import stream_rows
 from lora_cli.data.text_lines import RawRow
 from lora_cli.errors import LoraError, counted
 from lora_cli.preprocessing.encode import encode_located
-from lora_cli.tasks.contract import Example, Task
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import Example
 
 CHUNK = 100  # rows that are encoded together
 

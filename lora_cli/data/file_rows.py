@@ -1,0 +1,198 @@
+"""Rows of local files: read once, kept in the cache, and hashed with what they name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_cli.data.bad_rows import without
+from lora_cli.data.csv_quoting import announce_quoting
+from lora_cli.data.dataset_cache import SourceChangedError, cached_dataset
+from lora_cli.data.find_files import SPLITS as SPLITS
+from lora_cli.data.media import (
+    is_media,
+    media_error,
+    media_hash,
+    stored_media,
+    with_media,
+)
+from lora_cli.data.media_folder import (
+    class_names,
+    folder_labels,
+    is_media_file,
+    other_files,
+    read_media_files,
+    root_of,
+)
+from lora_cli.data.parallel_texts import parts_of
+from lora_cli.data.readers import kind_of, read_rows
+from lora_cli.data.rows import Rows as Rows
+from lora_cli.data.text_lines import NOT_TEXT, RawRow, unreadable
+from lora_cli.errors import LoraError, counted, warn
+from lora_cli.files import sha256_of
+from lora_cli.recipe import Recipe
+
+READINGS = 3  # of a file that changes while it is read
+READING = 4  # counts up when files are read in another way, so that no old cache is used
+
+
+def read_files(recipe: Recipe, files: list[Path]) -> Iterator[RawRow]:
+    """Yield the rows of files in order, with media values in the columns that hold media."""
+    media = recipe.task.media_columns
+    pictures = [file for file in files if media and is_media_file(file)]
+    if pictures:
+        yield from read_media_files(recipe, pictures)
+        return
+    for file in files:
+        for row in read_rows(file, recipe.data.format):
+            yield with_media(row, file.parent, media)
+
+
+def file_rows(recipe: Recipe, files: list[Path]) -> Rows:
+    """Return the rows of files, which are read once and then come from the cache.
+
+    Raises:
+        LoraError: With the rows that cannot be read, unless they may be left out.
+    """
+    form, media = recipe.data.format, tuple(recipe.task.media_columns)
+    are_media = bool(media) and is_media_file(files[0])
+    dataset, sha256 = _read_unchanged(recipe, files, media, _names_of(recipe, files, are_media))
+    for file in files:
+        if not are_media and not parts_of(file) and kind_of(file, form) == "csv":
+            announce_quoting(file, form)
+    folder = os.path.commonpath([file.parent for file in files])
+    source = str(files[0]) if len(files) == 1 else f"{folder} ({counted(len(files), 'file')})"
+    labels = class_names(recipe, files) if are_media else {}
+    if are_media and (others := other_files(root_of(recipe, files), recipe)):
+        left = f"{counted(len(others), 'file')} in the folders of the classes"
+        warn(f"{left} are left out, the first is {others[0]}: by its name it is of another kind")
+    rows = Rows(dataset, source, sha256, np.arange(len(dataset)), labels, media=media)
+    errors = {i: f for i, f in enumerate(dataset["fault"]) if f}
+    return without(*_with_hashes(rows, errors), recipe)
+
+
+def _names_of(recipe: Recipe, files: list[Path], are_media: bool) -> list[str]:
+    """Return what the rows of files depend on besides the bytes in them."""
+    if not recipe.task.media_columns:
+        in_folders = recipe.data.format.label_from == "folder"  # whose names are labels
+        return [f"{file.parent.name}/{file.name}" if in_folders else file.name for file in files]
+    # paths lead on from where the files lie
+    names = [str(file.absolute()) for file in files] + list(recipe.task.media_columns)
+    if are_media:  # and labels depend on all folders
+        names += map(str, sorted(folder_labels(recipe, files).items()))
+    return names
+
+
+def _read_unchanged(
+    recipe: Recipe, files: list[Path], media: tuple[str, ...], names: list[str]
+) -> tuple[Any, str]:
+    """Return the data set of files, and the hash of their bytes, which stayed while it was made.
+
+    Raises:
+        LoraError: If they go on changing.
+    """
+    parts = [part for file in files for part in (parts_of(file).values() or [file])]
+    for _ in range(READINGS):
+        state = [_state_of(part) for part in parts]
+        hashes = [sha256 for sha256, _ in state]
+        sha256 = hashes[0] if len(hashes) == 1 else _sha256("".join(hashes))
+
+        def changed(state: list[Any] = state) -> bool:
+            return state != [_state_of(part) for part in parts]
+
+        def stored() -> Iterator[dict[str, Any]]:
+            return _stored_rows(recipe, files, media)
+
+        try:
+            key = [str(READING), sha256, recipe.data.format.model_dump_json(), *names]
+            return cached_dataset(stored, key, _features(media), changed), sha256
+        except SourceChangedError:
+            warn(f"{files[0]} changed while it was read: it is read once more")
+        except LoraError:
+            if not changed():
+                raise
+    what = "the file changes while it is read"
+    hint = "wait until it is complete, or train on a copy of it"
+    raise LoraError(what, str(files[0]), hint)
+
+
+def _features(media: tuple[str, ...]) -> Any:
+    """Return the types of what is stored of a row."""
+    import datasets
+
+    text, binary = datasets.Value("string"), datasets.Value("binary")
+    features = {"row": text, "place": text, "fault": text}
+    if media:
+        features["media"] = datasets.List({"column": text, "bytes": binary, "path": text})
+    return datasets.Features(features)
+
+
+def _stored_rows(
+    recipe: Recipe, files: list[Path], media: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    """Yield rows as they are stored: their columns as JSON, with the media apart."""
+    for row in read_files(recipe, files):
+        apart = list(stored_media(row.columns or {}, media))
+        others = row.columns
+        if others is not None and apart:
+            others = {**others, **{value["column"]: None for value in apart}}
+        columns = json.dumps(others, ensure_ascii=False, default=_stored)
+        if NOT_TEXT.search(columns):  # bytes that are no text, in a parquet file
+            columns = json.dumps(others, default=_stored)
+        line = {"row": columns, "place": row.place, "fault": row.error}
+        yield {**line, "media": apart} if media else line
+
+
+def _with_hashes(rows: Rows, errors: dict[int, str]) -> tuple[Rows, dict[int, str]]:
+    """Return rows whose hash depends on the bytes of their media, and errors with missing files.
+
+    The files that a table names may change or go while the table stays as it was.
+    """
+    if not rows.media:
+        return rows, errors
+    digest, errors = hashlib.sha256(rows.sha256.encode()), dict(errors)
+    for i, row in enumerate(rows):
+        if i in errors:
+            continue
+        if error := _absent(row, rows.media):
+            errors[i] = error
+        for column in rows.media:
+            value: Any = row.get(column)
+            digest.update((media_hash(value) if is_media(value) else "-").encode())
+    return replace(rows, sha256=digest.hexdigest()), errors
+
+
+def _absent(row: dict[str, Any], media: Sequence[str]) -> str:
+    """Return which file of a row is not there, or nothing; what is blank is left to the task."""
+    return media_error(row, [column for column in media if is_media(row.get(column))])
+
+
+def _stored(value: Any) -> str | None:
+    """Return what JSON holds of a parquet file's dates, decimals and bytes; of no text, nothing."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _state_of(file: Path) -> tuple[str, tuple[int, ...]]:
+    """Return the SHA-256 of a file, and what else differs once it was replaced or written to."""
+    try:
+        status = file.stat()
+        times = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return sha256_of(file), times
+    except OSError as error:
+        raise unreadable(file, error) from error
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
