@@ -20,7 +20,7 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Encoded
 from lora_cli.tasks.causal_lm import CausalLM
-from lora_cli.tasks.contract import IGNORED, Example
+from lora_cli.tasks.examples import IGNORED, Example
 from lora_cli.tasks.packing import check_packing, one_row
 
 CPU = torch.device("cpu")
@@ -318,7 +318,7 @@ def test_what_fills_a_row_is_no_part_of_its_answer(
     task = task_of(bases["llama"], tmp_path, TEXTS, task={"pad_token": "Ġgreat"})
     model, _ = task.load_model(CPU)
     said = task.tokenizer("dull", add_special_tokens=False)["input_ids"]
-    filler = task._pad
+    filler = task.pad
 
     def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
         tail = torch.tensor([[*said, tiny.EOS, filler, filler]] * len(input_ids))

@@ -16,7 +16,8 @@ from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.contract import IGNORED, Encoded, Task
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import IGNORED, Encoded
 
 PAIR = {"type": "causal_lm", "prompt_column": "prompt", "completion_column": "completion"}
 TEMPLATE = (

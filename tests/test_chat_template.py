@@ -20,7 +20,7 @@ from lora_cli.recipe import load_recipe
 from lora_cli.tasks import chat_template
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.chat_template import ChatTemplate
-from lora_cli.tasks.contract import IGNORED
+from lora_cli.tasks.examples import IGNORED
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

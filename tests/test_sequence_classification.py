@@ -24,7 +24,7 @@ from lora_cli.evaluation.evaluate_split import evaluate
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import Task, build_task
-from lora_cli.tasks.contract import Example
+from lora_cli.tasks.examples import Example
 
 CPU = torch.device("cpu")
 
@@ -161,7 +161,7 @@ def test_labels_are_found_sorted_and_written_down(
 ) -> None:
     task = task_of(bert, tmp_path, values)
     assert labels_of(task) == positions
-    assert task.recipe.task.labels == names
+    assert task.completed_recipe.task.labels == names  # type: ignore[union-attr]
     config = task.model_config()
     assert config.id2label == dict(enumerate(names))
     assert config.label2id == {name: i for i, name in enumerate(names)}
@@ -174,7 +174,7 @@ def test_names_in_the_recipe_name_positions_in_the_data(bert: Path, tmp_path: Pa
     # numbers that are names are not positions
     task = task_of(bert, tmp_path, [1, 2, 5], labels=[5, 2, 1])
     assert labels_of(task) == [2, 1, 0]
-    assert task.recipe.task.labels == ["5", "2", "1"]
+    assert task.completed_recipe.task.labels == ["5", "2", "1"]  # type: ignore[union-attr]
 
 
 def hub_rows(values: list[int], names: list[str]) -> Rows:
@@ -304,7 +304,7 @@ def test_each_label_may_have_a_column_of_0_and_1(bert: Path, tmp_path: Path) -> 
     rows = marked(MARKS)
     task = task_of(bert, tmp_path, rows, label_columns=["a", "b", "c"])
     assert labels_of(task) == [0, 1, 2]
-    assert task.spec.labels == ["a", "b", "c"]
+    assert task.labels == ["a", "b", "c"]
     rows[0]["c"] = 1
     names = {"label_columns": ["a", "b", "c"], "labels": ["red", "green", "blue"]}
     task = task_of(bert, tmp_path, rows, problem="multi_label", **names)

@@ -21,7 +21,7 @@ from lora_cli.adapters.attach import attach, trainable_parameters, training_mode
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import Batch, Task, build_task
 from lora_cli.tasks.causal_lm_encoders import FORMATS
-from lora_cli.tasks.contract import IGNORED, Example
+from lora_cli.tasks.examples import IGNORED, Example
 from lora_cli.training.engine import Engine, sum_gradients
 from lora_cli.training.step import StepResult, train_step
 
@@ -86,7 +86,7 @@ def case(base: nn.Module, kind: str, task: dict[str, Any], rows: list[dict[str, 
     made = build_task(recipe)
     made.tokenizer, made.config = tiny.tokenizer(kind), base.config
     if task["type"] == "causal_lm":
-        made._pad = made._pad_id()
+        made.pad = made._pad_id()
         made.rows = FORMATS["pair"](made.spec, made.tokenizer, made.tokenizer, made.max_length)
     elif "class_weights" in task:
         made.reader.weights = torch.tensor([0.2, 1.0, 5.0])

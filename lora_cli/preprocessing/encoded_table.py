@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lora_cli.tasks.contract import Example
+from lora_cli.tasks.examples import Example
 
 
 class EncodedTable:

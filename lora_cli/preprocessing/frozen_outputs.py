@@ -17,7 +17,8 @@ from torch import nn
 from lora_cli.data.dataset_cache import cached_dataset
 from lora_cli.preprocessing.encode import cache_key
 from lora_cli.preprocessing.encoded_table import EncodedTable
-from lora_cli.tasks.contract import Encoded, Task, prepared_for_evaluation
+from lora_cli.tasks.contract import Task, prepared_for_evaluation
+from lora_cli.tasks.examples import Encoded
 from lora_cli.tasks.kept_tensors import FEATURE, kept
 
 
@@ -38,7 +39,7 @@ def with_frozen_outputs(
     import datasets
 
     names = _names(task, model, split, accelerator)
-    size = task.recipe.evaluate.micro_batch_size or 2 * task.recipe.train.micro_batch
+    size = task.recipe.evaluate.micro_batch_size or 2 * task.micro_batch
     key = [
         "frozen outputs",
         *cache_key(task, split.rows),

@@ -12,7 +12,8 @@ from lora_cli.recipe import (
     SequenceClassificationSpec,
     TokenClassificationSpec,
 )
-from lora_cli.tasks.contract import Batch, Encoded, Example, Prediction, Task
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import Batch, Encoded, Example, Prediction
 
 
 def build_task(recipe: Recipe, learned: Learned | None = None) -> Task:

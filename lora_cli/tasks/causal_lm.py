@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,40 +14,27 @@ from transformers import AutoModelForCausalLM
 from lora_cli.data.conversations import Message
 from lora_cli.data.row_texts import shown_value
 from lora_cli.data.unsupported_rows import unsupported
-from lora_cli.errors import LoraError, Problem, counted, warn
+from lora_cli.errors import LoraError, Problem
 from lora_cli.metrics import reads
 from lora_cli.recipe import CausalLMSpec, Recipe, read_computation
-from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks import causal_lm_encoders
-from lora_cli.tasks.causal_lm_encoders import FORMATS, SAMPLE_NEW_TOKENS, Chat, RowFormat
-from lora_cli.tasks.contract import (
-    IGNORED,
-    MAIN,
-    Batch,
-    Encoded,
-    Example,
-    Field,
-    Prediction,
-)
+from lora_cli.tasks.causal_lm_encoders import FORMATS, Chat, RowFormat
+from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Encoded, Example, Field, Prediction
 from lora_cli.tasks.marked_tokens import marked
 from lora_cli.tasks.packing import Packed, check_packing
 from lora_cli.tasks.padding import fill, mask_of, tolerance
 from lora_cli.tasks.text_generation import (
     REPLACEMENT,
-    Answer,
-    base_generation_settings,
     decode,
-    generate,
-    stop_ids,
-    stop_note,
     until_stop,
 )
-from lora_cli.tasks.text_task import TRIAL_TEXT, TextTask
+from lora_cli.tasks.text_task import TRIAL_TEXT
+from lora_cli.tasks.writing_task import SAMPLE_NEW_TOKENS, WritingTask
 
 TRIAL_TOKENS = 64  # of the longer text that the model is tried on
 
 
-class CausalLM(TextTask):
+class CausalLM(WritingTask):
     """`task.type: causal_lm`."""
 
     spec: CausalLMSpec
@@ -67,8 +53,6 @@ class CausalLM(TextTask):
         self.is_pair = spec.prompt_column is not None
         self.text_column = spec.text_column or "text"
         self.writes_answers = False
-        self.n_cut_answers = self.n_cut_prompts = 0  # since they were last told
-        self._has_named_base_settings = False
 
     def load_processor(self) -> None:
         """Load the tokenizer, the configuration and the chat template."""
@@ -96,17 +80,15 @@ class CausalLM(TextTask):
         kind = "chat" if self.is_chat else "pair" if self.is_pair else "text"
         self.rows = FORMATS[kind](self.spec, self.tokenizer, self.text_tokenizer, self.max_length)
         if isinstance(self.rows, Chat):
-            self._end_of_turn = self.rows.template.end_of_turn
+            self.end_of_turn = self.rows.template.end_of_turn
             self.control_tokens = self.rows.template.control
             if opened := self.rows.template.opened:
                 self.notes.append(
                     f"the chat template asks for an answer with `{opened.strip()}` and writes "
                     "answers without it: so they are trained, and so they are asked for"
                 )
-        else:
-            self._end_of_turn = set()
-        self._pad = self._pad_id()
-        if self._pad == self.tokenizer.eos_token_id and self.spec.pad_token is None:
+        self.pad = self._pad_id()
+        if self.pad == self.tokenizer.eos_token_id and self.spec.pad_token is None:
             self.notes.append(
                 f"the end-of-text token `{self.tokenizer.eos_token}` also fills the rows, where it "
                 "is masked; it is trained where a text ends (`task.pad_token` names another)"
@@ -242,7 +224,7 @@ class CausalLM(TextTask):
         off, transformers then builds a block mask, so that none attends to another.
         """
         ids = [example["input_ids"] for example in examples]
-        inputs = {"input_ids": fill(ids, self._pad, self.pad_multiple)}
+        inputs = {"input_ids": fill(ids, self.pad, self.pad_multiple)}
         n_tokens = sum(len(sequence) for sequence in ids)
         if "position_ids" in examples[0]:
             # filled positions are a document of their own, so that every row is a whole pack
@@ -344,10 +326,6 @@ class CausalLM(TextTask):
 
     # --------------------------------------------------------------------------- answers
 
-    def answer_columns(self) -> dict[str, str]:
-        """Return the column of the answer."""
-        return {"prediction": "string"}
-
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
         """Return what the model says to each row's prompt, text or conversation."""
         whole = [self.rows.prompt(row) for row in rows]
@@ -369,7 +347,7 @@ class CausalLM(TextTask):
         if reason := self.input_error(row):
             return reason
         try:
-            self._require_room(self.prompt(row))
+            self.require_room(self.prompt(row))
         except LoraError as error:
             return error.problems[0].what
         return ""
@@ -391,102 +369,12 @@ class CausalLM(TextTask):
         assert isinstance(self.rows, Chat)
         return self.rows.ask(messages)
 
-    @property
-    def room_for_prompt(self) -> int | None:
-        """Tokens that leave room for the longest answer, or for half of them; None is no limit."""
-        if self.positions is None:
-            return None
-        longest = self.recipe.evaluate.generation.max_new_tokens
-        return max(self.positions - longest, self.positions // 2)
-
     def shortened(self, prompt: list[int]) -> list[int]:
         """Return a prompt without its beginning, where it is too long and the recipe asks so."""
         room = self.room_for_prompt
         if room is None or len(prompt) <= room or self.spec.truncate != "left":
             return prompt
         return self.rows.shortened(prompt, room)
-
-    def _require_room(self, prompt: Sequence[int]) -> None:
-        """Reject a prompt that leaves no position for an answer.
-
-        Raises:
-            LoraError: If it does.
-        """
-        if not prompt:
-            raise LoraError("the prompt is empty", "the prompt", "write some text")
-        if self.positions is not None and len(prompt) >= self.positions:
-            raise LoraError(
-                f"the prompt has {counted(len(prompt), 'token')}, and the model takes "
-                f"{self.positions:,}: no room is left for an answer",
-                "the prompt",
-                "shorten it, or cut its beginning: `--set task.truncate=left`",
-            )
-
-    def generate(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], streamer: Any = None
-    ) -> list[str]:
-        """Return what the model says after each prompt, as the recipe's generation section asks.
-
-        A streamer of transformers is given the tokens as they come; for it there is one prompt.
-
-        Raises:
-            LoraError: If a prompt leaves no room for an answer.
-        """
-        for prompt in prompts:
-            self._require_room(prompt)
-        options = self.recipe.evaluate.generation
-        answers = self._written(model, prompts, options, streamer)
-        self.n_cut_answers += sum(answer.is_cut for answer in answers)
-        return [answer.text for answer in answers]
-
-    def _written(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Sequence[int]],
-        options: GenerationSpec,
-        streamer: Any = None,
-    ) -> list[Answer]:
-        self._warn_of_base_settings(model)
-        stops, tokenizer = self.stop_ids(model), self.tokenizer
-        return generate(
-            model, prompts, tokenizer, options, self._pad, self.positions, stops, streamer
-        )
-
-    def _warn_of_base_settings(self, model: nn.Module) -> None:
-        """Say once what the base would have liked, as its makers measured it so."""
-        is_first, self._has_named_base_settings = not self._has_named_base_settings, True
-        settings_of_base = base_generation_settings(model) if is_first else {}
-        if settings_of_base and os.environ.get("RANK", "0") == "0":
-            shown = ", ".join(f"{key} {value}" for key, value in settings_of_base.items())
-            warn(
-                f"the base's generation_config.json asks for {shown}; answers are written as "
-                "`evaluate.generation` of the recipe says, without that"
-            )
-        if is_first and (note := self._stop_note(model)) and os.environ.get("RANK", "0") == "0":
-            warn(note)
-
-    def _stop_note(self, model: nn.Module) -> str:
-        """Return which tokens end an answer, where the base's files name one that is surprising."""
-        usual = {int(self.tokenizer.eos_token_id), *self._end_of_turn}
-        return stop_note(self.tokenizer, self.stop_ids(model), usual)
-
-    def take_warnings(self) -> list[str]:
-        """Return what a user should know of the answers since the last call, each with a count."""
-        lines = super().take_warnings()
-        if self.n_cut_answers:
-            lines.append(
-                f"{counted(self.n_cut_answers, 'answer')} ended where the model's "
-                f"{self.positions:,} tokens end, not by itself: shorter prompts leave more room"
-            )
-        if self.n_cut_prompts:
-            what = counted(self.n_cut_prompts, "prompt")
-            lines.append(f"{what} lost the beginning, to leave room for the answer")
-        self.n_cut_answers = self.n_cut_prompts = 0
-        return lines
-
-    def stop_ids(self, model: nn.Module) -> list[int]:
-        """Return the tokens that end what the model says: of a text, or of its turn in a chat."""
-        return stop_ids(model, self.tokenizer, self._end_of_turn)
 
     @property
     def writer(self) -> CausalLM:
@@ -512,9 +400,3 @@ class CausalLM(TextTask):
         is_cut, ids = len(ids) > room, ids[-room:]
         shown = str(self.tokenizer.decode(ids, skip_special_tokens=not self.is_chat))
         return ids, shown.lstrip(REPLACEMENT) if is_cut else shown, wanted
-
-    def continue_greedily(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """Return a short continuation of each prompt, the most likely token every time."""
-        tokens = min(SAMPLE_NEW_TOKENS, self.recipe.evaluate.generation.max_new_tokens)
-        answers = self._written(model, prompts, GenerationSpec(max_new_tokens=tokens))
-        return [answer.text for answer in answers]

@@ -25,11 +25,12 @@ from lora_cli.data.unsupported_rows import bad_answer, unread_media
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import CausalLMSpec
 from lora_cli.tasks.chat_template import ChatTemplate
-from lora_cli.tasks.contract import IGNORED, Example
+from lora_cli.tasks.examples import IGNORED, Example
 from lora_cli.tasks.long_texts import is_long, token_ids
 from lora_cli.tasks.text_generation import whole_characters
+from lora_cli.tasks.writing_task import SAMPLE_NEW_TOKENS
 
-SAMPLE_TOKENS, SAMPLE_NEW_TOKENS = 16, 64  # of a plain text that is continued; of what is added
+SAMPLE_TOKENS = 16  # of a plain text that is continued
 
 
 class RowFormat(ABC):

@@ -22,7 +22,8 @@ from lora_cli.metrics import MetricContext
 from lora_cli.models.base_model import load_config
 from lora_cli.recipe import Recipe
 from lora_cli.recipe.spec.classification_section import ClassificationSection
-from lora_cli.tasks.contract import MAIN, Batch, Example, Field, Kind, Prediction, Task
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import MAIN, Batch, Example, Field, Kind, Prediction
 from lora_cli.tasks.head_rows import arrange_rows
 from lora_cli.tasks.labels import Labels
 

@@ -1,7 +1,8 @@
 """What a task owes to everything that reads rows, trains, evaluates and merges.
 
 A task alone knows what a row is. No caller asks which task it has, nor assumes tokens, a tokenizer
-or logits: what differs between kinds of work is a method here. The order of calls:
+or logits: what differs between kinds of work is a method here, or of `TaskRows`, `TaskMetrics`,
+which a task is as well. The order of calls:
 
 1. `load_processor`, then `learn_from` with the rows of the splits;
 2. `encode` makes examples of rows, once; `prepare` and `collate` make a batch of examples;
@@ -11,155 +12,25 @@ or logits: what differs between kinds of work is a method here. The order of cal
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lora_cli.data.load_rows import Rows
 from lora_cli.data.row_texts import shown_value
-from lora_cli.data.text_lines import byte_error
-from lora_cli.errors import LoraError, Problem, counted, did_you_mean
-from lora_cli.metrics import (
-    Channel,
-    MetricContext,
-    check_metric_names,
-    definition,
-    is_script,
-    known_metrics,
-    metric_mode,
-    result_names,
-)
+from lora_cli.errors import LoraError, counted
 from lora_cli.models.base_model import build_empty, load_config, load_pretrained, new_modules
 from lora_cli.recipe import Learned, Recipe
+from lora_cli.tasks.examples import Batch, Encoded, Example, Prediction
 from lora_cli.tasks.kept_tensors import restored
-
-Example = dict[str, Any]
-Kind = Literal["text", "messages", "label", "labels", "number", "tags", "image", "audio"]
-Sample = tuple[str, str, str]
-"""What was asked, what the row wants, and what the model says, in words."""
-MEDIA: tuple[Kind, ...] = ("image", "audio")
-MAIN = "loss"  # the only term of most losses
-IGNORED = -100  # a label that is not trained, as in torch's cross entropy
-
-
-@dataclass(frozen=True)
-class Field:
-    """A column that a task reads.
-
-    Args:
-        key: The recipe key that names it.
-        column: Its name.
-        role: Whether the model reads it, or learns to answer it.
-        kind: What it holds.
-    """
-
-    key: str
-    column: str
-    role: Literal["input", "target"]
-    kind: Kind
-
-
-@dataclass
-class Batch:
-    """A micro-batch of B examples.
-
-    Args:
-        inputs: What `forward` reads, tensors whose first dimension is B.
-        targets: What `losses` reads.
-        items: For each term of the loss, the items of each example (B,): rows, tokens, or their
-            weights. They stay on the host, so that no step has to wait for the device.
-        cost: What the batch costs, in the task's `unit`: tokens that are not padding, or pictures.
-        rows: Position of each example's row in its split.
-    """
-
-    inputs: dict[str, Tensor]
-    targets: dict[str, Tensor]
-    items: dict[str, Tensor]
-    cost: int
-    rows: list[int]
-
-    @property
-    def n_items(self) -> float:
-        """Items of the first term of the loss, of all examples."""
-        return float(next(iter(self.items.values())).sum())
-
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device; the items stay where they are."""
-        inputs = {k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}
-        targets = {k: v.to(device, non_blocking=True) for k, v in self.targets.items()}
-        return Batch(inputs, targets, self.items, self.cost, self.rows)
-
-    def pin_memory(self) -> Batch:
-        """Return the batch in memory that a GPU can copy from; the data loader calls this."""
-        inputs = {k: v.pin_memory() for k, v in self.inputs.items()}
-        targets = {k: v.pin_memory() for k, v in self.targets.items()}
-        return Batch(inputs, targets, self.items, self.cost, self.rows)
-
-
-@dataclass
-class Prediction:
-    """What the model says of one example.
-
-    Args:
-        row: Position of its row in the split.
-        prediction: In the user's terms: a label's name, a number, a text.
-        reference: What the row says, likewise.
-        scores: Probabilities by name.
-        metric_inputs: By the metrics' channel, a pair (prediction, reference).
-        losses: For each term of the loss, (sum, items) of the example.
-    """
-
-    row: int
-    prediction: Any
-    reference: Any
-    scores: dict[str, float] | None = None
-    metric_inputs: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    losses: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    def weighted_loss(self, weights: Mapping[str, float]) -> tuple[float, float]:
-        """Return the example's loss and the items that it is a sum over.
-
-        Terms of different denominators cannot be added up over items: of several terms it is the
-        weighted sum of the terms' means, over one item. A term without items counts nothing.
-
-        Args:
-            weights: Of each term, as in `Task.loss_weights`.
-        """
-        if len(weights) == 1:
-            (term, weight), *_ = weights.items()
-            return weight * self.losses[term][0], self.losses[term][1]
-        means = [
-            weight * self.losses[term][0] / self.losses[term][1]
-            for term, weight in weights.items()
-            if self.losses[term][1]
-        ]
-        return sum(means), float(bool(means))
-
-
-@dataclass
-class Encoded:
-    """The examples of a split, encoded and kept on the disk.
-
-    `lengths` is what each example costs; `full_lengths` what its row cost before it was cut at
-    `max_length`, or divided.
-    """
-
-    rows: Rows
-    examples: Any  # datasets.Dataset
-    lengths: NDArray[np.int64]
-    full_lengths: NDArray[np.int64]
-    rows_without_example: int = 0  # nothing trained is left of them, after the cut at `max_length`
-
-    def __len__(self) -> int:
-        return len(self.examples)
+from lora_cli.tasks.task_metrics import TaskMetrics
+from lora_cli.tasks.task_rows import TaskRows
 
 
 def prepared_for_evaluation(task: Task, example: Example) -> Example:
@@ -168,17 +39,11 @@ def prepared_for_evaluation(task: Task, example: Example) -> Example:
     return task.prepare(restored(example), rng, training=False)
 
 
-class Task(ABC):
+class Task(TaskRows, TaskMetrics):
     """A kind of work: how rows become batches, batches a loss, and outputs predictions."""
 
     auto_class: Any
     """The transformers class that builds the model."""
-    metric_channel: Channel
-    """What the task's own metrics read (see `metrics.Channel`)."""
-    default_metrics: tuple[str, ...]
-    """Metrics that are measured if the recipe names none; the first chooses the best adapter."""
-    loss_weights: Mapping[str, float] = {MAIN: 1.0}
-    """The terms of the loss, with their weights. A term is the mean over its own items."""
     unit: str = "token"
     """What `cost` counts, one of it."""
     input_name: str = "input"
@@ -196,6 +61,16 @@ class Task(ABC):
         self.notes: list[str] = []  # what a user should know before training
         self.trained_in: Path | None = None  # the adapter's folder, where one is used
         self.config: PretrainedConfig
+
+    @property
+    def completed_recipe(self) -> Recipe:
+        """The recipe with what has been learnt until now."""
+        return self.learned.completed(self.recipe)
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples of one forward pass in training."""
+        return self.learned.micro_batch_of(self.recipe.train)
 
     # -- the processor: a tokenizer, an image processor, a feature extractor
 
@@ -245,111 +120,6 @@ class Task(ABC):
         """What to do where rows are too long."""
         return "raise `task.max_length`"
 
-    # -- rows
-
-    @abstractmethod
-    def fields(self) -> list[Field]:
-        """Return the columns that the task reads."""
-
-    def input_columns(self) -> dict[str, str]:
-        """Return the columns that the model reads, by the place of the key that names them."""
-        return {self.recipe.at(f.key): f.column for f in self.fields() if f.role == "input"}
-
-    def target_columns(self) -> dict[str, str]:
-        """Return the columns that it learns to answer, likewise."""
-        return {self.recipe.at(f.key): f.column for f in self.fields() if f.role == "target"}
-
-    def compared_columns(self) -> list[str]:
-        """Return the columns by which rows count as equal: what the model reads."""
-        return list(self.input_columns().values())
-
-    @property
-    def knows_labels(self) -> bool:
-        """Whether the recipe says all that the task has to know of the labels."""
-        return True
-
-    @property
-    def reads_train(self) -> bool:
-        """Whether the task learns something from the train rows whatever split is asked for."""
-        return not self.knows_labels
-
-    @property
-    def labels(self) -> list[str]:
-        """Names of the labels, in the order of the model's outputs, if it has labels."""
-        return []
-
-    def labels_of(self, row: dict[str, Any]) -> list[str] | None:
-        """Return what a row's answer is called, to count and to compare; None if it has no name."""
-        return None
-
-    @property
-    def label_names(self) -> list[str]:
-        """What `labels_of` and `label_counts` speak of, if that is not each of the `labels`."""
-        return self.labels
-
-    def answer_of(self, row: dict[str, Any]) -> str | None:
-        """Return a row's answer as text, to find equal inputs with different answers."""
-        labels = self.labels_of(row)
-        return None if labels is None else ", ".join(labels)
-
-    def label_counts(self, rows: Rows) -> dict[str, int]:
-        """Return how often each label stands in the rows, in the order of the labels."""
-        return {}
-
-    def learn_form(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
-        """Learn how the rows are written, before `row_error` judges each of them.
-
-        What recipes have a key for goes into `self.learned.task`.
-        """
-
-    def learn_from(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
-        """Learn from the rows what the recipe leaves open, such as the labels.
-
-        What recipes have a key for goes into `self.learned.task`.
-        """
-
-    @property
-    def completed_recipe(self) -> Recipe:
-        """The recipe with what has been learnt until now."""
-        return self.learned.completed(self.recipe)
-
-    @property
-    def micro_batch(self) -> int:
-        """Examples of one forward pass in training."""
-        return self.learned.micro_batch_of(self.recipe.train)
-
-    @abstractmethod
-    def input_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the columns that the model reads, or nothing."""
-
-    @abstractmethod
-    def target_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the columns that it learns to answer, or nothing."""
-
-    def unsupported(self, row: dict[str, Any]) -> tuple[str, str] | None:
-        """Return what a row holds that no task reads though it changes its meaning, and a hint."""
-        return None
-
-    def row_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with a row, or nothing."""
-        return self.input_error(row) or self.target_error(row) or self._byte_error(row)
-
-    def _byte_error(self, row: dict[str, Any]) -> str:
-        """Return which column that is read holds bytes that are no text, or nothing."""
-        for column in self.target_columns().values():
-            value = row.get(column)
-            if isinstance(value, str) and (error := byte_error(value, "UTF-8")):
-                return f"column `{column}`: {error}"
-        return ""
-
-    def skip_reason(self, row: dict[str, Any]) -> str:
-        """Return why the recipe leaves a row out, or nothing."""
-        return ""
-
-    def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
-        """Return what is wrong with the label of a streamed row, which `learn_from` did not see."""
-        return None
-
     # -- examples
 
     @abstractmethod
@@ -367,7 +137,7 @@ class Task(ABC):
     def cost(self, example: Example) -> int:
         """Return what an example costs, in `unit`s."""
 
-    def check_examples(self, examples: Sequence[Example]) -> None:  # noqa: B027 - optional
+    def check_examples(self, examples: Sequence[Example]) -> None:
         """Check that the model can read the examples.
 
         Raises:
@@ -476,7 +246,7 @@ class Task(ABC):
         self.arrange_head(model, missing)
         return model, new_modules(model, missing) if self.has_head else []
 
-    def arrange_head(self, model: nn.Module, missing: set[str]) -> None:  # noqa: B027 - optional
+    def arrange_head(self, model: nn.Module, missing: set[str]) -> None:
         """Put the outputs of a head that the checkpoint holds into the order of the task's own."""
 
     def empty_model(self) -> tuple[nn.Module, list[str]]:
@@ -484,7 +254,7 @@ class Task(ABC):
         model = build_empty(self.auto_class, self.recipe, self.model_config())
         return model, new_modules(model) if self.has_head else []
 
-    def fit_to_model(self, model: nn.Module, longest: int | None = None) -> None:  # noqa: B027
+    def fit_to_model(self, model: nn.Module, longest: int | None = None) -> None:
         """Try the model on small batches, and choose what depends on it, such as the padding.
 
         Args:
@@ -515,10 +285,10 @@ class Task(ABC):
         """
         return {}
 
-    def fit_as(self, other: Task) -> None:  # noqa: B027 - optional
+    def fit_as(self, other: Task) -> None:
         """Take over what another instance of the task has chosen for the model."""
 
-    def try_training(self, model: nn.Module, longest: int | None = None) -> None:  # noqa: B027
+    def try_training(self, model: nn.Module, longest: int | None = None) -> None:
         """Compute small batches as in training, whose forward pass may ask for more.
 
         Raises:
@@ -543,7 +313,7 @@ class Task(ABC):
         logits: Tensor = output.logits
         return logits
 
-    def complete_from(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027 - optional
+    def complete_from(self, tensors: Mapping[str, Tensor]) -> None:
         """Learn what the recipe of an adapter that another tool made would say, by its tensors.
 
         Raises:
@@ -586,74 +356,6 @@ class Task(ABC):
         """Return the predictions for all examples of a row as one; the losses are added later."""
         raise NotImplementedError
 
-    def check_metrics(self, channels: set[str]) -> None:  # noqa: B027 - optional
-        """Learn which channels the metrics read, so that `predictions` fills them."""
-
-    @property
-    def metric_names(self) -> Sequence[str]:
-        """The recipe's metrics, or the task's own."""
-        names = self.recipe.evaluate.metrics
-        return self.default_metrics if names is None else names
-
-    def metric_problems(self) -> list[Problem]:
-        """Return what is wrong with the recipe's metrics, as far as names tell it."""
-        names, at = self.metric_names, self.recipe.at("evaluate.metrics")
-        problems = check_metric_names(names, self.metric_channel, self.metric_context, at)
-        problems += self._untrusted(names, at)
-        best = self.recipe.evaluate.best
-        if best is None or best.metric == "loss":
-            return problems
-        at = self.recipe.at("evaluate.best.metric")
-        known = ["loss", *(result for name in names for result in result_names(name))]
-        builtin = all(name in known_metrics() for name in names)  # what others yield is not known
-        if builtin and best.metric not in known:
-            what = f"there is no metric `{best.metric}` to choose the best adapter by"
-            problems.append(Problem(what, at, did_you_mean(best.metric, known, "measured are")))
-        elif best.mode is None and metric_mode(best.metric) is None:
-            what = f"is a lower or a higher `{best.metric}` better?"
-            problems.append(Problem(what, at, "set it with `evaluate.best.mode: min`, or `max`"))
-        return problems
-
-    def _untrusted(self, names: Sequence[str], at: str) -> list[Problem]:
-        """Return a problem for each metric whose code the user did not allow to run.
-
-        A script that the user's own recipe names by its path is the user's.
-        """
-        recipe, problems = self.recipe, []
-        if recipe.model.trust_remote_code:
-            return []
-        allow = "read that code; then `--set model.trust_remote_code=true`"
-        for name in names:
-            if is_script(name) and recipe.origin.metrics_of_adapter:
-                problems.append(Problem(f"metric `{name}` is a Python script", at, allow))
-            elif not is_script(name) and name not in known_metrics():
-                what = f"metric `{name}` is not built in, and on the Hub metrics are Python code"
-                meant = did_you_mean(name, known_metrics(), "built in are")
-                problems.append(Problem(what, at, f"{meant}; or {allow}"))
-        return problems
-
-    def metric_definitions(self) -> dict[str, str]:
-        """Return what the loss and each of the metrics measure, in a line each."""
-        lines: dict[str, str] = {}
-        for name in self.metric_names:
-            lines |= definition(name, self.metric_context)
-        lines["loss"] = self.loss_definition
-        if len(self.loss_weights) > 1:
-            for term, weight in self.loss_weights.items():
-                lines[f"loss_{term}"] = f"a term of the loss, of weight {weight:g}: the mean over "
-                lines[f"loss_{term}"] += "the items that it counts"
-        return lines
-
-    @property
-    @abstractmethod
-    def loss_definition(self) -> str:
-        """What the loss measures: of what it is a mean, and in which unit."""
-
-    @property
-    def metric_context(self) -> MetricContext:
-        """What the metrics have to know of the task."""
-        return MetricContext()
-
     # -- answers
 
     def parse_input(self, typed: str) -> dict[str, Any]:
@@ -684,7 +386,7 @@ class Task(ABC):
         """Whether a control token that is spelled out in a text is read as the token."""
         return False
 
-    def note_control_tokens(self, rows: Sequence[dict[str, Any]]) -> None:  # noqa: B027
+    def note_control_tokens(self, rows: Sequence[dict[str, Any]]) -> None:
         """Count the rows to be answered in which a control token is spelled out."""
 
     def take_warnings(self) -> list[str]:

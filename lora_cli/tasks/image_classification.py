@@ -35,7 +35,7 @@ from lora_cli.models.image_processor import (
 from lora_cli.models.load_errors import require_kind
 from lora_cli.recipe import ImageClassificationSpec, Recipe
 from lora_cli.tasks.classification import Classification
-from lora_cli.tasks.contract import MAIN, Batch, Example, Field
+from lora_cli.tasks.examples import MAIN, Batch, Example, Field
 from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.unexpected_errors import own_words
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_cli.errors import LoraError
 from lora_cli.models.full_precision import full_precision
-from lora_cli.tasks.contract import IGNORED, Encoded, Example
+from lora_cli.tasks.examples import IGNORED, Encoded, Example
 from lora_cli.tasks.padding import tolerance
 from lora_cli.tasks.text_task import TextTask
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_cli.adapters.attach import training_mode
 from lora_cli.errors import LoraError, counted
 from lora_cli.models.full_precision import full_precision
-from lora_cli.tasks.contract import Example
+from lora_cli.tasks.examples import Example
 from lora_cli.tasks.finite_scores import require_finite, require_finite_weights
 from lora_cli.tasks.padding import MOST_NOISE, NONE, RIGHT, Padding, candidates, tolerance
 from lora_cli.tasks.text_task import TextTask

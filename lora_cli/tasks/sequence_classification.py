@@ -17,7 +17,7 @@ from lora_cli.data.unsupported_rows import several_answers
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
 from lora_cli.tasks.classification import Classification
-from lora_cli.tasks.contract import MAIN, Batch, Example, Field
+from lora_cli.tasks.examples import MAIN, Batch, Example, Field
 from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.tasks.long_texts import end_of_text, in_batches, is_long, token_ids
 from lora_cli.tasks.padding import fill, mask_of, positions_of

@@ -21,8 +21,9 @@ from lora_cli.errors import LoraError, counted
 from lora_cli.models.base_facts import base_facts, save_tokenizer, trained_tokenizer
 from lora_cli.models.base_model import load_config, load_tokenizer
 from lora_cli.recipe import Recipe
-from lora_cli.tasks.contract import Batch, Example, Task
+from lora_cli.tasks.contract import Task
 from lora_cli.tasks.control_tokens import ControlTokens
+from lora_cli.tasks.examples import Batch, Example
 from lora_cli.tasks.padding import RIGHT, Padding, logits_by_length
 from lora_cli.tasks.unknown_tokens import MOST_UNKNOWN, count_unknown, unknown_warning
 

@@ -19,8 +19,8 @@ from lora_cli.data.load_rows import Rows
 from lora_cli.errors import LoraError, Problem
 from lora_cli.models.base_model import load_config
 from lora_cli.recipe import Recipe, TokenClassificationSpec
-from lora_cli.tasks.contract import IGNORED, MAIN, Batch, Example, Field, Prediction
 from lora_cli.tasks.entity_rows import EntityRows, RowText, spans_in_words
+from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Example, Field, Prediction
 from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.tasks.head_rows import arrange_rows
 from lora_cli.tasks.long_texts import token_ids

@@ -23,7 +23,8 @@ from lora_cli.metrics import MetricContext
 from lora_cli.models.base_model import PIPELINE, locate
 from lora_cli.models.bundle import Bundle
 from lora_cli.recipe import Recipe
-from lora_cli.tasks.contract import MAIN, Batch, Example, Field, Prediction, Task
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import MAIN, Batch, Example, Field, Prediction
 
 WINDOW, WIDTH, HIDDEN = 8, 4, 6
 NO_LABEL = -100

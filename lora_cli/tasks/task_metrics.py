@@ -1,0 +1,100 @@
+"""What a task owes to those who measure it: the terms of its loss, and its metrics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+from lora_cli.errors import Problem, did_you_mean
+from lora_cli.metrics import (
+    Channel,
+    MetricContext,
+    check_metric_names,
+    definition,
+    is_script,
+    known_metrics,
+    metric_mode,
+    result_names,
+)
+from lora_cli.recipe import Recipe
+from lora_cli.tasks.examples import MAIN
+
+
+class TaskMetrics(ABC):
+    """The part of a task that knows what is measured."""
+
+    recipe: Recipe
+    metric_channel: Channel
+    """What the task's own metrics read (see `metrics.Channel`)."""
+    loss_weights: Mapping[str, float] = {MAIN: 1.0}
+    """The terms of the loss, with their weights. A term is the mean over its own items."""
+    default_metrics: tuple[str, ...]
+    """Metrics that are measured if the recipe names none; the first chooses the best adapter."""
+
+    def check_metrics(self, channels: set[str]) -> None:  # noqa: B027 - optional
+        """Learn which channels the metrics read, so that `predictions` fills them."""
+
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """The recipe's metrics, or the task's own."""
+        names = self.recipe.evaluate.metrics
+        return self.default_metrics if names is None else names
+
+    def metric_problems(self) -> list[Problem]:
+        """Return what is wrong with the recipe's metrics, as far as names tell it."""
+        names, at = self.metric_names, self.recipe.at("evaluate.metrics")
+        problems = check_metric_names(names, self.metric_channel, self.metric_context, at)
+        problems += self._untrusted(names, at)
+        best = self.recipe.evaluate.best
+        if best is None or best.metric == "loss":
+            return problems
+        at = self.recipe.at("evaluate.best.metric")
+        known = ["loss", *(result for name in names for result in result_names(name))]
+        builtin = all(name in known_metrics() for name in names)  # what others yield is not known
+        if builtin and best.metric not in known:
+            what = f"there is no metric `{best.metric}` to choose the best adapter by"
+            problems.append(Problem(what, at, did_you_mean(best.metric, known, "measured are")))
+        elif best.mode is None and metric_mode(best.metric) is None:
+            what = f"is a lower or a higher `{best.metric}` better?"
+            problems.append(Problem(what, at, "set it with `evaluate.best.mode: min`, or `max`"))
+        return problems
+
+    def _untrusted(self, names: Sequence[str], at: str) -> list[Problem]:
+        """Return a problem for each metric whose code the user did not allow to run.
+
+        A script that the user's own recipe names by its path is the user's.
+        """
+        recipe, problems = self.recipe, []
+        if recipe.model.trust_remote_code:
+            return []
+        allow = "read that code; then `--set model.trust_remote_code=true`"
+        for name in names:
+            if is_script(name) and recipe.origin.metrics_of_adapter:
+                problems.append(Problem(f"metric `{name}` is a Python script", at, allow))
+            elif not is_script(name) and name not in known_metrics():
+                what = f"metric `{name}` is not built in, and on the Hub metrics are Python code"
+                meant = did_you_mean(name, known_metrics(), "built in are")
+                problems.append(Problem(what, at, f"{meant}; or {allow}"))
+        return problems
+
+    def metric_definitions(self) -> dict[str, str]:
+        """Return what the loss and each of the metrics measure, in a line each."""
+        lines: dict[str, str] = {}
+        for name in self.metric_names:
+            lines |= definition(name, self.metric_context)
+        lines["loss"] = self.loss_definition
+        if len(self.loss_weights) > 1:
+            for term, weight in self.loss_weights.items():
+                lines[f"loss_{term}"] = f"a term of the loss, of weight {weight:g}: the mean over "
+                lines[f"loss_{term}"] += "the items that it counts"
+        return lines
+
+    @property
+    @abstractmethod
+    def loss_definition(self) -> str:
+        """What the loss measures: of what it is a mean, and in which unit."""
+
+    @property
+    def metric_context(self) -> MetricContext:
+        """What the metrics have to know of the task."""
+        return MetricContext()

@@ -1,0 +1,137 @@
+"""What tasks share whose model writes text: prompts that leave room, stop tokens, warnings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import nn
+
+from lora_cli.errors import LoraError, counted, warn
+from lora_cli.recipe import Recipe
+from lora_cli.recipe.spec import GenerationSpec
+from lora_cli.tasks.text_generation import (
+    Answer,
+    base_generation_settings,
+    generate,
+    stop_ids,
+    stop_note,
+)
+from lora_cli.tasks.text_task import TextTask
+
+SAMPLE_NEW_TOKENS = 64  # that are added to a sample
+
+
+class WritingTask(TextTask):
+    """A task whose model answers with a text of its own."""
+
+    pad: int
+    """The id that fills rows."""
+    end_of_turn: Collection[int] = ()
+    """Tokens that end an answer, besides the tokenizer's and the model's own."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.n_cut_answers = self.n_cut_prompts = 0  # since the last warning
+        self._has_named_base_settings = False
+
+    def answer_columns(self) -> dict[str, str]:
+        """Return the column of the answer."""
+        return {"prediction": "string"}
+
+    @property
+    def room_for_prompt(self) -> int | None:
+        """Tokens that leave room for the longest answer, or for half of them; None is no limit."""
+        if self.positions is None:
+            return None
+        longest = self.recipe.evaluate.generation.max_new_tokens
+        return max(self.positions - longest, self.positions // 2)
+
+    def require_room(self, prompt: Sequence[int]) -> None:
+        """Reject a prompt that leaves no position for an answer.
+
+        Raises:
+            LoraError: If it does.
+        """
+        if not prompt:
+            raise LoraError("the prompt is empty", "the prompt", "write some text")
+        if self.positions is not None and len(prompt) >= self.positions:
+            raise LoraError(
+                f"the prompt has {counted(len(prompt), 'token')}, and the model takes "
+                f"{self.positions:,}: no room is left for an answer",
+                "the prompt",
+                "shorten it, or cut its beginning: `--set task.truncate=left`",
+            )
+
+    def generate(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], streamer: Any = None
+    ) -> list[str]:
+        """Return what the model says after each prompt, as the recipe's generation section asks.
+
+        A streamer of transformers is given the tokens as they come; for it there is one prompt.
+
+        Raises:
+            LoraError: If a prompt leaves no room for an answer.
+        """
+        for prompt in prompts:
+            self.require_room(prompt)
+        options = self.recipe.evaluate.generation
+        answers = self._written(model, prompts, options, streamer)
+        self.n_cut_answers += sum(answer.is_cut for answer in answers)
+        return [answer.text for answer in answers]
+
+    def _written(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        options: GenerationSpec,
+        streamer: Any = None,
+    ) -> list[Answer]:
+        self._warn_of_base_settings(model)
+        stops, tokenizer = self.stop_ids(model), self.tokenizer
+        return generate(
+            model, prompts, tokenizer, options, self.pad, self.positions, stops, streamer
+        )
+
+    def _warn_of_base_settings(self, model: nn.Module) -> None:
+        """Say once what the base would have liked, as its makers measured it so."""
+        is_first, self._has_named_base_settings = not self._has_named_base_settings, True
+        settings_of_base = base_generation_settings(model) if is_first else {}
+        if settings_of_base and os.environ.get("RANK", "0") == "0":
+            shown = ", ".join(f"{key} {value}" for key, value in settings_of_base.items())
+            warn(
+                f"the base's generation_config.json asks for {shown}; answers are written as "
+                "`evaluate.generation` of the recipe says, without that"
+            )
+        if is_first and (note := self._stop_note(model)) and os.environ.get("RANK", "0") == "0":
+            warn(note)
+
+    def _stop_note(self, model: nn.Module) -> str:
+        """Return which tokens end an answer, where the base's files name one that is surprising."""
+        usual = {int(self.tokenizer.eos_token_id), *self.end_of_turn}
+        return stop_note(self.tokenizer, self.stop_ids(model), usual)
+
+    def take_warnings(self) -> list[str]:
+        """Return what a user should know of the answers since the last call, each with a count."""
+        lines = super().take_warnings()
+        if self.n_cut_answers:
+            lines.append(
+                f"{counted(self.n_cut_answers, 'answer')} ended where the model's "
+                f"{self.positions:,} tokens end, not by itself: shorter prompts leave more room"
+            )
+        if self.n_cut_prompts:
+            what = counted(self.n_cut_prompts, "prompt")
+            lines.append(f"{what} lost the beginning, to leave room for the answer")
+        self.n_cut_answers = self.n_cut_prompts = 0
+        return lines
+
+    def stop_ids(self, model: nn.Module) -> list[int]:
+        """Return the tokens that end what the model says: of a text, or of its turn in a chat."""
+        return stop_ids(model, self.tokenizer, self.end_of_turn)
+
+    def continue_greedily(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """Return a short continuation of each prompt, the most likely token every time."""
+        tokens = min(SAMPLE_NEW_TOKENS, self.recipe.evaluate.generation.max_new_tokens)
+        answers = self._written(model, prompts, GenerationSpec(max_new_tokens=tokens))
+        return [answer.text for answer in answers]
