@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,10 @@ from lora_cli.cli.options import AdapterDir, AsJson, Overrides, RecipeOption, ex
 from lora_cli.cli.printing import print_comparison, print_measured
 from lora_cli.cli.shell_completion import offer_splits
 from lora_cli.errors import LoraError, RegressionError
+
+if TYPE_CHECKING:
+    from lora_cli.evaluation.compare import Comparison
+    from lora_cli.recipe import Recipe
 
 
 def evaluate(
@@ -59,33 +63,42 @@ def evaluate(
         raise LoraError("`--metric` needs `--against`", "--metric", hint)
     loaded = options.recipe_for(adapter, recipe, overrides)
     options.quiet_libraries()
-    from lora_cli.evaluation.evaluate_split import (
-        definitions_of,
-        evaluate_adapter,
-        measuring_file,
+    if source is not None:
+        from lora_cli.evaluation.evaluate_split import measuring_file
+
+        loaded, split = measuring_file(loaded, source), "test"
+    if against is None:
+        _measure(adapter, loaded, split, source, as_json)
+        return
+    from lora_cli.evaluation.compare import compare
+
+    found = compare(adapter, against, loaded, metric, max_drop, split)
+    found.split = source.name if source is not None else found.split
+    if not as_json:
+        typer.echo(f"old  {against}\nnew  {adapter}")
+    print_comparison(found, as_json)
+    if found.worse:
+        raise _regression(found)
+
+
+def _regression(found: Comparison) -> RegressionError:
+    """Return the error that ends a command whose new adapter is worse than the old one."""
+    return RegressionError(
+        f"{found.metric} on {found.split} is worse by {found.drop:.4f}, "
+        f"and {found.max_drop:g} is allowed",
+        "--max-drop",
+        "keep the old adapter, or allow it with "
+        f"`--max-drop {math.ceil(found.drop * 1e4) / 1e4:g}`",
     )
+
+
+def _measure(
+    adapter: Path, loaded: Recipe, split: str | None, source: Path | None, as_json: bool
+) -> None:
+    """Measure one adapter, and print its metrics."""
+    from lora_cli.evaluation.evaluate_split import definitions_of, evaluate_adapter
     from lora_cli.recipe import Learned
 
-    if source is not None:
-        loaded = measuring_file(loaded, source)
-        split = "test"
-    if against is not None:
-        from lora_cli.evaluation.compare import compare
-
-        found = compare(adapter, against, loaded, metric, max_drop, split)
-        found.split = source.name if source is not None else found.split
-        if not as_json:
-            typer.echo(f"old  {against}\nnew  {adapter}")
-        print_comparison(found, as_json)
-        if found.worse:
-            raise RegressionError(
-                f"{found.metric} on {found.split} is worse by {found.drop:.4f}, "
-                f"and {found.max_drop:g} is allowed",
-                "--max-drop",
-                "keep the old adapter, or allow it with "
-                f"`--max-drop {math.ceil(found.drop * 1e4) / 1e4:g}`",
-            )
-        return
     learned = Learned()
     results = evaluate_adapter(adapter, loaded, split, learned)
     definitions = definitions_of(learned.completed(loaded))

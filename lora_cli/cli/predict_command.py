@@ -61,14 +61,7 @@ def predict(
             raise LoraError(f"`--interactive` excludes {other}", at, hint)
         _converse(adapter, options.recipe_for(adapter, recipe, overrides))
         return
-    if bool(texts) == bool(source) or bool(source) != bool(target):
-        raise LoraError(
-            "expected either texts or an input file"
-            if bool(texts) == bool(source)
-            else "`--input` and `--output` go together",
-            "the arguments of `lora predict`",
-            "give texts, or a file with `--input FILE --output FILE`",
-        )
+    _require_either(bool(texts), bool(source), bool(target))
     if source is not None and target is not None:
         from lora_cli.data.write_rows import reject_target
 
@@ -76,13 +69,33 @@ def predict(
     loaded = options.recipe_for(adapter, recipe, overrides)
     options.quiet_libraries()
     from lora_cli.evaluation.open_adapter import open_adapter
-    from lora_cli.evaluation.predict import answer
 
     task, model, accelerator = open_adapter(adapter, loaded)
     if source is not None and target is not None:
         _predict_file(model, task, source, target, accelerator, overwrite)
+    else:
+        _predict_texts(model, task, texts or [], accelerator, as_json)
+
+
+def _require_either(has_texts: bool, has_source: bool, has_target: bool) -> None:
+    """Reject arguments that are neither texts alone nor an input file with an output file."""
+    if has_texts == has_source:
+        what = "expected either texts or an input file"
+    elif has_source != has_target:
+        what = "`--input` and `--output` go together"
+    else:
         return
-    rows = [task.parse_input(text) for text in texts or []]
+    hint = "give texts, or a file with `--input FILE --output FILE`"
+    raise LoraError(what, "the arguments of `lora predict`", hint)
+
+
+def _predict_texts(
+    model: nn.Module, task: Task, texts: list[str], accelerator: Accelerator, as_json: bool
+) -> None:
+    """Print the answer to each text."""
+    from lora_cli.evaluation.predict import answer
+
+    rows = [task.parse_input(text) for text in texts]
     errors = [(i, error) for i, row in enumerate(rows, 1) if (error := task.answer_error(row))]
     if errors:
         name, hint = task.input_name, task.answer_hint

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 import torch
@@ -100,12 +101,8 @@ def evaluate(
     size = recipe.evaluate.micro_batch_size or 2 * task.micro_batch
     metrics = build_metrics(task)
     sums: dict[str, list[float]] = {term: [0.0, 0.0] for term in task.loss_weights}
-    was_training = model.training
-    model.eval()
     main = accelerator.is_main_process
-    part = predictions.with_name(f".{predictions.name}.tmp") if predictions is not None else None
-    file = part.open("w", encoding="utf-8") if part is not None and main else None
-    try:
+    with _whole_file(predictions if main else None) as file, _eval_mode(model):
         joined = _Joined(task, split)
         for window, is_last in _with_last(_windows(split, size)):
             rows = _predict_window(model, task, split, window, accelerator, stop)
@@ -125,17 +122,34 @@ def evaluate(
                 keep += rows
             if file is not None:
                 file.writelines(_line(row, split, task) for row in rows)
-    finally:
-        if file is not None:
-            file.close()
-        model.train(was_training)
-    if file is not None and part is not None and predictions is not None:
-        part.replace(predictions)
     if warnings := task.take_warnings():
         for line in warnings if main else ():
             warn(f"while answering: {line}")
     results = [{**_mean_losses(task, sums), **metrics.compute()} if main else {}]
     return dict(gather_object(results)[0])
+
+
+@contextmanager
+def _whole_file(path: Path | None) -> Iterator[TextIO | None]:
+    """Yield a file that takes its place once the block ends well; None where none is wanted."""
+    if path is None:
+        yield None
+        return
+    part = path.with_name(f".{path.name}.tmp")
+    with part.open("w", encoding="utf-8") as file:
+        yield file
+    part.replace(path)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode, and back."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _mean_losses(task: Task, sums: dict[str, list[float]]) -> dict[str, float]:
@@ -287,11 +301,8 @@ def add_samples(
     if split is None or not accelerator.is_main_process:
         return
     rows = [split.rows[i] for i in range(min(SAMPLES, len(split.rows)))]
-    was_training = model.training
-    model.eval()
-    with accelerator.autocast():
+    with _eval_mode(model), accelerator.autocast():
         found = task.sample(model, rows)
-    model.train(was_training)
     if not samples:
         for i, (shown, wanted, _) in enumerate(found):
             reference = first_characters(wanted, TEXT_LENGTH)
