@@ -4,6 +4,7 @@ from lora_cli.recipe.computing_keys import (
     COMPUTATION_FILE,
     check_labels,
     computing_values,
+    flat,
     read_computation,
 )
 from lora_cli.recipe.learned import Learned
@@ -41,6 +42,7 @@ __all__ = [
     "COMPUTATION_FILE",
     "check_labels",
     "computing_values",
+    "flat",
     "read_computation",
     "dump_recipe",
     "recipe_schema",

@@ -40,15 +40,16 @@ def computing_values(recipe: Recipe) -> dict[str, Any]:
         "task": True, "data": True, "model": {"dtype", "attention"}, "train": {"precision"},
         "evaluate": {"generation"},
     }  # fmt: skip
-    flat = _flat(recipe.model_dump(mode="json", by_alias=True, include=kept))
-    return {key: value for key, value in flat.items() if key not in PLACES}
+    values = flat(recipe.model_dump(mode="json", by_alias=True, include=kept))
+    return {key: value for key, value in values.items() if key not in PLACES}
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a tree of dictionaries as one: `{"train": {"seed": 0}}` as `{"train.seed": 0}`."""
     result: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            result |= _flat(value, f"{prefix}{key}.")
+            result |= flat(value, f"{prefix}{key}.")
         else:
             result[prefix + key] = value
     return result

@@ -6,6 +6,7 @@ assistant says.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import takewhile
@@ -185,15 +186,10 @@ class PromptAndCompletion(RowFormat):
 class Chat(RowFormat):
     """A conversation, written with the model's chat template."""
 
-    def __init__(
-        self,
-        spec: CausalLMSpec,
-        tokenizer: PreTrainedTokenizerBase,
-        reader: PreTrainedTokenizerBase,
-        max_length: int,
-    ) -> None:
-        super().__init__(spec, tokenizer, reader, max_length)
-        self.template = ChatTemplate(tokenizer)
+    @functools.cached_property
+    def template(self) -> ChatTemplate:
+        """The tokenizer's chat template."""
+        return ChatTemplate(self.tokenizer)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return the examples of each row's conversations."""

@@ -21,8 +21,8 @@ from lora_cli import __version__
 from lora_cli.adapters.attach import trainable_parameters
 from lora_cli.environment import installed_version
 from lora_cli.errors import LoraError, NumericsError, Problem
-from lora_cli.recipe import Recipe
-from lora_cli.training.train_state import TrainState, flat
+from lora_cli.recipe import Recipe, flat
+from lora_cli.training.train_state import TrainState
 
 # where files lie may differ between machines: what is in them is compared
 PATHS = {

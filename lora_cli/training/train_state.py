@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from lora_cli.environment import installed_version
 from lora_cli.errors import LoraError, Problem, counted
-from lora_cli.recipe import Learned, Recipe
+from lora_cli.recipe import Learned, Recipe, flat
 
 FIXED = ("model.", "task.", "adapter.", "train.optimizer.type")  # a change makes it another model
 VERSIONS = ("torch", "transformers")
@@ -266,14 +266,3 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
     )
     facts["train"]["examples_per_step"] = recipe.train.step_size
     return facts
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a tree of dictionaries as one: `{"train": {"seed": 0}}` as `{"train.seed": 0}`."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[prefix + key] = value
-    return result
