@@ -333,7 +333,7 @@ def test_texts_cannot_leave_their_place(tmp_path: Path) -> None:
 def test_many_labels_are_a_map_or_a_list_of_pairs(tmp_path: Path, count: int, mapped: bool) -> None:
     names = [f"label {i:02}" for i in range(count)]
     lines = [line_of(i, name, names[0]) for i, name in enumerate(names * 2)]
-    page = page_of(tmp_path, report_of(data={}), lines)
+    page = page_of(tmp_path, report_of(data={}, answers="single_label"), lines)
     assert "Confused most" in page.text or not mapped
     assert "label 01 called label 00: 2 of 2" in page.text or not mapped
     assert page.attributes.count(("class", "miss")) == (count - 1 if mapped else 0)

@@ -170,7 +170,7 @@ def _plot_loss(axes: Any, training: Log, measured: Log, report: dict[str, Any]) 
     axes.margins(y=0.06)
     _name_ends(axes)
     # a cross-entropy is in nats, the loss of a regression is not
-    nats = report.get("task") == "causal_lm" or bool(part(report, "data", "train", "labels"))
+    nats = "in nats" in str(part(report, "metric_definitions").get("loss"))
     axes.set(title="Loss", ylabel=f"loss ({'nats ' if nats else ''}per item)")
 
 

@@ -44,18 +44,17 @@ def finite(value: Any) -> float | None:
 
 def kind_of(report: dict[str, Any], lines: Sequence[Line]) -> Kind:
     """Return what sort of answers a run's predictions are."""
-    kind, task = report.get("answers"), report.get("task")
-    if kind == "text" or (kind is None and task == "causal_lm"):
-        return "text"
+    kind: Kind | None = report.get("answers")
     if kind is not None:
-        return kind if lines and kind in OF_LINES else "other"
-    if task != "sequence_classification" or not lines:
-        return "other"
+        return kind if kind == "text" or (lines and kind in OF_LINES) else "other"
     # of a report that an earlier version wrote, the lines have to say it
     reference = next((r for line in lines if (r := line.get("reference")) is not None), None)
     if isinstance(reference, list):
         return "multi_label"
-    return "single_label" if isinstance(reference, str) else "regression"
+    if isinstance(reference, str):
+        is_label = bool(part(report, "data", "train", "labels")) or "scores" in lines[0]
+        return "single_label" if is_label else "text"
+    return "text" if reference is None else "regression"
 
 
 # --------------------------------------------------------------------------------- classification
