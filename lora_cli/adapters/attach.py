@@ -17,6 +17,7 @@ from lora_cli.adapters.tied_weights import separate_trained
 from lora_cli.adapters.variants import Layers, layer_for, layers_of
 from lora_cli.errors import LoraError
 from lora_cli.models.bundle import is_frozen
+from lora_cli.models.quantized_linear import QuantizedLinear
 from lora_cli.recipe import Recipe
 
 # --------------------------------------------------------------------------- attach and freeze
@@ -212,11 +213,21 @@ class ParameterRow:
 
 
 def parameter_table(model: nn.Module) -> list[ParameterRow]:
-    """Return a row for every parameter of the model, each counted once however often shared."""
-    return [
-        ParameterRow(name, tuple(parameter.shape), parameter.requires_grad)
-        for name, parameter in model.named_parameters()
-    ]
+    """Return a row for every parameter of the model, each counted once however often shared.
+
+    A quantised layer counts as the weights that it stands for.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    rows = []
+    for name, parameter in model.named_parameters():
+        layer, last = layers.get(name.rpartition(".")[0]), name.rpartition(".")[2]
+        shape = tuple(parameter.shape)
+        if layer is not None and last != "bias":
+            if last != "weight":
+                continue  # scales
+            shape = (layer.out_features, layer.in_features)
+        rows.append(ParameterRow(name, shape, parameter.requires_grad))
+    return rows
 
 
 def group_rows(rows: Iterable[ParameterRow]) -> list[tuple[str, int, bool, int]]:

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear, Shape
 from lora_cli.errors import LoraError
+from lora_cli.models.quantized_linear import QuantizedLinear
 
 READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHORTEST = 1e-12  # of a row: one of zeros has no direction, and stays as it is
@@ -56,7 +57,7 @@ class DoRALayer(LoRALayer):
         """
         weight = base.weight
         assert isinstance(weight, Tensor)
-        if weight.dtype not in READABLE:
+        if weight.dtype not in READABLE and not isinstance(base, QuantizedLinear):
             raise LoraError(
                 f"DoRA needs the length of the base's weights, which are {weight.dtype}: quantised",
                 hint="`adapter.type: lora` needs only what the base computes",
@@ -104,6 +105,8 @@ class DoRALayer(LoRALayer):
         return scaled.transpose(0, self._output_dim).contiguous()
 
     def _w0(self) -> Tensor:
+        if isinstance(self.base, QuantizedLinear):
+            return self.base.dequantized(self.magnitude.dtype)
         return self.weight.detach().to(self.magnitude.dtype)
 
     @property

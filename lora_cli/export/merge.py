@@ -103,7 +103,6 @@ def _merge(
     task.trained_in = adapter
     task.load_processor()
     check_use(adapter, task)
-    _reject_quantised(task)
     model, new = task.load_model(torch.device("cpu"), dtype="auto")
     assert isinstance(model, PreTrainedModel | Bundle)
     verified_base = verify_base(saved, fingerprint_of(task.recipe, model, new), task.recipe)
@@ -215,16 +214,6 @@ def adapter_task(
     # merging is done on the CPU, in the dtype of the checkpoint
     recipe = recipe.with_values({"model.dtype": None, "model.attention": None})
     return build_task(recipe), saved
-
-
-def _reject_quantised(task: Task) -> None:
-    """Reject a base whose weights are codes: an update added to them would be rounded away."""
-    if task.is_quantised:
-        raise LoraError(
-            f"the weights of `{task.recipe.model.name}` are quantised, so nothing can be added",
-            "--base",
-            "merge into the checkpoint that it was made from, and quantise that",
-        )
 
 
 def _write_origin(folder: Path, adapter: Path, base: Fingerprint | None) -> None:

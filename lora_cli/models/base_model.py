@@ -321,6 +321,8 @@ def load_pretrained(
     for file in checkpoint_files(recipe):
         read_header(file)
     _check_generation_config(auto_class, config, recipe)
+    if recipe.model.quantization is not None:
+        options |= _quantizing(auto_class, recipe, config, device, has_head)
     with explained(recipe, "weights"):
         model, info = auto_class.from_pretrained(
             **source_of(recipe),
@@ -332,9 +334,39 @@ def load_pretrained(
         )
     mismatched = {entry[0] for entry in info["mismatched_keys"]}
     parameters = {name for name, _ in model.named_parameters()}
+    if recipe.model.quantization is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # the base's own config has none
     missing = (set(info["missing_keys"]) | mismatched) & parameters
     _reject_misfits(model, mismatched, missing, recipe, has_head)
     return model.to(device), missing
+
+
+def _quantizing(
+    auto_class: Any,
+    recipe: Recipe,
+    config: PretrainedConfig,
+    device: torch.device,
+    has_head: bool,
+) -> dict[str, Any]:
+    """Return the options by which `from_pretrained` quantises what it reads.
+
+    Raises:
+        LoraError: If bitsandbytes is missing.
+    """
+    kind = recipe.model.quantization
+    assert kind is not None
+    if kind == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise LoraError(
+            "`quantization: nf4` needs bitsandbytes",
+            recipe.at("model.quantization"),
+            "pip install 'lora-cli[quantization]'",
+        )
+    from lora_cli.models.quantize_on_load import QuantizeOnLoad
+
+    heads = new_modules(build_empty(auto_class, recipe, config)) if has_head else []
+    # a pooler may be missing from the checkpoint, and is new then
+    kept = [*heads, "pooler", *recipe.adapter.train_modules]
+    return {"quantization_config": QuantizeOnLoad(kind, kept), "device_map": {"": device}}
 
 
 def _reject_misfits(

@@ -36,6 +36,7 @@ from lora_cli.errors import IntegrityError, warn
 from lora_cli.files import write_json
 from lora_cli.models.base_model import checkpoint_files
 from lora_cli.models.bundle import Bundle
+from lora_cli.models.quantized_linear import QuantizedLinear
 from lora_cli.recipe import Recipe
 from lora_cli.tensorfile import TensorEntry, read_header
 
@@ -189,8 +190,11 @@ def _tied_names(model: nn.Module) -> Iterator[list[str]]:
     Integer buffers (positions, masks) are no weights, and some versions of a library save them.
     """
     groups: dict[int, list[str]] = {}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point():
+        module, _, last = name.rpartition(".")
+        is_code = module in layers and last == "weight"  # its scales are in no checkpoint
+        if is_code or (tensor.is_floating_point() and (module not in layers or last == "bias")):
             groups.setdefault(id(tensor), []).append(name)
     yield from groups.values()
 

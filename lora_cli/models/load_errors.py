@@ -185,8 +185,27 @@ def check_config(config: PretrainedConfig, recipe: Recipe) -> None:
             meant = f"did you mean `{close}`? " if close else ""
             what = f"`{key}` in {CONFIG_FILE} is `{value}`, which is no activation"
             problems.append(Problem(what, at, f"{meant}{REPAIR}"))
+    if (method := _quantized_by(config)) is not None:
+        what = f"the weights of `{recipe.model.name}` are stored quantised, by {method}"
+        hint = (
+            "name the checkpoint that it was made from, and set `model.quantization: nf4` (or "
+            "`int8`): it is quantised while it is read"
+        )
+        problems.append(Problem(what, at, hint))
     if problems:
         raise LoraError(problems)
+
+
+def _quantized_by(config: PretrainedConfig) -> str | None:
+    """Return which method quantised a checkpoint (GPTQ, AWQ, …), or None if none did."""
+    found = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if found is None:
+        return None
+    values = found if isinstance(found, dict) else vars(found)
+    named = values.get("quant_method", "a method that it does not name")
+    return str(getattr(named, "value", named))
 
 
 def _is_size(value: Any, key: str) -> bool:

@@ -226,11 +226,6 @@ class Task(TaskRows, TaskMetrics):
         """Return the model's configuration with the task's changes."""
         return load_config(self.recipe)
 
-    @property
-    def is_quantised(self) -> bool:
-        """Whether the base keeps codes in the place of weights."""
-        return getattr(self.config, "quantization_config", None) is not None
-
     def load_model(
         self, device: torch.device, dtype: torch.dtype | str | None = None
     ) -> tuple[nn.Module, list[str]]:

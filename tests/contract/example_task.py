@@ -154,10 +154,6 @@ class ExampleTask(Task):
 
     # ----------------------------------------------------------------------------- model
 
-    @property
-    def is_quantised(self) -> bool:
-        return False
-
     def load_model(
         self, device: torch.device, dtype: torch.dtype | str | None = None
     ) -> tuple[nn.Module, list[str]]:

@@ -43,8 +43,10 @@ PLAIN: dict[tuple[str, str], Any] = {
     ("Models", "a Hub id without a network"): _with("validate", model={"name": "nobody/nothing"}),
     ("Models", "a name that is no Hub id"): _with("validate", model={"name": "my model"}),
     ("Models", "fp16 without a GPU"): _with("train", train={"precision": "fp16"}),
-    ("Models", "an optimizer that is not installed"): _with(
-        "train", train={"optimizer": {"type": "adamw_8bit"}}
+    ("Models", "a quantised base that is trained in full"): _with(
+        "validate",
+        model={"name": "../bases/encoder", "quantization": "int8"},
+        adapter={"type": "full"},
     ),
     ("Targets", "that match nothing"): _with(
         "validate", adapter={"target_modules": ["query", "valeu"]}

@@ -83,8 +83,12 @@ REST: dict[str, list[str]] = {
         "an adapter whose A spans all channels of a grouped convolution cannot be merged",
         "DoRA does not fit a convolution of … groups",
     ],
-    "a quantised base needs a GPU; tests/test_dora.py": [
+    "no base of this tool's own; tests/test_dora.py": [
         "DoRA needs the length of the base's weights, which are …: quantised",
+    ],
+    "needs an environment without bitsandbytes; tests/test_quantize_on_load.py": [
+        "`adamw_8bit` needs bitsandbytes",
+        "`quantization: nf4` needs bitsandbytes",
     ],
     "what a later Typer may say": [
         "in usage_error()",

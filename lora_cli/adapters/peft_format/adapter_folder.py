@@ -40,6 +40,7 @@ from lora_cli.files import (
     write_json,
 )
 from lora_cli.models.fingerprint import Fingerprint, read_fingerprint
+from lora_cli.models.quantized_linear import QuantizedLinear
 from lora_cli.recipe import AdapterType, Recipe
 from lora_cli.tensorfile import read_header
 
@@ -103,7 +104,7 @@ def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict
         "lora_dropout": spec.dropout,
         "target_modules": sorted(layers),
         "bias": spec.bias,
-        "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
+        "fan_in_fan_out": any(_stored_transposed(layer.base) for layer in layers.values()),
         "use_rslora": spec.use_rslora,
         "use_dora": False,
         "rank_pattern": spec.rank_pattern,
@@ -117,6 +118,11 @@ def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict
         if reading.adapted == set(layers) and not reading.errors:
             return short
     return config
+
+
+def _stored_transposed(base: nn.Module) -> bool:
+    """Return whether the checkpoint has a layer's weight as (in, out)."""
+    return isinstance(base, Conv1D) or (isinstance(base, QuantizedLinear) and base.transposed)
 
 
 def _whole(number: float) -> float | int:

@@ -21,6 +21,11 @@ class ModelSpec(Section):
     """Storage of the frozen base's weights. Default: that of `train.precision`; `float32` with
     `adapter.type: full`. Precision `fp32` needs `float32`. Trained weights are float32 always."""
 
+    quantization: Literal["nf4", "int8"] | None = None
+    """Keep the weights of the frozen linear layers in 4 bits (`nf4`, as QLoRA does) or in 8 bits.
+    They are quantised while they are read, and turned back into numbers of `dtype` for each
+    product. Embeddings, the output layer and what is trained in full keep their numbers."""
+
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     """Implementation of the attention. Default: the one transformers chooses."""
 

@@ -1,0 +1,168 @@
+"""A frozen linear layer whose weights are kept in 4 or 8 bits.
+
+`nf4`, the 4-bit format of QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314): every
+block of 64 weights is divided by its largest absolute value, and each quotient becomes the nearest
+of 16 numbers, the quantiles of a normal distribution. The blocks' largest values are kept in 8 bits
+themselves, in blocks of 256 ("double quantisation"). That is 4.13 bits a weight.
+
+`int8`: every row (the weights of an output) is divided by its largest absolute value, and rounded
+to one of 255 steps. That is 8 bits a weight.
+
+Weights are turned back into numbers for each product, so activations are never rounded. Nothing but
+the codes is kept for the backward pass. Codes and scales are ordinary tensors, which can be moved,
+hashed, saved and sharded; bitsandbytes supplies the functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's own name for it
+from torch import Tensor, nn
+
+Format = Literal["nf4", "int8"]
+BLOCK = 64  # weights that share a scale in nf4
+SCALE_BLOCK = 256  # scales that share a scale of their own
+INT8_STEPS = 127
+TABLES = ("mean_scale", "codes", "codes_of_scales")  # too small to be sharded
+
+
+class QuantizedLinear(nn.Linear):
+    """y = W x + b, with W (out, in) kept as codes.
+
+    Args:
+        in_features: Size of the input.
+        out_features: Size of the output.
+        bias: Of the layer, (out,), or None.
+        kind: How the weights are kept.
+        transposed: Whether it stands for transformers' `Conv1D`, which stores (in, out).
+        device: Where the codes are; on `meta` until they are loaded.
+    """
+
+    weight: nn.Parameter
+    """Codes, which are not trained: (out * in / 2, 1) of two 4-bit codes each, or (out, in) of
+    8-bit codes."""
+    scales: nn.Parameter
+    scales_of_scales: nn.Parameter
+    mean_scale: Tensor
+    codes: Tensor
+    codes_of_scales: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: nn.Parameter | None,
+        kind: Format,
+        transposed: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # that of `nn.Linear` would make and draw a weight
+        self.in_features, self.out_features = in_features, out_features
+        self.kind, self.transposed = kind, transposed
+        self.register_parameter("bias", bias)
+        for name, (shape, dtype) in self.stored(in_features, out_features, kind).items():
+            zeros = torch.zeros(shape, dtype=dtype, device=device)
+            if name in TABLES:
+                self.register_buffer(name, zeros)
+            else:
+                self.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
+
+    @staticmethod
+    def stored(
+        in_features: int, out_features: int, kind: Format
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the shape and the dtype of every tensor that a weight is kept in."""
+        if kind == "int8":
+            return {
+                "weight": ((out_features, in_features), torch.int8),
+                "scales": ((out_features,), torch.float32),
+            }
+        n_blocks = -(-in_features * out_features // BLOCK)
+        return {
+            "weight": ((-(-in_features * out_features // 2), 1), torch.uint8),
+            "scales": ((n_blocks,), torch.uint8),
+            "scales_of_scales": ((-(-n_blocks // SCALE_BLOCK),), torch.float32),
+            "mean_scale": ((), torch.float32),
+            "codes": ((16,), torch.float32),
+            "codes_of_scales": ((256,), torch.float32),
+        }
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        """Quantise a weight (out, in), or (in, out) of a `Conv1D`, and keep its codes."""
+        for name, tensor in quantized(weight.T if self.transposed else weight, self.kind).items():
+            own = tensor if name in TABLES else nn.Parameter(tensor, requires_grad=False)
+            setattr(self, name, own)
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight (out, in) that the codes stand for."""
+        if self.kind == "int8":
+            return (self.weight.to(torch.float32) * (self.scales / INT8_STEPS)[:, None]).to(dtype)
+        from bitsandbytes import functional
+
+        state = functional.QuantState(
+            absmax=self.scales,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=self.codes,
+            blocksize=BLOCK,
+            quant_type="nf4",
+            dtype=dtype,
+            offset=self.mean_scale,
+            state2=functional.QuantState(
+                absmax=self.scales_of_scales,
+                code=self.codes_of_scales,
+                blocksize=SCALE_BLOCK,
+                dtype=torch.float32,
+            ),
+        )
+        weight: Tensor = functional.dequantize_4bit(self.weight, state)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W x + b; x (..., in), result (..., out)."""
+        y: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Return what `print(model)` shows of the layer."""
+        return f"{self.in_features}, {self.out_features}, {self.kind}"
+
+
+def quantized(weight: Tensor, kind: Format) -> dict[str, Tensor]:
+    """Return the tensors in which a weight (out, in) is kept, on its device."""
+    weight = weight.contiguous()
+    if kind == "int8":
+        scales = weight.float().abs().amax(dim=1)
+        steps = torch.where(scales > 0, INT8_STEPS / scales, 0.0)
+        codes = (weight.float() * steps[:, None]).round().to(torch.int8)
+        return {"weight": codes, "scales": scales}
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(
+        weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+    )
+    return {
+        "weight": packed,
+        "scales": state.absmax,
+        "scales_of_scales": state.state2.absmax,
+        "mean_scale": state.offset,
+        "codes": state.code,
+        "codes_of_scales": state.state2.code,
+    }
+
+
+class _Product(torch.autograd.Function):
+    """W x, which keeps neither x nor W for the backward pass: that computes W again, and W^T dy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer, ctx.dtype, device = layer, x.dtype, x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return F.linear(x.to(dtype), layer.dequantized(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (dy,) = gradients
+        return (dy @ ctx.layer.dequantized(dy.dtype)).to(ctx.dtype), None

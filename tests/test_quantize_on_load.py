@@ -1,0 +1,204 @@
+"""A base that is quantised while it is read is what transformers, bitsandbytes and PEFT make."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+)
+
+from lora_cli.adapters.attach import lora_layers, parameter_table
+from lora_cli.errors import LoraError
+from lora_cli.models.fingerprint import fingerprint_of
+from lora_cli.models.quantized_linear import QuantizedLinear
+from lora_cli.recipe import load_recipe
+from lora_cli.tasks import Task, build_task
+from lora_cli.training import train
+
+pytest.importorskip("bitsandbytes")
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.float32,
+)  # fmt: skip
+LANGUAGE = {"type": "causal_lm", "pad_token": "<pad>"}
+
+
+def opened(base: Path, tmp_path: Path, kind: str | None, **sections: Any) -> tuple[Task, Any]:
+    """Return the task of a recipe and its base, kept as `kind`."""
+    model = {"name": str(base), **({} if kind is None else {"quantization": kind})}
+    task = build_task(load_recipe(tiny.recipe(base, tmp_path, model=model, **sections)))
+    task.load_processor()
+    task.learn_from({})
+    return task, task.load_model(torch.device("cpu"))[0].eval()
+
+
+def quantized_names(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gpt2"])
+@torch.no_grad()
+def test_a_language_model_in_nf4_is_that_of_transformers(kind: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    if kind == "gpt2":
+        tiny.save_gpt2(base)
+    else:
+        tiny.save_llama(base, tied=kind == "llama-tied")
+    task = {"type": "causal_lm"} if kind == "gpt2" else LANGUAGE
+    _, model = opened(base, tmp_path, "nf4", task=task)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=NF4, dtype=torch.float32
+    ).eval()
+    names = [n for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"]
+    assert quantized_names(model) == names
+    assert names
+    assert not any("lm_head" in name for name in names)
+    ids = torch.randint(5, 20, (2, 12))
+    ours, wanted = model(input_ids=ids).logits, theirs(input_ids=ids).logits
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    # and they are not those of the base that it was made from
+    _, plain = opened(base, tmp_path, None, task=task)
+    assert float((plain(input_ids=ids).logits - ours).abs().max()) > 1e-3
+
+
+def test_a_head_that_the_task_creates_keeps_its_numbers(tmp_path: Path) -> None:
+    base = tiny.save_encoder(tmp_path / "base")
+    _, model = opened(base, tmp_path, "nf4")
+    names = quantized_names(model)
+    assert names
+    assert not any(name.startswith("classifier") for name in names)
+    assert all(p.dtype == torch.float32 for p in model.classifier.parameters())
+
+
+def test_what_is_trained_in_full_keeps_its_numbers(tmp_path: Path) -> None:
+    base = tiny.save_llama(tmp_path / "base")
+    adapter = {"target_modules": ["q_proj"], "train_modules": ["o_proj"]}
+    _, model = opened(base, tmp_path, "int8", task=LANGUAGE, adapter=adapter)
+    names = {name.rpartition(".")[2] for name in quantized_names(model)}
+    assert names == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_base_is_recognised_and_counted_as_what_it_was_made_from(
+    kind: str, tmp_path: Path
+) -> None:
+    base = tiny.save_llama(tmp_path / "base", tied=False)
+    found = []
+    for how in (kind, None):
+        task, model = opened(base, tmp_path, how, task=LANGUAGE)
+        found.append((
+            fingerprint_of(task.recipe, model, []),
+            sum(row.count for row in parameter_table(model)),
+            task.base_facts,
+        ))  # fmt: skip
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_twenty_steps_are_those_of_peft_on_the_base_of_bitsandbytes(
+    variant: str, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    base = tiny.save_llama(tmp_path / "base")
+    sections = {
+        "task": LANGUAGE,
+        "adapter": {"type": variant, "rank": 4, "alpha": 8, "target_modules": "all-linear"},
+    }
+    _, model = opened(base, tmp_path, "nf4", **sections)
+    from lora_cli.adapters.attach import attach, trainable_parameters
+
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    attach(model, recipe)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=NF4, dtype=torch.float32
+    )
+    targets = sorted(lora_layers(model))
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_dora=variant == "dora")
+    theirs = peft.get_peft_model(theirs, config)
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            other = theirs.get_submodule(f"base_model.model.{name}")
+            other.lora_A["default"].weight.copy_(layer.lora_A)
+    ids = torch.randint(5, 20, (20, 2, 12), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for one, parameters in (
+        (model, list(trainable_parameters(model).values())),
+        (theirs, [p for p in theirs.parameters() if p.requires_grad]),
+    ):
+        one.eval()  # no dropout
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        losses.append([])
+        for batch in ids:
+            loss = one(input_ids=batch, labels=batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][-1] < losses[0][0] - 0.1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_run_on_a_quantised_base(kind: str, precision: str, tmp_path: Path) -> None:
+    base = tiny.save_encoder(tmp_path / "base")
+    path = tiny.recipe(
+        base, tmp_path, model={"name": str(base), "quantization": kind},
+        adapter={"rank": 4, "alpha": 8, "target_modules": "all-linear"},
+        train={"max_steps": 4, "precision": precision},
+    )  # fmt: skip
+    report = train(load_recipe(path))
+    assert report["training"]["steps"] == 4
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(base)
+
+
+def test_a_full_fine_tuning_of_a_quantised_base_is_rejected(tmp_path: Path) -> None:
+    base = tiny.save_encoder(tmp_path / "base")
+    path = tiny.recipe(
+        base, tmp_path, model={"name": str(base), "quantization": "nf4"}, adapter={"type": "full"}
+    )
+    with pytest.raises(LoraError, match="trains all weights, and quantised ones cannot be trained"):
+        load_recipe(path)
+
+
+def test_without_bitsandbytes_nf4_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name)
+    )
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    base = tiny.save_encoder(tmp_path / "base")
+    with pytest.raises(LoraError, match="`quantization: nf4` needs bitsandbytes"):
+        opened(base, tmp_path, "nf4")
+    path = tiny.recipe(base, tmp_path, train={"optimizer": {"type": "adamw_8bit"}})
+    with pytest.raises(LoraError, match="`adamw_8bit` needs bitsandbytes"):
+        train(load_recipe(path))
+
+
+def test_an_encoder_answers_as_transformers_does(tmp_path: Path) -> None:
+    base = tiny.save_encoder(tmp_path / "base")
+    _, model = opened(base, tmp_path, "nf4")
+    theirs = AutoModelForSequenceClassification.from_pretrained(
+        base, quantization_config=NF4, dtype=torch.float32
+    ).eval()
+    ids = torch.randint(5, 20, (2, 12))
+    prefix = model.base_model_prefix
+    ours, wanted = (
+        getattr(m, prefix)(input_ids=ids).last_hidden_state.detach() for m in (model, theirs)
+    )
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))

@@ -1,0 +1,123 @@
+"""A quantised layer computes what bitsandbytes and plain autograd compute of the same codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_cli.models.quantized_linear import Format, QuantizedLinear
+
+functional: Any = pytest.importorskip("bitsandbytes.functional")
+FORMATS: list[Format] = ["nf4", "int8"]
+SHAPE = (96, 40)  # out, in
+
+
+def layer(kind: Format, dtype: torch.dtype = torch.float32) -> tuple[QuantizedLinear, torch.Tensor]:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(SHAPE, dtype=dtype), torch.randn(SHAPE[0], dtype=dtype)
+    made = QuantizedLinear(SHAPE[1], SHAPE[0], nn.Parameter(bias), kind)
+    made.set_weight(weight)
+    return made, weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nf4_is_that_of_bitsandbytes(dtype: torch.dtype) -> None:
+    made, weight = layer("nf4", dtype)
+    codes, state = functional.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=True
+    )
+    assert torch.equal(made.weight, codes)
+    assert torch.equal(made.dequantized(dtype), functional.dequantize_4bit(codes, state))
+
+
+def test_int8_is_that_of_bitsandbytes() -> None:
+    made, weight = layer("int8", torch.float16)
+    codes, scales, _ = functional.int8_vectorwise_quant(weight)
+    assert torch.equal(made.weight, codes)
+    torch.testing.assert_close(
+        made.dequantized(), functional.int8_vectorwise_dequant(codes, scales), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize(("kind", "error"), [("nf4", 0.1), ("int8", 0.006)])
+def test_a_weight_is_near_what_it_was(kind: Format, error: float) -> None:
+    made, weight = layer(kind)
+    assert float((made.dequantized() - weight).norm() / weight.norm()) < error
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_rows_of_zeros_stay_zero(kind: Format) -> None:
+    made = QuantizedLinear(SHAPE[1], SHAPE[0], None, kind)
+    made.set_weight(torch.zeros(SHAPE))
+    assert torch.count_nonzero(made.dequantized()) == 0
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_outputs_and_gradients_are_those_of_a_plain_layer(kind: Format) -> None:
+    made, _ = layer(kind)
+    x = torch.randn(3, 5, SHAPE[1], requires_grad=True)
+    other = x.detach().clone().requires_grad_()
+    plain = F.linear(other, made.dequantized(), made.bias)
+    found = made(x)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-6 * float(plain.detach().abs().max()))
+    dy = torch.randn_like(found)
+    found.backward(dy)
+    bias_gradient = made.bias.grad.clone()
+    made.bias.grad = None
+    plain.backward(dy)
+    assert x.grad is not None
+    assert other.grad is not None
+    torch.testing.assert_close(
+        x.grad, other.grad, rtol=0, atol=1e-6 * float(other.grad.abs().max())
+    )
+    torch.testing.assert_close(bias_gradient, made.bias.grad)
+    assert made.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_nothing_but_codes_waits_for_the_backward_pass(kind: Format) -> None:
+    made, _ = layer(kind)
+    kept: list[torch.Size] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made(torch.randn(3, SHAPE[1], requires_grad=True)).sum()
+    assert kept == []
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_under_autocast_the_product_is_made_in_16_bits(kind: Format) -> None:
+    made, _ = layer(kind)
+    x = torch.randn(3, SHAPE[1], requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = made(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    wanted = made.dequantized().sum(0).expand_as(x)
+    torch.testing.assert_close(x.grad, wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_state_dict_holds_all_of_it(kind: Format) -> None:
+    made, _ = layer(kind)
+    other = QuantizedLinear(SHAPE[1], SHAPE[0], nn.Parameter(torch.zeros(SHAPE[0])), kind)
+    other.load_state_dict(made.state_dict())
+    x = torch.randn(2, SHAPE[1])
+    assert torch.equal(made(x), other(x))
+    assert [n for n, p in made.named_parameters() if p.requires_grad] == ["bias"]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_what_a_layer_needs_is_what_the_readme_says(kind: Format) -> None:
+    stored = QuantizedLinear(4096, 4096, None, kind, device="meta").state_dict().values()
+    bits = 8 * sum(t.numel() * t.element_size() for t in stored) / 4096**2
+    assert bits == pytest.approx({"nf4": 4.13, "int8": 8.0}[kind], abs=0.01)
