@@ -58,7 +58,6 @@ def init(
     ] = None,
 ) -> None:
     """Read a data file or folder and write a recipe for it, with the reasons as comments."""
-    from lora_cli.characters import cells, padded
     from lora_cli.recipe_draft import draft_recipe, reject_existing, write_recipe
 
     if len(sources) > 2:
@@ -69,8 +68,15 @@ def init(
     second = sources[1] if len(sources) > 1 else None
     draft = draft_recipe(sources[0], model, output, text, label, second, pair, memory)
     write_recipe(output, draft.text(), draft.extra_files)
-    width = max(cells(name) for name, _ in draft.findings)
-    for name, finding in draft.findings:
+    _print_findings(draft.findings, output)
+
+
+def _print_findings(findings: list[tuple[str, str]], output: Path) -> None:
+    """Print what was inferred, a line each, and what to do next."""
+    from lora_cli.characters import cells, padded
+
+    width = max(cells(name) for name, _ in findings)
+    for name, finding in findings:
         typer.echo(f"{padded(name, width)}  {finding}")
     typer.echo(f"\n{'recipe'.ljust(width)}  {output}")
     typer.echo(f"{'next'.ljust(width)}  lora train {shlex.quote(str(output))}")

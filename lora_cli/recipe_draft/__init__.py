@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_cli.recipe_draft.commented_yaml import reject_existing, write_recipe
-from lora_cli.recipe_draft.draft import Draft, draft_recipe
+from lora_cli.recipe_draft.draft import draft_recipe
+from lora_cli.recipe_draft.draft_values import Draft
 
 __all__ = ["Draft", "draft_recipe", "reject_existing", "write_recipe"]

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lora_cli.data.cell_values import half_width
 from lora_cli.data.conversations import conversation_error, read_conversations
 from lora_cli.data.csv_rows import delimiter_of
 from lora_cli.data.detect_format import DataFile
-from lora_cli.data.parallel_pairs import read_pair, translations_of
+from lora_cli.data.parallel_pairs import read_pair
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import TASKS, FormatSpec, Recipe
 from lora_cli.recipe_draft.answer_cuts import rows_without_answer
@@ -24,21 +24,16 @@ from lora_cli.recipe_draft.chat_lengths import TurnCounter
 from lora_cli.recipe_draft.choose_splits import Keys, Rows, choose_splits, is_unusable
 from lora_cli.recipe_draft.choose_task import choose_task
 from lora_cli.recipe_draft.column_kinds import SPLIT_NAMES, Column, as_number, describe
-from lora_cli.recipe_draft.commented_yaml import SCHEMA, commented_yaml
 from lora_cli.recipe_draft.data_folder import read_source
+from lora_cli.recipe_draft.draft_findings import add_findings
+from lora_cli.recipe_draft.draft_training import add_training
+from lora_cli.recipe_draft.draft_values import Draft
 from lora_cli.recipe_draft.hints import without_overrides
 from lora_cli.recipe_draft.language_model_rows import Chosen, translation
 from lora_cli.recipe_draft.memory_budget import (
     GIB,
-    LARGE,
-    SMALL,
     Card,
-    Fit,
-    Shape,
     card_here,
-    fit_to,
-    gib,
-    in_words,
 )
 from lora_cli.recipe_draft.picture_rows import (
     choose_pictures,
@@ -58,39 +53,6 @@ CHATML = """\
 {% endif -%}
 """
 TEMPLATE = "chatml.jinja"
-HEAD = [
-    f"yaml-language-server: $schema={SCHEMA}",
-    "Written by `lora init`; each comment says what a value was inferred from.",
-]
-
-
-@dataclass
-class Draft:
-    """A recipe, with the reasons of its values.
-
-    Args:
-        values: The recipe, section by section.
-        why: By key with dots, what says so; a comment in the file.
-        findings: What was inferred and from what, to print: (name, finding).
-        extra_files: Files that the recipe names, by name, to be written next to it.
-        memory: What training takes, in words.
-    """
-
-    values: dict[str, Any]
-    why: dict[str, str]
-    findings: list[tuple[str, str]] = field(default_factory=list)
-    extra_files: dict[str, str] = field(default_factory=dict)
-    memory: str = ""
-
-    def text(self) -> str:
-        """Return the recipe as YAML with comments."""
-        return commented_yaml(self.values, self.why, HEAD)
-
-    def put(self, section: str, key: str, value: Any, why: str = "") -> None:
-        """Set a key of a section."""
-        self.values.setdefault(section, {})[key] = value
-        if why:
-            self.why[f"{section}.{key}"] = why
 
 
 def draft_recipe(
@@ -163,13 +125,12 @@ def _drafted(
         splits, other_rows = choose_splits(file, columns, chosen, target)
     _task(draft, base, chosen, [file.rows, other_rows])
     _data(draft, file, columns, chosen, target, splits)
-    _training(draft, base, len(file.rows), card)
-    reads_texts = chosen.keys["type"] != "image_classification"
-    warning = unknown_share([file.rows, other_rows], base, chosen) if reads_texts else None
+    add_training(draft, base, len(file.rows), card)
+    warning = unknown_share([file.rows, other_rows], base, chosen) if _is_cut(chosen) else None
     if warning is not None:
         draft.findings.append(("unknown", warning))
     draft.values["output_dir"] = _output_dir(file.path, target)
-    _say(draft, file, chosen)
+    add_findings(draft, file, chosen)
     Recipe.model_validate(draft.values)  # what is wrong here is ours
     return draft
 
@@ -248,6 +209,18 @@ def _task(draft: Draft, base: Base, chosen: Chosen, splits: Sequence[Rows]) -> N
             draft.put("task", key, value, chosen.why.get(key, ""))
     if "" in chosen.why:
         draft.why["task.type"] = chosen.why[""]
+    _labels(draft, chosen)
+    if chosen.is_chat and base.tokenizer is not None:
+        _require_tool_template(base, chosen, splits)
+    if chosen.is_chat and base.lacks_template:
+        draft.put("task", "chat_template", TEMPLATE, "the model has none; this is ChatML")
+        draft.extra_files[TEMPLATE] = CHATML
+    if _is_cut(chosen):
+        _length(draft, base, chosen, splits)
+
+
+def _labels(draft: Draft, chosen: Chosen) -> None:
+    """Write out the labels, unless each has a column of its own or they are very many."""
     labels = chosen.labels
     if labels and "label_columns" not in chosen.keys and len(labels) <= MANY_LABELS:
         names = sorted(labels, key=_label_order(labels))
@@ -268,13 +241,15 @@ def _task(draft: Draft, base: Base, chosen: Chosen, splits: Sequence[Rows]) -> N
             [int(name) for name in names] if whole else names,
             "; ".join([counted(len(names), "label"), spread, *_same_but_for_case(names)]),
         )
-    if chosen.is_chat and base.tokenizer is not None:
-        _require_tool_template(base, chosen, splits)
-    if chosen.is_chat and base.lacks_template:
-        draft.put("task", "chat_template", TEMPLATE, "the model has none; this is ChatML")
-        draft.extra_files[TEMPLATE] = CHATML
-    if chosen.keys["type"] == "image_classification":
-        return
+
+
+def _is_cut(chosen: Chosen) -> bool:
+    """Return whether the task cuts its inputs at a number of tokens."""
+    return "max_length" in TASKS[chosen.keys["type"]].model_fields
+
+
+def _length(draft: Draft, base: Base, chosen: Chosen, splits: Sequence[Rows]) -> None:
+    """Choose the longest input, and what is cut of longer ones."""
     turns = None
     if chosen.is_chat and base.tokenizer is not None:
         turns = TurnCounter(base.tokenizer, CHATML if base.lacks_template else None)
@@ -378,149 +353,3 @@ def _data(
                 f"{counted(blank, 'row')} {'lacks' if blank == 1 else 'lack'} a text or a label"
             )
         draft.put("data", "on_bad_row", "skip", "; ".join(said))
-
-
-# ------------------------------------------------------------------------------------- training
-
-
-def _training(draft: Draft, base: Base, count: int, card: Card | None) -> None:
-    """Choose the adapter and the training by the task, the number of rows and the memory."""
-    large = base.shape is not None and base.shape.parameters > LARGE
-    writes = draft.values["task"]["type"] == "causal_lm" or (
-        base.can_write and (base.hidden_size is not None or large)
-    )
-    small = base.hidden_size is not None and base.hidden_size <= 512
-    if writes:
-        adapter = {"rank": 16, "alpha": 32, "dropout": 0.05, "target_modules": "all-linear"}
-        draft.values["adapter"] = adapter
-        draft.why["adapter"] = "usual for language models"
-        rate, batch, accumulation = 2e-4, 4, 4
-    else:
-        adapter = {"rank": 8, "alpha": 16, "dropout": 0.1, "target_modules": "all-linear"}
-        draft.values["adapter"] = adapter
-        draft.why["adapter"] = "better than query and value alone where it was measured"
-        rate, batch, accumulation = (1e-3 if small else 5e-4), 16, 1
-    if draft.values["task"]["type"] == "image_classification":
-        del adapter["target_modules"]
-        draft.why["adapter"] = "of its linear layers; where it has none, of its convolutions"
-        rate = 1e-3
-    if count < 200:
-        batch, accumulation = min(batch, 8), 1
-    sizes: tuple[tuple[float, int], ...] = ((500, 10), (5_000, 5), (50_000, 3), (math.inf, 1))
-    if draft.values["task"]["type"] == "causal_lm":
-        sizes = ((1_000, 3), (20_000, 2), (math.inf, 1))
-    epochs = next(epochs for most, epochs in sizes if count < most)
-    length = draft.values["task"].get("max_length", 1)
-    shape = base.shape or Shape(0)
-    fit = fit_to(shape, card, batch, accumulation, length)
-    if fit.length < length:
-        reason = f"more does not fit into {card.name if card else 'the memory'}"
-        draft.put("task", "max_length", fit.length, f"{reason}; {draft.why['task.max_length']}")
-    draft.put("train", "epochs", epochs, f"for {counted(count, 'row')}")
-    why = "halve it, and double the next, if memory runs out"
-    draft.put("train", "micro_batch_size", fit.micro_batch, why)
-    draft.put("train", "gradient_accumulation_steps", fit.accumulation)
-    if fit.checkpointing:
-        why = "much less memory, for about a third more time"
-        draft.put("train", "gradient_checkpointing", True, why)
-    rate *= TASKS[draft.values["task"]["type"]].rate_scale
-    draft.put("train", "optimizer", {"type": "adamw", "learning_rate": rate})
-    kind = "cosine" if writes else "linear"
-    draft.put("train", "scheduler", {"type": kind, "warmup_ratio": 0.06})
-    draft.put("train", "precision", fit.precision, _precision_reason(fit, shape, card))
-    draft.memory = _memory_finding(fit, base, card)
-
-
-def _precision_reason(fit: Fit, shape: Shape, card: Card | None) -> str:
-    if fit.precision == "fp16":
-        return f"half the memory of fp32; {card.name if card else 'the GPU'} has no bf16"
-    if fit.precision == "bf16":
-        return "half the memory of fp32, and faster; fp16 on GPUs without bf16 (T4, V100)"
-    return "bf16 is faster, on a GPU" if not card else "the model is small"
-
-
-def _memory_finding(fit: Fit, base: Base, card: Card | None) -> str:
-    """Return what the training takes, and where it runs."""
-    if base.shape is None:
-        unknown = "the model's size is not known"
-        return f"{unknown}, so memory is not either: `--memory` has no effect" if card else unknown
-    size = f"{in_words(base.shape.parameters)} parameters, {base.size_from}"
-    how = fit.precision + (", gradient checkpointing" if fit.checkpointing else "")
-    if base.sees:
-        return f"{size}; {how}"
-    if not base.shape.is_known:
-        return f"{size}; {how}; what a step takes is not known without its configuration"
-    needed = f"about {gib(fit.needed)} GiB in {how}"
-    if card is not None:
-        return f"{size}: {needed}, of {gib(card.memory)} GiB on {card.name}"
-    advice = "; there is no GPU here: `--memory 24` drafts for one of 24 GiB"
-    return f"{size}: {needed}{advice if base.shape.parameters > SMALL else ''}"
-
-
-# -------------------------------------------------------------------------------------- printing
-
-
-def _say(draft: Draft, file: DataFile, chosen: Chosen) -> None:
-    """Collect what was inferred and from what, in the order in which a reader asks."""
-    say = draft.findings.append
-    task, data, why = draft.values["task"], draft.values["data"], draft.why
-    say(
-        (
-            "file",
-            f"{file.about}: {counted(len(file.rows), 'row')}, "
-            f"{counted(len(file.columns), 'column')}",
-        )
-    )
-    for key, value in file.form.items():
-        shown = repr(value) if key == "delimiter" else value
-        shown = ", ".join(value) if isinstance(value, list) else shown
-        say((key, f"{str(shown).lower() if isinstance(value, bool) else shown}: {file.why[key]}"))
-    problem = task.get("problem", "single_label") if chosen.labels is not None else None
-    reason = chosen.why.get("problem") or chosen.why.get("", "")
-    kind = f"{task['type']}, {problem}" if problem else task["type"]
-    say(("task", f"{kind}" + (f": {reason}" if reason else "")))
-    names = {
-        "image_column": "picture", "text_column": "text", "text_pair_column": "text pair",
-        "prompt_column": "prompt", "completion_column": "completion",
-        "messages_column": "messages", "label_column": "label",
-        "label_columns": "labels", "label_separator": "separator", "labels": "labels",
-        "skip_labels": "no label", "chat_template": "template", "max_length": "length",
-        "truncate": "cut", "tokens_column": "words", "tags_column": "tags", "scheme": "scheme",
-        "spans_column": "spans",
-    }  # fmt: skip
-    for key, name in names.items():
-        if key not in task:
-            continue
-        value = task[key]
-        reason = why.get(f"task.{key}", "")
-        if key == "labels" and isinstance(value, list):
-            shown = ", ".join(map(str, value[:6])) + (", …" if len(value) > 6 else "")
-        elif key == "label_separator":
-            shown = repr(value)
-        elif isinstance(value, list):
-            shown = ", ".join(f"`{item}`" for item in value)
-        else:
-            shown = str(value) if key == "max_length" else f"`{value}`"
-        say((name, f"{shown}, {reason}" if reason else shown))
-    for split in ("split_column", "train", "validation", "test"):
-        if split in data:
-            value = data[split]
-            shown = value if isinstance(value, str) else f"{value['fraction']:g} of train"
-            shown = f"`{shown}`" if split == "split_column" else shown
-            reason = why.get(f"data.{split}", "")
-            say((split.replace("_", " "), f"{shown}" + (f", {reason}" if reason else "")))
-    if more := why["data.path"].removeprefix(file.about).removeprefix("; "):
-        say(("held out", more if "validation" in data else f"nothing: {more}"))
-    say(("memory", draft.memory))
-    if "on_bad_row" in data:
-        say(("skipped", why["data.on_bad_row"]))
-    if others := translations_of(file):
-        other_rows = ", ".join(other.name for other in others[:4])
-        what = (
-            f"next to it, with as many lines: {other_rows}; to learn to translate, name both files"
-        )
-        say(("also", what))
-    if chosen.left_out:
-        parts = [f"`{name}` ({reason})" for name, reason in chosen.left_out.items()]
-        more = f", and {len(parts) - 12} more" if len(parts) > 12 else ""
-        say(("left out", ", ".join(parts[:12]) + more))

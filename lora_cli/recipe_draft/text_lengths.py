@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lora_cli.recipe import TASKS
 from lora_cli.recipe_draft.base_model_info import SAMPLE, Base
 from lora_cli.recipe_draft.chat_lengths import TurnCounter, conversations_of
 from lora_cli.recipe_draft.choose_splits import Rows
@@ -14,8 +15,6 @@ from lora_cli.recipe_draft.column_kinds import is_blank
 from lora_cli.recipe_draft.language_model_rows import Chosen
 
 FITTING = 0.99  # share of the rows that should not be cut
-LONGEST = {"causal_lm": 2048}  # more is slow, whatever fits; of other tasks:
-LONGEST_READ = 512
 
 
 def length_of(
@@ -29,15 +28,16 @@ def length_of(
         chosen: The task.
         turns: Counts conversations with the chat template, where the tokenizer is known.
     """
+    usual = TASKS[chosen.keys["type"]].usual_training
     wanted, unit, most_rows = 0, "", 0
     for rows in filter(None, splits):  # the held-out rows may be longer
         lengths, unit = _tokens(rows[:: max(1, len(rows) // SAMPLE)], base, chosen, turns)
         most_rows = max(most_rows, len(lengths))
         wanted = max(wanted, sorted(lengths)[math.ceil(FITTING * len(lengths)) - 1])
-    most = min(LONGEST.get(chosen.keys["type"], LONGEST_READ), base.positions or 1 << 30)
+    most = min(usual.longest, base.positions or 1 << 30)
     if chosen.is_chat and turns is None:
         wanted += 16  # what a template adds, at the least
-    running = chosen.keys["type"] == "causal_lm" and "text_column" in chosen.keys
+    running = usual.writes and "text_column" in chosen.keys
     if running and wanted > min(512, most):
         length, why = min(512, most), "longer texts are divided into several examples"
     else:

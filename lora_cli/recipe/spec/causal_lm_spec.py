@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import PurePath
 from typing import Any, Literal
 
 from lora_cli.recipe.spec.section import Conflicts, Positive, Word
-from lora_cli.recipe.spec.task_section import AnswerKind, TaskSection, Truncation, Usage
+from lora_cli.recipe.spec.task_section import (
+    AnswerKind,
+    TaskSection,
+    Truncation,
+    Usage,
+    UsualTraining,
+)
 
 GENERATING = """\
 inputs = tokenizer({text}, return_tensors="pt")
@@ -29,6 +36,9 @@ class CausalLMSpec(TaskSection):
         "into another, can be used for `sequence_classification`"
     )
     can_pack = True
+    usual_training = UsualTraining(
+        writes=True, longest=2048, epochs=((1_000, 3), (20_000, 2), (math.inf, 1))
+    )
 
     type: Literal["causal_lm"]
     """Which task."""

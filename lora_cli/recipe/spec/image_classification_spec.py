@@ -8,7 +8,7 @@ from pydantic import Field
 
 from lora_cli.recipe.spec.classification_section import ANSWERS, ClassificationSection, head_of
 from lora_cli.recipe.spec.section import Conflicts, Section, Word
-from lora_cli.recipe.spec.task_section import MediaKind, Usage
+from lora_cli.recipe.spec.task_section import MediaKind, Usage, UsualTraining
 
 CLASSIFYING = """\
 picture = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB")
@@ -48,6 +48,11 @@ class ImageClassificationSpec(ClassificationSection):
         "ConvNeXt, ResNet or EfficientNet"
     )
     default_targets = "layers"
+    usual_training = UsualTraining(
+        learning_rate=1e-3,
+        all_linear=False,
+        targets_note="of its linear layers; where it has none, of its convolutions",
+    )
     example_input = "picture.jpg"
 
     type: Literal["image_classification"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -33,6 +34,31 @@ class Usage:
     processor: tuple[str, str] = ("tokenizer", "AutoTokenizer")
 
 
+@dataclass(frozen=True)
+class UsualTraining:
+    """What `lora init` writes for a task where the rows and the base model do not decide it.
+
+    Args:
+        writes: The model learns to continue texts: settings of language models are taken, and an
+            encoder is of no use.
+        longest: Tokens of an example; more is slow, whatever fits.
+        epochs: Pairs (rows, passes over them): of the first that has more rows than the data.
+        learning_rate: Of an adapter; None: by the size of the model.
+        rate_scale: What that is multiplied by.
+        all_linear: Whether the draft names all linear layers as targets. Else it names none, and
+            the task's own are taken.
+        targets_note: Why these are adapted; empty: what is said of all models.
+    """
+
+    writes: bool = False
+    longest: int = 512
+    epochs: tuple[tuple[float, int], ...] = ((500, 10), (5_000, 5), (50_000, 3), (math.inf, 1))
+    learning_rate: float | None = None
+    rate_scale: float = 1.0
+    all_linear: bool = True
+    targets_note: str = ""
+
+
 class TaskSection(Section):
     """What every task has."""
 
@@ -51,8 +77,8 @@ class TaskSection(Section):
     linear layer; where a model has none of either, what comes nearest."""
     baselines: ClassVar[frozenset[str]] = frozenset({"base"})
     """Which of `evaluate.baselines` have a meaning."""
-    rate_scale: ClassVar[float] = 1.0
-    """What a draft multiplies the usual learning rate of an adapter by."""
+    usual_training: ClassVar[UsualTraining] = UsualTraining()
+    """What a draft of a recipe says of the training, where the rows and the model do not."""
     packing_hint: ClassVar[str] = "leave it out"
 
     @property

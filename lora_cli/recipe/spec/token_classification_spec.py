@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from lora_cli.recipe.spec.section import Conflicts, Positive, Word
-from lora_cli.recipe.spec.task_section import AnswerKind, TaskSection, Usage
+from lora_cli.recipe.spec.task_section import AnswerKind, TaskSection, Usage, UsualTraining
 
 TAGGING = """\
 text = "Some text"  # its words are between spaces
@@ -35,7 +35,8 @@ class TokenClassificationSpec(TaskSection):
         "take a model that transformers can make a tagger of, such as BERT, RoBERTa or Llama"
     )
     baselines = frozenset({"base", "none"})
-    rate_scale = 0.5  # most words are outside: at the usual rate, all were called so
+    # most words are outside: at the usual rate, all were called so
+    usual_training = UsualTraining(rate_scale=0.5)
     packing_hint = "leave it out; `train.group_by_length: true` saves padding here"
 
     type: Literal["token_classification"]

@@ -1,0 +1,82 @@
+"""What `lora init` prints: what was inferred, and from what."""
+
+from __future__ import annotations
+
+from lora_cli.data.detect_format import DataFile
+from lora_cli.data.parallel_pairs import translations_of
+from lora_cli.errors import counted
+from lora_cli.recipe_draft.draft_values import Draft
+from lora_cli.recipe_draft.language_model_rows import Chosen
+
+NAMES = {
+    "image_column": "picture", "text_column": "text", "text_pair_column": "text pair",
+    "prompt_column": "prompt", "completion_column": "completion",
+    "messages_column": "messages", "label_column": "label",
+    "label_columns": "labels", "label_separator": "separator", "labels": "labels",
+    "skip_labels": "no label", "chat_template": "template", "max_length": "length",
+    "truncate": "cut", "tokens_column": "words", "tags_column": "tags", "scheme": "scheme",
+    "spans_column": "spans",
+}  # fmt: skip
+
+
+def add_findings(draft: Draft, file: DataFile, chosen: Chosen) -> None:
+    """Collect what was inferred and from what, in the order in which a reader asks."""
+    say = draft.findings.append
+    task, data, why = draft.values["task"], draft.values["data"], draft.why
+    say(
+        (
+            "file",
+            f"{file.about}: {counted(len(file.rows), 'row')}, "
+            f"{counted(len(file.columns), 'column')}",
+        )
+    )
+    for key, value in file.form.items():
+        shown = repr(value) if key == "delimiter" else value
+        shown = ", ".join(value) if isinstance(value, list) else shown
+        say((key, f"{str(shown).lower() if isinstance(value, bool) else shown}: {file.why[key]}"))
+    problem = task.get("problem", "single_label") if chosen.labels is not None else None
+    reason = chosen.why.get("problem") or chosen.why.get("", "")
+    kind = f"{task['type']}, {problem}" if problem else task["type"]
+    say(("task", f"{kind}" + (f": {reason}" if reason else "")))
+    _add_task(draft)
+    for split in ("split_column", "train", "validation", "test"):
+        if split in data:
+            value = data[split]
+            shown = value if isinstance(value, str) else f"{value['fraction']:g} of train"
+            shown = f"`{shown}`" if split == "split_column" else shown
+            reason = why.get(f"data.{split}", "")
+            say((split.replace("_", " "), f"{shown}" + (f", {reason}" if reason else "")))
+    if more := why["data.path"].removeprefix(file.about).removeprefix("; "):
+        say(("held out", more if "validation" in data else f"nothing: {more}"))
+    say(("memory", draft.memory))
+    if "on_bad_row" in data:
+        say(("skipped", why["data.on_bad_row"]))
+    if others := translations_of(file):
+        other_rows = ", ".join(other.name for other in others[:4])
+        what = (
+            f"next to it, with as many lines: {other_rows}; to learn to translate, name both files"
+        )
+        say(("also", what))
+    if chosen.left_out:
+        parts = [f"`{name}` ({reason})" for name, reason in chosen.left_out.items()]
+        more = f", and {len(parts) - 12} more" if len(parts) > 12 else ""
+        say(("left out", ", ".join(parts[:12]) + more))
+
+
+def _add_task(draft: Draft) -> None:
+    """Say what each key of the task was set to, and why."""
+    task, why, say = draft.values["task"], draft.why, draft.findings.append
+    for key, name in NAMES.items():
+        if key not in task:
+            continue
+        value = task[key]
+        reason = why.get(f"task.{key}", "")
+        if key == "labels" and isinstance(value, list):
+            shown = ", ".join(map(str, value[:6])) + (", …" if len(value) > 6 else "")
+        elif key == "label_separator":
+            shown = repr(value)
+        elif isinstance(value, list):
+            shown = ", ".join(f"`{item}`" for item in value)
+        else:
+            shown = str(value) if key == "max_length" else f"`{value}`"
+        say((name, f"{shown}, {reason}" if reason else shown))

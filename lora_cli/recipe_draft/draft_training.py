@@ -1,0 +1,94 @@
+"""The adapter and the training of a draft: by the task, the number of rows and the memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_cli.errors import counted
+from lora_cli.recipe import TASKS
+from lora_cli.recipe_draft.base_model_info import Base
+from lora_cli.recipe_draft.draft_values import Draft
+from lora_cli.recipe_draft.memory_budget import (
+    LARGE,
+    SMALL,
+    Card,
+    Fit,
+    Shape,
+    fit_to,
+    gib,
+    in_words,
+)
+
+
+def add_training(draft: Draft, base: Base, count: int, card: Card | None) -> None:
+    """Choose the adapter and the training by the task, the number of rows and the memory.
+
+    Args:
+        draft: Has its task; gets `adapter`, `train` and what the training takes.
+        base: The base model.
+        count: How many rows there are.
+        card: The GPU that trains it, if it is known.
+    """
+    large = base.shape is not None and base.shape.parameters > LARGE
+    usual = TASKS[draft.values["task"]["type"]].usual_training
+    writes = usual.writes or (base.can_write and (base.hidden_size is not None or large))
+    small = base.hidden_size is not None and base.hidden_size <= 512
+    if writes:
+        adapter: dict[str, Any] = {"rank": 16, "alpha": 32, "dropout": 0.05}
+        why, rate, batch, accumulation = "usual for language models", 2e-4, 4, 4
+    else:
+        adapter = {"rank": 8, "alpha": 16, "dropout": 0.1}
+        why = "better than query and value alone where it was measured"
+        rate, batch, accumulation = (1e-3 if small else 5e-4), 16, 1
+    if usual.all_linear:
+        adapter["target_modules"] = "all-linear"
+    draft.values["adapter"] = adapter
+    draft.why["adapter"] = usual.targets_note or why
+    rate = usual.rate_scale * (usual.learning_rate or rate)
+    if count < 200:
+        batch, accumulation = min(batch, 8), 1
+    epochs = next(epochs for most, epochs in usual.epochs if count < most)
+    length = draft.values["task"].get("max_length", 1)
+    shape = base.shape or Shape(0)
+    fit = fit_to(shape, card, batch, accumulation, length)
+    if fit.length < length:
+        reason = f"more does not fit into {card.name if card else 'the memory'}"
+        draft.put("task", "max_length", fit.length, f"{reason}; {draft.why['task.max_length']}")
+    draft.put("train", "epochs", epochs, f"for {counted(count, 'row')}")
+    why = "halve it, and double the next, if memory runs out"
+    draft.put("train", "micro_batch_size", fit.micro_batch, why)
+    draft.put("train", "gradient_accumulation_steps", fit.accumulation)
+    if fit.checkpointing:
+        why = "much less memory, for about a third more time"
+        draft.put("train", "gradient_checkpointing", True, why)
+    draft.put("train", "optimizer", {"type": "adamw", "learning_rate": rate})
+    kind = "cosine" if writes else "linear"
+    draft.put("train", "scheduler", {"type": kind, "warmup_ratio": 0.06})
+    draft.put("train", "precision", fit.precision, _precision_reason(fit, shape, card))
+    draft.memory = _memory_finding(fit, base, card)
+
+
+def _precision_reason(fit: Fit, shape: Shape, card: Card | None) -> str:
+    if fit.precision == "fp16":
+        return f"half the memory of fp32; {card.name if card else 'the GPU'} has no bf16"
+    if fit.precision == "bf16":
+        return "half the memory of fp32, and faster; fp16 on GPUs without bf16 (T4, V100)"
+    return "bf16 is faster, on a GPU" if not card else "the model is small"
+
+
+def _memory_finding(fit: Fit, base: Base, card: Card | None) -> str:
+    """Return what the training takes, and where it runs."""
+    if base.shape is None:
+        unknown = "the model's size is not known"
+        return f"{unknown}, so memory is not either: `--memory` has no effect" if card else unknown
+    size = f"{in_words(base.shape.parameters)} parameters, {base.size_from}"
+    how = fit.precision + (", gradient checkpointing" if fit.checkpointing else "")
+    if base.sees:
+        return f"{size}; {how}"
+    if not base.shape.is_known:
+        return f"{size}; {how}; what a step takes is not known without its configuration"
+    needed = f"about {gib(fit.needed)} GiB in {how}"
+    if card is not None:
+        return f"{size}: {needed}, of {gib(card.memory)} GiB on {card.name}"
+    advice = "; there is no GPU here: `--memory 24` drafts for one of 24 GiB"
+    return f"{size}: {needed}{advice if base.shape.parameters > SMALL else ''}"
