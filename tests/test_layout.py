@@ -15,17 +15,8 @@ from lora_cli.recipe import TASKS
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "lora_cli").rglob("*.py"))
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 60
-# where a draft still chooses among the types of tasks, until each proposes itself
-DRAFT = ROOT / "lora_cli" / "recipe_draft"
-LARGE_MODULES = {DRAFT / "draft.py"}
-LARGE_FUNCTIONS = {
-    (DRAFT / "draft.py", "_say"),
-    (DRAFT / "choose_task.py", "choose_task"),
-    (DRAFT / "choose_task.py", "_label_keys"),
-    (ROOT / "lora_cli" / "cli" / "init_command.py", "init"),
-}
 # the specs of tasks, the tasks themselves with the one `match` that builds them
-MAY_KNOW_TASKS = (ROOT / "lora_cli" / "tasks", ROOT / "lora_cli" / "recipe" / "spec", DRAFT)
+MAY_KNOW_TASKS = (ROOT / "lora_cli" / "tasks", ROOT / "lora_cli" / "recipe" / "spec")
 
 
 def named(path: Path) -> str:
@@ -77,18 +68,9 @@ def questions_in(tree: ast.Module, classes: set[str]) -> Iterator[ast.AST]:
 @pytest.mark.parametrize("path", MODULES, ids=named)
 def test_modules_and_functions_are_small(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= MOST_LINES or path in LARGE_MODULES, f"{lines} lines"
+    assert lines <= MOST_LINES, f"{lines} lines"
     long = {name: n for name, n in functions_in(path) if n > MOST_LINES_OF_A_FUNCTION}
-    assert {name for name in long if (path, name) not in LARGE_FUNCTIONS} == set(), long
-
-
-def test_no_exception_is_left_that_is_none() -> None:
-    for path in LARGE_MODULES:
-        assert len(path.read_text(encoding="utf-8").splitlines()) > MOST_LINES, path
-    for path, name in LARGE_FUNCTIONS:
-        lengths = [n for found, n in functions_in(path) if found == name]
-        assert lengths, f"{name} has gone from {path}"
-        assert max(lengths) > MOST_LINES_OF_A_FUNCTION, f"{name} is small by now"
+    assert long == {}
 
 
 def test_no_two_modules_share_a_name() -> None:
