@@ -17,6 +17,7 @@ from lora_cli.data.text_lines import read_lines
 from lora_cli.errors import LoraError
 from lora_cli.preprocessing.encode import check_data
 from lora_cli.recipe import Recipe
+from lora_cli.recipe_draft import draft_recipe
 from lora_cli.tasks import build_task
 
 ROWS = labelled(40, ["good", "bad"])
@@ -173,6 +174,9 @@ NESTED = [
      "jq -c '.translation' rows.jsonl > flat.jsonl"),
     ({"text": "a longer text of words", "label": {"name": "b"}}, "`label` holds objects",
      "jq -c 'del(.label) + .label' rows.jsonl > flat.jsonl"),
+    ({"id": "q1", "question": {"stem": "where?", "choices": [{"label": "A", "text": "here"}]},
+      "answerKey": "A"}, "no column holds text, and `question` holds objects",
+     "jq -c 'del(.question) + .question' rows.jsonl > flat.jsonl"),
 ]  # fmt: skip
 
 
@@ -345,3 +349,11 @@ def test_names_too_rare_for_what_validation_leaves_are_no_labels(init: Init) -> 
     rows = [[text, f"name {i % 96}"] for i, text in enumerate(texts(240))]
     recipe = init("rows.csv", table(["text", "label"], rows))
     check_data(build_task(recipe), ("train", "validation", "test"))
+
+
+def test_a_command_never_writes_over_the_file_that_it_reads(
+    tmp_path: Path, bases: dict[str, Path]
+) -> None:
+    (tmp_path / "flat.jsonl").write_text(lines([{"data": {"text": "a", "label": "b"}}] * 3))
+    with pytest.raises(LoraError, match=r"flat\.jsonl > flatter\.jsonl`"):
+        draft_recipe(tmp_path / "flat.jsonl", str(bases["encoder"]), tmp_path / "recipe.yaml")

@@ -632,3 +632,24 @@ def test_a_damaged_checkpoint_is_an_error_of_the_user(tmp_path: Path) -> None:
     load_data(task)
     with pytest.raises(LoraError, match="not a whole safetensors file"):
         task.load_model(CPU)
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "hint"),
+    [
+        ("  ", "column `text` is blank", "write another text"),
+        ("a </s> film", "the text holds `</s>`", "write `</s>` otherwise"),
+        ("slow " * 99, "more than 32", "shorten it, or cut its beginning"),
+    ],
+)
+def test_a_text_that_has_no_answer_is_said_with_what_helps(
+    tmp_path: Path, text: str, what: str, hint: str
+) -> None:
+    base = tiny.save_encoder_decoder(tmp_path / "base")
+    task = task_of(base, tmp_path, [0, 1], truncate="error", max_length=32)
+    problem = task.answer_problem({"text": text})
+    assert problem is not None
+    assert problem.what == task.answer_error({"text": text})
+    assert what in problem.what
+    assert problem.hint is not None
+    assert problem.hint.startswith(hint)

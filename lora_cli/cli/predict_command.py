@@ -96,11 +96,13 @@ def _predict_texts(
     from lora_cli.evaluation.predict import answer
 
     rows = [task.parse_input(text) for text in texts]
-    errors = [(i, error) for i, row in enumerate(rows, 1) if (error := task.answer_error(row))]
-    if errors:
-        name, hint = task.input_name, task.answer_hint
-        places = {i: f"{name} {i} of {len(rows)}" for i, _ in errors}
-        raise LoraError([Problem(error, places[i], hint) for i, error in errors])
+    problems = [
+        Problem(found.what, f"{task.input_name} {i} of {len(rows)}", found.hint)
+        for i, row in enumerate(rows, 1)
+        if (found := task.answer_problem(row)) is not None
+    ]
+    if problems:
+        raise LoraError(problems)
     for values in answer(model, task, rows, accelerator):
         named = dict(zip(task.answer_columns(), values, strict=True))
         if as_json:

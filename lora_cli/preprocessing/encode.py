@@ -15,7 +15,7 @@ from lora_cli.data.bad_rows import without
 from lora_cli.data.dataset_cache import cached_dataset
 from lora_cli.data.load_rows import Rows, load_rows
 from lora_cli.data.readers import require_columns
-from lora_cli.errors import LoraError, Problem, counted
+from lora_cli.errors import LoraError, Problem
 from lora_cli.preprocessing.encoded_table import EncodedTable
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Encoded, Example
@@ -76,8 +76,8 @@ def _reject_unsupported(task: Task, splits: dict[str, Rows]) -> None:
                 first, count = first or (i, found), count + 1
         if first is not None:
             i, (what, hint) = first
-            of = counted(len(split), f"{name} row")
-            share = f"{count:,} of {of} cannot be read as they are meant"
+            meant = "it is" if count == 1 else "they are"
+            share = f"{count:,} of {len(split):,} {name} rows cannot be read as {meant} meant"
             problems.append(Problem(f"{share}; the first has {what}", split.place(i), hint))
     if problems:
         raise LoraError(problems)

@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_cli.data.conversations import conversation_error
 from lora_cli.data.unsupported_rows import Found, several_answers, unsupported
-from lora_cli.errors import LoraError, counted, did_you_mean
+from lora_cli.errors import LoraError, did_you_mean
 from lora_cli.recipe import TASKS
 from lora_cli.recipe_draft.column_kinds import Column
 from lora_cli.recipe_draft.labelled_rows import LABEL_NAMES, NONE, labelled, rank
@@ -81,7 +81,7 @@ def choose_task(
         if found is None and pair is not None:
             what, hint = "two texts need a label that compares them", "name it: `--label COLUMN`"
             raise LoraError(what, "--pair", f"{hint} ({listed(columns)})")
-        chosen = found or plain(columns, by_name, place, text)
+        chosen = found or plain(columns, by_name, rows, place, text)
     if not chosen.is_chat and text is None and label is None and pair is None:
         require_flat(columns, rows, place, chosen.labels is not None)
     if not chosen.is_chat and (text is None or chosen.labels is not None):
@@ -145,7 +145,8 @@ def _reject_rows(
     found = [(i, more) for i, row in enumerate(rows, 1) if (more := test(row)) is not None]
     if found:
         number, (other, hint) = found[0]
-        count = f"{len(found):,} of {counted(len(rows), 'row')} cannot be read as they are meant"
+        meant = "it is" if len(found) == 1 else "they are"
+        count = f"{len(found):,} of {len(rows):,} rows cannot be read as {meant} meant"
         raise LoraError(f"{count}; the first has {other}", f"{place}, row {number}", hint)
 
 

@@ -59,10 +59,10 @@ def labelled(
     pair: tuple[Column, Column] | None
     if second is not None:
         rest = [column for column in texts if column.name != second]
-        pair = (first or text_of(rest, place, chosen), by_name[second])
+        pair = (first or text_of(rest, place, chosen, rows=rows), by_name[second])
     else:
         pair = None if first is not None else pair_of(texts)
-    first = first or (pair[0] if pair else text_of(texts, place, chosen, PAIR_HINT))
+    first = first or (pair[0] if pair else text_of(texts, place, chosen, PAIR_HINT, rows))
     keys = {"type": "sequence_classification", "text_column": first.name}
     why = {"text_column": "chosen by you" if text is not None else text_reason(first, texts)}
     inputs = [first.name]

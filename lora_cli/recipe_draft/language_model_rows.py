@@ -221,10 +221,14 @@ def translation(first: Column, second: Column, place: str, can_write: bool) -> C
 
 
 def plain(
-    columns: Sequence[Column], by_name: dict[str, Column], place: str, text: str | None
+    columns: Sequence[Column],
+    by_name: dict[str, Column],
+    rows: Sequence[dict[str, Any]],
+    place: str,
+    text: str | None,
 ) -> Chosen:
     """Return the task of text alone."""
-    column = by_name[text] if text is not None else text_of(columns, place, None)
+    column = by_name[text] if text is not None else text_of(columns, place, None, rows=rows)
     why = "chosen by you" if text is not None else text_reason(column, columns)
     return Chosen(
         {"type": "causal_lm", "text_column": column.name},

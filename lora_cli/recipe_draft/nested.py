@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe_draft.column_kinds import Column, is_blank
+from lora_cli.recipe_draft.text_columns import flat_name
 
 ANSWERS = re.compile(r"(?i)(.*_)?answers?")
 CHOICES = re.compile(r"(?i)(.*_)?(choices|options|endings|alternatives)")
@@ -48,7 +49,8 @@ def require_flat(
                 "task chooses among texts",
                 place,
                 f"write them as prompt and completion: `jq -c '{new}' "
-                f"{source} > flat.jsonl`; or name what is learned: `--text {asked} --label {key}`",
+                f"{source} > {flat_name(place)}`; or name what is learned: `--text {asked} "
+                f"--label {key}`",
             )
         if column.kind != "other" or ABOUT.fullmatch(column.name):
             continue
@@ -59,14 +61,14 @@ def require_flat(
             raise LoraError(
                 f"the answers stand inside `{column.name}`, which no task reads",
                 place,
-                f"write the first one as a column: `jq -c '{new}' {source} > flat.jsonl`",
+                f"write the first one as a column: `jq -c '{new}' {source} > {flat_name(place)}`",
             )
         if not has_label and (path := _label_in(value)):
             raise LoraError(
                 f"`{column.name}` holds objects, in which labels may stand; no task reads them",
                 place,
                 f"write what is to be learned as a column: `jq -c '. + {{label: .{column.name}"
-                f"{path}}}' {source} > flat.jsonl`; or name the columns to be read, "
+                f"{path}}}' {source} > {flat_name(place)}`; or name the columns to be read, "
                 "`--text COLUMN --label COLUMN`, with `--label none` for text alone",
             )
 

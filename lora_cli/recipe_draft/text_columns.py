@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import LoraError, counted
@@ -45,6 +46,14 @@ def listed(columns: Sequence[Column]) -> str:
     )
 
 
+def flat_name(place: str) -> str:
+    """Return a name for the file that a command makes of another, never that file's own.
+
+    A shell empties the file that is written to before the command reads it.
+    """
+    return "flat.jsonl" if Path(place).name != "flat.jsonl" else "flatter.jsonl"
+
+
 def unnested(column: Column, rows: Sequence[dict[str, Any]], place: str) -> str:
     """Return the command that makes columns of the objects in a column."""
     source = shlex.quote(place)
@@ -54,7 +63,7 @@ def unnested(column: Column, rows: Sequence[dict[str, Any]], place: str) -> str:
     if len(rows) > 1 and not isinstance(value, list):
         deletions = [f"del(.{key})"] if len(rows[0]) > 1 else []
         how = " + ".join([*deletions, f".{key}"])
-    return f"turn them into columns: `jq -c '{how}' {source} > flat.jsonl`"
+    return f"turn them into columns: `jq -c '{how}' {source} > {flat_name(place)}`"
 
 
 def pair_of(columns: Sequence[Column]) -> tuple[Column, Column] | None:
@@ -90,7 +99,13 @@ def _is_short_text(column: Column) -> bool:
     return column.kind == "category" and column.words >= 1.5
 
 
-def text_of(columns: Sequence[Column], place: str, label: Any, more: str = "") -> Column:
+def text_of(
+    columns: Sequence[Column],
+    place: str,
+    label: Any,
+    more: str = "",
+    rows: Sequence[dict[str, Any]] = (),
+) -> Column:
     """Return the column of the text: the longest, unless names or lengths leave a doubt.
 
     Args:
@@ -98,6 +113,7 @@ def text_of(columns: Sequence[Column], place: str, label: Any, more: str = "") -
         place: Name of the file, for the error.
         label: The label, if there is one.
         more: What else the error says of the options.
+        rows: Those of the file, to show how a text is taken out of the objects in a column.
     """
     texts = sorted(
         (column for column in columns if column.kind == "text"), key=lambda c: -c.characters
@@ -110,6 +126,10 @@ def text_of(columns: Sequence[Column], place: str, label: Any, more: str = "") -
         texts = [c for c in columns if c.kind in ("category", "list") and c.words >= 1.5]
     if not texts:
         what = "no column holds text"
+        nested = next((column for column in columns if column.kind == "other"), None)
+        if nested is not None and rows:
+            what += f", and `{nested.name}` holds objects"
+            raise LoraError(what, place, unnested(nested, rows, place))
         raise LoraError(what, place, f"name it with `--text COLUMN` ({listed(columns)})")
     named = [column for column in texts if TEXT_NAMES.fullmatch(column.name.strip())]
     for some in (named, texts):

@@ -344,13 +344,18 @@ class CausalLM(WritingTask):
 
     def answer_error(self, row: dict[str, Any]) -> str:
         """Return why a row cannot be answered, or nothing."""
+        problem = self.answer_problem(row)
+        return problem.what if problem else ""
+
+    def answer_problem(self, row: dict[str, Any]) -> Problem | None:
+        """Return why a row cannot be answered, with what to do about it, or nothing."""
         if reason := self.input_error(row):
-            return reason
+            return Problem(reason, hint=self.answer_hint)
         try:
             self.require_room(self.prompt(row))
         except LoraError as error:
-            return error.problems[0].what
-        return ""
+            return error.problems[0]
+        return None
 
     def prompt(self, row: dict[str, Any]) -> list[int]:
         """Return the token ids of a row without its answer; a long prompt is cut, if it may be.

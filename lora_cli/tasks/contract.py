@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 
 from lora_cli.data.load_rows import Rows
 from lora_cli.data.row_texts import shown_value
-from lora_cli.errors import LoraError, counted
+from lora_cli.errors import LoraError, Problem, counted
 from lora_cli.models.base_model import build_empty, load_config, load_pretrained, new_modules
 from lora_cli.recipe import Learned, Recipe
 from lora_cli.tasks.examples import Batch, Encoded, Example, Prediction
@@ -371,6 +371,11 @@ class Task(TaskRows, TaskMetrics):
     def answer_error(self, row: dict[str, Any]) -> str:
         """Return why a row cannot be answered, or nothing."""
         return self.input_error(row)
+
+    def answer_problem(self, row: dict[str, Any]) -> Problem | None:
+        """Return why a row cannot be answered, with what to do about it, or nothing."""
+        what = self.answer_error(row)
+        return Problem(what, hint=self.answer_hint) if what else None
 
     def control_token_in(self, row: dict[str, Any]) -> str | None:
         """Return the first control token that is spelled out in what the model reads of a row."""

@@ -14,7 +14,7 @@ from transformers import (
 
 from lora_cli.data.readers import text_error
 from lora_cli.data.unsupported_rows import several_answers
-from lora_cli.errors import LoraError, counted
+from lora_cli.errors import LoraError, Problem, counted
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
 from lora_cli.tasks.classification import Classification
 from lora_cli.tasks.examples import MAIN, Batch, Example, Field
@@ -76,17 +76,23 @@ class SequenceClassification(Classification, TextTask):
 
     def answer_error(self, row: dict[str, Any]) -> str:
         """Return why a row cannot be answered, or nothing."""
+        problem = self.answer_problem(row)
+        return problem.what if problem else ""
+
+    def answer_problem(self, row: dict[str, Any]) -> Problem | None:
+        """Return why a row cannot be answered, with what to do about it, or nothing."""
         if reason := super().answer_error(row):
-            return reason
+            return Problem(reason, hint=self.answer_hint)
         try:
             (inputs,) = self._encode_checked([row])
             self.require_known_tokens(inputs["input_ids"])
         except LoraError as error:
-            return error.problems[0].what
-        if self.spec.truncate in ("right", "left"):
-            return ""
-        full = self._full_length(row, inputs)
-        return self._too_long(full["full_length"]) if full else ""
+            return error.problems[0]
+        full = None if self.spec.truncate in ("right", "left") else self._full_length(row, inputs)
+        if not full:
+            return None
+        hint = "shorten it, or cut its beginning: `--set task.truncate=left`"
+        return Problem(self._too_long(full["full_length"]), hint=hint)
 
     def _full_length(self, row: dict[str, Any], inputs: Example) -> dict[str, int]:
         """Return the tokens that a row has when it is not cut, if it was."""

@@ -60,7 +60,7 @@ class TextTask(Task):
     spec: TextSpec
     """The recipe's `task` section."""
     input_name = "text"
-    answer_hint = "shorten or fix it; `--set task.truncate=left` cuts the beginning of long ones"
+    answer_hint = "write another text"
     forward_options: dict[str, Any] = {}
     """What the model's forward is given besides a batch, if it takes it."""
     padding: Padding = RIGHT

@@ -25,7 +25,7 @@ from lora_cli.recipe import Recipe, dump_recipe, load_adapter_recipe
 from lora_cli.reporting import plot_learning_curve, write_model_card, write_page, write_report
 from lora_cli.reporting.report import part
 from lora_cli.tasks import Encoded, Task
-from lora_cli.training.checkpoints import peek_state
+from lora_cli.training.checkpoints import checkpoints, peek_state
 from lora_cli.training.progress import peak_memory_bytes, rate_key
 from lora_cli.training.train_state import TrainState, recipe_facts, reject_changes
 
@@ -49,14 +49,24 @@ def finished_report(recipe: Recipe, resume: bool) -> dict[str, Any] | None:
         return None
     report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     state = peek_state(folder)
-    if state is None:  # it was restored without its checkpoints
+    if state is None:  # it was restored without its checkpoints, or they are damaged
         state = TrainState(recipe=recipe_facts(load_adapter_recipe(folder)))
-        if changes := reject_changes(state, recipe):
+        try:
+            changes = [Problem(what, str(folder)) for what in reject_changes(state, recipe)]
+        except LoraError as error:  # whose hint is how to go on
+            changes = error.problems
+        if changes:
+            why = "its checkpoints are damaged" if checkpoints(folder) else "it has no checkpoints"
             raise LoraError(
-                f"the run is complete, and without its checkpoints it cannot go on: {changes[0]}",
-                str(folder),
-                "start a new run in another folder with `-o DIR`; `adapter.from` takes this one's "
-                "adapter as its start",
+                [
+                    *changes[:-1],
+                    Problem(
+                        f"the run is complete, and {why}, so it cannot go on: {changes[-1].what}",
+                        changes[-1].at,
+                        "start a new run in another folder with `-o DIR`; `adapter.from` takes "
+                        "this one's adapter as its start",
+                    ),
+                ]
             )
     return None if reject_changes(state, recipe) else report
 

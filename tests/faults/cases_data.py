@@ -460,6 +460,10 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
                                              for i in range(30)), ()),
     "a PDF": ("rows.pdf", b"%PDF-1.4\n", ()),
     "a picture": ("rows.csv", b"\x89PNG\r\n", ()),
+    "a question inside an object": (
+        "rows.jsonl", "".join(json.dumps({"id": f"q{i}", "question": {"stem": "where?"},
+                                          "answerKey": "AB"[i % 2]}) + "\n"
+                              for i in range(8)), ()),
     "bytes that are no text": ("rows.csv", bytes(range(1, 256)) * 9, ()),
     "lists of tokens and numbers of tags": (
         "rows.jsonl", '{"tokens": ["a", "b"], "tags": [0, 1]}\n' * 9, ()),

@@ -29,6 +29,16 @@ def _with(command: str, base: str = "encoder", *flags: str, **sections: Any) -> 
     return lambda world: world.lora(command, world.recipe(base, **sections), *flags)
 
 
+def _lacking(package: str, run: Callable[[World], Printed]) -> Callable[[World], Printed]:
+    """Return what runs without a package, whether it is installed or not."""
+
+    def without(world: World) -> Printed:
+        with mock.patch.dict(sys.modules, {package: None}):
+            return run(world)
+
+    return without
+
+
 # ------------------------------------------------------------------- models, targets and metrics
 
 PLAIN: dict[tuple[str, str], Any] = {
@@ -81,8 +91,8 @@ PLAIN: dict[tuple[str, str], Any] = {
         "validate", adapter={"type": "bitfit", "train_modules": ["poler"]}
     ),
     ("Metrics", "of another task, when training"): _with("train", evaluate={"metrics": ["bleu"]}),
-    ("Training", "with a log that is not installed"): _with(
-        "train", train={"trackers": ["trackio"]}
+    ("Training", "with a log that is not installed"): _lacking(
+        "trackio", _with("train", train={"trackers": ["trackio"]})
     ),
     ("Training", "with a mirror that needs a package"): _with(
         "train", checkpoint={"mirror": "gdrive://folder"}
@@ -610,6 +620,14 @@ def _(world: World) -> Printed:
     shutil.rmtree(world.folder / "out" / "checkpoints")
     flags = ("--set", "train.max_steps=4", "--set", "checkpoint.allow_changes=true")
     return world.lora("train", "recipe.yaml", "--resume", *flags)
+
+
+@case("Training", "again after the end, with damaged checkpoints")
+def _(world: World) -> Printed:
+    world.lora("train", world.recipe())
+    for file in world.folder.glob("out/checkpoints/*/trainer.json"):
+        file.write_text("{")
+    return world.lora("train", "recipe.yaml", "--resume", "--set", "train.max_steps=4")
 
 
 @case("Training", "with the mirror of another run")

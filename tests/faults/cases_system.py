@@ -60,6 +60,11 @@ def _(world: World) -> Printed:
         return world.lora("validate", world.recipe(), "--data")
 
 
+@case("Prediction", "of a blank text")
+def _(world: World) -> Printed:
+    return world.lora("predict", "--adapter", world.trained(), "a film", "   ")
+
+
 @case("Prediction", "a file of which no row can be answered")
 def _(world: World) -> Printed:
     world.write("empty.jsonl", '{"text": ""}\n{"text": ""}\n')

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import tiny
 from closeness import assert_close
+from killing import Nursery
 from safetensors.torch import load_file
 
 from lora_cli.recipe import load_recipe
 from lora_cli.training import train
 from lora_cli.training.checkpoints import checkpoints
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 Json = dict[str, Any]
 
 
@@ -133,14 +134,24 @@ def without_numbers(row: Json) -> Json:
 SGD = {"optimizer": {"type": "sgd", "learning_rate": 0.05}}
 
 
-def test_two_processes_are_as_one(tmp_path: Path, launch: Launch) -> None:
-    columns = {"text_column": None, "prompt_column": "text", "completion_column": "more"}
-    path = recipe(tmp_path, tiny.save_llama(tmp_path / "base"), train=SGD, task=columns)
+PAIRS = {"text_column": None, "prompt_column": "text", "completion_column": "more"}
+
+
+def test_two_processes_are_as_one(nest: Nursery, tmp_path: Path) -> None:
+    path = recipe(tmp_path, tiny.save_llama(tmp_path / "base"), train=SGD, task=PAIRS)
+    assert nest.run(path, tmp_path / "one") == [0]
+    assert nest.run(path, tmp_path / "two", 2) == [0, 0]
+    assert_same_result(tmp_path / "one", tmp_path / "two", 2e-5)
+    sizes = [len(r["examples"]) for r in lines(tmp_path / "two/samples.jsonl")]
+    assert sizes == [4, 1] * 5  # the second process had nothing to do in every other step
+
+
+@pytest.mark.slow
+def test_a_launcher_starts_two_processes_that_are_as_one(tmp_path: Path, launch: Launch) -> None:
+    path = recipe(tmp_path, tiny.save_llama(tmp_path / "base"), train=SGD, task=PAIRS)
     process = launch(path, tmp_path / "two")
     train(load_recipe(path, [f"output_dir={tmp_path / 'one'}"]))
     stdout, stderr = finished(process)
     assert stdout.count("report ") == 1
     assert stderr.count("trained 10 steps") == 1
     assert_same_result(tmp_path / "one", tmp_path / "two", 2e-5)
-    sizes = [len(r["examples"]) for r in lines(tmp_path / "two/samples.jsonl")]
-    assert sizes == [4, 1] * 5  # the second process had nothing to do in every other step
