@@ -32,8 +32,12 @@ APPEARED = "lora/appeared"  # counts the processes
 GPUS = Path("/proc/driver/nvidia/gpus")  # of this machine, whether they may be used or not
 
 
-def start_accelerator(recipe: Recipe) -> Accelerator:
+def start_accelerator(recipe: Recipe, cpu: bool = False) -> Accelerator:
     """Return Accelerate's view of the device and of the processes.
+
+    Args:
+        recipe: Its precision is that of the computation.
+        cpu: Whether to compute on the CPU though there is a GPU.
 
     Raises:
         LoraError: If the precision needs a GPU, a variable that places the processes is wrong, or
@@ -44,7 +48,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     processes = read_processes()
     _use_float32()
     _reject_missing_gpus(processes)
-    on_cpu = processes.use_cpu or not torch.cuda.is_available()
+    on_cpu = cpu or processes.use_cpu or not torch.cuda.is_available()
     if recipe.train.precision == "fp16" and on_cpu:
         raise LoraError(
             "fp16 needs a GPU",
@@ -53,7 +57,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         )
     if processes.size > 1 and not distributed.is_initialized():
         _meet(processes, on_cpu)
-    cpu = on_cpu and (processes.use_cpu or processes.size > 1)
+    cpu = cpu or (on_cpu and (processes.use_cpu or processes.size > 1))
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision(recipe))
     whole = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in whole:

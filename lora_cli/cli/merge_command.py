@@ -44,6 +44,8 @@ def merge(
         f"outputs differ from base + adapter by {result.difference:.1e} in float32, "
         f"and by {result.rounding:.1e} more as {dtype}"
     )
+    for line in result.choice:
+        typer.echo(line)
     if result.untied:
         typer.echo(
             f"untied {' and '.join(result.untied)}: the adapter changes them differently, "

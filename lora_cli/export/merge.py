@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,15 @@ from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_ada
 from lora_cli.adapters.tied_weights import separate, tied_groups
 from lora_cli.errors import IntegrityError, LoraError, NumericsError
 from lora_cli.evaluation.open_adapter import check_use
+from lora_cli.export.merge_quantized import (
+    BASES,
+    Candidate,
+    better,
+    in_words,
+    measured,
+    use_numbers,
+    what_was_trained,
+)
 from lora_cli.files import FolderLock, new_folder, write_json
 from lora_cli.models.bundle import Bundle
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
@@ -49,6 +58,8 @@ class MergeResult:
     """Largest difference that storing the weights in `dtype` makes."""
     untied: list[str]
     verified: bool
+    choice: list[str] = field(default_factory=list)
+    """Of a quantised base: how the models compare that it could be merged into."""
 
 
 def merge_adapter(
@@ -69,7 +80,7 @@ def merge_adapter(
         overrides: `key=value` each, over keys of the recipe.
 
     Raises:
-        LoraError: If the adapter is a full model, the base is quantised, or `to` holds something.
+        LoraError: If the adapter is a full model, or `to` holds something.
         IntegrityError: If the base is not the adapter's, or the merged model is not equal to
             base + adapter.
         NumericsError: If a merged weight does not fit the base checkpoint's dtype.
@@ -103,12 +114,56 @@ def _merge(
     task.trained_in = adapter
     task.load_processor()
     check_use(adapter, task)
+    if task.recipe.model.quantization is None:
+        return _write(_merged(task, saved), task, saved, to)
+    trained = what_was_trained(task, saved)
+    plain = build_task(task.recipe.with_values({"model.quantization": None}), task.learned)
+    plain.trained_in = adapter
+    plain.load_processor()
+    candidates = []
+    for name in BASES:
+        merged = _merged(plain, saved, trained.weights if name == "dequantised" else {})
+        distance = _difference(merged.outputs.float(), trained.outputs.float())
+        value = measured(trained, plain, merged.model)
+        candidates.append(Candidate(name, distance, value))
+    chosen = better(candidates, trained)
+    if chosen.base != BASES[-1]:  # two merged models at once would need twice the memory
+        merged = _merged(plain, saved, trained.weights)
+    result = _write(merged, plain, saved, to)
+    result.choice = in_words(candidates, chosen, trained)
+    return result
+
+
+@dataclass
+class _Merged:
+    """A merged model in the dtype of its base's checkpoint, and what has been proved of it."""
+
+    model: PreTrainedModel | Bundle
+    base: Fingerprint | None
+    count: int
+    dtype: torch.dtype
+    difference: float
+    untied: list[str]
+    exact: Tensor  # outputs before its weights were stored in `dtype`
+    outputs: Tensor
+    weights: ExpectedWeights
+
+
+def _merged(task: Task, saved: AdapterFolder, numbers: dict[str, Tensor] | None = None) -> _Merged:
+    """Return the merged model, proved equal to base + adapter.
+
+    Args:
+        task: Its recipe says which base.
+        saved: The adapter.
+        numbers: Weights that some modules of the base get before.
+    """
     model, new = task.load_model(torch.device("cpu"), dtype="auto")
     assert isinstance(model, PreTrainedModel | Bundle)
     verified_base = verify_base(saved, fingerprint_of(task.recipe, model, new), task.recipe)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     model, ties = model.float().eval(), tied_groups(model)
+    use_numbers(model, numbers or {})
     expected = expected_weights(model, saved.tensors, saved.config)
     load_adapter(model, saved, new)
     with torch.no_grad():
@@ -134,14 +189,20 @@ def _merge(
         for name, tensor in _tensors(model):  # not `model.to`: buffers have dtypes of their own
             tensor.data = tensor.data.to(stored[name])
         rounded, weights = _outputs(task, model), weights_of(model)
+    return _Merged(model, verified_base, count, dtype, difference, untied, after, rounded, weights)
+
+
+def _write(merged: _Merged, task: Task, saved: AdapterFolder, to: Path) -> MergeResult:
+    """Write a merged model into a folder, and read it again to compare."""
     with new_folder(to) as folder:
-        model.save_pretrained(folder)
+        merged.model.save_pretrained(folder)
         task.save_processor(folder)
-        _write_origin(folder, adapter, verified_base)
-        reloaded = task.reloaded(folder, dtype).eval()
-        _require_saved(task, reloaded, weights, rounded)
-    rounding = _difference(rounded.float(), after)
-    return MergeResult(to, count, dtype, difference, rounding, untied, saved.verified)
+        _write_origin(folder, saved.path, merged.base)
+        reloaded = task.reloaded(folder, merged.dtype).eval()
+        _require_saved(task, reloaded, merged.weights, merged.outputs)
+    rounding = _difference(merged.outputs.float(), merged.exact)
+    facts = (merged.count, merged.dtype, merged.difference, rounding, merged.untied)
+    return MergeResult(to, *facts, saved.verified)
 
 
 def _outputs(task: Task, model: nn.Module) -> Tensor:
