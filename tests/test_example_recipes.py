@@ -116,7 +116,7 @@ def stand_ins(name: str, folder: Path) -> tuple[Path, Path]:
         case "gpt2_wikitext":
             config = "wikitext-2-raw-v1"
             return tiny.save_gpt2(base), hub_folder(data, config, all_splits, paragraph)
-        case "llama_instruct":
+        case "llama_instruct" | "llama_qlora":
             return save_llama(base), hub_folder(data, None, ["train", "test"], instruction)
     raise AssertionError(f"configs/{name}.yaml has no stand-ins: write them here")
 

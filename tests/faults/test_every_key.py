@@ -273,6 +273,7 @@ CHANGES: dict[str, Change] = {
     "model.name": Change(losses, ("../bases/encoder", "../bases/other")),
     "model.revision": Change(config, ("main", "v2")),
     "model.dtype": Change(losses, ("float32", "bfloat16"), also={"train.precision": "bf16"}),
+    "model.quantization": Change(losses, (None, "int8")),
     "model.attention": Change(message, ("sdpa", "flash_attention_2")),
     "model.trust_remote_code": Change(
         message, (False, True), also={"evaluate.metrics": ["not_a_known_metric"]}
