@@ -380,8 +380,8 @@ def test_the_loss_is_that_of_transformers_and_predictions_sum_to_it(
         predictions = task.predict(model, batch)
     assert batch.n_items == {"single_label": 6, "multi_label": 18, "regression": 6}[problem]
     torch.testing.assert_close(loss / batch.n_items, theirs)
-    assert sum(p.loss for p in predictions) == pytest.approx(loss.item(), rel=1e-5)
-    assert sum(p.n_items for p in predictions) == pytest.approx(batch.n_items)
+    assert sum(p.losses["loss"][0] for p in predictions) == pytest.approx(loss.item(), rel=1e-5)
+    assert sum(p.losses["loss"][1] for p in predictions) == pytest.approx(batch.n_items)
     assert [p.row for p in predictions] == list(range(6))
     for p in predictions:
         if problem == "single_label":
@@ -417,8 +417,8 @@ def test_weights_and_smoothing_are_torchs(
     wanted = F.cross_entropy(logits, torch.tensor(values), vector, label_smoothing=smoothing)
     torch.testing.assert_close(loss / batch.n_items, wanted)
     assert batch.n_items == pytest.approx(float(vector[values].sum()))
-    assert sum(p.loss for p in predictions) == pytest.approx(loss.item(), rel=1e-5)
-    assert [p.n_items for p in predictions] == pytest.approx(vector[values].tolist())
+    assert sum(p.losses["loss"][0] for p in predictions) == pytest.approx(loss.item(), rel=1e-5)
+    assert [p.losses["loss"][1] for p in predictions] == pytest.approx(vector[values].tolist())
 
 
 def test_balanced_weights_are_written_down_so_that_eval_needs_no_train_rows(
