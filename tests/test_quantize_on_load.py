@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -86,6 +87,25 @@ def test_what_is_trained_in_full_keeps_its_numbers(tmp_path: Path) -> None:
     _, model = opened(base, tmp_path, "int8", task=LANGUAGE, adapter=adapter)
     names = {name.rpartition(".")[2] for name in quantized_names(model)}
     assert names == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_weight_is_near_that_of_the_checkpoint(
+    kind: str, precision: str, tmp_path: Path
+) -> None:
+    base = tiny.save_gpt2(tmp_path / "base")
+    train = {"precision": precision}
+    _, model = opened(base, tmp_path, kind, task={"type": "causal_lm"}, train=train)
+    stored = load_file(base / "model.safetensors")
+    names = quantized_names(model)
+    assert len(names) == 8
+    for name in names:
+        layer = model.get_submodule(name)
+        assert layer.weight.dtype == {"nf4": torch.uint8, "int8": torch.int8}[kind]
+        weight = stored[f"{name}.weight"].T  # GPT-2 stores (in, out)
+        error = (layer.dequantized() - weight).norm() / weight.norm()
+        assert 0 < float(error) < {"nf4": 0.1, "int8": 0.01}[kind]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

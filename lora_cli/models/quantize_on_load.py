@@ -58,6 +58,9 @@ def quantize_linears(model: nn.Module, kind: Format, kept: Collection[str]) -> N
         transposed = isinstance(module, Conv1D)
         n_out, n_in = module.weight.T.shape if transposed else module.weight.shape
         layer = QuantizedLinear(n_in, n_out, module.bias, kind, transposed, module.weight.device)
+        # until it is read: some versions of transformers cast what they read to the dtype of what
+        # stands here, and every weight cast to the dtype of codes would be 0
+        layer.weight = nn.Parameter(module.weight.detach(), requires_grad=False)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)
 
