@@ -10,9 +10,11 @@ usage:
   python scripts/bench.py quantized --model MODEL --data FOLDER [--seeds 3] [--jobs 1]
       The same LoRA on a base that is kept in fp32, in 8 bits and in 4: accuracy on the test rows,
       of the adapter and of the merged model. FOLDER holds dev.tsv too.
-  python scripts/bench.py speed SHAPE [--steps 40] [--repeat 2]
-      roberta-large, roberta-base (SST-2 lengths) or llama-8b (2 x 4096 tokens), random weights, on
-      a GPU: `lora train` and PEFT + Trainer on the same rows, in turn, each in its own process.
+  python scripts/bench.py speed SHAPE [--steps 40] [--repeat 2] [--cap GIB]
+      roberta-large, roberta-base (SST-2 lengths), llama-8b (2 x 4096 tokens) or llama-8b-nf4 (a
+      4-bit base, 1 x 4096 tokens, gradient checkpointing), random weights, on a GPU: `lora train`
+      and PEFT + Trainer on the same rows, in turn, each in its own process. `--cap` lets a process
+      have no more than so many GiB of the GPU's memory.
 """
 
 from __future__ import annotations
@@ -38,11 +40,24 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 SST2_LENGTHS = (1.6, 7.0)  # shape and scale of a gamma distribution like that of SST-2's phrases
 
 
-def lora(*arguments: str) -> None:
-    """Run the command line in a process of its own."""
+def lora(*arguments: str, cap: float = 0.0) -> None:
+    """Run the command line in a process of its own, with so many GiB of the GPU's memory."""
+    code = f"import bench; bench.limit_memory({cap}); from lora_cli.cli.app import main; main()"
     subprocess.run(
-        [sys.executable, "-m", "lora_cli", *arguments], check=True, stdout=subprocess.DEVNULL
+        [sys.executable, "-c", code, *arguments],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.getcwd()}"},
     )
+
+
+def limit_memory(gib: float) -> None:
+    """Let this process have so many GiB of the GPU's memory; 0 is no limit."""
+    if gib:
+        import torch
+
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
 
 
 # ------------------------------------------------------------------------------------- accuracy
@@ -321,7 +336,7 @@ def speed(args: argparse.Namespace) -> None:
     )
     for repeat in range(args.repeat):
         folder = work / f"out-{repeat}"
-        lora("train", str(work / "recipe.json"), "-o", str(folder))
+        lora("train", str(work / "recipe.json"), "-o", str(folder), cap=args.cap)
         print(args.shape, "lora", json.dumps(lora_figures(folder, args.shape)), flush=True)
         shutil.rmtree(folder)
         subprocess.run(
@@ -334,6 +349,8 @@ def speed(args: argparse.Namespace) -> None:
                 str(work),
                 "--steps",
                 str(args.steps),
+                "--cap",
+                str(args.cap),
             ],
             check=True,
         )
@@ -374,6 +391,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 8,
         "intermediate_size": 14336,
     },
+    "llama-8b-nf4": {},  # as llama-8b
     "llama-tiny": {
         "hidden_size": 64,
         "num_hidden_layers": 2,
@@ -398,6 +416,7 @@ def make(args: argparse.Namespace) -> None:
     )
 
     work, llama = Path(args.work), args.shape.startswith("llama")
+    four_bit, shape = args.shape.endswith("-nf4"), args.shape.removesuffix("-nf4")
     vocabulary = 128256 if llama else 50265
     torch.manual_seed(0)
     random = np.random.default_rng(0)
@@ -410,7 +429,7 @@ def make(args: argparse.Namespace) -> None:
             eos_token_id=1,
             pad_token_id=2,
             tie_word_embeddings=False,
-            **SHAPES[args.shape],
+            **SHAPES[shape],
         )
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             torch.set_default_dtype(torch.bfloat16)
@@ -420,7 +439,7 @@ def make(args: argparse.Namespace) -> None:
             vocab_size=vocabulary,
             max_position_embeddings=514,
             type_vocab_size=1,
-            **SHAPES[args.shape],
+            **SHAPES[shape],
         )
         AutoModelForMaskedLM.from_config(config).save_pretrained(work / "model")
     special = ["<s>", "</s>", "<pad>"] if llama else ["<s>", "<pad>", "</s>"]
@@ -439,7 +458,7 @@ def make(args: argparse.Namespace) -> None:
         pad_token="<pad>",
         model_max_length=8192 if llama else 512,
     ).save_pretrained(work / "model")
-    batch, length = (2, 4096) if llama else (32, 0)
+    batch, length = (1 if four_bit else 2, 4096) if llama else (32, 0)
     with (work / "rows.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["text", "label"])
@@ -454,7 +473,10 @@ def make(args: argparse.Namespace) -> None:
     (work / "recipe.json").write_text(
         json.dumps(
             {
-                "model": {"name": str(work / "model")},
+                "model": {
+                    "name": str(work / "model"),
+                    "quantization": "nf4" if four_bit else None,
+                },
                 "task": task,
                 "data": {"train": str(work / "rows.csv")},
                 "adapter": {"rank": 16, "alpha": 32, "target_modules": targets},
@@ -466,9 +488,31 @@ def make(args: argparse.Namespace) -> None:
                     "scheduler": {"type": "constant"},
                     "log_every_steps": 2 if llama else 10,
                     "workers": 0,
+                    "gradient_checkpointing": four_bit,
                 },
             }
         )
+    )
+
+
+def peft_base(auto: Any, folder: Path, dtype: Any, four_bit: bool) -> Any:
+    """Return the base model as PEFT's documentation prepares it."""
+    if not four_bit:
+        return auto.from_pretrained(folder, dtype=dtype).to("cuda")
+    from peft import prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    model = auto.from_pretrained(
+        folder, dtype=dtype, quantization_config=config, device_map={"": 0}
+    )
+    return prepare_model_for_kbit_training(
+        model, gradient_checkpointing_kwargs={"use_reentrant": False}
     )
 
 
@@ -493,7 +537,8 @@ def trainer(args: argparse.Namespace) -> None:
     # what its users do: the checkpoint's dtype for a large decoder, float32 for an encoder
     dtype = torch.bfloat16 if llama else torch.float32
     torch.manual_seed(0)
-    model = auto.from_pretrained(work / "model", dtype=dtype).to("cuda")
+    limit_memory(args.cap)
+    model = peft_base(auto, work / "model", dtype, args.shape.endswith("-nf4"))
     model = get_peft_model(
         model,
         LoraConfig(
@@ -573,6 +618,7 @@ def main() -> None:
         command.add_argument("--steps", type=int, default=40)
         command.add_argument("--repeat", type=int, default=2)
         command.add_argument("--work", default="")
+        command.add_argument("--cap", type=float, default=0.0)
         command.set_defaults(run=function)
     args = parser.parse_args()
     args.run(args)
