@@ -47,7 +47,7 @@ _RULES: tuple[_Rule, ...] = (
         ("=", "%3d"),
         r"(?i)((?:[?&;]|%3F|%26)(?:[\w.-]{0,40}(?:token|signature|credential|secret|password|"
         r"passwd|pwd|api[_-]?key|access[_-]?key(?:[_-]?id)?|accesskeyid)|sig|sas|jwt)(?:=|%3D))"
-        r"[^\s&\"'<>|)\]]+",
+        r"[^\s&\"'<>|)\]`]+",
         rf"\1{MASK}",
     ),
     (

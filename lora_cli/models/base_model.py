@@ -22,7 +22,12 @@ from transformers.utils.hub import cached_file
 
 from lora_cli.errors import IntegrityError, LoraError, nearest
 from lora_cli.files import reject_links_outside
-from lora_cli.models.load_errors import check_config, explained, require_kind
+from lora_cli.models.load_errors import (
+    check_config,
+    explained,
+    reject_wrong_keys,
+    require_kind,
+)
 from lora_cli.recipe import Recipe
 from lora_cli.tensorfile import read_header
 from lora_cli.unexpected_errors import own_words
@@ -33,12 +38,6 @@ PIPELINE = "model_index.json"  # what stands for config.json in a checkpoint of 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LOCAL = "a local folder is written from where the recipe lies, or from `/`"
 WHOLE = "config.json and the weights do not belong together: copy or download both again"
-# keys of a config.json, and the most that is built: ten times what any published model has
-MOST = {
-    r"(layers?|blocks?|experts?|heads?|stages?|depths?|groups|repeats?)$": 10_000,
-    r"(size|dim|dims|embd|inner|ctx|model|ff|kv|rank|channels?|positions?|embeddings?|length|"
-    r"features|state|labels?)$": 100_000_000,
-}
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -183,34 +182,21 @@ def source_of(recipe: Recipe) -> dict[str, Any]:
 
 def load_config(recipe: Recipe, **changes: Any) -> PretrainedConfig:
     """Return the model's configuration, with changes such as the labels."""
-    with explained(recipe, "configuration"):
+
+    def find_cause(error: Exception) -> None:
+        values, _ = PretrainedConfig.get_config_dict(**source_of(recipe))
+        reject_wrong_keys(values, error, recipe)
+
+    with explained(recipe, "configuration", find_cause):
         config: PretrainedConfig = AutoConfig.from_pretrained(**source_of(recipe), **changes)
-        if (found := _too_large(config.to_dict())) is not None:
-            key, value, most = found
-            what = f"config.json says `{key}: {value:,}`, and no model has more than {most:,}"
-            hint = "copy or download the model again, or ask who made it"
-            raise LoraError(what, recipe.at("model.name"), hint)
         check_config(config, recipe)
     return config
 
 
-def _too_large(values: Any, key: str = "") -> tuple[str, int, int] | None:
-    """Return the first count or size that would take forever, or all memory: key, value, most."""
-    if isinstance(values, dict):
-        inside = [(str(name), value) for name, value in values.items()]
-    elif isinstance(values, list | tuple):
-        inside = [(key, value) for value in values]
-    else:
-        whole = isinstance(values, int) and not isinstance(values, bool)
-        limits = (most for pattern, most in MOST.items() if re.search(pattern, key))
-        most = next(limits, None) if whole else None
-        return (key, values, most) if most is not None and abs(values) > most else None
-    return next((found for name, value in inside if (found := _too_large(value, name))), None)
-
-
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer."""
-    with explained(recipe, "tokenizer"):
+    # transformers reads config.json for its tokenizer too
+    with explained(recipe, "tokenizer", lambda _: load_config(recipe)):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**source_of(recipe))
     # without its files, transformers makes one that knows no words, and says nothing
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
@@ -323,7 +309,7 @@ def load_pretrained(
     _check_generation_config(auto_class, config, recipe)
     if recipe.model.quantization is not None:
         options |= _quantizing(auto_class, recipe, config, device, has_head)
-    with explained(recipe, "weights"):
+    with explained(recipe, "weights", lambda _: build_empty(auto_class, recipe, config)):
         model, info = auto_class.from_pretrained(
             **source_of(recipe),
             config=config,
@@ -385,7 +371,12 @@ def _reject_misfits(
     )
     if absent:
         more = f", nor for {len(absent) - 1} others" if len(absent) > 1 else ""
-        raise LoraError(f"the checkpoint holds no weights for `{absent[0]}`{more}", at, WHOLE)
+        what = f"the checkpoint holds no weights for `{absent[0]}`{more}"
+        saved, wanted = getattr(model.config, "architectures", None) or [], type(model).__name__
+        if saved and wanted not in saved and not has_head:
+            what += f": it is one of {saved[0]}, and `{recipe.task.type}` needs {wanted}"
+            raise LoraError(what, at, recipe.task.suitable_models)
+        raise LoraError(what, at, WHOLE)
 
 
 def new_modules(model: nn.Module, missing: Collection[str] = ()) -> list[str]:

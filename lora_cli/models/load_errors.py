@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
+from lora_cli.characters import shortened
 from lora_cli.errors import LoraError, Problem, ResourceError, nearest
 from lora_cli.recipe import Recipe
 from lora_cli.unexpected_errors import own_words
@@ -33,6 +35,12 @@ SIZES = re.compile(
     r"(encoder|decoder)_(layers|attention_heads|ffn_dim)"
 )
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "ff_activation")
+# keys of a config.json, and the most that is built: ten times what any published model has
+MOST = {
+    r"(layers?|blocks?|experts?|heads?|stages?|depths?|groups|repeats?)$": 10_000,
+    r"(size|dim|dims|embd|inner|ctx|model|ff|kv|rank|channels?|positions?|embeddings?|length|"
+    r"features|state|labels?)$": 100_000_000,
+}
 MOST_LAYERS = 2000  # the deepest known models have about 200; building each takes time
 PACKAGES = {  # names of packages as errors write them, and as pip installs them
     "sentencepiece": "sentencepiece", "protobuf": "protobuf", "tiktoken": "tiktoken",
@@ -44,12 +52,16 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
 @contextlib.contextmanager
-def explained(recipe: Recipe, what: str) -> Iterator[None]:
+def explained(
+    recipe: Recipe, what: str, find_cause: Callable[[Exception], object] | None = None
+) -> Iterator[None]:
     """Turn whatever is raised while a part of the model is loaded into a `LoraError`.
 
     Args:
         recipe: Names the model.
         what: The part: `configuration`, `tokenizer`, `architecture` or `weights`.
+        find_cause: Called with an error that is neither about a file nor about a package. It
+            raises a `LoraError` if it finds the cause in something that is loaded before.
     """
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -62,6 +74,8 @@ def explained(recipe: Recipe, what: str) -> Iterator[None]:
             raise place from error
         if _is_resource(error):
             raise
+        if find_cause is not None and not isinstance(error, OSError | ImportError):
+            find_cause(error)
         raise _load_error(recipe, what, error) from error
     finally:
         transformers_logging.set_verbosity(level)
@@ -110,6 +124,8 @@ def _load_error(recipe: Recipe, what: str, error: Exception) -> LoraError:
     elif found := re.search(r"field '(\w+)'[\s\S]*?(expected .*)", text):
         reason = f"`{found[1]}` in {CONFIG_FILE}: {found[2].splitlines()[0]}"
         hint = REPAIR
+    elif "Class validation error for validator" in text:
+        reason, hint = f"{CONFIG_FILE}: {_reason(error)}", REPAIR
     elif is_local:
         hint = {
             "configuration": REPAIR,
@@ -165,6 +181,11 @@ def check_config(config: PretrainedConfig, recipe: Recipe) -> None:
     Raises:
         LoraError: With every key of config.json that no model can be built from.
     """
+    if (found := _too_large(config.to_dict())) is not None:
+        name, count, limit = found
+        what = f"{CONFIG_FILE} says `{name}: {count:,}`, and no model has more than {limit:,}"
+        hint = "copy or download the model again, or ask who made it"
+        raise LoraError(what, recipe.at("model.name"), hint)
     problems = []
     parts = {id(c): c for c in (config, config.get_text_config())}.values()
     # what a class has by default is right for it: -1 layers, or an activation of its own
@@ -194,6 +215,63 @@ def check_config(config: PretrainedConfig, recipe: Recipe) -> None:
         problems.append(Problem(what, at, hint))
     if problems:
         raise LoraError(problems)
+
+
+def reject_wrong_keys(values: dict[str, Any], error: Exception, recipe: Recipe) -> None:
+    """Name the keys of a config.json from which transformers cannot make a configuration.
+
+    A key is the cause if the configuration can be made without it. (The libraries' own errors
+    rarely name it: `'list' object has no attribute 'items'`.)
+
+    Args:
+        values: What config.json holds.
+        error: What transformers raised.
+        recipe: Names the model.
+
+    Raises:
+        LoraError: With every such key. Nothing is raised if there is none.
+    """
+    at, reason = recipe.at("model.name"), _reason(error)
+    problems = []
+    for key in values:
+        if key != "model_type" and _makes_config({k: v for k, v in values.items() if k != key}):
+            written = shortened(json.dumps(values[key], ensure_ascii=False), 60)
+            what = f"`{key}` in {CONFIG_FILE} is `{written}`: {reason}"
+            problems.append(Problem(what, at, REPAIR))
+    if problems:
+        raise LoraError(problems)
+
+
+def _makes_config(values: dict[str, Any]) -> bool:
+    try:
+        AutoConfig.for_model(**values)
+    except Exception:  # of a library, about any value
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    """Return in one line why a configuration was rejected, without the key where that is named."""
+    text = str(error)
+    if found := re.search(r"(?i)field '\w+'[\s\S]*?(expected .*)", text):
+        return found[1].splitlines()[0].partition(" (value: ")[0]
+    if found := re.search(r"Class validation error for validator '\w+':\s*(.+)", text):
+        return found[1]
+    return own_words(error)
+
+
+def _too_large(values: Any, key: str = "") -> tuple[str, int, int] | None:
+    """Return the first count or size that would take forever, or all memory: key, value, most."""
+    if isinstance(values, dict):
+        inside = [(str(name), value) for name, value in values.items()]
+    elif isinstance(values, list | tuple):
+        inside = [(key, value) for value in values]
+    else:
+        whole = isinstance(values, int) and not isinstance(values, bool)
+        limits = (most for pattern, most in MOST.items() if re.search(pattern, key))
+        most = next(limits, None) if whole else None
+        return (key, values, most) if most is not None and abs(values) > most else None
+    return next((found for name, value in inside if (found := _too_large(value, name))), None)
 
 
 def _quantized_by(config: PretrainedConfig) -> str | None:

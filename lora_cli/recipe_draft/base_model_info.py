@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe_draft.memory_budget import Shape
+from lora_cli.unexpected_errors import own_words
 
 SIZE = re.compile(r"(?i)(?<![a-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z])")
 SECONDS = 5  # to wait for the Hub
@@ -81,9 +82,10 @@ def describe_base(name: str) -> Base:
     source = locate(str(folder.absolute()) if local else name, "--model")
     try:
         config = _from_hub(AutoConfig, source, local)
-    except (OSError, ValueError) as error:
-        if local or name.startswith("package:"):
-            what = str(error).strip().splitlines()[0]
+    except Exception as error:  # a damaged configuration raises anything
+        known = isinstance(error, OSError | ValueError)
+        if local or name.startswith("package:") or not known:
+            what = str(error).strip().splitlines()[0] if known and str(error) else own_words(error)
             hint = "is the folder complete? Copy or download it again"
             raise LoraError(f"cannot read the model: {what}", "--model", hint) from error
         return Base(name, shape=shape_by_name(name), size_from="by its name")
@@ -99,6 +101,10 @@ def describe_base(name: str) -> Base:
         limit = min(limit or 1 << 30, int(tokenizer.model_max_length))
     except (OSError, ValueError):
         tokenizer = None
+    except Exception as error:  # a damaged file raises anything
+        hint = "copy or download tokenizer.json and tokenizer_config.json again"
+        what = f"cannot read the tokenizer of the model: {own_words(error)}"
+        raise LoraError(what, "--model", hint) from error
     return Base(
         name,
         tokenizer,

@@ -36,6 +36,7 @@ for _name, _changes in {
     "more layers than any model has": {"num_hidden_layers": 10**7},
     "an activation that there is not": {"hidden_act": "gelo"},
     "a word for a number": {"hidden_size": "32"},
+    "a list for a table": {"id2label": ["bad", "good"]},
     "an architecture that is not known": {"model_type": "robberta"},
     "an embedding smaller than the tokenizer": {"vocab_size": 100},
     "a padding token beyond the embedding": {"pad_token_id": 99999},
@@ -74,6 +75,37 @@ def _tokenizer(text: str) -> Callable[[World], Printed]:
 
 
 CASES.append(Case("Models", "tokenizer.json that holds nothing", _tokenizer("{}")))
+
+
+@case("Models", "config.json of a decoder with no attention heads")
+def _no_heads(world: World) -> Printed:
+    file = shutil.copytree(world.bases / "llama", world.folder / "base") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_attention_heads": 0}))
+    task = {"type": "causal_lm", "text_column": "text"}
+    return world.lora("validate", world.recipe(model={"name": "./base"}, task=task))
+
+
+@case("Models", "a checkpoint without the head that the task needs")
+def _other_architecture(world: World) -> Printed:
+    base = shutil.copytree(world.bases / "encoder", world.folder / "base")
+    tiny.encoder(None, "bert").save_pretrained(base)
+    task = {"type": "causal_lm", "text_column": "text"}
+    return world.lora("train", world.recipe(model={"name": "./base"}, task=task))
+
+
+@case("Models", "train on a config.json of what cannot be built")
+def _cannot_be_built(world: World) -> Printed:
+    file = shutil.copytree(world.bases / "encoder", world.folder / "base") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_dropout_prob": 2}))
+    return world.lora("train", world.recipe(model={"name": "./base"}))
+
+
+@case("Models", "a draft with a tokenizer.json that holds nothing")
+def _draft_without_tokenizer(world: World) -> Printed:
+    shutil.copytree(world.bases / "encoder", world.folder / "base")
+    (world.folder / "base/tokenizer.json").write_text("{}")
+    world.write("rows.csv", "text,label\na film,good\na bore,bad\n")
+    return world.lora("init", "rows.csv", "--model", "./base")
 
 
 @case("Models", "a weight that is not a number")
