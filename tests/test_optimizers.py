@@ -1,0 +1,159 @@
+"""Learning rates, parameter groups and optimizers are what the recipe says, as torch has them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from lora_cli.adapters.attach import attach, trainable_parameters
+from lora_cli.errors import LoraError
+from lora_cli.recipe import OptimizerSpec, Recipe, SchedulerSpec
+from lora_cli.training.optimizers import (
+    build_optimizer,
+    learning_rate_factor,
+    parameter_groups,
+    set_learning_rate,
+)
+
+Json = dict[str, Any]
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize(
+    "warmup", [{}, {"warmup_steps": 7}, {"warmup_ratio": 0.1}, {"warmup_steps": 60}]
+)
+def test_learning_rates_are_those_of_transformers(kind: str, warmup: Json) -> None:
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.3)
+    n_warmup = warmup.get("warmup_steps", math.ceil(53 * warmup.get("warmup_ratio", 0.0)))
+    name = "constant_with_warmup" if kind == "constant" else kind
+    theirs = get_scheduler(name, optimizer, n_warmup, 53)
+    spec = SchedulerSpec(type=kind, **warmup)
+    for step in range(1, 54):
+        assert 0.3 * learning_rate_factor(spec, step, 53) == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+
+
+def groups(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict[str, tuple[float, float]]:
+    """Return the learning rate and weight decay of each parameter."""
+    found = parameter_groups(model, recipe, in_full)
+    for group in found:
+        named = dict(model.named_parameters())
+        pairs = zip(group["names"], group["params"], strict=True)
+        assert all(named[name] is p for name, p in pairs)
+    return {name: (g["lr"], g["weight_decay"]) for g in found for name in g["names"]}
+
+
+def with_optimizer(kind: str = "lora", **optimizer: Any) -> Recipe:
+    recipe = tiny.recipe_of(type=kind, rank=2, target_modules=["query", "value"], bias="lora_only")
+    settings = {"learning_rate": 0.1, "weight_decay": 0.5, **optimizer}
+    return recipe.with_values({"train.optimizer": OptimizerSpec.model_validate(settings)})
+
+
+def test_groups_of_parameters_have_their_own_settings() -> None:
+    model = tiny.encoder(2)
+    recipe = with_optimizer(
+        lora_plus_ratio=16.0,
+        groups={
+            "head": {"learning_rate": 0.01},
+            "adapter": {"learning_rate": 0.02, "weight_decay": 0.25},
+            "layers": {"1": {"learning_rate": 0.03}},
+        },
+    )
+    attach(model, recipe, ["classifier"])
+    found = groups(model, recipe, ["classifier"])
+    assert found.keys() == trainable_parameters(model).keys()
+    layer = "bert.encoder.layer.{}.attention.self.query.{}"
+    assert found["classifier.weight"] == (0.01, 0.5)
+    assert found["classifier.bias"] == (0.01, 0.0)  # biases do not decay
+    assert found[layer.format(0, "lora_A")] == (0.02, 0.25)
+    assert found[layer.format(0, "lora_B")] == (pytest.approx(0.32), 0.25)
+    assert found[layer.format(0, "base.bias")] == (0.1, 0.0)  # neither head nor matrix
+    assert found[layer.format(1, "lora_A")] == (0.03, 0.5)
+    assert found[layer.format(1, "lora_B")] == (pytest.approx(0.48), 0.5)
+
+
+def test_with_full_fine_tuning_only_the_head_is_the_head() -> None:
+    model = tiny.encoder(2)
+    recipe = with_optimizer("full", groups={"head": {"learning_rate": 0.01}})
+    attach(model, recipe, ["classifier"])
+    found = groups(model, recipe, ["classifier"])
+    heads = {name for name, (rate, _) in found.items() if rate == 0.01}
+    assert heads == {"classifier.weight", "classifier.bias"}
+    norms = [name for name in found if "LayerNorm" in name]
+    assert norms
+    assert all(found[name] == (0.1, 0.0) for name in norms)
+
+
+def test_a_group_of_layers_in_which_nothing_is_trained_is_refused() -> None:
+    model = tiny.encoder(2)
+    recipe = with_optimizer(groups={"layers": {"2-5": {"learning_rate": 0.03}}})
+    attach(model, recipe, ["classifier"])
+    with pytest.raises(LoraError, match="nothing is trained in layers 2-5"):
+        build_optimizer(model, recipe, ["classifier"])
+
+
+SETTINGS = [
+    (
+        {"type": "adamw", "betas": [0.8, 0.95], "eps": 1e-5},
+        lambda groups: torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-5),
+    ),
+    ({"type": "sgd", "momentum": 0.7}, lambda groups: torch.optim.SGD(groups, momentum=0.7)),
+    ({"type": "adafactor"}, torch.optim.Adafactor),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "plain"), SETTINGS)
+def test_steps_are_those_of_torch_s_optimizer_with_these_settings(
+    optimizer: Json, plain: Any
+) -> None:
+    model = tiny.encoder(2)
+    recipe = with_optimizer("full", learning_rate=0.01, weight_decay=0.3, **optimizer)
+    attach(model, recipe, ["classifier"])
+    ours = build_optimizer(model, recipe, ["classifier"])
+    copies = {n: nn.Parameter(p.detach().clone()) for n, p in model.named_parameters()}
+    matrices = [p for p in copies.values() if p.ndim > 1]
+    others = [p for p in copies.values() if p.ndim < 2]
+    theirs = plain(
+        [
+            {"params": matrices, "lr": 0.01, "weight_decay": 0.3},
+            {"params": others, "lr": 0.01, "weight_decay": 0.0},
+        ]
+    )
+    for _ in range(3):
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            copies[name].grad = parameter.grad.clone()
+        ours.step()
+        theirs.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, copies[name], rtol=1e-6, atol=1e-7)
+
+
+def test_the_factor_scales_each_group_from_its_own_rate_and_the_highest_is_returned() -> None:
+    parameters = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    rates = (0.1, 0.4)
+    groups = [
+        {"params": [p], "lr": rate, "initial_lr": rate}
+        for p, rate in zip(parameters, rates, strict=True)
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    for factor in (0.5, 0.25):
+        assert set_learning_rate(optimizer, factor) == pytest.approx(0.4 * factor)
+        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx(
+            [rate * factor for rate in rates]
+        )
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+def test_a_run_that_is_all_warmup_ends_below_the_full_rate(kind: str) -> None:
+    spec = SchedulerSpec(type=kind, warmup_steps=4)
+    factors = [learning_rate_factor(spec, step, 4) for step in range(1, 5)]
+    assert factors == [0.0, 0.25, 0.5, 0.75]
