@@ -210,9 +210,9 @@ def _with_new_defaults(saved: Any, now: Any, facts: Any) -> Any:
     if isinstance(now, dict) and isinstance(saved, dict) and isinstance(facts, dict):
         known = saved.keys() & now.keys() & facts.keys()
         return saved | {k: _with_new_defaults(saved[k], now[k], facts[k]) for k in known}
-    if all(isinstance(part, list) and len(part) == len(facts) for part in (saved, now, facts)):
-        parts = zip(saved, now, facts, strict=True)
-        return [_with_new_defaults(*part) for part in parts]
+    lists = (saved, now, facts)
+    if all(isinstance(part, list) for part in lists) and len(set(map(len, lists))) == 1:
+        return [_with_new_defaults(*parts) for parts in zip(*lists, strict=True)]
     return saved
 
 
