@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import math
 import weakref
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import datasets
+import numpy as np
 import peft
 import pytest
 import tiny
@@ -17,9 +20,10 @@ from transformers import AutoModelForSequenceClassification
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.peft_format.adapter_folder import save_adapter
 from lora_cli.data.readers import read_rows
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, NumericsError
 from lora_cli.evaluation import evaluate_split as evaluation
 from lora_cli.evaluation.evaluate_split import (
+    add_samples,
     best_by,
     evaluate,
     evaluate_adapter,
@@ -28,7 +32,8 @@ from lora_cli.evaluation.evaluate_split import (
 from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Recipe, load_recipe
-from lora_cli.tasks import Encoded, Task, build_task
+from lora_cli.tasks import Encoded, Prediction, Task, build_task
+from lora_cli.tasks.examples import MAIN
 
 CPU = torch.device("cpu")
 TEXTS = [" ".join(["great fun", "slow", "a plot"][: 1 + i % 3] * (1 + i % 5)) for i in range(23)]
@@ -165,6 +170,190 @@ def test_a_failure_leaves_the_model_as_it_was(
     assert model.training
 
 
+# ------------------------------------------------------------------------------ parts and lines
+
+
+class Parts:
+    """A task whose rows have several examples, and a split of rows that are words."""
+
+    joins_examples = True
+    loss_weights: ClassVar[dict[str, float]] = {MAIN: 1.0}
+    rows = ("a", "b", "c", "d")
+
+    def join(self, row: str, parts: list[Prediction]) -> Prediction:
+        text = row + "".join(str(part.prediction) for part in parts)
+        return Prediction(parts[0].row, text, None)
+
+
+def part(row: int, text: str, loss: float, n_items: float) -> Prediction:
+    return Prediction(row, text, None, losses={MAIN: (loss, n_items)})
+
+
+@pytest.mark.parametrize("cuts", [[6], [1, 6], [2, 4, 6], [3, 5, 6], [1, 2, 3, 4, 5, 6]])
+def test_the_examples_of_a_row_are_joined_wherever_a_window_ends(cuts: list[int]) -> None:
+    parts = [
+        part(0, "1", 1.0, 1),
+        part(0, "2", 2.0, 3),
+        part(0, "3", 4.0, 1),
+        part(1, "4", 8.0, 2),
+        part(3, "5", 16.0, 1),
+        part(3, "6", 32.0, 5),
+    ]
+    task: Any = Parts()
+    joined = evaluation._Joined(task, task)
+    found, start = [], 0
+    for end in cuts:
+        rows = joined.add(parts[start:end], end == 6)
+        # only the last row of a window may go on in the next
+        assert len(joined.waiting) == (0 if end == 6 else sum(p.row == parts[end - 1].row
+                                                              for p in parts[:end]))  # fmt: skip
+        found += rows
+        start = end
+    assert [(row.row, row.prediction, row.losses[MAIN]) for row in found] == [
+        (0, "a123", (7.0, 5)),
+        (1, "b4", (8.0, 2)),
+        (3, "d56", (48.0, 6)),
+    ]
+    assert all(row.metric_inputs["nll"] == row.losses[MAIN] for row in found)
+
+
+def test_examples_that_are_rows_pass_through() -> None:
+    task: Any = Parts()
+    task.joins_examples = False
+    parts = [part(0, "1", 1.0, 1), part(0, "2", 2.0, 1)]
+    assert evaluation._Joined(task, task).add(parts, is_last=False) is parts
+
+
+@pytest.mark.parametrize("n_rows", [1, 4, 5, 8, 9])
+def test_a_window_is_sorted_by_length_and_windows_are_in_order(
+    n_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "WINDOW", 2)
+    lengths = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5])[:n_rows]
+
+    class Split:
+        def __len__(self) -> int:
+            return n_rows
+
+    split: Any = Split()
+    split.lengths = lengths
+    windows = list(evaluation._windows(split, 2))
+    for number, window in enumerate(windows):
+        assert all(len(batch) <= 2 for batch in window)
+        order = [int(i) for batch in window for i in batch]
+        assert sorted(order) == list(range(4 * number, min(4 * number + 4, n_rows)))
+        assert order == sorted(order, key=lambda i: -lengths[i])  # of equal ones the first first
+    assert sum(len(batch) for window in windows for batch in window) == n_rows
+    flags = [last for _, last in evaluation._with_last(iter(windows))]
+    assert flags == [False] * (len(windows) - 1) + [True]
+
+
+def test_losses_are_means_of_sums_and_terms_are_weighted() -> None:
+    task: Any = Parts()
+    assert evaluation._mean_losses(task, {MAIN: [6.0, 4.0]}) == {"loss": 1.5}
+    assert math.isnan(evaluation._mean_losses(task, {MAIN: [0.0, 0.0]})["loss"])
+    task.loss_weights = {"boxes": 3.0, "classes": 0.5}
+    found = evaluation._mean_losses(task, {"boxes": [6.0, 4.0], "classes": [8.0, 2.0]})
+    assert found == {"loss": 6.5, "loss_boxes": 1.5, "loss_classes": 4.0}
+    found = evaluation._mean_losses(task, {"boxes": [6.0, 4.0], "classes": [0.0, 0.0]})
+    assert found == {"loss": 4.5, "loss_boxes": 1.5}
+
+
+class Lines(Parts):
+    """Shows its rows, which are of any length."""
+
+    def shown_input(self, row: str) -> str:
+        return row
+
+    def shown_reference(self, row: str) -> str:
+        return row.upper()
+
+    def take(self, text: str, found: Prediction) -> dict[str, Any]:
+        class Rows(list):
+            def place(self, i: int) -> str:
+                return f"rows:{i}"
+
+        split: Any = SimpleNamespace(rows=Rows([text]))
+        task: Any = self
+        return json.loads(evaluation._line(found, split, task))
+
+
+@pytest.mark.parametrize("length", [499, 500, 501, 900])
+def test_a_long_text_is_shown_to_five_hundred_characters(length: int) -> None:
+    text = "x" * length
+    line = Lines().take(text, part(0, "y", 1.0, 2))
+    assert line["text"] == (text if length <= 500 else "x" * 499 + "…")
+    assert line["reference"] == line["text"].upper()
+    assert (line["loss"], line["n_items"], line["prediction"]) == (1.0, 2, "y")
+    assert "scores" not in line
+
+
+def test_a_line_has_the_prediction_s_own_reference_and_six_digits_of_scores() -> None:
+    found = part(0, "y", 1.0, 2)
+    found.reference, found.scores = "own", {"a": 0.12345678, "b": 0.0}
+    line = Lines().take("text", found)
+    assert line["reference"] == "own"
+    assert line["scores"] == {"a": 0.123457, "b": 0.0}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_whose_loss_is_no_number_is_named_where_that_is_asked(
+    bad: float, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, model, split = opened(recipe_of(base, tmp_path))
+    own = task.predict
+
+    def predict(*given: Any) -> list[Prediction]:
+        found = own(*given)
+        for prediction in found:
+            if prediction.row == 7:
+                prediction.losses[MAIN] = (bad, 1.0)
+        return found
+
+    monkeypatch.setattr(task, "predict", predict)
+    with pytest.raises(NumericsError, match=f"loss on this row is {bad}") as caught:
+        evaluate(model, task, split, Accelerator(cpu=True), strict_loss=True)
+    assert caught.value.problems[0].at == "dev.jsonl:8"
+    found = evaluate(model, task, split, Accelerator(cpu=True))
+    assert not math.isfinite(found["loss"])
+
+
+class Samples:
+    """A task that answers in words."""
+
+    def sample(self, model: nn.Module, rows: list[str]) -> list[tuple[str, str, str]]:
+        assert not model.training
+        return [("p" * 3000 + row, "w" * 600, f"{row}!") for row in rows]
+
+
+def test_samples_are_of_the_first_rows_and_get_both_answers() -> None:
+    class Rows(list):
+        def place(self, i: int) -> str:
+            return f"rows:{i}"
+
+    task: Any = Samples()
+    split: Any = SimpleNamespace(rows=Rows("abcdefg"))
+    model, accelerator = nn.Linear(1, 1), Accelerator(cpu=True)
+    samples: list[dict[str, Any]] = []
+    add_samples(model, task, split, accelerator, samples, "before")
+    add_samples(model, task, split, accelerator, samples, "after")
+    assert model.training
+    for i, sample in enumerate(samples):
+        row = "abcde"[i]
+        assert sample == {
+            "place": f"rows:{i}",
+            "prompt": "p" * 1999 + row,
+            "reference": "w" * 500,
+            "before": f"{row}!",
+            "after": f"{row}!",
+        }
+    assert len(samples) == 5
+    add_samples(model, task, None, accelerator, samples, "never")
+    other: Any = SimpleNamespace(is_main_process=False)
+    add_samples(model, task, split, other, samples, "never")
+    assert "never" not in samples[0]
+
+
 # ----------------------------------------------------------------------------- saved adapters
 
 
@@ -292,3 +481,60 @@ def test_a_file_to_measure_is_read_as_predict_reads_it(
     first = next(read_rows(tmp_path / name, recipe.data.format))
     assert first.columns is not None
     assert {key: first.columns[key] for key in wanted} == wanted
+
+
+def test_only_a_folder_of_pictures_is_measured_as_a_folder(base: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(base, tmp_path)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "cat.png").write_bytes(b"")
+    for wrong in (folder, tmp_path / "missing.csv"):
+        with pytest.raises(LoraError, match=r"is a folder, and not a file|there is no file"):
+            measuring_file(recipe, wrong)
+    pictures = {"type": "image_classification", "labels": ["cat", "dog"]}
+    seeing = recipe_of(base, tmp_path, task=pictures)
+    found = measuring_file(seeing, folder)
+    assert (found.data.test, found.data.validation) == (str(folder), None)
+    assert found.data.format == seeing.data.format
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(LoraError, match="is a folder, and not a file"):
+        measuring_file(seeing, empty)
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ({"labels": None}, "the labels are not known"),
+        ({"class_weights": "balanced"}, "the weights of the labels are not known"),
+        ({}, None),
+    ],
+)
+def test_rows_of_the_hub_are_not_fetched_to_measure_a_file(
+    task: dict[str, Any], said: str | None, base: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"text": "a", "label": "good"}\n')
+    data = {"name": "some/set", "config": "c", "train": "train", "validation": "dev"}
+    recipe = load_recipe(tiny.recipe(base, tmp_path, data=data, task=task))
+    if said is not None:
+        with pytest.raises(LoraError, match=said):
+            measuring_file(recipe, file)
+        return
+    found = measuring_file(recipe, file).data
+    assert (found.name, found.config, found.validation, found.streaming) == (None,) * 3 + (False,)
+    assert (found.train, found.test) == (str(file), str(file))
+
+
+def test_of_the_splits_all_but_train_are_measured_unless_one_is_named(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(base, tmp_path).with_values({"data.test": str(tmp_path / "dev.jsonl")})
+    monkeypatch.setattr(evaluation, "load_adapted", lambda *_: nn.Linear(1, 1))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: {"loss": 1.0})
+    assert set(evaluate_adapter(tmp_path, recipe)) == {"validation", "test"}
+    for name in ("train", "validation", "test"):
+        assert set(evaluate_adapter(tmp_path, recipe, name)) == {name}
+    streamed = recipe.with_values({"data.streaming": True})
+    with pytest.raises(LoraError, match="train is streamed"):
+        evaluate_adapter(tmp_path, streamed, "train")
