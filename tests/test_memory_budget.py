@@ -26,6 +26,18 @@ def test_the_estimate_is_near_what_training_took(checkpointing: bool, measured: 
     assert needed_bytes(LLAMA_8B, fit) / GIB == pytest.approx(measured, rel=0.1)
 
 
+def test_the_estimate_of_a_base_in_4_bits_is_near_what_training_took() -> None:
+    fit = Fit("bf16", 1, 1, True, 4096, 0.0, four_bit=True)
+    assert needed_bytes(LLAMA_8B, fit) / GIB == pytest.approx(15.1, rel=0.1)
+
+
+def test_a_base_that_does_not_fit_in_16_bits_is_kept_in_4() -> None:
+    assert not fit_to(LLAMA_8B, card(24), 4, 4, 2048).four_bit
+    small = fit_to(LLAMA_8B, card(16), 4, 4, 2048)
+    assert (small.four_bit, small.checkpointing, small.length) == (True, True, 2048)
+    assert not fit_to(ROBERTA, card(2), 4, 4, 512).four_bit
+
+
 @pytest.mark.parametrize("length", [256, 512, 2048, 4096])
 @pytest.mark.parametrize("memory", [20, 24, 40, 80, 192])
 def test_what_fits_is_within_the_memory_and_keeps_the_step(memory: int, length: int) -> None:
@@ -39,7 +51,7 @@ def test_what_fits_is_within_the_memory_and_keeps_the_step(memory: int, length: 
 def test_more_memory_needs_less_help() -> None:
     fits = [fit_to(LLAMA_8B, card(memory), 4, 4, 2048) for memory in (24, 40, 192)]
     assert [(f.micro_batch, f.checkpointing) for f in fits] == [(1, True), (4, True), (4, False)]
-    assert fit_to(LLAMA_8B, card(20), 4, 4, 2048).length <= 512
+    assert fit_to(LLAMA_8B, card(20), 4, 4, 2048).four_bit
 
 
 @pytest.mark.parametrize(
@@ -63,7 +75,7 @@ def test_the_precision_follows_size_and_card(
     assert fit.checkpointing == (shape.parameters > 1_000_000_000)
 
 
-@pytest.mark.parametrize(("shape", "memory"), [(LLAMA_8B, 16), (Shape(70_000_000_000), 80)])
+@pytest.mark.parametrize(("shape", "memory"), [(LLAMA_8B, 8), (Shape(70_000_000_000), 80)])
 def test_a_model_that_cannot_fit_is_rejected(shape: Shape, memory: float) -> None:
     with pytest.raises(LoraError, match="billion parameters needs about") as caught:
         fit_to(shape, card(memory), 4, 4, 2048)

@@ -58,6 +58,9 @@ def add_training(draft: Draft, base: Base, count: int, card: Card | None) -> Non
     why = "halve it, and double the next, if memory runs out"
     draft.put("train", "micro_batch_size", fit.micro_batch, why)
     draft.put("train", "gradient_accumulation_steps", fit.accumulation)
+    if fit.four_bit:
+        why = f"in 16 bits it does not fit into {card.name if card else 'the memory'}"
+        draft.put("model", "quantization", "nf4", why)
     if fit.checkpointing:
         why = "much less memory, for about a third more time"
         draft.put("train", "gradient_checkpointing", True, why)
@@ -82,7 +85,8 @@ def _memory_finding(fit: Fit, base: Base, card: Card | None) -> str:
         unknown = "the model's size is not known"
         return f"{unknown}, so memory is not either: `--memory` has no effect" if card else unknown
     size = f"{in_words(base.shape.parameters)} parameters, {base.size_from}"
-    how = fit.precision + (", gradient checkpointing" if fit.checkpointing else "")
+    how = fit.precision + (" on a base in 4 bits" if fit.four_bit else "")
+    how += ", gradient checkpointing" if fit.checkpointing else ""
     if base.sees:
         return f"{size}; {how}"
     if not base.shape.is_known:
