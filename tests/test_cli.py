@@ -24,7 +24,18 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe, recipe_schema
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ["train", "eval", "merge", "predict", "init", "params", "validate", "schema"]
+COMMANDS = [
+    "train",
+    "eval",
+    "merge",
+    "combine",
+    "export",
+    "predict",
+    "init",
+    "params",
+    "validate",
+    "schema",
+]
 TERMINAL = {"COLUMNS": "100", "TERM": "dumb", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
 GOOD = "model: {name: m}\ntask: {type: sequence_classification}\ndata: {path: rows.csv}\n"
 FAULTY = GOOD + "train: {seeed: 1}\n"

@@ -28,6 +28,7 @@ from lora_cli.cli.app import app
 from lora_cli.errors import IntegrityError, LoraError, NumericsError
 from lora_cli.export import merge as merging
 from lora_cli.export.merge import merge_adapter
+from lora_cli.export.target_folder import locked_target
 from lora_cli.files import write_manifest
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
@@ -411,7 +412,7 @@ def test_two_merges_into_one_folder_exclude_each_other(
     other = os.fork()
     if other == 0:
         os.close(go_on)
-        with merging._locked(to):
+        with locked_target(to):
             os.write(lock, b"locked")
             os.read(wait, 1)
         os._exit(0)
@@ -424,12 +425,12 @@ def test_two_merges_into_one_folder_exclude_each_other(
     finally:
         os.close(go_on)
         assert os.waitpid(other, 0)[1] == 0
-    with merging._locked(to):
+    with locked_target(to):
         to.mkdir()
         (to / "config.json").touch()
     with (
         pytest.raises(LoraError, match="is not empty"),
-        merging._locked(tmp_path / "." / "merged"),
+        locked_target(tmp_path / "." / "merged"),
     ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]

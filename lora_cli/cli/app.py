@@ -16,7 +16,9 @@ from typing import Annotated
 
 import typer
 
+from lora_cli.cli.combine_command import combine
 from lora_cli.cli.eval_command import evaluate
+from lora_cli.cli.export_command import export
 from lora_cli.cli.init_command import init
 from lora_cli.cli.merge_command import merge
 from lora_cli.cli.predict_command import predict
@@ -142,5 +144,5 @@ def _options(
 
 app.command()(train)
 app.command("eval")(evaluate)
-for command in (merge, predict, init, params, validate, schema):
+for command in (merge, combine, export, predict, init, params, validate, schema):
     app.command()(command)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,8 @@ from lora_cli.export.merge_quantized import (
     use_numbers,
     what_was_trained,
 )
-from lora_cli.files import FolderLock, new_folder, write_json
+from lora_cli.export.target_folder import locked_target
+from lora_cli.files import new_folder, write_json
 from lora_cli.models.bundle import Bundle
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.recipe import (
@@ -85,21 +85,8 @@ def merge_adapter(
             base + adapter.
         NumericsError: If a merged weight does not fit the base checkpoint's dtype.
     """
-    with _locked(to):
+    with locked_target(to):
         return _merge(base, adapter, to, recipe_file, overrides)
-
-
-@contextmanager
-def _locked(to: Path) -> Iterator[None]:
-    """Keep other processes from merging into the same folder, which is not there or empty."""
-    to.absolute().parent.mkdir(parents=True, exist_ok=True)
-    lock = FolderLock(to.absolute().parent, "--to", for_one=to.absolute())
-    try:
-        if to.exists() and (not to.is_dir() or any(to.iterdir())):
-            raise LoraError(f"{to} is not empty", "--to", "choose a folder that is not there yet")
-        yield
-    finally:
-        lock.release()
 
 
 def _merge(

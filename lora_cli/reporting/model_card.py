@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from lora_cli import __version__
 from lora_cli.errors import printable
 from lora_cli.files import write_atomically
 from lora_cli.recipe import ADAPTER_TITLES, Recipe
@@ -44,6 +45,44 @@ model = PeftModel.from_pretrained(model, ".").eval()  # this folder, or its id o
 
 def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> None:
     """Write `README.md`, the card that the Hub shows: what it is, its use, results and origin."""
+    command, results = report.get("command"), results_table(report)
+    versions = [f"{key} {v}" for key, v in part(report, "versions").items() if v]
+    made_by = f"Made by {code_span(command)}. " if command else ""
+    definitions = part(report, "metric_definitions")
+    parts = [
+        *_opening(recipe, report),
+        f"## Results\n\n{_table([list(map(plain_text, row)) for row in results])}"
+        if len(results) > 1
+        else "## Results",
+        "\n".join(f"- {code_span(n)}: {_with_code(words)}" for n, words in definitions.items()),
+        "![Loss and validation metric over the steps](learning_curve.png)",
+        f"## Data\n\n{_table(_data_rows(report))}" if part(report, "data") else "",
+        f"## Training\n\n{made_by}All settings: `recipe.yaml`.",
+        _table(_training_rows(recipe, report)),
+        f"Versions: {', '.join(versions)}." if versions else "",
+    ]
+    _write_parts(folder, parts)
+
+
+def write_derived_card(folder: Path, recipe: Recipe, title: str, text: str) -> None:
+    """Write `README.md` of an adapter that was made from others, without a training of its own.
+
+    Args:
+        folder: Where it goes.
+        recipe: Says what the adapter is for, and how it is used.
+        title: Of the section that says what it was made of.
+        text: That section, in Markdown.
+    """
+    report = {"lora_version": __version__}
+    _write_parts(folder, [*_opening(recipe, report), f"## {title}\n\n{text}"])
+
+
+def _write_parts(folder: Path, parts: list[str]) -> None:
+    write_atomically(folder / "README.md", "\n\n".join(filter(None, parts)) + "\n")
+
+
+def _opening(recipe: Recipe, report: dict[str, Any]) -> list[str]:
+    """Return the first parts of a card: front matter, what it is, and how it is used."""
     name, kind, pipeline = recipe.model.name, recipe.adapter.type, recipe.task.pipeline_tag
     hub, dataset, goal = is_hub_id(name), recipe.data.name, goal_of(recipe.task.type)
     library = "peft" if recipe.adapter.low_rank else "transformers" if kind == "full" else None
@@ -56,16 +95,12 @@ def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> No
     }
     base = f"[{name}](https://huggingface.co/{name})" if hub else code_span(name)
     version, day = (str(report.get(key) or "") for key in ("lora_version", "created"))
-    labels, command = _labels(recipe, report), report.get("command")
+    labels = _labels(recipe, report)
     named = ", ".join(map(code_span, labels[:50])) + ", ..." * (len(labels) > 50)
-    results = results_table(report)
     code = _snippet(recipe, labels) if library else ""  # else only this tool reads the folder
     pairs = getattr(recipe.task, "text_pair_column", None)
     asked = "--input pairs.csv --output answers.csv" if pairs else f'"{recipe.task.example_input}"'
-    versions = [f"{key} {v}" for key, v in part(report, "versions").items() if v]
-    made_by = f"Made by {code_span(command)}. " if command else ""
-    definitions = part(report, "metric_definitions")
-    parts = [
+    return [
         f"---\n{yaml.safe_dump({k: v for k, v in front.items() if v}, sort_keys=False)}---",
         f"# {plain_text(short_name(name))} for {goal}",
         f"{ADAPTER_TITLES[kind]} of {base} for {goal}, made with {f'`lora` {version}'.strip()}"
@@ -74,17 +109,7 @@ def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> No
         "## Use\n\nWith `lora`, in this folder:",
         f"```bash\nlora eval --adapter .\nlora predict --adapter . {asked}\n```",
         f"With `{library}`:\n\n{_code_block(code)}" if code else "",
-        f"## Results\n\n{_table([list(map(plain_text, row)) for row in results])}"
-        if len(results) > 1
-        else "## Results",
-        "\n".join(f"- {code_span(n)}: {_with_code(words)}" for n, words in definitions.items()),
-        "![Loss and validation metric over the steps](learning_curve.png)",
-        f"## Data\n\n{_table(_data_rows(report))}" if part(report, "data") else "",
-        f"## Training\n\n{made_by}All settings: `recipe.yaml`.",
-        _table(_training_rows(recipe, report)),
-        f"Versions: {', '.join(versions)}." if versions else "",
     ]
-    write_atomically(folder / "README.md", "\n\n".join(filter(None, parts)) + "\n")
 
 
 def _table(rows: list[list[str]]) -> str:

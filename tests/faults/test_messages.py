@@ -18,6 +18,7 @@ from typing import Any
 import cases_chats  # noqa: F401 - they fill CASES
 import cases_data  # noqa: F401
 import cases_entities  # noqa: F401
+import cases_export  # noqa: F401
 import cases_folders  # noqa: F401
 import cases_models  # noqa: F401
 import cases_pictures  # noqa: F401
@@ -62,6 +63,17 @@ MASKS = [
 
 # why no case here makes some messages, which stand here as the code has them (see `Site`)
 REST: dict[str, list[str]] = {
+    "a guard: what was written is read again; tests/test_export.py, tests/test_combine.py": [
+        "read as … reads it, the outputs differ by … of the largest",
+        "the combined update differs from the sum by … of it",
+    ],
+    "needs an environment with or without gguf; tests/test_export.py": [
+        "writing GGUF files needs the Python package `gguf`",
+        "llama.cpp has no tensor for `…`",
+    ],
+    "no tiny model of language has a convolution": [
+        "adapts no convolutions, as `…`",
+    ],
     "`lora predict` raises them, with the place of the text; test_sequence_classification.py": [
         "in answer_problem()",
     ],
@@ -238,7 +250,7 @@ AREAS = [
     "Arguments", "Recipes", "Keys that do not go together", "Overrides", "Files and rows", "Splits",
     "Labels", "Entities", "Language models", "lora init", "Models", "Targets", "Metrics",
     "Adapters", "Starting from an adapter", "Training", "Evaluation", "Prediction", "Merging",
-    "Pictures",
+    "Combining", "Exporting", "Pictures",
 ]  # fmt: skip
 
 

@@ -1,0 +1,372 @@
+"""Several adapters of one base -> one adapter, which is written as `lora train` writes one.
+
+Only low-rank matrices are combined. What decides the computation besides them has to be the same in
+all of them: the base, the task, the labels. Heads and other modules trained in full are never
+averaged: they are equal, or the user says whose is taken.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from lora_cli import __version__
+from lora_cli.adapters.peft_format.adapter_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterFolder,
+    read_adapter,
+)
+from lora_cli.errors import IntegrityError, LoraError, Problem, warn
+from lora_cli.export.combine_methods import Method, combine_pairs, concatenated
+from lora_cli.export.combine_names import BY_SVD, METHODS
+from lora_cli.export.low_rank_pairs import (
+    AdapterParts,
+    Pair,
+    of_one_rank,
+    parts_of,
+    peft_tensors_of,
+    plain_config,
+    squared_norms,
+)
+from lora_cli.export.source_files import copy_processor
+from lora_cli.export.target_folder import locked_target
+from lora_cli.files import new_folder, sha256_of, umask_mode, write_json
+from lora_cli.recipe import (
+    COMPUTATION_FILE,
+    RECIPE_FILE,
+    Recipe,
+    computing_values,
+    dump_recipe,
+    load_adapter_recipe,
+    read_computation,
+)
+from lora_cli.reporting.model_card import code_span, write_derived_card
+
+COMBINE_FILE = "combine.json"
+EXACT = 1e-5  # relative distance of an update that is what the adapters add together
+MUST_AGREE = ("task.type", "task.labels", "task.problem")
+
+
+@dataclass
+class Source:
+    """One of the adapters that are combined."""
+
+    name: str
+    """The folder as it was typed."""
+    saved: AdapterFolder
+    recipe: Recipe | None
+    parts: AdapterParts
+    weight: float
+
+
+@dataclass
+class CombineResult:
+    """What `lora combine` reports."""
+
+    folder: Path
+    modules: int
+    rank: int
+    distance: float
+    """Of the update from the weighted sum of the adapters' updates, relative to that sum."""
+    notes: list[str] = field(default_factory=list)
+
+
+def combine_adapters(
+    adapters: Sequence[Path],
+    to: Path,
+    method: Method,
+    weights: Sequence[float] | None = None,
+    head: Path | None = None,
+) -> CombineResult:
+    """Write one adapter that is made of several.
+
+    Args:
+        adapters: Their folders; the recipe and the tokenizer of the first are kept.
+        to: Folder that is made; it must not exist, or be empty.
+        method: How updates of a module become one.
+        weights: Factor of each adapter's update; None is 1 each, as if all ran together.
+        head: Which adapter's modules trained in full are taken, if they differ.
+
+    Raises:
+        LoraError: If the adapters cannot be combined, with every reason.
+        IntegrityError: If a folder is damaged, or the result is not what the method says.
+    """
+    weights = list(weights or [1.0] * len(adapters))
+    with locked_target(to):
+        sources = [_source(path, w) for path, w in zip(adapters, weights, strict=True)]
+        _require_same_use(sources)
+        in_full, top_names = _in_full(sources, head)
+        _require_ranks(sources, method)
+        pairs = _combined(sources, method)
+        distance = _distance(sources, pairs)
+        if method.name == "cat" and not distance <= EXACT:
+            what = f"the combined update differs from the sum by {distance:.1e} of it"
+            hint = "please report this: concatenating should be exact"
+            raise IntegrityError(what, "--method cat", hint)
+        first = sources[0]
+        config = plain_config(first.saved.config, pairs, top_names)
+        made_of = _made_of(sources, method, head, distance)
+        tensors = {n: t.contiguous() for n, t in peft_tensors_of(pairs, in_full).items()}
+        with new_folder(to) as folder:
+            write_json(folder / CONFIG_FILE, config)
+            save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+            umask_mode(folder / WEIGHTS_FILE)
+            _write_origin(folder, first, config, made_of, to)
+        read_adapter(to)
+    return CombineResult(to, len(pairs), config["r"], distance, _notes(sources))
+
+
+def _source(path: Path, weight: float) -> Source:
+    """Read one of the adapters, which has to be a plain LoRA."""
+    saved = read_adapter(path)
+    if saved.type != "lora":
+        what = f"an adapter of type `{saved.type}` cannot be combined with others"
+        hint = "only LoRA's updates can be added: combine adapters with `adapter.type: lora`"
+        raise LoraError(what, str(path), hint)
+    parts = parts_of(saved)
+    if saved.config.get("bias") not in (None, "none") or parts.biases:
+        what = "it has trained biases, and no method combines those"
+        hint = "train it with `adapter.bias: none`, or merge it into its base with `lora merge`"
+        raise LoraError(what, str(path), hint)
+    if grouped := [name for name, pair in parts.pairs.items() if pair.is_grouped]:
+        what = f"`{grouped[0]}` is a convolution of several groups, whose updates cannot be added"
+        raise LoraError(what, str(path), "train without it: `adapter.exclude_modules`")
+    recipe = load_adapter_recipe(path) if (path / RECIPE_FILE).is_file() else None
+    return Source(str(path), saved, recipe, parts, weight)
+
+
+# ------------------------------------------------------------------------------- what must agree
+
+
+def _require_same_use(sources: list[Source]) -> None:
+    """Reject adapters of different bases, tasks or labels, with every difference.
+
+    Raises:
+        LoraError: If there is one.
+    """
+    first, problems = sources[0], []
+    for other in sources[1:]:
+        if what := _other_base(first, other):
+            hint = "combine adapters that were trained on one base; `base.json` says on which"
+            problems.append(Problem(what, other.name, hint))
+        if what := _other_task(first, other):
+            hint = "only adapters of the same task, with the same labels in the same order, can be "
+            problems.append(Problem(what, other.name, f"{hint}combined"))
+        shapes = {name: pair.a.shape[1:] for name, pair in first.parts.pairs.items()}
+        for name, pair in other.parts.pairs.items():
+            if shapes.get(name, pair.a.shape[1:]) != pair.a.shape[1:]:
+                what = f"`{name}` has other dimensions than in {first.name}"
+                problems.append(Problem(what, other.name, "are they of the same base?"))
+                break
+    if problems:
+        raise LoraError(problems)
+
+
+def _other_base(first: Source, other: Source) -> str | None:
+    """Return how the bases of two adapters differ, else None."""
+    ours, theirs = first.saved.base, other.saved.base
+    if ours is not None and theirs is not None:
+        if tensors := ours.differing(theirs, (*first.parts.in_full, *other.parts.in_full)):
+            return (
+                f"it was trained on `{theirs.name}`, which is not the base of {first.name}, "
+                f"`{ours.name}`: `{tensors[0]}` differs"
+            )
+    else:
+        named = [one.saved.config.get("base_model_name_or_path") for one in (first, other)]
+        if named[0] != named[1]:
+            return f"it was trained on `{named[1]}`, and {first.name} on `{named[0]}`"
+        warn(f"whether {first.name} and {other.name} have the same base could not be verified")
+    facts = [read_computation(one.saved.path) for one in (first, other)]
+    if facts[0] is None or facts[1] is None:
+        return None
+    for key, words in (("tokenizer", "tokenizer"), ("processor", "processor of inputs")):
+        if facts[0]["base"].get(key) != facts[1]["base"].get(key):
+            return f"it was trained with another {words} than {first.name}"
+    return None
+
+
+def _other_task(first: Source, other: Source) -> str | None:
+    """Return how the tasks of two adapters differ, else None."""
+    kinds = [one.saved.config.get("task_type") for one in (first, other)]
+    if kinds[0] != kinds[1]:
+        return f"it was trained for `{kinds[1]}`, and {first.name} for `{kinds[0]}`"
+    if first.recipe is None or other.recipe is None:
+        return None
+    ours, theirs = computing_values(first.recipe), computing_values(other.recipe)
+    for key in MUST_AGREE:
+        if ours.get(key) != theirs.get(key):
+            return f"its `{key}` is {theirs.get(key)}, and that of {first.name} {ours.get(key)}"
+    return None
+
+
+def _notes(sources: list[Source]) -> list[str]:
+    """Return which other settings differ, of which those of the first adapter are kept."""
+    first, lines = sources[0], []
+    for other in sources[1:]:
+        if first.recipe is None or other.recipe is None:
+            continue
+        ours, theirs = computing_values(first.recipe), computing_values(other.recipe)
+        ours["model.quantization"] = first.recipe.model.quantization
+        theirs["model.quantization"] = other.recipe.model.quantization
+        lines += [
+            f"`{key}` is {ours[key]} in {first.name} and {theirs[key]} in {other.name}: "
+            "the first is kept"
+            for key in ours
+            if key.startswith(("task.", "model.")) and key in theirs and ours[key] != theirs[key]
+        ]
+    return lines
+
+
+def _in_full(
+    sources: list[Source], head: Path | None
+) -> tuple[dict[str, torch.Tensor], list[str] | None]:
+    """Return the modules trained in full, which are equal in all, or those of the chosen adapter.
+
+    Raises:
+        LoraError: If they differ and none is chosen, or the choice is not one of the adapters.
+    """
+    chosen = sources[0]
+    if head is not None:
+        same = [s for s in sources if Path(s.name).absolute() == head.absolute()]
+        if not same:
+            names = ", ".join(source.name for source in sources)
+            raise LoraError(f"{head} is not one of the adapters", "--head", f"choose of {names}")
+        chosen = same[0]
+    elif (other := next((s for s in sources[1:] if _differ(sources[0], s)), None)) is not None:
+        tops = sorted({n.rpartition(".")[0] for s in (chosen, other) for n in s.parts.in_full})
+        shown = ", ".join(f"`{name}`" for name in tops[:3]) + (", …" if len(tops) > 3 else "")
+        raise LoraError(
+            f"{shown}, trained in full, differs between {chosen.name} and {other.name}",
+            "--head",
+            f"such modules are not averaged; say whose to take: `--head {chosen.name}`",
+        )
+    return chosen.parts.in_full, chosen.saved.config.get("modules_to_save")
+
+
+def _differ(one: Source, other: Source) -> bool:
+    """Return whether two adapters have other modules trained in full, or others' values."""
+    ours, theirs = one.parts.in_full, other.parts.in_full
+    return ours.keys() != theirs.keys() or any(not torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+# ------------------------------------------------------------------------------------- combining
+
+
+def _by_module(sources: list[Source]) -> dict[str, list[tuple[float, Pair]]]:
+    """Return the updates of each module that any adapter has, with their weights."""
+    names = sorted({name for source in sources for name in source.parts.pairs})
+    return {
+        name: [(s.weight, s.parts.pairs[name]) for s in sources if name in s.parts.pairs]
+        for name in names
+    }
+
+
+def _require_ranks(sources: list[Source], method: Method) -> None:
+    """Reject different ranks where matrices are added entry by entry."""
+    if method.name == "cat" or method.name in BY_SVD:
+        return
+    for name, weighted in _by_module(sources).items():
+        ranks = sorted({pair.rank for _, pair in weighted})
+        if len(ranks) > 1:
+            raise LoraError(
+                f"`{name}` has the ranks {' and '.join(map(str, ranks))}, and `{method.name}` adds "
+                "matrices of one rank",
+                f"--method {method.name}",
+                "use `--method cat` or `svd`, which take any ranks",
+            )
+
+
+def _combined(sources: list[Source], method: Method) -> dict[str, Pair]:
+    """Return one update of each module, all of one rank and with the scale 1."""
+    pairs = {n: combine_pairs(n, pairs, method) for n, pairs in _by_module(sources).items()}
+    for name, pair in pairs.items():
+        if not bool(pair.a.isfinite().all() and pair.b.isfinite().all()):
+            what = f"the combined update of `{name}` has entries that are not finite"
+            raise LoraError(what, "--weights", "choose smaller weights")
+    return of_one_rank(pairs)
+
+
+def _distance(sources: list[Source], pairs: dict[str, Pair]) -> float:
+    """Return how far the update is from the weighted sum of the adapters', relative to that."""
+    apart = of_sum = 0.0
+    for name, weighted in _by_module(sources).items():
+        total = concatenated(weighted)
+        all_apart, _ = squared_norms([(1.0, total), (-1.0, pairs[name])])
+        apart += max(all_apart, 0.0)
+        of_sum += squared_norms([(1.0, total)])[0]
+    return math.sqrt(apart / of_sum) if of_sum > 0 else float(apart > 0)
+
+
+# --------------------------------------------------------------------------------------- writing
+
+
+def _made_of(
+    sources: list[Source], method: Method, head: Path | None, distance: float
+) -> dict[str, Any]:
+    """Return the facts of `combine.json`."""
+    facts: dict[str, Any] = {"lora_version": __version__, "method": method.name}
+    if method.density < 1:
+        facts["density"] = method.density
+    if method.name.startswith("dare"):
+        facts["seed"] = method.seed
+    if head is not None:
+        facts["head"] = str(head)
+    facts["adapters"] = [
+        {
+            "folder": source.name,
+            "weight": source.weight,
+            "sha256": sha256_of(source.saved.path / WEIGHTS_FILE),
+        }
+        for source in sources
+    ]
+    return facts | {"distance_from_sum": distance}
+
+
+def _write_origin(
+    folder: Path, first: Source, config: dict[str, Any], made_of: dict[str, Any], to: Path
+) -> None:
+    """Write what goes with the matrices: base, recipe, tokenizer, card, and what it is made of."""
+    write_json(folder / COMBINE_FILE, made_of)
+    if first.saved.base is not None:
+        first.saved.base.write(folder)
+    copy_processor(first.saved.path, folder)
+    if (first.saved.path / COMPUTATION_FILE).is_file():
+        shutil.copyfile(first.saved.path / COMPUTATION_FILE, folder / COMPUTATION_FILE)
+    if first.recipe is None:
+        return
+    recipe = first.recipe.with_values(
+        {
+            "adapter.from_": None, "adapter.rank": config["r"], "adapter.alpha": config["r"],
+            "adapter.dropout": 0.0, "adapter.use_rslora": False, "adapter.bias": "none",
+            "adapter.target_modules": config["target_modules"], "adapter.exclude_modules": None,
+            "adapter.layers": None, "adapter.rank_pattern": {}, "adapter.alpha_pattern": {},
+            "output_dir": str(to.absolute()),
+        }
+    )  # fmt: skip
+    recipe = recipe.with_origin(replace(recipe.origin, places={}))
+    (folder / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+    write_derived_card(folder, recipe, "Made of", _card_text(made_of))
+
+
+def _card_text(made_of: dict[str, Any]) -> str:
+    """Return what the card says of the adapters that it was made of."""
+    how = f"`{made_of['method']}` ({METHODS[made_of['method']]})"
+    for key in ("density", "seed"):
+        how += f", {key} {made_of[key]}" if key in made_of else ""
+    if "head" in made_of:
+        how += f", modules trained in full from {code_span(made_of['head'])}"
+    far = made_of["distance_from_sum"]
+    is_exact = "it is the weighted sum" if far <= EXACT else f"{far:.1%} away from the weighted sum"
+    rows = [
+        f"- {code_span(one['folder'])}, weight {one['weight']:g}, SHA-256 `{one['sha256']}`"
+        for one in made_of["adapters"]
+    ]
+    return f"Combined by {how} of these adapters; {is_exact}:\n\n" + "\n".join(rows)

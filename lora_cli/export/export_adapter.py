@@ -1,0 +1,110 @@
+"""Write an adapter for another program, after saying what changes, and read it as that one does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lora_cli.adapters.attach import lora_layers
+from lora_cli.adapters.load_adapter import load_adapter, verify_base
+from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
+from lora_cli.adapters.tied_weights import tied_groups
+from lora_cli.errors import LoraError
+from lora_cli.evaluation.open_adapter import check_use
+from lora_cli.export.gguf_reader import LlamaCpp
+from lora_cli.export.low_rank_pairs import parts_of
+from lora_cli.export.merge import adapter_task
+from lora_cli.export.mlx_reader import Mlx
+from lora_cli.export.peft_readers import Peft, Plain, Vllm
+from lora_cli.export.reader import Reader, Source
+from lora_cli.export.reader_names import READERS
+from lora_cli.export.target_folder import locked_target
+from lora_cli.files import new_folder
+from lora_cli.models.fingerprint import fingerprint_of
+from lora_cli.reporting.model_card import write_derived_card
+from lora_cli.tasks import Task, build_task
+
+
+def reader_named(name: str) -> Reader:
+    """Return a reader by its name, one of `READERS`."""
+    match name:
+        case "vllm":
+            return Vllm()
+        case "gguf":
+            return LlamaCpp()
+        case "mlx":
+            return Mlx()
+        case "plain":
+            return Plain()
+    return Peft()
+
+
+def export_adapter(
+    adapter: Path,
+    to: Path,
+    name: str,
+    base: str | None = None,
+    recipe_file: Path | None = None,
+    overrides: list[str] | None = None,
+    say: Callable[[str], None] = print,
+) -> list[str]:
+    """Write an adapter for a reader.
+
+    Args:
+        adapter: Folder of the adapter.
+        to: Folder that is made; it must not exist, or be empty.
+        name: The reader, one of `READERS`.
+        base: Hub id or folder of the base model; None: the one that the adapter names.
+        recipe_file: Recipe of an adapter that another tool made.
+        overrides: `key=value` each, over keys of the recipe.
+        say: Is called, before anything is written, with a line about each change.
+
+    Returns:
+        What was compared after writing, in words.
+
+    Raises:
+        LoraError: If the reader would not read all of the adapter, with every reason.
+        IntegrityError: If the base is not the adapter's, or what was written computes otherwise.
+    """
+    with locked_target(to):
+        task, saved = adapter_task(adapter, recipe_file, base, overrides)
+        reader = reader_named(name)
+        task = build_task(task.recipe.with_values({"model.quantization": None}), task.learned)
+        task.trained_in = adapter
+        task.load_processor()
+        check_use(adapter, task)
+        source = _source(task, saved)
+        if problems := reader.problems(source):
+            raise LoraError(problems)
+        for line in reader.changes(source):
+            say(line)
+        with new_folder(to) as folder:
+            reader.write(source, folder)
+            compared = reader.check(source, folder)
+            about = f"Made from the adapter `{adapter.name}` for {READERS[name]}."
+            text = "\n\n".join(filter(None, [about, reader.usage(source, to), *compared]))
+            write_derived_card(folder, task.completed_recipe, f"For {name}", text)
+    return compared
+
+
+def _source(task: Task, saved: AdapterFolder) -> Source:
+    """Load the base, and compute what base + adapter make of the task's probe.
+
+    The base is loaded once, and is as it was afterwards: two would need twice the memory.
+    """
+    model, new = task.load_model(torch.device("cpu"), dtype=torch.float32)
+    verify_base(saved, fingerprint_of(task.recipe, model, new), task.recipe)
+    is_tied = bool(tied_groups(model))
+    before = {name: p.data for name, p in model.named_parameters(remove_duplicate=False)}
+    load_adapter(model, saved, new)
+    with torch.no_grad():
+        outputs = task.probed(model.eval(), task.probe())
+    for name, layer in lora_layers(model).items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.data = before[name]
+    parts = parts_of(saved) if saved.type == "lora" else None
+    return Source(task, saved, parts, model, outputs, is_tied)

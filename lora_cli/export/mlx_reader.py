@@ -1,0 +1,83 @@
+"""mlx-lm: `adapters.safetensors` with transposed matrices, and a configuration of its own.
+
+Its scale is the factor itself, not alpha. Modules are named in full, so that mlx-lm adapts those of
+the adapter and no others.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from lora_cli.errors import Problem
+from lora_cli.export.low_rank_pairs import of_one_rank
+from lora_cli.export.reader import (
+    MERGE,
+    Source,
+    needs_plain_lora,
+    require_same_outputs,
+    scale_changes,
+)
+from lora_cli.export.source_files import copy_processor
+from lora_cli.files import umask_mode, write_json
+
+MLX_FILE, MLX_CONFIG = "adapters.safetensors", "adapter_config.json"
+# whose modules have the same names in mlx-lm and in transformers
+MODEL_TYPES = ("gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+
+
+class Mlx:
+    """mlx-lm."""
+
+    def problems(self, source: Source) -> list[Problem]:
+        """Reject what is no matrix, and models whose modules have other names there."""
+        at, kind = str(source.saved.path), source.task.config.model_type
+        problems = needs_plain_lora(source, "mlx-lm")
+        if kind not in MODEL_TYPES:
+            what = f"adapters of `{kind}` models cannot be exported for mlx-lm"
+            return [Problem(what, at, MERGE), *problems]
+        if source.parts is not None and source.is_tied:
+            for name, pair in source.parts.pairs.items():
+                if pair.is_embedding or name.endswith("lm_head"):
+                    what = f"mlx-lm adapts `{name}` and the other end of the model as one"
+                    problems.append(Problem(what, at, MERGE))
+        return problems
+
+    def changes(self, source: Source) -> list[str]:
+        """Return what is folded."""
+        return scale_changes(source)
+
+    def write(self, source: Source, folder: Path) -> None:
+        """Write the two files, and the tokenizer."""
+        pairs, tensors = of_one_rank(source.lora.pairs), {}
+        for name, pair in pairs.items():
+            tensors[f"{name}.lora_a"] = pair.a.T.contiguous()
+            tensors[f"{name}.lora_b"] = pair.b.T.contiguous()
+        save_file(tensors, folder / MLX_FILE, metadata={"format": "mlx"})
+        umask_mode(folder / MLX_FILE)
+        rank = next(iter(pairs.values())).rank
+        parameters = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(pairs)}
+        layers = source.task.config.num_hidden_layers
+        config = {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": parameters}
+        write_json(folder / MLX_CONFIG, {"model": source.base_name, **config})
+        copy_processor(source.saved.path, folder)
+
+    def check(self, source: Source, folder: Path) -> list[str]:
+        """Read the file by mlx-lm's rule, y + scale * (x A) B, and compare the outputs."""
+        config = json.loads((folder / MLX_CONFIG).read_text(encoding="utf-8"))["lora_parameters"]
+        tensors = load_file(folder / MLX_FILE)
+        updates = {
+            name: config["scale"] * (tensors[f"{name}.lora_a"] @ tensors[f"{name}.lora_b"]).T
+            for name in config["keys"]
+        }
+        difference = require_same_outputs(source, updates, "mlx-lm")
+        return [f"read by mlx-lm's rule: outputs differ by {difference:.1e}"]
+
+    def usage(self, source: Source, to: Path) -> str:
+        """Return the command that runs it."""
+        return (
+            "With mlx-lm:\n\n```bash\n"
+            f"mlx_lm.generate --model {source.base_name} --adapter-path . --prompt 'some text'\n```"
+        )

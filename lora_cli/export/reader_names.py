@@ -1,0 +1,9 @@
+"""The programs that adapters are exported for, for a command line that has not imported torch."""
+
+READERS = {
+    "peft": "PEFT and transformers: everything is kept as it is",
+    "vllm": "vLLM: one scale and one rank, low-rank matrices only",
+    "gguf": "llama.cpp: one GGUF file",
+    "mlx": "mlx-lm on Apple computers: adapters.safetensors in its layout",
+    "plain": "PEFT's format without patterns and rsLoRA, for any other reader (SGLang, TGI, LoRAX)",
+}

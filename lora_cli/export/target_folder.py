@@ -1,0 +1,27 @@
+"""The folder that an export writes: it is new, and no other process writes it meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_cli.errors import LoraError
+from lora_cli.files import FolderLock
+
+
+@contextmanager
+def locked_target(to: Path) -> Iterator[None]:
+    """Keep other processes from writing the same folder, which does not exist yet or is empty.
+
+    Raises:
+        LoraError: If it contains something, or another process writes it.
+    """
+    to.absolute().parent.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(to.absolute().parent, "--to", for_one=to.absolute())
+    try:
+        if to.exists() and (not to.is_dir() or any(to.iterdir())):
+            raise LoraError(f"{to} is not empty", "--to", "choose a folder that is not there yet")
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,273 @@
+"""An exported adapter computes, read as its reader reads it, what base + adapter compute."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import adapter_folders
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from typer.testing import CliRunner
+
+from lora_cli.cli.app import app
+from lora_cli.errors import IntegrityError, LoraError
+from lora_cli.export import mlx_reader, peft_readers
+from lora_cli.export.export_adapter import export_adapter
+from lora_cli.export.reader_names import READERS
+
+IDS = torch.arange(5, 65).reshape(4, 15)
+UNEVEN = {
+    "rank": 4,
+    "target_modules": ["q_proj", "k_proj", "layers.1.mlp.down_proj"],
+    "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"k_proj": 3.0},
+    "use_rslora": True,
+}
+
+
+def adapter_of(top: Path, kind: str = "llama", **adapter: Any) -> tuple[Path, Path]:
+    """Return a base and an adapter of it."""
+    save = {"llama": lambda p: tiny.save_llama(p, tied=False), "gpt2": tiny.save_gpt2,
+            "tied": tiny.save_llama, "encoder": tiny.save_encoder}[kind]  # fmt: skip
+    base = save(top / "base")
+    return base, adapter_folders.make(top, "a", base, 1, adapter={"rank": 4, **adapter})
+
+
+def export(adapter: Path, to: Path, reader: str) -> tuple[list[str], list[str]]:
+    said: list[str] = []
+    return export_adapter(adapter, to, reader, say=said.append), said
+
+
+@torch.no_grad()
+def outputs(base: Path, adapter: Path) -> Tensor:
+    """Return what PEFT computes with an adapter."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    return PeftModel.from_pretrained(model, str(adapter)).eval()(IDS).logits
+
+
+@torch.no_grad()
+def read_simply(base: Path, adapter: Path) -> Tensor:
+    """Return what a reader computes that knows A, B, r and lora_alpha, and nothing else."""
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+        module = model.get_submodule(
+            name.removeprefix("base_model.model.")[: -len(".lora_A.weight")]
+        )
+        a, b = tensors.pop(name), tensors.pop(name.replace("lora_A", "lora_B"))
+        assert a.shape[0] == config["r"]
+        module.weight += config["lora_alpha"] / config["r"] * b @ a
+    assert not tensors
+    return model(IDS).logits
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    return float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("reader", ["plain", "vllm"])
+def test_one_scale_and_one_rank_compute_the_same(tmp_path: Path, reader: str) -> None:
+    base, adapter = adapter_of(tmp_path, **UNEVEN)
+    compared, said = export(adapter, tmp_path / "out", reader)
+    wanted = outputs(base, adapter)
+    assert close(read_simply(base, tmp_path / "out"), wanted)
+    assert close(outputs(base, tmp_path / "out"), wanted)
+    assert "PEFT" in compared[1]
+    assert "rsLoRA" in said[0]
+    assert "the ranks 2 and 4 become 4" in said[2]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["use_rslora"], config["rank_pattern"], config["alpha_pattern"]) == (
+        False,
+        {},
+        {},
+    )
+    assert config["lora_alpha"] == config["r"] == 4
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_plain_fills_types_that_a_layer_lacks(tmp_path: Path) -> None:
+    _, adapter = adapter_of(tmp_path, target_modules=["q_proj"], layers=[1])
+    _, said = export(adapter, tmp_path / "out", "plain")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    zeros = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert "TGI and LoRAX leave out" in said[0]
+    assert not tensors[zeros].any()
+    assert tensors[zeros.replace("layers.0", "layers.1")].any()
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [{"type": "dora"}, {"bias": "lora_only"}, {"train_modules": ["lm_head"]}, UNEVEN],
+    ids=["dora", "bias", "head", "uneven"],
+)
+def test_peft_keeps_everything(tmp_path: Path, adapter: dict[str, Any]) -> None:
+    base, folder = adapter_of(tmp_path, **{"target_modules": ["q_proj"], **adapter})
+    export(folder, tmp_path / "out", "peft")
+    assert torch.equal(outputs(base, tmp_path / "out"), outputs(base, folder))
+    assert not (tmp_path / "out" / "recipe.yaml").exists()
+
+
+def test_a_classifier_keeps_its_head_for_plain_readers(tmp_path: Path) -> None:
+    base, folder = adapter_of(tmp_path, "encoder", use_rslora=True)
+    _, said = export(folder, tmp_path / "out", "plain")
+    assert "modules trained in full are kept for PEFT" in said[-1]
+    found = []
+    for path in (folder, tmp_path / "out"):
+        model = AutoModelForSequenceClassification.from_pretrained(base)
+        with torch.no_grad():
+            found.append(PeftModel.from_pretrained(model, str(path)).eval()(IDS).logits)
+    assert close(*found)
+
+
+def test_gpt2s_transposed_layers(tmp_path: Path) -> None:
+    base, folder = adapter_of(
+        tmp_path, "gpt2", target_modules=["c_attn", "c_proj"], use_rslora=True
+    )
+    export(folder, tmp_path / "out", "plain")
+    assert close(outputs(base, tmp_path / "out"), outputs(base, folder))
+
+
+# ------------------------------------------------------------------------------- what is rejected
+
+
+@pytest.mark.parametrize(
+    ("reader", "kind", "adapter", "said"),
+    [
+        ("vllm", "encoder", {}, "modules that were trained in full"),
+        ("vllm", "encoder", {}, "SEQ_CLS"),
+        ("vllm", "llama", {"type": "dora"}, "type `dora`"),
+        ("vllm", "llama", {"type": "bitfit"}, "type `bitfit`"),
+        ("vllm", "gpt2", {"bias": "all"}, "biases"),
+        ("vllm", "llama", {"train_modules": ["norm"]}, "trained in full"),
+        ("vllm", "llama", {"rank": 513}, "512 at the most"),
+        ("plain", "llama", {"type": "dora"}, "type `dora`"),
+        ("plain", "gpt2", {"bias": "lora_only"}, "biases"),
+        ("peft", "gpt2", {"type": "bitfit"}, "no adapters of type `bitfit`"),
+        ("peft", "encoder", {"type": "none"}, "no adapters of type `none`"),
+        ("gguf", "gpt2", {}, "`gpt2` models"),
+        ("gguf", "encoder", {}, "`roberta` models"),
+        ("gguf", "tied", {"target_modules": ["embed_tokens"]}, "one weight for"),
+        ("mlx", "gpt2", {}, "`gpt2` models"),
+        ("mlx", "llama", {"train_modules": ["lm_head"], "target_modules": ["q_proj"]}, "in full"),
+        ("mlx", "tied", {"target_modules": ["embed_tokens"]}, "as one"),
+    ],
+)
+def test_what_a_reader_would_not_read(
+    tmp_path: Path, reader: str, kind: str, adapter: dict[str, Any], said: str
+) -> None:
+    if adapter.get("type") == "bitfit" and kind == "llama":
+        kind = "gpt2"  # Llama has no biases
+    _, folder = adapter_of(tmp_path, kind, **adapter)
+    with pytest.raises(LoraError) as caught:
+        export(folder, tmp_path / "out", reader)
+    assert said in str(caught.value)
+    assert all("lora merge" in (problem.hint or "") for problem in caught.value.problems)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("reader", ["plain", "mlx"])
+def test_what_reads_otherwise_is_never_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    _, folder = adapter_of(tmp_path, **UNEVEN)
+    module = mlx_reader if reader == "mlx" else peft_readers
+
+    def wrong(pairs: dict[str, Any]) -> dict[str, Any]:
+        rank = max(pair.rank for pair in pairs.values())
+        return {name: pair.padded(rank) for name, pair in pairs.items()}  # the scale is lost
+
+    monkeypatch.setattr(module, "of_one_rank", wrong)
+    with pytest.raises(IntegrityError, match="the outputs differ by"):
+        export(folder, tmp_path / "out", reader)
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------- other files
+
+
+def test_gguf_has_the_names_and_rows_of_llama_cpp(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    _, folder = adapter_of(tmp_path, **{**UNEVEN, "target_modules": "all-linear"})
+    compared, _ = export(folder, tmp_path / "out", "gguf")
+    assert "outputs differ" in compared[0]
+    reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.type"] == "adapter"
+    assert fields["general.architecture"] == "llama"
+    assert fields["adapter.type"] == "lora"
+    assert fields["adapter.lora.alpha"] == 4.0
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    assert {"blk.0.attn_q.weight.lora_a", "blk.1.ffn_down.weight.lora_b"} <= set(tensors)
+    # llama.cpp's own rule for the rows of query and key, written out row by row
+    source = load_file(folder / "adapter_model.safetensors")
+    b = source["base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight"]
+    heads, width = 2, 8
+    rows = [h * width + half * width // 2 + i
+            for h in range(heads) for i in range(width // 2) for half in (0, 1)]  # fmt: skip
+    assert torch.allclose(tensors["blk.0.attn_k.weight.lora_b"], 3 / 2 * b[rows])
+
+
+def test_gguf_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, folder = adapter_of(tmp_path)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(LoraError, match="pip install gguf"):
+        export(folder, tmp_path / "out", "gguf")
+
+
+def test_mlx_gets_transposed_matrices_and_the_factor(tmp_path: Path) -> None:
+    base, folder = adapter_of(tmp_path, **UNEVEN)
+    export(folder, tmp_path / "out", "mlx")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "out" / "adapters.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        for name in config["lora_parameters"]["keys"]:
+            a, b = tensors.pop(f"{name}.lora_a"), tensors.pop(f"{name}.lora_b")
+            factor = config["lora_parameters"]["scale"]
+            model.get_submodule(name).weight += factor * (a @ b).T
+        assert not tensors
+        assert close(model(IDS).logits, outputs(base, folder))
+
+
+def test_mlx_lm_itself_reads_it(tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    import mlx.core as mx
+    import mlx_lm
+
+    base, folder = adapter_of(tmp_path, **UNEVEN)
+    export(folder, tmp_path / "out", "mlx")
+    model, _ = mlx_lm.load(str(base), adapter_path=str(tmp_path / "out"))
+    found = torch.tensor(model(mx.array(IDS.tolist())).tolist())
+    assert float((found - outputs(base, folder)).abs().max()) <= 1e-4 * float(found.abs().max())
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+@pytest.mark.parametrize("reader", ["peft", "vllm", "mlx", "plain"])
+def test_the_command(tmp_path: Path, reader: str) -> None:
+    _, folder = adapter_of(tmp_path, use_rslora=True)
+    to = tmp_path / "out"
+    arguments = ["export", "--adapter", str(folder), "--for", reader, "--to", str(to)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "checked: " in result.output
+    assert "outputs differ by" in (to / "README.md").read_text()
+
+
+def test_every_reader_is_offered_and_an_unknown_one_is_not(tmp_path: Path) -> None:
+    from lora_cli.cli.export_command import offer_readers
+
+    assert dict(offer_readers("")) == READERS
+    assert [name for name, _ in offer_readers("v")] == ["vllm"]
+    result = CliRunner().invoke(app, ["export", "--adapter", "x", "--for", "vlm", "--to", "y"])
+    assert "did you mean `vllm`" in str(result.exception)
