@@ -664,6 +664,8 @@ def test_a_module_that_the_new_head_holds_must_be_there_whatever_the_configurati
         (f"{QUERY}.lora_B.bias", (32,), "lora_B.bias` is of a kind that"),
         (f"{QUERY}.lora_magnitude_vector", (32,), "does not belong to an adapter of type `lora`"),
         (f"{QUERY}.lora_gate", (32,), "lora_gate` is of a kind that"),
+        (f"{QUERY}.modules_to_save.lora_A.weight", (4, 32), "both adapted and trained in full"),
+        (f"{QUERY}.original_module.lora_A.weight", (4, 32), "both adapted and trained in full"),
     ],
 )
 def test_a_tensor_too_many_is_refused(

@@ -630,3 +630,13 @@ def test_rows_that_differ_in_the_layer_s_number_are_joined() -> None:
         ("7", 1, True, 2),
         ("scale.*", 1, True, 1),
     ]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_keeps_the_mode_of_its_base_and_is_found_by_its_name(training: bool) -> None:
+    model = tiny.encoder().train(training)
+    targets = resolve_targets(model, tiny.recipe_of(target_modules=["query"]))
+    layer = add_layer(model, targets[0], dropout=0.1)
+    assert layer.training == layer.dropout.training == training
+    assert lora_layers(model) == {"bert.encoder.layer.0.attention.self.query": layer}
+    assert "rank=8, alpha=6, scaling=0.75" in repr(layer)

@@ -19,14 +19,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.attach import (
-    add_layer,
     attach,
     disabled,
     lora_layers,
     trainable_parameters,
 )
 from lora_cli.adapters.lora import LORA_LAYERS, LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear
-from lora_cli.adapters.targets import resolve_targets
 from lora_cli.adapters.variants import layer_for
 from lora_cli.errors import LoraError
 
@@ -605,13 +603,3 @@ def test_fifty_steps_of_a_dilated_reflecting_convolution_follow_torch_itself() -
             assert abs(losses[0].item() - losses[1].item()) < 1e-6
             first = first or losses[0].item()
         assert losses[0].item() < first - 0.05
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_a_layer_keeps_the_mode_of_its_base_and_is_found_by_its_name(training: bool) -> None:
-    model = tiny.encoder().train(training)
-    targets = resolve_targets(model, tiny.recipe_of(target_modules=["query"]))
-    layer = add_layer(model, targets[0], dropout=0.1)
-    assert layer.training == layer.dropout.training == training
-    assert lora_layers(model) == {"bert.encoder.layer.0.attention.self.query": layer}
-    assert "rank=8, alpha=6, scaling=0.75" in repr(layer)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,6 +137,19 @@ def test_steps_are_those_of_torch_s_optimizer_with_these_settings(
         theirs.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, copies[name], rtol=1e-6, atol=1e-7)
+
+
+def test_bitsandbytes_gets_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    optim = SimpleNamespace(AdamW8bit=lambda groups, **options: given.extend((groups, options)))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=optim))
+    model = tiny.encoder(2)
+    recipe = with_optimizer("full", type="adamw_8bit", betas=[0.8, 0.95], eps=1e-5)
+    attach(model, recipe, ["classifier"])
+    build_optimizer(model, recipe, ["classifier"])
+    groups, options = given
+    assert sum(len(group["params"]) for group in groups) == len(trainable_parameters(model))
+    assert options == {"betas": (0.8, 0.95), "eps": 1e-5}
 
 
 def test_the_factor_scales_each_group_from_its_own_rate_and_the_highest_is_returned() -> None:

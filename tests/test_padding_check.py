@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from lora_cli.errors import LoraError
+from lora_cli.models import full_precision as full_precision_module
 from lora_cli.models.full_precision import full_precision
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
@@ -395,3 +396,27 @@ def test_full_precision_is_what_a_float32_copy_computes(kind: str, tmp_path: Pat
     assert dtype == found.dtype == torch.float32
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_full_precision_writes_into_tensors_of_16_bits_and_reads_few_rows_of_a_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = torch.nn.Embedding(100, 4, dtype=torch.bfloat16)
+    sizes: list[int] = []
+    own = full_precision_module._widened
+
+    def noted(value: Any) -> Any:
+        sizes.append(value.numel() if isinstance(value, torch.Tensor) else 0)
+        return own(value)
+
+    monkeypatch.setattr(full_precision_module, "_widened", noted)
+    written = torch.zeros(3, dtype=torch.bfloat16)
+    with torch.no_grad(), full_precision(model):
+        found = model(torch.tensor([3, 5]))
+        written.add_(2.0)
+        written[1] = 7.0
+    assert found.dtype == torch.float32
+    assert torch.equal(found, model.weight[[3, 5]].float())
+    assert max(sizes) == 8  # two rows of four
+    assert written.dtype == torch.bfloat16
+    assert written.tolist() == [2.0, 7.0, 2.0]

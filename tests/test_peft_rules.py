@@ -25,7 +25,7 @@ from lora_cli.adapters.peft_format.adapter_folder import (
     read_adapter,
     save_adapter,
 )
-from lora_cli.adapters.peft_format.peft_rules import full_names, peft_reading
+from lora_cli.adapters.peft_format.peft_rules import base_modules, full_names, peft_reading
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.files import write_manifest
 
@@ -241,3 +241,12 @@ def test_what_peft_computes_otherwise_in_a_convolution_is_said_and_not_read(
         load_adapter(tiny.ConvNet(), read_adapter(tmp_path), [])
     write_manifest(tmp_path)  # as a folder of this tool has, whose updates are those of the base
     load_adapter(tiny.ConvNet(), read_adapter(tmp_path), [])
+
+
+def test_the_modules_of_the_base_are_those_before_anything_was_attached() -> None:
+    model = tiny.encoder(2)
+    wanted = {name: module for name, module in model.named_modules() if name}
+    assert base_modules(model) == wanted
+    attach(model, tiny.recipe_of(rank=2, target_modules=["query", "dense"]), ["classifier"])
+    assert len(lora_layers(model)) > 2
+    assert base_modules(model) == wanted
