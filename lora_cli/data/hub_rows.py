@@ -1,7 +1,19 @@
-"""Data sets on the Hub: loaded through `datasets`, their pictures and sound undecoded."""
+"""Data sets on the Hub, and folders laid out like them: their pictures and sound undecoded.
+
+`datasets` keeps what it has prepared under the name of a data set and the layout that its README
+declares, whatever the files hold. For the Hub a commit tells contents apart. For a folder nothing
+does: another folder of the same name, or new files in the same folder, would get the rows of the
+first. So the rows of a folder are kept in a cache of their own, named by a hash of its files.
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,22 +22,29 @@ from lora_cli.data.dataset_cache import damaged_files, forget_files
 from lora_cli.data.media import undecoded
 from lora_cli.data.rows import Rows
 from lora_cli.errors import LoraError, warn
+from lora_cli.files import sha256_of
 from lora_cli.recipe import Recipe
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HASH_OF_FOLDER = re.compile(r"[0-9a-f]{16}")  # as `datasets` names what it prepared of a folder
 
 
 def load_hub(recipe: Recipe, split: str, streaming: bool = False, **options: Any) -> Any:
-    """Return a split of the recipe's data set on the Hub, as `datasets` loads it.
+    """Return a split of the recipe's data set, as `datasets` loads it.
 
     Raises:
-        LoraError: If it cannot be loaded.
+        LoraError: If it cannot be loaded, or would be another than the recipe names.
     """
     import datasets
 
     data = recipe.data
+    is_folder = _is_folder(recipe)
     shown = datasets.utils.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(
+        if is_folder and not streaming:
+            options["cache_dir"] = str(_cache_of(_folder_sha256(recipe)))
+        dataset = datasets.load_dataset(
             data.name,
             data.config,
             split=split,
@@ -47,10 +66,91 @@ def load_hub(recipe: Recipe, split: str, streaming: bool = False, **options: Any
     finally:
         if shown:
             datasets.enable_progress_bars()
+    if not is_folder and not streaming:
+        _require_revision(recipe, dataset)
+    return dataset
+
+
+def _is_folder(recipe: Recipe) -> bool:
+    """Return whether `data.name` is a folder on this machine; loading has made it absolute.
+
+    Raises:
+        LoraError: If it is, and has no revisions; or if a folder would be read instead of the Hub.
+    """
+    data, name = recipe.data, recipe.data.name or ""
+    if not os.path.isdir(name):
+        return False
+    if not os.path.isabs(name):
+        raise LoraError(
+            f"`{name}` is also a folder in the working directory, which would be read instead of "
+            "the data set on the Hub",
+            recipe.at("data.name"),
+            f"run the command in another directory, or name the folder: `{os.path.abspath(name)}`",
+        )
+    if data.revision != "main":
+        what = f"`{data.name}` is a folder, which has no revision `{data.revision}`"
+        raise LoraError(what, recipe.at("data.revision"), "leave it out")
+    return True
+
+
+def _cache_of(sha256: str) -> Path:
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE) / "lora" / f"folder-{sha256[:32]}"
+
+
+def _folder_sha256(recipe: Recipe) -> str:
+    """Return a hash of the files of a folder, as its README assigns them to splits."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(recipe.data.name, recipe.data.config)
+    files = [
+        (str(split), str(file), _sha256_of(str(file)))
+        for split, of_split in (builder.config.data_files or {}).items()
+        for file in of_split
+    ]
+    return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()
+
+
+def _sha256_of(file: str) -> str:
+    """Return the SHA-256 of a file; nothing for an address, which names what it holds."""
+    if not os.path.isfile(file):
+        return ""
+    status = os.stat(file)
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return _sha256_of_state(file, status.st_ino, status.st_size, times)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _sha256_of_state(file: str, _inode: int, _size: int, _times: tuple[int, int]) -> str:
+    """Return the SHA-256 of a file: read once in a process, as every split asks for it."""
+    return sha256_of(Path(file))
+
+
+def _require_revision(recipe: Recipe, dataset: Any) -> None:
+    """Reject rows that `datasets` took from its cache for want of a connection, but of another set.
+
+    It then takes what it has last prepared under the name: of whichever revision, or of a folder.
+
+    Raises:
+        LoraError: If they are not of the revision that the recipe names.
+    """
+    data, files = recipe.data, dataset.cache_files
+    prepared = Path(files[0]["filename"]).parent.name if files else ""
+    if HASH_OF_FOLDER.fullmatch(prepared):
+        what = f"cannot reach `{data.name}` on the Hub; the cache has a folder of this name only"
+    elif (
+        COMMIT.fullmatch(data.revision) and COMMIT.fullmatch(prepared) and prepared != data.revision
+    ):
+        what = f"cannot reach `{data.name}` on the Hub; the cache has revision {prepared} only"
+    else:
+        return
+    hint = "connect once, so that it is downloaded; or name a folder that holds it, by its path"
+    raise LoraError(what, recipe.at("data.name"), hint)
 
 
 def hub_rows(recipe: Recipe, name: str) -> Rows:
-    """Return the rows of a split of the recipe's data set on the Hub."""
+    """Return the rows of a split of the recipe's data set on the Hub, or in a folder like one."""
     dataset = load_hub(recipe, name)
     if damaged := damaged_files(dataset):
         warn(f"the cached data set of the Hub is damaged and is prepared again: {damaged[0]}")
@@ -60,6 +160,8 @@ def hub_rows(recipe: Recipe, name: str) -> Rows:
     names = label_names(dataset.features)
     source = "/".join(filter(None, (recipe.data.name, recipe.data.config, name)))
     sha256, media = dataset._fingerprint, tuple(recipe.task.media_columns)
+    if _is_folder(recipe):  # the fingerprint is a hash of names only
+        sha256 = hashlib.sha256(f"{_folder_sha256(recipe)} {sha256}".encode()).hexdigest()
     positions = np.arange(len(dataset))
     return Rows(undecoded(dataset), source, sha256, positions, names, media=media)
 

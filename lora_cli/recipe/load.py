@@ -300,6 +300,8 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     data = recipe.data
     if data.path is not None:
         paths["data.path"] = absolute("data.path", data.path)
+    if data.name is not None:
+        paths["data.name"] = named("data.name", data.name)
     for key in ("train", "validation", "test"):
         value = getattr(data, key)
         # with a Hub data set, `train` may be anything but a file

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cases import CASES, Case, case
 from world import TABLE, Printed, World
 
@@ -128,6 +129,45 @@ for _name, _section in DATA.items():
     if _name.startswith(("UTF-8", "other")):
         _made = {"data": {"path": "rows.csv", **_section}}
     CASES.append(Case("Splits", _name, _data("rows.csv", TABLE, _made, *_show)))
+
+
+def _hub_folder(cached: str, **data: Any) -> Callable[[World], Printed]:
+    """Return a command on a folder laid out like a data set on the Hub.
+
+    Args:
+        cached: The cache of `datasets` has rows that were prepared of it, as rows of this set.
+        data: Of the recipe.
+    """
+
+    def run(world: World) -> Printed:
+        import datasets
+
+        world.write("films/train.csv", TABLE)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(world.folder)
+            patch.setattr(datasets.config, "HF_DATASETS_CACHE", world.folder / "cache")
+            if cached:
+                rows = datasets.load_dataset("./films", split="train")
+                prepared = Path(rows.cache_files[0]["filename"]).parent
+                if cached != "films":
+                    new = world.folder / "cache" / cached / "default" / "0.0.0" / ("a" * 40)
+                    new.parent.mkdir(parents=True)
+                    prepared.rename(new)
+                (world.folder / "films").rename(world.folder / "moved")
+            model = {"name": "../../bases/encoder"}
+            recipe = world.recipe(name="sub/recipe.yaml", model=model, data=data)
+            return world.lora("validate", recipe, "--data")
+
+    return run
+
+
+for _name, _cached, _section in (
+    ("a folder that has no revision", "", {"name": "../films", "revision": "v2"}),
+    ("a folder in the working directory", "", {"name": "films"}),
+    ("a Hub set of which a folder is cached", "films", {"name": "films"}),
+    ("a Hub set in another revision", "org___films", {"name": "org/films", "revision": "b" * 40}),
+):
+    CASES.append(Case("Splits", _name, _hub_folder(_cached, **_section)))
 
 
 @case("Files and rows", "more names than a parquet file has columns")
