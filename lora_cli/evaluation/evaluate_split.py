@@ -125,6 +125,8 @@ def evaluate(
     if warnings := task.take_warnings():
         for line in warnings if main else ():
             warn(f"while answering: {line}")
+    if main and (missing := metrics.without_rows):
+        raise _no_reference(missing, split, recipe)
     results = [{**_mean_losses(task, sums), **metrics.compute()} if main else {}]
     return dict(gather_object(results)[0])
 
@@ -161,6 +163,15 @@ def _mean_losses(task: Task, sums: dict[str, list[float]]) -> dict[str, float]:
     weights = task.loss_weights
     loss = sum(weights[term] * mean for term, mean in means.items()) if means else math.nan
     return {"loss": loss} | {f"loss_{term}": mean for term, mean in means.items() if len(sums) > 1}
+
+
+def _no_reference(metrics: list[str], split: Encoded, recipe: Recipe) -> LoraError:
+    """Return the error of a split none of whose rows has what metrics compare with."""
+    named = " and ".join(f"`{name}`" for name in metrics)
+    need = f"metric {named} compares" if len(metrics) == 1 else f"the metrics {named} compare"
+    what = f"no row of {split.rows.source} has a label or an answer, which {need} with"
+    hint = "name rows that have one, for example `--set data.test=FILE`; or measure the loss alone"
+    return LoraError(what, recipe.at("evaluate.metrics"), f"{hint}: `--set 'evaluate.metrics=[]'`")
 
 
 def _reject_bad_loss(

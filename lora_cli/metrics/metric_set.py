@@ -91,6 +91,11 @@ class MetricSet:
         """What the metrics read, and so what must be fed before `compute`."""
         return {channel for channel, _ in self._metrics.values()}
 
+    @property
+    def without_rows(self) -> list[str]:
+        """The metrics that were fed no row since the last `compute`."""
+        return [name for name, (channel, _) in self._metrics.items() if not self._n_rows[channel]]
+
     def add_batch(
         self, channel: Channel, predictions: Sequence[Any], references: Sequence[Any]
     ) -> None:

@@ -168,7 +168,11 @@ class Task(TaskRows, TaskMetrics):
 
     @abstractmethod
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Return prepared examples as one batch."""
+        """Return prepared examples as one batch.
+
+        A list of numbers in an example may be a numpy view of the encoded corpus, which cannot be
+        written to: copy it before you change it (`torch.tensor` does, `torch.from_numpy` warns).
+        """
 
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
         """Return facts of an encoded example, and what the model sees, in words.

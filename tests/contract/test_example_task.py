@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_cli.adapters.attach import attach, trainable_parameters
-from lora_cli.errors import IntegrityError
+from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.evaluation import evaluate_split, open_adapter
 from lora_cli.evaluation.evaluate_split import evaluate_adapter
 from lora_cli.evaluation.predict import answer_file
@@ -196,3 +196,18 @@ def test_kept_outputs_are_those_of_the_frozen_part(
         contextlib.redirect_stderr(io.StringIO()),
     ):
         evaluate_adapter(tmp_path / "kept", load_adapter_recipe(tmp_path / "kept"))
+
+
+def test_a_split_without_labels_has_a_loss_and_no_metric(tmp_path: Path) -> None:
+    file, out = write(tmp_path), f"output_dir={tmp_path / 'out'}"
+    write_rows(tmp_path / "validation.jsonl", [{**row, "label": None} for row in ROWS])
+    with pytest.raises(LoraError) as found:
+        runs_of_training.train(load_recipe(file, [out]))
+    text = str(found.value)
+    for part in ("no row of ", "validation.jsonl has a label or an answer", "`accuracy`"):
+        assert part in text
+    assert "--set 'evaluate.metrics=[]'" in text
+    out = f"output_dir={tmp_path / 'loss_alone'}"
+    report = runs_of_training.train(load_recipe(file, [out, "evaluate.metrics=[]"]))
+    after = report["metrics"]["after"]["validation"]
+    assert set(after) == {"loss", "loss_loss"}
