@@ -37,7 +37,8 @@ def parse_value(text: str, source: str, path: KeyPath) -> tuple[Any, Reader]:
     """
     key = dotted(path)
     if not text:
-        hint = f"`--set {key}=null` is its default, `--set '{key}=\"\"'` an empty text"
+        hint = f"write the value after `=`: `--set '{key}=\"\"'` is an empty text, "
+        hint += f"`--set {key}=null` no value; without the flag, the recipe's own value is used"
         raise LoraError("the value is empty", source, hint)
     if any("\udc80" <= letter <= "\udcff" for letter in text):
         return parse(text, source, path, is_file=False)  # which says which byte is not UTF-8
