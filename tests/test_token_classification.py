@@ -12,7 +12,8 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from closeness import assert_close
+from closeness import assert_close, assert_different
+from peft import PeftModel
 from transformers import AutoModelForTokenClassification, BertForTokenClassification
 
 from lora_cli.data.conll import is_conll, read_conll
@@ -30,6 +31,7 @@ from lora_cli.errors import LoraError
 from lora_cli.evaluation import evaluate_split
 from lora_cli.evaluation.compare import compare
 from lora_cli.evaluation.evaluate_split import evaluate, evaluate_adapter
+from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.evaluation.predict import answer, answer_file
 from lora_cli.export.merge import merge_adapter
 from lora_cli.metrics.entity_scores import entity_scores, entity_sums
@@ -572,6 +574,32 @@ def test_the_loss_is_that_of_transformers(base: Path, tmp_path: Path) -> None:
     theirs = model(**batch.inputs, labels=batch.targets["labels"]).loss
     assert batch.items["loss"].tolist() == [5.0, 2.0, 1.0]
     assert_close(ours.double().sum() / batch.n_items, theirs)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_peft_reads_an_adapter_of_all_linear_layers(
+    adapter: str, base: Path, tmp_path: Path
+) -> None:
+    """PEFT fails on its own `all-linear` with `TOKEN_CLS`: it adapts the classifier too."""
+    jsonl(tmp_path / "train.jsonl", ROWS)
+    sections = {
+        "task": {"type": "token_classification"},
+        "data": {"path": "train.jsonl"},
+        "adapter": {"type": adapter, "rank": 2, "target_modules": "all-linear"},
+        "train": {"max_steps": 3, "optimizer": {"learning_rate": 0.05}},
+    }
+    train(load_recipe(tiny.recipe(base, tmp_path, **sections)))
+    out = tmp_path / "out"
+    _, ours, _ = open_adapter(out, load_adapter_recipe(out))
+    labels = ours.config.num_labels  # type: ignore[union-attr]
+    plain = AutoModelForTokenClassification.from_pretrained(base, num_labels=labels)
+    theirs = PeftModel.from_pretrained(plain, str(out)).eval()
+    inputs = {"input_ids": torch.arange(5, 25)[None]}
+    with torch.no_grad():
+        found = ours(**inputs).logits
+        assert_close(found, theirs(**inputs).logits)
+        with theirs.disable_adapter():
+            assert_different(found, theirs(**inputs).logits)
 
 
 def long_row(count: int = 150) -> Json:
