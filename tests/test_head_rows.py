@@ -133,3 +133,23 @@ def test_a_base_without_a_classifier_gets_a_new_one(tmp_path: Path) -> None:
     ours, notes = logits(folder, tmp_path, labels=["bad", "good"])
     assert set(ours) == {"bad", "good"}
     assert notes == []
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_a_new_label_in_a_loaded_layer_is_drawn_as_transformers_draws(
+    kind: str, tmp_path: Path
+) -> None:
+    folder = tiny.save_encoder(tmp_path / "base", OWN, kind)
+    task = {"type": "sequence_classification", "labels": ["furious", "negative", "positive"]}
+    built = build_task(load_recipe(tiny.recipe(folder, tmp_path, task=task)))
+    built.load_processor()
+    built.learn_from({})
+    model = built.load_model(torch.device("cpu"))[0]
+    named = dict(model.named_parameters())
+    (weight,) = [
+        p for n, p in named.items() if n.endswith(("classifier.weight", "out_proj.weight"))
+    ]
+    (bias,) = [p for n, p in named.items() if n.endswith(("classifier.bias", "out_proj.bias"))]
+    assert bias[0] == 0.0
+    assert all(bias[1:] != 0.0)
+    assert 0.0 < float(weight[0].detach().abs().max()) < 6 * model.config.initializer_range
