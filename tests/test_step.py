@@ -415,3 +415,38 @@ def test_a_micro_batch_without_trained_tokens_changes_nothing() -> None:
     assert float(alone.loss) == float(alone.grad_norm) == 0.0
     start = trainable_parameters(made.model).values()
     assert all(torch.equal(a, b) for a, b in zip(same, start, strict=True))
+
+
+class TwoTerms:
+    """A task whose loss has two terms, with weights and items of their own."""
+
+    loss_weights = {"squares": 2.0, "sum": 0.5}
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch.inputs["x"])
+
+    def losses(self, model: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return {"squares": output.square().sum(-1), "sum": output.sum(-1)}
+
+
+def test_each_term_is_divided_by_its_own_items_and_the_terms_are_added() -> None:
+    torch.manual_seed(0)
+    layer, other = (nn.Linear(3, 2) for _ in range(2))
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 3)
+    counts = {"squares": torch.tensor([1.0, 2, 0, 3, 1]), "sum": torch.tensor([1.0, 1, 1, 0, 1])}
+    batches = [
+        Batch({"x": x[part]}, {}, {k: v[part] for k, v in counts.items()}, 1, [0])
+        for part in (slice(0, 2), slice(2, 5))
+    ]
+    accelerator = Accelerator()
+    optimizer = accelerator.prepare_optimizer(torch.optim.SGD(layer.parameters(), lr=RATE))
+    task: Any = TwoTerms()
+    result = train_step(Engine(layer, task, optimizer, accelerator), batches)
+    y = other(x)
+    expected = 2.0 * y.square().sum() / 7 + 0.5 * y.sum() / 4
+    expected.backward()
+    assert float(result.loss) == pytest.approx(expected.item(), rel=1e-6)
+    for ours, plain in zip(layer.parameters(), other.parameters(), strict=True):
+        assert plain.grad is not None
+        torch.testing.assert_close(ours, plain - RATE * plain.grad)
