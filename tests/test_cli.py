@@ -30,6 +30,7 @@ COMMANDS = [
     "merge",
     "combine",
     "export",
+    "check",
     "predict",
     "init",
     "params",

@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from lora_cli.cli.check_command import check
 from lora_cli.cli.combine_command import combine
 from lora_cli.cli.eval_command import evaluate
 from lora_cli.cli.export_command import export
@@ -144,5 +145,5 @@ def _options(
 
 app.command()(train)
 app.command("eval")(evaluate)
-for command in (merge, combine, export, predict, init, params, validate, schema):
+for command in (merge, combine, export, check, predict, init, params, validate, schema):
     app.command()(command)

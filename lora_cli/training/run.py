@@ -19,6 +19,7 @@ from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
 from lora_cli.environment import reject_mpi
 from lora_cli.errors import counted
 from lora_cli.evaluation.evaluate_split import add_samples, evaluate
+from lora_cli.evaluation.probe import take_probe, write_probe
 from lora_cli.evaluation.thumbnails import write_thumbnails
 from lora_cli.models.base_model import enable_gradient_checkpointing
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
@@ -127,7 +128,7 @@ class Run:
         self.notes = [*filter(None, [task.length_note]), *task.notes]
         self.optimizer = build_optimizer(self.model, recipe, self.in_full)
         trained = (self.model, self.optimizer, self.in_full, base)
-        kept = (task.save_processor, accelerator, task.base_facts, self.learned)
+        kept = (self._save_beside, accelerator, task.base_facts, self.learned)
         self.saver = Saver(recipe, *trained, *kept)
         self.prepared = accelerator.prepare_optimizer(self.optimizer)
         self.batches = Batches(task, self.data.get("train"), accelerator)
@@ -156,6 +157,12 @@ class Run:
         if recipe.train.gradient_checkpointing:
             enable_gradient_checkpointing(model, recipe)
         return model, new, base
+
+    def _save_beside(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
+        """Write what belongs beside an adapter: the processor, and what the adapter computes."""
+        self.task.save_processor(folder, facts)
+        if (probe := take_probe(self.task, self.model, self.accelerator)) is not None:
+            write_probe(folder, probe)
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""

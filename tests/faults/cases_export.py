@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -228,3 +229,66 @@ for _reader in ("gguf", "mlx"):
         recipe = world.recipe("llama", adapter={"target_modules": ["embed_tokens"]})
         assert world.lora("train", recipe, "-o", "tied").code == 0
         return _export(world, reader, "tied")
+
+
+# ----------------------------------------------------------------------------------------- check
+
+
+def _probed(world: World, change: Any = None, *options: str) -> Printed:
+    """Check a copy of the trained adapter whose probe was changed."""
+    file = world.folder / world.trained() / "probe.json"
+    (file.parent / "manifest.json").unlink()
+    if change is not None:
+        change(file)
+    return world.lora("check", "--adapter", "trained", *options)
+
+
+def _rewritten(change: Any) -> Any:
+    """Return what changes the values of a file of JSON."""
+
+    def edit(file: Path) -> None:
+        values = json.loads(file.read_text())
+        change(values)
+        file.write_text(json.dumps(values))
+
+    return edit
+
+
+def _equal(values: dict[str, Any]) -> None:
+    values["outputs"]["base"] = values["outputs"]["adapted"]
+
+
+def _exchanged(values: dict[str, Any]) -> None:
+    found = values["outputs"]
+    found["base"], found["adapted"] = found["adapted"], found["base"]
+
+
+def _shifted(values: dict[str, Any]) -> None:
+    for side in ("base", "adapted"):
+        values["outputs"][side] = [x + 5 for x in values["outputs"][side]]
+
+
+def _without_server(values: dict[str, Any]) -> None:
+    tokens = [["a", -1.0]]
+    values["next_tokens"] = [{"prompt": "The", "base": tokens, "adapted": tokens}]
+
+
+for _name, _change, _options in (
+    ("no probe", Path.unlink, ()),
+    ("a probe that cannot be read", lambda file: file.write_text("{"), ()),
+    ("a probe that tells nothing", _rewritten(_equal), ()),
+    ("the outputs of the base", _rewritten(_exchanged), ()),
+    ("the outputs of neither", _rewritten(_shifted), ()),
+    ("a server for a classifier", None, ("--url", "http://localhost:1")),
+    ("an address that is none", _rewritten(_without_server), ("--url", "localhost:1")),
+    ("a name without a server", None, ("--served-name", "a")),
+    ("a key for a server", None, ("--url", "http://localhost:1", "--set", "train.precision=no")),
+):
+    CASES.append(
+        Case("Checking", _name, lambda w, change=_change, o=_options: _probed(w, change, *o))
+    )
+
+
+@case("Checking", "no folder")
+def _(world: World) -> Printed:
+    return world.lora("check", "--adapter", "nowhere")

@@ -59,6 +59,7 @@ MASKS = [
     (r"the token `[^`]*` has the id \d+", "the token `…` has the id …"),  # ties: by chance
     (r"(not valid JSON: Exp).*", r"\1…"),
     (r"fingerprint \w{16,}", "fingerprint …"),
+    (r"(distance from base \+ adapter )[^)\n]*", r"\1…"),
 ]
 
 # why no case here makes some messages, which stand here as the code has them (see `Site`)
@@ -70,6 +71,17 @@ REST: dict[str, list[str]] = {
     "needs an environment with or without gguf; tests/test_export.py": [
         "writing GGUF files needs the Python package `gguf`",
         "llama.cpp has no tensor for `…`",
+    ],
+    "what a server answers; tests/test_probe.py": [
+        "in next_tokens()",
+        "the server answered …:",
+        "the server cannot be reached:",
+        "the server's answer is not JSON",
+        "the server's answer is not a JSON object",
+        "the server's answer has no log-probabilities",
+    ],
+    "a guard: weights that are read are finite": [
+        "the outputs are not finite",
     ],
     "no tiny model of language has a convolution": [
         "adapts no convolutions, as `…`",
@@ -253,7 +265,7 @@ AREAS = [
     "Arguments", "Recipes", "Keys that do not go together", "Overrides", "Files and rows", "Splits",
     "Labels", "Entities", "Language models", "lora init", "Models", "Targets", "Metrics",
     "Adapters", "Starting from an adapter", "Training", "Evaluation", "Prediction", "Merging",
-    "Combining", "Exporting", "Pictures",
+    "Combining", "Exporting", "Checking", "Pictures",
 ]  # fmt: skip
 
 

@@ -1,0 +1,102 @@
+"""`lora check`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_cli.cli import options
+from lora_cli.cli.options import AdapterDir, Overrides, recipe_for
+from lora_cli.errors import IntegrityError, LoraError, name_neighbours
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_cli.evaluation.probe import Probe, Verdict
+
+
+def check(
+    adapter: AdapterDir,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url",
+            metavar="URL",
+            help="OpenAI-style server that serves the adapter: `http://host:8000`. Default: "
+            "computed here.",
+        ),
+    ] = None,
+    served_name: Annotated[
+        str | None,
+        typer.Option(
+            "--served-name",
+            metavar="NAME",
+            help="Name of the adapter at the server. Default: the only model there.",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check that an adapter is at work where it is used, by replaying its probe.json."""
+    if not adapter.is_dir():
+        raise LoraError(f"there is no folder {adapter}", "--adapter", name_neighbours(adapter))
+    if url is None and served_name is not None:
+        what, hint = "`--served-name` names a model at a server", "give its address: `--url URL`"
+        raise LoraError(what, "--served-name", hint)
+    if url is not None and overrides:
+        what = "`--set` changes what is computed here, not at a server"
+        raise LoraError(what, "--set", "leave out `--set` or `--url`")
+    options.quiet_libraries()
+    from lora_cli.evaluation.probe import compare_tokens, read_probe
+    from lora_cli.files import reject_links_outside, verify_manifest
+
+    reject_links_outside(adapter)
+    verify_manifest(adapter)
+    probe = read_probe(adapter)
+    if url is None:
+        _report(_computed_here(adapter, probe, overrides), str(adapter))
+        return
+    from lora_cli.evaluation.completions_endpoint import next_tokens
+
+    if not probe.next_tokens:
+        what = "only adapters of language models can be checked at a server"
+        raise LoraError(what, str(adapter), "leave out `--url` to check it here")
+    prompts = [prompt for prompt, _, _ in probe.next_tokens]
+    _report(compare_tokens(probe, next_tokens(url, prompts, served_name)), url)
+
+
+def _computed_here(adapter: Path, probe: Probe, overrides: list[str] | None) -> Verdict:
+    """Load the adapter, and compare what it computes."""
+    from lora_cli.evaluation.open_adapter import open_adapter
+    from lora_cli.evaluation.probe import compare_outputs, take_probe
+
+    task, model, accelerator = open_adapter(adapter, recipe_for(adapter, None, overrides))
+    found = take_probe(task, model, accelerator)
+    if found is None:
+        hint = "try another precision: `--set train.precision=no`"
+        raise IntegrityError("the outputs are not finite", str(adapter), hint)
+    return compare_outputs(probe, found)
+
+
+def _report(verdict: Verdict, at: str) -> None:
+    """Print that the adapter is at work.
+
+    Raises:
+        IntegrityError: If it is not.
+    """
+    far = f"distance from base + adapter {verdict.from_adapted:.1e}, from the base "
+    far += f"{verdict.from_base:.1e}"
+    if verdict.answer == "adapted":
+        typer.echo(f"the adapter is applied ({far})")
+        return
+    if verdict.answer == "base":
+        raise IntegrityError(
+            f"these are the base's outputs: the adapter is not applied ({far})",
+            at,
+            "does the server load it, and is it asked for by the adapter's name (`--served-name`)?",
+        )
+    raise IntegrityError(
+        f"these are neither the outputs of base + adapter nor those of the base ({far})",
+        at,
+        "is it the same base, and is the adapter's scale right? Compare its versions, too",
+    )
