@@ -271,3 +271,28 @@ def test_every_reader_is_offered_and_an_unknown_one_is_not(tmp_path: Path) -> No
     assert [name for name, _ in offer_readers("v")] == ["vllm"]
     result = CliRunner().invoke(app, ["export", "--adapter", "x", "--for", "vlm", "--to", "y"])
     assert "did you mean `vllm`" in str(result.exception)
+
+
+@pytest.mark.parametrize("reader", ["peft", "plain", "vllm"])
+def test_the_code_of_a_card_runs_in_the_exported_folder(
+    reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = adapter_of(tmp_path, target_modules=["q_proj", "v_proj"])
+    export(adapter, tmp_path / "to", reader)
+    card = (tmp_path / "to" / "README.md").read_text()
+    assert "lora eval" not in card  # there is no recipe in the folder
+    code = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path / "to")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    found = names["model"](IDS).logits.detach()
+    assert close(found, outputs(base, adapter))
+
+
+def test_the_card_for_mlx_names_its_own_command(tmp_path: Path) -> None:
+    _, adapter = adapter_of(tmp_path)
+    export(adapter, tmp_path / "to", "mlx")
+    card = (tmp_path / "to" / "README.md").read_text()
+    assert "mlx_lm.generate" in card
+    assert "lora eval" not in card
+    assert "from peft" not in card

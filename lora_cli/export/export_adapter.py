@@ -9,7 +9,7 @@ import torch
 
 from lora_cli.adapters.attach import lora_layers
 from lora_cli.adapters.load_adapter import load_adapter, verify_base
-from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
+from lora_cli.adapters.peft_format.adapter_folder import WEIGHTS_FILE, AdapterFolder
 from lora_cli.adapters.tied_weights import tied_groups
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.open_adapter import check_use
@@ -85,7 +85,9 @@ def export_adapter(
             compared = reader.check(source, folder)
             about = f"Made from the adapter `{adapter.name}` for {READERS[name]}."
             text = "\n\n".join(filter(None, [about, reader.usage(source, to), *compared]))
-            write_derived_card(folder, task.completed_recipe, f"For {name}", text)
+            recipe = task.completed_recipe
+            in_peft = (folder / WEIGHTS_FILE).is_file()
+            write_derived_card(folder, recipe, f"For {name}", text, False, in_peft)
     return compared
 
 

@@ -51,6 +51,7 @@ def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> No
     definitions = part(report, "metric_definitions")
     parts = [
         *_opening(recipe, report),
+        *_usage(recipe, report),
         f"## Results\n\n{_table([list(map(plain_text, row)) for row in results])}"
         if len(results) > 1
         else "## Results",
@@ -64,7 +65,14 @@ def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> No
     _write_parts(folder, parts)
 
 
-def write_derived_card(folder: Path, recipe: Recipe, title: str, text: str) -> None:
+def write_derived_card(
+    folder: Path,
+    recipe: Recipe,
+    title: str,
+    text: str,
+    for_lora: bool = True,
+    for_library: bool = True,
+) -> None:
     """Write `README.md` of an adapter that was made from others, without a training of its own.
 
     Args:
@@ -72,23 +80,32 @@ def write_derived_card(folder: Path, recipe: Recipe, title: str, text: str) -> N
         recipe: Says what the adapter is for, and how it is used.
         title: Of the section that says what it was made of.
         text: That section, in Markdown.
+        for_lora: Whether this tool's commands take the folder as it is.
+        for_library: Whether PEFT does.
     """
     report = {"lora_version": __version__}
-    _write_parts(folder, [*_opening(recipe, report), f"## {title}\n\n{text}"])
+    usage = _usage(recipe, report, for_lora, for_library)
+    _write_parts(folder, [*_opening(recipe, report), *usage, f"## {title}\n\n{text}"])
 
 
 def _write_parts(folder: Path, parts: list[str]) -> None:
     write_atomically(folder / "README.md", "\n\n".join(filter(None, parts)) + "\n")
 
 
+def _library(recipe: Recipe) -> str | None:
+    """Return the library that reads the folder, besides this tool; None if there is none."""
+    if recipe.adapter.low_rank:
+        return "peft"
+    return "transformers" if recipe.adapter.type == "full" else None
+
+
 def _opening(recipe: Recipe, report: dict[str, Any]) -> list[str]:
-    """Return the first parts of a card: front matter, what it is, and how it is used."""
+    """Return the first parts of a card: front matter, and what it is."""
     name, kind, pipeline = recipe.model.name, recipe.adapter.type, recipe.task.pipeline_tag
     hub, dataset, goal = is_hub_id(name), recipe.data.name, goal_of(recipe.task.type)
-    library = "peft" if recipe.adapter.low_rank else "transformers" if kind == "full" else None
     front = {
         "base_model": name if hub else None,  # the Hub rejects paths
-        "library_name": library,
+        "library_name": _library(recipe),
         "pipeline_tag": pipeline,
         "datasets": [dataset] if dataset and is_hub_id(dataset) else None,
         "tags": [*([] if kind in ("full", "none") else [kind]), "lora-cli"],
@@ -97,17 +114,28 @@ def _opening(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     version, day = (str(report.get(key) or "") for key in ("lora_version", "created"))
     labels = _labels(recipe, report)
     named = ", ".join(map(code_span, labels[:50])) + ", ..." * (len(labels) > 50)
-    code = _snippet(recipe, labels) if library else ""  # else only this tool reads the folder
-    pairs = getattr(recipe.task, "text_pair_column", None)
-    asked = "--input pairs.csv --output answers.csv" if pairs else f'"{recipe.task.example_input}"'
     return [
         f"---\n{yaml.safe_dump({k: v for k, v in front.items() if v}, sort_keys=False)}---",
         f"# {plain_text(short_name(name))} for {goal}",
         f"{ADAPTER_TITLES[kind]} of {base} for {goal}, made with {f'`lora` {version}'.strip()}"
         + (f" on {day[:10]}." if day else "."),
         f"Labels: {named}." if labels else "",
-        "## Use\n\nWith `lora`, in this folder:",
-        f"```bash\nlora eval --adapter .\nlora predict --adapter . {asked}\n```",
+    ]
+
+
+def _usage(
+    recipe: Recipe, report: dict[str, Any], for_lora: bool = True, for_library: bool = True
+) -> list[str]:
+    """Return how an adapter is used, with this tool and with the library that reads it."""
+    library = _library(recipe) if for_library else None
+    # of the others, only this tool reads the folder
+    code = _snippet(recipe, _labels(recipe, report)) if library else ""
+    pairs = getattr(recipe.task, "text_pair_column", None)
+    asked = "--input pairs.csv --output answers.csv" if pairs else f'"{recipe.task.example_input}"'
+    commands = f"```bash\nlora eval --adapter .\nlora predict --adapter . {asked}\n```"
+    return [
+        "## Use" if for_lora or code else "",
+        f"With `lora`, in this folder:\n\n{commands}" if for_lora else "",
         f"With `{library}`:\n\n{_code_block(code)}" if code else "",
     ]
 

@@ -149,7 +149,7 @@ class DataSpec(Section):
     """Where the rows come from, and which are held out."""
 
     name: Word | None = None
-    """A data set on the Hub."""
+    """A data set on the Hub, or a folder that is laid out like one (relative to the recipe)."""
 
     config: Word | None = None
     """Configuration of the data set on the Hub (`sst2` of `nyu-mll/glue`)."""
