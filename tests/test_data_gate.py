@@ -466,7 +466,7 @@ def test_validate_shows_rows_on_stdout_and_the_table_on_stderr(write: Write) -> 
     assert result.stderr.startswith("data ")
     assert "also in train" in result.stderr
     result = CliRunner().invoke(app, ["validate", str(path), "--data"])
-    assert result.stdout.startswith("model:")
+    assert result.stdout.startswith("format: 1\nmodel:")
     assert "also in train" in result.stderr
     result = CliRunner().invoke(app, ["validate", str(path), "--show", "2"])
     assert isinstance(result.exception, LoraError)

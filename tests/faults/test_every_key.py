@@ -270,6 +270,7 @@ TEXT_FILE = {"train": "lines.txt", "validation": None}
 CSV = {"data.train": "train.csv", "data.validation": None}
 MANY = {"train.max_steps": 12, "evaluate.every_steps": 2}
 CHANGES: dict[str, Change] = {
+    "format": Change(message, (1, 2)),
     "model.name": Change(losses, ("../bases/encoder", "../bases/other")),
     "model.revision": Change(config, ("main", "v2")),
     "model.dtype": Change(losses, ("float32", "bfloat16"), also={"train.precision": "bf16"}),

@@ -263,7 +263,7 @@ def test_one_label_written_in_several_ways(labels: Any, wanted: list[str], world
         task = build_task(world.load(world.recipe(data={"path": "rows.jsonl"})))
         task.load_processor()
         load_data(task)
-    assert task.recipe.task.labels == wanted
+    assert task.completed_recipe.task.labels == wanted
 
 
 @pytest.mark.parametrize(
