@@ -84,6 +84,18 @@ def test_the_metric_of_both_is_measured_where_rows_are_at_hand(tmp_path: Path) -
     assert "loss" not in "".join(again.choice)
 
 
+@pytest.mark.parametrize("adapter", ["none", "bitfit"])
+def test_an_adapter_without_matrices_is_merged_too(adapter: str, tmp_path: Path) -> None:
+    base = tiny.save_encoder(tmp_path / "base")
+    path = tiny.recipe(
+        base, tmp_path, model={"name": str(base), "quantization": "int8"},
+        adapter={"type": adapter}, train={"max_steps": 2},
+    )  # fmt: skip
+    train(load_recipe(path))
+    result = merge_adapter(None, tmp_path / "out", tmp_path / "merged")
+    assert sum(line.endswith("<- written") for line in result.choice) == 1
+
+
 @pytest.mark.parametrize(
     ("values", "lower", "wanted"),
     [((0.8, 0.9), False, "original"), ((0.8, 0.9), True, "dequantised"),
