@@ -10,10 +10,12 @@ from lora_cli.data.conversations import read_conversations
 from lora_cli.recipe_draft.answer_cuts import rows_without_answer
 from lora_cli.recipe_draft.base_model_info import Base
 from lora_cli.recipe_draft.chat_lengths import TurnCounter
-from lora_cli.recipe_draft.language_model_rows import Chosen
 from lora_cli.recipe_draft.text_lengths import length_of
+from lora_cli.tasks.proposal import Proposal
 
-PAIR = Chosen({"type": "causal_lm", "prompt_column": "p", "completion_column": "c"}, {}, ["p", "c"])
+PAIR = Proposal(
+    {"type": "causal_lm", "prompt_column": "p", "completion_column": "c"}, {}, ["p", "c"]
+)
 
 
 def test_rows_whose_prompt_alone_is_too_long_are_counted() -> None:
@@ -32,7 +34,7 @@ def test_rows_whose_prompt_alone_is_too_long_are_counted() -> None:
     chat = [{"m": turn} for turn in turns] + [{"m": []}]  # the last is skipped, and said so
     chatting = TurnCounter(base.tokenizer, "{% for m in messages %}{{ m.content }}{% endfor %}")
     asked = [len(base.tokenizer(row["p"], add_special_tokens=False)["input_ids"]) for row in rows]
-    chosen = Chosen(keys, {}, ["m"])
+    chosen = Proposal(keys, {}, ["m"])
     assert rows_without_answer([chat], base, chosen, asked[2], chatting) == (2, 4)
 
 
@@ -75,7 +77,7 @@ def test_conversations_are_counted_as_the_template_writes_them(
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     base = Base("base", tokenizer)
-    chosen = Chosen({"type": "causal_lm", **keys}, {}, ["m"])
+    chosen = Proposal({"type": "causal_lm", **keys}, {}, ["m"])
     turns = TurnCounter(tokenizer, template)
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = template

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from lora_cli.data.column_kinds import describe
 from lora_cli.data.label_lists import listed_labels
-from lora_cli.recipe_draft.column_kinds import describe
 
 
 @pytest.mark.parametrize(

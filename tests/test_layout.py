@@ -65,6 +65,13 @@ def questions_in(tree: ast.Module, classes: set[str]) -> Iterator[ast.AST]:
                 yield node
 
 
+def names_in(tree: ast.Module) -> Iterator[ast.Constant]:
+    """Yield the texts that are the name of a task type."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in TASKS:
+            yield node
+
+
 @pytest.mark.parametrize("path", MODULES, ids=named)
 def test_modules_and_functions_are_small(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
@@ -85,7 +92,7 @@ def test_only_tasks_know_which_task_it_is() -> None:
         f"{named(path)}:{node.lineno}: {ast.unparse(node)}"
         for path in MODULES
         if not any(path.is_relative_to(folder) for folder in MAY_KNOW_TASKS)
-        for node in questions_in(tree_of(path), classes)
+        for node in (*questions_in(tree_of(path), classes), *names_in(tree_of(path)))
     ]
     assert found == []
 
@@ -119,3 +126,9 @@ def test_one_match_builds_a_task() -> None:
 )
 def test_the_questions_are_recognised(code: str, is_question: bool) -> None:
     assert bool(list(questions_in(ast.parse(code), {"CausalLM"}))) == is_question
+
+
+def test_names_of_tasks_are_recognised() -> None:
+    code = "task = {'type': 'causal_lm'}; USUAL = {'sequence_classification': 1}; x = 'a causal_lm'"
+    found = [node.value for node in names_in(ast.parse(code))]
+    assert found == ["causal_lm", "sequence_classification"]

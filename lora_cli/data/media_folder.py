@@ -19,8 +19,9 @@ from pathlib import Path
 from lora_cli.data.labelled_text import LABEL_COLUMN
 from lora_cli.data.text_lines import RawRow
 from lora_cli.recipe import Recipe
+from lora_cli.recipe.spec.task_section import MediaKind
 
-SUFFIXES: dict[str, tuple[str, ...]] = {
+SUFFIXES: dict[MediaKind, tuple[str, ...]] = {
     "image": (
         ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".dib", ".webp", ".tif", ".tiff",
         ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".tga",

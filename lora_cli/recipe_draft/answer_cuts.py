@@ -7,13 +7,13 @@ from typing import Any
 
 from lora_cli.recipe_draft.base_model_info import SAMPLE, Base
 from lora_cli.recipe_draft.chat_lengths import TurnCounter, conversations_of
-from lora_cli.recipe_draft.language_model_rows import Chosen
+from lora_cli.tasks.proposal import Proposal
 
 
 def rows_without_answer(
     splits: Sequence[Sequence[dict[str, Any]]],
     base: Base,
-    chosen: Chosen,
+    chosen: Proposal,
     length: int,
     turns: TurnCounter | None = None,
 ) -> tuple[int, int] | None:
@@ -43,7 +43,7 @@ def rows_without_answer(
     return (count, len(lengths)) if count else None
 
 
-def _prompt(row: dict[str, Any], chosen: Chosen) -> str:
+def _prompt(row: dict[str, Any], chosen: Proposal) -> str:
     """Return what stands before the answer."""
     keys = chosen.keys
     return str(row.get(keys["prompt_column"]) or "") + str(keys.get("separator", ""))

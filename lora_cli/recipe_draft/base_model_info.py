@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from lora_cli.recipe_draft.memory_budget import Shape
 from lora_cli.unexpected_errors import own_words
 
 SIZE = re.compile(r"(?i)(?<![a-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z])")
+PIPELINE = "model_index.json"  # of diffusers
 SECONDS = 5  # to wait for the Hub
 SAMPLE = 2000  # rows whose length is measured
 
@@ -31,6 +33,8 @@ class Base:
         shape: Its sizes, if they are known.
         size_from: What says how many parameters it has.
         sees: It reads pictures and no texts; None where that is not known.
+        model_type: What transformers calls its architecture, or diffusers its pipeline, if that is
+            known.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Base:
     shape: Shape | None = None
     size_from: str = "by its configuration"
     sees: bool | None = None
+    model_type: str | None = None
 
     @property
     def lacks_template(self) -> bool:
@@ -80,6 +85,8 @@ def describe_base(name: str) -> Base:
     folder = Path(name).expanduser()
     local = folder.is_dir() or name.startswith((".", "/", "~"))
     source = locate(str(folder.absolute()) if local else name, "--model")
+    if (pipeline := _pipeline_in(Path(source))) is not None:
+        return Base(name, can_write=False, model_type=pipeline)
     try:
         config = _from_hub(AutoConfig, source, local)
     except Exception as error:  # a damaged configuration raises anything
@@ -93,7 +100,8 @@ def describe_base(name: str) -> Base:
     writes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     encodes = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or "ernie" in kind
     if kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and not (writes or encodes):
-        return Base(name, can_write=False, shape=_shape_of(config, False), sees=True)
+        shape = _shape_of(config, False)
+        return Base(name, can_write=False, shape=shape, sees=True, model_type=kind)
     text_config = config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or None
     try:
@@ -113,7 +121,18 @@ def describe_base(name: str) -> Base:
         getattr(text_config, "hidden_size", None),
         _shape_of(config, writes and not encodes),
         sees=False,
+        model_type=kind,
     )
+
+
+def _pipeline_in(folder: Path) -> str | None:
+    """Return the class of a model of several parts, as diffusers writes it into its folder."""
+    try:
+        found = json.loads((folder / PIPELINE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    name = found.get("_class_name") if isinstance(found, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _from_hub(kind: Any, source: str, local: bool) -> Any:

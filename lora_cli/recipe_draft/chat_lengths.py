@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_cli.data.conversations import Conversation, conversation_error, read_conversations
 from lora_cli.errors import LoraError
-from lora_cli.recipe_draft.language_model_rows import Chosen
+from lora_cli.tasks.proposal import Proposal
 
 
 class TurnCounter:
@@ -52,7 +52,7 @@ class TurnCounter:
         return len(encoded["input_ids"])
 
 
-def conversations_of(row: dict[str, Any], chosen: Chosen) -> list[Conversation]:
+def conversations_of(row: dict[str, Any], chosen: Proposal) -> list[Conversation]:
     """Return the conversations of a row; none if it cannot be trained."""
     form, column = chosen.keys["format"], chosen.keys.get("messages_column")
     if conversation_error(row, form, column):

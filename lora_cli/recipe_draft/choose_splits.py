@@ -16,16 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.characters import normalised
-from lora_cli.data.conversations import conversation_error
-from lora_cli.data.detect_format import DataFile
-from lora_cli.data.held_out import containing, draw
-from lora_cli.data.parallel_texts import BRACES, parts_of
-from lora_cli.data.readers import read_rows
-from lora_cli.data.text_lines import byte_error
-from lora_cli.errors import LoraError, counted
-from lora_cli.recipe import FormatSpec
-from lora_cli.recipe.spec import CheckSpec, is_file
-from lora_cli.recipe_draft.column_kinds import (
+from lora_cli.data.column_kinds import (
     GROUP_NAME,
     SPLIT_NAMES,
     Column,
@@ -33,8 +24,17 @@ from lora_cli.recipe_draft.column_kinds import (
     is_blank,
     label_text,
 )
+from lora_cli.data.conversations import conversation_error
+from lora_cli.data.detect_format import DataFile
+from lora_cli.data.held_out import containing, draw
+from lora_cli.data.parallel_texts import BRACES, parts_of
+from lora_cli.data.readers import read_rows
+from lora_cli.data.text_lines import byte_error
+from lora_cli.errors import LoraError, counted
+from lora_cli.recipe import TASKS, FormatSpec
+from lora_cli.recipe.spec import CheckSpec, is_file
 from lora_cli.recipe_draft.data_folder import held_out_of
-from lora_cli.recipe_draft.language_model_rows import Chosen
+from lora_cli.tasks.proposal import Proposal
 
 MOST_OVERLAP = CheckSpec().max_overlap
 PHRASES = 0.1  # with a larger share of rows that stand inside others, these are held out together
@@ -53,7 +53,7 @@ class _Splits:
 
 
 def choose_splits(
-    file: DataFile, columns: Sequence[Column], chosen: Chosen, target: Path
+    file: DataFile, columns: Sequence[Column], chosen: Proposal, target: Path
 ) -> tuple[Keys, list[dict[str, Any]]]:
     """Return the keys of the recipe's `data` that say which rows are held out.
 
@@ -92,13 +92,13 @@ def choose_splits(
     }, chosen_splits.other_rows
 
 
-def is_skipped(row: dict[str, Any], chosen: Chosen) -> bool:
+def is_skipped(row: dict[str, Any], chosen: Proposal) -> bool:
     """Return whether the label of a row says that it has none."""
     marks = chosen.keys.get("skip_labels", ())
     return bool(marks) and label_text(row.get(chosen.keys["label_column"])) in marks
 
 
-def is_unusable(row: dict[str, Any], chosen: Chosen) -> bool:
+def is_unusable(row: dict[str, Any], chosen: Proposal) -> bool:
     """Return whether the task would reject a row."""
     keys = chosen.keys
     needed = [name for name in chosen.inputs if keys.get("format") != "alpaca" or name != "input"]
@@ -122,7 +122,7 @@ def is_unusable(row: dict[str, Any], chosen: Chosen) -> bool:
 # ------------------------------------------------------------------------- splits of the author
 
 
-def _by_column(file: DataFile, mark: Column, chosen: Chosen) -> _Splits:
+def _by_column(file: DataFile, mark: Column, chosen: Proposal) -> _Splits:
     """Return the splits that a column names."""
     named: dict[str, list[str]] = {}
     for value in mark.counts:
@@ -154,7 +154,7 @@ def _by_column(file: DataFile, mark: Column, chosen: Chosen) -> _Splits:
     return chosen_splits
 
 
-def _by_folder(file: DataFile, chosen: Chosen) -> _Splits:
+def _by_folder(file: DataFile, chosen: Proposal) -> _Splits:
     """Return the splits that are files or folders of a folder."""
     chosen_splits = _Splits(train=file.rows)
     form = FormatSpec.model_validate(file.form)
@@ -171,7 +171,7 @@ def _by_folder(file: DataFile, chosen: Chosen) -> _Splits:
     return chosen_splits
 
 
-def _by_files(file: DataFile, chosen: Chosen, target: Path) -> _Splits:
+def _by_files(file: DataFile, chosen: Proposal, target: Path) -> _Splits:
     """Return the splits whose files stand beside one that is called train."""
     chosen_splits = _Splits(train=file.rows)
     match = re.search(r"(?i)(?<![a-z])train(ing)?(?![a-z])", file.path.name)
@@ -213,7 +213,7 @@ def _around(path: Path) -> list[Path]:
     return [pair for pair in pairs if all(part.is_file() for part in parts_of(pair).values())]
 
 
-def _inspect(path: Path, like: DataFile, chosen: Chosen) -> tuple[str, list[dict[str, Any]]]:
+def _inspect(path: Path, like: DataFile, chosen: Proposal) -> tuple[str, list[dict[str, Any]]]:
     """Return why a file cannot be a split of another, or nothing; and its rows."""
     try:
         rows = list(read_rows(path, FormatSpec.model_validate(like.form)))
@@ -224,13 +224,13 @@ def _inspect(path: Path, like: DataFile, chosen: Chosen) -> tuple[str, list[dict
     return reason or _error_of(found, like.rows, chosen), found
 
 
-def _error_of(rows: Rows, train: Rows, chosen: Chosen) -> str:
+def _error_of(rows: Rows, train: Rows, chosen: Proposal) -> str:
     """Return why rows cannot measure what train teaches, or nothing."""
     rows = [row for row in rows if not is_skipped(row, chosen)]
     if not rows:
         return "it has no rows"
     lacking = [name for name in chosen.used if all(name not in row for row in rows[:100])]
-    if lacking and "format" not in chosen.keys:
+    if lacking and not chosen.is_chat:
         return f"it has no column `{sorted(lacking)[0]}`"
     unusable = sum(is_unusable(row, chosen) for row in rows)
     if unusable:
@@ -260,12 +260,12 @@ def _text(row: dict[str, Any], columns: Sequence[str]) -> str:
 
 
 def _draws(
-    rows: list[dict[str, Any]], columns: Sequence[Column], chosen: Chosen, both: bool
+    rows: list[dict[str, Any]], columns: Sequence[Column], chosen: Proposal, both: bool
 ) -> Keys:
     """Return validation, and test where there are enough rows, as draws from train."""
     rows = [row for row in rows if not is_unusable(row, chosen) and not is_skipped(row, chosen)]
-    answers = "completion_column" in chosen.keys or chosen.keys.get("format") == "alpaca"
-    asked = chosen.inputs[:-1] if answers else chosen.inputs  # as the draw compares them
+    compared = TASKS[chosen.keys["type"]].model_construct(**chosen.keys).input_columns_by_key
+    asked = [name for name in chosen.inputs if name in compared.values()]  # as the draw has it
     texts = [_text(row, asked) for row in rows]
     unique = len(set(texts))
     if unique < 10:
@@ -321,7 +321,7 @@ def _inside_others(texts: Sequence[str]) -> float:
     return sum(inside) / len(texts)
 
 
-def _strata(rows: Rows, chosen: Chosen) -> list[str]:
+def _strata(rows: Rows, chosen: Proposal) -> list[str]:
     """Return the stratum of each row, where the task has labels."""
     keys = chosen.keys
     if keys.get("problem") != "single_label":
@@ -330,7 +330,7 @@ def _strata(rows: Rows, chosen: Chosen) -> list[str]:
     return [str([row.get(name) for name in names]) for row in rows]
 
 
-def _group_of(columns: Sequence[Column], chosen: Chosen, rows: Rows) -> Column | None:
+def _group_of(columns: Sequence[Column], chosen: Proposal, rows: Rows) -> Column | None:
     """Return the column that says which rows belong together: a customer, a conversation."""
     for column in columns:
         named = GROUP_NAME.fullmatch(column.name) and column.name not in chosen.used

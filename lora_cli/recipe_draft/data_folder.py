@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_cli.data.column_kinds import SPLIT_NAMES
 from lora_cli.data.detect_format import LABELS_ARE, SAMPLE_BYTES, DataFile, bytes_of, read_data_file
 from lora_cli.data.find_files import SPLITS, files_of
 from lora_cli.data.labelled_text import class_files
@@ -15,8 +16,8 @@ from lora_cli.data.readers import kind_by_name, read_rows
 from lora_cli.data.text_encoding import encoding_of
 from lora_cli.data.text_lines import RawRow
 from lora_cli.errors import LoraError, counted
-from lora_cli.recipe import FormatSpec, Recipe
-from lora_cli.recipe_draft.column_kinds import SPLIT_NAMES
+from lora_cli.recipe import TASKS, FormatSpec, Recipe
+from lora_cli.recipe.spec.task_section import MediaKind
 
 TEXT_SUFFIXES = (".txt", ".text", "")
 NO_DATA = ("readme", "license", "licence", "source", "changes", "notice")
@@ -32,11 +33,32 @@ def read_source(path: Path) -> DataFile:
     return read_folder(path) if path.is_dir() else read_data_file(path)
 
 
+def task_reading(kind: MediaKind | None) -> dict[str, Any]:
+    """Return the `task` of a recipe that reads pictures, sound or (None) neither, if there is one.
+
+    It is to find files with, so that its other keys do not matter.
+    """
+    for name, spec in TASKS.items():
+        if next(iter(spec.model_construct().media_columns.values()), None) == kind:
+            return {"type": name}
+    return {}
+
+
+def recipe_of_folder(folder: Path, task: dict[str, Any], **data: Any) -> Recipe:
+    """Return a recipe that reads a folder.
+
+    Args:
+        folder: The folder.
+        task: Keys of `task`.
+        **data: More keys of `data`.
+    """
+    values = {"model": {"name": "none"}, "task": task, "data": {"path": str(folder), **data}}
+    return Recipe.model_validate(values)
+
+
 def split_files(folder: Path, form: dict[str, Any], split: str) -> list[Path]:
     """Return the files of a split in a folder, as training finds them; there may be none."""
-    data = {"path": str(folder), "format": form}
-    task = {"type": "sequence_classification"}
-    recipe = Recipe.model_validate({"model": {"name": "none"}, "task": task, "data": data})
+    recipe = recipe_of_folder(folder, task_reading(None), format=form)
     try:
         return files_of(recipe, split, split)
     except LoraError:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.cell_values import half_width
+from lora_cli.data.column_kinds import SPLIT_NAMES, Column, as_number, describe
 from lora_cli.data.conversations import conversation_error, read_conversations
 from lora_cli.data.csv_rows import delimiter_of
 from lora_cli.data.detect_format import DataFile
@@ -23,25 +24,17 @@ from lora_cli.recipe_draft.base_model_info import Base, describe_base
 from lora_cli.recipe_draft.chat_lengths import TurnCounter
 from lora_cli.recipe_draft.choose_splits import Keys, Rows, choose_splits, is_unusable
 from lora_cli.recipe_draft.choose_task import choose_task
-from lora_cli.recipe_draft.column_kinds import SPLIT_NAMES, Column, as_number, describe
 from lora_cli.recipe_draft.data_folder import read_source
 from lora_cli.recipe_draft.draft_findings import add_findings
 from lora_cli.recipe_draft.draft_training import add_training
 from lora_cli.recipe_draft.draft_values import Draft
 from lora_cli.recipe_draft.hints import without_overrides
-from lora_cli.recipe_draft.language_model_rows import Chosen, translation
-from lora_cli.recipe_draft.memory_budget import (
-    GIB,
-    Card,
-    card_here,
-)
-from lora_cli.recipe_draft.picture_rows import (
-    choose_pictures,
-    picture_splits,
-    read_picture_folder,
-)
+from lora_cli.recipe_draft.media_rows import media_splits, read_media_folder
+from lora_cli.recipe_draft.memory_budget import GIB, Card, card_here
 from lora_cli.recipe_draft.text_lengths import length_of, unknown_share
+from lora_cli.tasks.proposal import Proposal, Table
 
+NEW_NAMES = {"text_pair_column": "text_2"}  # of columns; else as their key
 MANY_LABELS = 500  # more are not written out, but found in the train rows
 CHATML = """\
 {%- for message in messages -%}
@@ -97,36 +90,32 @@ def _drafted(
     memory: float | None,
 ) -> Draft:
     """Return the recipe; errors may speak of keys that only a recipe has."""
-    pictures = read_picture_folder(source) if second is None else None
-    if pictures is not None:
-        file = pictures
+    media = read_media_folder(source) if second is None else None
+    if media is not None:
+        file, kind = media
     else:
-        file = read_source(source) if second is None else read_pair(source, second)
+        file, kind = (read_source(source) if second is None else read_pair(source, second)), None
     base = describe_base(model)
-    if pictures is not None and base.sees is False:
-        what = f"`{model}` reads texts, and {source} holds pictures"
-        raise LoraError(what, "--model", "use a model that reads pictures, such as ViT or ResNet")
     columns = [describe(name, file.rows, _delimiter(file)) for name in file.columns]
     if file.form.get("label_from") == "fasttext":
         columns = [_divided_by_spaces(column) for column in columns]
-    if pictures is not None or base.sees:
-        chosen = choose_pictures(file, columns, label)
-    elif second is not None and text is None and label is None:
-        chosen = translation(columns[0], columns[1], file.path.name, base.can_write)
-    else:
-        chosen = choose_task(columns, file.rows, file.path.name, text, label, base.can_write, pair)
+    place = file.path.name if kind is None else str(source)
+    are_lines = second is not None
+    table = Table(columns, file.rows, place, text, label, pair, kind, are_lines)
+    chosen = choose_task(table, base)
     file, columns, chosen = _with_names(file, columns, chosen)
     card = card_here() if memory is None else Card(memory * GIB, f"a GPU of {memory:g} GiB")
     draft = Draft({"model": {"name": _relative(model, target, base)}}, {})
-    if pictures is not None:
+    if kind is not None:
         other_rows: Rows = []
-        splits = picture_splits(file)
+        splits = media_splits(file, kind, chosen.keys)
     else:
         splits, other_rows = choose_splits(file, columns, chosen, target)
     _task(draft, base, chosen, [file.rows, other_rows])
     _data(draft, file, columns, chosen, target, splits)
-    add_training(draft, base, len(file.rows), card)
-    warning = unknown_share([file.rows, other_rows], base, chosen) if _is_cut(chosen) else None
+    limits = _limits(chosen)
+    add_training(draft, base, len(file.rows), card, list(limits))
+    warning = unknown_share([file.rows, other_rows], base, chosen) if limits else None
     if warning is not None:
         draft.findings.append(("unknown", warning))
     draft.values["output_dir"] = _output_dir(file.path, target)
@@ -171,39 +160,47 @@ def _relative(model: str, target: Path, base: Base) -> str:
 
 
 def _with_names(
-    file: DataFile, columns: list[Column], chosen: Chosen
-) -> tuple[DataFile, list[Column], Chosen]:
+    file: DataFile, columns: list[Column], chosen: Proposal
+) -> tuple[DataFile, list[Column], Proposal]:
     """Name the columns of a file without a header after what they are used for."""
     if file.named or "columns" not in file.form:
         return file, columns, chosen
-    roles = {
-        "text_column": "text", "text_pair_column": "text_2", "label_column": "label",
-        "prompt_column": "prompt", "completion_column": "completion", "messages_column": "messages",
-    }  # fmt: skip
-    new = {chosen.keys[key]: name for key, name in roles.items() if key in chosen.keys}
+    roles = [key for key, name in chosen.keys.items() if key.endswith("_column") and name]
+    new = {chosen.keys[key]: NEW_NAMES.get(key, key.removesuffix("_column")) for key in roles}
+    old = {name: column for column, name in new.items()}
 
     def renamed(value: Any) -> Any:
         return new.get(value, value) if isinstance(value, str) else value
 
-    keys = {key: renamed(value) if key in roles else value for key, value in chosen.keys.items()}
+    def row_error(row: dict[str, Any]) -> str:
+        assert chosen.row_error is not None
+        return chosen.row_error({old.get(name, name): value for name, value in row.items()})
+
     why = {}
     for key, reason in chosen.why.items():
-        for old, name in new.items():
-            reason = reason.replace(f"`{old}`", f"`{name}`")
+        for column, name in new.items():
+            reason = reason.replace(f"`{column}`", f"`{name}`")
         why[key] = reason
     rows = [{renamed(name): value for name, value in row.items()} for row in file.rows]
     names = [renamed(name) for name in file.columns]
     form = {**file.form, "columns": names}
     file = DataFile(file.path, form, file.why, rows, file.errors, names, file.named, file.about)
-    inputs = [renamed(name) for name in chosen.inputs]
-    columns = [Column(**{**vars(column), "name": renamed(column.name)}) for column in columns]
-    return file, columns, Chosen(keys, why, inputs, chosen.labels, chosen.left_out)
+    limits = chosen.limits or {}
+    named = replace(
+        chosen,
+        keys={key: renamed(value) if key in roles else value for key, value in chosen.keys.items()},
+        why=why,
+        inputs=[renamed(name) for name in chosen.inputs],
+        limits={k: [renamed(name) for name in some] for k, some in limits.items()} or None,
+        row_error=row_error if chosen.row_error is not None else None,
+    )
+    return file, [replace(column, name=renamed(column.name)) for column in columns], named
 
 
 # ----------------------------------------------------------------------------------------- task
 
 
-def _task(draft: Draft, base: Base, chosen: Chosen, splits: Sequence[Rows]) -> None:
+def _task(draft: Draft, base: Base, chosen: Proposal, splits: Sequence[Rows]) -> None:
     for key, value in chosen.keys.items():
         if (key, value) not in (("format", "openai"), ("problem", "single_label")):
             draft.put("task", key, value, chosen.why.get(key, ""))
@@ -215,17 +212,17 @@ def _task(draft: Draft, base: Base, chosen: Chosen, splits: Sequence[Rows]) -> N
     if chosen.is_chat and base.lacks_template:
         draft.put("task", "chat_template", TEMPLATE, "the model has none; this is ChatML")
         draft.extra_files[TEMPLATE] = CHATML
-    if _is_cut(chosen):
-        _length(draft, base, chosen, splits)
+    for key, columns in _limits(chosen).items():
+        _length(draft, base, replace(chosen, inputs=columns), splits, key)
 
 
-def _labels(draft: Draft, chosen: Chosen) -> None:
+def _labels(draft: Draft, chosen: Proposal) -> None:
     """Write out the labels, unless each has a column of its own or they are very many."""
     labels = chosen.labels
     if labels and "label_columns" not in chosen.keys and len(labels) <= MANY_LABELS:
         names = sorted(labels, key=_label_order(labels))
-        if chosen.keys.get("image_column") and chosen.why["label_column"].startswith("the names"):
-            names = sorted(labels)  # as all tools order folders
+        if chosen.labels_are_folders:
+            names = sorted(labels)  # as all tools order them
         whole = all(name == str(int(name)) for name in names if _is_whole(name)) and all(
             map(_is_whole, names)
         )
@@ -243,18 +240,21 @@ def _labels(draft: Draft, chosen: Chosen) -> None:
         )
 
 
-def _is_cut(chosen: Chosen) -> bool:
-    """Return whether the task cuts its inputs at a number of tokens."""
-    return "max_length" in TASKS[chosen.keys["type"]].model_fields
+def _limits(chosen: Proposal) -> dict[str, list[str]]:
+    """Return, for each key that limits a length in tokens, the columns that it limits."""
+    if chosen.limits is not None:
+        return chosen.limits
+    has_length = "max_length" in TASKS[chosen.keys["type"]].model_fields
+    return {"max_length": chosen.inputs} if has_length else {}
 
 
-def _length(draft: Draft, base: Base, chosen: Chosen, splits: Sequence[Rows]) -> None:
+def _length(draft: Draft, base: Base, chosen: Proposal, splits: Sequence[Rows], key: str) -> None:
     """Choose the longest input, and what is cut of longer ones."""
     turns = None
     if chosen.is_chat and base.tokenizer is not None:
         turns = TurnCounter(base.tokenizer, CHATML if base.lacks_template else None)
     length, why = length_of(splits, base, chosen, turns)
-    draft.put("task", "max_length", length, why)
+    draft.put("task", key, length, why)
     if (without := rows_without_answer(splits, base, chosen, length, turns)) is not None:
         count, of = without
         draft.put(
@@ -266,7 +266,7 @@ def _length(draft: Draft, base: Base, chosen: Chosen, splits: Sequence[Rows]) ->
         )
 
 
-def _require_tool_template(base: Base, chosen: Chosen, splits: Sequence[Rows]) -> None:
+def _require_tool_template(base: Base, chosen: Proposal, splits: Sequence[Rows]) -> None:
     """Reject conversations with tools or calls that the model's chat template would leave out."""
     template = CHATML if base.lacks_template else str(base.tokenizer.chat_template)
     form, column = chosen.keys["format"], chosen.keys.get("messages_column")
@@ -318,7 +318,7 @@ def _data(
     draft: Draft,
     file: DataFile,
     columns: list[Column],
-    chosen: Chosen,
+    chosen: Proposal,
     target: Path,
     splits: Keys,
 ) -> None:
@@ -330,7 +330,7 @@ def _data(
         else:
             draft.why["data.path"] += f"; {reason}"
     label = next((c for c in columns if c.name == chosen.keys.get("label_column")), None)
-    if label and chosen.keys["problem"] == "regression":
+    if label and chosen.keys.get("problem") == "regression":
         for key, mark in label.numbers._asdict().items():
             if mark != getattr(FormatSpec(), key):
                 example = next(text for text in label.counts if {".", ","} & set(half_width(text)))

@@ -6,7 +6,7 @@ from lora_cli.data.detect_format import DataFile
 from lora_cli.data.parallel_pairs import translations_of
 from lora_cli.errors import counted
 from lora_cli.recipe_draft.draft_values import Draft
-from lora_cli.recipe_draft.language_model_rows import Chosen
+from lora_cli.tasks.proposal import Proposal
 
 NAMES = {
     "image_column": "picture", "text_column": "text", "text_pair_column": "text pair",
@@ -17,9 +17,10 @@ NAMES = {
     "truncate": "cut", "tokens_column": "words", "tags_column": "tags", "scheme": "scheme",
     "spans_column": "spans",
 }  # fmt: skip
+NOT_PRINTED = ("type", "problem", "format", "separator")  # or with others
 
 
-def add_findings(draft: Draft, file: DataFile, chosen: Chosen) -> None:
+def add_findings(draft: Draft, file: DataFile, chosen: Proposal) -> None:
     """Collect what was inferred and from what, in the order in which a reader asks."""
     say = draft.findings.append
     task, data, why = draft.values["task"], draft.values["data"], draft.why
@@ -66,7 +67,12 @@ def add_findings(draft: Draft, file: DataFile, chosen: Chosen) -> None:
 def _add_task(draft: Draft) -> None:
     """Say what each key of the task was set to, and why."""
     task, why, say = draft.values["task"], draft.why, draft.findings.append
-    for key, name in NAMES.items():
+    names = NAMES | {
+        key: key.removesuffix("_column").replace("_", " ")
+        for key in task
+        if key not in NAMES and key not in NOT_PRINTED
+    }
+    for key, name in names.items():
         if key not in task:
             continue
         value = task[key]
@@ -78,5 +84,5 @@ def _add_task(draft: Draft) -> None:
         elif isinstance(value, list):
             shown = ", ".join(f"`{item}`" for item in value)
         else:
-            shown = str(value) if key == "max_length" else f"`{value}`"
+            shown = str(value) if isinstance(value, int | float) else f"`{value}`"
         say((name, f"{shown}, {reason}" if reason else shown))

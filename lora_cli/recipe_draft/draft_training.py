@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lora_cli.errors import counted
@@ -20,7 +21,9 @@ from lora_cli.recipe_draft.memory_budget import (
 )
 
 
-def add_training(draft: Draft, base: Base, count: int, card: Card | None) -> None:
+def add_training(
+    draft: Draft, base: Base, count: int, card: Card | None, limits: Sequence[str]
+) -> None:
     """Choose the adapter and the training by the task, the number of rows and the memory.
 
     Args:
@@ -28,6 +31,7 @@ def add_training(draft: Draft, base: Base, count: int, card: Card | None) -> Non
         base: The base model.
         count: How many rows there are.
         card: The GPU that trains it, if it is known.
+        limits: The keys of the task that limit a length in tokens.
     """
     large = base.shape is not None and base.shape.parameters > LARGE
     usual = TASKS[draft.values["task"]["type"]].usual_training
@@ -48,12 +52,15 @@ def add_training(draft: Draft, base: Base, count: int, card: Card | None) -> Non
     if count < 200:
         batch, accumulation = min(batch, 8), 1
     epochs = next(epochs for most, epochs in usual.epochs if count < most)
-    length = draft.values["task"].get("max_length", 1)
+    task = draft.values["task"]
+    length = sum(task[key] for key in limits) or 1
     shape = base.shape or Shape(0)
     fit = fit_to(shape, card, batch, accumulation, length)
     if fit.length < length:
         reason = f"more does not fit into {card.name if card else 'the memory'}"
-        draft.put("task", "max_length", fit.length, f"{reason}; {draft.why['task.max_length']}")
+        for key in limits:
+            fitting = task[key] * fit.length // length
+            draft.put("task", key, fitting, f"{reason}; {draft.why[f'task.{key}']}")
     draft.put("train", "epochs", epochs, f"for {counted(count, 'row')}")
     why = "halve it, and double the next, if memory runs out"
     draft.put("train", "micro_batch_size", fit.micro_batch, why)

@@ -7,18 +7,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lora_cli.data.column_kinds import is_blank
 from lora_cli.recipe import TASKS
 from lora_cli.recipe_draft.base_model_info import SAMPLE, Base
 from lora_cli.recipe_draft.chat_lengths import TurnCounter, conversations_of
 from lora_cli.recipe_draft.choose_splits import Rows
-from lora_cli.recipe_draft.column_kinds import is_blank
-from lora_cli.recipe_draft.language_model_rows import Chosen
+from lora_cli.tasks.proposal import Proposal
 
 FITTING = 0.99  # share of the rows that should not be cut
 
 
 def length_of(
-    splits: Sequence[Rows], base: Base, chosen: Chosen, turns: TurnCounter | None = None
+    splits: Sequence[Rows], base: Base, chosen: Proposal, turns: TurnCounter | None = None
 ) -> tuple[int, str]:
     """Return the longest input in tokens, and what it was measured by.
 
@@ -49,7 +49,7 @@ def length_of(
     return length, why
 
 
-def unknown_share(splits: Sequence[Rows], base: Base, chosen: Chosen) -> str | None:
+def unknown_share(splits: Sequence[Rows], base: Base, chosen: Proposal) -> str | None:
     """Return what to say where the model's tokenizer does not know many of the texts' letters.
 
     Args:
@@ -81,7 +81,7 @@ def unknown_share(splits: Sequence[Rows], base: Base, chosen: Chosen) -> str | N
 
 
 def _tokens(
-    rows: Rows, base: Base, chosen: Chosen, turns: TurnCounter | None
+    rows: Rows, base: Base, chosen: Proposal, turns: TurnCounter | None
 ) -> tuple[list[int], str]:
     """Return the lengths of rows, and what they were measured by."""
     if chosen.is_chat and turns is not None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import assert_never
+from typing import Any, assert_never
 
 from lora_cli.recipe import (
+    TASKS,
     CausalLMSpec,
     ImageClassificationSpec,
     Learned,
     Recipe,
     SequenceClassificationSpec,
+    TaskSpec,
     TokenClassificationSpec,
 )
 from lora_cli.tasks.contract import Task
@@ -23,32 +25,39 @@ def build_task(recipe: Recipe, learned: Learned | None = None) -> Task:
         recipe: The recipe.
         learned: Gets what the task learns of its rows; None: a new one, `task.learned`.
     """
-    task = _task_of(recipe)
+    kind: Any = _type_of(recipe.task)
+    task: Task = kind(recipe, recipe.task)
     if learned is not None:
         task.learned = learned
     return task
 
 
-def _task_of(recipe: Recipe) -> Task:
-    match recipe.task:
+def task_types() -> list[type[Task]]:
+    """Return all task types, in the order in which a recipe lists them."""
+    specs: Any = TASKS.values()
+    return [_type_of(spec.model_construct()) for spec in specs]
+
+
+def _type_of(spec: TaskSpec) -> type[Task]:
+    match spec:
         case SequenceClassificationSpec():
             from lora_cli.tasks.sequence_classification import SequenceClassification
 
-            return SequenceClassification(recipe, recipe.task)
+            return SequenceClassification
         case TokenClassificationSpec():
             from lora_cli.tasks.token_classification import TokenClassification
 
-            return TokenClassification(recipe, recipe.task)
+            return TokenClassification
         case CausalLMSpec():
             from lora_cli.tasks.causal_lm import CausalLM
 
-            return CausalLM(recipe, recipe.task)
+            return CausalLM
         case ImageClassificationSpec():
             from lora_cli.tasks.image_classification import ImageClassification
 
-            return ImageClassification(recipe, recipe.task)
+            return ImageClassification
         case _:
-            assert_never(recipe.task)
+            assert_never(spec)
 
 
-__all__ = ["Batch", "Encoded", "Example", "Prediction", "Task", "build_task"]
+__all__ = ["Batch", "Encoded", "Example", "Prediction", "Task", "build_task", "task_types"]

@@ -20,6 +20,7 @@ from lora_cli.recipe import CausalLMSpec, Recipe, read_computation
 from lora_cli.tasks import causal_lm_encoders
 from lora_cli.tasks.causal_lm_encoders import FORMATS, Chat, RowFormat
 from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Encoded, Example, Field, Prediction
+from lora_cli.tasks.language_model_rows import propose_writing
 from lora_cli.tasks.marked_tokens import marked
 from lora_cli.tasks.packing import Packed, check_packing
 from lora_cli.tasks.padding import fill, mask_of, tolerance
@@ -38,6 +39,7 @@ class CausalLM(WritingTask):
     """`task.type: causal_lm`."""
 
     spec: CausalLMSpec
+    propose = staticmethod(propose_writing)
     auto_class = AutoModelForCausalLM
     metric_channel = "nll"
     loss_definition = "mean cross-entropy per trained token, in nats"

@@ -29,6 +29,7 @@ from lora_cli.models.base_model import build_empty, load_config, load_pretrained
 from lora_cli.recipe import Learned, Recipe
 from lora_cli.tasks.examples import Batch, Encoded, Example, Prediction
 from lora_cli.tasks.kept_tensors import restored
+from lora_cli.tasks.proposal import BaseFacts, Proposal, Table
 from lora_cli.tasks.task_metrics import TaskMetrics
 from lora_cli.tasks.task_rows import TaskRows
 
@@ -165,6 +166,19 @@ class Task(TaskRows, TaskMetrics):
         own = type(self)
         keeps_tensors = own.frozen_outputs is not Task.frozen_outputs
         return own.prepare is not Task.prepare or keeps_tensors
+
+    @staticmethod
+    def propose(table: Table, base: BaseFacts) -> Proposal | None:
+        """Return what `lora init` would suggest for a table, or None if it is not for this task.
+
+        The most certain proposal of all task types is drafted. It may hold an error instead, which
+        is raised if no other is more certain.
+
+        Args:
+            table: The rows, what their columns hold, and which columns the user names.
+            base: What is known of the base model; nothing of it is loaded.
+        """
+        return None
 
     @abstractmethod
     def collate(self, examples: Sequence[Example]) -> Batch:

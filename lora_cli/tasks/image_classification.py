@@ -37,6 +37,7 @@ from lora_cli.recipe import ImageClassificationSpec, Recipe
 from lora_cli.tasks.classification import Classification
 from lora_cli.tasks.examples import MAIN, Batch, Example, Field
 from lora_cli.tasks.finite_scores import require_finite
+from lora_cli.tasks.labelled_pictures import propose_pictures
 from lora_cli.unexpected_errors import own_words
 
 ENCODING = 1  # of rows into examples; a change of it makes what is kept on the disk useless
@@ -47,6 +48,7 @@ CROP_TRIALS = 10
 class ImageClassification(Classification):
     """`task.type: image_classification`."""
 
+    propose = staticmethod(propose_pictures)
     auto_class = AutoModelForImageClassification
     unit = "picture"
     input_name = "picture"

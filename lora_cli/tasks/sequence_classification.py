@@ -19,6 +19,7 @@ from lora_cli.recipe import Recipe, SequenceClassificationSpec
 from lora_cli.tasks.classification import Classification
 from lora_cli.tasks.examples import MAIN, Batch, Example, Field
 from lora_cli.tasks.finite_scores import require_finite
+from lora_cli.tasks.labelled_rows import propose_labelled
 from lora_cli.tasks.long_texts import end_of_text, in_batches, is_long, token_ids
 from lora_cli.tasks.padding import fill, mask_of, positions_of
 from lora_cli.tasks.text_task import TRIAL_TEXT, TextTask
@@ -28,6 +29,7 @@ class SequenceClassification(Classification, TextTask):
     """`task.type: sequence_classification`."""
 
     spec: SequenceClassificationSpec
+    propose = staticmethod(propose_labelled)
     auto_class = AutoModelForSequenceClassification
 
     def __init__(self, recipe: Recipe, spec: SequenceClassificationSpec) -> None:

@@ -25,6 +25,7 @@ from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.tasks.head_rows import arrange_rows
 from lora_cli.tasks.long_texts import token_ids
 from lora_cli.tasks.padding import fill, mask_of, positions_of
+from lora_cli.tasks.tagged_rows import propose_entities
 from lora_cli.tasks.text_task import TRIAL_TEXT, TextTask
 from lora_cli.tasks.word_windows import (
     Words,
@@ -52,6 +53,7 @@ class TokenClassification(TextTask):
     """`task.type: token_classification`."""
 
     spec: TokenClassificationSpec
+    propose = staticmethod(propose_entities)
     auto_class = AutoModelForTokenClassification
     has_head = True
     metric_channel = "tags"

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from lora_cli.data.column_kinds import Column, as_number, flag
+from lora_cli.data.text_columns import content_of, listed, pair_of, text_of, text_reason
 from lora_cli.errors import LoraError, counted
-from lora_cli.recipe_draft.column_kinds import Column, as_number, flag
-from lora_cli.recipe_draft.language_model_rows import Chosen, prompt_and_completion
-from lora_cli.recipe_draft.text_columns import content_of, listed, pair_of, text_of, text_reason
+from lora_cli.tasks.proposal import NO_LABEL, BaseFacts, Certainty, Proposal, Table, proposed
+from lora_cli.tasks.text_checks import check_texts
 
-NONE = "none"  # `--label none`: there is a label, but it is not wanted
 # the stronger hints first; a column's place is that of the first group that its name matches
 LABEL_NAMES = [
     re.compile(rf"(?i){before}({names})s?")
@@ -35,6 +35,22 @@ PAIR_HINT = "; two texts that the label compares: `--text A --pair B`"
 ENOUGH_ROWS_PER_LABEL = 5  # of a label that nothing but its few values makes one
 
 
+def propose_labelled(table: Table, base: BaseFacts) -> Proposal | None:
+    """Return which label of a text, or of two, a table has; see `Task.propose`."""
+
+    def choose() -> Proposal | None:
+        columns, text, label, pair = table.columns, table.text, table.label, table.pair
+        found = labelled(columns, table.by_name, table.rows, table.place, text, label, pair)
+        if found is None and pair is not None:
+            what, hint = "two texts need a label that compares them", "name it: `--label COLUMN`"
+            raise LoraError(what, "--pair", f"{hint} ({listed(columns)})")
+        if found is not None:
+            found.check = lambda: check_texts(table, found)
+        return found
+
+    return proposed(choose, Certainty.LIKELY, of_error=Certainty.UNCLEAR)
+
+
 def labelled(
     columns: Sequence[Column],
     by_name: dict[str, Column],
@@ -43,16 +59,16 @@ def labelled(
     text: str | None,
     label: str | None,
     second: str | None = None,
-) -> Chosen | None:
+) -> Proposal | None:
     """Return the task of a text with a label, or None if nothing is a label."""
-    if label == NONE and NONE not in by_name:
+    if label == NO_LABEL and label not in by_name:
         return None
     others = [column for column in columns if column.name not in (text, second)]
     chosen = by_name[label] if label is not None else _label_of(others, rows, place, text)
     if chosen is None:
         return None
     if isinstance(chosen, Column) and text is not None and chosen.kind == "text":
-        return prompt_and_completion(by_name[text], chosen)
+        return None  # a prompt and its completion
     taken = {chosen.name} if isinstance(chosen, Column) else {c.name for c in chosen}
     texts = [column for column in columns if column.name not in taken]
     first = by_name[text] if text is not None else None
@@ -71,7 +87,7 @@ def labelled(
         why["text_column"] = f"with `{pair[1].name}`: two texts that the label compares"
         inputs.append(pair[1].name)
     more, reasons, labels = _label_keys(chosen, rows, place, label is not None)
-    return Chosen(keys | more, why | reasons, inputs, labels)
+    return Proposal(keys | more, why | reasons, inputs, labels)
 
 
 def rank(column: Column) -> int:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_cli.data.column_kinds import Column, is_blank
 from lora_cli.errors import LoraError, counted
-from lora_cli.recipe_draft.column_kinds import Column, is_blank
 
 SECOND = {"1": "2", "a": "b", "first": "second", "left": "right", "one": "two", "x": "y"}
 TEXT_NAMES = re.compile(

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lora_cli.data.column_kinds import Column
 from lora_cli.data.entity_spans import are_spans, read_spans
 from lora_cli.data.entity_tags import Beginnings, entities_of, iob2_labels, tag_error
 from lora_cli.data.label_lists import list_in_cell
 from lora_cli.errors import LoraError, counted
-from lora_cli.recipe_draft.column_kinds import Column
-from lora_cli.recipe_draft.language_model_rows import Chosen
+from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
 
 TAG_NAME = re.compile(r"(?i)(.*_)?(tags?|labels?|entities|ner|bio|iob)")
 SPANS_NAME = re.compile(r"(?i)(.*_)?(spans?|entities|entity|labels?|annotations?|ner|tags?)")
@@ -21,9 +21,19 @@ MOSTLY = 0.9  # of the rows
 Json = dict[str, Any]
 
 
+def propose_entities(table: Table, base: BaseFacts) -> Proposal | None:
+    """Return which entities a table has; see `Task.propose`."""
+    if table.pair is not None:
+        return None
+    return proposed(
+        lambda: tagged(table.columns, table.rows, table.place, table.text, table.label),
+        Certainty.BY_FORM,
+    )
+
+
 def tagged(
     columns: Sequence[Column], rows: Sequence[Json], place: str, text: str | None, label: str | None
-) -> Chosen | None:
+) -> Proposal | None:
     """Return the task of rows with entities, or None if they are no such rows.
 
     Args:
@@ -49,7 +59,7 @@ def tagged(
 
 def _of_words(
     inputs: Sequence[str], targets: Sequence[str], rows: Sequence[Json], place: str
-) -> Chosen | None:
+) -> Proposal | None:
     """Return the task of rows with a list of words and a list of tags."""
     able = [name for name in targets if _are_lists(name, rows)]
     ranked = sorted(able, key=lambda name: (bool(OTHER_TAGS.fullmatch(name)), "ner" not in name))
@@ -62,7 +72,7 @@ def _of_words(
     return None
 
 
-def _words_chosen(tokens: str, column: str, rows: Sequence[Json], place: str) -> Chosen | None:
+def _words_chosen(tokens: str, column: str, rows: Sequence[Json], place: str) -> Proposal | None:
     values = [row[column] for row in rows if isinstance(row.get(column), list)]
     if any(isinstance(tag, int) for tags in values for tag in tags):
         what = f"`{column}` holds the numbers of tags, one for each word in `{tokens}`"
@@ -94,7 +104,7 @@ def _words_chosen(tokens: str, column: str, rows: Sequence[Json], place: str) ->
 
 def _of_texts(
     columns: Sequence[Column], inputs: Sequence[str], targets: Sequence[str], rows: Sequence[Json]
-) -> Chosen | None:
+) -> Proposal | None:
     """Return the task of rows with a text and a list of places in it."""
     texts = [c.name for c in columns if c.name in inputs and c.kind in ("text", "category", "id")]
     for spans in targets:
@@ -119,13 +129,13 @@ def _of_texts(
 
 def _chosen(
     keys: Json, why: dict[str, str], read: str, counts: Counter[str], error: Callable[[Json], str]
-) -> Chosen:
+) -> Proposal:
     rarest, commonest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
     spread = f"{counts[rarest]:,} (`{rarest}`) to {counts[commonest]:,} (`{commonest}`)"
     why = {"": "entities in texts", "labels": f"{counted(len(counts), 'type')}: {spread}", **why}
     labels = iob2_labels(sorted(counts))
     whole = {"type": "token_classification", **keys, "labels": labels}
-    return Chosen(whole, why, [read], row_error=error)
+    return Proposal(whole, why, [read], row_error=error)
 
 
 def _read(value: Any) -> Any:

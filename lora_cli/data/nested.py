@@ -10,9 +10,9 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from lora_cli.data.column_kinds import Column, is_blank
+from lora_cli.data.text_columns import flat_name
 from lora_cli.errors import LoraError
-from lora_cli.recipe_draft.column_kinds import Column, is_blank
-from lora_cli.recipe_draft.text_columns import flat_name
 
 ANSWERS = re.compile(r"(?i)(.*_)?answers?")
 CHOICES = re.compile(r"(?i)(.*_)?(choices|options|endings|alternatives)")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
+from lora_cli.data.column_kinds import Column, is_blank
+from lora_cli.data.conversations import conversation_error
+from lora_cli.data.text_columns import TEXT_NAMES, listed, text_of, text_reason, unnested
+from lora_cli.data.unsupported_rows import unsupported
 from lora_cli.errors import LoraError, counted
-from lora_cli.recipe_draft.column_kinds import Column, is_blank
-from lora_cli.recipe_draft.text_columns import TEXT_NAMES, listed, text_of, text_reason
+from lora_cli.tasks.labelled_rows import LABEL_NAMES, rank
+from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
+from lora_cli.tasks.text_checks import check_texts, reject_rows
 
 PROMPT_NAMES = [
     ("prompt", "completion"), ("prompt", "response"), ("prompt", "chosen"), ("question", "answer"),
@@ -19,55 +22,108 @@ PROMPT_NAMES = [
     ("article", "summary"), ("document", "summary"), ("text", "summary"),
     ("article", "highlights"), ("dialogue", "summary"), ("frage", "antwort"),
 ]  # fmt: skip
-CONVERSATION_COLUMNS = {  # that are read besides the turns, by the format of the conversation
-    "openai": {"system", "tools", "functions"},
-    "sharegpt": {"system", "tools", "functions"},
-    "alpaca": {"system", "history"},
-    "self_instruct": {"system"},
-}
 CONTEXT_NAMES = ("context", "input", "passage", "knowledge", "document")
 
 
-@dataclass
-class Chosen:
-    """The task, and of each key what says so.
+def propose_writing(table: Table, base: BaseFacts) -> Proposal | None:
+    """Return what of a table a language model would learn to write; see `Task.propose`."""
+    columns, by_name = table.columns, table.by_name
+    # a conversation may have a label too, and an encoder can learn nothing else
+    by_names = Certainty.NAMED if base.can_write else Certainty.UNSUITED
+    if table.are_lines and not table.names_columns:
+        first, second = columns
+        return proposed(
+            lambda: translation(first, second, table.place, base.can_write), Certainty.ONLY
+        )
+    if (pair := _named_pair(table)) is not None:
+        return proposed(lambda: _checked(prompt_and_completion(*pair), table, base), by_names)
+    written = None
+    if not table.names_columns:
+        try:
+            require_conversations(by_name, table.place)
+            written = spoken(columns, table.place, base.can_write)
+        except LoraError as error:
+            return Proposal({}, {}, [], certainty=Certainty.NAMED, error=error)
+        written = written or conversation(columns, table.rows) or prompts(by_name)
+    if written is None:
+        return proposed(
+            lambda: _checked(
+                plain(columns, by_name, table.rows, table.place, table.text), table, base
+            ),
+            Certainty.FALLBACK,
+        )
 
-    Args:
-        keys: The keys of the recipe's `task`, but for the length.
-        why: Of some of these keys, what says so.
-        inputs: The columns that the model reads and writes; their length counts.
-        labels: How often each label stands, if there are labels.
-        left_out: Of the other columns, why they are not read.
-        row_error: Says what is wrong with a row, where more than a missing value can be.
+    def complete() -> Proposal:
+        require_context(written, by_name, table.place)
+        return _checked(written, table, base)
+
+    return proposed(complete, by_names)
+
+
+def _checked(chosen: Proposal, table: Table, base: BaseFacts) -> Proposal:
+    """Return a proposal with the check that a model can learn it."""
+
+    def check() -> None:
+        check_texts(table, chosen)
+        if not base.can_write:
+            raise _no_label(table, chosen)
+        if chosen.is_chat or "prompt_column" in chosen.keys:
+            _require_supported(table, chosen)
+
+    chosen.check = check
+    return chosen
+
+
+def _require_supported(table: Table, chosen: Proposal) -> None:
+    """Reject rows that only look like conversations, or like prompts with their answers.
+
+    Raises:
+        LoraError: If a row holds what no task reads, or none holds a conversation to be trained.
     """
-
-    keys: dict[str, Any]
-    why: dict[str, str]
-    inputs: list[str]
-    labels: Counter[str] | None = None
-    left_out: dict[str, str] = field(default_factory=dict)
-    row_error: Callable[[dict[str, Any]], str] | None = None
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether a row is a conversation, written with the model's chat template."""
-        return "format" in self.keys
-
-    @property
-    def also_read(self) -> set[str]:
-        """The columns that conversations are read from besides their turns, where there are any."""
-        return CONVERSATION_COLUMNS.get(self.keys.get("format", ""), set())
-
-    @property
-    def used(self) -> set[str]:
-        """The columns that the task reads."""
-        label = self.keys.get("label_columns") or [
-            self.keys.get(key) for key in ("label_column", "tags_column", "spans_column")
-        ]
-        return {*self.inputs, *filter(None, label)}
+    place = table.place
+    reject_rows(table.rows, place, unsupported)
+    if not chosen.is_chat:
+        return
+    talks = [column.name for column in table.columns if column.kind in ("openai", "sharegpt")]
+    if len(talks) > 1:
+        what = f"the columns `{'` and `'.join(talks)}` all hold turns of conversations"
+        hint = "put the turns of a row into one column, in their order"
+        raise LoraError(what, place, hint)
+    form, column = chosen.keys["format"], chosen.keys.get("messages_column")
+    errors = [conversation_error(row, form, column) for row in table.rows]
+    if all(errors):
+        hint = "each row has a list of turns, of which one at least is the assistant's"
+        raise LoraError(f"no row can be trained: {errors[0]}", f"{place}, row 1", hint)
 
 
-def spoken(columns: Sequence[Column], place: str, can_write: bool) -> Chosen | None:
+def _no_label(table: Table, chosen: Proposal) -> LoraError:
+    """Return the error of texts that an encoder cannot learn."""
+    columns, place = table.columns, table.place
+    what = chosen.why.get("", "text without a label").removesuffix(" without a label")
+    hint = f"name the label with `--label COLUMN` ({listed(columns)}), or use a language model"
+    for column in columns:
+        if rank(column) < len(LABEL_NAMES) and column.kind == "other":
+            hint = unnested(column, table.rows, place)
+            return LoraError(f"`{column.name}` holds objects", place, hint)
+        if rank(column) < len(LABEL_NAMES) and len(column.counts) == 1:
+            value = next(iter(column.counts))
+            return LoraError(f"`{column.name}` has one value only, `{value}`", place, hint)
+    return LoraError(
+        f"there is {what}, but no label, and the model is an encoder, which cannot continue a text",
+        place,
+        hint,
+    )
+
+
+def _named_pair(table: Table) -> tuple[Column, Column] | None:
+    """Return the prompt and the completion that the user names: two columns of text."""
+    if table.text is None or table.label not in table.by_name:
+        return None
+    asked, said = table.by_name[table.text], table.by_name[table.label]
+    return (asked, said) if said.kind == "text" else None
+
+
+def spoken(columns: Sequence[Column], place: str, can_write: bool) -> Proposal | None:
     """Return the text that belongs to files of sound or pictures, as a language model may learn it.
 
     Raises:
@@ -78,25 +134,25 @@ def spoken(columns: Sequence[Column], place: str, can_write: bool) -> Chosen | N
         return None
     texts = [c for c in columns if c.kind == "category" and TEXT_NAMES.fullmatch(c.name.strip())]
     if can_write and len(texts) == 1:
-        why = f"what belongs to the files in `{files.name}`, which no task reads yet"
+        why = f"what belongs to the files in `{files.name}`, which a language model does not read"
         keys = {"type": "causal_lm", "text_column": texts[0].name}
-        return Chosen(keys, {"": "text without a label", "text_column": why}, [texts[0].name])
+        return Proposal(keys, {"": "text without a label", "text_column": why}, [texts[0].name])
     example = next(iter(files.counts))
     raise LoraError(
-        f"the rows are about files of sound or pictures (`{files.name}`: {example}), which no "
-        "task reads yet",
+        f"the rows are about files of sound or pictures (`{files.name}`: {example}), which the "
+        "model does not read",
         place,
         "to learn from the other columns alone, name them: `--text COLUMN --label COLUMN` "
         f"({listed(columns)})",
     )
 
 
-def conversation(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> Chosen | None:
+def conversation(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> Proposal | None:
     """Return the task of conversations, however they are stored."""
     for column in columns:
         if column.kind in ("openai", "sharegpt"):
             says = "role and content" if column.kind == "openai" else "from and value"
-            return Chosen(
+            return Proposal(
                 {"type": "causal_lm", "messages_column": column.name, "format": column.kind},
                 {
                     "": f"conversations in `{column.name}`",
@@ -106,7 +162,7 @@ def conversation(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> C
             )
     kinds = {column.name: column for column in columns}
     if "instruction" in kinds and _has_instances(kinds.get("instances"), rows):
-        return Chosen(
+        return Proposal(
             {"type": "causal_lm", "format": "self_instruct"},
             {
                 "": "the columns instruction and instances",
@@ -117,7 +173,7 @@ def conversation(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> C
     if not {"instruction", "output"} <= set(kinds) or kinds["output"].kind in ("other", "blank"):
         return None
     filled = sum(not is_blank(row.get("input")) for row in rows)
-    return Chosen(
+    return Proposal(
         {"type": "causal_lm", "format": "alpaca"},
         {
             "": "the columns instruction and output",
@@ -136,7 +192,7 @@ def _has_instances(column: Column | None, rows: Sequence[dict[str, Any]]) -> boo
     return good > 0.9 * len(rows)
 
 
-def prompts(by_name: dict[str, Column]) -> Chosen | None:
+def prompts(by_name: dict[str, Column]) -> Proposal | None:
     """Return the task of a prompt and its completion, where two names say so."""
     lower = {name.lower(): column for name, column in by_name.items()}
     for prompt, completion in PROMPT_NAMES:
@@ -151,7 +207,7 @@ def prompts(by_name: dict[str, Column]) -> Chosen | None:
     return None
 
 
-def require_context(chosen: Chosen, by_name: dict[str, Column], place: str) -> None:
+def require_context(chosen: Proposal, by_name: dict[str, Column], place: str) -> None:
     """Reject a prompt whose context is in a third column, which the model would not see.
 
     Raises:
@@ -187,9 +243,9 @@ def require_conversations(by_name: dict[str, Column], place: str) -> None:
         )
 
 
-def prompt_and_completion(asked: Column, said: Column) -> Chosen:
+def prompt_and_completion(asked: Column, said: Column) -> Proposal:
     """Return the task of two columns, of which the second answers the first."""
-    return Chosen(
+    return Proposal(
         {
             "type": "causal_lm",
             "prompt_column": asked.name,
@@ -206,7 +262,7 @@ def prompt_and_completion(asked: Column, said: Column) -> Chosen:
     )
 
 
-def translation(first: Column, second: Column, place: str, can_write: bool) -> Chosen:
+def translation(first: Column, second: Column, place: str, can_write: bool) -> Proposal:
     """Return the task of two text files paired line by line.
 
     Raises:
@@ -226,11 +282,11 @@ def plain(
     rows: Sequence[dict[str, Any]],
     place: str,
     text: str | None,
-) -> Chosen:
+) -> Proposal:
     """Return the task of text alone."""
     column = by_name[text] if text is not None else text_of(columns, place, None, rows=rows)
     why = "chosen by you" if text is not None else text_reason(column, columns)
-    return Chosen(
+    return Proposal(
         {"type": "causal_lm", "text_column": column.name},
         {"": "text without a label", "text_column": why},
         [column.name],

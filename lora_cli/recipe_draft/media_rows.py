@@ -1,0 +1,75 @@
+"""A folder of pictures or of sound, for `lora init`: its rows, and which of them are held out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lora_cli.data.detect_format import DataFile
+from lora_cli.data.find_files import files_of
+from lora_cli.data.labelled_text import LABEL_COLUMN
+from lora_cli.data.media_folder import SUFFIXES, classes_of, media_files, read_media_files
+from lora_cli.data.readers import kind_by_name
+from lora_cli.errors import LoraError, counted
+from lora_cli.recipe import Recipe
+from lora_cli.recipe.spec.task_section import MediaKind
+from lora_cli.recipe_draft.choose_splits import Keys
+from lora_cli.recipe_draft.data_folder import recipe_of_folder, task_reading
+
+UNITS: dict[MediaKind, str] = {"image": "picture", "audio": "recording"}
+FEWEST_FOR_A_TENTH = 200
+
+
+def read_media_folder(folder: Path) -> tuple[DataFile, MediaKind] | None:
+    """Return the train files of a folder of pictures or sound, and which of the two they are.
+
+    Their first column is the file, the second the label, if the folders in it name classes.
+
+    Returns:
+        None if the folder holds no such files, or a table that describes them.
+    """
+    if not folder.is_dir():
+        return None
+    tables = (f for f in folder.rglob("*") if kind_by_name(f.name) not in (None, "text"))
+    if any(tables):
+        return None
+    for kind in SUFFIXES:
+        recipe = recipe_of_folder(folder, task_reading(kind)) if task_reading(kind) else None
+        if recipe is not None and (files := media_files(folder, recipe)):
+            return _rows_of(folder, recipe, files, kind), kind
+    return None
+
+
+def _rows_of(folder: Path, recipe: Recipe, files: list[Path], kind: MediaKind) -> DataFile:
+    classes = classes_of(files)
+    train = files_of(recipe, "train", "train")
+    rows = [row.columns for row in read_media_files(recipe, train) if row.columns is not None]
+    about = counted(len(train), UNITS[kind])
+    if classes:
+        about += f" in {counted(len(set(classes.values())), 'folder')} that name their classes"
+    columns = [*recipe.task.media_columns, *([LABEL_COLUMN] if classes else [])]
+    return DataFile(folder, {}, {}, rows, [], columns, True, about)
+
+
+def media_splits(file: DataFile, kind: MediaKind, task: dict[str, Any]) -> Keys:
+    """Return which files of a folder are held out: those in folders of a split, or drawn.
+
+    Args:
+        file: The rows of the folder.
+        kind: What the files are.
+        task: The keys of the recipe's `task`.
+    """
+    recipe = recipe_of_folder(file.path, task)
+    unit = UNITS[kind]
+    keys: Keys = {}
+    stratify = {"stratify": True} if recipe.task.label_columns_by_key else {}
+    for split in ("validation", "test"):
+        try:
+            count = len(files_of(recipe, split, split))
+            keys[split] = (split, f"{counted(count, unit)} in the folder of this name")
+        except LoraError:
+            fraction = 0.1 if len(file.rows) >= FEWEST_FOR_A_TENTH else 0.2
+            why = "drawn from train, as many of each label; " if stratify else "drawn from train; "
+            why += f"no {unit} is on both sides"
+            keys[split] = ({"from": "train", "fraction": fraction, **stratify}, why)
+    return keys
