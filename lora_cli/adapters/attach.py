@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lora_cli.adapters.lora import LORA_LAYERS, LoRALayer
+from lora_cli.adapters.lora import LORA_LAYERS, LoRALayer, Shape
 from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
 from lora_cli.adapters.targets import Target, matches, resolve_targets, unmatched_in_full
 from lora_cli.adapters.tied_weights import separate_trained
@@ -86,6 +86,7 @@ def add_layer(
     layers: Layers = LORA_LAYERS,
     dropout: float = 0.0,
     use_rslora: bool = False,
+    shapes: dict[str, Shape] | None = None,
 ) -> LoRALayer:
     """Put a layer in the place of the module that `target` names, and return it.
 
@@ -96,7 +97,7 @@ def add_layer(
     base = getattr(parent, child_name)
     kind = layer_for(base, layers)
     assert kind is not None, f"{target.name} was resolved but no layer fits it"
-    layer = kind(base, target.rank, target.alpha, dropout, use_rslora)
+    layer = kind(base, target.rank, target.alpha, dropout, use_rslora, shapes)
     layer.train(base.training)
     setattr(parent, child_name, layer)
     return layer

@@ -15,12 +15,15 @@ from lora_cli.adapters.attach import (
     adapter_parameters,
     add_layer,
 )
+from lora_cli.adapters.lora import Shape
 from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
 from lora_cli.adapters.peft_format.adapter_folder import (
     AdapterFolder,
 )
 from lora_cli.adapters.peft_format.peft_rules import convolution_difference, copied_modules
 from lora_cli.adapters.peft_format.peft_tensors import TOGETHER, sort_tensors, unsupported
+from lora_cli.adapters.peft_format.peft_types import alpha_of
+from lora_cli.adapters.peft_format.tensor_names import adapted_modules
 from lora_cli.adapters.targets import Target, first_match, inside, matches, shape_problem
 from lora_cli.adapters.tied_weights import give_own_parameters, tied_groups
 from lora_cli.adapters.variants import Layers, layer_for, layers_of
@@ -57,11 +60,11 @@ def load_adapter(
     plain, problems = tensors.plain, tensors.problems
     modules = dict(model.named_modules())
     own = own_parameters(model, adapter.config, plain)
-    targets: list[Target] = []
+    chosen: list[tuple[Target, dict[str, Shape] | None]] = []
     for name, of_layer in tensors.of_layers.items():
-        found, target = _check_layer(name, of_layer, modules, adapter, layers)
+        found, target, shapes = _check_layer(name, of_layer, modules, adapter, layers)
         problems += found
-        targets += [target] if target else []
+        chosen += [(target, shapes)] if target else []
     problems += _check_plain(plain, tensors.frozen, parameters, own)
     missing = _missing(adapter, modules, parameters, plain, new)
     if problems or missing:
@@ -71,9 +74,9 @@ def load_adapter(
     give_own_parameters(model, own)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for target in targets:
+        for target, shapes in chosen:
             use_rslora = bool(adapter.config.get("use_rslora"))
-            layer = add_layer(model, target, layers, dropout, use_rslora)
+            layer = add_layer(model, target, layers, dropout, use_rslora, shapes)
             for name, tensor in tensors.of_layers[target.name].items():
                 layer.from_peft(name, tensor)
         for name in sorted(plain, key=own.__contains__):  # a copy, after what it was a copy of
@@ -181,7 +184,7 @@ def _missing(
 ) -> list[Problem]:
     """Return a problem for everything that the configuration promises and the file lacks."""
     config = adapter.config
-    adapted = {name.partition(".lora_")[0] for name in adapter.tensors if ".lora_" in name}
+    adapted = adapted_modules(adapter.tensors)
     in_full = config.get("modules_to_save") or []
     bias = "all" if config["peft_type"] == "BITFIT" else config.get("bias")
     problems = [
@@ -234,43 +237,55 @@ def _check_layer(
     modules: dict[str, nn.Module],
     adapter: AdapterFolder,
     layers: Layers,
-) -> tuple[list[Problem], Target | None]:
-    """Return what is wrong with the tensors of a layer, or the target that they make."""
+) -> tuple[list[Problem], Target | None, dict[str, Shape] | None]:
+    """Return what is wrong with the tensors of a layer, or the target that they make.
+
+    With a target come the shapes of its parameters, where the configuration asks for others than
+    those that such layers have.
+    """
     module = modules.get(name)
     if module is None:
         what = f"the adapter is for `{name}`, which in the model is not there"
-        return [Problem(what, hint=_joined(name, modules))], None
+        return [Problem(what, hint=_joined(name, modules))], None, None
     layer = layer_for(module, layers)
     if layer is None:
         kind = f"is a {type(module).__name__}, which no adapter fits"
         hint = None
         if isinstance(module, nn.Linear | nn.Embedding):  # PEFT has a layer for it
             hint = "this tool has no low-rank layer for it: merge the adapter in PEFT"
-        return [Problem(f"the adapter is for `{name}`, which in the model {kind}", hint=hint)], None
+        return (
+            [Problem(f"the adapter is for `{name}`, which in the model {kind}", hint=hint)],
+            None,
+            None,
+        )
     # a folder of this tool has a manifest, and its updates are computed as the base is
-    if not adapter.verified and (difference := convolution_difference(module)):
+    if not adapter.verified and (difference := convolution_difference(module, adapter.config)):
         what = f"the convolution `{name}` {difference}"
         hint = "no merged weight is equal to it: use the adapter in PEFT"
-        return [Problem(what, hint=hint)], None
-    config = adapter.config
-    rank = tensors["lora_A"].shape[0] if tensors["lora_A"].ndim else 0
-    stated = int(first_match(config.get("rank_pattern") or {}, name, config.get("r", rank)))
-    alpha = first_match(config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
+        return [Problem(what, hint=hint)], None, None
+    config, shown = adapter.config, layer.rank_of(tensors)
+    stated = int(first_match(config.get("rank_pattern") or {}, name, config.get("r", shown or 8)))
+    rank = stated if shown is None else shown
     if stated != rank:
         hint = TOGETHER
         if config.get("ensure_weight_tying"):
             hint = "with `ensure_weight_tying`, PEFT gives a tied module the rank of the other"
         what = f"`{name}` has rank {rank}, its configuration says {stated}"
-        return [Problem(what, hint=hint)], None
-    target = Target(name, rank, alpha)
+        return [Problem(what, hint=hint)], None, None
+    target = Target(name, rank, alpha_of(config, name))
     if problems := shape_problem(module, target, layers):
-        return problems, None
+        return problems, None, None
+    shapes = layer.configured_shapes(module, rank, config)
+    needed = layer.peft_shapes(module, rank) if shapes is None else shapes
+    if needed.keys() != tensors.keys():
+        what = f"`{name}` has {', '.join(tensors)}, its configuration says {', '.join(needed)}"
+        return [Problem(what, hint=TOGETHER)], None, None
     problems = [
         Problem(f"{key} of `{name}` is {tuple(tensors[key].shape)}, the model needs {shape}")
-        for key, shape in layer.peft_shapes(module, rank).items()
+        for key, shape in needed.items()
         if tuple(tensors[key].shape) != shape
     ]
-    return problems, target
+    return problems, target, shapes
 
 
 def _joined(name: str, modules: dict[str, nn.Module]) -> str | None:

@@ -18,8 +18,8 @@ A layer wraps its base, so a base that is quantised or sharded needs nothing fro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name for it
@@ -45,6 +45,7 @@ class LoRALayer(nn.Module):
         alpha: Numerator of the scaling.
         dropout: Dropout on the input of the low-rank path, in training.
         use_rslora: Scale by alpha / sqrt(rank) instead of alpha / rank.
+        shapes: Of its parameters, where they are not those of `shapes`.
 
     Raises:
         LoraError: As `shapes`.
@@ -57,6 +58,8 @@ class LoRALayer(nn.Module):
     """Keys of PEFT's configuration that tell such layers from plain LoRA."""
     peft_names: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
     """PEFT's name of each parameter, beneath the name of the module."""
+    sometimes: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that only some such layers have."""
 
     def __init__(
         self,
@@ -65,9 +68,10 @@ class LoRALayer(nn.Module):
         alpha: float,
         dropout: float = 0.0,
         use_rslora: bool = False,
+        shapes: dict[str, Shape] | None = None,
     ) -> None:
         super().__init__()
-        shapes = self.shapes(base, rank)
+        shapes = self.shapes(base, rank) if shapes is None else shapes
         self.base = base
         self.rank = rank
         self.alpha = alpha
@@ -98,6 +102,27 @@ class LoRALayer(nn.Module):
     def peft_shapes(cls, base: nn.Module, rank: int) -> dict[str, Shape]:
         """Return the shapes of the same parameters in PEFT's file."""
         return cls.shapes(base, rank)
+
+    @classmethod
+    def configured_shapes(
+        cls, base: nn.Module, rank: int, config: Mapping[str, Any]
+    ) -> dict[str, Shape] | None:
+        """Return other shapes that PEFT's configuration asks for; None where it can ask for none.
+
+        Raises:
+            LoraError: As `shapes`.
+        """
+        return None
+
+    @classmethod
+    def rank_of(cls, tensors: Mapping[str, Tensor]) -> int | None:
+        """Return the rank that tensors of PEFT's file show; None where they show none.
+
+        Args:
+            tensors: What a layer adds, by its own names.
+        """
+        a = tensors["lora_A"]
+        return a.shape[0] if a.ndim else 0
 
     def to_peft(self, name: str) -> Tensor:
         """Return one of the layer's own parameters as PEFT stores it."""
@@ -215,8 +240,9 @@ class LoRAEmbedding(LoRALayer):
         alpha: float,
         dropout: float = 0.0,
         use_rslora: bool = False,
+        shapes: dict[str, Shape] | None = None,
     ) -> None:
-        super().__init__(base, rank, alpha, 0.0, use_rslora)
+        super().__init__(base, rank, alpha, 0.0, use_rslora, shapes)
 
     @classmethod
     def fits(cls, base: nn.Module) -> bool:
@@ -322,15 +348,10 @@ class LoRAConv(LoRALayer):
     def update(self, x: Tensor) -> Tensor:
         """Return s B * A * x (two convolutions), in the shape of the base's output."""
         base = self.base
-        convolve: Callable[..., Tensor] = F.conv1d if isinstance(base, nn.Conv1d) else F.conv2d
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        padding: str | int | tuple[int, ...] = base.padding
-        if base.padding_mode != "zeros":
-            x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
-            padding = 0
         groups_a = base.in_channels // self.lora_A.shape[1]  # 1 for an A over all channels
-        low = convolve(x, a, None, base.stride, padding, base.dilation, groups_a)
-        return convolve(low * self.scaling, b, groups=base.groups)
+        low = convolved(base, x, a, groups_a)
+        return convolution(base)(low * self.scaling, b, groups=base.groups)
 
     def delta_weight(self) -> Tensor:
         """Return the kernel of the update, shape (out, in / G, *kernel).
@@ -347,6 +368,20 @@ class LoRAConv(LoRALayer):
         a = torch.unflatten(self.lora_A.detach(), 0, (self.base.groups, -1))
         b = torch.unflatten(self.lora_B.detach().flatten(1), 0, (self.base.groups, -1))
         return self.scaling * torch.einsum("gor,gr...->go...", b, a).flatten(0, 1)
+
+
+def convolution(base: nn.Conv1d | nn.Conv2d) -> Callable[..., Tensor]:
+    """Return torch's function for a convolution of as many dimensions."""
+    return F.conv1d if isinstance(base, nn.Conv1d) else F.conv2d
+
+
+def convolved(base: nn.Conv1d | nn.Conv2d, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Return x convolved with another weight, with the base's stride, padding and dilation."""
+    padding: str | int | tuple[int, ...] = base.padding
+    if base.padding_mode != "zeros":
+        x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
+        padding = 0
+    return convolution(base)(x, weight, None, base.stride, padding, base.dilation, groups)
 
 
 LORA_LAYERS = (LoRALinear, LoRAEmbedding, LoRAConv)

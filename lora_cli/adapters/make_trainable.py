@@ -6,6 +6,7 @@ come from its folder, as if the recipe said them; a recipe that says otherwise i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from lora_cli.adapters.peft_format.adapter_folder import (
     read_adapter,
 )
 from lora_cli.adapters.peft_format.peft_rules import base_modules, copied_modules, full_names
+from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
+from lora_cli.adapters.peft_format.tensor_names import adapted_module, adapted_modules
 from lora_cli.adapters.targets import first_match, inside, resolve_targets
 from lora_cli.errors import LoraError, Problem, name_neighbours
 from lora_cli.files import MANIFEST
@@ -141,19 +144,20 @@ def completed_section(
         LoraError: With every key by which the recipe says otherwise.
     """
     spec, config = recipe.adapter, saved.config
-    adapted = sorted({n.partition(".lora_")[0] for n in saved.tensors if ".lora_" in n})
+    adapted = sorted(adapted_modules(saved.tensors))
     own, tied = _trained_in_full(model, saved, head)
     theirs: dict[str, Any] = {"type": saved.type, "train_modules": own}
     theirs["ensure_weight_tying"] = tied
     if saved.type in LOW_RANK_TYPES:
         theirs |= {
             "rank": int(config.get("r", 8)),
-            "alpha": float(config.get("lora_alpha", 8)),
+            "alpha": float(config.get(PEFT_TYPES[config["peft_type"]].alpha, 8)),
             "use_rslora": bool(config.get("use_rslora")),
             "rank_pattern": _used(config.get("rank_pattern"), adapted, int),
             "alpha_pattern": _used(config.get("alpha_pattern"), adapted, float),
             "bias": config.get("bias") or "none",
         }
+    _reject_other_shapes(recipe, config)
     given = {key: getattr(spec, key) for key in spec.model_fields_set & theirs.keys()}
     if "train_modules" in given and set(
         full_names(base_modules(model), given["train_modules"])
@@ -178,12 +182,24 @@ def completed_section(
         raise LoraError(what, recipe.at("adapter.from"), hint) from error
 
 
+def _reject_other_shapes(recipe: Recipe, config: dict[str, Any]) -> None:
+    """Reject an adapter whose configuration asks for factors that a recipe cannot name."""
+    for key, off in PEFT_TYPES[config["peft_type"]].shaping:
+        if config.get(key, off) not in (off, None):
+            raise LoraError(
+                f"the adapter of `adapter.from` has `{key}`: {json.dumps(config[key])}, for which "
+                "no recipe has a key",
+                recipe.at("adapter.from"),
+                "it can be used as it is, but not trained further",
+            )
+
+
 def _trained_in_full(
     model: nn.Module, saved: AdapterFolder, head: list[str]
 ) -> tuple[list[str], bool]:
     """Return the modules that an adapter holds whole, besides the head, and whether ties stay."""
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    plain = {name: tensor for name, tensor in saved.tensors.items() if ".lora_" not in name}
+    plain = {name: tensor for name, tensor in saved.tensors.items() if adapted_module(name) is None}
     copied = copied_modules(names, saved.config)
     own = [n for n in full_names(names, copied) if any(t.startswith(f"{n}.") for t in plain)]
     own = [name for name in own if not any(inside(name, top) for top in head)]

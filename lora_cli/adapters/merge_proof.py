@@ -4,6 +4,7 @@ It goes from the tensors of the file and the weights of the base to the weights 
 model must have, one parameter at a time and in float64, by PEFT's definition:
 
     W + s B A                  of an adapted module, s = alpha / rank (rsLoRA: alpha / sqrt(rank))
+    W + s D                    of one with LoHa or LoKr, D multiplied out in `whole_update_proof`
     m (W + s B A) / |W + s B A|     of one with DoRA: the length is that of an output's weights
     the tensor of the file     of a module in `modules_to_save`, under each name by itself, and of
                                a bias or another parameter that was trained
@@ -25,9 +26,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.targets import first_match
+from lora_cli.adapters.whole_update_proof import whole_update
 
 HEADS = ("classifier", "score")
-ENDS = r"(\.lora_\w+?)(?:\.default)?(?:\.weight)?$"
+ENDS = r"(\.(?:lora|hada|lokr)_\w+?)(?:\.default)?(?:\.weight)?$"
 TOLERANCE = 1e-4  # of the largest entry of a product; float32 alone stays below 1e-5
 
 
@@ -69,7 +71,8 @@ def expected_weights(
     whole: dict[str, Tensor] = {}  # by the name of one place
     shared: dict[int, Tensor] = {}  # by the parameter, in all of its places
     for name, tensor in tensors.items():
-        if ".lora_" in name or ".original_module." in name or name.endswith(".base_layer.weight"):
+        is_added = re.search(ENDS, name) or name.endswith(".base_layer.weight")
+        if is_added or ".original_module." in name:
             continue
         place = _place(name, parameters)
         if any(place.startswith(f"{module}.") for module in copies):
@@ -106,6 +109,8 @@ def _place(name: str, parameters: dict[str, nn.Parameter]) -> str:
 
 def _update(name: str, module: nn.Module, tensors: dict[str, Tensor], config: Any) -> Tensor:
     """Return s B A in the layout of a module's weight, or zero where it is not adapted."""
+    if (whole := whole_update(name, module, tensors, config)) is not None:
+        return whole
     found: dict[str, Tensor] = {}
     for side in "AB":
         for key in (f"{name}.lora_{side}", f"{name}.lora_embedding_{side}"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from lora_cli.adapters.dora import DORA_LAYERS
+from lora_cli.adapters.loha import LOHA_LAYERS
+from lora_cli.adapters.lokr import LOKR_LAYERS
 from lora_cli.adapters.lora import LORA_LAYERS, LoRALayer
 from lora_cli.recipe.spec import AdapterType
 
@@ -18,6 +20,10 @@ def layers_of(kind: AdapterType) -> Layers:
             return LORA_LAYERS
         case "dora":
             return DORA_LAYERS
+        case "loha":
+            return LOHA_LAYERS
+        case "lokr":
+            return LOKR_LAYERS
         case "full" | "none" | "bitfit":
             return ()
 

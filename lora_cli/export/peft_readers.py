@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_cli.adapters.peft_format.adapter_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
 from lora_cli.environment import installed_version
 from lora_cli.errors import Problem
 from lora_cli.export.low_rank_pairs import (
@@ -43,7 +44,7 @@ class Peft:
 
     def problems(self, source: Source) -> list[Problem]:
         """Reject what PEFT has no type for."""
-        if source.saved.config["peft_type"] == "LORA":
+        if PEFT_TYPES[source.saved.config["peft_type"]].supported:
             return []
         what = f"PEFT has no adapters of type `{source.saved.type}`"
         return [Problem(what, str(source.saved.path), MERGE)]

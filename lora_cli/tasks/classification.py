@@ -17,14 +17,14 @@ from lora_cli.data.json_rows import JSON_NAMES
 from lora_cli.data.label_lists import listed_labels
 from lora_cli.data.load_rows import Rows
 from lora_cli.data.readers import is_blank
-from lora_cli.errors import LoraError, Problem
+from lora_cli.errors import Problem
 from lora_cli.metrics import MetricContext
 from lora_cli.models.base_model import load_config
 from lora_cli.recipe import Recipe
 from lora_cli.recipe.spec.classification_section import ClassificationSection
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import MAIN, Batch, Example, Field, Kind, Prediction
-from lora_cli.tasks.head_rows import arrange_rows
+from lora_cli.tasks.head_rows import arrange_rows, outputs_of
 from lora_cli.tasks.labels import Labels
 
 ALL_SCORES = 20  # labels up to which a prediction keeps the probability of each; of more:
@@ -116,11 +116,7 @@ class Classification(Task):
 
     def complete_from(self, tensors: Mapping[str, Tensor]) -> None:
         """Find the number of labels in the head of an adapter that another tool made."""
-        heads = [t.shape[0] for n, t in tensors.items() if ".lora_" not in n and t.ndim == 2]
-        if not heads:
-            what = "the adapter holds no classifier"
-            raise LoraError(what, "--adapter", "give a recipe with `--recipe`, for its labels")
-        count = min(heads)  # the last layer's outputs: fewer than any hidden size
+        count = outputs_of(tensors)
         known: dict[int, str] = load_config(self.recipe).id2label
         if count == 1:
             self.learned.task["problem"] = "regression"

@@ -9,7 +9,7 @@ know get a row of their own, drawn at random.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from lora_cli.errors import printable
+from lora_cli.adapters.peft_format.tensor_names import adapted_module
+from lora_cli.errors import LoraError, printable
 from lora_cli.models.base_model import build_empty, checkpoint_files, new_modules
 from lora_cli.recipe import Recipe
 
@@ -166,3 +167,19 @@ def _place(
             parameter[i].normal_(0.0, float(getattr(base, "initializer_range", None) or 0.02))
         elif is_loaded:
             parameter[i].zero_()
+
+
+def outputs_of(tensors: Mapping[str, Tensor]) -> int:
+    """Return the number of outputs of the classifier that an adapter of another tool holds.
+
+    Args:
+        tensors: Of the adapter's file.
+
+    Raises:
+        LoraError: If it holds none.
+    """
+    heads = [t.shape[0] for n, t in tensors.items() if adapted_module(n) is None and t.ndim == 2]
+    if not heads:
+        what = "the adapter holds no classifier"
+        raise LoraError(what, "--adapter", "give a recipe with `--recipe`, for its labels")
+    return min(heads)  # of the last layer: it has fewer outputs than any hidden size

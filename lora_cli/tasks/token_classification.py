@@ -22,7 +22,7 @@ from lora_cli.recipe import Recipe, TokenClassificationSpec
 from lora_cli.tasks.entity_rows import EntityRows, RowText, spans_in_words
 from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Example, Field, Prediction
 from lora_cli.tasks.finite_scores import require_finite
-from lora_cli.tasks.head_rows import arrange_rows
+from lora_cli.tasks.head_rows import arrange_rows, outputs_of
 from lora_cli.tasks.long_texts import token_ids
 from lora_cli.tasks.padding import fill, mask_of, positions_of
 from lora_cli.tasks.tagged_rows import propose_entities
@@ -308,11 +308,7 @@ class TokenClassification(TextTask):
 
     def complete_from(self, tensors: Mapping[str, Tensor]) -> None:
         """Find the labels of an adapter that another tool made: the base's, of the same number."""
-        heads = [t.shape[0] for n, t in tensors.items() if ".lora_" not in n and t.ndim == 2]
-        if not heads:
-            what = "the adapter holds no classifier"
-            raise LoraError(what, "--adapter", "give a recipe with `--recipe`, for its labels")
-        count = min(heads)
+        count = outputs_of(tensors)
         known: dict[int, str] = load_config(self.recipe).id2label
         names = [known[i] for i in sorted(known)]
         if len(names) != count:

@@ -215,6 +215,7 @@ class AdapterKind:
     """Sites whose layers it does not fit."""
 
 
+NOT_WHOLE = ("Conv1D", "Embedding", "tied Embedding")
 ADAPTERS = {
     "lora": AdapterKind({"rank": 4, "alpha": 6}, runs=False),
     "rslora": AdapterKind({"rank": 4, "alpha": 6, "use_rslora": True}, runs=False),
@@ -243,6 +244,12 @@ ADAPTERS = {
         {"rank": 4, "bias": "lora_only"}, bare=False, runs=False
     ),
     "all biases": AdapterKind({"rank": 4, "bias": "all"}, bare=False),
+    "loha": AdapterKind(
+        {"type": "loha", "rank": 4, "alpha": 6, "rank_pattern": {".*[a-z]": 3}},
+        runs=False,
+        not_on=NOT_WHOLE,
+    ),
+    "lokr": AdapterKind({"type": "lokr", "rank": 2, "alpha": 6}, not_on=NOT_WHOLE),
     "full": AdapterKind({"type": "full"}, bare=False, has_folder=False),
     "bitfit": AdapterKind({"type": "bitfit"}, bare=False),
     "head alone": AdapterKind({"type": "none"}, bare=False),

@@ -167,6 +167,7 @@ CONFLICTS: dict[str, str] = {
     "half a pair": _in("task", "prompt_column: p", CHAT),
     "two ways to read a row": _in("task", "text_column: t, messages_column: m", CHAT),
     "sharegpt": _in("task", "format: sharegpt", CHAT),
+    "biases of an adapter that has none": _in("adapter", "type: loha, bias: all"),
     "an adapter for a whole model": _in("adapter", "type: full, from: ./old"),
     "two warm-ups": _in("train", "scheduler: {warmup_steps: 1, warmup_ratio: 0.1}"),
     "epochs and steps": _in("train", "epochs: 1, max_steps: 1"),

@@ -263,6 +263,17 @@ def _of_first(part: str, change: Callable[[Any], Any]) -> Callable[[Path], None]
     return _tensors(changed)
 
 
+def _kronecker(folder: Path) -> None:
+    """Make it a LoKr adapter that lacks one of its factors."""
+    values = json.loads((folder / CONFIG).read_text())
+    kept = ("task_type", "base_model_name_or_path", "modules_to_save")
+    config = {"peft_type": "LOKR", "r": 4, **{key: values[key] for key in kept}}
+    (folder / CONFIG).write_text(json.dumps(config))
+    name = "base_model.model.roberta.encoder.layer.0.attention.self.query.lokr_w2"
+    _drop_tensors(folder / WEIGHTS, "lora_")
+    _tensors(lambda tensors: tensors | {name: torch.ones(8, 8)})(folder)
+
+
 def _renamed(part: str, other: str) -> Callable[[Path], None]:
     return _tensors(lambda t: {name.replace(part, other): tensor for name, tensor in t.items()})
 
@@ -282,6 +293,7 @@ ADAPTERS: dict[str, Callable[[Path], None]] = {
     "a configuration that is cut": lambda f: _cut(f / CONFIG),
     "a configuration that is a list": lambda f: (f / CONFIG).write_text("[]") and None,
     "another type of adapter": _config(peft_type="IA3"),
+    "LoKr with one of its factors": _kronecker,
     "DoRA without magnitudes": _config(use_dora=True),
     "magnitudes without DoRA": _tensors(lambda t: t | {
         "base_model.model.roberta.encoder.layer.0.attention.self.query.lora_magnitude_vector":
@@ -408,9 +420,19 @@ def _negative_alpha(world: World) -> Printed:
     return world.lora("train", recipe)
 
 
+def _decomposed(world: World) -> Printed:
+    folder = world.folder / world.trained()
+    (folder / "manifest.json").unlink()
+    _kronecker(folder)
+    _edit(folder / CONFIG, decompose_both=True)
+    task = {"labels": ["bad", "good"]}
+    return world.lora("train", world.recipe(adapter={"from": "./trained"}, task=task))
+
+
 for _name, _run in {
     "of another rank and alpha": _start(rank=3, alpha=5),
     "of other targets": _start(target_modules=["key"]),
+    "of factors that no recipe names": _decomposed,
     "whose alpha learns nothing": _negative_alpha,
     "that is not there": _with("train", adapter={"from": "./nowhere"}),
     "of the Hub, without a network": _with("train", adapter={"from": "nobody/nothing"}),

@@ -31,6 +31,8 @@ from lora_cli.adapters.peft_format.peft_rules import (
     peft_differences,
     peft_reading,
 )
+from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES, TYPES_HERE
+from lora_cli.adapters.peft_format.tensor_names import adapted_module
 from lora_cli.errors import BACKUP, IntegrityError, LoraError, name_neighbours, warn
 from lora_cli.files import (
     finish_publishing,
@@ -95,7 +97,7 @@ def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict
     }
     if not layers:
         # PEFT has no such types and says so; it would read an empty LoRA as the plain base
-        return {"peft_type": {"none": "HEAD_ONLY"}.get(spec.type, spec.type.upper()), **base}
+        return {"peft_type": _peft_type(spec.type), **base}
     config = {
         "peft_type": "LORA",
         **base,
@@ -112,12 +114,23 @@ def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict
         "init_lora_weights": True,
         **next(iter(layers.values())).peft_config,
     }
+    if _peft_type(spec.type) != "LORA":
+        kind = PEFT_TYPES[_peft_type(spec.type)]
+        patterns = {key: config[key] for key in ("rank_pattern", "alpha_pattern")}
+        own = {"r": spec.rank, kind.alpha: _whole(spec.alpha), **dict(kind.defaults), **patterns}
+        adapted = {"target_modules": sorted(layers)}
+        config = {"peft_type": _peft_type(spec.type), **base, **own, **adapted}
     if isinstance(spec.target_modules, list):  # the user's suffixes, if they select no others
         short = {**config, "target_modules": spec.target_modules}
         reading = peft_reading(model, short)
         if reading.adapted == set(layers) and not reading.errors:
             return short
     return config
+
+
+def _peft_type(kind: AdapterType) -> str:
+    """Return PEFT's name of a type; of those that PEFT lacks, this tool's own."""
+    return next((name for name, here in TYPES_HERE.items() if here == kind), "LORA")
 
 
 def _stored_transposed(base: nn.Module) -> bool:
@@ -223,19 +236,20 @@ def read_adapter(path: Path) -> AdapterFolder:
     if bad:
         what = f"`{bad[0]}` contains NaN or infinity"
         raise IntegrityError(what, str(path / WEIGHTS_FILE), BACKUP)
-    if config["peft_type"] == "LORA" and _is_idle(tensors):
-        warn(f"the adapter {path} changes nothing: one matrix of each pair is all zeros")
+    if PEFT_TYPES[config["peft_type"]].supported and _is_idle(tensors):
+        warn(f"the adapter {path} changes nothing: one factor of each update is all zeros")
     return AdapterFolder(path, config, tensors, verified, read_fingerprint(path))
 
 
 def _is_idle(tensors: dict[str, Tensor]) -> bool:
-    """Return whether all that is adapted are pairs with a product of zero, as before training."""
-    zeros: dict[str, list[bool]] = {}
+    """Return whether all updates are products with a factor of zero, as before training."""
+    zeros: dict[str, list[bool | None]] = {}
     for name, tensor in tensors.items():
-        module, is_adapted, _ = name.partition(".lora_")
-        if is_adapted:
-            zeros.setdefault(module, []).append(not bool(tensor.any()))
-    return bool(zeros) and all(len(pair) <= 2 and any(pair) for pair in zeros.values())
+        if (module := adapted_module(name)) is not None:
+            # a length of DoRA is no factor
+            is_zero = not bool(tensor.any()) if "magnitude" not in name else None
+            zeros.setdefault(module, []).append(is_zero)
+    return bool(zeros) and all(None not in of and any(of) for of in zeros.values())
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

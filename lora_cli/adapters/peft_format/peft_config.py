@@ -7,8 +7,8 @@ A key is one of five kinds:
   unless a type of adapter here is told by it (`KEYS_OF_TYPES`);
 - idle (`IDLE`): it changes nothing of what a saved adapter computes;
 - an initialisation (`init_lora_weights`): only those that leave the base as it was can be read;
-- unknown: a newer version's, or another tool's. It is named, and must be off (null, false or
-  empty), unless it is known to be a remark (`REMARKS`).
+- unknown: of another type of adapter, a newer version's, or another tool's. It is named, and must
+  be off (null, false or empty), unless it is known to be a remark (`REMARKS`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES, TYPES_HERE
 from lora_cli.adapters.targets import regex_error
 from lora_cli.adapters.variants import layers_of
 from lora_cli.errors import BACKUP, IntegrityError, LoraError, Problem, warn
 from lora_cli.recipe import LOW_RANK_TYPES, AdapterType
 
-KINDS = ("LORA", "HEAD_ONLY", "BITFIT")
 SMALL_INITS = ("gaussian", "eva", "orthogonal", "mica")  # they draw A and B, and leave the base
 LARGEST = 3e38  # of an alpha: float32 ends there
 SHOWN = 60  # characters of a value in a message
@@ -47,7 +47,9 @@ VARIANTS = {
     "enable_lora": "train it again with a PEFT of today: this key is of its first versions",
 }
 KEYS_OF_TYPES: dict[AdapterType, set[str]] = {
-    kind: {key for layer in layers_of(kind) for key in layer.peft_config} for kind in LOW_RANK_TYPES
+    kind: {key for layer in layers_of(kind) for key in layer.peft_config}
+    for kind in LOW_RANK_TYPES
+    if kind not in TYPES_HERE.values()
 }
 READABLE = set[str]().union(*KEYS_OF_TYPES.values())
 IDLE = {
@@ -83,15 +85,17 @@ def check_config(config: dict[str, Any], where: str) -> None:
         IntegrityError: With the key whose value makes no sense.
     """
     kind = config.get("peft_type")
-    if kind not in KINDS:
+    if kind not in PEFT_TYPES:
         what = f"`{_shown(kind) if kind else kind}` is not a type of adapter that this tool reads"
-        raise LoraError(what, where, "it reads PEFT's LORA")
+        named = [name for name, its in PEFT_TYPES.items() if its.supported]
+        reads = f"it reads PEFT's {', '.join(named[:-1])} and {named[-1]}"
+        raise LoraError(what, where, f"{reads}: merge it into its base in PEFT")
     for key, hint in VARIANTS.items():
         if key not in READABLE and not _is_off(config.get(key)):
             hint = f"{hint} it" if hint == MERGE_IN_PEFT else hint
             raise LoraError(f"adapters with `{key}` cannot be read", where, hint)
     _check_init(config.get("init_lora_weights"), where)
-    for key, is_good in CHECKS.items():
+    for key, is_good in {**CHECKS, **LYCORIS_CHECKS}.items():
         if key in config and not is_good(config[key]):
             what = f"`{key}` {_misfit(key, config[key])}"
             raise IntegrityError(what, where, BACKUP)
@@ -100,11 +104,8 @@ def check_config(config: dict[str, Any], where: str) -> None:
 
 def adapter_type(config: dict[str, Any]) -> AdapterType:
     """Return the recipe's type of an adapter whose configuration `check_config` accepts."""
-    match config["peft_type"]:
-        case "HEAD_ONLY":
-            return "none"
-        case "BITFIT":
-            return "bitfit"
+    if config["peft_type"] in TYPES_HERE:
+        return TYPES_HERE[config["peft_type"]]
     told = {key for key in READABLE if config.get(key)}
     return next(kind for kind, keys in KEYS_OF_TYPES.items() if keys == told)
 
@@ -130,7 +131,10 @@ def _check_init(init: Any, where: str) -> None:
 
 def _name_unknown(config: dict[str, Any], where: str) -> None:
     """Name the keys that are not known; reject those that may change what is computed."""
-    known = CHECKS.keys() | VARIANTS.keys() | IDLE | KNOWN_OTHERS | REMARKS
+    if config["peft_type"] in LYCORIS_TYPES:
+        known = COMMON | LYCORIS_CHECKS.keys() | LYCORIS_IDLE | REMARKS
+    else:
+        known = CHECKS.keys() | VARIANTS.keys() | IDLE | KNOWN_OTHERS | REMARKS
     unknown = sorted(config.keys() - known)
     if active := [key for key in unknown if not _is_off(config[key])]:
         raise LoraError(
@@ -180,6 +184,10 @@ def is_alpha(value: Any) -> bool:
 
 def _is_flag(value: Any) -> bool:
     return value is None or isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and abs(value) <= 2**31
 
 
 def _is_probability(value: Any) -> bool:
@@ -233,5 +241,18 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "revision": _is_text,
     **dict.fromkeys(READABLE, _is_flag),
 }
-NUMBERS = ("r", "lora_alpha", "lora_dropout")
+LYCORIS_TYPES = ("LOHA", "LOKR")
+LYCORIS_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "alpha": is_alpha,
+    "use_effective_conv2d": _is_flag,
+    "decompose_both": _is_flag,
+    "decompose_factor": _is_whole,
+}
+LYCORIS_IDLE = {"rank_dropout", "module_dropout", "rank_dropout_scale", "init_weights"}
+COMMON = {
+    "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type",
+    "inference_mode", "r", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "modules_to_save",
+}  # fmt: skip
+NUMBERS = ("r", "lora_alpha", "lora_dropout", "alpha", "decompose_factor")
 KNOWN_OTHERS = {"peft_type", "init_lora_weights"}

@@ -13,17 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.attach import lora_layers
 from lora_cli.adapters.lora import LoRALayer
+from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
+from lora_cli.adapters.peft_format.tensor_names import adapted_modules
 from lora_cli.adapters.targets import inside, matches, read_by_kernels
 
 HEADS = ("classifier", "score")  # PEFT trains them in full where a task classifies
 CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS")
-SUPPORTED = (
-    nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D,
-)  # fmt: skip
 # names of an expert's layers in older checkpoints, by the family that transformers files a model in
 EXPERTS = {
     "mixtral": ("gate", "w1", "w3", "w2"),
@@ -77,7 +75,7 @@ def peft_reading(model: nn.Module, config: dict[str, Any]) -> PeftReading:
         if read_by_kernels(model, name):
             what = f"in a Mamba model it adapts no `{name.rpartition('.')[2]}`"
             reading.errors.append(what)
-        elif not isinstance(module, SUPPORTED):
+        elif not isinstance(module, PEFT_TYPES[config["peft_type"]].supported):
             kind = type(module).__name__
             reading.errors.append(f"`{name}` is a {kind}, which it does not adapt")
         reading.adapted.add(name)
@@ -128,13 +126,13 @@ def peft_differences(
         config: The configuration that stands beside the adapter.
         tensors: Names of the adapter's tensors, without PEFT's prefix.
     """
-    if config["peft_type"] != "LORA":
+    if not PEFT_TYPES[config["peft_type"]].supported:
         return []
     reading, modules = peft_reading(model, config), base_modules(model)
     if reading.errors:
         without = "leave such modules out with `adapter.exclude_modules`"
         return [f"PEFT would reject this adapter: {e}; {without}" for e in set(reading.errors)]
-    ours = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
+    ours = adapted_modules(tensors)
     found = _experts_lost(reading, ours)
     if lost := sorted(ours - reading.adapted - reading.experts):
         found.append(
@@ -158,7 +156,7 @@ def peft_differences(
             "add it to `adapter.train_modules`"
         )
     for name in sorted(ours):
-        if difference := convolution_difference(modules[name]):
+        if difference := convolution_difference(modules[name], config):
             found.append(
                 f"the convolution `{name}` {difference}: leave such modules out with "
                 "`adapter.exclude_modules`"
@@ -167,16 +165,19 @@ def peft_differences(
     return found
 
 
-def convolution_difference(module: nn.Module) -> str:
+def convolution_difference(module: nn.Module, config: dict[str, Any]) -> str:
     """Return how PEFT's update of a convolution differs from the base's own computation, if so.
 
-    PEFT gives its A the stride and the padding of the base, but not its padding mode or dilation.
+    PEFT gives it the stride and the padding of the base, but not its padding mode; nor, in LoRA,
+    its dilation.
     """
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return ""
     if module.padding_mode != "zeros":
         return f"pads with `{module.padding_mode}`, and PEFT's update of it with zeros"
-    if any(d > 1 and size > 1 for d, size in zip(module.dilation, module.kernel_size, strict=True)):
+    if config["peft_type"] == "LORA" and any(
+        d > 1 and size > 1 for d, size in zip(module.dilation, module.kernel_size, strict=True)
+    ):
         return f"has a dilation of {max(module.dilation)}, and PEFT's update of it has none"
     return ""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.adapters.peft_format.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
+from lora_cli.adapters.peft_format.tensor_names import ADDED, adapted_module
 from lora_cli.adapters.variants import layers_of
 from lora_cli.errors import Problem
 from lora_cli.recipe import LOW_RANK_TYPES, AdapterType
@@ -43,10 +44,9 @@ def sort_tensors(
     own_names, found = _own_names(kind), SortedTensors()
     other_names = {name for other in LOW_RANK_TYPES for name in _own_names(other)}
     for name, tensor in tensors.items():
-        # older versions and raw state dicts add the adapter's name: `lora_A.default.weight`
-        added = re.fullmatch(r"(.+)\.(lora_\w+?)(?:\.default)?(?:\.weight)?", name)
+        added, module = ADDED.fullmatch(name), adapted_module(name)
         copied = ".original_module." in name or ".modules_to_save." in name
-        if ".lora_" in name and copied:
+        if module is not None and copied:
             what = f"`{name}`: a module is both adapted and trained in full"
             found.problems.append(Problem(what, hint="train it again with only one of the two"))
         elif added and added[2] in own_names:
@@ -54,9 +54,9 @@ def sort_tensors(
         elif added and added[2] in other_names:
             what = f"`{name}` does not belong to an adapter of type `{kind}`, as the configuration "
             found.problems.append(Problem(f"{what}says it is", hint=TOGETHER))
-        elif ".lora_" in name:
+        elif module is not None:
             what = f"`{name}` is of a kind that this tool does not support"
-            hint = "it reads LoRA's A and B: merge the rest in PEFT"
+            hint = f"it reads what an adapter of type `{kind}` has: merge the rest in PEFT"
             found.problems.append(Problem(what, hint=hint))
         elif name.endswith(".base_layer.weight"):  # of an embedding: PEFT writes it besides
             found.frozen[f"{name.removesuffix('.base_layer.weight')}.weight"] = tensor
@@ -66,9 +66,10 @@ def sort_tensors(
                 what = f"`{short}` has two values in it"
                 found.problems.append(Problem(what, hint=TOGETHER))
             found.plain[short] = tensor
-    complete = set(own_names.values())
+    some = {name for layer in layers_of(kind) for name in layer.sometimes}
+    needed = set(own_names.values()) - some
     for module, own in list(found.of_layers.items()):
-        if set(own) != complete:
+        if not needed <= set(own):
             what = f"`{module}` has only {', '.join(sorted(own))}"
             found.problems.append(Problem(what, hint=TOGETHER))
             del found.of_layers[module]

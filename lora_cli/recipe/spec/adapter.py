@@ -19,11 +19,15 @@ Rank = Annotated[int, Field(gt=0, le=65_536)]  # no layer is so wide that more w
 Alpha = Annotated[float, Field(gt=0, le=1e30)]  # float32 ends at 3e38
 
 
-AdapterType = Literal["lora", "dora", "full", "none", "bitfit"]
-LOW_RANK_TYPES: tuple[AdapterType, ...] = ("lora", "dora")
+AdapterType = Literal["lora", "dora", "loha", "lokr", "full", "none", "bitfit"]
+LOW_RANK_TYPES: tuple[AdapterType, ...] = ("lora", "dora", "loha", "lokr")
+WHOLE_TYPES: tuple[AdapterType, ...] = ("loha", "lokr")
+"""Their update is computed as a whole weight; they have neither rsLoRA's scale nor biases."""
 ADAPTER_TITLES: dict[str, str] = {
     "lora": "LoRA adapter",
     "dora": "DoRA adapter",
+    "loha": "LoHa adapter",
+    "lokr": "LoKr adapter",
     "full": "Full fine-tuning",
     "none": "Newly trained head",
     "bitfit": "Fine-tuned biases",
@@ -36,8 +40,11 @@ class AdapterSpec(Section):
 
     type: AdapterType = "lora"
     """`lora`: low-rank adapters. `dora`: the same, and a trained length for the weights of each
-    output; a step takes longer. `full`: every weight. `none`: the task's head alone. `bitfit`: the
-    biases. The last three are the baselines of the others, in the same loop."""
+    output; a step takes longer. `loha`: the entrywise product of two low-rank updates; `lokr`: the
+    Kronecker product of two small matrices: updates of a higher rank on linear layers and
+    convolutions, known from picture models; a step takes longer. `full`: every weight. `none`: the
+    task's head alone. `bitfit`: the biases. The last three are the baselines of the others, in the
+    same loop."""
 
     from_: Word | None = Field(default=None, alias="from")
     """A trained adapter to start from: a folder (relative to the recipe), or a Hub id. Its rank,
@@ -87,6 +94,10 @@ class AdapterSpec(Section):
         if self.from_ is not None and self.type == "full":
             what = "`from` starts from an adapter, and `type: full` has none"
             yield "from", what, "name the model to start from as `model.name`"
+        for key, off in (("use_rslora", False), ("bias", "none")):
+            if self.type in WHOLE_TYPES and getattr(self, key) != off:
+                what = f"PEFT's format has no `{key}` for adapters of type `{self.type}`"
+                yield key, what, "leave it out, or use `type: lora`"
 
     @property
     def low_rank(self) -> bool:

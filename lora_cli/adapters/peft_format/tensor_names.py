@@ -1,0 +1,22 @@
+"""How PEFT names the tensors that an adapter adds to a module: `<module>.<kind>_<what>`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+KINDS = r"(?:lora|hada|lokr)"
+ADDED = re.compile(rf"(.+)\.({KINDS}_\w+?)(?:\.default)?(?:\.weight)?")
+"""The module, and PEFT's name beneath it. Older versions and raw state dicts add the adapter's
+name: `lora_A.default.weight`."""
+
+
+def adapted_module(name: str) -> str | None:
+    """Return the module that a tensor adapts; None for a tensor that is a whole parameter."""
+    found = re.search(rf"\.{KINDS}_", name)
+    return name[: found.start()] if found else None
+
+
+def adapted_modules(names: Iterable[str]) -> set[str]:
+    """Return the modules that any of these tensors adapts."""
+    return {module for name in names if (module := adapted_module(name)) is not None}

@@ -1,0 +1,90 @@
+"""Layers whose update is computed as a whole weight, of the shape of the base's: LoHa and LoKr.
+
+    y = W0 x + s D x          D (out, in): small factors, multiplied out          s = alpha / rank
+
+The rank of D may be far above the rank of its factors, so there is no short cut past D, and a step
+costs more than LoRA's. Both are known from picture models (LyCORIS, Yeh et al. 2024,
+https://arxiv.org/abs/2309.14859); the shapes and names of the factors are PEFT's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's own name for it
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lora_cli.adapters.lora import LoRALayer, Shape, convolved
+from lora_cli.models.quantized_linear import QuantizedLinear
+
+
+class WholeUpdate(LoRALayer):
+    """What LoHa and LoKr share, on `nn.Linear`, `nn.Conv1d` and `nn.Conv2d`.
+
+    A class of such layers owes `update_weight`, `shapes`, and the names of its parameters.
+    """
+
+    zero_at_start: ClassVar[tuple[str, ...]]
+    """The factors that start at zero, so that the update is zero."""
+
+    @classmethod
+    def fits(cls, base: nn.Module) -> bool:
+        """Return whether a module is a linear layer, or a convolution of one or two dimensions."""
+        if isinstance(base, NonDynamicallyQuantizableLinear):
+            return False  # nn.MultiheadAttention takes its weight and never calls it
+        if isinstance(base, QuantizedLinear) and base.transposed:
+            return (
+                False  # it stands for a `Conv1D` of transformers, on which PEFT has no such layer
+            )
+        return isinstance(base, nn.Linear | nn.Conv1d | nn.Conv2d)
+
+    def to_peft(self, name: str) -> Tensor:
+        """Return one of the layer's own parameters, which PEFT stores as they are."""
+        return self.get_parameter(name).detach()
+
+    def reset_parameters(self) -> None:
+        """Draw the factors, kaiming-uniform with a = sqrt(5), but for those that start at zero."""
+        for name, parameter in self.named_parameters(recurse=False):
+            drawn = torch.zeros(parameter.shape, dtype=torch.float32)
+            if name not in self.zero_at_start:
+                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
+            with torch.no_grad():
+                if not parameter.is_meta:
+                    parameter.copy_(drawn)
+
+    def update(self, x: Tensor) -> Tensor:
+        """Return s D x, in the shape of the base's output."""
+        weight = self.update_weight().to(x.dtype)
+        if isinstance(self.base, nn.Conv1d | nn.Conv2d):
+            return convolved(self.base, x, weight, self.base.groups)
+        return F.linear(x, weight)
+
+    def update_weight(self) -> Tensor:
+        """Return s D in the shape of the base's weight, with a gradient."""
+        raise NotImplementedError
+
+    def delta_weight(self) -> Tensor:
+        """Return s D in the shape of the base's weight."""
+        return self.update_weight().detach()
+
+
+def weight_shape(base: nn.Module) -> Shape:
+    """Return the shape of a layer's weight: (out, in), or (out, in / groups, *kernel)."""
+    if isinstance(base, nn.Conv1d | nn.Conv2d):
+        return (base.out_channels, base.in_channels // base.groups, *base.kernel_size)
+    assert isinstance(base, nn.Linear)
+    return (base.out_features, base.in_features)  # a 4-bit weight has another shape
+
+
+def has_wide_kernel(base: nn.Module) -> bool:
+    """Return whether a layer is a convolution over more than one position."""
+    return math.prod(weight_shape(base)[2:]) > 1
+
+
+def kernel_core(base: nn.Module, rank: int) -> Shape:
+    """Return the shape of the factor that holds a kernel: (rank, rank, height, width)."""
+    height, *width = weight_shape(base)[2:]
+    return (rank, rank, height, *(width or [1]))
