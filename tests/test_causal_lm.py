@@ -18,9 +18,8 @@ from lora_cli.evaluation.evaluate_split import evaluate
 from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
-from lora_cli.tasks import Encoded
 from lora_cli.tasks.causal_lm import CausalLM
-from lora_cli.tasks.examples import IGNORED, Example
+from lora_cli.tasks.examples import IGNORED, Encoded, Example
 from lora_cli.tasks.packing import check_packing, one_row
 
 CPU = torch.device("cpu")

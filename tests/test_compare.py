@@ -19,7 +19,8 @@ from lora_cli.evaluation import compare as comparison
 from lora_cli.evaluation.compare import Comparison, bootstrap, compare, row_sums
 from lora_cli.evaluation.evaluate_split import evaluate_adapter
 from lora_cli.recipe import Recipe, dump_recipe, load_recipe
-from lora_cli.tasks import Prediction, build_task
+from lora_cli.tasks import build_task
+from lora_cli.tasks.examples import Prediction
 
 TEXTS = [" ".join(["great fun", "slow", "a plot"][: 1 + i % 3] * (1 + i % 5)) for i in range(23)]
 

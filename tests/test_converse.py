@@ -19,7 +19,8 @@ from lora_cli.errors import LoraError, NumericsError, ResourceError
 from lora_cli.evaluation import converse as conversation
 from lora_cli.evaluation.converse import Streamer, converse
 from lora_cli.recipe import dump_recipe, load_recipe
-from lora_cli.tasks import Task, build_task
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}"

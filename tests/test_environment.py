@@ -27,7 +27,7 @@ from lora_cli.environment import (
 )
 from lora_cli.errors import LoraError, ResourceError
 from lora_cli.recipe import Recipe, load_recipe
-from lora_cli.tasks import Batch
+from lora_cli.tasks.examples import Batch
 from lora_cli.training import train
 from lora_cli.training.engine import Engine
 from lora_cli.training.step import train_step

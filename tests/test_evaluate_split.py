@@ -32,8 +32,9 @@ from lora_cli.evaluation.evaluate_split import (
 from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Recipe, load_recipe
-from lora_cli.tasks import Encoded, Prediction, Task, build_task
-from lora_cli.tasks.examples import MAIN
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import MAIN, Encoded, Prediction
 
 CPU = torch.device("cpu")
 TEXTS = [" ".join(["great fun", "slow", "a plot"][: 1 + i % 3] * (1 + i % 5)) for i in range(23)]

@@ -36,7 +36,9 @@ from lora_cli.export.merge import merge_adapter
 from lora_cli.preprocessing.encode import check_data, load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe, write_recipe
-from lora_cli.tasks import Encoded, Task, build_task
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import Encoded
 from lora_cli.tasks.image_classification import random_box
 from lora_cli.training import train
 from lora_cli.training.batches import Batches

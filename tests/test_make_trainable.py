@@ -27,7 +27,8 @@ from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.evaluation.evaluate_split import evaluate_adapter
 from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.recipe import Recipe, load_recipe
-from lora_cli.tasks import Task, build_task
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task
 from lora_cli.training import run as training_run
 from lora_cli.training import train
 

@@ -35,7 +35,8 @@ from lora_cli.models import full_precision as full_precision_module
 from lora_cli.models.full_precision import full_precision
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
-from lora_cli.tasks import Task, build_task
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task
 from lora_cli.tasks.packing import check_packing
 from lora_cli.tasks.padding import NONE, Padding
 from lora_cli.tasks.padding_check import check_training, choose_padding

@@ -30,7 +30,8 @@ from lora_cli.evaluation.evaluate_split import evaluate
 from lora_cli.evaluation.predict import answer, answer_file
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import FormatSpec, load_recipe
-from lora_cli.tasks import Task, build_task
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task
 from lora_cli.tasks.sequence_classification import SequenceClassification
 
 ROWS = [

@@ -23,7 +23,8 @@ from lora_cli.errors import LoraError
 from lora_cli.models.fingerprint import fingerprint_of
 from lora_cli.models.quantized_linear import QuantizedLinear
 from lora_cli.recipe import load_recipe
-from lora_cli.tasks import Task, build_task
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task
 from lora_cli.training import train
 
 pytest.importorskip("bitsandbytes")

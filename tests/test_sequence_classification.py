@@ -23,7 +23,8 @@ from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate_split import evaluate
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
-from lora_cli.tasks import Task, build_task
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Example
 
 CPU = torch.device("cpu")

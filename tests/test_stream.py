@@ -17,7 +17,8 @@ from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.encode import check_data
 from lora_cli.preprocessing.stream import Stream
 from lora_cli.recipe import load_recipe
-from lora_cli.tasks import Task, build_task
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task
 from lora_cli.training import run as training_run
 from lora_cli.training import train
 

@@ -15,7 +15,8 @@ from lora_cli.recipe import TASKS, Recipe, TaskSpec
 from lora_cli.recipe.spec.task_section import TaskSection
 from lora_cli.recipe_draft import choose_task, draft, draft_recipe, media_rows
 from lora_cli.recipe_draft.base_model_info import Base, describe_base
-from lora_cli.tasks import Task, build_task, task_types
+from lora_cli.tasks import build_task, task_types
+from lora_cli.tasks.contract import Task
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table
 
 WORDS = "one two three four five six seven eight nine ten".split()  # noqa: SIM905 - shorter

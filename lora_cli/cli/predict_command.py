@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lora_cli.recipe import Recipe
-    from lora_cli.tasks import Task
+    from lora_cli.tasks.contract import Task
 
 
 def predict(

@@ -34,7 +34,9 @@ from lora_cli.metrics.entity_scores import entity_sums
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.preprocessing.frozen_outputs import with_frozen_outputs
 from lora_cli.recipe import RECIPE_FILE, AdapterSpec, Recipe, load_adapter_recipe
-from lora_cli.tasks import Encoded, Prediction, Task, build_task
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import Encoded, Prediction
 
 RESAMPLES = 10_000
 FEWER_RESAMPLES = 1_000  # where a metric has to be computed again each time

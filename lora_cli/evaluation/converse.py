@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from lora_cli.data.conversations import Message
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.predict import answer
-from lora_cli.tasks import Task
+from lora_cli.tasks.contract import Task
 from lora_cli.tasks.text_generation import decode
 
 Write = Callable[[str], object]

@@ -30,9 +30,9 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.preprocessing.frozen_outputs import with_frozen_outputs
 from lora_cli.recipe import Learned, Recipe
 from lora_cli.reporting.report import strict
-from lora_cli.tasks import Encoded, Prediction, Task, build_task
-from lora_cli.tasks.contract import prepared_for_evaluation
-from lora_cli.tasks.examples import MAIN
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task, prepared_for_evaluation
+from lora_cli.tasks.examples import MAIN, Encoded, Prediction
 from lora_cli.tasks.finite_scores import likely_cause
 from lora_cli.unexpected_errors import phase
 

@@ -15,7 +15,8 @@ from lora_cli.models.base_facts import require_facts
 from lora_cli.models.fingerprint import fingerprint_of
 from lora_cli.preprocessing.encode import check_data
 from lora_cli.recipe import Learned, Recipe, check_labels, read_computation
-from lora_cli.tasks import Task, build_task
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task
 
 
 def open_adapter(folder: Path, recipe: Recipe) -> tuple[Task, nn.Module, Accelerator]:

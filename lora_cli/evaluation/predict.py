@@ -24,7 +24,7 @@ from lora_cli.data.text_lines import RawRow
 from lora_cli.data.write_rows import WRITABLE, OutputForm, reject_target, suffix_of, writing
 from lora_cli.errors import LoraError, Problem, counted, require_file
 from lora_cli.recipe import FormatSpec
-from lora_cli.tasks import Task
+from lora_cli.tasks.contract import Task
 
 CHUNK = 1000  # rows in memory at once
 NO_ANSWER = "it has no prediction"

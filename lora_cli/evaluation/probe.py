@@ -26,7 +26,7 @@ from lora_cli.adapters.attach import disabled, lora_layers
 from lora_cli.errors import BACKUP, IntegrityError, LoraError
 from lora_cli.files import write_json
 from lora_cli.format_version import FORMAT, require_format
-from lora_cli.tasks import Task
+from lora_cli.tasks.contract import Task
 
 PROBE_FILE = "probe.json"
 MOST_OUTPUTS = 64  # numbers that are kept of the task's probe

@@ -7,7 +7,8 @@ from pathlib import Path
 from lora_cli.files import write_json
 from lora_cli.reporting.page_analysis import read_predictions, worst
 from lora_cli.reporting.page_answers import CASES, THUMBNAILS
-from lora_cli.tasks import Encoded, Task
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import Encoded
 
 
 def write_thumbnails(folder: Path, task: Task, data: dict[str, Encoded]) -> None:

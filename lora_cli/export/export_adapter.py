@@ -24,7 +24,8 @@ from lora_cli.export.target_folder import locked_target
 from lora_cli.files import new_folder
 from lora_cli.models.fingerprint import fingerprint_of
 from lora_cli.reporting.model_card import write_derived_card
-from lora_cli.tasks import Task, build_task
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task
 
 
 def reader_named(name: str) -> Reader:

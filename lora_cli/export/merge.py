@@ -39,7 +39,8 @@ from lora_cli.recipe import (
     load_adapter_recipe,
     load_recipe,
 )
-from lora_cli.tasks import Task, build_task
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task
 from lora_cli.tasks.finite_scores import require_finite
 
 TOLERANCE = 1e-4  # of the largest output, in float32; rounding alone stays below 1e-5

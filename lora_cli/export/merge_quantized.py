@@ -21,7 +21,8 @@ from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate_split import best_by, evaluate
 from lora_cli.models.quantized_linear import QuantizedLinear
 from lora_cli.preprocessing.encode import load_data
-from lora_cli.tasks import Encoded, Task
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import Encoded
 
 BASES = ("dequantised", "original")
 

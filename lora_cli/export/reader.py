@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
 from lora_cli.errors import IntegrityError, Problem
 from lora_cli.export.low_rank_pairs import AdapterParts
-from lora_cli.tasks import Task
+from lora_cli.tasks.contract import Task
 
 TOLERANCE = 1e-4  # of the largest output, in float32; rounding alone stays below 1e-5
 MERGE = "merge it into its base with `lora merge`, and use that model there"

@@ -23,7 +23,8 @@ from lora_cli.preprocessing.encode import (
 )
 from lora_cli.preprocessing.stream import Stream
 from lora_cli.recipe import Recipe
-from lora_cli.tasks import Task, build_task
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Example
 from lora_cli.tasks.long_texts import LONG, in_batches
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from lora_cli.errors import counted
-from lora_cli.tasks import Encoded, Task
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import Encoded
 
 
 def shown_rows(task: Task, data: dict[str, Encoded], count: int, colour: bool) -> Iterator[str]:

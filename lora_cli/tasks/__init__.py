@@ -1,8 +1,11 @@
-"""Tasks: what differs between kinds of work. One file each, named as the recipe's `task.type`."""
+"""Tasks: what differs between kinds of work. One file each, named as the recipe's `task.type`.
+
+A task needs torch, so it is imported when it is built: what a table could be for is said without.
+"""
 
 from __future__ import annotations
 
-from typing import Any, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 from lora_cli.recipe import (
     TASKS,
@@ -14,8 +17,9 @@ from lora_cli.recipe import (
     TaskSpec,
     TokenClassificationSpec,
 )
-from lora_cli.tasks.contract import Task
-from lora_cli.tasks.examples import Batch, Encoded, Example, Prediction
+
+if TYPE_CHECKING:
+    from lora_cli.tasks.contract import Task
 
 
 def build_task(recipe: Recipe, learned: Learned | None = None) -> Task:
@@ -60,4 +64,4 @@ def _type_of(spec: TaskSpec) -> type[Task]:
             assert_never(spec)
 
 
-__all__ = ["Batch", "Encoded", "Example", "Prediction", "Task", "build_task", "task_types"]
+__all__ = ["build_task", "task_types"]

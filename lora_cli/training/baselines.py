@@ -25,7 +25,9 @@ from lora_cli.reporting import write_model_card, write_page, write_report
 from lora_cli.reporting.page_analysis import finite, read_predictions
 from lora_cli.reporting.report import part, shown_number
 from lora_cli.reporting.verdict import MANY_ROWS, is_clear, measured_rows
-from lora_cli.tasks import Encoded, Task, build_task
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import Encoded
 from lora_cli.training import run as training_run
 from lora_cli.training.mirror import mirror_result
 

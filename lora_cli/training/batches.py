@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from lora_cli.preprocessing.batch_plan import BatchPlan, micro_batches
 from lora_cli.preprocessing.stream import Stream
-from lora_cli.tasks import Batch, Encoded, Example, Task
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import Batch, Encoded, Example
 from lora_cli.tasks.kept_tensors import restored
 from lora_cli.tasks.packing import Packed
 from lora_cli.training.stopping import SIGNALS

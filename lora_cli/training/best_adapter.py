@@ -8,7 +8,7 @@ from typing import Any
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate_split import best_by
 from lora_cli.recipe import Recipe
-from lora_cli.tasks import Task
+from lora_cli.tasks.contract import Task
 from lora_cli.training.train_state import TrainState
 
 

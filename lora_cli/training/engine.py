@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lora_cli.adapters.attach import trainable_parameters
-from lora_cli.tasks import Batch, Task
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import Batch
 
 
 @dataclass

@@ -23,8 +23,7 @@ from torch import nn
 from lora_cli.adapters.attach import training_mode
 from lora_cli.errors import ResourceError, system_error
 from lora_cli.recipe import Learned, Recipe
-from lora_cli.tasks import Task
-from lora_cli.tasks.contract import prepared_for_evaluation
+from lora_cli.tasks.contract import Task, prepared_for_evaluation
 from lora_cli.training.batches import Batches
 from lora_cli.training.checkpoints import peek_state
 from lora_cli.training.stopping import LOADING, TRAINING

@@ -24,7 +24,8 @@ from lora_cli.files import FolderLock, is_leftover, write_atomically
 from lora_cli.recipe import Recipe, dump_recipe, load_adapter_recipe
 from lora_cli.reporting import plot_learning_curve, write_model_card, write_page, write_report
 from lora_cli.reporting.report import part
-from lora_cli.tasks import Encoded, Task
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import Encoded
 from lora_cli.training.checkpoints import checkpoints, peek_state
 from lora_cli.training.progress import peak_memory_bytes, rate_key
 from lora_cli.training.train_state import TrainState, recipe_facts, reject_changes

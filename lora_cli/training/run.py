@@ -27,7 +27,9 @@ from lora_cli.preprocessing.data_gate import pass_gate
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.preprocessing.frozen_outputs import with_frozen_outputs
 from lora_cli.recipe import Learned, Recipe
-from lora_cli.tasks import Encoded, Task, build_task
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import Encoded
 from lora_cli.training.bad_numbers import (
     reject_bad_parameters,
     reject_bad_scale,

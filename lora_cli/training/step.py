@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_cli.tasks import Batch
+from lora_cli.tasks.examples import Batch
 from lora_cli.training.engine import Engine
 
 

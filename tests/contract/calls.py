@@ -34,8 +34,8 @@ from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe, write_recipe
-from lora_cli.tasks import Task, build_task
-from lora_cli.tasks.contract import prepared_for_evaluation
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task, prepared_for_evaluation
 from lora_cli.training import train
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ import tiny
 
 from lora_cli.errors import NumericsError
 from lora_cli.recipe import load_recipe
-from lora_cli.tasks import Batch
+from lora_cli.tasks.examples import Batch
 from lora_cli.training import run as training_run
 from lora_cli.training.checkpoints import load_checkpoint
 from lora_cli.training.engine import Engine
