@@ -42,7 +42,7 @@ TABLE = "rows.arrow"
 KEY = "key.json"  # the hash of what the rows depend on: a folder that was renamed is found out
 LIBRARIES = ("datasets", "pyarrow", "tokenizers", "transformers")  # which make or read the rows
 BATCH_ROWS = 1000
-BATCH_BYTES = 2**25  # of text that waits to be written
+BATCH_BYTES = 2**25  # of text and media that wait to be written
 PATIENCE_S = 2.0  # before progress is shown
 LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.(.+)\.(\d+)\.[0-9a-f]+\.tmp")
 
@@ -143,7 +143,7 @@ def _make(
             waiting = 0
             for row in _with_progress(rows):
                 writer.write(row)
-                waiting += sum(len(value) for value in row.values() if isinstance(value, str))
+                waiting += sum(map(_size_of, row.values()))
                 if waiting > BATCH_BYTES:
                     writer.write_examples_on_file()
                     waiting = 0
@@ -157,6 +157,13 @@ def _make(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return temporary
+
+
+def _size_of(value: Any) -> int:
+    """Return about how many bytes a text, a medium or a tensor takes; of numbers none."""
+    if isinstance(value, dict):
+        return sum(map(_size_of, value.values()))
+    return len(value) if isinstance(value, str | bytes) else 0
 
 
 def _publish(temporary: Path, folder: Path, about: dict[str, Any]) -> None:

@@ -119,7 +119,7 @@ def compare(
     name, mode, measured = _metric(build_task(recipe), metric)
     recipe = recipe.with_values({"evaluate.metrics": measured, "evaluate.best": None})
     task = open_task(new, recipe)
-    data = load_data(task, [split])[split]
+    data = load_data(task, [split])
     ours = _measure(new, task, task, data, accelerator)
     theirs = _measure(old, _loader(old, task.learned.completed(recipe)), task, data, accelerator)
     old_value, new_value, differences = bootstrap(name, task, theirs, ours)
@@ -215,13 +215,13 @@ def _metric(task: Task, wanted: str | None) -> tuple[str, str, list[str]]:
 
 
 def _measure(
-    folder: Path, loader: Task, task: Task, data: Encoded, accelerator: Accelerator
+    folder: Path, loader: Task, task: Task, data: dict[str, Encoded], accelerator: Accelerator
 ) -> list[Prediction]:
     predictions: list[Prediction] = []
     model = load_adapted(folder, loader, accelerator)
     task.fit_as(loader)
-    data = with_frozen_outputs(task, model, data, accelerator)
-    evaluate(model, task, data, accelerator, keep=predictions, strict_loss=True)
+    (split,) = with_frozen_outputs(task, model, data, accelerator).values()
+    evaluate(model, task, split, accelerator, keep=predictions, strict_loss=True)
     return predictions
 
 

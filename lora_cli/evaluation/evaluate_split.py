@@ -395,8 +395,8 @@ def evaluate_adapter(
     if warning := next(filter(None, said), None):
         warn(warning)
     model = load_adapted(folder, task, accelerator)
-    results = {}
-    for name in wanted:
-        encoded = with_frozen_outputs(task, model, data[name], accelerator)
-        results[name] = evaluate(model, task, encoded, accelerator, strict_loss=True)
-    return results
+    splits = with_frozen_outputs(task, model, {name: data[name] for name in wanted}, accelerator)
+    return {
+        name: evaluate(model, task, encoded, accelerator, strict_loss=True)
+        for name, encoded in splits.items()
+    }

@@ -34,6 +34,7 @@ PATTERNS = {
     r"^\d+-\d+$": "a range such as 0-11",
     r"^\d+(-\d+)?$": "a layer such as 3, or a range such as 0-11",
     r'^[^"\r\n]$': "one character",
+    r"^\d+(\.\d+)? ?([kMGT]i?)?B$": "a size with its unit, such as `4GB` or `500MB`; `0B`: nothing",
 }
 
 

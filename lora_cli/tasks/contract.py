@@ -167,6 +167,11 @@ class Task(TaskRows, TaskMetrics):
         keeps_tensors = own.frozen_outputs is not Task.frozen_outputs
         return own.prepare is not Task.prepare or keeps_tensors
 
+    @property
+    def augments(self) -> bool:
+        """Whether `prepare` draws in training what frozen parts read; then nothing is kept."""
+        return False
+
     @staticmethod
     def propose(table: Table, base: BaseFacts) -> Proposal | None:
         """Return what `lora init` would suggest for a table, or None if it is not for this task.
@@ -291,7 +296,8 @@ class Task(TaskRows, TaskMetrics):
         """Return what the frozen parts make of each example of a batch, by name.
 
         The examples that `prepare` and `collate` get hold it then under these names. A batch
-        without it is one of new rows, of which it has to be computed in `forward`.
+        without it is one of new rows, or of a split that would take more than `data.cache_limit`
+        or is augmented: of it, all this has to be computed in `forward`.
 
         Returns:
             Tensors (B, …), of which each example gets its own row.

@@ -123,10 +123,7 @@ class Run:
         self.folder = recipe.output_path
         self.in_full = list(dict.fromkeys([*new, *recipe.adapter.train_modules]))
         with main_process_first(accelerator):
-            self.data = {
-                name: with_frozen_outputs(task, self.model, split, accelerator)
-                for name, split in data.items()
-            }
+            self.data = with_frozen_outputs(task, self.model, data, accelerator)
         self.notes = [*filter(None, [task.length_note]), *task.notes]
         self.optimizer = build_optimizer(self.model, recipe, self.in_full)
         trained = (self.model, self.optimizer, self.in_full, base)

@@ -256,6 +256,7 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
         exclude={
             "output_dir": True,
             "model": {"allow_other_base"},
+            "data": {"cache_limit"},
             "train": {
                 *("workers", "trackers", "max_hours"),
                 *("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),

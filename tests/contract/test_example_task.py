@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -168,18 +169,32 @@ def test_a_stopped_run_is_resumed_exactly_though_noise_is_drawn(tmp_path: Path) 
 def test_kept_outputs_are_those_of_the_frozen_part(
     tmp_path: Path, registered: list[ExampleTask]
 ) -> None:
-    recipe = write(tmp_path, train={"max_steps": 6}, evaluate={"every_steps": 6})
+    recipe = write(tmp_path, train={"max_steps": 12}, evaluate={"every_steps": 12})
     run(recipe, tmp_path / "kept")
     once = registered[-1].encoded_batches
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ExampleTask, "frozen_parts", lambda self, model: {})
         run(recipe, tmp_path / "computed")
-    assert registered[-1].encoded_batches > 12 > once  # without, in every step
+    assert registered[-1].encoded_batches > 24 > once  # without, in every step
     ours, theirs = (
         load_file(tmp_path / name / "adapter_model.safetensors") for name in ("kept", "computed")
     )
     for name, tensor in ours.items():
         assert_close(tensor, theirs[name])
+
+    # a run that kept them goes on with a limit that they exceed
+    stopped_copy(tmp_path / "kept", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/checkpoints/step-000012")
+    limited = write(
+        tmp_path,
+        train={"max_steps": 12},
+        evaluate={"every_steps": 12},
+        data={"cache_limit": "0B"},
+    )
+    run(limited, tmp_path / "resumed", resume=True)
+    resumed = load_file(tmp_path / "resumed" / "adapter_model.safetensors")
+    for name, tensor in ours.items():
+        assert_close(tensor, resumed[name])
 
     # with another frozen part they are computed again
     save_base(tmp_path / "base")

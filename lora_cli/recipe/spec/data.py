@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from lora_cli.recipe.spec.encodings import python_name
-from lora_cli.recipe.spec.section import Conflicts, Section, Seed, Share, Word, Words
+from lora_cli.recipe.spec.section import (
+    Conflicts,
+    Section,
+    Seed,
+    Share,
+    Size,
+    Word,
+    Words,
+    bytes_of,
+)
 
 
 class HeldOutSpec(Section):
@@ -189,6 +198,17 @@ class DataSpec(Section):
 
     check: CheckSpec = Field(default_factory=CheckSpec)
     """What is looked for in the rows before a model is loaded."""
+
+    cache_limit: Size = "16GB"
+    """How much of the disk a run may take for what the frozen parts of a model compute of each
+    example, once: an encoder's features, an autoencoder's latents. A split that takes more is
+    computed again in every step, and that is printed. `0B` keeps nothing. The folder is that of
+    the encoded rows, `HF_DATASETS_CACHE`."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """`cache_limit` in bytes."""
+        return bytes_of(self.cache_limit)
 
     def conflicts(self) -> Conflicts:
         """Yield what keeps the rows from having exactly one source."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Self
 
@@ -15,6 +16,7 @@ Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every library takes
 LayerNumber = Annotated[int, Field(ge=0)]
 LayerRange = Annotated[str, Field(pattern=r"^\d+-\d+$")]
+Size = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?([kMGT]i?)?B$")]  # of memory or of a disk
 Share = Annotated[float, Field(gt=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
@@ -55,3 +57,10 @@ class Section(BaseModel):
         if found := list(self.conflicts()):
             raise PydanticCustomError("conflict", "{found}", {"found": found})
         return self
+
+
+def bytes_of(size: str) -> int:
+    """Return the bytes of a size: 4,000,000,000 of `4GB`, 4,294,967,296 of `4GiB`."""
+    number, unit = re.fullmatch(r"([\d.]+) ?(.*)B", size).groups()  # type: ignore[union-attr]
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(number) * base ** " kMGT".index(unit[:1] or " "))
