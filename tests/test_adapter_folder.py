@@ -649,7 +649,10 @@ def test_a_module_that_the_new_head_holds_must_be_there_whatever_the_configurati
     saved(tmp_path / "a", base, [], target_modules=["query"])
     loaded(base, tmp_path / "a")
     text = refusal(base, tmp_path / "a", ["classifier"])
-    assert "`classifier.weight` is missing: a head is read from the adapter" in text
+    assert (
+        "`classifier.weight` is missing: the base's checkpoint does not hold it, nor the adapter"
+        in text
+    )
     assert "modules_to_save=['classifier']" in text
     assert "is this the base" not in text
     assert "`classifier.bias` is missing" in text

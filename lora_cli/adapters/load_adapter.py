@@ -6,6 +6,7 @@ what the configuration promises has to be there.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -40,15 +41,18 @@ def load_adapter(
     new: list[str],
     dropout: float = 0.0,
     trained: bool = False,
+    drawn: Collection[str] | None = None,
 ) -> None:
     """Attach an adapter to its base model and load its weights.
 
     Args:
         model: The base model, changed in place.
         adapter: What `read_adapter` returned.
-        new: Names of modules that the base checkpoint does not hold, and the adapter must.
+        new: Names of modules that the task adds to the pretrained model: its head.
         dropout: Of the low-rank layers, where they are trained.
-        trained: What the adapter holds is trained further; else nothing is.
+        trained: What the adapter holds is trained further, and the head; else nothing is.
+        drawn: Names of parameters that the base checkpoint does not hold, so that the adapter must;
+            None: all those of `new`. A head that only the base holds is used, as PEFT does.
 
     Raises:
         IntegrityError: With every tensor that does not fit the model or is missing; the model is
@@ -66,7 +70,7 @@ def load_adapter(
         problems += found
         chosen += [(target, shapes)] if target else []
     problems += _check_plain(plain, tensors.frozen, parameters, own)
-    missing = _missing(adapter, modules, parameters, plain, new)
+    missing = _missing(adapter, modules, parameters, plain, new, drawn)
     if problems or missing:
         raise _misfit(problems, missing, adapter)
     for parameter in model.parameters():
@@ -82,8 +86,11 @@ def load_adapter(
         for name in sorted(plain, key=own.__contains__):  # a copy, after what it was a copy of
             parameter = parameters[name]
             parameter.data = plain[name].to(parameter.device, torch.float32)
+    of_base = [] if not trained else [n for n in parameters if n not in plain and _top(n, new)]
+    for name in of_base:
+        parameters[name].data = parameters[name].data.float()
     let_dtypes_meet(model, new)
-    loaded = {id(parameters[name]) for name in plain}
+    loaded = {id(parameters[name]) for name in [*plain, *of_base]}
     loaded |= {id(parameter) for parameter in adapter_parameters(model).values()}
     for parameter in model.parameters():
         parameter.requires_grad_(trained and id(parameter) in loaded)
@@ -181,6 +188,7 @@ def _missing(
     parameters: dict[str, nn.Parameter],
     plain: dict[str, Tensor],
     new: list[str],
+    drawn: Collection[str] | None,
 ) -> list[Problem]:
     """Return a problem for everything that the configuration promises and the file lacks."""
     config = adapter.config
@@ -196,18 +204,23 @@ def _missing(
         owner, _, last = name.rpartition(".")
         if name in plain:
             continue
-        if head := next((head for head in new if name.startswith(f"{head}.")), None):
-            what = f"`{name}` is missing: a head is read from the adapter, never from the base"
+        named = any(inside(owner, top) for top in in_full)
+        if (head := _top(name, new)) and (drawn is None or name in drawn):
+            what = f"`{name}` is missing: the base's checkpoint does not hold it, nor the adapter"
             save = f"train the head too, and save it: in PEFT with `modules_to_save=['{head}']`"
-            named = any(inside(owner, top) for top in in_full)
             problems.append(Problem(what, hint=None if named else save))
-        elif any(inside(owner, top) for top in in_full) or (
+        elif named or (
             last == "bias" and (bias == "all" or (bias == "lora_only" and owner in adapted))
         ):
             problems.append(
                 Problem(f"`{name}` is missing: the configuration says that it is trained")
             )
     return problems
+
+
+def _top(name: str, modules: list[str]) -> str | None:
+    """Return the module of a list that a parameter belongs to, if there is one."""
+    return next((module for module in modules if name.startswith(f"{module}.")), None)
 
 
 def _promised(adapter: AdapterFolder, modules: dict[str, nn.Module]) -> list[str]:

@@ -7,7 +7,7 @@ come from its folder, as if the recipe said them; a recipe that says otherwise i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def make_trainable(
     base: Fingerprint | None = None,
     facts: dict[str, Any] | None = None,
     learned: Learned | None = None,
+    drawn: Collection[str] | None = None,
 ) -> Fingerprint | None:
     """Attach what the recipe's adapter section says, new or from a trained adapter.
 
@@ -61,6 +62,7 @@ def make_trainable(
         base: The fingerprint of the base model.
         facts: What else of the base decides the computation, as `base_facts` returns it.
         learned: What is known of the labels; with `adapter.from`, gets the adapter section.
+        drawn: Names of parameters that the base checkpoint does not hold; None: all of the head.
 
     Returns:
         The fingerprint that is to be kept beside what is trained.
@@ -83,7 +85,7 @@ def make_trainable(
     trained = read_computation(saved.path)
     if trained is not None and facts is not None:
         require_facts(trained["base"], facts, recipe, f"the adapter {saved.path}", True)
-    load_adapter(model, saved, head, learned.adapter.dropout, trained=True)
+    load_adapter(model, saved, head, learned.adapter.dropout, trained=True, drawn=drawn)
     return base
 
 

@@ -57,7 +57,7 @@ def load_adapted(folder: Path, task: Task, accelerator: Accelerator) -> nn.Modul
     check_use(folder, task)
     model, new = task.load_model(accelerator.device)
     verify_base(saved, fingerprint_of(task.recipe, model, new), task.recipe)
-    load_adapter(model, saved, new)
+    load_adapter(model, saved, new, drawn=task.drawn)
     with accelerator.autocast():
         task.fit_to_model(model.eval())
     return model.eval()

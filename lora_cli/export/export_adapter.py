@@ -101,7 +101,7 @@ def _source(task: Task, saved: AdapterFolder) -> Source:
     verify_base(saved, fingerprint_of(task.recipe, model, new), task.recipe)
     is_tied = bool(tied_groups(model))
     before = {name: p.data for name, p in model.named_parameters(remove_duplicate=False)}
-    load_adapter(model, saved, new)
+    load_adapter(model, saved, new, drawn=task.drawn)
     with torch.no_grad():
         outputs = task.probed(model.eval(), task.probe())
     for name, layer in lora_layers(model).items():

@@ -153,7 +153,7 @@ def _merged(task: Task, saved: AdapterFolder, numbers: dict[str, Tensor] | None 
     model, ties = model.float().eval(), tied_groups(model)
     use_numbers(model, numbers or {})
     expected = expected_weights(model, saved.tensors, saved.config)
-    load_adapter(model, saved, new)
+    load_adapter(model, saved, new, drawn=task.drawn)
     with torch.no_grad():
         before = _outputs(task, model)
         require_finite(before, model, at="--adapter")

@@ -75,7 +75,7 @@ def what_was_trained(task: Task, saved: AdapterFolder) -> Trained:
     model = model.float().eval()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     weights = {name: numbers_of(layer) for name, layer in layers.items()}
-    load_adapter(model, saved, new)
+    load_adapter(model, saved, new, drawn=task.drawn)
     found = Trained(weights, task.probed(model, task.probe()))
     if task.recipe.data.validation is None or task.recipe.data.streaming:
         return found

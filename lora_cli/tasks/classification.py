@@ -24,7 +24,7 @@ from lora_cli.recipe import Recipe
 from lora_cli.recipe.spec.classification_section import ClassificationSection
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import MAIN, Batch, Example, Field, Kind, Prediction
-from lora_cli.tasks.head_rows import arrange_rows, outputs_of
+from lora_cli.tasks.head_rows import arrange_rows, rows_of_heads
 from lora_cli.tasks.labels import Labels
 
 ALL_SCORES = 20  # labels up to which a prediction keeps the probability of each; of more:
@@ -115,9 +115,17 @@ class Classification(Task):
         return {label: counts[i] for i, label in enumerate(self.labels)}
 
     def complete_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Find the number of labels in the head of an adapter that another tool made."""
-        count = outputs_of(tensors)
-        known: dict[int, str] = load_config(self.recipe).id2label
+        """Find the number of labels in the head of an adapter that another tool made.
+
+        Without one in the adapter, they are those of the base's own head.
+        """
+        heads = rows_of_heads(tensors, self.empty_model()[1])
+        base = load_config(self.recipe)
+        known: dict[int, str] = base.id2label
+        # the last layer's outputs are fewer than any hidden size
+        count = min(heads) if heads else len(known)
+        if base.problem_type == "multi_label_classification" and count == len(known):
+            self.learned.task["problem"] = "multi_label"
         if count == 1:
             self.learned.task["problem"] = "regression"
         elif sorted(known) == list(range(count)):  # a base that has such a classifier already

@@ -60,6 +60,7 @@ class Task(TaskRows, TaskMetrics):
         self.recipe = recipe
         self.learned = Learned()  # what the rows teach, and others learn on the way
         self.notes: list[str] = []  # what a user should know before training
+        self.drawn: frozenset[str] = frozenset()  # parameters that the base's checkpoint lacks
         self.trained_in: Path | None = None  # the adapter's folder, where one is used
         self.config: PretrainedConfig
 
@@ -261,11 +262,19 @@ class Task(TaskRows, TaskMetrics):
         model, missing = load_pretrained(
             self.auto_class, self.recipe, self.model_config(), device, dtype, self.has_head
         )
+        new = new_modules(model, missing) if self.has_head else []
         self.arrange_head(model, missing)
-        return model, new_modules(model, missing) if self.has_head else []
+        self.drawn = frozenset(missing)
+        return model, new
 
     def arrange_head(self, model: nn.Module, missing: set[str]) -> None:
-        """Put the outputs of a head that the checkpoint holds into the order of the task's own."""
+        """Put the outputs of a head that the checkpoint holds into the order of the task's own.
+
+        Args:
+            model: The model, changed in place.
+            missing: Names of parameters that were drawn at random. Those whose every row is now
+                the checkpoint's are taken out, those with a row that is not are added.
+        """
 
     def empty_model(self) -> tuple[nn.Module, list[str]]:
         """Return the same without weights."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lora_cli.adapters.peft_format.tensor_names import adapted_module
-from lora_cli.errors import LoraError, printable
+from lora_cli.errors import printable
 from lora_cli.models.base_model import build_empty, checkpoint_files, new_modules
 from lora_cli.recipe import Recipe
 
@@ -27,7 +27,7 @@ UNNAMED = re.compile(r"LABEL_\d+")  # what transformers calls a label without a 
 
 def arrange_rows(
     model: nn.Module,
-    missing: Collection[str],
+    missing: set[str],
     labels: Sequence[str],
     base: PretrainedConfig,
     recipe: Recipe,
@@ -38,7 +38,8 @@ def arrange_rows(
     Args:
         model: The model as it was loaded, with a row for each of `labels`; it is changed in place.
         missing: Names of parameters that were drawn at random, since the checkpoint lacks them or
-            has another number of rows.
+            has another number of rows; it is changed too: what of the last layer is the
+            checkpoint's row by row is taken out, what is not is added.
         labels: Of the recipe, in order.
         base: The configuration of the base, with its own labels.
         recipe: Names the checkpoint.
@@ -75,6 +76,7 @@ def arrange_rows(
             rows = [None] * len(labels)  # of unknown names: it starts at random
             source = None
         _place(parameter, source, rows, base, is_loaded)
+        (missing.discard if source is not None and None not in rows else missing.add)(name)
     known = sum(row is not None for row in rows)
     if known == len(labels):
         return None
@@ -83,6 +85,21 @@ def arrange_rows(
         f"the base's classifier knows {_listed(own)}: the rows of {_listed(new)} start at random; "
         "labels of the same name would keep theirs"
     )
+
+
+def rows_of_heads(tensors: Mapping[str, Tensor], heads: Collection[str]) -> list[int]:
+    """Return the number of rows of each matrix that an adapter holds of a model's head.
+
+    Args:
+        tensors: Of the adapter, by name.
+        heads: Names of the modules that the task adds to the pretrained model.
+    """
+    tops = tuple(f"{head}." for head in heads)
+    return [
+        tensor.shape[0]
+        for name, tensor in tensors.items()
+        if tensor.ndim == 2 and adapted_module(name) is None and name.startswith(tops)
+    ]
 
 
 def match_rows(own: Sequence[str], labels: Sequence[str]) -> list[int | None]:
@@ -167,19 +184,3 @@ def _place(
             parameter[i].normal_(0.0, float(getattr(base, "initializer_range", None) or 0.02))
         elif is_loaded:
             parameter[i].zero_()
-
-
-def outputs_of(tensors: Mapping[str, Tensor]) -> int:
-    """Return the number of outputs of the classifier that an adapter of another tool holds.
-
-    Args:
-        tensors: Of the adapter's file.
-
-    Raises:
-        LoraError: If it holds none.
-    """
-    heads = [t.shape[0] for n, t in tensors.items() if adapted_module(n) is None and t.ndim == 2]
-    if not heads:
-        what = "the adapter holds no classifier"
-        raise LoraError(what, "--adapter", "give a recipe with `--recipe`, for its labels")
-    return min(heads)  # of the last layer: it has fewer outputs than any hidden size

@@ -22,7 +22,7 @@ from lora_cli.recipe import Recipe, TokenClassificationSpec
 from lora_cli.tasks.entity_rows import EntityRows, RowText, spans_in_words
 from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Example, Field, Prediction
 from lora_cli.tasks.finite_scores import require_finite
-from lora_cli.tasks.head_rows import arrange_rows, outputs_of
+from lora_cli.tasks.head_rows import arrange_rows, rows_of_heads
 from lora_cli.tasks.long_texts import token_ids
 from lora_cli.tasks.padding import fill, mask_of, positions_of
 from lora_cli.tasks.tagged_rows import propose_entities
@@ -307,10 +307,14 @@ class TokenClassification(TextTask):
             self.notes.append(note)
 
     def complete_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Find the labels of an adapter that another tool made: the base's, of the same number."""
-        count = outputs_of(tensors)
+        """Find the labels of an adapter that another tool made: the base's, of the same number.
+
+        Without a head in the adapter, they are those of the base's own head.
+        """
+        heads = rows_of_heads(tensors, self.empty_model()[1])
         known: dict[int, str] = load_config(self.recipe).id2label
         names = [known[i] for i in sorted(known)]
+        count = min(heads) if heads else len(names)
         if len(names) != count:
             names = [f"LABEL_{i}" for i in range(count)]
         self.learned.task["labels"] = names

@@ -873,7 +873,7 @@ def _(world: World) -> Printed:
     return world.lora("merge", "--base", "../bases/encoder", "--adapter", "trained", "--to", "to")
 
 
-@case("Merging", "an adapter that holds no classifier")
+@case("Merging", "an adapter whose classifier is missing")
 def _(world: World) -> Printed:
     folder = world.folder / world.trained()
     for name in ("manifest.json", "recipe.yaml"):
