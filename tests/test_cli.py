@@ -222,7 +222,7 @@ def test_the_schema_goes_to_stdout() -> None:
         (["predict", "--adapter", "."], "give texts, or a file"),
         (["predict", "--adapter", ".", "a", "--input", "b", "--output", "c"], "give texts"),
         (["predict", "--adapter", ".", "--input", "b"], "give texts, or a file"),
-        (["eval", "--adapter", "."], "holds no recipe.yaml"),
+        (["eval", "--adapter", "."], "this folder is not an adapter"),
         (["validate", "nowhere.yaml"], "there is no such file"),
     ],
 )

@@ -9,6 +9,7 @@ import typer
 from lora_cli.cli import options
 from lora_cli.cli.options import AdapterDir, Overrides, recipe_for
 from lora_cli.errors import IntegrityError, LoraError, name_neighbours
+from lora_cli.not_an_adapter import require_adapter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,6 +51,7 @@ def check(
     from lora_cli.evaluation.probe import compare_tokens, read_probe
     from lora_cli.files import reject_links_outside, verify_manifest
 
+    require_adapter(adapter)
     reject_links_outside(adapter)
     verify_manifest(adapter)
     probe = read_probe(adapter)

@@ -15,6 +15,7 @@ import typer
 from lora_cli.cli.shell_completion import offer_overrides
 from lora_cli.environment import clean_environment
 from lora_cli.errors import LoraError, name_neighbours
+from lora_cli.not_an_adapter import require_adapter
 from lora_cli.paths import expanded, path_problem
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def recipe_for(adapter: Path, recipe: Path | None, overrides: list[str] | None) 
     from lora_cli.recipe import RECIPE_FILE, load_adapter_recipe
 
     if not (adapter / RECIPE_FILE).is_file():
+        require_adapter(adapter)
         raise LoraError(
             f"{adapter} holds no {RECIPE_FILE}",
             "--adapter",

@@ -145,3 +145,35 @@ def _(world: World) -> Printed:
     (out / "metrics.jsonl").rename(world.folder / "log")
     (out / "metrics.jsonl").symlink_to("../log")
     return world.lora("train", recipe, "--resume")
+
+
+# ------------------------------------------------------------------- folders that are no adapters
+
+
+def _folder_of(*files: str) -> Callable[[World], Printed]:
+    """Return a case that names a folder of such files as an adapter."""
+
+    def run(world: World) -> Printed:
+        for name in files:
+            world.write(f"given/{name}", "{}")
+        return world.lora("check", "--adapter", "given")
+
+    return run
+
+
+for _name, _files in {
+    "a base model instead": ("config.json", "model.safetensors"),
+    "a merged model instead": ("config.json", "merge.json"),
+    "a model trained in full instead": ("config.json", "recipe.yaml"),
+    "checkpoints instead": ("recipe.yaml", "checkpoints/step-000002/trainer.json"),
+    "a folder of adapters instead": ("a/adapter_config.json", f"a/{WEIGHTS}"),
+}.items():
+    CASES.append(Case("Adapters", _name, _folder_of(*_files)))
+
+
+@case("Adapters", "no recipe")
+def _(world: World) -> Printed:
+    folder = world.folder / world.trained()
+    for name in (MANIFEST, "recipe.yaml"):
+        (folder / name).unlink()
+    return world.lora("predict", "--adapter", "trained", "a film")

@@ -43,6 +43,7 @@ from lora_cli.files import (
 )
 from lora_cli.models.fingerprint import Fingerprint, read_fingerprint
 from lora_cli.models.quantized_linear import QuantizedLinear
+from lora_cli.not_an_adapter import require_adapter
 from lora_cli.recipe import AdapterType, Recipe
 from lora_cli.tensorfile import read_header
 
@@ -210,6 +211,7 @@ def read_adapter(path: Path) -> AdapterFolder:
         raise LoraError(what, "--adapter", hint)
     reject_links_outside(path)
     finish_publishing(path)
+    require_adapter(path)
     if not (path / WEIGHTS_FILE).is_file():
         pickles = [
             name for name in ("adapter_model.bin", "adapter_model.pt") if (path / name).exists()

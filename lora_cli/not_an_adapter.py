@@ -1,0 +1,60 @@
+"""What a folder is that was named as an adapter and is none, and what its user may want."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_cli.errors import LoraError
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+PICKLES = ("adapter_model.bin", "adapter_model.pt")
+MODEL_FILES = ("config.json", "model_index.json")
+MOST_LISTED = 1000  # of a folder's entries that are examined
+
+
+def require_adapter(folder: Path) -> None:
+    """Reject a folder that holds no file of an adapter, and say what it is instead.
+
+    Args:
+        folder: A folder that exists.
+
+    Raises:
+        LoraError: If it holds no adapter.
+    """
+    if any((folder / name).exists() for name in (*ADAPTER_FILES, *PICKLES)):
+        return
+    if any((folder / name).is_file() for name in MODEL_FILES):
+        raise _model_instead(folder)
+    if (folder / "checkpoints").is_dir():
+        what = "this folder holds checkpoints of a training, and no adapter yet"
+        raise LoraError(what, str(folder), "finish it: `lora train RECIPE --resume`")
+    if inside := _adapters_inside(folder):
+        named = " or ".join(f"`{name}`" for name in inside[:3])
+        raise LoraError("this folder is not an adapter", str(folder), f"did you mean {named}?")
+    raise LoraError(
+        f"this folder is not an adapter: it has no {ADAPTER_FILES[1]}",
+        str(folder),
+        "an adapter is the output folder of `lora train`, or a folder that PEFT saved",
+    )
+
+
+def _model_instead(folder: Path) -> LoraError:
+    """Return the error for a folder that holds a whole model."""
+    what = "this folder is a model, not an adapter"
+    hint = f"to make an adapter for it: `lora init DATA --model {folder}`, then `lora train`"
+    if (folder / "merge.json").is_file():
+        what = "this folder is a model that an adapter was merged into, not an adapter"
+        hint = "name the folder of the adapter; other tools load the merged model as it is"
+    elif (folder / "recipe.yaml").is_file():
+        what = "this folder is a model that was trained in full, not an adapter"
+        hint = "only `lora predict` and `lora eval` take it as an adapter"
+    return LoraError(what, str(folder), hint)
+
+
+def _adapters_inside(folder: Path) -> list[Path]:
+    """Return the folders inside a folder that hold adapters."""
+    try:
+        entries = sorted(folder.iterdir())[:MOST_LISTED]
+    except OSError:
+        return []
+    return [entry for entry in entries if all((entry / name).is_file() for name in ADAPTER_FILES)]
