@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from drafting import Init, classification, labelled, lines, said, table, texts
 
 from lora_cli.data.load_rows import load_rows
@@ -258,6 +259,21 @@ def test_one_class_only(init: Init, model: str) -> None:
         return
     with pytest.raises(LoraError, match="`label` has one value only, `a`"):
         init("rows.csv", content)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_attention_heads", 0), ("vocab_size", 0), ("hidden_act", "gelux")]
+)
+def test_a_base_that_cannot_be_built_gets_no_recipe(
+    key: str, value: object, init: Init, tmp_path: Path
+) -> None:
+    base = tiny.save_encoder(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {key: value}
+    (base / "config.json").write_text(json.dumps(config))
+    text = "".join(f"{text.replace(',', '')},{i % 2}\n" for i, text in enumerate(tiny.CORPUS))
+    with pytest.raises(LoraError, match=rf"`{key}` in config.json is `?{value}") as caught:
+        init("a.csv", "text,label\n" + text, str(base))
+    assert caught.value.problems[0].at == f"model.name (--model {base})"
 
 
 def test_three_rows(init: Init) -> None:

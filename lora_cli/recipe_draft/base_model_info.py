@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import LoraError
+from lora_cli.recipe import Recipe
+from lora_cli.recipe.spec import Origin
 from lora_cli.recipe_draft.memory_budget import Shape
 from lora_cli.unexpected_errors import own_words
 
@@ -81,6 +83,7 @@ def describe_base(name: str) -> Base:
     )
 
     from lora_cli.models.base_model import locate
+    from lora_cli.models.load_errors import check_config
 
     folder = Path(name).expanduser()
     local = folder.is_dir() or name.startswith((".", "/", "~"))
@@ -96,6 +99,7 @@ def describe_base(name: str) -> Base:
             hint = "is the folder complete? Copy or download it again"
             raise LoraError(f"cannot read the model: {what}", "--model", hint) from error
         return Base(name, shape=shape_by_name(name), size_from="by its name")
+    check_config(config, _recipe_of(name))
     kind = config.model_type
     writes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     encodes = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or "ernie" in kind
@@ -133,6 +137,13 @@ def _pipeline_in(folder: Path) -> str | None:
         return None
     name = found.get("_class_name") if isinstance(found, dict) else None
     return name if isinstance(name, str) else None
+
+
+def _recipe_of(name: str) -> Recipe:
+    """Return a recipe that says no more than the model, with the option as its place."""
+    task = {"type": "sequence_classification"}
+    values = {"model": {"name": name}, "task": task, "data": {"path": "none.csv"}}
+    return Recipe.model_validate(values).with_origin(Origin({"model.name": f"--model {name}"}))
 
 
 def _from_hub(kind: Any, source: str, local: bool) -> Any:
