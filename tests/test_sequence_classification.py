@@ -475,6 +475,21 @@ def test_a_long_text_is_cut_to_the_positions_of_the_model(tmp_path: Path, kind: 
     assert torch.isfinite(task.loss(model, task.collate(examples_of(task))))
 
 
+def test_a_base_that_computes_in_chunks_takes_texts_of_any_length(tmp_path: Path) -> None:
+    whole = tiny.save_encoder(tmp_path / "whole", ["a", "b"], "bert")
+    chunks = tiny.save_encoder(tmp_path / "chunks", ["a", "b"], "bert")
+    config = json.loads((chunks / "config.json").read_text()) | {"chunk_size_feed_forward": 3}
+    (chunks / "config.json").write_text(json.dumps(config))
+    outputs = []
+    for base in (whole, chunks):
+        task = task_of(base, tmp_path, [{"text": "slow " * 4, "label": label} for label in "ab"])
+        examples = examples_of(task)
+        assert len(examples[0]["input_ids"]) % 3
+        model, _ = task.load_model(CPU)
+        outputs.append(logits_of(task, model, examples))
+    assert_close(outputs[1], outputs[0])
+
+
 def test_balanced_weights_of_several_labels_count_rows(bert: Path, tmp_path: Path) -> None:
     values = [["a", "b"], ["a"], ["a"]]
     task = task_of(bert, tmp_path, values, problem="multi_label", class_weights="balanced")

@@ -37,6 +37,7 @@ IN_DIFFUSERS = "diffusion_pytorch_model.safetensors"  # the same in parts of its
 PIPELINE = "model_index.json"  # what stands for config.json in a checkpoint of several parts
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LOCAL = "a local folder is written from where the recipe lies, or from `/`"
+CHUNKS = "chunk_size_feed_forward"  # positions that a feed-forward layer computes at once
 WHOLE = "config.json and the weights do not belong together: copy or download both again"
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -190,6 +191,10 @@ def load_config(recipe: Recipe, **changes: Any) -> PretrainedConfig:
     with explained(recipe, "configuration", find_cause):
         config: PretrainedConfig = AutoConfig.from_pretrained(**source_of(recipe), **changes)
         check_config(config, recipe)
+    for part in (config, config.get_text_config()):
+        if getattr(part, CHUNKS, None):
+            # it changes no number, and stops at every text whose length it does not divide
+            setattr(part, CHUNKS, 0)
     return config
 
 
