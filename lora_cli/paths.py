@@ -10,6 +10,7 @@ from pathlib import Path
 from lora_cli.errors import Problem
 
 ADDRESS = re.compile(r"([A-Za-z][\w+.-]+):/+(.*)", re.DOTALL)
+PARAMETERS = re.compile(r"(.*\.\w{2,7})(\?[\w.-]+=.*)", re.DOTALL)
 HUB = re.compile(r"(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
 PLACES = ("HOME", "PWD", "TMPDIR")  # variables whose value may be shown
 
@@ -42,6 +43,9 @@ def path_problem(text: str, at: str, folder: Path | None = None) -> Problem | No
         if hub := HUB.match(rest):
             hint = f"on the Hub it is called `{hub[1]}`"
         return Problem(f"`{text}` is an address, not a path", at, hint)
+    if found := PARAMETERS.fullmatch(text):
+        what = f"`{text}` ends with the parameters of an address, which a path does not have"
+        return Problem(what, at, f"write the path alone: `{found[1]}`")
     if text != text.strip():
         where = "begins" if text != text.lstrip() else "ends"
         return Problem(f"the path `{text}` {where} with a space", at, f"write `{text.strip()}`")

@@ -30,6 +30,8 @@ WRONG = {
     "FILE:/a/x": "is an address",
     "s3://bucket/x": "is an address",
     "https://huggingface.co/a/b": "is an address",
+    "x.jsonl?token=abc": "ends with the parameters of an address",
+    "a/x.csv.gz?download=true": "ends with the parameters of an address",
     "~no-such-user-at-all/x": "there is no user `no-such-user-at-all`",
 }
 
@@ -55,7 +57,8 @@ def test_a_path_that_means_something_else(
 
 
 @pytest.mark.parametrize(
-    "text", ["a/b", "out", "~/x", "~", "/a b/c", "a:b", "x$", "train.{a,b}.txt"]
+    "text",
+    ["a/b", "out", "~/x", "~", "/a b/c", "a:b", "x$", "train.{a,b}.txt", "x?.csv", "run?lr=1"],
 )
 def test_a_path_that_is_one(text: str, home: Path) -> None:
     assert path_problem(text, "somewhere") is None

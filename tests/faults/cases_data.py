@@ -111,6 +111,7 @@ DATA: dict[str, dict[str, Any]] = {
     "other names for the columns": {"format": {"columns": ["a", "b", "c"]}},
     "a slice that is none": {"train": "rows.csv[80]"},
     "a slice without rows": {"train": "rows.csv[5:5]"},
+    "a file with the parameters of an address": {"train": "rows.csv?token=secret"},
     "a split that is not there": {"path": "rows.csv", "test": "test"},
     "a folder without the split": {"path": ".", "train": "training", "test": "final"},
     "a draw from no split": {"path": "rows.csv", "validation": {"from": "dev", "fraction": 0.1}},

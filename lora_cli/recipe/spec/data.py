@@ -247,5 +247,6 @@ def is_file(split: SplitSpec | None) -> bool:
     """Return whether a split is given as a file: it has a folder, a known suffix, or a pattern."""
     if not isinstance(split, str):
         return False
-    name = re.sub(r"\[[^\[\]/]*\]$", "", split).lower().removesuffix(".gz")
+    name = re.sub(r"\[[^\[\]/]*\]$", "", split).lower()
+    name = re.sub(r"\?[\w.-]+=.*", "", name).removesuffix(".gz")  # of an address; rejected later
     return "/" in name or name.endswith(DATA_SUFFIXES)
