@@ -118,6 +118,21 @@ def test_the_results_of_other_rows_are_not_given(run: Run, recipe: Path) -> None
         run(resume=True)
 
 
+def test_other_versions_since_a_complete_run_are_said(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run()
+    assert run(resume=True) == first
+    assert "made with" not in capsys.readouterr().err
+    file = tmp_path / "out" / "report.json"
+    changed = first | {"versions": first["versions"] | {"transformers": "4.0.0"}}
+    file.write_text(json.dumps(changed))
+    assert run(resume=True) == changed
+    said = capsys.readouterr().err
+    assert f"made with `transformers: 4.0.0`, and now it is `{version('transformers')}`" in said
+    assert "`torch" not in said
+
+
 def test_early_stopping_says_why_there_are_no_more_steps(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ from lora_cli import __version__
 from lora_cli.adapters.attach import parameter_table
 from lora_cli.data.load_rows import SPLITS
 from lora_cli.environment import installed_version
-from lora_cli.errors import LoraError, Problem, ResourceError
+from lora_cli.errors import LoraError, Problem, ResourceError, warn
 from lora_cli.files import FolderLock, is_leftover, write_atomically
 from lora_cli.recipe import Recipe, dump_recipe, load_adapter_recipe
 from lora_cli.reporting import plot_learning_curve, write_model_card, write_page, write_report
@@ -28,7 +28,7 @@ from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Encoded
 from lora_cli.training.checkpoints import checkpoints, peek_state
 from lora_cli.training.progress import peak_memory_bytes, rate_key
-from lora_cli.training.train_state import TrainState, recipe_facts, reject_changes
+from lora_cli.training.train_state import VERSIONS, TrainState, recipe_facts, reject_changes
 
 REPORT = "report.json"
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "safetensors")
@@ -97,6 +97,18 @@ def reject_other_rows(recipe: Recipe, report: dict[str, Any], data: dict[str, En
     ]
     if problems:
         raise LoraError(problems)
+
+
+def warn_of_other_versions(report: dict[str, Any]) -> None:
+    """Say which versions a complete run was made with, where they are others now."""
+    then = part(report, "versions")
+    for name in VERSIONS:
+        now = installed_version(name)
+        if name in then and then[name] != now:
+            warn(
+                f"the run is complete; it was made with `{name}: {then[name]}`, and now it is "
+                f"`{now}`: these are the results of then"
+            )
 
 
 def _reject_foreign(recipe: Recipe, resume: bool) -> None:

@@ -51,6 +51,7 @@ from lora_cli.training.output_folder import (
     locked_output,
     reject_other_rows,
     start_report,
+    warn_of_other_versions,
 )
 from lora_cli.training.progress import RunLog, clock, peak_memory_bytes
 from lora_cli.training.rank_agreement import require_same_recipe, require_same_start
@@ -92,6 +93,8 @@ def train(recipe: Recipe, resume: bool = False, learned: Learned | None = None) 
             data = load_data(task)
             if done is not None:
                 reject_other_rows(recipe, done, data)
+                if accelerator.is_main_process:
+                    warn_of_other_versions(done)
                 return done
             findings = pass_gate(task, data) if accelerator.is_main_process else None
         stop = StopRequest(recipe, accelerator, started)
@@ -145,7 +148,7 @@ class Run:
         seed_everything(recipe.train.seed)
         model, new = task.load_model(self.accelerator.device)
         base = fingerprint_of(recipe, model, new)
-        base = make_trainable(model, recipe, new, base, task.base_facts, task.learned)
+        base = make_trainable(model, recipe, new, base, task.base_facts, task.learned, task.drawn)
         lengths = [int(split.lengths.max()) for split in self.data.values()]
         longest = max(lengths) if "train" in self.data else None
         with self.accelerator.autocast():
