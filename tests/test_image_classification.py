@@ -42,6 +42,7 @@ from lora_cli.tasks.examples import Encoded
 from lora_cli.tasks.image_classification import random_box
 from lora_cli.training import train
 from lora_cli.training.batches import Batches
+from lora_cli.training.step import train_step
 
 Json = dict[str, Any]
 CPU = torch.device("cpu")
@@ -501,6 +502,48 @@ def test_statistics_of_batch_normalisation_stay_bit_for_bit(adapter: str, tmp_pa
             pixel_values=torch.randn(4, 3, SIZE, SIZE, generator=generator)
         ).logits.sum().backward()
     assert all(torch.equal(kept[name], buffer) for name, buffer in model.named_buffers())
+
+
+def test_trained_in_full_a_model_with_running_statistics_is_the_same_reloaded_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_pictures.save("resnet", tmp_path / "base")
+    sections: Json = {
+        "adapter": {"type": "full", "rank": 8, "alpha": 8},
+        "train": {"max_steps": 4, "precision": "fp32"},
+        "checkpoint": {"every_steps": 2},
+    }
+    path = write_recipe_of(tmp_path, base, **sections)
+    whole = run(path)
+    cut = load_recipe(path, [f"output_dir={tmp_path / 'cut'}"])
+
+    def pulled(*arguments: Any) -> Any:
+        if len(seen) == 3:
+            raise RuntimeError("the plug")
+        seen.append(1)
+        return train_step(*arguments)
+
+    seen: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_cli.training.run.train_step", pulled)
+        with pytest.raises(RuntimeError, match="the plug"):
+            train(cut)
+    assert train(cut, resume=True)["metrics"] == whole["metrics"]
+    pixels = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    recipe = load_adapter_recipe(tmp_path / "out")
+    _, ours, _ = open_adapter(tmp_path / "out", recipe)
+    theirs, resumed, before = (
+        AutoModelForImageClassification.from_pretrained(folder).eval()
+        for folder in (tmp_path / "out", tmp_path / "cut", base)
+    )
+    with torch.no_grad():
+        logits = theirs(pixels).logits
+        assert torch.equal(resumed(pixels).logits, logits)
+        assert_close(ours(pixels.to(next(ours.parameters()).device)).logits.cpu(), logits)
+        assert_different(before(pixels).logits, logits)
+    again = evaluate_adapter(tmp_path / "out", recipe, "test")["test"]
+    wanted = whole["metrics"]["after"]["test"]
+    assert again == pytest.approx(wanted, rel=1e-5)
 
 
 def test_rows_of_a_pretrained_head_go_by_the_names_of_labels(tmp_path: Path) -> None:

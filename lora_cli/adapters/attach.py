@@ -141,7 +141,7 @@ def training_mode(model: nn.Module) -> None:
     """
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._NormBase):  # instance normalisation too
             module.eval()
 
 
