@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import LoraError
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import TASKS, Recipe
 from lora_cli.recipe.spec import Origin
 from lora_cli.recipe_draft.memory_budget import Shape
 from lora_cli.unexpected_errors import own_words
@@ -141,8 +141,8 @@ def _pipeline_in(folder: Path) -> str | None:
 
 def _recipe_of(name: str) -> Recipe:
     """Return a recipe that says no more than the model, with the option as its place."""
-    task = {"type": "sequence_classification"}
-    values = {"model": {"name": name}, "task": task, "data": {"path": "none.csv"}}
+    any_task = {"type": next(iter(TASKS))}
+    values = {"model": {"name": name}, "task": any_task, "data": {"path": "none.csv"}}
     return Recipe.model_validate(values).with_origin(Origin({"model.name": f"--model {name}"}))
 
 

@@ -259,22 +259,14 @@ class Task(TaskRows, TaskMetrics):
             device: Where the weights go.
             dtype: How they are kept, instead of as the recipe says; `auto` is as the checkpoint.
         """
-        model, missing = load_pretrained(
-            self.auto_class, self.recipe, self.model_config(), device, dtype, self.has_head
-        )
-        new = new_modules(model, missing) if self.has_head else []
+        named = (self.auto_class, self.recipe, self.model_config())
+        model, missing = load_pretrained(*named, device, dtype, self.has_head)
         self.arrange_head(model, missing)
         self.drawn = frozenset(missing)
-        return model, new
+        return model, new_modules(model, missing) if self.has_head else []
 
     def arrange_head(self, model: nn.Module, missing: set[str]) -> None:
-        """Put the outputs of a head that the checkpoint holds into the order of the task's own.
-
-        Args:
-            model: The model, changed in place.
-            missing: Names of parameters that were drawn at random. Those whose every row is now
-                the checkpoint's are taken out, those with a row that is not are added.
-        """
+        """Put the outputs of a head that the checkpoint holds into the order of the task's own."""
 
     def empty_model(self) -> tuple[nn.Module, list[str]]:
         """Return the same without weights."""
