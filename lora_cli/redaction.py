@@ -129,6 +129,12 @@ def _is_secret(name: str) -> bool:
     return _SECRET_KEY.search(name) is not None
 
 
+@functools.lru_cache(maxsize=4096)
+def _is_secret_variable(name: str) -> bool:
+    """Return whether an environment variable of this name has a secret value."""
+    return name not in NO_SECRET and SECRET_NAME.search(name) is not None
+
+
 def _mask_named(text: str) -> str:
     """Mask the values that follow a name such as `PGPASSWORD=` or `"client_secret":`."""
     parts, done = [], 0
@@ -150,7 +156,7 @@ def _mask_named(text: str) -> str:
 def redacted(text: str) -> str:
     """Return a text in which every secret is a row of stars."""
     for name, value in os.environ.items():
-        if len(value) >= SHORTEST and name not in NO_SECRET and SECRET_NAME.search(name):
+        if len(value) >= SHORTEST and _is_secret_variable(name):
             for form in {value, quote(value, safe=""), value.replace("\n", "\\n")}:
                 text = text.replace(form, MASK)
     lower = text.lower()

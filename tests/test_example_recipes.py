@@ -129,6 +129,7 @@ def test_an_example_recipe_trains(name: str, tmp_path: Path) -> None:
     base, data = stand_ins(name, tmp_path)
     changes = [f"model.name={base}", f"data.name={data}", f"output_dir={tmp_path / 'out'}"]
     changes += ["train.epochs=null", "train.max_steps=1", "train.micro_batch_size=4"]
+    changes.append("evaluate.generation.max_new_tokens=4")
     if name == "sst2_roberta":
         changes.append("train.precision=fp32")  # fp16 needs a GPU
     with contextlib.redirect_stderr(io.StringIO()):

@@ -43,6 +43,10 @@ from lora_cli.training.train_state import TrainState
 ROOT = Path(__file__).parent.parent
 PAIRS = {"text_column": None, "prompt_column": "text", "completion_column": "more"}
 Json = dict[str, Any]
+# where nothing matters but how it trains: an epoch and a half, and no evaluation
+TRAINING: Json = {
+    "data": {"train": "train.jsonl"}, "train": {"max_steps": 5, "log_every_steps": 1},
+}  # fmt: skip
 
 
 class PulledPlug(Exception):
@@ -205,7 +209,7 @@ def test_resuming_in_another_epoch_and_twice(bench: Bench) -> None:
 def test_a_run_that_was_killed_before_its_report_is_finished(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = bench.recipe()
+    path = bench.recipe(train={"max_steps": 4})
     bench.run(path, "whole")
 
     def pull(*_: Any) -> None:
@@ -219,13 +223,13 @@ def test_a_run_that_was_killed_before_its_report_is_finished(
         assert not (bench.folder / place / "report.json").exists()
         report = bench.run(path, place, resume=True)
         assert_same_run(bench.folder / "whole", bench.folder / place)
-        assert report["training"]["steps"] == 10
+        assert report["training"]["steps"] == 4
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = bench.recipe(checkpoint={"every_steps": 2, "keep": 1})
+    path = bench.recipe(checkpoint={"every_steps": 2, "keep": 1}, train={"max_steps": 8})
     bench.run(path, "whole")
     bench.cut(path, "cut", 7, "checkpoint.keep=2")
     bad = checkpoints(bench.folder / "cut")[-1][1]
@@ -266,25 +270,25 @@ def test_a_checkpoint_is_not_deleted_for_a_damaged_newer_one(bench: Bench) -> No
 def test_resuming_nothing_starts_at_the_beginning(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = bench.recipe(checkpoint={"every_steps": 4})
+    path = bench.recipe(checkpoint={"every_steps": 2}, train={"max_steps": 4})
     bench.run(path, "whole")
     bench.run(path, "new", resume=True)
     assert "starting at the beginning" in capsys.readouterr().err
     assert_same_run(bench.folder / "whole", bench.folder / "new")
-    bench.cut(path, "cut", 5)
+    bench.cut(path, "cut", 3)
     shutil.rmtree(bench.folder / "cut/checkpoints")
     bench.run(path, "cut", resume=True)
     assert_same_run(bench.folder / "whole", bench.folder / "cut")
 
 
 def test_resuming_a_complete_run_changes_nothing(bench: Bench) -> None:
-    path = bench.recipe()
+    path = bench.recipe(train={"max_steps": 2})
     report = bench.run(path)
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in bench.folder.rglob("*")}
     again = bench.run(path, resume=True)
     assert again == json.loads(json.dumps(report))
     assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in bench.folder.rglob("*")} == before
-    with pytest.raises(LoraError, match=r"max_steps: 10.*now says `20`"):
+    with pytest.raises(LoraError, match=r"max_steps: 2.*now says `20`"):
         bench.run(path, "out", "train.max_steps=20", resume=True)
 
 
@@ -326,11 +330,11 @@ def test_folders_that_are_not_empty_are_refused(bench: Bench) -> None:
 def test_a_data_error_leaves_a_folder_that_can_be_used(bench: Bench) -> None:
     with pytest.raises(LoraError, match="no column"):
         bench.run(bench.recipe(task={"text_column": "review"}))
-    bench.run(bench.recipe())
+    bench.run(bench.recipe(train={"max_steps": 1}))
 
 
 def test_changes_are_refused_on_resuming_and_each_is_listed(bench: Bench) -> None:
-    path = bench.recipe(checkpoint={"every_steps": 2})
+    path = bench.recipe(checkpoint={"every_steps": 2}, train={"max_steps": 4})
     bench.cut(path, "cut", 3)
     resolved = (bench.folder / "cut/recipe.yaml").read_bytes()
     with pytest.raises(LoraError) as caught:
@@ -352,7 +356,7 @@ def test_changes_are_refused_on_resuming_and_each_is_listed(bench: Bench) -> Non
 
 
 def test_leftovers_of_a_killed_save_are_cleared(bench: Bench) -> None:
-    path = bench.recipe(checkpoint={"every_steps": 2})
+    path = bench.recipe(checkpoint={"every_steps": 2}, train={"max_steps": 4})
     bench.cut(path, "cut", 3)
     leftover = bench.folder / "cut/checkpoints/.step-000004.123.tmp"
     leftover.mkdir()
@@ -366,7 +370,7 @@ def test_leftovers_of_a_killed_save_are_cleared(bench: Bench) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_step_and_leaves(bench: Bench, number: int) -> None:
-    path, before = bench.recipe(), signal.getsignal(number)
+    path, before = bench.recipe(train={"max_steps": 6}), signal.getsignal(number)
     bench.run(path, "whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_run, "train_step", only(4, lambda: os.kill(os.getpid(), number)))
@@ -392,7 +396,7 @@ def test_a_second_interruption_ends_at_once(bench: Bench, monkeypatch: pytest.Mo
 
 
 def test_the_command_returns_at_once_from_a_complete_run(bench: Bench) -> None:
-    path = bench.recipe()
+    path = bench.recipe(train={"max_steps": 1})
     bench.run(path)
     done = CliRunner().invoke(app, ["train", str(path), "--resume"])
     assert done.exit_code == 0
@@ -441,6 +445,31 @@ def test_the_best_adapter_is_published_and_reported(bench: Bench) -> None:
     assert loaded == report["metrics"]["after"]
 
 
+def test_validation_is_not_measured_again_where_the_last_adapter_is_the_best(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, measured = training_run.evaluate, []
+
+    def counting(model: nn.Module, task: Any, split: Any, *rest: Any, **options: Any) -> Any:
+        measured.append(len(split.rows))
+        return real(model, task, split, *rest, **options)
+
+    monkeypatch.setattr(training_run, "evaluate", counting)
+    path = bench.recipe(
+        train={"max_steps": 2}, evaluate={"baseline": False, "best": {"metric": "loss"}}
+    )
+    report = bench.run(path)
+    assert report["best"]["step"] == 2
+    assert measured == [5, 4]  # five rows of validation, four of test
+    out = bench.folder / "out"
+    said = lines(out / "predictions/validation.jsonl")
+    assert [line["row"] for line in said] == list(range(5))
+    mean = sum(line["loss"] for line in said) / 5
+    assert mean == pytest.approx(report["metrics"]["after"]["validation"]["loss"], rel=1e-6)
+    loaded = evaluate_adapter(out, load_recipe(out / "recipe.yaml"))
+    assert loaded == report["metrics"]["after"]
+
+
 def test_a_gain_below_min_delta_is_published_but_does_not_hold_off_stopping(bench: Bench) -> None:
     path = bench.recipe(
         train={"optimizer": {"type": "sgd", "learning_rate": 1e-3}},
@@ -477,7 +506,7 @@ def test_a_best_metric_that_is_never_measured_is_found_at_step_0(
     "data", [{"train": "train.jsonl"}, {"train": "train.jsonl", "test": "test.jsonl"}]
 )
 def test_without_validation_the_last_adapter_is_published(bench: Bench, data: Json) -> None:
-    report = bench.run(bench.recipe(data=data))
+    report = bench.run(bench.recipe(data=data, train={"max_steps": 2}))
     out = bench.folder / "out"
     assert "best" not in report
     assert list(report["metrics"]["after"]) == list(data)[1:]
@@ -517,7 +546,7 @@ def test_streaming_reads_the_rows_in_order(bench: Bench) -> None:
 @pytest.mark.parametrize("kind", ["labelled", "llama"])
 def test_metrics_of_step_0_are_those_of_the_base(bench: Bench, kind: str) -> None:
     task = {"max_length": 128} if kind == "llama" else {}  # no text is divided
-    report = bench.run(bench.recipe(kind, task=task))
+    report = bench.run(bench.recipe(kind, task=task, train={"max_steps": 1}))
     tokenizer = AutoTokenizer.from_pretrained(bench.base(kind))
     auto = AutoModelForCausalLM if kind == "llama" else AutoModelForSequenceClassification
     model = auto.from_pretrained(bench.base(kind)).eval()
@@ -559,7 +588,8 @@ def test_the_frozen_base_is_not_changed(
     bench: Bench, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy = Spy(monkeypatch)
-    bench.run(bench.recipe(kind, adapter={"dropout": 0.1, "target_modules": "all-linear"}))
+    adapter = {"dropout": 0.1, "target_modules": "all-linear"}
+    bench.run(bench.recipe(kind, adapter=adapter, **TRAINING))
     trained = set(trainable_parameters(spy.model))
     frozen = {
         name.replace(".base.", "."): tensor
@@ -578,7 +608,7 @@ def test_the_frozen_base_is_not_changed(
 
 @pytest.mark.parametrize("kind", ["full", "none", "bitfit", "lora"])
 def test_every_type_trains_saves_and_is_loaded_again(bench: Bench, kind: str) -> None:
-    every_row = {"max_steps": 30, "micro_batch_size": 11, "gradient_accumulation_steps": 1}
+    every_row = {"max_steps": 10, "micro_batch_size": 11, "gradient_accumulation_steps": 1}
     rate = {"optimizer": {"type": "adamw", "learning_rate": 1e-3}}
     report = bench.run(bench.recipe("encoder", adapter={"type": kind}, train=every_row | rate))
     out = bench.folder / "out"
@@ -588,7 +618,7 @@ def test_every_type_trains_saves_and_is_loaded_again(bench: Bench, kind: str) ->
 
 
 def test_a_fully_trained_model_is_a_plain_folder(bench: Bench) -> None:
-    bench.run(bench.recipe("encoder", adapter={"type": "full"}))
+    bench.run(bench.recipe("encoder", adapter={"type": "full"}, train={"max_steps": 3}))
     out = bench.folder / "out"
     assert not (out / "adapter_config.json").exists()
     model = AutoModelForSequenceClassification.from_pretrained(out).eval()
@@ -606,7 +636,7 @@ def test_a_fully_trained_model_is_a_plain_folder(bench: Bench) -> None:
 
 @pytest.mark.parametrize("kind", ["encoder", "llama"])
 def test_gradient_checkpointing_gives_the_same_losses(bench: Bench, kind: str) -> None:
-    path = bench.recipe(kind, adapter={"dropout": 0.2}, train={"log_every_steps": 1})
+    path = bench.recipe(kind, adapter={"dropout": 0.2}, **TRAINING)
     bench.run(path, "plain")
     bench.run(path, "saving", "train.gradient_checkpointing=true")
     assert losses(bench.folder / "saving") == pytest.approx(
@@ -615,7 +645,7 @@ def test_gradient_checkpointing_gives_the_same_losses(bench: Bench, kind: str) -
 
 
 def test_workers_do_not_change_the_run(bench: Bench) -> None:
-    path = bench.recipe(adapter={"dropout": 0.2})
+    path = bench.recipe(adapter={"dropout": 0.2}, **TRAINING)
     bench.run(path, "none")
     bench.run(path, "two", "train.workers=2")
     assert (bench.folder / "two/samples.jsonl").read_bytes() == (
@@ -627,7 +657,7 @@ def test_workers_do_not_change_the_run(bench: Bench) -> None:
 
 @pytest.mark.parametrize("kind", ["encoder", "llama"])
 def test_the_cut_into_micro_batches_does_not_change_the_run(bench: Bench, kind: str) -> None:
-    path = bench.recipe(kind, train={"log_every_steps": 1})
+    path = bench.recipe(kind, **TRAINING)
     bench.run(path, "cut")
     bench.run(path, "whole", "train.micro_batch_size=4", "train.gradient_accumulation_steps=1")
     assert losses(bench.folder / "cut") == pytest.approx(losses(bench.folder / "whole"), rel=1e-4)
@@ -656,7 +686,7 @@ def test_parameters_without_a_part_in_the_forward_are_named(
         model.extra = nn.Linear(2, 2)
 
     monkeypatch.setattr(training_run, "make_trainable", attach)
-    bench.run(bench.recipe())
+    bench.run(bench.recipe(**TRAINING))
     assert "warning: 2 trained parameters take no part" in capsys.readouterr().err
 
 

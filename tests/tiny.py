@@ -162,15 +162,15 @@ def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def encoder(
-    labels: int | Sequence[str] | None = 2, kind: str = "bert", seed: int = 0
+    labels: int | Sequence[str] | None = 2, kind: str = "bert", seed: int = 0, layers: int = 2
 ) -> PreTrainedModel:
-    """Return a two-layer BERT or RoBERTa: a sequence classifier, or with `labels=None` no head.
+    """Return a small BERT or RoBERTa: a sequence classifier, or with `labels=None` no head.
 
     The RoBERTa without classifier is a masked language model, as its published checkpoints are.
     """
     config_class = {"bert": BertConfig, "roberta": RobertaConfig}[kind]
     config = config_class(
-        vocab_size=vocabulary(), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=vocabulary(), hidden_size=32, num_hidden_layers=layers, num_attention_heads=4,
         intermediate_size=48, max_position_embeddings=POSITIONS + 2, type_vocab_size=2,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
@@ -287,12 +287,16 @@ def saved_once(folder: Path | str, key: tuple[object, ...], save: Callable[[Path
 
 
 def save_encoder(
-    folder: Path | str, labels: Sequence[str] | None = None, kind: str = "roberta", seed: int = 0
+    folder: Path | str,
+    labels: Sequence[str] | None = None,
+    kind: str = "roberta",
+    seed: int = 0,
+    layers: int = 2,
 ) -> Path:
     """Save a base encoder, or with `labels` a classifier of them, and return its folder."""
     names = None if labels is None else tuple(labels)
-    key = ("encoder", names, kind, seed)
-    return _save(folder, key, lambda: encoder(labels, kind, seed), "encoder")
+    key = ("encoder", names, kind, seed, layers)
+    return _save(folder, key, lambda: encoder(labels, kind, seed, layers), "encoder")
 
 
 def save_encoder_decoder(folder: Path | str, kind: str = "bart", seed: int = 0) -> Path:
@@ -352,6 +356,8 @@ def recipe(folder: Path | str, tmp_path: Path, **sections: Any) -> Path:
             values["task"] = {"type": "causal_lm", "text_column": "text", "max_length": 32}
             if kind == "gpt2":
                 values["task"]["pad_token"] = END_OF_TEXT
+            # of 128 tokens, those that a run writes as samples took most of its time
+            values["evaluate"] = {"generation": {"max_new_tokens": 4}}
     if "data" not in sections:
         rows = [{"text": text, "label": i % 2} for i, text in enumerate(CORPUS)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)

@@ -77,6 +77,9 @@ def explaining(
 def seed_everything(*seed: int) -> None:
     """Seed the generators of torch, numpy and Python with a mix of the numbers."""
     mixed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
-    torch.manual_seed(mixed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(mixed)
+    else:  # that would prepare, for a millisecond, to seed devices that there are not
+        torch.default_generator.manual_seed(mixed)
     np.random.seed(mixed % 2**32)  # some models draw their masks from it
     random.seed(mixed)

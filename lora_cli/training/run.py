@@ -140,6 +140,7 @@ class Run:
         self.state = TrainState(recipe=recipe_facts(recipe), data=hashes, machine=machine)
         self.report = start_report(recipe, task, data, hashes, self.model, accelerator)
         self.judge = Judge(recipe, task)
+        self.at_end: dict[str, float] | None = None  # validation after the last step
         self.save_pending = False  # a checkpoint is due, and the last steps were bad
 
     def _load_model(self) -> tuple[nn.Module, list[str], Fingerprint | None]:
@@ -350,6 +351,12 @@ class Run:
             strict_loss=strict,
         )
 
+    def _predictions(self, split: str) -> Path:
+        """Return the file for the predictions on a split, in a folder that exists."""
+        file = self.folder / "predictions" / f"{split}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        return file
+
     def _sample(self, when: str) -> None:
         split, samples = self.data.get("validation"), self.state.samples
         add_samples(self.model, self.task, split, self.accelerator, samples, when)
@@ -362,12 +369,16 @@ class Run:
         """
         state = self.state
         self.stop.activity = "evaluating"
+        at_end = state.step == self.total_steps
         try:
-            metrics = self._metrics("validation")
+            metrics = self._metrics(
+                "validation", self._predictions("validation") if at_end else None
+            )
         except Stopping as stopping:
             return stopping.by
         self.stop.activity = TRAINING
         state.evaluation_due = False
+        self.at_end = metrics if at_end else None
         if math.isfinite(metrics["loss"]):
             self.window.streak = []
         improved = self.judge.improved(metrics, state, self._epoch)
@@ -395,11 +406,12 @@ class Run:
             self._metrics("validation", strict=True)  # is it that no loss was a number?
         self.saver.leave_best(self.state)
         after: dict[str, dict[str, float]] = {}
+        best = self.state.best
+        if self.at_end is not None and best is not None and best["step"] == self.total_steps:
+            after["validation"] = self.at_end  # the best is what was evaluated last
         for name in ("validation", "test"):
-            if name in self.data:
-                file = self.folder / "predictions" / f"{name}.jsonl"
-                file.parent.mkdir(exist_ok=True)
-                after[name] = self._metrics(name, file)
+            if name in self.data and name not in after:
+                after[name] = self._metrics(name, self._predictions(name))
         if self.accelerator.is_main_process:
             write_thumbnails(self.folder / "predictions", self.task, self.data)
         self._sample("after")

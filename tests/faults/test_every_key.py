@@ -25,6 +25,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from runs import lines, without_times
 from safetensors.torch import load_file
+from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 from world import Printed, World
 
 from lora_cli.errors import LoraError
@@ -181,10 +182,11 @@ DEV = [{**row, "text": f"{row['text']} indeed", "other": f"{row['other']} too"}
 COMMON: Settings = {
     "data": {"train": "train.jsonl", "validation": "dev.jsonl",
              "check": {"max_overlap": 1.0, "near_duplicates": False}},
-    "train": {"max_steps": 3, "micro_batch_size": 2, "log_every_steps": 1,
+    "train": {"max_steps": 2, "micro_batch_size": 2, "log_every_steps": 1,
               "optimizer": {"learning_rate": 0.01}},
     "evaluate": {"baseline": False},
 }  # fmt: skip
+SHORT = {"baseline": False, "generation": {"max_new_tokens": 4}}  # samples take most of a run
 KINDS: dict[str, Settings] = {
     "labels": {
         "model": {"name": "../bases/encoder"},
@@ -217,14 +219,17 @@ KINDS: dict[str, Settings] = {
     "text": {
         "model": {"name": "../bases/llama"},
         "task": {"type": "causal_lm", "text_column": "text"},
+        "evaluate": SHORT,
     },
     "pair": {
         "model": {"name": "../bases/llama"},
         "task": {"type": "causal_lm", "prompt_column": "prompt", "completion_column": "answer"},
+        "evaluate": SHORT,
     },
     "chat": {
         "model": {"name": "../bases/llama"},
         "task": {"type": "causal_lm", "messages_column": "turns", "chat_template": "chat.jinja"},
+        "evaluate": SHORT,
     },
 }  # fmt: skip
 
@@ -268,7 +273,7 @@ def best(left: Left) -> Any:
 
 TEXT_FILE = {"train": "lines.txt", "validation": None}
 CSV = {"data.train": "train.csv", "data.validation": None}
-MANY = {"train.max_steps": 12, "evaluate.every_steps": 2}
+MANY = {"train.max_steps": 6, "evaluate.every_steps": 1}
 CHANGES: dict[str, Change] = {
     "format": Change(message, (1, 2)),
     "model.name": Change(losses, ("../bases/encoder", "../bases/other")),
@@ -430,7 +435,7 @@ CHANGES: dict[str, Change] = {
     "adapter.use_rslora": Change(losses, (False, True)),
     "adapter.target_modules": Change(config, (["query"], ["value"])),
     "adapter.exclude_modules": Change(report, (None, ["value"])),
-    "adapter.layers": Change(report, ([0], [0, 1])),
+    "adapter.layers": Change(report, ([0], [0, 1]), also={"model.name": "../bases/deep"}),
     "adapter.rank_pattern": Change(report, ({}, {"query": 2})),
     "adapter.alpha_pattern": Change(losses, ({}, {"query": 99.0})),
     "adapter.bias": Change(report, ("none", "all")),
@@ -458,10 +463,12 @@ CHANGES: dict[str, Change] = {
     "train.optimizer.groups.adapter.learning_rate": Change(adapter, (None, 0.1)),
     "train.optimizer.groups.adapter.weight_decay": Change(adapter, (None, 0.9)),
     "train.optimizer.groups.layers.learning_rate": Change(
-        adapter, ({}, {"0-1": {"learning_rate": 0.1}}), key="train.optimizer.groups.layers"),
+        adapter, ({}, {"0-1": {"learning_rate": 0.1}}), also={"model.name": "../bases/deep"},
+        key="train.optimizer.groups.layers"),
     "train.optimizer.groups.layers.weight_decay": Change(
-        adapter, ({}, {"0-1": {"weight_decay": 0.9}}), key="train.optimizer.groups.layers"),
-    "train.scheduler.type": Change(losses, ("linear", "cosine")),
+        adapter, ({}, {"0-1": {"weight_decay": 0.9}}), also={"model.name": "../bases/deep"},
+        key="train.optimizer.groups.layers"),
+    "train.scheduler.type": Change(losses, ("linear", "cosine"), also={"train.max_steps": 3}),
     "train.scheduler.warmup_steps": Change(losses, (0, 2)),
     "train.scheduler.warmup_ratio": Change(losses, (None, 0.5)),
     "train.precision": Change(losses, ("fp32", "bf16")),
@@ -471,7 +478,7 @@ CHANGES: dict[str, Change] = {
     "train.group_by_length": Change(order, (False, True)),
     "train.workers": Change(lambda left: left.used["workers"], (0, 1)),
     "train.seed": Change(order, (0, 1)),
-    "train.log_every_steps": Change(losses, (1, 9)),
+    "train.log_every_steps": Change(losses, (1, 9), also={"train.max_steps": 3}),
     "train.trackers": Change(files, ([], ["tensorboard"])),
     # --------------------------------------------------------------------------------- evaluate
     "evaluate.every_steps": Change(losses, (1, 2)),
@@ -525,9 +532,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of base models, and of an adapter of the first."""
     top = tmp_path_factory.mktemp("keys")
     folder = top / "bases"
-    tiny.save_encoder(folder / "encoder")
-    tiny.save_encoder(folder / "other", seed=1)
-    tiny.save_encoder(folder / "bert", kind="bert")
+    tiny.save_encoder(folder / "encoder", layers=1)
+    tiny.save_encoder(folder / "deep")
+    tiny.save_encoder(folder / "other", seed=1, layers=1)
+    tiny.save_encoder(folder / "bert", kind="bert", layers=1)
     tiny.save_llama(folder / "llama")
     tiny_pictures.save("vit", folder / "vit")
     world = World(top / "first", folder)
@@ -576,7 +584,15 @@ class Used:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts = {"forward": 0, "workers": 0, "evaluated": 0}
-        loader, predict = torch.utils.data.DataLoader.__init__, SequenceClassification.predict
+        forward, loader, predict = (
+            RobertaSelfAttention.forward,
+            torch.utils.data.DataLoader.__init__,
+            SequenceClassification.predict,
+        )
+
+        def passing(this: Any, *arguments: Any, **options: Any) -> Any:
+            self.counts["forward"] += 1
+            return forward(this, *arguments, **options)
 
         def loading(this: Any, *arguments: Any, **options: Any) -> None:
             self.counts["workers"] = max(self.counts["workers"], options.get("num_workers", 0))
@@ -586,11 +602,9 @@ class Used:
             self.counts["evaluated"] = max(self.counts["evaluated"], len(batch.rows))
             return predict(this, model, batch)
 
+        monkeypatch.setattr(RobertaSelfAttention, "forward", passing)
         monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", loading)
         monkeypatch.setattr(SequenceClassification, "predict", predicting)
-
-    def count(self, module: torch.nn.Module, _inputs: Any) -> None:
-        self.counts["forward"] += type(module).__name__.endswith("SelfAttention")
 
 
 def of_the_hub(name: str, config: Any = None, **options: Any) -> datasets.Dataset:
@@ -631,9 +645,7 @@ def left_by(change: Change, name: str, value: Any, bases: Path) -> Left:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load_dataset", of_the_hub)
         used = Used(patch)
-        hook = torch.nn.modules.module.register_module_forward_pre_hook(used.count)
         printed = run(world, options)
-        hook.remove()
     LEFT[same] = Left(printed, world.folder / "out", used.counts)
     return LEFT[same]
 
