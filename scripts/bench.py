@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -115,11 +116,7 @@ def accuracy(args: argparse.Namespace) -> None:
 def targets(args: argparse.Namespace) -> None:
     """Print the test accuracy of two choices of targets, each at its best learning rate."""
     work = Path(tempfile.mkdtemp(prefix="lora-bench-"))
-    data = Path(args.data).resolve()
-    sst2 = sst2_recipe(args.model, data, work)
-    sst2["data"]["validation"] = str(data / "dev.tsv")
-    sst2["evaluate"]["best"] = {"metric": "accuracy"}
-    (work / "sst2.json").write_text(json.dumps(sst2))
+    write_sst2_with_dev(args, work)
     demo = Path(__file__).parents[1] / "configs" / "demo.yaml"
     recipes = {"demo": demo, "sst2": work / "sst2.json"}
     choices = {"query and value": "[query, value]", "all linear": "all-linear"}
@@ -135,17 +132,12 @@ def targets(args: argparse.Namespace) -> None:
             f"model.name={args.model}",
             "evaluate.baseline=false",
         ]
-        lora(
-            "train", str(recipes[name]), "-o", str(folder), *(a for s in sets for a in ("--set", s))
-        )
-        after = json.loads((folder / "report.json").read_text())["metrics"]["after"]
+        after = metrics_after(recipes[name], folder, sets)
         shutil.rmtree(folder)
         return after["validation"]["accuracy"], after["test"]["accuracy"]
 
     seeds = range(args.seeds)
-    jobs = list(itertools.product(recipes, choices, rates, seeds))
-    with ThreadPoolExecutor(args.jobs) as pool:
-        found = dict(zip(jobs, pool.map(run, jobs), strict=True))
+    found = results_of(run, itertools.product(recipes, choices, rates, seeds), args.jobs)
     for name, choice in itertools.product(recipes, choices):
         means = {
             rate: [statistics.mean(found[name, choice, rate, s][i] for s in seeds) for i in (0, 1)]
@@ -161,39 +153,55 @@ def targets(args: argparse.Namespace) -> None:
 def quantized(args: argparse.Namespace) -> None:
     """Print the test accuracy of LoRA on quantised bases, before and after merging."""
     work = Path(tempfile.mkdtemp(prefix="lora-bench-"))
-    data = Path(args.data).resolve()
-    recipe = sst2_recipe(args.model, data, work)
-    recipe["data"]["validation"] = str(data / "dev.tsv")
-    recipe["evaluate"]["best"] = {"metric": "accuracy"}
-    recipe["train"]["optimizer"] = {"learning_rate": 1e-3}
-    recipe["adapter"]["target_modules"] = "all-linear"
-    (work / "sst2.json").write_text(json.dumps(recipe))
+    recipe = write_sst2_with_dev(args, work)
+    choices = ["adapter.target_modules=all-linear", "train.optimizer.learning_rate=1e-3"]
 
     def run(job: tuple[str, int]) -> tuple[float, float, str]:
         kind, seed = job
         folder, merged = work / f"{kind}-{seed}", work / f"{kind}-{seed}-merged"
-        sets = [f"train.seed={seed}", *([f"model.quantization={kind}"] if kind != "fp32" else [])]
-        options = [a for s in sets for a in ("--set", s)]
-        lora("train", str(work / "sst2.json"), "-o", str(folder), *options)
-        report = json.loads((folder / "report.json").read_text())
+        base = [f"model.quantization={kind}"] if kind != "fp32" else []
+        after = metrics_after(recipe, folder, [*choices, *base, f"train.seed={seed}"])
         command = ["merge", "--adapter", str(folder), "--to", str(merged)]
         said = subprocess.run(
             [sys.executable, "-m", "lora_cli", *command], check=True, capture_output=True, text=True
         ).stdout
         chosen = next((line for line in said.splitlines() if line.endswith("<- written")), "")
-        accuracy = report["metrics"]["after"]["test"]["accuracy"]
-        return accuracy, plain_accuracy(merged, data / "test_labeled.tsv"), chosen
+        of_merged = plain_accuracy(merged, Path(args.data) / "test_labeled.tsv")
+        return after["test"]["accuracy"], of_merged, chosen
 
-    jobs = list(itertools.product(("fp32", "int8", "nf4"), range(args.seeds)))
-    with ThreadPoolExecutor(args.jobs) as pool:
-        found = dict(zip(jobs, pool.map(run, jobs), strict=True))
+    kinds = ("fp32", "int8", "nf4")
+    found = results_of(run, itertools.product(kinds, range(args.seeds)), args.jobs)
     print("base   seed  adapter  merged  what was merged")
     for (kind, seed), (accuracy, merged_accuracy, chosen) in found.items():
         print(f"{kind:5} {seed:5} {100 * accuracy:8.2f} {100 * merged_accuracy:7.2f}  {chosen}")
-    for kind in ("fp32", "int8", "nf4"):
+    for kind in kinds:
         mean = statistics.mean(found[kind, s][0] for s in range(args.seeds))
         print(f"{kind}: mean {100 * mean:.2f}")
     shutil.rmtree(work)
+
+
+def write_sst2_with_dev(args: argparse.Namespace, work: Path) -> Path:
+    """Write the recipe of the comparison with the best adapter chosen on dev, and return it."""
+    data, file = Path(args.data).resolve(), work / "sst2.json"
+    recipe = sst2_recipe(args.model, data, work)
+    recipe["data"]["validation"] = str(data / "dev.tsv")
+    recipe["evaluate"]["best"] = {"metric": "accuracy"}
+    file.write_text(json.dumps(recipe))
+    return file
+
+
+def metrics_after(recipe: Path, folder: Path, sets: Sequence[str]) -> dict[str, Any]:
+    """Train a recipe with overrides into a folder, and return its metrics after training."""
+    lora("train", str(recipe), "-o", str(folder), *(a for s in sets for a in ("--set", s)))
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text())["metrics"]["after"]
+    return found
+
+
+def results_of(run: Callable[[Any], Any], jobs: Iterable[Any], at_once: int) -> dict[Any, Any]:
+    """Return what a function makes of each job."""
+    listed = list(jobs)
+    with ThreadPoolExecutor(at_once) as pool:
+        return dict(zip(listed, pool.map(run, listed), strict=True))
 
 
 def plain_accuracy(model: Path, file: Path) -> float:
