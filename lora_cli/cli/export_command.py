@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lora_cli.cli import options
-from lora_cli.cli.options import AdapterDir, Overrides, RecipeOption, expand
+from lora_cli.cli.options import AdapterDir, BaseOption, Overrides, RecipeOption, expand
 from lora_cli.errors import LoraError, did_you_mean
 from lora_cli.export.reader_names import READERS
 
@@ -33,14 +33,7 @@ def export(
     to: Annotated[
         Path, typer.Option("--to", help="Folder of the exported adapter.", callback=expand)
     ],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base",
-            help="Hub id or folder of the base model. Default: the one that the adapter names.",
-            callback=expand,
-        ),
-    ] = None,
+    base: BaseOption = None,
     recipe: RecipeOption = None,
     overrides: Overrides = None,
 ) -> None:

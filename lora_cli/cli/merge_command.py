@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lora_cli.cli import options
-from lora_cli.cli.options import AdapterDir, Overrides, RecipeOption, expand
+from lora_cli.cli.options import AdapterDir, BaseOption, Overrides, RecipeOption, expand
 from lora_cli.errors import counted
 
 
@@ -22,14 +22,7 @@ def merge(
             callback=expand,
         ),
     ],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base",
-            help="Hub id or folder of the base model. Default: the one that the adapter names.",
-            callback=expand,
-        ),
-    ] = None,
+    base: BaseOption = None,
     recipe: RecipeOption = None,
     overrides: Overrides = None,
 ) -> None:

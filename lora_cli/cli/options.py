@@ -63,6 +63,14 @@ RecipeOption = Annotated[
         "--recipe", help="Recipe for an adapter whose folder holds none.", callback=expand
     ),
 ]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="Hub id or folder of the base model. Default: the one that the adapter names.",
+        callback=expand,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
