@@ -11,6 +11,7 @@ import adapter_folders
 import pytest
 import tiny
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -261,7 +262,10 @@ def test_the_command(tmp_path: Path, reader: str) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, (result.output, result.exception)
     assert "checked: " in result.output
-    assert "outputs differ by" in (to / "README.md").read_text()
+    card = (to / "README.md").read_text()
+    assert "outputs differ by" in card
+    front = yaml.safe_load(card.split("---")[1])
+    assert front.get("library_name") == ("mlx" if reader == "mlx" else "peft")
 
 
 def test_every_reader_is_offered_and_an_unknown_one_is_not(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from lora_cli.export.merge import adapter_task
 from lora_cli.export.mlx_reader import Mlx
 from lora_cli.export.peft_readers import Peft, Plain, Vllm
 from lora_cli.export.reader import Reader, Source
-from lora_cli.export.reader_names import READERS
+from lora_cli.export.reader_names import LIBRARIES, READERS
 from lora_cli.export.target_folder import locked_target
 from lora_cli.files import new_folder
 from lora_cli.models.fingerprint import fingerprint_of
@@ -87,8 +87,8 @@ def export_adapter(
             about = f"Made from the adapter `{adapter.name}` for {READERS[name]}."
             text = "\n\n".join(filter(None, [about, reader.usage(source, to), *compared]))
             recipe = task.completed_recipe
-            in_peft = (folder / WEIGHTS_FILE).is_file()
-            write_derived_card(folder, recipe, f"For {name}", text, False, in_peft)
+            library = "peft" if (folder / WEIGHTS_FILE).is_file() else LIBRARIES.get(name)
+            write_derived_card(folder, recipe, f"For {name}", text, True, library)
     return compared
 
 

@@ -7,3 +7,5 @@ READERS = {
     "mlx": "mlx-lm on Apple computers: adapters.safetensors in its layout",
     "plain": "PEFT's format without patterns and rsLoRA, for any other reader (SGLang, TGI, LoRAX)",
 }
+LIBRARIES = {"mlx": "mlx"}
+"""The Hub's names of libraries that read other formats than PEFT's; llama.cpp has none."""

@@ -45,13 +45,13 @@ model = PeftModel.from_pretrained(model, ".").eval()  # this folder, or its id o
 
 def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> None:
     """Write `README.md`, the card that the Hub shows: what it is, its use, results and origin."""
-    command, results = report.get("command"), results_table(report)
+    command, results, library = report.get("command"), results_table(report), _library(recipe)
     versions = [f"{key} {v}" for key, v in part(report, "versions").items() if v]
     made_by = f"Made by {code_span(command)}. " if command else ""
     definitions = part(report, "metric_definitions")
     parts = [
-        *_opening(recipe, report),
-        *_usage(recipe, report),
+        *_opening(recipe, report, library),
+        *_usage(recipe, report, library),
         f"## Results\n\n{_table([list(map(plain_text, row)) for row in results])}"
         if len(results) > 1
         else "## Results",
@@ -70,8 +70,8 @@ def write_derived_card(
     recipe: Recipe,
     title: str,
     text: str,
-    for_lora: bool = True,
-    for_library: bool = True,
+    is_exported: bool = False,
+    library: str | None = "peft",
 ) -> None:
     """Write `README.md` of an adapter that was made from others, without a training of its own.
 
@@ -80,12 +80,13 @@ def write_derived_card(
         recipe: Says what the adapter is for, and how it is used.
         title: Of the section that says what it was made of.
         text: That section, in Markdown.
-        for_lora: Whether this tool's commands take the folder as it is.
-        for_library: Whether PEFT does.
+        is_exported: It is for another program, and this tool's commands do not take it as it is.
+        library: The library that reads it, by the Hub's name, if it has one.
     """
     report = {"lora_version": __version__}
-    usage = _usage(recipe, report, for_lora, for_library)
-    _write_parts(folder, [*_opening(recipe, report), *usage, f"## {title}\n\n{text}"])
+    opening = _opening(recipe, report, library)
+    usage = _usage(recipe, report, library, for_lora=not is_exported)
+    _write_parts(folder, [*opening, *usage, f"## {title}\n\n{text}"])
 
 
 def _write_parts(folder: Path, parts: list[str]) -> None:
@@ -99,13 +100,13 @@ def _library(recipe: Recipe) -> str | None:
     return "transformers" if recipe.adapter.type == "full" else None
 
 
-def _opening(recipe: Recipe, report: dict[str, Any]) -> list[str]:
+def _opening(recipe: Recipe, report: dict[str, Any], library: str | None) -> list[str]:
     """Return the first parts of a card: front matter, and what it is."""
     name, kind, pipeline = recipe.model.name, recipe.adapter.type, recipe.task.pipeline_tag
     hub, dataset, goal = is_hub_id(name), recipe.data.name, goal_of(recipe.task.type)
     front = {
         "base_model": name if hub else None,  # the Hub rejects paths
-        "library_name": _library(recipe),
+        "library_name": library,
         "pipeline_tag": pipeline,
         "datasets": [dataset] if dataset and is_hub_id(dataset) else None,
         "tags": [*([] if kind in ("full", "none") else [kind]), "lora-cli"],
@@ -124,12 +125,11 @@ def _opening(recipe: Recipe, report: dict[str, Any]) -> list[str]:
 
 
 def _usage(
-    recipe: Recipe, report: dict[str, Any], for_lora: bool = True, for_library: bool = True
+    recipe: Recipe, report: dict[str, Any], library: str | None, for_lora: bool = True
 ) -> list[str]:
     """Return how an adapter is used, with this tool and with the library that reads it."""
-    library = _library(recipe) if for_library else None
     # of the others, only this tool reads the folder
-    code = _snippet(recipe, _labels(recipe, report)) if library else ""
+    code = _snippet(recipe, _labels(recipe, report)) if library in ("peft", "transformers") else ""
     pairs = getattr(recipe.task, "text_pair_column", None)
     asked = "--input pairs.csv --output answers.csv" if pairs else f'"{recipe.task.example_input}"'
     commands = f"```bash\nlora eval --adapter .\nlora predict --adapter . {asked}\n```"
