@@ -29,6 +29,8 @@ from transformers import (
     T5Config,
     XLNetConfig,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_cli.errors import LoraError
 from lora_cli.models import full_precision as full_precision_module
@@ -421,3 +423,39 @@ def test_full_precision_writes_into_tensors_of_16_bits_and_reads_few_rows_of_a_t
     assert max(sizes) == 8  # two rows of four
     assert written.dtype == torch.bfloat16
     assert written.tolist() == [2.0, 7.0, 2.0]
+
+
+class SeesLength(Random):
+    """Its answers move with the length of the row by less than bfloat16 shows."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None) -> Any:
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        out.logits = out.logits * (1 + 1e-3 * input_ids.shape[1] / 64)
+        return out
+
+
+@pytest.mark.parametrize("fault", ["none", "in the model", "in the kernel"])
+def test_padding_is_compared_in_float32_where_flash_attention_computes_in_16_bits(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel stands in for flash attention: it computes numbers of 16 bits only."""
+    asked = []
+
+    def kernel(module: Any, query: Any, key: Any, value: Any, mask: Any, **more: Any) -> Any:
+        assert query.dtype == torch.bfloat16
+        asked.append(mask)
+        if fault == "in the kernel" and len(query) > 1:
+            value = 1000 * value  # more than rounding, in this tiny model too
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **more)
+
+    flash = "flash_attention_2"
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, flash, kernel)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, flash, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    folder = base(tmp_path / "base", "bert", AutoModelForSequenceClassification)
+    task, model = opened(folder, tmp_path, train={"precision": "bf16"})
+    assert {p.dtype for p in model.parameters()} >= {torch.bfloat16}
+    model.to(torch.bfloat16).config._attn_implementation = flash
+    choose_padding(task, SeesLength(model) if fault == "in the model" else model)
+    assert task.padding == (RIGHT if fault == "none" else NONE)
+    assert bool(asked) == (fault != "in the model")
+    assert model.config._attn_implementation == flash

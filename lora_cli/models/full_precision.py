@@ -24,19 +24,44 @@ HALVES = (torch.bfloat16, torch.float16)
 def full_precision(model: nn.Module) -> Iterator[torch.dtype]:
     """Compute in float32 inside the `with`, whatever the model is stored in; without autocast.
 
-    Flash attention computes 16-bit numbers only: such a model computes as it always does.
+    Flash attention computes 16-bit numbers only: such a model computes as it always does, unless
+    `other_attention` is around this.
 
     Yields:
         The dtype that the model computes in.
     """
     halves = {p.dtype for p in model.parameters() if p.dtype in HALVES}
-    attention = str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
-    if halves and attention.startswith("flash"):
+    if halves and has_flash_attention(model):
         yield halves.pop()
         return
     device = next(model.parameters()).device
     with torch.autocast(device.type, enabled=False), _Float32() if halves else nullcontext():
         yield torch.float32
+
+
+def has_flash_attention(model: nn.Module) -> bool:
+    """Return whether a model, or a part of it, computes attention in 16 bits only."""
+    return bool(_flash_configs(model))
+
+
+@contextmanager
+def other_attention(model: nn.Module) -> Iterator[None]:
+    """Compute with torch's attention inside the `with` where the model's own is flash attention."""
+    configs = _flash_configs(model)
+    for config, _ in configs:
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        for config, own in configs:
+            config._attn_implementation = own
+
+
+def _flash_configs(model: nn.Module) -> list[tuple[Any, str]]:
+    """Return the configurations in a model that name flash attention, with its name."""
+    configs = {id(c): c for module in model.modules() if (c := getattr(module, "config", None))}
+    named = [(c, str(getattr(c, "_attn_implementation", ""))) for c in configs.values()]
+    return [(config, name) for config, name in named if "flash" in name]
 
 
 class _Float32(TorchFunctionMode):

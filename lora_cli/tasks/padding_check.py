@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.attach import training_mode
 from lora_cli.errors import LoraError, counted
-from lora_cli.models.full_precision import full_precision
+from lora_cli.models.full_precision import full_precision, has_flash_attention, other_attention
 from lora_cli.tasks.examples import Example
 from lora_cli.tasks.finite_scores import require_finite, require_finite_weights
 from lora_cli.tasks.padding import MOST_NOISE, NONE, RIGHT, Padding, candidates, tolerance
@@ -39,7 +39,7 @@ def choose_padding(task: TextTask, model: nn.Module, longest: int | None = None)
     length = min(longest or task.max_length, task.max_length, LONGEST)
     short, long = task.trial_examples(length)
     require_finite_weights(model, task.recipe.at("model.name"))
-    with _trial(task, model):
+    with _trial(task, model), other_attention(model):
         alone = _of_first(task, model, [short], "model.name")
         # before anything is compared: no difference of NaN is small, whatever its cause
         require_finite(alone.masked_fill(alone == -torch.inf, 0.0), model, task.recipe, NOT_TRAINED)
@@ -63,6 +63,8 @@ def choose_padding(task: TextTask, model: nn.Module, longest: int | None = None)
                     break
         if chosen is None and noise > allowed:
             _require_single_rows(task, noise)
+    if chosen is not None and has_flash_attention(model):
+        chosen = chosen if _agrees(task, model, short, long, chosen) else None
     task.padding = chosen or NONE
     if task.padding == NONE and len(long["input_ids"]) > len(short["input_ids"]):
         task.notes.append(
@@ -92,6 +94,17 @@ def check_training(task: TextTask, model: nn.Module, longest: int | None = None)
             _of_first(task, model, [example], "task.max_length")
     finally:
         model.train(was_training)
+
+
+def _agrees(
+    task: TextTask, model: nn.Module, short: Example, long: Example, padding: Padding
+) -> bool:
+    """Return whether flash attention, which computes in 16 bits, skips the padding as well."""
+    with _trial(task, model):
+        task.padding = padding
+        alone = _of_first(task, model, [short], "model.name")
+        found = _of_first(task, model, [short, long], "task.max_length")
+    return float((found - alone).abs().max()) <= tolerance(alone, 0.0, alone.dtype)
 
 
 @contextmanager
