@@ -39,7 +39,7 @@ def choose_padding(task: TextTask, model: nn.Module, longest: int | None = None)
     length = min(longest or task.max_length, task.max_length, LONGEST)
     short, long = task.trial_examples(length)
     require_finite_weights(model, task.recipe.at("model.name"))
-    with _trial(task, model), other_attention(model):
+    with other_attention(model), _trial(task, model):
         alone = _of_first(task, model, [short], "model.name")
         # before anything is compared: no difference of NaN is small, whatever its cause
         require_finite(alone.masked_fill(alone == -torch.inf, 0.0), model, task.recipe, NOT_TRAINED)
