@@ -109,7 +109,8 @@ def _no_label(table: Table, chosen: Proposal) -> LoraError:
             value = next(iter(column.counts))
             return LoraError(f"`{column.name}` has one value only, `{value}`", place, hint)
     return LoraError(
-        f"there is {what}, but no label, and the model is an encoder, which cannot continue a text",
+        f"the rows have {what}, but no label, and the model is an encoder, which cannot continue a "
+        "text",
         place,
         hint,
     )
