@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lora_cli.errors import LoraError
-from lora_cli.files import FolderLock
+from lora_cli.folder_lock import FolderLock
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """What a task owes to everything that reads rows, trains, evaluates and merges.
 
 A task alone knows what a row is. No caller asks which task it has, nor assumes tokens, a tokenizer
-or logits: what differs between kinds of work is a method here, or of `TaskRows`, `TaskMetrics`,
-which a task is as well. The order of calls:
+or logits: what differs between kinds of work is a method here, or of `TaskRows`, `TaskMetrics`
+or `TaskAnswers`, which a task is as well. The order of calls:
 
 1. `load_processor`, then `learn_from` with the rows of the splits;
 2. `encode` makes examples of rows, once; `prepare` and `collate` make a batch of examples;
@@ -24,14 +24,14 @@ from transformers import PretrainedConfig
 
 from lora_cli.data.load_rows import Rows
 from lora_cli.data.row_texts import shown_value
-from lora_cli.errors import LoraError, Problem, counted
+from lora_cli.errors import LoraError, counted
 from lora_cli.models.base_model import build_empty, load_config, load_pretrained, new_modules
 from lora_cli.recipe import Learned, Recipe
 from lora_cli.tasks.examples import Batch, Encoded, Example, Prediction
 from lora_cli.tasks.kept_tensors import restored
 from lora_cli.tasks.proposal import BaseFacts, Proposal, Table
+from lora_cli.tasks.task_answers import TaskAnswers
 from lora_cli.tasks.task_metrics import TaskMetrics
-from lora_cli.tasks.task_rows import TaskRows
 
 
 def prepared_for_evaluation(task: Task, example: Example) -> Example:
@@ -40,17 +40,13 @@ def prepared_for_evaluation(task: Task, example: Example) -> Example:
     return task.prepare(restored(example), rng, training=False)
 
 
-class Task(TaskRows, TaskMetrics):
+class Task(TaskAnswers, TaskMetrics):
     """A kind of work: how rows become batches, batches a loss, and outputs predictions."""
 
     auto_class: Any
     """The transformers class that builds the model."""
     unit: str = "token"
     """What `cost` counts, one of it."""
-    input_name: str = "input"
-    """What one thing to be answered is called."""
-    answer_hint: str = "name another"
-    """What to do where one cannot be answered."""
     has_head: bool = False
     """Whether the task adds a head to the pretrained model."""
     max_length: int | None = None
@@ -375,76 +371,3 @@ class Task(TaskRows, TaskMetrics):
     def join(self, row: dict[str, Any], parts: Sequence[Prediction]) -> Prediction:
         """Return the predictions for all examples of a row as one; the losses are added later."""
         raise NotImplementedError
-
-    # -- answers
-
-    def parse_input(self, typed: str) -> dict[str, Any]:
-        """Return a row that holds what a user typed.
-
-        Raises:
-            LoraError: If the task reads more than one column.
-        """
-        first, *others = self.input_columns().values()
-        if others:
-            raise LoraError(
-                f"this model reads `{first}` with `{'`, `'.join(others)}`, not one text",
-                "the arguments of `lora predict`",
-                "write the rows into a file: `--input FILE --output FILE`",
-            )
-        return {first: typed}
-
-    def answer_error(self, row: dict[str, Any]) -> str:
-        """Return why a row cannot be answered, or nothing."""
-        return self.input_error(row)
-
-    def answer_problem(self, row: dict[str, Any]) -> Problem | None:
-        """Return why a row cannot be answered, with what to do about it, or nothing."""
-        what = self.answer_error(row)
-        return Problem(what, hint=self.answer_hint) if what else None
-
-    def control_token_in(self, row: dict[str, Any]) -> str | None:
-        """Return the first control token that is spelled out in what the model reads of a row."""
-        return None
-
-    @property
-    def reads_control_tokens(self) -> bool:
-        """Whether a control token that is spelled out in a text is read as the token."""
-        return False
-
-    def note_control_tokens(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Count the rows to be answered in which a control token is spelled out."""
-
-    def take_warnings(self) -> list[str]:
-        """Return what a user should know of the answers since the last call, each with a count."""
-        return []
-
-    @abstractmethod
-    def answer_columns(self) -> dict[str, str]:
-        """Return the columns that `answer` adds to a row, with the type of each.
-
-        The types are those of pyarrow: `string`, `double`, `list<string>`.
-        """
-
-    @abstractmethod
-    def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
-        """Return the values of `answer_columns` for rows without targets, as one batch."""
-
-    def answer_line(self, values: Sequence[Any]) -> str:
-        """Return in one line what `answer` says of a typed text: the answer, and how sure it is."""
-        scores = sorted((p for p in values[1:] if isinstance(p, float)), reverse=True)[:1]
-        return f"{values[0]}" + (f"\t{scores[0]:.4f}" if scores else "")
-
-    def sample(
-        self, model: nn.Module, rows: Sequence[dict[str, Any]]
-    ) -> list[tuple[str, str, str]]:
-        """Return what the model makes of rows, to be read before and after training.
-
-        Returns:
-            For each row (what was asked, what the row wants, what the model says), in words.
-        """
-        return []
-
-    @property
-    def writer(self) -> Any:
-        """The task itself, if its model writes text and can converse; else None."""
-        return None

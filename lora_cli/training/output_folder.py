@@ -20,7 +20,8 @@ from lora_cli.adapters.attach import parameter_table
 from lora_cli.data.load_rows import SPLITS
 from lora_cli.environment import installed_version
 from lora_cli.errors import LoraError, Problem, ResourceError, warn
-from lora_cli.files import FolderLock, is_leftover, write_atomically
+from lora_cli.files import is_leftover, write_atomically
+from lora_cli.folder_lock import FolderLock
 from lora_cli.recipe import Recipe, dump_recipe, load_adapter_recipe
 from lora_cli.reporting import plot_learning_curve, write_model_card, write_page, write_report
 from lora_cli.reporting.report import part

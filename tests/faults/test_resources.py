@@ -17,7 +17,8 @@ import pytest
 from killing import STEPS, Kill, Nursery, Whole
 from runs import assert_same_run
 
-from lora_cli.files import FolderLock, verify_manifest
+from lora_cli.files import verify_manifest
+from lora_cli.folder_lock import FolderLock
 from lora_cli.training.checkpoints import checkpoints
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -30,7 +30,6 @@ from lora_cli.errors import LoraError
 from lora_cli.files import (
     MANIFEST,
     READY,
-    FolderLock,
     finish_publishing,
     new_folder,
     publish,
@@ -38,6 +37,7 @@ from lora_cli.files import (
     verify_manifest,
     write_atomically,
 )
+from lora_cli.folder_lock import LOCK, FolderLock
 from lora_cli.models.fingerprint import Fingerprint
 from lora_cli.training.checkpoints import (
     checkpoints,
@@ -204,7 +204,7 @@ def test_the_one_who_finishes_may_die_too(tmp_path: Path) -> None:
 
     for target in each_death(tmp_path, prepare, finish_publishing):
         finish_publishing(target)
-        (target / files.LOCK).unlink(missing_ok=True)
+        (target / LOCK).unlink(missing_ok=True)
         assert content(target) == "new"
 
 
@@ -274,9 +274,10 @@ WRITER = """
 import sys, time
 from pathlib import Path
 from lora_cli import files
+from lora_cli.folder_lock import FolderLock
 
 target = Path(sys.argv[1])
-lock = files.FolderLock(target)
+lock = FolderLock(target)
 print("locked", flush=True)
 sys.stdin.readline()
 files._move_ready(target)
@@ -309,9 +310,10 @@ PUBLISHER = """
 import sys
 from pathlib import Path
 from lora_cli import files
+from lora_cli.folder_lock import FolderLock
 
 target = Path(sys.argv[1])
-lock = files.FolderLock(target)
+lock = FolderLock(target)
 print("locked", flush=True)
 for number in range(60):
     staging = target / files.STAGING
