@@ -9,7 +9,6 @@ from lora_cli.errors import LoraError
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 MODEL_FILES = ("config.json", "model_index.json")
-MOST_LISTED = 1000  # of a folder's entries that are examined
 
 
 def require_adapter(folder: Path) -> None:
@@ -28,9 +27,6 @@ def require_adapter(folder: Path) -> None:
     if (folder / "checkpoints").is_dir():
         what = "this folder holds checkpoints of a training, and no adapter yet"
         raise LoraError(what, str(folder), "finish it: `lora train RECIPE --resume`")
-    if inside := _adapters_inside(folder):
-        named = " or ".join(f"`{name}`" for name in inside[:3])
-        raise LoraError("this folder is not an adapter", str(folder), f"did you mean {named}?")
     raise LoraError(
         f"this folder is not an adapter: it has no {ADAPTER_FILES[1]}",
         str(folder),
@@ -49,12 +45,3 @@ def _model_instead(folder: Path) -> LoraError:
         what = "this folder is a model that was trained in full, not an adapter"
         hint = "only `lora predict` and `lora eval` take it as an adapter"
     return LoraError(what, str(folder), hint)
-
-
-def _adapters_inside(folder: Path) -> list[Path]:
-    """Return the folders inside a folder that hold adapters."""
-    try:
-        entries = sorted(folder.iterdir())[:MOST_LISTED]
-    except OSError:
-        return []
-    return [entry for entry in entries if all((entry / name).is_file() for name in ADAPTER_FILES)]

@@ -30,6 +30,7 @@ COMMANDS = [
     "merge",
     "combine",
     "export",
+    "push",
     "check",
     "predict",
     "init",

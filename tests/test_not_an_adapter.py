@@ -18,11 +18,6 @@ from lora_cli.not_an_adapter import require_adapter
         (["config.json", "merge.json"], "an adapter was merged into", "name the folder of"),
         (["config.json", "recipe.yaml"], "was trained in full", "`lora predict`"),
         (["recipe.yaml", "checkpoints/step-000002/x"], "and no adapter yet", "--resume"),
-        (
-            ["a/adapter_config.json", "a/adapter_model.safetensors", "b/x"],
-            "is not an adapter",
-            "/a`",
-        ),
         (["notes.txt"], "it has no adapter_model.safetensors", "the output folder of"),
         ([], "it has no adapter_model.safetensors", "the output folder of"),
     ],

@@ -8,30 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from torch import nn
 
 from lora_cli.adapters.attach import attach
+from lora_cli.adapters.find_adapter import find_adapter_folder
 from lora_cli.adapters.load_adapter import load_adapter, own_parameters, verify_base
-from lora_cli.adapters.peft_format.adapter_folder import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    AdapterFolder,
-    read_adapter,
-)
+from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
 from lora_cli.adapters.peft_format.peft_rules import base_modules, copied_modules, full_names
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
 from lora_cli.adapters.peft_format.tensor_names import adapted_module, adapted_modules
 from lora_cli.adapters.targets import first_match, inside, resolve_targets
 from lora_cli.errors import LoraError, Problem, name_neighbours
-from lora_cli.files import MANIFEST
 from lora_cli.models.base_facts import require_facts
-from lora_cli.models.fingerprint import BASE_FILE, Fingerprint
+from lora_cli.models.fingerprint import Fingerprint
 from lora_cli.recipe import (
-    COMPUTATION_FILE,
     LOW_RANK_TYPES,
     RECIPE_FILE,
     AdapterSpec,
@@ -96,29 +89,10 @@ def find_adapter(recipe: Recipe) -> AdapterFolder:
         LoraError: If there is none; and as `read_adapter`.
     """
     name, at = recipe.adapter.from_ or "", recipe.at("adapter.from")
-    folder = Path(name)
-    if not folder.is_absolute():
-        folder = _download(name, at)
+    folder = find_adapter_folder(name, at)
     if not folder.is_dir():
         raise LoraError(f"there is no folder {folder}", at, name_neighbours(folder))
     return read_adapter(folder)
-
-
-def _download(name: str, at: str) -> Path:
-    """Return the folder of the Hub's cache that holds an adapter's files, and no others."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = [CONFIG_FILE, WEIGHTS_FILE, BASE_FILE, MANIFEST, RECIPE_FILE, COMPUTATION_FILE]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise LoraError(
-            f"cannot load the adapter `{name}`: {reason}",
-            at,
-            "a local folder is written with a slash: `./my-adapter`",
-        ) from error
 
 
 def _reject_other_labels(saved: AdapterFolder, recipe: Recipe) -> None:

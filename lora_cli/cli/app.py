@@ -23,6 +23,7 @@ from lora_cli.cli.export_command import export
 from lora_cli.cli.init_command import init
 from lora_cli.cli.merge_command import merge
 from lora_cli.cli.predict_command import predict
+from lora_cli.cli.push_command import push
 from lora_cli.cli.recipe_commands import params, schema, validate
 from lora_cli.cli.shell_completion import join_words
 from lora_cli.cli.standard_streams import prepare_streams
@@ -145,5 +146,5 @@ def _options(
 
 app.command()(train)
 app.command("eval")(evaluate)
-for command in (merge, combine, export, check, predict, init, params, validate, schema):
+for command in (merge, combine, export, push, check, predict, init, params, validate, schema):
     app.command()(command)

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from lora_cli.adapters.find_adapter import shown_name
 from lora_cli.cli import options
-from lora_cli.cli.options import expand
+from lora_cli.cli.options import expand, find_adapter
 from lora_cli.errors import LoraError, counted, did_you_mean
 from lora_cli.export.combine_names import BY_SVD, METHODS, PRUNING
 
@@ -25,8 +26,8 @@ Adapters = Annotated[
     list[Path],
     typer.Argument(
         metavar="ADAPTER",
-        help="Folders of adapters of one base and one task.",
-        callback=expand,
+        help="Adapters of one base and one task: folders, or ids of the Hub.",
+        callback=find_adapter,
     ),
 ]
 Target = Annotated[
@@ -67,7 +68,7 @@ Head = Annotated[
     typer.Option(
         "--head",
         help="Adapter whose head and other modules trained in full are taken, if they differ.",
-        callback=expand,
+        callback=find_adapter,
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of the entries that dare draws.")]
@@ -101,7 +102,7 @@ def combine(
     else:
         typer.echo(
             f"the update is {result.distance:.1%} away from the weighted sum of theirs: compare "
-            f"with `lora eval --adapter {result.folder} --against {adapters[0]}`"
+            f"with `lora eval --adapter {result.folder} --against {shown_name(adapters[0])}`"
         )
 
 

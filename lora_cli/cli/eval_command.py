@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lora_cli.adapters.find_adapter import shown_name
 from lora_cli.cli import options
-from lora_cli.cli.options import AdapterDir, AsJson, Overrides, RecipeOption, expand
+from lora_cli.cli.options import AdapterDir, AsJson, Overrides, RecipeOption, expand, find_adapter
 from lora_cli.cli.printing import print_comparison, print_measured
 from lora_cli.cli.shell_completion import offer_splits
 from lora_cli.errors import LoraError, RegressionError
@@ -39,7 +40,9 @@ def evaluate(
     against: Annotated[
         Path | None,
         typer.Option(
-            "--against", help="Folder of an older adapter to compare with.", callback=expand
+            "--against",
+            help="An older adapter to compare with: a folder, or one of the Hub.",
+            callback=find_adapter,
         ),
     ] = None,
     metric: Annotated[
@@ -75,7 +78,7 @@ def evaluate(
     found = compare(adapter, against, loaded, metric, max_drop, split)
     found.split = source.name if source is not None else found.split
     if not as_json:
-        typer.echo(f"old  {against}\nnew  {adapter}")
+        typer.echo(f"old  {shown_name(against)}\nnew  {shown_name(adapter)}")
     print_comparison(found, as_json)
     if found.worse:
         raise _regression(found)

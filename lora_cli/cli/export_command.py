@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lora_cli.adapters.find_adapter import shown_name
 from lora_cli.cli import options
 from lora_cli.cli.options import AdapterDir, BaseOption, Overrides, RecipeOption, expand
 from lora_cli.errors import LoraError, did_you_mean
@@ -47,6 +48,6 @@ def export(
     compared = export_adapter(
         adapter, to, reader, base, recipe, overrides, lambda line: typer.echo(f"note: {line}")
     )
-    typer.echo(f"exported {adapter} for {reader} into {to}/")
+    typer.echo(f"exported {shown_name(adapter)} for {reader} into {to}/")
     for line in compared:
         typer.echo(f"checked: {line}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +35,22 @@ def expand(parameter: typer.CallbackParam, value: Any) -> Any:
     return type(value)(expanded(str(value)))
 
 
+def find_adapter(context: typer.Context, parameter: typer.CallbackParam, value: Any) -> Any:
+    """Return the folder, or folders, of the adapters that an argument names; see `find_adapter`."""
+    if isinstance(value, list | tuple):
+        return [find_adapter(context, parameter, one) for one in value]
+    if value is None or context.resilient_parsing:
+        return value
+    from lora_cli.adapters.find_adapter import find_adapter_folder
+
+    option = next((name for name in parameter.opts if name.startswith("--")), None)
+    at = option or str(parameter.metavar)
+    written = re.sub("^hf:/+", "hf://", str(value))  # a path has lost one of the two
+    if not written.startswith("hf://"):
+        written = str(expand(parameter, value))
+    return find_adapter_folder(written, at)
+
+
 RecipeFile = Annotated[
     Path,
     typer.Argument(
@@ -45,7 +62,9 @@ RecipeFile = Annotated[
 AdapterDir = Annotated[
     Path,
     typer.Option(
-        "--adapter", help="Output folder of `lora train`, or a PEFT folder.", callback=expand
+        "--adapter",
+        help="Output folder of `lora train`, a PEFT folder, or a Hub id: USER/NAME[@REVISION].",
+        callback=find_adapter,
     ),
 ]
 Overrides = Annotated[
@@ -103,12 +122,13 @@ def recipe_for(adapter: Path, recipe: Path | None, overrides: list[str] | None) 
         raise LoraError(f"there is no folder {adapter}", "--adapter", name_neighbours(adapter))
     if recipe is not None:
         return load(recipe, overrides)
+    from lora_cli.adapters.find_adapter import shown_name
     from lora_cli.recipe import RECIPE_FILE, load_adapter_recipe
 
     if not (adapter / RECIPE_FILE).is_file():
         require_adapter(adapter)
         raise LoraError(
-            f"{adapter} holds no {RECIPE_FILE}",
+            f"{shown_name(adapter)} holds no {RECIPE_FILE}",
             "--adapter",
             "name a recipe with `--recipe FILE`, for its task and data",
         )

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_cli import __version__
+from lora_cli.adapters.find_adapter import shown_name
 from lora_cli.adapters.peft_format.adapter_folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -140,7 +141,7 @@ def _source(path: Path, weight: float) -> Source:
         what = f"`{grouped[0]}` is a convolution of several groups, whose updates cannot be added"
         raise LoraError(what, str(path), "train without it: `adapter.exclude_modules`")
     recipe = load_adapter_recipe(path) if (path / RECIPE_FILE).is_file() else None
-    return Source(str(path), saved, recipe, parts, weight)
+    return Source(shown_name(path), saved, recipe, parts, weight)
 
 
 # ------------------------------------------------------------------------------- what must agree
@@ -235,7 +236,7 @@ def _in_full(
     """
     chosen = sources[0]
     if head is not None:
-        same = [s for s in sources if Path(s.name).absolute() == head.absolute()]
+        same = [s for s in sources if s.saved.path.absolute() == head.absolute()]
         if not same:
             names = ", ".join(source.name for source in sources)
             raise LoraError(f"{head} is not one of the adapters", "--head", f"choose of {names}")
@@ -318,7 +319,7 @@ def _made_of(
     if method.name.startswith("dare"):
         facts["seed"] = method.seed
     if head is not None:
-        facts["head"] = str(head)
+        facts["head"] = shown_name(head)
     facts["adapters"] = [
         {
             "folder": source.name,

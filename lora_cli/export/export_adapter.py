@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from lora_cli.adapters.attach import lora_layers
+from lora_cli.adapters.find_adapter import shown_name
 from lora_cli.adapters.load_adapter import load_adapter, verify_base
 from lora_cli.adapters.peft_format.adapter_folder import WEIGHTS_FILE, AdapterFolder
 from lora_cli.adapters.tied_weights import tied_groups
@@ -84,7 +85,7 @@ def export_adapter(
         with new_folder(to) as folder:
             reader.write(source, folder)
             compared = reader.check(source, folder)
-            about = f"Made from the adapter `{adapter.name}` for {READERS[name]}."
+            about = f"Made from the adapter `{Path(shown_name(adapter)).name}` for {READERS[name]}."
             text = "\n\n".join(filter(None, [about, reader.usage(source, to), *compared]))
             recipe = task.completed_recipe
             library = "peft" if (folder / WEIGHTS_FILE).is_file() else LIBRARIES.get(name)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lora_cli import __version__
 from lora_cli.adapters.attach import lora_layers, merge
+from lora_cli.adapters.find_adapter import shown_name
 from lora_cli.adapters.load_adapter import load_adapter, verify_base
 from lora_cli.adapters.merge_proof import ExpectedWeights, expected_weights, weights_of
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
@@ -267,7 +268,7 @@ def adapter_task(
 
 def _write_origin(folder: Path, adapter: Path, base: Fingerprint | None) -> None:
     """Write down what a merged folder was made from."""
-    facts = {"lora_version": __version__, "adapter": str(adapter)}
+    facts = {"lora_version": __version__, "adapter": shown_name(adapter)}
     write_json(folder / "merge.json", facts | ({} if base is None else {"base": base.facts}))
 
 

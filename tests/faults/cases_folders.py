@@ -166,7 +166,6 @@ for _name, _files in {
     "a merged model instead": ("config.json", "merge.json"),
     "a model trained in full instead": ("config.json", "recipe.yaml"),
     "checkpoints instead": ("recipe.yaml", "checkpoints/step-000002/trainer.json"),
-    "a folder of adapters instead": ("a/adapter_config.json", f"a/{WEIGHTS}"),
 }.items():
     CASES.append(Case("Adapters", _name, _folder_of(*_files)))
 

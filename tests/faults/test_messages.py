@@ -22,6 +22,7 @@ import cases_export  # noqa: F401
 import cases_folders  # noqa: F401
 import cases_models  # noqa: F401
 import cases_pictures  # noqa: F401
+import cases_push  # noqa: F401
 import cases_recipes  # noqa: F401
 import cases_runs  # noqa: F401
 import cases_system  # noqa: F401
@@ -71,6 +72,12 @@ REST: dict[str, list[str]] = {
     "needs an environment with or without gguf; tests/test_export.py": [
         "writing GGUF files needs the Python package `gguf`",
         "llama.cpp has no tensor for `…`",
+    ],
+    "what the Hub answers; tests/test_find_adapter.py, tests/test_push.py": [
+        "the Hub's `…` holds no adapter",
+        "the Hub's `…` is gated: its owner decides who may read it",
+        "the Hub's `…` has no revision `…`",
+        "`…` is there already, and anybody may read it",
     ],
     "what a server answers; tests/test_probe.py": [
         "in next_tokens()",
@@ -268,7 +275,7 @@ AREAS = [
     "Arguments", "Recipes", "Keys that do not go together", "Overrides", "Files and rows", "Splits",
     "Labels", "Entities", "Language models", "lora init", "Models", "Targets", "Metrics",
     "Adapters", "Starting from an adapter", "Training", "Evaluation", "Prediction", "Merging",
-    "Combining", "Exporting", "Checking", "Pictures",
+    "Combining", "Exporting", "Pushing", "Checking", "Pictures",
 ]  # fmt: skip
 
 

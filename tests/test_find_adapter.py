@@ -1,0 +1,178 @@
+"""Adapters by folder, by a folder inside it, and by their id on a stand-in for the Hub."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import adapter_folders
+import pytest
+import tiny
+from hub_server import TOKEN, HubServer
+from huggingface_hub import constants
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from lora_cli.adapters.find_adapter import find_adapter_folder, shown_name
+from lora_cli.adapters.make_trainable import find_adapter
+from lora_cli.cli import options
+from lora_cli.cli.app import app
+from lora_cli.errors import LoraError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an adapter; its base lies beside it."""
+    top = tmp_path_factory.mktemp("trained")
+    return adapter_folders.make(top, "trained", tiny.save_encoder(top / "base"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """Run a stand-in for the Hub, with a cache of its own; the working directory is empty."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    with HubServer() as server:
+        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield server
+
+
+def files_of(folder: Path, before: str = "") -> dict[str, bytes]:
+    return {
+        f"{before}{file.relative_to(folder).as_posix()}": file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+def reason(name: str) -> str:
+    with pytest.raises(LoraError) as caught:
+        find_adapter_folder(name, "--adapter")
+    return str(caught.value)
+
+
+def test_a_repository_is_read_at_its_newest_commit_and_at_others(
+    hub: HubServer, trained: Path
+) -> None:
+    first = hub.commit("user/name", files_of(trained))
+    second = hub.commit("user/name", {"README.md": b"# newer"})
+    hub.repositories["user/name"].refs["v1"] = first
+    hub.repositories["user/name"].refs["refs/pr/1"] = first
+    for name, commit in (
+        ("user/name", second), ("user/name@main", second), ("user/name@v1", first),
+        (f"user/name@{first}", first), ("user/name@refs/pr/1", first), ("hf://user/name", second),
+    ):  # fmt: skip
+        found = find_adapter_folder(name, "--adapter")
+        assert found.name == commit, name
+        assert (found / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
+        assert shown_name(found) == f"user/name@{commit}"
+    hub.commit("user/name", {"README.md": b"# newest"})
+    assert find_adapter_folder("user/name", "--adapter").name not in (first, second)
+
+
+def test_only_what_belongs_to_the_adapter_is_fetched(hub: HubServer, trained: Path) -> None:
+    more = {
+        "model.safetensors": b"large",
+        "optimizer.pt": b"x",
+        "predictions/test.jsonl": b"x",
+        "checkpoint-5/adapter_model.safetensors": b"x",
+        "checkpoint-5/optimizer.pt": b"x",
+    }
+    files = files_of(trained)
+    hub.commit("user/ours", files | more)
+    hub.commit("user/theirs", {name: files[name] for name in (WEIGHTS, CONFIG)} | more)
+    for name in ("user/ours", "user/theirs"):
+        found = find_adapter_folder(name, "--adapter")
+        assert (found / WEIGHTS).exists()
+        assert not any((found / large).exists() for large in more)
+
+
+def test_folders_inside(hub: HubServer, trained: Path, tmp_path: Path) -> None:
+    both = files_of(trained, "first/") | files_of(trained, "second/")
+    hub.commit("user/two", both)
+    commit = hub.commit("user/inner", files_of(trained, "deep/er/"))
+    assert find_adapter_folder("user/two/second", "--adapter").name == "second"
+    assert "holds 2 adapters: `first`, `second`" in reason("user/two")
+    assert f"`user/two/first@{hub.repositories['user/two'].refs['main']}`" in reason("user/two")
+    found = find_adapter_folder("user/inner", "--adapter")
+    assert (found / WEIGHTS).exists()
+    assert shown_name(found) == f"user/inner/deep/er@{commit}"
+    assert "holds no adapter in `third`" in reason("user/two/third")
+    # the same on this machine
+    (tmp_path / "here").mkdir()
+    shutil.copytree(trained, tmp_path / "here/one")
+    assert find_adapter_folder(str(tmp_path / "here"), "--adapter") == tmp_path / "here/one"
+    shutil.copytree(trained, tmp_path / "here/two")
+    assert f"name one of them, as `{tmp_path / 'here/one'}`" in reason(str(tmp_path / "here"))
+    # an adapter without a name stands at the top, and is what is meant
+    shutil.copy(trained / CONFIG, tmp_path / "here")
+    assert find_adapter_folder(str(tmp_path / "here"), "--adapter") == tmp_path / "here"
+
+
+def test_why_a_repository_is_not_read(hub: HubServer, trained: Path, monkeypatch: Any) -> None:
+    for name in ("user/gated", "user/private"):
+        hub.commit(name, files_of(trained))
+    hub.repositories["user/gated"].gated = True
+    hub.repositories["user/private"].private = True
+    hub.commit("user/empty", {"README.md": b""})
+    assert "`user/gated` is gated" in reason("user/gated")
+    assert "the Hub has no `user/private` that you may read" in reason("user/private")
+    assert "there is no folder user/absent here" in reason("user/absent")
+    assert "has no revision `v9`" in reason("user/empty@v9")
+    assert "`user/empty` holds no adapter" in reason("user/empty")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert (find_adapter_folder("user/private", "--adapter") / WEIGHTS).exists()
+    assert (find_adapter_folder("user/gated", "--adapter") / WEIGHTS).exists()
+    hub.failing = 503
+    assert "503" in reason("user/other")
+    # what is in the cache can be used without the Hub
+    assert (find_adapter_folder("user/private", "--adapter") / WEIGHTS).exists()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = len(hub.asked)
+    assert (find_adapter_folder("user/private", "--adapter") / WEIGHTS).exists()
+    assert "`HF_HUB_OFFLINE` is set" in reason("user/other")
+    assert len(hub.asked) == asked
+
+
+def test_a_folder_of_this_machine_is_never_asked_for_on_the_hub(
+    hub: HubServer, trained: Path
+) -> None:
+    hub.commit("out/name", files_of(trained))
+    shutil.copytree(trained, Path("out/here"))
+    for name in ("out/here", "out/nmae", "./user/name", "/user/name", "nothing", "a b/c"):
+        assert find_adapter_folder(name, "--adapter") == Path(name)
+    assert hub.asked == []
+    assert find_adapter_folder("hf://out/name", "--adapter").is_absolute()  # where one is meant
+
+
+def test_every_command_takes_an_id(hub: HubServer, trained: Path) -> None:
+    taken = {
+        (name, parameter.name)
+        for name, command in get_command(app).commands.items()
+        for parameter in command.params
+        if getattr(parameter.callback, "__wrapped__", parameter.callback) is options.find_adapter
+        or "find_adapter" in str(getattr(parameter.callback, "__qualname__", ""))
+    }
+    every = {(n, "adapter") for n in ("eval", "predict", "merge", "export", "check")}
+    assert taken >= every | {("eval", "against"), ("combine", "adapters"), ("combine", "head")}
+
+    hub.commit("user/name", files_of(trained))
+    wanted = CliRunner().invoke(app, ["predict", "--adapter", str(trained), "a film"])
+    found = CliRunner().invoke(app, ["predict", "--adapter", "user/name", "a film"])
+    assert (found.exit_code, found.stdout) == (0, wanted.stdout)
+
+
+def test_a_training_starts_from_an_adapter_of_the_hub(hub: HubServer, trained: Path) -> None:
+    hub.commit("user/name", files_of(trained))
+    saved = find_adapter(tiny.recipe_of(**{"from": "user/name"}))
+    assert saved.verified
+    assert shown_name(saved.path).startswith("user/name@")
