@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lora_cli.tasks.examples import IGNORED, Batch, Prediction
+from lora_cli.tasks.examples import IGNORED, Batch, Encoded, Prediction
 
 
 def batch() -> Batch:
@@ -43,6 +44,12 @@ def test_the_loss_of_several_terms_is_the_weighted_sum_of_their_means() -> None:
     assert items == 1.0
     nothing = Prediction(0, None, None, losses={"boxes": (0.0, 0.0), "prior": (0.0, 0.0)})
     assert nothing.weighted_loss({"boxes": 1.0, "prior": 1.0}) == (0, 0.0)
+
+
+def test_every_row_has_an_example_unless_it_is_said() -> None:
+    none = np.zeros(0, dtype=np.int64)
+    found = Encoded(None, [1, 2, 3], none, none)
+    assert (len(found), found.rows_without_example) == (3, 0)
 
 
 def test_an_ignored_label_is_the_one_that_torch_ignores() -> None:

@@ -120,8 +120,8 @@ def learning_rate_factor(spec: SchedulerSpec, step: int, total_steps: int) -> fl
     )
     done = step - 1
     if done < warmup:
-        return done / max(1, warmup)
-    progress = (done - warmup) / max(1, total_steps - warmup)
+        return done / warmup
+    progress = (done - warmup) / (total_steps - warmup)  # some steps are left: `done` is not last
     match spec.type:
         case "constant":
             return 1.0
