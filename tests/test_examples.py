@@ -26,6 +26,15 @@ def test_only_inputs_and_targets_go_to_the_device() -> None:
     assert (there.cost, there.rows) == (6, [7, 3])
 
 
+def test_inputs_and_targets_are_pinned_each_as_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 5)
+    pinned = batch().pin_memory()
+    assert torch.equal(pinned.inputs["x"], torch.full((2, 3), 6.0))
+    assert torch.equal(pinned.targets["labels"], torch.full((2,), 5.0))
+    assert torch.equal(pinned.items["boxes"], torch.tensor([2.0, 1.0]))
+    assert (pinned.cost, pinned.rows) == (6, [7, 3])
+
+
 def test_the_items_of_a_batch_are_those_of_the_first_term() -> None:
     assert batch().n_items == 3.0
 
