@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lora_cli.adapters.initialise import reject_impossible_starts, start_layers
 from lora_cli.adapters.lora import LORA_LAYERS, LoRALayer, Shape
 from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
 from lora_cli.adapters.targets import Target, matches, resolve_targets, unmatched_in_full
 from lora_cli.adapters.tied_weights import separate_trained
-from lora_cli.adapters.variants import Layers, layer_for, layers_of
+from lora_cli.adapters.variants import Layers, layer_for, layers_to_train
 from lora_cli.errors import LoraError
 from lora_cli.models.bundle import is_frozen
 from lora_cli.models.quantized_linear import QuantizedLinear
@@ -23,7 +24,9 @@ from lora_cli.recipe import Recipe
 # --------------------------------------------------------------------------- attach and freeze
 
 
-def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
+def attach(
+    model: nn.Module, recipe: Recipe, head: Iterable[str] = (), restored: bool = False
+) -> None:
     """Make the model ready for training as the recipe's adapter section says.
 
     Low-rank layers replace their bases, the base is frozen, and what is trained in full becomes
@@ -33,9 +36,12 @@ def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
         model: The base model, changed in place.
         recipe: Its `adapter` section says what is trained.
         head: Names of the modules that the task created.
+        restored: The matrices are read from a checkpoint afterwards: where they start needs no
+            decomposition of weights.
 
     Raises:
-        LoraError: As `resolve_targets`; the model is untouched then.
+        LoraError: As `resolve_targets`, or if `adapter.init` does not fit a target; the model is
+            untouched then.
     """
     spec, head = recipe.adapter, list(head)
     if spec.type == "full":
@@ -48,6 +54,7 @@ def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
     targets = resolve_targets(model, recipe, head) if spec.low_rank else []
     if problems := unmatched_in_full(model, recipe):
         raise LoraError(problems)
+    reject_impossible_starts(model, targets, recipe)
     in_full = [
         name
         for name, _ in model.named_modules()
@@ -57,8 +64,10 @@ def attach(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for target in targets:
-        layer = add_layer(model, target, layers_of(spec.type), spec.dropout, spec.use_rslora)
+        layer = add_layer(model, target, layers_to_train(spec), spec.dropout, spec.use_rslora)
         layer.reset_parameters()
+    if not restored:
+        start_layers(model, lora_layers(model), recipe)
     for name in in_full:
         for parameter in model.get_submodule(name).parameters():
             _train(parameter)

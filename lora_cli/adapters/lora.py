@@ -28,6 +28,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import LoraError
+from lora_cli.models.quantized_linear import QuantizedLinear
 
 Shape = tuple[int, ...]
 
@@ -145,6 +146,23 @@ class LoRALayer(nn.Module):
                 self.lora_A.copy_(drawn)
             self.lora_B.zero_()
 
+    @torch.no_grad()
+    def start_at(self, a: Tensor, b: Tensor) -> None:
+        """Set A and B at the start of a training."""
+        self.lora_A.copy_(a)
+        self.lora_B.copy_(b)
+
+    @property
+    def saved_rank(self) -> int:
+        """The rank of the layer in PEFT's file."""
+        return self.rank
+
+    @property
+    def saved_alpha(self) -> float:
+        """The alpha there, by which the scaling is the same."""
+        ratio = self.saved_rank / self.rank
+        return self.alpha * (math.sqrt(ratio) if self.use_rslora else ratio)
+
     @property
     def weight(self) -> Tensor:
         """The base's weight: some models look at its dtype or device."""
@@ -216,8 +234,17 @@ class LoRALinear(LoRALayer):
 
     def delta_weight(self) -> Tensor:
         """Return s B A, shape (out, in), or (in, out) for `Conv1D`."""
-        delta = self.scaling * (self.lora_B.detach() @ self.lora_A.detach())
-        return delta.T if isinstance(self.base, Conv1D) else delta
+        return self.in_layout(self.scaling * (self.lora_B.detach() @ self.lora_A.detach()))
+
+    def w0(self) -> Tensor:
+        """Return the base's weight (out, in) in float32; of a quantised base, as its codes say."""
+        if isinstance(self.base, QuantizedLinear):
+            return self.base.dequantized()
+        return self.in_layout(self.weight.detach().float())
+
+    def in_layout(self, weight: Tensor) -> Tensor:
+        """Return a matrix (out, in) as the base stores its weight, and the other way round."""
+        return weight.T if isinstance(self.base, Conv1D) else weight
 
 
 class LoRAEmbedding(LoRALayer):

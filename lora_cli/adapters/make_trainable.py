@@ -66,7 +66,7 @@ def make_trainable(
     """
     head, learned = list(head), Learned() if learned is None else learned
     if recipe.adapter.from_ is None or learned.in_checkpoint:
-        attach(model, learned.completed(recipe), head)
+        attach(model, learned.completed(recipe), head, restored=learned.in_checkpoint)
         return base
     saved = find_adapter(recipe)
     _reject_other_labels(saved, learned.completed(recipe))

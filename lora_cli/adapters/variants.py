@@ -8,7 +8,8 @@ from lora_cli.adapters.dora import DORA_LAYERS
 from lora_cli.adapters.loha import LOHA_LAYERS
 from lora_cli.adapters.lokr import LOKR_LAYERS
 from lora_cli.adapters.lora import LORA_LAYERS, LoRALayer
-from lora_cli.recipe.spec import AdapterType
+from lora_cli.adapters.residual_lora import ResidualLoRALinear
+from lora_cli.recipe.spec import AdapterSpec, AdapterType
 
 Layers = tuple[type[LoRALayer], ...]
 
@@ -26,6 +27,12 @@ def layers_of(kind: AdapterType) -> Layers:
             return LOKR_LAYERS
         case "full" | "none" | "bitfit":
             return ()
+
+
+def layers_to_train(spec: AdapterSpec) -> Layers:
+    """Return the classes of layers for a training, which may start at a part of the weights."""
+    layers = layers_of(spec.type)
+    return (ResidualLoRALinear, *layers) if spec.starts_at_weights else layers
 
 
 def layer_for(base: nn.Module, layers: Layers) -> type[LoRALayer] | None:

@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from lora_cli.recipe import Recipe
 
 
+STARTS = {
+    "pissa": "at the largest singular values of the weights; saved as LoRA of twice the rank",
+    "olora": "at the QR decomposition of the weights; saved as LoRA of twice the rank",
+    "eva": "at the main directions of the train rows, which also decide the rank of each module",
+    "loftq": "at what quantising has taken from the weights; for this quantised base alone",
+    "orthogonal": "at random, with B A = 0",
+}
+
+
 def print_results(recipe: Recipe, report: dict[str, Any]) -> None:
     """Print what a run has reached, and where it lies."""
     from lora_cli.reporting import results_table
@@ -82,13 +91,16 @@ def print_comparison(found: Comparison, as_json: bool) -> None:
         typer.echo(f"verdict: {found.verdict}")
 
 
-def print_parameters(table: Sequence[ParameterRow], every: bool, as_json: bool) -> None:
+def print_parameters(
+    table: Sequence[ParameterRow], every: bool, as_json: bool, start: str = "default"
+) -> None:
     """Print which parameters are trained, and their numbers.
 
     Args:
         table: A row for each parameter of the model.
         every: Print them all, and not a row for each kind.
         as_json: Print JSON.
+        start: The recipe's `adapter.init`.
     """
     from lora_cli.adapters.attach import group_rows
 
@@ -102,6 +114,7 @@ def print_parameters(table: Sequence[ParameterRow], every: bool, as_json: bool) 
                     "total": total,
                     "trainable": trainable,
                     "trainable_percent": round(percent, 4),
+                    "init": start,
                     "parameters": [
                         {
                             "name": r.name,
@@ -129,6 +142,8 @@ def print_parameters(table: Sequence[ParameterRow], every: bool, as_json: bool) 
         ]
     typer.echo(_table(rows))
     typer.echo(f"\ntotal {total:,}  trainable {trainable:,}  ({percent:.4f} %)")
+    if start in STARTS or start.startswith("pissa"):
+        typer.echo(f"start {start}: {STARTS.get(start, STARTS['pissa'])}")
 
 
 def _table(rows: list[list[str]]) -> str:

@@ -27,7 +27,8 @@ def params(
     from lora_cli.preprocessing.check_recipe import empty_adapted_model
 
     table = parameter_table(empty_adapted_model(loaded))
-    print_parameters(table, every, as_json)
+    start = loaded.adapter.init if loaded.adapter.low_rank else "default"
+    print_parameters(table, every, as_json, start)
 
 
 def validate(

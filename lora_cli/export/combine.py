@@ -346,7 +346,8 @@ def _write_origin(
     recipe = first.recipe.with_values(
         {
             "adapter.from_": None, "adapter.rank": config["r"], "adapter.alpha": config["r"],
-            "adapter.dropout": 0.0, "adapter.use_rslora": False, "adapter.bias": "none",
+            "adapter.init": "default", "adapter.dropout": 0.0, "adapter.use_rslora": False,
+            "adapter.bias": "none",
             "adapter.target_modules": config["target_modules"], "adapter.exclude_modules": None,
             "adapter.layers": None, "adapter.rank_pattern": {}, "adapter.alpha_pattern": {},
             "output_dir": str(to.absolute()),

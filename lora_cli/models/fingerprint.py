@@ -157,14 +157,14 @@ def _pretrained_hashes(
     stored: dict[str, str] = {}
     for file in files:
         for name, h in file_hashes(file).items():
-            stored[_inner_name(name, prefix)] = h
+            stored[inner_name(name, prefix)] = h
     tensors: dict[str, str] = {}
     heads = tuple(f"{module}." for module in new)
     converted = False
     for names in _tied_names(model):
         if any(name.startswith(heads) for name in names):
             continue
-        inner = [_inner_name(name, prefix) for name in names]
+        inner = [inner_name(name, prefix) for name in names]
         found = next((stored[name] for name in inner if name in stored), None)
         converted |= found is None
         if found is not None:
@@ -174,7 +174,7 @@ def _pretrained_hashes(
     return tensors
 
 
-def _inner_name(name: str, prefix: str) -> str:
+def inner_name(name: str, prefix: str) -> str:
     """Return a tensor's name inside the pretrained model; early BERTs had other words."""
     name = re.sub(r"LayerNorm\.(gamma|beta)$", _modern, name)
     return name.removeprefix(prefix) if len(prefix) > 1 else name

@@ -19,8 +19,9 @@ class Learned:
             tags. The task sets them when it has seen the rows.
         adapter: The adapter section with what the adapter of `adapter.from` decides.
             `make_trainable` sets it, or the checkpoint of a run that is resumed.
-        in_checkpoint: The parameters of `adapter.from` are in the checkpoint of a run that is
-            resumed, and are not to be read again.
+        in_checkpoint: The adapter's parameters are in the checkpoint of a run that is resumed: they
+            are neither read from `adapter.from` again, nor decomposed from the base's weights.
+        ranks: With `init: eva`, the rank of each module in that checkpoint.
         micro_batch: Examples of one forward pass, where `train.micro_batch_size` is `auto`. The run
             sets it, or the checkpoint of one that is resumed.
     """
@@ -28,6 +29,7 @@ class Learned:
     task: dict[str, Any] = field(default_factory=dict)
     adapter: AdapterSpec | None = None
     in_checkpoint: bool = False
+    ranks: dict[str, int] = field(default_factory=dict)
     micro_batch: int | None = None
 
     def completed(self, recipe: Recipe) -> Recipe:

@@ -27,7 +27,7 @@ from lora_cli.reporting.report import (
 SETTINGS = """task.max_length train.optimizer.type train.optimizer.learning_rate
 train.optimizer.weight_decay train.scheduler.type train.scheduler.warmup_ratio
 train.scheduler.warmup_steps train.max_grad_norm train.packing train.seed"""
-LOW_RANK = "adapter.rank adapter.alpha adapter.dropout adapter.use_rslora adapter.bias"
+LOW_RANK = "adapter.rank adapter.alpha adapter.dropout adapter.use_rslora adapter.init adapter.bias"
 
 SPECIAL = set("\\`*[]<>|~&$:")  # what Markdown or HTML may take for more than a letter
 

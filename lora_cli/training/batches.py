@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -106,6 +107,19 @@ class Batches:
                 list(islice(batches, len(self._mine(examples)))),
                 functools.partial(self._places, examples.tolist()),
             )
+
+    def from_the_start(self) -> Iterator[Batch]:
+        """Yield micro-batches of all train rows in the order of training, epoch after epoch.
+
+        They are the same in every process.
+        """
+        for step, examples in self.plan.steps(0, sys.maxsize):
+            for part in micro_batches(examples, self.task.micro_batch):
+                rows = [self.examples[i] for i in part.tolist()]
+                if self.task.prepares:
+                    seed = self.recipe.train.seed
+                    rows = [prepared_for(self.task, row, seed, step) for row in rows]
+                yield self.task.collate(rows)
 
     def _places(self, examples: list[int]) -> list[str]:
         assert self.split is not None

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_cli.adapters.attach import trainable_parameters
+from lora_cli.adapters.attach import lora_layers, trainable_parameters
 from lora_cli.adapters.peft_format.adapter_folder import (
     PREFIX,
     WEIGHTS_FILE,
     adapter_tensors,
+    ranks_of,
     read_tensors,
     restore,
     save_adapter,
@@ -79,6 +80,7 @@ def require_space_for_checkpoints(model: nn.Module, recipe: Recipe) -> None:
         ResourceError: If there is less room than that.
     """
     trained = sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
+    trained += sum(b.nbytes for layer in lora_layers(model).values() for b in layer.buffers(False))
     one = trained + optimizer_bytes(model, recipe)
     there = sum(f.stat().st_size for f in (recipe.output_path / FOLDER).rglob("*") if f.is_file())
     needed = (recipe.checkpoint.keep + 2) * one + 2 * trained + OTHER_BYTES - there
@@ -195,21 +197,36 @@ def peek_state(output: Path) -> TrainState | None:
 
 
 def adopt_adapter(recipe: Recipe, learned: Learned) -> None:
-    """Let a run that is resumed go on without the adapter that it once started from.
+    """Let a run that is resumed go on with the parameters of its checkpoint.
 
-    What came from that adapter stands in the checkpoint. `reject_changes` finds out if the recipe
-    says otherwise.
+    They are neither decomposed from weights again, nor read from the adapter that the run once
+    started from. `reject_changes` finds out if the recipe says otherwise.
 
     Args:
-        recipe: Names the adapter.
-        learned: Gets the adapter section that the run was started with.
+        recipe: May name an adapter to start from.
+        learned: Gets the adapter section that the run was started with then.
     """
     state, spec = peek_state(recipe.output_path), recipe.adapter
-    if spec.from_ is None or state is None:
+    if state is None:
+        return
+    learned.in_checkpoint = True
+    if spec.init == "eva":
+        learned.ranks = _ranks(recipe.output_path)
+    if spec.from_ is None:
         return
     saved = AdapterSpec.model_validate(state.recipe["adapter"])
     said = {key: getattr(spec, key) for key in spec.model_fields_set - TARGETS}
-    learned.adapter, learned.in_checkpoint = saved.with_values(said), True
+    learned.adapter = saved.with_values(said)
+
+
+def _ranks(output: Path) -> dict[str, int]:
+    """Return the rank of each module in the newest checkpoint whose file can be read."""
+    for _, folder in reversed(checkpoints(output)):
+        try:
+            return ranks_of(folder)
+        except (IntegrityError, OSError):
+            continue
+    return {}
 
 
 def restore_checkpoint(

@@ -57,6 +57,7 @@ from lora_cli.training.progress import RunLog, clock, peak_memory_bytes
 from lora_cli.training.rank_agreement import require_same_recipe, require_same_start
 from lora_cli.training.rank_watch import watching
 from lora_cli.training.saver import Saver
+from lora_cli.training.start_from_data import start_from_data
 from lora_cli.training.step import StepResult, train_step
 from lora_cli.training.stopping import TRAINING, Stopping, StopRequest
 from lora_cli.training.train_state import TrainState, machine_facts, memory_facts, recipe_facts
@@ -157,6 +158,8 @@ class Run:
             task.try_training(model, longest)
             if recipe.train.packing:
                 task.check_packing(model, self.data["train"])
+        if recipe.adapter.init == "eva":
+            start_from_data(model, task, self.data["train"], self.accelerator)
         if recipe.train.gradient_checkpointing:
             enable_gradient_checkpointing(model, recipe)
         return model, new, base

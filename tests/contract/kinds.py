@@ -213,9 +213,14 @@ class AdapterKind:
     """A whole run is made with it; otherwise it trains as another type does, but for the layers."""
     not_on: tuple[str, ...] = ()
     """Sites whose layers it does not fit."""
+    starts_exactly: bool = True
+    """Step 0 is the base bit for bit, and not to rounding."""
+    loads_exactly: bool = True
+    """What is saved computes the same bit for bit when it is read, and not to rounding."""
 
 
 NOT_WHOLE = ("Conv1D", "Embedding", "tied Embedding")
+NOT_LINEAR = ("Conv2d", "grouped Conv2d", "Conv1d", "Embedding", "tied Embedding")
 ADAPTERS = {
     "lora": AdapterKind({"rank": 4, "alpha": 6}, runs=False),
     "rslora": AdapterKind({"rank": 4, "alpha": 6, "use_rslora": True}, runs=False),
@@ -250,6 +255,31 @@ ADAPTERS = {
         not_on=NOT_WHOLE,
     ),
     "lokr": AdapterKind({"type": "lokr", "rank": 2, "alpha": 6}, not_on=NOT_WHOLE),
+    "pissa": AdapterKind(
+        {"rank": 4, "alpha": 6, "init": "pissa"}, not_on=NOT_LINEAR, loads_exactly=False
+    ),
+    "olora with patterns": AdapterKind(
+        {
+            "rank": 4,
+            "init": "olora",
+            "use_rslora": True,
+            "bias": "lora_only",
+            "rank_pattern": {".*[a-z]": 6},
+            "alpha_pattern": {".*[a-z]": 3},
+        },
+        bare=False,
+        runs=False,
+        not_on=NOT_LINEAR,
+        loads_exactly=False,
+    ),
+    "orthogonal": AdapterKind(
+        {"rank": 4, "alpha": 6, "init": "orthogonal"},
+        runs=False,
+        not_on=NOT_LINEAR,
+        starts_exactly=False,
+    ),
+    # before a run, which has rows, it is as by default
+    "eva": AdapterKind({"rank": 4, "alpha": 6, "init": "eva"}, not_on=NOT_LINEAR),
     "full": AdapterKind({"type": "full"}, bare=False, has_folder=False),
     "bitfit": AdapterKind({"type": "bitfit"}, bare=False),
     "head alone": AdapterKind({"type": "none"}, bare=False),

@@ -30,19 +30,21 @@ def test_an_adapter_keeps_its_promises(name: str, site_name: str, tmp_path: Path
     model = attached(site, base, kind.adapter)
 
     # step 0 is the base model exactly, and a gradient reaches all that is trained, and only that
-    assert torch.equal(outputs(model), wanted)
+    assert_close(outputs(model), wanted)
+    assert torch.equal(outputs(model), wanted) or not kind.starts_exactly
     assert trained(model)
     stir(model)
     outputs(model).square().sum().backward()
     with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == set(trained(model))
 
-    # training changes the outputs; saved and loaded they are the same, bit for bit
+    # training changes the outputs; saved and loaded they are the same, most bit for bit
     found = outputs(model)
     assert_different(found, wanted)
     if kind.has_folder:
         again = loaded(site, base, model, kind.adapter, tmp_path)
-        assert torch.equal(outputs(again), found)
+        assert_close(outputs(again), found)
+        assert torch.equal(outputs(again), found) or not kind.loads_exactly
         assert not trained(again)
         assert set(again.state_dict()) == set(model.state_dict())
 

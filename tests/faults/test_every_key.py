@@ -433,6 +433,8 @@ CHANGES: dict[str, Change] = {
     "adapter.alpha": Change(losses, (4.0, 64.0)),
     "adapter.dropout": Change(losses, (0.0, 0.5)),
     "adapter.use_rslora": Change(losses, (False, True)),
+    "adapter.init": Change(losses, ("default", "pissa"), also={"adapter.rank": 2}),
+    "adapter.eva_rho": Change(config, (1.0, 3.0), also={"adapter.init": "eva"}),
     "adapter.target_modules": Change(config, (["query"], ["value"])),
     "adapter.exclude_modules": Change(report, (None, ["value"])),
     "adapter.layers": Change(report, ([0], [0, 1]), also={"model.name": "../bases/deep"}),

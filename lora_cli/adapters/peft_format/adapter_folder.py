@@ -13,6 +13,8 @@ configuration says alpha; everything is checked before the model is touched.
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ from lora_cli.files import (
 from lora_cli.models.fingerprint import Fingerprint, read_fingerprint
 from lora_cli.models.quantized_linear import QuantizedLinear
 from lora_cli.not_an_adapter import require_adapter
-from lora_cli.recipe import AdapterType, Recipe
+from lora_cli.recipe import AdapterSpec, AdapterType, Recipe
 from lora_cli.tensorfile import read_header
 
 CONFIG_FILE = "adapter_config.json"
@@ -102,16 +104,13 @@ def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict
     config = {
         "peft_type": "LORA",
         **base,
-        "r": spec.rank,
-        "lora_alpha": _whole(spec.alpha),
+        **_ranks_and_alphas(spec, layers),
         "lora_dropout": spec.dropout,
         "target_modules": sorted(layers),
         "bias": spec.bias,
         "fan_in_fan_out": any(_stored_transposed(layer.base) for layer in layers.values()),
         "use_rslora": spec.use_rslora,
         "use_dora": False,
-        "rank_pattern": spec.rank_pattern,
-        "alpha_pattern": {key: _whole(value) for key, value in spec.alpha_pattern.items()},
         "init_lora_weights": True,
         **next(iter(layers.values())).peft_config,
     }
@@ -132,6 +131,34 @@ def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict
 def _peft_type(kind: AdapterType) -> str:
     """Return PEFT's name of a type; of those that PEFT lacks, this tool's own."""
     return next((name for name, here in TYPES_HERE.items() if here == kind), "LORA")
+
+
+def _ranks_and_alphas(spec: AdapterSpec, layers: dict[str, LoRALayer]) -> dict[str, Any]:
+    """Return PEFT's keys of rank and alpha: the recipe's, unless `adapter.init` changes them.
+
+    Then the modules whose rank or alpha is not that of most are named in full.
+    """
+    ranks = {name: layer.saved_rank for name, layer in layers.items()}
+    alphas = {name: _whole(layer.saved_alpha) for name, layer in layers.items()}
+    if spec.init == "default":
+        rank, alpha = spec.rank, _whole(spec.alpha)
+        rank_pattern = spec.rank_pattern
+        alpha_pattern = {key: _whole(value) for key, value in spec.alpha_pattern.items()}
+    else:
+        rank, alpha = _most_common(ranks), _most_common(alphas)
+        longest_first = sorted(layers, key=len, reverse=True)  # the first that fits counts
+        rank_pattern = {name: ranks[name] for name in longest_first if ranks[name] != rank}
+        alpha_pattern = {name: alphas[name] for name in longest_first if alphas[name] != alpha}
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+    }
+
+
+def _most_common(values: dict[str, Any]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]
 
 
 def _stored_transposed(base: nn.Module) -> bool:
@@ -270,6 +297,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         what = "a tensor appears twice, with and without PEFT's prefix"
         raise IntegrityError(what, str(file), hint)
     return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(file).items()}
+
+
+def ranks_of(path: Path) -> dict[str, int]:
+    """Return the rank of each adapted module of an adapter folder, by the shapes of its tensors.
+
+    Raises:
+        IntegrityError: If the file is damaged.
+    """
+    end = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(embedding_)?A(\.weight)?")
+    entries = read_header(path / WEIGHTS_FILE).items()
+    return {match[1]: entry.shape[0] for name, entry in entries if (match := end.fullmatch(name))}
 
 
 def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:

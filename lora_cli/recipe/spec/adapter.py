@@ -20,6 +20,8 @@ Alpha = Annotated[float, Field(gt=0, le=1e30)]  # float32 ends at 3e38
 
 
 AdapterType = Literal["lora", "dora", "loha", "lokr", "full", "none", "bitfit"]
+PissaSteps = Annotated[str, Field(pattern=r"^pissa_niter_[1-9]\d?$")]
+Init = Literal["default", "pissa", "olora", "eva", "loftq", "orthogonal"] | PissaSteps
 LOW_RANK_TYPES: tuple[AdapterType, ...] = ("lora", "dora", "loha", "lokr")
 WHOLE_TYPES: tuple[AdapterType, ...] = ("loha", "lokr")
 """Their update is computed as a whole weight; they have neither rsLoRA's scale nor biases."""
@@ -62,6 +64,18 @@ class AdapterSpec(Section):
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (rsLoRA), so that large ranks keep learning."""
 
+    init: Init = "default"
+    """How the matrices of linear layers start. `default`: A at random, B at zero. `pissa`: at the
+    largest singular values of the weight (`pissa_niter_4`: found approximately, in 4 iterations,
+    which is much faster). `olora`: at a part of its QR decomposition. `eva`: A at the main
+    directions of the layer's inputs on the train rows, and ranks are moved to where they explain
+    most. `loftq`: at what quantising the base has taken from the weight. `orthogonal`: both at
+    random, so that B A is zero."""
+
+    eva_rho: Annotated[float, Field(ge=1, le=1000)] = 2.0
+    """With `init: eva`: a module's rank is at most `eva_rho` times that which it had; 1 leaves the
+    ranks as they are."""
+
     target_modules: Word | list[Word] | None = None
     """Which modules get an adapter: a list of name suffixes, a regular expression that matches
     whole names, or `all-linear`. Default: `all-linear` for language models, the attention's query
@@ -90,7 +104,7 @@ class AdapterSpec(Section):
     one. `false` trains a copy of each that is named, and leaves the others as they are."""
 
     def conflicts(self) -> Conflicts:
-        """Yield a start from an adapter for what has none."""
+        """Yield a start from an adapter for what has none, and an `init` that cannot be."""
         if self.from_ is not None and self.type == "full":
             what = "`from` starts from an adapter, and `type: full` has none"
             yield "from", what, "name the model to start from as `model.name`"
@@ -98,6 +112,22 @@ class AdapterSpec(Section):
             if self.type in WHOLE_TYPES and getattr(self, key) != off:
                 what = f"PEFT's format has no `{key}` for adapters of type `{self.type}`"
                 yield key, what, "leave it out, or use `type: lora`"
+        if self.init == "default":
+            return
+        if self.type != "lora":
+            what = f"`init: {self.init}` is a start of LoRA, and the type is `{self.type}`"
+            yield "init", what, "leave `init` out, or set `type: lora`"
+        if self.from_ is not None:
+            what = f"`init: {self.init}` starts anew, and `from` starts from a trained adapter"
+            yield "init", what, "leave one of the two out"
+        if self.dropout and self.starts_at_weights:
+            what = f"with `init: {self.init}`, `dropout` would drop parts of the base's own weights"
+            yield "init", what, "leave `dropout` out"
+
+    @property
+    def starts_at_weights(self) -> bool:
+        """Whether A and B start at a part of the weight, which is taken out of the base."""
+        return self.init.startswith("pissa") or self.init == "olora"
 
     @property
     def low_rank(self) -> bool:

@@ -91,6 +91,7 @@ class Recipe(Section):
             what = "`adapter.type: full` trains all weights, and quantised ones cannot be trained"
             hint = "leave one of the two out: LoRA on a quantised base is `adapter.type: lora`"
             yield "model.quantization", what, hint
+        yield from self._init_conflicts()
         if train.packing and not task.can_pack:
             what = f"`train.packing` has no meaning with `task.type: {task.type}`"
             yield "train.packing", what, task.packing_hint
@@ -105,6 +106,15 @@ class Recipe(Section):
                 key = f"data.{split}.stratify"
                 what = f"`{key}` keeps the proportions of labels, and this task has none"
                 yield key, what, "leave it out"
+
+    def _init_conflicts(self) -> Conflicts:
+        init, key = self.adapter.init, "adapter.init"
+        if init == "loftq" and self.model.quantization is None:
+            what = "`init: loftq` makes up for what quantising takes, and the base is not quantised"
+            yield key, what, "`--set model.quantization=nf4`, or leave `init` out"
+        if init == "eva" and self.data.streaming:
+            what = "`init: eva` reads train rows before the first step, and `data.streaming` reads "
+            yield key, f"{what}each once", "leave one of the two out"
 
     def _baseline_conflicts(self) -> Conflicts:
         key, named = "evaluate.baselines", self.evaluate.baselines

@@ -1,0 +1,83 @@
+r"""LoRA that starts at a part of the weight itself, as PiSSA and OLoRA do.
+
+A and B start at A0 and B0, which are large: s B0 A0 is a part of W0. So that step 0 is the base
+model exactly, that part is taken out of the base, and what is left of it (the residual) is frozen:
+
+    y = (W0 - s B0 A0) x + s B A x  =  W0 x + s B A x - s B0 A0 x
+
+PEFT computes the first form, having overwritten the base's weight. Here it is the second: the base
+keeps its weight, and the layer keeps A0 and B0. So the base can be quantised, or kept in 16 bits,
+without its residual being rounded; without its updates the model is the base; and what is saved is
+plain LoRA of twice the rank, which any reader can use on the base as it is:
+
+    A' = [A; A0] (2 rank, in)    B' = [B, -B0] (out, 2 rank)    s B' A' = s B A - s B0 A0
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's own name for it
+from torch import Tensor, nn
+
+from lora_cli.adapters.lora import LoRALinear, Shape
+
+
+class ResidualLoRALinear(LoRALinear):
+    """LoRA on a linear layer or `Conv1D`, without what A and B were at the start.
+
+    `initial_A` (rank, in) and `initial_B` (out, rank): A0 and B0, which are not trained.
+    """
+
+    initial_A: Tensor  # noqa: N815 - as lora_A
+    initial_B: Tensor  # noqa: N815
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # not in the state dict: that of a layer which is read from a folder has none
+        self.register_buffer("initial_A", torch.zeros_like(self.lora_A), persistent=False)
+        self.register_buffer("initial_B", torch.zeros_like(self.lora_B), persistent=False)
+
+    @property
+    def saved_rank(self) -> int:
+        """The rank of the plain LoRA that is saved."""
+        return 2 * self.rank
+
+    @classmethod
+    def peft_shapes(cls, base: nn.Module, rank: int) -> dict[str, Shape]:
+        """Return the shapes of A' and B'."""
+        return super().shapes(base, 2 * rank)
+
+    def to_peft(self, name: str) -> Tensor:
+        """Return A' or B'."""
+        if name == "lora_A":
+            return torch.cat([self.lora_A.detach(), self.initial_A])
+        return torch.cat([self.lora_B.detach(), -self.initial_B], dim=1)
+
+    @torch.no_grad()
+    def from_peft(self, name: str, tensor: Tensor) -> None:
+        """Set A and A0 to the parts of A', or B and B0 to those of B'."""
+        if name == "lora_A":
+            self.lora_A.copy_(tensor[: self.rank])
+            self.initial_A.copy_(tensor[self.rank :])
+        else:
+            self.lora_B.copy_(tensor[:, : self.rank])
+            self.initial_B.copy_(-tensor[:, self.rank :])
+
+    def start_at(self, a: Tensor, b: Tensor) -> None:
+        """Set A and A0, B and B0: the layer computes what its base does."""
+        super().start_at(a, b)
+        self.initial_A.copy_(a)
+        self.initial_B.copy_(b)
+
+    def update(self, x: Tensor) -> Tensor:
+        """Return s B A x - s B0 A0 x, shape (..., out)."""
+        a, b = self.initial_A.to(x.dtype), self.initial_B.to(x.dtype)
+        return super().update(x) - F.linear(F.linear(x, a) * self.scaling, b)
+
+    def delta_weight(self) -> Tensor:
+        """Return s B A - s B0 A0, shape (out, in), or (in, out) for `Conv1D`."""
+        return super().delta_weight() - self.in_layout(
+            self.scaling * (self.initial_B @ self.initial_A)
+        )

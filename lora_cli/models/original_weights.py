@@ -1,0 +1,58 @@
+"""The weights that a quantised base was made from, read one at a time from its checkpoint."""
+
+from __future__ import annotations
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lora_cli.errors import IntegrityError
+from lora_cli.models.base_model import checkpoint_files, storage_dtype
+from lora_cli.models.fingerprint import inner_name
+from lora_cli.models.quantized_linear import QuantizedLinear, quantized
+from lora_cli.recipe import Recipe
+from lora_cli.tensorfile import read_header
+
+
+class OriginalWeights:
+    """Reads weights of a checkpoint by the names of a model's modules.
+
+    Args:
+        recipe: Its `model` section names the checkpoint.
+        model: What was loaded from it, with layers of an adapter around some modules or without.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module) -> None:
+        self.recipe, self.model = recipe, model
+        self.prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        self.stored = {
+            inner_name(name, self.prefix): (file, name)
+            for file in checkpoint_files(recipe)
+            for name in read_header(file)
+        }
+
+    def of(self, name: str) -> Tensor:
+        """Return the weight (out, in) of a quantised module in float32, on its device.
+
+        Raises:
+            IntegrityError: If the checkpoint's weight of this name does not have the module's
+                codes: then transformers has renamed, joined or changed it while it was read.
+        """
+        module = self.model.get_submodule(name)
+        base = getattr(module, "base", module)
+        assert isinstance(base, QuantizedLinear)
+        found = self.stored.get(inner_name(f"{name}.weight", self.prefix))
+        if found is not None:
+            file, stored_name = found
+            with safe_open(file, framework="pt") as tensors:
+                weight: Tensor = tensors.get_tensor(stored_name)
+            weight = weight.T if base.transposed else weight
+            # quantised again, as it was loaded, it must have the same codes
+            weight = weight.to(base.weight.device, storage_dtype(self.recipe))
+            if torch.equal(quantized(weight, base.kind)["weight"], base.weight):
+                return weight.float()
+        raise IntegrityError(
+            f"the checkpoint has no weight of its own for `{name}`, as `init: loftq` needs",
+            self.recipe.at("model.name"),
+            "leave `init` out: the architecture's weights are converted while they are read",
+        )
