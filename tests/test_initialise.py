@@ -365,7 +365,7 @@ def test_loftq_needs_the_weights_that_the_codes_were_made_from(tmp_path: Path) -
     model, task = quantised(tmp_path, "int8", base, init="loftq")
     layer = model.get_submodule("model.layers.1.mlp.up_proj")
     layer.set_weight(torch.randn(layer.out_features, layer.in_features))
-    with pytest.raises(IntegrityError, match="no weight of its own for `model.layers.1.mlp.up_pr"):
+    with pytest.raises(IntegrityError, match="no weight of its own for `model"):
         attach(model, task.recipe)
 
 

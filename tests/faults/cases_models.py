@@ -203,3 +203,18 @@ for _name, _change in {
     "of a base with another tokenizer": _forget_tokenizer,
 }.items():
     CASES.append(Case("Adapters", _name, _computation(_change)))
+
+
+# --------------------------------------------------------------------------- where A and B start
+
+
+def _start(**adapter: Any) -> Callable[[World], Printed]:
+    return lambda world: world.lora("validate", world.recipe(adapter=adapter))
+
+
+for _name, _adapter in {
+    "a rank that no weight has": {"init": "pissa", "rank": 64},
+    "an odd rank": {"init": "orthogonal", "rank": 3},
+    "an embedding alone": {"init": "olora", "rank": 2, "target_modules": ["word_embeddings"]},
+}.items():
+    CASES.append(Case("Models", f"a start for {_name}", _start(**_adapter)))

@@ -133,6 +133,7 @@ RECIPES: dict[str, str | bytes] = {
     "a range of a group that is none": _in(
         "train", "optimizer: {groups: {layers: {first: {learning_rate: 1}}}}"
     ),
+    "a start that is none": _in("adapter", "init: pissa_niter_0"),
     "two delimiters": _in("data", "format: {delimiter: '||'}"),
     "several problems": "modle: {name: m}\ntask: {type: causal_lm}\ndata: {}\ntrain: {seed: x}\n",
 }
@@ -169,6 +170,12 @@ CONFLICTS: dict[str, str] = {
     "sharegpt": _in("task", "format: sharegpt", CHAT),
     "biases of an adapter that has none": _in("adapter", "type: loha, bias: all"),
     "an adapter for a whole model": _in("adapter", "type: full, from: ./old"),
+    "a start of LoRA for another type": _in("adapter", "type: dora, init: pissa"),
+    "a start at an adapter and anew": _in("adapter", "from: ./old, init: eva"),
+    "dropout of the base's own weights": _in("adapter", "init: pissa_niter_4, dropout: 0.1"),
+    "an error of quantising without it": _in("adapter", "init: loftq"),
+    "a start from rows that are read once": _in("train", "max_steps: 1",
+        _in("data", "streaming: true", _in("adapter", "init: eva"))),
     "two warm-ups": _in("train", "scheduler: {warmup_steps: 1, warmup_ratio: 0.1}"),
     "epochs and steps": _in("train", "epochs: 1, max_steps: 1"),
     "packing and grouping": _in("train", "packing: true, group_by_length: true", CHAT),

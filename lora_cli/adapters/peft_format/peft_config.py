@@ -29,6 +29,14 @@ LARGEST = 3e38  # of an alpha: float32 ends there
 SHOWN = 60  # characters of a value in a message
 SHOWN_KEYS = 8
 
+CONVERT = "save it in PEFT with `path_initial_model_for_weight_conversion`: a plain LoRA"
+MERGE = "merge it in PEFT, which changes the base in the same way when it loads it"
+# PEFT repeats these on a base; of the others, the start is known to nobody but who trained it
+CHANGED_BASES = {
+    "pissa": f"{CONVERT}; or {MERGE}",
+    "olora": f"{CONVERT}; or {MERGE}",
+    "loftq": MERGE,
+}
 MERGE_IN_PEFT = "merge it into its base in PEFT, or train it again without"
 VARIANTS = {
     "use_dora": MERGE_IN_PEFT,
@@ -120,11 +128,8 @@ def _misfit(key: str, value: Any) -> str:
 
 def _check_init(init: Any, where: str) -> None:
     if isinstance(init, str) and init not in SMALL_INITS:
-        raise LoraError(
-            f"`{_shown(init)}`, its `init_lora_weights`, changed the weights of the base too",
-            where,
-            "save it in PEFT with `path_initial_model_for_weight_conversion`: a plain LoRA",
-        )
+        what = f"`{_shown(init)}`, its `init_lora_weights`, changed the weights of the base too"
+        raise LoraError(what, where, CHANGED_BASES.get(init, CONVERT))
     if not isinstance(init, bool | str | None):
         raise IntegrityError(f"`init_lora_weights` cannot be {_shown(init)}", where, BACKUP)
 

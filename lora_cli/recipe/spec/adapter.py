@@ -73,8 +73,8 @@ class AdapterSpec(Section):
     random, so that B A is zero."""
 
     eva_rho: Annotated[float, Field(ge=1, le=1000)] = 2.0
-    """With `init: eva`: a module's rank is at most `eva_rho` times that which it had; 1 leaves the
-    ranks as they are."""
+    """With `init: eva`: a module's rank grows at most to `eva_rho` times what it was; 1 leaves
+    equal ranks as they are."""
 
     target_modules: Word | list[Word] | None = None
     """Which modules get an adapter: a list of name suffixes, a regular expression that matches
