@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lora_cli.adapters.attach import lora_layers
 from lora_cli.adapters.eva import MOST_BATCHES, find_starts, give_ranks, start_at
 from lora_cli.errors import counted
-from lora_cli.tasks import Batch, Encoded, Task
-from lora_cli.tasks.examples import IGNORED
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import IGNORED, Batch, Encoded
 from lora_cli.training.batches import Batches
 
 
