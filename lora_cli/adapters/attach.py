@@ -19,7 +19,7 @@ from lora_cli.adapters.variants import Layers, layer_for, layers_to_train
 from lora_cli.errors import LoraError
 from lora_cli.models.bundle import is_frozen
 from lora_cli.models.quantized_linear import QuantizedLinear
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import AdapterSpec, Recipe
 
 # --------------------------------------------------------------------------- attach and freeze
 
@@ -71,6 +71,18 @@ def attach(
     for name in in_full:
         for parameter in model.get_submodule(name).parameters():
             _train(parameter)
+    _train_biases(model, spec)
+    if not trainable_parameters(model):
+        lacking = "bias" if spec.type == "bitfit" else "new head"
+        what = f"nothing is trained: the model has no {lacking}"
+        raise LoraError(
+            what, recipe.at("adapter.type"), "`--set adapter.type=lora` trains adapters"
+        )
+    let_dtypes_meet(model, head)
+
+
+def _train_biases(model: nn.Module, spec: AdapterSpec) -> None:
+    """Train the biases that the recipe asks for."""
     if spec.type == "bitfit" or (spec.low_rank and spec.bias == "all"):
         for name, module in model.named_modules():
             has_bias = isinstance(module._parameters.get("bias"), nn.Parameter)
@@ -80,13 +92,6 @@ def attach(
         for layer in lora_layers(model).values():
             if layer.bias is not None:
                 _train(layer.bias)
-    if not trainable_parameters(model):
-        lacking = "bias" if spec.type == "bitfit" else "new head"
-        what = f"nothing is trained: the model has no {lacking}"
-        raise LoraError(
-            what, recipe.at("adapter.type"), "`--set adapter.type=lora` trains adapters"
-        )
-    let_dtypes_meet(model, head)
 
 
 def add_layer(
