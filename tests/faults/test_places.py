@@ -73,7 +73,7 @@ def test_checkpoints_that_may_not_be_read_are_not_called_damaged(
     finally:
         path.chmod(0o755)
     assert "another folder" not in str(found.value)
-    assert "hint: let it be read: `chmod -R u+rwX" in str(found.value)
+    assert f"hint: let it be read: `chmod -R u+rwX {path}`" in str(found.value)
     assert verify_manifest(step)
 
 
