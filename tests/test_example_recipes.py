@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_pictures
+import tiny_translators
 import yaml
 
 from lora_cli.evaluation.open_adapter import open_adapter
@@ -56,6 +57,22 @@ def instruction(i: int) -> Json:
     turns = [("user", f"say {i}"), ("assistant", f"{tiny.CORPUS[i % 8]} {i}")]
     messages = [{"role": role, "content": text} for role, text in turns]
     return {"prompt": f"say {i}", "messages": messages, "category": "Chat"}
+
+
+def translation(i: int) -> Json:
+    return {"en": f"{tiny.CORPUS[i % 8]} , {i}", "de": f"{i} , {tiny.CORPUS[(i + 3) % 8]}"}
+
+
+def paired_files(folder: Path) -> Path:
+    """Write text files that belong together line by line, as Multi30k has them."""
+    import gzip
+
+    for n, split in enumerate(("train", "val", "test_2016_flickr")):
+        rows = [translation(1000 * n + i) for i in range(10 if n else 120)]
+        for language, column in (("en", "en"), ("fr", "de")):
+            with gzip.open(folder / f"{split}.{language}.gz", "wt", encoding="utf-8") as file:
+                file.writelines(f"{row[column]}\n" for row in rows)
+    return folder
 
 
 def classes(*names: str) -> Any:
@@ -113,6 +130,11 @@ def stand_ins(name: str, folder: Path) -> tuple[Path, Path]:
         case "beans_vit":
             kind = {"image": datasets.Image(), "labels": classes(*LEAVES)}
             return tiny_pictures.save("vit", base), hub_folder(data, None, all_splits, leaf, **kind)
+        case "opus_mt_en_de":
+            data = hub_folder(data, None, all_splits, translation)
+            return tiny_translators.save(base, "marian"), data
+        case "multi30k_en_fr":
+            return tiny_translators.save(base, "marian"), paired_files(data)
         case "gpt2_wikitext":
             config = "wikitext-2-raw-v1"
             return tiny.save_gpt2(base), hub_folder(data, config, all_splits, paragraph)
@@ -127,7 +149,12 @@ NEEDS_HUB = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != 
 @pytest.mark.parametrize("name", NEEDS_HUB)
 def test_an_example_recipe_trains(name: str, tmp_path: Path) -> None:
     base, data = stand_ins(name, tmp_path)
-    changes = [f"model.name={base}", f"data.name={data}", f"output_dir={tmp_path / 'out'}"]
+    changes = [f"model.name={base}", f"output_dir={tmp_path / 'out'}"]
+    if name == "multi30k_en_fr":
+        files = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
+        changes += [f"data.{split}={data}/{file}.{{en,fr}}.gz" for split, file in files.items()]
+    else:
+        changes.append(f"data.name={data}")
     changes += ["train.epochs=null", "train.max_steps=1", "train.micro_batch_size=4"]
     changes.append("evaluate.generation.max_new_tokens=4")
     if name == "sst2_roberta":

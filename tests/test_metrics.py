@@ -592,7 +592,7 @@ def test_modes():
 def test_the_documented_metrics_are_known():
     documented = (
         "accuracy, f1, precision, recall, matthews_correlation, pearson, spearman, mse, "
-        "perplexity, exact_match, bleu, rouge"
+        "perplexity, exact_match, bleu, chrf, rouge"
     )
     assert set(documented.split(", ")) <= set(known_metrics())
 

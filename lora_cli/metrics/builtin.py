@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import math
 import os.path
 import warnings
@@ -26,8 +27,9 @@ Channel = Literal["label", "value", "text", "nll", "tags"]
 """What a metric reads of each evaluated row, as prediction and reference.
 
 `label`: class indices, or 0/1 lists of length `n_labels` where a row may have several; `value`:
-floats; `text`: strings; `nll`: the row's sum of negative log-likelihoods in nats, and its number of
-trained tokens; `tags`: lists of tags, one for each word.
+floats; `text`: strings, of which a row may have several as references, in a list; `nll`: the row's
+sum of negative log-likelihoods in nats, and its number of trained tokens; `tags`: lists of tags,
+one for each word.
 """
 Rows = list[Any]
 Mode = Literal["min", "max"]
@@ -53,6 +55,8 @@ class MetricContext:
     n_labels: int | None = None
     multi_label: bool = False
     labels: tuple[str, ...] = ()
+    several_references: bool = False
+    """Whether a row may have several right texts, any of which an answer may be."""
 
 
 NOTHING_KNOWN = MetricContext()
@@ -163,9 +167,15 @@ def _entity_scores(p: Rows, r: Rows, context: MetricContext) -> dict[str, float]
     return entity_scores(p, r)
 
 
-def is_exact_match(said: str, wanted: str) -> bool:
-    """Return whether two texts are the same but for spaces around them and Unicode's form."""
-    return canonical(said).strip() == canonical(wanted).strip()
+def references_of(wanted: str | list[str]) -> list[str]:
+    """Return the right answers to a row, of which there may be several."""
+    return [wanted] if isinstance(wanted, str) else wanted
+
+
+def is_exact_match(said: str, wanted: str | list[str]) -> bool:
+    """Return whether a text is a right one but for spaces around it and Unicode's form."""
+    right = {canonical(text).strip() for text in references_of(wanted)}
+    return canonical(said).strip() in right
 
 
 def _exact_match(p: Rows, r: Rows, context: MetricContext) -> float:
@@ -176,13 +186,28 @@ def _bleu(p: Rows, r: Rows, context: MetricContext) -> float:
     """Return corpus BLEU, 0 to 100, as sacrebleu reports it."""
     import sacrebleu
 
-    said, wanted = ([bleu_words(text) for text in texts] for texts in (p, r))
+    said = [bleu_words(text) for text in p]
+    wanted = [[bleu_words(text) for text in references_of(texts)] for texts in r]
     # effective order: where no answer has four words, shorter runs are all that can be counted
     # force: no warning about texts that look tokenized
     found = sacrebleu.corpus_bleu(
-        said, [wanted], tokenize="none", force=True, use_effective_order=True
+        said, _streams(wanted), tokenize="none", force=True, use_effective_order=True
     )
     return float(found.score)
+
+
+def _streams(wanted: list[list[str]]) -> Any:
+    """Return references as sacrebleu takes them: all first ones, all second ones, or None."""
+    return list(itertools.zip_longest(*wanted)) if wanted else []
+
+
+def _chrf(p: Rows, r: Rows, context: MetricContext) -> float:
+    """Return corpus chrF2, 0 to 100, as sacrebleu reports it."""
+    import sacrebleu
+
+    said = [canonical(text) for text in p]
+    wanted = [[canonical(text) for text in references_of(texts)] for texts in r]
+    return float(sacrebleu.corpus_chrf(said, _streams(wanted)).score)
 
 
 class _RougeWords:
@@ -196,11 +221,14 @@ _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def _rouge(p: Rows, r: Rows, context: MetricContext) -> dict[str, float]:
-    """Return the means over rows of ROUGE's F1, 0 to 1; rougeLsum takes a line for a sentence."""
+    """Return the means over rows of ROUGE's F1, 0 to 1; rougeLsum takes a line for a sentence.
+
+    Of several references it is the one with the highest F1.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(_ROUGE, tokenizer=_RougeWords())
-    rows = [scorer.score(want, said) for said, want in zip(p, r, strict=True)]
+    rows = [scorer.score_multi(references_of(w), said) for said, w in zip(p, r, strict=True)]
     return {key: float(np.mean([row[key].fmeasure for row in rows])) for key in _ROUGE}
 
 
@@ -223,6 +251,7 @@ SPECS: dict[str, MetricSpec] = {
     "perplexity": MetricSpec("nll", _perplexity, "min"),
     "exact_match": MetricSpec("text", _exact_match),
     "bleu": MetricSpec("text", _bleu, package="sacrebleu"),
+    "chrf": MetricSpec("text", _chrf, package="sacrebleu"),
     "rouge": MetricSpec("text", _rouge, results=_ROUGE, package="rouge_score"),
     "seqeval": MetricSpec(
         "tags", _entity_scores, results=("f1", "precision", "recall"), package="seqeval",

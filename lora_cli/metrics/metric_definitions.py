@@ -5,6 +5,7 @@ These lines stand wherever the figures do: on the screen, in the reports and in 
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 
 from lora_cli.errors import printable
@@ -38,6 +39,10 @@ OF_NUMBERS = {
 }
 
 
+BLEU_SIGNATURE = "case:mixed|eff:yes|tok:13a|smooth:exp"
+CHRF_SIGNATURE = "case:mixed|eff:yes|nc:6|nw:0|space:no"
+
+
 def definition(metric: str, context: MetricContext) -> dict[str, str]:
     """Return what a metric measures, in a line for each number that it gives.
 
@@ -69,18 +74,33 @@ def _line(metric: str, name: str, context: MetricContext) -> str:
                 "exp(mean loss per token of this model's tokenizer), so not comparable with others"
             )
         case "exact_match":
+            of = "one of the references" if context.several_references else "the reference"
             return (
-                "share of answers equal to the reference, but for spaces around it and Unicode's "
+                f"share of answers equal to {of}, but for spaces around it and Unicode's "
                 "normal form"
             )
         case "bleu":
-            return f"corpus BLEU, 0 to 100; {BLEU_WORDS}"
+            return f"corpus BLEU, 0 to 100; {BLEU_WORDS}{_signature(BLEU_SIGNATURE, context)}"
+        case "chrf":
+            what = "corpus chrF2, 0 to 100: runs of up to 6 characters, recall counting twice"
+            return f"{what}{_signature(CHRF_SIGNATURE, context)}"
         case "seqeval":
             return DEFINITIONS[name]
         case "rouge":
             words = ROUGE_WORDS if name == "rouge1" else "words as for rouge1"
-            return f"F1 of {ROUGE[name]}, mean over rows, 0 to 1; {words}"
+            best = ", with the reference that is most alike" if context.several_references else ""
+            return f"F1 of {ROUGE[name]}{best}, mean over rows, 0 to 1; {words}"
     return OF_NUMBERS[metric]
+
+
+def _signature(settings: str, context: MetricContext) -> str:
+    """Return sacrebleu's signature of a metric, by which figures can be compared."""
+    try:
+        version = importlib.metadata.version("sacrebleu")
+    except importlib.metadata.PackageNotFoundError:  # whoever measures is told to install it
+        return ""
+    references = "var" if context.several_references else "1"
+    return f" (sacrebleu: nrefs:{references}|{settings}|version:{version})"
 
 
 def _average(average: str, context: MetricContext) -> str:

@@ -38,6 +38,7 @@ from lora_cli.metrics.builtin import (
     check_metric_names,
     is_script,
     known_metrics,
+    references_of,
 )
 
 
@@ -64,6 +65,7 @@ class MetricSet:
         at: str = "evaluate.metrics",
     ) -> None:
         self._at = at
+        self._several = context.several_references
         self._n_rows: Counter[Channel] = Counter()
         self._metrics: dict[str, tuple[Channel, Any]] = {}
         # every Metric makes a folder for itself, even one that keeps its rows in memory
@@ -109,8 +111,11 @@ class MetricSet:
         p, r = _plain(channel, predictions, references)
         for name, (wanted, metric) in self._metrics.items():
             if wanted == channel:
+                lists = channel == "text" and (name in SPECS or self._several)
                 with self._blaming(name):
-                    metric.add_batch(predictions=p, references=r)
+                    metric.add_batch(
+                        predictions=p, references=[references_of(x) for x in r] if lists else r
+                    )
         self._n_rows[channel] += len(p)
 
     def compute(self) -> dict[str, float]:
@@ -170,6 +175,8 @@ def _builtin_class() -> Any:
             if self.spec.channel == "tags":
                 p = datasets.List(p)
             r = datasets.Value("int64") if self.spec.channel == "nll" else p
+            if self.spec.channel == "text":
+                r = datasets.List(p)
             if self.spec.channel == "label" and self.context.multi_label:
                 p = r = datasets.Sequence(p)
             # no format="numpy": it would round floats to float32

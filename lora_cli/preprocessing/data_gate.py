@@ -63,7 +63,12 @@ def inspect_data(recipe: Recipe) -> tuple[Task, dict[str, Encoded]]:
 def examine(task: Task, data: dict[str, Encoded]) -> Findings:
     """Return what is in the splits, and what they share."""
     findings = Findings(
-        task.recipe, task.max_length, task.longer_hint, task.unit, task.length_limit
+        task.recipe,
+        task.max_length,
+        task.longer_hint,
+        task.unit,
+        task.length_limit,
+        task.length_name,
     )
     scans = {name: _Scan(task, name, split) for name, split in data.items()}
     for name, scan in scans.items():
@@ -111,7 +116,7 @@ class _Scan:
             split.examples.data.column("row").to_numpy(), return_index=True, return_inverse=True
         )
         full = split.full_lengths[first]
-        long = full > (task.max_length or np.inf)
+        long = full > split.lengths[first]  # what was cut, or divided, is longer than its example
         kept = np.bincount(which, split.lengths, minlength=len(of_row))
         cut = long & (kept < full)
         names = task.label_names
@@ -127,6 +132,7 @@ class _Scan:
             lengths=self._lengths(full),
             cut_rows=int(cut.sum()),
             divided_rows=int((long & ~cut).sum()),
+            cut_note=task.cut_note(split),
             unknown_share=unknown_share,
             unknown_warning=unknown_warning,
             trained_tokens=task.trained_share(split),

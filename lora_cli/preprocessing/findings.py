@@ -81,6 +81,8 @@ class SplitFindings:
     """Rows whose text stands elsewhere with another label."""
     label_doubts: list[str] = field(default_factory=list)
     """Labels that look like others, or that train does not have."""
+    cut_note: str | None = None
+    """What was cut of the rows, where a row has several parts."""
 
 
 @dataclass
@@ -92,6 +94,7 @@ class Findings:
     longer_hint: str = "raise `task.max_length`"
     unit: str = "token"
     length_limit: str = ""
+    length_name: str = ""
     splits: dict[str, SplitFindings] = field(default_factory=dict)
     overlap: dict[str, dict[str, Overlap]] = field(default_factory=dict)
 
@@ -160,6 +163,8 @@ class Findings:
                     f"{split.control_token_rows:,}{share} {name} rows have control tokens in their "
                     f"text; {split.control_tokens}"
                 )
+            if split.cut_note:
+                lines.append(f"{name}: {split.cut_note}")
             lines += split.label_doubts
             if split.contradictions and split.contradictions.rows:
                 first = split.contradictions.examples[0]
@@ -205,8 +210,8 @@ class Findings:
         divided = [f"{s.divided_rows:,}{_percent(s.divided_rows / s.rows)}" for s in splits]
         has_divided = any(s.divided_rows for s in splits)
         if self.max_length and (not has_divided or any(s.cut_rows for s in splits)):
-            add(f"cut at {self.max_length}", cut, always=True)
-        add(f"divided at {self.max_length}", divided if has_divided else [])
+            add(f"cut at {self.length_name}", cut, always=True)
+        add(f"divided at {self.length_name}", divided if has_divided else [])
         if any(s.unknown_warning for s in splits):
             add("unknown tokens", [f"{100 * s.unknown_share:.1f} %" for s in splits])
         trained = [s.trained_tokens for s in splits]

@@ -35,6 +35,7 @@ class Base:
         shape: Its sizes, if they are known.
         size_from: What says how many parameters it has.
         sees: It reads pictures and no texts; None where that is not known.
+        is_encoder_decoder: It reads one text and writes another.
         model_type: What transformers calls its architecture, or diffusers its pipeline, if that is
             known.
     """
@@ -48,6 +49,16 @@ class Base:
     size_from: str = "by its configuration"
     sees: bool | None = None
     model_type: str | None = None
+    is_encoder_decoder: bool = False
+
+    @property
+    def language_codes(self) -> Sequence[str]:
+        """The languages that it has to be told, by its own codes; none, if it need not be told."""
+        from lora_cli.tasks.seq2seq_texts import has_languages, language_codes
+
+        if self.tokenizer is None or not has_languages(self.tokenizer):
+            return ()
+        return language_codes(self.tokenizer)
 
     @property
     def lacks_template(self) -> bool:
@@ -75,7 +86,7 @@ def describe_base(name: str) -> Base:
     Raises:
         LoraError: If the name is that of a folder or a package which is not there.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -101,22 +112,17 @@ def describe_base(name: str) -> Base:
         return Base(name, shape=shape_by_name(name), size_from="by its name")
     check_config(config, _recipe_of(name))
     kind = config.model_type
-    writes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    both = _translates(config)
+    writes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not both
     encodes = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or "ernie" in kind
     if kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and not (writes or encodes):
         shape = _shape_of(config, False)
         return Base(name, can_write=False, shape=shape, sees=True, model_type=kind)
     text_config = config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or None
-    try:
-        tokenizer = _from_hub(AutoTokenizer, source, local)
+    tokenizer = _tokenizer_of(source, local)
+    if tokenizer is not None:
         limit = min(limit or 1 << 30, int(tokenizer.model_max_length))
-    except (OSError, ValueError):
-        tokenizer = None
-    except Exception as error:  # a damaged file raises anything
-        hint = "copy or download tokenizer.json and tokenizer_config.json again"
-        what = f"cannot read the tokenizer of the model: {own_words(error)}"
-        raise LoraError(what, "--model", hint) from error
     return Base(
         name,
         tokenizer,
@@ -126,7 +132,34 @@ def describe_base(name: str) -> Base:
         _shape_of(config, writes and not encodes),
         sees=False,
         model_type=kind,
+        is_encoder_decoder=both,
     )
+
+
+def _tokenizer_of(source: str, local: bool) -> Any:
+    """Return the tokenizer of a model, or None if it is not at hand.
+
+    Raises:
+        LoraError: If it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return _from_hub(AutoTokenizer, source, local)
+    except (OSError, ValueError):
+        return None
+    except Exception as error:  # a damaged file raises anything
+        hint = "copy or download tokenizer.json and tokenizer_config.json again"
+        what = f"cannot read the tokenizer of the model: {own_words(error)}"
+        raise LoraError(what, "--model", hint) from error
+
+
+def _translates(config: Any) -> bool:
+    """Return whether a model reads one text and writes another."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    is_known = config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    return is_known and bool(getattr(config, "is_encoder_decoder", False))
 
 
 def _pipeline_in(folder: Path) -> str | None:

@@ -24,7 +24,8 @@ from lora_cli.reporting.report import (
 )
 
 # what a card tells of the recipe; the rest is in `recipe.yaml`
-SETTINGS = """task.max_length train.optimizer.type train.optimizer.learning_rate
+SETTINGS = """task.max_length task.max_source_length task.max_target_length
+train.optimizer.type train.optimizer.learning_rate
 train.optimizer.weight_decay train.scheduler.type train.scheduler.warmup_ratio
 train.scheduler.warmup_steps train.max_grad_norm train.packing train.seed"""
 LOW_RANK = "adapter.rank adapter.alpha adapter.dropout adapter.use_rslora adapter.init adapter.bias"

@@ -13,6 +13,7 @@ from lora_cli.recipe import (
     ImageClassificationSpec,
     Learned,
     Recipe,
+    Seq2SeqLMSpec,
     SequenceClassificationSpec,
     TaskSpec,
     TokenClassificationSpec,
@@ -56,6 +57,10 @@ def _type_of(spec: TaskSpec) -> type[Task]:
             from lora_cli.tasks.causal_lm import CausalLM
 
             return CausalLM
+        case Seq2SeqLMSpec():
+            from lora_cli.tasks.seq2seq_lm import Seq2SeqLM
+
+            return Seq2SeqLM
         case ImageClassificationSpec():
             from lora_cli.tasks.image_classification import ImageClassification
 

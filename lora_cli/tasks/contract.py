@@ -114,6 +114,11 @@ class Task(TaskAnswers, TaskMetrics):
         return counted(self.max_length or 0, self.unit)
 
     @property
+    def length_name(self) -> str:
+        """`max_length` as it stands in a table: `512`."""
+        return str(self.max_length)
+
+    @property
     def longer_hint(self) -> str:
         """What to do where rows are too long."""
         return "raise `task.max_length`"

@@ -57,7 +57,7 @@ def choose_padding(task: TextTask, model: nn.Module, longest: int | None = None)
                 if padding.side == "left" and not task.can_fill_left:
                     continue
                 task.padding = padding
-                found = _of_first(task, model, [short, long], "task.max_length")
+                found = _of_first(task, model, [short, long], task.length_key)
                 if float((found - alone).abs().max()) <= allowed:
                     chosen = padding
                     break
@@ -91,7 +91,7 @@ def check_training(task: TextTask, model: nn.Module, longest: int | None = None)
     training_mode(model)
     try:
         for example in (short, long):
-            _of_first(task, model, [example], "task.max_length")
+            _of_first(task, model, [example], task.length_key)
     finally:
         model.train(was_training)
 
@@ -132,14 +132,15 @@ def _of_first(task: TextTask, model: nn.Module, examples: Sequence[Example], key
         raise
     except Exception as error:  # architectures raise exceptions of any kind
         what = f"the model cannot compute {counted(longest, 'token')}: {own_words(error)}"
-        hint = f"`--set task.max_length={max(longest // 2, 1)}` cuts longer texts"
+        hint = f"`--set {task.length_key}={max(longest // 2, 1)}` cuts longer texts"
         if key == "model.name":
             hint = "is its config.json right, and does it need a newer transformers?"
         raise LoraError(what, task.recipe.at(key), hint) from error
     if logits.ndim == 1:
         return logits
-    length = len(examples[0]["input_ids"])  # (T, V)
-    return logits[-length:] if task.padding.side == "left" else logits[:length]
+    length = task.output_length(examples[0])  # (T, V)
+    is_left = task.padding.side == "left" and "labels" not in inputs  # targets never are
+    return logits[-length:] if is_left else logits[:length]
 
 
 def _not_repeatable(task: TextTask, noise: float) -> LoraError:

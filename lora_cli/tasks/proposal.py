@@ -65,6 +65,14 @@ class BaseFacts(Protocol):
         """It continues texts; True where that is not known."""
 
     @property
+    def is_encoder_decoder(self) -> bool:
+        """It reads one text and writes another."""
+
+    @property
+    def language_codes(self) -> Sequence[str]:
+        """The languages that it has to be told, by its own codes; none, if it need not be told."""
+
+    @property
     def sees(self) -> bool | None:
         """It reads pictures and no texts; None where that is not known."""
 

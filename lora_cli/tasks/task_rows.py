@@ -9,7 +9,7 @@ from lora_cli.data.load_rows import Rows
 from lora_cli.data.text_lines import byte_error
 from lora_cli.errors import Problem
 from lora_cli.recipe import Recipe
-from lora_cli.tasks.examples import Field
+from lora_cli.tasks.examples import Encoded, Field
 
 
 class TaskRows(ABC):
@@ -105,6 +105,10 @@ class TaskRows(ABC):
     def skip_reason(self, row: dict[str, Any]) -> str:
         """Return why the recipe leaves a row out, or nothing."""
         return ""
+
+    def cut_note(self, split: Encoded) -> str | None:
+        """Return how many parts of a split's rows were cut, where a row has several parts."""
+        return None
 
     def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
         """Return what is wrong with the label of a streamed row, which `learn_from` did not see."""

@@ -199,10 +199,13 @@ def _continue(
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_id,
         eos_token_id=list(stops),
-        use_cache=_can_cache(model),
+        use_cache=can_cache(model),
+        num_beams=options.num_beams,
+        length_penalty=options.length_penalty,
+        no_repeat_ngram_size=options.no_repeat_ngram_size,
         **sampling,
     )
-    with _without_own_config(model):
+    with without_own_config(model):
         output = model.generate(  # type: ignore[operator]  # transformers' generation mix-in
             **inputs,
             generation_config=config,
@@ -304,16 +307,16 @@ def _greedy(
     """Return the likeliest tokens after the first prompt, each with the logits (V,) it is from."""
     config = GenerationConfig(
         max_new_tokens=n_tokens, do_sample=False, pad_token_id=pad_id, output_logits=True,
-        return_dict_in_generate=True, use_cache=_can_cache(model),
+        return_dict_in_generate=True, use_cache=can_cache(model),
     )  # fmt: skip
-    with _without_own_config(model):
+    with without_own_config(model):
         output = model.generate(  # type: ignore[operator]  # transformers' generation mix-in
             **_padded_left(model, prompts, pad_id), generation_config=config
         )
     return [(int(logits[0].argmax()), logits[0].float()) for logits in output.logits]
 
 
-def _can_cache(model: nn.Module) -> bool:
+def can_cache(model: nn.Module) -> bool:
     """Return whether transformers makes a cache with a place for each layer that fills one.
 
     It counts a decoder's layers by `num_hidden_layers`, which in the configurations of BART and its
@@ -326,7 +329,7 @@ def _can_cache(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _without_own_config(model: nn.Module) -> Iterator[None]:
+def without_own_config(model: nn.Module) -> Iterator[None]:
     """Take the model's own generation config away for a while.
 
     `generate` fills what another config leaves open with it: penalties, beams, forced tokens.

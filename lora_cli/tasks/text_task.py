@@ -67,6 +67,8 @@ class TextTask(Task):
     """How rows of different lengths become one batch; `fit_to_model` chooses it by the model."""
     can_fill_left: bool = True
     """Whether rows may be filled on the left."""
+    length_key: str = "task.max_length"
+    """The recipe key that limits what the model reads."""
     pad_multiple: int = 1
     """Batches are padded to a multiple of this many tokens."""
 
@@ -227,6 +229,10 @@ class TextTask(Task):
     @abstractmethod
     def trial_examples(self, length: int) -> tuple[Example, Example]:
         """Return a short example and one of about `length` tokens, to try the model on."""
+
+    def output_length(self, example: Example) -> int:
+        """Return how many tokens of an example the model gives scores for, if for each."""
+        return len(example["input_ids"])
 
     def check_trial(self, model: nn.Module, example: Example, logits: Tensor) -> None:
         """Check what the task needs of the model's outputs for one example, if anything.

@@ -28,6 +28,8 @@ class WritingTask(TextTask):
 
     pad: int
     """The id that fills rows."""
+    prompt_name: str = "prompt"
+    """What a text that is answered is called."""
     end_of_turn: Collection[int] = ()
     """Tokens that end an answer, besides the tokenizer's and the model's own."""
 
@@ -88,16 +90,20 @@ class WritingTask(TextTask):
         options: GenerationSpec,
         streamer: Any = None,
     ) -> list[Answer]:
-        self._warn_of_base_settings(model)
+        self.warn_of_base_settings(model)
         stops, tokenizer = self.stop_ids(model), self.tokenizer
         return generate(
             model, prompts, tokenizer, options, self.pad, self.positions, stops, streamer
         )
 
-    def _warn_of_base_settings(self, model: nn.Module) -> None:
+    def base_settings(self, model: nn.Module) -> dict[str, Any]:
+        """Return what the base's generation config asks for that the recipe does not."""
+        return base_generation_settings(model)
+
+    def warn_of_base_settings(self, model: nn.Module) -> None:
         """Say once what the base would have liked, as its makers measured it so."""
         is_first, self._has_named_base_settings = not self._has_named_base_settings, True
-        settings_of_base = base_generation_settings(model) if is_first else {}
+        settings_of_base = self.base_settings(model) if is_first else {}
         if settings_of_base and os.environ.get("RANK", "0") == "0":
             shown = ", ".join(f"{key} {value}" for key, value in settings_of_base.items())
             warn(
@@ -116,15 +122,24 @@ class WritingTask(TextTask):
         """Return what a user should know of the answers since the last call, each with a count."""
         lines = super().take_warnings()
         if self.n_cut_answers:
-            lines.append(
-                f"{counted(self.n_cut_answers, 'answer')} ended where the model's "
-                f"{self.positions:,} tokens end, not by itself: shorter prompts leave more room"
-            )
+            lines.append(f"{counted(self.n_cut_answers, 'answer')} {self.cut_answers_note}")
         if self.n_cut_prompts:
-            what = counted(self.n_cut_prompts, "prompt")
-            lines.append(f"{what} lost the beginning, to leave room for the answer")
+            lines.append(f"{counted(self.n_cut_prompts, self.prompt_name)} {self.cut_prompts_note}")
         self.n_cut_answers = self.n_cut_prompts = 0
         return lines
+
+    @property
+    def cut_answers_note(self) -> str:
+        """What is said of answers that end where the model's positions end."""
+        return (
+            f"ended where the model's {self.positions:,} tokens end, not by itself: shorter "
+            "prompts leave more room"
+        )
+
+    @property
+    def cut_prompts_note(self) -> str:
+        """What is said of prompts that were cut."""
+        return "lost the beginning, to leave room for the answer"
 
     def stop_ids(self, model: nn.Module) -> list[int]:
         """Return the tokens that end what the model says: of a text, or of its turn in a chat."""

@@ -126,9 +126,10 @@ def out_of_memory(recipe: Recipe, micro_batch: int, activity: str) -> ResourceEr
         size = evaluation.micro_batch_size or 2 * micro_batch
         if size > 1:
             ways.append(f"`--set evaluate.micro_batch_size={size // 2}` (the same numbers)")
-    if activity != LOADING and (longest := getattr(recipe.task, "max_length", None)):
-        shorter = max(longest // 2, 1)
-        ways.append(f"`--set task.max_length={shorter}` (cuts more texts)")
+    lengths = {key: getattr(recipe.task, key, None) for key in recipe.task.length_keys}
+    if activity != LOADING and (known := {key: n for key, n in lengths.items() if n}):
+        flags = " ".join(f"--set task.{key}={max(n // 2, 1)}" for key, n in known.items())
+        ways.append(f"`{flags}` (cuts more texts)")
     hint = f"add {', or '.join(ways)}"
     if activity != LOADING and (saved := peek_state(recipe.output_path)) is not None:
         hint += f"; with `--resume` all but the last continue from step {saved.step}"

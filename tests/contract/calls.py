@@ -180,7 +180,9 @@ def drafted(kind: TaskKind, folder: Path) -> Json:
     write_recipe(target, draft.text(), draft.extra_files)
     check_recipe(load_recipe(target))
     written = load_recipe(target).task
-    return dict(written.model_dump(exclude_defaults=True, exclude={"max_length"}))
+    return dict(
+        written.model_dump(exclude_defaults=True, exclude={"max_length", *written.length_keys})
+    )
 
 
 # ------------------------------------------------------------------------------------ adapters

@@ -16,6 +16,7 @@ from typing import Any
 
 import tiny
 import tiny_pictures
+import tiny_translators
 from torch import nn
 
 Json = dict[str, Any]
@@ -117,6 +118,11 @@ def with_spans(i: int) -> Json:
     }
 
 
+def translated(i: int) -> Json:
+    return {"en": text(i), "de": text(2 * i + 1)}
+
+
+TRANSLATION = {"type": "seq2seq_lm", "source_column": "en", "target_column": "de"}
 NAMES = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 TASKS = {
     "classification": TaskKind(
@@ -189,6 +195,20 @@ TASKS = {
         lambda folder: tiny_pictures.save("vit", folder),
         {**PICTURES, "augmentation": {"crop": True, "flip": True}}, pictured,
         ("prediction", "p_dark", "p_light"), ("label",), drafted=PICTURES,
+    ),
+    "translation": TaskKind(
+        lambda folder: tiny_translators.save(folder, "marian"), TRANSLATION, translated,
+        ("prediction",), ("de",), drafted=TRANSLATION,
+    ),
+    "translation between languages": TaskKind(
+        lambda folder: tiny_translators.save(folder, "nllb"),
+        {**TRANSLATION, **tiny_translators.languages("nllb")}, translated, ("prediction",), ("de",),
+        drafted={**TRANSLATION, **tiny_translators.languages("nllb")}, runs=False,
+    ),
+    "translation with several references": TaskKind(
+        lambda folder: tiny_translators.save(folder, "t5"), TRANSLATION,
+        lambda i: {"en": text(i), "de": [text(2 * i + 1), text(3 * i)][: 1 + i % 2]},
+        ("prediction",), ("de",),
     ),
     "packed prompts": TaskKind(
         tiny.save_llama, {**PROMPTS, "max_length": 128}, answered, ("prediction",), ("completion",),

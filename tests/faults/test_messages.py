@@ -26,6 +26,7 @@ import cases_push  # noqa: F401
 import cases_recipes  # noqa: F401
 import cases_runs  # noqa: F401
 import cases_system  # noqa: F401
+import cases_translation  # noqa: F401
 import datasets
 import pytest
 import tiny
@@ -276,9 +277,9 @@ REST: dict[str, list[str]] = {
 MOST_LINES = 36  # of a message on the page
 AREAS = [
     "Arguments", "Recipes", "Keys that do not go together", "Overrides", "Files and rows", "Splits",
-    "Labels", "Entities", "Language models", "lora init", "Models", "Targets", "Metrics",
-    "Adapters", "Starting from an adapter", "Training", "Evaluation", "Prediction", "Merging",
-    "Combining", "Exporting", "Pushing", "Checking", "Pictures",
+    "Labels", "Entities", "Language models", "Translation", "lora init", "Models", "Targets",
+    "Metrics", "Adapters", "Starting from an adapter", "Training", "Evaluation", "Prediction",
+    "Merging", "Combining", "Exporting", "Pushing", "Checking", "Pictures",
 ]  # fmt: skip
 
 

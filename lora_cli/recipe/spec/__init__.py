@@ -19,6 +19,7 @@ from lora_cli.recipe.spec.evaluate import EvaluateSpec, GenerationSpec
 from lora_cli.recipe.spec.image_classification_spec import ImageClassificationSpec
 from lora_cli.recipe.spec.model import ModelSpec
 from lora_cli.recipe.spec.recipe import Origin, Recipe
+from lora_cli.recipe.spec.seq2seq_lm_spec import Seq2SeqLMSpec
 from lora_cli.recipe.spec.sequence_classification_spec import SequenceClassificationSpec
 from lora_cli.recipe.spec.task import TASKS, TaskSpec
 from lora_cli.recipe.spec.token_classification_spec import TokenClassificationSpec
@@ -28,6 +29,7 @@ __all__ = [
     "ModelSpec",
     "CausalLMSpec",
     "ImageClassificationSpec",
+    "Seq2SeqLMSpec",
     "SequenceClassificationSpec",
     "TokenClassificationSpec",
     "TaskSpec",

@@ -244,9 +244,13 @@ DATA_SUFFIXES = (
 
 
 def is_file(split: SplitSpec | None) -> bool:
-    """Return whether a split is given as a file: it has a folder, a known suffix, or a pattern."""
+    """Return whether a split is given as a file: it has a folder, a known suffix, or a pattern.
+
+    `train.{en,de}.gz` stands for two files.
+    """
     if not isinstance(split, str):
         return False
     name = re.sub(r"\[[^\[\]/]*\]$", "", split).lower()
     name = re.sub(r"\?[\w.-]+=.*", "", name).removesuffix(".gz")  # of an address; rejected later
-    return "/" in name or name.endswith(DATA_SUFFIXES)
+    is_pair = re.search(r"\{[^{},]+(,[^{},]+)+\}", name) is not None
+    return "/" in name or is_pair or name.endswith(DATA_SUFFIXES)

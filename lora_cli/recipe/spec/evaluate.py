@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lora_cli.recipe.spec.section import Positive, Section, Word
+from lora_cli.recipe.spec.section import Conflicts, Positive, Section, Word
 
 
 class BestSpec(Section):
@@ -30,7 +30,7 @@ class EarlyStoppingSpec(Section):
 
 
 class GenerationSpec(Section):
-    """How a language model writes its answers when it is evaluated or asked."""
+    """How a model that writes texts does so when it is evaluated or asked."""
 
     max_new_tokens: Positive = 128
     """Longest answer in tokens."""
@@ -41,6 +41,26 @@ class GenerationSpec(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the likeliest tokens that make up this probability."""
 
+    num_beams: Positive = 1
+    """Answers that are followed at the same time, of which the likeliest is given (beam search).
+    1 takes the most likely token every time."""
+
+    length_penalty: float = 1.0
+    """With several beams: the sum of an answer's log-probabilities is divided by its length to this
+    power, so more than 1 favours long answers, and less than 1 short ones."""
+
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0
+    """So many tokens in a row are not written twice in an answer; 0 forbids nothing."""
+
+    def conflicts(self) -> Conflicts:
+        """Yield settings that exclude each other, or that change nothing."""
+        if self.num_beams > 1 and self.temperature > 0:
+            what = "beam search takes the likeliest answer, and `temperature` samples one"
+            yield "num_beams", what, "leave one of them out"
+        if self.num_beams == 1 and self.length_penalty != 1.0:
+            what = "`length_penalty` compares the answers of several beams, and there is one"
+            yield "length_penalty", what, "set `num_beams: 4`, or leave it out"
+
 
 class EvaluateSpec(Section):
     """When validation is measured, by what, and what follows from it."""
@@ -50,9 +70,9 @@ class EvaluateSpec(Section):
 
     metrics: list[Word] | None = None
     """Metrics: accuracy, f1, precision, recall, matthews_correlation, pearson, spearman, mse,
-    perplexity, exact_match, bleu, rouge; or any other name or script that `evaluate` can load.
-    What each of them measures is printed below the results: of which label or average f1 is, on
-    which scale and of what words bleu is."""
+    perplexity, exact_match, bleu, chrf, rouge; or any other name or script that `evaluate` can
+    load. What each of them measures is printed below the results: of which label or average f1 is,
+    on which scale and of what words bleu is."""
 
     best: BestSpec | None = None
     """How the best adapter is chosen. Default: by the task's main metric."""
@@ -71,4 +91,4 @@ class EvaluateSpec(Section):
     numbers); `none`, the head alone, trained by this recipe; `base`, the model before training."""
 
     generation: GenerationSpec = Field(default_factory=GenerationSpec)
-    """How a language model writes its answers."""
+    """How a model that writes texts writes its answers."""

@@ -8,12 +8,17 @@ from pydantic import Field
 
 from lora_cli.recipe.spec.causal_lm_spec import CausalLMSpec
 from lora_cli.recipe.spec.image_classification_spec import ImageClassificationSpec
+from lora_cli.recipe.spec.seq2seq_lm_spec import Seq2SeqLMSpec
 from lora_cli.recipe.spec.sequence_classification_spec import SequenceClassificationSpec
 from lora_cli.recipe.spec.task_section import TaskSection
 from lora_cli.recipe.spec.token_classification_spec import TokenClassificationSpec
 
 TaskSpec = Annotated[
-    SequenceClassificationSpec | TokenClassificationSpec | CausalLMSpec | ImageClassificationSpec,
+    SequenceClassificationSpec
+    | TokenClassificationSpec
+    | CausalLMSpec
+    | Seq2SeqLMSpec
+    | ImageClassificationSpec,
     Field(discriminator="type"),
 ]
 

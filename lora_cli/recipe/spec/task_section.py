@@ -48,6 +48,7 @@ class UsualTraining:
         all_linear: Whether the draft names all linear layers as targets. Else it names none, and
             the task's own are taken.
         targets_note: Why these are adapted; empty: what is said of all models.
+        metrics: What a draft measures, if that is more than the task's own metrics.
     """
 
     writes: bool = False
@@ -57,6 +58,7 @@ class UsualTraining:
     rate_scale: float = 1.0
     all_linear: bool = True
     targets_note: str = ""
+    metrics: tuple[str, ...] = ()
 
 
 class TaskSection(Section):
@@ -80,6 +82,8 @@ class TaskSection(Section):
     usual_training: ClassVar[UsualTraining] = UsualTraining()
     """What a draft of a recipe says of the training, where the rows and the model do not."""
     packing_hint: ClassVar[str] = "leave it out"
+    length_keys: ClassVar[tuple[str, ...]] = ("max_length",)
+    """The keys that limit an example's length, of those that the section has."""
 
     @property
     def answer_kind(self) -> AnswerKind:

@@ -1,0 +1,115 @@
+"""`task` for `type: seq2seq_lm`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from lora_cli.recipe.spec.section import Conflicts, Positive, Word
+from lora_cli.recipe.spec.task_section import (
+    AnswerKind,
+    TaskSection,
+    Truncation,
+    Usage,
+    UsualTraining,
+)
+
+GENERATING = """\
+inputs = tokenizer({text}, return_tensors="pt")
+output = model.generate(**inputs, {options})
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+LANGUAGES = """\
+tokenizer.src_lang, tokenizer.tgt_lang = {source!r}, {target!r}
+first_token = tokenizer(text_target="a")["input_ids"][0]  # of the language that is written
+"""
+
+
+class Seq2SeqLMSpec(TaskSection):
+    """Read one text and write another: translation, summaries, data to text."""
+
+    peft_task_type = "SEQ_2_SEQ_LM"
+    pipeline_tag = "text2text-generation"
+    suitable_models = (
+        "take an encoder-decoder such as T5, BART, Marian (opus-mt), mBART or NLLB; models that "
+        "continue a text learn pairs of texts as `causal_lm`, by `prompt_column` and "
+        "`completion_column`"
+    )
+    usual_training = UsualTraining(
+        writes=True, longest=512, epochs=((1_000, 10), (20_000, 5), (math.inf, 2)),
+        learning_rate=1e-3, metrics=("bleu", "chrf"),
+    )  # fmt: skip
+    length_keys = ("max_source_length", "max_target_length")
+
+    type: Literal["seq2seq_lm"]
+    """Which task."""
+
+    source_column: Word = "source"
+    """Column of the text that is read."""
+
+    target_column: Word = "target"
+    """Column of the text that is written. A list of texts is several right answers: each is
+    trained, and metrics compare an answer with all of them."""
+
+    prefix: str = ""
+    """Text before every source, which the model was trained to expect: T5's
+    `"translate English to German: "`, or `">>fra<< "` of a Marian model that writes several
+    languages."""
+
+    source_language: Word | None = None
+    """The code of the language that is read, where the tokenizer has such codes: `eng_Latn` for
+    NLLB, `en_XX` for mBART, `en` for M2M100."""
+
+    target_language: Word | None = None
+    """The code of the language that is written. Every answer is made to begin with it."""
+
+    max_source_length: Positive = 256
+    """Longest source in tokens, with the prefix and those that begin and end it. Never more than
+    the model has positions for; nor, unless the recipe has this key, than its tokenizer expects."""
+
+    max_target_length: Positive = 128
+    """Longest target in tokens, likewise, in training. (`evaluate.generation.max_new_tokens` limits
+    what the model writes.)"""
+
+    truncate_source: Truncation = "right"
+    """What happens to a longer source: it loses its end (`right`) or its beginning (`left`), while
+    the prefix and the tokens that begin and end every text stay; its row is left out (`drop`); or
+    it is an error (`error`)."""
+
+    truncate_target: Truncation = "right"
+    """What happens to a longer target, likewise. Where it is cut, the model learns to stop there,
+    as it does with the tokenizer's own truncation."""
+
+    split_special_tokens: bool | None = None
+    """Read a control token that is spelled out in a text, such as `</s>`, as its letters and not as
+    the token. Default: no, as transformers does it."""
+
+    def conflicts(self) -> Conflicts:
+        """Yield what keeps a row from being read."""
+        if (self.source_language is None) != (self.target_language is None):
+            given = "source_language" if self.source_language else "target_language"
+            other = "target_language" if self.source_language else "source_language"
+            yield given, f"`{given}` needs `{other}`", f"name both languages: add `{other}: …`"
+        if self.source_column == self.target_column:
+            what = f"`{self.source_column}` is both the source and the target"
+            yield "target_column", what, "name the column of the text that is to be written"
+
+    @property
+    def answer_kind(self) -> AnswerKind:
+        """Text."""
+        return "text"
+
+    @property
+    def input_columns_by_key(self) -> dict[str, str]:
+        """The column of the source."""
+        return {"task.source_column": self.source_column}
+
+    def usage(self, labels: list[str], settings: Any) -> Usage:
+        """Return how the model writes the target of a source."""
+        options = f"max_new_tokens={settings.max_new_tokens}, num_beams={settings.num_beams}"
+        options += ", do_sample=False"
+        setup = ""
+        if self.source_language and self.target_language:
+            setup = LANGUAGES.format(source=self.source_language, target=self.target_language)
+            options += ", forced_bos_token_id=first_token"
+        code = GENERATING.format(text=repr(f"{self.prefix}Some text"), options=options)
+        return Usage("AutoModelForSeq2SeqLM", code, setup=setup)

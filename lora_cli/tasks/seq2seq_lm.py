@@ -1,0 +1,233 @@
+"""Read one text and write another: translation, summaries, data to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's own name for it
+from torch import Tensor, nn
+from transformers import AutoModelForSeq2SeqLM
+
+from lora_cli.errors import Problem, counted
+from lora_cli.metrics import MetricContext
+from lora_cli.recipe import Recipe, Seq2SeqLMSpec
+from lora_cli.recipe.spec import GenerationSpec
+from lora_cli.recipe.spec.task_section import Truncation
+from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Example, Prediction
+from lora_cli.tasks.padding import fill, mask_of
+from lora_cli.tasks.seq2seq_generation import Writing, decoder_inputs, first_token, write_targets
+from lora_cli.tasks.seq2seq_rows import SourceAndTargetTask
+from lora_cli.tasks.text_generation import Answer, base_generation_settings
+from lora_cli.tasks.text_pairs import propose_pairs
+from lora_cli.tasks.text_task import TRIAL_TEXT
+from lora_cli.tasks.writing_task import SAMPLE_NEW_TOKENS
+
+TRIAL_TARGET = 24  # tokens of the longer target that the model is tried on
+
+
+class Seq2SeqLM(SourceAndTargetTask):
+    """`task.type: seq2seq_lm`."""
+
+    auto_class = AutoModelForSeq2SeqLM
+    metric_channel = "nll"
+    loss_definition = "mean cross-entropy per token of the target, in nats"
+    default_metrics = ("perplexity",)
+    joins_examples = True  # of a row with several references: it is answered once
+    propose = staticmethod(propose_pairs)
+
+    def __init__(self, recipe: Recipe, spec: Seq2SeqLMSpec) -> None:
+        super().__init__(recipe, spec)
+        self.writes_answers = False
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Return the examples padded to the longest source and the longest target.
+
+        What fills a target is masked by its position, never by its id.
+        """
+        ids = [example["input_ids"] for example in examples]
+        labels = fill([example["labels"] for example in examples], IGNORED, self.pad_multiple)
+        inputs = {
+            "input_ids": fill(ids, self.pad, self.pad_multiple, self.padding),
+            "attention_mask": mask_of(ids, self.pad_multiple, self.padding),
+            "labels": labels,
+        }
+        trained = labels != IGNORED
+        targets = {
+            "labels": labels,
+            # found here, as the device would have to be waited for
+            "positions": trained.flatten().nonzero().squeeze(-1),
+            "first": torch.tensor([example.get("first", 1) for example in examples]),
+        }
+        items = {MAIN: trained.sum(-1).float()}
+        cost = sum(self.cost(example) for example in examples)
+        return Batch(inputs, targets, items, cost, [example["row"] for example in examples])
+
+    def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the scores of the targets' tokens (B, T, V), each given those before it."""
+        inputs = dict(inputs)
+        if "labels" in inputs:
+            inputs["decoder_input_ids"] = decoder_inputs(model, inputs.pop("labels"))
+        if self.padding.side != "none":
+            scores: Tensor = model(**inputs, use_cache=False).logits
+            return scores
+        lengths = inputs["attention_mask"].sum(-1).tolist()  # one at a time, filled on the right
+        rows = []
+        for i, length in enumerate(lengths):
+            one = {key: value[i : i + 1] for key, value in inputs.items()}
+            one |= {key: one[key][:, :length] for key in ("input_ids", "attention_mask")}
+            rows.append(model(**one, use_cache=False).logits)
+        return torch.cat(rows)
+
+    def losses(self, model: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return the negative log-likelihood of each target, summed over its tokens."""
+        labels, positions = batch.targets["labels"], batch.targets["positions"]
+        logits = output.flatten(0, 1).index_select(0, positions).float()
+        wanted = labels.flatten().index_select(0, positions)
+        losses = F.cross_entropy(logits, wanted, reduction="none")
+        by_token = losses.new_zeros(labels.numel()).index_copy(0, positions, losses)
+        return {MAIN: by_token.view(labels.shape).sum(-1)}
+
+    def predictions(self, model: nn.Module, output: Tensor, batch: Batch) -> list[Prediction]:
+        """Return the answer to the first example of each row, if a metric asks for answers."""
+        predictions = [Prediction(row, None, None) for row in batch.rows]
+        if self.writes_answers:
+            ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"] > 0
+            asked = [i for i, first in enumerate(batch.targets["first"].tolist()) if first]
+            sources = [ids[i][mask[i]].tolist() for i in asked]
+            options = self.recipe.evaluate.generation
+            for i, text in zip(asked, self.written(model, sources, options), strict=True):
+                predictions[i].prediction = text
+        return predictions
+
+    def join(self, row: dict[str, Any], parts: Sequence[Prediction]) -> Prediction:
+        """Return the one answer to a row, with all its references."""
+        said, wanted = parts[0].prediction, self.references(row)
+        reference = wanted if isinstance(row[self.spec.target_column], list) else wanted[0]
+        found = Prediction(parts[0].row, said, reference)
+        if self.writes_answers:
+            found.metric_inputs["text"] = (said, reference)
+        return found
+
+    def output_length(self, example: Example) -> int:
+        """Return how many tokens of an example have scores."""
+        return len(example["labels"])
+
+    def trial_examples(self, length: int) -> tuple[Example, Example]:
+        """Return a short source and target, and longer ones, to try the model on."""
+        length = min(length, self.limit("source"))  # it counts the target too
+        text = f"{TRIAL_TEXT} " * (1 + length // 10)
+        frames = self.texts.source_frame, self.texts.target_frame
+        read = self.texts.sources([text])[0], self.texts.targets([text])[0]
+        whole = [ids[len(frame.before) :] for frame, ids in zip(frames, read, strict=True)]
+
+        def example(*lengths: int) -> Example:
+            ids, labels = (
+                frame.around(inner[: max(n - len(frame), 1)])
+                for frame, inner, n in zip(frames, whole, lengths, strict=True)
+            )
+            return {"input_ids": ids, "labels": labels, "row": 0}
+
+        short = min(length, len(frames[0]) + 6)
+        return example(short, 4), example(length, min(TRIAL_TARGET, self.limit("target")))
+
+    def probe(self) -> dict[str, Tensor]:
+        """Return random tokens, the same every time, for the encoder and the decoder."""
+        found = super().probe()
+        start = getattr(self.config, "decoder_start_token_id", None)
+        targets = found["input_ids"].flip(0)[:, :16].clone()
+        targets[:, 0] = self.pad if start is None else start
+        return {**found, "decoder_input_ids": targets}
+
+    # --------------------------------------------------------------------------- answers
+
+    def load_model(
+        self, device: torch.device, dtype: torch.dtype | str | None = None
+    ) -> tuple[nn.Module, list[str]]:
+        """Return the base model, which begins each answer with the language that is written.
+
+        The answers here do so anyway: it is for those who use the merged model.
+        """
+        model, new = super().load_model(device, dtype)
+        config: Any = getattr(model, "generation_config", None)
+        if config is not None and self.spec.target_language is not None:
+            frame = self.texts.target_frame
+            config.forced_bos_token_id = frame.before[0] if frame.before else None
+            config.decoder_start_token_id = first_token(model, frame.around([]))
+        return model, new
+
+    @property
+    def metric_context(self) -> MetricContext:
+        """Whether rows have several references."""
+        return MetricContext(several_references=self.has_several)
+
+    def check_metrics(self, channels: set[str]) -> None:
+        """Let the model write answers, if a metric reads text."""
+        self.writes_answers = "text" in channels
+
+    def base_settings(self, model: nn.Module) -> dict[str, Any]:
+        """Return what the base asks for, without the first token if it is the recipe's too."""
+        found, begin = base_generation_settings(model), self.texts.target_frame.before
+        return {k: v for k, v in found.items() if k != "forced_bos_token_id" or (v,) != begin[:1]}
+
+    def written(
+        self, model: nn.Module, sources: Sequence[Sequence[int]], options: GenerationSpec
+    ) -> list[str]:
+        """Return what the model writes for sources."""
+        self.warn_of_base_settings(model)
+        frame, positions = self.texts.target_frame, self.positions_of("target")
+        stops = self.stop_ids(model)
+        how = Writing(
+            self.tokenizer, frame.before, frame.after, self.pad, self.padding, positions, stops
+        )
+        answers: list[Answer] = write_targets(model, sources, options, how)
+        self.n_cut_answers += sum(answer.is_cut for answer in answers)
+        return [answer.text for answer in answers]
+
+    def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
+        """Return what the model writes for each row's source."""
+        whole = self.texts.sources([str(row[self.spec.source_column]) for row in rows])
+        sources = [self.texts.cut(ids, "source") for ids in whole]
+        self.n_cut_prompts += sum(len(a) > len(b) for a, b in zip(whole, sources, strict=True))
+        options = self.recipe.evaluate.generation
+        return [[text] for text in self.written(model, sources, options)]
+
+    def answer_problem(self, row: dict[str, Any]) -> Problem | None:
+        """Return why a row cannot be answered, with what to do about it, or nothing."""
+        if reason := self.input_error(row):
+            return Problem(reason, hint=self.answer_hint)
+        if self.spec.truncate_source in ("drop", "error"):
+            length = len(self.texts.sources([str(row[self.spec.source_column])])[0])
+            if length > self.limit("source"):
+                what = f"it has {counted(length, 'token')}, more than {self.limit('source'):,}"
+                return Problem(what, hint="cut it: `--set task.truncate_source=right`")
+        return None
+
+    def answer_error(self, row: dict[str, Any]) -> str:
+        """Return why a row cannot be answered, or nothing."""
+        problem = self.answer_problem(row)
+        return problem.what if problem else ""
+
+    @property
+    def cut_answers_note(self) -> str:
+        """What to say of answers that ended with the decoder's positions."""
+        return f"ended where the decoder's {self.positions_of('target'):,} tokens end"
+
+    @property
+    def cut_prompts_note(self) -> str:
+        """What to say of sources that were cut."""
+        end = "the beginning" if self.spec.truncate_source == "left" else "the end"
+        return f"lost {end}: more than {self.limit('source'):,} tokens (`task.max_source_length`)"
+
+    def sample(
+        self, model: nn.Module, rows: Sequence[dict[str, Any]]
+    ) -> list[tuple[str, str, str]]:
+        """Return what the model writes for rows, the most likely token every time."""
+        asked = [str(row[self.spec.source_column]) for row in rows]
+        how: Truncation = "left" if self.spec.truncate_source == "left" else "right"
+        sources = [self.texts.cut(ids, "source", how) for ids in self.texts.sources(asked)]
+        tokens = min(SAMPLE_NEW_TOKENS, self.recipe.evaluate.generation.max_new_tokens)
+        texts = self.written(model, sources, GenerationSpec(max_new_tokens=tokens))
+        wanted = [self.shown_reference(row) or "" for row in rows]
+        return list(zip(asked, wanted, texts, strict=True))
