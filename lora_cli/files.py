@@ -247,6 +247,8 @@ def verify_manifest(folder: Path, *required: str) -> bool:
 
 def forbidden(path: Path) -> ResourceError:
     """Return what to say of a file or folder that may not be read, and may be whole."""
+    closed = (up for up in reversed(path.parents) if not os.access(up, os.X_OK, effective_ids=True))
+    path = next(closed, path)
     hint = f"let it be read: `chmod -R u+rwX {shlex.quote(str(path))}`, as its owner"
     return ResourceError("it may not be read: permission denied", str(path), hint)
 

@@ -16,6 +16,7 @@ from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
+from lora_cli.tasks.causal_lm_encoders import SAMPLE_NEW_TOKENS, SAMPLE_TOKENS
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import IGNORED, Encoded
 
@@ -199,3 +200,48 @@ def test_in_a_conversation_control_tokens_are_never_read(tmp_path: Path) -> None
     asked = task.prompt({"messages": row["messages"][:1]})  # type: ignore[attr-defined]
     assert asked == example["input_ids"][: len(asked)]
     assert asked.count(tiny.EOS) == 1
+
+
+def said(*turns: str) -> dict[str, Any]:
+    """Return a conversation of turns such as `user: why?`."""
+    parts = [turn.partition(": ") for turn in turns]
+    return {"messages": [{"role": role, "content": content} for role, _, content in parts]}
+
+
+def test_what_is_asked_of_a_conversation_ends_before_the_last_answer(tmp_path: Path) -> None:
+    row = said("user: a film?", "assistant: dull", "user: why?", "assistant: too long")
+    task: Any = task_of(tmp_path, [row], CHAT)
+    read = task.tokenizer
+
+    def tokens(turns: list[dict[str, str]]) -> list[int]:
+        return list(read.apply_chat_template(turns, add_generation_prompt=True)["input_ids"])
+
+    turns = row["messages"]
+    for count, asked in ((1, 1), (2, 1), (3, 3), (4, 3)):
+        assert task.prompt({"messages": turns[:count]}) == tokens(turns[:asked])
+    with pytest.raises(LoraError, match="no turn to answer"):
+        task.prompt(said("assistant: hello"))
+
+
+def test_a_sample_is_what_is_asked_and_the_answer_that_is_wanted(tmp_path: Path) -> None:
+    row = said("user: a film?", "assistant: dull", "user: why?", "assistant: too long")
+    task: Any = task_of(tmp_path, [row], CHAT)
+    turns = row["messages"]
+    for count, wanted in ((1, ""), (2, "dull"), (3, ""), (4, "too long")):
+        some = {"messages": turns[:count]}
+        assert task.rows.sample(some) == (task.prompt(some), wanted)
+    # the assistant speaks first: of a blank, which every model reads
+    begun = task.tokenizer(" ")["input_ids"]
+    assert task.rows.sample(said("assistant: hello")) == (begun, "hello")
+
+
+def test_a_sample_of_a_text_is_its_first_half_and_what_follows(tmp_path: Path) -> None:
+    texts = ["a great film and a warm cast", "dull", "slow and long " * 60]
+    rows = [{"text": text} for text in texts]
+    task: Any = task_of(tmp_path, rows, {"type": "causal_lm", "text_column": "text"})
+    for row in rows:
+        whole = task.tokenizer(row["text"])["input_ids"]
+        begin, end = task.rows.sample(row)
+        cut = min(SAMPLE_TOKENS, (len(whole) + 1) // 2)
+        assert begin == whole[:cut]
+        assert end == task.tokenizer.decode(whole[cut : cut + SAMPLE_NEW_TOKENS])

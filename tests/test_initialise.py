@@ -285,6 +285,13 @@ def test_a_rank_that_the_weight_does_not_have_is_an_error(init: str) -> None:
     assert "at most 32" in text
 
 
+def test_eva_may_have_a_rank_above_the_outputs() -> None:
+    base = nn.Sequential(nn.Linear(9, 3))
+    adapter = {"rank": 9, "target_modules": ["0"]}
+    attach(copy.deepcopy(base), tiny.recipe_of("causal_lm", init="eva", **adapter))
+    assert "at most 3" in rejected(base, init="olora", **adapter)
+
+
 def test_an_odd_rank_is_an_error_for_orthogonal_matrices() -> None:
     text = rejected(
         tiny.encoder(), init="orthogonal", rank=4, rank_pattern={"query": 3},

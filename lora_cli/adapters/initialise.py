@@ -63,7 +63,9 @@ def reject_impossible_starts(model: nn.Module, targets: Iterable[Target], recipe
         what = f"`init: {spec.init}` cannot have rank {target.rank} at `{target.name}`"
         if spec.init == "orthogonal" and target.rank % 2:
             problems.append(Problem(f"{what}: it needs an even one", at, "take an even rank"))
-        elif spec.init != "orthogonal" and target.rank > (most := min(n_in, n_out)):
+        # EVA has as many directions as inputs; the others decompose the weight
+        most = n_in if spec.init == "eva" else min(n_in, n_out)
+        if spec.init != "orthogonal" and target.rank > most:
             shape = f"its weight is {n_out} x {n_in}"
             hint = f"take a rank of at most {most}, or leave the module out"
             problems.append(Problem(f"{what}: {shape}", at, hint))

@@ -43,6 +43,7 @@ KEY = "key.json"  # the hash of what the rows depend on: a folder that was renam
 LIBRARIES = ("datasets", "pyarrow", "tokenizers", "transformers")  # which make or read the rows
 BATCH_ROWS = 1000
 BATCH_BYTES = 2**25  # of text and media that wait to be written
+FULL = (errno.ENOSPC, errno.EDQUOT)
 PATIENCE_S = 2.0  # before progress is shown
 LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.(.+)\.(\d+)\.[0-9a-f]+\.tmp")
 
@@ -219,7 +220,8 @@ def _cannot_write(root: Path, error: OSError) -> ResourceError:
     number = error.errno or (int(found[1]) if found else None)
     reason = os.strerror(number) if number else str(error)
     what = f"the cache of data sets cannot be written to: {reason.lower()}"
-    hint = "free some space there, or name another folder: `HF_DATASETS_CACHE=DIR lora …`"
+    way = "free some space there" if number in FULL else "allow it to be written to"
+    hint = f"{way}, or name another folder: `HF_DATASETS_CACHE=DIR lora …`"
     return ResourceError(what, str(root), hint)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -86,6 +87,7 @@ class Batches:
         prepared: Any = self.examples
         if self.task.prepares:
             prepared = _Prepared(self.task, self.examples, self.recipe.train.seed)
+        require_shared_memory(self.recipe.train.workers)
         loader: Any = DataLoader(
             prepared,
             batch_sampler=(
@@ -172,6 +174,22 @@ def prepared_for(task: Task, example: Example, seed: int, step: int) -> Example:
     """Return an example ready to be collated in a step of training."""
     rng = np.random.default_rng((seed, step, int(example["row"])))
     return task.prepare(restored(example), rng, training=True)
+
+
+def require_shared_memory(workers: int) -> None:
+    """Try to get the semaphores that workers and their queues need.
+
+    Where torch does not get them, it leaves a half-made loader, which prints a traceback.
+
+    Raises:
+        OSError: If the shared memory is full, or cannot be used.
+    """
+    context = multiprocessing.get_context()
+    try:
+        semaphores = [context.Semaphore() for _ in range(8 + 3 * workers if workers else 0)]
+        del semaphores
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "/dev/shm") from error
 
 
 def _leave_signals_to_the_run(_: int) -> None:

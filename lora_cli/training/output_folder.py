@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import platform
 import shlex
 import sys
@@ -22,7 +24,7 @@ from lora_cli.environment import installed_version
 from lora_cli.errors import LoraError, Problem, ResourceError, warn
 from lora_cli.files import is_leftover, write_atomically
 from lora_cli.folder_lock import FolderLock
-from lora_cli.recipe import Recipe, dump_recipe, load_adapter_recipe
+from lora_cli.recipe import RECIPE_FILE, Recipe, dump_recipe, load_adapter_recipe
 from lora_cli.reporting import plot_learning_curve, write_model_card, write_page, write_report
 from lora_cli.reporting.report import part
 from lora_cli.tasks.contract import Task
@@ -162,6 +164,19 @@ def write_recipe(recipe: Recipe) -> None:
         raise _cannot_write(recipe, error) from error
 
 
+def require_output(recipe: Recipe) -> None:
+    """Check that the output folder is still the one that the run began in.
+
+    One that was removed would be made again, without the log, the recipe and the checkpoints.
+
+    Raises:
+        FileNotFoundError: If it was removed, by another program or by hand.
+    """
+    file = recipe.output_path / RECIPE_FILE
+    if not file.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
+
+
 def _cannot_write(recipe: Recipe, error: OSError) -> LoraError:
     what = f"cannot write to {recipe.output_path}: {error.strerror}"
     hint = "choose another folder with `-o DIR`"
@@ -276,6 +291,7 @@ def finish(recipe: Recipe, report: dict[str, Any], accelerator: Accelerator) -> 
     """Write the plot, the model card, the page, and the report last."""
     folder = recipe.output_path
     if accelerator.is_main_process:
+        require_output(recipe)
         plot_learning_curve(folder, report)
         write_model_card(folder, recipe, report)
         write_page(folder, report)

@@ -26,7 +26,7 @@ from lora_cli.training.checkpoints import (
     save_checkpoint,
 )
 from lora_cli.training.mirror import Mirror, mirror_checkpoint
-from lora_cli.training.output_folder import REPORT, write_recipe
+from lora_cli.training.output_folder import REPORT, require_output, write_recipe
 from lora_cli.training.progress import repair_logs
 from lora_cli.training.rank_agreement import require_same_parameters
 from lora_cli.training.train_state import (
@@ -147,6 +147,7 @@ class Saver:
         if self.accelerator.scaler is not None:
             state.scaler = self.accelerator.scaler.state_dict()
         if self.accelerator.is_main_process:
+            require_output(self.recipe)
             trained = (self.model, self.recipe, self.in_full, self.base)
             save_checkpoint(self.folder, state, self.optimizer, *trained, self.facts)
             if self.recipe.checkpoint.mirror is not None:
@@ -159,6 +160,7 @@ class Saver:
     def publish(self, state: TrainState) -> None:
         """Put the adapter as it is now into the output folder."""
         if self.accelerator.is_main_process:
+            require_output(self.recipe)
             trained = (self.model, self.recipe, self.in_full, self.base)
             publish_adapter(self.folder, *trained, self.save_processor, self.facts)
         self.accelerator.wait_for_everyone()

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -22,8 +23,11 @@ from lora_cli.errors import LoraError, ResourceError
 from lora_cli.files import verify_manifest, write_manifest
 from lora_cli.models.load_errors import place_error
 from lora_cli.recipe import Learned, Recipe, load_recipe
+from lora_cli.training import train
+from lora_cli.training.batches import require_shared_memory
 from lora_cli.training.checkpoints import load_checkpoint
 from lora_cli.training.memory_and_disk import resource_error
+from lora_cli.training.step import train_step
 
 NOBODY = 65534
 
@@ -69,7 +73,7 @@ def test_checkpoints_that_may_not_be_read_are_not_called_damaged(
     finally:
         path.chmod(0o755)
     assert "another folder" not in str(found.value)
-    assert "hint: let it be read: `chmod -R u+rwX" in str(found.value)
+    assert f"hint: let it be read: `chmod -R u+rwX {path}`" in str(found.value)
     assert verify_manifest(step)
 
 
@@ -137,6 +141,41 @@ def test_an_output_folder_that_was_removed_is_named(recipe: Recipe) -> None:
     other = FileNotFoundError(errno.ENOENT, "no such file", "/elsewhere/base")
     recipe.output_path.mkdir()
     assert resource_error(other, recipe, Learned(), "saving") is None
+
+
+@pytest.mark.parametrize("gone", ["out", "out/recipe.yaml"])
+def test_an_output_folder_that_is_removed_while_training_is_not_made_again(
+    gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.save_encoder(tmp_path / "base")
+    path = tiny.recipe(base, tmp_path, checkpoint={"every_steps": 1}, train={"max_steps": 3})
+
+    def removing(*arguments: Any) -> Any:
+        if (tmp_path / "out" / "checkpoints" / "step-000001").is_dir():
+            target = tmp_path / gone
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+        return train_step(*arguments)
+
+    monkeypatch.setattr("lora_cli.training.run.train_step", removing)
+    with pytest.raises(ResourceError, match=f"{gone}` was removed while"):
+        train(load_recipe(path))
+    assert (tmp_path / "out").is_dir() == (gone != "out")
+
+
+def test_shared_memory_that_is_full_before_workers_start_is_named(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        def Semaphore(self) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    require_shared_memory(2)
+    monkeypatch.setattr("multiprocessing.get_context", Full)
+    require_shared_memory(0)
+    with pytest.raises(OSError, match="/dev/shm") as caught:
+        require_shared_memory(2)
+    found = resource_error(caught.value, recipe, Learned(), "training")
+    assert "the shared memory, through which workers hand over batches, is full" in str(found)
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.EROFS])

@@ -1,0 +1,184 @@
+"""What a merge has to agree with, against what PEFT merges itself, of every kind of module."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lora_cli.adapters.merge_proof import expected_weights, weights_of
+
+SITES: dict[str, tuple[Any, list[str]]] = {
+    "linear": (lambda: tiny.encoder(None), ["query", "value"]),
+    "embedding": (lambda: tiny.encoder(None), ["word_embeddings", "query"]),
+    "Conv1D": (tiny.gpt2, ["c_attn", "c_proj"]),
+    "convolutions": (tiny.ConvNet, ["stem", "point", "line"]),
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "alphas": {"alpha_pattern": 5.0},  # of the first target
+    "dora": {"use_dora": True},
+}
+
+
+def adapted(site: str, tmp_path: Path, **settings: Any) -> tuple[nn.Module, nn.Module, Any, Any]:
+    """Return a base, the model that PEFT merges, and what PEFT saves of it."""
+    build, targets = SITES[site]
+    base = build()
+    if "alpha_pattern" in settings:
+        settings["alpha_pattern"] = {targets[0]: settings["alpha_pattern"]}
+    settings["fan_in_fan_out"] = site == "Conv1D"
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, **settings)
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
+            elif "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path)
+    tensors = {
+        name.removeprefix("base_model.model."): tensor
+        for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items()
+    }
+    return base, model.merge_and_unload(), tensors, config.to_dict()
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("site", SITES)
+def test_weights_are_those_that_peft_merges(site: str, settings: str, tmp_path: Path) -> None:
+    base, merged, tensors, config = adapted(site, tmp_path, **SETTINGS[settings])
+    expected = expected_weights(base, tensors, config)
+    assert expected.disagreement(merged) is None
+    assert expected.disagreement(base) is not None
+    assert weights_of(base).disagreement(base) is None
+    left_out = next(name for name in tensors if name.endswith("lora_B.weight"))
+    rest = {name: tensor for name, tensor in tensors.items() if name != left_out}
+    if settings != "dora":  # of which the lengths stay
+        place = left_out.removesuffix(".lora_B.weight") + ".weight"
+        assert expected_weights(base, rest, config).disagreement(merged) == place
+
+
+def test_the_update_of_a_grouped_convolution_convolves_as_its_parts_do() -> None:
+    """PEFT cannot merge it; in its file A has zeros outside of a group's channels."""
+    base = tiny.ConvNet()
+    layer = base.grouped  # (8, 4, 3, 3) of two groups
+    a, b = torch.randn(4, 4, 3, 3), torch.randn(8, 2, 1, 1)
+    x = torch.randn(2, 8, 6, 6)
+    parts = torch.nn.functional.conv2d(x, a, padding=1, groups=2)
+    wanted = layer(x) + 3.0 * torch.nn.functional.conv2d(parts, b, groups=2)  # alpha 12, rank 4
+    saved = torch.zeros(4, 8, 3, 3)
+    saved[:2, :4], saved[2:, 4:] = a[:2], a[2:]
+    tensors = {"grouped.lora_A.weight": saved, "grouped.lora_B.weight": b}
+    expected = expected_weights(base, tensors, heads("", r=4, lora_alpha=12))
+    merged = copy.deepcopy(base)
+    with torch.no_grad():
+        delta = torch.zeros(8, 4, 3, 3)
+        for i in range(2):
+            own = b[4 * i : 4 * i + 4, :, 0, 0], a[2 * i : 2 * i + 2]
+            delta[4 * i : 4 * i + 4] = torch.einsum("or,rchw->ochw", *own)
+        merged.grouped.weight += 3.0 * delta
+    torch.testing.assert_close(merged.grouped(x), wanted, rtol=1e-4, atol=1e-4)
+    assert expected.disagreement(merged) is None
+    assert expected.disagreement(base) == "grouped.weight"
+
+
+def test_a_default_alpha_is_that_of_peft(tmp_path: Path) -> None:
+    base, _, tensors, config = adapted("linear", tmp_path)
+    del config["lora_alpha"]
+    eight = expected_weights(base, tensors, {**config, "lora_alpha": 8}).products
+    found = expected_weights(base, tensors, config).products
+    assert all(torch.equal(found[name], eight[name]) for name in eight)
+
+
+@pytest.mark.parametrize("part", ["entry", "row", "sign", "nan"])
+def test_one_wrong_weight_is_found(part: str, tmp_path: Path) -> None:
+    base, merged, tensors, config = adapted("linear", tmp_path)
+    expected = expected_weights(base, tensors, config)
+    name = "encoder.layer.1.attention.self.value.weight"
+    weight = merged.get_parameter(name).data
+    at = int(expected.products[name].abs().argmax())  # the largest decides what is near
+    if part == "entry":
+        weight[at, 2] += 0.01
+    elif part == "row":
+        weight[[at, at - 1]] = weight[[at - 1, at]]
+    elif part == "sign":
+        weight.neg_()
+    else:
+        weight[0, 0] = torch.nan
+    assert expected.disagreement(merged) == name
+
+
+@pytest.mark.parametrize(("size", "found"), [(2e-5, False), (1e-3, True)])
+def test_rounding_is_no_disagreement_at_any_scale(size: float, found: bool) -> None:
+    for scale in (1e-3, 1.0, 1e3):
+        model = nn.Linear(8, 8)
+        with torch.no_grad():
+            model.weight.mul_(scale)
+        expected = weights_of(model)
+        with torch.no_grad():
+            model.weight.mul_(1 + size)
+        assert (expected.disagreement(model) is not None) is found
+
+
+def test_a_parameter_that_is_missing_is_named() -> None:
+    expected = weights_of(nn.Linear(4, 2))
+    assert expected.disagreement(nn.Linear(4, 2, bias=False)) is not None
+    names = weights_of(nn.Sequential(nn.Linear(4, 2, bias=False)))
+    assert names.disagreement(nn.Linear(4, 2)) == "0.weight"
+
+
+def heads(task_type: str, **more: Any) -> dict[str, Any]:
+    return {"peft_type": "LORA", "task_type": task_type, "r": 4, "lora_alpha": 8} | more
+
+
+def test_what_was_trained_in_full_is_that_of_the_file() -> None:
+    base = tiny.encoder(2)
+    names = ["classifier.weight", "classifier.bias", "bert.pooler.dense.weight"]
+    tensors: dict[str, Tensor] = {
+        name: torch.randn_like(base.get_parameter(name)) for name in names
+    }
+    bias = "bert.encoder.layer.0.attention.self.query.bias"
+    tensors[bias] = torch.randn_like(base.get_parameter(bias))
+    wanted = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            wanted.get_parameter(name).copy_(tensor)
+    config = heads("SEQ_CLS", modules_to_save=["pooler.dense"])
+    found = expected_weights(base, tensors, config)
+    assert found.disagreement(wanted) is None
+    assert found.disagreement(base) is not None
+    old = {  # as raw state dicts have them
+        name.replace("classifier.", "classifier.modules_to_save.default."): tensor
+        for name, tensor in tensors.items()
+    }
+    old["classifier.original_module.weight"] = torch.zeros(2, 32)
+    assert expected_weights(base, old, config).disagreement(wanted) is None
+
+
+@pytest.mark.parametrize("which", ["both", "one"])
+def test_of_two_places_of_a_weight_one_may_be_a_copy(which: str) -> None:
+    base = tiny.llama(tied=True)
+    new = torch.randn_like(base.lm_head.weight)
+    tensors = {"model.embed_tokens.weight": new}
+    config = heads("CAUSAL_LM", modules_to_save=["embed_tokens"] if which == "one" else None)
+    found = expected_weights(base, tensors, config).products
+    alone, together = found["lm_head.weight"], found["model.embed_tokens.weight"]
+    assert torch.equal(alone, together) is (which == "both")
+    assert torch.equal(together, weights_of(_holding(new)).products["weight"])
+
+
+def _holding(weight: Tensor) -> nn.Module:
+    module = nn.Embedding(*weight.shape)
+    with torch.no_grad():
+        module.weight.copy_(weight)
+    return module
