@@ -159,6 +159,16 @@ def test_a_system_prompt_inside_the_users_turn_is_not_trained() -> None:
     assert text.startswith("<s>[INST] <<SYS>>\nAnswer.\n<</SYS>>\n\n1 + 1? [/INST]")
 
 
+@pytest.mark.parametrize("name", ["im", "end", "_end", "im_en", "lookup"])
+def test_a_call_that_is_not_written_is_an_error_though_its_name_is_part_of_a_mark(
+    name: str,
+) -> None:
+    template = CHATML.replace("<|im_end|>", "<end_of_im_turn>")
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": {}}}]}
+    with pytest.raises(LoraError, match=f"does not write its call of `{name}`"):
+        encode_chat(tokenizer(template), [*turns(("user", "1 + 1?")), call], "all_turns")
+
+
 def test_tools_are_read_and_what_calls_them_is_trained() -> None:
     messages = turns(
         ("user", "weather?"), ("assistant", "call()"), ("tool", "sunny"), ("assistant", "Sunny.")

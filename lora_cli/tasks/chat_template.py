@@ -289,10 +289,16 @@ def _holds(text: str, part: str) -> bool:
     )
 
 
+def _names(text: str, name: str) -> bool:
+    """Return whether a text has a name as a word: `<end_of_turn>` does not name `f`."""
+    forms = (name, json.dumps(name, ensure_ascii=False)[1:-1], json.dumps(name)[1:-1])
+    return any(re.search(rf"(?<!\w){re.escape(form.strip())}(?!\w)", text) for form in forms)
+
+
 def _require_tools(tools: Sequence[dict[str, Any]] | None, text: str) -> None:
     """Reject tools that the template does not write."""
     for tool in tools or ():
-        if not _holds(text, str(name_of(tool))):
+        if not _names(text, str(name_of(tool))):
             raise LoraError(
                 f"the chat template does not write the row's tools: `{name_of(tool)}` is missing",
                 hint=f"use a base model that was trained to call tools, or {ANOTHER}",
@@ -329,7 +335,7 @@ def _require_turn(message: Message, written: str, number: int) -> None:
             "`task.chat_template`",
         )
     for call in message.get("tool_calls") or ():
-        if not _holds(written, str(name_of(call))):
+        if not _names(written, str(name_of(call))):
             raise LoraError(
                 f"turn {number}: the chat template does not write its call of `{name_of(call)}`",
                 hint=f"use a base model that was trained to call tools, or {ANOTHER}",
