@@ -64,7 +64,8 @@ def explained(
             raises a `LoraError` if it finds the cause in something that is loaded before.
     """
     level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    if level != transformers_logging.ERROR:  # to set it walks through all loggers
+        transformers_logging.set_verbosity_error()
     try:
         yield
     except LoraError:
@@ -78,7 +79,8 @@ def explained(
             find_cause(error)
         raise _load_error(recipe, what, error) from error
     finally:
-        transformers_logging.set_verbosity(level)
+        if level != transformers_logging.get_verbosity():
+            transformers_logging.set_verbosity(level)
 
 
 def place_error(error: BaseException) -> ResourceError | None:
