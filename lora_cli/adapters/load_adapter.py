@@ -21,6 +21,7 @@ from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
 from lora_cli.adapters.peft_format.adapter_folder import (
     AdapterFolder,
 )
+from lora_cli.adapters.peft_format.other_names import use_names_of
 from lora_cli.adapters.peft_format.peft_rules import convolution_difference, copied_modules
 from lora_cli.adapters.peft_format.peft_tensors import TOGETHER, sort_tensors, unsupported
 from lora_cli.adapters.peft_format.peft_types import alpha_of
@@ -58,6 +59,7 @@ def load_adapter(
         IntegrityError: With every tensor that does not fit the model or is missing; the model is
             untouched then.
     """
+    use_names_of(model, adapter)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     layers = layers_of(adapter.type)
     tensors = sort_tensors(adapter.tensors, adapter.type, parameters)

@@ -17,6 +17,7 @@ from lora_cli.adapters.attach import attach
 from lora_cli.adapters.find_adapter import find_adapter_folder
 from lora_cli.adapters.load_adapter import load_adapter, own_parameters, verify_base
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
+from lora_cli.adapters.peft_format.other_names import use_names_of
 from lora_cli.adapters.peft_format.peft_rules import base_modules, copied_modules, full_names
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
 from lora_cli.adapters.peft_format.tensor_names import adapted_module, adapted_modules
@@ -119,6 +120,7 @@ def completed_section(
     Raises:
         LoraError: With every key by which the recipe says otherwise.
     """
+    use_names_of(model, saved)
     spec, config = recipe.adapter, saved.config
     adapted = sorted(adapted_modules(saved.tensors))
     own, tied = _trained_in_full(model, saved, head)

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.peft_format.adapter_folder import PREFIX, AdapterFolder
+from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
 from lora_cli.adapters.peft_format.peft_rules import copied_modules
 from lora_cli.adapters.peft_format.peft_tensors import sort_tensors
+from lora_cli.adapters.peft_format.tensor_names import PREFIX
 from lora_cli.adapters.targets import first_match
 from lora_cli.errors import IntegrityError, Problem
 

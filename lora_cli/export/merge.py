@@ -17,6 +17,7 @@ from lora_cli.adapters.find_adapter import shown_name
 from lora_cli.adapters.load_adapter import load_adapter, verify_base
 from lora_cli.adapters.merge_proof import ExpectedWeights, expected_weights, weights_of
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
+from lora_cli.adapters.peft_format.other_names import use_names_of
 from lora_cli.adapters.tied_weights import separate, tied_groups
 from lora_cli.errors import IntegrityError, LoraError, NumericsError
 from lora_cli.evaluation.open_adapter import check_use
@@ -153,6 +154,7 @@ def _merged(task: Task, saved: AdapterFolder, numbers: dict[str, Tensor] | None 
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     model, ties = model.float().eval(), tied_groups(model)
     use_numbers(model, numbers or {})
+    use_names_of(model, saved)
     expected = expected_weights(model, saved.tensors, saved.config)
     load_adapter(model, saved, new, drawn=task.drawn)
     with torch.no_grad():
@@ -278,11 +280,11 @@ def _recipe_of(saved: AdapterFolder, base: str | None) -> Recipe:
     kind = next((k for k, spec in TASKS.items() if named and spec.peft_task_type == named), None)
     name = base or saved.config.get("base_model_name_or_path")
     if kind is None or not name:
-        raise LoraError(
-            f"{saved.path} does not say what it was trained for",
-            "--adapter",
-            "give a recipe with `--recipe`, for its `model` and `task`",
-        )
+        what = f"{saved.path} does not say what it was trained for"
+        if named:
+            what = f"{saved.path} was trained for `{named}`, for which there is no task here"
+        hint = "give a recipe with `--recipe`, for its `model` and `task`"
+        raise LoraError(what if kind is None else f"{saved.path} names no base", "--adapter", hint)
     recipe = Recipe.model_validate(
         {"model": {"name": name}, "task": {"type": kind}, "data": {"path": "none.csv"}}
     )

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_cli.adapters.peft_format.adapter_folder import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from lora_cli.adapters.peft_format.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
+from lora_cli.adapters.peft_format.tensor_names import PREFIX
 from lora_cli.environment import installed_version
 from lora_cli.errors import Problem
 from lora_cli.export.low_rank_pairs import (

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from lora_cli.adapters.attach import lora_layers, trainable_parameters
 from lora_cli.adapters.peft_format.adapter_folder import (
-    PREFIX,
     WEIGHTS_FILE,
     adapter_tensors,
     ranks_of,
@@ -29,6 +28,7 @@ from lora_cli.adapters.peft_format.adapter_folder import (
     restore,
     save_adapter,
 )
+from lora_cli.adapters.peft_format.tensor_names import PREFIX
 from lora_cli.errors import IntegrityError, LoraError, Problem
 from lora_cli.files import (
     STAGING,

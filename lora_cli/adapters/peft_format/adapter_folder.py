@@ -34,7 +34,7 @@ from lora_cli.adapters.peft_format.peft_rules import (
     peft_reading,
 )
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES, TYPES_HERE
-from lora_cli.adapters.peft_format.tensor_names import adapted_module
+from lora_cli.adapters.peft_format.tensor_names import PREFIX, adapted_module, without_prefix
 from lora_cli.errors import BACKUP, IntegrityError, LoraError, name_neighbours, warn
 from lora_cli.files import (
     finish_publishing,
@@ -52,7 +52,6 @@ from lora_cli.tensorfile import read_header
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FOLDER = "an adapter is the output folder of `lora train`, or a folder that PEFT saved"
 WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -293,10 +292,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if entry.dtype not in FLOATS:
             what = f"`{name}` is of dtype {entry.dtype}, which no weight has"
             raise IntegrityError(what, str(file), hint)
-    if len({name.removeprefix(PREFIX) for name in entries}) != len(entries):
+    if len({without_prefix(name) for name in entries}) != len(entries):
         what = "a tensor appears twice, with and without PEFT's prefix"
         raise IntegrityError(what, str(file), hint)
-    return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(file).items()}
+    return {without_prefix(name): tensor for name, tensor in load_file(file).items()}
 
 
 def ranks_of(path: Path) -> dict[str, int]:

@@ -11,6 +11,18 @@ ADDED = re.compile(rf"(.+)\.({KINDS}_\w+?)(?:\.default)?(?:\.weight)?")
 name: `lora_A.default.weight`."""
 
 
+PREFIX = "base_model.model."
+WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def without_prefix(name: str) -> str:
+    """Return a tensor's name without PEFT's prefix, and without what wrappers of torch add."""
+    name = WRAPPERS.sub("", name)
+    while name.startswith((PREFIX, f"module.{PREFIX}")):
+        name = name.removeprefix("module.").removeprefix(PREFIX)
+    return name
+
+
 def adapted_module(name: str) -> str | None:
     """Return the module that a tensor adapts; None for a tensor that is a whole parameter."""
     found = re.search(rf"\.{KINDS}_", name)

@@ -1,0 +1,89 @@
+"""Names that other tools, and other versions of transformers, give to the modules of a model.
+
+`torch.compile`, data parallelism and checkpointing wrap modules, and their names go into the file:
+`_orig_mod.`, `module.`. Transformers moved the language model of picture models from
+`language_model.model.` to `model.language_model.`, and a model without a head lacks the name of its
+body, as `bert.`. Such names are put right if that makes each of them one that the model has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from torch import nn
+
+from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
+from lora_cli.adapters.peft_format.tensor_names import adapted_module, adapted_modules
+from lora_cli.adapters.targets import first_match
+from lora_cli.errors import warn
+
+STARTS = ("", "module.", "model.", "language_model.", "model.language_model.",
+          "language_model.model.")  # fmt: skip
+COPIES = re.compile(r"\.(?:modules_to_save|original_module|base_layer)\.")
+
+
+def use_names_of(model: nn.Module, adapter: AdapterFolder) -> None:
+    """Rename an adapter's tensors, and what its configuration names, as the model calls them.
+
+    Args:
+        model: The base model.
+        adapter: What `read_adapter` returned; changed in place where its names are others.
+    """
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
+    body = str(getattr(model, "base_model_prefix", "") or "")
+    starts = (*STARTS, f"{body}.") if body else STARTS
+    moved: dict[str, str] = {}
+    for owner in {_owner(name) for name in adapter.tensors}:
+        other = _other_name(owner, modules, starts)
+        if other is not None:
+            moved[owner] = other
+    if not moved:
+        return
+    old, new = next(iter(sorted(moved.items())))
+    warn(f"{adapter.path}: the model has `{new}` where the adapter has `{old}`; {len(moved)} such")
+    config = dict(adapter.config)
+    for key, default in (("rank_pattern", config.get("r", 8)), ("alpha_pattern", None)):
+        # a pattern may contain the old name, so each module gets its value by its own
+        patterns, alpha = config.get(key) or {}, config.get("lora_alpha", config.get("alpha", 8))
+        if patterns:
+            config[key] = {
+                re.escape(moved.get(module, module)): first_match(
+                    patterns, module, alpha if default is None else default
+                )
+                for module in sorted(adapted_modules(adapter.tensors))
+            }
+    for key in ("target_modules", "modules_to_save", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key] = [("." in n and _other_name(n, modules, starts)) or n for n in config[key]]
+    if isinstance(config.get("target_modules"), str):  # an expression over the old names
+        adapted = adapted_modules(adapter.tensors)
+        config["target_modules"] = sorted(moved.get(name, name) for name in adapted)
+    tensors = {
+        moved.get(owner := _owner(name), owner) + name[len(owner) :]: tensor
+        for name, tensor in adapter.tensors.items()
+    }
+    if len(tensors) == len(adapter.tensors):
+        adapter.config, adapter.tensors = config, tensors
+
+
+def _owner(name: str) -> str:
+    """Return the module that a tensor belongs to."""
+    if (module := adapted_module(name)) is not None:
+        return module
+    found = COPIES.search(name)
+    return name[: found.start()] if found else name.rpartition(".")[0]
+
+
+def _other_name(name: str, modules: Collection[str], starts: Collection[str]) -> str | None:
+    """Return the one module that a name must mean; None if it is one itself, or means several."""
+    if name in modules:
+        return None
+    meant = {
+        new + name.removeprefix(old)
+        for old in starts
+        if name.startswith(old)
+        for new in starts
+        if new + name.removeprefix(old) in modules
+    }
+    return meant.pop() if len(meant) == 1 else None
