@@ -21,6 +21,16 @@ if TYPE_CHECKING:
     from lora_cli.recipe import Recipe
 
 
+OldAdapter = Annotated[
+    Path | None,
+    typer.Option(
+        "--against",
+        help="An older adapter to compare with: a folder, or one of the Hub.",
+        callback=find_adapter,
+    ),
+]
+
+
 def evaluate(
     adapter: AdapterDir,
     split: Annotated[
@@ -37,14 +47,7 @@ def evaluate(
             "--input", help="Measure on this file, which has the recipe's columns.", callback=expand
         ),
     ] = None,
-    against: Annotated[
-        Path | None,
-        typer.Option(
-            "--against",
-            help="An older adapter to compare with: a folder, or one of the Hub.",
-            callback=find_adapter,
-        ),
-    ] = None,
+    against: OldAdapter = None,
     metric: Annotated[
         str | None,
         typer.Option("--metric", help="Metric to compare by. Default: the recipe's main metric."),
