@@ -196,6 +196,41 @@ def configs(name: str) -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
+def whole_configs(name: str) -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
+    """Return what draws a type, LOHA or LOKR, and the arguments of its configuration."""
+    arch = ARCHITECTURES[name]
+    some = st.lists(st.sampled_from(arch.targets), min_size=1, max_size=3, unique=True)
+    in_full = st.lists(st.sampled_from(arch.in_full), min_size=1, max_size=2, unique=True)
+    ranks = st.dictionaries(st.sampled_from(arch.targets), st.sampled_from([1, 3]), max_size=2)
+    alphas = st.dictionaries(st.sampled_from(arch.targets), st.sampled_from([2, 9.5]), max_size=2)
+    both = {
+        "r": st.sampled_from([1, 2, 4, 6, 40]),
+        "alpha": st.sampled_from([1, 8, 2.5, 0, -3]),
+        "target_modules": st.one_of(some, some, st.sampled_from([arch.expression, "all-linear"])),
+        "rank_dropout": st.sampled_from([0.0, 0.5]),
+        "module_dropout": st.sampled_from([0.0, 0.5]),
+        "use_effective_conv2d": st.booleans(),
+        "init_weights": st.booleans(),
+        "rank_pattern": st.one_of(st.just({}), ranks),
+        "alpha_pattern": st.one_of(st.just({}), alphas),
+        "modules_to_save": st.one_of(st.none(), st.none(), in_full),
+        "task_type": st.sampled_from([None, arch.task_type]),
+        "layers_to_transform": st.sampled_from([None, None, None, 0, [1], [0, 1]]),
+        "layers_pattern": st.sampled_from([None, arch.layers_pattern]),
+        "exclude_modules": st.one_of(st.none(), st.none(), some),
+    }
+    kronecker = {
+        "decompose_both": st.booleans(),
+        "decompose_factor": st.sampled_from([-1, -1, 1, 2, 3, 4, 8]),
+        "rank_dropout_scale": st.booleans(),
+        "init_weights": st.sampled_from([True, False, "lycoris"]),
+    }
+    return st.one_of(
+        st.tuples(st.just("LOHA"), st.fixed_dictionaries(both).map(_possible)),
+        st.tuples(st.just("LOKR"), st.fixed_dictionaries(both | kronecker).map(_possible)),
+    )
+
+
 def recipes(name: str) -> st.SearchStrategy[dict[str, Any]]:
     """Return what draws the adapter section of a recipe for an architecture."""
     arch = ARCHITECTURES[name]
@@ -229,7 +264,7 @@ def _possible(config: dict[str, Any]) -> dict[str, Any]:
         config["layers_pattern"] = None
     if config.get("lora_bias"):
         config["init_lora_weights"] = True
-    if config["init_lora_weights"] == "loftq":
+    if config.get("init_lora_weights") == "loftq":
         config.setdefault("loftq_config", {"loftq_bits": 4})
     if config.get("alora_invocation_tokens") or config.get("arrow_config"):
         config["lora_dropout"] = 0.0
@@ -237,16 +272,18 @@ def _possible(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_by_peft(
-    folder: Path, base: nn.Module, config: dict[str, Any], seed: int = 0
+    folder: Path,
+    base: nn.Module,
+    config: dict[str, Any],
+    seed: int = 0,
+    kind: Callable[..., peft.PeftConfig] = peft.LoraConfig,
 ) -> nn.Module | None:
     """Save an adapter with random weights, and return its model; None if PEFT cannot make one."""
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model = peft.get_peft_model(
-                copy.deepcopy(base), peft.LoraConfig(**copy.deepcopy(config))
-            )
+            model = peft.get_peft_model(copy.deepcopy(base), kind(**copy.deepcopy(config)))
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.requires_grad:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import peft
 import peft_configs
 import pytest
 import tiny
@@ -29,6 +30,7 @@ from peft_configs import (
     difference,
     read_by_peft,
     recipes,
+    whole_configs,
 )
 
 from lora_cli.adapters.attach import attach, merge
@@ -102,6 +104,30 @@ def test_what_peft_saves_is_read_here_as_peft_reads_it(
         return
     assert difference(ours, theirs) <= TOLERANCE, config
     COUNTS[f"{name}: merged equal"] += 1
+
+
+@given_freely
+@given(data=st.data())
+def test_loha_and_lokr_of_peft_are_read_here_as_peft_reads_them(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    name = data.draw(st.sampled_from(sorted(ARCHITECTURES)))
+    kind, config = data.draw(whole_configs(name))
+    folder = _empty(tmp_path_factory)
+    of_kind = {"LOHA": peft.LoHaConfig, "LOKR": peft.LoKrConfig}[kind]
+    trained = peft_configs.save_by_peft(folder, base_of(name), config, kind=of_kind)
+    theirs = read_by_peft(folder, base_of(name)) if trained is not None else None
+    assume(theirs is not None)
+    ours = copy.deepcopy(base_of(name))
+    reason = _reason(lambda: load_adapter(ours, read_adapter(folder), []))
+    if reason is not None:
+        assert any(known in reason for known in REASONS), f"{reason}\n{config}"
+        COUNTS[f"{kind}, {name}: rejected by {next(r for r in REASONS if r in reason)}"] += 1
+        return
+    assert difference(ours.eval(), theirs) <= TOLERANCE, config
+    merge(ours)
+    assert difference(ours, theirs) <= TOLERANCE, config
+    COUNTS[f"{kind}, {name}: equal, and merged equal"] += 1
 
 
 @given_freely
