@@ -182,3 +182,18 @@ def _holding(weight: Tensor) -> nn.Module:
     with torch.no_grad():
         module.weight.copy_(weight)
     return module
+
+
+def test_a_module_in_two_places_is_looked_at_in_each() -> None:
+    shared = nn.Linear(4, 4)
+    base = nn.ModuleDict({"one": shared, "two": shared, "other": nn.Linear(4, 4)})
+    found = weights_of(base).products
+    assert found.keys() == {f"{at}.{kind}" for at in base for kind in ("weight", "bias")}
+    a, b = torch.randn(2, 4), torch.randn(4, 2)
+    tensors = {"one.lora_A.weight": a, "one.lora_B.weight": b}
+    expected = expected_weights(base, tensors, heads("", r=2, lora_alpha=4))
+    merged = nn.ModuleDict({name: copy.deepcopy(module) for name, module in base.items()})
+    assert expected.disagreement(merged) == "one.weight"
+    with torch.no_grad():
+        merged["one"].weight += 2.0 * b @ a
+    assert expected.disagreement(merged) is None
