@@ -41,6 +41,7 @@ class Classification(Task):
         super().__init__(recipe)
         self.label_spec = spec
         self.reader = Labels(recipe, spec)
+        self._moved_weights: Tensor | None = None
         if spec.problem == "regression":
             self.metric_channel, self.default_metrics = "value", ("pearson", "spearman", "mse")
         else:
@@ -243,7 +244,7 @@ class Classification(Task):
         return {MAIN: self._losses(output.float(), batch.targets["labels"])}
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        weight = None if self.reader.weights is None else self.reader.weights.to(logits.device)
+        weight = self._weights_on(logits.device)
         match self.label_spec.problem:
             case "regression":
                 return F.mse_loss(logits.squeeze(-1), labels, reduction="none")
@@ -259,6 +260,14 @@ class Classification(Task):
                     reduction="none",
                     label_smoothing=self.label_spec.label_smoothing,
                 )
+
+    def _weights_on(self, device: torch.device) -> Tensor | None:
+        """Return the weights of the labels on a device, where they are copied once."""
+        if self.reader.weights is None or self.reader.weights.device == device:
+            return self.reader.weights
+        if self._moved_weights is None or self._moved_weights.device != device:
+            self._moved_weights = self.reader.weights.to(device)
+        return self._moved_weights
 
     def predictions(self, model: nn.Module, output: Tensor, batch: Batch) -> list[Prediction]:
         """Return the label, or the number, of each row, with the probabilities."""

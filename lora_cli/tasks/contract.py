@@ -49,6 +49,10 @@ class Task(TaskAnswers, TaskMetrics):
     """What `cost` counts, one of it."""
     has_head: bool = False
     """Whether the task adds a head to the pretrained model."""
+    layout: str = "as the examples are"
+    """How the examples of a batch lie in its tensors, in words."""
+    same_in_any_batch: bool = False
+    """Whether an example's outputs surely do not depend on the others of its batch."""
     max_length: int | None = None
     """Where examples are cut or divided, in `unit`s; None: nowhere."""
 
@@ -297,12 +301,9 @@ class Task(TaskAnswers, TaskMetrics):
     def frozen_outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return what the frozen parts make of each example of a batch, by name.
 
-        The examples that `prepare` and `collate` get hold it then under these names. A batch
-        without it is one of new rows, or of a split that would take more than `data.cache_limit`
-        or is augmented: of it, all this has to be computed in `forward`.
-
-        Returns:
-            Tensors (B, …), of which each example gets its own row.
+        The examples that `prepare` and `collate` get then hold their rows of these tensors (B, …)
+        under these names. Where a batch has none (new rows, augmentation, `data.cache_limit`),
+        `forward` has to compute them.
         """
         return {}
 

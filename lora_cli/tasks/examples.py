@@ -44,7 +44,7 @@ class Batch:
     """A micro-batch of B examples.
 
     Args:
-        inputs: What `forward` reads, tensors whose first dimension is B.
+        inputs: What `forward` reads; the first dimension is B, or that of rows which texts share.
         targets: What `losses` reads.
         items: For each term of the loss, the items of each example (B,): rows, tokens, or their
             weights. They stay on the host, so that no step has to wait for the device.

@@ -39,6 +39,7 @@ def choose_padding(task: TextTask, model: nn.Module, longest: int | None = None)
     length = min(longest or task.max_length, task.max_length, LONGEST)
     short, long = task.trial_examples(length)
     require_finite_weights(model, task.recipe.at("model.name"))
+    flash = has_flash_attention(model)
     with other_attention(model), _trial(task, model):
         alone = _of_first(task, model, [short], "model.name")
         # before anything is compared: no difference of NaN is small, whatever its cause
@@ -51,26 +52,40 @@ def choose_padding(task: TextTask, model: nn.Module, longest: int | None = None)
         copies = _of_first(task, model, [short, short], "model.name")
         noise = float((alone - copies).abs().max())
         allowed = min(tolerance(alone, noise, dtype), MOST_NOISE * float(alone.abs().max()))
-        chosen: Padding | None = None
-        if len(long["input_ids"]) > len(short["input_ids"]):
-            for padding in candidates(model, task.tokenizer.padding_side):
-                if padding.side == "left" and not task.can_fill_left:
-                    continue
-                task.padding = padding
-                found = _of_first(task, model, [short, long], task.length_key)
-                if float((found - alone).abs().max()) <= allowed:
-                    chosen = padding
-                    break
+        first_position, why_not = None, ""
+        varied = len(long["input_ids"]) > len(short["input_ids"])
+        chosen = _right_padding(task, model, short, long, alone, allowed) if varied else None
         if chosen is None and noise > allowed:
             _require_single_rows(task, noise)
-    if chosen is not None and has_flash_attention(model):
+        if task.can_share_rows and task.recipe.train.kernels != "reference":
+            first_position, why_not = _first_position(task, model, short, length, allowed)
+            if flash:
+                first_position, why_not = None, "flash attention takes no such mask"
+    if chosen is not None and flash:
         chosen = chosen if _agrees(task, model, short, long, chosen) else None
-    task.padding = chosen or NONE
-    if task.padding == NONE and len(long["input_ids"]) > len(short["input_ids"]):
+    task.padding, task.first_position = chosen or NONE, first_position
+    if why_not and task.recipe.train.kernels == "fused":
+        hint = "`--set train.kernels=auto` takes the fastest way that is right for this model"
+        raise LoraError(why_not, task.recipe.at("train.kernels"), hint)
+    if first_position is None and task.padding == NONE and varied:
         task.notes.append(
             "this model's answer to a text changes when the text is padded, so only texts of the "
             "same length are computed together; `train.group_by_length: true` makes that faster"
         )
+
+
+def _right_padding(
+    task: TextTask, model: nn.Module, short: Example, long: Example, alone: Tensor, allowed: float
+) -> Padding | None:
+    """Return the first way to fill rows with which the short one is answered as it is alone."""
+    for padding in candidates(model, task.tokenizer.padding_side):
+        if padding.side == "left" and not task.can_fill_left:
+            continue
+        task.padding = padding
+        found = _of_first(task, model, [short, long], task.length_key)
+        if float((found - alone).abs().max()) <= allowed:
+            return padding
+    return None
 
 
 @torch.no_grad()
@@ -107,12 +122,49 @@ def _agrees(
     return float((found - alone).abs().max()) <= tolerance(alone, 0.0, alone.dtype)
 
 
+def _first_position(
+    task: TextTask, model: nn.Module, short: Example, longest: int, allowed: float
+) -> tuple[int | None, str]:
+    """Return where positions start if texts share rows; or None, and why they must not.
+
+    A text between two others has to be answered as it is alone, and so has a long one: attention
+    that is limited to a window would not show in short texts.
+    """
+    config, n_short = task.config, len(short["input_ids"])
+    room = min(longest, (task.positions or LONGEST) - 2 * n_short)
+    if config.is_encoder_decoder:
+        return None, "texts do not share rows in an encoder-decoder"
+    if room < n_short:
+        return None, "the model has positions for a single text alone"
+    long = task.trial_examples(room)[1]
+    after_padding = [] if config.pad_token_id is None else [int(config.pad_token_id) + 1]
+    examples, worst = [short, long, short], []
+    task.padding = RIGHT
+    wanted = [_of_first(task, model, [example], "model.name") for example in examples]
+    try:
+        for task.first_position in [0, *after_padding]:
+            device = next(model.parameters()).device
+            found = task.logits(model, task.collate(examples).to(device).inputs)
+            pairs = [(found[i][: len(wanted[i])], wanted[i]) for i in range(len(examples))]
+            worst.append(max(float((one - other).abs().max()) for one, other in pairs))
+            if worst[-1] <= allowed:
+                return task.first_position, ""
+    except Exception as error:  # architectures reject such a mask by exceptions of any kind
+        return None, f"the model rejects texts that share a row: {own_words(error)}"
+    finally:
+        task.first_position = None
+    return None, (
+        f"the model's answer to a text changes by {min(worst):.1e} when others share its row "
+        f"(rounding allows {allowed:.1e})"
+    )
+
+
 @contextmanager
 def _trial(task: TextTask, model: nn.Module) -> Iterator[None]:
     """Compute in float32, without dropout, and without rows filled to a multiple of tokens."""
     was_training, multiple, padding = model.training, task.pad_multiple, task.padding
     model.eval()
-    task.pad_multiple, task.padding = 1, RIGHT
+    task.pad_multiple, task.padding, task.first_position = 1, RIGHT, None
     try:
         with full_precision(model):  # rounding would hide, or pass for, what padding changes
             yield

@@ -21,7 +21,6 @@ from lora_cli.tasks.examples import MAIN, Batch, Example, Field
 from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.tasks.labelled_rows import propose_labelled
 from lora_cli.tasks.long_texts import end_of_text, in_batches, is_long, token_ids
-from lora_cli.tasks.padding import fill, mask_of, positions_of
 from lora_cli.tasks.text_task import TRIAL_TEXT, TextTask
 
 
@@ -31,6 +30,7 @@ class SequenceClassification(Classification, TextTask):
     spec: SequenceClassificationSpec
     propose = staticmethod(propose_labelled)
     auto_class = AutoModelForSequenceClassification
+    can_share_rows = True
 
     def __init__(self, recipe: Recipe, spec: SequenceClassificationSpec) -> None:
         super().__init__(recipe, spec)
@@ -236,27 +236,17 @@ class SequenceClassification(Classification, TextTask):
     # --------------------------------------------------------------------------- batches
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Return the examples padded to the longest; the items are rows, or their weights."""
-        ids = [example["input_ids"] for example in examples]
-        inputs = self._padded(examples)
+        """Return the examples as a batch; the items are rows, or their weights."""
+        inputs = self._inputs(examples)
         labels, items = self.labels_and_items(examples)
-        n_tokens = sum(len(sequence) for sequence in ids)
+        n_tokens = sum(len(example["input_ids"]) for example in examples)
         rows = [example["row"] for example in examples]
         return Batch(inputs, {"labels": labels}, {MAIN: items}, n_tokens, rows)
 
-    def _padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        ids = [example["input_ids"] for example in examples]
-        mask = mask_of(ids, self.pad_multiple, self.padding)
-        inputs = {
-            "input_ids": fill(ids, self._pad, self.pad_multiple, self.padding),
-            "attention_mask": mask,
-        }
-        if "token_type_ids" in examples[0]:
-            segments = [example["token_type_ids"] for example in examples]
-            inputs["token_type_ids"] = fill(segments, 0, self.pad_multiple, self.padding)
-        if self.padding.positions:
-            inputs["position_ids"] = positions_of(mask)
-        return inputs
+    def _inputs(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        keys = [key for key in ("input_ids", "token_type_ids") if key in examples[0]]
+        texts: dict[str, Any] = {key: [example[key] for example in examples] for key in keys}
+        return self.inputs_of(texts, {"input_ids": self._pad, "token_type_ids": 0})
 
     @property
     def _pad(self) -> int:
@@ -267,7 +257,7 @@ class SequenceClassification(Classification, TextTask):
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
         """Return the prediction and the probabilities of each row."""
         device = next(model.parameters()).device
-        inputs = self._padded(self._encode_texts(rows))
+        inputs = self._inputs(self._encode_texts(rows))
         moved = {key: value.to(device) for key, value in inputs.items()}
         logits = self.logits(model, moved).float()
         require_finite(logits, model, self.recipe)

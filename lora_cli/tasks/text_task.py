@@ -6,12 +6,13 @@ import functools
 import hashlib
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +25,14 @@ from lora_cli.recipe import Recipe
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.control_tokens import ControlTokens
 from lora_cli.tasks.examples import Batch, Example
-from lora_cli.tasks.padding import RIGHT, Padding, logits_by_length
+from lora_cli.tasks.padding import RIGHT, Padding, fill, logits_by_length, mask_of, positions_of
+from lora_cli.tasks.shared_rows import (
+    NOT_FOR_THE_MODEL,
+    TEXT_OF_TOKEN,
+    logits_of_shared_rows,
+    row_width,
+    share_rows,
+)
 from lora_cli.tasks.unknown_tokens import MOST_UNKNOWN, count_unknown, unknown_warning
 
 # RoBERTa and its kin count positions from behind the padding token's id
@@ -71,6 +79,12 @@ class TextTask(Task):
     """The recipe key that limits what the model reads."""
     pad_multiple: int = 1
     """Batches are padded to a multiple of this many tokens."""
+    first_position: int | None = None
+    """Where positions start, if texts share rows; `fit_to_model` finds whether they may."""
+    can_share_rows: bool = False
+    """Whether texts may share rows, if the model's answers stay the same."""
+    answers_tokens: bool = False
+    """Whether every token gets an answer, or the text as a whole."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -165,6 +179,18 @@ class TextTask(Task):
             "the tokenizer and the model do not belong together: copy or download both again",
         )
 
+    @property
+    def layout(self) -> str:  # type: ignore[override]
+        """How the texts of a batch lie in its tensors, in words."""
+        if self.first_position is not None:
+            return "texts share rows"
+        return str(self.padding) if self.padding.side == "none" else f"filled {self.padding}"
+
+    @property
+    def same_in_any_batch(self) -> bool:  # type: ignore[override]
+        """Whether texts may share rows, which was tried on the model."""
+        return self.first_position is not None
+
     # -- examples
 
     def cost(self, example: Example) -> int:
@@ -218,7 +244,7 @@ class TextTask(Task):
     def fit_as(self, other: Task) -> None:
         """Pad as another instance of the task does."""
         assert isinstance(other, TextTask)
-        self.padding = other.padding
+        self.padding, self.first_position = other.padding, other.first_position
 
     def try_training(self, model: nn.Module, longest: int | None = None) -> None:
         """Compute a short and a long row as in training."""
@@ -258,6 +284,31 @@ class TextTask(Task):
             ids[:, -1] = min(ends)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
+    def inputs_of(
+        self,
+        texts: Mapping[str, Sequence[Sequence[int] | NDArray[Any]]],
+        fill_with: Mapping[str, int],
+    ) -> dict[str, Tensor]:
+        """Return the texts of a batch as the model reads them: padded, or in shared rows.
+
+        Args:
+            texts: For `input_ids`, and whatever else a token has, one sequence a text.
+            fill_with: What each is filled with.
+        """
+        ids = texts["input_ids"]
+        if self.first_position is not None:
+            lengths = [len(text) for text in ids]
+            width = row_width(lengths, self.positions, self.pad_multiple)
+            n_answers = -(-max(lengths) // self.pad_multiple) * self.pad_multiple
+            answers = n_answers if self.answers_tokens else None
+            return share_rows(texts, fill_with, width, self.first_position, answers)
+        options = (self.pad_multiple, self.padding)
+        inputs = {key: fill(rows, fill_with[key], *options) for key, rows in texts.items()}
+        inputs["attention_mask"] = mask_of(ids, *options)
+        if self.padding.positions:
+            inputs["position_ids"] = positions_of(inputs["attention_mask"])
+        return inputs
+
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the model's logits: (B, C), or (B, T, V)."""
         return self.logits(model, batch.inputs)
@@ -266,6 +317,10 @@ class TextTask(Task):
         """Return the model's outputs for the inputs of a batch: (B, C), or (B, T, V)."""
         takes = _parameters(type(model).forward)
         options = {key: value for key, value in self.forward_options.items() if key in takes}
+        if TEXT_OF_TOKEN in inputs:
+            if "**" not in takes:
+                inputs = {k: v for k, v in inputs.items() if k in takes or k in NOT_FOR_THE_MODEL}
+            return logits_of_shared_rows(model, inputs, options)
         if self.padding.side == "none" and "attention_mask" in inputs:
             lengths = inputs["attention_mask"].sum(-1)
             return logits_by_length(model, self._taken(inputs, takes), lengths, options)

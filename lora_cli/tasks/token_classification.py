@@ -24,7 +24,7 @@ from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Example, Field, Predic
 from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.tasks.head_rows import arrange_rows, rows_of_heads
 from lora_cli.tasks.long_texts import token_ids
-from lora_cli.tasks.padding import fill, mask_of, positions_of
+from lora_cli.tasks.padding import RIGHT, fill
 from lora_cli.tasks.tagged_rows import propose_entities
 from lora_cli.tasks.text_task import TRIAL_TEXT, TextTask
 from lora_cli.tasks.word_windows import (
@@ -55,6 +55,8 @@ class TokenClassification(TextTask):
     spec: TokenClassificationSpec
     propose = staticmethod(propose_entities)
     auto_class = AutoModelForTokenClassification
+    can_share_rows = True
+    answers_tokens = True
     has_head = True
     metric_channel = "tags"
     default_metrics = ("seqeval",)
@@ -324,26 +326,20 @@ class TokenClassification(TextTask):
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Return the examples padded to the longest; the items are words."""
         ids, labels, words = ([e[k] for e in examples] for k in ("input_ids", "labels", "words"))
-        options = (self.pad_multiple, self.padding)
+        shared = self.first_position is not None  # the answers are put into rows of their own
+        options = (self.pad_multiple, RIGHT if shared else self.padding)
         targets = {"labels": fill(labels, IGNORED, *options), "words": fill(words, -1, *options)}
         items = (targets["labels"] != IGNORED).sum(-1).float()
         n_tokens = sum(len(sequence) for sequence in ids)
         return Batch(
-            self._padded(ids), targets, {MAIN: items}, n_tokens, [e["row"] for e in examples]
+            self._inputs(ids), targets, {MAIN: items}, n_tokens, [e["row"] for e in examples]
         )
 
-    def _padded(self, ids: list[list[int]]) -> dict[str, Tensor]:
-        mask = mask_of(ids, self.pad_multiple, self.padding)
+    def _inputs(self, ids: list[list[int]]) -> dict[str, Tensor]:
         token = self.tokenizer.pad_token_id
         token = self.tokenizer.eos_token_id if token is None else token
         padding = 0 if token is None else int(token)  # it is masked, whichever it is
-        inputs = {
-            "input_ids": fill(ids, padding, self.pad_multiple, self.padding),
-            "attention_mask": mask,
-        }
-        if self.padding.positions:
-            inputs["position_ids"] = positions_of(mask)
-        return inputs
+        return self.inputs_of({"input_ids": ids}, {"input_ids": padding})
 
     def losses(self, model: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the cross entropy of each example, summed over its words."""

@@ -218,3 +218,11 @@ for _name, _adapter in {
     "an embedding alone": {"init": "olora", "rank": 2, "target_modules": ["word_embeddings"]},
 }.items():
     CASES.append(Case("Models", f"a start for {_name}", _start(**_adapter)))
+
+
+@case("Models", "fused kernels for a model that sees the other texts of a row")
+def _(world: World) -> Printed:
+    task = {"type": "sequence_classification", "text_column": "text", "max_length": ...}
+    return world.lora(
+        "train", world.recipe("llama", task=task, train={"kernels": "fused"}), "--set",
+        "task.pad_token=<pad>")  # fmt: skip
