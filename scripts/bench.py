@@ -10,7 +10,7 @@ usage:
   python scripts/bench.py quantized --model MODEL --data FOLDER [--seeds 3] [--jobs 1]
       The same LoRA on a base that is kept in fp32, in 8 bits and in 4: accuracy on the test rows,
       of the adapter and of the merged model. FOLDER holds dev.tsv too.
-  python scripts/bench.py speed SHAPE [--steps 40] [--repeat 2] [--cap GIB]
+  python scripts/bench.py speed SHAPE [--steps 40] [--accumulate 1] [--repeat 2] [--cap GIB]
       roberta-large, roberta-base (SST-2 lengths), llama-8b (2 x 4096 tokens) or llama-8b-nf4 (a
       4-bit base, 1 x 4096 tokens, gradient checkpointing), random weights, on a GPU: `lora train`
       and PEFT + Trainer on the same rows, in turn, each in its own process. `--cap` lets a process
@@ -339,6 +339,8 @@ def speed(args: argparse.Namespace) -> None:
             str(work),
             "--steps",
             str(args.steps),
+            "--accumulate",
+            str(args.accumulate),
         ],
         check=True,
     )
@@ -450,10 +452,10 @@ def make(args: argparse.Namespace) -> None:
             **SHAPES[shape],
         )
         AutoModelForMaskedLM.from_config(config).save_pretrained(work / "model")
-    special = ["<s>", "</s>", "<pad>"] if llama else ["<s>", "<pad>", "</s>"]
+    special = ["<s>", "</s>", "<pad>", "<unk>"] if llama else ["<s>", "<pad>", "</s>", "<unk>"]
     words = {token: i for i, token in enumerate(special)}
-    words |= {f"w{i}": i for i in range(3, vocabulary)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    words |= {f"w{i}": i for i in range(len(special), vocabulary)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if not llama:
         backend.post_processor = processors.TemplateProcessing(
@@ -464,15 +466,16 @@ def make(args: argparse.Namespace) -> None:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
+        unk_token="<unk>",
         model_max_length=8192 if llama else 512,
     ).save_pretrained(work / "model")
     batch, length = (1 if four_bit else 2, 4096) if llama else (32, 0)
     with (work / "rows.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["text", "label"])
-        for _ in range(args.steps * batch):
+        for _ in range(args.steps * args.accumulate * batch):
             count = length - 1 if llama else int(np.clip(random.gamma(*SST2_LENGTHS) + 1, 1, 64))
-            text = " ".join(f"w{i}" for i in random.integers(3, vocabulary, count))
+            text = " ".join(f"w{i}" for i in random.integers(len(special), vocabulary, count))
             table.writerow([text, random.integers(0, 2)])
     task: dict[str, Any] = {"type": "sequence_classification"}
     if llama:
@@ -487,10 +490,18 @@ def make(args: argparse.Namespace) -> None:
                 },
                 "task": task,
                 "data": {"train": str(work / "rows.csv")},
-                "adapter": {"rank": 16, "alpha": 32, "target_modules": targets},
+                "adapter": {
+                    "rank": 16,
+                    "alpha": 32,
+                    "dropout": 0.0 if llama else 0.1,
+                    "target_modules": targets,
+                },
                 "train": {
                     "max_steps": args.steps,
                     "micro_batch_size": batch,
+                    "gradient_accumulation_steps": args.accumulate,
+                    # what `auto` does in a run of 1,000 steps or more
+                    "kernels": "auto" if llama else "fused",
                     "precision": "bf16",
                     "optimizer": {"learning_rate": 2e-4},
                     "scheduler": {"type": "constant"},
@@ -552,6 +563,7 @@ def trainer(args: argparse.Namespace) -> None:
         LoraConfig(
             r=16,
             lora_alpha=32,
+            lora_dropout=recipe["adapter"]["dropout"],
             target_modules=recipe["adapter"]["target_modules"],
             task_type="CAUSAL_LM" if llama else "SEQ_CLS",
         ),
@@ -574,6 +586,7 @@ def trainer(args: argparse.Namespace) -> None:
     options = TrainingArguments(
         output_dir=str(work / "trainer"),
         per_device_train_batch_size=batch,
+        gradient_accumulation_steps=recipe["train"]["gradient_accumulation_steps"],
         max_steps=args.steps,
         learning_rate=2e-4,
         lr_scheduler_type="constant",
@@ -593,7 +606,8 @@ def trainer(args: argparse.Namespace) -> None:
     )
     run.train()
     steps = [b - a for a, b in pairwise(times[3:])]
-    rate = batch * (4096 if llama else 1) / statistics.median(steps)
+    examples = batch * recipe["train"]["gradient_accumulation_steps"]
+    rate = examples * (4096 if llama else 1) / statistics.median(steps)
     figures = {
         "tokens_per_s" if llama else "examples_per_s": round(rate, 1),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
@@ -624,6 +638,7 @@ def main() -> None:
         command = commands.add_parser(name)
         command.add_argument("shape", choices=SHAPES)
         command.add_argument("--steps", type=int, default=40)
+        command.add_argument("--accumulate", type=int, default=1)
         command.add_argument("--repeat", type=int, default=2)
         command.add_argument("--work", default="")
         command.add_argument("--cap", type=float, default=0.0)

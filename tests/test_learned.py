@@ -83,7 +83,8 @@ def test_what_is_learnt_completes_a_copy() -> None:
 @pytest.mark.parametrize(
     ("train", "found", "wanted"),
     [
-        ({"micro_batch_size": 3}, 5, 3),
+        ({"micro_batch_size": 3}, None, 3),
+        ({"micro_batch_size": 3}, 6, 6),
         ({"micro_batch_size": "auto", "examples_per_step": 64}, 5, 5),
         ({"micro_batch_size": "auto", "examples_per_step": 64}, None, 8),
         ({"micro_batch_size": "auto", "examples_per_step": 4}, None, 4),

@@ -202,7 +202,11 @@ def test_the_micro_batch_that_was_found_is_among_the_facts() -> None:
     facts = memory_facts(
         recipe(train__micro_batch_size="auto", train__examples_per_step=12), Learned(micro_batch=6)
     )
-    assert facts == {"micro_batch_size": 6, "gradient_checkpointing": False}
+    assert facts == {
+        "micro_batch_size": 6,
+        "asked": "auto",
+        "gradient_checkpointing": False,
+    }
 
 
 # ------------------------------------------------------------------------------------ going on

@@ -22,8 +22,9 @@ class Learned:
         in_checkpoint: The adapter's parameters are in the checkpoint of a run that is resumed: they
             are neither read from `adapter.from` again, nor decomposed from the base's weights.
         ranks: With `init: eva`, the rank of each module in that checkpoint.
-        micro_batch: Examples of one forward pass, where `train.micro_batch_size` is `auto`. The run
-            sets it, or the checkpoint of one that is resumed.
+        micro_batch: Examples of one forward pass, where the run chooses them: `micro_batch_size`
+            is `auto`, or the micro-batches of a step are computed together. The run sets it, or
+            the checkpoint of one that is resumed.
     """
 
     task: dict[str, Any] = field(default_factory=dict)
@@ -41,6 +42,8 @@ class Learned:
 
     def micro_batch_of(self, train: TrainSpec) -> int:
         """Return the examples of one forward pass; `auto` is what was found, or 8 before."""
+        if self.micro_batch is not None:
+            return self.micro_batch
         if train.micro_batch_size != "auto":
             return train.micro_batch_size
-        return self.micro_batch or min(8, train.examples_per_step or 8)
+        return min(8, train.examples_per_step or 8)

@@ -44,6 +44,11 @@ class Engine:
     def __post_init__(self) -> None:
         self.parameters = self.parameters or trainable_parameters(self.model)
 
+    @property
+    def kind(self) -> str:
+        """How the steps are computed, for the report."""
+        return "plain autograd"
+
     def add_gradients(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
         """Add the gradients of a micro-batch to those of the step so far.
 
@@ -92,8 +97,12 @@ class Engine:
             _step_unless(bad, optimizer)
         else:
             optimizer.step()  # the scaler leaves out what overflows, and lowers its scale
-        optimizer.zero_grad()
+        self.clear_gradients()
         return norm, bad, bad | overflow
+
+    def clear_gradients(self) -> None:
+        """Leave the parameters without gradients, as before the step."""
+        self.optimizer.zero_grad()
 
 
 def _step_unless(bad: Tensor, optimizer: Any) -> None:

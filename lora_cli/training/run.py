@@ -38,10 +38,10 @@ from lora_cli.training.bad_numbers import (
 from lora_cli.training.batches import Batches, PlannedStep
 from lora_cli.training.best_adapter import Judge
 from lora_cli.training.checkpoints import adopt_adapter, clear_leftovers, optimizer_bytes
-from lora_cli.training.engine import Engine
+from lora_cli.training.choose_engine import choose_engine
 from lora_cli.training.launch import explaining, main_process_first, seed_everything
 from lora_cli.training.log_window import Window
-from lora_cli.training.memory_and_disk import find_micro_batch
+from lora_cli.training.memory_and_disk import find_micro_batch, join_micro_batches
 from lora_cli.training.mirror import open_mirror
 from lora_cli.training.optimizers import build_optimizer, learning_rate_factor, set_learning_rate
 from lora_cli.training.output_folder import (
@@ -182,6 +182,10 @@ class Run:
                 self.model, self.task, self.batches, self.accelerator, needed
             )
             self.notes.append(f"micro-batches of {self.learned.micro_batch}, the largest that fit")
+        elif self.state.step == 0 and self.data.get("train") is not None:
+            self.learned.micro_batch = join_micro_batches(
+                self.model, self.task, self.batches, self.accelerator, needed
+            )
         self.state.memory = memory_facts(self.recipe, self.learned)
 
     def train(self) -> None:
@@ -205,8 +209,7 @@ class Run:
         recipe, state, accelerator = self.recipe, self.state, self.accelerator
         self.stop.activity, self.stop.at_once = TRAINING, False
         training_mode(self.model)
-        limit = recipe.train.max_grad_norm
-        engine = Engine(self.model, self.task, self.prepared, accelerator, limit)
+        engine = choose_engine(self.model, self.task, self.prepared, accelerator, self.total_steps)
         self.window = Window(state, accelerator.device)
         self._clock = time.perf_counter()
         if state.evaluation_due:  # the run was stopped before it, or in the middle
@@ -225,6 +228,7 @@ class Run:
             self._record(planned, result, rate)
             self.stop.stepped(time.monotonic() - began)
             self._evaluate_and_save()
+        self.report["kernels"] = {"batches": self.task.layout, "steps": engine.kind}
 
     def _evaluate_and_save(self) -> None:
         """Evaluate, save and leave, where it is time after a step."""

@@ -104,7 +104,7 @@ class Saver:
             say(f"there is no checkpoint in {self.folder}: starting at the beginning")
             return fresh
         folder, state = found
-        if self.recipe.train.micro_batch_size == "auto":
+        if self.recipe.train.micro_batch_size in ("auto", state.memory.get("asked")):
             self.learned.micro_batch = state.memory["micro_batch_size"]
         fresh.memory = memory_facts(self.recipe, self.learned)
         changes = reject_changes(state, self.recipe, fresh)

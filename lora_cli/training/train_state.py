@@ -103,7 +103,8 @@ def machine_facts(accelerator: Accelerator) -> dict[str, Any]:
 def memory_facts(recipe: Recipe, learned: Learned) -> dict[str, Any]:
     """Return how memory is saved."""
     size, checkpointing = learned.micro_batch_of(recipe.train), recipe.train.gradient_checkpointing
-    return {"micro_batch_size": size, "gradient_checkpointing": checkpointing}
+    asked = recipe.train.micro_batch_size
+    return {"micro_batch_size": size, "asked": asked, "gradient_checkpointing": checkpointing}
 
 
 def reject_changes(saved: TrainState, recipe: Recipe, now: TrainState | None = None) -> list[str]:

@@ -1,0 +1,84 @@
+"""Steps that are recorded as graphs compute what plain steps do, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from gpu import test_precision as runs
+
+from lora_cli.training import graph_engine
+
+pytestmark = runs.pytestmark
+SETTINGS = ("train.max_steps=40", "adapter.dropout=0.1", "train.optimizer.learning_rate=1e-3")
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    made: list[Any] = []
+    real = graph_engine.GraphEngine.__post_init__
+
+    def remember(self: Any) -> None:
+        real(self)
+        made.append(self)
+
+    monkeypatch.setattr(graph_engine.GraphEngine, "__post_init__", remember)
+    return made
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_recorded_steps_are_plain_steps_bit_for_bit(
+    tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch, engines: list[Any]
+) -> None:
+    settings = (*SETTINGS, f"train.precision={precision}")
+    runs.train(runs.recipe(tmp_path, *settings, output="recorded"))
+    assert not engines[0].why_not
+    assert engines[0].graphs, "no shape recurred"
+    monkeypatch.setattr(graph_engine, "MOST_GRAPHS", 0)
+    runs.train(runs.recipe(tmp_path, *settings, output="plain"))
+    assert not engines[1].graphs
+    assert runs.losses(tmp_path / "recorded") == runs.losses(tmp_path / "plain")
+    recorded, plain = adapter(tmp_path / "recorded"), adapter(tmp_path / "plain")
+    for name, tensor in plain.items():
+        assert torch.equal(recorded[name], tensor), name
+
+
+def test_compiled_layers_learn_as_the_model_s_own(tmp_path: Path, engines: list[Any]) -> None:
+    settings = ("train.max_steps=40", "train.optimizer.learning_rate=1e-3")
+    runs.train(runs.recipe(tmp_path, *settings, "train.kernels=fused", output="fused"))
+    assert engines[0].graphs
+    assert engines[0].layers
+    runs.train(runs.recipe(tmp_path, *settings, "train.kernels=reference", output="reference"))
+    pairs = zip(runs.losses(tmp_path / "fused"), runs.losses(tmp_path / "reference"), strict=True)
+    for fused, reference in pairs:
+        assert abs(fused - reference) < 1e-4 * abs(reference)
+
+
+def test_compiled_and_recorded_steps_resume_bit_for_bit(tmp_path: Path) -> None:
+    settings = (*SETTINGS, "train.precision=bf16", "train.kernels=fused")
+    settings += ("checkpoint.every_steps=10", "checkpoint.keep=10")
+    runs.train(runs.recipe(tmp_path, *settings, output="whole"))
+    whole = adapter(tmp_path / "whole")
+    curve = runs.losses(tmp_path / "whole")
+    cut = tmp_path / "whole"
+    for name in ("step-000030", "step-000040"):
+        for file in (cut / "checkpoints" / name).iterdir():
+            file.unlink()
+        (cut / "checkpoints" / name).rmdir()
+    (cut / "report.json").unlink()
+    runs.train(runs.recipe(tmp_path, *settings, output="whole"), resume=True)
+    for name, tensor in adapter(cut).items():
+        assert torch.equal(whole[name], tensor), name
+    lines = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines if "loss" in line] == curve
