@@ -128,6 +128,21 @@ def test_what_is_streamed_is_the_answer(tmp_path: Path) -> None:
     assert said == plain + "\n"
 
 
+def test_the_best_of_several_beams_is_written_at_the_end(tmp_path: Path) -> None:
+    generation = {"max_new_tokens": 12, "num_beams": 3, "length_penalty": 0.5}
+    task, model = opened(folder_of(tmp_path, evaluate={"generation": generation}))
+    said, noted = talk((task, model), "a warm film")
+    assert not noted
+    assert said.strip() == task.answer(model, [{"text": "a warm film"}])[0][0].strip()
+    prompt = torch.tensor([task.text_prompt("a warm film")])  # type: ignore[attr-defined]
+    reference = model.generate(  # type: ignore[operator]
+        input_ids=prompt, num_beams=3, length_penalty=0.5, max_new_tokens=12, do_sample=False,
+        pad_token_id=tiny.PAD,
+    )  # fmt: skip
+    wanted = task.tokenizer.decode(reference[0, prompt.shape[1] :], skip_special_tokens=True)  # type: ignore[attr-defined]
+    assert said.strip() == wanted.strip().rstrip("\N{REPLACEMENT CHARACTER}")
+
+
 def test_half_a_character_waits_for_its_other_half() -> None:
     tokenizer = tiny.tokenizer("llama")
     pieces: list[str] = []

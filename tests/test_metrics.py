@@ -825,3 +825,30 @@ def test_no_file_is_left_behind(script, tmp_path, monkeypatch):
     gc.collect()
     assert list(scratch.iterdir()) == []
     assert not cache.exists()
+
+
+def test_metrics_of_texts_take_the_best_of_several_references():
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    said = ["a cat sat on the mat", "the dog runs very fast"]
+    wanted = [["the cat sat on a mat", "a cat sat on the mat"], ["the dog runs quickly today"]]
+    streams = [["the cat sat on a mat", "the dog runs quickly today"],
+               ["a cat sat on the mat", None]]  # fmt: skip
+    context = MetricContext(several_references=True)
+    metrics = MetricSet(["bleu", "chrf", "rouge", "exact_match"], "text", context)
+    metrics.add_batch("text", said[:1], wanted[:1])
+    metrics.add_batch("text", said[1:], wanted[1:])
+    found = metrics.compute()
+    expected = sacrebleu.corpus_bleu(said, streams, use_effective_order=True).score
+    assert found["bleu"] == pytest.approx(expected)
+    assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(said, streams).score)
+    scorer = RougeScorer(["rouge1"], use_stemmer=True)
+    scores = [
+        max(scorer.score(want, text)["rouge1"].fmeasure for want in rows)
+        for text, rows in zip(said, wanted, strict=True)
+    ]
+    assert found["rouge1"] == pytest.approx(sum(scores) / 2)
+    assert found["exact_match"] == 0.5
+    assert "nrefs:var" in definition("chrf", context)["chrf"]
+    assert "nrefs:1|" in definition("bleu", MetricContext())["bleu"]

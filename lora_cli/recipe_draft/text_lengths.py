@@ -88,7 +88,7 @@ def _tokens(
         written = [turns.whole(one) for row in rows for one in conversations_of(row, chosen)]
         if lengths := [length for length in written if length is not None]:
             return lengths, "the model's tokens"
-    texts = [[_as_text(row.get(name)) for name in chosen.inputs] for row in rows]
+    texts = [[_read_by(chosen, name, row.get(name)) for name in chosen.inputs] for row in rows]
     if base.tokenizer is not None:
         return base.tokens(texts), "the model's tokens"
     lengths = [sum(guessed_tokens(text) + 2 for text in row) for row in texts]
@@ -104,6 +104,16 @@ def guessed_tokens(text: str) -> int:
     other = sum("\x7f" < letter <= "\u2e7f" for letter in text)
     plain = len(text) - wide - other
     return math.ceil(max(plain / 3 + other / 1.5 + wide * 1.2, len(text.split()) * 1.4))
+
+
+def _read_by(chosen: Proposal, column: str, value: Any) -> str:
+    """Return the text of a column as the task reads it: with its prefix, or the longest of some."""
+    keys = chosen.keys
+    if column == keys.get("source_column"):
+        return f"{keys.get('prefix', '')}{_as_text(value)}"
+    if column == keys.get("target_column") and isinstance(value, list):
+        return max(map(_as_text, value), key=len, default="")
+    return _as_text(value)
 
 
 def _as_text(value: Any) -> str:

@@ -174,7 +174,8 @@ def _cases(lines: list[Line], unit: str = "") -> str:
         if unit:
             each = f"<b>{loss / count:.3f}</b>" if loss is not None and count else DASH
             head = f"<span>{each} a {unit}, {count or 0:,.0f} {unit}s</span>"
-            answers = [("wanted", wanted), ("said", said)]
+            several = wanted if isinstance(wanted, list) else [wanted]  # right answers to a row
+            answers = [*(("wanted", text) for text in several), ("said", said)]
             texts = "".join(
                 f"<div><i>{name}</i>{own(str(text).strip(), 'span', 'text')}</div>"
                 for name, text in answers

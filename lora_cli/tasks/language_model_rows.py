@@ -66,7 +66,7 @@ def _checked(chosen: Proposal, table: Table, base: BaseFacts) -> Proposal:
     def check() -> None:
         check_texts(table, chosen)
         if not base.can_write:
-            raise _no_label(table, chosen)
+            raise _no_label(table, chosen, base)
         if chosen.is_chat or "prompt_column" in chosen.keys:
             _require_supported(table, chosen)
 
@@ -96,8 +96,8 @@ def _require_supported(table: Table, chosen: Proposal) -> None:
         raise LoraError(f"no row can be trained: {errors[0]}", f"{place}, row 1", hint)
 
 
-def _no_label(table: Table, chosen: Proposal) -> LoraError:
-    """Return the error of texts that an encoder cannot learn."""
+def _no_label(table: Table, chosen: Proposal, base: BaseFacts) -> LoraError:
+    """Return the error of texts that an encoder, or an encoder-decoder, cannot learn."""
     columns, place = table.columns, table.place
     what = chosen.why.get("", "text without a label").removesuffix(" without a label")
     hint = f"name the label with `--label COLUMN` ({listed(columns)}), or use a language model"
@@ -108,12 +108,11 @@ def _no_label(table: Table, chosen: Proposal) -> LoraError:
         if rank(column) < len(LABEL_NAMES) and len(column.counts) == 1:
             value = next(iter(column.counts))
             return LoraError(f"`{column.name}` has one value only, `{value}`", place, hint)
-    return LoraError(
-        f"the rows have {what}, but no label, and the model is an encoder, which cannot continue a "
-        "text",
-        place,
-        hint,
-    )
+    because = "the model is an encoder, which cannot continue a text"
+    if base.is_encoder_decoder:
+        because = "the model writes one text of another, and there is one text"
+        hint = hint.replace("name the label", "name a second text or a label")
+    return LoraError(f"the rows have {what}, but no label, and {because}", place, hint)
 
 
 def _named_pair(table: Table) -> tuple[Column, Column] | None:

@@ -205,13 +205,18 @@ def _continue(
         no_repeat_ngram_size=options.no_repeat_ngram_size,
         **sampling,
     )
+    is_late = streamer is not None and options.num_beams > 1  # which beam wins is known at the end
     with without_own_config(model):
         output = model.generate(  # type: ignore[operator]  # transformers' generation mix-in
             **inputs,
             generation_config=config,
             logits_processor=LogitsProcessorList([FiniteScores(model)]),
-            streamer=streamer,
+            streamer=None if is_late else streamer,
         )
+    if is_late:
+        streamer.put(output[0, :width])
+        streamer.put(output[0, width:])
+        streamer.end()
     tokens: list[list[int]] = output[:, width:].tolist()
     return tokens
 

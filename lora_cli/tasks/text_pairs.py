@@ -97,7 +97,11 @@ def _pair(source: Column, target: Column, why: str, table: Table, base: BaseFact
     reasons = {
         "": why or f"`{target.name}` is written of `{source.name}`",
         "source_column": f"{source.characters:.0f} characters on average",
-        "target_column": f"{target.characters:.0f} characters on average; {OTHER_WAY}",
+        "target_column": (
+            "lists of texts: each is a right answer to its row"
+            if target.kind == "list"
+            else f"{target.characters:.0f} characters on average; {OTHER_WAY}"
+        ),
     }
     codes = [language_of(column.name) for column in (source, target)]
     if base.language_codes:
