@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,9 +12,24 @@ from torch import nn
 
 from lora_cli.adapters.initialise import reject_impossible_starts, start_layers
 from lora_cli.adapters.lora import LORA_LAYERS, LoRALayer, Shape
+from lora_cli.adapters.lora_parameter import LoRAParameter
 from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
-from lora_cli.adapters.targets import Target, matches, resolve_targets, unmatched_in_full
+from lora_cli.adapters.targets import (
+    Target,
+    inside,
+    matches,
+    resolve_targets,
+    unmatched_in_full,
+)
 from lora_cli.adapters.tied_weights import separate_trained
+from lora_cli.adapters.token_rows import (
+    TokenRows,
+    add_token_rows,
+    embedding_names,
+    merge_rows,
+    sharing,
+    token_layers,
+)
 from lora_cli.adapters.variants import Layers, layer_for, layers_to_train
 from lora_cli.errors import LoraError
 from lora_cli.models.bundle import is_frozen
@@ -25,7 +40,11 @@ from lora_cli.recipe import AdapterSpec, Recipe
 
 
 def attach(
-    model: nn.Module, recipe: Recipe, head: Iterable[str] = (), restored: bool = False
+    model: nn.Module,
+    recipe: Recipe,
+    head: Iterable[str] = (),
+    restored: bool = False,
+    token_ids: Sequence[int] = (),
 ) -> None:
     """Make the model ready for training as the recipe's adapter section says.
 
@@ -38,6 +57,7 @@ def attach(
         head: Names of the modules that the task created.
         restored: The matrices are read from a checkpoint afterwards: where they start needs no
             decomposition of weights.
+        token_ids: Tokens of which the rows of the embedding are trained.
 
     Raises:
         LoraError: As `resolve_targets`, or if `adapter.init` does not fit a target; the model is
@@ -60,6 +80,7 @@ def attach(
         for name, _ in model.named_modules()
         if name in head or (name and matches(spec.train_modules, name))
     ]
+    embeddings = _embeddings(model, recipe, targets, in_full) if token_ids else []
     separate_trained(model, in_full, recipe)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -68,6 +89,8 @@ def attach(
         layer.reset_parameters()
     if not restored:
         start_layers(model, lora_layers(model), recipe)
+    for name in embeddings:
+        add_token_rows(model, name, sorted(token_ids), sharing(model, name))
     for name in in_full:
         for parameter in model.get_submodule(name).parameters():
             _train(parameter)
@@ -94,6 +117,31 @@ def _train_biases(model: nn.Module, spec: AdapterSpec) -> None:
                 _train(layer.bias)
 
 
+def _embeddings(
+    model: nn.Module, recipe: Recipe, targets: Collection[Target], in_full: Collection[str]
+) -> list[str]:
+    """Return the embedding and the output layer of which single rows are trained.
+
+    Raises:
+        LoraError: If they have an adapter, or are trained in full though the recipe names tokens.
+    """
+    key = "adapter.train_tokens" if recipe.adapter.train_tokens else "model.add_tokens"
+    names, at = embedding_names(model), recipe.at(key)
+    if not names:
+        raise LoraError("the model has no embedding of tokens", at, f"leave `{key}` out")
+    adapted = {target.name for target in targets}
+    for name in names:
+        for place in sharing(model, name):
+            if place in adapted:
+                what = f"`{place}` cannot have an adapter, and single rows that are trained"
+                raise LoraError(what, at, f"leave `{place}` out of `adapter.target_modules`")
+    full = [name for name in names if any(inside(name, top) for top in in_full)]
+    if full and key == "adapter.train_tokens":
+        what = f"`{full[0]}` is trained in full, so all of its rows are"
+        raise LoraError(what, at, "leave one of the two out")
+    return [name for name in names if name not in full]
+
+
 def add_layer(
     model: nn.Module,
     target: Target,
@@ -109,9 +157,14 @@ def add_layer(
     parent_name, _, child_name = target.name.rpartition(".")
     parent = model.get_submodule(parent_name)
     base = getattr(parent, child_name)
-    kind = layer_for(base, layers)
-    assert kind is not None, f"{target.name} was resolved but no layer fits it"
-    layer = kind(base, target.rank, target.alpha, dropout, use_rslora, shapes)
+    if target.parameter is not None:
+        layer: LoRALayer = LoRAParameter(
+            base, target.parameter, target.rank, target.alpha, use_rslora
+        )
+    else:
+        kind = layer_for(base, layers)
+        assert kind is not None, f"{target.name} was resolved but no layer fits it"
+        layer = kind(base, target.rank, target.alpha, dropout, use_rslora, shapes)
     layer.train(base.training)
     setattr(parent, child_name, layer)
     return layer
@@ -123,16 +176,43 @@ def _train(parameter: torch.Tensor | nn.Parameter | None) -> None:
     parameter.requires_grad_(True)
 
 
+def adapter_layers(model: nn.Module) -> dict[str, LoRALayer | TokenRows]:
+    """Return all that takes the place of modules: low-rank layers, and layers with trained rows."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALayer | TokenRows)}
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """Return the low-rank layers of a model by the names of the modules they replace."""
+    """Return the low-rank layers of a model by the names of the modules they replace.
+
+    Of layers that are nested, since they adapt parameters of one module, the outer comes first.
+    """
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
+
+
+def name_in_base(name: str, layers: Collection[str]) -> str:
+    """Return the name that a module of an adapted model has in the model without the adapter."""
+    while name.endswith(".base") and name.removesuffix(".base") in layers:
+        name = name.removesuffix(".base")
+    return name
+
+
+def remove_layers(model: nn.Module) -> None:
+    """Put the bases back into the places of their low-rank layers."""
+    layers = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, LoRALayer | TokenRows)
+    }
+    for name, layer in reversed(layers.items()):  # the inner ones of nested first
+        parent_name, _, child_name = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), child_name, layer.base)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what the low-rank layers of a model added to it, by name."""
     return {
         f"{module}.{name}": parameter
-        for module, layer in lora_layers(model).items()
+        for module, layer in adapter_layers(model).items()
         for name, parameter in layer.named_parameters(recurse=False)
     }
 
@@ -162,7 +242,7 @@ def training_mode(model: nn.Module) -> None:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Turn the low-rank updates off within the context: the model is its base, bit for bit."""
-    layers = list(lora_layers(model).values())
+    layers = list(adapter_layers(model).values())
     before = [layer.enabled for layer in layers]
     try:
         for layer in layers:
@@ -188,7 +268,7 @@ def merge(model: nn.Module) -> list[str]:
     Raises:
         LoraError: If a layer cannot be merged; the model is untouched then.
     """
-    layers = lora_layers(model)
+    layers, in_place = lora_layers(model), adapter_layers(model)
     merged = {
         name: layer.merged_weight(layer.weight.detach().float()) for name, layer in layers.items()
     }
@@ -196,17 +276,16 @@ def merge(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None:
-            short = name.removesuffix(".base")
-            users.setdefault(id(weight), []).append(short if short in layers else name)
+            users.setdefault(id(weight), []).append(name_in_base(name, in_place))
     untied: list[str] = []
     for name, layer in layers.items():
-        sharers = users[id(layer.weight)]
+        sharers = users.get(id(layer.weight), [])
         if len(sharers) > 1:
             untied += [other for other in sharers if other not in untied]
         weight = nn.Parameter(merged[name].to(layer.weight.dtype), requires_grad=False)
-        layer.base.weight = weight
-        parent_name, _, child_name = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), child_name, layer.base)
+        layer.replace_weight(weight)
+    merge_rows(list(token_layers(model).values()))
+    remove_layers(model)
     return untied
 
 

@@ -7,6 +7,7 @@ what the configuration promises has to be there.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,12 +23,19 @@ from lora_cli.adapters.peft_format.adapter_folder import (
     AdapterFolder,
 )
 from lora_cli.adapters.peft_format.other_names import use_names_of
-from lora_cli.adapters.peft_format.peft_rules import convolution_difference, copied_modules
+from lora_cli.adapters.peft_format.peft_experts import check_parameter, with_current_names
+from lora_cli.adapters.peft_format.peft_rules import (
+    convolution_difference,
+    copied_modules,
+    parameter_layers,
+)
 from lora_cli.adapters.peft_format.peft_tensors import TOGETHER, sort_tensors, unsupported
+from lora_cli.adapters.peft_format.peft_tokens import saved_rows, split_rows
 from lora_cli.adapters.peft_format.peft_types import alpha_of
 from lora_cli.adapters.peft_format.tensor_names import adapted_modules
 from lora_cli.adapters.targets import Target, first_match, inside, matches, shape_problem
 from lora_cli.adapters.tied_weights import give_own_parameters, tied_groups
+from lora_cli.adapters.token_rows import add_token_rows
 from lora_cli.adapters.variants import Layers, layer_for, layers_of
 from lora_cli.errors import IntegrityError, Problem
 from lora_cli.models.fingerprint import Fingerprint, require_base
@@ -60,19 +68,29 @@ def load_adapter(
             untouched then.
     """
     use_names_of(model, adapter)
+    adapter = with_current_names(adapter, model)
+    rest, rows = split_rows(adapter.tensors)
+    adapter = replace(adapter, tensors=rest)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     layers = layers_of(adapter.type)
     tensors = sort_tensors(adapter.tensors, adapter.type, parameters)
     plain, problems = tensors.plain, tensors.problems
     modules = dict(model.named_modules())
     own = own_parameters(model, adapter.config, plain)
-    chosen: list[tuple[Target, dict[str, Shape] | None]] = []
-    for name, of_layer in tensors.of_layers.items():
-        found, target, shapes = _check_layer(name, of_layer, modules, adapter, layers)
+    chosen: dict[str, tuple[Target, dict[str, Shape] | None]] = {}
+    sites = parameter_layers(model, adapter.config.get("target_parameters"))
+    for name in sorted(tensors.of_layers, key=_inner_first):
+        of_layer, shapes = tensors.of_layers[name], None
+        if name in sites:
+            found, target = check_parameter(sites[name], of_layer, model, adapter)
+        else:
+            found, target, shapes = _check_layer(name, of_layer, modules, adapter, layers)
         problems += found
-        chosen += [(target, shapes)] if target else []
+        chosen |= {name: (target, shapes)} if target else {}
+    of_tokens, found = saved_rows(model, rows, adapter)
+    problems += found
     problems += _check_plain(plain, tensors.frozen, parameters, own)
-    missing = _missing(adapter, modules, parameters, plain, new, drawn)
+    missing = _missing(adapter, model, parameters, plain, new, drawn)
     if problems or missing:
         raise _misfit(problems, missing, adapter)
     for parameter in model.parameters():
@@ -80,11 +98,14 @@ def load_adapter(
     give_own_parameters(model, own)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for target, shapes in chosen:
+        for site, (target, shapes) in chosen.items():
             use_rslora = bool(adapter.config.get("use_rslora"))
             layer = add_layer(model, target, layers, dropout, use_rslora, shapes)
-            for name, tensor in tensors.of_layers[target.name].items():
+            for name, tensor in tensors.of_layers[site].items():
                 layer.from_peft(name, tensor)
+        for saved in of_tokens:
+            token_rows = add_token_rows(model, saved.name, saved.token_ids, saved.others)
+            token_rows.from_peft("rows", saved.rows)
         for name in sorted(plain, key=own.__contains__):  # a copy, after what it was a copy of
             parameter = parameters[name]
             parameter.data = plain[name].to(parameter.device, torch.float32)
@@ -96,6 +117,11 @@ def load_adapter(
     loaded |= {id(parameter) for parameter in adapter_parameters(model).values()}
     for parameter in model.parameters():
         parameter.requires_grad_(trained and id(parameter) in loaded)
+
+
+def _inner_first(name: str) -> int:
+    """Return a key by which layers on parameters of one module come in the order of attaching."""
+    return -name.count(".base_layer")
 
 
 def own_parameters(model: nn.Module, config: dict[str, Any], plain: dict[str, Tensor]) -> list[str]:
@@ -186,7 +212,7 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
 
 def _missing(
     adapter: AdapterFolder,
-    modules: dict[str, nn.Module],
+    model: nn.Module,
     parameters: dict[str, nn.Parameter],
     plain: dict[str, Tensor],
     new: list[str],
@@ -197,10 +223,13 @@ def _missing(
     adapted = adapted_modules(adapter.tensors)
     in_full = config.get("modules_to_save") or []
     bias = "all" if config["peft_type"] == "BITFIT" else config.get("bias")
+    sites = parameter_layers(model, config.get("target_parameters"))
+    promised = {name: name for name in _promised(adapter, dict(model.named_modules()))}
+    promised |= {layer: ".".join(place) for layer, place in sites.items()}
     problems = [
         Problem(f"`{name}` is missing: the configuration says that it is adapted")
-        for name in _promised(adapter, modules)
-        if name not in adapted
+        for layer, name in promised.items()
+        if layer not in adapted
     ]
     for name in parameters:
         owner, _, last = name.rpartition(".")
@@ -309,4 +338,4 @@ def _joined(name: str, modules: dict[str, nn.Module]) -> str | None:
     experts = modules.get(f"{before}.experts") if is_expert else None
     if experts is None or not any(p.ndim == 3 for p in experts.parameters(recurse=False)):
         return None
-    return "this tool adapts no single experts: merge the adapter in PEFT, or train without them"
+    return "an adapter of single experts is read where it has all of them, as LoRA's A and B"

@@ -72,9 +72,9 @@ class LoRALayer(nn.Module):
         shapes: dict[str, Shape] | None = None,
     ) -> None:
         super().__init__()
-        shapes = self.shapes(base, rank) if shapes is None else shapes
         self.base = base
         self.rank = rank
+        shapes = self.shapes(base, rank) if shapes is None else shapes
         self.alpha = alpha
         self.use_rslora = use_rslora
         self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
@@ -169,6 +169,10 @@ class LoRALayer(nn.Module):
         weight = self.base.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    def replace_weight(self, weight: nn.Parameter) -> None:
+        """Give the base another weight, as the merged one."""
+        self.base.weight = weight
 
     @property
     def bias(self) -> Tensor | None:

@@ -7,7 +7,8 @@ come from its folder, as if the recipe said them; a recipe that says otherwise i
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,10 +19,13 @@ from lora_cli.adapters.find_adapter import find_adapter_folder
 from lora_cli.adapters.load_adapter import load_adapter, own_parameters, verify_base
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
 from lora_cli.adapters.peft_format.other_names import use_names_of
+from lora_cli.adapters.peft_format.peft_experts import target_names, with_current_names
 from lora_cli.adapters.peft_format.peft_rules import base_modules, copied_modules, full_names
+from lora_cli.adapters.peft_format.peft_tokens import ids_by_module, split_rows
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
-from lora_cli.adapters.peft_format.tensor_names import adapted_module, adapted_modules
+from lora_cli.adapters.peft_format.tensor_names import adapted_module
 from lora_cli.adapters.targets import first_match, inside, resolve_targets
+from lora_cli.adapters.token_rows import TokenRows, add_token_rows, embedding_names, sharing
 from lora_cli.errors import LoraError, Problem, name_neighbours
 from lora_cli.models.base_facts import require_facts
 from lora_cli.models.fingerprint import Fingerprint
@@ -35,7 +39,7 @@ from lora_cli.recipe import (
     read_computation,
 )
 
-TARGET_KEYS = ("target_modules", "exclude_modules", "layers")
+TARGET_KEYS = ("target_modules", "target_parameters", "exclude_modules", "layers")
 
 
 def make_trainable(
@@ -67,20 +71,34 @@ def make_trainable(
     """
     head, learned = list(head), Learned() if learned is None else learned
     if recipe.adapter.from_ is None or learned.in_checkpoint:
-        attach(model, learned.completed(recipe), head, restored=learned.in_checkpoint)
+        completed = learned.completed(recipe)
+        ids = _token_ids(completed, learned)
+        attach(model, completed, head, learned.in_checkpoint, ids)
         return base
     saved = find_adapter(recipe)
     _reject_other_labels(saved, learned.completed(recipe))
-    learned.adapter = completed_section(model, recipe, head, saved)
+    learned.adapter = completed_section(model, recipe, head, saved, learned.token_ids)
     if any(parameter.is_meta for parameter in model.parameters()):
-        attach(model, learned.completed(recipe), head)
+        completed = learned.completed(recipe)
+        attach(model, completed, head, token_ids=_token_ids(completed, learned))
         return None
     base = verify_base(saved, base, recipe)
     trained = read_computation(saved.path)
     if trained is not None and facts is not None:
         require_facts(trained["base"], facts, recipe, f"the adapter {saved.path}", True)
+    embeddings = embedding_names(model)
     load_adapter(model, saved, head, learned.adapter.dropout, trained=True, drawn=drawn)
+    ids = _token_ids(learned.completed(recipe), learned)
+    for name in embeddings if ids else []:
+        if not isinstance(model.get_submodule(name), TokenRows):  # PEFT trained the input's alone
+            add_token_rows(model, name, ids, sharing(model, name))
     return base
+
+
+def _token_ids(completed: Recipe, learned: Learned) -> list[int]:
+    """Return the tokens whose rows are trained, by rising ids."""
+    of_adapter = [token for token in completed.adapter.train_tokens if isinstance(token, int)]
+    return sorted({*learned.token_ids, *of_adapter})
 
 
 def find_adapter(recipe: Recipe) -> AdapterFolder:
@@ -113,7 +131,11 @@ def _reject_other_labels(saved: AdapterFolder, recipe: Recipe) -> None:
 
 
 def completed_section(
-    model: nn.Module, recipe: Recipe, head: list[str], saved: AdapterFolder
+    model: nn.Module,
+    recipe: Recipe,
+    head: list[str],
+    saved: AdapterFolder,
+    token_ids: Sequence[int] = (),
 ) -> AdapterSpec:
     """Return the recipe's adapter section, completed from a trained adapter.
 
@@ -121,9 +143,13 @@ def completed_section(
         LoraError: With every key by which the recipe says otherwise.
     """
     use_names_of(model, saved)
+    saved = with_current_names(saved, model)
     spec, config = recipe.adapter, saved.config
-    adapted = sorted(adapted_modules(saved.tensors))
-    own, tied = _trained_in_full(model, saved, head)
+    modules, parameters = target_names(saved, model)
+    adapted = [*modules, *parameters]
+    rest, _ = split_rows(saved.tensors)
+    own, tied = _trained_in_full(model, replace(saved, tensors=rest), head)
+    tokens, other_tokens = _other_tokens(model, recipe, saved, token_ids)
     theirs: dict[str, Any] = {"type": saved.type, "train_modules": own}
     theirs["ensure_weight_tying"] = tied
     if saved.type in LOW_RANK_TYPES:
@@ -146,11 +172,18 @@ def completed_section(
         for key, value in theirs.items()
         if key in given and given[key] != value
     ]
-    problems += _other_targets(model, recipe, head, adapted)
+    problems += other_tokens
+    problems += _other_targets(model, recipe, head, modules, parameters)
+    if parameters and spec.dropout:
+        what = "the adapter of `adapter.from` has single parameters (experts), without dropout"
+        problems.append(Problem(what, recipe.at("adapter.dropout"), "leave `dropout` out"))
     if problems:
         raise LoraError(problems)
     kept = {"from_": spec.from_, "dropout": spec.dropout}
-    targets = {"target_modules": adapted} if adapted else {}
+    targets: dict[str, Any] = (
+        {"target_modules": modules, "target_parameters": parameters} if adapted else {}
+    )
+    targets["train_tokens"] = tokens
     try:
         return AdapterSpec(**{**kept, **theirs, **targets})
     except ValidationError as error:  # PEFT takes an alpha of 0 or less, which learns nothing
@@ -170,6 +203,30 @@ def _reject_other_shapes(recipe: Recipe, config: dict[str, Any]) -> None:
                 recipe.at("adapter.from"),
                 "it can be used as it is, but not trained further",
             )
+
+
+def _other_tokens(
+    model: nn.Module, recipe: Recipe, saved: AdapterFolder, token_ids: Sequence[int]
+) -> tuple[list[int], list[Problem]]:
+    """Return the tokens whose rows an adapter holds, and a problem if the recipe names others."""
+    ids = [sorted(found) for found in ids_by_module(model, saved.config).values()]
+    if len({tuple(found) for found in ids}) > 1:
+        what = "the adapter of `adapter.from` has rows of other tokens in the embedding than in "
+        hint = "it can be used as it is, but not trained further"
+        return [], [Problem(f"{what}the output layer", recipe.at("adapter.from"), hint)]
+    tokens = ids[0] if ids else []
+    named_all = bool(recipe.adapter.train_tokens)  # else, the new ones alone
+    if set(token_ids) == set(tokens) or (not named_all and set(token_ids) <= set(tokens)):
+        return tokens, []
+    named = "adapter.train_tokens" if recipe.adapter.train_tokens else "model.add_tokens"
+    what = f"the recipe trains the rows of the tokens {_listed(token_ids)}, and the adapter of "
+    what += f"`adapter.from` has {f'those of {_listed(tokens)}' if tokens else 'none'}"
+    hint = "name the same tokens, or start without `adapter.from`"
+    return tokens, [Problem(what, recipe.at(named), hint)]
+
+
+def _listed(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(ids)[:8])) + (", …" if len(ids) > 8 else "")
 
 
 def _trained_in_full(
@@ -194,17 +251,23 @@ def _used(patterns: dict[str, Any] | None, names: list[str], kind: type) -> dict
 
 
 def _other_targets(
-    model: nn.Module, recipe: Recipe, head: list[str], adapted: list[str]
+    model: nn.Module,
+    recipe: Recipe,
+    head: list[str],
+    modules: list[str],
+    parameters: list[str],
 ) -> list[Problem]:
     """Return a problem if the recipe names targets that are not the adapter's."""
     spec = recipe.adapter
-    named = [key for key in TARGET_KEYS if getattr(spec, key) is not None]
+    named = [key for key in TARGET_KEYS if getattr(spec, key) not in (None, [])]
     if not named or not spec.low_rank:
         return []
-    asked = recipe
+    adapted, asked = [*modules, *parameters], recipe
     if spec.target_modules is None:
-        asked = recipe.with_values({"adapter.target_modules": adapted})
-    ours = {target.name for target in resolve_targets(model, asked, head)}
+        asked = asked.with_values({"adapter.target_modules": modules})
+    if not spec.target_parameters:
+        asked = asked.with_values({"adapter.target_parameters": parameters})
+    ours = {target.full_name for target in resolve_targets(model, asked, head)}
     if ours == set(adapted):
         return []
     odd = sorted(ours ^ set(adapted))[0]

@@ -71,6 +71,9 @@ def expected_weights(
     whole: dict[str, Tensor] = {}  # by the name of one place
     shared: dict[int, Tensor] = {}  # by the parameter, in all of its places
     for name, tensor in tensors.items():
+        if (module := re.sub(r"\.token_adapter\..*", "", name)) != name:
+            whole |= _with_rows(module, tensor, base, tensors, config)
+            continue
         is_added = re.search(ENDS, name) or name.endswith(".base_layer.weight")
         if is_added or ".original_module." in name:
             continue
@@ -80,10 +83,13 @@ def expected_weights(
         elif place in parameters:  # what the base lacks is named by `load_adapter`
             shared[id(parameters[place])] = tensor
     products = {}
+    experts = _parameter_updates(modules, tensors, config)
     for name, parameter in parameters.items():
         weight = whole.get(name, shared.get(id(parameter), parameter)).detach().double()
         module, _, last = name.rpartition(".")
-        if last == "weight":
+        if (found := experts.get(name)) is not None:
+            weight = weight + found
+        elif last == "weight":
             weight = weight + _update(module, modules[module], tensors, config)
             weight = _with_magnitude(weight, module, modules[module], tensors)
         products[name] = _product(weight)
@@ -94,6 +100,31 @@ def weights_of(model: nn.Module) -> ExpectedWeights:
     """Return what a copy of a model must hold."""
     named = model.named_parameters(remove_duplicate=False)
     return ExpectedWeights({name: _product(parameter) for name, parameter in named})
+
+
+def _with_rows(
+    module: str, rows: Tensor, base: nn.Module, tensors: dict[str, Tensor], config: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Return the weights with trained rows (`trainable_token_indices`), by names of parameters.
+
+    What shares the input embedding's weight, and has no rows of its own, shares the rows too.
+    """
+    ids = config.get("trainable_token_indices")
+    if isinstance(ids, dict):
+        ids = next((found for end, found in ids.items() if module.endswith(end)), None)
+    parameters = dict(base.named_parameters(remove_duplicate=False))
+    old = parameters.get(f"{module}.weight")
+    if old is None or not ids or rows.shape != (len(ids), old.shape[1]) or max(ids) >= len(old):
+        return {}  # loading says so
+    weight = old.detach().clone()
+    for token, row in zip(ids, rows, strict=True):
+        weight[token] = row
+    embedding: Any = getattr(base, "get_input_embeddings", lambda: None)()
+    names = [f"{module}.weight"]
+    if embedding is not None and base.get_submodule(module) is embedding:
+        own = {f"{name.partition('.token_adapter.')[0]}.weight" for name in tensors}
+        names += [name for name, p in parameters.items() if p is old and name not in own]
+    return dict.fromkeys(names, weight)
 
 
 def _copied(config: dict[str, Any]) -> tuple[str, ...]:
@@ -130,6 +161,42 @@ def _update(name: str, module: nn.Module, tensors: dict[str, Tensor], config: An
         return s * torch.cat(blocks)
     delta = s * (b @ a)
     return delta.T if isinstance(module, nn.Embedding | Conv1D) else delta
+
+
+def _parameter_updates(
+    modules: dict[str, nn.Module], tensors: dict[str, Tensor], config: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Return the updates of single parameters (`target_parameters`), by their full names.
+
+    A row of A belongs to expert row // rank, and a column of B to expert column % experts.
+    """
+    ends = tuple(f".{entry}" for entry in config.get("target_parameters") or ())
+    updates = {}
+    for module, owner in modules.items():
+        own = owner.named_parameters(recurse=False)
+        keys = [key for key, _ in own if ends and f".{module}.{key}".endswith(ends)]
+        for i, key in enumerate(keys):
+            name, shape = f"{module}.{key}", owner.get_parameter(key).shape
+            layer = module + ".base_layer" * (len(keys) - 1 - i)
+            if f"{layer}.lora_A" not in tensors:
+                continue
+            a, b = (tensors[f"{layer}.lora_{side}"].double() for side in "AB")
+            count = shape[0] if len(shape) == 3 else 1
+            rank = a.shape[0] // count
+            fits = rank * count == b.shape[1] and len(b) * a.shape[1] * count == math.prod(shape)
+            if not fits:  # loading says so
+                updates[name] = torch.zeros((), dtype=torch.float64)
+                continue
+            alpha = first_match(
+                config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8)
+            )
+            s = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            of_each = [s * b[:, e::count] @ a[e * rank : (e + 1) * rank] for e in range(count)]
+            delta = torch.stack(of_each)
+            if len(shape) == 3 and getattr(owner, "is_transposed", False):
+                delta = delta.transpose(1, 2)
+            updates[name] = delta.reshape(shape)
+    return updates
 
 
 def _with_magnitude(

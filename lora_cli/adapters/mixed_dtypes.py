@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.lora import LoRALayer
 from lora_cli.adapters.targets import inside
+from lora_cli.adapters.token_rows import TokenRows
 from lora_cli.models.quantized_linear import QuantizedLinear
 
 
@@ -60,7 +61,7 @@ def _compute_in_own_dtype(model: nn.Module, head: Iterable[str]) -> None:
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         wide = [key for key, p in own.items() if p.dtype == torch.float32]
-        if isinstance(module, LoRALayer | QuantizedLinear) or not wide:
+        if isinstance(module, LoRALayer | TokenRows | QuantizedLinear) or not wide:
             continue
         if any(p.dtype == base_dtype for p in module.parameters()):
             _cast_at_use(module, wide, base_dtype)

@@ -13,6 +13,7 @@ import regex
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.adapters.parameter_targets import resolve_parameters
 from lora_cli.adapters.variants import Layers, layer_for, layers_of
 from lora_cli.errors import LoraError, Problem, did_you_mean
 from lora_cli.models.bundle import is_frozen
@@ -59,7 +60,12 @@ class Target:
     alpha: float
     parameter: str | None = None
     """Its one parameter that gets it, as of a module that holds many experts in one tensor; None
-    for the module as a whole, which is all that the layers fit today."""
+    for the module as a whole."""
+
+    @property
+    def full_name(self) -> str:
+        """The name of the module, or of its parameter."""
+        return self.name if self.parameter is None else f"{self.name}.{self.parameter}"
 
 
 def layer_index(name: str) -> int | None:
@@ -155,9 +161,11 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
         wanted = parse_layers(spec.layers)
         problems += _absent_layers(wanted, modules, recipe)
         chosen = [name for name in chosen if layer_index(name) in wanted]
-    problems += _unmatched_patterns(chosen, recipe)
+    parameters, found = _parameter_targets(model, recipe, chosen, in_full)
+    problems += found
+    problems += _unmatched_patterns([*chosen, *(t.full_name for t in parameters)], recipe)
     problems += unmatched_in_full(model, recipe)
-    if not problems and not chosen:
+    if not problems and not chosen and not parameters:
         problems.append(
             Problem(
                 "no module is left to adapt",
@@ -165,19 +173,40 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
                 "`exclude_modules` and `layers` leave none of the targets",
             )
         )
-    targets = [
-        Target(
-            name,
-            int(first_match(spec.rank_pattern, name, spec.rank)),
-            first_match(spec.alpha_pattern, name, spec.alpha),
-        )
-        for name in chosen
-    ]
+    targets = [Target(name, *rank_and_alpha(recipe, name)) for name in chosen]
     for target in targets:
         problems += shape_problem(modules[target.name], target, layers)
     if problems:
         raise LoraError(problems)
-    return targets
+    return targets + parameters
+
+
+def _parameter_targets(
+    model: nn.Module, recipe: Recipe, adapted: list[str], in_full: list[str]
+) -> tuple[list[Target], list[Problem]]:
+    """Return the single parameters that get an adapter, and what is wrong with their names."""
+    spec = recipe.adapter
+    if not spec.target_parameters:
+        return [], []
+
+    def is_in_full(name: str) -> bool:
+        return any(inside(name, top) for top in in_full) or is_frozen(model, name)
+
+    places, problems = resolve_parameters(model, recipe, adapted, is_in_full)
+    if spec.exclude_modules is not None:
+        places = [place for place in places if not matches(spec.exclude_modules, place[0])]
+    if spec.layers is not None:
+        wanted = parse_layers(spec.layers)
+        places = [place for place in places if layer_index(place[0]) in wanted]
+    targets = [Target(n, *rank_and_alpha(recipe, f"{n}.{key}"), key) for n, key in places]
+    return targets, problems
+
+
+def rank_and_alpha(recipe: Recipe, name: str) -> tuple[int, float]:
+    """Return the rank and the alpha of a module, or of a parameter, by its name."""
+    spec = recipe.adapter
+    rank = int(first_match(spec.rank_pattern, name, spec.rank))
+    return rank, first_match(spec.alpha_pattern, name, spec.alpha)
 
 
 def _absent_layers(

@@ -31,6 +31,7 @@ from lora_cli.export.combine_names import BY_SVD, METHODS
 from lora_cli.export.low_rank_pairs import (
     AdapterParts,
     Pair,
+    is_plain_lora,
     of_one_rank,
     parts_of,
     peft_tensors_of,
@@ -131,6 +132,12 @@ def _source(path: Path, weight: float) -> Source:
     if saved.type != "lora":
         what = f"an adapter of type `{saved.type}` cannot be combined with others"
         hint = "only LoRA's updates can be added: combine adapters with `adapter.type: lora`"
+        raise LoraError(what, str(path), hint)
+    if not is_plain_lora(saved):
+        what = "an adapter of single parameters (experts) cannot be combined with others"
+        if saved.config.get("trainable_token_indices"):
+            what = "an adapter with trained rows of tokens cannot be combined with others"
+        hint = "merge it into its base with `lora merge`"
         raise LoraError(what, str(path), hint)
     parts = parts_of(saved)
     if saved.config.get("bias") not in (None, "none") or parts.biases:

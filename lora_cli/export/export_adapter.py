@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lora_cli.adapters.attach import lora_layers
+from lora_cli.adapters.attach import remove_layers
 from lora_cli.adapters.find_adapter import shown_name
 from lora_cli.adapters.load_adapter import load_adapter, verify_base
 from lora_cli.adapters.peft_format.adapter_folder import WEIGHTS_FILE, AdapterFolder
@@ -15,7 +15,7 @@ from lora_cli.adapters.tied_weights import tied_groups
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.open_adapter import check_use
 from lora_cli.export.gguf_reader import LlamaCpp
-from lora_cli.export.low_rank_pairs import parts_of
+from lora_cli.export.low_rank_pairs import is_plain_lora, parts_of
 from lora_cli.export.merge import adapter_task
 from lora_cli.export.mlx_reader import Mlx
 from lora_cli.export.peft_readers import Peft, Plain, Vllm
@@ -105,10 +105,8 @@ def _source(task: Task, saved: AdapterFolder) -> Source:
     load_adapter(model, saved, new, drawn=task.drawn)
     with torch.no_grad():
         outputs = task.probed(model.eval(), task.probe())
-    for name, layer in lora_layers(model).items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.base)
+    remove_layers(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.data = before[name]
-    parts = parts_of(saved) if saved.type == "lora" else None
+    parts = parts_of(saved) if is_plain_lora(saved) else None
     return Source(task, saved, parts, model, outputs, is_tied)

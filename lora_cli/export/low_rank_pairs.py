@@ -23,6 +23,9 @@ from lora_cli.adapters.peft_format.tensor_names import PREFIX
 from lora_cli.adapters.targets import first_match
 from lora_cli.errors import IntegrityError, Problem
 
+# keys of what is no update of a module: of single parameters, and of rows of the embedding
+NOT_PAIRS = ("target_parameters", "trainable_token_indices")
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -77,6 +80,11 @@ class AdapterParts:
     """Trained biases of modules of the base."""
     in_full: dict[str, Tensor]
     """Parameters of modules that were trained in full, as a head."""
+
+
+def is_plain_lora(saved: AdapterFolder) -> bool:
+    """Return whether an adapter's updates are pairs of matrices of whole modules."""
+    return saved.type == "lora" and not any(saved.config.get(key) for key in NOT_PAIRS)
 
 
 def parts_of(saved: AdapterFolder) -> AdapterParts:

@@ -18,6 +18,7 @@ from lora_cli.adapters.load_adapter import load_adapter, verify_base
 from lora_cli.adapters.merge_proof import ExpectedWeights, expected_weights, weights_of
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
 from lora_cli.adapters.peft_format.other_names import use_names_of
+from lora_cli.adapters.peft_format.peft_experts import with_current_names
 from lora_cli.adapters.tied_weights import separate, tied_groups
 from lora_cli.errors import IntegrityError, LoraError, NumericsError
 from lora_cli.evaluation.open_adapter import check_use
@@ -32,6 +33,8 @@ from lora_cli.export.merge_quantized import (
 )
 from lora_cli.export.target_folder import locked_target
 from lora_cli.files import new_folder, write_json
+from lora_cli.models.base_facts import read_tokenizer
+from lora_cli.models.base_model import load_tokenizer
 from lora_cli.models.bundle import Bundle
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.recipe import (
@@ -45,6 +48,7 @@ from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.finite_scores import require_finite
 
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 TOLERANCE = 1e-4  # of the largest output, in float32; rounding alone stays below 1e-5
 
 
@@ -155,6 +159,7 @@ def _merged(task: Task, saved: AdapterFolder, numbers: dict[str, Tensor] | None 
     model, ties = model.float().eval(), tied_groups(model)
     use_numbers(model, numbers or {})
     use_names_of(model, saved)
+    saved = with_current_names(saved, model)
     expected = expected_weights(model, saved.tensors, saved.config)
     load_adapter(model, saved, new, drawn=task.drawn)
     with torch.no_grad():
@@ -288,9 +293,21 @@ def _recipe_of(saved: AdapterFolder, base: str | None) -> Recipe:
     recipe = Recipe.model_validate(
         {"model": {"name": name}, "task": {"type": kind}, "data": {"path": "none.csv"}}
     )
+    if tokens := _new_tokens(saved, recipe):
+        recipe = recipe.with_values({"model.add_tokens": tokens})
     task = build_task(recipe)
     task.complete_from(saved.tensors)
     return task.completed_recipe
+
+
+def _new_tokens(saved: AdapterFolder, recipe: Recipe) -> list[str]:
+    """Return the tokens that the tokenizer beside an adapter has besides those of its base."""
+    has_tokenizer = any((saved.path / name).is_file() for name in TOKENIZER_FILES)
+    if not saved.config.get("trainable_token_indices") or not has_tokenizer:
+        return []
+    own = read_tokenizer(saved.path, recipe).get_vocab()
+    known = load_tokenizer(recipe).get_vocab()
+    return sorted(own.keys() - known.keys(), key=own.__getitem__)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -82,6 +82,12 @@ class Reader(Protocol):
 def needs_plain_lora(source: Source, reader: str) -> list[Problem]:
     """Return why an adapter is not low-rank matrices alone, which is all that most readers take."""
     at, kind = str(source.saved.path), source.saved.type
+    if source.saved.config.get("target_parameters"):
+        what = f"{reader} reads updates of layers, and this adapter has some of single parameters"
+        return [Problem(what, at, MERGE)]
+    if source.saved.config.get("trainable_token_indices"):
+        what = f"{reader} reads no rows of single tokens, and this adapter has trained some"
+        return [Problem(what, at, MERGE)]
     if source.parts is None or not source.parts.pairs:
         what = f"{reader} reads LoRA's matrices, and this adapter is of type `{kind}`"
         return [Problem(what, at, MERGE)]

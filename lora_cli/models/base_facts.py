@@ -115,7 +115,7 @@ def save_tokenizer(
         backend.no_padding()
     tokenizer.save_pretrained(folder)
     if facts is not None and "tokenizer_copy" not in facts:
-        facts["tokenizer_copy"] = tokenizer_hash(_read_copy(folder, recipe))
+        facts["tokenizer_copy"] = tokenizer_hash(read_tokenizer(folder, recipe))
 
 
 def trained_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -161,7 +161,8 @@ def trained_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _read_copy(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that lies beside an adapter."""
     with explained(recipe, "adapter's own tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=recipe.model.trust_remote_code
@@ -170,11 +171,11 @@ def _read_copy(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def _own_copy(folder: Path, recipe: Recipe, known: set[Any]) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that lies beside an adapter."""
+    """Return the tokenizer that lies beside an adapter, if it is the one of the training."""
     hint = f"give the base its old tokenizer files back, or train again; {folder} holds no copy"
     what = f"the tokenizer of `{recipe.model.name}` is not the one that {folder} was trained with"
     if (folder / TOKENIZER_CONFIG).is_file():
-        tokenizer = _read_copy(folder, recipe)
+        tokenizer = read_tokenizer(folder, recipe)
         if tokenizer_hash(tokenizer) in known:
             return tokenizer
         hint = "give the base its old tokenizer files back; this version of transformers reads "

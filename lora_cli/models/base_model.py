@@ -28,6 +28,7 @@ from lora_cli.models.load_errors import (
     reject_wrong_keys,
     require_kind,
 )
+from lora_cli.models.vocabulary import add_tokens
 from lora_cli.recipe import Recipe
 from lora_cli.tensorfile import read_header
 from lora_cli.unexpected_errors import own_words
@@ -208,6 +209,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         hint = "copy tokenizer.json (or vocab.txt, or tokenizer.model) into the model's folder"
         what = f"`{recipe.model.name}` has no tokenizer: its files are missing"
         raise LoraError(what, recipe.at("model.name"), hint)
+    add_tokens(tokenizer, recipe)
     return tokenizer
 
 

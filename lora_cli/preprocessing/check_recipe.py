@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lora_cli.adapters.make_trainable import make_trainable
+from lora_cli.adapters.parameter_targets import frozen_experts_note
 from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
 from lora_cli.data.load_rows import Rows
 from lora_cli.errors import LoraError, Problem, printable, warn
@@ -70,6 +71,8 @@ def check_recipe(recipe: Recipe, all_rows_follow: bool = False) -> Recipe:
                 in_full = [*new, *completed.adapter.train_modules]
                 for difference in differences_in_peft(model, completed, in_full):
                     warn(difference)
+                if note := frozen_experts_note(model, completed):
+                    warn(note)
     problems.raise_them()
     return task.completed_recipe
 

@@ -22,6 +22,8 @@ class Learned:
         in_checkpoint: The adapter's parameters are in the checkpoint of a run that is resumed: they
             are neither read from `adapter.from` again, nor decomposed from the base's weights.
         ranks: With `init: eva`, the rank of each module in that checkpoint.
+        token_ids: The tokens whose rows of the embedding are trained. The task sets them when it
+            has its tokenizer.
         micro_batch: Examples of one forward pass, where the run chooses them: `micro_batch_size`
             is `auto`, or the micro-batches of a step are computed together. The run sets it, or
             the checkpoint of one that is resumed.
@@ -32,6 +34,7 @@ class Learned:
     in_checkpoint: bool = False
     ranks: dict[str, int] = field(default_factory=dict)
     micro_batch: int | None = None
+    token_ids: list[int] = field(default_factory=list)
 
     def completed(self, recipe: Recipe) -> Recipe:
         """Return the recipe with what is learnt: as `recipe.yaml` beside the adapter says it."""

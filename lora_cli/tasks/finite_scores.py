@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora_cli.adapters.attach import lora_layers
+from lora_cli.adapters.attach import adapter_layers, lora_layers, name_in_base
 from lora_cli.errors import NumericsError
 from lora_cli.recipe import Recipe
 
@@ -52,8 +52,7 @@ def require_finite_weights(model: nn.Module, at: str) -> None:
             extremes = torch.stack(torch.aminmax(weight))  # without a copy of the weight
             if not bool(torch.isfinite(extremes).all()):
                 owner, _, last = name.rpartition(".")
-                if owner.removesuffix(".base") in lora_layers(model):
-                    name = f"{owner.removesuffix('.base')}.{last}"  # as the base calls it
+                name = f"{name_in_base(owner, adapter_layers(model))}.{last}".lstrip(".")
                 what = f"the model's weights are not finite: `{name}` contains NaN or infinity"
                 raise NumericsError(what, at, "download or copy the model again")
 

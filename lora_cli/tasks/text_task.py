@@ -21,6 +21,7 @@ from lora_cli.data.row_texts import text_of
 from lora_cli.errors import LoraError, counted
 from lora_cli.models.base_facts import base_facts, save_tokenizer, trained_tokenizer
 from lora_cli.models.base_model import load_config, load_tokenizer
+from lora_cli.models.vocabulary import grow_vocabulary, trained_token_ids
 from lora_cli.recipe import Recipe
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.control_tokens import ControlTokens
@@ -99,6 +100,17 @@ class TextTask(Task):
             self.tokenizer = trained_tokenizer(self.trained_in, self.recipe)
         self.control_tokens = ControlTokens(self.tokenizer)
         self.config = load_config(self.recipe)
+        self.learned.token_ids = trained_token_ids(self.tokenizer, self.recipe)
+        if self.recipe.model.add_tokens:
+            text_config = self.config.get_text_config()
+            text_config.vocab_size = max(text_config.vocab_size, len(self.tokenizer))
+
+    def read_config(self) -> None:
+        """Read the model's configuration; and the tokenizer, where the recipe names tokens."""
+        if self.recipe.model.add_tokens or self.recipe.adapter.train_tokens:
+            self.load_processor()
+        else:
+            super().read_config()
 
     @property
     def reads_control_tokens(self) -> bool:
@@ -233,7 +245,16 @@ class TextTask(Task):
         """Return the base model, and the names of the modules that are new in it."""
         # attention plans and picks its kernels again for every new length
         self.pad_multiple = 8 if device.type == "cuda" else 1
-        return super().load_model(device, dtype)
+        model, new = super().load_model(device, dtype)
+        grow_vocabulary(model, self.tokenizer, self.recipe.model.add_tokens)
+        return model, new
+
+    def empty_model(self) -> tuple[nn.Module, list[str]]:
+        """Return the same without weights."""
+        model, new = super().empty_model()
+        if self.recipe.model.add_tokens:
+            grow_vocabulary(model, self.tokenizer, self.recipe.model.add_tokens)
+        return model, new
 
     def fit_to_model(self, model: nn.Module, longest: int | None = None) -> None:
         """Choose how rows of different lengths are padded, by trying it on the model."""

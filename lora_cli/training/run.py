@@ -15,6 +15,7 @@ from torch import nn
 from lora_cli.accelerator import start_accelerator
 from lora_cli.adapters.attach import training_mode
 from lora_cli.adapters.make_trainable import make_trainable
+from lora_cli.adapters.parameter_targets import frozen_experts_note
 from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
 from lora_cli.environment import reject_mpi
 from lora_cli.errors import counted
@@ -128,7 +129,8 @@ class Run:
         self.in_full = list(dict.fromkeys([*new, *recipe.adapter.train_modules]))
         with main_process_first(accelerator):
             self.data = with_frozen_outputs(task, self.model, data, accelerator)
-        self.notes = [*filter(None, [task.length_note]), *task.notes]
+        frozen = frozen_experts_note(self.model, recipe)
+        self.notes = [*filter(None, [task.length_note, frozen]), *task.notes]
         self.optimizer = build_optimizer(self.model, recipe, self.in_full)
         trained = (self.model, self.optimizer, self.in_full, base)
         kept = (self._save_beside, accelerator, task.base_facts, self.learned)

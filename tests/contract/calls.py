@@ -195,7 +195,11 @@ def recipe_of(site: Site, adapter: Json) -> Recipe:
             "model": {"name": "base"},
             "task": {"type": "causal_lm"},
             "data": {"path": "rows.csv"},
-            "adapter": {"target_modules": site.targets, **adapter},
+            "adapter": {
+                "target_modules": site.targets,
+                "target_parameters": site.parameters,
+                **adapter,
+            },
         }
     )
 

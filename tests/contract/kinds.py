@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+import tiny_experts
 import tiny_pictures
 import tiny_translators
 from torch import nn
@@ -239,14 +240,20 @@ class AdapterKind:
     """What is saved computes the same bit for bit when it is read, and not to rounding."""
 
 
-NOT_WHOLE = ("Conv1D", "Embedding", "tied Embedding")
-NOT_LINEAR = ("Conv2d", "grouped Conv2d", "Conv1d", "Embedding", "tied Embedding")
+NOT_WHOLE = ("Conv1D", "Embedding", "tied Embedding", "experts", "transposed experts")
+NOT_LINEAR = (
+    "Conv2d", "grouped Conv2d", "Conv1d", "Embedding", "tied Embedding", "experts",
+    "transposed experts",
+)  # fmt: skip
 ADAPTERS = {
     "lora": AdapterKind({"rank": 4, "alpha": 6}, runs=False),
     "rslora": AdapterKind({"rank": 4, "alpha": 6, "use_rslora": True}, runs=False),
-    "dropout": AdapterKind({"rank": 4, "alpha": 6, "dropout": 0.3}),
+    "dropout": AdapterKind(
+        {"rank": 4, "alpha": 6, "dropout": 0.3}, not_on=("experts", "transposed experts")
+    ),
     "dora": AdapterKind(
-        {"type": "dora", "rank": 4, "alpha": 6, "dropout": 0.2}, not_on=("grouped Conv2d",)
+        {"type": "dora", "rank": 4, "alpha": 6, "dropout": 0.2},
+        not_on=("grouped Conv2d", "experts", "transposed experts"),
     ),
     "dora with patterns": AdapterKind(
         {
@@ -259,7 +266,7 @@ ADAPTERS = {
         },
         bare=False,
         runs=False,
-        not_on=("grouped Conv2d",),
+        not_on=("grouped Conv2d", "experts", "transposed experts"),
     ),
     "patterns": AdapterKind(
         {"rank": 4, "alpha": 6, "rank_pattern": {".*[a-z]": 6}, "alpha_pattern": {".*[a-z]": 3}},
@@ -314,6 +321,8 @@ class Site:
     targets: list[str]
     head: list[str] = field(default_factory=list)
     """Modules that the task created, which are trained in full."""
+    parameters: list[str] = field(default_factory=list)
+    """Parameters that an adapter can replace."""
 
 
 SITES = {
@@ -324,4 +333,10 @@ SITES = {
     "Conv1d": Site(tiny.ConvNet, ["line"], ["classifier"]),
     "Embedding": Site(lambda: tiny.llama(tied=False), ["embed_tokens"], ["model.norm"]),
     "tied Embedding": Site(tiny.gpt2, ["wte"], ["transformer.ln_f"]),
+    "experts": Site(
+        lambda: tiny_experts.model("mixtral"), ["o_proj"], ["model.norm"], tiny_experts.EXPERTS
+    ),
+    "transposed experts": Site(
+        lambda: tiny_experts.model("gpt_oss"), [], ["model.norm"], tiny_experts.EXPERTS
+    ),
 }

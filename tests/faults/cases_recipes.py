@@ -176,6 +176,17 @@ CONFLICTS: dict[str, str] = {
     "an error of quantising without it": _in("adapter", "init: loftq"),
     "a start from rows that are read once": _in("train", "max_steps: 1",
         _in("data", "streaming: true", _in("adapter", "init: eva"))),
+    "DoRA on experts": _in("adapter", "type: dora, target_parameters: [experts.w]"),
+    "single rows of a model that is trained in full": _in(
+        "adapter", "type: full, train_tokens: [a]"),
+    "single rows without an adapter": _in("adapter", "type: none, train_tokens: [a]"),
+    "new tokens that are not trained": HEAD.replace("name: m", "name: m, add_tokens: [a]")
+        + "adapter: {type: bitfit}\n",
+    "tokens of a picture": "model: {name: m, add_tokens: [a]}\n"
+        "task: {type: image_classification}\ndata: {path: pictures}\n",
+    "dropout on experts": _in("adapter", "dropout: 0.1, target_parameters: [experts.w]"),
+    "a start of LoRA for experts": _in(
+        "adapter", "init: pissa, target_parameters: [experts.w]"),
     "two warm-ups": _in("train", "scheduler: {warmup_steps: 1, warmup_ratio: 0.1}"),
     "epochs and steps": _in("train", "epochs: 1, max_steps: 1"),
     "fused kernels and checkpointing": _in(

@@ -280,6 +280,7 @@ CHANGES: dict[str, Change] = {
     "model.revision": Change(config, ("main", "v2")),
     "model.dtype": Change(losses, ("float32", "bfloat16"), also={"train.precision": "bf16"}),
     "model.quantization": Change(losses, (None, "int8")),
+    "model.add_tokens": Change(report, ([], ["<a>"])),
     "model.attention": Change(message, ("sdpa", "flash_attention_2")),
     "model.trust_remote_code": Change(
         message, (False, True), also={"evaluate.metrics": ["not_a_known_metric"]}
@@ -436,6 +437,8 @@ CHANGES: dict[str, Change] = {
     "adapter.init": Change(losses, ("default", "pissa"), also={"adapter.rank": 2}),
     "adapter.eva_rho": Change(config, (1.0, 3.0), also={"adapter.init": "eva"}),
     "adapter.target_modules": Change(config, (["query"], ["value"])),
+    "adapter.target_parameters": Change(report, ([], ["intermediate.dense.weight"])),
+    "adapter.train_tokens": Change(report, ([], ["<s>"])),
     "adapter.exclude_modules": Change(report, (None, ["value"])),
     "adapter.layers": Change(report, ([0], [0, 1]), also={"model.name": "../bases/deep"}),
     "adapter.rank_pattern": Change(report, ({}, {"query": 2})),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.attach import lora_layers, trainable_parameters
+from lora_cli.adapters.attach import (
+    adapter_layers,
+    lora_layers,
+    name_in_base,
+    trainable_parameters,
+)
 from lora_cli.adapters.lora import LoRALayer
+from lora_cli.adapters.lora_parameter import LoRAParameter
+from lora_cli.adapters.parameter_targets import places_of
 from lora_cli.adapters.peft_format.peft_config import adapter_type, check_config
 from lora_cli.adapters.peft_format.peft_rules import (
     base_modules,
@@ -35,6 +43,7 @@ from lora_cli.adapters.peft_format.peft_rules import (
 )
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES, TYPES_HERE
 from lora_cli.adapters.peft_format.tensor_names import PREFIX, adapted_module, without_prefix
+from lora_cli.adapters.token_rows import token_layers
 from lora_cli.errors import BACKUP, IntegrityError, LoraError, name_neighbours, warn
 from lora_cli.files import (
     finish_publishing,
@@ -100,14 +109,15 @@ def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict
     if not layers:
         # PEFT has no such types and says so; it would read an empty LoRA as the plain base
         return {"peft_type": _peft_type(spec.type), **base}
+    modules = {n: layer for n, layer in layers.items() if not isinstance(layer, LoRAParameter)}
     config = {
         "peft_type": "LORA",
         **base,
         **_ranks_and_alphas(spec, layers),
         "lora_dropout": spec.dropout,
-        "target_modules": sorted(layers),
+        "target_modules": sorted(modules),
         "bias": spec.bias,
-        "fan_in_fan_out": any(_stored_transposed(layer.base) for layer in layers.values()),
+        "fan_in_fan_out": any(_stored_transposed(layer.base) for layer in modules.values()),
         "use_rslora": spec.use_rslora,
         "use_dora": False,
         "init_lora_weights": True,
@@ -119,10 +129,17 @@ def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict
         own = {"r": spec.rank, kind.alpha: _whole(spec.alpha), **dict(kind.defaults), **patterns}
         adapted = {"target_modules": sorted(layers)}
         config = {"peft_type": _peft_type(spec.type), **base, **own, **adapted}
+    if len(modules) < len(layers):
+        config["target_parameters"] = _target_parameters(model, recipe)
+    if rows := token_layers(model):
+        own = {name: layer.token_ids for name, layer in rows.items() if not layer.shares_rows}
+        # a list is of the input embedding, and of what shares its weight
+        only = next(iter(own.values())) if len(own) == 1 else None
+        config["trainable_token_indices"] = own if only is None else only
     if isinstance(spec.target_modules, list):  # the user's suffixes, if they select no others
         short = {**config, "target_modules": spec.target_modules}
         reading = peft_reading(model, short)
-        if reading.adapted == set(layers) and not reading.errors:
+        if reading.adapted == set(modules) and not reading.errors:
             return short
     return config
 
@@ -160,6 +177,19 @@ def _most_common(values: dict[str, Any]) -> Any:
     return Counter(values.values()).most_common(1)[0][0]
 
 
+def _target_parameters(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Return the user's suffixes of adapted parameters, or full names if those select others."""
+    names = {
+        f"{name_in_base(name, layers)}.{layer.parameter}"
+        for layers in [lora_layers(model)]
+        for name, layer in layers.items()
+        if isinstance(layer, LoRAParameter)
+    }
+    short = recipe.adapter.target_parameters
+    selected = {f"{module}.{key}" for module, key in places_of(model, short)}
+    return short if selected == names else sorted(names)
+
+
 def _stored_transposed(base: nn.Module) -> bool:
     """Return whether the checkpoint has a layer's weight as (in, out)."""
     return isinstance(base, Conv1D) or (isinstance(base, QuantizedLinear) and base.transposed)
@@ -172,15 +202,18 @@ def _whole(number: float) -> float | int:
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return what is trained, under PEFT's names; a shared parameter under each of its names."""
     result: dict[str, Tensor] = {}
-    layers = lora_layers(model)
+    layers = adapter_layers(model)
+    rows = {id(of.rows): name for name, of in token_layers(model).items() if not of.shares_rows}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad:
-            continue
         owner, _, last = name.rpartition(".")
         layer = layers.get(owner)
+        shares = id(parameter) in rows and rows[id(parameter)] != owner
+        if not parameter.requires_grad or shares:
+            continue
         if layer is None:
             result[PREFIX + _plain_name(name, layers)] = parameter.detach()
         else:
+            owner = peft_owner(owner, layers)
             result[f"{PREFIX}{owner}.{layer.peft_names[last]}"] = layer.to_peft(last)
     return result
 
@@ -277,6 +310,8 @@ def _is_idle(tensors: dict[str, Tensor]) -> bool:
             # a length of DoRA is no factor
             is_zero = not bool(tensor.any()) if "magnitude" not in name else None
             zeros.setdefault(module, []).append(is_zero)
+    if any(".token_adapter." in name for name in tensors):
+        return False
     return bool(zeros) and all(None not in of and any(of) for of in zeros.values())
 
 
@@ -316,7 +351,7 @@ def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         model: A model made ready by the same recipe.
         tensors: What `read_tensors` returned.
     """
-    layers, parameters = lora_layers(model), trainable_parameters(model)
+    layers, parameters = adapter_layers(model), trainable_parameters(model)
     names = {name.removeprefix(PREFIX) for name in adapter_tensors(model)}
     assert names == set(tensors), "the tensors belong to another recipe"
     with torch.no_grad():
@@ -326,11 +361,17 @@ def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             if layer is None:
                 parameter.copy_(tensors[_plain_name(name, layers)])
             else:
+                owner = peft_owner(owner, layers)
                 layer.from_peft(last, tensors[f"{owner}.{layer.peft_names[last]}"])
 
 
-def _plain_name(name: str, layers: dict[str, LoRALayer]) -> str:
+def peft_owner(name: str, layers: Collection[str]) -> str:
+    """Return PEFT's name of a low-rank layer: of nested ones, the inner are its `base_layer`."""
+    module = name_in_base(name, layers)
+    return module + ".base_layer" * name.removeprefix(module).count(".base")
+
+
+def _plain_name(name: str, layers: Collection[str]) -> str:
     """Return PEFT's name of a parameter that is trained as it is."""
     owner, _, last = name.rpartition(".")
-    module = owner.removesuffix(".base")
-    return f"{module}.base_layer.{last}" if module != owner and module in layers else name
+    return f"{peft_owner(owner, layers)}.{last}" if name_in_base(owner, layers) != owner else name

@@ -46,8 +46,6 @@ VARIANTS = {
     "kasa_config": MERGE_IN_PEFT,
     "monteclora_config": MERGE_IN_PEFT,
     "velora_config": MERGE_IN_PEFT,
-    "target_parameters": MERGE_IN_PEFT,
-    "trainable_token_indices": MERGE_IN_PEFT,
     "layer_replication": "use it in PEFT: it runs layers of the base several times",
     "alora_invocation_tokens": "use it in PEFT: it is active after certain tokens alone",
     "arrow_config": "use it in PEFT: it chooses among several adapters",
@@ -211,6 +209,16 @@ def _is_names_or_expression(value: Any) -> bool:
     return _is_list_of_names(value) or (isinstance(value, str) and regex_error(value) is None)
 
 
+def _is_token_ids(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_token_ids(ids) for name, ids in value.items())
+    return value is None or (
+        isinstance(value, list)
+        and all(type(number) is int and number >= 0 for number in value)
+        and len(set(value)) == len(value)
+    )
+
+
 def _is_layers(value: Any) -> bool:
     numbers = value if isinstance(value, list) else [value]
     return value is None or all(type(number) is int for number in numbers)
@@ -239,6 +247,8 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "target_modules": _is_names_or_expression,
     "exclude_modules": _is_names_or_expression,
     "modules_to_save": _is_list_of_names,
+    "target_parameters": _is_list_of_names,
+    "trainable_token_indices": _is_token_ids,
     "layers_to_transform": _is_layers,
     "layers_pattern": lambda value: isinstance(value, str) or _is_list_of_names(value),
     "task_type": _is_text,

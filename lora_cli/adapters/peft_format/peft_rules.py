@@ -14,11 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from lora_cli.adapters.attach import lora_layers
-from lora_cli.adapters.lora import LoRALayer
+from lora_cli.adapters.attach import adapter_layers
+from lora_cli.adapters.lora_parameter import innermost
+from lora_cli.adapters.parameter_targets import Place, places_of
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
 from lora_cli.adapters.peft_format.tensor_names import adapted_modules
 from lora_cli.adapters.targets import inside, matches, read_by_kernels
+from lora_cli.adapters.token_rows import TokenRows
 
 HEADS = ("classifier", "score")  # PEFT trains them in full where a task classifies
 CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS")
@@ -46,9 +48,9 @@ class PeftReading:
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a base model by each of their names, without the layers put into it."""
-    layers = tuple(f"{name}." for name in lora_layers(model))
+    layers = tuple(f"{name}." for name in adapter_layers(model))
     return {
-        name: module.base if isinstance(module, LoRALayer) else module
+        name: module.base if isinstance(module, TokenRows) else innermost(module)
         for name, module in model.named_modules(remove_duplicate=False)
         if name and not (layers and name.startswith(layers))
     }
@@ -95,6 +97,23 @@ def copied_modules(names: Iterable[str], config: dict[str, Any]) -> set[str]:
     return {name for name in names if entries and name.endswith(entries)}
 
 
+def parameter_layers(model: nn.Module, entries: Collection[str] | None) -> dict[str, Place]:
+    """Return the adapted parameters by PEFT's names of their layers.
+
+    Args:
+        model: The base model, with or without an adapter.
+        entries: The configuration's `target_parameters`.
+    """
+    by_module: dict[str, list[Place]] = {}
+    for place in places_of(model, entries or []):
+        by_module.setdefault(place[0], []).append(place)
+    return {
+        name + ".base_layer" * depth: place
+        for name, places in by_module.items()
+        for depth, place in enumerate(reversed(places))
+    }
+
+
 def _ends_in(name: str, lasts: tuple[str, ...]) -> bool:
     return name.rpartition(".")[2] in lasts
 
@@ -133,6 +152,7 @@ def peft_differences(
         without = "leave such modules out with `adapter.exclude_modules`"
         return [f"PEFT would reject this adapter: {e}; {without}" for e in set(reading.errors)]
     ours = adapted_modules(tensors)
+    ours -= parameter_layers(model, config.get("target_parameters")).keys()
     found = _experts_lost(reading, ours)
     if lost := sorted(ours - reading.adapted - reading.experts):
         found.append(

@@ -87,8 +87,6 @@ def _own_names(kind: AdapterType) -> dict[str, str]:
 
 def unsupported(name: str) -> str | None:
     """Return a hint where the name of a tensor tells of what this tool does not read."""
-    if ".token_adapter." in name:
-        return "it holds single rows of an embedding (`trainable_token_indices`): merge it in PEFT"
     if name.rpartition(".")[2] in ("running_mean", "running_var"):
         return "it holds the statistics of a normalisation, which no adapter of this tool has"
     return None

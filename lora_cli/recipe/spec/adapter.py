@@ -81,6 +81,11 @@ class AdapterSpec(Section):
     whole names, or `all-linear`. Default: `all-linear` for language models, the attention's query
     and value for encoders."""
 
+    target_parameters: list[Word] = Field(default_factory=list)
+    """Parameters that get an adapter besides, by the ends of their names: the experts of a mixture,
+    which are one tensor of three dimensions (`mlp.experts.gate_up_proj`), each expert with an
+    update of its own. Not with `dropout` or DoRA. `target_modules: []` adapts nothing else."""
+
     exclude_modules: Word | list[Word] | None = None
     """Modules that get none, written in the same way."""
 
@@ -99,6 +104,10 @@ class AdapterSpec(Section):
     train_modules: list[Word] = Field(default_factory=list)
     """Modules trained in full and saved with the adapter, besides the task's new head."""
 
+    train_tokens: list[Word | Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    """Tokens (or their ids) of which the rows of the embedding are trained too, besides those of
+    `model.add_tokens`. All other rows stay as they are."""
+
     ensure_weight_tying: bool = True
     """Modules of `train_modules` that share a weight, as an embedding and the output layer do, stay
     one. `false` trains a copy of each that is named, and leaves the others as they are."""
@@ -112,6 +121,20 @@ class AdapterSpec(Section):
             if self.type in WHOLE_TYPES and getattr(self, key) != off:
                 what = f"PEFT's format has no `{key}` for adapters of type `{self.type}`"
                 yield key, what, "leave it out, or use `type: lora`"
+        if self.target_parameters and self.type in ("dora", *WHOLE_TYPES):
+            what = f"`type: {self.type}` has no update of a parameter such as a tensor of experts"
+            yield "target_parameters", what, "use `type: lora`, or leave `target_parameters` out"
+        if self.train_tokens and self.type not in ("lora", "dora"):
+            what = f"`type: {self.type}` does not train single rows of an embedding"
+            if self.type == "full":
+                what = "`type: full` trains every row of the embedding"
+            yield "train_tokens", what, "leave `train_tokens` out, or use `type: lora`"
+        if self.target_parameters and self.type == "lora" and self.dropout:
+            what = "`dropout` has no place in the update of a parameter, which never sees an input"
+            yield "dropout", what, "leave `dropout` out, or `target_parameters`"
+        if self.target_parameters and self.init != "default":
+            what = f"`init: {self.init}` has no way to start the update of a parameter"
+            yield "init", what, "leave `init` out, or `target_parameters`"
         if self.init == "default":
             return
         if self.type != "lora":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from lora_cli.recipe.spec.section import Section, Word
 
 
@@ -25,6 +27,11 @@ class ModelSpec(Section):
     """Keep the weights of the frozen linear layers in 4 bits (`nf4`, as QLoRA does) or in 8 bits.
     They are quantised while they are read, and turned back into numbers of `dtype` for each
     product. Embeddings, the output layer and what is trained in full keep their numbers."""
+
+    add_tokens: list[Word] = Field(default_factory=list)
+    """New tokens: the tokenizer gets them, and the embedding a row for each, at first the mean of
+    the others. An adapter trains these rows and no others of the embedding, and of the output layer
+    where that has rows of its own; the tokenizer is saved beside it, and by `lora merge`."""
 
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     """Implementation of the attention. Default: the one transformers chooses."""

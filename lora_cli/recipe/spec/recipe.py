@@ -92,6 +92,7 @@ class Recipe(Section):
             hint = "leave one of the two out: LoRA on a quantised base is `adapter.type: lora`"
             yield "model.quantization", what, hint
         yield from self._init_conflicts()
+        yield from self._token_conflicts()
         if train.packing and not task.can_pack:
             what = f"`train.packing` has no meaning with `task.type: {task.type}`"
             yield "train.packing", what, task.packing_hint
@@ -115,6 +116,21 @@ class Recipe(Section):
         if init == "eva" and self.data.streaming:
             what = "`init: eva` reads train rows before the first step, and `data.streaming` reads "
             yield key, f"{what}each once", "leave one of the two out"
+
+    def _token_conflicts(self) -> Conflicts:
+        """Yield what is wrong with new tokens, and with tokens whose rows are trained."""
+        named = {
+            "model.add_tokens": self.model.add_tokens,
+            "adapter.train_tokens": self.adapter.train_tokens,
+        }
+        for key, tokens in named.items():
+            if tokens and "max_length" not in type(self.task).model_fields:  # it reads no tokens
+                name = key.rpartition(".")[2]
+                what = f"`{name}` has no meaning with `task.type: {self.task.type}`"
+                yield key, what, "leave it out"
+        if self.model.add_tokens and self.adapter.type not in ("lora", "dora", "full"):
+            what = f"`adapter.type: {self.adapter.type}` would not train the rows of new tokens"
+            yield "model.add_tokens", what, "use `adapter.type: lora`, or leave `add_tokens` out"
 
     def _baseline_conflicts(self) -> Conflicts:
         key, named = "evaluate.baselines", self.evaluate.baselines

@@ -1,0 +1,107 @@
+"""PEFT's names of single rows of an embedding, which were trained: `trainable_token_indices`.
+
+The configuration says which: a list is of the input embedding, a dictionary has a list for the end
+of each module's name. The rows stand under `<module>.token_adapter.trainable_tokens_delta`, though
+they are the rows themselves. An output layer that shares the input embedding's weight, and has no
+rows of its own in the file, gets the same.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
+from lora_cli.adapters.peft_format.peft_tensors import TOGETHER
+from lora_cli.adapters.token_rows import embedding_names, sharing
+from lora_cli.errors import Problem
+
+ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
+
+
+@dataclass
+class SavedRows:
+    """The trained rows of a module, by rising ids of tokens."""
+
+    name: str
+    token_ids: list[int]
+    rows: Tensor
+    others: list[str]
+    """Modules that get the same rows."""
+
+
+def split_rows(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the tensors that are no rows, and the rows by the name of their module."""
+    rows = {found[1]: t for name, t in tensors.items() if (found := ROWS.fullmatch(name))}
+    return {name: t for name, t in tensors.items() if not ROWS.fullmatch(name)}, rows
+
+
+def saved_rows(
+    model: nn.Module, rows: dict[str, Tensor], adapter: AdapterFolder
+) -> tuple[list[SavedRows], list[Problem]]:
+    """Return the rows that an adapter holds, with a problem for each that does not fit the model.
+
+    Args:
+        model: The base model.
+        rows: As `split_rows` returned them.
+        adapter: For its configuration.
+    """
+    found, problems = [], []
+    named = ids_by_module(model, adapter.config)
+    names = embedding_names(model)
+    given = {name for name in named if name in rows}
+    given |= {place for name in given & set(names[:1]) for place in sharing(model, name)}
+    for name in named.keys() - given:
+        what = f"the trained rows of `{name}` are missing"
+        problems.append(Problem(what, hint=TOGETHER))
+    for name, tensor in rows.items():
+        ids = named.get(name)
+        if ids is None:
+            what = f"`{name}` has trained rows, and the configuration does not say of which tokens"
+            problems.append(Problem(what, hint=TOGETHER))
+            continue
+        module = model.get_submodule(name)
+        if problem := _misfit(name, module, ids, tensor, adapter):
+            problems.append(problem)
+            continue
+        others = sharing(model, name) if name in names[:1] else []
+        others = [place for place in others if place not in rows]
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        found.append(SavedRows(name, sorted(ids), tensor[order], others))
+    return found, problems
+
+
+def ids_by_module(model: nn.Module, config: dict[str, Any]) -> dict[str, list[int]]:
+    """Return the tokens whose rows a configuration says are trained, by the names of modules."""
+    indices = config.get("trainable_token_indices")
+    if not indices:
+        return {}
+    if isinstance(indices, list):
+        return dict.fromkeys(embedding_names(model)[:1], indices)
+    modules = [
+        n for n, m in model.named_modules(remove_duplicate=False) if "weight" in m._parameters
+    ]
+    return {name: ids for entry, ids in indices.items() for name in modules if name.endswith(entry)}
+
+
+def _misfit(
+    name: str, module: nn.Module, ids: list[int], tensor: Tensor, adapter: AdapterFolder
+) -> Problem | None:
+    weight = module._parameters.get("weight")
+    if weight is None or not isinstance(module, nn.Embedding | nn.Linear):
+        return Problem(f"`{name}` has trained rows, and is no embedding and no output layer")
+    size, dim = weight.shape
+    if max(ids, default=0) >= size:
+        what = f"the adapter has the row of the token {max(ids)}, and `{name}` has rows 0 to "
+        hint = "the vocabulary was made larger: name the new tokens, in the order of their ids, "
+        return Problem(f"{what}{size - 1:,}", hint=f"{hint}in `model.add_tokens` of a recipe")
+    if tuple(tensor.shape) != (len(ids), dim):
+        what = f"the trained rows of `{name}` are {tuple(tensor.shape)}, "
+        return Problem(f"{what}the model needs {(len(ids), dim)}")
+    if not adapter.verified and getattr(module, "bias", None) is not None:
+        what = f"`{name}` has a bias, which PEFT leaves out where it trains single rows"
+        return Problem(what, hint="train it again with this tool, or use it in PEFT")
+    return None
