@@ -63,7 +63,7 @@ def outputs(model: nn.Module, first: int = 0) -> Tensor:
 def adapted(base: nn.Module, kind: str) -> nn.Module:
     model = copy.deepcopy(base)
     torch.manual_seed(0)
-    attach(model, recipe(kind), ["classifier"] if kind == "encoder" else [], IDS)
+    attach(model, recipe(kind), ["classifier"] if kind == "encoder" else [], token_ids=IDS)
     return model
 
 

@@ -96,12 +96,15 @@ def attach(
             _train(parameter)
     _train_biases(model, spec)
     if not trainable_parameters(model):
-        lacking = "bias" if spec.type == "bitfit" else "new head"
-        what = f"nothing is trained: the model has no {lacking}"
-        raise LoraError(
-            what, recipe.at("adapter.type"), "`--set adapter.type=lora` trains adapters"
-        )
+        raise _nothing_trained(recipe)
     let_dtypes_meet(model, head)
+
+
+def _nothing_trained(recipe: Recipe) -> LoraError:
+    lacking = "bias" if recipe.adapter.type == "bitfit" else "new head"
+    what = f"nothing is trained: the model has no {lacking}"
+    hint = "`--set adapter.type=lora` trains adapters"
+    return LoraError(what, recipe.at("adapter.type"), hint)
 
 
 def _train_biases(model: nn.Module, spec: AdapterSpec) -> None:

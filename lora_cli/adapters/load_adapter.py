@@ -75,18 +75,9 @@ def load_adapter(
     layers = layers_of(adapter.type)
     tensors = sort_tensors(adapter.tensors, adapter.type, parameters)
     plain, problems = tensors.plain, tensors.problems
-    modules = dict(model.named_modules())
     own = own_parameters(model, adapter.config, plain)
-    chosen: dict[str, tuple[Target, dict[str, Shape] | None]] = {}
-    sites = parameter_layers(model, adapter.config.get("target_parameters"))
-    for name in sorted(tensors.of_layers, key=_inner_first):
-        of_layer, shapes = tensors.of_layers[name], None
-        if name in sites:
-            found, target = check_parameter(sites[name], of_layer, model, adapter)
-        else:
-            found, target, shapes = _check_layer(name, of_layer, modules, adapter, layers)
-        problems += found
-        chosen |= {name: (target, shapes)} if target else {}
+    chosen, found = _chosen(tensors.of_layers, model, adapter, layers)
+    problems += found
     of_tokens, found = saved_rows(model, rows, adapter)
     problems += found
     problems += _check_plain(plain, tensors.frozen, parameters, own)
@@ -113,10 +104,37 @@ def load_adapter(
     for name in of_base:
         parameters[name].data = parameters[name].data.float()
     let_dtypes_meet(model, new)
-    loaded = {id(parameters[name]) for name in [*plain, *of_base]}
+    _train_alone(model, [parameters[name] for name in [*plain, *of_base]], trained)
+
+
+def _train_alone(model: nn.Module, in_full: list[nn.Parameter], trained: bool) -> None:
+    """Let what the adapter holds be trained, or nothing."""
+    loaded = {id(parameter) for parameter in in_full}
     loaded |= {id(parameter) for parameter in adapter_parameters(model).values()}
     for parameter in model.parameters():
         parameter.requires_grad_(trained and id(parameter) in loaded)
+
+
+def _chosen(
+    of_layers: dict[str, dict[str, Tensor]],
+    model: nn.Module,
+    adapter: AdapterFolder,
+    layers: Layers,
+) -> tuple[dict[str, tuple[Target, dict[str, Shape] | None]], list[Problem]]:
+    """Return what is adapted, by PEFT's names of layers, and a problem for what does not fit."""
+    chosen: dict[str, tuple[Target, dict[str, Shape] | None]] = {}
+    problems: list[Problem] = []
+    modules = dict(model.named_modules())
+    sites = parameter_layers(model, adapter.config.get("target_parameters"))
+    for name in sorted(of_layers, key=_inner_first):
+        of_layer, shapes = of_layers[name], None
+        if name in sites:
+            found, target = check_parameter(sites[name], of_layer, model, adapter)
+        else:
+            found, target, shapes = _check_layer(name, of_layer, modules, adapter, layers)
+        problems += found
+        chosen |= {name: (target, shapes)} if target else {}
+    return chosen, problems
 
 
 def _inner_first(name: str) -> int:

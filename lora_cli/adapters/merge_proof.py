@@ -114,7 +114,13 @@ def _with_rows(
         ids = next((found for end, found in ids.items() if module.endswith(end)), None)
     parameters = dict(base.named_parameters(remove_duplicate=False))
     old = parameters.get(f"{module}.weight")
-    if old is None or not ids or rows.shape != (len(ids), old.shape[1]) or max(ids) >= len(old):
+    if (
+        old is None
+        or old.ndim != 2
+        or not ids
+        or rows.shape != (len(ids), old.shape[1])
+        or max(ids) >= len(old)
+    ):
         return {}  # loading says so
     weight = old.detach().clone()
     for token, row in zip(ids, rows, strict=True):

@@ -46,7 +46,7 @@ def _saved(
     a, b = torch.ones(2, 32) / 9, torch.ones(32, 2) / 9
     name = "base_model.model.model.layers.0.self_attn.o_proj.lora_"
     tensors = {f"{name}A.weight": a, f"{name}B.weight": b}
-    tensors |= {DELTA.format(module): tensor for module, tensor in rows.items()}
+    tensors |= {DELTA.format(module): tensor.clone() for module, tensor in rows.items()}
     save_file(tensors, folder / WEIGHTS)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2}
     (folder / CONFIG).write_text(json.dumps({**config, "trainable_token_indices": ids}))
