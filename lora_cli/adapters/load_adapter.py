@@ -7,7 +7,6 @@ what the configuration promises has to be there.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,9 +67,7 @@ def load_adapter(
             untouched then.
     """
     use_names_of(model, adapter)
-    adapter = with_current_names(adapter, model)
-    rest, rows = split_rows(adapter.tensors)
-    adapter = replace(adapter, tensors=rest)
+    adapter, rows = split_rows(with_current_names(adapter, model))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     layers = layers_of(adapter.type)
     tensors = sort_tensors(adapter.tensors, adapter.type, parameters)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -147,8 +146,7 @@ def completed_section(
     spec, config = recipe.adapter, saved.config
     modules, parameters = target_names(saved, model)
     adapted = [*modules, *parameters]
-    rest, _ = split_rows(saved.tensors)
-    own, tied = _trained_in_full(model, replace(saved, tensors=rest), head)
+    own, tied = _trained_in_full(model, split_rows(saved)[0], head)
     tokens, other_tokens = _other_tokens(model, recipe, saved, token_ids)
     theirs: dict[str, Any] = {"type": saved.type, "train_modules": own}
     theirs["ensure_weight_tying"] = tied

@@ -9,7 +9,7 @@ rows of its own in the file, gets the same.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,10 +33,12 @@ class SavedRows:
     """Modules that get the same rows."""
 
 
-def split_rows(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the tensors that are no rows, and the rows by the name of their module."""
+def split_rows(adapter: AdapterFolder) -> tuple[AdapterFolder, dict[str, Tensor]]:
+    """Return an adapter without its trained rows, and the rows by the name of their module."""
+    tensors = adapter.tensors
     rows = {found[1]: t for name, t in tensors.items() if (found := ROWS.fullmatch(name))}
-    return {name: t for name, t in tensors.items() if not ROWS.fullmatch(name)}, rows
+    rest = {name: t for name, t in tensors.items() if not ROWS.fullmatch(name)}
+    return replace(adapter, tensors=rest), rows
 
 
 def saved_rows(
