@@ -466,3 +466,23 @@ def test_a_merged_model_writes_the_language_by_itself(kind: str, tmp_path: Path)
     inputs = tokenizer("a warm film", return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=5, do_sample=False, num_beams=1)
     assert code in output[0, :2].tolist()
+
+
+@pytest.mark.parametrize("kind", ["t5", "nllb", "mbart"])
+def test_the_code_of_the_card_writes_what_predict_does(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(tmp_path, kind, task={"prefix": "a , "})
+    task, model, _ = opened(path)
+    model.generation_config = GenerationConfig(
+        pad_token_id=tiny.PAD, eos_token_id=tiny.EOS, suppress_tokens=[tiny.PAD],
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+        forced_bos_token_id=tiny.BOS if kind == "t5" else None,
+    )  # fmt: skip
+    ((wanted,),) = task.answer(model, [{"source": "Some text"}])
+    usage = task.spec.usage([], task.recipe.evaluate.generation)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    capsys.readouterr()
+    exec(f"{usage.setup}\n{usage.code}", {"tokenizer": tokenizer, "model": model})
+    said = capsys.readouterr().out
+    assert said.strip().rstrip("\N{REPLACEMENT CHARACTER}") == wanted

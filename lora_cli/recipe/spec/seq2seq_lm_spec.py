@@ -20,7 +20,10 @@ output = model.generate(**inputs, {options})
 print(tokenizer.decode(output[0], skip_special_tokens=True))"""
 LANGUAGES = """\
 tokenizer.src_lang, tokenizer.tgt_lang = {source!r}, {target!r}
-first_token = tokenizer(text_target="a")["input_ids"][0]  # of the language that is written
+around = tokenizer(text_target="")["input_ids"]  # the language that is written, and the end
+first = {{"forced_bos_token_id": around[0]}}
+if around[0] == tokenizer.eos_token_id:  # this model begins with the language by itself
+    first = {{"decoder_start_token_id": around[-1]}}
 """
 
 
@@ -110,6 +113,6 @@ class Seq2SeqLMSpec(TaskSection):
         setup = ""
         if self.source_language and self.target_language:
             setup = LANGUAGES.format(source=self.source_language, target=self.target_language)
-            options += ", forced_bos_token_id=first_token"
+            options += ", **first"
         code = GENERATING.format(text=repr(f"{self.prefix}Some text"), options=options)
         return Usage("AutoModelForSeq2SeqLM", code, setup=setup)
