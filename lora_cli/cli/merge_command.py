@@ -37,6 +37,7 @@ def merge(
         f"outputs differ from base + adapter by {result.difference:.1e} in float32, "
         f"and by {result.rounding:.1e} more as {dtype}"
     )
+    typer.echo(result.weights.in_words)
     for line in result.choice:
         typer.echo(line)
     if result.untied:

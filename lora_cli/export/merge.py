@@ -31,6 +31,7 @@ from lora_cli.export.merge_quantized import (
     use_numbers,
     what_was_trained,
 )
+from lora_cli.export.merged_weights import WeightsProof, prove_weights
 from lora_cli.export.target_folder import locked_target
 from lora_cli.files import new_folder, write_json
 from lora_cli.models.base_facts import read_tokenizer
@@ -65,6 +66,8 @@ class MergeResult:
     """Largest difference that storing the weights in `dtype` makes."""
     untied: list[str]
     verified: bool
+    weights: WeightsProof
+    """How the files that were written compare with those of base and adapter."""
     choice: list[str] = field(default_factory=list)
     """Of a quantised base: how the models compare that it could be merged into."""
 
@@ -138,6 +141,8 @@ class _Merged:
     dtype: torch.dtype
     difference: float
     untied: list[str]
+    ties: list[list[str]]  # names that shared a parameter in the base
+    numbers: dict[str, Tensor]  # weights that some modules of the base got before
     exact: Tensor  # outputs before its weights were stored in `dtype`
     outputs: Tensor
     weights: ExpectedWeights
@@ -156,8 +161,8 @@ def _merged(task: Task, saved: AdapterFolder, numbers: dict[str, Tensor] | None 
     verified_base = verify_base(saved, fingerprint_of(task.recipe, model, new), task.recipe)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
-    model, ties = model.float().eval(), tied_groups(model)
-    use_numbers(model, numbers or {})
+    model, ties, numbers = model.float().eval(), tied_groups(model), numbers or {}
+    use_numbers(model, numbers)
     use_names_of(model, saved)
     saved = with_current_names(saved, model)
     expected = expected_weights(model, saved.tensors, saved.config)
@@ -185,7 +190,8 @@ def _merged(task: Task, saved: AdapterFolder, numbers: dict[str, Tensor] | None 
         for name, tensor in _tensors(model):  # not `model.to`: buffers have dtypes of their own
             tensor.data = tensor.data.to(stored[name])
         rounded, weights = _outputs(task, model), weights_of(model)
-    return _Merged(model, verified_base, count, dtype, difference, untied, after, rounded, weights)
+    facts = (model, verified_base, count, dtype, difference, untied, ties, numbers)
+    return _Merged(*facts, after, rounded, weights)
 
 
 def _write(merged: _Merged, task: Task, saved: AdapterFolder, to: Path) -> MergeResult:
@@ -193,12 +199,15 @@ def _write(merged: _Merged, task: Task, saved: AdapterFolder, to: Path) -> Merge
     with new_folder(to) as folder:
         merged.model.save_pretrained(folder)
         task.save_processor(folder)
-        _write_origin(folder, saved.path, merged.base)
         reloaded = task.reloaded(folder, merged.dtype).eval()
         _require_saved(task, reloaded, merged.weights, merged.outputs)
-    rounding = _difference(merged.outputs.float(), merged.exact)
+        origin = (saved, task.recipe, merged.ties, merged.numbers)
+        weights = prove_weights(folder, merged.model, *origin)
+        rounding = _difference(merged.outputs.float(), merged.exact)
+        proof = {"outputs": {"difference": merged.difference, "rounding": rounding}}
+        _write_origin(folder, saved.path, merged.base, proof | {"weights": weights.facts})
     facts = (merged.count, merged.dtype, merged.difference, rounding, merged.untied)
-    return MergeResult(to, *facts, saved.verified)
+    return MergeResult(to, *facts, saved.verified, weights)
 
 
 def _outputs(task: Task, model: nn.Module) -> Tensor:
@@ -273,10 +282,13 @@ def adapter_task(
     return build_task(recipe), saved
 
 
-def _write_origin(folder: Path, adapter: Path, base: Fingerprint | None) -> None:
-    """Write down what a merged folder was made from."""
+def _write_origin(
+    folder: Path, adapter: Path, base: Fingerprint | None, proof: dict[str, Any]
+) -> None:
+    """Write down what a merged folder was made from, and what was proved of it."""
     facts = {"lora_version": __version__, "adapter": shown_name(adapter)}
-    write_json(folder / "merge.json", facts | ({} if base is None else {"base": base.facts}))
+    named = {} if base is None else {"base": base.facts}
+    write_json(folder / "merge.json", facts | named | {"proof": proof})
 
 
 def _recipe_of(saved: AdapterFolder, base: str | None) -> Recipe:

@@ -182,6 +182,10 @@ REST: dict[str, list[str]] = {
         "merged, `…` is not what the adapter's file says",
         "merged, the model's outputs differ by … of the largest",
     ],
+    "an error of ours: each written weight is proved; tests/test_merged_weights.py": [
+        "the merged model is not what the files of base and adapter say, in …: the largest "
+        "difference is …, of `…`",
+    ],
     "a fault of ours: saving is proved; tests/test_merging.py": [
         "the saved model does not compute what the merged one did",
     ],

@@ -1,0 +1,173 @@
+"""The tensors of a merged folder, bit by bit, against the files of base and adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import adapter_folders
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from typer.testing import CliRunner
+
+from lora_cli.cli.app import app
+from lora_cli.errors import IntegrityError
+from lora_cli.export.merge import merge_adapter
+from lora_cli.export.merged_weights import WeightsProof
+
+WEIGHTS = "model.safetensors"
+LORA = {"rank": 4, "alpha": 6.0}
+
+
+def llama(folder: Path, tied: bool = False, dtype: torch.dtype = torch.bfloat16) -> Path:
+    base = tiny.save_llama(folder / "base", tied)
+    AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(base)
+    return base
+
+
+def merged(folder: Path, base: Path, **adapter: Any) -> tuple[WeightsProof, dict[str, Tensor]]:
+    """Merge an adapter that is drawn at random; return the proof and what was written."""
+    made = adapter_folders.make(folder, "adapter", base, std=0.1, adapter={**LORA, **adapter})
+    result = merge_adapter(str(base), made, folder / "merged")
+    return result.weights, load_file(folder / "merged" / WEIGHTS)
+
+
+def test_each_tensor_is_computed_from_the_files_and_rounded_once(tmp_path: Path) -> None:
+    base = llama(tmp_path)
+    before = load_file(base / WEIGHTS)
+    proof, after = merged(tmp_path, base, target_modules=["q_proj", "up_proj"], use_rslora=True)
+    own = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    adapted = 0
+    for name, tensor in after.items():
+        a = own.get(f"base_model.model.{name.removesuffix('weight')}lora_A.weight")
+        wanted = before[name]
+        if a is not None:
+            b = own[f"base_model.model.{name.removesuffix('weight')}lora_B.weight"]
+            wanted = (wanted.float() + 6.0 / 2 * (b @ a)).bfloat16()  # 2: the root of the rank
+            adapted += 1
+        assert torch.equal(tensor, wanted), name
+    assert proof == WeightsProof("W0 + s B A", adapted, identical=len(after) - adapted)
+    assert adapted > 0
+    facts = json.loads((tmp_path / "merged/merge.json").read_text())["proof"]
+    assert facts["weights"]["adapted"] == adapted
+    assert facts["weights"]["identical"] == len(after) - adapted
+    assert facts["outputs"]["difference"] < 1e-5
+
+
+def test_one_line_says_what_was_compared(tmp_path: Path) -> None:
+    base = llama(tmp_path)
+    made = adapter_folders.make(
+        tmp_path, "adapter", base, adapter={**LORA, "target_modules": ["q_proj"]}
+    )
+    arguments = ["merge", "--base", str(base), "--adapter", str(made)]
+    result = CliRunner().invoke(app, [*arguments, "--to", str(tmp_path / "merged")])
+    layers = sum("q_proj" in name for name in load_file(base / WEIGHTS))
+    others = len(load_file(base / WEIGHTS)) - layers
+    line = f"weights: {layers} of {layers} adapted tensors equal W0 + s B A rounded once"
+    assert f"{line}; {others} others bit-identical to the base's\n" in result.output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
+def test_each_variant_in_each_dtype(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    base = llama(tmp_path, dtype=dtype)
+    proof, after = merged(tmp_path, base, type=kind, target_modules=["q_proj", "down_proj"])
+    assert proof.adapted > 0
+    assert proof.adapted + proof.identical == len(after)
+    assert not proof.reason
+    assert not proof.unknown
+
+
+@pytest.mark.parametrize("kind", ["encoder", "bert", "gpt2", "tied", "bart", "t5"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "all-linear", "bias": "all"},
+        {"target_modules": "all-linear", "init": "pissa"},
+        {"type": "bitfit"},
+    ],
+    ids=["all-linear", "pissa", "bitfit"],
+)
+def test_heads_biases_ties_and_doubled_ranks(
+    tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    base = _base(kind, tmp_path)
+    if kind in ("tied", "t5") and settings.get("type") == "bitfit":
+        pytest.skip("it has no bias")
+    proof, after = merged(tmp_path, base, **settings)
+    assert proof.adapted + proof.trained + proof.identical == len(after)
+    assert not proof.reason
+    assert bool(proof.adapted) == (settings.get("type") != "bitfit")
+    assert proof.identical > 0
+
+
+@pytest.mark.parametrize("which", ["embed_tokens", "lm_head"])
+def test_both_sides_of_a_tie_that_was_parted(tmp_path: Path, which: str) -> None:
+    proof, after = merged(tmp_path, llama(tmp_path, tied=True), target_modules=[which])
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(after)
+    assert (proof.adapted, proof.identical) == (1, len(after) - 1)
+
+
+def test_a_copy_of_one_side_of_a_tie(tmp_path: Path) -> None:
+    base = llama(tmp_path, tied=True)
+    settings = {"target_modules": ["q_proj"], "train_modules": ["lm_head"]}
+    proof, after = merged(tmp_path, base, **settings, ensure_weight_tying=False)
+    assert proof.trained == 1
+    assert proof.adapted + proof.identical == len(after) - 1
+
+
+def test_a_checkpoint_that_is_stored_in_another_dtype_than_it_is_loaded_in(tmp_path: Path) -> None:
+    base = llama(tmp_path)
+    file = base / WEIGHTS
+    save_file({n: t.float() + 1e-4 for n, t in load_file(file).items()}, file, {"format": "pt"})
+    proof, after = merged(tmp_path, base, target_modules=["q_proj"])
+    assert proof.loaded_as == len(after)
+    assert "had another dtype in the base's file" in proof.in_words
+
+
+@pytest.mark.parametrize("which", ["adapted", "untouched", "sign"])
+def test_a_single_wrong_bit_is_found(
+    tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A last bit is far below what the comparison of outputs and of products allows."""
+    base = llama(tmp_path)
+    real = PreTrainedModel.float
+
+    def wrong(model: PreTrainedModel) -> PreTrainedModel:  # in what the merge reads, not the file
+        model = real(model)
+        layer = model.model.layers[0]  # type: ignore[operator,index,union-attr]
+        name = "q_proj" if which == "adapted" else "k_proj"
+        weight = getattr(layer.self_attn, name).weight.data  # type: ignore[union-attr]
+        if which == "sign":
+            weight[0, 0] = -0.0
+        else:
+            weight[0, 0] *= 1 + 2**-6  # some units in the last place of bfloat16
+        return model
+
+    if which == "sign":
+        tensors = load_file(base / WEIGHTS)
+        tensors["model.layers.0.self_attn.k_proj.weight"][0, 0] = 0.0
+        save_file(tensors, base / WEIGHTS, {"format": "pt"})
+    monkeypatch.setattr(PreTrainedModel, "float", wrong)
+    name = "q_proj" if which == "adapted" else "k_proj"
+    what = f"in 1 tensor: the largest difference is .*, of `layers.0.self_attn.{name}.weight`"
+    with pytest.raises(IntegrityError, match=what):
+        merged(tmp_path, base, target_modules=["q_proj"])
+    assert not (tmp_path / "merged").exists()
+
+
+def _base(kind: str, folder: Path) -> Path:
+    match kind:
+        case "bart" | "t5":
+            return tiny.save_encoder_decoder(folder / "base", kind)
+        case "gpt2":
+            return tiny.save_gpt2(folder / "base")
+        case "tied":
+            return tiny.save_llama(folder / "base")
+        case _:
+            return tiny.save_encoder(folder / "base", kind="bert" if kind == "bert" else "roberta")
