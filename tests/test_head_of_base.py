@@ -153,6 +153,26 @@ def test_merging_keeps_the_head_of_the_base_and_its_labels(
     assert list(merged.config.id2label.values()) == list(LABELS)
 
 
+@pytest.mark.parametrize("labels", [["good", "bad"], ["Good"], ["good", "BAD"]])
+@pytest.mark.parametrize("target", ["fc1", "out_proj"])
+def test_merging_keeps_the_head_of_the_base_in_the_order_of_the_labels(
+    labels: list[str], target: str, tmp_path: Path
+) -> None:
+    base, folder = save_base("bart", tmp_path / "base"), tmp_path / "a"
+    wanted = save_with_peft("bart", base, folder, target_modules=[target])
+    path = recipe("bart", base, tmp_path, labels)
+    if len(labels) == 1 and target == "out_proj":
+        pytest.skip("the adapter has both outputs")
+    if len(labels) == 1:
+        path.write_text(path.read_text().replace("labels:", "problem: multi_label\n  labels:"))
+    result = merge_adapter(None, folder, tmp_path / "merged", path)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    if target == "fc1":
+        assert_close(outputs(merged, "bart"), wanted.flip(-1)[:, : len(labels)])
+    assert result.weights.adapted > 0
+    assert not result.weights.unknown
+
+
 @pytest.mark.parametrize(
     ("labels", "lacking"),
     [

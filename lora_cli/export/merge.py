@@ -143,6 +143,7 @@ class _Merged:
     untied: list[str]
     ties: list[list[str]]  # names that shared a parameter in the base
     numbers: dict[str, Tensor]  # weights that some modules of the base got before
+    heads: list[str]  # names of the modules that the task adds
     exact: Tensor  # outputs before its weights were stored in `dtype`
     outputs: Tensor
     weights: ExpectedWeights
@@ -190,7 +191,7 @@ def _merged(task: Task, saved: AdapterFolder, numbers: dict[str, Tensor] | None 
         for name, tensor in _tensors(model):  # not `model.to`: buffers have dtypes of their own
             tensor.data = tensor.data.to(stored[name])
         rounded, weights = _outputs(task, model), weights_of(model)
-    facts = (model, verified_base, count, dtype, difference, untied, ties, numbers)
+    facts = (model, verified_base, count, dtype, difference, untied, ties, numbers, new)
     return _Merged(*facts, after, rounded, weights)
 
 
@@ -201,7 +202,7 @@ def _write(merged: _Merged, task: Task, saved: AdapterFolder, to: Path) -> Merge
         task.save_processor(folder)
         reloaded = task.reloaded(folder, merged.dtype).eval()
         _require_saved(task, reloaded, merged.weights, merged.outputs)
-        origin = (saved, task.recipe, merged.ties, merged.numbers)
+        origin = (saved, task.recipe, merged.ties, merged.numbers, merged.heads)
         weights = prove_weights(folder, merged.model, *origin)
         rounding = _difference(merged.outputs.float(), merged.exact)
         proof = {"outputs": {"difference": merged.difference, "rounding": rounding}}

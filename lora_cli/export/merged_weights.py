@@ -31,10 +31,11 @@ from lora_cli.adapters.peft_format.peft_types import alpha_of
 from lora_cli.adapters.targets import first_match
 from lora_cli.adapters.variants import layer_for, layers_of
 from lora_cli.errors import IntegrityError, counted
-from lora_cli.models.base_model import checkpoint_files
+from lora_cli.models.base_model import checkpoint_files, load_config
 from lora_cli.models.bundle import Bundle
 from lora_cli.models.fingerprint import inner_name
 from lora_cli.recipe import Recipe
+from lora_cli.tasks.head_rows import match_rows, own_names
 
 FORMULAS = {"dora": "m V / |V|", "loha": "W0 + s D", "lokr": "W0 + s D"}
 
@@ -105,6 +106,7 @@ def prove_weights(
     recipe: Recipe,
     ties: Iterable[list[str]],
     numbers: dict[str, Tensor],
+    heads: Iterable[str],
 ) -> WeightsProof:
     """Compare every tensor of a merged folder with the files that it was made from.
 
@@ -115,12 +117,14 @@ def prove_weights(
         recipe: Its `model` section names the base.
         ties: The names that shared a parameter in the base.
         numbers: Weights that modules of the base got instead of those of its files.
+        heads: Names of modules whose outputs are in the order of the task's labels, not the base's.
 
     Raises:
         IntegrityError: If a tensor is another; the largest difference is named.
     """
     proof = WeightsProof(FORMULAS.get(adapter.type, "W0 + s B A"))
     sources = _Sources(model, adapter, ties, numbers)
+    sources.rows, sources.heads = _rows(model, recipe), tuple(f"{head}." for head in heads)
     parts = model.parts if isinstance(model, Bundle) else {"": model}
     wrong: dict[str, float] = {}
     for part, module in parts.items():
@@ -189,6 +193,8 @@ class _Sources:
         self.adapter, self.numbers = adapter, numbers
         self.tied = {name: group for group in ties for name in group}
         self.of_adapter = self._of_adapter()
+        self.rows: list[int] = []
+        self.heads: tuple[str, ...] = ()
 
     def _of_adapter(self) -> SortedTensors:
         """Return the tensors of the adapter's file, by the names of the model."""
@@ -258,7 +264,11 @@ class _Sources:
         """Return the base's tensor; of tied ones, of which a file may have several, each."""
         tied = [other for own in group for other in self.tied.get(own, [])]
         names = dict.fromkeys([name, *(self._inner(other) for other in [*group, *tied])])
-        return [self.base.read(other) for other in names if other in self.base.places]
+        stored = [self.base.read(other) for other in names if other in self.base.places]
+        if self.rows and any(own.startswith(self.heads) for own in group):
+            most = max(self.rows)
+            stored += [t[self.rows] for t in stored if t.ndim and len(t) > most]
+        return stored
 
     def _with_update(self, name: str, w0: Tensor) -> Tensor:
         """Return the merged weight of an adapted module in float32, in the shape of W0."""
@@ -279,6 +289,15 @@ class _Sources:
         for parameter, tensor in own.items():
             layer.from_peft(parameter, tensor.clone())
         return layer.merged_weight(w0)
+
+
+def _rows(model: nn.Module, recipe: Recipe) -> list[int]:
+    """Return which of the base's outputs each label has; none where their order is the same."""
+    if isinstance(model, Bundle) or not (labels := own_names(model.config)):
+        return []
+    rows = match_rows(own := own_names(load_config(recipe)), labels)
+    known = [row for row in rows if row is not None]
+    return known if labels != own and len(known) == len(labels) else []
 
 
 def _difference(written: Tensor, wanted: Tensor) -> float:

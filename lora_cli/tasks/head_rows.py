@@ -49,7 +49,7 @@ def arrange_rows(
         What a user should know, or None.
     """
     outputs = _output_layer(model, labels, base, recipe, auto_class)
-    own = _own_names(base)
+    own = own_names(base)
     if not outputs or not own:
         return None
     is_loaded = not set(outputs) & set(missing)
@@ -126,7 +126,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(f"`{printable(name, 60)}`" for name in names[:5]) + more
 
 
-def _own_names(base: PretrainedConfig) -> list[str]:
+def own_names(base: PretrainedConfig) -> list[str]:
     """Return the base's labels in the order of its outputs; none if they are not numbered so."""
     names = {int(i): str(name) for i, name in (base.id2label or {}).items()}
     return [names[i] for i in range(len(names))] if sorted(names) == list(range(len(names))) else []
