@@ -42,7 +42,7 @@ def make(
     base_print = fingerprint_of(task.recipe, model, new)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        attach(model, task.recipe, new)
+        attach(model, task.recipe, new, token_ids=task.learned.token_ids)
         with torch.no_grad():
             for parameter in trainable_parameters(model).values():
                 parameter.normal_(std=std)

@@ -9,6 +9,7 @@ from typing import Any
 import adapter_folders
 import pytest
 import tiny
+import tiny_experts
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -119,6 +120,41 @@ def test_a_copy_of_one_side_of_a_tie(tmp_path: Path) -> None:
     proof, after = merged(tmp_path, base, **settings, ensure_weight_tying=False)
     assert proof.trained == 1
     assert proof.adapted + proof.identical == len(after) - 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("new", [True, False])
+def test_rows_of_tokens(tmp_path: Path, tied: bool, new: bool) -> None:
+    base = llama(tmp_path, tied)
+    sections: dict[str, Any] = {"adapter": {**LORA, "target_modules": ["q_proj"]}}
+    if new:
+        sections["model"] = {"name": str(base), "add_tokens": ["<a>", "<b>"]}
+    else:
+        sections["adapter"]["train_tokens"] = ["<s>", 7]
+    made = adapter_folders.make(tmp_path, "adapter", base, **sections)
+    proof = merge_adapter(None, made, tmp_path / "merged").weights
+    after = load_file(tmp_path / "merged" / WEIGHTS)
+    assert proof.of_tokens == (1 if tied else 2)
+    assert proof.of_tokens + proof.adapted + proof.identical == len(after)
+    assert "the adapter's rows of tokens" in proof.in_words
+
+
+@pytest.mark.parametrize("kind", tiny_experts.CONFIGS)
+@pytest.mark.parametrize("experts", [True, False])
+def test_experts(tmp_path: Path, kind: str, experts: bool) -> None:
+    """Files that have a tensor for each expert cannot be compared with one update of all."""
+    base = tiny_experts.save(tmp_path / "base", kind)
+    targets = {"target_parameters": tiny_experts.EXPERTS} if experts else {}
+    adapter = {**LORA, "target_modules": ["o_proj"], **targets}
+    task = {"type": "causal_lm", "text_column": "text", "max_length": 32}
+    made = adapter_folders.make(tmp_path, "adapter", base, adapter=adapter, task=task)
+    proof = merge_adapter(None, made, tmp_path / "merged").weights
+    after = load_file(tmp_path / "merged" / WEIGHTS)
+    divided = not any(name.endswith("mlp.experts.gate_up_proj") for name in after)
+    assert bool(proof.reason) == (experts and divided)
+    if not proof.reason:
+        assert proof.adapted + proof.identical == len(after)
+        assert not proof.unknown
 
 
 def test_a_checkpoint_that_is_stored_in_another_dtype_than_it_is_loaded_in(tmp_path: Path) -> None:

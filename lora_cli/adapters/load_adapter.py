@@ -73,7 +73,7 @@ def load_adapter(
     tensors = sort_tensors(adapter.tensors, adapter.type, parameters)
     plain, problems = tensors.plain, tensors.problems
     own = own_parameters(model, adapter.config, plain)
-    chosen, found = _chosen(tensors.of_layers, model, adapter, layers)
+    chosen, found = chosen_layers(tensors.of_layers, model, adapter, layers)
     problems += found
     of_tokens, found = saved_rows(model, rows, adapter)
     problems += found
@@ -112,7 +112,7 @@ def _train_alone(model: nn.Module, in_full: list[nn.Parameter], trained: bool) -
         parameter.requires_grad_(trained and id(parameter) in loaded)
 
 
-def _chosen(
+def chosen_layers(
     of_layers: dict[str, dict[str, Tensor]],
     model: nn.Module,
     adapter: AdapterFolder,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lora_cli.adapters.lora import LoRAEmbedding, LoRALinear
+from lora_cli.adapters.load_adapter import chosen_layers
+from lora_cli.adapters.lora import LoRAEmbedding, LoRALayer, LoRALinear
+from lora_cli.adapters.lora_parameter import LoRAParameter
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
-from lora_cli.adapters.peft_format.peft_tensors import SortedTensors, sort_tensors
-from lora_cli.adapters.peft_format.peft_types import alpha_of
-from lora_cli.adapters.targets import first_match
+from lora_cli.adapters.peft_format.peft_experts import with_current_names
+from lora_cli.adapters.peft_format.peft_tensors import sort_tensors
+from lora_cli.adapters.peft_format.peft_tokens import SavedRows, saved_rows, split_rows
 from lora_cli.adapters.variants import layer_for, layers_of
 from lora_cli.errors import IntegrityError, counted
 from lora_cli.models.base_model import checkpoint_files, load_config
@@ -48,6 +50,7 @@ class WeightsProof:
         formula: What an adapted tensor equals.
         adapted: Tensors that equal the formula, rounded once.
         trained: Tensors that equal the adapter's file.
+        of_tokens: Tensors whose rows of some tokens are the adapter's, and the others the base's.
         identical: Tensors that no adapter changed, bit-identical to the base's file.
         dequantised: Tensors that equal the numbers that the codes of a quantised base stand for.
         loaded_as: Tensors that the base's file stores in another dtype than its configuration asks
@@ -59,6 +62,7 @@ class WeightsProof:
     formula: str
     adapted: int = 0
     trained: int = 0
+    of_tokens: int = 0
     identical: int = 0
     dequantised: int = 0
     loaded_as: int = 0
@@ -76,6 +80,8 @@ class WeightsProof:
             parts.append(f"{tensors} equal {self.formula} rounded once")
         if self.trained:
             parts.append(f"{self.trained:,} equal the adapter's file")
+        if self.of_tokens:
+            parts.append(f"{self.of_tokens:,} equal the base's with the adapter's rows of tokens")
         if self.dequantised:
             parts.append(f"{self.dequantised:,} equal the dequantised base")
         parts.append(f"{self.identical:,} others bit-identical to the base's")
@@ -93,7 +99,7 @@ class WeightsProof:
         """What `merge.json` says of it."""
         if self.reason:
             return {"not_compared": self.reason}
-        counts = ("adapted", "trained", "dequantised", "identical", "loaded_as")
+        counts = ("adapted", "trained", "of_tokens", "dequantised", "identical", "loaded_as")
         numbers = {name: getattr(self, name) for name in counts}
         return {"formula": self.formula, **numbers, "unknown": self.unknown}
 
@@ -190,18 +196,28 @@ class _Sources:
     ) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.adapter, self.numbers = adapter, numbers
+        self.config, self.kind, self.numbers = adapter.config, adapter.type, numbers
         self.tied = {name: group for group in ties for name in group}
-        self.of_adapter = self._of_adapter()
         self.rows: list[int] = []
         self.heads: tuple[str, ...] = ()
-
-    def _of_adapter(self) -> SortedTensors:
-        """Return the tensors of the adapter's file, by the names of the model."""
-        again = read_adapter(self.adapter.path).tensors
+        again = read_adapter(adapter.path).tensors
         # the names may have been put right since the first reading, in the same order
-        tensors = dict(zip(self.adapter.tensors, again.values(), strict=True))
-        return sort_tensors(tensors, self.adapter.type, self.parameters)
+        tensors = dict(zip(adapter.tensors, again.values(), strict=True))
+        adapter, of_tokens = split_rows(
+            with_current_names(replace(adapter, tensors=tensors), model)
+        )
+        found = sort_tensors(adapter.tensors, self.kind, self.parameters)
+        chosen, _ = chosen_layers(found.of_layers, model, adapter, layers_of(self.kind))
+        self.trained = found.plain
+        self.adapted = {
+            f"{target.name}.{target.parameter or 'weight'}": (target, shapes, found.of_layers[site])
+            for site, (target, shapes) in chosen.items()
+        }
+        self.of_tokens = {
+            f"{place}.weight": saved
+            for saved in saved_rows(model, of_tokens, adapter)[0]
+            for place in (saved.name, *saved.others)
+        }
 
     def enter(self, part: str, start: str, base: _Tensors) -> None:
         """Go on with a part of the model: the names below are those inside it."""
@@ -217,8 +233,7 @@ class _Sources:
 
     def not_in(self, written: Collection[str]) -> str | None:
         """Return the first parameter that the adapter changes and that no file has by its name."""
-        changed = [f"{module}.weight" for module in self.of_adapter.of_layers]
-        for name in [*changed, *self.of_adapter.plain]:
+        for name in [*self.adapted, *self.of_tokens, *self.trained]:
             if name.startswith(self.before):
                 group = self.names.get(self._inner(name), [name])
                 if not any(self._inner(other) in written for other in group):
@@ -234,13 +249,14 @@ class _Sources:
             proof: Gets the count.
         """
         group = self.names.get(name, [name])
-        owners = [n.removesuffix(".weight") for n in group if n.endswith(".weight")]
-        adapted = next((owner for owner in owners if owner in self.of_adapter.of_layers), None)
-        trained = next((n for n in group if n in self.of_adapter.plain), None)
+        adapted = next((n for n in group if n in self.adapted), None)
+        trained = next((n for n in group if n in self.trained), None)
+        tokens = next((self.of_tokens[n] for n in group if n in self.of_tokens), None)
+        owners = (n.removesuffix(".weight") for n in group)
         codes = next((owner for owner in owners if owner in self.numbers), None)
         if trained is not None and adapted is None:
             proof.trained += 1
-            return _difference(written, self.of_adapter.plain[trained].float())
+            return _difference(written, self.trained[trained].float())
         stored = [self.numbers[codes]] if codes else self._stored(name, group)
         if not stored:
             proof.unknown.append(name)
@@ -249,16 +265,35 @@ class _Sources:
             proof.loaded_as += 1
         if adapted is not None:
             proof.adapted += 1
+        elif tokens is not None:
+            proof.of_tokens += 1
         elif codes:
             proof.dequantised += 1
         else:
             proof.identical += 1
-        differences = []
-        for tensor in stored:
-            w0 = tensor if codes else tensor.to(written.dtype)
-            wanted = self._with_update(adapted, w0.float()) if adapted is not None else w0
-            differences.append(_difference(written, wanted))
-        return min(differences)
+        return min(
+            self._from_base(w0 if codes else w0.to(written.dtype), written, adapted, tokens)
+            for w0 in stored
+        )
+
+    def _from_base(
+        self, w0: Tensor, written: Tensor, adapted: str | None, tokens: SavedRows | None
+    ) -> float:
+        """Return the largest difference of a tensor from the base's with what was trained of it."""
+        if w0.shape[1:] != written.shape[1:] or w0.ndim != written.ndim:
+            return math.inf
+        count = len(w0) if w0.ndim else 0
+        if w0.ndim and count < len(written):  # the vocabulary was made larger
+            w0 = torch.cat([w0, torch.zeros_like(written[count:], dtype=w0.dtype)])
+        if adapted is not None:
+            w0 = self._with_update(adapted, w0.float())
+        if tokens is not None:
+            w0 = w0.float().index_copy(0, torch.tensor(tokens.token_ids), tokens.rows.float())
+        if w0.ndim and count < len(written):  # without new rows that no file has
+            ids = set(tokens.token_ids if tokens else ())
+            known = [i for i in range(len(w0)) if i < count or i in ids]
+            w0, written = w0[known], written[known]
+        return _difference(written, w0)
 
     def _stored(self, name: str, group: list[str]) -> list[Tensor]:
         """Return the base's tensor; of tied ones, of which a file may have several, each."""
@@ -272,20 +307,21 @@ class _Sources:
 
     def _with_update(self, name: str, w0: Tensor) -> Tensor:
         """Return the merged weight of an adapted module in float32, in the shape of W0."""
-        config, module = self.adapter.config, self.modules[name]
-        own, use_rslora = self.of_adapter.of_layers[name], bool(config.get("use_rslora"))
-        kind, alpha = layer_for(module, layers_of(self.adapter.type)), alpha_of(config, name)
-        assert kind is not None, f"{name} was adapted and no layer fits it"
+        target, shapes, own = self.adapted[name]
+        module, use_rslora = self.modules[target.name], bool(self.config.get("use_rslora"))
+        kind = None if target.parameter else layer_for(module, layers_of(self.kind))
         if kind in (LoRALinear, LoRAEmbedding):
             a, b = own["lora_A"].float(), own["lora_B"].float()
-            s = alpha / (math.sqrt(len(a)) if use_rslora else len(a))
+            s = target.alpha / (math.sqrt(len(a)) if use_rslora else len(a))
             delta = s * (b @ a)
             return w0 + (delta if isinstance(module, nn.Linear) else delta.T)
-        rank = kind.rank_of(own)
-        if rank is None:
-            rank = int(first_match(config.get("rank_pattern") or {}, name, config.get("r", 8)))
-        shapes = kind.configured_shapes(module, rank, config)
-        layer = kind(module, rank, alpha, 0.0, use_rslora, shapes)
+        layer: LoRALayer
+        if target.parameter is not None:
+            named = (module, target.parameter, target.rank, target.alpha)
+            layer = LoRAParameter(*named, use_rslora)
+        else:
+            assert kind is not None, f"{target.name} was adapted and no layer fits it"
+            layer = kind(module, target.rank, target.alpha, 0.0, use_rslora, shapes)
         for parameter, tensor in own.items():
             layer.from_peft(parameter, tensor.clone())
         return layer.merged_weight(w0)
