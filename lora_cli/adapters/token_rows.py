@@ -98,7 +98,10 @@ def embedding_names(model: nn.Module) -> list[str]:
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[int, str] = {}
     for method in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(model, method, lambda: None)()
+        try:
+            module = getattr(model, method, lambda: None)()
+        except NotImplementedError:  # transformers' models of pictures have none
+            continue
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and id(module) in names:
             found.setdefault(id(weight), names[id(module)])
