@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
+from lora_cli.adapters.attach import attach, merge
+from lora_cli.adapters.lora import LoRALinear
 from lora_cli.cli.app import app
 from lora_cli.errors import IntegrityError
 from lora_cli.export.merge import merge_adapter
@@ -195,6 +198,24 @@ def test_a_single_wrong_bit_is_found(
     with pytest.raises(IntegrityError, match=what):
         merged(tmp_path, base, target_modules=["q_proj"])
     assert not (tmp_path / "merged").exists()
+
+
+def test_weights_are_merged_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All merged weights together would take as much memory as the base."""
+    model = tiny.llama(False)
+    attach(model, tiny.recipe_of("causal_lm", target_modules="all-linear"))
+    real, alive, together = LoRALinear.merged_weight, [], []
+
+    def counted(layer: LoRALinear, w0: Tensor) -> Tensor:
+        together.append(sum(weight() is not None for weight in alive))
+        merged = real(layer, w0)
+        alive.append(weakref.ref(merged))
+        return merged
+
+    monkeypatch.setattr(LoRALinear, "merged_weight", counted)
+    merge(model)
+    assert len(together) > 4
+    assert max(together) <= 1
 
 
 def _base(kind: str, folder: Path) -> Path:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_cli.adapters.initialise import reject_impossible_starts, start_layers
-from lora_cli.adapters.lora import LORA_LAYERS, LoRALayer, Shape
+from lora_cli.adapters.lora import LORA_LAYERS, LoRAConv, LoRALayer, Shape
 from lora_cli.adapters.lora_parameter import LoRAParameter
 from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
 from lora_cli.adapters.targets import (
@@ -272,21 +272,22 @@ def merge(model: nn.Module) -> list[str]:
         LoraError: If a layer cannot be merged; the model is untouched then.
     """
     layers, in_place = lora_layers(model), adapter_layers(model)
-    merged = {
-        name: layer.merged_weight(layer.weight.detach().float()) for name, layer in layers.items()
-    }
+    for layer in layers.values():
+        if isinstance(layer, LoRAConv):
+            layer.delta_weight()  # which not every convolution has: before anything is changed
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None:
             users.setdefault(id(weight), []).append(name_in_base(name, in_place))
     untied: list[str] = []
-    for name, layer in layers.items():
+    for layer in layers.values():
         sharers = users.get(id(layer.weight), [])
         if len(sharers) > 1:
             untied += [other for other in sharers if other not in untied]
-        weight = nn.Parameter(merged[name].to(layer.weight.dtype), requires_grad=False)
-        layer.replace_weight(weight)
+        # one at a time: all merged weights together would take as much memory as the base
+        merged = layer.merged_weight(layer.weight.detach().float()).to(layer.weight.dtype)
+        layer.replace_weight(nn.Parameter(merged, requires_grad=False))
     merge_rows(list(token_layers(model).values()))
     remove_layers(model)
     return untied
