@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub
 import peft
 import pytest
 import tiny
 import torch
 from closeness import assert_close
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -320,31 +318,6 @@ def test_a_damaged_adapter_is_refused(base: Path, tmp_path: Path) -> None:
     path = recipe_file(base, tmp_path / "new")
     with pytest.raises(IntegrityError, match="not the file that was written"):
         train(only_from(path, old))
-
-
-def test_an_adapter_of_the_hub_brings_its_own_files_only(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old = trained(base, tmp_path / "old", train={"max_steps": 1})
-    path = recipe_file(base, tmp_path / "new")
-    asked: list[Any] = []
-
-    def download(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
-        if name == "user/none":
-            raise LocalEntryNotFoundError("offline")
-        return str(old)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    started(only_from(path, "user/adapter"))
-    assert asked == [
-        ("user/adapter", ["adapter_config.json", "adapter_model.safetensors", "base.json",
-                          "manifest.json", "recipe.yaml", "computation.json"]),
-    ]  # fmt: skip
-    with pytest.raises(LoraError, match="cannot load the adapter `user/none`: offline"):
-        started(only_from(path, "user/none"))
-    with pytest.raises(LoraError, match="there is no folder /nowhere"):
-        started(only_from(path, "/nowhere"))
 
 
 def test_the_commands_that_only_look(base: Path, tmp_path: Path) -> None:

@@ -216,6 +216,11 @@ KINDS: dict[str, Settings] = {
         "task": {"type": "image_classification", "image_column": "shot",
                  "labels": ["bad", "good"]},
     },
+    "translation": {
+        "model": {"name": "../bases/bart"},
+        "task": {"type": "seq2seq_lm", "source_column": "prompt", "target_column": "answer"},
+        "evaluate": SHORT,
+    },
     "text": {
         "model": {"name": "../bases/llama"},
         "task": {"type": "causal_lm", "text_column": "text"},
@@ -379,7 +384,28 @@ CHANGES: dict[str, Change] = {
         {"data.train": "tokens.jsonl"}),
     "causal_lm.pad_token": Change(message, ("<pad>", "<nothing>"), "pair"),
     "causal_lm.max_length": Change(data, (64, 6), "text"),
+    "seq2seq_lm.type": Change(message, ("seq2seq_lm", "causal_lm"), "translation"),
+    "seq2seq_lm.source_column": Change(losses, ("prompt", "other"), "translation"),
+    "seq2seq_lm.target_column": Change(losses, ("answer", "other"), "translation"),
+    "seq2seq_lm.prefix": Change(losses, ("", "say: "), "translation"),
+    "seq2seq_lm.source_language": Change(message, (None, "de"), "translation"),
+    "seq2seq_lm.target_language": Change(message, (None, "de"), "translation"),
+    "seq2seq_lm.max_source_length": Change(losses, (64, 4), "translation"),
+    "seq2seq_lm.max_target_length": Change(losses, (64, 4), "translation"),
+    "seq2seq_lm.truncate_source": Change(
+        losses, ("right", "left"), "translation",
+        {"task.source_column": "text", "task.max_source_length": 5},
+    ),
+    "seq2seq_lm.truncate_target": Change(
+        losses, ("right", "left"), "translation", {"task.max_target_length": 4}
+    ),
+    "seq2seq_lm.split_special_tokens": Change(
+        losses, (False, True), "translation",
+        {"task.source_column": "text", "data.train": "tokens.jsonl"},
+    ),
     # ------------------------------------------------------------------------------------- data
+    # what it limits is tried in tests/test_frozen_outputs.py: these tasks keep no such outputs
+    "data.cache_limit": Change(message, ("16GB", "4")),
     "data.name": Change(losses, ("a/b", "a/c"),
         also={"data.train": "train", "data.validation": None}),
     "data.config": Change(losses, ("one", "two"),
@@ -499,6 +525,11 @@ CHANGES: dict[str, Change] = {
     "evaluate.micro_batch_size": Change(lambda left: left.used["evaluated"], (1, 4)),
     "evaluate.baseline": Change(results, (False, True)),
     "evaluate.baselines": Change(report, ([], ["majority"])),
+    "evaluate.generation.num_beams": Change(answer, (1, 4), "text", command=said),
+    "evaluate.generation.length_penalty": Change(
+        message, (1.0, 9.0), "text", {"evaluate.generation.num_beams": 1}
+    ),
+    "evaluate.generation.no_repeat_ngram_size": Change(answer, (0, 1), "text", command=said),
     "evaluate.generation.max_new_tokens": Change(answer, (2, 9), "pair", command=said),
     "evaluate.generation.temperature": Change(answer, (0.0, 5.0), "pair", command=said),
     "evaluate.generation.top_p": Change(
@@ -543,6 +574,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_encoder(folder / "other", seed=1, layers=1)
     tiny.save_encoder(folder / "bert", kind="bert", layers=1)
     tiny.save_llama(folder / "llama")
+    tiny.save_encoder_decoder(folder / "bart")
     tiny_pictures.save("vit", folder / "vit")
     world = World(top / "first", folder)
     write(world, "labels")
