@@ -86,7 +86,9 @@ def _task(tmp_path: Path, kind: str, config: Any, **train: Any) -> tuple[Any, Pr
     if kind == "sequence_classification":
         columns = {"text_column": "text", "label_column": "label"}
     task = {"type": kind, **columns, **TASKS[kind], "max_length": 40}
-    path = tiny.recipe(base, tmp_path, task=task, train={"max_steps": 1, **train})
+    path = tiny.recipe(
+        base, tmp_path, task=task, train={"max_steps": 1, "kernels": "fused", **train}
+    )
     built = build_task(load_recipe(path))
     built.load_processor()
     built.learn_from({})
@@ -158,9 +160,10 @@ def test_texts_that_share_rows_give_the_gradients_of_each_alone(kind: str, tmp_p
     ],
 )
 def test_a_model_that_would_answer_otherwise_keeps_its_rows(
-    config: Callable[[], Any], tmp_path: Path
+    config: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task, model = _task(tmp_path, "sequence_classification", config())
+    monkeypatch.setattr("lora_cli.tasks.padding_check._worth_sharing", lambda *_: True)  # a GPU
+    task, model = _task(tmp_path, "sequence_classification", config(), kernels="auto")
     task.fit_to_model(model.float())
     assert task.first_position is None
     assert "attention_mask" in task.collate(_examples("sequence_classification")).inputs

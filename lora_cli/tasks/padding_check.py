@@ -57,7 +57,7 @@ def choose_padding(task: TextTask, model: nn.Module, longest: int | None = None)
         chosen = _right_padding(task, model, short, long, alone, allowed) if varied else None
         if chosen is None and noise > allowed:
             _require_single_rows(task, noise)
-        if task.can_share_rows and task.recipe.train.kernels != "reference":
+        if task.can_share_rows and _worth_sharing(task, model):
             first_position, why_not = _first_position(task, model, short, length, allowed)
             if flash:
                 first_position, why_not = None, "flash attention takes no such mask"
@@ -72,6 +72,12 @@ def choose_padding(task: TextTask, model: nn.Module, longest: int | None = None)
             "this model's answer to a text changes when the text is padded, so only texts of the "
             "same length are computed together; `train.group_by_length: true` makes that faster"
         )
+
+
+def _worth_sharing(task: TextTask, model: nn.Module) -> bool:
+    """Return whether texts are to share rows: on a CPU, attention in wide rows costs more."""
+    kernels = task.recipe.train.kernels
+    return kernels == "fused" or (kernels == "auto" and next(model.parameters()).is_cuda)
 
 
 def _right_padding(

@@ -503,7 +503,7 @@ CHANGES: dict[str, Change] = {
     "train.scheduler.warmup_steps": Change(losses, (0, 2)),
     "train.scheduler.warmup_ratio": Change(losses, (None, 0.5)),
     "train.precision": Change(losses, ("fp32", "bf16")),
-    "train.kernels": Change(report, ("auto", "reference")),
+    "train.kernels": Change(report, ("fused", "reference")),
     "train.max_grad_norm": Change(adapter, (None, 1e-3), also={"train.optimizer.type": "sgd"}),
     "train.gradient_checkpointing": Change(lambda left: left.used["forward"], (False, True)),
     "train.packing": Change(data, (False, True), "text", {"task.max_length": 32}),
