@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lora_cli.errors import LoraError, counted
 from lora_cli.tasks.examples import Batch
-from lora_cli.training.engine import Engine
+from lora_cli.training.engine import Engine, sum_gradients
 from lora_cli.training.memory_and_disk import is_out_of_memory
 from lora_cli.unexpected_errors import own_words
 
@@ -68,7 +68,10 @@ class GraphEngine(Engine):
     graphs: dict[Shape, Graph] = field(default_factory=dict)
     seen: Counter[Shape] = field(default_factory=Counter)
     gradients: Tensor | None = None
-    """The gradients of all parameters that have one, which are views of it: graphs write there."""
+    """The gradients of the parameters that had one in the first step, which are views of it: graphs
+    write there."""
+    rarely_used: list[nn.Parameter] = field(default_factory=list)
+    """The parameters that had none in the first step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,7 +98,7 @@ class GraphEngine(Engine):
             self._record(shape, batch, weights)
             if (graph := self.graphs.get(shape)) is not None:
                 return graph.replay(batch, weights)
-            if self.required:
+            if self.required and self.why_not:
                 what = f"a step cannot be recorded: {self.why_not}"
                 hint = "`--set train.kernels=auto` computes such steps as they are"
                 raise LoraError(what, self.task.recipe.at("train.kernels"), hint)
@@ -131,7 +134,12 @@ class GraphEngine(Engine):
                     loss = super().add_gradients(own, own_weights)
             self.pool = graph.pool()
             recorded = Graph(graph, own, own_weights, loss)
-            if self._repeats(recorded, random):
+            replayed, plain = self._both(recorded, random)
+            if any(parameter.grad is not None for parameter in self.rarely_used):
+                self.why_not = "not every step has gradients for the same parameters"
+            elif not plain.isfinite().all():
+                pass  # fp16 has overflowed: nothing can be compared, and a later step is tried
+            elif (replayed - plain).abs().max() <= EQUAL * plain.abs().max():
                 self.graphs[shape] = recorded
             else:  # such as a layer that Python skips at random, which a graph would skip forever
                 self.why_not = "it computes something else when it is replayed"
@@ -142,8 +150,8 @@ class GraphEngine(Engine):
         self.gradients.copy_(gradients)
         torch.cuda.set_rng_state(random, device)
 
-    def _repeats(self, recorded: Graph, random: Tensor) -> bool:
-        """Return whether a replay gives the gradients of a plain step."""
+    def _both(self, recorded: Graph, random: Tensor) -> list[Tensor]:
+        """Return the gradients of a replay, and those of a plain step."""
         assert self.gradients is not None
         device, found = self.accelerator.device, []
         for compute in (recorded.replay, super().add_gradients):
@@ -152,14 +160,15 @@ class GraphEngine(Engine):
             with self._compiled_layers():
                 compute(recorded.batch, recorded.weights)
             found.append(self.gradients.clone())
-        difference = (found[0] - found[1]).abs().max()
-        return bool(difference <= EQUAL * found[1].abs().max())
+        return found
 
     def sum_over_processes(self, loss: Tensor) -> Tensor:
         """Add up the gradients of all processes in each of them, and return their summed loss."""
         if self.gradients is None or self.accelerator.num_processes == 1:
             return super().sum_over_processes(loss)
         torch.distributed.all_reduce(self.gradients)
+        if self.rarely_used:
+            sum_gradients(self.rarely_used, self.accelerator)
         total: Tensor = self.accelerator.reduce(loss, "sum")
         return total
 
@@ -167,12 +176,15 @@ class GraphEngine(Engine):
         """Set the gradients to zero, in the memory that the graphs write to."""
         if self.gradients is None:  # after the first step it is known who has a gradient
             present = [p for p in self.parameters.values() if p.grad is not None]
+            self.rarely_used = [p for p in self.parameters.values() if p.grad is None]
             sizes = [p.numel() for p in present]
             self.gradients = torch.zeros(sum(sizes), device=self.accelerator.device)
             parts = torch.split(self.gradients, sizes)
             for parameter, part in zip(present, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
         self.gradients.zero_()
+        for parameter in self.rarely_used:
+            parameter.grad = None
 
     @contextmanager
     def _compiled_layers(self) -> Iterator[None]:

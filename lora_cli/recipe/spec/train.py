@@ -116,7 +116,7 @@ class TrainSpec(Section):
 
     kernels: Literal["auto", "reference", "fused"] = "auto"
     """How the same is computed faster. `reference`: as the model's own code does it, with padding.
-    `auto`: texts share rows where an encoder's answers were seen to stay the same; then, on a GPU,
+    `auto`: on a GPU, texts share rows where an encoder's answers were seen to stay the same; then
     steps are recorded as CUDA graphs, and in runs of 1,000 steps or more layers are compiled.
     `fused`: all of it, in short runs and for other models too; an error where it cannot be."""
 

@@ -1,0 +1,76 @@
+"""The gradients that recorded steps write to; recording itself is in tests/gpu/test_graphs.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lora_cli.tasks.examples import Batch
+from lora_cli.training.graph_engine import GraphEngine, repeated_layers, shape_of
+from lora_cli.training.step import train_step
+
+
+class SometimesBoth(nn.Module):
+    """Uses its second layer only where the input asks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def forward(self, x: torch.Tensor, both: bool) -> torch.Tensor:
+        return self.first(x) + (self.second(x) if both else 0.0)
+
+
+class Task:
+    loss_weights = {"loss": 1.0}
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        return model(batch.inputs["x"], len(batch.rows) > 1)
+
+    def losses(self, model: nn.Module, output: torch.Tensor, batch: Batch) -> Any:
+        return {"loss": output.square().sum(-1)}
+
+
+def batch(rows: int) -> Batch:
+    x = torch.arange(2.0 * rows).view(rows, 2) + 1
+    return Batch({"x": x}, {}, {"loss": torch.ones(rows)}, rows, list(range(rows)))
+
+
+def engine(kind: Any) -> Any:
+    torch.manual_seed(0)
+    model = SometimesBoth()
+    accelerator = Accelerator(cpu=True)
+    optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(model.parameters(), lr=0.1))
+    return kind(model, Task(), optimizer, accelerator, 1.0)
+
+
+def test_a_parameter_that_is_used_later_is_trained_as_by_plain_autograd(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lora_cli.training.engine import Engine
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)  # nothing is recorded on a CPU
+    monkeypatch.setattr(GraphEngine, "_may_record", lambda *_: False)
+    plain, flat = engine(Engine), engine(GraphEngine)
+    for rows in (1, 2, 1, 2, 2, 1):
+        results = [train_step(each, [batch(rows)]) for each in (plain, flat)]
+        assert results[0].idle == results[1].idle
+        assert torch.equal(results[0].grad_norm, results[1].grad_norm)
+        for name, parameter in plain.parameters.items():
+            assert torch.equal(parameter, flat.parameters[name]), name
+
+
+def test_batches_of_one_shape_have_one_graph() -> None:
+    assert shape_of(batch(2)) == shape_of(batch(2))
+    assert shape_of(batch(2)) != shape_of(batch(3))
+
+
+def test_the_layers_that_are_alike_are_found() -> None:
+    layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(4))
+    model = nn.Sequential(nn.Linear(9, 9), nn.ModuleDict({"encoder": layers}))
+    assert repeated_layers(model) == list(layers)
+    assert repeated_layers(nn.Linear(2, 2)) == []
