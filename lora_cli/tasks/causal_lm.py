@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +29,7 @@ from lora_cli.tasks.text_generation import (
     until_stop,
 )
 from lora_cli.tasks.text_task import TRIAL_TEXT
-from lora_cli.tasks.writing_task import SAMPLE_NEW_TOKENS, WritingTask
+from lora_cli.tasks.writing_task import SAMPLE_NEW_TOKENS, WritingTask, losses_of_tokens
 
 TRIAL_TOKENS = 64  # of the longer text that the model is tried on
 
@@ -248,12 +247,7 @@ class CausalLM(WritingTask):
     def losses(self, model: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the negative log-likelihood of each example, summed over its trained tokens."""
         labels, positions = batch.targets["labels"], batch.targets["positions"]
-        # only trained rows are copied: a float32 copy of all logits is what fills the memory
-        logits = output.flatten(0, 1).index_select(0, positions).float()
-        wanted = labels.flatten().index_select(0, positions + 1)
-        losses = F.cross_entropy(logits, wanted, reduction="none")
-        by_token = losses.new_zeros(labels.numel()).index_copy(0, positions, losses)
-        return {MAIN: by_token.view(labels.shape).sum(-1)}
+        return {MAIN: losses_of_tokens(output, labels, positions, ahead=1)}
 
     def predictions(self, model: nn.Module, output: Tensor, batch: Batch) -> list[Prediction]:
         """Return the answer to each example, if a metric asks for it."""

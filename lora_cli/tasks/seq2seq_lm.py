@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM
 
@@ -22,7 +21,7 @@ from lora_cli.tasks.seq2seq_rows import SourceAndTargetTask
 from lora_cli.tasks.text_generation import Answer, base_generation_settings
 from lora_cli.tasks.text_pairs import propose_pairs
 from lora_cli.tasks.text_task import TRIAL_TEXT
-from lora_cli.tasks.writing_task import SAMPLE_NEW_TOKENS
+from lora_cli.tasks.writing_task import SAMPLE_NEW_TOKENS, losses_of_tokens
 
 TRIAL_TARGET = 24  # tokens of the longer target that the model is tried on
 
@@ -83,11 +82,7 @@ class Seq2SeqLM(SourceAndTargetTask):
     def losses(self, model: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the negative log-likelihood of each target, summed over its tokens."""
         labels, positions = batch.targets["labels"], batch.targets["positions"]
-        logits = output.flatten(0, 1).index_select(0, positions).float()
-        wanted = labels.flatten().index_select(0, positions)
-        losses = F.cross_entropy(logits, wanted, reduction="none")
-        by_token = losses.new_zeros(labels.numel()).index_copy(0, positions, losses)
-        return {MAIN: by_token.view(labels.shape).sum(-1)}
+        return {MAIN: losses_of_tokens(output, labels, positions)}
 
     def predictions(self, model: nn.Module, output: Tensor, batch: Batch) -> list[Prediction]:
         """Return the answer to the first example of each row, if a metric asks for answers."""

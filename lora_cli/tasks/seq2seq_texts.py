@@ -153,7 +153,7 @@ def _with_languages(
             raise LoraError(
                 "the tokenizer of this model marks no languages",
                 "task.source_language",
-                "leave both languages out; T5 and multilingual Marian models are told by "
+                "leave both languages out; for T5 and multilingual Marian models, name them in "
                 "`task.prefix`",
             )
         return tokenizer

@@ -6,7 +6,8 @@ import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F  # noqa: N812 - the field's own name for it
+from torch import Tensor, nn
 
 from lora_cli.errors import LoraError, counted, warn
 from lora_cli.recipe import Recipe
@@ -21,6 +22,24 @@ from lora_cli.tasks.text_generation import (
 from lora_cli.tasks.text_task import TextTask
 
 SAMPLE_NEW_TOKENS = 64  # that are added to a sample
+
+
+def losses_of_tokens(logits: Tensor, labels: Tensor, positions: Tensor, ahead: int = 0) -> Tensor:
+    """Return the negative log-likelihood of each row's trained tokens, summed over them (B,).
+
+    Args:
+        logits: (B, T, V).
+        labels: The token that is wanted at each place (B, T).
+        positions: Places in the flattened rows whose logits are trained (N,). Only these are
+            copied: a float32 copy of all logits is what fills the memory.
+        ahead: How many places behind its logits a wanted token stands: 1 where a model predicts the
+            next token of its own input.
+    """
+    trained = logits.flatten(0, 1).index_select(0, positions).float()
+    wanted = labels.flatten().index_select(0, positions + ahead)
+    losses = F.cross_entropy(trained, wanted, reduction="none")
+    by_token = losses.new_zeros(labels.numel()).index_copy(0, positions, losses)
+    return by_token.view(labels.shape).sum(-1)
 
 
 class WritingTask(TextTask):
