@@ -21,6 +21,7 @@ from lora_cli.tasks.causal_lm_encoders import FORMATS, Chat, RowFormat
 from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Encoded, Example, Field, Prediction
 from lora_cli.tasks.language_model_rows import propose_writing
 from lora_cli.tasks.marked_tokens import marked
+from lora_cli.tasks.output_head import HiddenStates
 from lora_cli.tasks.packing import Packed, check_packing
 from lora_cli.tasks.padding import fill, mask_of, tolerance
 from lora_cli.tasks.text_generation import (
@@ -202,6 +203,7 @@ class CausalLM(WritingTask):
         Raises:
             LoraError: If another last token changes what is predicted before it.
         """
+        super().check_trial(model, example, logits)
         *others, last = example["input_ids"]
         other = others[0] if others[0] != last else (last + 1) % len(self.tokenizer)
         inputs = self.collate([{**example, "input_ids": [*others, other]}])
@@ -244,12 +246,16 @@ class CausalLM(WritingTask):
         items = {MAIN: trained.sum(-1).float()}
         return Batch(inputs, targets, items, n_tokens, [e["row"] for e in examples])
 
-    def losses(self, model: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def losses(
+        self, model: nn.Module, output: HiddenStates | Tensor, batch: Batch
+    ) -> dict[str, Tensor]:
         """Return the negative log-likelihood of each example, summed over its trained tokens."""
         labels, positions = batch.targets["labels"], batch.targets["positions"]
         return {MAIN: losses_of_tokens(output, labels, positions, ahead=1)}
 
-    def predictions(self, model: nn.Module, output: Tensor, batch: Batch) -> list[Prediction]:
+    def predictions(
+        self, model: nn.Module, output: HiddenStates | Tensor, batch: Batch
+    ) -> list[Prediction]:
         """Return the answer to each example, if a metric asks for it."""
         predictions = [Prediction(row, None, None) for row in batch.rows]
         if self.writes_answers:

@@ -15,6 +15,7 @@ from lora_cli.recipe import Recipe, Seq2SeqLMSpec
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.recipe.spec.task_section import Truncation
 from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Example, Prediction
+from lora_cli.tasks.output_head import HiddenStates
 from lora_cli.tasks.padding import fill, mask_of
 from lora_cli.tasks.seq2seq_generation import Writing, decoder_inputs, first_token, write_targets
 from lora_cli.tasks.seq2seq_rows import SourceAndTargetTask
@@ -79,12 +80,16 @@ class Seq2SeqLM(SourceAndTargetTask):
             rows.append(model(**one, use_cache=False).logits)
         return torch.cat(rows)
 
-    def losses(self, model: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def losses(
+        self, model: nn.Module, output: HiddenStates | Tensor, batch: Batch
+    ) -> dict[str, Tensor]:
         """Return the negative log-likelihood of each target, summed over its tokens."""
         labels, positions = batch.targets["labels"], batch.targets["positions"]
         return {MAIN: losses_of_tokens(output, labels, positions)}
 
-    def predictions(self, model: nn.Module, output: Tensor, batch: Batch) -> list[Prediction]:
+    def predictions(
+        self, model: nn.Module, output: HiddenStates | Tensor, batch: Batch
+    ) -> list[Prediction]:
         """Return the answer to the first example of each row, if a metric asks for answers."""
         predictions = [Prediction(row, None, None) for row in batch.rows]
         if self.writes_answers:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from lora_cli.errors import LoraError, counted, warn
 from lora_cli.recipe import Recipe
 from lora_cli.recipe.spec import GenerationSpec
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import Batch, Example
+from lora_cli.tasks.output_head import Finish, HiddenStates, find_finish, hidden_states
 from lora_cli.tasks.text_generation import (
     Answer,
     base_generation_settings,
@@ -24,20 +27,25 @@ from lora_cli.tasks.text_task import TextTask
 SAMPLE_NEW_TOKENS = 64  # that are added to a sample
 
 
-def losses_of_tokens(logits: Tensor, labels: Tensor, positions: Tensor, ahead: int = 0) -> Tensor:
+def losses_of_tokens(
+    output: HiddenStates | Tensor, labels: Tensor, positions: Tensor, ahead: int = 0
+) -> Tensor:
     """Return the negative log-likelihood of each row's trained tokens, summed over them (B,).
 
     Args:
-        logits: (B, T, V).
+        output: Scores of tokens (B, T, V), or what they are computed from.
         labels: The token that is wanted at each place (B, T).
         positions: Places in the flattened rows whose logits are trained (N,). Only these are
             copied: a float32 copy of all logits is what fills the memory.
         ahead: How many places behind its logits a wanted token stands: 1 where a model predicts the
             next token of its own input.
     """
-    trained = logits.flatten(0, 1).index_select(0, positions).float()
     wanted = labels.flatten().index_select(0, positions + ahead)
-    losses = F.cross_entropy(trained, wanted, reduction="none")
+    if isinstance(output, HiddenStates):
+        losses = output.losses(positions, wanted)
+    else:
+        trained = output.flatten(0, 1).index_select(0, positions).float()
+        losses = F.cross_entropy(trained, wanted, reduction="none")
     by_token = losses.new_zeros(labels.numel()).index_copy(0, positions, losses)
     return by_token.view(labels.shape).sum(-1)
 
@@ -56,6 +64,25 @@ class WritingTask(TextTask):
         super().__init__(recipe)
         self.n_cut_answers = self.n_cut_prompts = 0  # since the last warning
         self._has_named_base_settings = False
+        self.finish: Finish | None = None
+
+    def check_trial(self, model: nn.Module, example: Example, logits: Tensor) -> None:
+        """Find how the model's scores can be computed for some tokens at a time."""
+        super().check_trial(model, example, logits)
+        inputs = self.collate([example]).to(logits.device).inputs
+        fits = self.recipe.train.kernels != "reference" and self.padding.side != "none"
+        self.finish = find_finish(model, lambda: self.logits(model, inputs)) if fits else None
+
+    def fit_as(self, other: Task) -> None:
+        """Pad, and compute scores, as another instance of the task does."""
+        super().fit_as(other)
+        assert isinstance(other, WritingTask)
+        self.finish = other.finish
+
+    def forward(self, model: nn.Module, batch: Batch) -> HiddenStates | Tensor:  # type: ignore[override]
+        """Return what the losses of tokens are computed from."""
+        finish = self.finish if self.padding.side != "none" else None
+        return hidden_states(model, finish, lambda: self.logits(model, batch.inputs))
 
     def answer_columns(self) -> dict[str, str]:
         """Return the column of the answer."""

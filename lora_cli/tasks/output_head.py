@@ -1,0 +1,201 @@
+"""The loss of tokens without all their scores in memory at once.
+
+A language model of 128,000 tokens gives as many scores for each token that it reads: 4 GiB in
+float32 for 8,192 tokens, and the loss and its gradient need them several times. Here the model
+stops before its last layer; the scores are computed for some hundred trained tokens at a time, each
+time together with the gradient of their loss, and then dropped. Tokens that are not trained, such
+as those of a prompt, get no scores at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's own name for it
+from torch import Tensor, nn
+
+SCORES_AT_ONCE = 2**28  # numbers; 1 GiB in float32
+FACTORS = (1.0, 10.0, 1000.0)  # by which hidden states are stretched, to see what caps the scores
+EXACT = 1e-5  # of the largest score
+Finish = Callable[[nn.Module, Tensor], Tensor]
+
+
+def _as_they_are(model: nn.Module, scores: Tensor) -> Tensor:
+    return scores
+
+
+def _with_bias(model: nn.Module, scores: Tensor) -> Tensor:
+    bias: Any = model.final_logits_bias  # of BART, Marian, Pegasus
+    with_bias: Tensor = scores + bias.to(scores.dtype)
+    return with_bias
+
+
+def _capped(model: nn.Module, scores: Tensor) -> Tensor:
+    cap = _setting(model, "final_logit_softcapping") or _setting(model, "logits_soft_cap")
+    capped: Tensor = torch.tanh(scores / float(cap)) * float(cap)
+    return capped  # Gemma
+
+
+def _divided(model: nn.Module, scores: Tensor) -> Tensor:
+    return scores / float(_setting(model, "logits_scaling"))  # Granite
+
+
+def _multiplied(model: nn.Module, scores: Tensor) -> Tensor:
+    return scores * float(_setting(model, "logit_scale"))  # Cohere
+
+
+FINISHES: tuple[Finish, ...] = (_as_they_are, _with_bias, _capped, _divided, _multiplied)
+
+
+def _setting(model: nn.Module, name: str) -> Any:
+    config: Any = model.config
+    return getattr(config.get_text_config(), name, None)
+
+
+@dataclass
+class HiddenStates:
+    """What a language model computes before its scores.
+
+    Args:
+        states: What its last layer is given (B, T, H).
+        scores: Turns some of them (N, H) into scores of tokens (N, V).
+    """
+
+    states: Tensor
+    scores: Callable[[Tensor], Tensor]
+
+    def losses(self, positions: Tensor, wanted: Tensor) -> Tensor:
+        """Return the negative log-likelihood of tokens (N,).
+
+        Args:
+            positions: Places in the flattened rows (N,).
+            wanted: The tokens that follow there (N,).
+        """
+        states = self.states.flatten(0, 1).index_select(0, positions)
+        losses: Tensor = _TokenLosses.apply(states, wanted, self.scores)  # type: ignore[no-untyped-call]
+        return losses
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Cross-entropy in chunks; the gradient of a token's loss concerns its own state alone."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, wanted: Tensor, scores: Any) -> Tensor:
+        """Return the losses (N,) of states (N, H), and keep their gradients (N, H)."""
+        needs_gradient = ctx.needs_input_grad[0]
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
+        done = 0
+        rows = 256  # until it is known how many tokens have scores
+        while done < len(states):
+            part = states[done : done + rows].detach().requires_grad_(needs_gradient)
+            with torch.set_grad_enabled(needs_gradient):
+                found = scores(part)
+                loss = F.cross_entropy(found.float(), wanted[done : done + rows], reduction="none")
+            if needs_gradient:
+                gradients += torch.autograd.grad(loss, part, torch.ones_like(loss))
+            losses.append(loss.detach())
+            done += rows
+            rows = max(256, SCORES_AT_ONCE // found.shape[-1])
+            del found, loss
+        if needs_gradient:
+            ctx.save_for_backward(torch.cat(gradients or [states]))
+        return torch.cat(losses or [states.new_zeros(0, dtype=torch.float32)])
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient with respect to the states."""
+        (gradients,) = ctx.saved_tensors
+        return (gradients * outer[0].unsqueeze(-1)).to(gradients.dtype), None, None
+
+
+@contextmanager
+def without_scores(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Let a model compute no scores within the context.
+
+    Yields:
+        What its last layer is given in each of its forward passes.
+    """
+    given: list[Tensor] = []
+
+    def take(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        given.append(arguments[0])
+        return (arguments[0][:, :0],)
+
+    handle = head.register_forward_pre_hook(take)
+    try:
+        yield given
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def find_finish(model: nn.Module, compute: Callable[[], Tensor]) -> Finish | None:
+    """Find what a model does to the scores of its last layer, by trying it.
+
+    Args:
+        model: In eval mode.
+        compute: Returns the model's scores (B, T, V) for some input, always the same.
+
+    Returns:
+        A function that does the same; None if none of those that are known does.
+    """
+    head = head_of(model)
+    if head is None:
+        return None
+    with without_scores(head) as given:
+        nothing = compute()
+    if len(given) != 1 or given[0].ndim != 3 or nothing.shape[:2] != given[0][:, :0].shape[:2]:
+        return None
+    states = given[0]
+    factors = torch.tensor(FACTORS, device=states.device).repeat(states.shape[1])
+    states = states * factors[: states.shape[1], None].to(states.dtype)
+    handle = head.register_forward_pre_hook(lambda module, arguments: (states,))
+    try:
+        wanted = compute()
+    finally:
+        handle.remove()
+    for finish in FINISHES:
+        try:
+            found = finish(model, head(states))
+        except (AttributeError, TypeError):  # the model has no such setting
+            continue
+        if found.shape == wanted.shape and bool(
+            ((found - wanted).abs() <= EXACT * wanted.abs().max()).all()
+        ):
+            return finish
+    return None
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """Return the layer that turns a model's hidden states into scores, if it has one."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = None if get is None else get()
+    return head if isinstance(head, nn.Module) else None
+
+
+def hidden_states(
+    model: nn.Module, finish: Finish | None, compute: Callable[[], Tensor]
+) -> HiddenStates | Tensor:
+    """Return what a model computes before its scores; or the scores, where they are needed whole.
+
+    Args:
+        model: Its last layer may not be trained, as its gradients would need the scores again.
+        finish: What is done to the last layer's scores, if that is known.
+        compute: Returns the model's scores (B, T, V).
+    """
+    head = head_of(model)
+    if finish is None or head is None:
+        return compute()
+    weights = list(head.parameters())
+    is_trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    # float16 has no room for gradients that are not scaled yet
+    if is_trained or any(weight.dtype == torch.float16 for weight in weights):
+        return compute()
+    with without_scores(head) as given:
+        compute()
+    return HiddenStates(given[0], lambda states: finish(model, head(states)))
