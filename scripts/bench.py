@@ -11,10 +11,10 @@ usage:
       The same LoRA on a base that is kept in fp32, in 8 bits and in 4: accuracy on the test rows,
       of the adapter and of the merged model. FOLDER holds dev.tsv too.
   python scripts/bench.py speed SHAPE [--steps 40] [--accumulate 1] [--repeat 2] [--cap GIB]
-      roberta-large, roberta-base (SST-2 lengths), llama-8b (2 x 4096 tokens) or llama-8b-nf4 (a
-      4-bit base, 1 x 4096 tokens, gradient checkpointing), random weights, on a GPU: `lora train`
-      and PEFT + Trainer on the same rows, in turn, each in its own process. `--cap` lets a process
-      have no more than so many GiB of the GPU's memory.
+      roberta-large, roberta-base (SST-2 lengths), llama-8b (2 x 4096 tokens), llama-1b (4 x
+      4096) or llama-8b-nf4 (a 4-bit base, 1 x 4096, gradient checkpointing), random weights, on a
+      GPU: `lora train` and PEFT + Trainer on the same rows, in turn, each in its own process.
+      `--cap` lets a process have no more than so many GiB of the GPU's memory.
 """
 
 from __future__ import annotations
@@ -402,6 +402,14 @@ SHAPES: dict[str, dict[str, int]] = {
         "intermediate_size": 14336,
     },
     "llama-8b-nf4": {},  # as llama-8b
+    "llama-1b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "tie_word_embeddings": True,
+    },
     "llama-tiny": {
         "hidden_size": 64,
         "num_hidden_layers": 2,
@@ -438,8 +446,7 @@ def make(args: argparse.Namespace) -> None:
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=2,
-            tie_word_embeddings=False,
-            **SHAPES[shape],
+            **{"tie_word_embeddings": False, **SHAPES[shape]},
         )
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             torch.set_default_dtype(torch.bfloat16)
@@ -469,7 +476,8 @@ def make(args: argparse.Namespace) -> None:
         unk_token="<unk>",
         model_max_length=8192 if llama else 512,
     ).save_pretrained(work / "model")
-    batch, length = (1 if four_bit else 2, 4096) if llama else (32, 0)
+    batch = (1 if four_bit else 4 if shape == "llama-1b" else 2) if llama else 32
+    length = 4096 if llama else 0
     with (work / "rows.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["text", "label"])
@@ -500,8 +508,7 @@ def make(args: argparse.Namespace) -> None:
                     "max_steps": args.steps,
                     "micro_batch_size": batch,
                     "gradient_accumulation_steps": args.accumulate,
-                    # what `auto` does in a run of 1,000 steps or more
-                    "kernels": "auto" if llama else "fused",
+                    "kernels": "fused",  # what `auto` does in a long run
                     "precision": "bf16",
                     "optimizer": {"learning_rate": 2e-4},
                     "scheduler": {"type": "constant"},

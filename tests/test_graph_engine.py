@@ -9,8 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from lora_cli.errors import LoraError
 from lora_cli.tasks.examples import Batch
-from lora_cli.training.graph_engine import GraphEngine, repeated_layers, shape_of
+from lora_cli.training.compiled_layers import CompiledLayers, repeated_layers
+from lora_cli.training.graph_engine import GraphEngine, shape_of
 from lora_cli.training.step import train_step
 
 
@@ -25,8 +27,14 @@ class SometimesBoth(nn.Module):
         return self.first(x) + (self.second(x) if both else 0.0)
 
 
+class Recipe:
+    def at(self, key: str) -> str:
+        return key
+
+
 class Task:
     loss_weights = {"loss": 1.0}
+    recipe = Recipe()
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         return model(batch.inputs["x"], len(batch.rows) > 1)
@@ -40,9 +48,9 @@ def batch(rows: int) -> Batch:
     return Batch({"x": x}, {}, {"loss": torch.ones(rows)}, rows, list(range(rows)))
 
 
-def engine(kind: Any) -> Any:
+def engine(kind: Any, architecture: Any = SometimesBoth) -> Any:
     torch.manual_seed(0)
-    model = SometimesBoth()
+    model = architecture()
     accelerator = Accelerator(cpu=True)
     optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(model.parameters(), lr=0.1))
     return kind(model, Task(), optimizer, accelerator, 1.0)
@@ -74,3 +82,61 @@ def test_the_layers_that_are_alike_are_found() -> None:
     model = nn.Sequential(nn.Linear(9, 9), nn.ModuleDict({"encoder": layers}))
     assert repeated_layers(model) == list(layers)
     assert repeated_layers(nn.Linear(2, 2)) == []
+    outer = nn.ModuleList(nn.Sequential(nn.Linear(1, 1), layers) for _ in range(2))
+    both = nn.ModuleDict({"encoder": model, "decoder": outer})
+    assert repeated_layers(both) == [*layers, *outer], "none of those within a layer"
+
+
+class Stack(nn.Module):
+    """Layers that use dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Dropout()) for _ in "ab")
+
+    def forward(self, x: torch.Tensor, both: bool) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
+    monkeypatch.setattr(GraphEngine, "_may_record", lambda *_: False)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, *_: torch.set_rng_state(state))
+
+
+def test_layers_that_cannot_be_compiled_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_cli.training.engine import Engine
+
+    def compiled(forward: Any, dynamic: Any) -> Any:
+        def fail(*inputs: Any) -> Any:
+            forward(*inputs)  # which draws random numbers
+            raise ValueError("no such operation")
+
+        return fail
+
+    on_the_cpu(monkeypatch)
+    monkeypatch.setattr(torch, "compile", compiled)
+    plain, other = engine(Engine, Stack), engine(GraphEngine, Stack)
+    other.layers = CompiledLayers(other.model, few_shapes=True)
+    for each in (plain, other):
+        torch.manual_seed(1)
+        for rows in (3, 2):
+            train_step(each, [batch(rows), batch(rows + 1)])
+    assert "cannot be compiled: ValueError: no such operation" in other.kind
+    for name, parameter in plain.parameters.items():
+        assert torch.equal(parameter, other.parameters[name]), name
+
+
+def test_named_kernels_that_cannot_be_compiled_are_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_the_cpu(monkeypatch)
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: None)
+    other = engine(GraphEngine, Stack)
+    other.layers, other.required = CompiledLayers(other.model, few_shapes=True), True
+    with pytest.raises(LoraError, match="layers cannot be compiled"):
+        train_step(other, [batch(2)])
+    assert other.model(batch(2).inputs["x"], False).shape == (2, 2), "its own forward is back"

@@ -71,6 +71,13 @@ class Batches:
         self.total_steps = train.max_steps or math.ceil(epochs * self.steps_per_epoch)
 
     @property
+    def total_cost(self) -> float:
+        """About how many tokens (or what else the task counts) the run computes; 0 if unknown."""
+        if self.steps_per_epoch is None:
+            return 0.0
+        return float(self.lengths.sum()) * self.total_steps / self.steps_per_epoch
+
+    @property
     def note(self) -> str | None:
         """What a user should know of the rows after training."""
         return self.stream.note() if self.steps_per_epoch is None else None

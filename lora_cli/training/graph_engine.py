@@ -9,8 +9,7 @@ the same, bit for bit. In long runs the layers are compiled first, which joins s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +18,13 @@ from torch import Tensor, nn
 
 from lora_cli.errors import LoraError, counted
 from lora_cli.tasks.examples import Batch
+from lora_cli.training.compiled_layers import CompiledLayers
 from lora_cli.training.engine import Engine, sum_gradients
 from lora_cli.training.memory_and_disk import is_out_of_memory
 from lora_cli.unexpected_errors import own_words
 
 SEEN = 2  # a shape is recorded when it occurs again after so many times
 MOST_GRAPHS = 32
-COMPILED_SHAPES = 64  # torch compiles a layer anew for each shape, and by default gives up after 8
 ROOM = 8.0  # a graph keeps its activations: so many times as much has to be free. Where they are
 # large, so are the kernels, and there is nothing to gain
 EQUAL = 1e-3  # of the largest gradient: what a replay may differ by, where sums have no fixed order
@@ -57,14 +56,19 @@ class GraphEngine(Engine):
     """Computes gradients by recorded graphs, where a shape recurs.
 
     Args:
-        compile_layers: Whether to compile the model's layers, which takes some seconds a shape.
-        required: Whether it is an error if steps cannot be recorded.
+        layers: The model's layers if they are to run compiled, which takes some seconds a shape.
+        records: Whether steps may be recorded.
+        required: Whether it is an error if layers cannot be compiled, or steps not be recorded.
     """
 
-    compile_layers: bool = False
+    layers: CompiledLayers | None = None
+    records: bool = True
     required: bool = False
     why_not: str = ""
     """Why no graphs are recorded, if that was found to be impossible."""
+    why_not_compiled: str = ""
+    is_compiled: bool = False
+    """Whether the layers have been compiled for the first batch."""
     graphs: dict[Shape, Graph] = field(default_factory=dict)
     seen: Counter[Shape] = field(default_factory=Counter)
     gradients: Tensor | None = None
@@ -77,19 +81,24 @@ class GraphEngine(Engine):
         super().__post_init__()
         self.stream = torch.cuda.Stream(self.accelerator.device)  # type: ignore[no-untyped-call]
         self.pool: Any = None
-        self.layers = repeated_layers(self.model) if self.compile_layers else []
-        self.compiled = [torch.compile(layer.forward, dynamic=False) for layer in self.layers]
 
     @property
     def kind(self) -> str:
         """How the steps are computed, for the report."""
-        compiled = ", with compiled layers" if self.layers else ""
+        parts = [counted(len(self.graphs), "CUDA graph") if self.graphs else "plain autograd"]
+        if self.layers:
+            parts.append("compiled layers")
+        found = " with ".join(parts)
+        if self.why_not_compiled:
+            found += f"; the layers cannot be compiled: {self.why_not_compiled}"
         if self.why_not:
-            return f"plain autograd{compiled}; a step cannot be recorded: {self.why_not}"
-        return f"{counted(len(self.graphs), 'CUDA graph')}{compiled}"
+            found += f"; a step cannot be recorded: {self.why_not}"
+        return found
 
     def add_gradients(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
         """Add the gradients of a micro-batch to those of the step so far."""
+        if self.layers and not self.is_compiled:
+            return self._compile(batch, weights)
         shape = shape_of(batch)
         if (graph := self.graphs.get(shape)) is not None:
             return graph.replay(batch, weights)
@@ -99,15 +108,36 @@ class GraphEngine(Engine):
             if (graph := self.graphs.get(shape)) is not None:
                 return graph.replay(batch, weights)
             if self.required and self.why_not:
-                what = f"a step cannot be recorded: {self.why_not}"
-                hint = "`--set train.kernels=auto` computes such steps as they are"
-                raise LoraError(what, self.task.recipe.at("train.kernels"), hint)
-        with self._compiled_layers():
+                raise self._error(f"a step cannot be recorded: {self.why_not}")
+        with self._layers_in_use():
             return super().add_gradients(batch, weights)
+
+    def _compile(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
+        """Compute the first micro-batch, for which the layers are compiled, if they can be."""
+        self.is_compiled, device = True, self.accelerator.device
+        random = torch.cuda.get_rng_state(device)
+        try:
+            with self._layers_in_use():
+                return super().add_gradients(batch, weights)
+        except Exception as error:  # the compiler raises exceptions of any kind
+            if is_out_of_memory(error):
+                raise
+            self.layers, self.why_not_compiled = None, own_words(error)
+            if self.required:
+                what = f"the model's layers cannot be compiled: {self.why_not_compiled}"
+                raise self._error(what) from error
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        torch.cuda.set_rng_state(random, device)
+        return super().add_gradients(batch, weights)
+
+    def _error(self, what: str) -> LoraError:
+        hint = "`--set train.kernels=auto` computes such steps as they are"
+        return LoraError(what, self.task.recipe.at("train.kernels"), hint)
 
     def _may_record(self, shape: Shape) -> bool:
         again = self.seen[shape] > SEEN and self.gradients is not None
-        if not again or self.why_not or len(self.graphs) >= MOST_GRAPHS:
+        if not self.records or not again or self.why_not or len(self.graphs) >= MOST_GRAPHS:
             return False
         device = self.accelerator.device
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -125,7 +155,7 @@ class GraphEngine(Engine):
         gradients, random = self.gradients.clone(), torch.cuda.get_rng_state(device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with self._compiled_layers():
+            with self._layers_in_use():
                 self.stream.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(self.stream):  # libraries choose their kernels once
                     super().add_gradients(own, own_weights)
@@ -157,7 +187,7 @@ class GraphEngine(Engine):
         for compute in (recorded.replay, super().add_gradients):
             self.gradients.zero_()
             torch.cuda.set_rng_state(random, device)
-            with self._compiled_layers():
+            with self._layers_in_use():
                 compute(recorded.batch, recorded.weights)
             found.append(self.gradients.clone())
         return found
@@ -186,31 +216,11 @@ class GraphEngine(Engine):
         for parameter in self.rarely_used:
             parameter.grad = None
 
-    @contextmanager
-    def _compiled_layers(self) -> Iterator[None]:
-        """Let the model's layers run compiled within the context."""
-        if not self.layers:
-            yield
-            return
-        kept = [layer.forward for layer in self.layers]
-        try:
-            with torch._dynamo.config.patch(recompile_limit=COMPILED_SHAPES):
-                for layer, compiled in zip(self.layers, self.compiled, strict=True):
-                    layer.forward = compiled
-                yield
-        finally:
-            for layer, forward in zip(self.layers, kept, strict=True):
-                layer.forward = forward
+    def _layers_in_use(self) -> AbstractContextManager[None]:
+        return self.layers.in_use() if self.layers else nullcontext()
 
 
 def shape_of(batch: Batch) -> Shape:
     """Return what two batches have to have in common to be computed by one graph."""
     tensors = [*batch.inputs.items(), *batch.targets.items()]
     return tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors)
-
-
-def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of which a model has many alike: most of its work, and one compilation."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
-    alike = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
-    return list(max(alike, key=lambda layers: sum(1 for _ in layers.parameters()), default=[]))

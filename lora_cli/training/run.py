@@ -211,7 +211,7 @@ class Run:
         recipe, state, accelerator = self.recipe, self.state, self.accelerator
         self.stop.activity, self.stop.at_once = TRAINING, False
         training_mode(self.model)
-        engine = choose_engine(self.model, self.task, self.prepared, accelerator, self.total_steps)
+        engine = choose_engine(self.model, self.task, self.prepared, accelerator, self.batches)
         self.window = Window(state, accelerator.device)
         self._clock = time.perf_counter()
         if state.evaluation_due:  # the run was stopped before it, or in the middle

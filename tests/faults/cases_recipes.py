@@ -189,9 +189,6 @@ CONFLICTS: dict[str, str] = {
         "adapter", "init: pissa, target_parameters: [experts.w]"),
     "two warm-ups": _in("train", "scheduler: {warmup_steps: 1, warmup_ratio: 0.1}"),
     "epochs and steps": _in("train", "epochs: 1, max_steps: 1"),
-    "fused kernels and checkpointing": _in(
-        "train", "kernels: fused, gradient_checkpointing: true", CHAT
-    ),
     "packing and grouping": _in("train", "packing: true, group_by_length: true", CHAT),
     "packing a classification": _in("train", "packing: true"),
     "two sizes of a step": _in("train", "gradient_accumulation_steps: 2, examples_per_step: 8"),

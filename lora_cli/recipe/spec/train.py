@@ -115,10 +115,11 @@ class TrainSpec(Section):
     """Precision of the computation; fp16 has its loss scaled, and needs a GPU."""
 
     kernels: Literal["auto", "reference", "fused"] = "auto"
-    """How the same is computed faster. `reference`: as the model's own code does it, with padding.
-    `auto`: on a GPU, texts share rows where an encoder's answers were seen to stay the same; then
-    steps are recorded as CUDA graphs, and in runs of 1,000 steps or more layers are compiled.
-    `fused`: all of it, in short runs and for other models too; an error where it cannot be."""
+    """How the same is computed faster. `reference`: as the model's own code does it. `auto`: losses
+    of tokens are computed for some tokens at a time; on a GPU, texts share rows where an encoder's
+    answers were seen to stay the same, steps are recorded as CUDA graphs unless
+    `gradient_checkpointing` is set, and in long runs layers are compiled. `fused`: all of it, in
+    short runs too; an error where it cannot be."""
 
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Longer gradients are shortened to this norm; null leaves them."""
@@ -150,9 +151,6 @@ class TrainSpec(Section):
             what = "`epochs` and `max_steps` exclude each other"
             hint = "keep one: `--set train.epochs=null` or `--set train.max_steps=null`"
             yield "max_steps", what, hint
-        if self.kernels == "fused" and self.gradient_checkpointing:
-            what = "`kernels: fused` records steps, which cannot compute activations again"
-            yield "kernels", what, "leave one of the two out"
         if self.packing and self.group_by_length:
             what = "`packing` leaves no padding for `group_by_length` to save"
             yield "group_by_length", what, "leave one of the two out"
