@@ -40,7 +40,10 @@ STEPS = 15
 IMPORTED = (  # what a run imports, some of it late
     "lora_cli.training", "datasets", "evaluate", "matplotlib.figure", "sklearn.metrics",
     "matplotlib.backends.backend_agg", "transformers.models.llama.modeling_llama",
-    "transformers.models.roberta.modeling_roberta",
+    "transformers.models.roberta.modeling_roberta", "lora_cli.tasks.causal_lm",
+    "lora_cli.tasks.sequence_classification", "lora_cli.data.conversations",
+    "lora_cli.data.text_columns", "lora_cli.data.unsupported_rows", "rich._emoji_codes",
+    "torch.profiler._cupti_monitor", "encodings.utf_8_sig", "encodings.utf_32_le",
 )  # fmt: skip
 
 # fmt: off
@@ -167,6 +170,10 @@ class Nursery:
         """Import what a run imports, and fork; before that this process should compute nothing."""
         for module in IMPORTED:
             importlib.import_module(module)
+        from transformers import conversion_mapping
+
+        # a thousand patterns, which each run would compile again: a sixth of its time
+        conversion_mapping.get_checkpoint_conversion_mapping("llama")
         asked, ask = os.pipe()
         told, tell = os.pipe()
         self.process = os.fork()
