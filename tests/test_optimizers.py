@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lora_cli.adapters.attach import attach, trainable_parameters
+from lora_cli.adapters.lora import LoRALayer
 from lora_cli.errors import LoraError
 from lora_cli.recipe import OptimizerSpec, Recipe, SchedulerSpec
 from lora_cli.training.optimizers import (
@@ -100,6 +101,43 @@ def test_a_group_of_layers_in_which_nothing_is_trained_is_refused() -> None:
     attach(model, recipe, ["classifier"])
     with pytest.raises(LoraError, match="nothing is trained in layers 2-5"):
         build_optimizer(model, recipe, ["classifier"])
+
+
+def test_a_ratio_for_an_adapter_without_b_is_refused() -> None:
+    model = tiny.encoder(2)
+    attach(model, with_optimizer(), ["classifier"])
+    parameter_groups(model, with_optimizer(lora_plus_ratio=4.0), ["classifier"])
+    parameter_groups(tiny.encoder(2), with_optimizer("none", lora_plus_ratio=4.0))  # a baseline
+    for module in model.modules():  # as of an adapter that `adapter.from` names
+        if isinstance(module, LoRALayer):
+            del module.lora_B
+    with pytest.raises(LoraError, match="nothing that is trained has a `lora_B`"):
+        parameter_groups(model, with_optimizer(lora_plus_ratio=4.0), ["classifier"])
+    parameter_groups(model, with_optimizer(), ["classifier"])
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_a_ratio_for_factors_of_other_names_is_refused_in_the_recipe(kind: str) -> None:
+    values = {
+        "model": {"name": "m"},
+        "task": {"type": "sequence_classification"},
+        "data": {"path": "data.csv"},
+        "adapter": {"type": kind},
+        "train": {"optimizer": {"lora_plus_ratio": 4.0}},
+    }
+    with pytest.raises(ValueError, match=f"`adapter.type: {kind}` has no `lora_B`"):
+        Recipe.model_validate(values)
+    Recipe.model_validate({**values, "adapter": {"type": "dora"}})
+
+
+def test_adamw_is_fused_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(torch.optim, "AdamW", lambda _, **options: given.append(options["fused"]))
+    model = tiny.encoder(2)
+    build_optimizer(model, with_optimizer("full"))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    build_optimizer(model, with_optimizer("full"))
+    assert given == [None, True]
 
 
 SETTINGS = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ def parameter_groups(
     spec = recipe.train.optimizer
     _reject_empty_layer_groups(model, recipe)
     adapters = adapter_parameters(model).keys()
+    _reject_ratio_of_nothing(adapters, recipe)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in trainable_parameters(model).items():
         is_head = any(inside(name, module) for module in in_full)
@@ -106,6 +107,15 @@ def _reject_empty_layer_groups(model: nn.Module, recipe: Recipe) -> None:
             hint = f"layers with trained parameters are {', '.join(map(str, with_any)) or 'none'}"
             at = recipe.at(f"train.optimizer.groups.layers.{layers}")
             raise LoraError(f"nothing is trained in layers {layers}", at, hint)
+
+
+def _reject_ratio_of_nothing(adapters: Collection[str], recipe: Recipe) -> None:
+    """Reject LoRA+ for an adapter without B: of another type, or of single rows alone."""
+    without = not any(name.endswith("lora_B") for name in adapters)
+    if recipe.train.optimizer.lora_plus_ratio is not None and recipe.adapter.low_rank and without:
+        what = "nothing that is trained has a `lora_B`, which LoRA+ lets learn faster"
+        at = recipe.at("train.optimizer.lora_plus_ratio")
+        raise LoraError(what, at, "leave `lora_plus_ratio` out")
 
 
 def learning_rate_factor(spec: SchedulerSpec, step: int, total_steps: int) -> float:

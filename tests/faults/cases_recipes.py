@@ -187,6 +187,8 @@ CONFLICTS: dict[str, str] = {
     "dropout on experts": _in("adapter", "dropout: 0.1, target_parameters: [experts.w]"),
     "a start of LoRA for experts": _in(
         "adapter", "init: pissa, target_parameters: [experts.w]"),
+    "another rate for factors that are no B": _in(
+        "train", "optimizer: {lora_plus_ratio: 4.0}", _in("adapter", "type: loha")),
     "two warm-ups": _in("train", "scheduler: {warmup_steps: 1, warmup_ratio: 0.1}"),
     "epochs and steps": _in("train", "epochs: 1, max_steps: 1"),
     "packing and grouping": _in("train", "packing: true, group_by_length: true", CHAT),

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, PrivateAttr
 
-from lora_cli.recipe.spec.adapter import AdapterSpec
+from lora_cli.recipe.spec.adapter import WHOLE_TYPES, AdapterSpec
 from lora_cli.recipe.spec.checkpoint import CheckpointSpec
 from lora_cli.recipe.spec.data import DataSpec, HeldOutSpec
 from lora_cli.recipe.spec.evaluate import EvaluateSpec
@@ -91,6 +91,10 @@ class Recipe(Section):
             what = "`adapter.type: full` trains all weights, and quantised ones cannot be trained"
             hint = "leave one of the two out: LoRA on a quantised base is `adapter.type: lora`"
             yield "model.quantization", what, hint
+        if train.optimizer.lora_plus_ratio is not None and self.adapter.type in WHOLE_TYPES:
+            what = f"`adapter.type: {self.adapter.type}` has no `lora_B` that could learn faster"
+            hint = "leave `lora_plus_ratio` out, or use `adapter.type: lora`"
+            yield "train.optimizer.lora_plus_ratio", what, hint
         yield from self._init_conflicts()
         yield from self._token_conflicts()
         if train.packing and not task.can_pack:
