@@ -245,3 +245,76 @@ def test_a_sample_of_a_text_is_its_first_half_and_what_follows(tmp_path: Path) -
         cut = min(SAMPLE_TOKENS, (len(whole) + 1) // 2)
         assert begin == whole[:cut]
         assert end == task.tokenizer.decode(whole[cut : cut + SAMPLE_NEW_TOKENS])
+
+
+# ------------------------------------------------------------------------------------- lengths
+
+
+def rows_of(tmp_path: Path, size: int, **task: Any) -> Any:
+    """Return the format of texts, or of pairs, with examples of up to `size` tokens."""
+    text = {"type": "causal_lm", "text_column": "text"}
+    keys = {**(PAIR if task else text), "max_length": size, **task}
+    return task_of(tmp_path, [{"text": "a"}], keys).rows  # type: ignore[attr-defined]
+
+
+def test_an_example_is_cut_where_it_is_longer_and_says_so(tmp_path: Path) -> None:
+    ids, labels = [tiny.BOS, 11, 12, 13, 14], [IGNORED, IGNORED, 12, 13, 14]
+    for size in (5, 6):  # it fits
+        assert rows_of(tmp_path, size).fitted(ids, labels) == [{"input_ids": ids, "labels": labels}]
+    right = rows_of(tmp_path, 4, truncate="right")
+    assert right.fitted(ids, labels) == [
+        {"input_ids": ids[:4], "labels": labels[:4], "full_length": 5}
+    ]
+    left = rows_of(tmp_path, 4, truncate="left")
+    assert left.fitted(ids, labels) == [
+        {
+            "input_ids": [tiny.BOS, 12, 13, 14],
+            "labels": [IGNORED, 12, 13, 14],
+            "full_length": 5,
+        }
+    ]
+    assert rows_of(tmp_path, 4, truncate="drop").fitted(ids, labels) == []
+    with pytest.raises(LoraError, match="has 5 tokens, more than 4"):
+        rows_of(tmp_path, 4, truncate="error").fitted(ids, labels)
+
+
+def test_an_example_trains_a_token_that_is_predicted(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, 4)
+    assert rows.fitted([7, 8], [7, IGNORED]) == []  # the first is predicted from nothing
+    assert rows.fitted([7, 8, 9], [IGNORED, IGNORED, 9])
+    assert rows.fitted([7, 8, 9, 10, 11], [IGNORED] * 4 + [11]) == []  # it is cut off
+
+
+def test_the_last_tokens_of_a_prompt_follow_what_begins_every_text(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, 8)
+    begun, other = [tiny.BOS, 11, 12, 13, 14], [10, 11, 12, 13, 14]
+    assert rows.shortened(begun, 3) == [tiny.BOS, 13, 14]
+    assert rows.shortened(begun, 2) == [tiny.BOS, 14]
+    assert rows.shortened(begun, 1) == [14]  # with one place alone, the newest is worth more
+    assert rows.shortened(begun, 5) == begun
+    assert rows.shortened(other, 3) == [12, 13, 14]
+
+
+def test_a_text_ends_once_and_one_that_goes_on_does_not(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, 8)
+    assert rows.ended([5, 6]) == [5, 6, tiny.EOS]
+    assert rows.ended([5, tiny.EOS]) == [5, tiny.EOS]
+    assert rows.ended([]) == [tiny.EOS]
+    ids = tiny.tokenizer("llama")("a film")["input_ids"]
+    assert rows.begun("a film") == ids
+    rows.reader = tiny.tokenizer("encoder")  # it ends texts by itself
+    assert rows.begun("a film") == rows.reader("a film")["input_ids"][:-1]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 99])
+def test_every_token_of_a_text_but_the_first_is_trained_once(tmp_path: Path, size: int) -> None:
+    rows = rows_of(tmp_path, size)
+    for n in range(1, 12):
+        ids = list(range(100, 100 + n))
+        windows = rows._windows(ids)
+        predicted = [token for window in windows for token in window["labels"][1:]]
+        assert predicted == ids[1:]
+        assert all(len(window["input_ids"]) <= size for window in windows)
+        assert all(window["input_ids"] == window["labels"] for window in windows)
+        full = {window.get("full_length") for window in windows}
+        assert full <= ({n} if n > size else {None})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,20 @@ from transformers import (
     PreTrainedModel,
     RobertaConfig,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.shared_rows import TEXT_OF_TOKEN, TOKENS, place, row_width
+from lora_cli.tasks.shared_rows import (
+    TEXT_OF_TOKEN,
+    TOKENS,
+    attention_mask,
+    logits_of_shared_rows,
+    place,
+    row_width,
+    share_rows,
+)
 from tests import tiny
 
 SMALL = {
@@ -73,6 +83,108 @@ def test_every_text_stands_whole_in_one_row_and_none_in_another_s_place() -> Non
         assert taken.max() == 1
         assert taken.sum() == sum(lengths)
         assert taken.view(n_rows, 32).any(1).all()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "width", "starts", "n_rows"),
+    [
+        ([4], 4, [0], 1),
+        ([1, 3, 2, 2], 4, [3, 0, 4, 6], 2),  # filled to the last token
+        ([2, 5, 3, 4, 1], 8, [8 + 4, 0, 5, 8, 8 + 6], 2),
+        ([3, 3, 3], 5, [0, 5, 10], 3),
+    ],
+)
+def test_the_longest_texts_are_placed_first_each_into_the_first_row_with_room(
+    lengths: list[int], width: int, starts: list[int], n_rows: int
+) -> None:
+    found, rows = place(lengths, width)
+    assert (found.tolist(), rows) == (starts, n_rows)
+
+
+def test_what_is_not_filled_belongs_to_no_text() -> None:
+    texts = {"input_ids": [[7, 8], [9, 10, 11]], "token_type_ids": [[0, 1], [1, 1, 0]]}
+    fill_with = {"input_ids": 1, "token_type_ids": 0}
+    found = share_rows(texts, fill_with, 6, 2, None)
+    assert found["input_ids"].tolist() == [[9, 10, 11, 7, 8, 1]]
+    assert found["token_type_ids"].tolist() == [[1, 1, 0, 0, 1, 0]]
+    assert found["position_ids"].tolist() == [[2, 3, 4, 2, 3, 2]]
+    assert found[TEXT_OF_TOKEN].tolist() == [[1, 1, 1, 0, 0, -1]]
+    assert found[TOKENS].tolist() == [3, 0]
+    every = share_rows(texts, fill_with, 6, 0, 4)
+    assert every[TOKENS].tolist() == [[3, 4, 4, 4], [0, 1, 2, 2]]  # the last is repeated
+    assert every["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0]]
+
+
+def test_a_token_sees_those_of_its_own_text() -> None:
+    mask = attention_mask(torch.tensor([[0, 0, 1, -1], [2, -1, -1, -1]]), torch.float16)
+    least = torch.finfo(torch.float16).min
+    seen = [[[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]],
+            [[1, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]]  # fmt: skip
+    assert mask.shape == (2, 1, 4, 4)
+    assert mask.dtype == torch.float16
+    assert torch.equal(mask[:, 0], torch.tensor(seen).sub(1).to(torch.float16) * -least)
+
+
+class Layers(torch.nn.Module):
+    """Layers that return hidden states as a tensor, in a tuple, or by name."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        if self.kind == "tensor":
+            return hidden
+        return (hidden, "more") if self.kind == "tuple" else BaseModelOutput(hidden)
+
+
+class Body(torch.nn.Module):
+    """Layers, and behind them a pooler or nothing."""
+
+    def __init__(self, kind: str, pooler: bool) -> None:
+        super().__init__()
+        self.encoder = Layers(kind)
+        self.pooler = torch.nn.Identity() if pooler else None
+
+    def forward(self, hidden: torch.Tensor) -> Any:
+        output = self.encoder(hidden)
+        if self.pooler is None:
+            return output
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        return (hidden[:, 0], self.pooler(hidden[:, 0]))
+
+
+class Pooling(torch.nn.Module):
+    """A model whose head reads the first token of a row."""
+
+    dtype = torch.float32
+
+    def __init__(self, kind: str, pooler: bool) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.base_model = Body(kind, pooler)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Any:
+        output = self.base_model(input_ids.float()[..., None] * self.scale)
+        if self.base_model.pooler is not None:
+            return SimpleNamespace(logits=output[1])
+        assert not isinstance(output, tuple) or output[1] == "more"
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        if not isinstance(output, torch.Tensor | tuple):
+            assert output.last_hidden_state is hidden
+        return SimpleNamespace(logits=hidden[:, 0])
+
+
+@pytest.mark.parametrize("pooler", [True, False])
+@pytest.mark.parametrize("kind", ["tuple", "tensor", "named"])
+def test_the_head_reads_the_first_token_of_each_text(kind: str, pooler: bool) -> None:
+    inputs = share_rows({"input_ids": [[7, 8], [9, 10, 11], [5]]}, {"input_ids": 1}, 4, 0, None)
+    model = Pooling(kind, pooler)
+    found = logits_of_shared_rows(model, inputs, {})
+    assert found.flatten().tolist() == [7.0, 9.0, 5.0]
+    assert TOKENS in inputs  # the batch stays as it was
+    hooked = [m for m in model.modules() if m._forward_hooks]
+    assert not hooked
 
 
 def _task(tmp_path: Path, kind: str, config: Any, **train: Any) -> tuple[Any, PreTrainedModel]:

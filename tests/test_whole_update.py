@@ -193,9 +193,15 @@ def _same(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def _scalars(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.ones(()) for name in tensors}
+
+
 @pytest.mark.parametrize(
     ("settings", "config", "change", "what"),
     [
+        ("loha", {}, _scalars, "has rank 0, its configuration says 4"),
+        ("lokr", {}, _scalars, "the model needs"),
         ("loha", {"use_dora": True}, _same, "`use_dora`"),
         ("loha", {"lora_alpha": 32}, _same, "the key `lora_alpha` (32) is not known"),
         ("loha", {"new_key": 1}, _same, "the key `new_key` (1) is not known"),

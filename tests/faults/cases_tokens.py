@@ -22,12 +22,6 @@ def _trained(base: str = "llama", **sections: Any) -> Callable[[World], Printed]
     return lambda world: world.lora("train", world.recipe(base, **sections), "-o", "out")
 
 
-CASES.append(Case("Recipes", "LoRA+ for an adapter without B", _trained(
-    adapter={"target_modules": [], "train_tokens": ["</s>"]},
-    train={"optimizer": {"lora_plus_ratio": 4.0}},
-)))  # fmt: skip
-
-
 for _name, _sections in {
     "written twice": {"model": {"add_tokens": ["<a>", "<a>"]}},
     "with white space": {"model": {"add_tokens": ["<a> "]}},

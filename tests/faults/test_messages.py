@@ -68,6 +68,9 @@ MASKS = [
 
 # why no case here makes some messages, which stand here as the code has them (see `Site`)
 REST: dict[str, list[str]] = {
+    "an adapter of LoHa as `adapter.from`; tests/test_optimizers.py": [
+        "nothing that is trained has a `lora_B`, which LoRA+ lets learn faster",
+    ],
     "needs a GPU; tests/gpu/test_graphs.py": [
         "a step cannot be recorded:",
     ],
