@@ -31,7 +31,6 @@ from lora_cli.training.graph_engine import ROOM, Graph, GraphEngine, shape_of
 from lora_cli.training.step import train_step
 
 
-
 @dataclass
 class CallsGraph:
     """Stands for a CUDA graph: it notes the calls that are recorded, and repeats them."""
