@@ -13,6 +13,7 @@ from torch import nn
 from lora_cli.tasks.padding import (
     NONE,
     RIGHT,
+    WITHOUT_MASK,
     Padding,
     candidates,
     fill,
@@ -51,15 +52,17 @@ def test_the_tokenizer_s_side_is_tried_first_and_positions_where_the_model_takes
     encoder, decoder = nn.Linear(1, 1), tiny.gpt2()
     assert not takes_positions(encoder)
     assert takes_positions(decoder)
-    assert list(candidates(encoder, "right")) == [RIGHT, LEFT]
-    assert list(candidates(encoder, "left")) == [LEFT, RIGHT]
-    assert list(candidates(decoder, "right")) == [RIGHT, LEFT, WITH_POSITIONS]
-    assert list(candidates(decoder, "left")) == [LEFT, WITH_POSITIONS, RIGHT]
+    assert list(candidates(encoder, "right", False)) == [RIGHT, LEFT]
+    assert list(candidates(encoder, "left", False)) == [LEFT, RIGHT]
+    assert list(candidates(decoder, "right", False)) == [RIGHT, LEFT, WITH_POSITIONS]
+    assert list(candidates(decoder, "left", False)) == [LEFT, WITH_POSITIONS, RIGHT]
+    assert list(candidates(decoder, "right", True)) == [WITHOUT_MASK, RIGHT, LEFT, WITH_POSITIONS]
 
 
 def test_each_way_is_named() -> None:
-    assert [str(way) for way in (RIGHT, LEFT, WITH_POSITIONS, NONE)] == [
+    assert [str(way) for way in (RIGHT, WITHOUT_MASK, LEFT, WITH_POSITIONS, NONE)] == [
         "on the right",
+        "on the right without a mask",
         "on the left",
         "on the left with positions",
         "rows of the same length together",

@@ -46,6 +46,7 @@ class CausalLM(WritingTask):
     default_metrics = ("perplexity",)
     rows: RowFormat
     forward_options = {"use_cache": False}
+    looks_back_only = True
     can_fill_left = False  # filled on the right, no token comes after what it could be seen by
 
     def __init__(self, recipe: Recipe, spec: CausalLMSpec) -> None:
@@ -235,7 +236,7 @@ class CausalLM(WritingTask):
             positions = [example["position_ids"] for example in examples]
             positions = [np.append(row, np.arange(width - len(row))) for row in positions]
             inputs["position_ids"] = fill(positions, 0, 1)
-        else:
+        elif self.padding.mask:
             inputs["attention_mask"] = mask_of(ids, self.pad_multiple)
         padded = fill([example["labels"] for example in examples], IGNORED, self.pad_multiple)
         padded[:, 0] = IGNORED  # the first token is predicted from nothing

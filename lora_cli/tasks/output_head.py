@@ -191,10 +191,8 @@ def hidden_states(
     head = head_of(model)
     if finish is None or head is None:
         return compute()
-    weights = list(head.parameters())
-    is_trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
     # float16 has no room for gradients that are not scaled yet
-    if is_trained or any(weight.dtype == torch.float16 for weight in weights):
+    if any(w.requires_grad or w.dtype == torch.float16 for w in head.parameters()):
         return compute()
     with without_scores(head) as given:
         compute()

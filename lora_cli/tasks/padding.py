@@ -27,21 +27,24 @@ MOST_NOISE = 1e-2  # of the outputs: more than that is no rounding
 
 @dataclass(frozen=True)
 class Padding:
-    """A way to fill rows: on which side, and whether positions are given with them.
+    """A way to fill rows: on which side, and whether positions and a mask are given with them.
 
     `none` computes only rows of the same length together.
     """
 
     side: Literal["right", "left", "none"] = "right"
     positions: bool = False
+    mask: bool = True
 
     def __str__(self) -> str:
         if self.side == "none":
             return "rows of the same length together"
-        return f"on the {self.side}" + (" with positions" if self.positions else "")
+        with_positions = " with positions" if self.positions else ""
+        return f"on the {self.side}{with_positions}" + ("" if self.mask else " without a mask")
 
 
 RIGHT, NONE = Padding(), Padding("none")
+WITHOUT_MASK = Padding(mask=False)  # no token sees one that comes after it: kernels need no mask
 
 
 def fill(
@@ -77,8 +80,16 @@ def takes_positions(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def candidates(model: nn.Module, tokenizer_side: str) -> Iterator[Padding]:
-    """Yield ways to fill rows, the tokenizer's own side first."""
+def candidates(model: nn.Module, tokenizer_side: str, without_mask: bool) -> Iterator[Padding]:
+    """Yield ways to fill rows, the tokenizer's own side first.
+
+    Args:
+        model: The model that reads them.
+        tokenizer_side: `left` or `right`.
+        without_mask: Whether to try first to give no mask, which is for models that look back only.
+    """
+    if without_mask:
+        yield WITHOUT_MASK
     other = {"left": "right", "right": "left"}[tokenizer_side]
     sides: list[Literal["right", "left"]] = [
         "left" if side == "left" else "right" for side in (tokenizer_side, other)

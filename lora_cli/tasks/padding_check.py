@@ -84,7 +84,8 @@ def _right_padding(
     task: TextTask, model: nn.Module, short: Example, long: Example, alone: Tensor, allowed: float
 ) -> Padding | None:
     """Return the first way to fill rows with which the short one is answered as it is alone."""
-    for padding in candidates(model, task.tokenizer.padding_side):
+    without_mask = task.looks_back_only and task.recipe.train.kernels != "reference"
+    for padding in candidates(model, task.tokenizer.padding_side, without_mask):
         if padding.side == "left" and not task.can_fill_left:
             continue
         task.padding = padding

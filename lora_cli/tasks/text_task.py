@@ -74,6 +74,8 @@ class TextTask(Task):
     """What the model's forward is given besides a batch, if it takes it."""
     padding: Padding = RIGHT
     """How rows of different lengths become one batch; `fit_to_model` chooses it by the model."""
+    looks_back_only: bool = False
+    """Whether no token may see those that come after it."""
     can_fill_left: bool = True
     """Whether rows may be filled on the left."""
     length_key: str = "task.max_length"

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import tiny
 from gpu import test_precision as runs
 
+from lora_cli.recipe import load_recipe
 from lora_cli.training import graph_engine
 
 pytestmark = runs.pytestmark
@@ -82,3 +84,59 @@ def test_compiled_and_recorded_steps_resume_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(whole[name], tensor), name
     lines = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines if "loss" in line] == curve
+
+
+def language_model(tmp_path: Path, *settings: str, output: str) -> Any:
+    """Return a recipe whose texts have many lengths, half of them a prompt."""
+    base = tmp_path / "decoder"
+    if not base.exists():
+        tiny.save_llama(base)
+        runs.rows(tmp_path / "train.jsonl")
+    file = tmp_path / "decoder.yaml"
+    file.write_text(json.dumps({
+        "model": {"name": str(base)},
+        "task": {"type": "causal_lm", "prompt_column": "text", "completion_column": "label",
+                 "max_length": 32},
+        "data": {"train": "train.jsonl", "validation": {"fraction": 0.25, "disjoint": None},
+                 "check": {"max_overlap": 1.0}},
+        "adapter": {"rank": 4, "target_modules": "all-linear", "dropout": 0.1},
+        "train": {"max_steps": 40, "micro_batch_size": 8, "log_every_steps": 1,
+                  "optimizer": {"learning_rate": 1e-3}},
+    }))  # fmt: skip
+    return load_recipe(file, [*settings, f"output_dir={tmp_path / output}"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_recorded_steps_of_a_language_model_are_plain_steps_bit_for_bit(
+    tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch, engines: list[Any]
+) -> None:
+    setting = f"train.precision={precision}"
+    report = runs.train(language_model(tmp_path, setting, output="recorded"))
+    assert not engines[0].why_not
+    assert engines[0].graphs, "no shape recurred"
+    assert report["kernels"]["batches"] == "filled on the right without a mask"
+    monkeypatch.setattr(graph_engine, "MOST_GRAPHS", 0)
+    runs.train(language_model(tmp_path, setting, output="plain"))
+    assert not engines[1].graphs
+    assert runs.losses(tmp_path / "recorded") == runs.losses(tmp_path / "plain")
+    recorded, plain = adapter(tmp_path / "recorded"), adapter(tmp_path / "plain")
+    for name, tensor in plain.items():
+        assert torch.equal(recorded[name], tensor), name
+
+
+@pytest.mark.parametrize("again", ["true", "false"])
+def test_compiled_layers_of_a_language_model_learn_as_its_own(
+    tmp_path: Path, again: str, engines: list[Any]
+) -> None:
+    settings = ("adapter.dropout=0", f"train.gradient_checkpointing={again}")
+    fused, reference = (
+        language_model(tmp_path, *settings, f"train.kernels={kernels}", output=kernels)
+        for kernels in ("fused", "reference")
+    )
+    runs.train(fused)
+    assert engines[0].layers
+    assert bool(engines[0].graphs) == (again == "false")
+    runs.train(reference)
+    pairs = zip(runs.losses(tmp_path / "fused"), runs.losses(tmp_path / "reference"), strict=True)
+    for one, other in pairs:
+        assert abs(one - other) < 1e-4 * abs(other)
