@@ -370,5 +370,11 @@ def recipe(folder: Path | str, tmp_path: Path, **sections: Any) -> Path:
             section = {**default, **section} if same_type else section
         values[name] = section
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml_of(values), encoding="utf-8")
     return path
+
+
+def yaml_of(values: Any) -> str:
+    """Return values as YAML, written by the C library where PyYAML has it: ten times as quick."""
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    return str(yaml.dump(values, Dumper=dumper, sort_keys=False, allow_unicode=True))

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 HALVES = (torch.bfloat16, torch.float16)
+NO_TENSORS = {type(None), bool, int, float, str, torch.device}
 
 
 @contextmanager
@@ -79,8 +80,8 @@ class _Float32(TorchFunctionMode):
         if func is torch.nn.functional.embedding or func is torch.embedding:
             return _widened(func(*args, **kwargs or {}))  # a few rows, not the whole table
         if _reads_values(func):
-            args = tree_map(_widened, args)
-        return func(*args, **tree_map(_widened, kwargs or {}))
+            args = _all_widened(args)
+        return func(*args, **_all_widened(kwargs or {}))
 
 
 def _reads_values(func: Callable[..., Any]) -> bool:
@@ -89,6 +90,26 @@ def _reads_values(func: Callable[..., Any]) -> bool:
     is_getter = name in ("__get__", "__set__", "__delete__")
     writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
     return not (is_getter or writes)
+
+
+def _all_widened(value: Any) -> Any:
+    """Return an argument, or what holds some, with `_widened` in place of each value.
+
+    `tree_map` does the same and takes several times as long as a small operation: it is left for
+    containers of other types.
+    """
+    kind = type(value)
+    if kind is tuple:
+        return tuple([_all_widened(one) for one in value])
+    if kind is list:
+        return [_all_widened(one) for one in value]
+    if kind is dict:
+        return {key: _all_widened(one) for key, one in value.items()}
+    if kind in NO_TENSORS:
+        return value
+    if isinstance(value, Tensor | torch.dtype):
+        return _widened(value)
+    return tree_map(_widened, value)
 
 
 def _widened(value: Any) -> Any:

@@ -272,7 +272,9 @@ def nursery(asked: int, tell: int) -> None:
     """
     _forget_the_parent(asked, tell)
     from lora_cli.cli.options import quiet_libraries
+    from lora_cli.training import mirror
 
+    mirror.PAUSE_S = 0.05  # nobody here waits for a store that is away for seconds
     quiet_libraries()
     gc.collect()
     gc.freeze()  # a run that collects garbage would write to, and so copy, every page from here

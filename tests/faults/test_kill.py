@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,46 +51,6 @@ def test_resuming_what_never_began_begins(nest: Nursery, whole: Whole, tmp_path:
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     assert nest.run(recipe, out) == [0]
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
-
-
-@pytest.mark.slow
-def test_a_killed_launch_is_resumed_by_the_launcher(
-    nest: Nursery, wholes: Callable[[str], Whole], tmp_path: Path
-) -> None:
-    """Two processes under `accelerate launch`, killed with their launcher."""
-    whole = wholes("two processes")
-    assert whole.processes == 2
-    recipe = whole.recipe
-    out = tmp_path / "cut"
-    command = [
-        str(Path(sys.executable).parent / "accelerate"), "launch", "--multi_gpu",
-        "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--main_process_port", "0",
-        "-m", "lora_cli", "train", str(recipe), "-o", str(out), "--resume",
-    ]  # fmt: skip
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launcher = subprocess.Popen(
-        command, env=environment, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    while not checkpoints(out):
-        assert launcher.poll() is None
-        time.sleep(0.01)
-    for process in (*descendants(launcher.pid), launcher.pid):  # workers outlive their launcher
-        os.kill(process, signal.SIGKILL)
-    launcher.wait()
-    assert not (out / "report.json").exists()
-    assert nest.run(recipe, out, 2) == [0, 0]
-    assert_same_run(whole.out, out)
-
-
-def descendants(pid: int) -> list[int]:
-    """Return the processes that a process has started, and those that they have."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *descendants(int(child))]
-    return found
 
 
 def test_the_recipes_are_of_every_kind(tmp_path: Path) -> None:

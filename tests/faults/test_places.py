@@ -16,6 +16,7 @@ import datasets
 import pytest
 import tiny
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from typer.testing import CliRunner
 
 from lora_cli.cli.app import app
@@ -96,7 +97,9 @@ class Deadly:
         return i
 
 
-def test_a_worker_that_is_killed_is_named(recipe: Recipe) -> None:
+def test_a_worker_that_is_killed_is_named(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch asks every five seconds whether its workers live
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
     with pytest.raises(RuntimeError) as caught:
         list(DataLoader(Deadly(), num_workers=1, batch_size=1))  # type: ignore[arg-type]
     found = resource_error(caught.value, recipe, Learned(), "training")

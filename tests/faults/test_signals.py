@@ -145,7 +145,7 @@ def test_ten_seconds_are_enough(nest: Nursery, whole: Whole, tmp_path: Path) -> 
 
 
 def test_the_hours_end_in_time(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
-    out, seconds = tmp_path / "cut", 5
+    out, seconds = tmp_path / "cut", 3
     sets = ["train.max_steps=100000", f"train.max_hours={seconds / 3600}",
             "evaluate.every_steps=1000"]  # fmt: skip
     began = time.monotonic()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tiny
 from closeness import assert_close
-from killing import Nursery
+from killing import Kill, Nursery
 from safetensors.torch import load_file
 
 from lora_cli.recipe import load_recipe
@@ -147,9 +147,18 @@ def test_two_processes_are_as_one(nest: Nursery, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_launcher_starts_two_processes_that_are_as_one(tmp_path: Path, launch: Launch) -> None:
-    path = recipe(tmp_path, tiny.save_llama(tmp_path / "base"), train=SGD, task=PAIRS)
-    process = launch(path, tmp_path / "two")
+def test_a_launcher_goes_on_where_two_processes_were_killed(
+    nest: Nursery, tmp_path: Path, launch: Launch
+) -> None:
+    """Under `accelerate launch`: it leaves what one process leaves that was never killed."""
+    often = {"every_steps": 2}
+    base = tiny.save_llama(tmp_path / "base")
+    path = recipe(tmp_path, base, train=SGD, task=PAIRS, checkpoint=often)
+    kill = Kill(0.0, "save", 3)
+    assert nest.run(path, tmp_path / "two", 2, kill) == [-signal.SIGKILL] * 2
+    assert [step for step, _ in checkpoints(tmp_path / "two")] == [2, 4]
+    assert not (tmp_path / "two" / "report.json").exists()
+    process = launch(path, tmp_path / "two", "--resume")
     train(load_recipe(path, [f"output_dir={tmp_path / 'one'}"]))
     stdout, stderr = finished(process)
     assert stdout.count("report ") == 1

@@ -22,7 +22,6 @@ from typing import Any
 from unittest import mock
 
 import tiny
-import yaml
 
 import lora_cli.time_limit  # noqa: F401 - it binds `signal.signal`, which is replaced below
 from lora_cli.cli.app import main
@@ -80,7 +79,7 @@ class World:
             values[key] = {**values.get(key, {}), **section} if merge else section
         values = {k: {n: v for n, v in s.items() if v is not ...} if isinstance(s, dict) else s
                   for k, s in values.items()}  # fmt: skip
-        return self.write(name, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        return self.write(name, tiny.yaml_of(values))
 
     def trained(self, name: str = "trained") -> str:
         """Put a copy of a trained adapter into the folder and return its name."""

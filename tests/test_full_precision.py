@@ -1,0 +1,45 @@
+"""A model in 16 bits computes as its float32 copy does, inside `full_precision`."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, namedtuple
+
+import pytest
+import tiny
+import torch
+from torch.utils._pytree import tree_map
+
+from lora_cli.models.full_precision import _all_widened, _widened, full_precision
+
+Pair = namedtuple("Pair", "one other")
+
+
+def test_tensors_in_arguments_of_any_form_are_widened() -> None:
+    half, whole = torch.ones(2, dtype=torch.bfloat16), torch.ones(2)
+    value = (
+        half, [whole, {"a": half.half(), "b": 1, "c": None}], Pair(half, "x"), (), [],
+        OrderedDict(d=half), torch.bfloat16, torch.int64, slice(0, 1), ..., 1.5,
+        torch.device("cpu"), torch.Size([2]), torch.arange(3),
+    )  # fmt: skip
+    found = _all_widened(value)
+    assert str(found) == str(tree_map(_widened, value))
+    assert type(found[2]) is Pair
+    assert type(found[5]) is OrderedDict
+    assert found[0].dtype == found[1][1]["a"].dtype == found[2].one.dtype == torch.float32
+    assert found[1][0] is whole
+    assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_outputs_are_those_of_the_same_weights_in_float32(dtype: torch.dtype) -> None:
+    model = tiny.llama().to(dtype)
+    wide = copy.deepcopy(model).float()
+    ids = torch.arange(4, 16).reshape(2, 6)
+    with torch.no_grad(), full_precision(model) as computed:
+        found = model(input_ids=ids).logits
+    assert computed == found.dtype == torch.float32
+    with torch.no_grad():
+        wanted = wide(input_ids=ids).logits
+        assert not torch.allclose(model(input_ids=ids).logits.float(), wanted, atol=1e-6)
+    torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
