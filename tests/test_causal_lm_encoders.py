@@ -318,3 +318,14 @@ def test_every_token_of_a_text_but_the_first_is_trained_once(tmp_path: Path, siz
         assert all(window["input_ids"] == window["labels"] for window in windows)
         full = {window.get("full_length") for window in windows}
         assert full <= ({n} if n > size else {None})
+
+
+def test_a_text_is_read_from_its_column(tmp_path: Path) -> None:
+    row = {"text": "dull", "said": "a great film and a warm cast"}
+    keys = {"type": "causal_lm", "text_column": "said", "separator": " ;"}
+    rows = task_of(tmp_path, [row], keys).rows  # type: ignore[attr-defined]
+    ids = tiny.tokenizer("llama")(row["said"])["input_ids"]
+    ((example,),) = rows.encode([row])
+    assert example["input_ids"] == [*ids, tiny.EOS]
+    assert rows.prompt(row) == tiny.tokenizer("llama")(row["said"] + " ;")["input_ids"]
+    assert rows.sample(row)[0] == ids[: (len(ids) + 1) // 2]

@@ -281,6 +281,19 @@ def test_a_model_that_would_answer_otherwise_keeps_its_rows(
     assert "attention_mask" in task.collate(_examples("sequence_classification")).inputs
 
 
+def test_texts_longer_than_the_trial_keep_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # attention to 24 tokens on either side, which a trial of 20 tokens does not show
+    config = ModernBertConfig(**SMALL, local_attention=48)
+    task, model = _task(tmp_path, "sequence_classification", config, kernels="fused")
+    monkeypatch.setattr("lora_cli.tasks.padding_check.LONGEST", 20)
+    task.fit_to_model(model.float(), 20)
+    assert task.first_position == 0
+    with pytest.raises(LoraError, match="texts of more than 20 tokens do not share rows"):
+        task.fit_to_model(model)  # texts of up to `max_length`, which is 40
+
+
 def test_fused_says_why_a_model_cannot_be_computed_so(tmp_path: Path) -> None:
     config = FNetConfig(**SMALL)
     task, model = _task(tmp_path, "sequence_classification", config, kernels="fused")

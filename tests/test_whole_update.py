@@ -54,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "decompose_factor": 2,
         "use_effective_conv2d": True,
     },
+    "lokr, rank 3": {"r": 3, "decompose_both": True},
     "lokr, whole": {"r": 64, "alpha": 2},
     "lokr, patterns": {"rank_pattern": {".*[a-z]e.*": 1}, "alpha_pattern": {".*[a-z]": 2.5}},
 }

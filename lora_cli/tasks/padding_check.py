@@ -36,8 +36,8 @@ def choose_padding(task: TextTask, model: nn.Module, longest: int | None = None)
         NumericsError: If its weights or scores are NaN or infinity; minus infinity, which rules
             a token out, may be a score.
     """
-    length = min(longest or task.max_length, task.max_length, LONGEST)
-    short, long = task.trial_examples(length)
+    whole = min(longest or task.max_length, task.max_length)
+    short, long = task.trial_examples(min(whole, LONGEST))
     require_finite_weights(model, task.recipe.at("model.name"))
     flash = has_flash_attention(model)
     with other_attention(model), _trial(task, model):
@@ -58,7 +58,7 @@ def choose_padding(task: TextTask, model: nn.Module, longest: int | None = None)
         if chosen is None and noise > allowed:
             _require_single_rows(task, noise)
         if task.can_share_rows and _worth_sharing(task, model):
-            first_position, why_not = _first_position(task, model, short, length, allowed)
+            first_position, why_not = _first_position(task, model, short, whole, allowed)
             if flash:
                 first_position, why_not = None, "flash attention takes no such mask"
     if chosen is not None and flash:
@@ -141,6 +141,8 @@ def _first_position(
     room = min(longest, (task.positions or LONGEST) - 2 * n_short)
     if config.is_encoder_decoder:
         return None, "texts do not share rows in an encoder-decoder"
+    if longest > LONGEST:  # such rows cost more than padding does, and are not tried
+        return None, f"texts of more than {LONGEST:,} tokens do not share rows"
     if room < n_short:
         return None, "the model has positions for a single text alone"
     long = task.trial_examples(room)[1]
