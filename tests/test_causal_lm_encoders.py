@@ -14,9 +14,14 @@ import torch
 from lora_cli.errors import LoraError
 from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.encode import load_data
-from lora_cli.recipe import load_recipe
+from lora_cli.recipe import CausalLMSpec, load_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.causal_lm_encoders import SAMPLE_NEW_TOKENS, SAMPLE_TOKENS
+from lora_cli.tasks.causal_lm_encoders import (
+    SAMPLE_NEW_TOKENS,
+    SAMPLE_TOKENS,
+    input_error,
+    target_error,
+)
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import IGNORED, Encoded
 
@@ -318,6 +323,22 @@ def test_every_token_of_a_text_but_the_first_is_trained_once(tmp_path: Path, siz
         assert all(window["input_ids"] == window["labels"] for window in windows)
         full = {window.get("full_length") for window in windows}
         assert full <= ({n} if n > size else {None})
+
+
+@pytest.mark.parametrize("kind", ["pair", "chat", "text"])
+def test_a_bad_answer_and_what_no_task_reads_are_errors_beside_a_prompt(kind: str) -> None:
+    values = {"pair": PAIR, "chat": {"type": "causal_lm", "messages_column": "messages"},
+              "text": {"type": "causal_lm", "text_column": "text"}}  # fmt: skip
+    spec = CausalLMSpec.model_validate(values[kind])
+    row = {**row_of("pair", "a", "b"), **row_of("chat", "a", "b"), "text": "a"}
+    assert input_error(row, spec, []) == target_error(row, spec, []) == ""
+    bad = target_error({**row, "chosen": "x", "rejected": "y"}, spec, [])
+    seen = input_error({**row, "images": ["x.png"]}, spec, [])
+    if kind == "text":  # whose rows have no answer
+        assert bad == seen == ""
+    else:
+        assert bad.startswith("it has a rejected answer in `rejected`")
+        assert seen.startswith("it has pictures, sound or films in `images`")
 
 
 def test_a_text_is_read_from_its_column(tmp_path: Path) -> None:

@@ -197,3 +197,94 @@ def test_a_module_in_two_places_is_looked_at_in_each() -> None:
     with torch.no_grad():
         merged["one"].weight += 2.0 * b @ a
     assert expected.disagreement(merged) is None
+
+
+ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_rows_of_tokens_stand_in_what_shares_the_embedding(tied: bool, as_dict: bool) -> None:
+    base = tiny.llama(tied=tied)
+    size = base.config.vocab_size
+    ids = [5, size - 1]
+    named: Any = {"lm_head": [1], "embed_tokens": ids} if as_dict else ids
+    rows = torch.randn(2, 32)
+    config = heads("CAUSAL_LM", trainable_token_indices=named)
+    wanted = copy.deepcopy(base)
+    with torch.no_grad():
+        wanted.model.embed_tokens.weight[ids] = rows
+    assert expected_weights(base, {ROWS: rows}, config).disagreement(wanted) is None
+    apart = {ROWS: rows, ROWS.replace("model.embed_tokens", "lm_head"): torch.randn(1, 32)}
+    if as_dict:  # the output layer has a row of its own
+        found = expected_weights(base, apart, config)
+        assert found.disagreement(wanted) == "lm_head.weight"
+
+
+@pytest.mark.parametrize("ids", [[5], [5, 9, 3], [5, 319], None, {"wte": [5, 9]}, []])
+def test_rows_that_do_not_fit_are_left_to_loading(ids: Any) -> None:
+    base = tiny.llama(tied=True)
+    assert base.config.vocab_size == 319
+    config = heads("CAUSAL_LM", trainable_token_indices=ids)
+    assert expected_weights(base, {ROWS: torch.ones(2, 32)}, config).disagreement(base) is None
+    narrow = {ROWS: torch.ones(1, 31)}
+    config = heads("CAUSAL_LM", trainable_token_indices=[5])
+    assert expected_weights(base, narrow, config).disagreement(base) is None
+    nowhere = {ROWS.replace("embed_tokens", "nothing"): torch.ones(1, 32)}
+    assert expected_weights(base, nowhere, config).disagreement(base) is None
+
+
+class Experts(nn.Module):
+    """Two parameters of three experts each, and a router of two dimensions."""
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.up = nn.Parameter(torch.randn(3, 4, 5))
+        self.down = nn.Parameter(torch.randn(3, 5, 4))
+        self.router = nn.Parameter(torch.randn(3, 6))
+
+
+@pytest.mark.parametrize("use_rslora", [True, False])
+@pytest.mark.parametrize("is_transposed", [True, False])
+def test_updates_of_experts_by_hand(is_transposed: bool, use_rslora: bool) -> None:
+    base = nn.ModuleDict({"moe": Experts(is_transposed)})
+    entries = ["moe.up", "down", "router"]
+    config = heads("", target_parameters=entries, use_rslora=use_rslora,
+                   alpha_pattern={"moe.down": 3.0})  # fmt: skip
+    tensors: dict[str, Tensor] = {}
+    merged = copy.deepcopy(base)
+    # PEFT nests the layers: that of the first parameter is the innermost
+    layers = {"up": "moe.base_layer.base_layer", "down": "moe.base_layer", "router": "moe"}
+    for (key, layer), rank in zip(layers.items(), (2, 2, 4), strict=True):
+        shape = base["moe"].get_parameter(key).shape
+        n_out, n_in = shape[-2:]
+        if is_transposed and len(shape) == 3:
+            n_out, n_in = n_in, n_out
+        count = 3 if len(shape) == 3 else 1
+        a, b = torch.randn(rank * count, n_in), torch.randn(n_out, rank * count)
+        tensors |= {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
+        alpha = 3.0 if key == "down" else 8.0
+        scale = alpha / (rank**0.5 if use_rslora else rank)
+        with torch.no_grad():
+            for e in range(count):
+                # a column of B belongs to an expert: PEFT has (out, rank, experts)
+                own = b.reshape(n_out, rank, count)[:, :, e] @ a.reshape(count, rank, n_in)[e]
+                delta = scale * (own.T if is_transposed and count > 1 else own)
+                place = merged["moe"].get_parameter(key)
+                (place[e] if count > 1 else place).add_(delta)
+    assert expected_weights(base, tensors, config).disagreement(merged) is None
+    for name, tensor in tensors.items():
+        assert expected_weights(base, {**tensors, name: tensor * 1.1}, config).disagreement(merged)
+    too_few = {name: tensor[:, :-1] for name, tensor in tensors.items()}
+    assert expected_weights(base, too_few, config).disagreement(base) is None  # loading says so
+
+
+@pytest.mark.parametrize("size", [1e-40, 1.0])
+def test_weights_of_zero_may_differ_by_nothing(size: float) -> None:
+    model = nn.Linear(2, 2)
+    nn.init.zeros_(model.weight)
+    expected = weights_of(model)
+    with torch.no_grad():
+        model.weight.fill_(size)
+    assert expected.disagreement(model) == (None if size < 1e-30 else "weight")
