@@ -1,4 +1,4 @@
-"""Write docs/recipe.md and docs/commands.md from what the code says of itself.
+"""Write the pages of docs/ that the code and its tests write: what they say of themselves.
 
 usage: python scripts/docs.py           (a test checks that the pages are those of the code)
 """
@@ -15,13 +15,8 @@ NOTE = "<!-- Written by scripts/docs.py: change the docstrings, not this page. -
 
 def main() -> None:
     """Write the pages."""
-    for name, text in pages().items():
-        (DOCS / name).write_text(text, encoding="utf-8")
-
-
-def pages() -> dict[str, str]:
-    """Return the text of each page by its file's name."""
-    return {"recipe.md": recipe_page(), "commands.md": commands_page()}
+    for name, write in PAGES.items():
+        (DOCS / name).write_text(write(), encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------- recipe
@@ -126,6 +121,23 @@ def commands_page() -> str:
         text = "\n".join(line.rstrip() for line in output.strip().splitlines())
         parts.append(f"## lora {name}\n\n```\n{text}\n```\n")
     return "\n".join(parts)
+
+
+# --------------------------------------------------------------------------------------- tests
+
+
+def tested_page() -> str:
+    """Return the tables of what is tested, and by which test."""
+    import what_is_tested
+
+    return what_is_tested.page(NOTE.replace("the docstrings", "the tests' `proves` marks"))
+
+
+PAGES = {
+    "recipe.md": recipe_page,
+    "commands.md": commands_page,
+    "what_is_tested.md": tested_page,
+}
 
 
 if __name__ == "__main__":

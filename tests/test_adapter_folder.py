@@ -160,6 +160,8 @@ class Case:
     ours: dict[str, Any]
     theirs: dict[str, Any]
     in_full: list[str] = field(default_factory=list)
+    variant: str = "lora"
+    layer: str | tuple[str, ...] = "Linear"
 
 
 LINEAR = Case(
@@ -175,8 +177,8 @@ LINEAR = Case(
 )
 
 
-def like_linear(ours: dict[str, Any], theirs: dict[str, Any]) -> Case:
-    return Case(LINEAR.build, LINEAR.ours | ours, LINEAR.theirs | theirs, LINEAR.in_full)
+def like_linear(ours: dict[str, Any], theirs: dict[str, Any], variant: str = "lora") -> Case:
+    return Case(LINEAR.build, LINEAR.ours | ours, LINEAR.theirs | theirs, LINEAR.in_full, variant)
 
 
 LM = {"task_type": "CAUSAL_LM"}
@@ -186,13 +188,15 @@ PATTERNS = {
 }
 CASES = {
     "linear": LINEAR,
-    "rsLoRA": like_linear({"use_rslora": True}, {"use_rslora": True}),
-    "patterns": like_linear(PATTERNS, PATTERNS),
+    "rsLoRA": like_linear({"use_rslora": True}, {"use_rslora": True}, "rslora"),
+    "patterns": like_linear(PATTERNS, PATTERNS, "patterns"),
     "patterns and rsLoRA": like_linear(
-        PATTERNS | {"use_rslora": True}, PATTERNS | {"use_rslora": True}
+        PATTERNS | {"use_rslora": True}, PATTERNS | {"use_rslora": True}, "patterns"
     ),
-    "bias lora_only": like_linear({"bias": "lora_only"}, {"bias": "lora_only"}),
-    "bias all": like_linear({"bias": "all"}, {"bias": "all"}),
+    "bias lora_only": like_linear(
+        {"bias": "lora_only"}, {"bias": "lora_only"}, "bias of adapted modules"
+    ),
+    "bias all": like_linear({"bias": "all"}, {"bias": "all"}, "all biases"),
     "regular expression": like_linear(
         {"target_modules": r".*layer\.\d\.(output|intermediate)\.dense"},
         {"target_modules": r".*layer\.\d\.(output|intermediate)\.dense"},
@@ -228,16 +232,19 @@ CASES = {
         tiny.gpt2,
         {"rank": 4, "target_modules": ["c_attn", "mlp.c_proj"]},
         {"r": 4, "target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True, **LM},
+        layer="Conv1D",
     ),
     "embedding": Case(
         lambda: tiny.llama(tied=False),
         {"rank": 4, "target_modules": ["embed_tokens", "q_proj"]},
         {"r": 4, "target_modules": ["embed_tokens", "q_proj"], **LM},
+        layer=("Embedding", "Linear"),
     ),
     "tied embedding": Case(
         lambda: tiny.llama(tied=True),
         {"rank": 4, "target_modules": ["embed_tokens"]},
         {"r": 4, "target_modules": ["embed_tokens"], **LM},
+        layer="tied Embedding",
     ),
     "embedding of an encoder": like_linear(
         {"target_modules": ["word_embeddings", "key"]},
@@ -248,16 +255,29 @@ CASES = {
         {"rank": 4, "target_modules": ["stem", "point", "line"]},
         {"r": 4, "target_modules": ["stem", "point", "line"], "modules_to_save": ["classifier"]},
         ["classifier"],
+        layer=("Conv2d", "Conv1d"),
     ),
     "grouped convolution": Case(
         tiny.ConvNet,
         {"rank": 4, "target_modules": ["grouped"], "bias": "lora_only"},
         {"r": 4, "target_modules": ["grouped"], "bias": "lora_only"},
+        variant="bias of adapted modules",
+        layer="grouped Conv2d",
     ),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
+def proves(what: str) -> pytest.MarkDecorator:
+    return pytest.mark.proves(
+        what,
+        variant=lambda case: case.variant,
+        layer=lambda case: case.layer,
+        against="PEFT",
+    )
+
+
+@proves("write")
 @each_case
 def test_peft_reads_what_is_saved_here(case: Case, tmp_path: Path) -> None:
     base = case.build()
@@ -266,6 +286,7 @@ def test_peft_reads_what_is_saved_here(case: Case, tmp_path: Path) -> None:
     assert_same_outputs(loaded_by_peft(base, tmp_path / "a"), model)
 
 
+@proves("read")
 @each_case
 def test_what_peft_saves_is_read_here(case: Case, tmp_path: Path) -> None:
     base = case.build()

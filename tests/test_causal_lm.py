@@ -185,6 +185,7 @@ def test_bad_pairs_are_faults(
 # ----------------------------------------------------------------------------------- losses
 
 
+@pytest.mark.proves("loss", task="causal_lm", rows="text", model="{kind}", against="transformers")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_loss_is_that_of_transformers(
     bases: dict[str, Path], tmp_path: Path, kind: str

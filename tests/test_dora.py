@@ -199,6 +199,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 each_site = pytest.mark.parametrize("site", SITES)
 
 
+def proves(*what: str) -> pytest.MarkDecorator:
+    return pytest.mark.proves(
+        *what,
+        variant=lambda settings="plain", **_: (
+            "dora" if settings == "plain" else "dora with patterns"
+        ),
+        layer=lambda site, **_: site.split(" and "),
+        against="PEFT",
+    )
+
+
 def ours_on(site: str, base: nn.Module, **adapter: Any) -> tuple[nn.Module, Any]:
     """Return a copy of a base with DoRA attached, and its recipe."""
     _, targets, more = SITES[site]
@@ -275,6 +286,7 @@ def losses(model: nn.Module, steps: int = 20) -> list[float]:
     return found
 
 
+@proves("train")
 @each_site
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_outputs_gradients_and_losses_are_those_of_peft(site: str, settings: str) -> None:
@@ -327,6 +339,7 @@ def test_dropout_acts_as_in_peft(site: str) -> None:
 # -------------------------------------------------------------------------------- folders, merging
 
 
+@proves("write", "merge")
 @each_site
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_peft_reads_what_is_saved_here_and_merges_it_alike(
@@ -349,6 +362,7 @@ def test_peft_reads_what_is_saved_here_and_merges_it_alike(
         assert_close(outputs(ours), outputs(theirs.merge_and_unload()), 1e-5)
 
 
+@proves("read", "merge")
 @each_site
 def test_what_peft_saves_is_read_here_and_merged(site: str, tmp_path: Path) -> None:
     base = SITES[site][0]()

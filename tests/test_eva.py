@@ -50,6 +50,7 @@ def looks(model: nn.Module, batches: list[Inputs]) -> Iterator[Callable[[], Tens
     return (partial(look, batch) for batch in cycle(batches))
 
 
+@pytest.mark.proves("train", "write", variant="eva", layer="{kind}", against="PEFT")
 @pytest.mark.parametrize("rho", [1.0, 1.5, 2.0])
 @pytest.mark.parametrize("kind", MODELS)
 def test_starts_ranks_and_training_are_those_of_peft(kind: str, rho: float, tmp_path: Path) -> None:

@@ -436,6 +436,13 @@ def test_a_rank_that_groups_do_not_divide_is_an_error(tmp_path: Path) -> None:
         attach(model, task.recipe, head)
 
 
+def proves(*what: str, against: str) -> pytest.MarkDecorator:
+    return pytest.mark.proves(
+        *what, task="image_classification", rows="pictures", model="{kind}", against=against
+    )
+
+
+@proves("loss", against="transformers")
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_loss_is_that_of_transformers(kind: str, tmp_path: Path) -> None:
     task, data = opened(tmp_path, kind)
@@ -447,6 +454,7 @@ def test_the_loss_is_that_of_transformers(kind: str, tmp_path: Path) -> None:
     assert_close(loss, theirs)
 
 
+@proves("save", "merge", against="PEFT")
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_run_leaves_an_adapter_that_peft_reads_and_merge_proves(
     kind: str, tmp_path: Path
@@ -504,6 +512,7 @@ def test_statistics_of_batch_normalisation_stay_bit_for_bit(adapter: str, tmp_pa
     assert all(torch.equal(kept[name], buffer) for name, buffer in model.named_buffers())
 
 
+@pytest.mark.proves("write", "read", "resume", variant="full", layer="Conv2d")
 def test_trained_in_full_a_model_with_running_statistics_is_the_same_reloaded_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

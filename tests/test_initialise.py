@@ -117,6 +117,7 @@ SCALES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.proves("train", variant="{init}", layer="{kind}", against="PEFT")
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(("init", "kind"), [("pissa", "Linear"), ("pissa", "Conv1D"),
                                             ("olora", "Linear")])  # fmt: skip
@@ -134,6 +135,7 @@ def test_a_start_at_the_weights_trains_as_in_peft(init: str, kind: str, scale: s
     assert_trains_alike(model, theirs)
 
 
+@pytest.mark.proves("train", variant="olora", layer="Conv1D", against="PEFT")
 def test_olora_on_conv1d_is_that_of_the_same_linear_layer() -> None:
     """PEFT decomposes the transposed weight there, and the sizes of its matrices do not fit."""
     layer, x = Conv1D(5, 7), torch.randn(3, 7)
@@ -181,6 +183,13 @@ def test_a_start_at_the_weights_is_what_it_says() -> None:
     assert a.abs().min() > 0
 
 
+@pytest.mark.proves(
+    "write",
+    "merge",
+    variant=lambda init, **_: init.partition("_")[0],
+    layer="{kind}",
+    against="PEFT",
+)
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_3", "olora", "orthogonal"])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("kind", MODELS)
@@ -215,6 +224,9 @@ def stir(model: nn.Module) -> None:
             parameter += 0.1 * torch.randn_like(parameter)
 
 
+@pytest.mark.proves(
+    "read", variant=lambda init: init.partition("_")[0], layer="Linear", against="PEFT"
+)
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_3", "olora"])
 def test_what_peft_converts_is_read(init: str, tmp_path: Path) -> None:
     base = tiny.encoder()
@@ -236,6 +248,7 @@ def test_what_peft_converts_is_read(init: str, tmp_path: Path) -> None:
     assert_close(logits(again), found)
 
 
+@pytest.mark.proves("read", "merge", variant="mica", layer="{kind}", against="PEFT")
 @pytest.mark.parametrize("kind", MODELS)
 def test_mica_of_peft_is_read_and_merged(kind: str, tmp_path: Path) -> None:
     """The minor components of W0 are its B, which is frozen; the base's weight is as it was."""
@@ -331,6 +344,12 @@ def quantised(tmp_path: Path, kind: str, base: Path, **adapter: Any) -> tuple[nn
     return task.load_model(CPU)[0].eval(), task
 
 
+@pytest.mark.proves(
+    "train",
+    variant="loftq",
+    layer=lambda save, **_: "Conv1D" if save is tiny.save_gpt2 else "Linear",
+    base="{kind}",
+)
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("save", [tiny.save_llama, tiny.save_gpt2])
 @torch.no_grad()
@@ -389,6 +408,7 @@ def test_other_layers_of_a_quantised_base_start_by_default(
     assert layers["model.layers.0.self_attn.q_proj"].lora_B.any()
 
 
+@pytest.mark.proves("train", variant="pissa", layer="Linear", base="int8")
 def test_a_quantised_base_that_starts_at_the_weights_is_the_base_at_first(tmp_path: Path) -> None:
     base = tiny.save_llama(tmp_path / "base")
     model, task = quantised(tmp_path, "int8", base, init="pissa")

@@ -513,6 +513,7 @@ CASES: dict[str, dict[str, Any]] = {
     "Conv1D": {
         "build": tiny.gpt2,
         "ours": {"rank": 4, "target_modules": ["c_attn"]},
+        "layers": ["Conv1D"],
         "theirs": {
             "r": 4,
             "target_modules": ["c_attn"],
@@ -525,6 +526,7 @@ CASES: dict[str, dict[str, Any]] = {
         "build": tiny.ConvNet,
         "ours": {"rank": 4, "target_modules": ["stem", "point", "line"]},
         "theirs": {"r": 4, "target_modules": ["stem", "point", "line"]},
+        "layers": ["Conv1d", "Conv2d"],
         "batches": image_batches,
         "rate": 3e-3,
     },
@@ -532,6 +534,7 @@ CASES: dict[str, dict[str, Any]] = {
         "build": tiny.llama,
         "ours": {"rank": 4, "target_modules": ["embed_tokens"]},
         "theirs": {"r": 4, "target_modules": ["embed_tokens"], "task_type": "CAUSAL_LM"},
+        "layers": ["tied Embedding"],
         "batches": lambda: text_batches(labels=False),
     },
     "weight decay, rsLoRA, patterns, biases": {
@@ -556,11 +559,18 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "batches": lambda: text_batches(labels=True),
         "decay": 0.1,
+        "variants": ["rslora", "patterns", "bias of adapted modules"],
     },
 }
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.proves(
+    "train",
+    variant=lambda name: CASES[name].get("variants", "lora"),
+    layer=lambda name: CASES[name].get("layers", "Linear"),
+    against="PEFT",
+)
 @pytest.mark.parametrize("name", list(CASES))
 def test_fifty_steps_have_the_losses_of_peft(name: str) -> None:
     case = CASES[name]

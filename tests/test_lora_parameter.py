@@ -81,6 +81,16 @@ def loaded(base: nn.Module, folder: Path) -> nn.Module:
 # ----------------------------------------------------------------------------------- as in PEFT
 
 
+def proves(*what: str) -> pytest.MarkDecorator:
+    return pytest.mark.proves(
+        *what,
+        variant="lora",
+        layer=lambda kind, **_: "transposed experts" if kind == "gpt_oss" else "experts",
+        against="PEFT",
+    )
+
+
+@proves("write", "merge")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_on_experts_is_the_one_of_peft(kind: str, tmp_path: Path) -> None:
     base = tiny_experts.model(kind)
@@ -110,6 +120,7 @@ def test_an_adapter_on_experts_is_the_one_of_peft(kind: str, tmp_path: Path) -> 
     assert torch.equal(outputs(model), before)
 
 
+@proves("read")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("entries", [EXPERTS, ["down_proj", "mlp.gate.weight"]])
 def test_what_peft_saved_is_read(kind: str, entries: list[str], tmp_path: Path) -> None:
@@ -128,6 +139,7 @@ def test_what_peft_saved_is_read(kind: str, entries: list[str], tmp_path: Path) 
     assert_close(outputs(loaded(base, tmp_path)), outputs(theirs), 1e-5)
 
 
+@proves("train")
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_gradients_and_twenty_steps_are_those_of_peft(kind: str, tmp_path: Path) -> None:
     base = tiny_experts.model(kind)

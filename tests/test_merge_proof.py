@@ -21,6 +21,9 @@ SITES: dict[str, tuple[Any, list[str]]] = {
     "Conv1D": (tiny.gpt2, ["c_attn", "c_proj"]),
     "convolutions": (tiny.ConvNet, ["stem", "point", "line"]),
 }
+LAYERS = {
+    "linear": ["Linear"], "embedding": ["Embedding", "Linear"], "convolutions": ["Conv2d", "Conv1d"]
+}  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -53,6 +56,12 @@ def adapted(site: str, tmp_path: Path, **settings: Any) -> tuple[nn.Module, nn.M
     return base, model.merge_and_unload(), tensors, config.to_dict()
 
 
+@pytest.mark.proves(
+    "merge",
+    variant=lambda settings, **_: "dora" if settings == "dora" else "lora",
+    layer=lambda site, **_: LAYERS.get(site, site),
+    against="PEFT",
+)
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("site", SITES)
 def test_weights_are_those_that_peft_merges(site: str, settings: str, tmp_path: Path) -> None:

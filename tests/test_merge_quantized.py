@@ -34,6 +34,7 @@ def trained(tmp_path: Path, kind: str, **sections: Any) -> Path:
     return tmp_path / "out"
 
 
+@pytest.mark.proves("merge", variant="lora", layer="Linear", base="{kind}")
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_merged_into_the_numbers_it_computes_what_was_trained(kind: str, tmp_path: Path) -> None:
     out = trained(tmp_path, kind)
@@ -84,6 +85,12 @@ def test_the_metric_of_both_is_measured_where_rows_are_at_hand(tmp_path: Path) -
     assert "loss" not in "".join(again.choice)
 
 
+@pytest.mark.proves(
+    "merge",
+    variant=lambda adapter: "head alone" if adapter == "none" else adapter,
+    layer="Linear",
+    base="int8",
+)
 @pytest.mark.parametrize("adapter", ["none", "bitfit"])
 def test_an_adapter_without_matrices_is_merged_too(adapter: str, tmp_path: Path) -> None:
     base = tiny.save_encoder(tmp_path / "base")

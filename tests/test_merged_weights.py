@@ -76,6 +76,7 @@ def test_one_line_says_what_was_compared(tmp_path: Path) -> None:
     assert f"{line}; {others} others bit-identical to the base's\n" in result.output
 
 
+@pytest.mark.proves("merge", variant="{kind}", layer="Linear")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
 def test_each_variant_in_each_dtype(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
@@ -125,6 +126,11 @@ def test_a_copy_of_one_side_of_a_tie(tmp_path: Path) -> None:
     assert proof.adapted + proof.identical == len(after) - 1
 
 
+@pytest.mark.proves(
+    "merge",
+    variant="rows of tokens",
+    layer=lambda tied, **_: "tied Embedding" if tied else "Embedding",
+)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("new", [True, False])
 def test_rows_of_tokens(tmp_path: Path, tied: bool, new: bool) -> None:

@@ -160,6 +160,14 @@ def largest_difference(task: Task, model: Any, folder: Path) -> float:
     return difference
 
 
+@pytest.mark.proves(
+    "alone",
+    "predict",
+    task="sequence_classification",
+    rows="classification",
+    model="{kind}",
+    against="transformers",
+)
 @pytest.mark.parametrize(
     ("kind", "side", "wanted"),
     [
@@ -237,6 +245,9 @@ def test_an_encoder_is_no_language_model(tmp_path: Path) -> None:
         choose_padding(task, model)
 
 
+@pytest.mark.proves(
+    "predict", task="causal_lm", rows="prompts", model="{kind}", against="transformers"
+)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bart", "rwkv", "longrope"])
 def test_a_prompt_is_answered_among_others_as_transformers_answers_it_alone(
     kind: str, tmp_path: Path

@@ -125,6 +125,9 @@ def test_the_base_is_recognised_and_counted_as_what_it_was_made_from(
     assert found[0] == found[1]
 
 
+@pytest.mark.proves(
+    "train", variant="{variant}", layer="Linear", base="nf4", against="PEFT on bitsandbytes"
+)
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_twenty_steps_are_those_of_peft_on_the_base_of_bitsandbytes(
     variant: str, tmp_path: Path

@@ -88,6 +88,19 @@ def base(kind: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]
     return (*opened(path), reference, tokenizer)
 
 
+def proves(*what: str) -> pytest.MarkDecorator:
+    return pytest.mark.proves(
+        *what,
+        task="seq2seq_lm",
+        rows=lambda kind, **_: (
+            "translation between languages" if translators.languages(kind) else "translation"
+        ),
+        model=lambda kind, **_: "m2m_100" if kind == "nllb" else kind,
+        against="transformers",
+    )
+
+
+@proves("loss")
 def test_the_loss_is_that_of_transformers(kind: str, base: tuple[Any, ...]) -> None:
     task, model, split, reference, tokenizer = base
     batch = task.collate([split.examples[i] for i in range(len(ROWS))])
@@ -104,6 +117,7 @@ def test_the_loss_is_that_of_transformers(kind: str, base: tuple[Any, ...]) -> N
     ]
 
 
+@proves("predict")
 @pytest.mark.parametrize("beams", [1, 3])
 def test_answers_are_those_of_transformers(kind: str, base: tuple[Any, ...], beams: int) -> None:
     task, model, _, reference, tokenizer = base
@@ -424,6 +438,7 @@ def test_all_linear_layers_but_the_last_are_adapted(kind: str, tmp_path: Path) -
     assert adapted == set(linear)
 
 
+@proves("save")
 @pytest.mark.parametrize("kind", ["bart", "t5", "nllb"])
 def test_peft_reads_our_adapter_and_we_read_pefts(kind: str, tmp_path: Path) -> None:
     import peft

@@ -365,6 +365,15 @@ PROBLEMS: dict[str, tuple[list[Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.proves(
+    "loss",
+    task="sequence_classification",
+    rows=lambda problem: {"single_label": "classification", "multi_label": "several labels"}.get(
+        problem, problem
+    ),
+    model="bert",
+    against="transformers",
+)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_the_loss_is_that_of_transformers_and_predictions_sum_to_it(
     bert: Path, tmp_path: Path, problem: str
@@ -515,6 +524,9 @@ def logits_of(task: Task, model: torch.nn.Module, examples: list[Example]) -> Te
         return model(**task.collate(examples).inputs).logits
 
 
+@pytest.mark.proves(
+    "alone", "predict", task="sequence_classification", rows="classification", model="{kind}"
+)
 @pytest.mark.parametrize("kind", BASES)
 def test_predictions_do_not_depend_on_padding_or_company(kind: str, tmp_path: Path) -> None:
     base = BASES[kind](tmp_path / kind)

@@ -565,6 +565,13 @@ def test_equal_texts_with_other_entities_contradict(base: Path, tmp_path: Path) 
 # ------------------------------------------------------------------------------ loss and answers
 
 
+@pytest.mark.proves(
+    "loss",
+    task="token_classification",
+    rows="words with tags",
+    model="roberta",
+    against="transformers",
+)
 def test_the_loss_is_that_of_transformers(base: Path, tmp_path: Path) -> None:
     task = task_of(base, tmp_path)
     split = load_data(task)["train"]

@@ -73,6 +73,16 @@ def in_peft(base: nn.Module, folder: Path) -> nn.Module:
         return peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
 
 
+def proves(*what: str) -> pytest.MarkDecorator:
+    return pytest.mark.proves(
+        *what,
+        variant="rows of tokens",
+        layer=lambda kind, **_: "tied Embedding" if kind in ("tied", "gpt2") else "Embedding",
+        against="PEFT",
+    )
+
+
+@proves("write", "merge")
 @pytest.mark.parametrize("kind", BASES)
 def test_rows_are_trained_saved_and_merged_as_peft_has_them(kind: str, tmp_path: Path) -> None:
     base = BASES[kind]()
@@ -133,6 +143,7 @@ def by_peft(base: nn.Module, kind: str, folder: Path, indices: Any) -> nn.Module
     return model
 
 
+@proves("read", "merge")
 @pytest.mark.parametrize(
     ("kind", "indices"),
     [
@@ -162,6 +173,7 @@ def test_what_peft_trained_is_read_and_merged(kind: str, indices: Any, tmp_path:
     assert_close(outputs(model), theirs, 1e-5)
 
 
+@proves("train")
 @pytest.mark.parametrize("kind", ["tied", "untied"])
 def test_gradients_and_twenty_steps_are_those_of_peft(kind: str, tmp_path: Path) -> None:
     base = BASES[kind]()

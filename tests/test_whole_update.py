@@ -61,6 +61,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
 each_setting = pytest.mark.parametrize("settings", SETTINGS)
 
 
+def layers_of(site: str) -> list[str]:
+    return ["Conv2d", "grouped Conv2d", "Conv1d"] if site == "convolutions" else ["Linear"]
+
+
+def proves(*what: str) -> pytest.MarkDecorator:
+    return pytest.mark.proves(
+        *what,
+        variant=lambda settings="", kind="", **_: kind or settings[:4],
+        layer=lambda site, **_: layers_of(site),
+        against="PEFT",
+    )
+
+
 def theirs_on(base: nn.Module, settings: str, targets: list[str], **more: Any) -> peft.PeftModel:
     """Return a copy of a base with PEFT's layers, all of whose factors are drawn at random."""
     config = CONFIGS[settings[:4]]
@@ -103,6 +116,7 @@ def test_sizes_are_divided_as_peft_divides_them(factor: int) -> None:
     assert all(divided(n, factor) == factorization(n, factor) for n in range(1, 200))
 
 
+@proves("read", "merge")
 @pytest.mark.parametrize("site", SITES)
 @each_setting
 def test_what_peft_saves_is_read_here_and_merged(site: str, settings: str, tmp_path: Path) -> None:
@@ -121,6 +135,7 @@ def test_what_peft_saves_is_read_here_and_merged(site: str, settings: str, tmp_p
     assert_close(outputs(theirs.merge_and_unload()), wanted, 1e-5)
 
 
+@proves("train")
 @pytest.mark.parametrize("site", ["Linear", "convolutions"])
 @pytest.mark.parametrize(
     "settings",
@@ -147,6 +162,7 @@ def test_gradients_and_losses_are_those_of_peft(site: str, settings: str, tmp_pa
     assert abs(found[-1] - found[3]) > 1e-4  # there was something to differ in
 
 
+@proves("write")
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("site", SITES)
 def test_peft_reads_what_is_saved_here(kind: str, site: str, tmp_path: Path) -> None:

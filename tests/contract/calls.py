@@ -30,6 +30,7 @@ from lora_cli.data.media import with_media
 from lora_cli.data.text_lines import RawRow
 from lora_cli.evaluation.predict import answer
 from lora_cli.files import write_manifest
+from lora_cli.models.quantized_linear import QuantizedLinear
 from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Recipe, load_recipe
@@ -60,13 +61,15 @@ class Opened:
     """The same without packs."""
 
 
-def write_kind(kind: TaskKind, folder: Path, adapter: Json | None = None) -> Path:
+def write_kind(
+    kind: TaskKind, folder: Path, adapter: Json | None = None, model: Json | None = None
+) -> Path:
     """Write the base, the rows and the recipe of a kind into a folder, and return the recipe."""
     base = kind.save_base(folder / "base")
     write_rows(folder / "train.jsonl", [kind.row(i) for i in range(N_ROWS)])
     write_rows(folder / "validation.jsonl", [kind.row(i) for i in range(N_ROWS, N_ROWS + 3)])
     values = {
-        "model": {"name": str(base)},
+        "model": {"name": str(base), **(model or {})},
         "task": kind.task,
         "data": {"train": "train.jsonl", "validation": "validation.jsonl"},
         "adapter": {"rank": 2, "alpha": 4, "target_modules": "all-linear", **(adapter or {})},
@@ -83,23 +86,36 @@ def write_rows(path: Path, rows: Sequence[Json]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def open_kind(kind: TaskKind, folder: Path) -> Opened:
-    """Return a kind ready for batches: its model in double precision, all that is trained drawn."""
-    recipe = load_recipe(write_kind(kind, folder))
+def open_kind(kind: TaskKind, folder: Path, model: Json | None = None) -> Opened:
+    """Return a kind ready for batches: its model in double precision, all that is trained drawn.
+
+    Args:
+        kind: The kind.
+        folder: Gets its base, rows and recipe.
+        model: More keys of the recipe's `model` section.
+    """
+    recipe = load_recipe(write_kind(kind, folder, model=model))
     task = build_task(recipe)
     task.load_processor()
     split = load_data(task)["train"]
-    model, head = task.load_model(CPU)
-    attach(model, recipe, head)
-    stir(model)
-    model.double()
-    task.fit_to_model(model)
+    base, head = task.load_model(CPU)
+    attach(base, recipe, head)
+    stir(base)
+    precise(base)
+    task.fit_to_model(base)
     examples = task.packed(split) if recipe.train.packing else split.examples
     return Opened(
-        kind, recipe, task, model, head,
+        kind, recipe, task, base, head,
         [prepared_for_evaluation(task, examples[i]) for i in range(len(examples))],
         [prepared_for_evaluation(task, split.examples[i]) for i in range(len(split.examples))],
     )  # fmt: skip
+
+
+def precise(model: nn.Module) -> nn.Module:
+    """Let a model compute in double precision, unless it has codes, whose scales are float32."""
+    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        model.double()
+    return model
 
 
 def with_model(opened: Opened, model: nn.Module) -> Opened:
@@ -149,7 +165,7 @@ def saved_and_loaded(opened: Opened, folder: Path) -> Opened:
     save_adapter(folder, copy.deepcopy(opened.model).float(), opened.recipe, opened.head)
     model, head = opened.task.load_model(CPU)
     load_adapter(model, read_adapter(folder), head)
-    return with_model(opened, model.double().eval())
+    return with_model(opened, precise(model).eval())
 
 
 def merged(model: nn.Module) -> nn.Module:

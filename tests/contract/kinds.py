@@ -53,6 +53,14 @@ class TaskKind:
     """What `lora init` writes as `task` for such rows, besides `max_length`; None: another kind."""
 
 
+@functools.cache
+def model_type(name: str) -> str:
+    """Return what `config.json` of a kind's base calls its architecture."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = TASKS[name].save_base(Path(folder) / "base") / "config.json"
+        return str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
+
+
 def text(i: int) -> str:
     """Return a text of one to eleven words that no other number has."""
     return " ".join([*WORDS[: (7 * i) % 11], f"number {i}"])
@@ -278,7 +286,6 @@ ADAPTERS = {
     "all biases": AdapterKind({"rank": 4, "bias": "all"}, bare=False),
     "loha": AdapterKind(
         {"type": "loha", "rank": 4, "alpha": 6, "rank_pattern": {".*[a-z]": 3}},
-        runs=False,
         not_on=NOT_WHOLE,
     ),
     "lokr": AdapterKind({"type": "lokr", "rank": 2, "alpha": 6}, not_on=NOT_WHOLE),
@@ -295,13 +302,11 @@ ADAPTERS = {
             "alpha_pattern": {".*[a-z]": 3},
         },
         bare=False,
-        runs=False,
         not_on=NOT_LINEAR,
         loads_exactly=False,
     ),
     "orthogonal": AdapterKind(
         {"rank": 4, "alpha": 6, "init": "orthogonal"},
-        runs=False,
         not_on=NOT_LINEAR,
         starts_exactly=False,
     ),

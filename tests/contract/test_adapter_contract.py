@@ -22,6 +22,13 @@ def on_sites(names: Iterable[str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("name", "site_name"), pairs)
 
 
+def proved(name: str) -> tuple[str, ...]:
+    """Return what is tested of an adapter type on every site."""
+    saved = ("write", "read") if ADAPTERS[name].has_folder else ()
+    return ("train", *saved, "merge")
+
+
+@pytest.mark.proves(lambda name, **_: proved(name), variant="{name}", layer="{site_name}")
 @on_sites(ADAPTERS)
 def test_an_adapter_keeps_its_promises(name: str, site_name: str, tmp_path: Path) -> None:
     kind, site = ADAPTERS[name], SITES[site_name]
@@ -68,10 +75,20 @@ def parameter_names(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
-@pytest.mark.parametrize("name", [name for name, kind in ADAPTERS.items() if kind.runs])
+RESUMED = {name: kind.adapter for name, kind in ADAPTERS.items() if kind.runs}
+RESUMED["rows of tokens"] = {"train_tokens": [5, 9]}
+# one run of several keys
+INCLUDED = {"olora with patterns": ["rslora", "patterns", "bias of adapted modules", "olora"]}
+
+
+@pytest.mark.proves(
+    "resume",
+    variant=lambda name: [name, *INCLUDED.get(name, [])],
+    layer=lambda name: "Embedding" if name == "rows of tokens" else "Linear",
+)
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_run_of_any_type_is_resumed_exactly(name: str, tmp_path: Path) -> None:
-    kind, task = ADAPTERS[name], TASKS["classification"]
-    recipe = write_task(task, tmp_path, kind.adapter)
+    recipe = write_task(TASKS["classification"], tmp_path, RESUMED[name])
     run(recipe, tmp_path / "whole")
     stopped_copy(tmp_path / "whole", tmp_path / "resumed")
     run(recipe, tmp_path / "resumed", resume=True)

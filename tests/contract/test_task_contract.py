@@ -23,7 +23,7 @@ from calls import (
     write_kind,
 )
 from closeness import assert_close
-from kinds import TASKS
+from kinds import TASKS, model_type
 from runs import assert_same_run
 from torch import Tensor
 
@@ -32,6 +32,25 @@ SPLITS = {
     "the first alone": lambda examples: [examples[:1], examples[1:]],
     "every other": lambda examples: [examples[::2], examples[1::2]],
 }
+
+
+def proves(what: str) -> pytest.MarkDecorator:
+    """Say what is tested of a kind, which is a parameter of the test or of its fixture."""
+
+    def kind(name: str = "", opened: str = "", **_: str) -> str:
+        return name or opened
+
+    return pytest.mark.proves(
+        what,
+        task=lambda **given: TASKS[kind(**given)].task["type"],
+        rows=kind,
+        model=lambda **given: model_type(kind(**given)),
+    )
+
+
+def layer_of(name: str) -> str:
+    """Return what the adapted layers of a kind's model are."""
+    return "Conv1D" if model_type(name) == "gpt2" else "Linear"
 
 
 @pytest.fixture(scope="module", params=TASKS)
@@ -50,6 +69,7 @@ def added(opened: Opened, batches: list[list[Any]]) -> tuple[float, float, dict[
     return loss, n_items, gradients
 
 
+@proves("split")
 @pytest.mark.parametrize("split", SPLITS)
 def test_any_split_of_a_batch_gives_the_same_sums(opened: Opened, split: str) -> None:
     loss, n_items, gradients = added(opened, [opened.examples])
@@ -67,6 +87,7 @@ def test_any_split_of_a_batch_gives_the_same_sums(opened: Opened, split: str) ->
         assert float((split_gradients[name] - gradient).abs().max()) <= 1e-5 * scale, name
 
 
+@proves("alone")
 def test_an_example_is_the_same_alone_and_among_longer_ones(opened: Opened) -> None:
     together = outcomes(opened, opened.single)
     alone = torch.cat([outcomes(opened, [example]) for example in opened.single])
@@ -76,6 +97,7 @@ def test_an_example_is_the_same_alone_and_among_longer_ones(opened: Opened) -> N
     assert float(together[:, 1].sum()) == pytest.approx(n_items, rel=1e-6)
 
 
+@proves("save")
 def test_what_is_saved_is_loaded_again(opened: Opened, tmp_path: Path) -> None:
     again = saved_and_loaded(opened, tmp_path / "adapter")
     found, wanted = again.model.state_dict(), opened.model.state_dict()
@@ -84,11 +106,13 @@ def test_what_is_saved_is_loaded_again(opened: Opened, tmp_path: Path) -> None:
     assert_close(outcomes(again, opened.single), outcomes(opened, opened.single))
 
 
+@proves("merge")
 def test_merged_equals_adapted(opened: Opened) -> None:
     found = outcomes(with_model(opened, merged(opened.model)), opened.single)
     assert_close(found, outcomes(opened, opened.single))
 
 
+@proves("predict")
 def test_predict_adds_the_same_columns_to_rows_alone_and_together(opened: Opened) -> None:
     kind = opened.kind
     rows = [
@@ -100,6 +124,8 @@ def test_predict_adds_the_same_columns_to_rows_alone_and_together(opened: Opened
     assert together == [answers(opened, [row])[0] for row in rows]
 
 
+@proves("resume")
+@pytest.mark.proves("resume", variant="lora", layer=lambda name: layer_of(name))
 @pytest.mark.parametrize("name", [name for name, kind in TASKS.items() if kind.runs])
 def test_a_run_that_was_stopped_is_resumed_exactly(name: str, tmp_path: Path) -> None:
     recipe = write_kind(TASKS[name], tmp_path)
@@ -109,6 +135,7 @@ def test_a_run_that_was_stopped_is_resumed_exactly(name: str, tmp_path: Path) ->
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
 
 
+@proves("init")
 @pytest.mark.parametrize("name", [name for name, kind in TASKS.items() if kind.drafted])
 def test_init_writes_a_valid_recipe_for_its_rows(name: str, tmp_path: Path) -> None:
     assert drafted(TASKS[name], tmp_path) == TASKS[name].drafted

@@ -13,6 +13,13 @@ loftq_utils = pytest.importorskip("peft.utils.loftq_utils")
 pytestmark = on_a_gpu
 
 
+@pytest.mark.proves(
+    "train",
+    variant="loftq",
+    layer="Linear",
+    base=lambda bits, **_: "nf4" if bits == 4 else "int8",
+    against="PEFT",
+)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rank", [4, 16])
 def test_one_iteration_is_that_of_peft(bits: int, rank: int) -> None:

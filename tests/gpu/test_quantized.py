@@ -47,6 +47,7 @@ def test_nf4_is_that_of_transformers(dtype: torch.dtype, tmp_path: Path) -> None
     assert float((ours - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
 
 
+@pytest.mark.proves("resume", variant="lora", layer="Linear", base="{kind}")
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_run_on_a_quantised_base_resumes_bit_for_bit(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
