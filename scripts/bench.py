@@ -7,9 +7,10 @@ usage:
   python scripts/bench.py targets --model MODEL --data FOLDER [--seeds 3] [--jobs 1]
       Query and value, or all linear layers? The demo, and SST-2 sentences: each at four learning
       rates, of which the best on validation counts, on the test rows. FOLDER holds dev.tsv too.
-  python scripts/bench.py quantized --model MODEL --data FOLDER [--seeds 3] [--jobs 1]
+  python scripts/bench.py quantized --model MODEL --data FOLDER [--seeds 3] [--rates 5e-4,1e-3,2e-3]
+      [--epochs 3] [--jobs 1]
       The same LoRA on a base that is kept in fp32, in 8 bits and in 4: accuracy on the test rows,
-      of the adapter and of the merged model. FOLDER holds dev.tsv too.
+      at the learning rate that is best on dev.tsv, of the adapter and of the merged model.
   python scripts/bench.py speed SHAPE [--steps 40] [--accumulate 1] [--repeat 2] [--cap GIB]
       roberta-large, roberta-base (SST-2 lengths), llama-8b (2 x 4096 tokens), llama-1b (4 x
       4096) or llama-8b-nf4 (a 4-bit base, 1 x 4096, gradient checkpointing), random weights, on a
@@ -154,29 +155,48 @@ def quantized(args: argparse.Namespace) -> None:
     """Print the test accuracy of LoRA on quantised bases, before and after merging."""
     work = Path(tempfile.mkdtemp(prefix="lora-bench-"))
     recipe = write_sst2_with_dev(args, work)
-    choices = ["adapter.target_modules=all-linear", "train.optimizer.learning_rate=1e-3"]
+    kinds, rates, seeds = ("fp32", "int8", "nf4"), args.rates.split(","), range(args.seeds)
+    choices = ["adapter.target_modules=all-linear", f"train.epochs={args.epochs}"]
 
-    def run(job: tuple[str, int]) -> tuple[float, float, str]:
-        kind, seed = job
-        folder, merged = work / f"{kind}-{seed}", work / f"{kind}-{seed}-merged"
-        base = [f"model.quantization={kind}"] if kind != "fp32" else []
-        after = metrics_after(recipe, folder, [*choices, *base, f"train.seed={seed}"])
-        command = ["merge", "--adapter", str(folder), "--to", str(merged)]
+    def folder_of(kind: str, rate: str, seed: int) -> Path:
+        return work / f"{kind}-{rate}-{seed}"
+
+    def trained(job: tuple[str, str, int]) -> tuple[float, float]:
+        kind, rate, seed = job
+        sets = [*choices, f"train.optimizer.learning_rate={rate}", f"train.seed={seed}"]
+        sets += [f"model.quantization={kind}"] if kind != "fp32" else []
+        after = metrics_after(recipe, folder_of(*job), sets)
+        print(*job, after["validation"]["accuracy"], after["test"]["accuracy"], file=sys.stderr)
+        return after["validation"]["accuracy"], after["test"]["accuracy"]
+
+    def merged(job: tuple[str, str, int]) -> tuple[float, str]:
+        adapter, to = folder_of(*job), work / "-".join(["merged", *map(str, job)])
+        command = ["merge", "--adapter", str(adapter), "--to", str(to)]
         said = subprocess.run(
             [sys.executable, "-m", "lora_cli", *command], check=True, capture_output=True, text=True
         ).stdout
         chosen = next((line for line in said.splitlines() if line.endswith("<- written")), "")
-        of_merged = plain_accuracy(merged, Path(args.data) / "test_labeled.tsv")
-        return after["test"]["accuracy"], of_merged, chosen
+        accuracy = plain_accuracy(to, Path(args.data) / "test_labeled.tsv")
+        shutil.rmtree(to)
+        return accuracy, chosen
 
-    kinds = ("fp32", "int8", "nf4")
-    found = results_of(run, itertools.product(kinds, range(args.seeds)), args.jobs)
-    print("base   seed  adapter  merged  what was merged")
-    for (kind, seed), (accuracy, merged_accuracy, chosen) in found.items():
-        print(f"{kind:5} {seed:5} {100 * accuracy:8.2f} {100 * merged_accuracy:7.2f}  {chosen}")
+    found = results_of(trained, itertools.product(kinds, rates, seeds), args.jobs)
+    means = {
+        (kind, rate): [statistics.mean(found[kind, rate, s][i] for s in seeds) for i in (0, 1)]
+        for kind, rate in itertools.product(kinds, rates)
+    }
+    best = {kind: max(rates, key=lambda rate: means[kind, rate][0]) for kind in kinds}
+    after_merging = results_of(merged, [(k, best[k], s) for k in kinds for s in seeds], args.jobs)
     for kind in kinds:
-        mean = statistics.mean(found[kind, s][0] for s in range(args.seeds))
-        print(f"{kind}: mean {100 * mean:.2f}")
+        each = "  ".join(
+            f"{rate} {100 * means[kind, rate][0]:.2f} {100 * means[kind, rate][1]:.2f}"
+            for rate in rates
+        )
+        print(f"{kind:5} test {100 * means[kind, best[kind]][1]:.2f} at {best[kind]}")
+        print(f"    validation and test: {each}")
+        for seed in seeds:
+            accuracy, chosen = after_merging[kind, best[kind], seed]
+            print(f"    seed {seed}: merged {100 * accuracy:.2f}  {chosen}")
     shutil.rmtree(work)
 
 
@@ -637,6 +657,9 @@ def main() -> None:
         command.add_argument("--seeds", type=int, default=seeds)
         command.add_argument("--jobs", type=int, default=1)
         command.set_defaults(run=function)
+        if function is quantized:
+            command.add_argument("--rates", default="5e-4,1e-3,2e-3")
+            command.add_argument("--epochs", type=int, default=3)
     command = commands.add_parser("peft")
     command.add_argument("--recipe", required=True)
     command.add_argument("--seed", type=int, required=True)
