@@ -279,6 +279,28 @@ def test_an_adapter_of_peft_is_trained_further_if_a_recipe_can_say_it(
     assert [p.shape for p in again.parameters()] == [p.shape for p in ours.parameters()]
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_factors_start_within_the_bounds_of_peft_and_one_at_zero(kind: str) -> None:
+    model = tiny.encoder()
+    recipe = tiny.recipe_of(type=kind, rank=2, target_modules=["query", "output.dense"])
+    torch.manual_seed(0)
+    attach(model, recipe)
+    largest = []
+    for layer in lora_layers(model).values():
+        names = [name for name, _ in layer.named_parameters(recurse=False)]
+        starts = {"loha": "hada_w2_b", "lokr": "lokr_w1"}[kind]
+        assert starts in names
+        for name in names:
+            factor = layer.get_parameter(name).detach()
+            if name == starts:
+                assert not factor.any()
+                continue
+            bound = factor.shape[1] ** -0.5  # kaiming-uniform with a = sqrt(5)
+            assert factor.abs().max() <= bound
+            largest.append(float(factor.abs().max()) / bound)
+    assert max(largest) > 0.97  # of hundreds of draws
+
+
 @pytest.mark.parametrize("key", ["use_rslora", "bias"])
 def test_what_peft_has_no_key_for_is_rejected(key: str) -> None:
     value = {"use_rslora": True, "bias": "all"}[key]

@@ -81,18 +81,20 @@ def write_targets(
     answers: dict[int, Answer] = {}
     for members in groups.values():
         rows = _written(model, [sources[i] for i in members], options, how)
-        for i, (ids, room) in zip(members, rows, strict=True):
+        positions = how.positions
+        is_short = positions is not None and positions - 1 < options.max_new_tokens
+        for i, ids in zip(members, rows, strict=True):
             said = until_stop(ids, how.stops)
             has_ended = len(said) < len(ids)
             text = decode(how.tokenizer, said, is_cut=not has_ended)
-            answers[i] = Answer(text.strip(), not has_ended and room < options.max_new_tokens)
+            answers[i] = Answer(text.strip(), is_short and not has_ended)
     return [answers[i] for i in range(len(sources))]
 
 
 def _written(
     model: Any, sources: list[Sequence[int]], options: GenerationSpec, how: Writing
-) -> list[tuple[list[int], int]]:
-    """Return the tokens that follow those that every target begins with, and their most."""
+) -> list[list[int]]:
+    """Return the tokens that follow those that every target begins with."""
     device = next(model.parameters()).device
     start = first_token(model, [*how.begin, *how.end])
     room = options.max_new_tokens
@@ -133,4 +135,5 @@ def _written(
             logits_processor=LogitsProcessorList([FiniteScores(model)]),
             **inputs,
         )
-    return [(ids, room) for ids in output[:, given:].tolist()]
+    found: list[list[int]] = output[:, given:].tolist()
+    return found
