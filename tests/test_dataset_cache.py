@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,20 +113,17 @@ def test_nothing_is_left_of_rows_that_fail_nor_of_a_dead_process(root: Path) -> 
     with pytest.raises(OSError, match="the source's own error"):
         cached_dataset(rows, ["key"], FEATURES)
     assert not list(root.iterdir())
-    code = (
-        "import datasets, os, sys; from lora_cli.data.dataset_cache import cached_dataset\n"
-        "datasets.config.HF_DATASETS_CACHE = sys.argv[1]\n"
-        "cached_dataset(lambda: os._exit(9), ['x'], datasets.Features({}))"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, str(root.parent)], check=False)
-    assert killed.returncode == 9
-    code = "import os, sys; os._exit(os.getpid() != 0)"
-    dead = subprocess.Popen([sys.executable, "-c", code])
-    dead.wait()
+    dead = os.fork()
+    if dead == 0:
+        try:
+            cached_dataset(lambda: os._exit(9), ["x"], datasets.Features({}))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(dead, 0)[1]) == 9
     host = dataset_cache.socket.gethostname()
-    left = root / f".{'0' * 32}.{host}.{dead.pid}.ab.tmp"
+    left = root / f".{'0' * 32}.{host}.{dead}.ab.tmp"
     alive = root / f".{'0' * 32}.{host}.{os.getpid()}.ab.tmp"
-    elsewhere = root / f".{'0' * 32}.another-host.{dead.pid}.ab.tmp"
+    elsewhere = root / f".{'0' * 32}.another-host.{dead}.ab.tmp"
     for folder in (left, alive, elsewhere):
         folder.mkdir(parents=True)
     make()

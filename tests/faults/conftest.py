@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import shutil
+import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from killing import Nursery, Whole, measure
+from killing import Kill, Nursery, Whole, measure
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -35,3 +38,13 @@ def wholes(nest: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 @pytest.fixture(scope="session")
 def whole(wholes: Callable[[str], Whole]) -> Whole:
     return wholes("accumulation, dropout")
+
+
+@pytest.fixture(scope="session")
+def killed(
+    nest: Nursery, whole: Whole, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path], Path]:
+    """Return a function that copies the output folder of a run killed as it saved step 12."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    assert nest.run(whole.recipe, out, kill=Kill(0.0, "save", 4)) == [-signal.SIGKILL]
+    return lambda folder: Path(shutil.copytree(out, folder))

@@ -64,14 +64,23 @@ def test_a_complete_run_is_found_complete(nest: Nursery, whole: Whole, tmp_path:
     assert before == after  # and nothing is copied again
 
 
+@pytest.fixture(scope="module")
+def per_checkpoint(nest: Nursery, whole: Whole, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """Return how many files are copied with a checkpoint: the next begins after so many."""
+    top = tmp_path_factory.mktemp("counted")
+    sets = [f"checkpoint.mirror={top / 'mirror'}"]
+    nest.run(whole.recipe, top / "out", kill=Kill(0.0, "save", 2), sets=sets)
+    files = [p for p in (top / "mirror" / "step-000003").rglob("*") if p.is_file()]
+    return len(files) - 1  # the manifest comes by another call
+
+
 @pytest.mark.parametrize("number", [1, 2, 6, 11])
 def test_a_machine_that_dies_in_the_middle_of_copying(
-    nest: Nursery, whole: Whole, tmp_path: Path, number: int
+    nest: Nursery, whole: Whole, per_checkpoint: int, tmp_path: Path, number: int
 ) -> None:
     """Before the n-th file of the second checkpoint: the first is whole, and is gone on from."""
     sets = [f"checkpoint.mirror={tmp_path / 'mirror'}"]
     out = tmp_path / "out"
-    per_checkpoint = count_of_files(nest, whole, tmp_path)
     kill = Kill(0.0, "upload", per_checkpoint + number)
     assert nest.run(whole.recipe, out, kill=kill, sets=sets) == [-signal.SIGKILL]
     assert whole_ones(tmp_path / "mirror") == ["step-000003"]
@@ -82,15 +91,6 @@ def test_a_machine_that_dies_in_the_middle_of_copying(
     assert "step-000006" in said(out).split("restored")[0]  # what is passed over is named
     assert "restored step-000003" in said(out)
     assert_same_run(whole.out, out)
-
-
-def count_of_files(nest: Nursery, whole: Whole, tmp_path: Path) -> int:
-    """Return how many files are copied with a checkpoint: the next begins after so many."""
-    mirror, out = tmp_path / "counted", tmp_path / "counting"
-    kill = Kill(0.0, "save", 2)
-    nest.run(whole.recipe, out, kill=kill, sets=[f"checkpoint.mirror={mirror}"])
-    files = [p for p in (mirror / "step-000003").rglob("*") if p.is_file()]
-    return len(files) - 1  # the manifest comes by another call
 
 
 def test_a_damaged_copy_is_passed_over_by_name(nest: Nursery, whole: Whole, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ HEAVY = {
 
 
 @given(case=cases)
-@settings(max_examples=500, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 def test_any_recipe_is_read_or_refused_well(
     case: Case, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from lora_cli.files import verify_manifest
 from lora_cli.folder_lock import FolderLock
 from lora_cli.training.checkpoints import checkpoints
 
+Copy = Callable[[Path], Path]
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 
 
@@ -218,10 +219,9 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_recipe_is_shown_and_refused_unless_allowed(
-    nest: Nursery, whole: Whole, tmp_path: Path, name: str
+    nest: Nursery, whole: Whole, killed: Copy, tmp_path: Path, name: str
 ) -> None:
-    out = tmp_path / "out"
-    assert nest.run(whole.recipe, out, kill=Kill(0.0, "save", 4)) == [-signal.SIGKILL]
+    out = killed(tmp_path / "out")
     sets, message = CHANGES[name]
     sets = [s.replace("=validation", f"={whole.recipe.parent}/validation") for s in sets]
     assert nest.run(whole.recipe, out, sets=sets) == [2]
@@ -235,10 +235,9 @@ def test_a_changed_recipe_is_shown_and_refused_unless_allowed(
 
 
 def test_another_machine_is_shown_and_refused_unless_allowed(
-    nest: Nursery, whole: Whole, tmp_path: Path
+    nest: Nursery, whole: Whole, killed: Copy, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    assert nest.run(whole.recipe, out, kill=Kill(0.0, "save", 4)) == [-signal.SIGKILL]
+    out = killed(tmp_path / "out")
     assert 2 in nest.run(whole.recipe, out, 2)
     assert "`processes: 1`, and now it is `2`" in said(out)
     assert nest.run(whole.recipe, out, threads=2) == [2]
@@ -248,20 +247,20 @@ def test_another_machine_is_shown_and_refused_unless_allowed(
     assert_same_run(whole.out, out)
 
 
-def test_another_model_cannot_be_allowed(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert nest.run(whole.recipe, out, kill=Kill(0.0, "save", 4)) == [-signal.SIGKILL]
+def test_another_model_cannot_be_allowed(
+    nest: Nursery, whole: Whole, killed: Copy, tmp_path: Path
+) -> None:
+    out = killed(tmp_path / "out")
     sets = ["adapter.rank=2", "checkpoint.allow_changes=true"]
     assert nest.run(whole.recipe, out, sets=sets) == [2]
     assert "allow_changes" not in said(out)
 
 
 def test_smaller_micro_batches_are_the_same_steps(
-    nest: Nursery, whole: Whole, tmp_path: Path
+    nest: Nursery, whole: Whole, killed: Copy, tmp_path: Path
 ) -> None:
     """What the message of a full memory advises, typed in."""
-    out = tmp_path / "out"
-    assert nest.run(whole.recipe, out, kill=Kill(0.0, "save", 4)) == [-signal.SIGKILL]
+    out = killed(tmp_path / "out")
     sets = ["train.micro_batch_size=1", "train.gradient_accumulation_steps=4"]
     assert nest.run(whole.recipe, out, sets=sets) == [0]
     assert "`micro_batch_size: 2`, and now it is `1`" in said(out)
