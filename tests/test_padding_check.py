@@ -41,7 +41,7 @@ from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.packing import check_packing
-from lora_cli.tasks.padding import NONE, Padding
+from lora_cli.tasks.padding import NONE, WITHOUT_MASK, Padding
 from lora_cli.tasks.padding_check import check_training, choose_padding
 from lora_cli.tasks.text_generation import REPLACEMENT
 
@@ -228,7 +228,7 @@ def test_a_language_model_sees_no_padding(kind: str, tmp_path: Path) -> None:
     folder = base(tmp_path / "base", kind, AutoModelForCausalLM)
     task, model = opened(folder, tmp_path, task=LANGUAGE)
     choose_padding(task, model)
-    assert task.padding == RIGHT
+    assert task.padding == WITHOUT_MASK
     examples = [{**m[0], "row": 0} for m in task.encode([{"text": t} for t in tiny.CORPUS])]
     with torch.no_grad():
         together = task.predict(model, task.collate(examples))

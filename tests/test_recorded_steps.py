@@ -331,6 +331,9 @@ def test_layers_that_are_alike_are_those_of_lists_of_at_least_two() -> None:
         ({"kernels": "auto", "checkpointing": True, "steps": 1000}, (True, False, False)),
         ({"kernels": "fused", "checkpointing": True}, (True, False, True)),
         ({"kernels": "fused", "model": SometimesBoth}, (False, True, True)),
+        ({"kernels": "fused", "same": False}, (True, False, True)),
+        ({"kernels": "auto", "same": False}, None),
+        ({"kernels": "auto", "same": False, "work": 1.001}, (True, False, False)),
         ({"kernels": "fused", "device": "cpu"}, None),
         ({"kernels": "auto", "device": "cpu"}, None),
     ],
@@ -349,7 +352,8 @@ def test_the_engine_is_what_the_recipe_asks_for(
         gradient_checkpointing=given.get("checkpointing", False),
         max_grad_norm=0.5,
     )
-    task: Any = SimpleNamespace(recipe=SimpleNamespace(train=train), same_in_any_batch=True)
+    same = given.get("same", True)
+    task: Any = SimpleNamespace(recipe=SimpleNamespace(train=train), same_in_any_batch=same)
     accelerator: Any = SimpleNamespace(device=torch.device(given.get("device", "cuda")))
     model, optimizer = given.get("model", Layered)(), object()
     # 12 parameters; 2 operations forward and 4 backward
@@ -364,4 +368,4 @@ def test_the_engine_is_what_the_recipe_asks_for(
     else:
         assert isinstance(found, GraphEngine)
         assert (found.layers is not None, found.records, found.required) == wanted
-        assert dynamic == [{"dynamic": False}] * (2 if wanted[0] else 0)
+        assert dynamic == [{"dynamic": False if same else None}] * (2 if wanted[0] else 0)

@@ -29,7 +29,10 @@ def choose_engine(
     """
     train = task.recipe.train
     parts = (model, task, optimizer, accelerator, train.max_grad_norm)
-    records, required = not train.gradient_checkpointing, train.kernels == "fused"
+    # where texts share rows, an example was seen to be computed in the same way in any batch; a
+    # language model's attention is slower in a graph, where transformers gives it a mask
+    records = task.same_in_any_batch and not train.gradient_checkpointing
+    required = train.kernels == "fused"
     compiled = required or _compiling_pays(model, batches)
     if train.kernels == "reference" or accelerator.device.type != "cuda":
         return Engine(*parts)

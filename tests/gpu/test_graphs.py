@@ -106,24 +106,6 @@ def language_model(tmp_path: Path, *settings: str, output: str) -> Any:
     return load_recipe(file, [*settings, f"output_dir={tmp_path / output}"])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_recorded_steps_of_a_language_model_are_plain_steps_bit_for_bit(
-    tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch, engines: list[Any]
-) -> None:
-    setting = f"train.precision={precision}"
-    report = runs.train(language_model(tmp_path, setting, output="recorded"))
-    assert not engines[0].why_not
-    assert engines[0].graphs, "no shape recurred"
-    assert report["kernels"]["batches"] == "filled on the right without a mask"
-    monkeypatch.setattr(graph_engine, "MOST_GRAPHS", 0)
-    runs.train(language_model(tmp_path, setting, output="plain"))
-    assert not engines[1].graphs
-    assert runs.losses(tmp_path / "recorded") == runs.losses(tmp_path / "plain")
-    recorded, plain = adapter(tmp_path / "recorded"), adapter(tmp_path / "plain")
-    for name, tensor in plain.items():
-        assert torch.equal(recorded[name], tensor), name
-
-
 @pytest.mark.parametrize("again", ["true", "false"])
 def test_compiled_layers_of_a_language_model_learn_as_its_own(
     tmp_path: Path, again: str, engines: list[Any]
@@ -133,9 +115,9 @@ def test_compiled_layers_of_a_language_model_learn_as_its_own(
         language_model(tmp_path, *settings, f"train.kernels={kernels}", output=kernels)
         for kernels in ("fused", "reference")
     )
-    runs.train(fused)
+    report = runs.train(fused)
     assert engines[0].layers
-    assert bool(engines[0].graphs) == (again == "false")
+    assert report["kernels"]["batches"] == "filled on the right without a mask"
     runs.train(reference)
     pairs = zip(runs.losses(tmp_path / "fused"), runs.losses(tmp_path / "reference"), strict=True)
     for one, other in pairs:

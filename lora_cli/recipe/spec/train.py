@@ -116,10 +116,9 @@ class TrainSpec(Section):
 
     kernels: Literal["auto", "reference", "fused"] = "auto"
     """How the same is computed faster. `reference`: as the model's own code does it. `auto`: losses
-    of tokens are computed for some tokens at a time; on a GPU, texts share rows where an encoder's
-    answers were seen to stay the same, steps are recorded as CUDA graphs unless
-    `gradient_checkpointing` is set, and in long runs layers are compiled. `fused`: all of it, in
-    short runs too; an error where it cannot be."""
+    of tokens are computed for some tokens at a time; on a GPU, where an encoder's answers were seen
+    to stay the same, texts share rows and steps are recorded as CUDA graphs; in long runs, layers
+    are compiled. `fused`: all of it, in short runs too; an error where it cannot be."""
 
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Longer gradients are shortened to this norm; null leaves them."""
