@@ -72,7 +72,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 
     monkeypatch.setattr(Engine, "add_gradients", add_gradients)
     stream = SimpleNamespace(wait_stream=lambda _: None)
+    generator = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda _: None)
     fakes = {
+        "current_device": lambda: 0, "default_generators": [generator],
         "Stream": lambda *_: stream, "current_stream": lambda *_: stream,
         "stream": lambda _: nullcontext(), "graph": device.graph, "CUDAGraph": CallsGraph,
         "get_rng_state": lambda _: torch.get_rng_state(),

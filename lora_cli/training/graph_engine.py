@@ -177,6 +177,9 @@ class GraphEngine(Engine):
             if is_out_of_memory(error):
                 raise
             self.why_not = own_words(error)
+            # torch's random numbers still wait for the recording to end, which a copy does not
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
         self.gradients.copy_(gradients)
         torch.cuda.set_rng_state(random, device)
 

@@ -16,6 +16,7 @@ import tiny
 from gpu import test_precision as runs
 
 from lora_cli.recipe import load_recipe
+from lora_cli.tasks.sequence_classification import SequenceClassification
 from lora_cli.training import graph_engine
 
 pytestmark = runs.pytestmark
@@ -54,6 +55,25 @@ def test_recorded_steps_are_plain_steps_bit_for_bit(
     recorded, plain = adapter(tmp_path / "recorded"), adapter(tmp_path / "plain")
     for name, tensor in plain.items():
         assert torch.equal(recorded[name], tensor), name
+
+
+def test_a_run_goes_on_plainly_where_a_step_cannot_be_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engines: list[Any]
+) -> None:
+    real, seen = SequenceClassification.losses, []
+
+    def waiting(self: Any, model: Any, output: torch.Tensor, batch: Any) -> Any:
+        seen.append(output.sum().item())  # which no graph can hold
+        return real(self, model, output, batch)
+
+    monkeypatch.setattr(SequenceClassification, "losses", waiting)
+    runs.train(runs.recipe(tmp_path, *SETTINGS, output="broken"))
+    assert engines[0].why_not
+    assert not engines[0].graphs
+    monkeypatch.setattr(SequenceClassification, "losses", real)
+    monkeypatch.setattr(graph_engine, "MOST_GRAPHS", 0)
+    runs.train(runs.recipe(tmp_path, *SETTINGS, output="plain"))
+    assert runs.losses(tmp_path / "broken") == runs.losses(tmp_path / "plain")
 
 
 def test_compiled_layers_learn_as_the_model_s_own(tmp_path: Path, engines: list[Any]) -> None:
