@@ -66,7 +66,11 @@ def recipe_file(base: Path, folder: Path, **sections: Any) -> Path:
 
 
 def trained(base: Path, folder: Path, **sections: Any) -> Path:
-    train(load_recipe(recipe_file(base, folder, **sections)))
+    """Return the output folder of a run; one that was trained before is copied."""
+    key = ("trained", str(base), json.dumps(sections, sort_keys=True))
+    tiny.saved_once(
+        folder, key, lambda place: train(load_recipe(recipe_file(base, place, **sections)))
+    )
     return folder / "out"
 
 

@@ -269,8 +269,8 @@ def _save(folder: Path | str, key: tuple[object, ...], build: Callable[[], Any],
     return saved_once(folder, key, save)
 
 
-def saved_once(folder: Path | str, key: tuple[object, ...], save: Callable[[Path], None]) -> Path:
-    """Write a model's folder: the first of its kind with `save`, all others as copies of that.
+def saved_once(folder: Path | str, key: tuple[object, ...], save: Callable[[Path], Any]) -> Path:
+    """Write a folder, as of a model: the first of its kind with `save`, others as copies of that.
 
     Making and saving even a tiny model takes longer than many a test. The random numbers that it
     draws are not taken from the test's, so a test is the same whether it is the first or not.
