@@ -25,6 +25,7 @@ from lora_cli.adapters.dora import DORA_LAYERS, DoRALayer, DoRALinear
 from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.adapters.make_trainable import make_trainable
 from lora_cli.adapters.merge_proof import expected_weights
+from lora_cli.adapters.parameter_groups import parameter_groups
 from lora_cli.adapters.peft_format.adapter_folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -34,7 +35,6 @@ from lora_cli.adapters.peft_format.adapter_folder import (
 from lora_cli.adapters.variants import layer_for
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.recipe import AdapterSpec, Learned
-from lora_cli.training.optimizers import parameter_groups
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),

@@ -14,12 +14,13 @@ from torch import nn
 
 from lora_cli.adapters.attach import attach, trainable_parameters
 from lora_cli.adapters.lora import LoRALayer
+from lora_cli.adapters.parameter_groups import parameter_groups
+from lora_cli.adapters.trained_modules import rates_in_words
 from lora_cli.errors import LoraError
 from lora_cli.recipe import OptimizerSpec, Recipe, SchedulerSpec
 from lora_cli.training.optimizers import (
     build_optimizer,
     learning_rate_factor,
-    parameter_groups,
     set_learning_rate,
 )
 
@@ -93,6 +94,102 @@ def test_with_full_fine_tuning_only_the_head_is_the_head() -> None:
     norms = [name for name in found if "LayerNorm" in name]
     assert norms
     assert all(found[name] == (0.1, 0.0) for name in norms)
+
+
+def test_layers_decay_as_plain_torch_groups_with_the_rates_written_out() -> None:
+    model = tiny.encoder(2, layers=3)
+    recipe = with_optimizer("full", learning_rate=0.01, weight_decay=0.3, layer_decay=0.5)
+    attach(model, recipe, ["classifier"])
+    ours = build_optimizer(model, recipe, ["classifier"])
+    copies = {n: nn.Parameter(p.detach().clone()) for n, p in model.named_parameters()}
+    rates = {"bert.embeddings": 0.01 / 16, "bert.pooler": 0.01, "classifier": 0.01}
+    rates |= {f"bert.encoder.layer.{i}": 0.01 / 2 ** (3 - i) for i in range(3)}
+    theirs = torch.optim.AdamW(
+        [
+            {
+                "params": [copies[name]],
+                "lr": next(rate for top, rate in rates.items() if name.startswith(f"{top}.")),
+                "weight_decay": 0.3 if copies[name].ndim > 1 else 0.0,
+            }
+            for name in copies
+        ]
+    )
+    set_learning_rate(ours, 0.5)  # the schedule scales each group's own rate
+    for group in theirs.param_groups:
+        group["lr"] *= 0.5
+    for _ in range(3):
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            copies[name].grad = parameter.grad.clone()
+        ours.step()
+        theirs.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, copies[name], rtol=1e-6, atol=1e-7)
+    assert rates_in_words(ours.param_groups, model) == {
+        "bert.embeddings": pytest.approx(0.01 / 16),
+        "bert.encoder.layer.0": pytest.approx(0.01 / 8),
+        "bert.encoder.layer.1": pytest.approx(0.01 / 4),
+        "bert.encoder.layer.2": pytest.approx(0.01 / 2),
+        "bert.pooler, classifier": pytest.approx(0.01),
+    }
+
+
+def test_adapters_decay_by_layer_and_a_named_rate_is_taken_as_it_is() -> None:
+    model = tiny.encoder(2)
+    recipe = with_optimizer(
+        layer_decay=0.5,
+        lora_plus_ratio=4.0,
+        groups={
+            "head": {"learning_rate": 0.01},
+            "adapter": {"learning_rate": 0.2},
+            "layers": {"1": {"weight_decay": 0.25}},
+            "modules": {
+                "layer.0.attention.self.value": {"learning_rate": 0.03},
+                "value": {"learning_rate": 7.0, "weight_decay": 0.75},
+            },
+        },
+    )
+    attach(model, recipe, ["classifier"])
+    found = groups(model, recipe, ["classifier"])
+    layer = "bert.encoder.layer.{}.attention.self.{}"
+    assert found["classifier.weight"] == (0.01, 0.5)
+    assert found[layer.format(0, "query.lora_A")] == (pytest.approx(0.05), 0.5)
+    assert found[layer.format(0, "query.lora_B")] == (pytest.approx(0.2), 0.5)
+    # the group of the layer comes before that of adapters, and has no rate of its own
+    assert found[layer.format(1, "query.lora_A")] == (pytest.approx(0.05), 0.25)
+    assert found[layer.format(0, "value.lora_A")] == (0.03, 0.5)  # the first name that fits
+    assert found[layer.format(1, "value.lora_A")] == (7.0, 0.75)
+    assert found[layer.format(1, "value.lora_B")] == (28.0, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "what", "hint"),
+    [
+        (
+            {"groups": {"modules": {"valeu": {"learning_rate": 1.0}}}},
+            "lora",
+            "`valeu` matches no module of the model",
+            "did you mean `value`",
+        ),
+        (
+            {"groups": {"modules": {"pooler": {"learning_rate": 1.0}}}},
+            "lora",
+            "nothing is trained in `pooler`",
+            "trained are",
+        ),
+        ({"layer_decay": 0.9}, "none", "nothing is trained in a numbered layer", "leave"),
+    ],
+)
+def test_a_rate_for_what_is_not_trained_is_an_error(
+    settings: Json, kind: str, what: str, hint: str
+) -> None:
+    model = tiny.encoder(2)
+    recipe = with_optimizer(kind, **settings)
+    attach(model, recipe, ["classifier"])
+    with pytest.raises(LoraError) as caught:
+        build_optimizer(model, recipe, ["classifier"])
+    assert what in caught.value.problems[0].what
+    assert hint in (caught.value.problems[0].hint or "")
 
 
 def test_a_group_of_layers_in_which_nothing_is_trained_is_refused() -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lora_cli.adapters.freeze import frozen_parameters
+from lora_cli.adapters.frozen_layers import FrozenLayers
 from lora_cli.adapters.initialise import reject_impossible_starts, start_layers
 from lora_cli.adapters.lora import LORA_LAYERS, LoRAConv, LoRALayer, Shape
 from lora_cli.adapters.lora_parameter import LoRAParameter
@@ -64,12 +66,9 @@ def attach(
             untouched then.
     """
     spec, head = recipe.adapter, list(head)
+    kept = frozen_parameters(model, recipe, head)
     if spec.type == "full":
-        for name, parameter in model.named_parameters():
-            if is_frozen(model, name):
-                parameter.requires_grad_(False)
-            else:
-                _train(parameter)
+        _train_all(model, recipe, kept)
         return
     targets = resolve_targets(model, recipe, head) if spec.low_rank else []
     if problems := unmatched_in_full(model, recipe):
@@ -95,12 +94,30 @@ def attach(
         for parameter in model.get_submodule(name).parameters():
             _train(parameter)
     _train_biases(model, spec)
+    for name in kept:
+        model.get_parameter(name).requires_grad_(False)
     if not trainable_parameters(model):
         raise _nothing_trained(recipe)
     let_dtypes_meet(model, head)
 
 
+def _train_all(model: nn.Module, recipe: Recipe, kept: Collection[str]) -> None:
+    """Train every parameter but those of frozen parts, and those that the recipe names."""
+    parameters = dict(model.named_parameters())
+    trained = {name for name in parameters if name not in kept and not is_frozen(model, name)}
+    if not trained:
+        raise _nothing_trained(recipe)
+    for name, parameter in parameters.items():
+        if name in trained:
+            _train(parameter)
+        else:
+            parameter.requires_grad_(False)
+
+
 def _nothing_trained(recipe: Recipe) -> LoraError:
+    if recipe.adapter.frozen_entries:
+        what = "`adapter.freeze` leaves nothing to train"
+        return LoraError(what, recipe.at("adapter.freeze"), "freeze fewer modules")
     lacking = "bias" if recipe.adapter.type == "bitfit" else "new head"
     what = f"nothing is trained: the model has no {lacking}"
     hint = "`--set adapter.type=lora` trains adapters"
@@ -228,7 +245,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def training_mode(model: nn.Module) -> None:
+def training_mode(model: nn.Module, frozen: FrozenLayers | None = None) -> None:
     """Put the model into training mode, but batch normalisation into eval mode.
 
     In training mode it would average the new data into its running statistics, which no adapter
@@ -240,6 +257,8 @@ def training_mode(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):  # instance normalisation too
             module.eval()
+    if frozen is not None:
+        frozen.evaluate()
 
 
 @contextmanager

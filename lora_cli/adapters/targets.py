@@ -159,7 +159,7 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
         chosen = [name for name in chosen if not matches(spec.exclude_modules, name)]
     if spec.layers is not None:
         wanted = parse_layers(spec.layers)
-        problems += _absent_layers(wanted, modules, recipe)
+        problems += absent_layers(wanted, modules, spec.layers, recipe.at("adapter.layers"))
         chosen = [name for name in chosen if layer_index(name) in wanted]
     parameters, found = _parameter_targets(model, recipe, chosen, in_full)
     problems += found
@@ -209,13 +209,19 @@ def rank_and_alpha(recipe: Recipe, name: str) -> tuple[int, float]:
     return rank, first_match(spec.alpha_pattern, name, spec.alpha)
 
 
-def _absent_layers(
-    wanted: range | frozenset[int], modules: Iterable[str], recipe: Recipe
+def absent_layers(
+    wanted: range | frozenset[int], modules: Iterable[str], written: str | list[int], at: str
 ) -> list[Problem]:
-    """Return a problem if the model does not have some of the layers."""
-    at, layers = recipe.at("adapter.layers"), recipe.adapter.layers
+    """Return a problem if the model does not have some of the layers.
+
+    Args:
+        wanted: Numbers of layers.
+        modules: Names of modules or parameters of the model.
+        written: The layers as the recipe writes them.
+        at: Where it does.
+    """
     if not wanted:
-        return [Problem(f"`{layers}` names no layer", at, "write the lower number first: `0-3`")]
+        return [Problem(f"`{written}` names no layer", at, "write the lower number first: `0-3`")]
     found = {index for name in modules if (index := layer_index(name)) is not None}
     # a range may be long: only as much of it is looked at as the model could have
     most = len(found) + 1
@@ -227,7 +233,10 @@ def _absent_layers(
     if isinstance(wanted, range):
         shown = f"{absent[0]}" + (f" to {wanted[-1]}" if absent[0] < wanted[-1] else "")
     what = "there is no layer" if shown.isdecimal() else "there are no layers"
-    return [Problem(f"{what} {shown}", at, f"the model has layers 0 to {max(found, default=0)}")]
+    hint = (
+        f"the model has layers 0 to {max(found)}" if found else "the model has no numbered layers"
+    )
+    return [Problem(f"{what} {shown}", at, hint)]
 
 
 def _unmatched_patterns(chosen: list[str], recipe: Recipe) -> list[Problem]:

@@ -44,7 +44,7 @@ def validate(
         ),
     ] = 0,
 ) -> None:
-    """Check a recipe, its data and its targets without loading weights; print it resolved."""
+    """Check a recipe, its data and what it trains, without weights; print it with all values."""
     loaded = options.load(recipe, overrides)
     if show and not data:
         what, at = "`--show` needs `--data`", "the arguments of `lora validate`"
@@ -53,7 +53,8 @@ def validate(
     from lora_cli.preprocessing.check_recipe import check_recipe
     from lora_cli.recipe import dump_recipe
 
-    checked = check_recipe(loaded, all_rows_follow=data)
+    notes: list[str] = []
+    checked = check_recipe(loaded, data, notes)
     if data:
         from lora_cli.preprocessing.data_gate import inspect_data
         from lora_cli.preprocessing.show_examples import shown_rows
@@ -64,6 +65,8 @@ def validate(
                 typer.echo(text)
             return
     typer.echo(dump_recipe(checked), nl=False)
+    for line in notes:
+        typer.echo(line, err=True)
 
 
 def schema() -> None:

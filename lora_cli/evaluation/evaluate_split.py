@@ -208,7 +208,7 @@ def _predict_window(
             break  # the other processes wait for this one, and learn of it then
         examples = split.examples.__getitems__(indices.tolist())
         prepared = [prepared_for_evaluation(task, example) for example in examples]
-        batch = task.collate(prepared).to(accelerator.device)
+        batch = task.batch(prepared).to(accelerator.device)
         first = split.rows.place(batch.rows[0])
         with phase(f"evaluating {first} and the rows after it"), accelerator.autocast():
             predictions = task.predict(model, batch)

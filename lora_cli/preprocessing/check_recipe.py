@@ -10,8 +10,10 @@ from typing import Any
 from torch import nn
 
 from lora_cli.adapters.make_trainable import make_trainable
+from lora_cli.adapters.parameter_groups import parameter_groups
 from lora_cli.adapters.parameter_targets import frozen_experts_note
 from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
+from lora_cli.adapters.trained_modules import trained_in_words
 from lora_cli.data.load_rows import Rows
 from lora_cli.errors import LoraError, Problem, printable, warn
 from lora_cli.metrics import MetricSet, known_metrics
@@ -32,13 +34,16 @@ from lora_cli.tasks.long_texts import LONG, in_batches
 FIRST_ROWS = 1000
 
 
-def check_recipe(recipe: Recipe, all_rows_follow: bool = False) -> Recipe:
+def check_recipe(
+    recipe: Recipe, all_rows_follow: bool = False, notes: list[str] | None = None
+) -> Recipe:
     """Find everything that would stop `lora train` later, and raise it together.
 
     Args:
         recipe: The recipe.
         all_rows_follow: The caller inspects all rows afterwards, so that what the first ones
             would give a warning of is left to that.
+        notes: Gets a line on what is trained.
 
     Returns:
         The recipe, with what the rows and the adapter of `adapter.from` say.
@@ -67,8 +72,11 @@ def check_recipe(recipe: Recipe, all_rows_follow: bool = False) -> Recipe:
                 require_gradient_checkpointing(model, recipe)
             make_trainable(model, recipe, new, learned=task.learned)
             completed = task.completed_recipe
+            in_full = [*new, *completed.adapter.train_modules]
+            parameter_groups(model, completed, in_full)
+            if notes is not None:
+                notes.append(trained_in_words(model))
             if not problems and completed.adapter.low_rank:
-                in_full = [*new, *completed.adapter.train_modules]
                 for difference in differences_in_peft(model, completed, in_full):
                     warn(difference)
                 if note := frozen_experts_note(model, completed):

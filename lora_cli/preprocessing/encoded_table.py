@@ -7,7 +7,8 @@ slice of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lora_cli.tasks.examples import Example
+from lora_cli.tasks.states import STATES, KeptState
 
 
 class EncodedTable:
@@ -61,6 +63,69 @@ class EncodedTable:
             dict(zip(columns, values, strict=True))
             for values in zip(*columns.values(), strict=True)
         ]
+
+
+class TableWithStates(EncodedTable):
+    """The examples of a split, each with the hidden states that enter the first trained layer.
+
+    Args:
+        examples: The examples without them.
+        states: A `datasets.Dataset` with a column of bytes for each module.
+        order: Which example each of its rows is of.
+        like: The states of one example: their dtype and shape.
+    """
+
+    def __init__(
+        self,
+        examples: EncodedTable,
+        states: Any,
+        order: NDArray[np.int64],
+        like: Mapping[str, KeptState],
+    ) -> None:
+        super().__init__(examples.dataset)
+        self.like = like
+        self.states = {name: _Bytes(states.data.column(name)) for name in like}
+        self.place = np.empty_like(order)
+        self.place[order] = np.arange(len(order))
+
+    @property
+    def n_bytes(self) -> int:
+        """How many bytes the states take."""
+        return sum(column.n_bytes for column in self.states.values())
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+        """Return examples, with their states by module under `STATES`."""
+        found = super().__getitems__(indices)
+        for example, index in zip(found, indices, strict=True):
+            place = int(self.place[index])
+            example[STATES] = {
+                name: replace(self.like[name], values=column[place])
+                for name, column in self.states.items()
+            }
+        return found
+
+
+class _Bytes:
+    """A column of bytes, read as views of the file.
+
+    Args:
+        column: A chunked array of `large_binary`.
+    """
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self.values, self.offsets = [], []
+        for chunk in column.chunks:
+            _, offsets, data = chunk.buffers()
+            whole = np.frombuffer(offsets, dtype=np.int64)
+            self.offsets.append(whole[chunk.offset : chunk.offset + len(chunk) + 1])
+            self.values.append(np.frombuffer(data, dtype=np.uint8))
+        self.starts = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
+        self.n_bytes = sum(int(offsets[-1] - offsets[0]) for offsets in self.offsets)
+
+    def __getitem__(self, index: int) -> NDArray[np.uint8]:
+        chunk = int(np.searchsorted(self.starts, index, side="right")) - 1
+        place, offsets = index - int(self.starts[chunk]), self.offsets[chunk]
+        return self.values[chunk][offsets[place] : offsets[place + 1]]
 
 
 class _Slices:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from lora_cli.adapters.frozen_layers import FrozenLayers
 from lora_cli.data.load_rows import Rows
 from lora_cli.data.row_texts import shown_value
 from lora_cli.errors import LoraError, counted
@@ -30,6 +32,7 @@ from lora_cli.recipe import Learned, Recipe
 from lora_cli.tasks.examples import Batch, Encoded, Example, Prediction
 from lora_cli.tasks.kept_tensors import restored
 from lora_cli.tasks.proposal import BaseFacts, Proposal, Table
+from lora_cli.tasks.states import STATES, has_states, states_of_batch, without_states
 from lora_cli.tasks.task_answers import TaskAnswers
 from lora_cli.tasks.task_metrics import TaskMetrics
 
@@ -62,6 +65,8 @@ class Task(TaskAnswers, TaskMetrics):
         self.notes: list[str] = []  # what a user should know before training
         self.drawn: frozenset[str] = frozenset()  # parameters that the base's checkpoint lacks
         self.trained_in: Path | None = None  # the adapter's folder, where one is used
+        self.frozen_layers: FrozenLayers | None = None  # of the model that is trained
+        self.frozen_facts: dict[str, str] = {}  # what is kept of them, for the report
         self.config: PretrainedConfig
 
     @property
@@ -198,6 +203,13 @@ class Task(TaskAnswers, TaskMetrics):
         A list of numbers in an example may be a numpy view of the encoded corpus, which cannot be
         written to: copy it before you change it (`torch.tensor` does, `torch.from_numpy` warns).
         """
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """Return prepared examples as one batch, with the hidden states that they bring along."""
+        batch = self.collate(examples)
+        if has_states(examples):
+            batch.inputs |= states_of_batch([one[STATES] for one in examples], batch.inputs)
+        return batch
 
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
         """Return facts of an encoded example, and what the model sees, in words.
@@ -348,6 +360,15 @@ class Task(TaskAnswers, TaskMetrics):
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """Return the model's output for a batch, as `losses` and `predictions` read it."""
 
+    def output(self, model: nn.Module, batch: Batch) -> Any:
+        """Return the same; of the frozen layers, what the batch brings along is not computed."""
+        inputs, states = without_states(batch.inputs)
+        if not states:
+            return self.forward(model, batch)
+        assert self.frozen_layers is not None, "states of a model that is not known"
+        with self.frozen_layers.entering(states):
+            return self.forward(model, replace(batch, inputs=inputs))
+
     @abstractmethod
     def losses(self, model: nn.Module, output: Any, batch: Batch) -> dict[str, Tensor]:
         """Return, for each term of the loss, its sum over the items of each example (B,)."""
@@ -358,12 +379,12 @@ class Task(TaskAnswers, TaskMetrics):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the weighted sum of all terms over all items of a batch; a scalar."""
-        found = self.losses(model, self.forward(model, batch), batch)
+        found = self.losses(model, self.output(model, batch), batch)
         return torch.stack([self.loss_weights[k] * v.sum() for k, v in found.items()]).sum()
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         """Return a prediction for each example of the batch, with its losses."""
-        output = self.forward(model, batch)
+        output = self.output(model, batch)
         predictions = self.predictions(model, output, batch)
         for term, sums in self.losses(model, output, batch).items():
             items = batch.items[term].tolist()

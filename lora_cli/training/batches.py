@@ -102,7 +102,7 @@ class Batches:
                 for step, examples in self.plan.steps(done, self.total_steps)
                 for part in self._mine(examples)
             ),
-            collate_fn=self.task.collate,
+            collate_fn=self.task.batch,
             num_workers=self.recipe.train.workers,
             pin_memory=self.accelerator.device.type == "cuda",
             worker_init_fn=_leave_signals_to_the_run,
@@ -128,7 +128,7 @@ class Batches:
                 if self.task.prepares:
                     seed = self.recipe.train.seed
                     rows = [prepared_for(self.task, row, seed, step) for row in rows]
-                yield self.task.collate(rows)
+                yield self.task.batch(rows)
 
     def _places(self, examples: list[int]) -> list[str]:
         assert self.split is not None
@@ -154,7 +154,7 @@ class Batches:
                 step,
                 [example["row"] for example in chunk],
                 sum(map(self.task.cost, chunk)),
-                [self.task.collate([chunk[i] for i in part]) for part in parts],
+                [self.task.batch([chunk[i] for i in part]) for part in parts],
                 [example["place"] for example in chunk].copy,
             )
 
@@ -174,7 +174,8 @@ class _Prepared:
 
     def __getitem__(self, key: tuple[int, int]) -> Example:
         step, position = key
-        return prepared_for(self.task, self.examples[position], self.seed, step)
+        (example,) = self.examples.__getitems__([position])
+        return prepared_for(self.task, example, self.seed, step)
 
 
 def prepared_for(task: Task, example: Example, seed: int, step: int) -> Example:

@@ -49,6 +49,12 @@ class Engine:
         """How the steps are computed, for the report."""
         return "plain autograd"
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """How batches and steps are computed, for the report."""
+        batches = {"batches": self.task.layout, "steps": self.kind}
+        return batches | self.task.frozen_facts
+
     def add_gradients(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
         """Add the gradients of a micro-batch to those of the step so far.
 
@@ -60,7 +66,7 @@ class Engine:
             The micro-batch's share of the step's loss; a scalar on the device.
         """
         with self.accelerator.autocast():
-            sums = self.task.losses(self.model, self.task.forward(self.model, batch), batch)
+            sums = self.task.losses(self.model, self.task.output(self.model, batch), batch)
             loss = torch.stack([sums[term].sum() * weight for term, weight in weights.items()])
             loss = loss.sum()
         self.accelerator.backward(loss)

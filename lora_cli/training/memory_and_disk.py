@@ -233,7 +233,7 @@ class _Trial:
         task, device = self.task, self.accelerator.device
         longest = np.argsort(-self.batches.lengths, kind="stable")[:count]
         examples = (self.batches.examples[int(i)] for i in longest)
-        batch = task.collate([prepared_for_evaluation(task, example) for example in examples])
+        batch = task.batch([prepared_for_evaluation(task, example) for example in examples])
         return _fits(self.model, task, batch.to(device), self.accelerator, self.optimizer_bytes)
 
 

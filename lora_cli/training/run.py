@@ -17,6 +17,7 @@ from lora_cli.adapters.attach import training_mode
 from lora_cli.adapters.make_trainable import make_trainable
 from lora_cli.adapters.parameter_targets import frozen_experts_note
 from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
+from lora_cli.adapters.trained_modules import trained_facts
 from lora_cli.environment import reject_mpi
 from lora_cli.errors import counted
 from lora_cli.evaluation.evaluate_split import add_samples, evaluate
@@ -26,16 +27,13 @@ from lora_cli.models.base_model import enable_gradient_checkpointing
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.preprocessing.data_gate import pass_gate
 from lora_cli.preprocessing.encode import load_data
+from lora_cli.preprocessing.entering_states import with_entering_states
 from lora_cli.preprocessing.frozen_outputs import with_frozen_outputs
 from lora_cli.recipe import Learned, Recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Encoded
-from lora_cli.training.bad_numbers import (
-    reject_bad_parameters,
-    reject_bad_scale,
-    reject_bad_steps,
-)
+from lora_cli.training.bad_numbers import reject_bad_parameters, reject_bad_scale, reject_bad_steps
 from lora_cli.training.batches import Batches, PlannedStep
 from lora_cli.training.best_adapter import Judge
 from lora_cli.training.checkpoints import adopt_adapter, clear_leftovers, optimizer_bytes
@@ -129,6 +127,7 @@ class Run:
         self.in_full = list(dict.fromkeys([*new, *recipe.adapter.train_modules]))
         with main_process_first(accelerator):
             self.data = with_frozen_outputs(task, self.model, data, accelerator)
+            self.data = with_entering_states(task, self.model, self.data, accelerator)
         frozen = frozen_experts_note(self.model, recipe)
         self.notes = [*filter(None, [task.length_note, frozen]), *task.notes]
         self.optimizer = build_optimizer(self.model, recipe, self.in_full)
@@ -142,6 +141,7 @@ class Run:
         machine = machine_facts(accelerator)
         self.state = TrainState(recipe=recipe_facts(recipe), data=hashes, machine=machine)
         self.report = start_report(recipe, task, data, hashes, self.model, accelerator)
+        self.report["parameters"] |= trained_facts(self.model, recipe, self.optimizer.param_groups)
         self.judge = Judge(recipe, task)
         self.at_end: dict[str, float] | None = None  # validation after the last step
         self.save_pending = False  # a checkpoint is due, and the last steps were bad
@@ -210,7 +210,7 @@ class Run:
         """The loop: set the learning rate, make a step, log it, evaluate, save, stop."""
         recipe, state, accelerator = self.recipe, self.state, self.accelerator
         self.stop.activity, self.stop.at_once = TRAINING, False
-        training_mode(self.model)
+        training_mode(self.model, self.task.frozen_layers)
         engine = choose_engine(self.model, self.task, self.prepared, accelerator, self.batches)
         self.window = Window(state, accelerator.device)
         self._clock = time.perf_counter()
@@ -230,7 +230,7 @@ class Run:
             self._record(planned, result, rate)
             self.stop.stepped(time.monotonic() - began)
             self._evaluate_and_save()
-        self.report["kernels"] = {"batches": self.task.layout, "steps": engine.kind}
+        self.report["kernels"] = engine.facts
 
     def _evaluate_and_save(self) -> None:
         """Evaluate, save and leave, where it is time after a step."""
@@ -396,7 +396,7 @@ class Run:
             self.log.say(warning)
         if improved:
             self.saver.publish(state)
-        training_mode(self.model)
+        training_mode(self.model, self.task.frozen_layers)
         return 0
 
     def _save(self) -> None:

@@ -87,6 +87,17 @@ PLAIN: dict[tuple[str, str], Any] = {
     ("Targets", "a group of layers without any"): _with(
         "train", train={"optimizer": {"groups": {"layers": {"7-9": {"learning_rate": 1e-3}}}}}
     ),
+    ("Training", "rates for what is not trained"): _with("validate", train={"optimizer": {
+        "groups": {"modules": {
+            "valeu": {"learning_rate": 1e-3}, "embeddings": {"learning_rate": 1e-3}}}}}),
+    ("Training", "smaller rates of no layers"): _with(
+        "validate", adapter={"type": "none"}, train={"optimizer": {"layer_decay": 0.9}}
+    ),
+    ("Targets", "to be frozen, that are none"): _with("validate", adapter={
+        "type": "full", "freeze": ["embedings", "0-9", "dropout", "out_proj"]}),
+    ("Targets", "of which all is frozen"): _with(
+        "validate", "llama", adapter={"type": "full", "freeze": ["model", "lm_head"]}
+    ),
     ("Targets", "modules in full, without adapters"): _with(
         "validate", adapter={"type": "bitfit", "train_modules": ["poler"]}
     ),

@@ -467,6 +467,7 @@ CHANGES: dict[str, Change] = {
     "adapter.train_tokens": Change(report, ([], ["<s>"])),
     "adapter.exclude_modules": Change(report, (None, ["value"])),
     "adapter.layers": Change(report, ([0], [0, 1]), also={"model.name": "../bases/deep"}),
+    "adapter.freeze": Change(report, (None, ["0"]), also={"adapter.type": "bitfit"}),
     "adapter.rank_pattern": Change(report, ({}, {"query": 2})),
     "adapter.alpha_pattern": Change(losses, ({}, {"query": 99.0})),
     "adapter.bias": Change(report, ("none", "all")),
@@ -488,11 +489,16 @@ CHANGES: dict[str, Change] = {
     "train.optimizer.betas": Change(adapter, ([0.9, 0.999], [0.5, 0.9])),
     "train.optimizer.eps": Change(adapter, (1e-8, 1e-2)),
     "train.optimizer.momentum": Change(adapter, (0.0, 0.9), also={"train.optimizer.type": "sgd"}),
+    "train.optimizer.layer_decay": Change(adapter, (None, 0.1)),
     "train.optimizer.lora_plus_ratio": Change(adapter, (None, 16.0)),
     "train.optimizer.groups.head.learning_rate": Change(adapter, (None, 0.1)),
     "train.optimizer.groups.head.weight_decay": Change(adapter, (None, 0.9)),
     "train.optimizer.groups.adapter.learning_rate": Change(adapter, (None, 0.1)),
     "train.optimizer.groups.adapter.weight_decay": Change(adapter, (None, 0.9)),
+    "train.optimizer.groups.modules.learning_rate": Change(
+        adapter, ({}, {"query": {"learning_rate": 0.1}}), key="train.optimizer.groups.modules"),
+    "train.optimizer.groups.modules.weight_decay": Change(
+        adapter, ({}, {"query": {"weight_decay": 0.9}}), key="train.optimizer.groups.modules"),
     "train.optimizer.groups.layers.learning_rate": Change(
         adapter, ({}, {"0-1": {"learning_rate": 0.1}}), also={"model.name": "../bases/deep"},
         key="train.optimizer.groups.layers"),

@@ -92,6 +92,12 @@ class AdapterSpec(Section):
     layers: LayerRange | list[LayerNumber] | None = None
     """Only these layers: `0-11`, or a list of numbers."""
 
+    freeze: Word | list[Word | LayerNumber] | None = None
+    """With `full` and `bitfit`: what stays as it is. `embeddings`, a range of layers (`0-5`), or a
+    list of these, of layers' numbers and of names of modules (`[embeddings, 0-5, pooler]`). What
+    the task adds is always trained. If nothing below a layer is trained, it runs without dropout,
+    and what enters the first trained layer is computed once: see `data.cache_limit`."""
+
     rank_pattern: dict[str, Rank] = Field(default_factory=dict)
     """Other ranks for some modules: name suffix or regular expression, and rank."""
 
@@ -135,6 +141,7 @@ class AdapterSpec(Section):
         if self.target_parameters and self.init != "default":
             what = f"`init: {self.init}` has no way to start the update of a parameter"
             yield "init", what, "leave `init` out, or `target_parameters`"
+        yield from self._freeze_conflicts()
         if self.init == "default":
             return
         if self.type != "lora":
@@ -146,6 +153,30 @@ class AdapterSpec(Section):
         if self.dropout and self.starts_at_weights:
             what = f"with `init: {self.init}`, `dropout` would drop parts of the base's own weights"
             yield "init", what, "leave `dropout` out"
+
+    def _freeze_conflicts(self) -> Conflicts:
+        if self.freeze in (None, []):
+            return
+        if self.from_ is not None:
+            what = "`from` trains what the adapter holds, and nothing else"
+            yield "freeze", what, "leave one of the two out"
+            return
+        if self.type in ("full", "bitfit"):
+            return
+        if self.type == "none":
+            what = "`type: none` trains the task's head alone, so all else is frozen already"
+            yield "freeze", what, "leave `freeze` out, or use `type: full`"
+            return
+        what = f"with `type: {self.type}` the whole base is frozen already"
+        hint = "leave `freeze` out; `layers` says which layers get adapters: `layers: 6-11`"
+        yield "freeze", what, hint
+
+    @property
+    def frozen_entries(self) -> list[str | int]:
+        """The entries of `freeze`."""
+        if self.freeze is None:
+            return []
+        return [self.freeze] if isinstance(self.freeze, str) else list(self.freeze)
 
     @property
     def starts_at_weights(self) -> bool:

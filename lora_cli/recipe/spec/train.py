@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lora_cli.recipe.spec.section import Conflicts, Positive, Probability, Section, Seed
+from lora_cli.recipe.spec.section import Conflicts, Positive, Probability, Section, Seed, Word
 
 
 class ParameterGroupSpec(Section):
@@ -33,6 +33,9 @@ class GroupsSpec(Section):
     )
     """Ranges of layers, such as `0-5`; they come before `head` and `adapter`."""
 
+    modules: dict[Word, ParameterGroupSpec] = Field(default_factory=dict)
+    """Modules or parameters by the ends of their names, such as `embeddings`; they come first."""
+
 
 class OptimizerSpec(Section):
     """How the trained weights are updated."""
@@ -54,6 +57,13 @@ class OptimizerSpec(Section):
 
     momentum: Probability = 0.0
     """Momentum of SGD."""
+
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Smaller learning rates for lower layers: each layer's is this times that of the layer above
+    it. The head and what else lies behind the last layer have `learning_rate`, the last layer
+    `layer_decay` times that, and the embeddings the least. Of an encoder-decoder, both stacks of
+    layers are counted from their own top. A rate that `groups` gives to some layers or modules is
+    taken as it is."""
 
     lora_plus_ratio: Annotated[float, Field(gt=0)] | None = None
     """LoRA+: learning rate of `lora_B` over that of `lora_A`."""

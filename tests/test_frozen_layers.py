@@ -1,0 +1,274 @@
+"""The layers below the first trained one: found in any architecture, and passed over exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import tiny_pictures
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+
+from lora_cli.adapters.attach import attach, training_mode
+from lora_cli.adapters.frozen_layers import FrozenLayers, find_frozen_layers
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 4], [9, 8, 7, 6, 3, 2]])
+SMALL: dict[str, Any] = {
+    "vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16,
+    "num_hidden_layers": 3,
+}  # fmt: skip
+DROPS: dict[str, Any] = {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
+BOTH: dict[str, Any] = {
+    "vocab_size": 32, "d_model": 16, "encoder_layers": 3, "decoder_layers": 2,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16, "dropout": 0.5, "pad_token_id": 1, "decoder_start_token_id": 2,
+}  # fmt: skip
+
+
+def whisper() -> nn.Module:
+    config = WhisperConfig(**BOTH, num_mel_bins=4, max_source_positions=8, max_target_positions=8)
+    return WhisperForConditionalGeneration(config)
+
+
+def gemma() -> nn.Module:
+    config = Gemma3TextConfig(
+        **SMALL, head_dim=8, num_key_value_heads=1, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config)
+
+
+Inputs = dict[str, Tensor]
+TEXT = {"input_ids": IDS, "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}
+PAIR = {**TEXT, "decoder_input_ids": IDS[:, :4]}
+PICTURE = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
+SOUND = {
+    "input_features": torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0)),
+    "decoder_input_ids": IDS[:, :4],
+}
+LOWER = ["embeddings", "0-1"]
+
+# how the model is built, what is frozen, its inputs, and the modules whose states are kept
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Inputs, list[str]]] = {
+    "bert": (
+        lambda: BertForSequenceClassification(BertConfig(**SMALL, **DROPS)),
+        {"type": "full", "freeze": LOWER}, TEXT, ["bert.encoder.layer.1"],
+    ),
+    "bert, adapters": (
+        lambda: BertForSequenceClassification(BertConfig(**SMALL, **DROPS)),
+        {"layers": [2], "dropout": 0.5}, TEXT, ["bert.encoder.layer.1"],
+    ),
+    "bert, head": (
+        lambda: BertForSequenceClassification(BertConfig(**SMALL, **DROPS)),
+        {"type": "none"}, TEXT, ["classifier"],
+    ),
+    "roberta, head": (lambda: tiny.encoder(2, "roberta"), {"type": "none"}, TEXT,
+        ["classifier.dense"]),
+    "modernbert": (
+        lambda: ModernBertForSequenceClassification(
+            ModernBertConfig(**SMALL, pad_token_id=0, embedding_dropout=0.5)),
+        {"type": "full", "freeze": LOWER}, TEXT, ["model.layers.1"],
+    ),
+    "deberta": (
+        lambda: DebertaV2ForSequenceClassification(
+            DebertaV2Config(**SMALL, **DROPS, relative_attention=True, position_buckets=4)),
+        {"layers": [2], "target_modules": ["query_proj"]}, TEXT, ["deberta.encoder.layer.1"],
+    ),
+    "gpt2": (tiny.gpt2, {"type": "full", "freeze": ["embeddings", 0]}, TEXT, ["transformer.h.0"]),
+    "llama": (tiny.llama, {"layers": [1]}, TEXT, ["model.layers.0"]),
+    "gemma": (gemma, {"layers": [2]}, TEXT, ["model.layers.1"]),
+    "bart": (
+        lambda: BartForConditionalGeneration(BartConfig(**BOTH)),
+        {"type": "full", "freeze": ["embeddings", "encoder", "decoder.layers.0"]}, PAIR,
+        ["model.encoder.layers.2", "model.decoder.layers.0"],
+    ),
+    "bart, upper half of the encoder": (
+        lambda: BartForConditionalGeneration(BartConfig(**BOTH)),
+        {"type": "lora", "target_modules": r".*(encoder\.layers\.2|decoder).*q_proj"}, PAIR,
+        ["model.encoder.layers.1"],
+    ),
+    "t5, decoder": (
+        lambda: T5ForConditionalGeneration(T5Config(
+            vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)),
+        {"target_modules": r"decoder\..*\.q"}, PAIR, ["encoder.block.1"],
+    ),
+    "whisper": (whisper, {"target_modules": r".*decoder.*q_proj"}, SOUND,
+        ["model.encoder.layers.2"]),
+    "vit": (
+        lambda: ViTForImageClassification(ViTConfig(
+            hidden_size=16, num_attention_heads=2, intermediate_size=16, num_hidden_layers=3,
+            image_size=16, patch_size=8, **DROPS)),
+        {"type": "full", "freeze": LOWER}, PICTURE, ["vit.layers.1"],
+    ),
+    "vit, head": (lambda: tiny_pictures.model("vit"), {"type": "none"}, {}, ["classifier"]),
+    "resnet": (lambda: tiny_pictures.model("resnet"), {"type": "full", "freeze": ["embeddings", 0]},
+        {}, ["resnet.encoder.stages.0"]),
+}  # fmt: skip
+
+
+def opened(name: str) -> tuple[nn.Module, Inputs, FrozenLayers | None]:
+    build, adapter, inputs, _ = CASES[name]
+    torch.manual_seed(0)
+    model = build()
+    if not inputs:  # a tiny model whose configuration says how large its pictures are
+        size = getattr(model.config, "image_size", 32)
+        inputs = {"pixel_values": torch.randn(2, 3, size, size)}
+    attach(model, tiny.recipe_of(**{"rank": 2, **adapter}), head_of(model))
+    tiny.wake(model)
+    return model, inputs, find_frozen_layers(model, lambda: model(**inputs))
+
+
+def head_of(model: nn.Module) -> list[str]:
+    return ["classifier"] if hasattr(model, "classifier") else []
+
+
+def logits(model: nn.Module, inputs: Inputs) -> Tensor:
+    found: Tensor = model(**inputs).logits
+    return found
+
+
+class Calls:
+    """Counts the calls of some modules."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        self.count = 0
+        for name in names:
+            # inside a layer, since the layer itself is called and returns what it is given
+            for module in list(model.get_submodule(name).modules())[1:]:
+                module.register_forward_hook(self._add)
+
+    def _add(self, *_: Any) -> None:
+        self.count += 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_computes_the_same_bits_without_its_frozen_layers(name: str) -> None:
+    model, inputs, layers = opened(name)
+    assert layers is not None
+    assert list(layers.kept) == CASES[name][3]
+    training_mode(model, layers)
+    torch.manual_seed(1)
+    calls = Calls(model, layers.frozen)
+    with layers.recording() as states:
+        whole = logits(model, inputs)
+    assert calls.count > 0
+    calls.count = 0
+    torch.manual_seed(1)
+    with layers.entering(dict(states)):
+        upper = logits(model, inputs)
+    assert calls.count == 0
+    assert torch.equal(whole, upper)
+    gradients = []
+    for output in (whole, upper):
+        model.zero_grad()
+        output.square().sum().backward()
+        trained = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        gradients.append({n: g.clone() for n, g in trained.items()})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert gradients[0]
+    assert all(torch.equal(gradient, gradients[1][n]) for n, gradient in gradients[0].items())
+    # and afterwards the layers are what they were
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    calls.count = 0
+    logits(model, inputs)
+    assert calls.count > 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_enters_the_first_trained_layer_is_the_same_in_training_and_evaluation(
+    name: str,
+) -> None:
+    model, inputs, layers = opened(name)
+    assert layers is not None
+    model.eval()
+    with torch.no_grad(), layers.recording() as still:
+        logits(model, inputs)
+    training_mode(model, layers)
+    for _ in range(2):
+        with layers.recording() as states:
+            logits(model, inputs)
+        assert states.keys() == still.keys()
+        assert all(torch.equal(state, still[key]) for key, state in states.items())
+        assert not any(state.requires_grad for state in states.values())
+
+
+def test_what_is_trained_and_lies_above_stays_in_training_mode() -> None:
+    model, inputs, layers = opened("bert")
+    training_mode(model, layers)
+    upper = model.get_submodule("bert.encoder.layer.2")
+    assert all(module.training for module in upper.modules())
+    assert all(not m.training for m in model.get_submodule("bert.encoder.layer.1").modules())
+    assert model.get_submodule("dropout").training
+    assert model.training
+    assert not torch.equal(logits(model, inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"type": "lora"},
+        {"type": "full"},
+        {"type": "full", "freeze": "0-1"},  # the embeddings are trained
+        {"type": "full", "freeze": ["embeddings", 1]},
+        {"type": "bitfit"},
+        {"layers": [2], "bias": "all"},
+    ],
+)
+def test_nothing_is_passed_over_where_a_layer_below_is_trained(adapter: dict[str, Any]) -> None:
+    model = BertForSequenceClassification(BertConfig(**SMALL, **DROPS))
+    attach(model, tiny.recipe_of(**adapter), ["classifier"])
+    assert find_frozen_layers(model, lambda: model(**TEXT)) is None
+
+
+def test_a_layer_that_runs_several_times_is_not_passed_over() -> None:
+    config = AlbertConfig(**{**SMALL, "embedding_size": 16})
+    model = AlbertForSequenceClassification(config)
+    attach(model, tiny.recipe_of(type="none"), ["classifier"])
+    assert find_frozen_layers(model, lambda: model(**TEXT)) is None
+
+
+def test_layers_that_hand_on_more_than_hidden_states_are_computed_without_dropout() -> None:
+    config = T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, dropout_rate=0.5
+    )
+    model = T5ForConditionalGeneration(config)
+    attach(model, tiny.recipe_of(target_modules=r"(encoder\.block\.1|decoder)\..*\.q"))
+    layers = find_frozen_layers(model, lambda: model(**PAIR))
+    assert layers is not None
+    assert layers.kept == ()
+    training_mode(model, layers)
+    found = []
+    for _ in range(2):
+        block = model.get_submodule("encoder.block.0")
+        handle = block.register_forward_hook(lambda _m, _a, output: found.append(output[0]))
+        logits(model, PAIR)
+        handle.remove()
+    assert torch.equal(*found)
+
+
+def test_a_decoder_below_which_the_encoder_is_trained_has_no_frozen_layers() -> None:
+    model = BartForConditionalGeneration(BartConfig(**BOTH))
+    attach(model, tiny.recipe_of(target_modules=r".*encoder\.layers\.0.*q_proj"))
+    assert find_frozen_layers(model, lambda: model(**PAIR)) is None
