@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from lora_cli.adapters.peft_format.adapter_folder import (
 )
 from lora_cli.adapters.peft_format.peft_experts import with_current_names
 from lora_cli.errors import LoraError
-from lora_cli.recipe import AdapterSpec
+from lora_cli.recipe import AdapterSpec, load_recipe
 
 KINDS = list(tiny_experts.CONFIGS)
 ADAPTER = {
@@ -252,6 +253,20 @@ def test_experts_that_stay_frozen_are_named() -> None:
     assert frozen_experts_note(base, tiny.recipe_of("causal_lm", target_modules=["q_proj"])) is None
     assert frozen_experts_note(base, recipe()) is None
     assert frozen_experts_note(tiny.llama(), tiny.recipe_of("causal_lm")) is None
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"dropout": 0.05}, {"init": "pissa"}, {"init": "eva", "dropout": 0.1}]
+)
+def test_what_the_note_on_experts_says_to_set_is_accepted(
+    more: dict[str, Any], tmp_path: Path
+) -> None:
+    base = tiny_experts.model("qwen3_moe").requires_grad_(False)
+    path = tiny.recipe(tmp_path / "base", tmp_path, task={"type": "causal_lm"}, adapter=more)
+    note = frozen_experts_note(base, load_recipe(path))
+    assert note is not None
+    overrides = shlex.split(note.split("`")[-2])[1::2]
+    assert load_recipe(path, overrides).adapter.target_parameters == EXPERTS
 
 
 # ---------------------------------------------------------------------------- of transformers 4

@@ -110,7 +110,11 @@ def frozen_experts_note(model: nn.Module, recipe: Recipe) -> str | None:
     total = sum(parameter.numel() for parameter in model.parameters())
     share = sum(parameter.numel() for parameter in experts.values()) / total
     names = ", ".join(short_names(experts))
+    # what the update of a parameter does not take is turned off with it
+    others = ["--set adapter.dropout=0"] if spec.dropout else []
+    others += ["--set adapter.init=default"] if spec.init != "default" else []
+    command = " ".join([*others, f"--set 'adapter.target_parameters=[{names}]'"])
     return (
         f"`all-linear` leaves the experts frozen, {share:.0%} of the parameters: they are no "
-        f"linear layers; to adapt them too: `--set 'adapter.target_parameters=[{names}]'`"
+        f"linear layers; to adapt them too: `{command}`"
     )

@@ -137,7 +137,7 @@ class AdapterSpec(Section):
             yield "train_tokens", what, "leave `train_tokens` out, or use `type: lora`"
         if self.target_parameters and self.type == "lora" and self.dropout:
             what = "`dropout` has no place in the update of a parameter, which never sees an input"
-            yield "dropout", what, "leave `dropout` out, or `target_parameters`"
+            yield "dropout", what, "set `dropout` to 0, or leave `target_parameters` out"
         if self.target_parameters and self.init != "default":
             what = f"`init: {self.init}` has no way to start the update of a parameter"
             yield "init", what, "leave `init` out, or `target_parameters`"
