@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -300,3 +301,21 @@ def test_the_card_for_mlx_names_its_own_command(tmp_path: Path) -> None:
     assert "mlx_lm.generate" in card
     assert "lora eval" not in card
     assert "from peft" not in card
+
+
+@pytest.mark.parametrize("reader", ["gguf", "mlx", "vllm"])
+def test_the_commands_of_a_card_name_a_base_whose_folder_has_spaces(
+    reader: str, tmp_path: Path
+) -> None:
+    if reader == "gguf":
+        pytest.importorskip("gguf")
+    base = tiny.save_llama(tmp_path / "it's my base", tied=False)
+    adapter = adapter_folders.make(tmp_path, "a", base, 1, adapter={"rank": 4})
+    export(adapter, tmp_path / "to", reader)
+    card = (tmp_path / "to" / "README.md").read_text()
+    words = shlex.split(card.split("```bash\n")[1].split("```")[0])
+    assert str(base) in words
+    for option, file in (("--adapter-path", "."), ("--lora", "adapter.gguf")):
+        if option in words:
+            assert words[words.index(option) + 1] == file
+            assert (tmp_path / "to" / file).exists()

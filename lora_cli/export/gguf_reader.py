@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,9 @@ class LlamaCpp:
     def usage(self, source: Source, to: Path) -> str:
         """Return the command that runs it."""
         return (
-            "With llama.cpp, and the base as a GGUF file:\n\n```bash\n"
-            f"llama-cli -m base.gguf --lora {GGUF_FILE} -p 'some text'\n```"
+            "With llama.cpp, whose `convert_hf_to_gguf.py` makes a GGUF file of the base's folder:"
+            f"\n\n```bash\npython convert_hf_to_gguf.py {shlex.quote(source.base_name)} "
+            f"--outfile base.gguf\nllama-cli -m base.gguf --lora {GGUF_FILE} -p 'some text'\n```"
         )
 
 

@@ -7,6 +7,7 @@ the adapter and no others.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -79,5 +80,6 @@ class Mlx:
         """Return the command that runs it."""
         return (
             "With mlx-lm:\n\n```bash\n"
-            f"mlx_lm.generate --model {source.base_name} --adapter-path . --prompt 'some text'\n```"
+            f"mlx_lm.generate --model {shlex.quote(source.base_name)} --adapter-path . "
+            "--prompt 'some text'\n```"
         )

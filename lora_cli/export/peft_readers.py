@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import warnings
 from pathlib import Path
@@ -109,7 +110,7 @@ class Vllm:
         options = f"--enable-lora --max-lora-rank {_vllm_rank(source)}"
         return (
             "With vLLM, whose name for the adapter is then `adapter`:\n\n```bash\n"
-            f"vllm serve {source.base_name} {options} --lora-modules adapter=.\n```"
+            f"vllm serve {shlex.quote(source.base_name)} {options} --lora-modules adapter=.\n```"
         )
 
 
