@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import tiny
+import tiny_experts
 import yaml
 
 from lora_cli.recipe import load_recipe
@@ -84,3 +87,43 @@ def test_recipes_in_the_docs_are_right(page: Path, tmp_path: Path) -> None:
         file = tmp_path / f"{i}.yaml"
         file.write_text(yaml.safe_dump(whole | part), encoding="utf-8")
         load_recipe(file)
+
+
+ROWS = 40
+BASES = {
+    "Qwen/Qwen3-30B-A3B": lambda folder: tiny_experts.save(folder, "qwen3_moe"),
+    "HuggingFaceTB/SmolLM2-135M": tiny.save_llama,
+}
+
+
+@pytest.mark.parametrize("part", ["Experts", "New tokens"])
+def test_commands_of_a_part_run_as_written(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of small bases instead of those that are named, and for two steps."""
+    from typer.testing import CliRunner
+
+    from lora_cli.cli.app import app
+
+    monkeypatch.chdir(tmp_path)
+    words = [["a", "warm", "dull", "slow", "great"][i % 5] for i in range(ROWS)]
+    rows = [
+        {"prompt": f"{i} {w} ?", "completion": f"<|tool|> {w} {i}"} for i, w in enumerate(words)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "answers.jsonl").write_text(lines, encoding="utf-8")
+    page = (ROOT / "docs" / "train_a_language_model.md").read_text(encoding="utf-8")
+    text = page.split(f"**{part}.**")[1].split("```bash\n")[1].split("```")[0]
+    for name, save in BASES.items():
+        if name in text:
+            save(tmp_path / "base")
+            text = text.replace(name, "./base")
+    commands = text.replace("\\\n", " ").splitlines()
+    assert {"init", "train", "merge"} <= {shlex.split(command)[1] for command in commands}
+    for command in commands:
+        arguments = shlex.split(command)[1:]
+        if arguments[0] == "train":
+            arguments += ["--set", "train.epochs=null", "--set", "train.max_steps=2"]
+            arguments += ["--set", "evaluate.generation.max_new_tokens=2"]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, (command, result.output, result.exception)
