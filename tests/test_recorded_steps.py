@@ -74,6 +74,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     stream = SimpleNamespace(wait_stream=lambda _: None)
     generator = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda _: None)
     fakes = {
+        "get_sync_debug_mode": lambda: 0, "set_sync_debug_mode": lambda _: None,
         "current_device": lambda: 0, "default_generators": [generator],
         "Stream": lambda *_: stream, "current_stream": lambda *_: stream,
         "stream": lambda _: nullcontext(), "graph": device.graph, "CUDAGraph": CallsGraph,

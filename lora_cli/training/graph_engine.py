@@ -9,7 +9,8 @@ the same, bit for bit. In long runs the layers are compiled first, which joins s
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,7 +158,10 @@ class GraphEngine(Engine):
         try:
             with self._layers_in_use():
                 self.stream.wait_stream(torch.cuda.current_stream(device))
-                with torch.cuda.stream(self.stream):  # libraries choose their kernels once
+                with (
+                    torch.cuda.stream(self.stream),
+                    _no_waiting(),
+                ):  # libraries choose their kernels
                     super().add_gradients(own, own_weights)
                 torch.cuda.current_stream(device).wait_stream(self.stream)
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
@@ -221,6 +225,20 @@ class GraphEngine(Engine):
 
     def _layers_in_use(self) -> AbstractContextManager[None]:
         return self.layers.in_use() if self.layers else nullcontext()
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Raise a RuntimeError where the device is waited for, as the values of a tensor are read.
+
+    No graph can hold that, and a recording that fails leaves torch's memory in disorder.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def shape_of(batch: Batch) -> Shape:
