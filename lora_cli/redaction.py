@@ -155,8 +155,9 @@ def _mask_named(text: str) -> str:
 
 def redacted(text: str) -> str:
     """Return a text in which every secret is a row of stars."""
-    for name, value in os.environ.items():
-        if len(value) >= SHORTEST and _is_secret_variable(name):
+    for name in filter(_is_secret_variable, list(os.environ)):  # most values need no decoding
+        value = os.environ.get(name, "")
+        if len(value) >= SHORTEST:
             for form in {value, quote(value, safe=""), value.replace("\n", "\\n")}:
                 text = text.replace(form, MASK)
     lower = text.lower()
