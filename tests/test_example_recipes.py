@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_pictures
+import tiny_speech
 import tiny_translators
 import yaml
 
@@ -75,6 +76,18 @@ def paired_files(folder: Path) -> Path:
     return folder
 
 
+def spoken_digits(folder: Path) -> Path:
+    """Write recordings at 8 kHz, and tables of what is said in them."""
+    for n, split in enumerate(("train", "validation", "test")):
+        lines = ["file,text,speaker"]
+        for i in range(6):
+            name = f"recordings/{i}_{split}_0.wav"
+            tiny_speech.write(folder / name, tiny_speech.sound(10 * n + i, 0.3, 8_000), 8_000)
+            lines.append(f"{name},number {10 * n + i},{split}")
+        (folder / f"{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
 def classes(*names: str) -> Any:
     import datasets
 
@@ -135,6 +148,8 @@ def stand_ins(name: str, folder: Path) -> tuple[Path, Path]:
             return tiny_translators.save(base, "marian"), data
         case "multi30k_en_fr":
             return tiny_translators.save(base, "marian"), paired_files(data)
+        case "whisper_digits":
+            return tiny_speech.save(base), spoken_digits(data)
         case "gpt2_wikitext":
             config = "wikitext-2-raw-v1"
             return tiny.save_gpt2(base), hub_folder(data, config, all_splits, paragraph)
@@ -150,7 +165,9 @@ NEEDS_HUB = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != 
 def test_an_example_recipe_trains(name: str, tmp_path: Path) -> None:
     base, data = stand_ins(name, tmp_path)
     changes = [f"model.name={base}", f"output_dir={tmp_path / 'out'}"]
-    if name == "multi30k_en_fr":
+    if name == "whisper_digits":
+        changes += [f"data.{split}={data}/{split}.csv" for split in ("train", "validation", "test")]
+    elif name == "multi30k_en_fr":
         files = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
         changes += [f"data.{split}={data}/{file}.{{en,fr}}.gz" for split, file in files.items()]
     else:

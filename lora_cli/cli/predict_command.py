@@ -30,7 +30,7 @@ def predict(
         typer.Option(
             "--input",
             help="File of rows (csv, tsv, json lines, parquet, or a text a line), or a folder "
-            "of pictures.",
+            "of pictures or recordings.",
             callback=expand,
         ),
     ] = None,

@@ -30,6 +30,7 @@ from lora_cli.data.media_folder import (
     other_files,
     read_media_files,
     root_of,
+    transcript_of,
 )
 from lora_cli.data.parallel_texts import parts_of
 from lora_cli.data.readers import kind_of, read_rows
@@ -99,6 +100,8 @@ def _read_unchanged(
         LoraError: If they go on changing.
     """
     parts = [part for file in files for part in (parts_of(file).values() or [file])]
+    if recipe.task.transcript_column is not None:
+        parts += [text for file in files if is_media_file(file) and (text := transcript_of(file))]
     for _ in range(READINGS):
         state = [_state_of(part) for part in parts]
         hashes = [sha256 for sha256, _ in state]

@@ -4,6 +4,7 @@
     pictures/train/cat/1.png  pictures/test/cat/2.png           a folder for each split above them
     pictures/Greek/alpha/1.png  pictures/Latin/alpha/2.png      label: Greek/alpha, Latin/alpha
     pictures/metadata.csv                                       a table of them: an ordinary file
+    speech/a/1.wav  speech/a/1.txt                              text: the content of the text file
 
 The last name of a folder is the label, as `datasets` has it, unless two folders share it: those
 would become one class in silence, so that there the whole path is the label.
@@ -15,6 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_cli.data.labelled_text import LABEL_COLUMN
 from lora_cli.data.text_lines import RawRow
@@ -26,16 +28,37 @@ SUFFIXES: dict[MediaKind, tuple[str, ...]] = {
         ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".dib", ".webp", ".tif", ".tiff",
         ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".tga",
     ),
-    "audio": (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au"),
+    "audio": (
+        ".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".au",
+        ".m4a", ".aac", ".wma", ".amr",  # which are not read, and said to be so
+    ),
 }  # fmt: skip
 ALL_SUFFIXES = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 SPLIT_NAME = re.compile(r"(?i)train(ing)?|validation|valid|val|dev|test|eval")
 ASIDE = ("__MACOSX",)  # what a Mac puts into archives
+SAMPLE = 100  # values of a column that are inspected
 
 
 def is_media_file(path: Path) -> bool:
     """Return whether a file is a picture or sound, by its name."""
     return path.name.lower().endswith(ALL_SUFFIXES)
+
+
+def are_media(values: Sequence[Any]) -> bool:
+    """Return whether the values of a column are pictures or sound, or nearly all paths of such."""
+    are = [
+        (isinstance(value, str) and is_media_file(Path(value)))
+        or isinstance(value, bytes)
+        or (isinstance(value, dict) and value.keys() >= {"bytes", "path"})
+        for value in values
+    ]
+    return sum(are) > 0.9 * len(are)
+
+
+def transcript_of(file: Path) -> Path | None:
+    """Return the text file next to a recording that says what is said in it, if there is one."""
+    beside = file.with_suffix(".txt")
+    return beside if beside.is_file() else None
 
 
 def media_files(folder: Path, recipe: Recipe) -> list[Path]:
@@ -54,9 +77,14 @@ def media_files(folder: Path, recipe: Recipe) -> list[Path]:
 
 
 def other_files(folder: Path, recipe: Recipe) -> list[Path]:
-    """Return the files next to pictures in the folders of the classes that are none."""
+    """Return the files next to pictures in the folders of the classes that are none.
+
+    Transcripts next to recordings belong to them.
+    """
     found = set(media_files(folder, recipe))
     classes = {file.parent for file in found if file.parent != Path()}
+    if recipe.task.transcript_column is not None:
+        found |= {file.with_suffix(".txt") for file in found}
     return [file for file in _inside(folder) if file.parent in classes and file not in found]
 
 
@@ -121,12 +149,36 @@ def folder_labels(recipe: Recipe, files: Sequence[Path]) -> dict[Path, str]:
 
 
 def read_media_files(recipe: Recipe, files: Sequence[Path]) -> Iterator[RawRow]:
-    """Yield a row for each file: the file itself, and its label if its folder names one."""
+    """Yield a row for each file: the file itself, and what belongs to it.
+
+    This is its label, if its folder names one; of a recording it is the text file next to it.
+    """
     root = root_of(recipe, files)
     classes = folder_labels(recipe, files)
     (column, *_) = recipe.task.media_columns
     for file in files:
         place = file.relative_to(root)
-        row = {column: {"bytes": None, "path": str(file)}}
-        label = classes.get(place.parent)
-        yield RawRow(row if label is None else {**row, LABEL_COLUMN: label}, place.as_posix())
+        row: dict[str, Any] = {column: {"bytes": None, "path": str(file)}}
+        if (label := classes.get(place.parent)) is not None:
+            row[LABEL_COLUMN] = label
+        error = ""
+        if (text_column := recipe.task.transcript_column) is not None:
+            row[text_column], error = _transcript(file, recipe.data.format.encoding)
+        yield RawRow(row, place.as_posix(), error)
+
+
+def _transcript(file: Path, encoding: str) -> tuple[str | None, str]:
+    """Return what is said in a recording, by the text file next to it, and what is wrong with it.
+
+    There may be none, as next to recordings that are to be transcribed.
+    """
+    beside = transcript_of(file)
+    if beside is None:
+        return None, ""
+    encoding = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
+    try:
+        return " ".join(beside.read_text(encoding=encoding).split()), ""
+    except OSError as error:
+        return None, f"`{beside.name}` cannot be read: {(error.strerror or str(error)).lower()}"
+    except (UnicodeError, LookupError):
+        return None, f"`{beside.name}` is not in the encoding `{encoding.removesuffix('-sig')}`"

@@ -280,6 +280,7 @@ def _line(prediction: Prediction, split: Encoded, task: Task) -> str:
     }
     if prediction.scores is not None:
         line["scores"] = {name: round(score, 6) for name, score in prediction.scores.items()}
+    line |= prediction.details
     kept = {key: value for key, value in line.items() if value is not None}
     return json.dumps(strict(kept), ensure_ascii=False) + "\n"
 

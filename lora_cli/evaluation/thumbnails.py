@@ -1,4 +1,4 @@
-"""Small pictures of the rows that the report shows, kept next to the predictions."""
+"""Small pictures, or the sound, of the rows that the report shows, next to the predictions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_cli.tasks.examples import Encoded
 
 
 def write_thumbnails(folder: Path, task: Task, data: dict[str, Encoded]) -> None:
-    """Write pictures of the worst rows of each split, if the task's rows have pictures.
+    """Write pictures, or the sound, of the worst rows of each split, if its rows have such.
 
     Args:
         folder: Of the predictions; it gets `thumbnails.json`, by split and by row.

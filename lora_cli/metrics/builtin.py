@@ -57,6 +57,8 @@ class MetricContext:
     labels: tuple[str, ...] = ()
     several_references: bool = False
     """Whether a row may have several right texts, any of which an answer may be."""
+    normalizer: str = ""
+    """How texts are written before they are compared, in words, if they are changed at all."""
 
 
 NOTHING_KNOWN = MetricContext()
@@ -232,6 +234,26 @@ def _rouge(p: Rows, r: Rows, context: MetricContext) -> dict[str, float]:
     return {key: float(np.mean([row[key].fmeasure for row in rows])) for key in _ROUGE}
 
 
+def _error_rate(p: Rows, r: Rows, context: MetricContext, letters: bool) -> float:
+    """Return the edits that make the answers right, over the words or letters of the references.
+
+    Of several references it is the one that takes the smallest share of edits.
+    """
+    import jiwer
+
+    align = jiwer.process_characters if letters else jiwer.process_words
+    n_edits = n_units = 0
+    for said, wanted in zip(p, r, strict=True):
+        rows = [align(canonical(text), canonical(said)) for text in references_of(wanted)]
+        counts = [
+            (x.substitutions + x.deletions + x.insertions, x.hits + x.substitutions + x.deletions)
+            for x in rows
+        ]
+        edits, units = min(counts, key=lambda one: one[0] / max(one[1], 1))
+        n_edits, n_units = n_edits + edits, n_units + units
+    return n_edits / max(n_units, 1)
+
+
 SPECS: dict[str, MetricSpec] = {
     "accuracy": MetricSpec("label", _accuracy),
     "balanced_accuracy": MetricSpec("label", _balanced_accuracy, multi_label=False),
@@ -253,6 +275,12 @@ SPECS: dict[str, MetricSpec] = {
     "bleu": MetricSpec("text", _bleu, package="sacrebleu"),
     "chrf": MetricSpec("text", _chrf, package="sacrebleu"),
     "rouge": MetricSpec("text", _rouge, results=_ROUGE, package="rouge_score"),
+    "wer": MetricSpec(
+        "text", functools.partial(_error_rate, letters=False), "min", package="jiwer", extra="audio"
+    ),
+    "cer": MetricSpec(
+        "text", functools.partial(_error_rate, letters=True), "min", package="jiwer", extra="audio"
+    ),
     "seqeval": MetricSpec(
         "tags", _entity_scores, results=("f1", "precision", "recall"), package="seqeval",
         extra="ner",

@@ -53,7 +53,12 @@ def definition(metric: str, context: MetricContext) -> dict[str, str]:
     if metric not in SPECS:
         how = "the script" if is_script(metric) else "`evaluate`'s metric"
         return {Path(metric).stem: f"computed by {how} `{metric}`"}
-    return {name: _line(metric, name, context) for name in result_names(metric)}
+    written = f"; texts are written by {context.normalizer}"
+    is_of_texts = context.normalizer and SPECS[metric].channel == "text"
+    return {
+        name: _line(metric, name, context) + (written if is_of_texts else "")
+        for name in result_names(metric)
+    }
 
 
 def _line(metric: str, name: str, context: MetricContext) -> str:
@@ -84,6 +89,12 @@ def _line(metric: str, name: str, context: MetricContext) -> str:
         case "chrf":
             what = "corpus chrF2, 0 to 100: runs of up to 6 characters, recall counting twice"
             return f"{what}{_signature(CHRF_SIGNATURE, context)}"
+        case "wer" | "cer":
+            unit = "word" if metric == "wer" else "character"
+            return (
+                f"{unit} error rate: {unit}s that are substituted, deleted or inserted, over those "
+                "of the references, of all rows together; 0 is best, and it can be more than 1"
+            )
         case "seqeval":
             return DEFINITIONS[name]
         case "rouge":

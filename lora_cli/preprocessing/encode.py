@@ -89,13 +89,13 @@ def _without_skipped(task: Task, name: str, split: Rows) -> Rows:
     Raises:
         LoraError: If none is left.
     """
-    reasons = [task.skip_reason(row) for row in split]
+    reasons = [task.skip_reason(row, name) for row in split]
     left_out = [f"{split.place(i)}: {reason}" for i, reason in enumerate(reasons) if reason]
     if not left_out:
         return split
     if len(left_out) == len(split):
-        what = f"no row of the {name} split is left: `skip_labels` has the labels of all"
-        raise LoraError(what, task.recipe.at("task.skip_labels"), "is it the right list?")
+        what = f"no row of the {name} split is left, for each is left out"
+        raise LoraError(what, split.place(0), f"the first: {next(filter(None, reasons))}")
     kept = np.array([i for i, reason in enumerate(reasons) if not reason], dtype=np.int64)
     return split.select(kept, left_out)
 

@@ -65,7 +65,7 @@ class Stream:
 
         def wanted() -> Iterator[RawRow]:
             for row in stream_rows(task.recipe):
-                if row.columns is not None and (reason := task.skip_reason(row.columns)):
+                if row.columns is not None and (reason := task.skip_reason(row.columns, "train")):
                     skip(row.place, reason)
                 else:
                     yield row

@@ -36,6 +36,8 @@ class Base:
         size_from: What says how many parameters it has.
         sees: It reads pictures and no texts; None where that is not known.
         is_encoder_decoder: It reads one text and writes another.
+        hears: It writes down what is said in recordings.
+        hears_languages: It hears several languages, and has to be told which is spoken.
         model_type: What transformers calls its architecture, or diffusers its pipeline, if that is
             known.
     """
@@ -50,6 +52,8 @@ class Base:
     sees: bool | None = None
     model_type: str | None = None
     is_encoder_decoder: bool = False
+    hears: bool = False
+    hears_languages: bool = False
 
     @property
     def language_codes(self) -> Sequence[str]:
@@ -118,6 +122,8 @@ def describe_base(name: str) -> Base:
     if kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and not (writes or encodes):
         shape = _shape_of(config, False)
         return Base(name, can_write=False, shape=shape, sees=True, model_type=kind)
+    if kind == "whisper":
+        return _hearing(name, config)
     text_config = config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or None
     tokenizer = _tokenizer_of(source, local)
@@ -133,6 +139,21 @@ def describe_base(name: str) -> Base:
         sees=False,
         model_type=kind,
         is_encoder_decoder=both,
+    )
+
+
+def _hearing(name: str, config: Any) -> Base:
+    """Return what is known of a model that writes down what is said."""
+    from lora_cli.tasks.spoken_languages import knows_languages
+
+    return Base(
+        name,
+        can_write=False,
+        shape=_shape_of(config, False),
+        sees=False,
+        model_type=config.model_type,
+        hears=True,
+        hears_languages=knows_languages(_recipe_of(name), int(config.vocab_size)),
     )
 
 

@@ -45,9 +45,12 @@ def _rows_of(folder: Path, recipe: Recipe, files: list[Path], kind: MediaKind) -
     train = files_of(recipe, "train", "train")
     rows = [row.columns for row in read_media_files(recipe, train) if row.columns is not None]
     about = counted(len(train), UNITS[kind])
-    if classes:
+    if classes and recipe.task.label_columns_by_key:
         about += f" in {counted(len(set(classes.values())), 'folder')} that name their classes"
     columns = [*recipe.task.media_columns, *([LABEL_COLUMN] if classes else [])]
+    text = recipe.task.transcript_column
+    if text is not None and any(row.get(text) for row in rows):
+        columns.append(text)
     return DataFile(folder, {}, {}, rows, [], columns, True, about)
 
 

@@ -117,7 +117,7 @@ def facts(pairs: Iterable[tuple[str, Any]]) -> str:
 
 def document(title: str, body: str) -> str:
     """Return the whole page; it may load nothing and run nothing, whatever stands in its texts."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
@@ -234,6 +234,7 @@ overflow:hidden;text-overflow:ellipsis;white-space:nowrap;border-bottom:0}
 .matrix td.corner{color:var(--muted);background:none;font-size:.78rem;text-align:left;
 line-height:1.3;vertical-align:bottom;padding:.6rem .8rem}
 ol.cases .thumb{float:right;max-width:96px;max-height:96px;margin:0 0 .3rem .8rem;border-radius:4px}
+ol.cases audio{display:block;width:100%;max-width:24rem;height:2.2rem;margin:.5rem 0 0}
 ol.cases{list-style:none;margin:0;padding:0;display:grid;gap:.7rem}
 ol.cases>li{background:var(--card);border:1px solid var(--rule);border-radius:8px;
 padding:.75rem 1rem;break-inside:avoid;min-width:0}

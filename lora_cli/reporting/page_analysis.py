@@ -17,8 +17,11 @@ from typing import Any, Literal
 from lora_cli.reporting.report import part
 
 Line = dict[str, Any]
-Kind = Literal["single_label", "multi_label", "regression", "text", "spans", "other"]
-OF_LINES = ("single_label", "multi_label", "regression", "spans")  # which need predictions
+Kind = Literal["single_label", "multi_label", "regression", "text", "spans", "transcript", "other"]
+Word = tuple[str | None, str | None]  # one that was said, and what was written for it
+OF_LINES = (  # which need predictions
+    "single_label", "multi_label", "regression", "spans", "transcript",
+)  # fmt: skip
 SMALLER_IS_BETTER = {"loss", "perplexity", "mse", "rmse", "mae", "wer", "cer", "ter"}
 BINS = 10
 
@@ -180,7 +183,8 @@ def calibration(
 def worst(kind: Kind, lines: Iterable[Line], count: int = 20) -> list[Line]:
     """Return the rows that are most wrong, the worst first.
 
-    Of labels, wrong rows by their loss; of numbers, by the distance. Of texts, rows by their loss
+    Of labels, wrong rows by their loss; of numbers, by the distance; of transcripts, by how many of
+    their words are wrong. Of texts, rows by their loss
     per token, the windows of a long row taken together.
     """
     if kind in ("single_label", "multi_label"):
@@ -193,6 +197,8 @@ def worst(kind: Kind, lines: Iterable[Line], count: int = 20) -> list[Line]:
     if kind == "regression":
         apart = [(distance, line) for line in lines if (distance := _distance(line)) is not None]
         return [line for _, line in sorted(apart, key=lambda pair: -pair[0])[:count]]
+    if kind == "transcript":
+        return sorted(lines, key=lambda line: -word_errors(line))[:count]
     rows: dict[Any, Line] = {}
     for line in lines:
         loss, items = finite(line.get("loss")), finite(line.get("n_items"))
@@ -201,6 +207,18 @@ def worst(kind: Kind, lines: Iterable[Line], count: int = 20) -> list[Line]:
             row["loss"] += loss
             row["n_items"] += items
     return sorted(rows.values(), key=lambda row: -row["loss"] / row["n_items"])[:count]
+
+
+def words_of(line: Line) -> list[Word]:
+    """Return the words of a transcript: what was said, beside what was written for it."""
+    found = line.get("words")
+    pairs = [pair for pair in found if len(pair) == 2] if isinstance(found, list) else []
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+def word_errors(line: Line) -> int:
+    """Return how many words of a transcript are wrong."""
+    return sum(wanted != said for wanted, said in words_of(line))
 
 
 def _distance(line: Line) -> float | None:

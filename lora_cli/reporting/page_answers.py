@@ -12,22 +12,23 @@ from lora_cli.reporting import page_analysis, svg_plots
 from lora_cli.reporting.html import DASH, esc, named, own, scroller, section, share_bar, table
 from lora_cli.reporting.page_analysis import Kind, Line, finite
 from lora_cli.reporting.page_entities import entity_sections
+from lora_cli.reporting.page_transcripts import transcript_sections
 from lora_cli.reporting.report import part, shown_number
 
 MATRIX_LABELS, MAP_LABELS = 20, 120  # more are no matrix, and no map, that one can read
 MOST_LABELS, PAIRS, CASES = 200, 15, 20
 THUMBNAILS = "thumbnails.json"  # in `predictions`: of the worst rows, by split and row
-PICTURE = re.compile(r"data:image/(jpeg|png|webp);base64,[A-Za-z0-9+/=]+")
+MEDIA = re.compile(r"data:(image/(jpeg|png|webp)|audio/(wav|mpeg|flac));base64,[A-Za-z0-9+/=]+")
 
 
 def read_thumbnails(folder: Path, split: str) -> dict[str, str]:
-    """Return small pictures of a split's rows, by row, as `data:` addresses; there may be none."""
+    """Return small pictures, or the sound, of a split's rows, by row, as `data:` addresses."""
     try:
         found = json.loads((folder / THUMBNAILS).read_text(encoding="utf-8"))
         pictures = part(found, split) if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}
-    return {row: str(p) for row, p in pictures.items() if PICTURE.fullmatch(str(p))}
+    return {row: str(p) for row, p in pictures.items() if MEDIA.fullmatch(str(p))}
 
 
 def answer_sections(
@@ -57,6 +58,8 @@ def answer_sections(
         ]
     if kind == "spans":
         return entity_sections(lines, split)
+    if kind == "transcript":
+        return transcript_sections(lines, split)
     if kind == "regression":
         both = [(finite(x.get("reference")), finite(x.get("prediction"))) for x in lines]
         pairs = [(a, b) for a, b in both if a is not None and b is not None]

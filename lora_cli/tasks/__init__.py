@@ -15,6 +15,7 @@ from lora_cli.recipe import (
     Recipe,
     Seq2SeqLMSpec,
     SequenceClassificationSpec,
+    SpeechRecognitionSpec,
     TaskSpec,
     TokenClassificationSpec,
 )
@@ -65,6 +66,10 @@ def _type_of(spec: TaskSpec) -> type[Task]:
             from lora_cli.tasks.image_classification import ImageClassification
 
             return ImageClassification
+        case SpeechRecognitionSpec():
+            from lora_cli.tasks.speech_recognition import SpeechRecognition
+
+            return SpeechRecognition
         case _:
             assert_never(spec)
 

@@ -156,7 +156,7 @@ class Classification(Task):
             return f"column `{column}` holds {JSON_NAMES[type(value)]}, not one label"
         return f"column `{column}` is blank"
 
-    def skip_reason(self, row: dict[str, Any]) -> str:
+    def skip_reason(self, row: dict[str, Any], split: str) -> str:
         """Return which of `skip_labels` the row has, or nothing."""
         if not self.label_spec.skip_labels:
             return ""

@@ -225,7 +225,7 @@ class Task(TaskAnswers, TaskMetrics):
         return shown_value([row.get(column) for column in self.input_columns().values()])
 
     def thumbnail(self, row: dict[str, Any]) -> str | None:
-        """Return a small picture of a row for the report, as a `data:` address, if it has one."""
+        """Return a small picture of a row for the report, or its sound, as a `data:` address."""
         return None
 
     def shown_reference(self, row: dict[str, Any]) -> str | None:

@@ -87,6 +87,7 @@ class Prediction:
         scores: Probabilities by name.
         metric_inputs: By the metrics' channel, a pair (prediction, reference).
         losses: For each term of the loss, (sum, items) of the example.
+        details: What else stands in its line among the predictions, by name.
     """
 
     row: int
@@ -95,6 +96,7 @@ class Prediction:
     scores: dict[str, float] | None = None
     metric_inputs: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     losses: dict[str, tuple[float, float]] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
     def weighted_loss(self, weights: Mapping[str, float]) -> tuple[float, float]:
         """Return the example's loss and the items that it is a sum over.

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from pathlib import Path
 
 from lora_cli.data.media import FILE_NAME
-from lora_cli.data.media_folder import is_media_file
+from lora_cli.data.media_folder import SAMPLE, are_media
 from lora_cli.errors import LoraError
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
 
 LABEL_NAME = re.compile(r"(?i)labels?|class(es)?|categor(y|ies)|target|species|breed|type")
-SAMPLE = 100  # rows whose paths are inspected
 
 
 def propose_pictures(table: Table, base: BaseFacts) -> Proposal | None:
@@ -37,7 +35,7 @@ def _of_pictures(table: Table, base: BaseFacts) -> Proposal:
     if base.sees is False:
         what = f"`{base.name}` reads texts, and {place} holds pictures"
         raise LoraError(what, "--model", "use a model that reads pictures, such as ViT or ResNet")
-    image = next((name for name in names if is_folder or _holds_pictures(table, name)), None)
+    image = next((name for name in names if is_folder or _holds_media(table, name)), None)
     listed = f"the columns are {', '.join(names)}"
     if image is None:
         what = "no column holds pictures, which the model reads"
@@ -63,13 +61,5 @@ def _of_pictures(table: Table, base: BaseFacts) -> Proposal:
     return Proposal(keys, why, [image], counts, left_out, labels_are_folders=is_folder)
 
 
-def _holds_pictures(table: Table, name: str) -> bool:
-    """Return whether the values of a column are pictures, or nearly all paths of such."""
-    values = [row.get(name) for row in table.rows[:SAMPLE]]
-    are = [
-        (isinstance(value, str) and is_media_file(Path(value)))
-        or isinstance(value, bytes)
-        or (isinstance(value, dict) and value.keys() >= {"bytes", "path"})
-        for value in values
-    ]
-    return sum(are) > 0.9 * len(are)
+def _holds_media(table: Table, name: str) -> bool:
+    return are_media([row.get(name) for row in table.rows[:SAMPLE]])

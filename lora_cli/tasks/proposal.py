@@ -76,6 +76,14 @@ class BaseFacts(Protocol):
     def sees(self) -> bool | None:
         """It reads pictures and no texts; None where that is not known."""
 
+    @property
+    def hears(self) -> bool:
+        """It writes down what is said in recordings."""
+
+    @property
+    def hears_languages(self) -> bool:
+        """It hears several languages, and has to be told which is spoken."""
+
 
 @dataclass(frozen=True)
 class Table:

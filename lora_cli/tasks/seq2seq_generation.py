@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import BaseModelOutput
 
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.examples import IGNORED
@@ -30,6 +37,7 @@ class Writing:
         padding: On which side sources are filled.
         positions: How many tokens the decoder has positions for; None if that is not limited.
         stops: The tokens that end an answer.
+        never: Tokens that are never written, besides what fills the rows.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -39,6 +47,7 @@ class Writing:
     padding: Padding
     positions: int | None
     stops: Collection[int]
+    never: tuple[int, ...] = ()
 
 
 def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
@@ -79,20 +88,77 @@ def write_targets(
     for i, source in enumerate(sources):
         groups[len(source) if how.padding.side == "none" else 0].append(i)
     answers: dict[int, Answer] = {}
+    device = next(model.parameters()).device
     for members in groups.values():
-        rows = _written(model, [sources[i] for i in members], options, how)
-        positions = how.positions
-        is_short = positions is not None and positions - 1 < options.max_new_tokens
-        for i, ids in zip(members, rows, strict=True):
-            said = until_stop(ids, how.stops)
-            has_ended = len(said) < len(ids)
-            text = decode(how.tokenizer, said, is_cut=not has_ended)
-            answers[i] = Answer(text.strip(), is_short and not has_ended)
+        rows = [list(sources[i]) for i in members]
+        read = {
+            "input_ids": fill(rows, how.pad, 1, how.padding).to(device),
+            "attention_mask": mask_of(rows, 1, how.padding).to(device),
+        }
+        written = _answers(model, model.generate, read, len(members), options, how)  # type: ignore[arg-type]
+        answers |= dict(zip(members, written, strict=True))
     return [answers[i] for i in range(len(sources))]
 
 
+@torch.no_grad()
+def write_heard(
+    model: nn.Module, heard: Tensor, options: GenerationSpec, how: Writing
+) -> list[Answer]:
+    """Return what a model of speech writes for each recording.
+
+    Whisper's own `generate` reads its configuration, divides recordings and tries again at other
+    temperatures; here it is the one that all models have, as the recipe asks and in no other way.
+
+    Args:
+        model: The model, in eval mode.
+        heard: What its encoder made of the recordings (B, T, D).
+        options: How long, and how it is searched or sampled.
+        how: What it begins and ends with.
+    """
+    generate = functools.partial(GenerationMixin.generate, model)
+    read = {
+        "encoder_outputs": BaseModelOutput(last_hidden_state=heard),
+        "attention_mask": torch.ones(heard.shape[:2], dtype=torch.long, device=heard.device),
+    }
+    return _answers(model, generate, read, len(heard), options, how)
+
+
+def _answers(
+    model: Any,
+    generate: Callable[..., Any],
+    read: dict[str, Any],
+    count: int,
+    options: GenerationSpec,
+    how: Writing,
+) -> list[Answer]:
+    """Return what a model writes for so many sources.
+
+    Args:
+        model: The model.
+        generate: Its method.
+        read: What its encoder reads, or has made of it.
+        count: How many sources there are.
+        options: How long, and how it is searched or sampled.
+        how: What it begins and ends with.
+    """
+    answers = []
+    positions = how.positions
+    is_short = positions is not None and positions - 1 < options.max_new_tokens
+    for ids in _written(model, generate, read, count, options, how):
+        said = until_stop(ids, how.stops)
+        has_ended = len(said) < len(ids)
+        text = decode(how.tokenizer, said, is_cut=not has_ended)
+        answers.append(Answer(text.strip(), is_short and not has_ended, has_ended))
+    return answers
+
+
 def _written(
-    model: Any, sources: list[Sequence[int]], options: GenerationSpec, how: Writing
+    model: Any,
+    generate: Callable[..., Any],
+    read: dict[str, Any],
+    count: int,
+    options: GenerationSpec,
+    how: Writing,
 ) -> list[list[int]]:
     """Return the tokens that follow those that every target begins with."""
     device = next(model.parameters()).device
@@ -107,14 +173,14 @@ def _written(
     elif how.begin:
         given = 1 + len(how.begin)
         row = torch.tensor([[start, *how.begin]], device=device)
-        first["decoder_input_ids"] = row.expand(len(sources), -1)
+        first["decoder_input_ids"] = row.expand(count, -1)
         room = max(room - len(how.begin), 1)
     if options.temperature > 0:
         # top_k 0: transformers' own default would keep 50 tokens
         first |= {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
         first["top_k"] = 0
     inputs = {key: first.pop(key) for key in ["decoder_input_ids"] if key in first}
-    rows = [list(source) for source in sources]
+    never = [*how.never, *([] if how.pad in how.stops else [how.pad])]
     config = GenerationConfig(
         max_new_tokens=room,
         num_beams=options.num_beams,
@@ -123,14 +189,13 @@ def _written(
         decoder_start_token_id=start,
         pad_token_id=how.pad,
         eos_token_id=list(how.stops),
-        suppress_tokens=None if how.pad in how.stops else [how.pad],
+        suppress_tokens=never or None,
         use_cache=can_cache(model),
         **first,
     )
     with without_own_config(model):
-        output = model.generate(
-            input_ids=fill(rows, how.pad, 1, how.padding).to(device),
-            attention_mask=mask_of(rows, 1, how.padding).to(device),
+        output = generate(
+            **read,
             generation_config=config,
             logits_processor=LogitsProcessorList([FiniteScores(model)]),
             **inputs,

@@ -21,11 +21,10 @@ from lora_cli.tasks.examples import Encoded, Example, Field
 from lora_cli.tasks.marked_tokens import marked
 from lora_cli.tasks.seq2seq_texts import Side, SourcesAndTargets
 from lora_cli.tasks.unknown_tokens import MOST_UNKNOWN, count_unknown, unknown_warning
-from lora_cli.tasks.writing_task import WritingTask
+from lora_cli.tasks.writing_task import WritingTask, keep_all_layers, layer_drop_of
 
 SIDES: tuple[Side, Side] = ("source", "target")
 CUT = {"source": 1, "target": 2}  # bits of an example's `cut`
-LAYER_DROP = ("encoder_layerdrop", "decoder_layerdrop", "layerdrop")
 # their weights were trained in bfloat16, and make numbers that float16 cannot hold
 OVERFLOW_IN_FP16 = ("longt5", "mt5", "switch_transformers", "t5", "umt5")
 
@@ -60,19 +59,12 @@ class SourceAndTargetTask(WritingTask):
                 f"models like {self.config.model_type} were trained in bfloat16, and often make "
                 "NaN in float16: better take `train.precision: bf16`, or fp32"
             )
-        if dropped := [key for key in LAYER_DROP if getattr(self.config, key, 0)]:
-            self.notes.append(
-                f"{' and '.join(f'`{key}`' for key in dropped)} of the model are set to 0: no "
-                "layer is skipped in training"
-            )
+        if dropped := layer_drop_of(self.config):
+            self.notes.append(dropped)
 
     def model_config(self) -> PretrainedConfig:
         """Return the model's configuration, by which no layer is skipped at random."""
-        config = super().model_config()
-        for key in LAYER_DROP:
-            if getattr(config, key, 0):
-                setattr(config, key, 0.0)
-        return config
+        return keep_all_layers(super().model_config())
 
     @functools.cached_property
     def texts(self) -> SourcesAndTargets:

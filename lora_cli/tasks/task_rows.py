@@ -102,8 +102,8 @@ class TaskRows(ABC):
                 return f"column `{column}`: {error}"
         return ""
 
-    def skip_reason(self, row: dict[str, Any]) -> str:
-        """Return why the recipe leaves a row out, or nothing."""
+    def skip_reason(self, row: dict[str, Any], split: str) -> str:
+        """Return why the recipe leaves a row of a split out, or nothing."""
         return ""
 
     def cut_note(self, split: Encoded) -> str | None:

@@ -45,10 +45,12 @@ class Answer:
     Args:
         text: Its words.
         is_cut: The model has no position for another token, and it had not ended.
+        has_ended: It ended by itself.
     """
 
     text: str
     is_cut: bool
+    has_ended: bool = True
 
 
 def stop_ids(

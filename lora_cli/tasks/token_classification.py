@@ -173,7 +173,7 @@ class TokenClassification(TextTask):
         """Return what is wrong with the tags or the spans, or nothing."""
         return self.reader.target_error(row)
 
-    def skip_reason(self, row: dict[str, Any]) -> str:
+    def skip_reason(self, row: dict[str, Any], split: str) -> str:
         """Return why Prodigy's annotator put a row aside, or nothing."""
         answer = row.get("answer")
         put_aside = self.spec.has_spans and "_task_hash" in row and answer in ("reject", "ignore")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from lora_cli.errors import LoraError, counted, warn
 from lora_cli.recipe import Recipe
@@ -25,6 +26,25 @@ from lora_cli.tasks.text_generation import (
 from lora_cli.tasks.text_task import TextTask
 
 SAMPLE_NEW_TOKENS = 64  # that are added to a sample
+LAYER_DROP = ("encoder_layerdrop", "decoder_layerdrop", "layerdrop")
+
+
+def layer_drop_of(config: PretrainedConfig) -> str | None:
+    """Return a note of the keys by which a model would skip layers in training, if it would."""
+    dropped = [f"`{key}`" for key in LAYER_DROP if getattr(config, key, 0)]
+    if not dropped:
+        return None
+    verb = "are" if len(dropped) > 1 else "is"
+    names = " and ".join(dropped)
+    return f"{names} of the model {verb} set to 0: no layer is skipped in training"
+
+
+def keep_all_layers(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a configuration, changed so that no layer is skipped at random."""
+    for key in LAYER_DROP:
+        if getattr(config, key, 0):
+            setattr(config, key, 0.0)
+    return config
 
 
 def losses_of_tokens(

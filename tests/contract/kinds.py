@@ -17,6 +17,7 @@ from typing import Any
 import tiny
 import tiny_experts
 import tiny_pictures
+import tiny_speech
 import tiny_translators
 from torch import nn
 
@@ -131,6 +132,26 @@ def translated(i: int) -> Json:
     return {"en": text(i), "de": text(2 * i + 1)}
 
 
+@functools.cache
+def recordings() -> Path:
+    """Return a folder for the recordings of rows."""
+    return Path(tempfile.mkdtemp(prefix="lora-recordings-"))
+
+
+def recorded(i: int) -> Json:
+    file = recordings() / f"{i}.wav"
+    tiny_speech.write(file, tiny_speech.sound(i, 0.2 + 0.05 * (i % 7)))
+    return {"audio": str(file), "text": text(i)}
+
+
+def recorded_at_length(i: int) -> Json:
+    file = recordings() / f"long{i}.flac"
+    seconds = 1.4 if i >= 7 and i % 2 else 0.3  # those of train are short
+    tiny_speech.write(file, tiny_speech.sound(i, seconds, 8_000), 8_000)
+    return {"audio": str(file), "text": text(i)}
+
+
+SPEECH = {"type": "speech_recognition"}
 TRANSLATION = {"type": "seq2seq_lm", "source_column": "en", "target_column": "de"}
 NAMES = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 TASKS = {
@@ -218,6 +239,14 @@ TASKS = {
         lambda folder: tiny_translators.save(folder, "t5"), TRANSLATION,
         lambda i: {"en": text(i), "de": [text(2 * i + 1), text(3 * i)][: 1 + i % 2]},
         ("prediction",), ("de",),
+    ),
+    "speech": TaskKind(
+        tiny_speech.save, SPEECH, recorded, ("prediction",), ("text",), drafted=SPEECH,
+    ),
+    "speech of several languages": TaskKind(
+        lambda folder: tiny_speech.save(folder, languages=True),
+        {**SPEECH, "language": "de", "task": "translate"},
+        recorded_at_length, ("prediction",), ("text",),
     ),
     "packed prompts": TaskKind(
         tiny.save_llama, {**PROMPTS, "max_length": 128}, answered, ("prediction",), ("completion",),

@@ -20,6 +20,7 @@ import datasets
 import pytest
 import tiny
 import tiny_pictures
+import tiny_speech
 import torch
 import yaml
 from accelerate.state import AcceleratorState
@@ -102,7 +103,14 @@ def report(left: Left) -> Any:
     value = json.loads((left.out / "report.json").read_text())
     for key in ("created", "command", "versions"):
         del value[key]
-    for key in ("seconds", "examples_per_s", "tokens_per_s", "pictures_per_s", "peak_memory_bytes"):
+    for key in (
+        "seconds",
+        "examples_per_s",
+        "tokens_per_s",
+        "pictures_per_s",
+        "seconds_per_s",
+        "peak_memory_bytes",
+    ):
         value["training"].pop(key, None)
     return value
 
@@ -166,7 +174,7 @@ TRAIN = [
      "label": "bad" if i % 2 else "good", "word": "lo" if i % 3 else "hi", "number": i / 4,
      "comma": f"{i},5", "tags": "good;bad" if i % 3 else "good", "is_bad": i % 2,
      "is_good": 1 - i % 2, "is_odd": i % 2, "prompt": f"the {word}", "answer": f"film {i}",
-     "who": f"p{i // 3}", "turns": [
+     "shouted": f"THE {word}!", "who": f"p{i // 3}", "turns": [
          {"role": "user", "content": f"a {word}?"}, {"role": "assistant", "content": f"yes {i}"},
          {"role": "user", "content": "why?"}, {"role": "assistant", "content": f"so {word}"}],
      "talk": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": f"so {word}"}],
@@ -174,6 +182,7 @@ TRAIN = [
      "words": ["a", word, "film"], "others": ["so", word, f"{i}"], "odd": ["a", "</s>", word],
      "ner": ["O", "B-A", "O"], "kinds": ["B-A", "O", "O"], "ids": [0, 1, 0], "alike": f"a {word}",
      "shot": f"shots/{i}.png", "view": f"shots/{i + 20}.png",
+     "sound": f"sounds/{i}.wav", "noise": f"sounds/{i + 20}.wav",
      "spans": [[2, 2 + len(word), "A"]], "marks": [[0, 1, "A"]]}
     for i, word in enumerate(WORDS * 2)
 ]  # fmt: skip
@@ -215,6 +224,12 @@ KINDS: dict[str, Settings] = {
         "model": {"name": "../bases/vit"},
         "task": {"type": "image_classification", "image_column": "shot",
                  "labels": ["bad", "good"]},
+    },
+    "speech": {
+        "model": {"name": "../bases/whisper"},
+        "task": {"type": "speech_recognition", "audio_column": "sound", "text_column": "prompt",
+                 "language": "de"},
+        "evaluate": SHORT,
     },
     "translation": {
         "model": {"name": "../bases/bart"},
@@ -384,6 +399,20 @@ CHANGES: dict[str, Change] = {
         {"data.train": "tokens.jsonl"}),
     "causal_lm.pad_token": Change(message, ("<pad>", "<nothing>"), "pair"),
     "causal_lm.max_length": Change(data, (64, 6), "text"),
+    "speech_recognition.type": Change(
+        message, ("speech_recognition", "causal_lm"), "speech",
+        {"task.language": ..., "task.audio_column": ...},
+    ),
+    "speech_recognition.audio_column": Change(losses, ("sound", "noise"), "speech"),
+    "speech_recognition.text_column": Change(losses, ("prompt", "other"), "speech"),
+    "speech_recognition.language": Change(losses, ("de", "zh"), "speech"),
+    "speech_recognition.task": Change(losses, ("transcribe", "translate"), "speech"),
+    "speech_recognition.long_audio": Change(
+        data, ("silence", "drop"), "speech", {"data.validation": "long.jsonl"}
+    ),
+    "speech_recognition.normalizer": Change(
+        predictions, ("basic", "none"), "speech", {"task.text_column": "shouted"}
+    ),
     "seq2seq_lm.type": Change(message, ("seq2seq_lm", "causal_lm"), "translation"),
     "seq2seq_lm.source_column": Change(losses, ("prompt", "other"), "translation"),
     "seq2seq_lm.target_column": Change(losses, ("answer", "other"), "translation"),
@@ -582,6 +611,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_llama(folder / "llama")
     tiny.save_encoder_decoder(folder / "bart")
     tiny_pictures.save("vit", folder / "vit")
+    tiny_speech.save(folder / "whisper", languages=True)
     world = World(top / "first", folder)
     write(world, "labels")
     flags = ["--set", "adapter.rank=3", "--set", "train.max_steps=1"]
@@ -596,8 +626,12 @@ def write(world: World, kind: str, without: Collection[str] = ()) -> None:
         section, _, name = key.partition(".")
         recipe.get(section, {}).pop(name, None)
     world.write("recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-    for i in range(40 if kind == "pictures" else 0):
-        world.write(f"shots/{i}.png", tiny_pictures.encoded(tiny_pictures.picture(i)))
+    for i in range(40):
+        if kind == "pictures":
+            world.write(f"shots/{i}.png", tiny_pictures.encoded(tiny_pictures.picture(i)))
+        if kind == "speech":  # the last is longer than the model hears at once
+            seconds = 1.5 if i == 39 else 0.2
+            world.write(f"sounds/{i}.wav", tiny_speech.encoded(tiny_speech.sound(i, seconds)))
     world.write("chat.jinja", CHAT)
     world.write("other.jinja", CHAT.replace("</s>", "!</s>"))
     near = [*TRAIN, {**TRAIN[1], "text": f"{TRAIN[1]['text']} so"}]
@@ -610,6 +644,7 @@ def write(world: World, kind: str, without: Collection[str] = ()) -> None:
         "dev": DEV,
         "twice": TRAIN * 2,
         "near": near,
+        "long": [*DEV, {**DEV[0], "sound": "sounds/39.wav"}],
     }
     for name, found in rows.items():
         world.write(f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in found))

@@ -26,6 +26,7 @@ import cases_pictures  # noqa: F401
 import cases_push  # noqa: F401
 import cases_recipes  # noqa: F401
 import cases_runs  # noqa: F401
+import cases_speech  # noqa: F401
 import cases_system  # noqa: F401
 import cases_tokens  # noqa: F401
 import cases_translation  # noqa: F401
@@ -54,6 +55,7 @@ MASKS = [
     (r"(cannot load the (?:configuration|tokenizer|weights|architecture) of `[^`]*`: ).*", r"\1…"),
     (r"(cannot load (?:the adapter )?`[^`]*`: ).*", r"\1…"),
     (r"(the parquet file is cut off or damaged: ).*", r"\1…"),
+    (r"(`0\.wav` is cut off or damaged: ).*", r"\1…"),
     (r"(metric `[^`]*` cannot be loaded: \w+).*", r"\1…"),
     (r"(the chat template refuses the conversation: Expected).*", r"\1…"),
     (r"(not a whole safetensors file: ).*", r"\1…"),
@@ -117,10 +119,14 @@ REST: dict[str, list[str]] = {
     "needs an environment without Pillow; tests/test_image_classification.py": [
         "pictures are read by the Python package `pillow`, which is not installed",
     ],
+    "needs an environment without soundfile; tests/test_recordings.py": [
+        "recordings need the Python packages `soundfile` and `soxr`, which are missing",
+    ],
     "no tiny model has a processor of that kind": [
         "`…` has an image processor that needs torchvision",
     ],
-    "a file that changes in the middle of a run; tests/test_image_classification.py": [
+    "a file that changes in the middle of a run; tests/test_image_classification.py and "
+    "tests/test_speech_recognition.py": [
         "`…` …; it was whole when the run began",
     ],
     "a guard: weights and scores are checked before; tests/test_numbers.py": [
@@ -301,6 +307,7 @@ AREAS = [
     "Labels", "Entities", "Language models", "Translation", "lora init", "Models", "Targets",
     "Metrics", "Adapters", "Starting from an adapter", "Training", "Evaluation", "Prediction",
     "Merging", "Combining", "Exporting", "Pushing", "Checking", "Pictures",
+    "Speech",
 ]  # fmt: skip
 
 

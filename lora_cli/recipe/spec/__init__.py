@@ -21,6 +21,7 @@ from lora_cli.recipe.spec.model import ModelSpec
 from lora_cli.recipe.spec.recipe import Origin, Recipe
 from lora_cli.recipe.spec.seq2seq_lm_spec import Seq2SeqLMSpec
 from lora_cli.recipe.spec.sequence_classification_spec import SequenceClassificationSpec
+from lora_cli.recipe.spec.speech_recognition_spec import SpeechRecognitionSpec
 from lora_cli.recipe.spec.task import TASKS, TaskSpec
 from lora_cli.recipe.spec.token_classification_spec import TokenClassificationSpec
 from lora_cli.recipe.spec.train import OptimizerSpec, ParameterGroupSpec, SchedulerSpec, TrainSpec
@@ -31,6 +32,7 @@ __all__ = [
     "ImageClassificationSpec",
     "Seq2SeqLMSpec",
     "SequenceClassificationSpec",
+    "SpeechRecognitionSpec",
     "TokenClassificationSpec",
     "TaskSpec",
     "TASKS",

@@ -70,9 +70,9 @@ class EvaluateSpec(Section):
 
     metrics: list[Word] | None = None
     """Metrics: accuracy, f1, precision, recall, matthews_correlation, pearson, spearman, mse,
-    perplexity, exact_match, bleu, chrf, rouge; or any other name or script that `evaluate` can
-    load. What each of them measures is printed below the results: of which label or average f1 is,
-    on which scale and of what words bleu is."""
+    perplexity, exact_match, bleu, chrf, rouge, wer, cer; or any other name or script that
+    `evaluate` can load. What each of them measures is printed below the results: of which label or
+    average f1 is, on which scale and of what words bleu is."""
 
     best: BestSpec | None = None
     """How the best adapter is chosen. Default: by the task's main metric."""

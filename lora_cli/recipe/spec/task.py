@@ -10,6 +10,7 @@ from lora_cli.recipe.spec.causal_lm_spec import CausalLMSpec
 from lora_cli.recipe.spec.image_classification_spec import ImageClassificationSpec
 from lora_cli.recipe.spec.seq2seq_lm_spec import Seq2SeqLMSpec
 from lora_cli.recipe.spec.sequence_classification_spec import SequenceClassificationSpec
+from lora_cli.recipe.spec.speech_recognition_spec import SpeechRecognitionSpec
 from lora_cli.recipe.spec.task_section import TaskSection
 from lora_cli.recipe.spec.token_classification_spec import TokenClassificationSpec
 
@@ -18,7 +19,8 @@ TaskSpec = Annotated[
     | TokenClassificationSpec
     | CausalLMSpec
     | Seq2SeqLMSpec
-    | ImageClassificationSpec,
+    | ImageClassificationSpec
+    | SpeechRecognitionSpec,
     Field(discriminator="type"),
 ]
 

@@ -10,7 +10,9 @@ from lora_cli.recipe.spec.section import Section
 
 Truncation = Literal["right", "left", "drop", "error"]
 MediaKind = Literal["image", "audio"]
-AnswerKind = Literal["single_label", "multi_label", "regression", "text", "spans", "other"]
+AnswerKind = Literal[
+    "single_label", "multi_label", "regression", "text", "spans", "transcript", "other"
+]
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,11 @@ class TaskSection(Section):
     def media_columns(self) -> dict[str, MediaKind]:
         """The columns that hold pictures or sound, and which of the two."""
         return {}
+
+    @property
+    def transcript_column(self) -> str | None:
+        """The column that text files next to recordings fill, where the task reads recordings."""
+        return None
 
     @property
     def local_files(self) -> list[str]:

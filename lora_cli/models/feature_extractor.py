@@ -1,0 +1,49 @@
+"""The feature extractor that a base comes with: how samples become what a model of speech reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PretrainedConfig
+
+from lora_cli.errors import LoraError
+from lora_cli.models.base_model import source_of
+from lora_cli.models.load_errors import explained
+from lora_cli.recipe import Recipe
+
+EXTRACTOR_FILE = "preprocessor_config.json"
+
+
+def load_feature_extractor(recipe: Recipe, config: PretrainedConfig) -> Any:
+    """Return the feature extractor of a base.
+
+    Args:
+        recipe: Names the base.
+        config: Of its model, which has to read what the extractor computes.
+
+    Raises:
+        LoraError: If the base has none, or one that is not for its model.
+    """
+    from transformers import AutoFeatureExtractor
+
+    with explained(recipe, "feature extractor"):
+        extractor = AutoFeatureExtractor.from_pretrained(**source_of(recipe))
+    at = recipe.at("model.name")
+    bands, frames = config.num_mel_bins, 2 * config.max_source_positions
+    made = getattr(extractor, "feature_size", None), getattr(extractor, "nb_max_frames", None)
+    if made != (bands, frames):
+        what = f"the feature extractor of `{recipe.model.name}` makes {made[0]} bands by {made[1]} "
+        what += f"frames of a recording, and the model reads {bands} by {frames}"
+        hint = f"copy or download {EXTRACTOR_FILE} and config.json again: they do not belong "
+        raise LoraError(what, at, f"{hint}together")
+    return extractor
+
+
+def features_of(extractor: Any, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return what a model reads of samples (bands, frames), filled with silence to full length."""
+    rate = extractor.sampling_rate
+    # float32 throughout: its own stft on a CPU gives the same bits every time
+    found = extractor(samples, sampling_rate=rate, return_tensors="np")["input_features"]
+    return np.ascontiguousarray(found[0], dtype=np.float32)

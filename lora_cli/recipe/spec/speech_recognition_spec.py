@@ -1,0 +1,119 @@
+"""`task` for `type: speech_recognition`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from lora_cli.recipe.spec.section import Conflicts, Word
+from lora_cli.recipe.spec.task_section import (
+    AnswerKind,
+    MediaKind,
+    TaskSection,
+    Usage,
+    UsualTraining,
+)
+
+TRANSCRIBING = """\
+samples, rate = soundfile.read("recording.wav", dtype="float32", always_2d=True)
+wanted = processor.feature_extractor.sampling_rate
+samples = soxr.resample(samples.mean(axis=1), rate, wanted)
+inputs = processor(samples, sampling_rate=wanted, return_tensors="pt")
+output = model.generate(**inputs, {options})
+print(processor.decode(output[0], skip_special_tokens=True).strip())"""
+
+
+class SpeechRecognitionSpec(TaskSection):
+    """Write down what is said in a recording."""
+
+    pipeline_tag = "automatic-speech-recognition"
+    suitable_models = "take a Whisper model, such as openai/whisper-small"
+    usual_training = UsualTraining(
+        epochs=((1_000, 10), (20_000, 5), (math.inf, 2)), learning_rate=1e-3
+    )
+    example_input = "recording.wav"
+    length_keys = ()
+
+    type: Literal["speech_recognition"]
+    """Which task."""
+
+    audio_column: Word = "audio"
+    """Column of the recording: a path relative to the file that names it (csv, JSON), or the
+    encoded recording itself (parquet, the Hub). In a folder of recordings (`data.path`) each file
+    is a row."""
+
+    text_column: Word = "text"
+    """Column of what is said. In a folder of recordings it is the content of the text file next to
+    each: `a/1.txt` for `a/1.wav`."""
+
+    language: Word | None = None
+    """The language that is spoken, as its code (`de`) or its English name. A model of several
+    languages needs it; one of English only takes none."""
+
+    task: Literal["transcribe", "translate"] | None = None
+    """What a model of several languages writes: the words as they are said (`transcribe`, the
+    default), or their English translation (`translate`)."""
+
+    long_audio: Literal["silence", "windows", "drop"] = "silence"
+    """What happens to recordings longer than the model hears at once (30 seconds). In training they
+    are left out, since it is not known which of their words are in which part. In evaluation and
+    prediction they are divided into parts, whose texts are joined: cut where it is quietest
+    (`silence`), or into equal parts (`windows`). `drop` leaves them out of evaluation too."""
+
+    normalizer: Literal["basic", "none"] = "basic"
+    """How texts are written for the metrics, and for them only. `basic` is Whisper's normaliser for
+    all languages: lower case, without punctuation, symbols and what stands in brackets. `none`
+    compares the texts as they are; it is the right one where vowels are written as marks, such as
+    in Hindi, Tamil or Thai, which `basic` takes for symbols."""
+
+    def conflicts(self) -> Conflicts:
+        """Yield what keeps a row from being read."""
+        if self.audio_column == self.text_column:
+            what = f"`{self.audio_column}` is both the recording and the text"
+            yield "text_column", what, "name the column of what is said"
+
+    @property
+    def split_special_tokens(self) -> bool:
+        """A control token that is spelled out in a transcript is read as its letters."""
+        return True
+
+    @property
+    def answer_kind(self) -> AnswerKind:
+        """What is said."""
+        return "transcript"
+
+    @property
+    def input_columns_by_key(self) -> dict[str, str]:
+        """The column of the recording."""
+        return {"task.audio_column": self.audio_column}
+
+    @property
+    def media_columns(self) -> dict[str, MediaKind]:
+        """The column of the recording."""
+        return {self.audio_column: "audio"}
+
+    @property
+    def transcript_column(self) -> str | None:
+        """The column that text files next to recordings fill."""
+        return self.text_column
+
+    def usage(self, labels: list[str], settings: Any) -> Usage:
+        """Return how a recording is transcribed."""
+        options = [f"max_new_tokens={settings.max_new_tokens}", f"num_beams={settings.num_beams}"]
+        options += ["do_sample=False", "suppress_tokens=[]", "begin_suppress_tokens=[]"]
+        if self.language is not None:
+            options += [f"language={self.language!r}", f"task={self.task or 'transcribe'!r}"]
+        lines: list[str] = []
+        line = ""
+        for option in options:
+            if len(f"{line}, {option}") > 80:
+                lines, line = [*lines, f"    {line},"], ""
+            line = f"{line}, {option}" if line else option
+        shown = "\n".join(["", *lines, f"    {line},", ""])
+        code = TRANSCRIBING.format(options="OPTIONS").replace(
+            "**inputs, OPTIONS", f"**inputs,{shown}"
+        )
+        return Usage(
+            "AutoModelForSpeechSeq2Seq", code, "import soundfile\nimport soxr\n",
+            processor=("processor", "AutoProcessor"),
+        )  # fmt: skip

@@ -1,0 +1,101 @@
+"""Rows of a recording with what is said in it, for `lora init`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from lora_cli.data.media_folder import SAMPLE, are_media
+from lora_cli.errors import LoraError, counted
+from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
+
+TEXT_NAME = re.compile(
+    r"(?i)text|transcripts?|transcriptions?|sentence|utterance|(raw|normali[sz]ed)_(text|transcription)"
+    r"|words|said|target"
+)
+LANGUAGE_NAME = re.compile(r"(?i)language|lang|locale")
+AUDIO, TEXT = "audio", "text"  # the columns of a folder of recordings
+
+
+def propose_recordings(table: Table, base: BaseFacts) -> Proposal | None:
+    """Return which transcript of a recording a table has; see `Task.propose`."""
+    if table.media == "image" or not (table.media == "audio" or base.hears):
+        return None
+    return proposed(lambda: _of_recordings(table, base), Certainty.ONLY)
+
+
+def _of_recordings(table: Table, base: BaseFacts) -> Proposal:
+    """Return the task of rows with a recording and a text.
+
+    Raises:
+        LoraError: If no column holds recordings, or none their text, or the model hears nothing.
+    """
+    place, names = table.place, [column.name for column in table.columns]
+    is_folder = table.media == "audio"
+    if not base.hears:
+        what = f"`{base.name}` does not hear, and {place} holds recordings"
+        raise LoraError(what, "--model", "use a Whisper model, such as openai/whisper-small")
+    listed = f"the columns are {', '.join(names)}"
+    audio = next((n for n in names if are_media([row.get(n) for row in table.rows[:SAMPLE]])), None)
+    if audio is None:
+        what = "no column holds recordings, which the model hears"
+        raise LoraError(what, place, f"{listed}; a recording is named by its path")
+    text = table.text or _text_column([name for name in names if name != audio])
+    if text is None and is_folder:
+        what = f"the recordings of {place} have no texts next to them"
+        hint = "write what is said in `a.wav` into `a.txt`, or list all in metadata.csv: "
+        raise LoraError(what, place, f"{hint}file_name,text")
+    if text is None:
+        what = "no column is by its name what is said"
+        raise LoraError(what, place, f"name it: `--text COLUMN`; {listed}")
+    keys = {"type": "speech_recognition", "audio_column": audio, "text_column": text}
+    why = {
+        "audio_column": "the recordings" if is_folder else "recordings, or paths of such",
+        "text_column": "chosen by you" if table.text else "by its name",
+    }
+    if is_folder:
+        why["text_column"] = "the text files next to them"
+    for key, usual in (("audio_column", AUDIO), ("text_column", TEXT)):
+        if keys[key] == usual:
+            del keys[key]
+    if base.hears_languages:
+        keys["language"], why["language"] = _language(table)
+    used = (audio, text)
+    left_out = {name: "not needed" for name in names if name not in used}
+    return Proposal(keys, why, [audio, text], None, left_out, limits={})
+
+
+def _text_column(names: Sequence[str]) -> str | None:
+    """Return the column of what is said, by its name, or the only one that there is."""
+    named = [name for name in names if TEXT_NAME.fullmatch(name)]
+    if named:
+        return named[0]
+    return names[0] if len(names) == 1 else None
+
+
+def _language(table: Table) -> tuple[str, str]:
+    """Return the language that is spoken, and how it is known.
+
+    Raises:
+        LoraError: If it is not known.
+    """
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    for column in table.columns:
+        values = {str(row.get(column.name) or "").lower()[:2] for row in table.rows}
+        if LANGUAGE_NAME.fullmatch(column.name) and len(values) == 1 and values <= set(LANGUAGES):
+            return values.pop(), f"as `{column.name}` says"
+    texts = " ".join(
+        str(row.get(column.name) or "")
+        for row in table.rows[:SAMPLE]
+        for column in table.columns
+        if TEXT_NAME.fullmatch(column.name)
+    )
+    if texts.isascii():
+        return "en", "a guess, by its letters: name the language that is spoken"
+    raise LoraError(
+        "the model has to be told the language that is spoken",
+        table.place,
+        f"add a column `language` with its code to the {counted(len(table.rows), 'row')}, or write "
+        "the recipe with `task.language`",
+    )
