@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,36 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
             reason = "it is a pickle, which can run code when it is read"
             hint = "convert it where you trust it; this tool reads safetensors only"
         raise IntegrityError(f"not a whole safetensors file: {reason}", str(file), hint) from error
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return what a safetensors file says of itself, such as `format`.
+
+    Raises:
+        IntegrityError: As `read_header`.
+    """
+    read_header(file)  # which checks that the metadata are texts
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        metadata: dict[str, str] = json.loads(handle.read(length)).get("__metadata__", {})
+    return metadata
+
+
+def header_bytes(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Any) -> bytes:
+    """Return the beginning of a safetensors file, after which the tensors' bytes follow in order.
+
+    Args:
+        tensors: The dtype (by its name in such files) and the shape of each, by name.
+        metadata: What the file says of itself.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of their sizes
+    return len(text).to_bytes(8, "little") + text
 
 
 def _entries(file: Path) -> dict[str, TensorEntry]:

@@ -44,11 +44,15 @@ def pytest_configure(config: pytest.Config) -> None:
     from datasets import arrow_dataset
     from hypothesis import settings
 
+    from lora_cli import machine_memory
     from lora_cli.training import output_folder
 
     # A plot is half of a run of a few steps. Its own tests call it from `lora_cli.reporting`; runs
     # that tests start as commands of their own draw it.
     output_folder.plot_learning_curve = lambda folder, report: None
+    # whether a model is merged as a whole must not depend on what else runs on the machine
+    available = machine_memory.available_bytes
+    machine_memory.available_bytes = functools.wraps(available)(lambda: 2**50)
     # Each metric puts its rows into a table, whose contents `datasets` pickles for a fingerprint
     # that nothing reads: a tenth of a run of a few steps.
     arrow_dataset.generate_fingerprint = lambda dataset: uuid.uuid4().hex[:16]

@@ -27,7 +27,8 @@ from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.adapters.peft_format.adapter_folder import read_adapter
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.open_adapter import load_adapted, open_task
-from lora_cli.export.merge import adapter_task, merge_adapter
+from lora_cli.export.adapter_task import adapter_task
+from lora_cli.export.merge import merge_adapter
 from lora_cli.recipe import load_recipe
 
 LABELS = ("bad", "good")

@@ -372,13 +372,13 @@ def test_nothing_is_left_behind_after_an_error(
 
         monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
     elif error == "difference":
-        merge = merging.merge
+        merge = merging.merge_and_untie
 
-        def wrong(model: nn.Module) -> list[str]:
+        def wrong(model: nn.Module, ties: Any) -> list[str]:
             next(iter(lora_layers(model).values())).lora_A.data *= 1.1
-            return merge(model)
+            return merge(model, ties)
 
-        monkeypatch.setattr(merging, "merge", wrong)
+        monkeypatch.setattr(merging, "merge_and_untie", wrong)
     else:
         kind = OSError
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from lora_cli.adapters.targets import (
     resolve_targets,
     unmatched_in_full,
 )
-from lora_cli.adapters.tied_weights import separate_trained
+from lora_cli.adapters.tied_weights import separate, separate_trained
 from lora_cli.adapters.token_rows import (
     TokenRows,
     add_token_rows,
@@ -34,7 +35,7 @@ from lora_cli.adapters.token_rows import (
 )
 from lora_cli.adapters.variants import Layers, layer_for, layers_to_train
 from lora_cli.errors import LoraError
-from lora_cli.models.bundle import is_frozen
+from lora_cli.models.bundle import Bundle, is_frozen
 from lora_cli.models.quantized_linear import QuantizedLinear
 from lora_cli.recipe import AdapterSpec, Recipe
 
@@ -304,11 +305,35 @@ def merge(model: nn.Module) -> list[str]:
         sharers = users.get(id(layer.weight), [])
         if len(sharers) > 1:
             untied += [other for other in sharers if other not in untied]
-        # one at a time: all merged weights together would take as much memory as the base
-        merged = layer.merged_weight(layer.weight.detach().float()).to(layer.weight.dtype)
+        if layer.weight.is_meta:  # there is only the structure to merge
+            merged = torch.empty_like(layer.weight)
+        else:  # one at a time: all merged weights together would take as much memory as the base
+            merged = layer.merged_weight(layer.weight.detach().float()).to(layer.weight.dtype)
         layer.replace_weight(nn.Parameter(merged, requires_grad=False))
     merge_rows(list(token_layers(model).values()))
     remove_layers(model)
+    return untied
+
+
+def merge_and_untie(model: nn.Module, ties: Iterable[Collection[str]]) -> list[str]:
+    """Merge, and give each side of a tie that was parted a weight of its own.
+
+    The sides may have been parted by the low-rank update of one, or by a copy that was trained.
+
+    Args:
+        model: Changed in place; also its configuration, if a tie ends.
+        ties: The names that shared a parameter in the base.
+
+    Returns:
+        Names of modules whose weight was shared and no longer is.
+    """
+    untied = merge(model)
+    parted = [name.rpartition(".")[0] for name in separate(model, ties)]
+    untied += [name for name in dict.fromkeys(parted) if name not in untied]
+    for name in untied:
+        part = model.parts[name.partition(".")[0]] if isinstance(model, Bundle) else model
+        config: Any = part.config
+        config.tie_word_embeddings = False
     return untied
 
 

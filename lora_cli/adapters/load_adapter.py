@@ -206,7 +206,7 @@ def _check_plain(
                     f"{tuple(parameter.shape)} in the model"
                 )
             )
-        elif name in frozen and not _same(parameter, tensor):
+        elif name in frozen and not parameter.is_meta and not _same(parameter, tensor):
             problems.append(Problem(f"`{name}` of the base is not the one it was trained on"))
         elif name in plain and name not in own:
             other = first.setdefault(id(parameter), name)

@@ -25,7 +25,9 @@ from lora_cli.adapters.peft_format.adapter_folder import (
     AdapterFolder,
     read_adapter,
 )
+from lora_cli.adapters.peft_format.tensor_names import without_prefix
 from lora_cli.errors import IntegrityError, LoraError, Problem, warn
+from lora_cli.export.adapter_changes import WeightedAdapter
 from lora_cli.export.combine_methods import Method, combine_pairs, concatenated
 from lora_cli.export.combine_names import BY_SVD, METHODS
 from lora_cli.export.low_rank_pairs import (
@@ -126,23 +128,61 @@ def combine_adapters(
     return CombineResult(to, len(pairs), config["r"], distance, _notes(sources))
 
 
+def run_together(
+    adapters: Sequence[Path], weights: Sequence[float], head: Path | None = None
+) -> tuple[AdapterFolder, list[WeightedAdapter]]:
+    """Return one adapter that computes what several compute together, and each; nothing is written.
+
+    Args:
+        adapters: Their folders.
+        weights: Factor of each adapter's update.
+        head: Which adapter's modules trained in full are taken, if they differ.
+
+    Returns:
+        The adapter that is all of them; and each, with the modules trained in full that are taken.
+
+    Raises:
+        LoraError: If the adapters cannot be added, with every reason.
+    """
+    sources = [_source(path, weight) for path, weight in zip(adapters, weights, strict=True)]
+    _require_same_use(sources)
+    in_full, top_names = _in_full(sources, head)
+    pairs = _combined(sources, Method("cat"))
+    first = sources[0].saved
+    config = plain_config(first.config, pairs, top_names)
+    tensors = {without_prefix(n): t for n, t in peft_tensors_of(pairs, in_full).items()}
+    verified = all(source.saved.verified for source in sources)
+    joint = replace(first, config=config, tensors=tensors, verified=verified)
+    each = []
+    for source in sources:
+        left_out = frozenset(source.parts.in_full.keys() - in_full.keys())
+        own = {n: in_full.get(n, t) for n, t in source.saved.tensors.items() if n not in left_out}
+        own_config = {**source.saved.config, "modules_to_save": top_names}
+        saved = replace(source.saved, config=own_config, tensors=own)
+        is_taken = source.parts.in_full is in_full
+        each.append(WeightedAdapter(saved, source.weight, is_taken, left_out))
+    return joint, each
+
+
 def _source(path: Path, weight: float) -> Source:
     """Read one of the adapters, which has to be a plain LoRA."""
     saved = read_adapter(path)
     if saved.type != "lora":
         what = f"an adapter of type `{saved.type}` cannot be combined with others"
-        hint = "only LoRA's updates can be added: combine adapters with `adapter.type: lora`"
+        hint = "only LoRA's updates can be added: merge it into its base alone, with `lora merge`"
         raise LoraError(what, str(path), hint)
     if not is_plain_lora(saved):
         what = "an adapter of single parameters (experts) cannot be combined with others"
         if saved.config.get("trainable_token_indices"):
             what = "an adapter with trained rows of tokens cannot be combined with others"
-        hint = "merge it into its base with `lora merge`"
+        hint = "merge it into its base alone, with `lora merge`"
         raise LoraError(what, str(path), hint)
     parts = parts_of(saved)
     if saved.config.get("bias") not in (None, "none") or parts.biases:
         what = "it has trained biases, and no method combines those"
-        hint = "train it with `adapter.bias: none`, or merge it into its base with `lora merge`"
+        hint = (
+            "train it with `adapter.bias: none`, or merge it into its base alone, with `lora merge`"
+        )
         raise LoraError(what, str(path), hint)
     if grouped := [name for name, pair in parts.pairs.items() if pair.is_grouped]:
         what = f"`{grouped[0]}` is a convolution of several groups, whose updates cannot be added"

@@ -14,9 +14,9 @@ from lora_cli.adapters.peft_format.adapter_folder import WEIGHTS_FILE, AdapterFo
 from lora_cli.adapters.tied_weights import tied_groups
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.open_adapter import check_use
+from lora_cli.export.adapter_task import adapter_task
 from lora_cli.export.gguf_reader import LlamaCpp
 from lora_cli.export.low_rank_pairs import is_plain_lora, parts_of
-from lora_cli.export.merge import adapter_task
 from lora_cli.export.mlx_reader import Mlx
 from lora_cli.export.peft_readers import Peft, Plain, Vllm
 from lora_cli.export.reader import Reader, Source

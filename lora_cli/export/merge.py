@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_cli import __version__
-from lora_cli.adapters.attach import lora_layers, merge
-from lora_cli.adapters.find_adapter import shown_name
+from lora_cli import machine_memory
+from lora_cli.adapters.attach import lora_layers, merge_and_untie, remove_layers
 from lora_cli.adapters.load_adapter import load_adapter, verify_base
 from lora_cli.adapters.merge_proof import ExpectedWeights, expected_weights, weights_of
-from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
+from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
 from lora_cli.adapters.peft_format.other_names import use_names_of
 from lora_cli.adapters.peft_format.peft_experts import with_current_names
-from lora_cli.adapters.tied_weights import separate, tied_groups
-from lora_cli.errors import IntegrityError, LoraError, NumericsError
+from lora_cli.adapters.tied_weights import tied_groups
+from lora_cli.errors import IntegrityError, LoraError, warn
 from lora_cli.evaluation.open_adapter import check_use
+from lora_cli.export.adapter_changes import WeightedAdapter
+from lora_cli.export.adapter_task import adapter_task
+from lora_cli.export.combine import run_together
+from lora_cli.export.merge_card import write_origin
+from lora_cli.export.merge_in_pieces import MemoryUse, overflow_error, write_merged
+from lora_cli.export.merge_plan import NeedsWholeModelError, plan_merge
 from lora_cli.export.merge_quantized import (
     BASES,
     Candidate,
@@ -33,24 +40,19 @@ from lora_cli.export.merge_quantized import (
 )
 from lora_cli.export.merged_weights import WeightsProof, prove_weights
 from lora_cli.export.target_folder import locked_target
-from lora_cli.files import new_folder, write_json
-from lora_cli.models.base_facts import read_tokenizer
-from lora_cli.models.base_model import load_tokenizer
+from lora_cli.files import new_folder
+from lora_cli.machine_memory import GIB, in_gib
+from lora_cli.models.base_model import checkpoint_files
 from lora_cli.models.bundle import Bundle
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
-from lora_cli.recipe import (
-    RECIPE_FILE,
-    TASKS,
-    Recipe,
-    load_adapter_recipe,
-    load_recipe,
-)
+from lora_cli.recipe import Recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.finite_scores import require_finite
+from lora_cli.tensorfile import read_header
 
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 TOLERANCE = 1e-4  # of the largest output, in float32; rounding alone stays below 1e-5
+ROOM = GIB // 2  # for what is computed on the way
 
 
 @dataclass
@@ -60,9 +62,10 @@ class MergeResult:
     folder: Path
     merged_modules: int
     dtype: torch.dtype
-    difference: float
-    """Largest difference of an output between base + adapter and merged, both in float32."""
-    rounding: float
+    difference: float | None
+    """Largest difference of an output between base + adapter and merged, both in float32; None
+    where the model was merged tensor by tensor."""
+    rounding: float | None
     """Largest difference that storing the weights in `dtype` makes."""
     untied: list[str]
     verified: bool
@@ -70,24 +73,36 @@ class MergeResult:
     """How the files that were written compare with those of base and adapter."""
     choice: list[str] = field(default_factory=list)
     """Of a quantised base: how the models compare that it could be merged into."""
+    memory: MemoryUse | None = None
+    """Of a merge tensor by tensor: what it took."""
+    reason: str = ""
+    """Why it was merged so, and no outputs were compared."""
 
 
 def merge_adapter(
     base: str | None,
-    adapter: Path,
+    adapter: Path | Sequence[Path],
     to: Path,
     recipe_file: Path | None = None,
     overrides: list[str] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    head: Path | None = None,
+    low_memory: bool = False,
 ) -> MergeResult:
     """Write the merged model, and `merge.json`, which says what it was merged from.
 
     Args:
         base: Hub id or folder of the base model. None: the one that the adapter's recipe or PEFT
             configuration names.
-        adapter: Folder of the adapter.
+        adapter: Folder of the adapter, or of several, whose updates are added. The recipe and the
+            tokenizer are those of the first.
         to: Folder that is made; it must not exist, or be empty.
         recipe_file: Recipe of an adapter that another tool made.
         overrides: `key=value` each, over keys of the recipe.
+        weights: Factor of each adapter's update; None is 1 each.
+        head: Which adapter's modules trained in full are taken, if they differ.
+        low_memory: Merge tensor by tensor also where the model fits into memory.
 
     Raises:
         LoraError: If the adapter is a full model, or `to` holds something.
@@ -95,40 +110,130 @@ def merge_adapter(
             base + adapter.
         NumericsError: If a merged weight does not fit the base checkpoint's dtype.
     """
+    folders = [adapter] if isinstance(adapter, Path) else list(adapter)
     with locked_target(to):
-        return _merge(base, adapter, to, recipe_file, overrides)
+        task, saved = adapter_task(folders[0], recipe_file, base, overrides)
+        given = _Given(saved, [WeightedAdapter(saved)])
+        if len(folders) > 1 or any(weight != 1 for weight in weights or ()):
+            joint, each = run_together(folders, weights or [1.0] * len(folders), head)
+            given = _Given(joint, each, head)
+        task.trained_in = folders[0]
+        task.load_processor()
+        check_use(folders[0], task)
+        reason = _reason_for_pieces(task.recipe, low_memory)
+        if reason:
+            try:
+                return _merge_in_pieces(task, given, to, reason)
+            except NeedsWholeModelError as error:
+                _say_that_it_may_not_fit(str(error), reason, low_memory)
+        return _merge(task, given, to)
 
 
-def _merge(
-    base: str | None,
-    adapter: Path,
-    to: Path,
-    recipe_file: Path | None,
-    overrides: list[str] | None,
-) -> MergeResult:
-    """Merge, once the folder is ours."""
-    task, saved = adapter_task(adapter, recipe_file, base, overrides)
-    task.trained_in = adapter
-    task.load_processor()
-    check_use(adapter, task)
+@dataclass
+class _Given:
+    """The adapters that are merged.
+
+    Args:
+        joint: What computes the same as all of them; the adapter itself where there is one.
+        each: The adapters.
+        head: Whose modules trained in full are taken, if one was named.
+    """
+
+    joint: AdapterFolder
+    each: list[WeightedAdapter]
+    head: Path | None = None
+
+
+def _merge(task: Task, given: _Given, to: Path) -> MergeResult:
+    """Merge a model that fits into memory."""
     if task.recipe.model.quantization is None:
-        return _write(_merged(task, saved), task, saved, to)
-    trained = what_was_trained(task, saved)
-    plain = build_task(task.recipe.with_values({"model.quantization": None}), task.learned)
-    plain.trained_in = adapter
-    plain.load_processor()
+        return _write(_merged(task, given), task, given, to)
+    trained = what_was_trained(task, given.joint)
+    plain = _without_quantization(task)
     candidates = []
     for name in BASES:
-        merged = _merged(plain, saved, trained.weights if name == "dequantised" else {})
+        merged = _merged(plain, given, trained.weights if name == "dequantised" else {})
         distance = _difference(merged.outputs.float(), trained.outputs.float())
         value = measured(trained, plain, merged.model)
         candidates.append(Candidate(name, distance, value))
     chosen = better(candidates, trained)
     if chosen.base != BASES[-1]:  # two merged models at once would need twice the memory
-        merged = _merged(plain, saved, trained.weights)
-    result = _write(merged, plain, saved, to)
+        merged = _merged(plain, given, trained.weights)
+    result = _write(merged, plain, given, to)
     result.choice = in_words(candidates, chosen, trained)
     return result
+
+
+def _without_quantization(task: Task) -> Task:
+    """Return the task on the base in full precision."""
+    plain = build_task(task.recipe.with_values({"model.quantization": None}), task.learned)
+    plain.trained_in = task.trained_in
+    plain.load_processor()
+    return plain
+
+
+# -------------------------------------------------------------------------------- tensor by tensor
+
+
+def _reason_for_pieces(recipe: Recipe, low_memory: bool) -> str:
+    """Return why a base is merged tensor by tensor; empty if the whole model fits into memory."""
+    if low_memory:
+        return "`--low-memory` merges tensor by tensor"
+    needed = 0
+    with suppress(LoraError):  # of several parts; or loading says what is wrong
+        needed = _bytes_in_memory(checkpoint_files(recipe))
+    available = machine_memory.available_bytes()
+    if needed <= available:
+        return ""
+    return (
+        f"the model in float32 would take {in_gib(needed)}, and {in_gib(available)} are available"
+    )
+
+
+def _bytes_in_memory(files: list[Path]) -> int:
+    """Return what merging a whole model takes: it in float32, as it is stored, and some more."""
+    entries = [entry for file in files for entry in read_header(file).values()]
+    in_float32 = 4 * sum(math.prod(entry.shape) for entry in entries)
+    return in_float32 + sum(entry.end - entry.start for entry in entries) + ROOM
+
+
+def _merge_in_pieces(task: Task, given: _Given, to: Path, reason: str) -> MergeResult:
+    """Merge tensor by tensor.
+
+    Raises:
+        NeedsWholeModelError: If that cannot be done with this base.
+    """
+    choice = []
+    if task.recipe.model.quantization is not None:
+        task = _without_quantization(task)
+        choice.append(
+            "merged into the original base, not the dequantised one: which of the two is better "
+            "can only be measured with the model in memory"
+        )
+    plan = plan_merge(task, given.each)
+    with new_folder(to) as folder:
+        weights, memory = write_merged(plan, task, folder)
+        proof = {"outputs": {"not_compared": reason}, "weights": weights.facts}
+        write_origin(
+            folder, given.each, plan.base, task.recipe, given.head, proof, {"memory": memory.facts}
+        )
+    facts = (plan.untied, given.joint.verified, weights, choice, memory, reason)
+    return MergeResult(to, plan.count, plan.dtype, None, None, *facts)
+
+
+def _say_that_it_may_not_fit(cause: str, reason: str, low_memory: bool) -> None:
+    """Warn of a base that has to be in memory as a whole, and may not fit.
+
+    Raises:
+        LoraError: If the user asked for less.
+    """
+    if low_memory:
+        what = f"this base cannot be merged tensor by tensor: {cause}"
+        raise LoraError(what, "--low-memory", "leave it out: the whole model is loaded then")
+    warn(f"{reason}; it is loaded as a whole all the same, since {cause}")
+
+
+# ------------------------------------------------------------------------------ the whole in memory
 
 
 @dataclass
@@ -149,30 +254,33 @@ class _Merged:
     weights: ExpectedWeights
 
 
-def _merged(task: Task, saved: AdapterFolder, numbers: dict[str, Tensor] | None = None) -> _Merged:
+def _merged(task: Task, given: _Given, numbers: dict[str, Tensor] | None = None) -> _Merged:
     """Return the merged model, proved equal to base + adapter.
 
     Args:
         task: Its recipe says which base.
-        saved: The adapter.
+        given: The adapters.
         numbers: Weights that some modules of the base get before.
     """
     model, new = task.load_model(torch.device("cpu"), dtype="auto")
     assert isinstance(model, PreTrainedModel | Bundle)
-    verified_base = verify_base(saved, fingerprint_of(task.recipe, model, new), task.recipe)
+    base = fingerprint_of(task.recipe, model, new)
+    for one in given.each:
+        base = verify_base(one.saved, base, task.recipe)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     stored = {name: tensor.dtype for name, tensor in _tensors(model)}
     model, ties, numbers = model.float().eval(), tied_groups(model), numbers or {}
     use_numbers(model, numbers)
-    use_names_of(model, saved)
-    saved = with_current_names(saved, model)
-    expected = expected_weights(model, saved.tensors, saved.config)
-    load_adapter(model, saved, new, drawn=task.drawn)
+    for saved in {id(s): s for s in (given.joint, *(one.saved for one in given.each))}.values():
+        use_names_of(model, saved)
+    joint = with_current_names(given.joint, model)
+    expected = expected_weights(model, joint.tensors, joint.config)
+    load_adapter(model, joint, new, drawn=task.drawn)
     with torch.no_grad():
         before = _outputs(task, model)
         require_finite(before, model, at="--adapter")
         count = len(lora_layers(model))
-        untied = _merge_apart(model, ties)
+        untied = _merge_all(model, given, ties, new, task)
         if name := expected.disagreement(model):
             raise IntegrityError(
                 f"merged, `{name}` is not what the adapter's file says",
@@ -191,24 +299,49 @@ def _merged(task: Task, saved: AdapterFolder, numbers: dict[str, Tensor] | None 
         for name, tensor in _tensors(model):  # not `model.to`: buffers have dtypes of their own
             tensor.data = tensor.data.to(stored[name])
         rounded, weights = _outputs(task, model), weights_of(model)
-    facts = (model, verified_base, count, dtype, difference, untied, ties, numbers, new)
+    facts = (model, base, count, dtype, difference, untied, ties, numbers, new)
     return _Merged(*facts, after, rounded, weights)
 
 
-def _write(merged: _Merged, task: Task, saved: AdapterFolder, to: Path) -> MergeResult:
+def _merge_all(
+    model: PreTrainedModel | Bundle,
+    given: _Given,
+    ties: list[list[str]],
+    new: list[str],
+    task: Task,
+) -> list[str]:
+    """Merge what is attached, or each of several adapters; return what no longer shares a weight.
+
+    Several are added one after the other, though one adapter is attached that computes the same:
+    so what is compared has been computed in two ways.
+    """
+    if given.each[0].saved is given.joint:
+        return merge_and_untie(model, ties)
+    remove_layers(model)
+    untied: list[str] = []
+    for one in given.each:
+        load_adapter(model, one.saved, new, drawn=task.drawn)
+        for layer in lora_layers(model).values():
+            layer.scaling *= one.weight
+        untied += [name for name in merge_and_untie(model, ties) if name not in untied]
+    return untied
+
+
+def _write(merged: _Merged, task: Task, given: _Given, to: Path) -> MergeResult:
     """Write a merged model into a folder, and read it again to compare."""
     with new_folder(to) as folder:
         merged.model.save_pretrained(folder)
         task.save_processor(folder)
         reloaded = task.reloaded(folder, merged.dtype).eval()
         _require_saved(task, reloaded, merged.weights, merged.outputs)
-        origin = (saved, task.recipe, merged.ties, merged.numbers, merged.heads)
+        origin = (given.each, task.recipe, merged.ties, merged.numbers, merged.heads)
         weights = prove_weights(folder, merged.model, *origin)
         rounding = _difference(merged.outputs.float(), merged.exact)
-        proof = {"outputs": {"difference": merged.difference, "rounding": rounding}}
-        _write_origin(folder, saved.path, merged.base, proof | {"weights": weights.facts})
+        proof: dict[str, Any] = {"outputs": {"difference": merged.difference, "rounding": rounding}}
+        proof["weights"] = weights.facts
+        write_origin(folder, given.each, merged.base, task.recipe, given.head, proof)
     facts = (merged.count, merged.dtype, merged.difference, rounding, merged.untied)
-    return MergeResult(to, *facts, saved.verified, weights)
+    return MergeResult(to, *facts, given.joint.verified, weights)
 
 
 def _outputs(task: Task, model: nn.Module) -> Tensor:
@@ -216,21 +349,6 @@ def _outputs(task: Task, model: nn.Module) -> Tensor:
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     probe = {k: v.to(dtype) if v.is_floating_point() else v for k, v in task.probe().items()}
     return task.probed(model, probe)
-
-
-def _merge_apart(model: PreTrainedModel | Bundle, ties: list[list[str]]) -> list[str]:
-    """Merge, and give each side of a tie that was parted a weight of its own; return their names.
-
-    The sides may have been parted by the low-rank update of one, or by a copy that was trained.
-    """
-    untied = merge(model)
-    parted = [name.rpartition(".")[0] for name in separate(model, ties)]
-    untied += [name for name in dict.fromkeys(parted) if name not in untied]
-    for name in untied:
-        part = model.parts[name.partition(".")[0]] if isinstance(model, Bundle) else model
-        config: Any = part.config
-        config.tie_word_embeddings = False
-    return untied
 
 
 def _require_saved(
@@ -242,85 +360,6 @@ def _require_saved(
     if not same or weights.disagreement(reloaded) is not None:
         what = "the saved model does not compute what the merged one did"
         raise IntegrityError(what, "--to", "please report this: saving should be exact")
-
-
-def adapter_task(
-    adapter: Path,
-    recipe_file: Path | None = None,
-    base: str | None = None,
-    overrides: list[str] | None = None,
-) -> tuple[Task, AdapterFolder]:
-    """Return the task that an adapter was trained for, and the adapter.
-
-    The recipe is the one beside the adapter, or `recipe_file`, or follows from PEFT's
-    configuration.
-    """
-    recipe = None
-    if recipe_file is not None:
-        recipe = load_recipe(recipe_file, overrides or [])
-    elif (adapter / RECIPE_FILE).is_file():
-        recipe = load_adapter_recipe(adapter, overrides or [])
-    elif overrides:
-        raise LoraError(
-            f"{adapter} holds no {RECIPE_FILE} whose keys could be set",
-            f"--set {overrides[0]}",
-            "give a recipe with `--recipe`",
-        )
-    if recipe is not None and recipe.adapter.type == "full":
-        hint = "use the folder as it is: there is nothing to merge"
-        raise LoraError(f"{adapter} is already a complete model", "--adapter", hint)
-    if base is not None and Path(base).expanduser().is_dir():
-        base = str(Path(base).expanduser().absolute())
-    saved = read_adapter(adapter)
-    if recipe is None:
-        recipe = _recipe_of(saved, base)
-    elif base is not None:
-        places = {**recipe.origin.places, "model.name": f"--base {base}"}
-        recipe = recipe.with_values({"model.name": base})
-        recipe = recipe.with_origin(replace(recipe.origin, places=places))
-    # merging is done on the CPU, in the dtype of the checkpoint
-    recipe = recipe.with_values({"model.dtype": None, "model.attention": None})
-    return build_task(recipe), saved
-
-
-def _write_origin(
-    folder: Path, adapter: Path, base: Fingerprint | None, proof: dict[str, Any]
-) -> None:
-    """Write down what a merged folder was made from, and what was proved of it."""
-    facts = {"lora_version": __version__, "adapter": shown_name(adapter)}
-    named = {} if base is None else {"base": base.facts}
-    write_json(folder / "merge.json", facts | named | {"proof": proof})
-
-
-def _recipe_of(saved: AdapterFolder, base: str | None) -> Recipe:
-    """Return what PEFT's configuration, the tensors and the base say of the task."""
-    named = saved.config.get("task_type")
-    kind = next((k for k, spec in TASKS.items() if named and spec.peft_task_type == named), None)
-    name = base or saved.config.get("base_model_name_or_path")
-    if kind is None or not name:
-        what = f"{saved.path} does not say what it was trained for"
-        if named:
-            what = f"{saved.path} was trained for `{named}`, for which there is no task here"
-        hint = "give a recipe with `--recipe`, for its `model` and `task`"
-        raise LoraError(what if kind is None else f"{saved.path} names no base", "--adapter", hint)
-    recipe = Recipe.model_validate(
-        {"model": {"name": name}, "task": {"type": kind}, "data": {"path": "none.csv"}}
-    )
-    if tokens := _new_tokens(saved, recipe):
-        recipe = recipe.with_values({"model.add_tokens": tokens})
-    task = build_task(recipe)
-    task.complete_from(saved.tensors)
-    return task.completed_recipe
-
-
-def _new_tokens(saved: AdapterFolder, recipe: Recipe) -> list[str]:
-    """Return the tokens that the tokenizer beside an adapter has besides those of its base."""
-    has_tokenizer = any((saved.path / name).is_file() for name in TOKENIZER_FILES)
-    if not saved.config.get("trainable_token_indices") or not has_tokenizer:
-        return []
-    own = read_tokenizer(saved.path, recipe).get_vocab()
-    known = load_tokenizer(recipe).get_vocab()
-    return sorted(own.keys() - known.keys(), key=own.__getitem__)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
@@ -337,9 +376,4 @@ def _reject_overflow(model: nn.Module, stored: dict[str, torch.dtype]) -> None:
     """Reject a weight that is not finite in the dtype that it is kept in."""
     for name, parameter in model.named_parameters():
         if not bool(parameter.to(stored[name]).isfinite().all()):
-            raise NumericsError(
-                f"`{name}` has entries that {str(stored[name]).removeprefix('torch.')}, the base "
-                "checkpoint's dtype, cannot hold",
-                "--base",
-                "merge into a copy of the base that is stored in float32",
-            )
+            raise overflow_error(name, stored[name])

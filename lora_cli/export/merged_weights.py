@@ -15,29 +15,26 @@ the variant's own `merged_weight`, on a new layer that gets the tensors of the f
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from lora_cli.adapters.load_adapter import chosen_layers
-from lora_cli.adapters.lora import LoRAEmbedding, LoRALayer, LoRALinear
-from lora_cli.adapters.lora_parameter import LoRAParameter
-from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
-from lora_cli.adapters.peft_format.peft_experts import with_current_names
-from lora_cli.adapters.peft_format.peft_tensors import sort_tensors
-from lora_cli.adapters.peft_format.peft_tokens import SavedRows, saved_rows, split_rows
-from lora_cli.adapters.variants import layer_for, layers_of
+from lora_cli.adapters.peft_format.peft_tokens import SavedRows
 from lora_cli.errors import IntegrityError, counted
+from lora_cli.export.adapter_changes import AdapterChanges, WeightedAdapter, changes_of
 from lora_cli.models.base_model import checkpoint_files, load_config
 from lora_cli.models.bundle import Bundle
+from lora_cli.models.checkpoint_names import CheckpointNames
 from lora_cli.models.fingerprint import inner_name
+from lora_cli.models.stored_tensors import ExpertPart, Stored, StoredTensors
 from lora_cli.recipe import Recipe
 from lora_cli.tasks.head_rows import match_rows, own_names
+from lora_cli.tensorfile import read_header
 
 FORMULAS = {"dora": "m V / |V|", "loha": "W0 + s D", "lokr": "W0 + s D"}
 
@@ -108,47 +105,126 @@ class WeightsProof:
 def prove_weights(
     folder: Path,
     model: nn.Module,
-    adapter: AdapterFolder,
+    adapters: Sequence[WeightedAdapter],
     recipe: Recipe,
     ties: Iterable[list[str]],
     numbers: dict[str, Tensor],
     heads: Iterable[str],
+    in_parts: bool = False,
 ) -> WeightsProof:
     """Compare every tensor of a merged folder with the files that it was made from.
 
     Args:
         folder: Of the merged model.
-        model: The merged model, for the names and kinds of its modules; not for its weights.
-        adapter: As `load_adapter` got it; its tensors are read from the folder again.
+        model: The merged model, for the names and kinds of its modules; not for its weights, so it
+            may be on the meta device.
+        adapters: Their tensors are read from the folders again.
         recipe: Its `model` section names the base.
         ties: The names that shared a parameter in the base.
         numbers: Weights that modules of the base got instead of those of its files.
         heads: Names of modules whose outputs are in the order of the task's labels, not the base's.
+        in_parts: The update of each expert was multiplied out alone.
 
     Raises:
         IntegrityError: If a tensor is another; the largest difference is named.
     """
-    proof = WeightsProof(FORMULAS.get(adapter.type, "W0 + s B A"))
-    sources = _Sources(model, adapter, ties, numbers)
-    sources.rows, sources.heads = _rows(model, recipe), tuple(f"{head}." for head in heads)
+    proof = WeightsProof(formula_of(adapters))
+    sources = _Sources(model, [changes_of(one, model) for one in adapters], ties, numbers)
+    sources.in_parts = in_parts
+    sources.rows, sources.heads = label_rows(model, recipe), tuple(f"{head}." for head in heads)
     parts = model.parts if isinstance(model, Bundle) else {"": model}
-    wrong: dict[str, float] = {}
     for part, module in parts.items():
-        start = f"{getattr(module, 'base_model_prefix', '')}."
-        base = _Tensors(checkpoint_files(recipe, part), start)
-        merged = _Tensors(sorted((folder / part).glob("*.safetensors")), start)
-        sources.enter(part, start, base)
-        if not base.places:
+        base = checkpoint_files(recipe, part)
+        merged = sorted((folder / part).glob("*.safetensors"))
+        sources.enter(part, module, base)
+        if not base:
             proof.reason = "the base has no safetensors files"
-        elif lost := sources.not_in(merged.places):
+        elif lost := sources.not_in(merged):
             proof.reason = f"the files have another name for `{lost}`"
         if proof.reason:
             return proof
-        for name, written in merged:
-            difference = sources.compare(name, written, proof)
+        for file in merged:
+            sources.compare_file(file, proof)
+    sources.require_equal()
+    return proof
+
+
+def formula_of(adapters: Sequence[WeightedAdapter]) -> str:
+    """Return what an adapted weight is, in a few letters."""
+    if len(adapters) > 1:
+        return "W0 + the sum of w s B A"
+    one = adapters[0]
+    return FORMULAS.get(one.saved.type, "W0 + s B A") if one.weight == 1 else "W0 + w s B A"
+
+
+class _Sources:
+    """What the files of base and adapters say of each tensor of one part of a model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        changes: Sequence[AdapterChanges],
+        ties: Iterable[list[str]],
+        numbers: dict[str, Tensor],
+    ) -> None:
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.changes, self.numbers = changes, numbers
+        self.adapted = {name for one in changes for name in one.adapted}
+        self.trained = {n: t for one in changes for n, t in one.trained.items()}
+        self.of_tokens = {n: rows for one in changes for n, rows in one.of_tokens.items()}
+        self.tied = {name: group for group in ties for name in group}
+        self.rows: list[int] = []
+        self.heads: tuple[str, ...] = ()
+        self.wrong: dict[str, float] = {}
+        self.in_parts = False
+
+    def enter(self, part: str, module: nn.Module, base: Iterable[Path]) -> None:
+        """Go on with a part of the model: the names below are those inside it."""
+        self.before, self.places = f"{part}." if part else "", CheckpointNames(module)
+        self.start = self.places.start
+        self.base = StoredTensors(base, self.start)
+        sharers: dict[int, list[str]] = {}
+        for name, parameter in self.parameters.items():
+            if name.startswith(self.before):
+                sharers.setdefault(id(parameter), []).append(name)
+        self.groups = {name: group for group in sharers.values() for name in group}
+
+    def _inner(self, name: str) -> str:
+        return inner_name(name.removeprefix(self.before), self.start)
+
+    def not_in(self, files: Iterable[Path]) -> str | None:
+        """Return the first parameter that an adapter changes and that no file has by its name."""
+        whole: set[str] = set()
+        rows: Counter[str] = Counter()
+        for file in files:
+            for name, entry in read_header(file).items():
+                place = self.places.place(name, entry.shape)
+                if place.name is not None:
+                    whole.add(self.before + place.name)
+                if place.part is not None:
+                    rows[self.before + place.part.parameter] += entry.shape[0]
+        whole |= {n for n, count in rows.items() if count == self.parameters[n].shape[:2].numel()}
+        for name in [*self.adapted, *self.of_tokens, *self.trained]:
+            if name.startswith(self.before) and whole.isdisjoint(self.groups.get(name, [name])):
+                return name
+        return None
+
+    def compare_file(self, file: Path, proof: WeightsProof) -> None:
+        """Compare every tensor of a file, and remember which are wrong."""
+        for name, entry in read_header(file).items():
+            difference = self._compare(Stored(file, name, entry), proof)
             if difference != 0:  # also where it is not a number
-                wrong[name] = difference
-    if wrong:
+                self.wrong[inner_name(name, self.start)] = difference
+
+    def require_equal(self) -> None:
+        """Reject a merged model in which a tensor is another.
+
+        Raises:
+            IntegrityError: With the largest difference.
+        """
+        if not self.wrong:
+            return
+        wrong = self.wrong
         worst = max(wrong, key=lambda name: (math.isnan(wrong[name]), wrong[name]))
         raise IntegrityError(
             "the merged model is not what the files of base and adapter say, in "
@@ -157,111 +233,36 @@ def prove_weights(
             "--to",
             "please report this: merging should be exact",
         )
-    return proof
 
-
-class _Tensors:
-    """The tensors of safetensors files, by their names inside the pretrained model."""
-
-    def __init__(self, files: Iterable[Path], start: str) -> None:
-        self.places: dict[str, tuple[Path, str]] = {}
-        for file in files:
-            with safe_open(file, "pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 - it is no dictionary
-                    self.places[inner_name(name, start)] = (file, name)
-        self._opened: tuple[Path, Any] | None = None  # files are large: one at a time
-
-    def read(self, name: str) -> Tensor:
-        """Return a tensor, in memory of its own."""
-        file, stored = self.places[name]
-        if self._opened is None or self._opened[0] != file:
-            self._opened = (file, safe_open(file, "pt"))
-        tensor: Tensor = self._opened[1].get_tensor(stored)
-        return tensor.clone()
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name in self.places:
-            yield name, self.read(name)
-
-
-class _Sources:
-    """What the files of base and adapter say of each tensor of one part of a model."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        adapter: AdapterFolder,
-        ties: Iterable[list[str]],
-        numbers: dict[str, Tensor],
-    ) -> None:
-        self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.config, self.kind, self.numbers = adapter.config, adapter.type, numbers
-        self.tied = {name: group for group in ties for name in group}
-        self.rows: list[int] = []
-        self.heads: tuple[str, ...] = ()
-        again = read_adapter(adapter.path).tensors
-        # the names may have been put right since the first reading, in the same order
-        tensors = dict(zip(adapter.tensors, again.values(), strict=True))
-        adapter, of_tokens = split_rows(
-            with_current_names(replace(adapter, tensors=tensors), model)
-        )
-        found = sort_tensors(adapter.tensors, self.kind, self.parameters)
-        chosen, _ = chosen_layers(found.of_layers, model, adapter, layers_of(self.kind))
-        self.trained = found.plain
-        self.adapted = {
-            f"{target.name}.{target.parameter or 'weight'}": (target, shapes, found.of_layers[site])
-            for site, (target, shapes) in chosen.items()
-        }
-        self.of_tokens = {
-            f"{place}.weight": saved
-            for saved in saved_rows(model, of_tokens, adapter)[0]
-            for place in (saved.name, *saved.others)
-        }
-
-    def enter(self, part: str, start: str, base: _Tensors) -> None:
-        """Go on with a part of the model: the names below are those inside it."""
-        self.before, self.start, self.base = f"{part}." if part else "", start, base
-        sharers: dict[int, list[str]] = {}
-        for name, parameter in self.parameters.items():
-            if name.startswith(self.before):
-                sharers.setdefault(id(parameter), []).append(name)
-        self.names = {self._inner(name): group for group in sharers.values() for name in group}
-
-    def _inner(self, name: str) -> str:
-        return inner_name(name.removeprefix(self.before), self.start)
-
-    def not_in(self, written: Collection[str]) -> str | None:
-        """Return the first parameter that the adapter changes and that no file has by its name."""
-        for name in [*self.adapted, *self.of_tokens, *self.trained]:
-            if name.startswith(self.before):
-                group = self.names.get(self._inner(name), [name])
-                if not any(self._inner(other) in written for other in group):
-                    return name
-        return None
-
-    def compare(self, name: str, written: Tensor, proof: WeightsProof) -> float:
-        """Count a tensor in the proof, and return its largest difference from the files.
-
-        Args:
-            name: Inside the pretrained model.
-            written: The tensor of the merged folder.
-            proof: Gets the count.
-        """
-        group = self.names.get(name, [name])
+    def _compare(self, file_tensor: Stored, proof: WeightsProof) -> float:
+        """Count a tensor in the proof, and return its largest difference from the files."""
+        inner = inner_name(file_tensor.name, self.start)
+        place = self.places.place(file_tensor.name, file_tensor.entry.shape)
+        known = place.part.parameter if place.part else place.name
+        named = inner if known is None else self.before + known
+        group = self.groups.get(named, [named])
         adapted = next((n for n in group if n in self.adapted), None)
         trained = next((n for n in group if n in self.trained), None)
         tokens = next((self.of_tokens[n] for n in group if n in self.of_tokens), None)
         owners = (n.removesuffix(".weight") for n in group)
         codes = next((owner for owner in owners if owner in self.numbers), None)
+        stored = self._stored(inner, group)
+        if (adapted, trained, tokens, codes) == (None, None, None, None):
+            if not stored:
+                proof.unknown.append(inner)
+                return 0.0
+            if any(file_tensor.same_bytes(one) for one in stored):  # without reading them whole
+                proof.identical += 1
+                return 0.0
+        written = file_tensor.read()
         if trained is not None and adapted is None:
             proof.trained += 1
             return _difference(written, self.trained[trained].float())
-        stored = [self.numbers[codes]] if codes else self._stored(name, group)
-        if not stored:
-            proof.unknown.append(name)
+        known_weights = [self.numbers[codes]] if codes else self._read(stored, group)
+        if not known_weights:
+            proof.unknown.append(inner)
             return 0.0
-        if codes is None and all(tensor.dtype != written.dtype for tensor in stored):
+        if codes is None and all(tensor.dtype != written.dtype for tensor in known_weights):
             proof.loaded_as += 1
         if adapted is not None:
             proof.adapted += 1
@@ -271,13 +272,19 @@ class _Sources:
             proof.dequantised += 1
         else:
             proof.identical += 1
+        change = (adapted, tokens, place.part)
         return min(
-            self._from_base(w0 if codes else w0.to(written.dtype), written, adapted, tokens)
-            for w0 in stored
+            self._from_base(w0 if codes else w0.to(written.dtype), written, *change)
+            for w0 in known_weights
         )
 
     def _from_base(
-        self, w0: Tensor, written: Tensor, adapted: str | None, tokens: SavedRows | None
+        self,
+        w0: Tensor,
+        written: Tensor,
+        adapted: str | None,
+        tokens: SavedRows | None,
+        part: ExpertPart | None,
     ) -> float:
         """Return the largest difference of a tensor from the base's with what was trained of it."""
         if w0.shape[1:] != written.shape[1:] or w0.ndim != written.ndim:
@@ -286,7 +293,7 @@ class _Sources:
         if w0.ndim and count < len(written):  # the vocabulary was made larger
             w0 = torch.cat([w0, torch.zeros_like(written[count:], dtype=w0.dtype)])
         if adapted is not None:
-            w0 = self._with_update(adapted, w0.float())
+            w0 = self._with_update(adapted, w0.float(), part)
         if tokens is not None:
             w0 = w0.float().index_copy(0, torch.tensor(tokens.token_ids), tokens.rows.float())
         if w0.ndim and count < len(written):  # without new rows that no file has
@@ -295,39 +302,38 @@ class _Sources:
             w0, written = w0[known], written[known]
         return _difference(written, w0)
 
-    def _stored(self, name: str, group: list[str]) -> list[Tensor]:
+    def _stored(self, inner: str, group: list[str]) -> list[Stored]:
         """Return the base's tensor; of tied ones, of which a file may have several, each."""
         tied = [other for own in group for other in self.tied.get(own, [])]
-        names = dict.fromkeys([name, *(self._inner(other) for other in [*group, *tied])])
-        stored = [self.base.read(other) for other in names if other in self.base.places]
-        if self.rows and any(own.startswith(self.heads) for own in group):
+        names = dict.fromkeys([inner, *(self._inner(other) for other in [*group, *tied])])
+        return [self.base.places[name] for name in names if name in self.base.places]
+
+    def _read(self, stored: list[Stored], group: list[str]) -> list[Tensor]:
+        """Return the base's tensors, and each also in the order of the task's labels."""
+        tensors = [one.read() for one in stored]
+        if self.rows and any(self._inner(own).startswith(self.heads) for own in group):
             most = max(self.rows)
-            stored += [t[self.rows] for t in stored if t.ndim and len(t) > most]
-        return stored
+            tensors += [t[self.rows] for t in tensors if t.ndim and len(t) > most]
+        return tensors
 
-    def _with_update(self, name: str, w0: Tensor) -> Tensor:
+    def _with_update(self, name: str, w0: Tensor, part: ExpertPart | None) -> Tensor:
         """Return the merged weight of an adapted module in float32, in the shape of W0."""
-        target, shapes, own = self.adapted[name]
-        module, use_rslora = self.modules[target.name], bool(self.config.get("use_rslora"))
-        kind = None if target.parameter else layer_for(module, layers_of(self.kind))
-        if kind in (LoRALinear, LoRAEmbedding):
-            a, b = own["lora_A"].float(), own["lora_B"].float()
-            s = target.alpha / (math.sqrt(len(a)) if use_rslora else len(a))
-            delta = s * (b @ a)
-            return w0 + (delta if isinstance(module, nn.Linear) else delta.T)
-        layer: LoRALayer
-        if target.parameter is not None:
-            named = (module, target.parameter, target.rank, target.alpha)
-            layer = LoRAParameter(*named, use_rslora)
-        else:
-            assert kind is not None, f"{target.name} was adapted and no layer fits it"
-            layer = kind(module, target.rank, target.alpha, 0.0, use_rslora, shapes)
-        for parameter, tensor in own.items():
-            layer.from_peft(parameter, tensor.clone())
-        return layer.merged_weight(w0)
+        for one in self.changes:
+            update = one.adapted.get(name)
+            if update is None:
+                continue
+            if part is not None:
+                for other in one.adapted.values():  # of one module at a time, as they are large
+                    other.of_all = other.of_all if other.module is update.module else None
+                w0 = update.of_expert(w0, part, self.in_parts)
+            elif (found := update.written_out(w0)) is not None:
+                w0 = found
+            else:
+                w0 = update.layer().merged_weight(w0)
+        return w0
 
 
-def _rows(model: nn.Module, recipe: Recipe) -> list[int]:
+def label_rows(model: nn.Module, recipe: Recipe) -> list[int]:
     """Return which of the base's outputs each label has; none where their order is the same."""
     if isinstance(model, Bundle) or not (labels := own_names(model.config)):
         return []

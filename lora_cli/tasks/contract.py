@@ -279,6 +279,7 @@ class Task(TaskAnswers, TaskMetrics):
         named = (self.auto_class, self.recipe, self.model_config())
         model, missing = load_pretrained(*named, device, dtype, self.has_head)
         self.arrange_head(model, missing)
+        self.adjust_config(model)
         self.drawn = frozenset(missing)
         return model, new_modules(model, missing) if self.has_head else []
 
@@ -289,6 +290,9 @@ class Task(TaskAnswers, TaskMetrics):
         """Return the same without weights."""
         model = build_empty(self.auto_class, self.recipe, self.model_config())
         return model, new_modules(model) if self.has_head else []
+
+    def adjust_config(self, model: nn.Module) -> None:
+        """Set what the task decides of the configurations of a model that was loaded."""
 
     def fit_to_model(self, model: nn.Module, longest: int | None = None) -> None:
         """Try the model on small batches, and choose what depends on it, such as the padding.

@@ -142,20 +142,16 @@ class Seq2SeqLM(SourceAndTargetTask):
 
     # --------------------------------------------------------------------------- answers
 
-    def load_model(
-        self, device: torch.device, dtype: torch.dtype | str | None = None
-    ) -> tuple[nn.Module, list[str]]:
-        """Return the base model, which begins each answer with the language that is written.
+    def adjust_config(self, model: nn.Module) -> None:
+        """Let each answer begin with the language that is written.
 
         The answers here do so anyway: it is for those who use the merged model.
         """
-        model, new = super().load_model(device, dtype)
         config: Any = getattr(model, "generation_config", None)
         if config is not None and self.spec.target_language is not None:
             frame = self.texts.target_frame
             config.forced_bos_token_id = frame.before[0] if frame.before else None
             config.decoder_start_token_id = first_token(model, frame.around([]))
-        return model, new
 
     @property
     def metric_context(self) -> MetricContext:

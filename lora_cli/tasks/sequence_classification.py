@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -195,15 +194,11 @@ class SequenceClassification(Classification, TextTask):
 
     # ----------------------------------------------------------------------------- model
 
-    def load_model(
-        self, device: torch.device, dtype: torch.dtype | str | None = None
-    ) -> tuple[nn.Module, list[str]]:
-        """Return the base model with a head for the labels, and the head's name."""
-        model, new = super().load_model(device, dtype)
+    def adjust_config(self, model: nn.Module) -> None:
+        """Name the padding token, by which decoders find the last token of a text."""
         assert isinstance(model, PreTrainedModel)
         for config in (model.config, model.config.get_text_config()):
-            config.pad_token_id = self._pad  # decoders find the last token of a text by it
-        return model, new
+            config.pad_token_id = self._pad
 
     def _pad_id(self) -> int:
         """Return the padding token's id."""

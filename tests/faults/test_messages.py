@@ -21,6 +21,7 @@ import cases_entities  # noqa: F401
 import cases_experts  # noqa: F401
 import cases_export  # noqa: F401
 import cases_folders  # noqa: F401
+import cases_merging  # noqa: F401
 import cases_models  # noqa: F401
 import cases_pictures  # noqa: F401
 import cases_push  # noqa: F401
@@ -189,6 +190,9 @@ REST: dict[str, list[str]] = {
     ],
     "needs a file that is cut while it is read": [
         "the file became shorter while it was read",
+    ],
+    "a guard: what no adapter changes is copied, whatever its dtype": [
+        "`…` is stored as …, which cannot be read",
     ],
     "a fault of ours: merging is proved; tests/test_merging.py": [
         "merged, `…` is not what the adapter's file says",

@@ -30,17 +30,13 @@ from lora_cli.adapters.peft_format.peft_rules import parameter_layers
 from lora_cli.adapters.peft_format.tensor_names import adapted_modules
 from lora_cli.adapters.targets import Target, first_match
 from lora_cli.errors import LoraError, Problem
+from lora_cli.models.stored_tensors import FUSED
 
 OLD_NAME = re.compile(
     r"(?P<block>.+)\.(?:block_sparse_moe|mlp)\.experts\.(?P<number>\d+)\.(?P<layer>\w+)"
     r"\.lora_(?P<side>[AB])(?:\.default)?\.weight"
 )
 OLD_ROUTER = re.compile(r"(.+)\.block_sparse_moe\.gate\.(lora_[AB].*)")
-# the layers that an expert had, and the parameter which holds them now, one after the other
-FUSED = {
-    "w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0),
-    "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0),
-}  # fmt: skip
 MODERN = ("gate_proj", "up_proj", "down_proj")
 AGAIN = "merge it with the transformers 4 that it was trained with, or train it again"
 

@@ -1,0 +1,163 @@
+"""What an adapter's file changes of a model, parameter by parameter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.adapters.load_adapter import chosen_layers
+from lora_cli.adapters.lora import LoRAEmbedding, LoRALayer, LoRALinear, Shape
+from lora_cli.adapters.lora_parameter import LoRAParameter
+from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
+from lora_cli.adapters.peft_format.peft_experts import with_current_names
+from lora_cli.adapters.peft_format.peft_tensors import sort_tensors
+from lora_cli.adapters.peft_format.peft_tokens import SavedRows, saved_rows, split_rows
+from lora_cli.adapters.targets import Target
+from lora_cli.adapters.variants import layer_for, layers_of
+from lora_cli.models.stored_tensors import ExpertPart
+from lora_cli.recipe import AdapterType
+
+PLAIN = (LoRALinear, LoRAEmbedding)
+
+
+@dataclass
+class AdaptedParameter:
+    """A parameter with a low-rank update.
+
+    Args:
+        target: The module, its rank and its alpha.
+        module: The module without an adapter; may be on the meta device.
+        kind: The type of the adapter.
+        tensors: What the layer adds, by its own names.
+        shapes: Of those, where they are not the usual ones.
+        use_rslora: How it is scaled.
+        weight: Factor of the update, where several adapters are added.
+        of_all: The update of all experts, once it was multiplied out.
+    """
+
+    target: Target
+    module: nn.Module
+    kind: AdapterType
+    tensors: dict[str, Tensor]
+    shapes: dict[str, Shape] | None
+    use_rslora: bool
+    weight: float = 1.0
+    of_all: Tensor | None = None
+
+    def layer(self) -> LoRALayer:
+        """Return a layer that has the tensors of the file, on the CPU."""
+        target = self.target
+        if target.parameter is not None:
+            named = (self.module, target.parameter, target.rank, target.alpha)
+            layer: LoRALayer = LoRAParameter(*named, self.use_rslora)
+        else:
+            kind = layer_for(self.module, layers_of(self.kind))
+            assert kind is not None, f"{target.name} was adapted and no layer fits it"
+            options = (0.0, self.use_rslora, self.shapes)
+            layer = kind(self.module, target.rank, target.alpha, *options)
+        if layer.weight.is_meta:
+            layer.to_empty(device="cpu", recurse=False)
+        for name, tensor in self.tensors.items():
+            layer.from_peft(name, tensor.clone())
+        layer.scaling *= self.weight
+        return layer
+
+    def of_expert(self, w0: Tensor, part: ExpertPart, alone: bool) -> Tensor:
+        """Return the merged weight of a part of a parameter of several experts.
+
+        Args:
+            w0: The part in float32 (rows, in).
+            part: Which it is.
+            alone: Multiply out the update of this part only; else that of all experts, of which
+                the last digits may be others.
+        """
+        if alone:
+            layer = self.layer()
+            a, b = layer.lora_A[part.expert], layer.lora_B[part.expert, part.rows]
+            return w0 + layer.scaling * (b @ a)
+        if self.of_all is None:
+            self.of_all = self.layer().delta_weight()
+        return w0 + self.of_all[part.expert, part.rows]
+
+    def written_out(self, w0: Tensor) -> Tensor | None:
+        """Return W0 + s B A by the formula itself; None for other kinds of layers.
+
+        Args:
+            w0: In float32.
+        """
+        if self.target.parameter is not None:
+            return None
+        if layer_for(self.module, layers_of(self.kind)) not in PLAIN:
+            return None
+        a, b = self.tensors["lora_A"].float(), self.tensors["lora_B"].float()
+        s = self.target.alpha / (math.sqrt(len(a)) if self.use_rslora else len(a))
+        delta = (self.weight * s) * (b @ a)
+        return w0 + (delta.T if isinstance(self.module, nn.Embedding | Conv1D) else delta)
+
+
+@dataclass
+class WeightedAdapter:
+    """One of the adapters that are merged.
+
+    Args:
+        saved: As `read_adapter` returned it; of the names that `use_names_of` put right.
+        weight: Factor of its low-rank updates.
+        in_full: Whether the modules that it holds in full are taken, or those of another.
+        left_out: Tensors of its file that are not taken, though no other adapter has them.
+    """
+
+    saved: AdapterFolder
+    weight: float = 1.0
+    in_full: bool = True
+    left_out: frozenset[str] = frozenset()
+
+
+@dataclass
+class AdapterChanges:
+    """What one adapter changes of a model, by the names of parameters.
+
+    Args:
+        adapted: Parameters with a low-rank update.
+        trained: Parameters that the file has in full.
+        of_tokens: Parameters of which it has some rows.
+        frozen: Parameters that it holds though they are the base's.
+    """
+
+    adapted: dict[str, AdaptedParameter]
+    trained: dict[str, Tensor]
+    of_tokens: dict[str, SavedRows]
+    frozen: dict[str, Tensor]
+
+
+def changes_of(one: WeightedAdapter, model: nn.Module) -> AdapterChanges:
+    """Return what an adapter changes; its tensors are read from its folder again.
+
+    Args:
+        one: The adapter.
+        model: The base model without an adapter; may be on the meta device.
+    """
+    adapter = one.saved
+    again = read_adapter(adapter.path).tensors
+    again = {name: tensor for name, tensor in again.items() if name not in one.left_out}
+    # the names may have been put right since the first reading, in the same order
+    tensors = dict(zip(adapter.tensors, again.values(), strict=True))
+    adapter, rows = split_rows(with_current_names(replace(adapter, tensors=tensors), model))
+    kind, use_rslora = adapter.type, bool(adapter.config.get("use_rslora"))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = sort_tensors(adapter.tensors, kind, parameters)
+    chosen, _ = chosen_layers(found.of_layers, model, adapter, layers_of(kind))
+    adapted = {}
+    for site, (target, shapes) in chosen.items():
+        of_layer = (kind, found.of_layers[site], shapes, use_rslora, one.weight)
+        name = f"{target.name}.{target.parameter or 'weight'}"
+        adapted[name] = AdaptedParameter(target, modules[target.name], *of_layer)
+    of_tokens = {
+        f"{place}.weight": saved
+        for saved in saved_rows(model, rows, adapter)[0]
+        for place in (saved.name, *saved.others)
+    }
+    return AdapterChanges(adapted, found.plain if one.in_full else {}, of_tokens, found.frozen)

@@ -1,0 +1,92 @@
+"""The task that an adapter was trained for, by the recipe beside it or by PEFT's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
+from lora_cli.errors import LoraError
+from lora_cli.models.base_facts import read_tokenizer
+from lora_cli.models.base_model import load_tokenizer
+from lora_cli.recipe import (
+    RECIPE_FILE,
+    TASKS,
+    Recipe,
+    load_adapter_recipe,
+    load_recipe,
+)
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task
+
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+
+
+def adapter_task(
+    adapter: Path,
+    recipe_file: Path | None = None,
+    base: str | None = None,
+    overrides: list[str] | None = None,
+) -> tuple[Task, AdapterFolder]:
+    """Return the task that an adapter was trained for, and the adapter.
+
+    The recipe is the one beside the adapter, or `recipe_file`, or follows from PEFT's
+    configuration.
+    """
+    recipe = None
+    if recipe_file is not None:
+        recipe = load_recipe(recipe_file, overrides or [])
+    elif (adapter / RECIPE_FILE).is_file():
+        recipe = load_adapter_recipe(adapter, overrides or [])
+    elif overrides:
+        raise LoraError(
+            f"{adapter} holds no {RECIPE_FILE} whose keys could be set",
+            f"--set {overrides[0]}",
+            "give a recipe with `--recipe`",
+        )
+    if recipe is not None and recipe.adapter.type == "full":
+        hint = "use the folder as it is: there is nothing to merge"
+        raise LoraError(f"{adapter} is already a complete model", "--adapter", hint)
+    if base is not None and Path(base).expanduser().is_dir():
+        base = str(Path(base).expanduser().absolute())
+    saved = read_adapter(adapter)
+    if recipe is None:
+        recipe = _recipe_of(saved, base)
+    elif base is not None:
+        places = {**recipe.origin.places, "model.name": f"--base {base}"}
+        recipe = recipe.with_values({"model.name": base})
+        recipe = recipe.with_origin(replace(recipe.origin, places=places))
+    # merging is done on the CPU, in the dtype of the checkpoint
+    recipe = recipe.with_values({"model.dtype": None, "model.attention": None})
+    return build_task(recipe), saved
+
+
+def _recipe_of(saved: AdapterFolder, base: str | None) -> Recipe:
+    """Return what PEFT's configuration, the tensors and the base say of the task."""
+    named = saved.config.get("task_type")
+    kind = next((k for k, spec in TASKS.items() if named and spec.peft_task_type == named), None)
+    name = base or saved.config.get("base_model_name_or_path")
+    if kind is None or not name:
+        what = f"{saved.path} does not say what it was trained for"
+        if named:
+            what = f"{saved.path} was trained for `{named}`, for which there is no task here"
+        hint = "give a recipe with `--recipe`, for its `model` and `task`"
+        raise LoraError(what if kind is None else f"{saved.path} names no base", "--adapter", hint)
+    recipe = Recipe.model_validate(
+        {"model": {"name": name}, "task": {"type": kind}, "data": {"path": "none.csv"}}
+    )
+    if tokens := _new_tokens(saved, recipe):
+        recipe = recipe.with_values({"model.add_tokens": tokens})
+    task = build_task(recipe)
+    task.complete_from(saved.tensors)
+    return task.completed_recipe
+
+
+def _new_tokens(saved: AdapterFolder, recipe: Recipe) -> list[str]:
+    """Return the tokens that the tokenizer beside an adapter has besides those of its base."""
+    has_tokenizer = any((saved.path / name).is_file() for name in TOKENIZER_FILES)
+    if not saved.config.get("trainable_token_indices") or not has_tokenizer:
+        return []
+    own = read_tokenizer(saved.path, recipe).get_vocab()
+    known = load_tokenizer(recipe).get_vocab()
+    return sorted(own.keys() - known.keys(), key=own.__getitem__)

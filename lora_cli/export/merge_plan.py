@@ -1,0 +1,311 @@
+"""What merging tensor by tensor writes, found out before anything is read or written.
+
+The model is built without weights, for its names, shapes and ties. Each tensor that is written is
+one of the base's files, or one that the base has under another name (of a tie that ends), or one
+that only the adapter has (a head). Not every base can be merged so: where only the loaded model
+knows what a tensor becomes, `NeedsWholeModelError` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from lora_cli.adapters.attach import lora_layers, merge_and_untie
+from lora_cli.adapters.load_adapter import load_adapter, verify_base
+from lora_cli.adapters.peft_format.other_names import use_names_of
+from lora_cli.adapters.peft_format.peft_experts import with_current_names
+from lora_cli.adapters.tied_weights import tied_groups
+from lora_cli.errors import IntegrityError
+from lora_cli.export.adapter_changes import AdapterChanges, WeightedAdapter, changes_of
+from lora_cli.export.merged_weights import label_rows
+from lora_cli.models.base_model import checkpoint_files, load_config, new_modules, source_of
+from lora_cli.models.checkpoint_names import CheckpointNames
+from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
+from lora_cli.models.stored_tensors import DTYPES, FLOATS, ExpertPart, Stored
+from lora_cli.tasks.contract import Task
+from lora_cli.tensorfile import BITS, read_header
+
+
+class NeedsWholeModelError(Exception):
+    """Why a base cannot be merged tensor by tensor; the text is a clause."""
+
+
+@dataclass
+class PlannedTensor:
+    """A tensor that is written.
+
+    Args:
+        name: In the file.
+        dtype: As safetensors calls it.
+        shape: Its shape.
+        source: The base's tensor; None for one that only the adapter has.
+        names: The model's names of the parameter; empty for what is copied as it is.
+        part: Which part of the parameter it is, if it is one of an expert.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: Stored | None
+    names: list[str] = field(default_factory=list)
+    part: ExpertPart | None = None
+
+
+@dataclass
+class MergePlan:
+    """What is written, and what it is made of; nothing of it has been read yet.
+
+    Args:
+        model: The merged model on the meta device.
+        adapters: What is merged into the base.
+        base: The fingerprint of the base.
+        ties: Names that shared a parameter in the base.
+        untied: Modules that no longer share their weight.
+        heads: Names of the modules that the task adds.
+        count: Modules that are merged.
+        changes: What the adapters change.
+        files: What is written, by the file of the base.
+        dtype: What the configuration says of the weights.
+    """
+
+    model: PreTrainedModel
+    adapters: Sequence[WeightedAdapter]
+    base: Fingerprint | None
+    ties: list[list[str]]
+    untied: list[str]
+    heads: list[str]
+    count: int
+    changes: list[AdapterChanges]
+    files: dict[Path, list[PlannedTensor]]
+    dtype: torch.dtype
+
+
+def plan_merge(task: Task, adapters: Sequence[WeightedAdapter]) -> MergePlan:
+    """Return what would be written, once everything is checked.
+
+    Args:
+        task: Its recipe says which base; its processor is loaded.
+        adapters: They get the names that the model has.
+
+    Raises:
+        NeedsWholeModelError: If this base, or what the adapter does to it, needs the whole model.
+        IntegrityError: If the base is not the adapter's, or something does not fit.
+    """
+    files = checkpoint_files(task.recipe)
+    if not files:
+        raise NeedsWholeModelError("the base has no safetensors files")
+    model, _ = task.empty_model()
+    if not isinstance(model, PreTrainedModel):
+        raise NeedsWholeModelError("the base has several parts")
+    _complete_config(task, model)
+    stored = _StoredParameters(files, model)
+    missing = stored.missing(bool(task.recipe.model.add_tokens))
+    heads = new_modules(model, missing) if task.has_head else []
+    inside = tuple(f"{head}." for head in heads)
+    if lost := [name for name in missing if not name.startswith(inside)]:
+        what = f"its checkpoint has no tensor of its own for `{lost[0]}`"
+        raise NeedsWholeModelError(what)
+    task.drawn = frozenset(missing)
+    fingerprint = fingerprint_of(task.recipe, model, heads)
+    for one in adapters:
+        fingerprint = verify_base(one.saved, fingerprint, task.recipe)
+    ties, count, untied = tied_groups(model), 0, []
+    for one in adapters:
+        use_names_of(model, one.saved)
+        load_adapter(model, with_current_names(one.saved, model), heads, drawn=task.drawn)
+        count = max(count, len(lora_layers(model)))
+        untied += [name for name in merge_and_untie(model, ties) if name not in untied]
+    changes = [changes_of(one, model) for one in adapters]
+    stored.group_again()
+    planner = _Planner(task, model, stored, ties, changes, heads)
+    facts = (fingerprint, ties, untied, heads, count, changes)
+    return MergePlan(model, adapters, *facts, planner.planned(), planner.dtype)
+
+
+def _complete_config(task: Task, model: PreTrainedModel) -> None:
+    """Give a model that was built from its configuration what loading it would give it besides."""
+    if model.can_generate():
+        source = source_of(task.recipe)
+        with suppress(OSError):  # there is none
+            model.generation_config = GenerationConfig.from_pretrained(
+                source["pretrained_model_name_or_path"], revision=source["revision"]
+            )
+    task.adjust_config(model)
+
+
+class _StoredParameters:
+    """Where the parameters of a model are in the files of its checkpoint."""
+
+    def __init__(self, files: Iterable[Path], model: nn.Module) -> None:
+        self.model, self.names = model, CheckpointNames(model)
+        self.tensors = {
+            file: [Stored(file, name, entry) for name, entry in read_header(file).items()]
+            for file in files
+        }
+        self.whole: dict[str, Stored] = {}
+        self.rows: dict[str, int] = {}  # of parameters that the files have in parts
+        for tensor in (t for of_file in self.tensors.values() for t in of_file):
+            place = self.names.place(tensor.name, tensor.entry.shape)
+            if place.name is not None:
+                self.whole[place.name] = tensor
+            if place.part is not None:
+                name = place.part.parameter
+                self.rows[name] = self.rows.get(name, 0) + tensor.entry.shape[0]
+        self.group_again()
+
+    def group_again(self) -> None:
+        """Find anew which names share a parameter."""
+        self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        sharers: dict[int, list[str]] = {}
+        for name, parameter in self.parameters.items():
+            sharers.setdefault(id(parameter), []).append(name)
+        self.groups = list(sharers.values())
+        self.group_of = {name: group for group in self.groups for name in group}
+
+    def is_in_parts(self, name: str) -> bool:
+        """Return whether the files have all parts of a parameter."""
+        return self.rows.get(name) == self.parameters[name].shape[:2].numel()
+
+    def missing(self, may_grow: bool) -> list[str]:
+        """Return the parameters that the files do not have, or have in another shape.
+
+        Args:
+            may_grow: Whether a matrix may have more rows in the model: those of new tokens.
+        """
+        found = []
+        for group in self.groups:
+            shape = tuple(self.parameters[group[0]].shape)
+            stored = [self.whole[name].entry.shape for name in group if name in self.whole]
+            fits = any(
+                own == shape or (may_grow and own[1:] == shape[1:] and own[0] < shape[0])
+                for own in stored
+            )
+            if not fits and not any(self.is_in_parts(name) for name in group):
+                found.append(group[0])
+        return found
+
+
+class _Planner:
+    """Finds out what is written for each tensor of a checkpoint."""
+
+    def __init__(
+        self,
+        task: Task,
+        model: PreTrainedModel,
+        stored: _StoredParameters,
+        ties: list[list[str]],
+        changes: Sequence[AdapterChanges],
+        heads: list[str],
+    ) -> None:
+        self.task, self.model, self.stored, self.changes = task, model, stored, changes
+        self.tied = {name: group for group in ties for name in group}
+        self.heads = tuple(f"{head}." for head in heads)
+        base = load_config(task.recipe)
+        # of another kind of model, as a language model that becomes a classifier, names are the
+        # model's own, and what only the base has is left out
+        self.same_kind = type(model).__name__ in (base.architectures or [])
+        floats = (t.entry.dtype for t in stored.whole.values() if t.entry.dtype in FLOATS)
+        self.stored_dtype = next(floats, "F32")
+        dtype = getattr(base, "dtype", None) or DTYPES[self.stored_dtype]
+        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.head_rows = label_rows(model, task.recipe)
+        self.changed = {
+            name
+            for one in changes
+            for names in (one.adapted, one.trained, one.of_tokens)
+            for name in names
+        }
+
+    def planned(self) -> dict[Path, list[PlannedTensor]]:
+        """Return what is written, by the file of the base."""
+        files: dict[Path, list[PlannedTensor]] = {}
+        for file, tensors in self.stored.tensors.items():
+            found = [self._planned(tensor) for tensor in tensors]
+            files[file] = [one for one in found if one is not None]
+        written = {n for tensors in files.values() for t in tensors for n in t.names}
+        last = files[list(files)[-1]]
+        for group in self.stored.groups:
+            if written.isdisjoint(group) and not any(map(self.stored.is_in_parts, group)):
+                last.append(self._added(group))
+        for found_tensors in files.values():  # so that each begins at a multiple of its size
+            found_tensors.sort(key=lambda tensor: -BITS[tensor.dtype])
+        self._check_frozen()
+        return files
+
+    def _planned(self, source: Stored) -> PlannedTensor | None:
+        entry = source.entry
+        place = self.stored.names.place(source.name, entry.shape)
+        name = place.part.parameter if place.part else place.name
+        if name is None or name not in self.stored.group_of:  # unknown, or a buffer
+            if name is None and not self.same_kind:
+                return None
+            kept = source.name if self.same_kind or name is None else name
+            return PlannedTensor(kept, entry.dtype, entry.shape, source)
+        group = self.stored.group_of[name]
+        shape = tuple(self.stored.parameters[name].shape) if place.part is None else entry.shape
+        if place.part is None and place.name is not None:
+            out = source.name if self.same_kind else place.name
+        else:
+            out = source.name
+        planned = PlannedTensor(out, entry.dtype, shape, source, group, place.part)
+        self._require_simple(planned)
+        return planned
+
+    def _require_simple(self, planned: PlannedTensor) -> None:
+        """Reject what only the loaded model can tell."""
+        source, name = planned.source, planned.names[0]
+        assert source is not None
+        changed = not self.changed.isdisjoint(planned.names)
+        in_full = any(n in one.trained for one in self.changes for n in planned.names)
+        if changed and planned.dtype not in FLOATS:
+            raise NeedsWholeModelError(f"`{name}` is stored as {planned.dtype}")
+        if in_full:
+            return
+        if self.head_rows and name.startswith(self.heads):
+            raise NeedsWholeModelError("the outputs of its head are put into another order")
+        if source.entry.shape != planned.shape:
+            rows = range(source.entry.shape[0], planned.shape[0])
+            ids = {
+                i
+                for one in self.changes
+                for n in planned.names
+                if n in one.of_tokens
+                for i in one.of_tokens[n].token_ids
+            }
+            if not ids.issuperset(rows):
+                raise NeedsWholeModelError(f"`{name}` gets rows that no file has")
+
+    def _added(self, group: list[str]) -> PlannedTensor:
+        """Return the plan for a parameter that the base's files have under no name of its own."""
+        sharers = [other for name in group for other in self.tied.get(name, [])]
+        source = next((self.stored.whole[n] for n in sharers if n in self.stored.whole), None)
+        trained = any(name in one.trained for one in self.changes for name in group)
+        assert source is not None or trained, f"{group[0]} is in no file, and loading missed it"
+        shape = tuple(self.stored.parameters[group[0]].shape)
+        if source is not None:
+            planned = PlannedTensor(group[0], source.entry.dtype, shape, source, group)
+            self._require_simple(planned)
+            return planned
+        return PlannedTensor(group[0], self.stored_dtype, shape, None, group)
+
+    def _check_frozen(self) -> None:
+        """Reject an adapter that holds weights of the base which are not this base's."""
+        for one in self.changes:
+            for name, tensor in one.frozen.items():
+                group = [name, *self.tied.get(name, [])]
+                found = next((self.stored.whole[n] for n in group if n in self.stored.whole), None)
+                if found is None:
+                    continue
+                ours = found.read()
+                coarse = min(ours.dtype, tensor.dtype, key=lambda dtype: dtype.itemsize)
+                if not torch.equal(ours.to(coarse), tensor.to(coarse)):
+                    what = f"`{name}` of the base is not the one it was trained on"
+                    hint = "is this the base model that the adapter was trained on?"
+                    raise IntegrityError(what, "--adapter", hint)

@@ -1,0 +1,302 @@
+"""Merging tensor by tensor writes what merging the whole model writes, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import adapter_folders
+import pytest
+import tiny
+import tiny_experts
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from lora_cli import machine_memory
+from lora_cli.cli.app import app
+from lora_cli.errors import IntegrityError, LoraError, NumericsError
+from lora_cli.export import merge_in_pieces
+from lora_cli.export.merge import MergeResult, merge_adapter
+from lora_cli.models.stored_tensors import Stored
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+LORA = {"rank": 4, "alpha": 6.0}
+EXPERTS = {"target_modules": ["o_proj"], "target_parameters": tiny_experts.EXPERTS}
+TEXTS = {"type": "causal_lm", "text_column": "text", "max_length": 32}
+
+
+def base_of(kind: str, folder: Path, dtype: torch.dtype | None = None) -> Path:
+    match kind:
+        case "bart" | "t5":
+            base = tiny.save_encoder_decoder(folder / "base", kind)
+        case "gpt2":
+            base = tiny.save_gpt2(folder / "base")
+        case "encoder" | "bert":
+            base = tiny.save_encoder(folder / "base", kind="bert" if kind == "bert" else "roberta")
+        case "tied" | "untied":
+            base = tiny.save_llama(folder / "base", kind == "tied")
+        case _:
+            base = tiny_experts.save(folder / "base", kind)
+    if dtype is not None:
+        AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(base)
+    return base
+
+
+def adapter_on(base: Path, folder: Path, kind: str = "", **sections: Any) -> Path:
+    if kind in tiny_experts.CONFIGS:
+        sections["task"] = TEXTS
+    if "model" in sections:
+        sections["model"] = {"name": str(base), **sections["model"]}
+    sections["adapter"] = {**LORA, **sections["adapter"]}
+    return adapter_folders.make(folder, "adapter", base, std=0.1, **sections)
+
+
+def in_pieces(base: Path | None, adapter: Path, to: Path) -> MergeResult:
+    return merge_adapter(None if base is None else str(base), adapter, to, low_memory=True)
+
+
+BFLOAT = torch.bfloat16
+CASES: dict[str, tuple[str, torch.dtype | None, dict[str, Any]]] = {
+    "linear": ("untied", BFLOAT, {"target_modules": ["q_proj", "up_proj"], "use_rslora": True}),
+    "a head and biases": ("encoder", None, {"target_modules": "all-linear", "bias": "all"}),
+    "a base without its prefix": ("bert", None, {"target_modules": "all-linear"}),
+    "Conv1D": ("gpt2", None, {"target_modules": "all-linear", "bias": "all"}),
+    "a decoder and a head": ("bart", None, {"target_modules": "all-linear", "init": "pissa"}),
+    "three places of a tie": ("t5", None, {"target_modules": "all-linear"}),
+    "biases alone": ("bert", None, {"type": "bitfit"}),
+    "DoRA": ("untied", BFLOAT, {"type": "dora", "target_modules": ["q_proj", "down_proj"]}),
+    "LoHa": ("untied", torch.float16, {"type": "loha", "target_modules": ["q_proj"]}),
+    "LoKr": ("untied", None, {"type": "lokr", "target_modules": ["q_proj", "down_proj"]}),
+    "one side of a tie": ("tied", BFLOAT, {"target_modules": ["lm_head"]}),
+    "a copy of one side": (
+        "tied", None,
+        {"target_modules": ["q_proj"], "train_modules": ["lm_head"], "ensure_weight_tying": False},
+    ),
+    "rows of tokens": ("untied", BFLOAT, {"target_modules": ["q_proj"], "train_tokens": [7, 9]}),
+    "experts in one tensor": ("gpt_oss", None, EXPERTS),
+    "experts in a tensor each": ("mixtral", BFLOAT, EXPERTS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_files_as_of_the_whole_model(tmp_path: Path, case: str) -> None:
+    kind, dtype, settings = CASES[case]
+    base = base_of(kind, tmp_path, dtype)
+    adapter = adapter_on(base, tmp_path, kind, adapter=settings)
+    whole = merge_adapter(str(base), adapter, tmp_path / "whole")
+    found = in_pieces(base, adapter, tmp_path / "pieces")
+    _require_same_files(tmp_path)
+    assert found.weights == whole.weights
+    assert (found.untied, found.merged_modules, found.dtype) == (
+        whole.untied, whole.merged_modules, whole.dtype,
+    )  # fmt: skip
+    assert found.difference is None
+    assert whole.difference is not None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens(tmp_path: Path, tied: bool) -> None:
+    base = base_of("tied" if tied else "untied", tmp_path, BFLOAT)
+    sections = {"model": {"add_tokens": ["<a>", "<b>"]}, "adapter": {"target_modules": ["q_proj"]}}
+    adapter = adapter_on(base, tmp_path, **sections)
+    merge_adapter(None, adapter, tmp_path / "whole")
+    in_pieces(None, adapter, tmp_path / "pieces")
+    _require_same_files(tmp_path)
+
+
+def _require_same_files(folder: Path) -> None:
+    wanted, found = (load_file(folder / name / WEIGHTS) for name in ("whole", "pieces"))
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        assert tensor.dtype == found[name].dtype, name
+        assert torch.equal(tensor, found[name]), name
+    for file in (folder / "whole").iterdir():
+        other = folder / "pieces" / file.name
+        assert other.is_file(), file.name
+        if file.name not in (WEIGHTS, "merge.json", "manifest.json"):
+            assert other.read_bytes() == file.read_bytes(), file.name
+    assert len(list((folder / "whole").iterdir())) == len(list((folder / "pieces").iterdir()))
+
+
+def divided(folder: Path, extra: dict[str, Tensor] | None = None) -> Path:
+    """Return a Llama in four files, with metadata of its own and a tensor that no model reads."""
+    base = base_of("untied", folder, BFLOAT)
+    tensors = {**load_file(base / WEIGHTS), **(extra or {})}
+    (base / WEIGHTS).unlink()
+    places = {}
+    for i, name in enumerate(sorted(tensors)):
+        places[name] = f"part-{i % 4}.safetensors"
+    for file in set(places.values()):
+        own = {n: t for n, t in tensors.items() if places[n] == file}
+        save_file(own, base / file, {"format": "pt", "note": file})
+    index = {"metadata": {"total_size": 1, "made_by": "a test"}, "weight_map": places}
+    (base / INDEX).write_text(json.dumps(index))
+    return base
+
+
+def test_divided_files_keep_their_tensors_and_metadata(tmp_path: Path) -> None:
+    unread = {"model.layers.9.mtp.weight": torch.arange(6.0).reshape(2, 3)}
+    base = divided(tmp_path, unread)
+    adapter = adapter_on(base, tmp_path, adapter={"target_modules": ["q_proj", "down_proj"]})
+    in_pieces(base, adapter, tmp_path / "merged")
+    own = load_file(adapter / "adapter_model.safetensors")
+    before, after = (json.loads((f / INDEX).read_text()) for f in (base, tmp_path / "merged"))
+    assert after["weight_map"] == before["weight_map"]
+    assert after["metadata"]["made_by"] == "a test"
+    total, adapted = 0, 0
+    for file in set(before["weight_map"].values()):
+        old, new = load_file(base / file), load_file(tmp_path / "merged" / file)
+        with safe_open(tmp_path / "merged" / file, "pt") as handle:
+            assert handle.metadata() == {"format": "pt", "note": file}
+        assert old.keys() == new.keys()
+        for name, tensor in old.items():
+            site = f"base_model.model.{name.removesuffix('weight')}"
+            wanted = tensor
+            if f"{site}lora_A.weight" in own:
+                a, b = own[f"{site}lora_A.weight"], own[f"{site}lora_B.weight"]
+                wanted = (tensor.float() + 6.0 / 4 * (b @ a)).bfloat16()
+                adapted += 1
+            assert torch.equal(new[name], wanted), name
+            total += wanted.numel() * wanted.element_size()
+    assert adapted == 4
+    assert after["metadata"]["total_size"] == total
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = divided(tmp_path)
+    adapter = adapter_on(base, tmp_path, adapter={"target_modules": ["q_proj", "down_proj"]})
+    real, alive, together = Stored.read, [], []
+
+    def counted(stored: Stored) -> Tensor:
+        together.append(sum(tensor() is not None for tensor in alive))
+        tensor = real(stored)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(Stored, "read", counted)
+    in_pieces(base, adapter, tmp_path / "merged")
+    # those of the adapter are merged, and compared with the written ones; no other is ever read
+    assert len(together) == 3 * 4
+    assert max(together) == 1
+
+
+def test_less_memory_than_the_model_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("tied", tmp_path, BFLOAT)
+    adapter = adapter_on(base, tmp_path, adapter={"target_modules": ["q_proj"]})
+    monkeypatch.setattr(machine_memory, "available_bytes", lambda: 2**29)
+    arguments = ["merge", "--adapter", str(adapter), "--to", str(tmp_path / "merged")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    why = "outputs: not compared, as the model in float32 would take 0.50 GiB, and 0.50 GiB are"
+    assert f"{why} available\n" in result.stdout
+    assert "adapted tensors equal W0 + s B A rounded once" in result.stdout
+    line = next(line for line in result.stdout.splitlines() if line.startswith("memory: "))
+    assert "for the largest tensor that it changes (`model.layers.0.self_attn.q_proj" in line
+    facts = json.loads((tmp_path / "merged/merge.json").read_text())
+    assert facts["proof"]["outputs"] == {"not_compared": why.partition("as ")[2] + " available"}
+    assert facts["proof"]["weights"]["adapted"] == 2
+    memory = facts["memory"]
+    entries = load_file(base / WEIGHTS)["model.layers.0.self_attn.q_proj.weight"].numel()
+    assert memory["tensor_bytes"] == 16 * entries
+    parts = ("start_bytes", "adapters_bytes", "tensor_bytes")
+    assert memory["expected_bytes"] == sum(memory[part] for part in parts)
+    assert memory["peak_bytes"] >= memory["start_bytes"] - 2**24
+    # with more memory, the outputs are compared
+    monkeypatch.setattr(machine_memory, "available_bytes", lambda: 2**40)
+    assert merge_adapter(None, adapter, tmp_path / "whole").difference is not None
+
+
+@pytest.mark.parametrize("pieces", [True, False])
+def test_a_base_that_has_to_be_loaded(
+    tmp_path: Path,
+    pieces: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A head whose labels stand in another order is put right while it is loaded."""
+    from lora_cli.adapters.peft_format.adapter_folder import WEIGHTS_FILE
+
+    base = tiny.save_encoder(tmp_path / "base", labels=["good", "bad"])
+    adapter = adapter_on(base, tmp_path, adapter={"target_modules": ["query"]})
+    file = adapter / WEIGHTS_FILE
+    kept = {n: t for n, t in load_file(file).items() if "classifier" not in n}
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"modules_to_save": None}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    save_file(kept, file, {"format": "pt"})
+    (adapter / "manifest.json").unlink()
+    monkeypatch.setattr(machine_memory, "available_bytes", lambda: 0)
+    if pieces:
+        with pytest.raises(LoraError, match="tensor by tensor: the outputs of its head are put"):
+            in_pieces(base, adapter, tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()
+    else:
+        result = merge_adapter(str(base), adapter, tmp_path / "merged")
+        assert result.difference is not None
+        assert (
+            "it is loaded as a whole all the same, since the outputs of" in capsys.readouterr().err
+        )
+
+
+def test_a_base_of_another_adapter(tmp_path: Path) -> None:
+    base = base_of("untied", tmp_path)
+    adapter = adapter_on(base, tmp_path, adapter={"target_modules": ["q_proj"]})
+    tensors = load_file(base / WEIGHTS)
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, base / WEIGHTS, {"format": "pt"})
+    with pytest.raises(IntegrityError, match="is not the base that"):
+        in_pieces(base, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_weight_too_large_for_fp16(tmp_path: Path) -> None:
+    base = base_of("untied", tmp_path, torch.float16)
+    adapter = adapter_folders.make(
+        tmp_path, "adapter", base, std=300.0, adapter={**LORA, "target_modules": ["down_proj"]}
+    )
+    with pytest.raises(NumericsError, match=r"down_proj\.weight` has entries that float16"):
+        in_pieces(base, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_wrong_bit_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("untied", tmp_path, BFLOAT)
+    adapter = adapter_on(base, tmp_path, adapter={"target_modules": ["q_proj"]})
+    real = merge_in_pieces._merged
+
+    def wrong(*arguments: Any) -> Tensor:
+        tensor = real(*arguments)
+        tensor[0, 0] *= 1 + 2**-6
+        return tensor
+
+    monkeypatch.setattr(merge_in_pieces, "_merged", wrong)
+    with pytest.raises(IntegrityError, match="in 2 tensors: the largest difference is"):
+        in_pieces(base, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_weights_of_the_base_that_peft_wrote_besides(tmp_path: Path) -> None:
+    """PEFT writes the weight of an adapted embedding; another base's is rejected."""
+    base = base_of("untied", tmp_path)
+    adapter = adapter_on(base, tmp_path, adapter={"target_modules": ["embed_tokens"]})
+    for name in ("manifest.json", "base.json"):
+        (adapter / name).unlink()
+    file = adapter / "adapter_model.safetensors"
+    name, tensors = "model.embed_tokens", load_file(file)
+    tensors[f"base_model.model.{name}.base_layer.weight"] = load_file(base / WEIGHTS)[
+        f"{name}.weight"
+    ].bfloat16()
+    save_file(tensors, file, {"format": "pt"})
+    assert in_pieces(base, adapter, tmp_path / "merged").weights.adapted == 1
+    shutil.rmtree(tmp_path / "merged")
+    tensors[f"base_model.model.{name}.base_layer.weight"] += 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(IntegrityError, match="of the base is not the one it was trained on"):
+        in_pieces(base, adapter, tmp_path / "merged")
