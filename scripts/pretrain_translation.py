@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -158,11 +157,8 @@ def train(
     """Train the model, and print its losses every now and then."""
     random = np.random.default_rng(args.seed)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01, eps=1e-9,
-        fused=device == "cuda",
-    )  # fmt: skip
-    # one compilation for all lengths; else a step's time is that of launching thousands of kernels
-    compiled: Any = torch.compile(model, dynamic=True) if device == "cuda" else model
+        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01, eps=1e-9
+    )
     warmup = max(1, int(WARMUP * args.steps))
 
     def rate(step: int) -> float:
@@ -174,7 +170,7 @@ def train(
     every = max(1, args.steps // 20)
     model.train()
     for step, batch in enumerate(batches(pairs, french, args.tokens, random), 1):
-        loss = loss_of(compiled, batch, device, SMOOTHING)
+        loss = loss_of(model, batch, device, SMOOTHING)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

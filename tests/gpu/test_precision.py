@@ -238,6 +238,8 @@ def test_a_step_on_a_gpu_does_not_wait_for_it(tmp_path: Path) -> None:
         def forward(self, model: Any, batch: Any) -> Any:
             return model(batch.inputs["x"])
 
+        output = forward  # nothing is frozen
+
         def losses(self, model: Any, output: Any, batch: Any) -> Any:
             return {"loss": output.sum(-1)}
 
