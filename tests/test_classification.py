@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -305,6 +306,23 @@ def test_the_full_length_of_a_pair_counts_what_stands_around_it(
         assert example["full_length"] == full > 16
         wanted = task.tokenizer(row["text"], row["more"], truncation=True, max_length=16)
         assert example["input_ids"] == wanted["input_ids"]
+
+
+@pytest.mark.parametrize("types", [1, 2])
+def test_a_model_with_one_kind_of_segments_gets_none(
+    types: int, task_of: Any, tmp_path: Path
+) -> None:
+    base = tiny.save_encoder(tmp_path / "bert", None, "bert")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "type_vocab_size": types}))
+    tokenizer = tiny.tokenizer()
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.save_pretrained(base)
+    task = task_of(["a", "b"], base, text_pair_column="more")
+    assert ("token_type_ids" in task.features()) == (types > 1)
+    ((example,),) = task.encode([{"text": "a film", "more": "b", "label": "a"}])
+    assert ("token_type_ids" in example) == (types > 1)
+    assert ("token_type_ids" in task.collate([{**example, "row": 0}]).inputs) == (types > 1)
 
 
 def test_the_trial_is_a_short_text_and_one_as_long_as_asked(task_of: Any) -> None:

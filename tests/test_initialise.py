@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.adapters.attach import attach, lora_layers, merge, trainable_parameters
 from lora_cli.adapters.initialise import loftq, olora, orthogonal, pissa
 from lora_cli.adapters.load_adapter import load_adapter
-from lora_cli.adapters.lora import LoRALayer
+from lora_cli.adapters.lora import LoRALayer, LoRALinear
 from lora_cli.adapters.peft_format.adapter_folder import read_adapter, save_adapter
 from lora_cli.adapters.residual_lora import ResidualLoRALinear
 from lora_cli.errors import IntegrityError, LoraError
@@ -288,6 +288,26 @@ def rejected(base: nn.Module, **adapter: Any) -> str:
         attach(base, tiny.recipe_of("causal_lm", **adapter))
     assert {name: type(module) for name, module in base.named_modules()} == before
     return str(caught.value)
+
+
+def test_a_start_at_the_weights_is_saved_as_plain_lora_of_twice_the_rank() -> None:
+    base = nn.Linear(6, 5)
+    layer, plain = ResidualLoRALinear(base, 2, 8.0), LoRALinear(base, 4, 16.0)
+    a, b = torch.randn(4, 6), torch.randn(5, 4)
+    for each in (layer, plain):
+        each.from_peft("lora_A", a)
+        each.from_peft("lora_B", b)
+    assert (layer.scaling, layer.saved_rank, layer.saved_alpha) == (4.0, 4, 16.0)
+    assert torch.equal(layer.to_peft("lora_A"), a)
+    assert torch.equal(layer.to_peft("lora_B"), b)
+    assert torch.equal(layer.lora_B, b[:, :2])
+    assert torch.equal(layer.initial_B, -b[:, 2:])
+    x = torch.randn(3, 6)
+    assert_close(layer(x).detach(), plain(x).detach(), 1e-5)
+    assert_close(layer.delta_weight(), plain.delta_weight(), 1e-5)
+    assert not any("initial" in name for name in layer.state_dict())
+    layer.start_at(a[:2], b[:, :2])
+    assert_close(layer(x).detach(), base(x).detach(), 1e-5)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora", "eva"])

@@ -613,3 +613,47 @@ def test_fifty_steps_of_a_dilated_reflecting_convolution_follow_torch_itself() -
             assert abs(losses[0].item() - losses[1].item()) < 1e-6
             first = first or losses[0].item()
         assert losses[0].item() < first - 0.05
+
+
+@pytest.mark.parametrize("base", [nn.Linear(4, 3), nn.Embedding(5, 4), nn.Conv1d(4, 4, 3)], ids=str)
+def test_alone_rank_and_alpha_make_a_layer_of_plain_lora(base: nn.Module) -> None:
+    kind = layer_for(base, LORA_LAYERS)
+    assert kind is not None
+    layer = kind(base, 4, 8.0)
+    assert (layer.scaling, layer.dropout.p) == (2.0, 0.0)
+    assert kind(base, 4, 8.0, 0.0, True).scaling == 4.0  # rsLoRA: by the root of the rank
+    assert kind(base, 4, 8.0, 0.5).dropout.p == (0.0 if isinstance(base, nn.Embedding) else 0.5)
+
+
+def test_the_rank_is_that_of_a_and_a_number_has_none() -> None:
+    assert LoRALinear.rank_of({"lora_A": torch.zeros(3, 5)}) == 3
+    assert LoRALinear.rank_of({"lora_A": torch.zeros(())}) == 0
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_of_a_grouped_convolution_peft_stores_an_a_over_all_channels(groups: int) -> None:
+    base = nn.Conv2d(2 * groups, 5 * groups, 3, groups=groups)
+    layer, rank = LoRAConv(base, 2 * groups, 6.0), 2 * groups
+    narrow, b = torch.randn(rank, 2, 3, 3), torch.randn(5 * groups, 2, 1, 1)
+    wide = torch.zeros(rank, 2 * groups, 3, 3)
+    for row in range(rank):  # two rows a group, and two channels
+        wide[row, 2 * (row // 2) : 2 * (row // 2) + 2] = narrow[row]
+    layer.from_peft("lora_A", wide)
+    layer.from_peft("lora_B", b)
+    assert torch.equal(layer.lora_A, narrow)
+    assert torch.equal(layer.lora_B, b)
+    assert torch.equal(layer.to_peft("lora_A"), wide)
+    assert torch.equal(layer.to_peft("lora_B"), b)
+    x = torch.randn(2, 2 * groups, 7, 7)
+    with torch.no_grad():
+        update = F.conv2d(F.conv2d(x, wide), b, groups=groups) * 6.0 / rank
+        assert_close(layer(x), base(x) + update)
+        if groups == 1:
+            return
+        wide += 0.1  # PEFT has trained the other channels too: they are kept
+        layer.from_peft("lora_A", wide)
+        assert torch.equal(layer.to_peft("lora_A"), wide)
+        update = F.conv2d(F.conv2d(x, wide), b, groups=groups) * 6.0 / rank
+        assert_close(layer(x), base(x) + update)
+        with pytest.raises(LoraError, match="spans all channels"):
+            layer.delta_weight()

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
 
 import adapter_folders
+import peft
 import pytest
 import tiny
 import tiny_experts
+import tiny_translators as translators
 import torch
+from closeness import assert_close
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from typer.testing import CliRunner
 
 from lora_cli.adapters.attach import attach, merge
@@ -146,6 +155,35 @@ def test_rows_of_tokens(tmp_path: Path, tied: bool, new: bool) -> None:
     assert proof.of_tokens == (1 if tied else 2)
     assert proof.of_tokens + proof.adapted + proof.identical == len(after)
     assert "the adapter's rows of tokens" in proof.in_words
+
+
+@pytest.mark.parametrize("kind", ["bart", "marian", "t5", "nllb"])
+def test_new_tokens_of_an_encoder_decoder(tmp_path: Path, kind: str) -> None:
+    base = translators.save(tmp_path / "base", kind)
+    columns = {"source_column": "text", "target_column": "label"}
+    made = adapter_folders.make(
+        tmp_path, "adapter", base,
+        task={"type": "seq2seq_lm", **columns, **translators.languages(kind)},
+        adapter={**LORA, "target_modules": ["q_proj" if kind != "t5" else "q"]},
+        model={"name": str(base), "add_tokens": ["<a>", "<b>"]},
+    )  # fmt: skip
+    proof = merge_adapter(None, made, tmp_path / "merged").weights
+    assert proof.of_tokens
+    assert not proof.unknown
+    if kind == "marian":  # once transformers has resized it, PEFT finds one of its embeddings alone
+        return
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(base)
+    theirs.resize_token_embeddings(len(tokenizer))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(theirs, str(made)).eval()
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").eval()
+    ids = tokenizer("a <a> film <b>", return_tensors="pt")["input_ids"]
+    assert tokenizer.convert_tokens_to_ids("<b>") in ids
+    options = {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+    with torch.no_grad():
+        assert_close(model(**options).logits, theirs(**options).logits, 1e-5)
 
 
 @pytest.mark.parametrize("kind", tiny_experts.CONFIGS)

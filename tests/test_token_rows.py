@@ -11,10 +11,11 @@ from typing import Any
 import peft
 import pytest
 import tiny
+import tiny_translators as translators
 import torch
 from closeness import assert_close, assert_different
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from lora_cli.adapters.attach import (
     attach,
@@ -32,6 +33,7 @@ from lora_cli.adapters.peft_format.adapter_folder import (
     restore,
     save_adapter,
 )
+from lora_cli.adapters.token_rows import embedding_names, sharing
 from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
@@ -204,6 +206,41 @@ def test_gradients_and_twenty_steps_are_those_of_peft(kind: str, tmp_path: Path)
     assert mine == pytest.approx(losses(theirs), rel=1e-6)
 
 
+class Odd(nn.Module):
+    """A model with an embedding, and with what its methods call the output layer."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 5)
+        self.get_input_embeddings = lambda: self.embedding
+        self.get_output_embeddings = output
+
+
+def test_only_modules_of_the_model_with_weights_have_rows_of_tokens() -> None:
+    def none() -> Any:
+        raise NotImplementedError
+
+    elsewhere = nn.Linear(3, 5)
+    assert embedding_names(Odd(lambda: elsewhere)) == ["embedding"]
+    assert embedding_names(Odd(lambda: None)) == ["embedding"]
+    assert embedding_names(Odd(none)) == ["embedding"]
+    model = Odd(lambda: model.head)
+    assert embedding_names(model) == ["embedding", "head"]
+    model.head.weight = model.embedding.weight
+    assert embedding_names(model) == ["embedding"]
+    assert sharing(model, "embedding") == ["embedding", "head"]
+    model.head = nn.Identity()
+    assert embedding_names(model) == ["embedding"]
+    assert embedding_names(nn.Linear(2, 2)) == []
+
+
+def test_what_is_merged_is_not_trained() -> None:
+    base = tiny.llama()
+    model = adapted(base, "tied")
+    merge(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 # ------------------------------------------------------------------------------------- new tokens
 
 
@@ -235,6 +272,31 @@ def test_new_tokens_get_the_mean_and_nothing_else_changes(tied: bool, tmp_path: 
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
     empty = task.empty_model()[0]
     assert empty.get_input_embeddings().weight.shape[0] == size + 2
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5", "nllb"])
+def test_an_encoder_decoder_gets_new_tokens(kind: str, tmp_path: Path) -> None:
+    base = translators.save(tmp_path / "base", kind)
+    columns = {"source_column": "text", "target_column": "label"}
+    task = {"type": "seq2seq_lm", **columns, **translators.languages(kind)}
+    model = {"name": str(base), "add_tokens": ["<a>", "<b>"]}
+    opened_task, ours = opened(tmp_path, base, task=task, model=model)
+    ids = opened_task.learned.token_ids
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    plain = AutoModelForSeq2SeqLM.from_pretrained(base)
+    tokenizer.add_tokens(["<a>", "<b>"])
+    assert ids == tokenizer.convert_tokens_to_ids(["<a>", "<b>"])
+    before = plain.get_input_embeddings().weight.detach().clone()
+    plain.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    mean = before[: min(ids)].mean(0)
+    with torch.no_grad():
+        for module in (plain.get_input_embeddings(), plain.get_output_embeddings()):
+            module.weight[ids] = mean
+    source = torch.tensor([[5, ids[0], 9, ids[1], 2]])
+    with torch.no_grad():
+        options = {"input_ids": source, "decoder_input_ids": source.flip(1)}
+        found, wanted = ours.eval()(**options).logits, plain.eval()(**options).logits
+    assert_close(found, wanted, 1e-5)
 
 
 @pytest.mark.parametrize(

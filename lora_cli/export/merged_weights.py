@@ -287,6 +287,8 @@ class _Sources:
         part: ExpertPart | None,
     ) -> float:
         """Return the largest difference of a tensor from the base's with what was trained of it."""
+        if w0.shape[:1] == written.shape[:1] == (1,) and w0.numel() < written.numel():
+            w0, written = w0[0], written[0]  # BART's bias of the vocabulary is (1, vocabulary)
         if w0.shape[1:] != written.shape[1:] or w0.ndim != written.ndim:
             return math.inf
         count = len(w0) if w0.ndim else 0

@@ -128,7 +128,8 @@ class Recipe(Section):
             "adapter.train_tokens": self.adapter.train_tokens,
         }
         for key, tokens in named.items():
-            if tokens and "max_length" not in type(self.task).model_fields:  # it reads no tokens
+            reads_tokens = set(self.task.length_keys) & type(self.task).model_fields.keys()
+            if tokens and not reads_tokens:
                 name = key.rpartition(".")[2]
                 what = f"`{name}` has no meaning with `task.type: {self.task.type}`"
                 yield key, what, "leave it out"
