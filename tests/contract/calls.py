@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
-import yaml
 from kinds import Json, Site, TaskKind
 from torch import Tensor, nn
 
@@ -78,7 +78,7 @@ def write_kind(
         "checkpoint": {"every_steps": 1},
     }
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    path.write_text(tiny.yaml_of(values), encoding="utf-8")
     return path
 
 

@@ -22,7 +22,6 @@ import tiny
 import tiny_pictures
 import tiny_speech
 import torch
-import yaml
 from accelerate.state import AcceleratorState
 from runs import lines, without_times
 from safetensors.torch import load_file
@@ -625,7 +624,7 @@ def write(world: World, kind: str, without: Collection[str] = ()) -> None:
     for key in without:
         section, _, name = key.partition(".")
         recipe.get(section, {}).pop(name, None)
-    world.write("recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    world.write("recipe.yaml", tiny.yaml_of(recipe))
     for i in range(40):
         if kind == "pictures":
             world.write(f"shots/{i}.png", tiny_pictures.encoded(tiny_pictures.picture(i)))
