@@ -29,6 +29,7 @@ MOST_GRAPHS = 32
 ROOM = 8.0  # a graph keeps its activations: so many times as much has to be free. Where they are
 # large, so are the kernels, and there is nothing to gain
 EQUAL = 1e-3  # of the largest gradient: what a replay may differ by, where sums have no fixed order
+AS_IT_IS = "`--set train.kernels=auto` computes such steps as they are"
 Shape = tuple[Any, ...]
 
 
@@ -109,7 +110,8 @@ class GraphEngine(Engine):
             if (graph := self.graphs.get(shape)) is not None:
                 return graph.replay(batch, weights)
             if self.required and self.why_not:
-                raise self._error(f"a step cannot be recorded: {self.why_not}")
+                what = f"a step cannot be recorded: {self.why_not}"
+                raise LoraError(what, self.task.recipe.at("train.kernels"), AS_IT_IS)
         with self._layers_in_use():
             return super().add_gradients(batch, weights)
 
@@ -126,15 +128,11 @@ class GraphEngine(Engine):
             self.layers, self.why_not_compiled = None, own_words(error)
             if self.required:
                 what = f"the model's layers cannot be compiled: {self.why_not_compiled}"
-                raise self._error(what) from error
+                raise LoraError(what, self.task.recipe.at("train.kernels"), AS_IT_IS) from error
         for parameter in self.parameters.values():
             parameter.grad = None
         torch.cuda.set_rng_state(random, device)
         return super().add_gradients(batch, weights)
-
-    def _error(self, what: str) -> LoraError:
-        hint = "`--set train.kernels=auto` computes such steps as they are"
-        return LoraError(what, self.task.recipe.at("train.kernels"), hint)
 
     def _may_record(self, shape: Shape) -> bool:
         again = self.seen[shape] > SEEN and self.gradients is not None
