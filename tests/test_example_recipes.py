@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_embedders
 import tiny_pictures
 import tiny_speech
 import tiny_translators
@@ -150,6 +151,11 @@ def stand_ins(name: str, folder: Path) -> tuple[Path, Path]:
             return tiny_translators.save(base, "marian"), paired_files(data)
         case "whisper_digits":
             return tiny_speech.save(base), spoken_digits(data)
+        case "banking77_minilm":
+            for n, split in enumerate(("train", "test")):
+                rows = [f'"{tiny.CORPUS[i % 8]} {i + 100 * n}",kind {i % 2}' for i in range(40)]
+                (data / f"{split}.csv").write_text("\n".join(["text,category", *rows]))
+            return tiny_embedders.save(base), data
         case "gpt2_wikitext":
             config = "wikitext-2-raw-v1"
             return tiny.save_gpt2(base), hub_folder(data, config, all_splits, paragraph)
@@ -170,6 +176,8 @@ def test_an_example_recipe_trains(name: str, tmp_path: Path) -> None:
     elif name == "multi30k_en_fr":
         files = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
         changes += [f"data.{split}={data}/{file}.{{en,fr}}.gz" for split, file in files.items()]
+    elif name == "banking77_minilm":
+        changes += [f"data.{split}={data}/{split}.csv" for split in ("train", "test")]
     else:
         changes.append(f"data.name={data}")
     changes += ["train.epochs=null", "train.max_steps=1", "train.micro_batch_size=4"]

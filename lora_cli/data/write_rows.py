@@ -1,4 +1,7 @@
-"""Write rows as csv, tsv, json lines or parquet: row after row, and whole or not at all."""
+"""Write rows as csv, tsv, json lines or parquet: row after row, and whole or not at all.
+
+A column of lists of numbers can be written alone, as an array of numpy (`.npy`).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ from lora_cli.data.parquet_rows import parquet_batches
 from lora_cli.errors import LoraError, ResourceError
 from lora_cli.files import delete_of_dead
 
-WRITABLE = {".csv": ",", ".tsv": "\t", ".json": "", ".jsonl": "", ".ndjson": "", ".parquet": ""}
+WRITABLE = {".csv": ",", ".tsv": "\t", ".json": "", ".jsonl": "", ".ndjson": "", ".parquet": "",
+            ".npy": ""}  # fmt: skip
 Write = Callable[[Sequence[dict[str, Any]]], None]
 
 
@@ -37,6 +41,7 @@ class OutputForm:
         schema: Columns of a parquet file with their types, a `pyarrow.Schema`.
         copied: A parquet file whose columns, exactly as they are, come before the new ones.
         header: Whether the first line of a csv file names its columns.
+        array: The column that is written alone, as an array of float32.
     """
 
     columns: list[str]
@@ -47,6 +52,7 @@ class OutputForm:
     schema: Any = None
     copied: Path | None = None
     header: bool = True
+    array: str | None = None
 
 
 def suffix_of(path: Path) -> str:
@@ -61,7 +67,8 @@ def reject_target(source: Path, target: Path, overwrite: bool) -> None:
         LoraError: If it cannot be written, is the input, or exists and is not to be replaced.
     """
     suffix = suffix_of(target)
-    if suffix not in WRITABLE or (suffix == ".parquet" and target.suffix == ".gz"):
+    is_binary = suffix in (".parquet", ".npy")
+    if suffix not in WRITABLE or (is_binary and target.suffix == ".gz"):
         hint = "use .csv, .tsv, .jsonl (also with .gz) or .parquet"
         raise LoraError(f"cannot write {target.name}", "--output", hint)
     if not target.parent.is_dir():
@@ -96,7 +103,10 @@ def writing(target: Path, form: OutputForm, overwrite: bool = True) -> Iterator[
     delete_of_dead(target)
     before = _exit_on_signals()
     try:
-        if form.schema is not None:
+        if form.array is not None:
+            with _array(temporary, form.array) as write:
+                yield write
+        elif form.schema is not None:
             with _parquet(temporary, form) as write:
                 yield write
         else:
@@ -179,6 +189,40 @@ def _parquet(path: Path, form: OutputForm) -> Iterator[Write]:
 
     with pq.ParquetWriter(path, form.schema) as writer:
         yield write
+
+
+@contextmanager
+def _array(path: Path, column: str) -> Iterator[Write]:
+    """Write a column of lists of numbers as rows of an array; a row without one is NaN."""
+    import numpy as np
+
+    rows = width = 0
+
+    def header() -> bytes:
+        """Return numpy's header, always as long, so that it can be written before and after."""
+        shape = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {width}), }}"
+        return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + f"{shape:<117}\n".encode()
+
+    with path.open("wb") as file:
+        file.write(header())
+
+        def write(some: Sequence[dict[str, Any]]) -> None:
+            nonlocal rows, width
+            vectors = [row[column] for row in some]
+            found = next((len(vector) for vector in vectors if vector is not None), width)
+            if found > width:  # of rows before, none had numbers
+                file.write(np.full((rows, found), np.nan, "<f4").tobytes())
+                width = found
+            block = np.full((len(vectors), width), np.nan, "<f4")
+            for line, vector in zip(block, vectors, strict=True):
+                if vector is not None:
+                    line[:] = vector
+            file.write(block.tobytes())
+            rows += len(vectors)
+
+        yield write
+        file.seek(0)
+        file.write(header())
 
 
 def _json(file: IO[str]) -> Write:

@@ -31,6 +31,7 @@ from lora_cli.metrics import (
     result_names,
 )
 from lora_cli.metrics.entity_scores import entity_sums
+from lora_cli.metrics.retrieval_scores import row_score
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.preprocessing.frozen_outputs import with_frozen_outputs
 from lora_cli.recipe import RECIPE_FILE, AdapterSpec, Recipe, load_adapter_recipe
@@ -281,6 +282,11 @@ def row_sums(metric: str, predictions: list[Prediction]) -> Floats | None:
         per_example = [p.metric_inputs["nll"] for p in predictions]
     elif metric in result_names("seqeval") and "tags" in predictions[0].metric_inputs:
         per_example = [entity_sums(metric, *p.metric_inputs["tags"]) for p in predictions]
+    elif metric in result_names("retrieval"):  # a mean over the rows that have something to find
+        found = (p.metric_inputs.get("ranks") for p in predictions)
+        per_example = [
+            (0.0, 0.0) if one is None else (row_score(metric, *one), 1.0) for one in found
+        ]
     elif metric in _SCORES:
         channel = reads(metric) or ""
         score = _SCORES[metric]

@@ -239,7 +239,8 @@ def _with_last(windows: Iterator[list[Indices]]) -> Iterator[tuple[list[Indices]
 class _Joined:
     """Joins the examples of a row to one prediction, where the task's rows have one answer.
 
-    The examples of a row stand side by side; the last row of a window may go on in the next.
+    The examples of a row stand side by side; the last row of a window may go on in the next. Where
+    the rows of a split are compared with each other, all wait for the last.
     """
 
     def __init__(self, task: Task, split: Encoded) -> None:
@@ -248,6 +249,9 @@ class _Joined:
 
     def add(self, parts: list[Prediction], is_last: bool) -> list[Prediction]:
         """Return the predictions of the rows that are complete, given the next examples."""
+        if self.task.compares_rows:
+            self.waiting += parts
+            return self.task.compared(self.waiting, self.split) if is_last else []
         if not self.task.joins_examples:
             return parts
         parts = self.waiting + parts

@@ -60,7 +60,8 @@ def answer_file(
         model: The adapted model.
         task: What the columns mean.
         source: A csv, tsv, json lines, parquet or text file, or a folder of pictures.
-        target: A csv, tsv, json lines or parquet file, written whole or not at all.
+        target: A csv, tsv, json lines or parquet file, written whole or not at all; of embeddings
+            also an array of numpy.
         accelerator: Precision and device.
         overwrite: Replace the target, if it exists.
         report_progress: Is given the number of rows that are written, every now and then.
@@ -122,12 +123,28 @@ def _opened(
     if not (recipe.task.media_columns and FILE_NAME in columns):
         require_columns(wanted, columns, str(source))
     added = _free_names(list(task.answer_columns()), columns)
+    if suffix_of(target) == ".npy":
+        return read_rows(source, form), OutputForm(added, array=_array_column(added, task)), added
     output = _output_form(source, target, head, form, [*columns, *added], task)
     return read_rows(source, form), output, added
 
 
+def _array_column(added: list[str], task: Task) -> str:
+    """Return the column that an array of numpy has room for.
+
+    Raises:
+        LoraError: If the answers are no lists of numbers.
+    """
+    if list(task.answer_columns().values()) != ["list<float>"]:
+        what = "an array of numbers has no room for answers in words"
+        raise LoraError(what, "--output", "use .csv, .tsv, .jsonl or .parquet")
+    return added[0]
+
+
 def _form_of_table(target: Path, columns: list[str], added: list[str], task: Task) -> OutputForm:
     """Return how rows of texts are written that come from no table."""
+    if suffix_of(target) == ".npy":
+        return OutputForm(added, array=_array_column(added, task))
     if suffix_of(target) != ".parquet":
         return OutputForm([*columns, *added], WRITABLE[suffix_of(target)])
     return OutputForm([*columns, *added], schema=_with_answers(None, columns, added, task))
@@ -199,7 +216,8 @@ def _with_answers(schema: Any, columns: list[str], added: list[str], task: Task)
     """Return a schema, or that of columns of text, with the columns of the answers."""
     import pyarrow as pa
 
-    by_name = {"string": pa.string(), "double": pa.float64(), "list<string>": pa.list_(pa.string())}
+    by_name = {"string": pa.string(), "double": pa.float64(), "list<string>": pa.list_(pa.string()),
+               "list<float>": pa.list_(pa.float32())}  # fmt: skip
     if schema is None:
         schema = pa.schema([(name, pa.string()) for name in columns])
     for name, kind in zip(added, task.answer_columns().values(), strict=True):

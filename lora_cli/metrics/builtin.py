@@ -21,15 +21,17 @@ import numpy as np
 
 from lora_cli.errors import LoraError, Problem, name_neighbours
 from lora_cli.metrics.entity_scores import entity_scores
+from lora_cli.metrics.retrieval_scores import RETRIEVAL, retrieval_scores
 from lora_cli.metrics.word_tokenizers import bleu_words, canonical, rouge_words
 
-Channel = Literal["label", "value", "text", "nll", "tags"]
+Channel = Literal["label", "value", "text", "nll", "tags", "ranks"]
 """What a metric reads of each evaluated row, as prediction and reference.
 
 `label`: class indices, or 0/1 lists of length `n_labels` where a row may have several; `value`:
 floats; `text`: strings, of which a row may have several as references, in a list; `nll`: the row's
 sum of negative log-likelihoods in nats, and its number of trained tokens; `tags`: lists of tags,
-one for each word.
+one for each word; `ranks`: the ranks of right answers among the first ten that a search finds, and
+how many right answers there are.
 """
 Rows = list[Any]
 Mode = Literal["min", "max"]
@@ -41,10 +43,11 @@ _FEEDS: dict[Channel, tuple[Channel, ...]] = {
     "text": ("text", "nll"),
     "nll": ("nll", "text"),
     "tags": ("tags",),
+    "ranks": ("ranks",),
 }
 _NOUNS = {
     "label": "labels", "value": "numbers", "text": "texts", "nll": "log-likelihoods",
-    "tags": "tags of words",
+    "tags": "tags of words", "ranks": "ranks of a search",
 }  # fmt: skip
 
 
@@ -169,6 +172,10 @@ def _entity_scores(p: Rows, r: Rows, context: MetricContext) -> dict[str, float]
     return entity_scores(p, r)
 
 
+def _retrieval(p: Rows, r: Rows, context: MetricContext) -> dict[str, float]:
+    return retrieval_scores(p, r)
+
+
 def references_of(wanted: str | list[str]) -> list[str]:
     """Return the right answers to a row, of which there may be several."""
     return [wanted] if isinstance(wanted, str) else wanted
@@ -285,6 +292,7 @@ SPECS: dict[str, MetricSpec] = {
         "tags", _entity_scores, results=("f1", "precision", "recall"), package="seqeval",
         extra="ner",
     ),
+    "retrieval": MetricSpec("ranks", _retrieval, results=RETRIEVAL),
 }  # fmt: skip
 
 # ------------------------------------------------------------------- names, without `evaluate`

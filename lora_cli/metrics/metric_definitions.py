@@ -11,6 +11,7 @@ from pathlib import Path
 from lora_cli.errors import printable
 from lora_cli.metrics.builtin import SPECS, MetricContext, is_script, result_names
 from lora_cli.metrics.entity_scores import DEFINITIONS
+from lora_cli.metrics.retrieval_scores import DEFINITIONS as OF_SEARCH
 from lora_cli.metrics.word_tokenizers import BLEU_WORDS, ROUGE_WORDS
 
 AVERAGES = {
@@ -97,6 +98,8 @@ def _line(metric: str, name: str, context: MetricContext) -> str:
             )
         case "seqeval":
             return DEFINITIONS[name]
+        case "retrieval":
+            return OF_SEARCH[name]
         case "rouge":
             words = ROUGE_WORDS if name == "rouge1" else "words as for rouge1"
             best = ", with the reference that is most alike" if context.several_references else ""

@@ -169,12 +169,12 @@ def _builtin_class() -> Any:
         def _info(self) -> Any:
             kinds = {
                 "label": "int64", "value": "float64", "text": "string", "nll": "float64",
-                "tags": "string",
+                "tags": "string", "ranks": "int64",
             }  # fmt: skip
             p = datasets.Value(kinds[self.spec.channel])
-            if self.spec.channel == "tags":
+            if self.spec.channel in ("tags", "ranks"):
                 p = datasets.List(p)
-            r = datasets.Value("int64") if self.spec.channel == "nll" else p
+            r = datasets.Value("int64") if self.spec.channel in ("nll", "ranks") else p
             if self.spec.channel == "text":
                 r = datasets.List(p)
             if self.spec.channel == "label" and self.context.multi_label:
@@ -219,7 +219,7 @@ def _plain(
     channel: Channel, predictions: Sequence[Any], references: Sequence[Any]
 ) -> tuple[Rows, Rows]:
     """Return rows as lists of what Arrow stores without guessing."""
-    if channel in ("text", "tags"):
+    if channel in ("text", "tags", "ranks"):
         return list(predictions), list(references)
     p, r = np.asarray(predictions), np.asarray(references)
     assert channel != "label" or (p.dtype.kind in "biu" and r.dtype.kind in "biu"), (p, r)

@@ -64,6 +64,21 @@ class Bundle(nn.Module):
         return (part for name, part in self.parts.items() if name not in self.frozen)
 
 
+UNUSED = "modules_without_use"
+
+
+def leave_frozen(model: nn.Module, names: Collection[str]) -> nn.Module:
+    """Let modules of a model that no output of the task comes from stay as they are.
+
+    Args:
+        model: The model, which is returned.
+        names: Names of its children; it need not have them.
+    """
+    setattr(model, UNUSED, tuple(names))
+    return model
+
+
 def is_frozen(model: nn.Module, name: str) -> bool:
     """Return whether a module or a parameter belongs to a part that is used as it is."""
-    return isinstance(model, Bundle) and name.partition(".")[0] in model.frozen
+    frozen = model.frozen if isinstance(model, Bundle) else getattr(model, UNUSED, ())
+    return name.partition(".")[0] in frozen

@@ -131,6 +131,8 @@ def _why_not(task: Task, model: nn.Module) -> str:
         return "its layers hand on more than hidden states"
     if task.same_in_any_batch:
         return "texts share rows"
+    if task.several_inputs:
+        return "an example has several texts"
     own = set(task.frozen_parts(model).values())
     if any(module in own for module in model.modules()):
         return "the task keeps what its frozen parts compute"

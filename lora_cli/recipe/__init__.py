@@ -32,6 +32,7 @@ from lora_cli.recipe.spec import (
     SpeechRecognitionSpec,
     SplitSpec,
     TaskSpec,
+    TextEmbeddingSpec,
     TokenClassificationSpec,
     TrainSpec,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "ModelSpec",
     "TaskSpec",
     "SequenceClassificationSpec",
+    "TextEmbeddingSpec",
     "TokenClassificationSpec",
     "CausalLMSpec",
     "ImageClassificationSpec",

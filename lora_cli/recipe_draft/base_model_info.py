@@ -38,6 +38,7 @@ class Base:
         is_encoder_decoder: It reads one text and writes another.
         hears: It writes down what is said in recordings.
         hears_languages: It hears several languages, and has to be told which is spoken.
+        embeds: It has the files of sentence-transformers.
         model_type: What transformers calls its architecture, or diffusers its pipeline, if that is
             known.
     """
@@ -54,6 +55,7 @@ class Base:
     is_encoder_decoder: bool = False
     hears: bool = False
     hears_languages: bool = False
+    embeds: bool = False
 
     @property
     def language_codes(self) -> Sequence[str]:
@@ -139,6 +141,7 @@ def describe_base(name: str) -> Base:
         sees=False,
         model_type=kind,
         is_encoder_decoder=both,
+        embeds=_has_modules(source),
     )
 
 
@@ -155,6 +158,16 @@ def _hearing(name: str, config: Any) -> Base:
         hears=True,
         hears_languages=knows_languages(_recipe_of(name), int(config.vocab_size)),
     )
+
+
+def _has_modules(source: str) -> bool:
+    """Return whether sentence-transformers' own file lies beside a model that is at hand."""
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(
+        source, "modules.json", local_files_only=True, _raise_exceptions_for_missing_entries=False
+    )
+    return found is not None
 
 
 def _tokenizer_of(source: str, local: bool) -> Any:

@@ -43,7 +43,7 @@ def add_training(
     else:
         adapter = {"rank": 8, "alpha": 16, "dropout": 0.1}
         why = "better than query and value alone where it was measured"
-        rate, batch, accumulation = (1e-3 if small else 5e-4), 16, 1
+        rate, batch, accumulation = (1e-3 if small else 5e-4), usual.step, 1
     if usual.all_linear:
         adapter["target_modules"] = "all-linear"
     draft.values["adapter"] = adapter

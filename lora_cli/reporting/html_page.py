@@ -78,7 +78,8 @@ def write_page(folder: Path, report: dict[str, Any] | None = None) -> Path:
 def _title(report: dict[str, Any]) -> str:
     task = str(report.get("task") or "")
     goal = goal_of(task)
-    goal = "text regression" if report.get("problem") == "regression" else goal
+    if report.get("problem") == "regression":
+        goal = goal.replace("classification", "regression")
     name = short_name(str(report.get("base_model") or "")) or "A model"
     return f"{name} for {goal}" if goal else name
 

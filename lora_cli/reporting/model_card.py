@@ -225,7 +225,7 @@ def _snippet(recipe: Recipe, labels: list[str]) -> str:
     if usage is None:
         return ""
     base, head, imports, options = repr(model.name), usage.head, usage.imports, ""
-    if labels:
+    if labels and usage.head:
         base += f"\nlabels = {pprint.pformat(labels, width=88, compact=True)}"
     if not lora:  # the folder is a whole model, which knows its labels
         base, head = repr("."), ""

@@ -17,10 +17,12 @@ from typing import Any, Literal
 from lora_cli.reporting.report import part
 
 Line = dict[str, Any]
-Kind = Literal["single_label", "multi_label", "regression", "text", "spans", "transcript", "other"]
+Kind = Literal[
+    "single_label", "multi_label", "regression", "text", "spans", "transcript", "retrieval", "other"
+]
 Word = tuple[str | None, str | None]  # one that was said, and what was written for it
 OF_LINES = (  # which need predictions
-    "single_label", "multi_label", "regression", "spans", "transcript",
+    "single_label", "multi_label", "regression", "spans", "transcript", "retrieval",
 )  # fmt: skip
 SMALLER_IS_BETTER = {"loss", "perplexity", "mse", "rmse", "mae", "wer", "cer", "ter"}
 BINS = 10

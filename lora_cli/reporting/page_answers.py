@@ -12,6 +12,7 @@ from lora_cli.reporting import page_analysis, svg_plots
 from lora_cli.reporting.html import DASH, esc, named, own, scroller, section, share_bar, table
 from lora_cli.reporting.page_analysis import Kind, Line, finite
 from lora_cli.reporting.page_entities import entity_sections
+from lora_cli.reporting.page_search import search_sections
 from lora_cli.reporting.page_transcripts import transcript_sections
 from lora_cli.reporting.report import part, shown_number
 
@@ -60,6 +61,8 @@ def answer_sections(
         return entity_sections(lines, split)
     if kind == "transcript":
         return transcript_sections(lines, split)
+    if kind == "retrieval":
+        return search_sections(lines, split)
     if kind == "regression":
         both = [(finite(x.get("reference")), finite(x.get("prediction"))) for x in lines]
         pairs = [(a, b) for a, b in both if a is not None and b is not None]

@@ -23,7 +23,7 @@ from lora_cli.reporting.page_analysis import (
 )
 from lora_cli.reporting.report import part, shown_number
 
-SHARES = {"accuracy", "exact_match", "f1", "precision", "recall"}
+SHARES = {"accuracy", "accuracy_at_1", "exact_match", "f1", "precision", "recall"}
 CORRELATIONS = {"pearson", "spearman", "matthews_correlation"}
 ENOUGH_ROWS = 30  # of a metric whose interval is not known
 MANY_ROWS = 100  # with so many, it is not for want of rows that a difference is unclear

@@ -17,6 +17,7 @@ from lora_cli.recipe import (
     SequenceClassificationSpec,
     SpeechRecognitionSpec,
     TaskSpec,
+    TextEmbeddingSpec,
     TokenClassificationSpec,
 )
 
@@ -70,6 +71,10 @@ def _type_of(spec: TaskSpec) -> type[Task]:
             from lora_cli.tasks.speech_recognition import SpeechRecognition
 
             return SpeechRecognition
+        case TextEmbeddingSpec():
+            from lora_cli.tasks.text_embedding import TextEmbedding
+
+            return TextEmbedding
         case _:
             assert_never(spec)
 

@@ -56,6 +56,14 @@ class Task(TaskAnswers, TaskMetrics):
     """How the examples of a batch lie in its tensors, in words."""
     same_in_any_batch: bool = False
     """Whether an example's outputs surely do not depend on the others of its batch."""
+    several_inputs: bool = False
+    """Whether an example has several rows in the tensors of a batch, one for each of its texts."""
+    couples_examples: bool = False
+    """Whether the loss compares the examples of a step with each other (in-batch negatives).
+
+    `forward` then returns a tensor, and each target of a batch has as many rows as that: joined,
+    those of several micro-batches are those of a larger batch, of which `losses` is the loss.
+    """
     max_length: int | None = None
     """Where examples are cut or divided, in `unit`s; None: nowhere."""
 
@@ -395,6 +403,18 @@ class Task(TaskAnswers, TaskMetrics):
             for found, loss, count in zip(predictions, sums.tolist(), items, strict=True):
                 found.losses[term] = (loss, count)
         return predictions
+
+    compares_rows: bool = False
+    """Whether a row's prediction depends on those of the whole split, which `compared` gets."""
+
+    def compared(self, found: Sequence[Prediction], split: Encoded) -> list[Prediction]:
+        """Return the predictions for the rows of a split, each with its losses.
+
+        Args:
+            found: What `predict` made of each, in the order of the rows.
+            split: The rows.
+        """
+        raise NotImplementedError
 
     joins_examples: bool = False
     """Whether the examples of a row have one answer together, which `join` makes."""

@@ -88,6 +88,7 @@ class Prediction:
         metric_inputs: By the metrics' channel, a pair (prediction, reference).
         losses: For each term of the loss, (sum, items) of the example.
         details: What else stands in its line among the predictions, by name.
+        outputs: What of the model's outputs the other rows of the split are compared with.
     """
 
     row: int
@@ -97,6 +98,7 @@ class Prediction:
     metric_inputs: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     losses: dict[str, tuple[float, float]] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    outputs: Any = None
 
     def weighted_loss(self, weights: Mapping[str, float]) -> tuple[float, float]:
         """Return the example's loss and the items that it is a sum over.

@@ -73,6 +73,10 @@ class BaseFacts(Protocol):
         """The languages that it has to be told, by its own codes; none, if it need not be told."""
 
     @property
+    def embeds(self) -> bool:
+        """It turns texts into vectors, as models of sentence-transformers do."""
+
+    @property
     def sees(self) -> bool | None:
         """It reads pictures and no texts; None where that is not known."""
 

@@ -338,7 +338,7 @@ class TextTask(Task):
 
     def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Return the model's outputs for the inputs of a batch: (B, C), or (B, T, V)."""
-        takes = _parameters(type(model).forward)
+        takes = forward_parameters(type(model).forward)
         options = {key: value for key, value in self.forward_options.items() if key in takes}
         if TEXT_OF_TOKEN in inputs:
             if "**" not in takes:
@@ -394,7 +394,7 @@ class TextTask(Task):
 
 
 @functools.cache
-def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+def forward_parameters(forward: Callable[..., Any]) -> frozenset[str]:
     """Return the names of what a model's forward takes, and `**` if it takes any other too."""
     parameters = inspect.signature(forward).parameters.values()
     any_other = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)

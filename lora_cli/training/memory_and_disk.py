@@ -24,8 +24,8 @@ from torch import nn
 from lora_cli.adapters.attach import training_mode
 from lora_cli.errors import ResourceError, system_error
 from lora_cli.recipe import Learned, Recipe
-from lora_cli.tasks.contract import Task, prepared_for_evaluation
-from lora_cli.training.batches import Batches
+from lora_cli.tasks.contract import Task
+from lora_cli.training.batches import Batches, prepared_for
 from lora_cli.training.checkpoints import peek_state
 from lora_cli.training.stopping import LOADING, TRAINING
 
@@ -233,7 +233,8 @@ class _Trial:
         task, device = self.task, self.accelerator.device
         longest = np.argsort(-self.batches.lengths, kind="stable")[:count]
         examples = (self.batches.examples[int(i)] for i in longest)
-        batch = task.batch([prepared_for_evaluation(task, example) for example in examples])
+        seed = task.recipe.train.seed
+        batch = task.batch([prepared_for(task, example, seed, 0) for example in examples])
         return _fits(self.model, task, batch.to(device), self.accelerator, self.optimizer_bytes)
 
 

@@ -3,7 +3,8 @@
 A step adds the gradients of loss *sums* over its micro-batches and processes, each term of the loss
 divided by its number of items in the whole step (rows, or trained tokens). However a step is cut,
 its gradient is the same. (The mean of micro-batch means, which many loops take, weighs a token in a
-short batch more than one in a long batch.)
+short batch more than one in a long batch.) Where a loss compares the examples of a step with each
+other, it is computed of all of them at once (`coupled_step.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.tasks.examples import Batch
+from lora_cli.training.coupled_step import add_coupled_gradients
 from lora_cli.training.engine import Engine
 
 
@@ -44,9 +46,12 @@ def train_step(engine: Engine, batches: list[Batch]) -> StepResult:
     accelerator = engine.accelerator
     # Divided before the backward pass, and not after, so that fp16's gradients stay in range.
     weights = _weights_per_item(engine, batches)
-    loss = torch.zeros((), device=accelerator.device)
-    for batch in batches:
-        loss += engine.add_gradients(batch, weights)
+    if engine.task.couples_examples:
+        loss = add_coupled_gradients(engine, batches, weights)
+    else:
+        loss = torch.zeros((), device=accelerator.device)
+        for batch in batches:
+            loss += engine.add_gradients(batch, weights)
     if accelerator.scaler is not None and not batches:
         accelerator.scaler.scale(loss)  # one that has scaled nothing raises on a step
     loss = engine.sum_over_processes(loss)

@@ -19,6 +19,7 @@ from typing import Any
 
 import tiny
 import torch
+from accelerate import Accelerator
 from kinds import Json, Site, TaskKind
 from torch import Tensor, nn
 
@@ -37,7 +38,11 @@ from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe, write_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task, prepared_for_evaluation
+from lora_cli.tasks.examples import Encoded
 from lora_cli.training import train
+from lora_cli.training.batches import prepared_for
+from lora_cli.training.coupled_step import add_coupled_gradients
+from lora_cli.training.engine import Engine
 
 CPU = torch.device("cpu")
 N_ROWS = 7  # to train; those after them are of validation
@@ -55,6 +60,7 @@ class Opened:
     task: Task
     model: nn.Module
     head: list[str]
+    split: Encoded
     examples: list[Any]
     """What a batch is made of; packs, where the recipe packs."""
     single: list[Any]
@@ -104,11 +110,15 @@ def open_kind(kind: TaskKind, folder: Path, model: Json | None = None) -> Opened
     precise(base)
     task.fit_to_model(base)
     examples = task.packed(split) if recipe.train.packing else split.examples
+
+    def prepared(some: Any) -> list[Any]:
+        if kind.draws_in_training:
+            return [prepared_for(task, some[i], 0, 1) for i in range(len(some))]
+        return [prepared_for_evaluation(task, some[i]) for i in range(len(some))]
+
     return Opened(
-        kind, recipe, task, base, head,
-        [prepared_for_evaluation(task, examples[i]) for i in range(len(examples))],
-        [prepared_for_evaluation(task, split.examples[i]) for i in range(len(split.examples))],
-    )  # fmt: skip
+        kind, recipe, task, base, head, split, prepared(examples), prepared(split.examples)
+    )
 
 
 def precise(model: nn.Module) -> nn.Module:
@@ -123,22 +133,34 @@ def with_model(opened: Opened, model: nn.Module) -> Opened:
     return replace(opened, model=model)
 
 
-def sums(opened: Opened, examples: Sequence[Any]) -> tuple[float, float, dict[str, Tensor]]:
-    """Return the loss of a batch of examples, the items of all terms, and the gradients."""
+def sums(opened: Opened, *parts: Sequence[Any]) -> tuple[float, float, dict[str, Tensor]]:
+    """Return the loss of a step of several batches, the items of all terms, and the gradients."""
     opened.model.zero_grad()
-    batch = opened.task.collate(examples)
-    loss = opened.task.loss(opened.model, batch)
-    loss.backward()
+    batches = [opened.task.collate(examples) for examples in parts]
+    engine = Engine(opened.model, opened.task, None, Accelerator())
+    weights = {term: torch.tensor(weight) for term, weight in opened.task.loss_weights.items()}
+    if opened.task.couples_examples:
+        loss = add_coupled_gradients(engine, batches, weights)
+    else:
+        loss = torch.stack([engine.add_gradients(batch, weights) for batch in batches]).sum()
     parameters = trainable_parameters(opened.model)
-    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    n_items = sum(float(items.sum()) for items in batch.items.values())
-    return float(loss.detach()), n_items, gradients
+    gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    n_items = sum(float(items.sum()) for batch in batches for items in batch.items.values())
+    return float(loss), n_items, gradients
 
 
 @torch.no_grad()
-def outcomes(opened: Opened, examples: Sequence[Any]) -> Tensor:
-    """Return what the task says of each example of a batch: loss, items, terms and scores."""
-    predictions = opened.task.predict(opened.model, opened.task.collate(examples))
+def outcomes(opened: Opened, examples: Sequence[Any], size: int | None = None) -> Tensor:
+    """Return what the task says of each example: loss, items, terms and scores.
+
+    They are computed `size` at a time, or all together.
+    """
+    predictions = []
+    for start in range(0, len(examples), size or len(examples)):
+        batch = opened.task.collate(examples[start : start + (size or len(examples))])
+        predictions += opened.task.predict(opened.model, batch)
+    if opened.task.compares_rows:
+        predictions = opened.task.compared(predictions, opened.split)
     weights = opened.task.loss_weights
     rows = []
     for p in predictions:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+import tiny_embedders
 import tiny_experts
 import tiny_pictures
 import tiny_speech
@@ -50,6 +51,8 @@ class TaskKind:
     """Keys of the recipe's `train` section."""
     runs: bool = True
     """A whole run is made of it; otherwise it trains as another kind does."""
+    draws_in_training: bool = False
+    """What an example holds of other rows is drawn in training alone."""
     drafted: Json | None = None
     """What `lora init` writes as `task` for such rows, besides `max_length`; None: another kind."""
 
@@ -152,6 +155,18 @@ def recorded_at_length(i: int) -> Json:
 
 
 SPEECH = {"type": "speech_recognition"}
+
+
+def paired(i: int) -> Json:
+    return {"anchor": text(i), "positive": text(2 * i + 1)}
+
+
+def with_negatives(i: int) -> Json:
+    return {**paired(i), "negative": [text(3 * i + 40 + n) for n in range(i % 3)]}
+
+
+EMBEDDING = {"type": "text_embedding"}
+STEP = {"micro_batch_size": 2, "gradient_accumulation_steps": 4}  # compared with each other
 TRANSLATION = {"type": "seq2seq_lm", "source_column": "en", "target_column": "de"}
 NAMES = ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
 TASKS = {
@@ -247,6 +262,33 @@ TASKS = {
         lambda folder: tiny_speech.save(folder, languages=True),
         {**SPEECH, "language": "de", "task": "translate"},
         recorded_at_length, ("prediction",), ("text",),
+    ),
+    "texts that belong together": TaskKind(
+        tiny_embedders.save, EMBEDDING, paired, ("embedding",), ("positive",), train=STEP,
+        drafted={**EMBEDDING, "positive_column": "positive"},
+    ),
+    "texts with wrong answers": TaskKind(
+        lambda folder: tiny_embedders.save(folder, "last", False, decoder=True),
+        {**EMBEDDING, "negative_columns": ["negative"], "symmetric": True},
+        with_negatives, ("embedding",), ("positive", "negative"), train=STEP, runs=False,
+        drafted={**EMBEDDING, "positive_column": "positive",
+                 "negative_columns": ["negative"]},
+    ),
+    "pairs of texts with scores": TaskKind(
+        lambda folder: tiny_embedders.save(folder, "cls"),
+        {**EMBEDDING, "score_column": "score", "score_scale": 5.0},
+        lambda i: {**paired(i), "score": (i * 37 % 50) / 10}, ("embedding",),
+        ("positive", "score"), train=STEP,
+    ),
+    "pairs of texts and their cosines": TaskKind(
+        tiny_embedders.save, {**EMBEDDING, "score_column": "score", "loss": "cosine"},
+        lambda i: {**paired(i), "score": (i * 37 % 50) / 50}, ("embedding",),
+        ("positive", "score"), runs=False,
+    ),
+    "texts by label": TaskKind(
+        tiny_embedders.save,
+        {**EMBEDDING, "anchor_column": "text", "label_column": "label"},
+        labelled, ("embedding",), ("label",), train=STEP, draws_in_training=True,
     ),
     "packed prompts": TaskKind(
         tiny.save_llama, {**PROMPTS, "max_length": 128}, answered, ("prediction",), ("completion",),

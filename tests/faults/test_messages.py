@@ -17,6 +17,7 @@ from typing import Any
 
 import cases_chats  # noqa: F401 - they fill CASES
 import cases_data  # noqa: F401
+import cases_embedding  # noqa: F401
 import cases_entities  # noqa: F401
 import cases_experts  # noqa: F401
 import cases_export  # noqa: F401
@@ -77,6 +78,9 @@ REST: dict[str, list[str]] = {
     "needs a GPU; tests/gpu/test_graphs.py": [
         "a step cannot be recorded:",
         "the model's layers cannot be compiled:",
+    ],
+    "an adapter that embeds texts; tests/test_text_embedding.py": [
+        "it has …, more than",
     ],
     "a guard: no tiny tokenizer splits what it was given as a token": [
         "`…` cannot be a token of this tokenizer, which splits it all the same",
@@ -309,8 +313,9 @@ REST: dict[str, list[str]] = {
 MOST_LINES = 36  # of a message on the page
 AREAS = [
     "Arguments", "Recipes", "Keys that do not go together", "Overrides", "Files and rows", "Splits",
-    "Labels", "Entities", "Language models", "Translation", "lora init", "Models", "Targets",
-    "Metrics", "Adapters", "Starting from an adapter", "Training", "Evaluation", "Prediction",
+    "Labels", "Entities", "Language models", "Translation", "Embeddings", "lora init", "Models",
+    "Targets", "Metrics", "Adapters", "Starting from an adapter", "Training", "Evaluation",
+    "Prediction",
     "Merging", "Combining", "Exporting", "Pushing", "Checking", "Pictures",
     "Speech",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_embedders
 from closeness import assert_close
 from killing import Kill, Nursery
 from safetensors.torch import load_file
@@ -36,7 +37,7 @@ def losses(out: Path) -> list[float]:
 
 def recipe(folder: Path, base: Path, **sections: Any) -> Path:
     """Write a recipe of five rows to train, four a step: every other step has a single example."""
-    pairs = "completion_column" in sections.get("task", {})
+    pairs = bool({"completion_column", "positive_column"} & sections.get("task", {}).keys())
     second = "more" if pairs else "label"
     for name, count in (("train", 5), ("validation", 7), ("test", 3)):
         rows = [
@@ -144,6 +145,16 @@ def test_two_processes_are_as_one(nest: Nursery, tmp_path: Path) -> None:
     assert_same_result(tmp_path / "one", tmp_path / "two", 2e-5)
     sizes = [len(r["examples"]) for r in lines(tmp_path / "two/samples.jsonl")]
     assert sizes == [4, 1] * 5  # the second process had nothing to do in every other step
+
+
+def test_the_texts_of_both_processes_are_compared(nest: Nursery, tmp_path: Path) -> None:
+    """The loss of in-batch negatives is that of the whole step, also of a step of one example."""
+    base = tiny_embedders.save(tmp_path / "base")
+    task = {"type": "text_embedding", "anchor_column": "text", "positive_column": "more"}
+    path = recipe(tmp_path, base, train=SGD, task=task)
+    assert nest.run(path, tmp_path / "one") == [0]
+    assert nest.run(path, tmp_path / "two", 2) == [0, 0]
+    assert_same_result(tmp_path / "one", tmp_path / "two", 2e-5)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from lora_cli.recipe.spec.seq2seq_lm_spec import Seq2SeqLMSpec
 from lora_cli.recipe.spec.sequence_classification_spec import SequenceClassificationSpec
 from lora_cli.recipe.spec.speech_recognition_spec import SpeechRecognitionSpec
 from lora_cli.recipe.spec.task import TASKS, TaskSpec
+from lora_cli.recipe.spec.text_embedding_spec import TextEmbeddingSpec
 from lora_cli.recipe.spec.token_classification_spec import TokenClassificationSpec
 from lora_cli.recipe.spec.train import OptimizerSpec, ParameterGroupSpec, SchedulerSpec, TrainSpec
 
@@ -33,6 +34,7 @@ __all__ = [
     "Seq2SeqLMSpec",
     "SequenceClassificationSpec",
     "SpeechRecognitionSpec",
+    "TextEmbeddingSpec",
     "TokenClassificationSpec",
     "TaskSpec",
     "TASKS",

@@ -97,6 +97,12 @@ class Recipe(Section):
             yield "train.optimizer.lora_plus_ratio", what, hint
         yield from self._init_conflicts()
         yield from self._token_conflicts()
+        if train.kernels == "fused" and task.couples_examples:
+            what = "`kernels: fused` records micro-batches, and this loss is of a whole step"
+            yield "train.kernels", what, "leave `kernels` out"
+        if data.streaming and "label_column" in task.model_fields_set and task.couples_examples:
+            what = "positives are drawn among all rows, which `data.streaming` does not have"
+            yield "data.streaming", what, "leave it out, or write pairs into the file"
         if train.packing and not task.can_pack:
             what = f"`train.packing` has no meaning with `task.type: {task.type}`"
             yield "train.packing", what, task.packing_hint

@@ -12,6 +12,7 @@ from lora_cli.recipe.spec.seq2seq_lm_spec import Seq2SeqLMSpec
 from lora_cli.recipe.spec.sequence_classification_spec import SequenceClassificationSpec
 from lora_cli.recipe.spec.speech_recognition_spec import SpeechRecognitionSpec
 from lora_cli.recipe.spec.task_section import TaskSection
+from lora_cli.recipe.spec.text_embedding_spec import TextEmbeddingSpec
 from lora_cli.recipe.spec.token_classification_spec import TokenClassificationSpec
 
 TaskSpec = Annotated[
@@ -20,7 +21,8 @@ TaskSpec = Annotated[
     | CausalLMSpec
     | Seq2SeqLMSpec
     | ImageClassificationSpec
-    | SpeechRecognitionSpec,
+    | SpeechRecognitionSpec
+    | TextEmbeddingSpec,
     Field(discriminator="type"),
 ]
 

@@ -11,7 +11,14 @@ from lora_cli.recipe.spec.section import Section
 Truncation = Literal["right", "left", "drop", "error"]
 MediaKind = Literal["image", "audio"]
 AnswerKind = Literal[
-    "single_label", "multi_label", "regression", "text", "spans", "transcript", "other"
+    "single_label",
+    "multi_label",
+    "regression",
+    "text",
+    "spans",
+    "transcript",
+    "retrieval",
+    "other",
 ]
 
 
@@ -51,6 +58,7 @@ class UsualTraining:
             the task's own are taken.
         targets_note: Why these are adapted; empty: what is said of all models.
         metrics: What a draft measures, if that is more than the task's own metrics.
+        step: Examples of a step, of a model that does not write.
     """
 
     writes: bool = False
@@ -61,6 +69,7 @@ class UsualTraining:
     all_linear: bool = True
     targets_note: str = ""
     metrics: tuple[str, ...] = ()
+    step: int = 16
 
 
 class TaskSection(Section):
@@ -86,6 +95,11 @@ class TaskSection(Section):
     packing_hint: ClassVar[str] = "leave it out"
     length_keys: ClassVar[tuple[str, ...]] = ("max_length",)
     """The keys that limit an example's length, of those that the section has."""
+
+    @property
+    def couples_examples(self) -> bool:
+        """Whether the loss compares the examples of a step with each other."""
+        return False
 
     @property
     def answer_kind(self) -> AnswerKind:

@@ -1,0 +1,48 @@
+"""How good a search is, by the ranks at which it finds what is right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+RETRIEVAL = ("ndcg_at_10", "mrr_at_10", "accuracy_at_1", "recall_at_1", "recall_at_10")
+SEARCH = (
+    "each row's anchor searches the split's other texts by cosine, where of equally near ones the "
+    "wrong come first"
+)
+DEFINITIONS = {
+    "ndcg_at_10": "discounted cumulative gain of the first 10 texts, as a share of the best "
+    f"possible, mean over rows, 0 to 1; {SEARCH}",
+    "mrr_at_10": "1 by the rank of the first right text, 0 where none is among the first 10; mean "
+    "over rows",
+    "accuracy_at_1": "share of rows whose nearest text is a right one",
+    "recall_at_1": "share of the right texts that come first, mean over rows",
+    "recall_at_10": "share of the right texts that are among the first 10, mean over rows",
+}
+
+
+def retrieval_scores(ranks: Sequence[Sequence[int]], counts: Sequence[int]) -> dict[str, float]:
+    """Return the means over rows, each of `RETRIEVAL`.
+
+    Args:
+        ranks: Of each row, the ranks from 1 of right texts that are among the first ten.
+        counts: Of each row, how many right texts there are.
+    """
+    rows = list(zip(ranks, counts, strict=True))
+    return {name: sum(row_score(name, *row) for row in rows) / len(rows) for name in RETRIEVAL}
+
+
+def row_score(name: str, ranks: Sequence[int], count: int) -> float:
+    """Return one of `RETRIEVAL` for one row."""
+    match name:
+        case "ndcg_at_10":
+            best = sum(1 / math.log2(i + 1) for i in range(1, min(count, 10) + 1))
+            return sum(1 / math.log2(rank + 1) for rank in ranks if rank <= 10) / best
+        case "mrr_at_10":
+            return max((1 / rank for rank in ranks if rank <= 10), default=0.0)
+        case "accuracy_at_1":
+            return float(1 in ranks)
+        case "recall_at_1":
+            return float(1 in ranks) / count
+        case _:
+            return sum(rank <= 10 for rank in ranks) / count
