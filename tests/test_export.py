@@ -23,6 +23,7 @@ from lora_cli.cli.app import app
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.export import mlx_reader, peft_readers
 from lora_cli.export.export_adapter import export_adapter
+from lora_cli.export.merge import merge_adapter
 from lora_cli.export.reader_names import READERS
 
 IDS = torch.arange(5, 65).reshape(4, 15)
@@ -292,6 +293,29 @@ def test_the_code_of_a_card_runs_in_the_exported_folder(
     exec(code, names)
     found = names["model"](IDS).logits.detach()
     assert close(found, outputs(base, adapter))
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "encoder"])
+def test_the_code_of_a_card_reads_new_tokens(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.save_encoder(tmp_path / "base") if kind == "encoder" else tiny.save_llama(
+        tmp_path / "base", tied=kind == "tied"
+    )  # fmt: skip
+    model = {"name": str(base), "add_tokens": ["<a>", "<b>"]}
+    adapter = adapter_folders.make(tmp_path, "a", base, 1, adapter={"rank": 4}, model=model)
+    export(adapter, tmp_path / "to", "peft")
+    merge_adapter(None, adapter, tmp_path / "merged")
+    code = (tmp_path / "to" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path / "to")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    ids = names["tokenizer"]("a <a> b<b> film", return_tensors="pt")
+    new = names["tokenizer"].convert_tokens_to_ids(["<a>", "<b>"])
+    assert set(new) <= set(ids["input_ids"][0].tolist())
+    merged = type(names["model"].get_base_model()).from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert close(names["model"](**ids).logits, merged(**ids).logits)
 
 
 def test_the_card_for_mlx_names_its_own_command(tmp_path: Path) -> None:

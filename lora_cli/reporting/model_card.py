@@ -37,10 +37,16 @@ LOADING = """\
 from transformers import {auto}, {processor}
 
 base = {base}
-{variable} = {processor}.from_pretrained(base{options})
+{variable} = {processor}.from_pretrained({files})
 {setup}model = {auto}.from_pretrained({how})
-model = PeftModel.from_pretrained(model, ".").eval()  # this folder, or its id on the Hub
+{resizing}model = PeftModel.from_pretrained(model, ".").eval()  # this folder, or its id on the Hub
 
+"""
+
+# the folder's tokenizer has the new tokens; some bases have more rows than tokens already
+RESIZING = """\
+n_rows = max(len(tokenizer), model.get_input_embeddings().num_embeddings)
+model.resize_token_embeddings(n_rows, mean_resizing=False)  # the adapter has the new rows
 """
 
 
@@ -240,8 +246,10 @@ def _snippet(recipe: Recipe, labels: list[str]) -> str:
     how = f"base{head}{options}"
     how = how if len(how) < 40 else f"\n    {how}\n"
     variable, processor = usage.processor
+    grown = lora and bool(model.add_tokens)
     code = LOADING.format(
-        imports=imports, auto=usage.auto_class, base=base, how=how, options=options,
-        setup=usage.setup, variable=variable, processor=processor,
+        imports=imports, auto=usage.auto_class, base=base, how=how, setup=usage.setup,
+        files=repr(".") if grown else f"base{options}", resizing=RESIZING if grown else "",
+        variable=variable, processor=processor,
     )  # fmt: skip
     return (code if lora else re.sub(r"(?m)^.*PeftModel.*\n", "", code)) + usage.code
