@@ -78,7 +78,7 @@ def in_modules(chosen: Collection[str], every: Iterable[str]) -> str:
 
     Returns:
         `bert.embeddings, bert.encoder.layer.0-2`; of many, those that differ only in numbers are
-        joined: `bert.encoder.layer.*.attention.self.query.lora_A`.
+        joined: `bert.encoder.layer.3-5.attention.self.query.lora_A`.
     """
     tree: dict[str, list[str]] = {}  # a module, or "", and the parameters in it
     for name in every:
@@ -89,9 +89,24 @@ def in_modules(chosen: Collection[str], every: Iterable[str]) -> str:
     tops = [top for top in tree if top in whole and top.rpartition(".")[0] not in whole]
     words = _with_ranges(tops)
     if len(words) > MOST_NAMES:
-        words = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", word) for word in tops))
+        words = _joined(tops)
     more = len(words) - MOST_NAMES
     return ", ".join(words[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _joined(names: Iterable[str]) -> list[str]:
+    """Return names that differ only in numbers as one: with their range, or else `*`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name), []).append(name)
+    found = []
+    for pattern, alike in groups.items():
+        numbers = [int(part) for name in alike for part in name.split(".") if part.isdigit()]
+        if len(alike) > 1 and numbers == list(range(numbers[0], numbers[0] + len(alike))):
+            found.append(pattern.replace(".*", f".{numbers[0]}-{numbers[-1]}"))
+        else:
+            found.append(pattern if len(alike) > 1 else alike[0])
+    return found
 
 
 def _with_ranges(names: Iterable[str]) -> list[str]:

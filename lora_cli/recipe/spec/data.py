@@ -201,9 +201,10 @@ class DataSpec(Section):
 
     cache_limit: Size = "16GB"
     """How much of the disk a run may take for what the frozen parts of a model compute of each
-    example, once: an encoder's features, an autoencoder's latents. A split that takes more is
-    computed again in every step, and that is printed. `0B` keeps nothing. The folder is that of
-    the encoded rows, `HF_DATASETS_CACHE`."""
+    example, once: an encoder's features, an autoencoder's latents, and the hidden states that enter
+    the first trained layer, where all below it is frozen. A split that takes more is computed again
+    in every step, and that is printed. `0B` keeps nothing. The folder is that of the encoded rows,
+    `HF_DATASETS_CACHE`."""
 
     @property
     def cache_bytes(self) -> int:
