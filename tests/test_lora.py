@@ -657,3 +657,9 @@ def test_of_a_grouped_convolution_peft_stores_an_a_over_all_channels(groups: int
         assert_close(layer(x), base(x) + update)
         with pytest.raises(LoraError, match="spans all channels"):
             layer.delta_weight()
+
+
+def test_the_weight_of_a_base_is_given_as_out_by_in_in_float32() -> None:
+    linear, transposed = nn.Linear(4, 3).bfloat16(), conv1d_gpt2(4, 3)
+    assert torch.equal(LoRALinear(linear, 2, 4.0).w0(), linear.weight.float())
+    assert torch.equal(LoRALinear(transposed, 2, 4.0).w0(), transposed.weight.T)

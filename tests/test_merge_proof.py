@@ -297,3 +297,12 @@ def test_weights_of_zero_may_differ_by_nothing(size: float) -> None:
     with torch.no_grad():
         model.weight.fill_(size)
     assert expected.disagreement(model) == (None if size < 1e-30 else "weight")
+
+
+def test_a_parameter_that_is_one_number_is_compared_too() -> None:
+    model = nn.ParameterDict({"scale": nn.Parameter(torch.tensor(2.0))})
+    expected = weights_of(model)
+    assert expected.disagreement(model) is None
+    with torch.no_grad():
+        model["scale"].fill_(2.1)
+    assert expected.disagreement(model) == "scale"
