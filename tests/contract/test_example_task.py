@@ -24,7 +24,7 @@ from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.evaluation import evaluate_split, open_adapter
 from lora_cli.evaluation.evaluate_split import evaluate_adapter
 from lora_cli.evaluation.predict import answer_file
-from lora_cli.export import merge as merging
+from lora_cli.export import adapter_task as adapter_tasks
 from lora_cli.export.merge import merge_adapter
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Learned, Recipe, load_adapter_recipe, load_recipe
@@ -46,7 +46,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> list[ExampleTask]:
         built[-1].learned = learned or Learned()
         return built[-1]
 
-    for module in (runs_of_training, evaluate_split, open_adapter, merging):
+    for module in (runs_of_training, evaluate_split, open_adapter, adapter_tasks):
         monkeypatch.setattr(module, "build_task", build)
     return built
 
