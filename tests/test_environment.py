@@ -62,10 +62,12 @@ def reset() -> None:
 class Squares:
     """A task whose loss is the sum of squares."""
 
-    loss_weights = {"loss": 1.0}
+    loss_weights = train_loss_weights = {"loss": 1.0}
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return model(batch.targets["labels"])
+
+    output = forward  # nothing is frozen
 
     def losses(
         self, model: torch.nn.Module, output: torch.Tensor, batch: Batch

@@ -33,7 +33,7 @@ class Recipe:
 
 
 class Task:
-    loss_weights = {"loss": 1.0}
+    loss_weights = train_loss_weights = {"loss": 1.0}
     recipe = Recipe()
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:

@@ -156,7 +156,7 @@ def test_of_many_labels_the_best_are_written(suffix: str, tmp_path: Path) -> Non
     assert isinstance(task, SequenceClassification)
     with torch.no_grad():
         task.first_position = None  # padded, as plain transformers reads it
-        batch = task._inputs(task._encode_texts(ROWS))
+        batch = task.input_tensors(task._encode_texts(ROWS))
         wanted = torch.softmax(model(**batch).logits, -1)
     rows = pq.read_table(target).to_pylist() if suffix == ".parquet" else read(target)
     assert target.stat().st_size < 5 * 1000

@@ -277,7 +277,7 @@ def test_a_process_without_examples_takes_the_step_of_the_others(ragged: Case) -
     n_items = sum(batch.n_items for batch in ragged.batches([7]))
     present = torch.tensor([float(n in gradients) for n in trainable_parameters(ragged.model)])
     flat = torch.cat([present, *(g.flatten() for g in gradients.values())])
-    others = TwoProcesses([torch.tensor(n_items), torch.tensor(0.7), flat])
+    others = TwoProcesses([torch.tensor(n_items), torch.tensor([0.7]), flat])
     parameters = trainable_parameters(ragged.model)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer = torch.optim.SGD(parameters.values(), lr=RATE)

@@ -26,7 +26,7 @@ from lora_cli.preprocessing.encode import (
 )
 from lora_cli.preprocessing.stream import Stream
 from lora_cli.recipe import Recipe
-from lora_cli.tasks import build_task
+from lora_cli.tasks import build_training_task
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Example
 from lora_cli.tasks.long_texts import LONG, in_batches
@@ -52,7 +52,7 @@ def check_recipe(
         LoraError: With every problem of the model, the data, the labels and the targets. If all are
             of one class, such as a place that cannot be written to, it is of that class.
     """
-    task = build_task(recipe)
+    task = build_training_task(recipe)
     problems = Problems()
     with _collected(problems):
         task.load_processor()
@@ -129,7 +129,8 @@ def _encode_some(task: Task, splits: dict[str, Rows], warns: bool) -> None:
         for part in in_batches(lengths):
             if not warns and lengths[part.start] > LONG:
                 continue  # takes long, and is encoded with all rows afterwards
-            encoded = encode_located(task, some[part], functools.partial(_place, rows, part.start))
+            place = functools.partial(_place, rows, part.start)
+            encoded = encode_located(task, some[part], place, name == "train")
             # what no warning needs is not kept: a long text has many examples
             encoded_rows += encoded if warns else (examples[:1] for examples in encoded)
         if not any(encoded_rows) and max(lengths) <= LONG and len(rows) <= FIRST_ROWS:
@@ -192,7 +193,7 @@ def empty_adapted_model(recipe: Recipe) -> nn.Module:
 
     The data are read only where the recipe does not name the labels.
     """
-    task = build_task(recipe)
+    task = build_training_task(recipe)
     task.read_config()
     if not task.knows_labels:
         check_data(task, ())

@@ -26,7 +26,7 @@ from lora_cli.preprocessing.near_duplicates import (
 )
 from lora_cli.preprocessing.stream import Stream
 from lora_cli.recipe import Recipe
-from lora_cli.tasks import build_task
+from lora_cli.tasks import build_training_task
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import MEDIA, Encoded
 from lora_cli.tasks.labels import look_alikes
@@ -53,7 +53,7 @@ def pass_gate(task: Task, data: dict[str, Encoded]) -> Findings:
 
 def inspect_data(recipe: Recipe) -> tuple[Task, dict[str, Encoded]]:
     """Read, encode and examine the data of a recipe, as training would; without the model."""
-    task = build_task(recipe)
+    task = build_training_task(recipe)
     task.load_processor()
     data = load_data(task)
     pass_gate(task, data)

@@ -34,7 +34,7 @@ def load_data(
     if problems := task.metric_problems():
         raise LoraError(problems)
     return {
-        name: encode_rows(task, rows)
+        name: encode_rows(task, rows, name == "train")
         for name, rows in check_data(task, splits).items()
         if name in splits
     }
@@ -45,14 +45,14 @@ def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
     recipe = task.recipe
     wanted = (*splits, "train") if task.reads_train else splits
     rows = load_rows(recipe, wanted)
-    for split in rows.values():
-        columns = task.input_columns() | task.target_columns()
-        require_columns(columns, split.columns, split.source)
+    for name, split in rows.items():
+        require_columns(task.needed_columns(name == "train"), split.columns, split.source)
     _reject_unsupported(task, rows)
     rows = {name: _without_skipped(task, name, split) for name, split in rows.items()}
     task.learn_form(rows)
     for name, split in rows.items():
-        errors = {i: error for i, row in enumerate(split) if (error := task.row_error(row))}
+        found = (task.row_error(row, name == "train") for row in split)
+        errors = {i: error for i, error in enumerate(found) if error}
         if len(errors) == len(split) and recipe.data.on_bad_row == "skip":
             what = f"no row of the {name} split can be used: {errors[0]}"
             hint = "is the column named correctly? `data.on_bad_row: skip` leaves no row here"
@@ -100,8 +100,13 @@ def _without_skipped(task: Task, name: str, split: Rows) -> Rows:
     return split.select(kept, left_out)
 
 
-def encode_rows(task: Task, rows: Rows) -> Encoded:
+def encode_rows(task: Task, rows: Rows, training: bool = False) -> Encoded:
     """Encode the rows of a split once; the next time they come from the disk.
+
+    Args:
+        task: It encodes.
+        rows: The rows.
+        training: Whether they are trained, and not measured.
 
     Raises:
         LoraError: With the place of a row that cannot be encoded, or if no row gives an example.
@@ -112,7 +117,7 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
         first = count = 0
         for batch in _bounded(rows.batches(1000)):
             place = functools.partial(_place, rows, first)
-            for offset, encoded in enumerate(encode_located(task, batch, place)):
+            for offset, encoded in enumerate(encode_located(task, batch, place, training)):
                 count += len(encoded)
                 for example in encoded:
                     length = task.cost(example)
@@ -129,8 +134,8 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
             return datasets.List(datasets.Value(text[5:-1]))
         return datasets.Value(text)
 
-    features = datasets.Features({name: feature(t) for name, t in _types(task).items()})
-    dataset = cached_dataset(examples, cache_key(task, rows), features)
+    features = datasets.Features({name: feature(t) for name, t in _types(task, training).items()})
+    dataset = cached_dataset(examples, cache_key(task, rows, training), features)
     of_row, lengths, full = (
         dataset.data.column(name).to_numpy().astype(np.int64)
         for name in ("row", "length", "full_length")
@@ -139,20 +144,20 @@ def encode_rows(task: Task, rows: Rows) -> Encoded:
     return Encoded(rows, EncodedTable(dataset), lengths, full, without_example)
 
 
-def _types(task: Task) -> dict[str, str]:
+def _types(task: Task, training: bool) -> dict[str, str]:
     """Return the type of each key of an encoded example."""
-    types = {**task.features(), "row": "int64"}
+    types = {**(task.train_features() if training else task.features()), "row": "int64"}
     return types | {"length": "int32", "full_length": "int32"}
 
 
-def cache_key(task: Task, rows: Rows) -> list[str]:
-    """Return what the examples of rows depend on."""
+def cache_key(task: Task, rows: Rows, training: bool = False) -> list[str]:
+    """Return what the examples of rows depend on, whether they are trained or measured."""
     return [
         *task.cache_key(),
         rows.sha256,
         rows.source,
         hashlib.sha256(rows.indices.tobytes()).hexdigest(),
-        str(sorted(_types(task).items())),
+        str(sorted(_types(task, training).items())),
         task.recipe.data.format.model_dump_json(),
         task.recipe.data.on_bad_row,
     ]
@@ -185,19 +190,22 @@ def _place(rows: Rows, first: int, i: int) -> str:
 
 
 def encode_located(
-    task: Task, batch: Sequence[dict[str, Any]], place: Callable[[int], str]
+    task: Task,
+    batch: Sequence[dict[str, Any]],
+    place: Callable[[int], str],
+    training: bool = False,
 ) -> list[list[Example]]:
     """Return the examples of rows, of which `place` tells by their position where they stand.
 
     They are encoded together; if that fails, one by one, to find the row that cannot be encoded.
     """
     try:
-        return _encoded(task, batch)
+        return _encoded(task, batch, training)
     except LoraError:
         encoded = []
         for i, row in enumerate(batch):
             try:
-                encoded += _encoded(task, [row])
+                encoded += _encoded(task, [row], training)
             except LoraError as error:
                 if task.recipe.data.on_bad_row == "error":
                     raise LoraError([replace(p, at=place(i)) for p in error.problems]) from error
@@ -205,14 +213,14 @@ def encode_located(
         return encoded
 
 
-def _encoded(task: Task, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
+def _encoded(task: Task, rows: Sequence[dict[str, Any]], training: bool) -> list[list[Example]]:
     """Return the examples of rows.
 
     Raises:
         LoraError: If the tokenizer fails on them, or returns a token that the model does not have.
     """
     try:
-        encoded = task.encode(rows)
+        encoded = task.encode_to_train(rows) if training else task.encode(rows)
     except (LoraError, MemoryError):
         raise
     except Exception as error:  # tokenizers raise plain exceptions of many kinds

@@ -9,14 +9,14 @@ epoch: its batches come without them, and `Task.forward` computes them in every 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
-import xxhash
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -26,9 +26,10 @@ from lora_cli.preprocessing.encode import cache_key
 from lora_cli.preprocessing.encoded_table import EncodedTable
 from lora_cli.tasks.contract import Task, prepared_for_evaluation
 from lora_cli.tasks.examples import Batch, Encoded, Example
-from lora_cli.tasks.kept_tensors import FEATURE, kept, restored
+from lora_cli.tasks.kept_tensors import FEATURE, hash_of, kept, restored
 
 DRAWS = 4  # of each of some examples, to find out whether training draws what frozen parts read
+Tensors = Tensor | Sequence[Tensor]  # of a batch: a row, or one, for each example
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -60,14 +61,16 @@ def with_frozen_outputs(
     if not parts or not left:
         return splits
     outputs = _Outputs(task, model, parts, accelerator)
-    found = {}
+    found, is_kept = {}, not task.recipe.data.streaming
     for name, split in splits.items():
         found[name], why = split, ""
+        if name not in task.frozen_splits:
+            continue
         if name == "train" and outputs.are_drawn(split):
             why = "`train` draws their inputs anew in every epoch"
         else:
             try:
-                found[name], n_bytes = outputs.added_to(split, left)
+                found[name], n_bytes = outputs.added_to(name, split, left)
                 left -= n_bytes
             except _TooLargeError as error:
                 why = f"{counted(len(split), 'example')} of `{name}` take about "
@@ -76,6 +79,9 @@ def with_frozen_outputs(
         if why and accelerator.is_main_process:
             which = " and ".join(f"`{part}`" for part in parts)
             warn(f"what the frozen {which} computes is not kept, but computed in every step: {why}")
+        is_kept &= not why
+    if is_kept:
+        task.release_frozen()
     return found
 
 
@@ -101,7 +107,7 @@ class _Outputs:
         """Examples that are computed at once."""
         return self.task.recipe.evaluate.micro_batch_size or 2 * self.task.micro_batch
 
-    def added_to(self, split: Encoded, limit: int) -> tuple[Encoded, int]:
+    def added_to(self, name: str, split: Encoded, limit: int) -> tuple[Encoded, int]:
         """Return a split with the outputs in its examples, and how many bytes they take.
 
         Raises:
@@ -114,8 +120,8 @@ class _Outputs:
         seed, precision = task.recipe.train.seed, accelerator.mixed_precision
         key = [
             "frozen outputs",
-            *cache_key(task, split.rows),
-            *(f"{name} {_hash(part)}" for name, part in self.parts.items()),
+            *cache_key(task, split.rows, name == "train"),
+            *(f"{name} {hash_of(part)}" for name, part in self.parts.items()),
             f"{precision} {accelerator.device.type} {self.batch_size} {seed}",
             *names,
         ]
@@ -126,7 +132,7 @@ class _Outputs:
 
         types = {part: feature(text) for part, text in FEATURE.items()}
         features = datasets.Features(dict.fromkeys(names, types))
-        added = cached_dataset(lambda: self._rows(split, limit), key, features)
+        added = cached_dataset(lambda: self._rows(name, split, limit), key, features)
         columns = (pc.struct_field(added.data.column(name), "data") for name in names)
         n_bytes = sum(pc.sum(pc.binary_length(column)).as_py() for column in columns)
         if n_bytes > limit:  # kept when the limit was another
@@ -134,7 +140,7 @@ class _Outputs:
         both = datasets.concatenate_datasets([split.examples.dataset, added], axis=1)
         return replace(split, examples=EncodedTable(both)), n_bytes
 
-    def _rows(self, split: Encoded, limit: int) -> Iterator[dict[str, Any]]:
+    def _rows(self, split_name: str, split: Encoded, limit: int) -> Iterator[dict[str, Any]]:
         """Yield what is kept of each example.
 
         Raises:
@@ -144,12 +150,22 @@ class _Outputs:
         for start in range(0, len(split), self.batch_size):
             stop = min(start + self.batch_size, len(split))
             found = self._of(self._prepared(split, list(range(start, stop))))
-            n_bytes += sum(tensor.numel() * tensor.element_size() for tensor in found.values())
-            expected = n_bytes * len(split) / stop
-            if n_bytes > limit or expected > 2 * limit:  # the first examples may be long ones
+            n_bytes += sum(_size(tensors) for tensors in found.values())
+            # the first examples may be long or short ones
+            expected = n_bytes * int(split.lengths.sum()) / int(split.lengths[:stop].sum())
+            if n_bytes > limit or expected > 2 * limit:
                 raise _TooLargeError(expected)
+            if not start and self.accelerator.is_main_process:
+                self._announce(split_name, split, expected)
             for i in range(stop - start):
                 yield {name: kept(tensor[i]) for name, tensor in found.items()}
+
+    def _announce(self, name: str, split: Encoded, n_bytes: float) -> None:
+        which = " and ".join(f"`{part}`" for part in self.parts)
+        sys.stderr.write(
+            f"computing once what the frozen {which} makes of {counted(len(split), 'example')} of "
+            f"{name}: about {in_words(n_bytes)} on the disk\n"
+        )
 
     def are_drawn(self, split: Encoded) -> bool:
         """Return whether training draws what the frozen parts read, as augmentation does.
@@ -159,6 +175,8 @@ class _Outputs:
         """
         if self.task.augments:
             return True
+        if type(self.task).prepare is Task.prepare:
+            return False
         positions = list(range(min(self.batch_size, len(split))))
         examples = [restored(one) for one in split.examples.__getitems__(positions)]
         prepared = self._prepared(split, positions)
@@ -170,7 +188,7 @@ class _Outputs:
                 continue
             expected = self._of(prepared) if expected is None else expected
             found = self._of(drawn)
-            if any(not _are_equal(found[name], tensor) for name, tensor in expected.items()):
+            if any(not _are_equal(found[name], of_name) for name, of_name in expected.items()):
                 return True
         return False
 
@@ -179,7 +197,7 @@ class _Outputs:
         return [prepared_for_evaluation(self.task, example) for example in found]
 
     @torch.no_grad()
-    def _of(self, examples: list[Example]) -> Mapping[str, Tensor]:
+    def _of(self, examples: list[Example]) -> Mapping[str, Tensors]:
         """Return the outputs of the frozen parts for some prepared examples."""
         was_training = self.model.training
         self.model.eval()
@@ -198,7 +216,16 @@ def _are_equal_batches(one: Batch, other: Batch) -> bool:
     return True
 
 
-def _are_equal(one: Tensor, other: Tensor) -> bool:
+def _size(tensors: Tensors) -> int:
+    """Return the bytes of a batch of outputs."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _are_equal(some: Tensors, others: Tensors) -> bool:
+    return all(_is_equal(one, other) for one, other in zip(some, others, strict=True))
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors differ by no more than rounding, which kernels may not repeat."""
     if one.shape != other.shape:
         return False
@@ -207,15 +234,3 @@ def _are_equal(one: Tensor, other: Tensor) -> bool:
     largest = float(other.abs().nan_to_num(0.0, 0.0).max()) if other.numel() else 0.0
     tolerance = 16 * torch.finfo(one.dtype).eps * largest
     return bool(torch.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True))
-
-
-def _hash(part: nn.Module) -> str:
-    """Return a hash (xxh3, 128 bits) of all tensors of a frozen part.
-
-    They are read as they are in memory: a part that was loaded in another dtype answers otherwise.
-    """
-    state = xxhash.xxh3_128()
-    for name, tensor in part.state_dict().items():
-        state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        state.update(kept(tensor)["data"])
-    return state.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 from lora_cli.data.bad_rows import without_errors
 from lora_cli.data.load_rows import stream_rows
@@ -70,13 +71,16 @@ class Stream:
                 else:
                     yield row
 
-        rows = without_errors(wanted(), task.row_error, task.recipe, skip)
+        def row_error(row: dict[str, Any]) -> str:
+            return task.row_error(row, training=True)
+
+        rows = without_errors(wanted(), row_error, task.recipe, skip)
         while chunk := list(islice(rows, CHUNK)):
             for place, row in chunk:
                 if problem := task.label_problem(row, place):
                     raise LoraError([problem])
             places = [place for place, _ in chunk]
-            encoded = encode_located(task, [row for _, row in chunk], places.__getitem__)
+            encoded = encode_located(task, [row for _, row in chunk], places.__getitem__, True)
             for place, examples in zip(places, encoded, strict=True):
                 if not examples:
                     skip(place, f"nothing to train is left within {task.length_limit}")

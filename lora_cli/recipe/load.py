@@ -294,6 +294,9 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     paths = {"model.name": named("model.name", recipe.model.name)}
     if recipe.adapter.from_:
         paths["adapter.from_"] = named("adapter.from", recipe.adapter.from_)
+    if recipe.train.distill is not None:
+        key = "train.distill.teacher"
+        paths[key] = named(key, recipe.train.distill.teacher)
     mirror = recipe.checkpoint.mirror
     if mirror and "://" not in mirror:
         paths["checkpoint.mirror"] = absolute("checkpoint.mirror", mirror)

@@ -25,7 +25,7 @@ FOUND = {
     "near_duplicates": "near duplicates",
     "contradictions": "contradictions",
 }
-GROUPS = ("adapter", "parameters", "training", "best")
+GROUPS = ("adapter", "teacher", "parameters", "training", "best")
 
 
 def data_section(report: dict[str, Any]) -> str:

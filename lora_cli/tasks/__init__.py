@@ -32,7 +32,25 @@ def build_task(recipe: Recipe, learned: Learned | None = None) -> Task:
         recipe: The recipe.
         learned: Gets what the task learns of its rows; None: a new one, `task.learned`.
     """
-    kind: Any = _type_of(recipe.task)
+    return _built(_type_of(recipe.task), recipe, learned)
+
+
+def build_training_task(recipe: Recipe, learned: Learned | None = None) -> Task:
+    """Return the task that the recipe names, to train it: with its teacher, if it has one.
+
+    Args: As of `build_task`.
+
+    Raises:
+        LoraError: If the teacher is not there, or was trained for something else.
+    """
+    if recipe.train.distill is None:
+        return build_task(recipe, learned)
+    from lora_cli.tasks.with_teacher import WITH_TEACHER
+
+    return _built(WITH_TEACHER[_type_of(recipe.task)], recipe, learned)
+
+
+def _built(kind: Any, recipe: Recipe, learned: Learned | None) -> Task:
     task: Task = kind(recipe, recipe.task)
     if learned is not None:
         task.learned = learned
@@ -79,4 +97,4 @@ def _type_of(spec: TaskSpec) -> type[Task]:
             assert_never(spec)
 
 
-__all__ = ["build_task", "task_types"]
+__all__ = ["build_task", "build_training_task", "task_types"]

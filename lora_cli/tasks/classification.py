@@ -101,11 +101,16 @@ class Classification(Task):
             case "single_label":
                 return f"mean cross-entropy per row, in nats{weighted}"
 
-    def labels_of(self, row: dict[str, Any]) -> list[str]:
-        """Return the names of a row's labels, in the order of the labels; or its number."""
+    def labels_of(self, row: dict[str, Any]) -> list[str] | None:
+        """Return the names of a row's labels, in the order of the labels; or its number.
+
+        None of a train row without a label, as a teacher may have.
+        """
         if self.label_spec.problem == "regression":
             return [str(self.reader.number(row))]
-        positions = {self.reader.position(value) for value in self.reader.texts_of(row) or ()}
+        if (texts := self.reader.texts_of(row)) is None:
+            return None
+        positions = {self.reader.position(value) for value in texts}
         return [self.labels[i] for i in sorted(p for p in positions if p is not None)]
 
     def label_counts(self, rows: Rows) -> dict[str, int]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lora_cli.adapters.frozen_layers import FrozenLayers
-from lora_cli.data.load_rows import Rows
+from lora_cli.data.load_rows import SPLITS, Rows
 from lora_cli.data.row_texts import shown_value
 from lora_cli.errors import LoraError, counted
 from lora_cli.models.base_model import build_empty, load_config, load_pretrained, new_modules
@@ -156,6 +156,14 @@ class Task(TaskAnswers, TaskMetrics):
     @abstractmethod
     def cost(self, example: Example) -> int:
         """Return what an example costs, in `unit`s."""
+
+    def encode_to_train(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
+        """Return the examples of train rows, which may hold more than those that are measured."""
+        return self.encode(rows)
+
+    def train_features(self) -> dict[str, str]:
+        """Return the type of each key of an example that is trained."""
+        return self.features()
 
     def check_examples(self, examples: Sequence[Example]) -> None:
         """Check that the model can read the examples.
@@ -322,13 +330,31 @@ class Task(TaskAnswers, TaskMetrics):
         """
         return {}
 
-    def frozen_outputs(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def frozen_outputs(
+        self, model: nn.Module, batch: Batch
+    ) -> Mapping[str, Tensor | Sequence[Tensor]]:
         """Return what the frozen parts make of each example of a batch, by name.
 
-        The examples that `prepare` and `collate` get then hold their rows of these tensors (B, …)
-        under these names. Where a batch has none (new rows, augmentation, `data.cache_limit`),
-        `forward` has to compute them.
+        The examples that `prepare` and `collate` get then hold their rows of these tensors (B, …),
+        or their own of B tensors, under these names. Where a batch has none (new rows,
+        augmentation, `data.cache_limit`), `forward` or `losses` has to compute them.
         """
+        return {}
+
+    frozen_splits: tuple[str, ...] = SPLITS
+    """The splits whose examples need them."""
+
+    def release_frozen(self) -> None:
+        """Let go of frozen models that the task holds itself: all their outputs are kept."""
+
+    @property
+    def teacher_identity(self) -> dict[str, str]:
+        """What identifies the frozen models that the task holds itself, and a run depends on."""
+        return {}
+
+    @property
+    def teacher_facts(self) -> dict[str, Any]:
+        """What a report says of a teacher, if one takes part in the training."""
         return {}
 
     def fit_as(self, other: Task) -> None:
@@ -391,8 +417,9 @@ class Task(TaskAnswers, TaskMetrics):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the weighted sum of all terms over all items of a batch; a scalar."""
-        found = self.losses(model, self.output(model, batch), batch)
-        return torch.stack([self.loss_weights[k] * v.sum() for k, v in found.items()]).sum()
+        found, weights = self.losses(model, self.output(model, batch), batch), self.loss_weights
+        weights = weights if found.keys() == weights.keys() else self.train_loss_weights
+        return torch.stack([weights[k] * v.sum() for k, v in found.items()]).sum()
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
         """Return a prediction for each example of the batch, with its losses."""

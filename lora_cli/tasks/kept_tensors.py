@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+import xxhash
+from torch import Tensor, nn
 
 KEYS = {"data", "shape", "dtype"}
 FEATURE = {"data": "large_binary", "shape": ["int32"], "dtype": "string"}
@@ -35,3 +36,15 @@ def _tensor(value: dict[str, Any]) -> Tensor:
         return torch.zeros(value["shape"], dtype=dtype)
     flat = torch.frombuffer(bytearray(value["data"]), dtype=dtype)
     return flat.view(value["shape"])
+
+
+def hash_of(part: nn.Module) -> str:
+    """Return a hash (xxh3, 128 bits) of all tensors of a frozen model.
+
+    They are read as they are in memory: a model that was loaded in another dtype answers otherwise.
+    """
+    state = xxhash.xxh3_128()
+    for name, tensor in part.state_dict().items():
+        state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        state.update(kept(tensor)["data"])
+    return state.hexdigest()

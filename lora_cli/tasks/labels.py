@@ -69,7 +69,8 @@ class Labels:
                 "is it the right column, and are all rows there? One label teaches nothing",
             )
         if self.class_weights == "balanced" and "train" in splits:
-            self.class_weights = self._balanced(found["train"], len(splits["train"]))
+            labelled = sum(self.texts_of(row) is not None for row in splits["train"])
+            self.class_weights = self._balanced(found["train"], labelled)
         self.weights = self._weights()
 
     def _infer(self, splits: dict[str, Rows]) -> list[str]:

@@ -60,7 +60,7 @@ class SequenceClassification(Classification, TextTask):
         """Return one example a row, or none of a row that is too long and to be left out."""
         return [
             self._example(row, inputs)
-            for row, inputs in zip(rows, self._encode_checked(rows), strict=True)
+            for row, inputs in zip(rows, self.encode_inputs(rows), strict=True)
         ]
 
     def _example(self, row: dict[str, Any], inputs: Example) -> list[Example]:
@@ -85,7 +85,7 @@ class SequenceClassification(Classification, TextTask):
         if reason := super().answer_error(row):
             return Problem(reason, hint=self.answer_hint)
         try:
-            (inputs,) = self._encode_checked([row])
+            (inputs,) = self.encode_inputs([row])
             self.require_known_tokens(inputs["input_ids"])
         except LoraError as error:
             return error.problems[0]
@@ -108,7 +108,7 @@ class SequenceClassification(Classification, TextTask):
             full = len(tokenizer(*texts, verbose=False)["input_ids"])
         return {"full_length": full} if full > self.max_length else {}
 
-    def _encode_checked(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
+    def encode_inputs(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
         """Return the inputs of rows, each with as many end-of-text tokens as the model expects.
 
         Encoder-decoders read their answer at the last one, and need the same number in every row.
@@ -232,13 +232,14 @@ class SequenceClassification(Classification, TextTask):
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Return the examples as a batch; the items are rows, or their weights."""
-        inputs = self._inputs(examples)
+        inputs = self.input_tensors(examples)
         labels, items = self.labels_and_items(examples)
         n_tokens = sum(len(example["input_ids"]) for example in examples)
         rows = [example["row"] for example in examples]
         return Batch(inputs, {"labels": labels}, {MAIN: items}, n_tokens, rows)
 
-    def _inputs(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def input_tensors(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Return what the model reads of examples, as tensors."""
         keys = [key for key in ("input_ids", "token_type_ids") if key in examples[0]]
         texts: dict[str, Any] = {key: [example[key] for example in examples] for key in keys}
         return self.inputs_of(texts, {"input_ids": self._pad, "token_type_ids": 0})
@@ -252,7 +253,7 @@ class SequenceClassification(Classification, TextTask):
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
         """Return the prediction and the probabilities of each row."""
         device = next(model.parameters()).device
-        inputs = self._inputs(self._encode_texts(rows))
+        inputs = self.input_tensors(self._encode_texts(rows))
         moved = {key: value.to(device) for key, value in inputs.items()}
         logits = self.logits(model, moved).float()
         require_finite(logits, model, self.recipe)

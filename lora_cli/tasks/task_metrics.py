@@ -31,6 +31,11 @@ class TaskMetrics(ABC):
     default_metrics: tuple[str, ...]
     """Metrics that are measured if the recipe names none; the first chooses the best adapter."""
 
+    @property
+    def train_loss_weights(self) -> Mapping[str, float]:
+        """The terms of the loss in training, where a teacher adds one, with their weights."""
+        return self.loss_weights
+
     def check_metrics(self, channels: set[str]) -> None:  # noqa: B027 - optional
         """Learn which channels the metrics read, so that `predictions` fills them."""
 

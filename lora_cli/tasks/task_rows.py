@@ -90,8 +90,21 @@ class TaskRows(ABC):
         """Return what a row holds that no task reads though it changes its meaning, and a hint."""
         return None
 
-    def row_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with a row, or nothing."""
+    def needed_columns(self, training: bool = False) -> dict[str, str]:
+        """Return the columns that rows must have, by the place of the key that names them.
+
+        Args:
+            training: Whether the rows are to be trained, and not measured.
+        """
+        return self.input_columns() | self.target_columns()
+
+    def row_error(self, row: dict[str, Any], training: bool = False) -> str:
+        """Return what is wrong with a row, or nothing.
+
+        Args:
+            row: The row.
+            training: Whether it is to be trained, and not measured.
+        """
         return self.input_error(row) or self.target_error(row) or self._byte_error(row)
 
     def _byte_error(self, row: dict[str, Any]) -> str:

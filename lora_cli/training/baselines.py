@@ -25,9 +25,9 @@ from lora_cli.reporting import write_model_card, write_page, write_report
 from lora_cli.reporting.page_analysis import finite, read_predictions
 from lora_cli.reporting.report import part, shown_number
 from lora_cli.reporting.verdict import MANY_ROWS, is_clear, measured_rows
-from lora_cli.tasks import build_task
+from lora_cli.tasks import build_task, build_training_task
 from lora_cli.tasks.contract import Task
-from lora_cli.tasks.examples import Encoded
+from lora_cli.tasks.examples import IGNORED, Encoded
 from lora_cli.training import run as training_run
 from lora_cli.training.mirror import mirror_result
 
@@ -71,7 +71,7 @@ def _measure_all(wanted: Sequence[str], recipe: Recipe, report: dict[str, Any]) 
 def _measure(name: str, recipe: Recipe, report: dict[str, Any]) -> Metrics:
     match name:
         case "majority":
-            task = build_task(recipe)
+            task = build_training_task(recipe)
             task.load_processor()
             return majority(task, load_data(task))
         case "none":
@@ -84,7 +84,7 @@ def majority(task: Task, data: dict[str, Encoded]) -> Metrics:
 
     Of several labels, each is taken that more than half of the rows have.
     """
-    train = list(data["train"].examples["labels"])
+    train = [label for label in data["train"].examples["labels"] if not _is_missing(label)]
     said: Any
     if task.metric_channel == "value":
         said = float(np.mean(train))
@@ -100,6 +100,12 @@ def majority(task: Task, data: dict[str, Encoded]) -> Metrics:
             metrics.add_batch(task.metric_channel, [said] * len(references), references)
             found[name] = metrics.compute()
     return found
+
+
+def _is_missing(label: Any) -> bool:
+    """Return whether a train row has no label, as a teacher may have."""
+    first = label[0] if isinstance(label, list) and label else label
+    return bool(first == IGNORED)
 
 
 def _head_alone(recipe: Recipe) -> Metrics:

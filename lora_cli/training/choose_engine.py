@@ -34,7 +34,8 @@ def choose_engine(
     records = task.same_in_any_batch and not train.gradient_checkpointing
     required = train.kernels == "fused"
     compiled = required or _compiling_pays(model, batches)
-    if train.kernels == "reference" or accelerator.device.type != "cuda":
+    plain = train.kernels == "reference" or train.distill is not None  # a teacher may compute too
+    if plain or accelerator.device.type != "cuda":
         return Engine(*parts)
     if not (records or compiled):
         return Engine(*parts)

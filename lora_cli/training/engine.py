@@ -63,20 +63,20 @@ class Engine:
             weights: What one item of each term of the loss weighs in the step.
 
         Returns:
-            The micro-batch's share of the step's loss; a scalar on the device.
+            The micro-batch's share of each term of the step's loss (terms,), on the device.
         """
         with self.accelerator.autocast():
             sums = self.task.losses(self.model, self.task.output(self.model, batch), batch)
-            loss = torch.stack([sums[term].sum() * weight for term, weight in weights.items()])
-            loss = loss.sum()
+            shares = torch.stack([sums[term].sum() * weight for term, weight in weights.items()])
+            loss = shares.sum()
         self.accelerator.backward(loss)
-        return loss.detach()
+        return shares.detach()
 
-    def sum_over_processes(self, loss: Tensor) -> Tensor:
-        """Add up the gradients of all processes in each of them, and return their summed loss."""
+    def sum_over_processes(self, shares: Tensor) -> Tensor:
+        """Add up the gradients of all processes in each of them; return their summed shares."""
         if self.accelerator.num_processes == 1:
-            return loss
-        total: Tensor = self.accelerator.reduce(loss, "sum")
+            return shares
+        total: Tensor = self.accelerator.reduce(shares, "sum")
         sum_gradients(list(self.parameters.values()), self.accelerator)
         return total
 

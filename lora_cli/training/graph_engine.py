@@ -40,17 +40,17 @@ class Graph:
     graph: torch.cuda.CUDAGraph
     batch: Batch
     weights: dict[str, Tensor]
-    loss: Tensor
+    shares: Tensor
 
     def replay(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
-        """Compute another micro-batch of the same shape, and return its share of the loss."""
+        """Compute another micro-batch of the same shape, and return its shares of the loss."""
         for own, new in ((self.batch.inputs, batch.inputs), (self.batch.targets, batch.targets)):
             for name, tensor in own.items():
                 tensor.copy_(new[name], non_blocking=True)
         for term, weight in self.weights.items():
             weight.copy_(weights[term])
         self.graph.replay()
-        return self.loss
+        return self.shares
 
 
 @dataclass
@@ -163,9 +163,9 @@ class GraphEngine(Engine):
                     super().add_gradients(own, own_weights)
                 torch.cuda.current_stream(device).wait_stream(self.stream)
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-                    loss = super().add_gradients(own, own_weights)
+                    shares = super().add_gradients(own, own_weights)
             self.pool = graph.pool()
-            recorded = Graph(graph, own, own_weights, loss)
+            recorded = Graph(graph, own, own_weights, shares)
             replayed, plain = self._both(recorded, random)
             if any(parameter.grad is not None for parameter in self.rarely_used):
                 self.why_not = "not every step has gradients for the same parameters"
@@ -197,14 +197,14 @@ class GraphEngine(Engine):
             found.append(self.gradients.clone())
         return found
 
-    def sum_over_processes(self, loss: Tensor) -> Tensor:
-        """Add up the gradients of all processes in each of them, and return their summed loss."""
+    def sum_over_processes(self, shares: Tensor) -> Tensor:
+        """Add up the gradients of all processes in each of them; return their summed shares."""
         if self.gradients is None or self.accelerator.num_processes == 1:
-            return super().sum_over_processes(loss)
+            return super().sum_over_processes(shares)
         torch.distributed.all_reduce(self.gradients)
         if self.rarely_used:
             sum_gradients(self.rarely_used, self.accelerator)
-        total: Tensor = self.accelerator.reduce(loss, "sum")
+        total: Tensor = self.accelerator.reduce(shares, "sum")
         return total
 
     def clear_gradients(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lora_cli.tasks.examples import MAIN
 from lora_cli.training.bad_numbers import BadStep
 from lora_cli.training.batches import PlannedStep
 from lora_cli.training.progress import rate_key
@@ -29,6 +30,7 @@ class Window:
         self.state, self.start = state, replace(state)
         self.steps = state.unlogged_steps
         self.total = torch.tensor(state.unlogged_loss, device=device)
+        self.terms = {k: torch.tensor(v, device=device) for k, v in state.unlogged_terms.items()}
         self.norm = torch.zeros(())
         self.streak = streak or []
         self.bad: list[BadStep] = []
@@ -37,6 +39,8 @@ class Window:
     def add(self, planned: PlannedStep, result: StepResult) -> None:
         """Take in a step. On a CPU it is known at once whether it is bad, else after `look`."""
         self.total = self.total + torch.where(result.bad, 0.0, result.loss)
+        for term, mean in result.terms.items():
+            self.terms[term] = self.terms.get(term, 0.0) + torch.where(result.bad, 0.0, mean)
         self.norm = result.grad_norm
         flags = torch.stack([result.bad, result.skipped])
         self._unread.append((BadStep(planned.number, planned.places), flags))
@@ -65,6 +69,11 @@ class Window:
         """Put into the state what the next line of the log will need."""
         self.read()
         state.unlogged_steps, state.unlogged_loss = self.steps, float(self.total)
+        state.unlogged_terms = {term: float(total) for term, total in self.terms.items()}
+
+    def clear(self, state: TrainState) -> None:
+        """Take out of the state what a line of the log has said."""
+        state.unlogged_steps, state.unlogged_loss, state.unlogged_terms = 0, 0.0, {}
 
     def record(self, state: TrainState, unit: str) -> dict[str, float]:
         """Return loss, gradient norm and speed.
@@ -77,8 +86,17 @@ class Window:
         seconds = max(state.seconds - start.seconds, 1e-9)
         return {
             "loss": self.loss,
+            **self._means_of_terms(),
             "grad_norm": float(self.norm),
             "examples_per_s": round((state.examples - start.examples) / seconds, 2),
             rate_key(unit): round((state.tokens - start.tokens) / seconds, 1),
             "seconds_per_step": round(seconds / max(state.step - start.step, 1), 4),
+        }
+
+    def _means_of_terms(self) -> dict[str, float]:
+        """Return the mean of each term of the loss, where there are several."""
+        steps = max(self.steps, 1)
+        return {
+            f"loss_{'labels' if term == MAIN else term}": float(total) / steps
+            for term, total in self.terms.items()
         }

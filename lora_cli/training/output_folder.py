@@ -207,6 +207,7 @@ def start_report(
         "metric_definitions": task.metric_definitions(),
         "base_model": recipe.model.name,
         "adapter": _adapter_facts(recipe),
+        **({"teacher": facts} if (facts := task.teacher_facts) else {}),
         "parameters": {
             "total": total,
             "trainable": trainable,

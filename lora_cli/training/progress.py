@@ -121,8 +121,10 @@ class RunLog:
     def trained(self, record: dict[str, Any], seconds_left: float) -> None:
         """Log a record of training."""
         self._write(record)
+        terms = [f"{k[5:]} {v:.4f}" for k, v in record.items() if k.startswith("loss_")]
+        parts = f"({', '.join(terms)})  " if terms else ""
         text = (
-            f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  "
+            f"loss {record['loss']:.4f}  {parts}lr {record['learning_rate']:.2e}  "
             f"{record['examples_per_s']:.1f} ex/s  {self._units_of(record)}"
             f"{record['memory_bytes'] / GIB:.1f} GiB"
         )

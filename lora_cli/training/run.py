@@ -30,7 +30,7 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.preprocessing.entering_states import with_entering_states
 from lora_cli.preprocessing.frozen_outputs import with_frozen_outputs
 from lora_cli.recipe import Learned, Recipe
-from lora_cli.tasks import build_task
+from lora_cli.tasks import build_training_task
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Encoded
 from lora_cli.training.bad_numbers import reject_bad_parameters, reject_bad_scale, reject_bad_steps
@@ -79,7 +79,7 @@ def train(recipe: Recipe, resume: bool = False, learned: Learned | None = None) 
     accelerator = start_accelerator(recipe)
     with watching(accelerator), ExitStack() as resources:
         require_same_recipe(recipe, resume, accelerator)
-        task = build_task(recipe, learned)
+        task = build_training_task(recipe, learned)
         with main_process_first(accelerator):  # it reads and encodes; the others find its cache
             if accelerator.is_main_process:
                 open_mirror(recipe, resume)
@@ -138,7 +138,7 @@ class Run:
         self.batches = Batches(task, self.data.get("train"), accelerator)
         self.total_steps = self.batches.total_steps
         hashes = {name: split.rows.content_sha256() for name, split in data.items()}
-        machine = machine_facts(accelerator)
+        machine = machine_facts(accelerator) | task.teacher_identity
         self.state = TrainState(recipe=recipe_facts(recipe), data=hashes, machine=machine)
         self.report = start_report(recipe, task, data, hashes, self.model, accelerator)
         self.report["parameters"] |= trained_facts(self.model, recipe, self.optimizer.param_groups)
@@ -304,7 +304,7 @@ class Run:
         self.log.trained(record, left)
         for bad in self.window.bad:
             self.log.say(bad.warning())
-        state.unlogged_steps, state.unlogged_loss = 0, 0.0
+        self.window.clear(state)
         self.window = Window(state, self.accelerator.device, self.window.streak)
 
     def _count_seconds(self) -> None:

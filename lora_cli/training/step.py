@@ -24,7 +24,9 @@ class StepResult:
     """What a step reports."""
 
     loss: Tensor
-    """Mean over the step's items."""
+    """Mean over the step's items; of several terms, the weighted sum of their means."""
+    terms: dict[str, Tensor]
+    """The mean of each term, where a teacher adds one."""
     grad_norm: Tensor
     """Length of the gradient before it was shortened."""
     idle: list[str]
@@ -46,24 +48,25 @@ def train_step(engine: Engine, batches: list[Batch]) -> StepResult:
     accelerator = engine.accelerator
     # Divided before the backward pass, and not after, so that fp16's gradients stay in range.
     weights = _weights_per_item(engine, batches)
+    shares = torch.zeros(len(weights), device=accelerator.device)
     if engine.task.couples_examples:
-        loss = add_coupled_gradients(engine, batches, weights)
+        shares += add_coupled_gradients(engine, batches, weights)
     else:
-        loss = torch.zeros((), device=accelerator.device)
         for batch in batches:
-            loss += engine.add_gradients(batch, weights)
+            shares += engine.add_gradients(batch, weights)
     if accelerator.scaler is not None and not batches:
-        accelerator.scaler.scale(loss)  # one that has scaled nothing raises on a step
-    loss = engine.sum_over_processes(loss)
+        accelerator.scaler.scale(shares)  # one that has scaled nothing raises on a step
+    shares = engine.sum_over_processes(shares)
+    loss = shares.sum()
     idle = [name for name, parameter in engine.parameters.items() if parameter.grad is None]
     norm, bad, skipped = engine.update(loss)
-    return StepResult(loss, norm, idle, bad, skipped)
+    return StepResult(loss, _means(engine, shares), norm, idle, bad, skipped)
 
 
 def _weights_per_item(engine: Engine, batches: list[Batch]) -> dict[str, Tensor]:
     """Return what one item of each term of the loss weighs: the term's weight by its items."""
     accelerator, weights = engine.accelerator, {}
-    for term, weight in engine.task.loss_weights.items():
+    for term, weight in engine.task.train_loss_weights.items():
         # filled on the device, as a copy would wait for it; a float also where there are no
         # batches, since the processes must agree on the type
         count = float(sum(float(batch.items[term].sum()) for batch in batches))
@@ -72,3 +75,12 @@ def _weights_per_item(engine: Engine, batches: list[Batch]) -> dict[str, Tensor]
             n_items = accelerator.reduce(n_items, "sum")
         weights[term] = weight / n_items.clamp(min=1e-12)
     return weights
+
+
+def _means(engine: Engine, shares: Tensor) -> dict[str, Tensor]:
+    """Return the mean of each term, from its share of the loss, if there are several terms."""
+    weights = engine.task.train_loss_weights
+    if len(weights) == 1:
+        return {}
+    terms = zip(weights.items(), shares, strict=True)
+    return {term: share / weight for (term, weight), share in terms if weight}

@@ -20,6 +20,7 @@ FIXED = ("model.", "task.", "adapter.", "train.optimizer.type")  # a change make
 VERSIONS = ("torch", "transformers")
 MACHINE = {  # what decides the last bits, and where it is said
     "device": "the machine",
+    "teacher": "train.distill.teacher",
     "processes": "`accelerate launch --num_processes`",
     "threads": "the environment variable `OMP_NUM_THREADS`",
     **dict.fromkeys(VERSIONS, "the installed packages"),
@@ -54,6 +55,8 @@ class TrainState:
     """Steps since the last line of the log."""
     unlogged_loss: float = 0.0
     """Sum of their losses."""
+    unlogged_terms: dict[str, float] = field(default_factory=dict)
+    """The same of each term of the loss, where a teacher adds one."""
     logs: dict[str, int] = field(default_factory=dict)
     """Size in bytes of each log: what it holds beyond that is of steps that will be made again."""
     scaler: dict[str, Any] | None = None
@@ -64,7 +67,8 @@ class TrainState:
     sha256: dict[str, str] = field(default_factory=dict)
     """Of the files with tensors beside it."""
     machine: dict[str, Any] = field(default_factory=dict)
-    """What of the machine decides the last bits: device, processes, threads, versions."""
+    """What besides the recipe and the data decides the result: a teacher's weights and, of the
+    machine, device, processes, threads and versions."""
     memory: dict[str, Any] = field(default_factory=dict)
     """How memory is saved: it decides the last bits too, but `--resume` may change it."""
     changes: list[str] = field(default_factory=list)

@@ -28,6 +28,7 @@ from lora_cli.export import adapter_task as adapter_tasks
 from lora_cli.export.merge import merge_adapter
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Learned, Recipe, load_adapter_recipe, load_recipe
+from lora_cli.tasks import trained_task
 from lora_cli.tasks.contract import prepared_for_evaluation
 from lora_cli.training import run as runs_of_training
 
@@ -46,7 +47,8 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> list[ExampleTask]:
         built[-1].learned = learned or Learned()
         return built[-1]
 
-    for module in (runs_of_training, evaluate_split, open_adapter, adapter_tasks):
+    monkeypatch.setattr(runs_of_training, "build_training_task", build)
+    for module in (trained_task, evaluate_split, adapter_tasks):
         monkeypatch.setattr(module, "build_task", build)
     return built
 

@@ -292,6 +292,7 @@ def best(left: Left) -> Any:
 
 TEXT_FILE = {"train": "lines.txt", "validation": None}
 CSV = {"data.train": "train.csv", "data.validation": None}
+TAUGHT = {"train.distill.teacher": "../bases/adapter"}
 MANY = {"train.max_steps": 6, "evaluate.every_steps": 1}
 CHANGES: dict[str, Change] = {
     "format": Change(message, (1, 2)),
@@ -537,6 +538,10 @@ CHANGES: dict[str, Change] = {
     "train.scheduler.warmup_steps": Change(losses, (0, 2)),
     "train.scheduler.warmup_ratio": Change(losses, (None, 0.5)),
     "train.precision": Change(losses, ("fp32", "bf16")),
+    "train.distill.teacher": Change(report, (..., "../bases/adapter")),
+    "train.distill.revision": Change(report, ("main", "v2"), also=TAUGHT),
+    "train.distill.temperature": Change(losses, (1.0, 4.0), also=TAUGHT),
+    "train.distill.weight": Change(losses, (0.2, 0.8), also=TAUGHT),
     "train.kernels": Change(report, ("fused", "reference")),
     "train.max_grad_norm": Change(adapter, (None, 1e-3), also={"train.optimizer.type": "sgd"}),
     "train.gradient_checkpointing": Change(lambda left: left.used["forward"], (False, True)),

@@ -17,6 +17,7 @@ from typing import Any
 
 import cases_chats  # noqa: F401 - they fill CASES
 import cases_data  # noqa: F401
+import cases_distillation  # noqa: F401
 import cases_embedding  # noqa: F401
 import cases_entities  # noqa: F401
 import cases_experts  # noqa: F401
@@ -313,9 +314,9 @@ REST: dict[str, list[str]] = {
 MOST_LINES = 36  # of a message on the page
 AREAS = [
     "Arguments", "Recipes", "Keys that do not go together", "Overrides", "Files and rows", "Splits",
-    "Labels", "Entities", "Language models", "Translation", "Embeddings", "lora init", "Models",
-    "Targets", "Metrics", "Adapters", "Starting from an adapter", "Training", "Evaluation",
-    "Prediction",
+    "Labels", "Entities", "Language models", "Translation", "Embeddings", "Teachers",
+    "lora init", "Models", "Targets", "Metrics", "Adapters", "Starting from an adapter",
+    "Training", "Evaluation", "Prediction",
     "Merging", "Combining", "Exporting", "Pushing", "Checking", "Pictures",
     "Speech",
 ]  # fmt: skip

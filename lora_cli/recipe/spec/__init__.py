@@ -15,6 +15,7 @@ from lora_cli.recipe.spec.data import (
     SplitSpec,
     is_file,
 )
+from lora_cli.recipe.spec.distill import DistillSpec
 from lora_cli.recipe.spec.evaluate import EvaluateSpec, GenerationSpec
 from lora_cli.recipe.spec.image_classification_spec import ImageClassificationSpec
 from lora_cli.recipe.spec.model import ModelSpec
@@ -52,6 +53,7 @@ __all__ = [
     "ParameterGroupSpec",
     "SchedulerSpec",
     "TrainSpec",
+    "DistillSpec",
     "EvaluateSpec",
     "GenerationSpec",
     "CheckpointSpec",

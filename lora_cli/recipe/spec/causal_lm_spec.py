@@ -39,6 +39,7 @@ class CausalLMSpec(TaskSection):
     usual_training = UsualTraining(
         writes=True, longest=2048, epochs=((1_000, 3), (20_000, 2), (math.inf, 1))
     )
+    can_distill = True
 
     type: Literal["causal_lm"]
     """Which task."""

@@ -96,6 +96,7 @@ class Recipe(Section):
             hint = "leave `lora_plus_ratio` out, or use `adapter.type: lora`"
             yield "train.optimizer.lora_plus_ratio", what, hint
         yield from self._init_conflicts()
+        yield from self._distill_conflicts()
         yield from self._token_conflicts()
         if train.kernels == "fused" and task.couples_examples:
             what = "`kernels: fused` records micro-batches, and this loss is of a whole step"
@@ -126,6 +127,17 @@ class Recipe(Section):
         if init == "eva" and self.data.streaming:
             what = "`init: eva` reads train rows before the first step, and `data.streaming` reads "
             yield key, f"{what}each once", "leave one of the two out"
+
+    def _distill_conflicts(self) -> Conflicts:
+        if self.train.distill is None:
+            return
+        if not self.task.can_distill:
+            what = f"`distill` has no meaning with `task.type: {self.task.type}`"
+            hint = "leave it out: `sequence_classification` and `causal_lm` can learn so"
+            yield "train.distill", what, hint
+        elif self.task.answer_kind == "regression":
+            what = "a teacher's number has no probabilities to compare with, which `distill` learns"
+            yield "train.distill", what, "let the teacher answer the rows: `lora predict --input`"
 
     def _token_conflicts(self) -> Conflicts:
         """Yield what is wrong with new tokens, and with tokens whose rows are trained."""

@@ -24,6 +24,7 @@ class SequenceClassificationSpec(ClassificationSection):
         "take a model that transformers can make a classifier of, such as BERT, RoBERTa or Llama"
     )
     packing_hint = "leave it out; `train.group_by_length: true` saves padding here"
+    can_distill = True
 
     type: Literal["sequence_classification"]
     """Which task."""

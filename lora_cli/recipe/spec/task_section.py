@@ -85,6 +85,8 @@ class TaskSection(Section):
     """What to say to a user whose model cannot be used for the task."""
     can_pack: ClassVar[bool] = False
     """Whether several examples can share a row (`train.packing`)."""
+    can_distill: ClassVar[bool] = False
+    """Whether a teacher's answers can be learned (`train.distill`)."""
     default_targets: ClassVar[Literal["attention", "layers"]] = "attention"
     """What is adapted if the recipe does not say: the queries and values of attention, or every
     linear layer; where a model has none of either, what comes nearest."""

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from lora_cli.recipe.spec.distill import DistillSpec
 from lora_cli.recipe.spec.section import Conflicts, Positive, Probability, Section, Seed, Word
 
 
@@ -121,6 +122,9 @@ class TrainSpec(Section):
     scheduler: SchedulerSpec = Field(default_factory=SchedulerSpec)
     """How the learning rate moves."""
 
+    distill: DistillSpec | None = None
+    """Learn from a teacher besides the labels."""
+
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the computation; fp16 has its loss scaled, and needs a GPU."""
 
@@ -160,6 +164,9 @@ class TrainSpec(Section):
             what = "`epochs` and `max_steps` exclude each other"
             hint = "keep one: `--set train.epochs=null` or `--set train.max_steps=null`"
             yield "max_steps", what, hint
+        if self.kernels == "fused" and self.distill is not None:
+            what = "`kernels: fused` records steps, in which no teacher can take part"
+            yield "kernels", what, "leave `kernels` out, or `distill`"
         if self.packing and self.group_by_length:
             what = "`packing` leaves no padding for `group_by_length` to save"
             yield "group_by_length", what, "leave one of the two out"
