@@ -70,6 +70,10 @@ class Packed:
     def __getitem__(self, index: int) -> Example:
         return one_row(self.split.examples.__getitems__(self.packs[index]))
 
+    def __getitems__(self, indices: Sequence[int]) -> list[Example]:
+        """Return several packs."""
+        return [self[index] for index in indices]
+
 
 def one_row(examples: Sequence[Example]) -> Example:
     """Return several examples as one; the first token of each is not predicted."""
