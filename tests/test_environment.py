@@ -63,6 +63,7 @@ class Squares:
     """A task whose loss is the sum of squares."""
 
     loss_weights = train_loss_weights = {"loss": 1.0}
+    couples_examples = False
 
     def forward(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return model(batch.targets["labels"])

@@ -40,6 +40,7 @@ class Task:
         return model(batch.inputs["x"], len(batch.rows) > 1)
 
     output = forward  # nothing is frozen
+    couples_examples = False
 
     def losses(self, model: nn.Module, output: torch.Tensor, batch: Batch) -> Any:
         return {"loss": output.square().sum(-1)}

@@ -430,10 +430,13 @@ def test_a_micro_batch_without_trained_tokens_changes_nothing() -> None:
 class TwoTerms:
     """A task whose loss has two terms, with weights and items of their own."""
 
-    loss_weights = {"squares": 2.0, "sum": 0.5}
+    loss_weights = train_loss_weights = {"squares": 2.0, "sum": 0.5}
+    couples_examples = False
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(batch.inputs["x"])
+
+    output = forward  # nothing is frozen
 
     def losses(self, model: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         return {"squares": output.square().sum(-1), "sum": output.sum(-1)}

@@ -49,7 +49,7 @@ class Task(TaskAnswers, TaskMetrics):
     auto_class: Any
     """The transformers class that builds the model."""
     unit: str = "token"
-    """What `cost` counts, one of it."""
+    """What `cost` counts."""
     has_head: bool = False
     """Whether the task adds a head to the pretrained model."""
     layout: str = "as the examples are"
@@ -61,8 +61,8 @@ class Task(TaskAnswers, TaskMetrics):
     couples_examples: bool = False
     """Whether the loss compares the examples of a step with each other (in-batch negatives).
 
-    `forward` then returns a tensor, and each target of a batch has as many rows as that: joined,
-    those of several micro-batches are those of a larger batch, of which `losses` is the loss.
+    `forward` then returns a tensor with as many rows as each target. Those of several micro-batches
+    make a larger batch, of which `losses` is the loss.
     """
     max_length: int | None = None
     """Where examples are cut or divided, in `unit`s; None: nowhere."""
@@ -335,9 +335,8 @@ class Task(TaskAnswers, TaskMetrics):
     ) -> Mapping[str, Tensor | Sequence[Tensor]]:
         """Return what the frozen parts make of each example of a batch, by name.
 
-        The examples that `prepare` and `collate` get then hold their rows of these tensors (B, …),
-        or their own of B tensors, under these names. Where a batch has none (new rows,
-        augmentation, `data.cache_limit`), `forward` or `losses` has to compute them.
+        The examples that are collated then hold their rows of these tensors (B, …), or their own of
+        B tensors. Where a batch has none (new rows), `forward` or `losses` has to compute them.
         """
         return {}
 
@@ -354,7 +353,7 @@ class Task(TaskAnswers, TaskMetrics):
 
     @property
     def teacher_facts(self) -> dict[str, Any]:
-        """What a report says of a teacher, if one takes part in the training."""
+        """What a report says of a teacher."""
         return {}
 
     def fit_as(self, other: Task) -> None:
@@ -417,8 +416,8 @@ class Task(TaskAnswers, TaskMetrics):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the weighted sum of all terms over all items of a batch; a scalar."""
-        found, weights = self.losses(model, self.output(model, batch), batch), self.loss_weights
-        weights = weights if found.keys() == weights.keys() else self.train_loss_weights
+        found, own = self.losses(model, self.output(model, batch), batch), self.loss_weights
+        weights = own if found.keys() == own.keys() else self.train_loss_weights
         return torch.stack([weights[k] * v.sum() for k, v in found.items()]).sum()
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Prediction]:
