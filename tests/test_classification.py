@@ -239,10 +239,10 @@ def test_labels_are_counted_and_named_in_their_order(task_of: Any) -> None:
 
 def test_labels_to_skip_are_named(task_of: Any) -> None:
     task = task_of(["a", "b"], skip_labels=["-", " ? "])
-    assert task.skip_reason({"label": "?"}) == "the label `?` is one of `skip_labels`"
-    assert task.skip_reason({"label": "a"}) == ""
-    assert task.skip_reason({"label": None}) == ""
-    assert task_of(["a", "b"]).skip_reason({"label": "-"}) == ""
+    assert task.skip_reason({"label": "?"}, "train") == "the label `?` is one of `skip_labels`"
+    assert task.skip_reason({"label": "a"}, "train") == ""
+    assert task.skip_reason({"label": None}, "train") == ""
+    assert task_of(["a", "b"]).skip_reason({"label": "-"}, "train") == ""
 
 
 def head(rows: int) -> dict[str, torch.Tensor]:

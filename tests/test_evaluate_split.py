@@ -177,7 +177,7 @@ def test_a_failure_leaves_the_model_as_it_was(
 class Parts:
     """A task whose rows have several examples, and a split of rows that are words."""
 
-    joins_examples = True
+    joins_examples, compares_rows = True, False
     loss_weights: ClassVar[dict[str, float]] = {MAIN: 1.0}
     rows = ("a", "b", "c", "d")
 

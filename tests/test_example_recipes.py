@@ -153,7 +153,7 @@ def stand_ins(name: str, folder: Path) -> tuple[Path, Path]:
             return tiny_speech.save(base), spoken_digits(data)
         case "banking77_minilm":
             for n, split in enumerate(("train", "test")):
-                rows = [f'"{tiny.CORPUS[i % 8]} {i + 100 * n}",kind {i % 2}' for i in range(40)]
+                rows = [f'"{tiny.CORPUS[i % 8]} {i + 100 * n}",kind {i % 2}' for i in range(80)]
                 (data / f"{split}.csv").write_text("\n".join(["text,category", *rows]))
             return tiny_embedders.save(base), data
         case "gpt2_wikitext":

@@ -154,7 +154,7 @@ def test_a_folder_of_this_machine_is_never_asked_for_on_the_hub(
     assert find_adapter_folder("hf://out/name", "--adapter").is_absolute()  # where one is meant
 
 
-def test_every_command_takes_an_id(hub: HubServer, trained: Path) -> None:
+def test_every_command_takes_an_id(hub: HubServer, trained: Path, tmp_path: Path) -> None:
     taken = {
         (name, parameter.name)
         for name, command in get_command(app).commands.items()
@@ -162,13 +162,15 @@ def test_every_command_takes_an_id(hub: HubServer, trained: Path) -> None:
         if getattr(parameter.callback, "__wrapped__", parameter.callback) is options.find_adapter
         or "find_adapter" in str(getattr(parameter.callback, "__qualname__", ""))
     }
-    every = {(n, "adapter") for n in ("eval", "predict", "merge", "export", "check")}
+    every = {(n, "adapter") for n in ("eval", "predict", "export", "check")}
     assert taken >= every | {("eval", "against"), ("combine", "adapters"), ("combine", "head")}
 
     hub.commit("user/name", files_of(trained))
     wanted = CliRunner().invoke(app, ["predict", "--adapter", str(trained), "a film"])
     found = CliRunner().invoke(app, ["predict", "--adapter", "user/name", "a film"])
     assert (found.exit_code, found.stdout) == (0, wanted.stdout)
+    merge = ["merge", "--adapter", "user/name:0.5", "--to", str(tmp_path / "merged")]
+    assert CliRunner().invoke(app, merge).exit_code == 0
 
 
 def test_a_training_starts_from_an_adapter_of_the_hub(hub: HubServer, trained: Path) -> None:

@@ -582,11 +582,11 @@ def test_empty_texts():
 
 
 def test_modes():
-    expected = dict.fromkeys(["loss", "mse", "rmse", "mae", "perplexity"], "min")
+    expected = dict.fromkeys(["loss", "mse", "rmse", "mae", "perplexity", "wer", "cer"], "min")
     assert {name: metric_mode(name) for name in expected} == expected
     for name in set(known_metrics()) - set(expected) | {"rouge1", "rouge2", "rougeL", "rougeLsum"}:
         assert metric_mode(name) == "max", name
-    assert metric_mode("wer") is None
+    assert metric_mode("word_errors") is None
 
 
 def test_the_documented_metrics_are_known():

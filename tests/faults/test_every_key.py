@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 import datasets
 import pytest
 import tiny
+import tiny_embedders
 import tiny_pictures
 import tiny_speech
 import torch
@@ -130,6 +131,10 @@ def files(left: Left) -> Any:
     return sorted(path.relative_to(left.out).as_posix() for path in left.out.rglob("*"))
 
 
+def modules(left: Left) -> Any:
+    return json.loads((left.out / "modules.json").read_text())
+
+
 def predictions(left: Left) -> Any:
     return (left.out / "predictions" / "validation.jsonl").read_text()
 
@@ -229,6 +234,11 @@ KINDS: dict[str, Settings] = {
         "task": {"type": "speech_recognition", "audio_column": "sound", "text_column": "prompt",
                  "language": "de"},
         "evaluate": SHORT,
+    },
+    "search": {
+        "model": {"name": "../bases/embedder"},
+        "task": {"type": "text_embedding", "anchor_column": "prompt",
+                 "positive_column": "answer"},
     },
     "translation": {
         "model": {"name": "../bases/bart"},
@@ -412,6 +422,38 @@ CHANGES: dict[str, Change] = {
     ),
     "speech_recognition.normalizer": Change(
         predictions, ("basic", "none"), "speech", {"task.text_column": "shouted"}
+    ),
+    "text_embedding.type": Change(
+        message, ("text_embedding", "causal_lm"), "search",
+        {"task.anchor_column": ..., "task.positive_column": ...},
+    ),
+    "text_embedding.anchor_column": Change(losses, ("prompt", "other"), "search"),
+    "text_embedding.positive_column": Change(losses, ("answer", "other"), "search"),
+    "text_embedding.negative_columns": Change(losses, (None, ["other"]), "search"),
+    "text_embedding.score_column": Change(losses, (None, "number"), "search"),
+    "text_embedding.score_scale": Change(
+        losses, (4.0, 8.0), "search", {"task.score_column": "number", "task.loss": "cosine"}
+    ),
+    "text_embedding.label_column": Change(
+        losses, ("label", "word"), "search", {"task.positive_column": ...}
+    ),
+    "text_embedding.loss": Change(
+        losses, ("cosent", "cosine"), "search",
+        {"task.score_column": "number", "task.score_scale": 4.0},
+    ),
+    "text_embedding.temperature": Change(losses, (0.05, 0.2), "search"),
+    "text_embedding.symmetric": Change(losses, (False, True), "search"),
+    "text_embedding.pooling": Change(losses, ("mean", "cls"), "search"),
+    "text_embedding.normalize": Change(modules, (True, False), "search"),
+    "text_embedding.anchor_prompt": Change(losses, (None, "query: "), "search"),
+    "text_embedding.positive_prompt": Change(losses, (None, "passage: "), "search"),
+    "text_embedding.max_length": Change(losses, (64, 4), "search"),
+    "text_embedding.truncate": Change(
+        losses, ("right", "left"), "search", {"task.max_length": 4}
+    ),
+    "text_embedding.split_special_tokens": Change(
+        losses, (False, True), "search",
+        {"data.train": "tokens.jsonl", "task.anchor_column": "text"},
     ),
     "seq2seq_lm.type": Change(message, ("seq2seq_lm", "causal_lm"), "translation"),
     "seq2seq_lm.source_column": Change(losses, ("prompt", "other"), "translation"),
@@ -616,6 +658,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_encoder_decoder(folder / "bart")
     tiny_pictures.save("vit", folder / "vit")
     tiny_speech.save(folder / "whisper", languages=True)
+    tiny_embedders.save(folder / "embedder")
     world = World(top / "first", folder)
     write(world, "labels")
     flags = ["--set", "adapter.rank=3", "--set", "train.max_steps=1"]
