@@ -133,6 +133,20 @@ def test_a_head_that_is_trained_or_of_float16_computes_all_scores() -> None:
     assert isinstance(hidden_states(model, None, scores_of(model)), Tensor)
 
 
+def test_a_small_bias_is_not_lost_beside_stretched_scores() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **TRANSLATORS["bart"]))
+    model.final_logits_bias.fill_(0.0)[0, 3] = 3e-4
+    finish = find_finish(model.eval(), scores_of(model, decoder_input_ids=IDS))
+    assert finish is not None
+    assert finish.__name__ == "_with_bias"
+
+
+def test_too_few_tokens_to_try_it_on_are_computed_as_they_are() -> None:
+    model = decoder("gemma2", DECODERS["gemma2"][0])
+    assert find_finish(model, lambda: model(input_ids=IDS[:, :2], use_cache=False).logits) is None
+
+
 def test_the_model_is_afterwards_as_it_was() -> None:
     model = decoder("gemma2", DECODERS["gemma2"][0]).requires_grad_(False)
     compute = scores_of(model)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 SCORES_AT_ONCE = 2**28  # numbers; 1 GiB in float32
 FACTORS = (1.0, 10.0, 1000.0)  # by which hidden states are stretched, to see what caps the scores
-EXACT = 1e-5  # of the largest score
+EXACT = 1e-5  # of the largest score of a token: what a bias adds is small beside stretched ones
 Finish = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -152,6 +152,8 @@ def find_finish(model: nn.Module, compute: Callable[[], Tensor]) -> Finish | Non
     if len(given) != 1 or given[0].ndim != 3 or nothing.shape[:2] != given[0][:, :0].shape[:2]:
         return None
     states = given[0]
+    if states.shape[1] < len(FACTORS):
+        return None
     factors = torch.tensor(FACTORS, device=states.device).repeat(states.shape[1])
     states = states * factors[: states.shape[1], None].to(states.dtype)
     handle = head.register_forward_pre_hook(lambda module, arguments: (states,))
@@ -164,9 +166,8 @@ def find_finish(model: nn.Module, compute: Callable[[], Tensor]) -> Finish | Non
             found = finish(model, head(states))
         except (AttributeError, TypeError):  # the model has no such setting
             continue
-        if found.shape == wanted.shape and bool(
-            ((found - wanted).abs() <= EXACT * wanted.abs().max()).all()
-        ):
+        allowed = EXACT * wanted.abs().amax(-1, keepdim=True)
+        if found.shape == wanted.shape and bool(((found - wanted).abs() <= allowed).all()):
             return finish
     return None
 
