@@ -158,13 +158,18 @@ def test_what_is_impossible_adds_nothing_and_no_nan() -> None:
 # -------------------------------------------------------------------------------- classifiers
 
 
-def test_a_step_of_a_classifier_is_that_of_plain_torch(tmp_path: Path) -> None:
-    recipe = classifier(tmp_path)
-    task, model, examples = opened(recipe)
+def batch_and_loss(task: Any, model: Any, examples: Any) -> tuple[Any, Any]:
+    """Return a step's only batch, and its loss: each term is the mean over its own items."""
     batch = task.collate(examples)
     found = task.losses(model, task.forward(model, batch), batch)
     weights = task.train_loss_weights
-    loss = sum(weights[k] * found[k].sum() / batch.items[k].sum() for k in weights)
+    return batch, sum(weights[k] * found[k].sum() / batch.items[k].sum() for k in weights)
+
+
+def test_a_step_of_a_classifier_is_that_of_plain_torch(tmp_path: Path) -> None:
+    recipe = classifier(tmp_path)
+    task, model, examples = opened(recipe)
+    batch, loss = batch_and_loss(task, model, examples)
 
     teacher = AutoModelForSequenceClassification.from_pretrained(tmp_path / "teacher").eval()
     read = AutoTokenizer.from_pretrained(tmp_path / "teacher")
@@ -327,10 +332,7 @@ def test_a_step_of_a_language_model_is_that_of_plain_torch(tmp_path: Path, packi
         packs = task.packed(load_data(task)["train"])
         examples = [packs[i] for i in range(len(packs))]
         assert len(packs) < len(TEXTS)
-    batch = task.collate(examples)
-    found = task.losses(model, task.forward(model, batch), batch)
-    weights = task.train_loss_weights
-    loss = sum(weights[k] * found[k].sum() / batch.items[k].sum() for k in weights)
+    _, loss = batch_and_loss(task, model, examples)
 
     teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").eval()
     read = AutoTokenizer.from_pretrained(tmp_path / "base")

@@ -27,6 +27,20 @@ from lora_cli.training.optimizers import (
 Json = dict[str, Any]
 
 
+def assert_same_steps(
+    model: nn.Module, ours: Any, copies: dict[str, nn.Parameter], theirs: Any
+) -> None:
+    """Check that two optimizers move a model and the copies of its parameters alike."""
+    for _ in range(3):
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            copies[name].grad = parameter.grad.clone()
+        ours.step()
+        theirs.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, copies[name], rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize(
     "warmup", [{}, {"warmup_steps": 7}, {"warmup_ratio": 0.1}, {"warmup_steps": 60}]
@@ -117,14 +131,7 @@ def test_layers_decay_as_plain_torch_groups_with_the_rates_written_out() -> None
     set_learning_rate(ours, 0.5)  # the schedule scales each group's own rate
     for group in theirs.param_groups:
         group["lr"] *= 0.5
-    for _ in range(3):
-        for name, parameter in model.named_parameters():
-            parameter.grad = torch.randn_like(parameter)
-            copies[name].grad = parameter.grad.clone()
-        ours.step()
-        theirs.step()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, copies[name], rtol=1e-6, atol=1e-7)
+    assert_same_steps(model, ours, copies, theirs)
     assert rates_in_words(ours.param_groups, model) == {
         "bert.embeddings": pytest.approx(0.01 / 16),
         "bert.encoder.layer.0": pytest.approx(0.01 / 8),
@@ -264,14 +271,7 @@ def test_steps_are_those_of_torch_s_optimizer_with_these_settings(
             {"params": others, "lr": 0.01, "weight_decay": 0.0},
         ]
     )
-    for _ in range(3):
-        for name, parameter in model.named_parameters():
-            parameter.grad = torch.randn_like(parameter)
-            copies[name].grad = parameter.grad.clone()
-        ours.step()
-        theirs.step()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, copies[name], rtol=1e-6, atol=1e-7)
+    assert_same_steps(model, ours, copies, theirs)
 
 
 def test_bitsandbytes_gets_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,8 +252,8 @@ def test_vowels_that_are_marks_are_warned_of(
 @pytest.mark.parametrize(
     ("languages", "task", "wanted"),
     [
-        (False, {"language": "en"}, "knows English only, and is told no `language`"),
-        (False, {"task": "transcribe"}, "knows English only, and is told no `task`"),
+        (False, {"language": "en"}, "knows English only, and takes no `language`"),
+        (False, {"task": "transcribe"}, "knows English only, and takes no `task`"),
         (True, {}, "does not say which is spoken"),
         (True, {"language": "germn"}, "no language `germn`[\\s\\S]*did you mean `german`"),
         (True, {"language": "fr"}, "has no token `<|fr|>`".replace("|", r"\|")),

@@ -37,7 +37,7 @@ class Base:
         sees: It reads pictures and no texts; None where that is not known.
         is_encoder_decoder: It reads one text and writes another.
         hears: It writes down what is said in recordings.
-        hears_languages: It hears several languages, and has to be told which is spoken.
+        hears_languages: It hears several languages, and needs to know which is spoken.
         embeds: It has the files of sentence-transformers.
         model_type: What transformers calls its architecture, or diffusers its pipeline, if that is
             known.
@@ -59,7 +59,7 @@ class Base:
 
     @property
     def language_codes(self) -> Sequence[str]:
-        """The languages that it has to be told, by its own codes; none, if it need not be told."""
+        """The languages that it asks for, by its own codes; none, if it asks for none."""
         from lora_cli.tasks.seq2seq_texts import has_languages, language_codes
 
         if self.tokenizer is None or not has_languages(self.tokenizer):

@@ -70,7 +70,7 @@ class BaseFacts(Protocol):
 
     @property
     def language_codes(self) -> Sequence[str]:
-        """The languages that it has to be told, by its own codes; none, if it need not be told."""
+        """The languages that it asks for, by its own codes; none, if it asks for none."""
 
     @property
     def embeds(self) -> bool:
@@ -86,7 +86,7 @@ class BaseFacts(Protocol):
 
     @property
     def hears_languages(self) -> bool:
-        """It hears several languages, and has to be told which is spoken."""
+        """It hears several languages, and needs to know which is spoken."""
 
 
 @dataclass(frozen=True)

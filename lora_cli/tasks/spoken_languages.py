@@ -1,4 +1,4 @@
-"""What a Whisper model is told before it writes: the language, and whether to translate."""
+"""What a Whisper model needs to know before it writes: the language, and whether to translate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NO_TIMES = "<|notimestamps|>"
 
 
 def knows_languages(recipe: Recipe, vocabulary: int) -> bool:
-    """Return whether a model knows several languages, and has to be told which is spoken.
+    """Return whether a model knows several languages, and needs to know which is spoken.
 
     Models of English alone have the same tokens of languages, which they were never trained with.
 
@@ -42,18 +42,18 @@ def first_tokens(
     Args:
         spec: Says the language, and the task.
         tokenizer: Of the model.
-        has_languages: Whether the model has to be told.
+        has_languages: Whether the model needs a language.
         recipe: Says where the keys stand, and names the model.
 
     Raises:
-        LoraError: If the model does not have them, or has to be told which.
+        LoraError: If the model does not have them, or needs one that is not given.
     """
     names: list[str] = []
     if has_languages:
         names = [f"<|{language_code(spec, recipe)}|>", f"<|{spec.task or 'transcribe'}|>"]
     elif spec.language is not None or spec.task is not None:
         key = "language" if spec.language is not None else "task"
-        what = f"`{recipe.model.name}` knows English only, and is told no `{key}`"
+        what = f"`{recipe.model.name}` knows English only, and takes no `{key}`"
         hint = "leave `language` and `task` out, or take a model of several languages, such as "
         raise LoraError(what, recipe.at(f"task.{key}"), f"{hint}openai/whisper-small")
     known = tokenizer.get_vocab()

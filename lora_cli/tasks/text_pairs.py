@@ -89,7 +89,7 @@ def _pair(source: Column, target: Column, why: str, table: Table, base: BaseFact
     """Return the task of a source and a target.
 
     Raises:
-        LoraError: If the model has to be told the languages, and the names of the columns do not.
+        LoraError: If the model asks for languages that the names of the columns do not say.
     """
     keys = {
         "type": "seq2seq_lm", "source_column": source.name, "target_column": target.name
@@ -138,7 +138,7 @@ def _code_of(code: str | None, column: Column, base: BaseFacts, table: Table) ->
         if code and (known == code or known.startswith((f"{code}_", f"{three}_"))):
             return known
     raise LoraError(
-        f"`{base.name}` has to be told the language of `{column.name}`",
+        f"`{base.name}` needs to know the language of `{column.name}`",
         table.place,
         "name the columns, or the two files, by their languages: `en` and `de`; or write the "
         "recipe with `task.source_language` and `task.target_language`",

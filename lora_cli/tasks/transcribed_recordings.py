@@ -94,7 +94,7 @@ def _language(table: Table) -> tuple[str, str]:
     if texts.isascii():
         return "en", "a guess, by its letters: name the language that is spoken"
     raise LoraError(
-        "the model has to be told the language that is spoken",
+        "the model needs to know which language is spoken",
         table.place,
         f"add a column `language` with its code to the {counted(len(table.rows), 'row')}, or write "
         "the recipe with `task.language`",
