@@ -1,8 +1,8 @@
 """What a task owes to everything that reads rows, trains, evaluates and merges.
 
 A task alone knows what a row is. No caller asks which task it has, nor assumes tokens, a tokenizer
-or logits: what differs between kinds of work is a method here, or of `TaskRows`, `TaskMetrics`
-or `TaskAnswers`, which a task is as well. The order of calls:
+or logits: what differs between kinds of work is a method here, or of `TaskRows`, `TaskModel`,
+`TaskMetrics` or `TaskAnswers`, which a task is as well. The order of calls:
 
 1. `load_processor`, then `learn_from` with the rows of the splits;
 2. `encode` makes examples of rows, once; `prepare` and `collate` make a batch of examples;
@@ -13,7 +13,7 @@ or `TaskAnswers`, which a task is as well. The order of calls:
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lora_cli.adapters.frozen_layers import FrozenLayers
-from lora_cli.data.load_rows import SPLITS, Rows
+from lora_cli.data.load_rows import Rows
 from lora_cli.data.row_texts import shown_value
 from lora_cli.errors import LoraError, counted
-from lora_cli.models.base_model import build_empty, load_config, load_pretrained, new_modules
+from lora_cli.models.base_model import load_config
 from lora_cli.recipe import Learned, Recipe
 from lora_cli.tasks.examples import Batch, Encoded, Example, Prediction
 from lora_cli.tasks.kept_tensors import restored
@@ -35,6 +35,7 @@ from lora_cli.tasks.proposal import BaseFacts, Proposal, Table
 from lora_cli.tasks.states import STATES, has_states, states_of_batch, without_states
 from lora_cli.tasks.task_answers import TaskAnswers
 from lora_cli.tasks.task_metrics import TaskMetrics
+from lora_cli.tasks.task_model import TaskModel
 
 
 def prepared_for_evaluation(task: Task, example: Example) -> Example:
@@ -43,15 +44,11 @@ def prepared_for_evaluation(task: Task, example: Example) -> Example:
     return task.prepare(restored(example), rng, training=False)
 
 
-class Task(TaskAnswers, TaskMetrics):
+class Task(TaskAnswers, TaskMetrics, TaskModel):
     """A kind of work: how rows become batches, batches a loss, and outputs predictions."""
 
-    auto_class: Any
-    """The transformers class that builds the model."""
     unit: str = "token"
     """What `cost` counts."""
-    has_head: bool = False
-    """Whether the task adds a head to the pretrained model."""
     layout: str = "as the examples are"
     """How the examples of a batch lie in its tensors, in words."""
     same_in_any_batch: bool = False
@@ -71,7 +68,7 @@ class Task(TaskAnswers, TaskMetrics):
         self.recipe = recipe
         self.learned = Learned()  # what the rows teach, and others learn on the way
         self.notes: list[str] = []  # what a user should know before training
-        self.drawn: frozenset[str] = frozenset()  # parameters that the base's checkpoint lacks
+        self.drawn = frozenset()
         self.trained_in: Path | None = None  # the adapter's folder, where one is used
         self.frozen_layers: FrozenLayers | None = None  # of the model that is trained
         self.frozen_facts: dict[str, str] = {}  # what is kept of them, for the report
@@ -277,119 +274,8 @@ class Task(TaskAnswers, TaskMetrics):
         """Check on the model that what is packed together stays apart."""
         self.packed(split)
 
-    # -- model
-
-    def model_config(self) -> PretrainedConfig:
-        """Return the model's configuration with the task's changes."""
-        return load_config(self.recipe)
-
-    def load_model(
-        self, device: torch.device, dtype: torch.dtype | str | None = None
-    ) -> tuple[nn.Module, list[str]]:
-        """Return the base model, and the names of the modules that are new in it.
-
-        Args:
-            device: Where the weights go.
-            dtype: How they are kept, instead of as the recipe says; `auto` is as the checkpoint.
-        """
-        named = (self.auto_class, self.recipe, self.model_config())
-        model, missing = load_pretrained(*named, device, dtype, self.has_head)
-        self.arrange_head(model, missing)
-        self.adjust_config(model)
-        self.drawn = frozenset(missing)
-        return model, new_modules(model, missing) if self.has_head else []
-
-    def arrange_head(self, model: nn.Module, missing: set[str]) -> None:
-        """Put the outputs of a head that the checkpoint holds into the order of the task's own."""
-
-    def empty_model(self) -> tuple[nn.Module, list[str]]:
-        """Return the same without weights."""
-        model = build_empty(self.auto_class, self.recipe, self.model_config())
-        return model, new_modules(model) if self.has_head else []
-
-    def adjust_config(self, model: nn.Module) -> None:
-        """Set what the task decides of the configurations of a model that was loaded."""
-
-    def fit_to_model(self, model: nn.Module, longest: int | None = None) -> None:
-        """Try the model on small batches, and choose what depends on it, such as the padding.
-
-        Args:
-            model: The model that will be used; it is left as it was.
-            longest: Cost of the longest example, if that is known.
-
-        Raises:
-            LoraError: If the model is of no use for the task, or if what it says of an example
-                depends on the others of the batch.
-        """
-
-    def frozen_parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """Return frozen models whose outputs for an example are computed once, and kept.
-
-        They may be parts of the model, or models that the task holds itself, as a teacher. What is
-        kept depends on their tensors, and on the example as `prepare` returns it in evaluation.
-        """
-        return {}
-
-    def frozen_outputs(
-        self, model: nn.Module, batch: Batch
-    ) -> Mapping[str, Tensor | Sequence[Tensor]]:
-        """Return what the frozen parts make of each example of a batch, by name.
-
-        The examples that are collated then hold their rows of these tensors (B, …), or their own of
-        B tensors. Where a batch has none (new rows), `forward` or `losses` has to compute them.
-        """
-        return {}
-
-    frozen_splits: tuple[str, ...] = SPLITS
-    """The splits whose examples need them."""
-
-    def release_frozen(self) -> None:
-        """Let go of frozen models that the task holds itself: all their outputs are kept."""
-
-    @property
-    def teacher_identity(self) -> dict[str, str]:
-        """What identifies the frozen models that the task holds itself, and a run depends on."""
-        return {}
-
-    @property
-    def teacher_facts(self) -> dict[str, Any]:
-        """What a report says of a teacher."""
-        return {}
-
     def fit_as(self, other: Task) -> None:
         """Take over what another instance of the task has chosen for the model."""
-
-    def try_training(self, model: nn.Module, longest: int | None = None) -> None:
-        """Compute small batches as in training, whose forward pass may ask for more.
-
-        Raises:
-            LoraError: If the model cannot compute them.
-        """
-
-    @abstractmethod
-    def probe(self) -> dict[str, Tensor]:
-        """Return inputs of the model to compare outputs on, the same every time."""
-
-    def probed(self, model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
-        """Return what is compared of what a model makes of the probe."""
-        return self.tensor_of(model(**probe))
-
-    def reloaded(self, folder: Path, dtype: torch.dtype) -> nn.Module:
-        """Return a whole model from a folder that the model's `save_pretrained` wrote."""
-        model: nn.Module = self.auto_class.from_pretrained(folder, dtype=dtype)
-        return model
-
-    def tensor_of(self, output: Any) -> Tensor:
-        """Return what of a model's output is compared."""
-        logits: Tensor = output.logits
-        return logits
-
-    def complete_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Learn what the recipe of an adapter that another tool made would say, by its tensors.
-
-        Raises:
-            LoraError: If they do not tell what has to be known.
-        """
 
     # -- loss and predictions
 
