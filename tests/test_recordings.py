@@ -191,6 +191,7 @@ def test_a_cut_is_where_it_is_quietest() -> None:
         (encoded(SOUND, RATE, "OGG", "VORBIS"), "mpeg"),
         (encoded(sound(8, 20.0), RATE, "WAV", "PCM_16"), "mpeg"),  # too large as it is
     ],
+    ids=["wav", "flac", "mp3", "floats", "ogg", "long wav"],
 )
 def test_a_page_gets_a_small_recording_that_it_can_play(data: bytes, kind: str) -> None:
     address = playable(media(data), 10.0)

@@ -233,7 +233,8 @@ def test_a_step_on_a_gpu_does_not_wait_for_it(tmp_path: Path) -> None:
     prepared = accelerator.prepare_optimizer(optimizer)
 
     class Task:
-        loss_weights = {"loss": 1.0}
+        loss_weights = train_loss_weights = {"loss": 1.0}
+        couples_examples = False
 
         def forward(self, model: Any, batch: Any) -> Any:
             return model(batch.inputs["x"])
