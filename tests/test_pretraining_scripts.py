@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import io
+import zipfile
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
-def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: object) -> None:
+def load(monkeypatch: pytest.MonkeyPatch, script: str) -> ModuleType:
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    module = importlib.import_module(script)
+    return importlib.import_module(script)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: object) -> None:
+    module = load(monkeypatch, script)
     monkeypatch.setattr("sys.argv", [f"{script}.py", *map(str, arguments)])
     module.main()
 
 
 def test_a_schedule_ends_with_its_steps_or_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    pretraining = importlib.import_module("pretraining")
+    pretraining = load(monkeypatch, "pretraining")
     clock = [100.0]
     monkeypatch.setattr(pretraining.time, "monotonic", lambda: clock[0])
     schedule = pretraining.Schedule(60.0, 100, peak=1.0, warmup=10, start=90.0, begun=100.0)
@@ -36,8 +45,7 @@ def test_a_schedule_ends_with_its_steps_or_its_time(monkeypatch: pytest.MonkeyPa
 
 
 def test_steps_are_those_of_plain_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    pretraining = importlib.import_module("pretraining")
+    pretraining = load(monkeypatch, "pretraining")
     torch.manual_seed(0)
     one, other = nn.Linear(4, 3), nn.Linear(4, 3)
     other.load_state_dict(one.state_dict())
@@ -88,8 +96,7 @@ def test_a_translation_model_is_pretrained(
 def test_sentences_to_restore_keep_the_order_of_their_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    script = importlib.import_module("pretrain_translation")
+    script = load(monkeypatch, "pretrain_translation")
     torch.manual_seed(0)
     words = torch.arange(10, 40)
     ids = torch.stack([torch.cat([words, torch.tensor([script.END, script.PAD])])] * 50)
@@ -104,3 +111,87 @@ def test_sentences_to_restore_keep_the_order_of_their_words(
     deleted = 1 - (found > script.MASK).float().sum() / (50 * 30) - masked
     assert 0.2 < float(masked) < 0.3
     assert 0.05 < float(deleted) < 0.15
+
+
+@pytest.fixture
+def drawings(tmp_path: Path) -> Path:
+    """A few digits and letters in the files of MNIST and Omniglot."""
+    random = np.random.default_rng(0)
+    (tmp_path / "mnist_test").mkdir()
+    (tmp_path / "omniglot").mkdir()
+    digits = np.arange(200, dtype=np.uint8) % 10
+    images = np.zeros((200, 28, 28), np.uint8)
+    for image, digit in zip(images, digits, strict=True):
+        image[4:24, 4 + digit : 8 + digit] = random.integers(150, 255)
+    for name, header, array in (("images-idx3", 16, images), ("labels-idx1", 8, digits)):
+        with gzip.open(tmp_path / "mnist_test" / f"t10k-{name}-ubyte.gz", "wb") as file:
+            file.write(bytes(header) + array.tobytes())
+    with zipfile.ZipFile(tmp_path / "omniglot" / "images_background_small1.zip", "w") as archive:
+        for letter in (
+            "Early_Aramaic/character09",
+            "Early_Aramaic/character10",
+            "Greek/character01",
+        ):
+            for i in range(4):
+                picture = io.BytesIO()
+                Image.fromarray(random.random((105, 105)) > 0.1).save(picture, "PNG")
+                name = f"images_background_small1/{letter}/{i}.png"
+                archive.writestr(name, picture.getvalue())
+    return tmp_path
+
+
+def test_captions_say_what_pictures_show(monkeypatch: pytest.MonkeyPatch, drawings: Path) -> None:
+    pictures = load(monkeypatch, "pictures")
+    torch.manual_seed(0)
+    glyphs = pictures.Glyphs(drawings, "cpu")
+    facts = glyphs.sample(60, glyphs.known, styled=0.3)
+    captions = facts.captions(glyphs.names)
+    said = [pictures.read_caption(caption, glyphs.names) for caption in captions]
+    assert said == list(
+        zip(facts.name.tolist(), facts.colour.tolist(), facts.background.tolist(), strict=True)
+    )
+    assert [caption.startswith("sketch of ") for caption in captions] == facts.styled.tolist()
+    assert not any(word in caption for caption in captions for word in ("sks", "zuko"))
+    pixels = glyphs.paint(facts)
+    assert pixels.shape == (60, 3, 64, 64)
+    corners = (pixels[:, :, 0, 0] + 1) / 2  # no drawing reaches there
+    torch.testing.assert_close(corners, glyphs.palette[facts.background][..., 0, 0])
+
+
+def test_drawings_for_measuring_are_not_in_other_pictures(
+    monkeypatch: pytest.MonkeyPatch, drawings: Path
+) -> None:
+    pictures = load(monkeypatch, "pictures")
+    glyphs = pictures.Glyphs(drawings, "cpu")
+    facts = glyphs.sample(500, [name for name in glyphs.names if name not in pictures.SHAPES])
+    facts = facts[facts.name != glyphs.names.index(pictures.OBJECT)]
+    held_out, others = (set(glyphs._drawings(facts, flag).tolist()) for flag in (True, False))
+    assert held_out
+    assert others
+    assert held_out.isdisjoint(others)
+
+
+@pytest.mark.slow
+def test_a_diffusion_model_is_pretrained(
+    monkeypatch: pytest.MonkeyPatch, drawings: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    to, sets = drawings / "base", drawings / "pictures"
+    run(
+        monkeypatch, "pretrain_diffusion", drawings, to, sets, "--steps", 2, "--batch", 4,
+        "--pool", 16, "--width", 32, "--prompts", 4, "--prior", 2, "--inference", 2,
+    )  # fmt: skip
+    assert "U-Net: 100%  step 2" in capsys.readouterr().out
+    stored = load_file(to / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(to)
+    for name, tensor in pipeline.unet.state_dict().items():
+        torch.testing.assert_close(tensor, stored[name].float())
+    assert pipeline.tokenizer.tokenize("a red 3") == ["a</w>", "red</w>", "3</w>"]
+    for name in ("style", "object", "character"):
+        for split in ("train", "validation"):
+            files = list((sets / name / split).glob("*.png"))
+            assert len(files) >= 10
+            assert all(file.with_suffix(".txt").exists() for file in files)
+    run(monkeypatch, "picture_classifier", sets / "classifier", sets / "style" / "validation")
+    assert "style/validation: 48 pictures: thing " in capsys.readouterr().out
