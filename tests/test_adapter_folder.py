@@ -279,6 +279,7 @@ def proves(what: str) -> pytest.MarkDecorator:
 
 @proves("write")
 @each_case
+@pytest.mark.slow_after(8)
 def test_peft_reads_what_is_saved_here(case: Case, tmp_path: Path) -> None:
     base = case.build()
     model = saved(tmp_path / "a", base, case.in_full, **case.ours)
@@ -288,6 +289,7 @@ def test_peft_reads_what_is_saved_here(case: Case, tmp_path: Path) -> None:
 
 @proves("read")
 @each_case
+@pytest.mark.slow_after(7)
 def test_what_peft_saves_is_read_here(case: Case, tmp_path: Path) -> None:
     base = case.build()
     model = saved_by_peft(tmp_path / "a", base, **case.theirs)

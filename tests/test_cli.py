@@ -121,6 +121,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["schema", "validate", "train", "params"])
+@pytest.mark.slow_after(1)
 def test_a_schema_is_checked_without_torch(command: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(FAULTY)
     argument = "" if command == "schema" else "'r.yaml'"

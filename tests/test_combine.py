@@ -75,6 +75,7 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow_after(2)
 def test_each_method_is_that_of_peft(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -96,6 +97,7 @@ def test_each_method_is_that_of_peft(
 
 @pytest.mark.parametrize("method", ["cat", "svd", "ties_svd", "dare_linear_svd"])
 @pytest.mark.parametrize("kind", ["gpt2", "embedding", "rslora", "pattern", "other modules"])
+@pytest.mark.slow_after(1)
 def test_other_layers_ranks_and_scales(tmp_path: Path, method: str, kind: str) -> None:
     one, other = {
         "gpt2": ({"target_modules": ["c_attn", "c_proj"]}, {"target_modules": ["c_attn"]}),
@@ -247,6 +249,7 @@ def classifiers(top: Path, one: Any = None, other: Any = None) -> tuple[Path, Pa
         ({"adapter": {"train_modules": ["word_embeddings"]}}, "are not averaged"),
     ],
 )
+@pytest.mark.slow_after(2)
 def test_what_cannot_be_combined(tmp_path: Path, other: Any, said: str) -> None:
     a, b = classifiers(tmp_path, None, other)
     with pytest.raises(LoraError) as caught:

@@ -177,6 +177,7 @@ def test_the_verdict(
     ("kinds", "metric"),
     [(("lora", "lora"), None), (("lora", "full"), "loss"), (("full", "lora"), "f1")],
 )
+@pytest.mark.slow_after(1)
 def test_both_are_measured_as_eval_measures_them(
     base: Path, tmp_path: Path, kinds: tuple[str, str], metric: str | None,
     monkeypatch: pytest.MonkeyPatch,

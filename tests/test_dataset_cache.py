@@ -69,6 +69,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("name", ["rows.arrow", "key.json", "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.slow_after(3)
 def test_what_is_damaged_is_made_anew_and_said(
     name: str, damage: str, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

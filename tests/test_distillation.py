@@ -258,6 +258,7 @@ def test_answers_are_computed_once_and_the_run_is_the_same_as_with_computing_the
     assert_same_run(tmp_path / "out", tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_a_run_resumes_exactly_and_not_with_another_teacher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +357,7 @@ def test_a_step_of_a_language_model_is_that_of_plain_torch(tmp_path: Path, packi
 
 
 @pytest.mark.parametrize("packing", ["false", "true"])
+@pytest.mark.slow_after(1)
 def test_kept_tokens_give_the_same_run(tmp_path: Path, packing: str) -> None:
     recipe = writer(tmp_path, (f"train.packing={packing}",))
     kept = train(recipe)

@@ -97,6 +97,7 @@ BASES = {
 
 
 @pytest.mark.parametrize("part", ["Experts", "New tokens"])
+@pytest.mark.slow_after(1)
 def test_commands_of_a_part_run_as_written(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -289,6 +289,7 @@ def losses(model: nn.Module, steps: int = 20) -> list[float]:
 @proves("train")
 @each_site
 @pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.slow_after(1)
 def test_outputs_gradients_and_losses_are_those_of_peft(site: str, settings: str) -> None:
     base, more = SITES[site][0](), SETTINGS[settings]
     ours, _ = ours_on(site, base, **more)

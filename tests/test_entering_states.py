@@ -122,6 +122,7 @@ RUNS: dict[str, tuple[str, Json]] = {
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.slow_after(1)
 def test_kept_or_computed_the_training_is_the_same(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +257,7 @@ def test_what_is_kept_depends_on_what_is_frozen(
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.slow
 def test_what_is_computed_once_and_what_training_draws_are_not_kept(tmp_path: Path) -> None:
     model = base(tmp_path / "base", "vit")
     tiny_pictures.draw_folders(tmp_path / "pictures", {"train": 4, "validation": 2, "test": 2})

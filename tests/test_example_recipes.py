@@ -168,6 +168,7 @@ NEEDS_HUB = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != 
 
 
 @pytest.mark.parametrize("name", NEEDS_HUB)
+@pytest.mark.slow_after(1)
 def test_an_example_recipe_trains(name: str, tmp_path: Path) -> None:
     base, data = stand_ins(name, tmp_path)
     changes = [f"model.name={base}", f"output_dir={tmp_path / 'out'}"]

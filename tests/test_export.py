@@ -164,6 +164,7 @@ def test_gpt2s_transposed_layers(tmp_path: Path) -> None:
         ("mlx", "tied", {"target_modules": ["embed_tokens"]}, "as one"),
     ],
 )
+@pytest.mark.slow_after(3)
 def test_what_a_reader_would_not_read(
     tmp_path: Path, reader: str, kind: str, adapter: dict[str, Any], said: str
 ) -> None:
@@ -296,6 +297,7 @@ def test_the_code_of_a_card_runs_in_the_exported_folder(
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied", "encoder"])
+@pytest.mark.slow_after(1)
 def test_the_code_of_a_card_reads_new_tokens(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,6 +121,7 @@ def recipe(kind: str, base: Path, tmp_path: Path, labels: Sequence[str] = LABELS
 
 
 @pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.slow_after(2)
 def test_the_head_is_the_one_of_the_base_as_in_peft(kind: str, tmp_path: Path) -> None:
     base, folder = save_base(kind, tmp_path / "base"), tmp_path / "a"
     wanted = save_with_peft(kind, base, folder)
@@ -156,6 +157,7 @@ def test_merging_keeps_the_head_of_the_base_and_its_labels(
 
 @pytest.mark.parametrize("labels", [["good", "bad"], ["Good"], ["good", "BAD"]])
 @pytest.mark.parametrize("target", ["fc1", "out_proj"])
+@pytest.mark.slow_after(1)
 def test_merging_keeps_the_head_of_the_base_in_the_order_of_the_labels(
     labels: list[str], target: str, tmp_path: Path
 ) -> None:

@@ -93,6 +93,7 @@ def same_times(folder: Path, change: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl", "zip"])
 @pytest.mark.parametrize("config", [None, "second"])
+@pytest.mark.slow_after(2)
 def test_a_folder_has_its_own_rows(kind: str, config: str | None, tmp_path: Path) -> None:
     options = {"config": config} if config else {}
     place = "second/a" if config else "data/train"

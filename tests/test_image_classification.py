@@ -456,6 +456,7 @@ def test_the_loss_is_that_of_transformers(kind: str, tmp_path: Path) -> None:
 
 @proves("save", "merge", against="PEFT")
 @pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.slow_after(1)
 def test_a_run_leaves_an_adapter_that_peft_reads_and_merge_proves(
     kind: str, tmp_path: Path
 ) -> None:
@@ -513,6 +514,7 @@ def test_statistics_of_batch_normalisation_stay_bit_for_bit(adapter: str, tmp_pa
 
 
 @pytest.mark.proves("write", "read", "resume", variant="full", layer="Conv2d")
+@pytest.mark.slow
 def test_trained_in_full_a_model_with_running_statistics_is_the_same_reloaded_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

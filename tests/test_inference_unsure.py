@@ -83,6 +83,7 @@ QUEUES = ["請求", "配送", "返品", "解約"]
         (" and ", " and "),
     ],
 )  # fmt: skip
+@pytest.mark.slow_after(3)
 def test_signs_between_labels(init: Init, between: str, separator: str, rows: Any) -> None:
     labels = [QUEUES[i % 4] for i in range(60)]
     for i in rows:

@@ -121,6 +121,7 @@ SCALES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(("init", "kind"), [("pissa", "Linear"), ("pissa", "Conv1D"),
                                             ("olora", "Linear")])  # fmt: skip
+@pytest.mark.slow_after(1)
 def test_a_start_at_the_weights_trains_as_in_peft(init: str, kind: str, scale: str) -> None:
     build, targets = MODELS[kind]
     theirs_say, we_say = SCALES[scale]
@@ -193,6 +194,7 @@ def test_a_start_at_the_weights_is_what_it_says() -> None:
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_3", "olora", "orthogonal"])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.slow_after(6)
 def test_peft_reads_what_is_saved_on_the_untouched_base(
     init: str, scale: str, kind: str, tmp_path: Path
 ) -> None:

@@ -117,6 +117,7 @@ def test_labels_of_all_languages_are_in_the_reports(
     assert "\\u" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_answers_of_all_languages_are_measured_and_end_on_whole_characters(
     tmp_path: Path, bases: dict[str, Path]
 ) -> None:

@@ -59,6 +59,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.slow_after(1)
 def test_a_text_in_pieces_has_the_tokens_of_the_whole_text(
     tokenizer: PreTrainedTokenizerBase, name: str, special: bool
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_long_pair_is_cut_as_the_tokenizer_cuts_it(
 
 
 @pytest.mark.parametrize("kind", ["classification", "text", "pair", "chat"])
+@pytest.mark.slow_after(1)
 def test_the_tokenizer_never_reads_much_at_once(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,6 +142,7 @@ def test_what_peft_saved_is_read(kind: str, entries: list[str], tmp_path: Path) 
 
 @proves("train")
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.slow_after(1)
 def test_gradients_and_twenty_steps_are_those_of_peft(kind: str, tmp_path: Path) -> None:
     base = tiny_experts.model(kind)
     base.set_experts_implementation("eager")  # the grouped product knows no float64

@@ -106,6 +106,7 @@ def only_from(path: Path, old: Path | str, **adapter: Any) -> Recipe:
         ("llama", {"rank": 2, "target_modules": "all-linear", "exclude_modules": ["q_proj"]}),
     ],
 )
+@pytest.mark.slow_after(1)
 def test_step_0_is_the_old_adapter_bit_for_bit(
     bases: dict[str, Path], tmp_path: Path, kind: str, adapter: dict[str, Any]
 ) -> None:
@@ -194,6 +195,7 @@ def test_resume_does_not_need_the_old_folder(
         ({"rank": 8, "alpha": 1.0}, "(?s)`rank` is 8.*`alpha` is 1.0"),
     ],
 )
+@pytest.mark.slow_after(2)
 def test_a_recipe_that_says_otherwise_is_refused(
     base: Path, tmp_path: Path, adapter: dict[str, Any], message: str
 ) -> None:
@@ -238,6 +240,7 @@ def test_an_adapter_of_peft(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("in_full", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+@pytest.mark.slow_after(1)
 def test_each_side_of_a_tie_is_trained_further_and_resumed(
     bases: dict[str, Path], tmp_path: Path, in_full: list[str]
 ) -> None:
@@ -293,6 +296,7 @@ def test_modules_in_full_may_be_written_shorter(base: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
+@pytest.mark.slow_after(1)
 def test_biases_that_come_from_an_adapter_train_in_bf16(
     base: Path, tmp_path: Path, bias: str
 ) -> None:

@@ -128,6 +128,7 @@ def test_the_base_is_the_one_that_the_adapter_names(tmp_path: Path) -> None:
         ("untied", ["q_proj", "lm_head", "embed_tokens"]),
     ],
 )
+@pytest.mark.slow_after(1)
 def test_merged_is_base_plus_adapter(tmp_path: Path, kind: str, targets: Any) -> None:
     base = base_of(kind, tmp_path)
     out = trained(tmp_path, base, target_modules=targets, bias="lora_only")
@@ -173,6 +174,7 @@ def test_an_untouched_tie_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["tied", "gpt2"])
 @pytest.mark.parametrize("which", ["embedding", "head"])
+@pytest.mark.slow_after(1)
 def test_adapting_one_of_two_tied_weights_unties_them(
     tmp_path: Path, kind: str, which: str
 ) -> None:
@@ -198,6 +200,7 @@ def test_adapting_one_of_two_tied_weights_unties_them(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["gpt2", "tied", "untied"])
+@pytest.mark.slow_after(1)
 def test_the_dtype_of_the_base_checkpoint_is_kept(
     tmp_path: Path, kind: str, dtype: torch.dtype
 ) -> None:

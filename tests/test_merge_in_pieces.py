@@ -86,6 +86,7 @@ CASES: dict[str, tuple[str, torch.dtype | None, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow_after(1)
 def test_the_same_files_as_of_the_whole_model(tmp_path: Path, case: str) -> None:
     kind, dtype, settings = CASES[case]
     base = base_of(kind, tmp_path, dtype)

@@ -87,6 +87,7 @@ def test_as_peft_runs_them_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["lm_head"], ["embed_tokens"]])
+@pytest.mark.slow_after(1)
 def test_the_same_tensor_by_tensor(tmp_path: Path, targets: list[str]) -> None:
     base = llama(tmp_path, tied=True)
     a, b = two(tmp_path, base)
@@ -118,6 +119,7 @@ def test_one_adapter_with_a_weight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.slow_after(1)
 def test_heads_are_chosen_and_not_averaged(tmp_path: Path, low_memory: bool) -> None:
     base = tiny.save_encoder(tmp_path / "base")
     a, b = (

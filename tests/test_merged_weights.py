@@ -88,6 +88,7 @@ def test_one_line_says_what_was_compared(tmp_path: Path) -> None:
 @pytest.mark.proves("merge", variant="{kind}", layer="Linear")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
+@pytest.mark.slow_after(2)
 def test_each_variant_in_each_dtype(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     base = llama(tmp_path, dtype=dtype)
     proof, after = merged(tmp_path, base, type=kind, target_modules=["q_proj", "down_proj"])
@@ -107,6 +108,7 @@ def test_each_variant_in_each_dtype(tmp_path: Path, kind: str, dtype: torch.dtyp
     ],
     ids=["all-linear", "pissa", "bitfit"],
 )
+@pytest.mark.slow_after(1)
 def test_heads_biases_ties_and_doubled_ranks(
     tmp_path: Path, kind: str, settings: dict[str, Any]
 ) -> None:
@@ -142,6 +144,7 @@ def test_a_copy_of_one_side_of_a_tie(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("new", [True, False])
+@pytest.mark.slow_after(1)
 def test_rows_of_tokens(tmp_path: Path, tied: bool, new: bool) -> None:
     base = llama(tmp_path, tied)
     sections: dict[str, Any] = {"adapter": {**LORA, "target_modules": ["q_proj"]}}
@@ -158,6 +161,7 @@ def test_rows_of_tokens(tmp_path: Path, tied: bool, new: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bart", "marian", "t5", "nllb"])
+@pytest.mark.slow_after(1)
 def test_new_tokens_of_an_encoder_decoder(tmp_path: Path, kind: str) -> None:
     base = translators.save(tmp_path / "base", kind)
     columns = {"source_column": "text", "target_column": "label"}
@@ -188,6 +192,7 @@ def test_new_tokens_of_an_encoder_decoder(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", tiny_experts.CONFIGS)
 @pytest.mark.parametrize("experts", [True, False])
+@pytest.mark.slow_after(1)
 def test_experts(tmp_path: Path, kind: str, experts: bool) -> None:
     """Files that have a tensor for each expert are compared with its part of the update of all."""
     base = tiny_experts.save(tmp_path / "base", kind)

@@ -87,6 +87,7 @@ def test_shared_are_those_that_stand_on_the_other_side(a: list[str], b: list[str
 
 
 @pytest.mark.parametrize("words", [5, 12, 60, 2000])
+@pytest.mark.slow_after(1)
 def test_changed_copies_are_found_and_strangers_are_not(words: int) -> None:
     rng = random.Random(words)
     count = 300 if words < 1000 else 20
@@ -155,6 +156,7 @@ def test_the_same_texts_give_the_same_hashes() -> None:
     ]  # on any machine, in any process
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length_of_the_texts() -> None:
     text = "some words that go on and on " * 3000
     tracemalloc.start()

@@ -184,6 +184,7 @@ def largest_difference(task: Task, model: Any, folder: Path) -> float:
         ("convbert", "right", NONE),  # its convolutions see what fills a row
     ],
 )
+@pytest.mark.slow_after(3)
 def test_a_text_is_answered_alone_as_among_others(
     kind: str, side: str, wanted: Padding, tmp_path: Path
 ) -> None:
@@ -249,6 +250,7 @@ def test_an_encoder_is_no_language_model(tmp_path: Path) -> None:
     "predict", task="causal_lm", rows="prompts", model="{kind}", against="transformers"
 )
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bart", "rwkv", "longrope"])
+@pytest.mark.slow_after(1)
 def test_a_prompt_is_answered_among_others_as_transformers_answers_it_alone(
     kind: str, tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def counts() -> Iterator[None]:
 
 @given_freely
 @given(data=st.data())
+@pytest.mark.slow
 def test_what_peft_saves_is_read_here_as_peft_reads_it(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -108,6 +109,7 @@ def test_what_peft_saves_is_read_here_as_peft_reads_it(
 
 @given_freely
 @given(data=st.data())
+@pytest.mark.slow
 def test_loha_and_lokr_of_peft_are_read_here_as_peft_reads_them(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -132,6 +134,7 @@ def test_loha_and_lokr_of_peft_are_read_here_as_peft_reads_them(
 
 @given_freely
 @given(data=st.data())
+@pytest.mark.slow
 def test_peft_reads_what_is_saved_here_or_it_is_said(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -145,6 +145,7 @@ def test_what_a_killed_process_left_is_deleted_and_nothing_is_replaced_unasked(
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.slow_after(1)
 def test_of_many_labels_the_best_are_written(suffix: str, tmp_path: Path) -> None:
     """3,000 labels had 3,000 columns, and each row 70 kB."""
     names = [f"label {i}" for i in range(3000)]
@@ -389,6 +390,7 @@ def test_parquet_keeps_its_types(opened: Opened, tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "text.parquet")["id"].to_pylist() == [r["id"] for r in ROWS]
 
 
+@pytest.mark.slow
 def test_parquet_keeps_what_python_cannot_hold(opened: Opened, tmp_path: Path) -> None:
     text = pa.array(["great fun"] * 2500)
     offsets = np.arange(2501, dtype=np.int32) * 2
@@ -546,6 +548,7 @@ def test_letters_that_an_old_encoding_lacks_are_told(
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.csv"])
+@pytest.mark.slow_after(1)
 def test_a_file_of_any_size_takes_the_memory_of_a_chunk(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

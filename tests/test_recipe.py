@@ -716,6 +716,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
 
 @given(values=recipes())
 @settings(max_examples=60)
+@pytest.mark.slow
 def test_what_is_dumped_loads_as_it_was(
     values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -819,6 +820,7 @@ def _loads_or_refuses(file: Path, raw: bytes) -> None:
 
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=500)
+@pytest.mark.slow
 def test_a_disturbed_recipe_is_read_or_refused(
     seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -101,6 +101,7 @@ NLI = numbered(["entailment", "neutral", "contradiction"])
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value[:20] else "",
 )  # fmt: skip
+@pytest.mark.slow_after(2)
 def test_a_published_layout_needs_no_option(
     name: str, content: str, wanted: dict[str, Any], init: Init
 ) -> None:

@@ -117,6 +117,7 @@ ODD: list[tuple[str, str | bytes, dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("content", "task", "form"), [o[1:] for o in ODD], ids=[o[0] for o in ODD])
+@pytest.mark.slow_after(4)
 def test_a_table(
     content: str | bytes, task: dict[str, Any], form: dict[str, Any], init: Init
 ) -> None:

@@ -183,6 +183,7 @@ def test_numbers_in_the_table(value: Any, text: str) -> None:
     ("steps", "every", "evaluate"), [(40, 10, 10), (1000, 1, 50), (60, 10, None), (10, 10, None),
                                      (5, 10, 5), (0, 10, 10)]
 )  # fmt: skip
+@pytest.mark.slow_after(1)
 def test_the_curve_is_a_picture_of_1600_by_900(
     tmp_path: Path, steps: int, every: int, evaluate: int | None
 ) -> None:
@@ -210,6 +211,7 @@ def test_the_right_panel_is_the_learning_rate_where_the_loss_chooses(tmp_path: P
 
 @pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize("value", ["NaN", "null", "Infinity"])
+@pytest.mark.slow_after(1)
 def test_the_curve_of_a_run_that_went_bad(tmp_path: Path, value: str, every: int) -> None:
     lines = [
         f'{{"step": {i}, "loss": {value}, "learning_rate": {value}}}' for i in range(1, 40, every)
@@ -231,6 +233,7 @@ def test_the_curve_of_a_run_that_went_bad(tmp_path: Path, value: str, every: int
         {"base_model": "/models/a$b$c", "task": "unknown"},
     ],
 )
+@pytest.mark.slow_after(1)
 def test_the_curve_of_little(tmp_path: Path, report: dict[str, Any]) -> None:
     assert pixels_of(plot_learning_curve(tmp_path, report)).shape == (900, 1600, 3)
     write_log(tmp_path, 40)
@@ -492,6 +495,7 @@ def test_the_python_of_the_card_runs(
     assert kind == "generate" or printed.strip() in ("no", "yes")
 
 
+@pytest.mark.slow
 def test_neither_torch_nor_pyplot_is_imported_and_matplotlib_only_to_draw(tmp_path: Path) -> None:
     code = """
 import pathlib, sys

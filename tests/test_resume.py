@@ -176,6 +176,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize("change", ["adapter.rank=2", "train.seed=1", "train.max_steps=6"])
+@pytest.mark.slow_after(1)
 def test_a_mirror_belongs_to_one_run(run: Run, tmp_path: Path, change: str) -> None:
     mirror = f"checkpoint.mirror={tmp_path / 'mirror'}"
     run(mirror)
@@ -289,6 +290,7 @@ def _in_the_middle(path: Path) -> None:
         (lambda path: path.write_bytes(b""), "was cut or edited; it keeps 0 whole lines"),
     ],
 )
+@pytest.mark.slow_after(2)
 def test_a_damaged_log_is_mended_and_named(
     run: Run,
     cut: Path,
@@ -360,6 +362,7 @@ OPTIMIZER = {
 
 
 @pytest.mark.parametrize("kind", OPTIMIZER)
+@pytest.mark.slow_after(4)
 def test_optimizer_tensors_are_checked_whatever_the_manifest_says(
     run: Run, cut: Path, kind: str
 ) -> None:

@@ -179,6 +179,7 @@ RUNS: dict[str, tuple[str, Json]] = {
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.slow_after(1)
 def test_four_steps_resumed_are_as_ten(bench: Bench, name: str) -> None:
     kind, sections = RUNS[name]
     often = {"evaluate": {"every_steps": 3}, "checkpoint": {"every_steps": 4}}
@@ -193,6 +194,7 @@ def test_four_steps_resumed_are_as_ten(bench: Bench, name: str) -> None:
         assert 4 < steps_of(bench.folder / "cut")[-1] < 10
 
 
+@pytest.mark.slow
 def test_resuming_in_another_epoch_and_twice(bench: Bench) -> None:
     path = bench.recipe(adapter={"dropout": 0.3}, checkpoint={"every_steps": 1, "keep": 3})
     bench.run(path, "whole")
@@ -369,6 +371,7 @@ def test_leftovers_of_a_killed_save_are_cleared(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow_after(1)
 def test_a_signal_saves_the_step_and_leaves(bench: Bench, number: int) -> None:
     path, before = bench.recipe(train={"max_steps": 6}), signal.getsignal(number)
     bench.run(path, "whole")
@@ -607,6 +610,7 @@ def test_the_frozen_base_is_not_changed(
 
 
 @pytest.mark.parametrize("kind", ["full", "none", "bitfit", "lora"])
+@pytest.mark.slow_after(1)
 def test_every_type_trains_saves_and_is_loaded_again(bench: Bench, kind: str) -> None:
     every_row = {"max_steps": 10, "micro_batch_size": 11, "gradient_accumulation_steps": 1}
     rate = {"optimizer": {"type": "adamw", "learning_rate": 1e-3}}

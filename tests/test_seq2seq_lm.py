@@ -101,6 +101,7 @@ def proves(*what: str) -> pytest.MarkDecorator:
 
 
 @proves("loss")
+@pytest.mark.slow_after(2)
 def test_the_loss_is_that_of_transformers(kind: str, base: tuple[Any, ...]) -> None:
     task, model, split, reference, tokenizer = base
     batch = task.collate([split.examples[i] for i in range(len(ROWS))])
@@ -119,6 +120,7 @@ def test_the_loss_is_that_of_transformers(kind: str, base: tuple[Any, ...]) -> N
 
 @proves("predict")
 @pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.slow_after(3)
 def test_answers_are_those_of_transformers(kind: str, base: tuple[Any, ...], beams: int) -> None:
     task, model, _, reference, tokenizer = base
     generation = task.recipe.evaluate.generation.model_copy(
@@ -252,6 +254,7 @@ SEVERAL = [
 ]
 
 
+@pytest.mark.slow
 def test_each_of_several_references_is_trained_and_compared(tmp_path: Path) -> None:
     import sacrebleu
 
@@ -440,6 +443,7 @@ def test_all_linear_layers_but_the_last_are_adapted(kind: str, tmp_path: Path) -
 
 @proves("save")
 @pytest.mark.parametrize("kind", ["bart", "t5", "nllb"])
+@pytest.mark.slow_after(1)
 def test_peft_reads_our_adapter_and_we_read_pefts(kind: str, tmp_path: Path) -> None:
     import peft
 
@@ -470,6 +474,7 @@ def test_peft_reads_our_adapter_and_we_read_pefts(kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["nllb", "mbart"])
+@pytest.mark.slow_after(1)
 def test_a_merged_model_writes_the_language_by_itself(kind: str, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, kind)
     out, merged = tmp_path / "out", tmp_path / "merged"

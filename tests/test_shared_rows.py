@@ -223,6 +223,7 @@ def _examples(kind: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", TASKS)
 @pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.slow_after(4)
 def test_texts_that_share_rows_are_answered_as_each_is_alone(
     name: str, kind: str, tmp_path: Path
 ) -> None:

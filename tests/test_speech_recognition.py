@@ -508,6 +508,7 @@ def test_silent_parts_of_a_long_recording_are_not_asked_for(tmp_path: Path) -> N
 # ----------------------------------------------------------------------------- a frozen encoder
 
 
+@pytest.mark.slow
 def test_what_the_encoder_makes_is_kept_where_it_is_frozen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -693,6 +694,7 @@ def test_answers_that_are_not_written_to_their_end_are_said(trained: Path) -> No
 # --------------------------------------------------------------------------------- lora init
 
 
+@pytest.mark.slow
 def test_init_drafts_a_recipe_for_a_folder(tmp_path: Path) -> None:
     tiny_speech.save(tmp_path / "base", languages=True)
     tiny_speech.write_folder(tmp_path / "speech", {"train": 8, "test": 2})

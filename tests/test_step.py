@@ -362,6 +362,7 @@ def copied(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     "spoil", [{"loss": math.nan}, {"loss": math.inf}, {"gradient": math.nan}, {"loss": -math.inf}]
 )
 @pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.slow_after(7)
 def test_a_bad_step_changes_nothing(kind: str, spoil: dict[str, float], first: bool) -> None:
     made = case(tiny.encoder(3), "encoder", CLASSIFICATION, [{"text": "a", "label": 0}] * 2)
     parameters = list(trainable_parameters(made.model).values())

@@ -62,6 +62,7 @@ PAIR = {"source_column": "en", "target_column": "de"}
             **PAIR, "source_language": "en_XX", "target_language": "de_DE"}),
     ],
 )  # fmt: skip
+@pytest.mark.slow_after(2)
 def test_two_texts_are_a_source_and_a_target(
     kind: str, columns: tuple[str, str], expected: Json, tmp_path: Path
 ) -> None:

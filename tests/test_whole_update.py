@@ -119,6 +119,7 @@ def test_sizes_are_divided_as_peft_divides_them(factor: int) -> None:
 @proves("read", "merge")
 @pytest.mark.parametrize("site", SITES)
 @each_setting
+@pytest.mark.slow_after(6)
 def test_what_peft_saves_is_read_here_and_merged(site: str, settings: str, tmp_path: Path) -> None:
     base, targets = SITES[site][0](), SITES[site][1]
     theirs = theirs_on(base, settings, targets).eval()
@@ -141,6 +142,7 @@ def test_what_peft_saves_is_read_here_and_merged(site: str, settings: str, tmp_p
     "settings",
     ["loha", "loha, patterns", "lokr, both", "lokr, whole"],
 )
+@pytest.mark.slow_after(1)
 def test_gradients_and_losses_are_those_of_peft(site: str, settings: str, tmp_path: Path) -> None:
     base, targets = SITES[site][0]().double(), SITES[site][1]
     # PEFT has dropout on ranks and modules, and recipes on the input: without, they are the same
@@ -236,6 +238,7 @@ def _scalars(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         ("lokr", {"target_modules": ["query", "key"]}, _same, "is missing"),
     ],
 )
+@pytest.mark.slow_after(8)
 def test_a_folder_that_does_not_agree_is_rejected(
     settings: str, config: dict[str, Any], change: Any, what: str, tmp_path: Path
 ) -> None:

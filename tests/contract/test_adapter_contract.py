@@ -30,6 +30,7 @@ def proved(name: str) -> tuple[str, ...]:
 
 @pytest.mark.proves(lambda name, **_: proved(name), variant="{name}", layer="{site_name}")
 @on_sites(ADAPTERS)
+@pytest.mark.slow_after(8)
 def test_an_adapter_keeps_its_promises(name: str, site_name: str, tmp_path: Path) -> None:
     kind, site = ADAPTERS[name], SITES[site_name]
     base = site.build()
@@ -62,6 +63,7 @@ def test_an_adapter_keeps_its_promises(name: str, site_name: str, tmp_path: Path
 
 
 @on_sites(name for name, kind in ADAPTERS.items() if kind.bare)
+@pytest.mark.slow_after(20)
 def test_turned_off_it_is_the_base(name: str, site_name: str) -> None:
     site = replace(SITES[site_name], head=[])
     base = site.build()
@@ -87,6 +89,7 @@ INCLUDED = {"olora with patterns": ["rslora", "patterns", "bias of adapted modul
     layer=lambda name: "Embedding" if name == "rows of tokens" else "Linear",
 )
 @pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.slow_after(1)
 def test_a_run_of_any_type_is_resumed_exactly(name: str, tmp_path: Path) -> None:
     recipe = write_task(TASKS["classification"], tmp_path, RESUMED[name])
     run(recipe, tmp_path / "whole")

@@ -82,6 +82,7 @@ def read_simply(base: Path, adapter: Path) -> Tensor:
     "export", variant="{name}", layer="{site_name}", base="{base_kind}", against="PEFT"
 )
 @pytest.mark.parametrize(("name", "site_name", "reader", "base_kind"), [*CASES, *OTHERS])
+@pytest.mark.slow_after(1)
 def test_an_exported_adapter_is_what_was_trained(
     name: str, site_name: str, reader: str, base_kind: str, tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @proves("split")
 @pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.slow_after(5)
 def test_any_split_of_a_batch_gives_the_same_sums(opened: Opened, split: str) -> None:
     loss, n_items, gradients = sums(opened, opened.examples)
     assert loss > 0.0
@@ -76,6 +77,7 @@ def test_any_split_of_a_batch_gives_the_same_sums(opened: Opened, split: str) ->
 
 
 @proves("alone")
+@pytest.mark.slow_after(11)
 def test_an_example_is_the_same_alone_and_among_longer_ones(opened: Opened) -> None:
     together = outcomes(opened, opened.single)
     alone = outcomes(opened, opened.single, size=1)
@@ -87,6 +89,7 @@ def test_an_example_is_the_same_alone_and_among_longer_ones(opened: Opened) -> N
 
 
 @proves("save")
+@pytest.mark.slow_after(6)
 def test_what_is_saved_is_loaded_again(opened: Opened, tmp_path: Path) -> None:
     again = saved_and_loaded(opened, tmp_path / "adapter")
     found, wanted = again.model.state_dict(), opened.model.state_dict()
@@ -102,6 +105,7 @@ def test_merged_equals_adapted(opened: Opened) -> None:
 
 
 @proves("predict")
+@pytest.mark.slow_after(5)
 def test_predict_adds_the_same_columns_to_rows_alone_and_together(opened: Opened) -> None:
     kind = opened.kind
     rows = [
@@ -116,6 +120,7 @@ def test_predict_adds_the_same_columns_to_rows_alone_and_together(opened: Opened
 @proves("resume")
 @pytest.mark.proves("resume", variant="lora", layer=lambda name: layer_of(name))
 @pytest.mark.parametrize("name", [name for name, kind in TASKS.items() if kind.runs])
+@pytest.mark.slow_after(1)
 def test_a_run_that_was_stopped_is_resumed_exactly(name: str, tmp_path: Path) -> None:
     recipe = write_kind(TASKS[name], tmp_path)
     run(recipe, tmp_path / "whole")
@@ -126,5 +131,6 @@ def test_a_run_that_was_stopped_is_resumed_exactly(name: str, tmp_path: Path) ->
 
 @proves("init")
 @pytest.mark.parametrize("name", [name for name, kind in TASKS.items() if kind.drafted])
+@pytest.mark.slow_after(4)
 def test_init_writes_a_valid_recipe_for_its_rows(name: str, tmp_path: Path) -> None:
     assert drafted(TASKS[name], tmp_path) == TASKS[name].drafted

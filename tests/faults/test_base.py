@@ -171,6 +171,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.slow_after(4)
 def test_a_copy_of_the_base_is_the_same_base(
     copy: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -366,6 +367,7 @@ ALLOW = ("--set", "model.allow_other_base=true")
 
 
 @pytest.mark.parametrize("command", ["eval", "predict", "merge", "train"])
+@pytest.mark.slow_after(1)
 def test_another_base_is_refused_unless_allowed(command: str, trained: Trained) -> None:
     rejected = lora(*trained.command(command, trained.other))
     assert rejected.code == 4, rejected.err
@@ -383,6 +385,7 @@ def test_another_base_is_refused_unless_allowed(command: str, trained: Trained) 
     assert "not the base" not in same.err
 
 
+@pytest.mark.slow_after(1)
 def test_what_was_allowed_is_written_down(trained: Trained) -> None:
     ours = read_fingerprint(trained.out)
     assert ours is not None
@@ -514,6 +517,7 @@ def llama_run(folder: Path, dtype: torch.dtype, **adapter: Any) -> tuple[Path, P
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.slow_after(1)
 def test_what_is_merged_is_base_and_adapter_and_not_the_base(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -543,6 +547,7 @@ def test_what_is_merged_is_base_and_adapter_and_not_the_base(
     assert float((theirs - plain).abs().max()) > 0.1 * scale
 
 
+@pytest.mark.slow_after(1)
 def test_an_adapter_is_not_merged_twice(trained: Trained) -> None:
     once = trained.folder / "once"
     first = lora("merge", "--base", trained.base, "--adapter", trained.out, "--to", once)
@@ -588,6 +593,7 @@ def test_nothing_is_merged_into_a_quantised_base(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["lora", "none", "bitfit"])
+@pytest.mark.slow_after(1)
 def test_training_leaves_the_base_as_it_is(kind: str, precision: str, tmp_path: Path) -> None:
     """On the disk, and in memory: with the adapter switched off, it is the base bit for bit."""
     held: list[PreTrainedModel] = []

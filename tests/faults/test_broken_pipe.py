@@ -48,6 +48,7 @@ def test_a_run_whose_output_nobody_reads_saves_and_ends(nest: Nursery, tmp_path:
 
 
 @pytest.mark.parametrize("flags", ["", " 2>&1"])
+@pytest.mark.slow_after(1)
 def test_what_only_prints_ends_quietly(tmp_path: Path, flags: str) -> None:
     code, said, complained = piped(f"schema{flags}", tmp_path, "head -c 1")
     assert (said, complained) == ("{", "")

@@ -78,6 +78,7 @@ CODES: dict[int, Callable[[World], list[str]]] = {
 
 
 @pytest.mark.parametrize("code", CODES)
+@pytest.mark.slow_after(1)
 def test_the_exit_code_says_what_kind_of_fault_it_was(code: int, world: World) -> None:
     result = lora(*CODES[code](world), cwd=world.folder)
     assert result.returncode == code, result.stderr
@@ -133,6 +134,7 @@ def test_a_terminal_without_the_letters_of_a_name_gets_their_codes(
     ("name", "shown"),
     [(b"\xff.yaml", b"\\udcff.yaml"), (b"a\nb %s {x}.yaml", b"a\\nb %s {x}.yaml")],
 )
+@pytest.mark.slow_after(1)
 def test_a_recipe_of_an_odd_name_is_named_in_one_line(
     name: bytes, shown: bytes, world: World
 ) -> None:

@@ -117,6 +117,7 @@ def damages(content: bytes) -> list[bytes]:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.slow_after(1)
 def test_every_damage_of_an_adapter_is_found(name: str, run: Cut, tmp_path: Path) -> None:
     out = run.copy(tmp_path / "out")
     whole = (out / name).read_bytes()
@@ -143,6 +144,7 @@ def same_manifest(whole: bytes, spoiled: bytes) -> bool:
 
 
 @pytest.mark.parametrize("name", SAVED)
+@pytest.mark.slow_after(1)
 def test_a_damaged_checkpoint_is_passed_over(name: str, run: Cut, tmp_path: Path) -> None:
     out = run.copy(tmp_path / "out")
     file = out / "checkpoints/step-000003" / name
@@ -335,6 +337,7 @@ BOMBS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", BOMBS)
+@pytest.mark.slow_after(6)
 def test_a_deceiving_header_is_refused_at_once(kind: str, run: Cut, tmp_path: Path) -> None:
     content, said = BOMBS[kind]
     out = run.copy(tmp_path / "out")

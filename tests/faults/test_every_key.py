@@ -777,6 +777,7 @@ def left_by(change: Change, name: str, value: Any, bases: Path) -> Left:
 
 
 @pytest.mark.parametrize("key", CHANGES)
+@pytest.mark.slow_after(1)
 def test_a_key_changes_something(key: str, bases: Path) -> None:
     change = CHANGES[key]
     section, _, rest = key.partition(".")

@@ -499,6 +499,7 @@ def poor_ones(results: list[Result]) -> list[str]:
 
 
 # one test, since a worker for each part would run all cases again
+@pytest.mark.slow
 def test_every_message_is_the_golden_one_and_says_what_where_and_how_to_mend_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

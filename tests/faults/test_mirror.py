@@ -32,6 +32,7 @@ def whole_ones(mirror: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}", "local://{}"])
+@pytest.mark.slow_after(1)
 def test_an_empty_machine_goes_on(nest: Nursery, whole: Whole, tmp_path: Path, form: str) -> None:
     sets = [f"checkpoint.mirror={form.format(tmp_path / 'mirror')}"]
     out = tmp_path / "out"
@@ -75,6 +76,7 @@ def per_checkpoint(nest: Nursery, whole: Whole, tmp_path_factory: pytest.TempPat
 
 
 @pytest.mark.parametrize("number", [1, 2, 6, 11])
+@pytest.mark.slow_after(1)
 def test_a_machine_that_dies_in_the_middle_of_copying(
     nest: Nursery, whole: Whole, per_checkpoint: int, tmp_path: Path, number: int
 ) -> None:
@@ -110,6 +112,7 @@ def test_a_damaged_copy_is_passed_over_by_name(nest: Nursery, whole: Whole, tmp_
     assert_same_run(whole.out, out)
 
 
+@pytest.mark.slow
 def test_a_machine_that_dies_while_it_restores_begins_again(
     nest: Nursery, whole: Whole, tmp_path: Path
 ) -> None:

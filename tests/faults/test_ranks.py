@@ -44,6 +44,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("output_dir=elsewhere", "`output_dir`"),
     ],
 )
+@pytest.mark.slow_after(3)
 def test_another_recipe_in_one_process_is_named(
     nest: Nursery, pair: Path, tmp_path: Path, other: str, named: str
 ) -> None:
@@ -55,6 +56,7 @@ def test_another_recipe_in_one_process_is_named(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_other_rows_and_another_base_are_named(nest: Nursery, pair: Path, tmp_path: Path) -> None:
     rows = (pair.parent / "train.jsonl").read_text()
     other = tmp_path / "train.jsonl"
@@ -89,6 +91,7 @@ def test_an_error_in_the_data_ends_both_and_is_printed_once(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.slow_after(1)
 def test_a_dead_process_is_named_by_the_other(
     nest: Nursery, pair: Path, tmp_path: Path, rank: int
 ) -> None:

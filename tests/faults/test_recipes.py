@@ -42,6 +42,7 @@ HEAVY = {
 
 @given(case=cases)
 @settings(max_examples=200, suppress_health_check=list(HealthCheck))
+@pytest.mark.slow
 def test_any_recipe_is_read_or_refused_well(
     case: Case, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -49,6 +50,7 @@ def test_any_recipe_is_read_or_refused_well(
 
 
 @pytest.mark.parametrize("name", HEAVY)
+@pytest.mark.slow_after(1)
 def test_a_recipe_that_is_heavy_is_refused_in_bounds(name: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(HEAVY[name][:MAX_BYTES])
@@ -78,6 +80,7 @@ def test_what_runs_would_be_noticed() -> None:
         bytearray(2**30)
 
 
+@pytest.mark.slow
 def test_the_script_counts_what_came_of_its_cases() -> None:
     command = [sys.executable, str(ROOT / "tests" / "faults" / "fuzzing.py"), "20", "3"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)

@@ -61,6 +61,7 @@ def test_a_disk_without_room_is_refused_before_training(
 
 
 @root_only
+@pytest.mark.slow
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
     nest: Nursery, whole: Whole, tmp_path: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_a_disk_that_can_only_be_read_is_refused_before_training(
 
 
 @pytest.mark.parametrize("at", ["step", "evaluate"])
+@pytest.mark.slow_after(1)
 def test_memory_that_is_full_is_said_with_what_would_help(
     nest: Nursery, whole: Whole, tmp_path: Path, at: str
 ) -> None:
@@ -218,6 +220,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.slow_after(1)
 def test_a_changed_recipe_is_shown_and_refused_unless_allowed(
     nest: Nursery, whole: Whole, killed: Copy, tmp_path: Path, name: str
 ) -> None:
@@ -234,6 +237,7 @@ def test_a_changed_recipe_is_shown_and_refused_unless_allowed(
     assert all(change.startswith("after step 9: ") for change in report["training"]["changes"])
 
 
+@pytest.mark.slow
 def test_another_machine_is_shown_and_refused_unless_allowed(
     nest: Nursery, whole: Whole, killed: Copy, tmp_path: Path
 ) -> None:

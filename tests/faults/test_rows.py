@@ -166,6 +166,7 @@ def test_bytes_of_parquet_that_are_no_text_are_a_bad_row(world: World) -> None:
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "txt"])
+@pytest.mark.slow_after(1)
 def test_a_line_of_50_megabytes_is_read_in_bounded_memory(kind: str, tmp_path: Path) -> None:
     file = tmp_path / f"rows.{kind}"
     word = "word " * (10 * 2**20)
@@ -332,6 +333,7 @@ def test_nothing_left_to_train_ends_with_2_before_any_weights(world: World) -> N
 
 
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS"), reason="needs limits of memory")
+@pytest.mark.slow
 def test_a_zip_bomb_is_read_line_by_line(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv.gz"
     with gzip.open(file, "wb") as out:
@@ -373,6 +375,7 @@ def _priced(pattern: str, first: str, between: str = ",") -> str:
         (_priced("%.25", "-3"), {}, -3.0),
     ],
 )
+@pytest.mark.slow_after(4)
 def test_a_draft_reads_numbers_as_its_own_check_does(
     content: str, form: dict[str, str], first: float, world: World
 ) -> None:

@@ -607,6 +607,7 @@ def test_no_secret_reaches_a_file_or_the_screen(
 
 
 @pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.slow_after(1)
 def test_no_secret_reaches_a_traceback(debug: bool, world: World, tmp_path: Path) -> None:
     code = (
         "import sys; from lora_cli import recipe; from lora_cli.cli import app as cli\n"
@@ -634,6 +635,7 @@ def test_no_secret_reaches_a_traceback(debug: bool, world: World, tmp_path: Path
 @pytest.mark.parametrize(
     ("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)]
 )
+@pytest.mark.slow_after(1)
 def test_every_file_has_the_mode_of_the_umask(
     umask: int, file: int, folder: int, world: World, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
         ("publish", 1, signal.SIGINT),
     ],
 )
+@pytest.mark.slow_after(1)
 def test_a_signal_loses_nothing(
     nest: Nursery, whole: Whole, tmp_path: Path, at: str, times: int, number: signal.Signals
 ) -> None:
@@ -51,6 +52,7 @@ def test_a_signal_loses_nothing(
     ("at", "times", "code"),
     [("load", 1, -signal.SIGTERM), ("evaluate", 1, 143), ("evaluate", 2, 143)],
 )
+@pytest.mark.slow_after(1)
 def test_before_the_first_step_there_is_nothing_to_save(
     nest: Nursery, whole: Whole, tmp_path: Path, at: str, times: int, code: int
 ) -> None:
@@ -89,6 +91,7 @@ def test_after_the_last_step_all_is_saved(nest: Nursery, whole: Whole, tmp_path:
     assert_same_run(whole.out, out)
 
 
+@pytest.mark.slow
 def test_the_second_interruption_ends_at_once(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
     """While it evaluates: the first would have it saved, and the second leaves it as it is."""
     out = tmp_path / "cut"
@@ -102,6 +105,7 @@ def test_the_second_interruption_ends_at_once(nest: Nursery, whole: Whole, tmp_p
         assert (folder / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_spares_the_workers(
     nest: Nursery, wholes: Callable[[str], Whole], tmp_path: Path
 ) -> None:
@@ -116,6 +120,7 @@ def test_a_signal_to_the_whole_group_spares_the_workers(
     assert_same_run(whole.out, out)
 
 
+@pytest.mark.slow
 def test_one_of_two_is_told_and_both_stop(
     nest: Nursery, wholes: Callable[[str], Whole], tmp_path: Path
 ) -> None:
@@ -130,6 +135,7 @@ def test_one_of_two_is_told_and_both_stop(
         assert_same_run(whole.out, out)
 
 
+@pytest.mark.slow
 def test_ten_seconds_are_enough(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
     """From the signal to the end of the process, in the middle of a long evaluation."""
     rows = (whole.recipe.parent / "validation.jsonl").read_text() * 400
@@ -144,6 +150,7 @@ def test_ten_seconds_are_enough(nest: Nursery, whole: Whole, tmp_path: Path) -> 
     assert json.loads((folder / "trainer.json").read_text())["evaluation_due"]
 
 
+@pytest.mark.slow
 def test_the_hours_end_in_time(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
     out, seconds = tmp_path / "cut", 3
     sets = ["train.max_steps=100000", f"train.max_hours={seconds / 3600}",
@@ -166,6 +173,7 @@ def test_minutes_make_checkpoints(nest: Nursery, whole: Whole, tmp_path: Path) -
     assert_same_run(whole.out, out)
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_gone_is_no_reason_under_nohup(
     nest: Nursery, whole: Whole, tmp_path: Path
 ) -> None:

@@ -147,6 +147,7 @@ def test_two_processes_are_as_one(nest: Nursery, tmp_path: Path) -> None:
     assert sizes == [4, 1] * 5  # the second process had nothing to do in every other step
 
 
+@pytest.mark.slow
 def test_the_texts_of_both_processes_are_compared(nest: Nursery, tmp_path: Path) -> None:
     """The loss of in-batch negatives is that of the whole step, also of a step of one example."""
     base = tiny_embedders.save(tmp_path / "base")

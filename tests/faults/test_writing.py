@@ -139,6 +139,7 @@ def published(target: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.slow_after(1)
 def test_a_checkpoint_is_the_old_or_the_new_whenever_its_writer_dies(
     exists: bool, tmp_path: Path
 ) -> None:
@@ -243,6 +244,7 @@ class Work:
         publish_adapter(output, *trained, None)
 
 
+@pytest.mark.slow
 def test_a_run_has_a_whole_checkpoint_and_a_whole_adapter_whenever_it_dies(tmp_path: Path) -> None:
     """With the tensors, the optimizer and the rotation of a real run."""
     work = Work()
