@@ -29,10 +29,10 @@ from lora_cli.adapters.targets import (
     first_match,
     matches,
     parse_layers,
-    regex_error,
     resolve_targets,
 )
 from lora_cli.errors import LoraError, Problem
+from lora_cli.patterns import regex_error
 from lora_cli.recipe import load_recipe
 
 ATTENTION = "bert.encoder.layer.{}.attention.self.{}"

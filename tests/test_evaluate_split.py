@@ -23,13 +23,13 @@ from lora_cli.data.readers import read_rows
 from lora_cli.errors import LoraError, NumericsError
 from lora_cli.evaluation import evaluate_split as evaluation
 from lora_cli.evaluation.evaluate_split import (
-    add_samples,
     best_by,
     evaluate,
     evaluate_adapter,
     measuring_file,
 )
 from lora_cli.evaluation.open_adapter import open_adapter
+from lora_cli.evaluation.samples import MOST_EVALUATIONS, add_samples
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.tasks import build_task
@@ -322,6 +322,8 @@ def test_a_row_whose_loss_is_no_number_is_named_where_that_is_asked(
 class Samples:
     """A task that answers in words."""
 
+    recipe = SimpleNamespace(evaluate=SimpleNamespace(samples=5))
+
     def sample(self, model: nn.Module, rows: list[str]) -> list[tuple[str, str, str]]:
         assert not model.training
         return [("p" * 3000 + row, "w" * 600, f"{row}!") for row in rows]
@@ -349,6 +351,17 @@ def test_samples_are_of_the_first_rows_and_get_both_answers() -> None:
             "after": f"{row}!",
         }
     assert len(samples) == 5
+    for step in (*range(1, 12), 11):  # of many evaluations, some
+        add_samples(model, task, split, accelerator, samples, step)
+    kept = [one["step"] for one in samples[0]["during"]]
+    assert kept == [2, 4, 6, 8, 9, 10, 11]
+    assert len(kept) <= MOST_EVALUATIONS
+    del samples[0]["during"][-1]
+    samples[0]["during"].append({"step": 11, "text": "as at step 11"})
+    add_samples(model, task, split, accelerator, samples, "after", {"step": 11})
+    assert samples[0]["after"] == "as at step 11"
+    add_samples(model, task, split, accelerator, samples, "after", {"step": 3})  # not kept
+    assert samples[0]["after"] == "a!"
     add_samples(model, task, None, accelerator, samples, "never")
     other: Any = SimpleNamespace(is_main_process=False)
     add_samples(model, task, split, other, samples, "never")

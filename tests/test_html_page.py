@@ -385,7 +385,10 @@ def test_regression(tmp_path: Path) -> None:
 
 def test_a_language_model(tmp_path: Path) -> None:
     metrics = {"before": {"test": {"perplexity": 20}}, "after": {"test": {"perplexity": 5.5}}}
-    samples = [{"prompt": "Once", "before": "xyzzy", "after": "upon", "reference": "a time"}, 3]
+    during = [{"step": 10 * i, "text": text} for i, text in enumerate(("one", "one", "two"), 1)]
+    samples = [{"prompt": "Once", "before": "xyzzy", "after": "upon", "reference": "a time",
+                "during": [*during, {"step": None}, 7]}, 3,
+               {"prompt": "x", "during": 3}]  # fmt: skip
     lines = [{"row": 0, "text": "easy", "loss": 1.0, "n_items": 4},
              {"row": 1, "text": "hard", "loss": 9.0, "n_items": 3,
               "reference": "what was"}]  # fmt: skip
@@ -396,6 +399,8 @@ def test_a_language_model(tmp_path: Path) -> None:
     assert "3.000 a token" in page.text
     assert page.text.index("hard") < page.text.index("easy")
     assert all(said in page.text for said in ("xyzzy", "upon", "a time", "what was"))
+    assert "step 10 to 20" in page.text
+    assert "step 30" in page.text
 
 
 @pytest.mark.parametrize("key", sorted(REPORT))
@@ -458,7 +463,7 @@ def test_a_run_of_a_language_model_leaves_samples(tmp_path: Path) -> None:
     report, page = runs(tiny.save_llama(tmp_path / "base"), tmp_path)
     assert len(report["samples"]) == 5
     for sample, text in zip(report["samples"], tiny.CORPUS, strict=False):
-        assert set(sample) == {"place", "prompt", "reference", "before", "after"}
+        assert set(sample) == {"place", "prompt", "reference", "before", "during", "after"}
         assert f"{text} <b>".startswith(sample["prompt"])
         assert sample["prompt"] + sample["reference"] == f"{text} <b>"
     assert "Samples" in page.text

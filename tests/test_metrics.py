@@ -582,7 +582,8 @@ def test_empty_texts():
 
 
 def test_modes():
-    expected = dict.fromkeys(["loss", "mse", "rmse", "mae", "perplexity", "wer", "cer"], "min")
+    lower = ["loss", "mse", "rmse", "mae", "perplexity", "no_answer", "wer", "cer"]
+    expected = dict.fromkeys(lower, "min")
     assert {name: metric_mode(name) for name in expected} == expected
     for name in set(known_metrics()) - set(expected) | {"rouge1", "rouge2", "rougeL", "rougeLsum"}:
         assert metric_mode(name) == "max", name

@@ -5,7 +5,6 @@ Every entry must match a module, and every error is collected before the model i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from lora_cli.adapters.parameter_targets import resolve_parameters
 from lora_cli.adapters.variants import Layers, layer_for, layers_of
 from lora_cli.errors import LoraError, Problem, did_you_mean
 from lora_cli.models.bundle import is_frozen
+from lora_cli.patterns import regex_error
 from lora_cli.recipe import Recipe
 
 # The names that transformers' encoders give to the query and value projections.
@@ -43,10 +43,7 @@ MAMBA_KERNEL = ("out_proj", "conv1d")  # layers whose weights Mamba's kernels re
 
 GATES = regex.compile(r"(^|\.)(squeeze_excite|squeeze_excitation|se|se_module)(\.|$)")
 
-LONGEST = 10_000  # characters of an expression
 LONGEST_NUMBER = 15  # digits of a layer's number; no model has as many layers as that allows
-MOST_COPIES = 10_000  # that its counts may ask for: `regex` writes out `(a{1000}){1000}`, in memory
-COUNT = r"\{([\s\d,]+)\}"  # `{3}`, `{3,}`, `{,3}`, `{3,5}`
 PATIENCE = 0.5  # seconds for one expression and one name; most take a millionth of it
 EXPRESSION = "a valid one: `.*\\.(query|value)`; names need none: `[query, value]`"
 
@@ -92,20 +89,6 @@ def matches(pattern: str | list[str], name: str) -> bool:
     if isinstance(pattern, str):
         return regex_error(pattern) is None and _fits(pattern, name)
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
-
-
-def regex_error(pattern: str) -> str | None:
-    """Return why a text is no regular expression that can be used, or None if it is one."""
-    if len(pattern) > LONGEST:
-        return f"longer than {LONGEST:,} characters"
-    try:
-        counts = [regex.findall(r"\d+", count) for count in regex.findall(COUNT, pattern)]
-        if math.prod(max([1, *map(int, count)]) for count in counts) > MOST_COPIES:
-            return f"its counts multiply to more than {MOST_COPIES:,}"
-        regex.compile(pattern)
-    except (regex.error, ValueError, RecursionError) as error:
-        return str(error)
-    return None
 
 
 def _fits(expression: str, name: str, written: str | None = None) -> bool:

@@ -22,9 +22,11 @@ from lora_cli.errors import LoraError, counted, did_you_mean, name_neighbours
 from lora_cli.evaluation.evaluate_split import best_by, evaluate
 from lora_cli.evaluation.open_adapter import load_adapted, open_task
 from lora_cli.metrics import (
+    MetricContext,
     builtin_value,
     is_exact_match,
     known_metrics,
+    lacks_answer,
     metric_giving,
     metric_mode,
     reads,
@@ -124,13 +126,14 @@ def compare(
     ours = _measure(new, task, task, data, accelerator)
     theirs = _measure(old, _loader(old, task.learned.completed(recipe)), task, data, accelerator)
     old_value, new_value, differences = bootstrap(name, task, theirs, ours)
+    channel = reads(measured[0]) if measured else None  # rows without an answer are not compared
     finite = differences[np.isfinite(differences)]
     low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
     return Comparison(
         split,
         name,
         mode,
-        len({p.row for p in ours}),
+        len({p.row for p in ours if channel is None or channel in p.metric_inputs}),
         old_value,
         new_value,
         new_value - old_value,
@@ -238,7 +241,7 @@ def bootstrap(
     (f1, a correlation, bleu) is computed again for each of `FEWER_RESAMPLES`.
     """
     generator = np.random.default_rng(SEED)
-    sums = [row_sums(metric, predictions) for predictions in (old, new)]
+    sums = [row_sums(metric, rows, task.metric_context) for rows in (old, new)]
     if sums[0] is None or sums[1] is None:
         return _recomputed(metric, task, old, new, generator)
     value = _VALUES.get(metric, _ratio)
@@ -267,12 +270,15 @@ _VALUES: dict[str, Callable[[Floats], Floats]] = {
 }
 
 
-def row_sums(metric: str, predictions: list[Prediction]) -> Floats | None:
+def row_sums(
+    metric: str, predictions: list[Prediction], context: MetricContext | None = None
+) -> Floats | None:
     """Return (rows, 2): what each row adds to the numerator and the denominator of a metric.
 
-    A row may have several examples, which are drawn together. None for a metric that is not a
-    function of such sums.
+    A row may have several examples, which are drawn together; one without an answer adds nothing.
+    None for a metric that is not a function of such sums.
     """
+    context = MetricContext() if context is None else context
     per_example: list[tuple[float, float]]
     if metric == "loss":
         if len(predictions[0].losses) > 1:  # a sum of means, each over items of its own
@@ -287,15 +293,11 @@ def row_sums(metric: str, predictions: list[Prediction]) -> Floats | None:
         per_example = [
             (0.0, 0.0) if one is None else (row_score(metric, *one), 1.0) for one in found
         ]
-    elif metric in _SCORES:
-        channel = reads(metric) or ""
-        score = _SCORES[metric]
-        per_example = [(score(*p.metric_inputs[channel]), 1.0) for p in predictions]
-    elif metric in result_names("rouge"):  # a mean over rows
-        per_example = [
-            (builtin_value("rouge", metric, [said], [want]), 1.0)
-            for said, want in (p.metric_inputs["text"] for p in predictions)
-        ]
+    elif metric in _SCORES:  # a mean over the rows that have something to compare
+        channel, score = reads("rouge" if metric in _ROUGE else metric) or "", _SCORES[metric]
+        pairs = (p.metric_inputs.get(channel) for p in predictions)
+        scores = [None if pair is None else score(*pair, context) for pair in pairs]
+        per_example = [(0.0, 0.0) if one is None else (float(one), 1.0) for one in scores]
     else:
         return None
     rows = np.unique([p.row for p in predictions], return_inverse=True)[1]
@@ -304,12 +306,21 @@ def row_sums(metric: str, predictions: list[Prediction]) -> Floats | None:
     return table
 
 
-_SCORES: dict[str, Callable[[Any, Any], float]] = {
-    "accuracy": lambda said, want: float(said == want),
-    "exact_match": lambda said, want: float(is_exact_match(said, want)),
-    "mse": lambda said, want: (said - want) ** 2,
-    "rmse": lambda said, want: (said - want) ** 2,
-    "mae": lambda said, want: abs(said - want),
+_ROUGE = result_names("rouge")
+
+
+def _rouge_of(name: str) -> Callable[[Any, Any, MetricContext], float]:
+    return lambda said, want, context: builtin_value("rouge", name, [said], [want], context)
+
+
+_SCORES: dict[str, Callable[[Any, Any, MetricContext], float | None]] = {
+    "accuracy": lambda said, want, _: float(said == want),
+    "exact_match": is_exact_match,
+    "no_answer": lacks_answer,
+    "mse": lambda said, want, _: (said - want) ** 2,
+    "rmse": lambda said, want, _: (said - want) ** 2,
+    "mae": lambda said, want, _: abs(said - want),
+    **{name: _rouge_of(name) for name in _ROUGE},
 }
 
 
@@ -323,7 +334,10 @@ def _recomputed(
     of = metric_giving(metric, task.metric_channel)
     assert of is not None, metric
     channel = reads(of) or ""
-    theirs, ours = ([p.metric_inputs[channel] for p in rows] for rows in (old, new))
+    theirs, ours = (
+        [p.metric_inputs[channel] for p in rows if channel in p.metric_inputs]
+        for rows in (old, new)
+    )
 
     def value(pairs: list[tuple[Any, Any]], indices: Any) -> float:
         said, want = zip(*(pairs[i] for i in indices), strict=True)

@@ -38,7 +38,6 @@ from lora_cli.unexpected_errors import phase
 
 WINDOW = 64  # batches whose examples are sorted by length together
 TEXT_LENGTH = 500  # characters of a row that stand beside its prediction
-SAMPLES = 5  # prompts that are continued before and after training
 
 
 class Stop(Protocol):
@@ -100,9 +99,10 @@ def evaluate(
     recipe = task.recipe
     size = recipe.evaluate.micro_batch_size or 2 * task.micro_batch
     metrics = build_metrics(task)
+    task.choose_rows_to_answer([len(split.rows)])
     sums: dict[str, list[float]] = {term: [0.0, 0.0] for term in task.loss_weights}
     main = accelerator.is_main_process
-    with _whole_file(predictions if main else None) as file, _eval_mode(model):
+    with _whole_file(predictions if main else None) as file, eval_mode(model):
         joined = _Joined(task, split)
         for window, is_last in _with_last(_windows(split, size)):
             rows = _predict_window(model, task, split, window, accelerator, stop)
@@ -144,7 +144,7 @@ def _whole_file(path: Path | None) -> Iterator[TextIO | None]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode, and back."""
     was_training = model.training
     model.eval()
@@ -294,38 +294,6 @@ def _shortened(text: str) -> str:
     if len(text) <= TEXT_LENGTH:
         return text
     return first_characters(text, TEXT_LENGTH - 1) + "…"
-
-
-def add_samples(
-    model: nn.Module,
-    task: Task,
-    split: Encoded | None,
-    accelerator: Accelerator,
-    samples: list[dict[str, Any]],
-    when: str,
-) -> None:
-    """Let the model answer the first rows of a split in words, on the main process alone.
-
-    Args:
-        model: The model; it is put into eval mode, and back.
-        task: Of the model; one whose answers are no text leaves no samples.
-        split: The rows; None leaves no samples.
-        accelerator: Precision and processes.
-        samples: A dictionary for each row, which gets the answer.
-        when: The key of the answer: `before` or `after` training.
-    """
-    if split is None or not accelerator.is_main_process:
-        return
-    rows = [split.rows[i] for i in range(min(SAMPLES, len(split.rows)))]
-    with _eval_mode(model), accelerator.autocast():
-        found = task.sample(model, rows)
-    if not samples:
-        for i, (shown, wanted, _) in enumerate(found):
-            reference = first_characters(wanted, TEXT_LENGTH)
-            sample = {"place": split.rows.place(i), "prompt": shown[-4 * TEXT_LENGTH :]}
-            samples.append({**sample, "reference": reference})
-    for sample, (_, _, text) in zip(samples, found, strict=True):
-        sample[when] = text
 
 
 def measuring_file(recipe: Recipe, file: Path) -> Recipe:

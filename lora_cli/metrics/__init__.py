@@ -8,11 +8,13 @@ from lora_cli.metrics.builtin import (
     is_exact_match,
     is_script,
     known_metrics,
+    lacks_answer,
     metric_giving,
     metric_mode,
     reads,
     result_names,
 )
+from lora_cli.metrics.final_answers import final_answer
 from lora_cli.metrics.metric_definitions import definition
 from lora_cli.metrics.metric_set import MetricSet
 
@@ -23,8 +25,10 @@ __all__ = [
     "builtin_value",
     "check_metric_names",
     "definition",
+    "final_answer",
     "is_exact_match",
     "is_script",
+    "lacks_answer",
     "known_metrics",
     "metric_giving",
     "metric_mode",

@@ -21,6 +21,7 @@ import numpy as np
 
 from lora_cli.errors import LoraError, Problem, name_neighbours
 from lora_cli.metrics.entity_scores import entity_scores
+from lora_cli.metrics.final_answers import final_answer, is_same_answer
 from lora_cli.metrics.retrieval_scores import RETRIEVAL, retrieval_scores
 from lora_cli.metrics.word_tokenizers import bleu_words, canonical, rouge_words
 
@@ -62,6 +63,10 @@ class MetricContext:
     """Whether a row may have several right texts, any of which an answer may be."""
     normalizer: str = ""
     """How texts are written before they are compared, in words, if they are changed at all."""
+    answer_pattern: str | None = None
+    """What finds the final answer in a text, which `exact_match` then compares."""
+    most_answers: int | None = None
+    """Of at most so many rows of a split answers are written."""
 
 
 NOTHING_KNOWN = MetricContext()
@@ -181,14 +186,46 @@ def references_of(wanted: str | list[str]) -> list[str]:
     return [wanted] if isinstance(wanted, str) else wanted
 
 
-def is_exact_match(said: str, wanted: str | list[str]) -> bool:
-    """Return whether a text is a right one but for spaces around it and Unicode's form."""
-    right = {canonical(text).strip() for text in references_of(wanted)}
-    return canonical(said).strip() in right
+def is_exact_match(
+    said: str, wanted: str | list[str], context: MetricContext = NOTHING_KNOWN
+) -> bool:
+    """Return whether a text is a right one but for spaces around it and Unicode's form.
+
+    Where the task has a pattern of final answers, these are compared; a reference in which it finds
+    none is compared as a whole.
+    """
+    right, pattern = references_of(wanted), context.answer_pattern
+    if pattern is not None:
+        answer = final_answer(pattern, said)
+        finals = [final_answer(pattern, text) for text in right]
+        answers = [one for one in finals if one is not None]
+        if answer is not None and any(is_same_answer(answer, one) for one in answers):
+            return True
+        right = [text for text, found in zip(right, finals, strict=True) if found is None]
+    return canonical(said).strip() in {canonical(text).strip() for text in right}
 
 
 def _exact_match(p: Rows, r: Rows, context: MetricContext) -> float:
-    return float(np.mean([is_exact_match(said, want) for said, want in zip(p, r, strict=True)]))
+    matches = [is_exact_match(said, want, context) for said, want in zip(p, r, strict=True)]
+    return float(np.mean(matches))
+
+
+def lacks_answer(
+    said: str, wanted: str | list[str], context: MetricContext = NOTHING_KNOWN
+) -> bool | None:
+    """Return whether a text has no final answer; None where no reference has one either."""
+    pattern = context.answer_pattern
+    if pattern is None or all(
+        final_answer(pattern, text) is None for text in references_of(wanted)
+    ):
+        return None
+    return final_answer(pattern, said) is None
+
+
+def _no_answer(p: Rows, r: Rows, context: MetricContext) -> float:
+    found = [lacks_answer(said, want, context) for said, want in zip(p, r, strict=True)]
+    known = [value for value in found if value is not None]
+    return float(np.mean(known)) if known else math.nan
 
 
 def _bleu(p: Rows, r: Rows, context: MetricContext) -> float:
@@ -279,6 +316,7 @@ SPECS: dict[str, MetricSpec] = {
     "mae": MetricSpec("value", functools.partial(_mean_error, power=1), "min"),
     "perplexity": MetricSpec("nll", _perplexity, "min"),
     "exact_match": MetricSpec("text", _exact_match),
+    "no_answer": MetricSpec("text", _no_answer, "min"),
     "bleu": MetricSpec("text", _bleu, package="sacrebleu"),
     "chrf": MetricSpec("text", _chrf, package="sacrebleu"),
     "rouge": MetricSpec("text", _rouge, results=_ROUGE, package="rouge_score"),
@@ -366,6 +404,10 @@ def check_metric_names(
             what = f"metric `{name}` compares {reads}; this task yields {fed}"
             usable = [n for n, s in SPECS.items() if s.channel in _FEEDS[default_channel]]
             problems.append(Problem(what, at, f"choose from {', '.join(usable)}"))
+        elif default_channel and name == "no_answer" and context.answer_pattern is None:
+            what = "metric `no_answer` counts texts without a match of `task.answer_pattern`"
+            hint = "add the pattern of a final answer, or leave the metric out"
+            problems.append(Problem(f"{what}, which is not there", at, hint))
         elif context.multi_label and not spec.multi_label:
             what = f"metric `{name}` is not defined for rows with several labels"
             problems.append(Problem(what, at, "f1_macro and f1_micro are"))

@@ -55,11 +55,12 @@ def definition(metric: str, context: MetricContext) -> dict[str, str]:
         how = "the script" if is_script(metric) else "`evaluate`'s metric"
         return {Path(metric).stem: f"computed by {how} `{metric}`"}
     written = f"; texts are written by {context.normalizer}"
-    is_of_texts = context.normalizer and SPECS[metric].channel == "text"
-    return {
-        name: _line(metric, name, context) + (written if is_of_texts else "")
-        for name in result_names(metric)
-    }
+    is_of_texts = SPECS[metric].channel == "text"
+    if not (is_of_texts and context.normalizer):
+        written = ""
+    if is_of_texts and context.most_answers is not None:
+        written += f"; of at most {context.most_answers:,} rows (`evaluate.generation.max_rows`)"
+    return {name: _line(metric, name, context) + written for name in result_names(metric)}
 
 
 def _line(metric: str, name: str, context: MetricContext) -> str:
@@ -81,10 +82,17 @@ def _line(metric: str, name: str, context: MetricContext) -> str:
             )
         case "exact_match":
             of = "one of the references" if context.several_references else "the reference"
+            if context.answer_pattern is not None:
+                return (
+                    f"share of answers whose last match of `{context.answer_pattern}` is that of "
+                    f"{of}; numbers are compared by value, without their commas"
+                )
             return (
                 f"share of answers equal to {of}, but for spaces around it and Unicode's "
                 "normal form"
             )
+        case "no_answer":
+            return f"share of answers in which `{context.answer_pattern}` finds nothing"
         case "bleu":
             return f"corpus BLEU, 0 to 100; {BLEU_WORDS}{_signature(BLEU_SIGNATURE, context)}"
         case "chrf":

@@ -210,23 +210,45 @@ def _answer(value: Any, scores: dict[str, Any]) -> str:
 
 
 def sample_section(report: dict[str, Any]) -> str:
-    """Return what a language model wrote before and after training."""
+    """Return what a model wrote before training, at each evaluation, and after it."""
     items = []
     samples = report.get("samples")
     for sample in samples if isinstance(samples, list) else []:
         if not isinstance(sample, dict):
             continue
-        names = (("before", "before"), ("after", "after training"), ("reference", "in the data"))
         texts = "".join(
-            f"<div><i>{name}</i>{own(sample[key].strip() or '(nothing)', 'span', 'text')}</div>"
-            for key, name in names
-            if isinstance(sample.get(key), str) and (sample[key] or key != "reference")
+            f"<div><i>{name}</i>{own(text.strip() or '(nothing)', 'span', 'text')}</div>"
+            for name, text in _progress(sample)
         )
         prompt = own(sample.get("prompt", ""), "b", "text")
         place = f'<span class="place">{own(sample.get("place", ""))}</span>'
         head = f'<div class="head"><span>prompt</span>{place}</div>{prompt}'
         items.append(f'<li>{head}<div class="pair">{texts}</div></li>')
     inner = f'<ol class="cases">{"".join(items)}</ol>' if items else ""
-    note = "How the model continues the first validation rows, before and after training; the "
-    note += "most likely token every time."
+    note = "What the model says of the same validation rows before training, at each evaluation "
+    note += "and after training (the best adapter); the most likely token every time."
     return section("samples", "Samples", note, inner)
+
+
+def _progress(sample: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what a model said of a row, by when, in order; equal answers in a row are one."""
+    steps = sample.get("during")
+    parts = [one for one in steps if isinstance(one, dict)] if isinstance(steps, list) else []
+    said = [(one.get("step"), one.get("text")) for one in parts]
+    groups: list[tuple[list[int], str]] = []
+    for step, text in said:
+        if not (isinstance(step, int) and isinstance(text, str)):
+            continue
+        if groups and groups[-1][1] == text:
+            groups[-1][0].append(step)
+        else:
+            groups.append(([step], text))
+    named = [
+        (f"step {of[0]:,}" + (f" to {of[-1]:,}" if len(of) > 1 else ""), text)
+        for of, text in groups
+    ]
+    names = {"before": "before", "after": "after training", "reference": "in the data"}
+    whole = {key: str(sample[key]) for key in names if isinstance(sample.get(key), str)}
+    before = [(names["before"], whole["before"])] if "before" in whole else []
+    rest = [(names[key], whole[key]) for key in ("after", "reference") if key in whole]
+    return [*before, *named, *(pair for pair in rest if pair[1] or pair[0] == names["after"])]

@@ -281,6 +281,13 @@ class CausalLM(WritingTask):
         """Return the completion of a row."""
         return shown_value([row.get(c) for c in self.target_columns().values()]) or None
 
+    def wanted_texts(self, row: dict[str, Any]) -> list[str]:
+        """Return what the assistant says last in each conversation, or the completion."""
+        if not self.is_chat:
+            return [str(row[column]) for column in self.target_columns().values()]
+        last = [one.messages[-1] for one in causal_lm_encoders.conversations_of(row, self.spec)]
+        return [str(m.get("content") or "") for m in last if m["role"] == "assistant"]
+
     def trained_share(self, split: Encoded) -> float:
         """Return the share of the tokens that are predicted; the first of an example never is."""
         trained = 0
@@ -310,8 +317,10 @@ class CausalLM(WritingTask):
     def _add_answers(self, model: nn.Module, batch: Batch, predictions: list[Prediction]) -> None:
         """Let the model answer what stands before the last trained span of each example."""
         prompts, references, stops = [], [], self.stop_ids(model)
-        for ids, labels in zip(
-            batch.inputs["input_ids"].tolist(), batch.targets["labels"].tolist(), strict=True
+        asked = [i for i, row in enumerate(batch.rows) if self.is_answered(row)]
+        for ids, labels in (
+            (batch.inputs["input_ids"][i].tolist(), batch.targets["labels"][i].tolist())
+            for i in asked
         ):
             last = max(i for i, label in enumerate(labels) if label != IGNORED)
             first = last
@@ -321,9 +330,9 @@ class CausalLM(WritingTask):
             wanted = until_stop(labels[first : last + 1], stops)
             is_cut = len(wanted) == last + 1 - first
             references.append(decode(self.tokenizer, wanted, is_cut))
-        for prediction, answer, reference in zip(
-            predictions, self.generate(model, prompts), references, strict=True
-        ):
+        answers = self.generate(model, prompts) if prompts else []
+        for i, answer, reference in zip(asked, answers, references, strict=True):
+            prediction = predictions[i]
             prediction.prediction, prediction.reference = answer, reference
             prediction.metric_inputs["text"] = (answer, reference)
 

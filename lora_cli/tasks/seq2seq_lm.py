@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,10 +95,15 @@ class Seq2SeqLM(SourceAndTargetTask):
         predictions = [Prediction(row, None, None) for row in batch.rows]
         if self.writes_answers:
             ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"] > 0
-            asked = [i for i, first in enumerate(batch.targets["first"].tolist()) if first]
+            asked = [
+                i
+                for i, first in enumerate(batch.targets["first"].tolist())
+                if first and self.is_answered(batch.rows[i])
+            ]
             sources = [ids[i][mask[i]].tolist() for i in asked]
             options = self.recipe.evaluate.generation
-            for i, text in zip(asked, self.written(model, sources, options), strict=True):
+            texts = self.written(model, sources, options) if sources else []
+            for i, text in zip(asked, texts, strict=True):
                 predictions[i].prediction = text
         return predictions
 
@@ -106,7 +112,7 @@ class Seq2SeqLM(SourceAndTargetTask):
         said, wanted = parts[0].prediction, self.references(row)
         reference = wanted if isinstance(row[self.spec.target_column], list) else wanted[0]
         found = Prediction(parts[0].row, said, reference)
-        if self.writes_answers:
+        if self.writes_answers and self.is_answered(found.row):
             found.metric_inputs["text"] = (said, reference)
         return found
 
@@ -156,7 +162,11 @@ class Seq2SeqLM(SourceAndTargetTask):
     @property
     def metric_context(self) -> MetricContext:
         """Whether rows have several references."""
-        return MetricContext(several_references=self.has_several)
+        return replace(super().metric_context, several_references=self.has_several)
+
+    def wanted_texts(self, row: dict[str, Any]) -> list[str]:
+        """Return the targets of a row."""
+        return self.references(row)
 
     def check_metrics(self, channels: set[str]) -> None:
         """Let the model write answers, if a metric reads text."""

@@ -163,6 +163,7 @@ class SourceAndTargetTask(WritingTask):
 
     def learn_from(self, splits: dict[str, Rows]) -> None:
         """Learn whether rows have several references; check the recipe's languages."""
+        super().learn_from(splits)
         if hasattr(self, "tokenizer"):
             _ = self.texts
         column = self.spec.target_column

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,8 @@ class SpeechRecognition(RecordedTask):
     @property
     def metric_context(self) -> MetricContext:
         """How texts are written before they are compared."""
-        return MetricContext(normalizer=BASIC if self.spec.normalizer == "basic" else "")
+        normalizer = BASIC if self.spec.normalizer == "basic" else ""
+        return replace(super().metric_context, normalizer=normalizer)
 
     def check_metrics(self, channels: set[str]) -> None:
         """Let the model write answers, if a metric reads text."""
@@ -196,18 +198,18 @@ class SpeechRecognition(RecordedTask):
     def predictions(self, model: nn.Module, output: Any, batch: Batch) -> list[Prediction]:
         """Return what the model writes for each part of a recording, if a metric asks for it."""
         predictions = [Prediction(row, None, None) for row in batch.rows]
-        if self.writes_answers:
+        asked = [i for i, row in enumerate(batch.rows) if self.is_answered(row)]
+        if self.writes_answers and asked:
             options = self.recipe.evaluate.generation
-            heard = output.encoder_last_hidden_state
-            texts = self._transcripts(model, heard, options)
-            for found, text in zip(predictions, texts, strict=True):
-                found.prediction = text
+            heard = output.encoder_last_hidden_state[asked]
+            for i, text in zip(asked, self._transcripts(model, heard, options), strict=True):
+                predictions[i].prediction = text
         return predictions
 
     def join(self, row: dict[str, Any], parts: Sequence[Prediction]) -> Prediction:
         """Return the parts of a recording as one answer."""
         wanted = str(row[self.spec.text_column])
-        if not self.writes_answers:
+        if not (self.writes_answers and self.is_answered(parts[0].row)):
             return Prediction(parts[0].row, None, wanted)
         said = joined([str(part.prediction) for part in parts])
         found = Prediction(parts[0].row, said, wanted)

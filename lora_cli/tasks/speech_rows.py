@@ -189,6 +189,7 @@ class RecordedTask(WritingTask):
 
     def learn_from(self, splits: dict[str, Rows]) -> None:
         """Say so where the normaliser of the metrics would take vowels for symbols."""
+        super().learn_from(splits)
         if self.spec.normalizer == "none":
             return
         for rows in splits.values():

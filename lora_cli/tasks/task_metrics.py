@@ -39,6 +39,13 @@ class TaskMetrics(ABC):
     def check_metrics(self, channels: set[str]) -> None:  # noqa: B027 - optional
         """Learn which channels the metrics read, so that `predictions` fills them."""
 
+    def choose_rows_to_answer(self, sizes: Sequence[int]) -> None:  # noqa: B027 - optional
+        """Choose which rows of a split the model answers, where that takes long.
+
+        Args:
+            sizes: How many rows each set of the split has; they stand one after the other.
+        """
+
     @property
     def metric_names(self) -> Sequence[str]:
         """The recipe's metrics, or the task's own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -10,7 +11,9 @@ import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from lora_cli.errors import LoraError, counted, warn
+from lora_cli.data.load_rows import Rows
+from lora_cli.errors import LoraError, Problem, counted, printable, warn
+from lora_cli.metrics import MetricContext, final_answer
 from lora_cli.recipe import Recipe
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.contract import Task
@@ -26,6 +29,7 @@ from lora_cli.tasks.text_generation import (
 from lora_cli.tasks.text_task import TextTask
 
 SAMPLE_NEW_TOKENS = 64  # that are added to a sample
+PATTERN_ROWS = 200  # of a split, in which a pattern of final answers is looked for
 LAYER_DROP = ("encoder_layerdrop", "decoder_layerdrop", "layerdrop")
 
 
@@ -84,6 +88,7 @@ class WritingTask(TextTask):
         super().__init__(recipe)
         self.n_cut_answers = self.n_cut_prompts = 0  # since the last warning
         self._has_named_base_settings = False
+        self.rows_to_answer: frozenset[int] | None = None  # of the split that is measured
         self.finish: Finish | None = None
 
     def check_trial(self, model: nn.Module, example: Example, logits: Tensor) -> None:
@@ -103,6 +108,79 @@ class WritingTask(TextTask):
         """Return what the losses of tokens are computed from."""
         finish = self.finish if self.padding.side != "none" else None
         return hidden_states(model, finish, lambda: self.logits(model, batch.inputs))
+
+    # -- what is measured of the answers
+
+    @property
+    def answer_pattern(self) -> str | None:
+        """What finds the final answer in a text, if the recipe has it."""
+        return getattr(self.recipe.task, "answer_pattern", None)
+
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """The recipe's metrics, or the task's own; with final answers, how many are missing too."""
+        names = list(super().metric_names)
+        if self.answer_pattern is None:
+            return names
+        if self.recipe.evaluate.metrics is None:
+            names.insert(0, "exact_match")
+        if "exact_match" in names and "no_answer" not in names:
+            names.insert(names.index("exact_match") + 1, "no_answer")
+        return names
+
+    @property
+    def metric_context(self) -> MetricContext:
+        """What finds final answers, and of how many rows at most."""
+        most = self.recipe.evaluate.generation.max_rows
+        return MetricContext(answer_pattern=self.answer_pattern, most_answers=most)
+
+    def metric_problems(self) -> list[Problem]:
+        """Return what is wrong with the recipe's metrics; a pattern needs one that uses it."""
+        problems = super().metric_problems()
+        if self.answer_pattern is not None and "no_answer" not in self.metric_names:
+            what = "`answer_pattern` is for `exact_match`, which is not measured"
+            at = self.recipe.at("task.answer_pattern")
+            problems.append(Problem(what, at, "add `exact_match` to `evaluate.metrics`"))
+        return problems
+
+    def wanted_texts(self, row: dict[str, Any]) -> list[str]:
+        """Return the texts that a row wants, any of which is right; none if it is not known."""
+        return []
+
+    def learn_from(self, splits: dict[str, Rows]) -> None:
+        """Check that the pattern of final answers finds one in some row that is measured.
+
+        Raises:
+            LoraError: If it finds none in the first rows of a split.
+        """
+        super().learn_from(splits)
+        pattern = self.answer_pattern
+        for name, rows in splits.items():
+            if pattern is None or name == "train":
+                continue
+            first = next(rows.batches(PATTERN_ROWS))
+            wanted = [text for row in first for text in self.wanted_texts(row)]
+            if wanted and all(final_answer(pattern, text) is None for text in wanted):
+                what = f"`answer_pattern` finds no answer in what the {name} rows want, such as "
+                what += f"`{printable(wanted[0][-60:])}`"
+                hint = f"it is at {rows.place(0)}: write a pattern that matches a part of it"
+                raise LoraError(what, self.recipe.at("task.answer_pattern"), hint)
+
+    def choose_rows_to_answer(self, sizes: Sequence[int]) -> None:
+        """Choose as many rows of each set as the recipe allows, spread evenly over it."""
+        most = self.recipe.evaluate.generation.max_rows
+        self.rows_to_answer = None
+        if most is not None:
+            starts = itertools.accumulate(sizes, initial=0)
+            self.rows_to_answer = frozenset(
+                start + size * i // min(most, size)
+                for start, size in zip(starts, sizes, strict=False)
+                for i in range(min(most, size))
+            )
+
+    def is_answered(self, row: int) -> bool:
+        """Return whether the answer to a row is measured."""
+        return self.rows_to_answer is None or row in self.rows_to_answer
 
     def answer_columns(self) -> dict[str, str]:
         """Return the column of the answer."""

@@ -20,8 +20,9 @@ from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
 from lora_cli.adapters.trained_modules import trained_facts
 from lora_cli.environment import reject_mpi
 from lora_cli.errors import counted
-from lora_cli.evaluation.evaluate_split import add_samples, evaluate
+from lora_cli.evaluation.evaluate_split import evaluate
 from lora_cli.evaluation.probe import take_probe, write_probe
+from lora_cli.evaluation.samples import add_samples
 from lora_cli.evaluation.thumbnails import write_thumbnails
 from lora_cli.models.base_model import enable_gradient_checkpointing
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
@@ -259,15 +260,13 @@ class Run:
         self._clock = time.perf_counter()  # evaluations and checkpoints are not counted
 
     def _log(self) -> RunLog:
-        main = self.accelerator.is_main_process
-        name = f"{self.recipe.task.type} {self.folder.name}"
         return RunLog(
-            self.folder if main else None,
+            self.folder if self.accelerator.is_main_process else None,
             self.total_steps,
             self.state.step,
             self.state.logs,
             self.recipe.train.trackers,
-            name,
+            f"{self.recipe.task.type} {self.folder.name}",
             self.task.unit,
         )
 
@@ -311,9 +310,8 @@ class Run:
         """Count the time in steps until now, when the device has done them."""
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize(self.accelerator.device)
-        now = time.perf_counter()
-        self.state.seconds += now - self._clock
-        self._clock = now
+        before, self._clock = self._clock, time.perf_counter()
+        self.state.seconds += self._clock - before
 
     @property
     def _epoch(self) -> float:
@@ -323,8 +321,9 @@ class Run:
 
     def _due(self, every_steps: int | None) -> bool:
         """Return whether something is due that happens every so many steps, or every epoch."""
-        every_steps = every_steps or self.batches.steps_per_epoch or self.total_steps
-        return self.state.step % every_steps == 0
+        return (
+            self.state.step % (every_steps or self.batches.steps_per_epoch or self.total_steps) == 0
+        )
 
     def _check_numbers(self) -> None:
         """Wait for the device, and stop if too many steps were bad."""
@@ -366,9 +365,9 @@ class Run:
         file.parent.mkdir(exist_ok=True)
         return file
 
-    def _sample(self, when: str) -> None:
-        split, samples = self.data.get("validation"), self.state.samples
-        add_samples(self.model, self.task, split, self.accelerator, samples, when)
+    def _sample(self, when: str | int) -> None:
+        split, state = self.data.get("validation"), self.state
+        add_samples(self.model, self.task, split, self.accelerator, state.samples, when, state.best)
 
     def _evaluate(self) -> int:
         """Measure validation; publish the adapter if it is the best so far.
@@ -385,6 +384,7 @@ class Run:
             )
         except Stopping as stopping:
             return stopping.by
+        self._sample(state.step)
         self.stop.activity = TRAINING
         state.evaluation_due = False
         self.at_end = metrics if at_end else None

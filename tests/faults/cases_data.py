@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from cases import CASES, Case, case
 from world import TABLE, Printed, World
 
@@ -407,6 +408,40 @@ def _(world: World) -> Printed:
 @case("Language models", "metrics of answers without prompts")
 def _(world: World) -> Printed:
     return world.lora("validate", world.recipe("llama", evaluate={"metrics": ["exact_match"]}))
+
+
+def _pattern(
+    pattern: str, of_metrics: list[str] | None = None, **task: Any
+) -> Callable[[World], Printed]:
+    def run(world: World) -> Printed:
+        rows = [{"q": text, "a": f"so #### {i}"} for i, text in enumerate(tiny.CORPUS)]
+        world.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        pair = {"text_column": ..., "prompt_column": "q", "completion_column": "a"}
+        return world.lora("validate", world.recipe(
+            "llama", task={**pair, "answer_pattern": pattern, **task},
+            data={"path": "rows.jsonl", "validation": {"fraction": 0.5}},
+            evaluate={"metrics": of_metrics}))  # fmt: skip
+
+    return run
+
+
+for _name, _run in {
+    "a pattern of final answers that is no expression": _pattern("#### ([0-9"),
+    "a pattern of final answers that no row has": _pattern("The answer is (.*)"),
+    "a pattern of final answers that no metric uses": _pattern("#### (.*)", ["perplexity"]),
+    "a pattern of final answers in plain texts": _pattern(
+        "#### (.*)", prompt_column=..., completion_column=..., text_column="q"
+    ),
+}.items():
+    CASES.append(Case("Language models", _name, _run))
+
+
+@case("Language models", "missing final answers without a pattern")
+def _(world: World) -> Printed:
+    pair = {"text_column": ..., "prompt_column": "text", "completion_column": "label"}
+    return world.lora(
+        "validate", world.recipe("llama", task=pair, evaluate={"metrics": ["no_answer"]})
+    )
 
 
 @case("Language models", "metrics of answers where all is trained")

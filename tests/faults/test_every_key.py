@@ -409,6 +409,7 @@ CHANGES: dict[str, Change] = {
         {"data.train": "tokens.jsonl"}),
     "causal_lm.pad_token": Change(message, ("<pad>", "<nothing>"), "pair"),
     "causal_lm.max_length": Change(data, (64, 6), "text"),
+    "causal_lm.answer_pattern": Change(results, (None, "film (.*)"), "pair"),
     "speech_recognition.type": Change(
         message, ("speech_recognition", "causal_lm"), "speech",
         {"task.language": ..., "task.audio_column": ...},
@@ -463,6 +464,7 @@ CHANGES: dict[str, Change] = {
     "seq2seq_lm.target_language": Change(message, (None, "de"), "translation"),
     "seq2seq_lm.max_source_length": Change(losses, (64, 4), "translation"),
     "seq2seq_lm.max_target_length": Change(losses, (64, 4), "translation"),
+    "seq2seq_lm.answer_pattern": Change(results, (None, "film (.*)"), "translation"),
     "seq2seq_lm.truncate_source": Change(
         losses, ("right", "left"), "translation",
         {"task.source_column": "text", "task.max_source_length": 5},
@@ -604,8 +606,11 @@ CHANGES: dict[str, Change] = {
     "evaluate.early_stopping.min_delta": Change(report, (0.0, 99.0),
         also=MANY | {"evaluate.early_stopping.patience": 1}),
     "evaluate.micro_batch_size": Change(lambda left: left.used["evaluated"], (1, 4)),
+    "evaluate.samples": Change(report, (0, 2), "text"),
     "evaluate.baseline": Change(results, (False, True)),
     "evaluate.baselines": Change(report, ([], ["majority"])),
+    "evaluate.generation.max_rows": Change(
+        predictions, (None, 2), "pair", {"evaluate.metrics": ["exact_match"]}),
     "evaluate.generation.num_beams": Change(answer, (1, 4), "text", command=said),
     "evaluate.generation.length_penalty": Change(
         message, (1.0, 9.0), "text", {"evaluate.generation.num_beams": 1}

@@ -80,6 +80,9 @@ REST: dict[str, list[str]] = {
         "a step cannot be recorded:",
         "the model's layers cannot be compiled:",
     ],
+    "an answer that takes long to read; tests/test_final_answers.py": [
+        "`…` takes more than … s for one text",
+    ],
     "an adapter that embeds texts; tests/test_text_embedding.py": [
         "it has …, more than",
     ],

@@ -19,9 +19,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES, TYPES_HERE
-from lora_cli.adapters.targets import regex_error
 from lora_cli.adapters.variants import layers_of
 from lora_cli.errors import BACKUP, IntegrityError, LoraError, Problem, warn
+from lora_cli.patterns import regex_error
 from lora_cli.recipe import LOW_RANK_TYPES, AdapterType
 
 SMALL_INITS = ("gaussian", "eva", "orthogonal", "mica")  # they draw A and B, and leave the base

@@ -14,6 +14,7 @@ from lora_cli.recipe.spec.task_section import (
     Truncation,
     Usage,
     UsualTraining,
+    pattern_conflicts,
 )
 
 GENERATING = """\
@@ -84,6 +85,13 @@ class CausalLMSpec(TaskSection):
     divided, not cut. With `left`, a prompt that leaves no room for an answer loses its beginning
     too, also where plain texts are trained."""
 
+    answer_pattern: Word | None = None
+    """A regular expression that finds the final answer in what the model writes and in what the row
+    wants, such as `"#### (-?[0-9.,]+)"`: the last match counts, of it the first group, if it has
+    one. `exact_match` then compares these answers, numbers by their value without commas (`1,234.0`
+    is 1234); `no_answer` is the share of texts without one, measured with it. A row that wants a
+    text in which nothing is found is compared as a whole."""
+
     split_special_tokens: bool | None = None
     """Read a control token that is spelled out in a text, such as `</s>`, as its letters and not as
     the token. Default: not in plain texts, prompts and completions, as transformers does it; always
@@ -110,6 +118,11 @@ class CausalLMSpec(TaskSection):
         if self.truncate in ("drop", "error") and not (self.is_chat or pair):
             what = f"`truncate: {self.truncate}` has no meaning with a text column"
             yield "truncate", what, "leave it out: plain texts are divided into several examples"
+        if self.answer_pattern is not None and not (self.is_chat or pair):
+            what = "`answer_pattern` finds an answer, and plain texts have no prompts to answer"
+            hint = "name `prompt_column` and `completion_column`, or `messages_column`"
+            yield "answer_pattern", what, hint
+        yield from pattern_conflicts(self.answer_pattern)
         if self.format == "sharegpt" and self.messages_column is None:
             what = "`format: sharegpt` needs `messages_column`"
             yield "format", what, "name the column: often `messages_column: conversations`"

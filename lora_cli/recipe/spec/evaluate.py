@@ -35,6 +35,11 @@ class GenerationSpec(Section):
     max_new_tokens: Positive = 128
     """Longest answer in tokens."""
 
+    max_rows: Positive | None = None
+    """Rows of a split that are answered when the model is measured, spread evenly over it; the loss
+    is of all rows. Default: all. Writing an answer takes as long as measuring the loss of many
+    rows."""
+
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 takes the most likely token every time."""
 
@@ -70,9 +75,9 @@ class EvaluateSpec(Section):
 
     metrics: list[Word] | None = None
     """Metrics: accuracy, f1, precision, recall, matthews_correlation, pearson, spearman, mse,
-    perplexity, exact_match, bleu, chrf, rouge, wer, cer; or any other name or script that
-    `evaluate` can load. What each of them measures is printed below the results: of which label or
-    average f1 is, on which scale and of what words bleu is."""
+    perplexity, exact_match, no_answer, bleu, chrf, rouge, wer, cer; or any other name or script
+    that `evaluate` can load. What each of them measures is printed below the results: of which
+    label or average f1 is, on which scale and of what words bleu is."""
 
     best: BestSpec | None = None
     """How the best adapter is chosen. Default: by the task's main metric."""
@@ -82,6 +87,10 @@ class EvaluateSpec(Section):
 
     micro_batch_size: Positive | None = None
     """Examples of one forward pass. Default: twice `train.micro_batch_size`."""
+
+    samples: Annotated[int, Field(ge=0)] = 5
+    """Rows of validation of which the report shows what a model that writes says of them: before
+    training, at each evaluation, and after it. 0 shows none."""
 
     baseline: bool = True
     """Measure validation and test before training too."""

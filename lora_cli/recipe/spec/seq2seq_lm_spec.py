@@ -12,6 +12,7 @@ from lora_cli.recipe.spec.task_section import (
     Truncation,
     Usage,
     UsualTraining,
+    pattern_conflicts,
 )
 
 GENERATING = """\
@@ -82,6 +83,13 @@ class Seq2SeqLMSpec(TaskSection):
     """What happens to a longer target, likewise. Where it is cut, the model learns to stop there,
     as it does with the tokenizer's own truncation."""
 
+    answer_pattern: Word | None = None
+    """A regular expression that finds the final answer in what the model writes and in what the row
+    wants, such as `"#### (-?[0-9.,]+)"`: the last match counts, of it the first group, if it has
+    one. `exact_match` then compares these answers, numbers by their value without commas (`1,234.0`
+    is 1234); `no_answer` is the share of texts without one, measured with it. A row that wants a
+    text in which nothing is found is compared as a whole."""
+
     split_special_tokens: bool | None = None
     """Read a control token that is spelled out in a text, such as `</s>`, as its letters and not as
     the token. Default: no, as transformers does it."""
@@ -92,6 +100,7 @@ class Seq2SeqLMSpec(TaskSection):
             given = "source_language" if self.source_language else "target_language"
             other = "target_language" if self.source_language else "source_language"
             yield given, f"`{given}` needs `{other}`", f"name both languages: add `{other}: …`"
+        yield from pattern_conflicts(self.answer_pattern)
         if self.source_column == self.target_column:
             what = f"`{self.source_column}` is both the source and the target"
             yield "target_column", what, "name the column of the text that is to be written"

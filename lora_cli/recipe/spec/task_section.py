@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from lora_cli.recipe.spec.section import Section
+from lora_cli.patterns import regex_error
+from lora_cli.recipe.spec.section import Conflicts, Section
 
 Truncation = Literal["right", "left", "drop", "error"]
 MediaKind = Literal["image", "audio"]
@@ -20,6 +21,13 @@ AnswerKind = Literal[
     "retrieval",
     "other",
 ]
+
+
+def pattern_conflicts(pattern: str | None) -> Conflicts:
+    """Yield what is wrong with the regular expression of `answer_pattern`, if it is one."""
+    if pattern is not None and (error := regex_error(pattern)):
+        what = f"`{pattern}` is not a regular expression: {error}"
+        yield "answer_pattern", what, 'for example `"#### (-?[0-9.,]+)"`, in quotation marks'
 
 
 @dataclass(frozen=True)
