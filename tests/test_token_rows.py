@@ -274,7 +274,7 @@ def test_new_tokens_get_the_mean_and_nothing_else_changes(tied: bool, tmp_path: 
     assert empty.get_input_embeddings().weight.shape[0] == size + 2
 
 
-@pytest.mark.parametrize("kind", ["bart", "t5", "nllb"])
+@pytest.mark.parametrize("kind", ["bart", "t5", "nllb", "marian"])
 def test_an_encoder_decoder_gets_new_tokens(kind: str, tmp_path: Path) -> None:
     base = translators.save(tmp_path / "base", kind)
     columns = {"source_column": "text", "target_column": "label"}
@@ -297,6 +297,8 @@ def test_an_encoder_decoder_gets_new_tokens(kind: str, tmp_path: Path) -> None:
         options = {"input_ids": source, "decoder_input_ids": source.flip(1)}
         found, wanted = ours.eval()(**options).logits, plain.eval()(**options).logits
     assert_close(found, wanted, 1e-5)
+    empty = opened_task.empty_model()[0]  # has no values to draw rows from
+    assert empty.get_input_embeddings().weight.shape == ours.get_input_embeddings().weight.shape
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from lora_cli.adapters.token_rows import (
     token_layers,
 )
 from lora_cli.adapters.variants import Layers, layer_for, layers_to_train
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, counted
 from lora_cli.models.bundle import Bundle, is_frozen
 from lora_cli.models.quantized_linear import QuantizedLinear
 from lora_cli.recipe import AdapterSpec, Recipe
@@ -80,7 +80,7 @@ def attach(
         for name, _ in model.named_modules()
         if name in head or (name and matches(spec.train_modules, name))
     ]
-    embeddings = _embeddings(model, recipe, targets, in_full) if token_ids else []
+    embeddings = _embeddings(model, recipe, targets, in_full, token_ids) if token_ids else []
     separate_trained(model, in_full, recipe)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -139,12 +139,17 @@ def _train_biases(model: nn.Module, spec: AdapterSpec) -> None:
 
 
 def _embeddings(
-    model: nn.Module, recipe: Recipe, targets: Collection[Target], in_full: Collection[str]
+    model: nn.Module,
+    recipe: Recipe,
+    targets: Collection[Target],
+    in_full: Collection[str],
+    token_ids: Sequence[int],
 ) -> list[str]:
     """Return the embedding and the output layer of which single rows are trained.
 
     Raises:
-        LoraError: If they have an adapter, or are trained in full though the recipe names tokens.
+        LoraError: If they have an adapter, have no row of a token, or are trained in full though
+            the recipe names tokens.
     """
     key = "adapter.train_tokens" if recipe.adapter.train_tokens else "model.add_tokens"
     names, at = embedding_names(model), recipe.at(key)
@@ -152,6 +157,11 @@ def _embeddings(
         raise LoraError("the model has no embedding of tokens", at, f"leave `{key}` out")
     adapted = {target.name for target in targets}
     for name in names:
+        rows = int(model.get_submodule(name).get_parameter("weight").shape[0])
+        if max(token_ids) >= rows:
+            what = f"`{name}` has rows for {counted(rows, 'token')}, and none for {max(token_ids)}"
+            hint = f"name tokens that `{name}` has too: its vocabulary is one of its own"
+            raise LoraError(what, at, hint)
         for place in sharing(model, name):
             if place in adapted:
                 what = f"`{place}` cannot have an adapter, and single rows that are trained"

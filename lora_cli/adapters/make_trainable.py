@@ -20,7 +20,8 @@ from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_ada
 from lora_cli.adapters.peft_format.other_names import use_names_of
 from lora_cli.adapters.peft_format.peft_experts import target_names, with_current_names
 from lora_cli.adapters.peft_format.peft_rules import base_modules, copied_modules, full_names
-from lora_cli.adapters.peft_format.peft_tokens import ids_by_module, split_rows
+from lora_cli.adapters.peft_format.peft_token_rules import token_reading
+from lora_cli.adapters.peft_format.peft_tokens import split_rows
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
 from lora_cli.adapters.peft_format.tensor_names import adapted_module
 from lora_cli.adapters.targets import first_match, inside, resolve_targets
@@ -207,7 +208,7 @@ def _other_tokens(
     model: nn.Module, recipe: Recipe, saved: AdapterFolder, token_ids: Sequence[int]
 ) -> tuple[list[int], list[Problem]]:
     """Return the tokens whose rows an adapter holds, and a problem if the recipe names others."""
-    ids = [sorted(found) for found in ids_by_module(model, saved.config).values()]
+    ids = [sorted(found) for found in token_reading(model, saved.config).ids.values()]
     if len({tuple(found) for found in ids}) > 1:
         what = "the adapter of `adapter.from` has rows of other tokens in the embedding than in "
         hint = "it can be used as it is, but not trained further"

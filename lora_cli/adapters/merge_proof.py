@@ -107,7 +107,8 @@ def _with_rows(
 ) -> dict[str, Tensor]:
     """Return the weights with trained rows (`trainable_token_indices`), by names of parameters.
 
-    What shares the input embedding's weight, and has no rows of its own, shares the rows too.
+    What shares the input embedding's weight, and has no rows of its own, shares the rows too, where
+    the model says what is tied.
     """
     ids = config.get("trainable_token_indices")
     if isinstance(ids, dict):
@@ -127,7 +128,8 @@ def _with_rows(
         weight[token] = row
     embedding: Any = getattr(base, "get_input_embeddings", lambda: None)()
     names = [f"{module}.weight"]
-    if embedding is not None and base.get_submodule(module) is embedding:
+    says_ties = isinstance(getattr(base, "_tied_weights_keys", None), dict)
+    if says_ties and base.get_submodule(module) is embedding:
         own = {f"{name.partition('.token_adapter.')[0]}.weight" for name in tensors}
         names += [name for name, p in parameters.items() if p is old and name not in own]
     return dict.fromkeys(names, weight)

@@ -105,7 +105,7 @@ def grow_vocabulary(
     if len(tokenizer) > rows:
         with torch.random.fork_rng(devices=[]):  # it draws the new rows, which are set below
             torch.manual_seed(0)
-            resizable.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            _resize(resizable, len(tokenizer))
     if not ids:
         return
     for module in {resizable.get_input_embeddings(), resizable.get_output_embeddings()} - {None}:
@@ -113,3 +113,20 @@ def grow_vocabulary(
             if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.shape[0] > max(ids):
                 mean = tensor[: min(before, rows)].float().mean(0)
                 tensor[ids] = mean.to(tensor.dtype)
+
+
+def _resize(model: Any, size: int) -> None:
+    """Give a model an embedding of another size, whose new rows have no particular values.
+
+    Marian's method would draw them around the mean of the others whatever it is asked for, which
+    takes a decomposition of their covariance, and fails without weights.
+    """
+    methods = ("_init_added_embeddings_weights_with_mean", "_init_added_lm_head_weights_with_mean")
+    replaced = [name for name in methods if hasattr(model, name)]
+    for name in replaced:
+        setattr(model, name, lambda *_, **__: None)
+    try:
+        model.resize_token_embeddings(size, mean_resizing=False)
+    finally:
+        for name in replaced:
+            delattr(model, name)

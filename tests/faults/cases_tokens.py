@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tiny
+import tiny_translators
 import torch
 from cases import CASES, Case
 from safetensors.torch import load_file, save_file
@@ -90,6 +91,25 @@ def _with_bias(world: World) -> Printed:
     task = {"type": "causal_lm", "text_column": "text"}
     recipe = world.recipe(model={"name": "./phi"}, task=task)
     return world.lora("merge", "--recipe", recipe, "--adapter", "saved", "--to", "merged")
+
+
+def _two_vocabularies(world: World) -> Printed:
+    from transformers import MarianConfig, MarianMTModel
+
+    base = tiny_translators.save(world.folder / "base", "marian")
+    own = {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 90}
+    MarianMTModel(MarianConfig.from_pretrained(base, **own)).save_pretrained(base)
+    world.write("rows.jsonl", '{"source": "a warm film", "target": "fun"}\n' * 4)
+    recipe = world.recipe(
+        model={"name": "./base", "add_tokens": ["<a>"]}, data={"path": "rows.jsonl"},
+        task={"type": "seq2seq_lm"}, evaluate={"baseline": False},
+    )  # fmt: skip
+    return world.lora("validate", recipe)
+
+
+CASES.append(
+    Case("Models", "a new token where the decoder has its own vocabulary", _two_vocabularies)
+)
 
 
 def _combine(world: World) -> Printed:

@@ -41,6 +41,7 @@ from lora_cli.adapters.peft_format.peft_rules import (
     peft_differences,
     peft_reading,
 )
+from lora_cli.adapters.peft_format.peft_token_rules import token_differences, written_rows
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES, TYPES_HERE
 from lora_cli.adapters.peft_format.tensor_names import PREFIX, adapted_module, without_prefix
 from lora_cli.adapters.token_rows import token_layers
@@ -131,11 +132,8 @@ def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict
         config = {"peft_type": _peft_type(spec.type), **base, **own, **adapted}
     if len(modules) < len(layers):
         config["target_parameters"] = _target_parameters(model, recipe)
-    if rows := token_layers(model):
-        own = {name: layer.token_ids for name, layer in rows.items() if not layer.shares_rows}
-        # a list is of the input embedding, and of what shares its weight
-        only = next(iter(own.values())) if len(own) == 1 else None
-        config["trainable_token_indices"] = own if only is None else only
+    if token_layers(model):
+        config["trainable_token_indices"] = written_rows(model)[0]
     if isinstance(spec.target_modules, list):  # the user's suffixes, if they select no others
         short = {**config, "target_modules": spec.target_modules}
         reading = peft_reading(model, short)
@@ -203,19 +201,30 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return what is trained, under PEFT's names; a shared parameter under each of its names."""
     result: dict[str, Tensor] = {}
     layers = adapter_layers(model)
-    rows = {id(of.rows): name for name, of in token_layers(model).items() if not of.shares_rows}
+    rows = _written_rows(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner, _, last = name.rpartition(".")
         layer = layers.get(owner)
-        shares = id(parameter) in rows and rows[id(parameter)] != owner
-        if not parameter.requires_grad or shares:
+        if not parameter.requires_grad or id(parameter) in rows:
             continue
         if layer is None:
             result[PREFIX + _plain_name(name, layers)] = parameter.detach()
         else:
             owner = peft_owner(owner, layers)
             result[f"{PREFIX}{owner}.{layer.peft_names[last]}"] = layer.to_peft(last)
+    for parameter, names in rows.values():
+        result |= {PREFIX + name: parameter.detach() for name in names if parameter.requires_grad}
     return result
+
+
+def _written_rows(model: nn.Module) -> dict[int, tuple[nn.Parameter, list[str]]]:
+    """Return the trained rows of tokens, each with its names in the file."""
+    found: dict[int, tuple[nn.Parameter, list[str]]] = {}
+    if token_layers(model):
+        for name, layer in written_rows(model)[1].items():
+            names = found.setdefault(id(layer.rows), (layer.rows, []))[1]
+            names.append(f"{name}.{layer.peft_names['rows']}")
+    return found
 
 
 def differences_in_peft(
@@ -234,7 +243,8 @@ def differences_in_peft(
     else:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = set(read_header(folder / WEIGHTS_FILE))
-    return peft_differences(model, config, {name.removeprefix(PREFIX) for name in tensors})
+    found = peft_differences(model, config, {name.removeprefix(PREFIX) for name in tensors})
+    return found + token_differences(model, config)
 
 
 # ----------------------------------------------------------------------------------------- read
@@ -352,13 +362,16 @@ def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         tensors: What `read_tensors` returned.
     """
     layers, parameters = adapter_layers(model), trainable_parameters(model)
+    rows = _written_rows(model)
     names = {name.removeprefix(PREFIX) for name in adapter_tensors(model)}
     assert names == set(tensors), "the tensors belong to another recipe"
     with torch.no_grad():
         for name, parameter in parameters.items():
             owner, _, last = name.rpartition(".")
             layer = layers.get(owner)
-            if layer is None:
+            if id(parameter) in rows:
+                parameter.copy_(tensors[rows[id(parameter)][1][0]])
+            elif layer is None:
                 parameter.copy_(tensors[_plain_name(name, layers)])
             else:
                 owner = peft_owner(owner, layers)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_cli.adapters.attach import adapter_layers
+from lora_cli.adapters.lora import LoRALayer
 from lora_cli.adapters.lora_parameter import innermost
 from lora_cli.adapters.parameter_targets import Place, places_of
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
@@ -48,10 +48,11 @@ class PeftReading:
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of a base model by each of their names, without the layers put into it."""
-    layers = tuple(f"{name}." for name in adapter_layers(model))
+    named = list(model.named_modules(remove_duplicate=False))
+    layers = tuple(f"{name}." for name, m in named if isinstance(m, LoRALayer | TokenRows))
     return {
         name: module.base if isinstance(module, TokenRows) else innermost(module)
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in named
         if name and not (layers and name.startswith(layers))
     }
 
@@ -156,12 +157,12 @@ def peft_differences(
     found = _experts_lost(reading, ours)
     if lost := sorted(ours - reading.adapted - reading.experts):
         found.append(
-            f"PEFT would not adapt {_listed(lost)}: by its name, it would train it in full; "
+            f"PEFT would not adapt {listed(lost)}: by its name, it would train it in full; "
             "leave it out with `adapter.exclude_modules`"
         )
     if more := sorted(reading.adapted - ours):
         found.append(
-            f"PEFT would adapt {_listed(more)} too, whose name ends like another's; add it to "
+            f"PEFT would adapt {listed(more)} too, whose name ends like another's; add it to "
             "`adapter.target_modules`"
         )
     own = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -172,7 +173,7 @@ def peft_differences(
     )
     if more:
         found.append(
-            f"PEFT would look for weights of {_listed(more)} too, whose name ends like another's; "
+            f"PEFT would look for weights of {listed(more)} too, whose name ends like another's; "
             "add it to `adapter.train_modules`"
         )
     for name in sorted(ours):
@@ -210,7 +211,7 @@ def _experts_lost(reading: PeftReading, ours: set[str]) -> list[str]:
     ends = sorted({name.rpartition(".")[2] for name in lost})
     without = sorted({".".join(name.split(".")[-2:]) for name in lost})
     return [
-        f"PEFT would not adapt {_listed(lost)}, {len(lost)} of {len(ours)} modules: in models of "
+        f"PEFT would not adapt {listed(lost)}, {len(lost)} of {len(ours)} modules: in models of "
         f"this type it takes {_words(ends)} for parts of the experts; to use the adapter in PEFT, "
         f"train without them: `--set 'adapter.exclude_modules=[{', '.join(without)}]'`, or merge it"
     ]
@@ -220,7 +221,8 @@ def _words(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Return the first of some names, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return _words(names[:SHOWN]) + more
 

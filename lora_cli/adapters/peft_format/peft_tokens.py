@@ -1,22 +1,21 @@
 """PEFT's names of single rows of an embedding, which were trained: `trainable_token_indices`.
 
-The configuration says which: a list is of the input embedding, a dictionary has a list for the end
-of each module's name. The rows stand under `<module>.token_adapter.trainable_tokens_delta`, though
-they are the rows themselves. An output layer that shares the input embedding's weight, and has no
-rows of its own in the file, gets the same.
+The configuration says which (`peft_token_rules`). The rows stand under
+`<module>.token_adapter.trainable_tokens_delta`, though they are the rows themselves. Modules that
+share a weight and have equal rows in the file are trained as one.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
 from lora_cli.adapters.peft_format.peft_tensors import TOGETHER
-from lora_cli.adapters.token_rows import embedding_names, sharing
+from lora_cli.adapters.peft_format.peft_token_rules import token_reading
 from lora_cli.errors import Problem
 
 ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
@@ -51,16 +50,14 @@ def saved_rows(
         rows: As `split_rows` returned them.
         adapter: For its configuration.
     """
-    found, problems = [], []
-    named = ids_by_module(model, adapter.config)
-    names = embedding_names(model)
-    given = {name for name in named if name in rows}
-    given |= {place for name in given & set(names[:1]) for place in sharing(model, name)}
-    for name in named.keys() - given:
+    found: list[SavedRows] = []
+    problems: list[Problem] = []
+    reading = token_reading(model, adapter.config)
+    for name in reading.ids.keys() - rows.keys():
         what = f"the trained rows of `{name}` are missing"
         problems.append(Problem(what, hint=TOGETHER))
     for name, tensor in rows.items():
-        ids = named.get(name)
+        ids = reading.ids.get(name)
         if ids is None:
             what = f"`{name}` has trained rows, and the configuration does not say of which tokens"
             problems.append(Problem(what, hint=TOGETHER))
@@ -69,24 +66,28 @@ def saved_rows(
         if problem := _misfit(name, module, ids, tensor, adapter):
             problems.append(problem)
             continue
-        others = sharing(model, name) if name in names[:1] else []
-        others = [place for place in others if place not in rows]
+        others = [other for other, source in reading.followers.items() if source == name]
         order = sorted(range(len(ids)), key=ids.__getitem__)
         found.append(SavedRows(name, sorted(ids), tensor[order], others))
-    return found, problems
+    return _joined(model, found), problems
 
 
-def ids_by_module(model: nn.Module, config: dict[str, Any]) -> dict[str, list[int]]:
-    """Return the tokens whose rows a configuration says are trained, by the names of modules."""
-    indices = config.get("trainable_token_indices")
-    if not indices:
-        return {}
-    if isinstance(indices, list):
-        return dict.fromkeys(embedding_names(model)[:1], indices)
-    modules = [
-        n for n, m in model.named_modules(remove_duplicate=False) if "weight" in m._parameters
-    ]
-    return {name: ids for entry, ids in indices.items() for name in modules if name.endswith(entry)}
+def _joined(model: nn.Module, found: list[SavedRows]) -> list[SavedRows]:
+    """Return saved rows with those as one that are equal, and of modules that share a weight."""
+    joined: list[SavedRows] = []
+    for saved in found:
+        weight = model.get_submodule(saved.name)._parameters["weight"]
+        for other in joined:
+            if (
+                model.get_submodule(other.name)._parameters["weight"] is weight
+                and other.token_ids == saved.token_ids
+                and torch.equal(other.rows, saved.rows)
+            ):
+                other.others += [saved.name, *saved.others]
+                break
+        else:
+            joined.append(saved)
+    return joined
 
 
 def _misfit(
