@@ -223,8 +223,13 @@ def draw(parts: StableDiffusionPipeline, captions: list[str], args: argparse.Nam
     return torch.cat(found)
 
 
-def write_sets(glyphs: Glyphs, folder: Path) -> None:
-    """Write pictures of the style, the object and the character that the model does not know."""
+def write_sets(data: Path, folder: Path) -> None:
+    """Write pictures of the style, the object and the character that the model does not know.
+
+    They are painted on the CPU, so that they are the same on every machine.
+    """
+    torch.manual_seed(1)
+    glyphs = Glyphs(data, "cpu")
     numbers = {"style": (64, 48), "object": (12, 12), "character": (18, 12)}
     for name, counts in numbers.items():
         things = {"style": glyphs.known, "object": [OBJECT], "character": [CHARACTER]}[name]
@@ -253,6 +258,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prior", type=int, default=48, help="pictures of object/prior")
     parser.add_argument("--inference", type=int, default=30, help="steps to draw a picture")
     parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--only-pictures", action="store_true", help="write the sets and stop")
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -294,6 +300,9 @@ def measure(
 def main() -> None:
     """Train all parts, save them, measure what they draw, and write the sets to adapt to."""
     start, args = time.monotonic(), parse_arguments()
+    write_sets(args.data, args.pictures)
+    if args.only_pictures:
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     glyphs = Glyphs(args.data, device)
@@ -308,7 +317,6 @@ def main() -> None:
     def until(share: float, rate: float) -> Schedule:
         return Schedule(share * 60 * args.minutes, args.steps, rate, 200, start)
 
-    write_sets(glyphs, args.pictures)
     schedule = until(args.classifier_until, 2e-3)
     classifier = train_classifier(glyphs, schedule, args.pool, 2 * args.batch, args.graphs)
     save_classifier(classifier, args.pictures / "classifier")

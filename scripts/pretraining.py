@@ -1,8 +1,8 @@
 """What the scripts that pretrain small models share: a schedule by the clock, and fast steps.
 
-A small model computes a step faster than Python can launch its kernels. `Steps` therefore records
-the whole step (forward, backward, clipping, optimizer) as a CUDA graph, once for each shape of its
-inputs, and replays it from then on. Without a GPU the same step is computed as it is.
+A GPU computes a step of a small model faster than Python can launch its kernels. `Steps` therefore
+records the whole step (forward, backward, clipping, optimizer) as a CUDA graph, once for each shape
+of its inputs, and replays it from then on. Without a GPU the same step is computed as it is.
 """
 
 from __future__ import annotations
@@ -66,6 +66,86 @@ def make_optimizer(
     return torch.optim.AdamW(parameters, lr=rate, betas=betas, weight_decay=decay, foreach=False)
 
 
+class Recorded:
+    """Calls a function of tensors, which is recorded once for each shape of its inputs.
+
+    The first call of a shape is a rehearsal, in which libraries choose their kernels; the second is
+    recorded as a CUDA graph, and that is replayed from then on. What a function returns lies in
+    memory that the next call may overwrite. A function that cannot be recorded, since it waits for
+    the GPU, is called as it is, which is printed once.
+
+    Args:
+        function: Returns a tensor or a tuple of some.
+        record: Whether it may be recorded; never is without a GPU.
+        prepare: Called before a recording.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], record: bool, prepare: Callable[[], None] | None = None
+    ) -> None:
+        self.function, self.prepare = function, prepare or (lambda: None)
+        self.record = record and torch.cuda.is_available()
+        self.graphs: dict[Any, tuple[Any, list[Tensor], Any]] = {}
+        self.seen: set[Any] = set()
+        if self.record:
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Return what the function returns for some inputs."""
+        shape = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
+        if self.record and shape not in self.seen:
+            self.seen.add(shape)
+            return self._rehearse(*inputs)
+        if self.record and shape not in self.graphs:
+            self._record(shape, *inputs)
+        if shape not in self.graphs:
+            return self.function(*inputs)
+        graph, own, result = self.graphs[shape]
+        for mine, given in zip(own, inputs, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return result
+
+    def _rehearse(self, *inputs: Tensor) -> Any:
+        mode = torch.cuda.get_sync_debug_mode()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        try:
+            torch.cuda.set_sync_debug_mode("error")  # a graph cannot hold what waits for the GPU
+            with torch.cuda.stream(self.stream):
+                result = self.function(*inputs)
+        except RuntimeError as error:
+            self._give_up(error)
+        else:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return self.function(*inputs)
+
+    def _record(self, shape: Any, *inputs: Tensor) -> None:
+        own = [tensor.clone() for tensor in inputs]
+        self.prepare()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                result = self.function(*own)
+        except RuntimeError as error:
+            self._give_up(error)
+            # torch's random numbers still wait for the recording to end, which a copy does not
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
+        else:
+            self.graphs[shape] = (graph, own, result)
+        self.prepare()
+
+    def _give_up(self, error: RuntimeError) -> None:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise error
+        self.record = False
+        print(f"steps are not recorded: {str(error).splitlines()[0]}", flush=True)
+
+
 class Steps:
     """Computes steps of training: `loss = steps(rate, *inputs)`.
 
@@ -89,29 +169,14 @@ class Steps:
         record: bool = True,
     ) -> None:
         self.loss_of, self.parameters, self.clip = loss_of, parameters, clip
-        self.record = record and parameters[0].device.type == "cuda"
-        self.optimizer = make_optimizer(parameters, decay, betas, self.record)
-        self.graphs: dict[Any, tuple[Any, list[Tensor], Tensor]] = {}
-        self.seen: set[Any] = set()
-        if self.record:
-            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.optimizer = make_optimizer(parameters, decay, betas, record)
+        self.compute = Recorded(self._compute, record, self.optimizer.zero_grad)
 
     def __call__(self, rate: float, *inputs: Tensor) -> Tensor:
         """Train one step, and return its loss, which the next step may overwrite."""
         for group in self.optimizer.param_groups:
             group["lr"].fill_(rate)
-        shape = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
-        if self.record and shape not in self.seen:
-            self.seen.add(shape)
-            return self._rehearse(*inputs)
-        if self.record and shape not in self.graphs:
-            self._record(shape, *inputs)
-        if shape not in self.graphs:
-            return self._compute(*inputs)
-        graph, own, loss = self.graphs[shape]
-        for mine, given in zip(own, inputs, strict=True):
-            mine.copy_(given)
-        graph.replay()
+        loss: Tensor = self.compute(*inputs)
         return loss
 
     def _compute(self, *inputs: Tensor) -> Tensor:
@@ -121,46 +186,6 @@ class Steps:
         nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         return loss.detach()
-
-    def _rehearse(self, *inputs: Tensor) -> Tensor:
-        """Compute a step as it will be recorded, in which libraries choose their kernels."""
-        mode = torch.cuda.get_sync_debug_mode()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        try:
-            torch.cuda.set_sync_debug_mode("error")  # a graph cannot hold what waits for the GPU
-            with torch.cuda.stream(self.stream):
-                loss = self._compute(*inputs)
-        except RuntimeError as error:
-            self._give_up(error)
-        else:
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return loss
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return self._compute(*inputs)
-
-    def _record(self, shape: Any, *inputs: Tensor) -> None:
-        own = [tensor.clone() for tensor in inputs]
-        self.optimizer.zero_grad(set_to_none=True)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-                loss = self._compute(*own)
-        except RuntimeError as error:
-            self._give_up(error)
-            # torch's random numbers still wait for the recording to end, which a copy does not
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            generator.graphsafe_set_state(generator.clone_state())
-        else:
-            self.graphs[shape] = (graph, own, loss)
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _give_up(self, error: RuntimeError) -> None:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise error
-        self.record = False
-        print(f"steps are not recorded: {str(error).splitlines()[0]}", flush=True)
 
 
 def computing_in(device: str) -> torch.autocast:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib
 import io
+import json
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -195,3 +196,74 @@ def test_a_diffusion_model_is_pretrained(
             assert all(file.with_suffix(".txt").exists() for file in files)
     run(monkeypatch, "picture_classifier", sets / "classifier", sets / "style" / "validation")
     assert "style/validation: 48 pictures: thing " in capsys.readouterr().out
+
+
+def test_boxes_surround_the_digits_of_a_scene(
+    monkeypatch: pytest.MonkeyPatch, drawings: Path
+) -> None:
+    scenes = load(monkeypatch, "scenes")
+    torch.manual_seed(0)
+    monkeypatch.setattr(scenes, "background", lambda count, device: torch.zeros(count, 3, 128, 128))
+    monkeypatch.setattr(scenes, "MOST", 1)  # so that all that is not background is one digit
+    found = scenes.Painter(drawings, range(5), False, "cpu")(20)
+    truth = scenes.coco_of(found)
+    assert [entry["category_id"] for entry in truth["annotations"]] == [
+        int(row[0]) + 1 for row in found.digits
+    ]
+    for entry, pixels in zip(truth["annotations"], found.pixels, strict=True):
+        ground = pixels[:, :1, :1]
+        y, x = ((pixels.int() - ground.int()).abs().amax(dim=0) > 0.3 * 255).nonzero().unbind(1)
+        left, top, width, height = entry["bbox"]
+        inside = [x.min() - left, y.min() - top, left + width - x.max(), top + height - y.max()]
+        assert all(0 <= float(distance) <= 3 for distance in inside)
+
+
+def test_the_loss_of_detection_is_that_of_transformers(
+    monkeypatch: pytest.MonkeyPatch, drawings: Path
+) -> None:
+    script = load(monkeypatch, "pretrain_detection")
+    torch.manual_seed(0)
+    scenes = script.Painter(drawings, script.KNOWN, False, "cpu")(6)
+    model = script.build_model(64, 2, 16).eval()
+    batch = scenes.pixels, scenes.boxes, scenes.digits
+    numbers = (scenes.digits >= 0).sum(dim=1).tolist()
+    assert min(numbers) < script.MOST  # so that some boxes are not there
+    matched = script.match(script.costs(model, *batch), numbers)
+    found = script.loss_of(model, *batch, matched)
+    labels = [
+        {"class_labels": digits[:number], "boxes": boxes[:number]}
+        for boxes, digits, number in zip(scenes.boxes, scenes.digits, numbers, strict=True)
+    ]
+    output = model(pixel_values=scenes.pixels.float() / 127.5 - 1, labels=labels)
+    torch.testing.assert_close(found, output.loss)
+    gradients = torch.autograd.grad(found, list(model.parameters()), allow_unused=True)
+    wanted = torch.autograd.grad(output.loss, list(model.parameters()), allow_unused=True)
+    largest = max(float(own.abs().max()) for own in wanted if own is not None)
+    for one, other in zip(gradients, wanted, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * largest)
+
+
+def test_a_detector_is_pretrained(
+    monkeypatch: pytest.MonkeyPatch, drawings: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+    to, sets = drawings / "base", drawings / "scenes"
+    run(
+        monkeypatch, "pretrain_detection", drawings, to, sets, "--steps", 2, "--batch", 4,
+        "--pool", 8, "--test", 4, "--width", 64, "--layers", 2, "--patch", 16, "--count", 4,
+    )  # fmt: skip
+    assert "on new drawings: mAP" in capsys.readouterr().out
+    model = AutoModelForObjectDetection.from_pretrained(to)
+    assert model.config.id2label == {i: str(i) for i in range(5)}
+    processor = AutoImageProcessor.from_pretrained(to)
+    picture = Image.open(sets / "test" / "0000.png")
+    pixels = processor(picture, return_tensors="pt")["pixel_values"]
+    own = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    torch.testing.assert_close(pixels, own.float() / 127.5 - 1, atol=1e-5, rtol=0)
+    assert model(pixels.to(model.dtype)).pred_boxes.shape == (1, 16, 4)
+    truth = json.loads((sets / "train.json").read_text())
+    assert {entry["name"] for entry in truth["categories"]} <= {"5", "6", "7", "8", "9"}
+    assert all((sets / image["file_name"]).exists() for image in truth["images"])
