@@ -310,16 +310,17 @@ def reject_links_outside(folder: Path) -> None:
         IntegrityError: With every such file.
     """
     root = folder.resolve()
+    inside = sorted(folder.rglob("*"))
     problems = [
         Problem(
             f"`{path.name}` is a link to {path.readlink()}, which is outside the folder",
             str(folder),
             "put the file itself in its place, if you trust it",
         )
-        for path in sorted(folder.rglob("*"))
+        for path in inside
         if path.is_symlink() and not _is_within(path.resolve(), root)
     ]
-    problems += [problem for path in folder.glob("*") if (problem := _endless(path)) is not None]
+    problems += [problem for path in inside if (problem := _endless(path)) is not None]
     if problems:
         raise IntegrityError(problems)
 

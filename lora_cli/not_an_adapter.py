@@ -1,7 +1,9 @@
-"""What a folder is that was named as an adapter and is none, and what its user may want."""
+"""Whether a folder that was named as an adapter is one; if not, what it is instead."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 from lora_cli.errors import LoraError
@@ -9,6 +11,29 @@ from lora_cli.errors import LoraError
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 MODEL_FILES = ("config.json", "model_index.json")
+MANIFEST_FILE = "manifest.json"
+# what diffusers calls the parts of its pipelines
+PARTS = re.compile(r"(unet|transformer|text_encoder|image_encoder|prior|decoder|vae)(_\d+)?")
+
+
+def adapter_parts(folder: Path) -> list[str]:
+    """Return the names of a base's parts for which a folder holds an adapter, in a folder each.
+
+    Other folders, as of PEFT's adapters with a name, are no parts: the manifest tells them apart,
+    or, in a folder of another tool, the names that diffusers gives to parts.
+
+    Returns:
+        `[text_encoder, unet]`; none for an adapter of a base that is one model.
+    """
+    if any((folder / name).exists() for name in (*ADAPTER_FILES, *PICKLES)):
+        return []
+    try:
+        files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        listed = [str(name).split("/") for name in files]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        inner = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_FILES[0]}"))
+        return inner if all(PARTS.fullmatch(name) for name in inner) else []
+    return [way[0] for way in listed if len(way) == 2 and way[1] == ADAPTER_FILES[0]]
 
 
 def require_adapter(folder: Path) -> None:
@@ -21,6 +46,8 @@ def require_adapter(folder: Path) -> None:
         LoraError: If it holds no adapter.
     """
     if any((folder / name).exists() for name in (*ADAPTER_FILES, *PICKLES)):
+        return
+    if adapter_parts(folder):
         return
     if any((folder / name).is_file() for name in MODEL_FILES):
         raise _model_instead(folder)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lora_cli.adapters.peft_format.adapter_folder import weight_files
 from lora_cli.training.checkpoints import checkpoints
 
 Json = dict[str, Any]
@@ -29,12 +30,11 @@ def without_times(value: Any) -> Any:
 def differences(a: Path, b: Path) -> list[str]:
     """Return what differs between the output folders of two complete runs, but for times."""
     found = []
-    weights = (
-        "model.safetensors" if (a / "model.safetensors").exists() else "adapter_model.safetensors"
-    )
+    is_full = (a / "model.safetensors").exists()
+    weights = ["model.safetensors"] if is_full else weight_files(a)
     newest = f"checkpoints/{checkpoints(a)[-1][1].name}"
-    names = [weights, "samples.jsonl", *(f"predictions/{n.name}" for n in a.glob("predictions/*"))]
-    names += [f"{newest}/adapter_model.safetensors", f"{newest}/optimizer.safetensors"]
+    names = [*weights, "samples.jsonl", *(f"predictions/{n.name}" for n in a.glob("predictions/*"))]
+    names += [f"{newest}/{name}" for name in (*weight_files(a / newest), "optimizer.safetensors")]
     for name in names:
         if not (b / name).exists():
             found.append(f"{name} is missing")

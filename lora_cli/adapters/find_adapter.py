@@ -8,7 +8,8 @@
 
 What the Hub has comes through huggingface_hub's cache: it is asked whether there is anything newer,
 unless `HF_HUB_OFFLINE` is set or it cannot be reached. A folder without an adapter of its own that
-holds one in a folder of it, as PEFT saves an adapter with a name, stands for that one.
+holds one in a folder of it, as PEFT saves an adapter with a name, stands for that one. Folders that
+are named as the parts of a base are one adapter together: `unet/` and `text_encoder/`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import re
 from pathlib import Path
 
 from lora_cli.errors import LoraError, warn
+from lora_cli.not_an_adapter import adapter_parts
 from lora_cli.paths import expanded
 
 CONFIG_FILE = "adapter_config.json"
@@ -74,7 +76,7 @@ def _own_or_inner(folder: Path, at: str) -> Path:
     Raises:
         LoraError: If there are several.
     """
-    if any((folder / name).exists() for name in OWN_FILES):
+    if any((folder / name).exists() for name in OWN_FILES) or adapter_parts(folder):
         return folder
     found = [
         file.parent
@@ -113,12 +115,15 @@ def _from_hub(repository: str, inner: str, revision: str | None, at: str) -> Pat
         folder = _own_or_inner(top / inner, at)
         before = "" if folder == top else f"{folder.relative_to(top).as_posix()}/"
         names = _listed(folder)
-        if not names and not (folder / CONFIG_FILE).exists():
+        parts = adapter_parts(folder)
+        if not names and not parts and not (folder / CONFIG_FILE).exists():
             where = f" in `{inner}`" if inner else ""
             what = f"the Hub's `{repository}` holds no adapter{where}"
             raise LoraError(what, at, f"it lists its files: {_page(repository)}/tree/main")
         wanted = [glob.escape(before + name) for name in names] if names else [f"{before}*"]
         ignored = [f"{before}*/*", *(before + name for name in LARGE)]
+        if parts and not names:
+            wanted, ignored = [f"{before}{part}/adapter_*" for part in parts], []
         _snapshot(repository, revision, wanted, None if names else ignored)
     except LoraError:
         raise

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from lora_cli import __version__
 from lora_cli.adapters.find_adapter import shown_name
 from lora_cli.adapters.peft_format.adapter_folder import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
     AdapterFolder,
     read_adapter,
+    weights_sha256,
+    write_adapter_files,
 )
 from lora_cli.adapters.peft_format.tensor_names import without_prefix
 from lora_cli.errors import IntegrityError, LoraError, Problem, warn
@@ -42,7 +41,7 @@ from lora_cli.export.low_rank_pairs import (
 )
 from lora_cli.export.source_files import copy_processor
 from lora_cli.export.target_folder import locked_target
-from lora_cli.files import new_folder, sha256_of, umask_mode, write_json
+from lora_cli.files import new_folder, write_json
 from lora_cli.recipe import (
     COMPUTATION_FILE,
     RECIPE_FILE,
@@ -118,11 +117,10 @@ def combine_adapters(
         first = sources[0]
         config = plain_config(first.saved.config, pairs, top_names)
         made_of = _made_of(sources, method, head, distance)
-        tensors = {n: t.contiguous() for n, t in peft_tensors_of(pairs, in_full).items()}
+        tensors = peft_tensors_of(pairs, in_full)
+        parts = sorted({part for source in sources for part in source.saved.parts})
         with new_folder(to) as folder:
-            write_json(folder / CONFIG_FILE, config)
-            save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-            umask_mode(folder / WEIGHTS_FILE)
+            write_adapter_files(folder, config, tensors, parts)
             _write_origin(folder, first, config, made_of, to)
         read_adapter(to)
     return CombineResult(to, len(pairs), config["r"], distance, _notes(sources))
@@ -371,7 +369,7 @@ def _made_of(
         {
             "folder": source.name,
             "weight": source.weight,
-            "sha256": sha256_of(source.saved.path / WEIGHTS_FILE),
+            "sha256": weights_sha256(source.saved.path),
         }
         for source in sources
     ]

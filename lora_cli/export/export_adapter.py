@@ -10,7 +10,7 @@ import torch
 from lora_cli.adapters.attach import remove_layers
 from lora_cli.adapters.find_adapter import shown_name
 from lora_cli.adapters.load_adapter import load_adapter, verify_base
-from lora_cli.adapters.peft_format.adapter_folder import WEIGHTS_FILE, AdapterFolder
+from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, weight_files
 from lora_cli.adapters.tied_weights import tied_groups
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.open_adapter import check_use
@@ -88,7 +88,9 @@ def export_adapter(
             about = f"Made from the adapter `{Path(shown_name(adapter)).name}` for {READERS[name]}."
             text = "\n\n".join(filter(None, [about, reader.usage(source, to), *compared]))
             recipe = task.completed_recipe
-            library = "peft" if (folder / WEIGHTS_FILE).is_file() else LIBRARIES.get(name)
+            library = (
+                "peft" if (folder / weight_files(folder)[0]).is_file() else LIBRARIES.get(name)
+            )
             write_derived_card(folder, recipe, f"For {name}", text, True, library)
     return compared
 

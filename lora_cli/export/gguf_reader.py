@@ -46,11 +46,14 @@ class LlamaCpp:
 
     def problems(self, source: Source) -> list[Problem]:
         """Reject what is no matrix, and architectures whose names and layouts are not known."""
-        at, kind = str(source.saved.path), source.task.config.model_type
+        at = str(source.saved.path)
         problems = [
             Problem(problem.what, problem.at, MERGE_FIRST)
             for problem in needs_plain_lora(source, "llama.cpp")
         ]
+        if source.saved.parts:  # of which each has a type
+            return problems
+        kind = source.task.config.model_type
         if kind not in ARCHITECTURES:
             what = f"adapters of `{kind}` models cannot be exported for llama.cpp"
             return [Problem(what, at, MERGE_FIRST), *problems]

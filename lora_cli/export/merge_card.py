@@ -10,9 +10,9 @@ import yaml
 
 from lora_cli import __version__
 from lora_cli.adapters.find_adapter import shown_name
-from lora_cli.adapters.peft_format.adapter_folder import WEIGHTS_FILE
+from lora_cli.adapters.peft_format.adapter_folder import weights_sha256
 from lora_cli.export.adapter_changes import WeightedAdapter
-from lora_cli.files import sha256_of, write_atomically, write_json
+from lora_cli.files import write_atomically, write_json
 from lora_cli.models.fingerprint import Fingerprint
 from lora_cli.recipe import Recipe
 from lora_cli.reporting.model_card import code_span, plain_text
@@ -43,7 +43,7 @@ def write_origin(
         {
             "folder": shown_name(one.saved.path),
             "weight": one.weight,
-            "sha256": sha256_of(one.saved.path / WEIGHTS_FILE),
+            "sha256": weights_sha256(one.saved.path),
         }
         for one in adapters
     ]

@@ -34,8 +34,10 @@ class Mlx:
 
     def problems(self, source: Source) -> list[Problem]:
         """Reject what is no matrix, and models whose modules have other names there."""
-        at, kind = str(source.saved.path), source.task.config.model_type
-        problems = needs_plain_lora(source, "mlx-lm")
+        at, problems = str(source.saved.path), needs_plain_lora(source, "mlx-lm")
+        if source.saved.parts:  # of which each has a type
+            return problems
+        kind = source.task.config.model_type
         if kind not in MODEL_TYPES:
             what = f"adapters of `{kind}` models cannot be exported for mlx-lm"
             return [Problem(what, at, MERGE), *problems]

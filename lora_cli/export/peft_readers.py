@@ -13,10 +13,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_cli.adapters.peft_format.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
+from lora_cli.adapters.peft_format.adapter_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    weight_files,
+    write_adapter_files,
+)
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
 from lora_cli.adapters.peft_format.tensor_names import PREFIX
 from lora_cli.environment import installed_version
@@ -36,7 +40,7 @@ from lora_cli.export.reader import (
     scale_changes,
 )
 from lora_cli.export.source_files import copy_processor
-from lora_cli.files import umask_mode, write_json
+from lora_cli.tensorfile import read_header
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what `--max-lora-rank` takes
 
@@ -57,8 +61,10 @@ class Peft:
 
     def write(self, source: Source, folder: Path) -> None:
         """Copy the adapter's two files and the tokenizer, without what this tool alone reads."""
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            shutil.copyfile(source.saved.path / name, folder / name)
+        for part in source.saved.parts or ("",):
+            (folder / part).mkdir(exist_ok=True)
+            for name in (CONFIG_FILE, WEIGHTS_FILE):
+                shutil.copyfile(source.saved.path / part / name, folder / part / name)
         copy_processor(source.saved.path, folder)
 
     def check(self, source: Source, folder: Path) -> list[str]:
@@ -119,8 +125,9 @@ class Plain:
 
     def problems(self, source: Source) -> list[Problem]:
         """Reject what has no place in plain LoRA."""
-        found = needs_plain_lora(source, "a plain reader")
-        return [p for p in found if not ("in full" in p.what or "convolutions" in p.what)]
+        found = needs_plain_lora(source, "a plain reader", takes_parts=True)
+        taken = ("in full", "convolutions")
+        return [p for p in found if not any(words in p.what for words in taken)]
 
     def changes(self, source: Source) -> list[str]:
         """Return what is folded and added, and what most servers would not read."""
@@ -155,23 +162,23 @@ class Plain:
 def write_plain(source: Source, pairs: dict[str, Pair], folder: Path) -> None:
     """Write pairs of one rank in PEFT's format, and the tokenizer."""
     in_full = source.saved.config.get("modules_to_save")
-    write_json(folder / CONFIG_FILE, plain_config(source.saved.config, pairs, in_full))
+    config = plain_config(source.saved.config, pairs, in_full)
     tensors = peft_tensors_of(pairs, source.lora.in_full)
-    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    umask_mode(folder / WEIGHTS_FILE)
+    write_adapter_files(folder, config, tensors, source.saved.parts)
     copy_processor(source.saved.path, folder)
 
 
 def check_plain(source: Source, folder: Path, reader: str) -> list[str]:
     """Read a folder as programs do that know the matrices and one scale, and PEFT where it is."""
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    scale, updates = config["lora_alpha"] / config["r"], {}
-    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - it is no dictionary
-            if found := re.fullmatch(rf"{PREFIX}(.+)\.lora_(embedding_)?A(\.weight)?", name):
-                a, b = file.get_tensor(name), file.get_tensor(_name_of_b(name))
-                updates[found[1]] = scale * (b.flatten(1) @ a.flatten(1))
+    updates = {}
+    for part in source.saved.parts or ("",):
+        config = json.loads((folder / part / CONFIG_FILE).read_text(encoding="utf-8"))
+        scale, before = config["lora_alpha"] / config["r"], f"{part}." if part else ""
+        with safe_open(folder / part / WEIGHTS_FILE, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dictionary
+                if found := re.fullmatch(rf"{PREFIX}(.+)\.lora_(embedding_)?A(\.weight)?", name):
+                    a, b = file.get_tensor(name), file.get_tensor(_name_of_b(name))
+                    updates[before + found[1]] = scale * (b.flatten(1) @ a.flatten(1))
     difference = require_same_outputs(source, updates, reader)
     line = f"read with one scale, as {reader} does: outputs differ by {difference:.1e}"
     return [line, in_peft(source, folder)]
@@ -180,18 +187,24 @@ def check_plain(source: Source, folder: Path, reader: str) -> list[str]:
 def in_peft(source: Source, folder: Path) -> str:
     """Load a folder in PEFT, and compare what it computes; say so where PEFT is not installed."""
     if importlib.util.find_spec("peft") is None:
-        stored = load_file(folder / WEIGHTS_FILE)
-        return f"PEFT is not installed, so it was not loaded there ({len(stored)} tensors written)"
+        count = sum(len(read_header(folder / name)) for name in weight_files(folder))
+        return f"PEFT is not installed, so it was not loaded there ({count} tensors written)"
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of PEFT, of its own ways
         from peft import PeftModel
 
-        model: Any = PeftModel.from_pretrained(source.base, str(folder)).eval()
+        base, parts = source.base, source.saved.parts
+        models: list[Any] = [  # of a part, PEFT puts its layers into the base itself
+            PeftModel.from_pretrained(base.get_submodule(part), str(folder / part)).eval()
+            for part in parts or ("",)
+        ]
         try:
-            outputs: Tensor = source.task.probed(model, source.task.probe())
+            adapted = base if parts else models[0]
+            outputs: Tensor = source.task.probed(adapted, source.task.probe())
         finally:
             if source.saved.config["peft_type"] == "LORA":
-                model.unload()  # of others, PEFT cannot unload a head; the base is not used again
+                for model in models:  # of others, PEFT cannot unload a head
+                    model.unload()
     difference = require_close(outputs, source.outputs, "PEFT")
     return f"loaded in PEFT {installed_version('peft')}: outputs differ by {difference:.1e}"
 

@@ -29,6 +29,7 @@ from lora_cli.files import (
     write_manifest,
 )
 from lora_cli.models.fingerprint import BASE_FILE
+from lora_cli.not_an_adapter import adapter_parts
 from lora_cli.recipe import RECIPE_FILE, Recipe, load_adapter_recipe
 from lora_cli.redaction import redacted
 from lora_cli.reporting.report import is_hub_id
@@ -147,7 +148,9 @@ def shortened_paths(text: str) -> str:
 
 def _name_base(folder: Path, recipe: Recipe, base: str | None) -> None:
     """Write the Hub's name of the base into PEFT's configuration and beside the fingerprint."""
-    for name, key in ((CONFIG_FILE, "base_model_name_or_path"), (BASE_FILE, "name")):
+    configs = [f"{part}/{CONFIG_FILE}" for part in adapter_parts(folder)] or [CONFIG_FILE]
+    named = [(name, "base_model_name_or_path") for name in configs]
+    for name, key in (*named, (BASE_FILE, "name")):
         file = folder / name
         if base is not None and file.is_file():
             values = json.loads(file.read_text(encoding="utf-8"))

@@ -79,9 +79,19 @@ class Reader(Protocol):
         """Return how the result is used there, in Markdown."""
 
 
-def needs_plain_lora(source: Source, reader: str) -> list[Problem]:
-    """Return why an adapter is not low-rank matrices alone, which is all that most readers take."""
+def needs_plain_lora(source: Source, reader: str, takes_parts: bool = False) -> list[Problem]:
+    """Return why an adapter is not low-rank matrices alone, which is all that most readers take.
+
+    Args:
+        source: The adapter.
+        reader: For the messages.
+        takes_parts: Whether the reader takes a base of several parts.
+    """
     at, kind = str(source.saved.path), source.saved.type
+    if source.saved.parts and not takes_parts:
+        named = ", ".join(f"`{part}`" for part in source.saved.parts)
+        what = f"{reader} reads the adapter of one model, and this one is of parts of one: {named}"
+        return [Problem(what, at, MERGE)]
     if source.saved.config.get("target_parameters"):
         what = f"{reader} reads updates of layers, and this adapter has some of single parameters"
         return [Problem(what, at, MERGE)]

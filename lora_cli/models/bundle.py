@@ -64,6 +64,11 @@ class Bundle(nn.Module):
         return (part for name, part in self.parts.items() if name not in self.frozen)
 
 
+def part_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of a base's parts; none for a base that is one model."""
+    return tuple(model.parts) if isinstance(model, Bundle) else ()
+
+
 UNUSED = "modules_without_use"
 
 

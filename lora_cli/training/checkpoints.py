@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 
 from lora_cli.adapters.attach import lora_layers, trainable_parameters
 from lora_cli.adapters.peft_format.adapter_folder import (
-    WEIGHTS_FILE,
     adapter_tensors,
     ranks_of,
     read_tensors,
     restore,
     save_adapter,
+    weight_files,
 )
 from lora_cli.adapters.peft_format.tensor_names import PREFIX
 from lora_cli.errors import IntegrityError, LoraError, Problem
@@ -109,7 +109,8 @@ def save_checkpoint(
         if facts is not None:
             write_computation(folder, recipe, facts)
         save_file(tensors, folder / OPTIMIZER_FILE)
-        state.sha256 = {name: sha256_of(folder / name) for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
+        files = (*weight_files(folder), OPTIMIZER_FILE)
+        state.sha256 = {name: sha256_of(folder / name) for name in files}
         write_json(folder / STATE_FILE, asdict(state))
     # one of a later step is damaged, or this run had not resumed from an earlier
     older = [(step, old) for step, old in checkpoints(output) if step <= state.step]
@@ -152,7 +153,7 @@ def load_checkpoint(
     damaged: list[Problem] = []
     for step, folder in reversed(checkpoints(output)):
         try:
-            if not verify_manifest(folder, WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE):
+            if not verify_manifest(folder, *weight_files(folder), OPTIMIZER_FILE, STATE_FILE):
                 raise IntegrityError("the manifest is missing", str(folder))
             state = read_state(folder / STATE_FILE)
             if state.step != step:
@@ -263,7 +264,9 @@ def restore_parameters(folder: Path, model: nn.Module) -> None:
         saved = tensors[name].shape if name in tensors else None
         if saved != shapes.get(name):
             what = f"`{name}` is {_shape(saved)}, and should be {_shape(shapes.get(name))}"
-            raise IntegrityError(what, str(folder / WEIGHTS_FILE), _without(folder))
+            files = (f for f in weight_files(folder) if name.startswith(f.rpartition("/")[0]))
+            file = folder / next(files, weight_files(folder)[0])
+            raise IntegrityError(what, str(file), _without(folder))
     restore(model, tensors)
 
 

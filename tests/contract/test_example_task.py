@@ -17,15 +17,23 @@ from closeness import assert_close
 from example_task import ExampleTask, save_base
 from runs import assert_same_run
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from lora_cli.adapters.attach import attach, trainable_parameters
+from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.evaluation import evaluate_split, open_adapter
 from lora_cli.evaluation.evaluate_split import evaluate_adapter
 from lora_cli.evaluation.predict import answer_file
 from lora_cli.export import adapter_task as adapter_tasks
+from lora_cli.export import export_adapter as export_adapters
+from lora_cli.export.combine import combine_adapters
+from lora_cli.export.combine_methods import Method
+from lora_cli.export.export_adapter import export_adapter
 from lora_cli.export.merge import merge_adapter
+from lora_cli.export.push import collect
+from lora_cli.files import sha256_of
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Learned, Recipe, load_adapter_recipe, load_recipe
 from lora_cli.tasks import trained_task
@@ -48,7 +56,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> list[ExampleTask]:
         return built[-1]
 
     monkeypatch.setattr(runs_of_training, "build_training_task", build)
-    for module in (trained_task, evaluate_split, adapter_tasks):
+    for module in (trained_task, evaluate_split, adapter_tasks, export_adapters):
         monkeypatch.setattr(module, "build_task", build)
     return built
 
@@ -134,9 +142,13 @@ def test_a_run_from_training_to_a_merged_model(
     assert after["loss"] == pytest.approx(after["loss_loss"] + 0.25 * after["loss_label"])
     assert "bytes_per_s" in report["training"]
     assert "weight 0.25" in report["metric_definitions"]["loss_label"]
-    assert all(name.startswith("base_model.model.decoder.") for name in load_file(
-        out / "adapter_model.safetensors"
-    ))  # fmt: skip
+    assert not (out / "encoder").exists()
+    assert not (out / "adapter_config.json").exists()
+    assert load_file(out / "decoder/adapter_model.safetensors").keys() == {
+        f"base_model.model.{module}.lora_{side}.weight"
+        for module in ("hidden", "clean", "scores")
+        for side in "AB"
+    }
     tensors = json.loads((out / "base.json").read_text())["tensors"]
     assert {name.partition(".")[0] for name in tensors} == {"encoder", "decoder"}
 
@@ -160,6 +172,58 @@ def test_a_run_from_training_to_a_merged_model(
     assert_close(task.probed(plain, task.probe()), task.probed(model, task.probe()))
 
 
+def test_its_folder_is_an_adapter_for_every_command(tmp_path: Path) -> None:
+    out, to = tmp_path / "out", tmp_path / "to"
+    run(write(tmp_path), out)
+    folders = (out, out / "checkpoints/step-000002")
+    evaluated = [
+        evaluate_adapter(folder, load_adapter_recipe(out), "validation")["validation"]["loss"]
+        for folder in folders
+    ]
+    assert evaluated[0] == evaluated[1]
+    task, saved = adapter_tasks.adapter_task(out)
+    wanted = probed(task, saved)
+
+    # started from, it begins where the other ended
+    recipe = write(tmp_path, adapter={"from": str(out)}, train={"max_steps": 1})
+    report = runs_of_training.train(load_recipe(recipe, [f"output_dir={tmp_path / 'more'}"]))
+    assert report["metrics"]["before"]["validation"]["loss"] == pytest.approx(evaluated[0])
+    assert (tmp_path / "more/decoder/adapter_model.safetensors").is_file()
+
+    for reader in ("peft", "plain"):
+        compared = export_adapter(out, to / reader, reader, say=print)
+        assert any("loaded in PEFT" in line for line in compared)
+        assert_close(probed(task, read_adapter(to / reader)), wanted)
+    for reader in ("vllm", "mlx", "gguf"):
+        with pytest.raises(LoraError, match="parts of one: `decoder`"):
+            export_adapter(out, to / reader, reader)
+
+    combine_adapters([out, tmp_path / "more"], to / "both", Method("cat"), [0.5, 0.0])
+    both = read_adapter(to / "both")
+    assert both.parts == ("decoder",)
+    assert_close(probed(task, both), (wanted + probed(task, None)) / 2, 0.2)  # not linear
+    merged = merge_adapter(None, [out, tmp_path / "more"], to / "merged", weights=[0.5, 0.0])
+    assert merged.difference < 1e-6
+    assert_close(task.probed(task._load(to / "merged"), task.probe()), probed(task, both))
+    sha256 = json.loads((to / "merged/merge.json").read_text())["adapters"][0]["sha256"]
+    assert sha256 == sha256_of(out / "decoder/adapter_model.safetensors")
+
+    (to / "pushed").mkdir()
+    collect(out, to / "pushed", "user/base")
+    pushed = json.loads((to / "pushed/decoder/adapter_config.json").read_text())
+    assert pushed["base_model_name_or_path"] == "user/base"
+    assert_close(probed(task, read_adapter(to / "pushed")), wanted)
+
+
+def probed(task: ExampleTask, saved: AdapterFolder | None) -> Tensor:
+    """Return what the base with an adapter, or without, makes of the probe."""
+    model, new = task.load_model(CPU)
+    if saved is not None:
+        load_adapter(model, saved, new)
+    with torch.no_grad():
+        return task.probed(model, task.probe())
+
+
 def test_a_stopped_run_is_resumed_exactly_though_noise_is_drawn(tmp_path: Path) -> None:
     recipe = write(tmp_path)
     run(recipe, tmp_path / "whole")
@@ -179,7 +243,8 @@ def test_kept_outputs_are_those_of_the_frozen_part(
         run(recipe, tmp_path / "computed")
     assert registered[-1].encoded_batches > 24 > once  # without, in every step
     ours, theirs = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("kept", "computed")
+        load_file(tmp_path / name / "decoder/adapter_model.safetensors")
+        for name in ("kept", "computed")
     )
     for name, tensor in ours.items():
         assert_close(tensor, theirs[name])
@@ -194,7 +259,7 @@ def test_kept_outputs_are_those_of_the_frozen_part(
         data={"cache_limit": "0B"},
     )
     run(limited, tmp_path / "resumed", resume=True)
-    resumed = load_file(tmp_path / "resumed" / "adapter_model.safetensors")
+    resumed = load_file(tmp_path / "resumed" / "decoder/adapter_model.safetensors")
     for name, tensor in ours.items():
         assert_close(tensor, resumed[name])
 
@@ -206,7 +271,7 @@ def test_kept_outputs_are_those_of_the_frozen_part(
 
     save_file({name: 2 * tensor for name, tensor in tensors.items()}, file)
     run(recipe, tmp_path / "other")
-    other = load_file(tmp_path / "other" / "adapter_model.safetensors")
+    other = load_file(tmp_path / "other" / "decoder/adapter_model.safetensors")
     assert any(not torch.equal(other[name], ours[name]) for name in ours)
     with (
         pytest.raises(IntegrityError, match=r"`encoder\..*` differs"),

@@ -51,6 +51,16 @@ def _(world: World) -> Printed:
     return world.lora("combine", "trained", "--to", "both")
 
 
+@case("Combining", "adapters of several parts that are of different types")
+def _(world: World) -> Printed:
+    folder = world.folder / "parts"
+    for part, kind in (("unet", {"use_dora": True}), ("text_encoder", {})):
+        (world.folder / _other(world, kind)).rename(folder.with_name(part))
+        folder.mkdir(exist_ok=True)
+        folder.with_name(part).rename(folder / part)
+    return world.lora("combine", "parts", "trained", "--to", "both")
+
+
 @case("Combining", "a head of each")
 def _(world: World) -> Printed:
     world.trained()

@@ -76,6 +76,9 @@ REST: dict[str, list[str]] = {
     "an adapter of LoHa as `adapter.from`; tests/test_optimizers.py": [
         "nothing that is trained has a `lora_B`, which LoRA+ lets learn faster",
     ],
+    "a base of several parts; tests/contract/test_example_task.py": [
+        "reads the adapter of one model, and this one is of parts of one:",
+    ],
     "needs a GPU; tests/gpu/test_graphs.py": [
         "a step cannot be recorded:",
         "the model's layers cannot be compiled:",

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,40 +22,33 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.attach import (
     adapter_layers,
-    lora_layers,
     name_in_base,
     trainable_parameters,
 )
-from lora_cli.adapters.lora import LoRALayer
-from lora_cli.adapters.lora_parameter import LoRAParameter
-from lora_cli.adapters.parameter_targets import places_of
+from lora_cli.adapters.peft_format.part_folders import divided, joined
 from lora_cli.adapters.peft_format.peft_config import adapter_type, check_config
-from lora_cli.adapters.peft_format.peft_rules import (
-    base_modules,
-    full_names,
-    peft_differences,
-    peft_reading,
-)
+from lora_cli.adapters.peft_format.peft_rules import peft_differences
 from lora_cli.adapters.peft_format.peft_token_rules import token_differences, written_rows
-from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES, TYPES_HERE
+from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
 from lora_cli.adapters.peft_format.tensor_names import PREFIX, adapted_module, without_prefix
+from lora_cli.adapters.peft_format.trained_config import adapter_config
 from lora_cli.adapters.token_rows import token_layers
 from lora_cli.errors import BACKUP, IntegrityError, LoraError, name_neighbours, warn
 from lora_cli.files import (
     finish_publishing,
     reject_links_outside,
+    sha256_of,
     umask_mode,
     verify_manifest,
     write_json,
 )
+from lora_cli.models.bundle import part_names
 from lora_cli.models.fingerprint import Fingerprint, read_fingerprint
-from lora_cli.models.quantized_linear import QuantizedLinear
-from lora_cli.not_an_adapter import require_adapter
-from lora_cli.recipe import AdapterSpec, AdapterType, Recipe
+from lora_cli.not_an_adapter import PICKLES, adapter_parts, require_adapter
+from lora_cli.recipe import AdapterType, Recipe
 from lora_cli.tensorfile import read_header
 
 CONFIG_FILE = "adapter_config.json"
@@ -84,117 +76,35 @@ def save_adapter(
         in_full: Names of the modules trained in full.
         base: The fingerprint of the base, which is kept beside the adapter.
     """
-    write_json(folder / CONFIG_FILE, adapter_config(model, recipe, in_full))
     if base is not None:
         base.write(folder)
-    # copies, since safetensors rejects tensors that share memory, as those of a tie do
-    tensors = {
-        name: t.cpu().clone(memory_format=torch.contiguous_format)
-        for name, t in adapter_tensors(model).items()
-    }
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    umask_mode(folder / WEIGHTS_FILE)
+    config = adapter_config(model, recipe, in_full)
+    write_adapter_files(folder, config, adapter_tensors(model), part_names(model))
 
 
-def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict[str, Any]:
-    """Return PEFT's configuration; keys that are newer and stand at their default are left out."""
-    spec, layers = recipe.adapter, lora_layers(model)
-    in_full = full_names(base_modules(model), in_full)
-    base = {
-        "base_model_name_or_path": recipe.model.name,
-        "revision": recipe.model.revision,
-        "task_type": recipe.task.peft_task_type,
-        "modules_to_save": in_full or None,
-        "inference_mode": True,
-    }
-    if not layers:
-        # PEFT has no such types and says so; it would read an empty LoRA as the plain base
-        return {"peft_type": _peft_type(spec.type), **base}
-    modules = {n: layer for n, layer in layers.items() if not isinstance(layer, LoRAParameter)}
-    config = {
-        "peft_type": "LORA",
-        **base,
-        **_ranks_and_alphas(spec, layers),
-        "lora_dropout": spec.dropout,
-        "target_modules": sorted(modules),
-        "bias": spec.bias,
-        "fan_in_fan_out": any(_stored_transposed(layer.base) for layer in modules.values()),
-        "use_rslora": spec.use_rslora,
-        "use_dora": False,
-        "init_lora_weights": True,
-        **next(iter(layers.values())).peft_config,
-    }
-    if _peft_type(spec.type) != "LORA":
-        kind = PEFT_TYPES[_peft_type(spec.type)]
-        patterns = {key: config[key] for key in ("rank_pattern", "alpha_pattern")}
-        own = {"r": spec.rank, kind.alpha: _whole(spec.alpha), **dict(kind.defaults), **patterns}
-        adapted = {"target_modules": sorted(layers)}
-        config = {"peft_type": _peft_type(spec.type), **base, **own, **adapted}
-    if len(modules) < len(layers):
-        config["target_parameters"] = _target_parameters(model, recipe)
-    if token_layers(model):
-        config["trainable_token_indices"] = written_rows(model)[0]
-    if isinstance(spec.target_modules, list):  # the user's suffixes, if they select no others
-        short = {**config, "target_modules": spec.target_modules}
-        reading = peft_reading(model, short)
-        if reading.adapted == set(modules) and not reading.errors:
-            return short
-    return config
+def write_adapter_files(
+    folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor], parts: Collection[str] = ()
+) -> None:
+    """Write an adapter's configuration and tensors, of a base of several parts a folder for each.
 
-
-def _peft_type(kind: AdapterType) -> str:
-    """Return PEFT's name of a type; of those that PEFT lacks, this tool's own."""
-    return next((name for name, here in TYPES_HERE.items() if here == kind), "LORA")
-
-
-def _ranks_and_alphas(spec: AdapterSpec, layers: dict[str, LoRALayer]) -> dict[str, Any]:
-    """Return PEFT's keys of rank and alpha: the recipe's, unless `adapter.init` changes them.
-
-    Then the modules whose rank or alpha is not that of most are named in full.
+    Args:
+        folder: Where they go; it must exist.
+        config: PEFT's configuration of the whole.
+        tensors: By PEFT's names.
+        parts: Names of the base's parts, with which the names of its modules begin.
     """
-    ranks = {name: layer.saved_rank for name, layer in layers.items()}
-    alphas = {name: _whole(layer.saved_alpha) for name, layer in layers.items()}
-    if spec.init == "default":
-        rank, alpha = spec.rank, _whole(spec.alpha)
-        rank_pattern = spec.rank_pattern
-        alpha_pattern = {key: _whole(value) for key, value in spec.alpha_pattern.items()}
-    else:
-        rank, alpha = _most_common(ranks), _most_common(alphas)
-        longest_first = sorted(layers, key=len, reverse=True)  # the first that fits counts
-        rank_pattern = {name: ranks[name] for name in longest_first if ranks[name] != rank}
-        alpha_pattern = {name: alphas[name] for name in longest_first if alphas[name] != alpha}
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-    }
-
-
-def _most_common(values: dict[str, Any]) -> Any:
-    return Counter(values.values()).most_common(1)[0][0]
-
-
-def _target_parameters(model: nn.Module, recipe: Recipe) -> list[str]:
-    """Return the user's suffixes of adapted parameters, or full names if those select others."""
-    names = {
-        f"{name_in_base(name, layers)}.{layer.parameter}"
-        for layers in [lora_layers(model)]
-        for name, layer in layers.items()
-        if isinstance(layer, LoRAParameter)
-    }
-    short = recipe.adapter.target_parameters
-    selected = {f"{module}.{key}" for module, key in places_of(model, short)}
-    return short if selected == names else sorted(names)
-
-
-def _stored_transposed(base: nn.Module) -> bool:
-    """Return whether the checkpoint has a layer's weight as (in, out)."""
-    return isinstance(base, Conv1D) or (isinstance(base, QuantizedLinear) and base.transposed)
-
-
-def _whole(number: float) -> float | int:
-    return int(number) if number == int(number) else number
+    own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    of_folders = divided(config, own, parts) if parts else {"": (config, own)}
+    for part, (config_here, tensors_here) in of_folders.items():
+        (folder / part).mkdir(exist_ok=True)
+        write_json(folder / part / CONFIG_FILE, config_here)
+        # copies, since safetensors rejects tensors that share memory, as those of a tie do
+        copies = {
+            PREFIX + name: tensor.cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors_here.items()
+        }
+        save_file(copies, folder / part / WEIGHTS_FILE, metadata={"format": "pt"})
+        umask_mode(folder / part / WEIGHTS_FILE)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -238,13 +148,22 @@ def differences_in_peft(
         in_full: Names of the modules trained in full.
         folder: Holds what was saved; None asks of what would be.
     """
+    saved: dict[str, tuple[dict[str, Any], Collection[str]]] = {}
     if folder is None:
-        config, tensors = adapter_config(model, recipe, in_full), set(adapter_tensors(model))
+        config, tensors = adapter_config(model, recipe, in_full), adapter_tensors(model)
+        own = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+        parts = part_names(model)
+        saved |= divided(config, own, parts) if parts else {"": (config, own)}
     else:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        tensors = set(read_header(folder / WEIGHTS_FILE))
-    found = peft_differences(model, config, {name.removeprefix(PREFIX) for name in tensors})
-    return found + token_differences(model, config)
+        for part in adapter_parts(folder) or [""]:
+            config = json.loads((folder / part / CONFIG_FILE).read_text(encoding="utf-8"))
+            header = read_header(folder / part / WEIGHTS_FILE)
+            saved[part] = config, {name.removeprefix(PREFIX) for name in header}
+    found = []
+    for part, (config, names) in saved.items():
+        adapted = model.get_submodule(part)
+        found += peft_differences(adapted, config, names) + token_differences(adapted, config)
+    return found
 
 
 # ----------------------------------------------------------------------------------------- read
@@ -261,11 +180,26 @@ class AdapterFolder:
     """Whether a manifest vouched for the files; False for a folder that another tool made."""
     base: Fingerprint | None = None
     """Of the base that it was trained on; None where another tool made it."""
+    parts: tuple[str, ...] = ()
+    """Names of the base's parts that it has a folder for; none for a base that is one model."""
 
     @property
     def type(self) -> AdapterType:
         """The recipe's type of such an adapter."""
         return adapter_type(self.config)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of the files of tensors in an adapter folder: one, or one for each part."""
+    return [f"{part}/{WEIGHTS_FILE}" for part in adapter_parts(folder)] or [WEIGHTS_FILE]
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return the SHA-256 of the file of tensors in an adapter folder; of several, each by name."""
+    found = {name: sha256_of(folder / name) for name in weight_files(folder)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return ", ".join(f"{name}: {sha256}" for name, sha256 in found.items())
 
 
 def read_adapter(path: Path) -> AdapterFolder:
@@ -281,18 +215,43 @@ def read_adapter(path: Path) -> AdapterFolder:
     reject_links_outside(path)
     finish_publishing(path)
     require_adapter(path)
-    if not (path / WEIGHTS_FILE).is_file():
-        pickles = [
-            name for name in ("adapter_model.bin", "adapter_model.pt") if (path / name).exists()
-        ]
-        if pickles:
-            raise LoraError(
-                f"`{pickles[0]}` is a pickle, which can run code when it is read",
-                str(path),
-                "load it in PEFT where you trust it, and save it again",
-            )
-        raise LoraError(f"there is no {WEIGHTS_FILE}", str(path), ADAPTER_FOLDER)
-    verified = verify_manifest(path, CONFIG_FILE, WEIGHTS_FILE)
+    parts = adapter_parts(path)
+    for part in parts or [""]:
+        _require_weights(path / part)
+    files = [f"{part}/{CONFIG_FILE}" for part in parts] or [CONFIG_FILE]
+    verified = verify_manifest(path, *files, *weight_files(path))
+    read = {part: _read_files(path / part) for part in parts or [""]}
+    config, tensors = joined(read, str(path)) if parts else read[""]
+    if PEFT_TYPES[config["peft_type"]].supported and _is_idle(tensors):
+        warn(f"the adapter {path} changes nothing: one factor of each update is all zeros")
+    return AdapterFolder(path, config, tensors, verified, read_fingerprint(path), tuple(parts))
+
+
+def _require_weights(path: Path) -> None:
+    """Reject a folder without a file of tensors that can be read.
+
+    Raises:
+        LoraError: If it has none.
+    """
+    if (path / WEIGHTS_FILE).is_file():
+        return
+    pickles = [name for name in PICKLES if (path / name).exists()]
+    if pickles:
+        raise LoraError(
+            f"`{pickles[0]}` is a pickle, which can run code when it is read",
+            str(path),
+            "load it in PEFT where you trust it, and save it again",
+        )
+    raise LoraError(f"there is no {WEIGHTS_FILE}", str(path), ADAPTER_FOLDER)
+
+
+def _read_files(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the configuration and the tensors of one folder, each checked for itself.
+
+    Raises:
+        LoraError: If the adapter is of a kind that is not supported.
+        IntegrityError: If a file is damaged.
+    """
     try:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except OSError as error:
@@ -302,14 +261,12 @@ def read_adapter(path: Path) -> AdapterFolder:
     if not isinstance(config, dict):
         raise IntegrityError("not a JSON object", str(path / CONFIG_FILE), BACKUP)
     check_config(config, str(path / CONFIG_FILE))
-    tensors = read_tensors(path)
+    tensors = _tensors_of(path)
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         what = f"`{bad[0]}` contains NaN or infinity"
         raise IntegrityError(what, str(path / WEIGHTS_FILE), BACKUP)
-    if PEFT_TYPES[config["peft_type"]].supported and _is_idle(tensors):
-        warn(f"the adapter {path} changes nothing: one factor of each update is all zeros")
-    return AdapterFolder(path, config, tensors, verified, read_fingerprint(path))
+    return config, tensors
 
 
 def _is_idle(tensors: dict[str, Tensor]) -> bool:
@@ -329,8 +286,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of an adapter folder, by names without PEFT's prefix.
 
     Raises:
-        IntegrityError: If the file is damaged, or holds what is no weight.
+        IntegrityError: If a file is damaged, or holds what is no weight.
     """
+    if not (parts := adapter_parts(path)):
+        return _tensors_of(path)
+    return {f"{p}.{name}": t for p in parts for name, t in _tensors_of(path / p).items()}
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of one file, by names without PEFT's prefix."""
     file, hint = path / WEIGHTS_FILE, "save it again in the tool that made it"
     entries = read_header(file)
     for name, entry in entries.items():
@@ -347,11 +311,15 @@ def ranks_of(path: Path) -> dict[str, int]:
     """Return the rank of each adapted module of an adapter folder, by the shapes of its tensors.
 
     Raises:
-        IntegrityError: If the file is damaged.
+        IntegrityError: If a file is damaged.
     """
     end = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(embedding_)?A(\.weight)?")
-    entries = read_header(path / WEIGHTS_FILE).items()
-    return {match[1]: entry.shape[0] for name, entry in entries if (match := end.fullmatch(name))}
+    found = {}
+    for part in adapter_parts(path) or [""]:
+        for name, entry in read_header(path / part / WEIGHTS_FILE).items():
+            if match := end.fullmatch(name):
+                found[f"{part}.{match[1]}" if part else match[1]] = entry.shape[0]
+    return found
 
 
 def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -3,7 +3,8 @@
 `torch.compile`, data parallelism and checkpointing wrap modules, and their names go into the file:
 `_orig_mod.`, `module.`. Transformers moved the language model of picture models from
 `language_model.model.` to `model.language_model.`, and a model without a head lacks the name of its
-body, as `bert.`. Such names are put right if that makes each of them one that the model has.
+body, as `bert.`. Such names are put right if that makes each of them one that the model has. The
+adapter of one part of a base, as PEFT saves it, lacks the name of the part: it gets it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from collections.abc import Collection
 from torch import nn
 
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
+from lora_cli.adapters.peft_format.part_folders import joined
 from lora_cli.adapters.peft_format.tensor_names import adapted_module, adapted_modules
 from lora_cli.adapters.targets import first_match
 from lora_cli.errors import warn
+from lora_cli.models.bundle import part_names
 
 STARTS = ("", "module.", "model.", "language_model.", "model.language_model.",
           "language_model.model.")  # fmt: skip
@@ -31,6 +34,10 @@ def use_names_of(model: nn.Module, adapter: AdapterFolder) -> None:
         adapter: What `read_adapter` returned; changed in place where its names are others.
     """
     modules = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
+    if (part := _its_part(model, adapter, modules)) is not None:
+        warn(f"{adapter.path}: its names are those of the base's `{part}`, which it is used for")
+        only = {part: (adapter.config, adapter.tensors)}
+        adapter.config, adapter.tensors = joined(only, str(adapter.path))
     body = str(getattr(model, "base_model_prefix", "") or "")
     starts = (*STARTS, f"{body}.") if body else STARTS
     moved: dict[str, str] = {}
@@ -65,6 +72,19 @@ def use_names_of(model: nn.Module, adapter: AdapterFolder) -> None:
     }
     if len(tensors) == len(adapter.tensors):
         adapter.config, adapter.tensors = config, tensors
+
+
+def _its_part(model: nn.Module, adapter: AdapterFolder, modules: Collection[str]) -> str | None:
+    """Return the part of a base that has all the modules of an adapter whose names lack it.
+
+    Of several, as two text encoders are, it is the one that the folder is named as.
+    """
+    owners = {_owner(name) for name in adapter.tensors}
+    if not part_names(model) or all(owner in modules for owner in owners):
+        return None
+    fitting = [p for p in part_names(model) if all(f"{p}.{name}" in modules for name in owners)]
+    named = [part for part in fitting if part == adapter.path.name]
+    return next(iter(named or fitting)) if len(named or fitting) == 1 else None
 
 
 def _owner(name: str) -> str:

@@ -1,0 +1,124 @@
+"""PEFT's `adapter_config.json` for what is trained of a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.adapters.attach import lora_layers, name_in_base
+from lora_cli.adapters.lora import LoRALayer
+from lora_cli.adapters.lora_parameter import LoRAParameter
+from lora_cli.adapters.parameter_targets import places_of
+from lora_cli.adapters.peft_format.peft_rules import base_modules, full_names, peft_reading
+from lora_cli.adapters.peft_format.peft_token_rules import written_rows
+from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES, TYPES_HERE
+from lora_cli.adapters.token_rows import token_layers
+from lora_cli.models.bundle import is_frozen, part_names
+from lora_cli.models.quantized_linear import QuantizedLinear
+from lora_cli.recipe import AdapterSpec, AdapterType, Recipe
+
+
+def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict[str, Any]:
+    """Return PEFT's configuration; keys that are newer and stand at their default are left out."""
+    spec, layers = recipe.adapter, lora_layers(model)
+    in_full = full_names(base_modules(model), in_full)
+    base = {
+        "base_model_name_or_path": recipe.model.name,
+        "revision": recipe.model.revision,
+        "task_type": recipe.task.peft_task_type,
+        "modules_to_save": in_full or None,
+        "inference_mode": True,
+    }
+    if not layers:
+        # PEFT has no such types and says so; it would read an empty LoRA as the plain base
+        return {"peft_type": _peft_type(spec.type), **base}
+    modules = {n: layer for n, layer in layers.items() if not isinstance(layer, LoRAParameter)}
+    config = {
+        "peft_type": "LORA",
+        **base,
+        **_ranks_and_alphas(spec, layers),
+        "lora_dropout": spec.dropout,
+        "target_modules": sorted(modules),
+        "bias": spec.bias,
+        "fan_in_fan_out": any(_stored_transposed(layer.base) for layer in modules.values()),
+        "use_rslora": spec.use_rslora,
+        "use_dora": False,
+        "init_lora_weights": True,
+        **next(iter(layers.values())).peft_config,
+    }
+    if _peft_type(spec.type) != "LORA":
+        kind = PEFT_TYPES[_peft_type(spec.type)]
+        patterns = {key: config[key] for key in ("rank_pattern", "alpha_pattern")}
+        own = {"r": spec.rank, kind.alpha: _whole(spec.alpha), **dict(kind.defaults), **patterns}
+        adapted = {"target_modules": sorted(layers)}
+        config = {"peft_type": _peft_type(spec.type), **base, **own, **adapted}
+    if len(modules) < len(layers):
+        config["target_parameters"] = _target_parameters(model, recipe)
+    if token_layers(model):
+        config["trainable_token_indices"] = written_rows(model)[0]
+    if isinstance(spec.target_modules, list):  # the user's suffixes, if they select no others
+        short = {**config, "target_modules": spec.target_modules}
+        reading = peft_reading(model, short)
+        is_bundle = bool(part_names(model))  # a part without targets has no configuration
+        others = {n for n in reading.adapted if is_bundle and is_frozen(model, n)}
+        if reading.adapted - others == set(modules) and not reading.errors:
+            return short
+    return config
+
+
+def _peft_type(kind: AdapterType) -> str:
+    """Return PEFT's name of a type; of those that PEFT lacks, this tool's own."""
+    return next((name for name, here in TYPES_HERE.items() if here == kind), "LORA")
+
+
+def _ranks_and_alphas(spec: AdapterSpec, layers: dict[str, LoRALayer]) -> dict[str, Any]:
+    """Return PEFT's keys of rank and alpha: the recipe's, unless `adapter.init` changes them.
+
+    Then the modules whose rank or alpha is not that of most are named in full.
+    """
+    ranks = {name: layer.saved_rank for name, layer in layers.items()}
+    alphas = {name: _whole(layer.saved_alpha) for name, layer in layers.items()}
+    if spec.init == "default":
+        rank, alpha = spec.rank, _whole(spec.alpha)
+        rank_pattern = spec.rank_pattern
+        alpha_pattern = {key: _whole(value) for key, value in spec.alpha_pattern.items()}
+    else:
+        rank, alpha = _most_common(ranks), _most_common(alphas)
+        longest_first = sorted(layers, key=len, reverse=True)  # the first that fits counts
+        rank_pattern = {name: ranks[name] for name in longest_first if ranks[name] != rank}
+        alpha_pattern = {name: alphas[name] for name in longest_first if alphas[name] != alpha}
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+    }
+
+
+def _most_common(values: dict[str, Any]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _target_parameters(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Return the user's suffixes of adapted parameters, or full names if those select others."""
+    names = {
+        f"{name_in_base(name, layers)}.{layer.parameter}"
+        for layers in [lora_layers(model)]
+        for name, layer in layers.items()
+        if isinstance(layer, LoRAParameter)
+    }
+    short = recipe.adapter.target_parameters
+    selected = {f"{module}.{key}" for module, key in places_of(model, short)}
+    return short if selected == names else sorted(names)
+
+
+def _stored_transposed(base: nn.Module) -> bool:
+    """Return whether the checkpoint has a layer's weight as (in, out)."""
+    return isinstance(base, Conv1D) or (isinstance(base, QuantizedLinear) and base.transposed)
+
+
+def _whole(number: float) -> float | int:
+    return int(number) if number == int(number) else number
