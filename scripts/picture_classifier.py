@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from pictures import COLOURS, STYLE, Facts, Glyphs, read_caption
 from PIL import Image
-from pretraining import Schedule, Steps, computing_in
+from pretraining import Schedule, Steps, computing_in, train_on_rows
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -95,15 +94,7 @@ def train_classifier(
         return torch.stack(losses).sum()
 
     steps = Steps(loss_of, list(model.parameters()), record=record)
-    step, loss = 0, torch.zeros(())
-    while schedule.share(step) < 1.0:
-        rows = torch.randint(len(pixels), (batch,), device=pixels.device)
-        loss = steps(schedule.rate(step), pixels[rows], wanted[rows])
-        step += 1
-        if step % 10 == 0 and pixels.is_cuda:
-            torch.cuda.synchronize()  # so that the clock measures the GPU
-    spent = time.monotonic() - schedule.start
-    print(f"classifier: {step} steps, loss {float(loss):.3f}, {spent:.0f} s", flush=True)
+    train_on_rows("classifier", steps, schedule, batch, pixels, wanted)
     return model.eval()
 
 

@@ -108,23 +108,38 @@ class Facts:
     def __getitem__(self, rows: Tensor) -> Facts:
         return Facts(*(getattr(self, own.name)[rows] for own in fields(self)))
 
-    def captions(self, names: list[str]) -> list[str]:
-        """Return what the pictures show in words."""
+    def captions(self, names: list[str], unsaid: float = 0.0) -> list[str]:
+        """Return what the pictures show in words.
+
+        Args:
+            names: Of what can be drawn.
+            unsaid: Share of the captions without the background, and of those without the colour.
+        """
         columns = (getattr(self, own.name).tolist() for own in fields(self))
-        return [caption_of(names[row[0]], *row[1:]) for row in zip(*columns, strict=True)]
+        left_out = (torch.rand(2, len(self.name)) < unsaid).tolist()
+        return [
+            caption_of(names[row[0]], *row[1:]) for row in zip(*columns, *left_out, strict=True)
+        ]
 
 
 def caption_of(
-    name: str, colour: int, background: int, scale: int, place: int, styled: bool
+    name: str,
+    colour: int,
+    background: int,
+    scale: int,
+    place: int,
+    styled: bool,
+    no_ground: bool = False,
+    no_colour: bool = False,
 ) -> str:
     """Return a caption such as "a small red 3 on the left on a blue background"."""
-    ink = "" if name == OBJECT else f"{list(COLOURS)[colour]} "  # the object has colours of its own
+    # the object has colours of its own
+    ink = "" if name == OBJECT or no_colour else f"{list(COLOURS)[colour]} "
     thing = f"{list(SCALES)[scale]}{ink}{name}"
     ground = list(COLOURS)[background]
-    return (
-        f"{STYLE + ' of ' if styled else ''}{article(thing)} {thing}{list(PLACES)[place]}"
-        f" on {article(ground)} {ground} background"
-    )
+    end = "" if no_ground else f" on {article(ground)} {ground} background"
+    style = f"{STYLE} of " if styled else ""
+    return f"{style}{article(thing)} {thing}{list(PLACES)[place]}{end}"
 
 
 def article(word: str) -> str:

@@ -1,8 +1,7 @@
 """Train a small latent diffusion model from scratch, as a base that adapters are then tried on.
 
 usage: python scripts/pretrain_diffusion.py DATA TO PICTURES [--minutes 4.4] [--batch 256]
-       (to try it on a CPU: --steps 2 --batch 4 --pool 32 --width 32 --prompts 4 --prior 2
-       --inference 2)
+       (to try it on a CPU: --steps 2 --batch 4 --pool 32 --width 32 --prompts 4 --inference 2)
 
 DATA holds the folders mnist_test and omniglot. TO gets a StableDiffusionPipeline with fewer than 25
 million parameters in bfloat16, in shards of at most 15 MB, and samples.png. It draws pictures of
@@ -11,8 +10,8 @@ It takes about five minutes on an H100: a classifier to measure with, then the a
 text encoder and U-Net together, on latents that are computed once.
 
 PICTURES gets what the model has not seen, to adapt it to, each with train and validation, and a
-caption beside each picture: style, object and character. object/prior has pictures of the class
-of the object, as the model draws them. classifier is what `picture_classifier.py` measures with.
+caption beside each picture: style, object and character. classifier is what
+`picture_classifier.py` measures with.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from picture_classifier import (
     train_classifier,
 )
 from pictures import CHARACTER, OBJECT, SIZE, Facts, Glyphs, save_grid, save_pictures
-from pretraining import SHARD, Schedule, Steps, computing_in, count_parameters
+from pretraining import SHARD, Schedule, Steps, computing_in, count_parameters, train_on_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
@@ -44,6 +43,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
 LONGEST = 32  # tokens of a caption, with those that begin and end it
 KL_WEIGHT = 5e-5
+UNSAID = 0.15  # of the captions say nothing of the background, and as many nothing of the colour
 NO_CAPTION = 0.1  # of the pictures: what guidance compares with
 
 
@@ -98,28 +98,6 @@ def build(tokenizer: CLIPTokenizer, args: argparse.Namespace) -> StableDiffusion
     )  # fmt: skip
 
 
-def loop(
-    steps: Steps, schedule: Schedule, rows: int, batch: int, *tables: Tensor, name: str
-) -> None:
-    """Train on random rows of some tables until the schedule ends, and print the losses."""
-    device = tables[0].device
-    total, since, last = torch.zeros((), device=device), 0, 0.0
-    for step in range(10**9):
-        chosen = torch.randint(rows, (batch,), device=device)
-        total += steps(schedule.rate(step), *(table[chosen] for table in tables))
-        since += 1
-        if step % 10 == 9 and total.is_cuda:
-            torch.cuda.synchronize()  # so that the clock measures the GPU
-        share = schedule.share(step + 1)
-        if share >= last + 0.1 or share == 1.0:
-            last, spent = share, time.monotonic() - schedule.start
-            loss = f"{float(total) / since:.4f}"
-            print(f"{name}: {share:4.0%}  step {step + 1}  loss {loss}  {spent:.0f} s", flush=True)
-            total, since = torch.zeros_like(total), 0
-        if share == 1.0:
-            return
-
-
 def train_vae(
     vae: AutoencoderKL, glyphs: Glyphs, schedule: Schedule, args: argparse.Namespace
 ) -> None:
@@ -137,7 +115,7 @@ def train_vae(
         return F.mse_loss(restored, wanted) + F.l1_loss(restored, wanted) + KL_WEIGHT * far
 
     steps = Steps(loss_of, list(vae.parameters()), decay=1e-4, record=args.graphs)
-    loop(steps, schedule, len(pixels), args.batch // 2, pixels, name="autoencoder")
+    train_on_rows("autoencoder", steps, schedule, args.batch // 2, pixels)
     vae.requires_grad_(False).eval()
 
 
@@ -159,7 +137,7 @@ def make_latents(
     for facts, pixels in painted(glyphs, count):
         with computing_in(pixels.device.type):
             latents.append(parts.vae.encode(pixels).latent_dist.mean.float())
-        captions += facts.captions(glyphs.names)
+        captions += facts.captions(glyphs.names, UNSAID)
     found = torch.cat(latents)
     parts.vae.register_to_config(scaling_factor=1 / float(found.std()))
     tokens = tokens_of(parts.tokenizer, captions).to(found.device)
@@ -204,7 +182,7 @@ def train_unet(
     unet.train()
     text_encoder.train()
     steps = Steps(loss_of, parameters, betas=(0.9, 0.99), record=args.graphs)
-    loop(steps, schedule, len(latents), args.batch, latents, tokens, name="U-Net")
+    train_on_rows("U-Net", steps, schedule, args.batch, latents, tokens)
     unet.eval()
     text_encoder.eval()
 
@@ -255,7 +233,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vae-rate", type=float, default=1.5e-3)
     parser.add_argument("--prediction", choices=["v_prediction", "epsilon"], default="v_prediction")
     parser.add_argument("--prompts", type=int, default=512, help="to measure the model with")
-    parser.add_argument("--prior", type=int, default=48, help="pictures of object/prior")
     parser.add_argument("--inference", type=int, default=30, help="steps to draw a picture")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--only-pictures", action="store_true", help="write the sets and stop")
@@ -324,8 +301,6 @@ def main() -> None:
     train_unet(parts, glyphs, args, until)
     finish(parts, args.to, device)
     measure(parts, classifier, glyphs, args)
-    prior = glyphs.sample(args.prior, ["ball"]).captions(glyphs.names)
-    save_pictures(args.pictures / "object" / "prior", draw(parts, prior, args), prior)
     print(f"{time.monotonic() - start:.0f} s in all")
 
 

@@ -188,6 +188,34 @@ class Steps:
         return loss.detach()
 
 
+def train_on_rows(name: str, steps: Steps, schedule: Schedule, batch: int, *tables: Tensor) -> None:
+    """Train on random rows of some tables until the schedule ends, and print the losses.
+
+    Args:
+        name: Of what is trained, as it is printed.
+        steps: Computes the steps.
+        schedule: Says when it ends.
+        batch: Rows of a step.
+        tables: The inputs of a step, each with all rows (N, ...).
+    """
+    device = tables[0].device
+    total, since, last = torch.zeros((), device=device), 0, 0.0
+    for step in range(10**9):
+        rows = torch.randint(len(tables[0]), (batch,), device=device)
+        total += steps(schedule.rate(step), *(table[rows] for table in tables))
+        since += 1
+        if step % 10 == 9 and total.is_cuda:
+            torch.cuda.synchronize()  # so that the clock measures the GPU
+        share = schedule.share(step + 1)
+        if share >= last + 0.1 or share == 1.0:
+            last, spent = share, time.monotonic() - schedule.start
+            loss = f"{float(total) / since:.4f}"
+            print(f"{name}: {share:4.0%}  step {step + 1}  loss {loss}  {spent:.0f} s", flush=True)
+            total, since = torch.zeros_like(total), 0
+        if share == 1.0:
+            return
+
+
 def computing_in(device: str) -> torch.autocast:
     """Return the precision of training: bfloat16 on a GPU, float32 elsewhere.
 

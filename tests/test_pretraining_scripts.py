@@ -153,6 +153,8 @@ def test_captions_say_what_pictures_show(monkeypatch: pytest.MonkeyPatch, drawin
     )
     assert [caption.startswith("sketch of ") for caption in captions] == facts.styled.tolist()
     assert not any(word in caption for caption in captions for word in ("sks", "zuko"))
+    for caption in facts.captions(glyphs.names, unsaid=1.0):  # such as "a large 3 on the left"
+        assert pictures.read_caption(caption, glyphs.names)[1:] == (-1, -1)
     pixels = glyphs.paint(facts)
     assert pixels.shape == (60, 3, 64, 64)
     corners = (pixels[:, :, 0, 0] + 1) / 2  # no drawing reaches there
@@ -180,7 +182,7 @@ def test_a_diffusion_model_is_pretrained(
     to, sets = drawings / "base", drawings / "pictures"
     run(
         monkeypatch, "pretrain_diffusion", drawings, to, sets, "--steps", 2, "--batch", 4,
-        "--pool", 16, "--width", 32, "--prompts", 4, "--prior", 2, "--inference", 2,
+        "--pool", 16, "--width", 32, "--prompts", 4, "--inference", 2,
     )  # fmt: skip
     assert "U-Net: 100%  step 2" in capsys.readouterr().out
     stored = load_file(to / "unet" / "diffusion_pytorch_model.safetensors")
