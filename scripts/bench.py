@@ -153,6 +153,9 @@ def targets(args: argparse.Namespace) -> None:
 
 def quantized(args: argparse.Namespace) -> None:
     """Print the test accuracy of LoRA on quantised bases, before and after merging."""
+    # transformers imports a class when it is first asked for, which no two threads can do at once
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: F401
+
     work = Path(tempfile.mkdtemp(prefix="lora-bench-"))
     recipe = write_sst2_with_dev(args, work)
     kinds, rates, seeds = ("fp32", "int8", "nf4"), args.rates.split(","), range(args.seeds)
