@@ -373,10 +373,12 @@ def test_nothing_left_to_adapt_is_an_error() -> None:
     for adapter in (
         {"target_modules": ["query"], "exclude_modules": ["self.query"]},
         {"target_modules": ["pooler.dense"], "layers": "0-1"},
-        {"target_modules": []},
         {"target_modules": ["query"], "layers": "0-0", "exclude_modules": ["query"]},
     ):
         assert [p.what for p in problems_of(model, **adapter)] == [what]
+    (problem,) = problems_of(model, target_modules=[])
+    assert problem.what == "`target_modules` names no module"
+    assert "exclude_modules" not in str(problem.hint)
 
 
 def test_groups_that_do_not_divide_the_rank_are_found_before_the_model_is_touched() -> None:

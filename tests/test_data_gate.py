@@ -25,8 +25,7 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.preprocessing.findings import Findings
 from lora_cli.preprocessing.show_examples import shown_rows
 from lora_cli.recipe import load_recipe
-from lora_cli.tasks import build_task
-from lora_cli.tasks import contract as tasks_base
+from lora_cli.tasks import build_task, task_model
 from lora_cli.tasks.marked_tokens import pieces
 from lora_cli.training import train
 
@@ -290,7 +289,7 @@ def test_a_leak_ends_with_2_before_any_weights(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     path = write(train=plain(12, "x"), validation=plain(9, "x")[4:])
-    monkeypatch.setattr(tasks_base, "load_pretrained", no_weights)
+    monkeypatch.setattr(task_model, "load_pretrained", no_weights)
     monkeypatch.setattr(sys, "argv", ["lora", command[0], str(path), *command[1:]])
     monkeypatch.setattr("signal.signal", lambda *_: None)
     with pytest.raises(SystemExit) as exited:

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import adapter_folders
@@ -16,7 +17,13 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from typer.testing import CliRunner
 
 from lora_cli.cli.app import app
@@ -209,6 +216,7 @@ def test_gguf_has_the_names_and_rows_of_llama_cpp(tmp_path: Path) -> None:
     assert fields["general.architecture"] == "llama"
     assert fields["adapter.type"] == "lora"
     assert fields["adapter.lora.alpha"] == 4.0
+    assert fields["general.name"] == "a for base"  # no path of this machine
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     assert {"blk.0.attn_q.weight.lora_a", "blk.1.ffn_down.weight.lora_b"} <= set(tensors)
     # llama.cpp's own rule for the rows of query and key, written out row by row
@@ -240,6 +248,46 @@ def test_mlx_gets_transposed_matrices_and_the_factor(tmp_path: Path) -> None:
             model.get_submodule(name).weight += factor * (a @ b).T
         assert not tensors
         assert close(model(IDS).logits, outputs(base, folder))
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "said"),
+    [
+        (Qwen2Config, {}, ["with 1e+06 where this base has 10000"]),
+        (Qwen2Config, {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, []),
+        (LlamaConfig, {}, []),
+        (
+            LlamaConfig,
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}},
+            ["with 10000 where this base has 500000", "scales its positions (`linear`)"],
+        ),
+        (Qwen3Config, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, []),
+    ],
+)
+@pytest.mark.parametrize("style", ["nested", "by itself"])
+def test_mlx_lm_is_said_to_miss_what_only_transformers_5_reads(
+    tmp_path: Path,
+    config: Any,
+    changes: dict[str, Any],
+    said: list[str],
+    style: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of_base = config(**changes)
+    of_base.save_pretrained(tmp_path)
+    if style == "by itself":
+        file = tmp_path / "config.json"
+        values = json.loads(file.read_text())
+        rope = values.pop("rope_parameters")
+        scaling = {"rope_scaling": rope} if rope["rope_type"] != "default" else {}
+        file.write_text(json.dumps({**values, "rope_theta": rope["rope_theta"], **scaling}))
+    where = {"pretrained_model_name_or_path": str(tmp_path)}
+    monkeypatch.setattr(mlx_reader, "source_of", lambda recipe: where)
+    source: Any = SimpleNamespace(task=SimpleNamespace(config=of_base, recipe=None))
+    found = mlx_reader._positions_lost(source)
+    wanted = said if style == "nested" else []
+    assert len(found) == len(wanted)
+    assert all(part in line for part, line in zip(wanted, found, strict=True))
 
 
 def test_mlx_lm_itself_reads_it(tmp_path: Path) -> None:

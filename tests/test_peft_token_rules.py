@@ -38,6 +38,7 @@ from lora_cli.adapters.peft_format.adapter_folder import (
     save_adapter,
 )
 from lora_cli.adapters.peft_format.peft_token_rules import token_reading
+from lora_cli.errors import LoraError
 
 IDS = [5, 9, 30]
 SIZES = {
@@ -45,6 +46,10 @@ SIZES = {
     "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24,
     "decoder_ffn_dim": 24, "max_position_embeddings": 32, "dropout": 0.0, "pad_token_id": 1,
     "eos_token_id": 2, "bos_token_id": 0, "decoder_start_token_id": 2,
+}  # fmt: skip
+PHI = {
+    "vocab_size": 100, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "pad_token_id": 1,
 }  # fmt: skip
 T5_SIZES = {
     "vocab_size": 100, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2,
@@ -225,18 +230,25 @@ class Scaled(nn.Embedding):
         return super().forward(input) * self.embed_scale
 
 
+def test_rows_that_peft_trained_of_an_embedding_of_another_kind_are_rejected(
+    tmp_path: Path,
+) -> None:
+    base: Any = PhiForCausalLM(PhiConfig(**PHI))
+    base.set_input_embeddings(Normed(100, 16))
+    model, _ = by_peft(base, "llama", {"embed_tokens": IDS})
+    model.save_pretrained(tmp_path)
+    with pytest.raises(LoraError, match="is a Normed"):
+        load_adapter(base, read_adapter(tmp_path), [])
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [("bias", "leave out the bias of `lm_head`"), ("normed", "it is a Normed"), ("scaled", None)],
 )
 def test_what_peft_computes_otherwise_is_said(kind: str, message: str | None) -> None:
-    sizes = {
-        "vocab_size": 100, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "pad_token_id": 1,
-    }  # fmt: skip
     for device in ("cpu", "meta"):
         with torch.device(device):
-            base: Any = PhiForCausalLM(PhiConfig(**sizes))
+            base: Any = PhiForCausalLM(PhiConfig(**PHI))
             if kind != "bias":
                 base.lm_head = nn.Linear(16, 100, bias=False)
                 base.set_input_embeddings({"normed": Normed, "scaled": Scaled}[kind](100, 16))

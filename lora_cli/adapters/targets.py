@@ -149,13 +149,15 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
     problems += _unmatched_patterns([*chosen, *(t.full_name for t in parameters)], recipe)
     problems += unmatched_in_full(model, recipe)
     if not problems and not chosen and not parameters:
-        problems.append(
-            Problem(
-                "no module is left to adapt",
-                recipe.at("adapter.target_modules"),
-                "`exclude_modules` and `layers` leave none of the targets",
+        what = "no module is left to adapt"
+        hint = "`exclude_modules` and `layers` leave none of the targets"
+        if spec.target_modules == []:
+            what = "`target_modules` names no module"
+            hint = (
+                "name some, or leave it out for the default; single tokens and modules in "
+                "`train_modules` are trained besides an adapter, not instead of it"
             )
-        )
+        problems.append(Problem(what, recipe.at("adapter.target_modules"), hint))
     targets = [Target(name, *rank_and_alpha(recipe, name)) for name in chosen]
     for target in targets:
         problems += shape_problem(modules[target.name], target, layers)

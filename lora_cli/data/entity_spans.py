@@ -16,7 +16,7 @@ import regex
 
 from lora_cli.characters import UNSPACED
 from lora_cli.data.json_rows import JSON_NAMES
-from lora_cli.errors import printable
+from lora_cli.errors import counted, printable
 
 STARTS = ("start", "start_offset", "begin", "start_char")
 ENDS = ("end", "end_offset", "stop", "end_char")
@@ -54,7 +54,7 @@ def read_spans(value: Any, text: str) -> list[Span] | str:
         if not 0 <= start < end <= len(text):
             return (
                 f"span {number}, {start} to {end} (`{label}`), is not inside the text, which has "
-                f"{len(text)} characters"
+                f"{counted(len(text), 'character')}"
             )
         inside = text[start:end]
         start += len(inside) - len(inside.lstrip())

@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from lora_cli.data.text_lines import RawRow
-from lora_cli.errors import printable
+from lora_cli.errors import counted, printable
 
 KEYS = {"bytes", "path"}
 ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]+://|data:")
@@ -135,7 +135,7 @@ def described(value: dict[str, Any]) -> str:
     """Return a media value in words: the name of its file, or the size of its bytes."""
     if value["path"]:
         return Path(value["path"]).name
-    return f"{len(value['bytes'] or b''):,} bytes"
+    return counted(len(value["bytes"] or b""), "byte")
 
 
 def undecoded(dataset: Any) -> Any:

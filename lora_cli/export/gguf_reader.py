@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_cli.errors import LoraError, Problem
+from lora_cli.errors import LoraError, Problem, counted
 from lora_cli.export.low_rank_pairs import of_one_rank
 from lora_cli.export.reader import (
     Source,
@@ -25,6 +25,7 @@ from lora_cli.export.reader import (
     scale_changes,
 )
 from lora_cli.files import umask_mode
+from lora_cli.reporting.report import short_name
 
 GGUF_FILE = "adapter.gguf"
 # by `model_type`: llama.cpp's architecture, and whether it reorders the rows of query and key
@@ -89,7 +90,8 @@ class LlamaCpp:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(_rank_of(pairs)))
-        writer.add_name(f"{source.saved.path.name} for {source.base_name}")
+        # a local path is nobody else's business
+        writer.add_name(f"{source.saved.path.name} for {short_name(source.base_name)}")
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
         for name, pair in pairs.items():
             # an embedding looks up rows of A, so they lie one after the other
@@ -119,8 +121,8 @@ class LlamaCpp:
         assert not tensors, "the file holds what the adapter does not"
         difference = require_same_outputs(source, updates, "llama.cpp")
         return [
-            f"read by gguf's reader ({len(reader.tensors)} tensors, architecture "
-            f"{names.architecture}): outputs differ by {difference:.1e}"
+            f"read by gguf's reader ({counted(len(reader.tensors), 'tensor')}, "
+            f"architecture {names.architecture}): outputs differ by {difference:.1e}"
         ]
 
     def usage(self, source: Source, to: Path) -> str:

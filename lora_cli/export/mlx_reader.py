@@ -23,10 +23,13 @@ from lora_cli.export.reader import (
 )
 from lora_cli.export.source_files import copy_processor
 from lora_cli.files import umask_mode, write_json
+from lora_cli.models.base_model import source_of
 
 MLX_FILE, MLX_CONFIG = "adapters.safetensors", "adapter_config.json"
 # whose modules have the same names in mlx-lm and in transformers
 MODEL_TYPES = ("gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+# what it takes where config.json does not say `rope_theta` by itself; qwen3 reads it from either
+ROPE_THETA = {**dict.fromkeys(MODEL_TYPES, 10_000.0), "qwen2": 1_000_000.0}
 
 
 class Mlx:
@@ -49,8 +52,8 @@ class Mlx:
         return problems
 
     def changes(self, source: Source) -> list[str]:
-        """Return what is folded."""
-        return scale_changes(source)
+        """Return what is folded, and what mlx-lm would not find in the base."""
+        return [*scale_changes(source), *_positions_lost(source)]
 
     def write(self, source: Source, folder: Path) -> None:
         """Write the two files, and the tokenizer."""
@@ -85,3 +88,29 @@ class Mlx:
             f"mlx_lm.generate --model {shlex.quote(source.base_name)} --adapter-path . "
             "--prompt 'some text'\n```"
         )
+
+
+def _positions_lost(source: Source) -> list[str]:
+    """Return what mlx-lm does not read of how the base turns its positions.
+
+    transformers 5 writes it inside `rope_parameters`; mlx-lm reads `rope_theta` and `rope_scaling`,
+    as older versions wrote them, and else computes with values of its own.
+    """
+    config, lines = source.task.config, []
+    nested = getattr(config, "rope_parameters", None) or {}
+    if config.model_type == "qwen3" or not nested:
+        return []
+    written, _ = type(config).get_config_dict(**source_of(source.task.recipe))
+    theta, own = nested.get("rope_theta"), ROPE_THETA[config.model_type]
+    if "rope_theta" not in written and theta not in (None, own):
+        lines.append(
+            f"mlx-lm computes positions with {own:g} where this base has {theta:g}: write "
+            f'`"rope_theta": {theta:g}` into its config.json, by itself'
+        )
+    kind = nested.get("rope_type", "default")
+    if kind != "default" and not written.get("rope_scaling"):
+        lines.append(
+            f"mlx-lm does not see that this base scales its positions (`{kind}`): write what "
+            "`rope_parameters` holds as `rope_scaling` into its config.json too"
+        )
+    return lines

@@ -24,7 +24,7 @@ from lora_cli.adapters.peft_format.adapter_folder import (
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
 from lora_cli.adapters.peft_format.tensor_names import PREFIX
 from lora_cli.environment import installed_version
-from lora_cli.errors import Problem
+from lora_cli.errors import Problem, counted
 from lora_cli.export.low_rank_pairs import (
     Pair,
     of_one_rank,
@@ -188,7 +188,8 @@ def in_peft(source: Source, folder: Path) -> str:
     """Load a folder in PEFT, and compare what it computes; say so where PEFT is not installed."""
     if importlib.util.find_spec("peft") is None:
         count = sum(len(read_header(folder / name)) for name in weight_files(folder))
-        return f"PEFT is not installed, so it was not loaded there ({count} tensors written)"
+        written = counted(count, "tensor")
+        return f"PEFT is not installed, so it was not loaded there ({written} written)"
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of PEFT, of its own ways
         from peft import PeftModel

@@ -160,8 +160,9 @@ class Findings:
             if split.control_token_rows:
                 share = _percent(split.control_token_rows / split.rows)
                 lines.append(
-                    f"{split.control_token_rows:,}{share} {name} rows have control tokens in their "
-                    f"text; {split.control_tokens}"
+                    f"{split.control_token_rows:,}{share} {name} "
+                    f"{_verb(split.control_token_rows, 'have')} control tokens in the text; "
+                    f"{split.control_tokens}"
                 )
             if split.cut_note:
                 lines.append(f"{name}: {split.cut_note}")
@@ -169,22 +170,24 @@ class Findings:
             if split.contradictions and split.contradictions.rows:
                 first = split.contradictions.examples[0]
                 lines.append(
-                    f"{split.contradictions} {name} rows have a text that has another label "
-                    f"elsewhere: {first.row} `{first.text}` is {first.label}, "
-                    f"{first.other} is {first.other_label}"
+                    f"{split.contradictions} {name} {_verb(split.contradictions.rows, 'have')} a "
+                    f"text that has another label elsewhere: {first.row} `{first.text}` is "
+                    f"{first.label}, {first.other} is {first.other_label}"
                 )
             for found, how in (
                 (split.duplicates, "equal to"),
                 (split.near_duplicates, "nearly equal to"),
             ):
                 if found and found.rows:
-                    lines.append(f"{found} {name} rows are {how} an earlier one: {_first(found)}")
+                    are = _verb(found.rows, "are")
+                    lines.append(f"{found} {name} {are} {how} an earlier one: {_first(found)}")
         for name, others in self.overlap.items():
             for other, what in others.items():
                 for found, how in ((what.exact, "equal to"), (what.near, "nearly equal to")):
                     if found and found.rows:
+                        are = _verb(found.rows, "are")
                         lines.append(
-                            f"{found} {name} rows are {how} a row of {other}: {_first(found)}"
+                            f"{found} {name} {are} {how} a row of {other}: {_first(found)}"
                         )
         return lines
 
@@ -288,6 +291,12 @@ def _allowing(share: float) -> float:
 def short(text: str, width: int = TEXT_WIDTH) -> str:
     """Return a text in one line of at most `width` columns."""
     return shortened(" ".join(text.split()), width)
+
+
+def _verb(count: int, verb: str) -> str:
+    """Return `row` or `rows` with the verb that belongs to so many: `row is`, `rows are`."""
+    one = {"are": "is", "have": "has"}
+    return f"row {one[verb]}" if count == 1 else f"rows {verb}"
 
 
 def _first(found: Found) -> str:

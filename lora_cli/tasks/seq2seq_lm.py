@@ -224,7 +224,8 @@ class Seq2SeqLM(SourceAndTargetTask):
     def cut_prompts_note(self) -> str:
         """What to say of sources that were cut."""
         end = "the beginning" if self.spec.truncate_source == "left" else "the end"
-        return f"lost {end}: more than {self.limit('source'):,} tokens (`task.max_source_length`)"
+        limit = counted(self.limit("source"), "token")
+        return f"lost {end}: more than {limit} (`task.max_source_length`)"
 
     def sample(
         self, model: nn.Module, rows: Sequence[dict[str, Any]]

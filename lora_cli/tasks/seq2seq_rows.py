@@ -109,7 +109,8 @@ class SourceAndTargetTask(WritingTask):
         """What to say of lengths that are more than the model can take."""
         asked = {side: int(getattr(self.spec, f"max_{side}_length")) for side in SIDES}
         notes = [
-            f"`task.max_{side}_length` is {length}, and the model takes {self.limit(side)} tokens"
+            f"`task.max_{side}_length` is {length}, and the model takes "
+            f"{counted(self.limit(side), 'token')}"
             for side, length in asked.items()
             if self.limit(side) < length and f"max_{side}_length" in self.spec.model_fields_set
         ]
@@ -118,8 +119,8 @@ class SourceAndTargetTask(WritingTask):
     @property
     def length_limit(self) -> str:
         """The limits in words."""
-        source, target = (self.limit(side) for side in SIDES)
-        return f"{source:,} tokens of the source and {target:,} of the target"
+        source, target = self.limit("source"), self.limit("target")
+        return f"{counted(source, 'token')} of the source and {target:,} of the target"
 
     @property
     def length_name(self) -> str:
@@ -225,7 +226,7 @@ class SourceAndTargetTask(WritingTask):
         for side in SIDES:
             if count := int((cut & CUT[side] > 0).sum()):
                 end = "the beginning" if self.texts.truncation(side) == "left" else "the end"
-                limit = f"more than {self.limit(side):,} tokens"
+                limit = f"more than {counted(self.limit(side), 'token')}"
                 parts.append(f"{counted(count, side)} lost {end} ({limit})")
         return ", ".join(parts) or None
 

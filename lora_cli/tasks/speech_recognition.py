@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from lora_cli.adapters.attach import lora_layers
 from lora_cli.data.media import described, media_value
 from lora_cli.data.recordings import Samples, playable
+from lora_cli.errors import counted
 from lora_cli.metrics import MetricContext
 from lora_cli.models.feature_extractor import features_of
 from lora_cli.recipe.spec import GenerationSpec
@@ -224,7 +225,7 @@ class SpeechRecognition(RecordedTask):
         kept = {key: value for key, value in found.items() if key not in FACTS_OF_WHISPER}
         for key in LISTS_OF_TOKENS:
             if isinstance(kept.get(key), list):
-                kept[key] = f"({len(kept[key])} tokens)"
+                kept[key] = f"({counted(len(kept[key]), 'token')})"
         return kept
 
     def _transcripts(self, model: nn.Module, heard: Tensor, options: GenerationSpec) -> list[str]:

@@ -160,8 +160,8 @@ class TextTask(Task):
         if self.positions is None or self.max_length < self.positions:
             whose = "the tokenizer allows"
         return (
-            f"warning: `task.max_length` is {asked}, and {whose} {self.max_length} tokens: longer "
-            "texts are cut there"
+            f"warning: `task.max_length` is {asked}, and {whose} "
+            f"{counted(self.max_length, 'token')}: longer texts are cut there"
         )
 
     @property

@@ -32,6 +32,7 @@ for _name, _sections in {
     "named by its id too": {"adapter": {"train_tokens": [0, "<s>"]}},
     "of an adapted embedding": {
         "adapter": {"train_tokens": ["</s>"], "target_modules": ["embed_tokens"]}},
+    "without any module": {"adapter": {"train_tokens": ["</s>"], "target_modules": []}},
     "of an embedding that is trained": {"adapter": {
         "train_tokens": ["</s>"], "train_modules": ["embed_tokens", "lm_head"]}},
 }.items():  # fmt: skip

@@ -195,7 +195,7 @@ def _token_differences(reading: TokenReading, ours: dict[str, TokenRows]) -> Ite
     for name, layer in ours.items():
         if _has_bias(layer.base):
             yield f"PEFT would leave out the bias of `{name}`, of which rows are trained: {merged}"
-        elif not _computes_as_peft(layer.base):
+        elif not computes_as_peft(layer.base):
             kind = type(layer.base).__name__
             yield (
                 f"PEFT would compute `{name}`, of which rows are trained, as a plain embedding, "
@@ -207,7 +207,7 @@ def _has_bias(base: nn.Module) -> bool:
     return isinstance(base, nn.Linear) and base.bias is not None
 
 
-def _computes_as_peft(base: nn.Module) -> bool:
+def computes_as_peft(base: nn.Module) -> bool:
     """Return whether it is `embedding(ids) * embed_scale`, or a plain linear layer."""
     if isinstance(base, nn.Linear):
         return type(base).forward is nn.Linear.forward

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
 from lora_cli.adapters.peft_format.peft_tensors import TOGETHER
-from lora_cli.adapters.peft_format.peft_token_rules import token_reading
+from lora_cli.adapters.peft_format.peft_token_rules import computes_as_peft, token_reading
 from lora_cli.errors import Problem
 
 ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
@@ -107,4 +107,8 @@ def _misfit(
     if not adapter.verified and getattr(module, "bias", None) is not None:
         what = f"`{name}` has a bias, which PEFT leaves out where it trains single rows"
         return Problem(what, hint="train it again with this tool, or use it in PEFT")
+    if not adapter.verified and not computes_as_peft(module):
+        what = f"`{name}` is a {type(module).__name__}, which PEFT computes as a plain embedding "
+        hint = "train it again with this tool, or use it in PEFT"
+        return Problem(f"{what}where it trains single rows", hint=hint)
     return None
