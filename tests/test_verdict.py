@@ -79,3 +79,13 @@ def test_a_correlation_and_a_metric_of_another_kind() -> None:
     assert verdict(report_of("pearson", 0.5, 0.6, 50), "test").head == "Too few rows to tell."
     assert verdict(report_of("bleu", 1.0, 40.0, 5), "test").head == "Too few rows to tell."
     assert verdict(report_of("bleu", 1.0, 40.0, 50), "test").head == "It learned."
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "change"),
+    [(20.0, 30.0, "(+50 %)"), (0.05, 50.25, "(+50.2)"), (0.0, 12.5, "(from zero)")],
+)
+def test_a_change_is_a_percentage_where_that_says_something(
+    before: float, after: float, change: str
+) -> None:
+    assert change in verdict(report_of("bleu", before, after, 1000), "test").text

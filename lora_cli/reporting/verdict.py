@@ -26,6 +26,7 @@ from lora_cli.reporting.report import part, shown_number
 SHARES = {"accuracy", "accuracy_at_1", "exact_match", "f1", "precision", "recall"}
 CORRELATIONS = {"pearson", "spearman", "matthews_correlation"}
 ENOUGH_ROWS = 30  # of a metric whose interval is not known
+MANY_TIMES = 10  # a change by more than so many times the number itself
 MANY_ROWS = 100  # with so many, it is not for want of rows that a difference is unclear
 
 
@@ -203,6 +204,8 @@ def _change(name: str, before: float, after: float) -> str:
     if name not in SMALLER_IS_BETTER and max(abs(before), abs(after)) <= 1:
         share = min(before, after) >= 0
         text = f"{(after - before) * 100:+.1f} points" if share else f"{after - before:+.4f}"
+    elif abs(after - before) > MANY_TIMES * abs(before):  # such a percentage says nothing
+        text = f"{after - before:+.4g}" if before else "from zero"
     else:
-        text = f"{100 * (after - before) / abs(before):+.0f} %" if before else "from zero"
+        text = f"{100 * (after - before) / abs(before):+.0f} %"
     return text.replace("-", "\N{MINUS SIGN}")
