@@ -281,7 +281,11 @@ def _chosen(
     linear = [name for name, module in adaptable.items() if isinstance(module, nn.Linear | Conv1D)]
     output = _output_embedding_name(model)
     pattern = recipe.adapter.target_modules
-    if pattern is None and recipe.task.default_targets == "layers":
+    usual = recipe.task.default_targets
+    if pattern is None and isinstance(usual, tuple):
+        pattern = [name for name in usual if any(matches([name], n) for n in linear)]
+        pattern = pattern or "all-linear"
+    if pattern is None and usual == "layers":
         if linear:
             return "all-linear", [name for name in linear if name != output]
         if convolutions := default_convolutions(adaptable):

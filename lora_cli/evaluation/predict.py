@@ -74,6 +74,7 @@ def answer_file(
     media = task.recipe.task.media_columns
     rows, output, added = _opened(source, target, task)
     folder = source if source.is_dir() else source.parent  # what paths in it are relative to
+    task.answer_folder = target.with_name(f"{target.stem}_pictures")  # if it draws such
     problems: list[Problem] = []
     written = 0
     blank = [None] * len(added)
@@ -108,8 +109,12 @@ def _opened(
 ) -> tuple[Iterator[RawRow], OutputForm, list[str]]:
     """Return the rows of a file or a folder, how they are written, and the names of new columns."""
     recipe, wanted = task.recipe, task.input_columns()
-    if source.is_dir() and (files := media_files(source, recipe)):
-        (column,) = wanted.values()
+    (column,) = wanted.values() if len(wanted) == 1 else [""]
+    if (
+        source.is_dir()
+        and column in recipe.task.media_columns
+        and (files := media_files(source, recipe))
+    ):
         added = _free_names(list(task.answer_columns()), [column])
         rows = (RawRow({column: file.as_posix()}, file.as_posix()) for file in files)
         return rows, _form_of_table(target, [column], added, task), added

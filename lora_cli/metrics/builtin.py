@@ -25,14 +25,14 @@ from lora_cli.metrics.final_answers import final_answer, is_same_answer
 from lora_cli.metrics.retrieval_scores import RETRIEVAL, retrieval_scores
 from lora_cli.metrics.word_tokenizers import bleu_words, canonical, rouge_words
 
-Channel = Literal["label", "value", "text", "nll", "tags", "ranks"]
+Channel = Literal["label", "value", "text", "nll", "tags", "ranks", "pictures"]
 """What a metric reads of each evaluated row, as prediction and reference.
 
 `label`: class indices, or 0/1 lists of length `n_labels` where a row may have several; `value`:
 floats; `text`: strings, of which a row may have several as references, in a list; `nll`: the row's
 sum of negative log-likelihoods in nats, and its number of trained tokens; `tags`: lists of tags,
 one for each word; `ranks`: the ranks of right answers among the first ten that a search finds, and
-how many right answers there are.
+how many right answers there are; `pictures`: nothing, as no metric reads pictures.
 """
 Rows = list[Any]
 Mode = Literal["min", "max"]
@@ -45,10 +45,12 @@ _FEEDS: dict[Channel, tuple[Channel, ...]] = {
     "nll": ("nll", "text"),
     "tags": ("tags",),
     "ranks": ("ranks",),
+    "pictures": (),
 }
 _NOUNS = {
     "label": "labels", "value": "numbers", "text": "texts", "nll": "log-likelihoods",
     "tags": "tags of words", "ranks": "ranks of a search",
+    "pictures": "pictures, of which it measures the loss alone",
 }  # fmt: skip
 
 
@@ -403,7 +405,8 @@ def check_metric_names(
             reads, fed = _NOUNS[spec.channel], _NOUNS[default_channel]
             what = f"metric `{name}` compares {reads}; this task yields {fed}"
             usable = [n for n, s in SPECS.items() if s.channel in _FEEDS[default_channel]]
-            problems.append(Problem(what, at, f"choose from {', '.join(usable)}"))
+            hint = f"choose from {', '.join(usable)}" if usable else "leave it out"
+            problems.append(Problem(what, at, hint))
         elif default_channel and name == "no_answer" and context.answer_pattern is None:
             what = "metric `no_answer` counts texts without a match of `task.answer_pattern`"
             hint = "add the pattern of a final answer, or leave the metric out"

@@ -51,8 +51,12 @@ def base_facts(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> 
 
 def config_facts(config: PretrainedConfig) -> dict[str, Any]:
     """Return the keys of a configuration that its model computes with, flat: `vision.layers`."""
-    plain = json.loads(json.dumps(config.to_dict(), default=str))
-    return _computing(plain)
+    return flat_config(config.to_dict())
+
+
+def flat_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the same of a configuration as a dictionary."""
+    return _computing(json.loads(json.dumps(config, default=str)))
 
 
 def _computing(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

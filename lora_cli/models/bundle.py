@@ -6,11 +6,16 @@ of their part before their own: `unet.down_blocks.0.…`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+SUPPORTS = (  # what transformers and diffusers call it
+    "supports_gradient_checkpointing",
+    "_supports_gradient_checkpointing",
+)
 
 
 class Bundle(nn.Module):
@@ -21,14 +26,21 @@ class Bundle(nn.Module):
             `save_pretrained`, as those of transformers and diffusers.
         frozen: Names of parts that are used as they are: they get no adapter, and stay in eval
             mode.
+        save_rest: Writes into a folder what a checkpoint has besides its models.
     """
 
-    def __init__(self, parts: Mapping[str, nn.Module], frozen: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        parts: Mapping[str, nn.Module],
+        frozen: Collection[str] = (),
+        save_rest: Callable[[Path], object] | None = None,
+    ) -> None:
         super().__init__()
         assert set(frozen) <= set(parts), "a frozen part that is no part"
         for name, part in parts.items():
             self.add_module(name, part)
         self.frozen = tuple(frozen)
+        self.save_rest = save_rest
         self.train(False)
 
     @property
@@ -46,19 +58,26 @@ class Bundle(nn.Module):
     @property
     def supports_gradient_checkpointing(self) -> bool:
         """Whether every part that is trained can recompute its activations."""
-        return all(getattr(part, "supports_gradient_checkpointing", False) for part in self._own())
+        return all(any(getattr(part, name, False) for name in SUPPORTS) for part in self._own())
 
     def gradient_checkpointing_enable(self, options: dict[str, Any]) -> None:
         """Let the parts that are trained recompute their activations."""
         for part in self._own():
-            enable: Any = getattr(part, "gradient_checkpointing_enable")  # noqa: B009 - of a Module
-            enable(options)
+            enable: Any = getattr(part, "gradient_checkpointing_enable", None)
+            if enable is not None:
+                enable(options)
+                continue
+            # of diffusers, which takes no options, and checkpoints without reentrance
+            enable = getattr(part, "enable_gradient_checkpointing")  # noqa: B009 - of a Module
+            enable()
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write each part into a folder of its name."""
+        """Write each part into a folder of its name, and what belongs to them."""
         for name, part in self.parts.items():
             save: Any = getattr(part, "save_pretrained")  # noqa: B009 - of a Module
             save(folder / name)
+        if self.save_rest is not None:
+            self.save_rest(folder)
 
     def _own(self) -> Iterator[nn.Module]:
         return (part for name, part in self.parts.items() if name not in self.frozen)

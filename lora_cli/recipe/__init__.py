@@ -33,6 +33,7 @@ from lora_cli.recipe.spec import (
     SplitSpec,
     TaskSpec,
     TextEmbeddingSpec,
+    TextToImageSpec,
     TokenClassificationSpec,
     TrainSpec,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "TaskSpec",
     "SequenceClassificationSpec",
     "TextEmbeddingSpec",
+    "TextToImageSpec",
     "TokenClassificationSpec",
     "CausalLMSpec",
     "ImageClassificationSpec",

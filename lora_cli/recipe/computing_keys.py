@@ -27,8 +27,8 @@ COMPUTATION_FILE = "computation.json"
 # where rows lie may change; the template's text is kept, not its place; and what is measured of an
 # answer does not change it
 PLACES = {
-    "task.answer_pattern", "task.chat_template", "data.path", "data.name", "data.config",
-    "data.revision", "data.train", "data.validation", "data.test",
+    "task.answer_pattern", "task.chat_template", "task.prior.path", "data.path", "data.name",
+    "data.config", "data.revision", "data.train", "data.validation", "data.test",
 }  # fmt: skip
 WORTH_A_WARNING = ("data.", "evaluate.generation.", "model.dtype", "model.attention",
                    "train.precision")  # fmt: skip

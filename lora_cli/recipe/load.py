@@ -312,6 +312,10 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
             paths[f"data.{key}"] = absolute(f"data.{key}", value)
     for key in recipe.task.local_files:
         paths[f"task.{key}"] = absolute(f"task.{key}", getattr(recipe.task, key))
+    for key in recipe.task.local_folders:
+        section, name = key.split(".")
+        value = getattr(getattr(recipe.task, section), name)
+        paths[f"task.{key}"] = absolute(f"task.{key}", value)
     check("output_dir", recipe.output_dir, Path.cwd())
     paths["output_dir"] = expanded(recipe.output_dir)
     if problems:

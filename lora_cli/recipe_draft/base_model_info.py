@@ -39,6 +39,8 @@ class Base:
         hears: It writes down what is said in recordings.
         hears_languages: It hears several languages, and needs to know which is spoken.
         embeds: It has the files of sentence-transformers.
+        draws: It draws pictures, as models of diffusers do.
+        picture_side: The side of the pictures that it draws, in pixels.
         model_type: What transformers calls its architecture, or diffusers its pipeline, if that is
             known.
     """
@@ -56,6 +58,8 @@ class Base:
     hears: bool = False
     hears_languages: bool = False
     embeds: bool = False
+    draws: bool = False
+    picture_side: int | None = None
 
     @property
     def language_codes(self) -> Sequence[str]:
@@ -106,7 +110,7 @@ def describe_base(name: str) -> Base:
     local = folder.is_dir() or name.startswith((".", "/", "~"))
     source = locate(str(folder.absolute()) if local else name, "--model")
     if (pipeline := _pipeline_in(Path(source))) is not None:
-        return Base(name, can_write=False, model_type=pipeline)
+        return _drawing(name, Path(source), pipeline)
     try:
         config = _from_hub(AutoConfig, source, local)
     except Exception as error:  # a damaged configuration raises anything
@@ -143,6 +147,25 @@ def describe_base(name: str) -> Base:
         is_encoder_decoder=both,
         embeds=_has_modules(source),
     )
+
+
+def _drawing(name: str, folder: Path, pipeline: str) -> Base:
+    """Return what is known of a model of several parts."""
+    from lora_cli.models.diffusion_base import FAMILIES, DiffusionBase
+
+    if pipeline not in FAMILIES:
+        return Base(name, can_write=False, model_type=pipeline)
+    values = {
+        "model": {"name": str(folder.absolute())}, "task": {"type": "text_to_image"},
+        "data": {"path": "none"},
+    }  # fmt: skip
+    recipe = Recipe.model_validate(values).with_origin(Origin({"model.name": f"--model {name}"}))
+    base = DiffusionBase(recipe)
+    parameters = sum(p.numel() for p in base.empty(()).parameters())
+    return Base(
+        name, can_write=False, shape=Shape(parameters), model_type=pipeline, draws=True,
+        picture_side=base.usual_side,
+    )  # fmt: skip
 
 
 def _hearing(name: str, config: Any) -> Base:

@@ -20,6 +20,7 @@ from lora_cli.reporting.html import DASH, document, esc, grouped_table, own, sec
 from lora_cli.reporting.learning_curve import curve_of, smooth
 from lora_cli.reporting.page_analysis import Line, finite
 from lora_cli.reporting.page_answers import answer_sections, read_thumbnails, sample_section
+from lora_cli.reporting.page_drawings import drawing_section
 from lora_cli.reporting.page_settings import clock, data_section, settings_section, size
 from lora_cli.reporting.report import (
     goal_of,
@@ -59,6 +60,7 @@ def write_page(folder: Path, report: dict[str, Any] | None = None) -> Path:
         _results(report, numbers, split),
         _curves(report, log),
         sample_section(report),
+        drawing_section(folder),
         *answer_sections(
             report, kind, lines, split, read_thumbnails(folder / "predictions", split)
         ),

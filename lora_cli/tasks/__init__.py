@@ -18,6 +18,7 @@ from lora_cli.recipe import (
     SpeechRecognitionSpec,
     TaskSpec,
     TextEmbeddingSpec,
+    TextToImageSpec,
     TokenClassificationSpec,
 )
 
@@ -93,6 +94,10 @@ def _type_of(spec: TaskSpec) -> type[Task]:
             from lora_cli.tasks.text_embedding import TextEmbedding
 
             return TextEmbedding
+        case TextToImageSpec():
+            from lora_cli.tasks.text_to_image import TextToImage
+
+            return TextToImage
         case _:
             assert_never(spec)
 

@@ -22,7 +22,7 @@ from lora_cli.data.pictures import (
     resampling,
     thumbnail_of,
 )
-from lora_cli.errors import LoraError, counted, warn
+from lora_cli.errors import LoraError, warn
 from lora_cli.models.base_facts import config_facts
 from lora_cli.models.base_model import load_config
 from lora_cli.models.image_processor import (
@@ -38,6 +38,7 @@ from lora_cli.tasks.classification import Classification
 from lora_cli.tasks.examples import MAIN, Batch, Example, Field
 from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.tasks.labelled_pictures import propose_pictures
+from lora_cli.tasks.odd_pictures import FEATURES, odd_facts, odd_pictures
 from lora_cli.unexpected_errors import own_words
 
 ENCODING = 1  # of rows into examples; a change of it makes what is kept on the disk useless
@@ -124,14 +125,13 @@ class ImageClassification(Classification):
         for row in rows:
             value = row[self.spec.image_column]
             facts = picture_facts(value)
-            look = {"is_animated": facts.is_animated, "is_transparent": facts.is_transparent}
-            examples.append([{"image": value, "labels": self.label_of(row), **look}])
+            own = {"image": value, "labels": self.label_of(row)}
+            examples.append([{**own, **odd_facts(facts)}])
         return examples
 
     def features(self) -> dict[str, str]:
         """Return the types of an example."""
-        looks = {"is_animated": "bool", "is_transparent": "bool"}
-        return {"image": "media", "labels": self.label_feature, **looks}
+        return {"image": "media", "labels": self.label_feature, **FEATURES}
 
     def cost(self, example: Example) -> int:
         """Return 1: all pictures are read in one size."""
@@ -148,21 +148,7 @@ class ImageClassification(Classification):
 
     def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
         """Return a warning of pictures that are animated, or have transparent parts."""
-        said = []
-        reads = {
-            "is_animated": "several pictures in one file, of which the first is read",
-            "is_transparent": "transparent parts, which are read as white",
-        }
-        for key, what in reads.items():
-            if hasattr(examples, "data"):
-                found = np.flatnonzero(examples.data.column(key).to_numpy())
-            else:
-                found = np.flatnonzero([example[key] for example in examples])
-            if len(found):
-                place = rows.place(int(examples[int(found[0])]["row"]))
-                have = "has" if len(found) == 1 else "have"
-                said.append(f"{counted(len(found), f'{name} row')} {have} {what}: {place}")
-        return 0.0, "; ".join(said) or None
+        return 0.0, odd_pictures(name, rows, examples)
 
     # ---------------------------------------------------------------------------- pixels
 

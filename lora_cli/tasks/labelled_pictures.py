@@ -15,7 +15,7 @@ LABEL_NAME = re.compile(r"(?i)labels?|class(es)?|categor(y|ies)|target|species|b
 
 def propose_pictures(table: Table, base: BaseFacts) -> Proposal | None:
     """Return which label of a picture a table has; see `Task.propose`."""
-    if table.media == "audio" or not (table.media or base.sees):
+    if table.media == "audio" or base.draws or not (table.media or base.sees):
         return None
     return proposed(lambda: _of_pictures(table, base), Certainty.ONLY)
 

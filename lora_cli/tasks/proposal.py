@@ -81,6 +81,14 @@ class BaseFacts(Protocol):
         """It reads pictures and no texts; None where that is not known."""
 
     @property
+    def draws(self) -> bool:
+        """It draws pictures, as models of diffusers do."""
+
+    @property
+    def picture_side(self) -> int | None:
+        """The side of the pictures that it draws, in pixels, if that is known."""
+
+    @property
     def hears(self) -> bool:
         """It writes down what is said in recordings."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,8 @@ class TaskAnswers(TaskRows):
     """What one thing to be answered is called."""
     answer_hint: str = "name another"
     """What to do where one cannot be answered."""
+    answer_folder: Path | None = None
+    """Where answers go that are files; None: the working directory."""
 
     def parse_input(self, typed: str) -> dict[str, Any]:
         """Return a row that holds what a user typed.
@@ -85,6 +88,10 @@ class TaskAnswers(TaskRows):
             For each row (what was asked, what the row wants, what the model says), in words.
         """
         return []
+
+    def draw_pictures(self, model: nn.Module, prompts: Sequence[str]) -> list[Any]:
+        """Return the picture that a model draws for each text, as Pillow has it."""
+        raise NotImplementedError
 
     @property
     def writer(self) -> Any:

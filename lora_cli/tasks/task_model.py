@@ -104,6 +104,12 @@ class TaskModel(ABC):
         """What a report says of a teacher."""
         return {}
 
+    def complete_data(self, device: torch.device) -> None:  # noqa: B027 - optional
+        """Make what the data of a training need and do not have yet, such as drawn pictures.
+
+        It is called before they are read, on one process.
+        """
+
     def try_training(self, model: nn.Module, longest: int | None = None) -> None:  # noqa: B027 - optional
         """Compute small batches as in training, whose forward pass may ask for more.
 

@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 
 from lora_cli import __version__
 from lora_cli.adapters.attach import parameter_table
+from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
 from lora_cli.data.load_rows import SPLITS
 from lora_cli.environment import installed_version
 from lora_cli.errors import LoraError, Problem, ResourceError, warn
@@ -286,6 +287,31 @@ def add_results(
         "skipped_steps": state.skipped_steps,
         "changes": state.changes,
     }
+
+
+def compare_with_peft(
+    report: dict[str, Any],
+    model: nn.Module,
+    recipe: Recipe,
+    in_full: list[str],
+    say: Callable[[str], object],
+) -> None:
+    """Say what PEFT would read otherwise in the output folder than this tool does.
+
+    Args:
+        report: Gets it too.
+        model: Of the run.
+        recipe: Of the run.
+        in_full: Names of the modules that are trained in full.
+        say: Prints a line.
+    """
+    if not recipe.adapter.low_rank:
+        return
+    found = differences_in_peft(model, recipe, in_full, recipe.output_path)
+    for difference in found:
+        say(f"warning: {difference}")
+    if found:
+        report["differences_in_peft"] = found
 
 
 def finish(recipe: Recipe, report: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:

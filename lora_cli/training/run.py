@@ -16,10 +16,10 @@ from lora_cli.accelerator import start_accelerator
 from lora_cli.adapters.attach import training_mode
 from lora_cli.adapters.make_trainable import make_trainable
 from lora_cli.adapters.parameter_targets import frozen_experts_note
-from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
 from lora_cli.adapters.trained_modules import trained_facts
 from lora_cli.environment import reject_mpi
 from lora_cli.errors import counted
+from lora_cli.evaluation.draw_samples import draw_samples
 from lora_cli.evaluation.evaluate_split import evaluate
 from lora_cli.evaluation.probe import take_probe, write_probe
 from lora_cli.evaluation.samples import add_samples
@@ -46,6 +46,7 @@ from lora_cli.training.mirror import open_mirror
 from lora_cli.training.optimizers import build_optimizer, learning_rate_factor, set_learning_rate
 from lora_cli.training.output_folder import (
     add_results,
+    compare_with_peft,
     finish,
     finished_report,
     locked_output,
@@ -91,6 +92,8 @@ def train(recipe: Recipe, resume: bool = False, learned: Learned | None = None) 
                 resources.enter_context(locked_output(recipe, resume))
                 clear_leftovers(recipe.output_path)
             task.load_processor()
+            if accelerator.is_main_process and done is None:
+                task.complete_data(accelerator.device)
             data = load_data(task)
             if done is not None:
                 reject_other_rows(recipe, done, data)
@@ -237,10 +240,12 @@ class Run:
         """Evaluate, save and leave, where it is time after a step."""
         recipe, state = self.recipe, self.state
         last = state.step == self.total_steps
-        evaluating = "validation" in self.data and (last or self._due(recipe.evaluate.every_steps))
+        due = last or self._due(recipe.evaluate.every_steps)
+        evaluating = due and "validation" in self.data
+        drawing = due and not last and bool(recipe.task.sample_prompts)
         asked = self.stop.poll()
         saving = last or asked.checkpoint or self._due(recipe.checkpoint.every_steps)
-        if not (evaluating or saving or asked.stop or self.save_pending):
+        if not (evaluating or drawing or saving or asked.stop or self.save_pending):
             return
         self._count_seconds()
         self._check_numbers()
@@ -248,6 +253,8 @@ class Run:
         saving |= state.evaluation_due
         state.evaluation_due = evaluating
         stop = asked.stop or (self._evaluate() if evaluating else 0)
+        if drawing and not stop:
+            self._draw(state.step)
         if saving or stop or state.stopped_early or self.save_pending:
             # after a bad step this waits until another, or validation, vouches for the weights
             self.save_pending = bool(self.window.streak)
@@ -342,6 +349,7 @@ class Run:
             if name in self.data:
                 self.state.before[name] = self._metrics(name, strict=True)
         self._sample("before")
+        self._draw(0)
         if "validation" in self.state.before:
             self.judge.value(self.state.before["validation"])  # is there such a metric?
             self.log.evaluated(0, 0.0, self.state.before["validation"], "  (before training)")
@@ -361,13 +369,15 @@ class Run:
 
     def _predictions(self, split: str) -> Path:
         """Return the file for the predictions on a split, in a folder that exists."""
-        file = self.folder / "predictions" / f"{split}.jsonl"
-        file.parent.mkdir(exist_ok=True)
-        return file
+        (self.folder / "predictions").mkdir(exist_ok=True)
+        return self.folder / "predictions" / f"{split}.jsonl"
 
     def _sample(self, when: str | int) -> None:
         split, state = self.data.get("validation"), self.state
         add_samples(self.model, self.task, split, self.accelerator, state.samples, when, state.best)
+
+    def _draw(self, when: int | None) -> None:
+        draw_samples(self.model, self.task, self.accelerator, self.folder, when)
 
     def _evaluate(self) -> int:
         """Measure validation; publish the adapter if it is the best so far.
@@ -423,8 +433,9 @@ class Run:
                 after[name] = self._metrics(name, self._predictions(name))
         if self.accelerator.is_main_process:
             write_thumbnails(self.folder / "predictions", self.task, self.data)
+            compare_with_peft(self.report, self.model, self.recipe, self.in_full, self.log.say)
         self._sample("after")
-        self._compare_with_peft()
+        self._draw(None)
         add_results(self.report, self.state, after, self._epoch, self.accelerator.device)
         if self.saver.base is not None:
             self.report["base"] = self.saver.base.facts
@@ -437,14 +448,3 @@ class Run:
         self.log.say(
             f"trained {counted(self.state.step, 'step')}{on} in {clock(self.state.seconds)}"
         )
-
-    def _compare_with_peft(self) -> None:
-        """Say what PEFT would read otherwise in the output folder than this tool does."""
-        recipe = self.recipe
-        if not (recipe.adapter.low_rank and self.accelerator.is_main_process):
-            return
-        found = differences_in_peft(self.model, recipe, self.in_full, self.folder)
-        for difference in found:
-            self.log.say(f"warning: {difference}")
-        if found:
-            self.report["differences_in_peft"] = found

@@ -47,6 +47,7 @@ from lora_cli.training.engine import Engine
 CPU = torch.device("cpu")
 N_ROWS = 7  # to train; those after them are of validation
 GENERATION = {"max_new_tokens": 3}
+DRAWING = {"steps": 2}
 
 # --------------------------------------------------------------------------------------- tasks
 
@@ -80,7 +81,12 @@ def write_kind(
         "data": {"train": "train.jsonl", "validation": "validation.jsonl"},
         "adapter": {"rank": 2, "alpha": 4, "target_modules": "all-linear", **(adapter or {})},
         "train": {"max_steps": 2, "micro_batch_size": 2, "log_every_steps": 1, **kind.train},
-        "evaluate": {"baseline": False, "every_steps": 2, "generation": GENERATION},
+        "evaluate": {
+            "baseline": False,
+            "every_steps": 2,
+            "generation": GENERATION,
+            "drawing": DRAWING,
+        },
         "checkpoint": {"every_steps": 1},
     }
     path = folder / "recipe.yaml"
@@ -177,6 +183,7 @@ def answers(opened: Opened, rows: Sequence[Json]) -> list[Json]:
     media = opened.recipe.task.media_columns
     rows = [with_media(RawRow(row, ""), Path(), media).columns or {} for row in rows]
     columns = opened.task.answer_columns()
+    opened.task.answer_folder = Path(opened.recipe.model.name).with_name("drawn")
     values = answer(opened.model, opened.task, rows, accelerator)
     return [dict(zip(columns, row, strict=True)) for row in values]
 

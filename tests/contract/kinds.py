@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+import tiny_diffusion
 import tiny_embedders
 import tiny_experts
 import tiny_pictures
@@ -59,10 +60,13 @@ class TaskKind:
 
 @functools.cache
 def model_type(name: str) -> str:
-    """Return what `config.json` of a kind's base calls its architecture."""
+    """Return what `config.json` of a kind's base calls its architecture, diffusers its pipeline."""
     with tempfile.TemporaryDirectory() as folder:
-        config = TASKS[name].save_base(Path(folder) / "base") / "config.json"
-        return str(json.loads(config.read_text(encoding="utf-8"))["model_type"])
+        base = TASKS[name].save_base(Path(folder) / "base")
+        key, file = "model_type", base / "config.json"
+        if not file.exists():
+            key, file = "_class_name", base / "model_index.json"
+        return str(json.loads(file.read_text(encoding="utf-8"))[key])
 
 
 def text(i: int) -> str:
@@ -98,6 +102,14 @@ def pictured(i: int) -> Json:
     return {"image": str(file), "label": kind}
 
 
+def captioned(i: int) -> Json:
+    file = pictures() / f"captioned{i}.png"
+    kind = tiny_pictures.CLASSES[i % 2]
+    tiny_pictures.picture(i, kind, 18 + i % 5, 17 + i % 3).save(file)
+    return {"image": str(file), "text": f"{kind}, {text(i)}"}
+
+
+DRAWING = {"type": "text_to_image", "resolution": tiny_diffusion.SIDE}
 PICTURES = {"type": "image_classification", "labels": list(tiny_pictures.CLASSES)}
 BAD_GOOD = ["bad", "good"]
 CLASSIFICATION = {"type": "sequence_classification", "labels": BAD_GOOD}
@@ -240,6 +252,10 @@ TASKS = {
         lambda folder: tiny_pictures.save("vit", folder),
         {**PICTURES, "augmentation": {"crop": True, "flip": True}}, pictured,
         ("prediction", "p_dark", "p_light"), ("label",), drafted=PICTURES,
+    ),
+    "captioned pictures": TaskKind(
+        tiny_diffusion.save, {**DRAWING, "caption_dropout": 0.2, "validation_draws": 2}, captioned,
+        ("picture",), ("image",), drafted=DRAWING,
     ),
     "translation": TaskKind(
         lambda folder: tiny_translators.save(folder, "marian"), TRANSLATION, translated,

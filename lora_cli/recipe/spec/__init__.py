@@ -16,7 +16,7 @@ from lora_cli.recipe.spec.data import (
     is_file,
 )
 from lora_cli.recipe.spec.distill import DistillSpec
-from lora_cli.recipe.spec.evaluate import EvaluateSpec, GenerationSpec
+from lora_cli.recipe.spec.evaluate import DrawingSpec, EvaluateSpec, GenerationSpec
 from lora_cli.recipe.spec.image_classification_spec import ImageClassificationSpec
 from lora_cli.recipe.spec.model import ModelSpec
 from lora_cli.recipe.spec.recipe import Origin, Recipe
@@ -25,6 +25,7 @@ from lora_cli.recipe.spec.sequence_classification_spec import SequenceClassifica
 from lora_cli.recipe.spec.speech_recognition_spec import SpeechRecognitionSpec
 from lora_cli.recipe.spec.task import TASKS, TaskSpec
 from lora_cli.recipe.spec.text_embedding_spec import TextEmbeddingSpec
+from lora_cli.recipe.spec.text_to_image_spec import PriorSpec, TextToImageSpec
 from lora_cli.recipe.spec.token_classification_spec import TokenClassificationSpec
 from lora_cli.recipe.spec.train import OptimizerSpec, ParameterGroupSpec, SchedulerSpec, TrainSpec
 
@@ -36,6 +37,8 @@ __all__ = [
     "SequenceClassificationSpec",
     "SpeechRecognitionSpec",
     "TextEmbeddingSpec",
+    "TextToImageSpec",
+    "PriorSpec",
     "TokenClassificationSpec",
     "TaskSpec",
     "TASKS",
@@ -56,6 +59,7 @@ __all__ = [
     "DistillSpec",
     "EvaluateSpec",
     "GenerationSpec",
+    "DrawingSpec",
     "CheckpointSpec",
     "Recipe",
     "Origin",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lora_cli.recipe.spec.section import Conflicts, Positive, Section, Word
+from lora_cli.recipe.spec.section import Conflicts, Positive, Section, Seed, Word
 
 
 class BestSpec(Section):
@@ -67,6 +67,24 @@ class GenerationSpec(Section):
             yield "length_penalty", what, "set `num_beams: 4`, or leave it out"
 
 
+class DrawingSpec(Section):
+    """How a model that draws pictures does so."""
+
+    steps: Positive = 30
+    """Steps from noise to a picture, with the base's own scheduler."""
+
+    guidance_scale: Annotated[float, Field(ge=0)] = 7.5
+    """How far a picture is moved away from what the model would draw for an empty text
+    (classifier-free guidance); 1 or less moves nothing."""
+
+    negative_prompt: Word | None = None
+    """A text instead of the empty one: what is not to be drawn."""
+
+    seed: Seed = 0
+    """Decides the noise that every picture starts from, also that of pictures that are drawn at the
+    same time: the same text, seed and settings give the same picture."""
+
+
 class EvaluateSpec(Section):
     """When validation is measured, by what, and what follows from it."""
 
@@ -101,3 +119,6 @@ class EvaluateSpec(Section):
 
     generation: GenerationSpec = Field(default_factory=GenerationSpec)
     """How a model that writes texts writes its answers."""
+
+    drawing: DrawingSpec = Field(default_factory=DrawingSpec)
+    """How a model that draws pictures draws them."""

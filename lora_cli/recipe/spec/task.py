@@ -13,6 +13,7 @@ from lora_cli.recipe.spec.sequence_classification_spec import SequenceClassifica
 from lora_cli.recipe.spec.speech_recognition_spec import SpeechRecognitionSpec
 from lora_cli.recipe.spec.task_section import TaskSection
 from lora_cli.recipe.spec.text_embedding_spec import TextEmbeddingSpec
+from lora_cli.recipe.spec.text_to_image_spec import TextToImageSpec
 from lora_cli.recipe.spec.token_classification_spec import TokenClassificationSpec
 
 TaskSpec = Annotated[
@@ -22,7 +23,8 @@ TaskSpec = Annotated[
     | Seq2SeqLMSpec
     | ImageClassificationSpec
     | SpeechRecognitionSpec
-    | TextEmbeddingSpec,
+    | TextEmbeddingSpec
+    | TextToImageSpec,
     Field(discriminator="type"),
 ]
 

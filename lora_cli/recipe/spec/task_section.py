@@ -95,9 +95,10 @@ class TaskSection(Section):
     """Whether several examples can share a row (`train.packing`)."""
     can_distill: ClassVar[bool] = False
     """Whether a teacher's answers can be learned (`train.distill`)."""
-    default_targets: ClassVar[Literal["attention", "layers"]] = "attention"
+    default_targets: ClassVar[Literal["attention", "layers"] | tuple[str, ...]] = "attention"
     """What is adapted if the recipe does not say: the queries and values of attention, or every
-    linear layer; where a model has none of either, what comes nearest."""
+    linear layer; where a model has none of either, what comes nearest. Or names, of which the
+    model's own are taken."""
     baselines: ClassVar[frozenset[str]] = frozenset({"base"})
     """Which of `evaluate.baselines` have a meaning."""
     usual_training: ClassVar[UsualTraining] = UsualTraining()
@@ -135,6 +136,16 @@ class TaskSection(Section):
     def transcript_column(self) -> str | None:
         """The column that text files next to recordings fill, where the task reads recordings."""
         return None
+
+    @property
+    def local_folders(self) -> list[str]:
+        """The keys whose values are folders, as seen from the recipe."""
+        return []
+
+    @property
+    def sample_prompts(self) -> list[str]:
+        """What a model that draws is asked to draw while it is trained."""
+        return []
 
     @property
     def local_files(self) -> list[str]:

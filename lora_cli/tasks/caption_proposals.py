@@ -1,0 +1,68 @@
+"""Rows of a picture with what it shows, for `lora init`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from lora_cli.data.media_folder import SAMPLE, are_media
+from lora_cli.errors import LoraError
+from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
+
+CAPTION_NAME = re.compile(
+    r"(?i)text|captions?|prompts?|descriptions?|title|tags|(additional_|image_)?(feature|caption)"
+)
+USUAL = {"image_column": "image", "caption_column": "text"}
+SIDE = 64  # pixels that the sides of a drafted resolution are multiples of
+
+
+def propose_captions(table: Table, base: BaseFacts) -> Proposal | None:
+    """Return which caption of a picture a table has; see `Task.propose`."""
+    if not base.draws:
+        return None
+    return proposed(lambda: _of_captions(table, base), Certainty.ONLY)
+
+
+def _of_captions(table: Table, base: BaseFacts) -> Proposal:
+    """Return the task of rows with a picture and a caption.
+
+    Raises:
+        LoraError: If no column holds pictures, or none says what they show.
+    """
+    place, names = table.place, [column.name for column in table.columns]
+    listed = f"the columns are {', '.join(names)}"
+    image = next((n for n in names if are_media([row.get(n) for row in table.rows[:SAMPLE]])), None)
+    if image is None or table.media == "audio":
+        what = f"`{base.name}` learns to draw pictures, and no column of {place} holds any"
+        raise LoraError(what, place, f"{listed}; a picture is named by its path")
+    caption = table.text or _caption_column([name for name in names if name != image])
+    if caption is None and table.media is not None:
+        what = f"the pictures of {place} have no captions next to them"
+        hint = "write what `a.png` shows into `a.txt`, or list all in metadata.csv: file_name,text"
+        raise LoraError(what, place, f"{hint}; or write a recipe with one `task.caption` for all")
+    if caption is None:
+        what = "no column is by its name what the pictures show"
+        raise LoraError(what, place, f"name it: `--text COLUMN`; {listed}")
+    keys = {"type": "text_to_image", "image_column": image, "caption_column": caption}
+    why = {
+        "image_column": "the pictures" if table.media else "pictures, or paths of such",
+        "caption_column": "chosen by you" if table.text else "by its name",
+    }
+    if table.media is not None:
+        why["caption_column"] = "the text files next to them"
+    for key, usual in USUAL.items():
+        if keys[key] == usual:
+            del keys[key]
+    if base.picture_side is not None:
+        keys["resolution"] = base.picture_side  # type: ignore[assignment]
+        why["resolution"] = "the size that the model was trained for"
+    left_out = {name: "not needed" for name in names if name not in (image, caption)}
+    return Proposal(keys, why, [image, caption], None, left_out, limits={})
+
+
+def _caption_column(names: Sequence[str]) -> str | None:
+    """Return the column of what pictures show, by its name, or the only one that there is."""
+    named = [name for name in names if CAPTION_NAME.fullmatch(name)]
+    if named:
+        return named[0]
+    return names[0] if len(names) == 1 and names[0] != "label" else None

@@ -1,0 +1,343 @@
+"""Draw what a text says: Stable Diffusion, as diffusers computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.data.pictures import require_pillow
+from lora_cli.errors import LoraError
+from lora_cli.models.base_model import mixed_precision
+from lora_cli.models.bundle import Bundle
+from lora_cli.models.diffusion_base import VAE, DiffusionBase, processor_hash
+from lora_cli.tasks.caption_proposals import propose_captions
+from lora_cli.tasks.captioned_pictures import LATENTS, POOLED, PRIOR, TEXTS, CaptionedPictures
+from lora_cli.tasks.diffusion_noise import DiffusionNoise, error_of
+from lora_cli.tasks.drawing import Drawing, picture_name
+from lora_cli.tasks.examples import MAIN, Batch, Prediction
+
+PROBE_SIDE = 8  # of the latents that are compared: every model can compute so few
+
+
+@dataclass
+class _Denoised:
+    """What the model says of the pictures of one size.
+
+    Args:
+        rows: Which examples of the batch they belong to (b,).
+        predicted: (b * n, C, H, W).
+        target: Likewise.
+        weights: Of each picture's error (b * n,); None where all are 1.
+    """
+
+    rows: Tensor
+    predicted: Tensor
+    target: Tensor
+    weights: Tensor | None
+
+
+class TextToImage(CaptionedPictures):
+    """`task.type: text_to_image`."""
+
+    metric_channel = "pictures"
+    default_metrics = ()
+    loss_definition = (
+        "mean squared error of the noise that the model takes away, per number of the latents; "
+        "of the same pictures, noise and steps in every evaluation"
+    )
+    joins_examples = True  # the draws of a row are one line
+    propose = staticmethod(propose_captions)
+
+    # --------------------------------------------------------------------- the processor
+
+    def load_processor(self) -> None:
+        """Load what has no weights: configurations, tokenizers, the scheduler."""
+        require_pillow()
+        self.read_config()
+        self.tokenizers = self.base.tokenizers()
+        self.noise = DiffusionNoise(self.base.noise_scheduler(), self.spec.snr_gamma)
+        side = self.base.pixels_per_latent
+        if self.spec.resolution % side:
+            near = max(round(self.spec.resolution / side), 1) * side
+            what = f"`resolution: {self.spec.resolution}` is no multiple of the {side} pixels that "
+            what += "the autoencoder makes one latent of"
+            raise LoraError(what, self.recipe.at("task.resolution"), f"for example {near}")
+        if self.spec.crop == "random" or self.spec.flip:
+            self.notes.append("latents are computed in every step, as pictures are cut or mirrored")
+
+    def read_config(self) -> None:
+        """Read the configurations of the base's parts."""
+        self.base = DiffusionBase(self.recipe)
+
+    def save_processor(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
+        """Write nothing: a whole model writes its tokenizers itself, and an adapter needs none."""
+
+    @property
+    def base_facts(self) -> dict[str, Any]:
+        """The computing keys of all configurations, and a hash of the tokenizers."""
+        return {"config": self.base.facts, "processor": processor_hash(self.tokenizers)}
+
+    # ----------------------------------------------------------------------------- model
+
+    @property
+    def frozen(self) -> list[str]:
+        """The parts that are used as they are."""
+        trains_texts = self.spec.train_text_encoder
+        return [VAE, *(() if trains_texts else self.base.family.text_encoders)]
+
+    def load_model(
+        self, device: torch.device, dtype: torch.dtype | str | None = None
+    ) -> tuple[nn.Module, list[str]]:
+        """Return all parts of the base; nothing in them is new."""
+        return self.base.load(device, dtype, self.frozen), []
+
+    def empty_model(self) -> tuple[nn.Module, list[str]]:
+        """Return the same without weights."""
+        return self.base.empty(self.frozen), []
+
+    def reloaded(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+        """Return all parts from a folder that `save_pretrained` wrote."""
+        copy = DiffusionBase(self.recipe.with_values({"model.name": str(folder.absolute())}))
+        return copy.load(torch.device("cpu"), "auto", self.frozen)
+
+    def frozen_parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """Return the parts whose outputs are the same in every step."""
+        names = [VAE] if self._keeps_latents else []
+        names += self.base.family.text_encoders if self._keeps_texts else ()
+        return {name: model.get_submodule(name) for name in names}
+
+    @property
+    def _keeps_latents(self) -> bool:
+        return self.spec.crop == "center" and not self.spec.flip
+
+    @property
+    def _keeps_texts(self) -> bool:
+        return not (self.spec.shuffle_tags or self.spec.train_text_encoder)
+
+    def frozen_outputs(
+        self, model: nn.Module, batch: Batch
+    ) -> dict[str, Tensor | Sequence[Tensor]]:
+        """Return the latents' distribution of each picture, and what is made of each caption."""
+        found: dict[str, Tensor | Sequence[Tensor]] = {}
+        n_rows, n_pictures = batch.inputs["steps"].shape
+        if self._keeps_latents:
+            of_row: list[Tensor] = [torch.empty(0)] * n_rows
+            for rows, inputs in _groups(batch.inputs):
+                latents = self._distribution(model, inputs["pixels"])
+                for i, one in zip(rows.tolist(), latents, strict=True):
+                    of_row[i] = one
+            found[LATENTS] = of_row
+        if self._keeps_texts:
+            texts, pooled = self._texts(model, batch.inputs)
+            found[TEXTS] = _unflat(texts, (n_rows, n_pictures))
+            if pooled is not None:
+                found[POOLED] = _unflat(pooled, (n_rows, n_pictures))
+        return found
+
+    @torch.no_grad()
+    def _distribution(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        """Return mean and log-variance of the latents (B, n, 2C, h, w) of pixels (B, n, 3, H, W).
+
+        They are computed in the autoencoder's own precision: in fp16 it overflows.
+        """
+        vae: Any = model.get_submodule(VAE)
+        with torch.autocast(pixels.device.type, enabled=False):
+            flat = pixels.flatten(0, 1).to(vae.dtype)
+            found: Tensor = vae.encode(flat).latent_dist.parameters
+        return _unflat(found, pixels.shape[:2])
+
+    def _latents(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return latents (B * n, C, h, w) as the denoiser reads them, with the noise's dtype."""
+        kept = inputs.get(LATENTS)
+        found = self._distribution(model, inputs["pixels"]) if kept is None else kept
+        mean, log_variance = found.flatten(0, 1).float().chunk(2, 1)
+        if self.spec.latents == "sample":
+            deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
+            mean = mean + deviation * inputs["sampled"].flatten(0, 1)
+        config = self.base.configs[VAE]
+        return (mean - (config.get("shift_factor") or 0.0)) * float(config["scaling_factor"])
+
+    def _texts(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], prefix: str = "ids"
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the text encoders make of captions: (N, L, D), and of a whole one (N, P)."""
+        found, pooled = [], None
+        with nullcontext() if self.spec.train_text_encoder else torch.no_grad():
+            for i, name in enumerate(self.base.family.text_encoders):
+                encoder = model.get_submodule(name)
+                ids = inputs[f"{prefix}.{i}"].flatten(0, -2)
+                if self.base.family.has_sizes:
+                    output = encoder(ids, output_hidden_states=True)
+                    found.append(output.hidden_states[-2])
+                    pooled = output[0]
+                else:
+                    found.append(encoder(ids)[0])
+        return torch.cat(found, -1), pooled
+
+    def _texts_of(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return what is made of each caption (B, n, …), with those that were left out as empty."""
+        shape = inputs["steps"].shape
+        if TEXTS in inputs:
+            found = [inputs[key] for key in (TEXTS, POOLED) if key in inputs]
+        else:
+            made = self._texts(model, inputs)
+            found = [_unflat(one, shape) for one in made if one is not None]
+        if "dropped" in inputs:
+            empty = self._texts(model, inputs, "empty")
+            for i, one in enumerate(e for e in empty if e is not None):
+                dropped = inputs["dropped"].view(*shape, *[1] * (found[i].ndim - 2))
+                found[i] = torch.where(dropped, one.to(found[i].dtype), found[i])
+        return found
+
+    def forward(self, model: nn.Module, batch: Batch) -> list[_Denoised]:
+        """Return, for the pictures of each size, what the model says of their noise."""
+        inputs = batch.inputs
+        texts, found = self._texts_of(model, inputs), []
+        for rows, group in _groups(inputs):
+            latents, noise = self._latents(model, group), group["noise"].flatten(0, 1)
+            steps = inputs["steps"][rows].flatten()
+            noisy = self.noise.noised(latents, noise, steps)
+            of_group = [one[rows].flatten(0, 1) for one in texts]
+            sizes = inputs["sizes"][rows].flatten(0, 1) if "sizes" in inputs else None
+            predicted = self._denoised(model, noisy, steps, of_group, sizes)
+            target = self.noise.target(latents, noise, steps)
+            found.append(_Denoised(rows, predicted, target, self.noise.weights(steps)))
+        return found
+
+    def _denoised(
+        self,
+        model: nn.Module,
+        noisy: Tensor,
+        steps: Tensor,
+        texts: Sequence[Tensor],
+        sizes: Tensor | None,
+    ) -> Tensor:
+        """Return what the denoiser says of noisy latents (B, C, h, w)."""
+        denoiser = model.get_submodule(self.base.family.denoiser)
+        dtype = _dtype_of(denoiser)
+        more = {}
+        if sizes is not None:
+            told = {"text_embeds": texts[1].to(dtype), "time_ids": sizes.to(dtype)}
+            more = {"added_cond_kwargs": told}
+        found: Tensor = denoiser(
+            noisy.to(dtype), steps, encoder_hidden_states=texts[0].to(dtype), return_dict=False,
+            **more,
+        )[0]  # fmt: skip
+        return found
+
+    @property
+    def loss_weights(self) -> Mapping[str, float]:  # type: ignore[override]
+        """The terms of the loss: the pictures, and those of the class."""
+        return {MAIN: 1.0, **({PRIOR: self.spec.prior.weight} if self.spec.prior else {})}
+
+    def losses(self, model: nn.Module, output: list[_Denoised], batch: Batch) -> dict[str, Tensor]:
+        """Return the error of each example's picture (B,), and of that of the class."""
+        n_rows, n_pictures = batch.inputs["steps"].shape
+        errors = [self._errors(one).view(-1, n_pictures) for one in output]
+        together = torch.cat(errors)
+        order = torch.cat([one.rows for one in output])
+        in_order = together.new_zeros(n_rows, n_pictures).index_copy(0, order, together)
+        found = {MAIN: in_order[:, 0]}
+        if self.spec.prior is not None:
+            zeros = in_order.new_zeros(n_rows)
+            found[PRIOR] = in_order[:, 1] if n_pictures > 1 else zeros
+        return found
+
+    def _errors(self, one: _Denoised) -> Tensor:
+        errors = error_of(one.predicted, one.target)
+        return errors if one.weights is None else errors * one.weights.to(errors.dtype)
+
+    def predictions(self, model: nn.Module, output: Any, batch: Batch) -> list[Prediction]:
+        """Return no prediction but the losses: what is drawn has no right answer."""
+        return [Prediction(row, None, None) for row in batch.rows]
+
+    def join(self, row: dict[str, Any], parts: Sequence[Prediction]) -> Prediction:
+        """Return the draws of a row as one."""
+        return Prediction(parts[0].row, None, None)
+
+    # ----------------------------------------------------------------------------- probe
+
+    def probe(self) -> dict[str, Tensor]:
+        """Return noise, steps and tokens, the same every time."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (2, self.base.latent_channels, PROBE_SIDE, PROBE_SIDE)
+        found = {
+            "noisy": torch.randn(shape, generator=generator),
+            "steps": torch.tensor([self.noise.steps // 4, self.noise.steps // 2]),
+        }
+        texts = ("a red bicycle", "a photo of a dog")
+        for i in range(len(self.tokenizers)):
+            found[f"ids.{i}"] = torch.tensor([[self.ids_of(text)[i]] for text in texts])
+        if self.base.family.has_sizes:
+            side = PROBE_SIDE * self.base.pixels_per_latent
+            found["sizes"] = torch.tensor([[side, side, 0, 0, side, side]] * 2)
+        return found
+
+    def probed(self, model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
+        """Return what the model takes away of the probe's noise."""
+        texts = [one for one in self._texts(model, probe) if one is not None]
+        return self._denoised(model, probe["noisy"], probe["steps"], texts, probe.get("sizes"))
+
+    # --------------------------------------------------------------------------- answers
+
+    def answer_columns(self) -> dict[str, str]:
+        """Return the column that names the picture that was drawn."""
+        return {"picture": "string"}
+
+    def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
+        """Draw a picture for each row, and return the names of their files."""
+        prompts = [" ".join(str(row[self.spec.caption_column]).split()) for row in rows]
+        folder = self.answer_folder
+        place = Path() if folder is None else folder
+        place.mkdir(parents=True, exist_ok=True)
+        names = [picture_name(prompt, self.recipe.evaluate.drawing.seed) for prompt in prompts]
+        pictures = self.draw_pictures(model, prompts)
+        for name, picture in zip(names, pictures, strict=True):
+            picture.save(place / name)
+        return [[name if folder is None else f"{folder.name}/{name}"] for name in names]
+
+    def draw_pictures(self, model: nn.Module, prompts: Sequence[str]) -> list[Any]:
+        """Return the picture that a model draws for each text, as Pillow has it."""
+        return self._drawing(model).draw(prompts, self.recipe.evaluate.drawing.seed)
+
+    def _drawing(self, model: nn.Module) -> Drawing:
+        assert isinstance(model, Bundle)
+        pipeline = self.base.build_pipeline(model, self.tokenizers)
+        return Drawing(pipeline, self.recipe.evaluate.drawing, self.spec.resolution)
+
+    def complete_data(self, device: torch.device) -> None:
+        """Let the base draw the pictures of the class that are not there yet."""
+        if self.prior is None or not self.prior.missing:
+            return
+        model, _ = self.load_model(device)
+        native = mixed_precision(self.recipe)
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(native)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            self.prior.draw(self._drawing(model.eval()), self.recipe.train.seed)
+
+
+def _groups(inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Return, for each size of pictures in a batch, which examples have it, and their tensors."""
+    found: list[tuple[Tensor, dict[str, Tensor]]] = []
+    while (rows := inputs.get(f"rows.{len(found)}")) is not None:
+        end = f".{len(found)}"
+        own = {key.removesuffix(end): t for key, t in inputs.items() if key.endswith(end)}
+        found.append((rows, own))
+    return found
+
+
+def _unflat(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a tensor (B * n, …) as (B, n, …)."""
+    return tensor.view(*shape, *tensor.shape[1:])
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the dtype of a part's own weights, which an adapter on it does not share."""
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    return next((p.dtype for p in parameters if not p.requires_grad), parameters[0].dtype)

@@ -1,0 +1,315 @@
+"""Text to image: the computation against plain diffusers and PEFT, and what rows become."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import peft
+import pytest
+import tiny
+import tiny_diffusion
+import tiny_pictures
+import torch
+import torch.nn.functional as F
+from diffusers.training_utils import compute_snr
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lora_cli.adapters.attach import attach, trainable_parameters
+from lora_cli.evaluation.evaluate_split import evaluate_adapter
+from lora_cli.evaluation.open_adapter import open_adapter
+from lora_cli.evaluation.predict import answer_file
+from lora_cli.export.merge import merge_adapter
+from lora_cli.preprocessing.encode import load_data
+from lora_cli.recipe import load_adapter_recipe, load_recipe
+from lora_cli.tasks import build_task
+from lora_cli.tasks.diffusion_noise import DiffusionNoise
+from lora_cli.training import train
+from lora_cli.training.batches import prepared_for
+from lora_cli.training.launch import seed_everything
+
+CPU = torch.device("cpu")
+SIDE = tiny_diffusion.SIDE
+V = {"prediction_type": "v_prediction"}
+RATE, N_STEPS, GAMMA = 0.05, 20, 5.0
+PROMPTS = ["a dark one", "a light one"]
+
+
+def recipe(folder: Path, kind: str = "sd", noise: Any = None, **sections: Any) -> Path:
+    """Write a base, captioned pictures and a recipe into a folder, and return the recipe."""
+    if not (folder / "base").exists():
+        tiny_diffusion.save(folder / "base", kind, noise)
+    if not (folder / "pictures").exists():
+        tiny_diffusion.write_folder(folder / "pictures", {"train": 4, "validation": 2})
+    values: dict[str, Any] = {
+        "model": {"name": "./base"},
+        "task": {"type": "text_to_image", "resolution": SIDE},
+        "data": {"path": "pictures"},
+        "adapter": {"rank": 2, "alpha": 4},
+        "train": {"max_steps": 2, "micro_batch_size": 2, "log_every_steps": 1},
+        "evaluate": {"drawing": {"steps": 2}, "baseline": False, "every_steps": 100},
+        "checkpoint": {"every_steps": 100},
+        "output_dir": str(folder / "out"),
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    path = folder / "recipe.yaml"
+    path.write_text(tiny.yaml_of(values), encoding="utf-8")
+    return path
+
+
+def run(path: Path, *overrides: str) -> dict[str, Any]:
+    with contextlib.redirect_stderr(io.StringIO()):
+        return train(load_recipe(path, list(overrides)))
+
+
+def logged(folder: Path) -> list[float]:
+    """Return the loss of each step of a run."""
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line and "learning_rate" in line]
+
+
+# ------------------------------------------------------------------- diffusers' training script
+
+
+class Script:
+    """train_text_to_image_lora.py of diffusers on given noise, with PEFT's adapter.
+
+    It starts from the numbers of a run of this tool, and is told what was drawn in each step.
+    """
+
+    def __init__(self, path: Path, gamma: float | None) -> None:
+        self.path, self.gamma = path, gamma
+        self.pipe = diffusers.StableDiffusionPipeline.from_pretrained(path.parent / "base")
+        self.scheduler = diffusers.DDPMScheduler.from_pretrained(
+            path.parent / "base", subfolder="scheduler"
+        )
+        for part in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
+            part.requires_grad_(False)
+        names = ["to_k", "to_q", "to_v", "to_out.0"]
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=names)
+        self.pipe.unet.add_adapter(config)
+        loaded = load_recipe(path)
+        self.task: Any = build_task(loaded)
+        self.task.load_processor()
+        self.split = load_data(self.task)["train"]
+        seed_everything(0)
+        self.model, new = self.task.load_model(CPU)
+        attach(self.model, loaded, new)
+        theirs = dict(self.pipe.unet.named_parameters())
+        for name, parameter in trainable_parameters(self.model).items():
+            theirs[self.name_of(name)].data.copy_(parameter.data)
+
+    def name_of(self, ours: str) -> str:
+        """Return PEFT's name of a parameter."""
+        name = ours.removeprefix("unet.")
+        for matrix in ("lora_A", "lora_B"):
+            name = name.replace(matrix, f"{matrix}.default.weight")
+        return name
+
+    def ready(self, positions: Sequence[int], step: int) -> list[Any]:
+        """Return the examples as this tool prepares them in a step."""
+        return [prepared_for(self.task, self.split.examples[i], 0, step) for i in positions]
+
+    def loss(self, positions: Sequence[int], step: int) -> Tensor:
+        """Return the loss of examples in a step."""
+        pipe, ready = self.pipe, self.ready(positions, step)
+        rows = [self.split.examples[i]["row"] for i in positions]
+        folder = self.path.parent / "pictures/train"
+        pixels = torch.stack([seen(Image.open(folder / f"{row}.png")) for row in rows])
+        captions = [(folder / f"{row}.txt").read_text().strip() for row in rows]
+        ids = pipe.tokenizer(
+            captions, padding="max_length", truncation=True, return_tensors="pt",
+            max_length=pipe.tokenizer.model_max_length,
+        ).input_ids  # fmt: skip
+        noise, sampled = (torch.cat([one[k] for one in ready]) for k in ("noise", "sampled"))
+        timesteps = torch.tensor([one["steps"][0] for one in ready])
+
+        latents = pipe.vae.encode(pixels).latent_dist
+        latents = (latents.mean + latents.std * sampled) * pipe.vae.config.scaling_factor
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        texts = pipe.text_encoder(ids, return_dict=False)[0]
+        is_v = self.scheduler.config.prediction_type == "v_prediction"
+        target = self.scheduler.get_velocity(latents, noise, timesteps) if is_v else noise
+        pred = pipe.unet(noisy, timesteps, texts, return_dict=False)[0]
+        if self.gamma is None:
+            return F.mse_loss(pred.float(), target.float(), reduction="mean")
+        snr = compute_snr(self.scheduler, timesteps)
+        weights = torch.stack([snr, self.gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0]
+        weights = weights / (snr + 1 if is_v else snr)
+        loss = F.mse_loss(pred.float(), target.float(), reduction="none")
+        return (loss.mean(dim=list(range(1, loss.ndim))) * weights).mean()
+
+
+def seen(picture: Image.Image) -> Tensor:
+    """Return what the script makes of a picture: the shorter side fits, the middle is left."""
+    scale = SIDE / min(picture.size)
+    width, height = (round(side * scale) for side in picture.size)
+    picture = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    left, top = round((width - SIDE) / 2), round((height - SIDE) / 2)
+    picture = picture.crop((left, top, left + SIDE, top + SIDE))
+    values = torch.tensor(np.array(picture), dtype=torch.float32).permute(2, 0, 1) / 255
+    return (values - 0.5) / 0.5
+
+
+@dataclass
+class Trained:
+    """A run, and what it left."""
+
+    folder: Path
+    path: Path
+    report: dict[str, Any]
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Train once: by SGD, which does not divide by rounding noise."""
+    folder = tmp_path_factory.mktemp("trained")
+    path = recipe(
+        folder, task={"snr_gamma": GAMMA, "validation_prompts": PROMPTS},
+        data={"validation": "validation"},
+        train={"max_steps": N_STEPS, "optimizer": {"type": "sgd", "learning_rate": RATE},
+               "scheduler": {"type": "constant"}, "max_grad_norm": 1e9},
+        evaluate={"every_steps": 10, "baseline": True},
+    )  # fmt: skip
+    return Trained(folder, path, run(path))
+
+
+def test_twenty_steps_are_those_of_the_training_script_of_diffusers(trained: Trained) -> None:
+    script = Script(trained.path, GAMMA)
+    samples = [json.loads(x) for x in (trained.out / "samples.jsonl").read_text().splitlines()]
+    parameters = [p for p in script.pipe.unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=RATE)
+    theirs = []
+    for step, sample in enumerate(samples, 1):
+        loss = script.loss(sample["examples"], step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        theirs.append(float(loss.detach()))
+    assert len(theirs) == N_STEPS
+    assert logged(trained.out) == pytest.approx(theirs, rel=1e-5)
+    assert max(theirs) > 1.1 * min(theirs)  # noise and steps differ
+    saved = load_file(trained.out / "checkpoints/step-000020/adapter_model.safetensors")
+    state = peft.get_peft_model_state_dict(script.pipe.unet)
+    assert len(state) == len(saved)
+    for name, tensor in state.items():
+        own, scale = saved[f"base_model.model.unet.{name}"], float(tensor.abs().max())
+        assert scale > 1e-5
+        assert float((own - tensor).abs().max()) <= 1e-5 * max(scale, 1e-3), name
+
+
+@pytest.mark.parametrize(("noise", "gamma"), [(None, None), (V, None), (V, GAMMA)])
+def test_loss_and_gradients_are_those_of_diffusers(
+    tmp_path: Path, noise: Any, gamma: float | None
+) -> None:
+    path = recipe(tmp_path, noise=noise, task={"snr_gamma": gamma, "noise_offset": 0.1})
+    script = Script(path, gamma)
+    task, model = script.task, script.model
+    theirs = dict(script.pipe.unet.named_parameters())
+    for name, parameter in trainable_parameters(model).items():
+        parameter.data.normal_(std=0.2)
+        theirs[script.name_of(name)].data.copy_(parameter.data)
+    batch = task.collate(script.ready([0, 1, 2], 1))
+    loss = task.loss(model, batch) / batch.n_items
+    expected = script.loss([0, 1, 2], 1)
+    loss.backward()
+    expected.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    for name, parameter in trainable_parameters(model).items():
+        wanted = theirs[script.name_of(name)].grad
+        scale = float(wanted.abs().max())
+        assert scale > 0
+        assert float((parameter.grad - wanted).abs().max()) <= 1e-5 * max(scale, 1e-2), name
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_weights_are_finite_where_no_signal_is_left(prediction: str) -> None:
+    scheduler = diffusers.DDPMScheduler(
+        prediction_type=prediction, rescale_betas_zero_snr=True, num_train_timesteps=100
+    )
+    assert float(scheduler.alphas_cumprod[-1]) == 0.0
+    weights = DiffusionNoise(scheduler, 5.0).weights(torch.arange(100))
+    assert weights is not None
+    assert bool(weights.isfinite().all())
+    assert float(weights[-1]) == (1.0 if prediction == "epsilon" else 0.0)
+
+
+# ------------------------------------------------------------------------------ evaluation, answers
+
+
+def test_validation_is_the_same_in_every_batch_and_evaluation(trained: Trained) -> None:
+    after = trained.report["metrics"]["after"]["validation"]
+    for changes in ([], ["evaluate.micro_batch_size=1", "data.cache_limit=0B"]):
+        again = evaluate_adapter(trained.out, load_adapter_recipe(trained.out, changes))
+        assert again["validation"] == pytest.approx(after, rel=1e-5)
+    lines = (trained.out / "predictions/validation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["n_items"] for line in lines] == [4.0, 4.0]  # draws of each picture
+
+
+def test_the_draws_of_a_picture_lie_evenly_between_all_steps(trained: Trained) -> None:
+    script = Script(trained.path, None)
+    examples = [script.split.examples[0] | {"draw": i} for i in range(4)]
+    drawn = [script.task.prepare(dict(e), np.random.default_rng(3), False) for e in examples]
+    steps = [one["steps"][0] for one in drawn]
+    assert [step // 250 for step in steps] == [0, 1, 2, 3]
+    assert len({step % 250 for step in steps}) == 1
+    assert len({float(one["noise"].sum()) for one in drawn}) == 4
+
+
+def test_what_is_predicted_is_what_diffusers_draws(trained: Trained) -> None:
+    task, model, accelerator = open_adapter(trained.out, load_adapter_recipe(trained.out))
+    (trained.folder / "asked.csv").write_text("text,more\na dark one,1\na light one,2\n")
+    target = trained.folder / "drawn.csv"
+    assert answer_file(model, task, trained.folder / "asked.csv", target, accelerator) == (2, [])
+    rows = target.read_text().splitlines()
+    assert rows[0] == "text,more,picture"
+    files = [trained.folder / row.rpartition(",")[2] for row in rows[1:]]
+    assert [file.parent.name for file in files] == ["drawn_pictures"] * 2
+
+    merged = merge_adapter(None, trained.out, trained.folder / "merged")
+    assert merged.difference is not None
+    assert merged.difference < 1e-5
+    pipe = diffusers.DiffusionPipeline.from_pretrained(trained.folder / "merged")
+    assert type(pipe) is diffusers.StableDiffusionPipeline
+    pipe.set_progress_bar_config(disable=True)
+    for prompt, file in zip(PROMPTS, files, strict=True):
+        expected = pipe(
+            prompt, num_inference_steps=2, height=SIDE, width=SIDE,
+            generator=torch.Generator().manual_seed(0),
+        ).images[0]  # fmt: skip
+        difference = np.asarray(expected, dtype=int) - np.asarray(Image.open(file), dtype=int)
+        assert np.abs(difference).max() <= 1
+        assert np.asarray(expected).std() > 5
+    assert files[0].read_bytes() != files[1].read_bytes()
+    text = (trained.folder / "merged/unet/config.json").read_text()
+    assert str(trained.folder) not in text  # no path of this machine
+
+
+def test_texts_are_drawn_before_while_and_after_training(trained: Trained) -> None:
+    samples = trained.out / "samples"
+    places = ["best", "step-000000", "step-000010"]
+    assert sorted(p.name for p in samples.iterdir() if p.is_dir()) == places
+    for place in places:
+        assert sorted(p.name for p in (samples / place).iterdir()) == ["0.png", "1.png"]
+    page = (trained.out / "report.html").read_text()
+    for text in ("before training", "step 10", "with the best adapter", *PROMPTS):
+        assert text in page
+    assert page.count('<img src="data:image/jpeg;base64,') >= 6
+    task, model, _ = open_adapter(trained.out, load_adapter_recipe(trained.out))
+    (again,) = task.draw_pictures(model, PROMPTS[:1])
+    best = np.asarray(Image.open(samples / "best/0.png"), dtype=int)
+    assert np.abs(np.asarray(again, dtype=int) - best).max() <= 1

@@ -1,0 +1,136 @@
+"""Tiny diffusion models in diffusers' own layout, and captioned pictures, made in code.
+
+folder = tiny_diffusion.save(tmp_path / "base")                       Stable Diffusion 1.5
+folder = tiny_diffusion.save(tmp_path / "base", "xl")                 Stable Diffusion XL
+tiny_diffusion.write_folder(tmp_path / "pictures", {"train": 4})      a caption next to each
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import tiny
+import tiny_pictures
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+SIDE = 16  # of the pictures, in pixels
+LENGTH = 24  # tokens of a caption
+WIDTH = 8  # of a text encoder
+START, END = "<|startoftext|>", "<|endoftext|>"
+SUBJECTS = ("dark", "light")
+
+
+@functools.cache
+def tokenizer() -> CLIPTokenizer:
+    """Return a tokenizer as CLIP's, whose words are letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789,.!'"
+    names = [*letters, *(f"{letter}</w>" for letter in letters), START, END]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=LENGTH)
+
+
+def text_encoder(projected: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """Return a text encoder."""
+    ids = tokenizer().get_vocab()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer()), hidden_size=WIDTH, intermediate_size=16, projection_dim=WIDTH,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=LENGTH,
+        bos_token_id=ids[START], eos_token_id=ids[END], pad_token_id=ids[END],
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def unet(xl: bool = False, **config: Any) -> UNet2DConditionModel:
+    """Return a U-Net of two levels, of which one looks at the text."""
+    values: dict[str, Any] = {
+        "sample_size": SIDE // 2, "block_out_channels": (8, 16), "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "norm_num_groups": 4,
+        "cross_attention_dim": 2 * WIDTH if xl else WIDTH, "attention_head_dim": 2,
+    }  # fmt: skip
+    if xl:
+        values |= {
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 6 * 4 + WIDTH, "use_linear_projection": True,
+        }  # fmt: skip
+    return UNet2DConditionModel(**{**values, **config})
+
+
+def vae(**config: Any) -> AutoencoderKL:
+    """Return an autoencoder that makes one latent of 2 x 2 pixels."""
+    values: dict[str, Any] = {
+        "block_out_channels": (4, 8), "norm_num_groups": 2, "latent_channels": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2, "sample_size": SIDE,
+    }  # fmt: skip
+    return AutoencoderKL(**{**values, **config})
+
+
+def scheduler(**config: Any) -> DDIMScheduler:
+    """Return the scheduler of Stable Diffusion."""
+    values: dict[str, Any] = {
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+    }  # fmt: skip
+    return DDIMScheduler(**{**values, **config})
+
+
+def pipeline(kind: str = "sd", noise: dict[str, Any] | None = None, **config: Any) -> Any:
+    """Return a pipeline with random weights; `noise` is of its scheduler, the others its U-Net."""
+    xl = kind == "xl"
+    parts: dict[str, Any] = {
+        "unet": unet(xl, **config), "vae": vae(), "text_encoder": text_encoder(),
+        "tokenizer": tokenizer(), "scheduler": scheduler(**(noise or {})),
+    }  # fmt: skip
+    if xl:
+        parts |= {"text_encoder_2": text_encoder(True), "tokenizer_2": tokenizer()}
+        built = diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        built = diffusers.StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    with torch.no_grad():  # no bias is zero, no scale of a norm one
+        for name in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if xl else [])):
+            for parameter in getattr(built, name).parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+    return built
+
+
+def save(
+    folder: Path, kind: str = "sd", noise: dict[str, Any] | None = None, **config: Any
+) -> Path:
+    """Save a pipeline into a folder, and return the folder."""
+    key = ("diffusion", kind, repr(noise), repr(config))
+
+    def write(place: Path) -> None:
+        pipeline(kind, noise, **config).save_pretrained(place)
+
+    return tiny.saved_once(folder, key, write)
+
+
+def caption(i: int) -> str:
+    """Return a caption that no other number has."""
+    return f"a {SUBJECTS[i % 2]} one, no {i}"
+
+
+def write_folder(root: Path, splits: dict[str, int], width: int = 20, height: int = 18) -> Path:
+    """Write pictures with a text file next to each, in a folder for each split."""
+    number = 0
+    for split, count in splits.items():
+        (root / split).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            number += 1
+            picture = tiny_pictures.picture(number, SUBJECTS[number % 2], width, height)
+            picture.save(root / split / f"{i}.png")
+            (root / split / f"{i}.txt").write_text(f"{caption(number)}\n", encoding="utf-8")
+    return root
