@@ -16,7 +16,6 @@ import peft
 import pytest
 import tiny
 import tiny_diffusion
-import tiny_pictures
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import compute_snr

@@ -352,6 +352,9 @@ def _unmatched(
                 continue
             what = f"`{entry}` matches {others[0]}, whose weight Mamba's kernels read themselves"
             hint = "an adapter on it would be passed by, and PEFT rejects it; take it out"
+        elif others and is_frozen(model, others[0]):
+            what = f"`{entry}` matches {others[0]}, in a part of the model that is used as it is"
+            hint = recipe.task.frozen_hint
         elif others and layer_for(modules[others[0]], layers_of(recipe.adapter.type)):
             what = f"`{entry}` matches {others[0]}, which is trained in full"
             hint = "it needs no adapter; remove it"

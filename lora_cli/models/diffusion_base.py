@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 from torch import nn
 from transformers.utils.hub import cached_file
 
-from lora_cli.errors import LoraError, did_you_mean
+from lora_cli.errors import LoraError
 from lora_cli.models.base_facts import flat_config, tokenizer_hash
 from lora_cli.models.base_model import PIPELINE, checkpoint_files, locate, storage_dtype
 from lora_cli.models.bundle import Bundle
@@ -83,6 +85,19 @@ def require_diffusers(recipe: Recipe) -> None:
     if importlib.util.find_spec("diffusers") is None:
         what = f"`{recipe.task.type}` needs the Python package `diffusers`, which is not installed"
         raise LoraError(what, recipe.at("task.type"), "pip install 'lora-cli[diffusion]'")
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Let diffusers warn of nothing within the context: what matters is said otherwise."""
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 class DiffusionBase:
@@ -153,8 +168,9 @@ class DiffusionBase:
             isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)
         ):
             what = f"the scheduler of `{self.recipe.model.name}` is a {name}, which diffusers lacks"
-            hint = did_you_mean(name, [n for n in dir(diffusers) if n.endswith("Scheduler")], "")
-            raise LoraError(what, self.at, hint or "install the version that the model asks for")
+            version = self.index.get("_diffusers_version", "another")
+            hint = f"the model was made with version {version} of diffusers: install that"
+            raise LoraError(what, self.at, hint)
         return found
 
     def _config(self, part: str) -> dict[str, Any]:
@@ -214,6 +230,11 @@ class DiffusionBase:
     def pixels_per_latent(self) -> int:
         """Pixels of a side that become one of the latents' side."""
         return int(2 ** (len(self.configs[VAE]["block_out_channels"]) - 1))
+
+    @property
+    def divisor(self) -> int:
+        """What the sides of pictures have to be multiples of, as diffusers draws them."""
+        return math.lcm(8, self.pixels_per_latent)
 
     @property
     def latent_channels(self) -> int:
@@ -291,7 +312,7 @@ class DiffusionBase:
         for file in checkpoint_files(self.recipe, part):
             read_header(file)
         key = "dtype" if part in self.family.text_encoders else "torch_dtype"
-        with explained(self.recipe, f"weights of its part `{part}`"):
+        with explained(self.recipe, f"weights of its part `{part}`"), quiet_diffusers():
             model, info = kind.from_pretrained(
                 self.where, **self._place(part), use_safetensors=True, output_loading_info=True,
                 **{key: dtype},
@@ -347,7 +368,7 @@ class DiffusionBase:
         else:
             known = self.index.get("force_zeros_for_empty_prompt", True)
             parts |= {"force_zeros_for_empty_prompt": known, "add_watermarker": False}
-        with explained(self.recipe, "pipeline"):
+        with explained(self.recipe, "pipeline"), quiet_diffusers():
             pipeline = getattr(diffusers, self.pipeline)(**parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

@@ -156,7 +156,7 @@ def _drawing(name: str, folder: Path, pipeline: str) -> Base:
     if pipeline not in FAMILIES:
         return Base(name, can_write=False, model_type=pipeline)
     values = {
-        "model": {"name": str(folder.absolute())}, "task": {"type": "text_to_image"},
+        "model": {"name": str(folder.absolute())}, "task": {"type": next(name for name, spec in TASKS.items() if spec.draws)},
         "data": {"path": "none"},
     }  # fmt: skip
     recipe = Recipe.model_validate(values).with_origin(Origin({"model.name": f"--model {name}"}))

@@ -149,7 +149,7 @@ class CaptionedPictures(Task):
     @property
     def divisor(self) -> int:
         """What the sides of pictures are divided by; 8 before the model is known."""
-        return self.base.pixels_per_latent if hasattr(self, "base") else 8
+        return self.base.divisor if hasattr(self, "base") else 8
 
     def learn_from(self, splits: dict[str, Rows]) -> None:
         """Number the pictures of train, so that each gets pictures of the class."""

@@ -15,7 +15,7 @@ from lora_cli.data.pictures import require_pillow
 from lora_cli.errors import LoraError
 from lora_cli.models.base_model import mixed_precision
 from lora_cli.models.bundle import Bundle
-from lora_cli.models.diffusion_base import VAE, DiffusionBase, processor_hash
+from lora_cli.models.diffusion_base import VAE, DiffusionBase, processor_hash, quiet_diffusers
 from lora_cli.tasks.caption_proposals import propose_captions
 from lora_cli.tasks.captioned_pictures import LATENTS, POOLED, PRIOR, TEXTS, CaptionedPictures
 from lora_cli.tasks.diffusion_noise import DiffusionNoise, error_of
@@ -62,11 +62,13 @@ class TextToImage(CaptionedPictures):
         self.read_config()
         self.tokenizers = self.base.tokenizers()
         self.noise = DiffusionNoise(self.base.noise_scheduler(), self.spec.snr_gamma)
-        side = self.base.pixels_per_latent
+        side = self.base.divisor
         if self.spec.resolution % side:
             near = max(round(self.spec.resolution / side), 1) * side
-            what = f"`resolution: {self.spec.resolution}` is no multiple of the {side} pixels that "
-            what += "the autoencoder makes one latent of"
+            what = (
+                f"`resolution: {self.spec.resolution}` is no multiple of {side} pixels, in which "
+            )
+            what += "steps the model draws"
             raise LoraError(what, self.recipe.at("task.resolution"), f"for example {near}")
         if self.spec.crop == "random" or self.spec.flip:
             self.notes.append("latents are computed in every step, as pictures are cut or mirrored")
@@ -304,7 +306,8 @@ class TextToImage(CaptionedPictures):
 
     def draw_pictures(self, model: nn.Module, prompts: Sequence[str]) -> list[Any]:
         """Return the picture that a model draws for each text, as Pillow has it."""
-        return self._drawing(model).draw(prompts, self.recipe.evaluate.drawing.seed)
+        with quiet_diffusers():
+            return self._drawing(model).draw(prompts, self.recipe.evaluate.drawing.seed)
 
     def _drawing(self, model: nn.Module) -> Drawing:
         assert isinstance(model, Bundle)

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 import datasets
 import pytest
 import tiny
+import tiny_diffusion
 import tiny_embedders
 import tiny_pictures
 import tiny_speech
@@ -30,9 +31,13 @@ from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 from world import Printed, World
 
 from lora_cli.errors import LoraError
+from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import TASKS, Recipe
 from lora_cli.recipe.spec.section import Section
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import prepared_for_evaluation
 from lora_cli.tasks.sequence_classification import SequenceClassification
+from lora_cli.training.batches import prepared_for
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -186,6 +191,7 @@ TRAIN = [
      "words": ["a", word, "film"], "others": ["so", word, f"{i}"], "odd": ["a", "</s>", word],
      "ner": ["O", "B-A", "O"], "kinds": ["B-A", "O", "O"], "ids": [0, 1, 0], "alike": f"a {word}",
      "shot": f"shots/{i}.png", "view": f"shots/{i + 20}.png",
+     "listed": f"{word}, film, {i}, long, good",
      "sound": f"sounds/{i}.wav", "noise": f"sounds/{i + 20}.wav",
      "spans": [[2, 2 + len(word), "A"]], "marks": [[0, 1, "A"]]}
     for i, word in enumerate(WORDS * 2)
@@ -200,6 +206,8 @@ COMMON: Settings = {
     "evaluate": {"baseline": False},
 }  # fmt: skip
 SHORT = {"baseline": False, "generation": {"max_new_tokens": 4}}  # samples take most of a run
+WIDE = {"task.resolution": 24, "task.upscale": True}
+CLASS = {"task.prior.path": "shots", "task.prior.caption": "a film", "task.prior.count": 0}
 KINDS: dict[str, Settings] = {
     "labels": {
         "model": {"name": "../bases/encoder"},
@@ -234,6 +242,12 @@ KINDS: dict[str, Settings] = {
         "task": {"type": "speech_recognition", "audio_column": "sound", "text_column": "prompt",
                  "language": "de"},
         "evaluate": SHORT,
+    },
+    "drawing": {
+        "model": {"name": "../bases/diffusion"},
+        "task": {"type": "text_to_image", "image_column": "shot", "caption_column": "prompt",
+                 "resolution": 8, "validation_draws": 1},
+        "evaluate": {"baseline": False, "drawing": {"steps": 1}},
     },
     "search": {
         "model": {"name": "../bases/embedder"},
@@ -272,6 +286,48 @@ def said(world: World, options: list[str]) -> Printed:
     """Let the adapter of a run go on from a few words."""
     assert world.lora("train", "recipe.yaml", "-o", "out").code == 0
     return world.lora("predict", "--adapter", "out", "the warm", *options[:-2])
+
+
+BASES: dict[str, Any] = {}
+"""Models that were loaded once: nothing here changes them."""
+
+
+def opened(world: World, options: list[str]) -> tuple[Any, Any]:
+    """Return the task of a recipe for diffusion models, and its base."""
+    given = [option for option in options if option not in ("-o", "out")]
+    task = build_task(world.load("recipe.yaml", *given[1::2]))
+    task.load_processor()
+    task.complete_data(torch.device("cpu"))
+    if "diffusion" not in BASES:
+        BASES["diffusion"] = task.load_model(torch.device("cpu"))[0]
+    return task, BASES["diffusion"]
+
+
+def computed(world: World, options: list[str]) -> Printed:
+    """Compute the losses of some rows as in training and in evaluation, without a run."""
+    try:
+        task: Any
+        task, model = opened(world, options)
+        data = load_data(task, ("train", "validation"))
+    except LoraError as error:
+        return Printed(error.exit_code, "", f"error: {error}")
+    lines = [str(task.frozen)]
+    for name, split in data.items():
+        first = [split.examples[i] for i in range(3)]
+        if name == "train":
+            ready = [prepared_for(task, one, 0, 1) for one in first]
+        else:
+            ready = [prepared_for_evaluation(task, one) for one in first]
+        with torch.no_grad():
+            lines.append(f"{len(split)} {float(task.loss(model, task.collate(ready)))}")
+    return Printed(0, "\n".join(lines), "")
+
+
+def drawn(world: World, options: list[str]) -> Printed:
+    """Draw a picture, without a run."""
+    task, model = opened(world, options)
+    (picture,) = task.draw_pictures(model, ["the warm"])
+    return Printed(0, str(picture.tobytes()), "")
 
 
 def resumed(world: World, options: list[str]) -> Printed:
@@ -423,6 +479,45 @@ CHANGES: dict[str, Change] = {
     ),
     "speech_recognition.normalizer": Change(
         predictions, ("basic", "none"), "speech", {"task.text_column": "shouted"}
+    ),
+    "text_to_image.type": Change(
+        message, ("text_to_image", "causal_lm"), "drawing",
+        {"task.image_column": ..., "task.caption_column": ..., "task.resolution": ...,
+         "task.validation_draws": ...},
+    ),
+    **{
+        f"text_to_image.{key}": Change(answer, settings, "drawing", also, computed)
+        for key, settings, also in (
+            ("image_column", ("shot", "view"), {}),
+            ("caption_column", ("prompt", "other"), {}),
+            ("caption", (None, "a film"), {"task.caption_column": "text"}),
+            ("resolution", (8, 16), {"task.upscale": True}),
+            ("aspect_ratios", (False, True), WIDE),
+            ("max_aspect_ratio", (1.0, 2.0), {**WIDE, "task.aspect_ratios": True}),
+            ("crop", ("center", "random"), {}),
+            ("flip", (False, True), {}),
+            ("caption_dropout", (0.0, 0.9), {}),
+            ("shuffle_tags", (False, True), {"task.caption_column": "listed"}),
+            ("keep_tags", (0, 3),
+             {"task.caption_column": "listed", "task.shuffle_tags": True}),
+            ("latents", ("sample", "mean"), {}),
+            ("snr_gamma", (None, 0.5), {}),
+            ("noise_offset", (0.0, 0.5), {}),
+            ("validation_draws", (1, 3), {}),
+            ("train_text_encoder", (False, True), {}),
+            ("prior.path", ("shots", "views"), CLASS),
+            ("prior.caption", ("a film", "a plot"), CLASS),
+            ("prior.weight", (1.0, 0.5), CLASS),
+        )
+    },
+    "text_to_image.upscale": Change(
+        message, (False, True), "drawing", {"task.resolution": 16}, computed
+    ),
+    "text_to_image.prior.count": Change(
+        answer, (0, 41), "drawing", CLASS, computed
+    ),
+    "text_to_image.validation_prompts": Change(
+        files, (None, ["a film"]), "drawing", {"train.max_steps": 1}
     ),
     "text_embedding.type": Change(
         message, ("text_embedding", "causal_lm"), "search",
@@ -611,6 +706,13 @@ CHANGES: dict[str, Change] = {
     "evaluate.baselines": Change(report, ([], ["majority"])),
     "evaluate.generation.max_rows": Change(
         predictions, (None, 2), "pair", {"evaluate.metrics": ["exact_match"]}),
+    **{
+        f"evaluate.drawing.{key}": Change(answer, settings, "drawing", {}, drawn)
+        for key, settings in {
+            "steps": (1, 2), "guidance_scale": (7.5, 1.0), "negative_prompt": (None, "a plot"),
+            "seed": (0, 1),
+        }.items()
+    },
     "evaluate.generation.num_beams": Change(answer, (1, 4), "text", command=said),
     "evaluate.generation.length_penalty": Change(
         message, (1.0, 9.0), "text", {"evaluate.generation.num_beams": 1}
@@ -664,6 +766,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_pictures.save("vit", folder / "vit")
     tiny_speech.save(folder / "whisper", languages=True)
     tiny_embedders.save(folder / "embedder")
+    tiny_diffusion.save(folder / "diffusion")
     world = World(top / "first", folder)
     write(world, "labels")
     flags = ["--set", "adapter.rank=3", "--set", "train.max_steps=1"]
@@ -679,11 +782,13 @@ def write(world: World, kind: str, without: Collection[str] = ()) -> None:
         recipe.get(section, {}).pop(name, None)
     world.write("recipe.yaml", tiny.yaml_of(recipe))
     for i in range(40):
-        if kind == "pictures":
+        if kind in ("pictures", "drawing"):
             world.write(f"shots/{i}.png", tiny_pictures.encoded(tiny_pictures.picture(i)))
         if kind == "speech":  # the last is longer than the model hears at once
             seconds = 1.5 if i == 39 else 0.2
             world.write(f"sounds/{i}.wav", tiny_speech.encoded(tiny_speech.sound(i, seconds)))
+    if kind == "drawing":
+        world.write("views/0.png", tiny_pictures.encoded(tiny_pictures.picture(50)))
     world.write("chat.jinja", CHAT)
     world.write("other.jinja", CHAT.replace("</s>", "!</s>"))
     near = [*TRAIN, {**TRAIN[1], "text": f"{TRAIN[1]['text']} so"}]

@@ -18,6 +18,7 @@ from typing import Any
 import cases_chats  # noqa: F401 - they fill CASES
 import cases_data  # noqa: F401
 import cases_distillation  # noqa: F401
+import cases_drawing  # noqa: F401
 import cases_embedding  # noqa: F401
 import cases_entities  # noqa: F401
 import cases_experts  # noqa: F401
@@ -131,6 +132,9 @@ REST: dict[str, list[str]] = {
     ],
     "`lora predict` raises them, with the place of the text; test_sequence_classification.py": [
         "in answer_problem()",
+    ],
+    "needs an environment without diffusers": [
+        "`…` needs the Python package `diffusers`, which is not installed",
     ],
     "needs an environment without Pillow; tests/test_image_classification.py": [
         "pictures are read by the Python package `pillow`, which is not installed",
@@ -327,7 +331,7 @@ AREAS = [
     "lora init", "Models", "Targets", "Metrics", "Adapters", "Starting from an adapter",
     "Training", "Evaluation", "Prediction",
     "Merging", "Combining", "Exporting", "Pushing", "Checking", "Pictures",
-    "Speech",
+    "Speech", "Drawing",
 ]  # fmt: skip
 
 

@@ -91,6 +91,8 @@ class TaskSection(Section):
     """What a model card gives `lora predict`."""
     suitable_models: ClassVar[str]
     """What to say to a user whose model cannot be used for the task."""
+    draws: ClassVar[bool] = False
+    """Whether the model draws pictures."""
     can_pack: ClassVar[bool] = False
     """Whether several examples can share a row (`train.packing`)."""
     can_distill: ClassVar[bool] = False
@@ -103,6 +105,8 @@ class TaskSection(Section):
     """Which of `evaluate.baselines` have a meaning."""
     usual_training: ClassVar[UsualTraining] = UsualTraining()
     """What a draft of a recipe says of the training, where the rows and the model do not."""
+    frozen_hint: ClassVar[str] = "remove it"
+    """What to say to a user who names a module in a part of the model that is used as it is."""
     packing_hint: ClassVar[str] = "leave it out"
     length_keys: ClassVar[tuple[str, ...]] = ("max_length",)
     """The keys that limit an example's length, of those that the section has."""

@@ -60,6 +60,8 @@ class TextToImageSpec(TaskSection):
     )
     example_input = "a red bicycle"
     length_keys = ()
+    draws = True
+    frozen_hint = "remove it; `task.train_text_encoder: true` lets text encoders be adapted too"
 
     type: Literal["text_to_image"]
     """Which task."""

@@ -1,0 +1,160 @@
+"""Errors of captioned pictures, and of diffusion models that cannot be trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import tiny_diffusion
+import tiny_pictures
+from cases import CASES, Case, case
+from world import Printed, World
+
+AREA = "Drawing"
+SIDE = tiny_diffusion.SIDE
+
+
+def _recipe(world: World, data: Any = None, kind: str = "sd", **task: Any) -> str:
+    """Write a base, captioned pictures, and a recipe for them."""
+    if not (world.folder / "base").exists():
+        tiny_diffusion.save(world.folder / "base", kind)
+    if not (world.folder / "art").exists():
+        tiny_diffusion.write_folder(world.folder / "art", {"train": 2})
+    return world.recipe(
+        model={"name": "./base"}, data=data or {"path": "art"},
+        task={"type": "text_to_image", "resolution": SIDE, "max_length": ..., **task},
+        evaluate={"baseline": False, "drawing": {"steps": 1}},
+    )  # fmt: skip
+
+
+def _validate(**task: Any) -> Callable[[World], Printed]:
+    return lambda world: world.lora("validate", _recipe(world, **task))
+
+
+def _file(name: str, content: bytes | None, **task: Any) -> Callable[[World], Printed]:
+    """Return a run on a folder in which one file is another, or is missing."""
+
+    def run(world: World) -> Printed:
+        recipe = _recipe(world, **task)
+        file = world.folder / "art/train" / name
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        return world.lora("validate", recipe)
+
+    return run
+
+
+def _config(part: str, **values: Any) -> Callable[[World], Printed]:
+    """Return a run on a base of which one configuration says something else."""
+
+    def run(world: World) -> Printed:
+        recipe = _recipe(world)
+        file = world.folder / "base" / part
+        found = {**json.loads(file.read_text()), **values}
+        file.write_text(json.dumps({k: v for k, v in found.items() if v is not ...}))
+        return world.lora("validate", recipe)
+
+    return run
+
+
+PNG = tiny_pictures.encoded(tiny_pictures.picture(1))
+INDEX, UNET = "model_index.json", "unet/config.json"
+_RUNS = {
+    "a picture that is cut off": _file("0.png", PNG[:200]),
+    "a picture that is smaller than it is seen": _validate(resolution=32),
+    "a picture without a caption": _file("0.txt", None),
+    "a caption that is blank": _file("0.txt", b" \n"),
+    "a caption in another encoding": _file("0.txt", b"caf\xe9"),
+    "a resolution in which the model does not draw": _validate(resolution=15),
+    "one column for picture and caption": _validate(caption_column="image"),
+    "a caption for all, and a column of captions": _validate(caption="a", caption_column="said"),
+    "tags that stay where none change places": _validate(keep_tags=2),
+    "a shape of pictures that are all squares": _validate(max_aspect_ratio=3.0),
+    "one tag that is to change its place": _validate(caption="a film", shuffle_tags=True),
+    "a class without pictures": _validate(prior={"path": "cl", "caption": "a one", "count": 0}),
+    "a pipeline that is not trained": _config(INDEX, _class_name="KandinskyPipeline"),
+    "a part that is missing": _config(INDEX, text_encoder=[None, None]),
+    "a part of another kind": _config(INDEX, vae=["diffusers", "AutoencoderTiny"]),
+    "a scheduler that there is not": _config(INDEX, scheduler=["diffusers", "NoScheduler"]),
+    "a U-Net that fills in parts of pictures": _config(UNET, in_channels=9),
+    "a U-Net for another text encoder": _config(UNET, cross_attention_dim=16),
+    "a scheduler that learns something else": _config(
+        "scheduler/scheduler_config.json", prediction_type="sample"
+    ),
+    "an adapter on a part that is frozen": lambda world: world.lora(
+        "validate", _recipe(world), "--set", "adapter.target_modules=[q_proj]"
+    ),
+    "a metric of pictures": lambda world: world.lora(
+        "validate", _recipe(world), "--set", "evaluate.metrics=[accuracy]"
+    ),
+}  # fmt: skip
+CASES += [Case(AREA, name, run) for name, run in _RUNS.items()]
+
+
+@case(AREA, "a picture of the class that is broken")
+def _broken_prior(world: World) -> Printed:
+    world.write("cl/0.png", PNG[:200])
+    recipe = _recipe(world, prior={"path": "cl", "caption": "a one", "count": 1})
+    return world.lora("validate", recipe)
+
+
+@case(AREA, "a model of texts")
+def _texts(world: World) -> Printed:
+    _recipe(world)
+    task = {"type": "text_to_image", "max_length": ..., "text_column": ...}
+    return world.lora("validate", world.recipe("llama", task=task, data={"path": "art"}))
+
+
+@case(AREA, "a tokenizer without words")
+def _tokenizer(world: World) -> Printed:
+    recipe = _recipe(world)
+    shutil.rmtree(world.folder / "base/tokenizer")
+    (world.folder / "base/tokenizer").mkdir()
+    return world.lora("validate", recipe)
+
+
+@case(AREA, "weights that are not those of the configuration")
+def _weights(world: World) -> Printed:
+    recipe = _recipe(world)
+    file = world.folder / "base/vae/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "layers_per_block": 2}))
+    return world.lora("train", recipe, "-o", "out")
+
+
+@case(AREA, "a picture that is not finite")
+def _not_finite(world: World) -> Printed:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    recipe = _recipe(world, prior={"path": "cl", "caption": "a one", "count": 1})
+    file = world.folder / "base/vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.conv_in.bias"] = torch.full_like(tensors["decoder.conv_in.bias"], torch.nan)
+    save_file(tensors, file, {"format": "pt"})
+    return world.lora("train", recipe, "-o", "out")
+
+
+@case("lora init", "pictures without captions for a model that draws")
+def _without_captions(world: World) -> Printed:
+    _recipe(world)
+    for file in (world.folder / "art").rglob("*.txt"):
+        file.unlink()
+    return world.lora("init", "art", "--model", "./base", "-o", "new.yaml")
+
+
+@case("lora init", "a table without pictures for a model that draws")
+def _no_pictures(world: World) -> Printed:
+    _recipe(world)
+    world.write("rows.csv", "text,label\na,x\nb,y\n")
+    return world.lora("init", "rows.csv", "--model", "./base", "-o", "new.yaml")
+
+
+@case("lora init", "pictures whose caption has no name that says so")
+def _unnamed(world: World) -> Printed:
+    _recipe(world)
+    lines = [f"art/train/{i}.png,{i},{i}\n" for i in range(2)]
+    world.write("rows.csv", "".join(["image,one,two\n", *lines]))
+    return world.lora("init", "rows.csv", "--model", "./base", "-o", "new.yaml")
