@@ -155,10 +155,9 @@ def _drawing(name: str, folder: Path, pipeline: str) -> Base:
 
     if pipeline not in FAMILIES:
         return Base(name, can_write=False, model_type=pipeline)
-    values = {
-        "model": {"name": str(folder.absolute())}, "task": {"type": next(name for name, spec in TASKS.items() if spec.draws)},
-        "data": {"path": "none"},
-    }  # fmt: skip
+    kind = next(kind for kind, spec in TASKS.items() if spec.draws)
+    place = {"name": str(folder.absolute())}
+    values = {"model": place, "task": {"type": kind}, "data": {"path": "none"}}
     recipe = Recipe.model_validate(values).with_origin(Origin({"model.name": f"--model {name}"}))
     base = DiffusionBase(recipe)
     parameters = sum(p.numel() for p in base.empty(()).parameters())
