@@ -202,11 +202,11 @@ def test_twenty_steps_are_those_of_the_training_script_of_diffusers(trained: Tra
     assert len(theirs) == N_STEPS
     assert logged(trained.out) == pytest.approx(theirs, rel=1e-5)
     assert max(theirs) > 1.1 * min(theirs)  # noise and steps differ
-    saved = load_file(trained.out / "checkpoints/step-000020/adapter_model.safetensors")
+    saved = load_file(trained.out / "checkpoints/step-000020/unet/adapter_model.safetensors")
     state = peft.get_peft_model_state_dict(script.pipe.unet)
     assert len(state) == len(saved)
     for name, tensor in state.items():
-        own, scale = saved[f"base_model.model.unet.{name}"], float(tensor.abs().max())
+        own, scale = saved[f"base_model.model.{name}"], float(tensor.abs().max())
         assert scale > 1e-5
         assert float((own - tensor).abs().max()) <= 1e-5 * max(scale, 1e-3), name
 
