@@ -230,7 +230,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pool", type=int, default=65_536, help="different pictures, for the VAE")
     parser.add_argument("--width", type=int, default=128, help="channels of the U-Net")
     parser.add_argument("--rate", type=float, default=6e-4, help="the highest learning rate")
-    parser.add_argument("--vae-rate", type=float, default=1.5e-3)
+    parser.add_argument("--vae-rate", type=float, default=1e-3)
     parser.add_argument("--prediction", choices=["v_prediction", "epsilon"], default="v_prediction")
     parser.add_argument("--prompts", type=int, default=512, help="to measure the model with")
     parser.add_argument("--inference", type=int, default=30, help="steps to draw a picture")
