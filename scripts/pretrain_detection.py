@@ -14,7 +14,8 @@ split of the digits 0 to 4, which shows what an adapted model has forgotten.
 
 The loss is that of transformers, in which each box is matched with one answer of the model on the
 CPU. All else of a step is recorded (`pretraining.py`): what each match would cost, which goes to
-the CPU in one piece, then the step itself for the matches that come back.
+the CPU in one piece, then the step itself for the matches that come back. In pretraining each patch
+learns besides what lies there, which takes a fraction of the time that answers alone would need.
 """
 
 from __future__ import annotations
@@ -65,16 +66,19 @@ def corners(boxes: Tensor) -> Tensor:
     return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
 
 
-def answers_to(model: YolosForObjectDetection, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scores (B, Q, classes + 1) and the boxes (B, Q, 4) for pictures in 0..255.
-
-    It is the model's own forward pass, but that its heads compute in float32: in bfloat16 a box
-    would be right to half a pixel only.
-    """
+def states_of(model: YolosForObjectDetection, pixels: Tensor) -> Tensor:
+    """Return the last states (B, T, width) of pictures in 0..255: patches, then answers."""
     with computing_in(pixels.device.type):
-        states = model.vit(pixels.float() / 127.5 - 1).last_hidden_state
-    states = states[:, -model.config.num_detection_tokens :].float()
-    return model.class_labels_classifier(states), model.bbox_predictor(states).sigmoid()
+        return model.vit(pixels.float() / 127.5 - 1).last_hidden_state[:, 1:].float()
+
+
+def answers_of(model: YolosForObjectDetection, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scores (B, Q, classes + 1) and the boxes (B, Q, 4) that states give.
+
+    The model's own heads, in float32: in bfloat16 a box would be right to half a pixel only.
+    """
+    answers = states[:, -model.config.num_detection_tokens :]
+    return model.class_labels_classifier(answers), model.bbox_predictor(answers).sigmoid()
 
 
 def overlap(ones: Tensor, others: Tensor) -> Tensor:
@@ -91,7 +95,7 @@ def costs(model: YolosForObjectDetection, pixels: Tensor, boxes: Tensor, digits:
     """Return what it costs to match each answer with each box (B, Q, M), as transformers does."""
     config = model.config
     with torch.no_grad():
-        scores, found = answers_to(model, pixels)
+        scores, found = answers_of(model, states_of(model, pixels))
         classes = digits.clamp(min=0)[:, None].expand(-1, scores.shape[1], -1)
         likely = scores.softmax(-1).gather(2, classes)
         apart = torch.cdist(found, boxes, p=1)
@@ -111,11 +115,11 @@ def match(cost: Tensor, numbers: Sequence[int]) -> Tensor:
 
 
 def loss_of(
-    model: YolosForObjectDetection, pixels: Tensor, boxes: Tensor, digits: Tensor, matched: Tensor
+    model: YolosForObjectDetection, states: Tensor, boxes: Tensor, digits: Tensor, matched: Tensor
 ) -> Tensor:
     """Return the loss of a batch, given its matches: that of transformers, in fixed shapes."""
     config, nothing = model.config, model.config.num_labels
-    scores, found = answers_to(model, pixels)
+    scores, found = answers_of(model, states)
     there = digits >= 0
     # one more answer, for boxes that are not there
     wanted = torch.full((len(scores), scores.shape[1] + 1), nothing, device=scores.device)
@@ -132,6 +136,30 @@ def loss_of(
     return classes + config.bbox_loss_coefficient * apart + config.giou_loss_coefficient * near
 
 
+def loss_of_patches(head: nn.Linear, states: Tensor, boxes: Tensor, digits: Tensor) -> Tensor:
+    """Return how badly each patch says which digit lies there, and its box.
+
+    Answers alone teach a transformer slowly: at first most are matched with a box by chance.
+
+    Args:
+        head: Scores of nothing and the digits, and a box, of a patch.
+        states: Of the patches (B, P, width).
+        boxes: (B, M, 4).
+        digits: (B, M).
+    """
+    side = round(states.shape[1] ** 0.5)
+    line = (torch.arange(side, device=states.device) + 0.5) / side
+    places = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1).view(1, -1, 1, 2)
+    far = (places - boxes[:, None, :, :2]).abs() / boxes[:, None, :, 2:].clamp(min=1e-6)
+    inside = (far.amax(-1) < 0.5) & (digits >= 0)[:, None]  # (B, P, M)
+    covered, which = inside.any(-1), inside.byte().argmax(-1)
+    scores, found = head(states).split([head.out_features - 4, 4], dim=-1)
+    wanted = torch.where(covered, digits.gather(1, which) + 1, 0)
+    own = boxes.gather(1, which[..., None].expand(-1, -1, 4))
+    apart = ((found.sigmoid() - own).abs().sum(-1) * covered).sum() / covered.sum().clamp(min=1)
+    return F.cross_entropy(scores.flatten(0, 1), wanted.flatten()) + 5 * apart
+
+
 def train(
     model: YolosForObjectDetection, painter: Painter, args: argparse.Namespace, start: float
 ) -> None:
@@ -143,10 +171,15 @@ def train(
     numbers = (digits >= 0).sum(dim=1).cpu()
     print(f"{len(pixels):,} scenes, {time.monotonic() - start:.0f} s", flush=True)
     find_costs = Recorded(lambda *batch: costs(model, *batch), args.graphs)
-    steps = Steps(
-        lambda *batch: loss_of(model, *batch), list(model.parameters()),
-        decay=1e-4, betas=(0.9, 0.999), clip=0.5, record=args.graphs,
-    )  # fmt: skip
+    head = nn.Linear(args.width, len(KNOWN) + 5).to(pixels.device)  # thrown away after training
+
+    def loss(scenes: Tensor, own_boxes: Tensor, own: Tensor, matched: Tensor) -> Tensor:
+        states = states_of(model, scenes)
+        of_patches = loss_of_patches(head, states[:, :-ANSWERS], own_boxes, own)
+        return loss_of(model, states, own_boxes, own, matched) + args.patches * of_patches
+
+    parameters = [*model.parameters(), *head.parameters()]
+    steps = Steps(loss, parameters, decay=1e-4, betas=(0.9, 0.999), clip=1.0, record=args.graphs)
     schedule = Schedule(60 * args.minutes, args.steps, args.rate, args.warmup, start)
     total, since, last = torch.zeros((), device=pixels.device), 0, 0.0
     model.train()
@@ -159,8 +192,8 @@ def train(
         since += 1
         share = schedule.share(step + 1)
         if share >= last + 0.05 or share == 1.0:
-            last, loss, spent = share, float(total) / since, time.monotonic() - start
-            print(f"{share:4.0%}  step {step + 1}  loss {loss:.3f}  {spent:.0f} s", flush=True)
+            last, mean, spent = share, float(total) / since, time.monotonic() - start
+            print(f"{share:4.0%}  step {step + 1}  loss {mean:.3f}  {spent:.0f} s", flush=True)
             total, since = torch.zeros_like(total), 0
         if share == 1.0:
             return
@@ -172,7 +205,8 @@ def detect(model: YolosForObjectDetection, scenes: Scenes) -> list[dict[str, Any
     model.eval()
     found = []
     for start in range(0, len(scenes.pixels), 256):
-        scores, boxes = answers_to(model, scenes.pixels[start : start + 256])
+        states = states_of(model, scenes.pixels[start : start + 256])
+        scores, boxes = answers_of(model, states)
         likely, classes = scores.softmax(-1)[..., :-1].max(-1)
         edges = torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., 2:]], -1) * SIZE
         rows = zip(edges.tolist(), likely.tolist(), classes.tolist(), strict=True)
@@ -242,6 +276,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--patch", type=int, default=8, help="pixels")
+    parser.add_argument("--patches", type=float, default=1.0, help="weight of their loss")
     parser.add_argument("--test", type=int, default=1000, help="scenes to measure the model with")
     parser.add_argument("--count", type=int, default=400, help="scenes of a split in SCENES")
     parser.add_argument("--only-scenes", action="store_true", help="write SCENES and stop")

@@ -231,7 +231,8 @@ def test_the_loss_of_detection_is_that_of_transformers(
     numbers = (scenes.digits >= 0).sum(dim=1).tolist()
     assert min(numbers) < script.MOST  # so that some boxes are not there
     matched = script.match(script.costs(model, *batch), numbers)
-    found = script.loss_of(model, *batch, matched)
+    states = script.states_of(model, scenes.pixels)
+    found = script.loss_of(model, states, scenes.boxes, scenes.digits, matched)
     labels = [
         {"class_labels": digits[:number], "boxes": boxes[:number]}
         for boxes, digits, number in zip(scenes.boxes, scenes.digits, numbers, strict=True)
@@ -245,6 +246,36 @@ def test_the_loss_of_detection_is_that_of_transformers(
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * largest)
+
+
+def test_patches_learn_the_box_that_they_lie_in(
+    monkeypatch: pytest.MonkeyPatch, drawings: Path
+) -> None:
+    script = load(monkeypatch, "pretrain_detection")
+    torch.manual_seed(0)
+    scenes = script.Painter(drawings, script.KNOWN, False, "cpu")(6)
+    wanted = []  # nothing and five digits, then the box: what a head would have to say
+    for boxes, digits in zip(scenes.boxes.tolist(), scenes.digits.tolist(), strict=True):
+        for y in range(8):
+            for x in range(8):
+                row = [50.0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+                for (cx, cy, width, height), digit in zip(boxes, digits, strict=True):
+                    is_inside = (
+                        abs((x + 0.5) / 8 - cx) < width / 2 and abs((y + 0.5) / 8 - cy) < height / 2
+                    )
+                    if digit >= 0 and is_inside:
+                        row = [0.0] * 6 + torch.tensor([cx, cy, width, height]).logit().tolist()
+                        row[digit + 1] = 50.0
+                wanted.append(row)
+    head = nn.Linear(10, 10).requires_grad_(False)
+    nn.init.eye_(head.weight)
+    nn.init.zeros_(head.bias)
+    states = torch.tensor(wanted).view(6, 64, 10)
+    assert (states[..., 0] == 0).any()
+    right = script.loss_of_patches(head, states, scenes.boxes, scenes.digits)
+    assert float(right) == pytest.approx(0, abs=1e-5)
+    wrong = script.loss_of_patches(head, states.roll(1, dims=1), scenes.boxes, scenes.digits)
+    assert float(wrong) > 1
 
 
 def test_a_detector_is_pretrained(
