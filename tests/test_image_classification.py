@@ -9,6 +9,7 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -36,7 +37,7 @@ from lora_cli.export.merge import merge_adapter
 from lora_cli.preprocessing.encode import check_data, load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe, write_recipe
-from lora_cli.tasks import build_task
+from lora_cli.tasks import build_task, image_classification
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Encoded
 from lora_cli.tasks.image_classification import random_box
@@ -787,3 +788,161 @@ def test_pillow_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(LoraError, match=r"pillow[\s\S]*lora-cli\[vision\]"):
         pictures.require_pillow()
+
+
+# ------------------------------------------------------------------------ one value at a time
+
+
+class Scripted:
+    """A generator whose numbers are known: each a given share of the way from low to high."""
+
+    def __init__(self, shares: list[float], coin: float = 0.9) -> None:
+        self.shares, self.coin, self.count = shares, coin, 0
+
+    def uniform(self, low: float, high: float) -> float:
+        self.count += 1
+        return low + self.shares[(self.count - 1) % len(self.shares)] * (high - low)
+
+    def random(self) -> float:
+        return self.coin
+
+
+def test_where_a_random_part_lies() -> None:
+    rng: Any = Scripted([0.5, 0.75, 0.25, 1.0])
+    left, upper, right, lower = random_box(80, 60, 0.2, rng)
+    area, ratio = 0.6 * 4800, (4 / 3) ** 0.5  # three quarters of the way from 3:4 to 4:3, in logs
+    w, h = (area * ratio) ** 0.5, (area / ratio) ** 0.5
+    assert (left, right) == pytest.approx(((80 - w) / 4, (80 - w) / 4 + w))
+    assert (upper, lower) == pytest.approx((60 - h, 60))
+    # the least area at the widest ratio, and the greatest at the ratio of the picture
+    box = random_box(100, 100, 0.25, Scripted([0.0, 1.0, 0.0, 0.0]))  # type: ignore[arg-type]
+    assert box == pytest.approx((0, 0, 50 * (4 / 3) ** 0.5, 50 * (3 / 4) ** 0.5))
+    rng = Scripted([1.0, 0.5, 0.0, 0.0])
+    assert random_box(64, 64, 0.25, rng) == (0, 0, 64, 64)
+    assert rng.count == 4  # the whole of a picture is a part that fits
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [((900, 30), (430, 0, 470, 30)), ((30, 900), (0, 430, 30, 470)), ((30, 33), (0, 0, 30, 33))],
+)
+def test_of_a_picture_that_no_random_part_fits_the_middle_is_read(
+    size: tuple[int, int], box: tuple[int, int, int, int]
+) -> None:
+    wide_or_high = 1.0 if size[0] < size[1] else 0.0  # the ratio that fits worst
+    rng: Any = Scripted([1.0, wide_or_high])
+    assert random_box(*size, 0.9, rng) == pytest.approx(box)
+    assert rng.count == 20  # ten trials, as in torchvision
+
+
+@pytest.mark.parametrize("resample", [3, None])
+def test_a_random_part_is_resized_once_and_not_cut_again(
+    resample: int | None, tmp_path: Path
+) -> None:
+    """The processor makes 40 pixels of the shorter side, and then takes the 32 in the middle."""
+    options = {
+        "image_processor_type": "EfficientNetImageProcessor", "size": {"shortest_edge": 40},
+        "do_center_crop": True, "crop_size": {"height": SIZE, "width": SIZE},
+        "include_top": False, "resample": 3,
+    }  # fmt: skip
+    base = tiny_pictures.save("efficientnet", tmp_path / "base", **options)
+    task: Any = build_task(load_recipe(write_recipe_of(tmp_path, base, task=AUGMENTED)))
+    task.load_processor()
+    assert task.size == (SIZE, SIZE)
+    task.processor.resample = resample
+    image = picture(5, width=70, height=50)
+    value, shares = media(encoded(image)), [0.5, 0.5, 0.5, 0.5]
+    box = random_box(70, 50, task.spec.augmentation.smallest_crop, Scripted(shares))  # type: ignore[arg-type]
+    by_hand = image.resize(
+        (SIZE, SIZE), Image.Resampling.BICUBIC if resample else Image.Resampling.BILINEAR, box=box
+    )
+    pixels = (np.asarray(by_hand).transpose(2, 0, 1) / 255 - [[[0.5]], [[0.4]], [[0.3]]]) / [
+        [[0.5]], [[0.6]], [[0.7]]
+    ]  # fmt: skip
+    found = task._pixels(value, Scripted(shares))
+    np.testing.assert_allclose(found, pixels, atol=1e-5)
+    assert torch.equal(task._pixels(value, Scripted(shares, 0.5)), found)
+    assert torch.equal(task._pixels(value, Scripted(shares, 0.49)), found.flip(-1))
+
+
+def test_pixels_are_of_the_dtype_of_the_frozen_base(tmp_path: Path) -> None:
+    first, second, third = (torch.nn.Linear(2, 2, dtype=d) for d in
+                            (torch.float32, torch.float16, torch.float64))  # fmt: skip
+    second.requires_grad_(False)
+    third.requires_grad_(False)
+    model = torch.nn.Sequential(first, second, third)
+    assert image_classification._dtype_of(model) == torch.float16
+    assert image_classification._dtype_of(torch.nn.Sequential(first)) == torch.float32
+    trained = torch.nn.Sequential(torch.nn.Linear(1, 1, dtype=torch.float64), first)
+    assert image_classification._dtype_of(trained) == torch.float64
+
+
+def test_pixels_are_cast_to_the_model_s_dtype_but_within_autocast(tmp_path: Path) -> None:
+    task, _ = opened(tmp_path)
+    model = tiny_pictures.model("vit").double()
+    pixels = task.probe()["pixel_values"]
+    assert pixels.shape[1:] == (3, SIZE, SIZE)
+    assert torch.equal(task.logits(model, pixels), model(pixel_values=pixels.double()).logits)  # type: ignore[attr-defined]
+    seen: list[torch.dtype] = []
+    model.forward = lambda pixel_values: seen.append(pixel_values.dtype) or model  # type: ignore[assignment]
+    model.logits = pixels
+    with torch.autocast("cpu", torch.bfloat16):
+        task.logits(model, pixels)  # type: ignore[attr-defined]
+    assert seen == [torch.float32]
+
+
+@pytest.mark.parametrize("channels", [None, 3, 1, 2, 4])
+def test_how_many_channels_a_model_reads(
+    channels: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_pictures.save("vit", tmp_path / "base")
+    task: Any = build_task(load_recipe(write_recipe_of(tmp_path, base)))
+    config = SimpleNamespace() if channels is None else SimpleNamespace(num_channels=channels)
+    monkeypatch.setattr(image_classification, "load_config", lambda recipe: config)
+    monkeypatch.setattr(image_classification, "require_kind", lambda *_: None)
+    monkeypatch.setattr(image_classification, "output_size", lambda *_: (SIZE, SIZE))
+    if channels in (2, 4):
+        with pytest.raises(LoraError, match=f"reads pictures of {channels} channels"):
+            task.load_processor()
+    else:
+        task.load_processor()
+        assert task.channels == (channels or 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "shown"),
+    [
+        (None, ["1", "10", "2"], "of text: 1, 10, 2; for"),
+        (None, ["1", "10", "2", "3", "4"], "of text: 1, 10, 2, 3, 4; for"),
+        (None, ["1", "10", "2", "3", "4", "5"], "of text: 1, 10, 2, 3, 4, …; for"),
+        (None, ["1", "2", "10"], ""),
+        (None, ["1", "10", "2", "x"], ""),
+        (["1", "10", "2"], ["1", "10", "2"], ""),
+    ],
+)
+def test_labels_that_are_numbers_in_the_order_of_text_are_said(
+    given: list[str] | None, names: list[str], shown: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    base = tiny_pictures.save("vit", tmp_path / "base")
+    task: Any = build_task(load_recipe(write_recipe_of(tmp_path, base, task={"labels": given})))
+    monkeypatch.setattr(task.reader, "learn", lambda _: setattr(task.reader, "names", names))
+    task.learn_from({})
+    said = " ".join(capsys.readouterr().err.split())
+    assert (shown in said and "the labels are numbers" in said) if shown else not said
+
+
+def test_what_is_said_of_animations_names_the_first_row(tmp_path: Path) -> None:
+    base = tiny_pictures.save("vit", tmp_path / "base")
+    task = build_task(load_recipe(write_recipe_of(tmp_path, base)))
+    rows: Any = SimpleNamespace(place=lambda i: f"rows.csv:{i}")
+    look = {"is_animated": False, "is_transparent": False}
+    examples = [{**look, "row": i} for i in range(5, 9)]
+    assert task.unknown_input("train", rows, examples) == (0.0, None)
+    examples[1]["is_animated"] = examples[3]["is_animated"] = True
+    share, said = task.unknown_input("train", rows, examples)
+    assert share == 0
+    assert said == (
+        "2 train rows have several pictures in one file, of which the first is read: rows.csv:6"
+    )
+    assert all(task.cost(example) == 1 for example in examples)
