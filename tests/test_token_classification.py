@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -39,10 +42,11 @@ from lora_cli.preprocessing.encode import check_data, load_data
 from lora_cli.recipe import FormatSpec, HeldOutSpec, Recipe, load_adapter_recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe
 from lora_cli.reporting.page_entities import entity_sections, per_type
-from lora_cli.tasks import build_task
+from lora_cli.tasks import build_task, word_windows
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.word_windows import (
     NO_TOKEN,
+    Window,
     Words,
     complete_tags,
     places_of_tokens,
@@ -933,3 +937,160 @@ def test_the_usage_code_runs(base: Path, tmp_path: Path) -> None:
     words = [pieces[0], next(p for p in pieces if p.startswith("Ġt") or p == "t")]
     assert [word for word, _ in said] == [word.removeprefix("Ġ") for word in words]
     assert {tag for _, tag in said} <= set(labels)
+
+
+# ------------------------------------------------------------------------ one value at a time
+
+
+class Marks:
+    """A tokenizer that says where its tokens stand as a test wants it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, offsets: list[tuple[int, int]]) -> None:
+        starts, ends = (np.array([o[i] for o in offsets]) for i in (0, 1))
+        tokens = SimpleNamespace(ids=list(range(len(offsets))), starts=starts, ends=ends)
+        monkeypatch.setattr(word_windows, "tokens_of", lambda *_, special: tokens)
+
+
+def test_tokens_of_no_width_are_no_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer: Any = Marks(monkeypatch, [(0, 0), (0, 1), (1, 1), (1, 1), (1, 3), (4, 4), (5, 6)])
+    found = words_in(tokenizer, "abc  d", [(0, 1), (1, 3), (3, 4), (5, 6)])
+    assert found.first == [1, 4, -1, 6]
+    assert places_of_tokens(tokenizer, "abc  d") == [(0, 1), (1, 3), (5, 6)]
+
+
+def test_tokens_that_touch_are_words_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer: Any = Marks(monkeypatch, [(0, 2), (2, 4), (3, 5), (3, 4), (5, 8), (8, 9)])
+    assert places_of_tokens(tokenizer, "abcde f  ") == [(0, 2), (2, 5), (6, 7)]
+
+
+def test_a_row_that_fills_a_window_is_one(base: Path) -> None:
+    assert windows_of(Words([7, 8, 9], []), 3) == [Window(0, 3, [])]
+    assert windows_of(Words([7, 8, 9], [0, -1, 2]), 3) == [Window(0, 3, [0, 2])]
+    words = Words(list(range(10)), list(range(10)))
+    assert windows_of(words, 4) == [  # each starts two after the one before
+        Window(0, 4, [0, 1, 2]), Window(2, 6, [3, 4]), Window(4, 8, [5, 6]),
+        Window(6, 10, [7, 8, 9]),
+    ]  # fmt: skip
+    assert [w.start for w in windows_of(words, 7)] == [0, 3]
+    assert [w.words for w in windows_of(words, 1)] == [[i] for i in range(10)]
+
+
+def test_examples_of_a_row_in_windows(base: Path, tmp_path: Path) -> None:
+    task: Any = task_of(base, tmp_path, max_length=7)  # five tokens between the two at the ends
+    check_data(task, ("train",))
+    first, second = task.encode([ROWS[0]])[0][:1], task.encode([ROWS[1]])[0]
+    prefix, suffix = task.tokenizer.bos_token_id, task.tokenizer.eos_token_id
+    tokens = words_in(task.tokenizer, " ".join(ROWS[0]["tokens"]), task._text_of(ROWS[0]).places)
+    assert first[0]["input_ids"] == [prefix, *tokens.ids[:5], suffix]
+    assert first[0]["n_words"] == 5
+    assert first[0]["full_length"] == len(tokens.ids) + 2
+    for example in (*first, *second):
+        at = [i for i, word in enumerate(example["words"]) if word != -1]
+        row = ROWS[0] if example in first else ROWS[1]
+        assert at[0] == 1
+        assert [task.labels[example["labels"][i]] for i in at] == row["tags"][: len(at)]
+        others = [x for i, x in enumerate(example["labels"]) if i not in at]
+        assert others == [-100] * (len(example["labels"]) - len(at))
+    assert task.features() == {
+        "input_ids": "list<int32>", "labels": "list<int32>", "words": "list<int32>",
+        "n_words": "int32",
+    }  # fmt: skip
+    assert task_of(base, tmp_path, max_length=3)._capacity == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("length", "longest"), [(30, 30), (3, 3), (2, 3), (400, 64)])
+def test_the_model_is_tried_on_examples_of_the_asked_length(
+    length: int, longest: int, base: Path, tmp_path: Path
+) -> None:
+    task = task_of(base, tmp_path, max_length=64)
+    short, long = task.trial_examples(length)
+    assert (len(short["input_ids"]), len(long["input_ids"])) == (min(7, longest), longest)
+    for example in (short, long):
+        count = len(example["input_ids"])
+        assert example["labels"] == [-100] * count
+        assert example["words"] == [-1] * count
+        assert example["row"] == 0
+        assert example["input_ids"][0] == task.tokenizer.bos_token_id
+        assert example["input_ids"][-1] == task.tokenizer.eos_token_id
+        inside = example["input_ids"][1:-1]
+        assert not set(inside) & {task.tokenizer.bos_token_id, task.tokenizer.eos_token_id}
+
+
+def test_shares_of_words_and_tokens(base: Path, tmp_path: Path) -> None:
+    task = task_of(base, tmp_path)
+    split = load_data(task)["train"]
+    tokens = sum(len(e["input_ids"]) for e in split.examples)
+    assert task.trained_share(split) == pytest.approx(8 / tokens)  # eight words
+    rows: Any = SimpleNamespace(place=lambda i: f"rows:{i}")
+    # of 50 words, one without a token in the second row is 2 %, and two are more
+    for lost, said in ((1, None), (2, "2 of 50 words of train have no token .*, the first at rows:1")):
+        examples = [
+            {"row": i, "input_ids": [5] * 10, "n_words": 10,
+             "words": list(range(10 - (lost if i == 1 else 0)))}
+            for i in range(5)
+        ]  # fmt: skip
+        share, warning = task.unknown_input("train", rows, examples)
+        assert share == 0
+        assert warning is None if said is None else re.search(said, str(warning))
+    assert task.unknown_input("train", rows, []) == (0.0, None)
+
+
+def test_a_batch_and_its_losses_and_predictions(base: Path, tmp_path: Path) -> None:
+    task: Any = task_of(base, tmp_path, labels=["O", "B-A", "I-A"])
+    examples = [
+        {"row": 4, "input_ids": [0, 5, 6, 7, 2], "labels": [-100, 1, 2, -100, -100],
+         "words": [-1, 0, 2, -1, -1]},
+        {"row": 9, "input_ids": [0, 8, 2], "labels": [-100, 0, -100], "words": [-1, 1, -1]},
+    ]  # fmt: skip
+    batch = task.collate(examples)
+    assert batch.rows == [4, 9]
+    assert batch.cost == 8
+    assert batch.items["loss"].tolist() == [2.0, 1.0]
+    assert batch.targets["labels"].tolist() == [[-100, 1, 2, -100, -100], [-100, 0, *[-100] * 3]]
+    assert batch.targets["words"].tolist() == [[-1, 0, 2, -1, -1], [-1, 1, -1, -1, -1]]
+    logits = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(3))
+    logs = logits.double().log_softmax(-1)
+    losses = task.losses(None, logits, batch)["loss"]
+    wanted = [-logs[0, 1, 1] - logs[0, 2, 2], -logs[1, 1, 0]]
+    assert losses.tolist() == pytest.approx([float(x) for x in wanted])
+    first, second = task.predictions(None, logits, batch)
+    assert (first.row, second.row) == (4, 9)
+    for found, row, places in ((first, 0, {0: 1, 2: 2}), (second, 1, {1: 1})):
+        assert [word for word, _, _ in found.prediction] == list(places)
+        for word, tag, p in found.prediction:
+            probabilities = logs[row, places[word]].exp()
+            assert tag == task.labels[int(probabilities.argmax())]
+            assert p == pytest.approx(float(probabilities.max()), rel=1e-6)
+
+
+def test_an_entity_has_its_place_and_the_mean_probability_of_its_words(
+    base: Path, tmp_path: Path
+) -> None:
+    task: Any = task_of(base, tmp_path, labels=["O", "B-A", "I-A"])
+    text = task._text_of(ROWS[0])  # Ada met a warm cast
+    said = [(0, "B-A", 0.25), (1, "I-A", 0.7500014), (3, "O", 0.5), (4, "B-A", 1 / 3)]
+    tags, found = task._answer(text, said)
+    assert tags == ["B-A", "I-A", "O", "O", "B-A"]
+    assert found == [
+        {"start": 0, "end": 7, "label": "A", "text": "Ada met", "score": 0.500001},
+        {"start": 15, "end": 19, "label": "A", "text": "cast", "score": 0.333333},
+    ]
+    assert task.answer_of(ROWS[0]) == "word 1 (PER), words 4 to 5 (ART)"
+    assert task.answer_of({"tokens": ["a"], "tags": ["O"]}) == "without entities"
+    assert task.answer_line([[{"text": "é"}]]) == '[{"text": "é"}]'
+
+
+def test_labels_of_another_tool_s_adapter_are_the_base_s_if_as_many(
+    tmp_path: Path,
+) -> None:
+    config = tiny.encoder(None).config
+    config.id2label = {2: "I-A", 0: "O", 1: "B-A"}
+    config.label2id = {name: i for i, name in config.id2label.items()}
+    BertForTokenClassification(config).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    for rows, names in (
+        (3, ["O", "B-A", "I-A"]), (None, ["O", "B-A", "I-A"]), (2, ["LABEL_0", "LABEL_1"])
+    ):  # fmt: skip
+        task = task_of(tmp_path / "base", tmp_path)
+        task.complete_from({} if rows is None else {"classifier.weight": torch.zeros(rows, 8)})
+        assert task.learned.task["labels"] == names
