@@ -12,20 +12,32 @@ from typing import Any
 import peft
 import pytest
 import tiny
+import tiny_experts
 import torch
 from closeness import assert_close
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lora_cli.adapters.attach import attach, lora_layers
 from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.peft_format import peft_rules
 from lora_cli.adapters.peft_format.adapter_folder import (
     differences_in_peft,
     read_adapter,
     save_adapter,
 )
-from lora_cli.adapters.peft_format.peft_rules import base_modules, full_names, peft_reading
+from lora_cli.adapters.peft_format.peft_rules import (
+    base_modules,
+    convolution_difference,
+    copied_modules,
+    full_names,
+    modules_to_save,
+    parameter_layers,
+    peft_differences,
+    peft_reading,
+)
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.files import write_manifest
 
@@ -250,3 +262,106 @@ def test_the_modules_of_the_base_are_those_before_anything_was_attached() -> Non
     attach(model, tiny.recipe_of(rank=2, target_modules=["query", "dense"]), ["classifier"])
     assert len(lora_layers(model)) > 2
     assert base_modules(model) == wanted
+
+
+# ------------------------------------------------------------------------ one value at a time
+
+
+def test_layers_of_adapted_parameters_have_peft_s_names() -> None:
+    """Of two parameters of a module the last is the outer layer, and the others are inside it."""
+    model, entries = tiny_experts.model("mixtral"), tiny_experts.EXPERTS
+    found = parameter_layers(model, entries)
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=entries)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    named = {
+        name.removeprefix("base_model.model."): module.parameter_name
+        for name, module in theirs.named_modules()
+        if isinstance(module, ParamWrapper)
+    }
+    assert {name: key for name, (_, key) in found.items()} == named
+    assert {module for module, _ in found.values()} == {
+        f"model.layers.{i}.mlp.experts" for i in (0, 1)
+    }
+    assert len(found) == 4
+    assert parameter_layers(model, None) == parameter_layers(model, []) == {}
+
+
+@pytest.mark.parametrize(
+    ("layer", "config", "said"),
+    [
+        (nn.Conv2d(2, 2, 3), "LORA", ""),
+        (nn.Conv2d(2, 2, 3, dilation=(1, 3)), "LORA", "has a dilation of 3, and"),
+        (nn.Conv2d(2, 2, (3, 1), dilation=(1, 3)), "LORA", ""),  # of one entry nothing is dilated
+        (nn.Conv2d(2, 2, (1, 3), dilation=(1, 2)), "LORA", "has a dilation of 2, and"),
+        (nn.Conv1d(2, 2, 2, dilation=2), "LORA", "has a dilation of 2, and"),
+        (nn.Conv1d(2, 2, 2, dilation=2), "LOHA", ""),
+        (nn.Conv1d(2, 2, 3, padding_mode="circular"), "LOHA", "pads with `circular`, and"),
+        (nn.Linear(2, 2), "LORA", ""),
+    ],
+)
+def test_what_differs_in_a_convolution(layer: nn.Module, config: str, said: str) -> None:
+    found = convolution_difference(layer, {"peft_type": config})
+    assert found.startswith(said)
+    assert bool(found) == bool(said)
+
+
+def test_what_is_trained_in_full_where_a_task_classifies() -> None:
+    names = ["score", "x.score", "xscore", "norm", "a.prenorm", "other", "classifier.dense"]
+    for config, entries, copied in (
+        ({"task_type": "SEQ_CLS"}, ["classifier", "score"], ["score", "x.score", "xscore"]),
+        ({"task_type": "TOKEN_CLS", "modules_to_save": ["norm"]}, ["norm", "classifier", "score"],
+         ["score", "x.score", "xscore", "norm", "a.prenorm"]),
+        ({"task_type": "CAUSAL_LM", "modules_to_save": ["norm"]}, ["norm"], ["norm", "a.prenorm"]),
+        ({"modules_to_save": None}, [], []),
+    ):  # fmt: skip
+        assert modules_to_save(config) == entries
+        assert copied_modules(names, config) == set(copied)
+
+
+def test_names_that_peft_takes_for_experts_go_by_the_family() -> None:
+    for name, experts in (
+        ("mixtral", ("gate", "w1", "w3", "w2")), ("llama", ()),
+        ("qwen3_moe", ("gate", "gate_proj", "up_proj", "down_proj")),
+    ):  # fmt: skip
+        assert peft_rules._expert_names(base_of(name)) == experts
+    assert peft_rules._expert_names(nn.Linear(1, 1)) == ()
+
+
+def test_experts_that_are_lost_are_named_with_the_way_out() -> None:
+    reading = peft_rules.PeftReading(experts={"a.0.mlp.up", "a.0.mlp.down", "b.gate", "c.up"})
+    ours = {"a.0.mlp.up", "a.0.mlp.down", "b.gate", "a.0.q"}
+    (said,) = peft_rules._experts_lost(reading, ours)
+    assert said.startswith(
+        "PEFT would not adapt `a.0.mlp.down`, `a.0.mlp.up`, `b.gate`, 3 of 4 modules: in models of "
+        "this type it takes `down`, `gate`, `up` for parts"
+    )
+    assert "adapter.exclude_modules=[b.gate, mlp.down, mlp.up]'" in said
+    assert peft_rules._experts_lost(reading, {"a.0.q"}) == []
+    assert peft_rules.listed(["a", "b", "c"]) == "`a`, `b`, `c`"
+    assert peft_rules.listed(["a", "b", "c", "d", "e"]) == "`a`, `b`, `c` and 2 more"
+
+
+def test_what_peft_would_read_otherwise_is_said_of_each_kind_of_module() -> None:
+    model = base_of("llama")
+    q = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    k = q[0].replace("q_proj", "k_proj")
+
+    def said(targets: list[str], adapted: list[str], kind: str = "LORA", **more: Any) -> list[str]:
+        config = {"peft_type": kind, "target_modules": targets, **more}
+        tensors = {f"{name}.lora_{side}.weight" for name in adapted for side in "AB"}
+        return peft_differences(model, config, tensors | more_tensors)
+
+    more_tensors: set[str] = set()
+    assert said(["q_proj"], q) == []
+    (found,) = said(["q_proj"], [*q, k])
+    assert found.startswith(f"PEFT would not adapt `{k}`: by its name")
+    (found,) = said(["q_proj"], q[:1])
+    assert found.startswith(f"PEFT would adapt `{q[1]}` too, whose name ends")
+    (found,) = said(["q_proj"], q, modules_to_save=["norm"])
+    assert found.startswith("PEFT would look for weights of `model.layers.0.input_layernorm`, ")
+    assert said(["q_proj"], q, modules_to_save=["model.norm"])
+    more_tensors = {"model.norm.weight"}
+    assert said(["q_proj"], q, modules_to_save=["model.norm"]) == []
+    assert said(["mlp"], [], "HEAD_ONLY") == []
+    (found,) = said(["0.mlp"], [])
+    assert "is a LlamaMLP, which it does not adapt" in found

@@ -1023,7 +1023,10 @@ def test_shares_of_words_and_tokens(base: Path, tmp_path: Path) -> None:
     assert task.trained_share(split) == pytest.approx(8 / tokens)  # eight words
     rows: Any = SimpleNamespace(place=lambda i: f"rows:{i}")
     # of 50 words, one without a token in the second row is 2 %, and two are more
-    for lost, said in ((1, None), (2, "2 of 50 words of train have no token .*, the first at rows:1")):
+    for lost, said in (
+        (1, None),
+        (2, "2 of 50 words of train have no token .*, the first at rows:1"),
+    ):
         examples = [
             {"row": i, "input_ids": [5] * 10, "n_words": 10,
              "words": list(range(10 - (lost if i == 1 else 0)))}
