@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_cli.preprocessing.batch_plan import WINDOW_STEPS, BatchPlan, micro_batches
+from lora_cli.preprocessing.batch_plan import (
+    WINDOW_STEPS,
+    BatchPlan,
+    Mixture,
+    micro_batches,
+    quotas_of,
+)
 from lora_cli.tasks.packing import pack
 
 
@@ -33,6 +39,47 @@ def test_every_example_is_seen_once_an_epoch(plan: BatchPlan, epoch: int) -> Non
     sizes = sorted(len(step) for step in steps)
     assert set(sizes[1:]) <= {plan.examples_per_step}
     assert 0 < sizes[0] <= plan.examples_per_step
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> BatchPlan:
+    sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
+    weights = draw(st.lists(st.floats(0.5, 10), min_size=len(sizes), max_size=len(sizes)))
+    ends = np.cumsum(sizes)
+    members = tuple(np.arange(end - n, end) for end, n in zip(ends, sizes, strict=True))
+    mixture = Mixture(members, quotas_of(weights, sum(sizes)))
+    return BatchPlan(sum(sizes), draw(st.integers(1, 20)), draw(st.integers(0, 99)), None, mixture)
+
+
+@given(plan=mixtures(), epochs=st.integers(1, 5))
+def test_an_epoch_has_the_quota_of_each_set_and_repeats_none_before_all_were_drawn(
+    plan: BatchPlan, epochs: int
+) -> None:
+    assert plan.mixture is not None
+    drawn = [np.concatenate(list(plan.epoch(e))) for e in range(epochs)]
+    for members, quota in zip(plan.mixture.members, plan.mixture.quotas, strict=True):
+        counts = [int(np.isin(epoch, members).sum()) for epoch in drawn]
+        assert counts == [quota] * epochs
+        times = np.bincount(np.concatenate(drawn), minlength=plan.n_examples)[members]
+        assert times.max() - times.min() <= 1
+
+
+@given(plan=mixtures(), start=st.integers(0, 60), count=st.integers(0, 60))
+def test_a_mixture_goes_on_where_it_was_interrupted(
+    plan: BatchPlan, start: int, count: int
+) -> None:
+    assert of(plan.steps(start, start + count)) == of(plan.steps(0, start + count))[start:]
+
+
+@pytest.mark.parametrize(
+    ("weights", "total", "quotas"),
+    [([1, 1], 10, (5, 5)), ([2, 1], 10, (7, 3)), ([1, 1, 1], 10, (4, 3, 3)), ([3], 7, (7,)),
+     ([1, 999], 100, (0, 100)), ([0.5, 0.25, 0.25], 9, (5, 2, 2))],
+)  # fmt: skip
+def test_shares_are_rounded_to_the_nearest(
+    weights: list[float], total: int, quotas: tuple[int, ...]
+) -> None:
+    assert quotas_of(weights, total) == quotas
 
 
 @given(plan=plans(), start=st.integers(0, 60), count=st.integers(0, 60))

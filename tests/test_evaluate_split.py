@@ -274,6 +274,9 @@ class Lines(Parts):
             def place(self, i: int) -> str:
                 return f"rows:{i}"
 
+            def set_of(self, i: int) -> None:
+                return None
+
         split: Any = SimpleNamespace(rows=Rows([text]))
         task: Any = self
         return json.loads(evaluation._line(found, split, task))
@@ -331,6 +334,8 @@ class Samples:
 
 def test_samples_are_of_the_first_rows_and_get_both_answers() -> None:
     class Rows(list):
+        sets: dict[str, Any] = {}
+
         def place(self, i: int) -> str:
             return f"rows:{i}"
 

@@ -34,6 +34,7 @@ from lora_cli.data.media_folder import (
 )
 from lora_cli.data.parallel_texts import parts_of
 from lora_cli.data.readers import kind_of, read_rows
+from lora_cli.data.renamed_columns import renamed_row
 from lora_cli.data.rows import Rows as Rows
 from lora_cli.data.text_lines import NOT_TEXT, RawRow, unreadable
 from lora_cli.errors import LoraError, counted, warn
@@ -53,7 +54,7 @@ def read_files(recipe: Recipe, files: list[Path]) -> Iterator[RawRow]:
         return
     for file in files:
         for row in read_rows(file, recipe.data.format):
-            yield with_media(row, file.parent, media)
+            yield with_media(renamed_row(row, recipe.data.columns), file.parent, media)
 
 
 def file_rows(recipe: Recipe, files: list[Path]) -> Rows:
@@ -81,11 +82,13 @@ def file_rows(recipe: Recipe, files: list[Path]) -> Rows:
 
 def _names_of(recipe: Recipe, files: list[Path], are_media: bool) -> list[str]:
     """Return what the rows of files depend on besides the bytes in them."""
+    renamed = [f"{old}\n{new}" for old, new in sorted(recipe.data.columns.items())]
     if not recipe.task.media_columns:
         in_folders = recipe.data.format.label_from == "folder"  # whose names are labels
-        return [f"{file.parent.name}/{file.name}" if in_folders else file.name for file in files]
+        known = [f"{file.parent.name}/{file.name}" if in_folders else file.name for file in files]
+        return known + renamed
     # paths lead on from where the files lie
-    names = [str(file.absolute()) for file in files] + list(recipe.task.media_columns)
+    names = [str(file.absolute()) for file in files] + list(recipe.task.media_columns) + renamed
     if are_media:  # and labels depend on all folders
         names += map(str, sorted(folder_labels(recipe, files).items()))
     return names

@@ -20,6 +20,7 @@ import numpy as np
 
 from lora_cli.data.dataset_cache import damaged_files, forget_files
 from lora_cli.data.media import undecoded
+from lora_cli.data.renamed_columns import renamed_columns
 from lora_cli.data.rows import Rows
 from lora_cli.errors import LoraError, warn
 from lora_cli.files import sha256_of
@@ -157,6 +158,7 @@ def hub_rows(recipe: Recipe, name: str) -> Rows:
         forget_files(dataset)
         dataset = load_hub(recipe, name, download_mode="reuse_cache_if_exists")
         damaged_files(dataset)
+    dataset = _renamed(recipe, dataset)
     names = label_names(dataset.features)
     source = "/".join(filter(None, (recipe.data.name, recipe.data.config, name)))
     sha256, media = dataset._fingerprint, tuple(recipe.task.media_columns)
@@ -164,6 +166,17 @@ def hub_rows(recipe: Recipe, name: str) -> Rows:
         sha256 = hashlib.sha256(f"{_folder_sha256(recipe)} {sha256}".encode()).hexdigest()
     positions = np.arange(len(dataset))
     return Rows(undecoded(dataset), source, sha256, positions, names, media=media)
+
+
+def _renamed(recipe: Recipe, dataset: Any) -> Any:
+    """Return a data set whose columns have the recipe's names."""
+    place = recipe.at("data.columns")
+    names = renamed_columns(dataset.column_names, recipe.data.columns, place)
+    if not names:
+        return dataset
+    apart = {old: f"\0{i}" for i, old in enumerate(names)}  # so that two names can be exchanged
+    dataset = dataset.rename_columns(apart)
+    return dataset.rename_columns({apart[old]: new for old, new in names.items()})
 
 
 def label_names(features: Any) -> dict[str, list[str]]:

@@ -25,7 +25,9 @@ from lora_cli.data.media import (
 from lora_cli.data.media_folder import (
     is_media_file,
 )
+from lora_cli.data.mixed_rows import mixed
 from lora_cli.data.readers import kind_of, require_columns
+from lora_cli.data.renamed_columns import renamed_row, require_renamed
 from lora_cli.data.rows import Rows as Rows
 from lora_cli.data.text_lines import RawRow
 from lora_cli.errors import LoraError, counted, did_you_mean
@@ -44,6 +46,8 @@ def load_rows(recipe: Recipe, splits: Sequence[str] = SPLITS) -> dict[str, Rows]
         LoraError: With the rows that cannot be read, unless `data.on_bad_row` is `skip`.
     """
     data = recipe.data
+    if data.mix:
+        return _load_mixed(recipe, splits)
     specs = {name: getattr(data, name) for name in SPLITS if getattr(data, name) is not None}
     if data.streaming:
         specs.pop("train")
@@ -68,6 +72,29 @@ def load_rows(recipe: Recipe, splits: Sequence[str] = SPLITS) -> dict[str, Rows]
         _require_rows(rows, name)
     _count_skipped_once(whole)
     return {name: whole[name] for name in SPLITS if name in whole and name in splits}
+
+
+def _load_mixed(recipe: Recipe, splits: Sequence[str]) -> dict[str, Rows]:
+    """Return the rows of all sets of `data.mix` by split; errors name the set.
+
+    Raises:
+        LoraError: With what is wrong with any of the sets.
+    """
+    found: dict[str, dict[str, Rows]] = {}
+    problems = []
+    for name in recipe.data.mix:
+        try:
+            for split, rows in load_rows(recipe.for_set(name), splits).items():
+                found.setdefault(split, {})[name] = rows
+        except LoraError as error:
+            key = f"data.mix.{name}"
+            problems += [
+                one if key in (one.at or "") else replace(one, at=f"{one.at} (set {name})")
+                for one in error.problems
+            ]
+    if problems:
+        raise LoraError(problems)
+    return {split: mixed(recipe, found[split]) for split in SPLITS if split in found}
 
 
 def _count_skipped_once(splits: dict[str, Rows]) -> None:
@@ -100,7 +127,8 @@ def stream_rows(recipe: Recipe) -> Iterator[RawRow]:
     if data.name:
         media = recipe.task.media_columns
         for number, row in enumerate(undecoded(load_hub(recipe, data.train, streaming=True))):
-            yield with_media(RawRow(row, f"{data.name}[{number}]"), Path(), media)
+            raw = renamed_row(RawRow(row, f"{data.name}[{number}]"), data.columns)
+            yield with_media(raw, Path(), media)
     elif data.split_column and not is_file(data.train):
         yield from _stream_marked(recipe, data.split_column)
     else:
@@ -181,6 +209,7 @@ def _named(recipe: Recipe, split: str, text: str) -> Rows:
         rows = _rows_marked(recipe, split, name)
     else:
         rows = file_rows(recipe, files_of(recipe, split, name))
+    require_renamed(recipe, rows)
     return rows.select(np.arange(len(rows))[positions(part, len(rows))]) if part else rows
 
 

@@ -68,6 +68,20 @@ class Rows:
         return f"{self.source}[{index}]"
 
     @property
+    def sets(self) -> dict[str, Indices]:
+        """The positions of each set's rows, one set after the other; empty if nothing is mixed."""
+        return {}
+
+    @property
+    def parts(self) -> list[Rows]:
+        """The rows of each set that is mixed; these rows themselves if none is."""
+        return [self]
+
+    def set_of(self, i: int) -> str | None:
+        """Return the set that row i is of, where several are mixed."""
+        return None
+
+    @property
     def columns(self) -> list[str]:
         """Names of the columns, from the first rows."""
         first = [self[i] for i in range(min(100, len(self)))]

@@ -145,7 +145,7 @@ def compare(
 
 
 def _split(recipe: Recipe, split: str | None) -> str:
-    present = [name for name in SPLITS if getattr(recipe.data, name) is not None]
+    present = [name for name in SPLITS if recipe.data.has(name)]
     wanted = [split] if split else ["test", "validation"]
     for name in wanted:
         if name in present:

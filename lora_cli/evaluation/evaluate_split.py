@@ -50,10 +50,10 @@ class Stop(Protocol):
         """Raise if any process was asked to; all of them call it at the same place."""
 
 
-def build_metrics(task: Task) -> MetricSet:
+def build_metrics(task: Task, may_lack_rows: bool = False) -> MetricSet:
     """Return the recipe's metrics, or the task's own."""
-    at = task.recipe.at("evaluate.metrics")
-    metrics = MetricSet(task.metric_names, task.metric_channel, task.metric_context, at)
+    at, context = task.recipe.at("evaluate.metrics"), task.metric_context
+    metrics = MetricSet(task.metric_names, task.metric_channel, context, at, may_lack_rows)
     task.check_metrics(set(metrics.channels))
     return metrics
 
@@ -62,7 +62,8 @@ def best_by(recipe: Recipe, task: Task) -> tuple[str, str]:
     """Return the metric that chooses the best adapter, and whether `min` or `max` is better."""
     best = recipe.evaluate.best
     if best is not None:
-        return best.metric, best.mode or metric_mode(best.metric) or "max"
+        _, measured = recipe.data.set_of_metric(best.metric)
+        return best.metric, best.mode or metric_mode(measured) or "max"
     name = result_names(task.metric_names[0])[0] if task.metric_names else "loss"
     mode = metric_mode(name)
     return (name, mode) if mode else ("loss", "min")
@@ -98,10 +99,10 @@ def evaluate(
     """
     recipe = task.recipe
     size = recipe.evaluate.micro_batch_size or 2 * task.micro_batch
-    metrics = build_metrics(task)
-    task.choose_rows_to_answer([len(split.rows)])
-    sums: dict[str, list[float]] = {term: [0.0, 0.0] for term in task.loss_weights}
-    main = accelerator.is_main_process
+    sets, main = split.rows.sets, accelerator.is_main_process
+    scores = _Scores(task)
+    of_sets = {name: _Scores(task, may_lack_rows=True) for name in sets}
+    task.choose_rows_to_answer([len(positions) for positions in sets.values()] or [len(split.rows)])
     with _whole_file(predictions if main else None) as file, eval_mode(model):
         joined = _Joined(task, split)
         for window, is_last in _with_last(_windows(split, size)):
@@ -111,13 +112,10 @@ def evaluate(
             if strict_loss:
                 _reject_bad_loss(rows, split, model, recipe)
             rows = joined.add(rows, is_last)
-            for term, total in sums.items():
-                total[0] += sum(row.losses[term][0] for row in rows)
-                total[1] += sum(row.losses[term][1] for row in rows)
-            for channel in metrics.channels:
-                pairs = [r.metric_inputs[channel] for r in rows if channel in r.metric_inputs]
-                if main and pairs:
-                    metrics.add_batch(channel, [p for p, _ in pairs], [r for _, r in pairs])
+            if main:
+                scores.add(rows)
+                for name, part in of_sets.items():
+                    part.add([row for row in rows if split.rows.set_of(row.row) == name])
             if keep is not None:
                 keep += rows
             if file is not None:
@@ -125,10 +123,34 @@ def evaluate(
     if warnings := task.take_warnings():
         for line in warnings if main else ():
             warn(f"while answering: {line}")
-    if main and (missing := metrics.without_rows):
+    if main and (missing := scores.metrics.without_rows):
         raise _no_reference(missing, split, recipe)
-    results = [{**_mean_losses(task, sums), **metrics.compute()} if main else {}]
+    results: list[dict[str, float]] = [scores.results() if main else {}]
+    for name, part in of_sets.items() if main else ():
+        results[0] |= {f"{name}/{key}": value for key, value in part.results().items()}
     return dict(gather_object(results)[0])
+
+
+class _Scores:
+    """Adds up the losses and the metrics of rows."""
+
+    def __init__(self, task: Task, may_lack_rows: bool = False) -> None:
+        self.task, self.metrics = task, build_metrics(task, may_lack_rows)
+        self.sums = {term: [0.0, 0.0] for term in task.loss_weights}
+
+    def add(self, rows: list[Prediction]) -> None:
+        """Add the predictions for some rows."""
+        for term, total in self.sums.items():
+            total[0] += sum(row.losses[term][0] for row in rows)
+            total[1] += sum(row.losses[term][1] for row in rows)
+        for channel in self.metrics.channels:
+            pairs = [r.metric_inputs[channel] for r in rows if channel in r.metric_inputs]
+            if pairs:
+                self.metrics.add_batch(channel, [p for p, _ in pairs], [r for _, r in pairs])
+
+    def results(self) -> dict[str, float]:
+        """Return the losses and the metrics; a metric for which no row has a reference is none."""
+        return {**_mean_losses(self.task, self.sums), **self.metrics.compute()}
 
 
 @contextmanager
@@ -282,6 +304,7 @@ def _line(prediction: Prediction, split: Encoded, task: Task) -> str:
         "loss": loss,
         "n_items": n_items,
     }
+    line["set"] = split.rows.set_of(prediction.row)
     if prediction.scores is not None:
         line["scores"] = {name: round(score, 6) for name, score in prediction.scores.items()}
     line |= prediction.details
@@ -307,11 +330,14 @@ def measuring_file(recipe: Recipe, file: Path) -> Recipe:
         require_file(file, "--input")
     path, data = str(file.absolute()), recipe.data
     values: dict[str, Any] = {"data.validation": None, "data.test": path, "data.streaming": False}
+    values["data.mix"] = {}
     columns = build_task(recipe)
     wanted = [*columns.input_columns().values(), *columns.target_columns().values()]
     if not is_folder:
         values["data.format"] = input_form(file, read_head(file), data.format, wanted)
-    if data.name is not None:
+    if data.mix:  # whose names the metrics of the file do not have
+        values["evaluate.best"] = None
+    if data.name is not None or data.mix:
         if not columns.knows_labels:
             raise LoraError(
                 "the labels are not known",
@@ -350,7 +376,7 @@ def evaluate_adapter(
     Raises:
         NumericsError: If a row's loss is NaN or infinity.
     """
-    present = [name for name in SPLITS if getattr(recipe.data, name) is not None]
+    present = [name for name in SPLITS if recipe.data.has(name)]
     wanted = [name for name in present if name == split or (not split and name != "train")]
     if not wanted:
         raise LoraError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def add_samples(
             for sample, texts in zip(samples, said, strict=True):
                 sample["after"] = texts[best["step"]]
             return
-    chosen = list(range(min(count, len(split.rows))))
+    chosen = _spread([positions.tolist() for positions in split.rows.sets.values()], count)
+    chosen = chosen or list(range(min(count, len(split.rows))))
     with eval_mode(model), accelerator.autocast():
         found = task.sample(model, [split.rows[i] for i in chosen])
     if not samples:
@@ -62,3 +64,9 @@ def add_samples(
             kept = [one for one in sample.get("during", []) if one["step"] != when]
             kept = kept[1::2] if len(kept) >= MOST_EVALUATIONS else kept
             sample["during"] = [*kept, {"step": when, "text": text}]
+
+
+def _spread(sets: list[list[int]], count: int) -> list[int]:
+    """Return the first rows of each set in turn, so many in all."""
+    turns = zip_longest(*(positions[:count] for positions in sets))
+    return sorted([row for turn in turns for row in turn if row is not None][:count])

@@ -77,7 +77,7 @@ def what_was_trained(task: Task, saved: AdapterFolder) -> Trained:
     weights = {name: numbers_of(layer) for name, layer in layers.items()}
     load_adapter(model, saved, new, drawn=task.drawn)
     found = Trained(weights, task.probed(model, task.probe()))
-    if task.recipe.data.validation is None or task.recipe.data.streaming:
+    if not task.recipe.data.has("validation") or task.recipe.data.streaming:
         return found
     try:
         found.rows = load_data(task, ["validation"])["validation"]

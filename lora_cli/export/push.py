@@ -227,8 +227,9 @@ def _card_problems(data: dict[str, Any], at: str) -> list[Problem]:
 def _require_nothing_private(folder: Path, recipe: Recipe, adapter: Path, at: str) -> None:
     """Reject what still names a place of this machine: its home directory, or one of the recipe."""
     places = {str(Path.home()), str(adapter.absolute().parent), recipe.model.name}
-    places |= {str(recipe.data.path or ""), *(str(getattr(recipe.data, k) or "") for k in
-               ("train", "validation", "test"))}  # fmt: skip
+    for source in recipe.data.sources:
+        values = (getattr(source, key) for key in ("path", "train", "validation", "test"))
+        places |= {str(value or "") for value in values}
     places = {place for place in places if place.startswith("/") and place.count("/") > 1}
     problems = []
     for file in sorted(folder.rglob("*")):

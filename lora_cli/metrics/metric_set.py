@@ -51,6 +51,7 @@ class MetricSet:
         default_channel: What the task feeds, and what a metric that is not built in reads.
         context: What the task says of its labels.
         at: Where the names stand, for errors.
+        may_lack_rows: Leave out the numbers of a metric that was fed no rows, instead of an error.
 
     Raises:
         LoraError: A metric is unknown, does not suit the task, or needs a missing package; all
@@ -63,8 +64,9 @@ class MetricSet:
         default_channel: Channel,
         context: MetricContext = NOTHING_KNOWN,
         at: str = "evaluate.metrics",
+        may_lack_rows: bool = False,
     ) -> None:
-        self._at = at
+        self._at, self.may_lack_rows = at, may_lack_rows
         self._several = context.several_references
         self._n_rows: Counter[Channel] = Counter()
         self._metrics: dict[str, tuple[Channel, Any]] = {}
@@ -129,6 +131,8 @@ class MetricSet:
         """
         results: dict[str, float] = {}
         for name, (channel, metric) in self._metrics.items():
+            if self.may_lack_rows and not self._n_rows[channel]:
+                continue
             if not self._n_rows[channel]:
                 what = f"nothing to evaluate: metric `{name}` was given no rows"
                 raise LoraError(what, self._at, "is the split empty, or filtered to nothing?")

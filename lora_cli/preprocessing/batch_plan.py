@@ -7,7 +7,7 @@ resumes at step k asks for the batches from step k on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,46 @@ from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 WINDOW_STEPS = 50  # steps whose examples are sorted together when grouping by length
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How many examples of each of several sets form an epoch, and which.
+
+    The examples of a set are drawn from an endless row of its permutations: an epoch takes the next
+    ones. So none is drawn again before all were, and what is drawn of a set depends on the seed,
+    its place among the sets, its size and its quota alone.
+
+    Args:
+        members: The examples of each set.
+        quotas: How many of an epoch are of each.
+    """
+
+    members: tuple[Indices, ...]
+    quotas: tuple[int, ...]
+
+    def epoch(self, seed: int, epoch: int) -> Indices:
+        """Return the examples of an epoch, set after set."""
+        drawn = [np.empty(0, dtype=np.int64)]
+        for number, (members, quota) in enumerate(zip(self.members, self.quotas, strict=True)):
+            size, start = len(members), epoch * quota
+            for turn in range(start // size, math.ceil((start + quota) / size)):
+                order = np.random.default_rng((seed, number, turn)).permutation(size)
+                first, last = (min(max(at - turn * size, 0), size) for at in (start, start + quota))
+                drawn.append(members[order[first:last]])
+        return np.concatenate(drawn)
+
+
+def quotas_of(weights: Sequence[float], total: int) -> tuple[int, ...]:
+    """Return how many of `total` examples are of each set: shares by weight, to the nearest.
+
+    What rounding down leaves goes to the largest remainders, the first of equal ones.
+    """
+    exact = np.asarray(weights, dtype=np.float64) / sum(weights) * total
+    found = np.floor(exact).astype(np.int64)
+    order = np.argsort(found - exact, kind="stable")
+    found[order[: total - int(found.sum())]] += 1
+    return tuple(found.tolist())
 
 
 @dataclass(frozen=True)
@@ -26,12 +66,14 @@ class BatchPlan:
         examples_per_step: Examples of one optimizer step; the last step of an epoch may have fewer.
         seed: Decides the order; each epoch has its own.
         lengths: Length of each example, to put similar lengths into a batch; None to leave that.
+        mixture: Which examples an epoch has, where not each of them once.
     """
 
     n_examples: int
     examples_per_step: int
     seed: int
     lengths: NDArray[np.int64] | None = None
+    mixture: Mixture | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -42,6 +84,8 @@ class BatchPlan:
         """Yield the examples of each step of an epoch, counted from 0."""
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(self.n_examples)
+        if self.mixture is not None:
+            order = self.mixture.epoch(self.seed, epoch)[order]
         size = self.examples_per_step
         if self.lengths is None:
             yield from (order[i : i + size] for i in range(0, len(order), size))

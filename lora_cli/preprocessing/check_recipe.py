@@ -122,7 +122,7 @@ def _check_metrics(task: Task) -> None:
 def _encode_some(task: Task, splits: dict[str, Rows], warns: bool) -> None:
     """Encode the first rows of each split: what a chat template rejects, it rejects early."""
     says_unknown = False
-    for name, rows in splits.items():
+    for name, rows in ((name, part) for name, split in splits.items() for part in split.parts):
         some = next(rows.batches(FIRST_ROWS))
         encoded_rows: list[list[Example]] = []
         lengths = [characters_in(row) for row in some]

@@ -16,6 +16,7 @@ from lora_cli.data.row_texts import text_of
 from lora_cli.errors import LoraError, counted, printable
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.preprocessing.findings import Findings, Found, Overlap, Pair, SplitFindings, short
+from lora_cli.preprocessing.mixture import mixture_of
 from lora_cli.preprocessing.near_duplicates import (
     Fingerprints,
     Indices,
@@ -143,7 +144,21 @@ class _Scan:
             ),
             contradictions=self._contradictions() if any(map(_is_known, self.targets)) else None,
             label_doubts=self._label_questions(names) if self.name == "train" else [],
+            sets={name: len(positions) for name, positions in self.rows.sets.items()},
+            shares=self._shares() if self.name == "train" else {},
         )
+
+    def _shares(self) -> dict[str, float]:
+        """Return the share of each set in an epoch, where the sets have weights."""
+        examples = self.split.examples
+        if self.task.recipe.train.packing:
+            examples = self.task.packed(self.split)
+        mixture = mixture_of(self.task.recipe, self.split, examples)
+        if mixture is None:
+            return {}
+        total = sum(mixture.quotas)
+        pairs = zip(self.rows.sets, mixture.quotas, strict=True)
+        return {name: quota / total for name, quota in pairs}
 
     def _lengths(self, full: NDArray[np.int64]) -> dict[str, int] | None:
         """Return how long the rows are, where they have a length, and the total after the cut."""
@@ -191,9 +206,16 @@ class _Scan:
     def overlap(self, other: _Scan) -> Overlap:
         """Return what this split shares with another."""
         near = near_shared(self.texts, other.texts) if self.near else None
+        rows, neighbours = shared(self.texts, other.texts)
+        of_sets = {}
+        for name, positions in self.rows.sets.items():
+            inside = np.isin(rows, positions)
+            pairs = rows[inside], neighbours[inside]
+            of_sets[name] = self._found(pairs, other.rows, of=len(positions))
         return Overlap(
-            self._found(shared(self.texts, other.texts), other.rows),
+            self._found((rows, neighbours), other.rows),
             None if near is None else self._found(near, other.rows),
+            of_sets,
         )
 
     def _contradictions(self) -> Found:
@@ -217,7 +239,9 @@ class _Scan:
             return short(self.task.shown_input(row))
         return short(text_of(row, self.task.compared_columns()))
 
-    def _found(self, pairs: tuple[Indices, Indices], others: Rows, labels: bool = False) -> Found:
+    def _found(
+        self, pairs: tuple[Indices, Indices], others: Rows, labels: bool = False, of: int = 0
+    ) -> Found:
         rows, neighbours = pairs
         examples = [
             Pair(
@@ -232,4 +256,4 @@ class _Scan:
                 rows[:N_SHOWN].tolist(), neighbours[:N_SHOWN].tolist(), strict=True
             )
         ]
-        return Found(len(rows), len(rows) / len(self.rows), examples)
+        return Found(len(rows), len(rows) / (of or len(self.rows)), examples)

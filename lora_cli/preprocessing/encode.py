@@ -46,7 +46,8 @@ def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
     wanted = (*splits, "train") if task.reads_train else splits
     rows = load_rows(recipe, wanted)
     for name, split in rows.items():
-        require_columns(task.needed_columns(name == "train"), split.columns, split.source)
+        for part in split.parts:
+            require_columns(task.needed_columns(name == "train"), part.columns, part.source)
     _reject_unsupported(task, rows)
     rows = {name: _without_skipped(task, name, split) for name, split in rows.items()}
     task.learn_form(rows)
@@ -159,6 +160,7 @@ def cache_key(task: Task, rows: Rows, training: bool = False) -> list[str]:
         hashlib.sha256(rows.indices.tobytes()).hexdigest(),
         str(sorted(_types(task, training).items())),
         task.recipe.data.format.model_dump_json(),
+        str(sorted(task.recipe.data.columns.items())),
         task.recipe.data.on_bad_row,
     ]
 

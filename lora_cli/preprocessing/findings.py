@@ -45,6 +45,8 @@ class Overlap:
 
     exact: Found
     near: Found | None
+    of_sets: dict[str, Found] = field(default_factory=dict)
+    """Of the rows of each set, where several are mixed: those whose text is equal."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,10 @@ class SplitFindings:
     """Labels that look like others, or that train does not have."""
     cut_note: str | None = None
     """What was cut of the rows, where a row has several parts."""
+    sets: dict[str, int] = field(default_factory=dict)
+    """The rows of each set, where several are mixed."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Of the examples of an epoch, the share of each set that has a weight."""
 
 
 @dataclass
@@ -105,14 +111,14 @@ class Findings:
             for name, split in self.splits.items()
         }
         overlap = {
-            name: {other: _without_none(asdict(what)) for other, what in others.items()}
+            name: {other: _known(asdict(what)) for other, what in others.items()}
             for name, others in self.overlap.items()
         }
         return {**facts, **added, "overlap": overlap}
 
     def _in_report(self, split: SplitFindings) -> dict[str, Any]:
         """Return the findings of a split by the keys of a report, which name what is counted."""
-        known: dict[str, Any] = _without_none(asdict(split))
+        known: dict[str, Any] = _known(asdict(split))
         if (lengths := known.pop("lengths", None)) is not None:
             known[f"{self.unit}s"] = lengths
             known[f"unknown_{self.unit}s"] = known["unknown_share"]
@@ -124,22 +130,35 @@ class Findings:
         limit = self.recipe.data.check.max_overlap
         problems = []
         for name, others in self.overlap.items():
-            exact = others["train"].exact if "train" in others else None
-            if exact is None or exact.share <= limit:
+            if "train" not in others:
                 continue
-            places = ", ".join(f"{e.row} (`{e.text}`) is {e.other}" for e in exact.examples)
-            problems.append(
-                Problem(
-                    f"{exact.rows:,} of {self.splits[name].rows:,} {name} rows"
-                    f"{_percent(exact.share)} also occur in train, and `max_overlap` allows "
-                    f"{100 * limit:g} %: {places}",
-                    self.recipe.at(f"data.{name}"),
-                    "draw the rows from train, `{from: train, fraction: 0.1, disjoint: exact}`, "
-                    "remove them from one side, or, if this is meant, allow it with "
-                    f"`--set data.check.max_overlap={_allowing(exact.share):g}`",
-                )
-            )
+            mixed = self.splits[name].sets
+            parts = [
+                (found, mixed[one], f"{name} rows of the set `{one}`", f"data.mix.{one}.{name}")
+                for one, found in others["train"].of_sets.items()
+            ] or [
+                (others["train"].exact, self.splits[name].rows, f"{name} rows", f"data.{name}"),
+            ]
+            problems += [
+                self._leak(found, of, rows, key)
+                for found, of, rows, key in parts
+                if found.share > limit
+            ]
         return problems
+
+    def _leak(self, exact: Found, of: int, rows: str, key: str) -> Problem:
+        """Return the problem of held-out rows that are trained too."""
+        limit = self.recipe.data.check.max_overlap
+        places = ", ".join(f"{e.row} (`{e.text}`) is {e.other}" for e in exact.examples)
+        return Problem(
+            f"{exact.rows:,} of {of:,} {rows}"
+            f"{_percent(exact.share)} also occur in train, and `max_overlap` allows "
+            f"{100 * limit:g} %: {places}",
+            self.recipe.at(key),
+            "draw the rows from train, `{from: train, fraction: 0.1, disjoint: exact}`, "
+            "remove them from one side, or, if this is meant, allow it with "
+            f"`--set data.check.max_overlap={_allowing(exact.share):g}`",
+        )
 
     def warnings(self) -> list[str]:
         """Return what is not forbidden but should be looked at, a line each."""
@@ -201,6 +220,13 @@ class Findings:
                 rows.append((name, values))
 
         add("rows", [f"{s.rows:,}" for s in splits])
+        for name in dict.fromkeys(name for s in splits for name in s.sets):
+            counts = [f"{n:,}{_percent(n / s.rows)}" if (n := s.sets.get(name, 0)) else "0"
+                      for s in splits]  # fmt: skip
+            add(f"rows of {short(name, 20)}", counts)
+        for name in dict.fromkeys(name for s in splits for name in s.shares):
+            shares = [f"{100 * s.shares[name]:.1f} %" if name in s.shares else "" for s in splits]
+            add(f"{short(name, 20)} in an epoch", shares)
         if any(s.examples != s.rows for s in splits):
             add("examples", [f"{s.examples:,}" for s in splits])
         add("skipped rows", [f"{s.skipped_rows:,}" for s in splits])
@@ -302,6 +328,14 @@ def _verb(count: int, verb: str) -> str:
 def _first(found: Found) -> str:
     first = found.examples[0]
     return f"{first.row} `{first.text}` and {first.other}"
+
+
+def _known(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return facts without what is not known, and without sets where none are mixed."""
+    of_sets = ("of_sets", "sets", "shares")
+    return {
+        k: _without_none(v) for k, v in facts.items() if v is not None and (v or k not in of_sets)
+    }
 
 
 def _without_none(value: Any) -> Any:

@@ -17,14 +17,16 @@ def shown_rows(task: Task, data: dict[str, Encoded], count: int, colour: bool) -
     Args:
         task: What the rows mean.
         data: The encoded splits.
-        count: Rows of each split.
+        count: Rows of each split, and of each set where several are mixed.
         colour: Whether trained tokens are green; otherwise they stand between ⟦ and ⟧.
     """
     for name, split in data.items():
         of_row = np.array(split.examples["row"])
         rows, first, examples = np.unique(of_row, return_index=True, return_counts=True)
+        of_sets = [np.flatnonzero(np.isin(rows, at))[:count] for at in split.rows.sets.values()]
+        chosen = np.concatenate(of_sets) if of_sets else np.arange(len(rows))[:count]
         for row, i, n_examples in zip(
-            rows[:count].tolist(), first[:count].tolist(), examples[:count].tolist(), strict=True
+            *(values[chosen].tolist() for values in (rows, first, examples)), strict=True
         ):
             example = split.examples[i]
             about, text = task.shown(example, colour)

@@ -42,7 +42,8 @@ def computing_values(recipe: Recipe) -> dict[str, Any]:
         "evaluate": {"generation"},
     }  # fmt: skip
     values = flat(recipe.model_dump(mode="json", by_alias=True, include=kept))
-    return {key: value for key, value in values.items() if key not in PLACES}
+    kept_keys = (key for key in values if key not in PLACES and not key.startswith("data.mix."))
+    return {key: values[key] for key in kept_keys}
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from lora_cli.paths import expanded, path_problem
 from lora_cli.recipe.computing_keys import check_recipe_file
 from lora_cli.recipe.schema_errors import explain
 from lora_cli.recipe.set_values import parse_value
-from lora_cli.recipe.spec import Origin, Recipe, is_file
+from lora_cli.recipe.spec import Origin, Recipe, SourceSpec, is_file
 from lora_cli.recipe.yaml_reader import Reader, YamlDumper, parse
 from lora_cli.redaction import redacted
 
@@ -43,6 +43,7 @@ EXCLUSIVE_KEYS = [
     ("data.name", "data.path"),
     ("data.config", "data.path"),
     ("data.name", "data.split_column"),
+    *itertools.product(["data.mix"], ["data.name", "data.path"]),
     ("data.validation.group_by", "data.validation.disjoint"),
     ("data.test.group_by", "data.test.disjoint"),
     ("task.label_columns", "task.label_separator"),
@@ -300,16 +301,24 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     mirror = recipe.checkpoint.mirror
     if mirror and "://" not in mirror:
         paths["checkpoint.mirror"] = absolute("checkpoint.mirror", mirror)
-    data = recipe.data
-    if data.path is not None:
-        paths["data.path"] = absolute("data.path", data.path)
-    if data.name is not None:
-        paths["data.name"] = named("data.name", data.name)
-    for key in ("train", "validation", "test"):
-        value = getattr(data, key)
-        # with a Hub data set, `train` may be anything but a file
-        if not data.name and isinstance(value, str) and is_file(value.strip()):
-            paths[f"data.{key}"] = absolute(f"data.{key}", value)
+
+    def of_rows(source: SourceSpec, section: str) -> dict[str, str]:
+        """Return the absolute paths of where rows come from, by key."""
+        found = {}
+        if source.path is not None:
+            found["path"] = absolute(f"{section}.path", source.path)
+        if source.name is not None:
+            found["name"] = named(f"{section}.name", source.name)
+        for key in ("train", "validation", "test"):
+            value = getattr(source, key)
+            # with a Hub data set, `train` may be anything but a file
+            if not source.name and isinstance(value, str) and is_file(value.strip()):
+                found[key] = absolute(f"{section}.{key}", value)
+        return found
+
+    paths |= {f"data.{key}": path for key, path in of_rows(recipe.data, "data").items()}
+    mix = recipe.data.mix.items()
+    sets = {name: one.with_values(of_rows(one, f"data.mix.{name}")) for name, one in mix}
     for key in recipe.task.local_files:
         paths[f"task.{key}"] = absolute(f"task.{key}", getattr(recipe.task, key))
     for key in recipe.task.local_folders:
@@ -320,7 +329,7 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     paths["output_dir"] = expanded(recipe.output_dir)
     if problems:
         raise LoraError(problems)
-    return recipe.with_values(paths)
+    return recipe.with_values({**paths, "data.mix": sets})
 
 
 def dump_recipe(recipe: Recipe) -> str:

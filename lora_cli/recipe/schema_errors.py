@@ -115,6 +115,8 @@ def _without(paths: list[KeyPath], data: Any) -> tuple[Any, set[str]]:
         if keys and isinstance(node, dict):
             node.pop(keys[-1], None)
             removed.add(str(keys[-1]))
+            if not node and len(keys) > 1:  # what is empty now was not written so
+                removed.add(str(keys[-2]))
     return pruned, removed
 
 

@@ -168,7 +168,7 @@ def _tiles(report: dict[str, Any], split: str) -> str:
     before, after = (
         finite(part(report, "metrics", w, split).get(name)) for w in ("before", "after")
     )
-    rows = measured_rows(report, split)
+    rows = measured_rows(report, split, name)
     tiles = []
     if after is not None:
         notes = [f"before: {shown_number(before)}"] if before is not None else []

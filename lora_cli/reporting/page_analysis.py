@@ -24,7 +24,7 @@ Word = tuple[str | None, str | None]  # one that was said, and what was written 
 OF_LINES = (  # which need predictions
     "single_label", "multi_label", "regression", "spans", "transcript", "retrieval",
 )  # fmt: skip
-SMALLER_IS_BETTER = {"loss", "perplexity", "mse", "rmse", "mae", "wer", "cer", "ter"}
+SMALLER_IS_BETTER = {"loss", "perplexity", "mse", "rmse", "mae", "wer", "cer", "ter", "no_answer"}
 BINS = 10
 
 

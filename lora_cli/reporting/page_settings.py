@@ -47,14 +47,27 @@ def data_section(report: dict[str, Any]) -> str:
         for name, cells in columns.items()
         if set(cells) - {"0", DASH} or name in ("rows", "duplicates")
     }
-    rows = [
-        [esc(name), *(cells[i] for cells in kept.values()), _source(split)]
-        for i, (name, split) in enumerate(splits.items())
-    ]
+    rows = []
+    for i, (name, split) in enumerate(splits.items()):
+        rows.append([esc(name), *(cells[i] for cells in kept.values()), _source(split)])
+        rows += _set_rows(name, split, list(kept))
     inner = table(["split", *kept, "source, SHA-256 of the rows"], rows, "Splits") if rows else ""
     shared = "".join(f"<li>{line}</li>" for line in _shared(splits, overlap))
     inner += f'<ul class="plain">{shared}</ul>' if shared else ""
     return section("data", "Data", "", inner, _labels(splits))
+
+
+def _set_rows(name: str, split: dict[str, Any], columns: list[str]) -> list[list[str]]:
+    """Return a row of the table for each set that is mixed in a split."""
+    rows = []
+    for one in part(split, "sets"):
+        facts = part(split, "sets", one)
+        counts = [_count(facts.get("rows")) if c == "rows" else DASH for c in columns]
+        share = finite(part(split, "shares").get(one))
+        drawn = f" ({100 * share:.1f} % of an epoch)" if share is not None else ""
+        source = f"{own(facts.get('source') or DASH)}{drawn}"
+        rows.append([f"{esc(name)}: {own(one)}", *counts, source])
+    return rows
 
 
 def _count(value: Any) -> str:

@@ -83,7 +83,8 @@ def results_table(report: dict[str, Any]) -> list[list[str]]:
                 columns[f"{split} {when}"] = scalars
     names = dict.fromkeys(name for scalars in columns.values() for name in scalars)
     main = part(report, "best").get("metric")
-    ordered = sorted(names, key=lambda name: (name != main, name == "loss"))
+    # those of each set, such as `math/loss`, stand together below those of all rows
+    ordered = sorted(names, key=lambda name: (name != main, "/" in name, name == "loss"))
     rows = [[name, *(shown_number(s.get(name)) for s in columns.values())] for name in ordered]
     return [["metric", *columns], *rows]
 

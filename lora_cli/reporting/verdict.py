@@ -23,7 +23,9 @@ from lora_cli.reporting.page_analysis import (
 )
 from lora_cli.reporting.report import part, shown_number
 
-SHARES = {"accuracy", "accuracy_at_1", "exact_match", "f1", "precision", "recall"}
+SHARES = {"accuracy", "accuracy_at_1", "exact_match", "no_answer", "f1", "precision", "recall"}
+OF_ANSWERS = {"exact_match", "no_answer", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum",
+              "wer", "cer"}  # fmt: skip
 CORRELATIONS = {"pearson", "spearman", "matthews_correlation"}
 ENOUGH_ROWS = 30  # of a metric whose interval is not known
 MANY_TIMES = 10  # a change by more than so many times the number itself
@@ -37,7 +39,7 @@ def main_metric(report: dict[str, Any], split: str) -> tuple[str, bool]:
     if name not in after:
         name = "loss"
     known = best.get("mode") if name == best.get("metric") else None
-    return name, known == "min" if known else name in SMALLER_IS_BETTER
+    return name, known == "min" if known else name.rpartition("/")[2] in SMALLER_IS_BETTER
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,12 @@ def verdict(
         hint = "Hold some out: `data.validation: {fraction: 0.1}`."
         unknown = f"No rows were held out, so how well it works is not known. {hint}"
         return Verdict("unknown", "Not measured.", unknown)
-    rows = measured_rows(report, split)
-    text, poor = _against_before(name, down, before, after, split, rows)
+    of_set, _, measured = name.rpartition("/")
+    rows = measured_rows(report, split, name)
+    where = f"{split} row of the set {of_set}" if of_set else f"{split} row"
+    if of_set:  # the rows of a set alone
+        lines = [line for line in lines if line.get("set") == of_set]
+    text, poor = _against_before(name, down, before, after, where, rows)
     base = majority(report, split) if name == "accuracy" else None
     if base is not None:
         low, high = interval(after, rows or 1)
@@ -93,7 +99,7 @@ def verdict(
         text += f"always saying the mean ({shown_number(mean)})"
     if before is None and base is None and not poor:  # there is nothing to compare it with
         return Verdict("unknown", "Measured.", f"{text}.")
-    if not is_clear(name, before, after, rows, lines):
+    if not is_clear(measured, before, after, rows, lines):
         if rows < MANY_ROWS:
             few = f"{counted(rows, 'row')} {'is' if rows == 1 else 'are'} too few"
             text += f": {few} to tell this from chance"
@@ -106,11 +112,20 @@ def verdict(
 
 
 def _against_before(
-    name: str, down: bool, before: float | None, after: float, split: str, rows: int
+    name: str, down: bool, before: float | None, after: float, row: str, rows: int
 ) -> tuple[str, str]:
-    """Return what was measured before and after, and what is poor about it, or nothing."""
-    where = f"On the {counted(rows, f'{split} row')}" if rows else f"On {split}"
-    shown = name.replace("_", " ")
+    """Return what was measured before and after, and what is poor about it, or nothing.
+
+    Args:
+        name: The metric.
+        down: Whether less of it is better.
+        before: Its value before training.
+        after: Its value after it.
+        row: What one of the rows is called.
+        rows: How many there are, if that is known.
+    """
+    where = f"On {_counted_rows(rows, row)}" if rows else f"On {row.partition(' ')[0]}"
+    shown = name.rpartition("/")[2].replace("_", " ")
     if before is None:
         return f"{where}, {shown} is {shown_number(after)} (not measured before training)", ""
     if before == after:
@@ -122,10 +137,28 @@ def _against_before(
     return text, "" if (after < before) == down else "It got worse."
 
 
-def measured_rows(report: dict[str, Any], split: str) -> int:
-    """Return how many rows of a split were measured: those that left something to measure."""
-    facts = part(report, "data", split)
+def _counted_rows(rows: int, row: str) -> str:
+    """Return `the 20 test rows`; `the 20 test rows of the set math`."""
+    noun, of, name = row.partition(" of ")
+    return f"the {counted(rows, noun)}{of}{name}"
+
+
+def measured_rows(report: dict[str, Any], split: str, metric: str = "") -> int:
+    """Return how many rows of a split were measured: those that left something to measure.
+
+    Args:
+        report: The report.
+        split: Of which split.
+        metric: By which metric: of a set's rows alone, or of those that were answered.
+    """
+    facts, (of_set, _, name) = part(report, "data", split), metric.rpartition("/")
     rows, empty = (finite(facts.get(key)) or 0.0 for key in ("rows", "rows_without_example"))
+    if of_set:
+        rows, empty = finite(part(facts, "sets", of_set).get("rows")) or 0.0, 0.0
+    answered = finite(part(facts, "sets", of_set).get("answered_rows")) if of_set else None
+    answered = finite(facts.get("answered_rows")) if not of_set else answered
+    if answered is not None and name in OF_ANSWERS:
+        return int(min(answered, rows - empty))
     return int(rows - empty)
 
 

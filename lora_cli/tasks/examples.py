@@ -136,3 +136,12 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @property
+    def sets(self) -> NDArray[np.int64]:
+        """The number of each example's set, in the order of `rows.sets`; 0 if nothing is mixed."""
+        of_row = np.zeros(len(self.rows), dtype=np.int64)
+        for number, positions in enumerate(self.rows.sets.values()):
+            of_row[positions] = number
+        found: NDArray[np.int64] = of_row[np.asarray(self.examples["row"], dtype=np.int64)]
+        return found

@@ -61,7 +61,16 @@ class Packed:
 
     def __init__(self, task: TextTask, split: Encoded) -> None:
         self.split = split
-        self.packs = pack(split.lengths.tolist(), task.max_length, task.recipe.train.seed)
+        seed, mix = task.recipe.train.seed, task.recipe.data.mix.values()
+        # sets with weights are drawn by pack, so a pack is of one of them
+        sets = split.sets if any(one.weight for one in mix) else np.zeros(len(split), np.int64)
+        self.packs, of_packs = [], []
+        for number in np.unique(sets).tolist():
+            members = np.flatnonzero(sets == number)
+            packs = pack(split.lengths[members].tolist(), task.max_length, seed)
+            self.packs += [members[chosen].tolist() for chosen in packs]
+            of_packs += [number] * len(packs)
+        self.sets = np.array(of_packs)
         self.lengths = np.array([split.lengths[members].sum() for members in self.packs])
 
     def __len__(self) -> int:

@@ -63,10 +63,18 @@ class TaskMetrics(ABC):
         at = self.recipe.at("evaluate.best.metric")
         known = ["loss", *(result for name in names for result in result_names(name))]
         builtin = all(name in known_metrics() for name in names)  # what others yield is not known
-        if builtin and best.metric not in known:
+        of_set, metric = self.recipe.data.set_of_metric(best.metric)
+        mix = self.recipe.data.mix
+        if of_set is not None and mix[of_set].validation is None:
+            what = f"the set `{of_set}` has no validation rows to choose the best adapter by"
+            hint = f"give it some: `mix: {{{of_set}: {{validation: {{fraction: 0.1}}}}}}`"
+            problems.append(Problem(what, at, hint))
+        elif builtin and metric not in known:
             what = f"there is no metric `{best.metric}` to choose the best adapter by"
+            measured = [name for name, one in mix.items() if one.validation is not None]
+            known += [f"{name}/{metric}" for name in measured for metric in known]
             problems.append(Problem(what, at, did_you_mean(best.metric, known, "measured are")))
-        elif best.mode is None and metric_mode(best.metric) is None:
+        elif best.mode is None and metric_mode(metric) is None:
             what = f"is a lower or a higher `{best.metric}` better?"
             problems.append(Problem(what, at, "set it with `evaluate.best.mode: min`, or `max`"))
         return problems

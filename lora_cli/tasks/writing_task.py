@@ -158,7 +158,7 @@ class WritingTask(TextTask):
         for name, rows in splits.items():
             if pattern is None or name == "train":
                 continue
-            first = next(rows.batches(PATTERN_ROWS))
+            first = [row for part in rows.parts for row in next(part.batches(PATTERN_ROWS))]
             wanted = [text for row in first for text in self.wanted_texts(row)]
             if wanted and all(final_answer(pattern, text) is None for text in wanted):
                 what = f"`answer_pattern` finds no answer in what the {name} rows want, such as "

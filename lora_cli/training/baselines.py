@@ -167,8 +167,8 @@ def verdict(
     rest = f"{NAMES[best]} (`{best}`, {shown_number(values[best])}) in {metric} on {split}"
     shown = f"the adapter ({shown_number(ours)})"
     words = f"{shown} {'beats' if passed else 'FAILS to beat'} {rest}"
-    rows = measured_rows(report, split)
-    if not is_clear(metric, finite(values[best]), finite(ours), rows, lines):
+    rows = measured_rows(report, split, metric)
+    if not is_clear(metric.rpartition("/")[2], finite(values[best]), finite(ours), rows, lines):
         passed = None
         words = f"no clear difference on {counted(rows, 'row')} between {shown} and {rest}"
         if rows < MANY_ROWS:

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from lora_cli.preprocessing.batch_plan import BatchPlan, micro_batches
+from lora_cli.preprocessing.mixture import mixture_of
 from lora_cli.preprocessing.stream import Stream
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Batch, Encoded, Example
@@ -60,11 +61,13 @@ class Batches:
         if train.packing:
             self.examples = task.packed(split)
         self.lengths = self.examples.lengths if train.packing else split.lengths
+        self.mixture = mixture_of(self.recipe, split, self.examples)
         self.plan = BatchPlan(
             len(self.examples),
             train.step_size,
             train.seed,
             self.lengths if train.group_by_length else None,
+            self.mixture,
         )
         self.steps_per_epoch = self.plan.steps_per_epoch
         epochs = 3.0 if train.epochs is None else train.epochs
@@ -75,7 +78,11 @@ class Batches:
         """About how many tokens (or what else the task counts) the run computes; 0 if unknown."""
         if self.steps_per_epoch is None:
             return 0.0
-        return float(self.lengths.sum()) * self.total_steps / self.steps_per_epoch
+        epoch = float(self.lengths.sum())
+        if (mixture := self.mixture) is not None:
+            means = [self.lengths[members].mean() for members in mixture.members]
+            epoch = float(np.dot(means, mixture.quotas))
+        return epoch * self.total_steps / self.steps_per_epoch
 
     @property
     def note(self) -> str | None:

@@ -247,6 +247,18 @@ def _facts(task: Task, split: Encoded, sha256: str) -> dict[str, Any]:
         "dropped_rows": rows.dropped,
         "rows_without_example": split.rows_without_example,
     }
+    most = task.metric_context.most_answers
+    if rows.sets:
+        parts = dict(zip(rows.sets, rows.parts, strict=True))
+        facts["sets"] = {
+            one: {"rows": len(part), "source": part.source} for one, part in parts.items()
+        }
+    if most is not None:
+        of_sets = list(facts.get("sets", {}).values())
+        for one in of_sets:
+            one["answered_rows"] = min(most, one["rows"])
+        answered = [one["answered_rows"] for one in of_sets] or [min(most, len(rows))]
+        facts["answered_rows"] = sum(answered)
     if task.max_length is not None:
         facts[f"max_{task.unit}s"] = int(split.lengths.max())
     if counts := task.label_counts(rows):

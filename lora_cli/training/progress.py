@@ -137,7 +137,9 @@ class RunLog:
     def evaluated(self, step: int, epoch: float, metrics: dict[str, float], note: str) -> None:
         """Log an evaluation."""
         self._write({"step": step, "epoch": epoch, "validation": metrics})
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        # of each set that is mixed the loss alone: metrics.jsonl has all
+        short = {k: v for k, v in metrics.items() if "/" not in k or k.endswith("/loss")}
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in short.items())
         self.say(f"step {step:>6}/{self.total_steps}  validation: {shown}{note}")
 
     def flush(self) -> dict[str, int]:

@@ -43,7 +43,7 @@ def require_same_recipe(recipe: Recipe, resume: bool, accelerator: Accelerator) 
     if accelerator.num_processes == 1:
         return
     facts = flat(recipe.model_dump(mode="json", by_alias=True))
-    facts = {key: value for key, value in facts.items() if key not in PATHS}
+    facts = {key: value for key, value in facts.items() if not _is_path(key)}
     facts |= {
         "--resume": resume,
         "the version of lora": __version__,
@@ -51,6 +51,12 @@ def require_same_recipe(recipe: Recipe, resume: bool, accelerator: Accelerator) 
         **{f"the version of {name}": installed_version(name) for name in ("torch", "transformers")},
     }
     _compare(facts, accelerator, SAME_RECIPE, recipe)
+
+
+def _is_path(key: str) -> bool:
+    """Return whether a key of a recipe says where files lie."""
+    name = ".".join(["data", *key.split(".")[3:]]) if key.startswith("data.mix.") else key
+    return name in PATHS
 
 
 def require_same_start(
@@ -65,11 +71,11 @@ def require_same_start(
         return
     facts = flat(asdict(state))
     # threads and devices may differ, and so may paths; `data.train` is here the hash of its rows
-    left = {f"recipe.{path}" for path in PATHS}
     facts = {
         key: value
         for key, value in facts.items()
-        if not key.startswith("machine.") and key not in left
+        if not key.startswith("machine.")
+        and not (key.startswith("recipe.") and _is_path(key.removeprefix("recipe.")))
     }
     facts["the trained parameters"] = checksum(trainable_parameters(model))
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}

@@ -33,6 +33,7 @@ from world import Printed, World
 from lora_cli.errors import LoraError
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import TASKS, Recipe
+from lora_cli.recipe.spec import MixedSpec, SourceSpec
 from lora_cli.recipe.spec.section import Section
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import prepared_for_evaluation
@@ -51,6 +52,8 @@ Settings = dict[str, Any]
 def keys(section: type[Section] = Recipe, prefix: str = "") -> Iterator[str]:
     """Yield every key; those of a task begin with its type."""
     for name, field in section.model_fields.items():
+        if section is MixedSpec and name in SourceSpec.model_fields:
+            continue  # a set reads these as the section of one data set does
         name = field.alias or name
         inner = list(sections_in(field.annotation))
         if not inner or _may_be_a_word(field.annotation):
@@ -584,6 +587,7 @@ CHANGES: dict[str, Change] = {
         also={"data.train": ..., "data.validation": None}),
     "data.split_column": Change(message, ("word", "label"),
         also={"data.path": "train.jsonl", "data.train": "hi", "data.validation": None}),
+    "data.columns": Change(losses, ({}, {"text": "other", "other": "text"})),
     "data.train": Change(losses, ("train.jsonl", "dev.jsonl")),
     "data.validation": Change(results, ("dev.jsonl", "train.jsonl")),
     "data.validation.from": Change(message, ("train", "test"),
@@ -735,6 +739,15 @@ CHANGES: dict[str, Change] = {
 }  # fmt: skip
 
 
+ALONE = {"data.train": ..., "data.validation": ...}
+CHANGES["data.mix.weight"] = Change(
+    order,
+    tuple(
+        {"a": {"train": "./train.jsonl", "weight": 1}, "b": {"train": "./dev.jsonl", "weight": w}}
+        for w in (1, 9)
+    ),  # type: ignore[arg-type]
+    also=ALONE, key="data.mix",
+)  # fmt: skip
 # rows for the test split are drawn in the same way
 CHANGES |= {
     key.replace("validation", "test"): dataclasses.replace(

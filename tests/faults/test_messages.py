@@ -25,6 +25,7 @@ import cases_experts  # noqa: F401
 import cases_export  # noqa: F401
 import cases_folders  # noqa: F401
 import cases_merging  # noqa: F401
+import cases_mixtures  # noqa: F401
 import cases_models  # noqa: F401
 import cases_pictures  # noqa: F401
 import cases_push  # noqa: F401
@@ -83,6 +84,9 @@ REST: dict[str, list[str]] = {
     "needs a GPU; tests/gpu/test_graphs.py": [
         "a step cannot be recorded:",
         "the model's layers cannot be compiled:",
+    ],
+    "a guard: the first rows of each set are encoded before": [
+        "no row of the set `…` leaves anything to train",
     ],
     "an answer that takes long to read; tests/test_final_answers.py": [
         "`…` takes more than … s for one text",
@@ -327,6 +331,7 @@ REST: dict[str, list[str]] = {
 MOST_LINES = 36  # of a message on the page
 AREAS = [
     "Arguments", "Recipes", "Keys that do not go together", "Overrides", "Files and rows", "Splits",
+    "Mixtures",
     "Labels", "Entities", "Language models", "Translation", "Embeddings", "Teachers",
     "lora init", "Models", "Targets", "Metrics", "Adapters", "Starting from an adapter",
     "Training", "Evaluation", "Prediction",

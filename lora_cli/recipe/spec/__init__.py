@@ -12,6 +12,8 @@ from lora_cli.recipe.spec.data import (
     DataSpec,
     FormatSpec,
     HeldOutSpec,
+    MixedSpec,
+    SourceSpec,
     SplitSpec,
     is_file,
 )
@@ -46,6 +48,8 @@ __all__ = [
     "DataSpec",
     "FormatSpec",
     "HeldOutSpec",
+    "MixedSpec",
+    "SourceSpec",
     "SplitSpec",
     "is_file",
     "AdapterSpec",

@@ -154,8 +154,8 @@ class CheckSpec(Section):
     texts."""
 
 
-class DataSpec(Section):
-    """Where the rows come from, and which are held out."""
+class SourceSpec(Section):
+    """Where rows come from, and which are held out."""
 
     name: Word | None = None
     """A data set on the Hub, or a folder that is laid out like one (relative to the recipe)."""
@@ -175,6 +175,10 @@ class DataSpec(Section):
     """Column of the files in `path` that says which split a row is of. `train`, `validation` and
     `test` then name its values, such as `dev`."""
 
+    columns: dict[Word, Word] = Field(default_factory=dict)
+    """Other names for columns: `{question: prompt}` reads the column `question` as `prompt`. All
+    other keys use the new names."""
+
     train: Word = "train"
     """The rows to train on: a split, a slice, or a file."""
 
@@ -184,11 +188,57 @@ class DataSpec(Section):
     test: SplitSpec | None = None
     """The rows that are used once, at the end."""
 
-    split_seed: Seed = 0
-    """Seed of the draw of held-out rows; `train.seed` does not change them."""
-
     format: FormatSpec = Field(default_factory=FormatSpec)
     """How the files are read."""
+
+    def conflicts(self) -> Conflicts:
+        """Yield what keeps the rows from having exactly one source."""
+        if self.name and self.path:
+            what = "`name` and `path` exclude each other"
+            yield "path", what, "keep `name` for a data set on the Hub, `path` for files"
+        if not self.name and not self.path and not is_file(self.train):
+            yield (
+                "",
+                "the recipe does not say where the rows are",
+                "add `path: FILE` (or a folder), `train: FILE`, or `name:` with a Hub id; several "
+                "sets stand in `mix`",
+            )
+        if self.config and not self.name:
+            what = "`config` is of a data set on the Hub, and `name` is missing"
+            yield "config", what, "leave it out, or add `name:` with the Hub id"
+        if self.split_column and not self.path:
+            what = "`split_column` divides the rows of files, and `path` is missing"
+            yield "split_column", what, "name the file or folder: `path: FILE`"
+        for name, times in Counter(self.columns.values()).items():
+            if times > 1:
+                what = f"{times} columns get the name `{name}`"
+                yield "columns", what, "give each a name of its own"
+
+
+class MixedSpec(SourceSpec):
+    """One of the data sets that are mixed: where its rows come from, and its share."""
+
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Its share of the trained examples: this over the sum of all weights. All sets have one, or
+    none; without, every example is trained once an epoch."""
+
+
+SET_NAME = re.compile(r"[\w-]+")
+
+
+class DataSpec(SourceSpec):
+    """Where the rows come from, and which are held out."""
+
+    mix: dict[Word, MixedSpec] = Field(default_factory=dict)
+    """Several data sets by name, instead of `name`, `path` and what goes with them:
+    `{math: {path: gsm8k, weight: 2}, talk: {path: talk.jsonl, weight: 1}}`. Each has validation and
+    test rows of its own; metrics are of all rows together, and of each set (`math/loss`). An epoch
+    has as many examples as all sets together: with weights, a set with a larger share than its size
+    is repeated, evenly; of one with a smaller share each epoch takes other examples, until all had
+    their turn. (With `train.packing`, the shares are of the filled rows, so of the tokens.)"""
+
+    split_seed: Seed = 0
+    """Seed of the draw of held-out rows; `train.seed` does not change them."""
 
     streaming: bool = False
     """Read the train rows as they come, for data larger than the disk. Needs `train.max_steps`."""
@@ -211,23 +261,31 @@ class DataSpec(Section):
         """`cache_limit` in bytes."""
         return bytes_of(self.cache_limit)
 
+    @property
+    def sources(self) -> list[SourceSpec]:
+        """The sets that are mixed, or the section itself."""
+        return list(self.mix.values()) or [self]
+
+    def has(self, split: str) -> bool:
+        """Return whether there are rows of a split."""
+        return any(getattr(source, split) is not None for source in self.sources)
+
+    def of_set(self, name: str) -> DataSpec:
+        """Return the section that a set would have alone."""
+        chosen = {key: getattr(self.mix[name], key) for key in SourceSpec.model_fields}
+        return self.with_values({**chosen, "mix": {}})
+
+    def set_of_metric(self, metric: str) -> tuple[str | None, str]:
+        """Return the set and the metric of `math/loss`; None for a metric of all rows."""
+        name, slash, rest = metric.partition("/")
+        return (name, rest) if slash and name in self.mix else (None, metric)
+
     def conflicts(self) -> Conflicts:
-        """Yield what keeps the rows from having exactly one source."""
-        if self.name and self.path:
-            what = "`name` and `path` exclude each other"
-            yield "path", what, "keep `name` for a data set on the Hub, `path` for files"
-        if not self.name and not self.path and not is_file(self.train):
-            yield (
-                "",
-                "the recipe does not say where the rows are",
-                "add `path: FILE` (or a folder), `train: FILE`, or `name:` with a Hub id",
-            )
-        if self.config and not self.name:
-            what = "`config` is of a data set on the Hub, and `name` is missing"
-            yield "config", what, "leave it out, or add `name:` with the Hub id"
-        if self.split_column and not self.path:
-            what = "`split_column` divides the rows of files, and `path` is missing"
-            yield "split_column", what, "name the file or folder: `path: FILE`"
+        """Yield what keeps the rows from having exactly one source, and what cannot be streamed."""
+        if self.mix:
+            yield from self._mix_conflicts()
+        else:
+            yield from super().conflicts()
         if self.streaming and self.train.endswith("]"):
             what = "`streaming` reads all of `train`, so it cannot be a slice"
             yield "streaming", what, "leave the brackets out, or set `streaming: false`"
@@ -236,6 +294,23 @@ class DataSpec(Section):
             if self.streaming and isinstance(spec, HeldOutSpec) and spec.from_ == "train":
                 what = f"`streaming` cannot draw `{split}` from `train`"
                 yield split, what, f"name another split or a file: `{split}: FILE`"
+
+    def _mix_conflicts(self) -> Conflicts:
+        for key, field in SourceSpec.model_fields.items():
+            if getattr(self, key) != field.get_default(call_default_factory=True):
+                what = f"`{key}` is of one data set, and `mix` names several"
+                yield key, what, f"write it into a set: `mix: {{NAME: {{{key}: …}}}}`"
+        if self.streaming:
+            what = "the sets of `mix` are drawn from by position, so they cannot be streamed"
+            yield "streaming", what, "leave `streaming` out"
+        for name in self.mix:
+            if not SET_NAME.fullmatch(name):
+                what = f"`{name}` is no name of a set, which stands before its metrics"
+                yield f"mix.{name}", what, "use letters, digits, `_` and `-`"
+        without = [name for name, spec in self.mix.items() if spec.weight is None]
+        if without and len(without) < len(self.mix):
+            what = f"the set `{without[0]}` has no `weight`, and others have one"
+            yield f"mix.{without[0]}", what, "give every set a weight, or none"
 
 
 DATA_SUFFIXES = (

@@ -13,7 +13,8 @@ class BestSpec(Section):
     """How the best adapter is chosen."""
 
     metric: Word = "loss"
-    """A metric of the validation split, or `loss`."""
+    """A metric of the validation split, or `loss`; with `data.mix` also one of a set:
+    `math/exact_match`."""
 
     mode: Literal["min", "max"] | None = None
     """Whether less or more is better. Default: as the metric is known to be."""
@@ -36,9 +37,9 @@ class GenerationSpec(Section):
     """Longest answer in tokens."""
 
     max_rows: Positive | None = None
-    """Rows of a split that are answered when the model is measured, spread evenly over it; the loss
-    is of all rows. Default: all. Writing an answer takes as long as measuring the loss of many
-    rows."""
+    """Rows of a split (of each set, where `data.mix` has several) that are answered when the model
+    is measured, spread evenly over it; the loss is of all rows. Default: all. Writing an answer
+    takes as long as measuring the loss of many rows."""
 
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 takes the most likely token every time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr
 
 from lora_cli.recipe.spec.adapter import WHOLE_TYPES, AdapterSpec
 from lora_cli.recipe.spec.checkpoint import CheckpointSpec
-from lora_cli.recipe.spec.data import DataSpec, HeldOutSpec
+from lora_cli.recipe.spec.data import DataSpec, HeldOutSpec, SourceSpec
 from lora_cli.recipe.spec.evaluate import EvaluateSpec
 from lora_cli.recipe.spec.model import ModelSpec
 from lora_cli.recipe.spec.section import Conflicts, Section, Word
@@ -27,10 +27,12 @@ class Origin:
         places: For each key that was written, where: `recipe.yaml:14`, or the `--set` flag.
         metrics_of_adapter: The metrics are named by a recipe beside an adapter, which may be
             anybody's.
+        of_set: The set of `data.mix` that the data section is of, where it is of one alone.
     """
 
     places: Mapping[str, str] = field(default_factory=dict)
     metrics_of_adapter: bool = False
+    of_set: str | None = None
 
 
 class Recipe(Section):
@@ -107,17 +109,25 @@ class Recipe(Section):
         if train.packing and not task.can_pack:
             what = f"`train.packing` has no meaning with `task.type: {task.type}`"
             yield "train.packing", what, task.packing_hint
-        if data.validation is None and self.evaluate.early_stopping is not None:
+        if not data.has("validation") and self.evaluate.early_stopping is not None:
             what = "`evaluate.early_stopping` looks at `data.validation`, and there is none"
             hint = "name one, `data.validation: {from: train, fraction: 0.1}`, or leave it out"
             yield "evaluate.early_stopping", what, hint
         yield from self._baseline_conflicts()
-        for split in ("validation", "test"):
-            spec = getattr(data, split)
-            if isinstance(spec, HeldOutSpec) and spec.stratify and not task.label_columns_by_key:
-                key = f"data.{split}.stratify"
-                what = f"`{key}` keeps the proportions of labels, and this task has none"
-                yield key, what, "leave it out"
+        weighted = any(source.weight is not None for source in data.mix.values())
+        if weighted and task.couples_examples:
+            what = "a pair that is drawn twice in a step would count as wrong for itself"
+            yield "data.mix", what, "leave `weight` out of the sets"
+        names = [f"data.mix.{name}" for name in data.mix] or ["data"]
+        for section, source in zip(names, data.sources, strict=True):
+            for split in ("validation", "test"):
+                spec = getattr(source, split)
+                if isinstance(spec, HeldOutSpec) and spec.stratify:
+                    if task.label_columns_by_key:
+                        continue
+                    key = f"{section}.{split}.stratify"
+                    what = f"`{key}` keeps the proportions of labels, and this task has none"
+                    yield key, what, "leave it out"
 
     def _init_conflicts(self) -> Conflicts:
         init, key = self.adapter.init, "adapter.init"
@@ -172,7 +182,7 @@ class Recipe(Section):
         if self.data.streaming and {"majority", "none"} & set(named):
             what = "`majority` and `none` need all rows, which `data.streaming` does not have"
             yield key, what, "leave them out"
-        if named and self.data.validation is None and self.data.test is None:
+        if named and not (self.data.has("validation") or self.data.has("test")):
             what = "`evaluate.baselines` are measured on held-out rows, and there are none"
             hint = "name some, `data.validation: {from: train, fraction: 0.1}`, or leave it out"
             yield key, what, hint
@@ -183,6 +193,10 @@ class Recipe(Section):
         A key that the recipe leaves out is placed where its section stands.
         """
         parts = key.split(".")
+        if self._origin.of_set is not None and parts[0] == "data":
+            is_of_set = len(parts) == 1 or parts[1] in SourceSpec.model_fields
+            parts[1:1] = ["mix", self._origin.of_set] if is_of_set else []
+            key = ".".join(parts)
         for length in range(len(parts), 0, -1):
             place = self._origin.places.get(".".join(parts[:length]))
             if place:
@@ -203,6 +217,11 @@ class Recipe(Section):
         copied = self.model_copy()
         copied._origin = origin
         return copied
+
+    def for_set(self, name: str) -> Recipe:
+        """Return the recipe of a set of `data.mix` alone; errors place its keys in the mixture."""
+        alone = self.with_values({"data": self.data.of_set(name)})
+        return alone.with_origin(replace(self._origin, of_set=name))
 
     @property
     def output_path(self) -> Path:

@@ -1,0 +1,64 @@
+"""Other names for columns, as `data.columns` gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from lora_cli.data.rows import Rows
+from lora_cli.data.text_lines import RawRow
+from lora_cli.errors import LoraError, Problem, did_you_mean
+from lora_cli.recipe import Recipe
+
+
+def renamed_row(row: RawRow, names: Mapping[str, str]) -> RawRow:
+    """Return a row whose columns have their new names.
+
+    Args:
+        row: As the file has it.
+        names: The new name of each column that gets one.
+
+    Raises:
+        LoraError: If that is the name of another column.
+    """
+    if not names or row.columns is None or not names.keys() & row.columns.keys():
+        return row
+    own = renamed_columns(row.columns, names, row.place)
+    columns = {own.get(name, name): value for name, value in row.columns.items()}
+    return replace(row, columns=columns)
+
+
+def renamed_columns(
+    present: Collection[str], names: Mapping[str, str], place: str
+) -> dict[str, str]:
+    """Return the new names of those columns that are there.
+
+    Raises:
+        LoraError: If one is the name of another column.
+    """
+    own = {old: new for old, new in names.items() if old in present}
+    for old, new in own.items():
+        if new in present and new not in own:
+            what = f"`columns` calls the column `{old}` `{new}`, and there is another of that name"
+            raise LoraError(what, place, f"give that one another name too: `{new}: other`")
+    return own
+
+
+def require_renamed(recipe: Recipe, rows: Rows) -> None:
+    """Check that the columns which get other names are there.
+
+    Raises:
+        LoraError: With those that are neither there by the old name nor by the new one.
+    """
+    present = rows.columns if recipe.data.columns else []
+    problems = [
+        Problem(
+            f"{rows.source} has no column `{old}`, which `columns` calls `{new}`",
+            recipe.at(f"data.columns.{old}"),
+            did_you_mean(old, present, "its columns are"),
+        )
+        for old, new in recipe.data.columns.items()
+        if present and new not in present
+    ]
+    if problems:
+        raise LoraError(problems)
