@@ -83,12 +83,17 @@ def answers_of(model: YolosForObjectDetection, states: Tensor) -> tuple[Tensor, 
 
 def overlap(ones: Tensor, others: Tensor) -> Tensor:
     """Return the generalised intersection over union of boxes, given as corners (..., 4)."""
-    area = (ones[..., 2:] - ones[..., :2]).prod(-1), (others[..., 2:] - others[..., :2]).prod(-1)
+    area = _area(ones[..., 2:] - ones[..., :2]), _area(others[..., 2:] - others[..., :2])
     low, high = torch.maximum(ones, others), torch.minimum(ones, others)
-    shared = (high[..., 2:] - low[..., :2]).clamp(min=0).prod(-1)
-    whole = (low[..., 2:] - high[..., :2]).prod(-1)
+    shared = _area((high[..., 2:] - low[..., :2]).clamp(min=0))
+    whole = _area(low[..., 2:] - high[..., :2])
     union = sum(area) - shared
     return shared / union - (whole - union) / whole
+
+
+def _area(sides: Tensor) -> Tensor:
+    # the gradient of `prod` waits for the GPU, to count zeros
+    return sides[..., 0] * sides[..., 1]
 
 
 def costs(model: YolosForObjectDetection, pixels: Tensor, boxes: Tensor, digits: Tensor) -> Tensor:
