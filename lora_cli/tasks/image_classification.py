@@ -13,14 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from lora_cli.data.load_rows import Rows
-from lora_cli.data.media import described, media_error, media_value
+from lora_cli.data.media import described
 from lora_cli.data.pictures import (
-    PictureError,
-    open_picture,
     picture_facts,
     require_pillow,
     resampling,
-    thumbnail_of,
 )
 from lora_cli.errors import LoraError, warn
 from lora_cli.models.base_facts import config_facts
@@ -38,7 +35,8 @@ from lora_cli.tasks.classification import Classification
 from lora_cli.tasks.examples import MAIN, Batch, Example, Field
 from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.tasks.labelled_pictures import propose_pictures
-from lora_cli.tasks.odd_pictures import FEATURES, odd_facts, odd_pictures
+from lora_cli.tasks.odd_pictures import FEATURES, odd_facts
+from lora_cli.tasks.picture_task import PictureTask, dtype_of_base
 from lora_cli.unexpected_errors import own_words
 
 ENCODING = 1  # of rows into examples; a change of it makes what is kept on the disk useless
@@ -46,13 +44,11 @@ RATIO = 4 / 3  # a random crop is at most so much wider than high, or higher tha
 CROP_TRIALS = 10
 
 
-class ImageClassification(Classification):
+class ImageClassification(PictureTask, Classification):
     """`task.type: image_classification`."""
 
     propose = staticmethod(propose_pictures)
     auto_class = AutoModelForImageClassification
-    unit = "picture"
-    input_name = "picture"
 
     def __init__(self, recipe: Recipe, spec: ImageClassificationSpec) -> None:
         super().__init__(recipe, spec)
@@ -66,11 +62,7 @@ class ImageClassification(Classification):
         require_pillow()
         self.config = load_config(self.recipe)
         require_kind(self.auto_class, self.config, self.recipe)
-        self.channels = int(getattr(self.config, "num_channels", None) or 3)
-        if self.channels not in (1, 3):
-            what = f"`{self.recipe.model.name}` reads pictures of {self.channels} channels"
-            hint = "use a model that reads 3 (red, green and blue) or 1 (grey)"
-            raise LoraError(what, self.recipe.at("model.name"), hint)
+        self.channels = self.read_channels()
         self.processor = load_image_processor(self.recipe)
         self.size = output_size(self.processor, self.channels, self.recipe)
 
@@ -110,15 +102,6 @@ class ImageClassification(Classification):
                 "order, name them in `task.labels`"
             )
 
-    def input_error(self, row: dict[str, Any]) -> str:
-        """Return why the picture cannot be read, or nothing; it is decoded."""
-        column = self.spec.image_column
-        if error := media_error(row, [column]):
-            return error
-        value = row[column]
-        error = picture_facts(value).error
-        return f"`{described(value)}` {error}" if error else ""
-
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return one example a row: the picture as its file has it, and the label."""
         examples = []
@@ -146,10 +129,6 @@ class ImageClassification(Classification):
             f"read as {width} x {height}"
         )
 
-    def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
-        """Return a warning of pictures that are animated, or have transparent parts."""
-        return 0.0, odd_pictures(name, rows, examples)
-
     # ---------------------------------------------------------------------------- pixels
 
     def prepare(self, example: Example, rng: np.random.Generator, training: bool) -> Example:
@@ -158,18 +137,14 @@ class ImageClassification(Classification):
 
     def _pixels(self, value: dict[str, Any], rng: np.random.Generator | None) -> Tensor:
         """Return the pixels (C, H, W) of a picture; `rng` augments."""
-        try:
-            image = open_picture(value, self.channels)
-        except PictureError as error:  # it was whole when the rows were checked
-            what = f"`{described(value)}` {error}; it was whole when the run began"
-            hint = "put the file back; a run that was interrupted goes on with `--resume`"
-            raise LoraError(what, str(value["path"] or ""), hint) from error
+        image = self.opened(value)
         options: dict[str, Any] = {}
         augmentation = self.spec.augmentation
         if rng is not None and augmentation.crop:
             height, width = self.size
             filter_ = resampling(int(getattr(self.processor, "resample", None) or 2))
-            box = random_box(*image.size, augmentation.smallest_crop, rng)
+            whole: tuple[int, int] = image.size
+            box = random_box(*whole, augmentation.smallest_crop, rng)
             image = image.resize((width, height), filter_, box=box)
             options = {"do_resize": False, "do_center_crop": False}
         if rng is not None and augmentation.flip and rng.random() < 0.5:
@@ -236,15 +211,11 @@ class ImageClassification(Classification):
     def logits(self, model: nn.Module, pixels: Tensor) -> Tensor:
         """Return the model's logits (B, C) for pixels (B, C, H, W) of any precision."""
         if not torch.is_autocast_enabled(pixels.device.type):
-            pixels = pixels.to(_dtype_of(model))
+            pixels = pixels.to(dtype_of_base(model))
         logits: Tensor = model(pixel_values=pixels).logits
         return logits
 
     # --------------------------------------------------------------------------- answers
-
-    def parse_input(self, typed: str) -> dict[str, Any]:
-        """Return a row of the path of a picture."""
-        return {self.spec.image_column: media_value(typed, Path.cwd())}
 
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
         """Return the prediction and the probabilities of each row."""
@@ -253,13 +224,6 @@ class ImageClassification(Classification):
         logits = self.logits(model, torch.stack(pixels).to(device)).float()
         require_finite(logits, model, self.recipe)
         return self.answers_of(logits)
-
-    def thumbnail(self, row: dict[str, Any]) -> str | None:
-        """Return a small copy of a row's picture, as a `data:` address."""
-        try:
-            return thumbnail_of(row[self.spec.image_column])
-        except PictureError:
-            return None
 
 
 def random_box(
@@ -281,9 +245,3 @@ def random_box(
     w, h = min(width, height * RATIO), min(height, width * RATIO)
     left, upper = (width - w) / 2, (height - h) / 2
     return left, upper, left + w, upper + h
-
-
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the weights that read the pixels: those of the base."""
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
-    return next((p.dtype for p in parameters if not p.requires_grad), parameters[0].dtype)
