@@ -333,6 +333,7 @@ def _write(merged: _Merged, task: Task, given: _Given, to: Path) -> MergeResult:
         merged.model.save_pretrained(folder)
         task.save_processor(folder)
         reloaded = task.reloaded(folder, merged.dtype).eval()
+        _require_gradients_alike(reloaded, merged.model)
         _require_saved(task, reloaded, merged.weights, merged.outputs)
         origin = (given.each, task.recipe, merged.ties, merged.numbers, merged.heads)
         weights = prove_weights(folder, merged.model, *origin)
@@ -349,6 +350,17 @@ def _outputs(task: Task, model: nn.Module) -> Tensor:
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     probe = {k: v.to(dtype) if v.is_floating_point() else v for k, v in task.probe().items()}
     return task.probed(model, probe)
+
+
+def _require_gradients_alike(reloaded: nn.Module, merged: nn.Module) -> None:
+    """Let the parameters of a model that was read be trained or not as those of the merged one.
+
+    Torch multiplies by another kernel where a matrix may have a gradient, even where none is asked
+    for, so that the last bit of an output may differ.
+    """
+    trained = {name for name, parameter in merged.named_parameters() if parameter.requires_grad}
+    for name, parameter in reloaded.named_parameters():
+        parameter.requires_grad_(name in trained)
 
 
 def _require_saved(
