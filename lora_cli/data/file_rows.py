@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lora_cli.data.bad_rows import without
+from lora_cli.data.coco_rows import coco_names, is_coco, read_coco
 from lora_cli.data.csv_quoting import announce_quoting
 from lora_cli.data.dataset_cache import SourceChangedError, cached_dataset
 from lora_cli.data.find_files import SPLITS as SPLITS
@@ -48,6 +49,11 @@ READING = 4  # counts up when files are read in another way, so that no old cach
 def read_files(recipe: Recipe, files: list[Path]) -> Iterator[RawRow]:
     """Yield the rows of files in order, with media values in the columns that hold media."""
     media = recipe.task.media_columns
+    boxes = recipe.task.boxes_column
+    if boxes is not None and (tables := [file for file in files if is_coco(file)]):
+        for file in tables:
+            yield from read_coco(file, next(iter(media)), boxes)
+        return
     pictures = [file for file in files if media and is_media_file(file)]
     if pictures:
         yield from read_media_files(recipe, pictures)
@@ -72,12 +78,20 @@ def file_rows(recipe: Recipe, files: list[Path]) -> Rows:
     folder = os.path.commonpath([file.parent for file in files])
     source = str(files[0]) if len(files) == 1 else f"{folder} ({counted(len(files), 'file')})"
     labels = class_names(recipe, files) if are_media else {}
+    if (boxes := recipe.task.boxes_column) is not None:
+        labels = {boxes: names} if (names := category_names(files)) else {}
     if are_media and (others := other_files(root_of(recipe, files), recipe)):
         left = f"{counted(len(others), 'file')} in the folders of the classes"
         warn(f"{left} are left out, the first is {others[0]}: by its name it is of another kind")
     rows = Rows(dataset, source, sha256, np.arange(len(dataset)), labels, media=media)
     errors = {i: f for i, f in enumerate(dataset["fault"]) if f}
     return without(*_with_hashes(rows, errors), recipe)
+
+
+def category_names(files: list[Path]) -> list[str]:
+    """Return the names that annotation files give to their categories, in their own order."""
+    found = (name for file in files if is_coco(file) for name in coco_names(file))
+    return list(dict.fromkeys(found))
 
 
 def _names_of(recipe: Recipe, files: list[Path], are_media: bool) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_cli.data.boxes import nested_names
 from lora_cli.data.dataset_cache import damaged_files, forget_files
 from lora_cli.data.media import undecoded
 from lora_cli.data.renamed_columns import renamed_columns
@@ -185,8 +186,10 @@ def label_names(features: Any) -> dict[str, list[str]]:
 
     # of a list of labels, those of its items
     kinds = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
-    return {
+    names = {
         column: list(kind.names)
         for column, kind in kinds.items()
         if isinstance(kind, datasets.ClassLabel)
     }
+    inside = {column: nested_names(feature) for column, feature in features.items()}
+    return names | {column: found for column, found in inside.items() if found}

@@ -20,19 +20,22 @@ from typing import Any, Literal
 import numpy as np
 
 from lora_cli.errors import LoraError, Problem, name_neighbours
+from lora_cli.metrics.box_scores import BOXES, box_scores
 from lora_cli.metrics.entity_scores import entity_scores
 from lora_cli.metrics.final_answers import final_answer, is_same_answer
 from lora_cli.metrics.retrieval_scores import RETRIEVAL, retrieval_scores
 from lora_cli.metrics.word_tokenizers import bleu_words, canonical, rouge_words
 
-Channel = Literal["label", "value", "text", "nll", "tags", "ranks", "pictures"]
+Channel = Literal["label", "value", "text", "nll", "tags", "ranks", "pictures", "boxes"]
 """What a metric reads of each evaluated row, as prediction and reference.
 
 `label`: class indices, or 0/1 lists of length `n_labels` where a row may have several; `value`:
 floats; `text`: strings, of which a row may have several as references, in a list; `nll`: the row's
 sum of negative log-likelihoods in nats, and its number of trained tokens; `tags`: lists of tags,
 one for each word; `ranks`: the ranks of right answers among the first ten that a search finds, and
-how many right answers there are; `pictures`: nothing, as no metric reads pictures.
+how many right answers there are; `boxes`: lists of (x0, y0, x1, y1, score, label) that are found in
+a picture, and of (x0, y0, x1, y1, label, whether it is a crowd) that there are;
+`pictures`: nothing, as no metric reads pictures.
 """
 Rows = list[Any]
 Mode = Literal["min", "max"]
@@ -46,10 +49,11 @@ _FEEDS: dict[Channel, tuple[Channel, ...]] = {
     "tags": ("tags",),
     "ranks": ("ranks",),
     "pictures": (),
+    "boxes": ("boxes",),
 }
 _NOUNS = {
     "label": "labels", "value": "numbers", "text": "texts", "nll": "log-likelihoods",
-    "tags": "tags of words", "ranks": "ranks of a search",
+    "tags": "tags of words", "ranks": "ranks of a search", "boxes": "boxes",
     "pictures": "pictures, of which it measures the loss alone",
 }  # fmt: skip
 
@@ -181,6 +185,10 @@ def _entity_scores(p: Rows, r: Rows, context: MetricContext) -> dict[str, float]
 
 def _retrieval(p: Rows, r: Rows, context: MetricContext) -> dict[str, float]:
     return retrieval_scores(p, r)
+
+
+def _box_scores(p: Rows, r: Rows, context: MetricContext) -> dict[str, float]:
+    return box_scores(p, r, context.labels)
 
 
 def references_of(wanted: str | list[str]) -> list[str]:
@@ -333,6 +341,9 @@ SPECS: dict[str, MetricSpec] = {
         extra="ner",
     ),
     "retrieval": MetricSpec("ranks", _retrieval, results=RETRIEVAL),
+    "coco": MetricSpec(
+        "boxes", _box_scores, results=BOXES, package="faster_coco_eval", extra="detection"
+    ),
 }  # fmt: skip
 
 # ------------------------------------------------------------------- names, without `evaluate`

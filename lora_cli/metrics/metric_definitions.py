@@ -9,6 +9,8 @@ import importlib.metadata
 from pathlib import Path
 
 from lora_cli.errors import printable
+from lora_cli.metrics.box_scores import DEFINITIONS as OF_BOXES
+from lora_cli.metrics.box_scores import OF_LABEL, label_results
 from lora_cli.metrics.builtin import SPECS, MetricContext, is_script, result_names
 from lora_cli.metrics.entity_scores import DEFINITIONS
 from lora_cli.metrics.retrieval_scores import DEFINITIONS as OF_SEARCH
@@ -60,7 +62,10 @@ def definition(metric: str, context: MetricContext) -> dict[str, str]:
         written = ""
     if is_of_texts and context.most_answers is not None:
         written += f"; of at most {context.most_answers:,} rows (`evaluate.generation.max_rows`)"
-    return {name: _line(metric, name, context) + written for name in result_names(metric)}
+    lines = {name: _line(metric, name, context) + written for name in result_names(metric)}
+    if metric == "coco":
+        lines |= dict.fromkeys(label_results(context.labels), OF_LABEL)
+    return lines
 
 
 def _line(metric: str, name: str, context: MetricContext) -> str:
@@ -108,6 +113,8 @@ def _line(metric: str, name: str, context: MetricContext) -> str:
             return DEFINITIONS[name]
         case "retrieval":
             return OF_SEARCH[name]
+        case "coco":
+            return OF_BOXES[name]
         case "rouge":
             words = ROUGE_WORDS if name == "rouge1" else "words as for rouge1"
             best = ", with the reference that is most alike" if context.several_references else ""

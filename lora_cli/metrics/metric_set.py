@@ -173,11 +173,13 @@ def _builtin_class() -> Any:
         def _info(self) -> Any:
             kinds = {
                 "label": "int64", "value": "float64", "text": "string", "nll": "float64",
-                "tags": "string", "ranks": "int64",
+                "tags": "string", "ranks": "int64", "boxes": "float64",
             }  # fmt: skip
             p = datasets.Value(kinds[self.spec.channel])
             if self.spec.channel in ("tags", "ranks"):
                 p = datasets.List(p)
+            if self.spec.channel == "boxes":
+                p = datasets.List(datasets.List(p))
             r = datasets.Value("int64") if self.spec.channel in ("nll", "ranks") else p
             if self.spec.channel == "text":
                 r = datasets.List(p)
@@ -223,7 +225,7 @@ def _plain(
     channel: Channel, predictions: Sequence[Any], references: Sequence[Any]
 ) -> tuple[Rows, Rows]:
     """Return rows as lists of what Arrow stores without guessing."""
-    if channel in ("text", "tags", "ranks"):
+    if channel in ("text", "tags", "ranks", "boxes"):
         return list(predictions), list(references)
     p, r = np.asarray(predictions), np.asarray(references)
     assert channel != "label" or (p.dtype.kind in "biu" and r.dtype.kind in "biu"), (p, r)

@@ -236,6 +236,10 @@ line-height:1.3;vertical-align:bottom;padding:.6rem .8rem}
 ol.cases .thumb{float:right;max-width:96px;max-height:96px;margin:0 0 .3rem .8rem;border-radius:4px}
 table.drawn td,table.drawn th{padding:.4rem;text-align:center}
 table.drawn img{display:block;max-width:192px;border-radius:4px;margin:0 auto}
+svg.boxed{float:right;width:min(100%,24rem);max-height:24rem;margin:0 0 .4rem 1rem}
+svg.boxed rect{fill:none;stroke-width:2.5;vector-effect:non-scaling-stroke}
+svg.boxed .wanted{stroke:#3d8bdd}svg.boxed .found{stroke:#f07a35;stroke-dasharray:6 4}
+ol.cases>li::after{content:"";display:block;clear:both}
 ol.cases audio{display:block;width:100%;max-width:24rem;height:2.2rem;margin:.5rem 0 0}
 ol.cases{list-style:none;margin:0;padding:0;display:grid;gap:.7rem}
 ol.cases>li{background:var(--card);border:1px solid var(--rule);border-radius:8px;

@@ -18,11 +18,13 @@ from lora_cli.reporting.report import part
 
 Line = dict[str, Any]
 Kind = Literal[
-    "single_label", "multi_label", "regression", "text", "spans", "transcript", "retrieval", "other"
-]
+    "single_label", "multi_label", "regression", "text", "spans", "transcript", "retrieval",
+    "boxes", "other",
+]  # fmt: skip
 Word = tuple[str | None, str | None]  # one that was said, and what was written for it
 OF_LINES = (  # which need predictions
     "single_label", "multi_label", "regression", "spans", "transcript", "retrieval",
+    "boxes",
 )  # fmt: skip
 SMALLER_IS_BETTER = {"loss", "perplexity", "mse", "rmse", "mae", "wer", "cer", "ter", "no_answer"}
 BINS = 10

@@ -11,6 +11,7 @@ from lora_cli.errors import counted
 from lora_cli.reporting import page_analysis, svg_plots
 from lora_cli.reporting.html import DASH, esc, named, own, scroller, section, share_bar, table
 from lora_cli.reporting.page_analysis import Kind, Line, finite
+from lora_cli.reporting.page_boxes import box_sections
 from lora_cli.reporting.page_entities import entity_sections
 from lora_cli.reporting.page_search import search_sections
 from lora_cli.reporting.page_transcripts import transcript_sections
@@ -61,6 +62,8 @@ def answer_sections(
         return entity_sections(lines, split)
     if kind == "transcript":
         return transcript_sections(lines, split)
+    if kind == "boxes":
+        return box_sections(report, lines, split)
     if kind == "retrieval":
         return search_sections(lines, split)
     if kind == "regression":

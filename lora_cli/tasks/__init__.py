@@ -12,6 +12,7 @@ from lora_cli.recipe import (
     CausalLMSpec,
     ImageClassificationSpec,
     Learned,
+    ObjectDetectionSpec,
     Recipe,
     Seq2SeqLMSpec,
     SequenceClassificationSpec,
@@ -86,6 +87,10 @@ def _type_of(spec: TaskSpec) -> type[Task]:
             from lora_cli.tasks.image_classification import ImageClassification
 
             return ImageClassification
+        case ObjectDetectionSpec():
+            from lora_cli.tasks.object_detection import ObjectDetection
+
+            return ObjectDetection
         case SpeechRecognitionSpec():
             from lora_cli.tasks.speech_recognition import SpeechRecognition
 

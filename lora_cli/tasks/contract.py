@@ -55,6 +55,8 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
     """Whether an example's outputs surely do not depend on the others of its batch."""
     several_inputs: bool = False
     """Whether an example has several rows in the tensors of a batch, one for each of its texts."""
+    waits_for_device: bool = False
+    """Whether the loss copies something to the host in every step, such as to assign boxes."""
     couples_examples: bool = False
     """Whether the loss compares the examples of a step with each other (in-batch negatives).
 

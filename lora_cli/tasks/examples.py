@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_cli.data.load_rows import Rows
 
 Example = dict[str, Any]
-Kind = Literal["text", "messages", "label", "labels", "number", "tags", "image", "audio"]
+Kind = Literal["text", "messages", "label", "labels", "number", "tags", "boxes", "image", "audio"]
 Sample = tuple[str, str, str]
 """What was asked, what the row wants, and what the model says, in words."""
 MEDIA: tuple[Kind, ...] = ("image", "audio")

@@ -32,6 +32,7 @@ def arrange_rows(
     base: PretrainedConfig,
     recipe: Recipe,
     auto_class: Any,
+    behind: Sequence[str] = (),
 ) -> str | None:
     """Put the rows of a pretrained classifier in the order of the recipe's labels.
 
@@ -44,11 +45,12 @@ def arrange_rows(
         base: The configuration of the base, with its own labels.
         recipe: Names the checkpoint.
         auto_class: The transformers class of the model.
+        behind: Names of outputs behind those of the labels, which every such model has.
 
     Returns:
         What a user should know, or None.
     """
-    outputs = _output_layer(model, labels, base, recipe, auto_class)
+    outputs = _output_layer(model, labels, base, recipe, auto_class, len(behind))
     own = own_names(base)
     if not outputs or not own:
         return None
@@ -65,22 +67,26 @@ def arrange_rows(
             pairs = [f"{label} is `{name}`" for label, name in zip(labels, own, strict=False)]
             return f"the base's classifier goes by position: {', '.join(pairs[:10])}"
         return None
-    rows = match_rows(own, labels)
+    known_labels = match_rows(own, labels)
+    rows = [*known_labels, *range(len(own), len(own) + len(behind))]
     stored = {
         name: parameter.detach().clone() if is_loaded else _stored(name, recipe)
         for name, parameter in outputs.items()
     }
     for name, parameter in outputs.items():
         source = stored[name]
-        if source is None or len(source) != len(own):
-            rows = [None] * len(labels)  # of unknown names: it starts at random
+        if source is None or len(source) != len(own) + len(behind):
+            rows = [None] * len(rows)  # of unknown names: it starts at random
+            known_labels = [None] * len(labels)
             source = None
         _place(parameter, source, rows, base, is_loaded)
         (missing.discard if source is not None and None not in rows else missing.add)(name)
-    known = sum(row is not None for row in rows)
-    if known == len(labels):
-        return None
-    new = [label for label, row in zip(labels, rows, strict=True) if row is None]
+    new = [label for label, row in zip(labels, known_labels, strict=True) if row is None]
+    return _note_of_new(own, new) if new else None
+
+
+def _note_of_new(own: Sequence[str], new: Sequence[str]) -> str:
+    """Return what to say of labels that the base does not know."""
     return (
         f"the base's classifier knows {_listed(own)}: the rows of {_listed(new)} start at random; "
         "labels of the same name would keep theirs"
@@ -138,19 +144,21 @@ def _output_layer(
     base: PretrainedConfig,
     recipe: Recipe,
     auto_class: Any,
+    n_behind: int,
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that have a row for each label: those that grow with their number."""
+    n_outputs = len(labels) + n_behind
     heads = tuple(f"{head}." for head in new_modules(model))
     found = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if name.startswith(heads) and parameter.ndim and parameter.shape[0] == len(labels)
+        if name.startswith(heads) and parameter.ndim and parameter.shape[0] == n_outputs
     }
     if sum(parameter.ndim > 1 for parameter in found.values()) < 2:
         return found
     config = type(base).from_dict({**base.to_dict(), **_numbered(len(labels) + 1)})
     larger = dict(build_empty(auto_class, recipe, config).named_parameters())
-    return {name: p for name, p in found.items() if larger[name].shape[0] == len(labels) + 1}
+    return {name: p for name, p in found.items() if larger[name].shape[0] == n_outputs + 1}
 
 
 def _numbered(count: int) -> dict[str, Any]:

@@ -52,7 +52,9 @@ class Engine:
     @property
     def facts(self) -> dict[str, str]:
         """How batches and steps are computed, for the report."""
-        batches = {"batches": self.task.layout, "steps": self.kind}
+        waits = ", waiting once a micro-batch for what the host decides"
+        steps = self.kind + waits * self.task.waits_for_device
+        batches = {"batches": self.task.layout, "steps": steps}
         return batches | self.task.frozen_facts
 
     def add_gradients(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+import tiny_detectors
 import tiny_diffusion
 import tiny_embedders
 import tiny_experts
@@ -110,6 +111,22 @@ def captioned(i: int) -> Json:
 
 
 DRAWING = {"type": "text_to_image", "resolution": tiny_diffusion.SIDE}
+
+
+@functools.cache
+def scenes() -> Path:
+    """Return a folder for the pictures with boxes."""
+    return Path(tempfile.mkdtemp(prefix="lora-scenes-"))
+
+
+def with_boxes(i: int) -> Json:
+    image, objects = tiny_detectors.scene(i)
+    file = scenes() / f"{i}.png"
+    image.save(file)
+    return {"image": str(file), "objects": objects}
+
+
+DETECTION = {"type": "object_detection", "labels": list(tiny_detectors.LABELS)}
 PICTURES = {"type": "image_classification", "labels": list(tiny_pictures.CLASSES)}
 BAD_GOOD = ["bad", "good"]
 CLASSIFICATION = {"type": "sequence_classification", "labels": BAD_GOOD}
@@ -256,6 +273,15 @@ TASKS = {
     "captioned pictures": TaskKind(
         tiny_diffusion.save, {**DRAWING, "caption_dropout": 0.2, "validation_draws": 2}, captioned,
         ("picture",), ("image",), drafted=DRAWING,
+    ),
+    "pictures with boxes": TaskKind(
+        lambda folder: tiny_detectors.save("yolos", folder),
+        {**DETECTION, "augmentation": {"crop": True, "flip": True}}, with_boxes,
+        ("prediction",), ("objects",),
+    ),
+    "pictures with boxes on a canvas": TaskKind(
+        lambda folder: tiny_detectors.save("detr", folder, auxiliary_loss=True),
+        {**DETECTION, "image_size": 48}, with_boxes, ("prediction",), ("objects",), runs=False,
     ),
     "translation": TaskKind(
         lambda folder: tiny_translators.save(folder, "marian"), TRANSLATION, translated,

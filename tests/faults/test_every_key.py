@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 import datasets
 import pytest
 import tiny
+import tiny_detectors
 import tiny_diffusion
 import tiny_embedders
 import tiny_pictures
@@ -196,6 +197,8 @@ TRAIN = [
      "shot": f"shots/{i}.png", "view": f"shots/{i + 20}.png",
      "listed": f"{word}, film, {i}, long, good",
      "sound": f"sounds/{i}.wav", "noise": f"sounds/{i + 20}.wav",
+     "things": {"bbox": [[2, 1, 6, 9]], "category": ["bad" if i % 2 else "good"]},
+     "wide": {"bbox": [[9, 1, 60, 9]], "category": ["bad" if i % 2 else "good"]},
      "spans": [[2, 2 + len(word), "A"]], "marks": [[0, 1, "A"]]}
     for i, word in enumerate(WORDS * 2)
 ]  # fmt: skip
@@ -238,6 +241,11 @@ KINDS: dict[str, Settings] = {
     "pictures": {
         "model": {"name": "../bases/vit"},
         "task": {"type": "image_classification", "image_column": "shot",
+                 "labels": ["bad", "good"]},
+    },
+    "scenes": {
+        "model": {"name": "../bases/yolos"},
+        "task": {"type": "object_detection", "image_column": "shot", "objects_column": "things",
                  "labels": ["bad", "good"]},
     },
     "speech": {
@@ -452,6 +460,24 @@ CHANGES: dict[str, Change] = {
     "image_classification.skip_labels": Change(
         message, ([], ["-"]), "pictures", {"data.train": "marked.jsonl"}
     ),
+    "object_detection.type": Change(
+        message, ("object_detection", "causal_lm"), "scenes", {"task.labels": ...}
+    ),
+    "object_detection.image_column": Change(losses, ("shot", "view"), "scenes"),
+    "object_detection.objects_column": Change(losses, ("things", "wide"), "scenes",
+                                              {"task.clip_boxes": True}),
+    "object_detection.labels": Change(losses, (["bad", "good"], ["good", "bad"]), "scenes"),
+    "object_detection.box_format": Change(losses, ("xywh", "xyxy"), "scenes"),
+    "object_detection.clip_boxes": Change(
+        message, (False, True), "scenes", {"task.objects_column": "wide"}
+    ),
+    "object_detection.image_size": Change(losses, (None, 48), "scenes"),
+    "object_detection.threshold": Change(predictions, (0.0, 0.999), "scenes"),
+    "object_detection.augmentation.crop": Change(losses, (False, True), "scenes"),
+    "object_detection.augmentation.smallest_crop": Change(
+        losses, (0.3, 0.9), "scenes", {"task.augmentation.crop": True}
+    ),
+    "object_detection.augmentation.flip": Change(losses, (False, True), "scenes"),
     "causal_lm.type": Change(message, ("causal_lm", "sequence_classification"), "pair"),
     "causal_lm.text_column": Change(losses, ("text", "other"), "text"),
     "causal_lm.prompt_column": Change(losses, ("prompt", "other"), "pair"),
@@ -777,6 +803,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_llama(folder / "llama")
     tiny.save_encoder_decoder(folder / "bart")
     tiny_pictures.save("vit", folder / "vit")
+    tiny_detectors.save("yolos", folder / "yolos")
     tiny_speech.save(folder / "whisper", languages=True)
     tiny_embedders.save(folder / "embedder")
     tiny_diffusion.save(folder / "diffusion")
@@ -795,7 +822,7 @@ def write(world: World, kind: str, without: Collection[str] = ()) -> None:
         recipe.get(section, {}).pop(name, None)
     world.write("recipe.yaml", tiny.yaml_of(recipe))
     for i in range(40):
-        if kind in ("pictures", "drawing"):
+        if kind in ("pictures", "scenes", "drawing"):
             world.write(f"shots/{i}.png", tiny_pictures.encoded(tiny_pictures.picture(i)))
         if kind == "speech":  # the last is longer than the model hears at once
             seconds = 1.5 if i == 39 else 0.2

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cases_boxes  # noqa: F401
 import cases_chats  # noqa: F401 - they fill CASES
 import cases_data  # noqa: F401
 import cases_distillation  # noqa: F401
@@ -336,6 +337,7 @@ AREAS = [
     "lora init", "Models", "Targets", "Metrics", "Adapters", "Starting from an adapter",
     "Training", "Evaluation", "Prediction",
     "Merging", "Combining", "Exporting", "Pushing", "Checking", "Pictures",
+    "Pictures with boxes",
     "Speech", "Drawing",
 ]  # fmt: skip
 

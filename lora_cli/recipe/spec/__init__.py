@@ -21,6 +21,7 @@ from lora_cli.recipe.spec.distill import DistillSpec
 from lora_cli.recipe.spec.evaluate import DrawingSpec, EvaluateSpec, GenerationSpec
 from lora_cli.recipe.spec.image_classification_spec import ImageClassificationSpec
 from lora_cli.recipe.spec.model import ModelSpec
+from lora_cli.recipe.spec.object_detection_spec import ObjectDetectionSpec
 from lora_cli.recipe.spec.recipe import Origin, Recipe
 from lora_cli.recipe.spec.seq2seq_lm_spec import Seq2SeqLMSpec
 from lora_cli.recipe.spec.sequence_classification_spec import SequenceClassificationSpec
@@ -35,6 +36,7 @@ __all__ = [
     "ModelSpec",
     "CausalLMSpec",
     "ImageClassificationSpec",
+    "ObjectDetectionSpec",
     "Seq2SeqLMSpec",
     "SequenceClassificationSpec",
     "SpeechRecognitionSpec",

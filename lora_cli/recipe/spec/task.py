@@ -8,6 +8,7 @@ from pydantic import Field
 
 from lora_cli.recipe.spec.causal_lm_spec import CausalLMSpec
 from lora_cli.recipe.spec.image_classification_spec import ImageClassificationSpec
+from lora_cli.recipe.spec.object_detection_spec import ObjectDetectionSpec
 from lora_cli.recipe.spec.seq2seq_lm_spec import Seq2SeqLMSpec
 from lora_cli.recipe.spec.sequence_classification_spec import SequenceClassificationSpec
 from lora_cli.recipe.spec.speech_recognition_spec import SpeechRecognitionSpec
@@ -22,6 +23,7 @@ TaskSpec = Annotated[
     | CausalLMSpec
     | Seq2SeqLMSpec
     | ImageClassificationSpec
+    | ObjectDetectionSpec
     | SpeechRecognitionSpec
     | TextEmbeddingSpec
     | TextToImageSpec,

@@ -19,6 +19,7 @@ AnswerKind = Literal[
     "spans",
     "transcript",
     "retrieval",
+    "boxes",
     "other",
 ]
 
@@ -150,6 +151,11 @@ class TaskSection(Section):
     def sample_prompts(self) -> list[str]:
         """What a model that draws is asked to draw while it is trained."""
         return []
+
+    @property
+    def boxes_column(self) -> str | None:
+        """The column that annotation files fill, where the task reads boxes in pictures."""
+        return None
 
     @property
     def local_files(self) -> list[str]:

@@ -1,0 +1,175 @@
+"""COCO's annotations: one JSON file with pictures, boxes and categories; a row for each picture.
+
+    {"images": [{"id": 1, "file_name": "a.jpg", "width": 640, "height": 480}],
+     "annotations": [{"image_id": 1, "bbox": [x, y, w, h], "category_id": 3, "iscrowd": 0}],
+     "categories": [{"id": 3, "name": "cat"}]}
+
+The pictures are looked for next to the file, and where COCO's own archives and the usual exports
+put them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_cli.data.boxes import FORMAT, SIZE
+from lora_cli.data.json_rows import json_error
+from lora_cli.data.media import media_value
+from lora_cli.data.text_lines import RawRow, unreadable
+from lora_cli.errors import LoraError, counted, printable
+
+PARTS = ("images", "annotations", "categories")
+HEAD_BYTES = 1 << 16
+AGAIN = "export or download it again"
+Json = dict[str, Any]
+
+
+def is_coco(file: Path) -> bool:
+    """Return whether a file is one object that names pictures and annotations, by its beginning."""
+    if file.suffix.lower() != ".json":
+        return False
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(HEAD_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n")
+            if not head.startswith(b"{"):
+                return False
+            if re.search(rb'"(images|annotations)"\s*:\s*\[', head):
+                return True
+            if len(head) < HEAD_BYTES // 2:
+                return False
+            return re.search(rb'"(images|annotations)"\s*:\s*\[', opened.read()) is not None
+    except OSError as error:
+        raise unreadable(file, error) from error
+
+
+def coco_names(file: Path) -> list[str]:
+    """Return the names of the categories of a file, in the order of their numbers."""
+    return list(_categories(_read(file), file).values())
+
+
+def read_coco(file: Path, column: str, boxes_column: str) -> Iterator[RawRow]:
+    """Yield a row for each picture: its path, and its objects.
+
+    Args:
+        file: The JSON file.
+        column: Name of the column of the picture.
+        boxes_column: Name of the column of the objects.
+
+    Raises:
+        LoraError: If the file as a whole cannot be read.
+    """
+    content = _read(file)
+    names = _categories(content, file)
+    ids = [picture.get("id") for picture in content["images"]]
+    by_picture: dict[Any, list[Json]] = {i: [] for i in ids if isinstance(i, int | str)}
+    for n, one in enumerate(content["annotations"]):
+        picture = one.get("image_id")
+        if not isinstance(picture, int | str) or picture not in by_picture:
+            what = f"it is of picture `{printable(str(picture), 60)}`, which is not in `images`"
+            yield RawRow(None, f"{file.name}[annotations][{n}]", what)
+            continue
+        by_picture[picture].append(one)
+    folder = _folder_of(file, content["images"])
+    seen: set[Any] = set()
+    for n, picture in enumerate(content["images"]):
+        place = f"{file.name}[images][{n}]"
+        name, key = picture.get("file_name"), picture.get("id")
+        if not isinstance(name, str) or not name.strip():
+            yield RawRow(None, place, "the picture has no `file_name`")
+            continue
+        place = f"{file.name}: {printable(name, 200)}"
+        if not isinstance(key, int | str) or key in seen:
+            what = "no `id`" if key not in seen else f"the `id` {key} of another picture"
+            yield RawRow(None, place, f"the picture has {what}")
+            continue
+        seen.add(key)
+        objects, error = _objects(by_picture[key], names, picture)
+        value = media_value(name, folder)
+        yield RawRow({column: value, boxes_column: objects}, place, error)
+
+
+def _read(file: Path) -> Json:
+    """Return the content of a file, which has all three parts.
+
+    Raises:
+        LoraError: If it is not JSON, or lacks one of them.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise unreadable(file, error) from error
+    except (ValueError, RecursionError) as error:
+        what = json_error(error) if not isinstance(error, UnicodeError) else "not UTF-8 text"
+        raise LoraError(what, str(file), AGAIN) from error
+    for part in PARTS:
+        value = content.get(part)
+        if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+            what = f"the COCO file has no list of objects `{part}`"
+            hint = "name the file of the boxes (`instances_….json`), not of captions or of a test"
+            raise LoraError(what, str(file), hint)
+    return dict(content)
+
+
+def _categories(content: Json, file: Path) -> dict[int, str]:
+    """Return the name of each category by its number, in order.
+
+    Raises:
+        LoraError: If one has no name, or two have the same.
+    """
+    found: dict[int, str] = {}
+    for one in content["categories"]:
+        number, name = one.get("id"), one.get("name")
+        if not isinstance(number, int) or not isinstance(name, str) or not name.strip():
+            what = "a category of the COCO file has no number or no name"
+            raise LoraError(what, str(file), "write each as `{id: 1, name: cat}`")
+        if number in found or name.strip() in found.values():
+            what = f"two categories of the COCO file have the number {number} or the name "
+            raise LoraError(f"{what}`{printable(name, 60)}`", str(file), "give each its own")
+        found[number] = name.strip()
+    return dict(sorted(found.items()))
+
+
+def _objects(annotations: list[Json], names: dict[int, str], picture: Json) -> tuple[Json, str]:
+    """Return the objects of a picture, and what is wrong with one of them."""
+    boxes, categories, crowd = [], [], []
+    for one in annotations:
+        number = one.get("category_id")
+        if not isinstance(number, int) or number not in names:
+            shown = f"`category_id: {printable(str(number), 60)}`"
+            return {}, f"an annotation has {shown}, which is none of `categories`"
+        if not isinstance(one.get("bbox"), list):
+            return {}, f"an annotation of `{names[number]}` has no `bbox`"
+        boxes.append(one["bbox"])
+        categories.append(names[number])
+        crowd.append(one.get("iscrowd") or 0)
+    found = {"bbox": boxes, "category": categories, "iscrowd": crowd, FORMAT: "xywh"}
+    size = [picture.get("width"), picture.get("height")]
+    if all(isinstance(n, int) for n in size):
+        found[SIZE] = size
+    return found, ""
+
+
+def _folder_of(file: Path, pictures: list[Json]) -> Path:
+    """Return the folder that the names of pictures start from: the first that has one of them."""
+    here, above = file.parent, file.parent.parent
+    split = file.stem.removeprefix("instances_")
+    folders = [
+        here, here / "images", here / split, here / "images" / split, here / file.stem,
+        above / "images", above / split, above / "images" / split, above,
+    ]  # fmt: skip
+    names = [str(one["file_name"]) for one in pictures[:50] if one.get("file_name")]
+    for folder in folders:
+        if any((folder / name).is_file() for name in names):
+            return folder
+    return here
+
+
+def coco_summary(file: Path) -> str:
+    """Return what a file holds, in words."""
+    content = _read(file)
+    pictures = counted(len(content["images"]), "picture")
+    return f"COCO's annotations, {counted(len(content['annotations']), 'object')} in {pictures}"

@@ -1,0 +1,257 @@
+"""Objects in pictures: the loss, the metrics, and the task from its rows to a merged model."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import tiny_detectors
+import torch
+import yaml
+from accelerate import Accelerator
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tiny_detectors import LABELS
+from transformers import DetrConfig
+
+from lora_cli.adapters.attach import attach, trainable_parameters
+from lora_cli.errors import LoraError
+from lora_cli.evaluation.evaluate_split import evaluate
+from lora_cli.metrics.box_scores import box_scores
+from lora_cli.preprocessing.encode import load_data
+from lora_cli.recipe import load_recipe
+from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import Task, prepared_for_evaluation
+from lora_cli.tasks.examples import Encoded
+from lora_cli.training.engine import Engine
+
+Json = dict[str, Any]
+CPU = torch.device("cpu")
+SPLITS = {"train": 9, "validation": 5}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_recipe_of(folder: Path, kind: str = "yolos", **sections: Any) -> Path:
+    """Write a recipe for COCO files in `folder/data`, which are written if they are not there."""
+    data = folder / "data"
+    if not data.exists():
+        tiny_detectors.write_coco(data, SPLITS, crowd=True)
+    if not (folder / "base").exists():
+        tiny_detectors.save(kind, folder / "base")
+    values: Json = {
+        "model": {"name": "base"},
+        "task": {"type": "object_detection"},
+        "data": {"train": "data/train.json", "validation": "data/validation.json"},
+        "adapter": {"rank": 2, "alpha": 4},
+        "train": {"max_steps": 3, "micro_batch_size": 4, "log_every_steps": 1},
+        "output_dir": str(folder / "out"),
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def opened(folder: Path, kind: str = "yolos", **sections: Any) -> tuple[Task, dict[str, Encoded]]:
+    task = build_task(load_recipe(write_recipe_of(folder, kind, **sections)))
+    task.load_processor()
+    with contextlib.redirect_stderr(io.StringIO()):
+        return task, load_data(task)
+
+
+def prepared(task: Task, split: Encoded) -> list[Json]:
+    return [prepared_for_evaluation(task, split.examples[i]) for i in range(len(split))]
+
+
+# ------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("kind", ["yolos", "detr", "detr with auxiliary losses"])
+def test_loss_and_gradients_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    options = {"auxiliary_loss": True} if "auxiliary" in kind else {}
+    # of no round number, so that each weight counts
+    options |= {"eos_coefficient": 0.3, "bbox_loss_coefficient": 3, "giou_loss_coefficient": 7}
+    tiny_detectors.save(kind.split()[0], tmp_path / "base", **options)
+    task, data = opened(tmp_path)
+    model, head = task.load_model(CPU)
+    attach(model, task.recipe, head)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    examples = prepared(task, data["train"])
+    assert {len(example["trained"]) for example in examples} >= {0, 1, 2}
+    parameters = trainable_parameters(model)
+    labels = [
+        {"class_labels": example["trained_classes"], "boxes": example["trained"]}
+        for example in examples
+    ]
+    batch = task.collate(examples)
+    wanted = model(**batch.inputs, labels=labels)
+    wanted_gradients = torch.autograd.grad(wanted.loss, parameters.values(), allow_unused=True)
+
+    engine = Engine(model, task, None, Accelerator())
+    terms = task.loss_weights
+    assert list(terms.values()) == [1.0, 3.0, 7.0]
+    weights = {name: weight / batch.items[name].sum() for name, weight in terms.items()}
+    # in two parts, and yet the loss of the whole batch
+    shares = sum(
+        engine.add_gradients(task.collate(part), weights) for part in (examples[:4], examples[4:])
+    )
+    assert float(shares.sum()) == pytest.approx(float(wanted.loss.detach()), rel=1e-5)
+    scale = max(float(g.abs().max()) for g in wanted_gradients if g is not None)
+    for (name, parameter), gradient in zip(parameters.items(), wanted_gradients, strict=True):
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradient = torch.zeros_like(parameter) if gradient is None else gradient
+        assert float((found - gradient).abs().max()) <= 1e-5 * scale, name
+
+
+def test_more_objects_than_the_model_can_find_are_assigned_as_by_transformers(
+    tmp_path: Path,
+) -> None:
+    task, _ = opened(tmp_path)
+    model, _ = task.load_model(CPU)
+    rng = np.random.default_rng(3)
+    boxes = torch.from_numpy(rng.uniform(0.2, 0.4, (8, 4))).float()
+    labels = torch.from_numpy(rng.integers(0, 2, 8))
+    image = tiny_detectors.scene(1)[0]
+    example = {
+        "pixels": torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(1)),
+        "mask": torch.ones(32, 32), "trained": boxes, "trained_classes": labels, "row": 0,
+        "truth": torch.zeros(0, 6), "width": image.width, "height": image.height,
+    }  # fmt: skip
+    batch = task.collate([example])
+    sums = task.losses(model, task.forward(model, batch), batch)
+    mean = sum(task.loss_weights[n] * sums[n].sum() / batch.items[n].sum() for n in sums)
+    wanted = model(**batch.inputs, labels=[{"class_labels": labels, "boxes": boxes}])
+    assert float(mean.detach()) == pytest.approx(float(wanted.loss.detach()), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------- the metrics
+
+
+@pytest.mark.parametrize("kind", ["yolos", "detr"])
+def test_metrics_do_not_depend_on_the_batch(kind: str, tmp_path: Path) -> None:
+    task, data = opened(tmp_path, kind)
+    model, _ = task.load_model(CPU)
+    found = []
+    for size in (1, 2, 8):
+        recipe = task.recipe.with_values({"evaluate.micro_batch_size": size})
+        task.recipe = recipe
+        found.append(evaluate(model, task, data["train"], Accelerator()))
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5, nan_ok=True)
+    assert found[0].keys() >= {"map", "map_50", "map_75", "mar_100", "ap_dark", "ap_light"}
+    assert found[0]["loss_boxes"] > 0
+
+
+def found_and_wanted() -> tuple[list[Any], list[Any]]:
+    """Return boxes that are near those that there are, and some that are not."""
+    rng = np.random.default_rng(0)
+    found, wanted = [], []
+    for _ in range(25):
+        n = int(rng.integers(0, 6))
+        corner, size = rng.uniform(0, 80, (n, 2)), rng.uniform(5, 40, (n, 2))
+        boxes, labels = np.hstack([corner, corner + size]), rng.integers(0, 3, n)
+        crowd = rng.random(n) < 0.15
+        wanted.append(np.column_stack([boxes, labels, crowd]).tolist())
+        near = boxes + rng.normal(0, 3, boxes.shape)
+        called = np.where(rng.random(n) < 0.8, labels, (labels + 1) % 3)
+        some = np.column_stack([near, rng.random(n), called]).tolist()
+        corner = rng.uniform(0, 80, (int(rng.integers(0, 4)), 2))
+        score, label = rng.random(len(corner)), rng.integers(0, 3, len(corner))
+        found.append(some + np.column_stack([corner, corner + 20, score, label]).tolist())
+    return found, wanted
+
+
+def coco_box(box: list[float]) -> list[float]:
+    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+def test_average_precision_is_that_of_pycocotools() -> None:
+    found, wanted = found_and_wanted()
+    names = ["a", "b", "c", "d"]
+    ours = box_scores(found, wanted, names)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth, every = COCO(), [(i, box) for i, boxes in enumerate(wanted, 1) for box in boxes]
+        truth.dataset = {
+            "info": {}, "images": [{"id": i} for i in range(1, len(wanted) + 1)],
+            "categories": [{"id": i} for i in range(len(names))],
+            "annotations": [
+                {"id": n, "image_id": i, "category_id": int(b[4]), "iscrowd": int(b[5]),
+                 "bbox": coco_box(b), "area": coco_box(b)[2] * coco_box(b)[3]}
+                for n, (i, b) in enumerate(every, 1)
+            ],
+        }  # fmt: skip
+        truth.createIndex()
+        said = truth.loadRes([
+            {"image_id": i, "category_id": int(b[5]), "score": b[4], "bbox": coco_box(b)}
+            for i, boxes in enumerate(found, 1) for b in boxes
+        ])  # fmt: skip
+        evaluation = COCOeval(truth, said, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    wanted_scores = dict(
+        zip(["map", "map_50", "map_75"], evaluation.stats[:3], strict=True),
+        mar_100=evaluation.stats[8],
+    )
+    precision = evaluation.eval["precision"][:, :, :, 0, 2]
+    for i, name in enumerate(names[:3]):
+        wanted_scores[f"ap_{name}"] = precision[:, :, i].mean()
+    assert 0.01 < ours["map"] < 0.5
+    assert np.isnan(ours.pop("ap_d"))
+    assert ours == pytest.approx(wanted_scores, rel=1e-9)
+
+
+def test_nothing_found_is_zero_and_nothing_there_is_no_number() -> None:
+    found, wanted = found_and_wanted()
+    nothing = box_scores([[] for _ in wanted], wanted, ["a", "b", "c"])
+    assert set(nothing.values()) == {0.0}
+    none_there = box_scores(found, [[] for _ in wanted], ["a", "b", "c"])
+    assert all(np.isnan(value) for value in none_there.values())
+
+
+# ------------------------------------------------------------------------------------- the head
+
+
+@pytest.mark.parametrize("kind", ["yolos", "detr"])
+def test_outputs_of_the_base_go_to_labels_of_the_same_name(kind: str, tmp_path: Path) -> None:
+    """Those of new labels are drawn; that of no object stays the last."""
+    base = tiny_detectors.model(kind, ["light", "cup", "dark"])
+    tiny_detectors.save(kind, tmp_path / "base", ["light", "cup", "dark"])
+    task, _ = opened(tmp_path)
+    assert task.labels == list(LABELS)  # in the order of the numbers in the file
+    model, new = task.load_model(CPU)
+    assert new == ["class_labels_classifier", "bbox_predictor"]
+    last = "class_labels_classifier" + (".layers.2" if kind == "yolos" else "")
+    own, found = base.get_submodule(last), model.get_submodule(last)
+    assert torch.equal(found.weight, own.weight[[2, 0, 3]])
+    assert torch.equal(found.bias, own.bias[[2, 0, 3]])
+    assert task.notes == []
+    again, _ = opened(tmp_path, task={"labels": ["dark", "cat", "light"]})
+    model, _ = again.load_model(CPU)
+    found = model.get_submodule(last)
+    assert torch.equal(found.weight[[0, 2, 3]], own.weight[[2, 0, 3]])
+    assert not torch.equal(found.weight[1], own.weight[1])
+    assert "the rows of `cat` start at random" in again.notes[0]
+
+
+def test_a_backbone_of_timm_is_rejected_by_name(tmp_path: Path) -> None:
+    recipe = write_recipe_of(tmp_path)
+    config = DetrConfig(backbone_config={"model_type": "timm_backbone", "backbone": "resnet50"})
+    config.architectures = ["DetrForObjectDetection"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config.to_dict()))
+    with pytest.raises(LoraError, match="timm, which needs torchvision") as caught:
+        build_task(load_recipe(recipe)).load_processor()
+    assert "model.revision=no_timm" in str(caught.value)
