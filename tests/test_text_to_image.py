@@ -16,14 +16,18 @@ import peft
 import pytest
 import tiny
 import tiny_diffusion
+import tiny_pictures
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from diffusers.training_utils import compute_snr
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_cli.adapters.attach import attach, trainable_parameters
+from lora_cli.data.captions import shuffled
+from lora_cli.data.picture_sizes import apply_cut, cut_to, nearest_size, sizes_for
 from lora_cli.evaluation.evaluate_split import evaluate_adapter
 from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.evaluation.predict import answer_file
@@ -33,7 +37,7 @@ from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.diffusion_noise import DiffusionNoise
 from lora_cli.training import train
-from lora_cli.training.batches import prepared_for
+from lora_cli.training.batches import Batches, prepared_for
 from lora_cli.training.launch import seed_everything
 
 CPU = torch.device("cpu")
@@ -88,12 +92,13 @@ class Script:
 
     def __init__(self, path: Path, gamma: float | None) -> None:
         self.path, self.gamma = path, gamma
-        self.pipe = diffusers.StableDiffusionPipeline.from_pretrained(path.parent / "base")
+        self.pipe = diffusers.DiffusionPipeline.from_pretrained(path.parent / "base")
         self.scheduler = diffusers.DDPMScheduler.from_pretrained(
             path.parent / "base", subfolder="scheduler"
         )
-        for part in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
-            part.requires_grad_(False)
+        for part in self.pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False)
         names = ["to_k", "to_q", "to_v", "to_out.0"]
         config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=names)
         self.pipe.unet.add_adapter(config)
@@ -115,31 +120,61 @@ class Script:
             name = name.replace(matrix, f"{matrix}.default.weight")
         return name
 
+    def told(self, ids: Tensor, files: Sequence[Path]) -> tuple[Tensor, dict[str, Any]]:
+        """Return what the script for Stable Diffusion XL tells the U-Net of texts and pictures."""
+        states, pooled = [], None
+        for encoder in (self.pipe.text_encoder, self.pipe.text_encoder_2):
+            found = encoder(ids, output_hidden_states=True, return_dict=False)
+            pooled = found[0]
+            states.append(found[-1][-2])
+        sizes = []
+        for file in files:
+            with Image.open(file) as image:
+                width, height = image.size
+            scale = SIDE / min(width, height)
+            top, left = (round((round(x * scale) - SIDE) / 2) for x in (height, width))
+            sizes.append([height, width, top, left, SIDE, SIDE])
+        told = {"text_embeds": pooled, "time_ids": torch.tensor(sizes)}
+        return torch.cat(states, dim=-1), {"added_cond_kwargs": told}
+
+    def caption_of(self, file: Path) -> str:
+        """Return what a picture shows."""
+        beside = file.with_suffix(".txt")
+        spec = self.task.spec
+        if beside.exists():
+            return beside.read_text().strip()
+        return str(spec.prior.caption)
+
     def ready(self, positions: Sequence[int], step: int) -> list[Any]:
         """Return the examples as this tool prepares them in a step."""
         return [prepared_for(self.task, self.split.examples[i], 0, step) for i in positions]
 
-    def loss(self, positions: Sequence[int], step: int) -> Tensor:
-        """Return the loss of examples in a step."""
+    def loss(self, positions: Sequence[int], step: int, which: int = 0) -> Tensor:
+        """Return the loss of examples in a step: of their pictures, or (1) those of the class."""
         pipe, ready = self.pipe, self.ready(positions, step)
-        rows = [self.split.examples[i]["row"] for i in positions]
-        folder = self.path.parent / "pictures/train"
-        pixels = torch.stack([seen(Image.open(folder / f"{row}.png")) for row in rows])
-        captions = [(folder / f"{row}.txt").read_text().strip() for row in rows]
+        key = ("image", "prior_image")[which]
+        files = [Path(self.split.examples[i][key]["path"]) for i in positions]
+        pixels = torch.stack([seen(Image.open(file)) for file in files])
+        captions = [self.caption_of(file) for file in files]
         ids = pipe.tokenizer(
             captions, padding="max_length", truncation=True, return_tensors="pt",
             max_length=pipe.tokenizer.model_max_length,
         ).input_ids  # fmt: skip
-        noise, sampled = (torch.cat([one[k] for one in ready]) for k in ("noise", "sampled"))
-        timesteps = torch.tensor([one["steps"][0] for one in ready])
+        noise = torch.stack([one["noise"][which] for one in ready])
+        sampled = torch.stack([one["sampled"][which] for one in ready])
+        timesteps = torch.tensor([one["steps"][which] for one in ready])
 
         latents = pipe.vae.encode(pixels).latent_dist
         latents = (latents.mean + latents.std * sampled) * pipe.vae.config.scaling_factor
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        texts = pipe.text_encoder(ids, return_dict=False)[0]
+        more: dict[str, Any] = {}
+        if isinstance(pipe, diffusers.StableDiffusionXLPipeline):
+            texts, more = self.told(ids, files)
+        else:
+            texts = pipe.text_encoder(ids, return_dict=False)[0]
         is_v = self.scheduler.config.prediction_type == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, timesteps) if is_v else noise
-        pred = pipe.unet(noisy, timesteps, texts, return_dict=False)[0]
+        pred = pipe.unet(noisy, timesteps, texts, return_dict=False, **more)[0]
         if self.gamma is None:
             return F.mse_loss(pred.float(), target.float(), reduction="mean")
         snr = compute_snr(self.scheduler, timesteps)
@@ -211,12 +246,24 @@ def test_twenty_steps_are_those_of_the_training_script_of_diffusers(trained: Tra
         assert float((own - tensor).abs().max()) <= 1e-5 * max(scale, 1e-3), name
 
 
-@pytest.mark.parametrize(("noise", "gamma"), [(None, None), (V, None), (V, GAMMA)])
-def test_loss_and_gradients_are_those_of_diffusers(
-    tmp_path: Path, noise: Any, gamma: float | None
-) -> None:
-    path = recipe(tmp_path, noise=noise, task={"snr_gamma": gamma, "noise_offset": 0.1})
-    script = Script(path, gamma)
+PRIOR = {"path": "class", "caption": "a one", "weight": 0.5, "count": 0}
+KINDS = {
+    "epsilon": ("sd", None, {}),
+    "velocity": ("sd", V, {"noise_offset": 0.1}),
+    "velocity by its signal": ("sd", V, {"snr_gamma": GAMMA}),
+    "xl": ("xl", None, {"snr_gamma": GAMMA}),
+    "with pictures of the class": ("sd", None, {"prior": PRIOR}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_loss_and_gradients_are_those_of_diffusers(tmp_path: Path, name: str) -> None:
+    kind, noise, keys = KINDS[name]
+    path = recipe(tmp_path, kind, noise, task=keys)
+    (tmp_path / "class").mkdir()
+    for i in range(2):
+        tiny_pictures.picture(90 + i).resize((18, 17)).save(tmp_path / f"class/{i}.png")
+    script = Script(path, keys.get("snr_gamma"))
     task, model = script.task, script.model
     theirs = dict(script.pipe.unet.named_parameters())
     for name, parameter in trainable_parameters(model).items():
@@ -225,6 +272,9 @@ def test_loss_and_gradients_are_those_of_diffusers(
     batch = task.collate(script.ready([0, 1, 2], 1))
     loss = task.loss(model, batch) / batch.n_items
     expected = script.loss([0, 1, 2], 1)
+    if "prior" in keys:
+        assert len(script.split) == 4  # an epoch has each picture once
+        expected = expected + 0.5 * script.loss([0, 1, 2], 1, which=1)
     loss.backward()
     expected.backward()
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
@@ -312,3 +362,111 @@ def test_texts_are_drawn_before_while_and_after_training(trained: Trained) -> No
     (again,) = task.draw_pictures(model, PROMPTS[:1])
     best = np.asarray(Image.open(samples / "best/0.png"), dtype=int)
     assert np.abs(np.asarray(again, dtype=int) - best).max() <= 1
+
+
+# ------------------------------------------------------------------------------------ other keys
+
+
+def test_the_class_is_drawn_by_the_base_where_its_pictures_are_missing(tmp_path: Path) -> None:
+    prior = {"path": "class", "caption": "a one", "count": 6}
+    task = {"caption": "a sks one", "prior": prior}
+    path = recipe(tmp_path, task=task, data={"validation": "validation"}, train={"max_steps": 1})
+    (tmp_path / "class").mkdir()
+    tiny_pictures.picture(90).resize((18, 17)).save(tmp_path / "class/mine.png")
+    report = run(path)
+    names = sorted(file.name for file in (tmp_path / "class").iterdir())
+    assert names == [*(f"drawn-{i:04d}.png" for i in range(5)), "mine.png"]
+    assert report["data"]["train"]["examples"] == 6  # each of the class once, with one of 4
+    after = report["metrics"]["after"]["validation"]
+    assert after["loss"] == pytest.approx(after["loss_loss"])  # measured on the subject alone
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "base")
+    pipe.set_progress_bar_config(disable=True)
+    found = pipe(
+        "a one", num_inference_steps=2, height=SIDE, width=SIDE,
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]  # fmt: skip
+    kept = np.asarray(Image.open(tmp_path / "class/drawn-0003.png"), dtype=int)
+    assert np.abs(np.asarray(found, dtype=int) - kept).max() <= 1
+    before = {name: (tmp_path / "class" / name).read_bytes() for name in names}
+    run(path, f"output_dir={tmp_path / 'again'}")
+    assert {name: (tmp_path / "class" / name).read_bytes() for name in names} == before
+    weights = [
+        (tmp_path / out / "unet/adapter_model.safetensors").read_bytes() for out in ("out", "again")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_stable_diffusion_xl_from_training_to_what_diffusers_draws(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "xl", task={"train_text_encoder": True, "caption_dropout": 0.5})
+    run(path)
+    parts = ["text_encoder", "text_encoder_2", "unet"]
+    assert [p for p in parts if (tmp_path / "out" / p / "adapter_config.json").exists()] == parts
+    merge_adapter(None, tmp_path / "out", tmp_path / "merged")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged")
+    assert type(pipe) is diffusers.StableDiffusionXLPipeline
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        "a dark one", num_inference_steps=2, height=SIDE, width=SIDE, guidance_scale=7.5,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]  # fmt: skip
+    task, model, _ = open_adapter(tmp_path / "out", load_adapter_recipe(tmp_path / "out"))
+    (found,) = task.draw_pictures(model, ["a dark one"])
+    difference = np.asarray(expected, dtype=int) - np.asarray(found, dtype=int)
+    assert np.abs(difference).max() <= 1
+
+
+def test_what_is_kept_changes_nothing(tmp_path: Path) -> None:
+    path = recipe(tmp_path, task={"caption_dropout": 0.5})
+    run(path)
+    run(path, f"output_dir={tmp_path / 'computed'}", "data.cache_limit=0B")
+    kept, computed = logged(tmp_path / "out"), logged(tmp_path / "computed")
+    assert kept == pytest.approx(computed, rel=1e-6)
+
+
+def test_pictures_of_one_size_stand_together_and_are_seen_in_their_shape(tmp_path: Path) -> None:
+    for i in range(8):
+        size = ((40, 20), (20, 40))[i % 2]
+        (tmp_path / "pictures/train").mkdir(parents=True, exist_ok=True)
+        tiny_pictures.picture(i).resize(size).save(tmp_path / f"pictures/train/{i}.png")
+        (tmp_path / f"pictures/train/{i}.txt").write_text(f"no {i}")
+    task = {"aspect_ratios": True, "resolution": 24, "upscale": True}
+    path = recipe(tmp_path, task=task, train={"max_steps": 4, "micro_batch_size": 2})
+    script = Script(path, None)
+    split, plan = script.split, Batches(script.task, script.split, Accelerator()).plan
+    sizes = [(e["width"], e["height"]) for e in (split.examples[i] for i in range(8))]
+    assert sizes == [(32, 16), (16, 32)] * 4
+    steps = [[sizes[i] for i in step] for step in plan.epoch(0)]
+    assert all(len(set(step)) == 1 for step in steps)
+    # pictures of two sizes in one batch are those of each alone
+    batch = script.task.collate(script.ready([0, 1, 2, 3], 1))
+    shapes = {k: tuple(v.shape) for k, v in batch.inputs.items() if k.startswith("noise")}
+    assert shapes == {"noise.0": (2, 1, 4, 8, 16), "noise.1": (2, 1, 4, 16, 8)}
+    with torch.no_grad():
+        together = script.task.losses(
+            script.model, script.task.forward(script.model, batch), batch
+        )["loss"]
+        for i in range(4):
+            alone = script.task.collate(script.ready([i], 1))
+            assert float(script.task.loss(script.model, alone)) == pytest.approx(
+                float(together[i]), rel=1e-5
+            )
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 20), (20, 40), (31, 17), (16, 16), (900, 7)])
+def test_a_picture_fills_its_size(width: int, height: int) -> None:
+    sizes = sizes_for(24, 8, 2.0)
+    assert all(w * h <= 24 * 24 and max(w / h, h / w) <= 2 for w, h in sizes)
+    cut = cut_to(width, height, nearest_size(width, height, sizes))
+    assert cut.resized[0] >= cut.width
+    assert cut.resized[1] >= cut.height
+    assert cut.resized[0] == cut.width or cut.resized[1] == cut.height
+    image = apply_cut(Image.new("RGB", (width, height)), cut)
+    assert image.size == (cut.width, cut.height)
+
+
+def test_tags_change_places_but_for_the_first() -> None:
+    rng = np.random.default_rng(0)
+    found = {shuffled("sks, a, b ,c", 1, rng) for _ in range(50)}
+    assert len(found) == 6
+    assert all(sorted(one.split(", ")) == ["a", "b", "c", "sks"] for one in found)
+    assert all(one.startswith("sks, ") for one in found)

@@ -347,6 +347,8 @@ def _write(merged: _Merged, task: Task, given: _Given, to: Path) -> MergeResult:
 
 def _outputs(task: Task, model: nn.Module) -> Tensor:
     """Return what a model makes of the task's probe, whose numbers get the model's dtype."""
+    # torch multiplies in another order where a weight could get a gradient, also without one
+    model.requires_grad_(False)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     probe = {k: v.to(dtype) if v.is_floating_point() else v for k, v in task.probe().items()}
     return task.probed(model, probe)

@@ -65,7 +65,8 @@ class BatchPlan:
         n_examples: Examples (or packs) of an epoch.
         examples_per_step: Examples of one optimizer step; the last step of an epoch may have fewer.
         seed: Decides the order; each epoch has its own.
-        lengths: Length of each example, to put similar lengths into a batch; None to leave that.
+        lengths: Length of each example (or the number of a group that it belongs to), to put
+            similar ones into a batch; None to leave that.
         mixture: Which examples an epoch has, where not each of them once.
     """
 

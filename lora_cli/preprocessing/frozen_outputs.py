@@ -78,7 +78,8 @@ def with_frozen_outputs(
                 why += f"`data.cache_limit` ({task.recipe.data.cache_limit})"
         if why and accelerator.is_main_process:
             which = " and ".join(f"`{part}`" for part in parts)
-            warn(f"what the frozen {which} computes is not kept, but computed in every step: {why}")
+            verb = "computes" if len(parts) == 1 else "compute"
+            warn(f"what the frozen {which} {verb} is not kept, but computed in every step: {why}")
         is_kept &= not why
     if is_kept:
         task.release_frozen()
@@ -162,8 +163,9 @@ class _Outputs:
 
     def _announce(self, name: str, split: Encoded, n_bytes: float) -> None:
         which = " and ".join(f"`{part}`" for part in self.parts)
+        verb = "makes" if len(self.parts) == 1 else "make"
         sys.stderr.write(
-            f"computing once what the frozen {which} makes of {counted(len(split), 'example')} of "
+            f"computing once what the frozen {which} {verb} of {counted(len(split), 'example')} of "
             f"{name}: about {in_words(n_bytes)} on the disk\n"
         )
 

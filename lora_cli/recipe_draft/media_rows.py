@@ -11,7 +11,7 @@ from lora_cli.data.labelled_text import LABEL_COLUMN
 from lora_cli.data.media_folder import SUFFIXES, classes_of, media_files, read_media_files
 from lora_cli.data.readers import kind_by_name
 from lora_cli.errors import LoraError, counted
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import TASKS, Recipe
 from lora_cli.recipe.spec.task_section import MediaKind
 from lora_cli.recipe_draft.choose_splits import Keys
 from lora_cli.recipe_draft.data_folder import recipe_of_folder, task_reading
@@ -40,6 +40,21 @@ def read_media_folder(folder: Path) -> tuple[DataFile, MediaKind] | None:
     return None
 
 
+def _texts_of(folder: Path, kind: MediaKind) -> tuple[str, list[str | None]]:
+    """Return the column of the text files next to the train files, and what they hold.
+
+    Some tasks read them and others do not: which one is meant is decided later.
+    """
+    for name, spec in TASKS.items():
+        blank = spec.model_construct()
+        if blank.transcript_column is not None and kind in blank.media_columns.values():
+            recipe = recipe_of_folder(folder, {"type": name})
+            rows = read_media_files(recipe, files_of(recipe, "train", "train"))
+            column = str(recipe.task.transcript_column)
+            return column, [(row.columns or {}).get(column) for row in rows]
+    return "", []
+
+
 def _rows_of(folder: Path, recipe: Recipe, files: list[Path], kind: MediaKind) -> DataFile:
     classes = classes_of(files)
     train = files_of(recipe, "train", "train")
@@ -48,9 +63,10 @@ def _rows_of(folder: Path, recipe: Recipe, files: list[Path], kind: MediaKind) -
     if classes and recipe.task.label_columns_by_key:
         about += f" in {counted(len(set(classes.values())), 'folder')} that name their classes"
     columns = [*recipe.task.media_columns, *([LABEL_COLUMN] if classes else [])]
-    text = recipe.task.transcript_column
-    if text is not None and any(row.get(text) for row in rows):
+    text, texts = _texts_of(folder, kind)
+    if any(texts):
         columns.append(text)
+        rows = [{**row, text: own} for row, own in zip(rows, texts, strict=True)]
     return DataFile(folder, {}, {}, rows, [], columns, True, about)
 
 

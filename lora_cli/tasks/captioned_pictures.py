@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_cli.data.captions import shuffled
@@ -28,20 +29,19 @@ from lora_cli.data.picture_sizes import (
 )
 from lora_cli.data.pictures import PictureError, open_picture, picture_facts, thumbnail_of
 from lora_cli.data.readers import text_error
-from lora_cli.errors import LoraError, counted, printable
+from lora_cli.errors import LoraError, counted
 from lora_cli.models.diffusion_base import DiffusionBase, processor_hash
 from lora_cli.recipe import Recipe
 from lora_cli.recipe.spec import TextToImageSpec
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.diffusion_noise import DiffusionNoise
-from lora_cli.tasks.examples import MAIN, Batch, Example, Field
+from lora_cli.tasks.examples import MAIN, Batch, Encoded, Example, Field
 from lora_cli.tasks.odd_pictures import FEATURES, odd_facts, odd_pictures, where
 from lora_cli.tasks.prior_pictures import PriorPictures
 
 ENCODING = 1  # of rows into examples; a change of it makes what is kept on the disk useless
 LATENTS, TEXTS, POOLED = "latents", "texts", "pooled"  # what frozen parts compute, where it is kept
 PRIOR = "prior"  # the term of the loss of a class's pictures
-SHOWN = 200  # characters of a caption in a message
 
 
 @dataclass
@@ -234,6 +234,14 @@ class CaptionedPictures(Task):
             for one in self.tokenizers
         )
 
+    def batch_groups(self, split: Encoded) -> NDArray[np.int64] | None:
+        """Return a number for each size in which pictures are seen."""
+        if not self.spec.aspect_ratios:
+            return None
+        columns = (split.examples.data.column(name).to_numpy() for name in ("width", "height"))
+        sizes = np.stack(list(columns), axis=1)
+        return np.unique(sizes, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
     def cost(self, example: Example) -> int:
         """Return 1, or 2 with a picture of the class."""
         return 2 if "prior_image" in example else 1
@@ -393,8 +401,3 @@ class CaptionedPictures(Task):
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-
-
-def shortened(caption: str) -> str:
-    """Return a caption for a message."""
-    return printable(caption, SHOWN)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -163,6 +164,13 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
     def train_features(self) -> dict[str, str]:
         """Return the type of each key of an example that is trained."""
         return self.features()
+
+    def batch_groups(self, split: Encoded) -> NDArray[np.int64] | None:
+        """Return a number for each example: batches hold equal ones, as far as they can; or None.
+
+        Other examples in a batch are right too, and slower.
+        """
+        return None
 
     def check_examples(self, examples: Sequence[Example]) -> None:
         """Check that the model can read the examples.

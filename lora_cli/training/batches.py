@@ -62,13 +62,8 @@ class Batches:
             self.examples = task.packed(split)
         self.lengths = self.examples.lengths if train.packing else split.lengths
         self.mixture = mixture_of(self.recipe, split, self.examples)
-        self.plan = BatchPlan(
-            len(self.examples),
-            train.step_size,
-            train.seed,
-            self.lengths if train.group_by_length else None,
-            self.mixture,
-        )
+        alike = self.lengths if train.group_by_length else task.batch_groups(split)
+        self.plan = BatchPlan(len(self.examples), train.step_size, train.seed, alike, self.mixture)
         self.steps_per_epoch = self.plan.steps_per_epoch
         epochs = 3.0 if train.epochs is None else train.epochs
         self.total_steps = train.max_steps or math.ceil(epochs * self.steps_per_epoch)
