@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from lora_cli.adapters.attach import (
     ParameterRow,
+    adapter_parameters,
     add_layer,
     attach,
+    disabled,
     group_rows,
     lora_layers,
     merge,
+    name_in_base,
     parameter_table,
+    remove_layers,
     trainable_parameters,
     training_mode,
 )
@@ -32,6 +37,7 @@ from lora_cli.adapters.targets import (
     resolve_targets,
 )
 from lora_cli.errors import LoraError, Problem
+from lora_cli.models.quantized_linear import QuantizedLinear
 from lora_cli.patterns import regex_error
 from lora_cli.recipe import load_recipe
 
@@ -642,3 +648,108 @@ def test_a_layer_keeps_the_mode_of_its_base_and_is_found_by_its_name(training: b
     assert layer.training == layer.dropout.training == training
     assert lora_layers(model) == {"bert.encoder.layer.0.attention.self.query": layer}
     assert "rank=8, alpha=6, scaling=0.75" in repr(layer)
+
+
+# ------------------------------------------------------------------------ one value at a time
+
+
+class TwoParts(nn.Module):
+    """A model with a part that is used as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(2, 2)
+        self.trained = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3, bias=False), nn.Linear(3, 1))
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    module = sys.modules["lora_cli.adapters.attach"]
+    monkeypatch.setattr(module, "is_frozen", lambda _, name: name.startswith("used"))
+    monkeypatch.setattr(module, "frozen_parameters", lambda *_: {"trained.1.weight"})
+    return TwoParts()
+
+
+def test_trained_in_full_is_what_is_neither_frozen_nor_kept(parts: nn.Module) -> None:
+    parts.half()
+    attach(parts, tiny.recipe_of(type="full"))
+    wanted = {"trained.0.weight", "trained.0.bias", "trained.2.weight", "trained.2.bias"}
+    assert set(trainable_parameters(parts)) == wanted
+    for name, parameter in parts.named_parameters():
+        assert parameter.dtype == (torch.float32 if name in wanted else torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "biases"),
+    [
+        ({"type": "bitfit"}, {"trained.0.bias", "trained.2.bias"}),
+        ({"type": "lora", "bias": "all"}, {"trained.0.base.bias", "trained.2.bias"}),
+        ({"type": "lora", "bias": "lora_only"}, {"trained.0.base.bias"}),
+        ({"type": "lora", "bias": "none"}, set()),
+    ],
+)
+def test_which_biases_are_trained(
+    adapter: dict[str, Any], biases: set[str], parts: nn.Module
+) -> None:
+    if adapter["type"] == "lora":
+        adapter = {**adapter, "target_modules": [r"trained.0"]}
+    attach(parts, tiny.recipe_of(rank=1, **adapter))
+    assert {n for n in trainable_parameters(parts) if n.endswith("bias")} == biases
+
+
+def test_names_without_the_bases_of_layers() -> None:
+    layers = ["a", "b", "b.base"]
+    for name, plain in (
+        ("a.base", "a"), ("b.base.base", "b"), ("b.base", "b"), ("a", "a"), ("c.base", "c.base"),
+        ("a.base.x", "a.base.x"), ("a.x", "a.x"),
+    ):  # fmt: skip
+        assert name_in_base(name, layers) == plain
+
+
+def test_layers_are_off_within_the_context_and_then_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for i, enabled in enumerate((True, False)):
+        add_layer(model, Target(str(i), 1, 1.0)).enabled = enabled
+    with disabled(model):
+        assert [layer.enabled for layer in lora_layers(model).values()] == [False, False]
+    assert [layer.enabled for layer in lora_layers(model).values()] == [True, False]
+    assert list(adapter_parameters(model)) == ["0.lora_A", "0.lora_B", "1.lora_A", "1.lora_B"]
+    remove_layers(model)
+    assert all(type(layer) is nn.Linear for layer in model)
+
+
+def test_a_layer_is_put_in_with_what_it_is_given() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).eval()
+    found = add_layer(model, Target("0", 4, 6.0), dropout=0.25, use_rslora=True)
+    assert (found.rank, found.scaling, found.training) == (4, 3.0, False)
+    assert found is model[0]
+    plain = add_layer(model.train(), Target("1", 4, 6.0))
+    assert (plain.scaling, plain.training) == (1.5, True)
+
+
+def test_a_merged_model_is_not_trained_and_only_sharers_part() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[2].weight = model[1].weight
+    before = [layer.weight.detach().clone() for layer in model]
+    for i in (0, 1):
+        layer = add_layer(model, Target(str(i), 1, 1.0))
+        nn.init.ones_(layer.get_parameter("lora_A"))
+        nn.init.ones_(layer.get_parameter("lora_B"))
+    assert merge(model) == ["1", "2"]
+    for layer, weight, more in zip(model, before, (1.0, 1.0, 0.0), strict=True):
+        assert_close(layer.weight.detach(), weight + more)
+    assert not model[0].weight.requires_grad
+    assert not model[1].weight.requires_grad
+
+
+def test_rows_of_the_table_count_what_a_quantised_layer_stands_for() -> None:
+    codes = QuantizedLinear(4, 3, nn.Parameter(torch.zeros(3)), "int8")
+    codes.set_weight(torch.randn(3, 4))
+    model = nn.Sequential(codes, nn.Linear(3, 2))
+    model[1].weight.requires_grad_(False)
+    rows = {row.name: (row.shape, row.trainable, row.count) for row in parameter_table(model)}
+    assert rows["1.weight"] == ((2, 3), False, 6)
+    assert rows["1.bias"] == ((2,), True, 2)
+    assert rows["0.weight"][0] == (3, 4)
+    assert rows["0.bias"] == ((3,), True, 3)
+    assert set(rows) == {"0.weight", "0.bias", "1.weight", "1.bias"}
