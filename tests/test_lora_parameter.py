@@ -185,13 +185,22 @@ def test_only_the_update_is_trained_and_drawn_as_in_peft() -> None:
         assert bound / 2 < float(layer.lora_A.detach().abs().max()) <= bound
 
 
-def test_a_16_bit_base_is_updated_before_it_is_rounded() -> None:
+def test_experts_in_16_bits_compute_near_those_in_32() -> None:
     base = tiny_experts.model("qwen3_moe").bfloat16()
     model = adapted(base, target_modules=[])
-    tiny.wake(model, 0.02)
-    merge(merged := copy.deepcopy(model))
-    assert torch.equal(outputs(model), outputs(merged))
-    assert outputs(model).dtype == torch.bfloat16
+    tiny.wake(model)
+    merge(merged := copy.deepcopy(model).float())
+    experts = "model.layers.0.mlp.experts"  # alone: rounding may choose another expert
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(5, 16, generator=generator).bfloat16()
+    chosen, share = torch.tensor([[0, 2], [3, 1], [2, 2], [1, 0], [0, 3]]), torch.full((5, 2), 0.5)
+    with torch.no_grad():
+        found = model.get_submodule(experts)(x, chosen, share.bfloat16())
+        wanted = merged.get_submodule(experts)(x.float(), chosen, share)
+        plain = base.get_submodule(experts)(x, chosen, share.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert_close(found.float(), wanted, 3e-2)
+    assert_different(found.float(), plain.float(), 0.1)
 
 
 # ------------------------------------------------------------------------------- which parameters

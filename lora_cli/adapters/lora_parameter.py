@@ -1,9 +1,12 @@
 r"""LoRA on one parameter of a module: an update of the tensor itself, for what is no layer.
 
 The experts of a mixture are one parameter of three dimensions, and the module that holds it
-multiplies as it sees fit. So the update is added to the tensor while the module runs:
+multiplies as it sees fit. So it sees the sum in the parameter's place while it runs:
 
     W_e + s B_e A_e         for each expert e; s = alpha / rank, each expert of its own rank
+
+Where it multiplies by the sum, the factors are multiplied one after the other (`LowRankSum`); a
+compiled layer adds the sum up.
 
 Shapes: A (experts, rank, in), B (experts, out, rank), and W (experts, out, in), or (experts, in,
 out) in a module that says `is_transposed`. Of a parameter of two dimensions (a router), A is
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.adapters.lora import LoRALayer, Shape
+from lora_cli.adapters.low_rank_sum import LowRankSum
 from lora_cli.models.quantized_linear import QuantizedLinear
 
 
@@ -114,15 +118,17 @@ class LoRAParameter(LoRALayer):
         """Return what the module makes of its inputs with the updated parameter."""
         if not self.enabled:
             return self.base(*inputs, **options)
-        with replaced(self.owner, self.parameter, self.updated_weight()):
+        updated = self.updated_weight()
+        whole = torch.compiler.is_compiling() or not multiplies_by_torch(self.owner)
+        with replaced(self.owner, self.parameter, updated.whole if whole else updated):
             return self.base(*inputs, **options)
 
-    def updated_weight(self) -> Tensor:
-        """Return W + s B A in the parameter's shape and dtype; both matrices get gradients."""
-        # autocast would multiply A and B in 16 bits
-        with torch.autocast(self.weight.device.type, enabled=False):
-            delta = self.scaling * (self.lora_B @ self.lora_A)
-            return (self.weight + self._laid_out(delta)).to(self.weight.dtype)
+    def updated_weight(self) -> LowRankSum:
+        """Return W + s B A in the parameter's layout; both matrices get gradients."""
+        a, b = self.lora_A, self.scaling * self.lora_B
+        if is_transposed(self.owner, a.ndim):
+            return LowRankSum(self.weight, a.transpose(-2, -1), b.transpose(-2, -1))
+        return LowRankSum(self.weight, b, a)
 
     def delta_weight(self) -> Tensor:
         """Return s B A in the parameter's shape."""
@@ -146,6 +152,12 @@ def innermost(module: nn.Module) -> nn.Module:
 def is_transposed(owner: nn.Module, ndim: int) -> bool:
     """Return whether a module stores its experts as (experts, in, out)."""
     return ndim == 3 and bool(getattr(owner, "is_transposed", False))
+
+
+def multiplies_by_torch(owner: nn.Module) -> bool:
+    """Return whether the code of experts uses torch's functions, not kernels of its own."""
+    how = getattr(getattr(owner, "config", None), "_experts_implementation", None)
+    return how in (None, "eager", "batched_mm", "grouped_mm")
 
 
 def update_shapes(owner: nn.Module, parameter: str, rank: int) -> dict[str, Shape]:
@@ -189,11 +201,11 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def replaced(owner: nn.Module, name: str, value: Tensor) -> Iterator[None]:
+def replaced(owner: nn.Module, name: str, value: Tensor | LowRankSum) -> Iterator[None]:
     """Let a module's own code see another tensor as one of its parameters."""
     kept = owner._parameters[name]
     try:
-        owner._parameters[name] = value  # type: ignore[assignment]  # not a leaf
+        owner._parameters[name] = value  # type: ignore[assignment]  # no leaf, or no tensor
         yield
     finally:
         owner._parameters[name] = kept
