@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_detectors
 import tiny_embedders
 import tiny_pictures
 import tiny_speech
@@ -95,6 +96,21 @@ def classes(*names: str) -> Any:
     return datasets.ClassLabel(names=list(names))
 
 
+def boxes(*names: str) -> Any:
+    """Return the type of objects whose categories have names."""
+    import datasets
+
+    box = datasets.List(datasets.Value("float32"))
+    return {"bbox": datasets.List(box), "category": datasets.List(classes(*names))}
+
+
+def scene(i: int) -> Json:
+    image, objects = tiny_detectors.scene(i)
+    numbers = [tiny_detectors.LABELS.index(name) for name in objects["category"]]
+    media = {"bytes": tiny_pictures.encoded(image), "path": None}
+    return {"image": media, "objects": {**objects, "category": numbers}}
+
+
 def save_llama(folder: Path) -> Path:
     tokenizer, model = tiny.tokenizer("llama"), tiny.llama()
     tokenizer.chat_template = TEMPLATE
@@ -144,6 +160,13 @@ def stand_ins(name: str, folder: Path) -> tuple[Path, Path]:
         case "beans_vit":
             kind = {"image": datasets.Image(), "labels": classes(*LEAVES)}
             return tiny_pictures.save("vit", base), hub_folder(data, None, all_splits, leaf, **kind)
+        case "cppe5_yolos":
+            kind = {"image": datasets.Image(), "objects": boxes(*tiny_detectors.LABELS)}
+            data = hub_folder(data, None, ["train", "test"], scene, **kind)
+            return tiny_detectors.save("yolos", base, ("person", "car")), data
+        case "digits_yolos":
+            splits = {"train": 8, "validation": 4, "test": 4}
+            return tiny_detectors.save("yolos", base), tiny_detectors.write_coco(data, splits)
         case "opus_mt_en_de":
             data = hub_folder(data, None, all_splits, translation)
             return tiny_translators.save(base, "marian"), data
@@ -177,12 +200,17 @@ def test_an_example_recipe_trains(name: str, tmp_path: Path) -> None:
     elif name == "multi30k_en_fr":
         files = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
         changes += [f"data.{split}={data}/{file}.{{en,fr}}.gz" for split, file in files.items()]
+    elif name == "digits_yolos":
+        splits = ("train", "validation", "test")
+        changes += [f"data.{split}={data}/{split}.json" for split in splits]
     elif name == "banking77_minilm":
         changes += [f"data.{split}={data}/{split}.csv" for split in ("train", "test")]
     else:
         changes.append(f"data.name={data}")
     changes += ["train.epochs=null", "train.max_steps=1", "train.micro_batch_size=4"]
     changes.append("evaluate.generation.max_new_tokens=4")
+    if name == "cppe5_yolos":
+        changes.append("task.image_size=48")
     if name == "sst2_roberta":
         changes.append("train.precision=fp32")  # fp16 needs a GPU
     with contextlib.redirect_stderr(io.StringIO()):

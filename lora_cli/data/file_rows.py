@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_cli.data.annotated_folder import annotation_of, names_for, read_annotated
 from lora_cli.data.bad_rows import without
 from lora_cli.data.coco_rows import coco_names, is_coco, read_coco
 from lora_cli.data.csv_quoting import announce_quoting
@@ -55,6 +56,9 @@ def read_files(recipe: Recipe, files: list[Path]) -> Iterator[RawRow]:
             yield from read_coco(file, next(iter(media)), boxes)
         return
     pictures = [file for file in files if media and is_media_file(file)]
+    if pictures and boxes is not None:
+        yield from read_annotated(pictures, root_of(recipe, pictures), next(iter(media)), boxes)
+        return
     if pictures:
         yield from read_media_files(recipe, pictures)
         return
@@ -80,7 +84,7 @@ def file_rows(recipe: Recipe, files: list[Path]) -> Rows:
     labels = class_names(recipe, files) if are_media else {}
     if (boxes := recipe.task.boxes_column) is not None:
         labels = {boxes: names} if (names := category_names(files)) else {}
-    if are_media and (others := other_files(root_of(recipe, files), recipe)):
+    elif are_media and (others := other_files(root_of(recipe, files), recipe)):
         left = f"{counted(len(others), 'file')} in the folders of the classes"
         warn(f"{left} are left out, the first is {others[0]}: by its name it is of another kind")
     rows = Rows(dataset, source, sha256, np.arange(len(dataset)), labels, media=media)
@@ -90,6 +94,8 @@ def file_rows(recipe: Recipe, files: list[Path]) -> Rows:
 
 def category_names(files: list[Path]) -> list[str]:
     """Return the names that annotation files give to their categories, in their own order."""
+    if is_media_file(files[0]):
+        return names_for(files[0])
     found = (name for file in files if is_coco(file) for name in coco_names(file))
     return list(dict.fromkeys(found))
 
@@ -103,6 +109,8 @@ def _names_of(recipe: Recipe, files: list[Path], are_media: bool) -> list[str]:
         return known + renamed
     # paths lead on from where the files lie
     names = [str(file.absolute()) for file in files] + list(recipe.task.media_columns) + renamed
+    if recipe.task.boxes_column is not None:
+        return names + category_names(files)
     if are_media:  # and labels depend on all folders
         names += map(str, sorted(folder_labels(recipe, files).items()))
     return names
@@ -119,6 +127,8 @@ def _read_unchanged(
     parts = [part for file in files for part in (parts_of(file).values() or [file])]
     if recipe.task.transcript_column is not None:
         parts += [text for file in files if is_media_file(file) and (text := transcript_of(file))]
+    if recipe.task.boxes_column is not None:
+        parts += [boxes for file in files if is_media_file(file) and (boxes := annotation_of(file))]
     for _ in range(READINGS):
         state = [_state_of(part) for part in parts]
         hashes = [sha256 for sha256, _ in state]

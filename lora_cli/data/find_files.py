@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_cli.data.annotated_folder import annotated_files
 from lora_cli.data.labelled_text import class_files
 from lora_cli.data.media_folder import media_files, split_parts
 from lora_cli.data.parallel_texts import parts_of
@@ -80,7 +81,12 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
     pattern = Path(name if is_file(name) else (data.path or ""))
     if not is_file(name):
         at = recipe.at("data.path")
-    if pattern.is_dir():
+    listed = None
+    if recipe.task.boxes_column is not None:
+        listed = annotated_files(pattern, split if is_file(name) else name, recipe)
+    if listed is not None:
+        files, others_there = listed, [pattern.name]
+    elif pattern.is_dir():
         inside = [file.relative_to(pattern) for file in sorted(pattern.rglob("*"))]
         inside = [file for file in inside if _readable(pattern, file, recipe)]
         others_there = [str(file) for file in inside]
@@ -89,6 +95,8 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
         of = {file: _split_parts(file, data.format) for file in inside}
         if not inside and (inside := media_files(pattern, recipe)):
             others_there, of = [str(file) for file in inside], split_parts(inside)
+            if recipe.task.boxes_column is not None:  # no folder is a class
+                of = {file: file.parent.parts for file in inside}
         by_split = [file for file in inside if _belongs(of[file], name)]
         named = any(_belongs(of[file], other) for file in inside for other in SPLITS)
         of_split = by_split or (inside if name == "train" and not named else [])

@@ -62,7 +62,8 @@ def arrange_rows(
                 f"{_listed(labels)}, in this order"
             )
         return None
-    if all(label.isdecimal() for label in labels):
+    are_numbers = all(name.isdecimal() for name in own)
+    if all(label.isdecimal() for label in labels) and not are_numbers:
         if is_loaded:
             pairs = [f"{label} is `{name}`" for label, name in zip(labels, own, strict=False)]
             return f"the base's classifier goes by position: {', '.join(pairs[:10])}"

@@ -126,6 +126,19 @@ def _changed(name: str, **changes: Any) -> Callable[[World], Printed]:
     return run
 
 
+@case(AREA, "a split that is not where YOLO's file says")
+def _(world: World) -> Printed:
+    world.write("data.yaml", "train: nowhere\nnames: [dark, light]\n")
+    return world.lora("validate", recipe_of(world, data={"path": "data.yaml"}))
+
+
+@case(AREA, "a split that YOLO's file does not name")
+def _(world: World) -> Printed:
+    world.write("data.yaml", "train: nowhere\nnames: [dark, light]\n")
+    data = {"path": "data.yaml", "validation": "validation"}
+    return world.lora("validate", recipe_of(world, data=data))
+
+
 def _streamed(**task: Any) -> Callable[[World], Printed]:
     def run(world: World) -> Printed:
         tiny_pictures.picture(1, width=30, height=20).save(world.folder / "a.png")

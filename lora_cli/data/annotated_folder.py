@@ -1,0 +1,270 @@
+"""Folders of pictures with a file of boxes for each: Pascal VOC's xml, or YOLO's text.
+
+    VOC2012/JPEGImages/1.jpg   VOC2012/Annotations/1.xml   VOC2012/ImageSets/Main/train.txt
+    data/train/1.jpg           data/train/1.xml            next to each other, a folder a split
+    yolo/train/images/1.jpg    yolo/train/labels/1.txt     yolo/data.yaml: the names, and the splits
+    yolo/images/train/1.jpg    yolo/labels/train/1.txt     yolo/classes.txt: the names, one a line
+
+A line of YOLO's text is the number of the label and the box (its centre and size, in shares of the
+picture), or the corners of an outline. A picture without such a file has no objects.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_cli.data.boxes import FORMAT, SIZE
+from lora_cli.data.media_folder import SUFFIXES, media_files
+from lora_cli.data.text_lines import RawRow, unreadable
+from lora_cli.errors import LoraError, printable
+from lora_cli.recipe import Recipe
+
+VOC_LISTS = Path("ImageSets", "Main")
+VOC_PICTURES, XML_FOLDERS = "JPEGImages", ("Annotations", "annotations", "xmls", "labels")
+NAMES_FILES = ("classes.txt", "obj.names", "classes.names")
+YAML = (".yaml", ".yml")
+SPLIT_KEYS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+LEVELS = 4  # folders above a picture in which the names of the labels are looked for
+SHOWN = 60
+Json = dict[str, Any]
+
+
+def annotated_files(place: Path, split: str, recipe: Recipe) -> list[Path] | None:
+    """Return the pictures of a split, if a file or a folder is one of VOC or YOLO; else None.
+
+    Args:
+        place: The folder, a YAML file of YOLO, or a list of VOC.
+        split: Its name; where `place` is what the recipe names for the split, all belong to it.
+        recipe: Says what the task reads.
+    """
+    if place.suffix.lower() in YAML and place.is_file():
+        return _of_yaml(place, split, recipe)
+    if place.suffix == ".txt" and place.parent.name == VOC_LISTS.name:
+        return _of_list(place)
+    if not place.is_dir():
+        return None
+    if (lists := place / VOC_LISTS).is_dir():
+        for name in SPLIT_KEYS.get(split, (split,)):
+            if (listed := lists / f"{name}.txt").is_file():
+                return _of_list(listed)
+        return []
+    for file in sorted(place.glob("*.y*ml")):
+        if (found := _of_yaml(file, split, recipe)) is not None:
+            return found
+    return None
+
+
+def annotation_of(picture: Path) -> Path | None:
+    """Return the file of the boxes of a picture, if there is one."""
+    name = picture.stem
+    candidates = [picture.with_suffix(".xml"), picture.with_suffix(".txt")]
+    parents = list(picture.parents)
+    for i, folder in enumerate(parents[:3]):
+        inside = picture.parent.relative_to(folder)
+        candidates += [folder.parent / x / inside / f"{name}.xml" for x in XML_FOLDERS]
+        candidates += [folder.parent / x / f"{name}.xml" for x in XML_FOLDERS[:2]]
+        if folder.name == "images":
+            candidates.append(parents[i + 1] / "labels" / inside / f"{name}.txt")
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def read_annotated(
+    files: Sequence[Path], root: Path, column: str, boxes_column: str
+) -> Iterator[RawRow]:
+    """Yield a row for each picture: its path, and its objects.
+
+    Args:
+        files: The pictures.
+        root: The folder that places are told from.
+        column: Name of the column of the picture.
+        boxes_column: Name of the column of the objects.
+    """
+    used: set[Path] = set()
+    are_xml = any(file.suffix == ".xml" for file in map(annotation_of, files) if file)
+    for picture in files:
+        place = (
+            picture.relative_to(root).as_posix() if picture.is_relative_to(root) else picture.name
+        )
+        file, error = annotation_of(picture), ""
+        objects: Json = {"bbox": [], "category": [], FORMAT: "relative_cxcywh"}
+        if file is None and are_xml:
+            error = f"there is no `{picture.stem}.xml` with its boxes"
+        elif file is not None:
+            used.add(file)
+            read = _read_xml if file.suffix == ".xml" else _read_yolo
+            objects, error = read(file, tuple(names_for(picture)))
+            error = f"{file.name}: {error}" if error else ""
+        value = {"bytes": None, "path": str(picture)}
+        yield RawRow({column: value, boxes_column: objects}, place, error)
+    yield from _without_picture(used)
+
+
+def _without_picture(used: set[Path]) -> Iterator[RawRow]:
+    """Yield an error for each file next to those that were read for which there is no picture."""
+    for folder, suffix in sorted({(file.parent, file.suffix) for file in used}):
+        for file in sorted(folder.glob(f"*{suffix}")):
+            if file in used or file.name in NAMES_FILES or file.stem.lower().startswith("readme"):
+                continue
+            if not _has_picture(file):
+                yield RawRow(None, file.name, f"there is no picture `{file.stem}` for its boxes")
+
+
+def _has_picture(file: Path) -> bool:
+    above = file.parent.parent
+    folders = [file.parent, above / VOC_PICTURES, above / "images", above.parent / "images"]
+    folders.append(above.parent / "images" / file.parent.name)
+    names = (file.stem + suffix for suffix in SUFFIXES["image"])
+    return any((folder / name).is_file() for name in names for folder in folders)
+
+
+def names_for(picture: Path) -> list[str]:
+    """Return the names of YOLO's labels, by the file with them in a folder above a picture."""
+    for folder in list(picture.parents)[:LEVELS]:
+        if names := _names_in(folder):
+            return list(names)
+    return []
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_in(folder: Path) -> tuple[str, ...]:
+    for name in NAMES_FILES:
+        if (file := folder / name).is_file():
+            lines = _text_of(file).splitlines()
+            return tuple(line.strip() for line in lines if line.strip())
+    for file in sorted(folder.glob("*.y*ml")):
+        if names := _names_of(_yaml(file)):
+            return tuple(names)
+    return ()
+
+
+def _names_of(content: Json) -> list[str]:
+    names = content.get("names")
+    if isinstance(names, dict):
+        names = [names[key] for key in sorted(names)]
+    return [str(name).strip() for name in names] if isinstance(names, list) else []
+
+
+def _yaml(file: Path) -> Json:
+    """Return what a YAML file holds, or nothing if that is no mapping."""
+    try:
+        content = yaml.safe_load(_text_of(file))
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _of_yaml(file: Path, split: str, recipe: Recipe) -> list[Path] | None:
+    """Return the pictures of a split as YOLO's YAML file names them; None if it is no such file."""
+    content = _yaml(file)
+    if not _names_of(content) or not any(
+        k in content for keys in SPLIT_KEYS.values() for k in keys
+    ):
+        return None
+    key = next((k for k in SPLIT_KEYS.get(split, (split,)) if content.get(k)), None)
+    if key is None:
+        return []
+    named = content[key] if isinstance(content[key], list) else [content[key]]
+    found = []
+    for name in map(str, named):
+        place = _found_place(file, str(content.get("path") or ""), name)
+        if place is None:
+            what = f"`{key}: {printable(name, SHOWN)}` is not there"
+            raise LoraError(what, str(file), "correct the path, from the folder of the file")
+        if place.is_file():
+            lines = [line.strip() for line in _text_of(place).splitlines() if line.strip()]
+            found += [
+                path if path.is_absolute() else place.parent / path for path in map(Path, lines)
+            ]
+        else:
+            found += [place / picture for picture in media_files(place, recipe)]
+    return found
+
+
+def _found_place(file: Path, root: str, name: str) -> Path | None:
+    """Return where a path of a YAML file leads; exports often begin it with one `../` too many."""
+    here = file.parent
+    plain = re.sub(r"^(\.\./)+", "", name)
+    places = [here / root / name, here / name, here / plain, here / root / plain]
+    return next((place for place in places if place.exists()), None)
+
+
+def _of_list(file: Path) -> list[Path]:
+    """Return the pictures that a list of VOC names."""
+    folder = file.parents[2] / VOC_PICTURES
+    stems = [line.split()[0] for line in _text_of(file).splitlines() if line.strip()]
+    suffixes = SUFFIXES["image"]
+    found = []
+    for stem in stems:
+        paths = (folder / f"{stem}{suffix}" for suffix in suffixes)
+        found.append(next((path for path in paths if path.is_file()), folder / f"{stem}.jpg"))
+    return found
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise unreadable(file, error) from error
+
+
+def _read_xml(file: Path, names: tuple[str, ...]) -> tuple[Json, str]:
+    """Return the objects of a file of Pascal VOC, and what is wrong with it."""
+    try:
+        root = ET.fromstring(file.read_bytes())
+    except ET.ParseError as error:
+        return {}, f"not valid XML: {error}"
+    except OSError as error:
+        raise unreadable(file, error) from error
+    boxes: list[list[float]] = []
+    categories = []
+    for i, one in enumerate(root.iter("object"), 1):
+        name, box = one.findtext("name"), one.find("bndbox")
+        if not name or not name.strip() or box is None:
+            return {}, f"object {i} has no name or no box"
+        try:
+            texts = [box.findtext(key) for key in ("xmin", "ymin", "xmax", "ymax")]
+            boxes.append([float(text or "") for text in texts])
+        except ValueError:
+            return {}, f"the box of object {i} lacks a number"
+        categories.append(name.strip())
+    # the first pixel is 1, and the last belongs to the box; some programs count from 0
+    first = 0 if any(min(box[:2]) < 1 for box in boxes) else 1
+    boxes = [[x0 - first, y0 - first, x1, y1] for x0, y0, x1, y1 in boxes]
+    found: Json = {"bbox": boxes, "category": categories, FORMAT: "xyxy"}
+    size = [root.findtext(f"size/{side}") or "" for side in ("width", "height")]
+    if all(text.strip().isdecimal() for text in size):
+        found[SIZE] = [int(text) for text in size]
+    return found, ""
+
+
+def _read_yolo(file: Path, names: tuple[str, ...]) -> tuple[Json, str]:
+    """Return the objects of a text file of YOLO, and what is wrong with it."""
+    boxes, categories = [], []
+    for i, line in enumerate(_text_of(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        first, *rest = line.split()
+        try:
+            numbers = [float(text) for text in rest]
+        except ValueError:
+            return {}, f"line {i} holds something that is not a number"
+        if not first.isdecimal():
+            return {}, f"line {i} does not begin with the number of a label"
+        if len(numbers) >= 6 and len(numbers) % 2 == 0:  # an outline
+            xs, ys = numbers[::2], numbers[1::2]
+            size = max(xs) - min(xs), max(ys) - min(ys)
+            numbers = [min(xs) + size[0] / 2, min(ys) + size[1] / 2, *size]
+        if len(numbers) != 4:
+            return {}, f"line {i} has {len(numbers)} numbers behind the label, and a box has 4"
+        if names and int(first) >= len(names):
+            return {}, f"line {i} is of label {first}, and there are {len(names)} names"
+        boxes.append(numbers)
+        categories.append(names[int(first)] if names else int(first))
+    return {"bbox": boxes, "category": categories, FORMAT: "relative_cxcywh"}, ""

@@ -1,0 +1,224 @@
+"""Pictures with boxes in files of their own, Pascal VOC, YOLO and COCO, and sets of the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import tiny_detectors
+
+from lora_cli.data.boxes import read_objects
+from lora_cli.data.load_rows import load_rows
+from lora_cli.data.pictures import picture_facts
+from lora_cli.errors import LoraError
+from lora_cli.recipe import Recipe
+
+Json = dict[str, Any]
+SPLITS = {"train": range(1, 5), "val": range(5, 7)}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def recipe_of(**data: Any) -> Recipe:
+    return Recipe.model_validate(
+        {"model": {"name": "none"}, "task": {"type": "object_detection"}, "data": data}
+    )
+
+
+def put(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def draw(file: Path, seed: int) -> tuple[tuple[int, int], Json]:
+    image, objects = tiny_detectors.scene(seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file)
+    return image.size, objects
+
+
+def write_voc(picture: Path, annotation: Path, seed: int) -> None:
+    (width, height), objects = draw(picture, seed)
+    inside = "".join(
+        f"<object><name>{name}</name><bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin>"
+        f"<xmax>{x + w}</xmax><ymax>{y + h}</ymax></bndbox></object>"
+        for name, (x, y, w, h) in zip(objects["category"], objects["bbox"], strict=True)
+    )
+    size = f"<size><width>{width}</width><height>{height}</height></size>"
+    put(annotation, f"<annotation>{size}{inside}</annotation>")
+
+
+def write_yolo(picture: Path, annotation: Path, seed: int) -> None:
+    (width, height), objects = draw(picture, seed)
+    lines = [
+        f"{tiny_detectors.LABELS.index(name)} {(x + w / 2) / width:.8f} {(y + h / 2) / height:.8f} "
+        f"{w / width:.8f} {h / height:.8f}"
+        for name, (x, y, w, h) in zip(objects["category"], objects["bbox"], strict=True)
+    ]
+    if lines:  # a picture without objects has no file
+        put(annotation, "\n".join(lines) + "\n")
+
+
+def voc(root: Path) -> Json:
+    for split, seeds in SPLITS.items():
+        put(root / f"ImageSets/Main/{split}.txt", "".join(f"{i}  1\n" for i in seeds))
+        for i in seeds:
+            write_voc(root / f"JPEGImages/{i}.png", root / f"Annotations/{i}.xml", i)
+    draw(root / "SegmentationClass" / "1.png", 9)  # which is no row
+    return {"path": str(root), "validation": "validation"}
+
+
+def voc_side_by_side(root: Path) -> Json:
+    for split, seeds in SPLITS.items():
+        for i in seeds:
+            write_voc(root / f"{split}/{i}.png", root / f"{split}/{i}.xml", i)
+    return {"path": str(root), "validation": "validation"}
+
+
+def yolo(root: Path) -> Json:
+    for split, seeds in SPLITS.items():
+        for i in seeds:
+            picture, labels = root / f"images/{split}/{i}.png", root / f"labels/{split}/{i}.txt"
+            write_yolo(picture, labels, i)
+    text = "path: .\ntrain: images/train\nval: images/val\nnames: {1: light, 0: dark}\n"
+    put(root / "data.yaml", text)
+    return {"path": str(root / "data.yaml"), "validation": "validation"}
+
+
+def yolo_by_folders(root: Path) -> Json:
+    for split, seeds in SPLITS.items():
+        for i in seeds:
+            picture, labels = root / f"{split}/images/{i}.png", root / f"{split}/labels/{i}.txt"
+            write_yolo(picture, labels, i)
+    put(root / "classes.txt", "dark\nlight\n")
+    return {"path": str(root), "validation": "validation"}
+
+
+def coco(root: Path) -> Json:
+    tiny_detectors.write_coco(root, {"train": 4, "validation": 2})
+    names = {"train": "train", "validation": "validation"}
+    return {split: str(root / f"{name}.json") for split, name in names.items()}
+
+
+def roboflow(root: Path) -> Json:
+    data = yolo_by_folders(root)
+    (root / "classes.txt").unlink()
+    text = "train: ../train/images\nval: ../val/images\nnc: 2\nnames: ['dark', 'light']\n"
+    put(root / "data.yaml", text)
+    return data
+
+
+FORMS = {
+    "voc": voc, "voc side by side": voc_side_by_side, "yolo": yolo, "coco": coco,
+    "yolo by folders": yolo_by_folders, "yolo as exported": roboflow,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_forms_say_the_same(form: str, tmp_path: Path) -> None:
+    found = load_rows(recipe_of(**FORMS[form](tmp_path / "set")))
+    seeds = {"train": SPLITS["train"], "validation": SPLITS["val"]}
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 4, "validation": 2}
+    for split, rows in found.items():
+        for row, seed in zip(rows, seeds[split], strict=True):
+            image, objects = tiny_detectors.scene(seed)
+            facts = picture_facts(row["image"])
+            assert (facts.width, facts.height) == image.size
+            read = read_objects(row["objects"], image.size)
+            wanted = [[x, y, x + w, y + h] for x, y, w, h in objects["bbox"]]
+            assert read.boxes.tolist() == [pytest.approx(box, abs=1e-4) for box in wanted]
+            assert read.categories == objects["category"]
+    names = found["train"].label_names.get("objects")
+    assert names == (None if form.startswith("voc") else ["dark", "light"])
+
+
+def test_a_changed_file_of_boxes_is_read_again(tmp_path: Path) -> None:
+    recipe = recipe_of(**voc_side_by_side(tmp_path / "set"))
+    before = load_rows(recipe)["train"]
+    write_voc(tmp_path / "set/train/1.png", tmp_path / "set/train/1.xml", 2)
+    after = load_rows(recipe)["train"]
+    assert before[0]["objects"] != after[0]["objects"] == after[1]["objects"]
+    assert before.sha256 != after.sha256
+
+
+def test_an_outline_is_read_as_its_box(tmp_path: Path) -> None:
+    yolo(tmp_path)
+    put(tmp_path / "labels/train/1.txt", "1 0.25 0.5 0.5 0.75 0.5 0.5\n")
+    rows = load_rows(recipe_of(path=str(tmp_path / "data.yaml")))["train"]
+    assert rows[0]["objects"]["bbox"] == [[0.375, 0.625, 0.25, 0.25]]
+
+
+XML = "<annotation><object><name>dark</name>{}</object></annotation>"
+WRONG = {
+    "xml that is cut off": ("train/1.xml", "<annotation>", "1.xml: not valid XML"),
+    "no box": ("train/1.xml", XML.format(""), "object 1 has no name or no box"),
+    "no number": ("train/1.xml", XML.format("<bndbox><xmin>x</xmin></bndbox>"), "lacks a number"),
+    "no picture": ("train/99.xml", XML.format(""), "there is no picture `99` for its boxes"),
+    "no xml": ("train/1.xml", None, "there is no `1.xml` with its boxes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_file_of_voc_is_told_by_its_name(wrong: str, tmp_path: Path) -> None:
+    name, text, message = WRONG[wrong]
+    data = voc_side_by_side(tmp_path / "set")
+    if text is None:
+        (tmp_path / "set" / name).unlink()
+    else:
+        put(tmp_path / "set" / name, text)
+    with pytest.raises(LoraError, match=message):
+        load_rows(recipe_of(**data))
+    rows = load_rows(recipe_of(**data, on_bad_row="skip"))["train"]
+    assert len(rows.skipped) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0 0.5 0.5 0.5", "line 1 has 3 numbers behind the label"),
+        ("dark 0.5 0.5 0.5 0.5", "does not begin with the number of a label"),
+        ("0 0.5 x 0.5 0.5", "is not a number"),
+        ("\n7 0.5 0.5 0.5 0.5", "line 2 is of label 7, and there are 2 names"),
+    ],
+)
+def test_a_wrong_line_of_yolo_is_told_by_its_number(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    data = yolo(tmp_path)
+    put(tmp_path / "labels/train/1.txt", text)
+    with pytest.raises(LoraError, match=message):
+        load_rows(recipe_of(**data))
+
+
+def test_a_split_that_is_not_where_the_yaml_file_says(tmp_path: Path) -> None:
+    yolo(tmp_path)
+    put(tmp_path / "data.yaml", "train: nowhere\nnames: [dark, light]\n")
+    with pytest.raises(LoraError, match="`train: nowhere` is not there"):
+        load_rows(recipe_of(path=str(tmp_path / "data.yaml")))
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_categories_of_a_hub_set_have_its_names(as_list: bool, tmp_path: Path) -> None:
+    label, box = (
+        datasets.ClassLabel(names=["dark", "light"]),
+        datasets.List(datasets.Value("float32")),
+    )
+    inner: Any = {"bbox": box, "category": label}
+    many = {"bbox": [[1, 2, 3, 4]], "category": [1]}
+    value: Any = [{"bbox": [1, 2, 3, 4], "category": 1}] if as_list else many
+    kind = datasets.List(inner) if as_list else {k: datasets.List(v) for k, v in inner.items()}
+    features = datasets.Features({"image": datasets.Image(), "objects": kind})
+    image = tiny_detectors.scene(1)[0]
+    rows = datasets.Dataset.from_dict({"image": [image], "objects": [value]}, features=features)
+    (tmp_path / "set").mkdir()
+    rows.to_parquet(tmp_path / "set" / "train.parquet")
+    found = load_rows(recipe_of(name=str(tmp_path / "set")))["train"]
+    assert found.label_names["objects"] == ["dark", "light"]
+    read = read_objects(found[0]["objects"], image.size)
+    assert read.boxes.tolist() == [[1, 2, 4, 6]]
+    assert read.categories == [1]
