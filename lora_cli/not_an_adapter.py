@@ -11,6 +11,7 @@ from lora_cli.errors import LoraError
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 MODEL_FILES = ("config.json", "model_index.json")
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 MANIFEST_FILE = "manifest.json"
 # what diffusers calls the parts of its pipelines
 PARTS = re.compile(r"(unet|transformer|text_encoder|image_encoder|prior|decoder|vae)(_\d+)?")
@@ -36,6 +37,20 @@ def adapter_parts(folder: Path) -> list[str]:
     return [way[0] for way in listed if len(way) == 2 and way[1] == ADAPTER_FILES[0]]
 
 
+def single_file(folder: Path) -> Path | None:
+    """Return the file that is the adapter of a diffusion model, of a folder that is no adapter.
+
+    It is named as diffusers names it, or is the only safetensors file next to no model.
+    """
+    if any((folder / name).exists() for name in (*ADAPTER_FILES, *PICKLES, MANIFEST_FILE)):
+        return None
+    if (folder / DIFFUSERS_FILE).is_file():
+        return folder / DIFFUSERS_FILE
+    files = sorted(folder.glob("*.safetensors"))
+    is_model = any((folder / name).exists() for name in MODEL_FILES)
+    return files[0] if len(files) == 1 and not is_model else None
+
+
 def require_adapter(folder: Path) -> None:
     """Reject a folder that holds no file of an adapter, and say what it is instead.
 
@@ -47,13 +62,17 @@ def require_adapter(folder: Path) -> None:
     """
     if any((folder / name).exists() for name in (*ADAPTER_FILES, *PICKLES)):
         return
-    if adapter_parts(folder):
+    if adapter_parts(folder) or single_file(folder) is not None:
         return
     if any((folder / name).is_file() for name in MODEL_FILES):
         raise _model_instead(folder)
     if (folder / "checkpoints").is_dir():
         what = "this folder holds checkpoints of a training, and no adapter yet"
         raise LoraError(what, str(folder), "finish it: `lora train RECIPE --resume`")
+    several = sorted(file.name for file in folder.glob("*.safetensors"))
+    if several:
+        what = f"this folder holds {len(several)} safetensors files, and no {ADAPTER_FILES[0]}"
+        raise LoraError(what, str(folder), f"name one of them, as `{folder / several[0]}`")
     raise LoraError(
         f"this folder is not an adapter: it has no {ADAPTER_FILES[1]}",
         str(folder),

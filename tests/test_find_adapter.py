@@ -178,3 +178,25 @@ def test_a_training_starts_from_an_adapter_of_the_hub(hub: HubServer, trained: P
     saved = find_adapter(tiny.recipe_of(**{"from": "user/name"}))
     assert saved.verified
     assert shown_name(saved.path).startswith("user/name@")
+
+
+def test_adapters_of_diffusion_models_are_found(hub: HubServer) -> None:
+    parts = {
+        f"{part}/{name}": b"{}" for part in ("unet", "text_encoder") for name in (CONFIG, WEIGHTS)
+    }
+    hub.commit("user/parts", {**parts, "unet/optimizer.bin": b"large", "README.md": b"#"})
+    found = find_adapter_folder("user/parts", "--adapter")
+    assert files_of(found).keys() >= parts.keys()
+    assert not (found / "unet/optimizer.bin").exists()
+
+    hub.commit(
+        "user/file", {"pytorch_lora_weights.safetensors": b"1", "vae/model.safetensors": b"2"}
+    )
+    found = find_adapter_folder("user/file", "--adapter")
+    assert files_of(found) == {"pytorch_lora_weights.safetensors": b"1"}
+
+    hub.commit("user/styles", {"a/one.safetensors": b"1", "two.safetensors": b"2"})
+    for name, content in (("a/one", b"1"), ("two", b"2")):
+        found = find_adapter_folder(f"user/styles/{name}.safetensors", "--adapter")
+        assert found.read_bytes() == content
+    assert "holds no adapter" in reason("user/styles")

@@ -3,7 +3,7 @@
     out/reviews                 a folder of this machine
     user/name                   a repository of the Hub, if there is no such folder
     user/name@v1.0              at a branch, a tag or a commit
-    user/name/second@v1.0       a folder of it
+    user/name/second@v1.0       a folder of it, or a file of another tool
     hf://user/name              the same, where a folder of that name stands in the way
 
 What the Hub has comes through huggingface_hub's cache: it is asked whether there is anything newer,
@@ -20,7 +20,7 @@ import re
 from pathlib import Path
 
 from lora_cli.errors import LoraError, warn
-from lora_cli.not_an_adapter import adapter_parts
+from lora_cli.not_an_adapter import DIFFUSERS_FILE, adapter_parts
 from lora_cli.paths import expanded
 
 CONFIG_FILE = "adapter_config.json"
@@ -78,6 +78,8 @@ def _own_or_inner(folder: Path, at: str) -> Path:
     """
     if any((folder / name).exists() for name in OWN_FILES) or adapter_parts(folder):
         return folder
+    if (folder / DIFFUSERS_FILE).is_file():
+        return folder
     found = [
         file.parent
         for pattern in (f"*/{CONFIG_FILE}", f"*/*/{CONFIG_FILE}")
@@ -109,14 +111,18 @@ def _from_hub(repository: str, inner: str, revision: str | None, at: str) -> Pat
         LoraError: If it cannot be had, with the reason.
     """
     try:
+        if inner.endswith(".safetensors"):  # a file of diffusers or kohya
+            return _snapshot(repository, revision, [glob.escape(inner)]) / inner
         # which folders there are, and what the manifest of each vouches for
         small = [name for name in (CONFIG_FILE, MANIFEST_FILE) for name in (name, f"*/{name}")]
-        top = _snapshot(repository, revision, small)
+        top = _snapshot(repository, revision, [*small, DIFFUSERS_FILE])
         folder = _own_or_inner(top / inner, at)
         before = "" if folder == top else f"{folder.relative_to(top).as_posix()}/"
         names = _listed(folder)
         parts = adapter_parts(folder)
         if not names and not parts and not (folder / CONFIG_FILE).exists():
+            if (folder / DIFFUSERS_FILE).is_file():
+                return folder
             where = f" in `{inner}`" if inner else ""
             what = f"the Hub's `{repository}` holds no adapter{where}"
             raise LoraError(what, at, f"it lists its files: {_page(repository)}/tree/main")

@@ -109,7 +109,7 @@ def find_adapter(recipe: Recipe) -> AdapterFolder:
     """
     name, at = recipe.adapter.from_ or "", recipe.at("adapter.from")
     folder = find_adapter_folder(name, at)
-    if not folder.is_dir():
+    if not folder.exists():
         raise LoraError(f"there is no folder {folder}", at, name_neighbours(folder))
     return read_adapter(folder)
 

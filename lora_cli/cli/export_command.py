@@ -26,8 +26,8 @@ def export(
         typer.Option(
             "--for",
             metavar="READER",
-            help="peft, vllm, gguf (llama.cpp), mlx (mlx-lm), or plain (PEFT's format for any "
-            "other reader).",
+            help="peft, vllm, gguf (llama.cpp), mlx (mlx-lm), diffusers, kohya (web interfaces "
+            "that draw), or plain (PEFT's format for any other reader).",
             autocompletion=offer_readers,
         ),
     ],

@@ -63,7 +63,8 @@ AdapterDir = Annotated[
     Path,
     typer.Option(
         "--adapter",
-        help="Output folder of `lora train`, a PEFT folder, or a Hub id: USER/NAME[@REVISION].",
+        help="Output folder of `lora train`, a PEFT folder, a LoRA file of a diffusion model, or a "
+        "Hub id: USER/NAME[@REVISION].",
         callback=find_adapter,
     ),
 ]
@@ -118,7 +119,7 @@ def quiet_libraries() -> None:
 
 def recipe_for(adapter: Path, recipe: Path | None, overrides: list[str] | None) -> Recipe:
     """Return the recipe beside an adapter, or the one that is given."""
-    if not adapter.is_dir():
+    if not adapter.exists():
         raise LoraError(f"there is no folder {adapter}", "--adapter", name_neighbours(adapter))
     if recipe is not None:
         return load(recipe, overrides)
@@ -126,7 +127,8 @@ def recipe_for(adapter: Path, recipe: Path | None, overrides: list[str] | None) 
     from lora_cli.recipe import RECIPE_FILE, load_adapter_recipe
 
     if not (adapter / RECIPE_FILE).is_file():
-        require_adapter(adapter)
+        if adapter.is_dir():
+            require_adapter(adapter)
         raise LoraError(
             f"{shown_name(adapter)} holds no {RECIPE_FILE}",
             "--adapter",

@@ -12,6 +12,7 @@ from lora_cli.adapters.load_adapter import chosen_layers
 from lora_cli.adapters.lora import LoRAEmbedding, LoRALayer, LoRALinear, Shape
 from lora_cli.adapters.lora_parameter import LoRAParameter
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
+from lora_cli.adapters.peft_format.other_names import use_names_of
 from lora_cli.adapters.peft_format.peft_experts import with_current_names
 from lora_cli.adapters.peft_format.peft_tensors import sort_tensors
 from lora_cli.adapters.peft_format.peft_tokens import SavedRows, saved_rows, split_rows
@@ -140,8 +141,10 @@ def changes_of(one: WeightedAdapter, model: nn.Module) -> AdapterChanges:
         model: The base model without an adapter; may be on the meta device.
     """
     adapter = one.saved
-    again = read_adapter(adapter.path).tensors
-    again = {name: tensor for name, tensor in again.items() if name not in one.left_out}
+    fresh = read_adapter(adapter.path)
+    if fresh.file is not None:
+        use_names_of(model, fresh)
+    again = {name: tensor for name, tensor in fresh.tensors.items() if name not in one.left_out}
     # the names may have been put right since the first reading, in the same order
     tensors = dict(zip(adapter.tensors, again.values(), strict=True))
     adapter, rows = split_rows(with_current_names(replace(adapter, tensors=tensors), model))

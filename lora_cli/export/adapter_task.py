@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
+from lora_cli.adapters.peft_format.diffusion_names import DENOISERS
 from lora_cli.errors import LoraError
 from lora_cli.models.base_facts import read_tokenizer
 from lora_cli.models.base_model import load_tokenizer
@@ -19,6 +20,7 @@ from lora_cli.recipe import (
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task
 
+DRAWING = "text_to_image"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
@@ -65,6 +67,8 @@ def _recipe_of(saved: AdapterFolder, base: str | None) -> Recipe:
     """Return what PEFT's configuration, the tensors and the base say of the task."""
     named = saved.config.get("task_type")
     kind = next((k for k, spec in TASKS.items() if named and spec.peft_task_type == named), None)
+    if kind is None and DRAWING in TASKS and (saved.file or {*saved.parts} & {*DENOISERS}):
+        kind = DRAWING
     name = base or saved.config.get("base_model_name_or_path")
     if kind is None or not name:
         what = f"{saved.path} does not say what it was trained for"

@@ -165,6 +165,12 @@ def run_together(
 def _source(path: Path, weight: float) -> Source:
     """Read one of the adapters, which has to be a plain LoRA."""
     saved = read_adapter(path)
+    if saved.file is not None:
+        what = "a file of another tool has names of its own, which only the base tells"
+        hint = (
+            f"make a folder of it: `lora export --adapter {path} --for peft --to DIR --base BASE`"
+        )
+        raise LoraError(what, str(path), hint)
     if saved.type != "lora":
         what = f"an adapter of type `{saved.type}` cannot be combined with others"
         hint = "only LoRA's updates can be added: merge it into its base alone, with `lora merge`"

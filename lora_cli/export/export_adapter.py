@@ -15,6 +15,7 @@ from lora_cli.adapters.tied_weights import tied_groups
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.open_adapter import check_use
 from lora_cli.export.adapter_task import adapter_task
+from lora_cli.export.diffusion_readers import Diffusers, Kohya
 from lora_cli.export.gguf_reader import LlamaCpp
 from lora_cli.export.low_rank_pairs import is_plain_lora, parts_of
 from lora_cli.export.mlx_reader import Mlx
@@ -40,6 +41,10 @@ def reader_named(name: str) -> Reader:
             return Mlx()
         case "plain":
             return Plain()
+        case "diffusers":
+            return Diffusers()
+        case "kohya":
+            return Kohya()
     return Peft()
 
 

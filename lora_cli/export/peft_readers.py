@@ -61,6 +61,10 @@ class Peft:
 
     def write(self, source: Source, folder: Path) -> None:
         """Copy the adapter's two files and the tokenizer, without what this tool alone reads."""
+        if source.saved.path.is_file():  # of another tool
+            named = {PREFIX + name: tensor for name, tensor in source.saved.tensors.items()}
+            write_adapter_files(folder, source.saved.config, named, source.saved.parts)
+            return
         for part in source.saved.parts or ("",):
             (folder / part).mkdir(exist_ok=True)
             for name in (CONFIG_FILE, WEIGHTS_FILE):

@@ -29,6 +29,7 @@ from lora_cli.adapters.peft_format.adapter_folder import (
     weight_files,
 )
 from lora_cli.adapters.peft_format.tensor_names import PREFIX
+from lora_cli.adapters.peft_format.write_diffusion_file import write_diffusers_file
 from lora_cli.errors import IntegrityError, LoraError, Problem
 from lora_cli.files import (
     STAGING,
@@ -42,6 +43,7 @@ from lora_cli.files import (
     write_json,
 )
 from lora_cli.models.base_facts import write_computation
+from lora_cli.models.bundle import part_names
 from lora_cli.models.fingerprint import Fingerprint
 from lora_cli.recipe import AdapterSpec, Learned, Recipe
 from lora_cli.tensorfile import read_header
@@ -305,6 +307,8 @@ def publish_adapter(
         model.save_pretrained(staging)
     else:
         save_adapter(staging, model, recipe, in_full, base)
+        if part_names(model):  # what diffusers reads by itself, where it has a place for it
+            write_diffusers_file(staging)
     if save_processor is not None:
         save_processor(staging, facts)
     if facts is not None:

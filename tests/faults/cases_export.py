@@ -61,6 +61,66 @@ def _(world: World) -> Printed:
     return world.lora("combine", "parts", "trained", "--to", "both")
 
 
+LAYER = "lora_unet_mid_block_attentions_0_proj_in"
+PAIR = {f"{LAYER}.lora_down.weight": torch.ones(2, 8), f"{LAYER}.lora_up.weight": torch.ones(8, 2)}
+
+
+def _file(world: World, tensors: dict[str, Any], header: dict[str, str] | None = None) -> str:
+    """Write the file of a LoRA as other tools do, and return its name."""
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(copies, world.folder / "drawn.safetensors", {"format": "pt"} | (header or {}))
+    return "drawn.safetensors"
+
+
+for _name, _tensors, _header in (
+    ("without an adapter", {"model.diffusion_model.out.2.weight": torch.ones(2)}, {}),
+    ("with a tensor of another kind", PAIR | {f"{LAYER}.diff_b": torch.ones(2)}, {}),
+    ("with NaN", PAIR | {f"{LAYER}.alpha": torch.tensor(torch.nan)}, {}),
+    ("with two kinds of updates", PAIR | {f"{LAYER}_x.hada_w1_a": torch.ones(2, 2)}, {}),
+    ("with a header that is cut off", PAIR, {"lora_adapter_metadata": "{"}),
+    ("to combine", PAIR, {}),
+):
+    CASES.append(
+        Case(
+            "Adapters",
+            f"a file {_name}",
+            lambda w, tensors=_tensors, header=_header: w.lora(
+                "combine", _file(w, tensors, header), w.trained(), "--to", "both"
+            ),
+        )
+    )
+
+
+@case("Adapters", "one file of an adapter folder")
+def _(world: World) -> Printed:
+    return world.lora("combine", f"{world.trained()}/{WEIGHTS}", "trained", "--to", "both")
+
+
+@case("Adapters", "a text file as an adapter")
+def _(world: World) -> Printed:
+    world.write("notes.txt", "a note")
+    return world.lora("combine", "notes.txt", world.trained(), "--to", "both")
+
+
+@case("Adapters", "a folder of several files")
+def _(world: World) -> Printed:
+    for name in ("a", "b"):
+        world.write(f"drawn/{name}.safetensors", "")
+    return world.lora("combine", "drawn", world.trained(), "--to", "both")
+
+
+@case("Adapters", "an adapter that draws, on a model of texts")
+def _(world: World) -> Printed:
+    return world.lora(
+        "merge", "--adapter", _file(world, PAIR), "--recipe", world.recipe(), "--to", "merged"
+    )
+
+
+@case("Adapters", "an adapter of a text model for diffusers")
+def _(world: World) -> Printed:
+    return world.lora("export", "--adapter", world.trained(), "--for", "diffusers", "--to", "to")
+
+
 @case("Combining", "a head of each")
 def _(world: World) -> Printed:
     world.trained()

@@ -28,6 +28,7 @@ from lora_cli.adapters.attach import (
     name_in_base,
     trainable_parameters,
 )
+from lora_cli.adapters.peft_format.diffusion_file import DiffusionFile, read_diffusion_file
 from lora_cli.adapters.peft_format.part_folders import divided, joined
 from lora_cli.adapters.peft_format.peft_config import adapter_type, check_config
 from lora_cli.adapters.peft_format.peft_rules import peft_differences
@@ -47,7 +48,7 @@ from lora_cli.files import (
 )
 from lora_cli.models.bundle import part_names
 from lora_cli.models.fingerprint import Fingerprint, read_fingerprint
-from lora_cli.not_an_adapter import PICKLES, adapter_parts, require_adapter
+from lora_cli.not_an_adapter import PICKLES, adapter_parts, require_adapter, single_file
 from lora_cli.recipe import AdapterType, Recipe
 from lora_cli.tensorfile import read_header
 
@@ -182,6 +183,8 @@ class AdapterFolder:
     """Of the base that it was trained on; None where another tool made it."""
     parts: tuple[str, ...] = ()
     """Names of the base's parts that it has a folder for; none for a base that is one model."""
+    file: DiffusionFile | None = None
+    """A file of another tool, whose names `use_names_of` translates once the base is there."""
 
     @property
     def type(self) -> AdapterType:
@@ -191,7 +194,11 @@ class AdapterFolder:
 
 def weight_files(folder: Path) -> list[str]:
     """Return the names of the files of tensors in an adapter folder: one, or one for each part."""
-    return [f"{part}/{WEIGHTS_FILE}" for part in adapter_parts(folder)] or [WEIGHTS_FILE]
+    if folder.is_file():
+        return [""]
+    if not (parts := adapter_parts(folder)) and (file := single_file(folder)) is not None:
+        return [file.name]
+    return [f"{part}/{WEIGHTS_FILE}" for part in parts] or [WEIGHTS_FILE]
 
 
 def weights_sha256(folder: Path) -> str:
@@ -203,12 +210,14 @@ def weights_sha256(folder: Path) -> str:
 
 
 def read_adapter(path: Path) -> AdapterFolder:
-    """Read an adapter folder; nothing in it is run.
+    """Read an adapter folder, or a file of diffusers or kohya; nothing in it is run.
 
     Raises:
         LoraError: If it is not an adapter folder, or of a kind that is not supported.
         IntegrityError: If a file is damaged.
     """
+    if path.is_file():
+        return _read_single_file(path)
     if not path.is_dir():
         what, hint = f"there is no folder {path}", f"{name_neighbours(path)}; {ADAPTER_FOLDER}"
         raise LoraError(what, "--adapter", hint)
@@ -216,6 +225,8 @@ def read_adapter(path: Path) -> AdapterFolder:
     finish_publishing(path)
     require_adapter(path)
     parts = adapter_parts(path)
+    if not parts and (file := single_file(path)) is not None:
+        return _read_single_file(file)
     for part in parts or [""]:
         _require_weights(path / part)
     files = [f"{part}/{CONFIG_FILE}" for part in parts] or [CONFIG_FILE]
@@ -225,6 +236,22 @@ def read_adapter(path: Path) -> AdapterFolder:
     if PEFT_TYPES[config["peft_type"]].supported and _is_idle(tensors):
         warn(f"the adapter {path} changes nothing: one factor of each update is all zeros")
     return AdapterFolder(path, config, tensors, verified, read_fingerprint(path), tuple(parts))
+
+
+def _read_single_file(path: Path) -> AdapterFolder:
+    """Read a file of another tool.
+
+    Raises:
+        LoraError: If it is the file of an adapter folder, or as `read_diffusion_file`.
+    """
+    if path.name in (CONFIG_FILE, WEIGHTS_FILE, *PICKLES):
+        what = f"`{path.name}` is one file of an adapter"
+        raise LoraError(what, str(path), f"name its folder: {path.parent}")
+    if not path.name.endswith(".safetensors"):
+        what = "this file is no safetensors file"
+        raise LoraError(what, str(path), f"{ADAPTER_FOLDER}, or a file of diffusers or kohya")
+    file = read_diffusion_file(path)
+    return AdapterFolder(path, file.config, file.tensors, verified=False, file=file)
 
 
 def _require_weights(path: Path) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Collection
 from torch import nn
 
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
+from lora_cli.adapters.peft_format.diffusion_file import translated
 from lora_cli.adapters.peft_format.part_folders import joined
 from lora_cli.adapters.peft_format.tensor_names import adapted_module, adapted_modules
 from lora_cli.adapters.targets import first_match
@@ -33,6 +34,9 @@ def use_names_of(model: nn.Module, adapter: AdapterFolder) -> None:
         model: The base model.
         adapter: What `read_adapter` returned; changed in place where its names are others.
     """
+    if adapter.file is not None:
+        adapter.config, adapter.tensors, adapter.parts = translated(adapter.file, model)
+        adapter.file = None
     modules = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
     if (part := _its_part(model, adapter, modules)) is not None:
         warn(f"{adapter.path}: its names are those of the base's `{part}`, which it is used for")

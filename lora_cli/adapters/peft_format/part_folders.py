@@ -75,7 +75,7 @@ def _config_of_part(part: str, config: Config, tensors: Tensors, parts: Collecti
         given, default = config.get(patterns) or {}, config.get(key, 8)
         values = {name: first_match(given, f"{part}.{name}", default) for name in modules}
         if any(first_match(given, name, default) != value for name, value in values.items()):
-            result[key], result[patterns] = _most_common(values)
+            result[key], result[patterns] = most_common(values)
         elif given:  # PEFT warns of those that match nothing
             used = {
                 k: v for k, v in given.items() if any(first_match({k: 1}, m, 0) for m in modules)
@@ -101,7 +101,7 @@ def _alpha_key(config: Config) -> str:
     return PEFT_TYPES[config["peft_type"]].alpha
 
 
-def _most_common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def most_common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the most frequent of the modules' values, and a pattern for each other module."""
     usual = Counter(values.values()).most_common(1)[0][0]
     longest_first = sorted(values, key=len, reverse=True)  # the first that fits counts
@@ -211,8 +211,8 @@ def _ranks_and_alphas(parts: Mapping[str, tuple[Config, Tensors]]) -> Config:
             alphas[f"{part}.{name}"] = folded
     result: Config = {}
     key = _alpha_key(next(iter(parts.values()))[0])
-    result["r"], result["rank_pattern"] = _most_common(ranks)
-    result[key], result["alpha_pattern"] = _most_common(alphas)
+    result["r"], result["rank_pattern"] = most_common(ranks)
+    result[key], result["alpha_pattern"] = most_common(alphas)
     if any(has_rslora.values()):
         result["use_rslora"] = not is_mixed
     return result
