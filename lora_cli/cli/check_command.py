@@ -39,8 +39,11 @@ def check(
     overrides: Overrides = None,
 ) -> None:
     """Check that an adapter is at work where it is used, by replaying its probe.json."""
-    if not adapter.is_dir():
+    if not adapter.exists():
         raise LoraError(f"there is no folder {adapter}", "--adapter", name_neighbours(adapter))
+    if adapter.is_file():
+        what = f"{adapter} is a file of another tool, and only a training leaves a probe.json"
+        raise LoraError(what, "--adapter", "name the folder of an adapter that was trained here")
     if url is None and served_name is not None:
         what, hint = "`--served-name` names a model at a server", "give its address: `--url URL`"
         raise LoraError(what, "--served-name", hint)

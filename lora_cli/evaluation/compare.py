@@ -159,7 +159,7 @@ def _split(recipe: Recipe, split: str | None) -> str:
 
 def _reject_others(old: Path, recipe: Recipe) -> None:
     """Reject an old adapter of another base or other labels, which would measure nonsense."""
-    if not old.is_dir():
+    if not old.exists():
         raise LoraError(f"there is no folder {old}", "--against", name_neighbours(old))
     if not (old / RECIPE_FILE).is_file():
         return

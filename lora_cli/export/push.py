@@ -86,10 +86,11 @@ def collect(adapter: Path, folder: Path, base: str | None) -> list[str]:
         LoraError: As `push_adapter`.
     """
     at = str(adapter)
-    if not adapter.is_dir():
+    if not adapter.exists():
         raise LoraError(f"there is no folder {adapter}", "--adapter", "is the path right?")
-    reject_links_outside(adapter)
-    finish_publishing(adapter)
+    if adapter.is_dir():
+        reject_links_outside(adapter)
+        finish_publishing(adapter)
     if not verify_manifest(adapter) or not (adapter / RECIPE_FILE).is_file():
         what = f"{adapter} holds no {MANIFEST} and {RECIPE_FILE}: another tool made it"
         raise LoraError(what, "--adapter", f"upload it as it is: `hf upload USER/NAME {adapter}`")

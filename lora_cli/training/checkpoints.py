@@ -85,7 +85,8 @@ def require_space_for_checkpoints(model: nn.Module, recipe: Recipe) -> None:
     trained += sum(b.nbytes for layer in lora_layers(model).values() for b in layer.buffers(False))
     one = trained + optimizer_bytes(model, recipe)
     there = sum(f.stat().st_size for f in (recipe.output_path / FOLDER).rglob("*") if f.is_file())
-    needed = (recipe.checkpoint.keep + 2) * one + 2 * trained + OTHER_BYTES - there
+    published = 2 * trained * (2 if part_names(model) else 1)  # with the file of diffusers
+    needed = (recipe.checkpoint.keep + 2) * one + published + OTHER_BYTES - there
     require_space(recipe.output_path, needed, recipe.at("output_dir"))
 
 

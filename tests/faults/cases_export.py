@@ -96,6 +96,16 @@ def _(world: World) -> Printed:
     return world.lora("combine", f"{world.trained()}/{WEIGHTS}", "trained", "--to", "both")
 
 
+@case("Checking", "a file of another tool")
+def _(world: World) -> Printed:
+    return world.lora("check", "--adapter", _file(world, PAIR))
+
+
+@case("Pushing", "a file of another tool")
+def _(world: World) -> Printed:
+    return world.lora("push", "--adapter", _file(world, PAIR), "--to", "user/name")
+
+
 @case("Adapters", "a text file as an adapter")
 def _(world: World) -> Printed:
     world.write("notes.txt", "a note")
