@@ -232,10 +232,10 @@ def _missing(source: Source) -> dict[str, Pair]:
         other = adapted.get(_type_of(name))
         if other is None or name in pairs:
             continue
-        ours, theirs = module.weight, source.base.get_submodule(other).weight
-        assert isinstance(ours, Tensor)
+        ours = getattr(module, "weight", None)  # `to_out.1` is a dropout, next to `to_out.0`
+        theirs = source.base.get_submodule(other).weight
         assert isinstance(theirs, Tensor)
-        if ours.shape == theirs.shape:
+        if isinstance(ours, Tensor) and ours.shape == theirs.shape:
             like = pairs[other]
             zeros = (like.a.new_zeros(like.a.shape), like.b.new_zeros(like.b.shape))
             found[name] = Pair(*zeros, 1.0, like.is_embedding)
