@@ -516,11 +516,11 @@ class Drawing:
         return torch.cat([output.flatten() for output in outputs(model, self.kind).values()])
 
 
-def source_of(top: Path, recipe: dict[str, Any]) -> Source:
-    folder, model = adapter(top, "sd", recipe)
-    task: Any = Drawing(str(tiny_diffusion.save(top / "base")))
+def source_of(top: Path, recipe: dict[str, Any], kind: str = "sd") -> Source:
+    folder, model = adapter(top, kind, recipe)
+    task: Any = Drawing(str(tiny_diffusion.save(top / "base", kind)), kind)
     wanted = task.probed(model, {})
-    return Source(task, read_adapter(folder), None, bundle("sd"), wanted, False)
+    return Source(task, read_adapter(folder), None, bundle(kind), wanted, False)
 
 
 @pytest.mark.parametrize("name", ["diffusers", "kohya"])
@@ -540,6 +540,27 @@ def test_an_export_is_checked_by_loading_it_in_diffusers(name: str, tmp_path: Pa
     source.outputs = source.outputs + 0.1
     with pytest.raises(IntegrityError, match="read as diffusers reads it, the outputs differ"):
         reader.check(source, to)
+
+
+def test_what_diffusers_does_not_read_is_named(tmp_path: Path) -> None:
+    source = source_of(tmp_path, {"target_modules": ["to_q", "add_embedding.linear_1"]}, "xl")
+    reader = reader_named("kohya")
+    reader.write(source, tmp_path)
+    with pytest.raises(LoraError, match=r"does not read the adapters of `unet\.add_embedding"):
+        reader.check(source, tmp_path)
+    before = outputs(bundle("xl"), "xl")["unet"]
+    assert torch.equal(outputs(source.base, "xl")["unet"], before)
+    # which other readers, and this tool, do
+    assert len(lora_layers(loaded(tmp_path / "lora.safetensors", "xl"))) == len(
+        lora_layers(loaded(source.saved.path, "xl"))
+    )
+
+
+def test_a_transformer_has_other_names_in_kohyas_format(tmp_path: Path) -> None:
+    saved = read_adapter(save(tmp_path, of_peft(factors("sd", ATTENTION), "sd")))
+    saved.parts = ("transformer",)
+    source = Source(None, saved, None, nn.Module(), torch.ones(1), False)  # type: ignore[arg-type]
+    assert "a transformer that draws" in reader_named("kohya").problems(source)[0].what
 
 
 def test_what_has_no_place_there_is_named(tmp_path: Path) -> None:

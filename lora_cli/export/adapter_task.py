@@ -75,7 +75,9 @@ def _recipe_of(saved: AdapterFolder, base: str | None) -> Recipe:
         if named:
             what = f"{saved.path} was trained for `{named}`, for which there is no task here"
         hint = "give a recipe with `--recipe`, for its `model` and `task`"
-        raise LoraError(what if kind is None else f"{saved.path} names no base", "--adapter", hint)
+        if kind is not None:
+            what, hint = f"{saved.path} names no base", f"name it with `--base`, or {hint}"
+        raise LoraError(what, "--adapter", hint)
     recipe = Recipe.model_validate(
         {"model": {"name": name}, "task": {"type": kind}, "data": {"path": "none.csv"}}
     )

@@ -67,7 +67,10 @@ class Diffusers:
             return ["diffusers and peft are not both installed, so the file was not loaded there"]
         wanted = {f"{one.part}.{one.name}" for one in updates_of(source.saved)}
         with _pipeline(source) as pipeline:
-            pipeline.load_lora_weights(str(folder), weight_name=self.file)
+            try:
+                pipeline.load_lora_weights(str(folder), weight_name=self.file)
+            except (ValueError, KeyError, IndexError, RuntimeError):  # of names that it takes apart
+                pipeline.unload_lora_weights()
             adapted = {
                 name for name, module in source.base.named_modules() if hasattr(module, "lora_A")
             }

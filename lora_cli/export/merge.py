@@ -274,7 +274,11 @@ def _merged(task: Task, given: _Given, numbers: dict[str, Tensor] | None = None)
     for saved in {id(s): s for s in (given.joint, *(one.saved for one in given.each))}.values():
         use_names_of(model, saved)
     joint = with_current_names(given.joint, model)
-    expected = expected_weights(model, joint.tensors, joint.config)
+    try:
+        expected = expected_weights(model, joint.tensors, joint.config)
+    except RuntimeError:  # the shapes are not those of this base: loading names them
+        load_adapter(model, joint, new, drawn=task.drawn)
+        raise
     load_adapter(model, joint, new, drawn=task.drawn)
     with torch.no_grad():
         before = _outputs(task, model)

@@ -63,7 +63,8 @@ class Peft:
         """Copy the adapter's two files and the tokenizer, without what this tool alone reads."""
         if source.saved.path.is_file():  # of another tool
             named = {PREFIX + name: tensor for name, tensor in source.saved.tensors.items()}
-            write_adapter_files(folder, source.saved.config, named, source.saved.parts)
+            config = {**source.saved.config, "base_model_name_or_path": source.base_name}
+            write_adapter_files(folder, config, named, source.saved.parts)
             return
         for part in source.saved.parts or ("",):
             (folder / part).mkdir(exist_ok=True)

@@ -9,7 +9,9 @@ from typing import Any
 
 import tiny_diffusion
 import tiny_pictures
+import torch
 from cases import CASES, Case, case
+from safetensors.torch import save_file
 from world import Printed, World
 
 AREA = "Drawing"
@@ -158,3 +160,54 @@ def _unnamed(world: World) -> Printed:
     lines = [f"art/train/{i}.png,{i},{i}\n" for i in range(2)]
     world.write("rows.csv", "".join(["image,one,two\n", *lines]))
     return world.lora("init", "rows.csv", "--model", "./base", "-o", "new.yaml")
+
+
+# ------------------------------------------------------------------------ files of other tools
+
+QUERY = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+KOHYA = f"lora_unet_{QUERY.replace('.', '_')}"
+WIDTH = 16  # of the module
+PAIR = {
+    f"{KOHYA}.lora_down.weight": torch.ones(2, WIDTH),
+    f"{KOHYA}.lora_up.weight": torch.ones(WIDTH, 2),
+}
+TWICE = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 2})}
+UNKNOWN = {f"lora_te2_text_model_{i}.alpha": torch.tensor(1.0) for i in range(10)}
+
+
+def _merge(tensors: dict[str, Any], header: dict[str, str] | None = None) -> Any:
+    return lambda world: _with_file(world, tensors, header or {}, "merge")
+
+
+def _export(reader: str, tensors: dict[str, Any]) -> Any:
+    return lambda world: _with_file(world, tensors, {}, "export", "--for", reader)
+
+
+def _with_file(
+    world: World, tensors: dict[str, Any], header: dict[str, str], *command: str
+) -> Printed:
+    tiny_diffusion.save(world.folder / "base")
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(copies, world.folder / "drawn.safetensors", {"format": "pt"} | header)
+    adapter = ("--adapter", "drawn.safetensors", "--base", "./base", "--to", "to")
+    return world.lora(*command, *adapter)
+
+
+for _name, _run in {
+    "an adapter file with names that the base lacks": _merge(PAIR | UNKNOWN),
+    "an adapter file with a matrix twice": _merge(
+        PAIR | {f"unet.{QUERY}.lora_A.weight": torch.ones(2, WIDTH)}
+    ),
+    "an adapter file with an alpha alone": _merge(
+        PAIR | {"lora_unet_conv_in.alpha": torch.tensor(1.0)}
+    ),
+    "an adapter file with alphas in two places": _merge(
+        PAIR | {f"{KOHYA}.alpha": torch.tensor(1.0)}, TWICE
+    ),
+    "an adapter file of another base": _merge({n: torch.ones(3, 3) for n in PAIR}),
+    "DoRA in kohya's format": _export(
+        "kohya", PAIR | {f"{KOHYA}.dora_scale": torch.ones(WIDTH, 1)}
+    ),
+    "an adapter of a part for vLLM": _export("vllm", PAIR),
+}.items():
+    CASES.append(Case(AREA, _name, _run))
