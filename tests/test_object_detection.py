@@ -15,20 +15,29 @@ import tiny_detectors
 import torch
 import yaml
 from accelerate import Accelerator
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny_detectors import LABELS
-from transformers import DetrConfig
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, DetrConfig
 
 from lora_cli.adapters.attach import attach, trainable_parameters
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate_split import evaluate
+from lora_cli.evaluation.open_adapter import open_adapter
+from lora_cli.evaluation.predict import answer_file
+from lora_cli.export.merge import merge_adapter
 from lora_cli.metrics.box_scores import box_scores
 from lora_cli.preprocessing.encode import load_data
-from lora_cli.recipe import load_recipe
+from lora_cli.recipe import load_adapter_recipe, load_recipe
+from lora_cli.recipe.spec.object_detection_spec import BoxAugmentationSpec
+from lora_cli.reporting.page_analysis import read_predictions
+from lora_cli.reporting.page_boxes import per_label
 from lora_cli.tasks import build_task
+from lora_cli.tasks.box_augmentation import Picture, augmented, cropped, cut, mirrored
 from lora_cli.tasks.contract import Task, prepared_for_evaluation
 from lora_cli.tasks.examples import Encoded
+from lora_cli.training import train
 from lora_cli.training.engine import Engine
 
 Json = dict[str, Any]
@@ -255,3 +264,118 @@ def test_a_backbone_of_timm_is_rejected_by_name(tmp_path: Path) -> None:
     with pytest.raises(LoraError, match="timm, which needs torchvision") as caught:
         build_task(load_recipe(recipe)).load_processor()
     assert "model.revision=no_timm" in str(caught.value)
+
+
+# --------------------------------------------------------------------------------- augmentation
+
+
+def marked(boxes: list[list[int]], width: int = 40, height: int = 30) -> Picture:
+    """Return a black picture in which each box has a grey of its own."""
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    for n, (x0, y0, x1, y1) in enumerate(boxes, 1):
+        pixels[y0:y1, x0:x1] = 50 * n
+    classes = np.arange(len(boxes))
+    return Picture(Image.fromarray(pixels), np.array(boxes, dtype=float).reshape(-1, 4), classes)
+
+
+def assert_boxes_lie_on_their_greys(picture: Picture) -> None:
+    pixels = np.asarray(picture.image)[..., 0]
+    for box, label in zip(picture.boxes.astype(int).tolist(), picture.classes, strict=True):
+        rows, columns = np.nonzero(pixels == 50 * (label + 1))
+        found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert box == found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_boxes_move_with_their_picture(seed: int) -> None:
+    whole = marked([[2, 3, 9, 12], [20, 5, 30, 25], [33, 20, 40, 30]])
+    spec = BoxAugmentationSpec(crop=True, flip=True)
+    part = augmented(whole, spec, np.random.default_rng(seed))
+    assert 1 <= len(part.boxes) <= 3
+    share = part.image.width * part.image.height / (40 * 30)
+    assert 0.25 < share <= 1.0
+    assert_boxes_lie_on_their_greys(part)
+    relative = part.relative_boxes().double().numpy() * np.tile(part.image.size, 2)
+    corner = relative[:, :2] - relative[:, 2:] / 2
+    assert np.abs(corner - part.boxes[:, :2]).max() < 1e-4
+
+
+def test_an_object_whose_centre_is_cut_off_is_left_out() -> None:
+    part = cut(marked([[2, 3, 9, 12], [20, 5, 30, 25]]), (5, 0, 24, 30))
+    assert part.boxes.tolist() == [[0, 3, 4, 12]]
+    assert part.classes.tolist() == [0]
+    assert mirrored(part).boxes.tolist() == [[15, 3, 19, 12]]
+    empty = marked([])
+    assert cropped(empty, 0.3, np.random.default_rng(0)).boxes.shape == (0, 4)
+
+
+# --------------------------------------------------------------------- from training to merging
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("boxes")
+    task, learn = {"threshold": 0.2}, {"max_steps": 4}
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()):
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        train(load_recipe(write_recipe_of(folder, task=task, train=learn)))
+    return folder
+
+
+def test_the_merged_model_finds_with_transformers_what_predict_says(
+    trained: Path, tmp_path: Path
+) -> None:
+    with contextlib.redirect_stderr(io.StringIO()):
+        merge_adapter(None, trained / "out", tmp_path / "merged")
+    task, model, accelerator = open_adapter(trained / "out", load_adapter_recipe(trained / "out"))
+    pictures, target = trained / "data" / "images", tmp_path / "found.jsonl"
+    count, problems = answer_file(model, task, pictures, target, accelerator)
+    assert (count, problems) == (sum(SPLITS.values()), [])
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "merged", backend="pil")
+    merged = AutoModelForObjectDetection.from_pretrained(tmp_path / "merged").eval()
+    for line in target.read_text().splitlines():
+        row = json.loads(line)
+        image = Image.open(pictures / row["image"])
+        with torch.no_grad():
+            output = merged(pixel_values=processor(image, return_tensors="pt")["pixel_values"])
+        (found,) = processor.post_process_object_detection(
+            output, 0.2, target_sizes=[(image.height, image.width)]
+        )
+        order = found["scores"].argsort(descending=True)
+        assert len(row["prediction"]) == len(order) > 0
+        for one, i in zip(row["prediction"], order.tolist(), strict=True):
+            assert one["score"] == pytest.approx(float(found["scores"][i]), abs=1e-5)
+            assert one["label"] == merged.config.id2label[int(found["labels"][i])]
+            assert one["box"] == pytest.approx(found["boxes"][i].tolist(), abs=0.02)
+
+
+def test_the_report_draws_the_boxes_on_the_worst_pictures(trained: Path) -> None:
+    page = (trained / "out" / "report.html").read_text()
+    assert page.count('<svg class="boxed"') == SPLITS["validation"]
+    lines = read_predictions(trained / "out" / "predictions" / "validation.jsonl")
+    n_wanted = sum(len(line["reference"]) for line in lines)
+    n_found = sum(len(line["prediction"]) for line in lines)
+    assert page.count('<rect class="wanted"') == n_wanted > 0
+    assert page.count('<rect class="found"') == n_found > 0
+    assert "average precision" in page
+
+
+def test_the_table_of_labels_counts_right_boxes() -> None:
+    def box(x: int, label: str, **more: Any) -> Json:
+        return {"box": [x, 0, x + 10, 10], "label": label, **more}
+
+    line = {
+        "reference": [box(0, "cup"), box(50, "cup"), box(100, "cat", crowd=True)],
+        "prediction": [
+            box(1, "cup", score=0.9), box(2, "cup", score=0.8),  # the second finds it again
+            box(50, "cat", score=0.7), box(101, "cat", score=0.6),  # the last is on a crowd
+        ],
+    }  # fmt: skip
+    assert per_label([line]) == {"cat": (0, 1, 0), "cup": (2, 2, 1)}
+
+
+def test_the_model_card_says_how_objects_are_found(trained: Path) -> None:
+    card = (trained / "out" / "README.md").read_text()
+    assert "AutoModelForObjectDetection" in card
+    assert "post_process_object_detection" in card
+    assert "object-detection" in card
