@@ -62,6 +62,10 @@ def instruction(i: int) -> Json:
     return {"prompt": f"say {i}", "messages": messages, "category": "Chat"}
 
 
+def problem(i: int) -> Json:
+    return {"question": f"{i} and 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"}
+
+
 def translation(i: int) -> Json:
     return {"en": f"{tiny.CORPUS[i % 8]} , {i}", "de": f"{i} , {tiny.CORPUS[(i + 3) % 8]}"}
 
@@ -182,6 +186,8 @@ def stand_ins(name: str, folder: Path) -> tuple[Path, Path]:
         case "gpt2_wikitext":
             config = "wikitext-2-raw-v1"
             return tiny.save_gpt2(base), hub_folder(data, config, all_splits, paragraph)
+        case "gsm8k_gemma":
+            return tiny.save_llama(base), hub_folder(data, "main", ["train", "test"], problem)
         case "llama_instruct" | "llama_qlora":
             return save_llama(base), hub_folder(data, None, ["train", "test"], instruction)
     raise AssertionError(f"configs/{name}.yaml has no stand-ins: write them here")

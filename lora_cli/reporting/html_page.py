@@ -37,6 +37,7 @@ from lora_cli.reporting.verdict import MANY_ROWS, Verdict, main_metric, measured
 
 COLUMNS = {"none": "head alone"}  # what else a column is called
 MOST_METRICS = 6
+RIGHT_ROWS = ("accuracy", "exact_match")  # shares of rows, of which an interval is known
 
 
 def write_page(folder: Path, report: dict[str, Any] | None = None) -> Path:
@@ -172,7 +173,7 @@ def _tiles(report: dict[str, Any], split: str) -> str:
     tiles = []
     if after is not None:
         notes = [f"before: {shown_number(before)}"] if before is not None else []
-        if name == "accuracy" and rows and 0 <= after <= 1:
+        if name.rpartition("/")[2] in RIGHT_ROWS and rows and 0 <= after <= 1:
             low, high = page_analysis.interval(after, int(rows))
             notes.append(f"95 % interval {low:.3f} to {high:.3f}")
         tiles.append((shown_number(after), f"{split} {name.replace('_', ' ')}", *notes))
