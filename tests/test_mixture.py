@@ -17,6 +17,7 @@ from runs import assert_same_run, lines
 
 from lora_cli.data.load_rows import load_rows
 from lora_cli.errors import LoraError
+from lora_cli.evaluation.compare import compare
 from lora_cli.evaluation.evaluate_split import best_by, evaluate, evaluate_adapter
 from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.data_gate import inspect_data
@@ -260,6 +261,12 @@ def test_the_metric_of_a_set_chooses_the_best_adapter(tmp_path: Path, two: dict[
     measured = evaluate_adapter(tmp_path / "out", load_recipe(tmp_path / "out/recipe.yaml"))
     after = report["metrics"]["after"]["validation"]
     assert measured["validation"] == pytest.approx(after)
+    out = tmp_path / "out"
+    found = compare(out, out, load_recipe(out / "recipe.yaml"))
+    assert (found.metric, found.rows, found.difference) == ("b/accuracy", 4, 0.0)
+    assert found.new == pytest.approx(after["b/accuracy"])
+    of_loss = compare(out, out, load_recipe(out / "recipe.yaml"), "a/loss")
+    assert (of_loss.rows, of_loss.new) == (5, pytest.approx(after["a/loss"]))
 
 
 # ------------------------------------------------------------------------------------ the checks

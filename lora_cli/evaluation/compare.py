@@ -125,7 +125,14 @@ def compare(
     data = load_data(task, [split])
     ours = _measure(new, task, task, data, accelerator)
     theirs = _measure(old, _loader(old, task.learned.completed(recipe)), task, data, accelerator)
-    old_value, new_value, differences = bootstrap(name, task, theirs, ours)
+    of_set, of_rows = recipe.data.set_of_metric(name)
+    if of_set is not None:
+        inside = set(data[split].rows.sets.get(of_set, np.empty(0, dtype=np.int64)).tolist())
+        ours, theirs = ([p for p in rows if p.row in inside] for rows in (ours, theirs))
+        if not ours:
+            what = f"the set `{of_set}` has no {split} rows to compare by `{name}`"
+            raise LoraError(what, "--metric", "name another metric, or another `--split`")
+    old_value, new_value, differences = bootstrap(of_rows, task, theirs, ours)
     channel = reads(measured[0]) if measured else None  # rows without an answer are not compared
     finite = differences[np.isfinite(differences)]
     low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
@@ -140,7 +147,7 @@ def compare(
         (float(low), float(high)),
         len(differences),
         max_drop,
-        task.metric_definitions().get(name, ""),
+        task.metric_definitions().get(of_rows, ""),
     )
 
 
@@ -206,9 +213,10 @@ def _metric(task: Task, wanted: str | None) -> tuple[str, str, list[str]]:
     """Return what is compared, its mode, and the metrics that have to be measured for it."""
     name, mode = best_by(task.recipe, task)
     if wanted is not None and wanted != name:
-        name, mode = wanted, metric_mode(wanted) or ""
-    of = metric_giving(name, task.metric_channel)
-    if of is None and name != "loss":
+        name, mode = wanted, metric_mode(task.recipe.data.set_of_metric(wanted)[1]) or ""
+    _, of_rows = task.recipe.data.set_of_metric(name)
+    of = metric_giving(of_rows, task.metric_channel)
+    if of is None and of_rows != "loss":
         known = ["loss", *(result for m in known_metrics() for result in result_names(m))]
         raise LoraError(
             f"`{name}` is not a metric that two adapters are compared by",

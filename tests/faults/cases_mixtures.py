@@ -74,6 +74,20 @@ for _name, _run in {
     CASES.append(Case("Mixtures", _name, _run))
 
 
+@case("Mixtures", "adapters that are compared by a set without such rows")
+def _compared(world: World) -> Printed:
+    adapter = world.trained()
+    world.write("a.jsonl", _jsonl(ROWS))
+    world.write("b.jsonl", _jsonl(OTHER))
+    mix = json.dumps({"a": A, "b": {**B, "validation": {"fraction": 0.5}}})
+    alone = ["data.path=null", "data.train=train", "data.validation=null", "data.test=null"]
+    flags = [f"data.mix={mix}", *alone]
+    return world.lora(
+        "eval", "--adapter", adapter, "--against", adapter, "--metric", "a/loss",
+        *(part for flag in flags for part in ("--set", flag)),
+    )  # fmt: skip
+
+
 @case("Mixtures", "pairs that are drawn twice")
 def _pairs(world: World) -> Printed:
     task = {"type": "text_embedding", "anchor_column": "text", "positive_column": "label"}
