@@ -23,6 +23,7 @@ from lora_cli.errors import LoraError
 from lora_cli.export.combine import CombineResult, combine_adapters
 from lora_cli.export.combine_methods import Method, module_seed
 from lora_cli.export.combine_names import METHODS, PRUNING
+from lora_cli.export.low_rank_pairs import Pair, squared_norms
 from lora_cli.export.merge import merge_adapter
 
 IDS = torch.arange(5, 65).reshape(4, 15)
@@ -293,6 +294,17 @@ def test_equal_heads_need_no_choice(tmp_path: Path) -> None:
     heads = {name: tensor for name, tensor in ours.items() if "classifier" in name}
     assert heads
     assert all(torch.equal(found[name], tensor) for name, tensor in heads.items())
+
+
+def test_squared_norms_are_those_of_the_updates_written_out() -> None:
+    generator = torch.Generator().manual_seed(1)
+    pairs = [
+        (weight, Pair(*(torch.randn(*size, generator=generator) for size in sizes), scale))
+        for weight, scale, sizes in ((0.5, 3.0, ((2, 5), (4, 2))), (-2.0, 0.7, ((3, 5), (4, 3))))
+    ]
+    updates = [w * pair.scale * pair.b.double() @ pair.a.double() for w, pair in pairs]
+    wanted = [sum(updates).square().sum(), updates[0].square().sum()]
+    assert squared_norms(pairs) == pytest.approx([float(norm) for norm in wanted], rel=1e-9)
 
 
 def test_other_ranks_are_rejected_where_matrices_are_added(tmp_path: Path) -> None:
