@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -346,6 +347,23 @@ def test_what_is_predicted_is_what_diffusers_draws(trained: Trained) -> None:
     assert files[0].read_bytes() != files[1].read_bytes()
     text = (trained.folder / "merged/unet/config.json").read_text()
     assert str(trained.folder) not in text  # no path of this machine
+
+
+def test_the_code_of_the_model_card_draws_what_the_report_shows(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = (trained.out / "README.md").read_text()
+    assert "pipeline_tag: text-to-image" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert 'pipe.unet = PeftModel.from_pretrained(pipe.unet, "unet").eval()' in code
+    monkeypatch.chdir(trained.out)
+    with contextlib.redirect_stderr(io.StringIO()):
+        exec(code, {})
+    found, best = (
+        np.asarray(Image.open(trained.out / name), dtype=int)
+        for name in ("drawn.png", "samples/best/0.png")
+    )
+    assert np.abs(found - best).max() <= 1
 
 
 def test_texts_are_drawn_before_while_and_after_training(trained: Trained) -> None:

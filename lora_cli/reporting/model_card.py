@@ -58,7 +58,7 @@ def write_model_card(folder: Path, recipe: Recipe, report: dict[str, Any]) -> No
     definitions = part(report, "metric_definitions")
     parts = [
         *_opening(recipe, report, library),
-        *_usage(recipe, report, library),
+        *_usage(folder, recipe, report, library),
         f"## Results\n\n{_table([list(map(plain_text, row)) for row in results])}"
         if len(results) > 1
         else "## Results",
@@ -92,7 +92,7 @@ def write_derived_card(
     """
     report = {"lora_version": __version__}
     opening = _opening(recipe, report, library)
-    usage = _usage(recipe, report, library, for_lora=not is_exported)
+    usage = _usage(folder, recipe, report, library, for_lora=not is_exported)
     _write_parts(folder, [*opening, *usage, f"## {title}\n\n{text}"])
 
 
@@ -132,11 +132,19 @@ def _opening(recipe: Recipe, report: dict[str, Any], library: str | None) -> lis
 
 
 def _usage(
-    recipe: Recipe, report: dict[str, Any], library: str | None, for_lora: bool = True
+    folder: Path,
+    recipe: Recipe,
+    report: dict[str, Any],
+    library: str | None,
+    for_lora: bool = True,
 ) -> list[str]:
     """Return how an adapter is used, with this tool and with the library that reads it."""
     # of the others, only this tool reads the folder
-    code = _snippet(recipe, _labels(recipe, report)) if library in ("peft", "transformers") else ""
+    code = (
+        _snippet(recipe, _labels(recipe, report), folder)
+        if library in ("peft", "transformers")
+        else ""
+    )
     pairs = getattr(recipe.task, "text_pair_column", None)
     asked = "--input pairs.csv --output answers.csv" if pairs else f'"{recipe.task.example_input}"'
     commands = f"```bash\nlora eval --adapter .\nlora predict --adapter . {asked}\n```"
@@ -224,12 +232,21 @@ def _labels(recipe: Recipe, report: dict[str, Any]) -> list[str]:
     return [str(label) for label in found]
 
 
-def _snippet(recipe: Recipe, labels: list[str]) -> str:
+def _own_code(recipe: Recipe, folder: Path) -> str:
+    """Return the code of a task that no class of transformers is for."""
+    model = recipe.model
+    parts = tuple(sorted(place.parent.name for place in folder.glob("*/adapter_config.json")))
+    base = repr(model.name) if parts else repr(".")
+    options = f", revision={model.revision!r}" if parts and model.revision != "main" else ""
+    return recipe.task.own_code(base, options, parts, recipe.evaluate.drawing)
+
+
+def _snippet(recipe: Recipe, labels: list[str], folder: Path) -> str:
     """Return Python that runs an adapter or a full model without this tool."""
     model, lora = recipe.model, recipe.adapter.low_rank
     usage = recipe.task.usage(labels, recipe.evaluate.generation)
     if usage is None:
-        return ""
+        return _own_code(recipe, folder)
     base, head, imports, options = repr(model.name), usage.head, usage.imports, ""
     if labels and usage.head:
         base += f"\nlabels = {pprint.pformat(labels, width=88, compact=True)}"

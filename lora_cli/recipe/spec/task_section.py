@@ -162,6 +162,18 @@ class TaskSection(Section):
         """The keys whose values are files, as seen from the recipe."""
         return []
 
+    def own_code(self, base: str, options: str, parts: tuple[str, ...], drawing: Any) -> str:
+        """Return Python that uses the model without this tool, where transformers has no class.
+
+        Args:
+            base: The base, as Python code.
+            options: How it is loaded, as further arguments.
+            parts: The parts that have an adapter, each in a folder of its name; none, if the model
+                is whole.
+            drawing: The recipe's `evaluate.drawing`.
+        """
+        return ""
+
     def usage(self, labels: list[str], settings: Any) -> Usage | None:
         """Return how the model is used without this tool, or None if that cannot be said.
 

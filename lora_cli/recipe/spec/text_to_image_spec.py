@@ -8,12 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from lora_cli.recipe.spec.section import Conflicts, Positive, Section, Word, Words
-from lora_cli.recipe.spec.task_section import (
-    MediaKind,
-    TaskSection,
-    Usage,
-    UsualTraining,
-)
+from lora_cli.recipe.spec.task_section import MediaKind, TaskSection, UsualTraining
 
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 USUAL_COLUMN, USUAL_TAGS, USUAL_RATIO = "text", 1, 2.0
@@ -183,6 +178,24 @@ class TextToImageSpec(TaskSection):
         """What is drawn while training."""
         return self.validation_prompts or []
 
-    def usage(self, labels: list[str], settings: Any) -> Usage | None:
-        """Return None: what diffusers reads is written by `lora merge`, and by `lora export`."""
-        return None
+    def own_code(self, base: str, options: str, parts: tuple[str, ...], drawing: Any) -> str:
+        """Return how a text is drawn with diffusers, and with PEFT where there are adapters."""
+        lines = ["import torch", "from diffusers import DiffusionPipeline"]
+        lines += ["from peft import PeftModel"] if parts else []
+        lines += ["", f"pipe = DiffusionPipeline.from_pretrained({base}{options})"]
+        for part in parts:  # this folder, or the same of the Hub
+            lines.append(f'pipe.{part} = PeftModel.from_pretrained(pipe.{part}, "{part}").eval()')
+        how = [f"num_inference_steps={drawing.steps}", f"guidance_scale={drawing.guidance_scale}"]
+        if drawing.negative_prompt is not None:
+            how.append(f"negative_prompt={drawing.negative_prompt!r}")
+        side = self.resolution
+        prompt = (self.validation_prompts or [self.caption or self.example_input])[0]
+        lines += [
+            "picture = pipe(",
+            f"    {prompt!r}, height={side}, width={side},",
+            f"    {', '.join(how)},",
+            f"    generator=torch.Generator().manual_seed({drawing.seed}),",
+            ").images[0]",
+            'picture.save("drawn.png")',
+        ]
+        return "\n".join(lines)
