@@ -441,6 +441,13 @@ def test_what_is_kept_changes_nothing(tmp_path: Path) -> None:
     assert kept == pytest.approx(computed, rel=1e-6)
 
 
+def test_rows_that_are_streamed_train_as_others(tmp_path: Path) -> None:
+    path = recipe(tmp_path, data={"path": "pictures/train"}, train={"max_steps": 1})
+    report = run(path, "data.streaming=true")
+    assert report["training"]["steps"] == 1
+    assert len(logged(tmp_path / "out")) == 1
+
+
 def test_pictures_of_one_size_stand_together_and_are_seen_in_their_shape(tmp_path: Path) -> None:
     for i in range(8):
         size = ((40, 20), (20, 40))[i % 2]

@@ -115,6 +115,7 @@ class DiffusionBase:
         self.pipeline = str(self.index["_class_name"])
         self.family = FAMILIES[self.pipeline]
         self._check_classes()
+        self._check_keys()
         self.configs = {name: self._config(name) for name in (*self.family.models, SCHEDULER)}
         self._check_configs()
 
@@ -123,10 +124,10 @@ class DiffusionBase:
     def _read_index(self) -> dict[str, Any]:
         name = self.recipe.model.name
         with explained(self.recipe, "configuration"):
-            found = cached_file(
-                self.where, PIPELINE, revision=self.recipe.model.revision,
-                _raise_exceptions_for_missing_entries=False,
-            )  # fmt: skip
+            local = Path(self.where) / PIPELINE
+            found: str | None = str(local) if local.is_file() else None
+            if not Path(self.where).is_dir():
+                found = cached_file(self.where, PIPELINE, revision=self.recipe.model.revision)
             index = None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
         kind = index.get("_class_name") if isinstance(index, dict) else None
         if kind in FAMILIES:
@@ -148,6 +149,13 @@ class DiffusionBase:
                 what = f"the part `{part}` of `{self.recipe.model.name}` is a {kind}, and "
                 what += f"{CLASSES[part][0]} is trained"
                 raise LoraError(what, self.at, self.recipe.task.suitable_models)
+
+    def _check_keys(self) -> None:
+        """Reject keys of the recipe that would change nothing."""
+        for key in ("quantization", "attention"):
+            if getattr(self.recipe.model, key) is not None:
+                what = f"`model.{key}` is not for a base of several parts"
+                raise LoraError(what, self.recipe.at(f"model.{key}"), "leave it out")
 
     def class_name(self, part: str) -> str | None:
         """Return the name of a part's class, as `model_index.json` has it, if it is there."""

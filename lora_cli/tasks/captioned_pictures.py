@@ -295,7 +295,7 @@ class CaptionedPictures(Task):
         shape = (self.base.latent_channels, size[1] // side, size[0] // side)
         steps = [self.noise.draw_step(rng, draw, of) for _ in values]
         found = {
-            **{key: example[key] for key in ("row", LATENTS, TEXTS, POOLED) if key in example},
+            **example,
             "ids": captions,
             "dropped": dropped,
             "steps": steps,

@@ -89,6 +89,9 @@ _RUNS = {
     "an adapter on a part that is frozen": lambda world: world.lora(
         "validate", _recipe(world), "--set", "adapter.target_modules=[q_proj]"
     ),
+    "a base of several parts in 8 bits": lambda world: world.lora(
+        "validate", _recipe(world), "--set", "model.quantization=int8"
+    ),
     "a metric of pictures": lambda world: world.lora(
         "validate", _recipe(world), "--set", "evaluate.metrics=[accuracy]"
     ),
