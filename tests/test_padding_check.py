@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AlbertConfig,
@@ -38,7 +41,7 @@ from lora_cli.models import full_precision as full_precision_module
 from lora_cli.models.full_precision import full_precision
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
-from lora_cli.tasks import build_task
+from lora_cli.tasks import build_task, padding_check
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.packing import check_packing
 from lora_cli.tasks.padding import NONE, WITHOUT_MASK, Padding
@@ -474,3 +477,113 @@ def test_padding_is_compared_in_float32_where_flash_attention_computes_in_16_bit
     assert task.padding == (RIGHT if fault == "none" else NONE)
     assert bool(asked) == (fault != "in the model")
     assert model.config._attn_implementation == flash
+
+
+# ------------------------------------------------------------------------ one value at a time
+
+
+class Stub:
+    """A task of whose model each token's output is what a test says."""
+
+    padding, length_key = RIGHT, "task.max_length"
+    max_length = 100
+
+    def __init__(self, outputs: Callable[[list[int]], Tensor]) -> None:
+        self.outputs = outputs
+        self.positions: int | None = None
+        self.first_position: int | None = None
+        self.tried: list[int] = []
+        self.config: Any = SimpleNamespace(is_encoder_decoder=False, pad_token_id=1)
+        self.recipe: Any = SimpleNamespace(at=lambda key: f"at {key}")
+
+    def collate(self, examples: Any) -> Any:
+        batch = SimpleNamespace(inputs={"ids": [example["input_ids"] for example in examples]})
+        return SimpleNamespace(to=lambda device: batch)
+
+    def logits(self, model: nn.Module, inputs: Any) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(
+            [self.outputs(ids) for ids in inputs["ids"]], batch_first=True
+        )
+
+    def output_length(self, example: Any) -> int:
+        return len(example["input_ids"])
+
+    def trial_examples(self, length: int) -> Any:
+        self.tried.append(length)
+        return {"input_ids": [3] * 5}, {"input_ids": [3] * length}
+
+
+def test_outputs_of_the_first_row_without_its_padding() -> None:
+    task: Any = Stub(lambda ids: torch.tensor([[float(i)] for i in ids]))
+    model = nn.Linear(1, 1)
+    examples = [{"input_ids": [7, 8]}, {"input_ids": [1, 2, 3, 4]}]
+    assert padding_check._of_first(task, model, examples, "k").flatten().tolist() == [7, 8]
+    task.padding = LEFT
+    found = padding_check._of_first(task, model, examples, "k").flatten().tolist()
+    assert found == [0, 0]  # the last two, where a row is filled on the left
+    task.outputs = lambda ids: torch.tensor([float(len(ids))])[0:1]
+    task.logits = lambda model, inputs: torch.tensor([[5.0, 6.0, 7.0], [1.0, 2.0, 3.0]])
+    assert padding_check._of_first(task, model, examples, "k").tolist() == [5, 6, 7]
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no")
+
+    task.logits = fails
+    for key, hint in (("model.name", "is its config.json right"), ("task.max_length", "=2` cuts")):
+        with pytest.raises(LoraError, match="the model cannot compute 4 tokens") as caught:
+            padding_check._of_first(task, model, examples, key)
+        (problem,) = caught.value.problems
+        assert problem.at == f"at {key}"
+        assert hint in str(problem.hint)
+
+
+@pytest.mark.parametrize(
+    ("change", "found", "why"),
+    [
+        ({}, 0, ""),
+        ({"worse_at": 0}, 2, ""),  # positions after that of the padding, as RoBERTa has them
+        ({"worse_at": "all"}, None, "answer to a text changes by 1.0e+00 when others share"),
+        ({"longest": 1024}, 0, ""),
+        ({"longest": 1025}, None, "texts of more than 1,024 tokens"),
+        ({"positions": 15}, 0, ""),
+        ({"positions": 14}, None, "the model has positions for a single text alone"),
+        ({"is_encoder_decoder": True}, None, "in an encoder-decoder"),
+    ],
+)
+def test_where_positions_start_if_texts_share_rows(
+    change: dict[str, Any], found: int | None, why: str
+) -> None:
+    task: Any = Stub(lambda ids: torch.ones(len(ids), 1))
+    task.positions = change.get("positions")
+    task.config.is_encoder_decoder = change.get("is_encoder_decoder", False)
+    plain = task.logits
+
+    def logits(model: nn.Module, inputs: Any) -> Tensor:
+        bad = change.get("worse_at")
+        wrong = task.first_position is not None and bad in (task.first_position, "all")
+        return plain(model, inputs) + (bad is not None and wrong)
+
+    task.logits = logits
+    longest = change.get("longest", 40)
+    short = {"input_ids": [3] * 5}
+    args = (task, nn.Linear(1, 1), short, longest, 0.5)
+    first, said = padding_check._first_position(*args)
+    assert first == found
+    assert why in said
+    assert bool(said) == bool(why)
+    assert task.first_position is None
+    if found is not None:  # as long as fits between two short ones
+        room = (task.positions or 1024) - 10
+        assert task.tried == [min(longest, room)]
+
+
+@pytest.mark.parametrize(("asked", "length"), [(None, 100), (30, 30), (300, 100)])
+def test_the_long_row_of_training_is_as_long_as_the_longest(asked: int | None, length: int) -> None:
+    task: Any = Stub(lambda ids: torch.ones(len(ids), 1))
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout()).eval()
+    padding_check.check_training(task, model, asked)
+    assert task.tried == [length]
+    assert not model.training
+    task.max_length = 5000
+    padding_check.check_training(task, model, None)
+    assert task.tried[-1] == 1024
