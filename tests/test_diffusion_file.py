@@ -24,6 +24,7 @@ from lora_cli.adapters.attach import attach, lora_layers, merge, trainable_param
 from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.adapters.merge_proof import expected_weights
 from lora_cli.adapters.peft_format.adapter_folder import read_adapter, save_adapter
+from lora_cli.adapters.peft_format.other_names import use_names_of
 from lora_cli.adapters.peft_format.write_diffusion_file import save_for_kohya, write_diffusers_file
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.export.export_adapter import reader_named
@@ -458,6 +459,17 @@ def test_every_name_is_used_or_named(tmp_path: Path) -> None:
     metadata = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 3})}
     with pytest.raises(LoraError, match="alpha stands twice"):
         loaded(save(tmp_path, good, metadata), "sd")
+    for header, error in (
+        ({"unet.r": 9}, "says 9"),
+        ({"unet.r": 2, "unet.use_dora": True}, "DoRA"),
+    ):
+        metadata = {"lora_adapter_metadata": json.dumps(header)}
+        tensors = {n: t[:, :2] if "_B" in n else t[:2] for n, t in of_peft(made, "sd").items()}
+        with pytest.raises(IntegrityError, match=error):
+            loaded(save(tmp_path, tensors, metadata), "sd")
+    for odd in ({f"{name}.alpha": torch.ones(2)}, {f"{name}.lora_down.weight": torch.tensor(1.0)}):
+        with pytest.raises(IntegrityError, match="which such a tensor never has"):
+            loaded(save(tmp_path, good | odd), "sd")
     with pytest.raises(IntegrityError, match="no JSON object"):
         read_adapter(save(tmp_path, good, {"lora_adapter_metadata": "{"}))
 
@@ -481,6 +493,27 @@ def test_alphas_in_the_header_are_those_of_diffusers(tmp_path: Path) -> None:
     wanted = in_diffusers(file, "sd")
     for part, output in outputs(loaded(file, "sd"), "sd").items():
         assert_close(output, wanted[part], 1e-5)
+
+
+@pytest.mark.parametrize("change", [
+    lambda name: name.removeprefix("unet."),
+    lambda name: name.replace(".weight", ".default_0.weight"),
+    lambda name: f"base_model.model.{name}",
+    lambda name: f"base_model.model.{name.removeprefix('unet.')}",
+    lambda name: name.replace("unet.", "unet._orig_mod."),
+    lambda name: "diffusion_model." + ".lora_".join([sgm(name[5:].split(".lora_")[0]), name[-8:]]),
+])  # fmt: skip
+def test_other_names_of_the_same_are_read(change: Callable[[str], str], tmp_path: Path) -> None:
+    made = {p: pair for p, pair in factors("sd", ATTENTION).items() if p[0] == "unet"}
+    tensors = of_peft(made, "sd")
+    wanted = read_names(save(tmp_path, tensors))
+    assert read_names(save(tmp_path, {change(n): t for n, t in tensors.items()})) == wanted
+
+
+def read_names(file: Path) -> list[str]:
+    saved = read_adapter(file)
+    use_names_of(bundle("sd"), saved)
+    return list(saved.tensors)
 
 
 def test_a_folder_with_such_a_file_is_an_adapter(tmp_path: Path) -> None:

@@ -207,6 +207,9 @@ for _name, _run in {
     "an adapter file with alphas in two places": _merge(
         PAIR | {f"{KOHYA}.alpha": torch.tensor(1.0)}, TWICE
     ),
+    "an adapter file of another rank than its header's": _merge(
+        PAIR, {"lora_adapter_metadata": json.dumps({"unet.r": 4})}
+    ),
     "an adapter file of another base": _merge({n: torch.ones(3, 3) for n in PAIR}),
     "DoRA in kohya's format": _export(
         "kohya", PAIR | {f"{KOHYA}.dora_scale": torch.ones(WIDTH, 1)}

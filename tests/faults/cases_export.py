@@ -75,6 +75,7 @@ def _file(world: World, tensors: dict[str, Any], header: dict[str, str] | None =
 for _name, _tensors, _header in (
     ("without an adapter", {"model.diffusion_model.out.2.weight": torch.ones(2)}, {}),
     ("with a tensor of another kind", PAIR | {f"{LAYER}.diff_b": torch.ones(2)}, {}),
+    ("with an alpha of two numbers", PAIR | {f"{LAYER}.alpha": torch.ones(2)}, {}),
     ("with NaN", PAIR | {f"{LAYER}.alpha": torch.tensor(torch.nan)}, {}),
     ("with two kinds of updates", PAIR | {f"{LAYER}_x.hada_w1_a": torch.ones(2, 2)}, {}),
     ("with a header that is cut off", PAIR, {"lora_adapter_metadata": "{"}),

@@ -10,7 +10,8 @@ configuration; without one the scaling is 1.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from lora_cli.adapters.lokr import divided as lokr_factors
 from lora_cli.adapters.peft_format.diffusion_names import STARTS, ModuleNames, split_name
 from lora_cli.adapters.peft_format.part_folders import joined, most_common
 from lora_cli.adapters.peft_format.peft_config import check_config
-from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES, alpha_of
+from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
+from lora_cli.adapters.targets import first_match
 from lora_cli.adapters.whole_update import weight_shape
 from lora_cli.errors import IntegrityError, LoraError, Problem
 from lora_cli.models.bundle import Bundle
@@ -84,6 +86,12 @@ def read_diffusion_file(path: Path) -> DiffusionFile:
     tensors = load_file(path)
     bad = [n for n in bad if not n.endswith(".alpha")]
     bad += [n for n, t in tensors.items() if n not in bad and not torch.isfinite(t.float()).all()]
+    odd = [n for n, found in split.items() if found and not _can_be(found[1], entries[n].shape)]
+    if odd and not bad:
+        what = (
+            f"`{odd[0]}` is of shape {tuple(entries[odd[0]].shape)}, which such a tensor never has"
+        )
+        raise IntegrityError(what, at, "save it again in the tool that made it")
     if bad:
         what = f"`{bad[0]}` is no weight, or contains NaN or infinity"
         raise IntegrityError(what, at, "save it again in the tool that made it")
@@ -94,6 +102,13 @@ def read_diffusion_file(path: Path) -> DiffusionFile:
         raise LoraError(what, at, "merge it into its base with the tool that wrote it")
     has_dora = "lora_magnitude_vector" in added
     return DiffusionFile(path, kinds[0], has_dora, tensors, _header_config(path))
+
+
+def _can_be(kind: str, shape: Sequence[int]) -> bool:
+    """Return whether a tensor of a kind can have a shape: a matrix, one number, or lengths."""
+    if kind == "alpha":
+        return math.prod(shape) == 1
+    return len(shape) >= (1 if kind == "lora_magnitude_vector" else 2) and 0 not in shape
 
 
 def _header_config(path: Path) -> Config:
@@ -198,7 +213,13 @@ def _of_part(
         rank, is_whole = _rank(own)
         ranks[name] = rank
         if given:
-            alphas[name] = alpha_of({**given, "peft_type": file.peft_type}, name)
+            stated = _stated(given, "rank_pattern", name, given.get("r", 8))
+            if stated != rank or (given.get("use_dora") and not file.use_dora):
+                more = "" if stated != rank else " and DoRA's lengths"
+                what = f"`{name}` has rank {rank}, and its header says {stated}{more}"
+                raise IntegrityError(what, str(file.path), "save it again in the tool that made it")
+            alpha = given.get(PEFT_TYPES[file.peft_type].alpha, 8)
+            alphas[name] = _stated(given, "alpha_pattern", name, alpha)
         elif "alpha" in own and not is_whole:
             alphas[name] = float(own["alpha"])
         else:
@@ -217,6 +238,12 @@ def _of_part(
     if file.peft_type == "LOKR":
         config |= _kronecker_config(part, by_module)
     return config, tensors
+
+
+def _stated(given: Config, patterns: str, name: str, default: float) -> float:
+    """Return a module's number by the header, where it may have the name with `text_model`."""
+    of_patterns = given.get(patterns) or {}
+    return first_match(of_patterns, name, first_match(of_patterns, f"text_model.{name}", default))
 
 
 def _rank(own: Mapping[str, Tensor]) -> tuple[int, bool]:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lora_cli.adapters.peft_format.tensor_names import without_prefix
+
 DENOISERS = ("unet", "transformer", "prior")  # one of them draws
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 STARTS = {  # the start of a name, and the parts that it may mean
@@ -37,14 +39,14 @@ OLD_OF_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "
 OLD_OF_UNET = {"to_out": "to_out.0"}
 
 ENDS = {  # the end of a tensor's name, and PEFT's name of such a tensor
-    r"\.lora_A(?:\.default)?\.weight": "lora_A",
-    r"\.lora_B(?:\.default)?\.weight": "lora_B",
+    r"\.lora_A(?:\.default(?:_\d+)?)?\.weight": "lora_A",
+    r"\.lora_B(?:\.default(?:_\d+)?)?\.weight": "lora_B",
     r"(?:\.lora|_lora|\.lora_linear_layer)\.down\.weight": "lora_A",
     r"(?:\.lora|_lora|\.lora_linear_layer)\.up\.weight": "lora_B",
     r"\.lora_down\.weight": "lora_A",
     r"\.lora_up\.weight": "lora_B",
     r"\.lora_mid\.weight": "lora_mid",  # LyCORIS: the kernel of a convolution, between the two
-    r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?": "lora_magnitude_vector",
+    r"\.lora_magnitude_vector(?:\.default(?:_\d+)?)?(?:\.weight)?": "lora_magnitude_vector",
     r"\.dora_scale": "lora_magnitude_vector",
     r"\.alpha": "alpha",
     r"\.hada_(?:w[12]_[ab]|t[12])": "",  # the same as in PEFT
@@ -79,7 +81,7 @@ class ModuleNames:
 
     def find(self, name: str) -> tuple[str, str] | None:
         """Return the part, and the name in it, of the one module that a file's name means."""
-        name = name.replace(".processor.", ".")
+        name = without_prefix(name).replace(".processor.", ".")
         start = next((start for start in STARTS if name.startswith(start)), "")
         for part in STARTS.get(start, DENOISERS):  # without: as `unet.save_attn_procs` wrote them
             if part not in self.parts:
