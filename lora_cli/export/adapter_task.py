@@ -20,7 +20,7 @@ from lora_cli.recipe import (
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task
 
-DRAWING = "text_to_image"
+DRAWING = next(kind for kind, spec in TASKS.items() if spec.draws)
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
