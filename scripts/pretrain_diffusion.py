@@ -28,6 +28,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from picture_classifier import (
     Classifier,
     answers,
+    check,
     save_classifier,
     shares_right,
     shown,
@@ -223,8 +224,8 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("data", "to", "pictures"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--minutes", type=float, default=4.4, help="until training ends")
-    parser.add_argument("--classifier-until", type=float, default=0.09, help="share of the time")
-    parser.add_argument("--vae-until", type=float, default=0.36, help="share of the time")
+    parser.add_argument("--classifier-until", type=float, default=0.15, help="share of the time")
+    parser.add_argument("--vae-until", type=float, default=0.38, help="share of the time")
     parser.add_argument("--steps", type=int, help="of each part, at most")
     parser.add_argument("--batch", type=int, default=256, help="pictures of a step")
     parser.add_argument("--pool", type=int, default=65_536, help="different pictures, for the VAE")
@@ -295,7 +296,8 @@ def main() -> None:
         return Schedule(share * 60 * args.minutes, args.steps, rate, 200, start)
 
     schedule = until(args.classifier_until, 2e-3)
-    classifier = train_classifier(glyphs, schedule, args.pool, 2 * args.batch, args.graphs)
+    classifier = train_classifier(glyphs, schedule, args.pool, args.batch, args.graphs)
+    print(f"classifier on new drawings, {check(classifier, glyphs)}", flush=True)
     save_classifier(classifier, args.pictures / "classifier")
     train_vae(parts.vae, glyphs, until(args.vae_until, args.vae_rate), args)
     train_unet(parts, glyphs, args, until)
