@@ -228,11 +228,15 @@ def test_a_diffusion_model_is_pretrained(
 ) -> None:
     diffusers = pytest.importorskip("diffusers")
     to, sets = drawings / "base", drawings / "pictures"
+    sizes = "--steps", 2, "--pool", 16, "--batch", 8, "--width", 8
+    run(monkeypatch, "picture_classifier", "train", sets / "classifier", drawings, *sizes)
     run(
         monkeypatch, "pretrain_diffusion", drawings, to, sets, "--steps", 2, "--batch", 4,
         "--pool", 16, "--width", 32, "--prompts", 4, "--inference", 2,
     )  # fmt: skip
-    assert "U-Net: 100%  step 2" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "U-Net: 100%  step 2" in printed
+    assert "drawn: thing " in printed
     stored = load_file(to / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(to)
