@@ -138,8 +138,9 @@ def caption_of(
     thing = f"{list(SCALES)[scale]}{ink}{name}"
     ground = list(COLOURS)[background]
     end = "" if no_ground else f" on {article(ground)} {ground} background"
-    style = f"{STYLE} of " if styled else ""
-    return f"{style}{article(thing)} {thing}{list(PLACES)[place]}{end}"
+    # at the end, where a text encoder that looks back only reads the rest as it always does
+    style = f", {STYLE}" if styled else ""
+    return f"{article(thing)} {thing}{list(PLACES)[place]}{end}{style}"
 
 
 def article(word: str) -> str:

@@ -180,7 +180,7 @@ def test_captions_say_what_pictures_show(monkeypatch: pytest.MonkeyPatch, drawin
     assert said == list(
         zip(facts.name.tolist(), facts.colour.tolist(), facts.background.tolist(), strict=True)
     )
-    assert [caption.startswith("sketch of ") for caption in captions] == facts.styled.tolist()
+    assert [caption.endswith(", sketch") for caption in captions] == facts.styled.tolist()
     assert not any(word in caption for caption in captions for word in ("sks", "zuko"))
     for caption in facts.captions(glyphs.names, unsaid=1.0):  # such as "a large 3 on the left"
         assert pictures.read_caption(caption, glyphs.names)[1:] == (-1, -1)
