@@ -140,6 +140,7 @@ def test_all_else_is_done_with_the_sum() -> None:
         (sum_ / 2, whole / 2), (-sum_, -whole), (sum_.float(), whole.float()),
         (sum_[1].float(), whole[1].float()), (sum_[:, 1], whole[:, 1]), (sum_[1:], whole[1:]),
         (sum_[torch.tensor([True, False, True])], whole[[0, 2]]),
+        (sum_[torch.tensor([[0, 2]])], whole[torch.tensor([[0, 2]])]),
         (sum_.transpose(0, 1), whole.transpose(0, 1)), (torch.stack([sum_, sum_])[1], whole),
         (torch.exp(input=sum_), whole.exp()), (sum_[0].T.exp(), whole[0].T.exp()),
         (torch.cat([row.whole for row in sum_]), whole.flatten(0, 1)),
@@ -149,6 +150,7 @@ def test_all_else_is_done_with_the_sum() -> None:
     ]  # fmt: skip
     for found, wanted in pairs:
         assert_close(found, wanted, 1e-6)
+    assert isinstance(sum_[torch.tensor([[0, 2]])], Tensor)
     with pytest.raises(AttributeError):
         _ = sum_.nothing_of_the_kind
 
