@@ -13,7 +13,8 @@ from lora_cli.data.boxes import read_objects
 from lora_cli.data.load_rows import load_rows
 from lora_cli.data.pictures import picture_facts
 from lora_cli.errors import LoraError
-from lora_cli.recipe import Recipe
+from lora_cli.recipe import Recipe, load_recipe
+from lora_cli.recipe_draft import draft_recipe, write_recipe
 
 Json = dict[str, Any]
 SPLITS = {"train": range(1, 5), "val": range(5, 7)}
@@ -222,3 +223,18 @@ def test_categories_of_a_hub_set_have_its_names(as_list: bool, tmp_path: Path) -
     read = read_objects(found[0]["objects"], image.size)
     assert read.boxes.tolist() == [[1, 2, 4, 6]]
     assert read.categories == [1]
+
+
+@pytest.mark.parametrize("form", ["voc", "yolo", "coco", "yolo by folders"])
+def test_init_drafts_a_recipe_that_reads_them(form: str, tmp_path: Path) -> None:
+    data = FORMS[form](tmp_path / "set")
+    source = Path(data.get("path", data.get("train", "")))
+    base = tiny_detectors.save("yolos", tmp_path / "base")
+    target = tmp_path / "recipe.yaml"
+    write_recipe(target, draft_recipe(source, str(base), target).text(), {})
+    recipe = load_recipe(target)
+    assert recipe.task.model_dump(exclude_defaults=True) == {
+        "type": "object_detection", "labels": ["dark", "light"], "image_size": 64,
+    }  # fmt: skip
+    rows = load_rows(recipe)
+    assert sum(map(len, rows.values())) == (4 if form == "coco" else 6)

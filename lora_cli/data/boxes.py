@@ -254,6 +254,19 @@ def _inside(
     return cut
 
 
+def are_objects(values: Sequence[Any]) -> bool:
+    """Return whether nearly all values of a column are lists of boxes with categories."""
+    n_objects, good = 0, 0
+    for value in values:
+        if isinstance(value, dict | list):
+            try:
+                n_objects += len(categories_in(value))
+                good += 1
+            except BoxError:
+                continue
+    return n_objects > 0 and good >= 0.9 * len(values)
+
+
 def nested_names(feature: Any) -> list[str]:
     """Return the names of the categories inside a column of a data set, if they have names.
 

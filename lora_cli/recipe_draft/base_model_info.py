@@ -101,6 +101,7 @@ def describe_base(name: str) -> Base:
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
     )
 
     from lora_cli.models.base_model import locate
@@ -125,6 +126,8 @@ def describe_base(name: str) -> Base:
     both = _translates(config)
     writes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not both
     encodes = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or "ernie" in kind
+    if kind in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
+        return Base(name, can_write=False, sees=True, model_type=kind)
     if kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and not (writes or encodes):
         shape = _shape_of(config, False)
         return Base(name, can_write=False, shape=shape, sees=True, model_type=kind)

@@ -21,6 +21,7 @@ from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import TASKS, FormatSpec, Recipe
 from lora_cli.recipe_draft.answer_cuts import rows_without_answer
 from lora_cli.recipe_draft.base_model_info import Base, describe_base
+from lora_cli.recipe_draft.box_sources import read_boxes
 from lora_cli.recipe_draft.chat_lengths import TurnCounter
 from lora_cli.recipe_draft.choose_splits import Keys, Rows, choose_splits, is_unusable
 from lora_cli.recipe_draft.choose_task import choose_task
@@ -90,8 +91,11 @@ def _drafted(
     memory: float | None,
 ) -> Draft:
     """Return the recipe; errors may speak of keys that only a recipe has."""
-    media = read_media_folder(source) if second is None else None
-    if media is not None:
+    boxes = read_boxes(source) if second is None else None
+    media = read_media_folder(source) if second is None and boxes is None else None
+    if boxes is not None:
+        file, kind = boxes, "image"
+    elif media is not None:
         file, kind = media
     else:
         file, kind = (read_source(source) if second is None else read_pair(source, second)), None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+from lora_cli.data.boxes import are_objects
 from lora_cli.data.media import FILE_NAME
 from lora_cli.data.media_folder import SAMPLE, are_media
 from lora_cli.errors import LoraError
@@ -15,6 +16,9 @@ LABEL_NAME = re.compile(r"(?i)labels?|class(es)?|categor(y|ies)|target|species|b
 
 def propose_pictures(table: Table, base: BaseFacts) -> Proposal | None:
     """Return which label of a picture a table has; see `Task.propose`."""
+    rows = table.rows[:SAMPLE]
+    if any(are_objects([row.get(column.name) for row in rows]) for column in table.columns):
+        return None
     if table.media == "audio" or base.draws or not (table.media or base.sees):
         return None
     return proposed(lambda: _of_pictures(table, base), Certainty.ONLY)

@@ -277,7 +277,7 @@ TASKS = {
     "pictures with boxes": TaskKind(
         lambda folder: tiny_detectors.save("yolos", folder),
         {**DETECTION, "augmentation": {"crop": True, "flip": True}}, with_boxes,
-        ("prediction",), ("objects",),
+        ("prediction",), ("objects",), drafted={**DETECTION, "image_size": 64},
     ),
     "pictures with boxes on a canvas": TaskKind(
         lambda folder: tiny_detectors.save("detr", folder, auxiliary_loss=True),

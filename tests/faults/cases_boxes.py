@@ -139,6 +139,20 @@ def _(world: World) -> Printed:
     return world.lora("validate", recipe_of(world, data=data))
 
 
+@case(AREA, "init for boxes without pictures")
+def _(world: World) -> Printed:
+    tiny_detectors.save("yolos", world.folder / "yolos")
+    world.write("rows.jsonl", json.dumps({"name": "a", "objects": box(1, 2, 3, 4)}) + "\n")
+    return world.lora("init", "rows.jsonl", "--model", "./yolos", "-o", "new.yaml")
+
+
+@case(AREA, "init for boxes with a model that finds none")
+def _(world: World) -> Printed:
+    tiny_pictures.save("vit", world.folder / "vit")
+    coco(world)
+    return world.lora("init", "data/train.json", "--model", "./vit", "-o", "new.yaml")
+
+
 def _streamed(**task: Any) -> Callable[[World], Printed]:
     def run(world: World) -> Printed:
         tiny_pictures.picture(1, width=30, height=20).save(world.folder / "a.png")

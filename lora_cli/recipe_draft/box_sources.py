@@ -1,0 +1,58 @@
+"""COCO files, and folders of pictures with a file of boxes each, for `lora init`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lora_cli.data.annotated_folder import annotation_of
+from lora_cli.data.coco_rows import coco_summary, is_coco
+from lora_cli.data.detect_format import DataFile
+from lora_cli.data.file_rows import read_files
+from lora_cli.data.find_files import files_of
+from lora_cli.data.media_folder import is_media_file
+from lora_cli.errors import LoraError, counted
+from lora_cli.recipe import TASKS
+from lora_cli.recipe_draft.data_folder import recipe_of_folder
+
+SAMPLE = 100  # pictures whose files of boxes are looked at
+YOLO_LINE = re.compile(r"\d+(\s+[-+.\deE]+){4,}\s*")
+
+
+def read_boxes(source: Path) -> DataFile | None:
+    """Return the train rows of a file or a folder of pictures with boxes, or None of others."""
+    if not source.is_dir() and not _is_one_file(source):
+        return None
+    task = next(
+        {"type": name} for name, spec in TASKS.items() if spec.model_construct().boxes_column
+    )
+    recipe = recipe_of_folder(source, task)
+    try:
+        files = files_of(recipe, "train", "train")
+    except LoraError:
+        return None
+    if is_coco(files[0]):
+        about = coco_summary(files[0])
+    elif is_media_file(files[0]) and any(map(_has_boxes, files[:SAMPLE])):
+        about = f"{counted(len(files), 'picture')} with a file of boxes each"
+    else:
+        return None
+    rows = list(read_files(recipe, files))
+    good: list[dict[str, Any]] = [r.columns for r in rows if r.columns is not None and not r.error]
+    errors = [row for row in rows if row.columns is None or row.error]
+    column, boxes = next(iter(recipe.task.media_columns)), recipe.task.boxes_column
+    return DataFile(source, {}, {}, good, errors, [column, str(boxes)], True, about)
+
+
+def _is_one_file(source: Path) -> bool:
+    return source.is_file() and (source.suffix.lower() in (".yaml", ".yml") or is_coco(source))
+
+
+def _has_boxes(picture: Path) -> bool:
+    """Return whether the file next to a picture holds boxes; a text file may hold its caption."""
+    file = annotation_of(picture)
+    if file is None or file.suffix == ".xml":
+        return file is not None
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return bool(lines) and all(YOLO_LINE.fullmatch(line) for line in lines if line.strip())
