@@ -97,12 +97,7 @@ def describe_base(name: str) -> Base:
         LoraError: If the name is that of a folder or a package which is not there.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
-    )
+    from transformers.models.auto import modeling_auto as known_models
 
     from lora_cli.models.base_model import locate
     from lora_cli.models.load_errors import check_config
@@ -124,11 +119,12 @@ def describe_base(name: str) -> Base:
     check_config(config, _recipe_of(name))
     kind = config.model_type
     both = _translates(config)
-    writes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not both
-    encodes = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or "ernie" in kind
-    if kind in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
+    writes = kind in known_models.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not both
+    encodes = kind in known_models.MODEL_FOR_MASKED_LM_MAPPING_NAMES or "ernie" in kind
+    if kind in known_models.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:
         return Base(name, can_write=False, sees=True, model_type=kind)
-    if kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and not (writes or encodes):
+    sees = kind in known_models.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    if sees and not (writes or encodes):
         shape = _shape_of(config, False)
         return Base(name, can_write=False, shape=shape, sees=True, model_type=kind)
     if kind == "whisper":
