@@ -19,6 +19,7 @@ from lora_cli.data.detect_format import DataFile
 from lora_cli.data.parallel_pairs import read_pair
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import TASKS, FormatSpec, Recipe
+from lora_cli.recipe.spec.task_section import MediaKind
 from lora_cli.recipe_draft.answer_cuts import rows_without_answer
 from lora_cli.recipe_draft.base_model_info import Base, describe_base
 from lora_cli.recipe_draft.box_sources import read_boxes
@@ -92,10 +93,10 @@ def _drafted(
 ) -> Draft:
     """Return the recipe; errors may speak of keys that only a recipe has."""
     boxes = read_boxes(source) if second is None else None
-    media = read_media_folder(source) if second is None and boxes is None else None
-    if boxes is not None:
-        file, kind = boxes, "image"
-    elif media is not None:
+    media: tuple[DataFile, MediaKind] | None = None if boxes is None else (boxes, "image")
+    if second is None and media is None:
+        media = read_media_folder(source)
+    if media is not None:
         file, kind = media
     else:
         file, kind = (read_source(source) if second is None else read_pair(source, second)), None
