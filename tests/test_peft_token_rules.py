@@ -37,7 +37,7 @@ from lora_cli.adapters.peft_format.adapter_folder import (
     restore,
     save_adapter,
 )
-from lora_cli.adapters.peft_format.peft_token_rules import token_reading
+from lora_cli.adapters.peft_format.peft_token_rules import token_differences, token_reading
 from lora_cli.errors import LoraError
 
 IDS = [5, 9, 30]
@@ -256,3 +256,10 @@ def test_what_peft_computes_otherwise_is_said(kind: str, message: str | None) ->
         said = differences_in_peft(base, recipe("llama"), [])
         assert len(said) == (message is not None), said
         assert message is None or message in said[0]
+
+
+def test_rows_that_peft_would_not_use_are_named() -> None:
+    model = base_of("llama")
+    attach(model, recipe("llama"), [], token_ids=IDS)
+    (said,) = token_differences(model, {"trainable_token_indices": {"lm_head": IDS}})
+    assert "rows of tokens in `model.embed_tokens`: to use" in said
