@@ -20,7 +20,7 @@ from lora_cli.adapters.attach import trainable_parameters
 from lora_cli.errors import NumericsError
 from lora_cli.evaluation.evaluate_split import evaluate_adapter
 from lora_cli.recipe import load_recipe
-from lora_cli.tasks import padding_check
+from lora_cli.tasks.texts import padding_check
 from lora_cli.training import run as training_run
 from lora_cli.training import train
 from lora_cli.training.bad_numbers import MAX_BAD_STEPS, BadStep, reject_bad_scale, reject_bad_steps

@@ -16,7 +16,7 @@ from lora_cli.preprocessing.batch_plan import (
     micro_batches,
     quotas_of,
 )
-from lora_cli.tasks.packing import pack
+from lora_cli.tasks.generation.packing import pack
 
 
 @st.composite

@@ -20,7 +20,7 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.examples import IGNORED, Encoded, Example
-from lora_cli.tasks.packing import check_packing, one_row
+from lora_cli.tasks.generation.packing import check_packing, one_row
 
 CPU = torch.device("cpu")
 STORIES = Path(__file__).parents[2] / "shared/data/model_stories260k/hf"

@@ -16,14 +16,14 @@ from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import CausalLMSpec, load_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.causal_lm_encoders import (
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import IGNORED, Encoded
+from lora_cli.tasks.generation.causal_lm_encoders import (
     SAMPLE_NEW_TOKENS,
     SAMPLE_TOKENS,
     input_error,
     target_error,
 )
-from lora_cli.tasks.contract import Task
-from lora_cli.tasks.examples import IGNORED, Encoded
 
 PAIR = {"type": "causal_lm", "prompt_column": "prompt", "completion_column": "completion"}
 TEMPLATE = (

@@ -17,10 +17,10 @@ from lora_cli.errors import LoraError
 from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
-from lora_cli.tasks import chat_template
 from lora_cli.tasks.causal_lm import CausalLM
-from lora_cli.tasks.chat_template import ChatTemplate
 from lora_cli.tasks.examples import IGNORED
+from lora_cli.tasks.generation import chat_template
+from lora_cli.tasks.generation.chat_template import ChatTemplate
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

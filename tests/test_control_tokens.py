@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_cli.data.conversations import Conversation
 from lora_cli.errors import LoraError
-from lora_cli.tasks.chat_template import ChatTemplate
-from lora_cli.tasks.control_tokens import ControlTokens
+from lora_cli.tasks.generation.chat_template import ChatTemplate
+from lora_cli.tasks.texts.control_tokens import ControlTokens
 
 STORIES = Path(__file__).parents[2] / "shared/data/model_stories260k/hf"
 LETTERS = [chr(i) for i in range(33, 127)]

@@ -10,7 +10,7 @@ import tiny
 
 from lora_cli.data.conversations import Conversation, conversation_error, read_conversations
 from lora_cli.data.unsupported_rows import unsupported
-from lora_cli.tasks.chat_template import ChatTemplate
+from lora_cli.tasks.generation.chat_template import ChatTemplate
 
 Json = dict[str, Any]
 TEMPLATE = (

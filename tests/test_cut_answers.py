@@ -8,7 +8,7 @@ import torch
 from languages import TEXTS
 
 from lora_cli.evaluation.converse import Streamer
-from lora_cli.tasks.text_generation import decode, whole_characters
+from lora_cli.tasks.generation.text_generation import decode, whole_characters
 
 TOKENIZER = tiny.tokenizer("llama")  # of bytes: a Japanese letter takes three tokens
 

@@ -26,7 +26,7 @@ from lora_cli.preprocessing.findings import Findings
 from lora_cli.preprocessing.show_examples import shown_rows
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task, task_model
-from lora_cli.tasks.marked_tokens import pieces
+from lora_cli.tasks.texts.marked_tokens import pieces
 from lora_cli.training import train
 
 GOLDEN = Path(__file__).parent / "golden" / "gate_table.txt"

@@ -21,7 +21,7 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.tasks import build_training_task
 from lora_cli.tasks.contract import Task
-from lora_cli.tasks.distillation_loss import (
+from lora_cli.tasks.teachers.distillation_loss import (
     TopTokens,
     label_divergence,
     marks_divergence,
@@ -243,7 +243,7 @@ def test_answers_are_computed_once_and_the_run_is_the_same_as_with_computing_the
         report["metrics"]["after"]["validation"]["loss"], rel=1e-5
     )
     again = load_recipe(tmp_path / "recipe.yaml", [f"output_dir={tmp_path / 'again'}"])
-    from lora_cli.tasks.with_teacher import TaughtSequenceClassification
+    from lora_cli.tasks.teachers.with_teacher import TaughtSequenceClassification
 
     answers = TaughtSequenceClassification.answers
     calls: list[int] = []

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, DistilBertConfig
 
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.head_rows import match_rows
+from lora_cli.tasks.classification.head_rows import match_rows
 
 OWN = ["positive", "negative", "neutral"]
 NEW = None

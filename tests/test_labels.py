@@ -12,7 +12,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
-from lora_cli.tasks.labels import Labels, look_alikes, number
+from lora_cli.tasks.classification.labels import Labels, look_alikes, number
 
 
 class Table(list):

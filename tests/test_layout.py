@@ -39,7 +39,7 @@ def task_classes() -> set[str]:
     found = {spec.__name__ for spec in TASKS.values()} | {"Task", "TaskSection"}
     classes = [
         node
-        for path in (ROOT / "lora_cli" / "tasks").glob("*.py")
+        for path in (ROOT / "lora_cli" / "tasks").rglob("*.py")
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.ClassDef)
     ]
@@ -101,11 +101,11 @@ def test_one_match_builds_a_task() -> None:
     """In the room of tasks itself, only the function that builds them lists their types."""
     specs = {spec.__name__ for spec in TASKS.values()}
     asking = {
-        path.name: [ast.unparse(node) for node in questions_in(tree_of(path), specs)]
-        for path in (ROOT / "lora_cli" / "tasks").glob("*.py")
+        named(path): [ast.unparse(node) for node in questions_in(tree_of(path), specs)]
+        for path in (ROOT / "lora_cli" / "tasks").rglob("*.py")
     }
-    assert {name for name, found in asking.items() if found} == {"__init__.py"}
-    assert len(asking["__init__.py"]) == len(TASKS)
+    assert {name for name, found in asking.items() if found} == {"lora_cli/tasks/__init__.py"}
+    assert len(asking["lora_cli/tasks/__init__.py"]) == len(TASKS)
 
 
 @pytest.mark.parametrize(

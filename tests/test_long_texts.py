@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lora_cli.preprocessing.data_gate import inspect_data
 from lora_cli.recipe import load_recipe
-from lora_cli.tasks import build_task, long_texts
+from lora_cli.tasks import build_task
+from lora_cli.tasks.texts import long_texts
 
 LETTERS = [
     "the film",

@@ -34,8 +34,8 @@ from lora_cli.recipe.spec.object_detection_spec import BoxAugmentationSpec
 from lora_cli.reporting.page_analysis import read_predictions
 from lora_cli.reporting.page_boxes import per_label
 from lora_cli.tasks import build_task
-from lora_cli.tasks.box_augmentation import Picture, augmented, cropped, cut, mirrored
 from lora_cli.tasks.contract import Task, prepared_for_evaluation
+from lora_cli.tasks.detection.box_augmentation import Picture, augmented, cropped, cut, mirrored
 from lora_cli.tasks.examples import Encoded
 from lora_cli.training import train
 from lora_cli.training.engine import Engine

@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lora_cli.tasks import output_head
-from lora_cli.tasks.output_head import HiddenStates, find_finish, hidden_states
+from lora_cli.tasks.generation import output_head
+from lora_cli.tasks.generation.output_head import HiddenStates, find_finish, hidden_states
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,

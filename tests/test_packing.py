@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.errors import LoraError
-from lora_cli.tasks import packing
 from lora_cli.tasks.examples import IGNORED, Example
-from lora_cli.tasks.packing import Packed, check_packing, one_row, pack
+from lora_cli.tasks.generation import packing
+from lora_cli.tasks.generation.packing import Packed, check_packing, one_row, pack
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -10,7 +10,7 @@ import tiny
 import torch
 from torch import nn
 
-from lora_cli.tasks.padding import (
+from lora_cli.tasks.texts.padding import (
     NONE,
     RIGHT,
     WITHOUT_MASK,

@@ -41,12 +41,13 @@ from lora_cli.models import full_precision as full_precision_module
 from lora_cli.models.full_precision import full_precision
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
-from lora_cli.tasks import build_task, padding_check
+from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task
-from lora_cli.tasks.packing import check_packing
-from lora_cli.tasks.padding import NONE, WITHOUT_MASK, Padding
-from lora_cli.tasks.padding_check import check_training, choose_padding
-from lora_cli.tasks.text_generation import REPLACEMENT
+from lora_cli.tasks.generation.packing import check_packing
+from lora_cli.tasks.generation.text_generation import REPLACEMENT
+from lora_cli.tasks.texts import padding_check
+from lora_cli.tasks.texts.padding import NONE, WITHOUT_MASK, Padding
+from lora_cli.tasks.texts.padding_check import check_training, choose_padding
 
 LANGUAGE = {"type": "causal_lm", "pad_token": "<pad>"}
 LEFT, RIGHT = Padding("left"), Padding("right")

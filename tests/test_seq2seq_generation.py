@@ -14,8 +14,13 @@ from transformers import GenerationConfig
 
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.examples import IGNORED
-from lora_cli.tasks.padding import NONE, RIGHT
-from lora_cli.tasks.seq2seq_generation import Writing, decoder_inputs, first_token, write_targets
+from lora_cli.tasks.generation.seq2seq_generation import (
+    Writing,
+    decoder_inputs,
+    first_token,
+    write_targets,
+)
+from lora_cli.tasks.texts.padding import NONE, RIGHT
 
 SOURCES = [[5, 60, 61, 62, 2], [9, 70, 2], [44, 45, 46, 47, 48, 49, 2]]
 

@@ -17,7 +17,7 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.examples import Prediction
-from lora_cli.tasks.seq2seq_texts import Frame, _frame, _some
+from lora_cli.tasks.generation.seq2seq_texts import Frame, _frame, _some
 
 LONG = "the plot is dull and slow , and far too long"
 ROWS = [

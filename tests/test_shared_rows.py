@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.shared_rows import (
+from lora_cli.tasks.texts.shared_rows import (
     TEXT_OF_TOKEN,
     TOKENS,
     attention_mask,
@@ -275,7 +275,9 @@ def test_texts_that_share_rows_give_the_gradients_of_each_alone(kind: str, tmp_p
 def test_a_model_that_would_answer_otherwise_keeps_its_rows(
     config: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_cli.tasks.padding_check._worth_sharing", lambda *_: True)  # a GPU
+    monkeypatch.setattr(
+        "lora_cli.tasks.texts.padding_check._worth_sharing", lambda *_: True
+    )  # a GPU
     task, model = _task(tmp_path, "sequence_classification", config(), kernels="auto")
     task.fit_to_model(model.float())
     assert task.first_position is None
@@ -288,7 +290,7 @@ def test_texts_longer_than_the_trial_keep_their_rows(
     # attention to 24 tokens on either side, which a trial of 20 tokens does not show
     config = ModernBertConfig(**SMALL, local_attention=48)
     task, model = _task(tmp_path, "sequence_classification", config, kernels="fused")
-    monkeypatch.setattr("lora_cli.tasks.padding_check.LONGEST", 20)
+    monkeypatch.setattr("lora_cli.tasks.texts.padding_check.LONGEST", 20)
     task.fit_to_model(model.float(), 20)
     assert task.first_position == 0
     with pytest.raises(LoraError, match="texts of more than 20 tokens do not share rows"):

@@ -44,7 +44,7 @@ from lora_cli.preprocessing.encode import check_data, load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe, write_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.transcripts import aligned, joined, normalised, spoken
+from lora_cli.tasks.speech.transcripts import aligned, joined, normalised, spoken
 from lora_cli.training import train
 
 Json = dict[str, Any]
@@ -268,7 +268,7 @@ def test_a_language_that_the_model(
 
 
 def test_whether_a_model_knows_languages_without_a_generation_config(tmp_path: Path) -> None:
-    from lora_cli.tasks.spoken_languages import knows_languages
+    from lora_cli.tasks.speech.spoken_languages import knows_languages
 
     recipe = load_recipe(write_recipe_of(tmp_path))
     (tmp_path / "base/generation_config.json").unlink()

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from lora_cli.adapters.attach import attach, trainable_parameters, training_mode
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.causal_lm_encoders import FORMATS
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import IGNORED, Batch, Example
+from lora_cli.tasks.generation.causal_lm_encoders import FORMATS
 from lora_cli.training.engine import Engine, sum_gradients
 from lora_cli.training.step import StepResult, train_step
 

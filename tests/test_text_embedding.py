@@ -33,8 +33,8 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.recipe.spec import TextEmbeddingSpec
 from lora_cli.tasks import build_task
-from lora_cli.tasks.embedding_losses import ANCHOR, NEGATIVE, POSITIVE, embedding_losses
-from lora_cli.tasks.embedding_search import labelled_corpus, pairs_corpus, search
+from lora_cli.tasks.embeddings.embedding_losses import ANCHOR, NEGATIVE, POSITIVE, embedding_losses
+from lora_cli.tasks.embeddings.embedding_search import labelled_corpus, pairs_corpus, search
 from lora_cli.training import train
 from lora_cli.training.batches import prepared_for
 from lora_cli.training.coupled_step import add_coupled_gradients
@@ -384,7 +384,7 @@ def test_ranks_are_those_of_sentence_transformers() -> None:
 
 
 def test_a_search_ranks_as_sorting_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_cli.tasks.embedding_search.AT_ONCE", 100)  # several parts
+    monkeypatch.setattr("lora_cli.tasks.embeddings.embedding_search.AT_ONCE", 100)  # several parts
     generator = np.random.default_rng(1)
     vectors = generator.normal(size=(30, 4)).astype(np.float32)
     texts = [i % 25 for i in range(30)]  # the last five texts are there twice

@@ -18,7 +18,7 @@ from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.recipe import load_recipe
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.causal_lm import CausalLM
-from lora_cli.tasks.text_generation import generate
+from lora_cli.tasks.generation.text_generation import generate
 from lora_cli.training.run import train
 
 CPU = torch.device("cpu")

@@ -36,7 +36,7 @@ from lora_cli.export.merge import merge_adapter
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.diffusion_noise import DiffusionNoise
+from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise
 from lora_cli.training import train
 from lora_cli.training.batches import Batches, prepared_for
 from lora_cli.training.launch import seed_everything

@@ -42,9 +42,10 @@ from lora_cli.preprocessing.encode import check_data, load_data
 from lora_cli.recipe import FormatSpec, HeldOutSpec, Recipe, load_adapter_recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe
 from lora_cli.reporting.page_entities import entity_sections, per_type
-from lora_cli.tasks import build_task, word_windows
+from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task
-from lora_cli.tasks.word_windows import (
+from lora_cli.tasks.texts import word_windows
+from lora_cli.tasks.texts.word_windows import (
     NO_TOKEN,
     Window,
     Words,

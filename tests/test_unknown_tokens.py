@@ -17,7 +17,7 @@ from lora_cli.preprocessing.data_gate import examine
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.unknown_tokens import count_unknown
+from lora_cli.tasks.texts.unknown_tokens import count_unknown
 from lora_cli.training import train
 
 ROWS = [

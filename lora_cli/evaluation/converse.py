@@ -14,7 +14,7 @@ from lora_cli.data.conversations import Message
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.predict import answer
 from lora_cli.tasks.contract import Task
-from lora_cli.tasks.text_generation import decode
+from lora_cli.tasks.generation.text_generation import decode
 
 Write = Callable[[str], object]
 MOST_CHARACTERS = 1_000_000  # of a line; what is longer is no question, and may not end

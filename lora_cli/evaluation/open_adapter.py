@@ -11,9 +11,9 @@ from lora_cli.accelerator import start_accelerator
 from lora_cli.preprocessing.encode import check_data
 from lora_cli.recipe import Recipe
 from lora_cli.tasks.contract import Task
-from lora_cli.tasks.trained_task import check_use as check_use
-from lora_cli.tasks.trained_task import load_adapted as load_adapted
-from lora_cli.tasks.trained_task import open_task as open_task
+from lora_cli.tasks.teachers.trained_task import check_use as check_use
+from lora_cli.tasks.teachers.trained_task import load_adapted as load_adapted
+from lora_cli.tasks.teachers.trained_task import open_task as open_task
 
 
 def open_adapter(folder: Path, recipe: Recipe) -> tuple[Task, nn.Module, Accelerator]:

@@ -33,7 +33,7 @@ from lora_cli.models.checkpoint_names import CheckpointNames
 from lora_cli.models.fingerprint import inner_name
 from lora_cli.models.stored_tensors import ExpertPart, Stored, StoredTensors
 from lora_cli.recipe import Recipe
-from lora_cli.tasks.head_rows import match_rows, own_names
+from lora_cli.tasks.classification.head_rows import match_rows, own_names
 from lora_cli.tensorfile import read_header
 
 FORMULAS = {"dora": "m V / |V|", "loha": "W0 + s D", "lokr": "W0 + s D"}

@@ -29,7 +29,7 @@ from lora_cli.recipe import Recipe
 from lora_cli.tasks import build_training_task
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Example
-from lora_cli.tasks.long_texts import LONG, in_batches
+from lora_cli.tasks.texts.long_texts import LONG, in_batches
 
 FIRST_ROWS = 1000
 

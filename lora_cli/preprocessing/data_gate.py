@@ -28,9 +28,9 @@ from lora_cli.preprocessing.near_duplicates import (
 from lora_cli.preprocessing.stream import Stream
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import build_training_task
+from lora_cli.tasks.classification.labels import look_alikes
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import MEDIA, Encoded
-from lora_cli.tasks.labels import look_alikes
 
 N_SHOWN = 3  # examples of each finding
 

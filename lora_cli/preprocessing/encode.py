@@ -19,7 +19,7 @@ from lora_cli.errors import LoraError, Problem
 from lora_cli.preprocessing.encoded_table import EncodedTable
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Encoded, Example
-from lora_cli.tasks.long_texts import in_batches
+from lora_cli.tasks.texts.long_texts import in_batches
 from lora_cli.unexpected_errors import own_words
 
 

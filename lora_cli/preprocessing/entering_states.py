@@ -32,8 +32,8 @@ from lora_cli.recipe import Recipe
 from lora_cli.tasks.contract import Task, prepared_for_evaluation
 from lora_cli.tasks.examples import Encoded, Example
 from lora_cli.tasks.kept_tensors import kept as bytes_of
-from lora_cli.tasks.padding import ROUNDING
 from lora_cli.tasks.states import STATES, KeptState
+from lora_cli.tasks.texts.padding import ROUNDING
 
 DRAWS = 4  # of some examples, to find out whether training draws what the layers read
 TRIED = 4  # examples on which the outputs are compared with those of the whole model

@@ -10,7 +10,7 @@ from lora_cli.errors import LoraError
 from lora_cli.preprocessing.batch_plan import Mixture, quotas_of
 from lora_cli.recipe import Recipe
 from lora_cli.tasks.examples import Encoded
-from lora_cli.tasks.packing import Packed
+from lora_cli.tasks.generation.packing import Packed
 
 
 def mixture_of(recipe: Recipe, split: Encoded, examples: Any) -> Mixture | None:

@@ -64,7 +64,7 @@ class Base:
     @property
     def language_codes(self) -> Sequence[str]:
         """The languages that it asks for, by its own codes; none, if it asks for none."""
-        from lora_cli.tasks.seq2seq_texts import has_languages, language_codes
+        from lora_cli.tasks.generation.seq2seq_texts import has_languages, language_codes
 
         if self.tokenizer is None or not has_languages(self.tokenizer):
             return ()
@@ -77,7 +77,7 @@ class Base:
 
     def tokens(self, texts: Sequence[Sequence[str]]) -> list[int]:
         """Return the length of each row's texts in tokens, the special ones included."""
-        from lora_cli.tasks.long_texts import token_ids
+        from lora_cli.tasks.texts.long_texts import token_ids
 
         total = [0] * len(texts)
         for column in zip(*texts, strict=True):
@@ -168,7 +168,7 @@ def _drawing(name: str, folder: Path, pipeline: str) -> Base:
 
 def _hearing(name: str, config: Any) -> Base:
     """Return what is known of a model that writes down what is said."""
-    from lora_cli.tasks.spoken_languages import knows_languages
+    from lora_cli.tasks.speech.spoken_languages import knows_languages
 
     return Base(
         name,

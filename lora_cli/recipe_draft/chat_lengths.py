@@ -20,7 +20,7 @@ class TurnCounter:
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
-        from lora_cli.tasks.chat_template import (
+        from lora_cli.tasks.generation.chat_template import (
             ChatTemplate,  # torch, which most drafts do not need
         )
 

@@ -61,8 +61,8 @@ def unknown_share(splits: Sequence[Rows], base: Base, chosen: Proposal) -> str |
         return None
     import numpy as np
 
-    from lora_cli.tasks.long_texts import token_ids
-    from lora_cli.tasks.unknown_tokens import MOST_UNKNOWN, count_unknown, unknown_warning
+    from lora_cli.tasks.texts.long_texts import token_ids
+    from lora_cli.tasks.texts.unknown_tokens import MOST_UNKNOWN, count_unknown, unknown_warning
 
     for rows in filter(None, splits):
         sample = [(i, rows[i]) for i in range(0, len(rows), max(1, len(rows) // SAMPLE))]

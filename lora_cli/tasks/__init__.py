@@ -47,7 +47,7 @@ def build_training_task(recipe: Recipe, learned: Learned | None = None) -> Task:
     """
     if recipe.train.distill is None:
         return build_task(recipe, learned)
-    from lora_cli.tasks.with_teacher import WITH_TEACHER
+    from lora_cli.tasks.teachers.with_teacher import WITH_TEACHER
 
     return _built(WITH_TEACHER[_type_of(recipe.task)], recipe, learned)
 

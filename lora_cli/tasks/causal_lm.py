@@ -16,21 +16,21 @@ from lora_cli.data.unsupported_rows import unsupported
 from lora_cli.errors import LoraError, Problem
 from lora_cli.metrics import reads
 from lora_cli.recipe import CausalLMSpec, Recipe, read_computation
-from lora_cli.tasks import causal_lm_encoders
-from lora_cli.tasks.causal_lm_encoders import FORMATS, Chat, RowFormat
 from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Encoded, Example, Field, Prediction
-from lora_cli.tasks.language_model_rows import propose_writing
-from lora_cli.tasks.marked_tokens import marked
-from lora_cli.tasks.output_head import HiddenStates
-from lora_cli.tasks.packing import Packed, check_packing
-from lora_cli.tasks.padding import fill, mask_of, tolerance
-from lora_cli.tasks.text_generation import (
+from lora_cli.tasks.generation import causal_lm_encoders
+from lora_cli.tasks.generation.causal_lm_encoders import FORMATS, Chat, RowFormat
+from lora_cli.tasks.generation.language_model_rows import propose_writing
+from lora_cli.tasks.generation.output_head import HiddenStates
+from lora_cli.tasks.generation.packing import Packed, check_packing
+from lora_cli.tasks.generation.text_generation import (
     REPLACEMENT,
     decode,
     until_stop,
 )
-from lora_cli.tasks.text_task import TRIAL_TEXT
-from lora_cli.tasks.writing_task import SAMPLE_NEW_TOKENS, WritingTask, losses_of_tokens
+from lora_cli.tasks.generation.writing_task import SAMPLE_NEW_TOKENS, WritingTask, losses_of_tokens
+from lora_cli.tasks.texts.marked_tokens import marked
+from lora_cli.tasks.texts.padding import fill, mask_of, tolerance
+from lora_cli.tasks.texts.text_task import TRIAL_TEXT
 
 TRIAL_TOKENS = 64  # of the longer text that the model is tried on
 

@@ -31,12 +31,12 @@ from lora_cli.models.image_processor import (
 )
 from lora_cli.models.load_errors import require_kind
 from lora_cli.recipe import ImageClassificationSpec, Recipe
-from lora_cli.tasks.classification import Classification
+from lora_cli.tasks.classification.classification_task import Classification
+from lora_cli.tasks.classification.labelled_pictures import propose_pictures
 from lora_cli.tasks.examples import MAIN, Batch, Example, Field
 from lora_cli.tasks.finite_scores import require_finite
-from lora_cli.tasks.labelled_pictures import propose_pictures
-from lora_cli.tasks.odd_pictures import FEATURES, odd_facts
-from lora_cli.tasks.picture_task import PictureTask, dtype_of_base
+from lora_cli.tasks.pictures.odd_pictures import FEATURES, odd_facts
+from lora_cli.tasks.pictures.picture_task import PictureTask, dtype_of_base
 from lora_cli.unexpected_errors import own_words
 
 ENCODING = 1  # of rows into examples; a change of it makes what is kept on the disk useless

@@ -25,10 +25,11 @@ from lora_cli.models.detectors import most_objects, reads_mask, require_detector
 from lora_cli.models.image_processor import output_size, processor_hash, save_processor
 from lora_cli.models.picture_canvas import load_canvas_processor, on_canvas
 from lora_cli.recipe import ObjectDetectionSpec, Recipe
-from lora_cli.tasks.annotated_pictures import propose_objects
-from lora_cli.tasks.box_augmentation import Picture, augmented
-from lora_cli.tasks.detection_labels import DetectionLabels
-from lora_cli.tasks.detection_loss import (
+from lora_cli.tasks.classification.head_rows import arrange_rows, rows_of_heads
+from lora_cli.tasks.detection.annotated_pictures import propose_objects
+from lora_cli.tasks.detection.box_augmentation import Picture, augmented
+from lora_cli.tasks.detection.detection_labels import DetectionLabels
+from lora_cli.tasks.detection.detection_loss import (
     BOXES,
     CLASS,
     GIOU,
@@ -39,9 +40,8 @@ from lora_cli.tasks.detection_loss import (
 )
 from lora_cli.tasks.examples import Batch, Example, Field, Prediction
 from lora_cli.tasks.finite_scores import require_finite
-from lora_cli.tasks.head_rows import arrange_rows, rows_of_heads
-from lora_cli.tasks.odd_pictures import FEATURES, odd_facts
-from lora_cli.tasks.picture_task import PictureTask, dtype_of_base
+from lora_cli.tasks.pictures.odd_pictures import FEATURES, odd_facts
+from lora_cli.tasks.pictures.picture_task import PictureTask, dtype_of_base
 
 ENCODING = 1  # of rows into examples; a change of it makes what is kept on the disk useless
 NO_OBJECT = "no object"  # the output behind those of the labels

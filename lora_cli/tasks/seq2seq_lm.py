@@ -16,14 +16,19 @@ from lora_cli.recipe import Recipe, Seq2SeqLMSpec
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.recipe.spec.task_section import Truncation
 from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Example, Prediction
-from lora_cli.tasks.output_head import HiddenStates
-from lora_cli.tasks.padding import fill, mask_of
-from lora_cli.tasks.seq2seq_generation import Writing, decoder_inputs, first_token, write_targets
-from lora_cli.tasks.seq2seq_rows import SourceAndTargetTask
-from lora_cli.tasks.text_generation import Answer, base_generation_settings
-from lora_cli.tasks.text_pairs import propose_pairs
-from lora_cli.tasks.text_task import TRIAL_TEXT
-from lora_cli.tasks.writing_task import SAMPLE_NEW_TOKENS, losses_of_tokens
+from lora_cli.tasks.generation.output_head import HiddenStates
+from lora_cli.tasks.generation.seq2seq_generation import (
+    Writing,
+    decoder_inputs,
+    first_token,
+    write_targets,
+)
+from lora_cli.tasks.generation.seq2seq_rows import SourceAndTargetTask
+from lora_cli.tasks.generation.text_generation import Answer, base_generation_settings
+from lora_cli.tasks.generation.text_pairs import propose_pairs
+from lora_cli.tasks.generation.writing_task import SAMPLE_NEW_TOKENS, losses_of_tokens
+from lora_cli.tasks.texts.padding import fill, mask_of
+from lora_cli.tasks.texts.text_task import TRIAL_TEXT
 
 TRIAL_TARGET = 24  # tokens of the longer target that the model is tried on
 

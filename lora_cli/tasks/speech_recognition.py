@@ -21,14 +21,14 @@ from lora_cli.metrics import MetricContext
 from lora_cli.models.feature_extractor import features_of
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Example, Prediction
-from lora_cli.tasks.padding import fill
-from lora_cli.tasks.seq2seq_generation import Writing, decoder_inputs, write_heard
-from lora_cli.tasks.speech_rows import RecordedTask
-from lora_cli.tasks.spoken_languages import language_code
-from lora_cli.tasks.text_generation import base_generation_settings
-from lora_cli.tasks.transcribed_recordings import propose_recordings
-from lora_cli.tasks.transcripts import BASIC, aligned, joined, normalised
-from lora_cli.tasks.writing_task import SAMPLE_NEW_TOKENS, losses_of_tokens
+from lora_cli.tasks.generation.seq2seq_generation import Writing, decoder_inputs, write_heard
+from lora_cli.tasks.generation.text_generation import base_generation_settings
+from lora_cli.tasks.generation.writing_task import SAMPLE_NEW_TOKENS, losses_of_tokens
+from lora_cli.tasks.speech.speech_rows import RecordedTask
+from lora_cli.tasks.speech.spoken_languages import language_code
+from lora_cli.tasks.speech.transcribed_recordings import propose_recordings
+from lora_cli.tasks.speech.transcripts import BASIC, aligned, joined, normalised
+from lora_cli.tasks.texts.padding import fill
 
 HEARD = "heard"  # what the encoder makes of a recording, where it is kept
 TRIAL_TARGET = 24  # tokens of the longer target that the model is tried on

@@ -17,14 +17,14 @@ from lora_cli.errors import LoraError, Problem, counted
 from lora_cli.models.bundle import leave_frozen
 from lora_cli.models.sentence_transformer import write_embedding_files
 from lora_cli.recipe import Recipe, TextEmbeddingSpec
-from lora_cli.tasks.embedding_losses import NEGATIVE, POSITIVE, embedding_losses
-from lora_cli.tasks.embedding_proposals import propose_embedding
-from lora_cli.tasks.embedding_rows import EmbeddingRows
-from lora_cli.tasks.embedding_search import Found, labelled_corpus, pairs_corpus, search
+from lora_cli.tasks.embeddings.embedding_losses import NEGATIVE, POSITIVE, embedding_losses
+from lora_cli.tasks.embeddings.embedding_proposals import propose_embedding
+from lora_cli.tasks.embeddings.embedding_rows import EmbeddingRows
+from lora_cli.tasks.embeddings.embedding_search import Found, labelled_corpus, pairs_corpus, search
 from lora_cli.tasks.examples import MAIN, Batch, Encoded, Example, Prediction
 from lora_cli.tasks.finite_scores import require_finite
-from lora_cli.tasks.padding import fill, mask_of, positions_of
-from lora_cli.tasks.text_task import forward_parameters
+from lora_cli.tasks.texts.padding import fill, mask_of, positions_of
+from lora_cli.tasks.texts.text_task import forward_parameters
 
 UNUSED = "pooler"  # of BERT and its kin, trained for another task; no embedding comes from it
 DIGITS = 9  # of a number of an embedding, which bring float32 back exactly

@@ -16,10 +16,16 @@ from lora_cli.errors import LoraError
 from lora_cli.models.base_model import mixed_precision
 from lora_cli.models.bundle import Bundle
 from lora_cli.models.diffusion_base import VAE, DiffusionBase, processor_hash, quiet_diffusers
-from lora_cli.tasks.caption_proposals import propose_captions
-from lora_cli.tasks.captioned_pictures import LATENTS, POOLED, PRIOR, TEXTS, CaptionedPictures
-from lora_cli.tasks.diffusion_noise import DiffusionNoise, error_of
-from lora_cli.tasks.drawing import Drawing, picture_name
+from lora_cli.tasks.diffusion.caption_proposals import propose_captions
+from lora_cli.tasks.diffusion.captioned_pictures import (
+    LATENTS,
+    POOLED,
+    PRIOR,
+    TEXTS,
+    CaptionedPictures,
+)
+from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise, error_of
+from lora_cli.tasks.diffusion.drawing import Drawing, picture_name
 from lora_cli.tasks.examples import MAIN, Batch, Prediction
 
 PROBE_SIDE = 8  # of the latents that are compared: every model can compute so few

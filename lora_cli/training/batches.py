@@ -21,8 +21,8 @@ from lora_cli.preprocessing.mixture import mixture_of
 from lora_cli.preprocessing.stream import Stream
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Batch, Encoded, Example
+from lora_cli.tasks.generation.packing import Packed
 from lora_cli.tasks.kept_tensors import restored
-from lora_cli.tasks.packing import Packed
 from lora_cli.training.stopping import SIGNALS
 
 

@@ -36,8 +36,8 @@ from lora_cli.export.push import collect
 from lora_cli.files import sha256_of
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Learned, Recipe, load_adapter_recipe, load_recipe
-from lora_cli.tasks import trained_task
 from lora_cli.tasks.contract import prepared_for_evaluation
+from lora_cli.tasks.teachers import trained_task
 from lora_cli.training import run as runs_of_training
 
 CPU = torch.device("cpu")

@@ -33,7 +33,7 @@ from lora_cli.errors import LoraError
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import FormatSpec, load_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.labels import Labels
+from lora_cli.tasks.classification.labels import Labels
 
 TWO = {"labels": ["bad", "good"]}
 SKIP = ("--set", "data.on_bad_row=skip")

@@ -1,0 +1,1 @@
+"""What tasks with labels share: classes, tags, heads."""

@@ -1,0 +1,299 @@
+"""Rows with entities: words with a tag each, or a text with places; and what the labels are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_cli.data.entity_spans import Span, read_spans, words_of
+from lora_cli.data.entity_tags import (
+    OUTSIDE,
+    Beginnings,
+    Entity,
+    Scheme,
+    entities_of,
+    iob2_labels,
+    tag_error,
+    types_of,
+)
+from lora_cli.data.json_rows import JSON_NAMES
+from lora_cli.data.label_lists import list_in_cell
+from lora_cli.data.load_rows import Rows
+from lora_cli.data.readers import is_blank, text_error
+from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
+from lora_cli.recipe import Recipe, TokenClassificationSpec
+from lora_cli.tasks.texts.word_windows import Place
+
+SHOWN = 60  # characters of a value in a message
+PROBLEMS = 10  # that are listed of a split
+AS_BEGINNING = "`--set task.scheme=iob1` reads it as a beginning"
+
+
+@dataclass(frozen=True)
+class RowText:
+    """The words of a row, in the text that the model reads and in the one that a person sees.
+
+    The two differ where a text was typed for a model of words: it reads them with the
+    `word_separator` between them, as it has learned them.
+    """
+
+    text: str
+    places: list[Place]
+    shown: str
+    shown_places: list[Place]
+
+
+class EntityRows:
+    """Reads the rows of a recipe, and learns the scheme of their tags and the types of entities."""
+
+    def __init__(self, recipe: Recipe, spec: TokenClassificationSpec) -> None:
+        self.recipe, self.spec = recipe, spec
+        self.labels = list(spec.labels or ())
+        self.scheme: Scheme = "iob2" if spec.scheme == "auto" else spec.scheme
+        self.knows_scheme = spec.scheme != "auto"
+        self.hub_names: list[str] = []  # of the tags, where a data set of the Hub has their numbers
+
+    @property
+    def types(self) -> list[str]:
+        """The types of the entities, in the order of the labels."""
+        return types_of(self.labels)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tags that the data has as numbers."""
+        return self.spec.tag_names or self.hub_names or self.labels
+
+    # -- what a row holds
+
+    def words(self, row: dict[str, Any]) -> list[str] | None:
+        """Return the words of a row, or None if its column holds no list of words."""
+        items = list_in_cell(row.get(self.spec.tokens_column))
+        if items is None or any(isinstance(x, bool | list | dict | None) for x in items):
+            return None
+        return [str(item) for item in items]
+
+    def tags(self, row: dict[str, Any]) -> list[str] | str:
+        """Return the tags of a row by name, in the scheme of the data; or what is wrong."""
+        column = self.spec.tags_column
+        items = list_in_cell(row.get(column))
+        if items is None:
+            return f"column `{column}` {_said(row.get(column))}, not a list of tags"
+        found = []
+        for number, item in enumerate(items, 1):
+            if isinstance(item, str) and item.strip():
+                name = item.strip()
+                if name.isdecimal() and self.names:
+                    item = int(name)  # as a csv file has numbers
+                else:
+                    found.append(name)
+                    continue
+            if isinstance(item, bool) or not isinstance(item, int):
+                return (
+                    f"column `{column}`: tag {number} {_said(item)}, not a name or a whole number"
+                )
+            if not self.names:
+                return (
+                    f"column `{column}` holds numbers, and what they stand for is not known: name "
+                    "the tags in order, `--set 'task.tag_names=[O, B-PER, I-PER]'`"
+                )
+            if not 0 <= item < len(self.names):
+                last = len(self.names) - 1
+                return f"column `{column}`: tag {number} is {item}, and there are tags 0 to {last}"
+            found.append(self.names[item])
+        return found
+
+    def spans(self, row: dict[str, Any]) -> list[Span] | str:
+        """Return the entities of a text, or what is wrong with them."""
+        column = str(self.spec.spans_column)
+        value = row.get(column)
+        items = list_in_cell(value)
+        text = str(row.get(str(self.spec.text_column)))
+        found = read_spans(value if items is None else items, text)
+        return f"column `{column}`: {found}" if isinstance(found, str) else found
+
+    def entities(self, row: dict[str, Any]) -> list[Entity]:
+        """Return the entities of a row of words; `target_error` has found nothing wrong."""
+        tags = self.tags(row)
+        assert not isinstance(tags, str), tags
+        return entities_of(tags)
+
+    def types_in(self, row: dict[str, Any]) -> list[str]:
+        """Return the types of a row's entities, each once."""
+        if self.spec.has_spans:
+            spans = self.spans(row)
+            return [] if isinstance(spans, str) else list(dict.fromkeys(s.label for s in spans))
+        tags = self.tags(row)
+        return [] if isinstance(tags, str) else types_of(tags)
+
+    def text(self, row: dict[str, Any]) -> RowText:
+        """Return the text of a row of words; of one that was typed, its words are found by rule."""
+        value = row.get(self.spec.tokens_column)
+        words = self.words(row)
+        typed = str(value) if words is None else ""
+        shown_places = words_of(typed)
+        words = words or [typed[start:end] for start, end in shown_places]
+        separator, places, at = self.spec.word_separator, [], 0
+        for word in words:
+            places.append((at, at + len(word)))
+            at += len(word) + len(separator)
+        text = separator.join(words)
+        if typed:
+            return RowText(text, places, typed, shown_places)
+        return RowText(text, places, text, places)
+
+    # -- what is wrong with it
+
+    def input_error(self, row: dict[str, Any], may_be_typed: bool = False) -> str:
+        """Return what is wrong with the words or the text of a row, or nothing.
+
+        Args:
+            row: The row.
+            may_be_typed: A text is allowed where words are expected.
+        """
+        if self.spec.has_spans:
+            return text_error(row, [str(self.spec.text_column)])
+        column = self.spec.tokens_column
+        value = row.get(column)
+        if isinstance(value, str) and list_in_cell(value) is None and may_be_typed:
+            return text_error(row, [column])
+        words = self.words(row)
+        if words is None:
+            if isinstance(value, list):
+                return f"column `{column}` holds a list with something else than words in it"
+            return f"column `{column}` {_said(value)}, not a list of words"
+        if not words:
+            return f"column `{column}` holds no words"
+        return ""
+
+    def target_error(self, row: dict[str, Any]) -> str:
+        """Return what is wrong with the tags or the spans of a row, or nothing."""
+        if self.spec.has_spans:
+            spans = self.spans(row)
+            return spans if isinstance(spans, str) else ""
+        tags = self.tags(row)
+        if isinstance(tags, str):
+            return tags
+        words = self.words(row) or []
+        if len(words) != len(tags):
+            return (
+                f"{counted(len(words), 'word')} in `{self.spec.tokens_column}`, and "
+                f"{counted(len(tags), 'tag')} in `{self.spec.tags_column}`"
+            )
+        error = tag_error(tags, self.scheme)
+        if error and self.scheme == "iob2" and "continues an entity" in error:
+            error += f" ({AS_BEGINNING})"
+        return f"column `{self.spec.tags_column}`: {error}" if error else ""
+
+    def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
+        """Return the problem of a row with a type that is no label."""
+        types = self.types
+        for kind in self.types_in(row):
+            if kind not in types:
+                hint = did_you_mean(kind, types, "the types are")
+                hint += "; fix the rows, or name it in `task.labels`"
+                return Problem(f"`{printable(kind, SHOWN)}` is not a type of entity", place, hint)
+        return None
+
+    # -- what the rows teach
+
+    def learn_form(self, splits: dict[str, Rows]) -> None:
+        """Find out the scheme of the tags.
+
+        Raises:
+            LoraError: If the tags are none of entities.
+        """
+        for rows in splits.values():
+            self.hub_names = rows.label_names.get(self.spec.tags_column, self.hub_names)
+        if self.spec.has_spans:
+            self.scheme, self.knows_scheme = "iob2", True
+            return
+        known = [splits["train"]] if "train" in splits else list(splits.values())
+        if self.knows_scheme or not known:
+            return
+        tags = (self.tags(row) for rows in known for row in rows)
+        found = Beginnings.of(some for some in tags if not isinstance(some, str))
+        if not found.has_outside and found.prefixes[""]:
+            raise LoraError(
+                f"no word has the tag `{OUTSIDE}`, and the tags have no prefixes such as B-",
+                self.recipe.at("task.tags_column"),
+                "this task finds entities among other words; a tag for every word (a part of "
+                "speech) is none. Is it the right column?",
+            )
+        self.scheme, self.knows_scheme = found.scheme, True
+
+    def learn(self, splits: dict[str, Rows]) -> None:
+        """Find the types of entities, and with them the labels.
+
+        Raises:
+            LoraError: If there are none; with the types in the data that are no labels.
+        """
+        if not self.labels:
+            self.labels = self._infer(splits)
+        problems = []
+        for name, rows in splits.items():
+            unknown: dict[str, Problem] = {}
+            for i, row in enumerate(rows):
+                problem = self.label_problem(row, "")
+                if problem is not None and problem.what not in unknown:
+                    unknown[problem.what] = Problem(problem.what, rows.place(i), problem.hint)
+            problems += list(unknown.values())[:PROBLEMS]
+            if len(unknown) > PROBLEMS:
+                what = f"{len(unknown) - PROBLEMS} more types of {name} are not labels"
+                problems.append(Problem(what, rows.source, "is it the right column?"))
+        if problems:
+            raise LoraError(problems)
+
+    def _infer(self, splits: dict[str, Rows]) -> list[str]:
+        at = self.recipe.at("task.labels")
+        if "train" not in splits:
+            hint = "name them in order: `--set 'task.labels=[O, B-PER, I-PER]'`"
+            raise LoraError("the labels are not known", at, hint)
+        rows = splits["train"]
+        if named := types_of(self.spec.tag_names or self.hub_names):
+            return iob2_labels(named)
+        types = {kind for row in rows for kind in self.types_in(row)}
+        if not types:
+            column = self.spec.spans_column or self.spec.tags_column
+            what = f"no row of the train split has an entity in `{column}`"
+            raise LoraError(what, rows.source, "is it the right column?")
+        if len(types) > 20 and len(types) > len(rows) / 2:
+            what = f"{counted(len(types), 'type')} of entities in {counted(len(rows), 'row')}"
+            where = self.recipe.at(
+                "task.spans_column" if self.spec.has_spans else "task.tags_column"
+            )
+            raise LoraError(what, where, "is it the right column? If it is, name `task.labels`")
+        return iob2_labels(sorted(types))
+
+
+def _said(value: Any) -> str:
+    """Return what a column holds, in words."""
+    if is_blank(value):
+        return "is blank"
+    if isinstance(value, str):
+        return f"holds `{printable(value, SHOWN)}`"
+    return f"holds {JSON_NAMES.get(type(value), 'something else')}"
+
+
+def spans_in_words(spans: Sequence[Span], places: Sequence[Place], text: str) -> list[Entity]:
+    """Return the entities of a text in its words.
+
+    Raises:
+        LoraError: If a span begins or ends inside a word.
+    """
+    starts = {start: i for i, (start, _) in enumerate(places)}
+    ends = {end: i for i, (_, end) in enumerate(places)}
+    found = []
+    for span in spans:
+        first, last = starts.get(span.start), ends.get(span.end)
+        if first is None or last is None:
+            cut = span.start if first is None else span.end
+            inside = next((p for p in places if p[0] < cut < p[1]), (span.start, span.end))
+            entity = f"`{printable(text[span.start : span.end], 40)}` ({span.label})"
+            token = f"the token `{printable(text[slice(*inside)], 40)}` of this model's tokenizer"
+            raise LoraError(
+                f"the span {span.start} to {span.end}, {entity}, cuts {token}",
+                hint="let it begin and end where a word does, or take a base with shorter tokens",
+            )
+        found.append(Entity(first, last + 1, span.label))
+    return found

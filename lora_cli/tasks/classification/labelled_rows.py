@@ -1,0 +1,278 @@
+"""Rows of a text, or two, with a label: which column is the label, and of which kind it is."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lora_cli.data.column_kinds import Column, as_number, flag
+from lora_cli.data.text_columns import content_of, listed, pair_of, text_of, text_reason
+from lora_cli.errors import LoraError, counted
+from lora_cli.tasks.proposal import NO_LABEL, BaseFacts, Certainty, Proposal, Table, proposed
+from lora_cli.tasks.texts.text_checks import check_texts
+
+# the stronger hints first; a column's place is that of the first group that its name matches
+LABEL_NAMES = [
+    re.compile(rf"(?i){before}({names})s?")
+    for before, names in (
+        ("", r"label|gold_label|class|target|y|(label|class|target)[ _]?(id|idx|index|no|number)"),
+        (r"(.*[_\W])?", "label|class|target"),
+        (r"(.*[_\W])?",
+         r"category|categorie|kategorie|intent|sentiment|emotion|topic|queue|polarity|stance|tag|"
+         r"genre|toxicity|spam|is_\w+|ラベル|カテゴリ|标签|метка|etiqueta|classe|klasse"),
+        (r"(.*[_\W])?",
+         r"rating|score|stars?|grade|similarity|priority|type|language|lang|answer|overall|"
+         r"sterne?|note|punkte?|points?|étoiles?|estrellas?|stelle|voto|評価|評点|点数|星|评分|평점|оценка"),
+    )
+]  # fmt: skip
+FEWEST_ROWS = 2.5  # of a label; training wants 2 of those that validation and test leave
+NO_ANSWER = {"-", "unsup", "unlabeled", "unlabelled"}  # labels that say there is none
+MOST_SMALL_NUMBERS = 20  # values of a column of small whole numbers that are labels
+PAIR_HINT = "; two texts that the label compares: `--text A --pair B`"
+ENOUGH_ROWS_PER_LABEL = 5  # of a label that nothing but its few values makes one
+
+
+def propose_labelled(table: Table, base: BaseFacts) -> Proposal | None:
+    """Return which label of a text, or of two, a table has; see `Task.propose`."""
+
+    def choose() -> Proposal | None:
+        columns, text, label, pair = table.columns, table.text, table.label, table.pair
+        found = labelled(columns, table.by_name, table.rows, table.place, text, label, pair)
+        if found is None and pair is not None:
+            what, hint = "two texts need a label that compares them", "name it: `--label COLUMN`"
+            raise LoraError(what, "--pair", f"{hint} ({listed(columns)})")
+        if found is not None:
+            found.check = lambda: check_texts(table, found)
+        return found
+
+    return proposed(choose, Certainty.LIKELY, of_error=Certainty.UNCLEAR)
+
+
+def labelled(
+    columns: Sequence[Column],
+    by_name: dict[str, Column],
+    rows: Sequence[dict[str, Any]],
+    place: str,
+    text: str | None,
+    label: str | None,
+    second: str | None = None,
+) -> Proposal | None:
+    """Return the task of a text with a label, or None if nothing is a label."""
+    if label == NO_LABEL and label not in by_name:
+        return None
+    others = [column for column in columns if column.name not in (text, second)]
+    chosen = by_name[label] if label is not None else _label_of(others, rows, place, text)
+    if chosen is None:
+        return None
+    if isinstance(chosen, Column) and text is not None and chosen.kind == "text":
+        return None  # a prompt and its completion
+    taken = {chosen.name} if isinstance(chosen, Column) else {c.name for c in chosen}
+    texts = [column for column in columns if column.name not in taken]
+    first = by_name[text] if text is not None else None
+    pair: tuple[Column, Column] | None
+    if second is not None:
+        rest = [column for column in texts if column.name != second]
+        pair = (first or text_of(rest, place, chosen, rows=rows), by_name[second])
+    else:
+        pair = None if first is not None else pair_of(texts)
+    first = first or (pair[0] if pair else text_of(texts, place, chosen, PAIR_HINT, rows))
+    keys = {"type": "sequence_classification", "text_column": first.name}
+    why = {"text_column": "chosen by you" if text is not None else text_reason(first, texts)}
+    inputs = [first.name]
+    if pair:
+        keys["text_pair_column"] = pair[1].name
+        why["text_column"] = f"with `{pair[1].name}`: two texts that the label compares"
+        inputs.append(pair[1].name)
+    more, reasons, labels = _label_keys(chosen, rows, place, label is not None)
+    return Proposal(keys | more, why | reasons, inputs, labels)
+
+
+def rank(column: Column) -> int:
+    """Return how clearly a name says that the column is the label; 0 is clearest."""
+    found = (i for i, names in enumerate(LABEL_NAMES) if names.fullmatch(column.name.strip()))
+    return next(found, len(LABEL_NAMES))
+
+
+def _label_of(
+    columns: Sequence[Column], rows: Sequence[dict[str, Any]], place: str, text: str | None
+) -> Column | list[Column] | None:
+    """Return the column of the label, or the columns of 0 and 1, or None."""
+    able = [column for column in columns if _may_be_label(column)]
+    ranked = sorted(able, key=rank)
+    named = [c for c in ranked if rank(c) < len(LABEL_NAMES) and rank(c) == rank(ranked[0])]
+    named = _without_renamings(named, rows)
+    flags = [c for c in able if c.kind == "binary"]
+    if _is_one_hot(flags, rows) and not any(c.kind != "binary" and rank(c) < 2 for c in named):
+        return flags
+    if len(named) == 1:
+        return named[0]
+    words = [column for column in able if column.kind != "number"]
+    able = _without_renamings(named or words or able, rows)
+    if not able and (measured := _measured(columns)) is not None:
+        return measured
+    if len(able) <= 1:
+        return able[0] if able else None
+    raise LoraError(
+        "which column is the label? It could be "
+        + " or ".join(f"`{column.name}`" for column in able[:6]),
+        place,
+        f"name it with `--label COLUMN`, or use `--label none` ({listed(columns)})",
+    )
+
+
+def _measured(columns: Sequence[Column]) -> Column | None:
+    """Return the only column of fractions, if two columns without names are a pair of texts."""
+    fractions = [column for column in columns if column.kind == "number" and column.has_fractions]
+    unnamed = pair_of(columns) is not None and columns[0].name == "column_1"
+    return fractions[0] if unnamed and len(fractions) == 1 else None
+
+
+def _may_be_label(column: Column) -> bool:
+    hinted = rank(column) < len(LABEL_NAMES)
+    if column.kind not in ("binary", "category", "number", "list") or len(column.counts) < 2:
+        return False
+    if column.is_id_by_name and rank(column) > 0:
+        return False
+    if column.kind == "number" and (column.has_fractions or len(column.counts) > 20):
+        return hinted
+    if hinted:
+        return column.rows_per_value > 1 or column.kind == "category"
+    if column.kind == "number" and not _are_small(column):
+        return False
+    return column.rows_per_value >= ENOUGH_ROWS_PER_LABEL
+
+
+def _are_small(column: Column) -> bool:
+    """Return whether the numbers of a column are few small whole ones, as labels and grades are."""
+    return len(column.counts) <= MOST_SMALL_NUMBERS and all(
+        re.fullmatch(r"-?\d{1,2}", value) for value in column.counts
+    )
+
+
+def _count_up(column: Column) -> bool:
+    """Return whether the values are the whole numbers from 0 or 1, each several times."""
+    if column.has_fractions or column.rows_per_value < 3:
+        return False
+    values = sorted(as_number(value) for value in column.counts)
+    return values[0] in (0, 1) and values[-1] - values[0] == len(values) - 1
+
+
+def _without_renamings(columns: list[Column], rows: Sequence[dict[str, Any]]) -> list[Column]:
+    """Return the columns without those that say the same as another, as numbers: words stay."""
+    if len(columns) < 2:
+        return columns
+    words = sorted(columns, key=lambda column: column.kind in ("number", "binary"))
+    kept: list[Column] = []
+    for column in words:
+        for other in kept:
+            pairs = {(str(row.get(column.name)), str(row.get(other.name))) for row in rows}
+            if len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}):
+                break
+        else:
+            kept.append(column)
+    return kept
+
+
+def _is_one_hot(flags: list[Column], rows: Sequence[dict[str, Any]]) -> bool:
+    """Return whether columns of 0 and 1 are labels: three or more, or two that exclude."""
+    if len(flags) != 2:
+        return len(flags) > 2
+    return all(sum(flag(row.get(c.name)) or 0 for c in flags) == 1 for row in rows)
+
+
+def _label_keys(
+    label: Column | list[Column], rows: Sequence[dict[str, Any]], place: str, given: bool
+) -> tuple[dict[str, Any], dict[str, str], Counter[str]]:
+    """Return the keys of the label, what says so, and how often each stands."""
+    if isinstance(label, list):
+        return _flag_keys(label, rows)
+    if label.kind in ("other", "blank", "openai", "sharegpt"):
+        what = f"`{label.name}` holds {content_of(label)}, no label"
+        raise LoraError(what, place, "name another with `--label COLUMN`")
+    if label.strays:
+        raise _stray_cells(label, place)
+    values = counted(len(label.counts), "value")
+    if given:
+        reason = f"chosen by you; {values}"
+    elif rank(label) < len(LABEL_NAMES):
+        reason = f"by its name and its {values}"
+    else:
+        reason = f"the only column with few values ({len(label.counts):,})"
+    keys: dict[str, Any] = {"label_column": label.name}
+    why = {"label_column": reason}
+    are_names = rank(label) < len(LABEL_NAMES) - 1 and label.kind == "number" and _count_up(label)
+    if are_names:
+        why["label_column"] += "; numbers that count up, so that they are names of labels"
+    elif label.kind == "number" and (label.has_fractions or len(label.counts) > 20):
+        keys["problem"] = "regression"
+        numbers = [as_number(value, label.numbers) for value in label.counts]
+        why["problem"] = f"numbers from {min(numbers):g} to {max(numbers):g}"
+        if label.numbers.decimal == ",":
+            why["problem"] += ", with decimal commas"
+        return keys, why, Counter()
+    if label.kind == "list":
+        keys["problem"] = "multi_label"
+        why["problem"] = "lists of labels"
+        if label.separator is not None:
+            keys["label_separator"] = label.separator
+            why["problem"] = "several labels in a row"
+        return keys, why, label.counts
+    keys["problem"] = "single_label"
+    if marks := _marks_without_answer(label.counts):
+        keys["skip_labels"] = marks
+        rows_of = sum(label.counts[mark] for mark in marks)
+        why["skip_labels"] = f"{counted(rows_of, 'row')} without an answer, left out"
+        kept = {name: times for name, times in label.counts.items() if name not in marks}
+        label = replace(label, counts=Counter(kept))
+    if len(label.counts) < 2:
+        hint = "nothing can be learned from it; name another with `--label COLUMN`"
+        raise LoraError(f"`{label.name}` has one value only", place, hint)
+    if label.kind == "text" or (len(label.counts) > 20 and label.rows_per_value < FEWEST_ROWS):
+        raise LoraError(
+            f"`{label.name}` has {counted(len(label.counts), 'value')} in "
+            f"{counted(label.count, 'row')}: no label",
+            place,
+            "for a prompt and its completion, name both: `--text PROMPT --label COMPLETION`",
+        )
+    return keys, why, label.counts
+
+
+def _flag_keys(
+    label: Sequence[Column], rows: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, str], Counter[str]]:
+    """Return the same for columns of 0 and 1."""
+    names = [column.name for column in label]
+    sums = Counter(sum(flag(row.get(name)) or 0 for name in names) for row in rows)
+    single = set(sums) == {1}
+    counts = Counter({c.name: sum(n for text, n in c.counts.items() if flag(text)) for c in label})
+    reason = "exactly one 1 in every row" if single else "any number of 1 in a row"
+    problem = "single_label" if single else "multi_label"
+    return (
+        {"label_columns": names, "problem": problem},
+        {"label_columns": "columns of 0 and 1", "problem": reason},
+        counts,
+    )
+
+
+def _stray_cells(label: Column, place: str) -> LoraError:
+    """Return the error of a column of numbers with cells that are none."""
+    cells = counted(len(label.strays), "cell")
+    shown = ", ".join(f"`{text[:40]}` in row {number:,}" for number, text in label.strays[:3])
+    more = ", …" if len(label.strays) > 3 else ""
+    return LoraError(
+        f"`{label.name}` holds numbers, except in {cells}: {shown}{more}",
+        f"{place}, row {label.strays[0][0]}",
+        "write a number there (or leave the cell empty: then its row is skipped)",
+    )
+
+
+def _marks_without_answer(counts: Counter[str]) -> list[str]:
+    """Return the labels that say that a row has none: `-` in SNLI, -1 beside 0, 1 and 2."""
+    found = [name for name in counts if name.lower() in NO_ANSWER]
+    others = {name for name in counts if name != "-1"}
+    if "-1" in counts and others == {str(i) for i in range(len(others))} and len(others) > 2:
+        found.append("-1")
+    return found if len(counts) - len(found) > 1 else []

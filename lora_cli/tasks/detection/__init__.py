@@ -1,0 +1,1 @@
+"""What finding objects in pictures needs: boxes, their labels and loss."""

@@ -1,0 +1,1 @@
+"""What drawing pictures from texts needs: captions, noise, the pipeline that draws."""

@@ -1,0 +1,403 @@
+"""Rows of a picture and what it shows, and how they become what a diffusion model learns from.
+
+An example has one picture, or two where pictures of a subject's class are trained with it: n of
+them, each with noise and a step of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lora_cli.data.captions import shuffled
+from lora_cli.data.load_rows import Rows
+from lora_cli.data.media import described, media_error, media_hash
+from lora_cli.data.picture_sizes import (
+    COARSE,
+    LEAST_COARSE,
+    apply_cut,
+    cut_to,
+    nearest_size,
+    sizes_for,
+)
+from lora_cli.data.pictures import PictureError, open_picture, picture_facts, thumbnail_of
+from lora_cli.data.readers import text_error
+from lora_cli.errors import LoraError, counted
+from lora_cli.models.diffusion_base import DiffusionBase, processor_hash
+from lora_cli.recipe import Recipe
+from lora_cli.recipe.spec import TextToImageSpec
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise
+from lora_cli.tasks.diffusion.prior_pictures import PriorPictures
+from lora_cli.tasks.examples import MAIN, Batch, Encoded, Example, Field
+from lora_cli.tasks.pictures.odd_pictures import FEATURES, odd_facts, odd_pictures, where
+
+ENCODING = 1  # of rows into examples; a change of it makes what is kept on the disk useless
+LATENTS, TEXTS, POOLED = "latents", "texts", "pooled"  # what frozen parts compute, where it is kept
+PRIOR = "prior"  # the term of the loss of a class's pictures
+
+
+@dataclass
+class _Seen:
+    """A picture as the model sees it.
+
+    Args:
+        pixels: (3, H, W), from -1 to 1.
+        sizes: Height and width of the file, what is cut at the top and left, height and width.
+    """
+
+    pixels: Tensor
+    sizes: list[int]
+
+
+class CaptionedPictures(Task):
+    """A task whose rows are a picture and what it shows."""
+
+    unit = "picture"
+    input_name = "text"
+    answer_hint = "write what the picture should show"
+    base: DiffusionBase
+    noise: DiffusionNoise
+    tokenizers: list[Any]
+
+    def __init__(self, recipe: Recipe, spec: TextToImageSpec) -> None:
+        super().__init__(recipe)
+        self.spec = spec
+        self.prior = None if spec.prior is None else PriorPictures(recipe, spec.prior)
+        self.positions: dict[str, int] = {}  # of the pictures of train, where they have a prior
+
+    # ------------------------------------------------------------------------------ rows
+
+    def fields(self) -> list[Field]:
+        """Return the columns of the caption, which the model reads, and of the picture."""
+        return [
+            Field("task.caption_column", self.spec.caption_column, "input", "text"),
+            Field("task.image_column", self.spec.image_column, "target", "image"),
+        ]
+
+    def needed_columns(self, training: bool = False) -> dict[str, str]:
+        """Return the columns that rows must have: no caption where all have the same."""
+        found = super().needed_columns(training)
+        if self.spec.caption is not None:
+            del found[self.recipe.at("task.caption_column")]
+        return found
+
+    def compared_columns(self) -> list[str]:
+        """Return the column of the picture: many pictures may show the same."""
+        return [self.spec.image_column]
+
+    def caption_of(self, row: dict[str, Any]) -> str:
+        """Return what a picture shows, on one line."""
+        own = self.spec.caption
+        text = row[self.spec.caption_column] if own is None else own
+        return " ".join(str(text).split())
+
+    def row_error(self, row: dict[str, Any], training: bool = False) -> str:
+        """Return what is wrong with a row, or nothing."""
+        if self.spec.caption is not None:
+            return self.target_error(row)
+        return self.target_error(row) or self._caption_error(row)
+
+    def _caption_error(self, row: dict[str, Any]) -> str:
+        value, picture = row.get(self.spec.caption_column), row[self.spec.image_column]
+        if value is None and picture["path"]:
+            name = Path(picture["path"])
+            return (
+                f"`{name.name}` has no caption: write one into `{name.stem}.txt` next to it, or "
+                "into a table, or set `task.caption` for all"
+            )
+        return self.input_error(row)
+
+    def input_error(self, row: dict[str, Any]) -> str:
+        """Return what is wrong with a text that is to be drawn, or nothing."""
+        return text_error(row, [self.spec.caption_column])
+
+    def target_error(self, row: dict[str, Any]) -> str:
+        """Return why a picture cannot be trained, or nothing; it is decoded."""
+        column = self.spec.image_column
+        return media_error(row, [column]) or self.picture_error(row[column])
+
+    def picture_error(self, value: dict[str, Any]) -> str:
+        """Return why a picture cannot be read, or is too small."""
+        facts = picture_facts(value)
+        if facts.error:
+            return f"`{described(value)}` {facts.error}"
+        width, height = self.size_of(facts.width, facts.height)
+        if self.spec.upscale or (facts.width >= width and facts.height >= height):
+            return ""
+        return (
+            f"`{described(value)}` has {facts.width} x {facts.height} pixels, and is seen as "
+            f"{width} x {height}: lower `task.resolution`, or `task.upscale: true` enlarges it"
+        )
+
+    def size_of(self, width: int, height: int) -> tuple[int, int]:
+        """Return the width and height in which a picture of some size is seen."""
+        spec = self.spec
+        if not spec.aspect_ratios:
+            return spec.resolution, spec.resolution
+        step = COARSE if spec.resolution >= LEAST_COARSE else self.divisor
+        sizes = sizes_for(spec.resolution, step, spec.max_aspect_ratio)
+        return nearest_size(width, height, sizes)
+
+    @property
+    def divisor(self) -> int:
+        """What the sides of pictures are divided by; 8 before the model is known."""
+        return self.base.divisor if hasattr(self, "base") else 8
+
+    def learn_from(self, splits: dict[str, Rows]) -> None:
+        """Number the pictures of train, so that each gets pictures of the class."""
+        if self.prior is not None and "train" in splits:
+            self.prior.read(self.picture_error)
+            hashes = [media_hash(row[self.spec.image_column]) for row in splits["train"]]
+            self.positions = {key: i for i, key in enumerate(dict.fromkeys(hashes))}
+
+    def shown_input(self, row: dict[str, Any]) -> str:
+        """Return what a picture shows."""
+        return self.caption_of(row)
+
+    def thumbnail(self, row: dict[str, Any]) -> str | None:
+        """Return a small copy of a row's picture, as a `data:` address."""
+        try:
+            return thumbnail_of(row[self.spec.image_column])
+        except PictureError:
+            return None
+
+    # -------------------------------------------------------------------------- examples
+
+    def cache_key(self) -> list[str]:
+        """Return what an encoded row depends on besides the row."""
+        keys = {
+            "image_column", "caption_column", "caption", "validation_draws", "resolution",
+            "aspect_ratios", "max_aspect_ratio",
+        }  # fmt: skip
+        own = f"{self.spec.model_dump_json(include=keys)} {self.divisor}"
+        prior = [] if self.prior is None else self.prior.cache_key()
+        return [f"captioned pictures {ENCODING}", own, processor_hash(self.tokenizers), *prior]
+
+    def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
+        """Return an example for each draw of noise in which a row is measured."""
+        draws = range(self.spec.validation_draws)
+        return [[{**self._example(row), "draw": i} for i in draws] for row in rows]
+
+    def encode_to_train(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
+        """Return an example for each row; where a class has pictures, one for each of these."""
+        if self.prior is None or not self.prior.pictures:
+            return [[self._example(row)] for row in rows]
+        found = []
+        for row in rows:
+            own = self._example(row)
+            position = self.positions[media_hash(row[self.spec.image_column])]
+            several = self.prior.pictures_of(position, len(self.positions))
+            found.append([{**own, "prior_image": picture} for picture in several])
+        return found
+
+    def _example(self, row: dict[str, Any]) -> Example:
+        value, caption = row[self.spec.image_column], self.caption_of(row)
+        facts = picture_facts(value)
+        width, height = self.size_of(facts.width, facts.height)
+        ids = self.ids_of(caption)
+        about = {"width": width, "height": height, "is_cut": self._is_cut(caption), "draw": 0}
+        named = {f"ids_{i}": some for i, some in enumerate(ids)}
+        return {"image": value, "caption": caption, **named, **about, **odd_facts(facts)}
+
+    def features(self) -> dict[str, str]:
+        """Return the types of an example."""
+        ids = {f"ids_{i}": "list<int32>" for i in range(len(self.tokenizers))}
+        sizes = dict.fromkeys(("width", "height", "draw"), "int32")
+        return {
+            "image": "media", "caption": "string", **ids, **sizes, "is_cut": "bool", **FEATURES,
+        }  # fmt: skip
+
+    def train_features(self) -> dict[str, str]:
+        """Return the types of an example that is trained."""
+        has_prior = self.prior is not None and self.prior.pictures
+        return {**self.features(), **({"prior_image": "media"} if has_prior else {})}
+
+    def ids_of(self, caption: str) -> list[list[int]]:
+        """Return the tokens of a caption for each text encoder, filled and cut to its length."""
+        how = {"padding": "max_length", "truncation": True}
+        return [
+            list(one(caption, max_length=one.model_max_length, **how)["input_ids"])
+            for one in self.tokenizers
+        ]
+
+    def _is_cut(self, caption: str) -> bool:
+        return any(
+            len(one(caption, verbose=False)["input_ids"]) > one.model_max_length
+            for one in self.tokenizers
+        )
+
+    def batch_groups(self, split: Encoded) -> NDArray[np.int64] | None:
+        """Return a number for each size in which pictures are seen."""
+        if not self.spec.aspect_ratios:
+            return None
+        columns = (split.examples.data.column(name).to_numpy() for name in ("width", "height"))
+        sizes = np.stack(list(columns), axis=1)
+        return np.unique(sizes, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+    def cost(self, example: Example) -> int:
+        """Return 1, or 2 with a picture of the class."""
+        return 2 if "prior_image" in example else 1
+
+    def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
+        """Return the size of an example's picture, and its caption."""
+        facts = picture_facts(example["image"])
+        seen = f"seen as {example['width']} x {example['height']}"
+        about = f"{described(example['image'])}: {facts.width} x {facts.height} pixels, {seen}"
+        if "prior_image" in example:
+            assert self.prior is not None
+            about += f"; with {described(example['prior_image'])} ({self.prior.spec.caption})"
+        return [], f"{about}\n{example['caption']}"
+
+    def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
+        """Return a warning of odd pictures, and of captions that are longer than is read."""
+        said = [odd_pictures(name, rows, examples)]
+        found = list(dict.fromkeys(int(examples[i]["row"]) for i in where(examples, "is_cut")))
+        if found:
+            most = min(one.model_max_length for one in self.tokenizers)
+            have = "has" if len(found) == 1 else "have"
+            said.append(
+                f"{counted(len(found), f'{name} caption')} {have} more than {most} tokens, of "
+                f"which the model reads the first: {rows.place(found[0])}"
+            )
+        return 0.0, "; ".join(filter(None, said)) or None
+
+    # ------------------------------------------------------------------------- in a step
+
+    def prepare(self, example: Example, rng: np.random.Generator, training: bool) -> Example:
+        """Return an example with its noise drawn, and its pictures decoded where that is needed.
+
+        What is drawn does not depend on what is kept, so that a run is the same without a cache.
+        """
+        draw, of = (0, 1) if training else (int(example["draw"]), self.spec.validation_draws)
+        # of a row's draws each has noise of its own, and one of the steps between which they lie
+        own = rng if training else rng.spawn(draw + 1)[draw]
+        values = [example["image"]]
+        captions = [[list(example[f"ids_{i}"]) for i in range(len(self.tokenizers))]]
+        if training and self.spec.shuffle_tags:
+            caption = shuffled(str(example["caption"]), self.spec.keep_tags, own)
+            captions = [self.ids_of(caption)]
+        if "prior_image" in example:
+            assert self.prior is not None
+            values.append(example["prior_image"])
+            captions.append(self.ids_of(self.prior.spec.caption))
+        drop = training and self.spec.caption_dropout > 0
+        dropped = [bool(drop and own.random() < self.spec.caption_dropout) for _ in values]
+        side = self.base.pixels_per_latent
+        size = (int(example["width"]), int(example["height"]))
+        shape = (self.base.latent_channels, size[1] // side, size[0] // side)
+        steps = [self.noise.draw_step(rng, draw, of) for _ in values]
+        found = {
+            **example,
+            "ids": captions,
+            "dropped": dropped,
+            "steps": steps,
+            "noise": torch.stack([self._noise(own, shape) for _ in values]),
+        }
+        if self.spec.latents == "sample":
+            found["sampled"] = torch.stack([_normal(own, shape) for _ in values])
+        self._add_pictures(found, values, size, own if training else None)
+        return found
+
+    def _noise(self, rng: np.random.Generator, shape: tuple[int, int, int]) -> Tensor:
+        noise = _normal(rng, shape)
+        if self.spec.noise_offset:
+            noise += self.spec.noise_offset * _normal(rng, (shape[0], 1, 1))
+        return noise
+
+    def _add_pictures(
+        self,
+        found: Example,
+        values: Sequence[dict[str, Any]],
+        size: tuple[int, int],
+        rng: np.random.Generator | None,
+    ) -> None:
+        """Add the pixels of an example's pictures where the latents are not kept, and the sizes."""
+        has_sizes = self.base.family.has_sizes
+        if LATENTS in found and not has_sizes:
+            return
+        seen = [self._seen(value, size, rng, LATENTS in found) for value in values]
+        if LATENTS not in found:
+            found["pixels"] = torch.stack([one.pixels for one in seen])
+        if has_sizes:
+            found["sizes"] = torch.tensor([one.sizes for one in seen])
+
+    def _seen(
+        self,
+        value: dict[str, Any],
+        size: tuple[int, int],
+        rng: np.random.Generator | None,
+        only_sizes: bool,
+    ) -> _Seen:
+        """Return a picture as the model sees it; `rng` augments it."""
+        facts = picture_facts(value)
+        width, height = facts.width, facts.height
+        place = (0.5, 0.5)
+        if rng is not None and self.spec.crop == "random":
+            place = (rng.random(), rng.random())
+        cut = cut_to(width, height, size, place)
+        pixels = torch.empty(0)
+        if not only_sizes:
+            image = self._opened(value)
+            values = np.asarray(apply_cut(image, cut), dtype=np.float32) / 127.5 - 1.0
+            if rng is not None and self.spec.flip and rng.random() < 0.5:
+                values = values[:, ::-1]
+            pixels = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+        return _Seen(pixels, [height, width, cut.top, cut.left, size[1], size[0]])
+
+    def _opened(self, value: dict[str, Any]) -> Any:
+        try:
+            return open_picture(value)
+        except PictureError as error:  # it was whole when the rows were checked
+            what = f"`{described(value)}` {error}; it was whole when the run began"
+            hint = "put the file back; a run that was interrupted goes on with `--resume`"
+            raise LoraError(what, str(value["path"] or ""), hint) from error
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Return the examples as one batch, whose pictures stand together by their size."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, example in enumerate(examples):
+            groups.setdefault(tuple(example["noise"].shape), []).append(i)
+        inputs: dict[str, Tensor] = {"steps": torch.tensor([one["steps"] for one in examples])}
+        for number, members in enumerate(groups.values()):
+            inputs[f"rows.{number}"] = torch.tensor(members)
+            for key in ("noise", "sampled", "pixels", LATENTS):
+                if key in examples[0]:
+                    together = [examples[i][key] for i in members]
+                    inputs[f"{key}.{number}"] = torch.stack(together)
+        for key in (TEXTS, POOLED, "sizes"):
+            if key in examples[0]:
+                inputs[key] = torch.stack([example[key] for example in examples])
+        self._add_captions(inputs, examples)
+        n_pictures = inputs["steps"].shape[1]
+        ones = torch.ones(len(examples))
+        items = {MAIN: ones}
+        if self.spec.prior is not None:
+            items[PRIOR] = ones if n_pictures > 1 else torch.zeros(len(examples))
+        rows = [example["row"] for example in examples]
+        return Batch(inputs, {}, items, len(examples) * n_pictures, rows)
+
+    def _add_captions(self, inputs: dict[str, Tensor], examples: Sequence[Example]) -> None:
+        """Add the tokens of the captions, where they are read, and those of the empty caption."""
+        dropped = torch.tensor([example["dropped"] for example in examples])
+        has_dropped = bool(dropped.any())
+        if has_dropped:
+            inputs["dropped"] = dropped
+        empty = self.ids_of("") if has_dropped else []
+        for i in range(len(self.tokenizers)):
+            if TEXTS not in inputs:
+                ids = [[of_one[i] for of_one in example["ids"]] for example in examples]
+                inputs[f"ids.{i}"] = torch.tensor(ids)
+            if has_dropped:
+                inputs[f"empty.{i}"] = torch.tensor([empty[i]])
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))

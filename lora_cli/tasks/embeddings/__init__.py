@@ -1,0 +1,1 @@
+"""What embeddings of texts need: their rows, losses and search."""

@@ -1,0 +1,293 @@
+"""Rows that a language model learns to write: conversations, prompts with answers, plain text."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from lora_cli.data.column_kinds import Column, is_blank
+from lora_cli.data.conversations import conversation_error
+from lora_cli.data.text_columns import TEXT_NAMES, listed, text_of, text_reason, unnested
+from lora_cli.data.unsupported_rows import unsupported
+from lora_cli.errors import LoraError, counted
+from lora_cli.tasks.classification.labelled_rows import LABEL_NAMES, rank
+from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
+from lora_cli.tasks.texts.text_checks import check_texts, reject_rows
+
+PROMPT_NAMES = [
+    ("prompt", "completion"), ("prompt", "response"), ("prompt", "chosen"), ("question", "answer"),
+    ("question", "response"), ("query", "response"), ("query", "answer"), ("input", "output"),
+    ("instruction", "response"), ("instruction", "completion"), ("source", "target"),
+    ("article", "summary"), ("document", "summary"), ("text", "summary"),
+    ("article", "highlights"), ("dialogue", "summary"), ("frage", "antwort"),
+]  # fmt: skip
+CONTEXT_NAMES = ("context", "input", "passage", "knowledge", "document")
+
+
+def propose_writing(table: Table, base: BaseFacts) -> Proposal | None:
+    """Return what of a table a language model would learn to write; see `Task.propose`."""
+    columns, by_name = table.columns, table.by_name
+    # a conversation may have a label too, and an encoder can learn nothing else
+    by_names = Certainty.NAMED if base.can_write else Certainty.UNSUITED
+    if table.are_lines and not table.names_columns:
+        first, second = columns
+        return proposed(
+            lambda: translation(first, second, table.place, base.can_write), Certainty.ONLY
+        )
+    if (pair := _named_pair(table)) is not None:
+        return proposed(lambda: _checked(prompt_and_completion(*pair), table, base), by_names)
+    written = None
+    if not table.names_columns:
+        try:
+            require_conversations(by_name, table.place)
+            written = spoken(columns, table.place, base.can_write)
+        except LoraError as error:
+            return Proposal({}, {}, [], certainty=Certainty.NAMED, error=error)
+        written = written or conversation(columns, table.rows) or prompts(by_name)
+    if written is None:
+        return proposed(
+            lambda: _checked(
+                plain(columns, by_name, table.rows, table.place, table.text), table, base
+            ),
+            Certainty.FALLBACK,
+        )
+
+    def complete() -> Proposal:
+        require_context(written, by_name, table.place)
+        return _checked(written, table, base)
+
+    return proposed(complete, by_names)
+
+
+def _checked(chosen: Proposal, table: Table, base: BaseFacts) -> Proposal:
+    """Return a proposal with the check that a model can learn it."""
+
+    def check() -> None:
+        check_texts(table, chosen)
+        if not base.can_write:
+            raise _no_label(table, chosen, base)
+        if chosen.is_chat or "prompt_column" in chosen.keys:
+            _require_supported(table, chosen)
+
+    chosen.check = check
+    return chosen
+
+
+def _require_supported(table: Table, chosen: Proposal) -> None:
+    """Reject rows that only look like conversations, or like prompts with their answers.
+
+    Raises:
+        LoraError: If a row holds what no task reads, or none holds a conversation to be trained.
+    """
+    place = table.place
+    reject_rows(table.rows, place, unsupported)
+    if not chosen.is_chat:
+        return
+    talks = [column.name for column in table.columns if column.kind in ("openai", "sharegpt")]
+    if len(talks) > 1:
+        what = f"the columns `{'` and `'.join(talks)}` all hold turns of conversations"
+        hint = "put the turns of a row into one column, in their order"
+        raise LoraError(what, place, hint)
+    form, column = chosen.keys["format"], chosen.keys.get("messages_column")
+    errors = [conversation_error(row, form, column) for row in table.rows]
+    if all(errors):
+        hint = "each row has a list of turns, of which one at least is the assistant's"
+        raise LoraError(f"no row can be trained: {errors[0]}", f"{place}, row 1", hint)
+
+
+def _no_label(table: Table, chosen: Proposal, base: BaseFacts) -> LoraError:
+    """Return the error of texts that an encoder, or an encoder-decoder, cannot learn."""
+    columns, place = table.columns, table.place
+    what = chosen.why.get("", "text without a label").removesuffix(" without a label")
+    hint = f"name the label with `--label COLUMN` ({listed(columns)}), or use a language model"
+    for column in columns:
+        if rank(column) < len(LABEL_NAMES) and column.kind == "other":
+            hint = unnested(column, table.rows, place)
+            return LoraError(f"`{column.name}` holds objects", place, hint)
+        if rank(column) < len(LABEL_NAMES) and len(column.counts) == 1:
+            value = next(iter(column.counts))
+            return LoraError(f"`{column.name}` has one value only, `{value}`", place, hint)
+    because = "the model is an encoder, which cannot continue a text"
+    if base.is_encoder_decoder:
+        because = "the model writes one text of another, and there is one text"
+        hint = hint.replace("name the label", "name a second text or a label")
+    return LoraError(f"the rows have {what}, but no label, and {because}", place, hint)
+
+
+def _named_pair(table: Table) -> tuple[Column, Column] | None:
+    """Return the prompt and the completion that the user names: two columns of text."""
+    if table.text is None or table.label not in table.by_name:
+        return None
+    asked, said = table.by_name[table.text], table.by_name[table.label]
+    return (asked, said) if said.kind == "text" else None
+
+
+def spoken(columns: Sequence[Column], place: str, can_write: bool) -> Proposal | None:
+    """Return the text that belongs to files of sound or pictures, as a language model may learn it.
+
+    Raises:
+        LoraError: If there is nothing else that the model could learn.
+    """
+    files = next((column for column in columns if column.kind == "file"), None)
+    if files is None or any(column.kind in ("text", "openai", "sharegpt") for column in columns):
+        return None
+    texts = [c for c in columns if c.kind == "category" and TEXT_NAMES.fullmatch(c.name.strip())]
+    if can_write and len(texts) == 1:
+        why = f"what belongs to the files in `{files.name}`, which a language model does not read"
+        keys = {"type": "causal_lm", "text_column": texts[0].name}
+        return Proposal(keys, {"": "text without a label", "text_column": why}, [texts[0].name])
+    example = next(iter(files.counts))
+    raise LoraError(
+        f"the rows are about files of sound or pictures (`{files.name}`: {example}), which the "
+        "model does not read",
+        place,
+        "to learn from the other columns alone, name them: `--text COLUMN --label COLUMN` "
+        f"({listed(columns)})",
+    )
+
+
+def conversation(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> Proposal | None:
+    """Return the task of conversations, however they are stored."""
+    for column in columns:
+        if column.kind in ("openai", "sharegpt"):
+            says = "role and content" if column.kind == "openai" else "from and value"
+            return Proposal(
+                {"type": "causal_lm", "messages_column": column.name, "format": column.kind},
+                {
+                    "": f"conversations in `{column.name}`",
+                    "messages_column": f"lists of turns with {says}",
+                },
+                [column.name],
+            )
+    kinds = {column.name: column for column in columns}
+    if "instruction" in kinds and _has_instances(kinds.get("instances"), rows):
+        return Proposal(
+            {"type": "causal_lm", "format": "self_instruct"},
+            {
+                "": "the columns instruction and instances",
+                "format": "each instance is an input and its output",
+            },
+            ["instruction", "instances"],
+        )
+    if not {"instruction", "output"} <= set(kinds) or kinds["output"].kind in ("other", "blank"):
+        return None
+    filled = sum(not is_blank(row.get("input")) for row in rows)
+    return Proposal(
+        {"type": "causal_lm", "format": "alpaca"},
+        {
+            "": "the columns instruction and output",
+            "format": f"instruction, input (filled in {counted(filled, 'row')}) and output",
+        },
+        [name for name in ("instruction", "input", "output") if name in kinds],
+    )
+
+
+def _has_instances(column: Column | None, rows: Sequence[dict[str, Any]]) -> bool:
+    """Return whether a column holds lists of inputs with their outputs."""
+    if column is None or column.kind != "other":
+        return False
+    values = [value for row in rows if isinstance(value := row.get(column.name), list) and value]
+    good = sum(isinstance(value[0], dict) and "output" in value[0] for value in values)
+    return good > 0.9 * len(rows)
+
+
+def prompts(by_name: dict[str, Column]) -> Proposal | None:
+    """Return the task of a prompt and its completion, where two names say so."""
+    lower = {name.lower(): column for name, column in by_name.items()}
+    for prompt, completion in PROMPT_NAMES:
+        asked, said = lower.get(prompt), lower.get(completion)
+        strong = prompt == "prompt"  # no other task calls its columns so
+        if asked is None or said is None or asked.kind in ("other", "list", "blank"):
+            continue
+        if said.kind == "text" or (strong and said.kind not in ("other", "list", "blank")):
+            return prompt_and_completion(asked, said)
+        if said.rows_per_value < 2 and said.kind in ("category", "number", "id"):
+            return prompt_and_completion(asked, said)
+    return None
+
+
+def require_context(chosen: Proposal, by_name: dict[str, Column], place: str) -> None:
+    """Reject a prompt whose context is in a third column, which the model would not see.
+
+    Raises:
+        LoraError: If there is such a column, as in Dolly and in SQuAD.
+    """
+    if "prompt_column" not in chosen.keys:
+        return
+    for name, column in by_name.items():
+        if name.lower() in CONTEXT_NAMES and name not in chosen.inputs and column.kind == "text":
+            asked, said = chosen.keys["prompt_column"], chosen.keys["completion_column"]
+            new = f"instruction: .{asked}, input: .{name}, output: .{said}"
+            source = shlex.quote(place)
+            raise LoraError(
+                f"`{name}` belongs to the prompt in {counted(column.count, 'row')}, and a recipe "
+                "has one column for it",
+                place,
+                f"join them: `jq -c '{{{new}}}' {source} > joined.jsonl`; or train without it: "
+                f"`--text {shlex.quote(asked)} --label {shlex.quote(said)}`",
+            )
+
+
+def require_conversations(by_name: dict[str, Column], place: str) -> None:
+    """Reject rows that are single messages of conversations, as in oasst1.
+
+    Raises:
+        LoraError: If they are.
+    """
+    if {"message_id", "parent_id", "role", "text"} <= set(by_name):
+        raise LoraError(
+            "each row is one message of a conversation, which `parent_id` puts together",
+            place,
+            "write each conversation as a row, with a list `messages` of role and content",
+        )
+
+
+def prompt_and_completion(asked: Column, said: Column) -> Proposal:
+    """Return the task of two columns, of which the second answers the first."""
+    return Proposal(
+        {
+            "type": "causal_lm",
+            "prompt_column": asked.name,
+            "completion_column": said.name,
+            "separator": "\n",
+        },
+        {
+            "": f"`{asked.name}` and its answer `{said.name}`",
+            "prompt_column": f"{asked.characters:.0f} characters on average; read, not trained",
+            "completion_column": f"{said.characters:.0f} characters on average",
+            "separator": "a new line between them",
+        },
+        [asked.name, said.name],
+    )
+
+
+def translation(first: Column, second: Column, place: str, can_write: bool) -> Proposal:
+    """Return the task of two text files paired line by line.
+
+    Raises:
+        LoraError: If the model cannot write.
+    """
+    if not can_write:
+        what = "an encoder writes no text, so it cannot learn one file from the other"
+        raise LoraError(what, place, "use a language model")
+    chosen = prompt_and_completion(first, second)
+    chosen.why[""] = f"a line of `{second.name}` answers the same line of `{first.name}`"
+    return chosen
+
+
+def plain(
+    columns: Sequence[Column],
+    by_name: dict[str, Column],
+    rows: Sequence[dict[str, Any]],
+    place: str,
+    text: str | None,
+) -> Proposal:
+    """Return the task of text alone."""
+    column = by_name[text] if text is not None else text_of(columns, place, None, rows=rows)
+    why = "chosen by you" if text is not None else text_reason(column, columns)
+    return Proposal(
+        {"type": "causal_lm", "text_column": column.name},
+        {"": "text without a label", "text_column": why},
+        [column.name],
+    )

@@ -1,0 +1,1 @@
+"""What tasks that see pictures share."""

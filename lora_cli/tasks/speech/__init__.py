@@ -1,0 +1,1 @@
+"""What tasks that hear speech share: recordings and transcripts."""

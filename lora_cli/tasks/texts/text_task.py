@@ -1,0 +1,408 @@
+"""What tasks share whose rows are texts: a tokenizer, lengths in tokens, padding."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lora_cli.data.load_rows import Rows
+from lora_cli.data.row_texts import text_of
+from lora_cli.errors import LoraError, counted
+from lora_cli.models.base_facts import base_facts, save_tokenizer, trained_tokenizer
+from lora_cli.models.base_model import load_config, load_tokenizer
+from lora_cli.models.vocabulary import grow_vocabulary, trained_token_ids
+from lora_cli.recipe import Recipe
+from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import Batch, Example
+from lora_cli.tasks.texts.control_tokens import ControlTokens
+from lora_cli.tasks.texts.padding import (
+    RIGHT,
+    Padding,
+    fill,
+    logits_by_length,
+    mask_of,
+    positions_of,
+)
+from lora_cli.tasks.texts.shared_rows import (
+    NOT_FOR_THE_MODEL,
+    TEXT_OF_TOKEN,
+    logits_of_shared_rows,
+    row_width,
+    share_rows,
+)
+from lora_cli.tasks.texts.unknown_tokens import MOST_UNKNOWN, count_unknown, unknown_warning
+
+# RoBERTa and its kin count positions from behind the padding token's id
+POSITIONS_AFTER_PADDING = {
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke",
+    "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+ENCODING = 2  # of rows into examples; a change of it makes what is kept on the disk useless
+POSITIONS = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
+CONFIG_KEYS = ("vocab_size", "eos_token_id", "is_encoder_decoder")  # what `encode` checks
+TRIAL_TEXT = (
+    "the film was not as good as the book , but its music and the cast are worth a second look"
+)
+
+
+class TextSpec(Protocol):
+    """What the `task` section of every text task has."""
+
+    max_length: int
+
+    @property
+    def split_special_tokens(self) -> bool | None:
+        """Whether control tokens that are spelled out are read as text."""
+
+    @property
+    def model_fields_set(self) -> set[str]:
+        """The keys that the recipe itself has."""
+
+
+class TextTask(Task):
+    """A task whose model reads tokens of texts."""
+
+    spec: TextSpec
+    """The recipe's `task` section."""
+    input_name = "text"
+    answer_hint = "write another text"
+    forward_options: dict[str, Any] = {}
+    """What the model's forward is given besides a batch, if it takes it."""
+    padding: Padding = RIGHT
+    """How rows of different lengths become one batch; `fit_to_model` chooses it by the model."""
+    looks_back_only: bool = False
+    """Whether no token may see those that come after it."""
+    can_fill_left: bool = True
+    """Whether rows may be filled on the left."""
+    length_key: str = "task.max_length"
+    """The recipe key that limits what the model reads."""
+    pad_multiple: int = 1
+    """Batches are padded to a multiple of this many tokens."""
+    first_position: int | None = None
+    """Where positions start, if texts share rows; `fit_to_model` finds whether they may."""
+    can_share_rows: bool = False
+    """Whether texts may share rows, if the model's answers stay the same."""
+    answers_tokens: bool = False
+    """Whether every token gets an answer, or the text as a whole."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.n_control_rows = 0  # answered since the last warning, with a control token in them
+        self.tokenizer: PreTrainedTokenizerBase
+
+    def load_processor(self) -> None:
+        """Load the tokenizer and the model's configuration."""
+        if self.trained_in is None:
+            self.tokenizer = load_tokenizer(self.recipe)
+        else:
+            self.tokenizer = trained_tokenizer(self.trained_in, self.recipe)
+        self.control_tokens = ControlTokens(self.tokenizer)
+        self.config = load_config(self.recipe)
+        self.learned.token_ids = trained_token_ids(self.tokenizer, self.recipe)
+        if self.recipe.model.add_tokens:
+            text_config = self.config.get_text_config()
+            text_config.vocab_size = max(text_config.vocab_size, len(self.tokenizer))
+
+    def read_config(self) -> None:
+        """Read the model's configuration; and the tokenizer, where the recipe names tokens."""
+        if self.recipe.model.add_tokens or self.recipe.adapter.train_tokens:
+            self.load_processor()
+        else:
+            super().read_config()
+
+    @property
+    def reads_control_tokens(self) -> bool:
+        """Whether a control token that is spelled out in a text is read as the token."""
+        return not self.spec.split_special_tokens
+
+    @property
+    def text_tokenizer(self) -> PreTrainedTokenizerBase:
+        """What reads the texts of rows: the tokenizer, or a copy that knows no control tokens."""
+        return self.tokenizer if self.reads_control_tokens else self.control_tokens.plain
+
+    def save_processor(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
+        """Write the tokenizer that was trained with, and its chat template, into a folder."""
+        save_tokenizer(folder, self.tokenizer, self.recipe, facts)
+
+    @property
+    def base_facts(self) -> dict[str, Any]:
+        """What of the base decides the computation besides its tensors."""
+        return base_facts(self.config, self.tokenizer)
+
+    @property
+    def max_length(self) -> int:  # type: ignore[override]
+        """The recipe's `max_length`, or what the model can take if that is less."""
+        limits = [self.spec.max_length, int(self.tokenizer.model_max_length)]
+        return min(limits + ([] if self.positions is None else [self.positions]))
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that the model has positions for, if that is limited."""
+        config = self.config.get_text_config()
+        count = next((c for key in POSITIONS if (c := getattr(config, key, None))), None)
+        if count is None or count < 0:
+            return None
+        if config.model_type in POSITIONS_AFTER_PADDING:
+            return max(int(count) - int(config.pad_token_id) - 1, 1)
+        return int(count)
+
+    @property
+    def length_note(self) -> str | None:
+        """What to say of a `max_length` that is more than the model can take, if it is."""
+        asked = self.spec.max_length
+        if self.max_length == asked or "max_length" not in self.spec.model_fields_set:
+            return None
+        whose = "the model has positions for"
+        if self.positions is None or self.max_length < self.positions:
+            whose = "the tokenizer allows"
+        return (
+            f"warning: `task.max_length` is {asked}, and {whose} "
+            f"{counted(self.max_length, 'token')}: longer texts are cut there"
+        )
+
+    @property
+    def longer_hint(self) -> str:
+        """What to do where texts are too long: raise `max_length`, if the model allows it."""
+        if self.max_length < self.spec.max_length:
+            most = counted(self.max_length, "token")
+            return f"the model takes no more than {most}: shorten the texts"
+        limits = [self.positions, int(self.tokenizer.model_max_length)]
+        if self.max_length in limits:
+            most = counted(self.max_length, "token")
+            return f"the model takes no more than {most}: shorten the texts"
+        return "raise `task.max_length`"
+
+    def require_known_tokens(self, ids: Sequence[int]) -> None:
+        """Reject token ids that the model's embedding does not have.
+
+        Raises:
+            LoraError: With the first such token; the caller adds the row.
+        """
+        size = getattr(self.config.get_text_config(), "vocab_size", None)
+        if size is None or not ids or max(ids) < size:
+            return
+        odd = next(token for token in ids if token >= size)
+        raise LoraError(
+            f"the token `{self.tokenizer.convert_ids_to_tokens(odd)}` has the id {odd}, and the "
+            f"model's embedding ends at {size - 1}",
+            self.recipe.at("model.name"),
+            "the tokenizer and the model do not belong together: copy or download both again",
+        )
+
+    @property
+    def layout(self) -> str:  # type: ignore[override]
+        """How the texts of a batch lie in its tensors, in words."""
+        if self.first_position is not None:
+            return "texts share rows"
+        return str(self.padding) if self.padding.side == "none" else f"filled {self.padding}"
+
+    @property
+    def same_in_any_batch(self) -> bool:  # type: ignore[override]
+        """Whether texts may share rows, which was tried on the model."""
+        return self.first_position is not None
+
+    # -- examples
+
+    def cost(self, example: Example) -> int:
+        """Return the tokens of an example."""
+        return len(example["input_ids"])
+
+    def check_examples(self, examples: Sequence[Example]) -> None:
+        """Reject tokens that the model's embedding does not have."""
+        # of each example the highest: to ask for each token takes long
+        self.require_known_tokens([max(e["input_ids"], default=0) for e in examples])
+
+    def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
+        """Return the text of an encoded example."""
+        return [], str(self.tokenizer.decode(example["input_ids"]))
+
+    def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
+        """Return the share of tokens that stand for what the tokenizer does not know."""
+        if hasattr(examples, "data"):  # without making Python's lists of them
+            chunks = examples.data.column("input_ids").chunks
+            ids = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
+            lengths = examples.data.column("length").to_numpy()
+        else:
+            ids = [np.asarray(example["input_ids"], dtype=np.int64) for example in examples]
+            lengths = np.array([len(tokens) for tokens in ids], dtype=np.int64)
+        if not len(lengths):
+            return 0.0, None
+        found = count_unknown(self.tokenizer, np.concatenate(ids), np.cumsum(lengths))
+        if found.first is None or found.share <= MOST_UNKNOWN:
+            return found.share, None
+        row = int(examples[found.first]["row"])
+        texts = [text_of(rows[row], self.compared_columns())]
+        place = rows.place(row)
+        return found.share, unknown_warning(self.tokenizer, name, found.share, place, texts)
+
+    # -- model
+
+    def load_model(
+        self, device: torch.device, dtype: torch.dtype | str | None = None
+    ) -> tuple[nn.Module, list[str]]:
+        """Return the base model, and the names of the modules that are new in it."""
+        # attention plans and picks its kernels again for every new length
+        self.pad_multiple = 8 if device.type == "cuda" else 1
+        model, new = super().load_model(device, dtype)
+        grow_vocabulary(model, self.tokenizer, self.recipe.model.add_tokens)
+        return model, new
+
+    def empty_model(self) -> tuple[nn.Module, list[str]]:
+        """Return the same without weights."""
+        model, new = super().empty_model()
+        if self.recipe.model.add_tokens:
+            grow_vocabulary(model, self.tokenizer, self.recipe.model.add_tokens)
+        return model, new
+
+    def fit_to_model(self, model: nn.Module, longest: int | None = None) -> None:
+        """Choose how rows of different lengths are padded, by trying it on the model."""
+        from lora_cli.tasks.texts.padding_check import choose_padding
+
+        choose_padding(self, model, longest)
+
+    def fit_as(self, other: Task) -> None:
+        """Pad as another instance of the task does."""
+        assert isinstance(other, TextTask)
+        self.padding, self.first_position = other.padding, other.first_position
+
+    def try_training(self, model: nn.Module, longest: int | None = None) -> None:
+        """Compute a short and a long row as in training."""
+        from lora_cli.tasks.texts.padding_check import check_training
+
+        check_training(self, model, longest)
+
+    @abstractmethod
+    def trial_examples(self, length: int) -> tuple[Example, Example]:
+        """Return a short example and one of about `length` tokens, to try the model on."""
+
+    def output_length(self, example: Example) -> int:
+        """Return how many tokens of an example the model gives scores for, if for each."""
+        return len(example["input_ids"])
+
+    def check_trial(self, model: nn.Module, example: Example, logits: Tensor) -> None:
+        """Check what the task needs of the model's outputs for one example, if anything.
+
+        Raises:
+            LoraError: If the model is of no use for the task.
+        """
+
+    def probe(self) -> dict[str, Tensor]:
+        """Return random tokens, the same every time.
+
+        Each row ends with an end-of-text token and has no other: an encoder-decoder classifies by
+        it.
+        """
+        generator = torch.Generator().manual_seed(0)
+        length = min(32, self.max_length)
+        vocabulary = min(len(self.tokenizer), int(self.config.get_text_config().vocab_size))
+        end = self.config.eos_token_id
+        ends = {end} if isinstance(end, int) else set(end or ())
+        others = torch.tensor([i for i in range(vocabulary) if i not in ends])
+        ids = others[torch.randint(0, len(others), (4, length), generator=generator)]
+        if ends:
+            ids[:, -1] = min(ends)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def inputs_of(
+        self,
+        texts: Mapping[str, Sequence[Sequence[int] | NDArray[Any]]],
+        fill_with: Mapping[str, int],
+    ) -> dict[str, Tensor]:
+        """Return the texts of a batch as the model reads them: padded, or in shared rows.
+
+        Args:
+            texts: For `input_ids`, and whatever else a token has, one sequence a text.
+            fill_with: What each is filled with.
+        """
+        ids = texts["input_ids"]
+        if self.first_position is not None:
+            lengths = [len(text) for text in ids]
+            width = row_width(lengths, self.positions, self.pad_multiple)
+            n_answers = -(-max(lengths) // self.pad_multiple) * self.pad_multiple
+            answers = n_answers if self.answers_tokens else None
+            return share_rows(texts, fill_with, width, self.first_position, answers)
+        options = (self.pad_multiple, self.padding)
+        inputs = {key: fill(rows, fill_with[key], *options) for key, rows in texts.items()}
+        inputs["attention_mask"] = mask_of(ids, *options)
+        if self.padding.positions:
+            inputs["position_ids"] = positions_of(inputs["attention_mask"])
+        return inputs
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the model's logits: (B, C), or (B, T, V)."""
+        return self.logits(model, batch.inputs)
+
+    def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the model's outputs for the inputs of a batch: (B, C), or (B, T, V)."""
+        takes = forward_parameters(type(model).forward)
+        options = {key: value for key, value in self.forward_options.items() if key in takes}
+        if TEXT_OF_TOKEN in inputs:
+            if "**" not in takes:
+                inputs = {k: v for k, v in inputs.items() if k in takes or k in NOT_FOR_THE_MODEL}
+            return logits_of_shared_rows(model, inputs, options)
+        if self.padding.side == "none" and "attention_mask" in inputs:
+            lengths = inputs["attention_mask"].sum(-1)
+            return logits_by_length(model, self._taken(inputs, takes), lengths, options)
+        logits: Tensor = model(**self._taken(inputs, takes), **options).logits
+        return logits
+
+    @staticmethod
+    def _taken(inputs: dict[str, Tensor], takes: frozenset[str]) -> dict[str, Tensor]:
+        """Return the inputs without a mask that the model would not know."""
+        if "attention_mask" in takes or "**" in takes:
+            return inputs
+        return {key: value for key, value in inputs.items() if key != "attention_mask"}
+
+    # -- answers
+
+    def control_token_in(self, row: dict[str, Any]) -> str | None:
+        """Return the first control token that is spelled out in what the model reads of a row."""
+        columns = [*self.input_columns().values(), *self.more_text_columns()]
+        return self.control_tokens.first_in([row.get(column) for column in columns])
+
+    def more_text_columns(self) -> list[str]:
+        """Return other columns whose texts the model reads or writes, where a row has them."""
+        return []
+
+    def note_control_tokens(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Count the rows to be answered in which a control token is spelled out."""
+        self.n_control_rows += sum(self.control_token_in(row) is not None for row in rows)
+
+    def take_warnings(self) -> list[str]:
+        """Return what a user should know of the answers since the last call, each with a count."""
+        count, self.n_control_rows = self.n_control_rows, 0
+        how = "as tokens: `--set task.split_special_tokens=true` reads them as text"
+        how = how if self.reads_control_tokens else "as text"
+        what = f"{counted(count, 'row')} with control tokens in the text; they are read {how}"
+        return [what] if count else []
+
+    def cache_key(self) -> list[str]:
+        """Return what an encoded row depends on besides the row."""
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        state = backend.to_str() if backend is not None else str(tokenizer.get_vocab())
+        template = str(getattr(tokenizer, "chat_template", None))
+        digest = hashlib.sha256(f"{state}{template}".encode()).hexdigest()
+        how = f"encoding {ENCODING}"
+        known = [getattr(self.config.get_text_config(), key, None) for key in CONFIG_KEYS]
+        task = self.recipe.task.model_dump_json()
+        return [how, task, digest, str(self.max_length), str(known)]
+
+
+@functools.cache
+def forward_parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of what a model's forward takes, and `**` if it takes any other too."""
+    parameters = inspect.signature(forward).parameters.values()
+    any_other = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return frozenset({p.name for p in parameters} | ({"**"} if any_other else set()))
