@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[1] / "scripts" / "pretrain"
 
 
 def load(monkeypatch: pytest.MonkeyPatch, script: str) -> ModuleType:

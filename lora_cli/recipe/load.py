@@ -266,69 +266,77 @@ def _is_set(data: dict[str, Any], key: str, said: Collection[str]) -> bool:
     return bool(around & set(said)) and value not in EXCLUDES_NOTHING
 
 
+class _Paths:
+    """Makes the paths of a recipe absolute, and collects those that are not what they should be."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.problems: list[Problem] = []
+
+    def start_of(self, key: str) -> Path:
+        return Path.cwd() if self.recipe.is_overridden(key) else self.folder
+
+    def check(self, key: str, value: str, start: Path) -> None:
+        problem = path_problem(value, self.recipe.at(key), start)
+        self.problems.extend([problem] if problem is not None else [])
+
+    def absolute(self, key: str, value: str) -> str:
+        start = self.start_of(key)
+        self.check(key, value, start)
+        return str((start / expanded(value)).absolute())
+
+    def named(self, key: str, value: str) -> str:
+        """Return a folder, or what has another meaning, such as a Hub id."""
+        start = self.start_of(key)
+        if value.startswith((".", "/", "~")) or os.path.isdir(start / expanded(value)):
+            return self.absolute(key, value)
+        self.check(key, value, start)
+        return value
+
+    def of_rows(self, source: SourceSpec, section: str) -> dict[str, str]:
+        """Return the absolute paths of where rows come from, by key."""
+        found = {}
+        if source.path is not None:
+            found["path"] = self.absolute(f"{section}.path", source.path)
+        if source.name is not None:
+            found["name"] = self.named(f"{section}.name", source.name)
+        for key in ("train", "validation", "test"):
+            value = getattr(source, key)
+            # with a Hub data set, `train` may be anything but a file
+            if not source.name and isinstance(value, str) and is_file(value.strip()):
+                found[key] = self.absolute(f"{section}.{key}", value)
+        return found
+
+
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Return a recipe whose paths are absolute; that of the output stays as it is, but for `~`.
 
     Raises:
         LoraError: With every path that is not what its author means.
     """
-    problems: list[Problem] = []
-
-    def start_of(key: str) -> Path:
-        return Path.cwd() if recipe.is_overridden(key) else folder
-
-    def check(key: str, value: str, start: Path) -> None:
-        problem = path_problem(value, recipe.at(key), start)
-        problems.extend([problem] if problem is not None else [])
-
-    def absolute(key: str, value: str) -> str:
-        check(key, value, start_of(key))
-        return str((start_of(key) / expanded(value)).absolute())
-
-    def named(key: str, value: str) -> str:
-        """Return a folder, or what has another meaning, such as a Hub id."""
-        if value.startswith((".", "/", "~")) or os.path.isdir(start_of(key) / expanded(value)):
-            return absolute(key, value)
-        check(key, value, start_of(key))
-        return value
-
-    paths = {"model.name": named("model.name", recipe.model.name)}
+    own = _Paths(recipe, folder)
+    paths = {"model.name": own.named("model.name", recipe.model.name)}
     if recipe.adapter.from_:
-        paths["adapter.from_"] = named("adapter.from", recipe.adapter.from_)
+        paths["adapter.from_"] = own.named("adapter.from", recipe.adapter.from_)
     if recipe.train.distill is not None:
         key = "train.distill.teacher"
-        paths[key] = named(key, recipe.train.distill.teacher)
+        paths[key] = own.named(key, recipe.train.distill.teacher)
     mirror = recipe.checkpoint.mirror
     if mirror and "://" not in mirror:
-        paths["checkpoint.mirror"] = absolute("checkpoint.mirror", mirror)
-
-    def of_rows(source: SourceSpec, section: str) -> dict[str, str]:
-        """Return the absolute paths of where rows come from, by key."""
-        found = {}
-        if source.path is not None:
-            found["path"] = absolute(f"{section}.path", source.path)
-        if source.name is not None:
-            found["name"] = named(f"{section}.name", source.name)
-        for key in ("train", "validation", "test"):
-            value = getattr(source, key)
-            # with a Hub data set, `train` may be anything but a file
-            if not source.name and isinstance(value, str) and is_file(value.strip()):
-                found[key] = absolute(f"{section}.{key}", value)
-        return found
-
-    paths |= {f"data.{key}": path for key, path in of_rows(recipe.data, "data").items()}
+        paths["checkpoint.mirror"] = own.absolute("checkpoint.mirror", mirror)
+    paths |= {f"data.{key}": path for key, path in own.of_rows(recipe.data, "data").items()}
     mix = recipe.data.mix.items()
-    sets = {name: one.with_values(of_rows(one, f"data.mix.{name}")) for name, one in mix}
+    sets = {name: one.with_values(own.of_rows(one, f"data.mix.{name}")) for name, one in mix}
     for key in recipe.task.local_files:
-        paths[f"task.{key}"] = absolute(f"task.{key}", getattr(recipe.task, key))
+        paths[f"task.{key}"] = own.absolute(f"task.{key}", getattr(recipe.task, key))
     for key in recipe.task.local_folders:
         section, name = key.split(".")
         value = getattr(getattr(recipe.task, section), name)
-        paths[f"task.{key}"] = absolute(f"task.{key}", value)
-    check("output_dir", recipe.output_dir, Path.cwd())
+        paths[f"task.{key}"] = own.absolute(f"task.{key}", value)
+    own.check("output_dir", recipe.output_dir, Path.cwd())
     paths["output_dir"] = expanded(recipe.output_dir)
-    if problems:
-        raise LoraError(problems)
+    if own.problems:
+        raise LoraError(own.problems)
     return recipe.with_values({**paths, "data.mix": sets})
 
 

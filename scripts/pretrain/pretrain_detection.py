@@ -1,6 +1,6 @@
 """Train a small YOLOS from scratch to find digits, as a base that adapters are then tried on.
 
-usage: python scripts/pretrain_detection.py DATA TO SCENES [--minutes 4.4] [--batch 128]
+usage: python scripts/pretrain/pretrain_detection.py DATA TO SCENES [--minutes 4.4] [--batch 128]
        (to try it on a CPU: --steps 2 --batch 4 --pool 16 --test 4 --width 64 --layers 2)
 
 DATA holds the folder mnist_test. TO gets a YolosForObjectDetection of 7 million parameters in

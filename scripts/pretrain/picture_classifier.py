@@ -1,7 +1,7 @@
 """A small classifier of the pictures of `pictures.py`: does a picture show what was asked for?
 
-usage: python scripts/picture_classifier.py measure CLASSIFIER FOLDER…
-       python scripts/picture_classifier.py train CLASSIFIER DATA [--minutes 1.6]
+usage: python scripts/pretrain/picture_classifier.py measure CLASSIFIER FOLDER…
+       python scripts/pretrain/picture_classifier.py train CLASSIFIER DATA [--minutes 1.6]
        (to try it on a CPU: train … --steps 2 --pool 16 --batch 8 --width 8)
 
 `measure` says of the thing, its colour, the background and the style how often pictures have what

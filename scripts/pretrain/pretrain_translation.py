@@ -1,6 +1,6 @@
 """Train a small translation model from scratch, as a base that adapters are then tried on.
 
-usage: python scripts/pretrain_translation.py DATA TO [--minutes 4] [--steps 16000] [--tokens 6144]
+usage: python scripts/pretrain/pretrain_translation.py DATA TO [--minutes 4] [--steps 16000]
        (to try it on a CPU: --steps 3 --tokens 256 --rows 200 --test 3)
 
 DATA holds Multi30k: train, val and test_2016_flickr, each in .en.gz, .de.gz and .fr.gz, line by

@@ -1,6 +1,6 @@
 """Train a small latent diffusion model from scratch, as a base that adapters are then tried on.
 
-usage: python scripts/pretrain_diffusion.py DATA TO PICTURES [--minutes 4.4] [--batch 256]
+usage: python scripts/pretrain/pretrain_diffusion.py DATA TO PICTURES [--minutes 4.4] [--batch 256]
        (to try it on a CPU: --steps 2 --batch 4 --pool 32 --width 32 --prompts 4 --inference 2)
 
 DATA holds the folders mnist_test and omniglot. TO gets a StableDiffusionPipeline with fewer than 25
