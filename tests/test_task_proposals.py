@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import tiny
+import tiny_diffusion
 from drafting import labelled, lines, table
 
 from lora_cli.data.column_kinds import describe
@@ -196,8 +197,7 @@ def test_every_type_says_whether_a_table_is_for_it(base: Path) -> None:
 
 def test_a_base_of_several_parts_is_known_by_its_pipeline(tmp_path: Path) -> None:
     folder = tmp_path / "pipeline"
-    folder.mkdir()
-    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    tiny_diffusion.save(folder)
     assert describe_base(str(folder)).model_type == "StableDiffusionPipeline"
     for content in ("{}", "[]", "{", '{"_class_name": 3}'):
         (folder / "model_index.json").write_text(content, encoding="utf-8")
