@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.attach import attach, lora_layers
 from lora_cli.adapters.lora_parameter import LoRAParameter
-from lora_cli.adapters.peft_format import adapter_folder
+from lora_cli.adapters.peft_format import adapter_folder, trained_config
 from lora_cli.adapters.peft_format.adapter_folder import (
     adapter_config,
     adapter_tensors,
@@ -91,14 +91,14 @@ def test_ranks_that_a_start_changed_stand_by_name_the_longest_first() -> None:
     spec: Any = SimpleNamespace(
         init="eva", rank=99, alpha=99.0, rank_pattern={"x": 1}, alpha_pattern={"x": 2.0}
     )
-    found = adapter_folder._ranks_and_alphas(spec, layers)
+    found = trained_config._ranks_and_alphas(spec, layers)
     assert found == {
         "r": 4, "lora_alpha": 8, "rank_pattern": {"a.b.c": 2, "e.f": 8},
         "alpha_pattern": {"a.b.c": 4, "a.b": 2.5},
     }  # fmt: skip
     assert list(found["rank_pattern"]) == ["a.b.c", "e.f"]
     spec.init = "default"
-    assert adapter_folder._ranks_and_alphas(spec, layers) == {
+    assert trained_config._ranks_and_alphas(spec, layers) == {
         "r": 99, "lora_alpha": 99, "rank_pattern": {"x": 1}, "alpha_pattern": {"x": 2},
     }  # fmt: skip
     assert isinstance(found["lora_alpha"], int)
@@ -120,7 +120,7 @@ def test_which_weights_are_stored_transposed() -> None:
         (quantized(False), False),
     )
     for base, stored in cases:
-        assert adapter_folder._stored_transposed(base) is stored
+        assert trained_config._stored_transposed(base) is stored
 
 
 def test_a_baseline_is_written_under_a_type_that_peft_lacks() -> None:
@@ -148,7 +148,7 @@ def test_adapted_parameters_are_written_by_the_recipe_s_suffixes_or_in_full(
         for p in names.values():
             p.normal_()
     if not short:  # as if the suffixes fitted fewer parameters than the layers
-        monkeypatch.setattr(adapter_folder, "places_of", lambda *_: [])
+        monkeypatch.setattr(trained_config, "places_of", lambda *_: [])
     config = adapter_config(model, recipe, [])
     assert config["target_modules"] == ["q_proj"]
     in_full = [f"model.layers.{i}.{name}" for i in (0, 1) for name in tiny_experts.EXPERTS]

@@ -41,6 +41,7 @@ from lora_cli.tasks import build_task, image_classification
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Encoded
 from lora_cli.tasks.image_classification import random_box
+from lora_cli.tasks.pictures.picture_task import dtype_of_base
 from lora_cli.training import train
 from lora_cli.training.batches import Batches
 from lora_cli.training.step import train_step
@@ -871,10 +872,10 @@ def test_pixels_are_of_the_dtype_of_the_frozen_base(tmp_path: Path) -> None:
     second.requires_grad_(False)
     third.requires_grad_(False)
     model = torch.nn.Sequential(first, second, third)
-    assert image_classification._dtype_of(model) == torch.float16
-    assert image_classification._dtype_of(torch.nn.Sequential(first)) == torch.float32
+    assert dtype_of_base(model) == torch.float16
+    assert dtype_of_base(torch.nn.Sequential(first)) == torch.float32
     trained = torch.nn.Sequential(torch.nn.Linear(1, 1, dtype=torch.float64), first)
-    assert image_classification._dtype_of(trained) == torch.float64
+    assert dtype_of_base(trained) == torch.float64
 
 
 def test_pixels_are_cast_to_the_model_s_dtype_but_within_autocast(tmp_path: Path) -> None:

@@ -357,7 +357,9 @@ def test_the_engine_is_what_the_recipe_asks_for(
         distill=None,
     )
     same = given.get("same", True)
-    task: Any = SimpleNamespace(recipe=SimpleNamespace(train=train), same_in_any_batch=same)
+    task: Any = SimpleNamespace(
+        recipe=SimpleNamespace(train=train), same_in_any_batch=same, waits_for_device=False
+    )
     accelerator: Any = SimpleNamespace(device=torch.device(given.get("device", "cuda")))
     model, optimizer = given.get("model", Layered)(), object()
     # 12 parameters; 2 operations forward and 4 backward

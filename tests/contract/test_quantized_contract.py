@@ -109,7 +109,8 @@ def test_an_adapter_is_that_of_the_dequantised_model(
 PLACES = [
     (name, kind)
     for name, task in TASKS.items()
-    if task.runs and "pack" not in name
+    # a base of several parts is not quantised
+    if task.runs and "pack" not in name and name != "captioned pictures"
     for kind in FORMATS
 ]
 

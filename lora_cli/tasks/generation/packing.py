@@ -63,7 +63,9 @@ class Packed:
         self.split = split
         seed, mix = task.recipe.train.seed, task.recipe.data.mix.values()
         # sets with weights are drawn by pack, so a pack is of one of them
-        sets = split.sets if any(one.weight for one in mix) else np.zeros(len(split), np.int64)
+        sets = (
+            split.sets if any(one.weight for one in mix) else np.zeros(len(split.lengths), np.int64)
+        )
         self.packs, of_packs = [], []
         for number in np.unique(sets).tolist():
             members = np.flatnonzero(sets == number)
