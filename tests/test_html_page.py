@@ -222,7 +222,7 @@ def test_the_worst_rows_come_first() -> None:
     assert [x["row"] for x in page_analysis.worst("single_label", LINES)] == [2]
     numbers = [line_of(0, 1.0, 1.5), line_of(1, 1.0, -3.0), line_of(2, NAN, 1.0)]
     assert [x["row"] for x in page_analysis.worst("regression", numbers)] == [1, 0]
-    windows = [  # of row 0 two: (2 + 8) / (2 + 2) a token
+    windows = [  # of row 0 two: (2 + 8) / (2 + 2) per token
         {"row": 0, "loss": 2.0, "n_items": 2}, {"row": 0, "loss": 8.0, "n_items": 2},
         {"row": 1, "loss": 3.0, "n_items": 1}, {"row": 2, "loss": NAN, "n_items": 1},
         {"row": 3, "loss": 1.0, "n_items": 0},
@@ -396,7 +396,7 @@ def test_a_language_model(tmp_path: Path) -> None:
     report["best"] = {"metric": "perplexity", "mode": "min"}
     page = page_of(tmp_path, report, lines, log=log_of([3, 2], [3, 2], "perplexity"))
     assert "perplexity falls from 20.0000 before training to 5.5000" in page.text
-    assert "3.000 a token" in page.text
+    assert "3.000 per token" in page.text
     assert page.text.index("hard") < page.text.index("easy")
     assert all(said in page.text for said in ("xyzzy", "upon", "a time", "what was"))
     assert "step 10 to 20" in page.text

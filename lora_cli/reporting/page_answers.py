@@ -79,8 +79,9 @@ def answer_sections(
         ]
     hardest = page_analysis.worst(kind, lines, CASES)
     unit = "token" if kind == "text" else "item"
-    note = f"The {split} rows with the highest loss a {unit}, the hardest first. Look for rows "
-    note += "that are broken: another language, markup, a text that was cut."
+    note = f"The {split} rows with the highest loss per {unit}, the hardest first. Look for rows "
+    note += "that are broken"
+    note += ": another language, markup, a text that was cut." if kind == "text" else "."
     return [section("errors", "Hardest rows", note, _cases(hardest, unit))]
 
 
@@ -182,7 +183,7 @@ def _cases(lines: list[Line], unit: str = "") -> str:
         texts = ""
         if unit:
             each = f"<b>{loss / count:.3f}</b>" if loss is not None and count else DASH
-            head = f"<span>{each} a {unit}, {count or 0:,.0f} {unit}s</span>"
+            head = f"<span>{each} per {unit}, {counted(int(count or 0), unit)}</span>"
             several = wanted if isinstance(wanted, list) else [wanted]  # right answers to a row
             answers = [*(("wanted", text) for text in several), ("said", said)]
             texts = "".join(
