@@ -536,6 +536,20 @@ def test_a_column_of_the_wanted_name_alone_has_a_header(opened: Opened, tmp_path
     assert found == ["slow, dull", 'a warm; "good" film']
 
 
+@pytest.mark.parametrize(("name", "delimiter"), [("csv", ","), ("tsv", "\t")])
+def test_what_is_added_to_a_column_alone_stands_behind_the_usual_delimiter(
+    opened: Opened, tmp_path: Path, name: str, delimiter: str
+) -> None:
+    texts = ["slow, dull", "a warm film", "long; and\tdull", 'a "good" one, too']
+    with (tmp_path / f"in.{name}").open("w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows([["text"], *([text] for text in texts)])
+    assert run(opened, tmp_path / f"in.{name}", tmp_path / f"out.{name}") == (4, [])
+    with (tmp_path / f"out.{name}").open(newline="") as file:
+        header, *rows = csv.reader(file, delimiter=delimiter)
+    assert header == ["text", *ADDED]
+    assert [row[0] for row in rows] == texts
+
+
 def test_letters_that_an_old_encoding_lacks_are_told(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -199,7 +199,9 @@ def _output_form(
     if kind_of(source, form) != "csv":
         return OutputForm(columns, WRITABLE[suffix_of(target)])
     delimiter = WRITABLE[suffix_of(target)]
-    if suffix_of(target) == suffix_of(source):
+    # of a single column, the delimiter is only one that its texts do not hold
+    is_single = len(columns) == 1 + len(task.answer_columns())
+    if suffix_of(target) == suffix_of(source) and not is_single:
         delimiter = form.delimiter or delimiter
     encoding = "utf-8-sig" if head.has_mark and form.encoding == "utf-8" else form.encoding
     same = delimiter == delimiter_of(source, form)
