@@ -17,6 +17,7 @@ import pytest
 import tiny_diffusion
 import torch
 from closeness import assert_close, assert_different
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -253,6 +254,20 @@ def test_diffusers_reads_what_is_written(name: str, kind: str, tmp_path: Path) -
                       outputs(loaded(tmp_path / "kohya.safetensors", kind), kind)):  # fmt: skip
             for part, output in found.items():
                 assert_close(output, wanted[part], 1e-4)
+
+
+def test_one_adapter_is_written_with_the_same_bytes_each_time(tmp_path: Path) -> None:
+    folder, _ = adapter(tmp_path, "sd", ADAPTERS["uneven"])
+    saved = read_adapter(folder)
+    files: tuple[set[bytes], set[bytes]] = (set(), set())
+    for _ in range(8):  # safetensors orders the metadata at random
+        assert write_diffusers_file(folder) is None
+        files[0].add((folder / "pytorch_lora_weights.safetensors").read_bytes())
+        save_for_kohya(saved, tmp_path / "kohya.safetensors", False)
+        files[1].add((tmp_path / "kohya.safetensors").read_bytes())
+    assert [len(one) for one in files] == [1, 1]
+    with safe_open(tmp_path / "kohya.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
 
 
 # --------------------------------------------------------------------------- LyCORIS, and what else

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, tensor
 
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
@@ -21,7 +21,6 @@ from lora_cli.adapters.peft_format.diffusion_names import CLIP, DENOISERS, TEXT_
 from lora_cli.adapters.peft_format.part_folders import most_common
 from lora_cli.adapters.peft_format.peft_tensors import sort_tensors
 from lora_cli.adapters.peft_format.peft_types import alpha_of
-from lora_cli.files import umask_mode
 from lora_cli.not_an_adapter import DIFFUSERS_FILE, adapter_parts
 
 TYPES = ("lora", "dora")
@@ -195,6 +194,16 @@ def _read_by_diffusers(updates: list[Update]) -> list[Update]:
 
 
 def _save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write tensors so that equal tensors and metadata give equal bytes.
+
+    safetensors writes the entries of the metadata in an order that differs from call to call; a
+    resumed run would then publish another file than a run that was not stopped.
+    """
     copies = {name: one.detach().cpu().contiguous().clone() for name, one in tensors.items()}
-    save_file(copies, file, {"format": "pt", **metadata})
-    umask_mode(file)
+    content = save(copies, {"format": "pt", **metadata})
+    end = 8 + int.from_bytes(content[:8], "little")  # a file begins with the length of its header
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    sorted_header = json.dumps(header, separators=(",", ":")).encode()
+    sorted_header += b" " * (-len(sorted_header) % 8)  # the format aligns its tensors to 8 bytes
+    file.write_bytes(len(sorted_header).to_bytes(8, "little") + sorted_header + content[end:])
