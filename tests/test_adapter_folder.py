@@ -299,6 +299,7 @@ def test_what_peft_saves_is_read_here(case: Case, tmp_path: Path) -> None:
     assert not trainable_parameters(ours)
 
 
+@pytest.mark.slow_after(6)
 @each_case
 def test_the_names_and_shapes_are_those_of_peft(case: Case, tmp_path: Path) -> None:
     base = case.build()
@@ -455,6 +456,7 @@ TIED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize(("build", "in_full", "targets"), TIED.values(), ids=TIED.keys())
 def test_a_side_of_a_tie_in_modules_to_save_is_a_copy_of_its_own(
     build: Callable[[], nn.Module], in_full: list[str], targets: list[str], tmp_path: Path
@@ -874,6 +876,7 @@ def test_every_key_of_peft_has_a_meaning() -> None:
 NUMBERS = ["NaN", "Infinity", "-Infinity", "1e999", "1e300", "1" + "0" * 400, "true", '"8"', "[8]"]
 
 
+@pytest.mark.slow_after(12)
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -172,7 +172,7 @@ def test_a_checkpoint_waits_for_a_good_step(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("validated", [True, False])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_bad_last_step_needs_validation_to_vouch_for_the_weights(
     run: Run, tmp_path: Path, validated: bool
 ) -> None:

@@ -107,6 +107,7 @@ def test_all_baselines_are_measured_and_shown(base: Path, tmp_path: Path) -> Non
     assert train(own)["metrics"]["after"] == report["baselines"]["none"]
 
 
+@pytest.mark.slow
 def test_baselines_do_not_change_the_adapter_and_can_be_added_later(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

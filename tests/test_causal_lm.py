@@ -350,7 +350,7 @@ def test_every_stop_token_of_the_model_ends_an_answer(
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_metrics_of_text_compare_answers(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
     rows = [pair(text, "-") for text in TEXTS]
     sections: dict[str, Any] = {

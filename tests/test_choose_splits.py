@@ -30,6 +30,7 @@ def sizes(recipe: Any) -> dict[str, int]:
 # ---------------------------------------------------------------------------- files beside train
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize(
     ("train", "dev", "test"),
     [

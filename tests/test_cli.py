@@ -159,6 +159,7 @@ def seconds_of_children() -> float:
 # -------------------------------------------------------------------------- errors and streams
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(FAULTY)
     for arguments in (["--debug", "validate", "r.yaml"], ["validate", "r.yaml", "--debug"]):
@@ -168,6 +169,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
         assert "did you mean `seed`?" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_error_to_speak_of(tmp_path: Path) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)

@@ -115,6 +115,7 @@ def test_examples_of_one_row_are_drawn_together() -> None:
         assert sums.tolist() == [[16.0, 8.0], [2.0, 1.0]]
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("metric", ["f1", "matthews_correlation", "balanced_accuracy"])
 def test_metrics_that_are_no_sums_are_computed_anew(
     metric: str, monkeypatch: pytest.MonkeyPatch
@@ -228,6 +229,7 @@ def test_the_command_says_old_new_and_verdict(base: Path, tmp_path: Path) -> Non
     assert "equal to the old one" in same.stdout
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -357,7 +357,7 @@ def test_a_step_of_a_language_model_is_that_of_plain_torch(tmp_path: Path, packi
 
 
 @pytest.mark.parametrize("packing", ["false", "true"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_kept_tokens_give_the_same_run(tmp_path: Path, packing: str) -> None:
     recipe = writer(tmp_path, (f"train.packing={packing}",))
     kept = train(recipe)

@@ -94,6 +94,7 @@ def step(recipe: Recipe) -> tuple[list[float], str]:
     return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(), how
 
 
+@pytest.mark.slow
 def test_no_variable_of_accelerate_changes_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(ACCELERATE) > 30
     recipe = tiny.recipe_of()

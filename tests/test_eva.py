@@ -53,7 +53,7 @@ def looks(model: nn.Module, batches: list[Inputs]) -> Iterator[Callable[[], Tens
 @pytest.mark.proves("train", "write", variant="eva", layer="{kind}", against="PEFT")
 @pytest.mark.parametrize("rho", [1.0, 1.5, 2.0])
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_starts_ranks_and_training_are_those_of_peft(kind: str, rho: float, tmp_path: Path) -> None:
     build, targets = MODELS[kind]
     base, batches = build(), batches_of()

@@ -118,6 +118,7 @@ def test_folders_inside(hub: HubServer, trained: Path, tmp_path: Path) -> None:
     assert find_adapter_folder(str(tmp_path / "here"), "--adapter") == tmp_path / "here"
 
 
+@pytest.mark.slow
 def test_why_a_repository_is_not_read(hub: HubServer, trained: Path, monkeypatch: Any) -> None:
     for name in ("user/gated", "user/private"):
         hub.commit(name, files_of(trained))
@@ -154,6 +155,7 @@ def test_a_folder_of_this_machine_is_never_asked_for_on_the_hub(
     assert find_adapter_folder("hf://out/name", "--adapter").is_absolute()  # where one is meant
 
 
+@pytest.mark.slow
 def test_every_command_takes_an_id(hub: HubServer, trained: Path, tmp_path: Path) -> None:
     taken = {
         (name, parameter.name)

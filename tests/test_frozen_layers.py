@@ -163,6 +163,7 @@ class Calls:
         self.count += 1
 
 
+@pytest.mark.slow_after(6)
 @pytest.mark.parametrize("name", CASES)
 def test_a_model_computes_the_same_bits_without_its_frozen_layers(name: str) -> None:
     model, inputs, layers = opened(name)

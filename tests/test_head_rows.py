@@ -62,6 +62,7 @@ def base_logits(folder: Path) -> dict[str, float]:
     return {model.config.id2label[i]: value for i, value in enumerate(outputs)}
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("kind", ["roberta", "bert"])
 @pytest.mark.parametrize(
     "labels",

@@ -182,6 +182,7 @@ def test_the_seed_decides_and_nothing_else() -> None:
 GOLDEN = [0, 1, 7, 11]
 
 
+@pytest.mark.slow
 def test_phrases_are_found_quickly() -> None:
     random = np.random.default_rng(0)
     words = [f"w{i}" for i in range(3000)]

@@ -412,6 +412,7 @@ def targets(kind: str, folder: Path) -> tuple[Task, torch.nn.Module, list[str]]:
     return task, model, [name.rpartition(".")[2] for name in lora_layers(model)]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_what_is_adapted_by_default(kind: str, tmp_path: Path) -> None:
     _, model, names = targets(kind, tmp_path)
@@ -444,6 +445,7 @@ def proves(*what: str, against: str) -> pytest.MarkDecorator:
     )
 
 
+@pytest.mark.slow_after(2)
 @proves("loss", against="transformers")
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_loss_is_that_of_transformers(kind: str, tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ def recipe_in(folder: Path, base: Path, *overrides: str, **sections: Any) -> Rec
     return load_recipe(path, [*overrides, f"output_dir={folder / 'out'}"])
 
 
+@pytest.mark.slow
 def test_no_command_changes_its_recipe(base: Path, tmp_path: Path) -> None:
     """Training, also from an adapter, resuming, evaluating, comparing, checking, merging."""
     auto = ["train.micro_batch_size=auto", "train.examples_per_step=4"]

@@ -75,6 +75,7 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole_text(
     np.testing.assert_array_equal(where, np.array(whole["offset_mapping"]))
 
 
+@pytest.mark.slow
 def test_pieces_that_cannot_be_joined_are_read_whole(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +119,7 @@ def test_a_long_pair_is_cut_as_the_tokenizer_cuts_it(
 
 
 @pytest.mark.parametrize("kind", ["classification", "text", "pair", "chat"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_the_tokenizer_never_reads_much_at_once(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

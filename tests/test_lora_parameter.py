@@ -121,6 +121,7 @@ def test_an_adapter_on_experts_is_the_one_of_peft(kind: str, tmp_path: Path) -> 
     assert torch.equal(outputs(model), before)
 
 
+@pytest.mark.slow_after(4)
 @proves("read")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("entries", [EXPERTS, ["down_proj", "mlp.gate.weight"]])

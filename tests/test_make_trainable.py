@@ -146,6 +146,7 @@ def test_training_goes_on_and_the_recipe_records_it(base: Path, tmp_path: Path) 
     assert all(not torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
+@pytest.mark.slow
 def test_resume_does_not_need_the_old_folder(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +241,7 @@ def test_an_adapter_of_peft(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("in_full", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_each_side_of_a_tie_is_trained_further_and_resumed(
     bases: dict[str, Path], tmp_path: Path, in_full: list[str]
 ) -> None:
@@ -296,7 +297,7 @@ def test_modules_in_full_may_be_written_shorter(base: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_biases_that_come_from_an_adapter_train_in_bf16(
     base: Path, tmp_path: Path, bias: str
 ) -> None:

@@ -148,6 +148,7 @@ def test_merged_is_base_plus_adapter(tmp_path: Path, kind: str, targets: Any) ->
     assert not any("lora" in name for name in stored(tmp_path / "merged"))
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("kind", ["encoder", "bert"])
 def test_the_merged_folder_knows_the_labels(tmp_path: Path, kind: str) -> None:
     base = base_of(kind, tmp_path)
@@ -395,6 +396,7 @@ def test_nothing_is_left_behind_after_an_error(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("kind", ["none", "bitfit"])
 def test_heads_and_biases_without_matrices_are_merged(tmp_path: Path, kind: str) -> None:
     base = base_of("encoder", tmp_path)

@@ -375,6 +375,7 @@ def test_the_normal_form_of_unicode_makes_no_difference(metric, text):
     assert apart == same
 
 
+@pytest.mark.slow
 def test_languages_may_stand_in_one_corpus():
     import sacrebleu
 
@@ -509,6 +510,7 @@ LABEL_METRICS = [n for n in known_metrics() if not check_metric_names([n], "labe
 VALUE_METRICS = [n for n in known_metrics() if not check_metric_names([n], "value")]
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("context", [BINARY, THREE, MetricContext()])
 @pytest.mark.parametrize(
     ("predictions", "references", "right"),

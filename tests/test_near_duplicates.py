@@ -106,6 +106,7 @@ def test_changed_copies_are_found_and_strangers_are_not(words: int) -> None:
     assert found.mean() >= 0.97
 
 
+@pytest.mark.slow
 def test_within_a_split_as_with_all_pairs_compared() -> None:
     rng = random.Random(1)
     texts: list[str] = []

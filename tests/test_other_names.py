@@ -72,6 +72,7 @@ def rename(folder: Path, to: Rename, in_config: bool = False) -> None:
     file.write_text(json.dumps(config))
 
 
+@pytest.mark.slow_after(5)
 @pytest.mark.parametrize("kind", NAMES)
 def test_names_of_other_tools_and_versions_are_read_and_merged(kind: str, tmp_path: Path) -> None:
     base = tiny.llama(tied=False)

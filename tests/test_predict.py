@@ -562,7 +562,7 @@ def test_letters_that_an_old_encoding_lacks_are_told(
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.csv"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_file_of_any_size_takes_the_memory_of_a_chunk(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -172,6 +172,7 @@ def test_paths_are_shortened_and_addresses_are_not(text: str, wanted: str | None
     assert shortened_paths(text) == (text if wanted is None else wanted)
 
 
+@pytest.mark.slow
 def test_a_template_of_the_recipe_goes_along(hub: HubServer, tmp_path: Path) -> None:
     import adapter_folders
 

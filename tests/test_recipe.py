@@ -837,6 +837,7 @@ def test_any_bytes_are_refused(raw: bytes, tmp_path_factory: pytest.TempPathFact
     _loads_or_refuses(tmp_path_factory.getbasetemp() / "fuzz.yaml", raw)
 
 
+@pytest.mark.slow
 def test_many_unknown_keys_are_reported_quickly(problems: Any) -> None:
     start = time.process_time()
     found = problems(LINES + "train: {" + ", ".join(f"key{i}: {i}" for i in range(2000)) + "}\n")

@@ -71,6 +71,7 @@ JAPANESE = [
 ]
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("encoding", ["cp932", "utf-16", "utf-8-sig", "utf-16-le", "euc_jp"])
 def test_japanese(init: Init, encoding: str) -> None:
     rows = [[f"{JAPANESE[i % 4]}、{i}回見ました", ["良い", "悪い"][i % 2]] for i in range(40)]
@@ -187,6 +188,7 @@ def test_words_that_yaml_would_misread(init: Init) -> None:
     assert recipe.task.labels == ["1e3", "a: b", "no", "null"]
 
 
+@pytest.mark.slow
 def test_seventy_seven_labels(init: Init) -> None:
     names = [f"intent_{i:02}_of_many" for i in range(77)]
     recipe = init("rows.csv", table(["utterance", "intent"], labelled(77 * 20, names)))

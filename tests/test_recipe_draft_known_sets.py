@@ -208,6 +208,7 @@ def imdb(folder: Path) -> Path:
     return fill(folder, files)
 
 
+@pytest.mark.slow
 def test_a_folder_for_each_label(init: Init, tmp_path: Path) -> None:
     recipe = init("", imdb(tmp_path / "aclImdb"))
     assert said(recipe) == classification("text", "label", ["neg", "pos"], skip_labels=["unsup"])

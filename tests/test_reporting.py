@@ -253,6 +253,7 @@ def test_drawing_again_gives_the_same_file_and_leaves_the_style_alone(tmp_path: 
 # --------------------------------------------------------------------------------- the model card
 
 
+@pytest.mark.slow_after(2)
 @pytest.mark.parametrize("name", ["日本語モデル", "모델", "模型 \U0001f600", "โมเดล", "\U00012000"])
 def test_names_that_no_font_has_are_called_otherwise(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -133,6 +133,7 @@ def test_other_versions_since_a_complete_run_are_said(
     assert "`torch" not in said
 
 
+@pytest.mark.slow
 def test_early_stopping_says_why_there_are_no_more_steps(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +214,7 @@ def test_a_mirror_of_other_rows_is_left_alone(run: Run, recipe: Path, tmp_path: 
     assert contents(tmp_path / "mirror") == before
 
 
+@pytest.mark.slow
 def test_an_empty_machine_gives_a_complete_run_more_steps(run: Run, tmp_path: Path) -> None:
     mirror = f"checkpoint.mirror={tmp_path / 'mirror'}"
     run(mirror)

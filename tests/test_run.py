@@ -208,6 +208,7 @@ def test_resuming_in_another_epoch_and_twice(bench: Bench) -> None:
     assert_same_run(bench.folder / "whole", bench.folder / "cut")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_report_is_finished(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +295,7 @@ def test_resuming_a_complete_run_changes_nothing(bench: Bench) -> None:
         bench.run(path, "out", "train.max_steps=20", resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["balanced", {"0": 2.0}])
 def test_a_complete_run_is_resumed_whose_labels_and_weights_the_data_gave(
     bench: Bench, weights: Any
@@ -371,7 +373,7 @@ def test_leftovers_of_a_killed_save_are_cleared(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_signal_saves_the_step_and_leaves(bench: Bench, number: int) -> None:
     path, before = bench.recipe(train={"max_steps": 6}), signal.getsignal(number)
     bench.run(path, "whole")
@@ -586,6 +588,7 @@ class Spy:
         monkeypatch.setattr(training_run, "make_trainable", attach)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("kind", ["encoder", "gpt2", "llama"])
 def test_the_frozen_base_is_not_changed(
     bench: Bench, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -638,6 +641,7 @@ def test_a_fully_trained_model_is_a_plain_folder(bench: Bench) -> None:
         )
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("kind", ["encoder", "llama"])
 def test_gradient_checkpointing_gives_the_same_losses(bench: Bench, kind: str) -> None:
     path = bench.recipe(kind, adapter={"dropout": 0.2}, **TRAINING)
@@ -767,6 +771,7 @@ def test_losses_are_those_of_peft_in_a_plain_loop(
 # -------------------------------------------------------------------------------------- the display
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_what_the_log_gets(bench: Bench) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -41,6 +41,7 @@ def references(field: dict[str, Any]) -> list[str]:
     return [part["$ref"].rpartition("/")[2] for part in parts(field) if "$ref" in part]
 
 
+@pytest.mark.slow
 def test_the_keys_are_those_of_the_schema() -> None:
     schema = recipe_schema()
     wanted = set(keys_of(schema, schema))

@@ -352,6 +352,7 @@ def test_a_text_that_changes_is_read_again(tmp_path: Path) -> None:
 SOURCES = ("csv", "jsonl", "parquet of bytes", "parquet of pairs", "metadata.csv", "Hub")
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize("source", SOURCES)
 def test_rows_come_from(source: str, tmp_path: Path) -> None:
     folder = tmp_path / "speech"

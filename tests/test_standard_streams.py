@@ -54,6 +54,7 @@ def test_closed_streams_are_like_dev_null(tmp_path: Path) -> None:
     assert file.read_text() == ""
 
 
+@pytest.mark.slow
 def test_a_command_prints_nothing_into_closed_streams() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     for streams in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):

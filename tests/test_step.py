@@ -161,6 +161,7 @@ def in_one(ragged: Case) -> tuple[dict[str, Tensor], float]:
     return ragged.step([7])
 
 
+@pytest.mark.slow_after(1)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
 @given(sizes=splits())
 def test_a_step_does_not_depend_on_the_split(

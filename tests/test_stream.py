@@ -202,7 +202,7 @@ def cut_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("stop", [2, 5])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_streamed_run_with_bad_rows_resumes_exactly(
     bases: dict[str, Path], tmp_path: Path, cut_at: Any, stop: int,
     capsys: pytest.CaptureFixture[str],

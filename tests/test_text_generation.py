@@ -187,6 +187,7 @@ def test_a_prompt_may_lose_its_beginning(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- where an answer ends
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 @pytest.mark.parametrize("ids", [99_999, -1, "2", True, 1.5, [2, 99_999], [[2]]], ids=str)
 def test_an_end_that_is_no_token_of_the_model_is_an_error(

@@ -145,6 +145,7 @@ def by_peft(base: nn.Module, kind: str, folder: Path, indices: Any) -> nn.Module
     return model
 
 
+@pytest.mark.slow_after(4)
 @proves("read", "merge")
 @pytest.mark.parametrize(
     ("kind", "indices"),

@@ -404,6 +404,7 @@ def test_what_was_allowed_is_written_down(trained: Trained) -> None:
     assert list(kept_beside.earlier) == earlier
 
 
+@pytest.mark.slow_after(1)
 def test_the_recipe_beside_an_adapter_allows_nothing(trained: Trained, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(trained.out, out)
@@ -428,6 +429,7 @@ def test_the_fingerprint_is_kept_with_every_checkpoint(trained: Trained) -> None
     assert (trained.out / BASE_FILE).stat().st_size < 200 * 40
 
 
+@pytest.mark.slow_after(1)
 def test_an_adapter_without_fingerprint_warns(trained: Trained, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(trained.out, out)

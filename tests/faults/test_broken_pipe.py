@@ -48,13 +48,14 @@ def test_a_run_whose_output_nobody_reads_saves_and_ends(nest: Nursery, tmp_path:
 
 
 @pytest.mark.parametrize("flags", ["", " 2>&1"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_what_only_prints_ends_quietly(tmp_path: Path, flags: str) -> None:
     code, said, complained = piped(f"schema{flags}", tmp_path, "head -c 1")
     assert (said, complained) == ("{", "")
     assert code in (0, QUIET)  # 0 if the pipe took all of it before the end
 
 
+@pytest.mark.slow
 def test_a_pipe_without_a_reader() -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -94,6 +94,7 @@ def test_an_adapter_that_is_worse_has_a_code_of_its_own(world: World) -> None:
 # ----------------------------------------------------------------------------------- the streams
 
 
+@pytest.mark.slow
 def test_whoever_reads_may_have_enough(world: World) -> None:
     with start("schema", cwd=world.folder) as process:
         assert process.stdout is not None
@@ -134,7 +135,7 @@ def test_a_terminal_without_the_letters_of_a_name_gets_their_codes(
     ("name", "shown"),
     [(b"\xff.yaml", b"\\udcff.yaml"), (b"a\nb %s {x}.yaml", b"a\\nb %s {x}.yaml")],
 )
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_recipe_of_an_odd_name_is_named_in_one_line(
     name: bytes, shown: bytes, world: World
 ) -> None:

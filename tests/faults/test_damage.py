@@ -371,6 +371,7 @@ def test_a_file_that_only_seems_huge_is_not_read(tmp_path: Path) -> None:
     assert time.process_time() - before < 0.1
 
 
+@pytest.mark.slow
 def test_the_time_to_read_a_header_grows_with_its_tensors_and_no_faster(tmp_path: Path) -> None:
     def seconds(count: int) -> float:
         item = '"base_model.model.model.layers.%.mlp.experts.%.gate_proj.lora_A.weight":'
@@ -522,6 +523,7 @@ def pickled(kind: str, sprung: Path, folder: Path) -> bytes:
     return (folder / "trap").read_bytes()
 
 
+@pytest.mark.slow_after(4)
 @pytest.mark.parametrize("kind", ["pickle", "torch"])
 @pytest.mark.parametrize(
     "name", [WEIGHTS_FILE, "adapter_model.bin", "adapter_model.pt", OPTIMIZER_FILE, "base"]

@@ -41,6 +41,7 @@ def test_every_step_can_be_the_last(nest: Nursery, whole: Whole, tmp_path: Path)
     assert steps == list(range(1, STEPS + 1))  # none twice, none lost
 
 
+@pytest.mark.slow
 def test_resuming_what_never_began_begins(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
     """In a shell loop the first call has nothing to resume, and the last finds all done."""
     recipe = whole.recipe

@@ -46,6 +46,7 @@ def test_an_empty_machine_goes_on(nest: Nursery, whole: Whole, tmp_path: Path, f
     assert "final" in whole_ones(tmp_path / "mirror")
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_found_complete(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
     sets = [f"checkpoint.mirror={tmp_path / 'mirror'}"]
     out = tmp_path / "out"
@@ -76,7 +77,7 @@ def per_checkpoint(nest: Nursery, whole: Whole, tmp_path_factory: pytest.TempPat
 
 
 @pytest.mark.parametrize("number", [1, 2, 6, 11])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_machine_that_dies_in_the_middle_of_copying(
     nest: Nursery, whole: Whole, per_checkpoint: int, tmp_path: Path, number: int
 ) -> None:
@@ -95,6 +96,7 @@ def test_a_machine_that_dies_in_the_middle_of_copying(
     assert_same_run(whole.out, out)
 
 
+@pytest.mark.slow
 def test_a_damaged_copy_is_passed_over_by_name(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
     mirror, out = tmp_path / "mirror", tmp_path / "out"
     sets = [f"checkpoint.mirror={mirror}"]
@@ -143,6 +145,7 @@ def test_a_mirror_that_cannot_be_written_is_found_before_training(
     assert "nonesuch" in said(tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_a_mirror_that_fails_for_a_while_costs_nothing(
     nest: Nursery, whole: Whole, tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def disk_needs(out: Path) -> int:
     return sum(f.stat().st_size for f in newest.iterdir()) // 2
 
 
+@pytest.mark.slow
 def test_a_limit_of_file_sizes_is_said_as_such(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ends = nest.run(whole.recipe, out, limits=[(resource.RLIMIT_FSIZE, 12_000)])
@@ -127,7 +128,7 @@ def test_a_disk_that_can_only_be_read_is_refused_before_training(
 
 
 @pytest.mark.parametrize("at", ["step", "evaluate"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_memory_that_is_full_is_said_with_what_would_help(
     nest: Nursery, whole: Whole, tmp_path: Path, at: str
 ) -> None:

@@ -166,7 +166,7 @@ def test_bytes_of_parquet_that_are_no_text_are_a_bad_row(world: World) -> None:
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "txt"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_line_of_50_megabytes_is_read_in_bounded_memory(kind: str, tmp_path: Path) -> None:
     file = tmp_path / f"rows.{kind}"
     word = "word " * (10 * 2**20)
@@ -196,6 +196,7 @@ def test_a_line_of_50_megabytes_is_read_in_bounded_memory(kind: str, tmp_path: P
     assert int(kilobytes) / 1024 < 400  # eight times the line
 
 
+@pytest.mark.slow
 def test_an_error_about_a_line_of_5_megabytes_is_short(world: World) -> None:
     world.write("rows.csv", TABLE + "good,x" + "y" * (5 * 2**20) + "\n")
     printed = world.lora("validate", world.recipe(task=TWO))

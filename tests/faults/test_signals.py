@@ -52,7 +52,7 @@ def test_a_signal_loses_nothing(
     ("at", "times", "code"),
     [("load", 1, -signal.SIGTERM), ("evaluate", 1, 143), ("evaluate", 2, 143)],
 )
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_before_the_first_step_there_is_nothing_to_save(
     nest: Nursery, whole: Whole, tmp_path: Path, at: str, times: int, code: int
 ) -> None:
@@ -165,6 +165,7 @@ def test_the_hours_end_in_time(nest: Nursery, whole: Whole, tmp_path: Path) -> N
     assert step == len((out / "samples.jsonl").read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_minutes_make_checkpoints(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
     out = tmp_path / "often"
     sets = ["checkpoint.every_minutes=1e-6", "checkpoint.every_steps=1000", "checkpoint.keep=100"]
