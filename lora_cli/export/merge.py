@@ -42,9 +42,10 @@ from lora_cli.export.merged_weights import WeightsProof, prove_weights
 from lora_cli.export.target_folder import locked_target
 from lora_cli.files import new_folder
 from lora_cli.machine_memory import GIB, in_gib
-from lora_cli.models.base_model import checkpoint_files
+from lora_cli.models.base_model import checkpoint_files, config_as_written
 from lora_cli.models.bundle import Bundle
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
+from lora_cli.models.older_config_names import add_older_names
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task
@@ -335,6 +336,8 @@ def _write(merged: _Merged, task: Task, given: _Given, to: Path) -> MergeResult:
     """Write a merged model into a folder, and read it again to compare."""
     with new_folder(to) as folder:
         merged.model.save_pretrained(folder)
+        if isinstance(merged.model, PreTrainedModel):
+            add_older_names(folder, config_as_written(task.recipe))
         task.save_processor(folder)
         reloaded = task.reloaded(folder, merged.dtype).eval()
         _require_gradients_alike(reloaded, merged.model)

@@ -26,8 +26,10 @@ from lora_cli.export.merge_plan import MergePlan, PlannedTensor
 from lora_cli.export.merged_weights import WeightsProof, prove_weights
 from lora_cli.files import write_json
 from lora_cli.machine_memory import in_gib, peak_bytes, resident_bytes
-from lora_cli.models.base_model import INDEX, WEIGHTS
+from lora_cli.models.base_model import INDEX, WEIGHTS, config_as_written
+from lora_cli.models.older_config_names import add_older_names
 from lora_cli.models.stored_tensors import DTYPES
+from lora_cli.recipe import Recipe
 from lora_cli.tasks.contract import Task
 from lora_cli.tensorfile import BITS, header_bytes, read_metadata
 
@@ -83,7 +85,7 @@ def write_merged(plan: MergePlan, task: Task, folder: Path) -> tuple[WeightsProo
         IntegrityError: If a tensor that was written is not what the files say.
     """
     start = resident_bytes()
-    _save_config(plan, folder)
+    _save_config(plan, task.recipe, folder)
     task.save_processor(folder)
     total, places = 0, dict[str, str]()
     for file, tensors in plan.files.items():
@@ -98,7 +100,7 @@ def write_merged(plan: MergePlan, task: Task, folder: Path) -> tuple[WeightsProo
     return proof, _memory(plan, start)
 
 
-def _save_config(plan: MergePlan, folder: Path) -> None:
+def _save_config(plan: MergePlan, recipe: Recipe, folder: Path) -> None:
     """Write all that `save_pretrained` writes besides the weights."""
     plan.model.save_pretrained(folder, state_dict={})
     for file in folder.glob("*.safetensors*"):
@@ -106,6 +108,7 @@ def _save_config(plan: MergePlan, folder: Path) -> None:
     config = folder / "config.json"
     values = json.loads(config.read_text(encoding="utf-8"))
     write_json(config, {**values, "dtype": str(plan.dtype).removeprefix("torch.")})
+    add_older_names(folder, config_as_written(recipe))
 
 
 def _write_file(

@@ -23,7 +23,7 @@ from lora_cli.export.reader import (
 )
 from lora_cli.export.source_files import copy_processor
 from lora_cli.files import umask_mode, write_json
-from lora_cli.models.base_model import source_of
+from lora_cli.models.base_model import config_as_written
 
 MLX_FILE, MLX_CONFIG = "adapters.safetensors", "adapter_config.json"
 # whose modules have the same names in mlx-lm and in transformers
@@ -100,7 +100,7 @@ def _positions_lost(source: Source) -> list[str]:
     nested = getattr(config, "rope_parameters", None) or {}
     if config.model_type == "qwen3" or not nested:
         return []
-    written, _ = type(config).get_config_dict(**source_of(source.task.recipe))
+    written = config_as_written(source.task.recipe)
     theta, own = nested.get("rope_theta"), ROPE_THETA[config.model_type]
     if "rope_theta" not in written and theta not in (None, own):
         lines.append(

@@ -182,6 +182,12 @@ def source_of(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def config_as_written(recipe: Recipe) -> dict[str, Any]:
+    """Return what the base's config.json says, under the names that stand there."""
+    written: dict[str, Any] = PretrainedConfig.get_config_dict(**source_of(recipe))[0]
+    return written
+
+
 def load_config(recipe: Recipe, **changes: Any) -> PretrainedConfig:
     """Return the model's configuration, with changes such as the labels."""
 

@@ -45,6 +45,7 @@ from lora_cli.files import (
 from lora_cli.models.base_facts import write_computation
 from lora_cli.models.bundle import part_names
 from lora_cli.models.fingerprint import Fingerprint
+from lora_cli.models.older_config_names import add_older_names
 from lora_cli.recipe import AdapterSpec, Learned, Recipe
 from lora_cli.tensorfile import read_header
 from lora_cli.training.optimizer_state import (
@@ -306,6 +307,7 @@ def publish_adapter(
     if recipe.adapter.type == "full":
         assert isinstance(model, PreTrainedModel)
         model.save_pretrained(staging)
+        add_older_names(staging, {})
     else:
         save_adapter(staging, model, recipe, in_full, base)
         if part_names(model):  # what diffusers reads by itself, where it has a place for it
