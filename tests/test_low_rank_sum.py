@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.attach import attach, lora_layers, trainable_parameters
 from lora_cli.adapters.lora_parameter import LoRAParameter
-from lora_cli.adapters.low_rank_sum import LowRankSum
+from lora_cli.adapters.low_rank_sum import LowRankSum, _grouped
 
 ENDS = torch.tensor([2, 2, 5], dtype=torch.int32)
 
@@ -83,7 +83,7 @@ def test_a_product_with_the_sum_is_the_sum_of_two(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("name", ["torch", "functional", "fallback"])
+@pytest.mark.parametrize("name", ["torch", "functional", "fallback", "by position"])
 def test_the_rows_of_each_expert_are_multiplied_together(
     name: str, turned: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +91,7 @@ def test_the_rows_of_each_expert_are_multiplied_together(
         "torch": torch._grouped_mm,
         "functional": getattr(torch.nn.functional, "grouped_mm", torch._grouped_mm),
         "fallback": torch.ops.transformers.grouped_mm_fallback,
+        "by position": lambda x, matrices, offs: torch._grouped_mm(x, matrices, offs),
     }
     sum_ = parts(3, 16, 8, rank=3, dtype=torch.float32)
     sum_.weight.data = sum_.weight.data.to(dtype)
@@ -108,6 +109,25 @@ def test_the_rows_of_each_expert_are_multiplied_together(
     assert sum_.right.grad is not None
     assert sum_.left.grad[0].any()
     assert not sum_.left.grad[1].any()  # no row is of the second expert
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "width"),
+    [(torch.float32, 3, 4), (torch.float32, 4, 4), (torch.float32, 5, 8),
+     (torch.bfloat16, 7, 8), (torch.bfloat16, 8, 8), (torch.bfloat16, 9, 16)],
+)  # fmt: skip
+def test_rows_of_grouped_factors_are_of_whole_16_bytes(
+    dtype: torch.dtype, rank: int, width: int
+) -> None:
+    """Kernels of grouped products read rows that start at such an address; others crash."""
+    shapes = []
+
+    def product(x: Tensor, matrices: Tensor, offs: Tensor) -> Tensor:
+        shapes.append(tuple(matrices.shape))
+        return x.new_zeros(len(x), matrices.shape[-1])
+
+    _grouped(product, draw(5, 16, dtype=dtype), parts(3, 16, 8, rank=rank, dtype=dtype), ENDS)
+    assert shapes == [(3, 16, 8), (3, 16, width), (3, width, 8)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

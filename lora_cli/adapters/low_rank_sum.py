@@ -159,8 +159,8 @@ class LowRankSum:
 def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return what a function computes of a sum by products, or None if it is another function."""
     name = getattr(func, "__name__", "").rpartition(".")[2]
-    first, second = (*args[:2], None, None)[:2]
-    if name == "linear" and len(args) >= 2 and isinstance(second, LowRankSum) and second.ndim == 2:
+    first, second = (*args, None, None)[:2]
+    if name == "linear" and isinstance(second, LowRankSum) and second.ndim == 2:
         y = linear(first, second.weight, *args[2:], **kwargs)
         return y + linear(linear(_as(first, second), second.right), second.left).to(y.dtype)
     if name in ("matmul", "__matmul__", "__rmatmul__", "mm", "bmm") and not kwargs:
