@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import warnings
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import adapter_folders
@@ -28,10 +31,11 @@ from typer.testing import CliRunner
 
 from lora_cli.adapters.attach import attach, merge
 from lora_cli.adapters.lora import LoRALinear
+from lora_cli.adapters.peft_format.peft_tokens import SavedRows
 from lora_cli.cli.app import app
 from lora_cli.errors import IntegrityError
 from lora_cli.export.merge import merge_adapter
-from lora_cli.export.merged_weights import WeightsProof
+from lora_cli.export.merged_weights import WeightsProof, _difference, _Sources, formula_of
 
 WEIGHTS = "model.safetensors"
 LORA = {"rank": 4, "alpha": 6.0}
@@ -278,3 +282,85 @@ def _base(kind: str, folder: Path) -> Path:
             return tiny.save_llama(folder / "base")
         case _:
             return tiny.save_encoder(folder / "base", kind="bert" if kind == "bert" else "roberta")
+
+
+# --------------------------------------------------------------------- one comparison at a time
+
+
+def test_a_tensor_is_compared_after_it_is_rounded_and_by_its_bytes() -> None:
+    written = torch.tensor([1.0, -2.0], dtype=torch.bfloat16)
+    near = torch.tensor([1.001, -2.0])  # which bfloat16 has no number for
+    assert _difference(written, near) == 0.0
+    assert _difference(written, torch.tensor([1.0, -1.5])) == 0.5
+    assert _difference(written, torch.tensor([[1.0, -2.0]])) == math.inf
+    zero = torch.zeros(2)
+    assert 0.0 < _difference(zero, -zero) < 1e-300  # only the sign
+    nan = torch.tensor([math.nan, 0.0])
+    assert _difference(nan, nan) == 0.0
+    assert math.isnan(_difference(nan, zero))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"a": 0.5, "c": 2.0, "d": 1.0}, "in 3 tensors: the largest difference is 2.0e+00, of `c`"),
+        ({"a": 0.5, "b": math.nan, "c": 2.0}, "the largest difference is nan, of `b`"),
+    ],
+)
+def test_the_tensor_that_differs_most_is_named(wrong: dict[str, float], said: str) -> None:
+    sources = _Sources(torch.nn.Linear(1, 1), [], [], {})
+    sources.require_equal()
+    sources.wrong = wrong
+    with pytest.raises(IntegrityError, match=re.escape(said)):
+        sources.require_equal()
+
+
+def test_a_vocabulary_that_was_made_larger_is_compared_where_a_file_has_its_rows() -> None:
+    compare = _Sources(torch.nn.Linear(1, 1), [], [], {})._from_base
+    base, new = torch.randn(2, 3), torch.randn(3, 3)
+    written = torch.cat([base, new])
+    assert compare(base, written, None, None, None) == 0.0  # no file has the three new rows
+    rows = SavedRows("embed_tokens", [1, 4], torch.stack([base[1], new[2]]), [])
+    assert compare(base, written, None, rows, None) == 0.0
+    for row, is_compared in ((0, True), (1, True), (2, False), (3, False), (4, True)):
+        other = written.clone()
+        other[row, 1] += 0.5
+        assert compare(base, other, None, rows, None) == pytest.approx(0.5 * is_compared)
+    assert compare(written, base, None, None, None) == math.inf  # rows are missing
+    for shape in ((2, 4), (2, 3, 1), (3,)):
+        assert compare(base, torch.zeros(shape), None, None, None) == math.inf
+    assert compare(torch.tensor(2.0), torch.tensor(2.5), None, None, None) == 0.5  # no dimensions
+
+
+def test_a_bias_of_a_larger_vocabulary_is_compared_entry_by_entry() -> None:
+    """BART's is stored as a row, (1, vocabulary)."""
+    compare = _Sources(torch.nn.Linear(1, 1), [], [], {})._from_base
+    base = torch.randn(1, 3)
+    larger = torch.cat([base, torch.ones(1, 2)], dim=1)
+    assert compare(base, larger, None, None, None) == 0.0
+    larger[0, 2] += 0.5
+    assert compare(base, larger, None, None, None) == pytest.approx(0.5)
+    assert compare(base, base + 0.5, None, None, None) == pytest.approx(0.5)
+    assert compare(larger, base, None, None, None) == math.inf
+
+
+def test_what_was_compared_is_said_of_each_kind_of_tensor() -> None:
+    proof = WeightsProof("W0 + s B A", identical=1200)
+    assert proof.in_words == "weights: 1,200 others bit-identical to the base's"
+    proof = WeightsProof("W0 + s B A", 1, 2, 3, 4, 5, 6, ["x", "y"])
+    assert proof.in_words == (
+        "weights: 1 of 1 adapted tensor equal W0 + s B A rounded once; 2 equal the adapter's file; "
+        "3 equal the base's with the adapter's rows of tokens; 5 equal the dequantised base; "
+        "4 others bit-identical to the base's; 6 had another dtype in the base's file; "
+        "2 not compared, since neither file has the name (`x`)"
+    )
+
+
+def test_the_formula_is_that_of_the_adapters() -> None:
+    def adapter(kind: str, weight: float = 1.0) -> Any:
+        return SimpleNamespace(saved=SimpleNamespace(type=kind), weight=weight)
+
+    assert formula_of([adapter("lora")]) == "W0 + s B A"
+    assert formula_of([adapter("lora", 0.5)]) == "W0 + w s B A"
+    assert formula_of([adapter("lora"), adapter("lora")]) == "W0 + the sum of w s B A"
+    assert "B A" not in formula_of([adapter("lokr")])

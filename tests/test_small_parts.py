@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from peft.tuners.lokr.layer import factorization
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -61,6 +62,14 @@ def test_the_factors_of_lokr_are_whole_where_the_rank_is_half_of_their_size() ->
     assert LoKrLayer.configured_shapes(wide, 3, {"use_effective_conv2d": True}) == {
         "lokr_w1": (6, 8), "lokr_t2": (3, 3, 3, 5), "lokr_w2_a": (3, 6), "lokr_w2_b": (3, 8),
     }  # fmt: skip
+
+
+def test_the_rank_of_lokr_is_that_of_a_factor_that_is_a_product() -> None:
+    first, last, whole = torch.zeros(3, 8), torch.zeros(5, 9), torch.zeros(6, 8)
+    assert LoKrLayer.rank_of({"lokr_w1_b": first, "lokr_w2": whole}) == 3
+    assert LoKrLayer.rank_of({"lokr_w1": whole, "lokr_w2_b": last}) == 5
+    assert LoKrLayer.rank_of({"lokr_w1": whole, "lokr_w2": whole}) is None  # which no rank shows
+    assert LoKrLayer.rank_of({"lokr_w1_b": torch.zeros(())}) is None  # damaged: it has no rows
 
 
 def test_shapes_of_weights_and_which_layers_take_a_whole_update() -> None:
@@ -211,6 +220,67 @@ def test_both_merges_are_measured_in_float32_on_the_cpu(monkeypatch: pytest.Monk
     trained.rows, trained.metric = rows, "f1"
     assert merge_quantized.measured(trained, task, model) == 0.5
     assert seen == [({"train.precision": "fp32", "model.dtype": None}, True), model]
+
+
+@pytest.mark.parametrize(
+    ("has_rows", "streaming", "mode"),
+    [(True, False, "min"), (True, False, "max"), (True, True, "max"), (False, False, "max")],
+)
+def test_a_quantised_base_is_measured_on_rows_that_can_be_read_at_once(
+    has_rows: bool, streaming: bool, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(QuantizedLinear(3, 2, None, "int8"), QuantizedLinear(3, 2, None, "int8"))
+    drawn = [torch.randn(2, 3), torch.randn(2, 3)]
+    for layer, weight in zip(model, drawn, strict=True):
+        layer.set_weight(weight)
+    model[1].transposed = True
+    data = SimpleNamespace(has=lambda _: has_rows, streaming=streaming)
+    task: Any = SimpleNamespace(
+        recipe=SimpleNamespace(data=data), drawn=[], load_model=lambda _: (model, []),
+        probe=dict, probed=lambda *_: torch.tensor([4.0]),
+    )  # fmt: skip
+    monkeypatch.setattr(merge_quantized, "load_adapter", lambda *_, drawn: None)
+    monkeypatch.setattr(merge_quantized, "load_data", lambda *_: {"validation": "rows"})
+    monkeypatch.setattr(merge_quantized, "best_by", lambda *_: ("f1", mode))
+    monkeypatch.setattr(merge_quantized, "measured", lambda *_: 0.75)
+    saved: Any = None
+    found = merge_quantized.what_was_trained(task, saved)
+    # as the checkpoint stores them: GPT-2's layers are the other way round
+    assert [tuple(weight.shape) for weight in found.weights.values()] == [(2, 3), (3, 2)]
+    for weight, wanted in zip(found.weights.values(), (drawn[0], drawn[1].T), strict=True):
+        torch.testing.assert_close(weight, wanted, rtol=0, atol=0.03)  # as 8 bits can say it
+    assert found.outputs == 4.0
+    if has_rows and not streaming:
+        wanted = ("rows", "f1", 0.75, mode == "min")
+    else:
+        wanted = (None, None, None, False)
+    assert (found.rows, found.metric, found.value, found.lower_is_better) == wanted
+
+
+def test_what_a_merge_takes_of_memory_is_the_model_in_float32_and_as_it_is_stored(
+    tmp_path: Path,
+) -> None:
+    tensors = {"a": torch.zeros(2, 3, dtype=torch.float16), "b": torch.zeros(5)}
+    files = [tmp_path / f"{name}.safetensors" for name in tensors]
+    for file, (name, tensor) in zip(files, tensors.items(), strict=True):
+        save_file({name: tensor}, file)
+    # 6 numbers of 2 bytes and 5 of 4, and all of them in 4 bytes
+    assert merging._bytes_in_memory(files) == 4 * 11 + 2 * 6 + 4 * 5 + merging.ROOM
+
+
+def test_a_probe_meets_a_merged_model_in_its_dtype_and_asks_for_no_gradients() -> None:
+    probe = {"ids": torch.tensor([3]), "pixels": torch.ones(1)}
+    seen: dict[str, torch.dtype] = {}
+
+    def probed(_: Any, given: Any) -> torch.Tensor:
+        seen.update({name: tensor.dtype for name, tensor in given.items()})
+        return torch.zeros(1)
+
+    task: Any = SimpleNamespace(probe=lambda: probe, probed=probed)
+    model = nn.Linear(1, 1).bfloat16()
+    merging._outputs(task, model)
+    assert seen == {"ids": torch.int64, "pixels": torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(("best", "written"), [(0, "dequantised"), (1, "original")])

@@ -154,7 +154,7 @@ def _merge(task: Task, given: _Given, to: Path) -> MergeResult:
     candidates = []
     for name in BASES:
         merged = _merged(plain, given, trained.weights if name == "dequantised" else {})
-        distance = _difference(merged.outputs.float(), trained.outputs.float())
+        distance = _difference(merged.outputs.float(), reference=trained.outputs.float())
         value = measured(trained, plain, merged.model)
         candidates.append(Candidate(name, distance, value))
     chosen = better(candidates, trained)
@@ -294,7 +294,7 @@ def _merged(task: Task, given: _Given, numbers: dict[str, Tensor] | None = None)
             )
         after = _outputs(task, model)
         _reject_overflow(model, stored)
-        difference = _difference(after, before)
+        difference = _difference(after, reference=before)
         if not difference <= TOLERANCE:
             raise IntegrityError(
                 f"merged, the model's outputs differ by {difference:.2e} of the largest",
@@ -344,7 +344,7 @@ def _write(merged: _Merged, task: Task, given: _Given, to: Path) -> MergeResult:
         _require_saved(task, reloaded, merged.weights, merged.outputs)
         origin = (given.each, task.recipe, merged.ties, merged.numbers, merged.heads)
         weights = prove_weights(folder, merged.model, *origin)
-        rounding = _difference(merged.outputs.float(), merged.exact)
+        rounding = _difference(merged.outputs.float(), reference=merged.exact)
         proof: dict[str, Any] = {"outputs": {"difference": merged.difference, "rounding": rounding}}
         proof["weights"] = weights.facts
         write_origin(folder, given.each, merged.base, task.recipe, given.head, proof)
@@ -383,8 +383,9 @@ def _require_saved(
         raise IntegrityError(what, "--to", "please report this: saving should be exact")
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1.0))
+def _difference(found: Tensor, *, reference: Tensor) -> float:
+    """Return the largest difference, as a share of the reference's largest entry if above 1."""
+    return float((found - reference).abs().max() / reference.abs().max().clamp(min=1.0))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
