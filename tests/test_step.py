@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -462,6 +463,22 @@ def test_each_term_is_divided_by_its_own_items_and_the_terms_are_added() -> None
     expected = 2.0 * y.square().sum() / 7 + 0.5 * y.sum() / 4
     expected.backward()
     assert float(result.loss) == pytest.approx(expected.item(), rel=1e-6)
+    assert {term: float(mean) for term, mean in result.terms.items()} == {
+        "squares": pytest.approx(float(y.detach().square().sum()) / 7, rel=1e-6),
+        "sum": pytest.approx(float(y.detach().sum()) / 4, rel=1e-6),
+    }
     for ours, plain in zip(layer.parameters(), other.parameters(), strict=True):
         assert plain.grad is not None
         torch.testing.assert_close(ours, plain - RATE * plain.grad)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_the_report_says_how_steps_are_computed_and_whether_they_wait(waits: bool) -> None:
+    frozen = {"latents": "computed once"}
+    task: Any = SimpleNamespace(waits_for_device=waits, layout="padded", frozen_facts=frozen)
+    pause = ", waiting once a micro-batch for what the host decides" if waits else ""
+    assert Engine(nn.Linear(1, 1), task, None, Accelerator()).facts == {
+        "batches": "padded",
+        "steps": f"plain autograd{pause}",
+        "latents": "computed once",
+    }
