@@ -25,6 +25,12 @@ from lora_cli.adapters.attach import attach, lora_layers, merge, trainable_param
 from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.adapters.merge_proof import expected_weights
 from lora_cli.adapters.peft_format.adapter_folder import read_adapter, save_adapter
+from lora_cli.adapters.peft_format.diffusion_file import (
+    _can_be,
+    _fitted,
+    _kronecker_config,
+    _rank,
+)
 from lora_cli.adapters.peft_format.other_names import use_names_of
 from lora_cli.adapters.peft_format.write_diffusion_file import save_for_kohya, write_diffusers_file
 from lora_cli.errors import IntegrityError, LoraError
@@ -646,3 +652,72 @@ def test_a_training_leaves_the_file_of_diffusers_too(tmp_path: Path) -> None:
     listed = json.loads((tmp_path / "manifest.json").read_text())["files"]
     assert "pytorch_lora_weights.safetensors" in listed
     assert read_adapter(tmp_path).parts == ("unet",)
+
+
+# ------------------------------------------------------------------------------ single decisions
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        ("alpha", [(), (1,), (1, 1)], [(2,), (0,)]),
+        ("lora_A", [(2, 3), (2, 3, 1, 1), (1, 1)], [(), (6,), (0, 3), (2, 0)]),
+        ("lora_magnitude_vector", [(3,), (3, 1), (1, 3, 1, 1)], [(), (0,)]),
+    ],
+)
+def test_a_tensor_of_a_kind_has_a_shape_of_the_kind(
+    kind: str, good: list[tuple[int, ...]], bad: list[tuple[int, ...]]
+) -> None:
+    assert all(_can_be(kind, shape) for shape in good)
+    assert not any(_can_be(kind, shape) for shape in bad)
+
+
+def test_the_rank_is_that_of_the_factor_that_shows_it() -> None:
+    for name in ("lora_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+        assert _rank({name: torch.ones(3, 5), "lokr_w2": torch.ones(7, 9)}) == (3, False)
+    # whole factors have none: as PEFT has it, one at which a factor would not be divided
+    assert _rank({"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(4, 6, 9, 9)}) == (6, True)
+    assert _rank({"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(8, 6)}) == (8, True)
+    assert _rank({"lokr_w2": torch.ones(8)}) == _rank({}) == (1, True)
+
+
+def test_matrices_get_the_dimensions_of_their_layer() -> None:
+    a, b, kernel = torch.randn(2, 5, 1, 1), torch.randn(3, 2, 1, 1), torch.randn(2, 5, 3, 3)
+    linear, convolution = nn.Linear(5, 3), nn.Conv2d(5, 3, 3)
+    given = {"lora_A": a, "lora_B": b}
+    # a linear layer that was a convolution of one position, and the other way round
+    for name, tensor in _fitted(given, linear).items():
+        assert torch.equal(tensor, given[name].flatten(1))
+    flat = {"lora_A": a.flatten(1), "lora_B": b.flatten(1)}
+    for name, tensor in _fitted(flat, nn.Conv2d(5, 3, 1)).items():
+        assert torch.equal(tensor, given[name])
+    given = {"lora_A": kernel, "lora_B": b}
+    assert all(torch.equal(t, given[n]) for n, t in _fitted(given, convolution).items())
+    lengths = torch.rand(3)
+    for stored, module, shape in (
+        (lengths[:, None], linear, (3,)), (lengths, linear, (3,)),
+        (lengths[:, None, None, None], convolution, (1, 3, 1, 1)),
+        (lengths.reshape(1, 3, 1, 1), convolution, (1, 3, 1, 1)),
+    ):  # fmt: skip
+        found = _fitted({"lora_magnitude_vector": stored}, module)["lora_magnitude_vector"]
+        assert found.shape == shape
+        assert torch.equal(found.flatten(), lengths)
+
+
+@pytest.mark.parametrize(
+    ("first", "factor"), [((6, 8), -1), ((4, 4), 4), ((2, 2), 2), ((5, 5), -1)]
+)
+def test_the_factors_of_lokr_tell_how_sizes_were_divided(
+    first: tuple[int, int], factor: int
+) -> None:
+    part = nn.Sequential(nn.Linear(64, 36))  # 36 = 6 x 6 outputs, and 64 = 8 x 8 inputs
+    found = _kronecker_config(part, {"0": {"lokr_w1": torch.ones(first)}})
+    # (5, 5) is of no factor: the shapes that are missing are named when it is loaded
+    assert found == {
+        "decompose_both": False, "use_effective_conv2d": False, "decompose_factor": factor
+    }  # fmt: skip
+    products = {"lokr_w1_a": torch.ones(first[0], 2), "lokr_w1_b": torch.ones(2, first[1])}
+    found = _kronecker_config(part, {"0": {**products, "lokr_t2": torch.ones(2, 2, 3, 3)}})
+    assert found == {
+        "decompose_both": True, "use_effective_conv2d": True, "decompose_factor": factor
+    }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from lora_cli.adapters.peft_format.adapter_folder import (
     read_tensors,
     save_adapter,
 )
+from lora_cli.adapters.peft_format.part_folders import divided, joined, most_common
+from lora_cli.adapters.peft_format.peft_types import alpha_of
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.export.low_rank_pairs import parts_of
 from lora_cli.files import READY, publish, verify_manifest, write_manifest
@@ -227,6 +230,100 @@ def test_parts_of_different_kinds_are_rejected(tmp_path: Path) -> None:
         )
     with pytest.raises(LoraError, match="`peft_type` is LORA in `text_encoder` and LOHA in `unet`"):
         read_adapter(tmp_path)
+
+
+Part = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def low_rank(*modules: str, **config: Any) -> Part:
+    """Return what the folder of a part says, with the tensors of LoRA on some modules."""
+    tensors = {f"{name}.lora_{side}.weight": torch.ones(1, 1) for name in modules for side in "AB"}
+    return {"peft_type": "LORA", "target_modules": ["to_q"], **config}, tensors
+
+
+def test_the_folder_of_a_part_says_what_is_trained_there_alone() -> None:
+    config = {
+        "peft_type": "LORA", "task_type": "SEQ_CLS", "r": 4, "lora_alpha": 8,
+        "target_modules": ["to_q", "unet.conv"], "modules_to_save": ["unet.head"],
+        "rank_pattern": {"unet.a.to_q": 2, "to_v": 3},  # nothing that is adapted is called `to_v`
+        "trainable_token_indices": {"text_encoder.embed": [1, 4]},
+    }  # fmt: skip
+    names = ("unet.a.to_q.lora_A.weight", "unet.conv.lora_A.weight", "unet.head.weight",
+             "text_encoder.b.to_q.lora_A.weight")  # fmt: skip
+    found = divided(config, dict.fromkeys(names, torch.ones(1)), ["unet", "text_encoder", "vae"])
+    assert {part: list(tensors) for part, (_, tensors) in found.items()} == {
+        "unet": ["a.to_q.lora_A.weight", "conv.lora_A.weight", "head.weight"],
+        "text_encoder": ["b.to_q.lora_A.weight"],
+    }
+    common = {"peft_type": "LORA", "task_type": None, "lora_alpha": 8}
+    assert found["unet"][0] == {
+        **common, "r": 2, "rank_pattern": {"conv": 4}, "target_modules": ["to_q", "conv"],
+        "modules_to_save": ["head"], "trainable_token_indices": None,
+    }  # fmt: skip
+    assert found["text_encoder"][0] == {
+        **common, "r": 4, "rank_pattern": {}, "target_modules": ["to_q"],
+        "modules_to_save": None, "trainable_token_indices": {"embed": [1, 4]},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("unet", "text", "use_rslora", "alphas"),
+    [
+        (False, False, None, (6, 6)),
+        (None, None, None, (6, 6)),
+        (True, True, True, (6, 6)),
+        (True, False, False, (12, 6)),  # alpha / 2, the root of the rank, is 12 / 4
+        (False, True, False, (6, 12)),
+    ],
+)
+def test_each_part_keeps_its_scale_whether_or_not_it_has_rslora(
+    unet: bool | None, text: bool | None, use_rslora: bool | None, alphas: tuple[float, float]
+) -> None:
+    parts = {
+        name: low_rank("to_q", r=4, lora_alpha=6, use_rslora=own)
+        for name, own in (("unet", unet), ("text_encoder", text))
+    }
+    config, _ = joined(parts, "folder")
+    assert bool(config.get("use_rslora")) == bool(use_rslora)
+    assert tuple(alpha_of(config, f"{name}.to_q") for name in parts) == alphas
+    assert (config["r"], config["rank_pattern"]) == (4, {})
+
+
+def test_what_one_part_leaves_out_is_left_out_of_that_part_alone() -> None:
+    without = joined({"unet": low_rank("to_q"), "text_encoder": low_rank("to_q")}, "folder")[0]
+    assert without["exclude_modules"] is None
+    parts = {"unet": low_rank("to_q"), "text_encoder": low_rank("to_q", exclude_modules=["head"])}
+    expression = joined(parts, "folder")[0]["exclude_modules"]
+    for name, is_left_out in (
+        ("text_encoder.head", True), ("text_encoder.a.head", True), ("unet.head", False),
+        ("text_encoder.overhead", False), ("text_encoder.head.a", False),
+    ):  # fmt: skip
+        assert bool(re.fullmatch(expression, name)) is is_left_out, name
+
+
+def test_a_bias_that_is_trained_in_all_parts_alike_is_said() -> None:
+    for unet, text, wanted in (
+        ("all", "all", "all"), ("all", "none", "none"), (None, "none", "none"), (None, None, "none")
+    ):  # fmt: skip
+        parts = {"unet": low_rank("to_q", bias=unet), "text_encoder": low_rank("to_q", bias=text)}
+        assert joined(parts, "folder")[0]["bias"] == wanted
+
+
+@pytest.mark.parametrize("first", [True, False, None])
+def test_dora_in_one_part_alone_is_rejected(first: bool | None) -> None:
+    def part(use_dora: bool | None) -> Part:  # older files have no such key
+        return low_rank("to_q", **({} if use_dora is None else {"use_dora": use_dora}))
+
+    with pytest.raises(LoraError, match=r"`use_dora` is .* in `unet` and .* in `text_encoder`"):
+        joined({"unet": part(first), "text_encoder": part(not first)}, "folder")
+    joined({"unet": part(first), "text_encoder": part(first or False)}, "folder")
+
+
+def test_most_modules_have_the_usual_rank_and_the_others_are_named_the_longest_first() -> None:
+    ranks = {"a": 4, "b": 2, "c.b": 8, "d": 4, "e": 4}  # an expression `b` would fit `c.b` too
+    usual, others = most_common(ranks)
+    assert usual == 4
+    assert list(others.items()) == [(r"c\.b", 8), ("b", 2)]
 
 
 def test_what_a_part_promises_must_be_there(tmp_path: Path) -> None:
