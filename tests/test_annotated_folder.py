@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,14 @@ import datasets
 import pytest
 import tiny_detectors
 
-from lora_cli.data.boxes import read_objects
+from lora_cli.data import annotated_folder
+from lora_cli.data.boxes import BoxError, better_format, read_objects
 from lora_cli.data.load_rows import load_rows
 from lora_cli.data.pictures import picture_facts
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe, write_recipe
+from lora_cli.tasks import build_task
 
 Json = dict[str, Any]
 SPLITS = {"train": range(1, 5), "val": range(5, 7)}
@@ -184,7 +188,7 @@ def test_a_wrong_file_of_voc_is_told_by_its_name(wrong: str, tmp_path: Path) -> 
         ("0 0.5 0.5 0.5", "line 1 has 3 numbers behind the label"),
         ("dark 0.5 0.5 0.5 0.5", "does not begin with the number of a label"),
         ("0 0.5 x 0.5 0.5", "is not a number"),
-        ("\n7 0.5 0.5 0.5 0.5", "line 2 is of label 7, and there are 2 names"),
+        ("\n7 0.5 0.5 0.5 0.5", "line 2 is of label 7, and the names are of 0 to 1"),
     ],
 )
 def test_a_wrong_line_of_yolo_is_told_by_its_number(
@@ -238,3 +242,198 @@ def test_init_drafts_a_recipe_that_reads_them(form: str, tmp_path: Path) -> None
     }  # fmt: skip
     rows = load_rows(recipe)
     assert sum(map(len, rows.values())) == (4 if form == "coco" else 6)
+
+
+# ------------------------------------------------------------------------ numbers that are labels
+
+
+@pytest.mark.parametrize(
+    ("names", "line", "label"),
+    [
+        # keys that are text, whose order as text is another: 0, 1, 10, 2
+        ("{" + ", ".join(f"'{i}': n{i}" for i in range(11)) + "}", "10 .5 .5 .2 .2", "n10"),
+        ("{1: cat, 2: dog}", "1 .5 .5 .2 .2", "cat"),
+        ("{0: cat, 3: dog}", "3 .5 .5 .2 .2", "dog"),
+        ("[yes, no]", "1 .5 .5 .2 .2", "no"),
+        ("[01, 1e3]", "0 .5 .5 .2 .2", "01"),
+    ],
+)
+def test_a_number_of_yolo_is_the_label_of_this_number(
+    names: str, line: str, label: str, tmp_path: Path
+) -> None:
+    data = yolo(tmp_path)
+    put(tmp_path / "data.yaml", f"train: images/train\nval: images/val\nnames: {names}\n")
+    for file in (tmp_path / "labels").rglob("*.txt"):
+        put(file, line)
+    rows = load_rows(recipe_of(**data))["train"]
+    assert {c for row in rows for c in row["objects"]["category"]} == {label}
+
+
+def test_a_number_of_yolo_without_a_name_is_an_error(tmp_path: Path) -> None:
+    data = yolo(tmp_path)
+    put(tmp_path / "data.yaml", "train: images/train\nval: images/val\nnames: {0: cat, 3: dog}\n")
+    put(tmp_path / "labels/train/1.txt", "1 .5 .5 .2 .2")
+    with pytest.raises(LoraError, match="line 1 is of label 1, and the names are of 0, 3"):
+        load_rows(recipe_of(**data))
+
+
+def test_two_files_of_names_that_differ_are_an_error(tmp_path: Path) -> None:
+    data = yolo(tmp_path)
+    put(tmp_path / "classes.txt", "light\ndark\n")
+    message = "label 0 is `light` in classes.txt and `dark` in data.yaml"
+    with pytest.raises(LoraError, match=message):
+        load_rows(recipe_of(**data))
+    put(tmp_path / "classes.txt", "dark\nlight\n")
+    load_rows(recipe_of(**data))
+
+
+def test_names_of_another_number_are_read_again(tmp_path: Path) -> None:
+    data = yolo(tmp_path)
+    label = "train: images/train\nval: images/val\nnames: "
+    for file in (tmp_path / "labels").rglob("*.txt"):
+        put(file, "1 .5 .5 .2 .2")
+    for names, found in (("[cat, dog]", "dog"), ("{1: cat, 2: dog}", "cat")):
+        put(tmp_path / "data.yaml", label + names)
+        annotated_folder._labels_in.cache_clear()  # as in a new process
+        row = load_rows(recipe_of(**data))["train"][0]
+        assert row["objects"]["category"] == [found]
+
+
+@pytest.mark.parametrize("n_points", [2, 3])
+def test_key_points_behind_a_box_are_no_outline(n_points: int, tmp_path: Path) -> None:
+    data = yolo(tmp_path)
+    put(tmp_path / "labels/train/1.txt", "1 .5 .5 .2 .4" + " .1 .9" * n_points)
+    label = "train: images/train\nval: images/val\nnames: [dark, light]\n"
+    put(tmp_path / "data.yaml", f"{label}kpt_shape: [{n_points}, 2]\n")
+    row = load_rows(recipe_of(**data))["train"][0]
+    assert row["objects"]["bbox"] == [[0.5, 0.5, 0.2, 0.4]]
+
+
+def to_parquet(file: Path, names: list[str] | None, value: Any, kind: str) -> None:
+    """Write a row with one label: in a column of its own, or inside objects."""
+    label = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    number = names.index(value) if names else value
+    box = datasets.List(datasets.List(datasets.Value("float32")))
+    if kind == "label":
+        features: Json = {"text": datasets.Value("string"), "label": label}
+        row: Json = {"text": f"a text of {file.stem}", "label": number}
+    else:
+        features = {
+            "image": datasets.Image(),
+            "objects": {"bbox": box, "category": datasets.List(label)},
+        }
+        picture = tiny_detectors.scene(len(file.stem))[0]
+        row = {"image": picture, "objects": {"bbox": [[1, 2, 3, 4]], "category": [number]}}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    of_type = datasets.Features(features)
+    datasets.Dataset.from_list([row, row], features=of_type).to_parquet(file)
+
+
+def recipe_for(kind: str, **data: Any) -> Recipe:
+    task: Json = {"type": "object_detection"}
+    if kind == "label":
+        task = {"type": "sequence_classification", "text_column": "text", "label_column": "label"}
+    return Recipe.model_validate({"model": {"name": "none"}, "task": task, "data": data})
+
+
+@pytest.mark.parametrize("kind", ["label", "objects"])
+def test_numbers_in_parquet_files_have_the_names_in_the_file(kind: str, tmp_path: Path) -> None:
+    to_parquet(tmp_path / "a.parquet", ["dog", "cat"], "cat", kind)
+    to_parquet(tmp_path / "b.parquet", ["dog", "cat", "bird"], "bird", kind)
+    files = {"train": str(tmp_path / "a.parquet"), "validation": str(tmp_path / "b.parquet")}
+    rows = load_rows(recipe_for(kind, **files))
+    assert rows["train"].label_names[kind] == ["dog", "cat"]
+    assert rows["validation"].label_names[kind] == ["dog", "cat", "bird"]
+
+
+@pytest.mark.parametrize("kind", ["label", "objects"])
+@pytest.mark.parametrize("form", ["splits", "one split"])
+def test_a_number_that_is_two_labels_is_an_error(kind: str, form: str, tmp_path: Path) -> None:
+    to_parquet(tmp_path / "a.parquet", ["dog", "cat"], "cat", kind)
+    to_parquet(tmp_path / "b.parquet", ["cat", "dog"], "cat", kind)
+    data = {"train": str(tmp_path / "a.parquet"), "validation": str(tmp_path / "b.parquet")}
+    if form == "one split":
+        data = {"path": str(tmp_path), "train": "train"}
+    with pytest.raises(LoraError, match=f"label 0 of column `{kind}` is `cat` here, and `dog` in"):
+        load_rows(recipe_for(kind, **data))
+
+
+@pytest.mark.parametrize("kind", ["label", "objects"])
+def test_sets_that_number_labels_differently_are_mixed_by_name(kind: str, tmp_path: Path) -> None:
+    to_parquet(tmp_path / "a.parquet", ["dog", "cat"], "cat", kind)
+    to_parquet(tmp_path / "b.parquet", ["cat", "dog"], "cat", kind)
+    mix = {name: {"train": str(tmp_path / f"{name}.parquet")} for name in ("a", "b")}
+    rows = load_rows(recipe_for(kind, mix=mix))["train"]
+    labels = [row[kind]["category"][0] if kind == "objects" else row[kind] for row in rows]
+    assert labels == ["cat"] * 4
+
+
+# ----------------------------------------------------------------------- sizes and formats of boxes
+
+
+@pytest.mark.parametrize("size", [(80, 60), ("80", "60"), (80.0, 60.0), (" 80 ", "60.0")])
+@pytest.mark.parametrize("where", ["coco", "voc", "columns of a row"])
+def test_a_size_that_is_not_the_pictures_is_an_error(
+    size: tuple[Any, Any], where: str, tmp_path: Path
+) -> None:
+    draw(tmp_path / "a.png", 1)
+    about = {"width": size[0], "height": size[1]}
+    if where == "coco":
+        box = {"image_id": 1, "bbox": [1, 1, 5, 5], "category_id": 1}
+        content = {
+            "images": [{"id": 1, "file_name": "a.png", **about}], "annotations": [box],
+            "categories": [{"id": 1, "name": "cat"}],
+        }  # fmt: skip
+        put(tmp_path / "train.json", json.dumps(content))
+        data = {"train": str(tmp_path / "train.json")}
+    elif where == "voc":
+        corners = "<xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax>"
+        inside = f"<object><name>cat</name><bndbox>{corners}</bndbox></object>"
+        size_of = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+        put(tmp_path / "a.xml", f"<annotation>{size_of}{inside}</annotation>")
+        data = {"path": str(tmp_path)}
+    else:
+        objects = {"bbox": [[1, 1, 5, 5]], "category": ["cat"]}
+        put(tmp_path / "a.jsonl", json.dumps({"image": "a.png", "objects": objects, **about}))
+        data = {"train": str(tmp_path / "a.jsonl")}
+    task = build_task(recipe_of(**data))
+    row = load_rows(task.recipe)["train"][0]
+    assert "of a picture of 80 x 60 pixels, and the file has 37 x 29" in task.target_error(row)
+
+
+@pytest.mark.parametrize(
+    ("box", "form", "hint"),
+    [
+        ([20, 10, 35, 25], "xywh", "or is it `task.box_format: xyxy`"),
+        ([20, 10, 15, 5], "xyxy", "or is it `task.box_format: xywh`"),
+        ([0.5, 0.5, 0.75, 0.9], "relative_xywh", "or is it `task.box_format: relative_xyxy`"),
+        ([30, 20, 20, 20], "xywh", "pixels by 14: `--set task.clip_boxes=true` cuts such boxes"),
+    ],
+)
+def test_a_box_that_is_right_in_another_format_names_it(
+    box: list[float], form: str, hint: str
+) -> None:
+    with pytest.raises(BoxError, match=re.escape(hint)):
+        read_objects([{"bbox": box, "label": "cat"}], (36, 28), form)
+
+
+def test_the_format_of_a_file_cannot_be_set() -> None:
+    value = {"bbox": [[20, 10, 35, 25]], "category": ["cat"], "box_format": "xywh"}
+    with pytest.raises(BoxError, match="are these two corners") as raised:
+        read_objects(value, (36, 28), "xyxy")
+    assert "task.box_format" not in str(raised.value)
+
+
+def test_boxes_that_are_cut_are_tried_in_other_formats() -> None:
+    size = (100, 50)
+    boxes = [[60, 20, 90, 40], [5, 5, 20, 20], [50, 10, 95, 45]]
+    known = [([{"bbox": box, "label": "cat"}], size) for box in boxes]
+    assert better_format(known, "xywh") == ("xyxy", 2)
+    assert better_format(known, "xyxy") is None
+    truly_over = [([{"bbox": [95, 20, 20, 10], "label": "cat"}], size)]
+    assert better_format(truly_over, "xywh") is None
+
+
+def test_a_blank_crowd_is_no_crowd() -> None:
+    read = read_objects([{"bbox": [1, 1, 5, 5], "label": "cat", "iscrowd": None}], (36, 28))
+    assert read.crowd.tolist() == [False]

@@ -83,6 +83,50 @@ def prepared(task: Task, split: Encoded) -> list[Json]:
     return [prepared_for_evaluation(task, split.examples[i]) for i in range(len(split))]
 
 
+# ------------------------------------------------------------------------------------- the boxes
+
+
+@pytest.mark.parametrize(
+    ("orientation", "side", "with_size", "warns"),
+    [
+        (1, 30, True, False), (3, 30, True, True), (2, 30, True, True),
+        (6, 30, True, False), (6, 30, False, True), (6, 40, True, True),
+    ],
+)  # fmt: skip
+def test_a_picture_turned_by_exif_data_is_named_if_its_boxes_may_not_be(
+    orientation: int, side: int, with_size: bool, warns: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, side)).save(tmp_path / "data" / "a.jpg", exif=exif)
+    seen = (side, 40) if orientation > 4 else (40, side)
+    size = {"width": seen[0], "height": seen[1]} if with_size else {}
+    box = {"image_id": 1, "bbox": [1, 1, 5, 5], "category_id": 1}
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", **size}], "annotations": [box],
+        "categories": [{"id": 1, "name": "cat"}],
+    }  # fmt: skip
+    (tmp_path / "data" / "train.json").write_text(json.dumps(content))
+    task, data = opened(tmp_path, data={"validation": None})
+    train = data["train"]
+    _, warning = task.unknown_input("train", train.rows, train.examples)
+    assert ("turned or mirrored by its EXIF data" in (warning or "")) == warns
+
+
+def test_a_format_in_which_no_box_had_to_be_cut_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "data" / "a.png")
+    objects = [{"bbox": [20, 10, 38, 28], "label": "cat"}]
+    line = json.dumps({"image": "a.png", "objects": objects})
+    (tmp_path / "data" / "train.jsonl").write_text(line)
+    files = {"train": "data/train.jsonl", "validation": None}
+    task, data = opened(tmp_path, data=files, task={"clip_boxes": True})
+    train = data["train"]
+    _, warning = task.unknown_input("train", train.rows, train.examples)
+    assert "with `task.box_format: xyxy` none would" in (warning or "")
+
+
 # ------------------------------------------------------------------------------------- the loss
 
 

@@ -29,7 +29,7 @@ from lora_cli.data.entity_tags import (
     iob2_tags,
     tag_error,
 )
-from lora_cli.data.hub_rows import label_names
+from lora_cli.data.numbered_labels import label_names
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import evaluate_split
 from lora_cli.evaluation.compare import compare

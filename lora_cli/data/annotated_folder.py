@@ -6,21 +6,24 @@
     yolo/images/train/1.jpg    yolo/labels/train/1.txt     yolo/classes.txt: the names, one a line
 
 A line of YOLO's text is the number of the label and the box (its centre and size, in shares of the
-picture), or the corners of an outline. A picture without such a file has no objects.
+picture), or the corners of an outline; where the YAML file has a `kpt_shape`, key points follow the
+box and are not read. A picture without such a file has no objects.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lora_cli.data.boxes import FORMAT, SIZE
+from lora_cli.data.boxes import FORMAT, SIZE, said_size
 from lora_cli.data.media_folder import SUFFIXES, media_files
 from lora_cli.data.text_lines import RawRow, unreadable
 from lora_cli.errors import LoraError, printable
@@ -98,8 +101,9 @@ def read_annotated(
             error = f"there is no `{picture.stem}.xml` with its boxes"
         elif file is not None:
             used.add(file)
-            read = _read_xml if file.suffix == ".xml" else _read_yolo
-            objects, error = read(file, tuple(names_for(picture)))
+            objects, error = (
+                _read_xml(file) if file.suffix == ".xml" else _read_yolo(file, labels_for(picture))
+            )
             error = f"{file.name}: {error}" if error else ""
         value = {"bytes": None, "path": str(picture)}
         yield RawRow({column: value, boxes_column: objects}, place, error)
@@ -124,46 +128,105 @@ def _has_picture(file: Path) -> bool:
     return any((folder / name).is_file() for name in names for folder in folders)
 
 
+@dataclass(frozen=True)
+class YoloLabels:
+    """What the numbers in YOLO's text files mean.
+
+    Args:
+        names: The name of each label by its number, in order; empty if there are none.
+        n_points: Numbers of the key points behind each box.
+    """
+
+    names: dict[int, str] = field(default_factory=dict)
+    n_points: int = 0
+
+
 def names_for(picture: Path) -> list[str]:
-    """Return the names of YOLO's labels, by the file with them in a folder above a picture."""
+    """Return the names of YOLO's labels, in the order of their numbers."""
+    return list(labels_for(picture).names.values())
+
+
+def labels_for(picture: Path) -> YoloLabels:
+    """Return YOLO's labels, by the file with them in a folder above a picture."""
     for folder in list(picture.parents)[:LEVELS]:
-        if names := _names_in(folder):
-            return list(names)
-    return []
+        if (labels := _labels_in(folder)).names:
+            return labels
+    return YoloLabels()
 
 
 @functools.lru_cache(maxsize=4096)
-def _names_in(folder: Path) -> tuple[str, ...]:
-    for name in NAMES_FILES:
-        if (file := folder / name).is_file():
-            lines = _text_of(file).splitlines()
-            return tuple(line.strip() for line in lines if line.strip())
+def _labels_in(folder: Path) -> YoloLabels:
+    """Return the labels that files of a folder name.
+
+    Raises:
+        LoraError: If two files name them differently.
+    """
+    found: dict[Path, YoloLabels] = {}
+    for file in (folder / name for name in NAMES_FILES):
+        if file.is_file():
+            lines = [line.strip() for line in _text_of(file).splitlines()]
+            found[file] = YoloLabels(dict(enumerate(line for line in lines if line)))
     for file in sorted(folder.glob("*.y*ml")):
-        if names := _names_of(_yaml(file)):
-            return tuple(names)
-    return ()
+        content = _yaml(file)
+        if names := _names_of(content, file):
+            found[file] = YoloLabels(names, _n_points(content))
+    files = [file for file, labels in found.items() if labels.names]
+    for file in files[1:]:
+        first, other = found[files[0]].names, found[file].names
+        differing = [i for i in sorted({*first, *other}) if first.get(i) != other.get(i)]
+        if differing:
+            number = differing[0]
+            said = [f"`{printable(n.get(number, 'nothing'), SHOWN)}`" for n in (first, other)]
+            what = f"label {number} is {said[0]} in {files[0].name} and {said[1]} in {file.name}"
+            raise LoraError(what, str(folder), "delete the file that is not of these pictures")
+    return found[files[-1]] if files else YoloLabels()  # a YAML file knows of key points too
 
 
-def _names_of(content: Json) -> list[str]:
+def _names_of(content: Json, file: Path) -> dict[int, str]:
+    """Return the names of the labels in a YAML file by their numbers, in order.
+
+    Raises:
+        LoraError: If they stand behind something else than numbers.
+    """
     names = content.get("names")
-    if isinstance(names, dict):
-        names = [names[key] for key in sorted(names)]
-    return [str(name).strip() for name in names] if isinstance(names, list) else []
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, dict):
+        return {}
+    if not all(str(key).strip().isdecimal() for key in names):
+        what = "the keys of `names` are not the numbers of the labels"
+        raise LoraError(what, str(file), "write `names: {0: cat, 1: dog}`, or a list of names")
+    return {int(key): str(names[key]).strip() for key in sorted(names, key=int)}
+
+
+def _n_points(content: Json) -> int:
+    """Return how many numbers of key points stand behind a box: points, by numbers of each."""
+    shape = content.get("kpt_shape")
+    if isinstance(shape, list) and all(str(n).isdecimal() for n in shape):
+        return math.prod(int(n) for n in shape)
+    return 0
 
 
 def _yaml(file: Path) -> Json:
-    """Return what a YAML file holds, or nothing if that is no mapping."""
+    """Return what a YAML file holds, or nothing if that is no mapping; names are texts as written.
+
+    YAML would take the names `yes` and `no` for true and false.
+    """
     try:
-        content = yaml.safe_load(_text_of(file))
+        text = _text_of(file)
+        content = yaml.safe_load(text)
+        names = yaml.load(text, Loader=yaml.BaseLoader)  # makes texts only
     except yaml.YAMLError:
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    return content | ({"names": names["names"]} if content.get("names") else {})
 
 
 def _of_yaml(file: Path, split: str, recipe: Recipe) -> list[Path] | None:
     """Return the pictures of a split as YOLO's YAML file names them; None if it is no such file."""
     content = _yaml(file)
-    if not _names_of(content) or not any(
+    if not content.get("names") or not any(
         k in content for keys in SPLIT_KEYS.values() for k in keys
     ):
         return None
@@ -214,7 +277,7 @@ def _text_of(file: Path) -> str:
         raise unreadable(file, error) from error
 
 
-def _read_xml(file: Path, names: tuple[str, ...]) -> tuple[Json, str]:
+def _read_xml(file: Path) -> tuple[Json, str]:
     """Return the objects of a file of Pascal VOC, and what is wrong with it."""
     try:
         root = ET.fromstring(file.read_bytes())
@@ -238,13 +301,12 @@ def _read_xml(file: Path, names: tuple[str, ...]) -> tuple[Json, str]:
     first = 0 if any(min(box[:2]) < 1 for box in boxes) else 1
     boxes = [[x0 - first, y0 - first, x1, y1] for x0, y0, x1, y1 in boxes]
     found: Json = {"bbox": boxes, "category": categories, FORMAT: "xyxy"}
-    size = [root.findtext(f"size/{side}") or "" for side in ("width", "height")]
-    if all(text.strip().isdecimal() for text in size):
-        found[SIZE] = [int(text) for text in size]
+    if size := said_size({side: root.findtext(f"size/{side}") for side in ("width", "height")}):
+        found[SIZE] = size
     return found, ""
 
 
-def _read_yolo(file: Path, names: tuple[str, ...]) -> tuple[Json, str]:
+def _read_yolo(file: Path, labels: YoloLabels) -> tuple[Json, str]:
     """Return the objects of a text file of YOLO, and what is wrong with it."""
     boxes, categories = [], []
     for i, line in enumerate(_text_of(file).splitlines(), 1):
@@ -257,14 +319,25 @@ def _read_yolo(file: Path, names: tuple[str, ...]) -> tuple[Json, str]:
             return {}, f"line {i} holds something that is not a number"
         if not first.isdecimal():
             return {}, f"line {i} does not begin with the number of a label"
-        if len(numbers) >= 6 and len(numbers) % 2 == 0:  # an outline
+        if labels.n_points and len(numbers) == 4 + labels.n_points:
+            numbers = numbers[:4]
+        elif len(numbers) >= 6 and len(numbers) % 2 == 0:  # an outline
             xs, ys = numbers[::2], numbers[1::2]
             size = max(xs) - min(xs), max(ys) - min(ys)
             numbers = [min(xs) + size[0] / 2, min(ys) + size[1] / 2, *size]
         if len(numbers) != 4:
             return {}, f"line {i} has {len(numbers)} numbers behind the label, and a box has 4"
-        if names and int(first) >= len(names):
-            return {}, f"line {i} is of label {first}, and there are {len(names)} names"
+        if labels.names and int(first) not in labels.names:
+            known = f"the names are of {_ranges(labels.names)}"
+            return {}, f"line {i} is of label {first}, and {known}"
         boxes.append(numbers)
-        categories.append(names[int(first)] if names else int(first))
+        categories.append(labels.names[int(first)] if labels.names else int(first))
     return {"bbox": boxes, "category": categories, FORMAT: "relative_cxcywh"}, ""
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Return numbers in short: `0 to 4`, or each by itself where some are left out."""
+    known = sorted(numbers)
+    if known[-1] - known[0] + 1 == len(known) > 1:
+        return f"{known[0]} to {known[-1]}"
+    return printable(", ".join(map(str, known)), SHOWN)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ CATEGORY_KEYS = (
 CROWD_KEYS = ("iscrowd", "is_crowd")
 FORMAT, SIZE = "box_format", "size"  # what the readers of annotation files add
 TOLERANCE = 1.0  # pixels by which a box may leave the picture: it was rounded
+LEAVING = 0.2  # share of the rows whose boxes leave the picture, from where on it is odd
 CORNERS = ("x0", "y0", "x1", "y1")
 SHOWN = 60
 
@@ -61,8 +62,37 @@ def categories_in(value: Any) -> list[str | int]:
     return [_category(one.get("category"), i) for i, one in enumerate(_listed(value))]
 
 
+def said_size(about: Mapping[str, Any]) -> list[int] | None:
+    """Return the `width` and `height` that annotations give a picture; None if they do not.
+
+    Both are numbers above 0, or such numbers as text: exports write all three.
+    """
+    found = []
+    for side in ("width", "height"):
+        value = about.get(side)
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            return None
+        if not (number > 0 and number.is_integer()):
+            return None
+        found.append(int(number))
+    return found
+
+
+def annotated_size(row: Mapping[str, Any], column: str) -> list[int] | None:
+    """Return the size that a row gives its picture: inside its objects, or next to them."""
+    value = row.get(column)
+    inside = value.get(SIZE) if isinstance(value, dict) else None
+    return inside or said_size(row)
+
+
 def read_objects(
-    value: Any, size: tuple[int, int], box_format: str = "xywh", clip: bool = False
+    value: Any,
+    size: tuple[int, int],
+    box_format: str = "xywh",
+    clip: bool = False,
+    written_size: Sequence[int] | None = None,
 ) -> Objects:
     """Return the objects of a picture.
 
@@ -71,18 +101,23 @@ def read_objects(
         size: Width and height of the picture in pixels.
         box_format: How boxes are written, where the cell does not say.
         clip: Cut boxes at the edge of the picture.
+        written_size: Width and height that the row gives the picture.
 
     Raises:
         BoxError: If there is something wrong with one of them.
     """
-    items = _listed(value)
+    items, of_file = _listed(value), None
     if isinstance(value, dict):
-        box_format = value.get(FORMAT) or box_format
-        _require_size(value.get(SIZE), size)
+        of_file = value.get(FORMAT)
+    _require_size(written_size, size)
     categories = [_category(one.get("category"), i) for i, one in enumerate(items)]
     boxes = np.empty((len(items), 4))
     for i, one in enumerate(items):
-        boxes[i] = _corners(one.get("box"), i, size, box_format, clip)
+        try:
+            boxes[i] = _corners(one.get("box"), i, size, of_file or box_format, clip)
+        except BoxError as error:
+            hint = _other_format(one.get("box"), i, size, of_file or box_format, bool(of_file))
+            raise BoxError(f"{error}{hint}") from None
     crowd = np.array([bool(one.get("crowd")) for one in items], dtype=bool)
     return Objects(boxes, categories, crowd)
 
@@ -144,7 +179,7 @@ def _key(value: dict[str, Any], keys: Sequence[str]) -> str | None:
 
 
 def _flag(value: Any, i: int) -> bool:
-    if value in (0, 1):
+    if value is None or value in (0, 1):
         return bool(value)
     raise BoxError(f"`iscrowd` of {_named(i)} is `{printable(str(value), SHOWN)}`, not 0 or 1")
 
@@ -184,6 +219,24 @@ def _require_size(said: Any, size: tuple[int, int]) -> None:
     raise BoxError(what)
 
 
+def _other_format(
+    value: Any, i: int, size: tuple[int, int], box_format: str, is_of_file: bool
+) -> str:
+    """Return in which other format a box that is wrong would be right, as a question."""
+    for form in ("xyxy", "xywh"):
+        other = "relative_" * box_format.startswith("relative_") + form
+        try:
+            _corners(value, i, size, other, False)
+        except BoxError:
+            continue
+        if other == box_format or (is_of_file and box_format != "xywh"):
+            return ""
+        if is_of_file:
+            return "; or are these two corners? COCO's boxes are [x, y, width, height]"
+        return f"; or is it `task.box_format: {other}`?"
+    return ""
+
+
 def _corners(
     value: Any, i: int, size: tuple[int, int], box_format: str, clip: bool
 ) -> tuple[float, float, float, float]:
@@ -198,8 +251,7 @@ def _corners(
     if form == "xyxy":
         if c < a or d < b:
             what = f"the corners of the box of {_named(i)} are swapped, {shown}: the first is the "
-            hint = f"upper left one; or are these `task.box_format: {box_format[:-4]}xywh`?"
-            raise BoxError(f"{what}{hint}")
+            raise BoxError(f"{what}upper left one")
         x0, y0, x1, y1 = a, b, c, d
     elif c < 0 or d < 0:
         raise BoxError(f"the box of {_named(i)} has a size below 0, {shown}")
@@ -252,6 +304,40 @@ def _inside(
         what = f"{whole} leaves the picture of {width} x {height} pixels by {over:.4g}: "
         raise BoxError(f"{what}`--set task.clip_boxes=true` cuts such boxes at its edge")
     return cut
+
+
+def better_format(
+    known: Sequence[tuple[Any, tuple[int, int]]], box_format: str
+) -> tuple[str, int] | None:
+    """Return a format in which all boxes lie in their pictures, if those of many rows do not.
+
+    Args:
+        known: What rows hold, and the size of the picture of each.
+        box_format: How boxes are read.
+
+    Returns:
+        The format, and how many rows have a box that leaves its picture; None if all is well.
+    """
+    known = [(value, size) for value, size in known if not _of_file(value)]
+    leaving = sum(not _fits(value, size, box_format) for value, size in known)
+    if not leaving or leaving < LEAVING * len(known):
+        return None
+    prefix = "relative_" * box_format.startswith("relative_")
+    others = (prefix + form for form in ("xywh", "xyxy", "cxcywh") if prefix + form != box_format)
+    fitting = (f for f in others if all(_fits(value, size, f) for value, size in known))
+    return next(((found, leaving) for found in fitting), None)
+
+
+def _of_file(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value.get(FORMAT))
+
+
+def _fits(value: Any, size: tuple[int, int], box_format: str) -> bool:
+    try:
+        read_objects(value, size, box_format)
+    except BoxError:
+        return False
+    return True
 
 
 def are_objects(values: Sequence[Any]) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.boxes import FORMAT, SIZE
+from lora_cli.data.boxes import FORMAT, SIZE, said_size
 from lora_cli.data.json_rows import json_error
 from lora_cli.data.media import media_value
 from lora_cli.data.text_lines import RawRow, unreadable
@@ -147,8 +147,7 @@ def _objects(annotations: list[Json], names: dict[int, str], picture: Json) -> t
         categories.append(names[number])
         crowd.append(one.get("iscrowd") or 0)
     found = {"bbox": boxes, "category": categories, "iscrowd": crowd, FORMAT: "xywh"}
-    size = [picture.get("width"), picture.get("height")]
-    if all(isinstance(n, int) for n in size):
+    if size := said_size(picture):
         found[SIZE] = size
     return found, ""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_cli.data.annotated_folder import annotation_of, names_for, read_annotated
+from lora_cli.data.annotated_folder import annotation_of, labels_for, names_for, read_annotated
 from lora_cli.data.bad_rows import without
 from lora_cli.data.coco_rows import coco_names, is_coco, read_coco
 from lora_cli.data.csv_quoting import announce_quoting
@@ -34,6 +34,7 @@ from lora_cli.data.media_folder import (
     root_of,
     transcript_of,
 )
+from lora_cli.data.numbered_labels import parquet_label_names
 from lora_cli.data.parallel_texts import parts_of
 from lora_cli.data.readers import kind_of, read_rows
 from lora_cli.data.renamed_columns import renamed_row
@@ -44,7 +45,7 @@ from lora_cli.files import sha256_of
 from lora_cli.recipe import Recipe
 
 READINGS = 3  # of a file that changes while it is read
-READING = 4  # counts up when files are read in another way, so that no old cache is used
+READING = 5  # counts up when files are read in another way, so that no old cache is used
 
 
 def read_files(recipe: Recipe, files: list[Path]) -> Iterator[RawRow]:
@@ -81,15 +82,24 @@ def file_rows(recipe: Recipe, files: list[Path]) -> Rows:
             announce_quoting(file, form)
     folder = os.path.commonpath([file.parent for file in files])
     source = str(files[0]) if len(files) == 1 else f"{folder} ({counted(len(files), 'file')})"
-    labels = class_names(recipe, files) if are_media else {}
+    labels = class_names(recipe, files) if are_media else names_of_labels(recipe, files)
     if (boxes := recipe.task.boxes_column) is not None:
-        labels = {boxes: names} if (names := category_names(files)) else {}
+        labels = {boxes: names} if (names := category_names(files)) else labels
     elif are_media and (others := other_files(root_of(recipe, files), recipe)):
         left = f"{counted(len(others), 'file')} in the folders of the classes"
         warn(f"{left} are left out, the first is {others[0]}: by its name it is of another kind")
     rows = Rows(dataset, source, sha256, np.arange(len(dataset)), labels, media=media)
     errors = {i: f for i, f in enumerate(dataset["fault"]) if f}
     return without(*_with_hashes(rows, errors), recipe)
+
+
+def names_of_labels(recipe: Recipe, files: list[Path]) -> dict[str, list[str]]:
+    """Return what the numbers of labels in tables mean, by column, if the files say so."""
+    if is_media_file(files[0]) or any(is_coco(file) for file in files):
+        return {}
+    if any(kind_of(file, recipe.data.format) != "parquet" for file in files):
+        return {}
+    return parquet_label_names(recipe, files)
 
 
 def category_names(files: list[Path]) -> list[str]:
@@ -110,7 +120,8 @@ def _names_of(recipe: Recipe, files: list[Path], are_media: bool) -> list[str]:
     # paths lead on from where the files lie
     names = [str(file.absolute()) for file in files] + list(recipe.task.media_columns) + renamed
     if recipe.task.boxes_column is not None:
-        return names + category_names(files)
+        numbers = [str(labels_for(files[0]))] if is_media_file(files[0]) else []
+        return names + category_names(files) + numbers
     if are_media:  # and labels depend on all folders
         names += map(str, sorted(folder_labels(recipe, files).items()))
     return names

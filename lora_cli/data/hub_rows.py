@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_cli.data.boxes import nested_names
 from lora_cli.data.dataset_cache import damaged_files, forget_files
 from lora_cli.data.media import undecoded
+from lora_cli.data.numbered_labels import label_names
 from lora_cli.data.renamed_columns import renamed_columns
 from lora_cli.data.rows import Rows
 from lora_cli.errors import LoraError, warn
@@ -178,18 +178,3 @@ def _renamed(recipe: Recipe, dataset: Any) -> Any:
     apart = {old: f"\0{i}" for i, old in enumerate(names)}  # so that two names can be exchanged
     dataset = dataset.rename_columns(apart)
     return dataset.rename_columns({apart[old]: new for old, new in names.items()})
-
-
-def label_names(features: Any) -> dict[str, list[str]]:
-    """Return the names of the labels of each column that has them."""
-    import datasets
-
-    # of a list of labels, those of its items
-    kinds = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
-    names = {
-        column: list(kind.names)
-        for column, kind in kinds.items()
-        if isinstance(kind, datasets.ClassLabel)
-    }
-    inside = {column: nested_names(feature) for column, feature in features.items()}
-    return names | {column: found for column, found in inside.items() if found}

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from lora_cli.data.csv_quoting import announce_quoting
-from lora_cli.data.file_rows import file_rows, read_files
+from lora_cli.data.file_rows import file_rows, names_of_labels, read_files
 from lora_cli.data.find_files import SPLITS as SPLITS
 from lora_cli.data.find_files import files_of, positions, split_slice
 from lora_cli.data.held_out import draw
-from lora_cli.data.hub_rows import hub_rows, label_names, load_hub
+from lora_cli.data.hub_rows import hub_rows, load_hub
 from lora_cli.data.media import (
     hashed,
     media_error,
@@ -26,6 +26,7 @@ from lora_cli.data.media_folder import (
     is_media_file,
 )
 from lora_cli.data.mixed_rows import mixed
+from lora_cli.data.numbered_labels import holds_numbers, label_names, require_one_numbering
 from lora_cli.data.readers import kind_of, require_columns
 from lora_cli.data.renamed_columns import renamed_row, require_renamed
 from lora_cli.data.rows import Rows as Rows
@@ -33,6 +34,8 @@ from lora_cli.data.text_lines import RawRow
 from lora_cli.errors import LoraError, counted, did_you_mean
 from lora_cli.recipe import HeldOutSpec, Recipe
 from lora_cli.recipe.spec import is_file
+
+FIRST = 100  # rows that show whether labels are numbers
 
 
 def load_rows(recipe: Recipe, splits: Sequence[str] = SPLITS) -> dict[str, Rows]:
@@ -70,6 +73,7 @@ def load_rows(recipe: Recipe, splits: Sequence[str] = SPLITS) -> dict[str, Rows]
             whole[name], whole[parent] = _hold_out(recipe, whole[parent], name, held_out)
     for name, rows in whole.items():
         _require_rows(rows, name)
+    _require_one_numbering(whole)
     _count_skipped_once(whole)
     return {name: whole[name] for name in SPLITS if name in whole and name in splits}
 
@@ -95,6 +99,22 @@ def _load_mixed(recipe: Recipe, splits: Sequence[str]) -> dict[str, Rows]:
     if problems:
         raise LoraError(problems)
     return {split: mixed(recipe, found[split]) for split in SPLITS if split in found}
+
+
+def _require_one_numbering(splits: dict[str, Rows]) -> None:
+    """Check that a number that stands for a label stands for the same one in each split.
+
+    Raises:
+        LoraError: If it does not.
+    """
+    columns = {column for rows in splits.values() for column in rows.label_names}
+    known: dict[str, dict[str, list[str]]] = {}
+    for rows in splits.values():
+        first = [rows[i] for i in range(min(FIRST, len(rows)))]
+        numbered = [c for c in columns if any(holds_numbers(row.get(c)) for row in first)]
+        own = {c: rows.label_names[c] for c in numbered if c in rows.label_names}
+        known[rows.source] = own
+    require_one_numbering(known)
 
 
 def _count_skipped_once(splits: dict[str, Rows]) -> None:
@@ -142,9 +162,9 @@ def stream_rows(recipe: Recipe) -> Iterator[RawRow]:
 
 
 def stream_label_names(recipe: Recipe) -> dict[str, list[str]]:
-    """Return the names of the labels in a streamed data set of the Hub, by column."""
+    """Return what the numbers of labels in a streamed data set mean, by column."""
     if not recipe.data.name:
-        return {}
+        return names_of_labels(recipe, files_of(recipe, "train", recipe.data.train))
     return label_names(load_hub(recipe, recipe.data.train, streaming=True).features or {})
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_cli.data.boxes import CATEGORY_KEYS
 from lora_cli.data.rows import MEDIA_ROWS, Indices, Rows
 from lora_cli.recipe import Recipe
 
@@ -124,7 +125,9 @@ class MixedRows(Rows):
 
 
 def _label(value: Any, names: list[str]) -> Any:
-    """Return the name of a label, or those of a list; what is no number of one stays."""
+    """Return the name of a label, or those of a list or of objects; what is none stays."""
+    if isinstance(value, dict):
+        return {k: _label(v, names) if k in CATEGORY_KEYS else v for k, v in value.items()}
     if isinstance(value, list):
         return [_label(one, names) for one in value]
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):

@@ -29,6 +29,7 @@ FORMATS = (
 MOST_PIXELS = 89_478_485  # from where on Pillow too suspects a bomb; 256 MiB in RGB
 ALSO_PAGES = ("MPO",)  # formats of photographs, whose other pictures are previews
 KNOWN = ", ".join(FORMATS[:8])
+ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 LINE = 120  # characters of what Pillow says
 
 
@@ -46,6 +47,8 @@ class PictureFacts:
         height: Likewise.
         is_animated: It has several frames, of which the first is read.
         is_transparent: It has transparent parts, which are read as white.
+        orientation: Of its EXIF data: from 2 on, it is turned or mirrored to be upright; from 5 on,
+            width and height are exchanged.
     """
 
     error: str = ""
@@ -53,6 +56,7 @@ class PictureFacts:
     height: int = 0
     is_animated: bool = False
     is_transparent: bool = False
+    orientation: int = 1
 
 
 def require_pillow() -> None:
@@ -119,8 +123,10 @@ def _open(value: dict[str, Any]) -> tuple[Image, PictureFacts]:
                 image.load()
                 several = bool(getattr(image, "is_animated", False))
                 is_animated = several and image.format not in ALSO_PAGES
+                orientation = 1
                 try:
                     turned = ImageOps.exif_transpose(image)
+                    orientation = int(image.getexif().get(ORIENTATION, 1))
                 except Exception:  # broken metadata of any kind: viewers show it as it lies
                     turned = image.copy()
                 plain, is_transparent = _plain(turned)
@@ -135,7 +141,7 @@ def _open(value: dict[str, Any]) -> tuple[Image, PictureFacts]:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             what = f"is cut off or damaged: {printable(reason, LINE)}"
             raise PictureError(what) from error
-    return plain, PictureFacts("", *plain.size, is_animated, is_transparent)
+    return plain, PictureFacts("", *plain.size, is_animated, is_transparent, orientation)
 
 
 @functools.cache

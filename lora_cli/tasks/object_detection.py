@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection, PretrainedConfig
 
-from lora_cli.data.boxes import BoxError, Objects, read_objects
+from lora_cli.data.boxes import BoxError, Objects, annotated_size, read_objects
 from lora_cli.data.load_rows import Rows
 from lora_cli.data.media import described
 from lora_cli.data.pictures import picture_facts, require_pillow
@@ -38,12 +38,13 @@ from lora_cli.tasks.detection.detection_loss import (
     corners,
     detection_losses,
 )
+from lora_cli.tasks.detection.odd_boxes import IS_TURNED, may_be_turned, odd_boxes
 from lora_cli.tasks.examples import Batch, Example, Field, Prediction
 from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.tasks.pictures.odd_pictures import FEATURES, odd_facts
 from lora_cli.tasks.pictures.picture_task import PictureTask, dtype_of_base
 
-ENCODING = 1  # of rows into examples; a change of it makes what is kept on the disk useless
+ENCODING = 2  # of rows into examples; a change of it makes what is kept on the disk useless
 NO_OBJECT = "no object"  # the output behind those of the labels
 FILLING = [0.5, 0.5, 1.0, 1.0]  # a box that fills up a batch: it is not empty
 DIGITS = 2  # of a pixel, in answers
@@ -162,7 +163,8 @@ class ObjectDetection(PictureTask):
     def _objects(self, row: dict[str, Any], size: tuple[int, int]) -> Objects:
         spec = self.spec
         value = row.get(spec.objects_column)
-        return read_objects(value, size, spec.box_format, spec.clip_boxes)
+        written = annotated_size(row, spec.objects_column)
+        return read_objects(value, size, spec.box_format, spec.clip_boxes, written)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return one example a row: the picture as its file has it, and its objects."""
@@ -177,7 +179,7 @@ class ObjectDetection(PictureTask):
                 "image": value, "width": facts.width, "height": facts.height,
                 "boxes": objects.boxes.ravel().tolist(), "classes": classes,
                 "crowd": objects.crowd.astype(int).tolist(),
-                **odd_facts(facts),
+                IS_TURNED: may_be_turned(facts, row, self.spec.objects_column), **odd_facts(facts),
             }])  # fmt: skip
         return examples
 
@@ -185,7 +187,7 @@ class ObjectDetection(PictureTask):
         """Return the types of an example."""
         sizes = {"width": "int32", "height": "int32"}
         objects = {"boxes": "list<float64>", "classes": "list<int32>", "crowd": "list<int8>"}
-        return {"image": "media", **sizes, **objects, **FEATURES}
+        return {"image": "media", **sizes, **objects, IS_TURNED: "bool", **FEATURES}
 
     def cost(self, example: Example) -> int:
         """Return 1: all pictures are read in one size."""
@@ -204,17 +206,10 @@ class ObjectDetection(PictureTask):
         return [counted(len(said), "object")], about
 
     def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
-        """Return a warning of pictures that are animated, or have too many objects."""
+        """Return a warning of odd pictures, and of boxes that may be wrong."""
         share, warning = super().unknown_input(name, rows, examples)
-        over = [
-            int(example["row"])
-            for example in examples
-            if len(example["crowd"]) - sum(example["crowd"]) > self.n_queries
-        ]
-        if warning is None and over:
-            have = "picture has" if len(over) == 1 else "pictures have"
-            warning = f"{len(over):,} {name} {have} more objects than the {self.n_queries} that "
-            warning += f"the model can find, so that some are not learned: {rows.place(over[0])}"
+        odd = odd_boxes(name, rows, examples, self.spec, self.n_queries)
+        warning = "; ".join(part for part in (warning, odd) if part) or None
         return share, warning
 
     # ---------------------------------------------------------------------------- pixels

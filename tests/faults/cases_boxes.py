@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import tiny_detectors
 import tiny_pictures
 from cases import CASES, Case, case
@@ -137,6 +138,37 @@ def _(world: World) -> Printed:
     world.write("data.yaml", "train: nowhere\nnames: [dark, light]\n")
     data = {"path": "data.yaml", "validation": "validation"}
     return world.lora("validate", recipe_of(world, data=data))
+
+
+def _yolo(names: str, **others: str) -> Callable[[World], Printed]:
+    def run(world: World) -> Printed:
+        tiny_pictures.picture(1, width=30, height=20).save(world.folder / "a.png")
+        world.write("a.txt", "2 0.5 0.5 0.2 0.2\n")
+        world.write("data.yaml", f"train: .\nnames: {names}\n")
+        for name, text in others.items():
+            world.write(f"{name}.txt", text)
+        return world.lora("validate", recipe_of(world, data={"path": "data.yaml"}))
+
+    return run
+
+
+for _name, _run in {
+    "YOLO's names that have no numbers": _yolo("{cat: 0, dog: 1}"),
+    "a number of YOLO without a name": _yolo("{1: cat, 5: dog}"),
+    "two files with YOLO's names": _yolo("[cat, dog]", classes="dog\ncat\n"),
+}.items():
+    CASES.append(Case(AREA, _name, _run))
+
+
+@case(AREA, "two parquet files that number the labels differently")
+def _(world: World) -> Printed:
+    kinds = {"text": datasets.Value("string")}
+    for name, labels in (("train", ["dog", "cat"]), ("test", ["cat", "dog"])):
+        features = datasets.Features(kinds | {"label": datasets.ClassLabel(names=labels)})
+        rows = datasets.Dataset.from_list([{"text": "a", "label": 0}] * 2, features=features)
+        rows.to_parquet(world.folder / f"{name}.parquet")
+    data = {"train": "train.parquet", "test": "test.parquet"}
+    return world.lora("validate", world.recipe(data=data))
 
 
 @case(AREA, "init for boxes without pictures")

@@ -1,0 +1,75 @@
+"""What a user should know of the boxes of a split: they may be of a picture that lies otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_cli.data.boxes import annotated_size, better_format
+from lora_cli.data.load_rows import Rows
+from lora_cli.data.pictures import PictureFacts, picture_facts
+from lora_cli.recipe import ObjectDetectionSpec
+from lora_cli.tasks.pictures.odd_pictures import where
+
+SAMPLE = 500  # rows of which the format of the boxes is tried
+TURNS = 5  # from this EXIF orientation on, width and height are exchanged
+IS_TURNED = "is_turned"
+
+
+def may_be_turned(facts: PictureFacts, row: dict[str, Any], objects_column: str) -> bool:
+    """Return whether EXIF data turn or mirror a picture, and nothing says if its boxes go along."""
+    if facts.orientation < TURNS:
+        return facts.orientation > 1
+    size = annotated_size(row, objects_column)
+    return size is None or facts.width == facts.height
+
+
+def odd_boxes(
+    name: str, rows: Rows, examples: Any, spec: ObjectDetectionSpec, most: int
+) -> str | None:
+    """Return a warning of boxes that may be wrong, and of pictures with too many.
+
+    Args:
+        name: What the rows are called.
+        rows: The rows.
+        examples: Of the rows: a data set, or a list.
+        spec: Says how boxes are read.
+        most: Objects that the model can find in a picture.
+    """
+    said = []
+    over = [
+        int(example["row"])
+        for example in examples
+        if len(example["crowd"]) - sum(example["crowd"]) > most
+    ]
+    if over:
+        have = "picture has" if len(over) == 1 else "pictures have"
+        warning = f"{len(over):,} {name} {have} more objects than the {most} that "
+        said.append(f"{warning}the model can find, so that some are not learned: {_at(rows, over)}")
+    if turned := [int(examples[i]["row"]) for i in where(examples, IS_TURNED)]:
+        one = len(turned) == 1
+        what = f"{len(turned):,} {name} {'picture is' if one else 'pictures are'} turned or "
+        what += f"mirrored by {'its' if one else 'their'} EXIF data, and the boxes are read as of "
+        what += f"{'the picture' if one else 'the pictures'} seen upright; `lora validate --data "
+        said.append(f"{what}--show 3` shows where they lie: {_at(rows, turned)}")
+    if spec.clip_boxes and (warning := _other_format(name, rows, spec)):
+        said.append(warning)
+    return "; ".join(said) or None
+
+
+def _at(rows: Rows, found: list[int]) -> str:
+    return rows.place(found[0])
+
+
+def _other_format(name: str, rows: Rows, spec: ObjectDetectionSpec) -> str:
+    """Return that all boxes would lie in their pictures in another format, if that is so."""
+    known = []
+    for i in range(min(SAMPLE, len(rows))):
+        row = rows[i]
+        facts = picture_facts(row[spec.image_column])
+        known.append((row.get(spec.objects_column), (facts.width, facts.height)))
+    if (found := better_format(known, spec.box_format)) is None:
+        return ""
+    form, leaving = found
+    rows_have = "row has a box that leaves" if leaving == 1 else "rows have boxes that leave"
+    what = f"{leaving:,} {name} {rows_have} the picture and are cut, and with `task.box_format: "
+    return f"{what}{form}` none would: is that how they are written?"
