@@ -20,6 +20,7 @@ import tiny_diffusion
 import tiny_pictures
 import torch
 import torch.nn.functional as F
+import yaml
 from accelerate import Accelerator
 from diffusers.training_utils import compute_snr
 from PIL import Image
@@ -28,7 +29,10 @@ from torch import Tensor
 
 from lora_cli.adapters.attach import attach, trainable_parameters
 from lora_cli.data.captions import shuffled
+from lora_cli.data.find_files import files_of
+from lora_cli.data.load_rows import load_rows
 from lora_cli.data.picture_sizes import apply_cut, cut_to, nearest_size, sizes_for
+from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate_split import evaluate_adapter
 from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.evaluation.predict import answer_file
@@ -74,6 +78,13 @@ def recipe(folder: Path, kind: str = "sd", noise: Any = None, **sections: Any) -
 def run(path: Path, *overrides: str) -> dict[str, Any]:
     with contextlib.redirect_stderr(io.StringIO()):
         return train(load_recipe(path, list(overrides)))
+
+
+def built(path: Path) -> Any:
+    """Return the task of a recipe, with its processor."""
+    task = build_task(load_recipe(path))
+    task.load_processor()
+    return task
 
 
 def logged(folder: Path) -> list[float]:
@@ -385,6 +396,124 @@ def test_texts_are_drawn_before_while_and_after_training(trained: Trained) -> No
 # ------------------------------------------------------------------------------------ other keys
 
 
+def test_a_model_that_is_trained_in_full_is_a_pipeline_of_diffusers(tmp_path: Path) -> None:
+    path = recipe(
+        tmp_path, data={"validation": "validation"}, evaluate={"every_steps": 1},
+        # so fast that the last step is not the best
+        train={"max_steps": 3, "optimizer": {"learning_rate": 1.0}},
+    )  # fmt: skip
+    values = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**values, "adapter": {"type": "full"}}))
+    report = run(path)
+    out = tmp_path / "out"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["validation"]["loss"] for line in lines if "validation" in line]
+    assert min(losses) < losses[-1], "the last step is the best: nothing is restored"
+    after = report["metrics"]["after"]["validation"]["loss"]
+    assert after == pytest.approx(min(losses), rel=1e-5)
+    found = evaluate_adapter(out, load_adapter_recipe(out), "validation")["validation"]
+    assert found["loss"] == pytest.approx(after, rel=1e-5)
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        PROMPTS[0], num_inference_steps=2, height=SIDE, width=SIDE,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]  # fmt: skip
+    task, model, _ = open_adapter(out, load_adapter_recipe(out))
+    (drawn,) = task.draw_pictures(model, PROMPTS[:1])
+    assert np.abs(np.asarray(expected, int) - np.asarray(drawn, int)).max() <= 1
+    base = load_file(tmp_path / "base/unet/diffusion_pytorch_model.safetensors")
+    trained = load_file(out / "unet/diffusion_pytorch_model.safetensors")
+    assert all(not torch.equal(base[name], tensor) for name, tensor in trained.items())
+    kept = "vae/diffusion_pytorch_model.safetensors"
+    frozen, base = load_file(out / kept), load_file(tmp_path / "base" / kept)
+    assert all(torch.equal(base[name], tensor) for name, tensor in frozen.items())
+    card = (out / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert "With `diffusers`:" in card
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "wanted"),
+    [
+        # a folder of no split does not hide those of splits
+        (["train/1", "val/2", "class/3"], "train", ["train/1"]),
+        (["train/1", "val/2", "class/3"], "validation", ["val/2"]),
+        (["1", "2", "test/3"], "train", ["1", "2"]),
+        (["1", "2", "test/3"], "test", ["test/3"]),
+        (["ann/1", "bob/2"], "train", ["ann/1", "bob/2"]),
+        (["ann/1", "bob/2", "val/ann/3"], "train", ["ann/1", "bob/2"]),
+        # the pictures of the class are no rows
+        (["1", "prior/2"], "train", ["1"]),
+    ],
+)
+def test_folders_of_pictures_are_splits_and_no_classes(
+    files: list[str], split: str, wanted: list[str], tmp_path: Path
+) -> None:
+    for i, file in enumerate(files):
+        picture = tmp_path / "pictures" / f"{file}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        tiny_pictures.picture(i).save(picture)
+        picture.with_suffix(".txt").write_text("a dark one")
+    prior = {"path": "pictures/prior", "caption": "a one", "count": 0}
+    data = {split: split} if split != "train" else {}
+    path = recipe(tmp_path, data=data, task={"prior": prior})
+    found = files_of(load_recipe(path), split, split)
+    root = tmp_path / "pictures"
+    assert [f.relative_to(root).with_suffix("").as_posix() for f in found] == wanted
+
+
+def test_pictures_of_no_split_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path)
+    (tmp_path / "pictures" / "more").mkdir()
+    tiny_pictures.picture(1).save(tmp_path / "pictures" / "more" / "a.png")
+    load_rows(load_recipe(path))
+    said = capsys.readouterr().err
+    assert "lies in no folder of a split and is left out, the first is more/a.png" in said
+
+
+def test_captions_without_a_picture_and_empty_ones_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recipe(tmp_path)
+    (tmp_path / "pictures/train/alone.txt").write_text("a dark one")
+    load_rows(load_recipe(path))
+    said = capsys.readouterr().err
+    assert "1 text file in" in said
+    assert "has no picture of the same name next to it, the first is train/alone.txt" in said
+    (tmp_path / "pictures/train/0.txt").write_text(" \n")
+    with pytest.raises(LoraError, match=r"`0\.png` has an empty caption: write"):
+        load_data(built(path))
+
+
+def test_one_caption_for_all_needs_no_text_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_rows(load_recipe(recipe(tmp_path, task={"caption": "a sks one"})))
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_the_place_of_a_cut_is_that_in_the_mirrored_picture(tmp_path: Path) -> None:
+    task = built(recipe(tmp_path, "xl", task={"crop": "random", "flip": True}))
+    value = {"bytes": None, "path": str(tmp_path / "wide.png")}
+    numbers = np.arange(2 * SIDE, dtype=np.uint8)  # of each column
+    wide = np.broadcast_to(numbers[None, :, None], (SIDE, 2 * SIDE, 3))
+    Image.fromarray(np.ascontiguousarray(wide)).save(value["path"])
+    seen = [
+        task._seen(value, (SIDE, SIDE), np.random.default_rng(seed), only_sizes=False)
+        for seed in range(12)
+    ]
+    mirrored = 0
+    for one in seen:
+        first = round((float(one.pixels[0, 0, 0]) + 1) * 127.5)
+        second = round((float(one.pixels[0, 0, 1]) + 1) * 127.5)
+        # of the picture, or of the mirrored one, in which column n is 2 * SIDE - 1 - n
+        mirrored += second < first
+        assert one.sizes[3] == (2 * SIDE - 1 - first if second < first else first)
+    assert 0 < mirrored < len(seen)
+
+
 def test_the_class_is_drawn_by_the_base_where_its_pictures_are_missing(tmp_path: Path) -> None:
     prior = {"path": "class", "caption": "a one", "count": 6}
     task = {"caption": "a sks one", "prior": prior}
@@ -396,7 +525,14 @@ def test_the_class_is_drawn_by_the_base_where_its_pictures_are_missing(tmp_path:
     assert names == [*(f"drawn-{i:04d}.png" for i in range(5)), "mine.png"]
     assert report["data"]["train"]["examples"] == 6  # each of the class once, with one of 4
     after = report["metrics"]["after"]["validation"]
-    assert after["loss"] == pytest.approx(after["loss_loss"])  # measured on the subject alone
+    assert set(after) == {"loss"}  # measured on the subject alone
+    log = [
+        json.loads(line) for line in (path.parent / "out/metrics.jsonl").read_text().splitlines()
+    ]
+    steps = [line for line in log if "loss_prior" in line]
+    assert steps
+    assert all({"loss", "loss_pictures"} <= line.keys() for line in steps)
+    assert not any("loss_loss" in line or "loss_labels" in line for line in log)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "base")
     pipe.set_progress_bar_config(disable=True)
     found = pipe(

@@ -32,6 +32,7 @@ from lora_cli.data.media_folder import (
     other_files,
     read_media_files,
     root_of,
+    texts_alone,
     transcript_of,
 )
 from lora_cli.data.numbered_labels import parquet_label_names
@@ -85,12 +86,25 @@ def file_rows(recipe: Recipe, files: list[Path]) -> Rows:
     labels = class_names(recipe, files) if are_media else names_of_labels(recipe, files)
     if (boxes := recipe.task.boxes_column) is not None:
         labels = {boxes: names} if (names := category_names(files)) else labels
-    elif are_media and (others := other_files(root_of(recipe, files), recipe)):
+    elif are_media and recipe.task.transcript_column is not None:
+        _warn_of_texts_alone(root_of(recipe, files), recipe)
+    elif labels and (others := other_files(root_of(recipe, files), recipe)):
         left = f"{counted(len(others), 'file')} in the folders of the classes"
         warn(f"{left} are left out, the first is {others[0]}: by its name it is of another kind")
     rows = Rows(dataset, source, sha256, np.arange(len(dataset)), labels, media=media)
     errors = {i: f for i, f in enumerate(dataset["fault"]) if f}
     return without(*_with_hashes(rows, errors), recipe)
+
+
+def _warn_of_texts_alone(folder: Path, recipe: Recipe) -> None:
+    """Name the text files that are no row, as the picture or the recording is missing."""
+    if alone := texts_alone(folder, recipe):
+        kind = {"image": "picture", "audio": "recording"}[
+            next(iter(recipe.task.media_columns.values()))
+        ]
+        has = "has" if len(alone) == 1 else "have"
+        what = f"{counted(len(alone), 'text file')} in {folder} {has} no {kind} of the same name"
+        warn(f"{what} next to {'it' if len(alone) == 1 else 'them'}, the first is {alone[0]}")
 
 
 def names_of_labels(recipe: Recipe, files: list[Path]) -> dict[str, list[str]]:

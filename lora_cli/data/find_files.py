@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from lora_cli.data.labelled_text import class_files
 from lora_cli.data.media_folder import media_files, split_parts
 from lora_cli.data.parallel_texts import parts_of
 from lora_cli.data.readers import KINDS, kind_by_name, kind_of
-from lora_cli.errors import LoraError, did_you_mean, nearest, printable
+from lora_cli.errors import LoraError, counted, did_you_mean, nearest, printable, warn
 from lora_cli.errors import name_neighbours as name_neighbours
 from lora_cli.recipe import FormatSpec, Recipe
 from lora_cli.recipe.spec import is_file
@@ -87,21 +88,26 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
     if listed is not None:
         files, others_there = listed, [pattern.name]
     elif pattern.is_dir():
+        are_media = False
         inside = [file.relative_to(pattern) for file in sorted(pattern.rglob("*"))]
         inside = [file for file in inside if _readable(pattern, file, recipe)]
         others_there = [str(file) for file in inside]
         if data.format.label_from == "folder":
             inside = class_files(inside)
         of = {file: _split_parts(file, data.format) for file in inside}
-        if not inside and (inside := media_files(pattern, recipe)):
+        if not inside and (inside := _of_rows(recipe, pattern, media_files(pattern, recipe))):
             others_there, of = [str(file) for file in inside], split_parts(inside)
-            if recipe.task.boxes_column is not None:  # no folder is a class
+            are_media = True
+            if not recipe.task.label_columns_by_key:  # no folder is a class
                 of = {file: file.parent.parts for file in inside}
         by_split = [file for file in inside if _belongs(of[file], name)]
-        named = any(_belongs(of[file], other) for file in inside for other in SPLITS)
-        of_split = by_split or (inside if name == "train" and not named else [])
-        if is_file(name) and of == split_parts(inside):
+        of_none = [file for file in inside if not any(_belongs(of[file], s) for s in SPLITS)]
+        rest = of_none if are_media or len(of_none) == len(inside) else []
+        of_split = by_split or (rest if name == "train" else [])
+        if is_file(name) and are_media:
             of_split = inside  # a folder of pictures that is named as a split
+        elif are_media and by_split and of_none and name == "train":
+            _announce_left_out(pattern, tuple(of_none))
         files = [pattern / file for file in of_split]
     elif parts := parts_of(pattern):
         if missing := [part for part in parts.values() if not part.is_file()]:
@@ -125,6 +131,23 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
             hint += f"; the files in it are: {', '.join(others_there[:10])}"
         raise LoraError(f"{pattern} has no split `{name}`", recipe.at(f"data.{split}"), hint)
     return files
+
+
+def _of_rows(recipe: Recipe, folder: Path, files: Sequence[Path]) -> list[Path]:
+    """Return the files of a folder that lie in no other folder that the task names."""
+    keys = (key.split(".") for key in recipe.task.local_folders)
+    others = [Path(str(functools.reduce(getattr, key, recipe.task))).absolute() for key in keys]
+    whole = folder.absolute()
+    others = [one for one in others if one != whole and one.is_relative_to(whole)]
+    return [file for file in files if not any((whole / file).is_relative_to(o) for o in others)]
+
+
+@functools.lru_cache(maxsize=64)
+def _announce_left_out(folder: Path, files: tuple[Path, ...]) -> None:
+    """Say once which files of a folder are of no split, where others are of some."""
+    lies, are = ("lies", "is") if len(files) == 1 else ("lie", "are")
+    what = f"{counted(len(files), 'file')} in {folder} {lies} in no folder of a split and {are} "
+    warn(f"{what}left out, the first is {files[0]}")
 
 
 def _not_there(pattern: Path, folder: Path, at: str) -> tuple[str, str, str]:

@@ -35,6 +35,7 @@ SUFFIXES: dict[MediaKind, tuple[str, ...]] = {
 }  # fmt: skip
 ALL_SUFFIXES = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 SPLIT_NAME = re.compile(r"(?i)train(ing)?|validation|valid|val|dev|test|eval")
+REMARK = re.compile(r"(?i)readme|licen[cs]e|classes|notes?$|requirements")  # is no caption
 ASIDE = ("__MACOSX",)  # what a Mac puts into archives
 SAMPLE = 100  # values of a column that are inspected
 
@@ -77,15 +78,20 @@ def media_files(folder: Path, recipe: Recipe) -> list[Path]:
 
 
 def other_files(folder: Path, recipe: Recipe) -> list[Path]:
-    """Return the files next to pictures in the folders of the classes that are none.
-
-    Transcripts next to recordings belong to them.
-    """
+    """Return the files next to pictures in the folders of the classes that are none."""
     found = set(media_files(folder, recipe))
     classes = {file.parent for file in found if file.parent != Path()}
-    if recipe.task.transcript_column is not None:
-        found |= {file.with_suffix(".txt") for file in found}
     return [file for file in _inside(folder) if file.parent in classes and file not in found]
+
+
+def texts_alone(folder: Path, recipe: Recipe) -> list[Path]:
+    """Return the text files of a folder that have no picture, or no recording, next to them."""
+    texts = {file.with_suffix(".txt") for file in media_files(folder, recipe)}
+    return [
+        file
+        for file in _inside(folder)
+        if file.suffix.lower() == ".txt" and file not in texts and not REMARK.match(file.stem)
+    ]
 
 
 def _inside(folder: Path) -> list[Path]:

@@ -179,12 +179,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def _mean_losses(task: Task, sums: dict[str, list[float]]) -> dict[str, float]:
     """Return the loss: the weighted sum of its terms' means, and each term if there are several.
 
-    A term without items, such as that of the labels where no row has one, counts nothing.
+    A term without items, such as that of the labels where no row has one, counts nothing; the main
+    one alone is the loss itself, and is not said twice.
     """
     means = {term: total / count for term, (total, count) in sums.items() if count}
     weights = task.loss_weights
     loss = sum(weights[term] * mean for term, mean in means.items()) if means else math.nan
-    return {"loss": loss} | {f"loss_{term}": mean for term, mean in means.items() if len(sums) > 1}
+    several = len(sums) > 1 and (len(means) > 1 or MAIN not in means)
+    named = {task.result_of_term(term): mean for term, mean in means.items() if several}
+    return {"loss": loss, **named}
 
 
 def _no_reference(metrics: list[str], split: Encoded, recipe: Recipe) -> LoraError:

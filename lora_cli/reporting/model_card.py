@@ -104,7 +104,9 @@ def _library(recipe: Recipe) -> str | None:
     """Return the library that reads the folder, besides this tool; None if there is none."""
     if recipe.adapter.low_rank:
         return "peft"
-    return "transformers" if recipe.adapter.type == "full" else None
+    if recipe.adapter.type != "full":
+        return None
+    return "diffusers" if recipe.task.draws else "transformers"
 
 
 def _opening(recipe: Recipe, report: dict[str, Any], library: str | None) -> list[str]:
@@ -140,11 +142,7 @@ def _usage(
 ) -> list[str]:
     """Return how an adapter is used, with this tool and with the library that reads it."""
     # of the others, only this tool reads the folder
-    code = (
-        _snippet(recipe, _labels(recipe, report), folder)
-        if library in ("peft", "transformers")
-        else ""
-    )
+    code = _snippet(recipe, _labels(recipe, report), folder) if library is not None else ""
     pairs = getattr(recipe.task, "text_pair_column", None)
     asked = "--input pairs.csv --output answers.csv" if pairs else f'"{recipe.task.example_input}"'
     commands = f"```bash\nlora eval --adapter .\nlora predict --adapter . {asked}\n```"

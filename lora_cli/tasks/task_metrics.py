@@ -27,6 +27,8 @@ class TaskMetrics(ABC):
     metric_channel: Channel
     """What the task's own metrics read (see `metrics.Channel`)."""
     loss_weights: Mapping[str, float] = {MAIN: 1.0}
+    main_term = "labels"
+    """What the main term of the loss is called in results, where there are several."""
     """The terms of the loss, with their weights. A term is the mean over its own items."""
     default_metrics: tuple[str, ...]
     """Metrics that are measured if the recipe names none; the first chooses the best adapter."""
@@ -105,9 +107,13 @@ class TaskMetrics(ABC):
         lines["loss"] = self.loss_definition
         if len(self.loss_weights) > 1:
             for term, weight in self.loss_weights.items():
-                lines[f"loss_{term}"] = f"a term of the loss, of weight {weight:g}: the mean over "
-                lines[f"loss_{term}"] += "the items that it counts"
+                about = f"a term of the loss, of weight {weight:g}: the mean over the items that "
+                lines[self.result_of_term(term)] = f"{about}it counts"
         return lines
+
+    def result_of_term(self, term: str) -> str:
+        """Return the name that a term of the loss has in results: `loss_labels`."""
+        return f"loss_{self.main_term if term == MAIN else term}"
 
     @property
     @abstractmethod

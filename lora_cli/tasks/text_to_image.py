@@ -57,6 +57,7 @@ class TextToImage(CaptionedPictures):
         "mean squared error of the noise that the model takes away, per number of the latents; "
         "of the same pictures, noise and steps in every evaluation"
     )
+    main_term = "pictures"
     joins_examples = True  # the draws of a row are one line
     propose = staticmethod(propose_captions)
 

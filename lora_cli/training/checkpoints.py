@@ -43,7 +43,7 @@ from lora_cli.files import (
     write_json,
 )
 from lora_cli.models.base_facts import write_computation
-from lora_cli.models.bundle import part_names
+from lora_cli.models.bundle import Bundle, part_names
 from lora_cli.models.fingerprint import Fingerprint
 from lora_cli.models.older_config_names import add_older_names
 from lora_cli.recipe import AdapterSpec, Learned, Recipe
@@ -305,7 +305,7 @@ def publish_adapter(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     if recipe.adapter.type == "full":
-        assert isinstance(model, PreTrainedModel)
+        assert isinstance(model, PreTrainedModel | Bundle)
         model.save_pretrained(staging)
         add_older_names(staging, {})
     else:
@@ -322,9 +322,11 @@ def publish_adapter(
 def restore_published(output: Path, model: nn.Module, recipe: Recipe) -> None:
     """Load what `publish_adapter` wrote into the model that it was written from."""
     if recipe.adapter.type == "full":
-        assert isinstance(model, PreTrainedModel)
-        # by transformers, which may have divided the file or named its tensors otherwise
-        saved = type(model).from_pretrained(output, dtype=torch.float32)
-        model.load_state_dict(saved.state_dict())
+        for name, part in model.parts.items() if isinstance(model, Bundle) else [("", model)]:
+            kind: Any = type(part)
+            key = "dtype" if isinstance(part, PreTrainedModel) else "torch_dtype"
+            # by its own library, which may have divided the file or named its tensors otherwise
+            saved = kind.from_pretrained(output / name, **{key: torch.float32})
+            part.load_state_dict(saved.state_dict())
     else:
         restore(model, read_tensors(output))

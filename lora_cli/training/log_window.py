@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_cli.tasks.examples import MAIN
+from lora_cli.tasks.contract import Task
 from lora_cli.training.bad_numbers import BadStep
 from lora_cli.training.batches import PlannedStep
 from lora_cli.training.progress import rate_key
@@ -75,28 +75,23 @@ class Window:
         """Take out of the state what a line of the log has said."""
         state.unlogged_steps, state.unlogged_loss, state.unlogged_terms = 0, 0.0, {}
 
-    def record(self, state: TrainState, unit: str) -> dict[str, float]:
+    def record(self, state: TrainState, task: Task) -> dict[str, float]:
         """Return loss, gradient norm and speed.
 
         Args:
             state: Where the run stands now.
-            unit: What the costs of batches are counted in, such as `token`.
+            task: Names what the costs of batches are counted in, and the terms of the loss.
         """
-        start = self.start
+        start, steps = self.start, max(self.steps, 1)
         seconds = max(state.seconds - start.seconds, 1e-9)
         return {
             "loss": self.loss,
-            **self._means_of_terms(),
+            **{
+                task.result_of_term(term): float(total) / steps
+                for term, total in self.terms.items()
+            },
             "grad_norm": float(self.norm),
             "examples_per_s": round((state.examples - start.examples) / seconds, 2),
-            rate_key(unit): round((state.tokens - start.tokens) / seconds, 1),
+            rate_key(task.unit): round((state.tokens - start.tokens) / seconds, 1),
             "seconds_per_step": round(seconds / max(state.step - start.step, 1), 4),
-        }
-
-    def _means_of_terms(self) -> dict[str, float]:
-        """Return the mean of each term of the loss, where there are several."""
-        steps = max(self.steps, 1)
-        return {
-            f"loss_{'labels' if term == MAIN else term}": float(total) / steps
-            for term, total in self.terms.items()
         }

@@ -298,7 +298,7 @@ class Run:
     def _log_step(self, rate: float) -> None:
         self._count_seconds()
         self._check_numbers()
-        state, measured = self.state, self.window.record(self.state, self.task.unit)
+        state, measured = self.state, self.window.record(self.state, self.task)
         left = (self.total_steps - state.step) * measured["seconds_per_step"]
         record = {
             "step": state.step,

@@ -139,7 +139,7 @@ def test_a_run_from_training_to_a_merged_model(
     run(recipe, out)
     report = json.loads((out / "report.json").read_text())
     after = report["metrics"]["after"]["validation"]
-    assert after["loss"] == pytest.approx(after["loss_loss"] + 0.25 * after["loss_label"])
+    assert after["loss"] == pytest.approx(after["loss_labels"] + 0.25 * after["loss_label"])
     assert "bytes_per_s" in report["training"]
     assert "weight 0.25" in report["metric_definitions"]["loss_label"]
     assert not (out / "encoder").exists()
@@ -292,4 +292,4 @@ def test_a_split_without_labels_has_a_loss_and_no_metric(tmp_path: Path) -> None
     out = f"output_dir={tmp_path / 'loss_alone'}"
     report = runs_of_training.train(load_recipe(file, [out, "evaluate.metrics=[]"]))
     after = report["metrics"]["after"]["validation"]
-    assert set(after) == {"loss", "loss_loss"}
+    assert set(after) == {"loss"}

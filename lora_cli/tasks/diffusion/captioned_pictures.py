@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_cli.data.captions import shuffled
 from lora_cli.data.load_rows import Rows
 from lora_cli.data.media import described, media_error, media_hash
+from lora_cli.data.media_folder import transcript_of
 from lora_cli.data.picture_sizes import (
     COARSE,
     LEAST_COARSE,
@@ -28,7 +29,7 @@ from lora_cli.data.picture_sizes import (
     sizes_for,
 )
 from lora_cli.data.pictures import PictureError, open_picture, picture_facts, thumbnail_of
-from lora_cli.data.readers import text_error
+from lora_cli.data.readers import is_blank, text_error
 from lora_cli.errors import LoraError, counted
 from lora_cli.models.diffusion_base import DiffusionBase, processor_hash
 from lora_cli.recipe import Recipe
@@ -107,10 +108,12 @@ class CaptionedPictures(Task):
 
     def _caption_error(self, row: dict[str, Any]) -> str:
         value, picture = row.get(self.spec.caption_column), row[self.spec.image_column]
-        if value is None and picture["path"]:
+        if is_blank(value) and picture["path"]:
             name = Path(picture["path"])
+            is_empty = value is not None and transcript_of(name) is not None
+            wrong = "an empty caption" if is_empty else "no caption"
             return (
-                f"`{name.name}` has no caption: write one into `{name.stem}.txt` next to it, or "
+                f"`{name.name}` has {wrong}: write one into `{name.stem}.txt` next to it, or "
                 "into a table, or set `task.caption` for all"
             )
         return self.input_error(row)
@@ -343,14 +346,15 @@ class CaptionedPictures(Task):
         if rng is not None and self.spec.crop == "random":
             place = (rng.random(), rng.random())
         cut = cut_to(width, height, size, place)
-        pixels = torch.empty(0)
+        left, pixels = cut.left, torch.empty(0)
         if not only_sizes:
             image = self._opened(value)
             values = np.asarray(apply_cut(image, cut), dtype=np.float32) / 127.5 - 1.0
             if rng is not None and self.spec.flip and rng.random() < 0.5:
                 values = values[:, ::-1]
+                left = cut.resized[0] - cut.left - cut.width  # of the mirrored picture
             pixels = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
-        return _Seen(pixels, [height, width, cut.top, cut.left, size[1], size[0]])
+        return _Seen(pixels, [height, width, cut.top, left, size[1], size[0]])
 
     def _opened(self, value: dict[str, Any]) -> Any:
         try:
