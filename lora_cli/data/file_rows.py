@@ -65,8 +65,9 @@ def read_files(recipe: Recipe, files: list[Path]) -> Iterator[RawRow]:
         yield from read_media_files(recipe, pictures)
         return
     for file in files:
+        folder = file.parent
         for row in read_rows(file, recipe.data.format):
-            yield with_media(renamed_row(row, recipe.data.columns), file.parent, media)
+            yield with_media(renamed_row(row, recipe.data.columns), folder, media)
 
 
 def file_rows(recipe: Recipe, files: list[Path]) -> Rows:

@@ -39,10 +39,10 @@ def _json_row(line: str, place: str, spec: FormatSpec) -> RawRow:
     if reason := byte_error(line, spec.encoding):
         return RawRow(None, place, reason)
     try:
-        value = json.loads(line, object_pairs_hook=_without_repeats)
+        value = ROW.decode(line)
     except (ValueError, RecursionError) as error:
         return RawRow(None, place, json_error(error))
-    return _json_object(value, place)
+    return _json_object(value, place, halves="\\u" in line)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -56,6 +56,9 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 class _RepeatedKeyError(ValueError):
     """A JSON object has a key twice."""
+
+
+ROW = json.JSONDecoder(object_pairs_hook=_without_repeats)  # to make one takes as long as a row
 
 
 def json_error(error: Exception) -> str:
@@ -89,11 +92,13 @@ def json_error(error: Exception) -> str:
     return f"not valid JSON: {what} (column {error.colno})"
 
 
-def _json_object(value: Any, place: str) -> RawRow:
+def _json_object(value: Any, place: str, halves: bool = True) -> RawRow:
+    """Return a value as a row; `halves` says whether it may hold halves of characters."""
     if not isinstance(value, dict):
         return RawRow(None, place, f"a row is a JSON object, not {JSON_NAMES[type(value)]}")
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        if halves:
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
         return RawRow(None, place, f"{half} is half of a character")

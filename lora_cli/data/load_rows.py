@@ -157,8 +157,9 @@ def stream_rows(recipe: Recipe) -> Iterator[RawRow]:
             if not is_media_file(file) and kind_of(file, data.format) == "csv":
                 announce_quoting(file, data.format)
         for row in read_files(recipe, files):
-            error = row.error or media_error(row.columns or {}, recipe.task.media_columns)
-            yield replace(row, error=error)
+            if recipe.task.media_columns and not row.error:
+                row = replace(row, error=media_error(row.columns or {}, recipe.task.media_columns))
+            yield row
 
 
 def stream_label_names(recipe: Recipe) -> dict[str, list[str]]:

@@ -195,6 +195,8 @@ def text_error(row: dict[str, Any], columns: Iterable[str]) -> str:
 def is_blank(value: Any) -> bool:
     """Return whether there is nothing to be seen: null, NaN, spaces, characters of no width."""
     if isinstance(value, str):
+        if value[:1].isalnum():  # most texts: to look at each letter takes long
+            return False
         return all(letter.isspace() or unicodedata.category(letter) == "Cf" for letter in value)
     return value is None or value != value
 

@@ -109,10 +109,10 @@ class TaskRows(ABC):
 
     def _byte_error(self, row: dict[str, Any]) -> str:
         """Return which column that is read holds bytes that are no text, or nothing."""
-        for column in self.target_columns().values():
-            value = row.get(column)
+        for field in self.fields():  # without their places in the recipe, which take long to find
+            value = row.get(field.column) if field.role == "target" else None
             if isinstance(value, str) and (error := byte_error(value, "UTF-8")):
-                return f"column `{column}`: {error}"
+                return f"column `{field.column}`: {error}"
         return ""
 
     def skip_reason(self, row: dict[str, Any], split: str) -> str:

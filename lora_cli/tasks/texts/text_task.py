@@ -95,6 +95,8 @@ class TextTask(Task):
     """Whether texts may share rows, if the model's answers stay the same."""
     answers_tokens: bool = False
     """Whether every token gets an answer, or the text as a whole."""
+    _positions: tuple[Any, int | None] | None = None
+    """A configuration, and for how many tokens its model has positions."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -149,13 +151,10 @@ class TextTask(Task):
     @property
     def positions(self) -> int | None:
         """Tokens that the model has positions for, if that is limited."""
-        config = self.config.get_text_config()
-        count = next((c for key in POSITIONS if (c := getattr(config, key, None))), None)
-        if count is None or count < 0:
-            return None
-        if config.model_type in POSITIONS_AFTER_PADDING:
-            return max(int(count) - int(config.pad_token_id) - 1, 1)
-        return int(count)
+        known = self._positions
+        if known is None or known[0] is not self.config:  # it is asked for with every row
+            self._positions = known = (self.config, _positions_in(self.config))
+        return known[1]
 
     @property
     def length_note(self) -> str | None:
@@ -406,3 +405,14 @@ def forward_parameters(forward: Callable[..., Any]) -> frozenset[str]:
     parameters = inspect.signature(forward).parameters.values()
     any_other = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     return frozenset({p.name for p in parameters} | ({"**"} if any_other else set()))
+
+
+def _positions_in(config: Any) -> int | None:
+    """Return for how many tokens a model has positions, if that is limited."""
+    config = config.get_text_config()
+    count = next((c for key in POSITIONS if (c := getattr(config, key, None))), None)
+    if count is None or count < 0:
+        return None
+    if config.model_type in POSITIONS_AFTER_PADDING:
+        return max(int(count) - int(config.pad_token_id) - 1, 1)
+    return int(count)
