@@ -22,7 +22,7 @@ def without_times(value: Any) -> Any:
         return {
             k: without_times(v)
             for k, v in value.items()
-            if k not in TIMES and not k.endswith("_per_s")
+            if k not in TIMES and not k.endswith("_per_s") and not k.startswith("gpu_")
         }
     return value
 

@@ -187,6 +187,9 @@ def _tiles(report: dict[str, Any], split: str) -> str:
         tiles.append((clock(seconds), "of training", f"{rate:,.3g} rows a second" if rate else ""))
     if memory := size(finite(ran.get("peak_memory_bytes"))):
         tiles.append((memory, "peak memory", str(ran.get("precision") or "")))
+    if (busy := finite(ran.get("gpu_utilization_percent"))) is not None:
+        heat = finite(ran.get("gpu_temperature_c"))
+        tiles.append((f"{busy:.0f} %", "GPU in use", f"at most {heat:.0f} °C" if heat else ""))
     inner = "".join(
         f"<div><b>{esc(value)}</b>{''.join(f'<span>{esc(n)}</span>' for n in notes if n)}</div>"
         for value, *notes in tiles

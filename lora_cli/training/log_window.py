@@ -7,10 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lora_cli.errors import counted
 from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import Encoded
 from lora_cli.training.bad_numbers import BadStep
 from lora_cli.training.batches import PlannedStep
-from lora_cli.training.progress import rate_key
+from lora_cli.training.progress import clock, rate_key
 from lora_cli.training.step import StepResult
 from lora_cli.training.train_state import TrainState
 
@@ -95,3 +97,17 @@ class Window:
             rate_key(task.unit): round((state.tokens - start.tokens) / seconds, 1),
             "seconds_per_step": round(seconds / max(state.step - start.step, 1), 4),
         }
+
+
+def trained_line(state: TrainState, split: Encoded | None) -> str:
+    """Return how long a run trained, and on how many rows if some gave no example.
+
+    Args:
+        state: Where it stands at its end.
+        split: The train rows; None if they are streamed.
+    """
+    on = ""
+    if split is not None and split.rows_without_example:
+        n_rows = len(split.rows)
+        on = f" on {n_rows - split.rows_without_example:,} of {counted(n_rows, 'row')}"
+    return f"trained {counted(state.step, 'step')}{on} in {clock(state.seconds)}"

@@ -126,7 +126,7 @@ class RunLog:
         text = (
             f"loss {record['loss']:.4f}  {parts}lr {record['learning_rate']:.2e}  "
             f"{record['examples_per_s']:.1f} ex/s  {self._units_of(record)}"
-            f"{record['memory_bytes'] / GIB:.1f} GiB"
+            f"{record['memory_bytes'] / GIB:.1f} GiB{_gpu_of(record)}"
         )
         self.bar.update(self.row, text=text)
         if not self.live:
@@ -263,6 +263,14 @@ def _tracker(kind: str, folder: Path, name: str, step: int) -> Any:
         raise LoraError(
             f"`{kind}` is not installed", "train.trackers", "pip install 'lora-cli[tracking]'"
         ) from error
+
+
+def _gpu_of(record: dict[str, Any]) -> str:
+    """Return how busy and how hot the GPU was, where that is known."""
+    busy, heat = record.get("gpu_utilization_percent"), record.get("gpu_temperature_c")
+    parts = [f"{busy:.0f} %"] if busy is not None else []
+    parts += [f"{heat:.0f} °C"] if heat is not None else []
+    return f"  GPU {', '.join(parts)}" if parts else ""
 
 
 def clock(seconds: float) -> str:

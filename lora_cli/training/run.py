@@ -18,7 +18,6 @@ from lora_cli.adapters.make_trainable import make_trainable
 from lora_cli.adapters.parameter_targets import frozen_experts_note
 from lora_cli.adapters.trained_modules import trained_facts
 from lora_cli.environment import reject_mpi
-from lora_cli.errors import counted
 from lora_cli.evaluation.draw_samples import draw_samples
 from lora_cli.evaluation.evaluate_split import evaluate
 from lora_cli.evaluation.probe import take_probe, write_probe
@@ -39,8 +38,9 @@ from lora_cli.training.batches import Batches, PlannedStep
 from lora_cli.training.best_adapter import Judge
 from lora_cli.training.checkpoints import adopt_adapter, clear_leftovers, optimizer_bytes
 from lora_cli.training.choose_engine import choose_engine
+from lora_cli.training.gpu_monitor import GpuMonitor
 from lora_cli.training.launch import explaining, main_process_first, seed_everything
-from lora_cli.training.log_window import Window
+from lora_cli.training.log_window import Window, trained_line
 from lora_cli.training.memory_and_disk import find_micro_batch, join_micro_batches
 from lora_cli.training.mirror import open_mirror
 from lora_cli.training.optimizers import build_optimizer, learning_rate_factor, set_learning_rate
@@ -54,7 +54,7 @@ from lora_cli.training.output_folder import (
     start_report,
     warn_of_other_versions,
 )
-from lora_cli.training.progress import RunLog, clock, peak_memory_bytes
+from lora_cli.training.progress import RunLog, peak_memory_bytes
 from lora_cli.training.rank_agreement import require_same_recipe, require_same_start
 from lora_cli.training.rank_watch import watching
 from lora_cli.training.saver import Saver
@@ -146,7 +146,7 @@ class Run:
         self.state = TrainState(recipe=recipe_facts(recipe), data=hashes, machine=machine)
         self.report = start_report(recipe, task, data, hashes, self.model, accelerator)
         self.report["parameters"] |= trained_facts(self.model, recipe, self.optimizer.param_groups)
-        self.judge = Judge(recipe, task)
+        self.judge, self.gpu = Judge(recipe, task), GpuMonitor.of_run(task, accelerator, stop)
         self.at_end: dict[str, float] | None = None  # validation after the last step
         self.save_pending = False  # a checkpoint is due, and the last steps were bad
 
@@ -198,7 +198,7 @@ class Run:
         """Train to the end, or until validation ceases to improve, then evaluate the best."""
         self.saver.begin(self.state, self.notes.append)
         self._fit_memory()
-        with self._log() as self.log, self.stop:
+        with self._log() as self.log, self.stop, self.gpu:
             for note in self.notes:
                 self.log.say(note)
             try:
@@ -220,7 +220,7 @@ class Run:
         self._clock = time.perf_counter()
         if state.evaluation_due:  # the run was stopped before it, or in the middle
             self._evaluate_and_save()
-        for planned in self.batches.steps(state.step):
+        for planned in self.gpu.timed(self.batches.steps(state.step), state):
             if state.stopped_early:
                 break
             began = time.monotonic()
@@ -306,10 +306,11 @@ class Run:
             **measured,
             "learning_rate": rate,
             "memory_bytes": peak_memory_bytes(self.accelerator.device),
+            **self.gpu.record(),
         }
         self.log.trained(record, left)
-        for bad in self.window.bad:
-            self.log.say(bad.warning())
+        for text in (*(bad.warning() for bad in self.window.bad), *self.gpu.news()):
+            self.log.say(text)
         self.window.clear(state)
         self.window = Window(state, self.accelerator.device, self.window.streak)
 
@@ -441,10 +442,5 @@ class Run:
             self.report["base"] = self.saver.base.facts
         if note := self.batches.note:
             self.log.say(note)
-        train, on = self.data.get("train"), ""
-        if train is not None and train.rows_without_example:
-            n_rows = len(train.rows)
-            on = f" on {n_rows - train.rows_without_example:,} of {counted(n_rows, 'row')}"
-        self.log.say(
-            f"trained {counted(self.state.step, 'step')}{on} in {clock(self.state.seconds)}"
-        )
+        self.report["training"] |= self.gpu.summary()
+        self.log.say(trained_line(self.state, self.data.get("train")))

@@ -121,6 +121,8 @@ def report(left: Left) -> Any:
         "peak_memory_bytes",
     ):
         value["training"].pop(key, None)
+    for key in [key for key in value["training"] if key.startswith("gpu_")]:
+        del value["training"][key]
     return value
 
 
