@@ -89,7 +89,8 @@ class GpuMonitor:
         found = [_gpu(self._nvml, device) for device in devices] if self._nvml else []
         self._gpus = [gpu for gpu in found if gpu is not None]
         self._recent, self._all = Use(), Use()
-        self._waited_s, self._trained_s = 0.0, lambda: 0.0
+        self._waited_s = 0.0
+        self._trained_s: Callable[[], float] = lambda: 0.0
         self._said = False
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="gpu-monitor", daemon=True)
@@ -97,7 +98,7 @@ class GpuMonitor:
     @classmethod
     def of_run(cls, task: Task, accelerator: Accelerator, stop: StopRequest) -> GpuMonitor:
         """Return the monitor of a run: the main process watches the GPUs of its machine."""
-        devices = []
+        devices: list[int] = []
         if accelerator.is_main_process and accelerator.device.type == "cuda":
             n_local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
             is_alone = accelerator.num_processes == 1
