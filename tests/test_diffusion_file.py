@@ -42,8 +42,12 @@ from lora_cli.training.checkpoints import publish_adapter
 
 Factors = dict[tuple[str, str], tuple[Tensor, Tensor, float]]  # A, B and alpha by part and module
 Tensors = dict[str, Tensor]
-NAMES = {"sd": ("unet", "text_encoder"), "xl": ("unet", "text_encoder", "text_encoder_2")}
-ATTENTION = re.compile(r".*(attn[12]\.to_(q|k|v|out\.0)|self_attn\.(q|k|v|out)_proj)")
+NAMES = {
+    "sd": ("unet", "text_encoder"),
+    "xl": ("unet", "text_encoder", "text_encoder_2"),
+    "sd3": ("transformer", "text_encoder", "text_encoder_2"),
+}
+ATTENTION = re.compile(r".*(attn[12]?\.to_(q|k|v|out\.0)|self_attn\.(q|k|v|out)_proj)")
 MORE = re.compile(
     ATTENTION.pattern + r"|.*(ff\.net\.(0\.proj|2)|proj_in|proj_out|mlp\.fc[12])"
     r"|.*(conv1|conv2|conv_shortcut|time_emb_proj|samplers\.0\.conv)"
@@ -92,6 +96,13 @@ def outputs(parts: Any, kind: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     texts = [getattr(parts, name).eval()(ids)[0] for name in NAMES[kind][1:]]
     found |= dict(zip(NAMES[kind][1:], texts, strict=True))
+    if kind == "sd3":
+        given = torch.linspace(-1, 1, 12 * tiny_diffusion.T5_WIDTH).reshape(1, 12, -1)
+        noise = torch.linspace(-2, 2, 4 * 64).reshape(1, 4, 8, 8)
+        found["transformer"] = parts.transformer.eval()(
+            noise, given, torch.cat(texts, -1), torch.tensor([7.0])
+        )[0]
+        return found
     if kind == "xl":
         last = parts.text_encoder_2(ids, output_hidden_states=True)
         found["text_encoder_2"] = last[0]
@@ -131,7 +142,7 @@ def of_diffusers(made: Factors, kind: str) -> Tensors:
     """As diffusers wrote them before it used PEFT's names."""
     result = {}
     for (part, name), pair in made.items():
-        middle = "lora" if part == "unet" else "lora_linear_layer"
+        middle = "lora_linear_layer" if part.startswith("text") else "lora"
         name = with_text_model(part, name)
         for side, matrix in zip(("down", "up"), pair[:2], strict=True):
             result[f"{part}.{name}.{middle}.{side}.weight"] = matrix
@@ -188,7 +199,12 @@ def save(folder: Path, tensors: Tensors, metadata: dict[str, str] | None = None)
 
 
 @pytest.mark.parametrize(
-    ("writer", "kind"), [*((name, "sd") for name in WRITERS), ("diffusers", "xl"), ("kohya", "xl")]
+    ("writer", "kind"),
+    [
+        *((name, "sd") for name in WRITERS),
+        *((name, "xl") for name in ("diffusers", "kohya")),
+        *((name, "sd3") for name in ("peft", "diffusers")),
+    ],
 )
 def test_files_are_read_as_diffusers_reads_them(writer: str, kind: str, tmp_path: Path) -> None:
     targets = ATTENTION if writer == "processors" else MORE
@@ -240,9 +256,43 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "kind"), [*((name, "sd") for name in ADAPTERS), ("uneven", "xl")])
+OF_TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "every attention": {
+        "target_modules": [
+            "to_q",
+            "to_k",
+            "to_v",
+            "to_out.0",
+            "add_q_proj",
+            "add_k_proj",
+            "add_v_proj",
+            "to_add_out",
+            "proj_out",
+            "context_embedder",
+            "q_proj",
+            "out_proj",
+        ],
+    },
+    "uneven": {
+        **ADAPTERS["uneven"],
+        "target_modules": ["to_q", "to_v", "q_proj", "fc2", "proj"],
+    },
+    "dora": {"type": "dora", "target_modules": ["to_q", "to_v", "q_proj", "linear"]},
+    "text encoder alone": ADAPTERS["text encoder alone"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "sd") for name in ADAPTERS),
+        ("uneven", "xl"),
+        *((name, "sd3") for name in OF_TRANSFORMERS),
+    ],
+)
 def test_diffusers_reads_what_is_written(name: str, kind: str, tmp_path: Path) -> None:
-    folder, model = adapter(tmp_path, kind, ADAPTERS[name])
+    known = OF_TRANSFORMERS if kind == "sd3" else ADAPTERS
+    folder, model = adapter(tmp_path, kind, known[name])
     wanted = outputs(model, kind)
     assert write_diffusers_file(folder) is None
     file = folder / "pytorch_lora_weights.safetensors"
@@ -254,7 +304,7 @@ def test_diffusers_reads_what_is_written(name: str, kind: str, tmp_path: Path) -
     assert lora_layers(again).keys() == lora_layers(model).keys()
     for part, output in outputs(again, kind).items():
         assert_close(output, wanted[part], 1e-5)
-    if name != "dora":
+    if name != "dora" and kind != "sd3":
         save_for_kohya(read_adapter(folder), tmp_path / "kohya.safetensors", kind == "xl")
         for found in (in_diffusers(tmp_path / "kohya.safetensors", kind),
                       outputs(loaded(tmp_path / "kohya.safetensors", kind), kind)):  # fmt: skip
@@ -557,6 +607,7 @@ class Drawing:
 
     base: str
     kind: str = "sd"
+    unused_parts: tuple[str, ...] = ()
 
     @property
     def recipe(self) -> Any:
@@ -615,6 +666,28 @@ def test_a_transformer_has_other_names_in_kohyas_format(tmp_path: Path) -> None:
     saved.parts = ("transformer",)
     source = Source(None, saved, None, nn.Module(), torch.ones(1), False)  # type: ignore[arg-type]
     assert "a transformer that draws" in reader_named("kohya").problems(source)[0].what
+    source = source_of(tmp_path, ADAPTERS["text encoder alone"], "sd3")  # none on the transformer
+    assert "a transformer that draws" in reader_named("kohya").problems(source)[0].what
+
+
+@pytest.mark.parametrize("name", ["uneven", "text encoder alone"])
+def test_an_export_of_stable_diffusion_3_is_checked(name: str, tmp_path: Path) -> None:
+    source, reader = source_of(tmp_path, OF_TRANSFORMERS[name], "sd3"), reader_named("diffusers")
+    assert reader.problems(source) == []
+    to = tmp_path / "to"
+    to.mkdir()
+    reader.write(source, to)
+    (line,) = reader.check(source, to)
+    assert re.fullmatch(r"loaded by diffusers [\d.]+: outputs differ by \d\.\de-\d\d", line)
+
+
+def test_names_of_the_first_transformer_are_named(tmp_path: Path) -> None:
+    """kohya's scripts join query, key and value; diffusers reads no such file of this family."""
+    name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 16)}
+    tensors |= {f"{name}.lora_up.weight": torch.ones(48, 2), f"{name}.alpha": torch.tensor(2.0)}
+    with pytest.raises(IntegrityError, match=r"joint_blocks_0_x_block_attn_qkv.*no module"):
+        loaded(save(tmp_path, tensors), "sd3")
 
 
 def test_what_has_no_place_there_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 folder = tiny_diffusion.save(tmp_path / "base")                       Stable Diffusion 1.5
 folder = tiny_diffusion.save(tmp_path / "base", "xl")                 Stable Diffusion XL
+folder = tiny_diffusion.save(tmp_path / "base", "sd3")                Stable Diffusion 3
+folder = tiny_diffusion.save(tmp_path / "base", "sd3 without t5")     the same without T5
 tiny_diffusion.write_folder(tmp_path / "pictures", {"train": 4})      a caption next to each
 """
 
@@ -15,12 +17,21 @@ import diffusers
 import tiny
 import tiny_pictures
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 
 SIDE = 16  # of the pictures, in pixels
@@ -28,13 +39,14 @@ LENGTH = 24  # tokens of a caption
 WIDTH = 8  # of a text encoder
 START, END = "<|startoftext|>", "<|endoftext|>"
 SUBJECTS = ("dark", "light")
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.!'"
+T5_WIDTH = 24  # more than both CLIP encoders have together, as in Stable Diffusion 3
 
 
 @functools.cache
 def tokenizer() -> CLIPTokenizer:
     """Return a tokenizer as CLIP's, whose words are letters."""
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789,.!'"
-    names = [*letters, *(f"{letter}</w>" for letter in letters), START, END]
+    names = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), START, END]
     vocabulary = {name: i for i, name in enumerate(names)}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=LENGTH)
 
@@ -48,6 +60,34 @@ def text_encoder(projected: bool = False) -> CLIPTextModel | CLIPTextModelWithPr
         bos_token_id=ids[START], eos_token_id=ids[END], pad_token_id=ids[END],
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+@functools.cache
+def t5_tokenizer() -> T5Tokenizer:
+    """Return a tokenizer as T5's, whose words are letters."""
+    names = ["<pad>", "</s>", "<unk>", "\u2581", *LETTERS]
+    return T5Tokenizer(vocab=[(name, -float(i)) for i, name in enumerate(names)], extra_ids=0)
+
+
+def t5_encoder() -> T5EncoderModel:
+    """Return a text encoder."""
+    config = T5Config(
+        vocab_size=len(t5_tokenizer()), d_model=T5_WIDTH, d_kv=4, d_ff=16, num_layers=1,
+        num_heads=2, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    return T5EncoderModel(config)
+
+
+def transformer(**config: Any) -> SD3Transformer2DModel:
+    """Return a transformer of two blocks, the first of which has a second attention, as in 3.5."""
+    values: dict[str, Any] = {
+        "sample_size": SIDE // 2, "patch_size": 2, "in_channels": 4, "out_channels": 4,
+        "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
+        "joint_attention_dim": T5_WIDTH, "caption_projection_dim": 16,
+        "pooled_projection_dim": 2 * WIDTH, "pos_embed_max_size": 16,
+        "dual_attention_layers": (0,), "qk_norm": "rms_norm",
+    }  # fmt: skip
+    return SD3Transformer2DModel(**{**values, **config})
 
 
 def unet(xl: bool = False, **config: Any) -> UNet2DConditionModel:
@@ -85,8 +125,26 @@ def scheduler(**config: Any) -> DDIMScheduler:
     return DDIMScheduler(**{**values, **config})
 
 
+def _flow_pipeline(kind: str, noise: dict[str, Any], **config: Any) -> Any:
+    """Return a pipeline of Stable Diffusion 3."""
+    has_t5 = kind == "sd3"
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer(**config), scheduler=FlowMatchEulerDiscreteScheduler(
+            **{"shift": 3.0, **noise}
+        ),
+        vae=vae(shift_factor=0.06, scaling_factor=1.5, use_quant_conv=False,
+                use_post_quant_conv=False),
+        text_encoder=text_encoder(True), tokenizer=tokenizer(),
+        text_encoder_2=text_encoder(True), tokenizer_2=tokenizer(),
+        text_encoder_3=t5_encoder() if has_t5 else None,
+        tokenizer_3=t5_tokenizer() if has_t5 else None,
+    )  # fmt: skip
+
+
 def pipeline(kind: str = "sd", noise: dict[str, Any] | None = None, **config: Any) -> Any:
-    """Return a pipeline with random weights; `noise` is of its scheduler, the others its U-Net."""
+    """Return a pipeline with random weights; `noise` is of its scheduler, `config` its denoiser."""
+    if kind.startswith("sd3"):
+        return _moved(_flow_pipeline(kind, noise or {}, **config))
     xl = kind == "xl"
     parts: dict[str, Any] = {
         "unet": unet(xl, **config), "vae": vae(), "text_encoder": text_encoder(),
@@ -99,8 +157,14 @@ def pipeline(kind: str = "sd", noise: dict[str, Any] | None = None, **config: An
         built = diffusers.StableDiffusionPipeline(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
-    with torch.no_grad():  # no bias is zero, no scale of a norm one
-        for name in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if xl else [])):
+    return _moved(built)
+
+
+@torch.no_grad()
+def _moved(built: Any) -> Any:
+    """Return a pipeline of which no bias is zero, and no scale of a norm one."""
+    for name, part in built.components.items():
+        if isinstance(part, torch.nn.Module):
             for parameter in getattr(built, name).parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape))
     return built

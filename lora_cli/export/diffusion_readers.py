@@ -24,7 +24,7 @@ from lora_cli.environment import installed_version
 from lora_cli.errors import LoraError, Problem
 from lora_cli.export.reader import MERGE, Source, require_close
 from lora_cli.models.base_model import locate
-from lora_cli.models.bundle import Bundle
+from lora_cli.models.bundle import Bundle, part_names
 from lora_cli.not_an_adapter import DIFFUSERS_FILE
 
 KOHYA_FILE = "lora.safetensors"
@@ -88,9 +88,10 @@ class Diffusers:
 
     def usage(self, source: Source, to: Path) -> str:
         """Return how it is used in Python."""
+        without = "".join(f", {part}=None" for part in source.task.unused_parts)
         return (
             "With `diffusers`:\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
-            f"pipeline = DiffusionPipeline.from_pretrained({source.base_name!r})\n"
+            f"pipeline = DiffusionPipeline.from_pretrained({source.base_name!r}{without})\n"
             f'pipeline.load_lora_weights(".", weight_name="{self.file}")\n'
             'pipeline("a red bicycle").images[0].save("picture.png")\n```'
         )
@@ -107,7 +108,8 @@ class Kohya(Diffusers):
         at = str(source.saved.path)
         if source.saved.parts and source.saved.type == "dora":
             return [Problem(NO_DORA, at, f"use `--for diffusers`, or {MERGE}")]
-        if "unet" not in source.saved.parts and "transformer" in source.saved.parts:
+        parts = {*source.saved.parts, *part_names(source.base)}
+        if "unet" not in parts and "transformer" in parts:
             what = "the modules of a transformer that draws have other names in kohya's format"
             return [Problem(what, at, f"use `--for diffusers`, or {MERGE}")]
         return super().problems(source)
@@ -145,6 +147,7 @@ def _pipeline(source: Source) -> Iterator[Any]:
             warnings.simplefilter("ignore")  # of PEFT and diffusers, of their own ways
             revision = source.task.recipe.model.revision
             options: dict[str, Any] = {"revision": revision, "safety_checker": None}
+            options |= dict.fromkeys(source.task.unused_parts)
             load: Any = diffusers.DiffusionPipeline.from_pretrained
             pipeline = load(place, **options, **parts)
             yield pipeline

@@ -4,17 +4,15 @@
     unet/  vae/  text_encoder/       models with weights
     tokenizer/  scheduler/           what has none
 
-Stable Diffusion XL has `text_encoder_2/` and `tokenizer_2/` besides.
+Other families have other parts: a second and a third text encoder, a transformer for the U-Net.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,53 +24,24 @@ from lora_cli.errors import LoraError
 from lora_cli.models.base_facts import flat_config, tokenizer_hash
 from lora_cli.models.base_model import PIPELINE, checkpoint_files, locate, storage_dtype
 from lora_cli.models.bundle import Bundle
+from lora_cli.models.diffusion_family import (
+    SCHEDULER,
+    VAE,
+    Family,
+    StableDiffusion,
+    StableDiffusionXL,
+    tokenizer_of,
+)
 from lora_cli.models.load_errors import explained
+from lora_cli.models.stable_diffusion_3 import StableDiffusion3
 from lora_cli.models.stored_tensors import DTYPES, FLOATS
 from lora_cli.recipe import Recipe
 from lora_cli.tensorfile import read_header
 
-VAE, UNET, SCHEDULER = "vae", "unet", "scheduler"
-CLASSES = {  # of each part, those that are known to compute as this tool computes
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-}
-NOISE = ("epsilon", "v_prediction")
-
-
-@dataclass(frozen=True)
-class Family:
-    """A kind of pipeline.
-
-    Args:
-        name: As people call it.
-        denoiser: The part that takes noise away, which is trained.
-        text_encoders: The parts that read a text.
-        has_sizes: It is told the sizes of a picture, as Stable Diffusion XL.
-    """
-
-    name: str
-    denoiser: str
-    text_encoders: tuple[str, ...]
-    has_sizes: bool = False
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The parts with weights; the one that is trained comes first."""
-        return (self.denoiser, VAE, *self.text_encoders)
-
-    @property
-    def tokenizers(self) -> tuple[str, ...]:
-        """What turns texts into what each text encoder reads."""
-        return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
-
-
-FAMILIES = {
-    "StableDiffusionPipeline": Family("Stable Diffusion", UNET, ("text_encoder",)),
-    "StableDiffusionXLPipeline": Family(
-        "Stable Diffusion XL", UNET, ("text_encoder", "text_encoder_2"), has_sizes=True
-    ),
+FAMILIES: dict[str, type[Family]] = {  # by the class of their pipeline in diffusers
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
 }
 
 
@@ -103,20 +72,29 @@ def quiet_diffusers() -> Iterator[None]:
 class DiffusionBase:
     """What the recipe's base is made of; no weights are read before `load`.
 
+    Args:
+        recipe: Its `model` section names the base.
+        without_optional: Leave out the parts that bases of its family may lack.
+
     Raises:
         LoraError: If the base is no pipeline that can be trained, or its parts do not fit together.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, without_optional: bool = False) -> None:
         require_diffusers(recipe)
         self.recipe, self.at = recipe, recipe.at("model.name")
         self.where = locate(recipe.model.name, self.at)
         self.index = self._read_index()
         self.pipeline = str(self.index["_class_name"])
-        self.family = FAMILIES[self.pipeline]
-        self._check_classes()
+        kind = FAMILIES[self.pipeline]
+        left_out = [n for n in kind.optional if without_optional or self.class_name(n) is None]
+        self.text_encoders = tuple(name for name in kind.encoders if name not in left_out)
+        self.models = (kind.denoiser, VAE, *self.text_encoders)
+        self.tokenizer_names = tuple(map(tokenizer_of, self.text_encoders))
+        self._check_classes(kind)
         self._check_keys()
-        self.configs = {name: self._config(name) for name in (*self.family.models, SCHEDULER)}
+        self.configs = {name: self._config(name) for name in (*self.models, SCHEDULER)}
+        self.family = kind(self.text_encoders, self.configs)
         self._check_configs()
 
     # ------------------------------------------------------------------------ what there is
@@ -138,16 +116,16 @@ class DiffusionBase:
             what = f"`{name}` is a {kind}, which `{self.recipe.task.type}` does not train"
         raise LoraError(what, self.at, self.recipe.task.suitable_models)
 
-    def _check_classes(self) -> None:
+    def _check_classes(self, family: type[Family]) -> None:
         """Reject parts that are missing, or that compute in another way."""
-        for part in (*self.family.models, *self.family.tokenizers, SCHEDULER):
+        for part in (*self.models, *self.tokenizer_names, SCHEDULER):
             kind = self.class_name(part)
             if kind is None:
                 what = f"`{self.recipe.model.name}` has no part `{part}`"
                 raise LoraError(what, self.at, f"{self.pipeline} needs it: download it again")
-            if part in CLASSES and kind not in CLASSES[part]:
+            if kind not in family.classes.get(part, (kind,)):
                 what = f"the part `{part}` of `{self.recipe.model.name}` is a {kind}, and "
-                what += f"{CLASSES[part][0]} is trained"
+                what += f"{family.classes[part][0]} is trained"
                 raise LoraError(what, self.at, self.recipe.task.suitable_models)
 
     def _check_keys(self) -> None:
@@ -170,7 +148,7 @@ class DiffusionBase:
             import diffusers
             import transformers
 
-            library = transformers if part in self.family.text_encoders else diffusers
+            library = transformers if part in self.text_encoders else diffusers
             found = getattr(library, name, None)
         if part == SCHEDULER and not (
             isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)
@@ -205,55 +183,16 @@ class DiffusionBase:
 
     def _check_configs(self) -> None:
         """Reject parts that do not fit together, and what is trained in another way."""
-        denoiser, vae = self.configs[self.family.denoiser], self.configs[VAE]
-        problems = []
-        if denoiser["in_channels"] != vae["latent_channels"]:
-            kind = {9: " (it fills in parts of pictures)", 8: " (it changes pictures)"}
-            more = kind.get(denoiser["in_channels"], "")
-            problems.append(
-                f"its U-Net reads {denoiser['in_channels']} channels{more}, and its autoencoder "
-                f"makes {vae['latent_channels']}"
-            )
-        widths = [self.configs[name]["hidden_size"] for name in self.family.text_encoders]
-        if denoiser["cross_attention_dim"] != sum(widths):
-            made = " and ".join(map(str, widths))
-            problems.append(
-                f"its U-Net reads texts of {denoiser['cross_attention_dim']} numbers a token, and "
-                f"its text encoders make {made}"
-            )
-        has_sizes = denoiser["addition_embed_type"] == "text_time"
-        if has_sizes != self.family.has_sizes or denoiser["class_embed_type"] is not None:
-            problems.append(f"its U-Net is told more of a picture than that of {self.family.name}")
-        prediction = self.configs[SCHEDULER].get("prediction_type", NOISE[0])
-        if prediction not in NOISE:
-            names = " and ".join(f"`{name}`" for name in NOISE)
-            problems.append(f"its scheduler has `prediction_type: {prediction}`, and {names} train")
-        if problems:
+        if problems := self.family.mismatches():
             what = f"`{self.recipe.model.name}` cannot be trained: {'; '.join(problems)}"
             raise LoraError(what, self.at, self.recipe.task.suitable_models)
 
     # ------------------------------------------------------------------------------ facts
 
     @property
-    def pixels_per_latent(self) -> int:
-        """Pixels of a side that become one of the latents' side."""
-        return int(2 ** (len(self.configs[VAE]["block_out_channels"]) - 1))
-
-    @property
-    def divisor(self) -> int:
-        """What the sides of pictures have to be multiples of, as diffusers draws them."""
-        return math.lcm(8, self.pixels_per_latent)
-
-    @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
         return int(self.configs[VAE]["latent_channels"])
-
-    @property
-    def usual_side(self) -> int | None:
-        """The side of the pictures that it was trained for, in pixels, if it says so."""
-        side = self.configs[self.family.denoiser].get("sample_size")
-        return side * self.pixels_per_latent if isinstance(side, int) else None
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -265,12 +204,14 @@ class DiffusionBase:
 
     def tokenizers(self) -> list[Any]:
         """Return the tokenizer of each text encoder."""
-        from transformers import CLIPTokenizer
-
         found = []
-        for name in self.family.tokenizers:
+        for name in self.tokenizer_names:
+            kind = self.family.classes.get(name, ("CLIPTokenizer",))[0]
             with explained(self.recipe, f"tokenizer, its part `{name}`,"):
-                found.append(CLIPTokenizer.from_pretrained(self.where, **self._place(name)))
+                import transformers
+
+                read = getattr(transformers, kind).from_pretrained
+                found.append(read(self.where, **self._place(name)))
             if len(found[-1]) <= len(set(found[-1].all_special_tokens)):
                 what = f"the part `{name}` of `{self.recipe.model.name}` knows no words"
                 raise LoraError(what, self.at, "its files are missing: download the model again")
@@ -283,10 +224,11 @@ class DiffusionBase:
 
     def noise_scheduler(self) -> Any:
         """Return the scheduler that adds noise in training, as diffusers' training scripts do."""
-        from diffusers import DDPMScheduler
-
         with explained(self.recipe, "scheduler"):
-            return DDPMScheduler.from_config(self.configs[SCHEDULER])
+            import diffusers
+
+            kind = getattr(diffusers, self.family.noise_scheduler)
+            return kind.from_config(self.configs[SCHEDULER])
 
     # ------------------------------------------------------------------------------ models
 
@@ -302,7 +244,7 @@ class DiffusionBase:
             frozen: Names of the parts that are used as they are.
         """
         parts = {}
-        for name in self.family.models:
+        for name in self.models:
             own = torch.float32 if name == VAE else storage_dtype(self.recipe)
             if isinstance(dtype, torch.dtype):
                 own = dtype
@@ -319,7 +261,7 @@ class DiffusionBase:
         kind = self._class(part)
         for file in checkpoint_files(self.recipe, part):
             read_header(file)
-        key = "dtype" if part in self.family.text_encoders else "torch_dtype"
+        key = "dtype" if part in self.text_encoders else "torch_dtype"
         with explained(self.recipe, f"weights of its part `{part}`"), quiet_diffusers():
             model, info = kind.from_pretrained(
                 self.where, **self._place(part), use_safetensors=True, output_loading_info=True,
@@ -329,7 +271,7 @@ class DiffusionBase:
         if wrong:
             what = f"the checkpoint of the part `{part}` holds no weights for `{sorted(wrong)[0]}`"
             raise LoraError(what, self.at, "config.json and the weights do not belong together")
-        if part not in self.family.text_encoders:
+        if part not in self.text_encoders:
             model.register_to_config(_name_or_path="")  # a path of this machine
         loaded: nn.Module = model
         return loaded
@@ -337,10 +279,10 @@ class DiffusionBase:
     def empty(self, frozen: Sequence[str]) -> Bundle:
         """Return all parts on the meta device: every name and shape, no weights."""
         parts = {}
-        for name in self.family.models:
+        for name in self.models:
             kind = self._class(name)
             with explained(self.recipe, f"architecture of its part `{name}`"), torch.device("meta"):
-                if name in self.family.text_encoders:
+                if name in self.text_encoders:
                     config = kind.config_class.from_pretrained(self.where, **self._place(name))
                     parts[name] = kind(config)
                 else:
@@ -350,8 +292,10 @@ class DiffusionBase:
     def save_rest(self, folder: Path) -> None:
         """Write what a pipeline has besides its models, so that diffusers reads the folder."""
         named = {key: value for key, value in self.index.items() if key.startswith("_")}
-        for part in (*self.family.models, *self.family.tokenizers, SCHEDULER):
+        for part in (*self.models, *self.tokenizer_names, SCHEDULER):
             named[part] = self.index[part]
+        for part in self.left_out:
+            named[part] = [None, None]
         for part in ("safety_checker", "feature_extractor", "image_encoder"):
             if part in self.index:
                 named[part] = [None, None]  # they are not trained, and are the base's own
@@ -361,21 +305,22 @@ class DiffusionBase:
         text = json.dumps({**named, **options}, indent=2)
         (folder / PIPELINE).write_text(f"{text}\n", encoding="utf-8")
         self.scheduler().save_pretrained(folder / SCHEDULER)
-        for name, tokenizer in zip(self.family.tokenizers, self.tokenizers(), strict=True):
+        for name, tokenizer in zip(self.tokenizer_names, self.tokenizers(), strict=True):
             tokenizer.save_pretrained(folder / name)
+
+    @property
+    def left_out(self) -> list[str]:
+        """The parts that pipelines of this family may have, and that are not there or not used."""
+        lacking = [name for name in self.family.encoders if name not in self.text_encoders]
+        return [*lacking, *map(tokenizer_of, lacking)]
 
     def build_pipeline(self, model: Bundle, tokenizers: Sequence[Any]) -> Any:
         """Return the pipeline of diffusers around the parts of a model, which may be adapted."""
         import diffusers
 
         parts: dict[str, Any] = {**model.parts, SCHEDULER: self.scheduler()}
-        parts |= dict(zip(self.family.tokenizers, tokenizers, strict=True))
-        if not self.family.has_sizes:
-            parts |= {"safety_checker": None, "feature_extractor": None}
-            parts["requires_safety_checker"] = False
-        else:
-            known = self.index.get("force_zeros_for_empty_prompt", True)
-            parts |= {"force_zeros_for_empty_prompt": known, "add_watermarker": False}
+        parts |= dict(zip(self.tokenizer_names, tokenizers, strict=True))
+        parts |= dict.fromkeys(self.left_out) | self.family.pipeline_options(self.index)
         with explained(self.recipe, "pipeline"), quiet_diffusers():
             pipeline = getattr(diffusers, self.pipeline)(**parts)
         pipeline.set_progress_bar_config(disable=True)

@@ -162,7 +162,7 @@ def _drawing(name: str, folder: Path, pipeline: str) -> Base:
     parameters = sum(p.numel() for p in base.empty(()).parameters())
     return Base(
         name, can_write=False, shape=Shape(parameters), model_type=pipeline, draws=True,
-        picture_side=base.usual_side,
+        picture_side=base.family.usual_side,
     )  # fmt: skip
 
 

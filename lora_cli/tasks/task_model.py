@@ -91,6 +91,11 @@ class TaskModel(ABC):
     frozen_splits: tuple[str, ...] = SPLITS
     """The splits whose examples need them."""
 
+    @property
+    def unused_parts(self) -> Sequence[str]:
+        """Parts that pipelines of the base's kind may have, and the task leaves out."""
+        return ()
+
     def release_frozen(self) -> None:  # noqa: B027 - optional
         """Let go of frozen models that the task holds itself: all their outputs are kept."""
 

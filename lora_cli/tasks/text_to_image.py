@@ -1,4 +1,4 @@
-"""Draw what a text says: Stable Diffusion, as diffusers computes it."""
+"""Draw what a text says: diffusion models and flow models, as diffusers computes them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.data.pictures import require_pillow
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, Problem
 from lora_cli.models.base_model import mixed_precision
 from lora_cli.models.bundle import Bundle
-from lora_cli.models.diffusion_base import VAE, DiffusionBase, processor_hash, quiet_diffusers
+from lora_cli.models.diffusion_base import DiffusionBase, processor_hash, quiet_diffusers
+from lora_cli.models.diffusion_family import VAE
+from lora_cli.recipe import Recipe
 from lora_cli.tasks.diffusion.caption_proposals import propose_captions
 from lora_cli.tasks.diffusion.captioned_pictures import (
     LATENTS,
@@ -26,6 +28,7 @@ from lora_cli.tasks.diffusion.captioned_pictures import (
 )
 from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise, error_of
 from lora_cli.tasks.diffusion.drawing import Drawing, picture_name
+from lora_cli.tasks.diffusion.flow_noise import FlowNoise
 from lora_cli.tasks.examples import MAIN, Batch, Prediction
 
 PROBE_SIDE = 8  # of the latents that are compared: every model can compute so few
@@ -68,21 +71,68 @@ class TextToImage(CaptionedPictures):
         require_pillow()
         self.read_config()
         self.tokenizers = self.base.tokenizers()
-        self.noise = DiffusionNoise(self.base.noise_scheduler(), self.spec.snr_gamma)
-        side = self.base.divisor
-        if self.spec.resolution % side:
-            near = max(round(self.spec.resolution / side), 1) * side
-            what = (
-                f"`resolution: {self.spec.resolution}` is no multiple of {side} pixels, in which "
-            )
-            what += "steps the model draws"
-            raise LoraError(what, self.recipe.at("task.resolution"), f"for example {near}")
+        self._check_keys()
+        scheduler = self.base.noise_scheduler()
+        if self.base.family.learns_flow:
+            self.noise = FlowNoise(scheduler, self.spec.flow)
+        else:
+            self.noise = DiffusionNoise(scheduler, self.spec.snr_gamma)
+        self._check_sizes()
         if self.spec.crop == "random" or self.spec.flip:
             self.notes.append("latents are computed in every step, as pictures are cut or mirrored")
+        if self.base.left_out and not self.spec.without_t5:
+            part = self.base.left_out[0]
+            self.notes.append(f"the base has no `{part}`: zeros stand in its place, in drawing too")
+
+    def _check_keys(self) -> None:
+        """Reject keys of the recipe that change nothing for the base.
+
+        Raises:
+            LoraError: With each of them.
+        """
+        family, spec, at = self.base.family, self.spec, self.recipe.at
+        given: dict[str, Any] = {"without_t5": spec.without_t5 and not family.optional}
+        what, hint = f"has no meaning for {family.name}", "leave it out"
+        if family.learns_flow:
+            given |= {"snr_gamma": spec.snr_gamma, "noise_offset": spec.noise_offset}
+            what += ", which learns by flow matching"
+            hint += "; `task.flow` says how steps are drawn and weighted"
+        else:
+            given |= {"flow": spec.flow}
+        wrong = [key for key, value in given.items() if value]
+        if wrong:
+            raise LoraError([Problem(f"`{key}` {what}", at(f"task.{key}"), hint) for key in wrong])
+
+    def _check_sizes(self) -> None:
+        """Reject sizes of pictures that the model cannot read."""
+        spec, side = self.spec, self.base.family.divisor
+        place = self.recipe.at("task.resolution")
+        if spec.resolution % side:
+            near = max(round(spec.resolution / side), 1) * side
+            what = f"`resolution: {spec.resolution}` is no multiple of {side} pixels, in which "
+            what += "steps the model draws"
+            raise LoraError(what, place, f"for example {near}")
+        longest, most = max(map(max, self.sizes())), self.base.family.longest_side
+        if most is not None and longest > most:
+            what = f"pictures of up to {longest} pixels a side are too large for this model, which "
+            what += f"has positions for {most}"
+            other = ", or `task.max_aspect_ratio`" if spec.aspect_ratios else ""
+            raise LoraError(what, place, f"lower `task.resolution`{other}")
 
     def read_config(self) -> None:
         """Read the configurations of the base's parts."""
-        self.base = DiffusionBase(self.recipe)
+        self.base = DiffusionBase(self.recipe, self.spec.without_t5)
+
+    @property
+    def completed_recipe(self) -> Recipe:
+        """The recipe, which says too that there was no T5: its adapter is to be used alike."""
+        found = super().completed_recipe
+        return found.with_values({"task.without_t5": True}) if self.unused_parts else found
+
+    @property
+    def unused_parts(self) -> Sequence[str]:
+        """Text encoders that are not there, or are left out, and their tokenizers."""
+        return self.base.left_out if hasattr(self, "base") else ()
 
     def save_processor(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
         """Write nothing: a whole model writes its tokenizers itself, and an adapter needs none."""
@@ -97,8 +147,9 @@ class TextToImage(CaptionedPictures):
     @property
     def frozen(self) -> list[str]:
         """The parts that are used as they are."""
-        trains_texts = self.spec.train_text_encoder
-        return [VAE, *(() if trains_texts else self.base.family.text_encoders)]
+        base, trains_texts = self.base, self.spec.train_text_encoder
+        never = base.family.never_adapted
+        return [VAE, *(n for n in base.text_encoders if not trains_texts or n in never)]
 
     def load_model(
         self, device: torch.device, dtype: torch.dtype | str | None = None
@@ -112,13 +163,14 @@ class TextToImage(CaptionedPictures):
 
     def reloaded(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         """Return all parts from a folder that `save_pretrained` wrote."""
-        copy = DiffusionBase(self.recipe.with_values({"model.name": str(folder.absolute())}))
+        moved = self.recipe.with_values({"model.name": str(folder.absolute())})
+        copy = DiffusionBase(moved, self.spec.without_t5)
         return copy.load(torch.device("cpu"), "auto", self.frozen)
 
     def frozen_parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """Return the parts whose outputs are the same in every step."""
         names = [VAE] if self._keeps_latents else []
-        names += self.base.family.text_encoders if self._keeps_texts else ()
+        names += self.base.text_encoders if self._keeps_texts else ()
         return {name: model.get_submodule(name) for name in names}
 
     @property
@@ -176,18 +228,11 @@ class TextToImage(CaptionedPictures):
         self, model: nn.Module, inputs: Mapping[str, Tensor], prefix: str = "ids"
     ) -> tuple[Tensor, Tensor | None]:
         """Return what the text encoders make of captions: (N, L, D), and of a whole one (N, P)."""
-        found, pooled = [], None
+        names = self.base.text_encoders
+        parts = {name: model.get_submodule(name) for name in names}
+        ids = [inputs[f"{prefix}.{i}"].flatten(0, -2) for i in range(len(names))]
         with nullcontext() if self.spec.train_text_encoder else torch.no_grad():
-            for i, name in enumerate(self.base.family.text_encoders):
-                encoder = model.get_submodule(name)
-                ids = inputs[f"{prefix}.{i}"].flatten(0, -2)
-                if self.base.family.has_sizes:
-                    output = encoder(ids, output_hidden_states=True)
-                    found.append(output.hidden_states[-2])
-                    pooled = output[0]
-                else:
-                    found.append(encoder(ids)[0])
-        return torch.cat(found, -1), pooled
+            return self.base.family.texts(parts, ids)
 
     def _texts_of(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Return what is made of each caption (B, n, …), with those that were left out as empty."""
@@ -228,17 +273,12 @@ class TextToImage(CaptionedPictures):
         sizes: Tensor | None,
     ) -> Tensor:
         """Return what the denoiser says of noisy latents (B, C, h, w)."""
-        denoiser = model.get_submodule(self.base.family.denoiser)
-        dtype = _dtype_of(denoiser)
-        more = {}
-        if sizes is not None:
-            told = {"text_embeds": texts[1].to(dtype), "time_ids": sizes.to(dtype)}
-            more = {"added_cond_kwargs": told}
-        found: Tensor = denoiser(
-            noisy.to(dtype), steps, encoder_hidden_states=texts[0].to(dtype), return_dict=False,
-            **more,
-        )[0]  # fmt: skip
-        return found
+        family = self.base.family
+        denoiser = model.get_submodule(family.denoiser)
+        dtype, times = _dtype_of(denoiser), self.noise.times(steps)
+        own = [one.to(dtype) for one in texts]
+        sizes = None if sizes is None else sizes.to(dtype)
+        return family.denoised(denoiser, noisy.to(dtype), times, own, sizes)
 
     @property
     def loss_weights(self) -> Mapping[str, float]:  # type: ignore[override]
@@ -284,7 +324,7 @@ class TextToImage(CaptionedPictures):
         for i in range(len(self.tokenizers)):
             found[f"ids.{i}"] = torch.tensor([[self.ids_of(text)[i]] for text in texts])
         if self.base.family.has_sizes:
-            side = PROBE_SIDE * self.base.pixels_per_latent
+            side = PROBE_SIDE * self.base.family.pixels_per_latent
             found["sizes"] = torch.tensor([[side, side, 0, 0, side, side]] * 2)
         return found
 

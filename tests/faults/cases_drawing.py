@@ -31,6 +31,16 @@ def _recipe(world: World, data: Any = None, kind: str = "sd", **task: Any) -> st
     )  # fmt: skip
 
 
+def _flow(kind: str = "sd3 without t5", *options: str, **task: Any) -> Callable[[World], Printed]:
+    """Return a run on a base that learns by flow matching."""
+
+    def run(world: World) -> Printed:
+        tiny_diffusion.save(world.folder / "base", kind)
+        return world.lora("validate", _recipe(world, **task), *options)
+
+    return run
+
+
 def _validate(**task: Any) -> Callable[[World], Printed]:
     return lambda world: world.lora("validate", _recipe(world, **task))
 
@@ -49,11 +59,11 @@ def _file(name: str, content: bytes | None, **task: Any) -> Callable[[World], Pr
     return run
 
 
-def _config(part: str, **values: Any) -> Callable[[World], Printed]:
+def _config(part: str, kind: str = "sd", **values: Any) -> Callable[[World], Printed]:
     """Return a run on a base of which one configuration says something else."""
 
     def run(world: World) -> Printed:
-        recipe = _recipe(world)
+        recipe = _recipe(world, kind=kind)
         file = world.folder / "base" / part
         found = {**json.loads(file.read_text()), **values}
         file.write_text(json.dumps({k: v for k, v in found.items() if v is not ...}))
@@ -85,6 +95,32 @@ _RUNS = {
     "a U-Net for another text encoder": _config(UNET, cross_attention_dim=16),
     "a scheduler that learns something else": _config(
         "scheduler/scheduler_config.json", prediction_type="sample"
+    ),
+    "weights for noise on a model that learns by flow matching": _flow(
+        snr_gamma=5.0, noise_offset=0.1
+    ),
+    "a flow on a model that learns noise": _validate(flow={"weighting": "cosmap"}),
+    "T5 left out where there is none": _validate(without_t5=True),
+    "a mean of steps that are drawn evenly": _flow(flow={"timesteps": "uniform", "mean": 0.5}),
+    "a picture that is larger than the positions of a model": _flow(resolution=128),
+    "pictures that are longer than the positions of a model": _flow(
+        resolution=64, aspect_ratios=True
+    ),
+    "a scheduler of noise for a model that learns by flow matching": _config(
+        INDEX, "sd3", scheduler=["diffusers", "DDPMScheduler"]
+    ),
+    "parts of Stable Diffusion 3 that do not fit together": _config(
+        "transformer/config.json", "sd3", in_channels=8, out_channels=8, joint_attention_dim=8,
+        pooled_projection_dim=8,
+    ),
+    "a transformer that returns more than it reads": _config(
+        "transformer/config.json", "sd3", out_channels=8
+    ),
+    "a scheduler that draws backwards": _config(
+        "scheduler/scheduler_config.json", "sd3", invert_sigmas=True
+    ),
+    "an adapter on T5": _flow(
+        "sd3", "--set", "adapter.target_modules=[SelfAttention.q]", train_text_encoder=True
     ),
     "an adapter on a part that is frozen": lambda world: world.lora(
         "validate", _recipe(world), "--set", "adapter.target_modules=[q_proj]"

@@ -262,6 +262,12 @@ KINDS: dict[str, Settings] = {
                  "resolution": 8, "validation_draws": 1},
         "evaluate": {"baseline": False, "drawing": {"steps": 1}},
     },
+    "flow": {
+        "model": {"name": "../bases/sd3"},
+        "task": {"type": "text_to_image", "image_column": "shot", "caption_column": "prompt",
+                 "resolution": 8, "validation_draws": 1},
+        "evaluate": {"baseline": False, "drawing": {"steps": 1}},
+    },
     "search": {
         "model": {"name": "../bases/embedder"},
         "task": {"type": "text_embedding", "anchor_column": "prompt",
@@ -311,9 +317,10 @@ def opened(world: World, options: list[str]) -> tuple[Any, Any]:
     task = build_task(world.load("recipe.yaml", *given[1::2]))
     task.load_processor()
     task.complete_data(torch.device("cpu"))
-    if "diffusion" not in BASES:
-        BASES["diffusion"] = task.load_model(torch.device("cpu"))[0]
-    return task, BASES["diffusion"]
+    name = task.recipe.model.name
+    if name not in BASES:
+        BASES[name] = task.load_model(torch.device("cpu"))[0]
+    return task, BASES[name]
 
 
 def computed(world: World, options: list[str]) -> Printed:
@@ -539,6 +546,17 @@ CHANGES: dict[str, Change] = {
             ("prior.path", ("shots", "views"), CLASS),
             ("prior.caption", ("a film", "a plot"), CLASS),
             ("prior.weight", (1.0, 0.5), CLASS),
+        )
+    },
+    **{
+        f"text_to_image.{key}": Change(answer, settings, "flow", also, computed)
+        for key, settings, also in (
+            ("flow.timesteps", ("logit_normal", "uniform"), {}),
+            ("flow.mean", (0.0, 2.0), {}),
+            ("flow.std", (1.0, 0.1), {}),
+            ("flow.mode_scale", (1.29, -1.0), {"task.flow.timesteps": "mode"}),
+            ("flow.weighting", ("none", "cosmap"), {}),
+            ("without_t5", (False, True), {}),
         )
     },
     "text_to_image.upscale": Change(
@@ -809,6 +827,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_speech.save(folder / "whisper", languages=True)
     tiny_embedders.save(folder / "embedder")
     tiny_diffusion.save(folder / "diffusion")
+    tiny_diffusion.save(folder / "sd3", "sd3")
     world = World(top / "first", folder)
     write(world, "labels")
     flags = ["--set", "adapter.rank=3", "--set", "train.max_steps=1"]
@@ -824,7 +843,7 @@ def write(world: World, kind: str, without: Collection[str] = ()) -> None:
         recipe.get(section, {}).pop(name, None)
     world.write("recipe.yaml", tiny.yaml_of(recipe))
     for i in range(40):
-        if kind in ("pictures", "scenes", "drawing"):
+        if kind in ("pictures", "scenes", "drawing", "flow"):
             world.write(f"shots/{i}.png", tiny_pictures.encoded(tiny_pictures.picture(i)))
         if kind == "speech":  # the last is longer than the model hears at once
             seconds = 1.5 if i == 39 else 0.2

@@ -28,7 +28,7 @@ from lora_cli.recipe.spec.sequence_classification_spec import SequenceClassifica
 from lora_cli.recipe.spec.speech_recognition_spec import SpeechRecognitionSpec
 from lora_cli.recipe.spec.task import TASKS, TaskSpec
 from lora_cli.recipe.spec.text_embedding_spec import TextEmbeddingSpec
-from lora_cli.recipe.spec.text_to_image_spec import PriorSpec, TextToImageSpec
+from lora_cli.recipe.spec.text_to_image_spec import FlowSpec, PriorSpec, TextToImageSpec
 from lora_cli.recipe.spec.token_classification_spec import TokenClassificationSpec
 from lora_cli.recipe.spec.train import OptimizerSpec, ParameterGroupSpec, SchedulerSpec, TrainSpec
 
@@ -42,6 +42,7 @@ __all__ = [
     "SpeechRecognitionSpec",
     "TextEmbeddingSpec",
     "TextToImageSpec",
+    "FlowSpec",
     "PriorSpec",
     "TokenClassificationSpec",
     "TaskSpec",

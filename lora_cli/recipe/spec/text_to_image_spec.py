@@ -12,6 +12,7 @@ from lora_cli.recipe.spec.task_section import MediaKind, TaskSection, UsualTrain
 
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 USUAL_COLUMN, USUAL_TAGS, USUAL_RATIO = "text", 1, 2.0
+LOGIT_MEAN, LOGIT_STD, MODE_SCALE = 0.0, 1.0, 1.29  # the defaults of diffusers' scripts
 
 
 class PriorSpec(Section):
@@ -35,13 +36,49 @@ class PriorSpec(Section):
     """How many pictures there should be; 0 takes those that there are."""
 
 
+class FlowSpec(Section):
+    """How a model that learns by flow matching (Stable Diffusion 3) is trained.
+
+    The keys are those of diffusers' training scripts (`--weighting_scheme`, `--logit_mean`, …).
+    """
+
+    timesteps: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
+    """How often each step of noise is trained: most often those in the middle, whose logits are
+    normally distributed; all as often; or by the density with a `mode` of Esser et al. 2024
+    (https://arxiv.org/abs/2403.03206, section 3.1)."""
+
+    mean: float = LOGIT_MEAN
+    """Mean of the logits of `logit_normal`, as diffusers counts: above 0 less noise, below 0
+    more."""
+
+    std: Annotated[float, Field(gt=0)] = LOGIT_STD
+    """Standard deviation of the logits of `logit_normal`."""
+
+    mode_scale: Annotated[float, Field(ge=-1, le=1.75)] = MODE_SCALE
+    """Of `mode`: above 0 more steps in the middle, below 0 more at both ends."""
+
+    weighting: Literal["none", "sigma_sqrt", "sigma_squared", "cosmap"] = "none"
+    """Weight of each picture's error by the share s of noise in it: 1; 1 / s² (`sigma_sqrt`, as
+    diffusers calls it); s² (`sigma_squared`, the error of the picture instead of the flow, as with
+    diffusers' `--precondition_outputs`); or 2 / (π (1 - 2 s + 2 s²)) (`cosmap`)."""
+
+    def conflicts(self) -> Conflicts:
+        """Yield keys that change nothing."""
+        needs = {"mean": "logit_normal", "std": "logit_normal", "mode_scale": "mode"}
+        usual = {"mean": LOGIT_MEAN, "std": LOGIT_STD, "mode_scale": MODE_SCALE}
+        for key, kind in needs.items():
+            if getattr(self, key) != usual[key] and self.timesteps != kind:
+                what = f"`{key}` has no meaning without `timesteps: {kind}`"
+                yield key, what, "leave it out"
+
+
 class TextToImageSpec(TaskSection):
     """Draw what a text says, with a diffusion model."""
 
     pipeline_tag = "text-to-image"
     suitable_models = (
         "take a folder, or a model of the Hub, that diffusers reads as a pipeline of Stable "
-        "Diffusion 1.5 or 2, or of Stable Diffusion XL"
+        "Diffusion 1.5 or 2, of Stable Diffusion XL, or of Stable Diffusion 3"
     )
     default_targets = (
         "to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj",
@@ -56,7 +93,9 @@ class TextToImageSpec(TaskSection):
     example_input = "a red bicycle"
     length_keys = ()
     draws = True
-    frozen_hint = "remove it; `task.train_text_encoder: true` lets text encoders be adapted too"
+    frozen_hint = (
+        "remove it; `task.train_text_encoder: true` lets text encoders be adapted too, but not T5"
+    )
 
     type: Literal["text_to_image"]
     """Which task."""
@@ -122,12 +161,20 @@ class TextToImageSpec(TaskSection):
     """Add so much noise that is the same in all places of a channel, so that the model learns to
     draw very dark and very bright pictures; 0.05 to 0.1 is usual."""
 
+    flow: FlowSpec | None = None
+    """How steps of noise are drawn and weighted by a model that learns by flow matching, such as
+    Stable Diffusion 3. Default: logit-normal steps, of which all weigh the same."""
+
     validation_draws: Positive = 4
     """How many times each picture of validation and test is measured, each with noise of its own
     and a step of noise of its own, spread evenly; they are the same in every evaluation."""
 
     train_text_encoder: bool = False
-    """Adapt the text encoders too."""
+    """Adapt the text encoders too; never T5."""
+
+    without_t5: bool = False
+    """Leave out T5, the largest text encoder of Stable Diffusion 3, to save memory: zeros stand in
+    its place, in training and in drawing. So it is where the base has none."""
 
     prior: PriorSpec | None = None
     """Pictures of the class that the subject belongs to, as a second term of the loss."""
@@ -182,6 +229,7 @@ class TextToImageSpec(TaskSection):
         """Return how a text is drawn with diffusers, and with PEFT where there are adapters."""
         lines = ["import torch", "from diffusers import DiffusionPipeline"]
         lines += ["from peft import PeftModel"] if parts else []
+        options += ", text_encoder_3=None, tokenizer_3=None" if self.without_t5 else ""
         lines += ["", f"pipe = DiffusionPipeline.from_pretrained({base}{options})"]
         for part in parts:  # this folder, or the same of the Hub
             lines.append(f'pipe.{part} = PeftModel.from_pretrained(pipe.{part}, "{part}").eval()')

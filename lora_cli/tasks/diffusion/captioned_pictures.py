@@ -36,6 +36,7 @@ from lora_cli.recipe import Recipe
 from lora_cli.recipe.spec import TextToImageSpec
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise
+from lora_cli.tasks.diffusion.flow_noise import FlowNoise
 from lora_cli.tasks.diffusion.prior_pictures import PriorPictures
 from lora_cli.tasks.examples import MAIN, Batch, Encoded, Example, Field
 from lora_cli.tasks.pictures.odd_pictures import FEATURES, odd_facts, odd_pictures, where
@@ -65,7 +66,7 @@ class CaptionedPictures(Task):
     input_name = "text"
     answer_hint = "write what the picture should show"
     base: DiffusionBase
-    noise: DiffusionNoise
+    noise: DiffusionNoise | FlowNoise
     tokenizers: list[Any]
 
     def __init__(self, recipe: Recipe, spec: TextToImageSpec) -> None:
@@ -142,17 +143,20 @@ class CaptionedPictures(Task):
 
     def size_of(self, width: int, height: int) -> tuple[int, int]:
         """Return the width and height in which a picture of some size is seen."""
+        return nearest_size(width, height, self.sizes())
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return the widths and heights in which pictures are seen."""
         spec = self.spec
         if not spec.aspect_ratios:
-            return spec.resolution, spec.resolution
+            return [(spec.resolution, spec.resolution)]
         step = COARSE if spec.resolution >= LEAST_COARSE else self.divisor
-        sizes = sizes_for(spec.resolution, step, spec.max_aspect_ratio)
-        return nearest_size(width, height, sizes)
+        return sizes_for(spec.resolution, step, spec.max_aspect_ratio)
 
     @property
     def divisor(self) -> int:
         """What the sides of pictures are divided by; 8 before the model is known."""
-        return self.base.divisor if hasattr(self, "base") else 8
+        return self.base.family.divisor if hasattr(self, "base") else 8
 
     def learn_from(self, splits: dict[str, Rows]) -> None:
         """Number the pictures of train, so that each gets pictures of the class."""
@@ -227,14 +231,21 @@ class CaptionedPictures(Task):
         """Return the tokens of a caption for each text encoder, filled and cut to its length."""
         how = {"padding": "max_length", "truncation": True}
         return [
-            list(one(caption, max_length=one.model_max_length, **how)["input_ids"])
-            for one in self.tokenizers
+            list(one(caption, max_length=limit, **how)["input_ids"])
+            for one, limit in zip(self.tokenizers, self.token_limits, strict=True)
         ]
 
+    @property
+    def token_limits(self) -> list[int]:
+        """How many tokens of a caption each text encoder reads."""
+        both = zip(self.base.text_encoders, self.tokenizers, strict=True)
+        return [self.base.family.token_limit(name, one) for name, one in both]
+
     def _is_cut(self, caption: str) -> bool:
-        return any(
-            len(one(caption, verbose=False)["input_ids"]) > one.model_max_length
-            for one in self.tokenizers
+        """Return whether no text encoder reads all of a caption."""
+        return all(
+            len(one(caption, verbose=False)["input_ids"]) > limit
+            for one, limit in zip(self.tokenizers, self.token_limits, strict=True)
         )
 
     def batch_groups(self, split: Encoded) -> NDArray[np.int64] | None:
@@ -264,7 +275,7 @@ class CaptionedPictures(Task):
         said = [odd_pictures(name, rows, examples)]
         found = list(dict.fromkeys(int(examples[i]["row"]) for i in where(examples, "is_cut")))
         if found:
-            most = min(one.model_max_length for one in self.tokenizers)
+            most = max(self.token_limits)
             have = "has" if len(found) == 1 else "have"
             said.append(
                 f"{counted(len(found), f'{name} caption')} {have} more than {most} tokens, of "
@@ -279,7 +290,7 @@ class CaptionedPictures(Task):
 
         What is drawn does not depend on what is kept, so that a run is the same without a cache.
         """
-        draw, of = (0, 1) if training else (int(example["draw"]), self.spec.validation_draws)
+        draw, of = int(example["draw"]), self.spec.validation_draws
         # of a row's draws each has noise of its own, and one of the steps between which they lie
         own = rng if training else rng.spawn(draw + 1)[draw]
         values = [example["image"]]
@@ -293,10 +304,13 @@ class CaptionedPictures(Task):
             captions.append(self.ids_of(self.prior.spec.caption))
         drop = training and self.spec.caption_dropout > 0
         dropped = [bool(drop and own.random() < self.spec.caption_dropout) for _ in values]
-        side = self.base.pixels_per_latent
+        side = self.base.family.pixels_per_latent
         size = (int(example["width"]), int(example["height"]))
         shape = (self.base.latent_channels, size[1] // side, size[0] // side)
-        steps = [self.noise.draw_step(rng, draw, of) for _ in values]
+        steps = [
+            self.noise.draw_step(rng) if training else self.noise.spread_step(rng, draw, of)
+            for _ in values
+        ]
         found = {
             **example,
             "ids": captions,
