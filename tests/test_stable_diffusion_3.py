@@ -194,6 +194,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.slow_after(2)
 def test_loss_and_gradients_are_those_of_diffusers(tmp_path: Path, name: str) -> None:
     kind, keys, targets = KINDS[name]
     adapter = {"target_modules": targets + OF_TEXT * ("train_text_encoder" in keys)}
@@ -332,6 +333,7 @@ def test_what_is_drawn_is_what_diffusers_draws(
     assert difference(Image.open(trained.out / "drawn.png"), best) <= 1
 
 
+@pytest.mark.slow
 def test_a_base_without_t5_from_training_to_what_diffusers_draws(tmp_path: Path) -> None:
     keys = {"train_text_encoder": True, "aspect_ratios": True, "caption_dropout": 0.5}
     run(recipe(tmp_path, "sd3 without t5", task=keys))
@@ -347,6 +349,7 @@ def test_a_base_without_t5_from_training_to_what_diffusers_draws(tmp_path: Path)
     assert difference(drawn_by(pipe, "a dark one"), found) <= 1
 
 
+@pytest.mark.slow
 def test_what_is_kept_changes_nothing(tmp_path: Path) -> None:
     path = recipe(tmp_path, "sd3 without t5", task={"caption_dropout": 0.5})
     run(path)
@@ -355,6 +358,7 @@ def test_what_is_kept_changes_nothing(tmp_path: Path) -> None:
     assert kept == pytest.approx(computed, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_pictures_of_several_sizes_train_as_each_alone(tmp_path: Path) -> None:
     for i in range(4):
         (tmp_path / "pictures/train").mkdir(parents=True, exist_ok=True)

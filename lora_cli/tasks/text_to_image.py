@@ -57,7 +57,7 @@ class TextToImage(CaptionedPictures):
     metric_channel = "pictures"
     default_metrics = ()
     loss_definition = (
-        "mean squared error of the noise that the model takes away, per number of the latents; "
+        "mean squared error of what the model says of the noise, per number of the latents; "
         "of the same pictures, noise and steps in every evaluation"
     )
     main_term = "pictures"

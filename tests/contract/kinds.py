@@ -274,6 +274,11 @@ TASKS = {
         tiny_diffusion.save, {**DRAWING, "caption_dropout": 0.2, "validation_draws": 2}, captioned,
         ("picture",), ("image",), drafted=DRAWING,
     ),
+    "captioned pictures for a flow": TaskKind(
+        lambda folder: tiny_diffusion.save(folder, "sd3"),
+        {**DRAWING, "caption_dropout": 0.2, "validation_draws": 2}, captioned, ("picture",),
+        ("image",), drafted=DRAWING,
+    ),
     "pictures with boxes": TaskKind(
         lambda folder: tiny_detectors.save("yolos", folder),
         {**DETECTION, "augmentation": {"crop": True, "flip": True}}, with_boxes,

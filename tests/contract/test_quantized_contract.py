@@ -110,7 +110,7 @@ PLACES = [
     (name, kind)
     for name, task in TASKS.items()
     # a base of several parts is not quantised
-    if task.runs and "pack" not in name and name != "captioned pictures"
+    if task.runs and "pack" not in name and not name.startswith("captioned")
     for kind in FORMATS
 ]
 

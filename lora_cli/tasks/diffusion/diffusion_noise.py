@@ -41,13 +41,13 @@ class DiffusionNoise:
         """What the model learns: `epsilon` or `v_prediction`."""
         return str(self.scheduler.config.prediction_type)
 
-    def draw_step(self, rng: np.random.Generator) -> int:
-        """Return a step of noise to train."""
-        return self.spread_step(rng, 0, 1)
+    def draw_step(self, rng: np.random.Generator, draw: int = 0, of: int = 1) -> int:
+        """Return a step of noise, of several draws one from each equal part of all steps."""
+        return min(int((draw + rng.random()) / of * self.steps), self.steps - 1)
 
     def spread_step(self, rng: np.random.Generator, draw: int, of: int) -> int:
-        """Return a step to measure: of several draws, one from each equal part of all steps."""
-        return min(int((draw + rng.random()) / of * self.steps), self.steps - 1)
+        """Return a step to measure: steps to train are spread evenly too."""
+        return self.draw_step(rng, draw, of)
 
     def times(self, steps: Tensor) -> Tensor:
         """Return what the model reads of the steps (B,): their numbers."""
