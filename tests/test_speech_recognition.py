@@ -25,6 +25,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_speech import END, RATE, encoded, sound
 from transformers import (
+    AutoConfig,
     AutoProcessor,
     GenerationConfig,
     GenerationMixin,
@@ -275,12 +276,26 @@ def test_whether_a_model_knows_languages_without_a_generation_config(tmp_path: P
     assert [knows_languages(recipe, size) for size in (51_864, 51_865)] == [False, True]
 
 
-def test_models_of_speech_that_are_no_whisper_are_named(tmp_path: Path) -> None:
-    from transformers import Wav2Vec2Config
-
-    path = write_recipe_of(tmp_path)
-    Wav2Vec2Config(hidden_size=32, num_attention_heads=4).save_pretrained(tmp_path / "base")
-    with pytest.raises(LoraError, match=r"\(wav2vec2\) writes a letter for each moment \(CTC\)"):
+@pytest.mark.parametrize(
+    ("kind", "decoder", "wanted"),
+    [
+        (
+            "wav2vec2-bert",
+            None,
+            r"\(wav2vec2-bert\) reads spectrograms and writes by CTC, which is",
+        ),
+        ("llama", None, r"is no model of speech that can be trained here \(llama\)"),
+        ("wav2vec2", "attention", r"\(wav2vec2\) does not write by `attention`"),
+        ("whisper", "ctc", r"\(whisper\) does not write by `ctc`"),
+    ],
+)
+def test_models_that_write_in_another_way_are_named(
+    kind: str, decoder: Any, wanted: str, tmp_path: Path
+) -> None:
+    path = write_recipe_of(tmp_path, task={"decoder": decoder})
+    if kind != "whisper":
+        AutoConfig.for_model(kind).save_pretrained(tmp_path / "base")
+    with pytest.raises(LoraError, match=wanted):
         build_task(load_recipe(path)).load_processor()
 
 

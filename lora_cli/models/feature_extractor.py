@@ -16,29 +16,36 @@ from lora_cli.recipe import Recipe
 EXTRACTOR_FILE = "preprocessor_config.json"
 
 
-def load_feature_extractor(recipe: Recipe, config: PretrainedConfig) -> Any:
+def load_feature_extractor(recipe: Recipe) -> Any:
     """Return the feature extractor of a base.
 
-    Args:
-        recipe: Names the base.
-        config: Of its model, which has to read what the extractor computes.
-
     Raises:
-        LoraError: If the base has none, or one that is not for its model.
+        LoraError: If the base has none.
     """
     from transformers import AutoFeatureExtractor
 
     with explained(recipe, "feature extractor"):
-        extractor = AutoFeatureExtractor.from_pretrained(**source_of(recipe))
-    at = recipe.at("model.name")
+        return AutoFeatureExtractor.from_pretrained(**source_of(recipe))
+
+
+def require_frames_of(extractor: Any, config: PretrainedConfig, recipe: Recipe) -> None:
+    """Reject a feature extractor that computes something else than a Whisper model reads.
+
+    Args:
+        extractor: The feature extractor.
+        config: Of the model.
+        recipe: Names the base.
+
+    Raises:
+        LoraError: If the two do not belong together.
+    """
     bands, frames = config.num_mel_bins, 2 * config.max_source_positions
     made = getattr(extractor, "feature_size", None), getattr(extractor, "nb_max_frames", None)
     if made != (bands, frames):
         what = f"the feature extractor of `{recipe.model.name}` makes {made[0]} bands by {made[1]} "
         what += f"frames of a recording, and the model reads {bands} by {frames}"
         hint = f"copy or download {EXTRACTOR_FILE} and config.json again: they do not belong "
-        raise LoraError(what, at, f"{hint}together")
-    return extractor
+        raise LoraError(what, recipe.at("model.name"), f"{hint}together")
 
 
 def features_of(extractor: Any, samples: NDArray[np.float32]) -> NDArray[np.float32]:

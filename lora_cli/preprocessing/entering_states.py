@@ -47,6 +47,10 @@ class _TooLargeError(Exception):
         self.n_bytes = n_bytes
 
 
+class _UnlikeError(Exception):
+    """The states of two examples differ in more than their first dimension."""
+
+
 def find_layers(
     task: Task, model: nn.Module, splits: dict[str, Encoded], accelerator: Accelerator
 ) -> FrozenLayers | None:
@@ -94,17 +98,18 @@ def with_entering_states(
         states = _States(task, model, accelerator, layers)
         if passes.get(name, 2.0) <= 1:
             why = why or "the run computes it once"
-        elif not why:
-            why = states.why_not(name, split)
-        if not why:
-            try:
+        try:
+            why = why or states.why_not(name, split)
+            if not why:
                 found[name], n_bytes = states.added_to(split, left)
                 left -= n_bytes
                 said[name] = f"kept, {in_words(n_bytes)}"
                 continue
-            except _TooLargeError as error:
-                why = f"it takes about {in_words(error.n_bytes)}, and {in_words(left)} are left "
-                why += f"of `data.cache_limit` ({recipe.data.cache_limit})"
+        except _TooLargeError as error:
+            why = f"it takes about {in_words(error.n_bytes)}, and {in_words(left)} are left "
+            why += f"of `data.cache_limit` ({recipe.data.cache_limit})"
+        except _UnlikeError:
+            why = "the hidden states of examples differ in more than their length"
         said[name] = f"not kept: {why}"
     said = {"layers": f"{len(layers.frozen)} in evaluation mode", **said}
     task.frozen_facts = {"frozen_layers": "; ".join(f"{k}: {v}" for k, v in said.items())}
@@ -214,6 +219,7 @@ class _States:
         rows = split.examples.__getitems__(positions)
         for row, position in zip(rows, positions, strict=True):
             row[STATES] = self._of(split, [position])[0]
+            _require_alike(row[STATES], rows[0][STATES])
         batch = task.batch([prepared_for_evaluation(task, row) for row in rows]).to(device)
         found = task.losses(self.model, task.output(self.model, batch), batch)
         for name, losses in expected.items():
@@ -287,13 +293,13 @@ class _States:
 
         Raises:
             _TooLargeError: As soon as they are more than the limit, or will clearly be.
+            _UnlikeError: If those of an example do not fit the others.
         """
         n_bytes, cost, total = 0, 0, max(int(split.lengths.sum()), 1)
         for group in groups:
             for states in self._of(split, group):
-                for name, state in states.items():
-                    assert state.is_like(like[name]), "states of one model differ in their form"
-                    n_bytes += state.values.nbytes
+                _require_alike(states, like)
+                n_bytes += sum(state.values.nbytes for state in states.values())
                 yield {name: state.values.tobytes() for name, state in states.items()}
             cost += int(split.lengths[group].sum())
             expected = n_bytes * total / max(cost, 1)
@@ -325,6 +331,11 @@ class _States:
             state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             state.update(bytes_of(tensor)["data"])
         return state.hexdigest()
+
+
+def _require_alike(states: dict[str, KeptState], like: dict[str, KeptState]) -> None:
+    if not all(state.is_like(like[name]) for name, state in states.items()):
+        raise _UnlikeError
 
 
 def _shape(example: Example) -> tuple[int, ...]:

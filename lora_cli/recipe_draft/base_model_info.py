@@ -101,6 +101,7 @@ def describe_base(name: str) -> Base:
 
     from lora_cli.models.base_model import locate
     from lora_cli.models.load_errors import check_config
+    from lora_cli.tasks.speech.decoders import CTC_MODELS
 
     folder = Path(name).expanduser()
     local = folder.is_dir() or name.startswith((".", "/", "~"))
@@ -127,7 +128,7 @@ def describe_base(name: str) -> Base:
     if sees and not (writes or encodes):
         shape = _shape_of(config, False)
         return Base(name, can_write=False, shape=shape, sees=True, model_type=kind)
-    if kind == "whisper":
+    if kind == "whisper" or kind in CTC_MODELS:
         return _hearing(name, config)
     text_config = config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or None
@@ -177,7 +178,8 @@ def _hearing(name: str, config: Any) -> Base:
         sees=False,
         model_type=config.model_type,
         hears=True,
-        hears_languages=knows_languages(_recipe_of(name), int(config.vocab_size)),
+        hears_languages=config.model_type == "whisper"
+        and knows_languages(_recipe_of(name), int(config.vocab_size)),
     )
 
 

@@ -53,7 +53,7 @@ def build_training_task(recipe: Recipe, learned: Learned | None = None) -> Task:
 
 
 def _built(kind: Any, recipe: Recipe, learned: Learned | None) -> Task:
-    task: Task = kind(recipe, recipe.task)
+    task: Task = kind.for_base(recipe)(recipe, recipe.task)
     if learned is not None:
         task.learned = learned
     return task

@@ -77,6 +77,11 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         self.frozen_facts: dict[str, str] = {}  # what is kept of them, for the report
         self.config: PretrainedConfig
 
+    @classmethod
+    def for_base(cls, recipe: Recipe) -> type[Task]:
+        """Return the class of the task for the recipe's base, where kinds of bases differ."""
+        return cls
+
     @property
     def completed_recipe(self) -> Recipe:
         """The recipe with what has been learnt until now."""

@@ -1,10 +1,8 @@
-"""Write down what is said in recordings, by Whisper."""
+"""Write down what is said in recordings, by Whisper; by models with CTC, see `speech/`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,20 +12,22 @@ from transformers import AutoModelForSpeechSeq2Seq
 from transformers.modeling_outputs import BaseModelOutput
 
 from lora_cli.adapters.attach import lora_layers
-from lora_cli.data.media import described, media_value
-from lora_cli.data.recordings import Samples, playable
+from lora_cli.data.recordings import Samples
 from lora_cli.errors import counted
-from lora_cli.metrics import MetricContext
-from lora_cli.models.feature_extractor import features_of
+from lora_cli.models.feature_extractor import features_of, require_frames_of
+from lora_cli.recipe import Recipe
 from lora_cli.recipe.spec import GenerationSpec
+from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Example, Prediction
 from lora_cli.tasks.generation.seq2seq_generation import Writing, decoder_inputs, write_heard
 from lora_cli.tasks.generation.text_generation import base_generation_settings
-from lora_cli.tasks.generation.writing_task import SAMPLE_NEW_TOKENS, losses_of_tokens
-from lora_cli.tasks.speech.speech_rows import RecordedTask
-from lora_cli.tasks.speech.spoken_languages import language_code
+from lora_cli.tasks.generation.writing_task import WritingTask, losses_of_tokens
+from lora_cli.tasks.speech.ctc_recognition import CTCRecognition
+from lora_cli.tasks.speech.decoders import decoder_of, require_decoder
+from lora_cli.tasks.speech.speech_rows import RecordedTask, as_weights
+from lora_cli.tasks.speech.spoken_languages import first_tokens, knows_languages, language_code
 from lora_cli.tasks.speech.transcribed_recordings import propose_recordings
-from lora_cli.tasks.speech.transcripts import BASIC, aligned, joined, normalised
+from lora_cli.tasks.speech.transcripts import spoken
 from lora_cli.tasks.texts.padding import fill
 
 HEARD = "heard"  # what the encoder makes of a recording, where it is kept
@@ -41,18 +41,58 @@ FACTS_OF_WHISPER = {
 LISTS_OF_TOKENS = ("begin_suppress_tokens", "suppress_tokens")
 
 
-class SpeechRecognition(RecordedTask):
-    """`task.type: speech_recognition`."""
+class SpeechRecognition(RecordedTask, WritingTask):
+    """`task.type: speech_recognition`, by a model that writes one token after the other."""
 
     auto_class = AutoModelForSpeechSeq2Seq
-    metric_channel = "nll"
     loss_definition = "mean cross-entropy per token of the transcripts, in nats"
-    default_metrics = ("wer", "cer")
-    joins_examples = True  # the parts of a long recording are one answer
-    writes_answers = False
+    prompt_name = "recording"
     propose = staticmethod(propose_recordings)
 
+    @classmethod
+    def for_base(cls, recipe: Recipe) -> type[Task]:
+        """Return the class of the task for the recipe's base: Whisper, or a model with CTC."""
+        return CTCRecognition if decoder_of(recipe) == "ctc" else cls
+
+    # --------------------------------------------------------------------- the processor
+
+    def load_processor(self) -> None:
+        """Load the tokenizer, the feature extractor and the configuration."""
+        require_decoder(self.recipe, "attention")
+        super().load_processor()
+        require_frames_of(self.extractor, self.config, self.recipe)
+        self.pad = int(self.config.pad_token_id)
+        self.has_languages = knows_languages(self.recipe, int(self.config.vocab_size))
+        self.begin = first_tokens(self.spec, self.tokenizer, self.has_languages, self.recipe)
+
+    def cache_key(self) -> list[str]:
+        """Return what an encoded row depends on besides the row."""
+        return [*super().cache_key(), str(self.begin)]
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the decoder has positions for."""
+        return int(self.config.max_target_positions)
+
+    @property
+    def longest(self) -> float:
+        """How many seconds the model hears at once."""
+        return int(self.extractor.n_samples) / self.rate
+
     # -------------------------------------------------------------------------- examples
+
+    def tokens_of(self, text: str) -> list[int]:
+        """Return a transcript's tokens, between those that it begins with and the last one."""
+        ids = self.text_tokenizer(spoken(text), add_special_tokens=False, verbose=False)
+        return [*self.begin, *ids["input_ids"], int(self.tokenizer.eos_token_id)]
+
+    def length_error(self, n_samples: int, labels: Sequence[int]) -> tuple[str, str] | None:
+        """Return why a transcript is too long: the decoder has positions for fewer tokens."""
+        if len(labels) <= self.positions:
+            return None
+        what = f"its text has {counted(len(labels), 'token')}, and the model writes "
+        hint = "divide the recording with its text, or is it the text of another one?"
+        return f"{what}{self.positions} at most", hint
 
     def prepare(self, example: Example, rng: np.random.Generator, training: bool) -> Example:
         """Return an example with what the model reads of its recording."""
@@ -117,7 +157,7 @@ class SpeechRecognition(RecordedTask):
         and what is computed anew are then the same.
         """
         encoder, frozen = model.get_encoder(), _frozen_encoder(model)  # type: ignore[operator]
-        features = _as_weights(encoder, features)
+        features = as_weights(encoder, features)
         if frozen is None:
             heard: Tensor = encoder(features).last_hidden_state
             return heard
@@ -137,11 +177,11 @@ class SpeechRecognition(RecordedTask):
     def _output(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
         tokens = decoder_inputs(model, inputs["labels"])
         if HEARD in inputs:
-            heard = _as_weights(model, inputs[HEARD])
+            heard = as_weights(model, inputs[HEARD])
         elif _frozen_encoder(model) is not None:
             heard = self._heard(model, inputs["features"])
         else:
-            features = _as_weights(model, inputs["features"])
+            features = as_weights(model, inputs["features"])
             return model(input_features=features, decoder_input_ids=tokens, use_cache=False)
         kept = BaseModelOutput(last_hidden_state=heard)
         return model(encoder_outputs=kept, decoder_input_ids=tokens, use_cache=False)
@@ -186,16 +226,6 @@ class SpeechRecognition(RecordedTask):
 
     # --------------------------------------------------------------------------- answers
 
-    @property
-    def metric_context(self) -> MetricContext:
-        """How texts are written before they are compared."""
-        normalizer = BASIC if self.spec.normalizer == "basic" else ""
-        return replace(super().metric_context, normalizer=normalizer)
-
-    def check_metrics(self, channels: set[str]) -> None:
-        """Let the model write answers, if a metric reads text."""
-        self.writes_answers = "text" in channels
-
     def predictions(self, model: nn.Module, output: Any, batch: Batch) -> list[Prediction]:
         """Return what the model writes for each part of a recording, if a metric asks for it."""
         predictions = [Prediction(row, None, None) for row in batch.rows]
@@ -203,21 +233,9 @@ class SpeechRecognition(RecordedTask):
         if self.writes_answers and asked:
             options = self.recipe.evaluate.generation
             heard = output.encoder_last_hidden_state[asked]
-            for i, text in zip(asked, self._transcripts(model, heard, options), strict=True):
+            for i, text in zip(asked, self._written_for(model, heard, options), strict=True):
                 predictions[i].prediction = text
         return predictions
-
-    def join(self, row: dict[str, Any], parts: Sequence[Prediction]) -> Prediction:
-        """Return the parts of a recording as one answer."""
-        wanted = str(row[self.spec.text_column])
-        if not (self.writes_answers and self.is_answered(parts[0].row)):
-            return Prediction(parts[0].row, None, wanted)
-        said = joined([str(part.prediction) for part in parts])
-        found = Prediction(parts[0].row, said, wanted)
-        texts = [normalised(text, self.spec.normalizer) for text in (said, wanted)]
-        found.metric_inputs["text"] = (texts[0], texts[1])
-        found.details["words"] = aligned(texts[1], texts[0])
-        return found
 
     def base_settings(self, model: nn.Module) -> dict[str, Any]:
         """Return what the base asks for, without what its tokens mean."""
@@ -228,7 +246,7 @@ class SpeechRecognition(RecordedTask):
                 kept[key] = f"({counted(len(kept[key]), 'token')})"
         return kept
 
-    def _transcripts(self, model: nn.Module, heard: Tensor, options: GenerationSpec) -> list[str]:
+    def _written_for(self, model: nn.Module, heard: Tensor, options: GenerationSpec) -> list[str]:
         """Return what the model writes for what its encoder made of recordings."""
         self.warn_of_base_settings(model)
         stops = self.stop_ids(model)
@@ -251,44 +269,13 @@ class SpeechRecognition(RecordedTask):
             return f"ended where the decoder's {self.positions:,} tokens end"
         return f"ended at `evaluate.generation.max_new_tokens` ({most}), not by themselves"
 
-    def parse_input(self, typed: str) -> dict[str, Any]:
-        """Return a row of the path of a recording."""
-        return {self.spec.audio_column: media_value(typed, Path.cwd())}
-
-    def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
-        """Return what is said in each recording, however long it is."""
-        return [[text] for text in self._said(model, rows, self.recipe.evaluate.generation)]
-
-    def _said(
-        self, model: nn.Module, rows: Sequence[dict[str, Any]], options: GenerationSpec
+    def transcripts(
+        self, model: nn.Module, parts: Sequence[Samples], options: GenerationSpec
     ) -> list[str]:
+        """Return what a model writes for recordings that it hears at once."""
         device = next(model.parameters()).device
-        texts: list[list[str]] = [[] for _ in rows]
-        parts = [(i, part) for i, row in enumerate(rows) for part in self._parts(row)]
-        for start in range(0, len(parts), len(rows)):
-            some = parts[start : start + len(rows)]
-            features = torch.stack([self._features(part) for _, part in some]).to(device)
-            heard = self._heard(model, features)
-            for (i, _), text in zip(some, self._transcripts(model, heard, options), strict=True):
-                texts[i].append(text)
-        return [joined(said) for said in texts]
-
-    def _parts(self, row: dict[str, Any]) -> list[Samples]:
-        return self.parts_of(row[self.spec.audio_column])
-
-    def sample(
-        self, model: nn.Module, rows: Sequence[dict[str, Any]]
-    ) -> list[tuple[str, str, str]]:
-        """Return what the model writes for recordings, the most likely token every time."""
-        tokens = min(SAMPLE_NEW_TOKENS, self.recipe.evaluate.generation.max_new_tokens)
-        said = self._said(model, rows, GenerationSpec(max_new_tokens=tokens))
-        names = [described(row[self.spec.audio_column]) for row in rows]
-        wanted = [self.shown_reference(row) or "" for row in rows]
-        return list(zip(names, wanted, said, strict=True))
-
-    def thumbnail(self, row: dict[str, Any]) -> str | None:
-        """Return a row's recording as a `data:` address that a page plays."""
-        return playable(row[self.spec.audio_column], self.longest)
+        features = torch.stack([self._features(part) for part in parts]).to(device)
+        return self._written_for(model, self._heard(model, features), options)
 
 
 def _frozen_encoder(model: nn.Module) -> nn.Module | None:
@@ -296,12 +283,3 @@ def _frozen_encoder(model: nn.Module) -> nn.Module | None:
     encoder: nn.Module = model.get_encoder()  # type: ignore[operator]  # transformers' own method
     trained = any(parameter.requires_grad for parameter in encoder.parameters())
     return None if trained or lora_layers(encoder) else encoder
-
-
-def _as_weights(model: nn.Module, tensor: Tensor) -> Tensor:
-    """Return a tensor in the precision of the weights that read it."""
-    if torch.is_autocast_enabled(tensor.device.type):
-        return tensor
-    kinds = [(p.requires_grad, p.dtype) for p in model.parameters() if p.is_floating_point()]
-    base = next((dtype for is_trained, dtype in kinds if not is_trained), kinds[0][1])
-    return tensor.to(base)

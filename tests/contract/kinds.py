@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+import tiny_ctc
 import tiny_detectors
 import tiny_diffusion
 import tiny_embedders
@@ -176,6 +177,12 @@ def recorded(i: int) -> Json:
     return {"audio": str(file), "text": text(i)}
 
 
+def recorded_in_letters(i: int) -> Json:
+    file = recordings() / f"letters{i}.wav"
+    tiny_speech.write(file, tiny_speech.sound(i, 0.5 + 0.05 * (i % 7)))
+    return {"audio": str(file), "text": " ".join(text(i).split()[:3]).replace(",", "")}
+
+
 def recorded_at_length(i: int) -> Json:
     file = recordings() / f"long{i}.flac"
     seconds = 1.4 if i >= 7 and i % 2 else 0.3  # those of train are short
@@ -309,6 +316,9 @@ TASKS = {
         lambda folder: tiny_speech.save(folder, languages=True),
         {**SPEECH, "language": "de", "task": "translate"},
         recorded_at_length, ("prediction",), ("text",),
+    ),
+    "speech by letters": TaskKind(
+        tiny_ctc.save, SPEECH, recorded_in_letters, ("prediction",), ("text",), drafted=SPEECH,
     ),
     "texts that belong together": TaskKind(
         tiny_embedders.save, EMBEDDING, paired, ("embedding",), ("positive",), train=STEP,

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import tiny_ctc
 import tiny_speech
 from cases import CASES, Case, case
 from tiny_speech import encoded, sound
-from transformers import Wav2Vec2Config
+from transformers import Wav2Vec2BertConfig
 from world import Printed, World
 
 AREA = "Speech"
@@ -18,7 +19,8 @@ AREA = "Speech"
 
 def _recipe(world: World, languages: bool = False, **task: Any) -> str:
     """Write a base, two recordings with texts, and a recipe for them."""
-    tiny_speech.save(world.folder / "base", languages)
+    if not (world.folder / "base").exists():
+        tiny_speech.save(world.folder / "base", languages)
     if not (world.folder / "speech").exists():
         tiny_speech.write_folder(world.folder / "speech", {"train": 2})
     return world.recipe(
@@ -71,10 +73,46 @@ _RUNS = {
 CASES += [Case(AREA, name, run) for name, run in _RUNS.items()]
 
 
-@case(AREA, "a model that writes letter by letter")
-def _ctc(world: World) -> Printed:
+def _ctc(text: str = "", changes: Any = None, **task: Any) -> Callable[[World], Printed]:
+    """Return a check of a base that says a letter for each moment, whose first text is another."""
+
+    def run(world: World) -> Printed:
+        tiny_ctc.save(world.folder / "base", letters="ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
+        recipe = _recipe(world, **task)
+        if text:
+            world.write("speech/train/0.txt", text)
+        file = world.folder / "base/config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **(changes or {})}))
+        return world.lora("validate", recipe)
+
+    return run
+
+
+_OTHERS = {
+    "a letter that the vocabulary lacks": _ctc("größe"),
+    "a text without letters": _ctc("..."),
+    "a text of too many letters": _ctc("a film " * 20),
+    "a language, where letters are written": _ctc(language="de"),
+    "another blank": _ctc(changes={"pad_token_id": 3}),
+    "weights for each language": _ctc(changes={"adapter_attn_dim": 16}),
+    "a decoder that the model does not have": _ctc(decoder="attention"),
+}
+CASES += [Case(AREA, name, run) for name, run in _OTHERS.items()]
+
+
+@case(AREA, "a tokenizer that is not one of letters")
+def _words(world: World) -> Printed:
+    tiny_ctc.save(world.folder / "base")
     recipe = _recipe(world)
-    Wav2Vec2Config(hidden_size=32, num_attention_heads=4).save_pretrained(world.folder / "base")
+    (world.folder / "base/tokenizer_config.json").unlink()
+    tiny_speech.tokenizer().save_pretrained(world.folder / "base")
+    return world.lora("validate", recipe)
+
+
+@case(AREA, "a model with CTC that reads spectrograms")
+def _spectrograms(world: World) -> Printed:
+    recipe = _recipe(world)
+    Wav2Vec2BertConfig(hidden_size=32, num_attention_heads=4).save_pretrained(world.folder / "base")
     return world.lora("validate", recipe)
 
 

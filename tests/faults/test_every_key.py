@@ -510,6 +510,7 @@ CHANGES: dict[str, Change] = {
     ),
     "speech_recognition.audio_column": Change(losses, ("sound", "noise"), "speech"),
     "speech_recognition.text_column": Change(losses, ("prompt", "other"), "speech"),
+    "speech_recognition.decoder": Change(message, ("attention", "ctc"), "speech"),
     "speech_recognition.language": Change(losses, ("de", "zh"), "speech"),
     "speech_recognition.task": Change(losses, ("transcribe", "translate"), "speech"),
     "speech_recognition.long_audio": Change(

@@ -14,12 +14,17 @@ from lora_cli.recipe.spec.task_section import (
     UsualTraining,
 )
 
-TRANSCRIBING = """\
+READING = """\
 samples, rate = soundfile.read("recording.wav", dtype="float32", always_2d=True)
 wanted = processor.feature_extractor.sampling_rate
 samples = soxr.resample(samples.mean(axis=1), rate, wanted)
 inputs = processor(samples, sampling_rate=wanted, return_tensors="pt")
-output = model.generate(**inputs, {options})
+"""
+LETTERS = f"""{READING}\
+letters = model(**inputs).logits.argmax(-1)[0]
+print(processor.decode(letters, skip_special_tokens=True).strip())"""
+TRANSCRIBING = f"""{READING}\
+output = model.generate(**inputs, {{options}})
 print(processor.decode(output[0], skip_special_tokens=True).strip())"""
 
 
@@ -27,7 +32,10 @@ class SpeechRecognitionSpec(TaskSection):
     """Write down what is said in a recording."""
 
     pipeline_tag = "automatic-speech-recognition"
-    suitable_models = "take a Whisper model, such as openai/whisper-small"
+    suitable_models = (
+        "take a Whisper model, such as openai/whisper-small, or one with CTC and a vocabulary, "
+        "such as facebook/wav2vec2-base-960h"
+    )
     usual_training = UsualTraining(
         epochs=((1_000, 10), (20_000, 5), (math.inf, 2)), learning_rate=1e-3
     )
@@ -46,6 +54,10 @@ class SpeechRecognitionSpec(TaskSection):
     """Column of what is said. In a folder of recordings it is the content of the text file next to
     each: `a/1.txt` for `a/1.wav`."""
 
+    decoder: Literal["attention", "ctc"] | None = None
+    """How the model writes: one token after the other, as Whisper does (`attention`), or a letter
+    for each moment, as wav2vec2, HuBERT and WavLM do (`ctc`). Default: as the base does."""
+
     language: Word | None = None
     """The language that is spoken, as its code (`de`) or its English name. A model of several
     languages needs it; one of English only takes none."""
@@ -55,7 +67,8 @@ class SpeechRecognitionSpec(TaskSection):
     default), or their English translation (`translate`)."""
 
     long_audio: Literal["silence", "windows", "drop"] = "silence"
-    """What happens to recordings longer than the model hears at once (30 seconds). In training they
+    """What happens to recordings longer than the model hears at once (30 seconds; with CTC, longer
+    ones are not computed at once). In training they
     are left out, since it is not known which of their words are in which part. In evaluation and
     prediction they are divided into parts, whose texts are joined: cut where it is quietest
     (`silence`), or into equal parts (`windows`). `drop` leaves them out of evaluation too."""
@@ -99,6 +112,11 @@ class SpeechRecognitionSpec(TaskSection):
 
     def usage(self, labels: list[str], settings: Any) -> Usage:
         """Return how a recording is transcribed."""
+        if self.decoder == "ctc":
+            return Usage(
+                "AutoModelForCTC", LETTERS, "import soundfile\nimport soxr\n",
+                processor=("processor", "AutoProcessor"),
+            )  # fmt: skip
         options = [f"max_new_tokens={settings.max_new_tokens}", f"num_beams={settings.num_beams}"]
         options += ["do_sample=False", "suppress_tokens=[]", "begin_suppress_tokens=[]"]
         if self.language is not None:

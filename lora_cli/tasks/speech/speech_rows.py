@@ -1,21 +1,25 @@
-"""What a recording and its transcript are: columns, parts of long recordings, examples.
+"""What a recording and its transcript are: columns, parts of long recordings, examples, answers.
 
-`SpeechRecognition` adds batches, the loss and the answers.
+`SpeechRecognition` and `CTCRecognition` add batches, the loss, and how a model writes.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from lora_cli.data.load_rows import Rows
-from lora_cli.data.media import described, media_error, media_hash
+from lora_cli.data.media import described, media_error, media_hash, media_value
 from lora_cli.data.readers import text_error
 from lora_cli.data.recordings import (
     LongAudio,
@@ -23,28 +27,29 @@ from lora_cli.data.recordings import (
     Samples,
     divide,
     is_silent,
+    playable,
     read_recording,
     recording_facts,
     require_audio_packages,
 )
 from lora_cli.errors import LoraError, counted, warn
-from lora_cli.models.base_model import load_config
+from lora_cli.metrics import MetricContext
 from lora_cli.models.feature_extractor import load_feature_extractor
 from lora_cli.models.image_processor import processor_hash
 from lora_cli.recipe import Recipe, SpeechRecognitionSpec
-from lora_cli.tasks.examples import Encoded, Example, Field
-from lora_cli.tasks.generation.writing_task import WritingTask, keep_all_layers, layer_drop_of
-from lora_cli.tasks.speech.spoken_languages import first_tokens, knows_languages
-from lora_cli.tasks.speech.transcripts import has_vowel_marks, spoken
+from lora_cli.recipe.spec import GenerationSpec
+from lora_cli.tasks.examples import Encoded, Example, Field, Prediction
+from lora_cli.tasks.generation.writing_task import SAMPLE_NEW_TOKENS, keep_all_layers, layer_drop_of
+from lora_cli.tasks.speech.transcripts import BASIC, aligned, has_vowel_marks, joined, normalised
 from lora_cli.tasks.texts.marked_tokens import marked
+from lora_cli.tasks.texts.text_task import TextTask
 
 ENCODING = 1  # of rows into examples; a change of it makes what is kept on the disk useless
-CTC = ("data2vec-audio", "hubert", "sew", "unispeech", "wav2vec2", "wavlm", "parakeet", "lasr")
 AT_ONCE = " at once"
 DECODED = 4  # long recordings whose samples stay in memory: their parts are read one by one
 
 
-class RecordedTask(WritingTask):
+class RecordedTask(TextTask):
     """A task whose rows are a recording, and what is said in it."""
 
     spec: SpeechRecognitionSpec  # type: ignore[assignment]  # its length is that of a recording
@@ -52,7 +57,10 @@ class RecordedTask(WritingTask):
     input_name = "recording"
     answer_hint = "name another recording"
     length_key = "model.name"
-    prompt_name = "recording"
+    metric_channel = "nll"
+    default_metrics = ("wer", "cer")
+    joins_examples = True  # the parts of a long recording are one answer
+    writes_answers = False
     can_fill_left = False
 
     def __init__(self, recipe: Recipe, spec: SpeechRecognitionSpec) -> None:
@@ -60,18 +68,32 @@ class RecordedTask(WritingTask):
         self.spec = spec
         self.extractor: Any
 
+    @property
+    @abstractmethod
+    def longest(self) -> float:
+        """How many seconds the model hears at once."""
+
+    @abstractmethod
+    def tokens_of(self, text: str) -> list[int]:
+        """Return the tokens that a transcript is trained as."""
+
+    @abstractmethod
+    def length_error(self, n_samples: int, labels: Sequence[int]) -> tuple[str, str] | None:
+        """Return why a transcript is too long for the model, and what to do about it; or None."""
+
+    @abstractmethod
+    def transcripts(
+        self, model: nn.Module, parts: Sequence[Samples], options: GenerationSpec
+    ) -> list[str]:
+        """Return what a model writes for recordings that it hears at once."""
+
     # --------------------------------------------------------------------- the processor
 
     def load_processor(self) -> None:
         """Load the tokenizer, the feature extractor and the configuration."""
         require_audio_packages()
-        self._require_whisper()
         super().load_processor()
-        self.extractor = load_feature_extractor(self.recipe, self.config)
-        self.pad = int(self.config.pad_token_id)
-        self.has_languages = knows_languages(self.recipe, int(self.config.vocab_size))
-        tokenizer = self.tokenizer
-        self.begin = first_tokens(self.spec, tokenizer, self.has_languages, self.recipe)
+        self.extractor = load_feature_extractor(self.recipe)
         if dropped := layer_drop_of(self.config):
             self.notes.append(dropped)
         if getattr(self.config, "apply_spec_augment", False):
@@ -79,21 +101,6 @@ class RecordedTask(WritingTask):
                 "`apply_spec_augment` of the model is set to false: nothing of a recording is "
                 "masked in training"
             )
-
-    def _require_whisper(self) -> None:
-        """Reject models of speech that work in another way.
-
-        Raises:
-            LoraError: With what the model is.
-        """
-        kind = load_config(self.recipe).model_type
-        if kind == "whisper":
-            return
-        what = f"`{self.recipe.model.name}` is no Whisper model ({kind})"
-        if kind.startswith(CTC):
-            what = f"`{self.recipe.model.name}` ({kind}) writes a letter for each moment (CTC), "
-            what += "which `speech_recognition` does not train"
-        raise LoraError(what, self.recipe.at("model.name"), self.spec.suitable_models)
 
     def model_config(self) -> Any:
         """Return the model's configuration, by which training leaves out and masks nothing."""
@@ -113,23 +120,12 @@ class RecordedTask(WritingTask):
 
     def cache_key(self) -> list[str]:
         """Return what an encoded row depends on besides the row."""
-        own = [f"recordings {ENCODING}", processor_hash(self.extractor), str(self.begin)]
-        return [*super().cache_key(), *own]
-
-    @property
-    def positions(self) -> int:
-        """Tokens that the decoder has positions for."""
-        return int(self.config.max_target_positions)
+        return [*super().cache_key(), f"recordings {ENCODING}", processor_hash(self.extractor)]
 
     @property
     def rate(self) -> int:
         """Samples a second that the model reads."""
         return int(self.extractor.sampling_rate)
-
-    @property
-    def longest(self) -> float:
-        """How many seconds the model hears at once."""
-        return int(self.extractor.n_samples) / self.rate
 
     @property
     def max_length(self) -> int:  # type: ignore[override]
@@ -240,11 +236,9 @@ class RecordedTask(WritingTask):
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return an example for each part of each recording; only whole ones have a target."""
-        texts = [spoken(str(row[self.spec.text_column])) for row in rows]
-        found = self.text_tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return [self._examples(row, ids) for row, ids in zip(rows, found, strict=True)]
+        return [self._examples(row) for row in rows]
 
-    def _examples(self, row: dict[str, Any], text: Sequence[int]) -> list[Example]:
+    def _examples(self, row: dict[str, Any]) -> list[Example]:
         """Return the examples of a recording.
 
         Raises:
@@ -255,11 +249,9 @@ class RecordedTask(WritingTask):
         about = {"is_clipped": facts.is_clipped, "is_too_loud": facts.is_too_loud}
         length = math.ceil(facts.seconds * self.rate)
         if facts.seconds <= self.longest:
-            labels = [*self.begin, *text, int(self.tokenizer.eos_token_id)]
-            if len(labels) > self.positions:
-                what = f"its text has {counted(len(labels), 'token')}, and the model writes "
-                hint = "divide the recording with its text, or is it the text of another one?"
-                raise LoraError(f"{what}{self.positions} at most", hint=hint)
+            labels = self.tokens_of(str(row[self.spec.text_column]))
+            if (error := self.length_error(length, labels)) is not None:
+                raise LoraError(error[0], hint=error[1])
             return [{"audio": value, "start": 0, "stop": length, "labels": labels, **about}]
         places = self._places(self.samples(value))
         full = math.ceil(facts.seconds)
@@ -338,6 +330,83 @@ class RecordedTask(WritingTask):
     def shown_reference(self, row: dict[str, Any]) -> str | None:
         """Return the transcript of a row."""
         return str(row.get(self.spec.text_column) or "") or None
+
+    # --------------------------------------------------------------------------- answers
+
+    @property
+    def metric_context(self) -> MetricContext:
+        """How texts are written before they are compared."""
+        normalizer = BASIC if self.spec.normalizer == "basic" else ""
+        return replace(super().metric_context, normalizer=normalizer)
+
+    def check_metrics(self, channels: set[str]) -> None:
+        """Let the model write answers, if a metric reads text."""
+        self.writes_answers = "text" in channels
+
+    def reference(self, row: dict[str, Any]) -> str:
+        """Return what a row wants, as far as the model can write it."""
+        return str(row[self.spec.text_column])
+
+    def join(self, row: dict[str, Any], parts: Sequence[Prediction]) -> Prediction:
+        """Return the parts of a recording as one answer."""
+        wanted = str(row[self.spec.text_column])
+        if any(part.prediction is None for part in parts):  # it is not asked for
+            return Prediction(parts[0].row, None, wanted)
+        said = joined([str(part.prediction) for part in parts])
+        found = Prediction(parts[0].row, said, wanted)
+        texts = [normalised(text, self.spec.normalizer) for text in (said, self.reference(row))]
+        found.metric_inputs["text"] = (texts[0], texts[1])
+        found.details["words"] = aligned(texts[1], texts[0])
+        return found
+
+    def parse_input(self, typed: str) -> dict[str, Any]:
+        """Return a row of the path of a recording."""
+        return {self.spec.audio_column: media_value(typed, Path.cwd())}
+
+    def answer_columns(self) -> dict[str, str]:
+        """Return the column of what is said."""
+        return {"prediction": "string"}
+
+    def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
+        """Return what is said in each recording, however long it is."""
+        return [[text] for text in self._said(model, rows, self.recipe.evaluate.generation)]
+
+    def _said(
+        self, model: nn.Module, rows: Sequence[dict[str, Any]], options: GenerationSpec
+    ) -> list[str]:
+        texts: list[list[str]] = [[] for _ in rows]
+        places = [
+            (i, p) for i, r in enumerate(rows) for p in self.parts_of(r[self.spec.audio_column])
+        ]
+        for start in range(0, len(places), len(rows)):
+            some = places[start : start + len(rows)]
+            found = self.transcripts(model, [part for _, part in some], options)
+            for (i, _), text in zip(some, found, strict=True):
+                texts[i].append(text)
+        return [joined(said) for said in texts]
+
+    def sample(
+        self, model: nn.Module, rows: Sequence[dict[str, Any]]
+    ) -> list[tuple[str, str, str]]:
+        """Return what the model writes for recordings, the most likely token every time."""
+        tokens = min(SAMPLE_NEW_TOKENS, self.recipe.evaluate.generation.max_new_tokens)
+        said = self._said(model, rows, GenerationSpec(max_new_tokens=tokens))
+        names = [described(row[self.spec.audio_column]) for row in rows]
+        wanted = [self.shown_reference(row) or "" for row in rows]
+        return list(zip(names, wanted, said, strict=True))
+
+    def thumbnail(self, row: dict[str, Any]) -> str | None:
+        """Return a row's recording as a `data:` address that a page plays."""
+        return playable(row[self.spec.audio_column], self.longest)
+
+
+def as_weights(model: nn.Module, tensor: Tensor) -> Tensor:
+    """Return a tensor in the precision of the weights that read it."""
+    if torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    kinds = [(p.requires_grad, p.dtype) for p in model.parameters() if p.is_floating_point()]
+    base = next((dtype for is_trained, dtype in kinds if not is_trained), kinds[0][1])
+    return tensor.to(base)
 
 
 class _Same:

@@ -69,8 +69,9 @@ def choose_padding(task: TextTask, model: nn.Module, longest: int | None = None)
         raise LoraError(why_not, task.recipe.at("train.kernels"), hint)
     if first_position is None and task.padding == NONE and varied:
         task.notes.append(
-            "this model's answer to a text changes when the text is padded, so only texts of the "
-            "same length are computed together; `train.group_by_length: true` makes that faster"
+            f"this model's answer to a {task.input_name} changes when it is padded, so only "
+            f"{task.input_name}s of the same length are computed together; "
+            "`train.group_by_length: true` makes that faster"
         )
 
 

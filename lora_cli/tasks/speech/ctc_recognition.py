@@ -1,0 +1,266 @@
+"""Write down what is said in recordings by CTC: wav2vec2, HuBERT, WavLM and their kin.
+
+For each moment the model says which letter it hears, or none (the blank). Repeated letters count
+once, and blanks are left out. The loss of a transcript is the negative log-likelihood of all ways
+to say it in the moments that there are (Graves et al. 2006).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's own name for it
+from torch import Tensor, nn
+from transformers import AutoModelForCTC, PretrainedConfig, Wav2Vec2CTCTokenizer
+
+from lora_cli.data.load_rows import Rows
+from lora_cli.data.recordings import Samples
+from lora_cli.errors import LoraError, counted
+from lora_cli.recipe.spec import GenerationSpec
+from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Example, Prediction
+from lora_cli.tasks.speech.decoders import require_decoder
+from lora_cli.tasks.speech.letters import Letters
+from lora_cli.tasks.speech.speech_rows import RecordedTask, as_weights
+from lora_cli.tasks.texts.padding import fill
+
+LONGEST = 30.0  # seconds that are computed at once: attention costs the square of them
+TRIAL_SECONDS = (0.513, 1.007)  # of the recordings that the model is tried on
+SHOWN = 20  # characters that are left out
+
+
+def moments_of(config: PretrainedConfig, n_samples: int) -> int:
+    """Return for how many moments a model says what it hears in a recording.
+
+    Args:
+        config: With the sizes and strides of the convolutions that read samples.
+        n_samples: Samples of the recording.
+    """
+    for size, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        n_samples = (n_samples - size) // stride + 1
+    if getattr(config, "add_adapter", False):
+        for _ in range(config.num_adapter_layers):
+            n_samples = (n_samples - 1) // config.adapter_stride + 1
+    return max(n_samples, 0)
+
+
+class CTCRecognition(RecordedTask):
+    """`task.type: speech_recognition`, by a model that says a letter for each moment."""
+
+    auto_class = AutoModelForCTC
+    loss_definition = "mean negative log-likelihood (CTC) per letter of the transcripts, in nats"
+    # on a GPU the backward of CTC gives other bits each time, so it is computed on the CPU
+    waits_for_device = True
+
+    # --------------------------------------------------------------------- the processor
+
+    def load_processor(self) -> None:
+        """Load the tokenizer, the feature extractor and the configuration."""
+        require_decoder(self.recipe, "ctc")
+        self._reject_keys_of_others()
+        super().load_processor()
+        tokenizer, at, name = self.tokenizer, self.recipe.at("model.name"), self.recipe.model.name
+        if getattr(self.config, "adapter_attn_dim", None):
+            what = f"`{name}` has weights of its own for each language (MMS)"
+            raise LoraError(what, at, self.spec.suitable_models)
+        if not isinstance(tokenizer, Wav2Vec2CTCTokenizer) or tokenizer.target_lang is not None:
+            kind = type(tokenizer).__name__
+            what = f"the tokenizer of `{name}` ({kind}) is not one of letters"
+            raise LoraError(what, at, self.spec.suitable_models)
+        self.blank = int(self.config.pad_token_id)
+        if tokenizer.pad_token_id != self.blank:
+            what = (
+                f"config.json of `{name}` names another blank (`pad_token_id` {self.blank}) than "
+            )
+            what += f"its tokenizer ({tokenizer.pad_token_id})"
+            hint = "the tokenizer and the model do not belong together: copy or download both again"
+            raise LoraError(what, at, hint)
+        words, special = tokenizer.word_delimiter_token, set(tokenizer.all_special_tokens)
+        self.letters = Letters(tokenizer.get_vocab(), words, special - {words})
+        self.learned.task["decoder"] = "ctc"
+
+    def _reject_keys_of_others(self) -> None:
+        """Reject what the recipe says of a model that writes one token after the other.
+
+        Raises:
+            LoraError: If it says something.
+        """
+        for key, value in {"language": self.spec.language, "task": self.spec.task}.items():
+            if value is not None:
+                what = (
+                    f"`{self.recipe.model.name}` writes by CTC in the language that it was trained "
+                )
+                at = self.recipe.at(f"task.{key}")
+                raise LoraError(f"{what}with, and takes no `{key}`", at, "leave it out")
+
+    @property
+    def longest(self) -> float:
+        """How many seconds are computed at once."""
+        return LONGEST
+
+    # ------------------------------------------------------------------------------ rows
+
+    def target_error(self, row: dict[str, Any]) -> str:
+        """Return what is wrong with the transcript, or nothing."""
+        if (error := super().target_error(row)) or not hasattr(self, "letters"):
+            return error
+        text = str(row[self.spec.text_column])
+        if (unknown := self.letters.unknown(text)) is not None:
+            return f"`{unknown}` in `{self.spec.text_column}` is not in the model's vocabulary"
+        if not self.letters.written(text):
+            return f"`{self.spec.text_column}` has no letter that the model can write"
+        return ""
+
+    def learn_from(self, splits: dict[str, Rows]) -> None:
+        """Say what of the transcripts the model cannot write, and is left out."""
+        super().learn_from(splits)
+        if not hasattr(self, "letters"):  # the model could not be read, which is said elsewhere
+            return
+        left_out, n_rows = set[str](), 0
+        for rows in splits.values():
+            for row in rows:
+                found = self.letters.left_out(str(row[self.spec.text_column]))
+                left_out |= found
+                n_rows += bool(found)
+        if left_out:
+            shown = " ".join(sorted(left_out)[:SHOWN])
+            where = counted(n_rows, "transcript")
+            self.notes.append(f"the model's vocabulary has no {shown}: left out of {where}")
+        if self.letters.only_capitals:
+            self.notes.append("transcripts are read in capital letters, as the model writes them")
+
+    def reference(self, row: dict[str, Any]) -> str:
+        """Return what a row wants, as far as the model can write it."""
+        return self.letters.written(str(row[self.spec.text_column]))
+
+    def tokens_of(self, text: str) -> list[int]:
+        """Return a transcript's letters."""
+        return self.letters.tokens_of(text)
+
+    def length_error(self, n_samples: int, labels: Sequence[int]) -> tuple[str, str] | None:
+        """Return why a transcript is too long: it has more letters than the recording moments.
+
+        Between two equal letters there has to be a blank.
+        """
+        repeated = sum(a == b for a, b in itertools.pairwise(labels))
+        needed, moments = max(len(labels) + repeated, 1), moments_of(self.config, n_samples)
+        if moments >= needed:
+            return None
+        what = f"its text of {counted(len(labels), 'letter')} needs {counted(needed, 'moment')}, "
+        hint = "is it the text of another recording, or is the recording cut off?"
+        return f"{what}and the model hears {moments} in so short a recording", hint
+
+    # -------------------------------------------------------------------------- examples
+
+    def prepare(self, example: Example, rng: np.random.Generator, training: bool) -> Example:
+        """Return an example with what the model reads of its recording."""
+        samples = self.samples(example["audio"])[example["start"] : example["stop"]]
+        return {**example, "samples": self._read(samples)}
+
+    def _read(self, samples: Samples) -> Tensor:
+        """Return the samples of a recording (N,) as the model reads them."""
+        found = self.extractor(samples, sampling_rate=self.rate, return_tensors="np")
+        return torch.from_numpy(np.ascontiguousarray(found["input_values"][0], dtype=np.float32))
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Return the examples as one batch, filled with zeros to the longest recording."""
+        rows = [one["labels"] if len(one["labels"]) else [IGNORED] for one in examples]
+        labels = fill(rows, IGNORED, 1)
+        lengths = torch.tensor([len(one["samples"]) for one in examples])
+        inputs = {**self._filled([one["samples"] for one in examples]), "lengths": lengths}
+        moments = torch.tensor([moments_of(self.config, int(n)) for n in lengths])
+        targets = {"labels": labels, "moments": moments}
+        items = {MAIN: (labels != IGNORED).sum(-1).float()}
+        cost = sum(self.cost(example) for example in examples)
+        return Batch(inputs, targets, items, cost, [one["row"] for one in examples])
+
+    def _filled(self, samples: Sequence[Tensor]) -> dict[str, Tensor]:
+        values = nn.utils.rnn.pad_sequence(list(samples), batch_first=True)
+        inputs = {"input_values": values}
+        if self.extractor.return_attention_mask:
+            ones = [torch.ones(len(one), dtype=torch.long) for one in samples]
+            inputs["attention_mask"] = nn.utils.rnn.pad_sequence(ones, batch_first=True)
+        return inputs
+
+    # ----------------------------------------------------------------------------- model
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the scores of the letters at each moment (B, T, V)."""
+        return self.logits(model, batch.inputs)
+
+    def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the same."""
+        inputs = {**inputs, "input_values": as_weights(model, inputs["input_values"])}
+        lengths = inputs.pop("lengths")
+        if self.padding.side != "none":
+            scores: Tensor = model(**inputs).logits
+            return scores
+        # filling changes what the model hears, so those of the same length are computed together
+        found: list[Tensor] = [torch.empty(0)] * len(lengths)
+        for length in sorted(set(lengths.tolist())):
+            rows = (lengths == length).nonzero().squeeze(-1)
+            part = model(**{key: value[rows, :length] for key, value in inputs.items()}).logits
+            for row, scores in zip(rows.tolist(), part, strict=True):
+                found[row] = scores
+        return nn.utils.rnn.pad_sequence(found, batch_first=True)
+
+    def losses(self, model: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return the negative log-likelihood of each transcript; 0 where it is not known."""
+        labels, moments = batch.targets["labels"].cpu(), batch.targets["moments"].cpu()
+        n_letters = (labels != IGNORED).sum(-1)
+        chances = output.float().log_softmax(-1).transpose(0, 1).cpu()
+        labels = labels.masked_fill(labels == IGNORED, self.blank)
+        found = F.ctc_loss(chances, labels, moments, n_letters, self.blank, reduction="none")
+        return {MAIN: torch.where(n_letters > 0, found, 0.0).to(output.device)}
+
+    def output_length(self, example: Example) -> int:
+        """Return for how many moments of an example there are scores."""
+        return moments_of(self.config, len(example["samples"]))
+
+    def trial_examples(self, length: int) -> tuple[Example, Example]:
+        """Return a short and a longer recording of noise."""
+        rng = np.random.default_rng(0)
+        found = []
+        for seconds in TRIAL_SECONDS:
+            n_samples = int(seconds * self.rate)
+            noise = rng.standard_normal(n_samples).astype(np.float32)
+            about = {"row": 0, "start": 0, "stop": n_samples, "labels": [], "input_ids": [0]}
+            # as long as the recording: rows of several lengths are what is tried
+            about["input_ids"] = [0] * moments_of(self.config, n_samples)
+            found.append({"samples": self._read(noise), **about})
+        return found[0], found[1]
+
+    def probe(self) -> dict[str, Tensor]:
+        """Return a second of noise, the same every time."""
+        generator = torch.Generator().manual_seed(0)
+        return {"input_values": torch.randn((2, self.rate), generator=generator)}
+
+    # --------------------------------------------------------------------------- answers
+
+    def predictions(self, model: nn.Module, output: Tensor, batch: Batch) -> list[Prediction]:
+        """Return what the model says in each part of a recording."""
+        texts = self._texts(output, batch.targets["moments"].tolist())
+        return [Prediction(row, text, None) for row, text in zip(batch.rows, texts, strict=True)]
+
+    def transcripts(
+        self, model: nn.Module, parts: Sequence[Samples], options: GenerationSpec
+    ) -> list[str]:
+        """Return what a model writes for recordings that are computed at once."""
+        device = next(model.parameters()).device
+        samples = [self._read(part) for part in parts]
+        lengths = torch.tensor([len(one) for one in samples])
+        inputs = {key: value.to(device) for key, value in self._filled(samples).items()}
+        scores = self.logits(model, {**inputs, "lengths": lengths.to(device)})
+        return self._texts(scores, [moments_of(self.config, int(n)) for n in lengths])
+
+    def _texts(self, scores: Tensor, moments: Sequence[int]) -> list[str]:
+        """Return what the most likely letter of each moment says, of rows of (T, V) each."""
+        best = scores.argmax(-1).cpu()
+        decode = self.tokenizer.decode
+        return [
+            str(decode(row[:n], skip_special_tokens=True)).strip()
+            for row, n in zip(best, moments, strict=True)
+        ]

@@ -1,0 +1,309 @@
+"""Speech by models that say a letter for each moment, as transformers and PEFT compute it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+import tiny_ctc
+import tiny_speech
+import torch
+import yaml
+from closeness import assert_close, assert_different
+from peft import PeftModel
+from transformers import AutoModelForCTC, Wav2Vec2Processor
+from typer.testing import CliRunner
+
+from lora_cli.cli.app import app
+from lora_cli.errors import LoraError
+from lora_cli.evaluation.open_adapter import open_adapter
+from lora_cli.evaluation.predict import answer
+from lora_cli.preprocessing.encode import load_data
+from lora_cli.recipe import load_adapter_recipe, load_recipe
+from lora_cli.recipe_draft import draft_recipe, write_recipe
+from lora_cli.tasks import build_task
+from lora_cli.tasks.speech.ctc_recognition import CTCRecognition, moments_of
+from lora_cli.tasks.speech.letters import Letters
+from lora_cli.training import train
+
+Json = dict[str, Any]
+CPU = torch.device("cpu")
+RATE = tiny_speech.RATE
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_recipe_of(folder: Path, **sections: Any) -> Path:
+    """Write a base, recordings with texts and a recipe for them, as far as they are not there."""
+    if not (folder / "base").exists():
+        tiny_ctc.save(folder / "base")
+    if not (folder / "speech").exists():
+        splits = {"train": 5, "validation": 2, "test": 2}
+        tiny_speech.write_folder(folder / "speech", splits, seconds=0.6)
+    values: Json = {
+        "model": {"name": str(folder / "base")},
+        "task": {"type": "speech_recognition"},
+        "data": {"path": "speech", "validation": "validation", "test": "test"},
+        "adapter": {"rank": 2, "alpha": 4},
+        "train": {"max_steps": 2, "micro_batch_size": 4, "optimizer": {"learning_rate": 0.01}},
+        "output_dir": str(folder / "out"),
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def opened(path: Path) -> tuple[Any, Any, Any]:
+    """Return a task, its base in float64, and its encoded rows."""
+    task = build_task(load_recipe(path))
+    task.load_processor()
+    data = load_data(task)
+    model, _ = task.load_model(CPU)
+    model = model.double().eval()
+    task.fit_to_model(model)
+    return task, model, data
+
+
+def batch_of(task: Any, split: Any, rows: range) -> Any:
+    rng = np.random.default_rng(0)
+    return task.collate([task.prepare(split.examples[i], rng, training=False) for i in rows])
+
+
+def run(recipe: Path) -> Json:
+    with contextlib.redirect_stderr(io.StringIO()):
+        return train(load_recipe(recipe))
+
+
+# ------------------------------------------------------------------------ as transformers does it
+
+KINDS = [("wav2vec2", "layer"), ("wav2vec2", "group"), ("hubert", "layer"), ("wavlm", "layer")]
+
+
+@pytest.mark.slow_after(2)
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # WavLM's
+@pytest.mark.parametrize(("kind", "norm"), KINDS)
+def test_losses_and_answers_are_those_of_transformers(kind: str, norm: str, tmp_path: Path) -> None:
+    base = tiny_ctc.save(tmp_path / "base", kind, norm)
+    task, model, data = opened(write_recipe_of(tmp_path))
+    reference = AutoModelForCTC.from_pretrained(base, dtype=torch.float64).eval()
+    reference.config.ctc_loss_reduction = "sum"  # over the letters; the default of some is a mean
+    processor = Wav2Vec2Processor.from_pretrained(base)
+    assert type(task) is CTCRecognition
+    # where filling changes what a model hears, those of the same length are computed together
+    assert task.padding.side == ("none" if norm == "group" else "right")
+    split = data["train"]
+    batch = batch_of(task, split, range(5))
+    assert len(set(batch.inputs["lengths"].tolist())) > 1
+    output = task.forward(model, batch)
+    found = task.losses(model, output, batch)["loss"]
+    predictions = task.predictions(model, output, batch)
+    for i in range(5):
+        samples, rate = soundfile.read(split.rows[i]["audio"]["path"])
+        inputs = processor(samples, sampling_rate=rate, return_tensors="pt")
+        labels = processor(text=split.rows[i]["text"].upper(), return_tensors="pt")["input_ids"]
+        assert list(split.examples[i]["labels"]) == labels[0].tolist()
+        wanted = reference(inputs["input_values"].double(), labels=labels)
+        assert_close(found[i], wanted.loss.detach(), 1e-5)
+        assert batch.items["loss"][i] == labels.shape[1]
+        assert_close(output[i, : wanted.logits.shape[1]], wanted.logits[0].detach(), 1e-5)
+        text = processor.decode(wanted.logits[0].argmax(-1), skip_special_tokens=True)
+        assert predictions[i].prediction == text.strip()
+        assert text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"add_adapter": True, "num_adapter_layers": 2, "adapter_stride": 2}],
+)
+def test_moments_are_those_of_transformers(changes: Json) -> None:
+    config = tiny_ctc.config(**changes)
+    with torch.device("meta"):
+        model = AutoModelForCTC.from_config(config)
+    for n_samples in (400, 719, 720, 5_000, 16_000, 16_001, 123_457):
+        wanted = int(model._get_feat_extract_output_lengths(torch.tensor(n_samples)))
+        assert moments_of(config, n_samples) == wanted
+    assert moments_of(config, 20) == 0
+
+
+# ------------------------------------------------------------------------------------- transcripts
+
+VOCABULARY = {"<pad>": 0, "|": 1, "A": 2, "B": 3, "'": 4, "É": 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a b", "A B"),
+        ("  a\t b\n", "A B"),
+        ("A, b! - a.", "A B A"),
+        ("b'a", "B'A"),
+        ("e\u0301", "É"),  # of two characters, and the vocabulary has it as one
+        ("a|b", "AB"),  # the delimiter of words is no letter
+        ("...", ""),
+    ],
+)
+def test_a_transcript_is_written_with_the_letters_of_the_vocabulary(text: str, wanted: str) -> None:
+    letters = Letters(VOCABULARY, "|", {"<pad>"})
+    assert letters.written(text) == wanted
+    assert letters.unknown(text) is None
+    assert letters.tokens_of(text) == [
+        VOCABULARY["|" if letter == " " else letter] for letter in wanted
+    ]
+
+
+def test_a_vocabulary_of_both_cases_keeps_the_case() -> None:
+    letters = Letters({"<pad>": 0, "|": 1, "a": 2, "A": 3}, "|", {"<pad>"})
+    assert letters.tokens_of("aA") == [2, 3]
+    small = Letters({"<pad>": 0, "|": 1, "a": 2}, "|", {"<pad>"})
+    assert small.tokens_of("Aa") == [2, 2]
+    none = Letters({"<pad>": 0, "|": 1, "あ": 2}, "|", {"<pad>"})
+    assert none.unknown("あA") == "A"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a 7", "`7` in `text` is not in the model's vocabulary"),
+        ("größe", "`Ö` in `text` is not in the model's vocabulary"),
+        ("?!", "`text` has no letter that the model can write"),
+        ("a film " * 20, "its text of 139 letters needs 139 moments, and the model hears 29"),
+        ("aabb" * 4, ""),
+        # a blank stands between two equal letters
+        ("aa" * 15, "its text of 30 letters needs 59 moments"),
+    ],
+)
+def test_what_a_model_cannot_write_is_an_error_of_its_row(
+    text: str, wanted: str, tmp_path: Path
+) -> None:
+    tiny_ctc.save(tmp_path / "base", letters="ABCDEFGHIJKLMNOPQRSTUVWXYZ'")
+    tiny_speech.write_folder(tmp_path / "speech", {"train": 1, "validation": 1, "test": 1})
+    for file in (tmp_path / "speech").rglob("*.txt"):
+        file.write_text("a film\n")
+    tiny_speech.write(tmp_path / "speech/train/9.wav", tiny_speech.sound(3, 0.6))
+    (tmp_path / "speech/train/9.txt").write_text(f"{text}\n")
+    task = build_task(load_recipe(write_recipe_of(tmp_path)))
+    task.load_processor()
+    if not wanted:
+        assert len(load_data(task)["train"]) == 2
+        return
+    with pytest.raises(LoraError) as error:
+        load_data(task)
+    assert wanted in str(error.value)
+    assert "9.wav" in str(error.value)
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    path = write_recipe_of(tmp_path)
+    for i, text in enumerate(("Well, great!", "a film", "why?")):
+        (tmp_path / f"speech/train/{i}.txt").write_text(f"{text}\n")
+    task, _, data = opened(path)
+    said = " ".join(task.notes)
+    assert "the model's vocabulary has no ! , ?: left out of 2 transcripts" in said
+    assert "transcripts are read in capital letters" in said
+    letters = task.tokenizer.convert_ids_to_tokens(data["train"].examples[0]["labels"])
+    assert "".join(letters) == "WELL|GREAT"
+
+
+# --------------------------------------------------------------------------------- long recordings
+
+
+def test_parts_of_a_long_recording_are_answered_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_cli.tasks.speech.ctc_recognition.LONGEST", 1.0)
+    path = write_recipe_of(tmp_path, task={"long_audio": "windows"})
+    samples = tiny_speech.sound(40, 1.8)
+    file = tiny_speech.write(tmp_path / "speech/test/9.wav", samples)
+    file.with_suffix(".txt").write_text("a long one\n")
+    task, model, data = opened(path)
+    split = data["test"]
+    parts = [i for i, one in enumerate(split.examples) if one["row"] == len(split.rows) - 1]
+    assert [len(split.examples[i]["labels"]) for i in parts] == [0, 0]
+    batch = batch_of(task, split, range(parts[0] - 1, parts[1] + 1))
+    losses = task.losses(model, task.forward(model, batch), batch)["loss"]
+    assert losses[0] > 0
+    assert losses[1:].tolist() == batch.items["loss"][1:].tolist() == [0, 0]
+    row = split.rows[len(split.rows) - 1]
+    ((said,),) = task.answer(model, [row])
+    found = [task.transcripts(model, [part], None)[0] for part in task.parts_of(row["audio"])]
+    assert said == " ".join(" ".join(found).split())
+
+
+# ------------------------------------------------------------------- a run, and what comes of it
+
+
+def test_a_run_leaves_an_adapter_that_peft_reads(tmp_path: Path) -> None:
+    report = run(write_recipe_of(tmp_path, data={"split_seed": 1}))
+    assert set(report["metrics"]["after"]["test"]) == {"loss", "wer", "cer"}
+    recipe = load_adapter_recipe(tmp_path / "out")
+    assert recipe.task.decoder == "ctc"  # type: ignore[union-attr]
+    task, model, accelerator = open_adapter(tmp_path / "out", recipe)
+    probe = task.probe()
+    found = task.probed(model, probe)
+    base = AutoModelForCTC.from_pretrained(tmp_path / "base").eval()
+    without = base(**probe).logits
+    adapted = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    assert_close(adapted(**probe).logits, found, 1e-4)
+    assert_different(without, found)
+    # the code of the card, by hand: as the model card says it
+    file = tmp_path / "speech/test/0.wav"
+    processor = Wav2Vec2Processor.from_pretrained(tmp_path / "base")
+    inputs = processor(soundfile.read(file)[0], sampling_rate=RATE, return_tensors="pt")
+    inputs["input_values"] = inputs["input_values"].float()
+    letters = adapted(**inputs).logits.argmax(-1)[0]
+    text = processor.decode(letters, skip_special_tokens=True).strip()
+    ((said,),) = answer(model, task, [task.parse_input(str(file))], accelerator)
+    assert said == text
+    card = (tmp_path / "out/README.md").read_text()
+    assert "AutoModelForCTC" in card
+    assert "logits.argmax(-1)" in card
+
+
+def test_nothing_is_skipped_or_masked(tmp_path: Path) -> None:
+    task, model, _ = opened(write_recipe_of(tmp_path))
+    assert model.config.layerdrop == 0
+    assert not model.config.apply_spec_augment
+    assert any("`layerdrop` of the model is set to 0" in note for note in task.notes)
+
+
+@pytest.mark.parametrize("key", ["language", "task"])
+def test_keys_of_other_models_are_rejected(key: str, tmp_path: Path) -> None:
+    value = {"language": "de", "task": "translate"}[key]
+    with pytest.raises(LoraError, match=f"writes by CTC .* and takes no `{key}`"):
+        build_task(load_recipe(write_recipe_of(tmp_path, task={key: value}))).load_processor()
+
+
+def test_bases_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    path = write_recipe_of(tmp_path)
+    file = tmp_path / "base/config.json"
+    values = json.loads(file.read_text())
+    for changes, wanted in (
+        ({"pad_token_id": 3}, r"names another blank \(`pad_token_id` 3\) than its tokenizer \(0\)"),
+        ({"adapter_attn_dim": 4}, r"has weights of its own for each language \(MMS\)"),
+    ):
+        file.write_text(json.dumps({**values, **changes}))
+        with pytest.raises(LoraError, match=wanted):
+            build_task(load_recipe(path)).load_processor()
+
+
+def test_init_drafts_a_recipe_that_validates(tmp_path: Path) -> None:
+    write_recipe_of(tmp_path)
+    target = tmp_path / "new.yaml"
+    draft = draft_recipe(tmp_path / "speech", str(tmp_path / "base"), target)
+    write_recipe(target, draft.text(), draft.extra_files)
+    task = load_recipe(target).task
+    assert (task.type, task.decoder) == ("speech_recognition", None)
+    result = CliRunner().invoke(app, ["validate", str(target), "--data"])
+    assert result.exit_code == 0, result.output

@@ -1,0 +1,68 @@
+"""Tiny models that write by CTC, made in code.
+
+folder = tiny_ctc.save(tmp_path / "base")                     rows may be filled, with a mask
+folder = tiny_ctc.save(tmp_path / "base", norm="group")       filling changes what it hears
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tiny
+from transformers import (
+    AutoModelForCTC,
+    HubertConfig,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    WavLMConfig,
+)
+
+CONFIGS = {"wav2vec2": Wav2Vec2Config, "hubert": HubertConfig, "wavlm": WavLMConfig}
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "|"]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ'0123456789"
+
+
+def tokenizer(folder: Path, letters: str = LETTERS) -> Wav2Vec2CTCTokenizer:
+    """Return a tokenizer of letters, whose vocabulary is written into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters])}
+    file = folder / "vocab.json"
+    file.write_text(json.dumps(vocabulary), encoding="utf-8")
+    return Wav2Vec2CTCTokenizer(str(file))
+
+
+def config(kind: str = "wav2vec2", norm: str = "layer", **changes: Any) -> Any:
+    """Return a configuration of 50 moments a second, of 16,000 samples."""
+    values: dict[str, Any] = {
+        "vocab_size": len(SPECIAL) + len(LETTERS), "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "intermediate_size": 48, "conv_dim": (8, 8),
+        "conv_kernel": (20, 20), "conv_stride": (16, 20), "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "pad_token_id": 0,
+        "feat_extract_norm": norm, "do_stable_layer_norm": norm == "layer", "layerdrop": 0.1,
+        "hidden_dropout": 0.0, "attention_dropout": 0.0, "feat_proj_dropout": 0.0,
+        "activation_dropout": 0.0, "final_dropout": 0.0, "num_buckets": 16,
+    }  # fmt: skip
+    return CONFIGS[kind](**{**values, **changes})
+
+
+def save(
+    folder: Path,
+    kind: str = "wav2vec2",
+    norm: str = "layer",
+    letters: str = LETTERS,
+    **changes: Any,
+) -> Path:
+    """Save a model, its tokenizer and its feature extractor, and return the folder."""
+
+    def write_all(place: Path) -> None:
+        tokenizer(place, letters).save_pretrained(place)
+        size = len(SPECIAL) + len(letters)
+        model = AutoModelForCTC.from_config(config(kind, norm, **{"vocab_size": size, **changes}))
+        tiny.enliven(model, 0)
+        model.save_pretrained(place)
+        Wav2Vec2FeatureExtractor(return_attention_mask=norm == "layer").save_pretrained(place)
+
+    return tiny.saved_once(folder, ("ctc", kind, norm, letters, tuple(changes.items())), write_all)
