@@ -165,7 +165,7 @@ def _correlation(p: Rows, r: Rows, context: MetricContext, ranks: bool) -> float
 
 def _mean_error(p: Rows, r: Rows, context: MetricContext, power: int, root: bool = False) -> float:
     with np.errstate(over="ignore", invalid="ignore"):  # a model that diverged has inf or nan
-        mean = float(np.mean(np.abs(np.subtract(p, r)) ** power))
+        mean = float(np.mean(np.abs(np.asarray(p) - r) ** power))
     return math.sqrt(mean) if root else mean
 
 

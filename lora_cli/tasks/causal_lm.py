@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -190,7 +191,7 @@ class CausalLM(WritingTask):
 
     def trial_examples(self, length: int) -> tuple[Example, Example]:
         """Return a short example and one of some tokens more, to try the model on."""
-        text = TRIAL_TEXT * (1 + TRIAL_TOKENS // 10)
+        text = TRIAL_TEXT * TRIAL_TOKENS
         ids = list(self.tokenizer(text, verbose=False)["input_ids"])[: min(TRIAL_TOKENS, length)]
         start = ids[: max(min(7, len(ids) // 2), 2)]
         return (
@@ -206,7 +207,7 @@ class CausalLM(WritingTask):
         """
         super().check_trial(model, example, logits)
         *others, last = example["input_ids"]
-        other = others[0] if others[0] != last else (last + 1) % len(self.tokenizer)
+        other = int(last == 0)  # any other token
         inputs = self.collate([{**example, "input_ids": [*others, other]}])
         device = next(model.parameters()).device
         changed = self.logits(model, inputs.to(device).inputs)[0]
@@ -235,7 +236,7 @@ class CausalLM(WritingTask):
             width = inputs["input_ids"].shape[1]
             positions = [example["position_ids"] for example in examples]
             positions = [np.append(row, np.arange(width - len(row))) for row in positions]
-            inputs["position_ids"] = fill(positions, 0, 1)
+            inputs["position_ids"] = torch.from_numpy(np.stack(positions))
         elif self.padding.mask:
             inputs["attention_mask"] = mask_of(ids, self.pad_multiple)
         padded = fill([example["labels"] for example in examples], IGNORED, self.pad_multiple)
@@ -324,12 +325,12 @@ class CausalLM(WritingTask):
         ):
             last = max(i for i, label in enumerate(labels) if label != IGNORED)
             first = last
-            while first > 0 and labels[first - 1] != IGNORED:
+            while labels[first - 1] != IGNORED:  # that of the first token always is
                 first -= 1
             prompts.append(ids[:first])
-            wanted = until_stop(labels[first : last + 1], stops)
-            is_cut = len(wanted) == last + 1 - first
-            references.append(decode(self.tokenizer, wanted, is_cut))
+            span = labels[first : last + 1]
+            wanted = until_stop(span, stops)
+            references.append(decode(self.tokenizer, wanted, is_cut=wanted == span))
         answers = self.generate(model, prompts) if prompts else []
         for i, answer, reference in zip(asked, answers, references, strict=True):
             prediction = predictions[i]
@@ -389,9 +390,9 @@ class CausalLM(WritingTask):
     def shortened(self, prompt: list[int]) -> list[int]:
         """Return a prompt without its beginning, where it is too long and the recipe asks so."""
         room = self.room_for_prompt
-        if room is None or len(prompt) <= room or self.spec.truncate != "left":
+        if room is None or self.spec.truncate != "left":
             return prompt
-        return self.rows.shortened(prompt, room)
+        return self.rows.shortened(prompt, min(room, len(prompt)))
 
     @property
     def writer(self) -> CausalLM:
@@ -414,6 +415,6 @@ class CausalLM(WritingTask):
         room = self.max_length
         if self.positions is not None:  # the words that are added take positions too
             room = min(room, max(self.positions - SAMPLE_NEW_TOKENS, self.positions // 2))
-        is_cut, ids = len(ids) > room, ids[-room:]
-        shown = str(self.tokenizer.decode(ids, skip_special_tokens=not self.is_chat))
-        return ids, shown.lstrip(REPLACEMENT) if is_cut else shown, wanted
+        last = ids[-room:]
+        shown = str(self.tokenizer.decode(last, skip_special_tokens=not self.is_chat))
+        return last, shown if last == ids else shown.lstrip(REPLACEMENT), wanted
