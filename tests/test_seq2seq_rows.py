@@ -18,6 +18,7 @@ from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.examples import Prediction
 from lora_cli.tasks.generation.seq2seq_texts import Frame, _frame, _some
+from lora_cli.tasks.texts.padding import Padding
 
 LONG = "the plot is dull and slow , and far too long"
 ROWS = [
@@ -320,7 +321,9 @@ def test_a_batch_and_the_joined_answer(tmp_path: Path) -> None:
     assert task.join({"source": "x", "target": "a"}, parts).metric_inputs == {}
 
 
-@pytest.mark.parametrize(("length", "counts"), [(40, (40, 24)), (5, (5, 24)), (999, (96, 24))])
+@pytest.mark.parametrize(
+    ("length", "counts"), [(40, (40, 24)), (5, (5, 24)), (1, (2, 24)), (999, (96, 24))]
+)
 def test_the_trial_is_as_long_as_asked(
     length: int, counts: tuple[int, int], tmp_path: Path
 ) -> None:
@@ -384,3 +387,76 @@ def test_a_merged_model_begins_with_the_language_that_is_written(tmp_path: Path)
     assert "no_repeat_ngram_size" in task.base_settings(model)
     config.forced_bos_token_id = german + 1
     assert task.base_settings(model)["forced_bos_token_id"] == german + 1
+    config.forced_bos_token_id = german
+    task.texts.target_frame = Frame((german, 9), (tiny.EOS,))  # more begins each target
+    assert "forced_bos_token_id" not in task.base_settings(model)
+    task.adjust_config(model)
+    assert config.forced_bos_token_id == german
+
+
+def test_only_rows_that_are_measured_are_answered(tmp_path: Path) -> None:
+    task = task_of(tmp_path, "marian")
+    rows = [(3, 1), (3, 0), (8, 1), (9, 1)]
+    examples = [{"row": i, "input_ids": [i, 2], "labels": [2], "first": f} for i, f in rows]
+    batch = task.collate(examples)
+    asked: list[Any] = []
+    task.written = lambda model, sources, options: asked.extend(sources) or ["one", "two"]
+    assert [p.prediction for p in task.predictions(None, torch.zeros(()), batch)] == [None] * 4
+    task.check_metrics({"nll", "text"})
+    task.rows_to_answer = frozenset({3, 9})
+    found = task.predictions(None, torch.zeros(()), batch)
+    assert asked == [[3, 2], [9, 2]]
+    assert [p.prediction for p in found] == ["one", None, None, "two"]
+    row = {"source": "x", "target": "a"}
+    for i, measured in ((3, True), (8, False)):
+        joined = task.join(row, [Prediction(i, "one", None)])
+        assert bool(joined.metric_inputs) == measured
+    task.check_metrics({"nll"})
+    assert task.predictions(None, torch.zeros(()), batch)[0].prediction is None
+    assert task.join(row, [Prediction(3, "one", None)]).metric_inputs == {}
+
+
+def test_a_source_of_exactly_the_longest_length_is_answered(tmp_path: Path) -> None:
+    row = {"source": LONG, "target": ""}
+    length = len(task_of(tmp_path, "marian").texts.sources([LONG])[0])
+    for limit in (length - 1, length):
+        keys = {"truncate_source": "error", "max_source_length": limit}
+        task = task_of(tmp_path, "marian", **keys)
+        assert (task.answer_problem(row) is None) == (limit == length)
+    task.written = lambda model, sources, options: ["y"]
+    assert task.sample(None, [row]) == [(LONG, "", "y")]  # a row that says nothing is none
+
+
+@pytest.mark.parametrize("kind", ["marian", "t5"])
+def test_models_are_compared_on_the_same_random_sources_and_targets(
+    kind: str, tmp_path: Path
+) -> None:
+    task = task_of(tmp_path, kind)
+    probe = task.probe()
+    ids, targets = probe["input_ids"], probe["decoder_input_ids"]
+    assert targets.shape == (4, 16)
+    assert set(targets[:, 0].tolist()) == {task.config.decoder_start_token_id}
+    assert torch.equal(targets[:, 1:], ids.flip(0)[:, 1:16])
+    if kind == "marian":  # whose class has a start of its own
+        return
+    del task.config.decoder_start_token_id
+    assert set(task.probe()["decoder_input_ids"][:, 0].tolist()) == {task.pad}
+
+
+def test_sources_that_cannot_be_filled_are_computed_one_by_one(tmp_path: Path) -> None:
+    task = task_of(tmp_path, "t5")
+    model, _ = task.load_model(torch.device("cpu"))
+    model.eval()
+    rows = [{"source": text, "target": "fun"} for text in ("a warm film", LONG, "great")]
+    batch = task.collate([{**made[0], "row": 0} for made in task.encode(rows)])
+    with torch.no_grad():
+        together = task.logits(model, batch.inputs)
+        widths: list[int] = []
+        model.encoder.register_forward_pre_hook(
+            lambda module, args, options: widths.append(options["input_ids"].shape[1]),
+            with_kwargs=True,
+        )
+        task.padding = Padding("none")
+        alone = task.logits(model, batch.inputs)
+    assert widths == batch.inputs["attention_mask"].sum(-1).tolist()
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-4 * float(together.abs().max()))
