@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,6 +109,7 @@ def test_losses_and_gradients_are_those_of_all_scores(
 @pytest.mark.parametrize("rows", [0, 1, 255, 256, 257, 700])
 def test_any_number_of_tokens_has_a_loss(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_head, "SCORES_AT_ONCE", 300 * 8)
+    assert output_head.LEAST_ROWS == 256
     torch.manual_seed(0)
     weight = torch.randn(8, 4)
     states = torch.randn(1, 1 + rows, 4, requires_grad=True)
@@ -154,3 +156,97 @@ def test_the_model_is_afterwards_as_it_was() -> None:
     found = hidden_states(model, find_finish(model, compute), compute)
     assert isinstance(found, HiddenStates)
     assert torch.equal(compute(), before)
+
+
+@pytest.mark.parametrize(
+    ("at_once", "parts"), [(300 * 8, [256, 300, 300, 44]), (8 * 8, [256, 256, 256, 132])]
+)
+def test_so_many_scores_are_computed_at_once(
+    at_once: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_head, "SCORES_AT_ONCE", at_once)
+    sizes: list[int] = []
+
+    def scores(states: Tensor) -> Tensor:
+        sizes.append(len(states))
+        return states[:, :1].expand(-1, 8)
+
+    places = torch.arange(900)
+    HiddenStates(torch.ones(1, 900, 4), scores).losses(places, torch.zeros_like(places))
+    assert sizes == parts
+
+
+class Decoder(nn.Module):
+    """A last layer, with something before it and something behind it, as a test wants them."""
+
+    def __init__(self, size: float = 1.0, bias: float = 0.0, **settings: float) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.head = nn.Linear(4, 6, bias=False)
+        self.head.weight.data = torch.randn(6, 4, generator=generator) * size
+        self.inputs = torch.randn(2, 5, 4, generator=generator)
+        self.final_logits_bias = torch.zeros(6)
+        self.final_logits_bias[3] = bias
+        text = SimpleNamespace(**settings)
+        self.config = SimpleNamespace(get_text_config=lambda: text)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self) -> Tensor:
+        scores: Tensor = self.head(self.inputs) + self.final_logits_bias
+        return scores
+
+
+def test_a_cap_far_above_the_usual_scores_is_found() -> None:
+    """Recurrent Gemma's key, where scores below one hardly show the cap."""
+    model = Decoder(0.05, logits_soft_cap=30.0)
+    compute = lambda: torch.tanh(model() / 30.0) * 30.0  # noqa: E731
+    finish = find_finish(model, compute)
+    assert finish is not None
+    assert finish.__name__ == "_capped"
+
+
+def test_a_bias_is_seen_beside_scores_of_any_size() -> None:
+    model = Decoder(1e-3, bias=5e-6)
+    finish = find_finish(model, model.forward)
+    assert finish is not None
+    assert finish.__name__ == "_with_bias"
+
+
+def test_a_head_that_says_nothing_is_computed_as_it_is() -> None:
+    model = Decoder(0.0)
+    finish = find_finish(model, model.forward)
+    assert finish is not None
+    assert finish.__name__ == "_as_they_are"
+
+
+def test_three_tokens_are_enough_to_try_it_on() -> None:
+    model = Decoder()
+    model.inputs = model.inputs[:, :3]
+    assert find_finish(model, model.forward) is not None
+    model.inputs = model.inputs[:, :2]
+    assert find_finish(model, model.forward) is None
+
+
+def test_a_last_layer_that_is_used_in_another_way_gives_no_parts() -> None:
+    model = Decoder()
+    head = model.head
+    for compute in (
+        lambda: model.inputs @ head.weight.T,  # not at all
+        lambda: head(model.inputs) + head(model.inputs),  # twice
+        lambda: head(model.inputs[None])[0],  # as one of several
+        lambda: F.pad(head(model.inputs), (0, 0, 0, 1)),  # with a token more
+        lambda: head(model.inputs)[:, -1:],  # of the last token alone
+    ):
+        assert find_finish(model, compute) is None
+    assert find_finish(nn.Linear(1, 1), model.forward) is None
+
+
+def test_without_a_last_layer_or_what_is_done_to_its_scores_all_are_computed() -> None:
+    model = Decoder().requires_grad_(False)
+    finish = find_finish(model, model.forward)
+    assert isinstance(hidden_states(model, finish, model.forward), HiddenStates)
+    assert torch.equal(hidden_states(model, None, model.forward), model())  # type: ignore[arg-type]
+    other = nn.Linear(1, 1).requires_grad_(False)
+    assert torch.equal(hidden_states(other, finish, model.forward), model())  # type: ignore[arg-type]

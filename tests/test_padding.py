@@ -101,7 +101,8 @@ def test_rows_of_the_same_length_are_computed_together_without_what_fills_them(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "units"), [(torch.float32, 128), (torch.float16, 16), (torch.bfloat16, 8)]
+    ("dtype", "units"),
+    [(torch.float32, 128), (torch.float16, 16), (torch.bfloat16, 8), (torch.float64, 128)],
 )
 def test_rounding_is_so_many_units_of_the_largest_output(dtype: torch.dtype, units: int) -> None:
     alone = torch.tensor([-4.0, 1.0])

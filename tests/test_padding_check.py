@@ -542,6 +542,7 @@ def test_outputs_of_the_first_row_without_its_padding() -> None:
     ("change", "found", "why"),
     [
         ({}, 0, ""),
+        ({"worse_at": "all", "allowed": 1.0}, 0, ""),  # by as much as rounding may do
         ({"worse_at": 0}, 2, ""),  # positions after that of the padding, as RoBERTa has them
         ({"worse_at": "all"}, None, "answer to a text changes by 1.0e+00 when others share"),
         ({"longest": 1024}, 0, ""),
@@ -567,7 +568,7 @@ def test_where_positions_start_if_texts_share_rows(
     task.logits = logits
     longest = change.get("longest", 40)
     short = {"input_ids": [3] * 5}
-    args = (task, nn.Linear(1, 1), short, longest, 0.5)
+    args = (task, nn.Linear(1, 1), short, longest, change.get("allowed", 0.5))
     first, said = padding_check._first_position(*args)
     assert first == found
     assert why in said
@@ -588,3 +589,244 @@ def test_the_long_row_of_training_is_as_long_as_the_longest(asked: int | None, l
     task.max_length = 5000
     padding_check.check_training(task, model, None)
     assert task.tried[-1] == 1024
+
+
+class Chooser(Stub):
+    """A task of whose model each row's output is what a test says of it and of its batch."""
+
+    def __init__(self, score: Callable[[list[int], int, int], float]) -> None:
+        """Take the score of a row, given its tokens, the width and the number of rows."""
+        super().__init__(lambda ids: torch.zeros(len(ids), 1))
+        self.score, self.calls = score, 0
+        self.notes: list[str] = []
+        self.pad_multiple, self.micro_batch = 8, 4
+        self.can_share_rows = self.looks_back_only = self.can_fill_left = False
+        self.tokenizer = SimpleNamespace(padding_side="right")
+        self.checked: list[Any] = []
+        self.multiples: set[int] = set()
+        self.longest = 12
+        train = SimpleNamespace(kernels="auto", precision="fp32")
+        evaluate = SimpleNamespace(micro_batch_size=None)
+        self.recipe = SimpleNamespace(at=lambda key: f"at {key}", train=train, evaluate=evaluate)
+
+    def trial_examples(self, length: int) -> Any:
+        self.tried.append(length)
+        return {"input_ids": [3] * 5}, {"input_ids": [4] * self.longest}
+
+    def check_trial(self, model: Any, example: Any, logits: Tensor) -> None:
+        self.checked.append((model, example))
+
+    def collate(self, examples: Any) -> Any:
+        self.multiples.add(self.pad_multiple)
+        return super().collate(examples)
+
+    def logits(self, model: nn.Module, inputs: Any) -> Tensor:
+        rows, self.calls = inputs["ids"], self.calls + 1
+        width = max(map(len, rows))
+        return torch.tensor([[self.score(ids, width, len(rows)), 1.0] for ids in rows])
+
+
+def chosen(task: Any, kernels: str = "auto", longest: int | None = None) -> Padding:
+    task.recipe.train.kernels = kernels
+    choose_padding(task, nn.Linear(1, 1).train(), longest)
+    found: Padding = task.padding
+    return found
+
+
+def alone(ids: list[int], width: int, n_rows: int) -> float:
+    return 100.0
+
+
+def by_width(ids: list[int], width: int, n_rows: int) -> float:
+    return 100.0 + width
+
+
+def test_rows_that_are_answered_as_alone_are_filled() -> None:
+    task: Any = Chooser(alone)
+    model = nn.Linear(1, 1)
+    choose_padding(task, model)
+    assert (task.padding, task.notes, task.first_position) == (RIGHT, [], None)
+    assert task.checked == [(model, {"input_ids": [3] * 5})]
+    assert (task.multiples, task.pad_multiple) == ({1}, 8)  # while it is tried, and afterwards
+    assert model.training
+    assert task.tried == [100]
+    for longest, tried in ((7, 7), (300, 100)):
+        choose_padding(task, model, longest)
+        assert task.tried[-1] == tried
+    task.max_length = 5000
+    choose_padding(task, model)
+    assert task.tried[-1] == 1024
+
+
+def test_a_model_whose_answers_are_all_zero_is_as_good_as_any() -> None:
+    task: Any = Chooser(lambda *_: 0.0)
+    task.logits = lambda model, inputs: torch.zeros(len(inputs["ids"]), 2)
+    assert chosen(task) == RIGHT
+    task.longest = 5
+    assert chosen(task) == NONE
+
+
+def test_where_no_text_is_longer_than_another_rows_are_not_filled() -> None:
+    task: Any = Chooser(alone)
+    task.longest = 5
+    assert chosen(task) == NONE
+    assert task.notes == []
+
+
+def test_a_model_that_sees_the_filling_computes_rows_of_the_same_length() -> None:
+    task: Any = Chooser(by_width)
+    assert chosen(task) == NONE
+    (note,) = task.notes
+    assert "changes when the text is padded" in note
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(-torch.inf, None), (torch.inf, "one is inf"), (torch.nan, "one is nan")]
+)
+def test_scores_may_be_ruled_out_but_must_be_numbers(value: float, said: str | None) -> None:
+    task: Any = Chooser(alone)
+    task.logits = lambda model, inputs: torch.tensor([[100.0, value]] * len(inputs["ids"]))
+    if said is None:
+        chosen(task)
+        return
+    with pytest.raises(LoraError, match=said):
+        chosen(task)
+
+
+@pytest.mark.parametrize(("noise", "found"), [(0.5, RIGHT), (1.0, RIGHT), (1.5, None)])
+def test_a_hundredth_of_the_answers_is_what_other_rows_may_change(
+    noise: float, found: Padding | None
+) -> None:
+    task: Any = Chooser(lambda ids, width, n_rows: 100.0 + noise * (n_rows > 1))
+    if found is not None:
+        assert chosen(task) == found
+        return
+    with pytest.raises(LoraError, match="depends on the texts next to it, by 1") as caught:
+        chosen(task)
+    assert caught.value.problems[0].at == "at train.micro_batch_size"
+    for micro, evaluated, at in (
+        (1, None, "at evaluate.micro_batch_size"), (1, 2, "at evaluate.micro_batch_size"),
+        (2, 1, "at train.micro_batch_size"), (1, 1, None),
+    ):  # fmt: skip
+        task.micro_batch, task.recipe.evaluate.micro_batch_size = micro, evaluated
+        if at is None:
+            assert chosen(task) == NONE
+            continue
+        with pytest.raises(LoraError) as caught:
+            chosen(task)
+        assert caught.value.problems[0].at == at
+
+
+def test_a_model_that_draws_is_found_out() -> None:
+    task: Any = Chooser(lambda *_: 100.0 + task.calls)
+    with pytest.raises(LoraError, match="differently each time, by 1"):
+        chosen(task)
+
+
+@pytest.mark.parametrize(
+    ("back_only", "kernels", "side", "left", "found"),
+    [
+        (True, "auto", "right", False, WITHOUT_MASK),
+        (True, "reference", "right", False, RIGHT),
+        (False, "auto", "right", True, RIGHT),
+        (False, "auto", "left", True, LEFT),
+        (False, "auto", "left", False, RIGHT),
+    ],
+)
+def test_which_way_is_tried_first(
+    back_only: bool, kernels: str, side: str, left: bool, found: Padding
+) -> None:
+    task: Any = Chooser(alone)
+    task.looks_back_only, task.can_fill_left = back_only, left
+    task.tokenizer.padding_side = side
+    assert chosen(task, kernels) == found
+
+
+@pytest.mark.parametrize(
+    ("can", "kernels", "found"),
+    [(True, "fused", 7), (True, "auto", None), (True, "reference", None), (False, "fused", None)],
+)
+def test_texts_share_rows_where_that_is_wanted_and_right(
+    can: bool, kernels: str, found: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task: Any = Chooser(alone)
+    task.can_share_rows = can
+    monkeypatch.setattr(padding_check, "_first_position", lambda *_: (7, ""))
+    assert chosen(task, kernels) == RIGHT
+    assert task.first_position == found
+    monkeypatch.setattr(padding_check, "_first_position", lambda *_: (None, "no mask"))
+    if (can, kernels) != (True, "fused"):
+        assert chosen(task, kernels) == RIGHT
+        return
+    with pytest.raises(LoraError, match="no mask") as caught:
+        chosen(task, kernels)
+    assert caught.value.problems[0].at == "at train.kernels"
+
+
+def test_a_reason_not_to_share_rows_is_an_error_only_where_fused_kernels_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(padding_check, "_worth_sharing", lambda *_: True)  # on a GPU
+    monkeypatch.setattr(padding_check, "_first_position", lambda *_: (None, "no mask"))
+    task: Any = Chooser(alone)
+    task.can_share_rows = True
+    assert chosen(task, "auto") == RIGHT
+    # texts that share rows are not padded, so it does not matter that padding is seen
+    monkeypatch.setattr(padding_check, "_first_position", lambda *_: (0, ""))
+    task = Chooser(by_width)
+    task.can_share_rows = True
+    assert (chosen(task), task.first_position, task.notes) == (NONE, 0, [])
+
+
+@pytest.mark.parametrize(
+    ("kernels", "cuda", "worth"),
+    [("fused", False, True), ("auto", True, True), ("auto", False, False),
+     ("reference", True, False)],
+)  # fmt: skip
+def test_sharing_rows_is_worth_it_on_a_gpu(kernels: str, cuda: bool, worth: bool) -> None:
+    task: Any = Chooser(alone)
+    task.recipe.train.kernels = kernels
+    model: Any = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(is_cuda=cuda)]))
+    assert padding_check._worth_sharing(task, model) == worth
+
+
+@pytest.mark.parametrize("agrees", [True, False])
+@pytest.mark.parametrize("flash", [True, False])
+def test_flash_attention_is_tried_by_itself(
+    flash: bool, agrees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(padding_check, "has_flash_attention", lambda _: flash)
+    monkeypatch.setattr(padding_check, "_agrees", lambda *given: tried.append(given[-1]) or agrees)
+    assert chosen(Chooser(alone)) == (NONE if flash and not agrees else RIGHT)
+    assert tried == ([RIGHT] if flash else [])
+    assert chosen(Chooser(by_width)) == NONE
+    assert len(tried) == flash
+
+
+def test_flash_attention_agrees_where_a_row_is_answered_as_alone() -> None:
+    task: Any = Chooser(alone)
+    short, long = task.trial_examples(9)
+    model = nn.Linear(1, 1)
+    assert padding_check._agrees(task, model, short, long, RIGHT)
+    task.score = by_width
+    assert not padding_check._agrees(task, model, short, long, RIGHT)
+    task.logits = lambda model, inputs: torch.zeros(len(inputs["ids"]), 2)
+    assert padding_check._agrees(task, model, short, long, RIGHT)
+
+
+def test_targets_are_filled_on_the_right_where_sources_are_filled_on_the_left() -> None:
+    task: Any = Stub(lambda ids: torch.tensor([[float(i)] for i in ids]))
+    task.padding = LEFT
+    plain = task.collate
+
+    def collate(examples: Any) -> Any:
+        plain(examples).to("cpu").inputs["labels"] = None
+        found = plain(examples).to("cpu")
+        found.inputs["labels"] = None
+        return SimpleNamespace(to=lambda device: found)
+
+    task.collate = collate
+    examples = [{"input_ids": [7, 8]}, {"input_ids": [1, 2, 3, 4]}]
+    found = padding_check._of_first(task, nn.Linear(1, 1), examples, "k")
+    assert found.flatten().tolist() == [7, 8]

@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
 
 SCORES_AT_ONCE = 2**28  # numbers; 1 GiB in float32
+LEAST_ROWS = 256  # tokens whose scores are computed together, however many tokens there are
 FACTORS = (1.0, 10.0, 1000.0)  # by which hidden states are stretched, to see what caps the scores
 EXACT = 1e-5  # of the largest score of a token: what a bias adds is small beside stretched ones
 Finish = Callable[[nn.Module, Tensor], Tensor]
@@ -89,10 +90,9 @@ class _TokenLosses(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
-        done = 0
-        rows = 256  # until it is known how many tokens have scores
-        while done < len(states):
-            part = states[done : done + rows].detach().requires_grad_(needs_gradient)
+        done, rows = 0, LEAST_ROWS  # until it is known how many tokens have scores
+        while len(part := states[done : done + rows].detach()):
+            part.requires_grad_(needs_gradient)
             with torch.set_grad_enabled(needs_gradient):
                 found = scores(part)
                 loss = F.cross_entropy(found.float(), wanted[done : done + rows], reduction="none")
@@ -100,7 +100,7 @@ class _TokenLosses(torch.autograd.Function):
                 gradients += torch.autograd.grad(loss, part, torch.ones_like(loss))
             losses.append(loss.detach())
             done += rows
-            rows = max(256, SCORES_AT_ONCE // found.shape[-1])
+            rows = max(LEAST_ROWS, SCORES_AT_ONCE // found[0].numel())
             del found, loss
         if needs_gradient:
             ctx.save_for_backward(torch.cat(gradients or [states]))
@@ -110,7 +110,7 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient with respect to the states."""
         (gradients,) = ctx.saved_tensors
-        return (gradients * outer[0].unsqueeze(-1)).to(gradients.dtype), None, None
+        return (gradients * outer[0][:, None]).to(gradients.dtype), None, None
 
 
 @contextmanager
