@@ -175,3 +175,22 @@ def test_packs_are_filled(capacity: int) -> None:
 def test_an_example_longer_than_a_pack_is_our_own_bug() -> None:
     with pytest.raises(AssertionError):
         pack([65], 64, 0)
+
+
+def test_fifty_steps_are_sorted_together() -> None:
+    size, n_examples = 2, 204
+    order = np.concatenate(list(BatchPlan(n_examples, size, 5).epoch(0)))
+    window = np.empty(n_examples, dtype=int)
+    window[order] = np.arange(n_examples) // (50 * size)  # of the order without lengths
+    steps = list(BatchPlan(n_examples, size, 5, np.arange(n_examples)).epoch(0))
+    assert sorted(int(window[step].sum()) for step in steps) == [0] * 50 + [2] * 50 + [4] * 2
+    assert all(len(set(window[step].tolist())) == 1 for step in steps)
+    # the longest of the first window begins; then the steps stand in any order
+    assert steps[0].tolist() == sorted(order[:100].tolist(), reverse=True)[:2]
+    assert [int(window[step[0]]) for step in steps] != sorted(window[step[0]] for step in steps)
+
+
+def test_one_process_has_every_micro_batch() -> None:
+    assert [part.tolist() for part in micro_batches(np.arange(5), 2)] == [[0, 1], [2, 3], [4]]
+    parts = [micro_batches(np.arange(5), 2, rank, 2) for rank in (0, 1)]
+    assert [[p.tolist() for p in share] for share in parts] == [[[0, 1], [2]], [[3, 4]]]

@@ -7,9 +7,12 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 
-from lora_cli.preprocessing.encoded_table import EncodedTable
+from lora_cli.preprocessing.encoded_table import EncodedTable, TableWithStates
+from lora_cli.tasks.states import STATES, KeptState
 
 FEATURES = datasets.Features({
     "input_ids": datasets.List(datasets.Value("int32")),
@@ -62,3 +65,21 @@ def test_what_the_table_holds_cannot_be_written_over(table: EncodedTable) -> Non
     (example,) = table.__getitems__([3])
     with pytest.raises(ValueError, match="read-only"):
         example["input_ids"][0] = 7
+
+
+def test_states_are_those_of_their_example_wherever_the_file_has_them(table: EncodedTable) -> None:
+    random = np.random.default_rng(0)
+    order = random.permutation(23)
+    kept = {i: bytes([i] * (i % 5 + 1)) for i in range(23)}
+    column = pa.array([b"before", b"", *(kept[i] for i in order), b"behind"], pa.large_binary())
+    whole = column.slice(2, 23)  # a chunk may be a part of a larger array
+    chunks = pa.chunked_array([whole.slice(0, 4), whole.slice(4, 1), whole.slice(5)])
+    states = datasets.Dataset(pa.table({"layer": chunks}))
+    like = KeptState(np.empty(0, dtype=np.uint8), torch.uint8, ())
+    joined = TableWithStates(table, states, order, {"layer": like})
+    assert joined.n_bytes == sum(map(len, kept.values()))
+    asked = [22, 0, *order[:6].tolist(), 7, 7]
+    for i, example in zip(asked, joined.__getitems__(asked), strict=True):
+        found = example[STATES]["layer"]
+        assert found.values.tobytes() == kept[i]
+        assert example["length"] == row(i)["length"]
