@@ -217,7 +217,10 @@ def test_an_object_belongs_to_the_part_where_its_centre_is() -> None:
         found = cut(whole, part)
         assert found.boxes.tolist() == kept
         assert found.image.size == (part[2] - part[0], part[3] - part[1])
-    thin = picture([[5, 0, 6, 30], [0, 5, 30, 5.9]])
+    long = picture([[20, 2, 30, 6]])
+    assert cut(long, (0, 0, 25, 5)).boxes.tolist() == []
+    assert cut(long, (0, 0, 26, 5)).boxes.tolist() == [[20, 2, 26, 5]]
+    thin = picture([[5, 0, 6, 30], [0, 5, 30, 5.9], [5, 0, 5.9, 30]])
     assert cut(thin, (0, 0, 40, 30)).classes.tolist() == [0]  # a pixel is enough, less is not
 
 

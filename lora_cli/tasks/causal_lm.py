@@ -245,7 +245,7 @@ class CausalLM(WritingTask):
         trained = padded[:, 1:] != IGNORED
         row, column = trained.nonzero(as_tuple=True)
         targets = {"labels": padded, "positions": row * padded.shape[1] + column}
-        items = {MAIN: trained.sum(-1).float()}
+        items = {MAIN: trained.sum(1).float()}
         return Batch(inputs, targets, items, n_tokens, [e["row"] for e in examples])
 
     def losses(

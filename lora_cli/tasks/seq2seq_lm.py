@@ -63,10 +63,10 @@ class Seq2SeqLM(SourceAndTargetTask):
         targets = {
             "labels": labels,
             # found here, as the device would have to be waited for
-            "positions": trained.flatten().nonzero().squeeze(-1),
+            "positions": trained.flatten().nonzero().squeeze(1),
             "first": torch.tensor([example.get("first", 1) for example in examples]),
         }
-        items = {MAIN: trained.sum(-1).float()}
+        items = {MAIN: trained.sum(1).float()}
         cost = sum(self.cost(example) for example in examples)
         return Batch(inputs, targets, items, cost, [example["row"] for example in examples])
 
@@ -78,7 +78,7 @@ class Seq2SeqLM(SourceAndTargetTask):
         if self.padding.side != "none":
             scores: Tensor = model(**inputs, use_cache=False).logits
             return scores
-        lengths = inputs["attention_mask"].sum(-1).tolist()  # one at a time, filled on the right
+        lengths = inputs["attention_mask"].sum(1).tolist()  # one at a time, filled on the right
         rows = []
         for i, length in enumerate(lengths):
             one = {key: value[i : i + 1] for key, value in inputs.items()}

@@ -223,7 +223,7 @@ class TokenClassification(TextTask):
             ids = [*prefix, *words.ids[window.start : window.end], *suffix]
             if not ids:
                 continue
-            labels, at = [IGNORED] * len(ids), [-1] * len(ids)
+            labels, at = [IGNORED] * len(ids), [IGNORED] * len(ids)
             for word in window.words:
                 token = len(prefix) + words.first[word] - window.start
                 at[token] = word
@@ -245,7 +245,7 @@ class TokenClassification(TextTask):
 
     def trial_examples(self, length: int) -> tuple[Example, Example]:
         """Return a short example and one of about `length` tokens, to try the model on."""
-        ids = token_ids(self.tokenizer, TRIAL_TEXT * (1 + length // 10), special=False)
+        ids = token_ids(self.tokenizer, TRIAL_TEXT * length, special=False)
         room = max(1, min(length, self.max_length) - self.max_length + self._capacity)
         short, long = (self._trial(ids[:count]) for count in (min(5, room), room))
         return short, long
@@ -253,7 +253,7 @@ class TokenClassification(TextTask):
     def _trial(self, ids: list[int]) -> Example:
         ids = [*self._added.prefix, *ids, *self._added.suffix]
         labels = [IGNORED] * len(ids)
-        return {"input_ids": ids, "labels": labels, "words": [-1] * len(ids), "row": 0}
+        return {"input_ids": ids, "labels": labels, "words": labels, "row": 0}
 
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
         """Return the tokens of an encoded example, and the tags behind those that have one."""
@@ -328,8 +328,11 @@ class TokenClassification(TextTask):
         ids, labels, words = ([e[k] for e in examples] for k in ("input_ids", "labels", "words"))
         shared = self.first_position is not None  # the answers are put into rows of their own
         options = (self.pad_multiple, RIGHT if shared else self.padding)
-        targets = {"labels": fill(labels, IGNORED, *options), "words": fill(words, -1, *options)}
-        items = (targets["labels"] != IGNORED).sum(-1).float()
+        targets = {
+            "labels": fill(labels, IGNORED, *options),
+            "words": fill(words, IGNORED, *options),
+        }
+        items = (targets["labels"] != IGNORED).sum(1).float()
         n_tokens = sum(len(sequence) for sequence in ids)
         return Batch(
             self._inputs(ids), targets, {MAIN: items}, n_tokens, [e["row"] for e in examples]
@@ -347,7 +350,7 @@ class TokenClassification(TextTask):
         losses = F.cross_entropy(
             output.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
         )
-        return {MAIN: losses.sum(-1)}
+        return {MAIN: losses.sum(1)}
 
     def predictions(self, model: nn.Module, output: Tensor, batch: Batch) -> list[Prediction]:
         """Return the tags of the words of each window; `join` makes entities of them."""

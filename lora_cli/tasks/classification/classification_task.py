@@ -252,11 +252,11 @@ class Classification(Task):
         weight = self._weights_on(logits.device)
         match self.label_spec.problem:
             case "regression":
-                return F.mse_loss(logits.squeeze(-1), labels, reduction="none")
+                return F.mse_loss(logits.squeeze(1), labels, reduction="none")
             case "multi_label":
                 return F.binary_cross_entropy_with_logits(
                     logits, labels, weight, reduction="none"
-                ).sum(-1)
+                ).sum(1)
             case "single_label":
                 return F.cross_entropy(
                     logits,
@@ -296,13 +296,13 @@ class Classification(Task):
         values: list[Any]
         match self.label_spec.problem:
             case "regression":
-                return [(value, value, None) for value in logits.squeeze(-1).tolist()]
+                return [(value, value, None) for value in logits.squeeze(1).tolist()]
             case "multi_label":
                 probabilities = torch.sigmoid(logits)
                 values = (probabilities > 0.5).long().tolist()
             case "single_label":
-                probabilities = torch.softmax(logits, -1)
-                values = probabilities.argmax(-1).tolist()
+                probabilities = torch.softmax(logits, 1)
+                values = probabilities.argmax(1).tolist()
         return [
             (value, self._names(value), row)
             for value, row in zip(values, probabilities.tolist(), strict=True)

@@ -83,6 +83,7 @@ def cut(picture: Picture, part: tuple[int, int, int, int]) -> Picture:
     x0, y0, x1, y1 = part
     centre = (picture.boxes[:, :2] + picture.boxes[:, 2:]) / 2
     lies_in = ((centre >= (x0, y0)) & (centre < (x1, y1))).all(1)
-    boxes = np.clip(picture.boxes, (x0, y0, x0, y0), (x1, y1, x1, y1)) - (x0, y0, x0, y0)
+    corner = (x0, y0, x0, y0)
+    boxes = np.minimum(np.maximum(picture.boxes, corner), (x1, y1, x1, y1)) - corner
     kept = lies_in & ((boxes[:, 2:] - boxes[:, :2]) >= SMALLEST).all(1)
     return Picture(picture.image.crop(part), boxes[kept], picture.classes[kept])

@@ -37,7 +37,7 @@ def embedding_losses(vectors: Tensor, facts: Facts, spec: TextEmbeddingSpec) -> 
     """
     if vectors.dtype in (torch.float16, torch.bfloat16):
         vectors = vectors.float()
-    vectors = normalize(vectors, dim=-1)
+    vectors = normalize(vectors, dim=1)
     match spec.loss_in_effect:
         case "in_batch_negatives":
             return in_batch_negatives(vectors, facts, spec.temperature, spec.symmetric)
@@ -89,7 +89,7 @@ def in_batch_negatives(
 def cosines_and_scores(vectors: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
     """Return the cosine of each pair of texts of length 1, and its score (B,)."""
     first, second = (facts["role"] == role for role in (ANCHOR, POSITIVE))
-    cosines = (vectors[first] * vectors[second]).sum(-1)
+    cosines = (vectors[first] * vectors[second]).sum(1)
     return cosines, facts["score"][first].to(cosines.dtype)
 
 

@@ -59,8 +59,8 @@ class Found:
 
 def search(corpus: Corpus) -> list[Found | None]:
     """Return what each anchor finds; None for one that has nothing to find."""
-    anchors = normalize(torch.from_numpy(corpus.anchors), dim=-1)
-    texts = normalize(torch.from_numpy(corpus.texts), dim=-1)
+    anchors = normalize(torch.from_numpy(corpus.anchors), dim=1)
+    texts = normalize(torch.from_numpy(corpus.texts), dim=1)
     size, found = max(1, AT_ONCE // len(texts)), []
     for start in range(0, len(anchors), size):
         some = slice(start, min(start + size, len(anchors)))

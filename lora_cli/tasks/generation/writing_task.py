@@ -71,7 +71,7 @@ def losses_of_tokens(
         trained = output.flatten(0, 1).index_select(0, positions).float()
         losses = F.cross_entropy(trained, wanted, reduction="none")
     by_token = losses.new_zeros(labels.numel()).index_copy(0, positions, losses)
-    return by_token.view(labels.shape).sum(-1)
+    return by_token.view(labels.shape).sum(1)
 
 
 class WritingTask(TextTask):

@@ -344,7 +344,7 @@ class TaughtCausalLM(TaughtTask, CausalLM):
         trained = trained[:, : self._n_tokens(trained)]
         losses = token_divergence(trained, said, self.teacher.spec.temperature)
         by_token = losses.new_zeros(labels.numel()).index_copy(0, positions, losses)
-        return found | {TEACHER: by_token.view(labels.shape).sum(-1)}
+        return found | {TEACHER: by_token.view(labels.shape).sum(1)}
 
     @staticmethod
     def _kept(batch: Batch) -> TopTokens | None:
@@ -354,7 +354,7 @@ class TaughtCausalLM(TaughtTask, CausalLM):
     def _n_tokens(self, logits: Tensor) -> int:
         """Return how many tokens are compared: embeddings may have been filled up differently."""
         size = self.reader_of_teacher.config.get_text_config().vocab_size
-        return min(int(size), logits.shape[-1])
+        return min(int(size), logits.shape[1])
 
     @torch.no_grad()
     def answers(self, batch: Batch) -> TopTokens:
@@ -362,7 +362,7 @@ class TaughtCausalLM(TaughtTask, CausalLM):
         logits = self.reader_of_teacher.logits(self.teacher.model(), batch.inputs)
         trained = logits.flatten(0, 1).index_select(0, batch.targets["positions"])
         own = int(self.config.get_text_config().vocab_size)
-        trained = trained[:, : min(own, trained.shape[-1])]
+        trained = trained[:, : min(own, trained.shape[1])]
         return top_tokens(trained, self.teacher.spec.temperature)
 
     def frozen_outputs(self, model: nn.Module, batch: Batch) -> Mapping[str, Sequence[Tensor]]:

@@ -72,7 +72,7 @@ def mask_of(
 
 def positions_of(mask: Tensor) -> Tensor:
     """Return the position of each token in its own row, given the attention mask (B, T)."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
+    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def takes_positions(model: nn.Module) -> bool:
@@ -117,7 +117,7 @@ def logits_by_length(
     width = next(iter(inputs.values())).shape[1]
     result: Tensor | None = None
     for length in sorted(set(lengths.tolist())):
-        rows = (lengths == length).nonzero().squeeze(-1)
+        rows = (lengths == length).nonzero().squeeze(1)
         part = {key: value[rows, :length] for key, value in inputs.items()}
         logits = model(**part, **options).logits
         if result is None:

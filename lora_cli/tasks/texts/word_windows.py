@@ -141,7 +141,7 @@ def _owners(
     left = np.where(starts[None, :] == 0, count, left)
     right = np.where(starts[None, :] + capacity == count, count, right)
     room = np.where(inside, np.minimum(left, right), -1)
-    owner: NDArray[np.int64] = room.argmax(-1)
+    owner: NDArray[np.int64] = room.argmax(1)
     return owner
 
 
@@ -167,7 +167,7 @@ def words_without_token(examples: Any) -> tuple[NDArray[np.int64], int]:
 
     Args:
         examples: Windows of rows, a data set or a list, with `row`, `n_words` (of the row) and
-            `words` (at each token the word that begins there, or -1).
+            `words` (at each token the word that begins there, or a negative number).
     """
     if hasattr(examples, "data"):  # without making Python's lists of them
         rows, totals = (examples.data.column(name).to_numpy() for name in ("row", "n_words"))
