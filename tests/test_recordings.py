@@ -14,6 +14,7 @@ import soundfile
 import soxr
 from tiny_speech import RATE, encoded, sound
 
+from lora_cli.data import recordings
 from lora_cli.data.recordings import (
     RecordingError,
     divide,
@@ -214,3 +215,185 @@ def test_packages_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "soxr", None)
     with pytest.raises(LoraError, match=r"soxr[\s\S]*lora-cli\[audio\]"):
         require_audio_packages()
+
+
+# --------------------------------------------------------------------- headers, byte by byte
+
+
+def chunk(name: bytes, body: bytes, size: int | None = None) -> bytes:
+    """Return a part of a RIFF file, padded to an even size."""
+    told = len(body) if size is None else size
+    return name + told.to_bytes(4, "little") + body + b"\0" * (len(body) % 2)
+
+
+def wave(*chunks: bytes, kind: bytes = b"WAVE") -> bytes:
+    return b"RIFF" + b"\0\0\0\0" + kind + b"".join(chunks)
+
+
+@pytest.mark.parametrize("first", [[], [chunk(b"LIST", b"abc")], [chunk(b"fmt ", b"abcd")] * 3])
+@pytest.mark.parametrize(("size", "there", "cut"), [(9, 9, False), (9, 8, False), (9, 7, True)])
+def test_the_samples_of_a_wave_file_are_as_many_as_its_header_says(
+    first: list[bytes], size: int, there: int, cut: bool
+) -> None:
+    """One byte less may be the one that fills an odd size."""
+    raw = wave(*first, b"data" + size.to_bytes(4, "little") + b"x" * there)
+    assert recordings._is_cut_off(raw) == cut
+
+
+def test_a_wave_file_without_samples_or_of_another_kind_lacks_none() -> None:
+    assert not recordings._is_cut_off(wave(chunk(b"LIST", b"abcd")))
+    assert not recordings._is_cut_off(wave(b"data" + (99).to_bytes(4, "little"), kind=b"AVI "))
+    assert recordings._is_cut_off(wave(b"data" + (99).to_bytes(4, "little")))
+    other = b"XXXX" + wave(b"data" + (99).to_bytes(4, "little"))[4:]
+    assert not recordings._is_cut_off(other)
+    # a size that a program wrote because it did not know it
+    unknown = recordings.UNKNOWN_SIZE
+    for size, cut in ((unknown - 1, True), (unknown, False), (2**32 - 1, False)):
+        assert recordings._is_cut_off(wave(b"data" + size.to_bytes(4, "little"))) == cut
+
+
+@pytest.mark.parametrize(("missing", "cut"), [(0, False), (1, False), (2, True), (20, True)])
+def test_sizes_in_the_headers_of_aiff_and_au(missing: int, cut: bool) -> None:
+    body = b"AIFF" + b"x" * 300
+    raw = b"FORM" + (len(body) + missing).to_bytes(4, "big") + body
+    assert recordings._is_cut_off(raw) == cut
+    header = b".snd" + (28).to_bytes(4, "big") + (300 + missing).to_bytes(4, "big")
+    raw = header + b"\0" * (28 - len(header)) + b"x" * 300
+    assert recordings._is_cut_off(raw) == cut
+
+
+def page(lengths: list[int], missing: int = 0) -> bytes:
+    """Return a page of an Ogg file, whose parts have these lengths."""
+    raw = b"OggS" + b"\0" * 22 + bytes([len(lengths), *lengths]) + b"x" * sum(lengths)
+    return raw[: len(raw) - missing]
+
+
+@pytest.mark.parametrize("lengths", [[5], [255, 7], [3] * 40, [0]])
+def test_the_last_page_of_an_ogg_file_is_all_there(lengths: list[int]) -> None:
+    before = page([9, 9, 9])
+    assert not recordings._is_cut_off(before + page(lengths))
+    body = sum(lengths)
+    for missing in {1, body + 1, body + len(lengths), body + len(lengths) + 1}:
+        assert recordings._is_cut_off(before + page(lengths, missing))
+    assert not recordings._is_cut_off(before + page([]))
+
+
+def tagged(frames: bytes, size: int | None = None) -> bytes:
+    """Return an mp3 file that begins with a tag of ID3, whose size is in bytes of seven bits."""
+    text = b"t" * (300 if size is None else size)
+    told = bytes((len(text) >> shift) & 127 for shift in (21, 14, 7, 0))
+    return b"ID3\x04\x00\x00" + told + text + frames
+
+
+def frames(claimed: int | None, length: int, kind: bytes, flags: int, at: int) -> bytes:
+    """Return mp3 frames of so many bytes, with a table that says how many there are."""
+    head = b"\xff\xfb" + b"\0" * (at - 2) + kind + flags.to_bytes(4, "big")
+    head += (1234).to_bytes(4, "big") if flags & 1 else b""
+    head += claimed.to_bytes(4, "big") if claimed is not None else b""
+    return head + b"x" * (length - len(head))
+
+
+@pytest.mark.parametrize("at", [13, 36])
+@pytest.mark.parametrize("kind", [b"Xing", b"Info"])
+@pytest.mark.parametrize("tag", [None, 1, 300])
+def test_an_mp3_file_is_nearly_as_long_as_its_table_says(
+    tag: int | None, kind: bytes, at: int
+) -> None:
+    def is_cut(raw: bytes) -> bool:
+        return recordings._is_cut_off(raw if tag is None else tagged(raw, tag))
+
+    for flags in (2, 3, 15):
+        assert not is_cut(frames(10_000, 9_900, kind, flags, at))
+        assert is_cut(frames(10_000, 9_899, kind, flags, at))
+    for flags in (0, 1, 4, 13):  # the table does not say how many bytes
+        assert not is_cut(frames(10_000, 500, kind, flags, at))
+    assert not is_cut(frames(10_000, 500, b"LAME", 3, at))
+    assert not is_cut(b"\0" + frames(10_000, 500, kind, 3, at))  # no frame begins there
+
+
+def test_only_a_table_in_the_first_frame_counts() -> None:
+    # it has to end within the first 200 bytes
+    assert recordings._is_cut_off(frames(10_000, 500, b"Xing", 2, 188))
+    assert not recordings._is_cut_off(frames(10_000, 500, b"Xing", 2, 189))
+    assert not recordings._is_cut_off(b"")
+    assert not recordings._is_cut_off(b"ID3\x04\x00\x00\x00")
+
+
+# ---------------------------------------------------------------------------- what is learnt
+
+
+def surveyed(*blocks: Any, rate: int = 100) -> Any:
+    channels = np.asarray(blocks[0]).shape[1]
+    survey = recordings._Survey(rate, channels)
+    heard = [survey.add(np.asarray(block, dtype=np.float32)) for block in blocks]
+    return survey.facts(), np.concatenate(heard)
+
+
+def test_samples_are_surveyed_over_all_blocks() -> None:
+    first, second = [[0.5, 0.1]] * 30 + [[1.0, 0.0]], [[-0.5, 0.3]] * 19
+    facts, heard = surveyed(first, second)
+    assert (facts.seconds, facts.rate, facts.channels) == (0.5, 100, 2)
+    assert heard.tolist() == pytest.approx([0.3] * 30 + [0.5] + [-0.1] * 19)
+    assert facts.is_clipped  # one of fifty is at full scale
+    assert not facts.is_too_loud
+
+
+def test_the_first_sample_that_is_no_number_is_named_by_its_time() -> None:
+    bad = [[0.0, 0.1], [0.2, np.nan], [np.inf, 0.0]]
+    with pytest.raises(RecordingError, match=r"the first at 0\.51 s"):
+        surveyed([[0.0, 0.5]] * 50, bad)
+
+
+def test_silence_of_one_channel_or_of_several_that_cancel_out() -> None:
+    with pytest.raises(RecordingError, match="holds no samples"):
+        recordings._Survey(100, 1).facts()
+    for block, said in (
+        ([[0.5]] * 9, "is silent"), ([[0.0, 0.0]] * 9, "is silent"),
+        ([[9e-4, -9e-4], [-1e-4, 1e-4]] * 9, "is silent"),
+        ([[1.05e-3, -1.05e-3], [-1e-4, 1e-4]] * 9, "has 2 channels"),
+        ([[0.5, -0.5], [-0.1, 0.1]] * 9, "has 2 channels whose mean is silence: they cancel out"),
+    ):  # fmt: skip
+        with pytest.raises(RecordingError, match=said):
+            surveyed(block)
+    assert is_silent(np.zeros(0, dtype=np.float32))
+    assert is_silent(np.full(3, 0.25, dtype=np.float32))
+    quiet = 2.5 * recordings.SILENT
+    assert not is_silent(np.array([0.0, quiet], dtype=np.float32))
+    assert is_silent(np.array([0.0, recordings.SILENT], dtype=np.float32))
+
+
+# ------------------------------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize(
+    ("n", "parts"),
+    [(10, [(0, 10)]), (11, [(0, 6), (6, 11)]), (20, [(0, 10), (10, 20)]),
+     (25, [(0, 9), (9, 17), (17, 25)])],
+)  # fmt: skip
+def test_a_recording_is_divided_into_as_few_equal_parts_as_fit(
+    n: int, parts: list[tuple[int, int]]
+) -> None:
+    samples = np.ones(n, dtype=np.float32)
+    assert divide(samples, 5, 2.0, "windows") == parts
+
+
+@pytest.mark.parametrize("quiet", [600, 750, 900])
+def test_a_recording_is_cut_in_the_middle_of_what_is_quietest(quiet: int) -> None:
+    samples = np.random.default_rng(0).choice([-1.0, 1.0], 1500).astype(np.float32)
+    samples[quiet : quiet + 6] = 0.0  # of 1000: as long as what is compared
+    first, second = divide(samples, 100, 10.0, "silence")
+    cut = first[1]
+    assert (first, second) == ((0, cut), (cut, 1500))
+    assert cut in (quiet + 2, quiet + 3)
+
+
+@pytest.mark.parametrize(("n", "parts"), [(1900, 2), (1933, 2), (1934, 3), (1960, 3), (2000, 3)])
+def test_with_little_room_for_a_cut_there_is_one_part_more(n: int, parts: int) -> None:
+    samples = np.random.default_rng(0).normal(size=n).astype(np.float32)
+    found = divide(samples, 100, 10.0, "silence")
+    assert len(found) == parts
+    assert all(0 < stop - start <= 1000 for start, stop in found)
+
+
+def test_a_recording_of_few_samples_is_cut_in_the_middle_of_where_it_may_be() -> None:
+    assert divide(np.ones(4, dtype=np.float32), 1, 3.0, "silence") == [(0, 1), (1, 4)]

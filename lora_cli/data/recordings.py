@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,7 +275,7 @@ def _lacks_wave_data(raw: bytes) -> bool:
 def _lacks_page(raw: bytes) -> bool:
     """Return whether the last page of an ogg file is not all there."""
     last = raw[raw.rfind(b"OggS") :]
-    if len(last) < 27 or len(last) < 27 + last[26]:
+    if len(last) < 27:
         return True
     return len(last) < 27 + last[26] + sum(last[27 : 27 + last[26]])
 
@@ -282,17 +283,18 @@ def _lacks_page(raw: bytes) -> bool:
 def _lacks_frames(raw: bytes) -> bool:
     """Return whether an mp3 file is shorter than its own table of contents (Xing, Info) says."""
     start = 0
-    if raw[:3] == b"ID3" and len(raw) > 10:
+    if raw[:3] == b"ID3":
         start = 10 + functools.reduce(lambda size, byte: size << 7 | byte & 127, raw[6:10], 0)
     if raw[start : start + 1] != b"\xff":
         return False
-    head = raw[start : start + 200]
-    at = max(head.find(b"Xing"), head.find(b"Info"))
-    flags = int.from_bytes(head[at + 4 : at + 8], "big") if at > 0 else 0
+    table = re.search(rb"(?:Xing|Info)(.{4})(.*)", raw[start : start + 200], re.DOTALL)
+    if table is None:
+        return False
+    flags = int.from_bytes(table[1], "big")
     if not flags & 2:
         return False
-    place = at + 8 + 4 * (flags & 1)
-    claimed = int.from_bytes(head[place : place + 4], "big")
+    place = 4 * (flags & 1)
+    claimed = int.from_bytes(table[2][place : place + 4], "big")
     return len(raw) - start < 0.99 * claimed
 
 
