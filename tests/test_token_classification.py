@@ -1043,15 +1043,18 @@ def test_a_batch_and_its_losses_and_predictions(base: Path, tmp_path: Path) -> N
     task: Any = task_of(base, tmp_path, labels=["O", "B-A", "I-A"])
     examples = [
         {"row": 4, "input_ids": [0, 5, 6, 7, 2], "labels": [-100, 1, 2, -100, -100],
-         "words": [-1, 0, 2, -1, -1]},
-        {"row": 9, "input_ids": [0, 8, 2], "labels": [-100, 0, -100], "words": [-1, 1, -1]},
+         "words": [-100, 0, 2, -100, -100]},
+        {"row": 9, "input_ids": [0, 8, 2], "labels": [-100, 0, -100], "words": [-100, 1, -100]},
     ]  # fmt: skip
     batch = task.collate(examples)
     assert batch.rows == [4, 9]
     assert batch.cost == 8
     assert batch.items["loss"].tolist() == [2.0, 1.0]
     assert batch.targets["labels"].tolist() == [[-100, 1, 2, -100, -100], [-100, 0, *[-100] * 3]]
-    assert batch.targets["words"].tolist() == [[-1, 0, 2, -1, -1], [-1, 1, -1, -1, -1]]
+    assert batch.targets["words"].tolist() == [
+        [-100, 0, 2, -100, -100],
+        [-100, 1, -100, -100, -100],
+    ]
     logits = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(3))
     logs = logits.double().log_softmax(-1)
     losses = task.losses(None, logits, batch)["loss"]
