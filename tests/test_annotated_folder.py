@@ -241,7 +241,46 @@ def test_init_drafts_a_recipe_that_reads_them(form: str, tmp_path: Path) -> None
         "type": "object_detection", "labels": ["dark", "light"], "image_size": 64,
     }  # fmt: skip
     rows = load_rows(recipe)
-    assert sum(map(len, rows.values())) == (4 if form == "coco" else 6)
+    assert sum(map(len, rows.values())) == 6
+
+
+@pytest.mark.parametrize(
+    ("train", "others"),
+    [
+        ("train.json", {"validation": "val.json"}),
+        (
+            "instances_train2017.json",
+            {"validation": "instances_val2017.json", "test": "instances_test2017.json"},
+        ),
+        (
+            "train/_annotations.coco.json",
+            {"validation": "valid/_annotations.coco.json", "test": "test/_annotations.coco.json"},
+        ),
+    ],
+)
+def test_init_takes_the_files_of_other_splits_next_to_one_of_coco(
+    train: str, others: Json, tmp_path: Path
+) -> None:
+    tiny_detectors.save("yolos", tmp_path / "base")
+    for i, name in enumerate((train, *others.values())):
+        made = tiny_detectors.write_coco(tmp_path / f"made{i}", {"some": 4}) / "some.json"
+        put(tmp_path / "set" / name, made.read_text())
+    draft = draft_recipe(tmp_path / "set" / train, str(tmp_path / "base"), tmp_path / "r.yaml")
+    found = {k: v for k, v in draft.values["data"].items() if isinstance(v, str) and k != "path"}
+    assert found == {split: f"set/{name}" for split, name in others.items()}
+
+
+def test_init_says_why_a_file_next_to_one_of_coco_is_not_taken(tmp_path: Path) -> None:
+    tiny_detectors.save("yolos", tmp_path / "base")
+    file = tiny_detectors.write_coco(tmp_path / "set", {"train": 4}) / "train.json"
+    content = {**json.loads(file.read_text()), "annotations": []}
+    other = json.dumps({**content, "categories": [{"id": 3, "name": "bird"}]})
+    for text, reason in ((other, "train has no label `bird`"), ("{}", "it has no boxes")):
+        put(tmp_path / "set" / "val.json", text)
+        draft = draft_recipe(file, str(tmp_path / "base"), tmp_path / "r.yaml")
+        assert draft.values["data"]["validation"]["from"] == "train"
+        said = " ".join(draft.why.values())
+        assert f"val.json next to the file is not used: {reason}" in said
 
 
 # ------------------------------------------------------------------------ numbers that are labels

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from lora_cli.data.annotated_folder import annotation_of
-from lora_cli.data.coco_rows import coco_summary, is_coco
+from lora_cli.data.coco_rows import coco_names, coco_summary, is_coco
 from lora_cli.data.detect_format import DataFile
 from lora_cli.data.file_rows import read_files
 from lora_cli.data.find_files import files_of
 from lora_cli.data.media_folder import is_media_file
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import TASKS
+from lora_cli.recipe.spec import is_file
+from lora_cli.recipe_draft.choose_splits import SPLIT_WORDS, Keys, files_beside
 from lora_cli.recipe_draft.data_folder import recipe_of_folder
 
 SAMPLE = 100  # pictures whose files of boxes are looked at
@@ -43,6 +46,46 @@ def read_boxes(source: Path) -> DataFile | None:
     errors = [row for row in rows if row.columns is None or row.error]
     column, boxes = next(iter(recipe.task.media_columns)), recipe.task.boxes_column
     return DataFile(source, {}, {}, good, errors, [column, str(boxes)], True, about)
+
+
+def boxes_beside(source: Path, target: Path) -> Keys:
+    """Return the COCO files of validation and test that belong to one of train.
+
+    They stand next to it (`instances_val2017.json`), or in the folders of the splits next to its
+    own (`valid/_annotations.coco.json`).
+
+    Args:
+        source: The file of train.
+        target: Where the recipe will be written; its paths are relative to that folder.
+    """
+    keys: Keys = {}
+    for split in SPLIT_WORDS:
+        for other in [*files_beside(source, split), *_in_folders(source, split)][:1]:
+            what = f"{other.name} next to the file"
+            if other.parent != source.absolute().parent:
+                what = f"in the folder {other.parent.name} next to that of the file"
+            try:
+                names = coco_names(other) if is_coco(other) else None
+            except LoraError:
+                names = None
+            unknown = sorted(set(names or ()) - set(coco_names(source)))
+            if names is None or unknown:
+                reason = f"train has no label `{unknown[0]}`" if unknown else "it has no boxes"
+                keys[""] = None, f"{what} is not used: {reason}"
+                continue
+            path = os.path.relpath(other, target.absolute().parent)
+            keys[split] = path if is_file(path) else f"./{path}", f"{what}: {coco_summary(other)}"
+    return keys
+
+
+def _in_folders(source: Path, split: str) -> list[Path]:
+    """Return the files of the name of one in `train/` in the folder of another split."""
+    folder = source.absolute().parent
+    if not re.fullmatch(r"(?i)train(ing)?(\d{4})?", folder.name):
+        return []
+    words = re.compile(rf"(?i)({SPLIT_WORDS[split]})(\d{{4}})?")
+    found = (other / source.name for other in sorted(folder.parent.iterdir()))
+    return [file for file in found if words.fullmatch(file.parent.name) and file.is_file()]
 
 
 def _is_one_file(source: Path) -> bool:

@@ -38,6 +38,7 @@ from lora_cli.tasks.proposal import Proposal
 
 MOST_OVERLAP = CheckSpec().max_overlap
 PHRASES = 0.1  # with a larger share of rows that stand inside others, these are held out together
+SPLIT_WORDS = {"validation": "validation|valid|val|dev", "test": "test|testing"}
 Keys = dict[str, tuple[Any, str]]  # of `data`: the value, and what says so
 Rows = Sequence[dict[str, Any]]
 
@@ -174,30 +175,35 @@ def _by_folder(file: DataFile, chosen: Proposal) -> _Splits:
 def _by_files(file: DataFile, chosen: Proposal, target: Path) -> _Splits:
     """Return the splits whose files stand beside one that is called train."""
     chosen_splits = _Splits(train=file.rows)
-    match = re.search(r"(?i)(?<![a-z])train(ing)?(?![a-z])", file.path.name)
-    if match is None:
-        return chosen_splits
-    before, after = file.path.name[: match.start()], file.path.name[match.end() :]
-    for name, words in (("validation", "validation|valid|val|dev"), ("test", "test|testing")):
-        pattern = re.compile(
-            f"{re.escape(before)}({words})(?P<more>([-_][^.]+)?){re.escape(after)}", re.IGNORECASE
-        )
-        other_rows = sorted(
-            (other.name != before + other.name[len(before) :], len(other.name), other)
-            for other in _around(file.path)
-            if pattern.fullmatch(other.name)
-        )
-        for _, _, other in other_rows[:1]:
+    for name in SPLIT_WORDS:
+        other_files = files_beside(file.path, name)
+        for other in other_files[:1]:
             reason, rows = _inspect(other, file, chosen)
             if reason:
                 chosen_splits.rejected[name] = f"{other.name} next to it is not used: {reason}"
                 continue
             path = os.path.relpath(other, target.absolute().parent)
-            more = f"; also there: {', '.join(o.name for _, _, o in other_rows[1:4])}"
+            more = f"; also there: {', '.join(o.name for o in other_files[1:4])}"
             chosen_splits.other_rows += rows
-            why = f"next to the file: {counted(len(rows), 'row')}{more if other_rows[1:] else ''}"
+            why = f"next to the file: {counted(len(rows), 'row')}{more if other_files[1:] else ''}"
             chosen_splits.keys[name] = path if is_file(path) else f"./{path}", why
     return chosen_splits
+
+
+def files_beside(path: Path, split: str) -> list[Path]:
+    """Return the files next to one that is called train which are called as another split."""
+    match = re.search(r"(?i)(?<![a-z])train(ing)?(?![a-z])", path.name)
+    if match is None:
+        return []
+    before, after = path.name[: match.start()], path.name[match.end() :]
+    end = f"(?P<more>([-_][^.]+)?){re.escape(after)}"
+    pattern = re.compile(f"{re.escape(before)}({SPLIT_WORDS[split]}){end}", re.IGNORECASE)
+    found = sorted(
+        (other.name != before + other.name[len(before) :], len(other.name), other)
+        for other in _around(path)
+        if pattern.fullmatch(other.name)
+    )
+    return [other for _, _, other in found]
 
 
 def _around(path: Path) -> list[Path]:

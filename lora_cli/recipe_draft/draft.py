@@ -113,7 +113,7 @@ def _drafted(
     draft = Draft({"model": {"name": _relative(model, target, base)}}, {})
     if kind is not None:
         other_rows: Rows = []
-        splits = media_splits(file, kind, chosen.keys)
+        splits = media_splits(file, kind, chosen.keys, target)
     else:
         splits, other_rows = choose_splits(file, columns, chosen, target)
     _task(draft, base, chosen, [file.rows, other_rows])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lora_cli.data.coco_rows import coco_summary, is_coco
 from lora_cli.data.detect_format import DataFile
 from lora_cli.data.find_files import files_of
 from lora_cli.data.labelled_text import LABEL_COLUMN
@@ -13,6 +14,7 @@ from lora_cli.data.readers import kind_by_name
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import TASKS, Recipe
 from lora_cli.recipe.spec.task_section import MediaKind
+from lora_cli.recipe_draft.box_sources import boxes_beside
 from lora_cli.recipe_draft.choose_splits import Keys
 from lora_cli.recipe_draft.data_folder import recipe_of_folder, task_reading
 
@@ -70,22 +72,26 @@ def _rows_of(folder: Path, recipe: Recipe, files: list[Path], kind: MediaKind) -
     return DataFile(folder, {}, {}, rows, [], columns, True, about)
 
 
-def media_splits(file: DataFile, kind: MediaKind, task: dict[str, Any]) -> Keys:
-    """Return which files of a folder are held out: those in folders of a split, or drawn.
+def media_splits(file: DataFile, kind: MediaKind, task: dict[str, Any], target: Path) -> Keys:
+    """Return which files are held out: those of a split in a folder, or next to it, or drawn.
 
     Args:
-        file: The rows of the folder.
+        file: The rows of a folder, or of a file with the boxes of pictures.
         kind: What the files are.
         task: The keys of the recipe's `task`.
+        target: Where the recipe will be written; its paths are relative to that folder.
     """
     recipe = recipe_of_folder(file.path, task)
     unit = UNITS[kind]
-    keys: Keys = {}
+    keys: Keys = boxes_beside(file.path, target) if is_coco(file.path) else {}
     stratify = {"stratify": True} if recipe.task.label_columns_by_key else {}
     for split in ("validation", "test"):
+        if split in keys:
+            continue
         try:
-            count = len(files_of(recipe, split, split))
-            keys[split] = (split, f"{counted(count, unit)} in the folder of this name")
+            files = files_of(recipe, split, split)
+            what = f"{counted(len(files), unit)} in the folder of this name"
+            keys[split] = split, coco_summary(files[0]) if is_coco(files[0]) else what
         except LoraError:
             fraction = 0.1 if len(file.rows) >= FEWEST_FOR_A_TENTH else 0.2
             why = "drawn from train, as many of each label; " if stratify else "drawn from train; "
