@@ -106,6 +106,22 @@ def test_a_start_token_that_the_model_adds_is_no_part_of_the_frame(tmp_path: Pat
     assert task.texts.source_frame == Frame((tiny.BOS,), (tiny.EOS,))
 
 
+def test_a_target_ends_where_the_tokenizer_ends_no_text(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "bart")
+    file = tmp_path / "base" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "post_processor": None}))
+    task: Any = build_task(recipe)
+    task.load_processor()
+    read = task.tokenizer("two words")["input_ids"]
+    assert tiny.EOS not in read
+    task.learn_from({})
+    assert task.notes == ["the tokenizer ends no text: `</s>` is added to each target"]
+    assert task.texts.targets(["two words"]) == [[*read, tiny.EOS]]
+    assert task.texts.sources(["two words"]) == [read]  # as the base was trained
+    assert task.texts.cut([*range(7, 99), tiny.EOS], "target", "right")[-1] == tiny.EOS
+
+
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_the_cut_of_tokens(side: Any, tmp_path: Path) -> None:
     task = task_of(tmp_path, "marian", prefix="ab", max_source_length=6, max_target_length=6)

@@ -132,6 +132,10 @@ class SourceAndTargetTask(WritingTask):
         """What to do where texts are too long."""
         return "raise `task.max_source_length` or `task.max_target_length`, if the model takes more"
 
+    def cache_key(self) -> list[str]:
+        """Return what an encoded row depends on besides the row."""
+        return [*super().cache_key(), str(self.texts.target_frame)]
+
     # ------------------------------------------------------------------------------ rows
 
     def fields(self) -> list[Field]:
@@ -165,8 +169,9 @@ class SourceAndTargetTask(WritingTask):
     def learn_from(self, splits: dict[str, Rows]) -> None:
         """Learn whether rows have several references; check the recipe's languages."""
         super().learn_from(splits)
-        if hasattr(self, "tokenizer"):
-            _ = self.texts
+        if hasattr(self, "tokenizer") and self.texts.adds_end:
+            end = self.tokenizer.eos_token
+            self.notes.append(f"the tokenizer ends no text: `{end}` is added to each target")
         column = self.spec.target_column
         self.has_several = any(
             isinstance(row.get(column), list) for rows in splits.values() for row in rows

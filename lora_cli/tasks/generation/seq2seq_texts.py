@@ -66,6 +66,9 @@ class SourcesAndTargets:
         frame = _frame(framing, "target")
         if frame.before[:1] == (start,):  # the model adds it: it must not stand there twice
             frame = Frame(frame.before[1:], frame.after)
+        self.adds_end = not frame.after
+        if self.adds_end:  # the tokenizer ends no text: the model would never learn to stop
+            frame = Frame(frame.before, (int(framing.eos_token_id),))
         self.target_frame = frame
         # of its own, since a tokenizer of several languages is changed by each text that it reads
         self._reader: Any = reader
