@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from closeness import assert_close
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
+from transformers import AutoTokenizer
 
 from lora_cli.accelerator import start_accelerator
 from lora_cli.adapters.attach import attach, trainable_parameters, training_mode
@@ -29,6 +30,7 @@ from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.evaluation.predict import answer, answer_file
 from lora_cli.export.merge import merge_adapter
 from lora_cli.metrics.retrieval_scores import retrieval_scores
+from lora_cli.models.sentence_transformer import LENGTH
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.recipe.spec import TextEmbeddingSpec
@@ -306,6 +308,53 @@ def test_embeddings_are_those_of_sentence_transformers(
     assert_close(torch.tensor(found), torch.from_numpy(wanted))
     lengths = np.linalg.norm(found, axis=-1)
     assert (np.abs(lengths - 1) < 1e-5).all() == base.get("normalize", True)
+
+
+@pytest.mark.parametrize("name", ["sentence_bert_config.json", "sentence_roberta_config.json"])
+@pytest.mark.parametrize(
+    "reading",
+    [
+        {"max_seq_length": 6, "do_lower_case": False},
+        {"max_seq_length": None, "do_lower_case": True},
+        {"max_seq_length": 24, "do_lower_case": True},
+    ],
+)
+def test_texts_are_read_as_the_base_says(
+    reading: Json, name: str, sentence_transformer: Any, tmp_path: Path
+) -> None:
+    texts = ["A Warm FILM", "a warm film", "the film " * 9]
+    path = write_recipe(tmp_path, task={}, base={})
+    values = yaml.safe_load(path.read_text())
+    values["task"].pop("max_length", None)
+    path.write_text(yaml.safe_dump(values))
+    (tmp_path / "base" / name).write_text(json.dumps(reading))
+    made, model = opened(path)
+    with torch.no_grad():
+        found = [row[0] for row in made.answer(model, [{"anchor": text} for text in texts])]
+    wanted = sentence_transformer(str(tmp_path / "base"), device="cpu").encode(texts)
+    assert_close(torch.tensor(found), torch.from_numpy(wanted))
+    length = reading["max_seq_length"]
+    assert made.learned.task.get("max_length") == length
+    # what is written beside an adapter, or a merged model, reads them likewise
+    (tmp_path / "written").mkdir()
+    made.save_processor(tmp_path / "written")
+    kept = sentence_transformer(str(tmp_path / "base"), device="cpu")
+    again = AutoTokenizer.from_pretrained(tmp_path / "written")
+    assert again.tokenize(texts[0]) == kept.tokenizer.tokenize(texts[0])
+    assert json.loads((tmp_path / "written" / LENGTH).read_text())["max_seq_length"] == (
+        length or made.max_length
+    )
+
+
+def test_a_length_of_the_recipe_comes_before_that_of_the_base(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, task={"max_length": 24}, base={})
+    (tmp_path / "base" / LENGTH).write_text(json.dumps({"max_seq_length": 6}))
+    task, _ = opened(path)
+    assert task.max_length == 24
+    assert any("cuts texts at 6 tokens" in note for note in task.notes)
+    (tmp_path / "base" / LENGTH).write_text(json.dumps({"max_seq_length": "six"}))
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        opened(path)
 
 
 def test_new_and_old_files_say_the_same(sentence_transformer: Any, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
     modules.json                        the steps: the transformer, the pooling, the normalisation
     1_Pooling/config.json               which pooling
-    sentence_bert_config.json           where texts are cut
+    sentence_bert_config.json           where texts are cut, and whether capitals become small
     config_sentence_transformers.json   prompts before texts, by name
 
 Folders are written as every version of that library since 2 reads them.
@@ -27,6 +27,11 @@ from lora_cli.recipe import Recipe
 MODULES, PROMPTS, LENGTH = (
     "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 )  # fmt: skip
+# as early versions called it, by the kind of the model
+LENGTHS = (LENGTH, *(
+    f"sentence_{kind}_config.json"
+    for kind in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+))  # fmt: skip
 KINDS = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
 NEW_NAMES = {"cls": "cls", "mean": "mean", "lasttoken": "last"}  # since version 6
 PREFIX = "pooling_mode_"
@@ -43,12 +48,16 @@ class EmbeddingFiles:
         normalize: Whether embeddings have length 1.
         prompts: Texts that stand before texts, by name.
         default_prompt: The name of the one that stands before texts of no other.
+        max_length: Tokens where texts are cut.
+        lower_case: Whether capitals become small letters before a text is read.
     """
 
     pooling: str | None = None
     normalize: bool | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
+    max_length: int | None = None
+    lower_case: bool = False
 
     def prompt(self, *names: str) -> str | None:
         """Return the first prompt that has one of the names, else the default one."""
@@ -94,7 +103,38 @@ def read_embedding_files(recipe: Recipe, pooling: str | None = None) -> Embeddin
     if not isinstance(texts, dict) or not all(isinstance(v, str) for v in texts.values()):
         raise _damaged(recipe, PROMPTS)
     default = prompts.get("default_prompt_name")
-    return EmbeddingFiles(pooling, "Normalize" in kinds, texts, default)
+    length, lower_case = _reading(recipe)
+    return EmbeddingFiles(pooling, "Normalize" in kinds, texts, default, length, lower_case)
+
+
+def _reading(recipe: Recipe) -> tuple[int | None, bool]:
+    """Return where the base cuts texts, and whether it makes capitals small.
+
+    Raises:
+        IntegrityError: If the file that says so is damaged.
+    """
+    for name in LENGTHS:
+        if (config := _read(recipe, name)) is None:
+            continue
+        length = config.get("max_seq_length") if isinstance(config, dict) else config
+        if length is not None and (not isinstance(length, int) or length < 1):
+            raise _damaged(recipe, name)
+        return length, bool(config.get("do_lower_case"))
+    return None, False
+
+
+def make_lower_case(tokenizer: Any) -> None:
+    """Let a tokenizer make capitals small before all else, as sentence-transformers does."""
+    from tokenizers import normalizers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        tokenizer.do_lower_case = True
+        return
+    own = backend.normalizer
+    if own is None or own.normalize_str("A") != "a":
+        parts = [normalizers.Lowercase(), *([] if own is None else [own])]
+        backend.normalizer = normalizers.Sequence(parts)
 
 
 def _pooling(recipe: Recipe, file: str) -> str:

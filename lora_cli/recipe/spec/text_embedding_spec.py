@@ -101,7 +101,8 @@ class TextEmbeddingSpec(TaskSection):
     and texts with labels as `anchor_prompt`."""
 
     max_length: Positive = 256
-    """Longest text in tokens, its prompt included. Never more than the model can take."""
+    """Longest text in tokens, its prompt included. Never more than the model can take; nor, unless
+    the recipe has this key, than the base's `sentence_bert_config.json` says."""
 
     truncate: Truncation = "right"
     """What happens to a longer text: it loses its end (`right`) or its beginning (`left`), its row

@@ -21,6 +21,8 @@ from lora_cli.errors import LoraError, counted
 from lora_cli.models.sentence_transformer import (
     ANCHOR_NAMES,
     POSITIVE_NAMES,
+    EmbeddingFiles,
+    make_lower_case,
     read_embedding_files,
 )
 from lora_cli.recipe import Recipe, TextEmbeddingSpec
@@ -43,6 +45,7 @@ class EmbeddingRows(TextTask):
         self.normalize = spec.normalize is not False
         self.anchor_prompt = spec.anchor_prompt or ""
         self.positive_prompt = spec.positive_prompt or ""
+        self.base_length: int | None = None  # tokens where the base's own files cut texts
         self.class_names: list[str] = []  # of the Hub's ClassLabel column; its rows hold positions
         self.names: list[str] = []  # the labels, in order
         self.train_texts: dict[int, list[tuple[int, str]]] = {}  # by label: hash and text
@@ -55,6 +58,7 @@ class EmbeddingRows(TextTask):
             what = f"`{name}` is an encoder-decoder ({self.config.model_type})"
             raise LoraError(what, at, self.spec.suitable_models)
         files, spec = read_embedding_files(self.recipe, self.spec.pooling), self.spec
+        self._read_as_the_base(files)
         self.pooling = files.pooling or "mean"
         given = (spec.normalize, files.normalize)
         self.normalize = next((value for value in given if value is not None), True)
@@ -76,6 +80,38 @@ class EmbeddingRows(TextTask):
             "anchor_prompt": self.anchor_prompt,
             "positive_prompt": self.positive_prompt,
         }
+
+    def _read_as_the_base(self, files: EmbeddingFiles) -> None:
+        """Read texts as the base's own files say: how much of each, and in small letters or not."""
+        if files.lower_case:
+            make_lower_case(self.tokenizer)
+        self.base_length, file = files.max_length, "sentence_bert_config.json"
+        if self.base_length is None:
+            return
+        if "max_length" not in self.spec.model_fields_set:
+            self.learned.task["max_length"] = self.max_length
+        elif self.max_length > self.base_length:
+            self.notes.append(
+                f"`task.max_length` is {self.max_length}, and the base's {file} cuts texts at "
+                f"{counted(self.base_length, 'token')}: it was measured with shorter ones"
+            )
+
+    @property
+    def max_length(self) -> int:  # type: ignore[override]
+        """The recipe's `max_length`, else that of the base's own files, as far as it goes."""
+        limit = super().max_length
+        if self.base_length is None or "max_length" in self.spec.model_fields_set:
+            return limit
+        return min(limit, self.base_length)
+
+    @property
+    def longer_hint(self) -> str:
+        """What to do where texts are too long."""
+        if self.max_length < super().max_length:
+            return (
+                f"the base cuts texts there: `--set task.max_length={super().max_length}` does not"
+            )
+        return super().longer_hint
 
     def cache_key(self) -> list[str]:
         """Return what an encoded row depends on besides the row."""
