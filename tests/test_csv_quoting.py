@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pandas
 import pytest
 
-from lora_cli.data.csv_quoting import announce_quoting, quoting_of
+from lora_cli.data import csv_quoting
+from lora_cli.data.csv_quoting import Quoting, _Marks, _Reading, announce_quoting, quoting_of
 from lora_cli.data.readers import columns_of, read_rows
 from lora_cli.recipe import FormatSpec
 
@@ -216,3 +219,163 @@ def test_an_open_mark_does_not_take_the_whole_file_into_memory(
     content = 'a,b\n"open,1\n' + "x,2\n" * 30 + '"y, z",3\n'
     _, rows, errors = read(tmp_path / "x.csv", content, quoting="csv")
     assert (len(rows), len(errors)) == (31, 1)
+
+
+# ------------------------------------------------------------------------ one value at a time
+
+
+READ = (
+    'a,b\nx,1\n"y, z",2\n"p\nq",3\n"r,4\ns",5\nsay "hi" now,6\n"bad" x,7\n1,2,3\n'
+)  # fmt: skip
+
+
+def file_of(tmp_path: Path, content: str, name: str = "x.csv") -> Path:
+    (tmp_path / name).write_bytes(content.encode())
+    return tmp_path / name
+
+
+def test_what_each_way_of_reading_makes_of_a_file(tmp_path: Path) -> None:
+    path = file_of(tmp_path, READ)
+    spec = FormatSpec()
+    found, escapes = csv_quoting._read_quoted(path, spec, "csv")
+    # lost: the broken row, and that of three fields; only lines 6 and 7 could each be a row
+    assert found == _Reading(width=2, lost=2, joined=1, first_joined=6, enclosed=3, differs=True)
+    assert not escapes
+    marks = _Marks()
+    plain = csv_quoting._read_plain(path, spec, marks)
+    assert plain == _Reading(width=2, lost=3, joined=0, first_joined=0, enclosed=0, differs=False)
+    assert (marks.filled, marks.wrapped) == ({0: 6, 1: 6}, {})
+    assert (marks.doubled, marks.needless, marks.stray, marks.header) == (0, 0, 5, False)
+    header = file_of(tmp_path, '"a","b"\nx,1\n', "header.csv")
+    csv_quoting._read_plain(header, spec, marks)
+    assert marks.header
+    none = csv_quoting._read_quoted(file_of(tmp_path, "a,b\nx,1\ny\n", "none.csv"), spec, "csv")
+    assert none == (_Reading(2, 1, 0, 0, 0, False), False)
+    told = FormatSpec(header=False, columns=["a", "b", "c"])
+    found, _ = csv_quoting._read_quoted(path, told, "csv")
+    assert (found.width, found.lost) == (3, 9)  # of ten lines, one has three fields
+    assert csv_quoting._read_quoted(path, FormatSpec(header=False), "csv")[0].width == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "wrapped"),
+    [('"x"', True), ('""', True), ('"a ""b"""', True), (' "x" ', True), ('"', False), ("", False),
+     ('"x', False), ('x"', False), ('""a"', False), ('"a""', False), ('"a"b"', False),
+     ("xx", False), ('"a""b"', True)],
+)  # fmt: skip
+def test_which_fields_a_pair_of_marks_encloses(value: str, wrapped: bool) -> None:
+    assert csv_quoting.is_wrapped(value) == wrapped
+
+
+def test_where_marks_stand_in_fields() -> None:
+    marks = _Marks()
+    csv_quoting._note(marks, ["", "plain", '"x"', '"a ""b"""', '" "', 'say "x"', '"'])
+    csv_quoting._note(marks, ["full", "plain", '"yy"', "c", "d", "e", "f"])
+    assert marks.filled == {0: 1, 1: 2, 2: 2, 3: 2, 4: 2, 5: 2, 6: 2}
+    assert marks.wrapped == {2: 2, 3: 1, 4: 1}
+    assert (marks.doubled, marks.needless, marks.stray) == (1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "filled", "header", "plain"),
+    [(2, 4, False, True), (2, 5, False, False), (1, 1, False, False), (3, 6, False, True),
+     (0, 9, True, True), (0, 0, False, False), (3, 7, False, False)],
+)  # fmt: skip
+def test_a_file_plainly_quotes_if_half_of_a_column_or_the_header_is_enclosed(
+    wrapped: int, filled: int, header: bool, plain: bool
+) -> None:
+    marks = _Marks(Counter({1: wrapped}), Counter({0: 99, 1: filled}), header=header)
+    assert marks.are_plain == plain
+
+
+def reading(lost: int, width: int = 2, enclosed: int = 0, joined: int = 0) -> _Reading:
+    return _Reading(width=width, lost=lost, joined=joined, enclosed=enclosed)
+
+
+TABS = "tabs divide the columns"
+
+
+@pytest.mark.parametrize(
+    ("quoted", "plain", "marks", "tabbed", "why"),
+    [
+        # one column: more broken rows than well quoted ones
+        (reading(2, enclosed=1), reading(0, 1), {}, False, "as csv 2 lines do not fit"),
+        (reading(1), reading(0, 1), {}, False, "as csv 1 line does not fit"),
+        (reading(1, enclosed=1), reading(0, 1), {}, False, ""),
+        # csv loses fewer, or quoting is plain to see
+        (reading(1), reading(2), {"stray": 9}, True, ""),
+        (reading(9), reading(0), {"header": True}, True, ""),
+        (reading(2), reading(0), {"doubled": 3}, True, ""),
+        (reading(2), reading(0), {"doubled": 2}, True, "read so, every row has 2 fields; as csv"),
+        # where commas divide, it has to lose a tenth as many
+        (reading(21), reading(2), {}, False, "read so, all but 2 lines have 2 fields; as csv 21 l"),
+        (reading(20), reading(2), {}, False, ""),
+        (reading(20), reading(2), {}, True, "read so, all but 2 lines"),
+        (reading(1), reading(0), {}, False, "read so, every row"),
+        # both fit alike
+        (reading(0), reading(0), {"stray": 1}, False, ""),
+        (reading(0), reading(0), {"stray": 1}, True, TABS),
+        (reading(0), reading(0), {"needless": 1}, True, TABS),
+        (reading(0), reading(0), {}, True, ""),
+        (reading(3), reading(3), {"stray": 1}, True, TABS),
+        (reading(0, joined=2), reading(0), {"stray": 1}, True,
+         f"{TABS}, and csv would join lines into 2 rows"),
+    ],
+)  # fmt: skip
+def test_why_a_file_is_read_without_quoting(
+    quoted: _Reading, plain: _Reading, marks: dict[str, Any], tabbed: bool, why: str
+) -> None:
+    found = csv_quoting._why_none(quoted, plain, _Marks(**marks), tabbed)
+    assert found.startswith(why)
+    assert bool(found) == bool(why)
+    assert ("join" in found) == ("join" in why)
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        # escaped marks fit where csv does not, as well as without quoting
+        ('a,b\n"say \\"x\\" y",1\nz,2\n', "backslash"),
+        # no better than csv
+        ('a,b\nsay \\"x\\" y,1\n"c, d",2\n', "csv"),
+        # without quoting more fits than with the escape
+        ("a\tb\n" + '"x \\" y\t1\n' * 3 + "z\t2\n", "none"),
+        ("a\tb\nx\t1\n", "csv"), ('a\tb\nsay "x" y\t1\n', "none"), ('a,b\nsay "x" y,1\n', "csv"),
+    ],
+)  # fmt: skip
+def test_how_marks_behind_a_backslash_are_read(content: str, name: str, tmp_path: Path) -> None:
+    path = file_of(tmp_path, content, "x.tsv" if "\t" in content else "x.csv")
+    assert quoting_of(path, FormatSpec()).name == name
+
+
+def test_only_joined_lines_make_a_usual_csv_worth_a_word(tmp_path: Path) -> None:
+    joined = quoting_of(file_of(tmp_path, 'a,b\n"x,1\ny",2\n', "joined.csv"), FormatSpec())
+    assert joined == Quoting("csv", "usual for csv", 1, 2)
+    whole = quoting_of(file_of(tmp_path, 'a,b\n"x\ny",2\n', "whole.csv"), FormatSpec())
+    assert whole == Quoting("csv", "", 0, 0)
+    one = quoting_of(file_of(tmp_path, 'a\n"x\ny"\n', "one.csv"), FormatSpec())
+    assert one == Quoting("csv", "", 0, 0)
+    assert quoting_of(tmp_path / "one.csv", FormatSpec(quoting="none")) == Quoting("none")
+
+
+def test_a_file_is_searched_for_marks(tmp_path: Path) -> None:
+    packed = tmp_path / "x.csv.gz"
+    packed.write_bytes(gzip.compress(b"a,b\nx,1\n"))
+    plain, marked = file_of(tmp_path, "a,b\n"), file_of(tmp_path, 'a\n"b"\n', "marked.csv")
+    found = [csv_quoting._has_marks(path, "utf-8") for path in (packed, plain, marked)]
+    assert found == [False, False, True]
+    packed.write_bytes(gzip.compress(b'a,b\n"x",1\n'))
+    assert csv_quoting._has_marks(packed, "utf-8")
+    packed.write_bytes(b"not packed")
+    assert csv_quoting._has_marks(packed, "utf-8")  # whoever reads it says what is wrong
+    assert csv_quoting._has_marks(tmp_path / "absent.csv", "utf-8")
+    assert csv_quoting._has_marks(plain, "cp037")  # where a mark is another byte
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_process_says_how_a_file_is_read(
+    rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    announce_quoting(file_of(tmp_path, 'a\tb\n"x" y\t1\n', "x.tsv"), FormatSpec())
+    assert bool(capsys.readouterr().err) == (rank == "0")

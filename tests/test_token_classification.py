@@ -1039,6 +1039,21 @@ def test_shares_of_words_and_tokens(base: Path, tmp_path: Path) -> None:
     assert task.unknown_input("train", rows, []) == (0.0, None)
 
 
+def test_unknown_tokens_are_said_before_words_without_one(base: Path, tmp_path: Path) -> None:
+    class Texts(list[Any]):
+        place = staticmethod(lambda i: f"rows:{i}")
+
+    task, rows = task_of(base, tmp_path), Texts([ROWS[0], ROWS[1]])
+    unknown = [int(task.tokenizer.unk_token_id)] * 6
+    examples = [
+        {"row": 1, "input_ids": [*unknown, 5, 5, 5, 5], "n_words": 10, "words": [0]},
+    ]  # fmt: skip
+    share, warning = task.unknown_input("train", rows, examples)  # type: ignore[arg-type]
+    assert share == pytest.approx(0.6)
+    assert "rows:1" in str(warning)
+    assert "have no token of their own" not in str(warning)
+
+
 def test_a_batch_and_its_losses_and_predictions(base: Path, tmp_path: Path) -> None:
     task: Any = task_of(base, tmp_path, labels=["O", "B-A", "I-A"])
     examples = [

@@ -180,7 +180,7 @@ def _decide(path: Path, spec: FormatSpec) -> Quoting:
         # what a file without quoted fields is written back as
         return Quoting("none" if delimiter == "\t" else "csv")
     plain = _read_plain(path, spec, marks)
-    if escapes and quoted.lost:
+    if escapes:
         escaped, _ = _read_quoted(path, spec, "backslash")
         if escaped.lost < quoted.lost and escaped.lost <= plain.lost:
             return Quoting("backslash", f"read so, {_fitting(escaped)}")
@@ -198,7 +198,7 @@ def _why_none(quoted: _Reading, plain: _Reading, marks: _Marks, is_tabbed: bool)
     if quoted.lost < plain.lost or marks.are_plain or marks.doubled > quoted.lost:
         return ""
     most = quoted.lost if is_tabbed else quoted.lost / 10
-    if plain.lost < quoted.lost and (not plain.lost or plain.lost < most):
+    if plain.lost < most:
         return f"read so, {_fitting(plain)}; as csv {_not_fitting(quoted)}"
     if is_tabbed and (marks.stray or marks.needless):
         joined = f", and csv would join lines into {counted(quoted.joined, 'row')}"
@@ -262,8 +262,9 @@ def _note(marks: _Marks, fields: Sequence[str]) -> None:
             continue
         if is_wrapped(value):
             marks.wrapped[column] += 1
-            marks.doubled += '"' in value[1:-1]
-            marks.needless += '"' not in value[1:-1] and bool(value[1:-1].strip())
+            inside = value[1:-1]
+            marks.doubled += '"' in inside
+            marks.needless += '"' not in inside and bool(inside.strip())
         else:
             marks.stray += 1
 

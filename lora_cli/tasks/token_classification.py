@@ -83,7 +83,7 @@ class TokenClassification(TextTask):
 
     def _special_tokens(self) -> _Encoding:
         whole, inside = (token_ids(self.tokenizer, TRIAL_TEXT, special=s) for s in (True, False))
-        for start in range(len(whole) - len(inside) + 1):
+        for start in range(len(whole)):
             if whole[start : start + len(inside)] == inside:
                 return _Encoding(whole[:start], whole[start + len(inside) :])
         what = "the tokenizer reads a text in another way when it adds its special tokens"
