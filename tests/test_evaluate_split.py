@@ -35,6 +35,7 @@ from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import MAIN, Encoded, Prediction
+from lora_cli.tasks.sequence_classification import SequenceClassification
 
 CPU = torch.device("cpu")
 TEXTS = [" ".join(["great fun", "slow", "a plot"][: 1 + i % 3] * (1 + i % 5)) for i in range(23)]
@@ -104,6 +105,34 @@ def test_neither_batch_size_nor_window_matters(
             assert {k: other[k] for k in ("row", "place", "reference", "prediction")} == {
                 k: line[k] for k in ("row", "place", "reference", "prediction")
             }
+
+
+def test_a_batch_has_twice_the_examples_of_one_in_training_unless_the_recipe_says(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(base, tmp_path, train={"micro_batch_size": 4})
+    for size, sizes in ((None, [8, 8, 7]), (5, [5, 5, 5, 5, 3])):
+        task, model, split = opened(recipe.with_values({"evaluate.micro_batch_size": size}))
+        own, found, asked = task.predict, [], []
+
+        def predict(model: Any, batch: Any, own: Any = own, found: Any = found) -> list[Prediction]:
+            found.append(len(batch.rows))
+            return own(model, batch)
+
+        monkeypatch.setattr(task, "predict", predict)
+        monkeypatch.setattr(task, "choose_rows_to_answer", asked.append)
+        evaluate(model, task, split, Accelerator(cpu=True))
+        assert found == sizes
+        assert asked == [[23]]
+
+
+def test_metrics_that_no_row_has_anything_for_are_named() -> None:
+    split: Any = SimpleNamespace(rows=SimpleNamespace(source="x.jsonl"))
+    recipe: Any = SimpleNamespace(at=lambda key: key)
+    one = evaluation._no_reference(["f1"], split, recipe).problems[0].what
+    assert one == "no row of x.jsonl has a label or an answer, which metric `f1` compares with"
+    two = evaluation._no_reference(["f1", "accuracy"], split, recipe).problems[0].what
+    assert two.endswith("which the metrics `f1` and `accuracy` compare with")
 
 
 def test_the_order_of_the_rows_does_not_matter(base: Path, tmp_path: Path) -> None:
@@ -180,6 +209,8 @@ class Parts:
     joins_examples, compares_rows = True, False
     loss_weights: ClassVar[dict[str, float]] = {MAIN: 1.0}
     rows = ("a", "b", "c", "d")
+    main_term = "labels"
+    result_of_term = Task.result_of_term
 
     def join(self, row: str, parts: list[Prediction]) -> Prediction:
         text = row + "".join(str(part.prediction) for part in parts)
@@ -258,6 +289,21 @@ def test_losses_are_means_of_sums_and_terms_are_weighted() -> None:
     assert found == {"loss": 6.5, "loss_boxes": 1.5, "loss_classes": 4.0}
     found = evaluation._mean_losses(task, {"boxes": [6.0, 4.0], "classes": [0.0, 0.0]})
     assert found == {"loss": 4.5, "loss_boxes": 1.5}
+    task.loss_weights = {MAIN: 2.0, "teacher": 0.5}
+    found = evaluation._mean_losses(task, {MAIN: [6.0, 4.0], "teacher": [0.0, 0.0]})
+    assert found == {"loss": 3.0}  # which is not said twice
+    found = evaluation._mean_losses(task, {MAIN: [6.0, 4.0], "teacher": [8.0, 2.0]})
+    assert found == {"loss": 5.0, "loss_labels": 1.5, "loss_teacher": 4.0}
+
+
+class Rows(list[Any]):
+    """Rows of no file."""
+
+    def place(self, i: int) -> str:
+        return f"rows:{i}"
+
+    def set_of(self, i: int) -> None:
+        return None
 
 
 class Lines(Parts):
@@ -270,13 +316,6 @@ class Lines(Parts):
         return row.upper()
 
     def take(self, text: str, found: Prediction) -> dict[str, Any]:
-        class Rows(list):
-            def place(self, i: int) -> str:
-                return f"rows:{i}"
-
-            def set_of(self, i: int) -> None:
-                return None
-
         split: Any = SimpleNamespace(rows=Rows([text]))
         task: Any = self
         return json.loads(evaluation._line(found, split, task))
@@ -290,6 +329,14 @@ def test_a_long_text_is_shown_to_five_hundred_characters(length: int) -> None:
     assert line["reference"] == line["text"].upper()
     assert (line["loss"], line["n_items"], line["prediction"]) == (1.0, 2, "y")
     assert "scores" not in line
+
+
+def test_letters_of_any_script_are_written_as_they_are() -> None:
+    split: Any = SimpleNamespace(rows=Rows(["Zoë 良い"]))
+    task: Any = Lines()
+    line = evaluation._line(part(0, "y", 1.0, 2), split, task)
+    assert "Zoë 良い" in line
+    assert line.endswith("}\n")
 
 
 def test_a_line_has_the_prediction_s_own_reference_and_six_digits_of_scores() -> None:
@@ -550,8 +597,19 @@ def test_of_the_splits_all_but_train_are_measured_unless_one_is_named(
 ) -> None:
     recipe = recipe_of(base, tmp_path).with_values({"data.test": str(tmp_path / "dev.jsonl")})
     monkeypatch.setattr(evaluation, "load_adapted", lambda *_: nn.Linear(1, 1))
-    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: {"loss": 1.0})
+    given: list[Any] = []
+    monkeypatch.setattr(
+        evaluation, "evaluate", lambda *_, **options: given.append(options) or {"loss": 1.0}
+    )
+    warned: list[str] = []
+    monkeypatch.setattr(evaluation, "warn", warned.append)
+    monkeypatch.setattr(
+        SequenceClassification, "unknown_input",
+        lambda self, name, rows, examples: (0.5, name == "test" and f"{name}: {len(rows)} rows"),
+    )  # fmt: skip
     assert set(evaluate_adapter(tmp_path, recipe)) == {"validation", "test"}
+    assert given == [{"strict_loss": True}] * 2  # a loss that is no number is an error
+    assert warned == ["test: 23 rows"]
     for name in ("train", "validation", "test"):
         assert set(evaluate_adapter(tmp_path, recipe, name)) == {name}
     streamed = recipe.with_values({"data.streaming": True})
