@@ -174,6 +174,9 @@ def test_a_pair_can_be_made_larger_and_its_scale_put_into_b() -> None:
 def test_pairs_of_several_ranks_become_pairs_of_the_largest() -> None:
     pairs = {name: pair for name, (_, pair) in zip("ab", drawn(2, 3), strict=True)}
     found = of_one_rank(pairs)
+    assert [name.partition(".lora_")[2] for name in peft_tensors_of(found, {})] == [
+        "A.weight", "B.weight", "A.weight", "B.weight",
+    ]  # fmt: skip
     for name, pair in pairs.items():
         assert (found[name].rank, found[name].scale) == (3, 1.0)
         assert_close(delta(found[name]), delta(pair), 1e-6)
@@ -214,6 +217,7 @@ def test_the_parts_of_an_adapter_s_file() -> None:
         "a.q": False, "embed": True,
     }  # fmt: skip
     assert {pair.scale for pair in parts.pairs.values()} == {3.0}
+    assert (parts.pairs["a.q"].a.shape, parts.pairs["a.q"].b.shape) == ((2, 5), (4, 2))
     assert list(parts.biases) == ["a.q.bias"]
     assert list(parts.in_full) == ["head.dense.weight", "head.dense.bias"]
     assert list(peft_tensors_of(parts.pairs, {"head.dense.bias": torch.ones(3)})) == [

@@ -62,7 +62,7 @@ def combine_pairs(module: str, weighted: Weighted, method: Method) -> Pair:
     if method.name == "linear" and _have_equal_a(weighted):
         return _added_b(weighted)
     generator = torch.Generator().manual_seed(module_seed(method.seed, module))
-    first = weighted[0][1]
+    (_, first), *_ = weighted
     if method.name == "svd":
         rank = method.rank or max(pair.rank for _, pair in weighted)
         return _product_svd(concatenated(weighted), rank)
@@ -92,7 +92,8 @@ def concatenated(weighted: Weighted) -> Pair:
     """Return the weighted sum of updates, whose rank is the sum of theirs."""
     a = torch.cat([(w * pair.scale * pair.a.double()).float() for w, pair in weighted])
     b = torch.cat([pair.b.float() for _, pair in weighted], dim=1)
-    return Pair(a, b, 1.0, weighted[0][1].is_embedding)
+    (_, first), *_ = weighted
+    return Pair(a, b, 1.0, first.is_embedding)
 
 
 def module_seed(seed: int, module: str) -> int:
@@ -102,12 +103,13 @@ def module_seed(seed: int, module: str) -> int:
 
 
 def _have_equal_a(weighted: Weighted) -> bool:
-    return all(torch.equal(pair.a, weighted[0][1].a) for _, pair in weighted)
+    (_, first), *others = weighted
+    return all(torch.equal(pair.a, first.a) for _, pair in others)
 
 
 def _added_b(weighted: Weighted) -> Pair:
     """Return the exact weighted sum of updates that have the same A."""
-    first = weighted[0][1]
+    (_, first), *_ = weighted
     terms = [weight * pair.scale * pair.b.double() for weight, pair in weighted]
     return Pair(first.a.float(), torch.stack(terms).sum(0).float(), 1.0, first.is_embedding)
 
@@ -139,7 +141,7 @@ def _blended(
         prune = _random_entries if name.startswith("dare") else _largest_entries
         tensors = [prune(tensor, density, generator) for tensor in tensors]
     stacked = torch.stack(tensors)
-    factors = torch.tensor(weights, dtype=stacked.dtype).reshape(-1, *(1,) * tensors[0].ndim)
+    factors = torch.tensor(weights, dtype=stacked.dtype).reshape(-1, *(1,) * (stacked.ndim - 1))
     if not name.endswith("ties"):
         return (stacked * factors).sum(0)
     majority = torch.where(stacked.sum(0) >= 0, 1, -1)
