@@ -365,3 +365,20 @@ def test_what_peft_would_read_otherwise_is_said_of_each_kind_of_module() -> None
     assert said(["mlp"], [], "HEAD_ONLY") == []
     (found,) = said(["0.mlp"], [])
     assert "is a LlamaMLP, which it does not adapt" in found
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_copy_that_the_file_lacks_is_named_also_where_its_weight_is_shared(tied: bool) -> None:
+    model = tiny.llama(tied)
+    config = {
+        "peft_type": "LORA", "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]
+    }  # fmt: skip
+    tensors = [
+        f"{name}.lora_{side}.weight"
+        for name, _ in model.named_modules()
+        if name.endswith("q_proj")
+        for side in "AB"
+    ]
+    (said,) = peft_differences(model, config, tensors)
+    assert said.startswith("PEFT would look for weights of `lm_head` too")
+    assert peft_differences(model, config, [*tensors, "lm_head.weight"]) == []
