@@ -107,7 +107,7 @@ class LowRankSum:
     @property
     def T(self) -> Any:  # noqa: N802 - torch's name
         """The sum of a matrix with its sides exchanged."""
-        return self.transpose(-2, -1) if self.ndim == 2 else self.whole.T
+        return self.mT if self.ndim == 2 else self.whole.T
 
     def __getattr__(self, name: str) -> Any:
         """Return what is asked of the sum."""
@@ -169,8 +169,8 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
         if isinstance(second, LowRankSum) and isinstance(first, Tensor):
             y = first @ second.weight
             return y + (_as(first, second) @ second.left @ second.right).to(y.dtype)
-        if isinstance(first, LowRankSum) and isinstance(second, Tensor):
-            y = first.weight @ second
+        if isinstance(first, LowRankSum):
+            y = torch.matmul(first.weight, second)
             return y + (first.left @ (first.right @ _as(second, first))).to(y.dtype)
     if name in ("grouped_mm", "_grouped_mm", "grouped_mm_fallback"):
         offs = kwargs.get("offs", args[2] if len(args) == 3 else None)
