@@ -23,6 +23,7 @@ from lora_cli.adapters.attach import (
     group_rows,
     lora_layers,
     merge,
+    merge_and_untie,
     name_in_base,
     parameter_table,
     remove_layers,
@@ -36,7 +37,9 @@ from lora_cli.adapters.targets import (
     parse_layers,
     resolve_targets,
 )
+from lora_cli.adapters.token_rows import token_layers
 from lora_cli.errors import LoraError, Problem
+from lora_cli.models.bundle import Bundle
 from lora_cli.models.quantized_linear import QuantizedLinear
 from lora_cli.patterns import regex_error
 from lora_cli.recipe import load_recipe
@@ -753,3 +756,46 @@ def test_rows_of_the_table_count_what_a_quantised_layer_stands_for() -> None:
     assert rows["0.weight"][0] == (3, 4)
     assert rows["0.bias"] == ((3,), True, 3)
     assert set(rows) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "lacking"),
+    [("bitfit", "the model has no bias"), ("none", "the model has no new head")],
+)
+def test_what_a_model_lacks_to_be_trained_is_said(kind: str, lacking: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    with pytest.raises(LoraError, match=f"nothing is trained: {lacking}"):
+        attach(model, tiny.recipe_of(type=kind))
+
+
+def test_rows_of_tokens_are_those_of_the_vocabulary() -> None:
+    model = tiny.llama(tied=False)
+    size = len(model.get_input_embeddings().weight)
+    recipe = tiny.recipe_of("causal_lm", target_modules=["q_proj"])
+    with pytest.raises(LoraError, match=f"has rows for {size} tokens, and none for {size}"):
+        attach(model, recipe, token_ids=[3, size])
+    attach(model, recipe, token_ids=[3, size - 1])
+    layers = token_layers(model)
+    assert [list(layer.token_ids) for layer in layers.values()] == [[3, size - 1]] * 2
+
+
+@pytest.mark.parametrize("restored", [True, False])
+def test_where_matrices_start_is_found_unless_they_are_read_afterwards(restored: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    recipe = tiny.recipe_of("causal_lm", init="orthogonal", rank=2, target_modules=["0"])
+    attach(model, recipe, restored=restored)
+    # by default B is zero; orthogonal matrices are not
+    assert bool(lora_layers(model)["0"].lora_B.any()) is not restored
+
+
+def test_a_tie_ends_in_the_part_of_a_model_in_which_it_was() -> None:
+    parts = {name: tiny.llama(tied=True) for name in ("unet", "text_encoder")}
+    model = Bundle(parts, ())
+    layer = add_layer(model, Target("text_encoder.lm_head", 1, 1.0))
+    for parameter in (layer.lora_A, layer.lora_B):
+        nn.init.ones_(parameter)
+    untied = merge_and_untie(model, [])
+    assert "text_encoder.lm_head" in untied
+    assert not any(name.startswith("unet") for name in untied)
+    ties = {name: part.config.tie_word_embeddings for name, part in parts.items()}
+    assert ties == {"unet": True, "text_encoder": False}

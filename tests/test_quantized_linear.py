@@ -49,6 +49,16 @@ def test_a_weight_is_near_what_it_was(kind: Format, error: float) -> None:
     assert float((made.dequantized() - weight).norm() / weight.norm()) < error
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_each_row_of_int8_has_steps_of_its_own_size(size: float) -> None:
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2)) * size
+    weight[0] *= 1e-4  # one small row among others
+    made = QuantizedLinear(SHAPE[1], SHAPE[0], None, "int8")
+    made.set_weight(weight)
+    half_a_step = weight.abs().amax(dim=1, keepdim=True) / 127 / 2
+    assert bool(((made.dequantized() - weight).abs() <= half_a_step * 1.001).all())
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_rows_of_zeros_stay_zero(kind: Format) -> None:
     made = QuantizedLinear(SHAPE[1], SHAPE[0], None, kind)
