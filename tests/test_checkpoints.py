@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_cli.adapters.attach import attach, trainable_parameters
@@ -20,6 +21,7 @@ from lora_cli.training.checkpoints import (
     checkpoints,
     load_checkpoint,
     optimizer_bytes,
+    publish_adapter,
     require_space_for_checkpoints,
     restore_checkpoint,
     save_checkpoint,
@@ -81,6 +83,56 @@ def test_the_room_is_that_of_all_that_is_on_the_disk_at_once(
     (there / "file").write_bytes(b"x" * 1000)
     require_space_for_checkpoints(model, recipe)
     assert asked[1] == asked[0] - 1000
+
+
+def test_a_model_of_parts_also_needs_room_for_the_file_of_diffusers(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.encoder(2)
+    attach(model, recipe, HEAD)
+    trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    asked: list[int] = []
+    monkeypatch.setattr(module, "require_space", lambda _, size, at: asked.append(size))
+    for parts in ([], ["unet"]):
+        monkeypatch.setattr(module, "part_names", lambda _, parts=parts: parts)
+        require_space_for_checkpoints(model, recipe)
+    assert asked[1] - asked[0] == 2 * trained  # old and new
+
+
+def test_what_decides_the_computation_is_kept_beside_what_is_trained(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = trained(recipe)
+    facts, written = {"attention": "sdpa"}, []
+    monkeypatch.setattr(module, "write_computation", lambda *given: written.append(given))
+    state, out = TrainState(step=1), recipe.output_path
+    save_checkpoint(out, state, optimizer, model, recipe, HEAD, None, facts)
+    ((folder, *rest),) = written
+    assert (folder.parent.name, rest) == ("checkpoints", [recipe, facts])
+    processors: list[Any] = []
+    publish_adapter(out, model, recipe, HEAD, None, lambda *given: processors.append(given), facts)
+    ((folder, given),) = processors
+    assert (folder.parent, given) == (out, facts)
+    assert written[1] == (folder, recipe, facts)
+    assert (out / "adapter_model.safetensors").is_file()
+    save_checkpoint(out, TrainState(step=2), optimizer, model, recipe, HEAD, None)
+    publish_adapter(out, model, recipe, HEAD, None, None)
+    assert (len(written), len(processors)) == (2, 1)
+
+
+def test_of_several_tensors_that_are_missing_the_last_says_how_to_go_on(recipe: Recipe) -> None:
+    model, optimizer = trained(recipe)
+    state = TrainState(step=1)
+    folder = save_checkpoint(recipe.output_path, state, optimizer, model, recipe, HEAD, None)
+    file = folder / "optimizer.safetensors"
+    tensors = load_file(file)
+    missing = sorted(tensors)[:3]
+    save_file({n: t for n, t in tensors.items() if n not in missing}, file)
+    with pytest.raises(IntegrityError) as caught:
+        restore_checkpoint(folder, state, model, optimizer)
+    problems = caught.value.problems
+    assert [problem.what for problem in problems] == [f"`{name}` is missing" for name in missing]
+    assert [bool(problem.hint) for problem in problems] == [False, False, True]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])

@@ -222,3 +222,40 @@ def test_names_that_differ_in_numbers_are_joined_where_there_are_many() -> None:
         "bert.encoder.layer.0-4.output.LayerNorm.weight"
     )
     assert in_modules(set(every), every) == "bert, classifier"
+
+
+def stack(count: int, shared: nn.Embedding | None = None) -> nn.Module:
+    """Return an embedding and some layers, as one side of an encoder-decoder has them."""
+    side = nn.Module()
+    side.embed_tokens = nn.Embedding(5, 2)
+    if shared is not None:
+        side.embed_tokens.weight = shared.weight
+    side.layers = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(count))
+    return side
+
+
+def test_each_side_of_an_encoder_decoder_is_counted_from_its_own_top() -> None:
+    model = nn.Module()
+    model.encoder = stack(3)
+    model.decoder = stack(2, model.encoder.embed_tokens)  # one weight under two names
+    model.head = nn.Linear(2, 5, bias=False)
+    assert depths(model, ["head"]) == {
+        "encoder.embed_tokens.weight": 4,
+        **{f"encoder.layers.{i}.weight": 3 - i for i in range(3)},
+        "decoder.embed_tokens.weight": 3,
+        **{f"decoder.layers.{i}.weight": 2 - i for i in range(2)},
+        "head.weight": 0,
+    }
+
+
+def test_a_convolution_comes_before_the_layers_or_is_of_one() -> None:
+    model = nn.Module()
+    model.conv = nn.Conv1d(2, 2, 3)
+    model.layers = nn.ModuleList(nn.Sequential(nn.Conv1d(2, 2, 3), nn.ReLU()) for _ in range(2))
+    model.last = nn.Conv1d(2, 2, 3)
+    assert embedding_modules(model) == ["conv"]
+    assert depths(model) == {
+        f"{name}.{end}": depth
+        for name, depth in (("conv", 3), ("layers.0.0", 2), ("layers.1.0", 1), ("last", 0))
+        for end in ("weight", "bias")
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,29 @@ def test_only_a_state_is_read(values: dict[str, Any], is_state: bool, tmp_path: 
     file.write_text("[]")
     with pytest.raises(ValueError, match="of another version"):
         read_state(file)
+
+
+def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
+    state = TrainState(step=3, examples=12, best={"step": 2}, logs={"metrics.jsonl": 7})
+    (tmp_path / "trainer.json").write_text(json.dumps(asdict(state)))  # every key of it
+    assert read_state(tmp_path / "trainer.json") == state
+
+
+def test_only_a_default_may_be_missing_from_what_an_earlier_version_saved() -> None:
+    def changes(now: Recipe) -> list[str]:
+        before = recipe_facts(recipe())
+        del before["train"]["max_grad_norm"]  # as of a version that did not know the key
+        del before["adapter"]["dropout"]
+        try:
+            return reject_changes(saved(recipe(), recipe=before), now)
+        except LoraError as error:
+            return [problem.what for problem in error.problems]
+
+    assert changes(recipe()) == []
+    (said,) = changes(recipe(adapter__dropout=0.3))
+    assert "`adapter.dropout: None`, the recipe now says `0.3`" in said
+    (said,) = changes(recipe(train__max_grad_norm=0.25))
+    assert "`train.max_grad_norm: None`, the recipe now says `0.25`" in said
 
 
 def test_a_new_run_stands_at_nothing() -> None:
