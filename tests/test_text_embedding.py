@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.recipe.spec import TextEmbeddingSpec
 from lora_cli.tasks import build_task
+from lora_cli.tasks.embeddings import embedding_search
 from lora_cli.tasks.embeddings.embedding_losses import ANCHOR, NEGATIVE, POSITIVE, embedding_losses
 from lora_cli.tasks.embeddings.embedding_search import labelled_corpus, pairs_corpus, search
 from lora_cli.training import train
@@ -383,6 +385,24 @@ def plain_ranks(cosines: np.ndarray[Any, Any], right: set[int], without: set[int
         set(range(len(cosines))) - without, key=lambda i: (-round(cosines[i], 5), i in right)
     )
     return [rank for rank, i in enumerate(order, 1) if i in right]
+
+
+@pytest.mark.parametrize(("at_once", "sizes"), [(100, [3] * 3 + [1]), (19, [1] * 10)])
+def test_so_many_cosines_are_computed_at_once(
+    at_once: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding_search, "AT_ONCE", at_once)
+    own, found = embedding_search._found, []
+
+    def noted(cosines: Tensor, right: Tensor) -> Any:
+        found.append(len(cosines))
+        return own(cosines, right)
+
+    monkeypatch.setattr(embedding_search, "_found", noted)
+    vectors = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    corpus, _ = pairs_corpus(vectors[:10], vectors[:10], range(10), range(100, 110))
+    assert len(search(replace(corpus, texts=vectors))) == 10
+    assert found == sizes
 
 
 def test_ranks_are_those_of_sentence_transformers() -> None:
