@@ -192,10 +192,10 @@ def stand_ins(name: str, folder: Path) -> tuple[Path, Path]:
             tiny_diffusion = pytest.importorskip("tiny_diffusion")
             pictures = {"train": 4, "validation": 2}
             return tiny_diffusion.save(base), tiny_diffusion.write_folder(data, pictures)
-        case "draw_with_stable_diffusion_3":
+        case "draw_with_stable_diffusion_3" | "draw_with_flux":
             tiny_diffusion = pytest.importorskip("tiny_diffusion")
-            pictures = {"train": 4, "validation": 2}
-            return tiny_diffusion.save(base, "sd3"), tiny_diffusion.write_folder(data, pictures)
+            pictures, kind = {"train": 4, "validation": 2}, "flux" if "flux" in name else "sd3"
+            return tiny_diffusion.save(base, kind), tiny_diffusion.write_folder(data, pictures)
         case "llama_instruct" | "llama_qlora":
             return save_llama(base), hub_folder(data, None, ["train", "test"], instruction)
     raise AssertionError(f"configs/{name}.yaml has no stand-ins: write them here")

@@ -4,6 +4,7 @@ folder = tiny_diffusion.save(tmp_path / "base")                       Stable Dif
 folder = tiny_diffusion.save(tmp_path / "base", "xl")                 Stable Diffusion XL
 folder = tiny_diffusion.save(tmp_path / "base", "sd3")                Stable Diffusion 3
 folder = tiny_diffusion.save(tmp_path / "base", "sd3 without t5")     the same without T5
+folder = tiny_diffusion.save(tmp_path / "base", "flux")               FLUX.1-dev
 tiny_diffusion.write_folder(tmp_path / "pictures", {"train": 4})      a caption next to each
 """
 
@@ -21,6 +22,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -141,10 +143,31 @@ def _flow_pipeline(kind: str, noise: dict[str, Any], **config: Any) -> Any:
     )  # fmt: skip
 
 
+def _flux_pipeline(noise: dict[str, Any], **config: Any) -> Any:
+    """Return a pipeline of Flux, with one block of each kind."""
+    values: dict[str, Any] = {
+        "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8,
+        "num_attention_heads": 2, "joint_attention_dim": T5_WIDTH, "pooled_projection_dim": WIDTH,
+        "guidance_embeds": True, "axes_dims_rope": (2, 2, 4),
+    }  # fmt: skip
+    return diffusers.FluxPipeline(
+        transformer=FluxTransformer2DModel(**{**values, **config}),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            **{"shift": 3.0, "use_dynamic_shifting": True, **noise}
+        ),
+        vae=vae(shift_factor=0.1, scaling_factor=0.4, use_quant_conv=False,
+                use_post_quant_conv=False),
+        text_encoder=text_encoder(), tokenizer=tokenizer(),
+        text_encoder_2=t5_encoder(), tokenizer_2=t5_tokenizer(),
+    )  # fmt: skip
+
+
 def pipeline(kind: str = "sd", noise: dict[str, Any] | None = None, **config: Any) -> Any:
     """Return a pipeline with random weights; `noise` is of its scheduler, `config` its denoiser."""
     if kind.startswith("sd3"):
         return _moved(_flow_pipeline(kind, noise or {}, **config))
+    if kind == "flux":
+        return _moved(_flux_pipeline(noise or {}, **config))
     xl = kind == "xl"
     parts: dict[str, Any] = {
         "unet": unet(xl, **config), "vae": vae(), "text_encoder": text_encoder(),

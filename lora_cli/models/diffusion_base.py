@@ -32,6 +32,7 @@ from lora_cli.models.diffusion_family import (
     StableDiffusionXL,
     tokenizer_of,
 )
+from lora_cli.models.flux import Flux
 from lora_cli.models.load_errors import explained
 from lora_cli.models.stable_diffusion_3 import StableDiffusion3
 from lora_cli.models.stored_tensors import DTYPES, FLOATS
@@ -42,6 +43,7 @@ FAMILIES: dict[str, type[Family]] = {  # by the class of their pipeline in diffu
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
+    "FluxPipeline": Flux,
 }
 
 

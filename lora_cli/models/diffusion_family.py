@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,21 @@ from torch import Tensor, nn
 VAE, UNET, SCHEDULER = "vae", "unet", "scheduler"
 NOISE = ("epsilon", "v_prediction")
 Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a denoiser reads besides noisy latents.
+
+    Args:
+        texts: What `Family.texts` returns, without None.
+        sizes: Of the pictures (B, 6), if the model reads them.
+        guidance: How far away from an empty text it is to draw, if it reads that.
+    """
+
+    texts: Sequence[Tensor]
+    sizes: Tensor | None = None
+    guidance: float = 1.0
 
 
 class Family(ABC):
@@ -92,14 +108,36 @@ class Family(ABC):
             An embedding of each token (N, L, D), and of a whole text (N, P) if the model reads it.
         """
 
+    @property
+    def reads_guidance(self) -> bool:
+        """Whether the denoiser reads how far away from an empty text it is to draw."""
+        return False
+
+    @property
+    def has_negative_prompt(self) -> bool:
+        """Whether a negative prompt changes what is drawn."""
+        return True
+
+    def drawn_latents(self, drawn: Tensor, side: int) -> Tensor:
+        """Return what the pipeline has drawn as latents (B, C, h, w).
+
+        Args:
+            drawn: As the pipeline returns it.
+            side: Of the pictures, in pixels.
+        """
+        return drawn
+
+    def odd_scheduler(self) -> list[str]:
+        """Return with what a scheduler of flow matching would draw in another way."""
+        return [
+            f"its scheduler has `{key}`, with which it draws in another way"
+            for key in ("invert_sigmas", "stochastic_sampling")
+            if self.configs[SCHEDULER].get(key)
+        ]
+
     @abstractmethod
     def denoised(
-        self,
-        denoiser: nn.Module,
-        noisy: Tensor,
-        times: Tensor,
-        texts: Sequence[Tensor],
-        sizes: Tensor | None,
+        self, denoiser: nn.Module, noisy: Tensor, times: Tensor, given: Conditions
     ) -> Tensor:
         """Return what the denoiser says of noisy latents (B, C, h, w).
 
@@ -107,8 +145,7 @@ class Family(ABC):
             denoiser: The part.
             noisy: (B, C, h, w).
             times: How much noise there is in each, in the scheduler's unit (B,).
-            texts: What `texts` returns, without None.
-            sizes: Of the pictures (B, 6), if the model reads them.
+            given: What it reads besides.
         """
 
     def pipeline_options(self, index: Config) -> Config:
@@ -174,19 +211,15 @@ class StableDiffusion(Family):
         return parts["text_encoder"](ids[0])[0], None
 
     def denoised(
-        self,
-        denoiser: nn.Module,
-        noisy: Tensor,
-        times: Tensor,
-        texts: Sequence[Tensor],
-        sizes: Tensor | None,
+        self, denoiser: nn.Module, noisy: Tensor, times: Tensor, given: Conditions
     ) -> Tensor:
         """Return what the U-Net says of noisy latents."""
         more = {}
-        if sizes is not None:
-            more = {"added_cond_kwargs": {"text_embeds": texts[1], "time_ids": sizes}}
+        if given.sizes is not None:
+            asked = {"text_embeds": given.texts[1], "time_ids": given.sizes}
+            more = {"added_cond_kwargs": asked}
         found: Tensor = denoiser(
-            noisy, times, encoder_hidden_states=texts[0], return_dict=False, **more
+            noisy, times, encoder_hidden_states=given.texts[0], return_dict=False, **more
         )[0]
         return found
 

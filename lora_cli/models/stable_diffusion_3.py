@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lora_cli.models.diffusion_family import SCHEDULER, VAE, Family, clip_texts, latents_differ
+from lora_cli.models.diffusion_family import (
+    SCHEDULER,
+    VAE,
+    Conditions,
+    Family,
+    clip_texts,
+    latents_differ,
+)
 
 TRANSFORMER, T5 = "transformer", "text_encoder_3"
 CLIPS = ("text_encoder", "text_encoder_2")
@@ -68,10 +75,7 @@ class StableDiffusion3(Family):
                 f"its transformer reads {transformer['pooled_projection_dim']} numbers of a whole "
                 f"text, and its CLIP encoders make {whole}"
             )
-        for key in ("invert_sigmas", "stochastic_sampling"):
-            if self.configs[SCHEDULER].get(key):
-                problems.append(f"its scheduler has `{key}`, with which it draws in another way")
-        return problems
+        return problems + self.odd_scheduler()
 
     @property
     def divisor(self) -> int:
@@ -99,15 +103,10 @@ class StableDiffusion3(Family):
         return states, torch.cat(whole, -1)
 
     def denoised(
-        self,
-        denoiser: nn.Module,
-        noisy: Tensor,
-        times: Tensor,
-        texts: Sequence[Tensor],
-        sizes: Tensor | None,
+        self, denoiser: nn.Module, noisy: Tensor, times: Tensor, given: Conditions
     ) -> Tensor:
         """Return what the transformer says of noisy latents: noise minus picture."""
-        states, whole = texts
+        states, whole = given.texts
         if T5 not in self.text_encoders:  # the zeros are not kept with the texts
             states = _widened(states, int(self.configs[TRANSFORMER]["joint_attention_dim"]))
             states = pad(states, (0, 0, 0, T5_TOKENS))

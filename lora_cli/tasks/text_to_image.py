@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_cli.data.load_rows import Rows
 from lora_cli.data.pictures import require_pillow
 from lora_cli.errors import LoraError, Problem
 from lora_cli.models.base_model import mixed_precision
 from lora_cli.models.bundle import Bundle
 from lora_cli.models.diffusion_base import DiffusionBase, processor_hash, quiet_diffusers
-from lora_cli.models.diffusion_family import VAE
+from lora_cli.models.diffusion_family import VAE, Conditions
 from lora_cli.recipe import Recipe
+from lora_cli.recipe.spec import FlowSpec
+from lora_cli.recipe.spec.text_to_image_spec import GUIDANCE
 from lora_cli.tasks.diffusion.caption_proposals import propose_captions
 from lora_cli.tasks.diffusion.captioned_pictures import (
     LATENTS,
@@ -91,17 +94,26 @@ class TextToImage(CaptionedPictures):
             LoraError: With each of them.
         """
         family, spec, at = self.base.family, self.spec, self.recipe.at
-        given: dict[str, Any] = {"without_t5": spec.without_t5 and not family.optional}
+        given: dict[str, Any] = {}
         what, hint = f"has no meaning for {family.name}", "leave it out"
         if family.learns_flow:
-            given |= {"snr_gamma": spec.snr_gamma, "noise_offset": spec.noise_offset}
+            given = {"snr_gamma": spec.snr_gamma, "noise_offset": spec.noise_offset}
             what += ", which learns by flow matching"
             hint += "; `task.flow` says how steps are drawn and weighted"
         else:
-            given |= {"flow": spec.flow}
-        wrong = [key for key, value in given.items() if value]
+            given = {"flow": spec.flow}
+        wrong = [Problem(f"`{k}` {what}", at(f"task.{k}"), hint) for k, v in given.items() if v]
+        if spec.without_t5 and not family.optional:
+            what = f"`without_t5` has no meaning for {family.name}: it needs all its text encoders"
+            wrong.append(Problem(what, at("task.without_t5"), "leave it out"))
+        if spec.flow and spec.flow.guidance != GUIDANCE and not family.reads_guidance:
+            what = "`guidance` has no meaning for this model, which reads none"
+            wrong.append(Problem(what, at("task.flow.guidance"), "leave it out"))
+        if self.recipe.evaluate.drawing.negative_prompt and not family.has_negative_prompt:
+            what = f"`negative_prompt` has no meaning for {family.name}: it reads one text a step"
+            wrong.append(Problem(what, at("evaluate.drawing.negative_prompt"), "leave it out"))
         if wrong:
-            raise LoraError([Problem(f"`{key}` {what}", at(f"task.{key}"), hint) for key in wrong])
+            raise LoraError(wrong)
 
     def _check_sizes(self) -> None:
         """Reject sizes of pictures that the model cannot read."""
@@ -112,6 +124,18 @@ class TextToImage(CaptionedPictures):
             what = f"`resolution: {spec.resolution}` is no multiple of {side} pixels, in which "
             what += "steps the model draws"
             raise LoraError(what, place, f"for example {near}")
+        if "resolution" in spec.model_fields_set:
+            self._check_longest_side()
+
+    def learn_from(self, splits: dict[str, Rows]) -> None:
+        """Check the usual sizes of pictures too, which no merge of an adapter needs."""
+        if "resolution" not in self.spec.model_fields_set and hasattr(self, "base"):
+            self._check_longest_side()
+        super().learn_from(splits)
+
+    def _check_longest_side(self) -> None:
+        """Reject pictures for which the model has no positions."""
+        spec, place = self.spec, self.recipe.at("task.resolution")
         longest, most = max(map(max, self.sizes())), self.base.family.longest_side
         if most is not None and longest > most:
             what = f"pictures of up to {longest} pixels a side are too large for this model, which "
@@ -276,9 +300,12 @@ class TextToImage(CaptionedPictures):
         family = self.base.family
         denoiser = model.get_submodule(family.denoiser)
         dtype, times = _dtype_of(denoiser), self.noise.times(steps)
-        own = [one.to(dtype) for one in texts]
-        sizes = None if sizes is None else sizes.to(dtype)
-        return family.denoised(denoiser, noisy.to(dtype), times, own, sizes)
+        given = Conditions(
+            [one.to(dtype) for one in texts],
+            None if sizes is None else sizes.to(dtype),
+            (self.spec.flow or FlowSpec()).guidance,
+        )
+        return family.denoised(denoiser, noisy.to(dtype), times, given)
 
     @property
     def loss_weights(self) -> Mapping[str, float]:  # type: ignore[override]
@@ -359,7 +386,8 @@ class TextToImage(CaptionedPictures):
     def _drawing(self, model: nn.Module) -> Drawing:
         assert isinstance(model, Bundle)
         pipeline = self.base.build_pipeline(model, self.tokenizers)
-        return Drawing(pipeline, self.recipe.evaluate.drawing, self.spec.resolution)
+        settings, latents_of = self.recipe.evaluate.drawing, self.base.family.drawn_latents
+        return Drawing(pipeline, settings, self.spec.resolution, latents_of)
 
     def complete_data(self, device: torch.device) -> None:
         """Let the base draw the pictures of the class that are not there yet."""

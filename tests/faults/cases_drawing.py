@@ -103,6 +103,9 @@ _RUNS = {
     "T5 left out where there is none": _validate(without_t5=True),
     "a mean of steps that are drawn evenly": _flow(flow={"timesteps": "uniform", "mean": 0.5}),
     "a picture that is larger than the positions of a model": _flow(resolution=128),
+    "a usual size that is larger than the positions of a model": _flow(
+        resolution=..., upscale=True
+    ),
     "pictures that are longer than the positions of a model": _flow(
         resolution=64, aspect_ratios=True
     ),
@@ -118,6 +121,14 @@ _RUNS = {
     ),
     "a scheduler that draws backwards": _config(
         "scheduler/scheduler_config.json", "sd3", invert_sigmas=True
+    ),
+    "a guidance that the model does not read": _flow(flow={"guidance": 1.0}),
+    "a negative prompt for a model that reads one text": _flow(
+        "flux", "--set", "evaluate.drawing.negative_prompt=a blur"
+    ),
+    "parts of Flux that do not fit together": _config(
+        "transformer/config.json", "flux", in_channels=4, joint_attention_dim=8,
+        pooled_projection_dim=4,
     ),
     "an adapter on T5": _flow(
         "sd3", "--set", "adapter.target_modules=[SelfAttention.q]", train_text_encoder=True

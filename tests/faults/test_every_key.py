@@ -268,6 +268,12 @@ KINDS: dict[str, Settings] = {
                  "resolution": 8, "validation_draws": 1},
         "evaluate": {"baseline": False, "drawing": {"steps": 1}},
     },
+    "flux": {
+        "model": {"name": "../bases/flux"},
+        "task": {"type": "text_to_image", "image_column": "shot", "caption_column": "prompt",
+                 "resolution": 8, "validation_draws": 1},
+        "evaluate": {"baseline": False, "drawing": {"steps": 1}},
+    },
     "search": {
         "model": {"name": "../bases/embedder"},
         "task": {"type": "text_embedding", "anchor_column": "prompt",
@@ -560,6 +566,7 @@ CHANGES: dict[str, Change] = {
             ("without_t5", (False, True), {}),
         )
     },
+    "text_to_image.flow.guidance": Change(answer, (3.5, 1.0), "flux", {}, computed),
     "text_to_image.upscale": Change(
         message, (False, True), "drawing", {"task.resolution": 16}, computed
     ),
@@ -829,6 +836,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_embedders.save(folder / "embedder")
     tiny_diffusion.save(folder / "diffusion")
     tiny_diffusion.save(folder / "sd3", "sd3")
+    tiny_diffusion.save(folder / "flux", "flux")
     world = World(top / "first", folder)
     write(world, "labels")
     flags = ["--set", "adapter.rank=3", "--set", "train.max_steps=1"]
@@ -844,7 +852,7 @@ def write(world: World, kind: str, without: Collection[str] = ()) -> None:
         recipe.get(section, {}).pop(name, None)
     world.write("recipe.yaml", tiny.yaml_of(recipe))
     for i in range(40):
-        if kind in ("pictures", "scenes", "drawing", "flow"):
+        if kind in ("pictures", "scenes", "drawing", "flow", "flux"):
             world.write(f"shots/{i}.png", tiny_pictures.encoded(tiny_pictures.picture(i)))
         if kind == "speech":  # the last is longer than the model hears at once
             seconds = 1.5 if i == 39 else 0.2

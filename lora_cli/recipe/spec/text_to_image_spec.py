@@ -13,6 +13,7 @@ from lora_cli.recipe.spec.task_section import MediaKind, TaskSection, UsualTrain
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 USUAL_COLUMN, USUAL_TAGS, USUAL_RATIO = "text", 1, 2.0
 LOGIT_MEAN, LOGIT_STD, MODE_SCALE = 0.0, 1.0, 1.29  # the defaults of diffusers' scripts
+GUIDANCE = 3.5  # likewise, of the one for Flux
 
 
 class PriorSpec(Section):
@@ -37,7 +38,7 @@ class PriorSpec(Section):
 
 
 class FlowSpec(Section):
-    """How a model that learns by flow matching (Stable Diffusion 3) is trained.
+    """How a model that learns by flow matching (Stable Diffusion 3, Flux) is trained.
 
     The keys are those of diffusers' training scripts (`--weighting_scheme`, `--logit_mean`, …).
     """
@@ -62,6 +63,10 @@ class FlowSpec(Section):
     diffusers calls it); s² (`sigma_squared`, the error of the picture instead of the flow, as with
     diffusers' `--precondition_outputs`); or 2 / (π (1 - 2 s + 2 s²)) (`cosmap`)."""
 
+    guidance: Annotated[float, Field(ge=0)] = GUIDANCE
+    """What FLUX.1-dev is told in training of how far away from an empty text it is to draw; 1 is
+    usual too. Other models are not told it."""
+
     def conflicts(self) -> Conflicts:
         """Yield keys that change nothing."""
         needs = {"mean": "logit_normal", "std": "logit_normal", "mode_scale": "mode"}
@@ -78,7 +83,7 @@ class TextToImageSpec(TaskSection):
     pipeline_tag = "text-to-image"
     suitable_models = (
         "take a folder, or a model of the Hub, that diffusers reads as a pipeline of Stable "
-        "Diffusion 1.5 or 2, of Stable Diffusion XL, or of Stable Diffusion 3"
+        "Diffusion 1.5 or 2, of Stable Diffusion XL, of Stable Diffusion 3, or of Flux"
     )
     default_targets = (
         "to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj",
@@ -163,7 +168,7 @@ class TextToImageSpec(TaskSection):
 
     flow: FlowSpec | None = None
     """How steps of noise are drawn and weighted by a model that learns by flow matching, such as
-    Stable Diffusion 3. Default: logit-normal steps, of which all weigh the same."""
+    Stable Diffusion 3 or Flux. Default: logit-normal steps, of which all weigh the same."""
 
     validation_draws: Positive = 4
     """How many times each picture of validation and test is measured, each with noise of its own

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_cli.errors import NumericsError
 from lora_cli.recipe.spec import DrawingSpec
@@ -24,11 +25,13 @@ class Drawing:
         pipeline: Of diffusers, around the model.
         settings: Of the recipe.
         side: Of the pictures, in pixels.
+        latents_of: Returns what the pipeline has drawn as latents (B, C, h, w), of a side.
     """
 
     pipeline: Any
     settings: DrawingSpec
     side: int
+    latents_of: Callable[[Tensor, int], Tensor]
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[str], *seeds: int) -> list[Any]:
@@ -50,12 +53,12 @@ class Drawing:
         negative = None
         if settings.negative_prompt is not None:
             negative = [settings.negative_prompt] * len(prompts)
-        latents = pipe(
+        drawn = pipe(
             list(prompts), negative_prompt=negative, height=self.side, width=self.side,
             num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
             generator=generators, output_type="latent",
         ).images  # fmt: skip
-        vae = pipe.vae
+        latents, vae = self.latents_of(drawn, self.side), pipe.vae
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         with torch.autocast(latents.device.type, enabled=False):
             scaled = latents.to(vae.dtype) / vae.config.scaling_factor + shift
