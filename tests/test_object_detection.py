@@ -114,6 +114,29 @@ def test_a_picture_turned_by_exif_data_is_named_if_its_boxes_may_not_be(
     assert ("turned or mirrored by its EXIF data" in (warning or "")) == warns
 
 
+@pytest.mark.parametrize(
+    ("categories", "labels", "warns"),
+    [
+        ([1, 2], ["dark", "light", "red"], True), ([0, 2], ["dark", "light", "red"], False),
+        (["light", "red"], ["dark", "light", "red"], False), ([1, 2], [0, 1, 2], False),
+        ([1, 2], None, False),
+    ],
+)  # fmt: skip
+def test_numbers_that_may_count_from_one_are_named(
+    categories: list[Any], labels: list[Any] | None, warns: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "data" / "a.png")
+    objects = [{"bbox": [2, 1, 8, 8], "label": category} for category in categories]
+    line = json.dumps({"image": "a.png", "objects": objects})
+    (tmp_path / "data" / "train.jsonl").write_text(line)
+    files = {"train": "data/train.jsonl", "validation": None}
+    task, data = opened(tmp_path, data=files, task={"labels": labels})
+    train = data["train"]
+    _, warning = task.unknown_input("train", train.rows, train.examples)
+    assert ("do the numbers begin at 1?" in (warning or "")) == warns
+
+
 def test_a_format_in_which_no_box_had_to_be_cut_is_named(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     Image.new("RGB", (40, 30)).save(tmp_path / "data" / "a.png")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
-from lora_cli.data.boxes import annotated_size, better_format
+from lora_cli.data.boxes import annotated_size, better_format, categories_in
 from lora_cli.data.load_rows import Rows
 from lora_cli.data.pictures import PictureFacts, picture_facts
 from lora_cli.recipe import ObjectDetectionSpec
@@ -51,6 +52,8 @@ def odd_boxes(
         what += f"mirrored by {'its' if one else 'their'} EXIF data, and the boxes are read as of "
         what += f"{'the picture' if one else 'the pictures'} seen upright; `lora validate --data "
         said.append(f"{what}--show 3` shows where they lie: {_at(rows, turned)}")
+    if warning := _not_from_zero(rows, examples, spec):
+        said.append(warning)
     if spec.clip_boxes and (warning := _other_format(name, rows, spec)):
         said.append(warning)
     return "; ".join(said) or None
@@ -58,6 +61,21 @@ def odd_boxes(
 
 def _at(rows: Rows, found: list[int]) -> str:
     return rows.place(found[0])
+
+
+def _not_from_zero(rows: Rows, examples: Any, spec: ObjectDetectionSpec) -> str:
+    """Return that numbers of labels seem to count from 1, where none is 0."""
+    column = spec.objects_column
+    if not spec.labels or rows.label_names.get(column):
+        return ""
+    numbers = (number for row in islice(rows, SAMPLE) for number in categories_in(row.get(column)))
+    if not any(isinstance(n, int) and str(n) not in map(str, spec.labels) for n in numbers):
+        return ""
+    found = {number for example in examples for number in example["classes"]}
+    if not found or 0 in found:
+        return ""
+    what = f"no object has the number 0, the first of `task.labels` (`{spec.labels[0]}`): do the "
+    return f"{what}numbers begin at 1? Then name what 0 stands for as the first label"
 
 
 def _other_format(name: str, rows: Rows, spec: ObjectDetectionSpec) -> str:
