@@ -229,6 +229,7 @@ def test_parts_are_joined_and_words_aligned() -> None:
     assert joined(["你好", "世界"]) == "你好世界"
     assert joined([]) == ""
     assert spoken(" a") == " a"
+    assert spoken("two\n  lines\t") == " two lines"  # Whisper writes no line ends
     assert spoken("你好") == "你好"
     assert aligned("a b c", "a x c d") == [("a", "a"), ("b", "x"), ("c", "c"), (None, "d")]
     assert aligned("", "x") == [(None, "x")]

@@ -36,8 +36,8 @@ def has_vowel_marks(text: str) -> bool:
 
 
 def spoken(text: str) -> str:
-    """Return a transcript as Whisper writes one: after a space, in scripts that have spaces."""
-    text = text.strip()
+    """Return a transcript as Whisper writes one: on a line, after a space if its script has any."""
+    text = " ".join(text.split())
     return text if _UNSPACED.match(text) else f" {text}"
 
 
