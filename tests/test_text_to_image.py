@@ -398,9 +398,10 @@ def test_texts_are_drawn_before_while_and_after_training(trained: Trained) -> No
 
 def test_a_model_that_is_trained_in_full_is_a_pipeline_of_diffusers(tmp_path: Path) -> None:
     path = recipe(
-        tmp_path, data={"validation": "validation"}, evaluate={"every_steps": 1},
-        # so fast that the last step is not the best
-        train={"max_steps": 3, "optimizer": {"learning_rate": 1.0}},
+        tmp_path, data={"validation": "validation"},
+        # the highest loss counts as the best, as it falls: the last step's is not
+        evaluate={"every_steps": 1, "best": {"metric": "loss", "mode": "max"}},
+        train={"max_steps": 3, "optimizer": {"learning_rate": 0.01}},
     )  # fmt: skip
     values = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({**values, "adapter": {"type": "full"}}))
@@ -408,9 +409,9 @@ def test_a_model_that_is_trained_in_full_is_a_pipeline_of_diffusers(tmp_path: Pa
     out = tmp_path / "out"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["validation"]["loss"] for line in lines if "validation" in line]
-    assert min(losses) < losses[-1], "the last step is the best: nothing is restored"
+    assert max(losses) > losses[-1], "the last step is the best: nothing is restored"
     after = report["metrics"]["after"]["validation"]["loss"]
-    assert after == pytest.approx(min(losses), rel=1e-5)
+    assert after == pytest.approx(max(losses), rel=1e-5)
     found = evaluate_adapter(out, load_adapter_recipe(out), "validation")["validation"]
     assert found["loss"] == pytest.approx(after, rel=1e-5)
 
@@ -492,6 +493,19 @@ def test_one_caption_for_all_needs_no_text_files(
 ) -> None:
     load_rows(load_recipe(recipe(tmp_path, task={"caption": "a sks one"})))
     assert "warning" not in capsys.readouterr().err
+
+
+def test_texts_that_are_longer_than_is_read_of_them_are_named(tmp_path: Path) -> None:
+    long, prior = "a " * 40, {"path": "class", "caption": "one " * 30, "count": 0}
+    task = built(recipe(tmp_path, task={"validation_prompts": ["a one", long], "prior": prior}))
+    named = "task.validation_prompts.1, task.prior.caption"
+    note = "2 texts have more than 24 tokens, of which the model reads the first"
+    assert f"warning: {note}: {named}" in task.notes
+    task.draw_pictures = lambda model, prompts: [Image.new("RGB", (2, 2))] * len(prompts)
+    task.answer_folder = tmp_path / "drawn"
+    task.answer(None, [{"text": "a one"}, {"text": long}])
+    assert task.take_warnings() == [note.replace("2 texts have", "1 text has")]
+    assert task.take_warnings() == []
 
 
 def test_the_place_of_a_cut_is_that_in_the_mirrored_picture(tmp_path: Path) -> None:

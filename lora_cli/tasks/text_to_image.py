@@ -81,6 +81,7 @@ class TextToImage(CaptionedPictures):
         else:
             self.noise = DiffusionNoise(scheduler, self.spec.snr_gamma)
         self._check_sizes()
+        self.note_cut_prompts()
         if self.spec.crop == "random" or self.spec.flip:
             self.notes.append("latents are computed in every step, as pictures are cut or mirrored")
         if self.base.left_out and not self.spec.without_t5:
@@ -369,6 +370,7 @@ class TextToImage(CaptionedPictures):
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
         """Draw a picture for each row, and return the names of their files."""
         prompts = [" ".join(str(row[self.spec.caption_column]).split()) for row in rows]
+        self.n_cut_prompts += sum(map(self.is_cut, prompts))
         folder = self.answer_folder
         place = Path() if folder is None else folder
         place.mkdir(parents=True, exist_ok=True)

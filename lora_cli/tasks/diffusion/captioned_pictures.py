@@ -73,6 +73,7 @@ class CaptionedPictures(Task):
         super().__init__(recipe)
         self.spec = spec
         self.prior = None if spec.prior is None else PriorPictures(recipe, spec.prior)
+        self.n_cut_prompts = 0  # of which a picture was drawn, since the last warning
         self.positions: dict[str, int] = {}  # of the pictures of train, where they have a prior
 
     # ------------------------------------------------------------------------------ rows
@@ -210,7 +211,7 @@ class CaptionedPictures(Task):
         facts = picture_facts(value)
         width, height = self.size_of(facts.width, facts.height)
         ids = self.ids_of(caption)
-        about = {"width": width, "height": height, "is_cut": self._is_cut(caption), "draw": 0}
+        about = {"width": width, "height": height, "is_cut": self.is_cut(caption), "draw": 0}
         named = {f"ids_{i}": some for i, some in enumerate(ids)}
         return {"image": value, "caption": caption, **named, **about, **odd_facts(facts)}
 
@@ -241,12 +242,36 @@ class CaptionedPictures(Task):
         both = zip(self.base.text_encoders, self.tokenizers, strict=True)
         return [self.base.family.token_limit(name, one) for name, one in both]
 
-    def _is_cut(self, caption: str) -> bool:
+    def is_cut(self, caption: str) -> bool:
         """Return whether no text encoder reads all of a caption."""
         return all(
             len(one(caption, verbose=False)["input_ids"]) > limit
             for one, limit in zip(self.tokenizers, self.token_limits, strict=True)
         )
+
+    def cut_note_of(self, count: int, what: str) -> str:
+        """Return that some texts are longer than is read of them."""
+        most = max(self.token_limits)
+        more = f"{'has' if count == 1 else 'have'} more than {most} tokens"
+        return f"{counted(count, what)} {more}, of which the model reads the first"
+
+    def note_cut_prompts(self) -> None:
+        """Say which texts of the recipe itself are longer than is read of them."""
+        asked = enumerate(self.spec.validation_prompts or ())
+        prompts = {f"task.validation_prompts.{i}": text for i, text in asked}
+        if self.spec.prior is not None:
+            prompts["task.prior.caption"] = self.spec.prior.caption
+        cut = [key for key, text in prompts.items() if self.is_cut(text)]
+        if cut:
+            self.notes.append(f"warning: {self.cut_note_of(len(cut), 'text')}: {', '.join(cut)}")
+
+    def take_warnings(self) -> list[str]:
+        """Return what a user should know of the pictures since the last call."""
+        lines = super().take_warnings()
+        if self.n_cut_prompts:
+            lines.append(self.cut_note_of(self.n_cut_prompts, "text"))
+            self.n_cut_prompts = 0
+        return lines
 
     def batch_groups(self, split: Encoded) -> NDArray[np.int64] | None:
         """Return a number for each size in which pictures are seen."""
@@ -275,12 +300,8 @@ class CaptionedPictures(Task):
         said = [odd_pictures(name, rows, examples)]
         found = list(dict.fromkeys(int(examples[i]["row"]) for i in where(examples, "is_cut")))
         if found:
-            most = max(self.token_limits)
-            have = "has" if len(found) == 1 else "have"
-            said.append(
-                f"{counted(len(found), f'{name} caption')} {have} more than {most} tokens, of "
-                f"which the model reads the first: {rows.place(found[0])}"
-            )
+            what = self.cut_note_of(len(found), f"{name} caption")
+            said.append(f"{what}: {rows.place(found[0])}")
         return 0.0, "; ".join(filter(None, said)) or None
 
     # ------------------------------------------------------------------------- in a step
