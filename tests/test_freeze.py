@@ -250,12 +250,13 @@ def test_each_side_of_an_encoder_decoder_is_counted_from_its_own_top() -> None:
 
 def test_a_convolution_comes_before_the_layers_or_is_of_one() -> None:
     model = nn.Module()
-    model.conv = nn.Conv1d(2, 2, 3)
+    model.conv = nn.Conv1d(2, 2, 3, bias=False)
     model.layers = nn.ModuleList(nn.Sequential(nn.Conv1d(2, 2, 3), nn.ReLU()) for _ in range(2))
     model.last = nn.Conv1d(2, 2, 3)
     assert embedding_modules(model) == ["conv"]
-    assert depths(model) == {
+    layers = {
         f"{name}.{end}": depth
-        for name, depth in (("conv", 3), ("layers.0.0", 2), ("layers.1.0", 1), ("last", 0))
+        for name, depth in (("layers.0.0", 2), ("layers.1.0", 1), ("last", 0))
         for end in ("weight", "bias")
     }
+    assert depths(model) == {"conv.weight": 3, **layers}

@@ -28,6 +28,7 @@ from lora_cli.adapters.attach import (
     trainable_parameters,
 )
 from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.lora_parameter import misfit
 from lora_cli.adapters.make_trainable import completed_section
 from lora_cli.adapters.merge_proof import expected_weights
 from lora_cli.adapters.parameter_targets import frozen_experts_note
@@ -387,3 +388,23 @@ def test_what_is_missing_or_misshapen_is_named(tmp_path: Path) -> None:
     drop(folder, "layers.1.mlp.experts.base_layer")
     with pytest.raises(LoraError, match=r"`model.layers.1.mlp.experts.gate_up_proj` is missing"):
         loaded(base, folder)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((4, 3), None),
+        ((2, 4, 3), None),
+        ((4,), "has 1 dimension, and only parameters of 2 or 3 can be adapted"),
+        ((2, 2, 4, 3), "has 4 dimensions, and only parameters of 2 or 3 can be adapted"),
+    ],
+)
+def test_a_parameter_that_is_adapted_is_a_matrix_or_one_of_each_expert(
+    shape: tuple[int, ...], said: str | None
+) -> None:
+    owner = nn.Module()
+    owner.weight = nn.Parameter(torch.ones(shape))
+    assert misfit(owner, "weight") == said
+    if said is None:
+        owner.weight = nn.Parameter(torch.ones(shape, dtype=torch.int8), requires_grad=False)
+        assert misfit(owner, "weight") == "does not hold floating-point numbers"

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.lora import LoRALayer, Shape
 from lora_cli.adapters.low_rank_sum import LowRankSum
+from lora_cli.errors import counted
 from lora_cli.models.quantized_linear import QuantizedLinear
 
 
@@ -184,8 +185,9 @@ def misfit(owner: nn.Module, parameter: str) -> str | None:
     if isinstance(owner, nn.modules.conv._ConvNd):
         return "is the kernel of a convolution, which `target_modules` adapts"
     if tensor.ndim not in (2, 3):
-        count = f"{tensor.ndim} dimension" + ("" if tensor.ndim == 1 else "s")
-        return f"has {count}, and only parameters of 2 or 3 can be adapted"
+        return (
+            f"has {counted(tensor.ndim, 'dimension')}, and only parameters of 2 or 3 can be adapted"
+        )
     return None if tensor.is_floating_point() else "does not hold floating-point numbers"
 
 
