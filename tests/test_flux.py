@@ -147,6 +147,7 @@ def test_twenty_steps_are_those_of_the_training_script_of_diffusers(trained: Tra
 @pytest.mark.parametrize(
     ("config", "flow"), [({}, {"guidance": 1.0}), ({"guidance_embeds": False}, {})]
 )
+@pytest.mark.slow_after(1)
 def test_gradients_are_those_of_diffusers(
     tmp_path: Path, config: dict[str, Any], flow: dict[str, Any]
 ) -> None:
@@ -209,6 +210,7 @@ def test_what_is_drawn_and_written_is_what_diffusers_draws_and_reads(trained: Tr
     assert line.startswith("loaded by diffusers")
 
 
+@pytest.mark.slow
 def test_a_file_that_diffusers_writes_is_read(tmp_path: Path) -> None:
     base = tiny_diffusion.save(tmp_path / "base", "flux")
     pipe = diffusers.FluxPipeline.from_pretrained(base)
