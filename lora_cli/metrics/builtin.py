@@ -21,7 +21,6 @@ import numpy as np
 
 from lora_cli.errors import LoraError, Problem, name_neighbours
 from lora_cli.metrics.box_scores import BOXES, box_scores
-from lora_cli.metrics.class_scores import class_scores
 from lora_cli.metrics.entity_scores import entity_scores
 from lora_cli.metrics.final_answers import final_answer, is_same_answer
 from lora_cli.metrics.retrieval_scores import RETRIEVAL, retrieval_scores
@@ -108,8 +107,9 @@ class MetricSpec:
 
 def _accuracy(p: Rows, r: Rows, context: MetricContext) -> float:
     """Return the fraction of right rows; with several labels, all of a row's must be right."""
-    right = np.asarray(p) == np.asarray(r)
-    return float(np.mean(right.all(axis=1) if right.ndim > 1 else right))
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(r, p))
 
 
 def _balanced_accuracy(p: Rows, r: Rows, context: MetricContext) -> float:
@@ -128,11 +128,17 @@ def _precision_recall_f1(
     Without an `average` it is that of label 1 if a row has one of two labels, else macro. Classes
     that neither predictions nor references contain take no part in an average.
     """
+    from sklearn.metrics import precision_recall_fscore_support
+
     binary = context.n_labels == 2 and not context.multi_label and not average
     if context.multi_label and len(r[0]) == 1:
-        # a single column is two classes: 1 is the label, and 0 its absence
+        # to scikit-learn one column is two classes; here 1 is the label, and 0 its absence
         binary, p, r = True, [row[0] for row in p], [row[0] for row in r]
-    return class_scores(p, r, score, "binary" if binary else average or "macro")
+    labels = [1] if binary else None
+    scores = precision_recall_fscore_support(
+        r, p, labels=labels, average=average or "macro", zero_division=0
+    )
+    return float(scores[("precision", "recall", "f1").index(score)])
 
 
 def _matthews(p: Rows, r: Rows, context: MetricContext) -> float:

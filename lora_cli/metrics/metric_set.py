@@ -1,18 +1,19 @@
-"""Several metrics at once, fed row by row.
+"""Several metrics at once, fed row by row, each run by `evaluate`.
 
-Those that are not built in are loaded by `evaluate`: a script (`./mine.py`), a name on the Hub
-(`user/metric`), or one of Hugging Face's own (`meteor`).
+One subclass of `evaluate.Metric` runs the built-in ones. Any other name goes to `evaluate.load`: a
+script (`./mine.py`), a name on the Hub (`user/metric`), or one of Hugging Face's own (`meteor`).
 
 A task reduces its outputs to one small prediction per row (a class, a number, a text, a sum) before
-they come here, so memory grows with rows, never with logits. Rows wait in buffers in memory:
+they come here, so memory grows with rows, never with logits. Rows wait in Arrow buffers in memory:
 there is no cache file that two runs could fight over.
 
-`import evaluate` takes seconds, so it is imported only where such a metric is named.
+`import evaluate` takes seconds, so it is imported only when a `MetricSet` is made.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import numbers
 import os.path
 import shutil
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from lora_cli.errors import LoraError, did_you_mean
 from lora_cli.metrics.builtin import (
@@ -70,7 +70,7 @@ class MetricSet:
         self._several = context.several_references
         self._n_rows: Counter[Channel] = Counter()
         self._metrics: dict[str, tuple[Channel, Any]] = {}
-        # evaluate's make a folder for themselves, even those that keep their rows in memory
+        # every Metric makes a folder for itself, even one that keeps its rows in memory
         scratch = tempfile.mkdtemp(prefix="lora-metrics-")
         weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
         problems = []
@@ -78,10 +78,11 @@ class MetricSet:
             if errors := check_metric_names([name], default_channel, context, at):
                 problems += errors
                 continue
-            if spec := SPECS.get(name):
-                self._metrics[name] = (spec.channel, _Builtin(name, spec, context))
-                continue
             options = {"cache_dir": scratch, "keep_in_memory": True}
+            if spec := SPECS.get(name):
+                metric = _builtin_class()(name, spec, context, **options)
+                self._metrics[name] = (spec.channel, metric)
+                continue
             try:
                 self._metrics[name] = (default_channel, _load(name, at, **options))
             except LoraError as error:
@@ -156,49 +157,43 @@ class MetricSet:
             raise LoraError(what, self._at, "fix the script, or leave the metric out") from error
 
 
-class _Builtin:
-    """A built-in metric, with the rows that it was fed, in buffers of NumPy and Arrow.
+@functools.cache
+def _builtin_class() -> Any:
+    """Return the class that runs a `MetricSpec` as an `evaluate.Metric`."""
+    import datasets
+    import evaluate
 
-    Args:
-        name: Its name.
-        spec: What it reads and computes.
-        context: What the task says of its labels.
-    """
+    class BuiltinMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
+        def __init__(
+            self, name: str, spec: MetricSpec, context: MetricContext, **options: Any
+        ) -> None:
+            self.spec_name, self.spec, self.context = name, spec, context
+            super().__init__(**options)
 
-    def __init__(self, name: str, spec: MetricSpec, context: MetricContext) -> None:
-        self.name, self.spec, self.context = name, spec, context
-        self._types = _types_of(spec.channel)
-        self._fed: tuple[list[Any], list[Any]] = ([], [])
+        def _info(self) -> Any:
+            kinds = {
+                "label": "int64", "value": "float64", "text": "string", "nll": "float64",
+                "tags": "string", "ranks": "int64", "boxes": "float64",
+            }  # fmt: skip
+            p = datasets.Value(kinds[self.spec.channel])
+            if self.spec.channel in ("tags", "ranks"):
+                p = datasets.List(p)
+            if self.spec.channel == "boxes":
+                p = datasets.List(datasets.List(p))
+            r = datasets.Value("int64") if self.spec.channel in ("nll", "ranks") else p
+            if self.spec.channel == "text":
+                r = datasets.List(p)
+            if self.spec.channel == "label" and self.context.multi_label:
+                p = r = datasets.Sequence(p)
+            # no format="numpy": it would round floats to float32
+            features = datasets.Features({"predictions": p, "references": r})
+            return evaluate.MetricInfo(description="", citation="", features=features)
 
-    def add_batch(self, predictions: Rows, references: Rows) -> None:
-        """Add rows."""
-        for side, rows, kind in zip(self._fed, (predictions, references), self._types, strict=True):
-            # to Arrow numbers need pandas, which takes long to import
-            is_number = isinstance(kind, type)
-            side.append(np.asarray(rows, dtype=kind) if is_number else pa.array(rows, type=kind))
+        def _compute(self, predictions: Rows, references: Rows) -> dict[str, float]:
+            result = self.spec.compute(predictions, references, self.context)
+            return result if isinstance(result, dict) else {self.spec_name: result}
 
-    def compute(self) -> dict[str, float]:
-        """Return the numbers by name, and forget the rows."""
-        p, r = ([row for rows in side for row in rows.tolist()] for side in self._fed)
-        self._fed = ([], [])
-        result = self.spec.compute(p, r, self.context)
-        return result if isinstance(result, dict) else {self.name: result}
-
-
-def _types_of(channel: Channel) -> tuple[Any, Any]:
-    """Return how predictions and references are kept: types of NumPy's, or Arrow's."""
-    text, ranks = pa.string(), pa.list_(pa.int64())
-    tags, boxes = pa.list_(text), pa.list_(pa.list_(pa.float64()))
-    types: dict[Channel, tuple[Any, Any]] = {
-        "label": (np.int64, np.int64),
-        "value": (np.float64, np.float64),
-        "text": (text, pa.list_(text)),
-        "nll": (np.float64, np.int64),
-        "tags": (tags, tags),
-        "ranks": (ranks, np.int64),
-        "boxes": (boxes, boxes),
-    }
-    return types[channel]
+    return BuiltinMetric
 
 
 def _load(name: str, at: str, **options: Any) -> Any:
