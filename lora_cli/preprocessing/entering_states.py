@@ -222,11 +222,11 @@ class _States:
             _require_alike(row[STATES], rows[0][STATES])
         batch = task.batch([prepared_for_evaluation(task, row) for row in rows]).to(device)
         found = task.losses(self.model, task.output(self.model, batch), batch)
+        dtype = self._dtype_of(row[STATES])
+        rounding = 4 * ROUNDING.get(dtype, 128) * torch.finfo(dtype).eps
         for name, losses in expected.items():
-            eps = torch.finfo(self._dtype_of(rows[0][STATES])).eps
             finite = losses.nan_to_num(0.0, 0.0, 0.0)
-            scale = float(finite.abs().clamp(min=1.0).max())
-            limit = 4 * ROUNDING.get(self._dtype_of(rows[0][STATES]), 128) * eps * scale
+            limit = rounding * float(finite.abs().clamp(min=1.0).max())
             if not torch.allclose(found[name], losses, rtol=0.0, atol=limit, equal_nan=True):
                 return False
         return True
