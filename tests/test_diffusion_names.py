@@ -138,3 +138,9 @@ def test_a_name_means_one_module_of_one_part(name: str, place: tuple[str, str] |
         "text_encoder_2": model(SECOND),
     })  # fmt: skip
     assert names.find(name) == place
+
+
+def test_the_third_text_encoder_has_a_start_of_its_own() -> None:
+    names = ModuleNames({f"text_encoder{end}": model("a.fc1") for end in ("", "_2", "_3")})
+    for start, part in (("te", ""), ("te1", ""), ("te2", "_2"), ("te3", "_3")):
+        assert names.find(f"lora_{start}_a_fc1") == (f"text_encoder{part}", "a.fc1")

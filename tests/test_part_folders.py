@@ -289,6 +289,15 @@ def test_each_part_keeps_its_scale_whether_or_not_it_has_rslora(
     assert (config["r"], config["rank_pattern"]) == (4, {})
 
 
+def test_what_a_part_says_of_its_layers_and_copies_is_said_in_full_names() -> None:
+    own = {"layers_to_transform": [1], "layers_pattern": "blocks", "modules_to_save": ["out", "no"]}
+    config, tensors = low_rank("to_q", **own)
+    tensors["a.out.weight"] = torch.ones(1, 1)
+    found, _ = joined({"unet": (config, tensors), "text_encoder": low_rank("to_q")}, "folder")
+    assert not found.keys() & {"layers_to_transform", "layers_pattern"}  # the modules are named
+    assert found["modules_to_save"] == ["unet.a.out", "unet.no"]  # the second is found missing
+
+
 def test_what_one_part_leaves_out_is_left_out_of_that_part_alone() -> None:
     without = joined({"unet": low_rank("to_q"), "text_encoder": low_rank("to_q")}, "folder")[0]
     assert without["exclude_modules"] is None
