@@ -486,7 +486,7 @@ def test_padding_is_compared_in_float32_where_flash_attention_computes_in_16_bit
 class Stub:
     """A task of whose model each token's output is what a test says."""
 
-    padding, length_key = RIGHT, "task.max_length"
+    padding, length_key, input_name = RIGHT, "task.max_length", "text"
     max_length = 100
 
     def __init__(self, outputs: Callable[[list[int]], Tensor]) -> None:
@@ -677,7 +677,7 @@ def test_a_model_that_sees_the_filling_computes_rows_of_the_same_length() -> Non
     task: Any = Chooser(by_width)
     assert chosen(task) == NONE
     (note,) = task.notes
-    assert "changes when the text is padded" in note
+    assert "answer to a text changes when it is padded" in note
 
 
 @pytest.mark.parametrize(
