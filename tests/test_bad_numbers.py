@@ -190,7 +190,7 @@ def test_a_bad_last_step_needs_validation_to_vouch_for_the_weights(
 
 
 @pytest.mark.parametrize("stop", [2, 4])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_run_with_a_bad_step_resumes_exactly(run: Run, tmp_path: Path, stop: int) -> None:
     sections: Json = {"checkpoint": {"every_steps": 1}, "train": {"log_every_steps": 3}}
     run(texts(12, 7), "whole", **sections)

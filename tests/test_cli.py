@@ -121,7 +121,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["schema", "validate", "train", "params"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_schema_is_checked_without_torch(command: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(FAULTY)
     argument = "" if command == "schema" else "'r.yaml'"
@@ -370,6 +370,7 @@ def test_init_says_what_it_inferred_and_what_is_next(
     assert "exists already" in str(run("init", "rows.csv", "--model", "base").exception)
 
 
+@pytest.mark.slow
 def test_init_reads_a_file_without_torch_being_needed_to_sniff(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text;label\na warm film;x\na cold film;y\n")
     code = (

@@ -189,6 +189,7 @@ def test_the_distance_is_that_of_the_weights(tmp_path: Path, method: str) -> Non
 # ---------------------------------------------------------------------------------- the folder
 
 
+@pytest.mark.slow
 def test_the_folder_is_one_that_every_command_reads(tmp_path: Path) -> None:
     base = tiny.save_encoder(tmp_path / "base")
     a, b = (adapter_folders.make(tmp_path, name, base, seed) for seed, name in enumerate("ab"))

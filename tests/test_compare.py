@@ -178,7 +178,7 @@ def test_the_verdict(
     ("kinds", "metric"),
     [(("lora", "lora"), None), (("lora", "full"), "loss"), (("full", "lora"), "f1")],
 )
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_both_are_measured_as_eval_measures_them(
     base: Path, tmp_path: Path, kinds: tuple[str, str], metric: str | None,
     monkeypatch: pytest.MonkeyPatch,
@@ -202,6 +202,7 @@ def test_both_are_measured_as_eval_measures_them(
     assert low <= found.difference <= high
 
 
+@pytest.mark.slow
 def test_the_command_says_old_new_and_verdict(base: Path, tmp_path: Path) -> None:
     recipe = recipe_of(base, tmp_path)
     a, b = (str(adapter(recipe, tmp_path / f"a{i}", i)) for i in (0, 1))
@@ -265,6 +266,7 @@ def test_what_cannot_be_compared(
 # ----------------------------------------------------------------------------------- --input
 
 
+@pytest.mark.slow
 def test_another_file_is_measured_without_the_other_splits(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

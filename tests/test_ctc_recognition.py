@@ -172,6 +172,7 @@ def test_a_vocabulary_of_both_cases_keeps_the_case() -> None:
     assert none.unknown("あA") == "A"
 
 
+@pytest.mark.slow_after(3)
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [

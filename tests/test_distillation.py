@@ -213,6 +213,7 @@ def test_several_labels_are_compared_one_by_one(tmp_path: Path) -> None:
     assert_close(found["teacher"][:1], marks_divergence(logits[:1], said, 3.0))
 
 
+@pytest.mark.slow
 def test_answers_are_computed_once_and_the_run_is_the_same_as_with_computing_them_in_every_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +298,7 @@ def test_a_run_resumes_exactly_and_not_with_another_teacher(
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_an_adapter_is_a_teacher(tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     first = classifier(tmp_path / "first", ("train.distill=null", "data.validation=null"))
@@ -443,6 +445,7 @@ def test_what_cannot_learn_from_a_teacher_says_so(
         load_recipe(path)
 
 
+@pytest.mark.slow
 def test_without_labels_the_teacher_has_to_be_all(tmp_path: Path) -> None:
     recipe = classifier(tmp_path)
     write(tmp_path / "train.jsonl", [{"text": t} for t in TEXTS])

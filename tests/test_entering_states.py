@@ -150,6 +150,7 @@ def test_kept_or_computed_the_training_is_the_same(
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("adapter", [{"type": "none"}, UPPER["adapter"]])
 def test_with_batches_of_equal_shapes_the_bits_are_the_same(adapter: Json, tmp_path: Path) -> None:
     model = base(tmp_path / "base", "bert")
@@ -233,6 +234,7 @@ def test_a_split_that_takes_more_than_the_limit_is_computed_in_every_step(
     assert f"frozen {said}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_kept_depends_on_what_is_frozen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def reason(name: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_repository_is_read_at_its_newest_commit_and_at_others(
     hub: HubServer, trained: Path
 ) -> None:
@@ -96,6 +97,7 @@ def test_only_what_belongs_to_the_adapter_is_fetched(hub: HubServer, trained: Pa
         assert not any((found / large).exists() for large in more)
 
 
+@pytest.mark.slow
 def test_folders_inside(hub: HubServer, trained: Path, tmp_path: Path) -> None:
     both = files_of(trained, "first/") | files_of(trained, "second/")
     hub.commit("user/two", both)

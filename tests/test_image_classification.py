@@ -712,6 +712,7 @@ def test_the_card_runs(trained: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert 'lora predict --adapter . "picture.jpg"' in card
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.parametrize("source", ["folder", "table"])
 def test_init_drafts_a_recipe_that_trains(source: str, tmp_path: Path) -> None:
     base = tiny_pictures.save("resnet", tmp_path / "base")

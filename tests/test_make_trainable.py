@@ -106,7 +106,7 @@ def only_from(path: Path, old: Path | str, **adapter: Any) -> Recipe:
         ("llama", {"rank": 2, "target_modules": "all-linear", "exclude_modules": ["q_proj"]}),
     ],
 )
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_step_0_is_the_old_adapter_bit_for_bit(
     bases: dict[str, Path], tmp_path: Path, kind: str, adapter: dict[str, Any]
 ) -> None:

@@ -101,6 +101,7 @@ def stored(folder: Path) -> dict[str, torch.dtype]:
     return {name: tensor.dtype for name, tensor in load_file(folder / WEIGHTS).items()}
 
 
+@pytest.mark.slow
 def test_the_base_is_the_one_that_the_adapter_names(tmp_path: Path) -> None:
     base = base_of("encoder", tmp_path)
     out = trained(tmp_path, base)

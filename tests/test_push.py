@@ -83,6 +83,7 @@ def test_what_is_uploaded_is_the_adapter_without_this_machine(
     assert hub.asked.index("POST /api/validate-yaml") < len(hub.asked) - 1
 
 
+@pytest.mark.slow
 def test_what_was_uploaded_can_be_used_by_its_id(
     hub: HubServer, adapter: Path, trained: Path
 ) -> None:
@@ -139,6 +140,7 @@ def test_what_is_rejected_before_anything_is_sent(
     assert not any("POST" in request for request in hub.asked)
 
 
+@pytest.mark.slow
 def test_what_the_hub_answers(
     hub: HubServer, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,6 +152,7 @@ def test_early_stopping_says_why_there_are_no_more_steps(
     assert report["training"]["steps"] == 9
 
 
+@pytest.mark.slow
 def test_a_killed_continuation_is_not_taken_for_complete(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,7 +178,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize("change", ["adapter.rank=2", "train.seed=1", "train.max_steps=6"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_mirror_belongs_to_one_run(run: Run, tmp_path: Path, change: str) -> None:
     mirror = f"checkpoint.mirror={tmp_path / 'mirror'}"
     run(mirror)

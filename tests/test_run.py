@@ -229,6 +229,7 @@ def test_a_run_that_was_killed_before_its_report_is_finished(
         assert report["training"]["steps"] == 4
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,6 +271,7 @@ def test_a_checkpoint_is_not_deleted_for_a_damaged_newer_one(bench: Bench) -> No
     assert found[1].step == 7
 
 
+@pytest.mark.slow
 def test_resuming_nothing_starts_at_the_beginning(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -337,6 +339,7 @@ def test_a_data_error_leaves_a_folder_that_can_be_used(bench: Bench) -> None:
     bench.run(bench.recipe(train={"max_steps": 1}))
 
 
+@pytest.mark.slow
 def test_changes_are_refused_on_resuming_and_each_is_listed(bench: Bench) -> None:
     path = bench.recipe(checkpoint={"every_steps": 2}, train={"max_steps": 4})
     bench.cut(path, "cut", 3)
@@ -412,6 +415,7 @@ def test_the_command_returns_at_once_from_a_complete_run(bench: Bench) -> None:
 # ---------------------------------------------------------------------------------- what is saved
 
 
+@pytest.mark.slow
 def test_rotation_keeps_the_newest_and_the_best(bench: Bench) -> None:
     no_validation = {"train": "train.jsonl"}
     sections = {"checkpoint": {"every_steps": 1, "keep": 3}}
@@ -652,6 +656,7 @@ def test_gradient_checkpointing_gives_the_same_losses(bench: Bench, kind: str) -
     )
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_the_run(bench: Bench) -> None:
     path = bench.recipe(adapter={"dropout": 0.2}, **TRAINING)
     bench.run(path, "none")

@@ -474,7 +474,7 @@ def test_peft_reads_our_adapter_and_we_read_pefts(kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["nllb", "mbart"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_merged_model_writes_the_language_by_itself(kind: str, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, kind)
     out, merged = tmp_path / "out", tmp_path / "merged"

@@ -104,6 +104,7 @@ def test_completion_loads_neither_torch_nor_the_recipe(typed: str) -> None:
     assert ("train.optimizer.learning_rate=" in answer) or ("validation" in answer)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 def test_bash_completes_keys_and_values(tmp_path: Path) -> None:
     command = tmp_path / "lora"

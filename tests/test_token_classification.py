@@ -766,6 +766,7 @@ def test_long_words_do_not_need_more_than_a_window(base: Path, tmp_path: Path) -
         load_data(task_of(base, tmp_path, rows, max_length=2))
 
 
+@pytest.mark.slow
 def test_two_taggers_are_compared_and_one_is_merged_and_used(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -232,6 +232,7 @@ def test_a_stopped_run_is_resumed_exactly_though_noise_is_drawn(tmp_path: Path) 
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
 
 
+@pytest.mark.slow
 def test_kept_outputs_are_those_of_the_frozen_part(
     tmp_path: Path, registered: list[ExampleTask]
 ) -> None:

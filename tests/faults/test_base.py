@@ -450,6 +450,7 @@ def test_full_fine_tuning_has_no_base(tmp_path: Path) -> None:
     assert "warning" not in result.err
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_another_base(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = Trained(folder, type="lora")

@@ -103,6 +103,7 @@ def test_whoever_reads_may_have_enough(world: World) -> None:
         assert process.stderr.read() == b""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_a_full_disk_behind_stdout_is_said_so(world: World) -> None:
     with Path("/dev/full").open("wb") as full:

@@ -86,6 +86,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Cut:
     return Cut(tmp_path_factory.mktemp("run"))
 
 
+@pytest.mark.slow
 def test_whole_it_is_used_by_every_command(run: Cut, tmp_path: Path) -> None:
     found = run.commands(run.out)
     assert {name: outcome.code for name, outcome in found.items()} == dict.fromkeys(found, 0)
@@ -168,6 +169,7 @@ def test_a_damaged_checkpoint_is_passed_over(name: str, run: Cut, tmp_path: Path
     assert verify_manifest(out / "checkpoints/step-000003")
 
 
+@pytest.mark.slow
 def test_each_damaged_checkpoint_is_named_and_without_a_whole_one_nothing_is_done(
     run: Cut, tmp_path: Path
 ) -> None:

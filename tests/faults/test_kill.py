@@ -16,7 +16,7 @@ from lora_cli.training.checkpoints import checkpoints
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_random_kills_change_nothing(
     nest: Nursery, wholes: Callable[[str], Whole], tmp_path: Path, name: str
 ) -> None:

@@ -32,7 +32,7 @@ def whole_ones(mirror: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}", "local://{}"])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_an_empty_machine_goes_on(nest: Nursery, whole: Whole, tmp_path: Path, form: str) -> None:
     sets = [f"checkpoint.mirror={form.format(tmp_path / 'mirror')}"]
     out = tmp_path / "out"

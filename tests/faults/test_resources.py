@@ -221,7 +221,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_changed_recipe_is_shown_and_refused_unless_allowed(
     nest: Nursery, whole: Whole, killed: Copy, tmp_path: Path, name: str
 ) -> None:
@@ -261,6 +261,7 @@ def test_another_model_cannot_be_allowed(
     assert "allow_changes" not in said(out)
 
 
+@pytest.mark.slow
 def test_smaller_micro_batches_are_the_same_steps(
     nest: Nursery, whole: Whole, killed: Copy, tmp_path: Path
 ) -> None:

@@ -228,6 +228,7 @@ def test_the_recipe_beside_an_adapter_lets_no_code_run(world: World, tmp_path: P
     assert sprung.exists()
 
 
+@pytest.mark.slow_after(1)
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "changes",
@@ -635,7 +636,7 @@ def test_no_secret_reaches_a_traceback(debug: bool, world: World, tmp_path: Path
 @pytest.mark.parametrize(
     ("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)]
 )
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_every_file_has_the_mode_of_the_umask(
     umask: int, file: int, folder: int, world: World, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def test_the_command_saves_on_a_signal(nest: Nursery, whole: Whole, tmp_path: Pa
     assert checkpoints(out)[-1][0] == 5
 
 
+@pytest.mark.slow
 def test_after_the_last_step_all_is_saved(nest: Nursery, whole: Whole, tmp_path: Path) -> None:
     out = tmp_path / "cut"
     evaluations = 2 + STEPS // 5  # before, every five steps and after the last; then the best

@@ -139,7 +139,7 @@ def published(target: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("exists", [False, True])
-@pytest.mark.slow_after(1)
+@pytest.mark.slow
 def test_a_checkpoint_is_the_old_or_the_new_whenever_its_writer_dies(
     exists: bool, tmp_path: Path
 ) -> None:
