@@ -281,8 +281,8 @@ def test_mlx_lm_is_said_to_miss_what_only_transformers_5_reads(
         rope = values.pop("rope_parameters")
         scaling = {"rope_scaling": rope} if rope["rope_type"] != "default" else {}
         file.write_text(json.dumps({**values, "rope_theta": rope["rope_theta"], **scaling}))
-    where = {"pretrained_model_name_or_path": str(tmp_path)}
-    monkeypatch.setattr(mlx_reader, "source_of", lambda recipe: where)
+    written = json.loads((tmp_path / "config.json").read_text())
+    monkeypatch.setattr(mlx_reader, "config_as_written", lambda recipe: written)
     source: Any = SimpleNamespace(task=SimpleNamespace(config=of_base, recipe=None))
     found = mlx_reader._positions_lost(source)
     wanted = said if style == "nested" else []

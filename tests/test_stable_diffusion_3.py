@@ -389,8 +389,8 @@ def test_long_captions_are_those_that_t5_does_not_read(tmp_path: Path) -> None:
         task.load_processor()
         ids = task.ids_of("a b c")
         found[kind] = [len(one) for one in ids]
-        assert task._is_cut("a " * 60) == (kind != "sd3")
-        assert task._is_cut("a " * 300)
+        assert task.is_cut("a " * 60) == (kind != "sd3")
+        assert task.is_cut("a " * 300)
     assert found == {"sd3": [24, 24, 256], "sd3 without t5": [24, 24]}
 
 

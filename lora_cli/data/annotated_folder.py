@@ -215,7 +215,7 @@ def _yaml(file: Path) -> Json:
     try:
         text = _text_of(file)
         content = yaml.safe_load(text)
-        names = yaml.load(text, Loader=yaml.BaseLoader)  # makes texts only
+        names = yaml.BaseLoader(text).get_single_data()  # it makes texts only
     except yaml.YAMLError:
         return {}
     if not isinstance(content, dict):

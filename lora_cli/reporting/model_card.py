@@ -141,8 +141,9 @@ def _usage(
     for_lora: bool = True,
 ) -> list[str]:
     """Return how an adapter is used, with this tool and with the library that reads it."""
-    # of the others, only this tool reads the folder
-    code = _snippet(recipe, _labels(recipe, report), folder) if library is not None else ""
+    # of the others, only this tool reads the folder, or the reader that it was exported for
+    has_code = library in ("peft", "transformers", "diffusers")
+    code = _snippet(recipe, _labels(recipe, report), folder) if has_code else ""
     pairs = getattr(recipe.task, "text_pair_column", None)
     asked = "--input pairs.csv --output answers.csv" if pairs else f'"{recipe.task.example_input}"'
     commands = f"```bash\nlora eval --adapter .\nlora predict --adapter . {asked}\n```"
