@@ -304,7 +304,7 @@ def test_a_reader_waits_for_a_writer_that_lives(
         monkeypatch.setattr(files, "PATIENCE_S", 30.0)
         threading.Timer(0.3, lambda: print(file=writer.stdin, flush=True)).start()
         finish_publishing(tmp_path)
-        assert content(tmp_path) == "new"
+    assert content(tmp_path) == "new"  # the writer has ended, and taken its lock with it
     FolderLock(tmp_path).release()
 
 
