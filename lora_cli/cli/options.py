@@ -108,22 +108,30 @@ def quiet_libraries() -> None:
     """Keep the environment out of other libraries, and their bars and advice off the screen."""
     clean_environment()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    import gc
     import warnings
 
-    # Modules are no garbage: to search them for some, again and again while there are more of them,
-    # takes a tenth of the time in which torch and transformers are imported.
-    gc.disable()
-    try:
-        import lora_cli.tasks.contract  # noqa: F401 - what every command needs that loads a model
-    finally:
-        gc.freeze()
-        gc.enable()
+    _import_torch_and_transformers()
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module=r"(transformers|accelerate|torch|datasets)\.")
+
+
+def _import_torch_and_transformers() -> None:
+    """Import what every command needs that loads a model, without searching it for garbage.
+
+    Modules are no garbage: to search them for some, again and again while there are more of them,
+    takes a tenth of the time in which they are imported.
+    """
+    import gc
+
+    gc.disable()
+    try:
+        import lora_cli.tasks.contract  # noqa: F401
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def recipe_for(adapter: Path, recipe: Path | None, overrides: list[str] | None) -> Recipe:
