@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,10 +234,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(folder, path, run(path))
 
 
-def test_twenty_steps_are_those_of_the_training_script_of_diffusers(trained: Trained) -> None:
-    script = Script(trained.path, GAMMA)
-    samples = [json.loads(x) for x in (trained.out / "samples.jsonl").read_text().splitlines()]
-    parameters = [p for p in script.pipe.unet.parameters() if p.requires_grad]
+def require_losses_of(script: Any, parameters: Iterable[Tensor], out: Path) -> None:
+    """Fail if the losses of a run are not those of a script that takes the same examples."""
+    samples = [json.loads(x) for x in (out / "samples.jsonl").read_text().splitlines()]
     optimizer = torch.optim.SGD(parameters, lr=RATE)
     theirs = []
     for step, sample in enumerate(samples, 1):
@@ -247,15 +246,26 @@ def test_twenty_steps_are_those_of_the_training_script_of_diffusers(trained: Tra
         optimizer.zero_grad()
         theirs.append(float(loss.detach()))
     assert len(theirs) == N_STEPS
-    assert logged(trained.out) == pytest.approx(theirs, rel=1e-5)
+    assert logged(out) == pytest.approx(theirs, rel=1e-5)
     assert max(theirs) > 1.1 * min(theirs)  # noise and steps differ
-    saved = load_file(trained.out / "checkpoints/step-000020/unet/adapter_model.safetensors")
-    state = peft.get_peft_model_state_dict(script.pipe.unet)
+
+
+def require_tensors_of(part: Any, out: Path, name_of_part: str) -> None:
+    """Fail if a checkpoint's tensors are not those that PEFT would save of a part."""
+    saved = load_file(out / f"checkpoints/step-000020/{name_of_part}/adapter_model.safetensors")
+    state = peft.get_peft_model_state_dict(part)
     assert len(state) == len(saved)
     for name, tensor in state.items():
         own, scale = saved[f"base_model.model.{name}"], float(tensor.abs().max())
         assert scale > 1e-5
         assert float((own - tensor).abs().max()) <= 1e-5 * max(scale, 1e-3), name
+
+
+def test_twenty_steps_are_those_of_the_training_script_of_diffusers(trained: Trained) -> None:
+    script = Script(trained.path, GAMMA)
+    parameters = [p for p in script.pipe.unet.parameters() if p.requires_grad]
+    require_losses_of(script, parameters, trained.out)
+    require_tensors_of(script.pipe.unet, trained.out, "unet")
 
 
 PRIOR = {"path": "class", "caption": "a one", "weight": 0.5, "count": 0}
