@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import tiny
 
-from lora_cli.data.conversations import read_conversations
+from lora_cli.data.chat_formats import read_conversations
 from lora_cli.recipe_draft.answer_cuts import rows_without_answer
 from lora_cli.recipe_draft.base_model_info import Base
 from lora_cli.recipe_draft.chat_lengths import TurnCounter

@@ -17,7 +17,7 @@ from lora_cli.metrics import (
     result_names,
 )
 from lora_cli.metrics.box_scores import BOXES, box_scores, label_results
-from lora_cli.metrics.builtin import is_exact_match, lacks_answer, references_of
+from lora_cli.metrics.builtin_metrics import is_exact_match, lacks_answer, references_of
 from lora_cli.metrics.retrieval_scores import RETRIEVAL, retrieval_scores
 
 # ------------------------------------------------------------------------------ error rates

@@ -12,7 +12,7 @@ import tiny
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.data.conversations import Conversation, read_conversations, read_messages
+from lora_cli.data.chat_formats import Conversation, read_conversations, read_messages
 from lora_cli.errors import LoraError
 from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.encode import load_data

@@ -18,7 +18,7 @@ from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.examples import Batch
 from lora_cli.tasks.sequence_classification import SequenceClassification
-from lora_cli.tasks.texts import long_texts
+from lora_cli.tasks.texts import tokenize_long_texts
 
 GENERATOR = torch.Generator().manual_seed(4)
 MODEL = nn.Identity()  # none of this needs one
@@ -297,8 +297,9 @@ def test_texts_that_are_too_long_are_cut_dropped_or_rejected(task_of: Any) -> No
 def test_the_full_length_of_a_pair_counts_what_stands_around_it(
     longest: int, task_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(long_texts, "LONG", longest)  # longer ones are not tokenized as a whole
-    monkeypatch.setattr(long_texts, "OVERLAP", 32)
+    # longer ones are not tokenized as a whole
+    monkeypatch.setattr(tokenize_long_texts, "LONG", longest)
+    monkeypatch.setattr(tokenize_long_texts, "OVERLAP", 32)
     task = task_of(["a", "b"], text_pair_column="more", max_length=16)
     for n in (3, 12, 40):
         row = {"text": "film " * n, "more": "a great cast " * 3, "label": "a"}

@@ -18,7 +18,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.data.conversations import Conversation
+from lora_cli.data.chat_formats import Conversation
 from lora_cli.errors import LoraError
 from lora_cli.tasks.generation.chat_template import ChatTemplate
 from lora_cli.tasks.texts.control_tokens import ControlTokens

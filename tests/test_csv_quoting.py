@@ -14,7 +14,7 @@ import pytest
 
 from lora_cli.data import csv_quoting
 from lora_cli.data.csv_quoting import Quoting, _Marks, _Reading, announce_quoting, quoting_of
-from lora_cli.data.readers import columns_of, read_rows
+from lora_cli.data.file_formats import columns_of, read_rows
 from lora_cli.recipe import FormatSpec
 
 # as GLUE's corpora are written: tabs, no quoting, marks wherever the newspaper had them

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_cli.data import file_formats as reading
 from lora_cli.data import file_rows
-from lora_cli.data import readers as reading
 from lora_cli.data.bad_rows import without_errors
+from lora_cli.data.file_formats import columns_of, kind_of, read_rows, require_columns, text_error
 from lora_cli.data.load_rows import Rows, load_rows, stream_label_names, stream_rows
-from lora_cli.data.readers import columns_of, kind_of, read_rows, require_columns, text_error
 from lora_cli.data.text_lines import RawRow
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec, Recipe

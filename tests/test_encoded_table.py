@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_cli.preprocessing.encoded_table import EncodedTable, TableWithStates
-from lora_cli.tasks.states import STATES, KeptState
+from lora_cli.tasks.hidden_states import STATES, KeptState
 
 FEATURES = datasets.Features({
     "input_ids": datasets.List(datasets.Value("int32")),

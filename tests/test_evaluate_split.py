@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.peft_format.adapter_folder import save_adapter
-from lora_cli.data.readers import read_rows
+from lora_cli.data.file_formats import read_rows
 from lora_cli.errors import LoraError, NumericsError
 from lora_cli.evaluation import evaluate_split as evaluation
 from lora_cli.evaluation.evaluate_split import (

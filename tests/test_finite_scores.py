@@ -24,7 +24,7 @@ from lora_cli.export.merge import merge_adapter
 from lora_cli.recipe import Recipe, dump_recipe, load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.finite_scores import FiniteScores, likely_cause
-from lora_cli.training.best_adapter import Judge
+from lora_cli.training.early_stopping import Judge
 from lora_cli.training.run import train
 from lora_cli.training.train_state import TrainState
 

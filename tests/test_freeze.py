@@ -9,8 +9,8 @@ from torch import nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from lora_cli.adapters.attach import attach, trainable_parameters
+from lora_cli.adapters.describe_trained import frozen_in_words, in_modules, trained_in_words
 from lora_cli.adapters.freeze import depths, embedding_modules
-from lora_cli.adapters.trained_modules import frozen_in_words, in_modules, trained_in_words
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 

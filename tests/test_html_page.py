@@ -15,8 +15,8 @@ import tiny
 
 from lora_cli.metrics import MetricContext, definition
 from lora_cli.recipe import load_recipe
-from lora_cli.reporting import page_analysis, svg_plots, write_page
-from lora_cli.reporting.html import STYLE, esc
+from lora_cli.reporting import page_analysis, page_plots, write_page
+from lora_cli.reporting.page_elements import STYLE, esc
 from lora_cli.reporting.verdict import verdict
 
 HOSTILE = (
@@ -284,12 +284,12 @@ def test_less_perplexity_is_better() -> None:
 
 
 def test_ticks_are_round_and_within() -> None:
-    assert svg_plots.ticks(0, 153) == [0, 50, 100, 150]
-    assert svg_plots.ticks(1.07, 2.1) == [1.25, 1.5, 1.75, 2.0]
-    assert svg_plots.ticks(3, 3) == [3]
-    assert [svg_plots.short(x) for x in (0, 0.25, 12000, 2.5e6)] == ["0", "0.25", "12k", "2.5M"]
-    assert svg_plots.short(2e-4, 5e-4) == "2e-4"
-    assert len(svg_plots.thin([(i, i) for i in range(1201)])) <= svg_plots.MOST_POINTS
+    assert page_plots.ticks(0, 153) == [0, 50, 100, 150]
+    assert page_plots.ticks(1.07, 2.1) == [1.25, 1.5, 1.75, 2.0]
+    assert page_plots.ticks(3, 3) == [3]
+    assert [page_plots.short(x) for x in (0, 0.25, 12000, 2.5e6)] == ["0", "0.25", "12k", "2.5M"]
+    assert page_plots.short(2e-4, 5e-4) == "2e-4"
+    assert len(page_plots.thin([(i, i) for i in range(1201)])) <= page_plots.MOST_POINTS
 
 
 # ---------------------------------------------------------------------------------------- pages

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from lora_cli.adapters.attach import attach, trainable_parameters
+from lora_cli.adapters.describe_trained import rates_in_words
 from lora_cli.adapters.lora import LoRALayer
 from lora_cli.adapters.parameter_groups import parameter_groups
-from lora_cli.adapters.trained_modules import rates_in_words
 from lora_cli.errors import LoraError
 from lora_cli.recipe import OptimizerSpec, Recipe, SchedulerSpec
 from lora_cli.training.optimizers import (

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from lora_cli.data.readers import read_rows
+from lora_cli.data.file_formats import read_rows
 from lora_cli.data.write_rows import OutputForm, writing
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import predict as prediction

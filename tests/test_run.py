@@ -33,11 +33,11 @@ from lora_cli.cli.app import app
 from lora_cli.errors import IntegrityError, InterruptedRun, LoraError
 from lora_cli.evaluation.evaluate_split import evaluate_adapter
 from lora_cli.recipe import load_recipe
-from lora_cli.training import best_adapter, train
+from lora_cli.training import early_stopping, train
 from lora_cli.training import run as training_run
 from lora_cli.training.checkpoints import checkpoints, load_checkpoint
 from lora_cli.training.optimizers import build_optimizer
-from lora_cli.training.stopping import StopRequest
+from lora_cli.training.stop_request import StopRequest
 from lora_cli.training.train_state import TrainState
 
 ROOT = Path(__file__).parent.parent
@@ -505,7 +505,7 @@ def test_an_unknown_best_metric_is_found_before_training(bench: Bench) -> None:
 def test_a_best_metric_that_is_never_measured_is_found_at_step_0(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(best_adapter, "best_by", lambda *_: ("unheard", "max"))
+    monkeypatch.setattr(early_stopping, "best_by", lambda *_: ("unheard", "max"))
     with pytest.raises(LoraError, match="no metric `unheard`"):
         bench.run(bench.recipe())
     assert (bench.folder / "out/samples.jsonl").read_text() == ""

@@ -25,7 +25,7 @@ from lora_cli.export import merge as merging
 from lora_cli.export import merge_quantized
 from lora_cli.export.merge_quantized import Candidate, Trained, better, in_words
 from lora_cli.metrics import MetricContext
-from lora_cli.metrics import builtin as metrics
+from lora_cli.metrics import builtin_metrics as metrics
 from lora_cli.metrics.metric_set import MetricSet
 from lora_cli.models.quantized_linear import QuantizedLinear
 from lora_cli.recipe import load_recipe

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lora_cli.data.detect_format import read_data_file, read_head
+from lora_cli.data.file_formats import read_rows
 from lora_cli.data.input_files import input_form
-from lora_cli.data.readers import read_rows
 from lora_cli.data.text_encoding import encoding_of, lines_of, seven_bit_encoding
 from lora_cli.data.text_lines import encoding_hint
 from lora_cli.errors import LoraError

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_cli.adapters.freeze import frozen_parameters
-from lora_cli.adapters.frozen_layers import FrozenLayers
+from lora_cli.adapters.frozen_lower_layers import FrozenLayers
 from lora_cli.adapters.initialise import reject_impossible_starts, start_layers
 from lora_cli.adapters.lora import LORA_LAYERS, LoRAConv, LoRALayer, Shape
 from lora_cli.adapters.lora_parameter import LoRAParameter

@@ -99,7 +99,7 @@ def _show_traceback(
 
 def _known_error(error: Exception) -> LoraError | None:
     """Return what to say of an error of the arguments, of files, or of memory, else None."""
-    from lora_cli.cli.arguments import usage_error
+    from lora_cli.cli.argument_errors import usage_error
 
     if (wrong := usage_error(error, sys.argv[1:])) is not None:
         return wrong

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_cli.data.file_formats import is_blank
 from lora_cli.data.json_rows import JSON_NAMES
-from lora_cli.data.readers import is_blank
 from lora_cli.errors import counted, printable
 
 BOX_KEYS = ("bbox", "bboxes", "box", "boxes")

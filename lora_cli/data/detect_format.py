@@ -21,8 +21,8 @@ from typing import Any
 from lora_cli.data.cell_values import FORMS, read_number
 from lora_cli.data.conll import is_conll
 from lora_cli.data.csv_quoting import Quoting, quoting_of
+from lora_cli.data.file_formats import KINDS, read_rows
 from lora_cli.data.labelled_text import FASTTEXT, label_source
-from lora_cli.data.readers import KINDS, read_rows
 from lora_cli.data.text_encoding import BOM, LINE_END, encoding_of, lines_of
 from lora_cli.data.text_lines import RawRow, unreadable
 from lora_cli.data.unreadable_files import reject_binary, reject_other_lines

@@ -17,6 +17,7 @@ from lora_cli.data.bad_rows import without
 from lora_cli.data.coco_rows import coco_names, is_coco, read_coco
 from lora_cli.data.csv_quoting import announce_quoting
 from lora_cli.data.dataset_cache import SourceChangedError, cached_dataset
+from lora_cli.data.file_formats import kind_of, read_rows
 from lora_cli.data.find_files import SPLITS as SPLITS
 from lora_cli.data.media import (
     is_media,
@@ -37,7 +38,6 @@ from lora_cli.data.media_folder import (
 )
 from lora_cli.data.numbered_labels import parquet_label_names
 from lora_cli.data.parallel_texts import parts_of
-from lora_cli.data.readers import kind_of, read_rows
 from lora_cli.data.renamed_columns import renamed_row
 from lora_cli.data.rows import Rows as Rows
 from lora_cli.data.text_lines import NOT_TEXT, RawRow, unreadable

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_cli.data.annotated_folder import annotated_files
+from lora_cli.data.file_formats import KINDS, kind_by_name, kind_of
 from lora_cli.data.labelled_text import class_files
 from lora_cli.data.media_folder import media_files, split_parts
 from lora_cli.data.parallel_texts import parts_of
-from lora_cli.data.readers import KINDS, kind_by_name, kind_of
 from lora_cli.errors import LoraError, counted, did_you_mean, nearest, printable, warn
 from lora_cli.errors import name_neighbours as name_neighbours
 from lora_cli.recipe import FormatSpec, Recipe

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from lora_cli.data.csv_rows import delimiter_of
 from lora_cli.data.detect_format import DELIMITERS, SPARE_DELIMITERS, Head
+from lora_cli.data.file_formats import columns_of, form_of, kind_of
 from lora_cli.data.labelled_text import FASTTEXT, LABEL_COLUMN
-from lora_cli.data.readers import columns_of, form_of, kind_of
 from lora_cli.data.text_encoding import lines_of
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from lora_cli.data.csv_quoting import announce_quoting
+from lora_cli.data.file_formats import kind_of, require_columns
 from lora_cli.data.file_rows import file_rows, names_of_labels, read_files
 from lora_cli.data.find_files import SPLITS as SPLITS
 from lora_cli.data.find_files import files_of, positions, split_slice
-from lora_cli.data.held_out import draw
 from lora_cli.data.hub_rows import hub_rows, load_hub
 from lora_cli.data.media import (
     hashed,
@@ -27,9 +27,9 @@ from lora_cli.data.media_folder import (
 )
 from lora_cli.data.mixed_rows import mixed
 from lora_cli.data.numbered_labels import holds_numbers, label_names, require_one_numbering
-from lora_cli.data.readers import kind_of, require_columns
 from lora_cli.data.renamed_columns import renamed_row, require_renamed
 from lora_cli.data.rows import Rows as Rows
+from lora_cli.data.split_rows import draw
 from lora_cli.data.text_lines import RawRow
 from lora_cli.errors import LoraError, counted, did_you_mean
 from lora_cli.recipe import HeldOutSpec, Recipe

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.detect_format import EMPTY, DataFile, bytes_of
+from lora_cli.data.file_formats import read_rows
 from lora_cli.data.parallel_texts import joined_name, parts_of
-from lora_cli.data.readers import read_rows
 from lora_cli.data.text_encoding import encoding_of
 from lora_cli.data.unreadable_files import reject_binary
 from lora_cli.errors import LoraError

@@ -34,8 +34,8 @@ from lora_cli.metrics import (
 )
 from lora_cli.metrics.entity_scores import entity_sums
 from lora_cli.metrics.retrieval_scores import row_score
+from lora_cli.preprocessing.cached_frozen_outputs import with_frozen_outputs
 from lora_cli.preprocessing.encode import load_data
-from lora_cli.preprocessing.frozen_outputs import with_frozen_outputs
 from lora_cli.recipe import RECIPE_FILE, AdapterSpec, Recipe, load_adapter_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task

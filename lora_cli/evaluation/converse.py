@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from lora_cli.data.conversations import Message
+from lora_cli.data.chat_formats import Message
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.predict import answer
 from lora_cli.tasks.contract import Task

@@ -11,7 +11,7 @@ from torch import nn
 from lora_cli.adapters.attach import training_mode
 from lora_cli.data.pictures import thumbnail_of
 from lora_cli.files import write_json
-from lora_cli.reporting.page_drawings import DRAWINGS
+from lora_cli.reporting.page_drawn_pictures import DRAWINGS
 from lora_cli.tasks.contract import Task
 
 SAMPLES = "samples"  # the folder of the pictures, in that of the run

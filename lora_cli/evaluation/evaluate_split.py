@@ -26,8 +26,8 @@ from lora_cli.errors import LoraError, NumericsError, require_file, warn
 from lora_cli.evaluation.open_adapter import load_adapted, open_task
 from lora_cli.metrics import MetricSet, metric_mode, result_names
 from lora_cli.preprocessing.batch_plan import Indices
+from lora_cli.preprocessing.cached_frozen_outputs import with_frozen_outputs
 from lora_cli.preprocessing.encode import load_data
-from lora_cli.preprocessing.frozen_outputs import with_frozen_outputs
 from lora_cli.recipe import Learned, Recipe
 from lora_cli.reporting.report import strict
 from lora_cli.tasks import build_task

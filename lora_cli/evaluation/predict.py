@@ -15,11 +15,11 @@ from torch import nn
 from lora_cli.data.csv_quoting import announce_quoting, quoting_of
 from lora_cli.data.csv_rows import delimiter_of
 from lora_cli.data.detect_format import Head, read_head
+from lora_cli.data.file_formats import columns_of, kind_of, read_rows, require_columns
 from lora_cli.data.input_files import input_form
 from lora_cli.data.media import FILE_NAME, with_media
 from lora_cli.data.media_folder import media_files
 from lora_cli.data.parquet_rows import parquet_schema
-from lora_cli.data.readers import columns_of, kind_of, read_rows, require_columns
 from lora_cli.data.text_lines import RawRow
 from lora_cli.data.write_rows import WRITABLE, OutputForm, reject_target, suffix_of, writing
 from lora_cli.errors import LoraError, Problem, counted, require_file

@@ -1,6 +1,6 @@
 """Metrics that work without a network, and any other that `evaluate` can load."""
 
-from lora_cli.metrics.builtin import (
+from lora_cli.metrics.builtin_metrics import (
     Channel,
     MetricContext,
     builtin_value,

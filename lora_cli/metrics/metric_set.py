@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from lora_cli.errors import LoraError, did_you_mean
-from lora_cli.metrics.builtin import (
+from lora_cli.metrics.builtin_metrics import (
     NOTHING_KNOWN,
     SPECS,
     Channel,

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from lora_cli.adapters.describe_trained import trained_in_words
 from lora_cli.adapters.make_trainable import make_trainable
 from lora_cli.adapters.parameter_groups import parameter_groups
 from lora_cli.adapters.parameter_targets import frozen_experts_note
 from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
-from lora_cli.adapters.trained_modules import trained_in_words
 from lora_cli.data.load_rows import Rows
 from lora_cli.errors import LoraError, Problem, printable, warn
 from lora_cli.metrics import MetricSet, known_metrics
@@ -29,7 +29,7 @@ from lora_cli.recipe import Recipe
 from lora_cli.tasks import build_training_task
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Example
-from lora_cli.tasks.texts.long_texts import LONG, in_batches
+from lora_cli.tasks.texts.tokenize_long_texts import LONG, in_batches
 
 FIRST_ROWS = 1000
 

@@ -13,13 +13,13 @@ import numpy as np
 
 from lora_cli.data.bad_rows import without
 from lora_cli.data.dataset_cache import cached_dataset
+from lora_cli.data.file_formats import require_columns
 from lora_cli.data.load_rows import Rows, load_rows
-from lora_cli.data.readers import require_columns
 from lora_cli.errors import LoraError, Problem
 from lora_cli.preprocessing.encoded_table import EncodedTable
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Encoded, Example
-from lora_cli.tasks.texts.long_texts import in_batches
+from lora_cli.tasks.texts.tokenize_long_texts import in_batches
 from lora_cli.unexpected_errors import own_words
 
 

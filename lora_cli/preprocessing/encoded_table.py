@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lora_cli.tasks.examples import Example
-from lora_cli.tasks.states import STATES, KeptState
+from lora_cli.tasks.hidden_states import STATES, KeptState
 
 
 class EncodedTable:

@@ -77,7 +77,7 @@ class Base:
 
     def tokens(self, texts: Sequence[Sequence[str]]) -> list[int]:
         """Return the length of each row's texts in tokens, the special ones included."""
-        from lora_cli.tasks.texts.long_texts import token_ids
+        from lora_cli.tasks.texts.tokenize_long_texts import token_ids
 
         total = [0] * len(texts)
         for column in zip(*texts, strict=True):

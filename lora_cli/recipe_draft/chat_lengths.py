@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from lora_cli.data.conversations import Conversation, conversation_error, read_conversations
+from lora_cli.data.chat_formats import Conversation, conversation_error, read_conversations
 from lora_cli.errors import LoraError
 from lora_cli.tasks.proposal import Proposal
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.characters import normalised
+from lora_cli.data.chat_formats import conversation_error
 from lora_cli.data.column_kinds import (
     GROUP_NAME,
     SPLIT_NAMES,
@@ -24,11 +25,10 @@ from lora_cli.data.column_kinds import (
     is_blank,
     label_text,
 )
-from lora_cli.data.conversations import conversation_error
 from lora_cli.data.detect_format import DataFile
-from lora_cli.data.held_out import containing, draw
+from lora_cli.data.file_formats import read_rows
 from lora_cli.data.parallel_texts import BRACES, parts_of
-from lora_cli.data.readers import read_rows
+from lora_cli.data.split_rows import containing, draw
 from lora_cli.data.text_lines import byte_error
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import TASKS, FormatSpec

@@ -9,10 +9,10 @@ from typing import Any
 
 from lora_cli.data.column_kinds import SPLIT_NAMES
 from lora_cli.data.detect_format import LABELS_ARE, SAMPLE_BYTES, DataFile, bytes_of, read_data_file
+from lora_cli.data.file_formats import kind_by_name, read_rows
 from lora_cli.data.find_files import SPLITS, files_of
 from lora_cli.data.labelled_text import class_files
 from lora_cli.data.parallel_pairs import translations_of
-from lora_cli.data.readers import kind_by_name, read_rows
 from lora_cli.data.text_encoding import encoding_of
 from lora_cli.data.text_lines import RawRow
 from lora_cli.errors import LoraError, counted

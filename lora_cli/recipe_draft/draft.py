@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.data.cell_values import half_width
+from lora_cli.data.chat_formats import conversation_error, read_conversations
 from lora_cli.data.column_kinds import SPLIT_NAMES, Column, as_number, describe
-from lora_cli.data.conversations import conversation_error, read_conversations
 from lora_cli.data.csv_rows import delimiter_of
 from lora_cli.data.detect_format import DataFile
 from lora_cli.data.parallel_pairs import read_pair

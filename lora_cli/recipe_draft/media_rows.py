@@ -7,10 +7,10 @@ from typing import Any
 
 from lora_cli.data.coco_rows import coco_summary, is_coco
 from lora_cli.data.detect_format import DataFile
+from lora_cli.data.file_formats import kind_by_name
 from lora_cli.data.find_files import files_of
 from lora_cli.data.labelled_text import LABEL_COLUMN
 from lora_cli.data.media_folder import SUFFIXES, classes_of, media_files, read_media_files
-from lora_cli.data.readers import kind_by_name
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import TASKS, Recipe
 from lora_cli.recipe.spec.task_section import MediaKind

@@ -61,7 +61,7 @@ def unknown_share(splits: Sequence[Rows], base: Base, chosen: Proposal) -> str |
         return None
     import numpy as np
 
-    from lora_cli.tasks.texts.long_texts import token_ids
+    from lora_cli.tasks.texts.tokenize_long_texts import token_ids
     from lora_cli.tasks.texts.unknown_tokens import MOST_UNKNOWN, count_unknown, unknown_warning
 
     for rows in filter(None, splits):

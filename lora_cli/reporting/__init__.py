@@ -5,7 +5,7 @@ at any time. What is not known is left out.
 """
 
 from lora_cli.reporting.html_page import write_page
-from lora_cli.reporting.learning_curve import plot_learning_curve
+from lora_cli.reporting.learning_curve_png import plot_learning_curve
 from lora_cli.reporting.model_card import write_model_card
 from lora_cli.reporting.report import read_metrics_log, results_table, write_report
 

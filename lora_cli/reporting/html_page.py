@@ -15,12 +15,12 @@ from typing import Any
 
 from lora_cli.errors import counted
 from lora_cli.files import write_atomically
-from lora_cli.reporting import page_analysis, svg_plots
-from lora_cli.reporting.html import DASH, document, esc, grouped_table, own, section
-from lora_cli.reporting.learning_curve import curve_of, smooth
+from lora_cli.reporting import page_analysis, page_plots
+from lora_cli.reporting.learning_curve_png import curve_of, smooth
 from lora_cli.reporting.page_analysis import Line, finite
 from lora_cli.reporting.page_answers import answer_sections, read_thumbnails, sample_section
-from lora_cli.reporting.page_drawings import drawing_section
+from lora_cli.reporting.page_drawn_pictures import drawing_section
+from lora_cli.reporting.page_elements import DASH, document, esc, grouped_table, own, section
 from lora_cli.reporting.page_settings import clock, data_section, settings_section, size
 from lora_cli.reporting.report import (
     goal_of,
@@ -180,7 +180,7 @@ def _tiles(report: dict[str, Any], split: str) -> str:
     counts, ran = part(report, "parameters"), part(report, "training")
     if trainable := finite(counts.get("trainable")):
         share = finite(counts.get("trainable_percent"))
-        of = f"{share:g} % of {svg_plots.short(finite(counts.get('total')) or 0)}" if share else ""
+        of = f"{share:g} % of {page_plots.short(finite(counts.get('total')) or 0)}" if share else ""
         tiles.append((f"{trainable:,.0f}", "trained parameters", of))
     if seconds := finite(ran.get("seconds")):
         rate = finite(ran.get("examples_per_s"))
@@ -264,13 +264,13 @@ def _measured(log: list[Line]) -> list[Line]:
     return [{**part(s, "validation"), "step": s["step"]} for s in log if "validation" in s]
 
 
-def _points(lines: list[Line], key: str, smoothed: bool = False) -> list[svg_plots.Point]:
+def _points(lines: list[Line], key: str, smoothed: bool = False) -> list[page_plots.Point]:
     x, y = curve_of(lines, key)
     y = smooth(y) if smoothed and len(y) >= 12 else y
     return [(a, b) for a, b in zip(x.tolist(), y.tolist(), strict=True) if math.isfinite(b)]
 
 
-def _smoothed(log: list[Line]) -> list[svg_plots.Point]:
+def _smoothed(log: list[Line]) -> list[page_plots.Point]:
     return _points([line for line in log if "validation" not in line], "loss", smoothed=True)
 
 
@@ -290,21 +290,21 @@ def _curves(report: dict[str, Any], log: list[Line]) -> str:
     measured, best = _measured(log), part(report, "best")
     mark = best["step"] if isinstance(best.get("step"), int) else None
     raw, smoothed = _points(training, "loss"), _smoothed(log)
-    losses = [svg_plots.Series(raw, "blue", raw=True)] if len(raw) >= 12 else []
-    losses.append(svg_plots.Series(smoothed, "blue", "training", dots=len(raw) < 12))
-    losses.append(svg_plots.Series(_points(measured, "loss"), "orange", "validation", dots=True))
+    losses = [page_plots.Series(raw, "blue", raw=True)] if len(raw) >= 12 else []
+    losses.append(page_plots.Series(smoothed, "blue", "training", dots=len(raw) < 12))
+    losses.append(page_plots.Series(_points(measured, "loss"), "orange", "validation", dots=True))
     over = page_analysis.overfitting(smoothed, _points(measured, "loss"))
-    figures = [svg_plots.curves("Loss", losses, mark, overfits=over.step if over else None)]
+    figures = [page_plots.curves("Loss", losses, mark, overfits=over.step if over else None)]
     main = str(best.get("metric") or main_metric(report, "validation")[0])
     names = dict.fromkeys([main, *(k for line in measured for k in line)])
     for name in [k for k in names if k not in ("loss", "step")][:MOST_METRICS]:
-        line = svg_plots.Series(_points(measured, name), "orange", dots=True)
+        line = page_plots.Series(_points(measured, name), "orange", dots=True)
         shown = f"Validation {name.replace('_', ' ')}"
-        figures.append(svg_plots.curves(shown, [line], mark, _bases(report, name)))
-    rate = svg_plots.Series(_points(training, "learning_rate"), "blue")
-    figures.append(svg_plots.curves("Learning rate", [rate]))
-    norm = svg_plots.Series(_points(training, "grad_norm"), "blue")
-    figures.append(svg_plots.curves("Gradient norm", [norm]))
+        figures.append(page_plots.curves(shown, [line], mark, _bases(report, name)))
+    rate = page_plots.Series(_points(training, "learning_rate"), "blue")
+    figures.append(page_plots.curves("Learning rate", [rate]))
+    norm = page_plots.Series(_points(training, "grad_norm"), "blue")
+    figures.append(page_plots.curves("Gradient norm", [norm]))
     inner = "".join(figures)
     note = "Training's loss is smoothed; the thin line is as logged." if len(raw) >= 12 else ""
     return section("curves", "Training", note, f'<div class="grid">{inner}</div>' if inner else "")

@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import counted
-from lora_cli.reporting import page_analysis, svg_plots
-from lora_cli.reporting.html import DASH, esc, named, own, scroller, section, share_bar, table
+from lora_cli.reporting import page_analysis, page_plots
 from lora_cli.reporting.page_analysis import Kind, Line, finite
 from lora_cli.reporting.page_boxes import box_sections
+from lora_cli.reporting.page_elements import (
+    DASH,
+    esc,
+    named,
+    own,
+    scroller,
+    section,
+    share_bar,
+    table,
+)
 from lora_cli.reporting.page_entities import entity_sections
 from lora_cli.reporting.page_search import search_sections
 from lora_cli.reporting.page_transcripts import transcript_sections
@@ -69,7 +78,7 @@ def answer_sections(
     if kind == "regression":
         both = [(finite(x.get("reference")), finite(x.get("prediction"))) for x in lines]
         pairs = [(a, b) for a, b in both if a is not None and b is not None]
-        plot = svg_plots.scatter(pairs)
+        plot = page_plots.scatter(pairs)
         plot = f'<div class="grid">{plot}</div>' if plot else ""
         cases = _cases(page_analysis.worst(kind, lines, CASES))
         note = f"The {split} rows whose prediction is farthest from the reference, the worst first."
@@ -99,7 +108,7 @@ def _confusion(labels: list[str], lines: list[Line], rows: str) -> str:
             )
             return section("confusion", "Confusion", note, shown)
         matrix = page_analysis.confusion(labels, lines)
-        grid = scroller(svg_plots.heat_map(labels, matrix), "Confusion matrix")
+        grid = scroller(page_plots.heat_map(labels, matrix), "Confusion matrix")
         return section("confusion", "Confusion", note, grid, "<h3>Confused most</h3>", shown)
     matrix = page_analysis.confusion(labels, lines)
     head = "".join(f'<th scope="col" title="{esc(x)}">{own(x)}</th>' for x in labels)
@@ -118,7 +127,7 @@ def _confusion(labels: list[str], lines: list[Line], rows: str) -> str:
 
 
 def _cell(count: int, share: float, hit: bool) -> str:
-    shade = share**svg_plots.FAINT
+    shade = share**page_plots.FAINT
     deep = shade > (0.87 if hit else 0.92)  # so deep that white reads better than black
     looks = [*["hi"] * deep, *["hit"] * hit]
     look = f' class="{" ".join(looks)}"' if looks else ""
@@ -168,7 +177,7 @@ def _calibration(kind: Kind, lines: list[Line], rows: str, n_labels: int) -> str
         f"<b>{error:.3f}</b>: the mean distance from the dashed line, over ten bins. The pale bars "
         f"show how many of the {total:,} predictions each bin holds."
     )
-    plot = f'<div class="grid">{svg_plots.reliability(bins, error)}</div>'
+    plot = f'<div class="grid">{page_plots.reliability(bins, error)}</div>'
     return section("calibration", "Calibration", note, plot)
 
 

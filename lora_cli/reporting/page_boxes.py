@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_cli.errors import counted
-from lora_cli.reporting.html import DASH, esc, named, own, section, share_bar, table
 from lora_cli.reporting.page_analysis import Line, finite
+from lora_cli.reporting.page_elements import DASH, esc, named, own, section, share_bar, table
 from lora_cli.reporting.report import part
 
 CASES, LABELS = 20, 200

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from lora_cli.errors import counted
-from lora_cli.reporting.html import DASH, esc, named, own, section, share_bar, table
 from lora_cli.reporting.page_analysis import LabelScore, Line, finite
+from lora_cli.reporting.page_elements import DASH, esc, named, own, section, share_bar, table
 
 CASES = 20
 Place = tuple[int, int, str]  # first character, the one after the last, and the type

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lora_cli.errors import counted
-from lora_cli.reporting.html import own, section, share_bar, table
 from lora_cli.reporting.page_analysis import Line, finite
+from lora_cli.reporting.page_elements import own, section, share_bar, table
 from lora_cli.reporting.report import part
 
 CASES = 20

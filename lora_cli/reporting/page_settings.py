@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lora_cli.reporting.html import DASH, esc, facts, named, own, section, table
 from lora_cli.reporting.page_analysis import finite
 from lora_cli.reporting.page_answers import MATRIX_LABELS
+from lora_cli.reporting.page_elements import DASH, esc, facts, named, own, section, table
 from lora_cli.reporting.report import part
 
 COUNTS = {

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lora_cli.errors import counted
-from lora_cli.reporting.html import DASH, esc, own, section, table
 from lora_cli.reporting.page_analysis import Line, Word, word_errors, words_of, worst
+from lora_cli.reporting.page_elements import DASH, esc, own, section, table
 
 CASES, WORDS = 20, 15
 KINDS = ("substituted", "deleted", "inserted")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lora_cli.data.conversations import Message
+from lora_cli.data.chat_formats import Message
 from lora_cli.data.row_texts import shown_value
 from lora_cli.data.unsupported_rows import unsupported
 from lora_cli.errors import LoraError, Problem
@@ -20,7 +20,7 @@ from lora_cli.recipe import CausalLMSpec, Recipe, read_computation
 from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Encoded, Example, Field, Prediction
 from lora_cli.tasks.generation import causal_lm_encoders
 from lora_cli.tasks.generation.causal_lm_encoders import FORMATS, Chat, RowFormat
-from lora_cli.tasks.generation.language_model_rows import propose_writing
+from lora_cli.tasks.generation.language_model_proposals import propose_writing
 from lora_cli.tasks.generation.output_head import HiddenStates
 from lora_cli.tasks.generation.packing import Packed, check_packing
 from lora_cli.tasks.generation.text_generation import (

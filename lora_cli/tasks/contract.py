@@ -24,16 +24,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from lora_cli.adapters.frozen_layers import FrozenLayers
+from lora_cli.adapters.frozen_lower_layers import FrozenLayers
 from lora_cli.data.load_rows import Rows
 from lora_cli.data.row_texts import shown_value
 from lora_cli.errors import LoraError, counted
 from lora_cli.models.base_model import load_config
 from lora_cli.recipe import Learned, Recipe
+from lora_cli.tasks.cached_tensors import restored
 from lora_cli.tasks.examples import Batch, Encoded, Example, Prediction
-from lora_cli.tasks.kept_tensors import restored
+from lora_cli.tasks.hidden_states import STATES, has_states, states_of_batch, without_states
 from lora_cli.tasks.proposal import BaseFacts, Proposal, Table
-from lora_cli.tasks.states import STATES, has_states, states_of_batch, without_states
 from lora_cli.tasks.task_answers import TaskAnswers
 from lora_cli.tasks.task_metrics import TaskMetrics
 from lora_cli.tasks.task_model import TaskModel

@@ -32,7 +32,7 @@ from lora_cli.models.image_processor import (
 from lora_cli.models.load_errors import require_kind
 from lora_cli.recipe import ImageClassificationSpec, Recipe
 from lora_cli.tasks.classification.classification_task import Classification
-from lora_cli.tasks.classification.labelled_pictures import propose_pictures
+from lora_cli.tasks.classification.labelled_picture_proposals import propose_pictures
 from lora_cli.tasks.examples import MAIN, Batch, Example, Field
 from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.tasks.pictures.odd_pictures import FEATURES, odd_facts

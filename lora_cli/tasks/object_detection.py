@@ -26,7 +26,6 @@ from lora_cli.models.image_processor import output_size, processor_hash, save_pr
 from lora_cli.models.picture_canvas import load_canvas_processor, on_canvas
 from lora_cli.recipe import ObjectDetectionSpec, Recipe
 from lora_cli.tasks.classification.head_rows import arrange_rows, rows_of_heads
-from lora_cli.tasks.detection.annotated_pictures import propose_objects
 from lora_cli.tasks.detection.box_augmentation import Picture, augmented
 from lora_cli.tasks.detection.detection_labels import DetectionLabels
 from lora_cli.tasks.detection.detection_loss import (
@@ -38,6 +37,7 @@ from lora_cli.tasks.detection.detection_loss import (
     corners,
     detection_losses,
 )
+from lora_cli.tasks.detection.detection_proposals import propose_objects
 from lora_cli.tasks.detection.odd_boxes import IS_TURNED, may_be_turned, odd_boxes
 from lora_cli.tasks.examples import Batch, Example, Field, Prediction
 from lora_cli.tasks.finite_scores import require_finite

@@ -25,7 +25,7 @@ from lora_cli.tasks.generation.seq2seq_generation import (
 )
 from lora_cli.tasks.generation.seq2seq_rows import SourceAndTargetTask
 from lora_cli.tasks.generation.text_generation import Answer, base_generation_settings
-from lora_cli.tasks.generation.text_pairs import propose_pairs
+from lora_cli.tasks.generation.text_pair_proposals import propose_pairs
 from lora_cli.tasks.generation.writing_task import SAMPLE_NEW_TOKENS, losses_of_tokens
 from lora_cli.tasks.texts.padding import fill, mask_of
 from lora_cli.tasks.texts.text_task import TRIAL_TEXT

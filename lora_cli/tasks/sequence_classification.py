@@ -11,16 +11,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lora_cli.data.readers import text_error
+from lora_cli.data.file_formats import text_error
 from lora_cli.data.unsupported_rows import several_answers
 from lora_cli.errors import LoraError, Problem, counted
 from lora_cli.recipe import Recipe, SequenceClassificationSpec
 from lora_cli.tasks.classification.classification_task import Classification
-from lora_cli.tasks.classification.labelled_rows import propose_labelled
+from lora_cli.tasks.classification.labelled_text_proposals import propose_labelled
 from lora_cli.tasks.examples import MAIN, Batch, Example, Field
 from lora_cli.tasks.finite_scores import require_finite
-from lora_cli.tasks.texts.long_texts import end_of_text, in_batches, is_long, token_ids
 from lora_cli.tasks.texts.text_task import TRIAL_TEXT, TextTask
+from lora_cli.tasks.texts.tokenize_long_texts import end_of_text, in_batches, is_long, token_ids
 
 
 class SequenceClassification(Classification, TextTask):

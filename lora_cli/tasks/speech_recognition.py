@@ -26,7 +26,7 @@ from lora_cli.tasks.speech.ctc_recognition import CTCRecognition
 from lora_cli.tasks.speech.decoders import decoder_of, require_decoder
 from lora_cli.tasks.speech.speech_rows import RecordedTask, as_weights
 from lora_cli.tasks.speech.spoken_languages import first_tokens, knows_languages, language_code
-from lora_cli.tasks.speech.transcribed_recordings import propose_recordings
+from lora_cli.tasks.speech.transcript_proposals import propose_recordings
 from lora_cli.tasks.speech.transcripts import spoken
 from lora_cli.tasks.texts.padding import fill
 

@@ -19,14 +19,14 @@ from lora_cli.data.load_rows import Rows
 from lora_cli.errors import LoraError, Problem
 from lora_cli.models.base_model import load_config
 from lora_cli.recipe import Recipe, TokenClassificationSpec
+from lora_cli.tasks.classification.entity_proposals import propose_entities
 from lora_cli.tasks.classification.entity_rows import EntityRows, RowText, spans_in_words
 from lora_cli.tasks.classification.head_rows import arrange_rows, rows_of_heads
-from lora_cli.tasks.classification.tagged_rows import propose_entities
 from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Example, Field, Prediction
 from lora_cli.tasks.finite_scores import require_finite
-from lora_cli.tasks.texts.long_texts import token_ids
 from lora_cli.tasks.texts.padding import RIGHT, fill
 from lora_cli.tasks.texts.text_task import TRIAL_TEXT, TextTask
+from lora_cli.tasks.texts.tokenize_long_texts import token_ids
 from lora_cli.tasks.texts.word_windows import (
     Words,
     complete_tags,

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 from lora_cli.preprocessing.batch_plan import BatchPlan, micro_batches
 from lora_cli.preprocessing.mixture import mixture_of
 from lora_cli.preprocessing.stream import Stream
+from lora_cli.tasks.cached_tensors import restored
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Batch, Encoded, Example
 from lora_cli.tasks.generation.packing import Packed
-from lora_cli.tasks.kept_tensors import restored
-from lora_cli.training.stopping import SIGNALS
+from lora_cli.training.stop_request import SIGNALS
 
 
 @dataclass

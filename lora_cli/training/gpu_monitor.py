@@ -21,7 +21,7 @@ from accelerate import Accelerator
 
 from lora_cli.tasks.contract import Task
 from lora_cli.training.batches import PlannedStep
-from lora_cli.training.stopping import TRAINING, StopRequest
+from lora_cli.training.stop_request import TRAINING, StopRequest
 from lora_cli.training.train_state import TrainState
 
 INTERVAL_S = 1.0  # the driver's own utilisation is a mean over up to a second

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from lora_cli.errors import InterruptedRun, LoraError, NumericsError
 from lora_cli.recipe import Learned, Recipe
 from lora_cli.training.memory_and_disk import resource_error
-from lora_cli.training.stopping import StopRequest
+from lora_cli.training.stop_request import StopRequest
 from lora_cli.unexpected_errors import note_phase
 
 

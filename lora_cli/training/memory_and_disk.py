@@ -27,7 +27,7 @@ from lora_cli.recipe import Learned, Recipe
 from lora_cli.tasks.contract import Task
 from lora_cli.training.batches import Batches, prepared_for
 from lora_cli.training.checkpoints import peek_state
-from lora_cli.training.stopping import LOADING, TRAINING
+from lora_cli.training.stop_request import LOADING, TRAINING
 
 HEADROOM = 0.05  # of the GPU's free memory is left: it gets fragmented, and libraries want some
 AMPLE = 0.7  # so much is left where it is not the user who wants the memory used

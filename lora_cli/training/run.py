@@ -14,9 +14,9 @@ from torch import nn
 
 from lora_cli.accelerator import start_accelerator
 from lora_cli.adapters.attach import training_mode
+from lora_cli.adapters.describe_trained import trained_facts
 from lora_cli.adapters.make_trainable import make_trainable
 from lora_cli.adapters.parameter_targets import frozen_experts_note
-from lora_cli.adapters.trained_modules import trained_facts
 from lora_cli.environment import reject_mpi
 from lora_cli.evaluation.draw_samples import draw_samples
 from lora_cli.evaluation.evaluate_split import evaluate
@@ -25,22 +25,21 @@ from lora_cli.evaluation.samples import add_samples
 from lora_cli.evaluation.thumbnails import write_thumbnails
 from lora_cli.models.base_model import enable_gradient_checkpointing
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
+from lora_cli.preprocessing.cached_frozen_outputs import with_frozen_outputs
+from lora_cli.preprocessing.cached_hidden_states import with_entering_states
 from lora_cli.preprocessing.data_gate import pass_gate
 from lora_cli.preprocessing.encode import load_data
-from lora_cli.preprocessing.entering_states import with_entering_states
-from lora_cli.preprocessing.frozen_outputs import with_frozen_outputs
 from lora_cli.recipe import Learned, Recipe
 from lora_cli.tasks import build_training_task
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Encoded
 from lora_cli.training.bad_numbers import reject_bad_parameters, reject_bad_scale, reject_bad_steps
 from lora_cli.training.batches import Batches, PlannedStep
-from lora_cli.training.best_adapter import Judge
 from lora_cli.training.checkpoints import adopt_adapter, clear_leftovers, optimizer_bytes
 from lora_cli.training.choose_engine import choose_engine
+from lora_cli.training.early_stopping import Judge
 from lora_cli.training.gpu_monitor import GpuMonitor
 from lora_cli.training.launch import explaining, main_process_first, seed_everything
-from lora_cli.training.log_window import Window, trained_line
 from lora_cli.training.memory_and_disk import find_micro_batch, join_micro_batches
 from lora_cli.training.mirror import open_mirror
 from lora_cli.training.optimizers import build_optimizer, learning_rate_factor, set_learning_rate
@@ -57,11 +56,12 @@ from lora_cli.training.output_folder import (
 from lora_cli.training.progress import RunLog, peak_memory_bytes
 from lora_cli.training.rank_agreement import require_same_recipe, require_same_start
 from lora_cli.training.rank_watch import watching
-from lora_cli.training.saver import Saver
+from lora_cli.training.save_and_resume import Saver
 from lora_cli.training.start_from_data import start_from_data
 from lora_cli.training.step import StepResult, train_step
-from lora_cli.training.stopping import TRAINING, Stopping, StopRequest
+from lora_cli.training.stop_request import TRAINING, Stopping, StopRequest
 from lora_cli.training.train_state import TrainState, machine_facts, memory_facts, recipe_facts
+from lora_cli.training.unlogged_steps import Window, trained_line
 from lora_cli.unexpected_errors import phase
 
 

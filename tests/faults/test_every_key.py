@@ -629,7 +629,7 @@ CHANGES: dict[str, Change] = {
         {"task.source_column": "text", "data.train": "tokens.jsonl"},
     ),
     # ------------------------------------------------------------------------------------- data
-    # what it limits is tried in tests/test_frozen_outputs.py: these tasks keep no such outputs
+    # see tests/contract/test_cached_frozen_outputs.py: these tasks keep no such outputs
     "data.cache_limit": Change(message, ("16GB", "4")),
     "data.name": Change(losses, ("a/b", "a/c"),
         also={"data.train": "train", "data.validation": None}),

@@ -155,11 +155,11 @@ REST: dict[str, list[str]] = {
     "tests/test_speech_recognition.py": [
         "`…` …; it was whole when the run began",
     ],
-    "a guard: weights and scores are checked before; tests/test_numbers.py": [
+    "a guard: weights and scores are checked before; tests/test_bad_numbers.py": [
         "the model's loss on this row is",
         "`train.packing` has no meaning with `task.type: …`",  # the recipe's check says the same
     ],
-    "an adapter on tied weights; tests/test_folder.py": [
+    "an adapter on tied weights; tests/test_adapter_folder.py": [
         "`…` and `…` differ in the adapter, and are one in the model",
     ],
     "no tiny model has such convolutions; tests/test_adapter_folder.py": [
@@ -185,20 +185,20 @@ REST: dict[str, list[str]] = {
         "the memory is full",
         "the GPU's memory is full",
     ],
-    "adapters without computation.json; tests/test_comparison.py": [
+    "adapters without computation.json; tests/test_compare.py": [
         "`task.…`",
     ],
     "needs a disk that reads back something else": [
         "a data set that was just written to the cache reads back otherwise",
     ],
-    "printed as a warning; tests/test_cache.py": [
+    "printed as a warning; tests/test_dataset_cache.py": [
         "`…` is missing",
         "it holds the rows of something else",
     ],
     "a guard: init finds folders and pipes before it reads": [
         "this is a folder",
     ],
-    "a file that keeps changing; tests/test_cache.py": [
+    "a file that keeps changing; tests/test_dataset_cache.py": [
         "the file changes while it is read",
     ],
     "needs a disk that is full": [
@@ -219,7 +219,7 @@ REST: dict[str, list[str]] = {
     "a guard: what no adapter changes is copied, whatever its dtype": [
         "`…` is stored as …, which cannot be read",
     ],
-    "a fault of ours: merging is proved; tests/test_merging.py": [
+    "a fault of ours: merging is proved; tests/test_merge.py": [
         "merged, `…` is not what the adapter's file says",
         "merged, the model's outputs differ by … of the largest",
     ],
@@ -227,7 +227,7 @@ REST: dict[str, list[str]] = {
         "the merged model is not what the files of base and adapter say, in …: the largest "
         "difference is …, of `…`",
     ],
-    "a fault of ours: saving is proved; tests/test_merging.py": [
+    "a fault of ours: saving is proved; tests/test_merge.py": [
         "the saved model does not compute what the merged one did",
     ],
     "a guard: a split without trained tokens is refused before": [
@@ -261,7 +261,7 @@ REST: dict[str, list[str]] = {
     "waits for other processes; tests/test_environment.py": [
         "in _alone()",
     ],
-    "printed as warnings, with exit code 0; tests/test_prediction.py": [
+    "printed as warnings, with exit code 0; tests/test_predict.py": [
         "in answer_file()",
     ],
     "a pipe that nobody writes into; tests/test_recipe.py": [
@@ -270,7 +270,7 @@ REST: dict[str, list[str]] = {
     "a log that is damaged while its run goes on": [
         "this is not a line of a training log",
     ],
-    "needs a full stdout; tests/test_streams.py": [
+    "needs a full stdout; tests/test_standard_streams.py": [
         "the output cannot be printed:",
     ],
     "a script beside an adapter; tests/faults/test_security.py": [
@@ -295,7 +295,7 @@ REST: dict[str, list[str]] = {
     "a guard: blank texts are rejected before": [
         "the prompt is empty",
     ],
-    "needs a tokenizer that fails; tests/test_unexpected.py": [
+    "needs a tokenizer that fails; tests/test_unexpected_errors.py": [
         "the tokenizer cannot encode this row:",
     ],
     "needs a data set of the Hub whose own labels repeat": [
@@ -304,7 +304,7 @@ REST: dict[str, list[str]] = {
     "needs a model without positions; tests/test_causal_lm.py": [
         "this model lets packed texts see each other",
     ],
-    "printed as a warning; tests/test_prediction.py": [
+    "printed as a warning; tests/test_predict.py": [
         "there is no turn to answer",
     ],
     "needs several processes; tests/faults/test_ranks.py": [

@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from world import GOOD, TABLE, World
 
-from lora_cli.data.readers import read_rows
+from lora_cli.data.file_formats import read_rows
 from lora_cli.errors import LoraError
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import FormatSpec, load_recipe
@@ -179,7 +179,7 @@ def test_a_line_of_50_megabytes_is_read_in_bounded_memory(kind: str, tmp_path: P
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from lora_cli.data.readers import read_rows\n"
+        "from lora_cli.data.file_formats import read_rows\n"
         "from lora_cli.recipe import FormatSpec\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "rows = read_rows(Path(sys.argv[1]), FormatSpec())\n"

@@ -13,10 +13,10 @@ import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from lora_cli.data.file_formats import is_blank
 from lora_cli.data.json_rows import JSON_NAMES
 from lora_cli.data.label_lists import listed_labels
 from lora_cli.data.load_rows import Rows
-from lora_cli.data.readers import is_blank
 from lora_cli.errors import Problem
 from lora_cli.metrics import MetricContext
 from lora_cli.models.base_model import load_config

@@ -17,10 +17,10 @@ from lora_cli.data.entity_tags import (
     tag_error,
     types_of,
 )
+from lora_cli.data.file_formats import is_blank, text_error
 from lora_cli.data.json_rows import JSON_NAMES
 from lora_cli.data.label_lists import list_in_cell
 from lora_cli.data.load_rows import Rows
-from lora_cli.data.readers import is_blank, text_error
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
 from lora_cli.recipe import Recipe, TokenClassificationSpec
 from lora_cli.tasks.texts.word_windows import Place

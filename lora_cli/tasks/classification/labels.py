@@ -21,9 +21,9 @@ from lora_cli.data.cell_values import (
     other_forms,
     read_number,
 )
+from lora_cli.data.file_formats import is_blank
 from lora_cli.data.label_lists import listed_labels
 from lora_cli.data.load_rows import Rows, stream_label_names
-from lora_cli.data.readers import is_blank
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
 from lora_cli.recipe import Recipe
 from lora_cli.recipe.spec.classification_section import ClassificationSection

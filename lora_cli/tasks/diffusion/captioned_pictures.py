@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_cli.data.captions import shuffled
+from lora_cli.data.file_formats import is_blank, text_error
 from lora_cli.data.load_rows import Rows
 from lora_cli.data.media import described, media_error, media_hash
 from lora_cli.data.media_folder import transcript_of
@@ -29,7 +30,6 @@ from lora_cli.data.picture_sizes import (
     sizes_for,
 )
 from lora_cli.data.pictures import PictureError, open_picture, picture_facts, thumbnail_of
-from lora_cli.data.readers import is_blank, text_error
 from lora_cli.errors import LoraError, counted
 from lora_cli.models.diffusion_base import DiffusionBase, processor_hash
 from lora_cli.recipe import Recipe

@@ -15,8 +15,8 @@ import xxhash
 
 from lora_cli.characters import normalised
 from lora_cli.data.cell_values import NumberForm, read_number
+from lora_cli.data.file_formats import is_blank, text_error
 from lora_cli.data.load_rows import Rows
-from lora_cli.data.readers import is_blank, text_error
 from lora_cli.errors import LoraError, counted
 from lora_cli.models.sentence_transformer import (
     ANCHOR_NAMES,
@@ -28,8 +28,8 @@ from lora_cli.models.sentence_transformer import (
 from lora_cli.recipe import Recipe, TextEmbeddingSpec
 from lora_cli.tasks.classification.labels import not_a_number, number
 from lora_cli.tasks.examples import Example, Field
-from lora_cli.tasks.texts.long_texts import end_of_text, in_batches, token_ids
 from lora_cli.tasks.texts.text_task import TRIAL_TEXT, TextTask
+from lora_cli.tasks.texts.tokenize_long_texts import end_of_text, in_batches, token_ids
 
 
 class EmbeddingRows(TextTask):

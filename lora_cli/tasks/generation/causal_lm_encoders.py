@@ -14,14 +14,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.conversations import (
+from lora_cli.data.chat_formats import (
     Conversation,
     Message,
     RowError,
     conversation_error,
     read_conversations,
 )
-from lora_cli.data.readers import text_error
+from lora_cli.data.file_formats import text_error
 from lora_cli.data.unsupported_rows import bad_answer, unread_media
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import CausalLMSpec
@@ -29,7 +29,7 @@ from lora_cli.tasks.examples import IGNORED, Example
 from lora_cli.tasks.generation.chat_template import ChatTemplate
 from lora_cli.tasks.generation.text_generation import whole_characters
 from lora_cli.tasks.generation.writing_task import SAMPLE_NEW_TOKENS
-from lora_cli.tasks.texts.long_texts import is_long, token_ids
+from lora_cli.tasks.texts.tokenize_long_texts import is_long, token_ids
 
 SAMPLE_TOKENS = 16  # of a plain text that is continued
 

@@ -21,7 +21,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lora_cli.data.conversations import ROLES, Conversation, Message, name_of
+from lora_cli.data.chat_formats import ROLES, Conversation, Message, name_of
 from lora_cli.errors import LoraError
 from lora_cli.tasks.texts.control_tokens import ControlTokens
 from lora_cli.time_limit import TooLongError, time_limit

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig
 
+from lora_cli.data.file_formats import text_error
 from lora_cli.data.load_rows import Rows
-from lora_cli.data.readers import text_error
 from lora_cli.data.row_texts import shown_value
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import Recipe, Seq2SeqLMSpec

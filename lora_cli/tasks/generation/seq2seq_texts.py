@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from lora_cli.errors import LoraError, counted, nearest
 from lora_cli.recipe import Seq2SeqLMSpec
 from lora_cli.recipe.spec.task_section import Truncation
-from lora_cli.tasks.texts.long_texts import is_long, token_ids
+from lora_cli.tasks.texts.tokenize_long_texts import is_long, token_ids
 
 Side = Literal["source", "target"]
 SHORT = "a"

@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lora_cli.data.file_formats import text_error
 from lora_cli.data.load_rows import Rows
 from lora_cli.data.media import described, media_error, media_hash, media_value
-from lora_cli.data.readers import text_error
 from lora_cli.data.recordings import (
     LongAudio,
     RecordingError,

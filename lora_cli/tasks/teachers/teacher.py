@@ -20,8 +20,8 @@ from lora_cli.paths import expanded
 from lora_cli.recipe import RECIPE_FILE, Recipe, load_adapter_recipe
 from lora_cli.recipe.spec import AdapterSpec, DistillSpec, ModelSpec
 from lora_cli.tasks import build_task
+from lora_cli.tasks.cached_tensors import hash_of
 from lora_cli.tasks.contract import Task
-from lora_cli.tasks.kept_tensors import hash_of
 from lora_cli.tasks.teachers.trained_task import load_adapted
 
 KEY = "train.distill.teacher"

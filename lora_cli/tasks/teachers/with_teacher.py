@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_cli.data.readers import is_blank
+from lora_cli.data.file_formats import is_blank
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import CausalLMSpec, Recipe, SequenceClassificationSpec
+from lora_cli.tasks.cached_tensors import restored
 from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.classification.classification_task import Classification
 from lora_cli.tasks.classification.head_rows import match_rows
@@ -22,7 +23,6 @@ from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Example
 from lora_cli.tasks.generation.output_head import HiddenStates
 from lora_cli.tasks.generation.packing import Packed, check_packing, one_row
-from lora_cli.tasks.kept_tensors import restored
 from lora_cli.tasks.sequence_classification import SequenceClassification
 from lora_cli.tasks.teachers.distillation_loss import (
     TopTokens,

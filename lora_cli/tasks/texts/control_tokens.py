@@ -28,7 +28,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.errors import LoraError
-from lora_cli.tasks.texts.long_texts import tokens_of
+from lora_cli.tasks.texts.tokenize_long_texts import tokens_of
 
 # where unassigned characters begin that can stand for control tokens: the private planes
 BLOCKS = (0xF0000, 0xF8000, 0x100000, 0x108000)

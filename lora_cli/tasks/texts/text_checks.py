@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lora_cli.data.nested import require_flat
+from lora_cli.data.nested_values import require_flat
 from lora_cli.data.unsupported_rows import Found, several_answers
 from lora_cli.errors import LoraError
 from lora_cli.tasks.proposal import Proposal, Table

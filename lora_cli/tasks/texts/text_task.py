@@ -26,6 +26,13 @@ from lora_cli.recipe import Recipe
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Batch, Example
 from lora_cli.tasks.texts.control_tokens import ControlTokens
+from lora_cli.tasks.texts.encoder_packing import (
+    NOT_FOR_THE_MODEL,
+    TEXT_OF_TOKEN,
+    logits_of_shared_rows,
+    row_width,
+    share_rows,
+)
 from lora_cli.tasks.texts.padding import (
     RIGHT,
     Padding,
@@ -33,13 +40,6 @@ from lora_cli.tasks.texts.padding import (
     logits_by_length,
     mask_of,
     positions_of,
-)
-from lora_cli.tasks.texts.shared_rows import (
-    NOT_FOR_THE_MODEL,
-    TEXT_OF_TOKEN,
-    logits_of_shared_rows,
-    row_width,
-    share_rows,
 )
 from lora_cli.tasks.texts.unknown_tokens import MOST_UNKNOWN, count_unknown, unknown_warning
 

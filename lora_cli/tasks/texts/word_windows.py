@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.tasks.texts.long_texts import token_ids, tokens_of
+from lora_cli.tasks.texts.tokenize_long_texts import token_ids, tokens_of
 
 OVERLAP = 0.5  # of a window: so each word has at least a quarter of a window on either side
 NO_TOKEN = -1

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import counted
-from lora_cli.reporting.html import esc, own, scroller, section
+from lora_cli.reporting.page_elements import esc, own, scroller, section
 
 DRAWINGS = "drawings.json"  # in `samples`: small copies of the pictures
 PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+")

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from lora_cli.preprocessing.data_gate import inspect_data
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.texts import long_texts
+from lora_cli.tasks.texts import tokenize_long_texts
 
 LETTERS = [
     "the film",
@@ -68,7 +68,7 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole_text(
     whole: Any = tokenizer(
         text, add_special_tokens=special, return_offsets_mapping=True, verbose=False
     )
-    found = long_texts._in_pieces(tokenizer, text, special, offsets=True)
+    found = tokenize_long_texts._in_pieces(tokenizer, text, special, offsets=True)
     assert found is not None
     assert found.ids == whole["input_ids"]
     where = np.stack([found.starts, found.ends], 1)
@@ -79,9 +79,12 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole_text(
 def test_pieces_that_cannot_be_joined_are_read_whole(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(long_texts, "_joint", lambda *_: None)
+    monkeypatch.setattr(tokenize_long_texts, "_joint", lambda *_: None)
     text = TEXTS["mixed"]
-    assert long_texts.token_ids(tokenizer, text) == tokenizer(text, verbose=False)["input_ids"]
+    assert (
+        tokenize_long_texts.token_ids(tokenizer, text)
+        == tokenizer(text, verbose=False)["input_ids"]
+    )
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -90,7 +93,7 @@ def test_the_end_of_a_text_decides_the_tokens_that_are_kept(
 ) -> None:
     text = " " * 30_000 + mixed(60_000) + " " * 30_000
     whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    part = long_texts.end_of_text(tokenizer, text, 2000, last)
+    part = tokenize_long_texts.end_of_text(tokenizer, text, 2000, last)
     ids = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
     assert len(part) < len(text)
     assert ids[-2000:] == whole[-2000:] if last else ids[:2000] == whole[:2000]
@@ -106,7 +109,8 @@ def test_a_long_pair_is_cut_as_the_tokenizer_cuts_it(
     truncate: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(long_texts, "OVERLAP", 256)  # the tokenizer is slow with longer pairs
+    # the tokenizer is slow with longer pairs
+    monkeypatch.setattr(tokenize_long_texts, "OVERLAP", 256)
     spec = {"labels": ["bad", "good"], "text_pair_column": "other", "truncate": truncate}
     task = build_task(load_recipe(tiny.recipe(folder, tmp_path, task={**spec, "max_length": 127})))
     task.load_processor()

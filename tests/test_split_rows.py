@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_cli.data.held_out import containing, draw
+from lora_cli.data.split_rows import containing, draw
 from lora_cli.errors import LoraError
 
 SEED = (0, 1)

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from lora_cli.errors import LoraError
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.texts.shared_rows import (
+from lora_cli.tasks.texts.encoder_packing import (
     TEXT_OF_TOKEN,
     TOKENS,
     attention_mask,

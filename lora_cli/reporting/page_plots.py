@@ -12,8 +12,8 @@ from typing import Any
 
 from lora_cli.characters import cells, shortened
 from lora_cli.errors import counted
-from lora_cli.reporting.html import esc
 from lora_cli.reporting.page_analysis import Bin
+from lora_cli.reporting.page_elements import esc
 from lora_cli.reporting.report import shown_number
 
 Point = tuple[float, float]

@@ -21,18 +21,18 @@ import xxhash
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lora_cli.adapters.frozen_layers import FrozenLayers, find_frozen_layers
-from lora_cli.adapters.trained_modules import frozen_in_words
+from lora_cli.adapters.describe_trained import frozen_in_words
+from lora_cli.adapters.frozen_lower_layers import FrozenLayers, find_frozen_layers
 from lora_cli.data.dataset_cache import cached_dataset
 from lora_cli.environment import installed_version
+from lora_cli.preprocessing.cached_frozen_outputs import in_words
 from lora_cli.preprocessing.encode import cache_key
 from lora_cli.preprocessing.encoded_table import EncodedTable, TableWithStates
-from lora_cli.preprocessing.frozen_outputs import in_words
 from lora_cli.recipe import Recipe
+from lora_cli.tasks.cached_tensors import kept as bytes_of
 from lora_cli.tasks.contract import Task, prepared_for_evaluation
 from lora_cli.tasks.examples import Encoded, Example
-from lora_cli.tasks.kept_tensors import kept as bytes_of
-from lora_cli.tasks.states import STATES, KeptState
+from lora_cli.tasks.hidden_states import STATES, KeptState
 from lora_cli.tasks.texts.padding import ROUNDING
 
 DRAWS = 4  # of some examples, to find out whether training draws what the layers read

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from lora_cli.adapters.attach import attach, training_mode
-from lora_cli.adapters.frozen_layers import FrozenLayers, find_frozen_layers
+from lora_cli.adapters.frozen_lower_layers import FrozenLayers, find_frozen_layers
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 4], [9, 8, 7, 6, 3, 2]])
 SMALL: dict[str, Any] = {

@@ -18,8 +18,8 @@ from example_task import ExampleTask, save_base
 from torch import Tensor, nn
 
 from lora_cli.errors import LoraError
+from lora_cli.preprocessing.cached_frozen_outputs import in_words, with_frozen_outputs
 from lora_cli.preprocessing.encode import load_data
-from lora_cli.preprocessing.frozen_outputs import in_words, with_frozen_outputs
 from lora_cli.recipe import load_recipe
 from lora_cli.recipe.spec.section import bytes_of
 from lora_cli.tasks.contract import prepared_for_evaluation

@@ -24,9 +24,9 @@ from lora_cli.data.dataset_cache import cached_dataset
 from lora_cli.errors import counted, warn
 from lora_cli.preprocessing.encode import cache_key
 from lora_cli.preprocessing.encoded_table import EncodedTable
+from lora_cli.tasks.cached_tensors import FEATURE, hash_of, kept, restored
 from lora_cli.tasks.contract import Task, prepared_for_evaluation
 from lora_cli.tasks.examples import Batch, Encoded, Example
-from lora_cli.tasks.kept_tensors import FEATURE, hash_of, kept, restored
 
 DRAWS = 4  # of each of some examples, to find out whether training draws what frozen parts read
 Tensors = Tensor | Sequence[Tensor]  # of a batch: a row, or one, for each example

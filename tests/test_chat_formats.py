@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 
-from lora_cli.data.conversations import Conversation, conversation_error, read_conversations
+from lora_cli.data.chat_formats import Conversation, conversation_error, read_conversations
 from lora_cli.data.unsupported_rows import unsupported
 from lora_cli.tasks.generation.chat_template import ChatTemplate
 

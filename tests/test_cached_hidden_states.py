@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lora_cli.training.run as training_run
-from lora_cli.adapters.frozen_layers import FrozenLayers
+from lora_cli.adapters.frozen_lower_layers import FrozenLayers
 from lora_cli.recipe import load_recipe
-from lora_cli.tasks.states import STATES, KeptState, states_of_batch
+from lora_cli.tasks.hidden_states import STATES, KeptState, states_of_batch
 
 Json = dict[str, Any]
 RATE = {"type": "sgd", "learning_rate": 0.1}

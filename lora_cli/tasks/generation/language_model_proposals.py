@@ -6,12 +6,12 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from lora_cli.data.chat_formats import conversation_error
 from lora_cli.data.column_kinds import Column, is_blank
-from lora_cli.data.conversations import conversation_error
 from lora_cli.data.text_columns import TEXT_NAMES, listed, text_of, text_reason, unnested
 from lora_cli.data.unsupported_rows import unsupported
 from lora_cli.errors import LoraError, counted
-from lora_cli.tasks.classification.labelled_rows import LABEL_NAMES, rank
+from lora_cli.tasks.classification.labelled_text_proposals import LABEL_NAMES, rank
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
 from lora_cli.tasks.texts.text_checks import check_texts, reject_rows
 

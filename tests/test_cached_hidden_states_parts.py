@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_cli.preprocessing import entering_states
-from lora_cli.preprocessing.entering_states import (
+from lora_cli.preprocessing import cached_hidden_states
+from lora_cli.preprocessing.cached_hidden_states import (
     _require_alike,
     _shape,
     _States,
@@ -22,7 +22,7 @@ from lora_cli.preprocessing.entering_states import (
     passes_over,
     with_entering_states,
 )
-from lora_cli.tasks.states import STATES, KeptState
+from lora_cli.tasks.hidden_states import STATES, KeptState
 
 
 class Examples(list[Any]):
@@ -86,7 +86,9 @@ def states_of(task: Any, layers: Any = None, model: nn.Module | None = None) -> 
 
 @pytest.fixture(autouse=True)
 def _as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entering_states, "prepared_for_evaluation", lambda task, example: example)
+    monkeypatch.setattr(
+        cached_hidden_states, "prepared_for_evaluation", lambda task, example: example
+    )
 
 
 # ----------------------------------------------------------------------------------- whether
@@ -161,7 +163,7 @@ def test_four_draws_of_a_batch_show_whether_training_changes_it(
 
 
 def test_a_task_that_prepares_nothing_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entering_states.Task, "prepare", Prepared.prepare)
+    monkeypatch.setattr(cached_hidden_states.Task, "prepare", Prepared.prepare)
     task = Prepared()
     task.differs_at = 0
     assert not states_of(task).are_drawn(split_of([{"x": 3}] * 4))
@@ -323,8 +325,8 @@ def test_splits_share_what_may_be_kept_in_their_order(monkeypatch: pytest.Monkey
         return f"kept {split.name}", split.n_bytes
 
     passes = {"once": 1.0, "twice": 2.0}
-    monkeypatch.setattr(entering_states, "passes_over", lambda *_: passes)
-    monkeypatch.setattr(entering_states, "find_layers", lambda *_: task.frozen_layers)
+    monkeypatch.setattr(cached_hidden_states, "passes_over", lambda *_: passes)
+    monkeypatch.setattr(cached_hidden_states, "find_layers", lambda *_: task.frozen_layers)
     monkeypatch.setattr(_States, "why_not", lambda self, name, split: split.why)
     monkeypatch.setattr(_States, "added_to", added)
     splits: Any = {
@@ -346,7 +348,7 @@ def test_splits_share_what_may_be_kept_in_their_order(monkeypatch: pytest.Monkey
     ):  # fmt: skip
         assert part in said
     assert task.notes == [f"frozen {said}"]
-    monkeypatch.setattr(entering_states, "_why_not", lambda *_: "there is a reason")
+    monkeypatch.setattr(cached_hidden_states, "_why_not", lambda *_: "there is a reason")
     found = with_entering_states(task, nn.Linear(1, 1), splits, accelerator)
     assert found == splits
     assert "once: not kept: there is a reason" in task.frozen_facts["frozen_layers"]
