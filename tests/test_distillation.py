@@ -322,6 +322,49 @@ def test_an_adapter_is_a_teacher(tmp_path: Path) -> None:
     assert set(task.train_loss_weights) == {"loss", "teacher"}
 
 
+@pytest.mark.slow
+def test_a_teacher_cuts_texts_as_it_was_trained_to(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    classifier(tmp_path / "first")
+    rows = [{"text": f"{t} </s>", "label": LABELS[i % 2]} for i, t in enumerate(TEXTS)]
+    write(tmp_path / "first" / "train.jsonl", rows)
+    own = ["task.truncate=left", "task.max_length=6", "task.split_special_tokens=true"]
+    train(
+        load_recipe(
+            tmp_path / "first" / "recipe.yaml", ["train.distill=null", "data.validation=null", *own]
+        )
+    )
+    folder = tmp_path / "first" / "out"
+    recipe = classifier(tmp_path, teacher=str(folder))
+    write(tmp_path / "train.jsonl", rows)
+    task, model, examples = opened(recipe)
+    from lora_cli.evaluation.open_adapter import open_adapter
+    from lora_cli.recipe import load_adapter_recipe
+
+    other, taught, _ = open_adapter(folder, load_adapter_recipe(folder))
+    said = task.frozen_outputs(model, task.collate(examples))["teacher_logits"].softmax(-1)
+    wanted = torch.tensor([scores for _, *scores in other.answer(taught, rows)])
+    assert_close(said, wanted)
+    pairs = [{**row, "other": "a bore"} for row in rows]
+    write(tmp_path / "train.jsonl", pairs)
+    write(tmp_path / "validation.jsonl", pairs)
+    paired = load_recipe(tmp_path / "recipe.yaml", ["task.text_pair_column=other"])
+    rejected(paired, "it was trained on 1 text a row, and the recipe names 2")
+
+
+def test_rows_to_measure_by_are_drawn_from_those_with_a_label(tmp_path: Path) -> None:
+    classifier(tmp_path)
+    sets = ["data.validation={from: train, fraction: 0.5}"]
+    recipe = load_recipe(tmp_path / "recipe.yaml", sets)
+    task = build_training_task(recipe)
+    task.load_processor()
+    splits = load_data(task)
+    rows = {name: [split.rows[i] for i in range(len(split.rows))] for name, split in splits.items()}
+    assert len(rows["validation"]) == 3
+    assert all(row["label"] is not None for row in rows["validation"])
+    assert sum(row["label"] is None for row in rows["train"]) == 4
+
+
 # ------------------------------------------------------------------------------ language models
 
 
@@ -425,6 +468,23 @@ def test_a_teacher_of_other_tokens_is_rejected(tmp_path: Path) -> None:
     recipe = writer(tmp_path)
     tiny.tokenizer("gpt2").save_pretrained(tmp_path / "teacher")
     rejected(recipe, "the teacher: its tokenizer differs from that of .* in .* token")
+
+
+def test_a_teacher_that_reads_fewer_tokens_is_rejected(tmp_path: Path) -> None:
+    recipe = writer(tmp_path)
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    config["max_position_embeddings"] = 8
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(config))
+    rejected(recipe, "the teacher: it reads no more than 8 tokens, and the student 32")
+    check_recipe(load_recipe(tmp_path / "recipe.yaml", ["task.max_length=8"]))
+
+
+def test_a_model_for_several_labels_does_not_teach_one(tmp_path: Path) -> None:
+    recipe = classifier(tmp_path)
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    config["problem_type"] = "multi_label_classification"
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(config))
+    rejected(recipe, "`problem_type: multi_label_classification`, and the recipe `problem: single")
 
 
 @pytest.mark.parametrize(

@@ -193,3 +193,23 @@ def test_phrases_are_found_quickly() -> None:
     held, kept = draw(texts, 0.02, SEED, "substring")
     assert held.size == pytest.approx(400, rel=0.2)
     assert kept.size > 18_000
+
+
+@pytest.mark.parametrize("disjoint", ["exact", "substring", None])
+@given(texts=phrases, fraction=fractions, has=st.lists(st.booleans(), min_size=40, max_size=40))
+def test_rows_without_an_answer_are_not_held_out(
+    disjoint: str | None, texts: list[str], fraction: float, has: list[bool]
+) -> None:
+    has = has[: len(texts)]
+    sides = attempt(texts, fraction, SEED, disjoint, answered=has)
+    if sides is None:
+        return
+    held, kept = sides
+    assert all(has[i] for i in held)
+    if disjoint is not None:
+        assert not {tuple(normal(texts[i])) for i in held} & {tuple(normal(texts[i])) for i in kept}
+    if disjoint is None:
+        assert len(held) == pytest.approx(fraction * sum(has), abs=1)
+        assert len(held) + len(kept) == len(texts)
+    if all(has):
+        assert sides == attempt(texts, fraction, SEED, disjoint)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_cli.data.csv_quoting import announce_quoting
-from lora_cli.data.file_formats import kind_of, require_columns
+from lora_cli.data.file_formats import is_blank, kind_of, require_columns
 from lora_cli.data.file_rows import file_rows, names_of_labels, read_files
 from lora_cli.data.find_files import SPLITS as SPLITS
 from lora_cli.data.find_files import files_of, positions, split_slice
@@ -193,6 +193,12 @@ def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tup
         wanted |= {recipe.at(key): column for key, column in by_label.items()}
     require_columns(wanted, parent.columns, parent.source)
     rows, labels = list(parent), list(by_label.values())
+    answered = None
+    if recipe.train.distill is not None and labels:  # a teacher answers those without a label
+        answered = [any(not is_blank(row.get(label)) for label in labels) for row in rows]
+        if not any(answered):
+            what = f"no row of {spec.from_} has a label, by which {name} is measured"
+            raise LoraError(what, recipe.at(f"data.{name}"), "name a file whose rows have labels")
     held_out_rows, kept = draw(
         [_joined_text(row, list(texts.values())) for row in rows],
         spec.fraction,
@@ -202,6 +208,7 @@ def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tup
         strata=[_stratum(row, labels) for row in rows] if spec.stratify and labels else None,
         groups=[str(row.get(spec.group_by)) for row in rows] if spec.group_by else None,
         at=recipe.at(f"data.{name}"),
+        answered=answered,
     )
     dropped = len(rows) - len(held_out_rows) - len(kept)
     return parent.select(held_out_rows), replace(

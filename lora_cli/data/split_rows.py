@@ -18,6 +18,7 @@ from lora_cli.characters import normalised, pairs_of_letters, words
 from lora_cli.errors import LoraError, counted
 
 Indices = NDArray[np.int64]
+NO_ANSWER = "\0"  # the stratum of rows that cannot be measured
 
 
 def draw(
@@ -28,6 +29,7 @@ def draw(
     strata: Sequence[str] | None = None,
     groups: Sequence[str] | None = None,
     at: str = "data.validation",
+    answered: Sequence[bool] | None = None,
 ) -> tuple[Indices, Indices]:
     """Choose rows to hold out.
 
@@ -39,10 +41,13 @@ def draw(
         strata: Value of each row whose proportions are kept.
         groups: Value of each row that must not stand on both sides.
         at: Where the recipe asks for it, for errors.
+        answered: Whether each row has an answer, without which it cannot be measured: such rows
+            are not held out, and do not count in the fraction.
 
     Returns:
         Positions held out and positions kept, each in order. With `substring`, rows that stand
-        inside texts of both sides are in neither.
+        inside texts of both sides are in neither; nor are rows without an answer that belong with
+        one that is held out.
 
     Raises:
         LoraError: If the rows cannot be divided.
@@ -59,9 +64,10 @@ def draw(
     for row, owners in enumerate(holders):
         for owner in owners:
             units[owner].append(row)
-    drawn = _draw_units(units, holders, fraction, seed, strata)
+    drawn = _draw_units(units, holders, fraction, seed, strata, answered)
     inside = [sum(owner in drawn for owner in owners) for owners in holders]
     held_out = [i for i, count in enumerate(inside) if count == len(holders[i])]
+    held_out = [i for i in held_out if answered is None or answered[i]]
     kept = [i for i, count in enumerate(inside) if count == 0]
     if not held_out or not kept:
         raise LoraError(
@@ -79,16 +85,23 @@ def _draw_units(
     fraction: float,
     seed: tuple[int, ...],
     strata: Sequence[str] | None,
+    answered: Sequence[bool] | None,
 ) -> set[int]:
     """Draw units in random order until their rows make up the fraction, of each stratum."""
     order = sorted(units)
     np.random.default_rng(seed).shuffle(order)
-    value = strata if strata is not None else [""] * len(holders)
-    wanted = {name: fraction * count for name, count in Counter(value).items()}
+    value = list(strata) if strata is not None else [""] * len(holders)
+    counts = Counter(value)
+    if answered is not None:
+        counts = Counter(one for one, has in zip(value, answered, strict=True) if has)
+        value = [one if has else NO_ANSWER for one, has in zip(value, answered, strict=True)]
+    wanted = {name: fraction * count for name, count in counts.items()}
+    wanted[NO_ANSWER] = 0.0
     missing = [len(owners) for owners in holders]  # owners of a row that are not drawn yet
     drawn: set[int] = set()
     for unit in order:
-        stratum = value[unit]  # a unit has the number of one of its rows
+        # a unit has the number of one of its rows
+        stratum = next((value[i] for i in (unit, *units[unit]) if value[i] != NO_ANSWER), NO_ANSWER)
         if wanted[stratum] < 0.5:
             continue
         drawn.add(unit)

@@ -28,6 +28,7 @@ _RUNS = {
     "trained for something else": lambda world: _validate(
         world, TRAINED, problem="multi_label", label_separator=";"
     ),
+    "pairs of texts": lambda world: _validate(world, TRAINED, text_pair_column="label"),
     "other tokens": lambda world: _validate(
         world, tiny.save_gpt2(world.folder / "other").name, "llama"
     ),
@@ -79,3 +80,31 @@ def _unlabelled(world: World) -> Printed:
     rows = TABLE.replace(",good", ",").replace(",bad", ",")
     world.write("rows.csv", rows)
     return _validate(world, TRAINED, labels=["bad", "good"])
+
+
+@case("Teachers", "no row with a label to measure by")
+def _none_to_measure(world: World) -> Printed:
+    world.write("rows.csv", TABLE.replace(",good", ",").replace(",bad", ","))
+    distill = {"train": {"distill": {"teacher": TRAINED, "weight": 1}}}
+    drawn = {"train": "rows.csv", "validation": {"from": "train", "fraction": 0.5}}
+    recipe = world.recipe("encoder", **distill, data=drawn, task={"labels": ["bad", "good"]})
+    return world.lora("validate", recipe, "--data")
+
+
+@case("Teachers", "an answer of another kind")
+def _other_problem(world: World) -> Printed:
+    folder = tiny.save_encoder(world.folder / "several", ["bad", "good"])
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["problem_type"] = "multi_label_classification"
+    file.write_text(json.dumps(config), encoding="utf-8")
+    return _validate(world, "./several")
+
+
+@case("Teachers", "fewer positions")
+def _fewer_positions(world: World) -> Printed:
+    shutil.copytree(world.bases / "llama", world.folder / "shorter")
+    file = world.folder / "shorter" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(config | {"max_position_embeddings": 8}), encoding="utf-8")
+    return _validate(world, "./shorter", "llama")

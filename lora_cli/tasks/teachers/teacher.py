@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from lora_cli.accelerator import start_accelerator
 from lora_cli.adapters.find_adapter import CONFIG_FILE, find_adapter_folder
 from lora_cli.adapters.peft_format.adapter_folder import read_adapter
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, counted
 from lora_cli.models.base_model import load_config, locate
 from lora_cli.paths import expanded
 from lora_cli.recipe import RECIPE_FILE, Recipe, load_adapter_recipe
@@ -25,6 +26,11 @@ from lora_cli.tasks.contract import Task
 from lora_cli.tasks.teachers.trained_task import load_adapted
 
 KEY = "train.distill.teacher"
+PROBLEMS = {
+    "single_label_classification": "single_label", "multi_label_classification": "multi_label",
+    "regression": "regression",
+}  # fmt: skip
+READING = ("max_length", "split_special_tokens", "pad_token")  # how a classifier reads its texts
 
 
 @dataclass
@@ -117,7 +123,10 @@ def open_teacher(recipe: Recipe, **task: Any) -> Teacher:
         values["model"] = _model(spec.teacher, recipe, spec.revision)
         own = recipe.with_values(values | ({} if folder is None else _of_adapter(folder, recipe)))
         if recipe.task.label_columns_by_key and not (folder and _has_recipe(folder)):
-            names: dict[int, str] = load_config(own).id2label or {}
+            config = load_config(own)
+            if folder is None:
+                _require_same_problem(config, recipe)
+            names: dict[int, str] = config.id2label or {}
             own = own.with_values({"task.labels": [str(names[i]) for i in sorted(names)]})
         found = build_task(own)
         found.trained_in = folder
@@ -145,6 +154,19 @@ def _model(name: str, recipe: Recipe, revision: str = "main") -> ModelSpec:
 
 def _has_recipe(folder: Path) -> bool:
     return (folder / RECIPE_FILE).is_file()
+
+
+def _require_same_problem(config: PretrainedConfig, recipe: Recipe) -> None:
+    """Check that a whole model answers as the student does: with one label, or several.
+
+    Raises:
+        LoraError: If its config.json says otherwise: its outputs would be read as something else.
+    """
+    named, ours = getattr(config, "problem_type", None), getattr(recipe.task, "problem", None)
+    theirs = PROBLEMS.get(str(named), ours)
+    if theirs != ours:
+        what = f"its config.json says `problem_type: {named}`, and the recipe `problem: {ours}`"
+        raise LoraError(what, hint=f"name a teacher for the same task, or set `problem: {theirs}`")
 
 
 def _adapter_folder(spec: DistillSpec, recipe: Recipe) -> Path | None:
@@ -188,5 +210,27 @@ def _of_adapter(folder: Path, recipe: Recipe) -> dict[str, Any]:
     changes = {"model.dtype": None, "model.attention": None, "model.trust_remote_code": trusted}
     values = {"model": trained.with_values(changes).model, "adapter": trained.adapter}
     if labels := getattr(trained.task, "labels", None):
-        values |= {"task.labels": labels, "task.max_length": getattr(trained.task, "max_length")}  # noqa: B009
+        _require_same_texts(trained, recipe)
+        values |= {"task.labels": labels, **_reading(trained)}
     return values
+
+
+def _require_same_texts(trained: Recipe, recipe: Recipe) -> None:
+    """Check that a teacher was trained on as many texts a row as the student reads.
+
+    Raises:
+        LoraError: If one of them reads pairs, and the other does not.
+    """
+    theirs, ours = (r.task.input_columns_by_key for r in (trained, recipe))
+    if len(theirs) != len(ours):
+        what = f"it was trained on {counted(len(theirs), 'text')} a row, and the recipe names "
+        hint = "set `task.text_pair_column` as it was for the teacher, or name another teacher"
+        raise LoraError(f"{what}{len(ours)}", hint=hint)
+
+
+def _reading(trained: Recipe) -> dict[str, Any]:
+    """Return how an adapter's recipe cuts and divides texts; the student may do it otherwise."""
+    task = trained.task
+    keys = {f"task.{key}": getattr(task, key) for key in READING if hasattr(task, key)}
+    cut = getattr(task, "truncate", "right")  # what was left out or rejected then is cut now
+    return keys | {"task.truncate": cut if cut == "left" else "right"}

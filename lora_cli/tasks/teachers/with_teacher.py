@@ -273,12 +273,17 @@ class TaughtCausalLM(TaughtTask, CausalLM):
         """Load the student's tokenizer, and compare the teacher's.
 
         Raises:
-            LoraError: If the teacher has other tokens.
+            LoraError: If the teacher has other tokens, or reads fewer of them at once.
         """
         super().load_processor()
         self.teacher.load_processor()
         with errors_of_teacher(self.recipe):
             self._require_same_tokens()
+            most = self.reader_of_teacher.max_length
+            if most < self.max_length:
+                what = f"it reads no more than {counted(most, 'token')}, and the student "
+                hint = f"`--set task.max_length={most}`, or name a teacher that reads more"
+                raise LoraError(f"{what}{self.max_length:,}", hint=hint)
 
     def _require_same_tokens(self) -> None:
         theirs, ours = self.reader_of_teacher.tokenizer, self.tokenizer
