@@ -21,8 +21,8 @@ from lora_cli.errors import NumericsError
 from lora_cli.evaluation.evaluate_split import evaluate_adapter
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks.texts import padding_check
+from lora_cli.training import load_trainable_model, train
 from lora_cli.training import run as training_run
-from lora_cli.training import train
 from lora_cli.training.bad_numbers import MAX_BAD_STEPS, BadStep, reject_bad_scale, reject_bad_steps
 from lora_cli.training.checkpoints import checkpoints
 from lora_cli.training.engine import Engine
@@ -219,14 +219,14 @@ def test_a_run_with_a_bad_step_resumes_exactly(run: Run, tmp_path: Path, stop: i
 def test_a_gradient_that_is_nan_is_left_out_though_the_loss_is_finite(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = training_run.make_trainable, iter(range(100))
+    real, calls = load_trainable_model.make_trainable, iter(range(100))
 
     def attach(model: nn.Module, *rest: Any) -> None:
         real(model, *rest)
         first = next(iter(trainable_parameters(model).values()))
         first.register_hook(lambda grad: grad * torch.nan if next(calls) == 2 else grad)
 
-    monkeypatch.setattr(training_run, "make_trainable", attach)
+    monkeypatch.setattr(load_trainable_model, "make_trainable", attach)
     assert run(texts(12))["training"]["skipped_steps"] == 1
 
 

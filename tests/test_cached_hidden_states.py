@@ -23,6 +23,7 @@ import lora_cli.training.run as training_run
 from lora_cli.adapters.frozen_lower_layers import FrozenLayers
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks.hidden_states import STATES, KeptState, states_of_batch
+from lora_cli.training import load_trainable_model
 
 Json = dict[str, Any]
 RATE = {"type": "sgd", "learning_rate": 0.1}
@@ -173,7 +174,7 @@ def test_adapters_in_upper_layers_train_as_in_peft(
     rows(tmp_path, tiny.CORPUS)
     torch.manual_seed(3)
     drawn = torch.randn(4, 32)
-    real = training_run.make_trainable
+    real = load_trainable_model.make_trainable
 
     def attach(model: nn.Module, *rest: Any) -> Any:
         found = real(model, *rest)
@@ -185,7 +186,7 @@ def test_adapters_in_upper_layers_train_as_in_peft(
                     parameter.copy_(drawn[:2])
         return found
 
-    monkeypatch.setattr(training_run, "make_trainable", attach)
+    monkeypatch.setattr(load_trainable_model, "make_trainable", attach)
     _, ours = trained(tmp_path, model, "16GB", **UPPER)
 
     theirs: Any = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)

@@ -26,7 +26,8 @@ from lora_cli.preprocessing.mixture import mixture_of
 from lora_cli.preprocessing.show_examples import shown_rows
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.tasks import build_task
-from lora_cli.training.run import Run, train
+from lora_cli.training.run import train
+from lora_cli.training.step_log import StepLog
 
 Rows = list[dict[str, Any]]
 
@@ -183,17 +184,17 @@ def test_weights_are_the_shares_of_an_epoch(
     assert (out / "report.html").read_text().count("66.7 % of an epoch") == 1
     # what a run leaves that is stopped and goes on is the same
     other = recipe.with_values({"output_dir": str(tmp_path / "other")})
-    whole = Run._log_step
+    whole = StepLog._write_line
 
-    def stop(this: Run, rate: float) -> None:
+    def stop(this: StepLog, rate: float) -> None:
         whole(this, rate)
         if this.state.step == 9:
             raise Stopped
 
-    monkeypatch.setattr(Run, "_log_step", stop)
+    monkeypatch.setattr(StepLog, "_write_line", stop)
     with pytest.raises(Stopped):
         train(other)
-    monkeypatch.setattr(Run, "_log_step", whole)
+    monkeypatch.setattr(StepLog, "_write_line", whole)
     train(other, resume=True)
     assert_same_run(out, tmp_path / "other")
 

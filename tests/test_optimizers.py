@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +16,9 @@ from lora_cli.adapters.describe_trained import rates_in_words
 from lora_cli.adapters.lora import LoRALayer
 from lora_cli.adapters.parameter_groups import parameter_groups
 from lora_cli.errors import LoraError
-from lora_cli.recipe import OptimizerSpec, Recipe, SchedulerSpec
-from lora_cli.training.optimizers import (
-    build_optimizer,
-    learning_rate_factor,
-    set_learning_rate,
-)
+from lora_cli.recipe import OptimizerSpec, Recipe
+from lora_cli.training.learning_rate import set_learning_rate
+from lora_cli.training.optimizers import build_optimizer
 
 Json = dict[str, Any]
 
@@ -39,24 +35,6 @@ def assert_same_steps(
         theirs.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, copies[name], rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
-@pytest.mark.parametrize(
-    "warmup", [{}, {"warmup_steps": 7}, {"warmup_ratio": 0.1}, {"warmup_steps": 60}]
-)
-def test_learning_rates_are_those_of_transformers(kind: str, warmup: Json) -> None:
-    from transformers import get_scheduler
-
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.3)
-    n_warmup = warmup.get("warmup_steps", math.ceil(53 * warmup.get("warmup_ratio", 0.0)))
-    name = "constant_with_warmup" if kind == "constant" else kind
-    theirs = get_scheduler(name, optimizer, n_warmup, 53)
-    spec = SchedulerSpec(type=kind, **warmup)
-    for step in range(1, 54):
-        assert 0.3 * learning_rate_factor(spec, step, 53) == pytest.approx(theirs.get_last_lr()[0])
-        optimizer.step()
-        theirs.step()
 
 
 def groups(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict[str, tuple[float, float]]:
@@ -285,25 +263,3 @@ def test_bitsandbytes_gets_the_same_settings(monkeypatch: pytest.MonkeyPatch) ->
     groups, options = given
     assert sum(len(group["params"]) for group in groups) == len(trainable_parameters(model))
     assert options == {"betas": (0.8, 0.95), "eps": 1e-5}
-
-
-def test_the_factor_scales_each_group_from_its_own_rate_and_the_highest_is_returned() -> None:
-    parameters = [nn.Parameter(torch.ones(1)) for _ in range(2)]
-    rates = (0.1, 0.4)
-    groups = [
-        {"params": [p], "lr": rate, "initial_lr": rate}
-        for p, rate in zip(parameters, rates, strict=True)
-    ]
-    optimizer = torch.optim.SGD(groups, lr=1.0)
-    for factor in (0.5, 0.25):
-        assert set_learning_rate(optimizer, factor) == pytest.approx(0.4 * factor)
-        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx(
-            [rate * factor for rate in rates]
-        )
-
-
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
-def test_a_run_that_is_all_warmup_ends_below_the_full_rate(kind: str) -> None:
-    spec = SchedulerSpec(type=kind, warmup_steps=4)
-    factors = [learning_rate_factor(spec, step, 4) for step in range(1, 5)]
-    assert factors == [0.0, 0.25, 0.5, 0.75]

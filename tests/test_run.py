@@ -33,7 +33,7 @@ from lora_cli.cli.app import app
 from lora_cli.errors import IntegrityError, InterruptedRun, LoraError
 from lora_cli.evaluation.evaluate_split import evaluate_adapter
 from lora_cli.recipe import load_recipe
-from lora_cli.training import early_stopping, train
+from lora_cli.training import early_stopping, load_trainable_model, run_evaluations, train
 from lora_cli.training import run as training_run
 from lora_cli.training.checkpoints import checkpoints, load_checkpoint
 from lora_cli.training.optimizers import build_optimizer
@@ -457,13 +457,13 @@ def test_the_best_adapter_is_published_and_reported(bench: Bench) -> None:
 def test_validation_is_not_measured_again_where_the_last_adapter_is_the_best(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, measured = training_run.evaluate, []
+    real, measured = run_evaluations.evaluate, []
 
     def counting(model: nn.Module, task: Any, split: Any, *rest: Any, **options: Any) -> Any:
         measured.append(len(split.rows))
         return real(model, task, split, *rest, **options)
 
-    monkeypatch.setattr(training_run, "evaluate", counting)
+    monkeypatch.setattr(run_evaluations, "evaluate", counting)
     path = bench.recipe(
         train={"max_steps": 2}, evaluate={"baseline": False, "best": {"metric": "loss"}}
     )
@@ -581,7 +581,7 @@ class Spy:
     """Keeps the model of a run, and what it was before and after its adapter was attached."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = training_run.make_trainable
+        real = load_trainable_model.make_trainable
 
         def attach(model: nn.Module, *rest: Any) -> None:
             self.base = {name: t.detach().clone() for name, t in model.state_dict().items()}
@@ -589,7 +589,7 @@ class Spy:
             self.model = model
             self.start = {n: p.detach().clone() for n, p in trainable_parameters(model).items()}
 
-        monkeypatch.setattr(training_run, "make_trainable", attach)
+        monkeypatch.setattr(load_trainable_model, "make_trainable", attach)
 
 
 @pytest.mark.slow_after(1)
@@ -692,13 +692,13 @@ def test_tokens_and_examples_are_counted(bench: Bench) -> None:
 def test_parameters_without_a_part_in_the_forward_are_named(
     bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = training_run.make_trainable
+    real = load_trainable_model.make_trainable
 
     def attach(model: nn.Module, *rest: Any) -> None:
         real(model, *rest)
         model.extra = nn.Linear(2, 2)
 
-    monkeypatch.setattr(training_run, "make_trainable", attach)
+    monkeypatch.setattr(load_trainable_model, "make_trainable", attach)
     bench.run(bench.recipe(**TRAINING))
     assert "warning: 2 trained parameters take no part" in capsys.readouterr().err
 

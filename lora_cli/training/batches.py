@@ -85,8 +85,8 @@ class Batches:
         return self.stream.note() if self.steps_per_epoch is None else None
 
     def epoch_of(self, step: int) -> float:
-        """Return how many passes over the train rows a number of steps makes."""
-        return step / self.steps_per_epoch if self.steps_per_epoch else 0.0
+        """Return how many passes over the train rows a number of steps makes, to four digits."""
+        return round(step / self.steps_per_epoch, 4) if self.steps_per_epoch else 0.0
 
     def steps(self, done: int) -> Iterator[PlannedStep]:
         """Yield the steps after `done`, which were made before."""

@@ -1,9 +1,8 @@
-"""Which evaluation is the best so far, and whether it is time to stop looking for a better."""
+"""Which evaluation is the best so far, and whether the run stops early for want of a better one."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate_split import best_by
@@ -13,19 +12,19 @@ from lora_cli.training.train_state import TrainState
 
 
 class Judge:
-    """Judges evaluations by one metric; what it finds goes into the state of the run.
+    """Compares evaluations by one metric, and keeps the best in the state of the run.
 
     Args:
-        recipe: Its `evaluate` section says by what, and how patiently.
-        task: Has a metric of its own, where the recipe names none.
+        recipe: Its `evaluate` section says by which metric, and when to stop early.
+        task: Names the metric if the recipe names none.
     """
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
         self.recipe = recipe
         self.metric, self.mode = best_by(recipe, task)
 
-    def value(self, metrics: dict[str, float]) -> float:
-        """Return the metric that decides.
+    def value_of(self, metrics: dict[str, float]) -> float:
+        """Return the value of the metric that decides.
 
         Raises:
             LoraError: If it was not measured.
@@ -39,8 +38,8 @@ class Judge:
         return metrics[self.metric]
 
     def warning(self, metrics: dict[str, float], step: int) -> str | None:
-        """Return what to say of a metric that is not a number, else None."""
-        value = self.value(metrics)
+        """Return a warning if the metric is NaN or infinite, else None."""
+        value = self.value_of(metrics)
         if math.isfinite(value):
             return None
         return (
@@ -49,25 +48,23 @@ class Judge:
         )
 
     def improved(self, metrics: dict[str, float], state: TrainState, epoch: float) -> bool:
-        """Return whether an evaluation is the best; decide whether it is time to stop.
+        """Return whether an evaluation is the best; note that and an early stop in the state.
 
-        One that is not a number says nothing of whether the model improves, so it uses up no
-        patience.
+        A value that is not finite does not show whether the model improves, so it does not count
+        for early stopping either.
         """
-        value, best = self.value(metrics), state.best
+        value, best = self.value_of(metrics), state.best
         if not math.isfinite(value):
             return False
-        sign = 1 if self.mode == "max" else -1
-        gain = sign * (value - best["value"]) if best else math.inf
+        gain = math.inf
+        if best is not None:
+            gain = value - best["value"] if self.mode == "max" else best["value"] - value
         improved = gain > 0
         if improved:
-            state.best = self._facts(value, state.step, epoch)
-        stopping = self.recipe.evaluate.early_stopping
-        enough = improved and gain > (stopping.min_delta if stopping else 0.0)
-        state.without_improvement = 0 if enough else state.without_improvement + 1
-        state.stopped_early = bool(stopping and state.without_improvement >= stopping.patience)
+            facts = {"metric": self.metric, "mode": self.mode, "value": value}
+            state.best = facts | {"step": state.step, "epoch": epoch}
+        rule = self.recipe.evaluate.early_stopping
+        improved_enough = improved and gain > (rule.min_delta if rule else 0.0)
+        state.without_improvement = 0 if improved_enough else state.without_improvement + 1
+        state.stopped_early = rule is not None and state.without_improvement >= rule.patience
         return improved
-
-    def _facts(self, value: float, step: int, epoch: float) -> dict[str, Any]:
-        facts = {"metric": self.metric, "mode": self.mode, "value": value}
-        return facts | {"step": step, "epoch": epoch}

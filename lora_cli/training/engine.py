@@ -1,8 +1,7 @@
-"""What every optimizer step works with, found once before the first, and how gradients arise.
+"""How the parts of an optimizer step are computed: gradients, their sum, clipping, the update.
 
-`train_step` says what a step is; an engine, how its parts are computed. This one computes them by
-plain autograd. Whatever computes the same faster (compiled layers, a captured graph, a base that is
-sharded over several GPUs) is another engine with the same three methods, tested against this one.
+`train_step` puts the parts together. This engine computes them by plain autograd; `graph_engine.py`
+computes the same faster on a GPU, and is tested against this one.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ class Engine:
 
     Args:
         model: The model, in training mode.
-        task: It computes the losses.
-        optimizer: Prepared by Accelerate, which scales fp16's loss.
-        accelerator: Precision and processes.
-        max_grad_norm: Longer gradients are shortened to this; None leaves them.
-        parameters: The trained parameters by name. To search a large model for them takes as long
-            as a small step, so they are found once.
+        task: Computes the losses.
+        optimizer: The optimizer as Accelerate prepared it, which scales the loss in fp16.
+        accelerator: The precision and the processes.
+        max_grad_norm: The norm to which longer gradients are scaled down; None leaves them.
+        parameters: The trained parameters by name. They are looked up once, because a search
+            through a large model takes as long as a small step.
     """
 
     model: nn.Module
@@ -62,10 +61,10 @@ class Engine:
 
         Args:
             batch: The micro-batch, on the device.
-            weights: What one item of each term of the loss weighs in the step.
+            weights: The weight of one item in each term of the step's loss.
 
         Returns:
-            The micro-batch's share of each term of the step's loss (terms,), on the device.
+            What the micro-batch adds to each term of the step's loss (terms,), on the device.
         """
         with self.accelerator.autocast():
             sums = self.task.losses(self.model, self.task.output(self.model, batch), batch)
@@ -75,49 +74,51 @@ class Engine:
         return shares.detach()
 
     def sum_over_processes(self, shares: Tensor) -> Tensor:
-        """Add up the gradients of all processes in each of them; return their summed shares."""
+        """Give each process the sum of all processes' gradients, and return the sum of shares."""
         if self.accelerator.num_processes == 1:
             return shares
         total: Tensor = self.accelerator.reduce(shares, "sum")
         sum_gradients(list(self.parameters.values()), self.accelerator)
         return total
 
-    def update(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Shorten the gradients, update the weights unless the step is bad, and clear them.
-
-        A bad step leaves the weights and the optimizer's running means as they are. (A gradient of
-        zeros would not: momentum and decay move the weights too.)
-
-        Args:
-            loss: The step's loss.
-
-        Returns:
-            The length of the gradient before it was shortened; whether the step is bad; whether
-            nothing was updated. All are on the device, as reading them would wait for the step.
-        """
-        scaler, optimizer = self.accelerator.scaler, self.optimizer
+    def clip_gradients(self) -> Tensor:
+        """Scale the gradients down to `max_grad_norm`, and return their norm before that."""
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         parameters = list(self.parameters.values())
-        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, limit))
-        bad, overflow = ~loss.isfinite(), ~norm.isfinite()
-        if scaler is None:
+        return torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, limit))
+
+    def update_weights(self, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, Tensor]:
+        """Let the optimizer update the weights, unless the step is bad.
+
+        A bad step changes neither the weights nor the optimizer's running means. (With gradients of
+        zero it would: momentum and weight decay change the weights too.)
+
+        Args:
+            loss: The loss of the step.
+            grad_norm: The norm of its gradient.
+
+        Returns:
+            Whether the step is bad, and whether the weights were left as they were; both on the
+            device, because reading them would wait for the step.
+        """
+        bad, overflow = ~loss.isfinite(), ~grad_norm.isfinite()
+        if self.accelerator.scaler is None:
             bad |= overflow
-            _step_unless(bad, optimizer)
-        else:
-            optimizer.step()  # the scaler leaves out what overflows, and lowers its scale
-        self.clear_gradients()
-        return norm, bad, bad | overflow
+            _step_unless(bad, self.optimizer)
+        else:  # the scaler skips a step whose gradients overflow, and lowers its scale
+            self.optimizer.step()
+        return bad, bad | overflow
 
     def clear_gradients(self) -> None:
-        """Leave the parameters without gradients, as before the step."""
+        """Remove the gradients of the parameters."""
         self.optimizer.zero_grad()
 
 
 def _step_unless(bad: Tensor, optimizer: Any) -> None:
-    """Update the weights if the step is not bad; fused optimizers find out on the device."""
-    inner = getattr(optimizer, "optimizer", optimizer)  # as Accelerate has it
+    """Update the weights if the step is not bad; a fused optimizer decides that on the device."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's wrapper
     if inner.defaults.get("fused"):
-        inner.found_inf = bad.float()  # what torch's scaler tells them by
+        inner.found_inf = bad.float()  # the attribute that torch's gradient scaler sets too
         optimizer.step()
     elif not bad:
         optimizer.step()
@@ -126,9 +127,9 @@ def _step_unless(bad: Tensor, optimizer: Any) -> None:
 def sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
     """Replace the gradients by their sums over the processes, in one message.
 
-    Adapters are small: one message of all gradients costs less than DDP's hooks and buckets, and a
-    process may have any number of micro-batches, or none. A parameter that has no gradient in any
-    process is left without, as in one process, so that an optimizer does not move it.
+    The gradients of an adapter are small, so one message costs less than the hooks and buckets of
+    DDP; and a process may have any number of micro-batches, or none. A parameter without a gradient
+    in every process keeps none, so that the optimizer does not change it.
     """
     present = torch.tensor([float(p.grad is not None) for p in parameters])
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

@@ -1,8 +1,7 @@
-"""Optimizers and schedules."""
+"""The optimizers that a recipe can choose: one `case` for each `train.optimizer.type`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from lora_cli.adapters.parameter_groups import parameter_groups
 from lora_cli.errors import LoraError
-from lora_cli.recipe import Recipe, SchedulerSpec
+from lora_cli.recipe import Recipe
 
 
 def build_optimizer(
@@ -53,33 +52,3 @@ def build_optimizer(
             return torch.optim.SGD(groups, momentum=spec.momentum)
         case "adafactor":
             return torch.optim.Adafactor(groups)
-
-
-def learning_rate_factor(spec: SchedulerSpec, step: int, total_steps: int) -> float:
-    """Return what the learning rates are multiplied by at a step, counted from 1.
-
-    The curves are those of transformers' `get_scheduler`, so that published settings carry over.
-    """
-    warmup = (
-        spec.warmup_steps
-        if spec.warmup_steps is not None
-        else math.ceil((spec.warmup_ratio or 0.0) * total_steps)
-    )
-    done = step - 1
-    if done < warmup:
-        return done / warmup
-    progress = (done - warmup) / (total_steps - warmup)  # some steps are left: `done` is not last
-    match spec.type:
-        case "constant":
-            return 1.0
-        case "linear":
-            return max(0.0, 1.0 - progress)
-        case "cosine":
-            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Scale every group's learning rate; return the highest."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
-    return max(float(group["lr"]) for group in optimizer.param_groups)

@@ -1,10 +1,9 @@
-"""One optimizer step.
+"""One optimizer step: its gradients are summed, clipped and applied.
 
-A step adds the gradients of loss *sums* over its micro-batches and processes, each term of the loss
-divided by its number of items in the whole step (rows, or trained tokens). However a step is cut,
-its gradient is the same. (The mean of micro-batch means, which many loops take, weighs a token in a
-short batch more than one in a long batch.) Where a loss compares the examples of a step with each
-other, it is computed of all of them at once (`coupled_step.py`).
+Gradients are those of loss *sums*, added up over the micro-batches and processes of a step. Each
+term of the loss is divided once, by its number of items (rows, or trained tokens) in the whole
+step, so the result does not depend on how a step is divided. (The mean of micro-batch means, which
+many training loops take, gives a token of a short batch more weight than one of a long batch.)
 """
 
 from __future__ import annotations
@@ -21,21 +20,20 @@ from lora_cli.training.engine import Engine
 
 @dataclass
 class StepResult:
-    """What a step reports."""
+    """What a step reports. Tensors stay on the device, because reading one waits for the step."""
 
     loss: Tensor
-    """Mean over the step's items; of several terms, the weighted sum of their means."""
+    """Mean over the items of the step; of several terms, the weighted sum of their means."""
     terms: dict[str, Tensor]
-    """The mean of each term, where a teacher adds one."""
+    """The mean of each term, if the loss has several, as with a teacher."""
     grad_norm: Tensor
-    """Length of the gradient before it was shortened."""
+    """The norm of the gradient before clipping."""
     idle: list[str]
-    """Trained parameters that got no gradient: the forward pass does not use them."""
+    """Trained parameters without a gradient, because the forward pass does not use them."""
     bad: Tensor
-    """Whether the loss or the gradient is NaN or infinity; of fp16, the loss. True or false, on
-    the device, as reading it would wait for the step."""
+    """Whether the loss or the gradient is NaN or infinite (in fp16: the loss)."""
     skipped: Tensor
-    """Whether nothing was updated: a bad step, or one whose gradient overflowed in fp16."""
+    """Whether the weights were not updated: in a bad step, or if gradients overflowed in fp16."""
 
 
 def train_step(engine: Engine, batches: list[Batch]) -> StepResult:
@@ -43,42 +41,44 @@ def train_step(engine: Engine, batches: list[Batch]) -> StepResult:
 
     Args:
         engine: The model, its trained parameters and the optimizer.
-        batches: This process's micro-batches of the step; may be none.
+        batches: The micro-batches of the step that this process computes; may be empty.
     """
     accelerator = engine.accelerator
-    # Divided before the backward pass, and not after, so that fp16's gradients stay in range.
+    # the loss is divided before the backward pass, so that gradients in fp16 stay in range
     weights = _weights_per_item(engine, batches)
-    shares = torch.zeros(len(weights), device=accelerator.device)
-    if engine.task.couples_examples:
+    shares = torch.zeros(len(weights), device=accelerator.device)  # of each term in the step's loss
+    if engine.task.couples_examples:  # the loss compares all examples of the step with each other
         shares += add_coupled_gradients(engine, batches, weights)
     else:
         for batch in batches:
             shares += engine.add_gradients(batch, weights)
     if accelerator.scaler is not None and not batches:
-        accelerator.scaler.scale(shares)  # one that has scaled nothing raises on a step
+        accelerator.scaler.scale(shares)  # a scaler that has scaled nothing would raise an error
     shares = engine.sum_over_processes(shares)
     loss = shares.sum()
     idle = [name for name, parameter in engine.parameters.items() if parameter.grad is None]
-    norm, bad, skipped = engine.update(loss)
-    return StepResult(loss, _means(engine, shares), norm, idle, bad, skipped)
+    grad_norm = engine.clip_gradients()
+    bad, skipped = engine.update_weights(loss, grad_norm)
+    engine.clear_gradients()
+    return StepResult(loss, _means(engine, shares), grad_norm, idle, bad, skipped)
 
 
 def _weights_per_item(engine: Engine, batches: list[Batch]) -> dict[str, Tensor]:
-    """Return what one item of each term of the loss weighs: the term's weight by its items."""
+    """Return the weight of one item in each term of the loss: term weight / items in the step."""
     accelerator, weights = engine.accelerator, {}
-    for term, weight in engine.task.train_loss_weights.items():
-        # filled on the device, as a copy would wait for it; a float also where there are no
-        # batches, since the processes must agree on the type
+    for term, term_weight in engine.task.train_loss_weights.items():
+        # a float even without batches, because the processes have to agree on the type
         count = float(sum(float(batch.items[term].sum()) for batch in batches))
+        # created on the device, because a copy to it would wait for the device
         n_items = torch.full((), count, device=accelerator.device)
         if accelerator.num_processes > 1:
             n_items = accelerator.reduce(n_items, "sum")
-        weights[term] = weight / n_items.clamp(min=1e-12)
+        weights[term] = term_weight / n_items.clamp(min=1e-12)
     return weights
 
 
 def _means(engine: Engine, shares: Tensor) -> dict[str, Tensor]:
-    """Return the mean of each term, from its share of the loss, if there are several terms."""
+    """Return the mean of each term from its share in the loss; nothing for a single term."""
     weights = engine.task.train_loss_weights
     if len(weights) == 1:
         return {}

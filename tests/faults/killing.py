@@ -108,9 +108,9 @@ class Kill:
 
 
 MOMENTS = {  # what is called then
-    "load": "lora_cli.training.run.make_trainable",
+    "load": "lora_cli.training.load_trainable_model.make_trainable",
     "step": "lora_cli.training.run.train_step",
-    "evaluate": "lora_cli.training.run.evaluate",
+    "evaluate": "lora_cli.training.run_evaluations.evaluate",
     "publish": "lora_cli.training.save_and_resume.publish_adapter",
     "save": "lora_cli.training.save_and_resume.save_checkpoint",
     "finish": "lora_cli.training.run.finish",

@@ -43,6 +43,7 @@ from lora_cli.models.fingerprint import (
 )
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
+from lora_cli.training import load_trainable_model
 from lora_cli.training import run as training_run
 
 WEIGHTS = "model.safetensors"
@@ -600,7 +601,7 @@ def test_nothing_is_merged_into_a_quantised_base(
 def test_training_leaves_the_base_as_it_is(kind: str, precision: str, tmp_path: Path) -> None:
     """On the disk, and in memory: with the adapter switched off, it is the base bit for bit."""
     held: list[PreTrainedModel] = []
-    real = training_run.make_trainable
+    real = load_trainable_model.make_trainable
 
     def keep(model: PreTrainedModel, *rest: Any) -> Any:
         held.append(model)
@@ -609,7 +610,7 @@ def test_training_leaves_the_base_as_it_is(kind: str, precision: str, tmp_path: 
     base = tiny.save_encoder(tmp_path / "base")
     hashes = {file.name: sha256_of(file) for file in base.iterdir()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_run, "make_trainable", keep)
+        patch.setattr(load_trainable_model, "make_trainable", keep)
         path = tiny.recipe(
             base, tmp_path, adapter={"type": kind},
             train={"max_steps": 3, "precision": precision,
