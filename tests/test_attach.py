@@ -15,21 +15,18 @@ from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from lora_cli.adapters.attach import (
-    ParameterRow,
     adapter_parameters,
     add_layer,
     attach,
     disabled,
-    group_rows,
     lora_layers,
-    merge,
-    merge_and_untie,
     name_in_base,
-    parameter_table,
     remove_layers,
     trainable_parameters,
     training_mode,
 )
+from lora_cli.adapters.count_parameters import ParameterRow, group_rows, parameter_table
+from lora_cli.adapters.merge_layers import merge, merge_and_untie
 from lora_cli.adapters.targets import (
     Target,
     first_match,

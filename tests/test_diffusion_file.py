@@ -21,8 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_cli.adapters.attach import attach, lora_layers, merge, trainable_parameters
+from lora_cli.adapters.attach import attach, lora_layers, trainable_parameters
 from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.merge_proof import expected_weights
 from lora_cli.adapters.peft_format.adapter_folder import read_adapter, save_adapter
 from lora_cli.adapters.peft_format.diffusion_file import (

@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.attach import attach, lora_layers, merge, trainable_parameters
+from lora_cli.adapters.attach import attach, lora_layers, trainable_parameters
 from lora_cli.adapters.dora import DORA_LAYERS, DoRALayer, DoRALinear
 from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.adapters.make_trainable import make_trainable
+from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.merge_proof import expected_weights
 from lora_cli.adapters.parameter_groups import parameter_groups
 from lora_cli.adapters.peft_format.adapter_folder import (

@@ -15,10 +15,11 @@ from closeness import assert_close, assert_different, near
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.attach import attach, lora_layers, merge, trainable_parameters
+from lora_cli.adapters.attach import attach, lora_layers, trainable_parameters
 from lora_cli.adapters.initialise import loftq, olora, orthogonal, pissa
 from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.adapters.lora import LoRALayer, LoRALinear
+from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.peft_format.adapter_folder import read_adapter, save_adapter
 from lora_cli.adapters.residual_lora import ResidualLoRALinear
 from lora_cli.errors import IntegrityError, LoraError

@@ -18,14 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.attach import (
-    attach,
-    disabled,
-    lora_layers,
-    trainable_parameters,
-)
-from lora_cli.adapters.lora import LORA_LAYERS, LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear
-from lora_cli.adapters.variants import layer_for
+from lora_cli.adapters.attach import attach, disabled, lora_layers, trainable_parameters
+from lora_cli.adapters.lora import LoRAEmbedding, LoRALayer, LoRALinear
+from lora_cli.adapters.lora_conv import LoRAConv
+from lora_cli.adapters.variants import LORA_LAYERS, layer_for
 from lora_cli.errors import LoraError
 
 # ------------------------------------------------------------------------------- layers to try

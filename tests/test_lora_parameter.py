@@ -23,13 +23,13 @@ from lora_cli.adapters.attach import (
     attach,
     disabled,
     lora_layers,
-    merge,
     remove_layers,
     trainable_parameters,
 )
 from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.adapters.lora_parameter import misfit
 from lora_cli.adapters.make_trainable import completed_section
+from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.merge_proof import expected_weights
 from lora_cli.adapters.parameter_targets import frozen_experts_note
 from lora_cli.adapters.peft_format.adapter_folder import (

@@ -29,8 +29,9 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from lora_cli.adapters.attach import attach, merge
+from lora_cli.adapters.attach import attach
 from lora_cli.adapters.lora import LoRALinear
+from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.peft_format.peft_tokens import SavedRows
 from lora_cli.cli.app import app
 from lora_cli.errors import IntegrityError

@@ -16,8 +16,8 @@ from peft_configs import outputs
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_cli.adapters.attach import merge
 from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.merge_proof import expected_weights
 from lora_cli.adapters.peft_format.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from lora_cli.adapters.peft_format.other_names import use_names_of

@@ -14,9 +14,10 @@ from closeness import assert_close, assert_different
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from lora_cli.adapters.attach import attach, merge, trainable_parameters
+from lora_cli.adapters.attach import attach, trainable_parameters
 from lora_cli.adapters.find_adapter import find_adapter_folder
 from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.merge_proof import expected_weights
 from lora_cli.adapters.peft_format.adapter_folder import (
     differences_in_peft,

@@ -33,8 +33,9 @@ from peft_configs import (
     whole_configs,
 )
 
-from lora_cli.adapters.attach import attach, merge
+from lora_cli.adapters.attach import attach
 from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.peft_format.adapter_folder import (
     CONFIG_FILE,
     differences_in_peft,

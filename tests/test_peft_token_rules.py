@@ -27,8 +27,9 @@ from transformers import (
     T5ForSequenceClassification,
 )
 
-from lora_cli.adapters.attach import attach, merge, trainable_parameters
+from lora_cli.adapters.attach import attach, trainable_parameters
 from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.merge_proof import expected_weights
 from lora_cli.adapters.peft_format.adapter_folder import (
     differences_in_peft,

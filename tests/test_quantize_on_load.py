@@ -18,7 +18,8 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from lora_cli.adapters.attach import lora_layers, parameter_table
+from lora_cli.adapters.attach import lora_layers
+from lora_cli.adapters.count_parameters import parameter_table
 from lora_cli.errors import LoraError
 from lora_cli.models.fingerprint import fingerprint_of
 from lora_cli.models.quantized_linear import QuantizedLinear

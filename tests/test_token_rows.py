@@ -17,14 +17,9 @@ from closeness import assert_close, assert_different
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from lora_cli.adapters.attach import (
-    attach,
-    disabled,
-    merge,
-    remove_layers,
-    trainable_parameters,
-)
+from lora_cli.adapters.attach import attach, disabled, remove_layers, trainable_parameters
 from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.merge_proof import expected_weights
 from lora_cli.adapters.peft_format.adapter_folder import (
     differences_in_peft,

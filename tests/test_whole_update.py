@@ -20,10 +20,11 @@ from peft_configs import outputs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_cli.adapters.attach import attach, lora_layers, merge
+from lora_cli.adapters.attach import attach, lora_layers
 from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.adapters.lokr import divided
 from lora_cli.adapters.make_trainable import make_trainable
+from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.merge_proof import expected_weights
 from lora_cli.adapters.peft_format.adapter_folder import (
     CONFIG_FILE,

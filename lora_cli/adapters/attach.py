@@ -1,12 +1,12 @@
-"""Attach low-rank layers to a model, freeze the rest, merge, and count."""
+"""Attach an adapter to a model: add low-rank layers, choose what else is trained, freeze the rest.
+
+Also: find the adapter's layers and parameters in a model, turn them off, and remove them.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from lora_cli.adapters.freeze import frozen_parameters
 from lora_cli.adapters.frozen_lower_layers import FrozenLayers
 from lora_cli.adapters.initialise import reject_impossible_starts, start_layers
-from lora_cli.adapters.lora import LORA_LAYERS, LoRAConv, LoRALayer, Shape
+from lora_cli.adapters.lora import LoRALayer, Shape
 from lora_cli.adapters.lora_parameter import LoRAParameter
 from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
 from lora_cli.adapters.targets import (
@@ -24,22 +24,17 @@ from lora_cli.adapters.targets import (
     resolve_targets,
     unmatched_in_full,
 )
-from lora_cli.adapters.tied_weights import separate, separate_trained
+from lora_cli.adapters.tied_weights import separate_trained
 from lora_cli.adapters.token_rows import (
     TokenRows,
     add_token_rows,
     embedding_names,
-    merge_rows,
     sharing,
-    token_layers,
 )
-from lora_cli.adapters.variants import Layers, layer_for, layers_to_train
+from lora_cli.adapters.variants import LORA_LAYERS, Layers, layer_for, layers_to_train
 from lora_cli.errors import LoraError, counted
-from lora_cli.models.bundle import Bundle, is_frozen
-from lora_cli.models.quantized_linear import QuantizedLinear
+from lora_cli.models.bundle import is_frozen
 from lora_cli.recipe import AdapterSpec, Recipe
-
-# --------------------------------------------------------------------------- attach and freeze
 
 
 def attach(
@@ -49,27 +44,27 @@ def attach(
     restored: bool = False,
     token_ids: Sequence[int] = (),
 ) -> None:
-    """Make the model ready for training as the recipe's adapter section says.
+    """Add the adapter that the recipe asks for, and freeze everything that is not trained.
 
-    Low-rank layers replace their bases, the base is frozen, and what is trained in full becomes
-    float32. The new matrices are drawn from torch's global generator.
+    Parameters that are trained themselves, not through an adapter layer, become float32. Random
+    starting values are drawn from torch's global generator.
 
     Args:
-        model: The base model, changed in place.
+        model: The base model; it is changed in place.
         recipe: Its `adapter` section says what is trained.
-        head: Names of the modules that the task created.
-        restored: The matrices are read from a checkpoint afterwards: where they start needs no
-            decomposition of weights.
-        token_ids: Tokens of which the rows of the embedding are trained.
+        head: The names of the modules that the task created; they are trained in full.
+        restored: Whether the parameters are read from a checkpoint afterwards, so that their
+            starting values need not be computed from the base's weights.
+        token_ids: The tokens whose rows of the embedding are trained.
 
     Raises:
-        LoraError: As `resolve_targets`, or if `adapter.init` does not fit a target; the model is
-            untouched then.
+        LoraError: If `resolve_targets` does, or `adapter.init` is not possible on a target. The
+            model is then unchanged.
     """
     spec, head = recipe.adapter, list(head)
-    kept = frozen_parameters(model, recipe, head)
+    frozen_by_recipe = frozen_parameters(model, recipe, head)
     if spec.type == "full":
-        _train_all(model, recipe, kept)
+        _train_all_but(model, recipe, frozen_by_recipe)
         return
     targets = resolve_targets(model, recipe, head) if spec.low_rank else []
     if problems := unmatched_in_full(model, recipe):
@@ -95,17 +90,26 @@ def attach(
         for parameter in model.get_submodule(name).parameters():
             _train(parameter)
     _train_biases(model, spec)
-    for name in kept:
+    for name in frozen_by_recipe:
         model.get_parameter(name).requires_grad_(False)
     if not trainable_parameters(model):
         raise _nothing_trained(recipe)
     let_dtypes_meet(model, head)
 
 
-def _train_all(model: nn.Module, recipe: Recipe, kept: Collection[str]) -> None:
-    """Train every parameter but those of frozen parts, and those that the recipe names."""
+def _train(parameter: torch.Tensor | nn.Parameter | None) -> None:
+    """Let a parameter be trained, in float32."""
+    assert parameter is not None
+    parameter.data = parameter.data.float()  # 16 bits cannot hold an optimizer's small changes
+    parameter.requires_grad_(True)
+
+
+def _train_all_but(model: nn.Module, recipe: Recipe, frozen_by_recipe: Collection[str]) -> None:
+    """Train all parameters, except those of frozen parts and those that the recipe freezes."""
     parameters = dict(model.named_parameters())
-    trained = {name for name in parameters if name not in kept and not is_frozen(model, name)}
+    trained = {
+        name for name in parameters if name not in frozen_by_recipe and not is_frozen(model, name)
+    }
     if not trained:
         raise _nothing_trained(recipe)
     for name, parameter in parameters.items():
@@ -145,11 +149,11 @@ def _embeddings(
     in_full: Collection[str],
     token_ids: Sequence[int],
 ) -> list[str]:
-    """Return the embedding and the output layer of which single rows are trained.
+    """Return the names of the embedding and the output layer in which single rows are trained.
 
     Raises:
-        LoraError: If they have an adapter, have no row of a token, or are trained in full though
-            the recipe names tokens.
+        LoraError: If one of them has an adapter, has no row for a token, or is trained in full
+            although the recipe names tokens.
     """
     key = "adapter.train_tokens" if recipe.adapter.train_tokens else "model.add_tokens"
     names, at = embedding_names(model), recipe.at(key)
@@ -181,9 +185,9 @@ def add_layer(
     use_rslora: bool = False,
     shapes: dict[str, Shape] | None = None,
 ) -> LoRALayer:
-    """Put a layer in the place of the module that `target` names, and return it.
+    """Replace the module that `target` names by an adapter layer around it, and return the layer.
 
-    What it adds is zero: `reset_parameters` draws it for a training, `from_peft` loads it.
+    Its update is zero until `reset_parameters` or `from_peft` is called.
     """
     parent_name, _, child_name = target.name.rpartition(".")
     parent = model.get_submodule(parent_name)
@@ -201,46 +205,40 @@ def add_layer(
     return layer
 
 
-def _train(parameter: torch.Tensor | nn.Parameter | None) -> None:
-    assert parameter is not None
-    parameter.data = parameter.data.float()  # an optimizer's steps are too small for 16 bits
-    parameter.requires_grad_(True)
-
-
 def adapter_layers(model: nn.Module) -> dict[str, LoRALayer | TokenRows]:
-    """Return all that takes the place of modules: low-rank layers, and layers with trained rows."""
+    """Return the layers that replaced modules: low-rank ones, and embeddings with trained rows."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALayer | TokenRows)}
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """Return the low-rank layers of a model by the names of the modules they replace.
+    """Return the low-rank layers of a model by the names of the modules that they replaced.
 
-    Of layers that are nested, since they adapt parameters of one module, the outer comes first.
+    Layers that adapt two parameters of one module are nested; the outer one comes first.
     """
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
 
 
 def name_in_base(name: str, layers: Collection[str]) -> str:
-    """Return the name that a module of an adapted model has in the model without the adapter."""
+    """Return the name that a module of an adapted model had before the adapter was added."""
     while name.endswith(".base") and name.removesuffix(".base") in layers:
         name = name.removesuffix(".base")
     return name
 
 
 def remove_layers(model: nn.Module) -> None:
-    """Put the bases back into the places of their low-rank layers."""
+    """Undo `attach`: put the adapted modules back in place of their adapter layers."""
     layers = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, LoRALayer | TokenRows)
     }
-    for name, layer in reversed(layers.items()):  # the inner ones of nested first
+    for name, layer in reversed(layers.items()):  # of nested layers the inner one first
         parent_name, _, child_name = name.rpartition(".")
         setattr(model.get_submodule(parent_name), child_name, layer.base)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what the low-rank layers of a model added to it, by name."""
+    """Return the parameters that the adapter layers of a model added to it, by name."""
     return {
         f"{module}.{name}": parameter
         for module, layer in adapter_layers(model).items()
@@ -251,18 +249,21 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that are trained, by name, each once.
 
-    It is this set that is optimized, clipped, checked, counted and kept in a checkpoint.
+    The optimizer, clipping, the checks for NaN, the counts and the checkpoints all use this set.
     """
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def training_mode(model: nn.Module, frozen: FrozenLayers | None = None) -> None:
-    """Put the model into training mode, but batch normalisation into eval mode.
+    """Put the model into training mode, but its batch normalisation into eval mode.
 
-    In training mode it would average the new data into its running statistics, which no adapter
-    folder holds: the base would drift away from what was saved. It would also normalise by the
-    micro-batch, so that how a step is divided would decide what it computes. So its statistics
-    stay those of the base, also where its weight and bias are trained.
+    In training mode, batch normalisation would update its running statistics, which an adapter
+    folder does not contain, so the saved adapter would not fit the original base. It would also
+    normalise by the micro-batch, so the result would depend on how a step is divided.
+
+    Args:
+        model: The model.
+        frozen: The layers below the first trained one, which go into eval mode too.
     """
     model.train()
     for module in model.modules():
@@ -274,7 +275,7 @@ def training_mode(model: nn.Module, frozen: FrozenLayers | None = None) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Turn the low-rank updates off within the context: the model is its base, bit for bit."""
+    """Turn the adapter off within the context: the model then computes what its base computes."""
     layers = list(adapter_layers(model).values())
     before = [layer.enabled for layer in layers]
     try:
@@ -284,115 +285,3 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enabled = enabled
-
-
-# --------------------------------------------------------------------------------------- merge
-
-
-def merge(model: nn.Module) -> list[str]:
-    """Replace every low-rank layer by its base with the update added to the weight.
-
-    Where an adapted weight is shared (a tied embedding and output layer) and the sharers do not
-    have the same update, they cannot share any longer: the weight is copied first.
-
-    Returns:
-        Names of modules whose weight was shared and no longer is.
-
-    Raises:
-        LoraError: If a layer cannot be merged; the model is untouched then.
-    """
-    layers, in_place = lora_layers(model), adapter_layers(model)
-    for layer in layers.values():
-        if isinstance(layer, LoRAConv):
-            layer.delta_weight()  # which not every convolution has: before anything is changed
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            users.setdefault(id(weight), []).append(name_in_base(name, in_place))
-    untied: list[str] = []
-    for layer in layers.values():
-        sharers = users.get(id(layer.weight), [])
-        if len(sharers) > 1:
-            untied += [other for other in sharers if other not in untied]
-        if layer.weight.is_meta:  # there is only the structure to merge
-            merged = torch.empty_like(layer.weight)
-        else:  # one at a time: all merged weights together would take as much memory as the base
-            merged = layer.merged_weight(layer.weight.detach().float()).to(layer.weight.dtype)
-        layer.replace_weight(nn.Parameter(merged, requires_grad=False))
-    merge_rows(list(token_layers(model).values()))
-    remove_layers(model)
-    return untied
-
-
-def merge_and_untie(model: nn.Module, ties: Iterable[Collection[str]]) -> list[str]:
-    """Merge, and give each side of a tie that was parted a weight of its own.
-
-    The sides may have been parted by the low-rank update of one, or by a copy that was trained.
-
-    Args:
-        model: Changed in place; also its configuration, if a tie ends.
-        ties: The names that shared a parameter in the base.
-
-    Returns:
-        Names of modules whose weight was shared and no longer is.
-    """
-    untied = merge(model)
-    parted = [name.rpartition(".")[0] for name in separate(model, ties)]
-    untied += [name for name in dict.fromkeys(parted) if name not in untied]
-    for name in untied:
-        part = model.parts[name.partition(".")[0]] if isinstance(model, Bundle) else model
-        config: Any = part.config
-        config.tie_word_embeddings = False
-    return untied
-
-
-# --------------------------------------------------------------------------------------- count
-
-
-@dataclass(frozen=True)
-class ParameterRow:
-    """One parameter: its name, shape, and whether it is trained."""
-
-    name: str
-    shape: tuple[int, ...]
-    trainable: bool
-
-    @property
-    def count(self) -> int:
-        """Number of entries."""
-        return int(torch.Size(self.shape).numel())
-
-
-def parameter_table(model: nn.Module) -> list[ParameterRow]:
-    """Return a row for every parameter of the model, each counted once however often shared.
-
-    A quantised layer counts as the weights that it stands for.
-    """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    rows = []
-    for name, parameter in model.named_parameters():
-        layer, last = layers.get(name.rpartition(".")[0]), name.rpartition(".")[2]
-        shape = tuple(parameter.shape)
-        if layer is not None and last != "bias":
-            if last != "weight":
-                continue  # scales
-            shape = (layer.out_features, layer.in_features)
-        rows.append(ParameterRow(name, shape, parameter.requires_grad))
-    return rows
-
-
-def group_rows(rows: Iterable[ParameterRow]) -> list[tuple[str, int, bool, int]]:
-    """Join rows that differ only in the layer's number.
-
-    Returns:
-        (name with `*` for the number, how many parameters, trainable, entries in all) each.
-    """
-    groups: dict[tuple[str, bool], list[ParameterRow]] = {}
-    for row in rows:
-        name = re.sub(r"\.\d+(?=\.|$)", ".*", row.name)
-        groups.setdefault((name, row.trainable), []).append(row)
-    return [
-        (name, len(members), trainable, sum(row.count for row in members))
-        for (name, trainable), members in groups.items()
-    ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_cli.adapters.attach import parameter_table
+from lora_cli.adapters.count_parameters import parameter_table
 from lora_cli.recipe import Recipe
 
 MOST_NAMES = 8

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.lora import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear, Shape
+from lora_cli.adapters.lora import LoRAEmbedding, LoRALayer, LoRALinear, Shape
+from lora_cli.adapters.lora_conv import LoRAConv
 from lora_cli.errors import LoraError
 from lora_cli.models.quantized_linear import QuantizedLinear
 

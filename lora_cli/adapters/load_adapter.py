@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_cli.adapters.attach import (
-    adapter_parameters,
-    add_layer,
-)
+from lora_cli.adapters.attach import adapter_parameters, add_layer
 from lora_cli.adapters.lora import Shape
 from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
 from lora_cli.adapters.peft_format.adapter_folder import (

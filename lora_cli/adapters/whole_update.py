@@ -17,7 +17,8 @@ import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_cli.adapters.lora import LoRALayer, Shape, convolved
+from lora_cli.adapters.lora import LoRALayer, Shape
+from lora_cli.adapters.lora_conv import convolved
 from lora_cli.models.quantized_linear import QuantizedLinear
 
 

@@ -13,7 +13,7 @@ import typer
 from lora_cli.errors import counted
 
 if TYPE_CHECKING:
-    from lora_cli.adapters.attach import ParameterRow
+    from lora_cli.adapters.count_parameters import ParameterRow
     from lora_cli.evaluation.compare import Comparison
     from lora_cli.recipe import Recipe
 
@@ -102,7 +102,7 @@ def print_parameters(
         as_json: Print JSON.
         start: The recipe's `adapter.init`.
     """
-    from lora_cli.adapters.attach import group_rows
+    from lora_cli.adapters.count_parameters import group_rows
 
     total = sum(row.count for row in table)
     trainable = sum(row.count for row in table if row.trainable)

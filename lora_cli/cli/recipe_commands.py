@@ -23,7 +23,7 @@ def params(
     """List and count the parameters that a recipe trains; the weights are not loaded."""
     loaded = options.load(recipe, overrides)
     options.quiet_libraries()
-    from lora_cli.adapters.attach import parameter_table
+    from lora_cli.adapters.count_parameters import parameter_table
     from lora_cli.preprocessing.check_recipe import empty_adapted_model
 
     table = parameter_table(empty_adapted_model(loaded))

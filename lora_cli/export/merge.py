@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli import machine_memory
-from lora_cli.adapters.attach import lora_layers, merge_and_untie, remove_layers
+from lora_cli.adapters.attach import lora_layers, remove_layers
 from lora_cli.adapters.load_adapter import load_adapter, verify_base
+from lora_cli.adapters.merge_layers import merge_and_untie
 from lora_cli.adapters.merge_proof import ExpectedWeights, expected_weights, weights_of
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
 from lora_cli.adapters.peft_format.other_names import use_names_of

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from lora_cli.adapters.attach import lora_layers, merge_and_untie
+from lora_cli.adapters.attach import lora_layers
 from lora_cli.adapters.load_adapter import load_adapter, verify_base
+from lora_cli.adapters.merge_layers import merge_and_untie
 from lora_cli.adapters.peft_format.other_names import use_names_of
 from lora_cli.adapters.peft_format.peft_experts import with_current_names
 from lora_cli.adapters.tied_weights import tied_groups

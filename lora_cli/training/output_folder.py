@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_cli import __version__
-from lora_cli.adapters.attach import parameter_table
+from lora_cli.adapters.count_parameters import parameter_table
 from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
 from lora_cli.data.load_rows import SPLITS
 from lora_cli.environment import installed_version

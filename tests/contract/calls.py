@@ -24,8 +24,9 @@ from kinds import Json, Site, TaskKind
 from torch import Tensor, nn
 
 from lora_cli.accelerator import start_accelerator
-from lora_cli.adapters.attach import attach, disabled, merge, trainable_parameters
+from lora_cli.adapters.attach import attach, disabled, trainable_parameters
 from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.peft_format.adapter_folder import read_adapter, save_adapter
 from lora_cli.data.media import with_media
 from lora_cli.data.text_lines import RawRow

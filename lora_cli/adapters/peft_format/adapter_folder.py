@@ -23,11 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_cli.adapters.attach import (
-    adapter_layers,
-    name_in_base,
-    trainable_parameters,
-)
+from lora_cli.adapters.attach import adapter_layers, name_in_base, trainable_parameters
 from lora_cli.adapters.peft_format.diffusion_file import DiffusionFile, read_diffusion_file
 from lora_cli.adapters.peft_format.part_folders import divided, joined
 from lora_cli.adapters.peft_format.peft_config import adapter_type, check_config

@@ -1,0 +1,73 @@
+"""Merge an adapter into the weights of its model, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_cli.adapters.attach import adapter_layers, lora_layers, name_in_base, remove_layers
+from lora_cli.adapters.lora_conv import LoRAConv
+from lora_cli.adapters.tied_weights import separate
+from lora_cli.adapters.token_rows import merge_rows, token_layers
+from lora_cli.models.bundle import Bundle
+
+
+def merge(model: nn.Module) -> list[str]:
+    """Replace every adapter layer by its base, with the update added to the base's weight.
+
+    Modules that share an adapted weight, such as a tied embedding and output layer, no longer share
+    it afterwards.
+
+    Returns:
+        Names of modules whose weight was shared and no longer is.
+
+    Raises:
+        LoraError: If a layer cannot be merged; the model is untouched then.
+    """
+    layers, in_place = lora_layers(model), adapter_layers(model)
+    for layer in layers.values():
+        if isinstance(layer, LoRAConv):
+            layer.delta_weight()  # raises if it cannot be merged, before anything is changed
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            users.setdefault(id(weight), []).append(name_in_base(name, in_place))
+    untied: list[str] = []
+    for layer in layers.values():
+        sharers = users.get(id(layer.weight), [])
+        if len(sharers) > 1:
+            untied += [other for other in sharers if other not in untied]
+        if layer.weight.is_meta:  # a model without weights
+            merged = torch.empty_like(layer.weight)
+        else:  # one at a time: all of them together would need as much memory as the base
+            merged = layer.merged_weight(layer.weight.detach().float()).to(layer.weight.dtype)
+        layer.replace_weight(nn.Parameter(merged, requires_grad=False))
+    merge_rows(list(token_layers(model).values()))
+    remove_layers(model)
+    return untied
+
+
+def merge_and_untie(model: nn.Module, ties: Iterable[Collection[str]]) -> list[str]:
+    """Merge, and end each tie of weights whose sides are no longer equal.
+
+    They differ if one side was adapted, or if a copy of the weight was trained.
+
+    Args:
+        model: The model; it and its configuration are changed in place.
+        ties: The groups of names that shared a parameter in the base.
+
+    Returns:
+        Names of modules whose weight was shared and no longer is.
+    """
+    untied = merge(model)
+    parted = [name.rpartition(".")[0] for name in separate(model, ties)]
+    untied += [name for name in dict.fromkeys(parted) if name not in untied]
+    for name in untied:
+        part = model.parts[name.partition(".")[0]] if isinstance(model, Bundle) else model
+        config: Any = part.config
+        config.tie_word_embeddings = False
+    return untied
