@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_cli.adapters.attach import trainable_parameters
 from lora_cli.errors import NumericsError
-from lora_cli.evaluation.evaluate_split import evaluate_adapter
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks.texts import padding_check
 from lora_cli.training import load_trainable_model, train

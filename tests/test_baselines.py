@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from lora_cli.cli.app import app
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.evaluate_split import evaluate_adapter
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
 from lora_cli.reporting.html_page import _against_baselines

@@ -17,7 +17,7 @@ from lora_cli.cli.app import app
 from lora_cli.errors import LoraError, RegressionError
 from lora_cli.evaluation import compare as comparison
 from lora_cli.evaluation.compare import Comparison, bootstrap, compare, row_sums
-from lora_cli.evaluation.evaluate_split import evaluate_adapter
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.recipe import Recipe, dump_recipe, load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.examples import Prediction

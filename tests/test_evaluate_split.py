@@ -22,12 +22,8 @@ from lora_cli.adapters.peft_format.adapter_folder import save_adapter
 from lora_cli.data.file_formats import read_rows
 from lora_cli.errors import LoraError, NumericsError
 from lora_cli.evaluation import evaluate_split as evaluation
-from lora_cli.evaluation.evaluate_split import (
-    best_by,
-    evaluate,
-    evaluate_adapter,
-    measuring_file,
-)
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter, with_test_file
+from lora_cli.evaluation.evaluate_split import best_by, evaluate
 from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.evaluation.samples import MOST_EVALUATIONS, add_samples
 from lora_cli.preprocessing.encode import load_data
@@ -543,7 +539,7 @@ def test_a_file_to_measure_is_read_as_predict_reads_it(
 ) -> None:
     recipe = load_recipe(tiny.recipe(tiny.save_encoder(tmp_path / "base"), tmp_path))
     (tmp_path / name).write_bytes(content)
-    recipe = measuring_file(recipe, tmp_path / name)
+    recipe = with_test_file(recipe, tmp_path / name)
     first = next(read_rows(tmp_path / name, recipe.data.format))
     assert first.columns is not None
     assert {key: first.columns[key] for key in wanted} == wanted
@@ -556,16 +552,16 @@ def test_only_a_folder_of_pictures_is_measured_as_a_folder(base: Path, tmp_path:
     (folder / "cat.png").write_bytes(b"")
     for wrong in (folder, tmp_path / "missing.csv"):
         with pytest.raises(LoraError, match=r"is a folder, and not a file|there is no file"):
-            measuring_file(recipe, wrong)
+            with_test_file(recipe, wrong)
     pictures = {"type": "image_classification", "labels": ["cat", "dog"]}
     seeing = recipe_of(base, tmp_path, task=pictures)
-    found = measuring_file(seeing, folder)
+    found = with_test_file(seeing, folder)
     assert (found.data.test, found.data.validation) == (str(folder), None)
     assert found.data.format == seeing.data.format
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(LoraError, match="is a folder, and not a file"):
-        measuring_file(seeing, empty)
+        with_test_file(seeing, empty)
 
 
 @pytest.mark.parametrize(
@@ -585,9 +581,9 @@ def test_rows_of_the_hub_are_not_fetched_to_measure_a_file(
     recipe = load_recipe(tiny.recipe(base, tmp_path, data=data, task=task))
     if said is not None:
         with pytest.raises(LoraError, match=said):
-            measuring_file(recipe, file)
+            with_test_file(recipe, file)
         return
-    found = measuring_file(recipe, file).data
+    found = with_test_file(recipe, file).data
     assert (found.name, found.config, found.validation, found.streaming) == (None,) * 3 + (False,)
     assert (found.train, found.test) == (str(file), str(file))
 

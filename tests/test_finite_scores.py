@@ -19,7 +19,7 @@ from lora_cli.adapters.peft_format.adapter_folder import save_adapter
 from lora_cli.cli.app import app
 from lora_cli.errors import LoraError, NumericsError
 from lora_cli.evaluation.compare import compare
-from lora_cli.evaluation.evaluate_split import evaluate_adapter
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.export.merge import merge_adapter
 from lora_cli.recipe import Recipe, dump_recipe, load_recipe
 from lora_cli.tasks import build_task

@@ -30,7 +30,7 @@ from lora_cli.adapters.attach import attach, lora_layers, training_mode
 from lora_cli.data import pictures
 from lora_cli.data.pictures import PictureError, open_picture, picture_facts
 from lora_cli.errors import IntegrityError, LoraError
-from lora_cli.evaluation.evaluate_split import evaluate_adapter, measuring_file
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter, with_test_file
 from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.evaluation.predict import answer, answer_file
 from lora_cli.export.merge import merge_adapter
@@ -664,7 +664,7 @@ def test_a_picture_that_cannot_be_predicted_is_named(trained: Path, tmp_path: Pa
 
 
 def test_eval_measures_a_folder(trained: Path) -> None:
-    recipe = measuring_file(load_adapter_recipe(trained / "out"), trained / "pictures" / "test")
+    recipe = with_test_file(load_adapter_recipe(trained / "out"), trained / "pictures" / "test")
     found = evaluate_adapter(trained / "out", recipe, "test")
     report = json.loads((trained / "out" / "report.json").read_text())
     assert found["test"] == pytest.approx(report["metrics"]["after"]["test"], rel=1e-6)

@@ -12,7 +12,7 @@ import tiny
 from drafting import Init, initialiser, save_bases
 from languages import TEXTS
 
-from lora_cli.evaluation.evaluate_split import definitions_of
+from lora_cli.evaluation.evaluate_adapter import definitions_of
 from lora_cli.metrics import builtin_value
 from lora_cli.preprocessing.data_gate import examine
 from lora_cli.preprocessing.encode import load_data

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from lora_cli.evaluation.compare import compare
-from lora_cli.evaluation.evaluate_split import evaluate_adapter, measuring_file
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter, with_test_file
 from lora_cli.export.merge import merge_adapter
 from lora_cli.preprocessing.check_recipe import check_recipe, empty_adapted_model
 from lora_cli.recipe import AdapterSpec, Learned, Recipe, TrainSpec, dump_recipe, load_recipe
@@ -135,7 +135,7 @@ def test_no_command_changes_its_recipe(base: Path, tmp_path: Path) -> None:
     for one in recipes:
         train(one.with_values({"checkpoint.allow_changes": True}), resume=True)
         evaluate_adapter(one.output_path, one, "validation")
-        measuring_file(one, tmp_path / "a/all.jsonl")
+        with_test_file(one, tmp_path / "a/all.jsonl")
     empty_adapted_model(further)
     a, b, c = (one.output_path for one in recipes)
     compare(b, a, further)

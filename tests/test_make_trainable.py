@@ -22,7 +22,7 @@ from lora_cli.adapters.attach import lora_layers, trainable_parameters
 from lora_cli.adapters.make_trainable import make_trainable
 from lora_cli.cli.app import app
 from lora_cli.errors import IntegrityError, LoraError
-from lora_cli.evaluation.evaluate_split import evaluate_adapter
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.tasks import build_task

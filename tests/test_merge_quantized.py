@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from lora_cli.evaluation.evaluate_split import evaluate_adapter
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.export.merge import merge_adapter
 from lora_cli.export.merge_quantized import Candidate, Trained, better
 from lora_cli.models.quantized_linear import QuantizedLinear

@@ -18,7 +18,8 @@ from runs import assert_same_run, lines
 from lora_cli.data.load_rows import load_rows
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.compare import compare
-from lora_cli.evaluation.evaluate_split import best_by, evaluate, evaluate_adapter
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
+from lora_cli.evaluation.evaluate_split import best_by, evaluate
 from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.data_gate import inspect_data
 from lora_cli.preprocessing.encode import cache_key, load_data

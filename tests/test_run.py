@@ -31,7 +31,7 @@ from lora_cli.adapters.attach import (
 )
 from lora_cli.cli.app import app
 from lora_cli.errors import IntegrityError, InterruptedRun, LoraError
-from lora_cli.evaluation.evaluate_split import evaluate_adapter
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.recipe import load_recipe
 from lora_cli.training import early_stopping, load_trainable_model, run_evaluations, train
 from lora_cli.training import run as training_run

@@ -36,7 +36,7 @@ from transformers import (
 from lora_cli.accelerator import start_accelerator
 from lora_cli.adapters.attach import attach
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.evaluate_split import evaluate_adapter
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.evaluation.predict import answer, answer_file
 from lora_cli.export.merge import merge_adapter

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from lora_cli.adapters.attach import attach, trainable_parameters
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.evaluate_split import evaluate_adapter
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.export.merge import merge_adapter
 from lora_cli.preprocessing.encode import load_data

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from lora_cli.accelerator import start_accelerator
 from lora_cli.adapters.attach import attach, trainable_parameters, training_mode
 from lora_cli.errors import IntegrityError, LoraError
-from lora_cli.evaluation.evaluate_split import evaluate_adapter
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.evaluation.predict import answer, answer_file
 from lora_cli.export.merge import merge_adapter

@@ -33,7 +33,7 @@ from lora_cli.data.find_files import files_of
 from lora_cli.data.load_rows import load_rows
 from lora_cli.data.picture_sizes import apply_cut, cut_to, nearest_size, sizes_for
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.evaluate_split import evaluate_adapter
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.evaluation.predict import answer_file
 from lora_cli.export.merge import merge_adapter

@@ -33,7 +33,8 @@ from lora_cli.data.numbered_labels import label_names
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import evaluate_split
 from lora_cli.evaluation.compare import compare
-from lora_cli.evaluation.evaluate_split import evaluate, evaluate_adapter
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
+from lora_cli.evaluation.evaluate_split import evaluate
 from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.evaluation.predict import answer, answer_file
 from lora_cli.export.merge import merge_adapter

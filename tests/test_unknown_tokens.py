@@ -11,7 +11,7 @@ import pytest
 import tiny
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.evaluation.evaluate_split import evaluate_adapter, measuring_file
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter, with_test_file
 from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.preprocessing.data_gate import examine
 from lora_cli.preprocessing.encode import load_data
@@ -102,6 +102,6 @@ def test_eval_says_it_of_a_file_in_another_language(
     train(load_recipe(path, ["train.max_steps=1"]))
     capsys.readouterr()
     loaded = load_recipe(tmp_path / "out" / "recipe.yaml")
-    loaded = measuring_file(loaded, tmp_path / "other.jsonl")
+    loaded = with_test_file(loaded, tmp_path / "other.jsonl")
     evaluate_adapter(tmp_path / "out", loaded, "test")
     assert "of the tokens of test are `[UNK]`" in capsys.readouterr().err

@@ -70,9 +70,9 @@ def evaluate(
     loaded = options.recipe_for(adapter, recipe, overrides)
     options.quiet_libraries()
     if source is not None:
-        from lora_cli.evaluation.evaluate_split import measuring_file
+        from lora_cli.evaluation.evaluate_adapter import with_test_file
 
-        loaded, split = measuring_file(loaded, source), "test"
+        loaded, split = with_test_file(loaded, source), "test"
     if against is None:
         _measure(adapter, loaded, split, source, as_json)
         return
@@ -102,7 +102,7 @@ def _measure(
     adapter: Path, loaded: Recipe, split: str | None, source: Path | None, as_json: bool
 ) -> None:
     """Measure one adapter, and print its metrics."""
-    from lora_cli.evaluation.evaluate_split import definitions_of, evaluate_adapter
+    from lora_cli.evaluation.evaluate_adapter import definitions_of, evaluate_adapter
     from lora_cli.recipe import Learned
 
     learned = Learned()

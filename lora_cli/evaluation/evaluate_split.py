@@ -1,4 +1,7 @@
-"""The one evaluation that training and `lora eval` share."""
+"""Measure a model on a split: its loss, its metrics, and a prediction for each row.
+
+Training, `lora eval` and `lora eval --against` all use this function.
+"""
 
 from __future__ import annotations
 
@@ -16,38 +19,29 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from lora_cli.accelerator import start_accelerator
 from lora_cli.characters import first_characters
-from lora_cli.data.detect_format import read_head
-from lora_cli.data.input_files import input_form
-from lora_cli.data.load_rows import SPLITS
-from lora_cli.data.media_folder import media_files
-from lora_cli.errors import LoraError, NumericsError, require_file, warn
-from lora_cli.evaluation.open_adapter import load_adapted, open_task
+from lora_cli.errors import LoraError, NumericsError, warn
 from lora_cli.metrics import MetricSet, metric_mode, result_names
 from lora_cli.preprocessing.batch_plan import Indices
-from lora_cli.preprocessing.cached_frozen_outputs import with_frozen_outputs
-from lora_cli.preprocessing.encode import load_data
-from lora_cli.recipe import Learned, Recipe
+from lora_cli.recipe import Recipe
 from lora_cli.reporting.report import strict
-from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task, prepared_for_evaluation
 from lora_cli.tasks.examples import MAIN, Encoded, Prediction
 from lora_cli.tasks.finite_scores import likely_cause
 from lora_cli.unexpected_errors import phase
 
-WINDOW = 64  # batches whose examples are sorted by length together
-TEXT_LENGTH = 500  # characters of a row that stand beside its prediction
+WINDOW = 64  # batches: so many at once are sorted by length
+TEXT_LENGTH = 500  # characters of a row that are written next to its prediction
 
 
 class Stop(Protocol):
-    """What can break an evaluation off."""
+    """What can interrupt an evaluation, such as a signal."""
 
     def is_noted(self) -> bool:
         """Return whether this process was asked to stop."""
 
     def check(self) -> None:
-        """Raise if any process was asked to; all of them call it at the same place."""
+        """Raise an exception if any process was asked to; all of them call it at the same point."""
 
 
 def build_metrics(task: Task, may_lack_rows: bool = False) -> MetricSet:
@@ -80,22 +74,22 @@ def evaluate(
     stop: Stop | None = None,
     strict_loss: bool = False,
 ) -> dict[str, float]:
-    """Return the loss and the metrics of a model on a split; every process gets them.
+    """Return the loss and the metrics of a model on a split, the same in every process.
 
-    Only what the metrics read is kept of a batch, never its logits.
+    Of each batch only what the metrics read is kept in memory, never the logits.
 
     Args:
-        model: The model; it is put into eval mode, and back.
-        task: What the rows mean.
+        model: The model; it is put into eval mode during the evaluation.
+        task: Computes the predictions.
         split: The encoded rows.
-        accelerator: Precision and processes.
-        predictions: File that gets a line for every example, in the order of the rows.
-        keep: List that gets every prediction, in the same order.
-        stop: Is asked after each batch whether to go on.
-        strict_loss: Reject a loss that is NaN or infinity.
+        accelerator: The device, the precision and the processes.
+        predictions: A file to write, with a line for every prediction in the order of the rows.
+        keep: A list to which every prediction is added, in the same order.
+        stop: Asked after each batch whether to stop.
+        strict_loss: Raise an error if a row's loss is NaN or infinite.
 
     Raises:
-        NumericsError: With the place of the first row that has such a loss.
+        NumericsError: If so, with the place of the first such row.
     """
     recipe = task.recipe
     size = recipe.evaluate.micro_batch_size or 2 * task.micro_batch
@@ -132,7 +126,7 @@ def evaluate(
 
 
 class _Scores:
-    """Adds up the losses and the metrics of rows."""
+    """Adds up the losses of rows, and collects what their metrics are computed from."""
 
     def __init__(self, task: Task, may_lack_rows: bool = False) -> None:
         self.task, self.metrics = task, build_metrics(task, may_lack_rows)
@@ -149,13 +143,13 @@ class _Scores:
                 self.metrics.add_batch(channel, [p for p, _ in pairs], [r for _, r in pairs])
 
     def results(self) -> dict[str, float]:
-        """Return the losses and the metrics; a metric for which no row has a reference is none."""
+        """Return the losses and the metrics, without metrics for which no row has a reference."""
         return {**_mean_losses(self.task, self.sums), **self.metrics.compute()}
 
 
 @contextmanager
 def _whole_file(path: Path | None) -> Iterator[TextIO | None]:
-    """Yield a file that takes its place once the block ends well; None where none is wanted."""
+    """Yield a file that appears at `path` when the block ends without an error; None for None."""
     if path is None:
         yield None
         return
@@ -167,7 +161,7 @@ def _whole_file(path: Path | None) -> Iterator[TextIO | None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode, and back."""
+    """Put the model into eval mode within the context."""
     was_training = model.training
     model.eval()
     try:
@@ -177,10 +171,10 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _mean_losses(task: Task, sums: dict[str, list[float]]) -> dict[str, float]:
-    """Return the loss: the weighted sum of its terms' means, and each term if there are several.
+    """Return the loss, which is the weighted sum of its terms' means, and the mean of each term.
 
-    A term without items, such as that of the labels where no row has one, counts nothing; the main
-    one alone is the loss itself, and is not said twice.
+    A term without items is left out, such as that of the labels if no row has one. The mean of the
+    main term is not returned if it is the only one, since it is the loss.
     """
     means = {term: total / count for term, (total, count) in sums.items() if count}
     weights = task.loss_weights
@@ -191,7 +185,7 @@ def _mean_losses(task: Task, sums: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _no_reference(metrics: list[str], split: Encoded, recipe: Recipe) -> LoraError:
-    """Return the error of a split none of whose rows has what metrics compare with."""
+    """Return the error for a split in which no row has a reference to compare answers with."""
     named = " and ".join(f"`{name}`" for name in metrics)
     need = f"metric {named} compares" if len(metrics) == 1 else f"the metrics {named} compare"
     what = f"no row of {split.rows.source} has a label or an answer, which {need} with"
@@ -211,7 +205,7 @@ def _reject_bad_loss(
 
 
 def _windows(split: Encoded, size: int) -> Iterator[list[Indices]]:
-    """Yield batches of similar length, a window of rows at a time."""
+    """Yield windows of rows, each divided into batches of examples of similar length."""
     for start in range(0, len(split), size * WINDOW):
         window = np.arange(start, min(start + size * WINDOW, len(split)))
         window = window[np.argsort(-split.lengths[window], kind="stable")]
@@ -230,7 +224,7 @@ def _predict_window(
     mine: list[tuple[int, Prediction]] = []
     for indices in batches[accelerator.process_index :: accelerator.num_processes]:
         if stop is not None and stop.is_noted():
-            break  # the other processes wait for this one, and learn of it then
+            break  # the other processes find out when all of them exchange their predictions
         examples = split.examples.__getitems__(indices.tolist())
         prepared = [prepared_for_evaluation(task, example) for example in examples]
         batch = task.batch(prepared).to(accelerator.device)
@@ -245,13 +239,13 @@ def _predict_window(
 
 
 def _add_nll(prediction: Prediction) -> None:
-    """Add what perplexity is computed of, if the loss has such a term."""
+    """Add what perplexity is computed from, if the loss has a main term."""
     if MAIN in prediction.losses:
         prediction.metric_inputs.setdefault("nll", prediction.losses[MAIN])
 
 
 def _with_last(windows: Iterator[list[Indices]]) -> Iterator[tuple[list[Indices], bool]]:
-    """Yield each window, and whether it is the last."""
+    """Yield each window, with whether it is the last."""
     before = next(windows, None)
     for window in windows:
         assert before is not None
@@ -262,10 +256,10 @@ def _with_last(windows: Iterator[list[Indices]]) -> Iterator[tuple[list[Indices]
 
 
 class _Joined:
-    """Joins the examples of a row to one prediction, where the task's rows have one answer.
+    """Joins the predictions for the parts of a row, such as windows of a long text, into one.
 
-    The examples of a row stand side by side; the last row of a window may go on in the next. Where
-    the rows of a split are compared with each other, all wait for the last.
+    The parts of a row follow each other, and may continue in the next window. Tasks that compare
+    the rows of a split with each other get all of them together, after the last.
     """
 
     def __init__(self, task: Task, split: Encoded) -> None:
@@ -273,7 +267,7 @@ class _Joined:
         self.waiting: list[Prediction] = []
 
     def add(self, parts: list[Prediction], is_last: bool) -> list[Prediction]:
-        """Return the predictions of the rows that are complete, given the next examples."""
+        """Add predictions for the next examples; return those of the rows that are complete."""
         if self.task.compares_rows:
             self.waiting += parts
             return self.task.compared(self.waiting, self.split) if is_last else []
@@ -316,89 +310,7 @@ def _line(prediction: Prediction, split: Encoded, task: Task) -> str:
 
 
 def _shortened(text: str) -> str:
-    """Return the beginning of a text, to be read by a person."""
+    """Return the beginning of a text, for people to read."""
     if len(text) <= TEXT_LENGTH:
         return text
     return first_characters(text, TEXT_LENGTH - 1) + "…"
-
-
-def measuring_file(recipe: Recipe, file: Path) -> Recipe:
-    """Return a recipe whose test split is a file, and that holds out nothing else.
-
-    Raises:
-        LoraError: If there is no such file, or the labels would have to be found on the Hub.
-    """
-    is_folder = file.is_dir() and bool(media_files(file, recipe))
-    if not is_folder:
-        require_file(file, "--input")
-    path, data = str(file.absolute()), recipe.data
-    values: dict[str, Any] = {"data.validation": None, "data.test": path, "data.streaming": False}
-    values["data.mix"] = {}
-    columns = build_task(recipe)
-    wanted = [*columns.input_columns().values(), *columns.target_columns().values()]
-    if not is_folder:
-        values["data.format"] = input_form(file, read_head(file), data.format, wanted)
-    if data.mix:  # whose names the metrics of the file do not have
-        values["evaluate.best"] = None
-    if data.name is not None or data.mix:
-        if not columns.knows_labels:
-            raise LoraError(
-                "the labels are not known",
-                recipe.at("task.labels"),
-                "name them in the order of the model's outputs: `--set 'task.labels=[no, yes]'`",
-            )
-        if columns.reads_train:
-            hint = "name them in the recipe, or leave them out"
-            at = recipe.at("task.class_weights")
-            raise LoraError("the weights of the labels are not known", at, hint)
-        # nothing reads the train split, as the labels are known
-        values |= {"data.name": None, "data.config": None, "data.train": path}
-    return recipe.with_values(values)
-
-
-def definitions_of(recipe: Recipe) -> dict[str, str]:
-    """Return what the loss and the metrics of a recipe measure, in a line each.
-
-    Args:
-        recipe: It names its labels, as that of an adapter does.
-    """
-    return build_task(recipe).metric_definitions()
-
-
-def evaluate_adapter(
-    folder: Path, recipe: Recipe, split: str | None = None, learned: Learned | None = None
-) -> dict[str, dict[str, float]]:
-    """Return the metrics of a saved adapter, by split; the data are checked before the weights.
-
-    Args:
-        folder: The adapter's folder.
-        recipe: Says the task and the data.
-        split: The split to measure; None measures validation and test.
-        learned: Gets what the rows teach, such as the labels.
-
-    Raises:
-        NumericsError: If a row's loss is NaN or infinity.
-    """
-    present = [name for name in SPLITS if recipe.data.has(name)]
-    wanted = [name for name in present if name == split or (not split and name != "train")]
-    if not wanted:
-        raise LoraError(
-            f"the recipe has no split `{split or 'validation or test'}`",
-            recipe.at("data"),
-            f"it has {', '.join(present)}; or name a file with `--input FILE`",
-        )
-    if "train" in wanted and recipe.data.streaming:
-        hint = "`--set data.streaming=false` reads it as a whole"
-        raise LoraError("train is streamed: it has no end", recipe.at("data.streaming"), hint)
-    accelerator = start_accelerator(recipe)
-    task = open_task(folder, recipe, learned)
-    data = load_data(task, wanted)
-    said = (task.unknown_input(name, data[name].rows, data[name].examples)[1] for name in wanted)
-    if warning := next(filter(None, said), None):
-        warn(warning)
-    model = load_adapted(folder, task, accelerator)
-    splits = with_frozen_outputs(task, model, {name: data[name] for name in wanted}, accelerator)
-    return {
-        name: evaluate(model, task, encoded, accelerator, strict_loss=True)
-        for name, encoded in splits.items()
-    }

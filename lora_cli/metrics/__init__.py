@@ -1,21 +1,18 @@
 """Metrics that work without a network, and any other that `evaluate` can load."""
 
-from lora_cli.metrics.builtin_metrics import (
-    Channel,
-    MetricContext,
+from lora_cli.metrics.builtin_metrics import Channel, MetricContext, is_exact_match, lacks_answer
+from lora_cli.metrics.final_answers import final_answer
+from lora_cli.metrics.metric_definitions import definition
+from lora_cli.metrics.metric_names import (
     builtin_value,
     check_metric_names,
-    is_exact_match,
     is_script,
     known_metrics,
-    lacks_answer,
     metric_giving,
     metric_mode,
     reads,
     result_names,
 )
-from lora_cli.metrics.final_answers import final_answer
-from lora_cli.metrics.metric_definitions import definition
 from lora_cli.metrics.metric_set import MetricSet
 
 __all__ = [

@@ -1,25 +1,23 @@
-"""The built-in metrics: plain functions in the table `SPECS`, and what their names tell.
+"""The built-in metrics: a plain function for each, and the table `SPECS` that lists them.
 
-The libraries that compute are imported when a metric is computed: `check_metric_names` and
-`metric_mode` answer at once.
+To add a metric, write its function, add a line to `SPECS`, and say in `metric_definitions.py` what
+it measures. A library that a metric needs is imported inside its function, so that the names can be
+checked quickly.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import math
-import os.path
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from lora_cli.errors import LoraError, Problem, name_neighbours
+from lora_cli.errors import LoraError
 from lora_cli.metrics.box_scores import BOXES, box_scores
 from lora_cli.metrics.entity_scores import entity_scores
 from lora_cli.metrics.final_answers import final_answer, is_same_answer
@@ -29,50 +27,36 @@ from lora_cli.metrics.word_tokenizers import bleu_words, canonical, rouge_words
 Channel = Literal["label", "value", "text", "nll", "tags", "ranks", "pictures", "boxes"]
 """What a metric reads of each evaluated row, as prediction and reference.
 
-`label`: class indices, or 0/1 lists of length `n_labels` where a row may have several; `value`:
-floats; `text`: strings, of which a row may have several as references, in a list; `nll`: the row's
-sum of negative log-likelihoods in nats, and its number of trained tokens; `tags`: lists of tags,
-one for each word; `ranks`: the ranks of right answers among the first ten that a search finds, and
-how many right answers there are; `boxes`: lists of (x0, y0, x1, y1, score, label) that are found in
-a picture, and of (x0, y0, x1, y1, label, whether it is a crowd) that there are;
-`pictures`: nothing, as no metric reads pictures.
+`label`: class indices, or 0/1 lists of length `n_labels` if a row can have several labels;
+`value`: floats;
+`text`: strings; a reference may be a list of several right answers;
+`nll`: a row's sum of negative log-likelihoods in nats, and its number of trained tokens;
+`tags`: lists of tags, one for each word;
+`ranks`: the ranks of right answers among the first ten that a search finds, and how many right
+answers there are;
+`boxes`: lists of (x0, y0, x1, y1, score, label) that were found in a picture, and of the boxes
+(x0, y0, x1, y1, label, whether it is a crowd) that are in it;
+`pictures`: nothing, because no metric reads pictures.
 """
 Rows = list[Any]
 Mode = Literal["min", "max"]
 
-# the channels that a task can feed, by its default one: a language model writes and scores
-_FEEDS: dict[Channel, tuple[Channel, ...]] = {
-    "label": ("label",),
-    "value": ("value",),
-    "text": ("text", "nll"),
-    "nll": ("nll", "text"),
-    "tags": ("tags",),
-    "ranks": ("ranks",),
-    "pictures": (),
-    "boxes": ("boxes",),
-}
-_NOUNS = {
-    "label": "labels", "value": "numbers", "text": "texts", "nll": "log-likelihoods",
-    "tags": "tags of words", "ranks": "ranks of a search", "boxes": "boxes",
-    "pictures": "pictures, of which it measures the loss alone",
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class MetricContext:
-    """What a metric must know of the task: its number of classes, their kind and their names."""
+    """What a metric needs to know of the task, such as its classes."""
 
     n_labels: int | None = None
     multi_label: bool = False
     labels: tuple[str, ...] = ()
     several_references: bool = False
-    """Whether a row may have several right texts, any of which an answer may be."""
+    """Whether a row can have several right texts; an answer has to match one of them."""
     normalizer: str = ""
-    """How texts are written before they are compared, in words, if they are changed at all."""
+    """How texts are changed before they are compared, in words; empty if they are not."""
     answer_pattern: str | None = None
-    """What finds the final answer in a text, which `exact_match` then compares."""
+    """A regular expression for the final answer in a text, which `exact_match` then compares."""
     most_answers: int | None = None
-    """Of at most so many rows of a split answers are written."""
+    """The number of rows of a split for which answers are generated at most."""
 
 
 NOTHING_KNOWN = MetricContext()
@@ -83,13 +67,13 @@ class MetricSpec:
     """A built-in metric.
 
     Args:
-        channel: What it reads.
+        channel: What it reads of each row.
         compute: Takes the predictions and references of at least one row; returns one number, or
             several by name.
-        mode: Whether less or more is better.
-        results: The names of its numbers, where it gives several.
-        package: What it needs that is not always installed.
-        extra: The extra that installs that.
+        mode: Whether a lower or a higher value is better.
+        results: The names of its numbers, if it gives several.
+        package: The package that it needs, if that is not always installed.
+        extra: The extra of this project that installs the package.
         multi_label: Whether it is defined for rows with several labels.
     """
 
@@ -106,7 +90,7 @@ class MetricSpec:
 
 
 def _accuracy(p: Rows, r: Rows, context: MetricContext) -> float:
-    """Return the fraction of right rows; with several labels, all of a row's must be right."""
+    """Return the fraction of right rows. If a row has several labels, all have to be right."""
     from sklearn.metrics import accuracy_score
 
     return float(accuracy_score(r, p))
@@ -345,92 +329,3 @@ SPECS: dict[str, MetricSpec] = {
         "boxes", _box_scores, results=BOXES, package="faster_coco_eval", extra="detection"
     ),
 }  # fmt: skip
-
-# ------------------------------------------------------------------- names, without `evaluate`
-
-
-def known_metrics() -> list[str]:
-    """Return the names of the built-in metrics."""
-    return list(SPECS)
-
-
-def metric_mode(name: str) -> Mode | None:
-    """Return whether less or more of a metric, or of one of its results, is better, if known."""
-    modes = {key: spec.mode for n, spec in SPECS.items() for key in (n, *spec.results)}
-    return "min" if name == "loss" else modes.get(name)
-
-
-def result_names(metric: str) -> tuple[str, ...]:
-    """Return the names of the numbers that a metric gives."""
-    spec = SPECS.get(metric)
-    return (spec.results if spec else ()) or (metric,)
-
-
-def metric_giving(result: str, channel: Channel) -> str | None:
-    """Return the built-in metric that gives a number of this name, for what a task feeds.
-
-    Args:
-        result: A metric, or one of the numbers that one gives: `f1` is of labels and of entities.
-        channel: What the task's own metrics read.
-    """
-    feeds = _FEEDS[channel]
-    able = sorted(SPECS, key=lambda name: SPECS[name].channel not in feeds)
-    return next((name for name in able if result in result_names(name)), None)
-
-
-def reads(metric: str) -> Channel | None:
-    """Return what a built-in metric reads; of others it is not known."""
-    spec = SPECS.get(metric)
-    return spec.channel if spec else None
-
-
-def builtin_value(
-    metric: str, result: str, predictions: Rows, references: Rows,
-    context: MetricContext = NOTHING_KNOWN,
-) -> float:  # fmt: skip
-    """Return one number of a built-in metric, computed at once from all rows."""
-    found = SPECS[metric].compute(predictions, references, context)
-    return found[result] if isinstance(found, dict) else found
-
-
-def check_metric_names(
-    names: Sequence[str],
-    default_channel: Channel | None = None,
-    context: MetricContext = NOTHING_KNOWN,
-    at: str = "evaluate.metrics",
-) -> list[Problem]:
-    """Return what is wrong with the names, as far as can be said without loading anything.
-
-    A name that is not built in may be one that `evaluate` loads: only a `MetricSet` can tell.
-    Without a `default_channel`, whether a metric suits the task is not checked.
-    """
-    problems = []
-    for name in dict.fromkeys(names):
-        spec = SPECS.get(name)
-        if spec is None:
-            if is_script(name) and not os.path.exists(os.path.expanduser(name)):
-                what = f"there is no metric script `{name}`"
-                problems.append(Problem(what, at, name_neighbours(Path(name).expanduser())))
-            continue
-        if default_channel and spec.channel not in _FEEDS[default_channel]:
-            reads, fed = _NOUNS[spec.channel], _NOUNS[default_channel]
-            what = f"metric `{name}` compares {reads}; this task yields {fed}"
-            usable = [n for n, s in SPECS.items() if s.channel in _FEEDS[default_channel]]
-            hint = f"choose from {', '.join(usable)}" if usable else "leave it out"
-            problems.append(Problem(what, at, hint))
-        elif default_channel and name == "no_answer" and context.answer_pattern is None:
-            what = "metric `no_answer` counts texts without a match of `task.answer_pattern`"
-            hint = "add the pattern of a final answer, or leave the metric out"
-            problems.append(Problem(f"{what}, which is not there", at, hint))
-        elif context.multi_label and not spec.multi_label:
-            what = f"metric `{name}` is not defined for rows with several labels"
-            problems.append(Problem(what, at, "f1_macro and f1_micro are"))
-        if spec.package and importlib.util.find_spec(spec.package) is None:
-            what = f"metric `{name}` needs the package `{spec.package}`, which is not installed"
-            problems.append(Problem(what, at, f"pip install 'lora-cli[{spec.extra}]'"))
-    return problems
-
-
-def is_script(name: str) -> bool:
-    """Return whether a name can only be that of a local script or of its folder."""
-    return name.endswith(".py") or name.startswith((".", "/", "~"))

@@ -11,8 +11,9 @@ from pathlib import Path
 from lora_cli.errors import printable
 from lora_cli.metrics.box_scores import DEFINITIONS as OF_BOXES
 from lora_cli.metrics.box_scores import OF_LABEL, label_results
-from lora_cli.metrics.builtin_metrics import SPECS, MetricContext, is_script, result_names
+from lora_cli.metrics.builtin_metrics import SPECS, MetricContext
 from lora_cli.metrics.entity_scores import DEFINITIONS
+from lora_cli.metrics.metric_names import is_script, result_names
 from lora_cli.metrics.retrieval_scores import DEFINITIONS as OF_SEARCH
 from lora_cli.metrics.word_tokenizers import BLEU_WORDS, ROUGE_WORDS
 

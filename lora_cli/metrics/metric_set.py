@@ -35,11 +35,9 @@ from lora_cli.metrics.builtin_metrics import (
     MetricContext,
     MetricSpec,
     Rows,
-    check_metric_names,
-    is_script,
-    known_metrics,
     references_of,
 )
+from lora_cli.metrics.metric_names import check_metric_names, is_script, known_metrics
 
 
 class MetricSet:

@@ -24,7 +24,7 @@ from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.evaluation import evaluate_split, open_adapter
-from lora_cli.evaluation.evaluate_split import evaluate_adapter
+from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.evaluation.predict import answer_file
 from lora_cli.export import adapter_task as adapter_tasks
 from lora_cli.export import export_adapter as export_adapters
