@@ -47,6 +47,7 @@ NAMES = {
     "sd": ("unet", "text_encoder"),
     "xl": ("unet", "text_encoder", "text_encoder_2"),
     "sd3": ("transformer", "text_encoder", "text_encoder_2"),
+    "flux": ("transformer", "text_encoder"),
 }
 ATTENTION = re.compile(r".*(attn[12]?\.to_(q|k|v|out\.0)|self_attn\.(q|k|v|out)_proj)")
 MORE = re.compile(
@@ -97,6 +98,15 @@ def outputs(parts: Any, kind: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     texts = [getattr(parts, name).eval()(ids)[0] for name in NAMES[kind][1:]]
     found |= dict(zip(NAMES[kind][1:], texts, strict=True))
+    if kind == "flux":
+        given = torch.linspace(-1, 1, 12 * tiny_diffusion.T5_WIDTH).reshape(1, 12, -1)
+        noise = torch.linspace(-2, 2, 4 * 16).reshape(1, 4, 16)
+        places = torch.tensor([[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]])
+        found["transformer"] = parts.transformer.eval()(
+            noise, given, parts.text_encoder(ids).pooler_output, torch.tensor([0.7]),
+            img_ids=places, txt_ids=torch.zeros(12, 3), guidance=torch.tensor([3.5]),
+        )[0]  # fmt: skip
+        return found
     if kind == "sd3":
         given = torch.linspace(-1, 1, 12 * tiny_diffusion.T5_WIDTH).reshape(1, 12, -1)
         noise = torch.linspace(-2, 2, 4 * 64).reshape(1, 4, 8, 8)
@@ -204,7 +214,7 @@ def save(folder: Path, tensors: Tensors, metadata: dict[str, str] | None = None)
     [
         *((name, "sd") for name in WRITERS),
         *((name, "xl") for name in ("diffusers", "kohya")),
-        *((name, "sd3") for name in ("peft", "diffusers")),
+        *((name, kind) for name in ("peft", "diffusers") for kind in ("sd3", "flux")),
     ],
 )
 def test_files_are_read_as_diffusers_reads_them(writer: str, kind: str, tmp_path: Path) -> None:
@@ -662,15 +672,6 @@ def test_what_diffusers_does_not_read_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_a_transformer_has_other_names_in_kohyas_format(tmp_path: Path) -> None:
-    saved = read_adapter(save(tmp_path, of_peft(factors("sd", ATTENTION), "sd")))
-    saved.parts = ("transformer",)
-    source = Source(None, saved, None, nn.Module(), torch.ones(1), False)  # type: ignore[arg-type]
-    assert "a transformer that draws" in reader_named("kohya").problems(source)[0].what
-    source = source_of(tmp_path, ADAPTERS["text encoder alone"], "sd3")  # none on the transformer
-    assert "a transformer that draws" in reader_named("kohya").problems(source)[0].what
-
-
 @pytest.mark.parametrize("name", ["uneven", "text encoder alone"])
 def test_an_export_of_stable_diffusion_3_is_checked(name: str, tmp_path: Path) -> None:
     source, reader = source_of(tmp_path, OF_TRANSFORMERS[name], "sd3"), reader_named("diffusers")
@@ -682,13 +683,48 @@ def test_an_export_of_stable_diffusion_3_is_checked(name: str, tmp_path: Path) -
     assert re.fullmatch(r"loaded by diffusers [\d.]+: outputs differ by \d\.\de-\d\d", line)
 
 
-def test_names_of_the_first_transformer_are_named(tmp_path: Path) -> None:
-    """kohya's scripts join query, key and value; diffusers reads no such file of this family."""
-    name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
-    tensors = {f"{name}.lora_down.weight": torch.ones(2, 16)}
-    tensors |= {f"{name}.lora_up.weight": torch.ones(48, 2), f"{name}.alpha": torch.tensor(2.0)}
-    with pytest.raises(IntegrityError, match=r"joint_blocks_0_x_block_attn_qkv.*no module"):
-        loaded(save(tmp_path, tensors), "sd3")
+OF_ALL = ["to_q", "to_v", "to_out.0", "add_k_proj", "proj_out", "linear", "context_embedder",
+          "linear_1", "net.2", "q_proj"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_files_of_transformers_in_kohyas_format_hold_all_of_an_adapter(
+    kind: str, tmp_path: Path
+) -> None:
+    patterns = {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_v": 1.5}, "use_rslora": True}
+    targets = [*OF_ALL, *(["proj_mlp"] if kind == "flux" else [])]
+    folder, model = adapter(tmp_path, kind, {"target_modules": targets, **patterns})
+    file, transformer = tmp_path / "kohya.safetensors", bundle(kind).parts["transformer"]
+    save_for_kohya(read_adapter(folder), file, True, transformer)
+    wanted = outputs(model, kind)
+    for part, output in outputs(loaded(file, kind), kind).items():
+        assert_close(output, wanted[part], 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_an_export_of_a_transformer_for_kohya_is_checked(kind: str, tmp_path: Path) -> None:
+    # diffusers divides the layers of single blocks at Flux's own sizes alone
+    targets = [f"transformer_blocks.0.{name}" for name in ("attn.to_q", "attn.to_v", "ff.net.2")]
+    source = source_of(tmp_path, {"target_modules": [*targets, "q_proj"]}, kind)
+    reader, to = reader_named("kohya"), tmp_path / "to"
+    assert reader.problems(source) == []
+    to.mkdir()
+    reader.write(source, to)
+    (line,) = reader.check(source, to)
+    assert re.search(r": outputs differ by \d\.\de-\d\d$", line)
+    assert line.startswith("loaded by diffusers" if kind == "flux" else "diffusers reads no files")
+    source.outputs = source.outputs + 0.1
+    with pytest.raises(IntegrityError, match="the outputs differ"):
+        reader.check(source, to)
+
+
+def test_a_layer_without_a_name_in_kohyas_format_is_named(tmp_path: Path) -> None:
+    source: Any = source_of(tmp_path, {"target_modules": ["pos_embed.proj", "to_q"]}, "sd3")
+    reader = reader_named("kohya")
+    assert reader.problems(source) == []
+    source.base.parts["transformer"].pos_embed = nn.Identity()
+    (problem,) = reader.problems(source)
+    assert "has no name for `pos_embed.proj`" in problem.what
 
 
 def test_what_has_no_place_there_is_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from lora_cli.adapters.peft_format.diffusion_names import (
     first_name,
     split_name,
 )
+from lora_cli.adapters.peft_format.original_layers import Layer
 
 
 def model(*names: str) -> nn.Module:
@@ -38,6 +39,7 @@ def model(*names: str) -> nn.Module:
         (".lora_linear_layer.down.weight", "lora_A"),
         (".lora_down.weight", "lora_A"),
         (".lora_up.weight", "lora_B"),
+        ("_lora.down.weight", "lora_A"),
         (".lora_mid.weight", "lora_mid"),
         (".lora_magnitude_vector", "lora_magnitude_vector"),
         (".lora_magnitude_vector.weight", "lora_magnitude_vector"),
@@ -52,6 +54,11 @@ def model(*names: str) -> nn.Module:
 )
 def test_the_end_of_a_name_says_what_the_tensor_is(end: str, kind: str) -> None:
     assert split_name(f"unet.a.to_q{end}") == ("unet.a.to_q", kind)
+
+
+def test_layers_of_xlabs_keep_their_number() -> None:
+    for end, kind in (("down", "lora_A"), ("up", "lora_B")):
+        assert split_name(f"a.qkv_lora2.{end}.weight") == ("a.qkv_lora2", kind)
 
 
 @pytest.mark.parametrize("name", ["unet.a.weight", "unet.a.lora_C.weight", "unet.a.hada_w3_a"])
@@ -123,7 +130,8 @@ def test_how_the_blocks_are_built_is_seen_from_names() -> None:
         ("text_encoder.encoder.layers.0.to_q", ("text_encoder", "encoder.layers.0.q_proj")),
         ("text_encoder_2.encoder.layers.0.fc1", ("text_encoder_2", SECOND)),
         ("lora_te2_text_model_encoder_layers_0_fc1", ("text_encoder_2", SECOND)),
-        ("lora_te3_encoder_layers_0_fc1", None),  # the base has no third
+        ("lora_te3_encoder_layers_0_fc1", None),  # the base has no T5
+        ("text_encoders.clip_g.transformer.encoder.layers.0.fc1", ("text_encoder_2", SECOND)),
         ("lora_te_encoder_layers_0_fc1", None),  # of the second alone
         ("unet.encoder.layers.0.q_proj", None),
         ("lora_unet_a_b_c", None),  # the name of two modules
@@ -137,10 +145,18 @@ def test_a_name_means_one_module_of_one_part(name: str, place: tuple[str, str] |
         "text_encoder": model("encoder.layers.0.q_proj"),
         "text_encoder_2": model(SECOND),
     })  # fmt: skip
-    assert names.find(name) == place
+    assert names.find(name) == (place and (place[0], Layer((place[1],))))
 
 
 def test_the_third_text_encoder_has_a_start_of_its_own() -> None:
     names = ModuleNames({f"text_encoder{end}": model("a.fc1") for end in ("", "_2", "_3")})
-    for start, part in (("te", ""), ("te1", ""), ("te2", "_2"), ("te3", "_3")):
-        assert names.find(f"lora_{start}_a_fc1") == (f"text_encoder{part}", "a.fc1")
+    for start, part in (("te", ""), ("te1", ""), ("te2", "_2")):
+        assert names.find(f"lora_{start}_a_fc1") == (f"text_encoder{part}", Layer(("a.fc1",)))
+    with_t5 = {"text_encoder_2": model("encoder.block.0.q")}
+    with_both = {**with_t5, "text_encoder_3": model("encoder.block.0.q")}
+    for parts, part in ((with_t5, "text_encoder_2"), (with_both, "text_encoder_3")):
+        for start in (
+            "lora_te3_encoder_block_0_q",
+            "text_encoders.t5xxl.transformer.encoder.block.0.q",
+        ):
+            assert ModuleNames(parts).find(start) == (part, Layer(("encoder.block.0.q",)))

@@ -13,8 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_cli.adapters.peft_format.diffusion_file import read_diffusion_file, translated
+from lora_cli.adapters.peft_format.peft_tensors import sort_tensors
+from lora_cli.adapters.peft_format.peft_types import alpha_of
 from lora_cli.adapters.peft_format.write_diffusion_file import (
+    TRANSFORMER,
     TYPES,
+    layers_of,
     obstacles,
     save_for_diffusers,
     save_for_kohya,
@@ -22,12 +27,14 @@ from lora_cli.adapters.peft_format.write_diffusion_file import (
 )
 from lora_cli.environment import installed_version
 from lora_cli.errors import LoraError, Problem
-from lora_cli.export.reader import MERGE, Source, require_close
+from lora_cli.export.reader import MERGE, Source, require_close, require_same_outputs
 from lora_cli.models.base_model import locate
-from lora_cli.models.bundle import Bundle, part_names
+from lora_cli.models.bundle import Bundle
 from lora_cli.not_an_adapter import DIFFUSERS_FILE
 
 KOHYA_FILE = "lora.safetensors"
+# what diffusers raises over names and sizes that it takes apart in another way
+TAKEN_APART = (ValueError, KeyError, IndexError, RuntimeError, AssertionError)
 NO_DORA = "diffusers leaves out DoRA's lengths (`dora_scale`) when it reads such files"
 
 
@@ -69,7 +76,7 @@ class Diffusers:
         with _pipeline(source) as pipeline:
             try:
                 pipeline.load_lora_weights(str(folder), weight_name=self.file)
-            except (ValueError, KeyError, IndexError, RuntimeError):  # of names that it takes apart
+            except TAKEN_APART:
                 pipeline.unload_lora_weights()
             adapted = {
                 name for name, module in source.base.named_modules() if hasattr(module, "lora_A")
@@ -108,16 +115,39 @@ class Kohya(Diffusers):
         at = str(source.saved.path)
         if source.saved.parts and source.saved.type == "dora":
             return [Problem(NO_DORA, at, f"use `--for diffusers`, or {MERGE}")]
-        parts = {*source.saved.parts, *part_names(source.base)}
-        if "unet" not in parts and "transformer" in parts:
-            what = "the modules of a transformer that draws have other names in kohya's format"
+        if found := super().problems(source):
+            return found
+        if (transformer := _transformer(source)) is None:
+            return []
+        named = {name for layer in layers_of(transformer).values() for name in layer.modules}
+        without = [one.name for one in updates_of(source.saved)
+                   if one.part == TRANSFORMER and one.name not in named]  # fmt: skip
+        if without:
+            what = f"{self.name} has no name for `{without[0]}` of this transformer"
             return [Problem(what, at, f"use `--for diffusers`, or {MERGE}")]
-        return super().problems(source)
+        return []
 
     def write(self, source: Source, folder: Path) -> None:
         """Write the file."""
         assert isinstance(source.base, Bundle), "adapters of one model have been rejected"
-        save_for_kohya(source.saved, folder / KOHYA_FILE, "text_encoder_2" in source.base.parts)
+        has_two = "text_encoder_2" in source.base.parts
+        save_for_kohya(source.saved, folder / KOHYA_FILE, has_two, _transformer(source))
+
+    def check(self, source: Source, folder: Path) -> list[str]:
+        """Load the file by diffusers, or read it here where diffusers reads no such file."""
+        transformer = _transformer(source)
+        if transformer is None or hasattr(transformer, "single_transformer_blocks"):  # as Flux
+            return super().check(source, folder)
+        config, tensors, _ = translated(read_diffusion_file(folder / KOHYA_FILE), source.base)
+        updates = {}
+        for name, own in sort_tensors(tensors, "lora", ()).of_layers.items():
+            a, b = own["lora_A"], own["lora_B"]
+            updates[name] = alpha_of(config, name) / len(a) * b.flatten(1) @ a.flatten(1)
+        difference = require_same_outputs(source, updates, "lora")
+        return [
+            "diffusers reads no files in kohya's format for this model, so it was read back by "
+            f"this tool alone: outputs differ by {difference:.1e}"
+        ]
 
     def usage(self, source: Source, to: Path) -> str:
         """Return where the file goes."""
@@ -125,6 +155,11 @@ class Kohya(Diffusers):
             f"Web interfaces for drawing read `{KOHYA_FILE}`: copy it into their folder of LoRAs."
         )
         return f"{place}\n\n{super().usage(source, to)}"
+
+
+def _transformer(source: Source) -> nn.Module | None:
+    """Return what draws, if it is a transformer."""
+    return source.base.parts.get(TRANSFORMER) if isinstance(source.base, Bundle) else None
 
 
 @contextmanager

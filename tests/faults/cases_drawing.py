@@ -222,11 +222,12 @@ PAIR = {
     f"{KOHYA}.lora_up.weight": torch.ones(WIDTH, 2),
 }
 TWICE = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 2})}
+JOINED = "lora_unet_double_blocks_0_img_attn_qkv"  # 48 rows
 UNKNOWN = {f"lora_te2_text_model_{i}.alpha": torch.tensor(1.0) for i in range(10)}
 
 
-def _merge(tensors: dict[str, Any], header: dict[str, str] | None = None) -> Any:
-    return lambda world: _with_file(world, tensors, header or {}, "merge")
+def _merge(tensors: dict[str, Any], header: dict[str, str] | None = None, kind: str = "sd") -> Any:
+    return lambda world: _with_file(world, tensors, header or {}, "merge", kind=kind)
 
 
 def _export(reader: str, tensors: dict[str, Any]) -> Any:
@@ -234,9 +235,9 @@ def _export(reader: str, tensors: dict[str, Any]) -> Any:
 
 
 def _with_file(
-    world: World, tensors: dict[str, Any], header: dict[str, str], *command: str
+    world: World, tensors: dict[str, Any], header: dict[str, str], *command: str, kind: str = "sd"
 ) -> Printed:
-    tiny_diffusion.save(world.folder / "base")
+    tiny_diffusion.save(world.folder / "base", kind)
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     save_file(copies, world.folder / "drawn.safetensors", {"format": "pt"} | header)
     adapter = ("--adapter", "drawn.safetensors", "--base", "./base", "--to", "to")
@@ -258,6 +259,31 @@ for _name, _run in {
         PAIR, {"lora_adapter_metadata": json.dumps({"unet.r": 4})}
     ),
     "an adapter file of another base": _merge({n: torch.ones(3, 3) for n in PAIR}),
+    "an adapter file of Flux whose query, key and value have too few rows": _merge(
+        {
+            f"{JOINED}.lora_down.weight": torch.ones(2, WIDTH),
+            f"{JOINED}.lora_up.weight": torch.ones(WIDTH, 2),
+        },
+        kind="flux",
+    ),
+    "Kronecker factors of query, key and value": _merge(
+        {f"{JOINED}.lokr_w1": torch.ones(4, 4), f"{JOINED}.lokr_w2": torch.ones(12, 4)},
+        kind="flux",
+    ),
+    "a control adapter of Flux": _merge(
+        {
+            "double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(2, WIDTH),
+            "double_blocks.0.img_attn.qkv.lora_B.bias": torch.ones(48),
+            "double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(8),
+        },
+        kind="flux",
+    ),
+    "an adapter file of Flux for another model": _merge(
+        {
+            f"{JOINED}.lora_down.weight": torch.ones(2, WIDTH),
+            f"{JOINED}.lora_up.weight": torch.ones(48, 2),
+        },
+    ),
     "DoRA in kohya's format": _export(
         "kohya", PAIR | {f"{KOHYA}.dora_scale": torch.ones(WIDTH, 1)}
     ),

@@ -81,7 +81,7 @@ REST: dict[str, list[str]] = {
     ],
     "modules whose names diffusers or kohya's format lack; tests/test_diffusion_file.py": [
         "diffusers does not read the adapters of …… in such a file",
-        "the modules of a transformer that draws have other names in kohya's format",
+        "… has no name for `…` of this transformer",
     ],
     "needs a GPU; tests/gpu/test_graphs.py": [
         "a step cannot be recorded:",

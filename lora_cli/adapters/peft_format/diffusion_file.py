@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.lokr import divided as lokr_factors
 from lora_cli.adapters.peft_format.diffusion_names import STARTS, ModuleNames, split_name
+from lora_cli.adapters.peft_format.original_layers import n_outputs, shares_of
 from lora_cli.adapters.peft_format.part_folders import joined, most_common
 from lora_cli.adapters.peft_format.peft_config import check_config
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
 from lora_cli.adapters.targets import first_match
 from lora_cli.adapters.whole_update import weight_shape
-from lora_cli.errors import IntegrityError, LoraError, Problem
+from lora_cli.errors import IntegrityError, LoraError, Problem, counted, warn
 from lora_cli.models.bundle import Bundle
 from lora_cli.tensorfile import read_header, read_metadata
 
@@ -36,6 +37,10 @@ METADATA = "lora_adapter_metadata"  # diffusers' key of the header
 SHOWN = 8
 WEIGHTS = ("F64", "F32", "F16", "BF16")
 KINDS = {"lora": "LORA", "hada": "LOHA", "lokr": "LOKR"}
+FIRST_CLIP = ("lora_te_", "lora_te1_", "text_encoder.", "text_encoders.clip_l.transformer.")
+MERGE_THERE = "merge the file into its base with the tool that wrote it"
+ADDED = (".diff", ".diff_b", ".w_norm", ".b_norm", ".lora_B.bias")  # to a weight or a bias
+OF_CONTROL = (".lora_B.bias", "_norm.scale")  # of the files `flux1-canny-dev-lora` and `-depth-`
 FROM_OTHERS = "diffusers, kohya's scripts and LyCORIS write such files"
 
 
@@ -71,19 +76,9 @@ def read_diffusion_file(path: Path) -> DiffusionFile:
         what = "this file holds no adapter of a diffusion model"
         hint = "name the folder of an adapter, or a file of LoRA matrices: "
         raise LoraError(what, at, hint + FROM_OTHERS)
-    if unknown:
-        raise LoraError(
-            [
-                *(Problem(f"`{name}` is a tensor of a kind that is not read") for name in
-                  unknown[: SHOWN - 1]),
-                Problem(
-                    f"{len(unknown)} of {len(entries)} tensors cannot be read", at,
-                    "merge the file into its base with the tool that wrote it",
-                ),
-            ]
-        )  # fmt: skip
-    bad = [n for n, entry in entries.items() if entry.dtype not in WEIGHTS]
-    tensors = load_file(path)
+    tensors = _known(load_file(path), unknown, at)
+    split = {name: split[name] for name in tensors}
+    bad = [n for n in tensors if entries[n].dtype not in WEIGHTS]
     bad = [n for n in bad if not n.endswith(".alpha")]
     bad += [n for n, t in tensors.items() if n not in bad and not torch.isfinite(t.float()).all()]
     odd = [n for n, found in split.items() if found and not _can_be(found[1], entries[n].shape)]
@@ -99,9 +94,38 @@ def read_diffusion_file(path: Path) -> DiffusionFile:
     kinds = sorted({KINDS[name.partition("_")[0]] for name in added}) or ["LORA"]
     if len(kinds) > 1:
         what = f"the file has updates of several kinds: {', '.join(kinds)}"
-        raise LoraError(what, at, "merge it into its base with the tool that wrote it")
+        raise LoraError(what, at, MERGE_THERE)
     has_dora = "lora_magnitude_vector" in added
     return DiffusionFile(path, kinds[0], has_dora, tensors, _header_config(path))
+
+
+def _known(tensors: Mapping[str, Tensor], unknown: Collection[str], at: str) -> dict[str, Tensor]:
+    """Return the tensors of a file without those of kinds that are not read, if they are zero.
+
+    Args:
+        tensors: All of them.
+        unknown: The names of those of kinds that are not read.
+        at: The file.
+
+    Raises:
+        LoraError: With the names of those that would change something.
+    """
+    zeros = [n for n in unknown if n.endswith(ADDED) and not tensors[n].float().any()]
+    rest = [name for name in unknown if name not in zeros]
+    if rest:
+        hint = MERGE_THERE
+        if any(name.endswith(OF_CONTROL) for name in rest):
+            hint = (
+                "it is a control adapter of Black Forest Labs, whose model reads a second picture: "
+                "draw with diffusers' `FluxControlPipeline`"
+            )
+        what = f"{len(rest)} of {len(tensors)} tensors cannot be read"
+        shown = [f"`{name}` is a tensor of a kind that is not read" for name in rest[: SHOWN - 1]]
+        raise LoraError([*map(Problem, shown), Problem(what, at, hint)])
+    if zeros:
+        more = f"which is not read, and adds zeros: `{zeros[0]}`"
+        warn(f"{at}: {counted(len(zeros), 'tensor')} of a kind {more}")
+    return {name: tensor for name, tensor in tensors.items() if name not in zeros}
 
 
 def _can_be(kind: str, shape: Sequence[int]) -> bool:
@@ -141,7 +165,7 @@ def translated(
         model: The base.
 
     Raises:
-        LoraError: If the base is no diffusion model.
+        LoraError: If the base is no diffusion model, or a layer of LoKr is several modules of it.
         IntegrityError: With every name of the file that means nothing in the base.
     """
     at = str(file.path)
@@ -168,17 +192,36 @@ def _by_module(file: DiffusionFile, model: Bundle) -> dict[tuple[str, str], dict
         IntegrityError: With every name that means nothing, or what another name means too.
     """
     names, problems = ModuleNames(model.parts), []
+    idle = _without_effect(file)
+    left_out: list[str] = []
     found: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, tensor in file.tensors.items():
         split = split_name(name)
         assert split is not None, "reading has rejected such names"
-        place = names.find(split[0])
-        if place is None:
+        meant = names.find(split[0])
+        if meant is None and split[0] in idle:
+            left_out.append(name)
+            continue
+        if meant is None:
             problems.append(Problem(f"`{name}` names no module of the base"))
-        elif split[1] in found.setdefault(place, {}):
-            problems.append(Problem(f"`{name}` is the second `{split[1]}` of `{'.'.join(place)}`"))
-        else:
-            found[place][split[1]] = tensor
+            continue
+        part, layer = meant
+        if split[1].startswith("lokr") and not layer.is_module:
+            what = f"`{name}` is a Kronecker factor of a layer that is several modules in diffusers"
+            raise LoraError(what, str(file.path), MERGE_THERE)
+        n_rows = [n_outputs(model.parts[part].get_submodule(module)) for module in layer.modules]
+        try:
+            shares = shares_of(layer, split[1], tensor, n_rows)
+        except ValueError as error:
+            problems.append(Problem(f"`{name}` {error}"))
+            continue
+        for module, share in zip(layer.modules, shares, strict=True):
+            own = found.setdefault((part, module), {})
+            if split[1] in own:
+                problems.append(
+                    Problem(f"`{name}` is the second `{split[1]}` of `{part}.{module}`")
+                )
+            own[split[1]] = share
     for place, own in found.items():
         if set(own) == {"alpha"}:
             problems.append(Problem(f"`{'.'.join(place)}` has an alpha and no matrices"))
@@ -194,7 +237,28 @@ def _by_module(file: DiffusionFile, model: Bundle) -> dict[tuple[str, str], dict
             hint += f" It has no `{'`, no `'.join(lacking)}`"
         shown[-1] = Problem(shown[-1].what, str(file.path), hint)
         raise IntegrityError(shown)
+    if left_out:
+        what = f"{counted(len(left_out), 'tensor')} would change nothing in this base"
+        warn(f"{file.path}: {what}, and have been left out: `{left_out[0]}`")
     return found
+
+
+def _without_effect(file: DiffusionFile) -> set[str]:
+    """Return the names of layers whose updates change nothing where the base lacks the layer.
+
+    An update is zero; or it is of the projection of CLIP, whose result is not read by models that
+    use CLIP without it.
+    """
+    ends = {name: split_name(name) for name in file.tensors}
+    return {
+        found[0]
+        for name, found in ends.items()
+        if found is not None
+        and (
+            (found[1] == "lora_B" and not file.tensors[name].any())
+            or (found[0].endswith("text_projection") and found[0].startswith(FIRST_CLIP))
+        )
+    }
 
 
 def _of_part(

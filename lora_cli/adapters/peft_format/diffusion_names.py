@@ -5,6 +5,7 @@
     text_encoder.….q_proj.lora_linear_layer.down.weight                     its text encoders
     lora_unet_down_blocks_0_attentions_0_…_attn1_to_q.lora_down.weight      kohya, LyCORIS
     lora_unet_input_blocks_1_1_…                                            the same, of SDXL
+    lora_unet_double_blocks_0_img_attn_qkv.…       Flux, in `original_layers`
 
 Since a name may have lost its dots, it is looked up among the names of the model's modules, which
 lose theirs as well.
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lora_cli.adapters.peft_format.original_layers import Layer, original_layers
 from lora_cli.adapters.peft_format.tensor_names import without_prefix
 
 DENOISERS = ("unet", "transformer", "prior")  # one of them draws
@@ -29,11 +31,15 @@ STARTS = {  # the start of a name, and the parts that it may mean
     "lora_te_": TEXT_ENCODERS[:1],
     "lora_te1_": TEXT_ENCODERS[:1],
     "lora_te2_": TEXT_ENCODERS[1:2],
-    "lora_te3_": TEXT_ENCODERS[2:],
+    "lora_te3_": TEXT_ENCODERS[:0:-1],
+    "text_encoders.clip_l.transformer.": TEXT_ENCODERS[:1],  # of ComfyUI
+    "text_encoders.clip_g.transformer.": TEXT_ENCODERS[1:2],
+    "text_encoders.t5xxl.transformer.": TEXT_ENCODERS[:0:-1],
     "diffusion_model.": DENOISERS,
     "model.diffusion_model.": DENOISERS,
     **{f"{part}.": (part,) for part in (*DENOISERS, *TEXT_ENCODERS)},
 }
+OF_T5 = ("lora_te3_", "text_encoders.t5xxl.transformer.")  # the third; of Flux the second
 CLIP = ("encoder.layers.", "embeddings.", "final_layer_norm")  # in CLIP's own part, `text_model`
 OLD_OF_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 OLD_OF_UNET = {"to_out": "to_out.0"}
@@ -45,6 +51,8 @@ ENDS = {  # the end of a tensor's name, and PEFT's name of such a tensor
     r"(?:\.lora|_lora|\.lora_linear_layer)\.up\.weight": "lora_B",
     r"\.lora_down\.weight": "lora_A",
     r"\.lora_up\.weight": "lora_B",
+    r"(?<=_lora[12])\.down\.weight": "lora_A",  # XLabs: `qkv_lora1.down.weight`
+    r"(?<=_lora[12])\.up\.weight": "lora_B",
     r"\.lora_mid\.weight": "lora_mid",  # LyCORIS: the kernel of a convolution, between the two
     r"\.lora_magnitude_vector(?:\.default(?:_\d+)?)?(?:\.weight)?": "lora_magnitude_vector",
     r"\.dora_scale": "lora_magnitude_vector",
@@ -77,10 +85,10 @@ class ModuleNames:
 
     def __init__(self, parts: dict[str, nn.Module]) -> None:
         self.parts = parts
-        self._tables: dict[str, dict[str, str]] = {}
+        self._tables: dict[str, dict[str, Layer | None]] = {}
 
-    def find(self, name: str) -> tuple[str, str] | None:
-        """Return the part, and the name in it, of the one module that a file's name means."""
+    def find(self, name: str) -> tuple[str, Layer] | None:
+        """Return the part, and the layer in it, that a file's name means."""
         name = without_prefix(name).replace(".processor.", ".")
         start = next((start for start in STARTS if name.startswith(start)), "")
         for part in STARTS.get(start, DENOISERS):  # without: as `unet.save_attn_procs` wrote them
@@ -88,22 +96,26 @@ class ModuleNames:
                 continue
             for spelling in _spellings(name.removeprefix(start), part in TEXT_ENCODERS):
                 found = self._table(part).get(spelling.replace(".", "_"))
-                if found:
+                of_clip = found is not None and not found.modules[0].startswith("encoder.block.")
+                if found and not (start in OF_T5 and of_clip):
                     return part, found
         return None
 
-    def _table(self, part: str) -> dict[str, str]:
-        """Return the names of a part's modules by what is left of them without dots."""
+    def _table(self, part: str) -> dict[str, Layer | None]:
+        """Return a part's layers by what is left of their names without dots; None: several."""
         if part not in self._tables:
-            table: dict[str, str] = {}
+            layers: list[tuple[str, Layer]] = []
             # not lists of modules: `to_out` means the layer in one
             modules = self.parts[part].named_modules()
             names = [name for name, module in modules if "weight" in module._parameters]
             blocks = Blocks.of(names)
             for name in names:
-                for spelling in (name, *_other_spellings(name, blocks)):
-                    flat = spelling.replace(".", "_")
-                    table[flat] = name if table.get(flat, name) == name else ""  # means two
+                spellings = (name, *_other_spellings(name, blocks))
+                layers += [(spelling, Layer((name,))) for spelling in spellings]
+            table: dict[str, Layer | None] = {}
+            for spelling, layer in (*layers, *original_layers(names).items()):
+                flat = spelling.replace(".", "_")
+                table[flat] = layer if table.get(flat, layer) == layer else None
             self._tables[part] = table
         return self._tables[part]
 

@@ -13,17 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
-from torch import Tensor, tensor
+from torch import Tensor, nn, tensor
 
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
 from lora_cli.adapters.peft_format.diffusion_file import METADATA
 from lora_cli.adapters.peft_format.diffusion_names import CLIP, DENOISERS, TEXT_ENCODERS
+from lora_cli.adapters.peft_format.original_layers import (
+    Layer,
+    n_outputs,
+    original_layers,
+    whole_update,
+)
 from lora_cli.adapters.peft_format.part_folders import most_common
 from lora_cli.adapters.peft_format.peft_tensors import sort_tensors
 from lora_cli.adapters.peft_format.peft_types import alpha_of
 from lora_cli.not_an_adapter import DIFFUSERS_FILE, adapter_parts
 
 TYPES = ("lora", "dora")
+TRANSFORMER = "transformer"
 
 
 @dataclass(frozen=True)
@@ -146,35 +153,62 @@ def save_for_diffusers(saved: AdapterFolder, folder: Path) -> None:
 # -------------------------------------------------------------------------------------------- kohya
 
 
-def save_for_kohya(saved: AdapterFolder, file: Path, has_two_encoders: bool) -> None:
+def save_for_kohya(
+    saved: AdapterFolder,
+    file: Path,
+    has_two_encoders: bool,
+    transformer: nn.Module | None = None,
+) -> None:
     """Write an adapter without obstacles as kohya's scripts do.
 
     Args:
         saved: The adapter.
         file: What is written.
         has_two_encoders: Whether the base has two text encoders, as Stable Diffusion XL has.
+        transformer: What draws, if it is one: its layers have the names of the first checkpoint.
     """
     first = "lora_te1" if has_two_encoders else "lora_te"
     starts = {"text_encoder": first, "text_encoder_2": "lora_te2"}
     updates = _read_by_diffusers(updates_of(saved))
-    # one alpha for all: diffusers mistakes which module an alpha belongs to
-    alpha = max(one.rank for one in updates)
+    if transformer is not None:
+        updates = _in_original_layers(updates, transformer)
+    # one alpha for all: of a U-Net diffusers mistakes which module an alpha belongs to
+    shared = max(one.rank for one in updates)
     tensors: dict[str, Tensor] = {}
     for one in updates:
         before = f"{starts.get(one.part, 'lora_unet')}_{one.old_name.replace('.', '_')}"
+        # and of some layers of a transformer it reads no alpha
+        alpha = shared if transformer is None else one.rank
         tensors[f"{before}.lora_down.weight"] = one.a
         tensors[f"{before}.lora_up.weight"] = one.b * (one.rank / alpha)
         tensors[f"{before}.alpha"] = tensor(float(alpha))
     ranks = sorted({one.rank for one in updates})
+    is_shared = transformer is None or len(ranks) == 1
     _save(
         tensors,
         file,
         {
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(ranks[0]) if len(ranks) == 1 else "Dynamic",
-            "ss_network_alpha": str(alpha),
+            "ss_network_alpha": str(shared) if is_shared else "Dynamic",
         },
     )
+
+
+def layers_of(transformer: nn.Module) -> dict[str, Layer]:
+    """Return the layers of a transformer that draws, as kohya's scripts call them."""
+    return original_layers([name for name, _ in transformer.named_modules()], with_xlabs=False)
+
+
+def _in_original_layers(updates: list[Update], transformer: nn.Module) -> list[Update]:
+    """Return updates of which those of the transformer are by the layers of its authors."""
+    result = [one for one in updates if one.part != TRANSFORMER]
+    own = {one.name: (one.a, one.b) for one in updates if one.part == TRANSFORMER}
+    for name, layer in layers_of(transformer).items():
+        if own.keys() & set(layer.modules):
+            n_rows = [n_outputs(transformer.get_submodule(module)) for module in layer.modules]
+            result.append(Update(TRANSFORMER, name, *whole_update(layer, own, n_rows), None))
+    return result
 
 
 def _read_by_diffusers(updates: list[Update]) -> list[Update]:
