@@ -21,6 +21,7 @@ from lora_cli.adapters.attach import attach
 from lora_cli.adapters.peft_format.adapter_folder import save_adapter
 from lora_cli.data.file_formats import read_rows
 from lora_cli.errors import LoraError, NumericsError
+from lora_cli.evaluation import evaluate_adapter as of_adapter
 from lora_cli.evaluation import evaluate_split as evaluation
 from lora_cli.evaluation.evaluate_adapter import evaluate_adapter, with_test_file
 from lora_cli.evaluation.evaluate_split import best_by, evaluate
@@ -471,7 +472,7 @@ def test_a_split_that_is_not_there_is_refused_at_once(
     recipe = recipe_of(base, tmp_path)
     if split is None:
         recipe = recipe.with_values({"data.validation": None})
-    monkeypatch.setattr(evaluation, "build_task", lambda _: pytest.fail("too late"))
+    monkeypatch.setattr(of_adapter, "open_task", lambda _: pytest.fail("too late"))
     with pytest.raises(LoraError, match=f"no split `{split or 'validation or test'}`"):
         evaluate_adapter(tmp_path, recipe, split)
 
@@ -480,7 +481,7 @@ def test_the_data_are_checked_before_weights_are_loaded(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(base, tmp_path, labels=["meh"] * 23)
-    monkeypatch.setattr(evaluation, "load_adapted", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(of_adapter, "load_adapted", lambda *_: pytest.fail("too late"))
     with pytest.raises(LoraError, match="`meh` is not a label"):
         evaluate_adapter(tmp_path, recipe)
 
@@ -592,13 +593,13 @@ def test_of_the_splits_all_but_train_are_measured_unless_one_is_named(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(base, tmp_path).with_values({"data.test": str(tmp_path / "dev.jsonl")})
-    monkeypatch.setattr(evaluation, "load_adapted", lambda *_: nn.Linear(1, 1))
+    monkeypatch.setattr(of_adapter, "load_adapted", lambda *_: nn.Linear(1, 1))
     given: list[Any] = []
     monkeypatch.setattr(
-        evaluation, "evaluate", lambda *_, **options: given.append(options) or {"loss": 1.0}
+        of_adapter, "evaluate", lambda *_, **options: given.append(options) or {"loss": 1.0}
     )
     warned: list[str] = []
-    monkeypatch.setattr(evaluation, "warn", warned.append)
+    monkeypatch.setattr(of_adapter, "warn", warned.append)
     monkeypatch.setattr(
         SequenceClassification, "unknown_input",
         lambda self, name, rows, examples: (0.5, name == "test" and f"{name}: {len(rows)} rows"),

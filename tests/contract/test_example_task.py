@@ -23,7 +23,8 @@ from lora_cli.adapters.attach import attach, trainable_parameters
 from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
 from lora_cli.errors import IntegrityError, LoraError
-from lora_cli.evaluation import evaluate_split, open_adapter
+from lora_cli.evaluation import evaluate_adapter as evaluate_adapters
+from lora_cli.evaluation import open_adapter
 from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.evaluation.predict import answer_file
 from lora_cli.export import adapter_task as adapter_tasks
@@ -56,7 +57,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> list[ExampleTask]:
         return built[-1]
 
     monkeypatch.setattr(runs_of_training, "build_training_task", build)
-    for module in (trained_task, evaluate_split, adapter_tasks, export_adapters):
+    for module in (trained_task, evaluate_adapters, adapter_tasks, export_adapters):
         monkeypatch.setattr(module, "build_task", build)
     return built
 
