@@ -286,7 +286,7 @@ def peft_accuracy(args: argparse.Namespace) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers import get_linear_schedule_with_warmup as linear
 
-    from lora_cli.models.base_model import locate
+    from lora_cli.models.find_base import locate
     from lora_cli.preprocessing.batch_plan import BatchPlan
 
     recipe = json.loads(Path(args.recipe).read_text())

@@ -13,8 +13,8 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from test_diffusion_file import bundle, in_diffusers, kept, loaded, outputs, save
 from torch import Tensor, nn
 
-from lora_cli.adapters.attach import merge
 from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.peft_format.adapter_folder import read_adapter
 from lora_cli.adapters.peft_format.diffusion_file import translated
 from lora_cli.adapters.peft_format.original_layers import original_layers

@@ -28,8 +28,8 @@ from lora_cli.adapters.peft_format.write_diffusion_file import (
 from lora_cli.environment import installed_version
 from lora_cli.errors import LoraError, Problem
 from lora_cli.export.reader import MERGE, Source, require_close, require_same_outputs
-from lora_cli.models.base_model import locate
 from lora_cli.models.bundle import Bundle
+from lora_cli.models.find_base import locate
 from lora_cli.not_an_adapter import DIFFUSERS_FILE
 
 KOHYA_FILE = "lora.safetensors"

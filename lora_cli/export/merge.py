@@ -43,8 +43,9 @@ from lora_cli.export.merged_weights import WeightsProof, prove_weights
 from lora_cli.export.target_folder import locked_target
 from lora_cli.files import new_folder
 from lora_cli.machine_memory import GIB, in_gib
-from lora_cli.models.base_model import checkpoint_files, config_as_written
+from lora_cli.models.base_model import config_as_written
 from lora_cli.models.bundle import Bundle
+from lora_cli.models.find_base import checkpoint_files
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.models.older_config_names import add_older_names
 from lora_cli.recipe import Recipe

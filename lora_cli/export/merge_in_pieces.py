@@ -26,7 +26,8 @@ from lora_cli.export.merge_plan import MergePlan, PlannedTensor
 from lora_cli.export.merged_weights import WeightsProof, prove_weights
 from lora_cli.files import write_json
 from lora_cli.machine_memory import in_gib, peak_bytes, resident_bytes
-from lora_cli.models.base_model import INDEX, WEIGHTS, config_as_written
+from lora_cli.models.base_model import config_as_written
+from lora_cli.models.find_base import INDEX, WEIGHTS
 from lora_cli.models.older_config_names import add_older_names
 from lora_cli.models.stored_tensors import DTYPES
 from lora_cli.recipe import Recipe

@@ -26,8 +26,9 @@ from lora_cli.adapters.tied_weights import tied_groups
 from lora_cli.errors import IntegrityError
 from lora_cli.export.adapter_changes import AdapterChanges, WeightedAdapter, changes_of
 from lora_cli.export.merged_weights import label_rows
-from lora_cli.models.base_model import checkpoint_files, load_config, new_modules, source_of
+from lora_cli.models.base_model import load_config, new_modules
 from lora_cli.models.checkpoint_names import CheckpointNames
+from lora_cli.models.find_base import checkpoint_files, source_of
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.models.stored_tensors import DTYPES, FLOATS, ExpertPart, Stored
 from lora_cli.tasks.contract import Task

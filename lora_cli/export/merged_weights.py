@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from lora_cli.adapters.peft_format.peft_tokens import SavedRows
 from lora_cli.errors import IntegrityError, counted
 from lora_cli.export.adapter_changes import AdapterChanges, WeightedAdapter, changes_of
-from lora_cli.models.base_model import checkpoint_files, load_config
+from lora_cli.models.base_model import load_config
 from lora_cli.models.bundle import Bundle
 from lora_cli.models.checkpoint_names import CheckpointNames
+from lora_cli.models.find_base import checkpoint_files
 from lora_cli.models.fingerprint import inner_name
 from lora_cli.models.stored_tensors import ExpertPart, Stored, StoredTensors
 from lora_cli.recipe import Recipe

@@ -22,7 +22,7 @@ from transformers.utils.hub import cached_file
 
 from lora_cli.errors import LoraError
 from lora_cli.models.base_facts import flat_config, tokenizer_hash
-from lora_cli.models.base_model import PIPELINE, checkpoint_files, locate, storage_dtype
+from lora_cli.models.base_model import storage_dtype
 from lora_cli.models.bundle import Bundle
 from lora_cli.models.diffusion_family import (
     SCHEDULER,
@@ -32,6 +32,7 @@ from lora_cli.models.diffusion_family import (
     StableDiffusionXL,
     tokenizer_of,
 )
+from lora_cli.models.find_base import PIPELINE, checkpoint_files, locate
 from lora_cli.models.flux import Flux
 from lora_cli.models.load_errors import explained
 from lora_cli.models.stable_diffusion_3 import StableDiffusion3

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from lora_cli.errors import LoraError
-from lora_cli.models.base_model import source_of
+from lora_cli.models.find_base import source_of
 from lora_cli.models.load_errors import explained
 from lora_cli.recipe import Recipe
 

@@ -34,8 +34,8 @@ from torch import nn
 
 from lora_cli.errors import IntegrityError, warn
 from lora_cli.files import write_json
-from lora_cli.models.base_model import checkpoint_files
 from lora_cli.models.bundle import Bundle
+from lora_cli.models.find_base import checkpoint_files
 from lora_cli.models.quantized_linear import QuantizedLinear
 from lora_cli.recipe import Recipe
 from lora_cli.tensorfile import TensorEntry, read_header

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lora_cli.errors import LoraError
-from lora_cli.models.base_model import source_of
+from lora_cli.models.find_base import source_of
 from lora_cli.models.load_errors import explained
 from lora_cli.recipe import Recipe
 from lora_cli.unexpected_errors import own_words

@@ -7,7 +7,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lora_cli.errors import IntegrityError
-from lora_cli.models.base_model import checkpoint_files, storage_dtype
+from lora_cli.models.base_model import storage_dtype
+from lora_cli.models.find_base import checkpoint_files
 from lora_cli.models.fingerprint import inner_name
 from lora_cli.models.quantized_linear import QuantizedLinear, quantized
 from lora_cli.recipe import Recipe

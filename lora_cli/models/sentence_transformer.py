@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file
 
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.files import write_json
-from lora_cli.models.base_model import source_of
+from lora_cli.models.find_base import source_of
 from lora_cli.models.load_errors import explained
 from lora_cli.recipe import Recipe
 

@@ -17,7 +17,7 @@ from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
 from lora_cli.data.load_rows import Rows
 from lora_cli.errors import LoraError, Problem, printable, warn
 from lora_cli.metrics import MetricSet, known_metrics
-from lora_cli.models.base_model import require_gradient_checkpointing
+from lora_cli.models.gradient_checkpointing import require_gradient_checkpointing
 from lora_cli.preprocessing.encode import (
     characters_in,
     check_data,

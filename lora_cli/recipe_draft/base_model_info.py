@@ -99,7 +99,7 @@ def describe_base(name: str) -> Base:
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto as known_models
 
-    from lora_cli.models.base_model import locate
+    from lora_cli.models.find_base import locate
     from lora_cli.models.load_errors import check_config
     from lora_cli.tasks.speech.decoders import CTC_MODELS
 

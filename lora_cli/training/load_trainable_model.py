@@ -6,8 +6,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from lora_cli.adapters.make_trainable import make_trainable
-from lora_cli.models.base_model import enable_gradient_checkpointing
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
+from lora_cli.models.gradient_checkpointing import enable_gradient_checkpointing
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Encoded
 from lora_cli.training.launch import seed_everything

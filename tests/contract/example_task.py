@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_cli.metrics import MetricContext
-from lora_cli.models.base_model import PIPELINE, locate
 from lora_cli.models.bundle import Bundle
+from lora_cli.models.find_base import PIPELINE, locate
 from lora_cli.recipe import Recipe
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import MAIN, Batch, Example, Field, Prediction

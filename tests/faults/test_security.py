@@ -22,7 +22,7 @@ from commands import lora
 import lora_cli
 from lora_cli.errors import IntegrityError
 from lora_cli.files import MANIFEST, sha256_of, verify_manifest, write_json
-from lora_cli.models.base_model import locate, shard_names
+from lora_cli.models.find_base import locate, shard_names
 from lora_cli.redaction import redacted
 
 HOME = Path(lora_cli.__file__).parent

@@ -19,7 +19,8 @@ from transformers import PretrainedConfig
 
 from lora_cli.adapters.peft_format.tensor_names import adapted_module
 from lora_cli.errors import printable
-from lora_cli.models.base_model import build_empty, checkpoint_files, new_modules
+from lora_cli.models.base_model import build_empty, new_modules
+from lora_cli.models.find_base import checkpoint_files
 from lora_cli.recipe import Recipe
 
 UNNAMED = re.compile(r"LABEL_\d+")  # what transformers calls a label without a name

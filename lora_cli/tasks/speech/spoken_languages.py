@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_cli.errors import LoraError, nearest
-from lora_cli.models.base_model import source_of
+from lora_cli.models.find_base import source_of
 from lora_cli.recipe import Recipe, SpeechRecognitionSpec
 
 OF_SEVERAL_LANGUAGES = 51_865  # tokens, from where on a Whisper model knows several languages

@@ -16,7 +16,8 @@ from lora_cli.accelerator import start_accelerator
 from lora_cli.adapters.find_adapter import CONFIG_FILE, find_adapter_folder
 from lora_cli.adapters.peft_format.adapter_folder import read_adapter
 from lora_cli.errors import LoraError, counted
-from lora_cli.models.base_model import load_config, locate
+from lora_cli.models.base_model import load_config
+from lora_cli.models.find_base import locate
 from lora_cli.paths import expanded
 from lora_cli.recipe import RECIPE_FILE, Recipe, load_adapter_recipe
 from lora_cli.recipe.spec import AdapterSpec, DistillSpec, ModelSpec

@@ -1,0 +1,69 @@
+"""Check a base's generation_config.json before its weights are loaded."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from transformers import GenerationConfig, PretrainedConfig
+
+from lora_cli.errors import LoraError
+from lora_cli.models.find_base import source_of
+from lora_cli.recipe import Recipe
+from lora_cli.unexpected_errors import own_words
+
+
+def check_generation_config(auto_class: Any, config: PretrainedConfig, recipe: Recipe) -> None:
+    """Reject a generation_config.json that transformers cannot use; a model may have none.
+
+    Raises:
+        LoraError: With what is wrong in it.
+    """
+    mapping = auto_class._model_mapping
+    if type(config) not in mapping or not mapping[type(config)].can_generate():
+        return
+    source, file = source_of(recipe), "generation_config.json"
+    try:
+        own = GenerationConfig.from_pretrained(
+            source["pretrained_model_name_or_path"], revision=source["revision"]
+        )
+        _check_stop_ids(own.eos_token_id, config, recipe, file)
+        return
+    except LoraError:
+        raise
+    except OSError as error:  # there is no such file, or it is not JSON
+        if "valid JSON" not in str(error):
+            _check_stop_ids(config.eos_token_id, config, recipe, "config.json")
+            return
+        reason = "it is not valid JSON"
+    except Exception as error:  # transformers raises different exceptions for wrong values
+        reason = own_words(error)
+    what = f"the {file} of `{recipe.model.name}` cannot be used: {reason}"
+    hint = "correct that file in the model's folder, or download it again"
+    raise LoraError(what, recipe.at("model.name"), hint)
+
+
+def _check_stop_ids(ids: Any, config: PretrainedConfig, recipe: Recipe, file: str) -> None:
+    """Reject end-of-text tokens that the model does not have.
+
+    Args:
+        ids: The value of `eos_token_id`: an id, several, or None.
+        config: Has the number of tokens of the model.
+        recipe: Names the model.
+        file: The file of the model that has the value.
+
+    Raises:
+        LoraError: With the first id that is not one of a token.
+    """
+    count = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    for token in ids if isinstance(ids, list | tuple) else [ids]:
+        is_id = isinstance(token, int) and not isinstance(token, bool)
+        if token is None or (is_id and 0 <= token < (count or token + 1)):
+            continue
+        known = f"the ids of its tokens are 0 to {count - 1:,}" if count else "an id is a number"
+        raise LoraError(
+            f"the {file} of `{recipe.model.name}` has the `eos_token_id` {json.dumps(token)}, "
+            f"which is no token of the model: {known}",
+            recipe.at("model.name"),
+            "write the id of the token that ends an answer there; tokenizer_config.json names it",
+        )
