@@ -90,6 +90,14 @@ class Family(ABC):
         side = self.configs[self.denoiser].get("sample_size")
         return side * self.pixels_per_latent if isinstance(side, int) else None
 
+    @property
+    def usual_drawing(self) -> dict[str, float]:
+        """The `steps` and the `guidance_scale` of diffusers' pipeline, where others are better.
+
+        Empty: those that a recipe has by default, which are usual for Stable Diffusion 1 and 2.
+        """
+        return {}
+
     def token_limit(self, encoder: str, tokenizer: Any) -> int:
         """Return how many tokens of a text a text encoder reads."""
         return int(tokenizer.model_max_length)
@@ -239,6 +247,11 @@ class StableDiffusionXL(StableDiffusion):
         "text_encoder_2": ("CLIPTextModelWithProjection",),
     }
     has_sizes = True
+
+    @property
+    def usual_drawing(self) -> dict[str, float]:
+        """The guidance of diffusers' pipeline; in so many steps a recipe draws by default."""
+        return {"guidance_scale": 5.0}
 
     def texts(
         self, parts: Mapping[str, nn.Module], ids: Sequence[Tensor]

@@ -39,6 +39,13 @@ class Flux(Family):
         SCHEDULER: ("FlowMatchEulerDiscreteScheduler",),
     }
 
+    @property
+    def usual_drawing(self) -> dict[str, float]:
+        """The steps and the guidance of diffusers' pipeline, and of FLUX.1-schnell's card."""
+        if self.reads_guidance:
+            return {"steps": 28, "guidance_scale": 3.5}
+        return {"steps": 4, "guidance_scale": 0.0}
+
     def mismatches(self) -> list[str]:
         """Return why the parts do not fit together, or are trained in another way."""
         transformer, reads = self.configs[TRANSFORMER], self.configs[TRANSFORMER]["in_channels"]

@@ -51,6 +51,11 @@ class StableDiffusion3(Family):
         SCHEDULER: ("FlowMatchEulerDiscreteScheduler",),
     }
 
+    @property
+    def usual_drawing(self) -> dict[str, float]:
+        """The steps and the guidance of diffusers' pipeline."""
+        return {"steps": 28, "guidance_scale": 7.0}
+
     def mismatches(self) -> list[str]:
         """Return why the parts do not fit together, or are trained in another way."""
         transformer, channels = self.configs[TRANSFORMER], self.configs[VAE]["latent_channels"]

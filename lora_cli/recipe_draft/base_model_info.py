@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Base:
         embeds: It has the files of sentence-transformers.
         draws: It draws pictures, as models of diffusers do.
         picture_side: The side of the pictures that it draws, in pixels.
+        drawing: Keys of `evaluate.drawing` with which it usually draws; none: the defaults.
         model_type: What transformers calls its architecture, or diffusers its pipeline, if that is
             known.
     """
@@ -60,6 +61,7 @@ class Base:
     embeds: bool = False
     draws: bool = False
     picture_side: int | None = None
+    drawing: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def language_codes(self) -> Sequence[str]:
@@ -163,7 +165,7 @@ def _drawing(name: str, folder: Path, pipeline: str) -> Base:
     parameters = sum(p.numel() for p in base.empty(()).parameters())
     return Base(
         name, can_write=False, shape=Shape(parameters), model_type=pipeline, draws=True,
-        picture_side=base.family.usual_side,
+        picture_side=base.family.usual_side, drawing=base.family.usual_drawing,
     )  # fmt: skip
 
 

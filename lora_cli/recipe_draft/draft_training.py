@@ -75,6 +75,10 @@ def add_training(
     kind = "cosine" if writes else "linear"
     draft.put("train", "scheduler", {"type": kind, "warmup_ratio": 0.06})
     draft.put("train", "precision", fit.precision, _precision_reason(fit, shape, card))
+    if base.drawing:
+        draft.put(
+            "evaluate", "drawing", dict(base.drawing), "usual for this model, as in diffusers"
+        )
     if usual.metrics:
         why = "each answer is compared with its reference, at every evaluation"
         draft.put("evaluate", "metrics", list(usual.metrics), why)

@@ -88,6 +88,13 @@ class TextToImage(CaptionedPictures):
             part = self.base.left_out[0]
             self.notes.append(f"the base has no `{part}`: zeros stand in its place, in drawing too")
 
+        drawing, usual = self.recipe.evaluate.drawing, self.base.family.usual_drawing
+        if self.base.family.reads_guidance and "guidance_scale" not in drawing.model_fields_set:
+            self.notes.append(
+                f"pictures are drawn with `guidance_scale: {drawing.guidance_scale}`, and usual "
+                f"for this model is `evaluate.drawing.guidance_scale: {usual['guidance_scale']}`"
+            )
+
     def _check_keys(self) -> None:
         """Reject keys of the recipe that change nothing for the base.
 
