@@ -1,7 +1,11 @@
-"""Read rows from csv, json, parquet and text files, with the place of each and what is wrong.
+"""The formats of files that rows are read from: csv, JSON, parquet, text and CoNLL.
 
-Every value of a csv file is text, as it stands: `NA`, `null` and `nan` are words, `007` keeps its
-zeros. A row that cannot be read is yielded with its error, so that all can be reported together.
+To add a format, add the endings of its names to `KINDS` and its reader to `read_rows` and
+`columns_of`; for `lora init`, `detect_format.py` has to recognise it.
+
+Every value of a csv file is text as it is written: `NA`, `null` and `nan` are words, and `007`
+keeps its zeros. A row that cannot be read is yielded with its error, so that all errors can be
+reported together.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ KINDS = {
 
 
 def kind_of(path: Path, spec: FormatSpec) -> str:
-    """Return how a file is read: csv, json, parquet, text or conll."""
+    """Return the format of a file: csv, json, parquet, text or conll."""
     if parts_of(path) or spec.label_from:
         return "text"
     kind = spec.type or kind_by_name(path.name)
@@ -45,12 +49,12 @@ def kind_of(path: Path, spec: FormatSpec) -> str:
 
 
 def kind_by_name(name: str) -> str | None:
-    """Return the kind of file that a name's end says, if it does."""
+    """Return the format that the ending of a name stands for; None if it stands for none."""
     return KINDS.get(Path(name.lower().removesuffix(".gz")).suffix)
 
 
 def form_of(source: Path, given: FormatSpec) -> FormatSpec:
-    """Return how the file is read: of the kind that its name says, else as the recipe says."""
+    """Return how a file is read: by the ending of its name, else as the recipe says."""
     is_text = kind_by_name(source.name) in (None, "text")
     label_from = given.label_from if is_text else None
     by_name = given.model_copy(update={"type": None, "label_from": label_from})
@@ -65,8 +69,8 @@ def read_rows(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
     """Yield the rows of a file in order.
 
     Args:
-        path: The file; `.gz` is unpacked on the way.
-        spec: How it is read, where its name does not say.
+        path: The file; `.gz` is unpacked while it is read.
+        spec: The recipe's `data.format`.
 
     Raises:
         LoraError: If the file as a whole cannot be read.
@@ -102,7 +106,7 @@ def _read_csv(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
 
 
 def columns_of(path: Path, spec: FormatSpec) -> list[str]:
-    """Return the names of all columns of a file; only the rows of JSON have columns of their own.
+    """Return the names of all columns of a file.
 
     Raises:
         LoraError: If the file as a whole cannot be read, or no row of it.
@@ -179,7 +183,7 @@ def _text_units(path: Path, spec: FormatSpec) -> Iterator[tuple[int, str]]:
 
 
 def text_error(row: dict[str, Any], columns: Iterable[str]) -> str:
-    """Return which of some columns holds no text, or nothing."""
+    """Return what is wrong with the first column that contains no text; empty if all do."""
     for column in columns:
         value = row.get(column)
         if is_blank(value):
@@ -193,21 +197,24 @@ def text_error(row: dict[str, Any], columns: Iterable[str]) -> str:
 
 
 def is_blank(value: Any) -> bool:
-    """Return whether there is nothing to be seen: null, NaN, spaces, characters of no width."""
+    """Return whether a value shows nothing: null, NaN, spaces, characters without width."""
     if isinstance(value, str):
-        if value[:1].isalnum():  # most texts: to look at each letter takes long
+        if value[:1].isalnum():  # most texts; checking each character would take long
             return False
         return all(letter.isspace() or unicodedata.category(letter) == "Cf" for letter in value)
     return value is None or value != value
 
 
 def require_columns(wanted: dict[str, str], present: list[str], source: str) -> None:
-    """Check that the columns named in the recipe are there.
+    """Check that the data have the columns that the recipe names.
 
     Args:
-        wanted: Column by the place in the recipe that names it.
+        wanted: The columns, by the places in the recipe that name them.
         present: The columns of the data.
-        source: Name of the data, for the error.
+        source: The name of the data, for the error.
+
+    Raises:
+        LoraError: With every column that is missing.
     """
     problems = []
     for at, column in wanted.items():

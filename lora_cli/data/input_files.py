@@ -8,7 +8,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lora_cli.data.csv_rows import delimiter_of
-from lora_cli.data.detect_format import DELIMITERS, SPARE_DELIMITERS, Head
+from lora_cli.data.detect_format import Head
+from lora_cli.data.detect_table import DELIMITERS, SPARE_DELIMITERS
 from lora_cli.data.file_formats import columns_of, form_of, kind_of
 from lora_cli.data.labelled_text import FASTTEXT, LABEL_COLUMN
 from lora_cli.data.text_encoding import lines_of
