@@ -75,14 +75,17 @@ def add_training(
     kind = "cosine" if writes else "linear"
     draft.put("train", "scheduler", {"type": kind, "warmup_ratio": 0.06})
     draft.put("train", "precision", fit.precision, _precision_reason(fit, shape, card))
-    if base.drawing:
-        draft.put(
-            "evaluate", "drawing", dict(base.drawing), "usual for this model, as in diffusers"
-        )
-    if usual.metrics:
-        why = "each answer is compared with its reference, at every evaluation"
-        draft.put("evaluate", "metrics", list(usual.metrics), why)
+    _add_evaluation(draft, base, usual.metrics)
     draft.memory = _memory_finding(fit, base, card)
+
+
+def _add_evaluation(draft: Draft, base: Base, metrics: Sequence[str]) -> None:
+    if base.drawing:
+        why = "usual for this model, as in diffusers"
+        draft.put("evaluate", "drawing", dict(base.drawing), why)
+    if metrics:
+        why = "each answer is compared with its reference, at every evaluation"
+        draft.put("evaluate", "metrics", list(metrics), why)
 
 
 def _precision_reason(fit: Fit, shape: Shape, card: Card | None) -> str:
