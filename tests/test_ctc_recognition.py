@@ -12,10 +12,10 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
+import tiny
 import tiny_ctc
 import tiny_speech
 import torch
-import yaml
 from closeness import assert_close, assert_different
 from peft import PeftModel
 from transformers import AutoModelForCTC, Wav2Vec2Processor
@@ -58,11 +58,7 @@ def write_recipe_of(folder: Path, **sections: Any) -> Path:
         "train": {"max_steps": 2, "micro_batch_size": 4, "optimizer": {"learning_rate": 0.01}},
         "output_dir": str(folder / "out"),
     }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return path
+    return tiny.write_recipe(folder, values, sections)
 
 
 def opened(path: Path) -> tuple[Any, Any, Any]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_cli.recipe.spec.object_detection_spec import BoxAugmentationSpec
+from lora_cli.recipe.spec.augmentation import BoxAugmentationSpec
 from lora_cli.tasks.detection.box_augmentation import Picture, augmented, cropped, cut
 from lora_cli.tasks.detection.detection_loss import (
     Costs,

@@ -15,9 +15,9 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import tiny
 import tiny_pictures
 import torch
-import yaml
 from accelerate import Accelerator
 from closeness import assert_close, assert_different
 from peft import PeftModel
@@ -73,11 +73,7 @@ def write_recipe_of(folder: Path, base: Path, **sections: Any) -> Path:
         "train": {"max_steps": 3, "micro_batch_size": 4, "log_every_steps": 1},
         "output_dir": str(folder / "out"),
     }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return path
+    return tiny.write_recipe(folder, values, sections)
 
 
 def opened(folder: Path, kind: str = "vit", **sections: Any) -> tuple[Task, dict[str, Encoded]]:

@@ -11,9 +11,9 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import tiny
 import tiny_detectors
 import torch
-import yaml
 from accelerate import Accelerator
 from PIL import Image
 from pycocotools.coco import COCO
@@ -30,7 +30,7 @@ from lora_cli.export.merge import merge_adapter
 from lora_cli.metrics.box_scores import box_scores
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
-from lora_cli.recipe.spec.object_detection_spec import BoxAugmentationSpec
+from lora_cli.recipe.spec.augmentation import BoxAugmentationSpec
 from lora_cli.reporting.page_analysis import read_predictions
 from lora_cli.reporting.page_boxes import per_label
 from lora_cli.tasks import build_task
@@ -65,11 +65,7 @@ def write_recipe_of(folder: Path, kind: str = "yolos", **sections: Any) -> Path:
         "train": {"max_steps": 3, "micro_batch_size": 4, "log_every_steps": 1},
         "output_dir": str(folder / "out"),
     }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return path
+    return tiny.write_recipe(folder, values, sections)
 
 
 def opened(folder: Path, kind: str = "yolos", **sections: Any) -> tuple[Task, dict[str, Encoded]]:

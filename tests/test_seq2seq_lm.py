@@ -11,7 +11,6 @@ import pytest
 import tiny
 import tiny_translators as translators
 import torch
-import yaml
 from closeness import assert_close
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
@@ -54,11 +53,7 @@ def write_recipe(
         "train": {"max_steps": 2, "micro_batch_size": 2, "optimizer": {"learning_rate": 0.01}},
         "evaluate": {"generation": {"max_new_tokens": 12}},
     }  # fmt: skip
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    return path
+    return tiny.write_recipe(folder, values, sections)
 
 
 def opened(path: Path, *overrides: str) -> tuple[Any, Any, Any]:

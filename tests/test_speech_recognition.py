@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+import tiny
 import tiny_speech
 import torch
-import yaml
 from closeness import assert_close, assert_different
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -74,11 +74,7 @@ def write_recipe_of(folder: Path, languages: bool = False, **sections: Any) -> P
         "evaluate": {"generation": {"max_new_tokens": 6}},
         "output_dir": str(folder / "out"),
     }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return path
+    return tiny.write_recipe(folder, values, sections)
 
 
 def opened(path: Path, *overrides: str) -> tuple[Any, Any, Any]:

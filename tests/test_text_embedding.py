@@ -74,11 +74,7 @@ def write_recipe(
         "train": {"max_steps": 2, "micro_batch_size": 2, "gradient_accumulation_steps": 2,
                   "optimizer": {"learning_rate": 0.02}},
     }  # fmt: skip
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    return path
+    return tiny.write_recipe(folder, values, sections)
 
 
 def opened(path: Path, *overrides: str) -> Any:

@@ -68,11 +68,7 @@ def recipe(folder: Path, kind: str = "sd", noise: Any = None, **sections: Any) -
         "checkpoint": {"every_steps": 100},
         "output_dir": str(folder / "out"),
     }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    path = folder / "recipe.yaml"
-    path.write_text(tiny.yaml_of(values), encoding="utf-8")
-    return path
+    return tiny.write_recipe(folder, values, sections)
 
 
 def run(path: Path, *overrides: str) -> dict[str, Any]:

@@ -374,6 +374,15 @@ def recipe(folder: Path | str, tmp_path: Path, **sections: Any) -> Path:
     return path
 
 
+def write_recipe(folder: Path, values: dict[str, Any], sections: dict[str, Any]) -> Path:
+    """Write `folder/recipe.yaml`, its sections laid over defaults key by key; return its path."""
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml_of(values), encoding="utf-8")
+    return path
+
+
 def yaml_of(values: Any) -> str:
     """Return values as YAML, written by the C library where PyYAML has it: ten times as quick."""
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)

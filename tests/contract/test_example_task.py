@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
-import yaml
 from calls import run, stopped_copy, write_rows
 from closeness import assert_close
 from example_task import ExampleTask, save_base
@@ -76,11 +76,7 @@ def write(folder: Path, **sections: Any) -> Path:
         "evaluate": {"every_steps": 2},
         "checkpoint": {"every_steps": 1},
     }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    return path
+    return tiny.write_recipe(folder, values, sections)
 
 
 def opened(folder: Path) -> tuple[ExampleTask, nn.Module, list[Any]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
+from lora_cli.recipe.spec.augmentation import AugmentationSpec
 from lora_cli.recipe.spec.classification_section import ANSWERS, ClassificationSection, head_of
-from lora_cli.recipe.spec.section import Conflicts, Section, Word
+from lora_cli.recipe.spec.section import Word
 from lora_cli.recipe.spec.task_section import MediaKind, Usage, UsualTraining
 
 CLASSIFYING = """\
@@ -15,28 +16,6 @@ picture = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGB")
 with torch.no_grad():
     scores = model(**processor(picture, return_tensors="pt")).logits[0]
 print({answer})"""
-
-SMALLEST_CROP = 0.25
-
-
-class AugmentationSpec(Section):
-    """How a picture is changed in training, another way in every step."""
-
-    crop: bool = False
-    """Train on a random part of each picture, stretched to the size that the model reads."""
-
-    smallest_crop: Annotated[float, Field(gt=0, le=1)] = SMALLEST_CROP
-    """The smallest part that `crop` takes, as a share of the picture's area."""
-
-    flip: bool = False
-    """Mirror half of the pictures, left to right. Not for letters, digits and whatever else has a
-    left and a right."""
-
-    def conflicts(self) -> Conflicts:
-        """Yield a size of crops where none are made."""
-        if self.smallest_crop != SMALLEST_CROP and not self.crop:
-            what = "`smallest_crop` has no meaning without `crop`"
-            yield "smallest_crop", what, "add `crop: true`, or leave it out"
 
 
 class ImageClassificationSpec(ClassificationSection):

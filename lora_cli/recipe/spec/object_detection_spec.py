@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lora_cli.recipe.spec.section import Conflicts, Probability, Section, Word
+from lora_cli.recipe.spec.augmentation import BoxAugmentationSpec
+from lora_cli.recipe.spec.section import Conflicts, Probability, Word
 from lora_cli.recipe.spec.task_section import (
     AnswerKind,
     MediaKind,
@@ -25,28 +26,6 @@ sizes = [(picture.height, picture.width)]
 found = processor.post_process_object_detection(outputs, {threshold}, target_sizes=sizes)[0]
 for label, score, box in zip(found["labels"], found["scores"], found["boxes"]):
     print(model.config.id2label[label.item()], round(score.item(), 3), box.tolist())"""
-SMALLEST_CROP = 0.3
-
-
-class BoxAugmentationSpec(Section):
-    """How a picture and its boxes are changed in training, another way in every step."""
-
-    crop: bool = False
-    """Train on a random part of each picture. Boxes are cut at its edge; those whose centre lies
-    outside are left out. A part holds at least one object, if the picture has any."""
-
-    smallest_crop: Annotated[float, Field(gt=0, le=1)] = SMALLEST_CROP
-    """The smallest part that `crop` takes, as a share of the picture's area."""
-
-    flip: bool = False
-    """Mirror half of the pictures, left to right. Not for letters, digits and whatever else has a
-    left and a right."""
-
-    def conflicts(self) -> Conflicts:
-        """Yield a size of crops where none are made."""
-        if self.smallest_crop != SMALLEST_CROP and not self.crop:
-            what = "`smallest_crop` has no meaning without `crop`"
-            yield "smallest_crop", what, "add `crop: true`, or leave it out"
 
 
 class ObjectDetectionSpec(TaskSection):

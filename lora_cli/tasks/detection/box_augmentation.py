@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_cli.recipe.spec.object_detection_spec import BoxAugmentationSpec
+from lora_cli.recipe.spec.augmentation import BoxAugmentationSpec
 
 RATIO = 4 / 3  # a part is at most so much wider than high, or higher than wide
 TRIALS = 10
