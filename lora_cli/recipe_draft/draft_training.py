@@ -62,6 +62,17 @@ def add_training(
             fitting = task[key] * fit.length // length
             draft.put("task", key, fitting, f"{reason}; {draft.why[f'task.{key}']}")
     draft.put("train", "epochs", epochs, f"for {counted(count, 'row')}")
+    _add_memory_savings(draft, fit, card)
+    draft.put("train", "optimizer", {"type": "adamw", "learning_rate": rate})
+    kind = "cosine" if writes else "linear"
+    draft.put("train", "scheduler", {"type": kind, "warmup_ratio": 0.06})
+    draft.put("train", "precision", fit.precision, _precision_reason(fit, shape, card))
+    _add_evaluation(draft, base, usual.metrics)
+    draft.memory = _memory_finding(fit, base, card)
+
+
+def _add_memory_savings(draft: Draft, fit: Fit, card: Card | None) -> None:
+    """Choose how the training fits into memory."""
     why = "halve it, and double the next, if memory runs out"
     draft.put("train", "micro_batch_size", fit.micro_batch, why)
     draft.put("train", "gradient_accumulation_steps", fit.accumulation)
@@ -71,12 +82,6 @@ def add_training(
     if fit.checkpointing:
         why = "much less memory, for about a third more time"
         draft.put("train", "gradient_checkpointing", True, why)
-    draft.put("train", "optimizer", {"type": "adamw", "learning_rate": rate})
-    kind = "cosine" if writes else "linear"
-    draft.put("train", "scheduler", {"type": kind, "warmup_ratio": 0.06})
-    draft.put("train", "precision", fit.precision, _precision_reason(fit, shape, card))
-    _add_evaluation(draft, base, usual.metrics)
-    draft.memory = _memory_finding(fit, base, card)
 
 
 def _add_evaluation(draft: Draft, base: Base, metrics: Sequence[str]) -> None:
