@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import tiny_detectors
+from PIL import Image
 
 from lora_cli.data import annotated_folder
 from lora_cli.data.boxes import BoxError, better_format, read_objects
@@ -149,6 +150,65 @@ def test_a_changed_file_of_boxes_is_read_again(tmp_path: Path) -> None:
     after = load_rows(recipe)["train"]
     assert before[0]["objects"] != after[0]["objects"] == after[1]["objects"]
     assert before.sha256 != after.sha256
+
+
+def write_boxes(root: Path, split: str, boxes: list[str], difficult: str = "0") -> None:
+    """Write a picture of 40 x 30 pixels with an xml next to it, of each box."""
+    for i, box in enumerate(boxes):
+        corners = (f"<{k}>{n}</{k}>" for k, n in zip(CORNERS, box.split(), strict=True))
+        marked = f"<difficult>{difficult}</difficult><bndbox>{''.join(corners)}</bndbox>"
+        put(root / split / f"{i}.xml", XML.format(marked))
+        Image.new("RGB", (40, 30)).save(root / split / f"{i}.png")
+
+
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+@pytest.mark.parametrize(
+    ("others", "first"),
+    [
+        (["0 7 9 9"], 0), (["7 0.0 9 9"], 0), (["1 1 9 9"], 1), ([], 1),
+        (["0 7 9 9", "1 8 9 9", "3 1 8 8"], 1), (["0 0 9 9", "1 8 9 9"], 0),
+    ],
+)  # fmt: skip
+def test_all_boxes_of_a_folder_count_from_the_same_pixel(
+    others: list[str], first: int, tmp_path: Path
+) -> None:
+    write_boxes(tmp_path / "set", "train", ["5 6 20 21", *others])
+    rows = load_rows(recipe_of(path=str(tmp_path / "set")))["train"]
+    assert rows[0]["objects"]["bbox"] == [[5.0 - first, 6.0 - first, 20.0, 21.0]]
+    # a file that is written later shows that they begin at 0: what was read before is read again
+    write_boxes(tmp_path / "set", "train", ["5 6 20 21", *others, *["0 0 9 9"] * 4])
+    rows = load_rows(recipe_of(path=str(tmp_path / "set")))["train"]
+    assert rows[0]["objects"]["bbox"] == [[5.0, 6.0, 20.0, 21.0]]
+
+
+@pytest.mark.parametrize(("written", "mark"), [("1", 1), (" 0 ", 0), ("", 0)])
+def test_what_voc_calls_difficult_is_left_out(written: str, mark: int, tmp_path: Path) -> None:
+    write_boxes(tmp_path / "set", "train", ["5 6 20 21"], written)
+    rows = load_rows(recipe_of(path=str(tmp_path / "set")))["train"]
+    assert read_objects(rows[0]["objects"], (40, 30)).crowd.tolist() == [bool(mark)]
+
+
+@pytest.mark.parametrize(
+    ("picture", "category"), [("1", "7"), (1.0, 7.0), ("1", 7), (1, "7"), ("a", 7)]
+)
+def test_ids_of_coco_are_the_same_as_text_and_as_numbers(
+    picture: Any, category: Any, tmp_path: Path
+) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    whole = "a" if picture == "a" else 1
+    content: Json = {
+        "images": [{"id": whole, "file_name": "a.png"}], "categories": [{"id": 7, "name": "cat"}],
+        "annotations": [{"image_id": picture, "category_id": category, "bbox": [1, 1, 4, 4]}],
+    }  # fmt: skip
+    for _ in range(2):
+        put(tmp_path / "train.json", json.dumps(content))
+        rows = load_rows(recipe_of(train=str(tmp_path / "train.json")))["train"]
+        assert rows[0]["objects"]["category"] == ["cat"]
+        # the other way round
+        image, annotation = content["images"][0], content["annotations"][0]
+        image["id"], annotation["image_id"] = annotation["image_id"], image["id"]
 
 
 def test_an_outline_is_read_as_its_box(tmp_path: Path) -> None:

@@ -146,6 +146,52 @@ def test_a_format_in_which_no_box_had_to_be_cut_is_named(tmp_path: Path) -> None
     assert "with `task.box_format: xyxy` none would" in (warning or "")
 
 
+def write_objects(folder: Path, objects: Json, count: int, size: tuple[int, int]) -> None:
+    """Write `count` pictures that each have the same objects."""
+    (folder / "data").mkdir()
+    rows = []
+    for i in range(count):
+        Image.new("RGB", size, (i, 0, 0)).save(folder / "data" / f"{i}.png")
+        rows.append(json.dumps({"image": f"{i}.png", "objects": objects}) + "\n")
+    (folder / "data" / "train.jsonl").write_text("".join(rows))
+
+
+@pytest.mark.parametrize(
+    ("box", "count", "words"),
+    [
+        ([10, 20, 30, 60], 10, "in per cent, or of pictures of another size?"),
+        ([10, 20, 120, 60], 10, "are they of pictures of another size?"),
+        ([10, 20, 30, 60], 9, ""), ([10, 20, 200, 60], 10, ""),
+    ],
+)  # fmt: skip
+def test_boxes_that_all_lie_in_one_corner_are_named(
+    box: list[int], count: int, words: str, tmp_path: Path
+) -> None:
+    write_objects(tmp_path, {"bbox": [box, box], "category": ["a", "a"]}, count, (320, 240))
+    task, data = opened(tmp_path, data={"train": "data/train.jsonl", "validation": None})
+    _, warning = task.unknown_input("train", data["train"].rows, data["train"].examples)
+    assert words in (warning or "")
+    assert bool(words) == bool(warning)
+
+
+def test_objects_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    objects = {"bbox": [[1, 1, 30, 20], [5, 5, 8, 8]], "category": ["a", "b"], "iscrowd": [0, 1]}
+    write_objects(tmp_path, objects, 3, (40, 30))
+    files = {"train": "data/train.jsonl", "validation": None}
+    task, data = opened(tmp_path, data=files)
+    _, warning = task.unknown_input("train", data["train"].rows, data["train"].examples)
+    assert warning == (
+        "3 objects of train are marked as `iscrowd` or `difficult`, and are neither trained nor "
+        "measured: train.jsonl:1"
+    )
+    objects["iscrowd"] = [1, 1]
+    (tmp_path / "data" / "train.jsonl").write_text(
+        json.dumps({"image": "0.png", "objects": objects})
+    )
+    with pytest.raises(LoraError, match="all objects of the train split are marked as `iscrowd`"):
+        opened(tmp_path, data=files)
+
+
 # ------------------------------------------------------------------------------------- the loss
 
 

@@ -5,6 +5,10 @@
     yolo/train/images/1.jpg    yolo/train/labels/1.txt     yolo/data.yaml: the names, and the splits
     yolo/images/train/1.jpg    yolo/labels/train/1.txt     yolo/classes.txt: the names, one a line
 
+Pascal VOC counts pixels from 1, and some programs from 0: which of the two is decided by all files
+of a folder together. Objects that VOC marks as `difficult` are regions that are neither trained nor
+measured, as in its own evaluation.
+
 A line of YOLO's text is the number of the label and the box (its centre and size, in shares of the
 picture), or the corners of an outline; where the YAML file has a `kpt_shape`, key points follow the
 box and are not read. A picture without such a file has no objects.
@@ -34,6 +38,7 @@ VOC_PICTURES, XML_FOLDERS = "JPEGImages", ("Annotations", "annotations", "xmls",
 NAMES_FILES = ("classes.txt", "obj.names", "classes.names")
 YAML = (".yaml", ".yml")
 SPLIT_KEYS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+EDGES = re.compile(rb"<[xy]min>\s*([01])(?:\.0*)?\s*<")  # of boxes at the left or upper edge
 LEVELS = 4  # folders above a picture in which the names of the labels are looked for
 SHOWN = 60
 Json = dict[str, Any]
@@ -90,6 +95,7 @@ def read_annotated(
         boxes_column: Name of the column of the objects.
     """
     used: set[Path] = set()
+    first_pixels: dict[Path, int] = {}
     are_xml = any(file.suffix == ".xml" for file in map(annotation_of, files) if file)
     for picture in files:
         place = (
@@ -101,9 +107,12 @@ def read_annotated(
             error = f"there is no `{picture.stem}.xml` with its boxes"
         elif file is not None:
             used.add(file)
-            objects, error = (
-                _read_xml(file) if file.suffix == ".xml" else _read_yolo(file, labels_for(picture))
-            )
+            if file.suffix == ".xml":
+                if file.parent not in first_pixels:
+                    first_pixels[file.parent] = first_pixel(file.parent)
+                objects, error = _read_xml(file, first_pixels[file.parent])
+            else:
+                objects, error = _read_yolo(file, labels_for(picture))
             error = f"{file.name}: {error}" if error else ""
         value = {"bytes": None, "path": str(picture)}
         yield RawRow({column: value, boxes_column: objects}, place, error)
@@ -277,8 +286,25 @@ def _text_of(file: Path) -> str:
         raise unreadable(file, error) from error
 
 
-def _read_xml(file: Path) -> tuple[Json, str]:
-    """Return the objects of a file of Pascal VOC, and what is wrong with it."""
+def first_pixel(folder: Path) -> int:
+    """Return the number of the first pixel in the files of Pascal VOC in a folder: 1, or 0.
+
+    Boxes at the left or upper edge show it: more of them begin at 0 than at 1 where 0 is the first.
+    """
+    counts = {0: 0, 1: 0}
+    for file in folder.glob("*.xml"):
+        for found in EDGES.finditer(file.read_bytes()):
+            counts[int(found[1])] += 1
+    return 0 if counts[0] > counts[1] else 1
+
+
+def _read_xml(file: Path, first: int) -> tuple[Json, str]:
+    """Return the objects of a file of Pascal VOC, and what is wrong with it.
+
+    Args:
+        file: The file.
+        first: The number of the first pixel.
+    """
     try:
         root = ET.fromstring(file.read_bytes())
     except ET.ParseError as error:
@@ -286,7 +312,7 @@ def _read_xml(file: Path) -> tuple[Json, str]:
     except OSError as error:
         raise unreadable(file, error) from error
     boxes: list[list[float]] = []
-    categories = []
+    categories, difficult = [], []
     for i, one in enumerate(root.iter("object"), 1):
         name, box = one.findtext("name"), one.find("bndbox")
         if not name or not name.strip() or box is None:
@@ -297,10 +323,10 @@ def _read_xml(file: Path) -> tuple[Json, str]:
         except ValueError:
             return {}, f"the box of object {i} lacks a number"
         categories.append(name.strip())
-    # the first pixel is 1, and the last belongs to the box; some programs count from 0
-    first = 0 if any(min(box[:2]) < 1 for box in boxes) else 1
+        difficult.append(int((one.findtext("difficult") or "").strip() == "1"))
+    # the last pixel belongs to the box
     boxes = [[x0 - first, y0 - first, x1, y1] for x0, y0, x1, y1 in boxes]
-    found: Json = {"bbox": boxes, "category": categories, FORMAT: "xyxy"}
+    found: Json = {"bbox": boxes, "category": categories, "iscrowd": difficult, FORMAT: "xyxy"}
     if size := said_size({side: root.findtext(f"size/{side}") for side in ("width", "height")}):
         found[SIZE] = size
     return found, ""

@@ -62,6 +62,15 @@ def categories_in(value: Any) -> list[str | int]:
     return [_category(one.get("category"), i) for i, one in enumerate(_listed(value))]
 
 
+def crowd_marks_in(value: Any) -> list[bool]:
+    """Return of each object in a cell whether it is a region of many, or one to be left out.
+
+    Raises:
+        BoxError: If they cannot be read.
+    """
+    return [bool(one.get("crowd")) for one in _listed(value)]
+
+
 def said_size(about: Mapping[str, Any]) -> list[int] | None:
     """Return the `width` and `height` that annotations give a picture; None if they do not.
 

@@ -64,10 +64,10 @@ def read_coco(file: Path, column: str, boxes_column: str) -> Iterator[RawRow]:
     """
     content = _read(file)
     names = _categories(content, file)
-    ids = [picture.get("id") for picture in content["images"]]
+    ids = [_number(picture.get("id")) for picture in content["images"]]
     by_picture: dict[Any, list[Json]] = {i: [] for i in ids if isinstance(i, int | str)}
     for n, one in enumerate(content["annotations"]):
-        picture = one.get("image_id")
+        picture = _number(one.get("image_id"))
         if not isinstance(picture, int | str) or picture not in by_picture:
             what = f"it is of picture `{printable(str(picture), 60)}`, which is not in `images`"
             yield RawRow(None, f"{file.name}[annotations][{n}]", what)
@@ -77,7 +77,7 @@ def read_coco(file: Path, column: str, boxes_column: str) -> Iterator[RawRow]:
     seen: set[Any] = set()
     for n, picture in enumerate(content["images"]):
         place = f"{file.name}[images][{n}]"
-        name, key = picture.get("file_name"), picture.get("id")
+        name, key = picture.get("file_name"), _number(picture.get("id"))
         if not isinstance(name, str) or not name.strip():
             yield RawRow(None, place, "the picture has no `file_name`")
             continue
@@ -122,7 +122,7 @@ def _categories(content: Json, file: Path) -> dict[int, str]:
     """
     found: dict[int, str] = {}
     for one in content["categories"]:
-        number, name = one.get("id"), one.get("name")
+        number, name = _number(one.get("id")), one.get("name")
         if not isinstance(number, int) or not isinstance(name, str) or not name.strip():
             what = "a category of the COCO file has no number or no name"
             raise LoraError(what, str(file), "write each as `{id: 1, name: cat}`")
@@ -133,11 +133,20 @@ def _categories(content: Json, file: Path) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
+def _number(value: Any) -> Any:
+    """Return an id as a number where it is one that an export wrote as `"7"` or `7.0`."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.isascii() and value.isdigit() and str(int(value)) == value:
+        return int(value)
+    return value
+
+
 def _objects(annotations: list[Json], names: dict[int, str], picture: Json) -> tuple[Json, str]:
     """Return the objects of a picture, and what is wrong with one of them."""
     boxes, categories, crowd = [], [], []
     for one in annotations:
-        number = one.get("category_id")
+        number = _number(one.get("category_id"))
         if not isinstance(number, int) or number not in names:
             shown = f"`category_id: {printable(str(number), 60)}`"
             return {}, f"an annotation has {shown}, which is none of `categories`"

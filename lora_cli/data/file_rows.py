@@ -12,7 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from lora_cli.data.annotated_folder import annotation_of, labels_for, names_for, read_annotated
+from lora_cli.data.annotated_folder import (
+    annotation_of,
+    first_pixel,
+    labels_for,
+    names_for,
+    read_annotated,
+)
 from lora_cli.data.bad_rows import without
 from lora_cli.data.coco_rows import coco_names, is_coco, read_coco
 from lora_cli.data.csv_quoting import announce_quoting
@@ -46,7 +52,7 @@ from lora_cli.files import sha256_of
 from lora_cli.recipe import Recipe
 
 READINGS = 3  # of a file that changes while it is read
-READING = 5  # counts up when files are read in another way, so that no old cache is used
+READING = 6  # counts up when files are read in another way, so that no old cache is used
 
 
 def read_files(recipe: Recipe, files: list[Path]) -> Iterator[RawRow]:
@@ -135,11 +141,17 @@ def _names_of(recipe: Recipe, files: list[Path], are_media: bool) -> list[str]:
     # paths lead on from where the files lie
     names = [str(file.absolute()) for file in files] + list(recipe.task.media_columns) + renamed
     if recipe.task.boxes_column is not None:
-        numbers = [str(labels_for(files[0]))] if is_media_file(files[0]) else []
+        numbers = [str(labels_for(files[0])), *_first_pixels(files)] if are_media else []
         return names + category_names(files) + numbers
     if are_media:  # and labels depend on all folders
         names += map(str, sorted(folder_labels(recipe, files).items()))
     return names
+
+
+def _first_pixels(files: list[Path]) -> list[str]:
+    """Return from which number the boxes of pictures count, for each folder of xml files."""
+    folders = {file.parent for file in map(annotation_of, files) if file and file.suffix == ".xml"}
+    return [f"{folder} from {first_pixel(folder)}" for folder in sorted(folders)]
 
 
 def _read_unchanged(

@@ -53,6 +53,10 @@ for _name, _changes in {
     },
     "annotations of unknown categories": {"categories": [{"id": 3, "name": "dark"}]},
     "no object at all": {"annotations": []},
+    "no object that is trained": {
+        "annotations": [{"image_id": 101, "bbox": [1, 1, 5, 5], "category_id": 3, "iscrowd": 1}],
+        "categories": [{"id": 3, "name": "dark"}],
+    },
 }.items():
     CASES.append(Case(AREA, _name, _coco(**_changes)))
 

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from lora_cli.characters import difference_of_form
-from lora_cli.data.boxes import BoxError, categories_in
+from lora_cli.data.boxes import BoxError, categories_in, crowd_marks_in
 from lora_cli.data.load_rows import Rows, stream_label_names
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
 from lora_cli.recipe import ObjectDetectionSpec, Recipe
@@ -37,13 +37,30 @@ class DetectionLabels:
             self.category_names = rows.label_names.get(column, self.category_names)
         if not self.names:
             self.names = self._infer(splits)
-        if "train" in splits and not self.count(splits["train"]):
-            hint = "is it the right column, `task.objects_column`?"
-            what = "no row of the train split has an object"
-            raise LoraError(what, splits["train"].source, hint)
+        if "train" in splits:
+            self._require_objects(splits["train"])
         problems = [p for name, rows in splits.items() for p in self._unknown(name, rows)]
         if problems:
             raise LoraError(problems)
+
+    def _require_objects(self, rows: Rows) -> None:
+        """Check that there is an object to train.
+
+        Raises:
+            LoraError: If there is none, or all are marked to be left out.
+        """
+        column, has_any = self.spec.objects_column, False
+        for row in rows:
+            marks = crowd_marks_in(row.get(column))
+            if not all(marks):
+                return
+            has_any = has_any or bool(marks)
+        what, hint = "no row of the train split has an object", "is it the right column, "
+        hint += "`task.objects_column`?"
+        if has_any:
+            what = "all objects of the train split are marked as `iscrowd` or `difficult`, and "
+            what, hint = what + "such are not trained", "correct the marks in the data"
+        raise LoraError(what, rows.source, hint)
 
     def _infer(self, splits: dict[str, Rows]) -> list[str]:
         """Return the names that the data set gives its categories, or those that are found."""

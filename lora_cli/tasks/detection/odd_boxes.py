@@ -5,13 +5,17 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from lora_cli.data.boxes import annotated_size, better_format, categories_in
 from lora_cli.data.load_rows import Rows
 from lora_cli.data.pictures import PictureFacts, picture_facts
+from lora_cli.errors import counted
 from lora_cli.recipe import ObjectDetectionSpec
 from lora_cli.tasks.pictures.odd_pictures import where
 
 SAMPLE = 500  # rows of which the format of the boxes is tried
+MANY, HALF = 20, 0.55  # objects, and share of a side, by which boxes in one corner are odd
 TURNS = 5  # from this EXIF orientation on, width and height are exchanged
 IS_TURNED = "is_turned"
 
@@ -54,6 +58,10 @@ def odd_boxes(
         said.append(f"{what}--show 3` shows where they lie: {_at(rows, turned)}")
     if warning := _not_from_zero(rows, examples, spec):
         said.append(warning)
+    if warning := _left_out(name, rows, examples):
+        said.append(warning)
+    if warning := _in_one_corner(name, examples):
+        said.append(warning)
     if spec.clip_boxes and (warning := _other_format(name, rows, spec)):
         said.append(warning)
     return "; ".join(said) or None
@@ -61,6 +69,38 @@ def odd_boxes(
 
 def _at(rows: Rows, found: list[int]) -> str:
     return rows.place(found[0])
+
+
+def _left_out(name: str, rows: Rows, examples: Any) -> str:
+    """Return how many objects are neither trained nor measured, as the data mark them."""
+    counts = {int(example["row"]): sum(example["crowd"]) for example in examples}
+    marked = [row for row, count in counts.items() if count]
+    if not marked:
+        return ""
+    verb = "is" if sum(counts.values()) == 1 else "are"
+    what = f"{counted(sum(counts.values()), 'object')} of {name} {verb} marked as `iscrowd` or "
+    return f"{what}`difficult`, and {verb} neither trained nor measured: {_at(rows, marked)}"
+
+
+def _in_one_corner(name: str, examples: Any) -> str:
+    """Return that no box reaches the right or lower half of its picture, if that is so of many.
+
+    Boxes in per cent, and those of a smaller copy of the picture, lie in it all the same.
+    """
+    n_objects, right, lower, largest = 0, 0.0, 0.0, 0.0
+    for example in islice(examples, SAMPLE):
+        boxes = np.array(example["boxes"], dtype=np.float64).reshape(-1, 4)
+        n_objects += len(boxes)
+        if len(boxes):
+            right = max(right, float(boxes[:, 2].max()) / example["width"])
+            lower = max(lower, float(boxes[:, 3].max()) / example["height"])
+            largest = max(largest, float(boxes.max()))
+    if n_objects < MANY or max(right, lower) >= HALF:
+        return ""
+    what = f"the boxes of all {n_objects:,} objects of {name} lie in the upper left part of their "
+    what += f"pictures, within {right:.0%} of the width and {lower:.0%} of the height: are they "
+    what += "in per cent, or " if largest <= 100 else ""
+    return f"{what}of pictures of another size?"
 
 
 def _not_from_zero(rows: Rows, examples: Any, spec: ObjectDetectionSpec) -> str:
