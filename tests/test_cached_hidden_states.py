@@ -17,7 +17,12 @@ import torch
 from closeness import assert_close
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
 
 import lora_cli.training.run as training_run
 from lora_cli.adapters.frozen_lower_layers import FrozenLayers
@@ -101,6 +106,7 @@ def trained(
 
 
 UPPER = {"adapter": {"layers": [2], "rank": 4}}
+UPPER_IN_FULL = {"type": "full", "freeze": ["embeddings", "0-1"]}
 RUNS: dict[str, tuple[str, Json]] = {
     "a head": ("bert", {"adapter": {"type": "none"}}),
     "a head of two layers": ("roberta", {"adapter": {"type": "none"}}),
@@ -289,6 +295,19 @@ def test_a_pack_holds_several_examples_so_nothing_is_kept_for_it(tmp_path: Path)
     train = {**STEPS, "packing": True}
     report, _ = trained(tmp_path, model, "16GB", adapter={"layers": [1], "rank": 4}, train=train)
     assert "train: not kept: `train.packing`" in report["kernels"]["frozen_layers"]
+
+
+@pytest.mark.slow
+def test_states_that_do_not_begin_with_the_examples_are_not_kept(tmp_path: Path) -> None:
+    config = XLNetConfig(
+        d_model=32, n_layer=3, n_head=4, d_inner=48, vocab_size=tiny.vocabulary(), pad_token_id=1
+    )
+    XLNetForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    rows(tmp_path, tiny.CORPUS)
+    report, _ = trained(tmp_path, tmp_path / "base", "16GB", adapter=UPPER_IN_FULL)
+    said = report["kernels"]["frozen_layers"]
+    assert "train: not kept: its layers do not compute a block for each example" in said
 
 
 def test_nothing_is_said_where_all_layers_are_trained(tmp_path: Path) -> None:

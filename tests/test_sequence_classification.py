@@ -17,6 +17,7 @@ from closeness import assert_close
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch import Tensor
+from transformers import FunnelConfig
 
 from lora_cli.data.load_rows import Rows
 from lora_cli.errors import LoraError
@@ -130,6 +131,14 @@ def test_a_long_text_is_cut_and_still_ends(bert: Path, tmp_path: Path) -> None:
         assert len(example["input_ids"]) == 10
         assert example["input_ids"][-1] == tiny.EOS
     assert task_of(bert, tmp_path, rows).max_length == tiny.POSITIONS  # not the recipe's 512
+
+
+def test_a_model_that_knows_no_end_of_text_reads_texts_as_its_tokenizer_does(
+    bert: Path, tmp_path: Path
+) -> None:
+    task = task_of(bert, tmp_path, ["a", "b"])
+    task.config = FunnelConfig(vocab_size=tiny.vocabulary())  # which has no `eos_token_id`
+    assert examples_of(task)[0]["input_ids"] == task.tokenizer(tiny.CORPUS[0])["input_ids"]
 
 
 def test_a_blank_text_is_a_fault_with_its_place(bert: Path, tmp_path: Path) -> None:

@@ -48,7 +48,10 @@ class _TooLargeError(Exception):
 
 
 class _UnlikeError(Exception):
-    """The states of two examples differ in more than their first dimension."""
+    """The states are not a block an example, alike but for its first dimension; the text says why.
+
+    XLNet's have the tokens first, and then the examples.
+    """
 
 
 def find_layers(
@@ -108,8 +111,8 @@ def with_entering_states(
         except _TooLargeError as error:
             why = f"it takes about {in_words(error.n_bytes)}, and {in_words(left)} are left "
             why += f"of `data.cache_limit` ({recipe.data.cache_limit})"
-        except _UnlikeError:
-            why = "the hidden states of examples differ in more than their length"
+        except _UnlikeError as error:
+            why = str(error)
         said[name] = f"not kept: {why}"
     said = {"layers": f"{len(layers.frozen)} in evaluation mode", **said}
     task.frozen_facts = {"frozen_layers": "; ".join(f"{k}: {v}" for k, v in said.items())}
@@ -243,6 +246,8 @@ class _States:
             task.forward(self.model, batch)
         found: list[dict[str, KeptState]] = [{} for _ in positions]
         for name, tensor in states.items():
+            if len(tensor) != len(positions):
+                raise _UnlikeError("its layers do not compute a block for each example")
             for i in range(len(positions)):
                 found[i][name] = KeptState.of(tensor[i])
         return found
@@ -336,7 +341,7 @@ class _States:
 
 def _require_alike(states: dict[str, KeptState], like: dict[str, KeptState]) -> None:
     if not all(state.is_like(like[name]) for name, state in states.items()):
-        raise _UnlikeError
+        raise _UnlikeError("the hidden states of examples differ in more than their length")
 
 
 def _shape(example: Example) -> tuple[int, ...]:

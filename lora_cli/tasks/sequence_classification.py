@@ -114,7 +114,7 @@ class SequenceClassification(Classification, TextTask):
         Encoder-decoders read their answer at the last one, and need the same number in every row.
         """
         encoded = self._encode_texts(rows)
-        end = self.config.eos_token_id
+        end = getattr(self.config, "eos_token_id", None)  # Funnel's has none
         if not self.config.is_encoder_decoder or not isinstance(end, int):
             return encoded
         wanted = self._ends_of_a_text(end)
