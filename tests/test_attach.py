@@ -26,14 +26,9 @@ from lora_cli.adapters.attach import (
     training_mode,
 )
 from lora_cli.adapters.count_parameters import ParameterRow, group_rows, parameter_table
+from lora_cli.adapters.match_names import first_match, matches, parse_layers
 from lora_cli.adapters.merge_layers import merge, merge_and_untie
-from lora_cli.adapters.targets import (
-    Target,
-    first_match,
-    matches,
-    parse_layers,
-    resolve_targets,
-)
+from lora_cli.adapters.targets import Target, resolve_targets
 from lora_cli.adapters.token_rows import token_layers
 from lora_cli.errors import LoraError, Problem
 from lora_cli.models.bundle import Bundle

@@ -16,14 +16,9 @@ from lora_cli.adapters.frozen_lower_layers import FrozenLayers
 from lora_cli.adapters.initialise import reject_impossible_starts, start_layers
 from lora_cli.adapters.lora import LoRALayer, Shape
 from lora_cli.adapters.lora_parameter import LoRAParameter
+from lora_cli.adapters.match_names import inside, matches
 from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
-from lora_cli.adapters.targets import (
-    Target,
-    inside,
-    matches,
-    resolve_targets,
-    unmatched_in_full,
-)
+from lora_cli.adapters.targets import Target, resolve_targets, unmatched_in_full
 from lora_cli.adapters.tied_weights import separate_trained
 from lora_cli.adapters.token_rows import (
     TokenRows,

@@ -12,7 +12,8 @@ from collections.abc import Collection
 
 from torch import nn
 
-from lora_cli.adapters.targets import absent_layers, inside, layer_index, matches, parse_layers
+from lora_cli.adapters.match_names import inside, layer_index, matches, parse_layers
+from lora_cli.adapters.targets import absent_layers
 from lora_cli.errors import LoraError, Problem, did_you_mean
 from lora_cli.recipe import Recipe
 

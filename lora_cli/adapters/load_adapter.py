@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.attach import adapter_parameters, add_layer
 from lora_cli.adapters.lora import Shape
+from lora_cli.adapters.match_names import first_match, inside, matches
 from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
 from lora_cli.adapters.peft_format.adapter_folder import (
     AdapterFolder,
@@ -29,7 +30,7 @@ from lora_cli.adapters.peft_format.peft_tensors import TOGETHER, sort_tensors, u
 from lora_cli.adapters.peft_format.peft_tokens import saved_rows, split_rows
 from lora_cli.adapters.peft_format.peft_types import alpha_of
 from lora_cli.adapters.peft_format.tensor_names import adapted_modules
-from lora_cli.adapters.targets import Target, first_match, inside, matches, shape_problem
+from lora_cli.adapters.targets import Target, shape_problem
 from lora_cli.adapters.tied_weights import give_own_parameters, tied_groups
 from lora_cli.adapters.token_rows import add_token_rows
 from lora_cli.adapters.variants import Layers, layer_for, layers_of

@@ -16,6 +16,7 @@ from torch import nn
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.find_adapter import find_adapter_folder
 from lora_cli.adapters.load_adapter import load_adapter, own_parameters, verify_base
+from lora_cli.adapters.match_names import first_match, inside
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
 from lora_cli.adapters.peft_format.other_names import use_names_of
 from lora_cli.adapters.peft_format.peft_experts import target_names, with_current_names
@@ -24,7 +25,7 @@ from lora_cli.adapters.peft_format.peft_token_rules import token_reading
 from lora_cli.adapters.peft_format.peft_tokens import split_rows
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
 from lora_cli.adapters.peft_format.tensor_names import adapted_module
-from lora_cli.adapters.targets import first_match, inside, resolve_targets
+from lora_cli.adapters.targets import resolve_targets
 from lora_cli.adapters.token_rows import TokenRows, add_token_rows, embedding_names, sharing
 from lora_cli.errors import LoraError, Problem, name_neighbours
 from lora_cli.models.base_facts import require_facts

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.targets import first_match
+from lora_cli.adapters.match_names import first_match
 from lora_cli.adapters.whole_update_proof import whole_update
 
 HEADS = ("classifier", "score")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.adapters.lora import LoRALayer
-from lora_cli.adapters.targets import inside
+from lora_cli.adapters.match_names import inside
 from lora_cli.adapters.token_rows import TokenRows
 from lora_cli.models.quantized_linear import QuantizedLinear
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_cli.adapters.attach import adapter_parameters, trainable_parameters
 from lora_cli.adapters.freeze import depths
-from lora_cli.adapters.targets import inside, layer_index, matches, parse_layers
+from lora_cli.adapters.match_names import inside, layer_index, matches, parse_layers
 from lora_cli.errors import LoraError, Problem, did_you_mean
 from lora_cli.recipe import OptimizerSpec, Recipe
 from lora_cli.recipe.spec import ParameterGroupSpec

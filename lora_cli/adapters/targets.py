@@ -1,6 +1,6 @@
-"""Which modules get an adapter: the recipe's `target_modules` and what refines it.
+"""Which modules get an adapter: the recipe's `target_modules`, `exclude_modules` and `layers`.
 
-Every entry must match a module, and every error is collected before the model is touched.
+Every entry has to match a module. All errors are collected before the model is changed.
 """
 
 from __future__ import annotations
@@ -8,10 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import regex
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from lora_cli.adapters.default_targets import all_linear, default_targets
+from lora_cli.adapters.match_names import (
+    first_match,
+    inside,
+    layer_index,
+    matches,
+    parse_layers,
+    pattern_matches,
+)
 from lora_cli.adapters.parameter_targets import resolve_parameters
 from lora_cli.adapters.variants import Layers, layer_for, layers_of
 from lora_cli.errors import LoraError, Problem, did_you_mean
@@ -19,32 +26,9 @@ from lora_cli.models.bundle import is_frozen
 from lora_cli.patterns import regex_error
 from lora_cli.recipe import Recipe
 
-# The names that transformers' encoders give to the query and value projections.
-QUERY_VALUE_NAMES = (
-    "query",
-    "value",
-    "q_proj",
-    "v_proj",
-    "q_lin",
-    "v_lin",
-    "q",
-    "v",
-    "c_attn",
-    "query_proj",
-    "value_proj",
-    "Wqkv",
-    "in_proj",
-    "query_key_value",
-)
-
-
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-MAMBA_KERNEL = ("out_proj", "conv1d")  # layers whose weights Mamba's kernels read themselves
+MAMBA_KERNEL = ("out_proj", "conv1d")  # layers that Mamba's kernels read without calling them
 
-GATES = regex.compile(r"(^|\.)(squeeze_excite|squeeze_excitation|se|se_module)(\.|$)")
-
-LONGEST_NUMBER = 15  # digits of a layer's number; no model has as many layers as that allows
-PATIENCE = 0.5  # seconds for one expression and one name; most take a millionth of it
 EXPRESSION = "a valid one: `.*\\.(query|value)`; names need none: `[query, value]`"
 
 
@@ -56,8 +40,8 @@ class Target:
     rank: int
     alpha: float
     parameter: str | None = None
-    """Its one parameter that gets it, as of a module that holds many experts in one tensor; None
-    for the module as a whole."""
+    """The parameter that gets it, for modules with many experts in one tensor; None if the module
+    as a whole gets it."""
 
     @property
     def full_name(self) -> str:
@@ -65,61 +49,18 @@ class Target:
         return self.name if self.parameter is None else f"{self.name}.{self.parameter}"
 
 
-def layer_index(name: str) -> int | None:
-    """Return the number of the layer that a module belongs to: 3 in `encoder.layer.3.output`."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def parse_layers(layers: str | list[int]) -> range | frozenset[int]:
-    """Return the layer numbers of `0-5`, `7`, or a list; of any range, however long, at once."""
-    if not isinstance(layers, str):
-        return frozenset(layers)
-    first, _, last = (number[:LONGEST_NUMBER] for number in layers.partition("-"))
-    return range(int(first), int(last or first) + 1)
-
-
-def matches(pattern: str | list[str], name: str) -> bool:
-    """Return whether a name matches a regular expression, or ends in one of the suffixes.
-
-    A broken expression matches nothing; `resolve_targets` reports it.
-
-    Raises:
-        LoraError: If an expression takes too long, as in a hostile adapter's configuration.
-    """
-    if isinstance(pattern, str):
-        return regex_error(pattern) is None and _fits(pattern, name)
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in pattern)
-
-
-def _fits(expression: str, name: str, written: str | None = None) -> bool:
-    """Return whether an expression matches a whole name, by `regex`: `re` knows no time limit.
-
-    Raises:
-        LoraError: If it takes longer than `PATIENCE`.
-    """
-    try:
-        return regex.fullmatch(expression, name, timeout=PATIENCE) is not None
-    except TimeoutError:
-        raise LoraError(
-            f"`{written or expression}` takes too long to match",
-            f"module {name}",
-            "an expression without a repetition inside a repetition; names need none: "
-            "`[query, value]`",
-        ) from None
-
-
 def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) -> list[Target]:
-    """Return which modules get an adapter, with their ranks and alphas; touch nothing.
+    """Return which modules get an adapter, with their ranks and alphas. Nothing is changed.
 
     Args:
         model: The base model; may be on the meta device.
-        recipe: Its `adapter` section says which modules.
-        head: Names of modules that are trained in full and therefore get no adapter.
+        recipe: Its `adapter` section names the modules.
+        head: The names of modules that are trained in full, and so get no adapter.
 
     Raises:
         LoraError: With every entry of `target_modules`, `exclude_modules`, `layers`,
-            `rank_pattern`, `alpha_pattern` and `train_modules` that matches nothing, and every
-            rank that a module cannot have.
+            `rank_pattern`, `alpha_pattern` and `train_modules` that matches nothing, and every rank
+            that is impossible for a module.
     """
     spec, layers = recipe.adapter, layers_of(recipe.adapter.type)
     problems: list[Problem] = []
@@ -200,15 +141,15 @@ def absent_layers(
     """Return a problem if the model does not have some of the layers.
 
     Args:
-        wanted: Numbers of layers.
-        modules: Names of modules or parameters of the model.
-        written: The layers as the recipe writes them.
-        at: Where it does.
+        wanted: The numbers of layers.
+        modules: The names of modules or parameters of the model.
+        written: The numbers as the recipe writes them.
+        at: The place in the recipe.
     """
     if not wanted:
         return [Problem(f"`{written}` names no layer", at, "write the lower number first: `0-3`")]
     found = {index for name in modules if (index := layer_index(name)) is not None}
-    # a range may be long: only as much of it is looked at as the model could have
+    # a range may be very long: more of it than the model has layers need not be checked
     most = len(found) + 1
     first = wanted[:most] if isinstance(wanted, range) else sorted(wanted)
     absent = [index for index in first if index not in found]
@@ -225,7 +166,7 @@ def absent_layers(
 
 
 def _unmatched_patterns(chosen: list[str], recipe: Recipe) -> list[Problem]:
-    """Return a problem for every entry of the patterns of rank and alpha that fits no target."""
+    """Return a problem for each entry of `rank_pattern` and `alpha_pattern` that fits no target."""
     problems = []
     for key in ("rank_pattern", "alpha_pattern"):
         for entry in getattr(recipe.adapter, key):
@@ -233,23 +174,23 @@ def _unmatched_patterns(chosen: list[str], recipe: Recipe) -> list[Problem]:
             if error := regex_error(entry):
                 what = f"`{entry}` is not a regular expression: {error}"
                 problems.append(Problem(what, at, EXPRESSION))
-            elif not any(_pattern_matches(entry, name) for name in chosen):
+            elif not any(pattern_matches(entry, name) for name in chosen):
                 hint = did_you_mean(entry, _last_names(chosen), "adapted are")
                 problems.append(Problem(f"`{entry}` matches no adapted module", at, hint))
     return problems
 
 
 def read_by_kernels(model: nn.Module, name: str) -> bool:
-    """Return whether a Mamba kernel reads a module's weight: an adapter on it would be passed by.
+    """Return whether a kernel of Mamba reads a module's weight, so that an adapter has no effect.
 
-    PEFT adapts no module of these names in such models, and raises an error.
+    PEFT raises an error for modules of these names in such models.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     return model_type in MAMBA_TYPES and name.rpartition(".")[2] in MAMBA_KERNEL
 
 
 def shape_problem(base: nn.Module, target: Target, layers: Layers) -> list[Problem]:
-    """Return a problem if the layer that fits a module cannot have a target's rank on it."""
+    """Return a problem if an adapter layer on a module cannot have the target's rank."""
     layer = layer_for(base, layers)
     assert layer is not None
     try:
@@ -277,53 +218,13 @@ def unmatched_in_full(model: nn.Module, recipe: Recipe) -> list[Problem]:
 def _chosen(
     model: nn.Module, recipe: Recipe, adaptable: dict[str, nn.Module]
 ) -> tuple[str | list[str], list[str]]:
-    """Return the pattern in effect and the names that it matches."""
-    linear = [name for name, module in adaptable.items() if isinstance(module, nn.Linear | Conv1D)]
-    output = _output_embedding_name(model)
+    """Return the value of `target_modules`, or its default, and the modules that it matches."""
     pattern = recipe.adapter.target_modules
-    usual = recipe.task.default_targets
-    if pattern is None and isinstance(usual, tuple):
-        pattern = [name for name in usual if any(matches([name], n) for n in linear)]
-        pattern = pattern or "all-linear"
-    if pattern is None and usual == "layers":
-        if linear:
-            return "all-linear", [name for name in linear if name != output]
-        if convolutions := default_convolutions(adaptable):
-            return convolutions, convolutions
     if pattern is None:
-        found = {name.rsplit(".", 1)[-1] for name in linear}
-        pattern = [name for name in QUERY_VALUE_NAMES if name in found]
-        if output is not None or not pattern:  # a language model, or names that we do not know
-            pattern = "all-linear"
+        return default_targets(model, recipe.task.default_targets, adaptable)
     if pattern == "all-linear":
-        return pattern, [name for name in linear if name != output]
+        return pattern, all_linear(model, adaptable)
     return pattern, [name for name in adaptable if matches(pattern, name)]
-
-
-def default_convolutions(modules: dict[str, nn.Module]) -> list[str]:
-    """Return which convolutions of a model are adapted if the recipe does not say.
-
-    Of a model whose convolutions mix the channels at every step (ResNet) it is all of them. Where
-    some have groups (EfficientNet), it is those that mix channels and nothing else: of size 1 x 1,
-    without groups. An update of few ranks has no room in one group a channel, and the gates of
-    squeeze-and-excitation only scale what the others make.
-    """
-    convolutions = {n: m for n, m in modules.items() if isinstance(m, nn.Conv1d | nn.Conv2d)}
-    whole = [name for name, module in convolutions.items() if module.groups == 1]
-    if len(whole) == len(convolutions):
-        return whole
-    return [
-        name
-        for name in whole
-        if set(convolutions[name].kernel_size) == {1} and not GATES.search(name)
-    ]
-
-
-def _output_embedding_name(model: nn.Module) -> str | None:
-    """Return the name of the layer that maps to the vocabulary, if the model has one."""
-    get = getattr(model, "get_output_embeddings", None)
-    output = get() if get is not None else None
-    return next((name for name, module in model.named_modules() if module is output), None)
 
 
 def _unmatched(
@@ -333,7 +234,7 @@ def _unmatched(
     model: nn.Module,
     recipe: Recipe,
 ) -> list[Problem]:
-    """Return a problem for every entry that matches no module which an adapter fits."""
+    """Return a problem for every entry that matches no module that can have an adapter."""
     modules = {name: module for name, module in model.named_modules() if name}
     if pattern == "all-linear" and key == "adapter.target_modules":
         return []
@@ -373,20 +274,5 @@ def _unmatched(
     return problems
 
 
-def inside(name: str, top: str) -> bool:
-    """Return whether module `name` is `top` or lies beneath it."""
-    return name == top or name.startswith(f"{top}.") or f".{top}." in f".{name}."
-
-
 def _last_names(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if name))
-
-
-def _pattern_matches(pattern: str, name: str) -> bool:
-    whole = rf"(.*\.)?({pattern})$"  # PEFT's rule for its patterns
-    return not regex_error(pattern) and not regex_error(whole) and _fits(whole, name, pattern)
-
-
-def first_match(patterns: dict[str, int] | dict[str, float], name: str, default: float) -> float:
-    """Return the value of the first pattern that matches a name, or the default."""
-    return next((v for pattern, v in patterns.items() if _pattern_matches(pattern, name)), default)

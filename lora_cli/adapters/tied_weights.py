@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
-from lora_cli.adapters.targets import inside
+from lora_cli.adapters.match_names import inside
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_cli.adapters.targets import first_match
+from lora_cli.adapters.match_names import first_match
 
 
 def whole_update(

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_cli.adapters.match_names import first_match
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
 from lora_cli.adapters.peft_format.peft_rules import copied_modules
 from lora_cli.adapters.peft_format.peft_tensors import sort_tensors
 from lora_cli.adapters.peft_format.tensor_names import PREFIX
-from lora_cli.adapters.targets import first_match
 from lora_cli.errors import IntegrityError, Problem
 
 # keys of what is no update of a module: of single parameters, and of rows of the embedding

@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_cli.adapters.lokr import divided as lokr_factors
+from lora_cli.adapters.match_names import first_match
 from lora_cli.adapters.peft_format.diffusion_names import STARTS, ModuleNames, split_name
 from lora_cli.adapters.peft_format.original_layers import n_outputs, shares_of
 from lora_cli.adapters.peft_format.part_folders import joined, most_common
 from lora_cli.adapters.peft_format.peft_config import check_config
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
-from lora_cli.adapters.targets import first_match
 from lora_cli.adapters.whole_update import weight_shape
 from lora_cli.errors import IntegrityError, LoraError, Problem, counted, warn
 from lora_cli.models.bundle import Bundle

@@ -14,11 +14,11 @@ from collections.abc import Collection
 
 from torch import nn
 
+from lora_cli.adapters.match_names import first_match
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
 from lora_cli.adapters.peft_format.diffusion_file import translated
 from lora_cli.adapters.peft_format.part_folders import joined
 from lora_cli.adapters.peft_format.tensor_names import adapted_module, adapted_modules
-from lora_cli.adapters.targets import first_match
 from lora_cli.errors import warn
 from lora_cli.models.bundle import part_names
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_cli.adapters.match_names import first_match, matches
 from lora_cli.adapters.peft_format.peft_rules import copied_modules
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES, alpha_of
 from lora_cli.adapters.peft_format.tensor_names import adapted_module, adapted_modules
-from lora_cli.adapters.targets import first_match, matches
 from lora_cli.errors import LoraError
 from lora_cli.patterns import LONGEST
 

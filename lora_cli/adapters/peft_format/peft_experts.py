@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.adapters.lora_parameter import innermost, is_transposed, misfit, peft_shapes
+from lora_cli.adapters.match_names import first_match
 from lora_cli.adapters.parameter_targets import Place
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
 from lora_cli.adapters.peft_format.peft_rules import parameter_layers
 from lora_cli.adapters.peft_format.tensor_names import adapted_modules
-from lora_cli.adapters.targets import Target, first_match
+from lora_cli.adapters.targets import Target
 from lora_cli.errors import LoraError, Problem
 from lora_cli.models.stored_tensors import FUSED
 

@@ -16,10 +16,11 @@ from torch import nn
 
 from lora_cli.adapters.lora import LoRALayer
 from lora_cli.adapters.lora_parameter import innermost
+from lora_cli.adapters.match_names import inside, matches
 from lora_cli.adapters.parameter_targets import Place, places_of
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
 from lora_cli.adapters.peft_format.tensor_names import adapted_modules
-from lora_cli.adapters.targets import inside, matches, read_by_kernels
+from lora_cli.adapters.targets import read_by_kernels
 from lora_cli.adapters.token_rows import TokenRows
 
 HEADS = ("classifier", "score")  # PEFT trains them in full where a task classifies

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.targets import first_match
+from lora_cli.adapters.match_names import first_match
 from lora_cli.recipe import AdapterType
 
 Modules = tuple[type[nn.Module], ...]
