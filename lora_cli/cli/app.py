@@ -1,7 +1,8 @@
-"""The command line: each command loads the recipe first, then imports what it runs.
+"""The command line `lora`: its commands, and how errors are printed.
 
-Data goes to stdout, progress and errors to stderr. This module imports neither torch nor pydantic,
-so that `lora --help` and shell completion answer at once.
+A command reads its recipe first, then imports the code that it runs. Data goes to stdout, progress
+and errors to stderr. This module imports neither torch nor pydantic, so `lora --help` and shell
+completion answer at once.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "a file has grown larger than the system allows",
 }
-# of a path that the user may fix: denied, not there, a file where a folder should be
+# errors about a path that the user can mend
 NO_ENTRY = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST,
     errno.EISDIR, errno.ELOOP, errno.ENOENT,
 )  # fmt: skip
 
-# what names the place that a command writes to
+# the options that name what a command writes
 OUTPUT_OPTIONS = ("--to", "-o", "--output")
 
 app = typer.Typer(
@@ -98,7 +99,7 @@ def _show_traceback(
 
 
 def _known_error(error: Exception) -> LoraError | None:
-    """Return what to say of an error of the arguments, of files, or of memory, else None."""
+    """Return the error to print for one of the arguments, of files or of memory; else None."""
     from lora_cli.cli.argument_errors import usage_error
 
     if (wrong := usage_error(error, sys.argv[1:])) is not None:

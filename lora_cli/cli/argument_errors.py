@@ -1,7 +1,7 @@
-"""What is wrong with the arguments of a command, said as every other error is said.
+"""Turn Typer's errors about arguments into errors with a place and a hint, as all others are.
 
-Typer's own errors come from Click, or from a copy of it inside Typer, by its version: they are told
-by the names of their classes.
+Typer raises errors of Click, or of its own copy of Click, depending on its version. So they are
+distinguished by the names of their classes.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from lora_cli.errors import LoraError, did_you_mean, nearest
 
 
 def usage_error(error: Exception, given: Sequence[str]) -> LoraError | None:
-    """Return what to say of an error in the arguments; None if it is another, or asks for help.
+    """Return the error to print for an error in the arguments; None for any other, or for the help.
 
     Args:
-        error: What was raised.
-        given: The arguments.
+        error: The exception that was raised.
+        given: The arguments of the command line.
     """
     name = type(error).__name__
     if not hasattr(error, "format_message") or name == "NoArgsIsHelpError":
@@ -58,14 +58,14 @@ def usage_error(error: Exception, given: Sequence[str]) -> LoraError | None:
 
 
 def _name(parameter: Any) -> str:
-    """Return what a parameter is called in the help: `--adapter`, or RECIPE."""
+    """Return the name of a parameter as the help shows it: `--adapter`, or RECIPE."""
     options = [name for name in getattr(parameter, "opts", []) if name.startswith("--")]
     shown = options or [getattr(parameter, "metavar", None) or getattr(parameter, "name", "it")]
     return f"`{shown[0]}`"
 
 
 def _bad_value(message: str, named: str, given: Sequence[str]) -> str:
-    """Return which option has which wrong value, whatever the version of Typer says of it."""
+    """Return which option has a wrong value, in the same words for every version of Typer."""
     kind = "another value"
     if re.search("integer|int ", message):
         kind = "a whole number"

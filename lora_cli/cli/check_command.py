@@ -1,4 +1,4 @@
-"""`lora check`."""
+"""`lora check`: is an adapter applied, here or at a server?"""
 
 from __future__ import annotations
 
@@ -71,20 +71,20 @@ def check(
 
 
 def _computed_here(adapter: Path, probe: Probe, overrides: list[str] | None) -> Verdict:
-    """Load the adapter, and compare what it computes."""
+    """Load the adapter, and compare its outputs with those of the probe."""
     from lora_cli.evaluation.open_adapter import open_adapter
     from lora_cli.evaluation.probe import compare_outputs, take_probe
 
     task, model, accelerator = open_adapter(adapter, recipe_for(adapter, None, overrides))
     found = take_probe(task, model, accelerator)
     if found is None:
-        hint = "try another precision: `--set train.precision=no`"
+        hint = "try another precision: `--set train.precision=fp32`"
         raise IntegrityError("the outputs are not finite", str(adapter), hint)
     return compare_outputs(probe, found)
 
 
 def _report(verdict: Verdict, at: str) -> None:
-    """Print that the adapter is at work.
+    """Print that the adapter is applied.
 
     Raises:
         IntegrityError: If it is not.

@@ -1,4 +1,4 @@
-"""`lora combine`."""
+"""`lora combine`: make one adapter of several."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lora_cli.cli.options import expand, find_adapter
 from lora_cli.errors import LoraError, counted, did_you_mean
 from lora_cli.export.combine_names import BY_SVD, METHODS, PRUNING
 
-EXACT = 1e-5
+EXACT = 1e-5  # a relative distance from the weighted sum that rounding explains
 
 
 def offer_methods(incomplete: str) -> list[tuple[str, str]]:
-    """Return the methods that a name may go on to."""
+    """Return the methods whose names begin with what was typed."""
     return [(name, about) for name, about in METHODS.items() if name.startswith(incomplete)]
 
 
@@ -107,7 +107,7 @@ def combine(
 
 
 def _check(folders: list[Path], method: str, density: float | None, rank: int | None) -> None:
-    """Reject options that do not go together, before anything large is imported."""
+    """Reject options that do not go together, before torch is imported."""
     at = f"--method {method}"
     if len(folders) < 2:
         raise LoraError(
@@ -135,7 +135,7 @@ def _check(folders: list[Path], method: str, density: float | None, rank: int | 
 
 
 def _factors(weights: str | None, count: int) -> list[float] | None:
-    """Return the weights as numbers."""
+    """Return the weights of `--weights` as numbers."""
     if weights is None:
         return None
     try:

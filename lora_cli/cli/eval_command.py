@@ -1,4 +1,4 @@
-"""`lora eval`."""
+"""`lora eval`: measure a saved adapter, or compare it with an older one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lora export`."""
+"""`lora export`: write an adapter for another program."""
 
 from __future__ import annotations
 

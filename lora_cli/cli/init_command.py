@@ -1,4 +1,4 @@
-"""`lora init`."""
+"""`lora init`: write a recipe for a data file."""
 
 from __future__ import annotations
 

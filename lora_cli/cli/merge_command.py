@@ -1,4 +1,4 @@
-"""`lora merge`."""
+"""`lora merge`: write a stand-alone model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_cli.errors import LoraError, counted
 
 
 def split_weight(value: str) -> tuple[str, float]:
-    """Return the folder that an argument names, and the weight behind it: `DIR:0.5`.
+    """Divide `DIR:0.5` into the folder and its weight, which is 1 if there is none.
 
     Raises:
         LoraError: If the weight is not a finite number.
@@ -25,7 +25,7 @@ def split_weight(value: str) -> tuple[str, float]:
     try:
         weight = float(text)
     except ValueError:
-        return value, 1.0  # it belongs to the name, as in `hf://user/name`
+        return value, 1.0  # the colon belongs to the name, as in `hf://user/name`
     if not math.isfinite(weight):
         what = f"the weight of an adapter cannot be {text}"
         raise LoraError(what, f"--adapter {value}", "write a number behind the colon: `DIR:0.5`")
@@ -33,7 +33,7 @@ def split_weight(value: str) -> tuple[str, float]:
 
 
 def find_weighted(context: typer.Context, parameter: typer.CallbackParam, values: Any) -> Any:
-    """Return each adapter's folder as it is found, with its weight behind it."""
+    """Return the folder and the weight of each adapter, again as `DIR:WEIGHT`."""
     if not values or context.resilient_parsing:
         return values
     found = []

@@ -1,6 +1,7 @@
-"""What several commands share: their arguments, and how they find their recipe.
+"""Options and arguments that several commands share, and how a command finds its recipe.
 
-No command imports torch before its recipe is read.
+The options of a single command are in its own file (`train_command.py`, …). No command imports
+torch before it has read its recipe, so that a mistake there is reported at once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def expand(parameter: typer.CallbackParam, value: Any) -> Any:
-    """Return the path, or paths, that an argument means: `~` is the home directory."""
+    """Return the path, or paths, of an argument, with `~` replaced by the home directory."""
     if isinstance(value, list | tuple):
         return [expand(parameter, one) for one in value]
     if value is None:
@@ -36,7 +37,7 @@ def expand(parameter: typer.CallbackParam, value: Any) -> Any:
 
 
 def find_adapter(context: typer.Context, parameter: typer.CallbackParam, value: Any) -> Any:
-    """Return the folder, or folders, of the adapters that an argument names; see `find_adapter`."""
+    """Return the folders of the adapters that an argument names; from the Hub they are loaded."""
     if isinstance(value, list | tuple):
         return [find_adapter(context, parameter, one) for one in value]
     if value is None or context.resilient_parsing:
@@ -45,7 +46,7 @@ def find_adapter(context: typer.Context, parameter: typer.CallbackParam, value: 
 
     option = next((name for name in parameter.opts if name.startswith("--")), None)
     at = option or str(parameter.metavar)
-    written = re.sub("^hf:/+", "hf://", str(value))  # a path has lost one of the two
+    written = re.sub("^hf:/+", "hf://", str(value))  # `Path` has removed one of two slashes
     if not written.startswith("hf://"):
         written = str(expand(parameter, value))
     return find_adapter_folder(written, at)
@@ -95,7 +96,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def load(path: Path, overrides: list[str] | None, output: Path | None = None) -> Recipe:
-    """Return the recipe of a file, with overrides and perhaps another output folder."""
+    """Return the recipe in a file, with the values of `--set` and `-o`."""
     from lora_cli.recipe import load_recipe
 
     sets = list(overrides or [])
@@ -105,7 +106,7 @@ def load(path: Path, overrides: list[str] | None, output: Path | None = None) ->
 
 
 def quiet_libraries() -> None:
-    """Keep the environment out of other libraries, and their bars and advice off the screen."""
+    """Keep environment variables from other libraries, and their output off the screen."""
     clean_environment()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     import warnings
@@ -119,10 +120,10 @@ def quiet_libraries() -> None:
 
 
 def _import_torch_and_transformers() -> None:
-    """Import what every command needs that loads a model, without searching it for garbage.
+    """Import what every command needs that loads a model, with garbage collection turned off.
 
-    Modules are no garbage: to search them for some, again and again while there are more of them,
-    takes a tenth of the time in which they are imported.
+    The collector would search the growing number of modules again and again, which takes a tenth of
+    the time of the import, and find nothing.
     """
     import gc
 
@@ -135,7 +136,7 @@ def _import_torch_and_transformers() -> None:
 
 
 def recipe_for(adapter: Path, recipe: Path | None, overrides: list[str] | None) -> Recipe:
-    """Return the recipe beside an adapter, or the one that is given."""
+    """Return the recipe in an adapter's folder, or the one that `--recipe` names."""
     if not adapter.exists():
         raise LoraError(f"there is no folder {adapter}", "--adapter", name_neighbours(adapter))
     if recipe is not None:

@@ -1,4 +1,4 @@
-"""`lora predict`: texts, files, or a conversation."""
+"""`lora predict`: answer texts, the rows of a file, or a conversation."""
 
 from __future__ import annotations
 

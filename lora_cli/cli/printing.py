@@ -1,4 +1,4 @@
-"""Tables and results on stdout, as `cli` prints them."""
+"""The tables and results that commands print to stdout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STARTS = {
 
 
 def print_results(recipe: Recipe, report: dict[str, Any]) -> None:
-    """Print what a run has reached, and where it lies."""
+    """Print the results of a run, and where its files are."""
     from lora_cli.reporting import results_table
 
     rows = results_table(report)
@@ -68,7 +68,7 @@ def _print_definitions(definitions: dict[str, str]) -> None:
 
 
 def print_comparison(found: Comparison, as_json: bool) -> None:
-    """Print how a new adapter does beside an old one."""
+    """Print the comparison of a new adapter with an old one."""
     from lora_cli.reporting.report import strict
 
     low, high = found.interval

@@ -1,4 +1,4 @@
-"""`lora push`."""
+"""`lora push`: upload an adapter to the Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Standard input, output and error, as the shell may leave them: closed, or full."""
+"""Standard input, output and error that are closed, or cannot be written to."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF)
 
 
 def prepare_streams() -> None:
-    """Let closed streams be `/dev/null`, and the log be lost rather than the run.
+    """Replace closed streams by `/dev/null`, and let a run go on if its log cannot be written.
 
-    Without the first, the next file that is opened would take the stream's number, and what a
-    library prints would be written into it.
+    The number of a closed stream would be given to the next file that is opened, and whatever a
+    library prints would be written into that file.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is not None:
@@ -32,7 +32,10 @@ def prepare_streams() -> None:
             opened = number
         stream = open(opened, mode, encoding="utf-8")  # noqa: SIM115 - for the whole run
         setattr(sys, name, stream)
-    for stream in (sys.stdout, sys.stderr):  # which may not have every letter of the data
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # whose encoding may not have every character of the data
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     guard_output()
@@ -51,11 +54,12 @@ def _is_open(number: int) -> bool:
 
 
 class _Stream:
-    """A stream that may be full.
+    """A stream whose disk or pipe may be full.
 
     Args:
-        stream: Takes the text.
-        is_log: What cannot be written is lost. The output of a command is not: that is an error.
+        stream: The stream to write to.
+        is_log: Whether text that cannot be written is dropped. The output of a command is not
+            dropped; that it cannot be written is an error.
     """
 
     def __init__(self, stream: io.TextIOWrapper, is_log: bool) -> None:
@@ -76,7 +80,7 @@ class _Stream:
             self.write(line)
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Write what is buffered."""
         with self._warned():
             self._stream.flush()
 

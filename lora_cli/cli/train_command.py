@@ -1,4 +1,4 @@
-"""`lora train`."""
+"""`lora train`: train an adapter."""
 
 from __future__ import annotations
 

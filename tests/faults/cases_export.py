@@ -363,7 +363,7 @@ for _name, _change, _options in (
     ("a server for a classifier", None, ("--url", "http://localhost:1")),
     ("an address that is none", _rewritten(_without_server), ("--url", "localhost:1")),
     ("a name without a server", None, ("--served-name", "a")),
-    ("a key for a server", None, ("--url", "http://localhost:1", "--set", "train.precision=no")),
+    ("a key for a server", None, ("--url", "http://localhost:1", "--set", "train.precision=fp32")),
 ):
     CASES.append(
         Case("Checking", _name, lambda w, change=_change, o=_options: _probed(w, change, *o))
