@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import tiny_experts
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import BartForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.attach import attach, lora_layers
@@ -77,6 +79,30 @@ def test_ranks_are_the_rows_of_a(tmp_path: Path) -> None:
     named = {prefix + name: torch.zeros(shape) for name, shape in tensors.items()}
     save_file(named, tmp_path / adapter_folder.WEIGHTS_FILE)
     assert ranks_of(tmp_path) == {"x.q": 3, "emb": 4, "experts": 6}
+
+
+def test_the_files_of_tensors_and_their_hashes(tmp_path: Path) -> None:
+    def sha(file: Path) -> str:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+
+    one, parts, single = (tmp_path / name for name in ("one", "parts", "single"))
+    for folder in (one, parts / "unet", parts / "text_encoder"):
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
+        save_file({folder.name: ONE}, folder / adapter_folder.WEIGHTS_FILE)
+    single.mkdir()
+    save_file({"a": ONE}, single / "style.safetensors")
+    assert adapter_folder.weight_files(one) == ["adapter_model.safetensors"]
+    assert adapter_folder.weights_sha256(one) == sha(one / "adapter_model.safetensors")
+    assert adapter_folder.weight_files(single) == ["style.safetensors"]
+    assert adapter_folder.weights_sha256(single) == sha(single / "style.safetensors")
+    file = single / "style.safetensors"
+    assert adapter_folder.weight_files(file) == [""]
+    assert adapter_folder.weights_sha256(file) == sha(file)
+    names = adapter_folder.weight_files(parts)
+    assert sorted(names) == [f"{p}/adapter_model.safetensors" for p in ("text_encoder", "unet")]
+    said = ", ".join(f"{name}: {sha(parts / name)}" for name in names)
+    assert adapter_folder.weights_sha256(parts) == said
 
 
 def layer(rank: int, alpha: float) -> Any:
@@ -170,3 +196,70 @@ def test_adapted_parameters_are_written_by_the_recipe_s_suffixes_or_in_full(
             p.zero_()
     restore(model, adapter_folder.read_tensors(tmp_path))
     assert all(torch.equal(p, before[name]) for name, p in names.items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_tokens_are_written_and_put_back(tied: bool, tmp_path: Path) -> None:
+    recipe = tiny.recipe_of(
+        "causal_lm", rank=2, target_modules=["q_proj"], train_tokens=[9, 5],
+        train_modules=["model.norm"],
+    )  # fmt: skip
+
+    def attached(seed: int) -> nn.Module:
+        model = tiny.llama(tied)
+        attach(model, recipe, token_ids=[5, 9])
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+        return model
+
+    model, other = attached(1), attached(2)
+    save_adapter(tmp_path, model, recipe, ["model.norm"])
+    written = {"model.norm.weight": model.get_parameter("model.norm.weight")}
+    delta = "token_adapter.trainable_tokens_delta"
+    written[f"model.embed_tokens.{delta}"] = model.get_parameter("model.embed_tokens.rows")
+    if not tied:
+        written[f"lm_head.{delta}"] = model.get_parameter("lm_head.rows")
+        assert not torch.equal(*(t for name, t in written.items() if delta in name))
+    for name, of in lora_layers(model).items():
+        written[f"{name}.lora_A.weight"] = of.lora_A
+        written[f"{name}.lora_B.weight"] = of.lora_B
+    found = adapter_folder.read_tensors(tmp_path)
+    assert found.keys() == written.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in written.items())
+    restore(other, found)
+    ids = torch.arange(12).reshape(2, 6)
+    assert torch.equal(other.eval()(ids).logits, model.eval()(ids).logits)
+    with pytest.raises(AssertionError, match="belong to another recipe"):
+        restore(other, {name: t for name, t in found.items() if "norm" not in name})
+
+
+def test_rows_that_two_modules_share_are_written_under_both_names_where_peft_asks_for_both(
+    tmp_path: Path,
+) -> None:
+    """As in a sequence classifier of an encoder-decoder, of which PEFT ties nothing."""
+    recipe = tiny.recipe_of(rank=2, target_modules=["q_proj"], train_tokens=[9, 5])
+    models = []
+    for seed in (1, 2):
+        model = BartForSequenceClassification(tiny.encoder_decoder().config)
+        tiny.enliven(model)
+        attach(model, recipe, ["classification_head"], token_ids=[5, 9])
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+        models.append(model)
+    save_adapter(tmp_path, models[0], recipe, ["classification_head"])
+    found = adapter_folder.read_tensors(tmp_path)
+    rows = {name: t for name, t in found.items() if "token_adapter" in name}
+    sides = [f"model.{side}.embed_tokens" for side in ("encoder", "decoder")]
+    assert {name.partition(".token_adapter")[0] for name in rows} >= set(sides)
+    for tensor in rows.values():
+        assert torch.equal(tensor, models[0].get_parameter(f"{sides[0]}.rows"))
+    restore(models[1], found)
+    for name, parameter in models[0].named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(models[1].get_parameter(name), parameter), name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny
@@ -15,19 +15,25 @@ from torch import nn
 from lora_cli.adapters.attach import attach, trainable_parameters
 from lora_cli.errors import IntegrityError
 from lora_cli.files import write_manifest
-from lora_cli.recipe import Recipe, load_recipe
+from lora_cli.models.bundle import Bundle
+from lora_cli.recipe import Learned, Recipe, load_recipe
 from lora_cli.training import checkpoints as module
 from lora_cli.training.checkpoints import (
+    adopt_adapter,
     checkpoints,
+    clear_leftovers,
     load_checkpoint,
     optimizer_bytes,
+    peek_state,
     publish_adapter,
     require_space_for_checkpoints,
     restore_checkpoint,
+    restore_parameters,
+    restore_published,
     save_checkpoint,
 )
 from lora_cli.training.optimizers import build_optimizer
-from lora_cli.training.train_state import TrainState
+from lora_cli.training.train_state import TrainState, recipe_facts
 
 HEAD = ["classifier"]
 
@@ -231,3 +237,193 @@ def test_another_file_of_the_same_shapes_is_no_part_of_the_checkpoint(recipe: Re
     write_manifest(folders[1])
     with pytest.raises(IntegrityError, match=f"`{name}` is not the file that was written"):
         restore_checkpoint(folders[1], states[1], model, optimizer)
+
+
+def test_the_state_alone_is_read_of_the_newest_that_has_one(recipe: Recipe) -> None:
+    out = recipe.output_path
+    assert peek_state(out) is None
+    save(recipe, 2, 4)
+    for step in (4, 2):
+        state = peek_state(out)
+        assert state is not None
+        assert state.step == step
+        (out / "checkpoints" / f"step-{step:06d}" / "trainer.json").write_text("[]")
+    assert peek_state(out) is None
+
+
+def test_other_names_are_no_checkpoints_and_numbers_order_them(recipe: Recipe) -> None:
+    folder = recipe.output_path / "checkpoints"
+    assert checkpoints(recipe.output_path) == []
+    for name in ("step-000010", "step-9", "step-000002", ".step-000003.old", "step-x", "best"):
+        (folder / name).mkdir(parents=True)
+    assert checkpoints(recipe.output_path) == [
+        (2, folder / "step-000002"), (9, folder / "step-9"), (10, folder / "step-000010"),
+    ]  # fmt: skip
+
+
+def test_what_a_killed_process_left_is_cleared_in_both_folders(recipe: Recipe) -> None:
+    save(recipe, 2)
+    out = recipe.output_path
+    for folder in (out, out / "checkpoints"):
+        (folder / ".part.7.tmp").mkdir()
+        (folder / ".gone.7.old").mkdir()
+    clear_leftovers(out)
+    for folder in (out, out / "checkpoints"):
+        assert not (folder / ".part.7.tmp").exists()
+        assert (folder / "gone").is_dir()
+    assert [step for step, _ in checkpoints(out)] == [2]
+
+
+# -------------------------------------------------------------------------- a run that is resumed
+
+
+def test_a_new_run_takes_nothing_over(recipe: Recipe) -> None:
+    learned = Learned()
+    adopt_adapter(recipe, learned)
+    assert learned == Learned()
+
+
+def test_a_resumed_run_goes_on_with_the_adapter_of_its_checkpoint(recipe: Recipe) -> None:
+    started = recipe.with_values({"adapter.rank": 3, "adapter.alpha": 5.0, "adapter.dropout": 0.5})
+    model, optimizer = trained(started)
+    state = TrainState(step=1, recipe=json.loads(json.dumps(recipe_facts(started))))
+    save_checkpoint(recipe.output_path, state, optimizer, model, started, HEAD, None)
+    learned = Learned()
+    adopt_adapter(started, learned)
+    assert learned == Learned(in_checkpoint=True)
+    # the recipe names an adapter, and says of it one thing otherwise than the run did
+    section = {"from": "old", "dropout": 0.25, "target_modules": ["query"]}
+    spec = type(recipe.adapter).model_validate(section)
+    now = recipe.with_values({"adapter": spec})
+    adopt_adapter(now, learned)
+    found = learned.adapter
+    assert found is not None
+    assert (found.rank, found.alpha, found.dropout, found.from_) == (3, 5.0, 0.25, "old")
+    assert found.target_modules == started.adapter.target_modules  # not the recipe's
+    assert learned.ranks == {}
+
+
+def test_ranks_that_were_moved_are_those_of_the_newest_checkpoint_that_can_be_read(
+    recipe: Recipe,
+) -> None:
+    for step, rank in ((1, 5), (2, 3)):
+        model, optimizer = trained(recipe.with_values({"adapter.rank": rank}))
+        state = TrainState(step=step)
+        save_checkpoint(recipe.output_path, state, optimizer, model, recipe, HEAD, None)
+    names = set(module.lora_layers(model))
+    newest = recipe.output_path / "checkpoints" / "step-000002"
+    for rank in (3, 5):
+        learned = Learned()
+        adopt_adapter(recipe.with_values({"adapter.init": "eva"}), learned)
+        assert learned.ranks == dict.fromkeys(names, rank)
+        (newest / "adapter_model.safetensors").write_bytes(b"cut")
+    (newest.with_name("step-000001") / "adapter_model.safetensors").unlink()
+    learned = Learned()
+    adopt_adapter(recipe.with_values({"adapter.init": "eva"}), learned)
+    assert learned == Learned(in_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("shape", "is of shape [3, 32], and should be of shape [4, 32]"),
+        ("missing", "is not there, and should be of shape [4, 32]"),
+        ("more", "is of shape [4, 32], and should be not there"),
+    ],
+)
+def test_parameters_of_another_run_are_named_before_any_is_put_back(
+    change: str, said: str, recipe: Recipe
+) -> None:
+    model, optimizer = trained(recipe)
+    state = TrainState(step=1)
+    folder = save_checkpoint(recipe.output_path, state, optimizer, model, recipe, HEAD, None)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if name.endswith("lora_A.weight"))
+    plain = name.removeprefix("base_model.model.")
+    if change == "more":
+        plain = f"x.{plain}"
+        tensors[f"base_model.model.{plain}"] = tensors[name].clone()
+    elif change == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][:3].clone()
+    save_file(tensors, file)
+    other, _ = trained(recipe)
+    before = {n: p.detach().clone() for n, p in trainable_parameters(other).items()}
+    with pytest.raises(IntegrityError) as caught:
+        restore_parameters(folder, other)
+    (problem,) = caught.value.problems
+    assert problem.what == f"`{plain}` {said}"
+    assert problem.at == str(file)
+    assert f"remove {folder}" in str(problem.hint)
+    assert all(torch.equal(p, before[n]) for n, p in trainable_parameters(other).items())
+
+
+def test_of_several_parts_the_file_of_the_part_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ["text_encoder/adapter_model.safetensors", "unet/adapter_model.safetensors"]
+    monkeypatch.setattr(module, "weight_files", lambda _: files)
+    monkeypatch.setattr(module, "read_tensors", lambda _: {})
+    for name, file in (("unet.a", files[1]), ("text_encoder.a", files[0]), ("vae.a", files[0])):
+        wanted = {f"base_model.model.{name}": torch.zeros(2)}
+        monkeypatch.setattr(module, "adapter_tensors", lambda _, wanted=wanted: wanted)
+        with pytest.raises(IntegrityError) as caught:
+            restore_parameters(tmp_path, nn.Linear(1, 1))
+        assert caught.value.problems[0].at == str(tmp_path / file)
+
+
+# ---------------------------------------------------------------------- what stands in the output
+
+
+class Part(nn.Module):
+    """A model of another library than transformers."""
+
+    asked: ClassVar[list[dict[str, Any]]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("seen", torch.zeros(2))
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.state_dict(), folder / "part.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, **options: Any) -> Part:
+        cls.asked.append(options)
+        part = cls()
+        part.load_state_dict(load_file(folder / "part.safetensors"))
+        return part
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "bundle"])
+def test_what_was_published_is_put_back(kind: str, recipe: Recipe) -> None:
+    if kind != "lora":
+        recipe = recipe.with_values({"adapter.type": "full"})
+
+    def built() -> nn.Module:
+        if kind == "bundle":
+            return Bundle({"unet": Part(), "encoder": tiny.encoder(2)})
+        model: nn.Module = tiny.encoder(2)
+        attach(model, recipe, HEAD)
+        return model
+
+    model, other = built(), built()
+    for seed, one in enumerate((model, other)):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for tensor in [p for p in one.parameters() if p.requires_grad] + [
+                b for n, b in one.named_buffers() if n.endswith("seen")
+            ]:
+                tensor.normal_()
+    recipe.output_path.mkdir(parents=True)
+    publish_adapter(recipe.output_path, model, recipe, HEAD, None, None)
+    Part.asked.clear()
+    restore_published(recipe.output_path, other, recipe)
+    wanted = model.state_dict()
+    assert other.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in other.state_dict().items())
+    assert Part.asked == ([{"torch_dtype": torch.float32}] if kind == "bundle" else [])
