@@ -91,6 +91,23 @@ def test_the_room_is_that_of_all_that_is_on_the_disk_at_once(
     assert asked[1] == asked[0] - 1000
 
 
+def test_of_buffers_those_of_the_layers_themselves_are_kept(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.encoder(2)
+    attach(model, recipe, HEAD)
+    asked: list[int] = []
+    monkeypatch.setattr(module, "require_space", lambda _, size, at: asked.append(size))
+    require_space_for_checkpoints(model, recipe)
+    layer = next(iter(module.lora_layers(model).values()))
+    layer.base.register_buffer("table", torch.zeros(1000))  # of the frozen base
+    require_space_for_checkpoints(model, recipe)
+    layer.register_buffer("lengths", torch.zeros(50, dtype=torch.float64))
+    require_space_for_checkpoints(model, recipe)
+    # in the four checkpoints, and in the adapter in two versions
+    assert [size - asked[0] for size in asked] == [0, 0, (4 + 2) * 400]
+
+
 def test_a_model_of_parts_also_needs_room_for_the_file_of_diffusers(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,3 +167,29 @@ def test_five_problems_are_named_and_the_others_counted(n_missing: int, n_more: 
     found = problems(dict.fromkeys(names))
     more = [f"{n_more} more tensors are wrong"] if n_more else []
     assert found == [f"`{name}` is missing" for name in names[:5]] + more
+
+
+@pytest.mark.parametrize(
+    ("options", "counts_on_device"),
+    [
+        ({}, False),
+        ({"fused": None, "capturable": False}, False),
+        ({"fused": True}, True),
+        ({"capturable": True}, True),
+        ({"fused": True, "capturable": True}, True),
+    ],
+)
+def test_tensors_go_where_their_parameter_is_and_counts_of_steps_stay_on_the_host(
+    options: dict[str, Any], counts_on_device: bool
+) -> None:
+    parameter = nn.Parameter(torch.zeros(2, device="meta"))  # any device but the host
+    group = {"params": [parameter], "names": ["layer.weight"], **options}
+    optimizer: Any = SimpleNamespace(param_groups=[group], state=defaultdict(dict))
+    tensors = {"layer.weight/exp_avg": torch.ones(2), "layer.weight/step": torch.tensor(3.0)}
+    load_optimizer(optimizer, tensors, {"layer.weight/kind": "a", "other/kind": "b"})
+    found = optimizer.state[parameter]
+    assert found["exp_avg"].device.type == "meta"
+    assert found["step"].device.type == ("meta" if counts_on_device else "cpu")
+    assert found["kind"] == "a"
+    assert len(found) == 3
+    assert list(optimizer.state) == [parameter]

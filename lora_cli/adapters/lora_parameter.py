@@ -110,8 +110,7 @@ class LoRAParameter(LoRALayer):
         """Set A or B to what PEFT stored."""
         parameter = self.get_parameter(name)
         if name == "lora_B" and parameter.ndim == 3:
-            experts, out, rank = parameter.shape
-            tensor = tensor.reshape(out, rank, experts).permute(2, 0, 1)
+            tensor = tensor.reshape(-1, len(parameter)).T  # (experts, out x rank)
         with torch.no_grad():
             parameter.copy_(tensor.reshape(parameter.shape))
 

@@ -25,7 +25,7 @@ def places_of(model: nn.Module, entries: Collection[str]) -> list[Place]:
     return [
         (name, key)
         for name, module in model.named_modules()
-        if name and not (layers and name.startswith(layers))
+        if name and not name.startswith(layers)
         for key, _ in innermost(module).named_parameters(recurse=False)
         if any(_ends(f"{name}.{key}", entry) for entry in entries)
     ]
