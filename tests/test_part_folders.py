@@ -329,6 +329,39 @@ def test_dora_in_one_part_alone_is_rejected(first: bool | None) -> None:
     joined({"unet": part(first), "text_encoder": part(first or False)}, "folder")
 
 
+def test_rows_of_tokens_and_single_parameters_are_said_in_full_names() -> None:
+    unet, text = low_rank("to_q", target_parameters=["a.kernel"]), low_rank("to_q")
+    text[0]["trainable_token_indices"] = [1, 4]
+    text[1]["b.embed.token_adapter.trainable_tokens_delta"] = torch.ones(2, 1)
+    found, tensors = joined({"unet": unet, "text_encoder": text}, "folder")
+    assert found["trainable_token_indices"] == {"text_encoder.b.embed": [1, 4]}
+    assert found["target_parameters"] == ["unet.a.kernel"]
+    assert tensors.keys() == {f"unet.{n}" for n in unet[1]} | {f"text_encoder.{n}" for n in text[1]}
+    text[0]["trainable_token_indices"] = {"embed": [3], "other": [2]}
+    found, _ = joined({"unet": unet, "text_encoder": text}, "folder")
+    assert found["trainable_token_indices"] == {
+        "text_encoder.embed": [3], "text_encoder.other": [2],
+    }  # fmt: skip
+    found, _ = joined({"unet": low_rank("to_q"), "text_encoder": low_rank("to_q")}, "folder")
+    assert found["target_parameters"] is None
+    assert "trainable_token_indices" not in found
+
+
+def test_a_configuration_without_a_rank_has_that_of_peft() -> None:
+    parts = {"unet": low_rank("to_q", "to_v"), "text_encoder": low_rank("to_q", r=2, lora_alpha=3)}
+    found, _ = joined(parts, "folder")
+    assert (found["r"], found["rank_pattern"]) == (8, {r"text_encoder\.to_q": 2})
+    assert (found["lora_alpha"], found["alpha_pattern"]) == (8, {r"text_encoder\.to_q": 3})
+
+
+def test_the_outermost_module_whose_name_ends_so_is_named() -> None:
+    config, tensors = low_rank("to_q", modules_to_save=["ead", "head.proj", "deep"])
+    for name in ("head.proj.weight", "head.bias", "a.b.deep.c.weight"):
+        tensors[name] = torch.ones(1, 1)
+    found, _ = joined({"unet": (config, tensors)}, "folder")
+    assert found["modules_to_save"] == ["unet.a.b.deep", "unet.head"]
+
+
 def test_most_modules_have_the_usual_rank_and_the_others_are_named_the_longest_first() -> None:
     ranks = {"a": 4, "b": 2, "c.b": 8, "d": 4, "e": 4}  # an expression `b` would fit `c.b` too
     usual, others = most_common(ranks)

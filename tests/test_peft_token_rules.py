@@ -264,3 +264,23 @@ def test_rows_that_peft_would_not_use_are_named() -> None:
     attach(model, recipe("llama"), [], token_ids=IDS)
     (said,) = token_differences(model, {"trainable_token_indices": {"lm_head": IDS}})
     assert "rows of tokens in `model.embed_tokens`: to use" in said
+
+
+def test_without_a_configuration_nothing_is_tied() -> None:
+    class Bare(nn.Module):
+        _tied_weights_keys = {"head.weight": "embed_tokens.weight"}
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed_tokens, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+            self.head.weight = self.embed_tokens.weight
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.embed_tokens
+
+    model = Bare()
+    reading = token_reading(model, {"trainable_token_indices": [1, 2]})
+    assert (reading.ids, reading.followers) == ({"embed_tokens": [1, 2]}, {})
+    model.config = type("Config", (), {"tie_word_embeddings": True})()  # type: ignore[assignment]
+    reading = token_reading(model, {"trainable_token_indices": [1, 2]})
+    assert (reading.ids, reading.followers) == ({"embed_tokens": [1, 2]}, {"head": "embed_tokens"})

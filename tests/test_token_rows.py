@@ -225,6 +225,8 @@ def test_only_modules_of_the_model_with_weights_have_rows_of_tokens() -> None:
     model.head.weight = model.embedding.weight
     assert embedding_names(model) == ["embedding"]
     assert sharing(model, "embedding") == ["embedding", "head"]
+    model.again = model.embedding  # the same module in another place
+    assert sharing(model, "embedding") == ["embedding", "head", "again"]
     model.head = nn.Identity()
     assert embedding_names(model) == ["embedding"]
     assert embedding_names(nn.Linear(2, 2)) == []

@@ -117,6 +117,32 @@ def test_sizes_are_divided_as_peft_divides_them(factor: int) -> None:
     assert all(divided(n, factor) == factorization(n, factor) for n in range(1, 200))
 
 
+class EachLayer(nn.Module):
+    """A layer of each kind that can have a whole update; they are not computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.line = nn.Linear(12, 6), nn.Conv1d(4, 6, 5)
+        self.kernel, self.point = nn.Conv2d(4, 6, (3, 5)), nn.Conv2d(4, 6, 1)
+        self.grouped = nn.Conv2d(4, 6, 3, groups=2)
+
+
+@each_setting
+def test_each_layer_s_update_is_that_of_peft(settings: str, tmp_path: Path) -> None:
+    base = EachLayer()
+    names = [name for name, _ in base.named_children()]
+    theirs = theirs_on(base, settings, names)
+    theirs.save_pretrained(tmp_path)
+    load_adapter(base, read_adapter(tmp_path), [])
+    layers = lora_layers(base)
+    assert sorted(layers) == sorted(names)
+    for name, layer in layers.items():
+        other: Any = theirs.get_base_model().get_submodule(name)
+        wanted = other.get_delta_weight("default")
+        assert float(wanted.detach().abs().max()) > 0
+        assert_close(layer.delta_weight(), wanted.reshape(layer.base.weight.shape), 1e-6)
+
+
 @proves("read", "merge")
 @pytest.mark.parametrize("site", SITES)
 @each_setting

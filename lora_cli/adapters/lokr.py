@@ -101,15 +101,11 @@ def divided(size: int, factor: int) -> tuple[int, int]:
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
-    most = size if factor == -1 else factor
-    m, n = 1, size
-    while m < n:
-        smaller = next(k for k in range(m + 1, size + 1) if size % k == 0)
-        larger = size // smaller
-        if smaller + larger > m + n or smaller > most:
-            break
-        m, n = smaller, larger
-    return min(m, n), max(m, n)
+    most = math.isqrt(size)
+    if factor != -1:
+        most = min(most, max(factor, 1))
+    smaller = next(k for k in range(most, 0, -1) if size % k == 0)
+    return smaller, size // smaller
 
 
 LOKR_LAYERS = (LoKrLayer,)

@@ -103,7 +103,7 @@ def _alpha_key(config: Config) -> str:
 
 def most_common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return the most frequent of the modules' values, and a pattern for each other module."""
-    usual = Counter(values.values()).most_common(1)[0][0]
+    usual = Counter(values.values()).most_common()[0][0]
     longest_first = sorted(values, key=len, reverse=True)  # the first that fits counts
     return usual, {re.escape(n): values[n] for n in longest_first if values[n] != usual}
 

@@ -96,7 +96,7 @@ def modules_to_save(config: dict[str, Any]) -> list[str]:
 def copied_modules(names: Iterable[str], config: dict[str, Any]) -> set[str]:
     """Return the modules of which PEFT trains a copy: whose names end in an entry, as texts do."""
     entries = tuple(modules_to_save(config))
-    return {name for name in names if entries and name.endswith(entries)}
+    return {name for name in names if name.endswith(entries)}
 
 
 def parameter_layers(model: nn.Module, entries: Collection[str] | None) -> dict[str, Place]:
