@@ -13,8 +13,8 @@ from lora_cli.data.column_kinds import describe
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 from lora_cli.tasks.detection import detection_labels
-from lora_cli.tasks.detection.annotated_pictures import LARGEST, propose_objects
 from lora_cli.tasks.detection.detection_labels import DetectionLabels
+from lora_cli.tasks.detection.detection_proposals import LARGEST, propose_objects
 from lora_cli.tasks.proposal import Certainty, Proposal, Table
 
 Box = tuple[Any, list[float]]

@@ -14,11 +14,13 @@ import pytest
 import tiny
 import torch
 from closeness import assert_close, near
+from peft.utils.incremental_pca import IncrementalPCA
 from test_initialise import SAME, assert_trains_alike, logits, our_pairs, ours, peft_pairs
 from torch import Tensor, nn
 
+from lora_cli.adapters import eva
 from lora_cli.adapters.attach import lora_layers
-from lora_cli.adapters.eva import Components, find_starts, start_at
+from lora_cli.adapters.eva import Components, find_starts, give_ranks, start_at
 from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.adapters.peft_format.adapter_folder import read_adapter, save_adapter
 from lora_cli.recipe import load_recipe
@@ -109,6 +111,43 @@ def test_components_of_batches_are_those_of_all_rows() -> None:
     assert bool(part.found.all())
 
 
+@pytest.mark.parametrize("count", [1, 3, 7])  # few of 12 are found approximately, many exactly
+@pytest.mark.parametrize("rows", [9, 30])
+def test_components_are_those_of_peft_batch_by_batch(count: int, rows: int) -> None:
+    torch.manual_seed(1)
+    mixed = torch.randn(12, 12) * 0.8 ** torch.arange(12.0)
+    theirs = IncrementalPCA(n_components=count, lowrank=True, lowrank_seed=42)
+    ours = Components(count)
+    before: Tensor | None = None
+    for _ in range(6):
+        x = torch.randn(rows, 12) @ mixed + 2
+        ours.add(x)
+        theirs.partial_fit(x)
+        assert ours.vectors is not None
+        assert_close(ours.vectors.float(), theirs.components_.float(), 1e-4)
+        assert_close(ours.shares.float(), theirs.explained_variance_ratio_.float(), 1e-4)
+        if before is None:
+            assert not ours.found.any()
+        else:
+            alike = nn.functional.cosine_similarity(ours.vectors.double(), before.double())
+            assert torch.equal(ours.found, alike >= eva.ALIKE)
+        before = ours.vectors
+
+
+def test_a_layer_gets_the_largest_rank_of_those_that_read_the_same() -> None:
+    found = {name: Components(3) for name in ("a", "b")}
+    found["a"].shares = torch.tensor([0.5, 0.2, 0.1])
+    found["b"].shares = torch.tensor([0.6, 0.05, 0.04])
+    leaders = {"a": "a", "x": "a", "b": "b"}
+    for most, budget, wanted in (
+        ({"a": 1, "x": 3, "b": 3}, 5, {"a": 3, "b": 1, "x": 1}),
+        ({"a": 3, "x": 1, "b": 3}, 5, {"a": 3, "b": 1, "x": 1}),
+        ({"a": 3, "x": 3, "b": 0}, 2, {"a": 1, "b": 0, "x": 1}),
+        ({"a": 3, "x": 0, "b": 1}, 3, {"a": 2, "b": 1, "x": 0}),
+    ):
+        assert eva._ranks(found, leaders, budget, most) == wanted
+
+
 def test_batches_with_too_few_tokens_wait_for_the_next() -> None:
     torch.manual_seed(0)
     x = torch.randn(60, 10)
@@ -120,6 +159,14 @@ def test_batches_with_too_few_tokens_wait_for_the_next() -> None:
     assert small.vectors is not None
     assert whole.vectors is not None
     assert torch.equal(small.vectors, whole.vectors)
+    enough = Components(4)
+    enough.add(x[:3])
+    assert enough.vectors is None
+    for rows in (x[:4], x[:1]):  # as many as are wanted, and one more than those that wait
+        enough.add(rows)
+        assert enough.vectors is not None
+        enough = Components(4)
+        enough.add(x[:3])
 
 
 def test_a_module_may_lose_its_adapter_to_others() -> None:
@@ -141,6 +188,57 @@ def test_a_module_may_lose_its_adapter_to_others() -> None:
         assert type(model.get_submodule(name)) is nn.Linear
         assert not model.get_submodule(name).bias.requires_grad
     assert torch.equal(logits(model), logits(base))
+
+
+class Inner(nn.Module):
+    """Layers whose inputs have other shapes than the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.pooled, self.heads = (nn.Linear(4, 2) for _ in range(3))
+
+    def forward(self, x: Tensor) -> None:
+        self.tokens(x)
+        self.pooled(x[:, 0])
+        self.heads(x[:, :2, None].expand(-1, -1, 3, -1))
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_of_inputs_the_tokens_that_count_are_rows_where_they_can_be_told(counted: bool) -> None:
+    model, x = Inner(), torch.randn(2, 3, 4)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    found: dict[str, Tensor] = {}
+
+    def look() -> Tensor | None:
+        model(x)
+        return mask if counted else None
+
+    layers = dict(model.named_children())
+    eva._observe(layers, look, {name: partial(found.__setitem__, name) for name in layers})
+    assert torch.equal(found["tokens"], x[mask] if counted else x.reshape(6, 4))
+    assert torch.equal(found["pooled"], x[:, 0])
+    assert torch.equal(found["heads"], x[:, :2, None].expand(-1, -1, 3, -1).reshape(12, 4))
+    assert not any(layer._forward_pre_hooks for layer in layers.values())
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_what_loses_its_adapter_keeps_its_bias_as_the_recipe_says(bias: str) -> None:
+    names = ["query", "key", "value"]
+    adapter = {"rank": 2, "alpha": 6.0, "target_modules": names, "bias": bias}
+    model, spec = ours(tiny.encoder(), **adapter), tiny.recipe_of(**adapter).adapter
+    start = "bert.encoder.layer.0.attention.self"
+    model.get_submodule(f"{start}.key").base.bias = None
+    kept = lora_layers(model)[f"{start}.query"]
+    give_ranks(model, {f"{start}.query": 2, f"{start}.value": 5}, spec)
+    layers = lora_layers(model)
+    assert {name: layer.rank for name, layer in layers.items()} == {
+        f"{start}.query": 2, f"{start}.value": 5,
+    }  # fmt: skip
+    assert layers[f"{start}.query"] is kept  # its rank is the same
+    assert layers[f"{start}.value"].scaling == kept.scaling
+    for place, adapted in (("0.attention.self.value", True), ("1.attention.self.value", False)):
+        module = model.get_submodule(f"bert.encoder.layer.{place}")
+        assert module.bias.requires_grad == (bias == "all" or (bias == "lora_only" and adapted))
 
 
 def test_a_run_starts_from_its_own_rows_and_says_so(

@@ -30,7 +30,9 @@ from transformers import (
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lora_cli.adapters import frozen_lower_layers
 from lora_cli.adapters.attach import attach, training_mode
 from lora_cli.adapters.frozen_lower_layers import FrozenLayers, find_frozen_layers
 
@@ -273,3 +275,196 @@ def test_a_decoder_below_which_the_encoder_is_trained_has_no_frozen_layers() -> 
     model = BartForConditionalGeneration(BartConfig(**BOTH))
     attach(model, tiny.recipe_of(target_modules=r".*encoder\.layers\.0.*q_proj"))
     assert find_frozen_layers(model, lambda: model(**PAIR)) is None
+
+
+# ------------------------------------------------------------------------------ any architecture
+
+
+class Layer(nn.Module):
+    """A layer that returns what its form says."""
+
+    def __init__(self, form: str = "tensor") -> None:
+        super().__init__()
+        self.linear, self.form = nn.Linear(4, 4), form
+
+    def forward(self, x: Tensor) -> Any:
+        found = torch.tanh(self.linear(x))
+        outputs = {"tensor": found, "one": (found,), "none": (found, None), "more": (found, x),
+                   "odd": [found], "empty": ()}  # fmt: skip
+        return outputs[self.form]
+
+
+def first_of(output: Any, x: Tensor) -> Tensor:
+    found: Tensor = (
+        (output[0] if len(output) else x) if isinstance(output, tuple | list) else output
+    )
+    return found
+
+
+class Stack(nn.Module):
+    """Layers, of which the order and the number of calls are given, and a head."""
+
+    def __init__(self, *forms: str, order: list[int] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+        self.layers = nn.ModuleList(Layer(form) for form in forms)
+        self.order = list(range(len(forms))) if order is None else order
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.before(x))
+        for i in self.order:
+            x = first_of(self.layers[i](x), x)
+        found: Tensor = self.head(x)
+        return found
+
+
+X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+
+
+def found_in(model: Stack, *trained: str) -> FrozenLayers | None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(name.startswith(f"{top}.") for top in trained))
+    training = model.training
+    found = find_frozen_layers(model, lambda: model(X))
+    assert model.training == training
+    return found
+
+
+@pytest.mark.parametrize(
+    ("forms", "order", "trained", "frozen", "last", "first"),
+    [
+        (["tensor"], None, ["head"], 1, ["layers.0"], "head"),
+        (["tensor"] * 3, None, ["head"], 3, ["layers.2"], "head"),
+        (["tensor"] * 3, None, ["layers.2"], 2, ["layers.1"], None),
+        (["tensor"] * 3, None, ["layers.1", "head"], 1, ["layers.0"], None),
+        (["one", "none", "tensor"], None, ["layers.2"], 2, ["layers.1"], None),
+        # what a last layer hands on besides is not read by another
+        (["tensor", "more"], None, ["head"], 2, ["layers.1"], "head"),
+        (["more", "tensor"], None, ["head"], 2, ["layers.1"], "head"),
+        (["more", "tensor"], None, ["layers.1"], 1, [], None),
+        # a layer whose output has no form, or that runs again, or too early, ends what is frozen
+        (["tensor", "odd", "tensor"], None, ["head"], 1, ["layers.0"], "head"),
+        (["tensor", "empty", "tensor"], None, ["head"], 1, ["layers.0"], "head"),
+        (["tensor"] * 3, [0, 1, 1, 2], ["head"], 1, ["layers.0"], "head"),
+        (["tensor"] * 3, [1, 0, 2], ["head"], 1, ["layers.0"], "head"),
+        (["tensor"] * 3, [0, 2], ["head"], 1, ["layers.0"], "head"),
+    ],
+)
+def test_layers_are_frozen_that_run_once_in_order_before_what_is_trained(
+    forms: list[str],
+    order: list[int] | None,
+    trained: list[str],
+    frozen: int,
+    last: list[str],
+    first: str | None,
+) -> None:
+    model = Stack(*forms, order=order)
+    found = found_in(model, *trained)
+    assert found is not None
+    assert found.frozen == tuple(f"layers.{i}" for i in range(frozen))
+    assert found.last == tuple(last)
+    assert found.first == first
+    assert found.kept == (tuple(last) if first is None else (first,))
+    assert found.without_first().kept == tuple(last)
+    assert set(found.passed) == (set(found.frozen) if last else set())
+    kinds = {"tensor": None, "one": 1, "none": 2, "more": 2}
+    assert dict(found.passed) == {name: kinds[forms[int(name[-1])]] for name in found.passed}
+    # what runs before is in evaluation mode, and what is trained is not
+    assert {"before", "drop"} <= set(found.below)
+    assert {f"layers.{i}.linear" for i in range(frozen)} <= set(found.below)
+    tops = {name.partition(".")[0] if name == "head" else name for name in trained}
+    assert not any(name in tops or name.startswith(tuple(f"{t}." for t in tops))
+                   for name in found.below)  # fmt: skip
+    model.train()
+    found.evaluate()
+    for name, module in model.named_modules():
+        assert module.training == (name not in found.below)
+    # and the states take the place of what is frozen
+    with torch.no_grad(), found.recording() as states:
+        whole = model.eval()(X)
+    assert set(states) == set(found.kept)
+    if last:
+        with torch.no_grad(), found.entering(states):
+            assert torch.equal(model(X), whole)
+        other = {name: state + 1 for name, state in states.items()}
+        with torch.no_grad(), found.entering(other):
+            assert not torch.equal(model(X), whole)
+    assert torch.equal(model(X), whole)
+
+
+@pytest.mark.parametrize("trained", [["before"], ["layers.0"], ["before", "head"]])
+def test_nothing_is_frozen_above_what_is_trained(trained: list[str]) -> None:
+    assert found_in(Stack("tensor", "tensor"), *trained) is None
+
+
+def test_a_first_layer_that_cannot_be_passed_over_leaves_none() -> None:
+    assert found_in(Stack("odd", "tensor"), "head") is None
+    assert found_in(Stack("tensor", "tensor", order=[0, 1, 0]), "head") is None
+
+
+def test_stacks_are_the_outermost_lists_of_layers_with_weights() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.ModuleDict({"inner": nn.ModuleList([nn.Linear(1, 1)])})])
+    model.one = nn.ModuleList([nn.Linear(1, 1)])
+    model.empty = nn.ModuleList()
+    model.mixed = nn.ModuleList([nn.Linear(1, 1), nn.Dropout()])
+    model.alike = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    model.row = nn.Sequential(nn.Linear(1, 1), nn.LayerNorm(1))
+    model.outer = nn.Module()
+    model.outer.layers = nn.ModuleList([nn.Linear(1, 1), nn.LayerNorm(1)])
+    assert frozen_lower_layers._stacks(model) == {
+        "layers": ["layers.0"], "one": ["one.0"], "alike": ["alike.0", "alike.1"],
+        "outer.layers": ["outer.layers.0", "outer.layers.1"],
+    }  # fmt: skip
+    assert frozen_lower_layers._stacks(nn.ModuleList([nn.Linear(1, 1)])) == {"": ["0"]}
+
+
+@pytest.mark.parametrize(
+    ("state", "like", "wanted"),
+    [((2, 3, 4), (2, 5, 4), (2, 5, 4)), ((2, 3, 4), (2, 3, 4), (2, 3, 4)),
+     ((2, 5, 4), (2, 3, 4), (2, 5, 4)), ((2, 4), (2, 5, 4), (2, 4)),
+     ((2, 3, 4, 4), (2, 5, 4, 4), (2, 3, 4, 4)), ((2, 3, 4), (2, 5), (2, 3, 4))],
+)  # fmt: skip
+def test_states_of_tokens_are_filled_with_zeros_behind(
+    state: tuple[int, ...], like: tuple[int, ...], wanted: tuple[int, ...]
+) -> None:
+    ones = torch.ones(state)
+    found = frozen_lower_layers._filled(ones, torch.zeros(like))
+    assert tuple(found.shape) == wanted
+    assert float(found.sum()) == float(ones.sum())
+    if wanted != state:
+        assert torch.equal(found[:, : state[1]], ones)
+
+
+def test_the_first_tensor_of_arguments_or_of_a_tuple_is_the_state() -> None:
+    a, b = torch.zeros(1), torch.ones(1)
+    first = frozen_lower_layers._first_tensor
+    assert first((None, a, b), {}) is a
+    assert first((None,), {"x": None, "y": b}) is b
+    assert first(((a, b),), {}) is a
+    assert first((3,), {"x": a}) is a
+
+
+def test_what_is_read_without_a_call_is_read_when_its_owner_begins() -> None:
+    trace = frozen_lower_layers._Trace(began={"a": [3, 9], "a.b": [4], "c": [7]})
+    assert frozen_lower_layers._start_of_training({"a.b.c.d"}, trace) == 4
+    assert frozen_lower_layers._start_of_training({"a.x", "c"}, trace) == 3
+    assert frozen_lower_layers._start_of_training({"c"}, trace) == 7
+    assert frozen_lower_layers._start_of_training({"z"}, trace) == 0
+    assert frozen_lower_layers._start_of_training(set(), trace) == 0
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, GradientCheckpointingLayer])
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_what_checkpoints_its_own_layers_stays_in_training_mode(
+    layer: type[nn.Module], checkpoints: bool
+) -> None:
+    model, outer = nn.Module(), nn.Module()
+    outer.layers = nn.ModuleList([layer(1, 1) if layer is nn.Linear else layer()])
+    outer.gradient_checkpointing = checkpoints  # type: ignore[assignment]
+    model.outer = outer
+    around = frozen_lower_layers._around(model, ["outer.layers"])
+    own = layer is nn.Linear
+    assert around == (["outer.layers"] if own and checkpoints else ["outer.layers", "outer"])

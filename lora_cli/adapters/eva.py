@@ -45,14 +45,15 @@ class Components:
 
     count: int
     vectors: Tensor | None = None
-    """(count, in), of unit length, the one that explains most first."""
-    found: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    """(count, in), of unit length, the one that explains most first; None until there are inputs
+    enough, and nothing else is known until then."""
+    found: Tensor = field(init=False)
     """Which of them hardly changed with the last batch (count,)."""
-    shares: Tensor = field(default_factory=lambda: torch.zeros(0))
+    shares: Tensor = field(init=False)
     """The share of the variance that each explains (count,)."""
-    _strengths: Tensor = field(default_factory=lambda: torch.zeros(0))
-    _mean: Tensor = field(default_factory=lambda: torch.zeros(0))
-    _variance: Tensor = field(default_factory=lambda: torch.zeros(0))
+    _strengths: Tensor = field(init=False)
+    _mean: Tensor = field(init=False)
+    _variance: Tensor = field(init=False)
     _seen: int = 0
     _waiting: list[Tensor] = field(default_factory=list)
 
@@ -87,12 +88,13 @@ class Components:
         That is the mean of the rows before, or of the first rows themselves.
         """
         wide, rows, seen = x.double(), len(x), self._seen
-        before, own_mean = self._mean, wide.mean(dim=0)
+        own_mean = wide.mean(dim=0)
         spread = ((wide - own_mean) ** 2).sum(dim=0)
         self._seen += rows
         if not seen:
             self._mean, self._variance = own_mean, spread / rows
             return own_mean
+        before = self._mean
         self._mean = (before * seen + own_mean * rows) / self._seen
         between = (before - own_mean) ** 2 * (seen * rows / self._seen)
         self._variance = (self._variance * seen + spread + between) / self._seen
@@ -110,7 +112,7 @@ def _right_singular(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
             _, strengths, columns = torch.svd_lowrank(x, q=2 * count, niter=4)
         vectors = columns.T
     largest = vectors.abs().argmax(dim=1, keepdim=True)
-    return strengths, vectors * vectors.gather(1, largest).sign()
+    return strengths, vectors.mul(vectors.gather(1, largest).sign())
 
 
 # ------------------------------------------------------------------------------------ all layers
@@ -221,8 +223,8 @@ def _ranks(
     ranks = {name: counts.get(name, 0) for name in order}
     for name in order:  # the layer that has the components gets the largest rank of its group
         first = leaders[name]
-        if ranks[first] < ranks[name]:
-            ranks[first], ranks[name] = ranks[name], ranks[first]
+        both = ranks[first], ranks[name]
+        ranks[first], ranks[name] = max(both), min(both)
     return ranks
 
 
