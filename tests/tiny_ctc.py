@@ -2,6 +2,7 @@
 
 folder = tiny_ctc.save(tmp_path / "base")                     rows may be filled, with a mask
 folder = tiny_ctc.save(tmp_path / "base", norm="group")       filling changes what it hears
+folder = tiny_ctc.save_pretrained(tmp_path / "base")          without a tokenizer or an output layer
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 
 import tiny
 from transformers import (
+    AutoModel,
     AutoModelForCTC,
+    AutoModelForPreTraining,
     HubertConfig,
     Wav2Vec2Config,
     Wav2Vec2CTCTokenizer,
@@ -66,3 +69,17 @@ def save(
         Wav2Vec2FeatureExtractor(return_attention_mask=norm == "layer").save_pretrained(place)
 
     return tiny.saved_once(folder, ("ctc", kind, norm, letters, tuple(changes.items())), write_all)
+
+
+def save_pretrained(folder: Path, kind: str = "wav2vec2", **changes: Any) -> Path:
+    """Save a model that was pretrained on recordings alone, as the Hub has it."""
+
+    def write_all(place: Path) -> None:
+        values = {"vocab_size": 32, "codevector_dim": 16, "proj_codevector_dim": 16, **changes}
+        auto = AutoModelForPreTraining if kind == "wav2vec2" else AutoModel
+        model = auto.from_config(config(kind, **values))
+        tiny.enliven(model, 0)
+        model.save_pretrained(place)
+        Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(place)
+
+    return tiny.saved_once(folder, ("pretrained", kind, tuple(changes.items())), write_all)

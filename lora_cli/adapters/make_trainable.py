@@ -121,7 +121,7 @@ def _reject_other_labels(saved: AdapterFolder, recipe: Recipe) -> None:
     if not file.is_file():
         return
     theirs = load_adapter_recipe(saved.path).task
-    for key in ("problem", "labels"):
+    for key in ("problem", "labels", "letters"):
         ours, other = getattr(recipe.task, key, None), getattr(theirs, key, None)
         if ours is not None and other is not None and list(map(str, ours)) != list(map(str, other)):
             raise LoraError(

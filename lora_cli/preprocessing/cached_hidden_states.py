@@ -206,14 +206,23 @@ class _States:
         self.model.eval()
         try:
             with self.accelerator.autocast():
-                if self._agree_on(split, some):
+                if self._agrees(split, some):
                     return True
                 if self.layers.first is None or not self.layers.last:
                     return False
                 self.layers = self.layers.without_first()
-                return self._agree_on(split, some)
+                return self._agrees(split, some)
         finally:
             self.model.train(was_training)
+
+    def _agrees(self, split: Encoded, positions: list[int]) -> bool:
+        """Return the same of some examples; a model that then cannot compute does not agree."""
+        try:
+            return self._agree_on(split, positions)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # what comes after reads more of the frozen layers than hidden states
+            return False
 
     def _agree_on(self, split: Encoded, positions: list[int]) -> bool:
         task, device = self.task, self.accelerator.device

@@ -265,7 +265,8 @@ def _snippet(recipe: Recipe, labels: list[str], folder: Path) -> str:
     grown = lora and bool(model.add_tokens)
     code = LOADING.format(
         imports=imports, auto=usage.auto_class, base=base, how=how, setup=usage.setup,
-        files=repr(".") if grown else f"base{options}", resizing=RESIZING if grown else "",
+        files=repr(".") if lora and (grown or usage.has_own_processor) else f"base{options}",
+        resizing=RESIZING if grown else "",
         variable=variable, processor=processor,
     )  # fmt: skip
     return (code if lora else re.sub(r"(?m)^.*PeftModel.*\n", "", code)) + usage.code

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lora_cli.adapters.attach import lora_layers
 from lora_cli.data.recordings import Samples
-from lora_cli.errors import counted
+from lora_cli.errors import LoraError, counted
 from lora_cli.models.feature_extractor import features_of, require_frames_of
 from lora_cli.recipe import Recipe
 from lora_cli.recipe.spec import GenerationSpec
@@ -59,6 +59,9 @@ class SpeechRecognition(RecordedTask, WritingTask):
     def load_processor(self) -> None:
         """Load the tokenizer, the feature extractor and the configuration."""
         require_decoder(self.recipe, "attention")
+        if self.spec.letters is not None:
+            what = f"`{self.recipe.model.name}` writes tokens of its own, and takes no `letters`"
+            raise LoraError(what, self.recipe.at("task.letters"), "leave it out")
         super().load_processor()
         require_frames_of(self.extractor, self.config, self.recipe)
         self.pad = int(self.config.pad_token_id)

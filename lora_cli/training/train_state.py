@@ -244,8 +244,9 @@ def _changed(then: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 
 def _adopt_findings(task: dict[str, Any], saved: dict[str, Any]) -> None:
     """Take over what a run found in its data, where the recipe leaves it to the data."""
-    if "labels" in task and task["labels"] is None:
-        task["labels"] = saved.get("labels")
+    for key in ("labels", "letters", "decoder"):
+        if key in task and task[key] is None:
+            task[key] = saved.get(key)
     if task.get("class_weights") == "balanced" and isinstance(saved.get("class_weights"), dict):
         task["class_weights"] = saved["class_weights"]
 

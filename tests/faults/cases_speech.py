@@ -100,6 +100,32 @@ _OTHERS = {
 CASES += [Case(AREA, name, run) for name, run in _OTHERS.items()]
 
 
+def _new_letters(text: str = "", data: Any = None, **task: Any) -> Callable[[World], Printed]:
+    """Return a check of a base that was pretrained on recordings alone."""
+
+    def run(world: World) -> Printed:
+        tiny_ctc.save_pretrained(world.folder / "base")
+        _recipe(world)
+        if text:
+            world.write("speech/train/0.txt", text)
+        recipe = world.recipe(
+            model={"name": "./base"}, data={"path": "speech", **(data or {})},
+            task={"type": "speech_recognition", "max_length": ..., **task},
+        )  # fmt: skip
+        return world.lora("validate", recipe)
+
+    return run
+
+
+_NEW = {
+    "a transcript without a letter, for a new vocabulary": _new_letters("...\n"),
+    "letters with a space": _new_letters(letters="ab c"),
+    "a new vocabulary of streamed transcripts": _new_letters(data={"streaming": True}),
+    "letters for Whisper": _validate(letters="abc"),
+}
+CASES += [Case(AREA, name, run) for name, run in _NEW.items()]
+
+
 @case(AREA, "a tokenizer that is not one of letters")
 def _words(world: World) -> Printed:
     tiny_ctc.save(world.folder / "base")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from typing import Any, Literal
 
 from lora_cli.recipe.spec.section import Conflicts, Word
@@ -33,8 +34,8 @@ class SpeechRecognitionSpec(TaskSection):
 
     pipeline_tag = "automatic-speech-recognition"
     suitable_models = (
-        "take a Whisper model, such as openai/whisper-small, or one with CTC and a vocabulary, "
-        "such as facebook/wav2vec2-base-960h"
+        "take a Whisper model, such as openai/whisper-small, one with CTC, such as "
+        "facebook/wav2vec2-base-960h, or one that gets a vocabulary here: facebook/wav2vec2-base"
     )
     usual_training = UsualTraining(
         epochs=((1_000, 10), (20_000, 5), (math.inf, 2)), learning_rate=1e-3
@@ -57,6 +58,12 @@ class SpeechRecognitionSpec(TaskSection):
     decoder: Literal["attention", "ctc"] | None = None
     """How the model writes: one token after the other, as Whisper does (`attention`), or a letter
     for each moment, as wav2vec2, HuBERT and WavLM do (`ctc`). Default: as the base does."""
+
+    letters: Word | None = None
+    """The letters that a model with CTC writes, as one text: `letters: abcdefghijklmnopqrstuvwxyz`.
+    They get a new output layer, which is trained in full. Default: those of the base's own
+    vocabulary; of a base that has none, as it was only pretrained on recordings, those of the
+    transcripts of train: in lower case, without punctuation and symbols but for the apostrophe."""
 
     language: Word | None = None
     """The language that is spoken, as its code (`de`) or its English name. A model of several
@@ -84,6 +91,10 @@ class SpeechRecognitionSpec(TaskSection):
         if self.audio_column == self.text_column:
             what = f"`{self.audio_column}` is both the recording and the text"
             yield "text_column", what, "name the column of what is said"
+        odd = [letter for letter in self.letters or "" if letter.isspace() or letter == "|"]
+        if odd:
+            what = f"{odd[0]!r} is no letter: a space divides words, and every vocabulary has it"
+            yield "letters", what, "leave it out"
 
     @property
     def split_special_tokens(self) -> bool:
@@ -110,12 +121,22 @@ class SpeechRecognitionSpec(TaskSection):
         """The column that text files next to recordings fill."""
         return self.text_column
 
+    @property
+    def _head(self) -> str:
+        """The arguments of transformers that give the model the output layer of its letters."""
+        if self.letters is None:
+            return ""
+        known = {*unicodedata.normalize("NFC", self.letters), " "}
+        # behind them [UNK], [PAD] and the two tokens that every such tokenizer has, <s> and </s>
+        return f", vocab_size={len(known) + 4}, pad_token_id={len(known) + 1}"
+
     def usage(self, labels: list[str], settings: Any) -> Usage:
         """Return how a recording is transcribed."""
         if self.decoder == "ctc":
             return Usage(
-                "AutoModelForCTC", LETTERS, "import soundfile\nimport soxr\n",
+                "AutoModelForCTC", LETTERS, "import soundfile\nimport soxr\n", head=self._head,
                 processor=("processor", "AutoProcessor"),
+                has_own_processor=self.letters is not None,
             )  # fmt: skip
         options = [f"max_new_tokens={settings.max_new_tokens}", f"num_beams={settings.num_beams}"]
         options += ["do_sample=False", "suppress_tokens=[]", "begin_suppress_tokens=[]"]

@@ -42,6 +42,7 @@ class Usage:
         setup: Lines after the processor is loaded.
         head: Arguments that give the model its head, each with a comma before it.
         processor: The name of the variable and the class of transformers that prepare inputs.
+        has_own_processor: It lies beside the adapter, and the base has none or another.
     """
 
     auto_class: str
@@ -50,6 +51,7 @@ class Usage:
     setup: str = ""
     head: str = ""
     processor: tuple[str, str] = ("tokenizer", "AutoTokenizer")
+    has_own_processor: bool = False
 
 
 @dataclass(frozen=True)

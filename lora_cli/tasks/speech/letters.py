@@ -15,9 +15,17 @@ class Letters:
         vocabulary: The id of each token.
         delimiter: The token between two words.
         special: Tokens that are no letters, such as the one that fills rows.
+        unknown_id: The token of letters that the vocabulary lacks; None: there may be none.
     """
 
-    def __init__(self, vocabulary: Mapping[str, int], delimiter: str, special: set[str]) -> None:
+    def __init__(
+        self,
+        vocabulary: Mapping[str, int],
+        delimiter: str,
+        special: set[str],
+        unknown_id: int | None = None,
+    ) -> None:
+        self.unknown_id = unknown_id
         letters = {t: i for t, i in vocabulary.items() if t not in special and t != delimiter}
         self.ids = {**letters, " ": vocabulary[delimiter]}
         small = any(letter != letter.upper() for letter in letters)
@@ -47,8 +55,9 @@ class Letters:
         return {c for c in text if is_symbol(c) and c not in self.ids}
 
     def tokens_of(self, text: str) -> list[int]:
-        """Return the tokens of a transcript, all of whose characters are known."""
-        return [self.ids[letter] for letter in self.written(text)]
+        """Return the tokens of a transcript; all its characters are known, or have a token."""
+        found = (self.ids.get(letter, self.unknown_id) for letter in self.written(text))
+        return [token for token in found if token is not None]
 
 
 def is_symbol(character: str) -> bool:

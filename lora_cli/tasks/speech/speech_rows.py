@@ -324,8 +324,12 @@ class RecordedTask(TextTask):
         facts = recording_facts(example["audio"])
         about = f"{described(example['audio'])}: {facts.seconds:.2f} s at {facts.rate:,} Hz, "
         about += counted(facts.channels, "channel")
-        text = marked(self.tokenizer, labels, [True] * len(labels), colour)
+        text = self.marked(labels, colour)
         return [f"text {counted(len(labels), 'token')}"], f"{about}\n{text}"
+
+    def marked(self, labels: Sequence[int], colour: bool) -> str:
+        """Return a transcript as the model learns it, marked as what is trained."""
+        return marked(self.tokenizer, labels, [True] * len(labels), colour)
 
     def shown_reference(self, row: dict[str, Any]) -> str | None:
         """Return the transcript of a row."""

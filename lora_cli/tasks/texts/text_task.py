@@ -105,16 +105,19 @@ class TextTask(Task):
 
     def load_processor(self) -> None:
         """Load the tokenizer and the model's configuration."""
-        if self.trained_in is None:
-            self.tokenizer = load_tokenizer(self.recipe)
-        else:
-            self.tokenizer = trained_tokenizer(self.trained_in, self.recipe)
+        self.tokenizer = self.read_tokenizer()
         self.control_tokens = ControlTokens(self.tokenizer)
         self.config = load_config(self.recipe)
         self.learned.token_ids = trained_token_ids(self.tokenizer, self.recipe)
         if self.recipe.model.add_tokens:
             text_config = self.config.get_text_config()
             text_config.vocab_size = max(text_config.vocab_size, len(self.tokenizer))
+
+    def read_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the base's tokenizer, or the one that the adapter was trained with."""
+        if self.trained_in is None:
+            return load_tokenizer(self.recipe)
+        return trained_tokenizer(self.trained_in, self.recipe)
 
     def read_config(self) -> None:
         """Read the model's configuration; and the tokenizer, where the recipe names tokens."""
