@@ -15,8 +15,8 @@ from lora_cli.adapters.attach import attach, trainable_parameters
 from lora_cli.models.fingerprint import fingerprint_of
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
-from lora_cli.training.checkpoints import publish_adapter
 from lora_cli.training.output_folder import write_recipe
+from lora_cli.training.published_adapter import publish_adapter
 
 CPU = torch.device("cpu")
 

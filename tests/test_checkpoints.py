@@ -18,6 +18,7 @@ from lora_cli.files import write_manifest
 from lora_cli.models.bundle import Bundle
 from lora_cli.recipe import Learned, Recipe, load_recipe
 from lora_cli.training import checkpoints as module
+from lora_cli.training import published_adapter
 from lora_cli.training.checkpoints import (
     adopt_adapter,
     checkpoints,
@@ -25,14 +26,13 @@ from lora_cli.training.checkpoints import (
     load_checkpoint,
     optimizer_bytes,
     peek_state,
-    publish_adapter,
     require_space_for_checkpoints,
     restore_checkpoint,
     restore_parameters,
-    restore_published,
     save_checkpoint,
 )
 from lora_cli.training.optimizers import build_optimizer
+from lora_cli.training.published_adapter import publish_adapter, restore_published
 from lora_cli.training.train_state import TrainState, recipe_facts
 
 HEAD = ["classifier"]
@@ -127,7 +127,8 @@ def test_what_decides_the_computation_is_kept_beside_what_is_trained(
 ) -> None:
     model, optimizer = trained(recipe)
     facts, written = {"attention": "sdpa"}, []
-    monkeypatch.setattr(module, "write_computation", lambda *given: written.append(given))
+    for writer in (module, published_adapter):
+        monkeypatch.setattr(writer, "write_computation", lambda *given: written.append(given))
     state, out = TrainState(step=1), recipe.output_path
     save_checkpoint(out, state, optimizer, model, recipe, HEAD, None, facts)
     ((folder, *rest),) = written

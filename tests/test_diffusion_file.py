@@ -39,7 +39,7 @@ from lora_cli.export.export_adapter import reader_named
 from lora_cli.export.reader import Source
 from lora_cli.models.bundle import Bundle
 from lora_cli.recipe import Recipe
-from lora_cli.training.checkpoints import publish_adapter
+from lora_cli.training.published_adapter import publish_adapter
 
 Factors = dict[tuple[str, str], tuple[Tensor, Tensor, float]]  # A, B and alpha by part and module
 Tensors = dict[str, Tensor]

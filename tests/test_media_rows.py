@@ -15,13 +15,18 @@ import tiny_pictures
 from tiny_pictures import encoded, picture
 
 from lora_cli.data.load_rows import Rows, load_rows, stream_rows
-from lora_cli.data.media import is_media, media_bytes, media_hash
+from lora_cli.data.media import is_media, media_hash
 from lora_cli.data.row_texts import text_of
 from lora_cli.errors import LoraError
 from lora_cli.preprocessing.data_gate import inspect_data
 from lora_cli.recipe import Recipe
 
 Json = dict[str, Any]
+
+
+def media_bytes(value: dict[str, Any]) -> bytes:
+    data = value["bytes"]
+    return data if isinstance(data, bytes) else Path(value["path"]).read_bytes()
 
 
 @pytest.fixture(autouse=True)

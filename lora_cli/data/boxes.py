@@ -27,7 +27,6 @@ CROWD_KEYS = ("iscrowd", "is_crowd")
 FORMAT, SIZE = "box_format", "size"  # what the readers of annotation files add
 TOLERANCE = 1.0  # pixels by which a box may leave the picture: it was rounded
 LEAVING = 0.2  # share of the rows whose boxes leave the picture, from where on it is odd
-CORNERS = ("x0", "y0", "x1", "y1")
 SHOWN = 60
 
 

@@ -96,16 +96,6 @@ def media_error(row: dict[str, Any], columns: Collection[str]) -> str:
     return ""
 
 
-def media_bytes(value: dict[str, Any]) -> bytes:
-    """Return the encoded bytes of a media value.
-
-    Raises:
-        OSError: If its file cannot be read.
-    """
-    data = value["bytes"]
-    return data if isinstance(data, bytes) else Path(value["path"]).read_bytes()
-
-
 def media_hash(value: dict[str, Any]) -> str:
     """Return a hash (xxh3, 128 bits) of the bytes of a media value.
 

@@ -1,7 +1,7 @@
-"""Which examples form which step: a pure function of (seed, data, recipe).
+"""Which examples form which step: a function of the seed, the data and the recipe alone.
 
-Nothing here depends on how many processes or workers there are, or on an interruption: a run that
-resumes at step k asks for the batches from step k on.
+It depends neither on the number of processes or workers, nor on an interruption: a run that is
+resumed after step k continues with the examples of step k + 1.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
-WINDOW_STEPS = 50  # steps whose examples are sorted together when grouping by length
+WINDOW_STEPS = 50  # steps whose examples are sorted by length together
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """How many examples of each of several sets form an epoch, and which.
+    """How many examples of each of several data sets form an epoch, and which.
 
-    The examples of a set are drawn from an endless row of its permutations: an epoch takes the next
-    ones. So none is drawn again before all were, and what is drawn of a set depends on the seed,
-    its place among the sets, its size and its quota alone.
+    The examples of a set are taken in order from an endless sequence of its permutations, so none
+    is taken again before all others were. What is taken from a set depends only on the seed, its
+    position among the sets, its size and its quota.
 
     Args:
         members: The examples of each set.
-        quotas: How many of an epoch are of each.
+        quotas: The number of examples of each set in an epoch.
     """
 
     members: tuple[Indices, ...]
@@ -46,9 +46,10 @@ class Mixture:
 
 
 def quotas_of(weights: Sequence[float], total: int) -> tuple[int, ...]:
-    """Return how many of `total` examples are of each set: shares by weight, to the nearest.
+    """Return how many of `total` examples come from each set, in proportion to the weights.
 
-    What rounding down leaves goes to the largest remainders, the first of equal ones.
+    Numbers are rounded down; the examples that remain go to the sets with the largest remainders,
+    of equal ones to the first.
     """
     exact = np.asarray(weights, dtype=np.float64) / sum(weights) * total
     found = np.floor(exact).astype(np.int64)
@@ -62,12 +63,12 @@ class BatchPlan:
     """The order of training.
 
     Args:
-        n_examples: Examples (or packs) of an epoch.
-        examples_per_step: Examples of one optimizer step; the last step of an epoch may have fewer.
-        seed: Decides the order; each epoch has its own.
-        lengths: Length of each example (or the number of a group that it belongs to), to put
-            similar ones into a batch; None to leave that.
-        mixture: Which examples an epoch has, where not each of them once.
+        n_examples: The number of examples (or packs) in an epoch.
+        examples_per_step: The number in a step; the last step of an epoch may have fewer.
+        seed: Decides the order, which differs from epoch to epoch.
+        lengths: The length of each example, or the number of its group, by which similar examples
+            are put into the same step; None to ignore it.
+        mixture: The examples of an epoch, if it does not have each example once.
     """
 
     n_examples: int
@@ -96,7 +97,7 @@ class BatchPlan:
             window = order[i : i + size * WINDOW_STEPS]
             window = window[np.argsort(-self.lengths[window], kind="stable")]
             steps += [window[j : j + size] for j in range(0, len(window), size)]
-        # the longest first shows at once whether the memory suffices; then any order
+        # the step with the longest examples comes first, to show at once whether memory suffices
         yield from [steps[0], *(steps[1 + i] for i in random.permutation(len(steps) - 1))]
 
     def steps(self, start: int, stop: int) -> Iterator[tuple[int, Indices]]:
@@ -116,10 +117,16 @@ class BatchPlan:
 def micro_batches(
     examples: Indices, micro_batch_size: int, rank: int = 0, processes: int = 1
 ) -> list[Indices]:
-    """Return this process's share of a step, cut into micro-batches.
+    """Return one process's share of a step, divided into micro-batches.
 
-    The step's examples are divided evenly among the processes, in order, so that every example is
-    seen once; a process has no micro-batch where a short step has fewer examples than processes.
+    The examples of a step are divided evenly among the processes, so that each is used once. A
+    process has no micro-batch if the step has fewer examples than there are processes.
+
+    Args:
+        examples: The examples of the step.
+        micro_batch_size: The number of examples of one forward pass.
+        rank: The number of this process.
+        processes: The number of processes.
     """
     share = np.array_split(examples, processes)[rank]
     return [share[i : i + micro_batch_size] for i in range(0, len(share), micro_batch_size)]

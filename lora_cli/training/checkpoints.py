@@ -1,8 +1,9 @@
-"""Checkpoints on the disk: what is needed to go on as if nothing had happened.
+"""Checkpoints: what a run writes to the disk to continue later as if it had not stopped.
 
-A checkpoint holds the trained parameters (in PEFT's format), the optimizer, the loss scale, and the
-position. It holds nothing of the frozen base, and no random state: the order and the dropout of a
-step follow from (seed, step). Tensors are in safetensors, the rest in JSON; nothing is pickled.
+A checkpoint contains the trained parameters (in PEFT's format), the state of the optimizer, and the
+`TrainState`: the position, the counts, the best evaluation. It contains nothing of the frozen base,
+and no random state, since the order and the dropout of a step depend on (seed, step) alone. Tensors
+are in safetensors files, the rest is JSON; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
 
 from lora_cli.adapters.attach import lora_layers, trainable_parameters
 from lora_cli.adapters.peft_format.adapter_folder import (
@@ -29,13 +29,10 @@ from lora_cli.adapters.peft_format.adapter_folder import (
     weight_files,
 )
 from lora_cli.adapters.peft_format.tensor_names import PREFIX
-from lora_cli.adapters.peft_format.write_diffusion_file import write_diffusers_file
 from lora_cli.errors import IntegrityError, LoraError, Problem
 from lora_cli.files import (
-    STAGING,
     forbidden,
     new_folder,
-    publish,
     recover,
     require_space,
     sha256_of,
@@ -43,9 +40,8 @@ from lora_cli.files import (
     write_json,
 )
 from lora_cli.models.base_facts import write_computation
-from lora_cli.models.bundle import Bundle, part_names
+from lora_cli.models.bundle import part_names
 from lora_cli.models.fingerprint import Fingerprint
-from lora_cli.models.older_config_names import add_older_names
 from lora_cli.recipe import AdapterSpec, Learned, Recipe
 from lora_cli.tensorfile import read_header
 from lora_cli.training.optimizer_state import (
@@ -60,35 +56,9 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer.json"
 FOLDER = "checkpoints"
 TARGETS = {"target_modules", "exclude_modules", "layers"}  # `adapter.from` names the modules
-
-
-# tensors that an optimizer keeps for each parameter
+# how many numbers an optimizer keeps for each parameter
 MOMENTS = {"adamw": 2.0, "adamw_8bit": 0.6, "sgd": 1.0, "adafactor": 0.1}
-OTHER_BYTES = 2**20  # logs, report, plots: what is small
-
-
-def optimizer_bytes(model: nn.Module, recipe: Recipe) -> int:
-    """Return what the optimizer will keep, in bytes."""
-    trained = sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
-    return int(MOMENTS[recipe.train.optimizer.type] * trained)
-
-
-def require_space_for_checkpoints(model: nn.Module, recipe: Recipe) -> None:
-    """Check that the disk has room for the run.
-
-    There are `checkpoint.keep` checkpoints, that of the best evaluation, and one that is written
-    before the oldest goes; and the adapter in the output folder, likewise old and new.
-
-    Raises:
-        ResourceError: If there is less room than that.
-    """
-    trained = sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
-    trained += sum(b.nbytes for layer in lora_layers(model).values() for b in layer.buffers(False))
-    one = trained + optimizer_bytes(model, recipe)
-    there = sum(f.stat().st_size for f in (recipe.output_path / FOLDER).rglob("*") if f.is_file())
-    published = 2 * trained * (2 if part_names(model) else 1)  # with the file of diffusers
-    needed = (recipe.checkpoint.keep + 2) * one + published + OTHER_BYTES - there
-    require_space(recipe.output_path, needed, recipe.at("output_dir"))
+OTHER_BYTES = 2**20  # of logs, report and plots
 
 
 def save_checkpoint(
@@ -101,9 +71,22 @@ def save_checkpoint(
     base: Fingerprint | None,
     facts: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `checkpoints/step-NNNNNN`, whole or not at all, then delete the oldest.
+    """Write `checkpoints/step-NNNNNN`, completely or not at all, then delete old ones.
 
-    The newest `checkpoint.keep` are kept, and that of the best evaluation.
+    The newest `checkpoint.keep` checkpoints are kept, and that of the best evaluation.
+
+    Args:
+        output: The output folder of the run.
+        state: The state of the run.
+        optimizer: The optimizer, whose state is written.
+        model: The model, whose trained parameters are written.
+        recipe: The recipe.
+        in_full: The names of the modules that are trained in full.
+        base: The fingerprint of the base.
+        facts: What else of the base decides the result, besides its tensors.
+
+    Returns:
+        The folder of the checkpoint.
     """
     target = output / FOLDER / f"step-{state.step:06d}"
     tensors, state.optimizer = optimizer_state(optimizer)
@@ -116,13 +99,14 @@ def save_checkpoint(
         files = (*weight_files(folder), OPTIMIZER_FILE)
         state.sha256 = {name: sha256_of(folder / name) for name in files}
         write_json(folder / STATE_FILE, asdict(state))
-    # one of a later step is damaged, or this run had not resumed from an earlier
+    # not those of later steps: they are damaged, or the run would have resumed from them
     older = [(step, old) for step, old in checkpoints(output) if step <= state.step]
     for step, old in older[: -recipe.checkpoint.keep]:
         if state.best is None or step != state.best["step"]:
-            leaving = old.with_name(f".{old.name}.old")  # never a part under its own name
-            old.rename(leaving)
-            shutil.rmtree(leaving)
+            # renamed first: a folder of this name is always complete
+            renamed = old.with_name(f".{old.name}.old")
+            old.rename(renamed)
+            shutil.rmtree(renamed)
     return target
 
 
@@ -130,10 +114,12 @@ def checkpoints(output: Path) -> list[tuple[int, Path]]:
     """Return the steps and folders of a run's checkpoints, oldest first.
 
     Raises:
-        ResourceError: If the system does not let them be listed: that is not to have none.
+        ResourceError: If the folder must not be read, so it is not known whether there are any.
     """
     try:
-        paths = list((output / FOLDER).iterdir())  # `glob` passes over what it may not list
+        paths = list(
+            (output / FOLDER).iterdir()
+        )  # `glob` would skip a folder that it must not read
     except (FileNotFoundError, NotADirectoryError):
         return []
     except PermissionError as error:
@@ -145,14 +131,14 @@ def checkpoints(output: Path) -> list[tuple[int, Path]]:
 def load_checkpoint(
     output: Path, warn: Callable[[str], None] | None = None
 ) -> tuple[Path, TrainState] | None:
-    """Return the newest whole checkpoint and its state, or None if there is none.
+    """Return the newest complete checkpoint and its state, or None if there is none.
 
     Args:
         output: The output folder of the run.
-        warn: Is called with a line about every newer checkpoint that is damaged.
+        warn: Called with a line about each newer checkpoint that is damaged.
 
     Raises:
-        IntegrityError: If there are checkpoints and none is whole.
+        IntegrityError: If there are checkpoints, and all are damaged.
     """
     damaged: list[Problem] = []
     for step, folder in reversed(checkpoints(output)):
@@ -186,13 +172,13 @@ def load_checkpoint(
 
 
 def clear_leftovers(output: Path) -> None:
-    """Put right what a process left behind that was killed while it wrote into the folder."""
+    """Finish or undo what a process was writing into the folder when it was killed."""
     recover(output)
     recover(output / FOLDER)
 
 
 def peek_state(output: Path) -> TrainState | None:
-    """Return the newest checkpoint's state without looking at its tensors, or None."""
+    """Return the state of the newest checkpoint without checking its tensors, or None."""
     for _, folder in reversed(checkpoints(output)):
         try:
             return read_state(folder / STATE_FILE)
@@ -202,14 +188,14 @@ def peek_state(output: Path) -> TrainState | None:
 
 
 def adopt_adapter(recipe: Recipe, learned: Learned) -> None:
-    """Let a run that is resumed go on with the parameters of its checkpoint.
+    """Note for a run that is resumed that its parameters are in its checkpoint.
 
-    They are neither decomposed from weights again, nor read from the adapter that the run once
-    started from. `reject_changes` finds out if the recipe says otherwise.
+    They are then not computed from the base's weights again, nor read from the adapter that the run
+    started from. Whether the recipe has changed is checked later, by `reject_changes`.
 
     Args:
-        recipe: May name an adapter to start from.
-        learned: Gets the adapter section that the run was started with then.
+        recipe: The recipe; it may name an adapter to start from.
+        learned: Receives the adapter section with which the run was started.
     """
     state, spec = peek_state(recipe.output_path), recipe.adapter
     if state is None:
@@ -225,7 +211,7 @@ def adopt_adapter(recipe: Recipe, learned: Learned) -> None:
 
 
 def _ranks(output: Path) -> dict[str, int]:
-    """Return the rank of each module in the newest checkpoint whose file can be read."""
+    """Return the rank of each module, from the newest checkpoint whose file can be read."""
     for _, folder in reversed(checkpoints(output)):
         try:
             return ranks_of(folder)
@@ -237,10 +223,10 @@ def _ranks(output: Path) -> dict[str, int]:
 def restore_checkpoint(
     folder: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put a checkpoint's parameters and optimizer state into a freshly built run.
+    """Load a checkpoint's parameters and optimizer state into a new run.
 
     Raises:
-        IntegrityError: If a tensor is missing, foreign, of another shape or not finite.
+        IntegrityError: If a tensor is missing, unknown, of another shape or not finite.
     """
     read_header(folder / OPTIMIZER_FILE)
     tensors = load_file(folder / OPTIMIZER_FILE)
@@ -249,7 +235,7 @@ def restore_checkpoint(
         last = problems[-1]
         raise IntegrityError([*problems[:-1], Problem(last.what, last.at, _without(folder))])
     restore_parameters(folder, model)
-    for name, written in state.sha256.items():  # whatever the manifest says by now
+    for name, written in state.sha256.items():  # which the manifest, if edited, cannot change
         if sha256_of(folder / name) != written:
             what = f"`{name}` is not the file that was written with `{STATE_FILE}`"
             raise IntegrityError(what, str(folder / name), _without(folder))
@@ -257,10 +243,10 @@ def restore_checkpoint(
 
 
 def restore_parameters(folder: Path, model: nn.Module) -> None:
-    """Put a checkpoint's parameters into a freshly built run.
+    """Load a checkpoint's parameters into a new run.
 
     Raises:
-        IntegrityError: If they are not those that are trained.
+        IntegrityError: If they are not the parameters that the run trains.
     """
     tensors, wanted = read_tensors(folder), adapter_tensors(model)
     shapes = {name.removeprefix(PREFIX): tensor.shape for name, tensor in wanted.items()}
@@ -284,49 +270,25 @@ def _shape(shape: torch.Size | None) -> str:
     return "not there" if shape is None else f"of shape {list(shape)}"
 
 
-SaveProcessor = Callable[[Path, dict[str, Any] | None], None]
+def optimizer_bytes(model: nn.Module, recipe: Recipe) -> int:
+    """Return the size of the optimizer's state, in bytes."""
+    trained = sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
+    return int(MOMENTS[recipe.train.optimizer.type] * trained)
 
 
-def publish_adapter(
-    output: Path,
-    model: nn.Module,
-    recipe: Recipe,
-    in_full: list[str],
-    base: Fingerprint | None,
-    save_processor: SaveProcessor | None,
-    facts: dict[str, Any] | None = None,
-) -> None:
-    """Put what is trained into the output folder itself, where users look for it.
+def require_space_for_checkpoints(model: nn.Module, recipe: Recipe) -> None:
+    """Check that the disk has room for the files of a run.
 
-    With full fine-tuning that is a whole model folder. The processor that was trained with, and
-    what else decides the computation (`facts`), stay with it.
+    They are `checkpoint.keep` checkpoints, the one of the best evaluation, one that is written
+    before the oldest is deleted, and the old and the new adapter in the output folder.
+
+    Raises:
+        ResourceError: If there is less room.
     """
-    staging = output / STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    if recipe.adapter.type == "full":
-        assert isinstance(model, PreTrainedModel | Bundle)
-        model.save_pretrained(staging)
-        add_older_names(staging, {})
-    else:
-        save_adapter(staging, model, recipe, in_full, base)
-        if part_names(model):  # what diffusers reads by itself, where it has a place for it
-            write_diffusers_file(staging)
-    if save_processor is not None:
-        save_processor(staging, facts)
-    if facts is not None:
-        write_computation(staging, recipe, facts)
-    publish(staging, output)
-
-
-def restore_published(output: Path, model: nn.Module, recipe: Recipe) -> None:
-    """Load what `publish_adapter` wrote into the model that it was written from."""
-    if recipe.adapter.type == "full":
-        for name, part in model.parts.items() if isinstance(model, Bundle) else [("", model)]:
-            kind: Any = type(part)
-            key = "dtype" if isinstance(part, PreTrainedModel) else "torch_dtype"
-            # by its own library, which may have divided the file or named its tensors otherwise
-            saved = kind.from_pretrained(output / name, **{key: torch.float32})
-            part.load_state_dict(saved.state_dict())
-    else:
-        restore(model, read_tensors(output))
+    trained = sum(p.numel() * p.element_size() for p in trainable_parameters(model).values())
+    trained += sum(b.nbytes for layer in lora_layers(model).values() for b in layer.buffers(False))
+    one = trained + optimizer_bytes(model, recipe)
+    there = sum(f.stat().st_size for f in (recipe.output_path / FOLDER).rglob("*") if f.is_file())
+    published = 2 * trained * (2 if part_names(model) else 1)  # with the file of diffusers
+    needed = (recipe.checkpoint.keep + 2) * one + published + OTHER_BYTES - there
+    require_space(recipe.output_path, needed, recipe.at("output_dir"))

@@ -1,4 +1,4 @@
-"""What a run puts on the disk while it goes on, and finds there when it is resumed."""
+"""Save a run while it trains, and resume it: checkpoints, the best adapter, the mirror."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ from lora_cli.models.fingerprint import Fingerprint, read_fingerprint, require_b
 from lora_cli.recipe import Learned, Recipe, read_computation
 from lora_cli.training.checkpoints import (
     FOLDER,
-    SaveProcessor,
     load_checkpoint,
-    publish_adapter,
     require_space_for_checkpoints,
     restore_checkpoint,
     restore_parameters,
-    restore_published,
     save_checkpoint,
 )
 from lora_cli.training.mirror import Mirror, mirror_checkpoint
 from lora_cli.training.output_folder import REPORT, require_output, write_recipe
 from lora_cli.training.progress import repair_logs
+from lora_cli.training.published_adapter import SaveProcessor, publish_adapter, restore_published
 from lora_cli.training.rank_agreement import require_same_parameters
 from lora_cli.training.train_state import (
     TrainState,
@@ -39,20 +37,20 @@ from lora_cli.training.train_state import (
 
 
 class Saver:
-    """Checkpoints, the best adapter in the output folder, and the copy of both elsewhere.
+    """Writes checkpoints, the best adapter in the output folder, and the mirror of both.
 
     The main process writes, and the others wait for it.
 
     Args:
-        recipe: Says where, and how much is kept.
+        recipe: Names the folders, and how many checkpoints are kept.
         model: The model with its adapter attached.
-        optimizer: Of the trained parameters.
-        in_full: Names of the modules trained in full.
-        base: The fingerprint of the base, which is kept beside the adapter.
-        save_processor: Writes the tokenizer, or what else turns rows into inputs, into a folder.
-        accelerator: The processes, and fp16's loss scale.
-        facts: What of the base decides the computation besides its tensors.
-        learned: Gets the size of the micro-batches that a run was started with.
+        optimizer: The optimizer of the trained parameters.
+        in_full: The names of the modules that are trained in full.
+        base: The fingerprint of the base, which is written next to the adapter.
+        save_processor: Writes the tokenizer or other processor, and the probe, into a folder.
+        accelerator: The processes, and the loss scale of fp16.
+        facts: What else of the base decides the result, besides its tensors.
+        learned: Receives the micro-batch size with which the run was started.
     """
 
     def __init__(
@@ -73,11 +71,11 @@ class Saver:
         self.learned = learned
 
     def begin(self, state: TrainState, say: Callable[[str], None]) -> None:
-        """Write the recipe, once the disk and the mirror are known to have room.
+        """Check that the disk has room and the mirror can be written, then write the recipe.
 
         Args:
-            state: Where the run stands, with its recipe and its rows.
-            say: Is called with a line about what the logs have lost.
+            state: The state of the run.
+            say: Called with a line about what is missing in the logs.
         """
         if not self.accelerator.is_main_process:
             return
@@ -92,12 +90,12 @@ class Saver:
         write_recipe(self.recipe)
 
     def resume(self, fresh: TrainState, total_steps: int, say: Callable[[str], None]) -> TrainState:
-        """Return the state of the newest whole checkpoint, and put it into the model.
+        """Load the newest complete checkpoint into the model, and return its state.
 
         Args:
-            fresh: What there is without a checkpoint, and what a checkpoint has to agree with.
-            total_steps: Steps of the run, by the recipe.
-            say: Is called with a line about what is skipped, or has changed.
+            fresh: The state of a new run, with whose recipe and data the checkpoint has to agree.
+            total_steps: The number of steps of the run, by the recipe.
+            say: Called with a line about what is skipped, or has changed.
         """
         found = load_checkpoint(self.folder, say)
         if found is None:
@@ -116,7 +114,7 @@ class Saver:
                 f"the run was complete after {counted(state.step, 'step')}; "
                 "it goes on with what has changed"
             )
-        if changes:  # from here on the run is another, which a later resumption compares with
+        if changes:  # when the run is resumed again, it is compared with the changed recipe
             let_stopping_go_on(state, fresh, say)
             state.recipe, state.data = fresh.recipe, fresh.data
             state.machine, state.memory = fresh.machine, fresh.memory
@@ -137,11 +135,11 @@ class Saver:
         """Write a checkpoint, and copy it to the mirror.
 
         Args:
-            state: Where the run stands.
-            say: Is called with a line if the mirror could not be written; the run goes on.
+            state: The state of the run.
+            say: Called with a line if the mirror could not be written; the run goes on.
 
         Raises:
-            NumericsError: If the processes no longer hold the same parameters.
+            NumericsError: If the processes no longer have the same parameters.
         """
         require_same_parameters(self.model, state.step, self.accelerator)
         if self.accelerator.scaler is not None:
@@ -158,7 +156,7 @@ class Saver:
         self.accelerator.wait_for_everyone()
 
     def publish(self, state: TrainState) -> None:
-        """Put the adapter as it is now into the output folder."""
+        """Write the adapter, as it is now, into the output folder."""
         if self.accelerator.is_main_process:
             require_output(self.recipe)
             trained = (self.model, self.recipe, self.in_full, self.base)
@@ -167,7 +165,7 @@ class Saver:
         state.published = sha256_of(self.folder / MANIFEST)
 
     def leave_best(self, state: TrainState) -> None:
-        """Let model and output folder hold the best adapter; the last, if none was judged.
+        """Load the best adapter, or the last if none was evaluated, into model and output folder.
 
         Raises:
             IntegrityError: If the best is neither in the output folder nor among the checkpoints.
@@ -191,7 +189,7 @@ class Saver:
         self.publish(state)
 
     def _holds(self, state: TrainState) -> bool:
-        """Return whether the output folder holds, whole, what this run published last."""
+        """Return whether the output folder has, undamaged, what this run published last."""
         manifest = self.folder / MANIFEST
         if not manifest.exists() or sha256_of(manifest) != state.published:
             return False

@@ -43,10 +43,10 @@ from lora_cli.training.checkpoints import (
     checkpoints,
     clear_leftovers,
     load_checkpoint,
-    publish_adapter,
     save_checkpoint,
 )
 from lora_cli.training.optimizers import build_optimizer
+from lora_cli.training.published_adapter import publish_adapter
 from lora_cli.training.train_state import TrainState
 
 # the child starts no thread, and takes no lock that a thread of the parent may hold

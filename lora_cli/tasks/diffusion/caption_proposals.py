@@ -13,7 +13,6 @@ CAPTION_NAME = re.compile(
     r"(?i)text|captions?|prompts?|descriptions?|title|tags|(additional_|image_)?(feature|caption)"
 )
 USUAL = {"image_column": "image", "caption_column": "text"}
-SIDE = 64  # pixels that the sides of a drafted resolution are multiples of
 
 
 def propose_captions(table: Table, base: BaseFacts) -> Proposal | None:
