@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from lora_cli.errors import LoraError
+from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.classification.classification_task import Classification
-from lora_cli.tasks.examples import IGNORED
+from lora_cli.tasks.examples import IGNORED, Batch
+from lora_cli.tasks.sequence_classification import SequenceClassification
 from lora_cli.tasks.teachers import with_teacher
+from lora_cli.tasks.teachers.distillation_loss import TopTokens, token_divergence, top_tokens
 from lora_cli.tasks.teachers.with_teacher import (
     TaughtCausalLM,
     TaughtClassification,
@@ -118,6 +121,7 @@ class Reader:
         (Reader(["a", "c", "b"]), Reader(["a", "b", "c"]), "in 2 tokens: `b` is 2 there, 1 here"),
         (Reader(["a", "b", "z", "c"]), Reader(["a", "b"]), "2 tokens: `c` is 3 there, no token h"),
         (Reader(["a"]), Reader(["a", "b", "", "c"]), "2 tokens: `b` is no token there, 1 here"),
+        (Reader(["a", "b", "z"]), Reader(["a", "z", "b"]), "in 2 tokens: `z` is 2 there, 1 here"),
         (Reader(["a"], by_letter=True), Reader(["a"]), "divides a text otherwise than that of `m`"),
     ],
 )
@@ -142,3 +146,151 @@ def test_tokens_that_only_fill_up_an_embedding_are_not_compared(
     config = SimpleNamespace(get_text_config=lambda: text)
     own: Any = SimpleNamespace(reader_of_teacher=SimpleNamespace(config=config))
     assert TaughtCausalLM._n_tokens(own, torch.zeros(3, scored)) == compared
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("colour", [False, True])
+def test_what_is_shown_of_a_row_without_a_label_is_its_input(
+    several: bool, colour: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown(self: Any, example: Any, colour: bool) -> tuple[list[str], str]:
+        return [f"label {example['labels']}"], f"{example['x']} {colour}"
+
+    monkeypatch.setattr(SequenceClassification, "shown", shown, raising=False)
+    own: Any = object.__new__(TaughtSequenceClassification)
+    own.label_spec = SimpleNamespace(problem="multi_label" if several else "single_label")
+    own.reader = SimpleNamespace(names=["a", "b"])
+    none, one = ([IGNORED] * 2, [0, 1]) if several else (IGNORED, 1)
+    assert own.shown({"labels": none, "x": 5}, colour) == (["without a label"], f"5 {colour}")
+    assert own.shown({"labels": one, "x": 6}, colour) == ([f"label {one}"], f"6 {colour}")
+
+
+def taught(**more: Any) -> Any:
+    own: Any = object.__new__(TaughtCausalLM)
+    text = SimpleNamespace(vocab_size=6)
+    own.teacher = SimpleNamespace(
+        spec=SimpleNamespace(temperature=2.0, weight=0.25), model=lambda: "teacher",
+        task=None,
+    )  # fmt: skip
+    own.config = SimpleNamespace(get_text_config=lambda: text)
+    for name, value in more.items():
+        setattr(own, name, value)
+    return own
+
+
+def batch(**targets: Any) -> Batch:
+    """Return two rows of four tokens, of which three are trained."""
+    labels = torch.tensor([[IGNORED, 3, 4, IGNORED], [IGNORED, IGNORED, 5, IGNORED]])
+    positions = torch.tensor([0, 1, 5])
+    return Batch(
+        {}, {"labels": labels, "positions": positions, **targets},
+        {"loss": torch.tensor([2.0, 1.0]), "teacher": torch.tensor([2.0, 1.0])}, 8, [0, 1],
+    )  # fmt: skip
+
+
+def said(seed: int, count: int = 3) -> TopTokens:
+    torch.manual_seed(seed)
+    return top_tokens(torch.randn(count, 6), 2.0)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_teacher_s_term_of_a_row_is_the_sum_over_its_trained_tokens(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = said(1)
+    monkeypatch.setattr(CausalLM, "losses", lambda *_: {"loss": torch.tensor([7.0, 8.0])})
+    monkeypatch.setattr(
+        TaughtCausalLM, "reader_of_teacher",
+        SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(
+            vocab_size=6))),
+    )  # fmt: skip
+    own = taught()
+    monkeypatch.setattr(TaughtCausalLM, "answers", lambda *_: pytest.fail("kept") if kept else
+                        answers)  # fmt: skip
+    given = batch(teacher_top_ids=answers.ids, teacher_top_log_p=answers.log_p) if kept else batch()
+    torch.manual_seed(2)
+    output = torch.randn(2, 4, 9)  # three entries of the student's embedding only fill it up
+    found = own.losses(None, output, given)
+    assert found["loss"].tolist() == [7.0, 8.0]
+    by_token = token_divergence(output.flatten(0, 1)[[0, 1, 5], :6], answers, 2.0)
+    torch.testing.assert_close(found["teacher"], torch.stack([by_token[:2].sum(), by_token[2]]))
+    del given.items["teacher"]
+    assert own.losses(None, output, given).keys() == {"loss"}
+
+
+def test_answers_are_kept_for_each_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = said(3)
+    monkeypatch.setattr(TaughtCausalLM, "answers", lambda *_: answers)
+    found = taught().frozen_outputs(None, batch())
+    assert [list(map(len, found[key])) for key in ("teacher_top_ids", "teacher_top_log_p")] == [
+        [2, 1], [2, 1],
+    ]  # fmt: skip
+    assert torch.equal(torch.cat(list(found["teacher_top_ids"])), answers.ids)
+    assert torch.equal(torch.cat(list(found["teacher_top_log_p"])), answers.log_p)
+
+
+def test_what_was_kept_is_used_where_both_parts_are_there() -> None:
+    answers = said(4)
+    kept = TaughtCausalLM._kept(batch(teacher_top_ids=answers.ids,
+                                      teacher_top_log_p=answers.log_p))  # fmt: skip
+    assert kept is not None
+    assert torch.equal(kept.ids, answers.ids)
+    assert torch.equal(kept.log_p, answers.log_p)
+    assert TaughtCausalLM._kept(batch()) is None
+    assert TaughtCausalLM._kept(batch(teacher_top_ids=answers.ids)) is None
+    assert TaughtCausalLM._kept(batch(teacher_top_log_p=answers.log_p)) is None
+
+
+@pytest.mark.parametrize("mark", [{}, {"taught": 1}])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("has_answers", [True, False])
+def test_a_batch_brings_the_teacher_s_items_and_answers(
+    mark: dict[str, int], count: int, has_answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = torch.arange(1.0, count + 1)
+    monkeypatch.setattr(CausalLM, "collate", lambda *_: Batch({}, {}, {"loss": items}, 0, []))
+    examples = [dict(mark) for _ in range(count)]
+    if has_answers:
+        for i, example in enumerate(examples):
+            answers = said(i, i + 1)
+            example |= {"teacher_top_ids": answers.ids, "teacher_top_log_p": answers.log_p}
+    found = taught().collate(examples)
+    assert found.items.keys() == ({"loss", "teacher"} if mark else {"loss"})
+    if mark:
+        assert torch.equal(found.items["teacher"], items)
+        assert found.items["teacher"] is not items
+    keys = ("teacher_top_ids", "teacher_top_log_p")
+    assert found.targets.keys() == (set(keys) if has_answers else set())
+    for key in found.targets:
+        assert torch.equal(found.targets[key], torch.cat([example[key] for example in examples]))
+
+
+@pytest.mark.parametrize(("own_size", "scored"), [(6, 9), (9, 6), (6, 6)])
+def test_of_the_teacher_s_scores_those_of_the_student_s_tokens_count(
+    own_size: int, scored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(5)
+    logits = torch.randn(2, 4, scored)
+    asked: list[Any] = []
+    reader = SimpleNamespace(logits=lambda *given: asked.append(given) or logits)
+    monkeypatch.setattr(TaughtCausalLM, "reader_of_teacher", reader)
+    text = SimpleNamespace(vocab_size=own_size)
+    given = batch()
+    found = taught(config=SimpleNamespace(get_text_config=lambda: text)).answers(given)
+    wanted = top_tokens(logits.flatten(0, 1)[[0, 1, 5], :6], 2.0)
+    assert torch.equal(found.ids, wanted.ids)
+    torch.testing.assert_close(found.log_p, wanted.log_p)
+    assert asked == [("teacher", given.inputs)]
+
+
+def test_both_terms_have_their_weight_and_what_is_kept_depends_on_the_temperature(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert taught().train_loss_weights == {"loss": 0.75, "teacher": 0.25}
+    monkeypatch.setattr(CausalLM, "cache_key", lambda _: ["a"])
+    own = taught()
+    own.teacher.cache_key = lambda: ["b"]
+    assert own.cache_key() == ["a", "b", "temperature 2.0"]
+    assert dict(own.frozen_parts(None)) == {"teacher": "teacher"}
+    monkeypatch.setattr(CausalLM, "features", lambda _: {"x": "int32"})
+    assert own.train_features() == {"x": "int32", "taught": "int8"}

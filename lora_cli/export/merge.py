@@ -342,7 +342,7 @@ def _write(merged: _Merged, task: Task, given: _Given, to: Path) -> MergeResult:
             add_older_names(folder, config_as_written(task.recipe))
         task.save_processor(folder)
         reloaded = task.reloaded(folder, merged.dtype).eval()
-        _require_gradients_alike(reloaded, merged.model)
+        _require_gradients(reloaded, like=merged.model)
         _require_saved(task, reloaded, merged.weights, merged.outputs)
         origin = (given.each, task.recipe, merged.ties, merged.numbers, merged.heads)
         weights = prove_weights(folder, merged.model, *origin)
@@ -363,13 +363,13 @@ def _outputs(task: Task, model: nn.Module) -> Tensor:
     return task.probed(model, probe)
 
 
-def _require_gradients_alike(reloaded: nn.Module, merged: nn.Module) -> None:
+def _require_gradients(reloaded: nn.Module, *, like: nn.Module) -> None:
     """Let the parameters of a model that was read be trained or not as those of the merged one.
 
     Torch multiplies by another kernel where a matrix may have a gradient, even where none is asked
     for, so that the last bit of an output may differ.
     """
-    trained = {name for name, parameter in merged.named_parameters() if parameter.requires_grad}
+    trained = {name for name, parameter in like.named_parameters() if parameter.requires_grad}
     for name, parameter in reloaded.named_parameters():
         parameter.requires_grad_(name in trained)
 

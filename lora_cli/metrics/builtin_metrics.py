@@ -128,7 +128,7 @@ def _precision_recall_f1(
 def _matthews(p: Rows, r: Rows, context: MetricContext) -> float:
     from sklearn.metrics import matthews_corrcoef
 
-    if len(set(p)) == 1 or len(set(r)) == 1:
+    if len({*p, *r}) == 1:
         return 0.0  # scikit-learn's own value, without its warning
     return float(matthews_corrcoef(r, p))
 

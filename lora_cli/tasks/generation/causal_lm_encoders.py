@@ -139,7 +139,7 @@ class PlainText(RowFormat):
         token but the text's first is trained, once.
         """
         size = self.max_length
-        pieces = [ids[i : i + size] for i in range(0, len(ids) - 1, max(size - 1, 1))]
+        pieces = [ids[i : i + size] for i in range(0, len(ids), max(size - 1, 1))]
         whole = {"full_length": len(ids)} if len(ids) > size else {}
         return [{"input_ids": p, "labels": p, **whole} for p in pieces if len(p) > 1]
 
