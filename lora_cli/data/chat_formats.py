@@ -1,7 +1,8 @@
-"""Conversations in a row: four ways to store them, read as OpenAI's messages.
+"""The formats of conversations in a row; all are converted to OpenAI's messages.
 
-What carries meaning and cannot be read is an error that names it, never left out: parts of a
-content that are no text, tool calls that are no JSON, marks of turns that are not to be trained.
+Anything with a meaning that cannot be converted is an error that names it, and is never dropped:
+parts of a message that are not text, tool calls that are not JSON, marks of turns that are not to
+be trained.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SHAREGPT_ROLES = {
     "tool": "tool", "function": "tool", "function_call": "assistant", "observation": "tool",
 }  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-# what other collections call the same; a template would write them as they stand
+# names of roles in other data sets, which a chat template would write unchanged
 MEANT_ROLES = {
     "human": "user", "customer": "user", "gpt": "assistant", "chatgpt": "assistant",
     "bot": "assistant", "chatbot": "assistant", "ai": "assistant", "model": "assistant",
@@ -37,7 +38,7 @@ TRAINED_MARKS = ("weight", "train", "trainable", "loss")
 
 
 class RowError(ValueError):
-    """A row that cannot be read as a conversation; its text says why."""
+    """A row cannot be read as a conversation; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Conversation:
     """A conversation, and the tools that its assistant may call.
 
     Args:
-        messages: Turns with `role` and `content`, as OpenAI has them. An assistant's turn with
-            `weight: 0` is not trained.
-        tools: Their JSON schemas; None if there are none.
+        messages: The turns, with `role` and `content` as in OpenAI's format. An assistant's turn
+            with `weight: 0` is not trained.
+        tools: The JSON schemas of the tools; None if there are none.
     """
 
     messages: list[Message]

@@ -1,4 +1,4 @@
-"""From the recipe's `data` section to rows: the train, validation and test splits."""
+"""Load the rows of the train, validation and test splits, as the recipe's `data` section says."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def load_rows(recipe: Recipe, splits: Sequence[str] = SPLITS) -> dict[str, Rows]
     """Return the rows of each split that the recipe names.
 
     Args:
-        recipe: Its `data` section says where rows come from.
-        splits: Which of them are wanted; held-out rows need the split that they are drawn from.
+        recipe: Its `data` section names the files or the data set.
+        splits: The splits to load. A held-out split also needs the split that it is drawn from.
 
     Raises:
         LoraError: With the rows that cannot be read, unless `data.on_bad_row` is `skip`.
@@ -79,10 +79,10 @@ def load_rows(recipe: Recipe, splits: Sequence[str] = SPLITS) -> dict[str, Rows]
 
 
 def _load_mixed(recipe: Recipe, splits: Sequence[str]) -> dict[str, Rows]:
-    """Return the rows of all sets of `data.mix` by split; errors name the set.
+    """Return the rows of all data sets of `data.mix`, by split.
 
     Raises:
-        LoraError: With what is wrong with any of the sets.
+        LoraError: With everything that is wrong with any of the sets.
     """
     found: dict[str, dict[str, Rows]] = {}
     problems = []
@@ -102,7 +102,7 @@ def _load_mixed(recipe: Recipe, splits: Sequence[str]) -> dict[str, Rows]:
 
 
 def _require_one_numbering(splits: dict[str, Rows]) -> None:
-    """Check that a number that stands for a label stands for the same one in each split.
+    """Check that a number stands for the same label in each split.
 
     Raises:
         LoraError: If it does not.
@@ -118,7 +118,7 @@ def _require_one_numbering(splits: dict[str, Rows]) -> None:
 
 
 def _count_skipped_once(splits: dict[str, Rows]) -> None:
-    """Leave the rows that cannot be read with the first of the splits that share their files."""
+    """Count the rows that cannot be read only once, if several splits share the files."""
     seen: set[tuple[str, str]] = set()
     for name in SPLITS:
         rows = splits.get(name)
@@ -163,14 +163,14 @@ def stream_rows(recipe: Recipe) -> Iterator[RawRow]:
 
 
 def stream_label_names(recipe: Recipe) -> dict[str, list[str]]:
-    """Return what the numbers of labels in a streamed data set mean, by column."""
+    """Return the names of numbered labels in a streamed data set, by column."""
     if not recipe.data.name:
         return names_of_labels(recipe, files_of(recipe, "train", recipe.data.train))
     return label_names(load_hub(recipe, recipe.data.train, streaming=True).features or {})
 
 
 def _stream_marked(recipe: Recipe, column: str) -> Iterator[RawRow]:
-    """Yield the rows that a column marks as train."""
+    """Yield the rows that a column marks as train rows."""
     empty = True
     for row in read_files(recipe, files_of(recipe, "train", "train")):
         if row.columns is None or split_mark(row.columns, column) == recipe.data.train:
@@ -183,7 +183,7 @@ def _stream_marked(recipe: Recipe, column: str) -> Iterator[RawRow]:
 
 
 def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tuple[Rows, Rows]:
-    """Return (held-out rows, what stays)."""
+    """Return the rows that are held out, and those that remain."""
     texts, by_label = recipe.task.input_columns_by_key, recipe.task.label_columns_by_key
     _require_rows(parent, spec.from_)
     wanted = {recipe.at(key): column for key, column in texts.items() if key}

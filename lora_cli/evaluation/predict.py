@@ -1,4 +1,4 @@
-"""What an adapted model says of new texts, and of files of any size."""
+"""Answer new texts with an adapted model, and the rows of files of any size."""
 
 from __future__ import annotations
 
@@ -58,23 +58,23 @@ def answer_file(
 
     Args:
         model: The adapted model.
-        task: What the columns mean.
+        task: The task of the model.
         source: A csv, tsv, json lines, parquet or text file, or a folder of pictures.
-        target: A csv, tsv, json lines or parquet file, written whole or not at all; of embeddings
-            also an array of numpy.
-        accelerator: Precision and device.
-        overwrite: Replace the target, if it exists.
-        report_progress: Is given the number of rows that are written, every now and then.
+        target: A csv, tsv, json lines or parquet file, or for embeddings an array of numpy. It is
+            written completely or not at all.
+        accelerator: The precision and the device.
+        overwrite: Whether to replace the target if it exists.
+        report_progress: Called from time to time with the number of rows written so far.
 
     Returns:
-        How many rows were written, and the problems of those that could not be answered, whose
-        new columns are blank, or whose answer the output's encoding cannot hold.
+        The number of rows written, and the problems of rows that could not be answered (their new
+        columns are blank) or whose answer the encoding of the output does not have.
     """
     reject_target(source, target, overwrite)
     media = task.recipe.task.media_columns
     rows, output, added = _opened(source, target, task)
-    folder = source if source.is_dir() else source.parent  # what paths in it are relative to
-    task.answer_folder = target.with_name(f"{target.stem}_pictures")  # if it draws such
+    folder = source if source.is_dir() else source.parent  # paths in the file are relative to it
+    task.answer_folder = target.with_name(f"{target.stem}_pictures")  # if the task draws pictures
     problems: list[Problem] = []
     written = 0
     blank = [None] * len(added)

@@ -33,7 +33,7 @@ from lora_cli.tasks.texts.marked_tokens import marked
 from lora_cli.tasks.texts.padding import fill, mask_of, tolerance
 from lora_cli.tasks.texts.text_task import TRIAL_TEXT
 
-TRIAL_TOKENS = 64  # of the longer text that the model is tried on
+TRIAL_TOKENS = 64  # length of the longer text on which the model is tried
 
 
 class CausalLM(WritingTask):
@@ -48,7 +48,7 @@ class CausalLM(WritingTask):
     rows: RowFormat
     forward_options = {"use_cache": False}
     looks_back_only = True
-    can_fill_left = False  # filled on the right, no token comes after what it could be seen by
+    can_fill_left = False  # with padding on the right, no token of a text can see it
 
     def __init__(self, recipe: Recipe, spec: CausalLMSpec) -> None:
         super().__init__(recipe)
@@ -100,20 +100,20 @@ class CausalLM(WritingTask):
 
     @property
     def reads_control_tokens(self) -> bool:
-        """Whether a control token in a text is the token: never in what a conversation says."""
+        """Whether control tokens written out in a text are read as tokens: never in chats."""
         return not (self.is_chat or self.spec.split_special_tokens)
 
     def _keeps_template(self) -> bool:
-        """Return whether an adapter's own chat template is used, not the file in the recipe."""
+        """Return whether the chat template of a trained adapter is used, not the recipe's file."""
         said = self.recipe.is_overridden("task.chat_template")
         folder = self.trained_in
         return folder is not None and read_computation(folder) is not None and not said
 
     def _pad_id(self) -> int:
-        """Return an id to fill rows with.
+        """Return the id for padding.
 
-        Filled positions are masked by their position, never by their id, so the end of a text
-        stays trained whichever id this is.
+        Padding is masked by its position, never by its id. So the end of a text is trained even if
+        it has the same id.
         """
         tokenizer = self.tokenizer
         if self.spec.pad_token is not None:
@@ -152,37 +152,37 @@ class CausalLM(WritingTask):
         return [Field("task.text_column", self.text_column, "input", "text")]
 
     def compared_columns(self) -> list[str]:
-        """Return what is read and what is written: prompts may be the same in every row."""
+        """Return the columns of prompts and answers, since prompts can be the same in every row."""
         if columns := self.spec.instruction_columns:
             return columns
         return [*self.input_columns().values(), *self.target_columns().values()]
 
     def input_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the text or the prompt, or nothing."""
+        """Return what is wrong with the text or the prompt; empty if nothing is."""
         return causal_lm_encoders.input_error(row, self.spec, list(self.input_columns().values()))
 
     def target_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the completion, or nothing."""
+        """Return what is wrong with the completion; empty if nothing is."""
         return causal_lm_encoders.target_error(row, self.spec, list(self.target_columns().values()))
 
     def more_text_columns(self) -> list[str]:
-        """Return the columns of what the model writes, and of what is put into a conversation."""
+        """Return the columns of answers, and those that are inserted into a conversation."""
         more = ["system", "tools", "functions", "history"] if self.is_chat else []
         return [*self.target_columns().values(), *self.spec.instruction_columns, *more]
 
     def unsupported(self, row: dict[str, Any]) -> tuple[str, str] | None:
-        """Return what a row holds besides its prompt and answer, or its conversation, and a hint.
+        """Return an error and a hint for a row with other answers than the recipe reads.
 
-        Of plain text, the other columns are nobody's answer.
+        Rows of plain text can have any other columns.
         """
         return unsupported(row) if self.is_chat or self.is_pair else None
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return the examples of each row; those in which nothing is trained are left out."""
+        """Return the examples of each row, without those in which nothing is trained."""
         return self.rows.encode(rows)
 
     def why_nothing(self, row: dict[str, Any]) -> str:
-        """Return a hint, where a row leaves nothing to train."""
+        """Return a hint for a row in which nothing is trained."""
         return self.rows.why_nothing(row)
 
     def features(self) -> dict[str, str]:
@@ -190,7 +190,7 @@ class CausalLM(WritingTask):
         return {"input_ids": "list<int32>", "labels": "list<int32>"}
 
     def trial_examples(self, length: int) -> tuple[Example, Example]:
-        """Return a short example and one of some tokens more, to try the model on."""
+        """Return a short example and a longer one, to try the model on."""
         text = TRIAL_TEXT * TRIAL_TOKENS
         ids = list(self.tokenizer(text, verbose=False)["input_ids"])[: min(TRIAL_TOKENS, length)]
         start = ids[: max(min(7, len(ids) // 2), 2)]
@@ -200,10 +200,10 @@ class CausalLM(WritingTask):
         )
 
     def check_trial(self, model: nn.Module, example: Example, logits: Tensor) -> None:
-        """Check that no token is predicted from those that come after it.
+        """Check that the model does not see the tokens that it has to predict.
 
         Raises:
-            LoraError: If another last token changes what is predicted before it.
+            LoraError: If a change of the last token changes the predictions before it.
         """
         super().check_trial(model, example, logits)
         *others, last = example["input_ids"]
@@ -225,14 +225,14 @@ class CausalLM(WritingTask):
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Return the examples padded to the longest; an example may be a pack of several.
 
-        Packed examples have positions that start again at 0 and no attention mask: with the cache
-        off, transformers then builds a block mask, so that none attends to another.
+        In a pack, positions start again at 0 for each text, and there is no attention mask. From
+        that transformers builds a block mask (if the cache is off), so that no text sees another.
         """
         ids = [example["input_ids"] for example in examples]
         inputs = {"input_ids": fill(ids, self.pad, self.pad_multiple)}
         n_tokens = sum(len(sequence) for sequence in ids)
         if "position_ids" in examples[0]:
-            # filled positions are a document of their own, so that every row is a whole pack
+            # the padding counts as a text of its own
             width = inputs["input_ids"].shape[1]
             positions = [example["position_ids"] for example in examples]
             positions = [np.append(row, np.arange(width - len(row))) for row in positions]
@@ -241,7 +241,7 @@ class CausalLM(WritingTask):
             inputs["attention_mask"] = mask_of(ids, self.pad_multiple)
         padded = fill([example["labels"] for example in examples], IGNORED, self.pad_multiple)
         padded[:, 0] = IGNORED  # the first token is predicted from nothing
-        # what is trained is found here, as the device would have to be waited for
+        # found on the host, because finding it on the device would wait for the device
         trained = padded[:, 1:] != IGNORED
         row, column = trained.nonzero(as_tuple=True)
         targets = {"labels": padded, "positions": row * padded.shape[1] + column}
@@ -258,14 +258,14 @@ class CausalLM(WritingTask):
     def predictions(
         self, model: nn.Module, output: HiddenStates | Tensor, batch: Batch
     ) -> list[Prediction]:
-        """Return the answer to each example, if a metric asks for it."""
+        """Return the answer to each example, if a metric needs it."""
         predictions = [Prediction(row, None, None) for row in batch.rows]
         if self.writes_answers:
             self._add_answers(model, batch, predictions)
         return predictions
 
     def packed(self, split: Encoded) -> Packed:
-        """Return the examples of a split, several in a row."""
+        """Return the examples of a split in packs of several."""
         return Packed(self, split)
 
     def check_packing(self, model: nn.Module, split: Encoded) -> None:
@@ -283,14 +283,14 @@ class CausalLM(WritingTask):
         return shown_value([row.get(c) for c in self.target_columns().values()]) or None
 
     def wanted_texts(self, row: dict[str, Any]) -> list[str]:
-        """Return what the assistant says last in each conversation, or the completion."""
+        """Return the last answer of each conversation, or the completion."""
         if not self.is_chat:
             return [str(row[column]) for column in self.target_columns().values()]
         last = [one.messages[-1] for one in causal_lm_encoders.conversations_of(row, self.spec)]
         return [str(m.get("content") or "") for m in last if m["role"] == "assistant"]
 
     def trained_share(self, split: Encoded) -> float:
-        """Return the share of the tokens that are predicted; the first of an example never is."""
+        """Return the share of tokens that are trained; the first of an example never is."""
         trained = 0
         for labels in split.examples.data.column("labels").chunks:
             values = labels.flatten().to_numpy(zero_copy_only=False) != IGNORED
@@ -299,11 +299,11 @@ class CausalLM(WritingTask):
         return trained / int(split.lengths.sum())
 
     def check_metrics(self, channels: set[str]) -> None:
-        """Let the model write answers, if a metric reads text."""
+        """Note whether the model has to write answers, because a metric compares texts."""
         self.writes_answers = "text" in channels
 
     def metric_problems(self) -> list[Problem]:
-        """Return what is wrong with the recipe's metrics; those of text need an answer."""
+        """Return what is wrong with the recipe's metrics; those of texts need an answer."""
         problems = super().metric_problems()
         of_text = [name for name in self.metric_names if reads(name) == "text"]
         at = self.recipe.at("evaluate.metrics")
@@ -316,7 +316,7 @@ class CausalLM(WritingTask):
         return problems
 
     def _add_answers(self, model: nn.Module, batch: Batch, predictions: list[Prediction]) -> None:
-        """Let the model answer what stands before the last trained span of each example."""
+        """Let the model answer what comes before the last trained span of each example."""
         prompts, references, stops = [], [], self.stop_ids(model)
         asked = [i for i, row in enumerate(batch.rows) if self.is_answered(row)]
         for ids, labels in (
@@ -325,7 +325,7 @@ class CausalLM(WritingTask):
         ):
             last = max(i for i, label in enumerate(labels) if label != IGNORED)
             first = last
-            while labels[first - 1] != IGNORED:  # that of the first token always is
+            while labels[first - 1] != IGNORED:  # the label of the first token always is
                 first -= 1
             prompts.append(ids[:first])
             span = labels[first : last + 1]
@@ -340,14 +340,14 @@ class CausalLM(WritingTask):
     # --------------------------------------------------------------------------- answers
 
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
-        """Return what the model says to each row's prompt, text or conversation."""
+        """Return the model's answer to each row's prompt, text or conversation."""
         whole = [self.rows.prompt(row) for row in rows]
         prompts = [self.shortened(prompt) for prompt in whole]
         self.n_cut_prompts += sum(len(a) > len(b) for a, b in zip(whole, prompts, strict=True))
         return [[text] for text in self.generate(model, prompts)]
 
     def parse_input(self, typed: str) -> dict[str, Any]:
-        """Return a row that holds a user's text; in a chat it is the user's turn."""
+        """Return a row with a text that a user has typed; in a chat it is the user's turn."""
         if not self.is_chat or self.spec.instruction_columns:
             return super().parse_input(typed)
         turn = {"role": "user", "content": typed}
@@ -356,12 +356,12 @@ class CausalLM(WritingTask):
         return {str(self.spec.messages_column): [turn]}
 
     def answer_error(self, row: dict[str, Any]) -> str:
-        """Return why a row cannot be answered, or nothing."""
+        """Return why a row cannot be answered; empty if it can."""
         problem = self.answer_problem(row)
         return problem.what if problem else ""
 
     def answer_problem(self, row: dict[str, Any]) -> Problem | None:
-        """Return why a row cannot be answered, with what to do about it, or nothing."""
+        """Return why a row cannot be answered, with a hint; None if it can."""
         if reason := self.input_error(row):
             return Problem(reason, hint=self.answer_hint)
         try:
@@ -371,7 +371,7 @@ class CausalLM(WritingTask):
         return None
 
     def prompt(self, row: dict[str, Any]) -> list[int]:
-        """Return the token ids of a row without its answer; a long prompt is cut, if it may be.
+        """Return the token ids of a row without its answer, shortened if the recipe allows it.
 
         Raises:
             LoraError: If there is no turn to answer, or the template rejects the conversation.
@@ -379,7 +379,7 @@ class CausalLM(WritingTask):
         return self.shortened(self.rows.prompt(row))
 
     def text_prompt(self, text: str) -> list[int]:
-        """Return the token ids of a user's text that the model is to continue."""
+        """Return the token ids of a typed text that the model is to continue."""
         return self.prompt(self.parse_input(text))
 
     def chat_prompt(self, messages: list[Message]) -> list[int]:
@@ -388,7 +388,7 @@ class CausalLM(WritingTask):
         return self.rows.ask(messages)
 
     def shortened(self, prompt: list[int]) -> list[int]:
-        """Return a prompt without its beginning, where it is too long and the recipe asks so."""
+        """Return a prompt without its beginning, if it is too long and the recipe allows that."""
         room = self.room_for_prompt
         if room is None or self.spec.truncate != "left":
             return prompt
@@ -402,7 +402,7 @@ class CausalLM(WritingTask):
     def sample(
         self, model: nn.Module, rows: Sequence[dict[str, Any]]
     ) -> list[tuple[str, str, str]]:
-        """Return how the model continues rows, the most likely token every time."""
+        """Return how the model continues rows, always with the most likely token."""
         prompts = [self.sample_prompt(row) for row in rows]
         written = self.continue_greedily(model, [ids for ids, _, _ in prompts])
         return [
@@ -410,10 +410,10 @@ class CausalLM(WritingTask):
         ]
 
     def sample_prompt(self, row: dict[str, Any]) -> tuple[list[int], str, str]:
-        """Return what a sample continues: token ids, the same as text, and the row's own words."""
+        """Return the prompt of a sample as token ids and as text, and the row's own answer."""
         ids, wanted = self.rows.sample(row)
         room = self.max_length
-        if self.positions is not None:  # the words that are added take positions too
+        if self.positions is not None:  # the continuation takes positions too
             room = min(room, max(self.positions - SAMPLE_NEW_TOKENS, self.positions // 2))
         last = ids[-room:]
         shown = str(self.tokenizer.decode(last, skip_special_tokens=not self.is_chat))

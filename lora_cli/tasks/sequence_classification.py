@@ -48,16 +48,16 @@ class SequenceClassification(Classification, TextTask):
         return found + self.label_fields()
 
     def input_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the texts, or nothing."""
+        """Return what is wrong with the texts; empty if nothing is."""
         return text_error(row, filter(None, (self.spec.text_column, self.spec.text_pair_column)))
 
     def unsupported(self, row: dict[str, Any]) -> tuple[str, str] | None:
-        """Return whether the label is a list of answers to be ranked, or of their scores."""
+        """Return an error and a hint if the label is a list: answers to be ranked, or scores."""
         columns = self.spec.label_columns
         return None if columns else several_answers(row, self.spec.label_column)
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return one example a row, or none of a row that is too long and to be left out."""
+        """Return one example for each row; none for one that is too long, with `truncate: drop`."""
         return [
             self._example(row, inputs)
             for row, inputs in zip(rows, self.encode_inputs(rows), strict=True)
@@ -76,12 +76,12 @@ class SequenceClassification(Classification, TextTask):
         return f"the row has {counted(length, 'token')}, more than {self.max_length:,}"
 
     def answer_error(self, row: dict[str, Any]) -> str:
-        """Return why a row cannot be answered, or nothing."""
+        """Return why a row cannot be answered; empty if it can."""
         problem = self.answer_problem(row)
         return problem.what if problem else ""
 
     def answer_problem(self, row: dict[str, Any]) -> Problem | None:
-        """Return why a row cannot be answered, with what to do about it, or nothing."""
+        """Return why a row cannot be answered, with a hint; None if it can."""
         if reason := super().answer_error(row):
             return Problem(reason, hint=self.answer_hint)
         try:
@@ -96,7 +96,7 @@ class SequenceClassification(Classification, TextTask):
         return Problem(self._too_long(full["full_length"]), hint=hint)
 
     def _full_length(self, row: dict[str, Any], inputs: Example) -> dict[str, int]:
-        """Return the tokens that a row has when it is not cut, if it was."""
+        """Return the number of tokens of a row before it was cut; empty if it was not."""
         if len(inputs["input_ids"]) < self.max_length:
             return {}
         texts = [str(row[column]) for column in self.input_columns().values()]
@@ -109,9 +109,9 @@ class SequenceClassification(Classification, TextTask):
         return {"full_length": full} if full > self.max_length else {}
 
     def encode_inputs(self, rows: Sequence[dict[str, Any]]) -> list[Example]:
-        """Return the inputs of rows, each with as many end-of-text tokens as the model expects.
+        """Return the inputs of rows, each with the end-of-text tokens that the model expects.
 
-        Encoder-decoders read their answer at the last one, and need the same number in every row.
+        Encoder-decoders answer at the last one, and need the same number in every row.
         """
         encoded = self._encode_texts(rows)
         end = getattr(self.config, "eos_token_id", None)  # Funnel's has none
@@ -127,7 +127,7 @@ class SequenceClassification(Classification, TextTask):
         return encoded
 
     def _ends_of_a_text(self, end: int) -> int:
-        """Return how many end-of-text tokens the tokenizer gives a row of ordinary text."""
+        """Return how many end-of-text tokens the tokenizer adds to an ordinary text."""
         row = dict.fromkeys(self.input_columns().values(), TRIAL_TEXT)
         count = int(self._encode_texts([row])[0]["input_ids"].count(end))
         if not count:
@@ -161,10 +161,11 @@ class SequenceClassification(Classification, TextTask):
         return examples
 
     def _decisive(self, texts: list[str], wanted: int) -> list[str]:
-        """Return a row's text, or its pair, without what surely lies behind the cut.
+        """Return a row's texts without most of what truncation would remove.
 
-        Tokenizers keep what they cut off in parts, and of a pair every part of one text with every
-        part of the other. Of a pair the longer text is cut first, so the longer stays the longer.
+        Tokenizers store what they cut off, in a pair each part of one text with each part of the
+        other, which takes much memory. In a pair the longer text is cut first, so it has to remain
+        the longer one.
         """
         tokenizer, last = self.text_tokenizer, self.spec.truncate == "left"
         ends = [end_of_text(tokenizer, text, wanted, last) for text in texts]
@@ -183,7 +184,7 @@ class SequenceClassification(Classification, TextTask):
 
     def features(self) -> dict[str, str]:
         """Return the types of the tokens, the labels, and the segments of a pair."""
-        # some tokenizers make them for models that have no embedding for them
+        # some tokenizers return segments for models that have no embedding for them
         embedded = getattr(self.config, "type_vocab_size", 0) > 1
         segments = embedded and "token_type_ids" in self.tokenizer.model_input_names
         return {
@@ -195,13 +196,13 @@ class SequenceClassification(Classification, TextTask):
     # ----------------------------------------------------------------------------- model
 
     def adjust_config(self, model: nn.Module) -> None:
-        """Name the padding token, by which decoders find the last token of a text."""
+        """Set the padding token, by which decoders find the last token of a text."""
         assert isinstance(model, PreTrainedModel)
         for config in (model.config, model.config.get_text_config()):
             config.pad_token_id = self._pad
 
     def _pad_id(self) -> int:
-        """Return the padding token's id."""
+        """Return the id of the padding token."""
         name = self.spec.pad_token or self.tokenizer.pad_token or self.tokenizer.eos_token
         token = self.tokenizer.convert_tokens_to_ids(name) if name else None
         if token is None or (
@@ -231,7 +232,7 @@ class SequenceClassification(Classification, TextTask):
     # --------------------------------------------------------------------------- batches
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Return the examples as a batch; the items are rows, or their weights."""
+        """Return the examples as a batch. Its items are rows, or the weights of their labels."""
         inputs = self.input_tensors(examples)
         labels, items = self.labels_and_items(examples)
         n_tokens = sum(len(example["input_ids"]) for example in examples)
@@ -239,7 +240,7 @@ class SequenceClassification(Classification, TextTask):
         return Batch(inputs, {"labels": labels}, {MAIN: items}, n_tokens, rows)
 
     def input_tensors(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Return what the model reads of examples, as tensors."""
+        """Return the examples as tensors for the model."""
         keys = [key for key in ("input_ids", "token_type_ids") if key in examples[0]]
         texts: dict[str, Any] = {key: [example[key] for example in examples] for key in keys}
         return self.inputs_of(texts, {"input_ids": self._pad, "token_type_ids": 0})

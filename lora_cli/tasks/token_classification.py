@@ -1,4 +1,4 @@
-"""Find entities: words of a row, or places of a text, that have a type."""
+"""Find entities: words of a row, or spans of a text, that have a type."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from lora_cli.tasks.texts.word_windows import (
     words_without_token,
 )
 
-MOST_WITHOUT_TOKEN = 0.02  # of the words: more is worth a warning
+MOST_WITHOUT_TOKEN = 0.02  # share of words without a token above which there is a warning
 Said = tuple[int, str, float]  # a word's position in its row, its tag, and the tag's probability
 
 
 @dataclass(frozen=True)
 class _Encoding:
-    """What is added to the tokens of a window, before and behind."""
+    """The special tokens before and after the tokens of a window."""
 
     prefix: list[int]
     suffix: list[int]
@@ -69,10 +69,10 @@ class TokenClassification(TextTask):
         self.reader = EntityRows(recipe, spec)
 
     def load_processor(self) -> None:
-        """Load the tokenizer, and find what it adds to a text.
+        """Load the tokenizer, and find the special tokens that it adds to a text.
 
         Raises:
-            LoraError: If it does not know the places of its tokens, and the rows have spans.
+            LoraError: If it does not return the places of tokens, which spans need.
         """
         super().load_processor()
         if self.spec.has_spans and not self.tokenizer.is_fast:
@@ -91,7 +91,7 @@ class TokenClassification(TextTask):
 
     @property
     def _capacity(self) -> int:
-        """Tokens of a row that fit into a window."""
+        """The number of a row's tokens that fit into a window."""
         room = self.max_length - len(self._added.prefix) - len(self._added.suffix)
         if room < 1:
             what = f"`max_length: {self.max_length}` leaves no room for a word"
@@ -115,7 +115,7 @@ class TokenClassification(TextTask):
 
     @property
     def knows_labels(self) -> bool:
-        """Whether the labels are named."""
+        """Whether the labels are known."""
         return bool(self.labels)
 
     @property
@@ -133,11 +133,11 @@ class TokenClassification(TextTask):
         return self.reader.types_in(row)
 
     def answer_of(self, row: dict[str, Any]) -> str:
-        """Return the entities of a row, to be compared with those of a row of the same text."""
+        """Return the entities of a row as text, to compare rows of the same text."""
         if self.spec.has_spans:
             spans = self.reader.spans(row)
             text = str(row[str(self.spec.text_column)])
-            # not by their places: spaces do not count where texts are compared, nor does case
+            # without their places: texts are compared without regard to spaces and case
             found = [] if isinstance(spans, str) else spans
             named = [f"{text[s.start : s.end].casefold()} ({s.label})" for s in found]
         else:
@@ -155,36 +155,36 @@ class TokenClassification(TextTask):
         return {kind: counts[kind] for kind in self.reader.types}
 
     def learn_form(self, splits: dict[str, Rows]) -> None:
-        """Find out the scheme of the tags."""
+        """Find out the scheme of the tags, such as IOB2."""
         self.reader.learn_form(splits)
         if self.reader.knows_scheme:
             self.learned.task["scheme"] = self.reader.scheme
 
     def learn_from(self, splits: dict[str, Rows]) -> None:
-        """Find the types of entities, and with them the labels."""
+        """Find the types of entities, and from them the labels."""
         self.reader.learn(splits)
         self.learned.task["labels"] = list(self.labels)
 
     def input_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the words or the text, or nothing."""
+        """Return what is wrong with the words or the text; empty if nothing is."""
         return self.reader.input_error(row)
 
     def target_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the tags or the spans, or nothing."""
+        """Return what is wrong with the tags or the spans; empty if nothing is."""
         return self.reader.target_error(row)
 
     def skip_reason(self, row: dict[str, Any], split: str) -> str:
-        """Return why Prodigy's annotator put a row aside, or nothing."""
+        """Return why a row of Prodigy is skipped: its annotation was rejected or ignored."""
         answer = row.get("answer")
         put_aside = self.spec.has_spans and "_task_hash" in row and answer in ("reject", "ignore")
         return f"its annotation is marked `{answer}`" if put_aside else ""
 
     def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
-        """Return which type of a streamed row is no label."""
+        """Return an error if a streamed row has a type that is not among the labels."""
         return self.reader.label_problem(row, place)
 
     def shown_input(self, row: dict[str, Any]) -> str:
-        """Return the text of a row, in which the places of its predictions are counted."""
+        """Return the text of a row, to which the places of its predictions refer."""
         return self._text_of(row).shown
 
     def _text_of(self, row: dict[str, Any]) -> RowText:
@@ -240,7 +240,7 @@ class TokenClassification(TextTask):
         return words_one_by_one(tokenizer, [text.text[start:end] for start, end in text.places])
 
     def features(self) -> dict[str, str]:
-        """Return the types of the tokens, their labels, the words at them, and the row's words."""
+        """Return the types of tokens, their labels and words, and the row's number of words."""
         return dict.fromkeys(("input_ids", "labels", "words"), "list<int32>") | {"n_words": "int32"}
 
     def trial_examples(self, length: int) -> tuple[Example, Example]:
@@ -256,7 +256,7 @@ class TokenClassification(TextTask):
         return {"input_ids": ids, "labels": labels, "words": labels, "row": 0}
 
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
-        """Return the tokens of an encoded example, and the tags behind those that have one."""
+        """Return the tokens of an encoded example, followed by their tags if they have one."""
         tokens = self.tokenizer.convert_ids_to_tokens(example["input_ids"])
         opening, closing = ("\x1b[32m", "\x1b[0m") if colour else ("", "")
         shown = [
@@ -266,7 +266,7 @@ class TokenClassification(TextTask):
         return [], " ".join(map(str, shown))
 
     def trained_share(self, split: Any) -> float:
-        """Return the share of the tokens that are predicted: the first ones of words."""
+        """Return the share of tokens that are trained: the first one of each word."""
         trained = sum(
             int((labels.flatten().to_numpy(zero_copy_only=False) != IGNORED).sum())
             for labels in split.examples.data.column("labels").chunks
@@ -274,7 +274,7 @@ class TokenClassification(TextTask):
         return trained / int(split.lengths.sum())
 
     def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
-        """Return the share of unknown tokens; and warn of words that have no token of their own."""
+        """Return the share of unknown tokens, and a warning about words without a token."""
         share, warning = super().unknown_input(name, rows, examples)
         if warning is not None or not len(examples):
             return share, warning
@@ -293,7 +293,7 @@ class TokenClassification(TextTask):
 
     def model_config(self) -> PretrainedConfig:
         """Return the configuration with the labels by name."""
-        if not self.labels:  # `lora validate` asks for the names of modules all the same
+        if not self.labels:  # unknown in `lora validate`, which needs the names of modules alone
             return load_config(self.recipe)
         return load_config(
             self.recipe,
@@ -303,15 +303,15 @@ class TokenClassification(TextTask):
         )
 
     def arrange_head(self, model: nn.Module, missing: set[str]) -> None:
-        """Put the rows of a pretrained classifier into the order of the labels, by name."""
+        """Put the rows of a pretrained classifier into the order of the labels."""
         config = (self.config, self.recipe, self.auto_class)
         if note := arrange_rows(model, missing, self.labels, *config):
             self.notes.append(note)
 
     def complete_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Find the labels of an adapter that another tool made: the base's, of the same number.
+        """Find the labels of an adapter from another tool: those of the base, if as many.
 
-        Without a head in the adapter, they are those of the base's own head.
+        An adapter without a head has the labels of the base.
         """
         heads = rows_of_heads(tensors, self.empty_model()[1])
         known: dict[int, str] = load_config(self.recipe).id2label
@@ -324,9 +324,11 @@ class TokenClassification(TextTask):
     # --------------------------------------------------------------------------- batches
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Return the examples padded to the longest; the items are words."""
+        """Return the examples padded to the longest. The items of the batch are words."""
         ids, labels, words = ([e[k] for e in examples] for k in ("input_ids", "labels", "words"))
-        shared = self.first_position is not None  # the answers are put into rows of their own
+        shared = (
+            self.first_position is not None
+        )  # each text then has a row of its own in the targets
         options = (self.pad_multiple, RIGHT if shared else self.padding)
         targets = {
             "labels": fill(labels, IGNORED, *options),
@@ -341,7 +343,7 @@ class TokenClassification(TextTask):
     def _inputs(self, ids: list[list[int]]) -> dict[str, Tensor]:
         token = self.tokenizer.pad_token_id
         token = self.tokenizer.eos_token_id if token is None else token
-        padding = 0 if token is None else int(token)  # it is masked, whichever it is
+        padding = 0 if token is None else int(token)  # any id will do, as it is masked
         return self.inputs_of({"input_ids": ids}, {"input_ids": padding})
 
     def losses(self, model: nn.Module, output: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -353,7 +355,7 @@ class TokenClassification(TextTask):
         return {MAIN: losses.sum(1)}
 
     def predictions(self, model: nn.Module, output: Tensor, batch: Batch) -> list[Prediction]:
-        """Return the tags of the words of each window; `join` makes entities of them."""
+        """Return the tags of the words of each window, of which `join` makes entities."""
         return [
             Prediction(row, said, None)
             for row, said in zip(
@@ -389,9 +391,9 @@ class TokenClassification(TextTask):
     def _answer(
         self, text: RowText, said: Sequence[Said]
     ) -> tuple[list[str], list[dict[str, Any]]]:
-        """Return the tags of all words of a row, and its entities as places in the text.
+        """Return the tags of all words of a row, and its entities as spans of the text.
 
-        The score of an entity is the mean probability of its words' tags.
+        The score of an entity is the mean probability of the tags of its words.
         """
         given: list[str | None] = [None] * len(text.places)
         sure: list[float | None] = [None] * len(text.places)
@@ -414,11 +416,11 @@ class TokenClassification(TextTask):
     # --------------------------------------------------------------------------- answers
 
     def answer_error(self, row: dict[str, Any]) -> str:
-        """Return why a row cannot be answered, or nothing; a text may stand for its words."""
+        """Return why a row cannot be answered; empty if it can. A text may replace its words."""
         return self.reader.input_error(row, may_be_typed=True)
 
     def answer_columns(self) -> dict[str, str]:
-        """Return `prediction`: a list of entities, which tables hold as JSON."""
+        """Return the column `prediction`: a list of entities, as JSON in tables."""
         return {"prediction": "string"}
 
     def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:

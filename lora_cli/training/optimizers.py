@@ -15,14 +15,14 @@ from lora_cli.recipe import Recipe
 def build_optimizer(
     model: nn.Module, recipe: Recipe, in_full: Sequence[str] = ()
 ) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer over the trained parameters.
+    """Return the recipe's optimizer for the trained parameters.
 
-    Each parameter group holds `names`, the names of its parameters, in the same order.
+    Each parameter group also has `names`: the names of its parameters, in the same order.
 
     Args:
         model: The model with its adapter attached.
-        recipe: Its `train.optimizer` section says which.
-        in_full: Names of the modules trained in full: the `head` of the recipe's groups.
+        recipe: Its `train.optimizer` section names the optimizer and its settings.
+        in_full: The names of the modules trained in full, which the recipe's groups call `head`.
 
     Raises:
         LoraError: If a group matches nothing, or a package is missing.

@@ -39,14 +39,14 @@ LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "safetensors")
 
 
 def finished_report(recipe: Recipe, resume: bool) -> dict[str, Any] | None:
-    """Return the report of a complete run, which is to be resumed, else None; nothing is written.
+    """Return the report of a complete run that is to be resumed, else None. Nothing is written.
 
-    Where the recipe has changed, and is allowed to, the run is not complete any more: more steps,
-    or other metrics, are still to come.
+    A run is not complete if the recipe has changed in an allowed way, such as to more steps or
+    other metrics.
 
     Raises:
-        LoraError: If the folder holds something and the run is not to be resumed, or holds no run,
-            or a complete run of another recipe.
+        LoraError: If the folder is not empty and the run is not to be resumed, or if the folder
+            contains no run, or a complete run of another recipe.
     """
     folder = recipe.output_path
     _reject_foreign(recipe, resume)

@@ -1,4 +1,4 @@
-"""What tasks share whose rows are texts: a tokenizer, lengths in tokens, padding."""
+"""The base class of tasks that read text: tokenizer, lengths in tokens, padding, control tokens."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ from lora_cli.tasks.texts.padding import (
 )
 from lora_cli.tasks.texts.unknown_tokens import MOST_UNKNOWN, count_unknown, unknown_warning
 
-# RoBERTa and its kin count positions from behind the padding token's id
+# models that count positions from the id of the padding token on, as RoBERTa does
 POSITIONS_AFTER_PADDING = {
     "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke",
     "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 }  # fmt: skip
-ENCODING = 2  # of rows into examples; a change of it makes what is kept on the disk useless
-POSITIONS = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
+ENCODING = 2  # version of how rows are encoded; increase it to encode cached rows again
+POSITIONS = ("max_position_embeddings", "max_seq_len")  # the second is the name in MPT
 CONFIG_KEYS = ("vocab_size", "eos_token_id", "is_encoder_decoder")  # what `encode` checks
 TRIAL_TEXT = (
     "the film was not as good as the book , but its music and the cast are worth a second look"
@@ -57,50 +57,50 @@ TRIAL_TEXT = (
 
 
 class TextSpec(Protocol):
-    """What the `task` section of every text task has."""
+    """What the `task` section of each text task has."""
 
     max_length: int
 
     @property
     def split_special_tokens(self) -> bool | None:
-        """Whether control tokens that are spelled out are read as text."""
+        """Whether control tokens written out in a text, such as `</s>`, are read as plain text."""
 
     @property
     def model_fields_set(self) -> set[str]:
-        """The keys that the recipe itself has."""
+        """The keys that are written in the recipe."""
 
 
 class TextTask(Task):
-    """A task whose model reads tokens of texts."""
+    """A task whose model reads the tokens of texts."""
 
     spec: TextSpec
     """The recipe's `task` section."""
     input_name = "text"
     answer_hint = "write another text"
     forward_options: dict[str, Any] = {}
-    """What the model's forward is given besides a batch, if it takes it."""
+    """Arguments for the model's forward besides a batch, if it accepts them."""
     padding: Padding = RIGHT
-    """How rows of different lengths become one batch; `fit_to_model` chooses it by the model."""
+    """How texts of different lengths are padded to a batch; `fit_to_model` chooses it."""
     looks_back_only: bool = False
-    """Whether no token may see those that come after it."""
+    """Whether tokens must not see the tokens after them."""
     can_fill_left: bool = True
-    """Whether rows may be filled on the left."""
+    """Whether texts may be padded on the left."""
     length_key: str = "task.max_length"
-    """The recipe key that limits what the model reads."""
+    """The recipe key of the longest text."""
     pad_multiple: int = 1
-    """Batches are padded to a multiple of this many tokens."""
+    """The lengths of batches are multiples of this number of tokens."""
     first_position: int | None = None
-    """Where positions start, if texts share rows; `fit_to_model` finds whether they may."""
+    """The first position of a text, if texts share rows; `fit_to_model` finds out if they can."""
     can_share_rows: bool = False
-    """Whether texts may share rows, if the model's answers stay the same."""
+    """Whether texts may share rows, provided that the model's answers stay the same."""
     answers_tokens: bool = False
-    """Whether every token gets an answer, or the text as a whole."""
+    """Whether each token gets an answer, rather than the text as a whole."""
     _positions: tuple[Any, int | None] | None = None
-    """A configuration, and for how many tokens its model has positions."""
+    """A configuration, and the number of positions of its model."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
-        self.n_control_rows = 0  # answered since the last warning, with a control token in them
+        self.n_control_rows = 0  # answered rows with control tokens, since the last warning
         self.tokenizer: PreTrainedTokenizerBase
 
     def load_processor(self) -> None:
@@ -120,7 +120,7 @@ class TextTask(Task):
         return trained_tokenizer(self.trained_in, self.recipe)
 
     def read_config(self) -> None:
-        """Read the model's configuration; and the tokenizer, where the recipe names tokens."""
+        """Read the model's configuration, and the tokenizer if the recipe names tokens."""
         if self.recipe.model.add_tokens or self.recipe.adapter.train_tokens:
             self.load_processor()
         else:
@@ -128,16 +128,16 @@ class TextTask(Task):
 
     @property
     def reads_control_tokens(self) -> bool:
-        """Whether a control token that is spelled out in a text is read as the token."""
+        """Whether a control token written out in a text is read as the token."""
         return not self.spec.split_special_tokens
 
     @property
     def text_tokenizer(self) -> PreTrainedTokenizerBase:
-        """What reads the texts of rows: the tokenizer, or a copy that knows no control tokens."""
+        """The tokenizer for the texts of rows; it may be a copy that knows no control tokens."""
         return self.tokenizer if self.reads_control_tokens else self.control_tokens.plain
 
     def save_processor(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
-        """Write the tokenizer that was trained with, and its chat template, into a folder."""
+        """Write the tokenizer and its chat template into a folder."""
         save_tokenizer(folder, self.tokenizer, self.recipe, facts)
 
     @property
@@ -153,15 +153,15 @@ class TextTask(Task):
 
     @property
     def positions(self) -> int | None:
-        """Tokens that the model has positions for, if that is limited."""
+        """The number of positions of the model; None if it has no limit."""
         known = self._positions
-        if known is None or known[0] is not self.config:  # it is asked for with every row
+        if known is None or known[0] is not self.config:  # cached, because each row needs it
             self._positions = known = (self.config, _positions_in(self.config))
         return known[1]
 
     @property
     def length_note(self) -> str | None:
-        """What to say of a `max_length` that is more than the model can take, if it is."""
+        """A warning if `max_length` is more than the model can read, else None."""
         asked = self.spec.max_length
         if self.max_length == asked or "max_length" not in self.spec.model_fields_set:
             return None
@@ -175,7 +175,7 @@ class TextTask(Task):
 
     @property
     def longer_hint(self) -> str:
-        """What to do where texts are too long: raise `max_length`, if the model allows it."""
+        """A hint for texts that are too long: raise `max_length`, if the model can read more."""
         if self.max_length < self.spec.max_length:
             most = counted(self.max_length, "token")
             return f"the model takes no more than {most}: shorten the texts"
@@ -189,7 +189,7 @@ class TextTask(Task):
         """Reject token ids that the model's embedding does not have.
 
         Raises:
-            LoraError: With the first such token; the caller adds the row.
+            LoraError: With the first such token. The caller adds the place of the row.
         """
         size = getattr(self.config.get_text_config(), "vocab_size", None)
         if size is None or not ids or max(ids) < size:
@@ -222,7 +222,7 @@ class TextTask(Task):
 
     def check_examples(self, examples: Sequence[Example]) -> None:
         """Reject tokens that the model's embedding does not have."""
-        # of each example the highest: to ask for each token takes long
+        # only the highest id of each example, because checking each token would take long
         self.require_known_tokens([max(e["input_ids"], default=0) for e in examples])
 
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
@@ -230,8 +230,8 @@ class TextTask(Task):
         return [], str(self.tokenizer.decode(example["input_ids"]))
 
     def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
-        """Return the share of tokens that stand for what the tokenizer does not know."""
-        if hasattr(examples, "data"):  # without making Python's lists of them
+        """Return the share of unknown tokens, and a warning if it is large."""
+        if hasattr(examples, "data"):  # without converting them to Python lists
             chunks = examples.data.column("input_ids").chunks
             ids = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
             lengths = examples.data.column("length").to_numpy()
@@ -253,33 +253,33 @@ class TextTask(Task):
     def load_model(
         self, device: torch.device, dtype: torch.dtype | str | None = None
     ) -> tuple[nn.Module, list[str]]:
-        """Return the base model, and the names of the modules that are new in it."""
-        # attention plans and picks its kernels again for every new length
+        """Return the base model, and the names of the modules that the task added to it."""
+        # for each new length, attention chooses its kernels again
         self.pad_multiple = 8 if device.type == "cuda" else 1
         model, new = super().load_model(device, dtype)
         grow_vocabulary(model, self.tokenizer, self.recipe.model.add_tokens)
         return model, new
 
     def empty_model(self) -> tuple[nn.Module, list[str]]:
-        """Return the same without weights."""
+        """Return the same as `load_model`, but without weights."""
         model, new = super().empty_model()
         if self.recipe.model.add_tokens:
             grow_vocabulary(model, self.tokenizer, self.recipe.model.add_tokens)
         return model, new
 
     def fit_to_model(self, model: nn.Module, longest: int | None = None) -> None:
-        """Choose how rows of different lengths are padded, by trying it on the model."""
+        """Choose how texts of different lengths are padded, by trying it on the model."""
         from lora_cli.tasks.texts.padding_check import choose_padding
 
         choose_padding(self, model, longest)
 
     def fit_as(self, other: Task) -> None:
-        """Pad as another instance of the task does."""
+        """Use the padding that another instance of the task has chosen."""
         assert isinstance(other, TextTask)
         self.padding, self.first_position = other.padding, other.first_position
 
     def try_training(self, model: nn.Module, longest: int | None = None) -> None:
-        """Compute a short and a long row as in training."""
+        """Compute a short and a long text as in training, to find errors early."""
         from lora_cli.tasks.texts.padding_check import check_training
 
         check_training(self, model, longest)
@@ -289,21 +289,20 @@ class TextTask(Task):
         """Return a short example and one of about `length` tokens, to try the model on."""
 
     def output_length(self, example: Example) -> int:
-        """Return how many tokens of an example the model gives scores for, if for each."""
+        """Return the number of tokens of an example for which the model gives scores."""
         return len(example["input_ids"])
 
     def check_trial(self, model: nn.Module, example: Example, logits: Tensor) -> None:
-        """Check what the task needs of the model's outputs for one example, if anything.
+        """Check the model's outputs for one example, if the task has requirements.
 
         Raises:
-            LoraError: If the model is of no use for the task.
+            LoraError: If the model does not meet them.
         """
 
     def probe(self) -> dict[str, Tensor]:
         """Return random tokens, the same every time.
 
-        Each row ends with an end-of-text token and has no other: an encoder-decoder classifies by
-        it.
+        Each row has one end-of-text token, at its end, because encoder-decoders classify there.
         """
         generator = torch.Generator().manual_seed(0)
         length = min(32, self.max_length)
@@ -321,11 +320,11 @@ class TextTask(Task):
         texts: Mapping[str, Sequence[Sequence[int] | NDArray[Any]]],
         fill_with: Mapping[str, int],
     ) -> dict[str, Tensor]:
-        """Return the texts of a batch as the model reads them: padded, or in shared rows.
+        """Return the texts of a batch as tensors: padded, or in shared rows.
 
         Args:
-            texts: For `input_ids`, and whatever else a token has, one sequence a text.
-            fill_with: What each is filled with.
+            texts: One sequence for each text, for `input_ids` and other values of tokens.
+            fill_with: The value for padding of each of them.
         """
         ids = texts["input_ids"]
         if self.first_position is not None:
@@ -361,7 +360,7 @@ class TextTask(Task):
 
     @staticmethod
     def _taken(inputs: dict[str, Tensor], takes: frozenset[str]) -> dict[str, Tensor]:
-        """Return the inputs without a mask that the model would not know."""
+        """Return the inputs without the attention mask if the model accepts none."""
         if "attention_mask" in takes or "**" in takes:
             return inputs
         return {key: value for key, value in inputs.items() if key != "attention_mask"}
@@ -369,20 +368,20 @@ class TextTask(Task):
     # -- answers
 
     def control_token_in(self, row: dict[str, Any]) -> str | None:
-        """Return the first control token that is spelled out in what the model reads of a row."""
+        """Return the first control token that is written out in the texts of a row, or None."""
         columns = [*self.input_columns().values(), *self.more_text_columns()]
         return self.control_tokens.first_in([row.get(column) for column in columns])
 
     def more_text_columns(self) -> list[str]:
-        """Return other columns whose texts the model reads or writes, where a row has them."""
+        """Return other columns whose texts the model reads or writes, if a row has them."""
         return []
 
     def note_control_tokens(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Count the rows to be answered in which a control token is spelled out."""
+        """Count the rows to be answered in which a control token is written out."""
         self.n_control_rows += sum(self.control_token_in(row) is not None for row in rows)
 
     def take_warnings(self) -> list[str]:
-        """Return what a user should know of the answers since the last call, each with a count."""
+        """Return warnings about the answers since the last call."""
         count, self.n_control_rows = self.n_control_rows, 0
         how = "as tokens: `--set task.split_special_tokens=true` reads them as text"
         how = how if self.reads_control_tokens else "as text"
@@ -390,7 +389,7 @@ class TextTask(Task):
         return [what] if count else []
 
     def cache_key(self) -> list[str]:
-        """Return what an encoded row depends on besides the row."""
+        """Return all that an encoded row depends on, besides the row itself."""
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         state = backend.to_str() if backend is not None else str(tokenizer.get_vocab())
@@ -404,14 +403,14 @@ class TextTask(Task):
 
 @functools.cache
 def forward_parameters(forward: Callable[..., Any]) -> frozenset[str]:
-    """Return the names of what a model's forward takes, and `**` if it takes any other too."""
+    """Return the parameters of a model's forward, with `**` if it accepts any others."""
     parameters = inspect.signature(forward).parameters.values()
     any_other = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     return frozenset({p.name for p in parameters} | ({"**"} if any_other else set()))
 
 
 def _positions_in(config: Any) -> int | None:
-    """Return for how many tokens a model has positions, if that is limited."""
+    """Return the number of positions of a model; None if it has no limit."""
     config = config.get_text_config()
     count = next((c for key in POSITIONS if (c := getattr(config, key, None))), None)
     if count is None or count < 0:
