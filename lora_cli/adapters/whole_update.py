@@ -25,7 +25,7 @@ from lora_cli.models.quantized_linear import QuantizedLinear
 class WholeUpdate(LoRALayer):
     """What LoHa and LoKr share, on `nn.Linear`, `nn.Conv1d` and `nn.Conv2d`.
 
-    A class of such layers owes `update_weight`, `shapes`, and the names of its parameters.
+    A subclass has `update_weight`, `shapes`, and the names of its parameters.
     """
 
     zero_at_start: ClassVar[tuple[str, ...]]

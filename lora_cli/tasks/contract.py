@@ -1,8 +1,9 @@
-"""What a task owes to everything that reads rows, trains, evaluates and merges.
+"""`Task`, the base class of all tasks: what every task implements.
 
-A task alone knows what a row is. No caller asks which task it has, nor assumes tokens, a tokenizer
-or logits: what differs between kinds of work is a method here, or of `TaskRows`, `TaskModel`,
-`TaskMetrics` or `TaskAnswers`, which a task is as well. The order of calls:
+Only a task knows what a row is. The code that reads rows, trains, evaluates and merges never asks
+which task it has, and does not assume tokens, a tokenizer or logits. Whatever differs between tasks
+is a method of this class, or of its base classes `TaskRows`, `TaskModel`, `TaskMetrics` and
+`TaskAnswers`. The order of calls:
 
 1. `load_processor`, then `learn_from` with the rows of the splits;
 2. `encode` makes examples of rows, once; `prepare` and `collate` make a batch of examples;
@@ -40,22 +41,22 @@ from lora_cli.tasks.task_model import TaskModel
 
 
 def prepared_for_evaluation(task: Task, example: Example) -> Example:
-    """Return an example ready to be collated; what is random in it is the same every time."""
+    """Return an example ready to be collated; its random numbers are the same every time."""
     rng = np.random.default_rng((task.recipe.train.seed, int(example["row"])))
     return task.prepare(restored(example), rng, training=False)
 
 
 class Task(TaskAnswers, TaskMetrics, TaskModel):
-    """A kind of work: how rows become batches, batches a loss, and outputs predictions."""
+    """A task: how rows become batches, batches a loss, and outputs predictions."""
 
     unit: str = "token"
     """What `cost` counts."""
     layout: str = "as the examples are"
-    """How the examples of a batch lie in its tensors, in words."""
+    """How the examples of a batch are arranged in its tensors, in words."""
     same_in_any_batch: bool = False
-    """Whether an example's outputs surely do not depend on the others of its batch."""
+    """Whether an example's outputs are known not to depend on the others in its batch."""
     several_inputs: bool = False
-    """Whether an example has several rows in the tensors of a batch, one for each of its texts."""
+    """Whether an example takes several rows in the tensors of a batch, one for each text."""
     waits_for_device: bool = False
     """Whether the loss copies something to the host in every step, such as to assign boxes."""
     couples_examples: bool = False
@@ -65,41 +66,41 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
     make a larger batch, of which `losses` is the loss.
     """
     max_length: int | None = None
-    """Where examples are cut or divided, in `unit`s; None: nowhere."""
+    """The length at which examples are cut or divided, in `unit`s; None if they are not."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.learned = Learned()  # what the rows teach, and others learn on the way
-        self.notes: list[str] = []  # what a user should know before training
+        self.learned = Learned()  # such as the labels, learned from the rows
+        self.notes: list[str] = []  # printed before training
         self.drawn = frozenset()
-        self.trained_in: Path | None = None  # the adapter's folder, where one is used
+        self.trained_in: Path | None = None  # the folder of the adapter that is used, if any
         self.frozen_layers: FrozenLayers | None = None  # of the model that is trained
-        self.frozen_facts: dict[str, str] = {}  # what is kept of them, for the report
+        self.frozen_facts: dict[str, str] = {}  # what is cached of them, for the report
         self.config: PretrainedConfig
 
     @classmethod
     def for_base(cls, recipe: Recipe) -> type[Task]:
-        """Return the class of the task for the recipe's base, where kinds of bases differ."""
+        """Return the class of the task for the recipe's base, if there are several."""
         return cls
 
     @property
     def completed_recipe(self) -> Recipe:
-        """The recipe with what has been learnt until now."""
+        """The recipe, completed by what has been learned so far."""
         return self.learned.completed(self.recipe)
 
     @property
     def micro_batch(self) -> int:
-        """Examples of one forward pass in training."""
+        """The number of examples of one forward pass in training."""
         return self.learned.micro_batch_of(self.recipe.train)
 
     # -- the processor: a tokenizer, an image processor, a feature extractor
 
     @abstractmethod
     def load_processor(self) -> None:
-        """Load what turns rows into inputs, and the model's configuration."""
+        """Load the processor, which turns rows into inputs, and the model's configuration."""
 
     def read_config(self) -> None:
-        """Read the model's configuration, which is all of the base that `empty_model` needs."""
+        """Read the model's configuration, which is all that `empty_model` needs."""
         self.config = load_config(self.recipe)
 
     @abstractmethod
@@ -107,27 +108,27 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         """Write the processor into a folder, as transformers keeps it.
 
         Args:
-            folder: Where its files go.
-            facts: What `base_facts` returned; gets what identifies the copy, if that differs.
+            folder: The folder for its files.
+            facts: What `base_facts` returned; receives the identity of the copy, if it differs.
         """
 
     @property
     @abstractmethod
     def base_facts(self) -> dict[str, Any]:
-        """What of the base decides the computation besides its tensors.
+        """What else of the base decides the result, besides its tensors.
 
-        `config` has the computing keys of config.json, of a base of several parts with the name of
-        the part before each (`unet.sample_size`). `tokenizer`, `chat_template` and `processor` are
-        there where the base has them.
+        `config` has the keys of config.json that change the computation; for a base of several
+        parts, the name of the part comes before each (`unet.sample_size`). If the base has them,
+        there are also `tokenizer`, `chat_template` and `processor`.
         """
 
     @abstractmethod
     def cache_key(self) -> list[str]:
-        """Return what an encoded row depends on besides the row."""
+        """Return all that an encoded row depends on, besides the row itself."""
 
     @property
     def length_note(self) -> str | None:
-        """What to say of a `max_length` that is more than the model can take, if it is."""
+        """A warning if `max_length` is more than the model can read, else None."""
         return None
 
     @property
@@ -137,21 +138,21 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
 
     @property
     def length_name(self) -> str:
-        """`max_length` as it stands in a table: `512`."""
+        """`max_length` for a table: `512`."""
         return str(self.max_length)
 
     @property
     def longer_hint(self) -> str:
-        """What to do where rows are too long."""
+        """A hint for rows that are too long."""
         return "raise `task.max_length`"
 
     # -- examples
 
     @abstractmethod
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return the examples of each row: small facts, which are kept on the disk.
+        """Return the examples of each row. They are small, and are cached on the disk.
 
-        An example of a row that is longer than `max_length` has the row's own `full_length`.
+        An example of a row longer than `max_length` has the length of the row as `full_length`.
         """
 
     @abstractmethod
@@ -163,17 +164,17 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         """Return what an example costs, in `unit`s."""
 
     def encode_to_train(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return the examples of train rows, which may hold more than those that are measured."""
+        """Return the examples of train rows, which may have more keys than other examples."""
         return self.encode(rows)
 
     def train_features(self) -> dict[str, str]:
-        """Return the type of each key of an example that is trained."""
+        """Return the type of each key of an example of the train split."""
         return self.features()
 
     def batch_groups(self, split: Encoded) -> NDArray[np.int64] | None:
-        """Return a number for each example: batches hold equal ones, as far as they can; or None.
+        """Return a number for each example, by which batches are grouped if possible, or None.
 
-        Other examples in a batch are right too, and slower.
+        A batch of examples with different numbers is computed correctly, but more slowly.
         """
         return None
 
@@ -181,11 +182,11 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         """Check that the model can read the examples.
 
         Raises:
-            LoraError: Without a place; the caller adds the row.
+            LoraError: If it cannot. The caller adds the place of the row.
         """
 
     def why_nothing(self, row: dict[str, Any]) -> str:
-        """Return a hint, where a row leaves nothing to train."""
+        """Return a hint for a row in which nothing is trained."""
         return self.longer_hint
 
     def prepare(self, example: Example, rng: np.random.Generator, training: bool) -> Example:
@@ -193,34 +194,34 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
 
         Args:
             example: One of those that `encode` returned.
-            rng: It alone may decide what is random. In training it is the generator of (seed,
-                step, row), else that of (seed, row), so that every evaluation draws the same.
+            rng: The only source of random numbers. It is seeded with (seed, step, row) in training,
+                and with (seed, row) else, so that every evaluation draws the same.
             training: Whether to augment.
         """
         return example
 
     @property
     def prepares(self) -> bool:
-        """Whether examples are prepared at all, or hold tensors that are kept as bytes."""
+        """Whether examples need `prepare`, or have cached tensors."""
         own = type(self)
         keeps_tensors = own.frozen_outputs is not Task.frozen_outputs
         return own.prepare is not Task.prepare or keeps_tensors
 
     @property
     def augments(self) -> bool:
-        """Whether `prepare` draws in training what frozen parts read; then nothing is kept."""
+        """Whether `prepare` changes the inputs of frozen parts at random, so none can be cached."""
         return False
 
     @staticmethod
     def propose(table: Table, base: BaseFacts) -> Proposal | None:
-        """Return what `lora init` would suggest for a table, or None if it is not for this task.
+        """Return what `lora init` would propose for a table, or None if it is not for this task.
 
-        The most certain proposal of all task types is drafted. It may hold an error instead, which
-        is raised if no other is more certain.
+        Of the proposals of all tasks, the most certain one is written as a recipe. A proposal may
+        be an error instead, which is raised if no other is more certain.
 
         Args:
-            table: The rows, what their columns hold, and which columns the user names.
-            base: What is known of the base model; nothing of it is loaded.
+            table: The rows, the kinds of their columns, and the columns that the user names.
+            base: What is known of the base model, which is not loaded.
         """
         return None
 
@@ -228,19 +229,19 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Return prepared examples as one batch.
 
-        A list of numbers in an example may be a numpy view of the encoded corpus, which cannot be
-        written to: copy it before you change it (`torch.tensor` does, `torch.from_numpy` warns).
+        Lists of numbers in an example may be read-only numpy views of the cache. Copy them before
+        changing them (`torch.tensor` does, `torch.from_numpy` warns).
         """
 
     def batch(self, examples: Sequence[Example]) -> Batch:
-        """Return prepared examples as one batch, with the hidden states that they bring along."""
+        """Return prepared examples as one batch, with their cached hidden states, if any."""
         batch = self.collate(examples)
         if has_states(examples):
             batch.inputs |= states_of_batch([one[STATES] for one in examples], batch.inputs)
         return batch
 
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
-        """Return facts of an encoded example, and what the model sees, in words.
+        """Return an encoded example for people to read: some facts, and what the model sees.
 
         Args:
             example: One of those that `encode` returned.
@@ -249,7 +250,7 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         return [], ""
 
     def shown_input(self, row: dict[str, Any]) -> str:
-        """Return what the model reads of a row, in words."""
+        """Return what the model reads of a row, for people to read."""
         return shown_value([row.get(column) for column in self.input_columns().values()])
 
     def thumbnail(self, row: dict[str, Any]) -> str | None:
@@ -257,40 +258,40 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         return None
 
     def shown_reference(self, row: dict[str, Any]) -> str | None:
-        """Return what a row wants, in words, where its predictions do not say it."""
+        """Return the answer of a row for people to read, if its predictions do not have it."""
         return None
 
     def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
         """Return the share of the examples that the processor cannot represent, and a warning.
 
         Args:
-            name: What the rows are called in the warning.
+            name: The name of the rows in the warning.
             rows: The rows.
-            examples: Of the rows: a data set, or a list.
+            examples: Their examples: a data set, or a list.
         """
         return 0.0, None
 
     def trained_share(self, split: Encoded) -> float | None:
-        """Return the share of a split's units that are predicted, where not all or none are."""
+        """Return the share of a split's units that are trained, if it is neither all nor none."""
         return None
 
     # -- packing
 
     def packed(self, split: Encoded) -> Any:
-        """Return a split with several examples in a row; looks like `split.examples`.
+        """Return the examples of a split in packs, with the interface of `split.examples`.
 
         Raises:
-            LoraError: If the task has no such thing (`can_pack` of its spec says so before).
+            LoraError: If the task has no packing (see `can_pack` of its spec).
         """
         what = f"`train.packing` has no meaning with `task.type: {self.recipe.task.type}`"
         raise LoraError(what, self.recipe.at("train.packing"), "leave it out")
 
     def check_packing(self, model: nn.Module, split: Encoded) -> None:
-        """Check on the model that what is packed together stays apart."""
+        """Check on the model that the examples of a pack do not see each other."""
         self.packed(split)
 
     def fit_as(self, other: Task) -> None:
-        """Take over what another instance of the task has chosen for the model."""
+        """Adopt what another instance of the task has chosen for the model."""
 
     # -- loss and predictions
 
@@ -299,7 +300,7 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         """Return the model's output for a batch, as `losses` and `predictions` read it."""
 
     def output(self, model: nn.Module, batch: Batch) -> Any:
-        """Return the same; of the frozen layers, what the batch brings along is not computed."""
+        """Return the same as `forward`, but start from the batch's cached hidden states, if any."""
         inputs, states = without_states(batch.inputs)
         if not states:
             return self.forward(model, batch)
@@ -338,13 +339,13 @@ class Task(TaskAnswers, TaskMetrics, TaskModel):
         """Return the predictions for the rows of a split, each with its losses.
 
         Args:
-            found: What `predict` made of each, in the order of the rows.
+            found: What `predict` returned for each row, in the order of the rows.
             split: The rows.
         """
         raise NotImplementedError
 
     joins_examples: bool = False
-    """Whether the examples of a row have one answer together, which `join` makes."""
+    """Whether the examples of a row have one answer together, made by `join`."""
 
     def join(self, row: dict[str, Any], parts: Sequence[Prediction]) -> Prediction:
         """Return the predictions for all examples of a row as one; the losses are added later."""

@@ -1,4 +1,4 @@
-"""What flows between the steps of a task: columns, examples, batches and predictions."""
+"""The data that a task passes on: columns, examples, batches and predictions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_cli.data.load_rows import Rows
 Example = dict[str, Any]
 Kind = Literal["text", "messages", "label", "labels", "number", "tags", "boxes", "image", "audio"]
 Sample = tuple[str, str, str]
-"""What was asked, what the row wants, and what the model says, in words."""
+"""The input of a row, its own answer, and the model's answer, as texts."""
 MEDIA: tuple[Kind, ...] = ("image", "audio")
 MAIN = "loss"  # the only term of most losses
 IGNORED = -100  # a label that is not trained, as in torch's cross entropy
@@ -27,10 +27,10 @@ class Field:
     """A column that a task reads.
 
     Args:
-        key: The recipe key that names it.
-        column: Its name.
+        key: The recipe key that names the column.
+        column: The name of the column.
         role: Whether the model reads it, or learns to answer it.
-        kind: What it holds.
+        kind: What it contains.
     """
 
     key: str
@@ -44,12 +44,12 @@ class Batch:
     """A micro-batch of B examples.
 
     Args:
-        inputs: What `forward` reads; the first dimension is B, or that of rows which texts share.
-        targets: What `losses` reads.
+        inputs: The inputs of `forward`; their first dimension is B, or the number of shared rows.
+        targets: The targets of `losses`.
         items: For each term of the loss, the items of each example (B,): rows, tokens, or their
-            weights. They stay on the host, so that no step has to wait for the device.
-        cost: What the batch costs, in the task's `unit`: tokens that are not padding, or pictures.
-        rows: Position of each example's row in its split.
+            weights. They stay on the host, so that no step waits for the device.
+        cost: The size of the batch in the task's `unit`: tokens without padding, or pictures.
+        rows: The position of each example's row in its split.
     """
 
     inputs: dict[str, Tensor]
@@ -60,11 +60,11 @@ class Batch:
 
     @property
     def n_items(self) -> float:
-        """Items of the first term of the loss, of all examples."""
+        """The number of items of all examples in the first term of the loss."""
         return float(next(iter(self.items.values())).sum())
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device; the items stay where they are."""
+        """Return the batch on a device; its items stay on the host."""
         inputs = {k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}
         targets = {k: v.to(device, non_blocking=True) for k, v in self.targets.items()}
         return Batch(inputs, targets, self.items, self.cost, self.rows)
@@ -78,17 +78,17 @@ class Batch:
 
 @dataclass
 class Prediction:
-    """What the model says of one example.
+    """The model's answer to one example.
 
     Args:
-        row: Position of its row in the split.
-        prediction: In the user's terms: a label's name, a number, a text.
-        reference: What the row says, likewise.
+        row: The position of its row in the split.
+        prediction: The answer as users know it: the name of a label, a number, a text.
+        reference: The answer of the row, in the same form.
         scores: Probabilities by name.
-        metric_inputs: By the metrics' channel, a pair (prediction, reference).
-        losses: For each term of the loss, (sum, items) of the example.
-        details: What else stands in its line among the predictions, by name.
-        outputs: What of the model's outputs the other rows of the split are compared with.
+        metric_inputs: For each channel of the metrics, a pair (prediction, reference).
+        losses: For each term of the loss, its sum and the number of items of the example.
+        details: What else is written into the line of the prediction, by name.
+        outputs: Outputs of the model by which rows of the split are compared.
     """
 
     row: int
@@ -101,13 +101,14 @@ class Prediction:
     outputs: Any = None
 
     def weighted_loss(self, weights: Mapping[str, float]) -> tuple[float, float]:
-        """Return the example's loss and the items that it is a sum over.
+        """Return the example's loss, and the number of items over which it is a sum.
 
-        Terms of different denominators cannot be added up over items: of several terms it is the
-        weighted sum of the terms' means, over one item. A term without items counts nothing.
+        Terms with different numbers of items cannot be added. If there are several terms, the loss
+        is the weighted sum of their means, and counts as one item. A term without items is left
+        out.
 
         Args:
-            weights: Of each term, as in `Task.loss_weights`.
+            weights: The weight of each term, as in `Task.loss_weights`.
         """
         if len(weights) == 1:
             (term, weight), *_ = weights.items()
@@ -122,17 +123,17 @@ class Prediction:
 
 @dataclass
 class Encoded:
-    """The examples of a split, encoded and kept on the disk.
+    """The examples of a split, encoded and cached on the disk.
 
-    `lengths` is what each example costs; `full_lengths` what its row cost before it was cut at
-    `max_length`, or divided.
+    `lengths` has the cost of each example, `full_lengths` the cost of its row before it was cut at
+    `max_length` or divided.
     """
 
     rows: Rows
     examples: Any  # datasets.Dataset
     lengths: NDArray[np.int64]
     full_lengths: NDArray[np.int64]
-    rows_without_example: int = 0  # nothing trained is left of them, after the cut at `max_length`
+    rows_without_example: int = 0  # rows of which the cut at `max_length` left nothing to train
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -1,4 +1,4 @@
-"""What a task owes to those who ask its model: what is typed or read from a file, and answers."""
+"""The part of `Task` about answers to new inputs, typed or read from a file."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lora_cli.tasks.task_rows import TaskRows
 
 
 class TaskAnswers(TaskRows):
-    """The part of a task that answers rows without targets."""
+    """The methods of a task that answer rows without targets."""
 
     input_name: str = "input"
-    """What one thing to be answered is called."""
+    """The name of one input in messages."""
     answer_hint: str = "name another"
-    """What to do where one cannot be answered."""
+    """A hint for an input that cannot be answered."""
     answer_folder: Path | None = None
-    """Where answers go that are files; None: the working directory."""
+    """The folder for answers that are files; None for the working directory."""
 
     def parse_input(self, typed: str) -> dict[str, Any]:
-        """Return a row that holds what a user typed.
+        """Return a row with the input that a user typed.
 
         Raises:
             LoraError: If the task reads more than one column.
@@ -39,28 +39,28 @@ class TaskAnswers(TaskRows):
         return {first: typed}
 
     def answer_error(self, row: dict[str, Any]) -> str:
-        """Return why a row cannot be answered, or nothing."""
+        """Return why a row cannot be answered; empty if it can."""
         return self.input_error(row)
 
     def answer_problem(self, row: dict[str, Any]) -> Problem | None:
-        """Return why a row cannot be answered, with what to do about it, or nothing."""
+        """Return why a row cannot be answered, with a hint; None if it can."""
         what = self.answer_error(row)
         return Problem(what, hint=self.answer_hint) if what else None
 
     def control_token_in(self, row: dict[str, Any]) -> str | None:
-        """Return the first control token that is spelled out in what the model reads of a row."""
+        """Return the first control token that is written out in the texts of a row, or None."""
         return None
 
     @property
     def reads_control_tokens(self) -> bool:
-        """Whether a control token that is spelled out in a text is read as the token."""
+        """Whether control tokens written out in a text, such as `</s>`, are read as tokens."""
         return False
 
     def note_control_tokens(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Count the rows to be answered in which a control token is spelled out."""
+        """Count the rows to be answered in which a control token is written out."""
 
     def take_warnings(self) -> list[str]:
-        """Return what a user should know of the answers since the last call, each with a count."""
+        """Return warnings about the answers since the last call."""
         return []
 
     @abstractmethod
@@ -75,22 +75,22 @@ class TaskAnswers(TaskRows):
         """Return the values of `answer_columns` for rows without targets, as one batch."""
 
     def answer_line(self, values: Sequence[Any]) -> str:
-        """Return in one line what `answer` says of a typed text: the answer, and how sure it is."""
+        """Return the answer to a typed text in one line, with its probability if it has one."""
         scores = sorted((p for p in values[1:] if isinstance(p, float)), reverse=True)[:1]
         return f"{values[0]}" + (f"\t{scores[0]:.4f}" if scores else "")
 
     def sample(
         self, model: nn.Module, rows: Sequence[dict[str, Any]]
     ) -> list[tuple[str, str, str]]:
-        """Return what the model makes of rows, to be read before and after training.
+        """Return the model's answers to rows, for people to read before and after training.
 
         Returns:
-            For each row (what was asked, what the row wants, what the model says), in words.
+            For each row its input, its own answer, and the model's answer, as texts.
         """
         return []
 
     def draw_pictures(self, model: nn.Module, prompts: Sequence[str]) -> list[Any]:
-        """Return the picture that a model draws for each text, as Pillow has it."""
+        """Return the picture that a model draws for each text, as an image of Pillow."""
         raise NotImplementedError
 
     @property

@@ -1,4 +1,4 @@
-"""What a task owes to those who measure it: the terms of its loss, and its metrics."""
+"""The part of `Task` about measuring: the terms of its loss, and its metrics."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from lora_cli.tasks.examples import MAIN
 
 
 class TaskMetrics(ABC):
-    """The part of a task that knows what is measured."""
+    """The methods of a task about its loss and its metrics."""
 
     recipe: Recipe
     metric_channel: Channel
     """What the task's own metrics read (see `metrics.Channel`)."""
     loss_weights: Mapping[str, float] = {MAIN: 1.0}
-    main_term = "labels"
-    """What the main term of the loss is called in results, where there are several."""
     """The terms of the loss, with their weights. A term is the mean over its own items."""
+    main_term = "labels"
+    """The name of the loss's main term in results, if there are several terms."""
     default_metrics: tuple[str, ...]
     """Metrics that are measured if the recipe names none; the first chooses the best adapter."""
 
     @property
     def train_loss_weights(self) -> Mapping[str, float]:
-        """The terms of the loss in training, where a teacher adds one, with their weights."""
+        """The terms of the loss in training, to which a teacher adds one, with their weights."""
         return self.loss_weights
 
     def check_metrics(self, channels: set[str]) -> None:  # noqa: B027 - optional
-        """Learn which channels the metrics read, so that `predictions` fills them."""
+        """Note which channels the metrics read, so that `predictions` fills them."""
 
     def choose_rows_to_answer(self, sizes: Sequence[int]) -> None:  # noqa: B027 - optional
-        """Choose which rows of a split the model answers, where that takes long.
+        """Choose the rows of a split that the model answers, if answering takes long.
 
         Args:
-            sizes: How many rows each set of the split has; they stand one after the other.
+            sizes: The number of rows of each data set of the split, in their order.
         """
 
     @property
@@ -55,7 +55,7 @@ class TaskMetrics(ABC):
         return self.default_metrics if names is None else names
 
     def metric_problems(self) -> list[Problem]:
-        """Return what is wrong with the recipe's metrics, as far as names tell it."""
+        """Return what is wrong with the recipe's metrics, as far as their names show it."""
         names, at = self.metric_names, self.recipe.at("evaluate.metrics")
         problems = check_metric_names(names, self.metric_channel, self.metric_context, at)
         problems += self._untrusted(names, at)
@@ -82,9 +82,9 @@ class TaskMetrics(ABC):
         return problems
 
     def _untrusted(self, names: Sequence[str], at: str) -> list[Problem]:
-        """Return a problem for each metric whose code the user did not allow to run.
+        """Return a problem for each metric whose code the user has not allowed to run.
 
-        A script that the user's own recipe names by its path is the user's.
+        A script that the user's own recipe names by its path is allowed.
         """
         recipe, problems = self.recipe, []
         if recipe.model.trust_remote_code:
@@ -100,7 +100,7 @@ class TaskMetrics(ABC):
         return problems
 
     def metric_definitions(self) -> dict[str, str]:
-        """Return what the loss and each of the metrics measure, in a line each."""
+        """Return what the loss and each metric measure, by name."""
         lines: dict[str, str] = {}
         for name in self.metric_names:
             lines |= definition(name, self.metric_context)
@@ -118,9 +118,9 @@ class TaskMetrics(ABC):
     @property
     @abstractmethod
     def loss_definition(self) -> str:
-        """What the loss measures: of what it is a mean, and in which unit."""
+        """What the loss measures: the mean of what, and in which unit."""
 
     @property
     def metric_context(self) -> MetricContext:
-        """What the metrics have to know of the task."""
+        """What the metrics need to know about the task."""
         return MetricContext()

@@ -1,4 +1,4 @@
-"""What a task owes to those who load its model: the base, its frozen parts, and a probe of it."""
+"""The part of `Task` about its model: loading the base, its frozen parts, and a probe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_cli.tasks.examples import Batch
 
 
 class TaskModel(ABC):
-    """The part of a task that knows the model; most tasks have one of transformers' own."""
+    """The methods of a task about its model, which for most tasks is one of transformers."""
 
     recipe: Recipe
     drawn: frozenset[str]  # parameters that the base's checkpoint lacks
@@ -34,11 +34,11 @@ class TaskModel(ABC):
     def load_model(
         self, device: torch.device, dtype: torch.dtype | str | None = None
     ) -> tuple[nn.Module, list[str]]:
-        """Return the base model, and the names of the modules that are new in it.
+        """Return the base model, and the names of the modules that the task added to it.
 
         Args:
-            device: Where the weights go.
-            dtype: How they are kept, instead of as the recipe says; `auto` is as the checkpoint.
+            device: The device for the weights.
+            dtype: The dtype to store them in, instead of the recipe's; `auto` is the checkpoint's.
         """
         named = (self.auto_class, self.recipe, self.model_config())
         model, missing = load_pretrained(*named, device, dtype, self.has_head)
@@ -48,75 +48,76 @@ class TaskModel(ABC):
         return model, new_modules(model, missing) if self.has_head else []
 
     def arrange_head(self, model: nn.Module, missing: set[str]) -> None:  # noqa: B027 - optional
-        """Put the outputs of a head that the checkpoint holds into the order of the task's own."""
+        """Put the outputs of a pretrained head into the order of the task's labels."""
 
     def empty_model(self) -> tuple[nn.Module, list[str]]:
-        """Return the same without weights."""
+        """Return the same as `load_model`, but without weights."""
         model = build_empty(self.auto_class, self.recipe, self.model_config())
         return model, new_modules(model) if self.has_head else []
 
     def adjust_config(self, model: nn.Module) -> None:  # noqa: B027 - optional
-        """Set what the task decides of the configurations of a model that was loaded."""
+        """Change the configuration of a loaded model as the task needs it."""
 
     def fit_to_model(self, model: nn.Module, longest: int | None = None) -> None:  # noqa: B027 - optional
         """Try the model on small batches, and choose what depends on it, such as the padding.
 
         Args:
-            model: The model that will be used; it is left as it was.
-            longest: Cost of the longest example, if that is known.
+            model: The model that will be used; it is not changed.
+            longest: The cost of the longest example, if it is known.
 
         Raises:
-            LoraError: If the model is of no use for the task, or if what it says of an example
-                depends on the others of the batch.
+            LoraError: If the model does not suit the task, or if its outputs for an example depend
+                on the other examples of the batch.
         """
 
     def frozen_parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """Return frozen models whose outputs for an example are computed once, and kept.
+        """Return frozen models whose outputs for an example are computed once and cached.
 
-        They may be parts of the model, or models that the task holds itself, as a teacher. What is
-        kept depends on their tensors, and on the example as `prepare` returns it in evaluation.
+        They may be parts of the model, or other models that the task has, such as a teacher. The
+        cached outputs depend on their tensors, and on the example as `prepare` returns it in
+        evaluation.
         """
         return {}
 
     def frozen_outputs(
         self, model: nn.Module, batch: Batch
     ) -> Mapping[str, Tensor | Sequence[Tensor]]:
-        """Return what the frozen parts make of each example of a batch, by name.
+        """Return the outputs of the frozen parts for each example of a batch, by name.
 
-        The examples that are collated then hold their rows of these tensors (B, …), or their own of
-        B tensors. Where a batch has none (new rows), `forward` or `losses` has to compute them.
+        An example that is collated later has its row of each tensor (B, …), or its own of B
+        tensors. For examples without them (new rows), `forward` or `losses` has to compute them.
         """
         return {}
 
     frozen_splits: tuple[str, ...] = SPLITS
-    """The splits whose examples need them."""
+    """The splits whose examples need the outputs of frozen parts."""
 
     @property
     def unused_parts(self) -> Sequence[str]:
-        """Parts that pipelines of the base's kind may have, and the task leaves out."""
+        """Parts that a pipeline of this kind may have, and that the task does not use."""
         return ()
 
     def release_frozen(self) -> None:  # noqa: B027 - optional
-        """Let go of frozen models that the task holds itself: all their outputs are kept."""
+        """Free the task's other frozen models, when all their outputs are cached."""
 
     @property
     def teacher_identity(self) -> dict[str, str]:
-        """What identifies the frozen models that the task holds itself, and a run depends on."""
+        """The identity of the task's other frozen models, on which the result of a run depends."""
         return {}
 
     @property
     def teacher_facts(self) -> dict[str, Any]:
-        """What a report says of a teacher."""
+        """What the report says about the teacher."""
         return {}
 
     def complete_data(self, device: torch.device) -> None:  # noqa: B027 - optional
-        """Make what the data of a training need and do not have yet, such as drawn pictures.
+        """Create missing files that the training needs, such as drawn pictures.
 
-        It is called before they are read, on one process.
+        It is called on one process, before the data are read.
         """
 
     def try_training(self, model: nn.Module, longest: int | None = None) -> None:  # noqa: B027 - optional
-        """Compute small batches as in training, whose forward pass may ask for more.
+        """Compute small batches as in training, which may need more than evaluation does.
 
         Raises:
             LoraError: If the model cannot compute them.
@@ -124,10 +125,10 @@ class TaskModel(ABC):
 
     @abstractmethod
     def probe(self) -> dict[str, Tensor]:
-        """Return inputs of the model to compare outputs on, the same every time."""
+        """Return inputs on which outputs of models are compared; they are the same every time."""
 
     def probed(self, model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
-        """Return what is compared of what a model makes of the probe."""
+        """Return the outputs of a model for the probe that are compared."""
         return self.tensor_of(model(**probe))
 
     def reloaded(self, folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -136,13 +137,13 @@ class TaskModel(ABC):
         return model
 
     def tensor_of(self, output: Any) -> Tensor:
-        """Return what of a model's output is compared."""
+        """Return the part of a model's output that is compared."""
         logits: Tensor = output.logits
         return logits
 
     def complete_from(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027 - optional
-        """Learn what the recipe of an adapter that another tool made would say, by its tensors.
+        """Learn from the tensors of another tool's adapter what a recipe would say, such as labels.
 
         Raises:
-            LoraError: If they do not tell what has to be known.
+            LoraError: If the tensors do not show it.
         """

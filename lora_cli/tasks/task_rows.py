@@ -1,4 +1,4 @@
-"""What a task owes to the rows: its columns, its labels, and what is wrong with a row."""
+"""The part of `Task` about rows: its columns, its labels, and what is wrong with a row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_cli.tasks.examples import Encoded, Field
 
 
 class TaskRows(ABC):
-    """The part of a task that knows what a row is; a task without labels says nothing of them."""
+    """The methods of a task about rows. A task without labels need not override those of labels."""
 
     recipe: Recipe
 
@@ -22,39 +22,39 @@ class TaskRows(ABC):
         """Return the columns that the task reads."""
 
     def input_columns(self) -> dict[str, str]:
-        """Return the columns that the model reads, by the place of the key that names them."""
+        """Return the columns that the model reads, by the place in the recipe that names them."""
         return {self.recipe.at(f.key): f.column for f in self.fields() if f.role == "input"}
 
     def target_columns(self) -> dict[str, str]:
-        """Return the columns that it learns to answer, likewise."""
+        """Return the columns that the model learns to answer, in the same way."""
         return {self.recipe.at(f.key): f.column for f in self.fields() if f.role == "target"}
 
     def compared_columns(self) -> list[str]:
-        """Return the columns by which rows count as equal: what the model reads."""
+        """Return the columns by which rows are compared: those that the model reads."""
         return list(self.input_columns().values())
 
     @property
     def knows_labels(self) -> bool:
-        """Whether the recipe says all that the task has to know of the labels."""
+        """Whether the recipe says everything that the task needs to know about the labels."""
         return True
 
     @property
     def reads_train(self) -> bool:
-        """Whether the task learns something from the train rows whatever split is asked for."""
+        """Whether the task learns from the train rows even if only other splits are used."""
         return not self.knows_labels
 
     @property
     def labels(self) -> list[str]:
-        """Names of the labels, in the order of the model's outputs, if it has labels."""
+        """The names of the labels, in the order of the model's outputs; empty without labels."""
         return []
 
     def labels_of(self, row: dict[str, Any]) -> list[str] | None:
-        """Return what a row's answer is called, to count and to compare; None if it has no name."""
+        """Return the labels of a row's answer, to count and compare them; None if it has none."""
         return None
 
     @property
     def label_names(self) -> list[str]:
-        """What `labels_of` and `label_counts` speak of, if that is not each of the `labels`."""
+        """The names that `labels_of` and `label_counts` use, if they are not the `labels`."""
         return self.labels
 
     def answer_of(self, row: dict[str, Any]) -> str | None:
@@ -63,52 +63,52 @@ class TaskRows(ABC):
         return None if labels is None else ", ".join(labels)
 
     def label_counts(self, rows: Rows) -> dict[str, int]:
-        """Return how often each label stands in the rows, in the order of the labels."""
+        """Return how often each label occurs in the rows, in the order of the labels."""
         return {}
 
     def learn_form(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
-        """Learn how the rows are written, before `row_error` judges each of them.
+        """Learn how the rows are written, before `row_error` checks each of them.
 
-        What recipes have a key for goes into `self.learned.task`.
+        Values for keys of the recipe are put into `self.learned.task`.
         """
 
     def learn_from(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
-        """Learn from the rows what the recipe leaves open, such as the labels.
+        """Learn from the rows what the recipe does not say, such as the labels.
 
-        What recipes have a key for goes into `self.learned.task`.
+        Values for keys of the recipe are put into `self.learned.task`.
         """
 
     @abstractmethod
     def input_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the columns that the model reads, or nothing."""
+        """Return what is wrong with the columns that the model reads; empty if nothing is."""
 
     @abstractmethod
     def target_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with the columns that it learns to answer, or nothing."""
+        """Return what is wrong with the columns that it learns to answer; empty if nothing is."""
 
     def unsupported(self, row: dict[str, Any]) -> tuple[str, str] | None:
-        """Return what a row holds that no task reads though it changes its meaning, and a hint."""
+        """Return an error and a hint for a row with content that matters and that no task reads."""
         return None
 
     def needed_columns(self, training: bool = False) -> dict[str, str]:
-        """Return the columns that rows must have, by the place of the key that names them.
+        """Return the columns that rows must have, by the place in the recipe that names them.
 
         Args:
-            training: Whether the rows are to be trained, and not measured.
+            training: Whether the rows are for training, and not for evaluation.
         """
         return self.input_columns() | self.target_columns()
 
     def row_error(self, row: dict[str, Any], training: bool = False) -> str:
-        """Return what is wrong with a row, or nothing.
+        """Return what is wrong with a row; empty if nothing is.
 
         Args:
             row: The row.
-            training: Whether it is to be trained, and not measured.
+            training: Whether it is for training, and not for evaluation.
         """
         return self.input_error(row) or self.target_error(row) or self._byte_error(row)
 
     def _byte_error(self, row: dict[str, Any]) -> str:
-        """Return which column that is read holds bytes that are no text, or nothing."""
+        """Return the column of an answer with bytes that are not text; empty if none has."""
         for field in self.fields():  # without their places in the recipe, which take long to find
             value = row.get(field.column) if field.role == "target" else None
             if isinstance(value, str) and (error := byte_error(value, "UTF-8")):
@@ -116,11 +116,11 @@ class TaskRows(ABC):
         return ""
 
     def skip_reason(self, row: dict[str, Any], split: str) -> str:
-        """Return why the recipe leaves a row of a split out, or nothing."""
+        """Return why a row of a split is skipped; empty if it is not."""
         return ""
 
     def cut_note(self, split: Encoded) -> str | None:
-        """Return how many parts of a split's rows were cut, where a row has several parts."""
+        """Return how many parts of a split's rows were cut, if rows have several parts."""
         return None
 
     def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
