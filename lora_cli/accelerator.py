@@ -29,6 +29,7 @@ PATIENCE = timedelta(hours=6)
 CONNECT = timedelta(seconds=30)
 POLL_S = 0.05
 APPEARED = "lora/appeared"  # counts the processes
+LOCAL_SIZE = "LOCAL_WORLD_SIZE"
 GPUS = Path("/proc/driver/nvidia/gpus")  # of this machine, whether they may be used or not
 
 
@@ -58,7 +59,10 @@ def start_accelerator(recipe: Recipe, cpu: bool = False) -> Accelerator:
     if processes.size > 1 and not distributed.is_initialized():
         _meet(processes, on_cpu)
     cpu = cpu or (on_cpu and (processes.use_cpu or processes.size > 1))
+    given = os.environ.get(LOCAL_SIZE)
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision(recipe))
+    if given is None:  # on a CPU Accelerate sets it to 1, which would be read the next time
+        os.environ.pop(LOCAL_SIZE, None)
     whole = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in whole:
         raise LoraError(

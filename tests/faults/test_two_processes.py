@@ -14,7 +14,12 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_ctc
+import tiny_detectors
+import tiny_diffusion
 import tiny_embedders
+import tiny_pictures
+import tiny_speech
 from closeness import assert_close
 from killing import Kill, Nursery
 from safetensors.torch import load_file
@@ -116,7 +121,7 @@ def assert_same_result(one: Path, two: Path, tolerance: float) -> None:
     for when in ("before", "after"):
         for split, metrics in reports[0]["metrics"][when].items():
             assert reports[1]["metrics"][when][split] == pytest.approx(metrics, abs=1e-4)
-    for file in (one / "predictions").iterdir():
+    for file in (one / "predictions").glob("*.jsonl"):
         a, b = lines(file), lines(two / "predictions" / file.name)
         assert [without_numbers(row) for row in a] == [without_numbers(row) for row in b]
         assert [row["loss"] for row in b] == pytest.approx([row["loss"] for row in a], abs=1e-4)
@@ -156,6 +161,71 @@ def test_the_texts_of_both_processes_are_compared(nest: Nursery, tmp_path: Path)
     assert nest.run(path, tmp_path / "one") == [0]
     assert nest.run(path, tmp_path / "two", 2) == [0, 0]
     assert_same_result(tmp_path / "one", tmp_path / "two", 2e-5)
+
+
+def with_boxes(folder: Path, i: int) -> Json:
+    image, objects = tiny_detectors.scene(i)
+    image.save(folder / f"{i}.png")
+    return {"image": f"{i}.png", "objects": objects}
+
+
+def with_caption(folder: Path, i: int) -> Json:
+    tiny_pictures.picture(i, "dark", 18, 17).save(folder / f"{i}.png")
+    return {"image": f"{i}.png", "text": tiny_diffusion.caption(i)}
+
+
+def spoken(folder: Path, i: int) -> Json:
+    tiny_speech.write(folder / f"{i}.wav", tiny_speech.sound(i, 0.5 + 0.05 * (i % 3)))
+    return {"audio": f"{i}.wav", "text": "a warm film"}
+
+
+DRAWING = {"type": "text_to_image", "resolution": tiny_diffusion.SIDE}
+MEDIA: dict[str, tuple[Callable[[Path], Path], Json, Callable[[Path, int], Json]]] = {
+    "boxes": (
+        lambda folder: tiny_detectors.save("yolos", folder), {"type": "object_detection"},
+        with_boxes,
+    ),
+    "letters": (tiny_ctc.save, {"type": "speech_recognition"}, spoken),
+    "tokens": (tiny_speech.save, {"type": "speech_recognition"}, spoken),
+    "drawings": (tiny_diffusion.save, {**DRAWING, "caption_dropout": 0.2}, with_caption),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MEDIA)
+def test_pictures_and_recordings_are_divided_among_processes(
+    kind: str, nest: Nursery, tmp_path: Path
+) -> None:
+    save, task, row = MEDIA[kind]
+    path = recipe(tmp_path, save(tmp_path / "base"), train=SGD, task=task)
+    for start, name, count in ((0, "train", 5), (5, "validation", 5), (10, "test", 3)):
+        rows = (json.dumps(row(tmp_path, start + i)) + "\n" for i in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    assert nest.run(path, tmp_path / "one") == [0]
+    assert nest.run(path, tmp_path / "two", 2) == [0, 0]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    if kind != "drawings":  # whose parts have a folder each
+        assert_same_result(tmp_path / "one", tmp_path / "two", 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["encoder", "llama"])
+def test_both_processes_learn_from_the_teacher(kind: str, nest: Nursery, tmp_path: Path) -> None:
+    if kind == "encoder":
+        base, task = tiny.save_encoder(tmp_path / "base"), {"labels": ["0", "1"]}
+        tiny.save_encoder(tmp_path / "teacher", ["0", "1"], seed=5)
+    else:
+        base, task = tiny.save_llama(tmp_path / "base"), PAIRS
+        tiny.save_llama(tmp_path / "teacher", tied=False, seed=5)
+    taught = {**SGD, "distill": {"teacher": "./teacher", "weight": 0.7}}
+    path = recipe(tmp_path, base, train=taught, task=task)
+    assert nest.run(path, tmp_path / "one") == [0]
+    assert nest.run(path, tmp_path / "two", 2) == [0, 0]
+    assert_same_result(tmp_path / "one", tmp_path / "two", 2e-5)
+    # and where each process asks the teacher in every step
+    online = ["data.cache_limit=0B"]
+    assert nest.run(path, tmp_path / "three", 2, sets=online) == [0, 0]
+    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
 @pytest.mark.slow
