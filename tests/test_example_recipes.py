@@ -15,6 +15,7 @@ import tiny_detectors
 import tiny_embedders
 import tiny_pictures
 import tiny_speech
+import tiny_synthesis
 import tiny_translators
 import yaml
 
@@ -91,6 +92,15 @@ def spoken_digits(folder: Path) -> Path:
             tiny_speech.write(folder / name, tiny_speech.sound(10 * n + i, 0.3, 8_000), 8_000)
             lines.append(f"{name},number {10 * n + i},{split}")
         (folder / f"{split}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def said_digits(folder: Path) -> Path:
+    """Write tables of recordings with who speaks in them."""
+    for n, split in enumerate(("train", "validation", "test")):
+        rows = [tiny_synthesis.row(10 * n + i, folder) for i in range(6)]
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
     return folder
 
 
@@ -178,6 +188,9 @@ def stand_ins(name: str, folder: Path) -> tuple[Path, Path]:
             return tiny_translators.save(base, "marian"), paired_files(data)
         case "whisper_digits":
             return tiny_speech.save(base), spoken_digits(data)
+        case "digits_speecht5":
+            tiny_synthesis.save_vocoder(folder / "vocoder")
+            return tiny_synthesis.save(base), said_digits(data)
         case "banking77_minilm":
             for n, split in enumerate(("train", "test")):
                 rows = [f'"{tiny.CORPUS[i % 8]} {i + 100 * n}",kind {i % 2}' for i in range(80)]
@@ -217,6 +230,10 @@ def test_an_example_recipe_trains(name: str, tmp_path: Path) -> None:
     elif name == "digits_yolos":
         splits = ("train", "validation", "test")
         changes += [f"data.{split}={data}/{split}.json" for split in splits]
+    elif name == "digits_speecht5":
+        splits = ("train", "validation", "test")
+        changes += [f"data.{split}={data}/{split}.jsonl" for split in splits]
+        changes.append(f"task.vocoder={tmp_path / 'vocoder'}")
     elif name == "banking77_minilm":
         changes += [f"data.{split}={data}/{split}.csv" for split in ("train", "test")]
     elif name.startswith("draw_"):

@@ -15,10 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_speech
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+
+from lora_cli.recipe import load_recipe
+from lora_cli.training import train
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "pretrain"
 
@@ -352,3 +356,44 @@ def test_a_detector_is_pretrained(
     truth = json.loads((sets / "train.json").read_text())
     assert {entry["name"] for entry in truth["categories"]} <= {"5", "6", "7", "8", "9"}
     assert all((sets / image["file_name"]).exists() for image in truth["images"])
+
+
+def save_spoken_digits(folder: Path) -> None:
+    """Write recordings of tones as the data set of spoken digits has them."""
+    lines = ["file,text,speaker,split"]
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / "recordings.zip", "w") as archive:
+        for n, speaker in enumerate(("ann", "bob", "theo")):
+            for take in range(6):
+                digit = ("one", "two")[take % 2]
+                name = f"recordings/{digit}_{speaker}_{take}.wav"
+                tone = tiny_speech.sound(7 * n + take, 0.5, 8_000)
+                archive.writestr(name, tiny_speech.encoded(tone, 8_000))
+                lines.append(f"{name},{digit},{speaker},{'test' if take > 3 else 'train'}")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_model_that_speaks_its_vocoder_and_rows_of_another_speaker_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_spoken_digits(tmp_path / "data/fsdd")
+    script = load(monkeypatch, "pretrain_speech_synthesis")
+    arguments = [tmp_path / "data", tmp_path / "to", tmp_path / "rows", "--steps", 2]
+    arguments += ["--batch", 3, "--width", 16, "--layers", 1]
+    monkeypatch.setattr("sys.argv", ["script", *map(str, arguments)])
+    script.main()
+    rows = {}
+    for name in ("train", "validation", "test", "known"):
+        text = (tmp_path / f"rows/{name}.jsonl").read_text()
+        rows[name] = [json.loads(line) for line in text.splitlines()]
+    assert [len(rows[name]) for name in rows] == [3, 1, 2, 4]
+    for name, some in rows.items():
+        whose = {Path(row["audio"]).stem.split("_")[1] for row in some}
+        assert whose == ({"ann", "bob"} if name == "known" else {"theo"})
+    recipe = Path(__file__).parents[1] / "configs/digits_speecht5.yaml"
+    changes = [f"data.{name}={tmp_path}/rows/{name}.jsonl" for name in list(rows)[:3]]
+    changes += [f"model.name={tmp_path}/to/speecht5", f"task.vocoder={tmp_path}/to/vocoder"]
+    changes += [f"output_dir={tmp_path}/out", "train.epochs=null", "train.max_steps=1"]
+    report = train(load_recipe(recipe, changes))
+    assert report["metrics"]["after"]["test"]["mel_l1"] > 0

@@ -74,7 +74,8 @@ def answer_file(
     media = task.recipe.task.media_columns
     rows, output, added = _opened(source, target, task)
     folder = source if source.is_dir() else source.parent  # paths in the file are relative to it
-    task.answer_folder = target.with_name(f"{target.stem}_pictures")  # if the task draws pictures
+    # for answers that are files: pictures, or recordings
+    task.answer_folder = target.with_name(f"{target.stem}_{task.answer_files}")
     problems: list[Problem] = []
     written = 0
     blank = [None] * len(added)

@@ -22,9 +22,12 @@ from lora_cli.metrics.box_scores import BOXES, box_scores
 from lora_cli.metrics.entity_scores import entity_scores
 from lora_cli.metrics.final_answers import final_answer, is_same_answer
 from lora_cli.metrics.retrieval_scores import RETRIEVAL, retrieval_scores
+from lora_cli.metrics.speech_scores import length_error, mel_error, stop_accuracy
 from lora_cli.metrics.word_tokenizers import bleu_words, canonical, rouge_words
 
-Channel = Literal["label", "value", "text", "nll", "tags", "ranks", "pictures", "boxes"]
+Channel = Literal[
+    "label", "value", "text", "nll", "tags", "ranks", "pictures", "boxes", "speech", "lengths"
+]  # fmt: skip
 """What a metric reads of each evaluated row, as prediction and reference.
 
 `label`: class indices, or 0/1 lists of length `n_labels` if a row can have several labels;
@@ -36,7 +39,9 @@ Channel = Literal["label", "value", "text", "nll", "tags", "ranks", "pictures", 
 answers there are;
 `boxes`: lists of (x0, y0, x1, y1, score, label) that were found in a picture, and of the boxes
 (x0, y0, x1, y1, label, whether it is a crowd) that are in it;
-`pictures`: nothing, because no metric reads pictures.
+`pictures`: nothing, because no metric reads pictures;
+`speech`: the errors of a spectrogram and of its end, and how many could be (see `speech_scores`);
+`lengths`: the frames that were generated, and those of the recording.
 """
 Rows = list[Any]
 Mode = Literal["min", "max"]
@@ -328,4 +333,7 @@ SPECS: dict[str, MetricSpec] = {
     "coco": MetricSpec(
         "boxes", _box_scores, results=BOXES, package="faster_coco_eval", extra="detection"
     ),
+    "mel_l1": MetricSpec("speech", lambda p, r, context: mel_error(p, r), "min"),
+    "stop_accuracy": MetricSpec("speech", lambda p, r, context: stop_accuracy(p, r)),
+    "length_error": MetricSpec("lengths", lambda p, r, context: length_error(p, r), "min"),
 }  # fmt: skip

@@ -15,6 +15,7 @@ from lora_cli.metrics.builtin_metrics import SPECS, MetricContext
 from lora_cli.metrics.entity_scores import DEFINITIONS
 from lora_cli.metrics.metric_names import is_script, result_names
 from lora_cli.metrics.retrieval_scores import DEFINITIONS as OF_SEARCH
+from lora_cli.metrics.speech_scores import DEFINITIONS as OF_SPEECH
 from lora_cli.metrics.word_tokenizers import BLEU_WORDS, ROUGE_WORDS
 
 AVERAGES = {
@@ -116,6 +117,8 @@ def _line(metric: str, name: str, context: MetricContext) -> str:
             return OF_SEARCH[name]
         case "coco":
             return OF_BOXES[name]
+        case "mel_l1" | "stop_accuracy" | "length_error":
+            return OF_SPEECH[metric]
         case "rouge":
             words = ROUGE_WORDS if name == "rouge1" else "words as for rouge1"
             best = ", with the reference that is most alike" if context.several_references else ""

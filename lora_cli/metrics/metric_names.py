@@ -27,10 +27,13 @@ FEEDS: dict[Channel, tuple[Channel, ...]] = {
     "ranks": ("ranks",),
     "pictures": (),
     "boxes": ("boxes",),
+    "speech": ("speech", "lengths"),
+    "lengths": ("lengths", "speech"),
 }
 NOUNS = {
     "label": "labels", "value": "numbers", "text": "texts", "nll": "log-likelihoods",
     "tags": "tags of words", "ranks": "ranks of a search", "boxes": "boxes",
+    "speech": "spectrograms", "lengths": "lengths of speech",
     "pictures": "pictures, of which it measures the loss alone",
 }  # fmt: skip
 

@@ -172,9 +172,10 @@ def _builtin_class() -> Any:
             kinds = {
                 "label": "int64", "value": "float64", "text": "string", "nll": "float64",
                 "tags": "string", "ranks": "int64", "boxes": "float64",
+                "speech": "float64", "lengths": "float64",
             }  # fmt: skip
             p = datasets.Value(kinds[self.spec.channel])
-            if self.spec.channel in ("tags", "ranks"):
+            if self.spec.channel in ("tags", "ranks", "speech"):
                 p = datasets.List(p)
             if self.spec.channel == "boxes":
                 p = datasets.List(datasets.List(p))
@@ -223,7 +224,7 @@ def _plain(
     channel: Channel, predictions: Sequence[Any], references: Sequence[Any]
 ) -> tuple[Rows, Rows]:
     """Return rows as lists of what Arrow stores without guessing."""
-    if channel in ("text", "tags", "ranks", "boxes"):
+    if channel in ("text", "tags", "ranks", "boxes", "speech", "lengths"):
         return list(predictions), list(references)
     p, r = np.asarray(predictions), np.asarray(references)
     assert channel != "label" or (p.dtype.kind in "biu" and r.dtype.kind in "biu"), (p, r)

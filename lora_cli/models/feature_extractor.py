@@ -48,6 +48,27 @@ def require_frames_of(extractor: Any, config: PretrainedConfig, recipe: Recipe) 
         raise LoraError(what, recipe.at("model.name"), f"{hint}together")
 
 
+def require_bands_of(extractor: Any, config: PretrainedConfig, recipe: Recipe) -> None:
+    """Reject a feature extractor that makes other spectrograms than a SpeechT5 model writes.
+
+    Args:
+        extractor: The feature extractor.
+        config: Of the model.
+        recipe: Names the base.
+
+    Raises:
+        LoraError: If the two do not belong together.
+    """
+    bands = getattr(extractor, "num_mel_bins", None)
+    if bands != config.num_mel_bins:
+        what = (
+            f"the feature extractor of `{recipe.model.name}` makes spectrograms of {bands} bands, "
+        )
+        what += f"and the model writes {config.num_mel_bins}"
+        hint = f"copy or download {EXTRACTOR_FILE} and config.json again: they do not belong "
+        raise LoraError(what, recipe.at("model.name"), f"{hint}together")
+
+
 def features_of(extractor: Any, samples: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return what a model reads of samples (bands, frames), filled with silence to full length."""
     rate = extractor.sampling_rate

@@ -35,6 +35,7 @@ from lora_cli.recipe.spec import (
     TaskSpec,
     TextEmbeddingSpec,
     TextToImageSpec,
+    TextToSpeechSpec,
     TokenClassificationSpec,
     TrainSpec,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "SequenceClassificationSpec",
     "TextEmbeddingSpec",
     "TextToImageSpec",
+    "TextToSpeechSpec",
     "TokenClassificationSpec",
     "CausalLMSpec",
     "ImageClassificationSpec",

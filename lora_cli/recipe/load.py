@@ -329,6 +329,8 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     sets = {name: one.with_values(own.of_rows(one, f"data.mix.{name}")) for name, one in mix}
     for key in recipe.task.local_files:
         paths[f"task.{key}"] = own.absolute(f"task.{key}", getattr(recipe.task, key))
+    for key, name in recipe.task.models_by_key.items():
+        paths[f"task.{key}"] = own.named(f"task.{key}", name)
     for key in recipe.task.local_folders:
         section, name = key.split(".")
         value = getattr(getattr(recipe.task, section), name)

@@ -18,6 +18,7 @@ from lora_cli.unexpected_errors import own_words
 
 SIZE = re.compile(r"(?i)(?<![a-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z])")
 PIPELINE = "model_index.json"  # of diffusers
+SPEAKING = "speecht5"
 SECONDS = 5  # to wait for the Hub
 SAMPLE = 2000  # rows whose length is measured
 
@@ -38,6 +39,7 @@ class Base:
         is_encoder_decoder: It reads one text and writes another.
         hears: It writes down what is said in recordings.
         hears_languages: It hears several languages, and needs to know which is spoken.
+        speaker_size: How many numbers tell it who speaks, if it says texts aloud.
         embeds: It has the files of sentence-transformers.
         draws: It draws pictures, as models of diffusers do.
         picture_side: The side of the pictures that it draws, in pixels.
@@ -58,6 +60,7 @@ class Base:
     is_encoder_decoder: bool = False
     hears: bool = False
     hears_languages: bool = False
+    speaker_size: int | None = None
     embeds: bool = False
     draws: bool = False
     picture_side: int | None = None
@@ -130,8 +133,8 @@ def describe_base(name: str) -> Base:
     if sees and not (writes or encodes):
         shape = _shape_of(config, False)
         return Base(name, can_write=False, shape=shape, sees=True, model_type=kind)
-    if kind == "whisper" or kind in CTC_MODELS:
-        return _hearing(name, config)
+    if kind == "whisper" or kind == SPEAKING or kind in CTC_MODELS:
+        return _of_sound(name, config)
     text_config = config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None) or None
     tokenizer = _tokenizer_of(source, local)
@@ -169,17 +172,19 @@ def _drawing(name: str, folder: Path, pipeline: str) -> Base:
     )  # fmt: skip
 
 
-def _hearing(name: str, config: Any) -> Base:
-    """Return what is known of a model that writes down what is said."""
+def _of_sound(name: str, config: Any) -> Base:
+    """Return what is known of a model that writes down what is said, or that speaks."""
     from lora_cli.tasks.speech.spoken_languages import knows_languages
 
+    speaks = config.model_type == SPEAKING
     return Base(
         name,
         can_write=False,
         shape=_shape_of(config, False),
         sees=False,
         model_type=config.model_type,
-        hears=True,
+        hears=not speaks,
+        speaker_size=int(config.speaker_embedding_dim) if speaks else None,
         hears_languages=config.model_type == "whisper"
         and knows_languages(_recipe_of(name), int(config.vocab_size)),
     )

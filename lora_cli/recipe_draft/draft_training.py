@@ -109,7 +109,7 @@ def _memory_finding(fit: Fit, base: Base, card: Card | None) -> str:
     size = f"{in_words(base.shape.parameters)} parameters, {base.size_from}"
     how = fit.precision + (" on a base in 4 bits" if fit.four_bit else "")
     how += ", gradient checkpointing" if fit.checkpointing else ""
-    if base.sees or base.hears or base.draws:
+    if base.sees or base.hears or base.draws or base.speaker_size is not None:
         return f"{size}; {how}"
     if not base.shape.is_known:
         return f"{size}; {how}; what a step takes is not known without its configuration"

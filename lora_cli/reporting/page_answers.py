@@ -29,6 +29,7 @@ from lora_cli.reporting.report import part, shown_number
 MATRIX_LABELS, MAP_LABELS = 20, 120  # more are no matrix, and no map, that one can read
 MOST_LABELS, PAIRS, CASES = 200, 15, 20
 THUMBNAILS = "thumbnails.json"  # in `predictions`: of the worst rows, by split and row
+_SOUND = '<audio controls preload="none"'
 MEDIA = re.compile(r"data:(image/(jpeg|png|webp)|audio/(wav|mpeg|flac));base64,[A-Za-z0-9+/=]+")
 
 
@@ -205,9 +206,12 @@ def _cases(lines: list[Line], unit: str = "") -> str:
             head += f"<span>said {_answer(said, scores)}</span>"
         text = own(line["text"], "span", "text") if line.get("text") else ""
         texts = f'<div class="pair">{texts}</div>' if texts else ""
-        picture = line.get("picture")
-        picture = f'<img class="thumb" alt="" src="{esc(picture)}">' if picture else ""
-        items.append(f'<li>{picture}<div class="head">{head}{place}</div>{text}{texts}</li>')
+        media, picture, sound = str(line.get("picture") or ""), "", ""
+        if media.startswith("data:audio/"):
+            sound = _player(media)
+        elif media:
+            picture = f'<img class="thumb" alt="" src="{esc(media)}">'
+        items.append(f'<li>{picture}<div class="head">{head}{place}</div>{text}{sound}{texts}</li>')
     return f'<ol class="cases">{"".join(items)}</ol>' if items else ""
 
 
@@ -230,8 +234,7 @@ def sample_section(report: dict[str, Any]) -> str:
         if not isinstance(sample, dict):
             continue
         texts = "".join(
-            f"<div><i>{name}</i>{own(text.strip() or '(nothing)', 'span', 'text')}</div>"
-            for name, text in _progress(sample)
+            f"<div><i>{name}</i>{_said(text)}</div>" for name, text in _progress(sample)
         )
         prompt = own(sample.get("prompt", ""), "b", "text")
         place = f'<span class="place">{own(sample.get("place", ""))}</span>'
@@ -239,8 +242,20 @@ def sample_section(report: dict[str, Any]) -> str:
         items.append(f'<li>{head}<div class="pair">{texts}</div></li>')
     inner = f'<ol class="cases">{"".join(items)}</ol>' if items else ""
     note = "What the model says of the same validation rows before training, at each evaluation "
-    note += "and after training (the best adapter); the most likely token every time."
+    note += "and after training (the best adapter)"
+    note += "." if _SOUND in inner else "; the most likely token every time."
     return section("samples", "Samples", note, inner)
+
+
+def _said(text: str) -> str:
+    """Return a sample as markup: a text, or a player for what is heard."""
+    if MEDIA.fullmatch(text):
+        return _player(text)
+    return own(text.strip() or "(nothing)", "span", "text")
+
+
+def _player(sound: str) -> str:
+    return f'{_SOUND} src="{esc(sound)}"></audio>'
 
 
 def _progress(sample: dict[str, Any]) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from lora_cli.recipe import (
     TaskSpec,
     TextEmbeddingSpec,
     TextToImageSpec,
+    TextToSpeechSpec,
     TokenClassificationSpec,
 )
 
@@ -103,6 +104,10 @@ def _type_of(spec: TaskSpec) -> type[Task]:
             from lora_cli.tasks.text_to_image import TextToImage
 
             return TextToImage
+        case TextToSpeechSpec():
+            from lora_cli.tasks.text_to_speech import TextToSpeech
+
+            return TextToSpeech
         case _:
             assert_never(spec)
 

@@ -93,6 +93,10 @@ class BaseFacts(Protocol):
         """It writes down what is said in recordings."""
 
     @property
+    def speaker_size(self) -> int | None:
+        """How many numbers tell it who speaks, if it says texts aloud."""
+
+    @property
     def hears_languages(self) -> bool:
         """It hears several languages, and needs to know which is spoken."""
 

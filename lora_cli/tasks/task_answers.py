@@ -22,6 +22,8 @@ class TaskAnswers(TaskRows):
     """A hint for an input that cannot be answered."""
     answer_folder: Path | None = None
     """The folder for answers that are files; None for the working directory."""
+    answer_files: str = "pictures"
+    """What answers are, where they are files: a part of the folder's name."""
 
     def parse_input(self, typed: str) -> dict[str, Any]:
         """Return a row with the input that a user typed.

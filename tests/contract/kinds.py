@@ -22,6 +22,7 @@ import tiny_embedders
 import tiny_experts
 import tiny_pictures
 import tiny_speech
+import tiny_synthesis
 import tiny_translators
 from torch import nn
 
@@ -191,6 +192,15 @@ def recorded_at_length(i: int) -> Json:
 
 
 SPEECH = {"type": "speech_recognition"}
+SYNTHESIS = {"type": "text_to_speech", "speaker_column": "speaker"}
+
+
+def said(i: int) -> Json:
+    return tiny_synthesis.row(i, recordings())
+
+
+def said_by_one(i: int) -> Json:
+    return {key: value for key, value in said(i).items() if key != "speaker"}
 
 
 def paired(i: int) -> Json:
@@ -319,6 +329,14 @@ TASKS = {
     ),
     "speech by letters": TaskKind(
         tiny_ctc.save, SPEECH, recorded_in_letters, ("prediction",), ("text",), drafted=SPEECH,
+    ),
+    "texts said aloud": TaskKind(
+        tiny_synthesis.save, SYNTHESIS, said, ("spectrogram",), ("audio",), drafted=SYNTHESIS,
+    ),
+    "texts said aloud by one speaker": TaskKind(
+        lambda folder: tiny_synthesis.save(folder, reduction_factor=3),
+        {"type": "text_to_speech", "speaker_embedding": "zeros"}, said_by_one, ("spectrogram",),
+        ("audio",), runs=False,
     ),
     "texts that belong together": TaskKind(
         tiny_embedders.save, EMBEDDING, paired, ("embedding",), ("positive",), train=STEP,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import datasets
+import numpy as np
 import pytest
 import tiny
 import tiny_detectors
@@ -24,6 +25,7 @@ import tiny_diffusion
 import tiny_embedders
 import tiny_pictures
 import tiny_speech
+import tiny_synthesis
 import torch
 from accelerate.state import AcceleratorState
 from runs import lines, without_times
@@ -118,6 +120,7 @@ def report(left: Left) -> Any:
         "tokens_per_s",
         "pictures_per_s",
         "seconds_per_s",
+        "frames_per_s",
         "peak_memory_bytes",
     ):
         value["training"].pop(key, None)
@@ -199,6 +202,7 @@ TRAIN = [
      "shot": f"shots/{i}.png", "view": f"shots/{i + 20}.png",
      "listed": f"{word}, film, {i}, long, good",
      "sound": f"sounds/{i}.wav", "noise": f"sounds/{i + 20}.wav",
+     "speaker": tiny_synthesis.speaker(i % 2), "speaker_2": tiny_synthesis.speaker(i % 2 + 2),
      "things": {"bbox": [[2, 1, 6, 9]], "category": ["bad" if i % 2 else "good"]},
      "wide": {"bbox": [[9, 1, 60, 9]], "category": ["bad" if i % 2 else "good"]},
      "spans": [[2, 2 + len(word), "A"]], "marks": [[0, 1, "A"]]}
@@ -256,6 +260,12 @@ KINDS: dict[str, Settings] = {
                  "language": "de"},
         "evaluate": SHORT,
     },
+    "synthesis": {
+        "model": {"name": "../bases/speecht5"},
+        "task": {"type": "text_to_speech", "audio_column": "sound", "text_column": "prompt",
+                 "speaker_column": "speaker"},
+        "evaluate": {"baseline": False},
+    },
     "drawing": {
         "model": {"name": "../bases/diffusion"},
         "task": {"type": "text_to_image", "image_column": "shot", "caption_column": "prompt",
@@ -311,6 +321,16 @@ def said(world: World, options: list[str]) -> Printed:
     """Let the adapter of a run go on from a few words."""
     assert world.lora("train", "recipe.yaml", "-o", "out").code == 0
     return world.lora("predict", "--adapter", "out", "the warm", *options[:-2])
+
+
+def said_aloud(world: World, options: list[str]) -> Printed:
+    """Let the adapter of a run say a text, and tell which file it writes."""
+    assert train(world, options).code == 0
+    (world.folder / "asked.jsonl").write_text(json.dumps(TRAIN[0]), encoding="utf-8")
+    answer = ["--input", "asked.jsonl", "--output", "answer.jsonl"]
+    assert world.lora("predict", "--adapter", "out", *answer).code == 0
+    files = sorted(file.suffix for file in world.folder.glob("answer_recordings/*"))
+    return Printed(0, f"{files}", "")
 
 
 BASES: dict[str, Any] = {}
@@ -524,6 +544,26 @@ CHANGES: dict[str, Change] = {
     ),
     "speech_recognition.normalizer": Change(
         predictions, ("basic", "none"), "speech", {"task.text_column": "shouted"}
+    ),
+    "text_to_speech.type": Change(
+        message, ("text_to_speech", "causal_lm"), "synthesis",
+        {"task.audio_column": ..., "task.text_column": ..., "task.speaker_column": ...},
+    ),
+    "text_to_speech.audio_column": Change(losses, ("sound", "noise"), "synthesis"),
+    "text_to_speech.text_column": Change(losses, ("prompt", "other"), "synthesis"),
+    "text_to_speech.speaker_column": Change(losses, ("speaker", "speaker_2"), "synthesis"),
+    "text_to_speech.speaker_embedding": Change(
+        losses, ("zeros", "me.npy"), "synthesis", {"task.speaker_column": ...}
+    ),
+    "text_to_speech.vocoder": Change(
+        answer, (None, "../bases/vocoder"), "synthesis", command=said_aloud
+    ),
+    "text_to_speech.stop_threshold": Change(
+        results, (0.5, 9.0), "synthesis", {"evaluate.metrics": ["length_error"]}
+    ),
+    "text_to_speech.longest_ratio": Change(
+        results, (20.0, 0.1), "synthesis",
+        {"evaluate.metrics": ["length_error"], "task.stop_threshold": 9.0},
     ),
     "text_to_image.type": Change(
         message, ("text_to_image", "causal_lm"), "drawing",
@@ -833,6 +873,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_pictures.save("vit", folder / "vit")
     tiny_detectors.save("yolos", folder / "yolos")
     tiny_speech.save(folder / "whisper", languages=True)
+    tiny_synthesis.save(folder / "speecht5")
+    tiny_synthesis.save_vocoder(folder / "vocoder")
     tiny_embedders.save(folder / "embedder")
     tiny_diffusion.save(folder / "diffusion")
     tiny_diffusion.save(folder / "sd3", "sd3")
@@ -854,11 +896,13 @@ def write(world: World, kind: str, without: Collection[str] = ()) -> None:
     for i in range(40):
         if kind in ("pictures", "scenes", "drawing", "flow", "flux"):
             world.write(f"shots/{i}.png", tiny_pictures.encoded(tiny_pictures.picture(i)))
-        if kind == "speech":  # the last is longer than the model hears at once
+        if kind in ("speech", "synthesis"):  # the last is longer than the model hears at once
             seconds = 1.5 if i == 39 else 0.2
             world.write(f"sounds/{i}.wav", tiny_speech.encoded(tiny_speech.sound(i, seconds)))
     if kind == "drawing":
         world.write("views/0.png", tiny_pictures.encoded(tiny_pictures.picture(50)))
+    if kind == "synthesis":
+        np.save(world.folder / "me.npy", tiny_synthesis.speaker(5))
     world.write("chat.jinja", CHAT)
     world.write("other.jinja", CHAT.replace("</s>", "!</s>"))
     near = [*TRAIN, {**TRAIN[1], "text": f"{TRAIN[1]['text']} so"}]

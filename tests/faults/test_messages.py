@@ -33,6 +33,7 @@ import cases_push  # noqa: F401
 import cases_recipes  # noqa: F401
 import cases_runs  # noqa: F401
 import cases_speech  # noqa: F401
+import cases_synthesis  # noqa: F401
 import cases_system  # noqa: F401
 import cases_tokens  # noqa: F401
 import cases_translation  # noqa: F401
@@ -339,7 +340,7 @@ AREAS = [
     "Training", "Evaluation", "Prediction",
     "Merging", "Combining", "Exporting", "Pushing", "Checking", "Pictures",
     "Pictures with boxes",
-    "Speech", "Drawing",
+    "Speech", "Texts said aloud", "Drawing",
 ]  # fmt: skip
 
 

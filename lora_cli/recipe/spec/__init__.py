@@ -29,6 +29,7 @@ from lora_cli.recipe.spec.speech_recognition_spec import SpeechRecognitionSpec
 from lora_cli.recipe.spec.task import TASKS, TaskSpec
 from lora_cli.recipe.spec.text_embedding_spec import TextEmbeddingSpec
 from lora_cli.recipe.spec.text_to_image_spec import FlowSpec, PriorSpec, TextToImageSpec
+from lora_cli.recipe.spec.text_to_speech_spec import TextToSpeechSpec
 from lora_cli.recipe.spec.token_classification_spec import TokenClassificationSpec
 from lora_cli.recipe.spec.train import OptimizerSpec, ParameterGroupSpec, SchedulerSpec, TrainSpec
 
@@ -42,6 +43,7 @@ __all__ = [
     "SpeechRecognitionSpec",
     "TextEmbeddingSpec",
     "TextToImageSpec",
+    "TextToSpeechSpec",
     "FlowSpec",
     "PriorSpec",
     "TokenClassificationSpec",

@@ -15,6 +15,7 @@ from lora_cli.recipe.spec.speech_recognition_spec import SpeechRecognitionSpec
 from lora_cli.recipe.spec.task_section import TaskSection
 from lora_cli.recipe.spec.text_embedding_spec import TextEmbeddingSpec
 from lora_cli.recipe.spec.text_to_image_spec import TextToImageSpec
+from lora_cli.recipe.spec.text_to_speech_spec import TextToSpeechSpec
 from lora_cli.recipe.spec.token_classification_spec import TokenClassificationSpec
 
 TaskSpec = Annotated[
@@ -26,7 +27,8 @@ TaskSpec = Annotated[
     | ObjectDetectionSpec
     | SpeechRecognitionSpec
     | TextEmbeddingSpec
-    | TextToImageSpec,
+    | TextToImageSpec
+    | TextToSpeechSpec,
     Field(discriminator="type"),
 ]
 

@@ -150,6 +150,11 @@ class TaskSection(Section):
         return []
 
     @property
+    def models_by_key(self) -> dict[str, str]:
+        """Other models that the task uses, by the keys that name them: folders, or Hub ids."""
+        return {}
+
+    @property
     def sample_prompts(self) -> list[str]:
         """What a model that draws is asked to draw while it is trained."""
         return []

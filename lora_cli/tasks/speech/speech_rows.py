@@ -23,7 +23,6 @@ from lora_cli.data.load_rows import Rows
 from lora_cli.data.media import described, media_error, media_hash, media_value
 from lora_cli.data.recordings import (
     LongAudio,
-    RecordingError,
     Samples,
     divide,
     is_silent,
@@ -40,6 +39,13 @@ from lora_cli.recipe import Recipe, SpeechRecognitionSpec
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.examples import Encoded, Example, Field, Prediction
 from lora_cli.tasks.generation.writing_task import SAMPLE_NEW_TOKENS, keep_all_layers, layer_drop_of
+from lora_cli.tasks.speech.odd_recordings import (
+    ODD_FEATURES,
+    odd_facts,
+    odd_recordings,
+    recording_error,
+    still_whole,
+)
 from lora_cli.tasks.speech.transcripts import BASIC, aligned, has_vowel_marks, joined, normalised
 from lora_cli.tasks.texts.marked_tokens import marked
 from lora_cli.tasks.texts.text_task import TextTask
@@ -153,11 +159,7 @@ class RecordedTask(TextTask):
 
     def input_error(self, row: dict[str, Any]) -> str:
         """Return why a recording cannot be read, or nothing; it is decoded."""
-        column = self.spec.audio_column
-        if error := media_error(row, [column]):
-            return error
-        error = recording_facts(row[column]).error
-        return f"`{described(row[column])}` {error}" if error else ""
+        return recording_error(row, self.spec.audio_column)
 
     def target_error(self, row: dict[str, Any]) -> str:
         """Return what is wrong with the transcript, or nothing."""
@@ -225,14 +227,10 @@ class RecordedTask(TextTask):
         Raises:
             LoraError: If it cannot be read any more.
         """
-        try:
+        with still_whole(value):
             if recording_facts(value).seconds <= self.longest:
                 return read_recording(value, self.rate)[: int(self.longest * self.rate)]
             return _long_recording(_Same(value), self.rate)
-        except RecordingError as error:  # it was whole when the rows were checked
-            what = f"`{described(value)}` {error}; it was whole when the run began"
-            hint = "put the file back; a run that was interrupted goes on with `--resume`"
-            raise LoraError(what, str(value["path"] or ""), hint) from error
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
         """Return an example for each part of each recording; only whole ones have a target."""
@@ -246,7 +244,7 @@ class RecordedTask(TextTask):
         """
         value = row[self.spec.audio_column]
         facts = recording_facts(value)
-        about = {"is_clipped": facts.is_clipped, "is_too_loud": facts.is_too_loud}
+        about = odd_facts(facts)
         length = math.ceil(facts.seconds * self.rate)
         if facts.seconds <= self.longest:
             labels = self.tokens_of(str(row[self.spec.text_column]))
@@ -263,8 +261,8 @@ class RecordedTask(TextTask):
 
     def features(self) -> dict[str, str]:
         """Return the types of an example."""
-        facts = {"is_clipped": "bool", "is_too_loud": "bool", "start": "int32", "stop": "int32"}
-        return {"audio": "media", "labels": "list<int32>", **facts}
+        places = {"start": "int32", "stop": "int32"}
+        return {"audio": "media", "labels": "list<int32>", **ODD_FEATURES, **places}
 
     def cost(self, example: Example) -> int:
         """Return the seconds of a recording, rounded up."""
@@ -301,19 +299,7 @@ class RecordedTask(TextTask):
 
     def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
         """Return a warning of recordings that are clipped, or far too loud."""
-        said = []
-        for key, what in {
-            "is_clipped": "clipped: its loudest samples were cut off at full scale",
-            "is_too_loud": "far beyond full scale, as if its numbers had not been scaled",
-        }.items():
-            found = [int(example["row"]) for example in examples if example[key]]
-            if found:
-                is_one = len(set(found)) == 1
-                verb = "is" if is_one else "are"
-                text = what if is_one else what.replace("its", "their")
-                count = counted(len(set(found)), f"{name} recording")
-                said.append(f"{count} {verb} {text} (the first: {rows.place(found[0])})")
-        return 0.0, "; ".join(said) or None
+        return 0.0, odd_recordings(name, rows, examples)
 
     def trained_share(self, split: Encoded) -> None:
         """Return None: what is trained is tokens, and what is counted seconds."""

@@ -19,6 +19,8 @@ AUDIO, TEXT = "audio", "text"  # the columns of a folder of recordings
 
 def propose_recordings(table: Table, base: BaseFacts) -> Proposal | None:
     """Return which transcript of a recording a table has; see `Task.propose`."""
+    if base.speaker_size is not None:
+        return None  # it speaks
     if table.media == "image" or not (table.media == "audio" or base.hears):
         return None
     return proposed(lambda: _of_recordings(table, base), Certainty.ONLY)
@@ -40,7 +42,7 @@ def _of_recordings(table: Table, base: BaseFacts) -> Proposal:
     if audio is None:
         what = "no column holds recordings, which the model hears"
         raise LoraError(what, place, f"{listed}; a recording is named by its path")
-    text = table.text or _text_column([name for name in names if name != audio])
+    text = table.text or text_column_of([name for name in names if name != audio])
     if text is None and is_folder:
         what = f"the recordings of {place} have no texts next to them"
         hint = "write what is said in `a.wav` into `a.txt`, or list all in metadata.csv: "
@@ -65,7 +67,7 @@ def _of_recordings(table: Table, base: BaseFacts) -> Proposal:
     return Proposal(keys, why, [audio, text], None, left_out, limits={})
 
 
-def _text_column(names: Sequence[str]) -> str | None:
+def text_column_of(names: Sequence[str]) -> str | None:
     """Return the column of what is said, by its name, or the only one that there is."""
     named = [name for name in names if TEXT_NAME.fullmatch(name)]
     if named:

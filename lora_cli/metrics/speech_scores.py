@@ -1,0 +1,54 @@
+"""How near a model's speech is to recordings: its spectrogram, where it ends, how long it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+DEFINITIONS = {
+    "mel_l1": (
+        "mean distance of the model's log-mel spectrogram (log10) from that recorded, per number; "
+        "each step of the model reading the recorded ones before it; 0 is best"
+    ),
+    "stop_accuracy": (
+        "mean of two shares: of the recordings' last steps where the model ends, and of the others "
+        "where it goes on, reading the recorded ones; 0.5 is never to end, 1 is best"
+    ),
+    "length_error": (
+        "by what share what the model says by itself is longer or shorter than its recording, mean "
+        "over rows; 0 is best"
+    ),
+}
+
+
+def mel_error(
+    predictions: Sequence[Sequence[float]], references: Sequence[Sequence[float]]
+) -> float:
+    """Return the mean absolute error of spectrograms.
+
+    Args:
+        predictions: Of each row (sum of errors, last steps where it ends, others where it goes on).
+        references: Of each row (numbers of the spectrogram, last steps, others).
+    """
+    return _share(predictions, references, 0)
+
+
+def stop_accuracy(
+    predictions: Sequence[Sequence[float]], references: Sequence[Sequence[float]]
+) -> float:
+    """Return the balanced accuracy of where speech ends; of rows without others, of the last."""
+    ends, goes_on = (_share(predictions, references, i) for i in (1, 2))
+    return ends if math.isnan(goes_on) else (ends + goes_on) / 2
+
+
+def length_error(predictions: Sequence[float], references: Sequence[float]) -> float:
+    """Return the mean relative difference of lengths."""
+    found = [abs(said / wanted - 1) for said, wanted in zip(predictions, references, strict=True)]
+    return sum(found) / len(found)
+
+
+def _share(
+    predictions: Sequence[Sequence[float]], references: Sequence[Sequence[float]], i: int
+) -> float:
+    total = math.fsum(row[i] for row in references)
+    return math.fsum(row[i] for row in predictions) / total if total else math.nan

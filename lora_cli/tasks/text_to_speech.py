@@ -1,0 +1,259 @@
+"""Say texts aloud, by SpeechT5: a text becomes a spectrogram, and a vocoder makes that heard."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForTextToSpectrogram
+
+from lora_cli.data.recordings import playable
+from lora_cli.errors import LoraError, counted
+from lora_cli.metrics import MetricContext
+from lora_cli.models.load_errors import require_kind
+from lora_cli.models.vocoder import load_vocoder
+from lora_cli.tasks.examples import Batch, Prediction
+from lora_cli.tasks.finite_scores import require_finite
+from lora_cli.tasks.speech.spectrogram_loss import ATTENTION, loss_weights, spectrogram_losses
+from lora_cli.tasks.speech.speech_proposals import propose_speech
+from lora_cli.tasks.speech.speecht5 import IDS, MASK, SPEAKER, Spoken, decoder_steps, spoken
+from lora_cli.tasks.speech.spoken_texts import HEARD_SECONDS, SpokenTexts
+
+ARCHITECTURE = "speecht5"
+NAME_LENGTH = 40  # letters of a text in the name of its recording
+
+
+class TextToSpeech(SpokenTexts):
+    """`task.type: text_to_speech`."""
+
+    auto_class = AutoModelForTextToSpectrogram
+    metric_channel = "speech"
+    default_metrics = ("mel_l1", "stop_accuracy")
+    main_term = "spectrogram"
+    answer_files = "recordings"
+    propose = staticmethod(propose_speech)
+    speaks_answers = False  # whether a metric is of what the model says by itself
+    n_cut_answers = 0  # since the last warning
+    _vocoder: Any = None
+
+    # --------------------------------------------------------------------- the processor
+
+    def load_processor(self) -> None:
+        """Load what has no weights."""
+        self.read_config()
+        super().load_processor()
+
+    def read_config(self) -> None:
+        """Read the model's configuration.
+
+        Raises:
+            LoraError: If the model is none that can be trained here.
+        """
+        super(SpokenTexts, self).read_config()
+        require_kind(self.auto_class, self.config, self.recipe)
+        if self.config.model_type != ARCHITECTURE:
+            what = f"a {self.config.model_type} model cannot be used for `{self.recipe.task.type}`"
+            raise LoraError(what, self.recipe.at("model.name"), self.spec.suitable_models)
+
+    # ----------------------------------------------------------------------------- model
+
+    def fit_to_model(self, model: nn.Module, longest: int | None = None) -> None:
+        """Try on the model that what it says of a text is the same in every batch."""
+        super().fit_to_model(model, longest)
+        assert self.padding.side == "right", "what fills texts and spectrograms changes others"
+
+    def forward(self, model: nn.Module, batch: Batch) -> Spoken:  # type: ignore[override]
+        """Return what the model says of each text, reading the recorded frames."""
+        return spoken(model, batch.inputs, ATTENTION in batch.items)
+
+    def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the spectrogram, and the logit that speech ends, of each frame (B, T, M + 1)."""
+        found = spoken(model, inputs, with_attentions=False)
+        return torch.cat([found.after, found.stops[..., None]], -1)
+
+    def probed(self, model: nn.Module, probe: dict[str, Tensor]) -> Tensor:
+        """Return what is compared of what a model says of the probe."""
+        return self.logits(model, probe)
+
+    # ------------------------------------------------------------------- loss and metrics
+
+    @property
+    def loss_weights(self) -> Mapping[str, float]:  # type: ignore[override]
+        """The terms of the loss, with the weights that the model's configuration gives them."""
+        return loss_weights(getattr(self, "config", None))
+
+    @property
+    def loss_definition(self) -> str:
+        """What the loss measures."""
+        found = (
+            "SpeechT5's: mean distance from the log-mel spectrogram before and after the post-net, "
+            "+ binary cross-entropy per frame of where speech ends (the end weighs 5 times)"
+        )
+        scale = self.loss_weights.get(ATTENTION)
+        return found if scale is None else f"{found}, + {scale:g} x guided attention"
+
+    def losses(self, model: nn.Module, output: Spoken, batch: Batch) -> dict[str, Tensor]:
+        """Return the terms of each example: its spectrogram, its end, and its attention."""
+        return spectrogram_losses(output, batch.targets, self.config)
+
+    def check_metrics(self, channels: set[str]) -> None:
+        """Let the model speak by itself, if a metric is of that."""
+        self.speaks_answers = "lengths" in channels
+
+    @property
+    def metric_context(self) -> MetricContext:
+        """Nothing that metrics have to know."""
+        return MetricContext()
+
+    def predictions(self, model: nn.Module, output: Spoken, batch: Batch) -> list[Prediction]:
+        """Return no answer but what metrics read: errors of the spectrogram, and of its end."""
+        errors, ends, goes_on = self._counts(output, batch.targets)
+        counts = batch.targets["trained"].sum(1).tolist()
+        steps = (batch.targets["last_step"] + 1).tolist()
+        found = []
+        for i, row in enumerate(batch.rows):
+            n_numbers = float(counts[i] * self.n_bands)
+            said = [errors[i], ends[i], goes_on[i]], [n_numbers, 1.0, float(steps[i] - 1)]
+            about = {"frames": counts[i], "mel_l1": round(errors[i] / n_numbers, 6)}
+            one = Prediction(row, None, None, None, {self.metric_channel: said}, details=about)
+            if self.speaks_answers:
+                ids = batch.inputs[IDS][i][batch.inputs[MASK][i].bool()]
+                spectrogram = self._say(model, ids, batch.inputs[SPEAKER][i])
+                one.metric_inputs["lengths"] = float(len(spectrogram)), float(counts[i])
+                one.details["said_frames"] = len(spectrogram)
+            found.append(one)
+        return found
+
+    def _counts(
+        self, output: Spoken, targets: Mapping[str, Tensor]
+    ) -> tuple[list[float], list[float], list[float]]:
+        """Return the errors of each spectrogram, whether it ends, and where it rightly goes on."""
+        mel, trained = targets["mel"], targets["trained"]
+        errors = (output.after.float() - mel.float()).abs().masked_fill(~trained[..., None], 0.0)
+        factor = int(self.config.reduction_factor)
+        # a step ends where its frames together say so, as in `generate_speech`
+        stops = output.stops.float().sigmoid()
+        chances = stops.view(len(stops), -1, factor).sum(2)
+        ends = chances >= self.spec.stop_threshold  # (B, S)
+        last = targets["last_step"][:, None]
+        before = torch.arange(ends.shape[1], device=ends.device) < last
+        rightly = ends.gather(1, last)[:, 0].float(), (~ends & before).sum(1).float()
+        return errors.double().sum((1, 2)).tolist(), rightly[0].tolist(), rightly[1].tolist()
+
+    # --------------------------------------------------------------------------- answers
+
+    @torch.no_grad()
+    def _say(self, model: Any, ids: Tensor, speaker: Tensor) -> Tensor:
+        """Return the spectrogram of a text (T, M), said by the model itself.
+
+        One text at a time: the dropout that the model draws while it speaks is then that of
+        transformers, and the same whatever else is said.
+
+        Args:
+            model: The model, in eval mode.
+            ids: Tokens of the text (L,).
+            speaker: Who speaks (D,).
+        """
+        device, factor = ids.device, int(self.config.reduction_factor)
+        positions = int(self.config.max_speech_positions)
+        longest = int(len(ids) * self.spec.longest_ratio / factor)
+        longest = max(1, min(longest, positions))
+        like = next(parameter for parameter in model.parameters() if not parameter.requires_grad)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.recipe.train.seed)
+            found: Tensor = model.generate_speech(
+                ids[None], speaker[None].to(like.dtype), torch.ones_like(ids)[None],
+                threshold=self.spec.stop_threshold,
+                maxlenratio=(longest * factor + 0.5) / len(ids),  # 0.5: against rounding
+            )  # fmt: skip
+        require_finite(found.float(), model, self.recipe)
+        self.n_cut_answers += decoder_steps(len(found), self.config) >= longest
+        return found
+
+    def _said(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[Tensor]:
+        """Return what the model says of rows: a spectrogram each (T, M), float32."""
+        device = next(model.parameters()).device
+        found = []
+        for row in rows:
+            speaker = torch.from_numpy(self.vector_of_row(row)).to(device)
+            ids = torch.tensor(self.tokens_of(row), device=device)
+            found.append(self._say(model, ids, speaker).float())
+        return found
+
+    def _sound(self, spectrogram: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Return the samples of a spectrogram (N,), by the recipe's vocoder."""
+        assert self.spec.vocoder is not None, "nothing makes it heard"
+        device = spectrogram.device
+        if self._vocoder is None:
+            self._vocoder = load_vocoder(self.recipe, self.spec.vocoder, device)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            samples: Tensor = self._vocoder.to(device)(spectrogram)
+        return samples.cpu().numpy()
+
+    def _recording(self, spectrogram: Tensor) -> bytes:
+        """Return a spectrogram as a wav file."""
+        import soundfile
+
+        file = io.BytesIO()
+        samples = self._sound(spectrogram).clip(-1, 1)
+        soundfile.write(file, samples, self.rate, format="WAV", subtype="PCM_16")
+        return file.getvalue()
+
+    def answer_columns(self) -> dict[str, str]:
+        """Return the column that names the recording, or without a vocoder the spectrogram."""
+        return {"spectrogram" if self.spec.vocoder is None else "recording": "string"}
+
+    def answer(self, model: nn.Module, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
+        """Say each row, and return the names of the files."""
+        folder = self.answer_folder
+        place = Path() if folder is None else folder
+        place.mkdir(parents=True, exist_ok=True)
+        names = []
+        for row, spectrogram in zip(rows, self._said(model, rows), strict=True):
+            name = self._file_name(row)
+            if self.spec.vocoder is None:
+                np.save(place / name, spectrogram.cpu().numpy())
+            else:
+                (place / name).write_bytes(self._recording(spectrogram))
+            names.append(name if folder is None else f"{folder.name}/{name}")
+        return [[name] for name in names]
+
+    def _file_name(self, row: dict[str, Any]) -> str:
+        """Return the name of what is said: of equal texts, speakers and seeds the same."""
+        text, seed = self.text_of(row), self.recipe.train.seed
+        words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:NAME_LENGTH].rstrip("-")
+        key = f"{seed} {text} ".encode() + self.vector_of_row(row).tobytes()
+        number = hashlib.sha256(key).hexdigest()[:8]
+        ending = "npy" if self.spec.vocoder is None else "wav"
+        return f"{words}-{number}.{ending}" if words else f"{number}.{ending}"
+
+    def take_warnings(self) -> list[str]:
+        """Return how many answers did not end by themselves since the last call."""
+        lines = super().take_warnings()
+        if self.n_cut_answers:
+            what = "ended at the greatest length (`task.longest_ratio`), not by itself"
+            lines.append(f"{counted(self.n_cut_answers, 'answer')} {what}")
+        self.n_cut_answers = 0
+        return lines
+
+    def sample(
+        self, model: nn.Module, rows: Sequence[dict[str, Any]]
+    ) -> list[tuple[str, str, str]]:
+        """Return what the model says of rows, and their recordings, as a page plays them."""
+        if self.spec.vocoder is None:
+            return []
+        sounds = [
+            playable({"bytes": self._recording(one), "path": None}, HEARD_SECONDS) or ""
+            for one in self._said(model, rows)
+        ]
+        texts = [self.text_of(row) for row in rows]
+        wanted = [self.thumbnail(row) or "" for row in rows]
+        self.n_cut_answers = 0  # before training no answer ends
+        return list(zip(texts, wanted, sounds, strict=True))
