@@ -20,7 +20,7 @@ from lora_cli.preprocessing.cached_hidden_states import (
     _UnlikeError,
     _why_not,
     passes_over,
-    with_entering_states,
+    with_cached_hidden_states,
 )
 from lora_cli.tasks.hidden_states import STATES, KeptState
 
@@ -337,7 +337,7 @@ def test_splits_share_what_may_be_kept_in_their_order(monkeypatch: pytest.Monkey
         )
     }  # fmt: skip
     accelerator: Any = None
-    found = with_entering_states(task, nn.Linear(1, 1), splits, accelerator)
+    found = with_cached_hidden_states(task, nn.Linear(1, 1), splits, accelerator)
     assert limits == [1_000_000, 400_000, 400_000]
     assert [found[name] == f"kept {name}" for name in splits] == [False, True, False, False, True]
     assert found["once"] is splits["once"]
@@ -349,6 +349,6 @@ def test_splits_share_what_may_be_kept_in_their_order(monkeypatch: pytest.Monkey
         assert part in said
     assert task.notes == [f"frozen {said}"]
     monkeypatch.setattr(cached_hidden_states, "_why_not", lambda *_: "there is a reason")
-    found = with_entering_states(task, nn.Linear(1, 1), splits, accelerator)
+    found = with_cached_hidden_states(task, nn.Linear(1, 1), splits, accelerator)
     assert found == splits
     assert "once: not kept: there is a reason" in task.frozen_facts["frozen_layers"]

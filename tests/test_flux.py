@@ -36,7 +36,7 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.training.batches import prepared_for
-from lora_cli.training.launch import seed_everything
+from lora_cli.training.seeds import seed_everything
 
 N_STEPS = 20
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

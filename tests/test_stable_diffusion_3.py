@@ -48,7 +48,7 @@ from lora_cli.recipe.spec import FlowSpec
 from lora_cli.tasks import build_task
 from lora_cli.tasks.diffusion.flow_noise import FlowNoise
 from lora_cli.training.batches import prepared_for
-from lora_cli.training.launch import seed_everything
+from lora_cli.training.seeds import seed_everything
 
 CPU = torch.device("cpu")
 N_STEPS = 20

@@ -43,7 +43,7 @@ from lora_cli.tasks import build_task
 from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise
 from lora_cli.training import train
 from lora_cli.training.batches import Batches, prepared_for
-from lora_cli.training.launch import seed_everything
+from lora_cli.training.seeds import seed_everything
 
 CPU = torch.device("cpu")
 SIDE = tiny_diffusion.SIDE

@@ -34,7 +34,7 @@ from lora_cli.metrics import (
 )
 from lora_cli.metrics.entity_scores import entity_sums
 from lora_cli.metrics.retrieval_scores import row_score
-from lora_cli.preprocessing.cached_frozen_outputs import with_frozen_outputs
+from lora_cli.preprocessing.cached_frozen_outputs import with_cached_frozen_outputs
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import RECIPE_FILE, AdapterSpec, Recipe, load_adapter_recipe
 from lora_cli.tasks import build_task
@@ -232,7 +232,7 @@ def _measure(
     predictions: list[Prediction] = []
     model = load_adapted(folder, loader, accelerator)
     task.fit_as(loader)
-    (split,) = with_frozen_outputs(task, model, data, accelerator).values()
+    (split,) = with_cached_frozen_outputs(task, model, data, accelerator).values()
     evaluate(model, task, split, accelerator, keep=predictions, strict_loss=True)
     return predictions
 

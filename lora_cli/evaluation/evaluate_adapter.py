@@ -13,7 +13,7 @@ from lora_cli.data.media_folder import media_files
 from lora_cli.errors import LoraError, require_file, warn
 from lora_cli.evaluation.evaluate_split import evaluate
 from lora_cli.evaluation.open_adapter import load_adapted, open_task
-from lora_cli.preprocessing.cached_frozen_outputs import with_frozen_outputs
+from lora_cli.preprocessing.cached_frozen_outputs import with_cached_frozen_outputs
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Learned, Recipe
 from lora_cli.tasks import build_task
@@ -95,7 +95,9 @@ def evaluate_adapter(
     if warning := next(filter(None, said), None):
         warn(warning)
     model = load_adapted(folder, task, accelerator)
-    splits = with_frozen_outputs(task, model, {name: data[name] for name in wanted}, accelerator)
+    splits = with_cached_frozen_outputs(
+        task, model, {name: data[name] for name in wanted}, accelerator
+    )
     return {
         name: evaluate(model, task, encoded, accelerator, strict_loss=True)
         for name, encoded in splits.items()

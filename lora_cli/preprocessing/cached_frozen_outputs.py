@@ -41,7 +41,7 @@ class _TooLargeError(Exception):
         self.n_bytes = n_bytes
 
 
-def with_frozen_outputs(
+def with_cached_frozen_outputs(
     task: Task, model: nn.Module, splits: dict[str, Encoded], accelerator: Accelerator
 ) -> dict[str, Encoded]:
     """Return splits whose examples hold what the task's frozen parts make of them, if it has such.

@@ -72,7 +72,7 @@ def find_layers(
     return find_frozen_layers(model, run)
 
 
-def with_entering_states(
+def with_cached_hidden_states(
     task: Task, model: nn.Module, splits: dict[str, Encoded], accelerator: Accelerator
 ) -> dict[str, Encoded]:
     """Find the frozen layers of a model, and keep what they compute of each split where that pays.

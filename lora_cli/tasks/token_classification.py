@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from lora_cli.tasks.texts.word_windows import (
     Words,
     complete_tags,
     places_of_tokens,
+    special_tokens_of,
     windows_of,
     words_in,
     words_one_by_one,
@@ -39,14 +39,6 @@ from lora_cli.tasks.texts.word_windows import (
 
 MOST_WITHOUT_TOKEN = 0.02  # share of words without a token above which there is a warning
 Said = tuple[int, str, float]  # a word's position in its row, its tag, and the tag's probability
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    """The special tokens before and after the tokens of a window."""
-
-    prefix: list[int]
-    suffix: list[int]
 
 
 class TokenClassification(TextTask):
@@ -72,22 +64,19 @@ class TokenClassification(TextTask):
         """Load the tokenizer, and find the special tokens that it adds to a text.
 
         Raises:
-            LoraError: If it does not return the places of tokens, which spans need.
+            LoraError: If it does not return the places of tokens, which spans need, or if it reads
+                a text differently with special tokens.
         """
         super().load_processor()
         if self.spec.has_spans and not self.tokenizer.is_fast:
             what = "the tokenizer does not say where its tokens stand in a text, as spans need"
             hint = "use a model with a tokenizer.json, or rows of words with tags"
             raise LoraError(what, self.recipe.at("model.name"), hint)
-        self._added = self._special_tokens()
-
-    def _special_tokens(self) -> _Encoding:
-        whole, inside = (token_ids(self.tokenizer, TRIAL_TEXT, special=s) for s in (True, False))
-        for start in range(len(whole)):
-            if whole[start : start + len(inside)] == inside:
-                return _Encoding(whole[:start], whole[start + len(inside) :])
-        what = "the tokenizer reads a text in another way when it adds its special tokens"
-        raise LoraError(what, self.recipe.at("model.name"), "use another base model")
+        added = special_tokens_of(self.tokenizer, TRIAL_TEXT)
+        if added is None:
+            what = "the tokenizer reads a text in another way when it adds its special tokens"
+            raise LoraError(what, self.recipe.at("model.name"), "use another base model")
+        self._added = added
 
     @property
     def _capacity(self) -> int:

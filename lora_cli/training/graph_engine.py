@@ -21,7 +21,7 @@ from lora_cli.errors import LoraError, counted
 from lora_cli.tasks.examples import Batch
 from lora_cli.training.compiled_layers import CompiledLayers
 from lora_cli.training.engine import Engine, sum_gradients
-from lora_cli.training.memory_and_disk import is_out_of_memory
+from lora_cli.training.resource_errors import is_out_of_memory
 from lora_cli.unexpected_errors import own_words
 
 SEEN = 2  # a shape is recorded when it occurs again after so many times

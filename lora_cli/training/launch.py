@@ -1,30 +1,27 @@
-"""How a run starts and ends: who goes first, what errors mean, and the seeds."""
+"""How the processes of a run start, and what the errors mean that end it."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from lora_cli.errors import InterruptedRun, LoraError, NumericsError
 from lora_cli.recipe import Learned, Recipe
-from lora_cli.training.memory_and_disk import resource_error
+from lora_cli.training.resource_errors import resource_error
 from lora_cli.training.stop_request import StopRequest
 from lora_cli.unexpected_errors import note_phase
 
 
 @contextmanager
 def main_process_first(accelerator: Accelerator) -> Iterator[None]:
-    """Let the main process go through the block before the others.
+    """Let the main process execute the block before the others.
 
-    Where it fails the others end with its exit code, and leave the message to it. (Accelerate's own
-    context of this name would leave them waiting.)
+    If it fails there, the others end with its exit code and no message. (Accelerate's own context
+    of this name would leave them waiting.)
     """
     if accelerator.num_processes == 1:
         yield
@@ -47,15 +44,17 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
 
 
 @contextmanager
-def explaining(
+def explain_errors(
     recipe: Recipe, learned: Learned, accelerator: Accelerator, stop: StopRequest
 ) -> Iterator[None]:
-    """Say what an error of training means; what every process raises is left to the main process.
+    """Turn errors of training into errors with a hint, such as that memory is full.
+
+    Errors that all processes raise are reported by the main process alone.
 
     Args:
-        recipe: Says how large the batches are, and where the result goes.
-        learned: How large they are, where the recipe leaves that open.
-        accelerator: Which process this is.
+        recipe: Has the size of the batches, and the output folder.
+        learned: Has the size of micro-batches, if the recipe leaves it open.
+        accelerator: Knows which process this is.
         stop: Knows what the run is doing.
     """
     try:
@@ -72,14 +71,3 @@ def explaining(
     except Exception as error:
         note_phase(error, stop.activity)
         raise
-
-
-def seed_everything(*seed: int) -> None:
-    """Seed the generators of torch, numpy and Python with a mix of the numbers."""
-    mixed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
-    if torch.accelerator.is_available():
-        torch.manual_seed(mixed)
-    else:  # that would prepare, for a millisecond, to seed devices that there are not
-        torch.default_generator.manual_seed(mixed)
-    np.random.seed(mixed % 2**32)  # some models draw their masks from it
-    random.seed(mixed)

@@ -10,7 +10,7 @@ from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.models.gradient_checkpointing import enable_gradient_checkpointing
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Encoded
-from lora_cli.training.launch import seed_everything
+from lora_cli.training.seeds import seed_everything
 from lora_cli.training.start_from_data import start_from_data
 
 

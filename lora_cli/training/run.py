@@ -23,8 +23,8 @@ from lora_cli.adapters.parameter_targets import frozen_experts_note
 from lora_cli.environment import reject_mpi
 from lora_cli.evaluation.probe import take_probe, write_probe
 from lora_cli.evaluation.thumbnails import write_thumbnails
-from lora_cli.preprocessing.cached_frozen_outputs import with_frozen_outputs
-from lora_cli.preprocessing.cached_hidden_states import with_entering_states
+from lora_cli.preprocessing.cached_frozen_outputs import with_cached_frozen_outputs
+from lora_cli.preprocessing.cached_hidden_states import with_cached_hidden_states
 from lora_cli.preprocessing.data_gate import pass_gate
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Learned, Recipe
@@ -37,10 +37,10 @@ from lora_cli.training.checkpoints import adopt_adapter, clear_leftovers, optimi
 from lora_cli.training.choose_engine import choose_engine
 from lora_cli.training.early_stopping import Judge
 from lora_cli.training.gpu_monitor import GpuMonitor
-from lora_cli.training.launch import explaining, main_process_first, seed_everything
+from lora_cli.training.launch import explain_errors, main_process_first
 from lora_cli.training.learning_rate import learning_rate_factor, set_learning_rate
 from lora_cli.training.load_trainable_model import load_trainable_model
-from lora_cli.training.memory_and_disk import find_micro_batch, join_micro_batches
+from lora_cli.training.micro_batch_size import find_micro_batch, join_micro_batches
 from lora_cli.training.mirror import open_mirror
 from lora_cli.training.optimizers import build_optimizer
 from lora_cli.training.output_folder import (
@@ -58,6 +58,7 @@ from lora_cli.training.rank_agreement import require_same_recipe, require_same_s
 from lora_cli.training.rank_watch import watching
 from lora_cli.training.run_evaluations import Evaluations
 from lora_cli.training.save_and_resume import Saver
+from lora_cli.training.seeds import seed_everything
 from lora_cli.training.step import train_step
 from lora_cli.training.step_log import StepLog, trained_line
 from lora_cli.training.stop_request import TRAINING, Stopping, StopRequest
@@ -104,7 +105,7 @@ def train(recipe: Recipe, resume: bool = False, learned: Learned | None = None) 
                 return finished
             findings = pass_gate(task, data) if is_main else None
         stop = StopRequest(recipe, accelerator, started)
-        with explaining(recipe, learned, accelerator, stop):
+        with explain_errors(recipe, learned, accelerator, stop):
             run = Run(task, data, accelerator, stop)
             if findings is not None:
                 run.report["data"] = findings.added_to(run.report["data"])
@@ -153,8 +154,8 @@ class Run:
         self.folder = recipe.output_path
         self.in_full = list(dict.fromkeys([*head, *recipe.adapter.train_modules]))
         with main_process_first(accelerator):
-            self.data = with_frozen_outputs(task, self.model, data, accelerator)
-            self.data = with_entering_states(task, self.model, self.data, accelerator)
+            self.data = with_cached_frozen_outputs(task, self.model, data, accelerator)
+            self.data = with_cached_hidden_states(task, self.model, self.data, accelerator)
         frozen = frozen_experts_note(self.model, recipe)
         self.notes = [*filter(None, [task.length_note, frozen]), *task.notes]
         self.optimizer = build_optimizer(self.model, recipe, self.in_full)

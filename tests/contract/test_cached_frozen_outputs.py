@@ -18,7 +18,7 @@ from example_task import ExampleTask, save_base
 from torch import Tensor, nn
 
 from lora_cli.errors import LoraError
-from lora_cli.preprocessing.cached_frozen_outputs import in_words, with_frozen_outputs
+from lora_cli.preprocessing.cached_frozen_outputs import in_words, with_cached_frozen_outputs
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
 from lora_cli.recipe.spec.section import bytes_of
@@ -53,7 +53,7 @@ class Opened:
         self.accelerator = Accelerator(cpu=True)
 
     def kept(self) -> dict[str, Encoded]:
-        return with_frozen_outputs(self.task, self.model, self.splits, self.accelerator)
+        return with_cached_frozen_outputs(self.task, self.model, self.splits, self.accelerator)
 
     def computed(self, example: Example) -> dict[str, Tensor]:
         """Return the outputs for an example alone, without any cache."""

@@ -27,7 +27,7 @@ from lora_cli.recipe import Learned, Recipe, load_recipe
 from lora_cli.training import train
 from lora_cli.training.batches import require_shared_memory
 from lora_cli.training.checkpoints import load_checkpoint
-from lora_cli.training.memory_and_disk import resource_error
+from lora_cli.training.resource_errors import resource_error
 from lora_cli.training.step import train_step
 
 NOBODY = 65534

@@ -38,6 +38,23 @@ class Words:
     first: list[int]
 
 
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The special tokens that a tokenizer adds before and after a text."""
+
+    prefix: list[int]
+    suffix: list[int]
+
+
+def special_tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> SpecialTokens | None:
+    """Return the special tokens around a text; None if they change how the text is read."""
+    whole, inside = (token_ids(tokenizer, text, special=special) for special in (True, False))
+    for start in range(len(whole)):
+        if whole[start : start + len(inside)] == inside:
+            return SpecialTokens(whole[:start], whole[start + len(inside) :])
+    return None
+
+
 def words_in(tokenizer: PreTrainedTokenizerBase, text: str, places: Sequence[Place]) -> Words:
     """Return the tokens of a text, and those with which its words begin.
 

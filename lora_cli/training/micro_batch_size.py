@@ -1,0 +1,183 @@
+"""Find the largest micro-batch that fits into the memory of the GPU: `micro_batch_size: auto`.
+
+The size of micro-batches decides how much memory a step needs, not its result, so it may depend on
+the memory. The examples of a step are always those of the recipe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from lora_cli.adapters.attach import training_mode
+from lora_cli.tasks.contract import Task
+from lora_cli.training.batches import Batches, prepared_for
+from lora_cli.training.resource_errors import is_out_of_memory, out_of_memory
+from lora_cli.training.stop_request import TRAINING
+
+HEADROOM = 0.05  # share of the GPU's free memory that is left for libraries and fragmentation
+AMPLE = 0.7  # the same, if the user has not asked for the largest micro-batch
+
+
+def find_micro_batch(
+    model: nn.Module,
+    task: Task,
+    batches: Batches,
+    accelerator: Accelerator,
+    optimizer_bytes: int,
+) -> int:
+    """Return the largest micro-batch that fits, tried on the longest examples.
+
+    Forward and backward passes are made with growing numbers of examples; the model is not changed.
+    Without a GPU nothing is tried: it is 8, or the whole step if that is smaller.
+
+    Args:
+        model: The model, as it will be trained.
+        task: Makes batches, and computes the loss.
+        batches: Has the examples of the train split, and their lengths.
+        accelerator: The precision and the processes; all processes get the same number.
+        optimizer_bytes: The size of the optimizer's state.
+
+    Raises:
+        ResourceError: If not even one example fits.
+    """
+    if accelerator.device.type != "cuda":
+        return min(8, task.recipe.train.step_size)
+    share = _share(task, batches, accelerator)
+    with _untouched(model), _headroom(accelerator.device, HEADROOM):
+        trial = _Trial(model, task, batches, accelerator, optimizer_bytes)
+        found = largest(trial.fits, share)
+    found = min(gather_object([found])) if accelerator.num_processes > 1 else found
+    if not found:
+        raise out_of_memory(task.recipe, 1, TRAINING)
+    return found
+
+
+def join_micro_batches(
+    model: nn.Module,
+    task: Task,
+    batches: Batches,
+    accelerator: Accelerator,
+    optimizer_bytes: int,
+) -> int | None:
+    """Return the examples of a whole step if they easily fit into one micro-batch, else None.
+
+    The result of a step does not depend on how it is divided, and a GPU takes little longer for
+    twice as many short texts. With None, micro-batches have the size that the recipe says.
+
+    Args: As of `find_micro_batch`.
+    """
+    train = task.recipe.train
+    wanted = train.kernels != "reference" and not train.gradient_checkpointing
+    cut = train.micro_batch_size != "auto" and train.step_size > train.micro_batch_size
+    if not (wanted and cut and task.same_in_any_batch and accelerator.device.type == "cuda"):
+        return None
+    share = _share(task, batches, accelerator)
+    with _untouched(model), _headroom(accelerator.device, AMPLE):
+        fits = _Trial(model, task, batches, accelerator, optimizer_bytes).fits(share)
+    if accelerator.num_processes > 1:
+        fits = all(gather_object([fits]))
+    return share if fits else None
+
+
+def _share(task: Task, batches: Batches, accelerator: Accelerator) -> int:
+    """Return the largest number of a step's examples that one process computes."""
+    size = min(task.recipe.train.step_size, len(batches.lengths))
+    return math.ceil(int(size) / int(accelerator.num_processes))
+
+
+@dataclass
+class _Trial:
+    """Tries whether a number of the longest examples fits into memory."""
+
+    model: nn.Module
+    task: Task
+    batches: Batches
+    accelerator: Accelerator
+    optimizer_bytes: int
+
+    def fits(self, count: int) -> bool:
+        task, device = self.task, self.accelerator.device
+        longest = np.argsort(-self.batches.lengths, kind="stable")[:count]
+        examples = (self.batches.examples[int(i)] for i in longest)
+        seed = task.recipe.train.seed
+        batch = task.batch([prepared_for(task, example, seed, 0) for example in examples])
+        return _fits(self.model, task, batch.to(device), self.accelerator, self.optimizer_bytes)
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """Return the largest number up to `limit` that fits, or 0, by doubling and then bisecting.
+
+    Args:
+        fits: Returns whether a number fits. If it does, so do all smaller ones.
+        limit: The largest number to try.
+    """
+    good, bad = 0, limit + 1
+    while bad - good > 1:
+        trial = min(max(2 * good, 1), limit) if bad > limit else (good + bad) // 2
+        if fits(trial):
+            good = trial
+        else:
+            bad = trial
+    return good
+
+
+def _fits(
+    model: nn.Module, task: Task, batch: Any, accelerator: Accelerator, optimizer_bytes: int
+) -> bool:
+    """Return whether a micro-batch fits, together with gradients and the optimizer's state."""
+    try:
+        kept = torch.empty(optimizer_bytes, dtype=torch.uint8, device=accelerator.device)
+        for _ in range(2):  # in the second pass, the gradients of the first take memory too
+            with accelerator.autocast():
+                loss = task.loss(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's own has no types
+        torch.cuda.synchronize(accelerator.device)
+        del kept, loss
+        return True
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Put the model into training mode, and restore its mode and its buffers afterwards."""
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    was_training = model.training
+    training_mode(model)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(kept[name])
+
+
+@contextmanager
+def _headroom(device: torch.device, share: float) -> Iterator[None]:
+    """Let torch use the memory that is free now, except for a share of it."""
+    torch.cuda.empty_cache()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    ours = torch.cuda.memory_reserved(index)
+    torch.cuda.set_per_process_memory_fraction((ours + free * (1 - share)) / total, index)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
+        torch.cuda.reset_peak_memory_stats(index)
