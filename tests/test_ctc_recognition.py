@@ -29,8 +29,9 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe, write_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.speech.ctc_recognition import CTCRecognition, moments_of
+from lora_cli.tasks.speech.ctc_recognition import CTCRecognition
 from lora_cli.tasks.speech.letters import Letters
+from lora_cli.tasks.speech.moments import moments_of
 from lora_cli.training import train
 
 Json = dict[str, Any]

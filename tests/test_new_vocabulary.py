@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import soundfile
 import tiny_ctc
@@ -35,6 +36,7 @@ from lora_cli.export.merge import merge_adapter
 from lora_cli.preprocessing.check_recipe import check_recipe, empty_adapted_model
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
+from lora_cli.recipe_draft import draft_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.speech.new_vocabulary import heard, letters_of, tokenizer_of
 from lora_cli.training import train
@@ -314,3 +316,22 @@ def test_a_double_letter_is_shown_twice(tmp_path: Path) -> None:
     shown = [task.shown(one, False)[1] for one in data["validation"].examples]
     assert all(text.endswith("⟦a dull story⟧") for text in shown)
     assert "\x1b[32ma dull story\x1b[0m" in task.shown(data["validation"].examples[0], True)[1]
+
+
+def test_a_recording_that_is_too_short_to_hear_says_nothing(tmp_path: Path) -> None:
+    task, model, _ = opened(write(tmp_path))
+    parts = [tiny_speech.sound(1, 0.6), np.zeros(20, np.float32), tiny_speech.sound(2, 0.6)]
+    found = task.transcripts(model, parts, None)
+    alone = [task.transcripts(model, [parts[i]], None)[0] for i in (0, 2)]
+    assert found == [alone[0], "", alone[1]]
+    assert task.transcripts(model, parts[1:2], None) == [""]
+
+
+def test_init_says_where_the_letters_come_from(tmp_path: Path) -> None:
+    write(tmp_path)
+    draft = draft_recipe(tmp_path / "speech", str(tmp_path / "base"), tmp_path / "new.yaml")
+    said = dict(draft.findings)["task"]
+    assert "only pretrained: its letters will be those of the transcripts" in said
+    tiny_ctc.save(tmp_path / "known")
+    draft = draft_recipe(tmp_path / "speech", str(tmp_path / "known"), tmp_path / "new.yaml")
+    assert dict(draft.findings)["task"] == "speech_recognition"

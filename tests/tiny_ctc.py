@@ -3,6 +3,7 @@
 folder = tiny_ctc.save(tmp_path / "base")                     rows may be filled, with a mask
 folder = tiny_ctc.save(tmp_path / "base", norm="group")       filling changes what it hears
 folder = tiny_ctc.save_pretrained(tmp_path / "base")          without a tokenizer or an output layer
+folder = tiny_ctc.save_spectrograms(tmp_path / "base")        the same, of wav2vec2-bert
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from transformers import (
     AutoModelForCTC,
     AutoModelForPreTraining,
     HubertConfig,
+    SeamlessM4TFeatureExtractor,
+    Wav2Vec2BertConfig,
     Wav2Vec2Config,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
@@ -83,3 +86,22 @@ def save_pretrained(folder: Path, kind: str = "wav2vec2", **changes: Any) -> Pat
         Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(place)
 
     return tiny.saved_once(folder, ("pretrained", kind, tuple(changes.items())), write_all)
+
+
+def save_spectrograms(folder: Path, **changes: Any) -> Path:
+    """Save a model that was pretrained on recordings alone, and reads spectrograms."""
+
+    def write_all(place: Path) -> None:
+        values = {
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "intermediate_size": 48, "layerdrop": 0.1, "conv_depthwise_kernel_size": 7,
+            "output_hidden_size": 32, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+            "feat_proj_dropout": 0.0, "activation_dropout": 0.0, "final_dropout": 0.0,
+            "conformer_conv_dropout": 0.0,
+        }  # fmt: skip
+        model = AutoModel.from_config(Wav2Vec2BertConfig(**{**values, **changes}))
+        tiny.enliven(model, 0)
+        model.save_pretrained(place)
+        SeamlessM4TFeatureExtractor().save_pretrained(place)
+
+    return tiny.saved_once(folder, ("spectrograms", tuple(changes.items())), write_all)

@@ -40,6 +40,7 @@ class Base:
         hears: It writes down what is said in recordings.
         hears_languages: It hears several languages, and needs to know which is spoken.
         speaker_size: How many numbers tell it who speaks, if it says texts aloud.
+        lacks_letters: It was pretrained on recordings alone, and gets a vocabulary of letters.
         embeds: It has the files of sentence-transformers.
         draws: It draws pictures, as models of diffusers do.
         picture_side: The side of the pictures that it draws, in pixels.
@@ -61,6 +62,7 @@ class Base:
     hears: bool = False
     hears_languages: bool = False
     speaker_size: int | None = None
+    lacks_letters: bool = False
     embeds: bool = False
     draws: bool = False
     picture_side: int | None = None
@@ -174,6 +176,8 @@ def _drawing(name: str, folder: Path, pipeline: str) -> Base:
 
 def _of_sound(name: str, config: Any) -> Base:
     """Return what is known of a model that writes down what is said, or that speaks."""
+    from lora_cli.tasks.speech.decoders import CTC_MODELS
+    from lora_cli.tasks.speech.new_vocabulary import lacks_vocabulary
     from lora_cli.tasks.speech.spoken_languages import knows_languages
 
     speaks = config.model_type == SPEAKING
@@ -187,6 +191,7 @@ def _of_sound(name: str, config: Any) -> Base:
         speaker_size=int(config.speaker_embedding_dim) if speaks else None,
         hears_languages=config.model_type == "whisper"
         and knows_languages(_recipe_of(name), int(config.vocab_size)),
+        lacks_letters=config.model_type in CTC_MODELS and lacks_vocabulary(_recipe_of(name)),
     )
 
 

@@ -100,6 +100,10 @@ class BaseFacts(Protocol):
     def hears_languages(self) -> bool:
         """It hears several languages, and needs to know which is spoken."""
 
+    @property
+    def lacks_letters(self) -> bool:
+        """It was pretrained on recordings alone, and gets a vocabulary of letters."""
+
 
 @dataclass(frozen=True)
 class Table:

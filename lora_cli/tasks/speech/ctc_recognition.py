@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCTC,
     PretrainedConfig,
     PreTrainedTokenizerBase,
+    Wav2Vec2BertProcessor,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2Processor,
 )
@@ -31,8 +32,9 @@ from lora_cli.errors import LoraError, counted
 from lora_cli.models.base_model import load_tokenizer
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Example, Prediction
-from lora_cli.tasks.speech.decoders import require_decoder
+from lora_cli.tasks.speech.decoders import SPECTROGRAMS, require_decoder
 from lora_cli.tasks.speech.letters import Letters
+from lora_cli.tasks.speech.moments import frames_in, moments_of
 from lora_cli.tasks.speech.new_vocabulary import (
     UNKNOWN,
     has_tokenizer,
@@ -50,21 +52,7 @@ from lora_cli.tasks.texts.padding import fill
 LONGEST = 30.0  # seconds that are computed at once: attention costs the square of them
 TRIAL_SECONDS = (0.513, 1.007)  # of the recordings that the model is tried on
 SHOWN = 20  # characters that are left out
-
-
-def moments_of(config: PretrainedConfig, n_samples: int) -> int:
-    """Return for how many moments a model says what it hears in a recording.
-
-    Args:
-        config: With the sizes and strides of the convolutions that read samples.
-        n_samples: Samples of the recording.
-    """
-    for size, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
-        n_samples = (n_samples - size) // stride + 1
-    if getattr(config, "add_adapter", False):
-        for _ in range(config.num_adapter_layers):
-            n_samples = (n_samples - 1) // config.adapter_stride + 1
-    return max(n_samples, 0)
+FRAMES = "input_features"  # of a spectrogram
 
 
 class CTCRecognition(RecordedTask):
@@ -167,7 +155,8 @@ class CTCRecognition(RecordedTask):
         """Write the tokenizer and the feature extractor into a folder; new ones as a processor."""
         super().save_processor(folder, facts)
         if self.is_new:
-            Wav2Vec2Processor(self.extractor, self.tokenizer).save_pretrained(folder)
+            kind = Wav2Vec2BertProcessor if self.input_key == FRAMES else Wav2Vec2Processor
+            kind(self.extractor, self.tokenizer).save_pretrained(folder)
 
     def _reject_keys_of_others(self) -> None:
         """Reject what the recipe says of a model that writes one token after the other.
@@ -274,12 +263,17 @@ class CTCRecognition(RecordedTask):
         Between two equal letters there has to be a blank.
         """
         repeated = sum(a == b for a, b in itertools.pairwise(labels))
-        needed, moments = max(len(labels) + repeated, 1), moments_of(self.config, n_samples)
+        needed, moments = max(len(labels) + repeated, 1), self._moments_in(n_samples)
         if moments >= needed:
             return None
         what = f"its text of {counted(len(labels), 'letter')} needs {counted(needed, 'moment')}, "
         hint = "is it the text of another recording, or is the recording cut off?"
         return f"{what}and the model hears {moments} in so short a recording", hint
+
+    def _moments_in(self, n_samples: int) -> int:
+        """Return for how many moments the model says what it hears in a recording."""
+        read = frames_in(n_samples) if self.input_key == FRAMES else n_samples
+        return moments_of(self.config, read)
 
     # -------------------------------------------------------------------------- examples
 
@@ -289,9 +283,19 @@ class CTCRecognition(RecordedTask):
         return {**example, "samples": self._read(samples)}
 
     def _read(self, samples: Samples) -> Tensor:
-        """Return the samples of a recording (N,) as the model reads them."""
+        """Return the samples of a recording as the model reads them (N,), or frames (T, D)."""
         found = self.extractor(samples, sampling_rate=self.rate, return_tensors="np")
-        return torch.from_numpy(np.ascontiguousarray(found["input_values"][0], dtype=np.float32))
+        read = found[self.input_key][0]
+        if (
+            self.input_key == FRAMES
+        ):  # the last one is filled up, and masked, if there is half of it
+            read = read[: int(found["attention_mask"].sum())]
+        return torch.from_numpy(np.ascontiguousarray(read, dtype=np.float32))
+
+    @property
+    def input_key(self) -> str:
+        """What the model calls that which it reads."""
+        return FRAMES if self.config.model_type == SPECTROGRAMS else "input_values"
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Return the examples as one batch, filled with zeros to the longest recording."""
@@ -307,7 +311,7 @@ class CTCRecognition(RecordedTask):
 
     def _filled(self, samples: Sequence[Tensor]) -> dict[str, Tensor]:
         values = nn.utils.rnn.pad_sequence(list(samples), batch_first=True)
-        inputs = {"input_values": values}
+        inputs = {self.input_key: values}
         if self.extractor.return_attention_mask:
             ones = [torch.ones(len(one), dtype=torch.long) for one in samples]
             inputs["attention_mask"] = nn.utils.rnn.pad_sequence(ones, batch_first=True)
@@ -339,7 +343,7 @@ class CTCRecognition(RecordedTask):
 
     def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Return the same."""
-        inputs = {**inputs, "input_values": as_weights(model, inputs["input_values"])}
+        inputs = {**inputs, self.input_key: as_weights(model, inputs[self.input_key])}
         lengths = inputs.pop("lengths")
         if self.padding.side != "none":
             scores: Tensor = model(**inputs).logits
@@ -374,15 +378,19 @@ class CTCRecognition(RecordedTask):
             n_samples = int(seconds * self.rate)
             noise = rng.standard_normal(n_samples).astype(np.float32)
             about = {"row": 0, "start": 0, "stop": n_samples, "labels": [], "input_ids": [0]}
+            read = self._read(noise)
             # as long as the recording: rows of several lengths are what is tried
-            about["input_ids"] = [0] * moments_of(self.config, n_samples)
-            found.append({"samples": self._read(noise), **about})
+            about["input_ids"] = [0] * moments_of(self.config, len(read))
+            found.append({"samples": read, **about})
         return found[0], found[1]
 
     def probe(self) -> dict[str, Tensor]:
         """Return a second of noise, the same every time."""
         generator = torch.Generator().manual_seed(0)
-        return {"input_values": torch.randn((2, self.rate), generator=generator)}
+        shape = (2, self.rate)
+        if self.input_key == FRAMES:
+            shape = (2, frames_in(self.rate), int(self.config.feature_projection_input_dim))  # type: ignore[assignment]
+        return {self.input_key: torch.randn(shape, generator=generator)}
 
     # --------------------------------------------------------------------------- answers
 
@@ -396,6 +404,11 @@ class CTCRecognition(RecordedTask):
     ) -> list[str]:
         """Return what a model writes for recordings that are computed at once."""
         device = next(model.parameters()).device
+        long_enough = [self._moments_in(len(part)) > 0 for part in parts]
+        if not all(long_enough):  # in the others there is nothing to be heard
+            kept = [part for part, is_long in zip(parts, long_enough, strict=True) if is_long]
+            texts = iter(self.transcripts(model, kept, options) if kept else [])
+            return [next(texts) if is_long else "" for is_long in long_enough]
         samples = [self._read(part) for part in parts]
         lengths = torch.tensor([len(one) for one in samples])
         inputs = {key: value.to(device) for key, value in self._filled(samples).items()}

@@ -10,10 +10,10 @@ from lora_cli.recipe import Recipe
 
 Decoder = Literal["attention", "ctc"]
 
-# they read samples; other models with CTC, such as wav2vec2-bert and Parakeet, read spectrograms
-CTC_MODELS = {
+SPECTROGRAMS = "wav2vec2-bert"  # reads them; others do too, such as Parakeet, in other ways
+CTC_MODELS = {  # the others read samples
     "data2vec-audio", "hubert", "sew", "sew-d", "unispeech", "unispeech-sat", "wav2vec2",
-    "wav2vec2-conformer", "wavlm",
+    "wav2vec2-conformer", "wavlm", SPECTROGRAMS,
 }  # fmt: skip
 
 
@@ -50,5 +50,5 @@ def require_decoder(recipe: Recipe, decoder: Decoder) -> None:
         raise LoraError(what, recipe.at("task.decoder"), hint)
     what = f"`{name}` is no model of speech that can be trained here ({kind})"
     if kind in MODEL_FOR_CTC_MAPPING_NAMES:
-        what = f"`{name}` ({kind}) reads spectrograms and writes by CTC, which is not supported"
+        what = f"`{name}` ({kind}) writes by CTC in a way of its own, which is not supported"
     raise LoraError(what, recipe.at("model.name"), recipe.task.suitable_models)

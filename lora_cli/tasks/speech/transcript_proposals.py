@@ -62,6 +62,8 @@ def _of_recordings(table: Table, base: BaseFacts) -> Proposal:
             del keys[key]
     if base.hears_languages:
         keys["language"], why["language"] = _language(table)
+    if base.lacks_letters:
+        why[""] = "the model was only pretrained: its letters will be those of the transcripts"
     used = (audio, text)
     left_out = {name: "not needed" for name in names if name not in used}
     return Proposal(keys, why, [audio, text], None, left_out, limits={})

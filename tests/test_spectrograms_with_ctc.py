@@ -1,0 +1,101 @@
+"""wav2vec2-bert, which reads spectrograms and gets a vocabulary, as transformers computes it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+import tiny_ctc
+import tiny_speech
+import torch
+from closeness import assert_close, assert_different
+from peft import PeftModel
+from test_ctc_recognition import batch_of, opened, run, write_recipe_of
+from transformers import AutoModelForCTC, SeamlessM4TFeatureExtractor, Wav2Vec2BertProcessor
+
+from lora_cli.evaluation.open_adapter import open_adapter
+from lora_cli.evaluation.predict import answer
+from lora_cli.export.merge import merge_adapter
+from lora_cli.recipe import load_adapter_recipe
+from lora_cli.tasks.speech.moments import frames_in, moments_of
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_frames_are_those_of_the_feature_extractor() -> None:
+    extractor = SeamlessM4TFeatureExtractor()
+    for n_samples in (560, 719, 720, 879, 880, 5_000, 16_000, 16_123):
+        noise = np.random.default_rng(0).standard_normal(n_samples).astype(np.float32)
+        found = extractor(noise, sampling_rate=16_000, return_tensors="np")
+        assert frames_in(n_samples) == int(found["attention_mask"].sum()), n_samples
+    assert frames_in(100) == 0
+
+
+@pytest.mark.slow_after(1)
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_losses_and_answers_are_those_of_transformers(has_adapter: bool, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"add_adapter": True, "num_adapter_layers": 1} if has_adapter else {}
+    base = tiny_ctc.save_spectrograms(tmp_path / "base", **changes)
+    tiny_speech.write_folder(
+        tmp_path / "speech", {"train": 5, "validation": 2, "test": 2}, seconds=1.3
+    )
+    task, model, data = opened(write_recipe_of(tmp_path))
+    task.save_processor(tmp_path / "processor")
+    processor = Wav2Vec2BertProcessor.from_pretrained(tmp_path / "processor")
+    size = len(processor.tokenizer)
+    reference = AutoModelForCTC.from_pretrained(
+        base, ctc_loss_reduction="sum", dtype=torch.float64, vocab_size=size,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    ).eval()  # fmt: skip
+    reference.lm_head.load_state_dict(model.lm_head.state_dict())
+    split = data["train"]
+    batch = batch_of(task, split, range(5))
+    assert len(set(batch.inputs["lengths"].tolist())) > 1
+    output = task.forward(model, batch)
+    found = task.losses(model, output, batch)["loss"]
+    said = task.predictions(model, output, batch)
+    for i in range(5):
+        samples, rate = soundfile.read(split.rows[i]["audio"]["path"])
+        inputs = processor(samples, sampling_rate=rate, return_tensors="pt")
+        text = re.sub(r"[^a-z0-9' ]", "", split.rows[i]["text"].lower())
+        labels = processor(text=text, return_tensors="pt")["input_ids"]
+        assert list(split.examples[i]["labels"]) == labels[0].tolist()
+        inputs["input_features"] = inputs["input_features"].double()
+        wanted = reference(**inputs, labels=labels)
+        assert_close(found[i], wanted.loss.detach(), 1e-5)
+        n_moments = moments_of(model.config, int(inputs["attention_mask"].sum()))
+        assert int(batch.targets["moments"][i]) == n_moments
+        assert_close(output[i, :n_moments], wanted.logits[0, :n_moments].detach(), 1e-5)
+        text = processor.decode(wanted.logits[0, :n_moments].argmax(-1), skip_special_tokens=True)
+        assert said[i].prediction == text.strip()
+
+
+@pytest.mark.slow
+def test_a_run_leaves_an_adapter_that_peft_reads(tmp_path: Path) -> None:
+    tiny_ctc.save_spectrograms(tmp_path / "base")
+    run(write_recipe_of(tmp_path))
+    out, file = tmp_path / "out", tmp_path / "speech/test/0.wav"
+    task, model, accelerator = open_adapter(out, load_adapter_recipe(out))
+    processor = Wav2Vec2BertProcessor.from_pretrained(out)
+    given = {"vocab_size": len(processor.tokenizer),
+             "pad_token_id": processor.tokenizer.pad_token_id}  # fmt: skip
+    base = AutoModelForCTC.from_pretrained(tmp_path / "base", **given)
+    adapted = PeftModel.from_pretrained(base, out).eval()
+    inputs = processor(soundfile.read(file)[0], sampling_rate=16_000, return_tensors="pt")
+    scores = adapted(**inputs).logits
+    n_moments = int(inputs["attention_mask"].sum())
+    text = processor.decode(scores[0, :n_moments].argmax(-1), skip_special_tokens=True).strip()
+    ((said,),) = answer(model, task, [task.parse_input(str(file))], accelerator)
+    assert said == text
+    merge_adapter(None, out, tmp_path / "merged")
+    merged = AutoModelForCTC.from_pretrained(tmp_path / "merged").eval()
+    assert_close(merged(**inputs).logits, scores, 1e-4)
+    assert_different(merged(**inputs).logits, scores + 1)
