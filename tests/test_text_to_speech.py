@@ -171,6 +171,36 @@ def test_what_is_drawn_depends_on_seed_row_and_in_training_on_the_step(tmp_path:
     assert 0.4 < float(torch.cat([*steps, *again], 1).float().mean()) < 0.6
 
 
+def test_filling_texts_and_spectrograms_further_changes_nothing(tmp_path: Path) -> None:
+    task, model, data = opened(write_recipe_of(tmp_path))
+    found = []
+    for task.pad_multiple in (1, 8):  # 8 on a GPU
+        batch = batch_of(task, data["train"], range(5))
+        output = task.forward(model, batch)
+        frames = {term: items.tolist() for term, items in batch.items.items()}
+        found.append((task.losses(model, output, batch), frames, batch.inputs["frames"].shape))
+    (losses, items, shape), (others, same, longer) = found
+    assert longer[1] > shape[1]
+    assert items == same
+    for term, values in losses.items():
+        assert_close(others[term].detach(), values.detach(), 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "bitfit", "none"])
+def test_a_model_without_low_rank_updates_speaks_too(kind: str, tmp_path: Path) -> None:
+    path = write_recipe_of(
+        tmp_path, adapter={"type": kind, "rank": 8, "alpha": 16},
+        evaluate={"metrics": ["length_error"], "baseline": False},
+        train={"max_steps": 1, "optimizer": {"learning_rate": 1e-4}},
+    )  # fmt: skip
+    if kind == "none":  # the task adds no head
+        with pytest.raises(LoraError, match="nothing"):
+            run(path)
+    else:
+        assert run(path)["metrics"]["after"]["validation"]["length_error"] > 0
+
+
 def test_metrics_are_those_of_numpy_and_scikit_learn(tmp_path: Path) -> None:
     metrics = {"metrics": ["mel_l1", "stop_accuracy", "length_error"], "baseline": False}
     path = write_recipe_of(tmp_path, evaluate=metrics, task={"stop_threshold": 0.999})

@@ -23,7 +23,15 @@ from lora_cli.tasks.examples import Batch, Prediction
 from lora_cli.tasks.finite_scores import require_finite
 from lora_cli.tasks.speech.spectrogram_loss import ATTENTION, loss_weights, spectrogram_losses
 from lora_cli.tasks.speech.speech_proposals import propose_speech
-from lora_cli.tasks.speech.speecht5 import IDS, MASK, SPEAKER, Spoken, decoder_steps, spoken
+from lora_cli.tasks.speech.speecht5 import (
+    IDS,
+    MASK,
+    SPEAKER,
+    Spoken,
+    decoder_steps,
+    dtype_of,
+    spoken,
+)
 from lora_cli.tasks.speech.spoken_texts import HEARD_SECONDS, SpokenTexts
 
 ARCHITECTURE = "speecht5"
@@ -165,11 +173,10 @@ class TextToSpeech(SpokenTexts):
         positions = int(self.config.max_speech_positions)
         longest = int(len(ids) * self.spec.longest_ratio / factor)
         longest = max(1, min(longest, positions))
-        like = next(parameter for parameter in model.parameters() if not parameter.requires_grad)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.recipe.train.seed)
             found: Tensor = model.generate_speech(
-                ids[None], speaker[None].to(like.dtype), torch.ones_like(ids)[None],
+                ids[None], speaker[None].to(dtype_of(model)), torch.ones_like(ids)[None],
                 threshold=self.spec.stop_threshold,
                 maxlenratio=(longest * factor + 0.5) / len(ids),  # 0.5: against rounding
             )  # fmt: skip

@@ -70,7 +70,7 @@ def spoken(model: Any, inputs: Mapping[str, Tensor], with_attentions: bool) -> S
             (B, D); and which frames are `inside` the spectrogram (B, T).
         with_attentions: Whether to return what the decoder reads of the text.
     """
-    body, dtype = model.speecht5, _dtype_of(model)
+    body, dtype = model.speecht5, dtype_of(model)
     mask = inputs[MASK]
     read = body.encoder(input_values=inputs[IDS], attention_mask=mask).last_hidden_state
     prenet = body.decoder.prenet
@@ -110,7 +110,7 @@ def _postnet(
     return Spoken(before, before + changed.transpose(1, 2), stops, attentions)
 
 
-def _dtype_of(model: nn.Module) -> torch.dtype:
+def dtype_of(model: nn.Module) -> torch.dtype:
     """Return the precision in which the model's own weights are kept; autocast changes it alone."""
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     return next((p.dtype for p in parameters if not p.requires_grad), parameters[0].dtype)
