@@ -106,6 +106,21 @@ def test_a_train_split_without_objects_is_rejected() -> None:
     found.learn({"train": Split(["cat"]), "test": Split([])})  # type: ignore[dict-item]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_train_split_whose_objects_are_all_left_out_is_rejected(order: int) -> None:
+    split = Split(["cat"], [])
+    split[0]["objects"][0]["iscrowd"] = 1
+    split[:] = split[::order]
+    with pytest.raises(LoraError) as caught:
+        labels(labels=["cat"]).learn({"train": split})  # type: ignore[dict-item]
+    assert caught.value.problems[0].what == (
+        "all objects of the train split are marked as `iscrowd` or `difficult`, and such are not "
+        "trained"
+    )
+    split.append({"objects": objects("cat")})
+    labels(labels=["cat"]).learn({"train": split})  # type: ignore[dict-item]
+
+
 def test_names_of_a_stream_come_from_its_own_description(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         detection_labels, "stream_label_names", lambda _: {"objects": ["a", "b"], "more": ["c"]}
@@ -174,6 +189,7 @@ def test_the_first_category_of_a_row_that_is_no_label_is_named() -> None:
 @pytest.mark.parametrize(
     ("category", "names", "hint"),
     [
+        ("caf\u0065\u0301", ["caf\u00e9"], "the normal form of Unicode (cafe\\u0301 and caf\\xe9)"),
         ("Cat", ["dog", "cat"], "it is the label `cat` but for case: write both alike"),
         ("7", ["dog", "cat"], "positions are 0 to 1: dog, cat"),
         ("7", ["1", "2"], "fix the rows, or name it in `task.labels`"),
@@ -266,6 +282,7 @@ def test_other_columns_are_named_or_left_out() -> None:
     ("boxes", "form"),
     [
         ([[1, 2, 30, 20]], None),
+        ([[1, 2, 30, 90]], None),  # in no form
         ([[20, 5, 38, 29], [0, 0, 40, 30]], "xyxy"),
         ([[0.5, 0.5, 0.5, 0.5], [0.9, 0.9, 0.2, 0.2]], "relative_cxcywh"),
         ([[0.0, 0.0, 0.5, 0.9], [0.1, 0.1, 0.9, 0.9]], "relative_xywh"),

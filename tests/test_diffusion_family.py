@@ -190,6 +190,17 @@ def test_tokens_that_each_text_encoder_reads() -> None:
         ][: len(wanted)]  # fmt: skip
 
 
+def test_each_part_is_of_a_class_that_computes_as_here() -> None:
+    clip = "CLIPTextModelWithProjection"
+    assert StableDiffusion3.classes["text_encoder"] == (clip,)
+    assert StableDiffusion3.classes["text_encoder_2"] == (clip,)
+    assert StableDiffusionXL.classes["text_encoder_2"] == (clip,)
+    assert StableDiffusionXL.classes["text_encoder"] == ("CLIPTextModel",)
+    for kind in KINDS:
+        found = family(kind)
+        assert {found.denoiser, "vae", *found.encoders} <= set(found.classes)
+
+
 def test_what_each_kind_reads_and_learns() -> None:
     flags = {k: (family(k).has_sizes, family(k).learns_flow, family(k).reads_guidance,
                  family(k).has_negative_prompt) for k in KINDS}  # fmt: skip
@@ -244,7 +255,7 @@ class Encoder(nn.Module):
     def forward(self, ids: Tensor, output_hidden_states: bool = False) -> Any:
         states = [
             (ids[..., None] + self.base + 10 * i).float().expand(-1, -1, self.width)
-            for i in range(4)
+            for i in range(5)
         ]
         whole = states[0][:, 0] + 0.5
         first = whole if self.projected else states[-1]
@@ -265,7 +276,7 @@ PARTS: dict[str, nn.Module] = {
 
 
 def before_last(ids: Tensor, base: float, width: int) -> Tensor:
-    return (ids[..., None] + base + 20).float().expand(-1, -1, width)
+    return (ids[..., None] + base + 30).float().expand(-1, -1, width)
 
 
 def test_clip_s_states_before_the_last_layer_stand_side_by_side() -> None:
@@ -280,7 +291,7 @@ def test_clip_s_states_before_the_last_layer_stand_side_by_side() -> None:
 def test_texts_of_each_kind() -> None:
     states, whole = family("sd").texts({"text_encoder": Encoder(6, 0.0)}, [IDS])
     assert whole is None
-    assert torch.equal(states, (IDS[..., None] + 30).float().expand(-1, -1, 6))
+    assert torch.equal(states, (IDS[..., None] + 40).float().expand(-1, -1, 6))
 
     states, whole = family("xl").texts(PARTS, [IDS, IDS])
     assert states.shape == (2, 3, 5)
@@ -293,14 +304,14 @@ def test_texts_of_each_kind() -> None:
     assert states.shape == (2, 5, 12)
     assert bool((states[:, :3, 5:] == 0).all())
     assert torch.equal(states[:, :3, :2], before_last(IDS, 0, 2))
-    assert torch.equal(states[:, 3:], (MORE[..., None] + 230).float().expand(-1, -1, 12))
+    assert torch.equal(states[:, 3:], (MORE[..., None] + 240).float().expand(-1, -1, 12))
     without = {name: part for name, part in PARTS.items() if name != "text_encoder_3"}
     states, _ = family("sd3").texts(without, [IDS, IDS])
     assert states.shape == (2, 3, 5)
 
     parts = {"text_encoder": Encoder(5, 0.0), "text_encoder_2": Encoder(12, 50.0)}
     states, whole = family("flux").texts(parts, [IDS, MORE])
-    assert torch.equal(states, (MORE[..., None] + 80).float().expand(-1, -1, 12))
+    assert torch.equal(states, (MORE[..., None] + 90).float().expand(-1, -1, 12))
     assert whole is not None
     assert whole.tolist() == [[1.5] * 5, [4.5] * 5]
 
@@ -313,6 +324,7 @@ class Denoiser(nn.Module):
 
     def forward(self, *given: Any, **named: Any) -> tuple[Tensor]:
         self.given, self.named = given, named
+        assert named["return_dict"] is False
         first = given[0] if given else named["hidden_states"]
         return (first + 1,)
 

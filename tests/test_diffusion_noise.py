@@ -78,6 +78,8 @@ def test_steps_are_drawn_evenly_from_equal_parts() -> None:
     assert [drawn(share) for share in (0.0, 0.25, 0.9999)] == [0, 250, 999]
     assert [drawn(0.5, i, 4) for i in range(4)] == [125, 375, 625, 875]
     assert drawn(1.0 - 2**-53, 3, 4) == 999  # where rounding would give one step more
+    rng: Any = SimpleNamespace(random=lambda: 0.5)
+    assert [noise.spread_step(rng, i, 4) for i in range(4)] == [125, 375, 625, 875]
     random = np.random.default_rng(0)
     steps = [noise.draw_step(random) for _ in range(2000)]
     assert np.histogram(steps, 4, (0, 1000))[0] == pytest.approx(500, rel=0.15)

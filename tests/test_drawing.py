@@ -25,6 +25,7 @@ class Vae:
     def decode(self, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
         assert not return_dict
         assert latents.dtype == torch.float64
+        assert not torch.is_autocast_enabled("cpu")  # in fp16 it would overflow
         return (3 * latents,)
 
 
@@ -78,6 +79,13 @@ def test_each_text_starts_from_noise_of_its_own_seed(seeds: tuple[int, ...]) -> 
         "guidance_scale": 2.5, "output_type": "latent",
     }  # fmt: skip
     assert made.seen == [24]  # type: ignore[attr-defined]
+
+
+def test_pixels_are_decoded_in_the_autoencoder_s_own_precision() -> None:
+    made, _ = drawing()
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = made.draw(["a"], 7)
+    assert torch.allclose(found, 3 * (noise(7) + 10) / 0.5)
 
 
 def test_one_text_is_the_same_whatever_is_drawn_with_it() -> None:

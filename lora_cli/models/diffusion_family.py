@@ -206,8 +206,8 @@ class StableDiffusion(Family):
         has_sizes = unet["addition_embed_type"] == "text_time"
         if has_sizes != self.has_sizes or unet["class_embed_type"] is not None:
             problems.append(f"its U-Net is told more of a picture than that of {self.name}")
-        prediction = self.configs[SCHEDULER].get("prediction_type", NOISE[0])
-        if prediction not in NOISE:
+        prediction = self.configs[SCHEDULER].get("prediction_type")
+        if prediction not in (None, *NOISE):
             names = " and ".join(f"`{name}`" for name in NOISE)
             problems.append(f"its scheduler has `prediction_type: {prediction}`, and {names} train")
         return problems
@@ -257,8 +257,8 @@ class StableDiffusionXL(StableDiffusion):
         self, parts: Mapping[str, nn.Module], ids: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         """Return what the text encoders make of texts, side by side, and of a whole one."""
-        states, whole = clip_texts(parts, self.encoders, ids)
-        return states, whole[-1]
+        states, (_, whole) = clip_texts(parts, self.encoders, ids)
+        return states, whole
 
     def pipeline_options(self, index: Config) -> Config:
         """Draw without a watermark, which is not a part of the model."""

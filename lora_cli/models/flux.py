@@ -99,7 +99,7 @@ class Flux(Family):
     ) -> Tensor:
         """Return what the transformer says of noisy latents: noise minus picture."""
         states, whole = given.texts
-        rows, columns = (side // PATCH for side in noisy.shape[-2:])
+        rows, columns = (side // PATCH for side in noisy.shape[2:])
         places = torch.zeros(rows, columns, 3, device=noisy.device, dtype=noisy.dtype)
         places[..., 1] += torch.arange(rows, device=noisy.device)[:, None]
         places[..., 2] += torch.arange(columns, device=noisy.device)

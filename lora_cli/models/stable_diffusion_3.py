@@ -105,7 +105,7 @@ class StableDiffusion3(Family):
             of_t5 = parts[T5](ids[len(CLIPS)])[0]
             states = _widened(states, of_t5.shape[-1])
             states = torch.cat([states, of_t5.to(states.dtype)], 1)
-        return states, torch.cat(whole, -1)
+        return states, torch.cat(whole, 1)
 
     def denoised(
         self, denoiser: nn.Module, noisy: Tensor, times: Tensor, given: Conditions

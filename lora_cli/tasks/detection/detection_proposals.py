@@ -73,7 +73,7 @@ def _of_objects(table: Table, base: BaseFacts, column: str) -> Proposal:
 
 def _holds_media(table: Table, name: str) -> bool:
     values = [row.get(name) for row in table.rows[:SAMPLE]]
-    return are_media(values) or all(map(is_media, values))
+    return are_media(values)
 
 
 def _names_in(value: Any) -> set[str]:
