@@ -246,7 +246,7 @@ def _used(patterns: dict[str, Any] | None, names: list[str], kind: type) -> dict
     return {
         pattern: kind(value)
         for pattern, value in (patterns or {}).items()
-        if any(first_match({pattern: 1}, name, 0) for name in names)
+        if any(first_match({pattern: True}, name, False) for name in names)
     }
 
 

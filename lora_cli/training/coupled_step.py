@@ -72,9 +72,8 @@ def _loss_and_gradient(
         known = [part for parts in of_processes for part in parts]
     device = accelerator.device
     joined = torch.cat([output for output, _ in known]).to(device).requires_grad_()
-    targets = {
-        name: torch.cat([some[name] for _, some in known]).to(device) for name in known[0][1]
-    }
+    names = dict.fromkeys(name for _, some in known for name in some)
+    targets = {name: torch.cat([some[name] for _, some in known]).to(device) for name in names}
     sums = engine.task.losses(engine.model, joined, Batch({}, targets, {}, 0, []))
     loss = torch.stack([sums[term].sum() * weight for term, weight in weights.items()]).sum()
     (gradient,) = torch.autograd.grad(loss, joined)

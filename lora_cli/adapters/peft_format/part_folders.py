@@ -78,7 +78,9 @@ def _config_of_part(part: str, config: Config, tensors: Tensors, parts: Collecti
             result[key], result[patterns] = most_common(values)
         elif given:  # PEFT warns of those that match nothing
             used = {
-                k: v for k, v in given.items() if any(first_match({k: 1}, m, 0) for m in modules)
+                k: v
+                for k, v in given.items()
+                if any(first_match({k: True}, m, False) for m in modules)
             }
             result[patterns] = used
     return result
