@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import tiny
+import tiny_experts
 import torch
 from closeness import assert_close
 from torch import nn
@@ -184,6 +185,42 @@ def test_modules_in_full_are_taken_over_without_the_head(tmp_path: Path) -> None
     assert said.startswith("adapter.train_modules: `train_modules` is ")
     (said,) = problems(saved, train_modules=["pooler.dense", "embeddings.LayerNorm"])
     assert said.startswith("adapter.train_modules: `train_modules` is ")
+
+
+def test_what_lies_inside_the_head_belongs_to_it(tmp_path: Path) -> None:
+    saved, _ = of_peft(
+        tmp_path, tiny.encoder(2, "roberta"), r=2, target_modules=["query"],
+        modules_to_save=["classifier.dense", "embeddings.LayerNorm"],
+    )  # fmt: skip
+    spec, _ = completed(saved, tiny.encoder(2, "roberta"))
+    assert spec.train_modules == ["roberta.embeddings.LayerNorm"]
+
+
+def test_of_a_configuration_without_rank_and_alpha_peft_s_own_are_meant(tmp_path: Path) -> None:
+    saved, _ = of_peft(tmp_path, r=8, target_modules=["query"])
+    for key in ("r", "lora_alpha", "bias", "use_rslora", "rank_pattern", "alpha_pattern"):
+        del saved.config[key]
+    spec, _ = completed(saved)
+    assert (spec.rank, spec.alpha, spec.bias, spec.use_rslora) == (8, 8.0, "none", False)
+
+
+def test_single_parameters_may_be_named_or_come_from_the_adapter(tmp_path: Path) -> None:
+    saved, _ = of_peft(
+        tmp_path, tiny_experts.model("mixtral"), "CAUSAL_LM", r=2, target_modules=["q_proj"],
+        target_parameters=tiny_experts.EXPERTS,
+    )  # fmt: skip
+    wanted = [f"model.layers.{i}.{name}" for i in range(2) for name in tiny_experts.EXPERTS]
+    for given in (
+        {}, {"target_parameters": tiny_experts.EXPERTS}, {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj"], "target_parameters": tiny_experts.EXPERTS},
+    ):  # fmt: skip
+        spec, _ = completed(saved, tiny_experts.model("mixtral"), **given)
+        assert sorted(spec.target_parameters) == sorted(wanted)
+    down = {"target_parameters": ["down_proj"]}
+    (said,) = problems(saved, tiny_experts.model("mixtral"), **down)
+    assert said.startswith("adapter.target_parameters: the recipe's targets are 4 modules, those")
+    (said,) = problems(saved, tiny_experts.model("mixtral"), dropout=0.5)
+    assert said.startswith("adapter.dropout: the adapter of `adapter.from` has single parameters")
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,14 @@ def test_all_experts_become_one_update(kind: str, rslora: bool, ranks: dict[str,
         torch.testing.assert_close(as_peft_computes(a, b), wanted)
 
 
+def test_without_an_alpha_the_scale_is_that_of_peft() -> None:
+    adapter = folder(old("mixtral", "w2"))
+    del adapter.config["lora_alpha"]
+    found = with_current_names(adapter, tiny_experts.model("mixtral"))
+    assert list(found.config["alpha_pattern"].values()) == [8.0]
+    assert list(found.config["rank_pattern"].values()) == [2]
+
+
 def test_patterns_and_parameters_that_the_configuration_has_stay() -> None:
     given = {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"q_proj": 9},
              "target_parameters": ["a.b"]}  # fmt: skip

@@ -16,7 +16,7 @@ from torch import nn
 from lora_cli.adapters.attach import attach
 from lora_cli.adapters.find_adapter import find_adapter_folder
 from lora_cli.adapters.load_adapter import load_adapter, own_parameters, verify_base
-from lora_cli.adapters.match_names import first_match, inside
+from lora_cli.adapters.match_names import inside, pattern_matches
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
 from lora_cli.adapters.peft_format.other_names import use_names_of
 from lora_cli.adapters.peft_format.peft_experts import target_names, with_current_names
@@ -216,7 +216,7 @@ def _other_tokens(
         return [], [Problem(f"{what}the output layer", recipe.at("adapter.from"), hint)]
     tokens = ids[0] if ids else []
     named_all = bool(recipe.adapter.train_tokens)  # else, the new ones alone
-    if set(token_ids) == set(tokens) or (not named_all and set(token_ids) <= set(tokens)):
+    if set(token_ids) == set(tokens) or (not named_all and not set(token_ids) - set(tokens)):
         return tokens, []
     named = "adapter.train_tokens" if recipe.adapter.train_tokens else "model.add_tokens"
     what = f"the recipe trains the rows of the tokens {_listed(token_ids)}, and the adapter of "
@@ -246,7 +246,7 @@ def _used(patterns: dict[str, Any] | None, names: list[str], kind: type) -> dict
     return {
         pattern: kind(value)
         for pattern, value in (patterns or {}).items()
-        if any(first_match({pattern: True}, name, False) for name in names)
+        if any(pattern_matches(pattern, name) for name in names)
     }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_cli.adapters.match_names import first_match, matches
+from lora_cli.adapters.match_names import first_match, matches, pattern_matches
 from lora_cli.adapters.peft_format.peft_rules import copied_modules
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES, alpha_of
 from lora_cli.adapters.peft_format.tensor_names import adapted_module, adapted_modules
@@ -77,11 +77,7 @@ def _config_of_part(part: str, config: Config, tensors: Tensors, parts: Collecti
         if any(first_match(given, name, default) != value for name, value in values.items()):
             result[key], result[patterns] = most_common(values)
         elif given:  # PEFT warns of those that match nothing
-            used = {
-                k: v
-                for k, v in given.items()
-                if any(first_match({k: True}, m, False) for m in modules)
-            }
+            used = {k: v for k, v in given.items() if any(pattern_matches(k, m) for m in modules)}
             result[patterns] = used
     return result
 
