@@ -82,7 +82,7 @@ REST: dict[str, list[str]] = {
     ],
     "modules whose names diffusers or kohya's format lack; tests/test_diffusion_file.py": [
         "diffusers does not read the adapters of …… in such a file",
-        "… has no name for `…` of this transformer",
+        "has no name for `…` of this transformer",
     ],
     "needs a GPU; tests/gpu/test_graphs.py": [
         "a step cannot be recorded:",
