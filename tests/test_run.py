@@ -808,7 +808,7 @@ def test_lines_are_plain_without_a_terminal(
 
 
 def test_the_log_is_strict_json(tmp_path: Path) -> None:
-    from lora_cli.training.progress import RunLog
+    from lora_cli.training.run_log import RunLog
 
     with RunLog(tmp_path, 2, 0, {}, [], "run") as log:
         log._write({"step": 1, "grad_norm": float("inf")})

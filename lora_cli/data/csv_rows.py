@@ -1,7 +1,7 @@
 """Records of csv and tsv files: fields, lines, and what is wrong with them.
 
 A record that cannot be read is yielded with its error and costs no other. How quotation marks are
-read is decided from the whole file (`quoting.py`), unless the recipe says it.
+read is decided from the whole file (`csv_quoting.py`), unless the recipe says it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""When numbers go bad: a bad step is left out, and a run of bad steps stops before it saves.
+"""Bad steps, whose loss or gradient is NaN or infinite: one is skipped, several end the run.
 
-That a step is bad, its loss or gradient NaN or infinity, may be due to its rows or to the
-weights. Its update is not made (see `step`), so that rows cannot spoil the weights. If the weights
-are the cause, the next steps are bad as well.
+The cause of a bad step may be its rows or the weights. Its update is skipped (see `step.py`), so
+that rows cannot spoil the weights. If the weights are the cause, the next steps are bad too.
 """
 
 from __future__ import annotations
@@ -25,33 +24,33 @@ NOT_FINITE = "the loss or the gradient is NaN or infinity"
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step whose loss or gradient is NaN or infinity."""
+    """A step whose loss or gradient is NaN or infinite."""
 
     number: int
     places: Callable[[], list[str]]
-    """Where its rows stand."""
+    """Returns the places of its rows."""
 
     def rows(self) -> str:
-        """Return where its rows stand, in words."""
+        """Return the places of its rows, for a message."""
         places = self.places()
         more = f" and {len(places) - N_PLACES} more" if len(places) > N_PLACES else ""
         return f"{', '.join(places[:N_PLACES])}{more}"
 
     def warning(self) -> str:
-        """Return what to say of it to the user."""
+        """Return the warning to print."""
         return f"warning: step {self.number} is left out: {NOT_FINITE}; its rows: {self.rows()}"
 
 
 def reject_bad_steps(streak: Sequence[BadStep], recipe: Recipe, limit: int = MAX_BAD_STEPS) -> None:
-    """Stop a run whose last steps were bad.
+    """End a run whose last steps were bad.
 
     Args:
         streak: The bad steps that came last, without a good one between them.
-        recipe: Of the run.
-        limit: How many stop it.
+        recipe: The recipe of the run.
+        limit: The number of bad steps that ends it.
 
     Raises:
-        NumericsError: If there are so many.
+        NumericsError: If there are as many.
     """
     if len(streak) < limit:
         return
@@ -63,10 +62,10 @@ def reject_bad_steps(streak: Sequence[BadStep], recipe: Recipe, limit: int = MAX
 
 
 def reject_bad_scale(scale: float, step: int, recipe: Recipe) -> None:
-    """Stop a run in fp16 whose gradients overflow however small the loss scale is.
+    """End a run in fp16 whose gradients overflow however small the loss scale is.
 
     Raises:
-        NumericsError: If the scale is below 1: lowering it has gone on for long.
+        NumericsError: If the scale is below 1, after it was lowered many times.
     """
     if scale < 1:
         what = f"gradients overflow in fp16 at step {step}, though the loss is not scaled up"
@@ -88,7 +87,7 @@ def reject_bad_parameters(model: nn.Module, step: int, recipe: Recipe) -> None:
 
 
 def _error(what: str, recipe: Recipe, before: int, other: str) -> NumericsError:
-    """Return the error, which tells of the checkpoints before a step that they are good."""
+    """Return the error, with a hint which checkpoints are good: those before a step."""
     steps = [step for step, _ in checkpoints(recipe.output_path)]
     good = [step for step in steps if step < before]
     hint = f"lower the learning rate, lengthen the warm-up, {other}"

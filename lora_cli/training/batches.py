@@ -1,4 +1,4 @@
-"""The micro-batches of each step, for this process, in the planned order."""
+"""The micro-batches of each step, for this process, in the order of the batch plan."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from lora_cli.training.stop_request import SIGNALS
 
 @dataclass
 class PlannedStep:
-    """A step's number, its examples and their cost on all processes, and this one's share."""
+    """A step: its examples and their cost on all processes, and this process's micro-batches."""
 
     number: int
     examples: list[int]
     cost: int
     batches: list[Batch]
     places: Callable[[], list[str]]
-    """Where the rows of the examples stand."""
+    """Returns the places of the examples' rows."""
 
 
 class Batches:
-    """Iterates over steps.
+    """Iterates over the steps of a run.
 
     Args:
-        task: It collates, and packs.
+        task: Makes batches of examples, and packs them.
         split: The train rows; None with `data.streaming`.
-        accelerator: Which process this is, of how many.
+        accelerator: Knows which process this is, and how many there are.
     """
 
     def __init__(self, task: Task, split: Encoded | None, accelerator: Accelerator) -> None:
@@ -70,7 +70,7 @@ class Batches:
 
     @property
     def total_cost(self) -> float:
-        """About how many tokens (or what else the task counts) the run computes; 0 if unknown."""
+        """The approximate cost of the run in the task's unit, such as tokens; 0 if unknown."""
         if self.steps_per_epoch is None:
             return 0.0
         epoch = float(self.lengths.sum())
@@ -81,7 +81,7 @@ class Batches:
 
     @property
     def note(self) -> str | None:
-        """What a user should know of the rows after training."""
+        """A note about the rows, to be printed after training."""
         return self.stream.note() if self.steps_per_epoch is None else None
 
     def epoch_of(self, step: int) -> float:
@@ -89,7 +89,7 @@ class Batches:
         return round(step / self.steps_per_epoch, 4) if self.steps_per_epoch else 0.0
 
     def steps(self, done: int) -> Iterator[PlannedStep]:
-        """Yield the steps after `done`, which were made before."""
+        """Yield the steps after the first `done`, which were made before."""
         if self.steps_per_epoch is None:
             yield from self._stream(done)
             return
@@ -162,10 +162,10 @@ class Batches:
 
 
 class _Prepared:
-    """Examples that are made ready when they are asked for, by a data loader's worker.
+    """Examples that are prepared when a worker of the data loader reads them.
 
-    A key is (step, position of the example): what is random of an example depends on the seed, the
-    step and the row alone, and neither on the worker nor on what came before.
+    A key is (step, position of the example), because the random numbers of an example depend only
+    on the seed, the step and the row, not on the worker or on earlier examples.
     """
 
     def __init__(self, task: Task, examples: Any, seed: int) -> None:
@@ -187,9 +187,9 @@ def prepared_for(task: Task, example: Example, seed: int, step: int) -> Example:
 
 
 def require_shared_memory(workers: int) -> None:
-    """Try to get the semaphores that workers and their queues need.
+    """Check that the semaphores exist that workers and their queues need.
 
-    Where torch does not get them, it leaves a half-made loader, which prints a traceback.
+    Without them, torch would leave an incomplete data loader, which prints a traceback.
 
     Raises:
         OSError: If the shared memory is full, or cannot be used.
@@ -203,6 +203,6 @@ def require_shared_memory(workers: int) -> None:
 
 
 def _leave_signals_to_the_run(_: int) -> None:
-    """Let a worker live on when its whole group is told to stop: the run needs it until it ends."""
+    """Let a worker ignore signals to its process group: the run needs it until it ends."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

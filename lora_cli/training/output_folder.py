@@ -31,7 +31,7 @@ from lora_cli.reporting.report import part
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Encoded
 from lora_cli.training.checkpoints import checkpoints, peek_state
-from lora_cli.training.progress import peak_memory_bytes, rate_key
+from lora_cli.training.run_log import peak_memory_bytes, rate_key
 from lora_cli.training.train_state import VERSIONS, TrainState, recipe_facts, reject_changes
 
 REPORT = "report.json"

@@ -53,10 +53,10 @@ from lora_cli.training.output_folder import (
     start_report,
     warn_of_other_versions,
 )
-from lora_cli.training.progress import RunLog
 from lora_cli.training.rank_agreement import require_same_recipe, require_same_start
 from lora_cli.training.rank_watch import watching
 from lora_cli.training.run_evaluations import Evaluations
+from lora_cli.training.run_log import RunLog
 from lora_cli.training.save_and_resume import Saver
 from lora_cli.training.seeds import seed_everything
 from lora_cli.training.step import train_step

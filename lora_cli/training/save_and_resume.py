@@ -24,9 +24,9 @@ from lora_cli.training.checkpoints import (
 )
 from lora_cli.training.mirror import Mirror, mirror_checkpoint
 from lora_cli.training.output_folder import REPORT, require_output, write_recipe
-from lora_cli.training.progress import repair_logs
 from lora_cli.training.published_adapter import SaveProcessor, publish_adapter, restore_published
 from lora_cli.training.rank_agreement import require_same_parameters
+from lora_cli.training.run_log import repair_logs
 from lora_cli.training.train_state import (
     TrainState,
     let_stopping_go_on,

@@ -17,7 +17,7 @@ from lora_cli.tasks.examples import Encoded
 from lora_cli.training.bad_numbers import BadStep, reject_bad_scale, reject_bad_steps
 from lora_cli.training.batches import Batches, PlannedStep
 from lora_cli.training.gpu_monitor import GpuMonitor
-from lora_cli.training.progress import RunLog, clock, peak_memory_bytes, rate_key
+from lora_cli.training.run_log import RunLog, clock, peak_memory_bytes, rate_key
 from lora_cli.training.step import StepResult
 from lora_cli.training.train_state import TrainState
 

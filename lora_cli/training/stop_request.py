@@ -1,4 +1,4 @@
-"""What asks a run to stop before its end: a signal, or the hours that the recipe gives it."""
+"""Stop a run before its end: by a signal, or after the hours of `train.max_hours`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lora_cli.errors import InterruptedRun, ResourceError
 from lora_cli.recipe import Recipe
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LOADING, TRAINING = "loading the model", "training"  # two of the things that a run does
-HOURS_ARE_OVER = -1  # stands where the number of a signal would
+LOADING, TRAINING = "loading the model", "training"  # two of a run's activities
+HOURS_ARE_OVER = -1  # used instead of the number of a signal
 
 
 class Stopping(Exception):  # noqa: N818 - not an error: whoever catches it saves, and leaves
-    """An evaluation was broken off because the run was asked to stop.
+    """An evaluation was interrupted because the run has to stop.
 
     Args:
         by: A signal's number, or `HOURS_ARE_OVER`.
@@ -34,27 +34,27 @@ class Stopping(Exception):  # noqa: N818 - not an error: whoever catches it save
 
 @dataclass
 class Asked:
-    """What is asked of a run between two steps; the same for all of its processes."""
+    """What a run has to do between two steps; the same for all of its processes."""
 
     stop: int
     """A signal's number, `HOURS_ARE_OVER`, or 0."""
     checkpoint: bool
-    """Whether the minutes between two checkpoints are over."""
+    """Whether it is time for a checkpoint, by `checkpoint.every_minutes`."""
 
 
 class StopRequest:
-    """Within the context, a signal that would end the process is noted instead.
+    """Within the context, signals that would end the process are noted, and the run stops later.
 
-    A broken pipe counts as one: nobody reads any more what the run says.
+    A broken pipe counts as a signal: nobody reads the output any more.
 
-    While `at_once` is set there is nothing to save, and a signal ends the process after all. A
-    second SIGINT always does, if it comes after a moment: a launcher passes Ctrl-C on to processes
-    that got it from the terminal already.
+    While `at_once` is set there is nothing to save, and a signal ends the process at once. A second
+    SIGINT always does, unless it follows immediately: a launcher passes Ctrl-C on to processes that
+    have received it from the terminal already.
 
     Args:
         recipe: Says how long the run may take, and how often it is saved.
         accelerator: The processes, which have to stop together.
-        started: When the command started, as `time.monotonic` counts.
+        started: When the command started, by `time.monotonic`.
     """
 
     MOMENT_S = 1.0
@@ -96,18 +96,18 @@ class StopRequest:
             raise SystemExit(128 + number)
 
     def stepped(self, seconds: float) -> None:
-        """Learn how long a step takes, so that the run ends before the hours are over."""
+        """Note how long a step took, so that the run can end before its hours are over."""
         self._longest_step_s = max(self._longest_step_s, seconds)
 
     def saved(self, seconds: float) -> None:
-        """Learn how long a checkpoint takes, and that there is one."""
+        """Note how long a checkpoint took, and when it was written."""
         self._longest_save_s = max(self._longest_save_s, seconds)
         self._saved = time.monotonic()
 
     def poll(self) -> Asked:
-        """Return what is asked of the run; every process has to call it at the same place."""
+        """Return what the run has to do; every process has to call this at the same point."""
         now = time.monotonic()
-        # twice what was seen so far, for a disk or a GPU that is busy
+        # twice the longest times so far, in case the disk or the GPU is busy
         ahead = 2 * (self._longest_step_s + self._longest_save_s)
         over = self._until is not None and now + ahead >= self._until
         stop = self.received or (HOURS_ARE_OVER if over else 0)
@@ -121,16 +121,16 @@ class StopRequest:
         return Asked(stop, due)
 
     def is_noted(self) -> bool:
-        """Return whether this process was sent a signal; costs nothing."""
+        """Return whether this process has received a signal, without asking the others."""
         return bool(self.received)
 
     def check(self) -> None:
-        """Raise `Stopping` if the run is asked to stop; every process has to call it."""
+        """Raise `Stopping` if the run has to stop; every process has to call this."""
         if by := self.poll().stop:
             raise Stopping(by)
 
     def error(self, what: str, stop: int) -> InterruptedRun:
-        """Return what ends the run, after it has saved: its message and its exit code."""
+        """Return the error that ends the run after it was saved, with its exit code."""
         code = 128 + stop
         if stop == HOURS_ARE_OVER:
             what = f"the {self.max_hours:g} hours of `train.max_hours` are over: {what}"

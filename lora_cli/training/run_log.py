@@ -1,4 +1,4 @@
-"""What a run says while it goes on: a live line at a terminal, plain lines elsewhere, and logs."""
+"""What a run prints while it trains, and its log files and trackers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GIB = 2**30
 
 
 def rate_key(unit: str) -> str:
-    """Return what a log and a report call the speed: `tokens_per_s`, `pictures_per_s`."""
+    """Return the name of the speed in a log and a report: `tokens_per_s`, `pictures_per_s`."""
     return f"{unit}s_per_s"
 
 
@@ -31,13 +31,13 @@ class RunLog:
     """The display on stderr, `metrics.jsonl`, `samples.jsonl`, and trackers.
 
     Args:
-        folder: The output folder; None for a process that only computes.
-        total_steps: Steps of the run.
-        step: Steps that are done.
-        sizes: Size in bytes of each log then: what it holds beyond that is cut off.
+        folder: The output folder; None for a process that neither prints nor writes.
+        total_steps: The number of steps of the run.
+        step: The number of steps done.
+        sizes: The size in bytes of each log file at that step; what follows it is cut off.
         trackers: `tensorboard`, `trackio`.
-        name: Name of the run, for trackers.
-        unit: What throughput is counted in besides examples.
+        name: The name of the run, for trackers.
+        unit: The unit in which speed is shown, besides examples.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class RunLog:
         self.console.print(redacted(text), markup=False, soft_wrap=True)
 
     def warn_of_idle(self, parameters: list[str]) -> None:
-        """Name trained parameters that the first step left without gradient: they cannot learn."""
+        """Warn of trained parameters without a gradient in the first step: they cannot learn."""
         if parameters:
             self.say(
                 f"warning: {len(parameters)} trained parameters take no part in the model's "
@@ -104,16 +104,16 @@ class RunLog:
             )
 
     def sample(self, step: int, examples: list[int]) -> None:
-        """Note which examples formed a step."""
+        """Write the examples of a step to `samples.jsonl`."""
         if self.samples is not None:
             self.samples.write(json.dumps({"step": step, "examples": examples}) + "\n")
 
     def advance(self, step: int) -> None:
-        """Move the bar."""
+        """Move the progress bar."""
         self.bar.update(self.row, completed=step)
 
     def _units_of(self, record: dict[str, Any]) -> str:
-        """Return the speed in the task's unit, unless each example counts as one."""
+        """Return the speed in the task's unit; empty if each example counts as one."""
         rate, name = record[rate_key(self.unit)], "tok" if self.unit == "token" else f"{self.unit}s"
         same = abs(rate - record["examples_per_s"]) <= 0.1  # they are rounded to different digits
         return "" if same else f"{rate:,.0f} {name}/s  "
@@ -143,10 +143,10 @@ class RunLog:
         self.say(f"step {step:>6}/{self.total_steps}  validation: {shown}{note}")
 
     def flush(self) -> dict[str, int]:
-        """Bring the logs to the disk, before a checkpoint says that they are there.
+        """Write the logs to the disk, before a checkpoint refers to them.
 
         Returns:
-            The size in bytes of each, by its name.
+            The size in bytes of each log file, by its name.
         """
         sizes = {}
         for file in (self.metrics, self.samples):
@@ -157,9 +157,9 @@ class RunLog:
         return sizes
 
     def _open(self, path: Path, sizes: dict[str, int]) -> TextIO:
-        """Open a log for appending, without what follows its size at the checkpoint."""
+        """Open a log for appending, and cut off what follows its size at the checkpoint."""
         size = sizes.get(path.name, 0)
-        if path.is_symlink():  # who prepared the folder would choose the file that is cut
+        if path.is_symlink():  # whoever made the link would choose the file that is cut
             hint = "put the file itself in its place, or remove the link"
             raise LoraError(f"`{path.name}` is a link", str(path.parent), hint)
         if path.exists():
