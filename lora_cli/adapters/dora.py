@@ -1,21 +1,19 @@
 r"""DoRA: LoRA with a trained length, as in Liu et al. 2024, https://arxiv.org/abs/2402.09353.
 
-The weight is divided into directions and lengths: each output has a row of weights V, of length
-|V|. A and B change the direction as in LoRA, and a trained vector m, one entry an output, is the
-length:
+The weights of each output, a row of V, are divided into a direction and a length. A and B change
+the direction as in LoRA; the length is a trained vector m with one entry for each output:
 
-    y = m / |V| V x          V = W0 + s B A          |V| (out): of all weights of an output
+    y = m / |V| V x          V = W0 + s B A          |V| (out): the norm of each row of V
 
-m starts at |W0| and B at zero, so that step 0 is the base model exactly.
+m starts at |W0| and B at zero, so training starts at the base model exactly.
 
 In the backward pass |V| is a constant, as section 4.3 of the paper proposes and as PEFT does: that
-saves the memory of its graph and changes results little. Written with g = m / |V|, and W0 x taken
-from the base as it is,
+saves memory and changes results little. With g = m / |V|, and W0 x computed by the base,
 
     y = W0 x + (g - 1) W0 x + g s B A x          and the base's bias, which has no length
 
-|V| is computed anew in each forward pass, in float32: one more product B A and one sum over the
-weight.
+|V| is computed in each forward pass, in float32, which takes one more product B A and a sum over
+the weight.
 """
 
 from __future__ import annotations
@@ -32,13 +30,13 @@ from lora_cli.errors import LoraError
 from lora_cli.models.quantized_linear import QuantizedLinear
 
 READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SHORTEST = 1e-12  # of a row: one of zeros has no direction, and stays as it is
+SHORTEST = 1e-12  # the least length of a row, since a row of zeros has no direction
 
 
 class DoRALayer(LoRALayer):
-    """What the layers of DoRA add to those of LoRA, each of which it stands before as a base class.
+    """What DoRA adds to a layer of LoRA; a DoRA layer inherits from this and then from that layer.
 
-    `magnitude` (out): m.
+    `magnitude` (out) is m.
     """
 
     magnitude: nn.Parameter
@@ -54,7 +52,7 @@ class DoRALayer(LoRALayer):
         """Return the shapes of A, B and m.
 
         Raises:
-            LoraError: If the base's weights cannot be read as numbers, to take their length.
+            LoraError: If the base's weights are quantised in a way that hides their length.
         """
         weight = base.weight
         assert isinstance(weight, Tensor)
@@ -67,14 +65,14 @@ class DoRALayer(LoRALayer):
         return {**shapes, "magnitude": shapes["lora_B"][:1]}
 
     def reset_parameters(self) -> None:
-        """Start A and B as LoRA does, and m at |W0|."""
+        """Set A and B as LoRA does, and m to |W0|."""
         super().reset_parameters()
         if not self.magnitude.is_meta:
             with torch.no_grad():
                 self.magnitude.copy_(self.length(self._w0()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y in the base's dtype. Dropout acts on all of x that is scaled or updated."""
+        """Return y in the base's dtype. Dropout acts on x wherever it is scaled or updated."""
         y: Tensor = self.base(x)
         if not self.enabled:
             return y
@@ -88,7 +86,7 @@ class DoRALayer(LoRALayer):
     @torch.no_grad()
     def length(self, w0: Tensor) -> Tensor:
         """Return |W0 + s B A|, shape (out,), without a gradient."""
-        # not under autocast: in bfloat16 a length would be off by more than a step changes it
+        # without autocast: in bfloat16 the error of a length would exceed its change in a step
         with torch.autocast(w0.device.type, enabled=False):
             rows = (w0 + self.delta_weight()).transpose(0, self._output_dim).flatten(1)
             length: Tensor = rows.norm(dim=1).clamp(min=SHORTEST)
@@ -112,11 +110,11 @@ class DoRALayer(LoRALayer):
 
     @property
     def _output_dim(self) -> int:
-        """The dimension of the base's weight that its output has."""
+        """The dimension of the base's weight that belongs to its outputs."""
         return 1 if isinstance(self.base, Conv1D | nn.Embedding) else 0
 
     def _over_output(self, vector: Tensor) -> Tensor:
-        """Return an entry for each output in a shape that fits the base's output."""
+        """Return a vector of outputs in a shape that broadcasts to the base's output."""
         return vector
 
 
@@ -138,7 +136,7 @@ class DoRAConv(DoRALayer, LoRAConv):
         """Return the shapes of A, B and m.
 
         Raises:
-            LoraError: If the base has groups: PEFT takes the lengths of other weights there.
+            LoraError: If the base has groups, for which PEFT computes other lengths.
         """
         if isinstance(base, nn.Conv1d | nn.Conv2d) and base.groups > 1:
             raise LoraError(

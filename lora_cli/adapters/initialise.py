@@ -1,8 +1,8 @@
-r"""Where A and B start: a phase of its own, since it may need the weights that are adapted.
+r"""The starting values of A and B, which can depend on the weights of the base.
 
     default      A at random, B zero: `LoRALayer.reset_parameters`
-    orthogonal   both at random, and B A = 0: the rows of a random orthogonal matrix are dealt out
-                 to A and B in turn (https://datta0.github.io/posts/rethink-lora-init/)
+    orthogonal   both at random, and B A = 0: the rows of a random orthogonal matrix go to A and B
+                 in turn (https://datta0.github.io/posts/rethink-lora-init/)
     pissa        s B A is the part of W0 of its largest singular values, W0 = U S V^T:
                  A = sqrt(S/s) V^T, B = U sqrt(S/s)       (https://arxiv.org/abs/2404.02948)
     olora        B is the first columns of Q, A the first rows of R, W0 = Q R
@@ -11,11 +11,11 @@ r"""Where A and B start: a phase of its own, since it may need the weights that 
                  quantising has left of W0                (https://arxiv.org/abs/2310.08659)
     eva          A is found from the inputs of the layers: `eva.py`
 
-PiSSA and OLoRA take s B A out of the base (`residual_lora.py`). LoftQ is one iteration: more would
-quantise another weight than that of the base, which no reader of the adapter could load. PEFT's
-leaves out s, and so makes up for the loss where alpha is the rank.
+PiSSA and OLoRA subtract s B A from the base (`residual_lora.py`). LoftQ makes one iteration: more
+would quantise another weight than the base's, which no other program could load. PEFT's LoftQ
+ignores s, so it compensates the loss of quantising only if alpha is equal to the rank.
 
-All are for linear layers; embeddings and convolutions start as by default, as they do in PEFT.
+All are for linear layers; embeddings and convolutions have the default start, as in PEFT.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def reject_impossible_starts(model: nn.Module, targets: Iterable[Target], recipe: Recipe) -> None:
-    """Check that the targets can start as `adapter.init` says; say which of them do not.
+    """Check that the targets can start as `adapter.init` says, and print which of them do not.
 
     Args:
         model: The base model; may be on the meta device.

@@ -1,14 +1,14 @@
 r"""LoRA that starts at a part of the weight itself, as PiSSA and OLoRA do.
 
-A and B start at A0 and B0, which are large: s B0 A0 is a part of W0. So that step 0 is the base
-model exactly, that part is taken out of the base, and what is left of it (the residual) is frozen:
+A and B start at A0 and B0, and s B0 A0 is a large part of W0. That part is subtracted from the
+base, so that training starts at the base model exactly; the rest (the residual) is frozen:
 
     y = (W0 - s B0 A0) x + s B A x  =  W0 x + s B A x - s B0 A0 x
 
-PEFT computes the first form, having overwritten the base's weight. Here it is the second: the base
-keeps its weight, and the layer keeps A0 and B0. So the base can be quantised, or kept in 16 bits,
-without its residual being rounded; without its updates the model is the base; and what is saved is
-plain LoRA of twice the rank, which any reader can use on the base as it is:
+PEFT computes the first form, and overwrites the base's weight. This layer computes the second: the
+base keeps its weight, and the layer stores A0 and B0. So the base can be quantised or stored in 16
+bits without rounding the residual, and the model without the adapter is the base. What is saved is
+plain LoRA of twice the rank, which any program can use with the original base:
 
     A' = [A; A0] (2 rank, in)    B' = [B, -B0] (out, 2 rank)    s B' A' = s B A - s B0 A0
 """
@@ -25,9 +25,9 @@ from lora_cli.adapters.lora import LoRALinear, Shape
 
 
 class ResidualLoRALinear(LoRALinear):
-    """LoRA on a linear layer or `Conv1D`, without what A and B were at the start.
+    """LoRA on a linear layer or `Conv1D`, minus the update of A0 and B0.
 
-    `initial_A` (rank, in) and `initial_B` (out, rank): A0 and B0, which are not trained.
+    `initial_A` (rank, in) and `initial_B` (out, rank) are A0 and B0, which are not trained.
     """
 
     initial_A: Tensor  # noqa: N815 - as lora_A
@@ -35,7 +35,7 @@ class ResidualLoRALinear(LoRALinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # not in the state dict: that of a layer which is read from a folder has none
+        # not in the state dict, since an adapter that is loaded from a folder has none
         self.register_buffer("initial_A", torch.zeros_like(self.lora_A), persistent=False)
         self.register_buffer("initial_B", torch.zeros_like(self.lora_B), persistent=False)
 
@@ -66,7 +66,7 @@ class ResidualLoRALinear(LoRALinear):
             self.initial_B.copy_(-tensor[:, self.rank :])
 
     def start_at(self, a: Tensor, b: Tensor) -> None:
-        """Set A and A0, B and B0: the layer computes what its base does."""
+        """Set A and A0, and B and B0, so that the layer computes what its base does."""
         super().start_at(a, b)
         self.initial_A.copy_(a)
         self.initial_B.copy_(b)

@@ -2,9 +2,9 @@
 
     y = W0 x + s D x          D (out, in): small factors, multiplied out          s = alpha / rank
 
-The rank of D may be far above the rank of its factors, so there is no short cut past D, and a step
-costs more than LoRA's. Both are known from picture models (LyCORIS, Yeh et al. 2024,
-https://arxiv.org/abs/2309.14859); the shapes and names of the factors are PEFT's.
+The rank of D can be much higher than that of its factors, so D has to be computed, and a step takes
+longer than with LoRA. Both are known from models that draw pictures (LyCORIS, Yeh et al. 2024,
+https://arxiv.org/abs/2309.14859). The shapes and names of the factors are PEFT's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a run stands, and what may not change before it goes on."""
+"""The state of a run, and what must not change before it is resumed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lora_cli.environment import installed_version
 from lora_cli.errors import LoraError, Problem, counted
 from lora_cli.recipe import Learned, Recipe, flat
 
-FIXED = ("model.", "task.", "adapter.", "train.optimizer.type")  # a change makes it another model
+FIXED = ("model.", "task.", "adapter.", "train.optimizer.type")  # a change needs a new run
 VERSIONS = ("torch", "transformers")
-MACHINE = {  # what decides the last bits, and where it is said
+MACHINE = {  # what changes the last bits of results, and where it is set
     "device": "the machine",
     "teacher": "train.distill.teacher",
     "processes": "`accelerate launch --num_processes`",
@@ -29,7 +29,7 @@ MACHINE = {  # what decides the last bits, and where it is said
 
 @dataclass
 class TrainState:
-    """Where a run stands."""
+    """The state of a run, as a checkpoint stores it besides tensors."""
 
     step: int = 0
     seconds: float = 0.0
@@ -39,7 +39,7 @@ class TrainState:
     before: dict[str, dict[str, float]] = field(default_factory=dict)
     """Metrics of validation and test before training."""
     samples: list[dict[str, Any]] = field(default_factory=list)
-    """Prompts with what the model wrote before training."""
+    """Inputs with the model's answers before, during and after training."""
     best: dict[str, Any] | None = None
     """Metric, mode, value, step and epoch of the best evaluation."""
     published: str = ""
@@ -48,9 +48,9 @@ class TrainState:
     """Evaluations since the last that early stopping counts as an improvement."""
     stopped_early: bool = False
     evaluation_due: bool = False
-    """The run was stopped before the evaluation of this step, or in the middle of it."""
+    """Whether the run was stopped before or during the evaluation of this step."""
     skipped_steps: int = 0
-    """Steps that changed nothing: NaN or infinity, or an overflow that fp16's loss scale met."""
+    """Steps without an update: bad ones, or those whose gradients overflowed in fp16."""
     unlogged_steps: int = 0
     """Steps since the last line of the log."""
     unlogged_loss: float = 0.0
@@ -58,28 +58,28 @@ class TrainState:
     unlogged_terms: dict[str, float] = field(default_factory=dict)
     """The same of each term of the loss, where a teacher adds one."""
     logs: dict[str, int] = field(default_factory=dict)
-    """Size in bytes of each log: what it holds beyond that is of steps that will be made again."""
+    """The size in bytes of each log file; what follows it is of steps that are made again."""
     scaler: dict[str, Any] | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
-    """What the optimizer keeps besides tensors."""
+    """The state of the optimizer besides its tensors."""
     optimizer_tensors: dict[str, str] = field(default_factory=dict)
-    """Dtype and shape of each tensor that it keeps."""
+    """The dtype and shape of each of the optimizer's tensors."""
     sha256: dict[str, str] = field(default_factory=dict)
-    """Of the files with tensors beside it."""
+    """The SHA-256 of each file of tensors in the checkpoint."""
     machine: dict[str, Any] = field(default_factory=dict)
-    """What besides the recipe and the data decides the result: a teacher's weights and, of the
-    machine, device, processes, threads and versions."""
+    """What decides the result besides the recipe and the data: the weights of a teacher, and of the
+    machine the device, processes, threads and versions."""
     memory: dict[str, Any] = field(default_factory=dict)
-    """How memory is saved: it decides the last bits too, but `--resume` may change it."""
+    """How memory is saved, which changes the last bits too; `--resume` may change it."""
     changes: list[str] = field(default_factory=list)
-    """What was not as before when the run was resumed, and allowed."""
+    """What had changed when the run was resumed, and was allowed to."""
     data: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each split."""
     recipe: dict[str, Any] = field(default_factory=dict)
 
 
 def read_state(file: Path) -> TrainState:
-    """Read what a checkpoint says of its run.
+    """Read the state of a run from a checkpoint.
 
     Raises:
         ValueError: If a value is missing, unknown or of another type.
@@ -96,11 +96,11 @@ def read_state(file: Path) -> TrainState:
 
 
 def machine_facts(accelerator: Accelerator) -> dict[str, Any]:
-    """Return what of the machine decides the last bits of the result."""
+    """Return what of the machine changes the last bits of results."""
     device = accelerator.device.type
     facts = {"device": device, "processes": accelerator.num_processes}
     facts |= {name: installed_version(name) for name in VERSIONS}
-    # one thread adds up in another order than two; a GPU does not care
+    # the number of threads changes the order of sums on a CPU, not on a GPU
     return facts | ({"threads": torch.get_num_threads()} if device == "cpu" else {})
 
 
@@ -140,12 +140,12 @@ def reject_changes(saved: TrainState, recipe: Recipe, now: TrainState | None = N
 
 
 def let_stopping_go_on(state: TrainState, fresh: TrainState, say: Callable[[str], None]) -> None:
-    """Let a run that early stopping has ended go on if its rule is another now; else say why not.
+    """Let a run that stopped early continue if the rule of early stopping has changed.
 
     Args:
-        state: Where the run stands, with the recipe of before.
-        fresh: With the recipe now.
-        say: Gets the explanation.
+        state: The state of the run, with the recipe of before.
+        fresh: The state of a new run, with the recipe now.
+        say: Called with an explanation if the run does not continue.
     """
     if not state.stopped_early:
         return
