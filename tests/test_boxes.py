@@ -73,6 +73,20 @@ def test_keys_have_several_names(box: str, category: str) -> None:
     assert categories_in({box: [CORNERS], category: ["x"]}) == ["x"]
 
 
+def test_of_several_names_the_first_that_is_known_counts() -> None:
+    both = {"box": [9, 9, 9, 9], "bbox": CORNERS, "label": 7, "category_id": 3, "category": "cat",
+            "is_crowd": 0, "iscrowd": 1}  # fmt: skip
+    found = read_objects([both], SIZE, "xyxy")
+    assert (found.boxes.tolist(), found.categories, found.crowd.tolist()) == (
+        [CORNERS], ["cat"], [True],
+    )  # fmt: skip
+    lists = {key: [value] for key, value in both.items()}
+    found = read_objects(lists, SIZE, "xyxy")
+    assert (found.boxes.tolist(), found.categories, found.crowd.tolist()) == (
+        [CORNERS], ["cat"], [True],
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("category", "read"),
     [("a", "a"), (" a ", "a"), (3, 3), (3.0, 3), (0, 0), (-1, -1), ("3", "3")],
@@ -134,6 +148,7 @@ def test_what_is_no_list_of_objects_is_named(value: Any, said: str) -> None:
         ([9, 2, 0, 4], "xywh", "the box of object 1 is empty, [9, 2, 0, 4]"),
         ([9, 2, 3, 0], "cxcywh", "the box of object 1 is empty, [9, 2, 3, 0]"),
         ([9, 2, 9, 4], "xyxy", "the box of object 1 is empty, [9, 2, 9, 4]"),
+        ([3, 9, 9, 9], "xyxy", "the box of object 1 is empty, [3, 9, 9, 9]"),
         ([4, 6, 8, 10], "relative_xywh", "the box of object 1 is not in shares of the picture, "
          "[4, 6, 8, 10]: are these pixels?"),
         ([0, 0, 0, 2.1], "relative_xyxy", "the box of object 1 is not in shares of the picture"),
@@ -194,6 +209,7 @@ def test_a_box_that_leaves_the_picture_is_cut_where_that_is_asked_for() -> None:
         ([0.5, 0.5, 0.9, 0.9], "relative_xywh", "; or is it `task.box_format: relative_xyxy`?"),
         ([0.5, 0.5, 0.2, 0.2], "relative_xyxy", "; or is it `task.box_format: relative_xywh`?"),
         ([300, 10, 380, 19], "xywh", ""),
+        ([30, 10, 50, 19], "xywh", ""),  # it would be cut
     ],
 )
 def test_another_form_in_which_a_box_is_right_is_named(

@@ -290,6 +290,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Any:
         found = torch.tanh(self.linear(x))
         outputs = {"tensor": found, "one": (found,), "none": (found, None), "more": (found, x),
+                   "three": (found, None, None),
                    "odd": [found], "empty": ()}  # fmt: skip
         return outputs[self.form]
 
@@ -304,20 +305,24 @@ def first_of(output: Any, x: Tensor) -> Tensor:
 class Stack(nn.Module):
     """Layers, of which the order and the number of calls are given, and a head."""
 
-    def __init__(self, *forms: str, order: list[int] | None = None) -> None:
+    def __init__(
+        self, *forms: str, order: list[int] | None = None, heads: int = 1, named: bool = False
+    ) -> None:
         super().__init__()
+        self.heads, self.named = heads, named
         torch.manual_seed(0)
         self.before, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
         self.layers = nn.ModuleList(Layer(form) for form in forms)
         self.order = list(range(len(forms))) if order is None else order
-        self.head = nn.Linear(4, 2)
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop(self.before(x))
         for i in self.order:
             x = first_of(self.layers[i](x), x)
-        found: Tensor = self.head(x)
-        return found
+        x = self.norm(x)
+        found: Tensor = self.head(input=x) if self.named else self.head(x)
+        return found if self.heads == 1 else found + self.head(2 * x)
 
 
 X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
@@ -340,6 +345,7 @@ def found_in(model: Stack, *trained: str) -> FrozenLayers | None:
         (["tensor"] * 3, None, ["layers.2"], 2, ["layers.1"], None),
         (["tensor"] * 3, None, ["layers.1", "head"], 1, ["layers.0"], None),
         (["one", "none", "tensor"], None, ["layers.2"], 2, ["layers.1"], None),
+        (["tensor", "three", "tensor"], None, ["layers.2"], 2, ["layers.1"], None),
         # what a last layer hands on besides is not read by another
         (["tensor", "more"], None, ["head"], 2, ["layers.1"], "head"),
         (["more", "tensor"], None, ["head"], 2, ["layers.1"], "head"),
@@ -369,7 +375,7 @@ def test_layers_are_frozen_that_run_once_in_order_before_what_is_trained(
     assert found.kept == (tuple(last) if first is None else (first,))
     assert found.without_first().kept == tuple(last)
     assert set(found.passed) == (set(found.frozen) if last else set())
-    kinds = {"tensor": None, "one": 1, "none": 2, "more": 2}
+    kinds = {"tensor": None, "one": 1, "none": 2, "more": 2, "three": 3}
     assert dict(found.passed) == {name: kinds[forms[int(name[-1])]] for name in found.passed}
     # what runs before is in evaluation mode, and what is trained is not
     assert {"before", "drop"} <= set(found.below)
@@ -392,6 +398,61 @@ def test_layers_are_frozen_that_run_once_in_order_before_what_is_trained(
         with torch.no_grad(), found.entering(other):
             assert not torch.equal(model(X), whole)
     assert torch.equal(model(X), whole)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_enters_the_head_or_what_the_last_layer_computed_may_be_given(named: bool) -> None:
+    model = Stack("tensor", "none", named=named).eval()
+    found = found_in(model, "head")
+    assert found is not None
+    assert found.first == "head"
+    with torch.no_grad():
+        with found.recording() as entering, found.without_first().recording() as last:
+            whole = model(X)
+        assert (list(entering), list(last)) == (["head"], ["layers.1"])
+        assert not torch.equal(entering["head"], last["layers.1"])
+        wider = torch.cat([X, X], 1)  # a batch whose rows are filled up
+        for states in (entering, last):
+            with found.entering(states):
+                assert torch.equal(model(X), whole)
+                assert torch.equal(model(wider)[:, :3], whole)
+                assert model(wider).shape == (2, 6, 2)
+
+
+def test_a_form_of_three_values_is_given_back() -> None:
+    passing = frozen_lower_layers._passing
+    assert passing(None, None)(X) is X
+    assert passing(None, 1)(X) == (X,)
+    found = passing(2 * X, 3)(X)
+    assert torch.equal(found[0], 2 * X)
+    assert found[1:] == (None, None)
+
+
+def test_a_head_that_runs_twice_is_no_single_entrance() -> None:
+    found = found_in(Stack("tensor", heads=2), "head")
+    assert found is not None
+    assert found.first is None
+    assert found.kept == ("layers.0",)
+
+
+def test_a_module_without_a_tensor_is_no_entrance() -> None:
+    behind_all = frozen_lower_layers._behind_all
+    for args, kwargs, wanted in (
+        ((X,), {}, "head"), ((), {"x": X}, "head"), ((3, X), {}, None), ((), {"x": 3}, None),
+        ((), {}, None),
+    ):  # fmt: skip
+        trace = frozen_lower_layers._Trace(
+            began={"layers.0": [1], "head": [3]}, ended={"layers.0": [2], "head": [4]},
+            inputs={"head": (args, kwargs)},
+        )  # fmt: skip
+        assert behind_all(trace, 3, {"layers": ["layers.0"]}) == wanted
+    trace.ended["layers.0"] = [2, 9]  # one that runs again behind it
+    trace.inputs["head"] = ((X,), {})
+    assert behind_all(trace, 3, {"layers": ["layers.0"]}) is None
+    trace.began = {"": [3]}
+    trace.inputs[""] = ((X,), {})
+    trace.ended["layers.0"] = [2]
+    assert behind_all(trace, 3, {"layers": ["layers.0"]}) is None  # the model itself
 
 
 @pytest.mark.parametrize("trained", [["before"], ["layers.0"], ["before", "head"]])

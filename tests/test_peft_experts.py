@@ -94,6 +94,7 @@ def test_all_experts_become_one_update(kind: str, rslora: bool, ranks: dict[str,
     for key, layers in (("gate_up_proj", (first, second)), ("down_proj", (third,))):
         a, b = (found.tensors[f"{pair[key]}.lora_{side}.weight"] for side in "AB")
         pattern = f"{EXPERTS}.{key}".replace(".", r"\.")
+        assert (a.ndim, b.ndim) == (2, 2)
         rank = found.config["rank_pattern"][pattern]
         assert rank == (2 + other_rank if key == "gate_up_proj" else 2) == len(a) // COUNT
         scaled = found.config["alpha_pattern"][pattern] / (math.sqrt(rank) if rslora else rank)

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 from lora_cli.tasks.diffusion import captioned_pictures
-from lora_cli.tasks.examples import Batch
+from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise
+from lora_cli.tasks.diffusion.drawing import picture_name
+from lora_cli.tasks.diffusion.flow_noise import FlowNoise
+from lora_cli.tasks.examples import Batch, Prediction
 from lora_cli.tasks.text_to_image import TextToImage, _dtype_of, _groups, _unflat
 
 LENGTH = 4  # tokens that the first text encoder reads; the second reads one more
@@ -210,6 +213,51 @@ def test_each_picture_of_the_subject_gets_pictures_of_the_class() -> None:
     assert "prior_image" not in task().train_features()
 
 
+def test_without_train_rows_no_pictures_of_the_class_are_read() -> None:
+    made = task(prior=True)
+    made.prior.read = lambda _: pytest.fail("nothing to number")
+    made.learn_from({"test": []})
+    task().learn_from({"train": []})
+    assert made.positions == {}
+
+
+def test_a_row_is_a_caption_that_is_read_and_a_picture() -> None:
+    made = task()
+    assert [(f.key, f.column, f.role, f.kind) for f in made.fields()] == [
+        ("task.caption_column", "text", "input", "text"),
+        ("task.image_column", "image", "target", "image"),
+    ]
+    assert sorted(made.needed_columns().values()) == ["image", "text"]
+    assert sorted(task(caption="x").needed_columns().values()) == ["image"]
+    assert sorted(task(caption="x").needed_columns(training=True).values()) == ["image"]
+    assert made.compared_columns() == ["image"]
+    assert made.shown_input({"text": " a  b "}) == "a b"
+    facts, text = made.shown(example(made, width=20, height=18, name="x/a.png"), colour=False)
+    assert (facts, text) == ([], "a.png: 20 x 18 pixels, seen as 16 x 16\na b")
+    assert str(made.thumbnail({"image": picture()})).startswith("data:image/")
+    assert made.thumbnail({"image": {"bytes": b"x", "path": None}}) is None
+
+
+def test_captions_that_are_cut_are_counted_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = task()
+    rows = SimpleNamespace(place=lambda i: f"rows:{i}")
+    said: list[Any] = []
+    monkeypatch.setattr(captioned_pictures, "odd_pictures", lambda *g: said.append(g) or None)
+    monkeypatch.setattr(
+        captioned_pictures, "where", lambda of, key: [i for i, e in enumerate(of) if e[key]]
+    )
+    examples = [{"row": 0, "is_cut": False}, *[{"row": 2, "is_cut": True}] * 3,
+                {"row": 5, "is_cut": True}]  # fmt: skip
+    assert made.unknown_input("train", rows, examples) == (
+        0.0, "2 train captions have more than 5 tokens, of which the model reads the first: rows:2",
+    )  # fmt: skip
+    assert said == [("train", rows, examples)]
+    assert made.unknown_input("train", rows, examples[:1]) == (0.0, None)
+    monkeypatch.setattr(captioned_pictures, "odd_pictures", lambda *_: "odd")
+    assert made.unknown_input("train", rows, examples[:1]) == (0.0, "odd")
+    assert str(made.unknown_input("train", rows, examples)[1]).startswith("odd; 2 train captions")
+
+
 @pytest.mark.parametrize(
     ("values", "size", "said"),
     [
@@ -262,6 +310,22 @@ def test_noise_has_the_shape_of_the_latents_and_pixels_lie_between_minus_one_and
     again = prepared(made, example(made))
     assert torch.equal(again["noise"], found["noise"])
     assert not torch.equal(prepared(made, example(made), 1)["noise"], found["noise"])
+
+
+def test_what_is_drawn_follows_from_the_generator_alone() -> None:
+    made = task()
+    found = prepared(made, example(made), 4)
+    rng = np.random.default_rng(4)
+    assert found["steps"] == [int(rng.integers(50, 100))]
+    for key in ("noise", "sampled"):
+        wanted = rng.standard_normal((3, 8, 8), dtype=np.float32)
+        assert torch.equal(found[key][0], torch.from_numpy(wanted))
+    draws = task(validation_draws=3)
+    ((_, second, _),) = draws.encode([{"image": picture(), "text": "a"}])
+    found = prepared(draws, second, 4, training=False)
+    own = np.random.default_rng(4).spawn(3)[1]
+    wanted = own.standard_normal((3, 8, 8), dtype=np.float32)
+    assert torch.equal(found["noise"][0], torch.from_numpy(wanted))
 
 
 def test_draws_of_a_row_differ_in_their_noise_and_lie_at_their_own_steps() -> None:
@@ -375,6 +439,11 @@ def batch(of: Any, *ones: dict[str, Any]) -> Batch:
 def test_pictures_of_one_size_stand_together() -> None:
     made = task(aspect_ratios=True, max_aspect_ratio=4.0, texts=1)
     ones = [example(made, width=w, height=h) for w, h in ((16, 16), (32, 8), (16, 16))]
+    assert ones[0]["width"] == ones[0]["height"] == 16
+    assert ones[1]["width"] > ones[1]["height"]
+    assert made.size_of(8, 32) == made.size_of(32, 8)[::-1] == (
+        ones[1]["height"], ones[1]["width"],
+    )  # fmt: skip
     found = batch(made, *ones)
     first, second = _groups(found.inputs)
     assert first[0].tolist() == [0, 2]
@@ -628,6 +697,113 @@ def test_pictures_beyond_the_last_position_are_rejected(most: int | None, fits: 
     made._check_sizes()  # a size that nobody asked for matters where pictures are read
     with pytest.raises(LoraError, match="too large"):
         made.learn_from({})
+
+
+class Saved:
+    """A picture that notes where it is saved."""
+
+    def __init__(self, prompt: str) -> None:
+        self.prompt = prompt
+
+    def save(self, file: Path) -> None:
+        file.write_text(self.prompt)
+
+
+@pytest.mark.parametrize("has_folder", [True, False])
+def test_an_answer_is_the_name_of_the_picture_that_was_drawn(
+    has_folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = task(evaluate__drawing={"seed": 7})
+    made.answer_folder = tmp_path / "drawn" if has_folder else None
+    asked: list[Any] = []
+
+    def draw(model: Any, prompts: list[str]) -> list[Saved]:
+        asked.append((model, prompts))
+        return [Saved(prompt) for prompt in prompts]
+
+    monkeypatch.setattr(made, "draw_pictures", draw)
+    found = made.answer(MODEL, [{"text": " a  b"}, {"text": "abcdefgh"}])
+    prompts = ["a b", "abcdefgh"]
+    assert asked == [(MODEL, prompts)]
+    assert made.n_cut_prompts == 1
+    names = [picture_name(prompt, 7) for prompt in prompts]
+    assert found == [[f"drawn/{name}" if has_folder else name] for name in names]
+    place = tmp_path / "drawn" if has_folder else tmp_path
+    assert [(place / name).read_text() for name in names] == prompts
+    assert made.answer_columns() == {"picture": "string"}
+    assert made.join({}, [Prediction(3, None, None), Prediction(3, None, None)]) == Prediction(
+        3, None, None
+    )
+
+
+def test_a_picture_is_drawn_by_the_recipe_s_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = task(evaluate__drawing={"seed": 9})
+    drawing = SimpleNamespace(draw=lambda prompts, seed: [(prompts, seed)])
+    monkeypatch.setattr(made, "_drawing", lambda model: drawing)
+    assert made.draw_pictures(MODEL, ["a"]) == [(["a"], 9)]
+
+
+@pytest.mark.parametrize(("has_prior", "missing"), [(True, 3), (True, 0), (False, 0)])
+def test_the_base_draws_the_pictures_of_the_class_that_are_missing(
+    has_prior: bool, missing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = task(prior=has_prior, train__seed=5)
+    drawn: list[Any] = []
+    if has_prior:
+        made.prior = SimpleNamespace(missing=missing, draw=lambda *given: drawn.append(given))
+    model = nn.Dropout()
+    monkeypatch.setattr(made, "load_model", lambda device: (model, []))
+    monkeypatch.setattr(made, "_drawing", lambda of: ("drawing", of, of.training))
+    made.complete_data(torch.device("cpu"))
+    assert drawn == ([(("drawing", model, False), 5)] if missing else [])
+
+
+@pytest.mark.parametrize("flow", [True, False])
+def test_the_noise_is_of_the_kind_that_the_base_learns(
+    flow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = SimpleNamespace()
+    for values, notes in (
+        ({}, 0), ({"crop": "random"}, 1), ({"flip": True}, 1), ({"crop": "random", "flip": True}, 1)
+    ):  # fmt: skip
+        spec = {"flow": {"timesteps": "uniform"}} if flow else {"snr_gamma": 5.0}
+        made = task(family={"learns_flow": flow}, **spec, **values)
+        base = made.base
+        base.tokenizers, base.noise_scheduler = lambda: ["tokens"], lambda: scheduler
+        monkeypatch.setattr(made, "read_config", lambda: None)
+        monkeypatch.setattr(made, "note_cut_prompts", lambda: None)
+        made.load_processor()
+        assert made.tokenizers == ["tokens"]
+        assert made.noise.scheduler is scheduler
+        assert type(made.noise) is (FlowNoise if flow else DiffusionNoise)
+        assert (made.noise.spec if flow else made.noise.snr_gamma) == (
+            made.spec.flow if flow else 5.0
+        )
+        assert len(made.notes) == notes
+    made = task(family={"reads_guidance": True, "optional": ("text_encoder_2",)})
+    for left_out, without, drawing, notes in (
+        ((), False, {}, ["`guidance_scale: 7.5`"]), ((), False, {"guidance_scale": 2.0}, []),
+        (("text_encoder_2", "tokenizer_2"), False, {"guidance_scale": 2.0},
+         ["the base has no `text_encoder_2`: zeros"]),
+        (("text_encoder_2",), True, {"guidance_scale": 2.0}, []),
+    ):  # fmt: skip
+        made = task(
+            family={"reads_guidance": True, "optional": ("text_encoder_2",)}, without_t5=without,
+            evaluate__drawing=drawing,
+        )  # fmt: skip
+        base = made.base
+        base.tokenizers, base.noise_scheduler = list, lambda: scheduler
+        base.left_out = left_out
+        monkeypatch.setattr(made, "read_config", lambda: None)
+        monkeypatch.setattr(made, "note_cut_prompts", lambda: None)
+        made.load_processor()
+        assert len(made.notes) == len(notes)
+        assert all(part in note for part, note in zip(notes, made.notes, strict=True))
+        assert made.unused_parts == left_out
+        assert made.completed_recipe.task.without_t5 == (without or bool(left_out))
+    recipe = made.recipe
+    assert TextToImage(recipe, recipe.task).unused_parts == ()  # before the base is known
 
 
 def test_the_probe_is_the_same_every_time_and_reads_texts_and_sizes() -> None:

@@ -92,6 +92,21 @@ def test_another_list_or_none_is_a_change(now: list[str] | None) -> None:
         reject_changes(ran, recipe(evaluate__metrics=now))
 
 
+@pytest.mark.parametrize(
+    ("ran", "now"),
+    [({"a": 2}, {"a": 2, "b": 3}), ({"a": 2, "b": 3}, {"a": 2}), ({"a": 2}, {"a": 4})],
+)
+def test_patterns_that_come_or_go_are_changes(ran: dict[str, int], now: dict[str, int]) -> None:
+    assert reject_changes(saved(recipe(adapter__rank_pattern=ran)),
+                          recipe(adapter__rank_pattern=ran)) == []  # fmt: skip
+    with pytest.raises(LoraError) as caught:
+        reject_changes(saved(recipe(adapter__rank_pattern=ran)), recipe(adapter__rank_pattern=now))
+    key = "b" if len(ran) + len(now) == 3 else "a"
+    (problem,) = caught.value.problems
+    said = f"`adapter.rank_pattern.{key}: {ran.get(key)}`, the recipe now says `{now.get(key)}`"
+    assert said in problem.what
+
+
 # ------------------------------------------------------------------------------- what may change
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from lora_cli.errors import LoraError
 from lora_cli.tasks.causal_lm import CausalLM
@@ -15,7 +16,13 @@ from lora_cli.tasks.classification.classification_task import Classification
 from lora_cli.tasks.examples import IGNORED, Batch
 from lora_cli.tasks.sequence_classification import SequenceClassification
 from lora_cli.tasks.teachers import with_teacher
-from lora_cli.tasks.teachers.distillation_loss import TopTokens, token_divergence, top_tokens
+from lora_cli.tasks.teachers.distillation_loss import (
+    TopTokens,
+    label_divergence,
+    marks_divergence,
+    token_divergence,
+    top_tokens,
+)
 from lora_cli.tasks.teachers.with_teacher import (
     TaughtCausalLM,
     TaughtClassification,
@@ -98,6 +105,62 @@ def test_rows_without_a_label_are_no_items_of_the_labels(
     monkeypatch.setattr(Classification, "label_of", lambda self, row: row)
     assert own.label_of(None) == none
     assert own.label_of(one) == one
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("label", [None, "", "a"])
+def test_only_train_rows_may_have_no_label(
+    label: str | None, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own: Any = object.__new__(TaughtSequenceClassification)
+    own.label_spec = SimpleNamespace(target_columns=["label"])
+    monkeypatch.setattr(
+        SequenceClassification, "row_error", lambda *_: "of the label", raising=False
+    )
+    monkeypatch.setattr(SequenceClassification, "input_error", lambda *_: "of the input")
+    monkeypatch.setattr(Classification, "row_error", lambda *_: "of the label")
+    found = own.row_error({"label": label, "text": "x"}, training)
+    assert found == ("of the input" if training and not label else "of the label")
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_losses_of_labels_are_those_of_rows_that_have_one(
+    several: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Batch] = []
+
+    def losses(self: Any, model: Any, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        given.append(batch)
+        return {"loss": torch.tensor([5.0, 6.0])}
+
+    for kind in (SequenceClassification, Classification):
+        monkeypatch.setattr(kind, "losses", losses, raising=False)
+    own: Any = object.__new__(TaughtSequenceClassification)
+    own.label_spec = SimpleNamespace(problem="multi_label" if several else "single_label")
+    own.order = torch.tensor([1, 0])
+    own.teacher = SimpleNamespace(spec=SimpleNamespace(temperature=2.0))
+    labels = torch.tensor([[1, 0], [IGNORED] * 2] if several else [1, IGNORED])
+    torch.manual_seed(0)
+    output, said = torch.randn(2, 2), torch.randn(2, 2)
+    inputs = {"input_ids": torch.tensor([1, 2])}
+    targets = {"labels": labels, "teacher_logits": said}
+    items = {"loss": torch.ones(2), "teacher": torch.ones(2)}
+    batch = Batch(inputs, targets, items, 7, [3, 4])
+    found = own.losses(None, output, batch)
+    assert found["loss"].tolist() == [5.0, 0.0]
+    compare = marks_divergence if several else label_divergence
+    torch.testing.assert_close(found["teacher"], compare(output, said[:, [1, 0]], 2.0))
+    (read,) = given
+    assert read.inputs is inputs
+    assert read.targets["labels"].tolist() == labels.clamp(min=0).tolist()
+    assert (read.items, read.cost, read.rows) == (items, 7, [3, 4])
+    monkeypatch.setattr(TaughtSequenceClassification, "answers", lambda self, of: said)
+    del targets["teacher_logits"]
+    again = own.losses(None, output, batch)
+    assert torch.equal(again["teacher"], found["teacher"])
+    assert own.frozen_outputs(None, batch) == {"teacher_logits": said}
+    del items["teacher"]
+    assert own.losses(None, output, batch).keys() == {"loss"}
 
 
 class Reader:
