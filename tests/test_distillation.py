@@ -523,6 +523,14 @@ def test_a_row_without_a_label_stays_an_error_where_no_teacher_answers_it(tmp_pa
     rejected(recipe, "`label` is blank")
 
 
+def test_a_row_that_marks_a_missing_label_by_a_number_is_told_how_to_leave_it_out(
+    tmp_path: Path,
+) -> None:
+    recipe = classifier(tmp_path)
+    write(tmp_path / "train.jsonl", [{"text": t, "label": -1} for t in TEXTS])
+    rejected(recipe, "-1 often stands for a row without a label: leave its cell empty")
+
+
 def test_a_damaged_adapter_as_teacher_is_said_to_be_the_teacher(tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     first = classifier(tmp_path / "first", ("train.distill.weight=1", "data.validation=null"))

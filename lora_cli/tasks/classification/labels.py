@@ -198,7 +198,13 @@ class Labels:
             if how := difference_of_form(value, name):
                 return f"it is the label `{name}` but for {how}: write both alike"
         if value == "-1":
-            return "-1 often stands for a row without a label: leave such rows out"
+            taught = self.recipe.train.distill is not None
+            mended = (
+                "leave its cell empty, and the teacher answers it"
+                if taught
+                else "leave such rows out"
+            )
+            return f"-1 often stands for a row without a label: {mended}"
         if value.isdecimal() and self._by_number:
             return f"positions are 0 to {last}: {', '.join(self.names[:20])}"
         known = did_you_mean(value, self.names, LABELS_ARE)
