@@ -360,6 +360,11 @@ def test_the_code_of_the_model_card_says_a_text(
     exec(code, {})
     samples, _ = soundfile.read("said.wav")
     assert len(samples) > 0
+    # of one speaker, the vector lies beside the adapter
+    changes = ["task.speaker_column=null", "task.speaker_embedding=me.npy"]
+    usage = load_adapter_recipe(trained / "out", changes).task.usage([], None)
+    assert usage is not None
+    assert "numpy.load('speaker_embedding.npy')" in usage.code
 
 
 @pytest.mark.slow

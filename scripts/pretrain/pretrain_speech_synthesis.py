@@ -52,6 +52,7 @@ from lora_cli.data.recordings import read_recording
 # B recordings of a batch, L letters, T frames, M mel bands, N samples
 BANDS, RATE, HOP = 40, 16_000, 256
 HIGHEST = 3_900  # Hz: recordings of 8 kHz hold nothing above 4,000
+LOUDNESS = 0.08  # root mean square of a recording; some speakers sat far from the microphone
 FLOOR = 1e-4  # of a band's energy, below which all is silence
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # with SpeechT5's own ids
 LETTERS = [*SPECIAL, *" abcdefghijklmnopqrstuvwxyz'"]
@@ -89,7 +90,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def read_recordings(data: Path) -> list[Recording]:
-    """Return the recordings of the data set, as `lora` reads them."""
+    """Return the recordings of the data set, as `lora` reads them, all of the same loudness."""
     extractor, found = make_extractor(), []
     folder = data / "fsdd"
     with (
@@ -98,6 +99,7 @@ def read_recordings(data: Path) -> list[Recording]:
     ):
         for row in csv.DictReader(table):
             samples = read_recording({"bytes": archive.read(row["file"]), "path": None}, RATE)
+            samples = (samples * LOUDNESS / np.sqrt(np.mean(samples**2))).clip(-1, 1)
             mel = extractor(audio_target=samples, sampling_rate=RATE)["input_values"][0]
             found.append(
                 Recording(row["file"], row["text"], row["speaker"], row["split"], samples,
@@ -124,6 +126,7 @@ def build_model(width: int, layers: int) -> SpeechT5ForTextToSpeech:
         vocab_size=len(LETTERS), hidden_size=width, encoder_layers=layers, decoder_layers=layers,
         encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=4 * width,
         decoder_ffn_dim=4 * width, encoder_layerdrop=0.0, decoder_layerdrop=0.0,
+        speech_decoder_postnet_dropout=0.1,  # a half, as usual, is too much for a small one
         num_mel_bins=BANDS, speech_decoder_prenet_units=128, speech_decoder_postnet_units=128,
         speaker_embedding_dim=2 * BANDS, max_text_positions=100, max_speech_positions=200,
         conv_dim=[8], conv_stride=[4], conv_kernel=[4],

@@ -10,6 +10,7 @@ from pydantic import Field
 from lora_cli.recipe.spec.section import Conflicts, Word
 from lora_cli.recipe.spec.task_section import MediaKind, TaskSection, Usage, UsualTraining
 
+SPEAKER_FILE = "speaker_embedding.npy"  # the copy of the vector beside an adapter
 ZEROS = "zeros"  # the word that stands for no speaker at all
 THRESHOLD, LONGEST_RATIO = 0.5, 20.0  # as `generate_speech` of transformers has them
 SPEAKING = """\
@@ -127,11 +128,9 @@ class TextToSpeechSpec(TaskSection):
 
     def usage(self, labels: list[str], settings: Any) -> Usage:
         """Return how a text is said."""
-        speaker = "torch.from_numpy(numpy.load(SPEAKER))"
-        file = "speaker.npy" if self.speaker_embedding in (None, ZEROS) else self.speaker_embedding
+        file = "speaker.npy" if self.speaker_embedding is None else SPEAKER_FILE
         imports = "import numpy\nimport torch\n"
-        setup = f"speaker = {speaker.replace('SPEAKER', repr(str(file).rpartition('/')[2]))}"
-        setup += ".float().reshape(1, -1)\n"
+        setup = f"speaker = torch.from_numpy(numpy.load({file!r})).float().reshape(1, -1)\n"
         if self.speaker_embedding == ZEROS:
             setup = "speaker = torch.zeros(1, model.config.speaker_embedding_dim)\n"
         code, end = SPEAKING, SEEN

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from lora_cli.errors import LoraError, counted, name_neighbours
 from lora_cli.recipe import Recipe
 
-SPEAKER_FILE = "speaker_embedding.npy"  # the copy beside an adapter
 Vector = NDArray[np.float32]
 
 

@@ -30,7 +30,7 @@ from lora_cli.models.feature_extractor import load_feature_extractor, require_ba
 from lora_cli.models.image_processor import processor_hash
 from lora_cli.models.vocoder import vocoder_config
 from lora_cli.recipe import Recipe, TextToSpeechSpec
-from lora_cli.recipe.spec.text_to_speech_spec import ZEROS
+from lora_cli.recipe.spec.text_to_speech_spec import SPEAKER_FILE, ZEROS
 from lora_cli.tasks.examples import MAIN, Batch, Example, Field
 from lora_cli.tasks.generation.writing_task import keep_all_layers, layer_drop_of
 from lora_cli.tasks.speech.odd_recordings import (
@@ -41,7 +41,6 @@ from lora_cli.tasks.speech.odd_recordings import (
     still_whole,
 )
 from lora_cli.tasks.speech.speakers import (
-    SPEAKER_FILE,
     SpeakerError,
     Vector,
     read_vector,
