@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from lora_cli.adapters.attach import attach, trainable_parameters
@@ -175,6 +176,22 @@ def test_a_rate_for_what_is_not_trained_is_an_error(
         build_optimizer(model, recipe, ["classifier"])
     assert what in caught.value.problems[0].what
     assert hint in (caught.value.problems[0].hint or "")
+
+
+@pytest.mark.parametrize(
+    ("ranges", "which"),
+    [
+        (["0-5", "3-8"], "`0-5` and `3-8`"), (["7", "0-9"], "`0-9` and `7`"),
+        (["4", "4-4"], "`4` and `4-4`"), (["0-2", "3", "4-10"], ""),
+    ],
+)  # fmt: skip
+def test_a_layer_is_in_one_range_alone(ranges: list[str], which: str) -> None:
+    layers = {name: {"learning_rate": 0.1} for name in ranges}
+    if not which:
+        with_optimizer(groups={"layers": layers})
+        return
+    with pytest.raises(ValidationError, match=f"the ranges of layers {which} overlap"):
+        with_optimizer(groups={"layers": layers})
 
 
 def test_a_group_of_layers_in_which_nothing_is_trained_is_refused() -> None:

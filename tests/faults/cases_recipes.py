@@ -143,6 +143,9 @@ CONFLICTS: dict[str, str] = {
     "a configuration of files": _in("data", "config: sst2"),
     "a split column without files": HEAD.replace("path: rows", "split_column: x, train: ./rows"),
     "an encoding": _in("data", "format: {encoding: rot13}"),
+    "a layer in two groups": _in(
+        "train", "optimizer: {groups: {layers: {0-5: {learning_rate: 1}, '5': {weight_decay: 1}}}}"
+    ),
     "a column twice": _in("data", "format: {columns: [a, a]}"),
     "groups and substrings": _in(
         "data", "validation: {fraction: 0.1, group_by: a, disjoint: substring}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -36,6 +37,17 @@ class GroupsSpec(Section):
 
     modules: dict[Word, ParameterGroupSpec] = Field(default_factory=dict)
     """Modules or parameters by the ends of their names, such as `embeddings`; they come first."""
+
+    def conflicts(self) -> Conflicts:
+        """Yield ranges of layers that overlap: only one of them could be followed."""
+        ends = [[int(n) for n in name.split("-")] for name in self.layers]
+        ranges = sorted(
+            (one[0], one[-1], name) for one, name in zip(ends, self.layers, strict=True)
+        )
+        for (_, last, one), (first, _, other) in pairwise(ranges):
+            if first <= last:
+                what = f"the ranges of layers `{one}` and `{other}` overlap"
+                yield "layers", what, "name each layer in one of them"
 
 
 class OptimizerSpec(Section):
