@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_cli.errors import LoraError
 from lora_cli.export import merge as merging
+from lora_cli.export import merge_quantized as quantized
 from lora_cli.export.merge_quantized import BASES, Candidate, Trained, in_words, use_numbers
 
 
@@ -101,3 +103,98 @@ def test_a_model_that_was_read_is_trained_as_the_merged_one() -> None:
     merging._require_gradients(reloaded, like=merged)
     assert (reloaded.weight.requires_grad, reloaded.bias.requires_grad) == (True, False)
     assert (merged.weight.requires_grad, merged.bias.requires_grad) == (True, False)
+
+
+class Measured:
+    """A task that notes what it is tried and measured with."""
+
+    def __init__(self, *splits: str, streaming: bool = False) -> None:
+        self.recipe: Any = SimpleNamespace(
+            with_values=lambda values: values,
+            data=SimpleNamespace(has=lambda name: name in splits, streaming=streaming),
+        )
+        self.drawn, self.fitted = frozenset({"head"}), list[Any]()
+        self.model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}).half()
+
+    def load_model(self, device: torch.device) -> tuple[nn.Module, list[str]]:
+        assert device.type == "cpu"
+        return self.model, ["b"]
+
+    def probe(self) -> str:
+        return "probe"
+
+    def probed(self, model: nn.Module, probe: str) -> Tensor:
+        assert (model, probe) == (self.model, "probe")
+        assert not torch.is_grad_enabled()
+        assert model["a"].weight.dtype == torch.float32
+        return torch.tensor([1.0])
+
+    def fit_to_model(self, model: Any) -> None:
+        self.fitted.append(model)
+
+
+@pytest.mark.parametrize("rows", [None, "rows"])
+@pytest.mark.parametrize("metric", [None, "f1"])
+def test_a_model_is_measured_where_there_are_rows_and_a_metric(
+    rows: Any, metric: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task: Any = Measured()
+    started: list[Any] = []
+    monkeypatch.setattr(
+        quantized, "start_accelerator", lambda recipe, cpu: started.append((recipe, cpu)) or "here"
+    )
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        quantized, "evaluate", lambda *given: asked.append(given) or {"f1": 0.5, "loss": 9.0}
+    )
+    model: Any = "model"
+    found = quantized.measured(Trained({}, torch.zeros(1), metric, rows=rows), task, model)
+    if rows is None or metric is None:
+        assert (found, asked, task.fitted) == (None, [], [])
+        return
+    assert found == 0.5
+    assert asked == [("model", task, "rows", "here")]
+    assert task.fitted == ["model"]
+    assert started == [({"train.precision": "fp32", "model.dtype": None}, True)]
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize(
+    ("splits", "streaming", "is_there", "measures"),
+    [((), False, True, False), (("validation",), False, True, True),
+     (("validation",), True, True, False), (("validation",), False, False, False)],
+)  # fmt: skip
+def test_what_was_trained_is_measured_on_the_validation_rows(
+    splits: tuple[str, ...], streaming: bool, is_there: bool, measures: bool, mode: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    task: Any = Measured(*splits, streaming=streaming)
+    saved: Any = "adapter"
+    attached: list[Any] = []
+    monkeypatch.setattr(
+        quantized, "load_adapter", lambda *given, drawn: attached.append((*given, drawn))
+    )
+
+    def load_data(of: Any, names: list[str]) -> dict[str, str]:
+        assert (of, names) == (task, ["validation"])
+        if not is_there:
+            raise LoraError("its files are elsewhere", "data")
+        return {"validation": "rows"}
+
+    monkeypatch.setattr(quantized, "load_data", load_data)
+    monkeypatch.setattr(
+        quantized, "best_by", lambda recipe, of: ("f1", mode) if recipe is of.recipe else None
+    )
+    seen: list[Any] = []
+    monkeypatch.setattr(quantized, "measured", lambda *given: seen.append(given) or 0.25)
+    found = quantized.what_was_trained(task, saved)
+    assert attached == [(task.model, "adapter", ["b"], task.drawn)]
+    assert found.weights == {}
+    assert found.outputs.tolist() == [1.0]
+    assert not task.model.training
+    if measures:
+        assert (found.metric, found.value, found.rows) == ("f1", 0.25, "rows")
+        assert found.lower_is_better == (mode == "min")
+        assert seen == [(found, task, task.model)]
+    else:
+        assert (found.metric, found.value, found.rows, seen) == (None, None, None, [])

@@ -19,6 +19,7 @@ from lora_cli.adapters.find_adapter import find_adapter_folder
 from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.merge_proof import expected_weights
+from lora_cli.adapters.peft_format import part_folders
 from lora_cli.adapters.peft_format.adapter_folder import (
     differences_in_peft,
     ranks_of,
@@ -352,6 +353,31 @@ def test_a_configuration_without_a_rank_has_that_of_peft() -> None:
     found, _ = joined(parts, "folder")
     assert (found["r"], found["rank_pattern"]) == (8, {r"text_encoder\.to_q": 2})
     assert (found["lora_alpha"], found["alpha_pattern"]) == (8, {r"text_encoder\.to_q": 3})
+
+
+def test_a_part_of_a_configuration_without_a_rank_has_that_of_peft() -> None:
+    config = {"peft_type": "LORA", "target_modules": ["to_q"],
+              "rank_pattern": {"unet.a.to_q": 2}, "alpha_pattern": {"unet.a.to_q": 3}}  # fmt: skip
+    names = [f"unet.{name}.to_q.lora_A.weight" for name in ("a", "b", "c")]
+    ((found, _),) = divided(config, dict.fromkeys(names, torch.ones(1)), ["unet"]).values()
+    assert (found["r"], found["rank_pattern"]) == (8, {r"a\.to_q": 2})
+    assert (found["lora_alpha"], found["alpha_pattern"]) == (8, {r"a\.to_q": 3})
+
+
+@pytest.mark.parametrize("longest", [200, 30])
+def test_modules_are_named_where_an_expression_would_be_too_long(
+    longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part_folders, "LONGEST", longest)
+    parts = {"unet": low_rank("a.to_q", "b.to_q"), "text_encoder": low_rank("c.to_q")}
+    targets = joined(parts, "folder")[0]["target_modules"]
+    names = ["text_encoder.c.to_q", "unet.a.to_q", "unet.b.to_q"]
+    if longest == 30:
+        assert targets == names
+    else:
+        assert all(re.fullmatch(targets, name) for name in names)
+    full = {part: low_rank("to_q") for part in parts}  # full names are no expression
+    assert joined(full, "folder")[0]["target_modules"] == ["unet.to_q", "text_encoder.to_q"]
 
 
 def test_the_outermost_module_whose_name_ends_so_is_named() -> None:

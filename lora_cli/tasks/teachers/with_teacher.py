@@ -6,6 +6,7 @@ examples alone hold what it reads, or what it answered, by which `collate` knows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -293,7 +294,7 @@ class TaughtCausalLM(TaughtTask, CausalLM):
         what = ""
         if differing:
             # the first by id, as a user would find it
-            first = min(differing, key=lambda token: (vocabulary.get(token, 10**9), token))
+            first = min(differing, key=lambda token: (vocabulary.get(token, math.inf), token))
             there, here = (v.get(first, "no token") for v in (known, vocabulary))
             what = f"its tokenizer differs from that of `{self.recipe.model.name}` in "
             what += f"{counted(len(differing), 'token')}: `{first}` is {there} there, {here} here"
