@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.evaluation.predict import answer, answer_file
 from lora_cli.export.merge import merge_adapter
+from lora_cli.files import write_manifest
 from lora_cli.metrics.retrieval_scores import retrieval_scores
 from lora_cli.models.sentence_transformer import LENGTH
 from lora_cli.preprocessing.encode import load_data
@@ -41,6 +43,7 @@ from lora_cli.tasks.embeddings.embedding_losses import ANCHOR, NEGATIVE, POSITIV
 from lora_cli.tasks.embeddings.embedding_search import labelled_corpus, pairs_corpus, search
 from lora_cli.training import train
 from lora_cli.training.batches import prepared_for
+from lora_cli.training.checkpoints import checkpoints
 from lora_cli.training.coupled_step import add_coupled_gradients
 from lora_cli.training.engine import Engine
 
@@ -506,6 +509,26 @@ def test_a_run_says_what_is_found_before_and_after(trained: tuple[Path, Json]) -
     assert "<h2>Ranks</h2>" in page
     assert "FEATURE_EXTRACTION" in (folder / "out/adapter_config.json").read_text()
     assert "AutoModel" in (folder / "out/README.md").read_text(encoding="utf-8")
+
+
+def test_a_complete_run_takes_what_it_found_in_its_base_and_rejects_other_keys(
+    trained: tuple[Path, Json], tmp_path: Path
+) -> None:
+    folder, report = trained
+    out, path = tmp_path / "out", folder / "recipe.yaml"
+    shutil.copytree(folder / "out", out)
+    with contextlib.redirect_stderr(io.StringIO()):
+        again = train(load_recipe(path, [f"output_dir={out}"]), resume=True)
+        assert again["metrics"] == report["metrics"]
+        with pytest.raises(LoraError, match=r"`task\.pooling: mean`, the recipe now says `cls`"):
+            train(load_recipe(path, [f"output_dir={out}", "task.pooling=cls"]), resume=True)
+        (_, newest) = checkpoints(out)[-1]
+        state = json.loads((newest / "trainer.json").read_text())
+        state["recipe"]["task"]["max_length"] = 16  # as if the recipe had said so then
+        (newest / "trainer.json").write_text(json.dumps(state))
+        write_manifest(newest)
+        with pytest.raises(LoraError, match=r"`task\.max_length: 16`, the recipe now says `"):
+            train(load_recipe(path, [f"output_dir={out}"]), resume=True)
 
 
 def test_the_loss_does_not_depend_on_how_many_are_embedded_together(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,13 @@ from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Encoded
 from lora_cli.training.checkpoints import checkpoints, peek_state
 from lora_cli.training.run_log import peak_memory_bytes, rate_key
-from lora_cli.training.train_state import VERSIONS, TrainState, recipe_facts, reject_changes
+from lora_cli.training.train_state import (
+    VERSIONS,
+    TrainState,
+    changed_keys,
+    recipe_facts,
+    reject_changes,
+)
 
 REPORT = "report.json"
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "safetensors")
@@ -53,9 +60,8 @@ def finished_report(recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     if not (folder / REPORT).exists():
         return None
     report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    state = peek_state(folder)
-    if state is None:  # it was restored without its checkpoints, or they are damaged
-        state = TrainState(recipe=recipe_facts(load_adapter_recipe(folder)))
+    state = _state_of(folder)
+    if not state.step:  # it was restored without its checkpoints, or they are damaged
         try:
             changes = [Problem(what, str(folder)) for what in reject_changes(state, recipe)]
         except LoraError as error:  # whose hint is how to go on
@@ -76,11 +82,16 @@ def finished_report(recipe: Recipe, resume: bool) -> dict[str, Any] | None:
     return None if reject_changes(state, recipe) else report
 
 
+def _state_of(folder: Path) -> TrainState:
+    """Return the state of a run; of one without checkpoints, its recipe alone."""
+    return peek_state(folder) or TrainState(recipe=recipe_facts(load_adapter_recipe(folder)))
+
+
 def reject_other_rows(recipe: Recipe, report: dict[str, Any], data: dict[str, Encoded]) -> None:
-    """Reject the results of a complete run if its rows are others by now.
+    """Reject the results of a complete run if its rows, or what was found in them, are others now.
 
     Args:
-        recipe: Says where the rows lie.
+        recipe: The recipe, completed by what the data say.
         report: The report of the run.
         data: The rows now.
 
@@ -99,6 +110,9 @@ def reject_other_rows(recipe: Recipe, report: dict[str, Any], data: dict[str, En
         for split in SPLITS
         if before.get(split) != now.get(split)
     ]
+    if not problems:
+        found = changed_keys(_state_of(recipe.output_path).recipe, recipe, data_is_read=True)
+        problems = [problem for key, problem in found.items() if key.startswith("task.")]
     if problems:
         raise LoraError(problems)
 

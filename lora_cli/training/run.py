@@ -99,7 +99,7 @@ def train(recipe: Recipe, resume: bool = False, learned: Learned | None = None) 
                 task.complete_data(accelerator.device)
             data = load_data(task)
             if finished is not None:
-                reject_other_rows(recipe, finished, data)
+                reject_other_rows(task.completed_recipe, finished, data)
                 if is_main:
                     warn_of_other_versions(finished)
                 return finished

@@ -125,7 +125,7 @@ def reject_changes(saved: TrainState, recipe: Recipe, now: TrainState | None = N
     Returns:
         What changed, and is allowed to.
     """
-    problems = _changed_keys(saved.recipe, recipe, now is not None)
+    problems = changed_keys(saved.recipe, recipe, now is not None)
     if now is not None:
         problems |= _changed_facts(saved, now)
     allowed = recipe.checkpoint.allow_changes
@@ -175,10 +175,17 @@ def reject_fewer_steps(state: TrainState, total_steps: int, recipe: Recipe) -> N
         )
 
 
-def _changed_keys(before: dict[str, Any], recipe: Recipe, data_is_read: bool) -> dict[str, Problem]:
+def changed_keys(before: dict[str, Any], recipe: Recipe, data_is_read: bool) -> dict[str, Problem]:
+    """Return the keys that differ from those with which a run was started.
+
+    Args:
+        before: `recipe_facts` of then.
+        recipe: The recipe now.
+        data_is_read: Whether it is completed by what the data say; else that is not compared.
+    """
     facts = recipe_facts(recipe)
     if not data_is_read:
-        _adopt_findings(facts["task"], before["task"])
+        _adopt_findings(facts["task"], before["task"], recipe.task)
     then, now = flat(_with_new_defaults(before, recipe, facts)), flat(facts)
     return {
         key: Problem(
@@ -242,13 +249,20 @@ def _changed(then: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _adopt_findings(task: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Take over what a run found in its data, where the recipe leaves it to the data."""
-    for key in ("labels", "letters", "decoder"):
-        if key in task and task[key] is None:
-            task[key] = saved.get(key)
-    if task.get("class_weights") == "balanced" and isinstance(saved.get("class_weights"), dict):
-        task["class_weights"] = saved["class_weights"]
+def _adopt_findings(facts: dict[str, Any], saved: dict[str, Any], spec: BaseModel) -> None:
+    """Take over what a run may have found in its data or its base: keys that the recipe leaves out.
+
+    Args:
+        facts: The task section now; it is changed in place.
+        saved: The task section with which the run was started.
+        spec: The task section of the recipe.
+    """
+    for name, key in type(spec).model_fields.items():
+        shown, open_values = key.alias or name, (None, key.get_default(call_default_factory=True))
+        if shown in facts and shown in saved and getattr(spec, name) in open_values:
+            facts[shown] = saved[shown]
+    if facts.get("class_weights") == "balanced" and isinstance(saved.get("class_weights"), dict):
+        facts["class_weights"] = saved["class_weights"]
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:
