@@ -110,6 +110,12 @@ def test_rows_that_cannot_be_used_are_passed_over(init: Init, tmp_path: Path) ->
     assert "1 row lacks a text or a label" in comment
 
 
+def test_epochs_are_for_the_rows_that_are_trained(init: Init, tmp_path: Path) -> None:
+    rows = [*labelled(24, ["a", "b"]), *([f"a text without a label {i}", ""] for i in range(600))]
+    init("rows.csv", table(["text", "label"], rows))
+    assert "for 24 rows" in (tmp_path / "recipe.yaml").read_text()
+
+
 def test_one_column_of_text_without_a_header(init: Init) -> None:
     content = "".join(f"{text}, and so on\n" for text in texts(20)) + "no comma here\n"
     recipe = init("lines.csv", content, "llama")

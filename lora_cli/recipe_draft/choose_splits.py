@@ -120,6 +120,11 @@ def is_unusable(row: dict[str, Any], chosen: Proposal) -> bool:
     return name is not None and is_blank(row.get(name)) and "label_separator" not in keys
 
 
+def usable_rows(rows: Rows, chosen: Proposal) -> list[dict[str, Any]]:
+    """Return the rows that are trained or measured: with all that the task reads."""
+    return [row for row in rows if not is_unusable(row, chosen) and not is_skipped(row, chosen)]
+
+
 # ------------------------------------------------------------------------- splits of the author
 
 
@@ -269,7 +274,7 @@ def _draws(
     rows: list[dict[str, Any]], columns: Sequence[Column], chosen: Proposal, both: bool
 ) -> Keys:
     """Return validation, and test where there are enough rows, as draws from train."""
-    rows = [row for row in rows if not is_unusable(row, chosen) and not is_skipped(row, chosen)]
+    rows = usable_rows(rows, chosen)
     compared = TASKS[chosen.keys["type"]].model_construct(**chosen.keys).input_columns_by_key
     asked = [name for name in chosen.inputs if name in compared.values()]  # as the draw has it
     texts = [_text(row, asked) for row in rows]

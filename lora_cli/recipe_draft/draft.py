@@ -24,7 +24,7 @@ from lora_cli.recipe_draft.answer_cuts import rows_without_answer
 from lora_cli.recipe_draft.base_model_info import Base, describe_base
 from lora_cli.recipe_draft.box_sources import read_boxes
 from lora_cli.recipe_draft.chat_lengths import TurnCounter
-from lora_cli.recipe_draft.choose_splits import Keys, Rows, choose_splits, is_unusable
+from lora_cli.recipe_draft.choose_splits import Keys, Rows, choose_splits, is_unusable, usable_rows
 from lora_cli.recipe_draft.choose_task import choose_task
 from lora_cli.recipe_draft.data_folder import read_source
 from lora_cli.recipe_draft.draft_findings import add_findings
@@ -119,7 +119,7 @@ def _drafted(
     _task(draft, base, chosen, [file.rows, other_rows])
     _data(draft, file, columns, chosen, target, splits)
     limits = _limits(chosen)
-    add_training(draft, base, len(file.rows), card, list(limits))
+    add_training(draft, base, len(usable_rows(file.rows, chosen)), card, list(limits))
     warning = unknown_share([file.rows, other_rows], base, chosen) if limits else None
     if warning is not None:
         draft.findings.append(("unknown", warning))
