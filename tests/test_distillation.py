@@ -28,8 +28,8 @@ from lora_cli.tasks.teachers.distillation_loss import (
     token_divergence,
     top_tokens,
 )
-from lora_cli.training import run as runs_of_training
 from lora_cli.training import train
+from lora_cli.training.step_log import StepLog
 
 CPU = torch.device("cpu")
 TEXTS = [*tiny.CORPUS, "a bore", "a warm plot and a long story"]
@@ -271,14 +271,14 @@ def test_a_run_resumes_exactly_and_not_with_another_teacher(
         tmp_path / "recipe.yaml", [f"output_dir={tmp_path / 'one'}", "train.log_every_steps=3"]
     )
     train(whole)
-    made = runs_of_training.Run._record
+    add = StepLog.add
 
     def leaving(self: Any, planned: Any, *rest: Any) -> None:
         if planned.number == 3:
             raise KeyboardInterrupt
-        made(self, planned, *rest)
+        add(self, planned, *rest)
 
-    monkeypatch.setattr(runs_of_training.Run, "_record", leaving)
+    monkeypatch.setattr(StepLog, "add", leaving)
     with pytest.raises(KeyboardInterrupt):
         train(stopped)
     monkeypatch.undo()

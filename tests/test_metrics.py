@@ -585,6 +585,7 @@ def test_empty_texts():
 
 def test_modes():
     lower = ["loss", "mse", "rmse", "mae", "perplexity", "no_answer", "wer", "cer"]
+    lower += ["mel_l1", "length_error"]
     expected = dict.fromkeys(lower, "min")
     assert {name: metric_mode(name) for name in expected} == expected
     for name in set(known_metrics()) - set(expected) | {"rouge1", "rouge2", "rougeL", "rougeLsum"}:

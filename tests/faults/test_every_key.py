@@ -539,6 +539,7 @@ CHANGES: dict[str, Change] = {
     "speech_recognition.decoder": Change(message, ("attention", "ctc"), "speech"),
     "speech_recognition.language": Change(losses, ("de", "zh"), "speech"),
     "speech_recognition.task": Change(losses, ("transcribe", "translate"), "speech"),
+    "speech_recognition.letters": Change(message, (None, "abc"), "speech"),
     "speech_recognition.long_audio": Change(
         data, ("silence", "drop"), "speech", {"data.validation": "long.jsonl"}
     ),
