@@ -21,6 +21,7 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.tasks import build_training_task
 from lora_cli.tasks.contract import Task
+from lora_cli.tasks.generation.output_head import HiddenStates
 from lora_cli.tasks.teachers.distillation_loss import (
     TopTokens,
     label_divergence,
@@ -379,6 +380,9 @@ def test_a_step_of_a_language_model_is_that_of_plain_torch(tmp_path: Path, packi
         examples = [packs[i] for i in range(len(packs))]
         assert len(packs) < len(TEXTS)
     _, loss = batch_and_loss(task, model, examples)
+    task.fit_to_model(model.requires_grad_(False))
+    assert isinstance(task.forward(model, task.collate(examples)), HiddenStates)
+    _, without_all_scores = batch_and_loss(task, model, examples)
 
     teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").eval()
     read = AutoTokenizer.from_pretrained(tmp_path / "base")
@@ -399,6 +403,29 @@ def test_a_step_of_a_language_model_is_that_of_plain_torch(tmp_path: Path, packi
         ce.append(F.cross_entropy(logits, ids[0, 1:], reduction="none"))
     wanted = 0.4 * torch.cat(kl).mean() + 0.6 * torch.cat(ce).mean()
     assert_close(loss, wanted, 1e-4)
+    assert_close(without_all_scores, wanted, 1e-4)
+
+
+def test_neither_student_nor_teacher_may_let_packed_texts_see_each_other(tmp_path: Path) -> None:
+    class Forgetful(torch.nn.Module):
+        """A language model that takes no position ids."""
+
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            return self.model(input_ids=input_ids, use_cache=use_cache)
+
+    task: Any
+    task, model, _ = opened(writer(tmp_path, ("train.packing=true",)))
+    split = load_data(task)["train"]
+    task.check_packing(model, split)
+    with pytest.raises(LoraError, match="^(?!the teacher).*packed texts see each other"):
+        task.check_packing(Forgetful(model), split)
+    task.teacher._model = Forgetful(task.teacher.model())
+    with pytest.raises(LoraError, match="the teacher: .*packed texts see each other"):
+        task.check_packing(model, split)
 
 
 @pytest.mark.parametrize("packing", ["false", "true"])

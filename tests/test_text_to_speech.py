@@ -442,6 +442,19 @@ def test_one_speaker_of_a_file_is_that_of_a_column(tmp_path: Path) -> None:
     assert_close(torch.from_numpy(task.vector_of_row({})), torch.tensor(wanted[0]).float())
 
 
+def test_a_file_of_a_speaker_runs_no_code(tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self) -> Any:
+            return Path.mkdir, (tmp_path / "ran",)
+
+    np.save(tmp_path / "me.npy", np.array([Code()], dtype=object), allow_pickle=True)
+    task = {"speaker_column": ..., "speaker_embedding": "me.npy"}
+    nobody = build_task(load_recipe(write_recipe_of(tmp_path, task=task)))
+    with pytest.raises(LoraError, match=r"is no array that `numpy\.save` wrote"):
+        nobody.load_processor()
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_speaker_has_to_be_named(tmp_path: Path) -> None:
     nobody = build_task(load_recipe(write_recipe_of(tmp_path, task={"speaker_column": ...})))
     with pytest.raises(LoraError, match="nothing says who speaks"):

@@ -15,6 +15,7 @@ from lora_cli.tasks.causal_lm import CausalLM
 from lora_cli.tasks.classification.classification_task import Classification
 from lora_cli.tasks.examples import IGNORED, Batch
 from lora_cli.tasks.sequence_classification import SequenceClassification
+from lora_cli.tasks.task_rows import TaskRows
 from lora_cli.tasks.teachers import with_teacher
 from lora_cli.tasks.teachers.distillation_loss import (
     TopTokens,
@@ -121,6 +122,16 @@ def test_only_train_rows_may_have_no_label(
     monkeypatch.setattr(Classification, "row_error", lambda *_: "of the label")
     found = own.row_error({"label": label, "text": "x"}, training)
     assert found == ("of the input" if training and not label else "of the label")
+    assert own.row_error({"label": label, "text": "x"}) == "of the label"
+
+
+def test_only_train_rows_need_no_column_of_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    own: Any = object.__new__(TaughtSequenceClassification)
+    text, both = {"task.text_column": "text"}, {"task.text_column": "text", "task.label": "label"}
+    monkeypatch.setattr(SequenceClassification, "input_columns", lambda _: text)
+    monkeypatch.setattr(TaskRows, "needed_columns", lambda _, training=False: both)
+    assert own.needed_columns(training=True) == text
+    assert own.needed_columns(training=False) == own.needed_columns() == both
 
 
 @pytest.mark.parametrize("several", [False, True])
