@@ -196,6 +196,15 @@ def test_what_lies_inside_the_head_belongs_to_it(tmp_path: Path) -> None:
     assert spec.train_modules == ["roberta.embeddings.LayerNorm"]
 
 
+def test_a_module_that_stands_in_two_places_is_found_in_both() -> None:
+    model = nn.Module()
+    model.shared = model.embed = nn.Embedding(3, 2)
+    saved = AdapterFolder(
+        Path(), {"modules_to_save": ["embed"]}, {"embed.weight": torch.zeros(3, 2)}, False
+    )
+    assert module._trained_in_full(model, saved, []) == (["embed"], False)
+
+
 def test_of_a_configuration_without_rank_and_alpha_peft_s_own_are_meant(tmp_path: Path) -> None:
     saved, _ = of_peft(tmp_path, r=8, target_modules=["query"])
     for key in ("r", "lora_alpha", "bias", "use_rslora", "rank_pattern", "alpha_pattern"):
