@@ -715,7 +715,7 @@ def test_an_answer_is_the_name_of_the_picture_that_was_drawn(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     made = task(evaluate__drawing={"seed": 7})
-    made.answer_folder = tmp_path / "drawn" if has_folder else None
+    made.answer_folder = tmp_path / "new/drawn" if has_folder else None
     asked: list[Any] = []
 
     def draw(model: Any, prompts: list[str]) -> list[Saved]:
@@ -729,7 +729,7 @@ def test_an_answer_is_the_name_of_the_picture_that_was_drawn(
     assert made.n_cut_prompts == 1
     names = [picture_name(prompt, 7) for prompt in prompts]
     assert found == [[f"drawn/{name}" if has_folder else name] for name in names]
-    place = tmp_path / "drawn" if has_folder else tmp_path
+    place = tmp_path / "new/drawn" if has_folder else tmp_path
     assert [(place / name).read_text() for name in names] == prompts
     assert made.answer_columns() == {"picture": "string"}
     assert made.join({}, [Prediction(3, None, None), Prediction(3, None, None)]) == Prediction(

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -33,6 +34,8 @@ from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import prepared_for_evaluation
 from lora_cli.tasks.speech.speakers import SpeakerError, vector_of
 from lora_cli.tasks.speech.spectrogram_loss import ATTENTION
+from lora_cli.tasks.speech.speecht5 import Spoken
+from lora_cli.tasks.text_to_speech import TextToSpeech
 from lora_cli.training import train
 from lora_cli.training.batches import prepared_for
 
@@ -228,6 +231,27 @@ def test_metrics_are_those_of_numpy_and_scikit_learn(tmp_path: Path) -> None:
     assert report["length_error"] == pytest.approx(float(np.mean(lengths)))
 
 
+def test_a_step_ends_where_its_frames_together_reach_the_threshold() -> None:
+    task: Any = object.__new__(TextToSpeech)
+    task.config = SimpleNamespace(reduction_factor=2)
+    task.spec = SimpleNamespace(stop_threshold=1.0)
+    # of frames whose logit is 0, two have the probability 0.5 + 0.5
+    stops = torch.tensor([[-1.0, 0, 0, 0, -9, -9, 0, 0], [-1, 0, -1, 0, 0, 0, 9, 9]])
+    mel, after = torch.zeros(2, 8, 3), torch.full((2, 8, 3), 0.5)
+    after[1, 6:] = 7.0  # behind the end
+    frames = torch.tensor([8, 5])
+    targets = {
+        "mel": mel, "trained": torch.arange(8) < frames[:, None], "last_step": torch.tensor([3, 2]),
+    }  # fmt: skip
+    after[0, 0] = -1.0
+    errors, ends, goes_on = task._counts(Spoken(after, after, stops, ()), targets)
+    assert errors == [3 * (7 * 0.5 + 1), 3 * 5 * 0.5]
+    assert ends == [1.0, 1.0]
+    assert goes_on == [2.0, 2.0]  # of three before the end, and of two
+    task.spec.stop_threshold = 1.0001
+    assert task._counts(Spoken(after, after, stops, ()), targets)[1:] == ([0, 0], [3, 2])
+
+
 # --------------------------------------------------------------------------------- what it says
 
 
@@ -247,7 +271,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_adapter_of_a_run_speaks_as_with_transformers_and_peft(trained: Path) -> None:
-    adapter, work = trained / "out", trained / "work"
+    adapter, work = trained / "out", trained / "new/work"
     task, model, accelerator = open_adapter(adapter, load_adapter_recipe(adapter))
     task.answer_folder = work
     row = {"text": "what  a story", "speaker": tiny_synthesis.speaker(1)}
@@ -261,7 +285,7 @@ def test_the_adapter_of_a_run_speaks_as_with_transformers_and_peft(trained: Path
         speaking = PeftModel.from_pretrained(base, adapter).eval() if with_adapter else base
         torch.manual_seed(task.recipe.train.seed)
         said.append(speaking.generate_speech(ids["input_ids"], **how).detach())
-    samples, rate = soundfile.read(trained / name, dtype="float32")
+    samples, rate = soundfile.read(work.parent / name, dtype="float32")
     assert rate == 16_000
     assert len(samples) % (2 * 256) == 0  # whole steps of the decoder
     wanted = said[1].clamp(-1, 1).numpy()
