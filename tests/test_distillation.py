@@ -421,10 +421,10 @@ def test_neither_student_nor_teacher_may_let_packed_texts_see_each_other(tmp_pat
     task, model, _ = opened(writer(tmp_path, ("train.packing=true",)))
     split = load_data(task)["train"]
     task.check_packing(model, split)
-    with pytest.raises(LoraError, match="^(?!the teacher).*packed texts see each other"):
+    with pytest.raises(LoraError, match=r"^(?!the teacher).*packed texts see each other"):
         task.check_packing(Forgetful(model), split)
     task.teacher._model = Forgetful(task.teacher.model())
-    with pytest.raises(LoraError, match="the teacher: .*packed texts see each other"):
+    with pytest.raises(LoraError, match=r"the teacher: .*packed texts see each other"):
         task.check_packing(model, split)
 
 

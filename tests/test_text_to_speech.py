@@ -174,6 +174,39 @@ def test_what_is_drawn_depends_on_seed_row_and_in_training_on_the_step(tmp_path:
     assert 0.4 < float(torch.cat([*steps, *again], 1).float().mean()) < 0.6
 
 
+def test_a_row_is_as_long_as_its_spectrogram_and_no_longer_than_the_model_has_positions(
+    tmp_path: Path,
+) -> None:
+    task, _, _ = opened(write_recipe_of(tmp_path))
+    extractor = SpeechT5FeatureExtractor.from_pretrained(tmp_path / "base")
+    row = tiny_synthesis.row(0, tmp_path)
+    most = tiny_synthesis.SPEECH_POSITIONS * 2
+
+    def example(n_samples: int, text: str = "a") -> Any:
+        samples = tiny_speech.sound(0, 2.0)[:n_samples]
+        file = tiny_speech.write(tmp_path / f"{n_samples}.wav", samples)
+        ((found,),) = task.encode([{**row, "text": text, "audio": {"bytes": None,
+                                                                  "path": str(file)}}])  # fmt: skip
+        return {**found, "row": 0}
+
+    for n_samples in (1023, 1024, 1025, 1279, 256 * most - 1):
+        one = example(n_samples)
+        samples, _ = soundfile.read(one["audio"]["path"], dtype="float32")
+        mel = extractor(audio_target=samples, sampling_rate=16_000)["input_values"][0]
+        assert task.cost(one) == one["n_frames"] == len(mel)
+        prepared = prepared_for_evaluation(task, one)
+        assert task.output_length(prepared) == len(mel)
+        assert_close(prepared["mel"], torch.from_numpy(mel))
+    with pytest.raises(LoraError, match=r"lasts 1\.9 s, and the model says 1\.9 s at most"):
+        example(256 * most)
+    letters = tiny_synthesis.TEXT_POSITIONS - 1  # and the end
+    assert len(example(1024, "b" * letters)["input_ids"]) == letters + 1
+    with pytest.raises(LoraError, match="its text has 81 tokens, and the model reads 80 at most"):
+        example(1024, "b" * (letters + 1))
+    shown = task.shown(example(1024, "abc"), colour=False)
+    assert shown == (["text 4 tokens"], "1024.wav: 0.06 s at 16,000 Hz, 1 channel\nabc</s>")
+
+
 def test_filling_texts_and_spectrograms_further_changes_nothing(tmp_path: Path) -> None:
     task, model, data = opened(write_recipe_of(tmp_path))
     found = []
