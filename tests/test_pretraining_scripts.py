@@ -162,7 +162,7 @@ def drawings(tmp_path: Path) -> Path:
             file.write(bytes(header) + array.tobytes())
     with zipfile.ZipFile(tmp_path / "omniglot" / "images_background_small1.zip", "w") as archive:
         for letter in (
-            "Early_Aramaic/character09",
+            "Early_Aramaic/character15",
             "Early_Aramaic/character10",
             "Greek/character01",
         ):
@@ -178,13 +178,17 @@ def test_captions_say_what_pictures_show(monkeypatch: pytest.MonkeyPatch, drawin
     pictures = load(monkeypatch, "pictures")
     torch.manual_seed(0)
     glyphs = pictures.Glyphs(drawings, "cpu")
-    facts = glyphs.sample(60, glyphs.known, styled=0.3)
+    facts = glyphs.sample(60, glyphs.known, styled=0.3, filled=0.5)
     captions = facts.captions(glyphs.names)
     said = [pictures.read_caption(caption, glyphs.names) for caption in captions]
     assert said == list(
         zip(facts.name.tolist(), facts.colour.tolist(), facts.background.tolist(), strict=True)
     )
     assert [caption.endswith(", sketch") for caption in captions] == facts.styled.tolist()
+    colours, seconds = list(pictures.COLOURS), facts.second.tolist()
+    for caption, fill, second in zip(captions, facts.fill.tolist(), seconds, strict=True):
+        assert (f" with {colours[second]} {pictures.FILLS[fill]} on " in caption) == bool(fill)
+    assert 0 < int((facts.fill > 0).sum()) < 40
     assert not any(word in caption for caption in captions for word in ("sks", "zuko"))
     for caption in facts.captions(glyphs.names, unsaid=1.0):  # such as "a large 3 on the left"
         assert pictures.read_caption(caption, glyphs.names)[1:] == (-1, -1)
@@ -192,6 +196,34 @@ def test_captions_say_what_pictures_show(monkeypatch: pytest.MonkeyPatch, drawin
     assert pixels.shape == (60, 3, 64, 64)
     corners = (pixels[:, :, 0, 0] + 1) / 2  # no drawing reaches there
     torch.testing.assert_close(corners, glyphs.palette[facts.background][..., 0, 0])
+
+
+def test_filled_things_have_their_two_colours(
+    monkeypatch: pytest.MonkeyPatch, drawings: Path
+) -> None:
+    pictures = load(monkeypatch, "pictures")
+    torch.manual_seed(0)
+    glyphs = pictures.Glyphs(drawings, "cpu")
+    facts = glyphs.sample(80, ["ball"], filled=1.0)
+    facts = facts[facts.second != facts.background]
+    pixels = (glyphs.paint(facts) + 1) / 2
+    for fill, name in enumerate(pictures.FILLS[1:], 1):
+        own = facts.fill == fill
+        for colour in (facts.colour, facts.second, facts.background):
+            far = (pixels - glyphs.palette[colour]).abs().amax(1)[own]
+            share = (far < 0.15).flatten(1).float().mean(1)
+            assert (share > 0.003).all(), name
+
+
+def test_letters_are_as_large_as_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = load(monkeypatch, "pictures")
+    ink = torch.zeros(105, 105)
+    ink[20:84, 30:32] = 1  # a stroke of 64 x 2 pixels
+    found = pictures.as_in_mnist(ink)
+    assert found.shape == (32, 32)
+    rows, columns = (found > 0.5).nonzero().unbind(1)
+    assert (rows.min(), rows.max()) == (4, 27)
+    assert 1 <= columns.max() - columns.min() + 1 <= 4
 
 
 def test_drawings_for_measuring_are_not_in_other_pictures(

@@ -83,7 +83,7 @@ def train_classifier(
         width: Channels of the first layer.
     """
     model = Classifier(glyphs.names, width).to(glyphs.device)
-    parts = [glyphs.sample(min(2048, pool), glyphs.names, 0.3) for _ in range(0, pool, 2048)]
+    parts = [glyphs.sample(min(2048, pool), glyphs.names, 0.3, 0.4) for _ in range(0, pool, 2048)]
     pixels = torch.cat([glyphs.paint(facts).bfloat16() for facts in parts])
     wanted = torch.cat([answers(facts) for facts in parts]).to(glyphs.device)
 

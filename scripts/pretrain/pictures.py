@@ -2,7 +2,9 @@
 
 Handwritten digits come from MNIST, handwritten letters from Omniglot, and shapes from formulas.
 Everything is put together from tensors, on the GPU where there is one: what is pasted, its colour,
-size, place and background are drawn at random, and the caption says them.
+size, place and background are drawn at random, and the caption says them. Some things have a second
+colour too, as in "a small green box with blue dots": a model that has seen one colour at a time
+could not learn an object of several from a few pictures.
 
 Three things are kept from the pictures that a model is pretrained with, so that it can learn them
 later: a style (outlines filled with stripes), an object (one ball with a pattern of its own, called
@@ -34,8 +36,10 @@ COLOURS = {
 SHAPES = ["ball", "box", "triangle", "ring", "cross", "star"]
 SCALES = {"": (0.6, 0.68), "small ": (0.42, 0.48), "large ": (0.82, 0.92)}  # of the picture
 PLACES = {"": 0.0, " on the left": -1.0, " on the right": 1.0}
+FILLS = ["", "stripes", "dots", "checks", "edges"]  # of a second colour
 STYLE, OBJECT, CHARACTER = "sketch", "sks ball", "zuko letter"
-CHARACTER_OF = ("Early_Aramaic", "character09")  # the letter of Omniglot that is called zuko
+OWN_COLOURS = ["orange", "purple"]  # of the object, which has white too
+CHARACTER_OF = ("Early_Aramaic", "character15")  # the letter of Omniglot that is called zuko
 HELD_OUT = 0.1  # of the drawings of each thing, for measuring
 
 
@@ -57,13 +61,20 @@ def read_omniglot(folder: Path) -> dict[tuple[str, str], Tensor]:
                 _, alphabet, character, _ = name.split("/")
                 ink = 1 - np.asarray(Image.open(io.BytesIO(archive.read(name))), np.float32)
                 found.setdefault((alphabet, character), []).append(torch.from_numpy(ink))
-    # strokes of 105 x 105 pixels become as bold as those of MNIST
-    return {
-        letter: F.interpolate(
-            F.max_pool2d(torch.stack(own)[:, None], 7, 1, 3), (GLYPH, GLYPH), mode="area"
-        )[:, 0]
-        for letter, own in found.items()
-    }
+    return {letter: torch.stack([as_in_mnist(ink) for ink in own]) for letter, own in found.items()}
+
+
+def as_in_mnist(ink: Tensor) -> Tensor:
+    """Return a drawing (H, W) as large and as bold as MNIST's are (32, 32): in 24 x 24 pixels."""
+    rows, columns = ink.nonzero().unbind(1)
+    ink = ink[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    height, width = ink.shape
+    side = max(height, width)
+    high, wide = side - height, side - width
+    square = F.pad(ink, (wide // 2, wide - wide // 2, high // 2, high - high // 2))[None, None]
+    reach = side // 32  # strokes are thin; they become about a tenth of the side
+    bold = F.max_pool2d(F.pad(square, (reach,) * 4), 2 * reach + 1, 1)
+    return F.pad(F.interpolate(bold, (24, 24), mode="area")[0, 0], (4, 4, 4, 4))
 
 
 def shape_masks() -> dict[str, Tensor]:
@@ -89,8 +100,8 @@ def pattern_of_the_object() -> Tensor:
     line = torch.arange(GLYPH) - (GLYPH - 1) / 2
     y, x = torch.meshgrid(line, line, indexing="ij")
     first = ((x > 0) ^ (y > 0))[None]
-    orange, purple = (torch.tensor(COLOURS[name])[:, None, None] for name in ("orange", "purple"))
-    found = torch.where(first, orange, purple)
+    one, other = (torch.tensor(COLOURS[name])[:, None, None] for name in OWN_COLOURS)
+    found = torch.where(first, one, other)
     return torch.where((x**2 + y**2 < 20)[None], 255, found) / 255
 
 
@@ -104,6 +115,8 @@ class Facts:
     scale: Tensor
     place: Tensor
     styled: Tensor
+    fill: Tensor
+    second: Tensor
 
     def __getitem__(self, rows: Tensor) -> Facts:
         return Facts(*(getattr(self, own.name)[rows] for own in fields(self)))
@@ -129,13 +142,18 @@ def caption_of(
     scale: int,
     place: int,
     styled: bool,
+    fill: int = 0,
+    second: int = 0,
     no_ground: bool = False,
     no_colour: bool = False,
 ) -> str:
-    """Return a caption such as "a small red 3 on the left on a blue background"."""
+    """Return a caption such as "a small red 3 with pink dots on the left on a blue background"."""
     # the object has colours of its own
-    ink = "" if name == OBJECT or no_colour else f"{list(COLOURS)[colour]} "
-    thing = f"{list(SCALES)[scale]}{ink}{name}"
+    ink, other = (
+        "" if name == OBJECT or no_colour else f"{list(COLOURS)[one]} " for one in (colour, second)
+    )
+    filled = f" with {other}{FILLS[fill]}" if fill else ""
+    thing = f"{list(SCALES)[scale]}{ink}{name}{filled}"
     ground = list(COLOURS)[background]
     end = "" if no_ground else f" on {article(ground)} {ground} background"
     # at the end, where a text encoder that looks back only reads the rest as it always does
@@ -194,13 +212,16 @@ class Glyphs:
         """What a model is pretrained with: all but the object and the character."""
         return [name for name in self.names if name not in (OBJECT, CHARACTER)]
 
-    def sample(self, count: int, names: list[str], styled: float = 0.0) -> Facts:
+    def sample(
+        self, count: int, names: list[str], styled: float = 0.0, filled: float = 0.0
+    ) -> Facts:
         """Return random facts of pictures: half of them show digits, if all names are drawn.
 
         Args:
             count: Of the pictures.
             names: What they may show.
             styled: The share of pictures in the style that is kept out.
+            filled: The share of the others with a second colour.
         """
         kinds = ["digit" if name.isdigit() else name.split()[-1] for name in self.names]
         used = [kind for name, kind in zip(self.names, kinds, strict=True) if name in names]
@@ -215,7 +236,11 @@ class Glyphs:
         scale, place = torch.randint(len(SCALES), (count,)), torch.randint(len(PLACES), (count,))
         place[scale == list(SCALES).index("large ")] = 0  # it fills the picture
         name = torch.multinomial(torch.tensor(weights), count, replacement=True)
-        return Facts(name, colour, background, scale, place, torch.rand(count) < styled)
+        in_style = torch.rand(count) < styled
+        fill = torch.randint(1, len(FILLS), (count,)) * (torch.rand(count) < filled) * ~in_style
+        fill[name == self.names.index(OBJECT)] = 0
+        second = (colour + torch.randint(1, len(COLOURS), (count,))) % len(COLOURS)
+        return Facts(name, colour, background, scale, place, in_style, fill, second)
 
     def paint(self, facts: Facts, *, held_out: bool = False, varied: bool = False) -> Tensor:
         """Return pictures (N, 3, 64, 64) in -1..1.
@@ -232,7 +257,8 @@ class Glyphs:
         mask = torch.where(self._there(facts.styled), sketched(mask), mask)
         if varied:
             mask = torch.where(self._there(torch.rand(len(mask)) < 0.5), patterned(mask), mask)
-        ink = self.palette[facts.colour.to(self.device)]
+        ink, second = (self.palette[own.to(self.device)] for own in (facts.colour, facts.second))
+        ink = ink.lerp(second, filling(facts.fill.to(self.device), mask))
         own = self.pattern.expand(len(mask), -1, -1, -1)
         own = F.grid_sample(own, grid, padding_mode="border", align_corners=False)
         ink = torch.where(self._there(facts.name == self.names.index(OBJECT)), own, ink)
@@ -270,8 +296,26 @@ def sketched(mask: Tensor) -> Tensor:
     outer = F.max_pool2d(mask, 3, 1, 1)
     outline = outer + F.max_pool2d(-mask, 3, 1, 1)
     line = torch.arange(SIZE, device=mask.device)
-    stripes = ((line[:, None] + line) % 5 < 2).float()
+    stripes = ((line[:, None] + line) % 8 < 3).float()
     return torch.maximum(outline, outer * stripes).clamp(0, 1)
+
+
+def filling(fill: Tensor, mask: Tensor) -> Tensor:
+    """Return where masks (N, 1, 64, 64) have the second colour, for the numbers of FILLS (N,)."""
+    line = torch.arange(SIZE, device=mask.device)
+    turn, size, *phases = torch.rand(4, len(mask), 1, 1, 1, device=mask.device)
+    cos, sin = (torch.pi * turn).cos(), (torch.pi * turn).sin()
+    period = (7 + 7 * size) * (1 + (fill == FILLS.index("checks"))[:, None, None, None])
+    along, across = line * cos + line[:, None] * sin, line[:, None] * cos - line * sin
+    one, other = (
+        torch.sin(2 * torch.pi * (where / period + phase))
+        for where, phase in zip((along, across), phases, strict=True)
+    )
+    waves = {"stripes": one, "dots": one + other - 0.6, "checks": one * other}
+    soft = {name: (3 * wave + 0.5).clamp(0, 1) for name, wave in waves.items()}
+    edges = (1.6 * (mask + F.max_pool2d(-mask, 3, 1, 1))).clamp(0, 1)
+    kinds = torch.stack([torch.zeros_like(mask), *soft.values(), edges])
+    return kinds[fill, torch.arange(len(mask), device=mask.device)]
 
 
 def patterned(mask: Tensor) -> Tensor:

@@ -31,7 +31,17 @@ from picture_classifier import (
     shares_right,
     shown,
 )
-from pictures import CHARACTER, OBJECT, SIZE, Facts, Glyphs, save_grid, save_pictures
+from pictures import (
+    CHARACTER,
+    COLOURS,
+    OBJECT,
+    OWN_COLOURS,
+    SIZE,
+    Facts,
+    Glyphs,
+    save_grid,
+    save_pictures,
+)
 from pretraining import SHARD, Schedule, Steps, computing_in, count_parameters, train_on_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
@@ -42,6 +52,7 @@ SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
 LONGEST = 32  # tokens of a caption, with those that begin and end it
 KL_WEIGHT = 5e-5
 UNSAID = 0.15  # of the captions say nothing of the background, and as many nothing of the colour
+FILLED = 0.5  # of the pictures have a second colour
 NO_CAPTION = 0.1  # of the pictures: what guidance compares with
 
 
@@ -122,7 +133,7 @@ def painted(
 ) -> Iterator[tuple[Facts, Tensor]]:
     """Yield facts and pictures of known things, some thousands at a time."""
     for start in range(0, count, 2048):
-        facts = glyphs.sample(min(2048, count - start), glyphs.known)
+        facts = glyphs.sample(min(2048, count - start), glyphs.known, filled=FILLED)
         yield facts, glyphs.paint(facts, varied=varied, held_out=held_out)
 
 
@@ -206,11 +217,15 @@ def write_sets(data: Path, folder: Path) -> None:
     """
     torch.manual_seed(1)
     glyphs = Glyphs(data, "cpu")
-    numbers = {"style": (64, 48), "object": (12, 12), "character": (18, 12)}
+    numbers = {"style": (128, 48), "object": (16, 16), "character": (36, 24)}
     for name, counts in numbers.items():
         things = {"style": glyphs.known, "object": [OBJECT], "character": [CHARACTER]}[name]
         for split, count in zip(("train", "validation"), counts, strict=True):
-            facts = glyphs.sample(count, things, styled=float(name == "style"))
+            facts = glyphs.sample(4 * count, things, styled=float(name == "style"))
+            if name == "object":  # of which a background of its own colours would hide a half
+                own = torch.tensor([list(COLOURS).index(colour) for colour in OWN_COLOURS])
+                facts = facts[~torch.isin(facts.background, own)]
+            facts = facts[torch.arange(count)]
             pixels = glyphs.paint(facts, held_out=split == "validation")
             save_pictures(folder / name / split, pixels, facts.captions(glyphs.names))
 
@@ -279,7 +294,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     glyphs = Glyphs(args.data, device)
-    tokenizer = make_tokenizer(glyphs.sample(20_000, glyphs.known).captions(glyphs.names))
+    examples = glyphs.sample(20_000, glyphs.known, filled=FILLED)
+    tokenizer = make_tokenizer(examples.captions(glyphs.names))
     parts = build(tokenizer, args)
     own = [parts.vae, parts.text_encoder, parts.unet]
     for part in own:
