@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 import tiny
 import tiny_experts
 import torch
+import yaml
 from closeness import assert_close
 from torch import nn
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from lora_cli.adapters import make_trainable as module
 from lora_cli.adapters.attach import lora_layers
@@ -20,8 +23,10 @@ from lora_cli.adapters.make_trainable import completed_section, make_trainable
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
 from lora_cli.adapters.token_rows import TokenRows
 from lora_cli.errors import IntegrityError, LoraError
+from lora_cli.export.merge import merge_adapter
 from lora_cli.models.fingerprint import Fingerprint
-from lora_cli.recipe import AdapterSpec, Learned, Recipe
+from lora_cli.recipe import AdapterSpec, Learned, Recipe, load_recipe
+from lora_cli.training import train
 
 HEAD = ["classifier"]
 IDS = torch.arange(20).reshape(2, 10) + 5
@@ -406,3 +411,51 @@ def test_another_computation_is_rejected_where_both_are_known(
     make_trainable(tiny.encoder(2), recipe, HEAD, facts={"a": 2})
     expected = [({"a": 1}, {"a": 2}, recipe, f"the adapter {tmp_path}", True)]
     assert asked == (expected if known else [])
+
+
+# ---------------------------------------------------- low-rank layers within the head of the base
+
+
+def test_a_head_that_peft_adapts_stays_adapted(tmp_path: Path) -> None:
+    # PEFT's `all-linear` spares the last layer of a head alone, and not DeBERTa's pooler
+    config = DebertaV2Config(
+        vocab_size=tiny.vocabulary(), pad_token_id=tiny.PAD, hidden_size=32, num_hidden_layers=1,
+        num_attention_heads=4, intermediate_size=48, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, pooler_dropout=0.0, pooler_hidden_size=32,
+    )  # fmt: skip
+    config.id2label, config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
+    base = tmp_path / "base"
+    tiny.enliven(DebertaV2ForSequenceClassification(config)).save_pretrained(base)
+    tiny.tokenizer().save_pretrained(base)
+    model = DebertaV2ForSequenceClassification.from_pretrained(base)
+    _, theirs = of_peft(tmp_path / "adapter", model, r=2, lora_alpha=4, target_modules="all-linear")
+    inputs = tiny.tokenizer()(tiny.CORPUS, padding=True, return_tensors="pt")
+    labels = torch.arange(len(tiny.CORPUS)) % 2
+    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    for _ in range(3):
+        theirs(**inputs, labels=labels).loss.backward()
+        with torch.no_grad():
+            for parameter in trained:
+                parameter -= 0.05 * parameter.grad
+                parameter.grad = None
+    path = tiny.recipe(
+        base, tmp_path, adapter={}, data={"path": "rows.jsonl"},
+        train={
+            "max_steps": 2, "micro_batch_size": 8, "max_grad_norm": None,
+            "optimizer": {"type": "sgd", "learning_rate": 0.05}, "scheduler": {"type": "constant"},
+        },
+    )  # fmt: skip
+    values = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**values, "adapter": {"from": "adapter"}}))
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(tiny.CORPUS)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(load_recipe(path))
+    train(load_recipe(path, ["train.max_steps=3", "checkpoint.allow_changes=true"]), resume=True)
+    again = DebertaV2ForSequenceClassification.from_pretrained(base)
+    ours = peft.PeftModel.from_pretrained(again, str(tmp_path / "out")).eval()
+    with torch.no_grad():
+        assert_close(ours(**inputs).logits, theirs(**inputs).logits)
+    merge_adapter(None, tmp_path / "out", tmp_path / "merged")
+    merged = DebertaV2ForSequenceClassification.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        assert_close(merged(**inputs).logits, theirs(**inputs).logits)

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
-from lora_cli.adapters.attach import attach
+from lora_cli.adapters.attach import attach, lora_layers
 from lora_cli.adapters.find_adapter import find_adapter_folder
 from lora_cli.adapters.load_adapter import load_adapter, own_parameters, verify_base
 from lora_cli.adapters.match_names import inside, pattern_matches
@@ -73,11 +73,16 @@ def make_trainable(
     head, learned = list(head), Learned() if learned is None else learned
     if recipe.adapter.from_ is None or learned.in_checkpoint:
         completed = learned.completed(recipe)
+        if learned.adapter is not None:
+            named = learned.adapter.target_modules
+            head = _without(head, named if isinstance(named, list) else [])
         ids = _token_ids(completed, learned)
         attach(model, completed, head, learned.in_checkpoint, ids)
         return base
     saved = find_adapter(recipe)
     _reject_other_labels(saved, learned.completed(recipe))
+    use_names_of(model, saved)
+    head = _without(head, target_names(with_current_names(saved, model), model)[0])
     learned.adapter = completed_section(model, recipe, head, saved, learned.token_ids)
     if any(parameter.is_meta for parameter in model.parameters()):
         completed = learned.completed(recipe)
@@ -94,6 +99,19 @@ def make_trainable(
         if not isinstance(model.get_submodule(name), TokenRows):  # PEFT trained the input's alone
             add_token_rows(model, name, ids, sharing(model, name))
     return base
+
+
+def head_in_full(model: nn.Module, head: Iterable[str]) -> list[str]:
+    """Return the modules of a head that are trained in full: those without low-rank layers.
+
+    (PEFT's `all-linear` adapts what stands before the last layer of a head, such as a pooler.)
+    """
+    return _without(head, lora_layers(model))
+
+
+def _without(head: Iterable[str], adapted: Iterable[str]) -> list[str]:
+    names = list(adapted)
+    return [top for top in head if not any(inside(name, top) for name in names)]
 
 
 def _token_ids(completed: Recipe, learned: Learned) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lora_cli.adapters.describe_trained import trained_in_words
-from lora_cli.adapters.make_trainable import make_trainable
+from lora_cli.adapters.make_trainable import head_in_full, make_trainable
 from lora_cli.adapters.parameter_groups import parameter_groups
 from lora_cli.adapters.parameter_targets import frozen_experts_note
 from lora_cli.adapters.peft_format.adapter_folder import differences_in_peft
@@ -72,7 +72,7 @@ def check_recipe(
                 require_gradient_checkpointing(model, recipe)
             make_trainable(model, recipe, new, learned=task.learned)
             completed = task.completed_recipe
-            in_full = [*new, *completed.adapter.train_modules]
+            in_full = [*head_in_full(model, new), *completed.adapter.train_modules]
             parameter_groups(model, completed, in_full)
             if notes is not None:
                 notes.append(trained_in_words(model))

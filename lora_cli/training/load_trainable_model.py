@@ -5,7 +5,7 @@ from __future__ import annotations
 from accelerate import Accelerator
 from torch import nn
 
-from lora_cli.adapters.make_trainable import make_trainable
+from lora_cli.adapters.make_trainable import head_in_full, make_trainable
 from lora_cli.models.fingerprint import Fingerprint, fingerprint_of
 from lora_cli.models.gradient_checkpointing import enable_gradient_checkpointing
 from lora_cli.tasks.contract import Task
@@ -20,7 +20,8 @@ def load_trainable_model(
     """Load the base model, attach the adapter, and try it on the longest example.
 
     Returns:
-        The model, the names of the modules of its new head, and the fingerprint of its base.
+        The model, the names of the modules of its head that are trained in full, and the
+        fingerprint of its base.
     """
     recipe = task.recipe
     seed_everything(recipe.train.seed)
@@ -38,4 +39,4 @@ def load_trainable_model(
         start_from_data(model, task, data["train"], accelerator)
     if recipe.train.gradient_checkpointing:
         enable_gradient_checkpointing(model, recipe)
-    return model, head, base
+    return model, head_in_full(model, head), base
