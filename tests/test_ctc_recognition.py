@@ -149,6 +149,12 @@ VOCABULARY = {"<pad>": 0, "|": 1, "A": 2, "B": 3, "'": 4, "É": 5}
         ("e\u0301", "É"),  # of two characters, and the vocabulary has it as one
         ("a|b", "AB"),  # the delimiter of words is no letter
         ("...", ""),
+        ("b\u2019a", "B'A"),  # as word processors type it
+        ("b\u02bca", "B'A"),
+        ("\u2018a b\u2019 a", "A B A"),  # marks of quotation
+        ("a-b", "AB"),  # as in the usual recipe
+        ("a\u2014b a--b a/b a...b a\u2026b", "A B A B A B A B A B"),
+        ("a.b.", "AB"),
     ],
 )
 def test_a_transcript_is_written_with_the_letters_of_the_vocabulary(text: str, wanted: str) -> None:

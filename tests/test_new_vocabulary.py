@@ -171,6 +171,7 @@ def test_a_run_from_training_to_the_merged_model(
         ("नमस्ते", "नमस्ते"),  # whose vowels are marks
         ("東京。", "東京"),
         ("?!", ""),
+        ("don\u2019t, well-known\u2014or", "don't wellknown or"),
     ],
 )
 def test_what_a_new_vocabulary_writes(text: str, wanted: str) -> None:

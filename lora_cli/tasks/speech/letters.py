@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 PUNCTUATION = "PS"  # punctuation and symbols, by the first letter of Unicode's categories
+APOSTROPHE = "'"
+TYPED_APOSTROPHES = re.compile("(?<=\\w)[\u2019\u02bc\uff07\u00b4`](?=\\w)")
+# of the punctuation that is left out, what stands between two words: `yes—no`, `and/or`, `well...`
+GAPS = re.compile("[\u2012-\u2015\u2212/\\\\_…]|-{2,}|\\.{2,}")
 
 
 class Letters:
@@ -36,15 +41,15 @@ class Letters:
         """Return a transcript as the model can write it.
 
         It gets the case of the vocabulary. Punctuation and symbols that the vocabulary lacks are
-        left out, as nobody says them; other characters stay, see `unknown`.
+        left out, as nobody says them; other characters stay, see `unknown`. Typographic apostrophes
+        become the plain one, and dashes, which are no hyphens, and slashes divide words.
         """
         text = unicodedata.normalize("NFC", text)
         if self.only_capitals:
             text = text.upper()
         elif self.only_small:
             text = text.lower()
-        kept = (c if c in self.ids or not is_symbol(c) else "" for c in " ".join(text.split()))
-        return " ".join("".join(kept).split())
+        return without_symbols(text, self.ids)
 
     def unknown(self, text: str) -> str | None:
         """Return the first character of a transcript that the model cannot write, if any."""
@@ -52,12 +57,27 @@ class Letters:
 
     def left_out(self, text: str) -> set[str]:
         """Return the punctuation and symbols of a transcript that are left out."""
-        return {c for c in text if is_symbol(c) and c not in self.ids}
+        return {c for c in plain_apostrophes(text, self.ids) if is_symbol(c) and c not in self.ids}
 
     def tokens_of(self, text: str) -> list[int]:
         """Return the tokens of a transcript; all its characters are known, or have a token."""
         found = (self.ids.get(letter, self.unknown_id) for letter in self.written(text))
         return [token for token in found if token is not None]
+
+
+def without_symbols(text: str, known: Container[str]) -> str:
+    """Return a text without the punctuation and symbols that are not among the known letters."""
+    text = plain_apostrophes(text, known)
+    text = GAPS.sub(lambda found: found[0] if found[0][0] in known else " ", text)
+    kept = (c if c in known or not is_symbol(c) else "" for c in text)
+    return " ".join("".join(kept).split())
+
+
+def plain_apostrophes(text: str, known: Container[str]) -> str:
+    """Return a text whose typographic apostrophes are the plain one, where that alone is known."""
+    if APOSTROPHE not in known:
+        return text
+    return TYPED_APOSTROPHES.sub(lambda found: found[0] if found[0] in known else APOSTROPHE, text)
 
 
 def is_symbol(character: str) -> bool:

@@ -22,10 +22,9 @@ from lora_cli.models.base_model import load_config
 from lora_cli.models.find_base import source_of
 from lora_cli.models.load_errors import explained
 from lora_cli.recipe import Recipe, read_computation
-from lora_cli.tasks.speech.letters import is_symbol
+from lora_cli.tasks.speech.letters import APOSTROPHE, without_symbols
 
 DELIMITER, UNKNOWN, BLANK = "|", "[UNK]", "[PAD]"
-APOSTROPHE = "'"  # the one mark of punctuation that is heard
 FILES = ("vocab.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -57,10 +56,10 @@ def has_tokenizer(recipe: Recipe) -> bool:
 def heard(text: str) -> str:
     """Return what a new vocabulary writes of a transcript.
 
-    It is in lower case, without punctuation and symbols but for the apostrophe.
+    It is in lower case, without punctuation and symbols but for the apostrophe, the one mark of
+    punctuation that is heard.
     """
-    kept = [c if c == APOSTROPHE or not is_symbol(c) else "" for c in text.lower()]
-    return " ".join(unicodedata.normalize("NFC", "".join(kept)).split())
+    return without_symbols(unicodedata.normalize("NFC", text.lower()), APOSTROPHE)
 
 
 def letters_of(transcripts: Iterable[str]) -> str:
