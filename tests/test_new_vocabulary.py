@@ -221,6 +221,18 @@ def test_letters_of_the_recipe_replace_those_of_the_base(tmp_path: Path) -> None
     assert task.drawn == {"lm_head.weight", "lm_head.bias"}
 
 
+def test_letters_that_the_base_has_are_no_new_vocabulary(tmp_path: Path) -> None:
+    letters = "abcdefghilmnoprstuwy"
+    own = tokenizer_of(letters)
+    base = tiny_ctc.save(tmp_path / "base", vocab_size=len(own), pad_token_id=own.pad_token_id)
+    own.save_pretrained(base)
+    for given, is_new in ((letters[::-1], False), (letters[1:], True), ("z", True)):
+        task: Any = build_task(load_recipe(write_recipe_of(tmp_path, task={"letters": given})))
+        task.load_processor()
+        assert task.is_new is is_new
+        assert set("".join(task.tokenizer.get_vocab())) >= set(given)
+
+
 def test_an_output_layer_is_counted_before_data_are_loaded(tmp_path: Path) -> None:
     model = empty_adapted_model(load_recipe(write(tmp_path)))
     head: Any = model.get_submodule("lm_head")
