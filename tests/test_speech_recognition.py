@@ -8,6 +8,7 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -46,6 +47,7 @@ from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe, write_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.speech.transcripts import aligned, joined, normalised, spoken
+from lora_cli.tasks.speech_recognition import SpeechRecognition
 from lora_cli.training import train
 
 Json = dict[str, Any]
@@ -218,6 +220,30 @@ def test_rates_of_error_are_those_of_jiwer(base: Any, tmp_path: Path) -> None:
 )
 def test_texts_are_normalised_for_scoring(text: str, how: Any, wanted: str) -> None:
     assert normalised(text, how) == wanted
+
+
+def test_samples_are_what_is_said_in_all_parts_of_a_recording(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task: Any = object.__new__(SpeechRecognition)
+    task.spec = SimpleNamespace(audio_column="audio", text_column="text")
+    generation = SimpleNamespace(max_new_tokens=9)
+    task.recipe = SimpleNamespace(evaluate=SimpleNamespace(generation=generation))
+    asked: list[Any] = []
+
+    def transcripts(model: Any, parts: list[str], options: Any) -> list[str]:
+        asked.append((model, parts, options.max_new_tokens))
+        return [part.upper() for part in parts]
+
+    monkeypatch.setattr(task, "parts_of", lambda value: value["path"].split("."), raising=False)
+    monkeypatch.setattr(task, "transcripts", transcripts, raising=False)
+    rows = [{"audio": {"path": "a.b.c"}, "text": "x"}, {"audio": {"path": "d.e"}, "text": None}]
+    assert task.sample("m", rows) == [("a.b.c", "x", "A B C"), ("d.e", "", "D E")]
+    # as many parts at a time as there are rows
+    assert asked == [("m", ["a", "b"], 9), ("m", ["c", "d"], 9), ("m", ["e"], 9)]
+    generation.max_new_tokens = 10_000
+    task.sample("m", rows[:1])
+    assert asked[-1][2] < 10_000
 
 
 def test_parts_are_joined_and_words_aligned() -> None:

@@ -1,0 +1,216 @@
+"""The largest micro-batch that fits: found as by trying every size, and without a trace."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lora_cli.errors import ResourceError
+from lora_cli.training import micro_batch_size
+from lora_cli.training.micro_batch_size import find_micro_batch, join_micro_batches, largest
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 8, 9, 33])
+def test_the_largest_that_fits_is_found_with_few_trials(limit: int) -> None:
+    for most in range(limit + 3):
+        tried: list[int] = []
+
+        def fits(count: int, most: int = most, tried: list[int] = tried) -> bool:
+            tried.append(count)
+            return count <= most
+
+        assert largest(fits, limit) == min(most, limit)
+        assert len(set(tried)) == len(tried)
+        assert all(1 <= count <= limit for count in tried)
+        # doubling never tries more than twice what fits
+        assert max(tried) <= max(2 * most, 1)
+
+
+class Gpu:
+    """Stands for the memory of a GPU: what torch is told and asked of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fractions: list[float] = []
+        cuda = torch.cuda
+        for name in ("empty_cache", "synchronize", "reset_peak_memory_stats"):
+            monkeypatch.setattr(cuda, name, lambda *_: None)
+        monkeypatch.setattr(cuda, "current_device", lambda: 1)
+        free = {0: (8 * GIB, 100 * GIB), 1: (30 * GIB, 40 * GIB)}
+        monkeypatch.setattr(cuda, "mem_get_info", free.__getitem__)
+        monkeypatch.setattr(cuda, "memory_reserved", {0: 2 * GIB, 1: 4 * GIB}.__getitem__)
+        monkeypatch.setattr(
+            cuda, "set_per_process_memory_fraction",
+            lambda fraction, index: self.fractions.append((index, fraction)),
+        )  # fmt: skip
+
+
+class Model(nn.Module):
+    """Counts its forward passes in a buffer, as BatchNorm does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("passes", torch.zeros(()))
+        self.modes: list[bool] = []
+
+
+def setting(
+    monkeypatch: pytest.MonkeyPatch, room: int, lengths: list[int], processes: int = 1, **train: Any
+) -> tuple[Any, ...]:
+    """Return the arguments of a search where so many examples at a time fit."""
+    device: Any = SimpleNamespace(type="cuda", index=0)
+    tried: list[list[int]] = []
+    recipe = SimpleNamespace(
+        train=SimpleNamespace(**{
+            "step_size": 6, "micro_batch_size": 2, "kernels": "auto", "seed": 3,
+            "gradient_checkpointing": False, **train,
+        }),
+    )  # fmt: skip
+
+    def fits(model: Any, task: Any, batch: Any, accelerator: Any, optimizer_bytes: int) -> bool:
+        assert (optimizer_bytes, model.training) == (77, True)
+        model.passes.add_(1)
+        tried.append(batch.examples)
+        return len(batch.examples) <= room
+
+    def batch(examples: list[int]) -> Any:
+        found = SimpleNamespace(examples=examples)
+        found.to = lambda to: found if to is device else None
+        return found
+
+    monkeypatch.setattr(micro_batch_size, "_fits", fits)
+    monkeypatch.setattr(
+        micro_batch_size, "prepared_for", lambda task, example, seed, step: (example, seed, step)
+    )
+    task = SimpleNamespace(recipe=recipe, batch=batch, same_in_any_batch=True)
+    batches = SimpleNamespace(
+        lengths=np.array(lengths), examples=[f"e{i}" for i in range(len(lengths))]
+    )
+    accelerator = SimpleNamespace(device=device, num_processes=processes)
+    return (Model().eval(), task, batches, accelerator, 77), tried
+
+
+def test_the_longest_examples_are_tried_and_the_model_stays_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = Gpu(monkeypatch)
+    arguments, tried = setting(monkeypatch, 3, [5, 9, 7, 9, 1, 8, 2])
+    assert find_micro_batch(*arguments) == 3
+    assert [len(examples) for examples in tried] == [1, 2, 4, 3]
+    # by length, of equal ones the first first; as the first step prepares them
+    assert tried[2] == [("e1", 3, 0), ("e3", 3, 0), ("e5", 3, 0), ("e2", 3, 0)]
+    model = arguments[0]
+    assert (float(model.passes), model.training) == (0.0, False)
+    # of 8 GiB that are free, 5 % are left; 2 GiB are torch's already; all is allowed again after it
+    index, share = gpu.fractions[0]
+    assert (index, share * 100) == (0, pytest.approx(2 + 8 * 0.95))
+    assert gpu.fractions[1:] == [(0, 1.0)]
+
+
+def test_no_more_is_tried_than_a_process_has_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch)
+    arguments, tried = setting(monkeypatch, 99, [1] * 20, step_size=6)
+    assert find_micro_batch(*arguments) == 6
+    arguments, _ = setting(monkeypatch, 99, [1] * 4, step_size=6)
+    assert find_micro_batch(*arguments) == 4
+    arguments, _ = setting(monkeypatch, 99, [1] * 20, processes=4, step_size=6)
+    monkeypatch.setattr(micro_batch_size, "gather_object", lambda found: [*found, 9])
+    assert find_micro_batch(*arguments) == 2
+    monkeypatch.setattr(micro_batch_size, "gather_object", lambda found: [*found, 1])
+    assert find_micro_batch(*arguments) == 1
+    assert max(map(len, tried)) == 6
+
+
+def test_one_example_has_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch)
+    arguments, _ = setting(monkeypatch, 0, [1, 1])
+    monkeypatch.setattr(
+        micro_batch_size, "out_of_memory", lambda recipe, count, when: ResourceError(f"of {count}")
+    )
+    with pytest.raises(ResourceError, match="of 1"):
+        find_micro_batch(*arguments)
+
+
+@pytest.mark.parametrize(("step_size", "wanted"), [(6, 6), (8, 8), (50, 8)])
+def test_without_a_gpu_nothing_is_tried(
+    step_size: int, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, tried = setting(monkeypatch, 1, [1] * 9, step_size=step_size)
+    arguments[3].device = torch.device("cpu")
+    assert find_micro_batch(*arguments) == wanted
+    assert join_micro_batches(*arguments) is None
+    assert tried == []
+
+
+@pytest.mark.parametrize(
+    ("room", "train", "wanted"),
+    [
+        (6, {}, 6), (5, {}, None), (6, {"kernels": "reference"}, None),
+        (6, {"gradient_checkpointing": True}, None), (6, {"micro_batch_size": "auto"}, None),
+        (6, {"micro_batch_size": 6}, None), (6, {"micro_batch_size": 5}, 6),
+        (9, {"step_size": 30}, 7),
+    ],
+)  # fmt: skip
+def test_a_step_is_computed_at_once_where_it_easily_fits(
+    room: int, train: dict[str, Any], wanted: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu(monkeypatch)
+    arguments, tried = setting(monkeypatch, room, [1] * 7, **train)
+    assert join_micro_batches(*arguments) == wanted
+    if tried:  # once, with 70 % of the free memory left
+        assert len(tried) == 1
+        assert gpu.fractions[0][1] * 100 == pytest.approx(2 + 8 * 0.3)
+    arguments[1].same_in_any_batch = False
+    assert join_micro_batches(*arguments) is None
+
+
+def test_a_step_is_computed_at_once_where_it_fits_for_every_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Gpu(monkeypatch)
+    for others, wanted in ((True, 3), (False, None)):
+        arguments, _ = setting(monkeypatch, 9, [1] * 7, processes=2)
+        monkeypatch.setattr(
+            micro_batch_size, "gather_object", lambda found, others=others: [*found, others]
+        )
+        assert join_micro_batches(*arguments) == wanted
+
+
+@pytest.mark.parametrize("index", [None, 0])
+def test_the_memory_is_that_of_the_device_or_of_the_current_one(
+    index: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu(monkeypatch)
+    device: Any = SimpleNamespace(index=index)
+    with micro_batch_size._headroom(device, 0.5):
+        pass
+    wanted = (1, (4 + 15) / 40) if index is None else (0, (2 + 4) / 100)
+    assert gpu.fractions[0] == pytest.approx(wanted)
+
+
+def test_two_passes_are_made_and_their_gradients_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch)
+    model, seen = Model(), []
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        seen.append(None if model.weight.grad is None else model.weight.grad.tolist())
+        if isinstance(batch, Exception):
+            raise batch
+        return (model.weight * batch).sum()
+
+    task: Any = SimpleNamespace(loss=loss)
+    accelerator: Any = SimpleNamespace(device=torch.device("cpu"), autocast=torch.enable_grad)
+    assert micro_batch_size._fits(model, task, torch.tensor([2.0, 3.0]), accelerator, 10)
+    assert seen == [None, [2.0, 3.0]]
+    assert model.weight.grad is None
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    assert micro_batch_size._fits(model, task, error, accelerator, 10) is False
+    with pytest.raises(ValueError, match="another"):
+        micro_batch_size._fits(model, task, ValueError("another"), accelerator, 10)
