@@ -101,6 +101,10 @@ def test_answers_fit_into_the_positions_of_the_decoder(
     found = write_targets(model, SOURCES, GenerationSpec(max_new_tokens=5), endless)
     assert asked[-1] == 5 - len(begin)
     assert not any(answer.is_cut for answer in found)  # as long as was asked for
+    for positions, is_cut in ((5, True), (6, False)):
+        written = replace(endless, positions=positions)
+        found = write_targets(model, SOURCES, GenerationSpec(max_new_tokens=5), written)
+        assert [answer.is_cut for answer in found] == [is_cut] * len(SOURCES)
 
 
 class Shifting(torch.nn.Module):

@@ -308,8 +308,8 @@ def test_what_is_wrong_with_a_row_is_said_with_its_place(tmp_path: Path) -> None
     [
         ("marian", {"source_language": "en", "target_language": "de"}, "marks no languages",
          "task.source_language"),
-        ("nllb", {"source_language": "eng_Latn", "target_language": "deu"},
-         "no language `deu`", "task.target_language"),
+        ("nllb", {"source_language": "eng_Latn", "target_language": "deu_Lat"},
+         "no language `deu_Lat`", "task.target_language"),
         ("nllb", {"source_language": None, "target_language": None},
          "does not say which is the source", "task.source_language"),
     ],
@@ -323,6 +323,7 @@ def test_languages_have_to_be_the_tokenizers(
     found = next(p for p in error.value.problems if what in p.what)
     assert found.at is not None
     assert at in found.at
+    assert ("did you mean `deu_Latn`?" in (found.hint or "")) == ("no language `" in what)
 
 
 def test_one_language_needs_the_other(tmp_path: Path) -> None:

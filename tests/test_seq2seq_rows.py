@@ -195,6 +195,24 @@ def test_families_that_overflow_in_float16_are_warned_of(
     assert any("make NaN in float16" in note for note in task.notes) == warns
 
 
+def test_a_slow_tokenizer_reads_targets_as_targets(tmp_path: Path) -> None:
+    class Slow:
+        """A tokenizer with a vocabulary of its own for targets, as that of Marian."""
+
+        is_fast = False
+
+        def __call__(self, *sources: list[str], add_special_tokens: bool, **given: Any) -> Any:
+            targets = given.get("text_target", [])
+            end = [tiny.EOS] * add_special_tokens
+            read = [*map(len, targets)] if targets else [100 + len(text) for text in sources[0]]
+            return {"input_ids": [[i, *end] for i in read]}
+
+    texts = task_of(tmp_path, "marian").texts
+    texts._reader = Slow()
+    assert texts.sources(["a", "bc"]) == [texts.source_frame.around([i]) for i in (101, 102)]
+    assert texts.targets(["a", "bc"]) == [texts.target_frame.around([i]) for i in (1, 2)]
+
+
 # ----------------------------------------------------------------------------------- examples
 
 

@@ -1,0 +1,217 @@
+"""How a table is written: its delimiter, a title, a header, as one sees it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_cli.data import detect_table
+from lora_cli.data.detect_table import (
+    FoundFormat,
+    find_delimiter,
+    find_table,
+    has_header,
+    is_number,
+    records_of,
+)
+
+
+def found_in(folder: Path, text: str, name: str = "rows.csv") -> FoundFormat:
+    path = folder / name
+    path.write_text(text, encoding="utf-8", newline="")
+    found = FoundFormat("csv")
+    find_table(found, path, text)
+    return found
+
+
+# ------------------------------------------------------------------------------------ delimiter
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a,b\nc,d\n", ","), ("a;b\nc;d\n", ";"), ("a\tb\nc\td\n", "\t"), ("a|b\nc|d\n", "|"),
+        ("a\nb\n", None), ("", None), ("one, two\nthree\nfour, five, six\n", None),
+        # of two, the more even one
+        ("a,b;c\nd;e\nf,g,h;i\n", ";"),
+        # of two that are even, that of more fields
+        ("a,b,c;d\ne,f,g;h\n", ","),
+        # nine of ten are enough, and eight of ten are not
+        ("a;b\n" * 9 + "c\n", ";"), ("c\n" + "a;b\n" * 9, ";"), ("c\nd\n" + "a;b\n" * 8, None),
+        ("c\nd\n" + "a;b\n" * 18, ";"),
+        # of few, one may be broken, but not the first
+        ("a;b\na;b\na;b\nc\n", ";"), ("c\na;b\na;b\na;b\n", None), ("a;b\na;b\nc\n", None),
+        ("a;b\na;b\na;b\nc\nd\n", None),
+        # in quotes it divides nothing; unless quotes are text
+        ('"a,b";c\n"d,e,f";g\n', ";"), ('5" disk,a\n3" disk,b\n', ","),
+    ],
+)  # fmt: skip
+def test_the_delimiter_gives_most_records_as_many_fields(text: str, wanted: str | None) -> None:
+    assert find_delimiter(text) == wanted
+
+
+def test_only_the_marks_that_are_asked_for_are_tried() -> None:
+    assert find_delimiter("a;b\nc;d\n", ",\t") is None
+    assert find_delimiter("a;b\nc;d\n", ",;") == ";"
+
+
+def test_records_are_those_that_are_neither_blank_nor_broken() -> None:
+    text = 'a,"b, c"\n\n , \n"d ""e""",f\n'
+    assert records_of(text, ",") == [["a", "b, c"], ['d "e"', "f"]]
+    assert records_of('a,"b\n \nc,d"\n', ",", "none") == [["a", '"b'], ["c", 'd"']]
+    assert records_of('"a\\"b",c\n', ",", "backslash") == [['a"b', "c"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("rows.csv", "text,label\na b,x\nc d,y\n", {}),
+        ("rows.tsv", "text\tlabel\na b\tx\nc d\ty\n", {}),
+        ("rows.TSV.gz", "text\tlabel\na b\tx\nc d\ty\n", {}),
+        ("rows.csv", "text\tlabel\na b\tx\nc d\ty\n", {"delimiter": "\t"}),
+        ("rows.tsv", "text,label\na b,x\nc d,y\n", {"delimiter": ","}),
+        ("rows.csv", "sep=;\ntext;label\na b;x\n", {"skip_lines": 1, "delimiter": ";"}),
+        ("rows.csv", '"sep=#"\r\ntext#label\r\na b#x\r\n', {"skip_lines": 1, "delimiter": "#"}),
+        # one column whose texts have commas
+        ("rows.csv", "text\na b\nc, d\ne\n", {"delimiter": "\t"}),
+        ("rows.csv", "text\na\tb\nc, d\ne;f\n", {"delimiter": "|"}),
+        ("rows.csv", "text\na b\nc d\n", {}),
+    ],
+)
+def test_what_differs_from_the_defaults_is_set(
+    name: str, text: str, wanted: dict[str, Any], tmp_path: Path
+) -> None:
+    plain = name.removesuffix(".gz")
+    if name != plain:  # quotes are looked for in the file, which is not compressed here
+        path = tmp_path / plain
+        path.write_text(text, encoding="utf-8")
+        found = FoundFormat("csv")
+        find_table(found, path, text)
+    else:
+        found = found_in(tmp_path, text, name)
+    assert (found.kind, found.values, found.has_names) == ("csv", wanted, True)
+    assert found.why.keys() == wanted.keys()
+
+
+def test_sentences_without_a_header_are_a_text(tmp_path: Path) -> None:
+    found = found_in(tmp_path, "It is late, and I am here.\nNo.\nYes, and no, and yes.\n")
+    assert (found.kind, found.values, found.has_names) == ("text", {}, False)
+
+
+# ---------------------------------------------------------------------------------------- title
+
+
+ROWS = "text,label,score\n" + "".join(f"words {i} of it,kind,{i}\n" for i in range(6))
+
+
+@pytest.mark.parametrize(
+    ("above", "skipped"),
+    [
+        ("", None), ("Export of May\n", 1), ("Export of May\n\n\n", 3), ("A\nB, C\n\n", 3),
+        ('"two\nlines"\n', 2), ("A\n" * 4, 4), ("A,B,C,D\n", None),
+    ],
+)  # fmt: skip
+def test_a_title_is_passed_over(above: str, skipped: int | None, tmp_path: Path) -> None:
+    rows = ROWS + "".join(f"more {i} of it,kind,{i}\n" for i in range(60))
+    found = found_in(tmp_path, above + rows)
+    assert found.values.get("skip_lines") == skipped
+    if skipped:
+        assert found.has_names
+        assert "columns" not in found.values
+
+
+def test_a_title_has_ten_lines_at_most(tmp_path: Path) -> None:
+    rows = ROWS + "".join(f"more {i} of it,kind,{i}\n" for i in range(200))
+    assert found_in(tmp_path, "A\n" * 10 + rows).values["skip_lines"] == 10
+    assert "skip_lines" not in found_in(tmp_path, "A\n" * 11 + rows).values
+
+
+def test_a_title_follows_the_line_of_the_delimiter(tmp_path: Path) -> None:
+    found = found_in(tmp_path, "sep=;\nExport of May\n" + ROWS.replace(",", ";"))
+    assert found.values == {"skip_lines": 2, "delimiter": ";"}
+
+
+def test_a_header_as_r_writes_it_lacks_the_name_of_the_first_column(tmp_path: Path) -> None:
+    rows = "".join(f"{i},some words {i},kind\n" for i in range(1, 12))
+    found = found_in(tmp_path, "text,label\n" + rows)
+    assert found.values == {
+        "header": False, "columns": ["row", "text", "label"], "skip_lines": 1,
+    }  # fmt: skip
+    # where the names would be no header, it is a title
+    found = found_in(tmp_path, "9,8\n" + "text,label,score\n" + rows)
+    assert found.values == {"skip_lines": 1}
+
+
+# --------------------------------------------------------------------------------------- header
+
+
+def test_columns_without_a_header_are_numbered(tmp_path: Path) -> None:
+    found = found_in(tmp_path, "".join(f"some words {i},{i}\n" for i in range(5)))
+    assert found.values == {"header": False, "columns": ["column_1", "column_2"]}
+    assert not found.has_names
+
+
+def test_equal_names_are_told_apart(tmp_path: Path) -> None:
+    rows = "".join(f"some words {i},{i},{i},{i}\n" for i in range(5))
+    found = found_in(tmp_path, "text,score,,score\n" + rows)
+    assert "columns" in found.values
+    assert found.values["columns"] == ["text", "score", "column_3", "score_4"]
+    assert "columns" not in found_in(tmp_path, "text,score,,label\n" + rows).values
+
+
+WORDS = [f"a text of some {i} words" for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("first", "below", "wanted"),
+    [
+        # the name of a usual column; unless it stands among its values
+        ("text", WORDS, True), ("Labels", ["a", "b"] * 5, True), ("label_2", ["1"] * 5, True),
+        ("title", ["title", "x", "y"], False), ("title", ["title", *map(str, range(40))], True),
+        # a number is a value, and above numbers a word is a name
+        ("5", ["a", "b"], False), ("x", ["1", "2.5", "-3"], True), ("x", [*"123456789b"], False),
+        ("x", [*map(str, range(91)), *"abcdefghi"], True),
+        # among few values it is one of them, or names them
+        ("a", ["a", "b", "a", "b"], False), ("c", ["a", "b", "a", "b"], True),
+        ("c", ["a", "b", "a"], False), ("a", ["a", "a"], False),
+        # what looks like a text is none
+        ("a b c d e f", WORDS, False), ("stop.", WORDS, False), ("https://a", WORDS, False),
+        ("x" * 61, ["y" * 900, "z" * 900], False),
+        ("x" * 60, ["y" * 900, "z" * 900], True),
+        # a name is much shorter than the texts below
+        ("a", WORDS, True), ("some_words", WORDS, False), ("two words", ["x" * 28, "y" * 28], True),
+        ("two words", ["x" * 27, "y" * 27], False), ("a,b", WORDS, False),
+        # without rows below only names that are usual are a header
+        ("text", [], True), ("hello", [], False), ("", ["a"], False),
+    ],
+)  # fmt: skip
+def test_a_header_differs_from_what_stands_below(
+    first: str, below: list[str], wanted: bool
+) -> None:
+    assert has_header([[first], *([value] for value in below)]) is wanted
+
+
+def test_all_columns_have_a_say(tmp_path: Path) -> None:
+    assert has_header([["text", "label"], ["a", "b"], ["c"]])
+    assert has_header([["text", "5"]]) is False
+    assert has_header([["text", "label"]])
+    assert has_header([["text", ""]])
+    assert has_header([["5", "text", "label"], ["a", "b", "c"]])  # 2 x 3 against 3
+    assert not has_header([["5", "text"], ["a", "b"]])  # 3 against 3
+    assert has_header([[" text "], [" "], ["a"]])
+    assert not has_header([["text"], *[["text"]] * 3])
+
+
+def test_numbers_are_written_in_many_ways() -> None:
+    for text in ("1", "-2.5", "1,5", "1e3", "1,234.5"):
+        assert is_number(text), text
+    for text in ("", "a", "1a", "1 or 2", "."):
+        assert not is_number(text), text
+
+
+def test_the_share_of_a_name_among_its_values_is_a_twentieth() -> None:
+    assert detect_table._vote("title", ["title", *["x"] * 19]) == 3
+    assert detect_table._vote("title", ["title", *["x"] * 18]) == -1
+    assert detect_table._vote("", ["x"]) == detect_table._vote("x", []) == 0
