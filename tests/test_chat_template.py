@@ -26,6 +26,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+ALWAYS_OPENS = CHATML.replace("{% if add_generation_prompt %}", "").replace("{% endif %}", "")
 DEFAULT_SYSTEM = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
     + CHATML
@@ -141,6 +142,18 @@ def test_the_assistants_turns_are_trained(template: str) -> None:
     assert trained_text(made, CHAT, "all") == [whole]
     ((ids, _),) = encode_chat(made, CHAT, "assistant")
     assert ids == made.apply_chat_template(CHAT, tokenize=True)["input_ids"]
+
+
+def test_what_a_template_opens_without_being_asked_is_no_part_of_the_answer() -> None:
+    made, plain = tokenizer(ALWAYS_OPENS), tokenizer(CHATML)
+    assert made.apply_chat_template(CHAT, tokenize=False).endswith("<|im_start|>assistant\n")
+    answers = ["2 🙂<|im_end|>", "Ja — 二 👩‍👩‍👧<|im_end|>"]
+    for messages in (CHAT, CHAT[2:]):  # the second begins with the assistant
+        assert trained_text(made, messages, "assistant") == answers
+        (example,) = ChatTemplate(made).render(messages, "assistant")
+        assert f"{example[0]}\n" == plain.apply_chat_template(messages, tokenize=False)
+    (whole,) = trained_text(made, CHAT, "all")
+    assert f"{whole}\n" == plain.apply_chat_template(CHAT, tokenize=False)
 
 
 def test_a_default_system_prompt_is_read_but_not_trained() -> None:

@@ -52,6 +52,10 @@ class ChatTemplate:
         before that: so it is trained, and so it is asked."""
         self.end_of_turn = self._end_of_turn()
         """The token by which it ends the assistant's turn, if it is one token."""
+        self.reopened = self._reopened()
+        """What it opens behind an answer though nothing is asked, as the first one of Llama 3 did.
+
+        It is no part of the turn."""
         self.control = ControlTokens(tokenizer, self._delimiters())
 
     # -- what the template is like
@@ -79,6 +83,20 @@ class ChatTemplate:
         tail = text[text.rfind(said) + len(said) :].strip()
         ids = self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
         return set(ids[:1]) & set(self.tokenizer.added_tokens_decoder)
+
+    def _reopened(self) -> str:
+        said, question = "Hello", {"role": "user", "content": "Hi"}
+        turns = [question, {"role": "assistant", "content": said}, question]
+        try:
+            asked, answered, goes_on = (self.write(turns[:n]) for n in (1, 2, 3))
+        except LoraError:  # it takes no such conversation, and says so of the rows
+            return ""
+        if not answered.startswith(asked + said) or goes_on.startswith(answered):
+            return ""
+        tail = answered[len(asked + said) :]
+        ends = [self.tokenizer.added_tokens_decoder[i].content for i in self.end_of_turn]
+        opened = [tail.removeprefix(end) for end in ends if tail.startswith(end)]
+        return opened[0] if opened and asked.endswith(opened[0]) else ""
 
     def _delimiters(self) -> set[str]:
         """Return the added tokens around a user's turn: control tokens whatever they are called."""
@@ -170,7 +188,7 @@ class ChatTemplate:
         """Return a conversation's examples as text, each with the spans of characters to train."""
         if train_on != "all" and _GENERATION.search(self.source):
             return [self._render_marked(messages, train_on, tools)]
-        whole = self.write(messages, tools)
+        whole = self.write(messages, tools).removesuffix(self.reopened)
         _require_contents(messages, whole)
         if train_on == "all":
             return [(whole, [(0, len(whole))])]
@@ -179,7 +197,7 @@ class ChatTemplate:
         for turn in assistant if train_on == "assistant" else assistant[-1:]:
             if messages[turn].get("weight") == 0:
                 continue
-            after = self.write(messages[: turn + 1], tools)
+            after = self.write(messages[: turn + 1], tools).removesuffix(self.reopened)
             before = self._before(messages, turn, after, tools)
             if not after.startswith(before):
                 raise LoraError(
