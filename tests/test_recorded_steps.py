@@ -296,7 +296,7 @@ def test_layers_are_compiled_within_a_step_alone(
     second.forward = own = second.forward  # as a wrapper leaves it
     assert found.kind == "plain autograd with compiled layers"
     train_step(found, [numbers(2, 0)])
-    assert ran == [(SHAPES, MEMORY_BUDGET, False)] * 2
+    assert ran == [(SHAPES, 1.0, False)] * 2  # few shapes: short texts, which need little memory
     assert "forward" not in first.__dict__
     assert second.__dict__["forward"] == own
     assert (torch._dynamo.config.recompile_limit, budget()) == limits

@@ -6,14 +6,18 @@ are alike. The rest of the model, and whatever it looks up in Python, stays as i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
+from lora_cli.training.stacked_products import StackedProduct, stacked_products
+
 SHAPES = 64  # torch compiles a layer anew for each shape, and by default gives up after 8
 MEMORY_BUDGET = 0.8  # of the activations that autograd would keep: the cheapest are computed again
+# where there are many; the short texts that batches of few shapes consist of need little memory
 
 
 class CompiledLayers:
@@ -29,6 +33,16 @@ class CompiledLayers:
         self.layers = repeated_layers(model)
         dynamic = False if few_shapes else None
         self.compiled = [torch.compile(layer.forward, dynamic=dynamic) for layer in self.layers]
+        self.memory_budget = 1.0 if few_shapes else MEMORY_BUDGET
+        self.products: list[StackedProduct] = []
+
+    def stack_products(self, compute: Callable[[], Any]) -> None:
+        """Let linear layers that read the same input be multiplied at once, from now on.
+
+        Args:
+            compute: Makes a forward pass.
+        """
+        self.products = stacked_products(self.layers, compute)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -37,8 +51,10 @@ class CompiledLayers:
         with ExitStack() as stack:
             patches = torch._dynamo.config.patch(recompile_limit=SHAPES)
             stack.enter_context(patches)
-            budget = torch._functorch.config.patch(activation_memory_budget=MEMORY_BUDGET)
+            budget = torch._functorch.config.patch(activation_memory_budget=self.memory_budget)
             stack.enter_context(budget)
+            for product in self.products:
+                stack.enter_context(product)
             try:
                 for layer, compiled in zip(self.layers, self.compiled, strict=True):
                     layer.forward = compiled

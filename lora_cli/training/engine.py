@@ -113,6 +113,17 @@ class Engine:
         """Remove the gradients of the parameters."""
         self.optimizer.zero_grad()
 
+    def finish_step(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Clip the gradients, update the weights, and clear the gradients.
+
+        Returns:
+            The norm of the gradient before clipping, and what `update_weights` returns.
+        """
+        grad_norm = self.clip_gradients()
+        bad, skipped = self.update_weights(loss, grad_norm)
+        self.clear_gradients()
+        return grad_norm, bad, skipped
+
 
 def _step_unless(bad: Tensor, optimizer: Any) -> None:
     """Update the weights if the step is not bad; a fused optimizer decides that on the device."""

@@ -3,7 +3,8 @@
 A step of RoBERTa-large on short sentences is 3,000 kernels, which a GPU computes in 5 ms and Python
 launches in 50. The forward and the backward pass of a micro-batch are recorded once for each shape
 that recurs, and replayed from then on: the same kernels on the same numbers, so that the result is
-the same, bit for bit. In long runs the layers are compiled first, which joins small kernels.
+the same, bit for bit; and so is the update of the weights (`recorded_update.py`). In long runs the
+layers are compiled first, which joins small kernels.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from lora_cli.errors import LoraError, counted
 from lora_cli.tasks.examples import Batch
 from lora_cli.training.compiled_layers import CompiledLayers
 from lora_cli.training.engine import Engine, sum_gradients
+from lora_cli.training.recorded_update import RecordedUpdate, can_be_recorded
 from lora_cli.training.resource_errors import is_out_of_memory
+from lora_cli.training.seeds import random_state_restored
 from lora_cli.unexpected_errors import own_words
 
 SEEN = 2  # a shape is recorded when it occurs again after so many times
@@ -78,6 +81,8 @@ class GraphEngine(Engine):
     write there."""
     rarely_used: list[nn.Parameter] = field(default_factory=list)
     """The parameters that had none in the first step."""
+    update: RecordedUpdate | None = None
+    """The end of a step, once it is recorded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,6 +125,7 @@ class GraphEngine(Engine):
         self.is_compiled, device = True, self.accelerator.device
         random = torch.cuda.get_rng_state(device)
         try:
+            self._stack_products(batch)
             with self._layers_in_use():
                 return super().add_gradients(batch, weights)
         except Exception as error:  # the compiler raises exceptions of any kind
@@ -133,6 +139,12 @@ class GraphEngine(Engine):
             parameter.grad = None
         torch.cuda.set_rng_state(random, device)
         return super().add_gradients(batch, weights)
+
+    def _stack_products(self, batch: Batch) -> None:
+        """Let layers that read the same input be multiplied at once."""
+        assert self.layers is not None
+        with random_state_restored(self.accelerator.device), self.accelerator.autocast():
+            self.layers.stack_products(lambda: self.task.output(self.model, batch))
 
     def _may_record(self, shape: Shape) -> bool:
         again = self.seen[shape] > SEEN and self.gradients is not None
@@ -163,7 +175,7 @@ class GraphEngine(Engine):
                     super().add_gradients(own, own_weights)
                 torch.cuda.current_stream(device).wait_stream(self.stream)
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-                    shares = super().add_gradients(own, own_weights)
+                    shares = self._add_all_at_once(own, own_weights)
             self.pool = graph.pool()
             recorded = Graph(graph, own, own_weights, shares)
             replayed, plain = self._both(recorded, random)
@@ -196,6 +208,29 @@ class GraphEngine(Engine):
                 compute(recorded.batch, recorded.weights)
             found.append(self.gradients.clone())
         return found
+
+    def _add_all_at_once(self, batch: Batch, weights: dict[str, Tensor]) -> Tensor:
+        """As plain `add_gradients`; the sums of all parameters are computed by few kernels."""
+        sums = {p: p.grad for p in self.parameters.values() if p.grad is not None}
+        try:
+            for parameter in sums:
+                parameter.grad = None
+            shares = super().add_gradients(batch, weights)
+            found = {p: p.grad for p in sums if p.grad is not None}
+            if found:
+                torch._foreach_add_([sums[p] for p in found], list(found.values()))
+        finally:
+            for parameter, total in sums.items():
+                parameter.grad = total
+        return shares
+
+    def finish_step(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Clip the gradients, update the weights, and clear the gradients."""
+        if self.update is None and self.graphs and not self.rarely_used:
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            if can_be_recorded(optimizer):
+                self.update = RecordedUpdate(super().finish_step, optimizer, loss, self.stream)
+        return self.update.replay(loss) if self.update else super().finish_step(loss)
 
     def sum_over_processes(self, shares: Tensor) -> Tensor:
         """Add up the gradients of all processes in each of them; return their summed shares."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from lora_cli.recipe import SchedulerSpec
@@ -36,7 +37,12 @@ def learning_rate_factor(spec: SchedulerSpec, step: int, total_steps: int) -> fl
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Multiply each group's initial learning rate by a factor, and return the highest rate."""
+    """Multiply each group's initial learning rate by a factor, and return the highest rate.
+
+    Where the optimizer updates all weights by one kernel, the rate has the digits of float32: a
+    recorded update reads it from memory as such, and computes what one that is not recorded does.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        rate = group["initial_lr"] * factor
+        group["lr"] = float(np.float32(rate)) if group.get("fused") else rate
     return max(float(group["lr"]) for group in optimizer.param_groups)

@@ -57,9 +57,7 @@ def train_step(engine: Engine, batches: list[Batch]) -> StepResult:
     shares = engine.sum_over_processes(shares)
     loss = shares.sum()
     idle = [name for name, parameter in engine.parameters.items() if parameter.grad is None]
-    grad_norm = engine.clip_gradients()
-    bad, skipped = engine.update_weights(loss, grad_norm)
-    engine.clear_gradients()
+    grad_norm, bad, skipped = engine.finish_step(loss)
     return StepResult(loss, _means(engine, shares), grad_norm, idle, bad, skipped)
 
 

@@ -48,6 +48,7 @@ def test_recorded_steps_are_plain_steps_bit_for_bit(
     runs.train(runs.recipe(tmp_path, *settings, output="recorded"))
     assert not engines[0].why_not
     assert engines[0].graphs, "no shape recurred"
+    assert engines[0].update is not None, "the update is not recorded"
     monkeypatch.setattr(graph_engine, "MOST_GRAPHS", 0)
     runs.train(runs.recipe(tmp_path, *settings, output="plain"))
     assert not engines[1].graphs

@@ -9,6 +9,8 @@ as those of a prompt, get no scores at all.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,13 +97,13 @@ class _TokenLosses(torch.autograd.Function):
             part.requires_grad_(needs_gradient)
             with torch.set_grad_enabled(needs_gradient):
                 found = scores(part)
-                loss = F.cross_entropy(found.float(), wanted[done : done + rows], reduction="none")
+                loss, slopes = _losses_and_slopes(found, wanted[done : done + rows], needs_gradient)
             if needs_gradient:
-                gradients += torch.autograd.grad(loss, part, torch.ones_like(loss))
-            losses.append(loss.detach())
+                gradients += torch.autograd.grad(found, part, slopes)
+            losses.append(loss)
             done += rows
             rows = max(LEAST_ROWS, SCORES_AT_ONCE // found[0].numel())
-            del found, loss
+            del found, slopes
         if needs_gradient:
             ctx.save_for_backward(torch.cat(gradients or [states]))
         return torch.cat(losses or [states.new_zeros(0, dtype=torch.float32)])
@@ -111,6 +113,34 @@ class _TokenLosses(torch.autograd.Function):
         """Return the gradient with respect to the states."""
         (gradients,) = ctx.saved_tensors
         return (gradients * outer[0][:, None]).to(gradients.dtype), None, None
+
+
+def _losses_and_slopes(
+    scores: Tensor, wanted: Tensor, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the losses (N,) of scores (N, V), and the gradient of their sum in the scores' dtype.
+
+    On a GPU the gradient takes the place of the scores. What autograd has saved of them is not
+    concerned: no `Finish` saves its own result.
+    """
+    found = scores.detach()
+    if found.is_cuda and found.is_contiguous() and _has_triton():
+        from lora_cli.tasks.generation.token_loss_kernel import token_losses
+
+        return token_losses(found, wanted, needs_gradient), found if needs_gradient else None
+    with torch.set_grad_enabled(needs_gradient):
+        found.requires_grad_(needs_gradient)
+        losses = F.cross_entropy(found.float(), wanted, reduction="none")
+        if not needs_gradient:
+            return losses, None
+        (slopes,) = torch.autograd.grad(losses, found, torch.ones_like(losses))
+    return losses.detach(), slopes
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Return whether Triton is installed, as it is with torch for GPUs on Linux."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @contextmanager

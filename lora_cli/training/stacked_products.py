@@ -1,0 +1,140 @@
+"""Frozen linear layers that read the same input, such as q, k and v: one product instead of three.
+
+A GPU multiplies by one large matrix faster than by three small ones. The weights are put one below
+the other, and each layer's own weight becomes a part of that matrix, so they take no more memory.
+Which layers share an input is found by watching a forward pass, in any architecture. What an
+adapter adds to a layer's output stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the usual name for it
+from torch import Tensor, nn
+
+
+class StackedProduct:
+    """Some linear layers with one input, of which the first computes the outputs of all.
+
+    Args:
+        layers: Frozen layers of one dtype on one device, in the order in which they are called.
+    """
+
+    def __init__(self, layers: list[nn.Linear]) -> None:
+        self.layers, self.sizes = layers, [layer.out_features for layer in layers]
+        self.weight = _stacked(layers, "weight")
+        self.bias = None if layers[0].bias is None else _stacked(layers, "bias")
+        self.input: Tensor | None = None
+        self.outputs: list[Tensor] = []
+        for place, layer in enumerate(layers):
+            # not as submodules, so that the model's state dict stays as it is
+            layer.__dict__["product"], layer.__dict__["place"] = self, place
+
+    def output(self, place: int, x: Tensor) -> Tensor:
+        """Return the output of one layer: (..., in) to (..., out)."""
+        if place == 0:
+            self.input = x
+            outputs = F.linear(x, self.weight, self.bias)
+            self.outputs = list(torch.split_with_sizes(outputs, self.sizes, -1))
+        elif x is not self.input:  # a model that does not always give them the same input
+            layer = self.layers[place]
+            return F.linear(x, layer.weight, layer.bias)
+        output = self.outputs[place]
+        if place == len(self.layers) - 1:
+            self.input, self.outputs = None, []
+        return output
+
+    def __enter__(self) -> None:
+        """Let the layers take their outputs from here."""
+        for layer in self.layers:  # another class, since torch compiles functions of objects anew
+            layer.__class__ = _PartOfProduct
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self.layers:
+            layer.__class__ = nn.Linear
+
+
+class _PartOfProduct(nn.Linear):
+    """A layer of a stacked product."""
+
+    product: StackedProduct
+    place: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the layer does, from the product: (..., in) to (..., out)."""
+        return self.product.output(self.place, x)
+
+
+@torch.no_grad()
+def _stacked(layers: list[nn.Linear], name: str) -> Tensor:
+    """Return the layers' weights or biases as one tensor, and make theirs parts of it."""
+    own = [getattr(layer, name) for layer in layers]
+    whole = torch.cat([tensor.data for tensor in own])
+    parts = torch.split_with_sizes(whole, [len(tensor) for tensor in own])
+    for tensor, part in zip(own, parts, strict=True):
+        tensor.data = part
+    return whole
+
+
+def stacked_products(
+    parts: Iterable[nn.Module], compute: Callable[[], Any]
+) -> list[StackedProduct]:
+    """Return the products that the frozen linear layers of some modules can share.
+
+    Args:
+        parts: Their weights have to stay where they are in memory from now on.
+        compute: Makes a forward pass.
+    """
+    candidates = [m for part in parts for m in part.modules() if _is_candidate(m)]
+    n_uses: dict[int, int] = {}  # of a weight, by different layers
+    for parameter in (p for module in candidates for p in module.parameters()):
+        n_uses[id(parameter)] = n_uses.get(id(parameter), 0) + 1
+    candidates = [m for m in candidates if all(n_uses[id(p)] == 1 for p in m.parameters())]
+    groups: list[list[nn.Linear]] = []
+    last_input: Any = None
+
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal last_input
+        assert isinstance(module, nn.Linear)
+        if not groups or inputs[0] is not last_input or not _are_alike(groups[-1][0], module):
+            groups.append([])
+        groups[-1].append(module)
+        last_input = inputs[0]
+
+    hooks = [module.register_forward_pre_hook(note) for module in candidates]
+    try:
+        with torch.no_grad():
+            compute()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [StackedProduct(group) for group in _always_together(groups)]
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    """Return whether a module is a plain linear layer that is not trained."""
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return False
+    return (
+        not any(p.requires_grad for p in module.parameters()) and module.weight.is_floating_point()
+    )
+
+
+def _are_alike(one: nn.Linear, other: nn.Linear) -> bool:
+    """Return whether two layers' weights can stand in one matrix."""
+    a, b = one.weight, other.weight
+    same = a.dtype == b.dtype and a.device == b.device
+    return same and (one.bias is None) == (other.bias is None)
+
+
+def _always_together(groups: list[list[nn.Linear]]) -> Iterable[list[nn.Linear]]:
+    """Return, once each, the groups of several layers that are always called as such a group."""
+    companions: dict[nn.Linear, set[tuple[int, ...]]] = {}
+    for group in groups:
+        for layer in group:
+            companions.setdefault(layer, set()).add(tuple(map(id, group)))
+    several = {tuple(map(id, group)): group for group in groups if len(set(group)) > 1}
+    return [g for g in several.values() if all(len(companions[layer]) == 1 for layer in g)]

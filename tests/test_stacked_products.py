@@ -1,0 +1,173 @@
+"""Linear layers that read one input are multiplied at once, and nothing else changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor, nn
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaModel,
+    ViTConfig,
+    ViTModel,
+)
+
+from lora_cli.adapters.lora import LoRALinear
+from lora_cli.training.compiled_layers import CompiledLayers
+from lora_cli.training.stacked_products import stacked_products
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+ENCODER = {**SIZES, "vocab_size": 40, "intermediate_size": 24}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+PICTURES = {"image_size": 4, "patch_size": 2, "num_channels": 1, "intermediate_size": 24}
+QKV = ["query", "key", "value"]
+GROUPS: dict[str, tuple[Any, Any, list[list[str]]]] = {
+    "roberta": (RobertaModel, RobertaConfig(**ENCODER, **NO_DROPOUT), [QKV] * 3),
+    "llama": (
+        LlamaModel,
+        LlamaConfig(**ENCODER, num_key_value_heads=1),
+        [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]] * 3,
+    ),
+    "albert": (AlbertModel, AlbertConfig(**ENCODER, embedding_size=8, **NO_DROPOUT), [QKV]),
+    "vit": (
+        ViTModel,
+        ViTConfig(**SIZES, **PICTURES, **NO_DROPOUT),
+        [["q_proj", "k_proj", "v_proj"]] * 3,
+    ),
+}  # fmt: skip
+
+
+def adapted(name: str) -> PreTrainedModel:
+    """A model with LoRA on the first layer of each group."""
+    architecture, config, groups = GROUPS[name]
+    torch.manual_seed(0)
+    model: PreTrainedModel = architecture(config).requires_grad_(False).train()
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and path.split(".")[-1] in {group[0] for group in groups}:
+            layer = LoRALinear(module, rank=2, alpha=4)
+            nn.init.normal_(layer.lora_A)
+            nn.init.normal_(layer.lora_B)
+            model.set_submodule(path, layer)
+    return model
+
+
+def inputs_of(name: str) -> dict[str, Tensor]:
+    if name == "vit":
+        return {"pixel_values": torch.randn(3, 1, 4, 4)}
+    return {"input_ids": torch.arange(4, 25).view(3, 7)}
+
+
+def outputs_and_gradients(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[Tensor]:
+    found = model(**inputs).last_hidden_state
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [found.detach(), *torch.autograd.grad(found.square().sum(), trained)]
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_outputs_and_gradients_are_those_of_separate_products(name: str) -> None:
+    model, inputs = adapted(name), inputs_of(name)
+    wanted, weights = outputs_and_gradients(model, inputs), dict(model.state_dict())
+    products = stacked_products([model], lambda: model(**inputs))
+    paths = {module: path for path, module in model.named_modules()}
+    names = {module: path.removesuffix(".base").split(".")[-1] for module, path in paths.items()}
+    found = [[names[layer] for layer in product.layers] for product in products]
+    assert found == GROUPS[name][2]
+    for product in products:
+        product.__enter__()
+    for a, b in zip(outputs_and_gradients(model, inputs), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    for product in products:
+        assert product.outputs == []  # nothing of a batch stays in memory
+        product.__exit__()
+        assert all(type(layer) is nn.Linear for layer in product.layers)
+        first = product.layers[0].weight
+        for layer in product.layers:
+            assert layer.weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+    for path, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[path]), path
+    assert model.state_dict().keys() == weights.keys()
+    for a, b in zip(outputs_and_gradients(model, inputs), wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+class Pair(nn.Module):
+    """Two layers, called as `order` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor, order: str) -> Tensor:
+        return {
+            "same": lambda: self.one(x) * self.two(x),
+            "other": lambda: self.one(x) * self.two(x + 1),
+            "chain": lambda: self.two(self.one(x)),
+            "twice": lambda: self.one(x) * self.two(x) + self.one(x + 1),
+            "again": lambda: self.one(x) * self.one(x),
+        }[order]()
+
+
+@pytest.mark.parametrize(
+    ("order", "n_products"), [("same", 1), ("other", 0), ("chain", 0), ("twice", 0), ("again", 0)]
+)
+def test_only_layers_that_always_read_one_input_are_stacked(order: str, n_products: int) -> None:
+    model, x = Pair(), torch.randn(2, 3)
+    assert len(stacked_products([model], lambda: model(x, order))) == n_products
+
+
+def test_another_input_later_on_is_noticed() -> None:
+    model, x = Pair(), torch.randn(2, 3)
+    wanted = {order: model(x, order) for order in ("same", "other")}
+    (product,) = stacked_products([model], lambda: model(x, "same"))
+    with product:
+        for order in ("other", "same", "other"):
+            torch.testing.assert_close(model(x, order), wanted[order])
+
+
+@pytest.mark.parametrize("change", ["trained", "tied", "dtype", "bias", "subclass"])
+def test_layers_that_differ_or_are_trained_stay_alone(change: str) -> None:
+    model, x = Pair(), torch.randn(2, 3)
+    match change:
+        case "trained":
+            model.two.weight.requires_grad_(True)
+        case "tied":
+            model.two.weight = model.one.weight
+        case "dtype":
+            model.two.double()
+            model.two.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
+        case "bias":
+            model.two.bias = None
+        case "subclass":
+            model.two.__class__ = type("Own", (nn.Linear,), {})
+    assert stacked_products([model], lambda: model(x, "same")) == []
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("name", ["roberta", "llama"])
+def test_one_compilation_serves_all_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    model, inputs = adapted(name), inputs_of(name)
+    inputs |= {"use_cache": False} if name == "llama" else {}  # type: ignore[dict-item]
+    wanted = outputs_and_gradients(model, inputs)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    real = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, dynamic: real(f, backend=counter, dynamic=dynamic)
+    )
+    layers = CompiledLayers(model, few_shapes=True)
+    layers.stack_products(lambda: model(**inputs))
+    assert len(layers.products) == len(GROUPS[name][2])
+    with layers.in_use():
+        found = outputs_and_gradients(model, inputs)
+    assert counter.frame_count == 2  # the first layer's input has no gradient
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
