@@ -113,7 +113,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_layers_that_cannot_be_compiled_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_cli.training.engine import Engine
 
-    def compiled(forward: Any, dynamic: Any) -> Any:
+    def compiled(forward: Any, **_: Any) -> Any:
         def fail(*inputs: Any) -> Any:
             forward(*inputs)  # which draws random numbers
             raise ValueError("no such operation")
@@ -137,7 +137,7 @@ def test_named_kernels_that_cannot_be_compiled_are_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     on_the_cpu(monkeypatch)
-    monkeypatch.setattr(torch, "compile", lambda forward, dynamic: None)
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: None)
     other = engine(GraphEngine, Stack)
     other.layers, other.required = CompiledLayers(other.model, few_shapes=True), True
     with pytest.raises(LoraError, match="layers cannot be compiled"):

