@@ -37,12 +37,12 @@ def _row(scores, wanted, losses, n_scores, GRADIENT: tl.constexpr, BLOCK: tl.con
         inside = start + columns < n_scores
         x = tl.load(scores + start + columns, inside, other=float("-inf")).to(tl.float32)
         larger = tl.where(x > largest, x, largest)
-        # where there was no score, exp(-inf - -inf) would be NaN
-        kept = tl.where(largest == float("-inf"), 0.0, total * tl.exp(largest - larger))
+        # where there was no score yet, exp(-inf - -inf) would be NaN
+        kept = tl.where(largest == float("-inf"), total, total * tl.exp(largest - larger))
         total = kept + tl.where(x == float("-inf"), 0.0, tl.exp(x - larger))
         largest = larger
     maximum = tl.max(largest, 0)
-    shares = tl.where(largest == float("-inf"), 0.0, total * tl.exp(largest - maximum))
+    shares = tl.where(largest == float("-inf"), total, total * tl.exp(largest - maximum))
     log_sum = maximum + tl.log(tl.sum(shares, 0))
     tl.store(losses + row, log_sum - own)
     if GRADIENT:
