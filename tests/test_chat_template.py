@@ -26,7 +26,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ALWAYS_OPENS = CHATML.replace("{% if add_generation_prompt %}", "").replace("{% endif %}", "")
+ALWAYS_OPENS = CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
 DEFAULT_SYSTEM = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
     + CHATML
