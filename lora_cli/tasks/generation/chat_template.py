@@ -255,7 +255,7 @@ class ChatTemplate:
         if turn:
             return self.prompt(messages[:turn], tools)
         # Templates cannot render no messages. What they add to ask for an answer stands in front.
-        prompt = self.prompt(messages[:1], tools)[len(after) :]
+        prompt = self.prompt(messages[:1], tools)[len(after) :].lstrip()
         start = after.find(prompt) + len(prompt) if prompt in after else 0
         return after[:start]
 
