@@ -122,6 +122,8 @@ def test_divergences_are_the_sums_that_they_stand_for(temperature: float) -> Non
 def test_tokens_are_compared_by_the_likeliest_and_the_mass_of_the_others(size: int) -> None:
     student, teacher, temperature = drawn(6, size).float(), drawn(size, 6).T.float(), 2.0
     said = top_tokens(teacher, temperature)
+    assert said.ids.shape == (6, min(size, 64))
+    assert said.log_p.shape == (6, size if size <= 64 else 65)
     p, q = (torch.softmax(z.double() / temperature, -1) for z in (teacher, student))
     order = teacher.argsort(-1, descending=True)[:, :64]
     groups = [x.gather(-1, order) for x in (p, q)]
