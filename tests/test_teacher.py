@@ -16,9 +16,10 @@ from closeness import assert_close, assert_different
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_cli.errors import LoraError
-from lora_cli.recipe import Recipe, load_recipe
+from lora_cli.recipe import Learned, Recipe, load_adapter_recipe, load_recipe
 from lora_cli.tasks.teachers import teacher as module
 from lora_cli.tasks.teachers.teacher import open_teacher
+from lora_cli.tasks.teachers.trained_task import open_task
 
 TEXTS = ["a warm film", "the plot is dull and slow"]
 
@@ -126,6 +127,33 @@ def test_an_adapter_answers_as_in_peft_and_without_gradients(base: Path, tmp_pat
     again = teacher.model()
     assert again is not model
     assert teacher.facts["fingerprint"] == found["fingerprint"] != ""
+
+
+def test_a_model_that_was_trained_whole_answers_as_in_transformers(
+    base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "first").mkdir()
+    folder = adapter_folders.make(
+        tmp_path / "first", "whole", base, seed=4, std=0.1, adapter={"type": "full"},
+        task={"type": "sequence_classification", "labels": ["bad", "good"]},
+    )  # fmt: skip
+    teacher = open_teacher(student(tmp_path, base, str(folder)))
+    teacher.load_processor()
+    plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    read = AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        assert_close(teacher.model()(**read).logits, plain(**read).logits)
+    task = open_task(folder, load_adapter_recipe(folder))
+    assert task.recipe.model.name == str(folder)
+    assert task.trained_in == folder
+
+
+def test_what_was_learned_from_the_data_is_handed_on(base: Path, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "first", base)
+    learned = Learned(task={"labels": ["good", "bad"]})
+    task = open_task(folder, load_adapter_recipe(folder), learned)
+    assert task.learned is learned
+    assert task.recipe.model.name == str(base)
 
 
 def test_an_adapter_reads_texts_as_it_was_trained_to(base: Path, tmp_path: Path) -> None:
