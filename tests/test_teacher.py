@@ -15,11 +15,12 @@ import torch
 from closeness import assert_close, assert_different
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lora_cli.errors import LoraError
+from lora_cli.accelerator import start_accelerator
+from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.recipe import Learned, Recipe, load_adapter_recipe, load_recipe
 from lora_cli.tasks.teachers import teacher as module
 from lora_cli.tasks.teachers.teacher import open_teacher
-from lora_cli.tasks.teachers.trained_task import open_task
+from lora_cli.tasks.teachers.trained_task import load_adapted, open_task
 
 TEXTS = ["a warm film", "the plot is dull and slow"]
 
@@ -146,6 +147,9 @@ def test_a_model_that_was_trained_whole_answers_as_in_transformers(
     task = open_task(folder, load_adapter_recipe(folder))
     assert task.recipe.model.name == str(folder)
     assert task.trained_in == folder
+    task = open_task(folder, task.recipe.with_values({"task.labels": ["good", "bad"]}))
+    with pytest.raises(IntegrityError, match=r"task\.labels"):
+        load_adapted(folder, task, start_accelerator(task.recipe))
 
 
 def test_what_was_learned_from_the_data_is_handed_on(base: Path, tmp_path: Path) -> None:
