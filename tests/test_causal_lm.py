@@ -10,8 +10,10 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from closeness import assert_close
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate_split import evaluate
@@ -255,6 +257,27 @@ def test_packed_logits_are_those_of_the_texts_alone(
     model.train()
     check_packing(task, model, split)
     assert model.training
+
+
+def test_a_model_that_does_not_name_the_cache_keeps_packed_texts_apart(tmp_path: Path) -> None:
+    # GraniteMoE's forward passes `use_cache` on; with the cache on, packed texts see each other
+    config = GraniteMoeConfig(
+        vocab_size=tiny.vocabulary("llama"), hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, num_local_experts=4,
+        num_experts_per_tok=2, pad_token_id=tiny.PAD,
+    )  # fmt: skip
+    base = tmp_path / "base"
+    tiny.enliven(GraniteMoeForCausalLM(config)).save_pretrained(base)
+    tiny.tokenizer("llama").save_pretrained(base)
+    task = task_of(base, tmp_path, TEXTS, train={"packing": True}, task={"max_length": 64})
+    examples = list(encoded(task).examples)
+    model, _ = task.load_model(CPU)
+    batch = task.collate([one_row(examples[:3])])
+    alone = [torch.tensor([example["input_ids"]]) for example in examples[:3]]
+    with torch.no_grad():
+        wanted = torch.cat([model(ids, use_cache=False).logits[0] for ids in alone])
+        found = task.logits(model, batch.inputs)[0]
+    assert_close(found[: len(wanted)], wanted)
 
 
 class Forgetful(nn.Module):

@@ -126,6 +126,10 @@ class Task:
         }
         return SimpleNamespace(inputs=inputs)
 
+    def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = model(**inputs, use_cache=False).logits
+        return logits
+
 
 def check(model: Model, task: Task | None = None, *lengths: int) -> Task:
     task = task or Task()

@@ -126,11 +126,12 @@ def check_packing(task: TextTask, model: nn.Module, split: Encoded) -> None:
     try:
         with full_precision(model):
             packed, other_packed = (
-                _logits(model, task.collate([one_row([before, second])] * n_rows).inputs)[:, start:]
+                _logits(task, model, task.collate([one_row([before, second])] * n_rows).inputs)
                 for before in (first, other)
             )
-            alone = _logits(model, {"input_ids": torch.tensor([second["input_ids"]])})
-        packed, other_packed = (logits[:, : alone.shape[1]] for logits in (packed, other_packed))
+            alone = _logits(task, model, {"input_ids": torch.tensor([second["input_ids"]])})
+        end = start + alone.shape[1]
+        packed, other_packed = (logits[:, start:end] for logits in (packed, other_packed))
     except TypeError:  # its forward takes no position ids
         leaks = True
     else:
@@ -149,8 +150,7 @@ def check_packing(task: TextTask, model: nn.Module, split: Encoded) -> None:
         )
 
 
-def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def _logits(task: TextTask, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the model's scores, with the options that it is trained with."""
     device = next(model.parameters()).device
-    moved = {key: value.to(device) for key, value in inputs.items()}
-    logits: Tensor = model(**moved, use_cache=False).logits
-    return logits
+    return task.logits(model, {key: value.to(device) for key, value in inputs.items()})

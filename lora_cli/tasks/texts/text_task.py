@@ -347,7 +347,8 @@ class TextTask(Task):
     def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Return the model's outputs for the inputs of a batch: (B, C), or (B, T, V)."""
         takes = forward_parameters(type(model).forward)
-        options = {key: value for key, value in self.forward_options.items() if key in takes}
+        # those that a class does not name, it passes on (GraniteMoE)
+        options = {k: v for k, v in self.forward_options.items() if k in takes or "**" in takes}
         if TEXT_OF_TOKEN in inputs:
             if "**" not in takes:
                 inputs = {k: v for k, v in inputs.items() if k in takes or k in NOT_FOR_THE_MODEL}
