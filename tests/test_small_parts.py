@@ -13,12 +13,18 @@ from peft.tuners.lokr.layer import factorization
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import Llama4TextConfig
+from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.llama4.modeling_llama4 import Llama4Router
+from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters import initialise
 from lora_cli.adapters.initialise import loftq, olora, orthogonal, pissa
 from lora_cli.adapters.lokr import LoKrLayer, divided
 from lora_cli.adapters.merge_proof import _place
 from lora_cli.adapters.residual_lora import ResidualLoRALinear
+from lora_cli.adapters.variants import LORA_LAYERS, layer_for
 from lora_cli.adapters.whole_update import WholeUpdate, has_wide_kernel, kernel_core, weight_shape
 from lora_cli.errors import LoraError
 from lora_cli.export import merge as merging
@@ -86,6 +92,21 @@ def test_shapes_of_weights_and_which_layers_take_a_whole_update() -> None:
     quantized.transposed = True
     for other in (quantized, nn.Embedding(2, 2), NonDynamicallyQuantizableLinear(2, 2)):
         assert not WholeUpdate.fits(other)
+
+
+def test_a_layer_that_computes_something_else_than_its_kind_takes_no_adapter() -> None:
+    x = torch.randn(2, 4)
+    router = Llama4Router(Llama4TextConfig(hidden_size=4, num_local_experts=3))
+    standardised = WeightStandardizedConv2d(2, 2, 1, padding=0)
+    for base in (router, standardised):
+        assert layer_for(base, LORA_LAYERS) is None
+        assert not WholeUpdate.fits(base)
+    assert isinstance(router(x), tuple)
+    # the same in other words
+    falcon = FalconLinear(4, 3)
+    torch.testing.assert_close(falcon(x), nn.functional.linear(x, falcon.weight, falcon.bias))
+    for base in (falcon, Conv1D(3, 4), nn.Conv1d(2, 2, 1), QuantizedLinear(2, 2, None, "int8")):
+        assert layer_for(base, LORA_LAYERS) is not None
 
 
 def test_a_residual_layer_is_saved_with_twice_the_rank() -> None:

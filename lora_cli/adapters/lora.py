@@ -30,6 +30,21 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.models.quantized_linear import QuantizedLinear
 
 Shape = tuple[int, ...]
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D, QuantizedLinear)
+SAME_IN_OTHER_WORDS = ("FalconLinear",)  # classes with a forward of their own that computes theirs
+
+
+def computes_as_its_kind(base: nn.Module) -> bool:
+    """Return whether a linear layer or a convolution is called, and computes what its kind does.
+
+    A subclass may do something else: the routers of Llama 4 and PhiMoE choose experts, the
+    convolutions of BiT standardise their weight first. A low-rank update beside it would not be one
+    of its weight.
+    """
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention reads its weight and never calls it
+    kind = type(base)
+    return kind.forward in [one.forward for one in KINDS] or kind.__name__ in SAME_IN_OTHER_WORDS
 
 
 class LoRALayer(nn.Module):
@@ -220,9 +235,7 @@ class LoRALinear(LoRALayer):
     @classmethod
     def fits(cls, base: nn.Module) -> bool:
         """Return whether a module is a linear layer that is called as one."""
-        if isinstance(base, NonDynamicallyQuantizableLinear):
-            return False  # nn.MultiheadAttention reads its weight and never calls it
-        return isinstance(base, nn.Linear | Conv1D)
+        return isinstance(base, nn.Linear | Conv1D) and computes_as_its_kind(base)
 
     @classmethod
     def shapes(cls, base: nn.Module, rank: int) -> dict[str, Shape]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name for it
 from torch import Tensor, nn
 
-from lora_cli.adapters.lora import LoRALayer, Shape
+from lora_cli.adapters.lora import LoRALayer, Shape, computes_as_its_kind
 from lora_cli.errors import LoraError
 
 
@@ -27,7 +27,7 @@ class LoRAConv(LoRALayer):
     @classmethod
     def fits(cls, base: nn.Module) -> bool:
         """Return whether a module is a convolution of one or two dimensions."""
-        return isinstance(base, nn.Conv1d | nn.Conv2d)
+        return isinstance(base, nn.Conv1d | nn.Conv2d) and computes_as_its_kind(base)
 
     @classmethod
     def shapes(cls, base: nn.Module, rank: int) -> dict[str, Shape]:

@@ -15,9 +15,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_cli.adapters.lora import LoRALayer, Shape
+from lora_cli.adapters.lora import LoRALayer, Shape, computes_as_its_kind
 from lora_cli.adapters.lora_conv import convolved
 from lora_cli.models.quantized_linear import QuantizedLinear
 
@@ -34,13 +33,12 @@ class WholeUpdate(LoRALayer):
     @classmethod
     def fits(cls, base: nn.Module) -> bool:
         """Return whether a module is a linear layer, or a convolution of one or two dimensions."""
-        if isinstance(base, NonDynamicallyQuantizableLinear):
-            return False  # nn.MultiheadAttention takes its weight and never calls it
         if isinstance(base, QuantizedLinear) and base.transposed:
             return (
                 False  # it stands for a `Conv1D` of transformers, on which PEFT has no such layer
             )
-        return isinstance(base, nn.Linear | nn.Conv1d | nn.Conv2d)
+        kinds = nn.Linear | nn.Conv1d | nn.Conv2d
+        return isinstance(base, kinds) and computes_as_its_kind(base)
 
     def to_peft(self, name: str) -> Tensor:
         """Return one of the layer's own parameters, which PEFT stores as they are."""
