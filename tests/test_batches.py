@@ -162,8 +162,9 @@ def test_an_example_is_prepared_by_its_seed_step_and_row(
     kind: Any = type(made.task)
 
     def prepare(self: Any, example: Any, rng: np.random.Generator, training: bool) -> Any:
+        assert training
         drawn = int(rng.integers(7, 200))
-        return {**example, "input_ids": [drawn], "labels": [int(training)]}
+        return {**example, "input_ids": [drawn], "labels": [drawn]}
 
     monkeypatch.setattr(kind, "prepares", True, raising=False)
     monkeypatch.setattr(kind, "prepare", prepare)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -19,7 +20,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny_detectors import LABELS
-from transformers import AutoImageProcessor, AutoModelForObjectDetection, DetrConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, DetrConfig
 
 from lora_cli.adapters.attach import attach, trainable_parameters
 from lora_cli.errors import LoraError
@@ -37,6 +38,7 @@ from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task, prepared_for_evaluation
 from lora_cli.tasks.detection.box_augmentation import Picture, augmented, cropped, cut, mirrored
 from lora_cli.tasks.examples import Encoded
+from lora_cli.tasks.object_detection import ObjectDetection
 from lora_cli.training import train
 from lora_cli.training.engine import Engine
 
@@ -488,3 +490,53 @@ def test_the_model_card_says_how_objects_are_found(trained: Path) -> None:
     assert "AutoModelForObjectDetection" in card
     assert "post_process_object_detection" in card
     assert "object-detection" in card
+
+
+# ---------------------------------------------------------------------------- labels and answers
+
+
+@pytest.mark.parametrize("more", [None, 0, 2])
+def test_an_adapter_of_another_tool_has_the_labels_of_its_base(
+    more: int | None, tmp_path: Path
+) -> None:
+    task: Any = build_task(load_recipe(write_recipe_of(tmp_path)))
+    known = AutoConfig.from_pretrained(tmp_path / "base").id2label
+    names = [known[i] for i in range(len(known))]
+    head = next(
+        name
+        for name in AutoModelForObjectDetection.from_pretrained(tmp_path / "base").state_dict()
+        if name.startswith("class_labels_classifier") and name.endswith("weight")
+    )
+    tensors = {"bbox_predictor.layers.2.weight": torch.zeros(4, 32)}
+    if more is not None:  # one row is of no object
+        tensors[head] = torch.zeros(len(names) + more + 1, 32)
+    task.complete_from(tensors)
+    wanted = [f"LABEL_{i}" for i in range(len(names) + 2)] if more else names
+    assert task.learned.task["labels"] == wanted
+
+
+def test_what_is_named_has_at_least_the_threshold() -> None:
+    task: Any = object.__new__(ObjectDetection)
+    task.spec = SimpleNamespace(threshold=0.5)
+    task._object = lambda box, label: {"box": box, "label": label}
+    boxes = [[1, 2, 3, 4, 0.5, 1], [5, 6, 7, 8, 0.75, 0], [1, 1, 2, 2, 0.49, 1]]
+    assert task._named(boxes) == [
+        {"box": [5, 6, 7, 8], "label": 0, "score": 0.75},
+        {"box": [1, 2, 3, 4], "label": 1, "score": 0.5},
+    ]
+
+
+def test_of_an_example_its_objects_are_shown_and_which_are_crowds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ObjectDetection, "labels", ["cat", "dog"])
+    task: Any = object.__new__(ObjectDetection)
+    task.size = (30, 40)
+    example = {
+        "crowd": [False, True], "boxes": [[1, 2, 3, 4.4], [5, 6, 7, 8]], "classes": [1, 0],
+        "image": {"bytes": None, "path": "b/a.png"}, "width": 50, "height": 20,
+    }  # fmt: skip
+    assert task.shown(example, colour=False) == (
+        ["2 objects"],
+        "a.png: 50 x 20 pixels, read within 40 x 30; dog at 1, 2, 3, 4; cat at 5, 6, 7, 8 (crowd)",
+    )

@@ -218,10 +218,10 @@ class ObjectDetection(PictureTask):
         """Return an example with its picture decoded and, in training, augmented with its boxes."""
         image = self.opened(example["image"])
         boxes = np.array(example["boxes"], dtype=np.float64).reshape(-1, 4)
-        picture = Picture(image, boxes, np.array(example["classes"], dtype=np.int64))
+        classes = np.array(example["classes"], dtype=np.int64)
         crowd = np.array(example["crowd"], dtype=bool)
-        truth = np.column_stack([boxes, picture.classes, crowd])
-        trained = Picture(image, boxes[~crowd], picture.classes[~crowd])
+        truth = np.column_stack([boxes, classes, crowd])
+        trained = Picture(image, boxes[~crowd], classes[~crowd])
         if training:
             trained = augmented(trained, self.spec.augmentation, rng)
         pixels, mask = on_canvas(self.processor, trained.image)
