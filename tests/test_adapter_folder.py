@@ -639,6 +639,19 @@ def test_the_folder_of_these_tests_is_fine(base: nn.Module, folder: Path) -> Non
     loaded(base, folder, ["classifier"])
 
 
+@pytest.mark.parametrize("rank", [3, 8])
+def test_where_a_configuration_names_no_rank_the_tensors_have_it(
+    rank: int, base: nn.Module, tmp_path: Path
+) -> None:
+    saved_by_peft(tmp_path / "a", base, r=rank, target_modules=["query"], use_rslora=True)
+    wanted = loaded(base, tmp_path / "a")
+    file = tmp_path / "a" / CONFIG_FILE
+    config = json.loads(file.read_text())
+    del config["r"]
+    file.write_text(json.dumps(config))
+    assert_same_outputs(loaded(base, tmp_path / "a"), wanted)
+
+
 @pytest.mark.parametrize(
     ("remove", "named"),
     [

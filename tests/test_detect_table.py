@@ -33,7 +33,7 @@ def found_in(folder: Path, text: str, name: str = "rows.csv") -> FoundFormat:
     ("text", "wanted"),
     [
         ("a,b\nc,d\n", ","), ("a;b\nc;d\n", ";"), ("a\tb\nc\td\n", "\t"), ("a|b\nc|d\n", "|"),
-        ("a\nb\n", None), ("", None), ("one, two\nthree\nfour, five, six\n", None),
+        ("a,b\n", ","), ("a\nb\n", None), ("", None), ("one, two\nthree\nfour, five, six\n", None),
         # of two, the more even one
         ("a,b;c\nd;e\nf,g,h;i\n", ";"),
         # of two that are even, that of more fields
