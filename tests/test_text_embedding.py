@@ -10,6 +10,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from lora_cli.tasks import build_task
 from lora_cli.tasks.embeddings import embedding_search
 from lora_cli.tasks.embeddings.embedding_losses import ANCHOR, NEGATIVE, POSITIVE, embedding_losses
 from lora_cli.tasks.embeddings.embedding_search import labelled_corpus, pairs_corpus, search
+from lora_cli.tasks.text_embedding import TextEmbedding
 from lora_cli.training import train
 from lora_cli.training.batches import prepared_for
 from lora_cli.training.checkpoints import checkpoints
@@ -735,6 +737,9 @@ def test_a_text_that_is_too_long_is_not_embedded(tmp_path: Path) -> None:
     problem = task.answer_problem({"anchor": tiny.CORPUS[0]})
     assert problem is not None
     assert problem.what == "it has 7 tokens, more than 6"
+    exact = build_task(load_recipe(path, ["task.max_length=7"]))
+    exact.load_processor()
+    assert exact.answer_problem({"anchor": tiny.CORPUS[0]}) is None
     assert task.answer_error({"anchor": "a"}) == ""
 
 
@@ -756,3 +761,46 @@ def test_a_copied_model_keeps_its_pooler_out_of_training(tmp_path: Path) -> None
     attach(model, task.recipe)
     assert not [name for name in trainable_parameters(model) if name.startswith("pooler")]
     assert [name for name in trainable_parameters(model) if "output.dense" in name]
+
+
+# ------------------------------------------------------------------------------ one value at a time
+
+
+def test_each_prompt_stands_before_the_texts_of_its_side() -> None:
+    task: Any = object.__new__(TextEmbedding)
+    task.anchor_prompt, task.positive_prompt = "query: ", "passage: "
+    assert task.prompted(["a", "b", "c"]) == ["query: a", "passage: b", "passage: c"]
+
+
+def test_a_plain_base_gets_mean_pooling_and_unit_vectors(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    for given, wanted in ((None, True), (False, False)):
+        sets = [] if given is None else [f"task.normalize={json.dumps(given)}"]
+        task, model = opened(path, *sets)
+        assert (task.pooling, task.normalize) == ("mean", wanted)
+        (vector,) = (torch.tensor(one) for (one,) in task.answer(model, [{"anchor": "a film"}]))
+        assert (abs(float(vector.norm()) - 1) < 1e-5) == wanted
+
+
+def test_texts_stand_by_role_in_a_batch_and_in_each_role_by_example(tmp_path: Path) -> None:
+    task, _ = opened(write_recipe(tmp_path))
+    examples = [
+        {"input_ids": [9, 9, *[10 + i] * 3, 20 + i], "lengths": [2, 3, 1], "texts": [i, 5 + i, 7],
+         "label": 0, "score": 0.5, "row": i}
+        for i in range(2)
+    ]  # fmt: skip
+    batch = task.collate(examples)
+    assert batch.targets["role"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert batch.targets["row"].tolist() == [0, 1, 0, 1, 0, 1]
+    assert batch.targets["text"].tolist() == [0, 1, 5, 6, 7, 7]
+    lengths = batch.inputs["attention_mask"].sum(1).tolist()
+    assert lengths == [2, 2, 3, 3, 1, 1]
+    assert batch.inputs["input_ids"][:, 0].tolist() == [9, 9, 10, 11, 20, 21]
+    assert batch.cost == 12
+
+
+def test_of_an_anchor_that_looked_for_nothing_the_wanted_text_is_kept(tmp_path: Path) -> None:
+    task, _ = opened(write_recipe(tmp_path))
+    split: Any = SimpleNamespace(rows=[{"anchor": "a", "positive": "b"}])
+    found = task._retrieved(0, None, 0, split, [], [])
+    assert (found.row, found.prediction, found.reference) == (0, None, "b")
