@@ -22,9 +22,10 @@ from typer.testing import CliRunner
 from lora_cli import machine_memory
 from lora_cli.cli.app import app
 from lora_cli.errors import IntegrityError, LoraError, NumericsError
-from lora_cli.export import merge_in_pieces
+from lora_cli.export import merge_in_pieces, merge_plan
 from lora_cli.export.merge import MergeResult, merge_adapter
 from lora_cli.models.stored_tensors import Stored
+from lora_cli.tensorfile import TensorEntry
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LORA = {"rank": 4, "alpha": 6.0}
@@ -65,28 +66,28 @@ def in_pieces(base: Path | None, adapter: Path, to: Path) -> MergeResult:
 BFLOAT = torch.bfloat16
 CASES: dict[str, tuple[str, torch.dtype | None, dict[str, Any]]] = {
     "linear": ("untied", BFLOAT, {"target_modules": ["q_proj", "up_proj"], "use_rslora": True}),
-    "a head and biases": ("encoder", None, {"target_modules": "all-linear", "bias": "all"}),
     "a base without its prefix": ("bert", None, {"target_modules": "all-linear"}),
+    "three places of a tie": ("t5", None, {"target_modules": "all-linear"}),
+    "a copy of one side": (
+        "tied", None,
+        {"target_modules": ["q_proj"], "train_modules": ["lm_head"], "ensure_weight_tying": False},
+    ),
+    "experts in a tensor each": ("mixtral", BFLOAT, EXPERTS),
+    "a head and biases": ("encoder", None, {"target_modules": "all-linear", "bias": "all"}),
     "Conv1D": ("gpt2", None, {"target_modules": "all-linear", "bias": "all"}),
     "a decoder and a head": ("bart", None, {"target_modules": "all-linear", "init": "pissa"}),
-    "three places of a tie": ("t5", None, {"target_modules": "all-linear"}),
     "biases alone": ("bert", None, {"type": "bitfit"}),
     "DoRA": ("untied", BFLOAT, {"type": "dora", "target_modules": ["q_proj", "down_proj"]}),
     "LoHa": ("untied", torch.float16, {"type": "loha", "target_modules": ["q_proj"]}),
     "LoKr": ("untied", None, {"type": "lokr", "target_modules": ["q_proj", "down_proj"]}),
     "one side of a tie": ("tied", BFLOAT, {"target_modules": ["lm_head"]}),
-    "a copy of one side": (
-        "tied", None,
-        {"target_modules": ["q_proj"], "train_modules": ["lm_head"], "ensure_weight_tying": False},
-    ),
     "rows of tokens": ("untied", BFLOAT, {"target_modules": ["q_proj"], "train_tokens": [7, 9]}),
     "experts in one tensor": ("gpt_oss", None, EXPERTS),
-    "experts in a tensor each": ("mixtral", BFLOAT, EXPERTS),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.slow_after(1)
+@pytest.mark.slow_after(5)
 def test_the_same_files_as_of_the_whole_model(tmp_path: Path, case: str) -> None:
     kind, dtype, settings = CASES[case]
     base = base_of(kind, tmp_path, dtype)
@@ -301,3 +302,32 @@ def test_weights_of_the_base_that_peft_wrote_besides(tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(IntegrityError, match="of the base is not the one it was trained on"):
         in_pieces(base, adapter, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("stored", "may_grow", "fits"),
+    [
+        ((5, 3), False, True), ((4, 3), False, False), ((4, 3), True, True), ((6, 3), True, False),
+        ((5, 2), True, False), ((4, 2), True, False), (None, True, False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("names", [["a"], ["other", "a"]])
+def test_a_parameter_is_missing_where_no_file_has_it_in_its_shape_or_with_fewer_rows(
+    names: list[str], stored: tuple[int, int] | None, may_grow: bool, fits: bool
+) -> None:
+    found: Any = object.__new__(merge_plan._StoredParameters)
+    found.groups, found.parameters = [names], {name: torch.zeros(5, 3) for name in names}
+    found.whole = (
+        {} if stored is None else {"a": Stored(Path(), "a", TensorEntry("F32", stored, 0, 0))}
+    )
+    found.rows = {}
+    assert found.missing(may_grow) == ([] if fits else [names[0]])
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(6, True), (5, False), (12, False)])
+def test_experts_are_there_where_the_files_have_the_rows_of_all(rows: int, fits: bool) -> None:
+    found: Any = object.__new__(merge_plan._StoredParameters)
+    found.groups, found.parameters = [["a"]], {"a": torch.zeros(2, 3, 4)}
+    found.whole, found.rows = {}, {"a": rows}
+    assert found.is_in_parts("a") is fits
+    assert found.missing(False) == ([] if fits else ["a"])
