@@ -12,7 +12,13 @@ import tiny
 import tiny_translators as translators
 import torch
 from closeness import assert_close
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    ProphetNetConfig,
+    ProphetNetForConditionalGeneration,
+)
 
 from lora_cli.accelerator import start_accelerator
 from lora_cli.adapters.attach import attach
@@ -111,6 +117,35 @@ def test_the_loss_is_that_of_transformers(kind: str, base: tuple[Any, ...]) -> N
     assert batch.items["loss"].tolist() == [
         len(tokenizer(text_target=row["target"])["input_ids"]) for row in ROWS
     ]
+
+
+def test_what_fills_a_target_changes_no_loss_where_the_model_would_read_it(tmp_path: Path) -> None:
+    # ProphetNet's decoder looks several tokens ahead: its scores depend on the length of a row
+    path = write_recipe(tmp_path, "bart")
+    both = ("encoder", "decoder")
+    sizes = {f"num_{side}_layers": 1 for side in both} | {f"{side}_ffn_dim": 48 for side in both}
+    sizes |= {f"num_{side}_attention_heads": 4 for side in both} | {"hidden_size": 32}
+    config = ProphetNetConfig(
+        vocab_size=tiny.vocabulary(), max_position_embeddings=tiny.POSITIONS, pad_token_id=tiny.PAD,
+        bos_token_id=tiny.BOS, eos_token_id=tiny.EOS, decoder_start_token_id=tiny.EOS, **sizes,
+    )  # fmt: skip
+    base = tmp_path / "prophet"
+    tiny.enliven(ProphetNetForConditionalGeneration(config)).save_pretrained(base)
+    tokenizer = tiny.tokenizer()
+    tokenizer.save_pretrained(base)
+    task = build_task(load_recipe(path, [f"model.name={base}"]))
+    task.load_processor()
+    split = load_data(task)["train"]
+    model, _ = task.load_model(CPU)
+    task.fit_to_model(model.eval())  # in float64 its masks are no numbers
+    batch = task.collate([split.examples[i] for i in range(len(ROWS))])
+    found = task.losses(model, task.forward(model, batch), batch)["loss"]
+    for loss, row in zip(found, ROWS, strict=True):
+        inputs = tokenizer(row["source"], return_tensors="pt")
+        labels = tokenizer(row["target"], return_tensors="pt")["input_ids"]
+        scores = model(**inputs, labels=labels).logits[0]
+        wanted = torch.nn.functional.cross_entropy(scores, labels[0], reduction="sum")
+        assert_close(loss.detach(), wanted.detach(), 1e-5)
 
 
 @proves("predict")

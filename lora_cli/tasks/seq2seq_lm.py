@@ -72,8 +72,9 @@ class Seq2SeqLM(SourceAndTargetTask):
 
     def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Return the scores of the targets' tokens (B, T, V), each given those before it."""
-        inputs = dict(inputs)
+        inputs, n_written = dict(inputs), None
         if "labels" in inputs:
+            n_written = (inputs["labels"] != IGNORED).sum(1).clamp(min=1).tolist()
             inputs["decoder_input_ids"] = decoder_inputs(model, inputs.pop("labels"))
         if self.padding.side != "none":
             scores: Tensor = model(**inputs, use_cache=False).logits
@@ -83,7 +84,12 @@ class Seq2SeqLM(SourceAndTargetTask):
         for i, length in enumerate(lengths):
             one = {key: value[i : i + 1] for key, value in inputs.items()}
             one |= {key: one[key][:, :length] for key in ("input_ids", "attention_mask")}
-            rows.append(model(**one, use_cache=False).logits)
+            width = n_read = one["decoder_input_ids"].shape[1]
+            if n_written is not None:  # what fills a target may change its scores too (ProphetNet)
+                n_read = n_written[i]
+                one["decoder_input_ids"] = one["decoder_input_ids"][:, :n_read]
+            found = model(**one, use_cache=False).logits
+            rows.append(nn.functional.pad(found, (0, 0, 0, width - n_read)))
         return torch.cat(rows)
 
     def losses(
