@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
+import tiny
 import torch
+from closeness import assert_close
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from lora_cli.adapters.peft_format.peft_token_rules import computes_as_peft
 from lora_cli.adapters.peft_format.peft_tokens import SavedRows, _joined, _misfit
+from lora_cli.errors import LoraError
+from lora_cli.export.merge import merge_adapter
 
 
 def misfit(
@@ -70,6 +79,44 @@ def test_equal_rows_of_modules_that_share_a_weight_are_the_same_rows() -> None:
         found = _joined(model, [rows("a"), other])
         assert [one.name for one in found] == ["a", other.name]
         assert [one.others for one in found] == [["a.more"], [f"{other.name}.more"]]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_new_tokens_that_peft_saved_with_the_whole_embedding(
+    tied: bool, tmp_path: Path
+) -> None:
+    # PEFT writes all of an embedding that was made larger, besides the rows that are trained
+    base = tiny.save_llama(tmp_path / "base", tied)
+    tokenizer, new = tiny.tokenizer("llama"), ["<|x|>", "<|y|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": new})
+    ids = tokenizer.convert_tokens_to_ids(new)
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules=["q_proj"],
+        trainable_token_indices={"embed_tokens": ids},
+    )  # fmt: skip
+    theirs = peft.get_peft_model(model, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the embedding is written because it is larger
+        theirs.eval().save_pretrained(tmp_path / "adapter")
+    whole = "base_model.model.model.embed_tokens.token_adapter.base_layer.weight"
+    assert whole in load_file(tmp_path / "adapter/adapter_model.safetensors")
+    recipe = tiny.recipe(base, tmp_path, model={"add_tokens": new})
+    merge_adapter(None, tmp_path / "adapter", tmp_path / "merged", recipe)
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    read = torch.tensor([[0, 9, *ids, 7]])
+    with torch.no_grad():
+        assert_close(merged(read).logits, theirs(read).logits)
+    # without the new tokens the model has no rows for them
+    with pytest.raises(LoraError) as caught:
+        merge_adapter(str(base), tmp_path / "adapter", tmp_path / "other")
+    assert "`model.add_tokens` of a recipe" in str(caught.value)
 
 
 def test_what_computes_as_peft_s_embedding_of_trained_rows() -> None:

@@ -27,12 +27,17 @@ from lora_cli.adapters.peft_format.peft_rules import (
     parameter_layers,
 )
 from lora_cli.adapters.peft_format.peft_tensors import TOGETHER, sort_tensors, unsupported
-from lora_cli.adapters.peft_format.peft_tokens import saved_rows, split_rows
+from lora_cli.adapters.peft_format.peft_tokens import (
+    LARGER,
+    SavedRows,
+    saved_rows,
+    split_rows,
+)
 from lora_cli.adapters.peft_format.peft_types import alpha_of
 from lora_cli.adapters.peft_format.tensor_names import adapted_modules
 from lora_cli.adapters.targets import Target, shape_problem
 from lora_cli.adapters.tied_weights import give_own_parameters, tied_groups
-from lora_cli.adapters.token_rows import add_token_rows
+from lora_cli.adapters.token_rows import add_token_rows, embedding_names
 from lora_cli.adapters.variants import Layers, layer_for, layers_of
 from lora_cli.errors import IntegrityError, Problem
 from lora_cli.models.fingerprint import Fingerprint, require_base
@@ -75,7 +80,8 @@ def load_adapter(
     problems += found
     of_tokens, found = saved_rows(model, rows, adapter)
     problems += found
-    problems += _check_plain(plain, tensors.frozen, parameters, own)
+    frozen = _without_rows(tensors.frozen, of_tokens, parameters)
+    problems += _check_plain(plain, frozen, parameters, own, embedding_names(model))
     missing = _missing(adapter, model, parameters, plain, new, drawn)
     if problems or missing:
         raise _misfit(problems, missing, adapter)
@@ -184,24 +190,41 @@ def verify_base(
     return require_base(adapter.base, base, recipe, f"the adapter {adapter.path}", adapter.tensors)
 
 
+def _without_rows(
+    frozen: dict[str, Tensor], of_tokens: list[SavedRows], parameters: dict[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Return copies of the base without the rows that are trained, which need not be its."""
+    found = dict(frozen)
+    for saved in of_tokens:
+        for name in (f"{module}.weight" for module in (saved.name, *saved.others)):
+            if name in found and found[name].shape == parameters[name].shape:
+                found[name] = found[name].clone()
+                found[name][saved.token_ids] = parameters[name][saved.token_ids].to(found[name])
+    return found
+
+
 def _check_plain(
     plain: dict[str, Tensor],
     frozen: dict[str, Tensor],
     parameters: dict[str, nn.Parameter],
     own: list[str],
+    embeddings: list[str],
 ) -> list[Problem]:
     """Return what is wrong with the tensors that stand for whole parameters of the model."""
     problems = []
+    of_tokens = {f"{name}.weight" for name in embeddings}
     first: dict[int, str] = {}  # name of the first tensor for a parameter, which may be shared
     for name, tensor in [*plain.items(), *frozen.items()]:
         parameter = parameters.get(name)
         if parameter is None:
             problems.append(Problem(f"the model has no parameter `{name}`", hint=unsupported(name)))
         elif parameter.shape != tensor.shape:
+            larger = name in of_tokens and tensor.shape[0] > parameter.shape[0]
             problems.append(
                 Problem(
                     f"`{name}` is {tuple(tensor.shape)} in the adapter and "
-                    f"{tuple(parameter.shape)} in the model"
+                    f"{tuple(parameter.shape)} in the model",
+                    hint=LARGER if larger else None,
                 )
             )
         elif name in frozen and not parameter.is_meta and not _same(parameter, tensor):

@@ -110,9 +110,7 @@ def _with_rows(
     What shares the input embedding's weight, and has no rows of its own, shares the rows too, where
     the model says what is tied.
     """
-    ids = config.get("trainable_token_indices")
-    if isinstance(ids, dict):
-        ids = next((found for end, found in ids.items() if module.endswith(end)), None)
+    ids = _token_ids(module, config)
     parameters = dict(base.named_parameters(remove_duplicate=False))
     old = parameters.get(f"{module}.weight")
     if (
@@ -130,9 +128,19 @@ def _with_rows(
     names = [f"{module}.weight"]
     says_ties = isinstance(getattr(base, "_tied_weights_keys", None), dict)
     if says_ties and base.get_submodule(module) is embedding:
-        own = {f"{name.partition('.token_adapter.')[0]}.weight" for name in tensors}
+        modules = {name.partition(".token_adapter.")[0] for name in tensors}
+        # PEFT writes what follows besides, where it writes the whole embedding
+        own = {f"{name}.weight" for name in modules if _token_ids(name, config)}
         names += [name for name, p in parameters.items() if p is old and name not in own]
     return dict.fromkeys(names, weight)
+
+
+def _token_ids(module: str, config: dict[str, Any]) -> list[int] | None:
+    """Return the tokens of which a module has trained rows of its own, as a configuration says."""
+    ids = config.get("trainable_token_indices")
+    if isinstance(ids, dict):
+        ids = next((found for end, found in ids.items() if module.endswith(end)), None)
+    return ids
 
 
 def _copied(config: dict[str, Any]) -> tuple[str, ...]:

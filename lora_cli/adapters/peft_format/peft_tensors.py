@@ -59,7 +59,8 @@ def sort_tensors(
             hint = f"it reads what an adapter of type `{kind}` has: merge the rest in PEFT"
             found.problems.append(Problem(what, hint=hint))
         elif name.endswith(".base_layer.weight"):  # of an embedding: PEFT writes it besides
-            found.frozen[f"{name.removesuffix('.base_layer.weight')}.weight"] = tensor
+            owner = name.removesuffix(".base_layer.weight").removesuffix(".token_adapter")
+            found.frozen[f"{owner}.weight"] = tensor
         elif ".original_module." not in name:  # the head before training: PEFT's `bias: all`
             short = _parameter_name(name, parameters)
             if short in found.plain and not torch.equal(found.plain[short], tensor):

@@ -21,6 +21,12 @@ from lora_cli.errors import Problem
 ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
 
 
+LARGER = (
+    "the vocabulary was made larger: name the new tokens, in the order of their ids, in "
+    "`model.add_tokens` of a recipe"
+)
+
+
 @dataclass
 class SavedRows:
     """The trained rows of a module, by rising ids of tokens."""
@@ -57,7 +63,9 @@ def saved_rows(
         what = f"the trained rows of `{name}` are missing"
         problems.append(Problem(what, hint=TOGETHER))
     for name, tensor in rows.items():
-        ids = reading.ids.get(name)
+        ids, source = reading.ids.get(name), rows.get(reading.followers.get(name, ""))
+        if source is not None and torch.equal(source, tensor):
+            continue  # written twice, as the whole embedding is beside them
         if ids is None:
             what = f"`{name}` has trained rows, and the configuration does not say of which tokens"
             problems.append(Problem(what, hint=TOGETHER))
@@ -99,8 +107,7 @@ def _misfit(
     size, dim = weight.shape
     if max(ids, default=0) >= size:
         what = f"the adapter has the row of the token {max(ids)}, and `{name}` has rows 0 to "
-        hint = "the vocabulary was made larger: name the new tokens, in the order of their ids, "
-        return Problem(f"{what}{size - 1:,}", hint=f"{hint}in `model.add_tokens` of a recipe")
+        return Problem(f"{what}{size - 1:,}", hint=LARGER)
     if tuple(tensor.shape) != (len(ids), dim):
         what = f"the trained rows of `{name}` are {tuple(tensor.shape)}, "
         return Problem(f"{what}the model needs {(len(ids), dim)}")
