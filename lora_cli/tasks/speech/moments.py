@@ -17,15 +17,16 @@ def moments_of(config: PretrainedConfig, length: int) -> int:
         config: With the sizes and strides of the convolutions.
         length: Samples of the recording; frames, where the model reads a spectrogram.
     """
-    size = 3  # of the convolutions behind the model, which shorten what it says
+    size, padding = 3, 1  # of the convolutions behind the model, which shorten what it says
     if config.model_type == SPECTROGRAMS:
-        size = config.adapter_kernel_size
+        # as its layers are padded; `_get_feat_extract_output_lengths` says size // 2
+        size, padding = config.adapter_kernel_size, config.adapter_stride // 2
     else:
         for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
             length = (length - kernel) // stride + 1
     if getattr(config, "add_adapter", False):
         for _ in range(config.num_adapter_layers):
-            length = (length + 2 * (size // 2) - size) // config.adapter_stride + 1
+            length = (length + 2 * padding - size) // config.adapter_stride + 1
     return max(length, 0)
 
 
