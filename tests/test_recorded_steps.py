@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_cli.errors import LoraError
 from lora_cli.tasks.examples import Batch
-from lora_cli.training import graph_engine
+from lora_cli.training import compiled_layers, graph_engine
 from lora_cli.training.choose_engine import WORK_WORTH_COMPILING, choose_engine
 from lora_cli.training.compiled_layers import (
     MEMORY_BUDGET,
@@ -375,3 +375,26 @@ def test_the_engine_is_what_the_recipe_asks_for(
         assert isinstance(found, GraphEngine)
         assert (found.layers is not None, found.records, found.required) == wanted
         assert found_dynamic == [False if same else None] * (2 if wanted[0] else 0)
+
+
+@pytest.mark.parametrize("few_shapes", [True, False])
+@pytest.mark.parametrize("bias", ["none", "frozen", "trained"])
+def test_the_number_of_rows_is_left_open_where_no_gradient_is_summed_over_them(
+    few_shapes: bool, bias: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    monkeypatch.setattr(
+        torch._dynamo, "maybe_mark_dynamic", lambda value, axis: marked.append((value.ndim, axis))
+    )
+    layers = nn.ModuleList(nn.Linear(2, 2, bias=bias != "none") for _ in range(2))
+    for layer in layers:
+        if bias == "frozen":
+            layer.bias.requires_grad_(False)
+    monkeypatch.setattr(compiled_layers, "repeated_layers", lambda model: list(model))
+    compiled = CompiledLayers(layers, few_shapes)
+    x = torch.ones(3, 4, 2)
+    for layer, call in zip(layers, compiled.compiled, strict=True):
+        assert torch.equal(call(x), layer(x))
+        call(x[0])  # no rows of texts
+    assert marked == ([(3, 0)] * 2 if few_shapes and bias != "trained" else [])
