@@ -133,6 +133,34 @@ def test_a_generation_config_of_the_checkpoint_is_not_followed(tmp_path: Path) -
     assert task.generate(model, [ids]) == [answer]
 
 
+def test_no_attention_kernel_that_plans_for_each_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(tmp_path)
+    model = task.load_model(CPU)[0].eval()
+    real, seen, own = model.generate, [], model.generation_config
+
+    def spy(*arguments: Any, **named: Any) -> Any:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return real(*arguments, **named)
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for enabled in (False, True):
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+        monkeypatch.setattr(model, "generate", spy)
+        task.generate(model, [[5, 6, 7], [8, 9]])
+        assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+        monkeypatch.setattr(model, "generate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            task.generate(model, [[5, 6, 7], [8, 9]])
+        assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+        assert model.generation_config is own
+    assert seen
+    assert not any(seen)
+
+
 def test_sampling_is_as_the_recipe_says(tmp_path: Path) -> None:
     def sampled(own: dict[str, Any], **generation: Any) -> list[str]:
         options = {"max_new_tokens": 6, **generation}

@@ -26,7 +26,7 @@ from lora_cli.tasks.generation.text_generation import (
     can_cache,
     decode,
     until_stop,
-    without_own_config,
+    while_generating,
 )
 from lora_cli.tasks.texts.padding import Padding, fill, mask_of
 
@@ -199,7 +199,7 @@ def _written(
         use_cache=can_cache(model),
         **first,
     )
-    with without_own_config(model):
+    with while_generating(model):
         output = generate(
             **read,
             generation_config=config,
