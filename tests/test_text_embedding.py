@@ -772,6 +772,30 @@ def test_each_prompt_stands_before_the_texts_of_its_side() -> None:
     assert task.prompted(["a", "b", "c"]) == ["query: a", "passage: b", "passage: c"]
 
 
+@pytest.mark.parametrize(
+    ("keys", "pairs", "labelled"),
+    [
+        ({}, ("q: ", "d: "), ("q: ", "q: ")),
+        ({"anchor_prompt": "a: "}, ("a: ", "d: "), ("a: ", "a: ")),
+        ({"anchor_prompt": ""}, ("", "d: "), ("", "")),
+        ({"positive_prompt": "b: "}, ("q: ", "b: "), None),
+        ({"anchor_prompt": "a: ", "positive_prompt": "b: "}, ("a: ", "b: "), None),
+    ],
+)  # fmt: skip
+def test_prompts_are_the_recipe_s_or_else_those_of_the_base(
+    keys: Json, pairs: tuple[str, str], labelled: tuple[str, str] | None, tmp_path: Path
+) -> None:
+    base = {"prompts": {"query": "q: ", "document": "d: "}}
+    for task_keys, wanted in ((TASK, pairs), (LABELLED, labelled)):
+        if wanted is None:
+            continue
+        folder = tmp_path / task_keys.get("label_column", "pairs")
+        task: Any = build_task(load_recipe(write_recipe(folder, ROWS, {**task_keys, **keys}, base)))
+        task.load_processor()
+        assert (task.anchor_prompt, task.positive_prompt) == wanted
+        assert task.learned.task["positive_prompt"] == wanted[1]
+
+
 def test_a_plain_base_gets_mean_pooling_and_unit_vectors(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
     for given, wanted in ((None, True), (False, False)):

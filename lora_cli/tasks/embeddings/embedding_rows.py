@@ -62,13 +62,13 @@ class EmbeddingRows(TextTask):
         self.pooling = files.pooling or "mean"
         given = (spec.normalize, files.normalize)
         self.normalize = next((value for value in given if value is not None), True)
-        names = POSITIVE_NAMES if spec.row_kind == "pairs" else ANCHOR_NAMES
         prompts = [spec.anchor_prompt, spec.positive_prompt]
         if prompts[0] is None:
             prompts[0] = files.prompt(*ANCHOR_NAMES)
         if prompts[1] is None:
             # two texts of the same kind begin in the same way
-            prompts[1] = files.prompt(*names) if spec.row_kind == "pairs" else prompts[0]
+            own = files.prompt(*POSITIVE_NAMES)
+            prompts[1] = own if spec.row_kind == "pairs" else prompts[0]
         self.anchor_prompt, self.positive_prompt = (prompt or "" for prompt in prompts)
         if spec.truncate == "left" and (self.anchor_prompt or self.positive_prompt):
             what = "`truncate: left` would cut off the prompt, with which a text begins"
