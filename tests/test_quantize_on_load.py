@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
 )
@@ -45,18 +46,43 @@ def opened(base: Path, tmp_path: Path, kind: str | None, **sections: Any) -> tup
     return task, task.load_model(torch.device("cpu"))[0].eval()
 
 
+def wide(model: Any) -> Any:
+    """Return a model like a tiny one, with 64 and 128 inputs to each layer.
+
+    On CPUs with AVX-512, bitsandbytes 0.50 gives wrong weights for other numbers than multiples
+    of its block.
+    """
+    names = ("n_embd",) if model.config.model_type == "gpt2" else ("hidden_size",)
+    settings = {**dict.fromkeys(names, 64), "intermediate_size": 128}
+    settings |= {"head_dim": None} if hasattr(model.config, "head_dim") else {}
+    config = type(model.config)(**{**model.config.to_dict(), **settings})
+    return tiny.enliven(type(model)(config), 0)
+
+
+@pytest.fixture
+def plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let bitsandbytes multiply by the weights themselves.
+
+    On CPUs with AVX-512 for bfloat16 it rounds the scales to bfloat16 instead.
+    """
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
 def quantized_names(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gpt2"])
+@pytest.mark.usefixtures("plain_products")
 @torch.no_grad()
 def test_a_language_model_in_nf4_is_that_of_transformers(kind: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     if kind == "gpt2":
         tiny.save_gpt2(base)
+        wide(tiny.gpt2()).save_pretrained(base)
     else:
         tiny.save_llama(base, tied=kind == "llama-tied")
+        wide(tiny.llama(tied=kind == "llama-tied")).save_pretrained(base)
     task = {"type": "causal_lm"} if kind == "gpt2" else LANGUAGE
     _, model = opened(base, tmp_path, "nf4", task=task)
     theirs = AutoModelForCausalLM.from_pretrained(
@@ -130,11 +156,13 @@ def test_the_base_is_recognised_and_counted_as_what_it_was_made_from(
     "train", variant="{variant}", layer="Linear", base="nf4", against="PEFT on bitsandbytes"
 )
 @pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.usefixtures("plain_products")
 def test_twenty_steps_are_those_of_peft_on_the_base_of_bitsandbytes(
     variant: str, tmp_path: Path
 ) -> None:
     peft = pytest.importorskip("peft")
     base = tiny.save_llama(tmp_path / "base")
+    wide(tiny.llama()).save_pretrained(base)
     sections = {
         "task": LANGUAGE,
         "adapter": {"type": variant, "rank": 4, "alpha": 8, "target_modules": "all-linear"},
@@ -215,8 +243,10 @@ def test_without_bitsandbytes_nf4_says_what_to_install(
         train(load_recipe(path))
 
 
+@pytest.mark.usefixtures("plain_products")
 def test_an_encoder_answers_as_transformers_does(tmp_path: Path) -> None:
     base = tiny.save_encoder(tmp_path / "base")
+    wide(AutoModelForMaskedLM.from_pretrained(base)).save_pretrained(base)
     _, model = opened(base, tmp_path, "nf4")
     theirs = AutoModelForSequenceClassification.from_pretrained(
         base, quantization_config=NF4, dtype=torch.float32

@@ -34,6 +34,18 @@ def test_nf4_is_that_of_bitsandbytes(dtype: torch.dtype) -> None:
     assert torch.equal(made.dequantized(dtype), functional.dequantize_4bit(codes, state))
 
 
+@pytest.mark.parametrize("shape", [(96, 32), (64, 64), (48, 160), (33, 65), (5, 13), (1, 1)])
+def test_a_number_is_its_code_times_the_scale_of_its_block(shape: tuple[int, int]) -> None:
+    made = QuantizedLinear(shape[1], shape[0], None, "nf4")
+    made.set_weight(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    codes = torch.stack([made.weight >> 4, made.weight & 15], -1).flatten().long()
+    of_blocks = made.scales_of_scales.repeat_interleave(256)[: len(made.scales)]
+    scales = made.codes_of_scales[made.scales.long()] * of_blocks + made.mean_scale
+    numbers = made.codes[codes] * scales.repeat_interleave(64)[: len(codes)]
+    wanted = numbers[: shape[0] * shape[1]].view(shape)
+    torch.testing.assert_close(made.dequantized(), wanted, rtol=1e-6, atol=1e-7)
+
+
 def test_int8_is_that_of_bitsandbytes() -> None:
     made, weight = layer("int8", torch.float16)
     codes, scales, _ = functional.int8_vectorwise_quant(weight)

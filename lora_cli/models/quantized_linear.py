@@ -102,9 +102,11 @@ class QuantizedLinear(nn.Linear):
             return (self.weight.to(torch.float32) * (self.scales / INT8_STEPS)[:, None]).to(dtype)
         from bitsandbytes import functional
 
+        n_codes = 2 * len(self.weight)  # one more than there are numbers, if their count is odd
         state = functional.QuantState(
             absmax=self.scales,
-            shape=torch.Size((self.out_features, self.in_features)),
+            # in one row: on CPUs with AVX-512, bitsandbytes 0.50 starts a new block with each row
+            shape=torch.Size((1, n_codes)),
             code=self.codes,
             blocksize=BLOCK,
             quant_type="nf4",
@@ -118,7 +120,8 @@ class QuantizedLinear(nn.Linear):
             ),
         )
         weight: Tensor = functional.dequantize_4bit(self.weight, state)
-        return weight
+        n = self.out_features * self.in_features
+        return weight.flatten()[:n].view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + b; x (..., in), result (..., out)."""
