@@ -13,6 +13,7 @@ import torch
 
 from lora_cli.errors import LoraError
 from lora_cli.preprocessing.check_recipe import check_recipe
+from lora_cli.preprocessing.data_gate import inspect_data
 from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import CausalLMSpec, load_recipe
 from lora_cli.tasks import build_task
@@ -187,6 +188,10 @@ def test_control_tokens_are_counted_and_read_as_the_recipe_says(
     how = "as text" if splits else "as tokens: see `task.split_special_tokens`"
     assert "1 of 2 train rows have control tokens in their text, the first is `<s>` at" in err
     assert f"rows.jsonl:2; they are read {how}" in err
+    inspect_data(task.recipe)
+    said = capsys.readouterr().err
+    # `<s>` stands there, and the tokenizer writes one before it
+    assert ("two at the beginning of" in said) == (not splits), said
     task.note_control_tokens(rows)
     (warning,) = task.take_warnings()
     assert warning.startswith("1 row with control tokens in the text")

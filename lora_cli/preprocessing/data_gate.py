@@ -33,6 +33,7 @@ from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import MEDIA, Encoded
 
 N_SHOWN = 3  # examples of each finding
+N_TRIED = 10  # rows that are looked at for how they begin
 
 
 def pass_gate(task: Task, data: dict[str, Encoded]) -> Findings:
@@ -175,11 +176,24 @@ class _Scan:
         row, token = self.control_rows[0]
         where = f"the first is `{token}` at {self.rows.place(row)}"
         if self.task.reads_control_tokens:
+            how = "`task.split_special_tokens: true` reads them as text"
             return (
-                f"{where}; each is read as the token, as if the tokenizer had written it: "
-                "`task.split_special_tokens: true` reads them as text"
+                f"{where}; each is read as the token, as if the tokenizer had written it: {how}"
+                f"{self._about_two_beginnings()}"
             )
         return f"{where}; they are read as text"
+
+    def _about_two_beginnings(self) -> str:
+        """Return what to do where a text spells out the token that the tokenizer begins it with."""
+        bos = getattr(getattr(self.task, "tokenizer", None), "bos_token_id", None)
+        for row, _ in self.control_rows[:N_TRIED]:
+            for example in self.task.encode([self.rows[row]])[0]:
+                if bos is not None and list(example.get("input_ids", ())[:2]) == [bos, bos]:
+                    return (
+                        "; the tokenizer begins each text with this token too, so there are two at "
+                        f"the beginning of {self.rows.place(row)}: remove it from the texts"
+                    )
+        return ""
 
     def _label_questions(self, names: list[str]) -> list[str]:
         """Return what to ask of the labels: do two mean the same, has one no rows?"""
