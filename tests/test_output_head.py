@@ -199,8 +199,8 @@ class Decoder(nn.Module):
 
 
 def test_a_cap_far_above_the_usual_scores_is_found() -> None:
-    """Recurrent Gemma's key, where scores below one hardly show the cap."""
-    model = Decoder(0.05, logits_soft_cap=30.0)
+    """Recurrent Gemma's key, where scores as small as these do not show the cap."""
+    model = Decoder(0.002, logits_soft_cap=30.0)
     compute = lambda: torch.tanh(model() / 30.0) * 30.0  # noqa: E731
     finish = find_finish(model, compute)
     assert finish is not None
