@@ -38,10 +38,10 @@ def test_a_line_has_means_of_good_steps_and_speeds_since_the_last_line() -> None
     unlogged.add(planned(7), result(2.0, a=5.0, b=1.0))
     unlogged.add(planned(8), result(math.nan, bad=True, a=math.nan, b=math.nan))
     unlogged.add(planned(9), result(3.0, skipped=True, a=6.0, b=4.0))
-    state.step, state.seconds, state.examples, state.tokens = 9, 6.5, 17, 140
+    state.step, state.seconds, state.examples, state.tokens = 9, 6.9, 17, 140
     assert unlogged.measurements(TASK) == {
         "loss": 2.5, "loss_a": 5.5, "loss_b": 2.5, "grad_norm": 30.0,
-        "examples_per_s": 2.8, "tokens_per_s": 16.0, "seconds_per_step": 0.8333,
+        "examples_per_s": 2.41, "tokens_per_s": 13.8, "seconds_per_step": 0.9667,
     }  # fmt: skip
     assert state.skipped_steps == 2
     assert [bad.number for bad in unlogged.bad_steps] == [8]
