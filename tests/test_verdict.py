@@ -89,3 +89,13 @@ def test_a_change_is_a_percentage_where_that_says_something(
     before: float, after: float, change: str
 ) -> None:
     assert change in verdict(report_of("bleu", before, after, 1000), "test").text
+
+
+@pytest.mark.parametrize(
+    ("metric", "change"),
+    [("mel_l1", "26 %"), ("math/loss", "26 %"), ("own_error", "26 %"), ("own_share", "7.8 points")],
+)
+def test_an_error_changes_in_percent_and_a_share_in_points(metric: str, change: str) -> None:
+    report = report_of(metric, 0.2965, 0.2189, 1000)
+    report["best"]["mode"] = "max" if metric == "own_share" else "min"
+    assert f"(\N{MINUS SIGN}{change})" in verdict(report, "test").text

@@ -26,7 +26,10 @@ OF_LINES = (  # which need predictions
     "single_label", "multi_label", "regression", "spans", "transcript", "retrieval",
     "boxes",
 )  # fmt: skip
-SMALLER_IS_BETTER = {"loss", "perplexity", "mse", "rmse", "mae", "wer", "cer", "ter", "no_answer"}
+SMALLER_IS_BETTER = {
+    "loss", "perplexity", "mse", "rmse", "mae", "wer", "cer", "ter", "no_answer", "mel_l1",
+    "length_error",
+}  # fmt: skip
 BINS = 10
 
 

@@ -133,7 +133,7 @@ def _against_before(
         return text, "It did not learn."
     verb = "falls" if after < before else "rises"
     text = f"{where}, {shown} {verb} from {shown_number(before)} before training to "
-    text += f"{shown_number(after)} ({_change(name, before, after)})"
+    text += f"{shown_number(after)} ({_change(down, before, after)})"
     return text, "" if (after < before) == down else "It got worse."
 
 
@@ -233,8 +233,9 @@ def _half_width(rows: Sequence[tuple[float, float]]) -> float:
     return float(t.ppf(0.975, n - 1)) * math.sqrt(squares * n / (n - 1)) / items
 
 
-def _change(name: str, before: float, after: float) -> str:
-    if name not in SMALLER_IS_BETTER and max(abs(before), abs(after)) <= 1:
+def _change(down: bool, before: float, after: float) -> str:
+    """Return a change of a share in points; of anything else, as of an error, in percent."""
+    if not down and max(abs(before), abs(after)) <= 1:
         share = min(before, after) >= 0
         text = f"{(after - before) * 100:+.1f} points" if share else f"{after - before:+.4f}"
     elif abs(after - before) > MANY_TIMES * abs(before):  # such a percentage says nothing
