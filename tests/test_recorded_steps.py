@@ -52,7 +52,7 @@ class Cuda:
     total, allocated, peak, reserved = 1000, 100, 100, 0
 
     @contextmanager
-    def graph(self, graph: CallsGraph, **_: Any) -> Iterator[None]:
+    def graph(self, graph: CallsGraph, *_: Any) -> Iterator[None]:
         self.recording = graph
         yield
         self.recording = None

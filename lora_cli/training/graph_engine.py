@@ -22,7 +22,7 @@ from lora_cli.errors import LoraError, counted
 from lora_cli.tasks.examples import Batch
 from lora_cli.training.compiled_layers import CompiledLayers
 from lora_cli.training.engine import Engine, sum_gradients
-from lora_cli.training.recorded_update import RecordedUpdate, can_be_recorded
+from lora_cli.training.recorded_update import OTHER_THREADS, RecordedUpdate, can_be_recorded
 from lora_cli.training.resource_errors import is_out_of_memory
 from lora_cli.training.seeds import random_state_restored
 from lora_cli.unexpected_errors import own_words
@@ -174,7 +174,7 @@ class GraphEngine(Engine):
                 ):  # libraries choose their kernels
                     super().add_gradients(own, own_weights)
                 torch.cuda.current_stream(device).wait_stream(self.stream)
-                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                with torch.cuda.graph(graph, self.pool, self.stream, OTHER_THREADS):
                     shares = self._add_all_at_once(own, own_weights)
             self.pool = graph.pool()
             recorded = Graph(graph, own, own_weights, shares)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+OTHER_THREADS = "thread_local"  # may use the device meanwhile, as the data loader's does
 Finish = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -44,7 +45,7 @@ class RecordedUpdate:
         self.loss = loss.detach().clone()
         self.rates = [torch.zeros((), device=loss.device) for _ in self.groups]
         self.graph = torch.cuda.CUDAGraph()
-        with self._rates_from_memory(), torch.cuda.graph(self.graph, stream=stream):
+        with self._rates_from_memory(), torch.cuda.graph(self.graph, None, stream, OTHER_THREADS):
             self.found = finish(self.loss)
 
     def replay(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
