@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from lora_cli.errors import LoraError
 from lora_cli.recipe.spec import PriorSpec
 from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise, error_of
 from lora_cli.tasks.diffusion.drawing import NAME_LENGTH, picture_name
@@ -143,6 +144,18 @@ def test_missing_pictures_are_drawn_under_names_that_are_free(tmp_path: Path) ->
     assert not list(folder.glob("*.tmp"))
     assert pictures.missing == 0
     assert prior(folder, 1).missing == 0
+
+
+def test_without_pictures_some_have_to_be_drawn(tmp_path: Path) -> None:
+    prior(tmp_path, 3).read(lambda picture: {}[picture["path"]])  # they are drawn later
+    with pytest.raises(LoraError, match="there are no pictures in"):
+        prior(tmp_path, 0).read(lambda picture: "")
+    (tmp_path / "one.png").write_text("")
+    pictures = prior(tmp_path, 0)
+    pictures.read(lambda picture: "")
+    assert [picture["path"] for picture in pictures.pictures] == [str(tmp_path / "one.png")]
+    with pytest.raises(LoraError, match="it is cut off"):
+        pictures.read(lambda picture: "it is cut off")
 
 
 def test_every_picture_of_the_class_is_trained_with_one_of_the_subject(tmp_path: Path) -> None:

@@ -54,6 +54,15 @@ def scores_of(model: PreTrainedModel, **more: Tensor) -> Any:
     return lambda: model(input_ids=IDS, use_cache=False, **more).logits
 
 
+def test_small_scores_are_compared_as_closely_as_large_ones() -> None:
+    model = decoder("granite", DECODERS["granite"][0])
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-7)
+    found = find_finish(model, scores_of(model))
+    assert found is not None
+    assert found.__name__ == "_divided"
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_what_a_model_does_to_its_scores_is_found(name: str) -> None:
     settings, wanted = DECODERS[name]

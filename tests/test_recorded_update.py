@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -122,3 +123,23 @@ def test_all_generators_are_seeded_and_restored() -> None:
     assert [drawn(), drawn(), drawn()][2] == after
     seed_everything(4, 3)
     assert drawn() != wanted[:3]
+
+
+def test_a_seed_is_that_of_numpy_s_sequence_on_every_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seeds: list[int] = []
+    device = SimpleNamespace(manual_seed=None, manual_seed_all=seeds.append)
+    without_all = SimpleNamespace(manual_seed=seeds.append)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: "device")
+    for module in (device, without_all):
+        monkeypatch.setattr(torch, "get_device_module", {"device": module}.__getitem__)
+        seed_everything(3, 4)
+    wanted = int(np.random.SeedSequence((3, 4)).generate_state(1, np.uint64)[0]) // 2
+    assert [torch.initial_seed(), *seeds] == [wanted] * 3
+    found = drawn()
+    np.random.seed(wanted % 2**32)
+    random.seed(wanted)
+    torch.default_generator.manual_seed(wanted)
+    assert drawn() == found

@@ -147,6 +147,9 @@ def test_a_model_that_was_trained_whole_answers_as_in_transformers(
     task = open_task(folder, load_adapter_recipe(folder))
     assert task.recipe.model.name == str(folder)
     assert task.trained_in == folder
+    model = load_adapted(folder, task, start_accelerator(task.recipe))
+    with torch.no_grad():
+        assert_close(model(**read).logits, plain(**read).logits)
     task = open_task(folder, task.recipe.with_values({"task.labels": ["good", "bad"]}))
     with pytest.raises(IntegrityError, match=r"task\.labels"):
         load_adapted(folder, task, start_accelerator(task.recipe))
