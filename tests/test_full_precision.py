@@ -8,6 +8,7 @@ from collections import OrderedDict, namedtuple
 import pytest
 import tiny
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from lora_cli.models.full_precision import _all_widened, _widened, full_precision
@@ -43,3 +44,11 @@ def test_outputs_are_those_of_the_same_weights_in_float32(dtype: torch.dtype) ->
         wanted = wide(input_ids=ids).logits
         assert not torch.allclose(model(input_ids=ids).logits.float(), wanted, atol=1e-6)
     torch.testing.assert_close(found, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
+
+
+def test_rows_of_an_embedding_are_widened_also_where_it_is_given_by_name() -> None:
+    table, ids = torch.randn(5, 4).bfloat16(), torch.tensor([[4, 0], [1, 4]])
+    with full_precision(nn.Linear(1, 1).bfloat16()):
+        found = torch.embedding(weight=table, indices=ids)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, table.float()[ids])

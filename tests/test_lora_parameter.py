@@ -27,7 +27,7 @@ from lora_cli.adapters.attach import (
     trainable_parameters,
 )
 from lora_cli.adapters.load_adapter import load_adapter
-from lora_cli.adapters.lora_parameter import misfit
+from lora_cli.adapters.lora_parameter import LoRAParameter, misfit
 from lora_cli.adapters.make_trainable import completed_section
 from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.merge_proof import expected_weights
@@ -174,6 +174,11 @@ def test_gradients_and_twenty_steps_are_those_of_peft(kind: str, tmp_path: Path)
     # the layout of A and B differs, and the numbers are the same
     norms = [sorted(float(g.norm()) for g in many) for many in (my_gradients, peft_gradients)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-8)
+
+
+def test_no_module_gets_such_a_layer_as_a_whole() -> None:
+    modules = list(tiny_experts.model("mixtral").modules())
+    assert not any(LoRAParameter.fits(module) for module in modules)
 
 
 def test_only_the_update_is_trained_and_drawn_as_in_peft() -> None:

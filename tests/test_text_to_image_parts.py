@@ -22,6 +22,7 @@ from lora_cli.tasks.diffusion.flow_noise import FlowNoise
 from lora_cli.tasks.examples import Batch, Prediction
 from lora_cli.tasks.text_to_image import TextToImage, _dtype_of, _groups, _unflat
 
+ANY_SHAPE = {"aspect_ratios": True, "max_aspect_ratio": 4.0}
 LENGTH = 4  # tokens that the first text encoder reads; the second reads one more
 
 
@@ -265,6 +266,8 @@ def test_captions_that_are_cut_are_counted_by_rows(monkeypatch: pytest.MonkeyPat
         ({}, (15, 16), "has 15 x 16 pixels, and is seen as 16 x 16"),
         ({}, (16, 15), "has 16 x 15 pixels, and is seen as 16 x 16"),
         ({"upscale": True}, (15, 15), ""),
+        (ANY_SHAPE, (32, 8), ""), (ANY_SHAPE, (8, 32), ""),
+        (ANY_SHAPE, (8, 31), "has 8 x 31 pixels, and is seen as 8 x 32"),
     ],
 )  # fmt: skip
 def test_small_pictures_are_named(values: dict[str, Any], size: tuple[int, int], said: str) -> None:

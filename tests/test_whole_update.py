@@ -33,6 +33,7 @@ from lora_cli.adapters.peft_format.adapter_folder import (
     read_adapter,
     save_adapter,
 )
+from lora_cli.adapters.whole_update_proof import whole_update
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.recipe import AdapterSpec, Learned
 
@@ -133,14 +134,18 @@ def test_each_layer_s_update_is_that_of_peft(settings: str, tmp_path: Path) -> N
     names = [name for name, _ in base.named_children()]
     theirs = theirs_on(base, settings, names)
     theirs.save_pretrained(tmp_path)
-    load_adapter(base, read_adapter(tmp_path), [])
+    saved = read_adapter(tmp_path)
+    load_adapter(base, saved, [])
     layers = lora_layers(base)
     assert sorted(layers) == sorted(names)
     for name, layer in layers.items():
         other: Any = theirs.get_base_model().get_submodule(name)
-        wanted = other.get_delta_weight("default")
+        wanted = other.get_delta_weight("default").reshape(layer.base.weight.shape)
         assert float(wanted.detach().abs().max()) > 0
-        assert_close(layer.delta_weight(), wanted.reshape(layer.base.weight.shape), 1e-6)
+        assert_close(layer.delta_weight(), wanted, 1e-6)
+        by_the_proof = whole_update(name, layer.base, saved.tensors, saved.config)
+        assert by_the_proof is not None
+        assert_close(by_the_proof.float(), wanted, 1e-6)
 
 
 @proves("read", "merge")

@@ -223,7 +223,7 @@ class SpeechRecognition(RecordedTask, WritingTask):
         shape = (2, int(self.config.num_mel_bins), 2 * int(self.config.max_source_positions))
         features = torch.randn(shape, generator=generator).clamp(-1, 1)
         vocabulary = min(int(self.config.vocab_size), int(self.tokenizer.eos_token_id))
-        tokens = torch.randint(0, vocabulary, (2, 12), generator=generator)
+        tokens = torch.randint(vocabulary, (2, 12), generator=generator)
         tokens[:, 0] = int(self.config.decoder_start_token_id)
         return {"input_features": features, "decoder_input_ids": tokens}
 

@@ -32,7 +32,7 @@ def loss_weights(config: PretrainedConfig | None) -> dict[str, float]:
 
 def guide(n_tokens: int, n_steps: int, config: PretrainedConfig) -> Tensor:
     """Return how far each step is from where speech would be in each token (S, L), 0 to 1."""
-    steps = torch.arange(n_steps).float()[:, None] / max(n_steps, 1)
+    steps = torch.arange(n_steps).float()[:, None] / n_steps
     tokens = torch.arange(n_tokens).float()[None] / n_tokens
     sigma = float(config.guided_attention_loss_sigma)
     return 1.0 - torch.exp(-((tokens - steps) ** 2) / (2 * sigma**2))

@@ -310,7 +310,7 @@ class TextTask(Task):
         end = self.config.eos_token_id
         ends = {end} if isinstance(end, int) else set(end or ())
         others = torch.tensor([i for i in range(vocabulary) if i not in ends])
-        ids = others[torch.randint(0, len(others), (4, length), generator=generator)]
+        ids = others[torch.randint(len(others), (4, length), generator=generator)]
         if ends:
             ids[:, -1] = min(ends)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
