@@ -95,17 +95,25 @@ def recipe_of(tmp_path: Path, rows: list[dict[str, str]], **sections: Any) -> Pa
     return tiny.recipe(tiny.save_llama(tmp_path / "base"), tmp_path, **values)
 
 
-def test_answers_of_a_language_model_are_those_of_transformers(tmp_path: Path) -> None:
+def test_answers_of_a_language_model_are_those_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [{"q": text, "a": f"so it is {'abc'[i % 3]}"} for i, text in enumerate(tiny.CORPUS)]
-    evaluate_section = {"generation": {"max_new_tokens": 6, "max_rows": 4}}
+    generation = {"max_new_tokens": 6, "max_rows": 4}
+    evaluate_section = {"generation": generation, "micro_batch_size": 4}
     recipe = load_recipe(recipe_of(tmp_path, rows, evaluate=evaluate_section))
     task = build_task(recipe)
     task.load_processor()
     assert list(task.metric_names) == ["exact_match", "no_answer", "perplexity"]
     split = load_data(task)["validation"]
     model, _ = task.load_model(torch.device("cpu"))
-    file = tmp_path / "predictions.jsonl"
+    file, generate = tmp_path / "predictions.jsonl", task.generate
+    at_once: list[int] = []
+    monkeypatch.setattr(
+        task, "generate", lambda *args: (at_once.append(len(args[1])), generate(*args))[1]
+    )
     found = evaluate(model, task, split, Accelerator(cpu=True), file)
+    assert at_once == [4]  # all that are answered, and none for the other four rows
 
     right = missing = 0
     asked = [0, 2, 4, 6]  # four of eight rows, spread evenly

@@ -43,6 +43,7 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task
+from lora_cli.tasks.generation import text_generation
 from lora_cli.tasks.generation.packing import check_packing
 from lora_cli.tasks.generation.text_generation import REPLACEMENT
 from lora_cli.tasks.texts import padding_check
@@ -297,6 +298,36 @@ def test_prompts_are_answered_together_where_padding_changes_nothing(
     monkeypatch.setattr(model, "generate", counted)
     task.generate(model, prompts)
     assert sizes == [len(prompts) // n_calls] * n_calls
+
+
+def test_prompts_are_tried_together_again_where_lengths_differ_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = base(tmp_path / "base", "llama", AutoModelForCausalLM)
+    task, model = opened(folder, tmp_path, task=LANGUAGE)
+    tried: list[list[int]] = []
+    trial = text_generation._is_same_next_to
+
+    def counted(model: Any, short: Any, other: Any, *rest: Any) -> bool:
+        tried.append([len(short), len(other)])
+        return trial(model, short, other, *rest)
+
+    monkeypatch.setattr(text_generation, "_is_same_next_to", counted)
+    at = task.pad
+    for lengths in ([40, 48], [33, 40], [20, 32], [17, 19], [10, 12], [9, 9], [10, 50], [9, 50]):
+        prompts = [[5 + i] * n for i, n in enumerate(lengths)]
+        tried.append(lengths)
+        assert text_generation._answered_together(model, prompts, at, 64) == "any"
+    assert tried == [
+        [40, 48], [40, 40], [40, 48],  # rows of one length first, then of two
+        [33, 40],
+        [20, 32],
+        [17, 19], [17, 19],  # less than half of 40
+        [10, 12], [10, 12],  # less than a convolution may read
+        [9, 9], [9, 9],
+        [10, 50], [10, 50],  # longer than any before
+        [9, 50],
+    ]  # fmt: skip
 
 
 class Leaky(torch.nn.Module):

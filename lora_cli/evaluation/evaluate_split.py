@@ -99,7 +99,7 @@ def evaluate(
     task.choose_rows_to_answer([len(positions) for positions in sets.values()] or [len(split.rows)])
     with _whole_file(predictions if main else None) as file, eval_mode(model):
         joined = _Joined(task, split)
-        for window, is_last in _with_last(_windows(split, size)):
+        for window, is_last in _with_last(_windows(task, split, size)):
             rows = _predict_window(model, task, split, window, accelerator, stop)
             if stop is not None:
                 stop.check()
@@ -204,11 +204,16 @@ def _reject_bad_loss(
                 raise NumericsError(what, place, likely_cause(model, recipe))
 
 
-def _windows(split: Encoded, size: int) -> Iterator[list[Indices]]:
-    """Yield windows of rows, each divided into batches of examples of similar length."""
+def _windows(task: Task, split: Encoded, size: int) -> Iterator[list[Indices]]:
+    """Yield windows of rows, each divided into batches of examples of similar length.
+
+    The rows that the model answers are in batches of their own: an answer is written token by
+    token, which takes as long for a few rows as for a whole batch.
+    """
     for start in range(0, len(split), size * WINDOW):
         window = np.arange(start, min(start + size * WINDOW, len(split)))
-        window = window[np.argsort(-split.lengths[window], kind="stable")]
+        is_read = [not task.is_answered(row) for row in split.examples[window]["row"]]
+        window = window[np.lexsort((-split.lengths[window], is_read))]
         yield [window[i : i + size] for i in range(0, len(window), size)]
 
 

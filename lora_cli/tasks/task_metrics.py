@@ -48,6 +48,10 @@ class TaskMetrics(ABC):
             sizes: The number of rows of each data set of the split, in their order.
         """
 
+    def is_answered(self, row: int) -> bool:
+        """Return whether a row is among those that `choose_rows_to_answer` chose."""
+        return True
+
     @property
     def metric_names(self) -> Sequence[str]:
         """The recipe's metrics, or the task's own."""

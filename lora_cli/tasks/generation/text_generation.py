@@ -24,6 +24,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 LEFT = Padding("left")
 TRIAL_TOKENS = 3  # the first comes from the prompt, the others from what the model keeps of it
+FEW_TOKENS = 16  # a convolution over so many tokens reads all of a prompt
 Together = Literal["any", "same length", "none"]
 # which prompts each model can answer together, and the shortest and longest that showed it
 _TRIED: WeakKeyDictionary[nn.Module, tuple[Together, int, int]] = WeakKeyDictionary()
@@ -254,9 +255,9 @@ def _answered_together(
 ) -> Together:
     """Return which prompts the model answers in one batch as it answers each alone.
 
-    It is tried on the shortest and the longest prompt, and again when a batch has a shorter or a
-    longer one than any before. BART's decoder counts positions from the start of the row, padded
-    or not; RWKV mixes the rows of a batch even without padding.
+    It is tried on the shortest and the longest prompt, and again when a batch has a longer one than
+    any before, or a much shorter one. BART's decoder counts positions from the start of the row,
+    padded or not; RWKV mixes the rows of a batch even without padding.
 
     Args:
         model: The model.
@@ -277,14 +278,16 @@ def _answered_together(
             return "none"
         if not _is_same_next_to(model, short, other, pad_id, n_tokens):
             together = "none"
-    is_wider = len(short) < least or len(long) > most
+    # batches come from the longest rows to the shortest: not each of them is tried
+    is_wider = len(short) < (least if len(short) < FEW_TOKENS else least / 2) or len(long) > most
     if (
         together == "any"
         and is_wider
         and not _is_same_next_to(model, short, long, pad_id, n_tokens)
     ):
         together = "same length"
-    _TRIED[model] = together, min(least, len(short)), max(most, len(long))
+    tried = (min(least, len(short)), max(most, len(long))) if is_wider else (least, most)
+    _TRIED[model] = together, *tried
     return together
 
 
