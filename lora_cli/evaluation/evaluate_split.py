@@ -212,7 +212,7 @@ def _windows(task: Task, split: Encoded, size: int) -> Iterator[list[Indices]]:
     """
     for start in range(0, len(split), size * WINDOW):
         window = np.arange(start, min(start + size * WINDOW, len(split)))
-        is_read = [not task.is_answered(row) for row in split.examples[window]["row"]]
+        is_read = np.array([not task.is_answered(row) for row in split.examples[window]["row"]])
         window = window[np.lexsort((-split.lengths[window], is_read))]
         yield [window[i : i + size] for i in range(0, len(window), size)]
 

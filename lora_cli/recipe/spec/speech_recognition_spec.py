@@ -23,7 +23,7 @@ inputs = processor(samples, sampling_rate=wanted, return_tensors="pt")
 """
 LETTERS = f"""{READING}\
 letters = model(**inputs).logits.argmax(-1)[0]
-print(processor.decode(letters, skip_special_tokens=True).strip())"""
+print(processor.decode(letters).strip())"""
 TRANSCRIBING = f"""{READING}\
 output = model.generate(**inputs, {{options}})
 print(processor.decode(output[0], skip_special_tokens=True).strip())"""

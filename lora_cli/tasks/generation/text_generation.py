@@ -346,8 +346,8 @@ def while_generating(model: nn.Module) -> Iterator[None]:
     Its own generation config is taken away: `generate` fills what another config leaves open with
     it, such as penalties, beams and forced tokens. Attention is computed neither by cuDNN, which
     plans anew for each length that it has not seen, and an answer has a new length with each token,
-    nor by the memory-efficient kernel, which on a GPU gives Gemma 3 wrong outputs for prompts that
-    are padded by more than a hundred tokens.
+    nor by the memory-efficient kernel: where all heads share one key, as in Gemma 3, it is wrong
+    for prompts that are padded far (torch 2.11 on an H200; a check against float64 showed it).
     """
     own = model.generation_config
     model.generation_config = GenerationConfig()

@@ -419,10 +419,16 @@ class CTCRecognition(RecordedTask):
         return self._texts(self.logits(model, inputs), list(map(self.output_length, examples)))
 
     def _texts(self, scores: Tensor, moments: Sequence[int]) -> list[str]:
-        """Return what the most likely letter of each moment says, of rows of (T, V) each."""
-        best = scores.argmax(-1).cpu()
-        decode = self.tokenizer.decode
-        return [
-            str(decode(row[:n], skip_special_tokens=True)).strip()
-            for row, n in zip(best, moments, strict=True)
-        ]
+        """Return what the most likely letter of each moment says, of rows of (T, V) each.
+
+        Repeated letters are joined here: asked to skip special tokens, the tokenizer would leave
+        out the blanks first, and of the two letters of `HELLO` that one divides keep one.
+        """
+        tokenizer = self.tokenizer
+        delimiter = getattr(tokenizer, "word_delimiter_token_id", None)
+        silent = {self.blank, *tokenizer.all_special_ids} - {delimiter}
+        texts = []
+        for row, n in zip(scores.argmax(-1).tolist(), moments, strict=True):
+            letters = [letter for letter, _ in itertools.groupby(row[:n]) if letter not in silent]
+            texts.append(str(tokenizer.decode(letters, group_tokens=False)).strip())
+        return texts
