@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from lora_cli.errors import LoraError
 from lora_cli.tasks.examples import Batch
+from lora_cli.training import graph_engine
 from lora_cli.training.compiled_layers import CompiledLayers, repeated_layers
 from lora_cli.training.graph_engine import GraphEngine, shape_of
 from lora_cli.training.step import train_step
@@ -73,6 +75,24 @@ def test_a_parameter_that_is_used_later_is_trained_as_by_plain_autograd(
         assert torch.equal(results[0].grad_norm, results[1].grad_norm)
         for name, parameter in plain.parameters.items():
             assert torch.equal(parameter, flat.parameters[name]), name
+
+
+@pytest.mark.parametrize("rarely", [True, False])
+def test_the_update_is_recorded_where_every_parameter_always_has_a_gradient(
+    rarely: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_the_cpu(monkeypatch)
+    update = SimpleNamespace(replay=lambda loss: ("recorded", loss))
+    monkeypatch.setattr(graph_engine, "can_be_recorded", lambda _: True)
+    monkeypatch.setattr(graph_engine, "RecordedUpdate", lambda *_: update)
+    made = engine(GraphEngine)
+    result = train_step(made, [batch(1 if rarely else 2)])
+    assert bool(made.rarely_used) == rarely
+    assert made.update is None  # nothing has been recorded yet
+    made.graphs["a shape"] = "its graph"
+    result = made.finish_step(result.loss)
+    assert made.update is (None if rarely else update)
+    assert (result[0] == "recorded") == (not rarely)
 
 
 def test_batches_of_one_shape_have_one_graph() -> None:

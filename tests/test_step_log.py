@@ -37,6 +37,7 @@ def test_a_line_has_means_of_good_steps_and_speeds_since_the_last_line() -> None
     unlogged = UnloggedSteps(state, CPU)
     unlogged.add(planned(7), result(2.0, a=5.0, b=1.0))
     unlogged.add(planned(8), result(math.nan, bad=True, a=math.nan, b=math.nan))
+    assert [bad.number for bad in unlogged.bad_steps] == [8]  # on a CPU it is known at once
     unlogged.add(planned(9), result(3.0, skipped=True, a=6.0, b=4.0))
     state.step, state.seconds, state.examples, state.tokens = 9, 6.9, 17, 140
     assert unlogged.measurements(TASK) == {

@@ -19,6 +19,7 @@ from lora_cli.recipe import FormatSpec
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 SPARE_DELIMITERS = "\t;|^~\x1f"  # for a file of one column, whose texts contain commas
 MOST_TITLE_LINES = 10
+MOST_RECORDS = 2000  # that a header is compared with
 CONSISTENT = 0.9  # of the records need the same number of fields
 COLUMN_NAMES = re.compile(
     r"(text|sentence|label|class|category|id|index|date|title|name|score|rating|target|intent|"
@@ -194,7 +195,7 @@ def _find_names(found: FoundFormat, records: list[list[str]]) -> None:
 
 def has_header(records: Sequence[Sequence[str]]) -> bool:
     """Return whether the first record names the columns: whether it differs from the others."""
-    first, rest = [cell.strip() for cell in records[0]], records[1:2000]
+    first, rest = [cell.strip() for cell in records[0]], records[1:MOST_RECORDS]
     filled = [cell for cell in first if cell]
     if not rest or not filled:
         return bool(filled) and all(COLUMN_NAMES.fullmatch(cell) for cell in filled)

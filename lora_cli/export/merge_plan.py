@@ -246,9 +246,9 @@ class _Planner:
         place = self.stored.names.place(source.name, entry.shape)
         name = place.part.parameter if place.part else place.name
         if name is None or name not in self.stored.group_of:  # unknown, or a buffer
-            if name is None and not self.same_kind:
+            kept = source.name if self.same_kind else name
+            if kept is None:
                 return None
-            kept = source.name if self.same_kind or name is None else name
             return PlannedTensor(kept, entry.dtype, entry.shape, source)
         group = self.stored.group_of[name]
         shape = tuple(self.stored.parameters[name].shape) if place.part is None else entry.shape
