@@ -11,6 +11,7 @@ import pytest
 import tiny
 import tiny_translators as translators
 import torch
+import torch.nn.functional as F
 from closeness import assert_close
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -117,6 +118,30 @@ def test_the_loss_is_that_of_transformers(kind: str, base: tuple[Any, ...]) -> N
     assert batch.items["loss"].tolist() == [
         len(tokenizer(text_target=row["target"])["input_ids"]) for row in ROWS
     ]
+
+
+def test_fsmt_whose_output_layer_is_its_embedding(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, "fsmt")
+    task = build_task(load_recipe(path))
+    task.load_processor()
+    split = load_data(task)["train"]
+    model = task.load_model(CPU)[0].eval()  # in float64 its masks overflow
+    task.fit_to_model(model)
+    batch = task.collate([split.examples[i] for i in range(len(ROWS))])
+    labels = batch.targets["labels"].clone()
+    found = task.losses(model, task.forward(model, batch), batch)["loss"]
+    assert torch.equal(batch.targets["labels"], labels)  # the model fills what it is given
+    reference = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    for row, loss in zip(ROWS, found, strict=True):
+        wanted = tokenizer(text_target=row["target"], return_tensors="pt")["input_ids"]
+        inputs = tokenizer(row["source"], return_tensors="pt")
+        shifted = wanted.roll(1)  # the model starts with the end of a text
+        # with a cache, each of its tokens would see those after it
+        logits = reference(**inputs, decoder_input_ids=shifted, use_cache=False).logits[0]
+        assert_close(loss, F.cross_entropy(logits, wanted[0], reduction="sum").detach(), 1e-5)
+    report = train(load_recipe(path, [f"output_dir={tmp_path / 'out'}"]))
+    assert report["training"]["steps"] == 2
 
 
 def test_what_fills_a_target_changes_no_loss_where_the_model_would_read_it(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    FSMTConfig,
+    FSMTForConditionalGeneration,
     LEDConfig,
     LEDForConditionalGeneration,
     M2M100Config,
@@ -108,6 +110,13 @@ def model(kind: str, seed: int = 0) -> PreTrainedModel:
             return tiny.enliven(M2M100ForConditionalGeneration(config), seed)
         case "mbart":
             return tiny.enliven(MBartForConditionalGeneration(MBartConfig(**sizes)), seed)
+        case "fsmt":  # its output layer is the embedding of the target's tokens itself
+            words = sizes.pop("vocab_size")
+            config = FSMTConfig(
+                **sizes, langs=["en", "de"], src_vocab_size=words, tgt_vocab_size=words,
+                decoder_start_token_id=tiny.EOS,
+            )  # fmt: skip
+            return tiny.enliven(FSMTForConditionalGeneration(config), seed)
         case "led":
             del sizes["max_position_embeddings"]
             config = LEDConfig(

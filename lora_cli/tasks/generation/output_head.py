@@ -209,7 +209,9 @@ def head_of(model: nn.Module) -> nn.Module | None:
     """Return the layer that turns a model's hidden states into scores, if it has one."""
     get = getattr(model, "get_output_embeddings", None)
     head = None if get is None else get()
-    return head if isinstance(head, nn.Module) else None
+    # FSMT names the embedding itself: that is given tokens, and no hidden states
+    is_layer = isinstance(head, nn.Module) and not isinstance(head, nn.Embedding)
+    return head if is_layer else None
 
 
 def hidden_states(

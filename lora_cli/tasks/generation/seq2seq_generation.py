@@ -64,7 +64,8 @@ def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
         labels: Tokens of the targets (B, T), filled with `IGNORED`.
     """
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        # a copy, as FSMT fills what it is given
+        shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels.clone())
         return shifted
     # M2M100, NLLB and Blenderbot do it so in their `forward`, and have no method for it
     first = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
