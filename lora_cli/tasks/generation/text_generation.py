@@ -346,8 +346,8 @@ def while_generating(model: nn.Module) -> Iterator[None]:
     Its own generation config is taken away: `generate` fills what another config leaves open with
     it, such as penalties, beams and forced tokens. Attention is computed neither by cuDNN, which
     plans anew for each length that it has not seen, and an answer has a new length with each token,
-    nor by the memory-efficient kernel: where all heads share one key, as in Gemma 3, it is wrong
-    for prompts that are padded far (torch 2.11 on an H200; a check against float64 showed it).
+    nor by the memory-efficient kernel, which is wrong where heads of more than 128 numbers share
+    one key and some tokens are masked, as in Gemma 3 (torch 2.11, compared with float64).
     """
     own = model.generation_config
     model.generation_config = GenerationConfig()
