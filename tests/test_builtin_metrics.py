@@ -164,6 +164,17 @@ def test_up_to_twenty_labels_have_a_score_of_their_own() -> None:
     assert label_results([str(i) for i in range(21)]) == []
 
 
+@pytest.mark.parametrize(("overlap", "thresholds"), [(52, 1), (74, 5), (77, 6), (100, 10)])
+def test_boxes_count_from_an_overlap_of_a_half_and_of_three_quarters(
+    overlap: int, thresholds: int
+) -> None:
+    pytest.importorskip("faster_coco_eval")
+    scores = box_scores([[(0, 0, overlap, 10, 0.9, 0)]], [[(0, 0, 100, 10, 0, 0)]])
+    wanted = {"map": thresholds / 10, "map_50": 1.0, "map_75": float(overlap >= 75),
+              "mar_100": thresholds / 10}  # fmt: skip
+    assert scores == pytest.approx(wanted)
+
+
 # ------------------------------------------------------------------------------------- names
 
 

@@ -38,7 +38,7 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe
 from lora_cli.tasks import build_task
-from lora_cli.tasks.speech.new_vocabulary import heard, letters_of, tokenizer_of
+from lora_cli.tasks.speech.new_vocabulary import has_tokenizer, heard, letters_of, tokenizer_of
 from lora_cli.training import train
 
 TEXTS = ("A warm film!", "Great.", "the plot is dull", "what a story", "it's warm")
@@ -348,3 +348,16 @@ def test_init_says_where_the_letters_come_from(tmp_path: Path) -> None:
     tiny_ctc.save(tmp_path / "known")
     draft = draft_recipe(tmp_path / "speech", str(tmp_path / "known"), tmp_path / "new.yaml")
     assert dict(draft.findings)["task"] == "speech_recognition"
+
+
+def test_a_tokenizer_that_cannot_be_looked_for_is_an_error_with_the_model_s_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("an odd answer")
+
+    monkeypatch.setattr("lora_cli.tasks.speech.new_vocabulary.cached_file", fail)
+    recipe = load_recipe(write_recipe_of(tmp_path))
+    with pytest.raises(LoraError, match=r"tokenizer(.|\n)*an odd answer") as caught:
+        has_tokenizer(recipe)
+    assert recipe.model.name in str(caught.value)

@@ -252,6 +252,7 @@ def test_examples_their_cost_and_what_was_cut_of_them(tmp_path: Path) -> None:
 
 def test_shares_and_notes_of_a_split(tmp_path: Path) -> None:
     task = task_of(tmp_path, "marian", max_source_length=8, max_target_length=6)
+    assert not task.has_several  # as far as is known before the rows are read
     split = load_data(task)["train"]
     examples = [split.examples[i] for i in range(len(split.examples))]
     labels = sum(len(e["labels"]) for e in examples)
