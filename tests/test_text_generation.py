@@ -133,7 +133,7 @@ def test_a_generation_config_of_the_checkpoint_is_not_followed(tmp_path: Path) -
     assert task.generate(model, [ids]) == [answer]
 
 
-def test_no_attention_kernel_that_is_slow_or_wrong_for_answers(
+def test_no_attention_kernel_that_plans_for_each_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = task_of(tmp_path)
@@ -142,7 +142,6 @@ def test_no_attention_kernel_that_is_slow_or_wrong_for_answers(
 
     def spy(*arguments: Any, **named: Any) -> Any:
         seen.append(torch.backends.cuda.cudnn_sdp_enabled())
-        seen.append(torch.backends.cuda.mem_efficient_sdp_enabled())
         return real(*arguments, **named)
 
     def interrupted(*_: Any, **__: Any) -> Any:
@@ -150,16 +149,13 @@ def test_no_attention_kernel_that_is_slow_or_wrong_for_answers(
 
     for enabled in (False, True):
         torch.backends.cuda.enable_cudnn_sdp(enabled)
-        torch.backends.cuda.enable_mem_efficient_sdp(enabled)
         monkeypatch.setattr(model, "generate", spy)
         task.generate(model, [[5, 6, 7], [8, 9]])
         assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
-        assert torch.backends.cuda.mem_efficient_sdp_enabled() == enabled
         monkeypatch.setattr(model, "generate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             task.generate(model, [[5, 6, 7], [8, 9]])
         assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
-        assert torch.backends.cuda.mem_efficient_sdp_enabled() == enabled
         assert model.generation_config is own
     assert seen
     assert not any(seen)

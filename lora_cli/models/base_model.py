@@ -153,7 +153,26 @@ def load_pretrained(
         model.hf_quantizer.remove_quantization_config(model)  # the base's own config has none
     missing = (set(info["missing_keys"]) | mismatched) & parameters
     _reject_misfits(model, mismatched, missing, recipe, has_head)
+    avoid_wrong_attention(model)
     return model.to(device), missing
+
+
+def avoid_wrong_attention(model: nn.Module) -> None:
+    """Let torch not use its memory-efficient attention where it computes wrong outputs on a GPU.
+
+    That is where heads of more than 128 numbers share one key, as in Gemma 3 270M: what the last
+    tokens of a text say then depends on memory that is not theirs, in float32 always, and in 16
+    bits where a mask is needed (torch 2.11 on an H200, compared with float64; a copy of the key for
+    each head is computed rightly).
+    """
+    for part in model.modules():
+        config: Any = getattr(part, "config", None)
+        if getattr(config, "num_key_value_heads", None) != 1:
+            continue
+        width = getattr(config, "head_dim", None)
+        width = width or config.hidden_size // config.num_attention_heads
+        if width > 128:
+            torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
 def _quantizing(

@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from lora_cli.characters import without_half_character
@@ -344,18 +343,18 @@ def while_generating(model: nn.Module) -> Iterator[None]:
     """Prepare a model for `generate`, and leave it as it was.
 
     Its own generation config is taken away: `generate` fills what another config leaves open with
-    it, such as penalties, beams and forced tokens. Attention is computed neither by cuDNN, which
-    plans anew for each length that it has not seen, and an answer has a new length with each token,
-    nor by the memory-efficient kernel, which is wrong where heads of more than 128 numbers share
-    one key and some tokens are masked, as in Gemma 3 (torch 2.11, compared with float64).
+    it, such as penalties, beams and forced tokens. Attention is not computed by cuDNN, which plans
+    anew for each length that it has not seen, and an answer has a new length with each token.
     """
-    own = model.generation_config
+    own, attention = model.generation_config, torch.backends.cuda
+    planned: bool = attention.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     model.generation_config = GenerationConfig()
+    attention.enable_cudnn_sdp(False)
     try:
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-            yield
+        yield
     finally:
         model.generation_config = own
+        attention.enable_cudnn_sdp(planned)
 
 
 def until_stop(ids: Sequence[int], stops: Collection[int]) -> list[int]:
