@@ -11,9 +11,10 @@ import pytest
 import tiny
 import torch
 import transformers
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_cli.errors import LoraError
+from lora_cli.models.base_model import load_pretrained
 from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.recipe import load_recipe
 from lora_cli.recipe.spec import GenerationSpec
@@ -274,3 +275,27 @@ class Ids:
 
 
 IDS = Ids()
+
+
+@pytest.mark.parametrize(
+    ("changes", "used"),
+    [
+        ({"head_dim": 256, "num_key_value_heads": 1}, False),  # Gemma 3 270M
+        ({"head_dim": 256, "num_key_value_heads": 2}, True),
+        ({"head_dim": 128, "num_key_value_heads": 1}, True),
+        ({"head_dim": None, "hidden_size": 640, "num_key_value_heads": 1}, False),
+    ],
+)
+def test_the_attention_that_is_wrong_for_one_wide_key_is_not_used(
+    changes: dict[str, Any], used: bool, tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": tiny.vocabulary(), "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes |= {"hidden_size": 32, "intermediate_size": 32, **changes}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    recipe = load_recipe(tiny.recipe(tmp_path / "base", tmp_path))
+    try:
+        load_pretrained(AutoModelForCausalLM, recipe, LlamaConfig(**sizes), torch.device("cpu"))
+        assert torch.backends.cuda.mem_efficient_sdp_enabled() == used
+    finally:
+        torch.backends.cuda.enable_mem_efficient_sdp(True)
