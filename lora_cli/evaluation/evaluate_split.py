@@ -210,10 +210,10 @@ def _windows(task: Task, split: Encoded, size: int) -> Iterator[list[Indices]]:
     The rows that the model answers are in batches of their own: an answer is written token by
     token, which takes as long for a few rows as for a whole batch.
     """
+    is_read = np.array([not task.is_answered(row) for row in split.examples["row"][:]], dtype=bool)
     for start in range(0, len(split), size * WINDOW):
         window = np.arange(start, min(start + size * WINDOW, len(split)))
-        is_read = np.array([not task.is_answered(row) for row in split.examples[window]["row"]])
-        window = window[np.lexsort((-split.lengths[window], is_read))]
+        window = window[np.lexsort((-split.lengths[window], is_read[window]))]
         yield [window[i : i + size] for i in range(0, len(window), size)]
 
 

@@ -21,7 +21,7 @@ def shown_rows(task: Task, data: dict[str, Encoded], count: int, colour: bool) -
         colour: Whether trained tokens are green; otherwise they stand between ⟦ and ⟧.
     """
     for name, split in data.items():
-        of_row = np.array(split.examples["row"])
+        of_row = np.array(split.examples["row"][:])
         rows, first, examples = np.unique(of_row, return_index=True, return_counts=True)
         of_sets = [np.flatnonzero(np.isin(rows, at))[:count] for at in split.rows.sets.values()]
         chosen = np.concatenate(of_sets) if of_sets else np.arange(len(rows))[:count]

@@ -144,5 +144,6 @@ class Encoded:
         of_row = np.zeros(len(self.rows), dtype=np.int64)
         for number, positions in enumerate(self.rows.sets.values()):
             of_row[positions] = number
-        found: NDArray[np.int64] = of_row[np.asarray(self.examples["row"], dtype=np.int64)]
+        # [:] reads the column at once, which iterating over it does not
+        found: NDArray[np.int64] = of_row[np.array(self.examples["row"][:], dtype=np.int64)]
         return found
