@@ -85,7 +85,9 @@ def heard_by(processor: Any, letters: torch.Tensor) -> str:
     kept = {tokenizer.pad_token_id, tokenizer.word_delimiter_token_id}
     others = torch.tensor([i for i in tokenizer.all_special_ids if i not in kept])
     # it would skip blanks first, and join the letters that they divide
-    return str(processor.decode(letters.masked_fill(torch.isin(letters, others), 0))).strip()
+    return str(
+        processor.decode(letters.masked_fill(torch.isin(letters, others), tokenizer.pad_token_id))
+    ).strip()
 
 
 def run(recipe: Path) -> Json:

@@ -253,9 +253,10 @@ def test_examples_that_are_rows_pass_through() -> None:
     assert evaluation._Joined(task, task).add(parts, is_last=False) is parts
 
 
+@pytest.mark.parametrize("answered", [range(9), [], [1, 2, 6]])
 @pytest.mark.parametrize("n_rows", [1, 4, 5, 8, 9])
-def test_a_window_is_sorted_by_length_and_windows_are_in_order(
-    n_rows: int, monkeypatch: pytest.MonkeyPatch
+def test_windows_are_in_order_and_sorted_by_length_those_first_that_are_answered(
+    n_rows: int, answered: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation, "WINDOW", 2)
     lengths = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5])[:n_rows]
@@ -265,13 +266,15 @@ def test_a_window_is_sorted_by_length_and_windows_are_in_order(
             return n_rows
 
     split: Any = Split()
-    split.lengths = lengths
-    windows = list(evaluation._windows(split, 2))
+    split.lengths, split.examples = lengths, {"row": list(range(n_rows))}
+    task: Any = SimpleNamespace(is_answered=lambda row: row in answered)
+    windows = list(evaluation._windows(task, split, 2))
     for number, window in enumerate(windows):
         assert all(len(batch) <= 2 for batch in window)
         order = [int(i) for batch in window for i in batch]
         assert sorted(order) == list(range(4 * number, min(4 * number + 4, n_rows)))
-        assert order == sorted(order, key=lambda i: -lengths[i])  # of equal ones the first first
+        # of equal ones the first first
+        assert order == sorted(order, key=lambda i: (i not in answered, -lengths[i], i))
     assert sum(len(batch) for window in windows for batch in window) == n_rows
     flags = [last for _, last in evaluation._with_last(iter(windows))]
     assert flags == [False] * (len(windows) - 1) + [True]

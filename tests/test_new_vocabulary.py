@@ -19,7 +19,7 @@ import torch
 import yaml
 from closeness import assert_close, assert_different
 from peft import PeftModel
-from test_ctc_recognition import batch_of, opened, run, write_recipe_of
+from test_ctc_recognition import batch_of, heard_by, opened, run, write_recipe_of
 from transformers import (
     AutoModelForCTC,
     AutoProcessor,
@@ -102,7 +102,7 @@ def test_letters_and_losses_are_those_of_the_usual_recipe(kind: str, tmp_path: P
         wanted = reference(inputs["input_values"].double(), labels=labels)
         assert_close(found[i], wanted.loss.detach(), 1e-5)
         best = wanted.logits[0].argmax(-1)
-        assert said[i].prediction == processor.decode(best, skip_special_tokens=True).strip()
+        assert said[i].prediction == heard_by(processor, best)
 
 
 def test_a_run_from_training_to_the_merged_model(
@@ -130,7 +130,7 @@ def test_a_run_from_training_to_the_merged_model(
     samples, rate = soundfile.read(file, dtype="float32")
     inputs = processor(samples, sampling_rate=rate, return_tensors="pt")
     scores = adapted(**inputs).logits
-    text = processor.decode(scores.argmax(-1)[0], skip_special_tokens=True).strip()
+    text = heard_by(processor, scores.argmax(-1)[0])
     ((said,),) = answer(model, task, [task.parse_input(str(file))], accelerator)
     assert said == text
 

@@ -15,7 +15,7 @@ import tiny_speech
 import torch
 from closeness import assert_close, assert_different
 from peft import PeftModel
-from test_ctc_recognition import batch_of, opened, run, write_recipe_of
+from test_ctc_recognition import batch_of, heard_by, opened, run, write_recipe_of
 from transformers import AutoModelForCTC, SeamlessM4TFeatureExtractor, Wav2Vec2BertProcessor
 
 from lora_cli.evaluation.open_adapter import open_adapter
@@ -75,8 +75,8 @@ def test_losses_and_answers_are_those_of_transformers(has_adapter: bool, tmp_pat
         n_moments = moments_of(model.config, int(inputs["attention_mask"].sum()))
         assert int(batch.targets["moments"][i]) == n_moments
         assert_close(output[i, :n_moments], wanted.logits[0, :n_moments].detach(), 1e-5)
-        text = processor.decode(wanted.logits[0, :n_moments].argmax(-1), skip_special_tokens=True)
-        assert said[i].prediction == text.strip()
+        text = heard_by(processor, wanted.logits[0, :n_moments].argmax(-1))
+        assert said[i].prediction == text
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_a_run_leaves_an_adapter_that_peft_reads(tmp_path: Path) -> None:
     inputs = processor(soundfile.read(file)[0], sampling_rate=16_000, return_tensors="pt")
     scores = adapted(**inputs).logits
     n_moments = int(inputs["attention_mask"].sum())
-    text = processor.decode(scores[0, :n_moments].argmax(-1), skip_special_tokens=True).strip()
+    text = heard_by(processor, scores[0, :n_moments].argmax(-1))
     ((said,),) = answer(model, task, [task.parse_input(str(file))], accelerator)
     assert said == text
     merge_adapter(None, out, tmp_path / "merged")

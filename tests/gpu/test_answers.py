@@ -14,6 +14,12 @@ from lora_cli.models.base_model import avoid_wrong_attention
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.generation.text_generation import _answered_together, _continue
 
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    # libraries of the GPU's machine are not those that the project is tested with
+    pytest.mark.filterwarnings("default"),
+]
+
 
 @pytest.fixture
 def gemma() -> Iterator[Gemma3ForCausalLM]:
