@@ -11,10 +11,16 @@ import pytest
 import tiny
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from lora_cli.errors import LoraError
-from lora_cli.models.base_model import load_pretrained
+from lora_cli.models.base_model import avoid_wrong_attention, load_pretrained
 from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.recipe import load_recipe
 from lora_cli.recipe.spec import GenerationSpec
@@ -297,5 +303,22 @@ def test_the_attention_that_is_wrong_for_one_wide_key_is_not_used(
     try:
         load_pretrained(AutoModelForCausalLM, recipe, LlamaConfig(**sizes), torch.device("cpu"))
         assert torch.backends.cuda.mem_efficient_sdp_enabled() == used
+    finally:
+        torch.backends.cuda.enable_mem_efficient_sdp(True)
+
+
+def test_models_whose_layers_have_numbers_of_keys_of_their_own_are_read_layer_by_layer() -> None:
+    library = pytest.importorskip(
+        "transformers.models.embedding_gemma2.configuration_embedding_gemma2"
+    )
+    with torch.device("meta"):
+        model = AutoModel.from_config(library.EmbeddingGemma2TextConfig())
+    with pytest.raises(RuntimeError, match="per-layer"):
+        _ = model.config.num_key_value_heads
+    layers = [m for m in model.modules() if hasattr(m, "num_key_value_groups")]
+    share_one = [m for m in layers if m.k_proj.out_features == m.head_dim > 128]
+    try:
+        avoid_wrong_attention(model)
+        assert torch.backends.cuda.mem_efficient_sdp_enabled() == (not share_one)
     finally:
         torch.backends.cuda.enable_mem_efficient_sdp(True)

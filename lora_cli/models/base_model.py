@@ -158,20 +158,16 @@ def load_pretrained(
 
 
 def avoid_wrong_attention(model: nn.Module) -> None:
-    """Let torch not use its memory-efficient attention where it computes wrong outputs on a GPU.
+    """Do not let torch use its memory-efficient attention on a GPU where its outputs are wrong.
 
-    That is where heads of more than 128 numbers share one key, as in Gemma 3 270M: what the last
-    tokens of a text say then depends on memory that is not theirs, in float32 always, and in 16
-    bits where a mask is needed (torch 2.11 on an H200, compared with float64; a copy of the key for
-    each head is computed rightly).
+    They are wrong where heads of more than 128 numbers share one key, as in Gemma 3 270M: in
+    float32 with and without a mask, in bfloat16 with one (torch 2.11 on an H200, compared with
+    float64). With a copy of the key for each head, or with 128 numbers, they are right.
     """
-    for part in model.modules():
-        config: Any = getattr(part, "config", None)
-        if getattr(config, "num_key_value_heads", None) != 1:
-            continue
-        width = getattr(config, "head_dim", None)
-        width = width or config.hidden_size // config.num_attention_heads
-        if width > 128:
+    for layer in model.modules():
+        heads_of_key = getattr(layer, "num_key_value_groups", 1)  # transformers' names
+        width = getattr(layer, "head_dim", 0)
+        if heads_of_key > 1 and width > 128 and heads_of_key == layer.config.num_attention_heads:
             torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
