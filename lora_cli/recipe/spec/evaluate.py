@@ -34,7 +34,7 @@ class GenerationSpec(Section):
     """How a model that writes texts does so when it is evaluated or asked."""
 
     max_new_tokens: Positive = 128
-    """Longest answer in tokens."""
+    """Longest answer in tokens, with the codes of language and task that it may begin with."""
 
     max_rows: Positive | None = None
     """Rows of a split (of each set, where `data.mix` has several) that are answered when the model
