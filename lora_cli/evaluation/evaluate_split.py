@@ -207,13 +207,13 @@ def _reject_bad_loss(
 def _windows(task: Task, split: Encoded, size: int) -> Iterator[list[Indices]]:
     """Yield windows of rows, each divided into batches of examples of similar length.
 
-    The rows that the model answers are in batches of their own: an answer is written token by
-    token, which takes as long for a few rows as for a whole batch.
+    The rows that the model answers come first: an answer is written token by token, which takes as
+    long for a few rows as for a whole batch.
     """
-    is_read = np.array([not task.is_answered(row) for row in split.examples["row"][:]], dtype=bool)
+    is_last = np.array([not task.is_answered(row) for row in split.examples["row"][:]], dtype=bool)
     for start in range(0, len(split), size * WINDOW):
         window = np.arange(start, min(start + size * WINDOW, len(split)))
-        window = window[np.lexsort((-split.lengths[window], is_read[window]))]
+        window = window[np.lexsort((-split.lengths[window], is_last[window]))]
         yield [window[i : i + size] for i in range(0, len(window), size)]
 
 

@@ -167,7 +167,8 @@ def avoid_wrong_attention(model: nn.Module) -> None:
     for layer in model.modules():
         heads_of_key = getattr(layer, "num_key_value_groups", 1)  # transformers' names
         width = getattr(layer, "head_dim", 0)
-        if heads_of_key > 1 and width > 128 and heads_of_key == layer.config.num_attention_heads:
+        config: Any = getattr(layer, "config", None)
+        if heads_of_key > 1 and width > 128 and heads_of_key == config.num_attention_heads:
             torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
