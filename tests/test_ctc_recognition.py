@@ -203,6 +203,11 @@ def test_a_transcript_is_written_with_the_letters_of_the_vocabulary(text: str, w
     ]
 
 
+def test_a_typographic_apostrophe_that_is_a_letter_of_the_vocabulary_stays() -> None:
+    letters = Letters({**VOCABULARY, "\u2019": 99}, "|", {"<pad>"})
+    assert letters.written("a\u2019a a\u02bca") == "A\u2019A A'A"
+
+
 def test_a_vocabulary_of_both_cases_keeps_the_case() -> None:
     letters = Letters({"<pad>": 0, "|": 1, "a": 2, "A": 3}, "|", {"<pad>"})
     assert letters.tokens_of("aA") == [2, 3]

@@ -95,6 +95,11 @@ def test_what_differs_from_the_defaults_is_set(
     assert found.why.keys() == wanted.keys()
 
 
+@pytest.mark.parametrize("kind", ["json", "parquet", "conll"])
+def test_files_that_are_no_tables_name_their_columns(kind: str) -> None:
+    assert FoundFormat(kind).has_names
+
+
 def test_sentences_without_a_header_are_a_text(tmp_path: Path) -> None:
     found = found_in(tmp_path, "It is late, and I am here.\nNo.\nYes, and no, and yes.\n")
     assert (found.kind, found.values, found.has_names) == ("text", {}, False)

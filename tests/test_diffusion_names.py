@@ -152,6 +152,8 @@ def test_the_third_text_encoder_has_a_start_of_its_own() -> None:
     names = ModuleNames({f"text_encoder{end}": model("a.fc1") for end in ("", "_2", "_3")})
     for start, part in (("te", ""), ("te1", ""), ("te2", "_2")):
         assert names.find(f"lora_{start}_a_fc1") == (f"text_encoder{part}", Layer(("a.fc1",)))
+    lacks_second = {one: model("a.fc1") for one in ("text_encoder", "text_encoder_3")}
+    assert ModuleNames(lacks_second).find("lora_te2_a_fc1") is None
     with_t5 = {"text_encoder_2": model("encoder.block.0.q")}
     with_both = {**with_t5, "text_encoder_3": model("encoder.block.0.q")}
     for parts, part in ((with_t5, "text_encoder_2"), (with_both, "text_encoder_3")):

@@ -17,6 +17,7 @@ from runs import assert_same_run, lines
 
 from lora_cli.data.load_rows import load_rows
 from lora_cli.errors import LoraError
+from lora_cli.evaluation import evaluate_split
 from lora_cli.evaluation.compare import compare
 from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.evaluation.evaluate_split import best_by, evaluate
@@ -27,6 +28,7 @@ from lora_cli.preprocessing.mixture import mixture_of
 from lora_cli.preprocessing.show_examples import shown_rows
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.tasks import build_task
+from lora_cli.tasks.examples import Prediction
 from lora_cli.training.run import train
 from lora_cli.training.step_log import StepLog
 
@@ -244,6 +246,27 @@ def test_metrics_of_a_set_are_those_of_its_rows_alone(tmp_path: Path, two: dict[
         (5 * found["a/accuracy"] + 4 * found["b/accuracy"]) / 9
     )
     assert [line["set"] for line in lines(file)] == ["a"] * 5 + ["b"] * 4
+
+
+def test_a_metric_that_a_set_has_no_references_for_is_left_out_of_that_set_alone(
+    tmp_path: Path, two: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of texts without an answer, beside a set of questions with one."""
+    predict = evaluate_split._predict_window
+
+    def without_labels(*args: Any) -> list[Prediction]:
+        predictions = predict(*args)
+        for one in predictions:
+            if args[2].rows.set_of(one.row) == "b":
+                one.metric_inputs.clear()
+        return predictions
+
+    monkeypatch.setattr(evaluate_split, "_predict_window", without_labels)
+    task = task_of(recipe_of(tmp_path, two, evaluate={"metrics": ["accuracy"]}))
+    model = task.load_model(torch.device("cpu"))[0]
+    found = evaluate(model, task, load_data(task)["validation"], Accelerator(cpu=True))
+    assert found.keys() == {"loss", "accuracy", "a/loss", "a/accuracy", "b/loss"}
+    assert found["accuracy"] == found["a/accuracy"]
 
 
 def test_the_metric_of_a_set_chooses_the_best_adapter(tmp_path: Path, two: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.examples import Prediction
+from lora_cli.tasks.generation import seq2seq_texts
 from lora_cli.tasks.generation.seq2seq_texts import Frame, _frame, _some
 from lora_cli.tasks.texts.padding import Padding
 
@@ -104,6 +105,21 @@ def test_a_start_token_that_the_model_adds_is_no_part_of_the_frame(tmp_path: Pat
     task.load_processor()
     assert task.texts.target_frame == Frame((), (tiny.EOS,))
     assert task.texts.source_frame == Frame((tiny.BOS,), (tiny.EOS,))
+
+
+def test_only_the_start_token_is_taken_out_of_the_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code of a language that stands behind it stays."""
+    recipe = recipe_of(tmp_path, "bart")
+    file = tmp_path / "base" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "decoder_start_token_id": tiny.BOS}))
+    with_code = Frame((tiny.BOS, 9), (tiny.EOS,))
+    monkeypatch.setattr(seq2seq_texts, "_frame", lambda tokenizer, side: with_code)
+    task: Any = build_task(recipe)
+    task.load_processor()
+    assert task.texts.target_frame == Frame((9,), (tiny.EOS,))
 
 
 def test_a_target_ends_where_the_tokenizer_ends_no_text(tmp_path: Path) -> None:
