@@ -178,6 +178,13 @@ def test_labels_are_found_sorted_and_written_down(
     assert config.num_labels == len(names)
 
 
+def test_kept_rows_follow_the_labels_when_train_has_a_new_one(bert: Path, tmp_path: Path) -> None:
+    for train in (["b", "c"], ["b", "c", "a"]):
+        task = task_of(bert, tmp_path, train, ["b", "c", "c"])
+        kept = load_data(task)["validation"].examples
+        assert [task.labels[example["labels"]] for example in kept] == ["b", "c", "c"]
+
+
 def test_names_in_the_recipe_name_positions_in_the_data(bert: Path, tmp_path: Path) -> None:
     task = task_of(bert, tmp_path, [1, 0, "1", "good"], labels=["bad", "good"])
     assert labels_of(task) == [1, 0, 1, 1]

@@ -45,6 +45,7 @@ from lora_cli.recipe_draft import draft_recipe
 from lora_cli.reporting.page_entities import entity_sections, per_type
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task
+from lora_cli.tasks.examples import IGNORED
 from lora_cli.tasks.texts import word_windows
 from lora_cli.tasks.texts.word_windows import (
     NO_TOKEN,
@@ -511,6 +512,15 @@ def test_types_that_train_lacks_are_errors(base: Path, tmp_path: Path) -> None:
         check_data(made, ("train", "validation"))
     assert caught.value.problems[0].at == "dev.jsonl:2"
     assert "did you mean `PER`" in str(caught.value)
+
+
+def test_kept_rows_follow_the_labels_when_train_has_a_new_type(base: Path, tmp_path: Path) -> None:
+    dev = {"validation": jsonl(tmp_path / "dev.jsonl", ROWS)}
+    for more in ([], [{"tokens": ["x", "y"], "tags": ["B-AAA", "O"]}]):
+        task = task_of(base, tmp_path, [*ROWS, *more], dev)
+        kept = load_data(task)["validation"].examples
+        tags = [[task.labels[i] for i in e["labels"] if i != IGNORED] for e in kept]
+        assert tags == [row["tags"] for row in ROWS]
 
 
 def test_a_tag_for_every_word_is_no_entity(base: Path, tmp_path: Path) -> None:

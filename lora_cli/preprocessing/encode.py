@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -155,6 +156,7 @@ def cache_key(task: Task, rows: Rows, training: bool = False) -> list[str]:
     """Return what the examples of rows depend on, whether they are trained or measured."""
     return [
         *task.cache_key(),
+        json.dumps(task.learned.task, sort_keys=True),  # as labels that other splits decide
         rows.sha256,
         rows.source,
         hashlib.sha256(rows.indices.tobytes()).hexdigest(),
