@@ -84,6 +84,13 @@ def test_names_of_the_data_set_come_before_what_is_found() -> None:
     assert dict(found.count(Split([1], [0, 1]))) == {"cat": 2, "dog": 1}  # type: ignore[arg-type]
 
 
+def test_categories_of_which_some_have_other_names_are_not_read_by_position() -> None:
+    with pytest.raises(LoraError, match="`cow`"):
+        learned([0, 1, 2], names=["dog", "cat", "cow"], labels=["dog", "bird", "cat"])
+    renamed = learned([0, 1], names=["dog", "cat"], labels=["Hund", "Katze"])
+    assert [renamed.position(i) for i in (0, 1)] == [0, 1]
+
+
 def test_labels_of_the_recipe_keep_their_order_without_blanks() -> None:
     found = learned(["dog"], labels=[" dog ", "cat"])
     assert found.names == ["dog", "cat"]

@@ -12,7 +12,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
-from lora_cli.tasks.classification.labels import Labels, look_alikes, number
+from lora_cli.tasks.classification.labels import Labels, is_multi_hot, look_alikes, number
 
 
 class Table(list):
@@ -125,6 +125,54 @@ def test_positions_of_a_data_set_are_names_of_its_own(value: Any, found: Any) ->
     labels.learn({"train": Table([0, 1], {"label": ["b", "a"]})})
     assert labels.names == ["b", "a"]
     assert labels.texts_of({"label": value}) == found
+
+
+MANY: dict[str, Any] = {"problem": "multi_label"}
+
+
+@pytest.mark.parametrize("named", [None, ["c", "b", "a"], ["2", "1", "0"]])
+def test_numbers_in_a_list_are_classes_of_the_data_set(named: list[str] | None) -> None:
+    classes = ["a", "b", "c"] if named != ["2", "1", "0"] else ["0", "2", "1"]
+    found = reader(labels=named, **MANY)
+    rows = Table([[0, 1], [2], []], {"label": classes})
+    found.learn({"train": rows})  # type: ignore[dict-item]
+    assert found.names == (named or classes)
+    wanted = [[classes[0], classes[1]], [classes[2]], []]
+    assert [found.texts_of(row) for row in rows] == wanted
+
+
+def test_classes_of_which_some_have_other_names_are_not_read_by_position() -> None:
+    found = reader(labels=["a", "y", "b"])
+    with pytest.raises(LoraError, match="`c` is not a label"):
+        found.learn({"train": Table([0, 1, 2], {"label": ["a", "b", "c"]})})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("skipped", ["c", 2])
+def test_a_class_is_skipped_by_its_name_or_its_number(skipped: Any) -> None:
+    found = reader(skip_labels=[skipped])
+    rows = Table([0, 2, 1], {"label": ["a", "b", "c"]})
+    found.learn_classes({"train": rows})  # type: ignore[dict-item]
+    assert [bool(found.skipped_label(row)) for row in rows] == [False, True, False]
+
+
+def test_a_class_that_is_skipped_is_no_label() -> None:
+    found = reader(skip_labels=["c"])
+    found.learn({"train": Table([0, 1], {"label": ["a", "b", "c"]})})  # type: ignore[dict-item]
+    assert found.names == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("value", "is_one"),
+    [
+        ([1, 0, 1], True), ([1.0, 0.0, 0.0], True), ([False, True, False], True), ([0, 0], True),
+        ("[0, 1, 1]", True), (["0", "1", "1"], True), ([0, 1], False), ([1], False), ([], False),
+        (["a", "a"], False), ([2, 2], False), ("0,1,1", False), ([0, 1, 2, 1], False),
+    ],
+)  # fmt: skip
+def test_a_0_or_1_for_each_label_is_no_list_of_labels(value: Any, is_one: bool) -> None:
+    assert is_multi_hot(value) == is_one
+    texts = reader(label_separator=",", **MANY).texts_of({"label": value})
+    assert (texts is None) == is_one
 
 
 @pytest.mark.parametrize(

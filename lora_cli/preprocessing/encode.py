@@ -49,6 +49,7 @@ def check_data(task: Task, splits: Sequence[str]) -> dict[str, Rows]:
     for name, split in rows.items():
         for part in split.parts:
             require_columns(task.needed_columns(name == "train"), part.columns, part.source)
+    task.learn_names(rows)
     _reject_unsupported(task, rows)
     rows = {name: _without_skipped(task, name, split) for name, split in rows.items()}
     task.learn_form(rows)

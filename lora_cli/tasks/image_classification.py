@@ -39,7 +39,7 @@ from lora_cli.tasks.pictures.odd_pictures import FEATURES, odd_facts
 from lora_cli.tasks.pictures.picture_task import PictureTask, dtype_of_base
 from lora_cli.unexpected_errors import own_words
 
-ENCODING = 1  # of rows into examples; a change of it makes what is kept on the disk useless
+ENCODING = 2  # of rows into examples; a change of it makes what is kept on the disk useless
 RATIO = 4 / 3  # a random crop is at most so much wider than high, or higher than wide
 CROP_TRIALS = 10
 

@@ -66,6 +66,9 @@ class TaskRows(ABC):
         """Return how often each label occurs in the rows, in the order of the labels."""
         return {}
 
+    def learn_names(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
+        """Learn how the data set names its numbered labels, before any row is read or skipped."""
+
     def learn_form(self, splits: dict[str, Rows]) -> None:  # noqa: B027 - optional
         """Learn how the rows are written, before `row_error` checks each of them.
 

@@ -23,7 +23,7 @@ from lora_cli.models.base_model import load_config
 from lora_cli.recipe import Recipe
 from lora_cli.recipe.spec.classification_section import ClassificationSection
 from lora_cli.tasks.classification.head_rows import arrange_rows, rows_of_heads
-from lora_cli.tasks.classification.labels import Labels
+from lora_cli.tasks.classification.labels import Labels, is_multi_hot
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import MAIN, Batch, Example, Field, Kind, Prediction
 
@@ -71,6 +71,10 @@ class Classification(Task):
     def labels(self) -> list[str]:
         """Names of the labels, in the order of the model's outputs; none with regression."""
         return self.reader.names
+
+    def learn_names(self, splits: dict[str, Rows]) -> None:
+        """Find the names that a data set gives its numbered labels."""
+        self.reader.learn_classes(splits)
 
     def learn_from(self, splits: dict[str, Rows]) -> None:
         """Find the labels and their weights."""
@@ -150,6 +154,11 @@ class Classification(Task):
         if self.label_spec.label_columns is not None:
             return self.reader.error_of_marks(row, self.label_spec.label_columns)
         if self.label_spec.problem == "multi_label":
+            if is_multi_hot(value):
+                return (
+                    f"column `{column}` has a 0 or 1 for each label, not the labels: write those "
+                    "that are 1, or a column for each label (`task.label_columns`)"
+                )
             if isinstance(value, list):
                 return f"column `{column}` holds a list with a blank or a list in it"
             if is_blank(value):
@@ -165,9 +174,8 @@ class Classification(Task):
         """Return which of `skip_labels` the row has, or nothing."""
         if not self.label_spec.skip_labels:
             return ""
-        label = (self.reader.texts_of(row) or [""])[0]
-        skipped = {str(name).strip() for name in self.label_spec.skip_labels}
-        return f"the label `{label}` is one of `skip_labels`" if label in skipped else ""
+        label = self.reader.skipped_label(row)
+        return f"the label `{label}` is one of `skip_labels`" if label else ""
 
     def label_problem(self, row: dict[str, Any], place: str) -> Problem | None:
         """Return which value of a streamed row is no label."""

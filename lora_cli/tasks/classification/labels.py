@@ -30,6 +30,7 @@ from lora_cli.recipe.spec.classification_section import ClassificationSection
 
 SHOWN = 60  # characters of a value that is none
 LABELS_ARE = "the labels are"
+MARKS = ({"0", "1"}, {"false", "true"})
 
 
 class Labels:
@@ -37,8 +38,8 @@ class Labels:
 
     def __init__(self, recipe: Recipe, spec: ClassificationSection) -> None:
         self.recipe, self.spec = recipe, spec
-        self.names = [_text(label) for label in spec.labels or spec.label_columns or []]
         self.class_names: list[str] = []  # of the Hub's ClassLabel column; its rows hold positions
+        self.names = [_text(label) for label in spec.labels or spec.label_columns or []]
         self.class_weights = spec.class_weights
         self.weights: Tensor | None = None
         self._currency = ""  # of the numbers of a regression, if they have one
@@ -50,10 +51,8 @@ class Labels:
             LoraError: If there are none, or one only; with the values in the data that are none.
         """
         if self.recipe.data.streaming:
-            names = stream_label_names(self.recipe)
-            self.class_names = names.get(self.spec.label_column, self.class_names)
-        for rows in splits.values():
-            self.class_names = rows.label_names.get(self.spec.label_column, self.class_names)
+            self._learn_classes(stream_label_names(self.recipe))
+        self.learn_classes(splits)
         if not self.names:
             self.names = self._infer(splits)
         twice = [label for label, count in Counter(self.names).items() if count > 1]
@@ -73,6 +72,20 @@ class Labels:
             self.class_weights = self._balanced(found["train"], labelled)
         self.weights = self._weights()
 
+    def learn_classes(self, splits: dict[str, Rows]) -> None:
+        """Find the names that a data set gives its numbered labels, by which rows are read."""
+        for rows in splits.values():
+            self._learn_classes(rows.label_names)
+
+    def _learn_classes(self, names: dict[str, list[str]]) -> None:
+        self.class_names = names.get(self.spec.label_column, self.class_names)
+        self._look_up_classes()
+
+    def _look_up_classes(self) -> None:
+        # labels of other names in the recipe rename the classes, by position
+        known = any(name in self._positions for name in self.class_names)
+        self._by_class_name = known or not self._names
+
     def _infer(self, splits: dict[str, Rows]) -> list[str]:
         """Return the names that the data set gives its labels, or the values that are found."""
         column = self.spec.label_column
@@ -84,7 +97,7 @@ class Labels:
             )
         rows = splits["train"]
         if column in rows.label_names:
-            return list(rows.label_names[column])
+            return [name for name in rows.label_names[column] if name not in self.skipped]
         values = self.count(rows)
         if not values:
             what = f"no row of the train split has a label in `{column}`"
@@ -114,16 +127,31 @@ class Labels:
                 return divided(value, self.spec.label_separator)
             if not isinstance(value, list) or any(_is_blank(item) for item in value):
                 return None
-            return [_text(item) for item in value]
+            return None if is_multi_hot(value) else [self._named(item) for item in value]
         if _is_blank(value):
             return None
-        if isinstance(value, int) and 0 <= value < len(self.class_names):
-            name = self.class_names[value]
-            # labels of other names in the recipe rename the classes, by position
-            return [name if name in self._positions else _text(value)]
         if listed_labels(value) is not None and _text(value) not in self.names:
             return None  # several labels, and not one of an odd name
-        return [_text(value)]
+        return [self._named(value)]
+
+    def _named(self, value: Any) -> str:
+        """Return a label as text; for a position in a ClassLabel column, the name of its class."""
+        if isinstance(value, int) and 0 <= value < len(self.class_names) and self._by_class_name:
+            return self.class_names[value]
+        return _text(value)
+
+    @property
+    def skipped(self) -> set[str]:
+        """The labels that mark a row without an answer."""
+        return {_text(name) for name in self.spec.skip_labels}
+
+    def skipped_label(self, row: dict[str, Any]) -> str:
+        """Return which of `skip_labels` a row has, by its name or as the row holds it."""
+        texts = self.texts_of(row)
+        if not texts:
+            return ""
+        own = _text(row.get(self.spec.label_column))
+        return next((text for text in (texts[0], own) if text in self.skipped), "")
 
     def _marked(self, row: dict[str, Any], columns: list[str]) -> list[str] | None:
         """Return the labels whose columns hold a 1, or None where some hold neither 0 nor 1."""
@@ -230,6 +258,7 @@ class Labels:
         # there may be tens of thousands, and each is looked up in every row
         self._positions = {name: i for i, name in reversed(list(enumerate(names)))}
         self._by_number = not any(name.isdecimal() for name in names)
+        self._look_up_classes()
 
     def position(self, value: str) -> int | None:
         """Return the index of a label given by name, or by position."""
@@ -279,6 +308,15 @@ class Labels:
 def _is_blank(value: Any) -> bool:
     """Return whether a value cannot be a label: nothing, NaN (a parquet file's nothing), a list."""
     return isinstance(value, list | dict) or is_blank(value)
+
+
+def is_multi_hot(value: Any) -> bool:
+    """Return whether a list has a 0 or 1 for each label, so that one of them stands there twice."""
+    items = listed_labels(value) if isinstance(value, str) else value
+    if not isinstance(items, list):
+        return False
+    marks = [_text(item) for item in items]
+    return len(set(marks)) < len(marks) and any(set(marks) <= pair for pair in MARKS)
 
 
 def look_alikes(names: Sequence[str]) -> list[list[str]]:

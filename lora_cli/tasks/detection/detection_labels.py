@@ -86,10 +86,10 @@ class DetectionLabels:
     def name_of(self, category: str | int) -> str:
         """Return the name of a category that the data give by its name, or by a position."""
         if isinstance(category, int) and 0 <= category < len(self.category_names):
-            name = self.category_names[category]
             # labels of other names in the recipe rename the categories, by position
-            if name in self.names or not self.names or category >= len(self.names):
-                return name
+            renamed = self.names and not set(self.names) & set(self.category_names)
+            if not renamed or category >= len(self.names):
+                return self.category_names[category]
         if isinstance(category, int) and str(category) not in self.names:
             by_position = not any(name.isdecimal() for name in self.names)
             if by_position and 0 <= category < len(self.names):
