@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from lora_cli.data.column_kinds import describe
-from lora_cli.data.label_lists import listed_labels
+from lora_cli.data.label_lists import list_in_cell, listed_labels, texts_in_cell
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,29 @@ from lora_cli.data.label_lists import listed_labels
 )  # fmt: skip
 def test_lists_in_text_are_read(value: Any, items: list[Any] | None) -> None:
     assert listed_labels(value) == items
+
+
+@pytest.mark.parametrize(
+    ("value", "items"),
+    [
+        ("['EU' 'rejects'\n \"it's\" 'a \\' b']", ["EU", "rejects", "it's", "a ' b"]),
+        ("['a', ' ', 'b']", ["a", " ", "b"]), ('["a", " ", "b"]', ["a", " ", "b"]),
+        ("['a' ' ' 'b']", ["a", " ", "b"]), ("['a']", ["a"]), ("[]", []), ("[1, [2]]", [1, [2]]),
+        (["a"], ["a"]), ("('a', 'b')", None), ("a b", None), ("['a' b]", None), ("[a]", None),
+    ],
+)  # fmt: skip
+def test_words_of_a_cell_are_read_with_and_without_commas(
+    value: Any, items: list[Any] | None
+) -> None:
+    assert list_in_cell(value) == items
+
+
+def test_a_cell_of_texts_is_one_text_or_a_list_of_texts() -> None:
+    assert texts_in_cell('["a b", "c"]') == texts_in_cell(["a b", "c"]) == ["a b", "c"]
+    assert texts_in_cell("a b") == ["a b"]
+    assert texts_in_cell("[1]") == ["[1]"]
+    assert texts_in_cell("[sic]") == ["[sic]"]
+    assert texts_in_cell("[]") == []
 
 
 def test_a_column_of_them_is_one_of_lists() -> None:

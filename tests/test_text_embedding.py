@@ -651,6 +651,19 @@ BAD_ROWS = {
 }
 
 
+def test_a_list_of_negatives_in_a_table_is_not_one_text(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, task={"negative_columns": ["no"]}, data={"train": "rows.csv"})
+    cells = ['"[""c d"", ""e""]"', "\"['c d' 'e']\"", "c d", "[c]", "[]", ""]
+    lines = [f"a{i},b{i},{cell}" for i, cell in enumerate(cells)]
+    (tmp_path / "rows.csv").write_text("\n".join(["anchor,positive,no", *lines]))
+    task = build_task(load_recipe(path, ["data.validation=null"]))
+    task.load_processor()
+    rows = load_data(task)["train"].rows
+    assert [task.texts_of(row)[2:] for row in rows] == [  # type: ignore[attr-defined]
+        ["c d", "e"], ["c d", "e"], ["c d"], ["[c]"], [], []
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("what", BAD_ROWS)
 def test_a_bad_row_is_named(what: str, tmp_path: Path) -> None:
     rows = [{"anchor": "a", "positive": "b", "no": ["c"]}, BAD_ROWS[what]]

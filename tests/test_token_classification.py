@@ -230,6 +230,9 @@ FILES = {
     "comments": "# sent_id = 1\n# text = EU\n#\nEU B-ORG\nrejects O\n# O\n\n# x = 2\nIda B-PER\n",
     "a comment first": "# a title of words\nEU\tB-ORG\nrejects\tO\n#\tO\n\nIda\tB-PER\n",
     "a header": "word\ttag\nEU\tB-ORG\nrejects\tO\n#\tO\n\nIda\tB-PER\n",
+    "comments of several marks": "## 1\n\n### a title\nEU B-ORG\nrejects O\n# O\n\nIda B-PER\n",
+    "comments of MultiCoNER": "# id 8f-3a\tdomain=en\nEU _ _ B-ORG\nrejects _ _ O\n# _ _ O\n\n"
+    "# id 9\tdomain=en\nIda _ _ B-PER\n",
     "some lines with spaces": "EU\tB-ORG\nrejects O\n#\tO\n\nIda B-PER\n",
 }
 
@@ -239,7 +242,8 @@ def test_conll_files_are_read_in_their_dialects(name: str, tmp_path: Path) -> No
     file = tmp_path / "rows.conll"
     file.write_text(FILES[name], encoding="utf-8", newline="")
     rows = list(read_conll(file, FormatSpec()))
-    assert [row.columns for row in rows] == SENTENCES
+    read = [{k: v for k, v in (row.columns or {}).items() if k[0] == "t"} for row in rows]
+    assert read == SENTENCES
     assert not any(row.error for row in rows)
 
 
@@ -257,6 +261,27 @@ def test_columns_of_conll_files_have_names(tmp_path: Path) -> None:
     assert [row.columns for row in read_conll(file, FormatSpec())] == [
         {"tokens": ["EU"]}, {"tokens": ["Ida"]}
     ]  # fmt: skip
+
+
+def test_words_that_are_marks_of_comments_are_kept(tmp_path: Path) -> None:
+    file = tmp_path / "rows.conll"
+    file.write_text("##\tO\nEU\tB-ORG\n\n###\tO\nEU\tB-ORG\n\n#\tO\n")
+    words = [(row.columns or {})["tokens"] for row in read_conll(file, FormatSpec())]
+    assert words == [["##", "EU"], ["###", "EU"], ["#"]]
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_column_that_counts_the_words_is_not_taken_for_them(start: int, tmp_path: Path) -> None:
+    file, tagged = tmp_path / "rows.conll", ["Ida B-PER", "met O", "Ada B-PER"]
+    file.write_text("".join(f"{i} {line}\n" for i, line in enumerate(tagged, start)))
+    with pytest.raises(LoraError, match=r"the first of 3 columns counts the words") as error:
+        list(read_conll(file, FormatSpec()))
+    (problem,) = error.value.problems
+    names = re.findall(r"\w+", (problem.hint or "").partition("columns=")[2])
+    (row,) = read_conll(file, FormatSpec(columns=names))
+    assert (row.columns or {})["tokens"] == ["Ida", "met", "Ada"]
+    file.write_text("1 CD O\n2 CD O\n\nIda NN B-PER\nmet VB O\n3 CD O\n")
+    assert [len((row.columns or {})["tokens"]) for row in read_conll(file, FormatSpec())] == [2, 3]
 
 
 def test_universal_files_lose_their_ranges_and_empty_nodes(tmp_path: Path) -> None:
@@ -302,6 +327,8 @@ TEXT = "Ada met Ida."
          {"value": {"start": 8, "end": 11, "text": "Ida", "labels": ["PER"]}}],
         [{"start": 0, "end": 3, "token_start": 0, "token_end": 0, "label": "PER"},
          {"start": 8, "end": 11, "entity_group": "PER"}],
+        [{"start": 0, "end": 3, "entity": "Ada", "type": "PER"},
+         {"start": 8, "end": 11, "entity": "PER", "value": "Ida"}],
     ],
 )  # fmt: skip
 def test_spans_are_read_as_tools_export_them(spans: list[Any]) -> None:
@@ -521,6 +548,37 @@ def test_kept_rows_follow_the_labels_when_train_has_a_new_type(base: Path, tmp_p
         kept = load_data(task)["validation"].examples
         tags = [[task.labels[i] for i in e["labels"] if i != IGNORED] for e in kept]
         assert tags == [row["tags"] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [("b-per", "i-per"), ("B.PER", "I.PER"), ("PER-B", "PER-I"), ("per_b", "per_i"),
+     ("BPER", "IPER"), ("B\u2013PER", "I\u2013PER")],
+)  # fmt: skip
+def test_marks_of_a_beginning_that_are_not_read_are_no_types(
+    base: Path, tmp_path: Path, first: str, then: str
+) -> None:
+    rows = [{"tokens": ["Ada", "B", "met"], "tags": [first, then, "O"]}]
+    with pytest.raises(LoraError, match="would be two types of entities"):
+        load_data(task_of(base, tmp_path, rows))
+    labels = ["O", *(f"{mark}-{kind}" for kind in (first, then) for mark in "BI")]
+    assert load_data(task_of(base, tmp_path, rows, labels=labels))
+    spans = [{"text": "Ada B met", "spans": [[0, 3, first], [4, 5, then]]}]
+    texts = {"text_column": "text", "spans_column": "spans"}
+    with pytest.raises(LoraError, match="would be two types of entities"):
+        load_data(task_of(base, tmp_path, spans, **texts))
+
+
+def test_types_that_begin_alike_are_types(base: Path, tmp_path: Path) -> None:
+    types = ["Bran", "Iran", "B-12", "BIO", "IIO2"]
+    rows = [{"tokens": ["a", "b"], "tags": [f"B-{kind}", "O"]} for kind in types]
+    assert load_data(task_of(base, tmp_path, rows))
+
+
+def test_numbers_of_tags_are_asked_for_their_names(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoraError, match=r"the tags are numbers") as error:
+        load_data(task_of(base, tmp_path, "EU\t3\nrejects\t0\n\nIda\t1\n"))
+    assert "task.tag_names" in str(error.value)
 
 
 def test_a_tag_for_every_word_is_no_entity(base: Path, tmp_path: Path) -> None:

@@ -22,12 +22,14 @@ from lora_cli.errors import LoraError, counted, printable
 from lora_cli.recipe import FormatSpec
 
 DOCUMENT = "-DOCSTART-"
-COMMENT = re.compile(r"#\s+([\w.:-]+\s*=|newdoc\b|newpar\b)|#$|#{2,}\s")
+COMMENT = re.compile(r"#\s+([\w.:-]+\s*=|newdoc\b|newpar\b|id\s+\S+\s+domain=)|#$")
+MARK = re.compile(r"#+[ \t]")
 SPACES = re.compile(r"[ \t]+")
 TOKENS, TAGS = "tokens", "tags"
 WORD_NAMES = ("word", "words", "token", "tokens", "form")
 TAG_NAMES = ("tag", "tags", "label", "labels", "ner", "ner_tag", "ner_tags", "entity", "bio", "iob")
 UNIVERSAL = ("id", TOKENS, "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
+FEWEST_COUNTED = 3  # words of a sentence, where the first column may count them
 FEWEST_LINES = 10  # by which such a file is recognised
 MOSTLY = 0.95  # of its lines
 
@@ -73,6 +75,7 @@ def read_conll(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
 def _row(reader: _Columns | None, words: list[list[str]], place: str, error: str) -> RawRow:
     if error or reader is None:
         return RawRow(None, place, error)
+    reader.require_words([fields[0] for fields in words])
     columns = zip(*words, strict=True)
     return RawRow(dict(zip(reader.names, map(list, columns), strict=True)), place)
 
@@ -84,7 +87,7 @@ def _is_comment(text: str, is_word: bool) -> bool:
         text: The line.
         is_word: It has the columns of a word.
     """
-    alone = text.startswith(("# ", "#\t")) and not is_word
+    alone = MARK.match(text) is not None and not is_word
     return alone or COMMENT.match(text) is not None
 
 
@@ -96,8 +99,12 @@ def _is_header(fields: Sequence[str]) -> bool:
 class _Columns:
     """How the lines of a file are divided, by the first one that holds a word."""
 
-    def __init__(self, has_tabs: bool, names: Sequence[str], universal: bool) -> None:
+    def __init__(
+        self, has_tabs: bool, names: Sequence[str], universal: bool, path: Path, named: bool
+    ) -> None:
         self.has_tabs, self.names, self.universal = has_tabs, list(names), universal
+        self.path = path
+        self.are_known = named or universal or len(self.names) < 3
 
     @property
     def count(self) -> int:
@@ -115,7 +122,23 @@ class _Columns:
                 what += f"the file has {len(fields)}: `{printable(text, 60)}`"
                 raise LoraError(what, str(path), "name them all, from left to right")
             names = list(spec.columns)
-        return cls(has_tabs, names, universal)
+        return cls(has_tabs, names, universal, path, spec.columns is not None)
+
+    def require_words(self, first: Sequence[str]) -> None:
+        """Check by the first column of a sentence that it holds words, and does not count them.
+
+        Raises:
+            LoraError: If it does, in the first sentence of some words.
+        """
+        if self.are_known or len(first) < FEWEST_COUNTED:
+            return
+        self.are_known = True
+        start = int(first[0]) if first[0] in ("0", "1") else None
+        if start is not None and list(first) == [str(start + i) for i in range(len(first))]:
+            names = ["id", TOKENS, *(f"column_{i}" for i in range(3, self.count)), TAGS]
+            what = f"the first of {self.count} columns counts the words, and is taken for the words"
+            hint = f"name the columns: `--set 'data.format.columns=[{', '.join(names)}]'`"
+            raise LoraError(what, str(self.path), hint)
 
     def divided(self, text: str) -> list[str]:
         """Return the fields of a line; one that lacks the file's tabs may have spaces."""
@@ -136,8 +159,8 @@ def is_conll(lines: Sequence[str]) -> bool:
     """Return whether lines are those of such a file: nearly all end with a tag, some are not O."""
     filled = [text for line in lines if (text := line.strip(" \t\r\n\ufeff"))]
     filled = [text for text in filled if not text.startswith(DOCUMENT)]
-    filled = [text for text in filled if not COMMENT.match(text)]
     fields = [SPACES.split(text) for text in filled]
+    fields = [some for some in fields if not _is_comment(" ".join(some), _is_tag(some[-1]))]
     tags = [some[-1] for some in fields if len(some) > 1 and _is_tag(some[-1])]
     return len(fields) >= FEWEST_LINES and len(tags) >= MOSTLY * len(fields) and len(set(tags)) > 1
 

@@ -20,7 +20,8 @@ from lora_cli.errors import counted, printable
 
 STARTS = ("start", "start_offset", "begin", "start_char")
 ENDS = ("end", "end_offset", "stop", "end_char")
-LABELS = ("label", "labels", "entity_group", "entity", "type", "tag", "entity_type")
+# `entity` comes last: beside a type, it is the entity's text
+LABELS = ("label", "labels", "entity_group", "entity_type", "type", "tag", "entity")
 CHUNKS = regex.compile(r"\S+")
 WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[^{UNSPACED}]+")
 OPENING = regex.compile(r"(?![@#])[\p{P}\p{S}]\p{M}*")

@@ -100,6 +100,26 @@ def types_of(tags: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(kind for tag in tags if (kind := parts_of(tag)[1])))
 
 
+def marked_otherwise(types: Iterable[str]) -> tuple[str, str] | None:
+    """Return two types that differ in a B and an I alone, as `b-PER` and `i-PER`, or None.
+
+    They are tags that mark where an entity begins in a way that is not read: in small letters,
+    with another sign than a hyphen or an underscore, without one (`BPER`), or at the end (`PER-B`).
+    """
+    found = set(types)
+    for kind in sorted(found):
+        glued = kind.isupper() and kind.isalpha()
+        if kind[:1] in ("B", "b") and (glued or not kind[1:2].isalnum()):
+            other = chr(ord(kind[0]) + ord("I") - ord("B")) + kind[1:]
+            if other in found:
+                return kind, other
+        if kind[-1:] in ("B", "b") and not kind[-2:-1].isalnum():
+            other = kind[:-1] + chr(ord(kind[-1]) + ord("I") - ord("B"))
+            if other in found:
+                return kind, other
+    return None
+
+
 @dataclass
 class Beginnings:
     """How the entities of a data set begin, by which its scheme is known."""

@@ -1,4 +1,4 @@
-"""Lists of labels that stand in a table as text: `['a', 'b']`, `["a", "b"]`, `[1, 2]`."""
+"""Lists that stand in a table as text: `['a', 'b']`, `["a", "b"]`, `['a' 'b']`, `[1, 2]`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import re
 from typing import Any
 
-QUOTES_APART = re.compile(r"(['\"])\s+(['\"])")
+TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""  # as Python writes one
+ARRAY = re.compile(rf"\[\s*{TEXT}(?:\s+{TEXT})+\s*\]", re.DOTALL)
 LONGEST = 10_000  # characters; a list of labels is short
 
 
@@ -20,14 +21,7 @@ def listed_labels(value: Any) -> list[Any] | None:
     text = value.strip() if isinstance(value, str) else ""
     if text[:1] + text[-1:] not in ("[]", "()", "{}") or len(text) > LONGEST:
         return None
-    for read in (json.loads, ast.literal_eval):
-        try:
-            items = read(QUOTES_APART.sub(r"\1, \2", text))
-        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            continue
-        break
-    else:
-        return None
+    items = _read(text)
     if not isinstance(items, list | tuple | set | frozenset):
         return None
     if not all(isinstance(item, str | int | float) for item in items):
@@ -36,16 +30,30 @@ def listed_labels(value: Any) -> list[Any] | None:
 
 
 def list_in_cell(value: Any) -> list[Any] | None:
-    """Return a list, also one that a table holds as text: as JSON or Python write it."""
+    """Return a list, also one that a table holds as text: as JSON, Python or NumPy write it."""
     if isinstance(value, list):
         return value
     text = value.strip() if isinstance(value, str) else ""
-    if text[:1] + text[-1:] != "[]":
-        return None
+    items = _read(text) if text[:1] + text[-1:] == "[]" else None
+    return items if isinstance(items, list) else None
+
+
+def texts_in_cell(value: Any) -> list[Any]:
+    """Return the texts of a cell that holds one, or a list of them, which a table has as text."""
+    if isinstance(value, list):
+        return value
+    items = list_in_cell(value)
+    are_texts = items is not None and all(isinstance(item, str) for item in items)
+    return items if items is not None and are_texts else [value]
+
+
+def _read(text: str) -> Any:
+    """Return what JSON or Python read in a text, or None if neither reads it."""
+    if ARRAY.fullmatch(text):  # of NumPy: without commas, Python would join all texts to one
+        text = ", ".join(re.findall(TEXT, text)).join("[]")
     for read in (json.loads, ast.literal_eval):
         try:
-            items = read(text)
+            return read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
-        return items if isinstance(items, list) else None
     return None

@@ -277,6 +277,7 @@ LABELS: dict[str, tuple[str, dict[str, Any]]] = {
     "none of many": (_lines([], []), MANY),
     "a blank among many": (_lines(["a"], ["b", None]), MANY),
     "text for many": (_lines(["a"], "b,c"), MANY),
+    "a 0 or 1 for each of many": (_lines(["a"], [1, 0, 1]), MANY),
     "no list of many": (_lines(["a"], None), MANY),
     "no number": (_lines(1, "one", None, [1], True, "1,5", "1_0", float("inf"), "1e99"), NUMBER),
     "a weight of no label": (_lines("good", "bad"), {"class_weights": {"godo": 2.0, "bad": -1.0}}),

@@ -73,6 +73,12 @@ FILES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "tags with B in a scheme without": ("rows.jsonl", _rows(GOOD), {**WORDS, "scheme": "io"}),
     "a tag for every word": ("rows.jsonl", _rows(_words(["a", "b"], ["DET", "NOUN"])), WORDS),
+    "marks that are not read": ("rows.conll", "Ada\tB.PER\nB\tI.PER\nmet\tO\n", WORDS),
+    "spans of tags": ("rows.jsonl", _rows(_text([0, 3, "B-PER"], [8, 11, "I-PER"])), TEXTS),
+    "numbers without names in a file of words": ("rows.conll", "Ada\t1\nmet\t0\n", WORDS),
+    "a column that counts the words": (
+        "rows.conll", "1\tAda\tB-PER\n2\tmet\tO\n3\tIda\tB-PER\n", WORDS,
+    ),
     "no entity at all": ("rows.jsonl", _rows(_words(["a"], ["O"])), WORDS),
     "as many types as rows": (
         "rows.jsonl", _rows(*(_words(["a", "b"], [f"B-x{i}", "O"]) for i in range(30))), WORDS,

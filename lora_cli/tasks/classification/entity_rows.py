@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from lora_cli.data.entity_tags import (
     Scheme,
     entities_of,
     iob2_labels,
+    marked_otherwise,
     tag_error,
     types_of,
 )
@@ -27,6 +28,8 @@ from lora_cli.tasks.texts.word_windows import Place
 
 SHOWN = 60  # characters of a value in a message
 PROBLEMS = 10  # that are listed of a split
+UNKNOWN_NUMBERS = "what they stand for is not known"
+NAME_TAGS = "name the tags in order, `--set 'task.tag_names=[O, B-PER, I-PER]'`"
 AS_BEGINNING = "`--set task.scheme=iob1` reads it as a beginning"
 
 
@@ -93,10 +96,7 @@ class EntityRows:
                     f"column `{column}`: tag {number} {_said(item)}, not a name or a whole number"
                 )
             if not self.names:
-                return (
-                    f"column `{column}` holds numbers, and what they stand for is not known: name "
-                    "the tags in order, `--set 'task.tag_names=[O, B-PER, I-PER]'`"
-                )
+                return f"column `{column}` holds numbers, and {UNKNOWN_NUMBERS}: {NAME_TAGS}"
             if not 0 <= item < len(self.names):
                 last = len(self.names) - 1
                 return f"column `{column}`: tag {number} is {item}, and there are tags 0 to {last}"
@@ -211,9 +211,11 @@ class EntityRows:
         known = [splits["train"]] if "train" in splits else list(splits.values())
         if self.knows_scheme or not known:
             return
-        tags = (self.tags(row) for rows in known for row in rows)
-        found = Beginnings.of(some for some in tags if not isinstance(some, str))
+        found = Beginnings.of(self._readable_tags(known))
         if not found.has_outside and found.prefixes[""]:
+            if all(tag.isdecimal() for tags in self._readable_tags(known) for tag in tags):
+                what = f"the tags are numbers, and {UNKNOWN_NUMBERS}"
+                raise LoraError(what, self.recipe.at("task.tags_column"), NAME_TAGS)
             raise LoraError(
                 f"no word has the tag `{OUTSIDE}`, and the tags have no prefixes such as B-",
                 self.recipe.at("task.tags_column"),
@@ -221,6 +223,12 @@ class EntityRows:
                 "speech) is none. Is it the right column?",
             )
         self.scheme, self.knows_scheme = found.scheme, True
+
+    def _readable_tags(self, splits: Sequence[Rows]) -> Iterator[list[str]]:
+        """Yield the tags of the rows that have some."""
+        for tags in (self.tags(row) for rows in splits for row in rows):
+            if not isinstance(tags, str):
+                yield tags
 
     def learn(self, splits: dict[str, Rows]) -> None:
         """Find the types of entities, and with them the labels.
@@ -251,6 +259,7 @@ class EntityRows:
             raise LoraError("the labels are not known", at, hint)
         rows = splits["train"]
         if named := types_of(self.spec.tag_names or self.hub_names):
+            self._require_types(named)
             return iob2_labels(named)
         types = {kind for row in rows for kind in self.types_in(row)}
         if not types:
@@ -263,7 +272,24 @@ class EntityRows:
                 "task.spans_column" if self.spec.has_spans else "task.tags_column"
             )
             raise LoraError(what, where, "is it the right column? If it is, name `task.labels`")
+        self._require_types(types)
         return iob2_labels(sorted(types))
+
+    def _require_types(self, types: Iterable[str]) -> None:
+        """Check that types are not tags that mark beginnings in a way that is not read.
+
+        Raises:
+            LoraError: If they are.
+        """
+        if (pair := marked_otherwise(types)) is None:
+            return
+        what = f"`{pair[0]}` and `{pair[1]}` would be two types of entities"
+        key = "task.spans_column" if self.spec.has_spans else "task.tags_column"
+        hint = "tags are written `B-PER` and `I-PER`"
+        if self.spec.has_spans:
+            hint = "a span has the type alone, and covers the whole entity"
+        hint += "; if they are two types, name `task.labels`"
+        raise LoraError(what, self.recipe.at(key), hint)
 
 
 def _said(value: Any) -> str:

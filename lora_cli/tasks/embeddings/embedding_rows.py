@@ -16,6 +16,7 @@ import xxhash
 from lora_cli.characters import normalised
 from lora_cli.data.cell_values import NumberForm, read_number
 from lora_cli.data.file_formats import is_blank, text_error
+from lora_cli.data.label_lists import texts_in_cell
 from lora_cli.data.load_rows import Rows
 from lora_cli.errors import LoraError, counted
 from lora_cli.models.sentence_transformer import (
@@ -162,12 +163,13 @@ class EmbeddingRows(TextTask):
         spec = self.spec
         for column in spec.negative_columns or ():
             value = row.get(column)
-            for i, text in enumerate(value if isinstance(value, list) else [], 1):
+            if is_blank_cell(value):
+                continue
+            negatives = texts_in_cell(value)
+            is_one = negatives == [value]
+            for i, text in enumerate(negatives, 1):
                 if error := text_error({column: text}, [column]):
-                    return f"{error} in text {i} of its list"
-            is_one = not is_blank_cell(value) and not isinstance(value, list)
-            if is_one and (error := text_error(row, [column])):
-                return error
+                    return error if is_one else f"{error} in text {i} of its list"
         texts = self.texts_of(row)
         for text in texts[2:]:
             for name, other in (("positive", texts[1]), ("anchor", texts[0])):
@@ -198,13 +200,12 @@ class EmbeddingRows(TextTask):
 
     def texts_of(self, row: dict[str, Any]) -> list[str]:
         """Return the texts of a row: the anchor, the positive, and the negatives."""
-        columns = [self.spec.anchor_column, *([] if self.is_labelled else self.more_text_columns())]
-        texts: list[str] = []
-        for column in columns:
-            value = row.get(column)
-            values = value if isinstance(value, list) else [value]
-            texts += [str(text) for text in values if not is_blank_cell(text)]
-        return texts
+        values = [row.get(self.spec.anchor_column)]
+        if not self.is_labelled:
+            values.append(row.get(self.spec.second_column))
+            for column in self.spec.negative_columns or ():
+                values += texts_in_cell(row.get(column))
+        return [str(text) for text in values if not is_blank_cell(text)]
 
     # -------------------------------------------------------------------------------- labels
 
