@@ -19,6 +19,7 @@ class Table(list):
     """Rows in memory that have places."""
 
     source = "rows.csv"
+    sets: dict[str, Any] = {}
 
     def __init__(self, rows: list[Any], names: dict[str, list[str]] | None = None) -> None:
         super().__init__(row if isinstance(row, dict) else {"label": row} for row in rows)

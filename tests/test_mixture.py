@@ -151,6 +151,40 @@ def test_labels_that_the_sets_number_differently_go_by_their_names(tmp_path: Pat
     assert load_rows(alike)["train"].label_names == {"label": ["bad", "good"]}
 
 
+@pytest.mark.parametrize("labels", [None, ["bad", "good"]])
+def test_numbers_of_one_set_are_no_labels_beside_the_names_of_another(
+    tmp_path: Path, labels: list[str] | None
+) -> None:
+    write(tmp_path, a=[{"text": f"a {i}", "label": name} for i, name in enumerate(("bad", "good"))])
+    write(tmp_path, b=[{"text": f"b {i}", "label": i % 2} for i in range(2)])
+    recipe = recipe_of(tmp_path, {"a": {"path": "a.jsonl"}, "b": {"path": "b.jsonl"}},
+                       task={"labels": labels})  # fmt: skip
+    task = task_of(recipe)
+    if labels is None:
+        with pytest.raises(LoraError, match="the labels of the set `b` are numbers, and those of"):
+            load_data(task)
+    else:
+        rows = load_data(task)["train"].rows
+        assert [task.labels_of(row) for row in rows] == [["bad"], ["good"]] * 2
+
+
+def test_numbers_of_all_sets_are_read_in_the_way_that_they_share(tmp_path: Path) -> None:
+    comma = {"delimiter": ";", "decimal": ",", "thousands": "."}
+    write(tmp_path, b=[{"text": "b", "label": "0,25"}])
+    (tmp_path / "a.csv").write_text("text;label\none;1.234\ntwo;0,5\n", encoding="utf-8")
+    task = {"labels": None, "problem": "regression"}
+
+    def mix(**form: str) -> dict[str, Any]:
+        return {"a": {"path": "a.csv", "format": comma}, "b": {"path": "b.jsonl", "format": form}}
+
+    made = task_of(recipe_of(tmp_path, mix(decimal=",", thousands="."), task=task))
+    labels = [example["labels"] for example in load_data(made)["train"].examples]
+    assert labels == [1234.0, 0.5, 0.25]
+    with pytest.raises(LoraError, match="the sets write numbers in several ways"):
+        recipe_of(tmp_path, mix(), task=task)
+    assert recipe_of(tmp_path, mix())  # what has labels reads no numbers
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "folder"])
 def test_columns_are_read_by_other_names(tmp_path: Path, kind: str) -> None:
     rows = [{"a": "one", "text": "two", "label": "bad"}, {"a": "x", "text": "y", "label": "good"}]

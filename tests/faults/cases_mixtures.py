@@ -44,6 +44,12 @@ for _name, _run in {
     "a file that is not there": _mixed({"a": A, "b": {"path": "c.jsonl"}}),
     "a column that only one set has": _mixed({"a": A, "b": {"path": "b.jsonl"}}),
     "a wrong row": _mixed({"a": A, "b": B}, _jsonl(ROWS) + "{\n"),
+    "labels that are numbers in one set and names in another": _mixed(
+        {"a": A, "b": B}, _jsonl([{**row, "label": i % 2} for i, row in enumerate(ROWS)])
+    ),
+    "numbers that the sets write in several ways": _mixed(
+        {"a": {**A, "format": {"decimal": ","}}, "b": B}, task={"problem": "regression"}
+    ),
     "a label that only one set has": _mixed(
         {"a": A, "b": B}, _jsonl([*ROWS, {"text": "x", "label": "so-so"}]),
         task={"labels": ["bad", "good"]},

@@ -266,6 +266,12 @@ class DataSpec(SourceSpec):
         """The sets that are mixed, or the section itself."""
         return list(self.mix.values()) or [self]
 
+    @property
+    def number_forms(self) -> list[tuple[str, str | None]]:
+        """The decimal marks and thousands separators of the sources, each pair once."""
+        forms = [(source.format.decimal, source.format.thousands) for source in self.sources]
+        return list(dict.fromkeys(forms))
+
     def has(self, split: str) -> bool:
         """Return whether there are rows of a split."""
         return any(getattr(source, split) is not None for source in self.sources)

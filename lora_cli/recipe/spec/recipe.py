@@ -118,6 +118,9 @@ class Recipe(Section):
         if weighted and task.couples_examples:
             what = "a pair that is drawn twice in a step would count as wrong for itself"
             yield "data.mix", what, "leave `weight` out of the sets"
+        if len(data.number_forms) > 1 and task.answer_kind == "regression":
+            what = "the sets write numbers in several ways, and those of all sets are read alike"
+            yield "data.mix", what, "write them alike, with one `decimal` and one `thousands`"
         names = [f"data.mix.{name}" for name in data.mix] or ["data"]
         for section, source in zip(names, data.sources, strict=True):
             for split in ("validation", "test"):

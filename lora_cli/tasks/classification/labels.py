@@ -99,6 +99,7 @@ class Labels:
         if column in rows.label_names:
             return [name for name in rows.label_names[column] if name not in self.skipped]
         values = self.count(rows)
+        self._require_one_kind(rows)
         if not values:
             what = f"no row of the train split has a label in `{column}`"
             raise LoraError(what, rows.source, "is it the right column?")
@@ -110,6 +111,23 @@ class Labels:
                 "is it the label? If it is a number to predict, `--set task.problem=regression`",
             )
         return _sorted(values)
+
+    def _require_one_kind(self, rows: Rows) -> None:
+        """Check that labels are not numbers in one set of a mixture, and names in another.
+
+        Raises:
+            LoraError: If they are: the numbers would be labels of their own.
+        """
+        found = {name: self.count(rows.select(at)) for name, at in rows.sets.items()}
+        kinds = {name: {number(v) is not None for v in values} for name, values in found.items()}
+        numbered, named = (
+            next((name for name, kind in kinds.items() if kind == {wanted}), None)
+            for wanted in (True, False)
+        )
+        if numbered is not None and named is not None:
+            what = f"the labels of the set `{numbered}` are numbers, and those of `{named}` names"
+            hint = "name the labels in the order of the numbers, `--set 'task.labels=[no, yes]'`"
+            raise LoraError(what, self.recipe.at("task.label_column"), hint)
 
     def count(self, rows: Rows) -> Counter[str]:
         """Return how often each value stands in the rows."""
@@ -170,8 +188,7 @@ class Labels:
     @property
     def number_form(self) -> NumberForm:
         """How numbers that are text are written."""
-        form = self.recipe.data.format
-        return NumberForm(form.decimal, form.thousands)
+        return NumberForm(*self.recipe.data.number_forms[0])
 
     def number_error(self, row: dict[str, Any]) -> str:
         """Return why a row has no number to learn, or another currency than rows before it."""

@@ -188,8 +188,7 @@ class EmbeddingRows(TextTask):
 
     @property
     def _number_form(self) -> NumberForm:
-        form = self.recipe.data.format
-        return NumberForm(form.decimal, form.thousands)
+        return NumberForm(*self.recipe.data.number_forms[0])
 
     def score_of(self, row: dict[str, Any]) -> float | None:
         """Return a pair's score, divided by `score_scale`, or None if it is no number."""
