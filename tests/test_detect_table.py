@@ -200,6 +200,9 @@ def test_a_header_differs_from_what_stands_below(
 
 def test_all_columns_have_a_say(tmp_path: Path) -> None:
     assert has_header([["text", "label"], ["a", "b"], ["c"]])
+    pairs = [[f"query {i}", f"answer {i}", f"no {i}"] for i in range(9)]
+    assert has_header([["anchor", "positive", "negative"], *pairs])
+    assert not has_header([["negative", "a film"], *[["negative", f"film {i}"] for i in range(9)]])
     assert has_header([["text", "5"]]) is False
     assert has_header([["text", "label"]])
     assert has_header([["text", ""]])

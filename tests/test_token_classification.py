@@ -569,6 +569,15 @@ def test_marks_of_a_beginning_that_are_not_read_are_no_types(
         load_data(task_of(base, tmp_path, spans, **texts))
 
 
+def test_a_b_where_train_has_none_is_told_how_to_read_it(base: Path, tmp_path: Path) -> None:
+    dev = [{"tokens": ["a", "b"], "tags": ["I-PER", "B-PER"]}]
+    data = {"validation": jsonl(tmp_path / "dev.jsonl", dev)}
+    rows = [{"tokens": ["a", "b"], "tags": ["I-PER", "O"]}]
+    with pytest.raises(LoraError, match=r"begins with B.*task.scheme=iob1"):
+        load_data(task_of(base, tmp_path, rows, data))
+    assert load_data(task_of(base, tmp_path, rows, data, scheme="iob1"))
+
+
 def test_types_that_begin_alike_are_types(base: Path, tmp_path: Path) -> None:
     types = ["Bran", "Iran", "B-12", "BIO", "IIO2"]
     rows = [{"tokens": ["a", "b"], "tags": [f"B-{kind}", "O"]} for kind in types]
@@ -934,6 +943,12 @@ def test_init_reads_lists_of_a_table(base: Path, tmp_path: Path) -> None:
     lines = "tokens;tags\n" + "".join(row.format(i) for i in range(30))
     task, _ = drafted(base, tmp_path, "a.csv", lines)
     assert task == {**SCHEME_KEYS, "labels": ["O", "B-PER", "I-PER"]}
+
+
+def test_init_takes_no_marks_of_beginnings_for_types(base: Path, tmp_path: Path) -> None:
+    words = "".join(f"Ada{i} b-per\nB{i} i-per\nmet{i} O\n\n" for i in range(30))
+    with pytest.raises(LoraError, match="would be two types of entities"):
+        drafted(base, tmp_path, "b.conll", words)
 
 
 def test_init_finds_entities_in_json(base: Path, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ CONSISTENT = 0.9  # of the records need the same number of fields
 COLUMN_NAMES = re.compile(
     r"(text|sentence|label|class|category|id|index|date|title|name|score|rating|target|intent|"
     r"sentiment|prompt|completion|question|answer|instruction|input|output|url|message|comment|"
-    r"review|premise|hypothesis|body|content|description|summary|source|lang(uage)?)s?[_ ]?\d?",
+    r"review|premise|hypothesis|body|content|description|summary|source|lang(uage)?|"
+    r"anchor|query|positive|negative|passage|document)s?[_ ]?\d?",
     re.IGNORECASE,
 )
 

@@ -66,7 +66,8 @@ def read_spans(value: Any, text: str) -> list[Span] | str:
         if isinstance(stated, str) and stated.strip() != text[start:end]:
             return (
                 f"span {number} (`{label}`) is `{printable(text[start:end], 40)}` by its places, "
-                f"and `{printable(stated, 40)}` by its own text: are they counted in bytes?"
+                f"and `{printable(stated, 40)}` by its own text: are they counted in bytes, "
+                "or in units of UTF-16?"
             )
         spans.append(Span(start, end, label))
     spans.sort(key=lambda span: (span.start, span.end))

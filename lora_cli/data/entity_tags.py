@@ -21,6 +21,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lora_cli.errors import LoraError
+
 Scheme = Literal["iob1", "iob2", "io", "iobes"]
 OUTSIDE = "O"
 TAG = re.compile(r"(?P<prefix>[BIESLUM])[-_](?P<kind>\S.*)", re.DOTALL)
@@ -118,6 +120,26 @@ def marked_otherwise(types: Iterable[str]) -> tuple[str, str] | None:
             if other in found:
                 return kind, other
     return None
+
+
+def require_types(types: Iterable[str], at: str, of_spans: bool = False) -> None:
+    """Check that types are not tags that mark beginnings in a way that is not read.
+
+    Args:
+        types: Of the entities.
+        at: Where they are from.
+        of_spans: They are labels of spans, and not of words.
+
+    Raises:
+        LoraError: If they are.
+    """
+    if (pair := marked_otherwise(types)) is None:
+        return
+    what = f"`{pair[0]}` and `{pair[1]}` would be two types of entities"
+    hint = "tags are written `B-PER` and `I-PER`"
+    if of_spans:
+        hint = "a span has the type alone, and covers the whole entity"
+    raise LoraError(what, at, f"{hint}; if they are two types, name `task.labels`")
 
 
 @dataclass

@@ -9,7 +9,14 @@ from typing import Any
 
 from lora_cli.data.column_kinds import Column
 from lora_cli.data.entity_spans import are_spans, read_spans
-from lora_cli.data.entity_tags import Beginnings, entities_of, iob2_labels, tag_error
+from lora_cli.data.entity_tags import (
+    Beginnings,
+    entities_of,
+    iob2_labels,
+    require_types,
+    tag_error,
+    types_of,
+)
 from lora_cli.data.label_lists import list_in_cell
 from lora_cli.errors import LoraError, counted
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
@@ -44,7 +51,7 @@ def tagged(
         label: The column of the tags or the spans, if the user names it.
 
     Raises:
-        LoraError: If the tags are numbers without names.
+        LoraError: If the tags are numbers without names, or mark beginnings in an unknown way.
     """
     # as a table holds lists
     rows = [{name: _read(value) for name, value in row.items()} for row in rows]
@@ -54,7 +61,12 @@ def tagged(
         tags, spans = ([n for n in names if p.fullmatch(n)] for p in (TAG_NAME, SPANS_NAME))
     else:
         tags = spans = [label]
-    return _of_words(inputs, tags, rows, place) or _of_texts(columns, inputs, spans, rows)
+    found = _of_words(inputs, tags, rows, place)
+    if of_spans := found is None:
+        found = _of_texts(columns, inputs, spans, rows)
+    if found is not None:
+        require_types(types_of(found.keys["labels"]), place, of_spans)
+    return found
 
 
 def _of_words(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from lora_cli.data.entity_tags import (
     Scheme,
     entities_of,
     iob2_labels,
-    marked_otherwise,
+    require_types,
     tag_error,
     types_of,
 )
@@ -181,7 +181,8 @@ class EntityRows:
                 f"{counted(len(tags), 'tag')} in `{self.spec.tags_column}`"
             )
         error = tag_error(tags, self.scheme)
-        if error and self.scheme == "iob2" and "continues an entity" in error:
+        begins = {"iob2": "continues an entity", "io": "begins with B"}.get(self.scheme)
+        if begins is not None and begins in error:
             error += f" ({AS_BEGINNING})"
         return f"column `{self.spec.tags_column}`: {error}" if error else ""
 
@@ -259,8 +260,9 @@ class EntityRows:
             raise LoraError("the labels are not known", at, hint)
         rows = splits["train"]
         if named := types_of(self.spec.tag_names or self.hub_names):
-            self._require_types(named)
+            require_types(named, self.recipe.at("task.tags_column"))
             return iob2_labels(named)
+        where = self.recipe.at("task.spans_column" if self.spec.has_spans else "task.tags_column")
         types = {kind for row in rows for kind in self.types_in(row)}
         if not types:
             column = self.spec.spans_column or self.spec.tags_column
@@ -268,28 +270,9 @@ class EntityRows:
             raise LoraError(what, rows.source, "is it the right column?")
         if len(types) > 20 and len(types) > len(rows) / 2:
             what = f"{counted(len(types), 'type')} of entities in {counted(len(rows), 'row')}"
-            where = self.recipe.at(
-                "task.spans_column" if self.spec.has_spans else "task.tags_column"
-            )
             raise LoraError(what, where, "is it the right column? If it is, name `task.labels`")
-        self._require_types(types)
+        require_types(types, where, self.spec.has_spans)
         return iob2_labels(sorted(types))
-
-    def _require_types(self, types: Iterable[str]) -> None:
-        """Check that types are not tags that mark beginnings in a way that is not read.
-
-        Raises:
-            LoraError: If they are.
-        """
-        if (pair := marked_otherwise(types)) is None:
-            return
-        what = f"`{pair[0]}` and `{pair[1]}` would be two types of entities"
-        key = "task.spans_column" if self.spec.has_spans else "task.tags_column"
-        hint = "tags are written `B-PER` and `I-PER`"
-        if self.spec.has_spans:
-            hint = "a span has the type alone, and covers the whole entity"
-        hint += "; if they are two types, name `task.labels`"
-        raise LoraError(what, self.recipe.at(key), hint)
 
 
 def _said(value: Any) -> str:
