@@ -77,6 +77,14 @@ def test_a_parameter_that_is_used_later_is_trained_as_by_plain_autograd(
             assert torch.equal(parameter, flat.parameters[name]), name
 
 
+def test_micro_batches_of_each_shape_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_the_cpu(monkeypatch)
+    made = engine(GraphEngine)
+    for rows in (2, 1, 2, 2):
+        train_step(made, [batch(rows)])
+    assert made.seen == {shape_of(batch(1)): 1, shape_of(batch(2)): 3}
+
+
 @pytest.mark.parametrize("rarely", [True, False])
 def test_the_update_is_recorded_where_every_parameter_always_has_a_gradient(
     rarely: bool, monkeypatch: pytest.MonkeyPatch

@@ -316,6 +316,22 @@ def test_the_tensor_that_differs_most_is_named(wrong: dict[str, float], said: st
         sources.require_equal()
 
 
+def test_a_head_is_also_read_in_the_order_of_the_labels() -> None:
+    sources = _Sources(torch.nn.Linear(1, 1), [], [], {})
+    sources.enter("", torch.nn.Linear(1, 1), [])
+    sources.rows, sources.heads = [2, 0], ("classifier.",)
+    sized = [torch.arange(2.0), torch.arange(3.0), torch.arange(8.0).view(4, 2)]
+    tensors = [torch.tensor(5.0), *sized]
+    stored: Any = [SimpleNamespace(read=lambda tensor=tensor: tensor) for tensor in tensors]
+    found = sources._read(stored, ["classifier.weight"])
+    # those with a row of each label: neither a scale nor what is between the body and the labels
+    wanted = [*tensors, torch.tensor([2.0, 0.0]), torch.tensor([[4.0, 5.0], [0.0, 1.0]])]
+    assert [tensor.tolist() for tensor in found] == [tensor.tolist() for tensor in wanted]
+    assert sources._read(stored, ["body.weight"]) == tensors
+    sources.rows = []
+    assert sources._read(stored, ["classifier.weight"]) == tensors
+
+
 def test_a_vocabulary_that_was_made_larger_is_compared_where_a_file_has_its_rows() -> None:
     compare = _Sources(torch.nn.Linear(1, 1), [], [], {})._from_base
     base, new = torch.randn(2, 3), torch.randn(3, 3)

@@ -374,6 +374,12 @@ def test_bad_rows_are_named_by_file_and_row(tmp_path: Path) -> None:
     assert (len(rows), len(rows.skipped)) == (1, 4)
 
 
+def test_a_part_of_a_recording_costs_its_own_seconds(base: Any) -> None:
+    task = base[0]
+    for start, stop, seconds in ((0, 1, 1), (0, RATE, 1), (3 * RATE, 5 * RATE + 1, 3)):
+        assert task.cost({"start": start, "stop": stop}) == seconds
+
+
 def test_a_text_that_changes_is_read_again(tmp_path: Path) -> None:
     path = write_recipe_of(tmp_path)
 

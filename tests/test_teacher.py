@@ -20,7 +20,7 @@ from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.recipe import Learned, Recipe, load_adapter_recipe, load_recipe
 from lora_cli.tasks.teachers import teacher as module
 from lora_cli.tasks.teachers.teacher import open_teacher
-from lora_cli.tasks.teachers.trained_task import load_adapted, open_task
+from lora_cli.tasks.teachers.trained_task import check_use, load_adapted, open_task
 
 TEXTS = ["a warm film", "the plot is dull and slow"]
 
@@ -179,6 +179,22 @@ def test_an_adapter_reads_texts_as_it_was_trained_to(base: Path, tmp_path: Path)
     recipe = student(tmp_path, base, str(adapter(tmp_path / "left", base, truncate="left")))
     task = open_teacher(recipe).task.recipe.task
     assert task.truncate == "left"
+
+
+def test_a_base_that_was_changed_since_the_training_is_rejected(tmp_path: Path) -> None:
+    base = tiny.save_encoder(tmp_path / "base", ["bad", "good"])
+    folder = adapter(tmp_path / "first", base)
+    task = open_task(folder, load_adapter_recipe(folder))
+    task.load_processor()
+    check_use(folder, task)
+    config = json.loads((base / "config.json").read_text())
+    changed = {**config, "layer_norm_eps": 0.5}
+    (base / "config.json").write_text(json.dumps(changed))
+    task = open_task(folder, load_adapter_recipe(folder))
+    task.load_processor()
+    said = rf"`layer_norm_eps` in config\.json is 0\.5, and was {config['layer_norm_eps']}"
+    with pytest.raises(IntegrityError, match=rf"when the adapter {folder} was trained: {said}"):
+        check_use(folder, task)
 
 
 def test_of_an_adapter_of_peft_the_base_has_the_labels(base: Path, tmp_path: Path) -> None:

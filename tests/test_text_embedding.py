@@ -623,6 +623,16 @@ def test_texts_by_label_learn_their_label(tmp_path: Path) -> None:
     assert after["accuracy_at_1"] >= report["metrics"]["before"]["validation"]["accuracy_at_1"]
 
 
+def test_a_pair_has_the_cosine_of_its_vectors_whatever_their_lengths() -> None:
+    score = {"score": np.array([0.25, 0.25], np.float32)}
+    for second, cosine in (([0.0, 2.0], 0.8), ([-6.0, -8.0], -1.0), ([0.0, 0.0], 0.0)):
+        pair = np.array([[3.0, 4.0], second], np.float32)
+        found = TextEmbedding._scored(7, pair, score)
+        assert (found.row, found.reference) == (7, 0.25)
+        assert found.prediction == pytest.approx(cosine)
+        assert found.metric_inputs == {"value": (found.prediction, 0.25)}
+
+
 def test_scored_pairs_are_measured_by_spearman(tmp_path: Path) -> None:
     from scipy.stats import spearmanr
 

@@ -32,7 +32,7 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import prepared_for_evaluation
-from lora_cli.tasks.speech.speakers import SpeakerError, vector_of
+from lora_cli.tasks.speech.speakers import SpeakerError, read_vector, vector_of
 from lora_cli.tasks.speech.spectrogram_loss import ATTENTION
 from lora_cli.tasks.speech.speecht5 import Spoken
 from lora_cli.tasks.text_to_speech import TextToSpeech
@@ -497,6 +497,24 @@ def test_one_speaker_of_a_file_is_that_of_a_column(tmp_path: Path) -> None:
     (tmp_path / "me.npy").unlink()  # the adapter has its own copy
     task, _, _ = open_adapter(tmp_path / "out", load_adapter_recipe(tmp_path / "out"))
     assert_close(torch.from_numpy(task.vector_of_row({})), torch.tensor(wanted[0]).float())
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ((2, 3), "holds 2 x 3 numbers, and not one vector"), ((1, 2, 3), "holds 1 x 2 x 3 numbers"),
+        ((5,), "holds 5 numbers, and the model reads 6"),
+        ((1, 5), "holds 5 numbers, and the model reads 6"),
+        ((), "holds 1 number, and the model reads 6"),
+    ],
+)  # fmt: skip
+def test_a_file_of_a_speaker_holds_one_vector(
+    shape: tuple[int, ...], reason: str, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "me.npy", np.ones(shape))
+    recipe = load_recipe(write_recipe_of(tmp_path))
+    with pytest.raises(LoraError, match=rf"me\.npy {reason}"):
+        read_vector(recipe, str(tmp_path / "me.npy"), None, 6)
 
 
 def test_a_file_of_a_speaker_runs_no_code(tmp_path: Path) -> None:

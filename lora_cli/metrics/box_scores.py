@@ -51,15 +51,14 @@ def box_scores(
     names = label_results(labels)
     if evaluation is None:
         return dict.fromkeys([*BOXES, *names], math.nan)
-    precision = evaluation.eval["precision"]  # overlaps, recalls, labels, areas, most found
-    recall = evaluation.eval["recall"]  # overlaps, labels, areas, most found
+    precision = evaluation.eval["precision"]  # overlaps, recalls, labels, 1, 1
     scores = {
-        "map": _mean(precision[:, :, :, 0, -1]),
-        "map_50": _mean(precision[0, :, :, 0, -1]),
-        "map_75": _mean(precision[5, :, :, 0, -1]),
-        "mar_100": _mean(recall[:, :, 0, -1]),
+        "map": _mean(precision),
+        "map_50": _mean(precision[0]),
+        "map_75": _mean(precision[5]),
+        "mar_100": _mean(evaluation.eval["recall"]),
     }
-    return scores | {name: _mean(precision[:, :, i, 0, -1]) for i, name in enumerate(names)}
+    return scores | {name: _mean(precision[:, :, i]) for i, name in enumerate(names)}
 
 
 def label_results(labels: Sequence[str]) -> list[str]:
@@ -82,43 +81,40 @@ def _evaluated(
     if not any(not one[5] for picture in wanted for one in picture):
         return None
     known = {int(one[4]) for picture in wanted for one in picture}
-    n_labels = max(n_labels, *(label + 1 for label in known))
     truth = COCO()
     truth.dataset = {
-        "images": [{"id": i} for i in range(1, len(wanted) + 1)],
-        "categories": [{"id": i, "name": str(i)} for i in range(n_labels)],
+        "images": [{"id": i} for i in range(len(wanted))],
+        "categories": [{"id": i, "name": str(i)} for i in sorted({*range(n_labels), *known})],
         "annotations": _annotations(wanted),
     }
     truth.createIndex()
-    said = COCO()
-    said.dataset = {**truth.dataset, "annotations": _detections(found)}
-    said.createIndex()
+    said = truth.loadRes(_detections(found))
     evaluation = COCOeval_faster(truth, said, "bbox", print_function=lambda *_: None)
-    evaluation.params.maxDets = [1, 10, MOST_FOUND]
+    evaluation.params.maxDets = [MOST_FOUND]
+    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0.0, math.inf]], ["all"]
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation
 
 
 def _annotations(wanted: Sequence[Sequence[Wanted]]) -> list[dict[str, Any]]:
+    boxes = [(i, one) for i, picture in enumerate(wanted) for one in picture]
     return [
         {
             "id": n, "image_id": i, "category_id": int(label), "iscrowd": int(crowd),
-            "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0),
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "area": 1.0,  # which is not asked for: boxes of every size count
         }
-        for n, (i, (x0, y0, x1, y1, label, crowd)) in enumerate(
-            ((i, one) for i, picture in enumerate(wanted, 1) for one in picture), 1
-        )
+        for n, (i, (x0, y0, x1, y1, label, crowd)) in enumerate(boxes, 1)
     ]  # fmt: skip
 
 
 def _detections(found: Sequence[Sequence[Found]]) -> list[dict[str, Any]]:
     return [
         {
-            "id": n, "image_id": i, "category_id": int(label), "score": score, "iscrowd": 0,
-            "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0),
+            "image_id": i, "category_id": int(label), "score": score,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
         }
-        for n, (i, (x0, y0, x1, y1, score, label)) in enumerate(
-            ((i, one) for i, picture in enumerate(found, 1) for one in picture), 1
-        )
+        for i, picture in enumerate(found)
+        for x0, y0, x1, y1, score, label in picture
     ]  # fmt: skip

@@ -269,8 +269,9 @@ class TextEmbedding(EmbeddingRows):
 
     @staticmethod
     def _scored(row: int, vectors: NDArray[np.float32], facts: dict[str, Any]) -> Prediction:
-        lengths = np.linalg.norm(vectors[:2], axis=-1)
-        cosine = float(vectors[0] @ vectors[1] / np.maximum(np.prod(lengths), 1e-12))
+        first, second = vectors
+        lengths = np.linalg.norm(first) * np.linalg.norm(second)
+        cosine = float(first @ second / np.maximum(lengths, 1e-12))
         score = float(facts["score"][0])
         return Prediction(row, cosine, score, metric_inputs={"value": (cosine, score)})
 

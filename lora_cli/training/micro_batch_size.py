@@ -55,8 +55,8 @@ def find_micro_batch(
     share = _share(task, batches, accelerator)
     with _untouched(model), _headroom(accelerator.device, HEADROOM):
         trial = _Trial(model, task, batches, accelerator, optimizer_bytes)
-        found = largest(trial.fits, share)
-    found = min(gather_object([found])) if accelerator.num_processes > 1 else found
+        own = largest(trial.fits, share)
+    found: int = min(gather_object([own]))
     if not found:
         raise out_of_memory(task.recipe, 1, TRAINING)
     return found
@@ -84,9 +84,7 @@ def join_micro_batches(
     share = _share(task, batches, accelerator)
     with _untouched(model), _headroom(accelerator.device, AMPLE):
         fits = _Trial(model, task, batches, accelerator, optimizer_bytes).fits(share)
-    if accelerator.num_processes > 1:
-        fits = all(gather_object([fits]))
-    return share if fits else None
+    return share if all(gather_object([fits])) else None
 
 
 def _share(task: Task, batches: Batches, accelerator: Accelerator) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +103,24 @@ def test_what_is_saved_is_loaded_again(opened: Opened, tmp_path: Path) -> None:
 def test_merged_equals_adapted(opened: Opened) -> None:
     found = outcomes(with_model(opened, merged(opened.model)), opened.single)
     assert_close(found, outcomes(opened, opened.single))
+
+
+def test_a_model_is_probed_with_the_same_few_rows_every_time(opened: Opened) -> None:
+    probe, again = opened.task.probe(), opened.task.probe()
+    assert {len(tensor) for tensor in probe.values()} in ({2}, {4})
+    assert probe.keys() == again.keys()
+    assert all(torch.equal(probe[name], again[name]) for name in probe)
+
+
+def test_a_model_of_texts_or_speech_is_tried_with_a_short_and_a_longer_example(
+    opened: Opened,
+) -> None:
+    task: Any = opened.task
+    if not hasattr(task, "trial_examples"):
+        pytest.skip("pictures are all of one size")
+    short, long = task.trial_examples(40)
+    sizes = [task.output_length(one) for one in (short, long)]
+    assert 0 < sizes[0] < sizes[1]
 
 
 @proves("predict")
