@@ -549,6 +549,30 @@ def test_a_file_to_measure_is_read_as_predict_reads_it(
     assert {key: first.columns[key] for key in wanted} == wanted
 
 
+@pytest.mark.parametrize("is_mixed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.tsv", "text\tlabel\na\t1.234\nb\t2.000\n"),
+        ("x.jsonl", '{"text": "a", "label": "1.234"}\n{"text": "b", "label": 2000}\n'),
+    ],
+)
+def test_numbers_of_a_file_to_measure_are_written_as_those_that_were_learned(
+    name: str, content: str, is_mixed: bool, base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.csv").write_text("text;label\na;1.234,5\n", encoding="utf-8")
+    form = {"delimiter": ";", "decimal": ",", "thousands": "."}
+    data: dict[str, Any] = {"path": "rows.csv", "format": form}
+    task = {"labels": None, "problem": "regression"}
+    data = {"mix": {"one": data}} if is_mixed else data
+    recipe = load_recipe(tiny.recipe(base, tmp_path, data=data, task=task))
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    made = build_task(with_test_file(recipe, tmp_path / name))
+    made.load_processor()
+    found = load_data(made, ("test",))["test"].examples
+    assert [example["labels"] for example in found] == [1234.0, 2000.0]
+
+
 def test_only_a_folder_of_pictures_is_measured_as_a_folder(base: Path, tmp_path: Path) -> None:
     recipe = recipe_of(base, tmp_path)
     folder = tmp_path / "folder"

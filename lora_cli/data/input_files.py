@@ -41,8 +41,11 @@ def input_form(
     given = form_of(source, given)
     if given.quoting == "none" and delimiter_of(source, given) == ",":
         given = given.model_copy(update={"quoting": "auto"})  # which was said of a tsv file
+    # how numbers are written shows in no header, and not in every number
+    numbers = {"decimal": given.decimal, "thousands": given.thousands}
     encoding = {"encoding": _encoding(head, given)}
-    found, given = (form.model_copy(update=encoding) for form in (head.form, given))
+    found = head.form.model_copy(update={**encoding, **numbers})
+    given = given.model_copy(update=encoding)
     if head.kind in ("json", "parquet"):
         return found
     if head.kind == "conll":  # whose columns have the names that the recipe gives them, if any

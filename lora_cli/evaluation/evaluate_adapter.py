@@ -35,7 +35,9 @@ def with_test_file(recipe: Recipe, file: Path) -> Recipe:
     columns = build_task(recipe)
     wanted = [*columns.input_columns().values(), *columns.target_columns().values()]
     if not is_folder:
-        values["data.format"] = input_form(file, read_head(file), data.format, wanted)
+        decimal, thousands = data.number_forms[0]  # of the sets, where several are mixed
+        given = data.format.model_copy(update={"decimal": decimal, "thousands": thousands})
+        values["data.format"] = input_form(file, read_head(file), given, wanted)
     if data.mix:  # the metric may be that of one set of the mixture, and a file has no sets
         values["evaluate.best"] = None
     if data.name is not None or data.mix:
