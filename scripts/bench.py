@@ -8,9 +8,9 @@ usage:
       Query and value, or all linear layers? The demo, and SST-2 sentences: each at four learning
       rates, of which the best on validation counts, on the test rows. FOLDER holds dev.tsv too.
   python scripts/bench.py quantized --model MODEL --data FOLDER [--seeds 3] [--rates 5e-4,1e-3,2e-3]
-      [--epochs 3] [--jobs 1]
-      The same LoRA on a base that is kept in fp32, in 8 bits and in 4: accuracy on the test rows,
-      at the learning rate that is best on dev.tsv, of the adapter and of the merged model.
+      [--epochs 3] [--jobs 1] [--kinds none,int8,nf4] [--precision fp32]
+      The same LoRA on a base that is quantised or not: accuracy on the test rows, at the learning
+      rate that is best on dev.tsv, of the adapter and of the merged model.
   python scripts/bench.py speed SHAPE [--steps 40] [--accumulate 1] [--repeat 2] [--cap GIB]
       roberta-large, roberta-base (SST-2 lengths), llama-8b (2 x 4096 tokens), llama-1b (4 x
       4096) or llama-8b-nf4 (a 4-bit base, 1 x 4096, gradient checkpointing), random weights, on a
@@ -158,8 +158,9 @@ def quantized(args: argparse.Namespace) -> None:
 
     work = Path(tempfile.mkdtemp(prefix="lora-bench-"))
     recipe = write_sst2_with_dev(args, work)
-    kinds, rates, seeds = ("fp32", "int8", "nf4"), args.rates.split(","), range(args.seeds)
+    kinds, rates, seeds = args.kinds.split(","), args.rates.split(","), range(args.seeds)
     choices = ["adapter.target_modules=all-linear", f"train.epochs={args.epochs}"]
+    choices.append(f"train.precision={args.precision}")
 
     def folder_of(kind: str, rate: str, seed: int) -> Path:
         return work / f"{kind}-{rate}-{seed}"
@@ -167,7 +168,7 @@ def quantized(args: argparse.Namespace) -> None:
     def trained(job: tuple[str, str, int]) -> tuple[float, float]:
         kind, rate, seed = job
         sets = [*choices, f"train.optimizer.learning_rate={rate}", f"train.seed={seed}"]
-        sets += [f"model.quantization={kind}"] if kind != "fp32" else []
+        sets += [f"model.quantization={kind}"] if kind != "none" else []
         after = metrics_after(recipe, folder_of(*job), sets)
         print(*job, after["validation"]["accuracy"], after["test"]["accuracy"], file=sys.stderr)
         return after["validation"]["accuracy"], after["test"]["accuracy"]
@@ -663,6 +664,8 @@ def main() -> None:
         if function is quantized:
             command.add_argument("--rates", default="5e-4,1e-3,2e-3")
             command.add_argument("--epochs", type=int, default=3)
+            command.add_argument("--kinds", default="none,int8,nf4")
+            command.add_argument("--precision", default="fp32")
     command = commands.add_parser("peft")
     command.add_argument("--recipe", required=True)
     command.add_argument("--seed", type=int, required=True)

@@ -373,7 +373,7 @@ def quantised(tmp_path: Path, kind: str, base: Path, **adapter: Any) -> tuple[nn
     layer=lambda save, **_: "Conv1D" if save is tiny.save_gpt2 else "Linear",
     base="{kind}",
 )
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 @pytest.mark.parametrize("save", [tiny.save_llama, tiny.save_gpt2])
 @torch.no_grad()
 def test_loftq_makes_up_for_what_quantising_takes(

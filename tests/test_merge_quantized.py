@@ -35,7 +35,7 @@ def trained(tmp_path: Path, kind: str, **sections: Any) -> Path:
 
 
 @pytest.mark.proves("merge", variant="lora", layer="Linear", base="{kind}")
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 def test_merged_into_the_numbers_it_computes_what_was_trained(kind: str, tmp_path: Path) -> None:
     out = trained(tmp_path, kind)
     result = merge_adapter(None, out, tmp_path / "merged")

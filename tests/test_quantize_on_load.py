@@ -117,7 +117,7 @@ def test_what_is_trained_in_full_keeps_its_numbers(tmp_path: Path) -> None:
     assert names == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_weight_is_near_that_of_the_checkpoint(
     kind: str, precision: str, tmp_path: Path
@@ -130,13 +130,15 @@ def test_every_weight_is_near_that_of_the_checkpoint(
     assert len(names) == 8
     for name in names:
         layer = model.get_submodule(name)
-        assert layer.weight.dtype == {"nf4": torch.uint8, "int8": torch.int8}[kind]
+        assert (
+            layer.weight.dtype == {"nf4": torch.uint8, "int8": torch.int8, "fp8": torch.uint8}[kind]
+        )
         weight = stored[f"{name}.weight"].T  # GPT-2 stores (in, out)
         error = (layer.dequantized() - weight).norm() / weight.norm()
-        assert 0 < float(error) < {"nf4": 0.1, "int8": 0.01}[kind]
+        assert 0 < float(error) < {"nf4": 0.1, "int8": 0.01, "fp8": 0.03}[kind]
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 def test_the_base_is_recognised_and_counted_as_what_it_was_made_from(
     kind: str, tmp_path: Path
 ) -> None:
@@ -202,7 +204,7 @@ def test_twenty_steps_are_those_of_peft_on_the_base_of_bitsandbytes(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 def test_a_run_on_a_quantised_base(kind: str, precision: str, tmp_path: Path) -> None:
     base = tiny.save_encoder(tmp_path / "base")
     path = tiny.recipe(

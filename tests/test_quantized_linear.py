@@ -12,7 +12,7 @@ from torch import nn
 from lora_cli.models.quantized_linear import Format, QuantizedLinear
 
 functional: Any = pytest.importorskip("bitsandbytes.functional")
-FORMATS: list[Format] = ["nf4", "int8"]
+FORMATS: list[Format] = ["nf4", "int8", "fp8"]
 SHAPE = (96, 40)  # out, in
 
 
@@ -55,10 +55,25 @@ def test_int8_is_that_of_bitsandbytes() -> None:
     )
 
 
-@pytest.mark.parametrize(("kind", "error"), [("nf4", 0.1), ("int8", 0.006)])
+@pytest.mark.parametrize(("kind", "error"), [("nf4", 0.1), ("int8", 0.006), ("fp8", 0.03)])
 def test_a_weight_is_near_what_it_was(kind: Format, error: float) -> None:
     made, weight = layer(kind)
     assert float((made.dequantized() - weight).norm() / weight.norm()) < error
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e3])
+def test_fp8_rounds_as_torch_does_and_scales_each_row_to_448(size: float) -> None:
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)) * size
+    weight[0] *= 1e-4
+    made = QuantizedLinear(SHAPE[1], SHAPE[0], None, "fp8")
+    made.set_weight(weight)
+    numbers = made.weight.view(torch.float8_e4m3fn).float()
+    assert torch.equal(numbers.abs().amax(dim=1), torch.full((SHAPE[0],), 448.0))
+    # e4m3 has 3 bits behind the point: a number is at most a 16th of itself, and below the
+    # smallest normal number 2^-6 half a step of 2^-9, away from one that can be written
+    scales = weight.abs().amax(dim=1, keepdim=True) / 448
+    limit = (weight.abs() / 16).maximum(scales * 2.0**-10) * 1.001
+    assert bool(((made.dequantized() - weight).abs() <= limit).all())
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e3])
@@ -142,4 +157,4 @@ def test_a_state_dict_holds_all_of_it(kind: Format) -> None:
 def test_what_a_layer_needs_is_what_the_readme_says(kind: Format) -> None:
     stored = QuantizedLinear(4096, 4096, None, kind, device="meta").state_dict().values()
     bits = 8 * sum(t.numel() * t.element_size() for t in stored) / 4096**2
-    assert bits == pytest.approx({"nf4": 4.13, "int8": 8.0}[kind], abs=0.01)
+    assert bits == pytest.approx({"nf4": 4.13, "int8": 8.0, "fp8": 8.0}[kind], abs=0.01)

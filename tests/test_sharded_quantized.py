@@ -18,7 +18,7 @@ from lora_cli.adapters.attach import attach
 from lora_cli.models.quantized_linear import Format, QuantizedLinear
 
 pytest.importorskip("bitsandbytes")
-KINDS: tuple[Format, ...] = ("nf4", "int8")
+KINDS: tuple[Format, ...] = ("nf4", "int8", "fp8")
 WORLD = 2
 STEPS = 3
 
@@ -103,7 +103,9 @@ def test_two_processes_with_shards_train_as_one_without(kind: Format, folder: Pa
     results = [torch.load(folder / f"{kind}-{rank}.pt", weights_only=True) for rank in range(WORLD)]
     for rank, result in enumerate(results):
         packed = {n: v for n, v in result["sizes"].items() if not v[0].is_floating_point}
-        assert len(packed) == {"nf4": 4, "int8": 2}[kind]  # of two layers: weight, scales in nf4
+        assert (
+            len(packed) == {"nf4": 4, "int8": 2, "fp8": 2}[kind]
+        )  # of two layers: weight, scales in nf4
         assert all(own * WORLD == total for _, own, total in packed.values())
         for name, tensor in before.items():
             if "lora" not in name:  # codes, scales and tables are as they were, bit for bit

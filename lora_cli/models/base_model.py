@@ -15,8 +15,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, warn
 from lora_cli.models.find_base import checkpoint_files, source_of
+from lora_cli.models.fp8 import has_fp8_products
 from lora_cli.models.generation_config import check_generation_config
 from lora_cli.models.load_errors import (
     check_config,
@@ -192,6 +193,11 @@ def _quantizing(
             recipe.at("model.quantization"),
             "pip install 'lora-cli[quantization]'",
         )
+    if kind == "fp8" and (recipe.train.precision == "fp32" or not has_fp8_products(device)):
+        why = "this device does not multiply in fp8"
+        if has_fp8_products(device):
+            why = "`train.precision: fp32` rounds nothing to fp8"
+        warn(f"`quantization: fp8`: {why}, so the weights are dequantised for each product")
     from lora_cli.models.quantize_on_load import QuantizeOnLoad
 
     heads = new_modules(build_empty(auto_class, recipe, config)) if has_head else []

@@ -8,9 +8,16 @@ themselves, in blocks of 256 ("double quantisation"). That is 4.13 bits a weight
 `int8`: every row (the weights of an output) is divided by its largest absolute value, and rounded
 to one of 255 steps. That is 8 bits a weight.
 
-Weights are turned back into numbers for each product, so activations are never rounded. Nothing but
-the codes is kept for the backward pass. Codes and scales are ordinary tensors, which can be moved,
-hashed, saved and sharded; bitsandbytes supplies the functions.
+`fp8`: every row is scaled so that its largest absolute value becomes 448, and rounded to a number
+of 8 bits, 4 of them the exponent (e4m3: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433).
+
+In `nf4` and `int8`, weights are turned back into numbers for each product, so activations are never
+rounded. GPUs since Ada and Hopper multiply `fp8` numbers as they are, twice as fast as those of 16
+bits: there the rows of activations and of gradients are scaled and rounded like those of weights.
+Elsewhere, and in float32, `fp8` weights are turned back into numbers too.
+
+Nothing but the codes is kept for the backward pass. Codes and scales are ordinary tensors, which
+can be moved, hashed, saved and sharded; bitsandbytes supplies the functions for `nf4`.
 """
 
 from __future__ import annotations
@@ -21,7 +28,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
 
-Format = Literal["nf4", "int8"]
+from lora_cli.models.fp8 import FP8, SIZE_UNIT, fp8_product, fp8_rows, has_fp8_products
+
+Format = Literal["nf4", "int8", "fp8"]
 BLOCK = 64  # weights that share a scale in nf4
 SCALE_BLOCK = 256  # scales that share a scale of their own
 INT8_STEPS = 127
@@ -42,7 +51,7 @@ class QuantizedLinear(nn.Linear):
 
     weight: nn.Parameter
     """Codes, which are not trained: (out * in / 2, 1) of two 4-bit codes each, or (out, in) of
-    8-bit codes."""
+    8-bit codes; `fp8` ones are the bits of torch's numbers, as integers, which no `.to()` casts."""
     scales: nn.Parameter
     scales_of_scales: nn.Parameter
     mean_scale: Tensor
@@ -74,9 +83,10 @@ class QuantizedLinear(nn.Linear):
         in_features: int, out_features: int, kind: Format
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return the shape and the dtype of every tensor that a weight is kept in."""
-        if kind == "int8":
+        if kind != "nf4":
+            dtype = torch.int8 if kind == "int8" else torch.uint8
             return {
-                "weight": ((out_features, in_features), torch.int8),
+                "weight": ((out_features, in_features), dtype),
                 "scales": ((out_features,), torch.float32),
             }
         n_blocks = -(-in_features * out_features // BLOCK)
@@ -100,6 +110,8 @@ class QuantizedLinear(nn.Linear):
         """Return the weight (out, in) that the codes stand for."""
         if self.kind == "int8":
             return (self.weight.to(torch.float32) * (self.scales / INT8_STEPS)[:, None]).to(dtype)
+        if self.kind == "fp8":
+            return (self.weight.view(FP8).to(torch.float32) * self.scales[:, None]).to(dtype)
         from bitsandbytes import functional
 
         n_codes = 2 * len(self.weight)  # one more than there are numbers, if their count is odd
@@ -125,8 +137,18 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + b; x (..., in), result (..., out)."""
-        y: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+        y: Tensor
+        if self.kind == "fp8" and self.multiplies_fp8(x):
+            y = fp8_product(x.flatten(0, -2), self.weight, self.scales, _compute_dtype(x))
+            y = y.view(*x.shape[:-1], -1)
+        else:
+            y = _Product.apply(x, self)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def multiplies_fp8(self, x: Tensor) -> bool:
+        """Return whether the device can multiply inputs by the codes as they are."""
+        sizes_fit = self.in_features % SIZE_UNIT == self.out_features % SIZE_UNIT == 0
+        return sizes_fit and _compute_dtype(x) != torch.float32 and has_fp8_products(x.device)
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of the layer."""
@@ -141,6 +163,9 @@ def quantized(weight: Tensor, kind: Format) -> dict[str, Tensor]:
         steps = torch.where(scales > 0, INT8_STEPS / scales, 0.0)
         codes = (weight.float() * steps[:, None]).round().to(torch.int8)
         return {"weight": codes, "scales": scales}
+    if kind == "fp8":
+        numbers, scales = fp8_rows(weight, None)
+        return {"weight": numbers.view(torch.uint8), "scales": scales}
     from bitsandbytes import functional
 
     packed, state = functional.quantize_4bit(
@@ -161,11 +186,16 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
-        ctx.layer, ctx.dtype, device = layer, x.dtype, x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        ctx.layer, ctx.dtype, dtype = layer, x.dtype, _compute_dtype(x)
         return F.linear(x.to(dtype), layer.dequantized(dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (dy,) = gradients
         return (dy @ ctx.layer.dequantized(dy.dtype)).to(ctx.dtype), None
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that a product with x has."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -85,6 +85,10 @@ class CompiledLayers:
             stack.enter_context(budget)
             for product in self.products:
                 stack.enter_context(product)
+            if self.few_shapes:  # Triton is there, since torch compiles with it
+                from lora_cli.training.short_attention import short_attention_in_use
+
+                stack.enter_context(short_attention_in_use())
             try:
                 for layer, compiled in zip(self.layers, self.compiled, strict=True):
                     layer.forward = compiled

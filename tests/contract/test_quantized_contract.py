@@ -35,7 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.models.quantized_linear import Format, QuantizedLinear
 
 pytest.importorskip("bitsandbytes")
-FORMATS: tuple[Format, ...] = ("int8", "nf4")
+FORMATS: tuple[Format, ...] = ("int8", "nf4", "fp8")
 # all weights of `full` are trained, and codes cannot be; LoHa and LoKr take no Conv1D
 CASES = [
     (name, site, kind)

@@ -23,10 +23,12 @@ class ModelSpec(Section):
     """Storage of the frozen base's weights. Default: that of `train.precision`; `float32` with
     `adapter.type: full`. Precision `fp32` needs `float32`. Trained weights are float32 always."""
 
-    quantization: Literal["nf4", "int8"] | None = None
+    quantization: Literal["nf4", "int8", "fp8"] | None = None
     """Keep the weights of the frozen linear layers in 4 bits (`nf4`, as QLoRA does) or in 8 bits.
     They are quantised while they are read, and turned back into numbers of `dtype` for each
-    product. Embeddings, the output layer and what is trained in full keep their numbers."""
+    product, except `fp8` on GPUs that multiply in it (Ada, Hopper and later): there the inputs and
+    gradients of these layers are rounded to 8 bits too, which is faster, and less exact.
+    Embeddings, the output layer and what is trained in full keep their numbers."""
 
     add_tokens: list[Word] = Field(default_factory=list)
     """New tokens: the tokenizer gets them, and the embedding a row for each, at first the mean of
