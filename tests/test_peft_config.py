@@ -200,6 +200,6 @@ def test_keys_of_another_type_are_not_known() -> None:
 
 
 def test_other_types_of_adapter_are_named() -> None:
-    for kind in ("IA3", "lora", None, 3):
+    for kind in ("IA3", "lora", None, 3, {}, ["LORA"]):
         with pytest.raises(LoraError, match="is not a type of adapter that this tool reads"):
             check_config({"peft_type": kind}, WHERE)

@@ -91,7 +91,7 @@ def check_config(config: dict[str, Any], where: str) -> None:
         IntegrityError: With the key whose value makes no sense.
     """
     kind = config.get("peft_type")
-    if kind not in PEFT_TYPES:
+    if not isinstance(kind, str) or kind not in PEFT_TYPES:
         what = f"`{_shown(kind) if kind else kind}` is not a type of adapter that this tool reads"
         named = [name for name, its in PEFT_TYPES.items() if its.supported]
         reads = f"it reads PEFT's {', '.join(named[:-1])} and {named[-1]}"
