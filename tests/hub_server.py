@@ -153,6 +153,8 @@ class HubServer:
             repository.refs.setdefault(rest, repository.refs["main"])
             return _json({})
         sha = repository.sha(rest)
+        if sha is None and what == "tree" and repository.sha(rest.rpartition("/")[0]):
+            return _error(404, "EntryNotFound", f"No such folder: {rest}")
         if sha is None:
             return _error(404, "RevisionNotFound", f"Invalid rev id: {rest}")
         files = repository.commits[sha]

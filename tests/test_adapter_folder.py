@@ -575,14 +575,19 @@ def test_the_base_weight_that_peft_writes_is_compared(tmp_path: Path) -> None:
     assert "`model.embed_tokens.weight` of the base is not the one it was trained on" in text
 
 
-@pytest.mark.parametrize("coarse", ["base", "file"])
+@pytest.mark.parametrize("coarse", ["base", "file", "base's file"])
 def test_the_base_weight_is_compared_in_the_coarser_dtype(coarse: str, tmp_path: Path) -> None:
-    """The base in bfloat16 here and float32 there, or the reverse, is still the same base."""
+    """The base in bfloat16 here and float32 there, or the reverse, is still the same base.
+
+    A merge computes in float32, whatever the base's file holds.
+    """
     base = tiny.llama(tied=False)
     saved_by_peft(tmp_path / "a", base, r=4, target_modules=["embed_tokens"], **LM)
     name = "base_model.model.model.embed_tokens.base_layer.weight"
     if coarse == "base":
         base = base.bfloat16()
+    elif coarse == "base's file":
+        base = base.bfloat16().float()
     else:
         edit_tensors(tmp_path / "a", lambda t: t.update({name: t[name].bfloat16()}))
     before = base.model.embed_tokens.weight.clone()

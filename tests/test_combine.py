@@ -270,6 +270,28 @@ def test_another_base_is_rejected(tmp_path: Path) -> None:
         combine(*folders, tmp_path / "c", "cat")
 
 
+@pytest.mark.parametrize(("revision", "is_same"), [("main", True), (None, True), ("v2", False)])
+def test_another_revision_is_another_base(
+    revision: str | None, is_same: bool, tmp_path: Path
+) -> None:
+    _, a, b = llama_pair(tmp_path)
+    for folder in (a, b):  # as PEFT writes it
+        for name in ("recipe.yaml", "computation.json", "manifest.json", "base.json"):
+            (folder / name).unlink()
+    edit_config(b, revision=revision)
+    edit_config(a, revision=None)
+    if is_same:
+        combine(a, b, tmp_path / "c", "cat")
+        return
+    with pytest.raises(LoraError, match="@v2`, and"):
+        combine(a, b, tmp_path / "c", "cat")
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
 def test_another_task_is_rejected(tmp_path: Path) -> None:
     base = tiny.save_encoder(tmp_path / "base")
     a = adapter_folders.make(tmp_path, "a", base)

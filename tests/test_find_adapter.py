@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import adapter_folders
+import peft
 import pytest
 import tiny
+import torch
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -20,8 +24,10 @@ from lora_cli.adapters.make_trainable import find_adapter
 from lora_cli.cli import options
 from lora_cli.cli.app import app
 from lora_cli.errors import LoraError
+from lora_cli.export.merge import merge_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BASE_WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +210,21 @@ def test_adapters_of_diffusion_models_are_found(hub: HubServer) -> None:
         found = find_adapter_folder(f"user/styles/{name}.safetensors", "--adapter")
         assert found.read_bytes() == content
     assert "holds no adapter" in reason("user/styles")
+
+
+def test_the_base_of_a_peft_adapter_is_read_at_its_revision(hub: HubServer, tmp_path: Path) -> None:
+    """The configuration's `revision` is that of the base, as for PEFT's `AutoPeftModel`."""
+    first, newer = (tiny.save_llama(tmp_path / f"{i}", tied=False, seed=i) for i in (1, 2))
+    commit = hub.commit("user/base", files_of(first))
+    hub.commit("user/base", files_of(newer))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(first)
+    peft.get_peft_model(model, config, revision=commit).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / CONFIG
+    file.write_text(file.read_text().replace(str(first), "user/base"))
+    for folder in (first, newer):
+        to = tmp_path / f"merged_{folder.name}"
+        base = None if folder is first else str(newer)
+        merge_adapter(base, tmp_path / "adapter", to)
+        merged, wanted = load_file(to / BASE_WEIGHTS), load_file(folder / BASE_WEIGHTS)
+        assert torch.equal(merged["lm_head.weight"], wanted["lm_head.weight"])

@@ -11,13 +11,14 @@ import pytest
 import tiny
 import torch
 from closeness import assert_close
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from lora_cli.cli.app import app
 from lora_cli.cli.merge_command import split_weight
-from lora_cli.errors import LoraError
+from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.export.merge import merge_adapter
 
 WEIGHTS = "model.safetensors"
@@ -103,6 +104,34 @@ def test_the_same_tensor_by_tensor(tmp_path: Path, targets: list[str]) -> None:
     wanted, pieces = load_file(tmp_path / "whole" / WEIGHTS), load_file(tmp_path / "p" / WEIGHTS)
     assert wanted.keys() == pieces.keys()
     assert all(torch.equal(tensor, pieces[name]) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@torch.no_grad()
+def test_base_weights_that_peft_writes_are_compared_before_any_is_merged(
+    low_memory: bool, tmp_path: Path
+) -> None:
+    """PEFT writes the weight of an adapted embedding or output layer into each adapter."""
+    base = tiny.save_llama(tmp_path / "base", tied=False)
+    wanted = AutoModelForCausalLM.from_pretrained(base)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        config = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        layer = model.base_model.model.lm_head
+        layer.lora_B["default"].weight.normal_()
+        wanted.lm_head.weight += layer.get_delta_weight("default")
+        model.save_pretrained(folder, save_embedding_layers=True)
+    copied = "base_model.model.lm_head.base_layer.weight"
+    assert all(copied in load_file(folder / "adapter_model.safetensors") for folder in folders)
+    merge_adapter(str(base), folders, tmp_path / "merged", low_memory=low_memory)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_close(found.lm_head.weight, wanted.lm_head.weight)
+    tensors = load_file(folders[1] / "adapter_model.safetensors")
+    tensors[copied][3, 3] += 1
+    save_file(tensors, folders[1] / "adapter_model.safetensors")
+    with pytest.raises(IntegrityError, match="of the base is not the one it was trained on"):
+        merge_adapter(str(base), folders, tmp_path / "other", low_memory=low_memory)
 
 
 def test_one_adapter_with_a_weight(tmp_path: Path) -> None:

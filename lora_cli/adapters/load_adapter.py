@@ -7,6 +7,7 @@ what the configuration promises has to be there.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from lora_cli.models.fingerprint import Fingerprint, require_base
 from lora_cli.recipe import Recipe
 
 SHOWN = 8  # problems of a kind
+SHORT = (torch.float16, torch.bfloat16)
 
 
 def load_adapter(
@@ -240,10 +242,32 @@ def _check_plain(
     return problems
 
 
+def without_copies(model: nn.Module, adapter: AdapterFolder) -> AdapterFolder:
+    """Return an adapter without the weights of the base that PEFT writes besides.
+
+    They are compared here, before another adapter changes the base.
+
+    Raises:
+        IntegrityError: If they are not those of the model.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    frozen = sort_tensors(adapter.tensors, adapter.type, parameters).frozen
+    if problems := _check_plain({}, frozen, parameters, [], embedding_names(model)):
+        raise _misfit(problems, [], adapter)
+    rest = {n: t for n, t in adapter.tensors.items() if not n.endswith(".base_layer.weight")}
+    return replace(adapter, tensors=rest)
+
+
 def _same(ours: Tensor, theirs: Tensor) -> bool:
-    """Compare in the coarser of the two dtypes: the base may have been loaded in another."""
+    """Compare in the coarser of the two dtypes: the base may have been loaded in another.
+
+    A base that is stored in 16 bits may stand in memory as float32 by now.
+    """
+    ours = ours.detach().cpu()
     dtype = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(ours.detach().cpu().to(dtype), theirs.to(dtype))
+    return torch.equal(ours.to(dtype), theirs.to(dtype)) or any(
+        torch.equal(ours.float(), theirs.to(stored).float()) for stored in SHORT
+    )
 
 
 def _missing(

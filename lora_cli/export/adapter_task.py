@@ -78,8 +78,11 @@ def _recipe_of(saved: AdapterFolder, base: str | None) -> Recipe:
         if kind is not None:
             what, hint = f"{saved.path} names no base", f"name it with `--base`, or {hint}"
         raise LoraError(what, "--adapter", hint)
+    model = {"name": name}
+    if base is None and (revision := saved.config.get("revision")):  # of the base, not its own
+        model["revision"] = revision
     recipe = Recipe.model_validate(
-        {"model": {"name": name}, "task": {"type": kind}, "data": {"path": "none.csv"}}
+        {"model": model, "task": {"type": kind}, "data": {"path": "none.csv"}}
     )
     if tokens := _new_tokens(saved, recipe):
         recipe = recipe.with_values({"model.add_tokens": tokens})

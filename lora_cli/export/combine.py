@@ -232,7 +232,7 @@ def _other_base(first: Source, other: Source) -> str | None:
                 f"`{ours.name}`: `{tensors[0]}` differs"
             )
     else:
-        named = [one.saved.config.get("base_model_name_or_path") for one in (first, other)]
+        named = [_named_base(one) for one in (first, other)]
         if named[0] != named[1]:
             return f"it was trained on `{named[1]}`, and {first.name} on `{named[0]}`"
         warn(f"whether {first.name} and {other.name} have the same base could not be verified")
@@ -243,6 +243,14 @@ def _other_base(first: Source, other: Source) -> str | None:
         if facts[0]["base"].get(key) != facts[1]["base"].get(key):
             return f"it was trained with another {words} than {first.name}"
     return None
+
+
+def _named_base(source: Source) -> str | None:
+    """Return the base that PEFT's configuration names, with its revision if it has one."""
+    config = source.saved.config
+    revision = config.get("revision") or "main"
+    name: str | None = config.get("base_model_name_or_path")
+    return name if revision == "main" else f"{name}@{revision}"
 
 
 def _other_task(first: Source, other: Source) -> str | None:

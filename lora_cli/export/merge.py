@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lora_cli import machine_memory
 from lora_cli.adapters.attach import lora_layers, remove_layers
-from lora_cli.adapters.load_adapter import load_adapter, verify_base
+from lora_cli.adapters.load_adapter import load_adapter, verify_base, without_copies
 from lora_cli.adapters.merge_layers import merge_and_untie
 from lora_cli.adapters.merge_proof import ExpectedWeights, expected_weights, weights_of
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
@@ -326,8 +326,9 @@ def _merge_all(
         return merge_and_untie(model, ties)
     remove_layers(model)
     untied: list[str] = []
-    for one in given.each:
-        load_adapter(model, one.saved, new, drawn=task.drawn)
+    adapters = [without_copies(model, one.saved) for one in given.each]
+    for one, saved in zip(given.each, adapters, strict=True):
+        load_adapter(model, saved, new, drawn=task.drawn)
         for layer in lora_layers(model).values():
             layer.scaling *= one.weight
         untied += [name for name in merge_and_untie(model, ties) if name not in untied]

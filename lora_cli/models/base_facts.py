@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from lora_cli.errors import IntegrityError, LoraError, warn
 from lora_cli.files import write_json
 from lora_cli.format_version import FORMAT
-from lora_cli.models.base_model import load_tokenizer
+from lora_cli.models.base_model import load_config, load_tokenizer
 from lora_cli.models.load_errors import explained
 from lora_cli.recipe import (
     COMPUTATION_FILE,
@@ -42,11 +42,12 @@ BIG = 10**9  # tokenizers write 1e30 for: no limit
 
 def base_facts(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the computing keys of a configuration, and hashes of the tokenizer."""
-    return {
-        "config": config_facts(config),
-        "tokenizer": tokenizer_hash(tokenizer),
-        "chat_template": _template(tokenizer),
-    }
+    return {"config": config_facts(config), **facts_of(tokenizer)}
+
+
+def facts_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return a hash of a tokenizer, and its chat template."""
+    return {"tokenizer": tokenizer_hash(tokenizer), "chat_template": _template(tokenizer)}
 
 
 def config_facts(config: PretrainedConfig) -> dict[str, Any]:
@@ -125,7 +126,8 @@ def save_tokenizer(
 def trained_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
     """Return the tokenizer that an adapter was trained with: the base's, or the adapter's own copy.
 
-    The chat template is set to the one of the training, whichever the base has now.
+    The chat template is set to the one of the training, whichever the base has now. Beside an
+    adapter of another tool, the copy is all that tells of its training.
 
     Args:
         folder: The adapter's.
@@ -135,13 +137,14 @@ def trained_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
         IntegrityError: If the base has another tokenizer now, and the adapter no copy of its own.
     """
     trained = read_computation(folder)
-    if trained is None:
-        if (folder / RECIPE_FILE).is_file():
-            warn(
-                f"{folder} has no {COMPUTATION_FILE}, as folders of earlier versions: whether its "
-                "recipe, tokenizer and config.json are those of the training is unverified"
-            )
+    if trained is None and (folder / RECIPE_FILE).is_file():
+        warn(
+            f"{folder} has no {COMPUTATION_FILE}, as folders of earlier versions: whether its "
+            "recipe, tokenizer and config.json are those of the training is unverified"
+        )
         return load_tokenizer(recipe)
+    if trained is None:
+        return _of_another_tool(folder, recipe)
     facts = trained["base"]
     known = {facts["tokenizer"], facts.get("tokenizer_copy")}  # a whole model is its own base
     try:
@@ -163,6 +166,67 @@ def trained_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
         warn(f"the chat template of `{recipe.model.name}` has changed; the adapter's own is used")
     tokenizer.chat_template = facts["chat_template"]
     return tokenizer
+
+
+def _of_another_tool(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Return the tokenizer for an adapter of another tool: the one beside it, if there is one."""
+    of_base = load_tokenizer(recipe)
+    if not (folder / TOKENIZER_CONFIG).is_file():
+        return of_base
+    own = _beside(folder, recipe)
+    if own.chat_template is None:
+        own.chat_template = of_base.chat_template
+    if not (differing := tokenizer_differences(own, facts_of(of_base))):
+        return of_base
+    what = f"{folder} has a tokenizer of its own ({differing} than in `{recipe.model.name}`)"
+    n_rows = getattr(load_config(recipe).get_text_config(), "vocab_size", None)
+    if n_rows is not None and len(own) > max(n_rows, len(of_base)):
+        # nor has the adapter, or loading it will say so
+        warn(f"{what}: the base has no rows for all of its tokens, so that of the base is used")
+        return of_base
+    warn(f"{what}: it is used")
+    return own
+
+
+def warn_of_own_tokenizer(folder: Path, facts: dict[str, Any], recipe: Recipe) -> None:
+    """Warn where an adapter of another tool is trained further with another tokenizer than its own.
+
+    Args:
+        folder: The adapter's.
+        facts: What `base_facts` returned of the base; of one without a tokenizer, it has no such.
+        recipe: Names the base.
+    """
+    if "tokenizer" not in facts or not (folder / TOKENIZER_CONFIG).is_file():
+        return
+    if differing := tokenizer_differences(_beside(folder, recipe), facts):
+        warn(
+            f"{folder} has a tokenizer of its own ({differing} than in `{recipe.model.name}`): it "
+            "is trained with that of the base; `model.add_tokens` names new tokens, "
+            "`task.chat_template` a template"
+        )
+
+
+def _beside(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Return the tokenizer beside an adapter of another tool.
+
+    Raises:
+        LoraError: If it cannot be read.
+    """
+    try:
+        return read_tokenizer(folder, recipe)
+    except LoraError as error:
+        hint = "put it right, or take its files out of the folder: that of the base is used then"
+        raise LoraError(error.problems[0].what, str(folder), hint) from error
+
+
+def tokenizer_differences(own: PreTrainedTokenizerBase, facts: dict[str, Any]) -> str:
+    """Return in words how a tokenizer differs from the one that facts were made of, if it does."""
+    found = []
+    if tokenizer_hash(own) != facts["tokenizer"]:
+        found.append("its tokens are others")
+    if _template(own) != facts["chat_template"]:
+        found.append("its chat template is another")
+    return ", and ".join(found)
 
 
 def read_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:

@@ -94,6 +94,16 @@ def _with_bias(world: World) -> Printed:
     return world.lora("merge", "--recipe", recipe, "--adapter", "saved", "--to", "merged")
 
 
+def _unreadable_tokenizer(world: World) -> Printed:
+    recipe = _saved(world, None, {})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        world.write(f"saved/{name}", "{")
+    return world.lora("predict", "--recipe", recipe, "--adapter", "saved", "a warm film")
+
+
+CASES.append(Case("Adapters", "a tokenizer of its own that is damaged", _unreadable_tokenizer))
+
+
 def _two_vocabularies(world: World) -> Printed:
     from transformers import MarianConfig, MarianMTModel
 

@@ -1,0 +1,117 @@
+"""The tokenizer beside an adapter that another tool made: it tells how the adapter was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from typer.testing import CliRunner
+
+from lora_cli.cli.app import app
+from lora_cli.errors import LoraError
+from lora_cli.export.merge import merge_adapter
+from lora_cli.models.base_facts import trained_tokenizer
+from lora_cli.recipe import load_recipe
+
+TURN = "<|turn|>"
+TEMPLATE = "{% for m in messages %}" + TURN + "{{ m['content'] }}{% endfor %}"
+TEXT = f"{TURN}what a film"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A base whose embedding has more rows than its tokenizer has tokens, as Qwen's has."""
+    folder = tiny.save_llama(tmp_path / "base", tied=False)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(tiny.vocabulary("llama") + 4, mean_resizing=False)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    """An adapter of PEFT's with the base's tokenizer, a token more, and a chat template."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    save_tokenizer(base, tmp_path / "adapter", [TURN], TEMPLATE)
+    return tmp_path / "adapter"
+
+
+def save_tokenizer(base: Path, folder: Path, tokens: list[str], template: str | None) -> None:
+    own = AutoTokenizer.from_pretrained(base)
+    own.add_tokens(tokens, special_tokens=True)
+    own.chat_template = template
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    own.save_pretrained(folder)
+
+
+def tokenizer_for(adapter: Path, base: Path, tmp_path: Path) -> PreTrainedTokenizerBase:
+    return trained_tokenizer(adapter, load_recipe(tiny.recipe(base, tmp_path)))
+
+
+def ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(TEXT)["input_ids"])
+
+
+def test_it_is_used_where_it_is_not_the_base_s(
+    adapter: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = tokenizer_for(adapter, base, tmp_path)
+    assert ids(found) == ids(AutoTokenizer.from_pretrained(adapter))
+    assert ids(found) != ids(AutoTokenizer.from_pretrained(base))
+    assert found.chat_template == TEMPLATE
+    said = capsys.readouterr().err
+    assert "a tokenizer of its own (its tokens are others, and its chat template is another" in said
+
+
+def test_a_merged_model_gets_it(adapter: Path, base: Path, tmp_path: Path) -> None:
+    merge_adapter(str(base), adapter, tmp_path / "merged")
+    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert ids(merged) == ids(AutoTokenizer.from_pretrained(adapter))
+    assert merged.chat_template == TEMPLATE
+
+
+def test_a_plain_copy_of_the_base_s_is_not_spoken_of(
+    adapter: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tokenizer(base, adapter, [], None)
+    assert ids(tokenizer_for(adapter, base, tmp_path)) == ids(AutoTokenizer.from_pretrained(base))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_template_that_only_the_base_has_is_kept(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    save_tokenizer(base, base, [], TEMPLATE)
+    save_tokenizer(base, adapter, [TURN], None)
+    assert tokenizer_for(adapter, base, tmp_path).chat_template == TEMPLATE
+
+
+def test_tokens_without_a_row_are_left_out_and_said(
+    adapter: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tokenizer(base, adapter, [TURN, *(f"<{i}>" for i in range(4))], None)
+    assert ids(tokenizer_for(adapter, base, tmp_path)) == ids(AutoTokenizer.from_pretrained(base))
+    assert "the base has no rows for all of its tokens" in capsys.readouterr().err
+
+
+def test_one_that_cannot_be_read_is_an_error(adapter: Path, base: Path, tmp_path: Path) -> None:
+    (adapter / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(LoraError, match="own tokenizer") as caught:
+        tokenizer_for(adapter, base, tmp_path)
+    assert caught.value.problems[0].at == str(adapter)
+    assert "take its files out of the folder" in str(caught.value)
+
+
+def test_training_further_with_that_of_the_base_is_said(
+    adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    recipe = tiny.recipe(base, tmp_path, adapter={"rank": 2, "from": str(adapter)})
+    result = CliRunner().invoke(app, ["train", str(recipe)])
+    assert result.exit_code == 0, result.output
+    assert "has a tokenizer of its own" in result.stderr
+    assert "it is trained with that of the base" in result.stderr
