@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import tiny_pictures
+import torch
 from torch import nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
@@ -184,6 +185,17 @@ def test_convolutions_before_the_layers_count_as_embeddings() -> None:
     model.conv1, model.layers = nn.Conv1d(2, 2, 3), nn.ModuleList([nn.Linear(2, 2)])
     model.conv2 = nn.Conv1d(2, 2, 3)
     assert embedding_modules(model) == ["conv1"]
+    model = nn.Module()
+    model.first = nn.ModuleList([nn.Linear(2, 2, bias=False)])
+    model.conv, model.second = nn.Conv1d(2, 2, 3), nn.ModuleList([nn.Linear(2, 2)])
+    assert embedding_modules(model) == [], "it is between two layers"
+
+
+def test_a_parameter_of_two_names_is_an_embedding_under_both() -> None:
+    model = nn.Module()
+    model.layers, model.embed = nn.ModuleList([nn.Linear(2, 2)]), nn.Parameter(torch.ones(2))
+    model.register_parameter("shared_emb", model.embed)
+    assert embedding_modules(model) == ["embed", "shared_emb"]
 
 
 # -------------------------------------------------------------------------------------- words

@@ -55,7 +55,7 @@ def default_targets(
         if not linear and (convolutions := default_convolutions(adaptable)):
             return convolutions, convolutions
     else:
-        last_names = {name.rsplit(".", 1)[-1] for name in linear}
+        last_names = {name.rpartition(".")[2] for name in linear}
         names = [name for name in QUERY_VALUE_NAMES if name in last_names]
         if output_embedding_name(model) is not None:
             names = []  # a language model, of which all linear layers are usual

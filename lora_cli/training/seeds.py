@@ -12,7 +12,8 @@ import torch
 
 def seed_everything(*seed: int) -> None:
     """Seed the generators of torch, numpy and Python with a mix of the numbers."""
-    mixed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
+    (drawn,) = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    mixed = int(drawn >> 1)
     # `torch.manual_seed` would take a millisecond for kinds of devices that do not exist
     torch.default_generator.manual_seed(mixed)
     if torch.accelerator.is_available():
