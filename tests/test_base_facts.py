@@ -1,13 +1,22 @@
-"""The tokenizer beside an adapter that another tool made: it tells how the adapter was trained."""
+"""What lies beside an adapter that another tool made, and tells how the adapter was trained."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 
 import peft
 import pytest
 import tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+import tiny_pictures
+from tiny_pictures import CLASSES
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from typer.testing import CliRunner
 
 from lora_cli.cli.app import app
@@ -115,3 +124,34 @@ def test_training_further_with_that_of_the_base_is_said(
     assert result.exit_code == 0, result.output
     assert "has a tokenizer of its own" in result.stderr
     assert "it is trained with that of the base" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({}, None), ({"do_pad": True}, None), ({"image_mean": [0.1, 0.2, 0.3]}, "`image_mean`")],
+)
+@pytest.mark.parametrize("use", ["merge", "train"])
+def test_another_processor_of_pictures_is_named(
+    use: str, changed: dict[str, object], said: str | None, tmp_path: Path
+) -> None:
+    base = tiny_pictures.save("vit", tmp_path / "base", CLASSES)
+    model = AutoModelForImageClassification.from_pretrained(base)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["classifier"]
+    )
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    own = {**tiny_pictures.PROCESSOR, **changed}
+    (tmp_path / "adapter/preprocessor_config.json").write_text(json.dumps(own))
+    tiny_pictures.draw_folders(tmp_path / "pictures", {"train": 4, "validation": 2})
+    recipe = tiny.recipe(
+        base, tmp_path, task={"type": "image_classification", "labels": list(CLASSES)},
+        data={"path": "pictures"}, adapter={"rank": 2},
+    )  # fmt: skip
+    arguments = ["merge", "--adapter", "adapter", "--to", "merged", "--recipe", str(recipe)]
+    if use == "train":
+        arguments = ["train", str(recipe), "--set", "adapter.from=adapter"]
+    with contextlib.chdir(tmp_path):
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert ("preprocessor_config.json has another" in result.stderr) == bool(said)
+    assert (said or "") in result.stderr

@@ -28,7 +28,11 @@ from lora_cli.adapters.peft_format.tensor_names import adapted_module
 from lora_cli.adapters.targets import resolve_targets
 from lora_cli.adapters.token_rows import TokenRows, add_token_rows, embedding_names, sharing
 from lora_cli.errors import LoraError, Problem, name_neighbours
-from lora_cli.models.base_facts import require_facts, warn_of_own_tokenizer
+from lora_cli.models.base_facts import (
+    require_facts,
+    warn_of_own_processor,
+    warn_of_own_tokenizer,
+)
 from lora_cli.models.fingerprint import Fingerprint
 from lora_cli.recipe import (
     LOW_RANK_TYPES,
@@ -94,6 +98,7 @@ def make_trainable(
         require_facts(trained["base"], facts, recipe, f"the adapter {saved.path}", True)
     elif facts is not None and not saved.verified:
         warn_of_own_tokenizer(saved.path, facts, recipe)
+        warn_of_own_processor(saved.path, recipe)
     embeddings = embedding_names(model)
     load_adapter(model, saved, head, learned.adapter.dropout, trained=True, drawn=drawn)
     ids = _token_ids(learned.completed(recipe), learned)

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from lora_cli.errors import IntegrityError, LoraError, warn
 from lora_cli.files import write_json
 from lora_cli.format_version import FORMAT
 from lora_cli.models.base_model import load_config, load_tokenizer
+from lora_cli.models.find_base import source_of
+from lora_cli.models.image_processor import NOT_COMPUTING as NO_PIXEL
+from lora_cli.models.image_processor import PROCESSOR_FILE
 from lora_cli.models.load_errors import explained
 from lora_cli.recipe import (
     COMPUTATION_FILE,
@@ -37,6 +41,7 @@ NOT_COMPUTING = {
     "transformers_version", "use_cache",
 }  # fmt: skip
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SHOWN = 4  # keys in a message
 BIG = 10**9  # tokenizers write 1e30 for: no limit
 
 
@@ -227,6 +232,42 @@ def tokenizer_differences(own: PreTrainedTokenizerBase, facts: dict[str, Any]) -
     if _template(own) != facts["chat_template"]:
         found.append("its chat template is another")
     return ", and ".join(found)
+
+
+def warn_of_own_processor(folder: Path, recipe: Recipe) -> None:
+    """Warn where another tool's adapter was trained with other pictures or sounds than the base's.
+
+    Args:
+        folder: The adapter's.
+        recipe: Names the base, whose processor is used.
+    """
+    if not (folder / PROCESSOR_FILE).is_file():
+        return
+    where = source_of(recipe)
+    found = cached_file(
+        where["pretrained_model_name_or_path"],
+        PROCESSOR_FILE,
+        revision=where["revision"],
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    own, ours = _values(folder / PROCESSOR_FILE), _values(Path(found)) if found else {}
+    # a key that only one has may be another version's
+    differing = [k for k in sorted(own.keys() & ours.keys() - NO_PIXEL) if own[k] != ours[k]]
+    if differing:
+        named = ", ".join(f"`{key}`" for key in differing[:SHOWN])
+        warn(
+            f"{folder / PROCESSOR_FILE} has another {named} than `{recipe.model.name}`, which is "
+            "used: if the adapter was trained so, give the base these values"
+        )
+
+
+def _values(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def read_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:

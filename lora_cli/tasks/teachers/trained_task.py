@@ -10,9 +10,9 @@ from torch import nn
 from lora_cli.adapters.load_adapter import load_adapter, verify_base
 from lora_cli.adapters.peft_format.adapter_folder import read_adapter
 from lora_cli.files import finish_publishing, reject_links_outside, verify_manifest
-from lora_cli.models.base_facts import require_facts
+from lora_cli.models.base_facts import require_facts, warn_of_own_processor
 from lora_cli.models.fingerprint import fingerprint_of
-from lora_cli.recipe import Learned, Recipe, check_labels, read_computation
+from lora_cli.recipe import RECIPE_FILE, Learned, Recipe, check_labels, read_computation
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task
 
@@ -62,3 +62,5 @@ def check_use(folder: Path, task: Task) -> None:
     trained = read_computation(folder)
     if trained is not None:
         require_facts(trained["base"], task.base_facts, task.recipe, f"the adapter {folder}")
+    elif not (folder / RECIPE_FILE).is_file():
+        warn_of_own_processor(folder, task.recipe)
