@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
 
 from lora_cli import machine_memory
@@ -111,6 +111,25 @@ def test_new_tokens(tmp_path: Path, tied: bool) -> None:
     merge_adapter(None, adapter, tmp_path / "whole")
     in_pieces(None, adapter, tmp_path / "pieces")
     _require_same_files(tmp_path)
+
+
+def test_a_bias_of_the_vocabulary_that_is_made_larger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BART keeps it as a buffer, which transformers would not load with too few entries."""
+    base = base_of("bart", tmp_path)
+    adapter = adapter_on(
+        base, tmp_path, task={"type": "seq2seq_lm"}, model={"add_tokens": ["<a>", "<b>"]},
+        adapter={"target_modules": ["q_proj"]},
+    )  # fmt: skip
+    with pytest.raises(LoraError, match="`final_logits_bias` gets entries that no file has"):
+        in_pieces(None, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    monkeypatch.setattr(machine_memory, "available_bytes", lambda: 0)
+    merge_adapter(None, adapter, tmp_path / "merged")
+    merged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged")
+    size = merged.get_input_embeddings().weight.shape[0]
+    assert merged.final_logits_bias.shape == (1, size)
 
 
 def _require_same_files(folder: Path) -> None:

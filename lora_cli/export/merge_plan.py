@@ -208,6 +208,7 @@ class _Planner:
     ) -> None:
         self.task, self.model, self.stored, self.changes = task, model, stored, changes
         self.tied = {name: group for group in ties for name in group}
+        self.buffers = {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
         self.heads = tuple(f"{head}." for head in heads)
         base = load_config(task.recipe)
         # of another kind of model, as a language model that becomes a classifier, names are the
@@ -246,6 +247,9 @@ class _Planner:
         place = self.stored.names.place(source.name, entry.shape)
         name = place.part.parameter if place.part else place.name
         if name is None or name not in self.stored.group_of:  # unknown, or a buffer
+            shape = self.buffers.get(name or source.name, entry.shape)
+            if shape != entry.shape:  # BART's bias of the vocabulary, where tokens were added
+                raise NeedsWholeModelError(f"`{source.name}` gets entries that no file has")
             kept = source.name if self.same_kind else name
             if kept is None:
                 return None
