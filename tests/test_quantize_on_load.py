@@ -22,6 +22,7 @@ from transformers import (
 from lora_cli.adapters.attach import lora_layers
 from lora_cli.adapters.count_parameters import parameter_table
 from lora_cli.errors import LoraError
+from lora_cli.models import base_model
 from lora_cli.models.fingerprint import fingerprint_of
 from lora_cli.models.quantized_linear import QuantizedLinear
 from lora_cli.recipe import load_recipe
@@ -216,6 +217,30 @@ def test_a_run_on_a_quantised_base(kind: str, precision: str, tmp_path: Path) ->
     assert report["training"]["steps"] == 4
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(base)
+
+
+@pytest.mark.parametrize(
+    ("on_a_gpu", "precision", "why"),
+    [
+        (False, "bf16", "this device does not multiply in fp8"),
+        (True, "fp32", "`train.precision: fp32` rounds nothing to fp8"),
+        (True, "bf16", ""),
+    ],
+)
+def test_where_fp8_is_not_multiplied_in_a_warning_says_so(
+    on_a_gpu: bool,
+    precision: str,
+    why: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(base_model, "has_fp8_products", lambda device: on_a_gpu)
+    base = tiny.save_llama(tmp_path / "base")
+    opened(base, tmp_path, "fp8", task=LANGUAGE, train={"precision": precision})
+    said = capsys.readouterr().err
+    text = f"warning: `quantization: fp8`: {why}, so the weights are dequantised for each product"
+    assert (text in said) if why else ("fp8" not in said)
 
 
 def test_a_full_fine_tuning_of_a_quantised_base_is_rejected(tmp_path: Path) -> None:
