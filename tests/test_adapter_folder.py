@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_cli.adapters.attach import attach, lora_layers, trainable_parameters
-from lora_cli.adapters.load_adapter import load_adapter
+from lora_cli.adapters.load_adapter import LARGER, _check_plain, _joined, load_adapter
 from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.merge_proof import expected_weights
 from lora_cli.adapters.peft_format.adapter_folder import (
@@ -680,6 +680,15 @@ def test_a_missing_tensor_is_refused(
     assert hint in text
 
 
+def test_what_a_nested_head_lacks_is_named(tmp_path: Path) -> None:
+    base = tiny.encoder(kind="roberta")
+    config = {"target_modules": ["query"], "modules_to_save": ["classifier"]}
+    saved_by_peft(tmp_path / "a", base, **config)
+    edit_tensors(tmp_path / "a", lambda t: t.pop(f"{P}classifier.dense.weight"))
+    said = "`classifier.dense.weight` is missing: the configuration says that it is trained"
+    assert said in refusal(base, tmp_path / "a")
+
+
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_a_missing_bias_is_refused(bias: str, base: nn.Module, tmp_path: Path) -> None:
     saved(tmp_path / "a", base, ["classifier"], target_modules=["query"], bias=bias)
@@ -758,6 +767,26 @@ def test_a_wrong_shape_is_refused(
     if shape == (128,):
         edit_config(folder, rank_pattern={"layer.0.attention.self.query": 128})
     assert named in refusal(base, folder, ["classifier"])
+
+
+def test_embeddings_of_more_tokens_are_said_to_be_of_a_larger_vocabulary() -> None:
+    parameters = {name: nn.Parameter(torch.zeros(5, 2)) for name in ("words.weight", "x.weight")}
+    for name, shape, hint in (
+        ("words.weight", (6, 2), LARGER), ("words.weight", (5, 3), None),
+        ("words.weight", (4, 2), None), ("x.weight", (6, 2), None),
+    ):  # fmt: skip
+        (found,) = _check_plain({name: torch.zeros(shape)}, {}, parameters, [], ["words"])
+        assert (found.hint, str(shape) in found.what) == (hint, True)
+
+
+@pytest.mark.parametrize(("dimensions", "is_said"), [(2, False), (3, True), (4, False)])
+def test_single_experts_are_explained_where_the_model_holds_them_as_one_tensor(
+    dimensions: int, is_said: bool
+) -> None:
+    experts = nn.ParameterDict({"down_proj": torch.zeros([1] * dimensions)})
+    for name, is_expert in (("mlp.experts.3.w1", True), ("mlp.gate", False), ("experts.3", False)):
+        found = _joined(name, {"mlp.experts": experts})
+        assert (found is not None) == (is_said and is_expert)
 
 
 def test_a_rank_that_the_configuration_denies_is_refused(base: nn.Module, folder: Path) -> None:
