@@ -355,9 +355,17 @@ def test_a_length_of_the_recipe_comes_before_that_of_the_base(tmp_path: Path) ->
     task, _ = opened(path)
     assert task.max_length == 24
     assert any("cuts texts at 6 tokens" in note for note in task.notes)
+    (tmp_path / "base" / LENGTH).write_text(json.dumps({"max_seq_length": 24}))
+    assert not any("cuts texts" in note for note in opened(path)[0].notes)
     (tmp_path / "base" / LENGTH).write_text(json.dumps({"max_seq_length": "six"}))
     with pytest.raises(IntegrityError, match="cannot be read"):
         opened(path)
+
+
+def test_what_a_row_looks_for_is_shown(tmp_path: Path) -> None:
+    task, _ = opened(write_recipe(tmp_path))
+    assert task.shown_reference({"anchor": "a film", "positive": "a movie"}) == "a movie"
+    assert task.shown_reference({"anchor": "a film"}) is None
 
 
 def test_new_and_old_files_say_the_same(sentence_transformer: Any, tmp_path: Path) -> None:
