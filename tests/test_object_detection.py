@@ -536,6 +536,7 @@ def test_of_an_example_its_objects_are_shown_and_which_are_crowds(
         "crowd": [False, True], "boxes": [[1, 2, 3, 4.4], [5, 6, 7, 8]], "classes": [1, 0],
         "image": {"bytes": None, "path": "b/a.png"}, "width": 50, "height": 20,
     }  # fmt: skip
+    assert task.cost(example) == 1, "pictures are read in one size"
     assert task.shown(example, colour=False) == (
         ["2 objects"],
         "a.png: 50 x 20 pixels, read within 40 x 30; dog at 1, 2, 3, 4; cat at 5, 6, 7, 8 (crowd)",

@@ -80,7 +80,7 @@ def find_delimiter(text: str, among: Iterable[str] = DELIMITERS) -> str | None:
         readings = ("csv", "none") if '"' in text else ("none",)
         scores[delimiter] = max(_evenness(records_of(text, delimiter, way)) for way in readings)
     best = max(scores, key=lambda delimiter: scores[delimiter])
-    return best if scores[best][0] else None
+    return best if any(scores[best]) else None
 
 
 def _evenness(records: list[list[str]]) -> tuple[float, int]:
