@@ -116,14 +116,18 @@ def test_one_that_cannot_be_read_is_an_error(adapter: Path, base: Path, tmp_path
     assert "take its files out of the folder" in str(caught.value)
 
 
+@pytest.mark.parametrize("is_other", [True, False])
 def test_training_further_with_that_of_the_base_is_said(
-    adapter: Path, base: Path, tmp_path: Path
+    is_other: bool, adapter: Path, base: Path, tmp_path: Path
 ) -> None:
+    if not is_other:  # that the base has a template besides is no difference
+        save_tokenizer(base, base, [], TEMPLATE)
+        save_tokenizer(base, adapter, [], None)
     recipe = tiny.recipe(base, tmp_path, adapter={"rank": 2, "from": str(adapter)})
     result = CliRunner().invoke(app, ["train", str(recipe)])
     assert result.exit_code == 0, result.output
-    assert "has a tokenizer of its own" in result.stderr
-    assert "it is trained with that of the base" in result.stderr
+    assert ("has a tokenizer of its own" in result.stderr) == is_other
+    assert ("it is trained with that of the base" in result.stderr) == is_other
 
 
 @pytest.mark.parametrize(

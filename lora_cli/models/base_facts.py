@@ -179,8 +179,6 @@ def _of_another_tool(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
     if not (folder / TOKENIZER_CONFIG).is_file():
         return of_base
     own = _beside(folder, recipe)
-    if own.chat_template is None:
-        own.chat_template = of_base.chat_template
     if not (differing := tokenizer_differences(own, facts_of(of_base))):
         return of_base
     what = f"{folder} has a tokenizer of its own ({differing} than in `{recipe.model.name}`)"
@@ -190,6 +188,8 @@ def _of_another_tool(folder: Path, recipe: Recipe) -> PreTrainedTokenizerBase:
         warn(f"{what}: the base has no rows for all of its tokens, so that of the base is used")
         return of_base
     warn(f"{what}: it is used")
+    if own.chat_template is None:
+        own.chat_template = of_base.chat_template
     return own
 
 
@@ -229,7 +229,7 @@ def tokenizer_differences(own: PreTrainedTokenizerBase, facts: dict[str, Any]) -
     found = []
     if tokenizer_hash(own) != facts["tokenizer"]:
         found.append("its tokens are others")
-    if _template(own) != facts["chat_template"]:
+    if own.chat_template is not None and _template(own) != facts["chat_template"]:
         found.append("its chat template is another")
     return ", and ".join(found)
 
