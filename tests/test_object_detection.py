@@ -541,3 +541,16 @@ def test_of_an_example_its_objects_are_shown_and_which_are_crowds(
         ["2 objects"],
         "a.png: 50 x 20 pixels, read within 40 x 30; dog at 1, 2, 3, 4; cat at 5, 6, 7, 8 (crowd)",
     )
+
+
+@pytest.mark.parametrize("kind", ["detr", "yolos"])
+def test_a_probe_has_a_whole_picture_and_one_of_half_the_width(kind: str) -> None:
+    task: Any = object.__new__(ObjectDetection)
+    task.channels, task.size, task.config = 3, (4, 6), SimpleNamespace(model_type=kind)
+    probe, again = task.probe(), task.probe()
+    assert probe["pixel_values"].shape == (2, 3, 4, 6)
+    assert torch.equal(probe["pixel_values"], again["pixel_values"])
+    if kind == "yolos":  # it reads no mask
+        assert list(probe) == ["pixel_values"]
+    else:
+        assert probe["pixel_mask"].tolist() == [[[1] * 6] * 4, [[1, 1, 1, 0, 0, 0]] * 4]
