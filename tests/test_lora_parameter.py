@@ -27,7 +27,7 @@ from lora_cli.adapters.attach import (
     trainable_parameters,
 )
 from lora_cli.adapters.load_adapter import load_adapter
-from lora_cli.adapters.lora_parameter import LoRAParameter, misfit
+from lora_cli.adapters.lora_parameter import LoRAParameter, is_transposed, misfit
 from lora_cli.adapters.make_trainable import completed_section
 from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.merge_proof import expected_weights
@@ -179,6 +179,13 @@ def test_gradients_and_twenty_steps_are_those_of_peft(kind: str, tmp_path: Path)
 def test_no_module_gets_such_a_layer_as_a_whole() -> None:
     modules = list(tiny_experts.model("mixtral").modules())
     assert not any(LoRAParameter.fits(module) for module in modules)
+
+
+def test_experts_are_stored_the_other_way_round_only_where_their_module_says_so() -> None:
+    plain, other = nn.Module(), nn.Module()
+    other.is_transposed = True
+    found = [is_transposed(owner, ndim) for owner in (plain, other) for ndim in (2, 3)]
+    assert found == [False, False, False, True]
 
 
 def test_only_the_update_is_trained_and_drawn_as_in_peft() -> None:
