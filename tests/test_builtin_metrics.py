@@ -157,6 +157,8 @@ def test_labels_without_names_are_known_by_the_boxes() -> None:
     wanted = [[(0, 0, 10, 10, 3, 0)]]
     assert box_scores([[(0, 0, 10, 10, 0.5, 3)]], wanted) == dict.fromkeys(BOXES, 1.0)
     assert box_scores([[(0, 0, 10, 10, 0.5, 2)]], wanted) == dict.fromkeys(BOXES, 0.0)
+    both = [[(0, 0, 10, 10, 3, 0), (50, 50, 60, 60, 5, 0)]]
+    assert box_scores([[(50, 50, 60, 60, 0.5, 5)]], both) == dict.fromkeys(BOXES, 0.5)
 
 
 def test_up_to_twenty_labels_have_a_score_of_their_own() -> None:
@@ -169,7 +171,7 @@ def test_boxes_count_from_an_overlap_of_a_half_and_of_three_quarters(
     overlap: int, thresholds: int
 ) -> None:
     pytest.importorskip("faster_coco_eval")
-    scores = box_scores([[(0, 0, overlap, 10, 0.9, 0)]], [[(0, 0, 100, 10, 0, 0)]])
+    scores = box_scores([[(20, 30, 20 + overlap, 40, 0.9, 0)]], [[(20, 30, 120, 40, 0, 0)]])
     wanted = {"map": thresholds / 10, "map_50": 1.0, "map_75": float(overlap >= 75),
               "mar_100": thresholds / 10}  # fmt: skip
     assert scores == pytest.approx(wanted)
