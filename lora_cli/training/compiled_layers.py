@@ -40,6 +40,7 @@ class CompiledLayers:
     def __init__(self, model: nn.Module, few_shapes: bool) -> None:
         self.layers = repeated_layers(model)
         self.few_shapes = few_shapes
+        self.on_gpu = any(p.is_cuda for layer in self.layers[:1] for p in layer.parameters())
         trained = [p for layer in self.layers for p in layer.parameters() if p.requires_grad]
         # how a vector's gradient is summed over the rows may depend on how many there were first
         any_rows = few_shapes and all(parameter.ndim == 2 for parameter in trained)
@@ -85,7 +86,7 @@ class CompiledLayers:
             stack.enter_context(budget)
             for product in self.products:
                 stack.enter_context(product)
-            if self.few_shapes:  # Triton is there, since torch compiles with it
+            if self.few_shapes and self.on_gpu:  # where torch compiles with Triton: it is there
                 from lora_cli.training.short_attention import short_attention_in_use
 
                 stack.enter_context(short_attention_in_use())

@@ -114,13 +114,7 @@ class Recipe(Section):
             hint = "name one, `data.validation: {from: train, fraction: 0.1}`, or leave it out"
             yield "evaluate.early_stopping", what, hint
         yield from self._baseline_conflicts()
-        weighted = any(source.weight is not None for source in data.mix.values())
-        if weighted and task.couples_examples:
-            what = "a pair that is drawn twice in a step would count as wrong for itself"
-            yield "data.mix", what, "leave `weight` out of the sets"
-        if len(data.number_forms) > 1 and task.answer_kind == "regression":
-            what = "the sets write numbers in several ways, and those of all sets are read alike"
-            yield "data.mix", what, "write them alike, with one `decimal` and one `thousands`"
+        yield from self._mix_conflicts()
         names = [f"data.mix.{name}" for name in data.mix] or ["data"]
         for section, source in zip(names, data.sources, strict=True):
             for split in ("validation", "test"):
@@ -131,6 +125,15 @@ class Recipe(Section):
                     key = f"{section}.{split}.stratify"
                     what = f"`{key}` keeps the proportions of labels, and this task has none"
                     yield key, what, "leave it out"
+
+    def _mix_conflicts(self) -> Conflicts:
+        weighted = any(source.weight is not None for source in self.data.mix.values())
+        if weighted and self.task.couples_examples:
+            what = "a pair that is drawn twice in a step would count as wrong for itself"
+            yield "data.mix", what, "leave `weight` out of the sets"
+        if len(self.data.number_forms) > 1 and self.task.answer_kind == "regression":
+            what = "the sets write numbers in several ways, and those of all sets are read alike"
+            yield "data.mix", what, "write them alike, with one `decimal` and one `thousands`"
 
     def _init_conflicts(self) -> Conflicts:
         init, key = self.adapter.init, "adapter.init"
