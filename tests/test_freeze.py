@@ -191,6 +191,15 @@ def test_convolutions_before_the_layers_count_as_embeddings() -> None:
     assert embedding_modules(model) == [], "it is between two layers"
 
 
+def test_parameters_of_no_module_that_embed_are_found_and_no_others() -> None:
+    model = nn.Module()
+    model.layers, model.pos_embed = nn.ModuleList([nn.Linear(2, 2)]), nn.Parameter(torch.ones(2))
+    model.scale = nn.Parameter(torch.ones(1))
+    model.head = nn.Module()  # beside the layers, and not above them
+    model.head.embedded = nn.Parameter(torch.ones(2))
+    assert embedding_modules(model) == ["pos_embed"]
+
+
 def test_a_parameter_of_two_names_is_an_embedding_under_both() -> None:
     model = nn.Module()
     model.layers, model.embed = nn.ModuleList([nn.Linear(2, 2)]), nn.Parameter(torch.ones(2))

@@ -77,6 +77,26 @@ def test_a_parameter_that_is_used_later_is_trained_as_by_plain_autograd(
             assert torch.equal(parameter, flat.parameters[name]), name
 
 
+def test_gradients_that_are_added_at_once_are_those_added_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_the_cpu(monkeypatch)
+    plain, at_once = engine(GraphEngine), engine(GraphEngine)
+    weights = {"loss": torch.tensor(0.5)}
+    for made, add in (
+        (plain, plain.add_gradients),
+        (at_once, at_once._add_all_at_once),
+    ):
+        for parameter in made.parameters.values():
+            parameter.grad = torch.full_like(parameter, 3.0)  # of the micro-batches before
+        kept = {name: p.grad for name, p in made.parameters.items()}
+        add(batch(2), weights)
+        assert all(made.parameters[name].grad is grad for name, grad in kept.items())
+    for name, parameter in plain.parameters.items():
+        assert (parameter.grad != 3).all()
+        torch.testing.assert_close(at_once.parameters[name].grad, parameter.grad)
+
+
 def test_micro_batches_of_each_shape_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     on_the_cpu(monkeypatch)
     made = engine(GraphEngine)

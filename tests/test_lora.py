@@ -145,6 +145,12 @@ def test_a_layer_on_the_meta_device_has_shapes_only() -> None:
 # ----------------------------------------------------------------------- the equation written out
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_bias_of_the_base_is_that_of_the_layer(has_bias: bool) -> None:
+    base = nn.Linear(3, 2, bias=has_bias)
+    assert LoRALinear(base, 1, 2.0).bias is base.bias
+
+
 def test_linear_is_the_equation() -> None:
     base, x = nn.Linear(6, 5), torch.randn(2, 3, 6)
     layer = adapted(base, rank=4, alpha=6.0)

@@ -5,6 +5,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import CliRunner
 
 from lora_cli.adapters.attach import lora_layers, trainable_parameters
-from lora_cli.adapters.make_trainable import make_trainable
+from lora_cli.adapters.make_trainable import _trained_in_full, make_trainable
 from lora_cli.cli.app import app
 from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
@@ -288,6 +289,23 @@ def test_an_alpha_that_cannot_learn_is_named(base: Path, tmp_path: Path) -> None
     file.write_text(file.read_text().replace('"lora_alpha": 5', '"lora_alpha": -3'))
     with pytest.raises(LoraError, match=r"`alpha` of the adapter of `adapter\.from` is -3"):
         started(only_from(recipe_file(base, tmp_path / "new"), old))
+
+
+def test_parts_of_a_head_are_no_modules_besides_the_head() -> None:
+    model = nn.ModuleDict({
+        "classifier": nn.ModuleDict({"dense": nn.Linear(2, 2), "out_proj": nn.Linear(2, 2)}),
+        "norm": nn.LayerNorm(2),
+    })  # fmt: skip
+    saved: Any = SimpleNamespace(
+        config={"modules_to_save": ["dense", "out_proj", "norm"]},
+        tensors={f"{name}.weight": p for name, p in (
+            ("classifier.dense", torch.ones(2, 2)), ("classifier.out_proj", torch.ones(2, 2)),
+            ("norm", torch.ones(2)),
+        )},
+    )  # fmt: skip
+    assert _trained_in_full(model, saved, ["classifier"])[0] == ["norm"]
+    found = _trained_in_full(model, saved, [])[0]
+    assert sorted(found) == ["classifier.dense", "classifier.out_proj", "norm"]
 
 
 def test_modules_in_full_may_be_written_shorter(base: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import adapter_folders
@@ -101,6 +102,20 @@ def test_the_same_files_as_of_the_whole_model(tmp_path: Path, case: str) -> None
     )  # fmt: skip
     assert found.difference is None
     assert whole.difference is not None
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_integers_are_merged_by_the_whole_model_only_and_copied_otherwise(changed: bool) -> None:
+    stored = Stored(Path("base"), "w", TensorEntry("I8", (2, 2), 0, 4))
+    planned = merge_plan.PlannedTensor("w", "I8", (2, 2), stored, ["w"])
+    plan: Any = SimpleNamespace(
+        changed={"w"} if changed else {"other"}, changes=[], head_rows=None, heads=()
+    )
+    if not changed:
+        merge_plan._Planner._require_simple(plan, planned)
+        return
+    with pytest.raises(merge_plan.NeedsWholeModelError, match="`w` is stored as I8"):
+        merge_plan._Planner._require_simple(plan, planned)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -18,6 +18,7 @@ from lora_cli.tasks.generation.seq2seq_generation import (
     Writing,
     decoder_inputs,
     first_token,
+    write_heard,
     write_targets,
 )
 from lora_cli.tasks.texts.padding import NONE, RIGHT
@@ -114,6 +115,16 @@ class Shifting(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.config = type("Config", (), {"decoder_start_token_id": 7, "pad_token_id": 1})()
+
+
+def test_from_outputs_of_the_encoder_the_same_is_written_as_from_its_inputs(
+    model: Any, how: Writing
+) -> None:
+    options = GenerationSpec(max_new_tokens=6)
+    for source in SOURCES:
+        heard = model.get_encoder()(input_ids=torch.tensor([source])).last_hidden_state
+        wanted = write_targets(model, [source], options, how)
+        assert write_heard(model, heard, options, how) == wanted
 
 
 def test_the_decoder_reads_targets_one_place_to_the_right(model: Any) -> None:

@@ -44,8 +44,7 @@ class EmbeddingRows(TextTask):
         self.is_labelled = spec.row_kind == "labelled"
         self.pooling: str = spec.pooling or "mean"
         self.normalize = spec.normalize is not False
-        self.anchor_prompt = spec.anchor_prompt or ""
-        self.positive_prompt = spec.positive_prompt or ""
+        self.anchor_prompt, self.positive_prompt = "", ""  # until the base's files are read
         self.base_length: int | None = None  # tokens where the base's own files cut texts
         self.class_names: list[str] = []  # of the Hub's ClassLabel column; its rows hold positions
         self.names: list[str] = []  # the labels, in order
