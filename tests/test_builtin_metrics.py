@@ -33,6 +33,13 @@ def n_edits(wanted: str | list[str], said: str | list[str]) -> int:
     return row[-1]
 
 
+def test_precision_is_of_what_is_found_and_recall_of_what_is_there() -> None:
+    pytest.importorskip("seqeval")
+    wanted, said = [["B-A", "O", "O", "O"]], [["B-A", "B-A", "O", "B-B"]]
+    assert builtin_value("seqeval", "precision", said, wanted) == pytest.approx(1 / 3)
+    assert builtin_value("seqeval", "recall", said, wanted) == 1.0
+
+
 def test_error_rates_count_edits_of_all_rows_together() -> None:
     pytest.importorskip("jiwer")
     wanted = ["the cat sat on the mat", "a dog ran", "one two three four"]

@@ -217,6 +217,27 @@ def test_a_vocabulary_of_both_cases_keeps_the_case() -> None:
     assert none.unknown("あA") == "A"
 
 
+def test_a_text_may_have_as_many_letters_as_there_are_moments(tmp_path: Path) -> None:
+    tiny_ctc.save(tmp_path / "base", letters="ABCDEFGHIJKLMNOPQRSTUVWXYZ'")
+    tiny_speech.write_folder(tmp_path / "speech", {"train": 1, "validation": 1, "test": 1})
+    task: Any = build_task(load_recipe(write_recipe_of(tmp_path)))
+    task.load_processor()
+    length = next(n for n in range(10, 100_000) if task._moments_in(n) == 1)
+    assert task.waits_for_device, "steps would be recorded, and CTC's gradients differ each time"
+    assert task.length_error(length, [5]) is None
+    assert task.length_error(length, [5, 6]) is not None
+    assert task.length_error(length, []) is None
+    assert task.length_error(length - 1, []) is not None
+    read: list[int] = []
+    task._read = lambda part: read.append(len(part))
+    task._filled = lambda examples: (_ for _ in ()).throw(InterruptedError)
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(InterruptedError):  # it is given to the model
+        task.transcripts(model, [np.zeros(length, np.float32)], None)
+    assert read == [length]
+    assert task.transcripts(model, [np.zeros(length - 1, np.float32)], None) == [""]
+
+
 @pytest.mark.slow_after(3)
 @pytest.mark.parametrize(
     ("text", "wanted"),

@@ -45,6 +45,7 @@ def test_recordings_are_shortened_by_convolutions_and_those_behind_the_model(
     {}, {"add_adapter": True, "num_adapter_layers": 2, "adapter_stride": 2,
          "adapter_kernel_size": 5},
     {"add_adapter": True, "num_adapter_layers": 1, "adapter_stride": 3, "adapter_kernel_size": 2},
+    {"add_adapter": True, "num_adapter_layers": 1, "adapter_stride": 4, "adapter_kernel_size": 5},
 ])  # fmt: skip
 def test_spectrograms_are_shortened_behind_the_model_alone(more: dict[str, Any]) -> None:
     config = Wav2Vec2BertConfig(**SMALL, feature_projection_input_dim=6, **more)

@@ -37,6 +37,7 @@ from lora_cli.reporting.page_boxes import per_label
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task, prepared_for_evaluation
 from lora_cli.tasks.detection.box_augmentation import Picture, augmented, cropped, cut, mirrored
+from lora_cli.tasks.detection.detection_loss import Detections
 from lora_cli.tasks.examples import Encoded
 from lora_cli.tasks.object_detection import ObjectDetection
 from lora_cli.training import train
@@ -332,6 +333,23 @@ def test_average_precision_is_that_of_pycocotools() -> None:
     assert 0.01 < ours["map"] < 0.5
     assert np.isnan(ours.pop("ap_d"))
     assert ours == pytest.approx(wanted_scores, rel=1e-9)
+
+
+def test_each_query_of_the_last_layer_gives_a_box_with_its_best_label() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 2, 3, 4, generator=generator)  # 3 labels, and "no object"
+    boxes = torch.rand(2, 2, 3, 4, generator=generator)
+    sizes = torch.tensor([[10.0, 20.0], [7.0, 5.0]])
+    task: Any = object.__new__(ObjectDetection)
+    found = task._found(Detections(logits, boxes), sizes)
+    for i, (width, height) in enumerate(sizes.tolist()):
+        for q in range(3):
+            shares = logits[1, i, q].double().exp() / logits[1, i, q].double().exp().sum()
+            label = max(range(3), key=lambda c: float(shares[c]))
+            x, y, w, h = boxes[1, i, q].tolist()
+            wanted = [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width,
+                      (y + h / 2) * height, float(shares[label]), float(label)]  # fmt: skip
+            assert found[i][q] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_nothing_found_is_zero_and_nothing_there_is_no_number() -> None:

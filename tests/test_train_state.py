@@ -53,6 +53,13 @@ def saved(of: Recipe, **fields: Any) -> TrainState:
     return TrainState(**{"recipe": facts, "data": {"train": "1"}, "machine": MACHINE, **fields})
 
 
+def test_where_a_run_is_written_is_no_part_of_what_it_computes() -> None:
+    facts = recipe_facts(recipe())
+    assert "output_dir" not in facts
+    assert "checkpoint" not in facts
+    assert recipe_facts(recipe(output_dir="elsewhere")) == facts
+
+
 # ---------------------------------------------------------------------------------- what it found
 
 
