@@ -230,7 +230,11 @@ def test_a_text_may_have_as_many_letters_as_there_are_moments(tmp_path: Path) ->
     assert task.length_error(length - 1, []) is not None
     read: list[int] = []
     task._read = lambda part: read.append(len(part))
-    task._filled = lambda examples: (_ for _ in ()).throw(InterruptedError)
+
+    def stop(examples: Any) -> None:
+        raise InterruptedError
+
+    task._filled = stop
     model = torch.nn.Linear(1, 1)
     with pytest.raises(InterruptedError):  # it is given to the model
         task.transcripts(model, [np.zeros(length, np.float32)], None)

@@ -55,6 +55,12 @@ def _scores(q, k, mask, m_token, m_key, tokens, n_tokens, scale, HAS_MASK: tl.co
     return tl.where(inside, scores, float("-inf"))
 
 
+@triton.jit
+def _place(x, row, head, tokens, d, x_row, x_head, x_token):  # type: ignore[no-untyped-def]
+    """Return where the numbers of a head are, of each token of a row."""
+    return x + (row * x_row + head * x_head + tokens[:, None] * x_token + d[None, :])
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _forward(  # type: ignore[no-untyped-def]
     q, k, v, mask, seeds, o, log_sums,
@@ -68,9 +74,9 @@ def _forward(  # type: ignore[no-untyped-def]
     row, head = (program // n_heads).to(tl.int64), (program % n_heads).to(tl.int64)
     tokens, d = tl.arange(0, TOKENS), tl.arange(0, D)
     inside = tokens[:, None] < n_tokens
-    q += row * q_row + head * q_head + tokens[:, None] * q_token + d[None, :]
-    k += row * k_row + head * k_head + tokens[:, None] * k_token + d[None, :]
-    v += row * v_row + head * v_head + tokens[:, None] * v_token + d[None, :]
+    q = _place(q, row, head, tokens, d, q_row, q_head, q_token)
+    k = _place(k, row, head, tokens, d, k_row, k_head, k_token)
+    v = _place(v, row, head, tokens, d, v_row, v_head, v_token)
     mask += row * m_row + head * m_head
     queries, keys = tl.load(q, inside, other=0.0), tl.load(k, inside, other=0.0)
     scores = _scores(queries, keys, mask, m_token, m_key, tokens, n_tokens, scale, HAS_MASK)
@@ -102,10 +108,10 @@ def _backward(  # type: ignore[no-untyped-def]
     row, head = (program // n_heads).to(tl.int64), (program % n_heads).to(tl.int64)
     tokens, d = tl.arange(0, TOKENS), tl.arange(0, D)
     inside = tokens[:, None] < n_tokens
-    q += row * q_row + head * q_head + tokens[:, None] * q_token + d[None, :]
-    k += row * k_row + head * k_head + tokens[:, None] * k_token + d[None, :]
-    v += row * v_row + head * v_head + tokens[:, None] * v_token + d[None, :]
-    do += row * do_row + head * do_head + tokens[:, None] * do_token + d[None, :]
+    q = _place(q, row, head, tokens, d, q_row, q_head, q_token)
+    k = _place(k, row, head, tokens, d, k_row, k_head, k_token)
+    v = _place(v, row, head, tokens, d, v_row, v_head, v_token)
+    do = _place(do, row, head, tokens, d, do_row, do_head, do_token)
     mask += row * m_row + head * m_head
     place = ((row * n_tokens + tokens[:, None]) * n_heads + head) * D + d[None, :]
     places = program.to(tl.int64) * n_tokens + tokens
