@@ -12,10 +12,13 @@ usage:
       The same LoRA on a base that is quantised or not: accuracy on the test rows, at the learning
       rate that is best on dev.tsv, of the adapter and of the merged model.
   python scripts/bench.py speed SHAPE [--steps 40] [--accumulate 1] [--repeat 2] [--cap GIB]
+      [--checkpointing]
       roberta-large, roberta-base (SST-2 lengths), llama-8b (2 x 4096 tokens), llama-1b (4 x
       4096) or llama-8b-nf4 (a 4-bit base, 1 x 4096, gradient checkpointing), random weights, on a
-      GPU: `lora train` and PEFT + Trainer on the same rows, in turn, each in its own process.
-      `--cap` lets a process have no more than so many GiB of the GPU's memory.
+      GPU: `lora train`, PEFT + Trainer and, for a Llama and if liger_kernel is installed, PEFT +
+      Trainer + Liger on the same rows, in turn, each in its own process. The table at the end
+      shows the best repetition of each. `--cap` lets a process have no more than so many GiB of
+      the GPU's memory; `--checkpointing` turns gradient checkpointing on.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -350,46 +354,53 @@ def peft_accuracy(args: argparse.Namespace) -> None:
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Print examples or tokens a second, and peak memory, of both sides in turn."""
+    """Measure examples or tokens a second, and peak memory, of every side in turn."""
     work = Path(args.work or tempfile.mkdtemp(prefix="lora-bench-"))
     work.mkdir(exist_ok=True)
-    subprocess.run(
-        [
-            sys.executable,
-            __file__,
-            "make",
-            args.shape,
-            "--work",
-            str(work),
-            "--steps",
-            str(args.steps),
-            "--accumulate",
-            str(args.accumulate),
-        ],
-        check=True,
-    )
-    for repeat in range(args.repeat):
+    flags = [args.shape, "--work", str(work), "--steps", str(args.steps), "--cap", str(args.cap)]
+    flags += ["--checkpointing"] * args.checkpointing
+    make = [sys.executable, __file__, "make", *flags, "--accumulate", str(args.accumulate)]
+    subprocess.run(make, check=True)
+    sides: dict[str, list[str]] = {"lora train": [], "PEFT + Trainer": []}
+    if args.shape.startswith("llama") and find_spec("liger_kernel"):
+        sides["PEFT + Trainer + Liger"] = ["--liger"]
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for repeat, (side, extra) in itertools.product(range(args.repeat), sides.items()):
+        start = time.monotonic()
         folder = work / f"out-{repeat}"
-        lora("train", str(work / "recipe.json"), "-o", str(folder), cap=args.cap)
-        print(args.shape, "lora", json.dumps(lora_figures(folder, args.shape)), flush=True)
-        shutil.rmtree(folder)
-        subprocess.run(
-            [
-                sys.executable,
-                __file__,
-                "trainer",
-                args.shape,
-                "--work",
-                str(work),
-                "--steps",
-                str(args.steps),
-                "--cap",
-                str(args.cap),
-            ],
-            check=True,
-        )
+        if side == "lora train":
+            lora("train", str(work / "recipe.json"), "-o", str(folder), cap=args.cap)
+            figures = lora_figures(folder, args.shape)
+            shutil.rmtree(folder)
+        else:
+            peer = [sys.executable, __file__, "trainer", *flags, *extra]
+            output = subprocess.run(peer, check=True, stdout=subprocess.PIPE, text=True).stdout
+            figures = json.loads(output.splitlines()[-1])
+        figures["seconds"] = round(time.monotonic() - start, 1)
+        print(args.shape, side, json.dumps(figures), flush=True)
+        found[side].append(figures)
+    print(speed_table(args, found))
     if not args.work:
         shutil.rmtree(work)
+
+
+def speed_table(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> str:
+    """Return a Markdown table of the best repetition of each side."""
+    import torch
+
+    rate = "tokens_per_s" if args.shape.startswith("llama") else "examples_per_s"
+    what = args.shape + (", gradient checkpointing" if args.checkpointing else "")
+    card, day = torch.cuda.get_device_name(), time.strftime("%Y-%m-%d")
+    rows = [f"| {what}; {card}, torch {torch.__version__}, {day} "
+            f"| {rate.replace('_per_s', '/s')} | peak | {args.steps} steps from the start |",
+            "|---|---|---|---|"]  # fmt: skip
+    for side, repeats in found.items():
+        best = max(repeats, key=lambda figures: figures[rate])
+        seconds = min(figures["seconds"] for figures in repeats)
+        rows.append(
+            f"| {side} | {best[rate]:,.0f} | {best['peak_gib']:.1f} GiB | {seconds:.0f} s |"
+        )
+    return "\n".join(rows)
 
 
 def lora_figures(folder: Path, shape: str) -> dict[str, Any]:
@@ -538,7 +549,7 @@ def make(args: argparse.Namespace) -> None:
                     "scheduler": {"type": "constant"},
                     "log_every_steps": 2 if llama else 10,
                     "workers": 0,
-                    "gradient_checkpointing": four_bit,
+                    "gradient_checkpointing": four_bit or args.checkpointing,
                 },
             }
         )
@@ -628,6 +639,9 @@ def trainer(args: argparse.Namespace) -> None:
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
+        gradient_checkpointing=recipe["train"]["gradient_checkpointing"],
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        use_liger_kernel=args.liger,
         dataloader_num_workers=0 if llama else 2,
     )
     collator: Any = None if llama else DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)
@@ -644,7 +658,7 @@ def trainer(args: argparse.Namespace) -> None:
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "loss": [round(line["loss"], 4) for line in run.state.log_history if "loss" in line],
     }
-    print(args.shape, "PEFT + Trainer", json.dumps(figures), flush=True)
+    print(json.dumps(figures), flush=True)
 
 
 def main() -> None:
@@ -678,6 +692,8 @@ def main() -> None:
         command.add_argument("--repeat", type=int, default=2)
         command.add_argument("--work", default="")
         command.add_argument("--cap", type=float, default=0.0)
+        command.add_argument("--checkpointing", action="store_true")
+        command.add_argument("--liger", action="store_true")
         command.set_defaults(run=function)
     args = parser.parse_args()
     args.run(args)

@@ -4,11 +4,13 @@ A GPU adds up such a product in float32, and then multiplies each entry by the s
 either matrix. So every row of activations and of weights uses all the range that e4m3 has.
 
 The product and its gradient are operations that `torch.compile` takes as they are: it would join
-the rounding of several layers to one kernel, which torch 2.11 needs minutes to compile.
+the rounding of several layers to one kernel, which torch 2.11 needs minutes to compile. They take
+tensors of any number of dimensions, since to reason about flattened ones took it minutes as well.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,10 +30,10 @@ def has_fp8_products(device: torch.device) -> bool:
 
 
 def fp8_product(x: Tensor, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return W x, of inputs that are rounded for it: (n, out).
+    """Return W x, of inputs that are rounded for it: (..., out).
 
     Args:
-        x: Inputs (n, in).
+        x: Inputs (..., in).
         codes: The bits of the frozen weight W's numbers, as integers (out, in).
         scales: The factors of W's rows (out,).
         dtype: Of the result.
@@ -47,9 +49,10 @@ def fp8_rows(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the rows of a matrix in fp8 (n, m), and the scales (n,) that give its numbers.
 
     Args:
-        x: The matrix (n, m).
+        x: The matrix, (n, m) or (..., m).
         factors: What its columns are multiplied by before (m,), in float32.
     """
+    x = x.flatten(0, -2)
     if x.is_cuda:
         try:
             from lora_cli.models.fp8_kernels import round_rows
@@ -66,7 +69,8 @@ def fp8_rows(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @fp8_rows.register_fake
 def _(x: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=FP8), x.new_empty(len(x), dtype=torch.float32)
+    n = math.prod(x.shape[:-1])
+    return x.new_empty((n, x.shape[-1]), dtype=FP8), x.new_empty(n, dtype=torch.float32)
 
 
 @torch.library.custom_op("lora_cli::fp8_product", mutates_args=())
@@ -79,17 +83,18 @@ def _of_rounded(
     dtype: torch.dtype,
 ) -> Tensor:
     """Return W x from rounded inputs; `x` is not read, but gets the gradient."""
-    return _product(rows, codes.view(FP8), row_scales, scales).to(dtype)
+    y = _product(rows, codes.view(FP8), row_scales, scales).to(dtype)
+    return y.view(*x.shape[:-1], len(codes))
 
 
 @_of_rounded.register_fake
 def _(x: Tensor, _rows: Any, _scales: Any, codes: Tensor, _: Any, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(len(x), len(codes), dtype=dtype)
+    return x.new_empty((*x.shape[:-1], len(codes)), dtype=dtype)
 
 
 @torch.library.custom_op("lora_cli::fp8_gradient", mutates_args=())
 def _gradient(dy: Tensor, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return W^T dy of a gradient (n, out) that is rounded for it: (n, in).
+    """Return W^T dy of a gradient (..., out) that is rounded for it: (..., in).
 
     The rows of W are what is added up here, so their scales go into dy before it is rounded.
     """
@@ -97,12 +102,13 @@ def _gradient(dy: Tensor, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> 
     # GPUs multiply fp8 matrices row by row. A copy for the moment costs a tenth of the product; a
     # second one of all weights would cost what fp8 saves
     weight = _transposed(codes).view(FP8)
-    return _product(rows, weight, row_scales, row_scales.new_ones(len(weight))).to(dtype)
+    dx = _product(rows, weight, row_scales, row_scales.new_ones(len(weight))).to(dtype)
+    return dx.view(*dy.shape[:-1], len(weight))
 
 
 @_gradient.register_fake
 def _(dy: Tensor, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return dy.new_empty(len(dy), codes.shape[1], dtype=dtype)
+    return dy.new_empty((*dy.shape[:-1], codes.shape[1]), dtype=dtype)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -25,28 +25,37 @@ def _round_row(  # type: ignore[no-untyped-def]
     x += row * stride
     codes += row * n_numbers
     columns = tl.arange(0, BLOCK)
-    numbers = tl.zeros((BLOCK,), tl.float32)
-    largest = tl.zeros((BLOCK,), tl.float32)
-    bad = tl.zeros((BLOCK,), tl.float32)  # NaN where a number is: maximum may ignore it
-    for start in range(0, n_numbers, BLOCK):
-        inside = start + columns < n_numbers
-        numbers = tl.load(x + start + columns, inside, other=0.0).to(tl.float32)
+    if ONE_BLOCK:  # the row stays in registers
+        inside = columns < n_numbers
+        numbers = tl.load(x + columns, inside, other=0.0).to(tl.float32)
         if HAS_FACTORS:
-            numbers *= tl.load(factors + start + columns, inside, other=0.0)
-        largest = tl.maximum(largest, tl.abs(numbers))
-        bad += numbers * 0
-    # the reciprocal of a smaller one would be infinite
-    scale = tl.maximum(tl.max(largest, 0) / LARGEST, 1.1754943508222875e-38) + tl.sum(bad, 0)
-    tl.store(scales + row, scale)
-    for start in range(0, n_numbers, BLOCK):
-        inside = start + columns < n_numbers
-        if not ONE_BLOCK:
+            numbers *= tl.load(factors + columns, inside, other=0.0)
+        largest = tl.abs(numbers)
+        bad = numbers * 0  # NaN where a number is: a maximum may ignore it
+    else:
+        largest = tl.zeros((BLOCK,), tl.float32)
+        bad = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, n_numbers, BLOCK):
+            inside = start + columns < n_numbers
             numbers = tl.load(x + start + columns, inside, other=0.0).to(tl.float32)
             if HAS_FACTORS:
                 numbers *= tl.load(factors + start + columns, inside, other=0.0)
-        # rounded up, the largest could be too large
-        rounded = tl.minimum(tl.maximum(numbers / scale, -LARGEST), LARGEST)
-        tl.store(codes + start + columns, rounded.to(tl.float8e4nv), inside)
+            largest = tl.maximum(largest, tl.abs(numbers))
+            bad += numbers * 0
+    # the reciprocal of a smaller one would be infinite
+    scale = tl.maximum(tl.max(largest, 0) / LARGEST, 1.1754943508222875e-38) + tl.sum(bad, 0)
+    tl.store(scales + row, scale)
+    factor = 1 / scale  # to divide each number takes as long as to read it
+    # what is rounded above the largest number of e4m3 becomes that, as GPUs convert
+    if ONE_BLOCK:
+        tl.store(codes + columns, (numbers * factor).to(tl.float8e4nv), inside)
+    else:
+        for start in range(0, n_numbers, BLOCK):
+            inside = start + columns < n_numbers
+            numbers = tl.load(x + start + columns, inside, other=0.0).to(tl.float32)
+            if HAS_FACTORS:
+                numbers *= tl.load(factors + start + columns, inside, other=0.0)
+            tl.store(codes + start + columns, (numbers * factor).to(tl.float8e4nv), inside)
 
 
 def round_rows(x: Tensor, factors: Tensor | None, largest: float) -> tuple[Tensor, Tensor]:

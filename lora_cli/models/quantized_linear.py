@@ -139,8 +139,7 @@ class QuantizedLinear(nn.Linear):
         """Return W x + b; x (..., in), result (..., out)."""
         y: Tensor
         if self.kind == "fp8" and self.multiplies_fp8(x):
-            y = fp8_product(x.flatten(0, -2), self.weight, self.scales, _compute_dtype(x))
-            y = y.view(*x.shape[:-1], -1)
+            y = fp8_product(x, self.weight, self.scales, _compute_dtype(x))
         else:
             y = _Product.apply(x, self)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)

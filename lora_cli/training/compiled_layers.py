@@ -24,6 +24,9 @@ from lora_cli.training.stacked_products import (
 SHAPES = 64  # torch compiles a layer anew for each shape, and by default gives up after 8
 MEMORY_BUDGET = 0.8  # of the activations that autograd would keep: the cheapest are computed again
 # where there are many; the short texts that batches of few shapes consist of need little memory
+CHECKPOINTING_BUDGET = (
+    0.0  # of a layer with gradient checkpointing: it keeps nothing but its inputs
+)
 # small kernels that do not depend on each other become one
 OPTIONS: dict[str, Any] = {"combo_kernels": True, "combo_kernels_autotune": 0}
 
@@ -46,6 +49,13 @@ class CompiledLayers:
         any_rows = few_shapes and all(parameter.ndim == 2 for parameter in trained)
         self.compiled = [self._compile(layer, any_rows) for layer in self.layers]
         self.memory_budget = 1.0 if few_shapes else MEMORY_BUDGET
+        # the compiler computes a layer again without what no gradient needs, such as its last
+        # product, which transformers' own checkpointing, around the compiled layer, would
+        self.checkpointed = [
+            layer for layer in self.layers if getattr(layer, "gradient_checkpointing", False)
+        ]
+        if self.checkpointed:
+            self.memory_budget = CHECKPOINTING_BUDGET
         self.products: list[StackedProduct | StackedUpdates] = []
 
     def _compile(self, layer: nn.Module, any_rows: bool) -> Callable[..., Any]:
@@ -91,10 +101,14 @@ class CompiledLayers:
 
                 stack.enter_context(short_attention_in_use())
             try:
+                for layer in self.checkpointed:
+                    layer.gradient_checkpointing = False
                 for layer, compiled in zip(self.layers, self.compiled, strict=True):
                     layer.forward = compiled
                 yield
             finally:
+                for layer in self.checkpointed:
+                    layer.gradient_checkpointing = True
                 for layer, forward in zip(self.layers, own, strict=True):
                     if forward is None:
                         del layer.forward

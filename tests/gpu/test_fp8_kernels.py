@@ -50,9 +50,9 @@ def test_fp8_products_are_those_of_rounded_rows(
     assert float((y.detach().double() - wanted).norm() / wanted.norm()) < 4e-3
     wanted = rounded_rows(dy.double() * scales) @ numbers
     assert float((x.grad.double() - wanted).norm() / wanted.norm()) < 4e-3
-    # and what rounding costs: 3 bits behind the point of either factor
+    # and what rounding costs: 3 bits behind the point of either factor; the fewest are 16 numbers
     exact = x.detach().double() @ layer.dequantized().double().T
-    assert 1e-3 < float((y.detach().double() - exact).norm() / exact.norm()) < 0.04
+    assert 1e-3 < float((y.detach().double() - exact).norm() / exact.norm()) < 0.06
 
 
 def test_a_compiled_layer_has_the_gradient_of_the_layer_as_it_is() -> None:
@@ -92,7 +92,8 @@ def test_rows_are_rounded_as_on_a_cpu() -> None:
         assert float(same[~bad].float().mean()) > 0.98
         steps = codes.cpu().view(torch.uint8).int() - wanted.view(torch.uint8).int()
         assert int(steps[~bad].abs().max()) <= 1
-        assert not codes.cpu()[bad].float().isfinite().any()
+        numbers = codes.cpu().float() * scales.cpu()[:, None]
+        assert not numbers[bad].isfinite().any()
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
