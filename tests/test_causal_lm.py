@@ -12,8 +12,9 @@ import torch
 from accelerate import Accelerator
 from closeness import assert_close
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
+from transformers import GraniteMoeConfig, GraniteMoeForCausalLM, PreTrainedTokenizerFast
 
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate_split import evaluate
@@ -144,6 +145,29 @@ def test_the_prompt_alone_is_masked(bases: dict[str, Path], tmp_path: Path, kind
             *said, end = example["labels"][n_prompt:]
             assert end == made.tokenizer.eos_token_id
             assert made.tokenizer.decode(said) == str(row["completion"])
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_no_space_is_added_where_a_prompt_ends_with_one(tmp_path: Path, scheme: str) -> None:
+    # as the tokenizers of Llama 2 and Mistral: " great" is one token, and "great" alone has a space
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=tiny.SPECIAL, show_progress=False)
+    backend.train_from_iterator(["what is it :\n", *tiny.CORPUS * 3], trainer)
+    base = tiny.save_llama(tmp_path / "base")
+    names = dict(
+        zip(("bos_token", "pad_token", "eos_token", "unk_token"), tiny.SPECIAL, strict=True)
+    )
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(base)
+    rows = [pair("what is it: ", "great"), pair("what is it:", " great"), pair("it:\n", "great")]
+    task = task_of(base, tmp_path, rows, task=PAIR)
+    assert task.tokenizer.tokenize("great")[0].startswith("▁")
+    for row, example in zip(rows, examples_of(task), strict=True):
+        said = task.tokenizer.decode(example["input_ids"], skip_special_tokens=True)
+        assert said.strip() == row["prompt"] + row["completion"]
+        start = task.prompt(row)
+        assert example["input_ids"][: len(start)] == start
 
 
 def test_a_tokenizer_that_ends_texts_itself_ends_them_once(tmp_path: Path) -> None:

@@ -170,9 +170,22 @@ class PromptAndCompletion(RowFormat):
         whole = token_ids(self.reader, prompt + completion)
         if whole[: len(start)] != start:
             # A token spans the border. Generation starts after the prompt's own tokens: train so.
-            whole = start + token_ids(self.reader, completion, special=False)
+            whole = start + self._going_on(completion)
         whole = self.ended(whole)
         return self.fitted(whole, [IGNORED] * len(start) + whole[len(start) :])
+
+    def _going_on(self, text: str) -> list[int]:
+        """Return the tokens of a text that goes on where another one ended.
+
+        SentencePiece's tokenizers put a space before whatever they read, which the row does not
+        have. Behind a line end they do not; where that is no part of the text's own tokens, it is
+        read with the text and taken away again.
+        """
+        before = token_ids(self.reader, "\n", special=False)
+        ids = token_ids(self.reader, "\n" + text, special=False)
+        if before and ids[: len(before)] == before:
+            return ids[len(before) :]
+        return token_ids(self.reader, text, special=False)
 
     def prompt(self, row: dict[str, Any]) -> list[int]:
         """Return the token ids of the prompt and the separator."""
