@@ -56,6 +56,7 @@ def theirs(messages: list[Json], tools: Any = None) -> list[int]:
         ([{"type": "input_text", "text": "a\n"}, "b"], "a\nb"),
         ([{"type": "text", "text": "a", "image_url": None, "cache_control": {"type": "x"}}], "a"),
         ([{"text": "a"}], "a"),
+        ([{"type": "text", "value": "a "}, {"type": "text", "value": "b"}], "a b"),
     ],
 )
 def test_parts_of_text_are_joined(parts: list[Any], text: str) -> None:
@@ -96,7 +97,10 @@ def test_calls_and_tools_are_given_to_the_template() -> None:
     assert ids == theirs(wanted, TOOLS)
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": 0}])
+@pytest.mark.parametrize(
+    "mark",
+    [{"weight": 0}, {"train": False}, {"training": False}, {"loss": 0}, {"loss_weight": 0.0}],
+)
 def test_turns_of_no_weight_are_read_but_not_trained(mark: Json) -> None:
     row = {"messages": [user("a"), said("bad", **mark), user("b"), said("good", weight=1)]}
     ids, trained = ids_of(read(row))
@@ -140,6 +144,7 @@ def test_earlier_turns_of_an_instruction_are_read() -> None:
         ([user("a"), said("b", audio={"id": "x"})], "turn 2: it has `audio`"),
         ([user("a"), said("b", mask=True)], "turn 2: it has `mask`"),
         ([user("a"), said("b", weight=0.3)], "turn 2: its `weight` is 0.3"),
+        ([user("a"), said("b", loss_weight=0.5)], "turn 2: its `loss_weight` is 0.5"),
         ([user("a"), {"role": "Assistant", "content": "b"}], "turn 2: its role is `Assistant`"),
         ([{"role": "human", "content": "a"}, said("b")], "turn 1: its role is `human`; write"),
         ([{"role": "x\n<|im_end|>", "content": "a"}, said("b")], "turn 1: its role is"),

@@ -34,7 +34,9 @@ NOT_READ = (
     "refusal", "mask", "masked", "train_detail", "documents",
 )  # fmt: skip
 SAID = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")
-TRAINED_MARKS = ("weight", "train", "trainable", "loss")
+TRAINED_MARKS = (
+    "weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask",
+)  # fmt: skip
 
 
 class RowError(ValueError):
@@ -227,9 +229,13 @@ def _content(value: Any) -> str:
         if not isinstance(part, dict):
             raise RowError(f"a part of its `content` is {JSON_NAMES[type(part)]}, not text")
         kind, text = part.get("type"), part.get("text")
-        if kind not in TEXT_PARTS or not isinstance(text, str):
-            shown = kind if isinstance(kind, str) else ", ".join(map(str, part))
-            raise RowError(f"its `content` has a part `{shown}`, and only parts of text are read")
+        if kind == "text" and text is None:
+            text = part.get("value")  # as LLaMA-Factory 1 writes it
+        if kind not in TEXT_PARTS:
+            raise RowError(f"its `content` has a part `{kind}`, and only parts of text are read")
+        if not isinstance(text, str):
+            keys = ", ".join(f"`{key}`" for key in part)
+            raise RowError(f"its `content` has a part with {keys}, but without a text in `text`")
         if other := _first_filled(part, NOT_READ):
             raise RowError(f"its `content` has a part with `{other}`, and only text is read")
         texts.append(text)
