@@ -51,7 +51,7 @@ class CompiledLayers:
         self.memory_budget = 1.0 if few_shapes else MEMORY_BUDGET
         # the compiler computes a layer again without what no gradient needs, such as its last
         # product, which transformers' own checkpointing, around the compiled layer, would
-        self.checkpointed = [
+        self.checkpointed: list[Any] = [
             layer for layer in self.layers if getattr(layer, "gradient_checkpointing", False)
         ]
         if self.checkpointed:
