@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from transformers import AutoModel
 
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
 from lora_cli.adapters.peft_format.diffusion_names import DENOISERS
 from lora_cli.errors import LoraError
 from lora_cli.models.base_facts import read_tokenizer
-from lora_cli.models.base_model import load_tokenizer
+from lora_cli.models.base_model import load_config, load_tokenizer
 from lora_cli.recipe import (
     RECIPE_FILE,
     TASKS,
@@ -17,10 +20,12 @@ from lora_cli.recipe import (
     load_adapter_recipe,
     load_recipe,
 )
-from lora_cli.tasks import build_task
+from lora_cli.tasks import build_task, task_types
 from lora_cli.tasks.contract import Task
+from lora_cli.tasks.speech.ctc_recognition import CTCRecognition
 
 DRAWING = next(kind for kind, spec in TASKS.items() if spec.draws)
+PEFT_COPY = ".base_layer.weight"  # a weight of the base that PEFT writes besides
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
@@ -66,7 +71,7 @@ def adapter_task(
 def _recipe_of(saved: AdapterFolder, base: str | None) -> Recipe:
     """Return what PEFT's configuration, the tensors and the base say of the task."""
     named = saved.config.get("task_type")
-    kind = next((k for k, spec in TASKS.items() if named and spec.peft_task_type == named), None)
+    kind = _kind_of(saved.config)
     if kind is None and DRAWING in TASKS and (saved.file or {*saved.parts} & {*DENOISERS}):
         kind = DRAWING
     name = base or saved.config.get("base_model_name_or_path")
@@ -91,11 +96,45 @@ def _recipe_of(saved: AdapterFolder, base: str | None) -> Recipe:
     return task.completed_recipe
 
 
+def _kind_of(config: dict[str, Any]) -> str | None:
+    """Return the task that PEFT's configuration names, or that the class of the base is for.
+
+    PEFT has no names for pictures and speech, and asks for none: without one, it writes the class
+    of the model that was adapted, of which some are for several tasks.
+    """
+    if named := config.get("task_type"):
+        return next((k for k, spec in TASKS.items() if spec.peft_task_type == named), None)
+    adapted = config.get("auto_mapping")
+    name = adapted.get("base_model_class") if isinstance(adapted, dict) else None
+    kinds = {
+        kind
+        for kind, task in zip(TASKS, task_types(), strict=True)
+        if name in _names_of_models(task)
+    }
+    if name in _names_of_models(CTCRecognition):
+        kinds.add("speech_recognition")
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _names_of_models(task: type[Task]) -> set[str]:
+    """Return the names of the classes of transformers that are made for a task."""
+    auto_class = getattr(task, "auto_class", AutoModel)
+    if auto_class is AutoModel:  # without a head, and for any task
+        return set()
+    named = auto_class._model_mapping._model_mapping.values()
+    return {name for names in named for name in ([names] if isinstance(names, str) else names)}
+
+
 def _new_tokens(saved: AdapterFolder, recipe: Recipe) -> list[str]:
     """Return the tokens that the tokenizer beside an adapter has besides those of its base."""
-    has_tokenizer = any((saved.path / name).is_file() for name in TOKENIZER_FILES)
-    if not saved.config.get("trainable_token_indices") or not has_tokenizer:
+    if not any((saved.path / name).is_file() for name in TOKENIZER_FILES):
         return []
-    own = read_tokenizer(saved.path, recipe).get_vocab()
-    known = load_tokenizer(recipe).get_vocab()
+    tokenizer = read_tokenizer(saved.path, recipe)
+    if not saved.config.get("trainable_token_indices"):
+        # else only an embedding that was saved as a whole shows that it got rows for new tokens
+        rows = load_config(recipe).get_text_config().vocab_size
+        whole = [t for name, t in saved.tensors.items() if not name.endswith(PEFT_COPY)]
+        if not any(t.ndim > 1 and t.shape[0] == len(tokenizer) > rows for t in whole):
+            return []
+    own, known = tokenizer.get_vocab(), load_tokenizer(recipe).get_vocab()
     return sorted(own.keys() - known.keys(), key=own.__getitem__)
