@@ -48,12 +48,13 @@ SST2_LENGTHS = (1.6, 7.0)  # shape and scale of a gamma distribution like that o
 
 def lora(*arguments: str, cap: float = 0.0) -> None:
     """Run the command line in a process of its own, with so many GiB of the GPU's memory."""
+    paths = (str(Path(__file__).parent), os.getcwd(), os.environ.get("PYTHONPATH"))
     code = f"import bench; bench.limit_memory({cap}); from lora_cli.cli.app import main; main()"
     subprocess.run(
         [sys.executable, "-c", code, *arguments],
         check=True,
         stdout=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.getcwd()}"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
     )
 
 
