@@ -419,7 +419,8 @@ def test_long_conversations_lose_their_end_and_are_counted(base: Path, tmp_path:
         ("sharegpt", [{"from": ["gpt"], "value": "a"}], "turn 1: `['gpt']` is not a known speaker"),
         ("sharegpt", [{"from": "gpt"}], "turn 1: it has no `value`"),
         ("sharegpt", [{"from": "gpt", "value": 3}], "turn 1: it has no `value`"),
-        ("sharegpt", [{"role": "user", "content": "a"}], "turn 1: `None` is not a known speaker"),
+        ("sharegpt", [{"role": "user", "content": "a"}], "turn 1: it has no `value`"),
+        ("sharegpt", [{"value": "a"}], "turn 1: `None` is not a known speaker"),
         ("sharegpt", [{"from": "human", "value": "a"}, 7], "turn 2 is not an object"),
         ("openai", turns(("user", "a")), "no turn is the assistant's"),
         ("sharegpt", [{"from": "human", "value": "a"}], "no turn is the assistant's"),
@@ -441,9 +442,9 @@ def test_a_bad_turn_is_a_error(
 
 def test_sharegpt_and_openai_say_the_same(base: Path, tmp_path: Path) -> None:
     names = {"system": "system", "user": "human", "assistant": "gpt"}
-    turns_ = [{"from": names[m["role"]], "value": m["content"]} for m in CHAT]
-    row = {"conversations": turns_}
-    assert read_messages(row, "sharegpt", "conversations") == CHAT
+    for key in ("role", "from"):
+        row = {"conversations": [{key: names[m["role"]], "value": m["content"]} for m in CHAT]}
+        assert read_messages(row, "sharegpt", "conversations") == CHAT
     spec = {"format": "sharegpt", "messages_column": "conversations"}
     task = task_of(base, tmp_path, [row], task=spec)
     assert labels_of(task) == labels_of(task_of(base, tmp_path, [CHAT]))

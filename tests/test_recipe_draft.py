@@ -322,8 +322,11 @@ def test_messages(init: Init, as_text: bool) -> None:
     assert recipe.task.chat_template.endswith("chatml.jinja")  # the tiny model has none
 
 
-def test_sharegpt(init: Init) -> None:
-    rows = [{"id": i, "conversations": turns("from", "value", ("human", "gpt"))} for i in range(12)]
+@pytest.mark.parametrize("speaker", ["from", "role"])
+def test_sharegpt(init: Init, speaker: str) -> None:
+    rows = [
+        {"id": i, "conversations": turns(speaker, "value", ("human", "gpt"))} for i in range(12)
+    ]
     recipe = init("chat.json", json.dumps(rows), "llama")
     assert (recipe.task.messages_column, recipe.task.format) == ("conversations", "sharegpt")
 

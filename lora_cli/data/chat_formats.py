@@ -286,7 +286,7 @@ def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sharegpt(turn: dict[str, Any]) -> Message:
-    speaker, text = turn.get("from"), turn.get("value")
+    speaker, text = turn.get("from", turn.get("role")), turn.get("value")
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         known = ", ".join(SHAREGPT_ROLES)
         raise RowError(f"`{speaker}` is not a known speaker; they are {known}")

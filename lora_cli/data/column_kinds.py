@@ -316,7 +316,7 @@ def _form(value: Any) -> str | None:
     turn = value[0]
     if "role" in turn and "content" in turn:
         return "openai"
-    return "sharegpt" if "from" in turn and "value" in turn else None
+    return "sharegpt" if {"from", "role"} & {*turn} and "value" in turn else None
 
 
 def _separator(column: Column) -> str | None:
