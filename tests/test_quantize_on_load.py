@@ -18,12 +18,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
 )
+from transformers.modeling_utils import get_total_byte_count
 
 from lora_cli.adapters.attach import lora_layers
 from lora_cli.adapters.count_parameters import parameter_table
 from lora_cli.errors import LoraError
 from lora_cli.models import base_model
 from lora_cli.models.fingerprint import fingerprint_of
+from lora_cli.models.quantize_on_load import QuantizeOnLoad, _Quantizer
 from lora_cli.models.quantized_linear import QuantizedLinear
 from lora_cli.recipe import load_recipe
 from lora_cli.tasks import build_task
@@ -241,6 +243,20 @@ def test_where_fp8_is_not_multiplied_in_a_warning_says_so(
     said = capsys.readouterr().err
     text = f"warning: `quantization: fp8`: {why}, so the weights are dequantised for each product"
     assert (text in said) if why else ("fp8" not in said)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+def test_a_gpu_sets_aside_the_memory_of_the_codes_alone(kind: Any, tmp_path: Path) -> None:
+    base, gpu = tiny.save_llama(tmp_path / "base"), torch.device("cuda", 0)
+    model = wide(tiny.llama())
+    model.save_pretrained(base)
+    _, loaded = opened(base, tmp_path, kind, task=LANGUAGE)
+    quantizer = _Quantizer(QuantizeOnLoad(kind))
+    quantizer._process_model_before_weight_loading(model.to("meta"))
+    asked = get_total_byte_count(model, {n: gpu for n, _ in model.named_parameters()}, quantizer)
+    tensors = [*loaded.parameters(), *loaded.buffers()]
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert 0.95 * needed <= asked[gpu] <= 1.1 * needed
 
 
 def test_a_full_fine_tuning_of_a_quantised_base_is_rejected(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ module that is trained in full keep their numbers.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -83,6 +84,16 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no type
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         module, name = param_name.rpartition(".")[::2]
         return name == "weight" and isinstance(model.get_submodule(module), QuantizedLinear)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Any) -> float:
+        """Return the bytes that a number takes: transformers sets aside as much for all of them."""
+        size: float = param.element_size()
+        if not self.param_needs_quantization(model, param_name):
+            return size
+        layer = model.get_submodule(param_name.rpartition(".")[0])
+        stored = layer.stored(layer.in_features, layer.out_features, layer.kind).values()
+        n_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
+        return n_bytes / param.numel()
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize()
