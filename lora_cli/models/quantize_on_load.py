@@ -87,13 +87,12 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no type
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Any) -> float:
         """Return the bytes that a number takes: transformers sets aside as much for all of them."""
-        size: float = param.element_size()
         if not self.param_needs_quantization(model, param_name):
-            return size
+            return float(param.element_size())
         layer = model.get_submodule(param_name.rpartition(".")[0])
         stored = layer.stored(layer.in_features, layer.out_features, layer.kind).values()
         n_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
-        return n_bytes / param.numel()
+        return n_bytes / int(param.numel())
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize()
