@@ -89,9 +89,9 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers has no type
         """Return the bytes that a number takes: transformers sets aside as much for all of them."""
         if not self.param_needs_quantization(model, param_name):
             return float(param.element_size())
-        layer = model.get_submodule(param_name.rpartition(".")[0])
+        layer: Any = model.get_submodule(param_name.rpartition(".")[0])
         stored = layer.stored(layer.in_features, layer.out_features, layer.kind).values()
-        n_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
+        n_bytes: float = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored)
         return n_bytes / int(param.numel())
 
     def get_quantize_ops(self) -> ConversionOps:
