@@ -104,6 +104,18 @@ RED[..., 0], RED[..., 3] = 255, 255
 HALF = RED.copy()
 HALF[:, 3:] = 0  # black, and transparent
 RAMP = np.arange(0, 65536, 257).reshape(8, 32)
+STEPS = np.repeat(np.arange(16)[None] * 17, 2, axis=0)  # the greys that 4 bits have
+TWELVE = "".join(f"{value:012b}" for value in (RAMP >> 4).ravel())
+TRANSPARENT = (
+    "transparent parts", "a transparent grey of 16 bits", "a transparent grey of 4 bits",
+    "grey multiplied by its opacity",
+)  # fmt: skip
+
+
+def colour(grey: np.ndarray) -> np.ndarray:
+    """Return grey (H, W) as the equal red, green and blue that it is (H, W, 3)."""
+    return np.repeat(grey[..., None], 3, axis=2)
+
 
 READ: dict[str, tuple[bytes, np.ndarray | None]] = {
     "colour": (encoded(PLAIN), np.asarray(PLAIN)),
@@ -115,6 +127,29 @@ READ: dict[str, tuple[bytes, np.ndarray | None]] = {
         encoded(PLAIN.quantize(7)), np.asarray(PLAIN.quantize(7).convert("RGB"))
     ),
     "16 bits of grey": (grey16(RAMP), np.repeat((RAMP // 257)[..., None], 3, axis=2)),
+    "16 bits of grey in a PGM": (
+        b"P5 32 8 65535\n" + RAMP.astype(">u2").tobytes(), colour(RAMP // 257)
+    ),
+    "16 bits of grey with 0 as white": (
+        tiny_pictures.tiff((65535 - RAMP).astype("<u2").tobytes(), (32, 8), 16, t262=0),
+        colour(RAMP // 257),
+    ),
+    "12 bits of grey": (
+        tiny_pictures.tiff(int(TWELVE, 2).to_bytes(len(TWELVE) // 8, "big"), (32, 8), 12),
+        colour(np.rint((RAMP >> 4) * (255 / 4095))),
+    ),
+    "a transparent grey of 16 bits": (
+        tiny_pictures.png([row.astype(">u2").tobytes() for row in RAMP], 32, 16, int(RAMP[1, 2])),
+        colour(np.where(RAMP[1, 2] == RAMP, 255, RAMP // 257)),
+    ),
+    "a transparent grey of 4 bits": (
+        tiny_pictures.png([bytes.fromhex("0123456789abcdef")] * 2, 16, 4, 5),
+        colour(np.where(STEPS == 5 * 17, 255, STEPS)),
+    ),
+    "grey multiplied by its opacity": (
+        tiny_pictures.tiff(bytes([0, 0, 100, 255]), (2, 1), 8, t258=[8, 8], t277=2, t338=1),
+        np.array([[[255] * 3, [100] * 3]]),
+    ),
     "transparent parts": (
         encoded(Image.fromarray(HALF)),
         np.where(HALF[..., 3:] == 255, RED[..., :3], 255),
@@ -143,17 +178,21 @@ def test_what_is_seen_of_a_picture_with(name: str) -> None:
     assert facts.error == ""
     assert (facts.height, facts.width) == np.asarray(image).shape[:2]
     assert facts.is_animated == (name == "an animation")
-    assert facts.is_transparent == (name == "transparent parts")
+    assert facts.is_transparent == (name in TRANSPARENT)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_is_seen_upright(orientation: int) -> None:
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_a_photograph_is_seen_upright(format: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(PLAIN, "PNG", exif=exif)
     wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    if format == "TIFF":
+        data = encoded(PLAIN, "TIFF", tiffinfo={0x0112: orientation})
     found = open_picture(media(data))
     np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+    assert picture_facts(media(data)).orientation == orientation
     if orientation in (5, 6, 7, 8):
         assert found.size == PLAIN.size[::-1]
 

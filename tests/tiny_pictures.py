@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,43 @@ def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
+
+
+def tiff(pixels: bytes, size: tuple[int, int], bits: int, **tags: int | list[int]) -> bytes:
+    """Return a TIFF of grey as no writer here makes it: of so many bits, with 0 as white, ….
+
+    Args:
+        pixels: As they stand in the file, row by row.
+        size: Width and height.
+        bits: Of a sample.
+        **tags: More tags, as `t262=0`.
+    """
+    entries: dict[int, int | list[int]] = {
+        256: size[0], 257: size[1], 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: size[1],
+        279: len(pixels), **{int(name[1:]): value for name, value in tags.items()},
+    }  # fmt: skip
+    head = b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels
+    directory = struct.pack("<H", len(entries))
+    for tag, value in sorted(entries.items()):
+        numbers = value if isinstance(value, list) else [value]
+        directory += struct.pack("<HHI", tag, 3, len(numbers))  # of 16 bits each
+        directory += b"".join(struct.pack("<H", number) for number in numbers).ljust(4, b"\0")
+    return head + directory + bytes(4)
+
+
+def png(lines: Sequence[bytes], width: int, bits: int, transparent: int) -> bytes:
+    """Return a PNG of grey of so many bits, one value of which is transparent."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        part = name + content
+        return struct.pack(">I", len(content)) + part + struct.pack(">I", zlib.crc32(part))
+
+    head = struct.pack(">IIBBBBB", width, len(lines), bits, 0, 0, 0, 0)
+    content = zlib.compress(b"".join(b"\0" + line for line in lines))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"tRNS", struct.pack(">H", transparent))
+        + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+    )  # fmt: skip
 
 
 def draw_folders(root: Path, splits: dict[str, int], classes: Sequence[str] = CLASSES) -> Path:

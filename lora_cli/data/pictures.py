@@ -1,9 +1,10 @@
 """Pictures as files hold them, and as a model sees them: upright, in colour or grey, 8 bits.
 
 What Pillow alone would read wrongly is put right here: a photograph that its EXIF data turn, 16
-bits of grey (of which Pillow cuts off all above the lowest 255), transparent parts (of which only
-the colour beneath would be seen, often black): they become white. Of an animation it is the first
-picture. A file is opened only if it is of a format that is a picture and nothing more.
+bits of grey (of which Pillow cuts off all above the lowest 255) and 12, of which a TIFF may have 0
+as white, transparent parts (of which only the colour beneath would be seen, often black): they
+become white. Of an animation it is the first picture. A file is opened only if it is of a format
+that is a picture and nothing more.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ MOST_PIXELS = 89_478_485  # from where on Pillow too suspects a bomb; 256 MiB in
 ALSO_PAGES = ("MPO",)  # formats of photographs, whose other pictures are previews
 KNOWN = ", ".join(FORMATS[:8])
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
+BITS, PHOTOMETRIC = 258, 262  # tags of a TIFF: bits of a sample; 0 where 0 is white
+FEW_BITS = {"L;2": 85, "L;4": 17}  # Pillow's raw modes of grey, and by what it multiplies pixels
 LINE = 120  # characters of what Pillow says
 
 
@@ -120,16 +123,16 @@ def _open(value: dict[str, Any]) -> tuple[Image, PictureFacts]:
             _refuse_bomb(*_webp_size(raw))
             with Image.open(io.BytesIO(raw), formats=_formats()) as image:
                 _refuse_bomb(*image.size)
+                _scale_transparent_grey(image)
+                orientation = _orientation(image)  # Pillow itself turns a TIFF that it loads
                 image.load()
                 several = bool(getattr(image, "is_animated", False))
                 is_animated = several and image.format not in ALSO_PAGES
-                orientation = 1
                 try:
                     turned = ImageOps.exif_transpose(image)
-                    orientation = int(image.getexif().get(ORIENTATION, 1))
                 except Exception:  # broken metadata of any kind: viewers show it as it lies
-                    turned = image.copy()
-                plain, is_transparent = _plain(turned)
+                    turned, orientation = image.copy(), 1
+                plain, is_transparent = _plain(turned, *_greys_of(image))
         except (PictureError, MemoryError):
             raise
         except UnidentifiedImageError:
@@ -167,17 +170,58 @@ def _webp_size(raw: bytes) -> tuple[int, int]:
     return width, height
 
 
-def _plain(image: Image) -> tuple[Image, bool]:
-    """Return a picture in RGB, 8 bits a channel, and whether parts of it were transparent."""
+def _orientation(image: Image) -> int:
+    """Return how the EXIF data of a picture turn it; 1 where they cannot be read."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # broken metadata of any kind
+        return 1
+
+
+def _scale_transparent_grey(image: Image) -> None:
+    """Give the grey that a PNG of 2 or 4 bits calls transparent the value that its pixels get."""
+    hidden = image.info.get("transparency")
+    tile = getattr(image, "tile", None)  # only of what was opened from a file
+    raw_mode = tile[0][3] if tile else None
+    if isinstance(hidden, int) and isinstance(raw_mode, str) and raw_mode in FEW_BITS:
+        image.info["transparency"] = hidden * FEW_BITS[raw_mode]
+
+
+def _greys_of(image: Image) -> tuple[int, bool]:
+    """Return the largest value of a picture of more than 8 bits of grey, and whether it is black.
+
+    It is 0 where the values have no known range, or no more than 8 bits.
+    """
+    if not (image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I")):
+        return 0, False
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    bits = tags.get(BITS, 16)
+    bits = bits[0] if isinstance(bits, tuple) else bits
+    return 2 ** int(bits) - 1, tags.get(PHOTOMETRIC) == 0
+
+
+def _plain(image: Image, most: int, is_inverted: bool) -> tuple[Image, bool]:
+    """Return a picture in RGB, 8 bits a channel, and whether parts of it were transparent.
+
+    Args:
+        image: The picture.
+        most: See `_greys_of`.
+        is_inverted: Likewise.
+    """
     from PIL import Image
 
-    if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
+    if most:
+        grey = np.asarray(image).astype(np.int64)
+        eight = ((most - grey if is_inverted else grey) * 255 + most // 2) // most
+        hidden = grey == image.info.get("transparency", -1)
+        image = Image.fromarray(np.where(hidden, 255, eight).astype(np.uint8))
+        return image.convert("RGB"), bool(hidden.any())
+    if image.mode in ("I", "F"):
         what = "has 32 bits a pixel, whose range is not known: save it with 8 or 16 bits"
         raise PictureError(what)
-    elif image.has_transparency_data:
+    if image.mode == "La":  # grey that is multiplied by its opacity
+        image = image.convert("LA")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         if np.asarray(image.getchannel("A")).min() < 255:
             ground = Image.new("RGBA", image.size, "white")
