@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny_detectors
 from PIL import Image
@@ -218,10 +220,100 @@ def test_an_outline_is_read_as_its_box(tmp_path: Path) -> None:
     assert rows[0]["objects"]["bbox"] == [[0.375, 0.625, 0.25, 0.25]]
 
 
+@pytest.mark.parametrize("number", ["1.0", "1.000000e+00"])
+def test_a_label_of_yolo_may_be_written_as_numpy_writes_it(number: str, tmp_path: Path) -> None:
+    yolo(tmp_path)
+    put(tmp_path / "labels/train/1.txt", f"{number} 0.5 0.5 0.5 0.5\n")
+    rows = load_rows(recipe_of(path=str(tmp_path / "data.yaml")))["train"]
+    assert rows[0]["objects"]["category"] == ["light"]
+
+
+def test_a_blank_line_among_the_names_of_yolo_has_a_number(tmp_path: Path) -> None:
+    data = yolo_by_folders(tmp_path)
+    put(tmp_path / "classes.txt", "dark\n\nlight\n\n")
+    for file in tmp_path.rglob("labels/*.txt"):
+        put(file, "2 0.5 0.5 0.5 0.5\n")
+    row = load_rows(recipe_of(**data))["train"][0]
+    assert row["objects"]["category"] == ["light"]
+
+
+def test_paths_of_yolo_may_be_written_on_windows(tmp_path: Path) -> None:
+    yolo(tmp_path)
+    put(tmp_path / "train.txt", "images\\train\\1.png\nimages\\train\\2.png\n")
+    put(tmp_path / "data.yaml", "train: train.txt\nval: images\\val\nnames: [dark, light]\n")
+    found = load_rows(recipe_of(path=str(tmp_path / "data.yaml"), validation="validation"))
+    assert [len(rows) for rows in found.values()] == [2, 2]
+
+
+def test_a_table_next_to_pictures_with_files_of_boxes_is_a_remark(tmp_path: Path) -> None:
+    """Label Studio writes `notes.json` next to the folders of YOLO."""
+    data = yolo_by_folders(tmp_path)
+    put(tmp_path / "notes.json", '{"categories": [{"id": 0, "name": "dark"}], "info": {}}')
+    assert len(load_rows(recipe_of(**data))["train"]) == 4
+    put(tmp_path / "train" / "metadata.jsonl", '{"file_name": "images/1.png", "objects": []}')
+    assert len(load_rows(recipe_of(path=str(tmp_path / "train")))["train"]) == 1
+
+
+def test_a_set_of_voc_without_splits_is_all_train(tmp_path: Path) -> None:
+    """CVAT writes such a list."""
+    voc(tmp_path)
+    for file in (tmp_path / "ImageSets" / "Main").iterdir():
+        file.unlink()
+    put(tmp_path / "ImageSets/Main/default.txt", "1\n3\n")
+    rows = load_rows(recipe_of(path=str(tmp_path)))["train"]
+    assert [rows.place(i) for i in range(len(rows))] == ["JPEGImages/1.png", "JPEGImages/3.png"]
+    with pytest.raises(LoraError, match="has no split `validation`"):
+        load_rows(recipe_of(path=str(tmp_path), validation="validation"))
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "utf-8", "utf-16", "latin-1"])
+def test_xml_is_read_in_the_encoding_that_it_names(encoding: str, tmp_path: Path) -> None:
+    data = voc_side_by_side(tmp_path / "set")
+    name = "café" if encoding == "latin-1" else "猫"
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+    text = XML.format(box).replace("dark", name)
+    content = f'<?xml version="1.0" encoding="{encoding}"?>\n{text}'.encode(encoding)
+    (tmp_path / "set" / "train" / "1.xml").write_bytes(content)
+    row = load_rows(recipe_of(**data))["train"][0]
+    assert row["objects"]["category"] == [name]
+
+
+@pytest.mark.parametrize(
+    ("bbox", "outline", "box"),
+    [
+        ({}, [[9, 2, 11, 4, 10, 12], [1, 3, 2, 3, 2, 4]], [1, 2, 10, 10]),
+        ({"bbox": []}, [[9, 2, 11, 4, 10, 12]], [9, 2, 2, 10]),
+        ({"bbox": [1, 2, 3, 4]}, [[9, 2, 11, 4, 10, 12]], [1, 2, 3, 4]),
+        ({}, [[9, 2, 11]], None), ({}, {"counts": "x", "size": [9, 9]}, None), ({}, [], None),
+    ],
+)  # fmt: skip
+def test_the_box_of_an_outline_of_coco_is_the_one_around_it(
+    bbox: Json, outline: Any, box: list[int] | None, tmp_path: Path
+) -> None:
+    draw(tmp_path / "1.png", 1)
+    content = {
+        "images": [{"id": 1, "file_name": "1.png"}], "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"image_id": 1, "category_id": 1, "segmentation": outline, **bbox}],
+    }  # fmt: skip
+    put(tmp_path / "train.json", json.dumps(content))
+    recipe = recipe_of(train=str(tmp_path / "train.json"))
+    if box is None:
+        with pytest.raises(LoraError, match="an annotation of `cat` has no `bbox`, and no outline"):
+            load_rows(recipe)
+    else:
+        assert load_rows(recipe)["train"][0]["objects"]["bbox"] == [box]
+
+
 XML = "<annotation><object><name>dark</name>{}</object></annotation>"
 WRONG = {
     "xml that is cut off": ("train/1.xml", "<annotation>", "1.xml: not valid XML"),
     "no box": ("train/1.xml", XML.format(""), "object 1 has no name or no box"),
+    "an encoding that there is not": (
+        "train/1.xml", '<?xml version="1.0" encoding="x-none"?><annotation/>', "not valid XML"
+    ),
+    "XML of something else": (
+        "train/1.xml", "<a xmlns='b'><object/></a>", "no annotation of Pascal VOC: .*`{b}a`"
+    ),
     "no number": ("train/1.xml", XML.format("<bndbox><xmin>x</xmin></bndbox>"), "lacks a number"),
     "no picture": ("train/99.xml", XML.format(""), "there is no picture `99` for its boxes"),
     "no xml": ("train/1.xml", None, "there is no `1.xml` with its boxes"),
@@ -295,7 +387,9 @@ def test_init_drafts_a_recipe_that_reads_them(form: str, tmp_path: Path) -> None
     source = Path(data.get("path", data.get("train", "")))
     base = tiny_detectors.save("yolos", tmp_path / "base")
     target = tmp_path / "recipe.yaml"
-    write_recipe(target, draft_recipe(source, str(base), target).text(), {})
+    draft = draft_recipe(source, str(base), target)
+    assert not any("`objects`" in said for _, said in draft.findings)  # as left out
+    write_recipe(target, draft.text(), {})
     recipe = load_recipe(target)
     assert recipe.task.model_dump(exclude_defaults=True) == {
         "type": "object_detection", "labels": ["dark", "light"], "image_size": 64,
@@ -426,6 +520,20 @@ def to_parquet(file: Path, names: list[str] | None, value: Any, kind: str) -> No
     file.parent.mkdir(parents=True, exist_ok=True)
     of_type = datasets.Features(features)
     datasets.Dataset.from_list([row, row], features=of_type).to_parquet(file)
+
+
+@pytest.mark.parametrize("kind", ["label", "objects"])
+def test_init_names_numbers_as_a_parquet_file_does(kind: str, tmp_path: Path) -> None:
+    """In the order of the numbers, also those that no row has: the model's outputs go by them."""
+    to_parquet(tmp_path / "train.parquet", ["b", "c", "a"], "c", kind)
+    to_parquet(tmp_path / "other.parquet", ["b", "c", "a"], "a", kind)
+    both = [tmp_path / f"{name}.parquet" for name in ("train", "other")]
+    tables = [pq.read_table(file) for file in both]
+    pq.write_table(pa.concat_tables(tables), tmp_path / "set.parquet")
+    base = str(tiny_detectors.save("yolos", tmp_path / "base")) if kind == "objects" else "none"
+    source, target = tmp_path / "set.parquet", tmp_path / "recipe.yaml"
+    draft = draft_recipe(source, base, target)
+    assert draft.values["task"]["labels"] == ["b", "c", "a"]
 
 
 def recipe_for(kind: str, **data: Any) -> Recipe:

@@ -73,7 +73,7 @@ def test_names_of_labels_are_looked_for_in_four_folders(tmp_path: Path) -> None:
     for i, above in enumerate(picture.parents[:5]):
         annotated_folder._labels_in.cache_clear()
         put(above / "classes.txt", text="cat\n\n dog \n")
-        wanted = {0: "cat", 1: "dog"} if i < 4 else {}
+        wanted = {0: "cat", 2: "dog"} if i < 4 else {}
         assert labels_for(picture).names == wanted
         (above / "classes.txt").unlink()
     annotated_folder._labels_in.cache_clear()

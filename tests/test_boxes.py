@@ -219,6 +219,15 @@ def test_another_form_in_which_a_box_is_right_is_named(
     assert ("; or" in wrong(one(box), form)) == bool(hint)
 
 
+@pytest.mark.parametrize("box", [[0.1, 0.2, 0.3, 0.4], [-0.9, -0.8, 0.5, 0.5]])
+def test_shares_where_pixels_are_expected_are_named(box: list[float]) -> None:
+    """The second are corners of Pascal VOC, of which the first pixel was taken away."""
+    said = "are these shares of the picture?"
+    assert wrong(one(box), "xyxy").endswith(f"{said} Then set `task.box_format: relative_…`")
+    own = {"bbox": [box], "category": ["a"], "box_format": "xyxy"}  # which cannot be set
+    assert wrong(own).endswith(said)
+
+
 def test_of_a_file_s_own_form_only_that_of_coco_may_be_another() -> None:
     def said(form: str, box: list[float]) -> str:
         return wrong({"bbox": [box], "category": ["a"], "box_format": form})

@@ -92,6 +92,12 @@ LAYOUTS: dict[str, tuple[list[str], dict[str, list[tuple[str, str | None]]]]] = 
         ["train/1.png", "test/2.png"],
         {"train": [("train/1.png", None)], "test": [("test/2.png", None)]},
     ),
+    "what a run in the same folder wrote": (
+        ["train/cat/1.png", "train/dog/2.png", "recipe.schema.json", "out/r/recipe.yaml",
+         "out/r/metrics.jsonl", "out/r/report.json", "out/r/learning_curve.png",
+         "out/r/samples/1.png", "base/config.json", "base/model.safetensors", "base/train/x.png"],
+        {"train": [("train/cat/1.png", "cat"), ("train/dog/2.png", "dog")]},
+    ),
     "hidden files, a Mac's, and notes": (
         ["cat/1.png", "cat/.2.png", "__MACOSX/cat/1.png", "cat/Thumbs.db", "README.md"],
         {"train": [("cat/1.png", "cat")]},
@@ -104,6 +110,7 @@ def test_a_folder_of_pictures(name: str, tmp_path: Path) -> None:
     files, wanted = LAYOUTS[name]
     root = tmp_path / "pictures"
     for i, file in enumerate(files):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
         save(root / file, i) if file.endswith("png") else (root / file).write_text("notes")
     splits = {split: split for split in wanted}
     rows = load_rows(recipe_of({"path": str(root), **splits}))
@@ -112,6 +119,15 @@ def test_a_folder_of_pictures(name: str, tmp_path: Path) -> None:
     assert is_media(image)
     assert image["bytes"] is None
     assert Path(image["path"]).is_absolute()
+
+
+def test_paths_that_were_written_on_windows_are_found(tmp_path: Path) -> None:
+    save(tmp_path / "cat" / "1.png")
+    save(tmp_path / "cat\\2.png")  # a name here, with no folder in it
+    (tmp_path / "t.csv").write_text("image,label\ncat\\1.png,a\ncat\\2.png,b\n")
+    rows = load_rows(recipe_of({"train": str(tmp_path / "t.csv")}))["train"]
+    paths = [row["image"]["path"] for row in rows]
+    assert paths == [str(tmp_path / name) for name in ("cat/1.png", "cat\\2.png")]
 
 
 def test_a_folder_for_each_split(tmp_path: Path) -> None:

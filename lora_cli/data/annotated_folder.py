@@ -28,18 +28,22 @@ from typing import Any
 import yaml
 
 from lora_cli.data.boxes import FORMAT, SIZE, said_size
+from lora_cli.data.media import written_here
 from lora_cli.data.media_folder import SUFFIXES, media_files
 from lora_cli.data.text_lines import RawRow, unreadable
 from lora_cli.errors import LoraError, printable
 from lora_cli.recipe import Recipe
 
 VOC_LISTS = Path("ImageSets", "Main")
+DEFAULT_LIST = "default.txt"  # of CVAT, for a set without splits
 VOC_PICTURES, XML_FOLDERS = "JPEGImages", ("Annotations", "annotations", "xmls", "labels")
 NAMES_FILES = ("classes.txt", "obj.names", "classes.names")
 YAML = (".yaml", ".yml")
 SPLIT_KEYS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
 EDGES = re.compile(rb"<[xy]min>\s*([01])(?:\.0*)?\s*<")  # of boxes at the left or upper edge
+XML_ENCODING = re.compile(rb"""<\?xml[^>]*\sencoding=["']([\w.:-]+)["'][^>]*\?>""")
 LEVELS = 4  # folders above a picture in which the names of the labels are looked for
+WHOLE = re.compile(r"\d+(\.\d+)?(e[-+]?\d+)?")  # `3`, or as NumPy writes it: `3.0`, `3.000e+00`
 SHOWN = 60
 Json = dict[str, Any]
 
@@ -62,7 +66,8 @@ def annotated_files(place: Path, split: str, recipe: Recipe) -> list[Path] | Non
         for name in SPLIT_KEYS.get(split, (split,)):
             if (listed := lists / f"{name}.txt").is_file():
                 return _of_list(listed)
-        return []
+        whole = lists / DEFAULT_LIST
+        return _of_list(whole) if split == "train" and whole.is_file() else []
     for file in sorted(place.glob("*.y*ml")):
         if (found := _of_yaml(file, split, recipe)) is not None:
             return found
@@ -173,8 +178,8 @@ def _labels_in(folder: Path) -> YoloLabels:
     found: dict[Path, YoloLabels] = {}
     for file in (folder / name for name in NAMES_FILES):
         if file.is_file():
-            lines = [line.strip() for line in _text_of(file).splitlines()]
-            found[file] = YoloLabels(dict(enumerate(line for line in lines if line)))
+            lines = [line.strip() for line in _text_of(file).strip().splitlines()]
+            found[file] = YoloLabels({i: line for i, line in enumerate(lines) if line})
     for file in sorted(folder.glob("*.y*ml")):
         content = _yaml(file)
         if names := _names_of(content, file):
@@ -251,9 +256,7 @@ def _of_yaml(file: Path, split: str, recipe: Recipe) -> list[Path] | None:
             raise LoraError(what, str(file), "correct the path, from the folder of the file")
         if place.is_file():
             lines = [line.strip() for line in _text_of(place).splitlines() if line.strip()]
-            found += [
-                path if path.is_absolute() else place.parent / path for path in map(Path, lines)
-            ]
+            found += [Path(written_here(str(place.parent / line))) for line in lines]
         else:
             found += [place / picture for picture in media_files(place, recipe)]
     return found
@@ -264,7 +267,8 @@ def _found_place(file: Path, root: str, name: str) -> Path | None:
     here = file.parent
     plain = re.sub(r"^(\.\./)+", "", name)
     places = [here / root / name, here / name, here / plain, here / root / plain]
-    return next((place for place in places if place.exists()), None)
+    there = (Path(written_here(str(place))) for place in places)
+    return next((place for place in there if place.exists()), None)
 
 
 def _of_list(file: Path) -> list[Path]:
@@ -306,11 +310,11 @@ def _read_xml(file: Path, first: int) -> tuple[Json, str]:
         first: The number of the first pixel.
     """
     try:
-        root = ET.fromstring(file.read_bytes())
-    except ET.ParseError as error:
+        root = _xml_of(file)
+    except (ET.ParseError, ValueError, LookupError) as error:
         return {}, f"not valid XML: {error}"
-    except OSError as error:
-        raise unreadable(file, error) from error
+    if root.tag != "annotation" and root.find("object") is None:
+        return {}, f"no annotation of Pascal VOC: it is XML of `{printable(root.tag, SHOWN)}`"
     boxes: list[list[float]] = []
     categories, difficult = [], []
     for i, one in enumerate(root.iter("object"), 1):
@@ -332,6 +336,26 @@ def _read_xml(file: Path, first: int) -> tuple[Json, str]:
     return found, ""
 
 
+def _xml_of(file: Path) -> ET.Element:
+    """Return the content of an XML file in whatever encoding it names.
+
+    Raises:
+        ParseError: If it is not XML.
+        ValueError: If it is not in its encoding.
+        LookupError: If that is unknown.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise unreadable(file, error) from error
+    declared = XML_ENCODING.match(content)
+    if declared is None:
+        return ET.fromstring(content)
+    # the parser itself reads no encoding of several bytes a character but Unicode's
+    encoding = declared[1].decode("ascii")
+    return ET.fromstring(content[declared.end() :].decode(encoding))
+
+
 def _read_yolo(file: Path, labels: YoloLabels) -> tuple[Json, str]:
     """Return the objects of a text file of YOLO, and what is wrong with it."""
     boxes, categories = [], []
@@ -343,8 +367,9 @@ def _read_yolo(file: Path, labels: YoloLabels) -> tuple[Json, str]:
             numbers = [float(text) for text in rest]
         except ValueError:
             return {}, f"line {i} holds something that is not a number"
-        if not first.isdecimal():
+        if not WHOLE.fullmatch(first) or float(first) % 1:
             return {}, f"line {i} does not begin with the number of a label"
+        label = int(float(first))
         if labels.n_points and len(numbers) == 4 + labels.n_points:
             numbers = numbers[:4]
         elif len(numbers) >= 6 and len(numbers) % 2 == 0:  # an outline
@@ -353,11 +378,11 @@ def _read_yolo(file: Path, labels: YoloLabels) -> tuple[Json, str]:
             numbers = [min(xs) + size[0] / 2, min(ys) + size[1] / 2, *size]
         if len(numbers) != 4:
             return {}, f"line {i} has {len(numbers)} numbers behind the label, and a box has 4"
-        if labels.names and int(first) not in labels.names:
+        if labels.names and label not in labels.names:
             known = f"the names are of {_ranges(labels.names)}"
-            return {}, f"line {i} is of label {first}, and {known}"
+            return {}, f"line {i} is of label {label}, and {known}"
         boxes.append(numbers)
-        categories.append(labels.names[int(first)] if labels.names else int(first))
+        categories.append(labels.names[label] if labels.names else label)
     return {"bbox": boxes, "category": categories, FORMAT: "relative_cxcywh"}, ""
 
 

@@ -28,6 +28,7 @@ FORMAT, SIZE = "box_format", "size"  # what the readers of annotation files add
 TOLERANCE = 1.0  # pixels by which a box may leave the picture: it was rounded
 LEAVING = 0.2  # share of the rows whose boxes leave the picture, from where on it is odd
 SHOWN = 60
+SHARES = "shares of the picture?"
 
 
 class BoxError(ValueError):
@@ -124,7 +125,8 @@ def read_objects(
         try:
             boxes[i] = _corners(one.get("box"), i, size, of_file or box_format, clip)
         except BoxError as error:
-            hint = _other_format(one.get("box"), i, size, of_file or box_format, bool(of_file))
+            known = (i, size, of_file or box_format, bool(of_file))
+            hint = _other_format(str(error), one.get("box"), *known)
             raise BoxError(f"{error}{hint}") from None
     crowd = np.array([bool(one.get("crowd")) for one in items], dtype=bool)
     return Objects(boxes, categories, crowd)
@@ -228,9 +230,11 @@ def _require_size(said: Any, size: tuple[int, int]) -> None:
 
 
 def _other_format(
-    value: Any, i: int, size: tuple[int, int], box_format: str, is_of_file: bool
+    error: str, value: Any, i: int, size: tuple[int, int], box_format: str, is_of_file: bool
 ) -> str:
     """Return in which other format a box that is wrong would be right, as a question."""
+    if error.endswith(SHARES):
+        return "" if is_of_file else " Then set `task.box_format: relative_…`"
     for form in ("xyxy", "xywh"):
         other = "relative_" * box_format.startswith("relative_") + form
         try:
@@ -288,9 +292,9 @@ def _reject_other_unit(numbers: list[float], shown: str, i: int, relative: bool)
     if relative and max(numbers) > 2:
         what = f"the box of {_named(i)} is not in shares of the picture, {shown}: are these pixels?"
         raise BoxError(what)
-    if not relative and 0 < max(numbers) <= 1 and min(numbers) >= 0:
-        what = f"the box of {_named(i)} is smaller than a pixel, {shown}: are these shares of the "
-        raise BoxError(f"{what}picture, `task.box_format: relative_…`?")
+    if not relative and 0 < max(numbers) <= 1:
+        what = f"the box of {_named(i)} is smaller than a pixel, {shown}: are these "
+        raise BoxError(what + SHARES)
 
 
 def _inside(

@@ -4,8 +4,8 @@
      "annotations": [{"image_id": 1, "bbox": [x, y, w, h], "category_id": 3, "iscrowd": 0}],
      "categories": [{"id": 3, "name": "cat"}]}
 
-The pictures are looked for next to the file, and where COCO's own archives and the usual exports
-put them.
+An annotation without a `bbox` has the box around its outline. The pictures are looked for next to
+the file, and where COCO's own archives and the usual exports put them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from lora_cli.data.boxes import FORMAT, SIZE, said_size
 from lora_cli.data.json_rows import json_error
-from lora_cli.data.media import media_value
+from lora_cli.data.media import media_value, written_here
 from lora_cli.data.text_lines import RawRow, unreadable
 from lora_cli.errors import LoraError, counted, printable
 
@@ -150,15 +150,31 @@ def _objects(annotations: list[Json], names: dict[int, str], picture: Json) -> t
         if not isinstance(number, int) or number not in names:
             shown = f"`category_id: {printable(str(number), 60)}`"
             return {}, f"an annotation has {shown}, which is none of `categories`"
-        if not isinstance(one.get("bbox"), list):
-            return {}, f"an annotation of `{names[number]}` has no `bbox`"
-        boxes.append(one["bbox"])
+        box = one.get("bbox") or _box_around(one.get("segmentation"))
+        if not isinstance(box, list):
+            return (
+                {},
+                f"an annotation of `{names[number]}` has no `bbox`, and no outline",
+            )
+        boxes.append(box)
         categories.append(names[number])
         crowd.append(one.get("iscrowd") or 0)
     found = {"bbox": boxes, "category": categories, "iscrowd": crowd, FORMAT: "xywh"}
     if size := said_size(picture):
         found[SIZE] = size
     return found, ""
+
+
+def _box_around(outlines: Any) -> list[float] | None:
+    """Return the box (x, y, width, height) around outlines [x, y, x, y, …]; None without any."""
+    if not isinstance(outlines, list) or not all(isinstance(one, list) for one in outlines):
+        return None
+    numbers = [number for one in outlines for number in one]
+    odd = any(len(one) % 2 for one in outlines)
+    if not numbers or odd or not all(isinstance(n, int | float) for n in numbers):
+        return None
+    xs, ys = ([n for one in outlines for n in one[i::2]] for i in (0, 1))
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
 def _folder_of(file: Path, pictures: list[Json]) -> Path:
@@ -171,7 +187,7 @@ def _folder_of(file: Path, pictures: list[Json]) -> Path:
     ]  # fmt: skip
     names = [str(one["file_name"]) for one in pictures[:50] if one.get("file_name")]
     for folder in folders:
-        if any((folder / name).is_file() for name in names):
+        if any(Path(written_here(str(folder / name))).is_file() for name in names):
             return folder
     return here
 

@@ -7,10 +7,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_cli.data.annotated_folder import annotated_files
+from lora_cli.data.annotated_folder import annotated_files, annotation_of
+from lora_cli.data.coco_rows import is_coco
 from lora_cli.data.file_formats import KINDS, kind_by_name, kind_of
+from lora_cli.data.folder_files import files_inside
 from lora_cli.data.labelled_text import class_files
-from lora_cli.data.media_folder import media_files, split_parts
+from lora_cli.data.media_folder import SAMPLE, media_files, split_parts
 from lora_cli.data.parallel_texts import parts_of
 from lora_cli.errors import LoraError, counted, did_you_mean, nearest, printable, warn
 from lora_cli.errors import name_neighbours as name_neighbours
@@ -89,8 +91,9 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
         files, others_there = listed, [pattern.name]
     elif pattern.is_dir():
         are_media = False
-        inside = [file.relative_to(pattern) for file in sorted(pattern.rglob("*"))]
-        inside = [file for file in inside if _readable(pattern, file, recipe)]
+        inside = [file for file in files_inside(pattern) if _readable(file, recipe)]
+        if recipe.task.boxes_column is not None and _has_boxes_beside(pattern, inside, recipe):
+            inside = []  # Label Studio puts `notes.json` next to the folders
         others_there = [str(file) for file in inside]
         if data.format.label_from == "folder":
             inside = class_files(inside)
@@ -169,13 +172,21 @@ def _not_there(pattern: Path, folder: Path, at: str) -> tuple[str, str, str]:
     return f"there is {kind} {pattern}", at, hint
 
 
-def _readable(folder: Path, file: Path, recipe: Recipe) -> bool:
+def _has_boxes_beside(folder: Path, tables: Sequence[Path], recipe: Recipe) -> bool:
+    """Return whether a folder's pictures have files of boxes, and no table is one of boxes."""
+    if any(file.stem == "metadata" or is_coco(folder / file) for file in tables):
+        return False
+    pictures = media_files(folder, recipe)[:SAMPLE] if tables else []
+    return any(annotation_of(folder / picture) for picture in pictures)
+
+
+def _readable(file: Path, recipe: Recipe) -> bool:
     """Return whether a file in a folder is one of data, and neither hidden nor a read-me.
 
     Next to pictures, a text file is a remark, and a table describes them.
     """
     hidden = any(part.startswith(".") for part in file.parts)
-    if hidden or file.stem.lower() in ("readme", "license") or not (folder / file).is_file():
+    if hidden or file.stem.lower() in ("readme", "license"):
         return False
     try:
         kind = kind_of(file, recipe.data.format)

@@ -48,8 +48,19 @@ def media_value(value: Any, folder: Path | None = None) -> Any:
         return {"bytes": data, "path": path} if isinstance(data, bytes) else value
     if isinstance(value, str) and value.strip():
         path = value if folder is None or ADDRESS.match(value) else str(folder / value)
-        return {"bytes": None, "path": path}
+        return {"bytes": None, "path": written_here(path)}
     return value
+
+
+def written_here(path: str) -> str:
+    """Return a path that was written on Windows as it is here, if a file is there."""
+    if "\\" not in path or ADDRESS.match(path):
+        return path
+    here = path.replace("\\", "/")
+    try:
+        return here if not Path(path).exists() and Path(here).exists() else path
+    except (OSError, ValueError):  # a name that is too long, or holds a zero
+        return path
 
 
 def with_media(row: RawRow, folder: Path, columns: Collection[str]) -> RawRow:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_cli.data.folder_files import files_inside
 from lora_cli.data.labelled_text import LABEL_COLUMN
 from lora_cli.data.text_lines import RawRow
 from lora_cli.recipe import Recipe
@@ -95,10 +96,9 @@ def texts_alone(folder: Path, recipe: Recipe) -> list[Path]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    files = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
     return [
         file
-        for file in files
+        for file in files_inside(folder)
         if not any(part.startswith(".") or part in ASIDE for part in file.parts)
         and file.name.lower() not in ("thumbs.db", "desktop.ini")
     ]

@@ -20,7 +20,7 @@ from lora_cli.recipe_draft.choose_splits import SPLIT_WORDS, Keys, files_beside
 from lora_cli.recipe_draft.data_folder import recipe_of_folder
 
 SAMPLE = 100  # pictures whose files of boxes are looked at
-YOLO_LINE = re.compile(r"\d+(\s+[-+.\deE]+){4,}\s*")
+YOLO_LINE = re.compile(r"\d[.\deE+-]*(\s+[-+.\deE]+){4,}\s*")
 
 
 def read_boxes(source: Path) -> DataFile | None:

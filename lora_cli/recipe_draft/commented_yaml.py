@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
+from lora_cli.data.folder_files import SCHEMA
 from lora_cli.errors import LoraError
 from lora_cli.files import write_atomically
 from lora_cli.recipe import recipe_schema
 from lora_cli.recipe.yaml_reader import YamlDumper
 
 WIDTH = 100
-SCHEMA = "recipe.schema.json"  # next to the recipe, so that editors find it without a network
 
 
 def commented_yaml(values: dict[str, Any], why: dict[str, str], head: Sequence[str]) -> str:

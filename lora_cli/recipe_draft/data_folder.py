@@ -11,6 +11,7 @@ from lora_cli.data.column_kinds import SPLIT_NAMES
 from lora_cli.data.detect_format import LABELS_ARE, SAMPLE_BYTES, DataFile, bytes_of, read_data_file
 from lora_cli.data.file_formats import kind_by_name, read_rows
 from lora_cli.data.find_files import SPLITS, files_of
+from lora_cli.data.folder_files import files_inside
 from lora_cli.data.labelled_text import class_files
 from lora_cli.data.parallel_pairs import translations_of
 from lora_cli.data.text_encoding import encoding_of
@@ -71,8 +72,7 @@ def read_folder(folder: Path) -> DataFile:
     Raises:
         LoraError: If there are none, or they do not belong together.
     """
-    found = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    inside = [path for file in found if not _is_aside(path := file.relative_to(folder))]
+    inside = [file for file in files_inside(folder) if not _is_aside(file)]
     if _has_class_folders(inside):
         return _read_class_folders(folder)
     files = [folder / file for file in inside if kind_by_name(file.name)]

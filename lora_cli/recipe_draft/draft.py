@@ -16,6 +16,8 @@ from lora_cli.data.chat_formats import conversation_error, read_conversations
 from lora_cli.data.column_kinds import SPLIT_NAMES, Column, as_number, describe
 from lora_cli.data.csv_rows import delimiter_of
 from lora_cli.data.detect_format import DataFile
+from lora_cli.data.file_formats import kind_by_name
+from lora_cli.data.numbered_labels import parquet_label_names
 from lora_cli.data.parallel_pairs import read_pair
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import TASKS, FormatSpec, Recipe
@@ -26,7 +28,7 @@ from lora_cli.recipe_draft.box_sources import read_boxes
 from lora_cli.recipe_draft.chat_lengths import TurnCounter
 from lora_cli.recipe_draft.choose_splits import Keys, Rows, choose_splits, is_unusable, usable_rows
 from lora_cli.recipe_draft.choose_task import choose_task
-from lora_cli.recipe_draft.data_folder import read_source
+from lora_cli.recipe_draft.data_folder import read_source, recipe_of_folder, split_files
 from lora_cli.recipe_draft.draft_findings import add_findings
 from lora_cli.recipe_draft.draft_training import add_training
 from lora_cli.recipe_draft.draft_values import Draft
@@ -116,6 +118,7 @@ def _drafted(
         splits = media_splits(file, kind, chosen.keys, target)
     else:
         splits, other_rows = choose_splits(file, columns, chosen, target)
+    _name_numbers(file, chosen)
     _task(draft, base, chosen, [file.rows, other_rows])
     _data(draft, file, columns, chosen, target, splits)
     limits = _limits(chosen)
@@ -221,6 +224,19 @@ def _task(draft: Draft, base: Base, chosen: Proposal, splits: Sequence[Rows]) ->
         _length(draft, base, replace(chosen, inputs=columns), splits, key)
 
 
+def _name_numbers(file: DataFile, chosen: Proposal) -> None:
+    """Name labels that are numbers as parquet files name them: `ClassLabel` in their metadata."""
+    inside = split_files(file.path, file.form, "train") if file.path.is_dir() else [file.path]
+    if not (chosen.labels and inside) or any(kind_by_name(one.name) != "parquet" for one in inside):
+        return
+    named = parquet_label_names(recipe_of_folder(file.path, {"type": chosen.keys["type"]}), inside)
+    column = chosen.keys.get("label_column") or chosen.keys.get("objects_column") or "objects"
+    names = named.get(column, [])
+    if names and all(label.isdecimal() and int(label) < len(names) for label in chosen.labels):
+        chosen.labels = Counter({name: chosen.labels[str(i)] for i, name in enumerate(names)})
+        chosen.are_ordered = True
+
+
 def _labels(draft: Draft, chosen: Proposal) -> None:
     """Write out the labels, unless each has a column of its own or they are very many."""
     labels = chosen.labels
@@ -228,6 +244,8 @@ def _labels(draft: Draft, chosen: Proposal) -> None:
         names = sorted(labels, key=_label_order(labels))
         if chosen.labels_are_folders:
             names = sorted(labels)  # as all tools order them
+        if chosen.are_ordered:
+            names = list(labels)
         whole = all(name == str(int(name)) for name in names if _is_whole(name)) and all(
             map(_is_whole, names)
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_cli.recipe_draft.commented_yaml import SCHEMA, commented_yaml
+from lora_cli.data.folder_files import SCHEMA
+from lora_cli.recipe_draft.commented_yaml import commented_yaml
 
 HEAD = [
     f"yaml-language-server: $schema={SCHEMA}",

@@ -9,6 +9,7 @@ from lora_cli.data.coco_rows import coco_summary, is_coco
 from lora_cli.data.detect_format import DataFile
 from lora_cli.data.file_formats import kind_by_name
 from lora_cli.data.find_files import files_of
+from lora_cli.data.folder_files import files_inside
 from lora_cli.data.labelled_text import LABEL_COLUMN
 from lora_cli.data.media_folder import SUFFIXES, classes_of, media_files, read_media_files
 from lora_cli.errors import LoraError, counted
@@ -32,7 +33,7 @@ def read_media_folder(folder: Path) -> tuple[DataFile, MediaKind] | None:
     """
     if not folder.is_dir():
         return None
-    tables = (f for f in folder.rglob("*") if kind_by_name(f.name) not in (None, "text"))
+    tables = (f for f in files_inside(folder) if kind_by_name(f.name) not in (None, "text"))
     if any(tables):
         return None
     for kind in SUFFIXES:

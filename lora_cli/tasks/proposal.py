@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from lora_cli.data.column_kinds import Column
 from lora_cli.errors import LoraError
+from lora_cli.recipe import TASKS
 
 CONVERSATION_COLUMNS = {  # that are read besides the turns, by the format of the conversation
     "openai": {"system", "tools", "functions"},
@@ -155,6 +156,7 @@ class Proposal:
         limits: For each key that limits a length in tokens, the columns that it limits. None:
             `max_length` limits all inputs together, where the task has this key.
         labels_are_folders: The labels are names of folders, which all tools order as text.
+        are_ordered: The labels stand in the order of the numbers that rows have for them.
         check: Raises an error if the rows cannot be used so; called if the proposal is taken.
         certainty: How much speaks for it.
         error: What keeps the rows from being used so; it is raised if nothing is more certain.
@@ -168,6 +170,7 @@ class Proposal:
     row_error: Callable[[dict[str, Any]], str] | None = None
     limits: dict[str, list[str]] | None = None
     labels_are_folders: bool = False
+    are_ordered: bool = False
     check: Callable[[], None] | None = None
     certainty: Certainty = Certainty.FALLBACK
     error: LoraError | None = None
@@ -187,7 +190,10 @@ class Proposal:
         """The columns that the task reads."""
         named = [value for key, value in self.keys.items() if key.endswith(COLUMN_KEYS)]
         columns = [value if isinstance(value, list) else [value] for value in named]
-        return {*self.inputs, *(name for some in columns for name in some)}
+        spec = TASKS.get(self.keys.get("type", ""))
+        boxes = spec and spec.model_construct().boxes_column
+        read = [self.keys.get("objects_column", boxes)] if boxes else []
+        return {*self.inputs, *read, *(name for some in columns for name in some)}
 
 
 def proposed(

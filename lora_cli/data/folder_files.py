@@ -1,0 +1,32 @@
+"""The files in a folder that may be data: not those that this tool, or a model's folder, put there.
+
+`cd flowers; lora init . …; lora train recipe.yaml` writes into the folder of the data.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+SCHEMA = "recipe.schema.json"  # that `lora init` writes next to a recipe
+MARKS = (  # files by which a folder is one of a run, an adapter or a model
+    {"recipe.yaml", "metrics.jsonl"},
+    {"adapter_config.json"},
+    {"model_index.json"},
+    {"config.json", "model.safetensors"},
+    {"config.json", "model.safetensors.index.json"},
+)
+
+
+def files_inside(folder: Path) -> list[Path]:
+    """Return the files in a folder and below, relative to it and in order."""
+    found = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+    names: dict[Path, set[str]] = defaultdict(set)
+    for file in found:
+        names[file.parent].add(file.name)
+    written = {
+        place for place, own in names.items() if place != Path() and any(m <= own for m in MARKS)
+    }
+    return [
+        file for file in found if file.name != SCHEMA and not written.intersection(file.parents)
+    ]
