@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 
@@ -61,7 +62,8 @@ def theirs(messages: list[Json], tools: Any = None) -> list[int]:
 )
 def test_parts_of_text_are_joined(parts: list[Any], text: str) -> None:
     row = {"messages": [user(parts), said(parts)]}
-    for value in (row, {"messages": json.dumps(row["messages"])}):
+    for write in (list, json.dumps, str, lambda turns: str(np.array(turns, dtype=object))):
+        value = {"messages": write(row["messages"])}  # in a table, as pandas writes it too
         ids, trained = ids_of(read(value))
         assert ids == theirs([user(text), said(text)])
         assert trained == f"{text}|\n"
@@ -80,7 +82,7 @@ def test_calls_and_tools_are_given_to_the_template() -> None:
         {"role": "tool", "content": "sun", "tool_call_id": "1"}, said("ok"),
     ]  # fmt: skip
     wanted = [user("q"), {"role": "assistant", "tool_calls": [CALL, CALL]}, messages[2], said("ok")]
-    for tools in (TOOLS, json.dumps(TOOLS)):
+    for tools in (TOOLS, json.dumps(TOOLS), str(TOOLS)):
         ids, trained = ids_of(read({"messages": messages, "tools": tools}))
         assert ids == theirs(wanted, TOOLS)
         call = '<call>look {"a": [1, null], "b": "é"}</call>'
@@ -129,7 +131,8 @@ def test_earlier_turns_of_an_instruction_are_read() -> None:
     row = {"instruction": "c", "output": "d", "history": [["a", "b"]]}
     wanted = [user("a"), said("b"), user("c"), said("d")]
     assert read(row, "alpaca").messages == wanted
-    assert read({**row, "history": '[["a", "b"]]'}, "alpaca").messages == wanted
+    for history in ('[["a", "b"]]', "[['a', 'b']]"):
+        assert read({**row, "history": history}, "alpaca").messages == wanted
     assert read({**row, "history": []}, "alpaca").messages == wanted[2:]
     assert "column `history`" in conversation_error({**row, "history": ["a"]}, "alpaca", None)
 

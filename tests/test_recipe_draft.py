@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -310,12 +311,12 @@ def turns(role: str, text: str, names: tuple[str, str]) -> list[dict[str, str]]:
     return [{role: names[0], text: "How is it?"}, {role: names[1], text: "It is great."}]
 
 
-@pytest.mark.parametrize("as_text", [False, True])
-def test_messages(init: Init, as_text: bool) -> None:
+@pytest.mark.parametrize("write", [list, json.dumps, str])  # pandas writes lists as `str` does
+def test_messages(init: Init, write: Callable[[Any], Any]) -> None:
     chat = [[*turns("role", "content", ("user", "assistant"))] for _ in range(20)]
     for i, conversation in enumerate(chat):
         conversation[0] = {"role": "user", "content": f"How is film {i}?"}
-    rows = [{"messages": json.dumps(c) if as_text else c, "source": "web"} for c in chat]
+    rows = [{"messages": write(c), "source": "web"} for c in chat]
     recipe = init("chat.jsonl", lines(rows), "llama")
     assert recipe.task.messages_column == "messages"
     assert recipe.task.format == "openai"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_cli.data.json_rows import JSON_NAMES
+from lora_cli.data.label_lists import read_nested
 
 Message = dict[str, Any]
 SHAREGPT_ROLES = {
@@ -111,11 +112,10 @@ def read_messages(row: dict[str, Any], form: str, column: str | None) -> list[Me
         RowError: If something of it cannot be read.
     """
     value = row.get(column or "")
-    if isinstance(value, str):  # csv files hold the list as JSON
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise RowError(f"column `{column}` is text, not a list of messages") from None
+    if isinstance(value, str):  # csv files hold the list as JSON or Python write it
+        value = read_nested(value.strip())
+        if value is None:
+            raise RowError(f"column `{column}` is text, not a list of messages")
     if not isinstance(value, list) or not value:
         raise RowError(f"column `{column}` is not a list of messages")
     messages = []
@@ -136,12 +136,10 @@ def read_messages(row: dict[str, Any], form: str, column: str | None) -> list[Me
 def _self_instruct(row: dict[str, Any]) -> list[list[Message]]:
     """Return a conversation for each instance; without any, one that waits for its answer."""
     value = row.get("instances")
-    if isinstance(value, str):  # csv files hold the list as JSON
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            what = "column `instances` is text, not a list of inputs and outputs"
-            raise RowError(what) from None
+    if isinstance(value, str):  # csv files hold the list as JSON or Python write it
+        value = read_nested(value.strip())
+        if value is None:
+            raise RowError("column `instances` is text, not a list of inputs and outputs")
     if value is None:
         return [_alpaca({"instruction": row["instruction"]})]
     if not isinstance(value, list) or not value:
@@ -168,10 +166,7 @@ def _history(row: dict[str, Any]) -> list[Message]:
     """Return the earlier turns of an instruction: pairs of a question and its answer."""
     history = row.get("history") or []
     if isinstance(history, str):
-        try:
-            history = json.loads(history) if history.strip() else []
-        except (ValueError, RecursionError):
-            history = None
+        history = read_nested(history.strip()) if history.strip() else []
     pairs: list[Any] = history if isinstance(history, list) else [None]
     if not all(isinstance(p, list) and len(p) == 2 and set(map(type, p)) == {str} for p in pairs):
         raise RowError("column `history` is not a list of pairs, a question and its answer each")
@@ -323,10 +318,9 @@ def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
         return None
     tools = row[name]
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
-            raise RowError(f"column `{name}` is text that is no JSON") from None
+        tools = read_nested(tools.strip())
+        if tools is None:
+            raise RowError(f"column `{name}` is text that is no JSON")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"column `{name}` is not a list of the schemas of tools")
     if not all(isinstance(name_of(tool), str) for tool in tools):

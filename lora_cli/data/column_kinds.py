@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from lora_cli.data.cell_values import (
     read_number,
 )
 from lora_cli.data.cell_values import flag as value_of_flag
-from lora_cli.data.label_lists import listed_labels
+from lora_cli.data.label_lists import listed_labels, read_nested
 
 URL = re.compile(r"(https?://|www\.)\S+$", re.IGNORECASE)
 DATE = re.compile(
@@ -307,10 +306,7 @@ def _form(value: Any) -> str | None:
     if isinstance(value, str):
         if not value.lstrip().startswith("["):
             return None
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
+        value = read_nested(value.strip())
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return None
     turn = value[0]

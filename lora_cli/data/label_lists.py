@@ -9,6 +9,7 @@ from typing import Any
 
 TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""  # as Python writes one
 ARRAY = re.compile(rf"\[\s*{TEXT}(?:\s+{TEXT})+\s*\]", re.DOTALL)
+GAP = re.compile(rf"{TEXT}|(\}}\s+\{{)", re.DOTALL)  # between objects, and in no text
 LONGEST = 10_000  # characters; a list of labels is short
 
 
@@ -21,7 +22,7 @@ def listed_labels(value: Any) -> list[Any] | None:
     text = value.strip() if isinstance(value, str) else ""
     if text[:1] + text[-1:] not in ("[]", "()", "{}") or len(text) > LONGEST:
         return None
-    items = _read(text)
+    items = read_nested(text)
     if not isinstance(items, list | tuple | set | frozenset):
         return None
     if not all(isinstance(item, str | int | float) for item in items):
@@ -34,7 +35,7 @@ def list_in_cell(value: Any) -> list[Any] | None:
     if isinstance(value, list):
         return value
     text = value.strip() if isinstance(value, str) else ""
-    items = _read(text) if text[:1] + text[-1:] == "[]" else None
+    items = read_nested(text) if text[:1] + text[-1:] == "[]" else None
     return items if isinstance(items, list) else None
 
 
@@ -47,13 +48,21 @@ def texts_in_cell(value: Any) -> list[Any]:
     return items if items is not None and are_texts else [value]
 
 
-def _read(text: str) -> Any:
-    """Return what JSON or Python read in a text, or None if neither reads it."""
+def read_nested(text: str) -> Any:
+    """Return what JSON or Python read in a text, or None if neither reads it.
+
+    Tables that pandas wrote hold lists and objects as Python prints them, or as NumPy does.
+    """
     if ARRAY.fullmatch(text):  # of NumPy: without commas, Python would join all texts to one
         text = ", ".join(re.findall(TEXT, text)).join("[]")
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, ast.literal_eval, _of_array):
         try:
             return read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
     return None
+
+
+def _of_array(text: str) -> Any:
+    """Return what Python reads in an array of objects, between which NumPy writes no commas."""
+    return ast.literal_eval(GAP.sub(lambda found: "}, {" if found[1] else found[0], text))
