@@ -11,8 +11,14 @@ import torch
 from torch import nn
 
 from lora_cli.errors import ResourceError
+from lora_cli.recipe import Learned
 from lora_cli.training import micro_batch_size
-from lora_cli.training.micro_batch_size import find_micro_batch, join_micro_batches, largest
+from lora_cli.training.micro_batch_size import (
+    find_micro_batch,
+    join_micro_batches,
+    largest,
+    needs_checkpointing,
+)
 
 GIB = 2**30
 
@@ -89,7 +95,7 @@ def setting(
     monkeypatch.setattr(
         micro_batch_size, "prepared_for", lambda task, example, seed, step: (example, seed, step)
     )
-    task = SimpleNamespace(recipe=recipe, batch=batch, same_in_any_batch=True)
+    task = SimpleNamespace(recipe=recipe, batch=batch, same_in_any_batch=True, learned=Learned())
     batches = SimpleNamespace(
         lengths=np.array(lengths), examples=[f"e{i}" for i in range(len(lengths))]
     )
@@ -181,6 +187,42 @@ def test_a_step_is_computed_at_once_where_it_fits_for_every_process(
             micro_batch_size, "gather_object", lambda found, others=others: [*found, others]
         )
         assert join_micro_batches(*arguments) == wanted
+
+
+@pytest.mark.parametrize(
+    ("train", "rows", "tried_with"),
+    [
+        ({}, 7, 2), ({"micro_batch_size": 5}, 7, 5), ({"micro_batch_size": 5}, 3, 3),
+        ({"micro_batch_size": "auto"}, 7, 1),
+    ],
+)  # fmt: skip
+def test_activations_are_computed_again_where_a_micro_batch_does_not_fit(
+    train: dict[str, Any], rows: int, tried_with: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu(monkeypatch)
+    train = {"gradient_checkpointing": "auto", **train}
+    for room, wanted in ((tried_with, False), (tried_with - 1, True)):
+        arguments, tried = setting(monkeypatch, room, [*range(rows)], **train)
+        assert not needs_checkpointing(*arguments)  # the architecture has none
+        assert not tried
+        arguments[0].supports_gradient_checkpointing = True
+        assert needs_checkpointing(*arguments) is wanted
+        assert [len(examples) for examples in tried] == [tried_with]
+        assert tried[0][0] == (f"e{rows - 1}", 3, 0)
+        assert gpu.fractions[0][1] * 100 == pytest.approx(2 + 8 * 0.95)
+    arguments[3].device = torch.device("cpu")
+    assert not needs_checkpointing(*arguments)
+    assert len(tried) == 1
+
+
+def test_activations_are_computed_again_where_one_process_has_too_little_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Gpu(monkeypatch)
+    arguments, _ = setting(monkeypatch, 9, [1] * 7, gradient_checkpointing="auto", processes=2)
+    arguments[0].supports_gradient_checkpointing = True
+    monkeypatch.setattr(micro_batch_size, "gather_object", lambda found: [*found, False])
+    assert needs_checkpointing(*arguments)
 
 
 @pytest.mark.parametrize("index", [None, 0])

@@ -17,10 +17,12 @@ from test_graph_engine import SometimesBoth, Task, engine
 from torch import Tensor, nn
 
 from lora_cli.errors import LoraError
+from lora_cli.recipe import Learned
 from lora_cli.tasks.examples import Batch
 from lora_cli.training import compiled_layers, graph_engine
 from lora_cli.training.choose_engine import WORK_WORTH_COMPILING, choose_engine
 from lora_cli.training.compiled_layers import (
+    CHECKPOINTING_BUDGET,
     MEMORY_BUDGET,
     SHAPES,
     CompiledLayers,
@@ -310,6 +312,30 @@ def test_layers_are_compiled_within_a_step_alone(
     assert ran[-1] == (SHAPES, MEMORY_BUDGET, None)  # any length after the second
 
 
+@pytest.mark.parametrize("few_shapes", [True, False])
+def test_the_compiler_computes_a_layer_again_that_transformers_would(
+    few_shapes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, float]] = []
+
+    def compile_(forward: Any, **_: Any) -> Any:
+        def compiled(x: Tensor) -> Tensor:
+            budget = torch._functorch.config.activation_memory_budget
+            seen.append((forward.__self__.gradient_checkpointing, budget))
+            return forward(x)  # type: ignore[no-any-return]
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    model = Layered()
+    for layer in model.layers:
+        layer.gradient_checkpointing = True  # type: ignore[assignment]
+    with CompiledLayers(model, few_shapes).in_use():
+        model(torch.ones(1, 2), False)
+    assert seen == [(False, CHECKPOINTING_BUDGET)] * 2
+    assert all(layer.gradient_checkpointing for layer in model.layers)
+
+
 def test_layers_that_are_alike_are_those_of_lists_of_at_least_two() -> None:
     few = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
     single, unlike = nn.ModuleList([nn.Linear(9, 9)]), nn.ModuleList([nn.Linear(9, 9), nn.ReLU()])
@@ -333,6 +359,9 @@ def test_layers_that_are_alike_are_those_of_lists_of_at_least_two() -> None:
         ({"kernels": "auto", "checkpointing": True}, None),
         ({"kernels": "auto", "checkpointing": True, "steps": 1000}, (True, False, False)),
         ({"kernels": "fused", "checkpointing": True}, (True, False, True)),
+        ({"kernels": "auto", "checkpointing": "auto", "found": True}, None),
+        ({"kernels": "auto", "checkpointing": "auto", "found": False}, (False, True, False)),
+        ({"kernels": "auto", "checkpointing": "auto"}, (False, True, False)),
         ({"kernels": "fused", "model": SometimesBoth}, (False, True, True)),
         ({"kernels": "fused", "same": False}, (True, False, True)),
         ({"kernels": "auto", "same": False}, None),
@@ -358,8 +387,9 @@ def test_the_engine_is_what_the_recipe_asks_for(
     )
     same = given.get("same", True)
     task: Any = SimpleNamespace(
-        recipe=SimpleNamespace(train=train), same_in_any_batch=same, waits_for_device=False
-    )
+        recipe=SimpleNamespace(train=train), same_in_any_batch=same, waits_for_device=False,
+        learned=Learned(checkpointing=given.get("found")),
+    )  # fmt: skip
     accelerator: Any = SimpleNamespace(device=torch.device(given.get("device", "cuda")))
     model, optimizer = given.get("model", Layered)(), object()
     # 12 parameters; 2 operations forward and 4 backward

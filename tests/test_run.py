@@ -659,6 +659,38 @@ def test_gradient_checkpointing_gives_the_same_losses(bench: Bench, kind: str) -
     )
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_whether_activations_are_computed_again_is_chosen_once(
+    fits: bool, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bench.recipe("llama", adapter={"dropout": 0.2}, **TRAINING)
+    bench.run(path, "plain")
+    enabled = []
+    enable = training_run.enable_gradient_checkpointing
+    monkeypatch.setattr(
+        training_run,
+        "enable_gradient_checkpointing",
+        lambda model, recipe: (enable(model, recipe), enabled.append(model)),
+    )
+    monkeypatch.setattr(training_run, "needs_checkpointing", lambda *_: not fits)
+    sets = ("train.gradient_checkpointing=auto", "checkpoint.every_steps=1")
+    bench.run(path, "chosen", *sets)
+    assert losses(bench.folder / "chosen") == pytest.approx(
+        losses(bench.folder / "plain"), rel=1e-6
+    )
+    found = load_checkpoint(bench.folder / "chosen")
+    assert found is not None
+    assert found[1].memory["gradient_checkpointing"] is not fits
+    assert len(enabled) == (0 if fits else 1)
+    # a run that is resumed goes on as it was, whatever fits now
+    monkeypatch.setattr(training_run, "needs_checkpointing", lambda *_: fits)
+    shutil.rmtree(found[0])
+    (bench.folder / "chosen/report.json").unlink()
+    bench.run(path, "chosen", *sets, resume=True)
+    assert len(enabled) == (0 if fits else 2)
+    assert all(model.is_gradient_checkpointing for model in enabled)
+
+
 @pytest.mark.slow
 def test_workers_do_not_change_the_run(bench: Bench) -> None:
     path = bench.recipe(adapter={"dropout": 0.2}, **TRAINING)

@@ -234,6 +234,15 @@ def test_the_micro_batch_that_was_found_is_among_the_facts() -> None:
     }
 
 
+@pytest.mark.parametrize("found", [None, False, True])
+@pytest.mark.parametrize("asked", [False, True, "auto"])
+def test_whether_activations_are_computed_again_is_among_the_facts(
+    asked: bool | str, found: bool | None
+) -> None:
+    facts = memory_facts(recipe(train__gradient_checkpointing=asked), Learned(checkpointing=found))
+    assert facts["gradient_checkpointing"] is (bool(found) if asked == "auto" else asked)
+
+
 # ------------------------------------------------------------------------------------ going on
 
 

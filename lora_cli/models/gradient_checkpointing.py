@@ -12,14 +12,12 @@ from lora_cli.unexpected_errors import own_words
 
 
 def require_gradient_checkpointing(model: nn.Module, recipe: Recipe) -> None:
-    """Reject a recipe that asks for gradient checkpointing if the architecture has none.
+    """Reject an architecture that has no gradient checkpointing.
 
     Raises:
-        LoraError: If so.
+        LoraError: If it has none.
     """
-    if recipe.train.gradient_checkpointing and not getattr(
-        model, "supports_gradient_checkpointing", False
-    ):
+    if not getattr(model, "supports_gradient_checkpointing", False):
         raise LoraError(
             f"{type(model).__name__} cannot do gradient checkpointing",
             recipe.at("train.gradient_checkpointing"),

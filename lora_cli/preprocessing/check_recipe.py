@@ -69,7 +69,8 @@ def check_recipe(
         with _collected(problems):
             model, new = task.empty_model()
             with _collected(problems):
-                require_gradient_checkpointing(model, recipe)
+                if recipe.train.gradient_checkpointing is True:
+                    require_gradient_checkpointing(model, recipe)
             make_trainable(model, recipe, new, learned=task.learned)
             completed = task.completed_recipe
             in_full = [*head_in_full(model, new), *completed.adapter.train_modules]

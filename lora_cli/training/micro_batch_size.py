@@ -1,7 +1,7 @@
-"""Find the largest micro-batch that fits into the memory of the GPU: `micro_batch_size: auto`.
+"""What fits into the memory of the GPU: `micro_batch_size: auto`, `gradient_checkpointing: auto`.
 
-The size of micro-batches decides how much memory a step needs, not its result, so it may depend on
-the memory. The examples of a step are always those of the recipe.
+Both decide how much memory a step needs, not its result, so they may depend on the memory. The
+examples of a step are always those of the recipe.
 """
 
 from __future__ import annotations
@@ -62,6 +62,31 @@ def find_micro_batch(
     return found
 
 
+def needs_checkpointing(
+    model: nn.Module,
+    task: Task,
+    batches: Batches,
+    accelerator: Accelerator,
+    optimizer_bytes: int,
+) -> bool:
+    """Return whether a micro-batch of the longest examples does not fit as the model is.
+
+    With `micro_batch_size: auto` it is a single example. Nothing is tried without a GPU, or where
+    the architecture has no gradient checkpointing.
+
+    Args: As of `find_micro_batch`.
+    """
+    possible = getattr(model, "supports_gradient_checkpointing", False)
+    if accelerator.device.type != "cuda" or not possible:
+        return False
+    train = task.recipe.train
+    size = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
+    size = min(size, _share(task, batches, accelerator))
+    with _untouched(model), _headroom(accelerator.device, HEADROOM):
+        fits = _Trial(model, task, batches, accelerator, optimizer_bytes).fits(size)
+    return not all(gather_object([fits]))
+
+
 def join_micro_batches(
     model: nn.Module,
     task: Task,
@@ -77,7 +102,8 @@ def join_micro_batches(
     Args: As of `find_micro_batch`.
     """
     train = task.recipe.train
-    wanted = train.kernels != "reference" and not train.gradient_checkpointing
+    checkpoints = task.learned.checkpoints_gradients(train)
+    wanted = train.kernels != "reference" and not checkpoints
     cut = train.micro_batch_size != "auto" and train.step_size > train.micro_batch_size
     if not (wanted and cut and task.same_in_any_batch and accelerator.device.type == "cuda"):
         return None

@@ -23,6 +23,7 @@ from lora_cli.adapters.parameter_targets import frozen_experts_note
 from lora_cli.environment import reject_mpi
 from lora_cli.evaluation.probe import take_probe, write_probe
 from lora_cli.evaluation.thumbnails import write_thumbnails
+from lora_cli.models.gradient_checkpointing import enable_gradient_checkpointing
 from lora_cli.preprocessing.cached_frozen_outputs import with_cached_frozen_outputs
 from lora_cli.preprocessing.cached_hidden_states import with_cached_hidden_states
 from lora_cli.preprocessing.data_gate import pass_gate
@@ -40,7 +41,11 @@ from lora_cli.training.gpu_monitor import GpuMonitor
 from lora_cli.training.launch import explain_errors, main_process_first
 from lora_cli.training.learning_rate import learning_rate_factor, set_learning_rate
 from lora_cli.training.load_trainable_model import load_trainable_model
-from lora_cli.training.micro_batch_size import find_micro_batch, join_micro_batches
+from lora_cli.training.micro_batch_size import (
+    find_micro_batch,
+    join_micro_batches,
+    needs_checkpointing,
+)
 from lora_cli.training.mirror import open_mirror
 from lora_cli.training.optimizers import build_optimizer
 from lora_cli.training.output_folder import (
@@ -190,7 +195,7 @@ class Run:
     def train(self) -> None:
         """Make all steps, or stop early, and measure the best adapter."""
         self.saver.begin(self.state, self.notes.append)
-        self._choose_micro_batch()
+        self._fit_into_memory()
         with self._open_log() as self.log, self.stop, self.gpu:
             for note in self.notes:
                 self.log.say(note)
@@ -316,12 +321,19 @@ class Run:
 
     # -------------------------------------------------------- before the first step, after the last
 
-    def _choose_micro_batch(self) -> None:
-        """Find the largest micro-batch that fits into memory, if the recipe leaves it open."""
-        if self.state.step == 0:
-            needed = optimizer_bytes(self.model, self.recipe)
-            memory = (self.model, self.task, self.batches, self.accelerator, needed)
-            if self.recipe.train.micro_batch_size == "auto":
+    def _fit_into_memory(self) -> None:
+        """Choose gradient checkpointing and micro-batches, if the recipe leaves them open."""
+        train, begins = self.recipe.train, self.state.step == 0
+        needed = optimizer_bytes(self.model, self.recipe)
+        memory = (self.model, self.task, self.batches, self.accelerator, needed)
+        if train.gradient_checkpointing == "auto":
+            if begins:
+                self.learned.checkpointing = needs_checkpointing(*memory)
+            if self.learned.checkpointing:
+                enable_gradient_checkpointing(self.model, self.recipe)
+                self.notes.append("gradient checkpointing, since memory is short without")
+        if begins:
+            if train.micro_batch_size == "auto":
                 self.learned.micro_batch = size = find_micro_batch(*memory)
                 self.notes.append(f"micro-batches of {size}, the largest that fit")
             elif self.data.get("train") is not None:

@@ -104,6 +104,7 @@ class Saver:
         folder, state = found
         if self.recipe.train.micro_batch_size in ("auto", state.memory.get("asked")):
             self.learned.micro_batch = state.memory["micro_batch_size"]
+        self.learned.checkpointing = state.memory.get("gradient_checkpointing")
         fresh.memory = memory_facts(self.recipe, self.learned)
         changes = reject_changes(state, self.recipe, fresh)
         reject_fewer_steps(state, total_steps, self.recipe)

@@ -106,9 +106,12 @@ def machine_facts(accelerator: Accelerator) -> dict[str, Any]:
 
 def memory_facts(recipe: Recipe, learned: Learned) -> dict[str, Any]:
     """Return how memory is saved."""
-    size, checkpointing = learned.micro_batch_of(recipe.train), recipe.train.gradient_checkpointing
-    asked = recipe.train.micro_batch_size
-    return {"micro_batch_size": size, "asked": asked, "gradient_checkpointing": checkpointing}
+    train = recipe.train
+    return {
+        "micro_batch_size": learned.micro_batch_of(train),
+        "asked": train.micro_batch_size,
+        "gradient_checkpointing": learned.checkpoints_gradients(train),
+    }
 
 
 def reject_changes(saved: TrainState, recipe: Recipe, now: TrainState | None = None) -> list[str]:

@@ -197,6 +197,8 @@ CONFLICTS: dict[str, str] = {
         "train", "optimizer: {lora_plus_ratio: 4.0}", _in("adapter", "type: loha")),
     "two warm-ups": _in("train", "scheduler: {warmup_steps: 1, warmup_ratio: 0.1}"),
     "epochs and steps": _in("train", "epochs: 1, max_steps: 1"),
+    "the longest of rows that are read once": _in("train", "max_steps: 1, "
+        "gradient_checkpointing: auto", _in("data", "streaming: true")),
     "packing and grouping": _in("train", "packing: true, group_by_length: true", CHAT),
     "packing a classification": _in("train", "packing: true"),
     "two sizes of a step": _in("train", "gradient_accumulation_steps: 2, examples_per_step: 8"),

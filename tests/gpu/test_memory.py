@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from test_precision import losses, recipe, train
 from test_precision import pytestmark as on_a_gpu
-from test_precision import recipe, train
 
 from lora_cli.errors import ResourceError
 from lora_cli.training import run as training_run
@@ -148,3 +149,23 @@ def test_a_resumed_run_keeps_what_was_found(
     train(recipe(tmp_path, *sets), resume=True)
     ours, theirs = (tmp_path / name / "adapter_model.safetensors" for name in ("out", "whole"))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_activations_are_computed_again_where_they_do_not_fit(tmp_path: Path) -> None:
+    sets = [many_rows(tmp_path), "data.validation=null", "train.max_steps=3",
+            "train.micro_batch_size=4096", "train.gradient_accumulation_steps=1",
+            "train.log_every_steps=1", "data.check.near_duplicates=false"]  # fmt: skip
+
+    def peak(asked: str) -> int:
+        report = train(
+            recipe(tmp_path, *sets, f"train.gradient_checkpointing={asked}", output=asked)
+        )
+        return int(report["training"]["peak_memory_bytes"])
+
+    plain, saving = peak("false"), peak("true")
+    assert saving < 0.7 * plain
+    assert peak("auto") > 0.95 * plain
+    shutil.rmtree(tmp_path / "auto")
+    with little_left((plain + saving) // 2 // 2**20):
+        assert peak("auto") < (plain + saving) / 2
+    assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "false"), rel=1e-4)

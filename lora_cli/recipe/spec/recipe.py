@@ -89,6 +89,9 @@ class Recipe(Section):
         if data.streaming and train.micro_batch_size == "auto":
             what = "`auto` tries the longest rows, and `data.streaming` does not know them"
             yield "train.micro_batch_size", what, "name a number: `--set train.micro_batch_size=8`"
+        if data.streaming and train.gradient_checkpointing == "auto":
+            what = "`auto` tries the longest rows, and `data.streaming` does not know them"
+            yield "train.gradient_checkpointing", what, "say `true` or `false`"
         if self.model.quantization is not None and self.adapter.type == "full":
             what = "`adapter.type: full` trains all weights, and quantised ones cannot be trained"
             hint = "leave one of the two out: LoRA on a quantised base is `adapter.type: lora`"
