@@ -378,6 +378,11 @@ def test_nothing_left_to_adapt_is_an_error() -> None:
         {"target_modules": ["query"], "layers": "0-0", "exclude_modules": ["query"]},
     ):
         assert [p.what for p in problems_of(model, **adapter)] == [what]
+    convolutions = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv1d(4, 4, 1))
+    (problem,) = problems_of(convolutions, target_modules="all-linear")
+    assert problem.what == what
+    assert "no linear layers" in str(problem.hint)
+    assert "the model has 0, 1" in str(problem.hint)
     (problem,) = problems_of(model, target_modules=[])
     assert problem.what == "`target_modules` names no module"
     assert "exclude_modules" not in str(problem.hint)

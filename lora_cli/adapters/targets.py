@@ -29,6 +29,7 @@ from lora_cli.recipe import Recipe
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 MAMBA_KERNEL = ("out_proj", "conv1d")  # layers that Mamba's kernels read without calling them
 
+SHOWN = 8  # names of modules
 EXPRESSION = "a valid one: `.*\\.(query|value)`; names need none: `[query, value]`"
 
 
@@ -98,6 +99,10 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
                 "name some, or leave it out for the default; single tokens and modules in "
                 "`train_modules` are trained besides an adapter, not instead of it"
             )
+        elif pattern == "all-linear" and not all_linear(model, adaptable):
+            hint = "the model has no linear layers, or only its head: leave `target_modules` out"
+            if others := _last_names(adaptable)[:SHOWN]:
+                hint += f" for the default, or name others (the model has {', '.join(others)})"
         problems.append(Problem(what, recipe.at("adapter.target_modules"), hint))
     targets = [Target(name, *rank_and_alpha(recipe, name)) for name in chosen]
     for target in targets:

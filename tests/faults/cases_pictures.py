@@ -46,6 +46,14 @@ for _name, _content in {
     CASES.append(Case(AREA, _name, _broken(_content)))
 
 
+@case(AREA, "linear layers of a model of convolutions")
+def _(world: World) -> Printed:
+    draw(world)
+    return world.lora(
+        "validate", recipe_of(world, "resnet", adapter={"target_modules": "all-linear"})
+    )
+
+
 def _rows(text: str, name: str = "rows.csv") -> Callable[[World], Printed]:
     def run(world: World) -> Printed:
         draw(world)
