@@ -87,7 +87,11 @@ def _require_supported(table: Table, chosen: Proposal) -> None:
     talks = [column.name for column in table.columns if column.kind in ("openai", "sharegpt")]
     if len(talks) > 1:
         what = f"the columns `{'` and `'.join(talks)}` all hold turns of conversations"
-        hint = "put the turns of a row into one column, in their order"
+        joined = " + ".join(f".{name}" for name in talks)
+        hint = (
+            "put the turns of a row into one column, in their order: "
+            f"`jq -c '{{messages: ({joined})}}' {shlex.quote(place)} > joined.jsonl`"
+        )
         raise LoraError(what, place, hint)
     form, column = chosen.keys["format"], chosen.keys.get("messages_column")
     errors = [conversation_error(row, form, column) for row in table.rows]
