@@ -16,7 +16,12 @@ import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MobileBertConfig,
+    MobileBertForSequenceClassification,
+)
 from typer.testing import CliRunner
 
 from lora_cli.cli.app import app
@@ -56,6 +61,20 @@ def changed(folder: Path, top: Path, change: Any) -> Path:
 
 
 # ------------------------------------------------------------------------------------------ here
+
+
+def test_a_base_whose_configuration_names_no_end_of_text_is_probed(tmp_path: Path) -> None:
+    config = MobileBertConfig(
+        vocab_size=tiny.vocabulary(), hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=32, embedding_size=16, true_hidden_size=32, intra_bottleneck_size=32,
+        max_position_embeddings=tiny.POSITIONS, num_feedforward_networks=1,
+    )  # fmt: skip
+    assert not hasattr(config, "eos_token_id")
+    MobileBertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    optimizer = {"learning_rate": 0.05}
+    train(load_recipe(tiny.recipe(tmp_path / "base", tmp_path, train={"optimizer": optimizer})))
+    assert "the adapter is applied" in check("--adapter", str(tmp_path / "out"))
 
 
 def test_training_leaves_a_probe_that_is_what_peft_computes(trained: tuple[Path, Path]) -> None:

@@ -33,7 +33,7 @@ def check_generation_config(auto_class: Any, config: PretrainedConfig, recipe: R
         raise
     except OSError as error:  # there is no such file, or it is not JSON
         if "valid JSON" not in str(error):
-            _check_stop_ids(config.eos_token_id, config, recipe, "config.json")
+            _check_stop_ids(getattr(config, "eos_token_id", None), config, recipe, "config.json")
             return
         reason = "it is not valid JSON"
     except Exception as error:  # transformers raises different exceptions for wrong values

@@ -147,7 +147,8 @@ def _first_position(
     if room < n_short:
         return None, "the model has positions for a single text alone"
     long = task.trial_examples(room)[1]
-    after_padding = [] if config.pad_token_id is None else [int(config.pad_token_id) + 1]
+    pad = getattr(config, "pad_token_id", None)  # some models with parts have none
+    after_padding = [] if pad is None else [int(pad) + 1]
     examples, worst = [short, long, short], []
     task.padding = RIGHT
     wanted = [_of_first(task, model, [example], "model.name") for example in examples]

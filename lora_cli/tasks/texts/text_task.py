@@ -307,7 +307,7 @@ class TextTask(Task):
         generator = torch.Generator().manual_seed(0)
         length = min(32, self.max_length)
         vocabulary = min(len(self.tokenizer), int(self.config.get_text_config().vocab_size))
-        end = self.config.eos_token_id
+        end = getattr(self.config, "eos_token_id", None)  # MobileBERT has none
         ends = {end} if isinstance(end, int) else set(end or ())
         others = torch.tensor([i for i in range(vocabulary) if i not in ends])
         ids = others[torch.randint(len(others), (4, length), generator=generator)]
