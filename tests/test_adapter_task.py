@@ -10,10 +10,12 @@ from typing import Any
 import peft
 import pytest
 import tiny
+import tiny_diffusion
 import tiny_pictures
 import tiny_speech
 import torch
 from closeness import assert_close
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -85,6 +87,22 @@ def test_without_a_task_the_class_of_the_base_says_it(
     if task == "causal_lm":
         merge_adapter(None, folder, tmp_path / "merged")
         assert_close(logits(auto.from_pretrained(tmp_path / "merged")), logits(theirs))
+
+
+def test_an_adapter_that_peft_saved_of_a_unet_is_for_drawing(tmp_path: Path) -> None:
+    base, folder = tiny_diffusion.save(tmp_path / "base"), tmp_path / "adapter"
+    theirs = save_with_peft(
+        UNet2DConditionModel.from_pretrained(base / "unet"), folder, ["to_q", "conv1"],
+        lora_alpha=6, rank_pattern={"mid_block.*to_q": 3}, use_rslora=True,
+    )  # fmt: skip
+    merge_adapter(str(base), folder, tmp_path / "merged")
+    merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet").state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = theirs.merge_and_unload().state_dict()
+    assert merged.keys() == wanted.keys()
+    for name, tensor in merged.items():
+        assert_close(tensor, wanted[name], 1e-6)
 
 
 @pytest.mark.parametrize("named", [None, {}, {"base_model_class": "LlamaModel"}, "LlamaModel"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import tiny_diffusion
 import torch
@@ -572,6 +573,33 @@ def test_alphas_in_the_header_are_those_of_diffusers(tmp_path: Path) -> None:
     tensors = {n: t for n, t in of_peft(made, "sd").items() if n.startswith("unet")}
     tensors |= {n: t for n, t in of_diffusers(made, "sd").items() if n.startswith("text")}
     file = save(tmp_path, tensors, {"lora_adapter_metadata": json.dumps(metadata)})
+    wanted = in_diffusers(file, "sd")
+    for part, output in outputs(loaded(file, "sd"), "sd").items():
+        assert_close(output, wanted[part], 1e-5)
+
+
+def test_the_scale_of_a_file_of_one_model_alone_is_in_its_header(tmp_path: Path) -> None:
+    """`save_lora_adapter` names no part, neither before the tensors nor before the keys."""
+    theirs = pipeline("sd")
+    config = peft.LoraConfig(
+        r=2, lora_alpha=6, target_modules=["to_q", "conv1"], alpha_pattern={"mid_block.*to_q": 1},
+        init_lora_weights=False,
+    )  # fmt: skip
+    theirs.unet.add_adapter(config)
+    theirs.unet.save_lora_adapter(tmp_path)
+    ours = loaded(tmp_path / "pytorch_lora_weights.safetensors", "sd")
+    wanted = outputs(theirs, "sd")["unet"]
+    assert_close(outputs(ours, "sd")["unet"], wanted, 1e-5)
+    assert_different(wanted, outputs(bundle("sd"), "sd")["unet"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_matrices_of_8_bits_are_read_as_diffusers_reads_them(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    tensors = of_kohya(factors("sd", ATTENTION), "sd")
+    stored = {n: t if n.endswith("alpha") else t.to(dtype) for n, t in tensors.items()}
+    file = save(tmp_path, stored)
     wanted = in_diffusers(file, "sd")
     for part, output in outputs(loaded(file, "sd"), "sd").items():
         assert_close(output, wanted[part], 1e-5)

@@ -105,7 +105,10 @@ def _kind_of(config: dict[str, Any]) -> str | None:
     if named := config.get("task_type"):
         return next((k for k, spec in TASKS.items() if spec.peft_task_type == named), None)
     adapted = config.get("auto_mapping")
-    name = adapted.get("base_model_class") if isinstance(adapted, dict) else None
+    adapted = adapted if isinstance(adapted, dict) else {}
+    if DRAWING in TASKS and str(adapted.get("parent_library")).startswith("diffusers."):
+        return DRAWING
+    name = adapted.get("base_model_class")
     kinds = {
         kind
         for kind, task in zip(TASKS, task_types(), strict=True)

@@ -108,6 +108,9 @@ def checkpoint_files(recipe: Recipe, part: str = "") -> list[Path]:
                 return [file for file in shards.values() if file is not None]
     if Path(where).is_dir():
         hint = "convert its weights where you trust them: a pickle can run code when it is read"
+        if others := sorted(file.name for file in (Path(where) / part).glob("*.safetensors")):
+            hint = f"it has `{others[0]}`; if these are its weights, as of a variant (fp16), give "
+            hint += f"it the name `{names[-1]}`"
         raise LoraError(f"{Path(where) / part} has no {' or '.join(names)}", at, hint)
     return []
 

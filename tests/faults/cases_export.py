@@ -77,6 +77,11 @@ for _name, _tensors, _header in (
     ("with a tensor of another kind", PAIR | {f"{LAYER}.diff_b": torch.ones(2)}, {}),
     ("with an alpha of two numbers", PAIR | {f"{LAYER}.alpha": torch.ones(2)}, {}),
     ("with NaN", PAIR | {f"{LAYER}.alpha": torch.tensor(torch.nan)}, {}),
+    (
+        "of LoHa with DoRA's lengths",
+        {f"{LAYER}.hada_w1_a": torch.ones(2, 2), f"{LAYER}.dora_scale": torch.ones(2, 1)},
+        {},
+    ),
     ("with two kinds of updates", PAIR | {f"{LAYER}_x.hada_w1_a": torch.ones(2, 2)}, {}),
     ("with a header that is cut off", PAIR, {"lora_adapter_metadata": "{"}),
     ("to combine", PAIR, {}),

@@ -110,6 +110,9 @@ def _divided(text: str) -> Callable[[Path], None]:
 for _name, _change in {
     "an adapter beside its weights": lambda base: (base / "adapter_config.json").touch(),
     "no safetensors": lambda base: (base / "model.safetensors").rename(base / "model.bin"),
+    "safetensors of a variant": lambda base: (base / "model.safetensors").rename(
+        base / "model.fp16.safetensors"
+    ),
     "an index that cannot be read": _divided("{"),
     "an index of a file that is missing": _divided('{"weight_map": {"a": "b.safetensors"}}'),
     "an index of a file elsewhere": _divided('{"weight_map": {"a": "../b.safetensors"}}'),

@@ -22,7 +22,13 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.lokr import divided as lokr_factors
 from lora_cli.adapters.match_names import first_match
-from lora_cli.adapters.peft_format.diffusion_names import STARTS, ModuleNames, split_name
+from lora_cli.adapters.peft_format.diffusion_names import (
+    DENOISERS,
+    STARTS,
+    TEXT_ENCODERS,
+    ModuleNames,
+    split_name,
+)
 from lora_cli.adapters.peft_format.original_layers import n_outputs, shares_of
 from lora_cli.adapters.peft_format.part_folders import joined, most_common
 from lora_cli.adapters.peft_format.peft_config import check_config
@@ -35,7 +41,9 @@ from lora_cli.tensorfile import read_header, read_metadata
 Config = dict[str, Any]
 METADATA = "lora_adapter_metadata"  # diffusers' key of the header
 SHOWN = 8
-WEIGHTS = ("F64", "F32", "F16", "BF16")
+WEIGHTS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)  # which are stored and not computed with
+DORA = ("lora_magnitude_vector",)
 KINDS = {"lora": "LORA", "hada": "LOHA", "lokr": "LOKR"}
 FIRST_CLIP = ("lora_te_", "lora_te1_", "text_encoder.", "text_encoders.clip_l.transformer.")
 MERGE_THERE = "merge the file into its base with the tool that wrote it"
@@ -53,7 +61,7 @@ class DiffusionFile:
     use_dora: bool
     tensors: dict[str, Tensor]
     metadata: Config = field(default_factory=dict)
-    """Keys of PEFT's configuration, with the name of the part before each."""
+    """Keys of PEFT's configuration, mostly with the name of the part before each."""
 
     @property
     def config(self) -> Config:
@@ -77,6 +85,7 @@ def read_diffusion_file(path: Path) -> DiffusionFile:
         hint = "name the folder of an adapter, or a file of LoRA matrices: "
         raise LoraError(what, at, hint + FROM_OTHERS)
     tensors = _known(load_file(path), unknown, at)
+    tensors = {n: t.float() if t.dtype in NARROW else t for n, t in tensors.items()}
     split = {name: split[name] for name in tensors}
     bad = [n for n in tensors if entries[n].dtype not in WEIGHTS]
     bad = [n for n in bad if not n.endswith(".alpha")]
@@ -91,11 +100,14 @@ def read_diffusion_file(path: Path) -> DiffusionFile:
         what = f"`{bad[0]}` is no weight, or contains NaN or infinity"
         raise IntegrityError(what, at, "save it again in the tool that made it")
     added = {found[1] for found in split.values() if found is not None} - {"alpha"}
-    kinds = sorted({KINDS[name.partition("_")[0]] for name in added}) or ["LORA"]
+    kinds = sorted({KINDS[n.partition("_")[0]] for n in added if n not in DORA}) or ["LORA"]
+    if kinds[0] != "LORA" and added.intersection(DORA):
+        what = f"the file has DoRA's lengths (`dora_scale`) of updates of the kind {kinds[0]}"
+        raise LoraError(what, at, MERGE_THERE)
     if len(kinds) > 1:
         what = f"the file has updates of several kinds: {', '.join(kinds)}"
         raise LoraError(what, at, MERGE_THERE)
-    has_dora = "lora_magnitude_vector" in added
+    has_dora = bool(added.intersection(DORA))
     return DiffusionFile(path, kinds[0], has_dora, tensors, _header_config(path))
 
 
@@ -176,13 +188,21 @@ def translated(
     parts: dict[str, tuple[Config, dict[str, Tensor]]] = {}
     for part in dict.fromkeys(part for part, _ in by_module):
         of_part = {name: own for (of, name), own in by_module.items() if of == part}
-        given = {key.removeprefix(f"{part}."): value for key, value in file.metadata.items()
-                 if key.startswith(f"{part}.")}  # fmt: skip
+        given = _given(file, part)
         if given:
             check_config({"peft_type": file.peft_type, **given}, at)
         parts[part] = _of_part(file, model.parts[part], of_part, given)
     config, tensors = joined(parts, at)
     return config, tensors, tuple(parts)
+
+
+def _given(file: DiffusionFile, part: str) -> Config:
+    """Return PEFT's configuration of a part: its own, or the only one, which names no part."""
+    parts = (*DENOISERS, *TEXT_ENCODERS)
+    if not any(key.partition(".")[0] in parts for key in file.metadata):
+        return file.metadata  # of a model's `save_lora_adapter`
+    start = f"{part}."
+    return {k.removeprefix(start): v for k, v in file.metadata.items() if k.startswith(start)}
 
 
 def _by_module(file: DiffusionFile, model: Bundle) -> dict[tuple[str, str], dict[str, Tensor]]:
