@@ -37,15 +37,15 @@ from lora_cli.training.batches import Batches
 from lora_cli.training.checkpoints import adopt_adapter, clear_leftovers, optimizer_bytes
 from lora_cli.training.choose_engine import choose_engine
 from lora_cli.training.early_stopping import Judge
-from lora_cli.training.gpu_monitor import GpuMonitor
-from lora_cli.training.launch import explain_errors, main_process_first
-from lora_cli.training.learning_rate import learning_rate_factor, set_learning_rate
-from lora_cli.training.load_trainable_model import load_trainable_model
-from lora_cli.training.micro_batch_size import (
+from lora_cli.training.fit_into_memory import (
     find_micro_batch,
     join_micro_batches,
     needs_checkpointing,
 )
+from lora_cli.training.gpu_monitor import GpuMonitor
+from lora_cli.training.launch import explain_errors, main_process_first
+from lora_cli.training.learning_rate import learning_rate_factor, set_learning_rate
+from lora_cli.training.load_trainable_model import load_trainable_model
 from lora_cli.training.mirror import open_mirror
 from lora_cli.training.optimizers import build_optimizer
 from lora_cli.training.output_folder import (

@@ -1,4 +1,4 @@
-"""The largest micro-batch that fits: found as by trying every size, and without a trace."""
+"""What fits into memory: found as by trying every size, and without a trace."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 
 from lora_cli.errors import ResourceError
 from lora_cli.recipe import Learned
-from lora_cli.training import micro_batch_size
-from lora_cli.training.micro_batch_size import (
+from lora_cli.training import fit_into_memory
+from lora_cli.training.fit_into_memory import (
     find_micro_batch,
     join_micro_batches,
     largest,
@@ -91,9 +91,9 @@ def setting(
         found.to = lambda to: found if to is device else None
         return found
 
-    monkeypatch.setattr(micro_batch_size, "_fits", fits)
+    monkeypatch.setattr(fit_into_memory, "_fits", fits)
     monkeypatch.setattr(
-        micro_batch_size, "prepared_for", lambda task, example, seed, step: (example, seed, step)
+        fit_into_memory, "prepared_for", lambda task, example, seed, step: (example, seed, step)
     )
     task = SimpleNamespace(recipe=recipe, batch=batch, same_in_any_batch=True, learned=Learned())
     batches = SimpleNamespace(
@@ -127,9 +127,9 @@ def test_no_more_is_tried_than_a_process_has_of_a_step(monkeypatch: pytest.Monke
     arguments, _ = setting(monkeypatch, 99, [1] * 4, step_size=6)
     assert find_micro_batch(*arguments) == 4
     arguments, _ = setting(monkeypatch, 99, [1] * 20, processes=4, step_size=6)
-    monkeypatch.setattr(micro_batch_size, "gather_object", lambda found: [*found, 9])
+    monkeypatch.setattr(fit_into_memory, "gather_object", lambda found: [*found, 9])
     assert find_micro_batch(*arguments) == 2
-    monkeypatch.setattr(micro_batch_size, "gather_object", lambda found: [*found, 1])
+    monkeypatch.setattr(fit_into_memory, "gather_object", lambda found: [*found, 1])
     assert find_micro_batch(*arguments) == 1
     assert max(map(len, tried)) == 6
 
@@ -138,7 +138,7 @@ def test_one_example_has_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     Gpu(monkeypatch)
     arguments, _ = setting(monkeypatch, 0, [1, 1])
     monkeypatch.setattr(
-        micro_batch_size, "out_of_memory", lambda recipe, count, when: ResourceError(f"of {count}")
+        fit_into_memory, "out_of_memory", lambda recipe, count, when: ResourceError(f"of {count}")
     )
     with pytest.raises(ResourceError, match="of 1"):
         find_micro_batch(*arguments)
@@ -184,7 +184,7 @@ def test_a_step_is_computed_at_once_where_it_fits_for_every_process(
     for others, wanted in ((True, 3), (False, None)):
         arguments, _ = setting(monkeypatch, 9, [1] * 7, processes=2)
         monkeypatch.setattr(
-            micro_batch_size, "gather_object", lambda found, others=others: [*found, others]
+            fit_into_memory, "gather_object", lambda found, others=others: [*found, others]
         )
         assert join_micro_batches(*arguments) == wanted
 
@@ -221,7 +221,7 @@ def test_activations_are_computed_again_where_one_process_has_too_little_memory(
     Gpu(monkeypatch)
     arguments, _ = setting(monkeypatch, 9, [1] * 7, gradient_checkpointing="auto", processes=2)
     arguments[0].supports_gradient_checkpointing = True
-    monkeypatch.setattr(micro_batch_size, "gather_object", lambda found: [*found, False])
+    monkeypatch.setattr(fit_into_memory, "gather_object", lambda found: [*found, False])
     assert needs_checkpointing(*arguments)
 
 
@@ -231,7 +231,7 @@ def test_the_memory_is_that_of_the_device_or_of_the_current_one(
 ) -> None:
     gpu = Gpu(monkeypatch)
     device: Any = SimpleNamespace(index=index)
-    with micro_batch_size._headroom(device, 0.5):
+    with fit_into_memory._headroom(device, 0.5):
         pass
     wanted = (1, (4 + 15) / 40) if index is None else (0, (2 + 4) / 100)
     assert gpu.fractions[0] == pytest.approx(wanted)
@@ -249,10 +249,10 @@ def test_two_passes_are_made_and_their_gradients_dropped(monkeypatch: pytest.Mon
 
     task: Any = SimpleNamespace(loss=loss)
     accelerator: Any = SimpleNamespace(device=torch.device("cpu"), autocast=torch.enable_grad)
-    assert micro_batch_size._fits(model, task, torch.tensor([2.0, 3.0]), accelerator, 10)
+    assert fit_into_memory._fits(model, task, torch.tensor([2.0, 3.0]), accelerator, 10)
     assert seen == [None, [2.0, 3.0]]
     assert model.weight.grad is None
     error = torch.OutOfMemoryError("CUDA out of memory")
-    assert micro_batch_size._fits(model, task, error, accelerator, 10) is False
+    assert fit_into_memory._fits(model, task, error, accelerator, 10) is False
     with pytest.raises(ValueError, match="another"):
-        micro_batch_size._fits(model, task, ValueError("another"), accelerator, 10)
+        fit_into_memory._fits(model, task, ValueError("another"), accelerator, 10)
