@@ -92,6 +92,15 @@ LAYOUTS: dict[str, tuple[list[str], dict[str, list[tuple[str, str | None]]]]] = 
         ["train/1.png", "test/2.png"],
         {"train": [("train/1.png", None)], "test": [("test/2.png", None)]},
     ),
+    "splits with a word more": (
+        ["training_set/cat/1.png", "training_set/dog /1.png", "test_set/cat/2.png",
+         "held/cat/3.png"],
+        {
+            "train": [("training_set/cat/1.png", "cat"), ("training_set/dog /1.png", "dog")],
+            "test": [("test_set/cat/2.png", "cat")],
+            "held": [("held/cat/3.png", "cat")],
+        },
+    ),
     "what a run in the same folder wrote": (
         ["train/cat/1.png", "train/dog/2.png", "recipe.schema.json", "out/r/recipe.yaml",
          "out/r/metrics.jsonl", "out/r/report.json", "out/r/learning_curve.png",
@@ -112,8 +121,9 @@ def test_a_folder_of_pictures(name: str, tmp_path: Path) -> None:
     for i, file in enumerate(files):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         save(root / file, i) if file.endswith("png") else (root / file).write_text("notes")
-    splits = {split: split for split in wanted}
+    splits = {"validation" if split == "held" else split: split for split in wanted}
     rows = load_rows(recipe_of({"path": str(root), **splits}))
+    rows = {splits[split]: some for split, some in rows.items()}
     assert {split: found(some) for split, some in rows.items()} == wanted
     image = rows["train"][0]["image"]
     assert is_media(image)
@@ -128,6 +138,14 @@ def test_paths_that_were_written_on_windows_are_found(tmp_path: Path) -> None:
     rows = load_rows(recipe_of({"train": str(tmp_path / "t.csv")}))["train"]
     paths = [row["image"]["path"] for row in rows]
     assert paths == [str(tmp_path / name) for name in ("cat/1.png", "cat\\2.png")]
+
+
+def test_the_address_of_a_file_of_this_machine_is_its_path(tmp_path: Path) -> None:
+    file = save(tmp_path / "a b" / "1.png")
+    (tmp_path / "t.csv").write_text(f"image,label\n{file.as_uri()},a\n")
+    assert "%20" in file.as_uri()
+    rows = load_rows(recipe_of({"train": str(tmp_path / "t.csv")}))["train"]
+    assert rows[0]["image"]["path"] == str(file)
 
 
 def test_a_folder_for_each_split(tmp_path: Path) -> None:

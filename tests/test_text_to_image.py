@@ -494,6 +494,16 @@ def test_captions_without_a_picture_and_empty_ones_are_named(
         load_data(built(path))
 
 
+def test_captions_may_stand_in_files_as_kohya_s_scripts_name_them(tmp_path: Path) -> None:
+    path = recipe(tmp_path)
+    wanted = [row["text"] for row in load_rows(load_recipe(path))["train"]]
+    first = sorted((tmp_path / "pictures" / "train").glob("*.txt"))[0]
+    first.rename(first.with_suffix(".caption"))
+    assert [row["text"] for row in load_rows(load_recipe(path))["train"]] == wanted
+    first.write_text("of both it counts")
+    assert load_rows(load_recipe(path))["train"][0]["text"] == "of both it counts"
+
+
 def test_one_caption_for_all_needs_no_text_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

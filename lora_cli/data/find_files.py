@@ -14,17 +14,12 @@ from lora_cli.data.folder_files import files_inside
 from lora_cli.data.labelled_text import class_files
 from lora_cli.data.media_folder import SAMPLE, media_files, split_parts
 from lora_cli.data.parallel_texts import parts_of
+from lora_cli.data.split_names import SPLITS as SPLITS
+from lora_cli.data.split_names import names_split
 from lora_cli.errors import LoraError, counted, did_you_mean, nearest, printable, warn
 from lora_cli.errors import name_neighbours as name_neighbours
 from lora_cli.recipe import FormatSpec, Recipe
 from lora_cli.recipe.spec import is_file
-
-SPLITS = ("train", "validation", "test")
-SPLIT_FILES = {
-    "train": r"train(ing)?",
-    "validation": r"(validation|valid|val|dev)",
-    "test": r"(test|eval)",
-}
 
 
 def split_slice(text: str, at: str) -> tuple[str, str]:
@@ -202,5 +197,4 @@ def _split_parts(file: Path, form: FormatSpec) -> tuple[str, ...]:
 
 def _belongs(parts: Sequence[str], split: str) -> bool:
     """Return whether a name or a folder of a path says that the file is of a split."""
-    pattern = SPLIT_FILES.get(split, re.escape(split.lower()))
-    return any(re.search(rf"(^|[^a-z]){pattern}([^a-z]|$)", part.lower()) for part in parts)
+    return any(names_split(part, [split]) for part in parts)

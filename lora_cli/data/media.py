@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.request import url2pathname
 
 import xxhash
 
@@ -21,6 +22,7 @@ from lora_cli.errors import counted, printable
 
 KEYS = {"bytes", "path"}
 ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]+://|data:")
+OF_FILE = "file://"  # the address of a file of this machine
 FILE_NAME = "file_name"  # what the column of the path is called in a metadata.csv
 MOST_SHOWN = 200
 
@@ -47,6 +49,8 @@ def media_value(value: Any, folder: Path | None = None) -> Any:
             return media_value(path, folder)
         return {"bytes": data, "path": path} if isinstance(data, bytes) else value
     if isinstance(value, str) and value.strip():
+        if value.startswith(OF_FILE):
+            value = url2pathname(value.removeprefix(OF_FILE))
         path = value if folder is None or ADDRESS.match(value) else str(folder / value)
         return {"bytes": None, "path": written_here(path)}
     return value

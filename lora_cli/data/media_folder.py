@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_cli.data.folder_files import files_inside
 from lora_cli.data.labelled_text import LABEL_COLUMN
+from lora_cli.data.split_names import SPLITS, names_split
 from lora_cli.data.text_lines import RawRow
 from lora_cli.recipe import Recipe
+from lora_cli.recipe.spec import is_file
 from lora_cli.recipe.spec.task_section import MediaKind
 
 SUFFIXES: dict[MediaKind, tuple[str, ...]] = {
@@ -58,9 +60,12 @@ def are_media(values: Sequence[Any]) -> bool:
 
 
 def transcript_of(file: Path) -> Path | None:
-    """Return the text file next to a recording that says what is said in it, if there is one."""
-    beside = file.with_suffix(".txt")
-    return beside if beside.is_file() else None
+    """Return the text file next to a file that says what is said or shown in it, if there is one.
+
+    kohya's scripts call those of pictures `.caption`.
+    """
+    beside = (file.with_suffix(suffix) for suffix in (".txt", ".caption"))
+    return next((text for text in beside if text.is_file()), None)
 
 
 def media_files(folder: Path, recipe: Recipe) -> list[Path]:
@@ -115,19 +120,20 @@ def split_parts(files: Sequence[Path]) -> dict[Path, tuple[str, ...]]:
     return {file: parts[:-1] for file, parts in parents.items()}
 
 
-def classes_of(files: Sequence[Path]) -> dict[Path, str]:
+def classes_of(files: Sequence[Path], splits: Collection[str] = SPLITS) -> dict[Path, str]:
     """Return the name of the class of each folder that holds files; none if it names no class.
 
     Args:
         files: All files of a folder of pictures, relative to it.
+        splits: What folders above those of the classes may be called, which is no part of a name.
     """
     above = split_parts(files)
     inner: dict[Path, tuple[str, ...]] = {}
     for file in files:
         parts = file.parent.parts
         if parts and len(above[file]) < len(parts):
-            names = [part for part in parts[:-1] if not SPLIT_NAME.fullmatch(part)]
-            inner[file.parent] = (*names, parts[-1])
+            names = [part.strip() for part in parts[:-1] if not names_split(part, splits)]
+            inner[file.parent] = (*names, parts[-1].strip())
     whole = set(inner.values())
     are_unique = len({names[-1] for names in whole}) == len(whole)
     return {folder: names[-1] if are_unique else "/".join(names) for folder, names in inner.items()}
@@ -151,7 +157,10 @@ def class_names(recipe: Recipe, files: Sequence[Path]) -> dict[str, list[str]]:
 
 def folder_labels(recipe: Recipe, files: Sequence[Path]) -> dict[Path, str]:
     """Return the label of each folder of a class, as seen from the folder of all pictures."""
-    return classes_of(media_files(root_of(recipe, files), recipe))
+    named = (recipe.data.train, recipe.data.validation, recipe.data.test)
+    names = (name.partition("[")[0] for name in named if isinstance(name, str))  # not its slice
+    splits = {*SPLITS, *(name for name in names if not is_file(name))}
+    return classes_of(media_files(root_of(recipe, files), recipe), splits)
 
 
 def read_media_files(recipe: Recipe, files: Sequence[Path]) -> Iterator[RawRow]:

@@ -1,0 +1,19 @@
+"""How the name of a file or of a folder says which split it is of: `train`, `test_set`, `val2`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+SPLITS = ("train", "validation", "test")
+SPLIT_FILES = {
+    "train": r"train(ing)?",
+    "validation": r"(validation|valid|val|dev)",
+    "test": r"(test|eval)",
+}
+
+
+def names_split(part: str, splits: Collection[str] = SPLITS) -> bool:
+    """Return whether a part of a path names one of some splits."""
+    patterns = (SPLIT_FILES.get(split, re.escape(split.lower())) for split in splits)
+    return any(re.search(rf"(^|[^a-z]){one}([^a-z]|$)", part.lower()) for one in patterns)
