@@ -22,7 +22,6 @@ from lora_cli.recipe import (
 )
 from lora_cli.tasks import build_task, task_types
 from lora_cli.tasks.contract import Task
-from lora_cli.tasks.speech.ctc_recognition import CTCRecognition
 
 DRAWING = next(kind for kind, spec in TASKS.items() if spec.draws)
 PEFT_COPY = ".base_layer.weight"  # a weight of the base that PEFT writes besides
@@ -114,18 +113,17 @@ def _kind_of(config: dict[str, Any]) -> str | None:
         for kind, task in zip(TASKS, task_types(), strict=True)
         if name in _names_of_models(task)
     }
-    if name in _names_of_models(CTCRecognition):
-        kinds.add("speech_recognition")
     return kinds.pop() if len(kinds) == 1 else None
 
 
 def _names_of_models(task: type[Task]) -> set[str]:
     """Return the names of the classes of transformers that are made for a task."""
-    auto_class = getattr(task, "auto_class", AutoModel)
-    if auto_class is AutoModel:  # without a head, and for any task
-        return set()
-    named = auto_class._model_mapping._model_mapping.values()
-    return {name for names in named for name in ([names] if isinstance(names, str) else names)}
+    found: set[str] = set()
+    for auto in (getattr(task, "auto_class", AutoModel), *getattr(task, "other_auto_classes", ())):
+        if auto is not AutoModel:  # which is without a head, and for any task
+            for names in auto._model_mapping._model_mapping.values():
+                found |= {names} if isinstance(names, str) else {*names}
+    return found
 
 
 def _new_tokens(saved: AdapterFolder, recipe: Recipe) -> list[str]:

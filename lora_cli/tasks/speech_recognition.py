@@ -45,6 +45,7 @@ class SpeechRecognition(RecordedTask, WritingTask):
     """`task.type: speech_recognition`, by a model that writes one token after the other."""
 
     auto_class = AutoModelForSpeechSeq2Seq
+    other_auto_classes = (CTCRecognition.auto_class,)
     loss_definition = "mean cross-entropy per token of the transcripts, in nats"
     prompt_name = "recording"
     propose = staticmethod(propose_recordings)

@@ -24,6 +24,8 @@ class TaskModel(ABC):
     drawn: frozenset[str]  # parameters that the base's checkpoint lacks
     auto_class: Any
     """The transformers class that builds the model."""
+    other_auto_classes: tuple[Any, ...] = ()
+    """Those that build models of another kind, for which the task has a class of its own."""
     has_head: bool = False
     """Whether the task adds a head to the pretrained model."""
 
