@@ -789,6 +789,12 @@ def test_single_experts_are_explained_where_the_model_holds_them_as_one_tensor(
         assert (found is not None) == (is_said and is_expert)
 
 
+def test_experts_that_are_modules_of_their_own_are_not_said_to_be_one_tensor() -> None:
+    experts = nn.ModuleList([nn.Conv1d(1, 1, 1)])
+    assert [p.ndim for p in experts.parameters()] == [3, 1]
+    assert _joined("mlp.experts.3.w1", {"mlp.experts": experts}) is None
+
+
 def test_a_rank_that_the_configuration_denies_is_refused(base: nn.Module, folder: Path) -> None:
     edit_config(folder, r=8)
     text = refusal(base, folder)

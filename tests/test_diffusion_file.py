@@ -513,6 +513,19 @@ def test_lokr_of_lycoris_is_read(factor: int, tmp_path: Path) -> None:
     assert_weights(save(tmp_path, tensors), "sd", updates)
 
 
+@pytest.mark.parametrize("kept", [[], ["lokr_w1_a"], ["lokr_w1_b"]])
+def test_lokr_of_which_the_first_factor_is_missing_is_rejected(
+    kept: list[str], tmp_path: Path
+) -> None:
+    factors = {"lokr_w2": torch.ones(8, 4), **{key: torch.ones(2, 2) for key in kept}}
+    file = save(tmp_path, {f"{LYCORIS[1]}.{key}": tensor for key, tensor in factors.items()})
+    has = ", ".join([*kept, "lokr_w2"])
+    with pytest.raises(
+        IntegrityError, match=f"`unet.{MATRIX[1]}` has {has}, its conf.* says lokr_w1"
+    ):
+        loaded(file, "sd")
+
+
 def test_every_name_is_used_or_named(tmp_path: Path) -> None:
     made = factors("sd", ATTENTION)
     good = of_kohya(made, "sd")

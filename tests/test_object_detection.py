@@ -478,6 +478,25 @@ def test_the_merged_model_finds_with_transformers_what_predict_says(
             assert one["box"] == pytest.approx(found["boxes"][i].tolist(), abs=0.02)
 
 
+def test_predictions_hold_the_objects_of_the_file_and_which_are_crowds(trained: Path) -> None:
+    file = json.loads((trained / "data" / "validation.json").read_text())
+    names = {one["id"]: one["name"] for one in file["categories"]}
+    wanted: dict[int, list[tuple[str, list[float], bool]]] = {
+        one["id"]: [] for one in file["images"]
+    }
+    for one in file["annotations"]:
+        x, y, width, height = one["bbox"]
+        box = [x, y, x + width, y + height]
+        wanted[one["image_id"]].append((names[one["category_id"]], box, bool(one["iscrowd"])))
+    lines = read_predictions(trained / "out" / "predictions" / "validation.jsonl")
+    found = [
+        [(one["label"], pytest.approx(one["box"]), one.get("crowd", False)) for one in row]
+        for row in (line["reference"] for line in lines)
+    ]
+    assert found == list(wanted.values())
+    assert {crowd for row in wanted.values() for *_, crowd in row} == {True, False}
+
+
 def test_the_report_draws_the_boxes_on_the_worst_pictures(trained: Path) -> None:
     page = (trained / "out" / "report.html").read_text()
     assert page.count('<svg class="boxed"') == SPLITS["validation"]

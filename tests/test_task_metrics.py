@@ -48,6 +48,12 @@ def test_the_tasks_own_metrics_are_measured_unless_the_recipe_names_some() -> No
     assert list(Measured(metrics=[]).metric_names) == []
 
 
+def test_a_task_that_chooses_no_rows_answers_all() -> None:
+    task = Measured()
+    task.choose_rows_to_answer([2, 1])
+    assert [task.is_answered(row) for row in range(3)] == [True] * 3
+
+
 def test_the_best_adapter_is_chosen_by_what_is_measured() -> None:
     assert problems() == []
     assert problems(best={"metric": "loss"}) == []
