@@ -19,8 +19,11 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CanineConfig,
+    CanineForSequenceClassification,
     MobileBertConfig,
     MobileBertForSequenceClassification,
+    PretrainedConfig,
 )
 from typer.testing import CliRunner
 
@@ -63,17 +66,39 @@ def changed(folder: Path, top: Path, change: Any) -> Path:
 # ------------------------------------------------------------------------------------------ here
 
 
-def test_a_base_whose_configuration_names_no_end_of_text_is_probed(tmp_path: Path) -> None:
-    config = MobileBertConfig(
-        vocab_size=tiny.vocabulary(), hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-        intermediate_size=32, embedding_size=16, true_hidden_size=32, intra_bottleneck_size=32,
-        max_position_embeddings=tiny.POSITIONS, num_feedforward_networks=1,
-    )  # fmt: skip
-    assert not hasattr(config, "eos_token_id")
-    MobileBertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32,
+    "max_position_embeddings": tiny.POSITIONS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("build", "absent", "config"),
+    [
+        (
+            MobileBertForSequenceClassification,
+            "eos_token_id",
+            MobileBertConfig(
+                embedding_size=16, true_hidden_size=32, intra_bottleneck_size=32,
+                num_feedforward_networks=1, vocab_size=tiny.vocabulary(), **SMALL,
+            ),
+        ),
+        (
+            CanineForSequenceClassification,
+            "vocab_size",  # it reads the numbers of letters
+            CanineConfig(num_hash_buckets=tiny.POSITIONS, **SMALL),
+        ),
+    ],
+)  # fmt: skip
+def test_a_base_whose_configuration_lacks_a_number_is_probed(
+    build: Any, absent: str, config: PretrainedConfig, tmp_path: Path
+) -> None:
+    assert not hasattr(config, absent)
+    build(config).save_pretrained(tmp_path / "base")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
     optimizer = {"learning_rate": 0.05}
-    train(load_recipe(tiny.recipe(tmp_path / "base", tmp_path, train={"optimizer": optimizer})))
+    sections = {"adapter": {"target_modules": "all-linear"}, "train": {"optimizer": optimizer}}
+    train(load_recipe(tiny.recipe(tmp_path / "base", tmp_path, **sections)))
     assert "the adapter is applied" in check("--adapter", str(tmp_path / "out"))
 
 

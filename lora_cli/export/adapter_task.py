@@ -133,7 +133,7 @@ def _new_tokens(saved: AdapterFolder, recipe: Recipe) -> list[str]:
     tokenizer = read_tokenizer(saved.path, recipe)
     if not saved.config.get("trainable_token_indices"):
         # else only an embedding that was saved as a whole shows that it got rows for new tokens
-        rows = load_config(recipe).get_text_config().vocab_size
+        rows = getattr(load_config(recipe).get_text_config(), "vocab_size", 0)
         whole = [t for name, t in saved.tensors.items() if not name.endswith(PEFT_COPY)]
         if not any(t.ndim > 1 and t.shape[0] == len(tokenizer) > rows for t in whole):
             return []

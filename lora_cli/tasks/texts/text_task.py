@@ -48,7 +48,7 @@ POSITIONS_AFTER_PADDING = {
     "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke",
     "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 }  # fmt: skip
-ENCODING = 3  # version of how rows are encoded; increase it to encode cached rows again
+ENCODING = 4  # version of how rows are encoded; increase it to encode cached rows again
 POSITIONS = ("max_position_embeddings", "max_seq_len")  # the second is the name in MPT
 CONFIG_KEYS = ("vocab_size", "eos_token_id", "is_encoder_decoder")  # what `encode` checks
 TRIAL_TEXT = (
@@ -306,7 +306,8 @@ class TextTask(Task):
         """
         generator = torch.Generator().manual_seed(0)
         length = min(32, self.max_length)
-        vocabulary = min(len(self.tokenizer), int(self.config.get_text_config().vocab_size))
+        size = getattr(self.config.get_text_config(), "vocab_size", None)  # CANINE has none
+        vocabulary = min(len(self.tokenizer), int(size or len(self.tokenizer)))
         end = getattr(self.config, "eos_token_id", None)  # MobileBERT has none
         ends = {end} if isinstance(end, int) else set(end or ())
         others = torch.tensor([i for i in range(vocabulary) if i not in ends])
