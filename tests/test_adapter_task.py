@@ -95,6 +95,8 @@ def test_an_adapter_that_peft_saved_of_a_unet_is_for_drawing(tmp_path: Path) -> 
         UNet2DConditionModel.from_pretrained(base / "unet"), folder, ["to_q", "conv1"],
         lora_alpha=6, rank_pattern={"mid_block.*to_q": 3}, use_rslora=True,
     )  # fmt: skip
+    with pytest.raises(LoraError, match="tensor by tensor: the base has several parts"):
+        merge_adapter(str(base), folder, tmp_path / "merged", low_memory=True)
     merge_adapter(str(base), folder, tmp_path / "merged")
     merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet").state_dict()
     with warnings.catch_warnings():

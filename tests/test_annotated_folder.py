@@ -19,6 +19,7 @@ from lora_cli.data.boxes import BoxError, better_format, read_objects
 from lora_cli.data.load_rows import load_rows
 from lora_cli.data.pictures import picture_facts
 from lora_cli.errors import LoraError
+from lora_cli.evaluation.evaluate_adapter import with_test_file
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe, write_recipe
 from lora_cli.tasks import build_task
@@ -218,6 +219,19 @@ def test_an_outline_is_read_as_its_box(tmp_path: Path) -> None:
     put(tmp_path / "labels/train/1.txt", "1 0.25 0.5 0.5 0.75 0.5 0.5\n")
     rows = load_rows(recipe_of(path=str(tmp_path / "data.yaml")))["train"]
     assert rows[0]["objects"]["bbox"] == [[0.375, 0.625, 0.25, 0.25]]
+
+
+def test_the_test_split_of_a_yaml_file_can_be_measured(tmp_path: Path) -> None:
+    """As `lora eval --input data.yaml` does."""
+    yolo(tmp_path)
+    recipe = recipe_of(path=str(tmp_path / "data.yaml"))
+    with pytest.raises(LoraError, match=r"data\.yaml has no split `test`"):
+        load_rows(with_test_file(recipe, tmp_path / "data.yaml"), ["test"])
+    put(tmp_path / "data.yaml", "train: images/train\ntest: images/val\nnames: [dark, light]\n")
+    rows = load_rows(with_test_file(recipe, tmp_path / "data.yaml"), ["test"])["test"]
+    wanted = load_rows(recipe_of(test=str(tmp_path / "images" / "val"), path=str(tmp_path)))["test"]
+    assert [row["objects"] for row in rows] == [row["objects"] for row in wanted]
+    assert len(rows) == 2
 
 
 @pytest.mark.parametrize("number", ["1.0", "1.000000e+00"])

@@ -127,7 +127,8 @@ def _files_of(recipe: Recipe, split: str, name: str) -> list[Path]:
         hint = "name a file" + ("" if split == "train" else drawn)
         if pattern.is_dir():
             hint += f"; the files in it are: {', '.join(others_there[:10])}"
-        raise LoraError(f"{pattern} has no split `{name}`", recipe.at(f"data.{split}"), hint)
+        wanted = split if is_file(name) else name
+        raise LoraError(f"{pattern} has no split `{wanted}`", recipe.at(f"data.{split}"), hint)
     return files
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.accelerator import start_accelerator
+from lora_cli.data.annotated_folder import annotated_files
 from lora_cli.data.detect_format import read_head
 from lora_cli.data.input_files import input_form
 from lora_cli.data.load_rows import SPLITS
@@ -27,6 +28,8 @@ def with_test_file(recipe: Recipe, file: Path) -> Recipe:
             which they are learned, is on the Hub.
     """
     is_folder = file.is_dir() and bool(media_files(file, recipe))
+    if recipe.task.boxes_column is not None and file.is_file():  # a list of pictures, with boxes
+        is_folder = annotated_files(file, "test", recipe) is not None
     if not is_folder:
         require_file(file, "--input")
     path, data = str(file.absolute()), recipe.data

@@ -100,12 +100,12 @@ def plan_merge(task: Task, adapters: Sequence[WeightedAdapter]) -> MergePlan:
         NeedsWholeModelError: If this base, or what the adapter does to it, needs the whole model.
         IntegrityError: If the base is not the adapter's, or something does not fit.
     """
-    files = checkpoint_files(task.recipe)
-    if not files:
-        raise NeedsWholeModelError("the base has no safetensors files")
     model, _ = task.empty_model()
     if not isinstance(model, PreTrainedModel):
         raise NeedsWholeModelError("the base has several parts")
+    files = checkpoint_files(task.recipe)
+    if not files:
+        raise NeedsWholeModelError("the base has no safetensors files")
     _complete_config(task, model)
     stored = _StoredParameters(files, model)
     missing = stored.missing(bool(task.recipe.model.add_tokens))
