@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lora_cli.data.column_kinds import describe
@@ -36,6 +37,12 @@ def test_words_of_a_cell_are_read_with_and_without_commas(
     value: Any, items: list[Any] | None
 ) -> None:
     assert list_in_cell(value) == items
+
+
+def test_objects_are_read_as_numpy_prints_them() -> None:
+    objects = [{"role": "user", "content": "a } { 'b'"}, {"role": "assistant", "content": 'c "d"'}]
+    for some in (objects[:1], objects, objects * 4):
+        assert list_in_cell(str(np.array(some, dtype=object))) == some
 
 
 def test_a_cell_of_texts_is_one_text_or_a_list_of_texts() -> None:
