@@ -128,7 +128,10 @@ def test_what_is_said_of(name: str) -> None:
     data, wanted = UNUSABLE[name]
     with pytest.raises(RecordingError, match=wanted):
         read_recording(media(data), RATE)
-    assert re.search(wanted, recording_facts(media(data)).error)
+    facts = recording_facts(media(data))
+    assert re.search(wanted, facts.error)
+    assert (facts.seconds, facts.rate, facts.channels) == (0, 0, 0)
+    assert (facts.is_clipped, facts.is_too_loud) == (False, False)
 
 
 def test_a_file_of_days_is_rejected_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,14 @@ import copy
 import io
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import tiny
@@ -368,6 +370,40 @@ def test_what_a_row_looks_for_is_shown(tmp_path: Path) -> None:
     assert task.shown_reference({"anchor": "a film"}) is None
 
 
+def test_each_text_of_an_example_is_shown_with_what_it_is(tmp_path: Path) -> None:
+    row = {"anchor": "a film", "positive": "a plot", "no": ["slow", "dull"], "score": 0.5}
+    for keys, lines, facts in (
+        ({"negative_columns": ["no"]}, ["anchor: a film", "positive: a plot", "negative: slow",
+                                        "negative: dull"], []),
+        ({"score_column": "score"}, ["anchor: a film", "second: a plot"], ["score 0.5"]),
+        ({"anchor_column": "anchor", "label_column": "positive"}, ["text: a film"], []),
+    ):  # fmt: skip
+        folder = tmp_path / "-".join(keys)
+        task, _ = opened(write_recipe(folder, task=keys))
+        ((example,),) = task.encode([row])
+        found, text = task.shown(example, False)
+        plain = re.sub(r"<[^>]*>|\[[A-Z]+\]", " ", text)
+        assert ([" ".join(line.split()) for line in plain.splitlines()], found) == (lines, facts)
+
+
+@pytest.mark.parametrize(
+    ("base", "recipe", "hint"),
+    [
+        (6, None, "the base cuts texts there: `--set task.max_length=128` does not"),
+        (128, None, "the model takes no more than 128 tokens: shorten the texts"),
+        (6, 24, "raise `task.max_length`"),
+    ],
+)
+def test_what_to_do_about_long_texts_goes_by_what_cuts_them(
+    base: int, recipe: int | None, hint: str, tmp_path: Path
+) -> None:
+    path = write_recipe(tmp_path, task={"max_length": recipe} if recipe else {})
+    (tmp_path / "base" / LENGTH).write_text(json.dumps({"max_seq_length": base}))
+    task: Any = build_task(load_recipe(path))
+    task.load_processor()
+    assert task.longer_hint == hint
+
+
 def test_new_and_old_files_say_the_same(sentence_transformer: Any, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, base={"pooling": "cls", "normalize": False})
     assert opened(path)[0].pooling == "cls"
@@ -631,6 +667,23 @@ def test_texts_by_label_learn_their_label(tmp_path: Path) -> None:
     assert after["accuracy_at_1"] >= report["metrics"]["before"]["validation"]["accuracy_at_1"]
 
 
+def test_numbers_of_labels_have_the_names_in_the_file(tmp_path: Path) -> None:
+    label = datasets.ClassLabel(names=["plot", "film", "cast"])
+    of_type = datasets.Features({"text": datasets.Value("string"), "label": label})
+    rows = [{"text": f"text {i}", "label": i % 2} for i in range(6)]
+    path = write_recipe(tmp_path, task=LABELLED, data={"train": "rows.parquet"})
+    datasets.Dataset.from_list(rows, features=of_type).to_parquet(tmp_path / "rows.parquet")
+    task: Any = build_task(load_recipe(path, ["data.validation=null"]))
+    task.load_processor()
+    split = load_data(task)["train"]
+    assert [task.labels_of(row) for row in split.rows] == [["plot"], ["film"]] * 3
+    assert task.label_counts(split.rows) == {"film": 3, "plot": 3}
+    labels = [int(split.examples[i]["label"]) for i in range(6)]
+    assert labels == labels[:2] * 3
+    assert labels[0] != labels[1]
+    assert [task.label_of({"label": n}) for n in (-1, 2, 3, "0")] == ["-1", "cast", "3", "0"]
+
+
 def test_a_pair_has_the_cosine_of_its_vectors_whatever_their_lengths() -> None:
     score = {"score": np.array([0.25, 0.25], np.float32)}
     for second, cosine in (([0.0, 2.0], 0.8), ([-6.0, -8.0], -1.0), ([0.0, 0.0], 0.0)):
@@ -710,14 +763,31 @@ def test_a_bad_score_is_named(score: Any, what: str, tmp_path: Path) -> None:
     assert what in str(error.value)
 
 
+@pytest.mark.parametrize("score", [5, -5, 5.5, -6])
+def test_a_score_of_the_whole_scale_is_a_cosine(score: float, tmp_path: Path) -> None:
+    keys = {"score_column": "score", "loss": "cosine", "score_scale": 5}
+    path = write_recipe(tmp_path, [{**ROWS[0], "score": score}], keys)
+    error = build_task(load_recipe(path)).target_error({**ROWS[0], "score": score})  # type: ignore[attr-defined]
+    assert error.startswith(f"column `score` is {score:g}, and" if abs(score) > 5 else "")
+    assert bool(error) == (abs(score) > 5)
+
+
 def test_a_label_of_one_text_is_named(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "x"}, {"text": "c", "label": "y"},
             {"text": "C", "label": "y"}]  # fmt: skip
     task = build_task(load_recipe(write_recipe(tmp_path, rows, LABELLED)))
     task.load_processor()
-    with pytest.raises(LoraError, match="the label `y` has one text in train") as error:
+    with pytest.raises(LoraError, match="the label `y` has one text in train: no") as error:
         load_data(task)
     assert "rows.jsonl:3" in str(error.value)
+
+
+def test_other_labels_of_one_text_are_counted(tmp_path: Path) -> None:
+    rows = [{"text": name, "label": name} for name in "abc"]
+    task = build_task(load_recipe(write_recipe(tmp_path, rows, LABELLED)))
+    task.load_processor()
+    with pytest.raises(LoraError, match=r"`a` has one text in train \(as 2 other labels\): no"):
+        load_data(task)
 
 
 BAD_FILES = {
