@@ -380,14 +380,14 @@ def test_a_recording_is_divided_into_as_few_equal_parts_as_fit(
     assert divide(samples, 5, 2.0, "windows") == parts
 
 
-@pytest.mark.parametrize("quiet", [600, 750, 900])
+@pytest.mark.parametrize("quiet", [1800, 2250, 2700])
 def test_a_recording_is_cut_in_the_middle_of_what_is_quietest(quiet: int) -> None:
-    samples = np.random.default_rng(0).choice([-1.0, 1.0], 1500).astype(np.float32)
-    samples[quiet : quiet + 6] = 0.0  # of 1000: as long as what is compared
-    first, second = divide(samples, 100, 10.0, "silence")
+    samples = np.random.default_rng(0).choice([-1.0, 1.0], 4500).astype(np.float32)
+    samples[quiet : quiet + 20] = 0.0  # 0.2 s of 30: as long as what is compared
+    first, second = divide(samples, 100, 30.0, "silence")
     cut = first[1]
-    assert (first, second) == ((0, cut), (cut, 1500))
-    assert cut in (quiet + 2, quiet + 3)
+    assert (first, second) == ((0, cut), (cut, 4500))
+    assert cut in (quiet + 9, quiet + 10)
 
 
 @pytest.mark.parametrize(("n", "parts"), [(1900, 2), (1933, 2), (1934, 3), (1960, 3), (2000, 3)])
