@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
 from drafting import (
     OPINIONS,
@@ -22,6 +23,7 @@ from drafting import (
     table,
     texts,
 )
+from transformers import LlamaConfig, MambaConfig, PretrainedConfig, RwkvConfig
 
 from lora_cli.data.load_rows import load_rows
 from lora_cli.errors import LoraError
@@ -611,3 +613,26 @@ def test_the_recipe_trains(init: Init, tmp_path: Path) -> None:
     report = train(load_recipe(tmp_path / "recipe.yaml", sets), False)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert report
+
+
+@pytest.mark.parametrize(
+    ("config", "fits"), [(MambaConfig(), False), (RwkvConfig(), False), (LlamaConfig(), True)]
+)
+def test_a_base_that_cannot_get_the_head_is_rejected(
+    tmp_path: Path, config: PretrainedConfig, fits: bool
+) -> None:
+    base = tmp_path / "base"
+    config.save_pretrained(base)
+    tiny.tokenizer("llama").save_pretrained(base)
+    rows = table(["text", "label"], labelled(20, ["bad", "good"]))
+    if fits:
+        draft_recipe(written(tmp_path, rows), str(base), tmp_path / "recipe.yaml")
+        return
+    with pytest.raises(LoraError, match=r"cannot be used for `sequence_classification`") as caught:
+        draft_recipe(written(tmp_path, rows), str(base), tmp_path / "recipe.yaml")
+    assert caught.value.problems[0].at == "--model"
+
+
+def written(folder: Path, text: str) -> Path:
+    (folder / "rows.csv").write_text(text)
+    return folder / "rows.csv"

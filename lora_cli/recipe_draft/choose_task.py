@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from lora_cli.data.text_columns import content_of, listed, unnested
 from lora_cli.errors import LoraError, did_you_mean
+from lora_cli.recipe import TASKS
 from lora_cli.tasks import task_types
 from lora_cli.tasks.proposal import NO_LABEL, BaseFacts, Certainty, Proposal, Table
 
@@ -29,10 +31,23 @@ def choose_task(table: Table, base: BaseFacts) -> Proposal:
         raise chosen.error
     if chosen.check is not None:
         chosen.check()
+    _require_suitable(chosen, base)
     for column in table.columns:
         if column.name not in chosen.used | chosen.also_read:
             chosen.left_out.setdefault(column.name, content_of(column))
     return chosen
+
+
+def _require_suitable(chosen: Proposal, base: BaseFacts) -> None:
+    """Reject a base that cannot get the head of the task, such as a Mamba for a classifier."""
+    kinds = dict(zip(TASKS, task_types(), strict=False))
+    task: Any = kinds.get(chosen.keys["type"])
+    model_type = base.model_type
+    if model_type is None or not getattr(task, "has_head", False):
+        return
+    if model_type not in task.auto_class._model_mapping._model_mapping:
+        what = f"a model of type `{model_type}` cannot be used for `{chosen.keys['type']}`"
+        raise LoraError(what, "--model", TASKS[chosen.keys["type"]].suitable_models)
 
 
 def _require_columns(table: Table) -> None:

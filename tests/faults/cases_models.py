@@ -12,7 +12,7 @@ import tiny
 import torch
 from cases import CASES, Case, case
 from safetensors.torch import load_file, save_file
-from transformers import AlbertConfig, AlbertForSequenceClassification
+from transformers import AlbertConfig, AlbertForSequenceClassification, MambaConfig
 from world import Printed, World
 
 from lora_cli.files import write_manifest
@@ -105,6 +105,15 @@ def _draft_without_tokenizer(world: World) -> Printed:
     shutil.copytree(world.bases / "encoder", world.folder / "base")
     (world.folder / "base/tokenizer.json").write_text("{}")
     world.write("rows.csv", "text,label\na film,good\na bore,bad\n")
+    return world.lora("init", "rows.csv", "--model", "./base")
+
+
+@case("Models", "a draft for a base that cannot classify")
+def _draft_of_mamba(world: World) -> Printed:
+    MambaConfig().save_pretrained(world.folder / "base")
+    tiny.tokenizer("llama").save_pretrained(world.folder / "base")
+    rows = "".join(f"a film of {i} hours,good\na bore of {i} days,bad\n" for i in range(9))
+    world.write("rows.csv", f"text,label\n{rows}")
     return world.lora("init", "rows.csv", "--model", "./base")
 
 
