@@ -106,6 +106,10 @@ class BaseFacts(Protocol):
         """It was pretrained on recordings alone, and gets a vocabulary of letters."""
 
 
+DETECTORS = ("yolos", "detr")
+"""The types of models that find objects in pictures."""
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows for which a task is wanted.

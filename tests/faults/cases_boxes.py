@@ -182,6 +182,14 @@ def _(world: World) -> Printed:
     return world.lora("init", "rows.jsonl", "--model", "./yolos", "-o", "new.yaml")
 
 
+@case(AREA, "init for boxes in columns of numbers")
+def _(world: World) -> Printed:
+    tiny_detectors.save("yolos", world.folder / "yolos")
+    rows = ["1.jpg,cat,1,1,9,9", "2.jpg,dog,1,1,9,9"]
+    world.write("rows.csv", "\n".join(["filename,class,xmin,ymin,xmax,ymax", *rows]))
+    return world.lora("init", "rows.csv", "--model", "./yolos", "-o", "new.yaml")
+
+
 @case(AREA, "init for boxes with a model that finds none")
 def _(world: World) -> Printed:
     tiny_pictures.save("vit", world.folder / "vit")

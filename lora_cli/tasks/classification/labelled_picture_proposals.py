@@ -9,7 +9,7 @@ from lora_cli.data.boxes import are_objects
 from lora_cli.data.media import FILE_NAME
 from lora_cli.data.media_folder import SAMPLE, are_media
 from lora_cli.errors import LoraError
-from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
+from lora_cli.tasks.proposal import DETECTORS, BaseFacts, Certainty, Proposal, Table, proposed
 
 LABEL_NAME = re.compile(r"(?i)labels?|class(es)?|categor(y|ies)|target|species|breed|type")
 
@@ -39,6 +39,10 @@ def _of_pictures(table: Table, base: BaseFacts) -> Proposal:
     if base.sees is False:
         what = f"`{base.name}` reads texts, and {place} holds pictures"
         raise LoraError(what, "--model", "use a model that reads pictures, such as ViT or ResNet")
+    if base.model_type in DETECTORS:
+        what = f"`{base.name}` finds objects, and {place} holds no boxes that are read"
+        hint = "write the boxes as COCO, Pascal VOC or YOLO; for labels of whole pictures, use a "
+        raise LoraError(what, "--model", hint + "classifier such as ViT or ResNet")
     image = next((name for name in names if is_folder or _holds_media(table, name)), None)
     listed = f"the columns are {', '.join(names)}"
     if image is None:

@@ -11,9 +11,8 @@ from lora_cli.data.media import is_media, media_value
 from lora_cli.data.media_folder import SAMPLE, are_media
 from lora_cli.data.pictures import picture_facts
 from lora_cli.errors import LoraError, counted
-from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
+from lora_cli.tasks.proposal import DETECTORS, BaseFacts, Certainty, Proposal, Table, proposed
 
-DETECTORS = ("yolos", "detr")
 FORMS = ("xywh", "xyxy", "relative_cxcywh", "relative_xywh", "relative_xyxy")
 LARGEST, STEP = 640, 32  # pixels
 Json = dict[str, Any]
