@@ -17,6 +17,7 @@ from PIL import Image
 from lora_cli.data import annotated_folder
 from lora_cli.data.boxes import BoxError, better_format, read_objects
 from lora_cli.data.load_rows import load_rows
+from lora_cli.data.numbered_labels import holds_numbers, parquet_label_names
 from lora_cli.data.pictures import picture_facts
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate_adapter import with_test_file
@@ -565,6 +566,29 @@ def test_numbers_in_parquet_files_have_the_names_in_the_file(kind: str, tmp_path
     rows = load_rows(recipe_for(kind, **files))
     assert rows["train"].label_names[kind] == ["dog", "cat"]
     assert rows["validation"].label_names[kind] == ["dog", "cat", "bird"]
+
+
+@pytest.mark.parametrize("kind", ["label", "objects"])
+def test_of_files_of_one_split_the_longest_list_of_names_counts(kind: str, tmp_path: Path) -> None:
+    to_parquet(tmp_path / "a.parquet", ["dog", "cat"], "cat", kind)
+    to_parquet(tmp_path / "b.parquet", ["dog", "cat", "bird"], "bird", kind)
+    files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    recipe = recipe_for(kind, path=str(tmp_path))
+    for some in (files, files[::-1]):
+        assert parquet_label_names(recipe, some) == {kind: ["dog", "cat", "bird"]}
+
+
+@pytest.mark.parametrize(
+    ("value", "is_number"),
+    [
+        (0, True), ([2, 1], True), ({"bbox": [[1, 2, 3, 4]], "category": [0]}, True),
+        ([{"bbox": [1, 2, 3, 4], "category": 0}], True), ("1", False), (True, False), (None, False),
+        (["a"], False), ([], False), ({"bbox": [[1, 2, 3, 4]], "category": ["a"]}, False),
+        ({"bbox": [[1, 2, 3, 4]]}, False),
+    ],
+)  # fmt: skip
+def test_labels_are_numbers_where_a_cell_holds_some(value: Any, is_number: bool) -> None:
+    assert holds_numbers(value) is is_number
 
 
 @pytest.mark.parametrize("kind", ["label", "objects"])
