@@ -642,6 +642,7 @@ def read_names(file: Path) -> list[str]:
 def test_a_folder_with_such_a_file_is_an_adapter(tmp_path: Path) -> None:
     file = save(tmp_path, of_kohya(factors("sd", ATTENTION), "sd"))
     assert read_adapter(tmp_path).tensors.keys() == read_adapter(file).tensors.keys()
+    assert not read_adapter(file).verified  # no manifest vouches for it
     file.rename(tmp_path / "pytorch_lora_weights.safetensors")
     (tmp_path / "other.safetensors").write_bytes(b"")
     assert loaded(tmp_path, "sd").parts.keys() == set(NAMES["sd"])

@@ -41,6 +41,7 @@ from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.recipe.spec import TextEmbeddingSpec
 from lora_cli.tasks import build_task
+from lora_cli.tasks.contract import prepared_for_evaluation
 from lora_cli.tasks.embeddings import embedding_search
 from lora_cli.tasks.embeddings.embedding_losses import ANCHOR, NEGATIVE, POSITIVE, embedding_losses
 from lora_cli.tasks.embeddings.embedding_search import labelled_corpus, pairs_corpus, search
@@ -276,6 +277,10 @@ def test_positives_are_drawn_by_seed_step_and_row(tmp_path: Path) -> None:
             assert again["input_ids"] == example["input_ids"]
             drawn.add((i, int(other)))
     assert len(drawn) > 60  # of 18 rows, each with 7 others
+    for encoded in map(split.examples.__getitem__, range(len(split))):
+        evaluated = prepared_for_evaluation(task, encoded)
+        assert evaluated["input_ids"] == encoded["input_ids"]
+        assert list(evaluated["lengths"]) == [len(encoded["input_ids"])]
 
 
 # ----------------------------------------------------------------------------------- vectors
