@@ -20,6 +20,7 @@ from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
 from lora_cli.adapters.peft_format.adapter_folder import (
     AdapterFolder,
 )
+from lora_cli.adapters.peft_format.diffusion_file import ANEW
 from lora_cli.adapters.peft_format.other_names import use_names_of
 from lora_cli.adapters.peft_format.peft_experts import check_parameter, with_current_names
 from lora_cli.adapters.peft_format.peft_rules import (
@@ -382,8 +383,10 @@ def _check_layer(
     shapes = layer.configured_shapes(module, rank, config)
     needed = layer.peft_shapes(module, rank) if shapes is None else shapes
     if needed.keys() != tensors.keys():
-        what = f"`{name}` has {', '.join(tensors)}, its configuration says {', '.join(needed)}"
-        return [Problem(what, hint=TOGETHER)], None, None
+        what, hint = f"`{name}` has {', '.join(tensors)}, its configuration says", TOGETHER
+        if adapter.path.is_file():  # of another tool, without a configuration
+            what, hint = f"`{name}` has {', '.join(tensors)}, and such an update needs", ANEW
+        return [Problem(f"{what} {', '.join(needed)}", hint=hint)], None, None
     problems = [
         Problem(f"{key} of `{name}` is {tuple(tensors[key].shape)}, the model needs {shape}")
         for key, shape in needed.items()

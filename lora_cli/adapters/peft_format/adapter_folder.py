@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_cli.adapters.attach import adapter_layers, name_in_base, trainable_parameters
-from lora_cli.adapters.peft_format.diffusion_file import DiffusionFile, read_diffusion_file
+from lora_cli.adapters.peft_format.diffusion_file import ANEW, DiffusionFile, read_diffusion_file
 from lora_cli.adapters.peft_format.part_folders import divided, joined
 from lora_cli.adapters.peft_format.peft_config import adapter_type, check_config
 from lora_cli.adapters.peft_format.peft_rules import peft_differences
@@ -318,7 +318,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _tensors_of(path: Path) -> dict[str, Tensor]:
     """Return the tensors of one file, by names without PEFT's prefix."""
-    file, hint = path / WEIGHTS_FILE, "save it again in the tool that made it"
+    file, hint = path / WEIGHTS_FILE, ANEW
     entries = read_header(file)
     for name, entry in entries.items():
         if entry.dtype not in FLOATS:

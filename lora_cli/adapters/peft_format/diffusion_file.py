@@ -46,6 +46,7 @@ NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)  # which are stored and not co
 DORA = ("lora_magnitude_vector",)
 KINDS = {"lora": "LORA", "hada": "LOHA", "lokr": "LOKR"}
 FIRST_CLIP = ("lora_te_", "lora_te1_", "text_encoder.", "text_encoders.clip_l.transformer.")
+ANEW = "save it again in the tool that made it"
 MERGE_THERE = "merge the file into its base with the tool that wrote it"
 ADDED = (".diff", ".diff_b", ".w_norm", ".b_norm", ".lora_B.bias")  # to a weight or a bias
 OF_CONTROL = (".lora_B.bias", "_norm.scale")  # of the files `flux1-canny-dev-lora` and `-depth-`
@@ -95,10 +96,10 @@ def read_diffusion_file(path: Path) -> DiffusionFile:
         what = (
             f"`{odd[0]}` is of shape {tuple(entries[odd[0]].shape)}, which such a tensor never has"
         )
-        raise IntegrityError(what, at, "save it again in the tool that made it")
+        raise IntegrityError(what, at, ANEW)
     if bad:
         what = f"`{bad[0]}` is no weight, or contains NaN or infinity"
-        raise IntegrityError(what, at, "save it again in the tool that made it")
+        raise IntegrityError(what, at, ANEW)
     added = {found[1] for found in split.values() if found is not None} - {"alpha"}
     kinds = sorted({KINDS[n.partition("_")[0]] for n in added if n not in DORA}) or ["LORA"]
     if kinds[0] != "LORA" and added.intersection(DORA):
@@ -160,7 +161,7 @@ def _header_config(path: Path) -> Config:
         found = None
     if not isinstance(found, dict):
         what = f"`{METADATA}` in its header is no JSON object"
-        raise IntegrityError(what, str(path), "save it again in the tool that made it")
+        raise IntegrityError(what, str(path), ANEW)
     return found
 
 
@@ -301,7 +302,7 @@ def _of_part(
             if stated != rank or (given.get("use_dora") and not file.use_dora):
                 more = "" if stated != rank else " and DoRA's lengths"
                 what = f"`{name}` has rank {rank}, and its header says {stated}{more}"
-                raise IntegrityError(what, str(file.path), "save it again in the tool that made it")
+                raise IntegrityError(what, str(file.path), ANEW)
             alpha = given.get(PEFT_TYPES[file.peft_type].alpha, 8)
             alphas[name] = _stated(given, "alpha_pattern", name, alpha)
         elif "alpha" in own and not is_whole:
