@@ -159,6 +159,27 @@ def test_only_layers_that_always_read_one_input_are_stacked(order: str, n_produc
     assert len(stacked_products([model], lambda: model(x, order))) == n_products
 
 
+def test_layers_with_one_input_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [nn.Linear(4, size) for size in (2, 3, 5)]
+    x = torch.randn(6, 4)
+    wanted = [layer(x) for layer in layers]
+    product = StackedProduct(layers)
+    multiply, shapes = nn.functional.linear, []
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        shapes.append(tuple(weight.shape))
+        return multiply(x, weight, bias)
+
+    monkeypatch.setattr(nn.functional, "linear", counted)
+    for _ in range(2):
+        with product:
+            found = [layer(x) for layer in layers]
+        torch.testing.assert_close(found, wanted)
+        assert product.input is None  # its memory is free again
+        assert not product.outputs
+    assert shapes == [(10, 4)] * 2
+
+
 def test_another_input_later_on_is_noticed() -> None:
     model, x = Pair(), torch.randn(2, 3)
     wanted = {order: model(x, order) for order in ("same", "other")}
