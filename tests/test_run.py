@@ -33,7 +33,13 @@ from lora_cli.cli.app import app
 from lora_cli.errors import IntegrityError, InterruptedRun, LoraError
 from lora_cli.evaluation.evaluate_adapter import evaluate_adapter
 from lora_cli.recipe import load_recipe
-from lora_cli.training import early_stopping, load_trainable_model, run_evaluations, train
+from lora_cli.training import (
+    early_stopping,
+    fit_into_memory,
+    load_trainable_model,
+    run_evaluations,
+    train,
+)
 from lora_cli.training import run as training_run
 from lora_cli.training.checkpoints import checkpoints, load_checkpoint
 from lora_cli.training.optimizers import build_optimizer
@@ -666,13 +672,13 @@ def test_whether_activations_are_computed_again_is_chosen_once(
     path = bench.recipe("llama", adapter={"dropout": 0.2}, **TRAINING)
     bench.run(path, "plain")
     enabled = []
-    enable = training_run.enable_gradient_checkpointing
+    enable = fit_into_memory.enable_gradient_checkpointing
     monkeypatch.setattr(
-        training_run,
+        fit_into_memory,
         "enable_gradient_checkpointing",
         lambda model, recipe: (enable(model, recipe), enabled.append(model)),
     )
-    monkeypatch.setattr(training_run, "needs_checkpointing", lambda *_: not fits)
+    monkeypatch.setattr(fit_into_memory, "needs_checkpointing", lambda *_: not fits)
     sets = ("train.gradient_checkpointing=auto", "checkpoint.every_steps=1")
     bench.run(path, "chosen", *sets)
     assert losses(bench.folder / "chosen") == pytest.approx(
@@ -683,7 +689,7 @@ def test_whether_activations_are_computed_again_is_chosen_once(
     assert found[1].memory["gradient_checkpointing"] is not fits
     assert len(enabled) == (0 if fits else 1)
     # a run that is resumed goes on as it was, whatever fits now
-    monkeypatch.setattr(training_run, "needs_checkpointing", lambda *_: fits)
+    monkeypatch.setattr(fit_into_memory, "needs_checkpointing", lambda *_: fits)
     shutil.rmtree(found[0])
     (bench.folder / "chosen/report.json").unlink()
     bench.run(path, "chosen", *sets, resume=True)

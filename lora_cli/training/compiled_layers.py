@@ -24,9 +24,7 @@ from lora_cli.training.stacked_products import (
 SHAPES = 64  # torch compiles a layer anew for each shape, and by default gives up after 8
 MEMORY_BUDGET = 0.8  # of the activations that autograd would keep: the cheapest are computed again
 # where there are many; the short texts that batches of few shapes consist of need little memory
-CHECKPOINTING_BUDGET = (
-    0.0  # of a layer with gradient checkpointing: it keeps nothing but its inputs
-)
+CHECKPOINTING_BUDGET = 0.0  # with gradient checkpointing: a layer keeps nothing but its inputs
 # small kernels that do not depend on each other become one
 OPTIONS: dict[str, Any] = {"combo_kernels": True, "combo_kernels_autotune": 0}
 

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from lora_cli.adapters.attach import training_mode
+from lora_cli.models.gradient_checkpointing import enable_gradient_checkpointing
 from lora_cli.tasks.contract import Task
 from lora_cli.training.batches import Batches, prepared_for
 from lora_cli.training.resource_errors import is_out_of_memory, out_of_memory
@@ -26,6 +27,45 @@ from lora_cli.training.stop_request import TRAINING
 
 HEADROOM = 0.05  # share of the GPU's free memory that is left for libraries and fragmentation
 AMPLE = 0.7  # the same, if the user has not asked for the largest micro-batch
+
+
+def fit_into_memory(
+    model: nn.Module,
+    task: Task,
+    batches: Batches,
+    accelerator: Accelerator,
+    optimizer_bytes: int,
+    begins: bool,
+) -> list[str]:
+    """Choose gradient checkpointing and micro-batches, if the recipe leaves them open.
+
+    What is chosen stands in `task.learned` afterwards.
+
+    Args:
+        model: The model, as it will be trained.
+        task: Makes batches, and computes the loss.
+        batches: Has the examples of the train split, and their lengths.
+        accelerator: The precision and the processes; all processes choose the same.
+        optimizer_bytes: The size of the optimizer's state.
+        begins: Whether the run is at its first step; one that is resumed keeps what was chosen.
+
+    Returns:
+        Lines for the log.
+    """
+    parts = (model, task, batches, accelerator, optimizer_bytes)
+    train, learned, notes = task.recipe.train, task.learned, []
+    if train.gradient_checkpointing == "auto":
+        if begins:
+            learned.checkpointing = needs_checkpointing(*parts)
+        if learned.checkpointing:
+            enable_gradient_checkpointing(model, task.recipe)
+            notes.append("gradient checkpointing, since memory is short without")
+    if begins and train.micro_batch_size == "auto":
+        learned.micro_batch = find_micro_batch(*parts)
+        notes.append(f"micro-batches of {learned.micro_batch}, the largest that fit")
+    elif begins and not task.recipe.data.streaming:
+        learned.micro_batch = join_micro_batches(*parts)
+    return notes
 
 
 def find_micro_batch(

@@ -23,7 +23,6 @@ from lora_cli.adapters.parameter_targets import frozen_experts_note
 from lora_cli.environment import reject_mpi
 from lora_cli.evaluation.probe import take_probe, write_probe
 from lora_cli.evaluation.thumbnails import write_thumbnails
-from lora_cli.models.gradient_checkpointing import enable_gradient_checkpointing
 from lora_cli.preprocessing.cached_frozen_outputs import with_cached_frozen_outputs
 from lora_cli.preprocessing.cached_hidden_states import with_cached_hidden_states
 from lora_cli.preprocessing.data_gate import pass_gate
@@ -37,11 +36,7 @@ from lora_cli.training.batches import Batches
 from lora_cli.training.checkpoints import adopt_adapter, clear_leftovers, optimizer_bytes
 from lora_cli.training.choose_engine import choose_engine
 from lora_cli.training.early_stopping import Judge
-from lora_cli.training.fit_into_memory import (
-    find_micro_batch,
-    join_micro_batches,
-    needs_checkpointing,
-)
+from lora_cli.training.fit_into_memory import fit_into_memory
 from lora_cli.training.gpu_monitor import GpuMonitor
 from lora_cli.training.launch import explain_errors, main_process_first
 from lora_cli.training.learning_rate import learning_rate_factor, set_learning_rate
@@ -195,7 +190,10 @@ class Run:
     def train(self) -> None:
         """Make all steps, or stop early, and measure the best adapter."""
         self.saver.begin(self.state, self.notes.append)
-        self._fit_into_memory()
+        needed = optimizer_bytes(self.model, self.recipe)
+        parts = (self.model, self.task, self.batches, self.accelerator, needed)
+        self.notes += fit_into_memory(*parts, begins=self.state.step == 0)
+        self.state.memory = memory_facts(self.recipe, self.learned)
         with self._open_log() as self.log, self.stop, self.gpu:
             for note in self.notes:
                 self.log.say(note)
@@ -320,25 +318,6 @@ class Run:
         self.stop.activity = TRAINING
 
     # -------------------------------------------------------- before the first step, after the last
-
-    def _fit_into_memory(self) -> None:
-        """Choose gradient checkpointing and micro-batches, if the recipe leaves them open."""
-        train, begins = self.recipe.train, self.state.step == 0
-        needed = optimizer_bytes(self.model, self.recipe)
-        memory = (self.model, self.task, self.batches, self.accelerator, needed)
-        if train.gradient_checkpointing == "auto":
-            if begins:
-                self.learned.checkpointing = needs_checkpointing(*memory)
-            if self.learned.checkpointing:
-                enable_gradient_checkpointing(self.model, self.recipe)
-                self.notes.append("gradient checkpointing, since memory is short without")
-        if begins:
-            if train.micro_batch_size == "auto":
-                self.learned.micro_batch = size = find_micro_batch(*memory)
-                self.notes.append(f"micro-batches of {size}, the largest that fit")
-            elif self.data.get("train") is not None:
-                self.learned.micro_batch = join_micro_batches(*memory)
-        self.state.memory = memory_facts(self.recipe, self.learned)
 
     def _open_log(self) -> RunLog:
         return RunLog(

@@ -50,9 +50,10 @@ def test_fp8_products_are_those_of_rounded_rows(
     assert float((y.detach().double() - wanted).norm() / wanted.norm()) < 4e-3
     wanted = rounded_rows(dy.double() * scales) @ numbers
     assert float((x.grad.double() - wanted).norm() / wanted.norm()) < 4e-3
-    # and what rounding costs: 3 bits behind the point of either factor; the fewest are 16 numbers
+    # and what rounding costs: 3 bits behind the point of either factor
     exact = x.detach().double() @ layer.dequantized().double().T
-    assert 1e-3 < float((y.detach().double() - exact).norm() / exact.norm()) < 0.06
+    most = 0.06 if y.numel() == 16 else 0.04  # so few numbers say less about the average
+    assert 1e-3 < float((y.detach().double() - exact).norm() / exact.norm()) < most
 
 
 def test_a_compiled_layer_has_the_gradient_of_the_layer_as_it_is() -> None:

@@ -16,6 +16,7 @@ from test_precision import losses, recipe, train
 from test_precision import pytestmark as on_a_gpu
 
 from lora_cli.errors import ResourceError
+from lora_cli.training import fit_into_memory
 from lora_cli.training import run as training_run
 from lora_cli.training.checkpoints import load_checkpoint
 
@@ -157,7 +158,7 @@ def test_activations_are_computed_again_where_they_do_not_fit(
             "train.micro_batch_size=4096", "train.gradient_accumulation_steps=1",
             "train.gradient_checkpointing=auto", "checkpoint.every_steps=1",
             "train.log_every_steps=1", "data.check.near_duplicates=false"]  # fmt: skip
-    needs = training_run.needs_checkpointing
+    needs = fit_into_memory.needs_checkpointing
 
     def with_little_left(*arguments: Any) -> bool:
         with little_left(64):
@@ -169,6 +170,6 @@ def test_activations_are_computed_again_where_they_do_not_fit(
         checkpoint = load_checkpoint(tmp_path / output)
         assert checkpoint is not None
         found[output] = checkpoint[1].memory["gradient_checkpointing"]
-        monkeypatch.setattr(training_run, "needs_checkpointing", with_little_left)
+        monkeypatch.setattr(fit_into_memory, "needs_checkpointing", with_little_left)
     assert found == {"roomy": False, "short": True}
     assert losses(tmp_path / "short") == pytest.approx(losses(tmp_path / "roomy"), rel=1e-4)
