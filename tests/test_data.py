@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -613,6 +614,44 @@ def test_rows_that_lack_a_column_can_be_divided(tmp_path: Path) -> None:
         held_out = {"fraction": 0.2, **options}
         splits = load_rows(recipe_of({"path": str(file), "validation": held_out}))
         assert len(splits["train"]) + len(splits["validation"]) == 60
+
+
+def turns(text: str, system: str) -> list[dict[str, str]]:
+    said = {"system": system, "user": text, "assistant": "yes"}
+    return [{"role": role, "content": content} for role, content in said.items()]
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        (
+            {"type": "token_classification"},  # the lists differ where the texts do not
+            lambda i: {
+                "tokens": [["Ärzte", f"{i % 40}"], ["ärzte", f"{i % 40}", "."]][i // 40],
+                "tags": ["O"] * (2 + i // 40),
+            },
+        ),
+        (
+            {"type": "causal_lm", "messages_column": "messages"},  # the data gate: no system's turn
+            lambda i: {"messages": turns(f"word {i % 40}", "Be brief." * (i // 40))},
+        ),
+    ],
+)
+def test_held_out_rows_of_lists_are_compared_as_the_data_gate_does(
+    task: dict[str, Any], row: Callable[[int], dict[str, Any]], tmp_path: Path
+) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps(row(i)) + "\n" for i in range(80)))
+    held_out = {"fraction": 0.25}
+    splits = load_rows(recipe_of({"path": str(file), "validation": held_out}, task))
+    # rows 0 and 40 say the same, and so on: a number stands for such a pair
+    numbers = {name: [str(r) for r in rows] for name, rows in splits.items()}
+    found = {
+        name: {re.search(r"\d+", r)[0] for r in rows}  # type: ignore[index]
+        for name, rows in numbers.items()
+    }
+    assert not found["train"] & found["validation"]
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 60, "validation": 20}
 
 
 def draws(rows_csv: str, **options: Any) -> dict[str, set[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +15,14 @@ from lora_cli.data.file_rows import file_rows, names_of_labels, read_files
 from lora_cli.data.find_files import SPLITS as SPLITS
 from lora_cli.data.find_files import files_of, positions, split_slice
 from lora_cli.data.hub_rows import hub_rows, load_hub
-from lora_cli.data.media import (
-    hashed,
-    media_error,
-    undecoded,
-    with_media,
-)
+from lora_cli.data.media import media_error, undecoded, with_media
 from lora_cli.data.media_folder import (
     is_media_file,
 )
 from lora_cli.data.mixed_rows import mixed
 from lora_cli.data.numbered_labels import holds_numbers, label_names, require_one_numbering
 from lora_cli.data.renamed_columns import renamed_row, require_renamed
+from lora_cli.data.row_texts import text_of
 from lora_cli.data.rows import Rows as Rows
 from lora_cli.data.split_rows import draw
 from lora_cli.data.text_lines import RawRow
@@ -200,7 +195,7 @@ def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tup
             what = f"no row of {spec.from_} has a label, by which {name} is measured"
             raise LoraError(what, recipe.at(f"data.{name}"), "name a file whose rows have labels")
     held_out_rows, kept = draw(
-        [_joined_text(row, list(texts.values())) for row in rows],
+        [text_of(row, list(texts.values())) for row in rows],
         spec.fraction,
         # another seed for each, so that the two draws do not pick the same positions
         seed=(recipe.data.split_seed, SPLITS.index(name)),
@@ -218,14 +213,6 @@ def _hold_out(recipe: Recipe, parent: Rows, name: str, spec: HeldOutSpec) -> tup
 
 def _stratum(row: dict[str, Any], labels: list[str]) -> str:
     return "\n".join(str(row.get(label)) for label in labels)
-
-
-def _joined_text(row: dict[str, Any], columns: list[str]) -> str:
-    return "\n".join(
-        value if isinstance(value, str) else json.dumps(value, default=str)
-        for name, value in hashed({name: row.get(name) for name in columns}).items()
-        if value is not None
-    )
 
 
 def _named(recipe: Recipe, split: str, text: str) -> Rows:

@@ -6,7 +6,6 @@ with texts that train does not have too. Why one is not taken is said beside wha
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -28,6 +27,7 @@ from lora_cli.data.column_kinds import (
 from lora_cli.data.detect_format import DataFile
 from lora_cli.data.file_formats import read_rows
 from lora_cli.data.parallel_texts import BRACES, parts_of
+from lora_cli.data.row_texts import text_of
 from lora_cli.data.split_rows import containing, draw
 from lora_cli.data.text_lines import byte_error
 from lora_cli.errors import LoraError, counted
@@ -262,9 +262,7 @@ def _error_of(rows: Rows, train: Rows, chosen: Proposal) -> str:
 
 def _text(row: dict[str, Any], columns: Sequence[str]) -> str:
     """Return the text by which rows are compared."""
-    values = [row.get(name) for name in columns]
-    texts = [v if isinstance(v, str) else json.dumps(v, default=str) for v in values]
-    return normalised("\n".join(texts))
+    return normalised(text_of(row, list(columns)))
 
 
 # ------------------------------------------------------------------------------------ drawn rows
