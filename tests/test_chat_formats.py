@@ -181,3 +181,44 @@ def test_what_cannot_be_read_is_named(turns: list[Json], error: str) -> None:
 def test_rows_that_only_look_like_a_task_are_known(more: Json, what: str | None) -> None:
     found = unsupported({"prompt": "a", "completion": "b", **more})
     assert (found and found[0].startswith(what or "")) == (what and True)
+
+
+PAIRED = [user("a"), said("b"), user("c"), said("d")]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "messages"),
+    [
+        ([{"human": "a", "assistant": "b"}, {"human": "c", "assistant": "d"}], PAIRED),  # Firefly
+        (
+            [{"system": "s", "input": "a", "output": "b"}, {"input": "c", "output": "d"}],  # XTuner
+            [{"role": "system", "content": "s"}, *PAIRED],
+        ),
+        ([["a", "b"], ["c", "d"]], PAIRED),
+        ([{"Human": "a", "Assistant": "b"}, {"human": "c", "assistant": ""}], PAIRED[:3]),
+        ([{"input": "a", "output": "b", "output_with_loss": False}],
+         [user("a"), said("b", weight=0)]),
+    ],
+)  # fmt: skip
+def test_pairs_of_questions_and_answers_are_turns(pairs: Any, messages: list[Json]) -> None:
+    conversation = read({"messages": pairs}, "pairs")
+    assert conversation.messages == messages
+    assert read({"messages": json.dumps(pairs)}, "pairs").messages == messages
+    plain = [{key: m[key] for key in ("role", "content")} for m in messages]
+    assert ids_of(conversation)[0] == theirs(plain)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "error"),
+    [
+        ([{"human": "a"}], "pair 1 is not a question and its answer"),
+        ([{"human": "a", "assistant": "b", "gpt": "c"}], "pair 1 is not"),
+        ([{"human": " ", "assistant": "b"}], "pair 1: the user says nothing"),
+        ([["a", ""], ["c", "d"]], "pair 1: the assistant says nothing"),
+        ([["a", "b"], {"system": "s", "input": "c", "output": "d"}], "pair 2: it has a `system`"),
+        ([{"human": "a", "assistant": 3}], "pair 1: the assistant says nothing"),
+        ([{"human": "a", "assistant": "b", "images": ["x"]}], "pair 1: it has `images`"),
+    ],
+)
+def test_pairs_that_cannot_be_read(pairs: Any, error: str) -> None:
+    assert conversation_error({"messages": pairs}, "pairs", "messages").startswith(error)

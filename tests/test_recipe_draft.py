@@ -334,6 +334,54 @@ def test_sharegpt(init: Init, speaker: str) -> None:
     assert (recipe.task.messages_column, recipe.task.format) == ("conversations", "sharegpt")
 
 
+@pytest.mark.parametrize("keys", [("human", "assistant"), ("input", "output")])
+def test_pairs_of_questions_and_answers(init: Init, keys: tuple[str, str]) -> None:
+    rows = [
+        {"conversation": [dict(zip(keys, pair, strict=True))] * 2}
+        for pair in zip(texts(20), texts(20, 1), strict=True)
+    ]
+    recipe = init("firefly.jsonl", lines(rows), "llama")
+    assert (recipe.task.messages_column, recipe.task.format) == ("conversation", "pairs")
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (
+            {"id": "x", "system_prompt": "Be brief.", "question": "", "response": ""},  # OpenOrca
+            {"system_prompt": "system", "question": "instruction", "response": "output"},
+        ),
+        (
+            {"query": "", "response": "", "history": [["a b", "c d"]]},  # ms-swift
+            {"query": "instruction", "response": "output"},
+        ),
+        ({"instruction": "", "output": "", "system_prompt": "Be brief."},
+         {"system_prompt": "system"}),
+        ({"prompt": "", "completion": "", "system": "", "history": []}, {}),  # nothing to read
+        ({"question": "", "response": "", "system": "Be brief.", "context": ""}, None),
+    ],
+)  # fmt: skip
+def test_a_systems_turn_and_earlier_turns_in_columns_of_their_own(
+    init: Init, row: dict[str, Any], columns: dict[str, str] | None
+) -> None:
+    asked = {"question", "query", "instruction", "prompt"} & {*row}
+    said = {"response", "output", "completion", "context"} & {*row}
+    rows = [
+        row | dict.fromkeys(asked, one) | dict.fromkeys(said, two)
+        for one, two in zip(texts(20), texts(20, 1), strict=True)
+    ]
+    if columns is None:  # the third column would be lost
+        with pytest.raises(LoraError, match="`context` belongs to the prompt"):
+            init("rows.jsonl", lines(rows), "llama")
+        return
+    recipe = init("rows.jsonl", lines(rows), "llama")
+    assert recipe.data.columns == columns
+    assert recipe.task.format == ("alpaca" if columns else "openai")
+    data = load_rows(recipe)
+    for name in columns.values():
+        assert name in data["train"].columns
+
+
 def test_alpaca(init: Init) -> None:
     rows = [
         {"instruction": text, "input": "", "output": answer}

@@ -37,7 +37,10 @@ NOT_READ = (
 SAID = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")
 TRAINED_MARKS = (
     "weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask",
+    "output_with_loss",
 )  # fmt: skip
+ASKED = ("human", "user", "input", "query", "question", "prompt", "instruction")  # of a pair
+ANSWERED = ("assistant", "gpt", "bot", "output", "response", "answer")
 
 
 class RowError(ValueError):
@@ -63,7 +66,8 @@ def read_conversations(row: dict[str, Any], form: str, column: str | None) -> li
 
     Args:
         row: A row of the data.
-        form: `openai`, `sharegpt`, `alpaca` or `self_instruct`, where a row may hold several.
+        form: `openai`, `sharegpt`, `pairs`, `alpaca` or `self_instruct`, where a row may hold
+            several.
         column: The column of the messages; not used by the last two forms.
 
     Raises:
@@ -105,7 +109,7 @@ def read_messages(row: dict[str, Any], form: str, column: str | None) -> list[Me
 
     Args:
         row: A row of the data.
-        form: `openai` or `sharegpt`.
+        form: `openai`, `sharegpt` or `pairs`.
         column: The column of the messages.
 
     Raises:
@@ -118,6 +122,8 @@ def read_messages(row: dict[str, Any], form: str, column: str | None) -> list[Me
             raise RowError(f"column `{column}` is text, not a list of messages")
     if not isinstance(value, list) or not value:
         raise RowError(f"column `{column}` is not a list of messages")
+    if form == "pairs":
+        return _pairs(value)
     messages = []
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, dict):
@@ -168,14 +174,59 @@ def _history(row: dict[str, Any]) -> list[Message]:
     if isinstance(history, str):
         history = read_nested(history.strip()) if history.strip() else []
     pairs: list[Any] = history if isinstance(history, list) else [None]
-    if not all(isinstance(p, list) and len(p) == 2 and set(map(type, p)) == {str} for p in pairs):
+    if not all(map(is_pair, pairs)):
         raise RowError("column `history` is not a list of pairs, a question and its answer each")
-    roles = ("user", "assistant")
-    return [
-        {"role": role, "content": said}
-        for pair in pairs
-        for role, said in zip(roles, pair, strict=True)
-    ]
+    try:
+        return [message for pair in pairs for message in _pair(pair, is_first=False, is_last=False)]
+    except RowError as error:
+        raise RowError(f"column `history`: {error}") from None
+
+
+# -------------------------------------------------------------------------------------- pairs
+
+
+def is_pair(value: Any) -> bool:
+    """Return whether a value is a question with its answer: an object, or a list of two texts."""
+    if isinstance(value, list):
+        return len(value) == 2 and all(isinstance(text, str) for text in value)
+    return isinstance(value, dict) and all(len(_keys_of(value, k)) == 1 for k in (ASKED, ANSWERED))
+
+
+def _keys_of(pair: dict[str, Any], known: Sequence[str]) -> list[str]:
+    return [key for key in pair if key.lower() in known]
+
+
+def _pairs(pairs: list[Any]) -> list[Message]:
+    """Return the turns of pairs; the last pair may wait for its answer."""
+    messages: list[Message] = []
+    for number, pair in enumerate(pairs, 1):
+        if not is_pair(pair):
+            what = "a question and its answer, as `human` and `assistant`, or `input` and `output`"
+            raise RowError(f"pair {number} is not {what}")
+        try:
+            messages += _pair(pair, is_first=number == 1, is_last=number == len(pairs))
+        except RowError as error:
+            raise RowError(f"pair {number}: {error}") from None
+    return messages
+
+
+def _pair(pair: Any, is_first: bool, is_last: bool) -> list[Message]:
+    if isinstance(pair, list):
+        pair = {"human": pair[0], "assistant": pair[1]}
+    (asked,), (answered,) = _keys_of(pair, ASKED), _keys_of(pair, ANSWERED)
+    said = [(role, pair[key]) for role, key in (("user", asked), ("assistant", answered))]
+    if pair.get("system"):
+        if not is_first:
+            raise RowError("it has a `system`, which only the first may have")
+        said.insert(0, ("system", pair["system"]))
+    if is_last and (said[-1][1] is None or said[-1][1] == ""):
+        said.pop()
+    for role, text in said:
+        if not isinstance(text, str) or not text.strip():
+            raise RowError(f"the {role} says nothing")
+    messages = [{"role": role, "content": text} for role, text in said]
+    marks = _marked(pair)
+    return [m | marks if m["role"] == "assistant" else m for m in messages]
 
 
 # -------------------------------------------------------------------------------------- turns

@@ -19,6 +19,7 @@ from lora_cli.data.cell_values import (
     read_number,
 )
 from lora_cli.data.cell_values import flag as value_of_flag
+from lora_cli.data.chat_formats import is_pair
 from lora_cli.data.label_lists import listed_labels, read_nested
 
 URL = re.compile(r"(https?://|www\.)\S+$", re.IGNORECASE)
@@ -35,6 +36,7 @@ GROUP_NAME = re.compile(
     r"(?i)(.*[_\W])?(customer|client|user|author|conversation|session|thread|patient|document|doc|"
     r"dialog(ue)?|speaker|ticket|account|product|group|family)s?([_ ]?(id|name|no|nr|key))?"
 )
+TALK = re.compile(r"(?i)conversations?|conv|messages|dialog(ue)?s?|chats?|turns|rounds|talks?")
 FILE_NAME = re.compile(
     r"(?i)\S[^\n]*\.(?P<kind>wav|mp3|flac|ogg|opus|m4a|png|jpe?g|gif|bmp|tiff?|webp|mp4|avi)"
 )
@@ -44,6 +46,7 @@ SPLIT_NAMES = {
     "eval": "test",
 }  # fmt: skip
 NEARLY_NUMBER = re.compile(r"\d")
+CONVERSATIONS = ("openai", "sharegpt", "pairs")  # kinds of columns
 MISSING = re.compile(r"(?i)nan|n/?a|null|none|nil|missing|inf(inity)?|[-?.*\u2013\u2014]+|#\S+")
 MOSTLY = 0.9  # share of a column's cells that makes it one of numbers
 MOST_CLASSES = 20  # different whole numbers that may be the names of classes
@@ -60,7 +63,7 @@ class Column:
         name: As in the file.
         kind: `blank`, `url`, `date`, `file` (of sound or pictures), `split` (train, dev, test),
             `id`, `binary`, `number`, `category`, `text`, `list` (of short texts), `openai`,
-            `sharegpt` or `other` (objects, and lists of them).
+            `sharegpt`, `pairs` or `other` (objects, and lists of them).
         count: Rows in which it is not blank.
         counts: How often each value stands, as the label it would be; `list` counts the items.
         characters: Mean length of a value.
@@ -127,7 +130,7 @@ def describe(name: str, rows: Sequence[dict[str, Any]], delimiter: str = ",") ->
         return Column(name, "blank", 0, Counter())
     if any(isinstance(value, list | dict) for value in values):
         return _of_lists(name, values)
-    if (form := conversation_form(values)) is not None:
+    if (form := conversation_form(name, values)) is not None:
         return Column(name, form, len(values), Counter())
     lists = [listed_labels(value) for value in values]
     if all(items is not None for items in lists) and any(lists):
@@ -283,7 +286,7 @@ def _is_natural(texts: list[str], words: float) -> bool:
 
 
 def _of_lists(name: str, values: list[Any]) -> Column:
-    form = conversation_form(values)
+    form = conversation_form(name, values)
     if form is not None:
         return Column(name, form, len(values), Counter())
     items = [item for value in values if isinstance(value, list) for item in value]
@@ -295,11 +298,16 @@ def _of_lists(name: str, values: list[Any]) -> Column:
     return Column(name, "list", len(values), Counter(map(label_text, items)))
 
 
-def conversation_form(values: Sequence[Any]) -> str | None:
-    """Return `openai` or `sharegpt` where nearly all values are conversations, else None."""
+def conversation_form(name: str, values: Sequence[Any]) -> str | None:
+    """Return `openai`, `sharegpt` or `pairs` where nearly all are conversations, else None.
+
+    Pairs are taken for one by the name of their column: they can also be questions apart.
+    """
     forms = Counter(_form(value) for value in values)
     form, times = forms.most_common(1)[0]
-    return form if form is not None and times >= 0.9 * len(values) else None
+    if form is None or times < 0.9 * len(values):
+        return None
+    return form if form != "pairs" or TALK.fullmatch(name) else None
 
 
 def _form(value: Any) -> str | None:
@@ -312,7 +320,9 @@ def _form(value: Any) -> str | None:
     turn = value[0]
     if "role" in turn and "content" in turn:
         return "openai"
-    return "sharegpt" if {"from", "role"} & {*turn} and "value" in turn else None
+    if {"from", "role"} & {*turn} and "value" in turn:
+        return "sharegpt"
+    return "pairs" if all(map(is_pair, value)) else None
 
 
 def _separator(column: Column) -> str | None:

@@ -27,6 +27,7 @@ from lora_cli.data.column_kinds import (
 from lora_cli.data.detect_format import DataFile
 from lora_cli.data.file_formats import read_rows
 from lora_cli.data.parallel_texts import BRACES, parts_of
+from lora_cli.data.renamed_columns import renamed_row
 from lora_cli.data.row_texts import text_of
 from lora_cli.data.split_rows import containing, draw
 from lora_cli.data.text_lines import byte_error
@@ -165,7 +166,7 @@ def _by_folder(file: DataFile, chosen: Proposal) -> _Splits:
     chosen_splits = _Splits(train=file.rows)
     form = FormatSpec.model_validate(file.form)
     for name, files in held_out_of(file.path, file.form).items():
-        read = [row for other in files for row in read_rows(other, form)]
+        read = [renamed_row(r, chosen.renamed) for one in files for r in read_rows(one, form)]
         rows = [row.columns for row in read if row.columns is not None]
         reason = next((row.error for row in read if row.error), "")
         what = f"{counted(len(files), 'file')} in the folder"
@@ -227,7 +228,8 @@ def _around(path: Path) -> list[Path]:
 def _inspect(path: Path, like: DataFile, chosen: Proposal) -> tuple[str, list[dict[str, Any]]]:
     """Return why a file cannot be a split of another, or nothing; and its rows."""
     try:
-        rows = list(read_rows(path, FormatSpec.model_validate(like.form)))
+        read = read_rows(path, FormatSpec.model_validate(like.form))
+        rows = [renamed_row(row, chosen.renamed) for row in read]
     except LoraError as error:
         return error.problems[0].what, []
     reason = next((row.error for row in rows if row.error), "")

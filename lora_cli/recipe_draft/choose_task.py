@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from lora_cli.data.column_kinds import CONVERSATIONS
 from lora_cli.data.text_columns import content_of, listed, unnested
 from lora_cli.errors import LoraError, did_you_mean
 from lora_cli.recipe import TASKS
 from lora_cli.tasks import task_types
 from lora_cli.tasks.proposal import NO_LABEL, BaseFacts, Certainty, Proposal, Table
 
-READABLE = ("text", "category", "openai", "sharegpt")
+READABLE = ("text", "category", *CONVERSATIONS)
 
 
 def choose_task(table: Table, base: BaseFacts) -> Proposal:
@@ -33,7 +34,7 @@ def choose_task(table: Table, base: BaseFacts) -> Proposal:
         chosen.check()
     _require_suitable(chosen, base)
     for column in table.columns:
-        if column.name not in chosen.used | chosen.also_read:
+        if chosen.renamed.get(column.name, column.name) not in chosen.used | chosen.also_read:
             chosen.left_out.setdefault(column.name, content_of(column))
     return chosen
 

@@ -111,6 +111,7 @@ def _drafted(
     table = Table(columns, file.rows, place, text, label, pair, kind, are_lines)
     chosen = choose_task(table, base)
     file, columns, chosen = _with_names(file, columns, chosen)
+    file, columns = _renamed(file, columns, chosen)
     card = card_here() if memory is None else Card(memory * GIB, f"a GPU of {memory:g} GiB")
     draft = Draft({"model": {"name": _relative(model, target, base)}}, {})
     if kind is not None:
@@ -203,6 +204,17 @@ def _with_names(
         row_error=row_error if chosen.row_error is not None else None,
     )
     return file, [replace(column, name=renamed(column.name)) for column in columns], named
+
+
+def _renamed(
+    file: DataFile, columns: list[Column], chosen: Proposal
+) -> tuple[DataFile, list[Column]]:
+    """Return a file as `data.columns` lets the task read it."""
+    if not chosen.renamed:
+        return file, columns
+    new = Table(columns, file.rows, "").renamed(chosen.renamed)
+    names = [column.name for column in new.columns]
+    return replace(file, rows=list(new.rows), columns=names), list(new.columns)
 
 
 # ----------------------------------------------------------------------------------------- task
@@ -352,6 +364,8 @@ def _data(
             draft.put("data", key, value, reason)
         else:
             draft.why["data.path"] += f"; {reason}"
+    if chosen.renamed:
+        draft.put("data", "columns", chosen.renamed, "so that the chat template writes all turns")
     label = next((c for c in columns if c.name == chosen.keys.get("label_column")), None)
     if label and chosen.keys.get("problem") == "regression":
         for key, mark in label.numbers._asdict().items():

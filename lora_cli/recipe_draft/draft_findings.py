@@ -35,6 +35,9 @@ def add_findings(draft: Draft, file: DataFile, chosen: Proposal) -> None:
         shown = repr(value) if key == "delimiter" else value
         shown = ", ".join(value) if isinstance(value, list) else shown
         say((key, f"{str(shown).lower() if isinstance(value, bool) else shown}: {file.why[key]}"))
+    if chosen.renamed:
+        read = ", ".join(f"`{old}` as {new}" for old, new in chosen.renamed.items())
+        say(("columns", f"{read}: {why['data.columns']}"))
     problem = task.get("problem", "single_label") if chosen.labels is not None else None
     reason = chosen.why.get("problem") or chosen.why.get("", "")
     kind = f"{task['type']}, {problem}" if problem else task["type"]

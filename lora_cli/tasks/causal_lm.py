@@ -154,7 +154,7 @@ class CausalLM(WritingTask):
     def compared_columns(self) -> list[str]:
         """Return the columns of prompts and answers, since prompts can be the same in every row."""
         if columns := self.spec.instruction_columns:
-            return columns
+            return [*columns, "history"]  # after which the same question is another
         return [*self.input_columns().values(), *self.target_columns().values()]
 
     def input_error(self, row: dict[str, Any]) -> str:
@@ -353,6 +353,8 @@ class CausalLM(WritingTask):
         turn = {"role": "user", "content": typed}
         if self.spec.format == "sharegpt":
             turn = {"from": "human", "value": typed}
+        if self.spec.format == "pairs":
+            turn = {"human": typed, "assistant": ""}
         return {str(self.spec.messages_column): [turn]}
 
     def answer_error(self, row: dict[str, Any]) -> str:

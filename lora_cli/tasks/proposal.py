@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Literal, Protocol
 
@@ -19,6 +19,7 @@ from lora_cli.recipe import TASKS
 CONVERSATION_COLUMNS = {  # that are read besides the turns, by the format of the conversation
     "openai": {"system", "tools", "functions"},
     "sharegpt": {"system", "tools", "functions"},
+    "pairs": {"system", "tools", "functions"},
     "alpaca": {"system", "history"},
     "self_instruct": {"system"},
 }
@@ -140,6 +141,14 @@ class Table:
         """The columns by their names."""
         return {column.name: column for column in self.columns}
 
+    def renamed(self, names: dict[str, str]) -> Table:
+        """Return the table with other names of columns."""
+        return replace(
+            self,
+            columns=[replace(one, name=names.get(one.name, one.name)) for one in self.columns],
+            rows=[{names.get(key, key): value for key, value in row.items()} for row in self.rows],
+        )
+
     @property
     def names_columns(self) -> bool:
         """Whether the user names a column."""
@@ -162,6 +171,7 @@ class Proposal:
         labels_are_folders: The labels are names of folders, which all tools order as text.
         are_ordered: The labels stand in the order of the numbers that rows have for them.
         check: Raises an error if the rows cannot be used so; called if the proposal is taken.
+        renamed: The names by which columns are read, where these are not their own.
         certainty: How much speaks for it.
         error: What keeps the rows from being used so; it is raised if nothing is more certain.
     """
@@ -176,6 +186,7 @@ class Proposal:
     labels_are_folders: bool = False
     are_ordered: bool = False
     check: Callable[[], None] | None = None
+    renamed: dict[str, str] = field(default_factory=dict)
     certainty: Certainty = Certainty.FALLBACK
     error: LoraError | None = None
 

@@ -61,10 +61,11 @@ class CausalLMSpec(TaskSection):
     messages_column: Word | None = None
     """Column of a conversation, written with the model's chat template."""
 
-    format: Literal["openai", "sharegpt", "alpaca", "self_instruct"] = "openai"
-    """How a conversation is stored: `openai` (role, content), `sharegpt` (from, value), `alpaca`
-    (the columns instruction, input, output), or `self_instruct` (the columns instruction and
-    instances, a list of input and output). The last two do not use `messages_column`."""
+    format: Literal["openai", "sharegpt", "pairs", "alpaca", "self_instruct"] = "openai"
+    """How a conversation is stored: `openai` (role, content), `sharegpt` (from, value), `pairs`
+    (each a question and its answer: human and assistant, or input and output), `alpaca` (the
+    columns instruction, input, output), or `self_instruct` (the columns instruction and instances,
+    a list of input and output). The last two do not use `messages_column`."""
 
     chat_template: Word | None = None
     """File of a Jinja chat template, where the model has none or another is wanted."""
@@ -123,8 +124,8 @@ class CausalLMSpec(TaskSection):
             hint = "name `prompt_column` and `completion_column`, or `messages_column`"
             yield "answer_pattern", what, hint
         yield from pattern_conflicts(self.answer_pattern)
-        if self.format == "sharegpt" and self.messages_column is None:
-            what = "`format: sharegpt` needs `messages_column`"
+        if self.format in ("sharegpt", "pairs") and self.messages_column is None:
+            what = f"`format: {self.format}` needs `messages_column`"
             yield "format", what, "name the column: often `messages_column: conversations`"
 
     @property

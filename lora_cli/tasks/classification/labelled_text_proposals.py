@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_cli.data.column_kinds import Column, as_number, flag
+from lora_cli.data.column_kinds import CONVERSATIONS, Column, as_number, flag
 from lora_cli.data.text_columns import content_of, listed, pair_of, text_of, text_reason
 from lora_cli.errors import LoraError, counted
 from lora_cli.tasks.proposal import NO_LABEL, BaseFacts, Certainty, Proposal, Table, proposed
@@ -189,7 +189,7 @@ def _label_keys(
     """Return the keys of the label, what says so, and how often each stands."""
     if isinstance(label, list):
         return _flag_keys(label, rows)
-    if label.kind in ("other", "blank", "openai", "sharegpt"):
+    if label.kind in ("other", "blank", *CONVERSATIONS):
         what = f"`{label.name}` holds {content_of(label)}, no label"
         raise LoraError(what, place, "name another with `--label COLUMN`")
     if label.strays:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_cli.data.chat_formats import conversation_error
-from lora_cli.data.column_kinds import Column, is_blank
+from lora_cli.data.column_kinds import CONVERSATIONS, Column, is_blank
 from lora_cli.data.text_columns import TEXT_NAMES, listed, text_of, text_reason, unnested
 from lora_cli.data.unsupported_rows import unsupported
 from lora_cli.errors import LoraError, counted
@@ -22,11 +22,47 @@ PROMPT_NAMES = [
     ("article", "summary"), ("document", "summary"), ("text", "summary"),
     ("article", "highlights"), ("dialogue", "summary"), ("frage", "antwort"),
 ]  # fmt: skip
+TURNS = {
+    "openai": "turns with role and content", "sharegpt": "turns with from and value",
+    "pairs": "questions with their answers",
+}  # fmt: skip
+SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 CONTEXT_NAMES = ("context", "input", "passage", "knowledge", "document")
 
 
 def propose_writing(table: Table, base: BaseFacts) -> Proposal | None:
     """Return what of a table a language model would learn to write; see `Task.propose`."""
+    names = _other_names(table)
+    found = _proposed(table.renamed(names) if names else table, base)
+    if found is not None:
+        found.renamed = names
+    return found
+
+
+def _other_names(table: Table) -> dict[str, str]:
+    """Return the names by which the system's turn and earlier turns are read, if these are there.
+
+    A prompt and its answer are then a conversation: in OpenOrca the system's turn is a column of
+    its own, in data of ms-swift the earlier turns are too.
+    """
+    by_name = table.by_name
+    filled = {name for name, column in by_name.items() if column.kind != "blank"}
+    systems = [name for name in SYSTEM_NAMES if name in filled]
+    has_more = systems or any(row.get("history") not in (None, "", [], "[]") for row in table.rows)
+    if table.names_columns or table.are_lines or not has_more:
+        return {}
+    names = {systems[0]: "system"} if len(systems) == 1 else {}
+    if conversation(table.columns, table.rows) is None:
+        pair = prompts(by_name)
+        more = filled.intersection(CONTEXT_NAMES).difference(pair.inputs if pair else ())
+        if pair is None or more:
+            return {}
+        names |= dict(zip(pair.inputs, ("instruction", "output"), strict=True))
+    kept = by_name.keys() - names.keys()
+    return {} if kept & {*names.values()} else {k: new for k, new in names.items() if k != new}
+
+
+def _proposed(table: Table, base: BaseFacts) -> Proposal | None:
     columns, by_name = table.columns, table.by_name
     # a conversation may have a label too, and an encoder can learn nothing else
     by_names = Certainty.NAMED if base.can_write else Certainty.UNSUITED
@@ -84,7 +120,7 @@ def _require_supported(table: Table, chosen: Proposal) -> None:
     reject_rows(table.rows, place, unsupported)
     if not chosen.is_chat:
         return
-    talks = [column.name for column in table.columns if column.kind in ("openai", "sharegpt")]
+    talks = [column.name for column in table.columns if column.kind in CONVERSATIONS]
     if len(talks) > 1:
         what = f"the columns `{'` and `'.join(talks)}` all hold turns of conversations"
         joined = " + ".join(f".{name}" for name in talks)
@@ -134,7 +170,7 @@ def spoken(columns: Sequence[Column], place: str, can_write: bool) -> Proposal |
         LoraError: If there is nothing else that the model could learn.
     """
     files = next((column for column in columns if column.kind == "file"), None)
-    if files is None or any(column.kind in ("text", "openai", "sharegpt") for column in columns):
+    if files is None or any(column.kind in ("text", *CONVERSATIONS) for column in columns):
         return None
     texts = [c for c in columns if c.kind == "category" and TEXT_NAMES.fullmatch(c.name.strip())]
     if can_write and len(texts) == 1:
@@ -154,13 +190,12 @@ def spoken(columns: Sequence[Column], place: str, can_write: bool) -> Proposal |
 def conversation(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> Proposal | None:
     """Return the task of conversations, however they are stored."""
     for column in columns:
-        if column.kind in ("openai", "sharegpt"):
-            says = "role and content" if column.kind == "openai" else "from and value"
+        if column.kind in CONVERSATIONS:
             return Proposal(
                 {"type": "causal_lm", "messages_column": column.name, "format": column.kind},
                 {
                     "": f"conversations in `{column.name}`",
-                    "messages_column": f"lists of turns with {says}",
+                    "messages_column": f"lists of {TURNS[column.kind]}",
                 },
                 [column.name],
             )
