@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import json
 from pathlib import Path
@@ -11,15 +12,17 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import tiny_pictures
 from tiny_pictures import encoded, picture
 
 from lora_cli.data.load_rows import Rows, load_rows, stream_rows
-from lora_cli.data.media import is_media, media_hash
+from lora_cli.data.media import is_media, media_hash, media_value
 from lora_cli.data.row_texts import text_of
 from lora_cli.errors import LoraError
 from lora_cli.preprocessing.data_gate import inspect_data
 from lora_cli.recipe import Recipe
+from lora_cli.recipe_draft import draft_recipe
 
 Json = dict[str, Any]
 
@@ -333,3 +336,36 @@ def test_the_order_of_labels_is_that_of_text_and_said(
     assert "the labels are numbers and stand in the order of text: 1, 10, 2;" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("begin", ["data:image/png;base64,", ""])
+@pytest.mark.parametrize("as_pair", [False, True])
+def test_pictures_in_base64_are_their_bytes(begin: str, as_pair: bool, tmp_path: Path) -> None:
+    pictures = [encoded(picture(i)) for i in range(3)]
+    texts = [begin + base64.b64encode(one).decode() for one in pictures]
+    values = [{"bytes": text, "path": None} if as_pair else text for text in texts]
+    file = tmp_path / "rows.jsonl"
+    rows = [{"image": value, "label": "cat"} for value in values]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = load_rows(recipe_of({"path": str(file)}))["train"]
+    assert [media_bytes(row["image"]) for row in read] == pictures
+
+
+@pytest.mark.parametrize("text", ["/9j/" + "a" * 80 + ".jpg", "iVBORw0KGgo", "data:image/png,x"])
+def test_what_only_looks_like_base64_is_a_path(text: str) -> None:
+    assert media_value(text)["bytes"] is None
+
+
+def test_a_table_of_pictures_in_base64_is_one_of_pictures(tmp_path: Path) -> None:
+    model = tiny_pictures.save("vit", tmp_path / "model")
+    lines = [
+        f"{base64.b64encode(encoded(picture(i, kind))).decode()},{kind}"
+        for i in range(20)
+        for kind in ("dark", "light")
+    ]
+    file = tmp_path / "rows.csv"
+    file.write_text("\n".join(["image,label", *lines]) + "\n")
+    draft = draft_recipe(file, str(model), tmp_path / "recipe.yaml")
+    assert draft.values["task"]["type"] == "image_classification"
+    with pytest.raises(LoraError, match="about files of sound or pictures"):
+        draft_recipe(file, str(tiny.save_encoder(tmp_path / "texts")), tmp_path / "recipe.yaml")

@@ -20,7 +20,7 @@ from peft import PeftModel
 from transformers import AutoModelForTokenClassification, BertForTokenClassification
 
 from lora_cli.data.conll import is_conll, read_conll
-from lora_cli.data.entity_spans import Span, read_spans, words_of
+from lora_cli.data.entity_spans import Span, end_inside_words, read_spans, words_of
 from lora_cli.data.entity_tags import (
     Beginnings,
     Entity,
@@ -345,7 +345,8 @@ def test_spans_are_read_as_tools_export_them(spans: list[Any]) -> None:
         ([{"start": 0, "label": "X"}], "span 1 has no `end`"),
         ([{"start": 0.5, "end": 3, "label": "X"}], "no `start` that is a whole number"),
         ([[0, 3, "X"], [8, 13, "X"]], "span 2, 8 to 13 (`X`), is not inside the text"),
-        ([[3, 3, "X"]], "is not inside"),
+        ([[3, 3, "X"]], "is empty: an end is the place after the last character"),
+        ([{"start": 0, "end": 2, "text": "Ada", "label": "X"}], "lacks its last character"),
         ([[-1, 3, "X"]], "is not inside"),
         ([[3, 4, "X"]], "holds nothing but spaces"),
         ([[4, 8, "X"], [0, 6, "Y"]], "two spans overlap: 0 to 6 (`Y`) and 4 to 7 (`X`)"),
@@ -611,6 +612,37 @@ def test_a_span_that_cuts_a_token_is_an_error_with_its_place(base: Path, tmp_pat
     with pytest.raises(LoraError, match=r"2 to 4, `fi` .ART., cuts the token `film`") as caught:
         load_data(task_of(base, tmp_path, rows, **task))
     assert caught.value.problems[0].at == "train.jsonl:2"
+
+
+@pytest.mark.parametrize("n_right", [0, 2])
+def test_inclusive_ends_are_an_error_of_the_column(
+    n_right: int, base: Path, tmp_path: Path
+) -> None:
+    wrong = [{"text": f"see film {i} now", "spans": [[4, 7, "ART"]]} for i in range(15)]
+    rows = [{"text": "a film", "spans": [[2, 6, "ART"]]}] * n_right + wrong
+    made = task_of(base, tmp_path, rows, text_column="text", spans_column="spans")
+    if n_right:  # as many may be mistakes of their rows
+        with pytest.raises(LoraError, match="cuts the token `film`"):
+            load_data(made)
+        return
+    with pytest.raises(LoraError, match="nearly all spans lack the last letter") as caught:
+        load_data(made)
+    assert caught.value.problems[0].at.startswith("task.spans_column")
+    with pytest.raises(LoraError, match="nearly all spans lack the last letter"):
+        draft_recipe(tmp_path / "train.jsonl", str(base), tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "span", "inside"),
+    [
+        ("Ada met Ida", (0, 3), False), ("Ada met Ida", (0, 2), True), ("met Ida", (4, 6), True),
+        ("Ada's cat", (0, 3), False), ("서울에 산다", (0, 2), False), ("東京都に", (0, 2), False),
+        ("Straße 5", (0, 5), True), ("see x1", (4, 5), True), ("cafes", (0, 3), False),
+    ],
+)  # fmt: skip
+def test_which_spans_lack_the_last_letter(text: str, span: tuple[int, int], inside: bool) -> None:
+    assert end_inside_words([(text, [Span(*span, "X")])] * 10) is inside
+    assert not end_inside_words([(text, [Span(*span, "X")])] * 9)
 
 
 def test_rows_that_an_annotator_put_aside_are_left_out(base: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lora_cli.data.cell_values import (
 from lora_cli.data.cell_values import flag as value_of_flag
 from lora_cli.data.chat_formats import is_pair
 from lora_cli.data.label_lists import listed_labels, read_nested
+from lora_cli.data.media import LEAST_ENCODED, decoded
 
 URL = re.compile(r"(https?://|www\.)\S+$", re.IGNORECASE)
 DATE = re.compile(
@@ -182,7 +183,7 @@ def _kind(
         return "url"
     if most(DATE.match):
         return "date"
-    if most(FILE_NAME.fullmatch):
+    if most(FILE_NAME.fullmatch) or (len(texts[0]) >= LEAST_ENCODED and most(decoded)):
         return "file"
     splits = [SPLIT_NAMES.get(text.lower()) for text in counts]
     if None not in splits and "train" in splits and len(set(splits)) > 1:

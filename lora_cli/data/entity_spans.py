@@ -22,8 +22,12 @@ STARTS = ("start", "start_offset", "begin", "start_char")
 ENDS = ("end", "end_offset", "stop", "end_char")
 # `entity` comes last: beside a type, it is the entity's text
 LABELS = ("label", "labels", "entity_group", "entity_type", "type", "tag", "entity")
+END_AFTER = "an end is the place after the last character"
+MANY = 10  # spans that show how ends are counted
 CHUNKS = regex.compile(r"\S+")
 WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[^{UNSPACED}]+")
+LETTER = rf"[\p{{L}}\p{{N}}--[{UNSPACED}\p{{Script=Hangul}}]]"
+LAST_LETTER = regex.compile(rf"{LETTER}{LETTER}(?![\p{{L}}\p{{N}}\p{{M}}])", regex.V1)
 OPENING = regex.compile(r"(?![@#])[\p{P}\p{S}]\p{M}*")
 CLOSING = regex.compile(r"[\p{P}\p{S}]\p{M}*$")
 
@@ -52,6 +56,8 @@ def read_spans(value: Any, text: str) -> list[Span] | str:
         if isinstance(found, str):
             return f"span {number} {found}"
         start, end, label = found
+        if 0 <= start == end < len(text):
+            return f"span {number}, {start} to {end} (`{label}`), is empty: {END_AFTER}"
         if not 0 <= start < end <= len(text):
             return (
                 f"span {number}, {start} to {end} (`{label}`), is not inside the text, which has "
@@ -64,6 +70,8 @@ def read_spans(value: Any, text: str) -> list[Span] | str:
             return f"span {number} (`{label}`) holds nothing but spaces"
         stated = item.get("text") if isinstance(item, dict) else None
         if isinstance(stated, str) and stated.strip() != text[start:end]:
+            if stated.strip() == text[start : end + 1]:
+                return f"span {number} (`{label}`) lacks its last character: {END_AFTER}"
             return (
                 f"span {number} (`{label}`) is `{printable(text[start:end], 40)}` by its places, "
                 f"and `{printable(stated, 40)}` by its own text: are they counted in bytes, "
@@ -113,6 +121,17 @@ def are_spans(values: Sequence[Any]) -> bool:
     items = [item for value in lists for item in value]
     read = sum(not isinstance(_read(item), str) for item in items)
     return len(lists) == len(values) and bool(items) and read >= 0.9 * len(items)
+
+
+def end_inside_words(texts: Sequence[tuple[str, Sequence[Span]]]) -> bool:
+    """Return whether nearly all spans lack the last letter of a word, as inclusive ends do.
+
+    In Korean, and in scripts without spaces, what follows an entity stands in the same word.
+    """
+    lacking = [
+        LAST_LETTER.match(text, span.end - 1) is not None for text, spans in texts for span in spans
+    ]
+    return len(lacking) >= MANY and sum(lacking) >= 0.9 * len(lacking)
 
 
 def words_of(text: str) -> list[tuple[int, int]]:

@@ -2,12 +2,14 @@
 
 A media value of a row is `{"bytes": b"…" or None, "path": "…" or None}`, as `datasets` keeps
 undecoded `Image` and `Audio` columns. In a csv or JSON file it is written as a path, relative to
-the file's folder; in parquet files and on the Hub as bytes, or as such a pair. Rows are compared
-and hashed by the bytes, wherever these lie.
+the file's folder, or as bytes in base64; in parquet files and on the Hub as bytes, or as such a
+pair. Rows are compared and hashed by the bytes, wherever these lie.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import functools
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -22,6 +24,10 @@ from lora_cli.errors import counted, printable
 
 KEYS = {"bytes", "path"}
 ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]+://|data:")
+ENCODED = re.compile(r"(?i)data:[\w.+-]*/?[\w.+-]*(;[\w=.+-]+)*;base64,")
+# base64 of how files begin: PNG, JPEG, GIF, WebP and wav; flac, ogg, mp3, TIFF
+BEGINNINGS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "ZkxhQ", "T2dnUw", "SUQz", "SUkqA", "TU0AK")
+LEAST_ENCODED = 60  # characters of a file without an address before it
 OF_FILE = "file://"  # the address of a file of this machine
 FILE_NAME = "file_name"  # what the column of the path is called in a metadata.csv
 MOST_SHOWN = 200
@@ -47,13 +53,28 @@ def media_value(value: Any, folder: Path | None = None) -> Any:
         data, path = value.get("bytes"), value.get("path")
         if data is None and isinstance(path, str):
             return media_value(path, folder)
+        data = decoded(data) if isinstance(data, str) else data
         return {"bytes": data, "path": path} if isinstance(data, bytes) else value
     if isinstance(value, str) and value.strip():
+        if (inside := decoded(value.strip())) is not None:
+            return {"bytes": inside, "path": None}
         if value.startswith(OF_FILE):
             value = url2pathname(value.removeprefix(OF_FILE))
         path = value if folder is None or ADDRESS.match(value) else str(folder / value)
         return {"bytes": None, "path": written_here(path)}
     return value
+
+
+def decoded(text: str) -> bytes | None:
+    """Return the bytes of a picture or sound that a text holds in base64; None if it holds none."""
+    mark = ENCODED.match(text)
+    if mark is None and not (len(text) >= LEAST_ENCODED and text.startswith(BEGINNINGS)):
+        return None
+    letters = "".join(text[mark.end() if mark else 0 :].split())
+    try:
+        return base64.b64decode(letters, validate=True) or None
+    except (binascii.Error, ValueError):
+        return None
 
 
 def written_here(path: str) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 from lora_cli.data.folder_files import files_inside
 from lora_cli.data.labelled_text import LABEL_COLUMN
+from lora_cli.data.media import decoded
 from lora_cli.data.split_names import SPLITS, names_split
 from lora_cli.data.text_lines import RawRow
 from lora_cli.recipe import Recipe
@@ -51,7 +52,7 @@ def is_media_file(path: Path) -> bool:
 def are_media(values: Sequence[Any]) -> bool:
     """Return whether the values of a column are pictures or sound, or nearly all paths of such."""
     are = [
-        (isinstance(value, str) and is_media_file(Path(value)))
+        (isinstance(value, str) and (is_media_file(Path(value)) or decoded(value) is not None))
         or isinstance(value, bytes)
         or (isinstance(value, dict) and value.keys() >= {"bytes", "path"})
         for value in values

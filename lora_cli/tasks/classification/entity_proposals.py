@@ -19,6 +19,7 @@ from lora_cli.data.entity_tags import (
 )
 from lora_cli.data.label_lists import list_in_cell
 from lora_cli.errors import LoraError, counted
+from lora_cli.tasks.classification.entity_rows import require_ends
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
 
 TAG_NAME = re.compile(r"(?i)(.*_)?(tags?|labels?|entities|ner|bio|iob)")
@@ -128,6 +129,9 @@ def _of_texts(
             counts = Counter(span.label for found in good for span in found)
             if len(good) < MOSTLY * len(rows) or not counts:
                 continue
+
+            pairs = zip((str(row.get(text)) for row in rows), read, strict=True)
+            require_ends(list(pairs), f"`{spans}`")
 
             def error(row: Json, text: str = text, spans: str = spans) -> str:
                 found = read_spans(_read(row.get(spans)), str(row.get(text)))

@@ -6,7 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_cli.data.entity_spans import Span, read_spans, words_of
+from lora_cli.data.entity_spans import (
+    END_AFTER,
+    Span,
+    end_inside_words,
+    read_spans,
+    words_of,
+)
 from lora_cli.data.entity_tags import (
     OUTSIDE,
     Beginnings,
@@ -26,6 +32,7 @@ from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
 from lora_cli.recipe import Recipe, TokenClassificationSpec
 from lora_cli.tasks.texts.word_windows import Place
 
+FIRST = 200  # rows that show how the ends of spans are counted
 SHOWN = 60  # characters of a value in a message
 PROBLEMS = 10  # that are listed of a split
 UNKNOWN_NUMBERS = "what they stand for is not known"
@@ -206,10 +213,16 @@ class EntityRows:
         """
         for rows in splits.values():
             self.hub_names = rows.label_names.get(self.spec.tags_column, self.hub_names)
+        known = [splits["train"]] if "train" in splits else list(splits.values())
         if self.spec.has_spans:
             self.scheme, self.knows_scheme = "iob2", True
+            for rows in known:
+                first = [row for _, row in zip(range(FIRST), rows, strict=False)]
+                read = [
+                    (str(row.get(str(self.spec.text_column))), self.spans(row)) for row in first
+                ]
+                require_ends(read, self.recipe.at("task.spans_column"))
             return
-        known = [splits["train"]] if "train" in splits else list(splits.values())
         if self.knows_scheme or not known:
             return
         found = Beginnings.of(self._readable_tags(known))
@@ -282,6 +295,21 @@ def _said(value: Any) -> str:
     if isinstance(value, str):
         return f"holds `{printable(value, SHOWN)}`"
     return f"holds {JSON_NAMES.get(type(value), 'something else')}"
+
+
+def require_ends(texts: Sequence[tuple[str, list[Span] | str]], where: str) -> None:
+    """Reject spans whose ends are the places of their last characters.
+
+    Args:
+        texts: Texts with their spans, or with what is wrong with these.
+        where: Where the recipe, or the user, names them.
+
+    Raises:
+        LoraError: If nearly all lack the last letter of a word.
+    """
+    if end_inside_words([(text, spans) for text, spans in texts if not isinstance(spans, str)]):
+        what = f"nearly all spans lack the last letter of a word: {END_AFTER}"
+        raise LoraError(what, where, "add 1 to each end")
 
 
 def spans_in_words(spans: Sequence[Span], places: Sequence[Place], text: str) -> list[Entity]:

@@ -10,7 +10,7 @@ from lora_cli.data.chat_formats import conversation_error
 from lora_cli.data.column_kinds import CONVERSATIONS, Column, is_blank
 from lora_cli.data.text_columns import TEXT_NAMES, listed, text_of, text_reason, unnested
 from lora_cli.data.unsupported_rows import unsupported
-from lora_cli.errors import LoraError, counted
+from lora_cli.errors import LoraError, counted, printable
 from lora_cli.tasks.classification.labelled_text_proposals import LABEL_NAMES, rank
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
 from lora_cli.tasks.texts.text_checks import check_texts, reject_rows
@@ -177,7 +177,7 @@ def spoken(columns: Sequence[Column], place: str, can_write: bool) -> Proposal |
         why = f"what belongs to the files in `{files.name}`, which a language model does not read"
         keys = {"type": "causal_lm", "text_column": texts[0].name}
         return Proposal(keys, {"": "text without a label", "text_column": why}, [texts[0].name])
-    example = next(iter(files.counts))
+    example = printable(next(iter(files.counts)), 60)
     raise LoraError(
         f"the rows are about files of sound or pictures (`{files.name}`: {example}), which the "
         "model does not read",
