@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny_detectors
+from faster_coco_eval.core import mask as coco_masks
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from lora_cli.data import annotated_folder
 from lora_cli.data.boxes import BoxError, better_format, read_objects
+from lora_cli.data.coco_rows import _box_of_mask, read_coco
 from lora_cli.data.load_rows import load_rows
 from lora_cli.data.numbered_labels import holds_numbers, parquet_label_names
 from lora_cli.data.pictures import picture_facts
@@ -313,7 +320,9 @@ def test_the_box_of_an_outline_of_coco_is_the_one_around_it(
     put(tmp_path / "train.json", json.dumps(content))
     recipe = recipe_of(train=str(tmp_path / "train.json"))
     if box is None:
-        with pytest.raises(LoraError, match="an annotation of `cat` has no `bbox`, and no outline"):
+        with pytest.raises(
+            LoraError, match="an annotation of `cat` has no `bbox`, and no outline or mask"
+        ):
             load_rows(recipe)
     else:
         assert load_rows(recipe)["train"][0]["objects"]["bbox"] == [box]
@@ -682,3 +691,61 @@ def test_boxes_that_are_cut_are_tried_in_other_formats() -> None:
 def test_a_blank_crowd_is_no_crowd() -> None:
     read = read_objects([{"bbox": [1, 1, 5, 5], "label": "cat", "iscrowd": None}], (36, 28))
     assert read.crowd.tolist() == [False]
+
+
+@given(
+    mask=st.tuples(st.integers(1, 7), st.integers(1, 7)).flatmap(
+        lambda size: arrays(np.uint8, size, elements=st.integers(0, 1))
+    ),
+    in_letters=st.booleans(),
+)
+def test_the_box_of_a_mask_of_coco_is_that_of_cocos_tools(
+    mask: np.ndarray[Any, np.dtype[np.uint8]], in_letters: bool
+) -> None:
+    theirs = coco_masks.encode(np.asfortranarray(mask))
+    counts: Any = theirs["counts"].decode()
+    if not in_letters:
+        flat = mask.flatten(order="F")
+        ends = np.flatnonzero(np.diff(flat)) + 1
+        counts = [int(n) for n in np.diff([0, *ends, len(flat)])]
+        counts = [0, *counts] if flat[0] else counts
+    box = _box_of_mask({"size": list(mask.shape), "counts": counts})
+    assert box == (coco_masks.toBbox(theirs).astype(int).tolist() if mask.any() else None)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        None, [], {"size": [2, 2]}, {"size": [2], "counts": [4]}, {"size": [2, 2], "counts": [3]},
+        {"size": [2, 2], "counts": [-1, 5]}, {"size": [2, 2], "counts": "04é"},
+        {"size": ["2", 2], "counts": [0, 4]},
+    ],
+)  # fmt: skip
+def test_what_is_no_mask_has_no_box(mask: Any) -> None:
+    assert _box_of_mask(mask) is None
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_pictures_of_a_coco_file_in_several_folders_are_found(above: bool, tmp_path: Path) -> None:
+    root = tiny_detectors.write_coco(tmp_path / "set", {"all": 6})
+    content = json.loads((root / "all.json").read_text())
+    names = [one["file_name"] for one in content["images"]]
+    found = {Path(name).name: next(root.rglob(Path(name).name)) for name in names}
+    for n, one in enumerate(content["images"]):
+        one["file_name"] = Path(one["file_name"]).name
+        folder = root / "images" / ("train2014" if n < 4 else "val2014")
+        folder.mkdir(parents=True, exist_ok=True)
+        found[one["file_name"]].rename(folder / one["file_name"])
+    file = root / "annotations" / "all.json" if above else root / "images" / "all.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content))
+    rows = list(read_coco(file, "image", "objects"))
+    assert not any(row.error for row in rows)
+    places = [Path(row.columns["image"]["path"]) for row in rows if row.columns]
+    assert [place.parent.name for place in places] == ["train2014"] * 4 + ["val2014"] * 2
+    assert all(place.is_file() for place in places)
+    (root / "images" / "other").mkdir()
+    shutil.copy(places[5], root / "images" / "other")  # as for one in the first folder: it is that
+    *good, bad = read_coco(file, "image", "objects")
+    assert not any(row.error for row in good)
+    assert "a picture of this name is in" in bad.error

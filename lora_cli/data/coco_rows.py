@@ -4,8 +4,9 @@
      "annotations": [{"image_id": 1, "bbox": [x, y, w, h], "category_id": 3, "iscrowd": 0}],
      "categories": [{"id": 3, "name": "cat"}]}
 
-An annotation without a `bbox` has the box around its outline. The pictures are looked for next to
-the file, and where COCO's own archives and the usual exports put them.
+An annotation without a `bbox` has the box around its outline or its mask. The pictures are looked
+for next to the file, and where COCO's own archives and the usual exports put them, each by itself:
+those of one file can lie in several folders.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def read_coco(file: Path, column: str, boxes_column: str) -> Iterator[RawRow]:
             yield RawRow(None, f"{file.name}[annotations][{n}]", what)
             continue
         by_picture[picture].append(one)
-    folder = _folder_of(file, content["images"])
+    folders = _folders_of(file, content["images"])
     seen: set[Any] = set()
     for n, picture in enumerate(content["images"]):
         place = f"{file.name}[images][{n}]"
@@ -88,7 +89,11 @@ def read_coco(file: Path, column: str, boxes_column: str) -> Iterator[RawRow]:
             continue
         seen.add(key)
         objects, error = _objects(by_picture[key], names, picture)
-        value = media_value(name, folder)
+        there = [folder for folder in folders if _is_there(folder, name)] or folders[:1]
+        if len(there) > 1 and there[0] != folders[0]:
+            shown = " and ".join(f"`{folder}`" for folder in there[:2])
+            error = error or f"a picture of this name is in {shown}"
+        value = media_value(name, there[0])
         yield RawRow({column: value, boxes_column: objects}, place, error)
 
 
@@ -150,11 +155,12 @@ def _objects(annotations: list[Json], names: dict[int, str], picture: Json) -> t
         if not isinstance(number, int) or number not in names:
             shown = f"`category_id: {printable(str(number), 60)}`"
             return {}, f"an annotation has {shown}, which is none of `categories`"
-        box = one.get("bbox") or _box_around(one.get("segmentation"))
+        outline = one.get("segmentation")
+        box = one.get("bbox") or _box_around(outline) or _box_of_mask(outline)
         if not isinstance(box, list):
             return (
                 {},
-                f"an annotation of `{names[number]}` has no `bbox`, and no outline",
+                f"an annotation of `{names[number]}` has no `bbox`, and no outline or mask",
             )
         boxes.append(box)
         categories.append(names[number])
@@ -177,8 +183,60 @@ def _box_around(outlines: Any) -> list[float] | None:
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
-def _folder_of(file: Path, pictures: list[Json]) -> Path:
-    """Return the folder that the names of pictures start from: the first that has one of them."""
+def _box_of_mask(mask: Any) -> list[int] | None:
+    """Return the box (x, y, width, height) around a mask of run lengths; None without any.
+
+    The runs are of pixels outside and inside by turns, column by column, in numbers or as COCO's
+    tools write them in letters.
+    """
+    if not isinstance(mask, dict) or not isinstance(mask.get("size"), list):
+        return None
+    counts = mask.get("counts")
+    runs = _runs_in_letters(counts) if isinstance(counts, str) else counts
+    if not isinstance(runs, list) or len(mask["size"]) != 2:
+        return None
+    if not all(type(n) is int and n >= 0 for n in (*mask["size"], *runs)):
+        return None
+    height, width = mask["size"]
+    if sum(runs) != height * width:
+        return None
+    left, top, right, bottom, at = width, height, -1, -1, 0
+    for i, run in enumerate(runs):
+        if i % 2 and run:
+            first, last = divmod(at, height), divmod(at + run - 1, height)
+            left, right = min(left, first[0]), max(right, last[0])
+            goes_on = first[0] != last[0]  # into the next column
+            top = 0 if goes_on else min(top, first[1])
+            bottom = height - 1 if goes_on else max(bottom, last[1])
+        at += run
+    return [left, top, right - left + 1, bottom - top + 1] if right >= 0 else None
+
+
+def _runs_in_letters(text: str) -> list[int]:
+    """Return the run lengths of a mask as COCO's tools write them: 5 bits a letter, from `0` on.
+
+    From the fourth on, a number is the difference from the one before the last. What they do not
+    write gives no runs.
+    """
+    runs: list[int] = []
+    number, bits = 0, 0
+    for letter in text:
+        value = ord(letter) - 48
+        if not 0 <= value < 64:
+            return []
+        number |= (value & 31) << bits
+        bits += 5
+        if value & 32:  # another letter belongs to it
+            continue
+        if value & 16:
+            number -= 1 << bits
+        runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+        number, bits = 0, 0
+    return [] if bits else runs
+
+
+def _folders_of(file: Path, pictures: list[Json]) -> list[Path]:
+    """Return the folders that names of pictures may start from, first the first that has one."""
     here, above = file.parent, file.parent.parent
     split = file.stem.removeprefix("instances_")
     folders = [
@@ -186,10 +244,22 @@ def _folder_of(file: Path, pictures: list[Json]) -> Path:
         above / "images", above / split, above / "images" / split, above,
     ]  # fmt: skip
     names = [str(one["file_name"]) for one in pictures[:50] if one.get("file_name")]
-    for folder in folders:
-        if any(Path(written_here(str(folder / name))).is_file() for name in names):
-            return folder
-    return here
+    best = next((one for one in folders if any(_is_there(one, name) for name in names)), here)
+    inside = [
+        folder
+        for outer in (here, here / "images", above, above / "images")
+        if outer.is_dir()
+        for folder in sorted(outer.iterdir())
+        if folder.is_dir() and not folder.name.startswith(".")
+    ]
+    return list(dict.fromkeys([best, *folders, *inside]))
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    try:
+        return Path(written_here(str(folder / name))).is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero
+        return False
 
 
 def coco_summary(file: Path) -> str:
