@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from lora_cli.adapters.attach import disabled, lora_layers
 from lora_cli.errors import BACKUP, IntegrityError, LoraError
@@ -130,15 +132,30 @@ def _next_tokens(task: Task, model: nn.Module) -> list[tuple[str, Tokens]]:
             continue
         logits: Tensor = model(input_ids=torch.tensor([ids], device=device)).logits[0, -1]
         top = logits.float().log_softmax(-1).cpu().topk(min(TOKENS, len(logits)))
-        texts = [str(writer.tokenizer.decode([i])) for i in top.indices.tolist()]
+        texts = [_text_after(writer.tokenizer, ids, i) for i in top.indices.tolist()]
+        names = [_name(text) for text in texts]
         # a part of a character has no text of its own, by which a server could name it
         tokens = [
             (text, float(lp))
             for text, lp in zip(texts, top.values.tolist(), strict=True)
-            if PART not in text and texts.count(text) == 1
+            if PART not in text and names.count(_name(text)) == 1
         ]
         found.append((prompt, tokens))
     return found
+
+
+def _text_after(tokenizer: PreTrainedTokenizerBase, ids: list[int], token: int) -> str:
+    """Return a token as it is written after others, with the space before it.
+
+    SentencePiece leaves that out where a text begins.
+    """
+    before, whole = (str(tokenizer.decode(some)) for some in (ids, [*ids, token]))
+    return whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode([token]))
+
+
+def _name(token: str) -> str:
+    """Return a token without the space before it, which some servers write and others leave out."""
+    return token.removeprefix(" ") or token
 
 
 # ---------------------------------------------------------------------------------------- replay
@@ -231,8 +248,10 @@ def _token_distance(expected: Tokens, answer: dict[str, float]) -> float:
     A token that the answer lacks is less likely there than all that it has.
     """
     least = min(answer.values())
-    differences = [
-        abs(lp - answer[token]) if token in answer else max(lp - least, 0.0)
-        for token, lp in expected[:COMPARED]
-    ]
+    names = Counter(map(_name, answer))
+    named = {_name(token): lp for token, lp in answer.items() if names[_name(token)] == 1}
+    differences = []
+    for token, lp in expected[:COMPARED]:
+        own = answer.get(token, named.get(_name(token)))
+        differences.append(max(lp - least, 0.0) if own is None else abs(lp - own))
     return sum(differences) / len(differences)
