@@ -163,6 +163,18 @@ def test_a_changed_file_of_boxes_is_read_again(tmp_path: Path) -> None:
     assert before.sha256 != after.sha256
 
 
+def test_pictures_of_coco_that_come_later_are_found(tmp_path: Path) -> None:
+    tiny_detectors.write_coco(tmp_path, {"train": 2})
+    (tmp_path / "far").mkdir()
+    (tmp_path / "images").rename(tmp_path / "far" / "away")
+    recipe = recipe_of(path=str(tmp_path / "train.json"))
+    with pytest.raises(LoraError, match="there is no file"):
+        load_rows(recipe)
+    (tmp_path / "far" / "away").rename(tmp_path / "images")
+    rows = load_rows(recipe)["train"]
+    assert [Path(row["image"]["path"]).parent for row in rows] == [tmp_path / "images"] * 2
+
+
 def write_boxes(root: Path, split: str, boxes: list[str], difficult: str = "0") -> None:
     """Write a picture of 40 x 30 pixels with an xml next to it, of each box."""
     for i, box in enumerate(boxes):

@@ -28,7 +28,7 @@ from lora_cli.errors import LoraError
 
 SOUND = sound(1, 0.6)
 LOSSLESS = [("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("FLAC", "PCM_16"),
-            ("AIFF", "PCM_16"), ("AU", "PCM_16")]  # fmt: skip
+            ("AIFF", "PCM_16"), ("AU", "PCM_16"), ("RF64", "PCM_16")]  # fmt: skip
 LOSSY = [("WAV", "ULAW"), ("WAV", "PCM_U8"), ("MP3", None), ("OGG", "VORBIS"), ("OGG", "OPUS")]
 
 
@@ -95,6 +95,16 @@ def test_sizes_that_programs_write_into_a_pipe_are_no_lengths() -> None:
     for size in (0xFFFFFFFF, 0x7FFFFFFF):
         data[place : place + 4] = size.to_bytes(4, "little")
         assert recording_facts(media(bytes(data))).error == ""
+
+
+def test_a_wav_file_with_the_largest_byte_first_is_never_heard_half() -> None:
+    file = io.BytesIO()
+    soundfile.write(file, SOUND, RATE, format="WAV", subtype="PCM_16", endian="BIG")
+    data = file.getvalue()
+    assert data[:4] == b"RIFX"
+    np.testing.assert_allclose(read_recording(media(data), RATE), SOUND, atol=1 / 2**15)
+    with pytest.raises(RecordingError, match="is cut off"):
+        read_recording(media(data[: len(data) // 2]), RATE)
 
 
 def floats(samples: Any) -> bytes:

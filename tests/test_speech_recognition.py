@@ -726,7 +726,14 @@ def test_predict_reads_folders_and_files_of_any_length(trained: Path, tmp_path: 
     rows = tmp_path / "rows.csv"
     rows.write_text("audio,speaker\nnew/b/long.wav,x\n")
     answer_file(model, task, rows, tmp_path / "more.csv", accelerator)
-    assert (tmp_path / "more.csv").read_text().splitlines()[0] == "audio,speaker,prediction"
+    more = (tmp_path / "more.csv").read_text().splitlines()
+    assert more[0] == "audio,speaker,prediction"
+    (tmp_path / "clips").mkdir()
+    (new / "b/long.wav").rename(tmp_path / "clips" / "long.wav")  # as Common Voice has them
+    rows.write_text("audio,speaker\nlong.wav,x\n")
+    answer_file(model, task, rows, tmp_path / "clips.csv", accelerator)
+    said = [line.partition(",")[2] for line in (tmp_path / "clips.csv").read_text().splitlines()]
+    assert said == [line.partition(",")[2] for line in more]
 
 
 def test_answers_that_are_not_written_to_their_end_are_said(trained: Path) -> None:

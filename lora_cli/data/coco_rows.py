@@ -52,6 +52,18 @@ def coco_names(file: Path) -> list[str]:
     return list(_categories(_read(file), file).values())
 
 
+def places_of_pictures(file: Path) -> list[str]:
+    """Return where each picture of a file is, as far as there is one."""
+    pictures = _read(file)["images"]
+    folders = _folders_of(file, pictures)
+    names = (picture.get("file_name") for picture in pictures)
+    return [
+        str(next((folder for folder in folders if _is_there(folder, name)), ""))
+        for name in names
+        if isinstance(name, str)
+    ]
+
+
 def read_coco(file: Path, column: str, boxes_column: str) -> Iterator[RawRow]:
     """Yield a row for each picture: its path, and its objects.
 

@@ -20,15 +20,17 @@ from lora_cli.data.annotated_folder import (
     read_annotated,
 )
 from lora_cli.data.bad_rows import without
-from lora_cli.data.coco_rows import coco_names, is_coco, read_coco
+from lora_cli.data.coco_rows import coco_names, is_coco, places_of_pictures, read_coco
 from lora_cli.data.csv_quoting import announce_quoting
 from lora_cli.data.dataset_cache import SourceChangedError, cached_dataset
 from lora_cli.data.file_formats import kind_of, read_rows
 from lora_cli.data.find_files import SPLITS as SPLITS
 from lora_cli.data.media import (
+    folder_of_paths,
     is_media,
     media_error,
     media_hash,
+    paths_of,
     stored_media,
     with_media,
 )
@@ -40,7 +42,7 @@ from lora_cli.data.media_folder import (
     read_media_files,
     root_of,
     texts_alone,
-    transcript_of,
+    transcript_files,
 )
 from lora_cli.data.numbered_labels import parquet_label_names
 from lora_cli.data.parallel_texts import parts_of
@@ -52,7 +54,7 @@ from lora_cli.files import sha256_of
 from lora_cli.recipe import Recipe
 
 READINGS = 3  # of a file that changes while it is read
-READING = 6  # counts up when files are read in another way, so that no old cache is used
+READING = 7  # counts up when files are read in another way, so that no old cache is used
 
 
 def read_files(recipe: Recipe, files: list[Path]) -> Iterator[RawRow]:
@@ -71,9 +73,24 @@ def read_files(recipe: Recipe, files: list[Path]) -> Iterator[RawRow]:
         yield from read_media_files(recipe, pictures)
         return
     for file in files:
-        folder = file.parent
+        folder = _folder_of(file, recipe)
         for row in read_rows(file, recipe.data.format):
             yield with_media(renamed_row(row, recipe.data.columns), folder, media)
+
+
+def _folder_of(file: Path, recipe: Recipe) -> Path:
+    """Return the folder that the paths in a table start from."""
+    if not (media := recipe.task.media_columns):
+        return file.parent
+    rows = (renamed_row(row, recipe.data.columns) for row in read_rows(file, recipe.data.format))
+    return folder_of_paths(file, paths_of(rows, media))
+
+
+def _places_of(file: Path, recipe: Recipe) -> str:
+    """Return where the files are that a table names, or a hash of it."""
+    if recipe.task.boxes_column is not None and is_coco(file):
+        return _sha256("\n".join(places_of_pictures(file)))
+    return str(_folder_of(file, recipe))
 
 
 def file_rows(recipe: Recipe, files: list[Path]) -> Rows:
@@ -140,6 +157,8 @@ def _names_of(recipe: Recipe, files: list[Path], are_media: bool) -> list[str]:
         return known + renamed
     # paths lead on from where the files lie
     names = [str(file.absolute()) for file in files] + list(recipe.task.media_columns) + renamed
+    if not are_media:  # and where the files are that they name
+        names += [_places_of(file, recipe) for file in files]
     if recipe.task.boxes_column is not None:
         numbers = [str(labels_for(files[0])), *_first_pixels(files)] if are_media else []
         return names + category_names(files) + numbers
@@ -164,7 +183,8 @@ def _read_unchanged(
     """
     parts = [part for file in files for part in (parts_of(file).values() or [file])]
     if recipe.task.transcript_column is not None:
-        parts += [text for file in files if is_media_file(file) and (text := transcript_of(file))]
+        found = transcript_files([file for file in files if is_media_file(file)])
+        parts += dict.fromkeys(text for texts in found.values() for text in texts)
     if recipe.task.boxes_column is not None:
         parts += [boxes for file in files if is_media_file(file) and (boxes := annotation_of(file))]
     for _ in range(READINGS):

@@ -9,10 +9,10 @@ pair. Rows are compared and hashed by the bytes, wherever these lie.
 from __future__ import annotations
 
 import base64
-import binascii
 import functools
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.request import url2pathname
@@ -25,9 +25,15 @@ from lora_cli.errors import counted, printable
 KEYS = {"bytes", "path"}
 ADDRESS = re.compile(r"(?i)[a-z][a-z0-9+.-]+://|data:")
 ENCODED = re.compile(r"(?i)data:[\w.+-]*/?[\w.+-]*(;[\w=.+-]+)*;base64,")
-# base64 of how files begin: PNG, JPEG, GIF, WebP and wav; flac, ogg, mp3, TIFF
-BEGINNINGS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "ZkxhQ", "T2dnUw", "SUQz", "SUkqA", "TU0AK")
+# base64 of how files begin: PNG, JPEG, GIF, WebP and wav; flac, ogg, TIFF; aiff, au; mp3
+BEGINNINGS = (
+    "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "ZkxhQ", "T2dnUw", "SUkqA", "TU0AK",
+    "Rk9STQ", "LnNuZA", "SUQz", *(f"//{letter}" for letter in "IJKLMNOPopqrstuv"),
+)  # fmt: skip
 LEAST_ENCODED = 60  # characters of a file without an address before it
+LOOKED_INTO = ("clips", "wavs", "audio", "recordings", "images")
+"""Folders next to a table in which its files may be, besides those of the table's own name."""
+LOOKED_FOR = 50  # paths of a table by which the folder that they start from is found
 OF_FILE = "file://"  # the address of a file of this machine
 FILE_NAME = "file_name"  # what the column of the path is called in a metadata.csv
 MOST_SHOWN = 200
@@ -42,7 +48,7 @@ def media_value(value: Any, folder: Path | None = None) -> Any:
     """Return a media value of what a column holds; what cannot be one is returned as it is.
 
     Args:
-        value: A path, bytes, or a pair of both.
+        value: A path, bytes (in JSON in base64), or a pair of both.
         folder: What a path is relative to; None leaves it as it is.
     """
     if isinstance(value, bytes | bytearray | memoryview):
@@ -51,10 +57,14 @@ def media_value(value: Any, folder: Path | None = None) -> Any:
         if not {"bytes", "path"} & value.keys():
             return value
         data, path = value.get("bytes"), value.get("path")
-        if data is None and isinstance(path, str):
-            return media_value(path, folder)
-        data = decoded(data) if isinstance(data, str) else data
-        return {"bytes": data, "path": path} if isinstance(data, bytes) else value
+        if data is None:
+            if path is None or isinstance(path, str):
+                return media_value(path, folder)
+        elif (data := _of_base64(data) if isinstance(data, str) else data) is not None:
+            found = media_value(data)
+            if is_media(found):
+                return {**found, "path": path if isinstance(path, str) else None}
+        return {name: own for name, own in value.items() if name != "bytes"}  # not a file
     if isinstance(value, str) and value.strip():
         if (inside := decoded(value.strip())) is not None:
             return {"bytes": inside, "path": None}
@@ -67,14 +77,42 @@ def media_value(value: Any, folder: Path | None = None) -> Any:
 
 def decoded(text: str) -> bytes | None:
     """Return the bytes of a picture or sound that a text holds in base64; None if it holds none."""
-    mark = ENCODED.match(text)
-    if mark is None and not (len(text) >= LEAST_ENCODED and text.startswith(BEGINNINGS)):
-        return None
-    letters = "".join(text[mark.end() if mark else 0 :].split())
+    is_bare = len(text) >= LEAST_ENCODED and text.startswith(BEGINNINGS)
+    return _of_base64(text) if is_bare or ENCODED.match(text) else None
+
+
+def _of_base64(text: str) -> bytes | None:
+    """Return the bytes of a text in base64, with or without an address before it."""
+    letters = "".join(ENCODED.sub("", text, count=1).split())
     try:
         return base64.b64decode(letters, validate=True) or None
-    except (binascii.Error, ValueError):
+    except ValueError:
         return None
+
+
+def folder_of_paths(table: Path, paths: Sequence[str]) -> Path:
+    """Return the folder that the paths of a table start from: the first that has one of them.
+
+    It is the folder of the table, or one in it, such as `clips` of Common Voice.
+
+    Args:
+        table: The file.
+        paths: Some that it holds.
+    """
+    here, name = table.parent, table.stem
+    inner = [f"{above}{below}" for above in ("", *LOOKED_INTO) for below in ("", f"/{name}")]
+    return first_with([here / part.strip("/") for part in inner], paths) or here
+
+
+def first_with(folders: Sequence[Path], paths: Sequence[str]) -> Path | None:
+    """Return the first folder that has one of some files."""
+    for folder in folders:
+        try:
+            if any(Path(written_here(str(folder / path))).is_file() for path in paths):
+                return folder
+        except (OSError, ValueError):  # a name that is too long, or holds a zero
+            continue
+    return None
 
 
 def written_here(path: str) -> str:
@@ -86,6 +124,18 @@ def written_here(path: str) -> str:
         return here if not Path(path).exists() and Path(here).exists() else path
     except (OSError, ValueError):  # a name that is too long, or holds a zero
         return path
+
+
+def paths_of(rows: Iterable[RawRow], columns: Collection[str]) -> list[str]:
+    """Return the paths in the first rows of a table."""
+    found: list[str] = []
+    for row in islice(rows, LOOKED_FOR):
+        values = row.columns or {}
+        for column in columns:
+            value = media_value(values.get(column, values.get(FILE_NAME)))
+            if is_media(value) and value["bytes"] is None and not ADDRESS.match(value["path"]):
+                found.append(value["path"])
+    return found
 
 
 def with_media(row: RawRow, folder: Path, columns: Collection[str]) -> RawRow:

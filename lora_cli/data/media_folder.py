@@ -5,6 +5,7 @@
     pictures/Greek/alpha/1.png  pictures/Latin/alpha/2.png      label: Greek/alpha, Latin/alpha
     pictures/metadata.csv                                       a table of them: an ordinary file
     speech/a/1.wav  speech/a/1.txt                              text: the content of the text file
+    speech/a/1.wav  speech/a/a.trans.txt                        text: its line `1 …` (LibriSpeech)
 
 The last name of a folder is the label, as `datasets` has it, unless two folders share it: those
 would become one class in silence, so that there the whole path is the label.
@@ -40,6 +41,7 @@ SUFFIXES: dict[MediaKind, tuple[str, ...]] = {
 ALL_SUFFIXES = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 SPLIT_NAME = re.compile(r"(?i)train(ing)?|validation|valid|val|dev|test|eval")
 REMARK = re.compile(r"(?i)readme|licen[cs]e|classes|notes?$|requirements")  # is no caption
+LISTED = ".trans.txt"  # LibriSpeech: a line for each recording of a folder, its name and its text
 ASIDE = ("__MACOSX",)  # what a Mac puts into archives
 SAMPLE = 100  # values of a column that are inspected
 
@@ -69,6 +71,18 @@ def transcript_of(file: Path) -> Path | None:
     return next((text for text in beside if text.is_file()), None)
 
 
+def transcript_files(files: Sequence[Path]) -> dict[Path, list[Path]]:
+    """Return, for each file, the text files that may say what is said or shown in it.
+
+    It is the one of the same name, or else the lists of its folder.
+    """
+    lists: dict[Path, list[Path]] = {}
+    for folder in {file.parent for file in files}:
+        lists[folder] = sorted(folder.glob(f"*{LISTED}"))
+    own = ((file, transcript_of(file)) for file in files)
+    return {file: lists[file.parent] if text is None else [text] for file, text in own}
+
+
 def media_files(folder: Path, recipe: Recipe) -> list[Path]:
     """Return the files in a folder that hold what the recipe's task sees or hears, in order.
 
@@ -93,11 +107,15 @@ def other_files(folder: Path, recipe: Recipe) -> list[Path]:
 
 def texts_alone(folder: Path, recipe: Recipe) -> list[Path]:
     """Return the text files of a folder that have no picture, or no recording, next to them."""
-    texts = {file.with_suffix(".txt") for file in media_files(folder, recipe)}
+    files = media_files(folder, recipe)
+    texts, folders = {file.with_suffix(".txt") for file in files}, {file.parent for file in files}
     return [
         file
         for file in _inside(folder)
-        if file.suffix.lower() == ".txt" and file not in texts and not REMARK.match(file.stem)
+        if file.suffix.lower() == ".txt"
+        and file not in texts
+        and not REMARK.match(file.stem)
+        and not (file.name.endswith(LISTED) and file.parent in folders)
     ]
 
 
@@ -167,9 +185,13 @@ def folder_labels(recipe: Recipe, files: Sequence[Path]) -> dict[Path, str]:
 def read_media_files(recipe: Recipe, files: Sequence[Path]) -> Iterator[RawRow]:
     """Yield a row for each file: the file itself, and what belongs to it.
 
-    This is its label, if its folder names one; of a recording it is the text file next to it.
+    This is its label, if its folder names one; of a recording it is the text file next to it, or
+    its line in a list of the folder.
     """
     root = root_of(recipe, files)
+    text_column = recipe.task.transcript_column
+    beside = {} if text_column is None else transcript_files(files)
+    transcripts = _Transcripts(recipe.data.format.encoding)
     classes = folder_labels(recipe, files)
     (column, *_) = recipe.task.media_columns
     for file in files:
@@ -178,23 +200,51 @@ def read_media_files(recipe: Recipe, files: Sequence[Path]) -> Iterator[RawRow]:
         if (label := classes.get(place.parent)) is not None:
             row[LABEL_COLUMN] = label
         error = ""
-        if (text_column := recipe.task.transcript_column) is not None:
-            row[text_column], error = _transcript(file, recipe.data.format.encoding)
+        if text_column is not None and text_column not in row:  # it may be the label
+            row[text_column], error = transcripts.of(file, beside[file])
         yield RawRow(row, place.as_posix(), error)
 
 
-def _transcript(file: Path, encoding: str) -> tuple[str | None, str]:
-    """Return what is said in a recording, by the text file next to it, and what is wrong with it.
+class _Transcripts:
+    """Reads what is said in recordings from the text files next to them.
 
-    There may be none, as next to recordings that are to be transcribed.
+    Args:
+        encoding: Of these files.
     """
-    beside = transcript_of(file)
-    if beside is None:
-        return None, ""
-    encoding = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
-    try:
-        return " ".join(beside.read_text(encoding=encoding).split()), ""
-    except OSError as error:
-        return None, f"`{beside.name}` cannot be read: {(error.strerror or str(error)).lower()}"
-    except (UnicodeError, LookupError):
-        return None, f"`{beside.name}` is not in the encoding `{encoding.removesuffix('-sig')}`"
+
+    def __init__(self, encoding: str) -> None:
+        is_utf8 = encoding.lower() in ("utf-8", "utf8")
+        self.encoding = "utf-8-sig" if is_utf8 else encoding
+        self.lists: dict[Path, dict[str, str]] = {}
+
+    def of(self, file: Path, texts: Sequence[Path]) -> tuple[str | None, str]:
+        """Return what is said in a recording, and what is wrong with its text file.
+
+        There may be no text, as next to recordings that are to be transcribed.
+
+        Args:
+            file: The recording.
+            texts: The text files that may say it.
+        """
+        text = None
+        for beside in texts:
+            try:
+                if beside.name.endswith(LISTED):
+                    text = self._listed(beside).get(file.stem, text)
+                else:
+                    text = " ".join(beside.read_text(encoding=self.encoding).split())
+            except OSError as error:
+                reason = (error.strerror or str(error)).lower()
+                return None, f"`{beside.name}` cannot be read: {reason}"
+            except (UnicodeError, LookupError):
+                name = self.encoding.removesuffix("-sig")
+                return None, f"`{beside.name}` is not in the encoding `{name}`"
+        return text, ""
+
+    def _listed(self, file: Path) -> dict[str, str]:
+        """Return the texts of a list, by the name of the recording."""
+        if file not in self.lists:
+            lines = file.read_text(encoding=self.encoding).splitlines()
+            pairs = (line.strip().partition(" ") for line in lines)
+            self.lists[file] = {name: " ".join(text.split()) for name, _, text in pairs if name}
+        return self.lists[file]

@@ -246,7 +246,7 @@ def _is_flat(low: float, high: float) -> bool:
 
 def _is_cut_off(raw: bytes) -> bool:
     """Return whether a file is shorter than its own header says, where libsndfile overlooks it."""
-    if raw[:4] == b"RIFF" and raw[8:12] == b"WAVE":
+    if raw[:4] in (b"RIFF", b"RIFX", b"RF64") and raw[8:12] == b"WAVE":
         return _lacks_wave_data(raw)
     if raw[:4] == b"FORM":
         return _is_less(len(raw) - 8, int.from_bytes(raw[4:8], "big"))
@@ -263,10 +263,19 @@ def _is_less(available: int, claimed: int) -> bool:
 
 
 def _lacks_wave_data(raw: bytes) -> bool:
-    place = 12
+    """Return whether the samples of a wav file are not all there.
+
+    RIFX has the largest byte of a number first. RF64 has sizes of 64 bits in a part of their own.
+    """
+    order: Literal["little", "big"] = "big" if raw[:4] == b"RIFX" else "little"
+    place, whole = 12, None
     while place + 8 <= len(raw):
-        size = int.from_bytes(raw[place + 4 : place + 8], "little")
+        size = int.from_bytes(raw[place + 4 : place + 8], order)
+        if raw[place : place + 4] == b"ds64":
+            whole = int.from_bytes(raw[place + 16 : place + 24], order)
         if raw[place : place + 4] == b"data":
+            if whole is not None and size == 0xFFFFFFFF:
+                return len(raw) - place - 8 + 1 < whole
             return _is_less(len(raw) - place - 8, size)
         place += 8 + size + size % 2
     return False

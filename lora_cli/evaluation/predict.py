@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,13 @@ from lora_cli.data.csv_rows import delimiter_of
 from lora_cli.data.detect_format import Head, read_head
 from lora_cli.data.file_formats import columns_of, kind_of, read_rows, require_columns
 from lora_cli.data.input_files import input_form
-from lora_cli.data.media import FILE_NAME, with_media
+from lora_cli.data.media import (
+    FILE_NAME,
+    LOOKED_FOR,
+    folder_of_paths,
+    paths_of,
+    with_media,
+)
 from lora_cli.data.media_folder import media_files
 from lora_cli.data.parquet_rows import parquet_schema
 from lora_cli.data.text_lines import RawRow
@@ -73,7 +79,7 @@ def answer_file(
     reject_target(source, target, overwrite)
     media = task.recipe.task.media_columns
     rows, output, added = _opened(source, target, task)
-    folder = source if source.is_dir() else source.parent  # paths in the file are relative to it
+    rows, folder = _with_folder(source, rows, media)
     # for answers that are files: pictures, or recordings
     task.answer_folder = target.with_name(f"{target.stem}_{task.answer_files}")
     problems: list[Problem] = []
@@ -103,6 +109,16 @@ def answer_file(
         if written and len(unanswered) == written:
             raise _nothing_answered(unanswered)
     return written, problems
+
+
+def _with_folder(
+    source: Path, rows: Iterator[RawRow], media: Collection[str]
+) -> tuple[Iterator[RawRow], Path]:
+    """Return rows again, and the folder that the paths in them are relative to."""
+    if source.is_dir():
+        return rows, source
+    first = list(islice(rows, LOOKED_FOR))
+    return chain(first, rows), folder_of_paths(source, paths_of(first, media))
 
 
 def _opened(

@@ -208,6 +208,14 @@ def _unnamed(world: World) -> Printed:
     return world.lora("init", "rows.csv", "--model", "./base", "-o", "new.yaml")
 
 
+@case("lora init", "rows that are parts of recordings")
+def _parts(world: World) -> Printed:
+    _recipe(world)
+    lines = [f"speech/train/0.wav,{i},{i + 1},a word {i}\n" for i in range(2)]
+    world.write("rows.csv", "".join(["audio,start,end,text\n", *lines]))
+    return world.lora("init", "rows.csv", "--model", "./base", "-o", "new.yaml")
+
+
 @case("lora init", "a language that cannot be guessed")
 def _which_language(world: World) -> Printed:
     _recipe(world, languages=True)

@@ -9,7 +9,7 @@ from lora_cli.data.media_folder import SAMPLE, are_media
 from lora_cli.errors import LoraError
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
 from lora_cli.tasks.speech.speakers import SpeakerError, vector_of
-from lora_cli.tasks.speech.transcript_proposals import text_column_of
+from lora_cli.tasks.speech.transcript_proposals import require_whole_recordings, text_column_of
 
 USUAL = {"text_column": "text", "audio_column": "audio"}
 
@@ -33,9 +33,10 @@ def _of_speech(table: Table, base: BaseFacts) -> Proposal:
     if audio is None or table.media == "image":
         what = f"`{base.name}` learns to speak, and no column of {place} holds recordings"
         raise LoraError(what, place, f"{listed}; a recording is named by its path")
+    require_whole_recordings(table, audio)
     speaker = next((n for n in names if n != audio and _are_speakers(rows, n, base)), None)
     others = [name for name in names if name not in (audio, speaker)]
-    text = table.text or text_column_of(others)
+    text = table.text or text_column_of(others, table.media is not None)
     if text is None:
         what = "no column is by its name what is said"
         hint = f"name it: `--text COLUMN`; {listed}"

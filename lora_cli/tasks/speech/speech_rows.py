@@ -42,7 +42,7 @@ from lora_cli.tasks.generation.writing_task import SAMPLE_NEW_TOKENS, keep_all_l
 from lora_cli.tasks.speech.odd_recordings import (
     ODD_FEATURES,
     odd_facts,
-    odd_recordings,
+    odd_rows,
     recording_error,
     still_whole,
 )
@@ -298,8 +298,8 @@ class RecordedTask(TextTask):
         )
 
     def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
-        """Return a warning of recordings that are clipped, or far too loud."""
-        return 0.0, odd_recordings(name, rows, examples)
+        """Return a warning of recordings that are clipped, far too loud, or of several texts."""
+        return 0.0, odd_rows(name, rows, examples, self.spec.audio_column, self.spec.text_column)
 
     def trained_share(self, split: Encoded) -> None:
         """Return None: what is trained is tokens, and what is counted seconds."""

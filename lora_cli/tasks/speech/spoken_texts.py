@@ -36,7 +36,7 @@ from lora_cli.tasks.generation.writing_task import keep_all_layers, layer_drop_o
 from lora_cli.tasks.speech.odd_recordings import (
     ODD_FEATURES,
     odd_facts,
-    odd_recordings,
+    odd_rows,
     recording_error,
     still_whole,
 )
@@ -266,7 +266,7 @@ class SpokenTexts(TextTask):
     def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
         """Return warnings of letters that the model does not know, and of odd recordings."""
         share, unknown = super().unknown_input(name, rows, examples)
-        odd = odd_recordings(name, rows, examples)
+        odd = odd_rows(name, rows, examples, self.spec.audio_column, self.spec.text_column)
         return share, "; ".join(filter(None, (unknown, odd))) or None
 
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:

@@ -14,6 +14,10 @@ TEXT_NAME = re.compile(
     r"|words|said|target"
 )
 LANGUAGE_NAME = re.compile(r"(?i)language|lang|locale")
+# where a part of a recording begins, in a table of parts
+BEGINNING_NAME = re.compile(
+    r"(?i)(segment_?)?(start|begin|onset|offset)(_?(time|seconds?|secs?|s|ms|samples?|frames?))?"
+)
 AUDIO, TEXT = "audio", "text"  # the columns of a folder of recordings
 
 
@@ -42,7 +46,8 @@ def _of_recordings(table: Table, base: BaseFacts) -> Proposal:
     if audio is None:
         what = "no column holds recordings, which the model hears"
         raise LoraError(what, place, f"{listed}; a recording is named by its path")
-    text = table.text or text_column_of([name for name in names if name != audio])
+    require_whole_recordings(table, audio)
+    text = table.text or text_column_of([name for name in names if name != audio], is_folder)
     if text is None and is_folder:
         what = f"the recordings of {place} have no texts next to them"
         hint = "write what is said in `a.wav` into `a.txt`, or list all in metadata.csv: "
@@ -69,12 +74,31 @@ def _of_recordings(table: Table, base: BaseFacts) -> Proposal:
     return Proposal(keys, why, [audio, text], None, left_out, limits={})
 
 
-def text_column_of(names: Sequence[str]) -> str | None:
-    """Return the column of what is said, by its name, or the only one that there is."""
+def require_whole_recordings(table: Table, audio: str) -> None:
+    """Check that rows are whole recordings, and no parts that begin where another column says.
+
+    Raises:
+        LoraError: If they are parts.
+    """
+    values = [str(row.get(audio)) for row in table.rows[:SAMPLE]]
+    beginnings = [c.name for c in table.columns if BEGINNING_NAME.fullmatch(c.name)]
+    if beginnings and len(set(values)) < len(values):
+        what = f"the rows are parts of recordings, which begin where `{beginnings[0]}` says"
+        hint = "a recording is read whole: write each part into a file of its own, for example "
+        raise LoraError(what, table.place, f"{hint}with `ffmpeg -ss START -to END`, and name that")
+
+
+def text_column_of(names: Sequence[str], is_folder: bool) -> str | None:
+    """Return the column of what is said, by its name, or the only one that there is.
+
+    Args:
+        names: Of the columns besides that of the recordings.
+        is_folder: Whether the rows are files, whose folders' names are a column that is no text.
+    """
     named = [name for name in names if TEXT_NAME.fullmatch(name)]
     if named:
         return named[0]
-    return names[0] if len(names) == 1 else None
+    return names[0] if len(names) == 1 and not is_folder else None
 
 
 def _language(table: Table) -> tuple[str, str]:

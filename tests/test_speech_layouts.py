@@ -1,0 +1,226 @@
+"""Recordings as public data sets lay them out, and tables whose rows are parts of a recording."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import tiny_speech
+from tiny_speech import encoded, sound, write
+
+from lora_cli.data.load_rows import Rows, load_rows
+from lora_cli.data.media_folder import texts_alone
+from lora_cli.data.recordings import read_recording
+from lora_cli.errors import LoraError
+from lora_cli.preprocessing.data_gate import examine, inspect_data
+from lora_cli.recipe import Recipe, load_recipe
+from lora_cli.recipe_draft import draft_recipe, write_recipe
+
+Json = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def recipe_of(data: Json, model: Path | str = "none", **task: Any) -> Recipe:
+    task = {"type": "speech_recognition", **task}
+    return Recipe.model_validate({"model": {"name": str(model)}, "task": task, "data": data})
+
+
+def said(rows: Rows, column: str = "text") -> dict[str, str]:
+    return {rows.place(i): rows[i][column] for i in range(len(rows))}
+
+
+def drafted(source: Path, base: Path, **given: Any) -> Recipe:
+    target = source.parent / "recipe.yaml"
+    draft = draft_recipe(source, str(base), target, **given)
+    write_recipe(target, draft.text(), draft.extra_files)
+    return load_recipe(target)
+
+
+# --------------------------------------------------------------------------------- LibriSpeech
+
+
+def librispeech(root: Path) -> Path:
+    for n, (split, chapter) in enumerate((("train-clean-100", "19/198"), ("dev-clean", "26/495"))):
+        speaker, _, part = chapter.partition("/")
+        lines = []
+        for i in range(3):
+            name = f"{speaker}-{part}-{i:04d}"
+            write(root / split / chapter / f"{name}.flac", sound(10 * n + i, 0.3))
+            lines.append(f"{name} WORD {n} {i}\n")
+        (root / split / chapter / f"{speaker}-{part}.trans.txt").write_text("".join(lines))
+    return root
+
+
+def test_the_lists_of_librispeech_are_read_as_the_transcripts(tmp_path: Path) -> None:
+    root = librispeech(tmp_path / "LibriSpeech")
+    recipe = recipe_of({"path": str(root), "validation": "validation"})
+    splits = load_rows(recipe)
+    place = "train-clean-100/19/198/19-198-000"
+    assert said(splits["train"]) == {f"{place}{i}.flac": f"WORD 0 {i}" for i in range(3)}
+    assert list(said(splits["validation"]).values()) == [f"WORD 1 {i}" for i in range(3)]
+    assert texts_alone(root, recipe) == []
+
+    listed = next(root.rglob("19-198.trans.txt"))
+    listed.write_text(listed.read_text().replace("WORD 0 1", "ANOTHER"))
+    assert said(load_rows(recipe)["train"])[f"{place}1.flac"] == "ANOTHER"
+    (listed.parent / "19-198-0001.txt").write_text("its own\n")
+    assert said(load_rows(recipe)["train"])[f"{place}1.flac"] == "its own"
+
+
+def test_librispeech_is_drafted_by_its_lists(tmp_path: Path) -> None:
+    base = tiny_speech.save(tmp_path / "base")
+    recipe = drafted(librispeech(tmp_path / "LibriSpeech"), base)
+    assert recipe.task.text_column == "text"
+    assert len(load_rows(recipe)["validation"]) == 3
+
+
+# ------------------------------------------------------------------------- folders of classes
+
+
+def test_names_of_folders_are_no_transcripts_unless_they_are_asked_for(tmp_path: Path) -> None:
+    base = tiny_speech.save(tmp_path / "base")
+    for n, word in enumerate(("yes", "no")):
+        for i in range(4):
+            write(tmp_path / "words" / word / f"{i}.wav", sound(10 * n + i, 0.3))
+    with pytest.raises(LoraError, match="have no texts next to them"):
+        drafted(tmp_path / "words", base)
+    recipe = drafted(tmp_path / "words", base, text="label")
+    assert recipe.task.text_column == "label"
+    assert set(said(load_rows(recipe)["train"], "label").values()) == {"yes", "no"}
+
+
+# -------------------------------------------------------------------------------- Common Voice
+
+
+def common_voice(root: Path) -> Path:
+    lines = ["client_id\tpath\tsentence\tlocale\n"]
+    for i in range(4):
+        write(root / "clips" / f"voice_{i}.mp3", sound(i, 0.4))
+        lines.append(f"{i}\tvoice_{i}.mp3\tWords {i}.\ten\n")
+    (root / "train.tsv").write_text("".join(lines))
+    return root / "train.tsv"
+
+
+def test_paths_of_common_voice_start_from_its_folder_of_clips(tmp_path: Path) -> None:
+    table = common_voice(tmp_path / "cv")
+    recipe = recipe_of({"path": str(table)}, audio_column="path", text_column="sentence")
+    rows = load_rows(recipe)["train"]
+    assert [row["path"]["path"] for row in rows] == [
+        str(tmp_path / "cv" / "clips" / f"voice_{i}.mp3") for i in range(4)
+    ]
+
+
+@pytest.mark.parametrize("inner", ["clips", "wavs", "audio", "audio/train", "train"])
+def test_a_folder_beside_the_table_is_found_once_its_files_are_there(
+    inner: str, tmp_path: Path
+) -> None:
+    table = common_voice(tmp_path / "cv")
+    (tmp_path / "cv" / "clips").rename(tmp_path / "elsewhere")
+    recipe = recipe_of({"path": str(table)}, audio_column="path", text_column="sentence")
+    with pytest.raises(LoraError, match=f"there is no file `{tmp_path}/cv/voice_0.mp3`"):
+        load_rows(recipe)
+    place = tmp_path / "cv" / inner
+    place.parent.mkdir(exist_ok=True)
+    (tmp_path / "elsewhere").rename(place)
+    rows = load_rows(recipe)["train"]
+    assert rows[0]["path"]["path"] == str(place / "voice_0.mp3")
+    write(tmp_path / "cv" / "voice_2.mp3", sound(9))  # beside the table itself comes first
+    table.write_text(table.read_text().replace("voice_0", "voice_2"))
+    with pytest.raises(LoraError, match=r"there is no file `.*/cv/voice_1.mp3`"):
+        load_rows(recipe)
+
+
+# ---------------------------------------------------------------------------------- in base64
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "MP3", "OGG", "AIFF", "AU"])
+@pytest.mark.parametrize("form", ["bare", "address", "pair"])
+def test_recordings_in_base64_are_heard(form: str, kind: str, tmp_path: Path) -> None:
+    files = [encoded(sound(i, 0.3), format=kind) for i in range(3)]
+    texts = [base64.b64encode(file).decode() for file in files]
+    values: list[Any] = {
+        "bare": texts,
+        "address": [f"data:audio/wav;base64,{text}" for text in texts],
+        "pair": [{"bytes": text, "path": None} for text in texts],
+    }[form]
+    rows = [{"audio": value, "text": f"word {i}"} for i, value in enumerate(values)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = load_rows(recipe_of({"path": str(tmp_path / "rows.jsonl")}))["train"]
+    for row, file in zip(loaded, files, strict=True):
+        assert row["audio"] == {"bytes": file, "path": None}
+        assert read_recording(row["audio"], 16_000).std() > 0.1
+    if form != "pair":
+        recipe = drafted(tmp_path / "rows.jsonl", tiny_speech.save(tmp_path / "base"))
+        assert (recipe.task.type, recipe.task.audio_column) == ("speech_recognition", "audio")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"bytes": "not base64!", "path": None}, {"bytes": [82, 73], "path": None},
+        {"bytes": None, "path": 5}, {"bytes": 7, "path": "a.wav"},
+        {"array": [0.1], "sampling_rate": 16_000},
+    ],
+)  # fmt: skip
+def test_a_pair_that_is_no_file_is_an_error_of_its_row(value: Json, tmp_path: Path) -> None:
+    write(tmp_path / "1.wav", sound(1))
+    rows = [{"audio": "1.wav", "text": "a"}, {"audio": value, "text": "b"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe_of(
+        {"path": str(tmp_path / "rows.jsonl")}, tiny_speech.save(tmp_path / "base")
+    )  # fmt: skip
+    with pytest.raises(LoraError) as raised:
+        inspect_data(recipe)
+    assert [(p.at, p.what) for p in raised.value.problems] == [
+        ("rows.jsonl:2", "column `audio` does not hold a file")
+    ]
+
+
+# ------------------------------------------------------------------------- parts of recordings
+
+
+def table_of_parts(folder: Path, column: str, files: list[str]) -> Path:
+    for name in set(files):
+        write(folder / name, sound(len(name), 0.9))
+    lines = [f"{name},{0.2 * i:.1f},word {i}\n" for i, name in enumerate(files)]
+    (folder / "parts.csv").write_text("".join([f"audio,{column},text\n", *lines]))
+    return folder / "parts.csv"
+
+
+@pytest.mark.parametrize("column", ["start", "start_time", "offset", "begin_ms", "segment_start"])
+def test_init_rejects_rows_that_are_parts_of_recordings(column: str, tmp_path: Path) -> None:
+    base = tiny_speech.save(tmp_path / "base")
+    table = table_of_parts(tmp_path, column, ["1.wav", "1.wav", "22.wav", "22.wav"])
+    with pytest.raises(LoraError, match=f"parts of recordings, which begin where `{column}` says"):
+        drafted(table, base)
+
+
+def test_a_beginning_of_recordings_of_their_own_is_no_matter(tmp_path: Path) -> None:
+    base = tiny_speech.save(tmp_path / "base")
+    table = table_of_parts(tmp_path, "start", [f"{'1' * i}.wav" for i in range(1, 5)])
+    assert drafted(table, base).task.text_column == "text"
+
+
+def warnings_of(recipe: Recipe) -> str:
+    task, data = inspect_data(recipe)
+    return "\n".join(examine(task, data).warnings())
+
+
+def test_several_texts_of_one_recording_are_named(tmp_path: Path) -> None:
+    base = tiny_speech.save(tmp_path / "base")
+    table = table_of_parts(tmp_path, "start", ["1.wav", "22.wav", "1.wav"])
+    found = warnings_of(recipe_of({"path": str(table)}, base))
+    assert (
+        "1 train recording stands in several rows with different texts, such as 1.wav in "
+        "parts.csv:2 and parts.csv:4: each row is heard as the whole recording"
+    ) in found
+    table.write_text(table.read_text().replace("word 2", "word 0"))  # said twice the same
+    assert "different texts" not in warnings_of(recipe_of({"path": str(table)}, base))
