@@ -14,10 +14,10 @@ from lora_cli.errors import ResourceError
 from lora_cli.recipe import Learned
 from lora_cli.training import fit_into_memory
 from lora_cli.training.fit_into_memory import (
+    choose_checkpointing,
     find_micro_batch,
     join_micro_batches,
     largest,
-    needs_checkpointing,
 )
 
 GIB = 2**30
@@ -196,33 +196,62 @@ def test_a_step_is_computed_at_once_where_it_fits_for_every_process(
         ({"micro_batch_size": "auto"}, 7, 1),
     ],
 )  # fmt: skip
-def test_activations_are_computed_again_where_a_micro_batch_does_not_fit(
+def test_as_much_is_computed_again_as_a_micro_batch_needs_to_fit(
     train: dict[str, Any], rows: int, tried_with: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = Gpu(monkeypatch)
     train = {"gradient_checkpointing": "auto", **train}
-    for room, wanted in ((tried_with, False), (tried_with - 1, True)):
+    for room, more, wanted in (
+        (tried_with, 0, False), (tried_with - 1, 1, True), (tried_with - 1, 0, "offload"),
+    ):  # fmt: skip
         arguments, tried = setting(monkeypatch, room, [*range(rows)], **train)
-        assert not needs_checkpointing(*arguments)  # the architecture has none
+        enabled = checkpointing_gives(more, arguments[0], monkeypatch)
+        assert choose_checkpointing(*arguments) is False  # the architecture has none
         assert not tried
         arguments[0].supports_gradient_checkpointing = True
-        assert needs_checkpointing(*arguments) is wanted
-        assert [len(examples) for examples in tried] == [tried_with]
+        assert choose_checkpointing(*arguments) == wanted
+        assert enabled == ([True] if wanted else [])
+        assert [len(examples) for examples in tried] == [tried_with] * (2 if wanted else 1)
         assert tried[0][0] == (f"e{rows - 1}", 3, 0)
         assert gpu.fractions[0][1] * 100 == pytest.approx(2 + 8 * 0.95)
     arguments[3].device = torch.device("cpu")
-    assert not needs_checkpointing(*arguments)
-    assert len(tried) == 1
+    assert choose_checkpointing(*arguments) is False
+    assert len(tried) == 2
+
+
+def checkpointing_gives(more: int, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Let gradient checkpointing make room for so many examples more; return how it is enabled."""
+    enabled: list[Any] = []
+    fits = fit_into_memory._fits
+
+    def with_more(model: Any, task: Any, batch: Any, *others: Any) -> bool:
+        found = fits(model, task, batch, *others)
+        return found or (bool(enabled) and bool(more))
+
+    def enable(enabled_model: nn.Module, recipe: Any, how: Any) -> None:
+        assert enabled_model is model
+        enabled.append(how)
+
+    monkeypatch.setattr(fit_into_memory, "_fits", with_more)
+    monkeypatch.setattr(fit_into_memory, "enable_gradient_checkpointing", enable)
+    return enabled
 
 
 def test_activations_are_computed_again_where_one_process_has_too_little_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     Gpu(monkeypatch)
-    arguments, _ = setting(monkeypatch, 9, [1] * 7, gradient_checkpointing="auto", processes=2)
-    arguments[0].supports_gradient_checkpointing = True
-    monkeypatch.setattr(fit_into_memory, "gather_object", lambda found: [*found, False])
-    assert needs_checkpointing(*arguments)
+    for others, wanted in (
+        ([False], True), ([False, False], "offload"), ([False, True], True), ([True], False),
+    ):  # fmt: skip
+        arguments, _ = setting(monkeypatch, 9, [1] * 7, gradient_checkpointing="auto", processes=2)
+        arguments[0].supports_gradient_checkpointing = True
+        checkpointing_gives(0, arguments[0], monkeypatch)
+        other = iter([*others, True])
+        monkeypatch.setattr(
+            fit_into_memory, "gather_object", lambda found, other=other: [*found, next(other)]
+        )
+        assert choose_checkpointing(*arguments) == wanted
 
 
 @pytest.mark.parametrize("index", [None, 0])

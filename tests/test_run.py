@@ -665,9 +665,9 @@ def test_gradient_checkpointing_gives_the_same_losses(bench: Bench, kind: str) -
     )
 
 
-@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("how", [False, True, "offload"])
 def test_whether_activations_are_computed_again_is_chosen_once(
-    fits: bool, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    how: bool | str, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = bench.recipe("llama", adapter={"dropout": 0.2}, **TRAINING)
     bench.run(path, "plain")
@@ -676,9 +676,9 @@ def test_whether_activations_are_computed_again_is_chosen_once(
     monkeypatch.setattr(
         fit_into_memory,
         "enable_gradient_checkpointing",
-        lambda model, recipe: (enable(model, recipe), enabled.append(model)),
+        lambda model, recipe, how: (enable(model, recipe, how), enabled.append(model)),
     )
-    monkeypatch.setattr(fit_into_memory, "needs_checkpointing", lambda *_: not fits)
+    monkeypatch.setattr(fit_into_memory, "choose_checkpointing", lambda *_: how)
     sets = ("train.gradient_checkpointing=auto", "checkpoint.every_steps=1")
     bench.run(path, "chosen", *sets)
     assert losses(bench.folder / "chosen") == pytest.approx(
@@ -686,14 +686,14 @@ def test_whether_activations_are_computed_again_is_chosen_once(
     )
     found = load_checkpoint(bench.folder / "chosen")
     assert found is not None
-    assert found[1].memory["gradient_checkpointing"] is not fits
-    assert len(enabled) == (0 if fits else 1)
+    assert found[1].memory["gradient_checkpointing"] == how
+    assert len(enabled) == (1 if how else 0)
     # a run that is resumed goes on as it was, whatever fits now
-    monkeypatch.setattr(fit_into_memory, "needs_checkpointing", lambda *_: fits)
+    monkeypatch.setattr(fit_into_memory, "choose_checkpointing", lambda *_: not how)
     shutil.rmtree(found[0])
     (bench.folder / "chosen/report.json").unlink()
     bench.run(path, "chosen", *sets, resume=True)
-    assert len(enabled) == (0 if fits else 2)
+    assert len(enabled) == (2 if how else 0)
     assert all(model.is_gradient_checkpointing for model in enabled)
 
 

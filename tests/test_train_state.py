@@ -234,13 +234,13 @@ def test_the_micro_batch_that_was_found_is_among_the_facts() -> None:
     }
 
 
-@pytest.mark.parametrize("found", [None, False, True])
-@pytest.mark.parametrize("asked", [False, True, "auto"])
+@pytest.mark.parametrize("found", [None, False, True, "offload"])
+@pytest.mark.parametrize("asked", [False, True, "offload", "auto"])
 def test_whether_activations_are_computed_again_is_among_the_facts(
-    asked: bool | str, found: bool | None
+    asked: bool | str, found: Any
 ) -> None:
     facts = memory_facts(recipe(train__gradient_checkpointing=asked), Learned(checkpointing=found))
-    assert facts["gradient_checkpointing"] is (bool(found) if asked == "auto" else asked)
+    assert facts["gradient_checkpointing"] == (found or False if asked == "auto" else asked)
 
 
 # ------------------------------------------------------------------------------------ going on

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from lora_cli.errors import LoraError
+from lora_cli.models.offloaded_inputs import offload_inputs
 from lora_cli.recipe import Recipe
 from lora_cli.unexpected_errors import own_words
 
@@ -26,8 +27,15 @@ def require_gradient_checkpointing(model: nn.Module, recipe: Recipe) -> None:
         )
 
 
-def enable_gradient_checkpointing(model: nn.Module, recipe: Recipe) -> None:
+def enable_gradient_checkpointing(
+    model: nn.Module, recipe: Recipe, how: Literal[True, "offload"]
+) -> None:
     """Let the backward pass recompute the activations, which saves memory.
+
+    Args:
+        model: A model that is on its device.
+        recipe: For the message of the error.
+        how: With "offload", the inputs of the layers wait in the host's memory.
 
     Raises:
         LoraError: If the architecture cannot do that.
@@ -42,3 +50,5 @@ def enable_gradient_checkpointing(model: nn.Module, recipe: Recipe) -> None:
         what = f"{type(model).__name__} cannot do gradient checkpointing: {own_words(error)}"
         hint = "set `train.gradient_checkpointing: false`"
         raise LoraError(what, recipe.at("train.gradient_checkpointing"), hint) from error
+    if how == "offload":
+        offload_inputs(model)

@@ -69,7 +69,7 @@ def check_recipe(
         with _collected(problems):
             model, new = task.empty_model()
             with _collected(problems):
-                if recipe.train.gradient_checkpointing is True:
+                if recipe.train.gradient_checkpointing in (True, "offload"):
                     require_gradient_checkpointing(model, recipe)
             make_trainable(model, recipe, new, learned=task.learned)
             completed = task.completed_recipe

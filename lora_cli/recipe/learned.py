@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lora_cli.recipe.spec import AdapterSpec, Recipe, TrainSpec
+
+Checkpointing = bool | Literal["offload"]
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Learned:
         micro_batch: Examples of one forward pass, where the run chooses them: `micro_batch_size`
             is `auto`, or the micro-batches of a step are computed together. The run sets it, or
             the checkpoint of one that is resumed.
-        checkpointing: Whether activations are computed again, where the run chooses it:
+        checkpointing: How activations are computed again, where the run chooses it:
             `gradient_checkpointing` is `auto`. Set like `micro_batch`.
     """
 
@@ -36,7 +38,7 @@ class Learned:
     in_checkpoint: bool = False
     ranks: dict[str, int] = field(default_factory=dict)
     micro_batch: int | None = None
-    checkpointing: bool | None = None
+    checkpointing: Checkpointing | None = None
     token_ids: list[int] = field(default_factory=list)
 
     def completed(self, recipe: Recipe) -> Recipe:
@@ -46,10 +48,10 @@ class Learned:
             values["adapter"] = self.adapter
         return recipe.with_values(values)
 
-    def checkpoints_gradients(self, train: TrainSpec) -> bool:
-        """Return whether activations are computed again; `auto` is what was found, or no before."""
+    def checkpointing_of(self, train: TrainSpec) -> Checkpointing:
+        """Return how activations are computed again; `auto` is what was found, or False before."""
         asked = train.gradient_checkpointing
-        return bool(self.checkpointing) if asked == "auto" else asked
+        return self.checkpointing or False if asked == "auto" else asked
 
     def micro_batch_of(self, train: TrainSpec) -> int:
         """Return the examples of one forward pass; `auto` is what was found, or 8 before."""

@@ -31,7 +31,7 @@ def choose_engine(
     parts = (model, task, optimizer, accelerator, train.max_grad_norm)
     # where texts share rows, an example was seen to be computed in the same way in any batch; a
     # language model's attention is slower in a graph, where transformers gives it a mask
-    records = task.same_in_any_batch and not task.learned.checkpoints_gradients(train)
+    records = task.same_in_any_batch and not task.learned.checkpointing_of(train)
     records = records and not task.waits_for_device
     required = train.kernels == "fused"
     compiled = required or _compiling_pays(model, batches)

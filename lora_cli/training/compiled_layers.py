@@ -15,6 +15,7 @@ import torch._inductor.config as inductor_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lora_cli.models.offloaded_inputs import OffloadingCheckpoint
 from lora_cli.training.stacked_products import (
     StackedProduct,
     StackedUpdates,
@@ -102,7 +103,9 @@ class CompiledLayers:
                 for layer in self.checkpointed:
                     layer.gradient_checkpointing = False
                 for layer, compiled in zip(self.layers, self.compiled, strict=True):
-                    layer.forward = compiled
+                    checkpoint: Any = getattr(layer, "_gradient_checkpointing_func", None)
+                    offloads = isinstance(checkpoint, OffloadingCheckpoint)
+                    layer.forward = checkpoint.inputs.around(compiled) if offloads else compiled
                 yield
             finally:
                 for layer in self.checkpointed:

@@ -20,6 +20,7 @@ from torch import nn
 
 from lora_cli.adapters.attach import training_mode
 from lora_cli.models.gradient_checkpointing import enable_gradient_checkpointing
+from lora_cli.recipe.learned import Checkpointing
 from lora_cli.tasks.contract import Task
 from lora_cli.training.batches import Batches, prepared_for
 from lora_cli.training.resource_errors import is_out_of_memory, out_of_memory
@@ -56,10 +57,12 @@ def fit_into_memory(
     train, learned, notes = task.recipe.train, task.learned, []
     if train.gradient_checkpointing == "auto":
         if begins:
-            learned.checkpointing = needs_checkpointing(*parts)
+            learned.checkpointing = choose_checkpointing(*parts)
         if learned.checkpointing:
-            enable_gradient_checkpointing(model, task.recipe)
-            notes.append("gradient checkpointing, since memory is short without")
+            enable_gradient_checkpointing(model, task.recipe, learned.checkpointing)
+            offload = ", with the layers' inputs in the host's memory"
+            offload = offload if learned.checkpointing == "offload" else ""
+            notes.append(f"gradient checkpointing{offload}, since memory is short without")
     if begins and train.micro_batch_size == "auto":
         learned.micro_batch = find_micro_batch(*parts)
         notes.append(f"micro-batches of {learned.micro_batch}, the largest that fit")
@@ -102,14 +105,14 @@ def find_micro_batch(
     return found
 
 
-def needs_checkpointing(
+def choose_checkpointing(
     model: nn.Module,
     task: Task,
     batches: Batches,
     accelerator: Accelerator,
     optimizer_bytes: int,
-) -> bool:
-    """Return whether a micro-batch of the longest examples does not fit as the model is.
+) -> Checkpointing:
+    """Return as much gradient checkpointing as a micro-batch of the longest examples needs to fit.
 
     With `micro_batch_size: auto` it is a single example. Nothing is tried without a GPU, or where
     the architecture has no gradient checkpointing.
@@ -123,8 +126,11 @@ def needs_checkpointing(
     size = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
     size = min(size, _share(task, batches, accelerator))
     with _untouched(model), _headroom(accelerator.device, HEADROOM):
-        fits = _Trial(model, task, batches, accelerator, optimizer_bytes).fits(size)
-    return not all(gather_object([fits]))
+        trial = _Trial(model, task, batches, accelerator, optimizer_bytes)
+        if all(gather_object([trial.fits(size)])):
+            return False
+        enable_gradient_checkpointing(model, task.recipe, True)
+        return True if all(gather_object([trial.fits(size)])) else "offload"
 
 
 def join_micro_batches(
@@ -142,7 +148,7 @@ def join_micro_batches(
     Args: As of `find_micro_batch`.
     """
     train = task.recipe.train
-    checkpoints = task.learned.checkpoints_gradients(train)
+    checkpoints = task.learned.checkpointing_of(train)
     wanted = train.kernels != "reference" and not checkpoints
     cut = train.micro_batch_size != "auto" and train.step_size > train.micro_batch_size
     if not (wanted and cut and task.same_in_any_batch and accelerator.device.type == "cuda"):

@@ -37,6 +37,6 @@ def load_trainable_model(
             task.check_packing(model, data["train"])
     if recipe.adapter.init == "eva":
         start_from_data(model, task, data["train"], accelerator)
-    if recipe.train.gradient_checkpointing is True:
-        enable_gradient_checkpointing(model, recipe)
+    if (how := recipe.train.gradient_checkpointing) in (True, "offload"):
+        enable_gradient_checkpointing(model, recipe, how)
     return model, head_in_full(model, head), base

@@ -110,7 +110,7 @@ def memory_facts(recipe: Recipe, learned: Learned) -> dict[str, Any]:
     return {
         "micro_batch_size": learned.micro_batch_of(train),
         "asked": train.micro_batch_size,
-        "gradient_checkpointing": learned.checkpoints_gradients(train),
+        "gradient_checkpointing": learned.checkpointing_of(train),
     }
 
 

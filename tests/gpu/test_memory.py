@@ -5,17 +5,20 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from test_precision import losses, recipe, train
+from test_precision import losses, recipe, rows, train
 from test_precision import pytestmark as on_a_gpu
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_cli.errors import ResourceError
+from lora_cli.recipe import load_recipe
 from lora_cli.training import fit_into_memory
 from lora_cli.training import run as training_run
 from lora_cli.training.checkpoints import load_checkpoint
@@ -151,25 +154,59 @@ def test_a_resumed_run_keeps_what_was_found(
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_activations_are_computed_again_where_they_do_not_fit(
+def test_as_much_is_computed_again_as_is_needed_to_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sets = [many_rows(tmp_path), "data.validation=null", "train.max_steps=3",
             "train.micro_batch_size=4096", "train.gradient_accumulation_steps=1",
             "train.gradient_checkpointing=auto", "checkpoint.every_steps=1",
             "train.log_every_steps=1", "data.check.near_duplicates=false"]  # fmt: skip
-    needs = fit_into_memory.needs_checkpointing
-
-    def with_little_left(*arguments: Any) -> bool:
-        with little_left(64):
-            return needs(*arguments)
+    choose = fit_into_memory.choose_checkpointing
 
     found = {}
-    for output in ("roomy", "short"):
+    for output, left in (("roomy", None), ("short", 64), ("shorter", 30)):
+
+        def with_little_left(*arguments: Any, left: int | None = left) -> Any:
+            with nullcontext() if left is None else little_left(left):
+                return choose(*arguments)
+
+        monkeypatch.setattr(fit_into_memory, "choose_checkpointing", with_little_left)
         train(recipe(tmp_path, *sets, output=output))
         checkpoint = load_checkpoint(tmp_path / output)
         assert checkpoint is not None
         found[output] = checkpoint[1].memory["gradient_checkpointing"]
-        monkeypatch.setattr(fit_into_memory, "needs_checkpointing", with_little_left)
-    assert found == {"roomy": False, "short": True}
-    assert losses(tmp_path / "short") == pytest.approx(losses(tmp_path / "roomy"), rel=1e-4)
+    assert found == {"roomy": False, "short": True, "shorter": "offload"}
+    for output in ("short", "shorter"):
+        assert losses(tmp_path / output) == pytest.approx(losses(tmp_path / "roomy"), rel=1e-4)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
+def test_inputs_that_wait_on_the_host_change_no_bit_and_leave_memory_free(
+    tmp_path: Path, kernels: str
+) -> None:
+    base = tmp_path / "decoder"
+    tiny.save_llama(base)
+    config = AutoConfig.from_pretrained(base)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 512, 512, 12
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    file = tmp_path / "decoder.yaml"
+    rows(tmp_path / "train.jsonl")
+    file.write_text(json.dumps({
+        "model": {"name": str(base)},
+        "task": {"type": "causal_lm", "prompt_column": "text", "completion_column": "label",
+                 "max_length": 32},
+        "data": {"train": "train.jsonl", "validation": None, "check": {"max_overlap": 1.0}},
+        "adapter": {"rank": 4, "target_modules": "all-linear"},
+        "train": {"max_steps": 12, "micro_batch_size": 256, "log_every_steps": 1,
+                  "kernels": kernels, "precision": "bf16", "optimizer": {"learning_rate": 1e-3}},
+    }))  # fmt: skip
+    peaks = {}
+    for how in ("true", "offload"):
+        sets = [f"train.gradient_checkpointing={how}", f"output_dir={tmp_path / how}"]
+        torch.cuda.reset_peak_memory_stats()
+        train(load_recipe(file, sets))
+        peaks[how] = torch.cuda.max_memory_allocated()
+    assert losses(tmp_path / "true") == losses(tmp_path / "offload")
+    a, b = ((tmp_path / how / "adapter_model.safetensors").read_bytes() for how in peaks)
+    assert a == b
+    assert peaks["offload"] < peaks["true"]

@@ -91,7 +91,7 @@ class Recipe(Section):
             yield "train.micro_batch_size", what, "name a number: `--set train.micro_batch_size=8`"
         if data.streaming and train.gradient_checkpointing == "auto":
             what = "`auto` tries the longest rows, and `data.streaming` does not know them"
-            yield "train.gradient_checkpointing", what, "say `true` or `false`"
+            yield "train.gradient_checkpointing", what, "say `true`, `false` or `offload`"
         if self.model.quantization is not None and self.adapter.type == "full":
             what = "`adapter.type: full` trains all weights, and quantised ones cannot be trained"
             hint = "leave one of the two out: LoRA on a quantised base is `adapter.type: lora`"

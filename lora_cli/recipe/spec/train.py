@@ -150,10 +150,11 @@ class TrainSpec(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Longer gradients are shortened to this norm; null leaves them."""
 
-    gradient_checkpointing: bool | Literal["auto"] = False
-    """Recompute activations in the backward pass: less memory, about a third more time. `auto`: if
-    a GPU's memory is too small for a micro-batch of the longest rows without, which is tried before
-    the first step."""
+    gradient_checkpointing: bool | Literal["auto", "offload"] = False
+    """Recompute activations in the backward pass: less memory, about a third more time. `offload`:
+    what a GPU still keeps of each layer, its input, waits in the host's memory too. `auto`: as much
+    of this as a micro-batch of the longest rows needs to fit into a GPU's memory, which is tried
+    before the first step."""
 
     packing: bool = False
     """Put several short examples into one row of `max_length` tokens; none sees another."""
