@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_cli.adapters.attach import attach, lora_layers, trainable_parameters
-from lora_cli.adapters.load_adapter import LARGER, _check_plain, _joined, load_adapter
+from lora_cli.adapters.load_adapter import LARGER, RESIZED, _check_plain, _joined, load_adapter
 from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.merge_proof import expected_weights
 from lora_cli.adapters.peft_format.adapter_folder import (
@@ -777,6 +777,21 @@ def test_embeddings_of_more_tokens_are_said_to_be_of_a_larger_vocabulary() -> No
     ):  # fmt: skip
         (found,) = _check_plain({name: torch.zeros(shape)}, {}, parameters, [], ["words"])
         assert (found.hint, str(shape) in found.what) == (hint, True)
+
+
+@pytest.mark.parametrize("rows", [6, 8, 5])
+def test_larger_embeddings_that_cannot_be_read_are_to_be_merged_in_peft(rows: int) -> None:
+    parameters = {"words.weight": nn.Parameter(torch.zeros(5, 2))}
+    tensor = torch.zeros(rows, 2)
+    if rows == 5:  # the model has the new rows, with other values
+        parameters["words.weight"].data = torch.zeros(200, 2)
+        tensor = torch.cat([torch.zeros(150, 2), torch.ones(50, 2)])
+    frozen = {"words.weight": tensor}
+    (found,) = _check_plain({}, frozen, parameters, [], ["words"], ["words"])
+    assert f"resize_token_embeddings({len(tensor)})" in str(found.hint)
+    (found,) = _check_plain(frozen, {}, parameters, [], ["words"]) or [None]
+    wanted = {6: LARGER, 8: RESIZED.format(8), 5: None}[rows]
+    assert (None if found is None else found.hint) == wanted
 
 
 @pytest.mark.parametrize(("dimensions", "is_said"), [(2, False), (3, True), (4, False)])

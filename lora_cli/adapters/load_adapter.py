@@ -31,6 +31,7 @@ from lora_cli.adapters.peft_format.peft_rules import (
 from lora_cli.adapters.peft_format.peft_tensors import TOGETHER, sort_tensors, unsupported
 from lora_cli.adapters.peft_format.peft_tokens import (
     LARGER,
+    RESIZED,
     SavedRows,
     saved_rows,
     split_rows,
@@ -46,6 +47,8 @@ from lora_cli.models.fingerprint import Fingerprint, require_base
 from lora_cli.recipe import Recipe
 
 SHOWN = 8  # problems of a kind
+PADDED = 8  # vocabularies that are padded have a multiple of this number of rows
+SAME_ROWS = 100  # first rows that show that an embedding is that of the base, with others behind
 SHORT = (torch.float16, torch.bfloat16)
 
 
@@ -84,7 +87,9 @@ def load_adapter(
     of_tokens, found = saved_rows(model, rows, adapter)
     problems += found
     frozen = _without_rows(tensors.frozen, of_tokens, parameters)
-    problems += _check_plain(plain, frozen, parameters, own, embedding_names(model))
+    problems += _check_plain(
+        plain, frozen, parameters, own, embedding_names(model), tensors.of_layers
+    )
     missing = _missing(adapter, model, parameters, plain, new, drawn)
     if problems or missing:
         raise _misfit(problems, missing, adapter)
@@ -212,8 +217,18 @@ def _check_plain(
     parameters: dict[str, nn.Parameter],
     own: list[str],
     embeddings: list[str],
+    adapted: Collection[str] = (),
 ) -> list[Problem]:
-    """Return what is wrong with the tensors that stand for whole parameters of the model."""
+    """Return what is wrong with the tensors that stand for whole parameters of the model.
+
+    Args:
+        plain: Tensors that are trained, by the names of parameters.
+        frozen: Tensors of the base that PEFT writes besides.
+        parameters: Those of the model.
+        own: Parameters that leave their tie.
+        embeddings: Names of the modules that have a row for each token.
+        adapted: Names of the modules that have a low-rank update.
+    """
     problems = []
     of_tokens = {f"{name}.weight" for name in embeddings}
     first: dict[int, str] = {}  # name of the first tensor for a parameter, which may be shared
@@ -227,11 +242,14 @@ def _check_plain(
                 Problem(
                     f"`{name}` is {tuple(tensor.shape)} in the adapter and "
                     f"{tuple(parameter.shape)} in the model",
-                    hint=LARGER if larger else None,
+                    hint=_larger(name, tensor, adapted) if larger else None,
                 )
             )
         elif name in frozen and not parameter.is_meta and not _same(parameter, tensor):
-            problems.append(Problem(f"`{name}` of the base is not the one it was trained on"))
+            what = f"`{name}` of the base is not the one it was trained on"
+            grown = name in of_tokens and _same(parameter[:SAME_ROWS], tensor[:SAME_ROWS])
+            hint = RESIZED.format(len(tensor)) if grown else None
+            problems.append(Problem(what, hint=hint))
         elif name in plain and name not in own:
             other = first.setdefault(id(parameter), name)
             if not torch.equal(plain[other], tensor):
@@ -241,6 +259,14 @@ def _check_plain(
                     )
                 )
     return problems
+
+
+def _larger(name: str, tensor: Tensor, adapted: Collection[str]) -> str:
+    """Return what to do with a larger embedding, of which only the rows of tokens can be read."""
+    is_padded = len(tensor) % PADDED == 0
+    if is_padded or name.removesuffix(".weight") in adapted:
+        return RESIZED.format(len(tensor))
+    return LARGER
 
 
 def without_copies(model: nn.Module, adapter: AdapterFolder) -> AdapterFolder:

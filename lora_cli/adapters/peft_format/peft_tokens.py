@@ -25,6 +25,11 @@ LARGER = (
     "the vocabulary was made larger: name the new tokens, in the order of their ids, in "
     "`model.add_tokens` of a recipe"
 )
+RESIZED = (
+    "the vocabulary was made larger, to rows of no token (`pad_to_multiple_of`) or with a low-rank "
+    "update of the new rows: merge the adapter in PEFT, into a base with "
+    "`resize_token_embeddings({})`; or train it again, with `model.add_tokens`"
+)
 
 
 @dataclass
