@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from closeness import assert_close, assert_different
 from peft import PeftModel
-from transformers import AutoModelForCTC, Wav2Vec2Processor
+from transformers import AutoModelForCTC, AutoTokenizer, Wav2Vec2Processor
 from typer.testing import CliRunner
 
 from lora_cli.cli.app import app
@@ -206,6 +207,52 @@ def test_a_transcript_is_written_with_the_letters_of_the_vocabulary(text: str, w
 def test_a_typographic_apostrophe_that_is_a_letter_of_the_vocabulary_stays() -> None:
     letters = Letters({**VOCABULARY, "\u2019": 99}, "|", {"<pad>"})
     assert letters.written("a\u2019a a\u02bca") == "A\u2019A A'A"
+
+
+TURKISH = "abcçdefgğhıijklmnoöprsştuüvyz"
+
+
+@pytest.mark.parametrize(
+    ("letters", "text", "wanted"),
+    [
+        (TURKISH, "Iğdır İzmir ISPARTA", "ığdır izmir ısparta"),
+        (TURKISH, "I\u0307zmir", "izmir"),  # the dot as a mark of its own
+        ("ABCÇDEFGĞHIİJKLMNOÖPRSŞTUÜVYZ", "ığdır izmir", "IĞDIR İZMİR"),
+        (tiny_ctc.LETTERS.lower(), "I AM İN", "i am in"),
+        (tiny_ctc.LETTERS, "i am", "I AM"),
+    ],
+)
+def test_the_capital_i_is_that_of_the_vocabulary(letters: str, text: str, wanted: str) -> None:
+    names = {name: i for i, name in enumerate(["|", *letters])}
+    found = Letters(names, "|", set())
+    assert found.written(text) == wanted
+    assert found.unknown(text) is None
+
+
+@pytest.mark.parametrize("delimiter", ["|", " "])
+def test_words_are_divided_by_what_the_vocabulary_has(delimiter: str, tmp_path: Path) -> None:
+    base, file = tmp_path / "base", tmp_path / "base" / "vocab.json"
+    shutil.copytree(tiny_ctc.save(tmp_path / "of all"), base)
+    names = json.loads(file.read_text())
+    file.write_text(json.dumps({delimiter if t == "|" else t: i for t, i in names.items()}))
+    kept = json.loads((base / "tokenizer_config.json").read_text())
+    kept |= {"word_delimiter_token": delimiter}
+    kept["added_tokens_decoder"]["4"]["content"] = delimiter
+    (base / "tokenizer_config.json").write_text(json.dumps(kept))
+    task = build_task(load_recipe(write_recipe_of(tmp_path)))
+    task.load_processor()
+    theirs, model = AutoTokenizer.from_pretrained(base), AutoModelForCTC.from_pretrained(base)
+    for text in ("A WARM FILM", "AN OLD ONE"):
+        letters = task.tokens_of(text)
+        assert letters == theirs(text).input_ids
+        scores = F.one_hot(torch.tensor([letters]), model.config.vocab_size)
+        (said,) = task._texts(scores, [len(letters)])
+        assert said == text
+
+
+def test_tokens_of_several_letters_are_named() -> None:
+    names = {name: i for i, name in enumerate(["|", "[UNK]", "<pad>", "C", "H", "CH", "SCH"])}
+    assert Letters(names, "|", {"<pad>"}).longer == ["CH", "SCH"]
 
 
 def test_a_vocabulary_of_both_cases_keeps_the_case() -> None:

@@ -186,6 +186,12 @@ def test_letters_are_in_order_and_the_blank_is_the_last() -> None:
     assert tokenizer_of("e\u0301").get_vocab() == tokenizer_of("é").get_vocab()
 
 
+def test_the_letters_of_turkish_have_no_mark_and_both_i() -> None:
+    found = letters_of(["İzmir'de IŞIK ve dağ", "ılık"])
+    assert found == "".join(sorted(set("izmir'deışıkvedağlık")))
+    assert letters_of(["I AM İN ISTANBUL"]) == "abilmnstu"  # another language
+
+
 def test_letters_that_train_lacks_are_said_and_read_as_unknown(tmp_path: Path) -> None:
     path = write(tmp_path)
     (tmp_path / "speech/validation/0.txt").write_text("a żart\n")

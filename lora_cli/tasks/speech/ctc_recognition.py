@@ -33,7 +33,7 @@ from lora_cli.models.base_model import load_tokenizer
 from lora_cli.recipe.spec import GenerationSpec
 from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Example, Prediction
 from lora_cli.tasks.speech.decoders import SPECTROGRAMS, require_decoder
-from lora_cli.tasks.speech.letters import Letters
+from lora_cli.tasks.speech.letters import DOTLESS, Letters
 from lora_cli.tasks.speech.moments import frames_in, moments_of
 from lora_cli.tasks.speech.new_vocabulary import (
     UNKNOWN,
@@ -54,6 +54,7 @@ LONGEST = 30.0  # seconds that are computed at once: attention costs the square 
 # once, twice or three times, the last one still hears what stands behind it.
 TRIAL_SECONDS = (0.5155, 1.007)
 SHOWN = 20  # characters that are left out
+SPACE = " "
 FRAMES = "input_features"  # of a spectrogram
 
 
@@ -98,7 +99,7 @@ class CTCRecognition(RecordedTask):
         words, special = tokenizer.word_delimiter_token, set(tokenizer.all_special_tokens)
         # a model that was trained in full has the recipe's letters as its own
         unknown = None if self.spec.letters is None else int(tokenizer.unk_token_id)
-        self.letters = Letters(tokenizer.get_vocab(), words, special - {words}, unknown)
+        self.letters = Letters(tokenizer.get_vocab(), words, special - {words, SPACE}, unknown)
 
     def read_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the base's tokenizer; or that of a new vocabulary, as far as it is known."""
@@ -142,7 +143,7 @@ class CTCRecognition(RecordedTask):
         if letters:
             words, special = tokenizer.word_delimiter_token, set(tokenizer.all_special_tokens)
             unknown = int(tokenizer.unk_token_id)
-            self.letters = Letters(tokenizer.get_vocab(), words, special - {words}, unknown)
+            self.letters = Letters(tokenizer.get_vocab(), words, special - {words, SPACE}, unknown)
 
     @property
     def knows_labels(self) -> bool:
@@ -215,6 +216,15 @@ class CTCRecognition(RecordedTask):
             self.notes.append(f"the model's vocabulary has no {shown}: left out of {where}")
         if self.letters.only_capitals:
             self.notes.append("transcripts are read in capital letters, as the model writes them")
+        if self.letters.has_dotless and self.letters.only_small:
+            what = f"`I` is read as `{DOTLESS[0]}`, as the vocabulary has the letters of Turkish"
+            self.notes.append(what)
+        if self.letters.longer:
+            shown = ", ".join(f"`{name}`" for name in self.letters.longer[:SHOWN])
+            what = (
+                "the vocabulary has tokens of several letters, which transcripts are not divided "
+            )
+            self.notes.append(f"{what}into: {shown}")
 
     def _learn_letters(self, splits: dict[str, Rows]) -> None:
         """Take the letters of train as the vocabulary, and say which those of others lack."""
@@ -425,8 +435,9 @@ class CTCRecognition(RecordedTask):
         out the blanks first, and of the two letters of `HELLO` that one divides keep one.
         """
         tokenizer = self.tokenizer
-        delimiter = getattr(tokenizer, "word_delimiter_token_id", None)
-        silent = {self.blank, *tokenizer.all_special_ids} - {delimiter}
+        between = {getattr(tokenizer, "word_delimiter_token", None), SPACE}  # words
+        known = tokenizer.get_vocab()
+        silent = {self.blank, *tokenizer.all_special_ids} - {known.get(name) for name in between}
         texts = []
         for row, n in zip(scores.argmax(-1).tolist(), moments, strict=True):
             letters = [letter for letter, _ in itertools.groupby(row[:n]) if letter not in silent]

@@ -9,6 +9,8 @@ from collections.abc import Container, Mapping
 PUNCTUATION = "PS"  # punctuation and symbols, by the first letter of Unicode's categories
 APOSTROPHE = "'"
 TYPED_APOSTROPHES = re.compile("(?<=\\w)[\u2019\u02bc\uff07\u00b4`](?=\\w)")
+# i without a dot, and g with a breve: where a language has both, I is a capital of the first
+DOTLESS = "\u0131\u011f"
 # of the punctuation that is left out, what stands between two words: `yes—no`, `and/or`, `well...`
 GAPS = re.compile("[\u2012-\u2015\u2212/\\\\_…]|-{2,}|\\.{2,}")
 
@@ -16,9 +18,12 @@ GAPS = re.compile("[\u2012-\u2015\u2212/\\\\_…]|-{2,}|\\.{2,}")
 class Letters:
     """The letters that a model can write.
 
+    `longer` are tokens of several letters, such as `CH`, with which nothing is written here.
+
     Args:
         vocabulary: The id of each token.
-        delimiter: The token between two words.
+        delimiter: The token between two words; where it is none of the vocabulary, a space may be,
+            or the language has no spaces.
         special: Tokens that are no letters, such as the one that fills rows.
         unknown_id: The token of letters that the vocabulary lacks; None: there may be none.
     """
@@ -32,9 +37,12 @@ class Letters:
     ) -> None:
         self.unknown_id = unknown_id
         letters = {t: i for t, i in vocabulary.items() if t not in special and t != delimiter}
-        self.ids = {**letters, " ": vocabulary[delimiter]}
+        self.ids = letters | ({" ": vocabulary[delimiter]} if delimiter in vocabulary else {})
         small = any(letter != letter.upper() for letter in letters)
         large = any(letter != letter.lower() for letter in letters)
+        marks = re.compile(r"<.*>|\[.*\]")  # `<unk>`, `[UNK]`
+        self.longer = [name for name in letters if len(name) > 1 and not marks.fullmatch(name)]
+        self.has_dotless = has_dotless(self.ids)
         self.only_capitals, self.only_small = large and not small, small and not large
 
     def written(self, text: str) -> str:
@@ -46,9 +54,9 @@ class Letters:
         """
         text = unicodedata.normalize("NFC", text)
         if self.only_capitals:
-            text = text.upper()
+            text = (text.replace("i", "İ") if "İ" in self.ids else text).upper()
         elif self.only_small:
-            text = text.lower()
+            text = in_lower_case(text, self.ids)
         return without_symbols(text, self.ids)
 
     def unknown(self, text: str) -> str | None:
@@ -63,6 +71,20 @@ class Letters:
         """Return the tokens of a transcript; all its characters are known, or have a token."""
         found = (self.ids.get(letter, self.unknown_id) for letter in self.written(text))
         return [token for token in found if token is not None]
+
+
+def has_dotless(known: Container[str]) -> bool:
+    """Return whether the capital I is that of the i without a dot, by known letters."""
+    return all(letter in known for letter in DOTLESS)
+
+
+def in_lower_case(text: str, known: Container[str]) -> str:
+    """Return a text in lower case, as a language writes it that has the known letters.
+
+    Python's own makes two characters of İ, the second of which is a mark that no vocabulary has.
+    """
+    text = text.replace("İ", "i")
+    return (text.replace("I", DOTLESS[0]) if has_dotless(known) else text).lower()
 
 
 def without_symbols(text: str, known: Container[str]) -> str:

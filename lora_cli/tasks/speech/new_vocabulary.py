@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from transformers import Wav2Vec2CTCTokenizer
@@ -22,7 +22,13 @@ from lora_cli.models.base_model import load_config
 from lora_cli.models.find_base import source_of
 from lora_cli.models.load_errors import explained
 from lora_cli.recipe import Recipe, read_computation
-from lora_cli.tasks.speech.letters import APOSTROPHE, without_symbols
+from lora_cli.tasks.speech.letters import (
+    APOSTROPHE,
+    DOTLESS,
+    has_dotless,
+    in_lower_case,
+    without_symbols,
+)
 
 DELIMITER, UNKNOWN, BLANK = "|", "[UNK]", "[PAD]"
 FILES = ("vocab.json", "tokenizer.json", "tokenizer_config.json")
@@ -53,21 +59,27 @@ def has_tokenizer(recipe: Recipe) -> bool:
         return any(file is not None for file in found)
 
 
-def heard(text: str) -> str:
+def heard(text: str, known: Container[str] = "") -> str:
     """Return what a new vocabulary writes of a transcript.
 
     It is in lower case, without punctuation and symbols but for the apostrophe, the one mark of
     punctuation that is heard.
+
+    Args:
+        text: The transcript.
+        known: Letters of its language, as far as they are known.
     """
-    return without_symbols(unicodedata.normalize("NFC", text.lower()), APOSTROPHE)
+    small = in_lower_case(unicodedata.normalize("NFC", text), known)
+    return without_symbols(unicodedata.normalize("NFC", small), APOSTROPHE)
 
 
 def letters_of(transcripts: Iterable[str]) -> str:
     """Return the letters of transcripts, in order."""
-    found: set[str] = set()
+    found, dotless = set[str](), set[str]()
     for text in transcripts:
         found |= set(heard(text))
-    return "".join(sorted(found - {" "}))
+        dotless |= set(heard(text, DOTLESS))
+    return "".join(sorted((dotless if has_dotless(found) else found) - {" "}))
 
 
 def letters_to_continue(recipe: Recipe) -> str | None:

@@ -50,7 +50,7 @@ from lora_cli.tasks.speech.transcripts import BASIC, aligned, has_vowel_marks, j
 from lora_cli.tasks.texts.marked_tokens import marked
 from lora_cli.tasks.texts.text_task import TextTask
 
-ENCODING = 2  # of rows into examples; a change of it makes what is kept on the disk useless
+ENCODING = 3  # of rows into examples; a change of it makes what is kept on the disk useless
 AT_ONCE = " at once"
 DECODED = 4  # long recordings whose samples stay in memory: their parts are read one by one
 
