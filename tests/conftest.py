@@ -44,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     import typer.main
     from datasets import arrow_dataset
     from hypothesis import settings
+    from transformers.utils import logging
 
     from lora_cli import machine_memory
     from lora_cli.training import output_folder
@@ -59,9 +60,18 @@ def pytest_configure(config: pytest.Config) -> None:
     arrow_dataset.generate_fingerprint = lambda dataset: uuid.uuid4().hex[:16]
     # the commands are made of their functions' annotations once, not for each of 1,000 calls
     typer.main.get_command = functools.cache(typer.main.get_command)
+    # as every command has it: each part of a model that is loaded would set it and set it back,
+    # and walk through all loggers each time
+    logging.set_verbosity_error()
     settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
     settings.load_profile("repeatable")
     # what is imported by now stays: no collection of garbage needs to walk through it again
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    """Let no collection of garbage walk through the tests themselves, and what they import."""
     gc.collect()
     gc.freeze()
 

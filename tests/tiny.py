@@ -187,19 +187,19 @@ def encoder(
     return enliven(model, seed)
 
 
-def gpt2(seed: int = 0) -> GPT2LMHeadModel:
-    """Return a two-layer GPT-2, whose linear layers are `Conv1D` and whose embedding is tied."""
+def gpt2(seed: int = 0, layers: int = 2) -> GPT2LMHeadModel:
+    """Return a small GPT-2, whose linear layers are `Conv1D` and whose embedding is tied."""
     config = GPT2Config(
-        vocab_size=vocabulary("gpt2"), n_embd=32, n_layer=2, n_head=4, n_positions=POSITIONS,
+        vocab_size=vocabulary("gpt2"), n_embd=32, n_layer=layers, n_head=4, n_positions=POSITIONS,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return enliven(GPT2LMHeadModel(config), seed)
 
 
-def llama(tied: bool = True, seed: int = 0) -> LlamaForCausalLM:
-    """Return a two-layer Llama with grouped-query attention, tied to its embedding or not."""
+def llama(tied: bool = True, seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
+    """Return a small Llama with grouped-query attention, tied to its embedding or not."""
     config = LlamaConfig(
-        vocab_size=vocabulary("llama"), hidden_size=32, num_hidden_layers=2,
+        vocab_size=vocabulary("llama"), hidden_size=32, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
         max_position_embeddings=POSITIONS, tie_word_embeddings=tied,
         pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,

@@ -48,9 +48,10 @@ CONFIGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def model(kind: str, seed: int = 0) -> PreTrainedModel:
-    """Return a two-layer language model of a family, with four experts of which two answer."""
-    config = CONFIGS[kind]({"vocab_size": tiny.vocabulary("llama"), **SHARED})
+def model(kind: str, seed: int = 0, layers: int = 2) -> PreTrainedModel:
+    """Return a small language model of a family, with four experts of which two answer."""
+    shared = {**SHARED, "num_hidden_layers": layers}
+    config = CONFIGS[kind]({"vocab_size": tiny.vocabulary("llama"), **shared})
     return tiny.enliven(AutoModelForCausalLM.from_config(config), seed)
 
 

@@ -115,7 +115,8 @@ def quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    if logging.get_verbosity() != logging.ERROR:  # to set it walks through all loggers
+        logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module=r"(transformers|accelerate|torch|datasets)\.")
 
 

@@ -477,17 +477,20 @@ class Site:
 
 
 SITES = {
-    "Linear": Site(tiny.encoder, ["query", "dense"], ["classifier"]),
-    "Conv1D": Site(tiny.gpt2, ["c_attn", "c_proj", "c_fc"], ["transformer.ln_f"]),
+    "Linear": Site(lambda: tiny.encoder(layers=1), ["query", "dense"], ["classifier"]),
+    "Conv1D": Site(lambda: tiny.gpt2(layers=1), ["c_attn", "c_proj", "c_fc"], ["transformer.ln_f"]),
     "Conv2d": Site(tiny.ConvNet, ["stem", "point", "dilated", "reflect"], ["classifier"]),
     "grouped Conv2d": Site(tiny.ConvNet, ["grouped"], ["classifier"]),
     "Conv1d": Site(tiny.ConvNet, ["line"], ["classifier"]),
-    "Embedding": Site(lambda: tiny.llama(tied=False), ["embed_tokens"], ["model.norm"]),
-    "tied Embedding": Site(tiny.gpt2, ["wte"], ["transformer.ln_f"]),
+    "Embedding": Site(lambda: tiny.llama(tied=False, layers=1), ["embed_tokens"], ["model.norm"]),
+    "tied Embedding": Site(lambda: tiny.gpt2(layers=1), ["wte"], ["transformer.ln_f"]),
     "experts": Site(
-        lambda: tiny_experts.model("mixtral"), ["o_proj"], ["model.norm"], tiny_experts.EXPERTS
+        lambda: tiny_experts.model("mixtral", layers=1),
+        ["o_proj"],
+        ["model.norm"],
+        tiny_experts.EXPERTS,
     ),
     "transposed experts": Site(
-        lambda: tiny_experts.model("gpt_oss"), [], ["model.norm"], tiny_experts.EXPERTS
+        lambda: tiny_experts.model("gpt_oss", layers=1), [], ["model.norm"], tiny_experts.EXPERTS
     ),
 }
