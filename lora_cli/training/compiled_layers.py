@@ -6,8 +6,8 @@ are alike. The rest of the model, and whatever it looks up in Python, stays as i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lora_cli.models.offloaded_inputs import OffloadingCheckpoint
-from lora_cli.training.stacked_products import (
-    StackedProduct,
-    StackedUpdates,
-    stacked_products,
-)
+from lora_cli.training.stacked_products import stacked_products
 
 SHAPES = 64  # torch compiles a layer anew for each shape, and by default gives up after 8
 MEMORY_BUDGET = 0.8  # of the activations that autograd would keep: the cheapest are computed again
 # where there are many; the short texts that batches of few shapes consist of need little memory
+GATED_BUDGET = (
+    0.9  # where the kernel of gated MLPs keeps fewer already: less, and attention is next
+)
 CHECKPOINTING_BUDGET = 0.0  # with gradient checkpointing: a layer keeps nothing but its inputs
 # small kernels that do not depend on each other become one
 OPTIONS: dict[str, Any] = {"combo_kernels": True, "combo_kernels_autotune": 0}
@@ -55,7 +54,7 @@ class CompiledLayers:
         ]
         if self.checkpointed:
             self.memory_budget = CHECKPOINTING_BUDGET
-        self.products: list[StackedProduct | StackedUpdates] = []
+        self.products: Sequence[AbstractContextManager[Any]] = []
 
     def _compile(self, layer: nn.Module, any_rows: bool) -> Callable[..., Any]:
         dynamic = False if self.few_shapes else None
@@ -77,12 +76,20 @@ class CompiledLayers:
         """Let linear layers that read the same input be multiplied at once, from now on.
 
         Long texts gain nothing: their products are large, and their gradients have to be copied.
+        Their low-rank updates are large too, and become part of what reads them where it is known.
 
         Args:
             compute: Makes a forward pass.
         """
         if self.few_shapes:
             self.products = stacked_products(self.layers, compute)
+        elif self.on_gpu:  # where torch compiles with Triton: it is there
+            from lora_cli.training.gated_mlp import GatedMLPs
+
+            gated = GatedMLPs(self.layers)
+            if gated.found:
+                self.products = [gated]
+                self.memory_budget = GATED_BUDGET if self.memory_budget else 0.0
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -95,7 +102,7 @@ class CompiledLayers:
             stack.enter_context(budget)
             for product in self.products:
                 stack.enter_context(product)
-            if self.few_shapes and self.on_gpu:  # where torch compiles with Triton: it is there
+            if self.few_shapes and self.on_gpu:
                 from lora_cli.training.short_attention import short_attention_in_use
 
                 stack.enter_context(short_attention_in_use())
