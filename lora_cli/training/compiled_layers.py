@@ -89,7 +89,7 @@ class CompiledLayers:
             gated = GatedMLPs(self.layers)
             if gated.found:
                 self.products = [gated]
-                self.memory_budget = GATED_BUDGET if self.memory_budget else 0.0
+                self.memory_budget = self.memory_budget and GATED_BUDGET
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -44,7 +44,7 @@ def _with_update(x, h, b, tokens, columns, n_tokens, n_columns, rank, RANK: tl.c
     return block.to(tl.float32) + tl.dot(left, tl.trans(right))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _sigmoid_and_slope(g, IS_GELU: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     """Return the sigmoid that g is multiplied by, and the derivative of what it is taken of."""
     if IS_GELU:
@@ -157,14 +157,9 @@ def gated_product(
     n_columns = gate.shape[-1]
     with _device_of(gate):
         _forward[_grid(gate)](
-            *parts,
-            y,
-            gate.numel() // n_columns,
-            n_columns,
-            *ranks,
-            IS_GELU=is_gelu,
-            **_sizes(*ranks),
-        )
+            *parts, y, gate.numel() // n_columns, n_columns, *ranks,
+            IS_GELU=is_gelu, **_sizes(*ranks),
+        )  # fmt: skip
     return y, gate.new_empty(0) if down_a is None else y @ down_a.T
 
 
