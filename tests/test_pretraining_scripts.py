@@ -41,7 +41,7 @@ def no_waiting() -> Iterator[None]:
     waits = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}
     with torch.autograd.profiler.profile() as profile:
         yield
-    seen = {event.name for event in profile.function_events or []}
+    seen = {event.name() for event in profile.kineto_results.events()}
     assert "aten::add" in seen or "aten::mul" in seen
     assert not seen & waits
 
@@ -243,7 +243,7 @@ def test_a_classifier_is_trained_and_measures_folders(
     monkeypatch: pytest.MonkeyPatch, drawings: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     to, pictures = drawings / "classifier", load(monkeypatch, "pictures")
-    sizes = "--steps", 2, "--pool", 16, "--batch", 8, "--width", 8
+    sizes = "--steps", 2, "--pool", 16, "--batch", 8, "--width", 8, "--new", 40
     run(monkeypatch, "picture_classifier", "train", to, drawings, *sizes)
     assert "new drawings, all: thing " in capsys.readouterr().out
     script = load(monkeypatch, "picture_classifier")
@@ -264,7 +264,7 @@ def test_a_diffusion_model_is_pretrained(
 ) -> None:
     diffusers = pytest.importorskip("diffusers")
     to, sets = drawings / "base", drawings / "pictures"
-    sizes = "--steps", 2, "--pool", 16, "--batch", 8, "--width", 8
+    sizes = "--steps", 2, "--pool", 16, "--batch", 8, "--width", 8, "--new", 40
     run(monkeypatch, "picture_classifier", "train", sets / "classifier", drawings, *sizes)
     run(
         monkeypatch, "pretrain_diffusion", drawings, to, sets, "--steps", 2, "--batch", 4,

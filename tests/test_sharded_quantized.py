@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,10 @@ def process(rank: int, folder: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the results of each process."""
     folder = tmp_path_factory.mktemp("shards")
-    torch.multiprocessing.spawn(process, (str(folder),), WORLD)
+    # what all processes import is imported once, by the server that forks them
+    multiprocessing.set_forkserver_preload(["lora_cli.adapters.attach", "bitsandbytes"])
+    start = torch.multiprocessing.start_processes
+    start(process, (str(folder),), WORLD, start_method="forkserver")
     return folder
 
 

@@ -165,12 +165,12 @@ def measure(classifier: Path, folders: list[Path], device: str) -> None:
         print(f"{folder}: {len(files)} pictures: {shown(shares_right(model, pixels, wanted))}")
 
 
-def check(model: Classifier, glyphs: Glyphs) -> str:
-    """Return how often the classifier is right about new drawings of all kinds."""
+def check(model: Classifier, glyphs: Glyphs, count: int) -> str:
+    """Return how often the classifier is right about some new drawings of each kind."""
     parts = []
     digits = [name for name in glyphs.names if name.isdigit()]
     for kind, names, styled in (("all", glyphs.names, 0.3), ("digits", digits, 0.0)):
-        facts = glyphs.sample(1000, names, styled)
+        facts = glyphs.sample(count, names, styled)
         right = shares_right(model, glyphs.paint(facts, held_out=True), answers(facts))
         parts.append(f"{kind}: {shown(right)}")
     return "; ".join(parts)
@@ -191,6 +191,7 @@ def main() -> None:
     training.add_argument("--pool", type=int, default=131_072, help="different pictures")
     training.add_argument("--batch", type=int, default=512, help="pictures of a step")
     training.add_argument("--width", type=int, default=48, help="channels of the first layer")
+    training.add_argument("--new", type=int, default=1000, help="new drawings to measure it with")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.does == "measure":
@@ -201,7 +202,7 @@ def main() -> None:
     schedule = Schedule(60 * args.minutes, args.steps, 2e-3, 100)
     model = train_classifier(glyphs, schedule, args.pool, args.batch, True, args.width)
     save_classifier(model, args.classifier)
-    print(f"new drawings, {check(model, glyphs)}")
+    print(f"new drawings, {check(model, glyphs, args.new)}")
 
 
 if __name__ == "__main__":
