@@ -287,6 +287,10 @@ def test_a_json_list(encoding: str, tmp_path: Path) -> None:
         (b'[{"a": 1},\n{"a" 2}]', r"not valid JSON[\s\S]*x\.json:2"),
         (b'[{"a": "\xff"}]', r"0xff is not utf-8 text"),
         (b'{\n"version": 1, "data": [{"a": 1}]\n}\n', r"one JSON object[\s\S]*jq -c '\.data\[\]'"),
+        (
+            b'{\n"val": [["a", "b"]], "train": [["a", "b"]]\n}\n',
+            r"jq -c '\.train\[\] \| {text: \.\[0\], label: \.\[1\]}'",
+        ),
     ],
 )
 def test_a_json_file_that_holds_no_rows(content: bytes, message: str, tmp_path: Path) -> None:

@@ -358,11 +358,12 @@ def test_pairs_of_questions_and_answers(init: Init, keys: tuple[str, str]) -> No
         ({"instruction": "", "output": "", "system_prompt": "Be brief."},
          {"system_prompt": "system"}),
         ({"prompt": "", "completion": "", "system": "", "history": []}, {}),  # nothing to read
-        ({"question": "", "response": "", "system": "Be brief.", "context": ""}, None),
+        ({"question": "", "response": "", "system": "Be brief.", "context": ""},
+         {"question": "instruction", "context": "input", "response": "output"}),
     ],
 )  # fmt: skip
 def test_a_systems_turn_and_earlier_turns_in_columns_of_their_own(
-    init: Init, row: dict[str, Any], columns: dict[str, str] | None
+    init: Init, row: dict[str, Any], columns: dict[str, str]
 ) -> None:
     asked = {"question", "query", "instruction", "prompt"} & {*row}
     said = {"response", "output", "completion", "context"} & {*row}
@@ -370,10 +371,6 @@ def test_a_systems_turn_and_earlier_turns_in_columns_of_their_own(
         row | dict.fromkeys(asked, one) | dict.fromkeys(said, two)
         for one, two in zip(texts(20), texts(20, 1), strict=True)
     ]
-    if columns is None:  # the third column would be lost
-        with pytest.raises(LoraError, match="`context` belongs to the prompt"):
-            init("rows.jsonl", lines(rows), "llama")
-        return
     recipe = init("rows.jsonl", lines(rows), "llama")
     assert recipe.data.columns == columns
     assert recipe.task.format == ("alpaca" if columns else "openai")
@@ -452,6 +449,21 @@ def test_the_splits_of_two_files(init: Init, tmp_path: Path) -> None:
     recipe = init("", first, "llama", second=second)
     assert [len(rows) for rows in load_rows(recipe).values()] == [60, 3, 4]
     assert Path(recipe.data.test).name == "test_2016.{en,de}"
+
+
+def test_two_files_of_texts_and_labels(init: Init, tmp_path: Path) -> None:
+    for split, count in (("train", 40), ("val", 6)):
+        (tmp_path / f"{split}_text.txt").write_text("\n".join(texts(count, count)) + "\n")
+        labels = "\n".join(f"{i % 3}" for i in range(count))
+        (tmp_path / f"{split}_labels.txt").write_text(labels + "\n")
+    files = [tmp_path / f"train_{one}.txt" for one in ("text", "labels")]
+    recipe = init("", files[0], second=files[1])
+    assert recipe.task.type == "sequence_classification"
+    assert (recipe.task.text_column, recipe.task.label_column) == ("text", "labels")
+    rows = load_rows(recipe)
+    assert [row["text"] for row in rows["train"]] == texts(40, 40)
+    assert [str(row["labels"]) for row in rows["train"]] == [f"{i % 3}" for i in range(40)]
+    assert len(rows["validation"]) == 6
 
 
 @pytest.mark.parametrize(

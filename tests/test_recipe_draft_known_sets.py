@@ -12,6 +12,7 @@ from drafting import Init, classification, lines, said, table, texts
 from typer.testing import CliRunner
 
 from lora_cli.cli.app import app
+from lora_cli.data.chat_formats import read_conversations
 from lora_cli.data.labelled_text import divide, label_source
 from lora_cli.data.load_rows import load_rows
 from lora_cli.errors import LoraError
@@ -141,13 +142,65 @@ DOLLY = [
 ]
 
 
-def test_a_context_is_not_left_out_of_the_prompt(init: Init, tmp_path: Path) -> None:
-    with pytest.raises(LoraError, match="`context` belongs to the prompt in 40 rows") as caught:
-        init("dolly.jsonl", lines(DOLLY), "llama")
-    hint = caught.value.problems[0].hint or ""
-    assert "{instruction: .instruction, input: .context, output: .response}" in hint
+@pytest.mark.parametrize("context", ["context", "input", "passage"])
+def test_a_context_is_not_left_out_of_the_prompt(init: Init, context: str) -> None:
+    rows = [{context if k == "context" else k: v for k, v in row.items()} for row in DOLLY]
+    recipe = init("dolly.jsonl", lines(rows), "llama")
+    assert recipe.task.format == "alpaca"
+    assert recipe.data.columns == {"response": "output"} | (
+        {} if context == "input" else {context: "input"}
+    )
+    read = {row["instruction"]: row for row in load_rows(recipe)["train"]}
+    row = next(row for row in DOLLY if row["instruction"] in read and row["context"])
+    (conversation,) = read_conversations(read[row["instruction"]], "alpaca", None)
+    asked, answer = conversation.messages
+    assert asked["content"] == f"{row['instruction']}\n\n{row['context']}"
+    assert answer["content"] == row["response"]
+
+
+def test_a_context_can_be_left_out(init: Init) -> None:
     without = init("dolly.jsonl", lines(DOLLY), "llama", text="instruction", label="response")
     assert said(without)["prompt_column"] == "instruction"
+
+
+def test_of_two_contexts_none_is_left_out(init: Init) -> None:
+    rows = [row | {"passage": f"of {row['instruction']}"} for row in DOLLY]
+    with pytest.raises(LoraError, match="`context` belongs to the prompt in 40 rows") as caught:
+        init("dolly.jsonl", lines(rows), "llama")
+    hint = caught.value.problems[0].hint or ""
+    assert "{instruction: .instruction, input: .context, output: .response}" in hint
+
+
+def test_lists_of_answers_are_for_models_that_translate(init: Init) -> None:
+    rows = [{"question": t, "answer": [u, f"{u} too"][: 1 + i % 2]}
+            for i, (t, u) in enumerate(zip(T, U, strict=True))]  # fmt: skip
+    with pytest.raises(LoraError, match="`answer` holds lists of answers") as caught:
+        init("NQ.jsonl", lines(rows), "llama")
+    assert "jq -c '.answer |= .[0]'" in str(caught.value.problems[0].hint)
+
+
+def test_lists_of_few_answers_are_labels(init: Init) -> None:
+    few = [{"question": t, "answer": ["yes", "no"][: 1 + i % 2]} for i, t in enumerate(T)]
+    assert init("labels.jsonl", lines(few), "llama").task.type == "sequence_classification"
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered"), [("qtext", "atext"), ("question", "answer"), ("query", "response")]
+)
+def test_questions_and_answers_with_a_label_are_pairs(
+    init: Init, asked: str, answered: str
+) -> None:
+    rows = [{asked: t, "label": i % 2, answered: f"{u} and {i} more words"}
+            for i, (t, u) in enumerate(zip(T, U, strict=True))]  # fmt: skip
+    recipe = init("wikiqa.jsonl", lines(rows))
+    assert (recipe.task.text_column, recipe.task.text_pair_column) == (asked, answered)
+
+
+def test_an_object_that_holds_all_rows_is_named(init: Init) -> None:
+    whole = json.dumps({"version": "1.1", "data": [{"title": t, "n": 1} for t in T]})
+    with pytest.raises(LoraError, match="stand inside `data`") as caught:
+        init("squad.json", whole, "llama")
+    assert "jq -c '.data[]'" in str(caught.value.problems[0].hint)
 
 
 def test_single_messages_are_not_conversations(init: Init) -> None:

@@ -129,9 +129,13 @@ def _reject_one_object(path: Path, spec: FormatSpec) -> None:
         value = json.loads("".join(line for _, line in read_lines(path, spec.encoding)))
     except (ValueError, RecursionError):
         return
-    lists = [key for key, item in value.items() if isinstance(item, list)]
+    lists = {key: item for key, item in value.items() if isinstance(item, list) and item}
+    key = "train" if "train" in lists else next(iter(lists), "rows")
+    how = f".{key}[]"
+    if all(isinstance(one, list) and len(one) == 2 for one in lists.get(key, [None])):
+        how += " | {text: .[0], label: .[1]}"
     raise LoraError(
         "the file is one JSON object, and not a list of rows",
         str(path),
-        f"extract the rows: `jq -c '.{lists[0] if lists else 'rows'}[]' {path.name} > rows.jsonl`",
+        f"extract the rows: `jq -c '{how}' {path.name} > rows.jsonl`",
     )

@@ -19,7 +19,8 @@ TEXT_NAMES = re.compile(
 PAIR_NAMES = [
     ("premise", "hypothesis"), ("question", "passage"), ("question", "sentence"),
     ("question", "context"), ("query", "document"), ("query", "passage"), ("text", "text_pair"),
-    ("context", "response"), ("claim", "evidence"),
+    ("context", "response"), ("claim", "evidence"), ("question", "answer"), ("query", "answer"),
+    ("qtext", "atext"), ("question", "response"), ("query", "response"), ("prompt", "response"),
 ]  # fmt: skip
 
 

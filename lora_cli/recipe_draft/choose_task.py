@@ -64,10 +64,12 @@ def _require_columns(table: Table) -> None:
 
 def _unreadable(table: Table) -> Proposal | None:
     """Return the error of a table whose columns are all inside another, if it is such a one."""
-    if table.text is not None or any(column.kind in READABLE for column in table.columns):
-        return None
     nested = next((column for column in table.columns if column.kind == "other"), None)
-    if nested is None:
+    if nested is None or table.text is not None:
+        return None
+    # one object that holds all rows has a version or a name too, as SQuAD's
+    is_whole = len(table.rows) == 1 and len(table.rows[0][nested.name]) > 1
+    if any(column.kind in READABLE for column in table.columns) and not is_whole:
         return None
     what = f"the columns stand inside `{nested.name}`, and no task looks there"
     error = LoraError(what, table.place, unnested(nested, table.rows, table.place))

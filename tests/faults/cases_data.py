@@ -473,8 +473,17 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "a prompt with a context": (
         "rows.jsonl", "".join(json.dumps({"instruction": f"answer question {i} in a few words",
                                           "context": f"a long context {i} of some words",
+                                          "document": f"a long document {i} of some words",
                                           "response": f"an answer {i} of some words"}) + "\n"
                               for i in range(30)), ("--model", "../bases/llama")),
+    "lists of answers": (
+        "rows.jsonl", "".join(json.dumps({"question": f"what is it that has the number {i}",
+                                          "answer": [f"an answer {i}", f"one more {i}"]}) + "\n"
+                              for i in range(30)), ("--model", "../bases/llama")),
+    "spans with inclusive ends": (
+        "rows.jsonl", "".join(json.dumps({"text": f"see film {i} now",
+                                          "spans": [[4, 7, "ART"]]}) + "\n"
+                              for i in range(30)), ()),
     "messages of conversations": (
         "rows.jsonl", "".join(json.dumps({"message_id": f"m{i}", "parent_id": None, "role": "user",
                                           "text": f"a message {i}"}) + "\n" for i in range(9)), ()),

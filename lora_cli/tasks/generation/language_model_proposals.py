@@ -26,6 +26,7 @@ TURNS = {
     "openai": "turns with role and content", "sharegpt": "turns with from and value",
     "pairs": "questions with their answers",
 }  # fmt: skip
+MANY_ANSWERS = 0.5  # different ones a row: fewer are labels
 SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 CONTEXT_NAMES = ("context", "input", "passage", "knowledge", "document")
 
@@ -40,24 +41,25 @@ def propose_writing(table: Table, base: BaseFacts) -> Proposal | None:
 
 
 def _other_names(table: Table) -> dict[str, str]:
-    """Return the names by which the system's turn and earlier turns are read, if these are there.
+    """Return the names by which more is read than a prompt and its answer, if it is there.
 
-    A prompt and its answer are then a conversation: in OpenOrca the system's turn is a column of
-    its own, in data of ms-swift the earlier turns are too.
+    The two are then a conversation: in OpenOrca the system's turn is a column of its own, in data
+    of ms-swift the earlier turns are, in Dolly what the question is about.
     """
     by_name = table.by_name
     filled = {name for name, column in by_name.items() if column.kind != "blank"}
     systems = [name for name in SYSTEM_NAMES if name in filled]
     has_more = systems or any(row.get("history") not in (None, "", [], "[]") for row in table.rows)
-    if table.names_columns or table.are_lines or not has_more:
+    if table.names_columns or table.are_lines:
         return {}
     names = {systems[0]: "system"} if len(systems) == 1 else {}
     if conversation(table.columns, table.rows) is None:
         pair = prompts(by_name)
-        more = filled.intersection(CONTEXT_NAMES).difference(pair.inputs if pair else ())
-        if pair is None or more:
+        more = _contexts(pair, by_name) if pair is not None else []
+        if pair is None or len(more) > 1 or not (has_more or more):
             return {}
         names |= dict(zip(pair.inputs, ("instruction", "output"), strict=True))
+        names |= dict.fromkeys(more, "input")
     kept = by_name.keys() - names.keys()
     return {} if kept & {*names.values()} else {k: new for k, new in names.items() if k != new}
 
@@ -68,8 +70,11 @@ def _proposed(table: Table, base: BaseFacts) -> Proposal | None:
     by_names = Certainty.NAMED if base.can_write else Certainty.UNSUITED
     if table.are_lines and not table.names_columns:
         first, second = columns
+        # an encoder can learn which label each text has
+        may_be_labels = not base.can_write and second.kind in ("category", "number", "binary")
         return proposed(
-            lambda: translation(first, second, table.place, base.can_write), Certainty.ONLY
+            lambda: translation(first, second, table.place, base.can_write),
+            Certainty.UNSUITED if may_be_labels else Certainty.ONLY,
         )
     if (pair := _named_pair(table)) is not None:
         return proposed(lambda: _checked(prompt_and_completion(*pair), table, base), by_names)
@@ -77,6 +82,8 @@ def _proposed(table: Table, base: BaseFacts) -> Proposal | None:
     if not table.names_columns:
         try:
             require_conversations(by_name, table.place)
+            if base.can_write and not base.is_encoder_decoder:
+                require_one_answer(by_name, table.place)
             written = spoken(columns, table.place, base.can_write)
         except LoraError as error:
             return Proposal({}, {}, [], certainty=Certainty.NAMED, error=error)
@@ -254,18 +261,43 @@ def require_context(chosen: Proposal, by_name: dict[str, Column], place: str) ->
     """
     if "prompt_column" not in chosen.keys:
         return
-    for name, column in by_name.items():
-        if name.lower() in CONTEXT_NAMES and name not in chosen.inputs and column.kind == "text":
-            asked, said = chosen.keys["prompt_column"], chosen.keys["completion_column"]
-            new = f"instruction: .{asked}, input: .{name}, output: .{said}"
-            source = shlex.quote(place)
-            raise LoraError(
-                f"`{name}` belongs to the prompt in {counted(column.count, 'row')}, and a recipe "
-                "has one column for it",
-                place,
-                f"join them: `jq -c '{{{new}}}' {source} > joined.jsonl`; or train without it: "
-                f"`--text {shlex.quote(asked)} --label {shlex.quote(said)}`",
-            )
+    for name in _contexts(chosen, by_name):
+        asked, said = chosen.keys["prompt_column"], chosen.keys["completion_column"]
+        new = f"instruction: .{asked}, input: .{name}, output: .{said}"
+        source = shlex.quote(place)
+        raise LoraError(
+            f"`{name}` belongs to the prompt in {counted(by_name[name].count, 'row')}, and a "
+            "recipe has one column for it",
+            place,
+            f"join them: `jq -c '{{{new}}}' {source} > joined.jsonl`; or train without it: "
+            f"`--text {shlex.quote(asked)} --label {shlex.quote(said)}`",
+        )
+
+
+def _contexts(chosen: Proposal, by_name: dict[str, Column]) -> list[str]:
+    """Return the columns of texts that belong to a prompt."""
+    return [
+        name
+        for name, column in by_name.items()
+        if name.lower() in CONTEXT_NAMES and name not in chosen.inputs and column.kind == "text"
+    ]
+
+
+def require_one_answer(by_name: dict[str, Column], place: str) -> None:
+    """Reject prompts with lists of answers, of which a language model learns one.
+
+    Raises:
+        LoraError: If they are, as in NQ-open.
+    """
+    lower = {name.lower(): column for name, column in by_name.items()}
+    for prompt, completion in PROMPT_NAMES:
+        asked, said = lower.get(prompt), lower.get(completion)
+        if asked is None or said is None or (asked.kind, said.kind) != ("text", "list"):
+            continue
+        if said.separator is None and len(said.counts) > MANY_ANSWERS * said.count:
+            what = f"`{said.name}` holds lists of answers, and a language model learns one"
+            first = f"jq -c '.{said.name} |= .[0]' {shlex.quote(place)} > first.jsonl"
+            raise LoraError(what, place, f"keep the first of each: `{first}`")
 
 
 def require_conversations(by_name: dict[str, Column], place: str) -> None:
