@@ -428,9 +428,12 @@ def test_two_files_line_by_line(
         assert row[columns[1]] == "das " + row[columns[0]].removeprefix("the ")
 
 
-def test_a_translation_beside_a_text_is_mentioned(bases: dict[str, Path], tmp_path: Path) -> None:
-    first, second = pair_of_files(tmp_path, ("train.en.gz", "train.de.gz"))
-    (tmp_path / "train.fr.gz").write_bytes(gzip.compress(b"trop peu\n"))
+@pytest.mark.parametrize("name", ["train.{}.gz", "train.en-de.{}.gz", "train.en-de.clean.{}.gz"])
+def test_a_translation_beside_a_text_is_mentioned(
+    name: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    first, second = pair_of_files(tmp_path, (name.format("en"), name.format("de")))
+    (tmp_path / name.format("fr")).write_bytes(gzip.compress(b"trop peu\n"))
     found = draft_recipe(first, str(bases["llama"]), tmp_path / "recipe.yaml").findings
     (also,) = [finding for name, finding in found if name == "also"]
     assert also.startswith(f"next to it, with as many lines: {second.name}; to learn to translate")

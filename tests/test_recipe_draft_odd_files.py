@@ -223,7 +223,14 @@ def test_a_compressed_table_without_its_suffix(init: Init) -> None:
 
 # ------------------------------------------------------------------------------ no rows of text
 
+TMX = (
+    '<?xml version="1.0"?>\n<!-- made here -->\n<tmx version="1.4"><body>'
+    '<tu><tuv xml:lang="en"><seg>a film</seg></tuv></tu>' * 20
+)
 FOREIGN = [
+    ("rows.tmx", TMX.encode(), "a translation memory .TMX.", "a column for each language"),
+    ("rows.txt", TMX.encode("utf-16"), "a translation memory .TMX.", "a column for each language"),
+    ("rows.xlf", b'\xef\xbb\xbf<xliff version="1.2">' * 9, "memory .XLIFF.", "for each language"),
     ("rows.xlsx", b"PK\x03\x04" + bytes(range(256)), "an Excel workbook", "as csv"),
     ("rows.csv", b"\xd0\xcf\x11\xe0" + bytes(99), "an old Excel workbook", "as csv"),
     ("rows.pdf", b"%PDF-1.4\n" + bytes(range(99)), "a PDF", "extract its text"),

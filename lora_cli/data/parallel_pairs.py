@@ -20,9 +20,14 @@ LANGUAGE = re.compile(r"[._-]([a-z]{2})(?<!gz)(?=[._-]|$)")
 
 def translations_of(file: DataFile) -> list[Path]:
     """Return the files beside a text that seem to say the same in other languages, line by line."""
-    name = LANGUAGE.search(file.path.name)
-    if name is None or file.form.get("type", "text") != "text" or len(file.columns) > 1:
+    if file.form.get("type", "text") != "text" or len(file.columns) > 1:
         return []
+    names = reversed([*LANGUAGE.finditer(file.path.name)])  # `train.en-de.en`: the last is its own
+    return next((found for name in names if (found := _others(file, name))), [])
+
+
+def _others(file: DataFile, name: re.Match[str]) -> list[Path]:
+    """Return files of as many lines beside a file, whose names differ in the language alone."""
     before, after = file.path.name[: name.start(1)], file.path.name[name.end(1) :]
     pattern = re.compile(f"{re.escape(before)}([a-z]{{2}}){re.escape(after)}")
     found = []

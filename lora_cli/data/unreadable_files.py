@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from lora_cli.errors import LoraError
@@ -24,6 +25,9 @@ MAGIC = {
     b"OggS": ("sound", OTHER), b"\x80\x04": ("a pickle, which is never opened", TABLE),
     b"\x93NUMPY": ("a NumPy array", TABLE),
 }  # fmt: skip
+# what holds translations as XML, also in UTF-16
+MEMORY = re.compile(rb"<(tmx|xliff)[\s>]", re.IGNORECASE)
+HEAD = 4_000  # bytes in which its first element stands, after comments and what it is made with
 CONTROLS = set(map(chr, range(1, 32))) - set("\t\n\v\f\r\x1b\x1c\x1d\x1e\x1f")
 
 
@@ -36,6 +40,11 @@ def reject_binary(raw: bytes, path: Path) -> None:
     for start, (what, hint) in MAGIC.items():
         if raw.startswith(start):
             raise LoraError(f"this is {what}, by its first bytes", str(path), hint)
+    head = raw[:HEAD].replace(b"\0", b"").removeprefix(b"\xef\xbb\xbf").lstrip(b"\xff\xfe \r\n\t")
+    if head.startswith(b"<") and (found := MEMORY.search(head)):
+        what = f"this is a translation memory ({found[1].decode().upper()}), not rows of text"
+        hint = "write its segments as a csv file with a column for each language, named `en`, `de`"
+        raise LoraError(what, str(path), hint)
 
 
 def reject_other_lines(raw: bytes, encoding: str, path: Path) -> None:

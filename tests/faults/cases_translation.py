@@ -93,6 +93,12 @@ def _unnamed(world: World) -> Printed:
     return world.lora("init", "rows.jsonl", "--model", "./base", "-o", "new.yaml")
 
 
+@case("lora init", "a translation memory")
+def _memory(world: World) -> Printed:
+    world.write("rows.tmx", '<?xml version="1.0"?>\n<tmx version="1.4"><body></body></tmx>\n')
+    return world.lora("init", "rows.tmx", "--model", "../bases/llama", "-o", "new.yaml")
+
+
 @case("Keys that do not go together", "beams and a temperature")
 def _beams(world: World) -> Printed:
     generation = {"num_beams": 4, "temperature": 0.7}
