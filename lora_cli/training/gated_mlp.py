@@ -21,7 +21,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class GatedMLPs:
-    """The gated MLPs within some modules whose layers have plain LoRA.
+    """The gated MLPs within some modules that have plain LoRA without dropout before the gate.
 
     Args:
         modules: The layers of a model.
@@ -29,8 +29,9 @@ class GatedMLPs:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         parts = [part for module in modules for part in module.modules()]
-        mlps = [part for part in parts if _computes_as_llama(part) and _is_adapted(part)]
-        self.found = [(mlp, type(mlp)) for mlp in mlps]
+        mlps: list[Any] = [part for part in parts if _computes_as_llama(part)]
+        adapted = [mlp for mlp in mlps if _is_plain(mlp.gate_proj) and _is_plain(mlp.up_proj)]
+        self.found = [(mlp, type(mlp)) for mlp in adapted]
 
     def __enter__(self) -> None:
         """Let them be computed by the kernel."""
@@ -57,12 +58,11 @@ class _GatedMLP(nn.Module):
         in_16_bits = g.dtype == u.dtype and g.dtype in (torch.float16, torch.bfloat16)
         if not (g.is_cuda and in_16_bits and gate.enabled and up.enabled):
             return super().forward(x)
-        together = type(down) is LoRALinear and down.enabled and not down.dropout.p
-        a = down.lora_A.to(g.dtype) if together else None
-        is_gelu = type(self.act_fn) in GELU
         factors = gate.lora_B.to(g.dtype), up.lora_B.to(g.dtype)
+        a = down.lora_A.to(g.dtype) if _is_plain(down) else None
+        is_gelu = type(self.act_fn) in GELU
         y, h = gated_product(g, u, _reduced(gate, x, g), _reduced(up, x, u), *factors, a, is_gelu)
-        if not together:
+        if a is None:
             return down(y)
         z = down.base(y)
         return z + F.linear(h * down.scaling, down.lora_B.to(h.dtype)).to(z.dtype)
@@ -70,7 +70,6 @@ class _GatedMLP(nn.Module):
 
 def _reduced(layer: LoRALinear, x: Tensor, y: Tensor) -> Tensor:
     """Return s A x in the dtype of y, of x (..., in): (..., rank)."""
-    x = layer.dropout(x)
     return (F.linear(x, layer.lora_A.to(x.dtype)) * layer.scaling).to(y.dtype)
 
 
@@ -91,5 +90,6 @@ def _computes_as_llama(module: nn.Module) -> bool:
     return same and type(module.act_fn) in SILU + GELU
 
 
-def _is_adapted(mlp: nn.Module) -> bool:
-    return type(mlp.gate_proj) is LoRALinear and type(mlp.up_proj) is LoRALinear
+def _is_plain(layer: Any) -> bool:
+    """Return whether a layer has plain LoRA; dropout would give its update an input of its own."""
+    return type(layer) is LoRALinear and layer.enabled and not layer.dropout.p

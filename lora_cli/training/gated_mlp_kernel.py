@@ -155,11 +155,12 @@ def gated_product(
     parts = [part.contiguous() for part in (gate, up, gate_h, up_h, gate_b, up_b)]
     y, ranks = torch.empty_like(parts[0]), (gate_b.shape[1], up_b.shape[1])
     n_columns = gate.shape[-1]
-    with _device_of(gate):
-        _forward[_grid(gate)](
-            *parts, y, gate.numel() // n_columns, n_columns, *ranks,
-            IS_GELU=is_gelu, **_sizes(*ranks),
-        )  # fmt: skip
+    if gate.numel():  # an expert may get no token
+        with _device_of(gate):
+            _forward[_grid(gate)](
+                *parts, y, gate.numel() // n_columns, n_columns, *ranks,
+                IS_GELU=is_gelu, **_sizes(*ranks),
+            )  # fmt: skip
     return y, gate.new_empty(0) if down_a is None else y @ down_a.T
 
 
@@ -183,11 +184,12 @@ def _gradients(
         a, slope, ranks[2] = down_a, dh, len(down_a)
     dgate, dup, y = (torch.empty_like(parts[0]) for _ in range(3))
     n_columns = gate.shape[-1]
-    with _device_of(gate):
-        _backward[_grid(gate)](
-            *parts, a.contiguous(), dy.contiguous(), slope.contiguous(), dgate, dup, y,
-            gate.numel() // n_columns, n_columns, *ranks, IS_GELU=is_gelu, **_sizes(*ranks),
-        )  # fmt: skip
+    if gate.numel():
+        with _device_of(gate):
+            _backward[_grid(gate)](
+                *parts, a.contiguous(), dy.contiguous(), slope.contiguous(), dgate, dup, y,
+                gate.numel() // n_columns, n_columns, *ranks, IS_GELU=is_gelu, **_sizes(*ranks),
+            )  # fmt: skip
     return dgate, dup, y
 
 
