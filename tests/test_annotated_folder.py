@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from lora_cli.data import annotated_folder
 from lora_cli.data.boxes import BoxError, better_format, read_objects
 from lora_cli.data.coco_rows import _box_of_mask, read_coco
 from lora_cli.data.load_rows import load_rows
 from lora_cli.data.numbered_labels import holds_numbers, parquet_label_names
 from lora_cli.data.pictures import picture_facts
+from lora_cli.data.yolo import _labels_in
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate_adapter import with_test_file
 from lora_cli.recipe import Recipe, load_recipe
@@ -523,7 +523,7 @@ def test_names_of_another_number_are_read_again(tmp_path: Path) -> None:
         put(file, "1 .5 .5 .2 .2")
     for names, found in (("[cat, dog]", "dog"), ("{1: cat, 2: dog}", "cat")):
         put(tmp_path / "data.yaml", label + names)
-        annotated_folder._labels_in.cache_clear()  # as in a new process
+        _labels_in.cache_clear()  # as in a new process
         row = load_rows(recipe_of(**data))["train"][0]
         assert row["objects"]["category"] == [found]
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from lora_cli.data import annotated_folder
-from lora_cli.data.annotated_folder import annotated_files, annotation_of, labels_for
+from lora_cli.data import yolo
+from lora_cli.data.annotated_folder import annotated_files, annotation_of
+from lora_cli.data.yolo import labels_for
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 
@@ -71,12 +72,12 @@ def test_names_of_labels_are_looked_for_in_four_folders(tmp_path: Path) -> None:
     picture = folder / "p.jpg"
     put(picture)
     for i, above in enumerate(picture.parents[:5]):
-        annotated_folder._labels_in.cache_clear()
+        yolo._labels_in.cache_clear()
         put(above / "classes.txt", text="cat\n\n dog \n")
         wanted = {0: "cat", 2: "dog"} if i < 4 else {}
         assert labels_for(picture).names == wanted
         (above / "classes.txt").unlink()
-    annotated_folder._labels_in.cache_clear()
+    yolo._labels_in.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -92,30 +93,30 @@ def test_names_of_labels_are_looked_for_in_four_folders(tmp_path: Path) -> None:
 def test_a_yaml_file_names_labels_and_counts_key_points(
     text: str, names: dict[int, str], points: int, tmp_path: Path
 ) -> None:
-    annotated_folder._labels_in.cache_clear()
+    yolo._labels_in.cache_clear()
     put(tmp_path / "data.yaml", text=text)
-    found = annotated_folder._labels_in(tmp_path)
+    found = yolo._labels_in(tmp_path)
     assert (found.names, found.n_points) == (names, points)
     assert list(found.names) == sorted(found.names)
-    annotated_folder._labels_in.cache_clear()
+    yolo._labels_in.cache_clear()
 
 
 def test_two_files_of_names_have_to_agree(tmp_path: Path) -> None:
     put(tmp_path / "classes.txt", text="cat\ndog")
     put(tmp_path / "data.yaml", text="names: [cat, dog]\nkpt_shape: [2, 2]")
-    annotated_folder._labels_in.cache_clear()
-    assert annotated_folder._labels_in(tmp_path).n_points == 4  # which only one of them knows
+    yolo._labels_in.cache_clear()
+    assert yolo._labels_in(tmp_path).n_points == 4  # which only one of them knows
     for text, said in (
         ("names: [cat, cow]", "label 1 is `dog` in classes.txt and `cow` in data.yaml"),
         ("names: [cat]", "label 1 is `dog` in classes.txt and `nothing` in data.yaml"),
         ("names: [cat, dog, x]", "label 2 is `nothing` in classes.txt and `x` in data.yaml"),
     ):
-        annotated_folder._labels_in.cache_clear()
+        yolo._labels_in.cache_clear()
         put(tmp_path / "data.yaml", text=text)
         with pytest.raises(LoraError) as caught:
-            annotated_folder._labels_in(tmp_path)
+            yolo._labels_in(tmp_path)
         assert caught.value.problems[0].what == said
-    annotated_folder._labels_in.cache_clear()
+    yolo._labels_in.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------ splits

@@ -12,13 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_cli.data.annotated_folder import (
-    annotation_of,
-    first_pixel,
-    labels_for,
-    names_for,
-    read_annotated,
-)
+from lora_cli.data import pascal_voc, yolo
+from lora_cli.data.annotated_folder import annotation_of, read_annotated
 from lora_cli.data.bad_rows import without
 from lora_cli.data.coco_rows import coco_names, is_coco, places_of_pictures, read_coco
 from lora_cli.data.csv_quoting import announce_quoting
@@ -143,7 +138,7 @@ def names_of_labels(recipe: Recipe, files: list[Path]) -> dict[str, list[str]]:
 def category_names(files: list[Path]) -> list[str]:
     """Return the names that annotation files give to their categories, in their own order."""
     if is_media_file(files[0]):
-        return names_for(files[0])
+        return yolo.names_for(files[0])
     found = (name for file in files if is_coco(file) for name in coco_names(file))
     return list(dict.fromkeys(found))
 
@@ -160,7 +155,7 @@ def _names_of(recipe: Recipe, files: list[Path], are_media: bool) -> list[str]:
     if not are_media:  # and where the files are that they name
         names += [_places_of(file, recipe) for file in files]
     if recipe.task.boxes_column is not None:
-        numbers = [str(labels_for(files[0])), *_first_pixels(files)] if are_media else []
+        numbers = [str(yolo.labels_for(files[0])), *_first_pixels(files)] if are_media else []
         return names + category_names(files) + numbers
     if are_media:  # and labels depend on all folders
         names += map(str, sorted(folder_labels(recipe, files).items()))
@@ -170,7 +165,7 @@ def _names_of(recipe: Recipe, files: list[Path], are_media: bool) -> list[str]:
 def _first_pixels(files: list[Path]) -> list[str]:
     """Return from which number the boxes of pictures count, for each folder of xml files."""
     folders = {file.parent for file in map(annotation_of, files) if file and file.suffix == ".xml"}
-    return [f"{folder} from {first_pixel(folder)}" for folder in sorted(folders)]
+    return [f"{folder} from {pascal_voc.first_pixel(folder)}" for folder in sorted(folders)]
 
 
 def _read_unchanged(

@@ -108,6 +108,18 @@ def _reject_seven_bit(raw: bytes, place: str) -> None:
         raise LoraError(what, place, hint)
 
 
+def whole_text(path: Path) -> str:
+    """Return the content of a small text file; what is not UTF-8 in it is replaced.
+
+    Raises:
+        LoraError: If the system cannot read it.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
 def unreadable(path: Path, error: Exception) -> LoraError:
     """Return what to say of a file that the system, or gzip, cannot read."""
     if isinstance(error, gzip.BadGzipFile | EOFError | zlib.error):
