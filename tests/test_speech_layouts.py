@@ -82,6 +82,44 @@ def test_librispeech_is_drafted_by_its_lists(tmp_path: Path) -> None:
     assert len(load_rows(recipe)["validation"]) == 3
 
 
+# ------------------------------------------------------------------------ texts next to files
+
+SENTENCES = ["Größe und Maß für die Tür", "schöne Grüße aus Köln", "wir müssen übermorgen gehen"]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-8-sig", "utf-8"])
+def test_the_encoding_of_texts_next_to_recordings_is_found(encoding: str, tmp_path: Path) -> None:
+    for i, text in enumerate(SENTENCES * 2):
+        write(tmp_path / "speech" / f"{i}.wav", sound(i, 0.3))
+        (tmp_path / "speech" / f"{i}.txt").write_bytes(f"{text} {i}\n".encode(encoding))
+    recipe = drafted(tmp_path / "speech", tiny_speech.save(tmp_path / "base"))
+    rows = {
+        place: text for split in load_rows(recipe).values() for place, text in said(split).items()
+    }
+    assert rows == {f"{i}.wav": f"{text} {i}" for i, text in enumerate(SENTENCES * 2)}
+
+
+def test_a_text_file_with_a_capital_ending_belongs_to_its_recording(tmp_path: Path) -> None:
+    write(tmp_path / "speech" / "1.wav", sound(1))
+    (tmp_path / "speech" / "1.TXT").write_text("a word\n")
+    recipe = recipe_of({"path": str(tmp_path / "speech")})
+    assert said(load_rows(recipe)["train"]) == {"1.wav": "a word"}
+    assert texts_alone(tmp_path / "speech", recipe) == []
+
+
+def test_recordings_in_two_formats_share_their_text_and_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(2):
+        for ending in ("wav", "flac"):
+            write(tmp_path / "speech" / f"{i}.{ending}", sound(i))
+        (tmp_path / "speech" / f"{i}.txt").write_text(f"word {i}")
+    load_rows(recipe_of({"path": str(tmp_path / "speech")}))
+    err = capsys.readouterr().err
+    assert f"2 text files in {tmp_path}/speech belong to more than one file" in err
+    assert "such as 0.flac and 0.wav" in err
+
+
 # ------------------------------------------------------------------------- folders of classes
 
 

@@ -37,6 +37,7 @@ from lora_cli.data.media_folder import (
     read_media_files,
     root_of,
     texts_alone,
+    texts_of_several,
     transcript_files,
 )
 from lora_cli.data.numbered_labels import parquet_label_names
@@ -107,6 +108,7 @@ def file_rows(recipe: Recipe, files: list[Path]) -> Rows:
         labels = {boxes: names} if (names := category_names(files)) else labels
     elif are_media and recipe.task.transcript_column is not None:
         _warn_of_texts_alone(root_of(recipe, files), recipe)
+        _warn_of_shared_texts(files)
     elif labels and (others := other_files(root_of(recipe, files), recipe)):
         left = f"{counted(len(others), 'file')} in the folders of the classes"
         warn(f"{left} are left out, the first is {others[0]}: by its name it is of another kind")
@@ -124,6 +126,16 @@ def _warn_of_texts_alone(folder: Path, recipe: Recipe) -> None:
         has = "has" if len(alone) == 1 else "have"
         what = f"{counted(len(alone), 'text file')} in {folder} {has} no {kind} of the same name"
         warn(f"{what} next to {'it' if len(alone) == 1 else 'them'}, the first is {alone[0]}")
+
+
+def _warn_of_shared_texts(files: list[Path]) -> None:
+    """Name the files that may hold the same picture or sound in two formats."""
+    if groups := texts_of_several(files):
+        names = " and ".join(file.name for file in groups[0][:2])
+        several = counted(len(groups), "text file")
+        verb = "belongs" if len(groups) == 1 else "belong"
+        what = f"{several} in {groups[0][0].parent} {verb} to more than one file, such as {names}"
+        warn(f"{what}: if they are the same in another format, one split may have what another has")
 
 
 def names_of_labels(recipe: Recipe, files: list[Path]) -> dict[str, list[str]]:

@@ -67,7 +67,7 @@ def transcript_of(file: Path) -> Path | None:
 
     kohya's scripts call those of pictures `.caption`.
     """
-    beside = (file.with_suffix(suffix) for suffix in (".txt", ".caption"))
+    beside = (file.with_suffix(suffix) for suffix in (".txt", ".TXT", ".caption"))
     return next((text for text in beside if text.is_file()), None)
 
 
@@ -81,6 +81,15 @@ def transcript_files(files: Sequence[Path]) -> dict[Path, list[Path]]:
         lists[folder] = sorted(folder.glob(f"*{LISTED}"))
     own = ((file, transcript_of(file)) for file in files)
     return {file: lists[file.parent] if text is None else [text] for file, text in own}
+
+
+def texts_of_several(files: Sequence[Path]) -> list[list[Path]]:
+    """Return files whose names differ in the ending alone, so that they share a text file."""
+    groups: dict[Path, list[Path]] = {}
+    for file in files:
+        if (text := transcript_of(file)) is not None:
+            groups.setdefault(text, []).append(file)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def media_files(folder: Path, recipe: Recipe) -> list[Path]:
@@ -108,7 +117,8 @@ def other_files(folder: Path, recipe: Recipe) -> list[Path]:
 def texts_alone(folder: Path, recipe: Recipe) -> list[Path]:
     """Return the text files of a folder that have no picture, or no recording, next to them."""
     files = media_files(folder, recipe)
-    texts, folders = {file.with_suffix(".txt") for file in files}, {file.parent for file in files}
+    texts = {file.with_suffix(suffix) for file in files for suffix in (".txt", ".TXT")}
+    folders = {file.parent for file in files}
     return [
         file
         for file in _inside(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ from lora_cli.data.file_formats import kind_by_name
 from lora_cli.data.find_files import files_of
 from lora_cli.data.folder_files import files_inside
 from lora_cli.data.labelled_text import LABEL_COLUMN
-from lora_cli.data.media_folder import SUFFIXES, classes_of, media_files, read_media_files
+from lora_cli.data.media_folder import (
+    SUFFIXES,
+    classes_of,
+    media_files,
+    read_media_files,
+    transcript_files,
+)
+from lora_cli.data.text_encoding import encoding_of
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import TASKS, Recipe
 from lora_cli.recipe.spec.task_section import MediaKind
@@ -20,6 +28,7 @@ from lora_cli.recipe_draft.choose_splits import Keys
 from lora_cli.recipe_draft.data_folder import recipe_of_folder, task_reading
 
 UNITS: dict[MediaKind, str] = {"image": "picture", "audio": "recording"}
+UTF_8 = "utf-8"
 FEWEST_FOR_A_TENTH = 200
 
 
@@ -43,8 +52,8 @@ def read_media_folder(folder: Path) -> tuple[DataFile, MediaKind] | None:
     return None
 
 
-def _texts_of(folder: Path, kind: MediaKind) -> tuple[str, list[str | None]]:
-    """Return the column of the text files next to the train files, and what they hold.
+def _texts_of(folder: Path, kind: MediaKind) -> tuple[str, list[str | None], tuple[str, str]]:
+    """Return the column of the text files next to the train files, what they hold, their encoding.
 
     Some tasks read them and others do not: which one is meant is decided later.
     """
@@ -52,10 +61,22 @@ def _texts_of(folder: Path, kind: MediaKind) -> tuple[str, list[str | None]]:
         blank = spec.model_construct()
         if blank.transcript_column is not None and kind in blank.media_columns.values():
             recipe = recipe_of_folder(folder, {"type": name})
-            rows = read_media_files(recipe, files_of(recipe, "train", "train"))
+            files = files_of(recipe, "train", "train")
+            encoding = _encoding_of(files)
+            recipe = recipe_of_folder(folder, {"type": name}, format={"encoding": encoding[0]})
             column = str(recipe.task.transcript_column)
-            return column, [(row.columns or {}).get(column) for row in rows]
-    return "", []
+            rows = read_media_files(recipe, files)
+            return column, [(row.columns or {}).get(column) for row in rows], encoding
+    return "", [], (UTF_8, "")
+
+
+def _encoding_of(files: Sequence[Path]) -> tuple[str, str]:
+    """Return the encoding of the text files next to files, and what says so."""
+    texts = {text: None for found in transcript_files(files).values() for text in found}
+    raw = [part for text in texts if not (part := text.read_bytes()).isascii()]
+    first = encoding_of(raw[0]) if raw else (UTF_8, "")
+    # two bytes a letter cannot be joined; of older encodings, more letters tell more
+    return first if first[0].startswith("utf-16") else encoding_of(b"\n".join(raw))
 
 
 def _rows_of(folder: Path, recipe: Recipe, files: list[Path], kind: MediaKind) -> DataFile:
@@ -66,11 +87,12 @@ def _rows_of(folder: Path, recipe: Recipe, files: list[Path], kind: MediaKind) -
     if classes and recipe.task.label_columns_by_key:
         about += f" in {counted(len(set(classes.values())), 'folder')} that name their classes"
     columns = [*recipe.task.media_columns, *([LABEL_COLUMN] if classes else [])]
-    text, texts = _texts_of(folder, kind)
+    text, texts, (encoding, why) = _texts_of(folder, kind)
+    form = {} if encoding == UTF_8 else {"encoding": encoding}
     if any(texts):
         columns.append(text)
         rows = [{**row, text: own} for row, own in zip(rows, texts, strict=True)]
-    return DataFile(folder, {}, {}, rows, [], columns, True, about)
+    return DataFile(folder, form, {"encoding": why}, rows, [], columns, True, about)
 
 
 def media_splits(file: DataFile, kind: MediaKind, task: dict[str, Any], target: Path) -> Keys:
