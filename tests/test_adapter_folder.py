@@ -24,7 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_cli.adapters.attach import attach, lora_layers, trainable_parameters
-from lora_cli.adapters.load_adapter import LARGER, RESIZED, _check_plain, _joined, load_adapter
+from lora_cli.adapters.check_adapter import (
+    LARGER,
+    RESIZED,
+    _hint_for_experts,
+    check_parameters,
+)
+from lora_cli.adapters.load_adapter import load_adapter
 from lora_cli.adapters.merge_layers import merge
 from lora_cli.adapters.merge_proof import expected_weights
 from lora_cli.adapters.peft_format.adapter_folder import (
@@ -775,7 +781,7 @@ def test_embeddings_of_more_tokens_are_said_to_be_of_a_larger_vocabulary() -> No
         ("words.weight", (6, 2), LARGER), ("words.weight", (5, 3), None),
         ("words.weight", (4, 2), None), ("x.weight", (6, 2), None),
     ):  # fmt: skip
-        (found,) = _check_plain({name: torch.zeros(shape)}, {}, parameters, [], ["words"])
+        (found,) = check_parameters({name: torch.zeros(shape)}, {}, parameters, [], ["words"])
         assert (found.hint, str(shape) in found.what) == (hint, True)
 
 
@@ -787,9 +793,9 @@ def test_larger_embeddings_that_cannot_be_read_are_to_be_merged_in_peft(rows: in
         parameters["words.weight"].data = torch.zeros(200, 2)
         tensor = torch.cat([torch.zeros(150, 2), torch.ones(50, 2)])
     frozen = {"words.weight": tensor}
-    (found,) = _check_plain({}, frozen, parameters, [], ["words"], ["words"])
+    (found,) = check_parameters({}, frozen, parameters, [], ["words"], ["words"])
     assert f"resize_token_embeddings({len(tensor)})" in str(found.hint)
-    (found,) = _check_plain(frozen, {}, parameters, [], ["words"]) or [None]
+    (found,) = check_parameters(frozen, {}, parameters, [], ["words"]) or [None]
     wanted = {6: LARGER, 8: RESIZED.format(8), 5: None}[rows]
     assert (None if found is None else found.hint) == wanted
 
@@ -800,14 +806,14 @@ def test_single_experts_are_explained_where_the_model_holds_them_as_one_tensor(
 ) -> None:
     experts = nn.ParameterDict({"down_proj": torch.zeros([1] * dimensions)})
     for name, is_expert in (("mlp.experts.3.w1", True), ("mlp.gate", False), ("experts.3", False)):
-        found = _joined(name, {"mlp.experts": experts})
+        found = _hint_for_experts(name, {"mlp.experts": experts})
         assert (found is not None) == (is_said and is_expert)
 
 
 def test_experts_that_are_modules_of_their_own_are_not_said_to_be_one_tensor() -> None:
     experts = nn.ModuleList([nn.Conv1d(1, 1, 1)])
     assert [p.ndim for p in experts.parameters()] == [3, 1]
-    assert _joined("mlp.experts.3.w1", {"mlp.experts": experts}) is None
+    assert _hint_for_experts("mlp.experts.3.w1", {"mlp.experts": experts}) is None
 
 
 def test_a_rank_that_the_configuration_denies_is_refused(base: nn.Module, folder: Path) -> None:

@@ -14,42 +14,33 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.adapters.attach import adapter_parameters, add_layer
-from lora_cli.adapters.lora import Shape
-from lora_cli.adapters.match_names import first_match, inside, matches
+from lora_cli.adapters.check_adapter import (
+    check_layers,
+    check_parameters,
+    misfit_error,
+    missing_tensors,
+    module_of,
+    without_trained_rows,
+)
 from lora_cli.adapters.mixed_dtypes import let_dtypes_meet
 from lora_cli.adapters.peft_format.adapter_folder import (
     AdapterFolder,
 )
-from lora_cli.adapters.peft_format.diffusion_file import ANEW
 from lora_cli.adapters.peft_format.other_names import use_names_of
-from lora_cli.adapters.peft_format.peft_experts import check_parameter, with_current_names
+from lora_cli.adapters.peft_format.peft_experts import with_current_names
 from lora_cli.adapters.peft_format.peft_rules import (
-    convolution_difference,
     copied_modules,
-    parameter_layers,
 )
-from lora_cli.adapters.peft_format.peft_tensors import TOGETHER, sort_tensors, unsupported
+from lora_cli.adapters.peft_format.peft_tensors import sort_tensors
 from lora_cli.adapters.peft_format.peft_tokens import (
-    LARGER,
-    RESIZED,
-    SavedRows,
     saved_rows,
     split_rows,
 )
-from lora_cli.adapters.peft_format.peft_types import alpha_of
-from lora_cli.adapters.peft_format.tensor_names import adapted_modules
-from lora_cli.adapters.targets import Target, shape_problem
 from lora_cli.adapters.tied_weights import give_own_parameters, tied_groups
 from lora_cli.adapters.token_rows import add_token_rows, embedding_names
-from lora_cli.adapters.variants import Layers, layer_for, layers_of
-from lora_cli.errors import IntegrityError, Problem
+from lora_cli.adapters.variants import layers_of
 from lora_cli.models.fingerprint import Fingerprint, require_base
 from lora_cli.recipe import Recipe
-
-SHOWN = 8  # problems of a kind
-PADDED = 8  # vocabularies that are padded have a multiple of this number of rows
-SAME_ROWS = 100  # first rows that show that an embedding is that of the base, with others behind
-SHORT = (torch.float16, torch.bfloat16)
 
 
 def load_adapter(
@@ -77,43 +68,46 @@ def load_adapter(
     """
     use_names_of(model, adapter)
     adapter, rows = split_rows(with_current_names(adapter, model))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    layers = layers_of(adapter.type)
+    parameters, layers = _parameters(model), layers_of(adapter.type)
     tensors = sort_tensors(adapter.tensors, adapter.type, parameters)
     plain, problems = tensors.plain, tensors.problems
     own = own_parameters(model, adapter.config, plain)
-    chosen, found = chosen_layers(tensors.of_layers, model, adapter, layers)
+    chosen, found = check_layers(tensors.of_layers, model, adapter, layers)
     problems += found
     of_tokens, found = saved_rows(model, rows, adapter)
     problems += found
-    frozen = _without_rows(tensors.frozen, of_tokens, parameters)
-    problems += _check_plain(
+    frozen = without_trained_rows(tensors.frozen, of_tokens, parameters)
+    problems += check_parameters(
         plain, frozen, parameters, own, embedding_names(model), tensors.of_layers
     )
-    missing = _missing(adapter, model, parameters, plain, new, drawn)
+    missing = missing_tensors(adapter, model, parameters, plain, new, drawn)
     if problems or missing:
-        raise _misfit(problems, missing, adapter)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        raise misfit_error(problems, missing, adapter)
+    model.requires_grad_(False)
     give_own_parameters(model, own)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = _parameters(model)
     with torch.no_grad():
-        for site, (target, shapes) in chosen.items():
+        for name, (target, shapes) in chosen.items():
             use_rslora = bool(adapter.config.get("use_rslora"))
             layer = add_layer(model, target, layers, dropout, use_rslora, shapes)
-            for name, tensor in tensors.of_layers[site].items():
-                layer.from_peft(name, tensor)
+            for key, tensor in tensors.of_layers[name].items():
+                layer.from_peft(key, tensor)
         for saved in of_tokens:
             token_rows = add_token_rows(model, saved.name, saved.token_ids, saved.others)
             token_rows.from_peft("rows", saved.rows)
         for name in sorted(plain, key=own.__contains__):  # a copy, after what it was a copy of
             parameter = parameters[name]
             parameter.data = plain[name].to(parameter.device, torch.float32)
-    of_base = [] if not trained else [n for n in parameters if n not in plain and _top(n, new)]
+    of_base = [] if not trained else [n for n in parameters if n not in plain and module_of(n, new)]
     for name in of_base:
         parameters[name].data = parameters[name].data.float()
     let_dtypes_meet(model, new)
     _train_alone(model, [parameters[name] for name in [*plain, *of_base]], trained)
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by all their names: tied ones have several."""
+    return dict(model.named_parameters(remove_duplicate=False))
 
 
 def _train_alone(model: nn.Module, in_full: list[nn.Parameter], trained: bool) -> None:
@@ -122,33 +116,6 @@ def _train_alone(model: nn.Module, in_full: list[nn.Parameter], trained: bool) -
     loaded |= {id(parameter) for parameter in adapter_parameters(model).values()}
     for parameter in model.parameters():
         parameter.requires_grad_(trained and id(parameter) in loaded)
-
-
-def chosen_layers(
-    of_layers: dict[str, dict[str, Tensor]],
-    model: nn.Module,
-    adapter: AdapterFolder,
-    layers: Layers,
-) -> tuple[dict[str, tuple[Target, dict[str, Shape] | None]], list[Problem]]:
-    """Return what is adapted, by PEFT's names of layers, and a problem for what does not fit."""
-    chosen: dict[str, tuple[Target, dict[str, Shape] | None]] = {}
-    problems: list[Problem] = []
-    modules = dict(model.named_modules())
-    sites = parameter_layers(model, adapter.config.get("target_parameters"))
-    for name in sorted(of_layers, key=_inner_first):
-        of_layer, shapes = of_layers[name], None
-        if name in sites:
-            found, target = check_parameter(sites[name], of_layer, model, adapter)
-        else:
-            found, target, shapes = _check_layer(name, of_layer, modules, adapter, layers)
-        problems += found
-        chosen |= {name: (target, shapes)} if target else {}
-    return chosen, problems
-
-
-def _inner_first(name: str) -> int:
-    """Return a key by which layers on parameters of one module come in the order of attaching."""
-    return -name.count(".base_layer")
 
 
 def own_parameters(model: nn.Module, config: dict[str, Any], plain: dict[str, Tensor]) -> list[str]:
@@ -167,24 +134,6 @@ def own_parameters(model: nn.Module, config: dict[str, Any], plain: dict[str, Te
     return own
 
 
-def _misfit(
-    problems: list[Problem], missing: list[Problem], adapter: AdapterFolder
-) -> IntegrityError:
-    """Return the error that names what does not fit; the last problem gets the place and a hint."""
-    shown = _first_of(problems) + _first_of(missing)
-    hinted = next((problem.hint for problem in problems + missing if problem.hint), None)
-    hint = hinted or "is this the base model that the adapter was trained on?"
-    shown = [Problem(problem.what) for problem in shown]
-    shown[-1] = Problem(shown[-1].what, str(adapter.path), hint)
-    return IntegrityError(shown)
-
-
-def _first_of(problems: list[Problem]) -> list[Problem]:
-    """Return so many problems as a person reads, and how many more there are."""
-    more = len(problems) - SHOWN
-    return problems[:SHOWN] + ([Problem(f"and {more} more like these")] if more > 0 else [])
-
-
 def verify_base(
     adapter: AdapterFolder, base: Fingerprint | None, recipe: Recipe
 ) -> Fingerprint | None:
@@ -198,77 +147,6 @@ def verify_base(
     return require_base(adapter.base, base, recipe, f"the adapter {adapter.path}", adapter.tensors)
 
 
-def _without_rows(
-    frozen: dict[str, Tensor], of_tokens: list[SavedRows], parameters: dict[str, nn.Parameter]
-) -> dict[str, Tensor]:
-    """Return copies of the base without the rows that are trained, which need not be its."""
-    found = dict(frozen)
-    for saved in of_tokens:
-        for name in (f"{module}.weight" for module in (saved.name, *saved.others)):
-            if name in found and found[name].shape == parameters[name].shape:
-                found[name] = found[name].clone()
-                found[name][saved.token_ids] = parameters[name][saved.token_ids].to(found[name])
-    return found
-
-
-def _check_plain(
-    plain: dict[str, Tensor],
-    frozen: dict[str, Tensor],
-    parameters: dict[str, nn.Parameter],
-    own: list[str],
-    embeddings: list[str],
-    adapted: Collection[str] = (),
-) -> list[Problem]:
-    """Return what is wrong with the tensors that stand for whole parameters of the model.
-
-    Args:
-        plain: Tensors that are trained, by the names of parameters.
-        frozen: Tensors of the base that PEFT writes besides.
-        parameters: Those of the model.
-        own: Parameters that leave their tie.
-        embeddings: Names of the modules that have a row for each token.
-        adapted: Names of the modules that have a low-rank update.
-    """
-    problems = []
-    of_tokens = {f"{name}.weight" for name in embeddings}
-    first: dict[int, str] = {}  # name of the first tensor for a parameter, which may be shared
-    for name, tensor in [*plain.items(), *frozen.items()]:
-        parameter = parameters.get(name)
-        if parameter is None:
-            problems.append(Problem(f"the model has no parameter `{name}`", hint=unsupported(name)))
-        elif parameter.shape != tensor.shape:
-            larger = name in of_tokens and tensor.shape[0] > parameter.shape[0]
-            problems.append(
-                Problem(
-                    f"`{name}` is {tuple(tensor.shape)} in the adapter and "
-                    f"{tuple(parameter.shape)} in the model",
-                    hint=_larger(name, tensor, adapted) if larger else None,
-                )
-            )
-        elif name in frozen and not parameter.is_meta and not _same(parameter, tensor):
-            what = f"`{name}` of the base is not the one it was trained on"
-            grown = name in of_tokens and _same(parameter[:SAME_ROWS], tensor[:SAME_ROWS])
-            hint = RESIZED.format(len(tensor)) if grown else None
-            problems.append(Problem(what, hint=hint))
-        elif name in plain and name not in own:
-            other = first.setdefault(id(parameter), name)
-            if not torch.equal(plain[other], tensor):
-                problems.append(
-                    Problem(
-                        f"`{other}` and `{name}` differ in the adapter, and are one in the model"
-                    )
-                )
-    return problems
-
-
-def _larger(name: str, tensor: Tensor, adapted: Collection[str]) -> str:
-    """Return what to do with a larger embedding, of which only the rows of tokens can be read."""
-    is_padded = len(tensor) % PADDED == 0
-    if is_padded or name.removesuffix(".weight") in adapted:
-        return RESIZED.format(len(tensor))
-    return LARGER
-
-
 def without_copies(model: nn.Module, adapter: AdapterFolder) -> AdapterFolder:
     """Return an adapter without the weights of the base that PEFT writes besides.
 
@@ -277,154 +155,9 @@ def without_copies(model: nn.Module, adapter: AdapterFolder) -> AdapterFolder:
     Raises:
         IntegrityError: If they are not those of the model.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = _parameters(model)
     frozen = sort_tensors(adapter.tensors, adapter.type, parameters).frozen
-    if problems := _check_plain({}, frozen, parameters, [], embedding_names(model)):
-        raise _misfit(problems, [], adapter)
+    if problems := check_parameters({}, frozen, parameters, [], embedding_names(model)):
+        raise misfit_error(problems, [], adapter)
     rest = {n: t for n, t in adapter.tensors.items() if not n.endswith(".base_layer.weight")}
     return replace(adapter, tensors=rest)
-
-
-def _same(ours: Tensor, theirs: Tensor) -> bool:
-    """Compare in the coarser of the two dtypes: the base may have been loaded in another.
-
-    A base that is stored in 16 bits may stand in memory as float32 by now.
-    """
-    ours = ours.detach().cpu()
-    dtype = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(ours.to(dtype), theirs.to(dtype)) or any(
-        torch.equal(ours.float(), theirs.to(stored).float()) for stored in SHORT
-    )
-
-
-def _missing(
-    adapter: AdapterFolder,
-    model: nn.Module,
-    parameters: dict[str, nn.Parameter],
-    plain: dict[str, Tensor],
-    new: list[str],
-    drawn: Collection[str] | None,
-) -> list[Problem]:
-    """Return a problem for everything that the configuration promises and the file lacks."""
-    config = adapter.config
-    adapted = adapted_modules(adapter.tensors)
-    in_full = config.get("modules_to_save") or []
-    bias = "all" if config["peft_type"] == "BITFIT" else config.get("bias")
-    sites = parameter_layers(model, config.get("target_parameters"))
-    promised = {name: name for name in _promised(adapter, dict(model.named_modules()))}
-    promised |= {layer: ".".join(place) for layer, place in sites.items()}
-    problems = [
-        Problem(f"`{name}` is missing: the configuration says that it is adapted")
-        for layer, name in promised.items()
-        if layer not in adapted
-    ]
-    for name in parameters:
-        owner, _, last = name.rpartition(".")
-        if name in plain:
-            continue
-        named = any(inside(owner, top) for top in in_full)
-        if (head := _top(name, new)) and (drawn is None or name in drawn):
-            what = f"`{name}` is missing: the base's checkpoint does not hold it, nor the adapter"
-            save = f"train the head too, and save it: in PEFT with `modules_to_save=['{head}']`"
-            problems.append(Problem(what, hint=None if named else save))
-        elif named or (
-            last == "bias" and (bias == "all" or (bias == "lora_only" and owner in adapted))
-        ):
-            problems.append(
-                Problem(f"`{name}` is missing: the configuration says that it is trained")
-            )
-    return problems
-
-
-def _top(name: str, modules: list[str]) -> str | None:
-    """Return the module of a list that a parameter belongs to, if there is one."""
-    return next((module for module in modules if name.startswith(f"{module}.")), None)
-
-
-def _promised(adapter: AdapterFolder, modules: dict[str, nn.Module]) -> list[str]:
-    """Return the modules for which a configuration promises an adapter, by PEFT's rule.
-
-    Not with `layers_to_transform`, whose rule has changed between versions: there the tensors
-    alone say it.
-    """
-    config = adapter.config
-    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
-    if targets is None or targets == "all-linear" or config.get("layers_to_transform") is not None:
-        return []
-    in_full = config.get("modules_to_save") or []
-    return [
-        name
-        for name, module in modules.items()
-        if layer_for(module, layers_of(adapter.type))
-        and matches(targets, name)
-        and not matches(excluded, name)
-        and not any(inside(name, top) for top in in_full)
-    ]
-
-
-def _check_layer(
-    name: str,
-    tensors: dict[str, Tensor],
-    modules: dict[str, nn.Module],
-    adapter: AdapterFolder,
-    layers: Layers,
-) -> tuple[list[Problem], Target | None, dict[str, Shape] | None]:
-    """Return what is wrong with the tensors of a layer, or the target that they make.
-
-    With a target come the shapes of its parameters, where the configuration asks for others than
-    those that such layers have.
-    """
-    module = modules.get(name)
-    if module is None:
-        what = f"the adapter is for `{name}`, which in the model is not there"
-        return [Problem(what, hint=_joined(name, modules))], None, None
-    layer = layer_for(module, layers)
-    if layer is None:
-        kind = f"is a {type(module).__name__}, which no adapter fits"
-        hint = None
-        if isinstance(module, nn.Linear | nn.Embedding):  # PEFT has a layer for it
-            hint = "this tool has no low-rank layer for it: merge the adapter in PEFT"
-        return (
-            [Problem(f"the adapter is for `{name}`, which in the model {kind}", hint=hint)],
-            None,
-            None,
-        )
-    # a folder of this tool has a manifest, and its updates are computed as the base is
-    if not adapter.verified and (difference := convolution_difference(module, adapter.config)):
-        what = f"the convolution `{name}` {difference}"
-        hint = "no merged weight is equal to it: use the adapter in PEFT"
-        return [Problem(what, hint=hint)], None, None
-    config, shown = adapter.config, layer.rank_of(tensors)
-    stated = int(first_match(config.get("rank_pattern") or {}, name, config.get("r", shown or 8)))
-    rank = stated if shown is None else shown
-    if stated != rank:
-        hint = TOGETHER
-        if config.get("ensure_weight_tying"):
-            hint = "with `ensure_weight_tying`, PEFT gives a tied module the rank of the other"
-        what = f"`{name}` has rank {rank}, its configuration says {stated}"
-        return [Problem(what, hint=hint)], None, None
-    target = Target(name, rank, alpha_of(config, name))
-    if problems := shape_problem(module, target, layers):
-        return problems, None, None
-    shapes = layer.configured_shapes(module, rank, config)
-    needed = layer.peft_shapes(module, rank) if shapes is None else shapes
-    if needed.keys() != tensors.keys():
-        what, hint = f"`{name}` has {', '.join(tensors)}, its configuration says", TOGETHER
-        if adapter.path.is_file():  # of another tool, without a configuration
-            what, hint = f"`{name}` has {', '.join(tensors)}, and such an update needs", ANEW
-        return [Problem(f"{what} {', '.join(needed)}", hint=hint)], None, None
-    problems = [
-        Problem(f"{key} of `{name}` is {tuple(tensors[key].shape)}, the model needs {shape}")
-        for key, shape in needed.items()
-        if tuple(tensors[key].shape) != shape
-    ]
-    return problems, target, shapes
-
-
-def _joined(name: str, modules: dict[str, nn.Module]) -> str | None:
-    """Return a hint where a module is not there since the model holds its experts as one tensor."""
-    before, is_expert, _ = name.rpartition(".experts.")
-    experts = modules.get(f"{before}.experts") if is_expert else None
-    if experts is None or not any(p.ndim == 3 for p in experts.parameters(recurse=False)):
-        return None
-    return "an adapter of single experts is read where it has all of them, as LoRA's A and B"

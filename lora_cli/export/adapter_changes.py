@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.load_adapter import chosen_layers
+from lora_cli.adapters.check_adapter import check_layers
 from lora_cli.adapters.lora import LoRAEmbedding, LoRALayer, LoRALinear, Shape
 from lora_cli.adapters.lora_parameter import LoRAParameter
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder, read_adapter
@@ -152,7 +152,7 @@ def changes_of(one: WeightedAdapter, model: nn.Module) -> AdapterChanges:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules(remove_duplicate=False))
     found = sort_tensors(adapter.tensors, kind, parameters)
-    chosen, _ = chosen_layers(found.of_layers, model, adapter, layers_of(kind))
+    chosen, _ = check_layers(found.of_layers, model, adapter, layers_of(kind))
     adapted = {}
     for site, (target, shapes) in chosen.items():
         of_layer = (kind, found.of_layers[site], shapes, use_rslora, one.weight)
