@@ -13,14 +13,12 @@ from torch import Tensor, nn
 
 from lora_cli.data.load_rows import Rows
 from lora_cli.data.pictures import require_pillow
-from lora_cli.errors import LoraError, Problem
 from lora_cli.models.base_model import mixed_precision
 from lora_cli.models.bundle import Bundle
 from lora_cli.models.diffusion_base import DiffusionBase, processor_hash, quiet_diffusers
 from lora_cli.models.diffusion_family import VAE, Conditions
 from lora_cli.recipe import Recipe
 from lora_cli.recipe.spec import FlowSpec
-from lora_cli.recipe.spec.text_to_image_spec import GUIDANCE
 from lora_cli.tasks.diffusion.caption_proposals import propose_captions
 from lora_cli.tasks.diffusion.captioned_pictures import (
     LATENTS,
@@ -28,6 +26,11 @@ from lora_cli.tasks.diffusion.captioned_pictures import (
     PRIOR,
     TEXTS,
     CaptionedPictures,
+)
+from lora_cli.tasks.diffusion.check_settings import (
+    check_keys,
+    check_longest_side,
+    check_resolution,
 )
 from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise, error_of
 from lora_cli.tasks.diffusion.drawing import Drawing, picture_name
@@ -74,13 +77,15 @@ class TextToImage(CaptionedPictures):
         require_pillow()
         self.read_config()
         self.tokenizers = self.base.tokenizers()
-        self._check_keys()
+        check_keys(self.recipe, self.spec, self.base.family)
         scheduler = self.base.noise_scheduler()
         if self.base.family.learns_flow:
             self.noise = FlowNoise(scheduler, self.spec.flow)
         else:
             self.noise = DiffusionNoise(scheduler, self.spec.snr_gamma)
-        self._check_sizes()
+        check_resolution(self.recipe, self.spec, self.base.family)
+        if "resolution" in self.spec.model_fields_set:
+            self._check_longest_side()
         self.note_cut_prompts()
         if self.spec.crop == "random" or self.spec.flip:
             self.notes.append("latents are computed in every step, as pictures are cut or mirrored")
@@ -95,46 +100,6 @@ class TextToImage(CaptionedPictures):
                 f"for this model is `evaluate.drawing.guidance_scale: {usual['guidance_scale']}`"
             )
 
-    def _check_keys(self) -> None:
-        """Reject keys of the recipe that change nothing for the base.
-
-        Raises:
-            LoraError: With each of them.
-        """
-        family, spec, at = self.base.family, self.spec, self.recipe.at
-        given: dict[str, Any] = {}
-        what, hint = f"has no meaning for {family.name}", "leave it out"
-        if family.learns_flow:
-            given = {"snr_gamma": spec.snr_gamma, "noise_offset": spec.noise_offset}
-            what += ", which learns by flow matching"
-            hint += "; `task.flow` says how steps are drawn and weighted"
-        else:
-            given = {"flow": spec.flow}
-        wrong = [Problem(f"`{k}` {what}", at(f"task.{k}"), hint) for k, v in given.items() if v]
-        if spec.without_t5 and not family.optional:
-            what = f"`without_t5` has no meaning for {family.name}: it needs all its text encoders"
-            wrong.append(Problem(what, at("task.without_t5"), "leave it out"))
-        if spec.flow and spec.flow.guidance != GUIDANCE and not family.reads_guidance:
-            what = "`guidance` has no meaning for this model, which reads none"
-            wrong.append(Problem(what, at("task.flow.guidance"), "leave it out"))
-        if self.recipe.evaluate.drawing.negative_prompt and not family.has_negative_prompt:
-            what = f"`negative_prompt` has no meaning for {family.name}: it reads one text a step"
-            wrong.append(Problem(what, at("evaluate.drawing.negative_prompt"), "leave it out"))
-        if wrong:
-            raise LoraError(wrong)
-
-    def _check_sizes(self) -> None:
-        """Reject sizes of pictures that the model cannot read."""
-        spec, side = self.spec, self.base.family.divisor
-        place = self.recipe.at("task.resolution")
-        if spec.resolution % side:
-            near = max(round(spec.resolution / side), 1) * side
-            what = f"`resolution: {spec.resolution}` is no multiple of {side} pixels, in which "
-            what += "steps the model draws"
-            raise LoraError(what, place, f"for example {near}")
-        if "resolution" in spec.model_fields_set:
-            self._check_longest_side()
-
     def learn_from(self, splits: dict[str, Rows]) -> None:
         """Check the usual sizes of pictures too, which no merge of an adapter needs."""
         if "resolution" not in self.spec.model_fields_set and hasattr(self, "base"):
@@ -142,14 +107,7 @@ class TextToImage(CaptionedPictures):
         super().learn_from(splits)
 
     def _check_longest_side(self) -> None:
-        """Reject pictures for which the model has no positions."""
-        spec, place = self.spec, self.recipe.at("task.resolution")
-        longest, most = max(map(max, self.sizes())), self.base.family.longest_side
-        if most is not None and longest > most:
-            what = f"pictures of up to {longest} pixels a side are too large for this model, which "
-            what += f"has positions for {most}"
-            other = ", or `task.max_aspect_ratio`" if spec.aspect_ratios else ""
-            raise LoraError(what, place, f"lower `task.resolution`{other}")
+        check_longest_side(self.recipe, self.spec, self.base.family, self.sizes())
 
     def read_config(self) -> None:
         """Read the configurations of the base's parts."""

@@ -1,0 +1,80 @@
+"""Check what a recipe sets against a base that draws: keys that it reads, sizes that it can draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lora_cli.errors import LoraError, Problem
+from lora_cli.models.diffusion_family import Family
+from lora_cli.recipe import Recipe
+from lora_cli.recipe.spec import TextToImageSpec
+from lora_cli.recipe.spec.text_to_image_spec import GUIDANCE
+
+
+def check_keys(recipe: Recipe, spec: TextToImageSpec, family: Family) -> None:
+    """Reject keys of the recipe that change nothing for the base.
+
+    Raises:
+        LoraError: With each of them.
+    """
+    at = recipe.at
+    given: dict[str, Any] = {}
+    what, hint = f"has no meaning for {family.name}", "leave it out"
+    if family.learns_flow:
+        given = {"snr_gamma": spec.snr_gamma, "noise_offset": spec.noise_offset}
+        what += ", which learns by flow matching"
+        hint += "; `task.flow` says how steps are drawn and weighted"
+    else:
+        given = {"flow": spec.flow}
+    wrong = [Problem(f"`{k}` {what}", at(f"task.{k}"), hint) for k, v in given.items() if v]
+    if spec.without_t5 and not family.optional:
+        what = f"`without_t5` has no meaning for {family.name}: it needs all its text encoders"
+        wrong.append(Problem(what, at("task.without_t5"), "leave it out"))
+    if spec.flow and spec.flow.guidance != GUIDANCE and not family.reads_guidance:
+        what = "`guidance` has no meaning for this model, which reads none"
+        wrong.append(Problem(what, at("task.flow.guidance"), "leave it out"))
+    if recipe.evaluate.drawing.negative_prompt and not family.has_negative_prompt:
+        what = f"`negative_prompt` has no meaning for {family.name}: it reads one text a step"
+        wrong.append(Problem(what, at("evaluate.drawing.negative_prompt"), "leave it out"))
+    if wrong:
+        raise LoraError(wrong)
+
+
+def check_resolution(recipe: Recipe, spec: TextToImageSpec, family: Family) -> None:
+    """Reject a resolution in pixels that is no multiple of the steps in which the model draws.
+
+    Raises:
+        LoraError: With the nearest one.
+    """
+    side = family.divisor
+    if spec.resolution % side:
+        near = max(round(spec.resolution / side), 1) * side
+        what = f"`resolution: {spec.resolution}` is no multiple of {side} pixels, in which "
+        what += "steps the model draws"
+        raise LoraError(what, recipe.at("task.resolution"), f"for example {near}")
+
+
+def check_longest_side(
+    recipe: Recipe,
+    spec: TextToImageSpec,
+    family: Family,
+    sizes: Sequence[tuple[int, int]],
+) -> None:
+    """Reject pictures for which the model has no positions.
+
+    Args:
+        recipe: The recipe.
+        spec: Its task.
+        family: The base's kind of model.
+        sizes: Of the pictures (width, height), in pixels.
+
+    Raises:
+        LoraError: If one has a side that is too long.
+    """
+    longest, most = max(map(max, sizes)), family.longest_side
+    if most is not None and longest > most:
+        what = f"pictures of up to {longest} pixels a side are too large for this model, which "
+        what += f"has positions for {most}"
+        other = ", or `task.max_aspect_ratio`" if spec.aspect_ratios else ""
+        raise LoraError(what, recipe.at("task.resolution"), f"lower `task.resolution`{other}")
