@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 from lora_cli.tasks.diffusion import captioned_pictures
+from lora_cli.tasks.diffusion.check_settings import check_keys
 from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise
 from lora_cli.tasks.diffusion.drawing import picture_name
 from lora_cli.tasks.diffusion.flow_noise import FlowNoise
@@ -664,10 +665,10 @@ def test_keys_that_change_nothing_for_the_base_are_named(
 ) -> None:
     made = task(family=family, **values)
     if not keys:
-        made._check_keys()
+        check_keys(made.recipe, made.spec, made.base.family)
         return
     with pytest.raises(LoraError) as caught:
-        made._check_keys()
+        check_keys(made.recipe, made.spec, made.base.family)
     assert [problem.at.partition(" ")[0] for problem in caught.value.problems] == keys
 
 

@@ -83,9 +83,7 @@ class TextToImage(CaptionedPictures):
             self.noise = FlowNoise(scheduler, self.spec.flow)
         else:
             self.noise = DiffusionNoise(scheduler, self.spec.snr_gamma)
-        check_resolution(self.recipe, self.spec, self.base.family)
-        if "resolution" in self.spec.model_fields_set:
-            self._check_longest_side()
+        self._check_sizes()
         self.note_cut_prompts()
         if self.spec.crop == "random" or self.spec.flip:
             self.notes.append("latents are computed in every step, as pictures are cut or mirrored")
@@ -99,6 +97,11 @@ class TextToImage(CaptionedPictures):
                 f"pictures are drawn with `guidance_scale: {drawing.guidance_scale}`, and usual "
                 f"for this model is `evaluate.drawing.guidance_scale: {usual['guidance_scale']}`"
             )
+
+    def _check_sizes(self) -> None:
+        check_resolution(self.recipe, self.spec, self.base.family)
+        if "resolution" in self.spec.model_fields_set:
+            self._check_longest_side()
 
     def learn_from(self, splits: dict[str, Rows]) -> None:
         """Check the usual sizes of pictures too, which no merge of an adapter needs."""

@@ -1,4 +1,4 @@
-"""Check what a recipe sets against a base that draws: keys that it reads, sizes that it can draw."""
+"""Check what a recipe sets for drawing against its base: the keys, and the sizes of pictures."""
 
 from __future__ import annotations
 
