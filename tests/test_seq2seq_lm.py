@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
+    M2M100ForConditionalGeneration,
+    M2M100Tokenizer,
     ProphetNetConfig,
     ProphetNetForConditionalGeneration,
 )
@@ -72,6 +75,53 @@ def opened(path: Path, *overrides: str) -> tuple[Any, Any, Any]:
     model = model.double().eval()
     task.fit_to_model(model)
     return task, model, split
+
+
+def save_m2m100(folder: Path) -> Path:
+    """Save a model as M2M100's with its own tokenizer, which reads by sentencepiece."""
+    sentencepiece, model = pytest.importorskip("sentencepiece"), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(tiny.CORPUS * 3), model_writer=model, vocab_size=90,
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    folder.mkdir()
+    (folder / "sentencepiece.bpe.model").write_bytes(model.getvalue())
+    read = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = [read.id_to_piece(i) for i in range(3, read.get_piece_size())]
+    vocabulary = {name: i for i, name in enumerate(["<s>", "<pad>", "</s>", "<unk>", *pieces])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    files = {"vocab_file": "vocab.json", "spm_file": "sentencepiece.bpe.model"}
+    M2M100Tokenizer(**{k: str(folder / v) for k, v in files.items()}).save_pretrained(folder)
+    config = translators.model("nllb").config
+    config.vocab_size = len(vocabulary) + 108  # of 100 languages, and 8 that nothing stands for
+    built = tiny.enliven(M2M100ForConditionalGeneration(config), 0)
+    built.save_pretrained(folder)
+    return folder
+
+
+def test_the_tokenizer_of_m2m100_reads_and_writes_as_in_transformers(tmp_path: Path) -> None:
+    base = save_m2m100(tmp_path / "m2m100")
+    path = write_recipe(
+        tmp_path, "nllb", task={"source_language": "en", "target_language": "de"},
+        model={"name": str(base)},
+    )  # fmt: skip
+    task, model, split = opened(path)
+    theirs = AutoTokenizer.from_pretrained(base)
+    theirs.src_lang, theirs.tgt_lang = "en", "de"
+    for row, example in zip(ROWS, split.examples, strict=True):
+        assert example["input_ids"] == theirs(row["source"]).input_ids
+        assert example["labels"] == theirs(text_target=row["target"]).input_ids
+    said = [text for (text,) in task.answer(model, ROWS)]
+    for row, text in zip(ROWS, said, strict=True):
+        with torch.no_grad():
+            (ids,) = model.generate(
+                **theirs(row["source"], return_tensors="pt"), max_new_tokens=12,
+                forced_bos_token_id=theirs.get_lang_id("de"), suppress_tokens=[1],
+            )  # fmt: skip
+        assert ids[1] == theirs.get_lang_id("de")
+        assert text == theirs.decode(ids[2:], skip_special_tokens=True).strip()
+    assert all(said)
+    assert not any(text.startswith("__de__") for text in said)
 
 
 @pytest.fixture(scope="module", params=translators.KINDS)

@@ -174,11 +174,10 @@ def _written(
     if how.positions is not None:
         room = max(min(room, how.positions - 1), 1)
     first: dict[str, Any] = {}
-    given = 1
+    given = 1 + len(how.begin)  # which are no words: some tokenizers do not know that of a code
     if len(how.begin) == 1:
         first["forced_bos_token_id"] = how.begin[0]
     elif how.begin:
-        given = 1 + len(how.begin)
         row = torch.tensor([[start, *how.begin]], device=device)
         first["decoder_input_ids"] = row.expand(count, -1)
         room = max(room - len(how.begin), 1)

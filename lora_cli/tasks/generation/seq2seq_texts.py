@@ -74,6 +74,8 @@ class SourcesAndTargets:
         self._reader: Any = reader
         if reader.is_fast:
             self._reader = PreTrainedTokenizerFast(tokenizer_object=reader.backend_tokenizer)
+        elif has_languages(reader):  # without them, M2M100's reads no target
+            self._reader = _with_languages(spec, reader)
         # a space at its end belongs to the word that follows
         prefix = spec.prefix.rstrip()
         self._prefix = self._read("source", [prefix])[0] if prefix else []
