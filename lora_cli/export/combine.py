@@ -1,8 +1,7 @@
 """Several adapters of one base -> one adapter, which is written as `lora train` writes one.
 
-Only low-rank matrices are combined. What decides the computation besides them has to be the same in
-all of them: the base, the task, the labels. Heads and other modules trained in full are never
-averaged: they are equal, or the user says whose is taken.
+Only low-rank matrices are combined; heads and other modules trained in full are never averaged.
+What has to be the same in all adapters is checked in `combine_sources`.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_cli import __version__
 from lora_cli.adapters.find_adapter import shown_name
 from lora_cli.adapters.peft_format.adapter_folder import (
@@ -25,16 +22,20 @@ from lora_cli.adapters.peft_format.adapter_folder import (
     write_adapter_files,
 )
 from lora_cli.adapters.peft_format.tensor_names import without_prefix
-from lora_cli.errors import IntegrityError, LoraError, Problem, warn
+from lora_cli.errors import IntegrityError, LoraError
 from lora_cli.export.adapter_changes import WeightedAdapter
 from lora_cli.export.combine_methods import Method, combine_pairs, concatenated
 from lora_cli.export.combine_names import BY_SVD, METHODS
+from lora_cli.export.combine_sources import (
+    Source,
+    differing_settings,
+    modules_in_full,
+    read_source,
+    require_same_use,
+)
 from lora_cli.export.low_rank_pairs import (
-    AdapterParts,
     Pair,
-    is_plain_lora,
     of_one_rank,
-    parts_of,
     peft_tensors_of,
     plain_config,
     squared_norms,
@@ -45,29 +46,12 @@ from lora_cli.files import new_folder, write_json
 from lora_cli.recipe import (
     COMPUTATION_FILE,
     RECIPE_FILE,
-    Recipe,
-    computing_values,
     dump_recipe,
-    load_adapter_recipe,
-    read_computation,
 )
 from lora_cli.reporting.model_card import code_span, write_derived_card
 
 COMBINE_FILE = "combine.json"
 EXACT = 1e-5  # relative distance of an update that is what the adapters add together
-MUST_AGREE = ("task.type", "task.labels", "task.problem")
-
-
-@dataclass
-class Source:
-    """One of the adapters that are combined."""
-
-    name: str
-    """The folder as it was typed."""
-    saved: AdapterFolder
-    recipe: Recipe | None
-    parts: AdapterParts
-    weight: float
 
 
 @dataclass
@@ -104,9 +88,9 @@ def combine_adapters(
     """
     weights = list(weights or [1.0] * len(adapters))
     with locked_target(to):
-        sources = [_source(path, w) for path, w in zip(adapters, weights, strict=True)]
-        _require_same_use(sources)
-        in_full, top_names = _in_full(sources, head)
+        sources = [read_source(path, w) for path, w in zip(adapters, weights, strict=True)]
+        require_same_use(sources)
+        in_full, top_names = modules_in_full(sources, head)
         _require_ranks(sources, method)
         pairs = _combined(sources, method)
         distance = _distance(sources, pairs)
@@ -123,7 +107,7 @@ def combine_adapters(
             write_adapter_files(folder, config, tensors, parts)
             _write_origin(folder, first, config, made_of, to)
         read_adapter(to)
-    return CombineResult(to, len(pairs), config["r"], distance, _notes(sources))
+    return CombineResult(to, len(pairs), config["r"], distance, differing_settings(sources))
 
 
 def run_together(
@@ -142,9 +126,9 @@ def run_together(
     Raises:
         LoraError: If the adapters cannot be added, with every reason.
     """
-    sources = [_source(path, weight) for path, weight in zip(adapters, weights, strict=True)]
-    _require_same_use(sources)
-    in_full, top_names = _in_full(sources, head)
+    sources = [read_source(path, weight) for path, weight in zip(adapters, weights, strict=True)]
+    require_same_use(sources)
+    in_full, top_names = modules_in_full(sources, head)
     pairs = _combined(sources, Method("cat"))
     first = sources[0].saved
     config = plain_config(first.config, pairs, top_names)
@@ -160,161 +144,6 @@ def run_together(
         is_taken = source.parts.in_full is in_full
         each.append(WeightedAdapter(saved, source.weight, is_taken, left_out))
     return joint, each
-
-
-def _source(path: Path, weight: float) -> Source:
-    """Read one of the adapters, which has to be a plain LoRA."""
-    saved = read_adapter(path)
-    if saved.file is not None:
-        what = "a file of another tool has names of its own, which only the base tells"
-        hint = (
-            f"make a folder of it: `lora export --adapter {path} --for peft --to DIR --base BASE`"
-        )
-        raise LoraError(what, str(path), hint)
-    if saved.type != "lora":
-        what = f"an adapter of type `{saved.type}` cannot be combined with others"
-        hint = "only LoRA's updates can be added: merge it into its base alone, with `lora merge`"
-        raise LoraError(what, str(path), hint)
-    if not is_plain_lora(saved):
-        what = "an adapter of single parameters (experts) cannot be combined with others"
-        if saved.config.get("trainable_token_indices"):
-            what = "an adapter with trained rows of tokens cannot be combined with others"
-        hint = "merge it into its base alone, with `lora merge`"
-        raise LoraError(what, str(path), hint)
-    parts = parts_of(saved)
-    if saved.config.get("bias") not in (None, "none") or parts.biases:
-        what = "it has trained biases, and no method combines those"
-        hint = (
-            "train it with `adapter.bias: none`, or merge it into its base alone, with `lora merge`"
-        )
-        raise LoraError(what, str(path), hint)
-    if grouped := [name for name, pair in parts.pairs.items() if pair.is_grouped]:
-        what = f"`{grouped[0]}` is a convolution of several groups, whose updates cannot be added"
-        raise LoraError(what, str(path), "train without it: `adapter.exclude_modules`")
-    recipe = load_adapter_recipe(path) if (path / RECIPE_FILE).is_file() else None
-    return Source(shown_name(path), saved, recipe, parts, weight)
-
-
-# ------------------------------------------------------------------------------- what must agree
-
-
-def _require_same_use(sources: list[Source]) -> None:
-    """Reject adapters of different bases, tasks or labels, with every difference.
-
-    Raises:
-        LoraError: If there is one.
-    """
-    first, problems = sources[0], []
-    for other in sources[1:]:
-        if what := _other_base(first, other):
-            hint = "combine adapters that were trained on one base; `base.json` says on which"
-            problems.append(Problem(what, other.name, hint))
-        if what := _other_task(first, other):
-            hint = "only adapters of the same task, with the same labels in the same order, can be "
-            problems.append(Problem(what, other.name, f"{hint}combined"))
-        shapes = {name: pair.a.shape[1:] for name, pair in first.parts.pairs.items()}
-        for name, pair in other.parts.pairs.items():
-            if shapes.get(name, pair.a.shape[1:]) != pair.a.shape[1:]:
-                what = f"`{name}` has other dimensions than in {first.name}"
-                problems.append(Problem(what, other.name, "are they of the same base?"))
-                break
-    if problems:
-        raise LoraError(problems)
-
-
-def _other_base(first: Source, other: Source) -> str | None:
-    """Return how the bases of two adapters differ, else None."""
-    ours, theirs = first.saved.base, other.saved.base
-    if ours is not None and theirs is not None:
-        if tensors := ours.differing(theirs, (*first.parts.in_full, *other.parts.in_full)):
-            return (
-                f"it was trained on `{theirs.name}`, which is not the base of {first.name}, "
-                f"`{ours.name}`: `{tensors[0]}` differs"
-            )
-    else:
-        named = [_named_base(one) for one in (first, other)]
-        if named[0] != named[1]:
-            return f"it was trained on `{named[1]}`, and {first.name} on `{named[0]}`"
-        warn(f"whether {first.name} and {other.name} have the same base could not be verified")
-    facts = [read_computation(one.saved.path) for one in (first, other)]
-    if facts[0] is None or facts[1] is None:
-        return None
-    for key, words in (("tokenizer", "tokenizer"), ("processor", "processor of inputs")):
-        if facts[0]["base"].get(key) != facts[1]["base"].get(key):
-            return f"it was trained with another {words} than {first.name}"
-    return None
-
-
-def _named_base(source: Source) -> str | None:
-    """Return the base that PEFT's configuration names, with its revision if it has one."""
-    config = source.saved.config
-    revision = config.get("revision") or "main"
-    name: str | None = config.get("base_model_name_or_path")
-    return name if revision == "main" else f"{name}@{revision}"
-
-
-def _other_task(first: Source, other: Source) -> str | None:
-    """Return how the tasks of two adapters differ, else None."""
-    kinds = [one.saved.config.get("task_type") for one in (first, other)]
-    if kinds[0] != kinds[1]:
-        return f"it was trained for `{kinds[1]}`, and {first.name} for `{kinds[0]}`"
-    if first.recipe is None or other.recipe is None:
-        return None
-    ours, theirs = computing_values(first.recipe), computing_values(other.recipe)
-    for key in MUST_AGREE:
-        if ours.get(key) != theirs.get(key):
-            return f"its `{key}` is {theirs.get(key)}, and that of {first.name} {ours.get(key)}"
-    return None
-
-
-def _notes(sources: list[Source]) -> list[str]:
-    """Return which other settings differ, of which those of the first adapter are kept."""
-    first, lines = sources[0], []
-    for other in sources[1:]:
-        if first.recipe is None or other.recipe is None:
-            continue
-        ours, theirs = computing_values(first.recipe), computing_values(other.recipe)
-        ours["model.quantization"] = first.recipe.model.quantization
-        theirs["model.quantization"] = other.recipe.model.quantization
-        lines += [
-            f"`{key}` is {ours[key]} in {first.name} and {theirs[key]} in {other.name}: "
-            "the first is kept"
-            for key in ours
-            if key.startswith(("task.", "model.")) and key in theirs and ours[key] != theirs[key]
-        ]
-    return lines
-
-
-def _in_full(
-    sources: list[Source], head: Path | None
-) -> tuple[dict[str, torch.Tensor], list[str] | None]:
-    """Return the modules trained in full, which are equal in all, or those of the chosen adapter.
-
-    Raises:
-        LoraError: If they differ and none is chosen, or the choice is not one of the adapters.
-    """
-    chosen = sources[0]
-    if head is not None:
-        same = [s for s in sources if s.saved.path.absolute() == head.absolute()]
-        if not same:
-            names = ", ".join(source.name for source in sources)
-            raise LoraError(f"{head} is not one of the adapters", "--head", f"choose of {names}")
-        chosen = same[0]
-    elif (other := next((s for s in sources[1:] if _differ(sources[0], s)), None)) is not None:
-        tops = sorted({n.rpartition(".")[0] for s in (chosen, other) for n in s.parts.in_full})
-        shown = ", ".join(f"`{name}`" for name in tops[:3]) + (", …" if len(tops) > 3 else "")
-        raise LoraError(
-            f"{shown}, trained in full, differs between {chosen.name} and {other.name}",
-            "--head",
-            f"such modules are not averaged; say whose to take: `--head {chosen.name}`",
-        )
-    return chosen.parts.in_full, chosen.saved.config.get("modules_to_save")
-
-
-def _differ(one: Source, other: Source) -> bool:
-    """Return whether two adapters have other modules trained in full, or others' values."""
-    ours, theirs = one.parts.in_full, other.parts.in_full
-    return ours.keys() != theirs.keys() or any(not torch.equal(ours[n], theirs[n]) for n in ours)
 
 
 # ------------------------------------------------------------------------------------- combining
