@@ -196,6 +196,18 @@ def test_questions_and_answers_with_a_label_are_pairs(
     assert (recipe.task.text_column, recipe.task.text_pair_column) == (asked, answered)
 
 
+@pytest.mark.parametrize("answers", [("Yes<|endoftext|>", "No<|endoftext|>"), ("a;b", "b", "a")])
+def test_completions_are_not_divided_into_labels(init: Init, answers: tuple[str, ...]) -> None:
+    rows = [{"prompt": t, "completion": answers[i % len(answers)]} for i, t in enumerate(T)]
+    recipe = init("t0.jsonl", lines(rows), "llama")
+    assert (recipe.task.prompt_column, recipe.task.completion_column) == ("prompt", "completion")
+
+
+def test_labels_that_hold_a_token_are_not_divided(init: Init) -> None:
+    rows = [{"text": t, "label": ["Yes<|end|>", "No<|end|>"][i % 2]} for i, t in enumerate(T)]
+    assert init("marked.jsonl", lines(rows)).task.labels == ["No<|end|>", "Yes<|end|>"]
+
+
 def test_an_object_that_holds_all_rows_is_named(init: Init) -> None:
     whole = json.dumps({"version": "1.1", "data": [{"title": t, "n": 1} for t in T]})
     with pytest.raises(LoraError, match="stand inside `data`") as caught:

@@ -37,6 +37,7 @@ GROUP_NAME = re.compile(
     r"(?i)(.*[_\W])?(customer|client|user|author|conversation|session|thread|patient|document|doc|"
     r"dialog(ue)?|speaker|ticket|account|product|group|family)s?([_ ]?(id|name|no|nr|key))?"
 )
+MARK = re.compile(r"<\|[^<>|]+\|>|</?\w+>")  # a token of a tokenizer, or of HTML
 TALK = re.compile(r"(?i)conversations?|conv|messages|dialog(ue)?s?|chats?|turns|rounds|talks?")
 FILE_NAME = re.compile(
     r"(?i)\S[^\n]*\.(?P<kind>wav|mp3|flac|ogg|opus|m4a|png|jpe?g|gif|bmp|tiff?|webp|mp4|avi)"
@@ -333,6 +334,8 @@ def _separator(column: Column) -> str | None:
     nowhere, and in prose they are too many. Where each part is a label of other rows by itself, one
     row with several labels is enough.
     """
+    if any(MARK.search(value) for value in column.counts):  # `Yes<|endoftext|>` is one label
+        return None
     for separator in (*SEPARATORS[:-1], *BETWEEN):
         divisions = [divided(value, separator) for value in column.counts]
         composed = [division for division in divisions if len(division) > 1]

@@ -246,7 +246,8 @@ def prompts(by_name: dict[str, Column]) -> Proposal | None:
         strong = prompt == "prompt"  # no other task calls its columns so
         if asked is None or said is None or asked.kind in ("other", "list", "blank"):
             continue
-        if said.kind == "text" or (strong and said.kind not in ("other", "list", "blank")):
+        is_one = said.kind not in ("other", "list", "blank") or said.separator is not None
+        if said.kind == "text" or (strong and is_one):
             return prompt_and_completion(asked, said)
         if said.rows_per_value < 2 and said.kind in ("category", "number", "id"):
             return prompt_and_completion(asked, said)
