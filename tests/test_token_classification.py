@@ -1,3 +1,5 @@
+"""Finding entities: alignment, rows and labels, loss and answers, drafts, the report."""
+
 from __future__ import annotations
 
 import json
@@ -17,17 +19,14 @@ import torch
 from accelerate import Accelerator
 from closeness import assert_close, assert_different
 from peft import PeftModel
+from test_entity_tags import ENTITIES, SCHEMES
 from transformers import AutoModelForTokenClassification, BertForTokenClassification
 
-from lora_cli.data.conll import is_conll, read_conll
-from lora_cli.data.entity_spans import Span, end_inside_words, read_spans, words_of
+from lora_cli.data.entity_spans import Span, end_inside_words
 from lora_cli.data.entity_tags import (
-    Beginnings,
-    Entity,
     entities_of,
     iob2_labels,
     iob2_tags,
-    tag_error,
 )
 from lora_cli.data.numbered_labels import label_names
 from lora_cli.errors import LoraError
@@ -38,9 +37,9 @@ from lora_cli.evaluation.evaluate_split import evaluate
 from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.evaluation.predict import answer, answer_file
 from lora_cli.export.merge import merge_adapter
-from lora_cli.metrics.entity_scores import entity_scores, entity_sums
+from lora_cli.metrics.entity_scores import entity_scores
 from lora_cli.preprocessing.encode import check_data, load_data
-from lora_cli.recipe import FormatSpec, HeldOutSpec, Recipe, load_adapter_recipe, load_recipe
+from lora_cli.recipe import HeldOutSpec, Recipe, load_adapter_recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe
 from lora_cli.reporting.page_entities import entity_sections, per_type
 from lora_cli.tasks import build_task
@@ -103,269 +102,6 @@ def model_of(task: Task, seed: int = 0) -> torch.nn.Module:
     model, _ = task.load_model(CPU)
     tiny.enliven(model, seed)
     return model.double().eval()
-
-
-# ------------------------------------------------------------------------------------- schemes
-
-ENTITIES = [Entity(0, 1, "PER"), Entity(2, 4, "LOC"), Entity(4, 5, "LOC"), Entity(6, 9, "PER")]
-SCHEMES = {
-    "iob2": "B-PER O B-LOC I-LOC B-LOC O B-PER I-PER I-PER",
-    "iob1": "I-PER O I-LOC I-LOC B-LOC O I-PER I-PER I-PER",
-    "iobes": "S-PER O B-LOC E-LOC S-LOC O B-PER I-PER E-PER",
-    "bilou": "U-PER O B-LOC L-LOC U-LOC O B-PER I-PER L-PER",
-}
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_scheme_is_read_and_recognised(scheme: str) -> None:
-    tags = SCHEMES[scheme].split()
-    assert entities_of(tags) == ENTITIES
-    name = "iobes" if scheme == "bilou" else scheme
-    assert Beginnings.of([tags] * 3).scheme == name
-    assert tag_error(tags, name) == ""  # type: ignore[arg-type]
-
-
-def test_io_joins_neighbours_of_one_type() -> None:
-    for tags in (["PER", "O", "LOC", "LOC", "PER"], ["I-PER", "O", "I-LOC", "I-LOC", "I-PER"]):
-        assert entities_of(tags) == [Entity(0, 1, "PER"), Entity(2, 4, "LOC"), Entity(4, 5, "PER")]
-        assert Beginnings.of([tags]).scheme == "io"
-        assert tag_error(tags, "io") == ""
-
-
-@pytest.mark.parametrize(
-    ("scheme", "tags", "what"),
-    [
-        ("iob2", "O I-PER", "tag 2, `I-PER`, continues an entity that no `B-PER` began"),
-        ("iob2", "B-LOC I-PER", "continues an entity that no `B-PER` began"),
-        ("iob2", "B-PER E-PER", "a prefix that only IOBES has, and the scheme is iob2"),
-        ("iob2", "PER O", "neither O nor a type with a prefix, such as `B-PER`"),
-        ("iob1", "o O", "`o`, is neither O nor"),
-        ("iob1", "S-PER", "only IOBES has"),
-        ("io", "O B-", "tag 2, `B-`, has a prefix, and no type after it"),
-        ("io", "O B-PER", "begins with B, which IO does not have"),
-        ("iobes", "O I-PER E-PER", "tag 2, `I-PER`, continues an entity that no `B-PER` began"),
-        ("iobes", "E-PER", "continues an entity that no `B-PER` began"),
-        ("iobes", "B-PER O", "tag 2, `O`, follows `B-PER`, which no `E-PER` has ended"),
-        ("iobes", "B-PER S-PER", "which no `E-PER` has ended"),
-        ("iobes", "B-PER E-LOC", "continues an entity that no `B-LOC` began"),
-        ("iobes", "O B-PER I-PER", "the last tag is `I-PER`, which no `E-PER` has ended"),
-    ],
-)
-def test_tags_that_break_their_scheme_are_named(scheme: Any, tags: str, what: str) -> None:
-    assert what in tag_error(tags.split(), scheme)
-
-
-def test_tags_of_one_type_may_be_prefixes_alone() -> None:
-    tags = ["B", "I", "O", "B"]
-    assert entities_of(tags) == [Entity(0, 2, "entity"), Entity(3, 4, "entity")]
-    assert Beginnings.of([tags]).scheme == "iob2"
-    assert tag_error(tags, "iob2") == ""
-    assert "no `B-entity` began" in tag_error(["O", "I"], "iob2")
-
-
-def test_iob2_is_read_back_as_it_was_written() -> None:
-    draw = random.Random(0)
-    for _ in range(200):
-        at, entities = 0, []
-        while at < 12:
-            length = draw.randint(1, 3)
-            if draw.random() < 0.5:
-                entities.append(Entity(at, at + length, draw.choice("AB")))
-            at += length
-        tags = iob2_tags(entities, 15)
-        assert entities_of(tags) == entities
-        assert tag_error(tags, "iob2") == ""
-
-
-def counted_by_hand(tags: Sequence[str]) -> set[tuple[int, int, str]]:
-    """conlleval's two conditions, written out: where a chunk begins, and where one ends."""
-    found, start = set(), None
-    pairs = [("O", ""), *((t[:1], t[2:]) for t in tags), ("O", "")]
-    for i in range(1, len(pairs)):
-        (p, kind_before), (q, kind) = pairs[i - 1], pairs[i]
-        ends = p in "BIES" and (q in "BSO" or p in "ES" or kind_before != kind)
-        begins = q in "BS" or (q in "IE" and (p in "ESO" or kind_before != kind))
-        if ends and start is not None:
-            found.add((start, i - 1, kind_before))
-            start = None
-        if begins:
-            start = i - 1
-    return found
-
-
-def test_scores_are_those_of_an_own_count_of_entities() -> None:
-    draw = random.Random(1)
-    kinds = ["O", "O", *(f"{p}-{k}" for p in "BI" for k in ("X", "Y"))]
-    rows = [[draw.choice(kinds) for _ in range(draw.randint(1, 12))] for _ in range(60)]
-    other = [[t if draw.random() < 0.7 else draw.choice(kinds) for t in row] for row in rows]
-    said, wanted = (
-        {(i, *e) for i, row in enumerate(x) for e in counted_by_hand(row)} for x in (other, rows)
-    )
-    assert said == {
-        (i, e.start, e.end, e.label) for i, row in enumerate(other) for e in entities_of(row)
-    }
-    right = len(said & wanted)
-    precision, recall = right / len(said), right / len(wanted)
-    found = entity_scores(other, rows)
-    assert found["precision"] == pytest.approx(precision)
-    assert found["recall"] == pytest.approx(recall)
-    assert found["f1"] == pytest.approx(2 * precision * recall / (precision + recall))
-    assert 0.1 < found["f1"] < 0.9
-    for name, value in found.items():
-        sums = [entity_sums(name, *pair) for pair in zip(other, rows, strict=True)]
-        assert sum(a for a, _ in sums) / sum(b for _, b in sums) == pytest.approx(value)
-    assert entity_scores([["O"]], [["O"]]) == {"f1": 0.0, "precision": 0.0, "recall": 0.0}
-
-
-# --------------------------------------------------------------------------------- CoNLL files
-
-SENTENCES = [{"tokens": ["EU", "rejects", "#"], "tags": ["B-ORG", "O", "O"]},
-             {"tokens": ["Ida"], "tags": ["B-PER"]}]  # fmt: skip
-FILES = {
-    "tabs": "EU\tB-ORG\nrejects\tO\n#\tO\n\nIda\tB-PER\n",
-    "spaces": "EU B-ORG\nrejects  O\n# O\n\nIda B-PER",
-    "windows": "EU\tB-ORG\r\nrejects\tO\r\n#\tO\r\n \t\r\nIda\tB-PER\r\n",
-    "a mark, and blank lines": "\ufeff\n\nEU B-ORG\nrejects O\n# O\n   \n\n\nIda B-PER\n\n\n",
-    "documents": "-DOCSTART- O\n\nEU B-ORG\nrejects O\n# O\n-DOCSTART- O\n\nIda B-PER\n",
-    "comments": "# sent_id = 1\n# text = EU\n#\nEU B-ORG\nrejects O\n# O\n\n# x = 2\nIda B-PER\n",
-    "a comment first": "# a title of words\nEU\tB-ORG\nrejects\tO\n#\tO\n\nIda\tB-PER\n",
-    "a header": "word\ttag\nEU\tB-ORG\nrejects\tO\n#\tO\n\nIda\tB-PER\n",
-    "comments of several marks": "## 1\n\n### a title\nEU B-ORG\nrejects O\n# O\n\nIda B-PER\n",
-    "comments of MultiCoNER": "# id 8f-3a\tdomain=en\nEU _ _ B-ORG\nrejects _ _ O\n# _ _ O\n\n"
-    "# id 9\tdomain=en\nIda _ _ B-PER\n",
-    "some lines with spaces": "EU\tB-ORG\nrejects O\n#\tO\n\nIda B-PER\n",
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_conll_files_are_read_in_their_dialects(name: str, tmp_path: Path) -> None:
-    file = tmp_path / "rows.conll"
-    file.write_text(FILES[name], encoding="utf-8", newline="")
-    rows = list(read_conll(file, FormatSpec()))
-    read = [{k: v for k, v in (row.columns or {}).items() if k[0] == "t"} for row in rows]
-    assert read == SENTENCES
-    assert not any(row.error for row in rows)
-
-
-def test_columns_of_conll_files_have_names(tmp_path: Path) -> None:
-    file = tmp_path / "rows.conll"
-    file.write_text("EU NNP B-NP B-ORG\n\nIda NN B-NP B-PER\n")
-    first = next(iter(read_conll(file, FormatSpec())))
-    columns = {"tokens": ["EU"], "column_2": ["NNP"], "column_3": ["B-NP"], "tags": ["B-ORG"]}
-    assert first.columns == columns
-    named = FormatSpec(columns=["word", "pos", "chunk", "ner"])
-    assert list(next(iter(read_conll(file, named))).columns or ()) == named.columns
-    with pytest.raises(LoraError, match=r"names 2 columns, and\s+the file has 4"):
-        list(read_conll(file, FormatSpec(columns=["a", "b"])))
-    file.write_text("EU\n\nIda\n")
-    assert [row.columns for row in read_conll(file, FormatSpec())] == [
-        {"tokens": ["EU"]}, {"tokens": ["Ida"]}
-    ]  # fmt: skip
-
-
-def test_words_that_are_marks_of_comments_are_kept(tmp_path: Path) -> None:
-    file = tmp_path / "rows.conll"
-    file.write_text("##\tO\nEU\tB-ORG\n\n###\tO\nEU\tB-ORG\n\n#\tO\n")
-    words = [(row.columns or {})["tokens"] for row in read_conll(file, FormatSpec())]
-    assert words == [["##", "EU"], ["###", "EU"], ["#"]]
-
-
-@pytest.mark.parametrize("start", [0, 1])
-def test_a_column_that_counts_the_words_is_not_taken_for_them(start: int, tmp_path: Path) -> None:
-    file, tagged = tmp_path / "rows.conll", ["Ida B-PER", "met O", "Ada B-PER"]
-    file.write_text("".join(f"{i} {line}\n" for i, line in enumerate(tagged, start)))
-    with pytest.raises(LoraError, match=r"the first of 3 columns counts the words") as error:
-        list(read_conll(file, FormatSpec()))
-    (problem,) = error.value.problems
-    names = re.findall(r"\w+", (problem.hint or "").partition("columns=")[2])
-    (row,) = read_conll(file, FormatSpec(columns=names))
-    assert (row.columns or {})["tokens"] == ["Ida", "met", "Ada"]
-    file.write_text("1 CD O\n2 CD O\n\nIda NN B-PER\nmet VB O\n3 CD O\n")
-    assert [len((row.columns or {})["tokens"]) for row in read_conll(file, FormatSpec())] == [2, 3]
-
-
-def test_universal_files_lose_their_ranges_and_empty_nodes(tmp_path: Path) -> None:
-    word = "{}\t{}\t_\tNOUN\t_\t_\t0\troot\t_\tO\n"
-    lines = [word.format(i, w) for i, w in (("1-2", "im"), (1, "in"), (2, "dem"), ("2.1", "x"))]
-    (tmp_path / "rows.conllu").write_text("# text = im\n" + "".join(lines))
-    (row,) = read_conll(tmp_path / "rows.conllu", FormatSpec())
-    assert row.columns is not None
-    assert (row.columns["tokens"], row.columns["misc"]) == (["in", "dem"], ["O", "O"])
-
-
-def test_a_line_with_other_columns_is_named_by_its_line(tmp_path: Path) -> None:
-    file = tmp_path / "rows.conll"
-    file.write_bytes(b"EU\tB-ORG\n\nIda\tB-PER\nmet\n\nna\xefve\tO\n")
-    rows = list(read_conll(file, FormatSpec()))
-    assert [(row.place, row.error) for row in rows] == [
-        ("rows.conll:1", ""),
-        ("rows.conll:3", "line 4 has 1 column where there are 2"),
-        ("rows.conll:6", "line 6: byte 0xef is not utf-8 text"),
-    ]
-
-
-def test_prose_and_tables_are_no_conll_files() -> None:
-    assert is_conll(["EU B-ORG", "x O", ""] * 5)
-    assert not is_conll(["a text O"] * 20)  # one tag only: what is there to find?
-    assert not is_conll(["Vitamin B-12 is good", "and so is O negative"] * 10)
-    assert not is_conll(["EU,B-ORG", "x,O"] * 10)
-
-
-# --------------------------------------------------------------------------------------- spans
-
-TEXT = "Ada met Ida."
-
-
-@pytest.mark.parametrize(
-    "spans",
-    [
-        [{"start": 8, "end": 11, "label": "PER"}, {"start": 0, "end": 4, "label": "PER"}],
-        [[0, 3, "PER"], [8, 11, "PER"]],
-        [{"id": 1, "start_offset": 0, "end_offset": 3, "label": "PER"},
-         {"id": 2, "start_offset": 7, "end_offset": 11, "label": " PER"}],
-        [{"start": 0, "end": 3, "text": "Ada", "labels": ["PER"]},
-         {"value": {"start": 8, "end": 11, "text": "Ida", "labels": ["PER"]}}],
-        [{"start": 0, "end": 3, "token_start": 0, "token_end": 0, "label": "PER"},
-         {"start": 8, "end": 11, "entity_group": "PER"}],
-        [{"start": 0, "end": 3, "entity": "Ada", "type": "PER"},
-         {"start": 8, "end": 11, "entity": "PER", "value": "Ida"}],
-    ],
-)  # fmt: skip
-def test_spans_are_read_as_tools_export_them(spans: list[Any]) -> None:
-    assert read_spans(spans, TEXT) == [Span(0, 3, "PER"), Span(8, 11, "PER")]
-
-
-@pytest.mark.parametrize(
-    ("spans", "what"),
-    [
-        (None, "holds null, not a list"),
-        ([3], "span 1 is a number, not start, end and label"),
-        ([[0, 3]], "span 1 has 2 parts"),
-        ([{"start": 0, "end": 3}], "span 1 has no label"),
-        ([{"start": 0, "label": "X"}], "span 1 has no `end`"),
-        ([{"start": 0.5, "end": 3, "label": "X"}], "no `start` that is a whole number"),
-        ([[0, 3, "X"], [8, 13, "X"]], "span 2, 8 to 13 (`X`), is not inside the text"),
-        ([[3, 3, "X"]], "is empty: an end is the place after the last character"),
-        ([{"start": 0, "end": 2, "text": "Ada", "label": "X"}], "lacks its last character"),
-        ([[-1, 3, "X"]], "is not inside"),
-        ([[3, 4, "X"]], "holds nothing but spaces"),
-        ([[4, 8, "X"], [0, 6, "Y"]], "two spans overlap: 0 to 6 (`Y`) and 4 to 7 (`X`)"),
-        ([{"start": 0, "end": 3, "labels": ["X", "Y"]}], "span 1 has 2 labels"),
-        ([{"start": 1, "end": 4, "text": "Ada", "label": "X"}], "`da` by its places, and `Ada`"),
-    ],
-)
-def test_what_is_wrong_with_spans_is_named(spans: Any, what: str) -> None:
-    found = read_spans(spans, TEXT)
-    assert isinstance(found, str)
-    assert what in found
-
-
-def test_a_typed_text_is_divided_into_words() -> None:
-    text = 'Ada\'s "e-mail" to @ida: 3.5 %, 東京へ行く。 (U.S.) ...'
-    words = [text[start:end] for start, end in words_of(text)]
-    shown = 'Ada\'s | " | e-mail | " | to | @ida | : | 3.5 | % | , | 東 | 京 | へ | 行 | く | 。'
-    assert words == [*shown.split(" | "), "(", "U.S", ".", ")", ".", ".", "."]
-    assert "".join(words) == "".join(text.split())
 
 
 # ------------------------------------------------------------------------ alignment and windows
