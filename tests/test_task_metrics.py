@@ -94,6 +94,12 @@ def test_code_runs_only_if_the_user_named_it_or_allowed_it(tmp_path: Any) -> Non
     assert len(problems(metrics=[*scripts, *hub, "accuracy"], of_adapter=True)) == 2
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+def test_the_loss_is_no_metric_to_name(trusted: bool) -> None:
+    found = problems(metrics=["accuracy", "loss"], trusted=trusted)
+    assert found == ["`loss` is measured always, and not named"]
+
+
 def test_names_are_checked_for_the_task() -> None:
     (problem,) = problems(metrics=["bleu"])
     assert "bleu" in problem

@@ -4,6 +4,7 @@ from lora_cli.metrics.builtin_metrics import Channel, MetricContext, is_exact_ma
 from lora_cli.metrics.final_answers import final_answer
 from lora_cli.metrics.metric_definitions import definition
 from lora_cli.metrics.metric_names import (
+    LOSS,
     builtin_value,
     check_metric_names,
     is_script,
@@ -16,6 +17,7 @@ from lora_cli.metrics.metric_names import (
 from lora_cli.metrics.metric_set import MetricSet
 
 __all__ = [
+    "LOSS",
     "Channel",
     "MetricContext",
     "MetricSet",

@@ -82,6 +82,9 @@ def builtin_value(
     return found[result] if isinstance(found, dict) else found
 
 
+LOSS = "loss"  # stands in every result beside the metrics
+
+
 def check_metric_names(
     names: Sequence[str],
     default_channel: Channel | None = None,
@@ -100,7 +103,10 @@ def check_metric_names(
     for name in dict.fromkeys(names):
         spec = SPECS.get(name)
         if spec is None:
-            if is_script(name) and not os.path.exists(os.path.expanduser(name)):
+            if name == LOSS:
+                hint = f"leave it out; `evaluate.best: {{metric: {LOSS}, mode: min}}` chooses by it"
+                problems.append(Problem(f"`{LOSS}` is measured always, and not named", at, hint))
+            elif is_script(name) and not os.path.exists(os.path.expanduser(name)):
                 what = f"there is no metric script `{name}`"
                 problems.append(Problem(what, at, name_neighbours(Path(name).expanduser())))
             continue

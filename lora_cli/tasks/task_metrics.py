@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from lora_cli.errors import Problem, did_you_mean
 from lora_cli.metrics import (
+    LOSS,
     Channel,
     MetricContext,
     check_metric_names,
@@ -97,7 +98,7 @@ class TaskMetrics(ABC):
         for name in names:
             if is_script(name) and recipe.origin.metrics_of_adapter:
                 problems.append(Problem(f"metric `{name}` is a Python script", at, allow))
-            elif not is_script(name) and name not in known_metrics():
+            elif not is_script(name) and name not in (LOSS, *known_metrics()):
                 what = f"metric `{name}` is not built in, and on the Hub metrics are Python code"
                 meant = did_you_mean(name, known_metrics(), "built in are")
                 problems.append(Problem(what, at, f"{meant}; or {allow}"))

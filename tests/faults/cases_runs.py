@@ -109,6 +109,7 @@ PLAIN: dict[tuple[str, str], Any] = {
         "train", checkpoint={"mirror": "gdrive://folder"}
     ),
     ("Metrics", "unknown"): _with("validate", evaluate={"metrics": ["acuracy"]}),
+    ("Metrics", "the loss"): _with("validate", evaluate={"metrics": ["accuracy", "loss"]}),
     ("Metrics", "of another task"): _with("validate", evaluate={"metrics": ["bleu"]}),
     ("Metrics", "of one label"): _with(
         "validate",
