@@ -106,7 +106,7 @@ def test_the_answer_stands_in_the_last_column_of_instructions(
     assert list(task.target_columns().values()) == [target]
     assert list(task.input_columns().values()) == ["instruction"]
     assert task.compared_columns()[0] == "instruction"
-    assert task.compared_columns()[-1] == target
+    assert task.compared_columns()[-2:] == [target, "history"]
 
 
 def field(columns: dict[str, str]) -> tuple[str, str]:
