@@ -220,6 +220,8 @@ TURKISH = "abcçdefgğhıijklmnoöprsştuüvyz"
         ("ABCÇDEFGĞHIİJKLMNOÖPRSŞTUÜVYZ", "ığdır izmir", "IĞDIR İZMİR"),
         (tiny_ctc.LETTERS.lower(), "I AM İN", "i am in"),
         (tiny_ctc.LETTERS, "i am", "I AM"),
+        (f"{tiny_ctc.LETTERS}İ", "i am", "I AM"),  # of a name in a text of another language
+        (f"{tiny_ctc.LETTERS.lower()}\u0131", "I AM", "i am"),
     ],
 )
 def test_the_capital_i_is_that_of_the_vocabulary(letters: str, text: str, wanted: str) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Container, Mapping
 PUNCTUATION = "PS"  # punctuation and symbols, by the first letter of Unicode's categories
 APOSTROPHE = "'"
 TYPED_APOSTROPHES = re.compile("(?<=\\w)[\u2019\u02bc\uff07\u00b4`](?=\\w)")
-# i without a dot, and g with a breve: where a language has both, I is a capital of the first
-DOTLESS = "\u0131\u011f"
+# i without a dot, g with a breve, s with a cedilla: in languages that have all three, the capital I
+# is that of the first, as in Turkish; in capitals, i with a dot comes first
+DOTLESS, DOTTED = "\u0131\u011f\u015f", "\u0130\u011e\u015e"
 # of the punctuation that is left out, what stands between two words: `yes—no`, `and/or`, `well...`
 GAPS = re.compile("[\u2012-\u2015\u2212/\\\\_…]|-{2,}|\\.{2,}")
 
@@ -54,7 +55,7 @@ class Letters:
         """
         text = unicodedata.normalize("NFC", text)
         if self.only_capitals:
-            text = (text.replace("i", "İ") if "İ" in self.ids else text).upper()
+            text = in_capitals(text, self.ids)
         elif self.only_small:
             text = in_lower_case(text, self.ids)
         return without_symbols(text, self.ids)
@@ -76,6 +77,12 @@ class Letters:
 def has_dotless(known: Container[str]) -> bool:
     """Return whether the capital I is that of the i without a dot, by known letters."""
     return all(letter in known for letter in DOTLESS)
+
+
+def in_capitals(text: str, known: Container[str]) -> str:
+    """Return a text in capital letters, as a language writes it that has the known letters."""
+    is_dotted = all(letter in known for letter in DOTTED)
+    return (text.replace("i", DOTTED[0]) if is_dotted else text).upper()
 
 
 def in_lower_case(text: str, known: Container[str]) -> str:
