@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lora_cli.data import detect_table
+from lora_cli.data.detect_format import read_data_file
 from lora_cli.data.detect_table import (
     FoundFormat,
     find_delimiter,
@@ -16,6 +17,7 @@ from lora_cli.data.detect_table import (
     is_number,
     records_of,
 )
+from lora_cli.errors import LoraError
 
 
 def found_in(folder: Path, text: str, name: str = "rows.csv") -> FoundFormat:
@@ -223,3 +225,31 @@ def test_the_share_of_a_name_among_its_values_is_a_twentieth() -> None:
     assert detect_table._vote("title", ["title", *["x"] * 19]) == 3
     assert detect_table._vote("title", ["title", *["x"] * 18]) == -1
     assert detect_table._vote("", ["x"]) == detect_table._vote("x", []) == 0
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.11])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.txt"])
+def test_texts_with_commas_that_nothing_quotes_are_an_error(
+    share: float, name: str, tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    texts = [f"a film, really {i}" if i < share * 100 else f"a film {i}" for i in range(100)]
+    file.write_text("label,text\n" + "".join(f"{'ab'[i % 2]},{t}\n" for i, t in enumerate(texts)))
+    if name == "rows.txt":  # lines of text, as the name says
+        assert read_data_file(file).form == {}
+        return
+    with pytest.raises(
+        LoraError, match=f"the header names 2 columns, and {share * 100:.0f} of 100"
+    ):
+        read_data_file(file)
+    quoted = [f'{"ab"[i % 2]},"{t}"' for i, t in enumerate(texts)]
+    file.write_text("\n".join(["label,text", *quoted]) + "\n")
+    assert [list(row.values()) for row in read_data_file(file).rows] == [
+        ["ab"[i % 2], t] for i, t in enumerate(texts)
+    ]
+
+
+def test_only_names_that_differ_are_those_of_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n" + "".join(f"{i},a film {i},{i % 2}\n" for i in range(50)))
+    assert read_data_file(file).columns == ["row", "text", "label"]

@@ -14,6 +14,7 @@ from typing import Any
 from lora_cli.data.cell_values import FORMS, read_number
 from lora_cli.data.csv_quoting import Quoting, quoting_of
 from lora_cli.data.text_encoding import lines_of
+from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec
 
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
@@ -108,6 +109,7 @@ def find_table(found: FoundFormat, path: Path, text: str) -> None:
     lines = [[line] for line in lines_of(text) if line.strip()]
     if delimiter is None and any(default in line for (line,) in lines):
         if not has_header(lines):
+            _require_quotes(path, records_of(text, default, "csv"), default)
             found.kind, found.has_names = "text", False
             return
         delimiter = next((mark for mark in SPARE_DELIMITERS if mark not in text), None)
@@ -124,11 +126,44 @@ def find_table(found: FoundFormat, path: Path, text: str) -> None:
         found.why["delimiter"] = (
             f"a {DELIMITERS[delimiter]} gives every row {len(records[-1])} fields"
         )
+    if not _begins_with_names_of_rows(records):
+        _require_quotes(path, records, delimiter)
     records = _without_title(found, text, delimiter, records, quoting.name)
     quoting = _quoting(found, path, delimiter)  # again, without the lines of the title
     if quoting.why:
         found.set("quoting", quoting.name, quoting.reason(path.name))
     _find_names(found, records)
+
+
+def _begins_with_names_of_rows(records: list[list[str]]) -> bool:
+    """Return whether the first column has names of rows, and itself none, as R writes tables."""
+    header, rest = records[0], records[1:]
+    width = Counter(map(len, rest)).most_common(1)[0][0] if rest else 0
+    names = [record[0] for record in rest if record]
+    return (
+        len(header) == width - 1
+        and len(set(names)) == len(names)
+        and not has_header(rest)
+        and has_header([header, *(record[1:] for record in rest)])
+    )
+
+
+def _require_quotes(path: Path, records: list[list[str]], delimiter: str) -> None:
+    """Reject a table whose header is plain, and whose texts hold delimiters without quotes.
+
+    Raises:
+        LoraError: If so many rows have more fields than the header that they are no exceptions.
+    """
+    header, rest = records[0], records[1:]
+    if len(header) < 2 or not all(COLUMN_NAMES.fullmatch(cell.strip()) for cell in header):
+        return
+    longer = sum(len(record) > len(header) for record in rest)
+    fitting = len(rest) - longer
+    if fitting < CONSISTENT * len(rest) and all(len(r) >= len(header) for r in rest):
+        what = f"the header names {len(header)} columns, and {longer:,} of {len(rest):,} rows have "
+        mark = DELIMITERS.get(delimiter, "mark")
+        hint = f"put texts that hold a {mark} into quotation marks, or divide the columns by a tab"
+        raise LoraError(f"{what}more fields", str(path), hint)
 
 
 def _quoting(found: FoundFormat, path: Path, delimiter: str) -> Quoting:
@@ -147,9 +182,7 @@ def _without_title(
         return records
     rest = records[title:]
     last = records[title - 1]
-    named = [last, *(record[1:] for record in rest)]
-    if len(last) == width - 1 and not has_header(rest) and has_header(named):
-        # as R writes tables: the column of row names has no name
+    if _begins_with_names_of_rows(records[title - 1 :]):
         rest = [["row", *last], *rest]
         why = f"the header lacks a name for the first of {width} columns"
         found.set("header", False, why)

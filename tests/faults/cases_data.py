@@ -476,6 +476,9 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
                                           "document": f"a long document {i} of some words",
                                           "response": f"an answer {i} of some words"}) + "\n"
                               for i in range(30)), ("--model", "../bases/llama")),
+    "texts with commas and no quotes": (
+        "rows.csv", "label,text\n" + "".join(f"{'ab'[i % 2]},a film, really {i}\n"
+                                             for i in range(30)), ()),
     "lists of answers": (
         "rows.jsonl", "".join(json.dumps({"question": f"what is it that has the number {i}",
                                           "answer": [f"an answer {i}", f"one more {i}"]}) + "\n"
