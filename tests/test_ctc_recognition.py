@@ -389,6 +389,21 @@ def test_a_run_leaves_an_adapter_that_peft_reads(tmp_path: Path) -> None:
     card = (tmp_path / "out/README.md").read_text()
     assert "AutoModelForCTC" in card
     assert "logits.argmax(-1)" in card
+    answer_of_vllm = CliRunner().invoke(
+        app,
+        [
+            "export",
+            "--adapter",
+            str(tmp_path / "out"),
+            "--for",
+            "vllm",
+            "--to",
+            str(tmp_path / "v"),
+        ],
+    )
+    assert "adapters of language models, and this one is for `wav2vec2`" in str(
+        answer_of_vllm.exception
+    )
 
 
 def test_nothing_is_skipped_or_masked(tmp_path: Path) -> None:

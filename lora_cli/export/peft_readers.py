@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lora_cli.adapters.peft_format.adapter_folder import (
     CONFIG_FILE,
@@ -88,8 +89,12 @@ class Vllm:
         """Reject heads, biases, DoRA, convolutions, tasks without generation, and large ranks."""
         problems = needs_plain_lora(source, "vLLM")
         task_type, at = source.saved.config.get("task_type"), str(source.saved.path)
-        if task_type not in (None, "CAUSAL_LM"):
-            what = f"vLLM loads adapters of language models, and this one is for `{task_type}`"
+        kind = str(getattr(source.task.config, "model_type", ""))
+        # some models of speech have no type of task in PEFT
+        is_of_language = task_type == "CAUSAL_LM" or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        if task_type not in (None, "CAUSAL_LM") or not is_of_language:
+            found = task_type or kind
+            what = f"vLLM loads adapters of language models, and this one is for `{found}`"
             problems.append(Problem(what, at, MERGE))
         if source.parts is not None and not problems:
             rank = max(pair.rank for pair in source.parts.pairs.values())
