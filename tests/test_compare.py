@@ -160,6 +160,8 @@ def test_errors_are_means_over_rows() -> None:
         ("max", 0.9, 0.95, (0.01, 0.09), False, "better by 0.0500; zero is outside"),
         ("min", 0.9, 0.95, (0.01, 0.09), True, "worse by 0.0500"),
         ("min", 0.9, 0.9, (0.0, 0.0), False, "equal to the old one"),
+        ("min", 2.0, 2.0 + 6e-8, (1e-8, 1e-7), False, "equal to the old one, but for rounding"),
+        ("max", 0.9, 0.900001, (1e-7, 1e-5), False, "better by 0.0000; zero is outside"),
         ("min", 0.9, float("nan"), (0.0, 0.0), True, "worse"),
     ],
 )

@@ -7,6 +7,7 @@ interval that is reported (Efron and Tibshirani, 1993, chapter 13).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ from lora_cli.tasks.examples import Encoded, Prediction
 RESAMPLES = 10_000
 FEWER_RESAMPLES = 1_000  # where a metric has to be computed again each time
 SEED = 0
+ROUNDING = 5e-7  # of a value: so much may be what float32 rounds, and tells no adapters apart
 AT_ONCE = 4_000_000  # counts in memory together
 Floats = NDArray[np.float64]
 
@@ -83,6 +85,8 @@ class Comparison:
         low, high = self.interval
         if self.drop == 0:
             return "the new adapter is equal to the old one"
+        if math.isclose(self.old, self.new, rel_tol=ROUNDING):
+            return "the new adapter is equal to the old one, but for rounding"
         how = f"{'worse' if not self.drop < 0 else 'better'} by {abs(self.drop):.4f}"
         allowed = "more than" if self.worse else "within"
         limit = "" if self.drop <= 0 else f", {allowed} the {self.max_drop:g} that is allowed"
