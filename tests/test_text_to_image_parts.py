@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
-from lora_cli.tasks.diffusion import captioned_pictures
+from lora_cli.tasks.diffusion import caption_rows, captioned_pictures
 from lora_cli.tasks.diffusion.check_settings import check_keys
 from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise
 from lora_cli.tasks.diffusion.drawing import picture_name
@@ -244,9 +244,9 @@ def test_captions_that_are_cut_are_counted_by_rows(monkeypatch: pytest.MonkeyPat
     made = task()
     rows = SimpleNamespace(place=lambda i: f"rows:{i}")
     said: list[Any] = []
-    monkeypatch.setattr(captioned_pictures, "odd_pictures", lambda *g: said.append(g) or None)
+    monkeypatch.setattr(caption_rows, "odd_pictures", lambda *g: said.append(g) or None)
     monkeypatch.setattr(
-        captioned_pictures, "where", lambda of, key: [i for i, e in enumerate(of) if e[key]]
+        caption_rows, "where", lambda of, key: [i for i, e in enumerate(of) if e[key]]
     )
     examples = [{"row": 0, "is_cut": False}, *[{"row": 2, "is_cut": True}] * 3,
                 {"row": 5, "is_cut": True}]  # fmt: skip
@@ -255,7 +255,7 @@ def test_captions_that_are_cut_are_counted_by_rows(monkeypatch: pytest.MonkeyPat
     )  # fmt: skip
     assert said == [("train", rows, examples)]
     assert made.unknown_input("train", rows, examples[:1]) == (0.0, None)
-    monkeypatch.setattr(captioned_pictures, "odd_pictures", lambda *_: "odd")
+    monkeypatch.setattr(caption_rows, "odd_pictures", lambda *_: "odd")
     assert made.unknown_input("train", rows, examples[:1]) == (0.0, "odd")
     assert str(made.unknown_input("train", rows, examples)[1]).startswith("odd; 2 train captions")
 

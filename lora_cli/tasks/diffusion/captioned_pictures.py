@@ -1,4 +1,4 @@
-"""Rows of a picture and what it shows, and how they become what a diffusion model learns from.
+"""What a diffusion model learns from in a step: pictures, their captions, and noise.
 
 An example has one picture, or two where pictures of a subject's class are trained with it: n of
 them, each with noise and a step of its own.
@@ -8,40 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_cli.data.captions import shuffled
-from lora_cli.data.file_formats import is_blank, text_error
-from lora_cli.data.load_rows import Rows
-from lora_cli.data.media import described, media_error, media_hash
-from lora_cli.data.media_folder import transcript_of
+from lora_cli.data.media import described
 from lora_cli.data.picture_sizes import (
-    COARSE,
-    LEAST_COARSE,
     apply_cut,
     cut_to,
-    nearest_size,
-    sizes_for,
 )
-from lora_cli.data.pictures import PictureError, open_picture, picture_facts, thumbnail_of
-from lora_cli.errors import LoraError, counted
-from lora_cli.models.diffusion_base import DiffusionBase, processor_hash
-from lora_cli.recipe import Recipe
-from lora_cli.recipe.spec import TextToImageSpec
-from lora_cli.tasks.contract import Task
-from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise
-from lora_cli.tasks.diffusion.flow_noise import FlowNoise
-from lora_cli.tasks.diffusion.prior_pictures import PriorPictures
-from lora_cli.tasks.examples import MAIN, Batch, Encoded, Example, Field
-from lora_cli.tasks.pictures.odd_pictures import FEATURES, odd_facts, odd_pictures, where
+from lora_cli.data.pictures import PictureError, open_picture, picture_facts
+from lora_cli.errors import LoraError
+from lora_cli.tasks.diffusion.caption_rows import CaptionRows
+from lora_cli.tasks.examples import MAIN, Batch, Example
 
-ENCODING = 1  # of rows into examples; a change of it makes what is kept on the disk useless
 LATENTS, TEXTS, POOLED = "latents", "texts", "pooled"  # what frozen parts compute, where it is kept
 PRIOR = "prior"  # the term of the loss of a class's pictures
 
@@ -59,252 +42,8 @@ class _Seen:
     sizes: list[int]
 
 
-class CaptionedPictures(Task):
-    """A task whose rows are a picture and what it shows."""
-
-    unit = "picture"
-    input_name = "text"
-    answer_hint = "write what the picture should show"
-    base: DiffusionBase
-    noise: DiffusionNoise | FlowNoise
-    tokenizers: list[Any]
-
-    def __init__(self, recipe: Recipe, spec: TextToImageSpec) -> None:
-        super().__init__(recipe)
-        self.spec = spec
-        self.prior = None if spec.prior is None else PriorPictures(recipe, spec.prior)
-        self.n_cut_prompts = 0  # of which a picture was drawn, since the last warning
-        self.positions: dict[str, int] = {}  # of the pictures of train, where they have a prior
-
-    # ------------------------------------------------------------------------------ rows
-
-    def fields(self) -> list[Field]:
-        """Return the columns of the caption, which the model reads, and of the picture."""
-        return [
-            Field("task.caption_column", self.spec.caption_column, "input", "text"),
-            Field("task.image_column", self.spec.image_column, "target", "image"),
-        ]
-
-    def needed_columns(self, training: bool = False) -> dict[str, str]:
-        """Return the columns that rows must have: no caption where all have the same."""
-        found = super().needed_columns(training)
-        if self.spec.caption is not None:
-            del found[self.recipe.at("task.caption_column")]
-        return found
-
-    def compared_columns(self) -> list[str]:
-        """Return the column of the picture: many pictures may show the same."""
-        return [self.spec.image_column]
-
-    def caption_of(self, row: dict[str, Any]) -> str:
-        """Return what a picture shows, on one line."""
-        own = self.spec.caption
-        text = row[self.spec.caption_column] if own is None else own
-        return " ".join(str(text).split())
-
-    def row_error(self, row: dict[str, Any], training: bool = False) -> str:
-        """Return what is wrong with a row, or nothing."""
-        if self.spec.caption is not None:
-            return self.target_error(row)
-        return self.target_error(row) or self._caption_error(row)
-
-    def _caption_error(self, row: dict[str, Any]) -> str:
-        value, picture = row.get(self.spec.caption_column), row[self.spec.image_column]
-        if is_blank(value) and picture["path"]:
-            name = Path(picture["path"])
-            is_empty = value is not None and transcript_of(name) is not None
-            wrong = "an empty caption" if is_empty else "no caption"
-            return (
-                f"`{name.name}` has {wrong}: write one into `{name.stem}.txt` next to it, or "
-                "into a table, or set `task.caption` for all"
-            )
-        return self.input_error(row)
-
-    def input_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with a text that is to be drawn, or nothing."""
-        return text_error(row, [self.spec.caption_column])
-
-    def target_error(self, row: dict[str, Any]) -> str:
-        """Return why a picture cannot be trained, or nothing; it is decoded."""
-        column = self.spec.image_column
-        return media_error(row, [column]) or self.picture_error(row[column])
-
-    def picture_error(self, value: dict[str, Any]) -> str:
-        """Return why a picture cannot be read, or is too small."""
-        facts = picture_facts(value)
-        if facts.error:
-            return f"`{described(value)}` {facts.error}"
-        width, height = self.size_of(facts.width, facts.height)
-        if self.spec.upscale or (facts.width >= width and facts.height >= height):
-            return ""
-        return (
-            f"`{described(value)}` has {facts.width} x {facts.height} pixels, and is seen as "
-            f"{width} x {height}: lower `task.resolution`, or `task.upscale: true` enlarges it"
-        )
-
-    def size_of(self, width: int, height: int) -> tuple[int, int]:
-        """Return the width and height in which a picture of some size is seen."""
-        return nearest_size(width, height, self.sizes())
-
-    def sizes(self) -> list[tuple[int, int]]:
-        """Return the widths and heights in which pictures are seen."""
-        spec = self.spec
-        if not spec.aspect_ratios:
-            return [(spec.resolution, spec.resolution)]
-        step = COARSE if spec.resolution >= LEAST_COARSE else self.divisor
-        return sizes_for(spec.resolution, step, spec.max_aspect_ratio)
-
-    @property
-    def divisor(self) -> int:
-        """What the sides of pictures are divided by; 8 before the model is known."""
-        return self.base.family.divisor if hasattr(self, "base") else 8
-
-    def learn_from(self, splits: dict[str, Rows]) -> None:
-        """Number the pictures of train, so that each gets pictures of the class."""
-        if self.prior is not None and "train" in splits:
-            self.prior.read(self.picture_error)
-            hashes = [media_hash(row[self.spec.image_column]) for row in splits["train"]]
-            self.positions = {key: i for i, key in enumerate(dict.fromkeys(hashes))}
-
-    def shown_input(self, row: dict[str, Any]) -> str:
-        """Return what a picture shows."""
-        return self.caption_of(row)
-
-    def thumbnail(self, row: dict[str, Any]) -> str | None:
-        """Return a small copy of a row's picture, as a `data:` address."""
-        try:
-            return thumbnail_of(row[self.spec.image_column])
-        except PictureError:
-            return None
-
-    # -------------------------------------------------------------------------- examples
-
-    def cache_key(self) -> list[str]:
-        """Return what an encoded row depends on besides the row."""
-        keys = {
-            "image_column", "caption_column", "caption", "validation_draws", "resolution",
-            "aspect_ratios", "max_aspect_ratio",
-        }  # fmt: skip
-        own = f"{self.spec.model_dump_json(include=keys)} {self.divisor}"
-        prior = [] if self.prior is None else self.prior.cache_key()
-        return [f"captioned pictures {ENCODING}", own, processor_hash(self.tokenizers), *prior]
-
-    def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return an example for each draw of noise in which a row is measured."""
-        draws = range(self.spec.validation_draws)
-        return [[{**self._example(row), "draw": i} for i in draws] for row in rows]
-
-    def encode_to_train(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return an example for each row; where a class has pictures, one for each of these."""
-        if self.prior is None or not self.prior.pictures:
-            return [[self._example(row)] for row in rows]
-        found = []
-        for row in rows:
-            own = self._example(row)
-            position = self.positions[media_hash(row[self.spec.image_column])]
-            several = self.prior.pictures_of(position, len(self.positions))
-            found.append([{**own, "prior_image": picture} for picture in several])
-        return found
-
-    def _example(self, row: dict[str, Any]) -> Example:
-        value, caption = row[self.spec.image_column], self.caption_of(row)
-        facts = picture_facts(value)
-        width, height = self.size_of(facts.width, facts.height)
-        ids = self.ids_of(caption)
-        about = {"width": width, "height": height, "is_cut": self.is_cut(caption), "draw": 0}
-        named = {f"ids_{i}": some for i, some in enumerate(ids)}
-        return {"image": value, "caption": caption, **named, **about, **odd_facts(facts)}
-
-    def features(self) -> dict[str, str]:
-        """Return the types of an example."""
-        ids = {f"ids_{i}": "list<int32>" for i in range(len(self.tokenizers))}
-        sizes = dict.fromkeys(("width", "height", "draw"), "int32")
-        return {
-            "image": "media", "caption": "string", **ids, **sizes, "is_cut": "bool", **FEATURES,
-        }  # fmt: skip
-
-    def train_features(self) -> dict[str, str]:
-        """Return the types of an example that is trained."""
-        has_prior = self.prior is not None and self.prior.pictures
-        return {**self.features(), **({"prior_image": "media"} if has_prior else {})}
-
-    def ids_of(self, caption: str) -> list[list[int]]:
-        """Return the tokens of a caption for each text encoder, filled and cut to its length."""
-        how = {"padding": "max_length", "truncation": True}
-        return [
-            list(one(caption, max_length=limit, **how)["input_ids"])
-            for one, limit in zip(self.tokenizers, self.token_limits, strict=True)
-        ]
-
-    @property
-    def token_limits(self) -> list[int]:
-        """How many tokens of a caption each text encoder reads."""
-        both = zip(self.base.text_encoders, self.tokenizers, strict=True)
-        return [self.base.family.token_limit(name, one) for name, one in both]
-
-    def is_cut(self, caption: str) -> bool:
-        """Return whether no text encoder reads all of a caption."""
-        return all(
-            len(one(caption, verbose=False)["input_ids"]) > limit
-            for one, limit in zip(self.tokenizers, self.token_limits, strict=True)
-        )
-
-    def cut_note_of(self, count: int, what: str) -> str:
-        """Return that some texts are longer than is read of them."""
-        most = max(self.token_limits)
-        more = f"{'has' if count == 1 else 'have'} more than {most} tokens"
-        return f"{counted(count, what)} {more}, of which the model reads the first"
-
-    def note_cut_prompts(self) -> None:
-        """Say which texts of the recipe itself are longer than is read of them."""
-        asked = enumerate(self.spec.validation_prompts or ())
-        prompts = {f"task.validation_prompts.{i}": text for i, text in asked}
-        if self.spec.prior is not None:
-            prompts["task.prior.caption"] = self.spec.prior.caption
-        cut = [key for key, text in prompts.items() if self.is_cut(text)]
-        if cut:
-            self.notes.append(f"warning: {self.cut_note_of(len(cut), 'text')}: {', '.join(cut)}")
-
-    def take_warnings(self) -> list[str]:
-        """Return what a user should know of the pictures since the last call."""
-        lines = super().take_warnings()
-        if self.n_cut_prompts:
-            lines.append(self.cut_note_of(self.n_cut_prompts, "text"))
-            self.n_cut_prompts = 0
-        return lines
-
-    def batch_groups(self, split: Encoded) -> NDArray[np.int64] | None:
-        """Return a number for each size in which pictures are seen."""
-        if not self.spec.aspect_ratios:
-            return None
-        columns = (split.examples.data.column(name).to_numpy() for name in ("width", "height"))
-        sizes = np.stack(list(columns), axis=1)
-        return np.unique(sizes, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
-
-    def cost(self, example: Example) -> int:
-        """Return 1, or 2 with a picture of the class."""
-        return 2 if "prior_image" in example else 1
-
-    def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
-        """Return the size of an example's picture, and its caption."""
-        facts = picture_facts(example["image"])
-        seen = f"seen as {example['width']} x {example['height']}"
-        about = f"{described(example['image'])}: {facts.width} x {facts.height} pixels, {seen}"
-        if "prior_image" in example:
-            assert self.prior is not None
-            about += f"; with {described(example['prior_image'])} ({self.prior.spec.caption})"
-        return [], f"{about}\n{example['caption']}"
-
-    def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
-        """Return a warning of odd pictures, and of captions that are longer than is read."""
-        said = [odd_pictures(name, rows, examples)]
-        found = list(dict.fromkeys(int(examples[i]["row"]) for i in where(examples, "is_cut")))
-        if found:
-            what = self.cut_note_of(len(found), f"{name} caption")
-            said.append(f"{what}: {rows.place(found[0])}")
-        return 0.0, "; ".join(filter(None, said)) or None
-
-    # ------------------------------------------------------------------------- in a step
+class CaptionedPictures(CaptionRows):
+    """A task whose rows are a picture and what it shows, with the noise of each step."""
 
     def prepare(self, example: Example, rng: np.random.Generator, training: bool) -> Example:
         """Return an example with its noise drawn, and its pictures decoded where that is needed.
