@@ -183,6 +183,13 @@ def test_rows_that_only_look_like_a_task_are_known(more: Json, what: str | None)
     assert (found and found[0].startswith(what or "")) == (what and True)
 
 
+@pytest.mark.parametrize("blank", ["", " ", None])
+def test_an_input_without_an_instruction_is_the_question(blank: str | None) -> None:
+    row = {"instruction": blank, "input": "What is 1?", "output": "One."}
+    assert read(row, "alpaca").messages == [user("What is 1?"), said("One.")]
+    assert read({**row, "instruction": "a", "input": blank}, "alpaca").messages[0] == user("a")
+
+
 PAIRED = [user("a"), said("b"), user("c"), said("d")]
 
 

@@ -27,9 +27,11 @@ from transformers import LlamaConfig, MambaConfig, PretrainedConfig, RwkvConfig
 
 from lora_cli.data.load_rows import load_rows
 from lora_cli.errors import LoraError
+from lora_cli.preprocessing.encode import load_data
 from lora_cli.recipe import load_recipe
 from lora_cli.recipe.spec import HeldOutSpec
 from lora_cli.recipe_draft import draft_recipe, reject_existing
+from lora_cli.tasks import build_task
 
 # ------------------------------------------------------------------------- how the file is written
 
@@ -377,6 +379,45 @@ def test_a_systems_turn_and_earlier_turns_in_columns_of_their_own(
     data = load_rows(recipe)
     for name in columns.values():
         assert name in data["train"].columns
+
+
+def test_alpaca_without_instructions(init: Init) -> None:
+    rows = [
+        {"instruction": "" if i % 2 else one, "input": one if i % 2 else "", "output": two}
+        for i, (one, two) in enumerate(zip(texts(20), texts(20, 1), strict=True))
+    ]
+    recipe = init("alpaca.json", json.dumps(rows), "llama")
+    assert (recipe.task.format, recipe.data.on_bad_row) == ("alpaca", "error")
+    task = build_task(recipe)
+    task.load_processor()
+    data = load_data(task)
+    assert sum(split.rows_without_example for split in data.values()) == 0
+    assert sum(len(split.rows) for split in data.values()) == 20
+
+
+@pytest.mark.parametrize(
+    ("who", "said", "form"),
+    [
+        ("speaker", "text", "speaker, content: .text"),
+        ("from", "content", "from, content: .content"),
+    ],
+)
+def test_turns_with_other_keys_get_a_command(init: Init, who: str, said: str, form: str) -> None:
+    turns = [{who: "user", said: "Hi"}, {who: "bot", said: "Yes?"}]
+    rows = [{"conversation": turns, "id": i} for i in range(12)]
+    with pytest.raises(LoraError) as caught:
+        init("talk.jsonl", lines(rows), "llama")
+    wanted = f"{{messages: [.conversation[] | {{role: .{form}}}]}}"
+    assert wanted in str(caught.value.problems[0].hint)
+
+
+def test_problems_with_their_solution_and_a_number(init: Init) -> None:
+    rows = [
+        {"problem": one, "solution": two, "answer": str(i)}
+        for i, (one, two) in enumerate(zip(texts(20), texts(20, 1), strict=True))
+    ]
+    recipe = init("numina.jsonl", lines(rows), "llama")
+    assert (recipe.task.prompt_column, recipe.task.completion_column) == ("problem", "solution")
 
 
 def test_alpaca(init: Init) -> None:

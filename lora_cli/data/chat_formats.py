@@ -160,7 +160,8 @@ def _self_instruct(row: dict[str, Any]) -> list[list[Message]]:
 
 def _alpaca(row: dict[str, Any]) -> list[Message]:
     more = str(row.get("input") or "").strip()
-    question = f"{row['instruction']}\n\n{more}" if more else str(row["instruction"])
+    asked = "" if row["instruction"] is None else str(row["instruction"])
+    question = more if not asked.strip() and more else f"{asked}\n\n{more}" if more else asked
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     answer = row.get("output")
     blank = answer is None or not str(answer).strip()

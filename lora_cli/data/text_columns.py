@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_cli.data.column_kinds import Column, is_blank
+from lora_cli.data.column_kinds import TALK, Column, is_blank
 from lora_cli.errors import LoraError, counted
 
 SECOND = {"1": "2", "a": "b", "first": "second", "left": "right", "one": "two", "x": "y"}
 TEXT_NAMES = re.compile(
     r"(?i)(.*[_\W])?(text|sentence|review|message|comment|content|body|tweet|utterance|query|"
     r"question|document|article|post|description|transcript|transcription|文|テキスト|texte?o?)"
+)
+TURN = (  # how turns of conversations name who speaks, and what is said
+    ("role", "from", "speaker", "author", "sender", "who", "name"),
+    ("content", "value", "text", "message", "utterance", "body"),
 )
 PAIR_NAMES = [
     ("premise", "hypothesis"), ("question", "passage"), ("question", "sentence"),
@@ -60,6 +64,11 @@ def unnested(column: Column, rows: Sequence[dict[str, Any]], place: str) -> str:
     source = shlex.quote(place)
     key = column.name if column.name.isidentifier() else f'"{column.name}"'
     value = next(value for row in rows if not is_blank(value := row.get(column.name)))
+    turn = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else {}
+    who, said = (next((k for k in names if isinstance(turn.get(k), str)), "") for names in TURN)
+    if who and said and TALK.fullmatch(column.name):
+        how = f"{{messages: [.{key}[] | {{role: .{who}, content: .{said}}}]}}"
+        return f"write the turns as messages: `jq -c '{how}' {source} > messages.jsonl`"
     how = f".{key}[]" if isinstance(value, list) else f".{key}"
     if len(rows) > 1 and not isinstance(value, list):
         deletions = [f"del(.{key})"] if len(rows[0]) > 1 else []

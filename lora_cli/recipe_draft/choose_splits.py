@@ -103,7 +103,10 @@ def is_skipped(row: dict[str, Any], chosen: Proposal) -> bool:
 def is_unusable(row: dict[str, Any], chosen: Proposal) -> bool:
     """Return whether the task would reject a row."""
     keys = chosen.keys
-    needed = [name for name in chosen.inputs if keys.get("format") != "alpaca" or name != "input"]
+    needed = chosen.inputs
+    if keys.get("format") == "alpaca":  # one of the two asks
+        both = not is_blank(row.get("input")) and is_blank(row.get("instruction"))
+        needed = [name for name in needed if name != ("instruction" if both else "input")]
     if any(is_blank(row.get(name)) for name in needed):
         return True
     if any(

@@ -21,7 +21,7 @@ from lora_cli.data.chat_formats import (
     conversation_error,
     read_conversations,
 )
-from lora_cli.data.file_formats import text_error
+from lora_cli.data.file_formats import is_blank, text_error
 from lora_cli.data.unsupported_rows import bad_answer, unread_media
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import CausalLMSpec
@@ -290,6 +290,9 @@ def input_error(row: dict[str, Any], spec: CausalLMSpec, columns: Sequence[str])
         columns: Those of the text or the prompt.
     """
     by_column = bool(spec.instruction_columns) or not spec.is_chat
+    blank = [name for name in ("instruction", "input") if is_blank(row.get(name))]
+    if spec.format == "alpaca" and blank == ["instruction"]:
+        columns = ["input"]  # which is the question then
     if by_column and (reason := text_error(row, columns)):
         return reason
     if (spec.is_chat or spec.prompt_column) and (found := unread_media(row)):

@@ -21,6 +21,7 @@ PROMPT_NAMES = [
     ("instruction", "response"), ("instruction", "completion"), ("source", "target"),
     ("article", "summary"), ("document", "summary"), ("text", "summary"),
     ("article", "highlights"), ("dialogue", "summary"), ("frage", "antwort"),
+    ("problem", "solution"), ("src", "tgt"),
 ]  # fmt: skip
 TURNS = {
     "openai": "turns with role and content", "sharegpt": "turns with from and value",
