@@ -55,6 +55,7 @@ class CompiledLayers:
         if self.checkpointed:
             self.memory_budget = CHECKPOINTING_BUDGET
         self.products: Sequence[AbstractContextManager[Any]] = []
+        self.kind = "compiled layers"  # for the report
 
     def _compile(self, layer: nn.Module, any_rows: bool) -> Callable[..., Any]:
         dynamic = False if self.few_shapes else None
@@ -89,6 +90,7 @@ class CompiledLayers:
             gated = GatedMLPs(self.layers)
             if gated.found:
                 self.products = [gated]
+                self.kind += f" ({len(gated.found)} MLPs by the kernel of their gates)"
                 self.memory_budget = self.memory_budget and GATED_BUDGET
 
     @contextmanager

@@ -94,7 +94,7 @@ class GraphEngine(Engine):
         """How the steps are computed, for the report."""
         parts = [counted(len(self.graphs), "CUDA graph") if self.graphs else "plain autograd"]
         if self.layers:
-            parts.append("compiled layers")
+            parts.append(self.layers.kind)
         found = " with ".join(parts)
         if self.why_not_compiled:
             found += f"; the layers cannot be compiled: {self.why_not_compiled}"
