@@ -105,7 +105,7 @@ def out_of_memory(recipe: Recipe, micro_batch: int, activity: str) -> ResourceEr
             ways.append(f"`{_cut(train.step_size, micro_batch // 2)}` (the same steps)")
         if not train.gradient_checkpointing:
             ways.append("`--set train.gradient_checkpointing=true` (slower)")
-        elif train.gradient_checkpointing is True:
+        elif train.gradient_checkpointing is True and torch.cuda.is_available():
             ways.append("`--set train.gradient_checkpointing=offload` (needs the host's memory)")
     elif activity == LOADING:
         ways += ["`--set train.precision=bf16` (half the weights' size)"]

@@ -14,12 +14,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from killing import STEPS, Kill, Nursery, Whole
 from runs import assert_same_run
+from tiny import recipe_of
 
 from lora_cli.files import verify_manifest
 from lora_cli.folder_lock import FolderLock
 from lora_cli.training.checkpoints import checkpoints
+from lora_cli.training.resource_errors import out_of_memory
+from lora_cli.training.stop_request import TRAINING
 
 Copy = Callable[[Path], Path]
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
@@ -150,6 +154,23 @@ def test_memory_that_is_full_is_said_with_what_would_help(
     flags = hint[hint.index("`") + 1 : hint.index("` (the same")].split("--set ")[1:]
     assert nest.run(whole.recipe, out, sets=[*sets, *(flag.strip() for flag in flags)]) == [0]
     assert json.loads((out / "report.json").read_text())["training"]["steps"] == 2
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize(
+    ("now", "advised"), [(False, "true"), (True, "offload"), ("offload", None), ("auto", None)]
+)
+def test_as_much_checkpointing_is_advised_as_there_is_left(
+    now: bool | str, advised: str | None, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    recipe = recipe_of()
+    recipe = recipe.with_values({"train.gradient_checkpointing": now})
+    hint = str(out_of_memory(recipe, 8, TRAINING))
+    if advised is None or (advised == "offload" and not on_gpu):  # inputs are on the host already
+        assert "gradient_checkpointing" not in hint
+    else:
+        assert f"`--set train.gradient_checkpointing={advised}`" in hint
 
 
 # ------------------------------------------------------------------------------- locks and folders
