@@ -389,7 +389,7 @@ def test_the_kernel_of_gated_mlps_changes_what_is_kept(
     layers.stack_products(lambda: model(torch.ones(1, 2), False))
     usual = GATED_BUDGET if mlps else MEMORY_BUDGET
     assert layers.memory_budget == (CHECKPOINTING_BUDGET if again else usual)
-    by_kernel = " (3 MLPs by the kernel of their gates)"
+    by_kernel = " (3 gated MLPs by a kernel of our own)"
     assert layers.kind == "compiled layers" + (by_kernel if mlps else "")
     with layers.in_use():
         assert GatedMLPs.uses == bool(mlps)

@@ -124,8 +124,9 @@ class OffloadingCheckpoint:
 def offload_inputs(model: nn.Module) -> None:
     """Let the layers of a model with gradient checkpointing keep their inputs on the host."""
     name = "_gradient_checkpointing_func"  # transformers' and diffusers' name for it
-    shared: OffloadingCheckpoint | None = None
+    found: dict[Function, OffloadingCheckpoint] = {}
     for module in model.modules():
-        if (checkpoint := getattr(module, name, None)) is not None:
-            shared = shared or OffloadingCheckpoint(checkpoint)
-            setattr(module, name, shared)
+        checkpoint: Function | None = getattr(module, name, None)
+        if checkpoint is not None and not isinstance(checkpoint, OffloadingCheckpoint):
+            found.setdefault(checkpoint, OffloadingCheckpoint(checkpoint))
+            setattr(module, name, found[checkpoint])

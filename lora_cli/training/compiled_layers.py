@@ -90,7 +90,7 @@ class CompiledLayers:
             gated = GatedMLPs(self.layers)
             if gated.found:
                 self.products = [gated]
-                self.kind += f" ({len(gated.found)} MLPs by the kernel of their gates)"
+                self.kind += f" ({len(gated.found)} gated MLPs by a kernel of our own)"
                 self.memory_budget = self.memory_budget and GATED_BUDGET
 
     @contextmanager
