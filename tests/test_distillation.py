@@ -247,16 +247,16 @@ def test_answers_are_computed_once_and_the_run_is_the_same_as_with_computing_the
         report["metrics"]["after"]["validation"]["loss"], rel=1e-5
     )
     again = load_recipe(tmp_path / "recipe.yaml", [f"output_dir={tmp_path / 'again'}"])
-    from lora_cli.tasks.teachers.with_teacher import TaughtSequenceClassification
+    from lora_cli.tasks.teachers.distilled_classification import DistilledSequenceClassification
 
-    answers = TaughtSequenceClassification.answers
+    answers = DistilledSequenceClassification.answers
     calls: list[int] = []
 
     def counting(self: Any, batch: Any) -> torch.Tensor:
         calls.append(len(batch.rows))
         return answers(self, batch)
 
-    monkeypatch.setattr(TaughtSequenceClassification, "answers", counting)
+    monkeypatch.setattr(DistilledSequenceClassification, "answers", counting)
     train(again)
     assert calls == [1]  # which names the outputs
     assert_same_run(tmp_path / "out", tmp_path / "again")

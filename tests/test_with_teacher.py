@@ -16,7 +16,6 @@ from lora_cli.tasks.classification.classification_task import Classification
 from lora_cli.tasks.examples import IGNORED, Batch
 from lora_cli.tasks.sequence_classification import SequenceClassification
 from lora_cli.tasks.task_rows import TaskRows
-from lora_cli.tasks.teachers import with_teacher
 from lora_cli.tasks.teachers.distillation_loss import (
     TopTokens,
     label_divergence,
@@ -24,10 +23,11 @@ from lora_cli.tasks.teachers.distillation_loss import (
     token_divergence,
     top_tokens,
 )
-from lora_cli.tasks.teachers.with_teacher import (
-    TaughtCausalLM,
-    TaughtClassification,
-    TaughtSequenceClassification,
+from lora_cli.tasks.teachers.distilled_causal_lm import DistilledCausalLM
+from lora_cli.tasks.teachers.distilled_classification import (
+    DistilledClassification,
+    DistilledSequenceClassification,
+    _is_ignored,
 )
 
 NAMELESS = ["LABEL_0", "LABEL_1"]
@@ -37,7 +37,7 @@ def order(theirs: list[str], ours: list[str]) -> list[int]:
     own: Any = SimpleNamespace(
         labels=ours, teacher=SimpleNamespace(task=SimpleNamespace(labels=theirs))
     )
-    return TaughtClassification._order(own)
+    return DistilledClassification._order(own)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_other_labels_are_named(theirs: list[str], ours: list[str], said: str) -
      (np.array([IGNORED]), True)],
 )  # fmt: skip
 def test_which_examples_have_no_label(labels: Any, ignored: bool) -> None:
-    assert with_teacher._is_ignored(labels) == ignored
+    assert _is_ignored(labels) == ignored
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -93,7 +93,7 @@ def test_rows_without_a_label_are_no_items_of_the_labels(
         return labels.float() if several else labels, torch.tensor([2.0, 3.0, 4.0])
 
     monkeypatch.setattr(Classification, "labels_and_items", labels_and_items)
-    own: Any = object.__new__(TaughtSequenceClassification)
+    own: Any = object.__new__(DistilledSequenceClassification)
     own.label_spec = SimpleNamespace(problem="multi_label" if several else "single_label")
     own.reader = SimpleNamespace(names=["a", "b"])
     none, one, trial = ([IGNORED] * 2, [0, 1], [0, 0]) if several else (IGNORED, 1, 0)
@@ -102,7 +102,7 @@ def test_rows_without_a_label_are_no_items_of_the_labels(
     assert labels.tolist() == [one, none, trial]
     assert items.tolist() == [2.0, 0.0, 4.0]
     assert given[1]["labels"] == trial
-    monkeypatch.setattr(TaughtClassification, "is_unlabelled", lambda self, row: row is None)
+    monkeypatch.setattr(DistilledClassification, "is_unlabelled", lambda self, row: row is None)
     monkeypatch.setattr(Classification, "label_of", lambda self, row: row)
     assert own.label_of(None) == none
     assert own.label_of(one) == one
@@ -113,7 +113,7 @@ def test_rows_without_a_label_are_no_items_of_the_labels(
 def test_only_train_rows_may_have_no_label(
     label: str | None, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own: Any = object.__new__(TaughtSequenceClassification)
+    own: Any = object.__new__(DistilledSequenceClassification)
     own.label_spec = SimpleNamespace(target_columns=["label"])
     monkeypatch.setattr(
         SequenceClassification, "row_error", lambda *_: "of the label", raising=False
@@ -126,7 +126,7 @@ def test_only_train_rows_may_have_no_label(
 
 
 def test_only_train_rows_need_no_column_of_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
-    own: Any = object.__new__(TaughtSequenceClassification)
+    own: Any = object.__new__(DistilledSequenceClassification)
     text, both = {"task.text_column": "text"}, {"task.text_column": "text", "task.label": "label"}
     monkeypatch.setattr(SequenceClassification, "input_columns", lambda _: text)
     monkeypatch.setattr(TaskRows, "needed_columns", lambda _, training=False: both)
@@ -146,7 +146,7 @@ def test_the_losses_of_labels_are_those_of_rows_that_have_one(
 
     for kind in (SequenceClassification, Classification):
         monkeypatch.setattr(kind, "losses", losses, raising=False)
-    own: Any = object.__new__(TaughtSequenceClassification)
+    own: Any = object.__new__(DistilledSequenceClassification)
     own.label_spec = SimpleNamespace(problem="multi_label" if several else "single_label")
     own.order = torch.tensor([1, 0])
     own.teacher = SimpleNamespace(spec=SimpleNamespace(temperature=2.0))
@@ -165,7 +165,7 @@ def test_the_losses_of_labels_are_those_of_rows_that_have_one(
     assert read.inputs is inputs
     assert read.targets["labels"].tolist() == labels.clamp(min=0).tolist()
     assert (read.items, read.cost, read.rows) == (items, 7, [3, 4])
-    monkeypatch.setattr(TaughtSequenceClassification, "answers", lambda self, of: said)
+    monkeypatch.setattr(DistilledSequenceClassification, "answers", lambda self, of: said)
     del targets["teacher_logits"]
     again = own.losses(None, output, batch)
     assert torch.equal(again["teacher"], found["teacher"])
@@ -205,10 +205,10 @@ def test_tokens_have_to_be_those_of_the_teacher(theirs: Reader, ours: Reader, sa
         recipe=SimpleNamespace(model=SimpleNamespace(name="m")),
     )  # fmt: skip
     if not said:
-        TaughtCausalLM._require_same_tokens(own)
+        DistilledCausalLM._require_same_tokens(own)
         return
     with pytest.raises(LoraError) as caught:
-        TaughtCausalLM._require_same_tokens(own)
+        DistilledCausalLM._require_same_tokens(own)
     assert said in caught.value.problems[0].what
 
 
@@ -219,7 +219,7 @@ def test_tokens_that_only_fill_up_an_embedding_are_not_compared(
     text = SimpleNamespace(vocab_size=known)
     config = SimpleNamespace(get_text_config=lambda: text)
     own: Any = SimpleNamespace(reader_of_teacher=SimpleNamespace(config=config))
-    assert TaughtCausalLM._n_tokens(own, torch.zeros(3, scored)) == compared
+    assert DistilledCausalLM._n_tokens(own, torch.zeros(3, scored)) == compared
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -231,7 +231,7 @@ def test_what_is_shown_of_a_row_without_a_label_is_its_input(
         return [f"label {example['labels']}"], f"{example['x']} {colour}"
 
     monkeypatch.setattr(SequenceClassification, "shown", shown, raising=False)
-    own: Any = object.__new__(TaughtSequenceClassification)
+    own: Any = object.__new__(DistilledSequenceClassification)
     own.label_spec = SimpleNamespace(problem="multi_label" if several else "single_label")
     own.reader = SimpleNamespace(names=["a", "b"])
     none, one = ([IGNORED] * 2, [0, 1]) if several else (IGNORED, 1)
@@ -240,7 +240,7 @@ def test_what_is_shown_of_a_row_without_a_label_is_its_input(
 
 
 def taught(**more: Any) -> Any:
-    own: Any = object.__new__(TaughtCausalLM)
+    own: Any = object.__new__(DistilledCausalLM)
     text = SimpleNamespace(vocab_size=6)
     own.teacher = SimpleNamespace(
         spec=SimpleNamespace(temperature=2.0, weight=0.25), model=lambda: "teacher",
@@ -274,12 +274,12 @@ def test_the_teacher_s_term_of_a_row_is_the_sum_over_its_trained_tokens(
     answers = said(1)
     monkeypatch.setattr(CausalLM, "losses", lambda *_: {"loss": torch.tensor([7.0, 8.0])})
     monkeypatch.setattr(
-        TaughtCausalLM, "reader_of_teacher",
+        DistilledCausalLM, "reader_of_teacher",
         SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(
             vocab_size=6))),
     )  # fmt: skip
     own = taught()
-    monkeypatch.setattr(TaughtCausalLM, "answers", lambda *_: pytest.fail("kept") if kept else
+    monkeypatch.setattr(DistilledCausalLM, "answers", lambda *_: pytest.fail("kept") if kept else
                         answers)  # fmt: skip
     given = batch(teacher_top_ids=answers.ids, teacher_top_log_p=answers.log_p) if kept else batch()
     torch.manual_seed(2)
@@ -294,7 +294,7 @@ def test_the_teacher_s_term_of_a_row_is_the_sum_over_its_trained_tokens(
 
 def test_answers_are_kept_for_each_example(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = said(3)
-    monkeypatch.setattr(TaughtCausalLM, "answers", lambda *_: answers)
+    monkeypatch.setattr(DistilledCausalLM, "answers", lambda *_: answers)
     found = taught().frozen_outputs(None, batch())
     assert [list(map(len, found[key])) for key in ("teacher_top_ids", "teacher_top_log_p")] == [
         [2, 1], [2, 1],
@@ -305,14 +305,14 @@ def test_answers_are_kept_for_each_example(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_was_kept_is_used_where_both_parts_are_there() -> None:
     answers = said(4)
-    kept = TaughtCausalLM._kept(batch(teacher_top_ids=answers.ids,
+    kept = DistilledCausalLM._kept(batch(teacher_top_ids=answers.ids,
                                       teacher_top_log_p=answers.log_p))  # fmt: skip
     assert kept is not None
     assert torch.equal(kept.ids, answers.ids)
     assert torch.equal(kept.log_p, answers.log_p)
-    assert TaughtCausalLM._kept(batch()) is None
-    assert TaughtCausalLM._kept(batch(teacher_top_ids=answers.ids)) is None
-    assert TaughtCausalLM._kept(batch(teacher_top_log_p=answers.log_p)) is None
+    assert DistilledCausalLM._kept(batch()) is None
+    assert DistilledCausalLM._kept(batch(teacher_top_ids=answers.ids)) is None
+    assert DistilledCausalLM._kept(batch(teacher_top_log_p=answers.log_p)) is None
 
 
 @pytest.mark.parametrize("mark", [{}, {"taught": 1}])
@@ -347,7 +347,7 @@ def test_of_the_teacher_s_scores_those_of_the_student_s_tokens_count(
     logits = torch.randn(2, 4, scored)
     asked: list[Any] = []
     reader = SimpleNamespace(logits=lambda *given: asked.append(given) or logits)
-    monkeypatch.setattr(TaughtCausalLM, "reader_of_teacher", reader)
+    monkeypatch.setattr(DistilledCausalLM, "reader_of_teacher", reader)
     text = SimpleNamespace(vocab_size=own_size)
     given = batch()
     found = taught(config=SimpleNamespace(get_text_config=lambda: text)).answers(given)
