@@ -386,7 +386,7 @@ def test_the_kernel_of_gated_mlps_changes_what_is_kept(
         layer.gradient_checkpointing = again  # type: ignore[assignment]
     layers = CompiledLayers(model, few_shapes=False)
     layers.on_gpu = True
-    layers.stack_products(lambda: model(torch.ones(1, 2), False))
+    layers.choose_products(lambda: model(torch.ones(1, 2), False))
     usual = GATED_BUDGET if mlps else MEMORY_BUDGET
     assert layers.memory_budget == (CHECKPOINTING_BUDGET if again else usual)
     by_kernel = " (3 gated MLPs by a kernel of our own)"
@@ -394,7 +394,7 @@ def test_the_kernel_of_gated_mlps_changes_what_is_kept(
     with layers.in_use():
         assert GatedMLPs.uses == bool(mlps)
     on_cpu = CompiledLayers(model, few_shapes=False)
-    on_cpu.stack_products(lambda: model(torch.ones(1, 2), False))
+    on_cpu.choose_products(lambda: model(torch.ones(1, 2), False))
     assert on_cpu.products == []
 
 

@@ -220,7 +220,7 @@ def test_one_compilation_serves_all_layers(name: str, monkeypatch: pytest.Monkey
         torch, "compile", lambda f, dynamic, **_: real(f, backend=counter, dynamic=dynamic)
     )
     layers = CompiledLayers(model, few_shapes=True)
-    layers.stack_products(lambda: model(**inputs))
+    layers.choose_products(lambda: model(**inputs))
     assert len(layers.products) >= len(GROUPS[name][2])
     with layers.in_use():
         for rows in (2, 4):

@@ -21,9 +21,7 @@ from lora_cli.training.stacked_products import stacked_products
 SHAPES = 64  # torch compiles a layer anew for each shape, and by default gives up after 8
 MEMORY_BUDGET = 0.8  # of the activations that autograd would keep: the cheapest are computed again
 # where there are many; the short texts that batches of few shapes consist of need little memory
-GATED_BUDGET = (
-    0.9  # where the kernel of gated MLPs keeps fewer already: less, and attention is next
-)
+GATED_BUDGET = 0.9  # where the kernel of gated MLPs keeps fewer: attention would be next
 CHECKPOINTING_BUDGET = 0.0  # with gradient checkpointing: a layer keeps nothing but its inputs
 # small kernels that do not depend on each other become one
 OPTIONS: dict[str, Any] = {"combo_kernels": True, "combo_kernels_autotune": 0}
@@ -73,11 +71,12 @@ class CompiledLayers:
 
         return forward
 
-    def stack_products(self, compute: Callable[[], Any]) -> None:
-        """Let linear layers that read the same input be multiplied at once, from now on.
+    def choose_products(self, compute: Callable[[], Any]) -> None:
+        """Choose what is computed together from now on.
 
-        Long texts gain nothing: their products are large, and their gradients have to be copied.
-        Their low-rank updates are large too, and become part of what reads them where it is known.
+        With short texts, linear layers that read the same input are multiplied at once. Long ones
+        gain nothing from that: their products are large, and their gradients have to be copied.
+        But their low-rank updates are large too, and are added where the gate of an MLP reads them.
 
         Args:
             compute: Makes a forward pass.

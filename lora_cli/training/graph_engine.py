@@ -125,7 +125,7 @@ class GraphEngine(Engine):
         self.is_compiled, device = True, self.accelerator.device
         random = torch.cuda.get_rng_state(device)
         try:
-            self._stack_products(batch)
+            self._choose_products(batch)
             with self._layers_in_use():
                 return super().add_gradients(batch, weights)
         except Exception as error:  # the compiler raises exceptions of any kind
@@ -140,11 +140,11 @@ class GraphEngine(Engine):
         torch.cuda.set_rng_state(random, device)
         return super().add_gradients(batch, weights)
 
-    def _stack_products(self, batch: Batch) -> None:
-        """Let layers that read the same input be multiplied at once."""
+    def _choose_products(self, batch: Batch) -> None:
+        """Let the compiled layers compute together what is faster so."""
         assert self.layers is not None
         with random_state_restored(self.accelerator.device), self.accelerator.autocast():
-            self.layers.stack_products(lambda: self.task.output(self.model, batch))
+            self.layers.choose_products(lambda: self.task.output(self.model, batch))
 
     def _may_record(self, shape: Shape) -> bool:
         again = self.seen[shape] > SEEN and self.gradients is not None
