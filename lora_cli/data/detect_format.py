@@ -127,15 +127,15 @@ def read_head(path: Path) -> Head:
     reject_binary(raw, path)
     is_parquet = raw.startswith(PARQUET)
     whole = raw[: raw.rfind(b"\n") + 1] if len(raw) == HEAD_BYTES and not is_parquet else raw
-    found = _find(whole or raw, path)
+    found = _find(whole or raw, path, for_recipe=False)
     form = FormatSpec.model_validate(found.values)
     end = None if is_parquet else LINE_END.search(_sample(whole or raw, form.encoding))
     ends = end[0] if end else "\n"
     return Head(found.kind, form, found.has_names, ends, raw.startswith(BOM), whole)
 
 
-def _find(raw: bytes, path: Path) -> FoundFormat:
-    """Return the kind of a file, and the values of `data.format` for it."""
+def _find(raw: bytes, path: Path, for_recipe: bool = True) -> FoundFormat:
+    """Return the kind of a file, and the values of `data.format` for it; see `find_table`."""
     by_name = KINDS.get(Path(path.name.removesuffix(".gz")).suffix.lower())
     if raw.startswith(PARQUET):
         found = FoundFormat("parquet")
@@ -151,7 +151,7 @@ def _find(raw: bytes, path: Path) -> FoundFormat:
         if encoding != "utf-8":
             found.set("encoding", encoding, why)
         if found.kind == "csv":
-            find_table(found, path, text)
+            find_table(found, path, text, for_recipe)
         elif label_from:
             found.set("label_from", label_from, LABELS_ARE[label_from])
         elif found.kind == "text" and _has_paragraphs(text):

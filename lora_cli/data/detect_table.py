@@ -98,8 +98,19 @@ def _evenness(records: list[list[str]]) -> tuple[float, int]:
     return (round(share, 2), fields) if is_even else (0.0, 0)
 
 
-def find_table(found: FoundFormat, path: Path, text: str) -> None:
-    """Find the delimiter, the header and the names of the columns."""
+def find_table(found: FoundFormat, path: Path, text: str, for_recipe: bool = True) -> None:
+    """Find the delimiter, the header and the names of the columns.
+
+    Args:
+        found: What is known of the file, which gets the rest.
+        path: The file.
+        text: Its beginning.
+        for_recipe: A recipe is drafted of it, so that rows which do not fit the header are no
+            exceptions; else each of them is an error of its own.
+
+    Raises:
+        LoraError: If so many rows do not fit that the header is not theirs.
+    """
     default = "\t" if path.name.removesuffix(".gz").lower().endswith(".tsv") else ","
     said = re.match(r'"?sep=([^"\r\n])"?\r?\n', text)  # as Excel writes it
     if said:
@@ -109,7 +120,8 @@ def find_table(found: FoundFormat, path: Path, text: str) -> None:
     lines = [[line] for line in lines_of(text) if line.strip()]
     if delimiter is None and any(default in line for (line,) in lines):
         if not has_header(lines):
-            _require_quotes(path, records_of(text, default, "csv"), default)
+            if for_recipe:
+                _require_quotes(path, records_of(text, default, "csv"), default)
             found.kind, found.has_names = "text", False
             return
         delimiter = next((mark for mark in SPARE_DELIMITERS if mark not in text), None)
@@ -126,7 +138,7 @@ def find_table(found: FoundFormat, path: Path, text: str) -> None:
         found.why["delimiter"] = (
             f"a {DELIMITERS[delimiter]} gives every row {len(records[-1])} fields"
         )
-    if not _begins_with_names_of_rows(records):
+    if for_recipe and not _begins_with_names_of_rows(records):
         _require_quotes(path, records, delimiter)
     records = _without_title(found, text, delimiter, records, quoting.name)
     quoting = _quoting(found, path, delimiter)  # again, without the lines of the title
