@@ -89,10 +89,11 @@ class Vllm:
         """Reject heads, biases, DoRA, convolutions, tasks without generation, and large ranks."""
         problems = needs_plain_lora(source, "vLLM")
         task_type, at = source.saved.config.get("task_type"), str(source.saved.path)
-        kind = str(getattr(source.task.config, "model_type", ""))
+        config = getattr(source.task, "config", None)  # a base of several parts has none
+        kind = str(getattr(config, "model_type", ""))
         # some models of speech have no type of task in PEFT
         is_of_language = task_type == "CAUSAL_LM" or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        if task_type not in (None, "CAUSAL_LM") or not is_of_language:
+        if config is not None and (task_type not in (None, "CAUSAL_LM") or not is_of_language):
             found = task_type or kind
             what = f"vLLM loads adapters of language models, and this one is for `{found}`"
             problems.append(Problem(what, at, MERGE))
