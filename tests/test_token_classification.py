@@ -969,3 +969,16 @@ def test_labels_of_another_tool_s_adapter_are_the_base_s_if_as_many(
         task = task_of(tmp_path / "base", tmp_path)
         task.complete_from({} if rows is None else {"classifier.weight": torch.zeros(rows, 8)})
         assert task.learned.task["labels"] == names
+
+
+@pytest.mark.parametrize("names", [("Word", "Tag"), ("tokens", "ner_tags"), ("token", "label")])
+def test_a_table_with_a_row_for_each_word_is_no_table_of_sentences(
+    names: tuple[str, str], base: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "ner_dataset.csv"
+    rows = [(f"Sentence: {i}" if i % 5 == 0 else "", f"word{i}", "O" if i % 5 else "B-geo")
+            for i in range(60)]  # fmt: skip
+    lines = [",".join(row) for row in [("Sentence #", *names), *rows]]
+    file.write_text("\n".join(lines) + "\n")
+    with pytest.raises(LoraError, match=f"each row is one word .`{names[0]}`. with its tag"):
+        draft_recipe(file, str(base), tmp_path / "recipe.yaml")

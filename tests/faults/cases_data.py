@@ -479,6 +479,10 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "texts with commas and no quotes": (
         "rows.csv", "label,text\n" + "".join(f"{'ab'[i % 2]},a film, really {i}\n"
                                              for i in range(30)), ()),
+    "a table of words": (
+        "rows.csv", "Sentence #,Word,POS,Tag\n" + "".join(
+            f"{f'Sentence: {i}' if i % 5 == 0 else ''},word{i},NN,{'O' if i % 5 else 'B-geo'}\n"
+            for i in range(60)), ()),
     "lists of answers": (
         "rows.jsonl", "".join(json.dumps({"question": f"what is it that has the number {i}",
                                           "answer": [f"an answer {i}", f"one more {i}"]}) + "\n"

@@ -25,6 +25,8 @@ from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, propo
 TAG_NAME = re.compile(r"(?i)(.*_)?(tags?|labels?|entities|ner|bio|iob)")
 SPANS_NAME = re.compile(r"(?i)(.*_)?(spans?|entities|entity|labels?|annotations?|ner|tags?)")
 OTHER_TAGS = re.compile(r"(?i)(.*_)?(pos|upos|xpos|chunk|dep|morph|lemma)(_.*)?")
+WORD_NAME = re.compile(r"(?i)words?|tokens?")
+ONE_TAG = re.compile(r"O|[BIESLU]-\S+")
 MOSTLY = 0.9  # of the rows
 Json = dict[str, Any]
 
@@ -65,9 +67,29 @@ def tagged(
     found = _of_words(inputs, tags, rows, place)
     if of_spans := found is None:
         found = _of_texts(columns, inputs, spans, rows)
-    if found is not None:
+    if found is None:
+        _require_sentences(inputs, tags, rows, place)
+    else:
         require_types(types_of(found.keys["labels"]), place, of_spans)
     return found
+
+
+def _require_sentences(
+    inputs: Sequence[str], targets: Sequence[str], rows: Sequence[Json], place: str
+) -> None:
+    """Reject a table with a row for each word, as Kaggle's corpus of entities.
+
+    Raises:
+        LoraError: If it is one: a column of words beside one of tags such as `B-geo`.
+    """
+    words = next((name for name in inputs if WORD_NAME.fullmatch(name)), None)
+    for tags in targets if words is not None else ():
+        values = [row[tags] for row in rows if isinstance(row.get(tags), str)]
+        tagged = sum(ONE_TAG.fullmatch(value.strip()) is not None for value in values)
+        if tagged >= MOSTLY * len(rows) and any(value[:2] == "B-" for value in values):
+            what = f"each row is one word (`{words}`) with its tag (`{tags}`), and no sentence"
+            hint = "write a line for each word, the word, a tab and the tag, and a blank line "
+            raise LoraError(what, place, f"{hint}between sentences, into a file `.conll`")
 
 
 def _of_words(
