@@ -164,15 +164,18 @@ def test_a_changed_file_of_boxes_is_read_again(tmp_path: Path) -> None:
 
 
 def test_pictures_of_coco_that_come_later_are_found(tmp_path: Path) -> None:
-    tiny_detectors.write_coco(tmp_path, {"train": 2})
-    (tmp_path / "far").mkdir()
-    (tmp_path / "images").rename(tmp_path / "far" / "away")
-    recipe = recipe_of(path=str(tmp_path / "train.json"))
+    own = tmp_path / "own"
+    tiny_detectors.write_coco(own, {"train": 2})
+    (tmp_path / "another data set").mkdir()
+    for picture in (own / "images").iterdir():  # the same names, in a folder that is not its own
+        picture.rename(tmp_path / "another data set" / picture.name)
+    recipe = recipe_of(path=str(own / "train.json"))
     with pytest.raises(LoraError, match="there is no file"):
         load_rows(recipe)
-    (tmp_path / "far" / "away").rename(tmp_path / "images")
+    (own / "images").rmdir()
+    (tmp_path / "another data set").rename(own / "images")
     rows = load_rows(recipe)["train"]
-    assert [Path(row["image"]["path"]).parent for row in rows] == [tmp_path / "images"] * 2
+    assert [Path(row["image"]["path"]).parent for row in rows] == [own / "images"] * 2
 
 
 def write_boxes(root: Path, split: str, boxes: list[str], difficult: str = "0") -> None:

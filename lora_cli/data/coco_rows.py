@@ -257,9 +257,11 @@ def _folders_of(file: Path, pictures: list[Json]) -> list[Path]:
     ]  # fmt: skip
     names = [str(one["file_name"]) for one in pictures[:50] if one.get("file_name")]
     best = next((one for one in folders if any(_is_there(one, name) for name in names)), here)
+    # the folders beside one that holds nothing but annotations are its own, others may be anyone's
+    beside = [above] if here.name.lower() == "annotations" else []
     inside = [
         folder
-        for outer in (here, here / "images", above, above / "images")
+        for outer in (here, here / "images", *beside, above / "images")
         if outer.is_dir()
         for folder in sorted(outer.iterdir())
         if folder.is_dir() and not folder.name.startswith(".")
