@@ -76,7 +76,7 @@ def test_tensors_beside_the_input_stay_where_they_are(monkeypatch: pytest.Monkey
     bench = Bench(monkeypatch)
     x = torch.randn(4, 4, requires_grad=True)
     kept = x * 1
-    with OffloadedInputs().kept(kept):
+    with OffloadedInputs().saved_on_host(kept):
         y = kept * torch.randn(4, 4, requires_grad=True)  # saves both factors
         y = y * kept[:2].repeat(2, 1)
     y.sum().backward()
@@ -91,7 +91,7 @@ def test_an_input_that_is_on_the_host_is_not_kept_on_the_gpu_too(
     x = torch.randn(4, 4, requires_grad=True)
     kept = x * 1
     alive = weakref.ref(kept)
-    with OffloadedInputs().kept(kept):
+    with OffloadedInputs().saved_on_host(kept):
         y = kept * kept
     del kept
     assert alive() is None

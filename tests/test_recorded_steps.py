@@ -346,7 +346,7 @@ def test_a_compiled_layer_s_input_waits_on_the_host_if_it_would(
     kept: list[Tensor] = []
     monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
     monkeypatch.setattr(
-        OffloadedInputs, "kept", lambda self, x: (kept.append(x.clone()), nullcontext())[1]
+        OffloadedInputs, "saved_on_host", lambda self, x: (kept.append(x.clone()), nullcontext())[1]
     )
     model, x = Layered(), torch.ones(1, 2)
     first, second = model.layers

@@ -22,7 +22,7 @@ Function = Callable[..., Any]
 
 @dataclass(eq=False)
 class _OnHost:
-    """A layer's input on the host, and on the GPU from when its copy is on the way back."""
+    """A layer's input on the host, and its copy on the GPU once the backward pass needs it."""
 
     host: Tensor
     below: weakref.ref[_OnHost] | None
@@ -38,8 +38,8 @@ class OffloadedInputs:
         self.stream: Any = None  # that of the copies
         self.last: weakref.ref[_OnHost] | None = None
 
-    def around(self, function: Function, position: int = 0) -> Function:
-        """Return a function that keeps one of its inputs on the host, if autograd saves it.
+    def wrap(self, function: Function, position: int = 0) -> Function:
+        """Return the function with one of its inputs saved on the host, if autograd saves it.
 
         Args:
             function: It computes a layer.
@@ -47,13 +47,13 @@ class OffloadedInputs:
         """
 
         def call(*arguments: Any, **named: Any) -> Any:
-            with self.kept(arguments[position] if len(arguments) > position else None):
+            with self.saved_on_host(arguments[position] if len(arguments) > position else None):
                 return function(*arguments, **named)
 
         return call
 
-    def kept(self, x: Any) -> AbstractContextManager[Any]:
-        """Let autograd save a tensor on the host, where it saves it within the context."""
+    def saved_on_host(self, x: Any) -> AbstractContextManager[Any]:
+        """Return a context in which autograd saves a tensor on the host, if it saves it."""
         if not isinstance(x, Tensor) or not x.is_cuda:
             return nullcontext()
 
@@ -105,7 +105,7 @@ class OffloadedInputs:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Return where a tensor is in memory, and what its numbers are."""
+    """Return the address, shape, strides and dtype of a tensor, which tell it from others."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
@@ -114,7 +114,7 @@ class OffloadingCheckpoint:
 
     def __init__(self, checkpoint: Function) -> None:
         self.inputs = OffloadedInputs()
-        self.call = self.inputs.around(checkpoint, position=1)
+        self.call = self.inputs.wrap(checkpoint, position=1)
 
     def __call__(self, layer: Function, *arguments: Any, **named: Any) -> Any:
         """Return what the layer computes; it is called again in the backward pass."""

@@ -21,7 +21,7 @@ from lora_cli.training.stacked_products import stacked_products
 SHAPES = 64  # torch compiles a layer anew for each shape, and by default gives up after 8
 MEMORY_BUDGET = 0.8  # of the activations that autograd would keep: the cheapest are computed again
 # where there are many; the short texts that batches of few shapes consist of need little memory
-GATED_BUDGET = 0.9  # where the kernel of gated MLPs keeps fewer: attention would be next
+GATED_BUDGET = 0.9  # with the kernel of gated MLPs: at 0.8, attention is computed again too
 CHECKPOINTING_BUDGET = 0.0  # with gradient checkpointing: a layer keeps nothing but its inputs
 # small kernels that do not depend on each other become one
 OPTIONS: dict[str, Any] = {"combo_kernels": True, "combo_kernels_autotune": 0}
@@ -113,7 +113,7 @@ class CompiledLayers:
                 for layer, compiled in zip(self.layers, self.compiled, strict=True):
                     checkpoint: Any = getattr(layer, "_gradient_checkpointing_func", None)
                     offloads = isinstance(checkpoint, OffloadingCheckpoint)
-                    layer.forward = checkpoint.inputs.around(compiled) if offloads else compiled
+                    layer.forward = checkpoint.inputs.wrap(compiled) if offloads else compiled
                 yield
             finally:
                 for layer in self.checkpointed:

@@ -1,14 +1,14 @@
 """The gate of an MLP together with the low-rank updates around it, on a GPU: one kernel each way.
 
-The MLP of Llama, and of most decoders since, computes `down(act(gate(x)) * up(x))`. With updates
-of rank r, and what the frozen layers make of x given as G and U (tokens, n), that is
+The MLP of Llama, and of most decoders since, computes `down(act(gate(x)) * up(x))`. With the
+outputs G and U (tokens, n) of the frozen layers gate and up, and updates of rank r, that is
 
     g = G + h_g B_g^T,    u = U + h_u B_u^T,    y = act(g) u,    h = y A_d^T
 
-where h_g and h_u (tokens, r) are s A x of the layers gate and up, and A_d is that of down. As
-products of their own, the updates are written and read as matrices of n columns, and so are g and
-u; here a program adds them to its block of G and U, and keeps nothing but y. The backward pass
-computes the same blocks again, and adds the gradient that comes through h in the same way.
+where h_g and h_u (tokens, r) are s A x of the layers gate and up, and A_d is the A of down.
+Computed one by one, the updates, g and u are matrices of n columns that are written to memory and
+read again. Here a program adds the updates to its block of G and U, and writes y alone. The
+backward pass computes the same blocks again, and adds the gradient that comes through h.
 
 Both activations are g times a sigmoid: SiLU is g sigmoid(g), and the GELU of Gemma and others, by
 its usual approximation, g sigmoid(z) with z = sqrt(8 / pi) (g + 0.044715 g^3).
@@ -16,7 +16,6 @@ its usual approximation, g sigmoid(z) with z = sqrt(8 / pi) (g + 0.044715 g^3).
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ def _with_update(x, h, b, tokens, columns, n_tokens, n_columns, rank, RANK: tl.c
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _sigmoid_and_slope(g, IS_GELU: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """Return the sigmoid that g is multiplied by, and the derivative of what it is taken of."""
+    """Return the sigmoid that g is multiplied by, and the derivative of its argument by g."""
     if IS_GELU:
         z = 1.5957691216057308 * (g + 0.044715 * g * g * g)
         slope = 1.5957691216057308 * (1 + 3 * 0.044715 * g * g)
@@ -119,11 +118,6 @@ def _sizes(*ranks: int) -> dict[str, int]:
     return found
 
 
-def _device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which kernels start on the GPU of a tensor."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 @torch.library.custom_op("lora_cli::gated_product", mutates_args=())
 def gated_product(
     gate: Tensor,
@@ -140,13 +134,13 @@ def gated_product(
     All tensors have one dtype, of 16 bits on a GPU.
 
     Args:
-        gate: What the frozen layer makes of x, G (..., n).
-        up: The same of the other layer, U (..., n).
-        gate_h: s A x of the gate, (..., rank).
-        up_h: s A x of the other layer, (..., rank).
-        gate_b: The gate's B (n, rank).
-        up_b: The other layer's B (n, rank).
-        down_a: The A of the layer that reads y, (rank, n); None if its update is not wanted.
+        gate: The output of the frozen layer gate, G (..., n).
+        up: The output of the frozen layer up, U (..., n).
+        gate_h: s A x of gate, (..., rank).
+        up_h: s A x of up, (..., rank).
+        gate_b: The B of gate, (n, rank).
+        up_b: The B of up, (n, rank).
+        down_a: The A of down, (rank, n); None if down has no plain LoRA.
         is_gelu: Whether the activation is GELU (by its approximation), or else SiLU.
 
     Returns:
@@ -156,7 +150,7 @@ def gated_product(
     y, ranks = torch.empty_like(parts[0]), (gate_b.shape[1], up_b.shape[1])
     n_columns = gate.shape[-1]
     if gate.numel():  # an expert may get no token
-        with _device_of(gate):
+        with torch.cuda.device(gate.device):
             _forward[_grid(gate)](
                 *parts, y, gate.numel() // n_columns, n_columns, *ranks,
                 IS_GELU=is_gelu, **_sizes(*ranks),
@@ -185,7 +179,7 @@ def _gradients(
     dgate, dup, y = (torch.empty_like(parts[0]) for _ in range(3))
     n_columns = gate.shape[-1]
     if gate.numel():
-        with _device_of(gate):
+        with torch.cuda.device(gate.device):
             _backward[_grid(gate)](
                 *parts, a.contiguous(), dy.contiguous(), slope.contiguous(), dgate, dup, y,
                 gate.numel() // n_columns, n_columns, *ranks, IS_GELU=is_gelu, **_sizes(*ranks),
