@@ -1,0 +1,104 @@
+"""Gated MLPs are handed to the kernel with the right matrices; tests/gpu has the kernel itself."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaMLP
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
+from transformers.models.phi3.modeling_phi3 import Phi3Config, Phi3MLP
+
+from lora_cli.adapters.lora import LoRALinear
+
+SIZES: dict[str, Any] = {"hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 2}
+MODULE = "lora_cli.training.gated_mlp"
+calls: list[bool] = []
+
+
+def by_equations(
+    gate: Tensor, up: Tensor, gate_h: Tensor, up_h: Tensor, gate_b: Tensor, up_b: Tensor,
+    down_a: Tensor | None, is_gelu: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Stands for the kernel, which needs Triton."""
+    calls.append(is_gelu)
+    act = nn.GELU(approximate="tanh") if is_gelu else nn.SiLU()
+    y = act(gate + gate_h @ gate_b.T) * (up + up_h @ up_b.T)
+    return y, gate.new_empty(0) if down_a is None else y @ down_a.T
+
+
+@pytest.fixture
+def gated_mlp(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    calls.clear()
+    kernel = SimpleNamespace(gated_product=by_equations)
+    monkeypatch.setitem(sys.modules, "lora_cli.training.gated_mlp_kernel", kernel)
+    with_triton = sys.modules.pop(MODULE, None)
+    module = importlib.import_module(MODULE)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    yield module
+    del sys.modules[MODULE]
+    if with_triton is not None:
+        sys.modules[MODULE] = with_triton
+
+
+def adapted(mlp: nn.Module, **dropout: float) -> nn.Module:
+    torch.manual_seed(0)
+    mlp.to(torch.bfloat16).requires_grad_(False)
+    for name, rank in (("gate_proj", 2), ("up_proj", 3), ("down_proj", 4)):
+        if hasattr(mlp, name):
+            base = getattr(mlp, name)
+            layer = LoRALinear(base, rank=rank, alpha=5, dropout=dropout.get(name, 0.0))
+            nn.init.normal_(layer.lora_A, std=0.3)
+            nn.init.normal_(layer.lora_B, std=0.3)
+            setattr(mlp, name, layer)
+    return mlp.train()
+
+
+MLPS: dict[str, tuple[Any, Any, list[bool]]] = {
+    "silu": (LlamaMLP, LlamaConfig(**SIZES), [False]),
+    "gelu": (GemmaMLP, GemmaConfig(**SIZES, hidden_activation="gelu_pytorch_tanh"), [True]),
+    "another activation": (LlamaMLP, LlamaConfig(**SIZES, hidden_act="gelu"), []),
+    "another equation": (Phi3MLP, Phi3Config(**SIZES), []),
+}
+
+
+@pytest.mark.parametrize("kind", MLPS)
+@pytest.mark.parametrize("off", [None, "gate_proj", "down_proj"])
+def test_an_mlp_is_what_its_architecture_computes(
+    kind: str, off: str | None, gated_mlp: ModuleType
+) -> None:
+    architecture, config, uses = MLPS[kind]
+    mlp = adapted(architecture(config))
+    gated = gated_mlp.GatedMLPs([nn.Sequential(mlp)])
+    assert [type(found) for found, _ in gated.found] == [architecture] * len(uses)
+    if off is not None and hasattr(mlp, off):  # after the choice
+        getattr(mlp, off).enabled = False
+    x = torch.randn(2, 5, 12, dtype=torch.bfloat16)
+    wanted = mlp(x)
+    with gated:
+        found = mlp(x)
+    assert calls == ([] if off == "gate_proj" else uses)
+    assert type(mlp) is architecture
+    assert (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
+    with gated:  # numbers of 32 bits are not the kernel's
+        assert torch.equal(mlp.float()(x.float()), mlp(x.float()))
+    assert calls == ([] if off == "gate_proj" else uses)
+
+
+@pytest.mark.parametrize("dropped", ["gate_proj", "up_proj", "down_proj"])
+def test_dropout_stays_with_the_layers_that_have_it(dropped: str, gated_mlp: ModuleType) -> None:
+    mlp = adapted(LlamaMLP(LlamaConfig(**SIZES)), **{dropped: 1.0})
+    gated = gated_mlp.GatedMLPs([mlp])
+    assert len(gated.found) == (dropped == "down_proj")
+    x = torch.randn(2, 5, 12, dtype=torch.bfloat16)
+    with gated:
+        found = mlp(x)
+    getattr(mlp, dropped).enabled = False  # all of its update's input is dropped
+    wanted = mlp(x)
+    assert (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
