@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import tiny
 
@@ -181,6 +182,57 @@ def test_what_cannot_be_read_is_named(turns: list[Json], error: str) -> None:
 def test_rows_that_only_look_like_a_task_are_known(more: Json, what: str | None) -> None:
     found = unsupported({"prompt": "a", "completion": "b", **more})
     assert (found and found[0].startswith(what or "")) == (what and True)
+
+
+@pytest.mark.parametrize("system", ["be kind", [{"text": "be kind"}], ["be ", "kind"]])
+@pytest.mark.parametrize("form", ["openai", "alpaca"])
+def test_a_system_prompt_may_be_in_parts(system: Any, form: str) -> None:
+    row = {"messages": [user("a"), said("b")], "instruction": "a", "output": "b", "system": system}
+    (read,) = read_conversations(row, form, "messages")
+    assert read.messages[0] == {"role": "system", "content": "be kind"}
+
+
+@pytest.mark.parametrize("system", [3, {"text": "be kind"}, [{"type": "image"}], True])
+def test_a_system_prompt_that_is_no_text_is_not_left_out(system: Any) -> None:
+    row = {"messages": [user("a"), said("b")], "system": system}
+    assert conversation_error(row, "openai", "messages").startswith("column `system`: ")
+
+
+def test_what_pandas_lacks_is_nothing() -> None:
+    frame = pandas.DataFrame(
+        {
+            "instruction": ["add", None, "name it"],
+            "input": [None, "what is it?", "a bee"],
+            "output": ["3", "a film", "Bee"],
+            "history": [None, None, [["hello", "hi"]]],
+        }
+    )
+    rows = json.loads(json.dumps(frame.to_dict("records")).replace("null", "NaN"))
+    assert rows[0]["input"] != rows[0]["input"]
+    read = [
+        [message["content"] for message in conversation.messages]
+        for row in rows
+        for conversation in read_conversations(row, "alpaca", None)
+    ]
+    assert read == [
+        ["add", "3"], ["what is it?", "a film"], ["hello", "hi", "name it\n\na bee", "Bee"]
+    ]  # fmt: skip
+    turns = {"messages": [user("a"), said("b")], "tools": float("nan"), "system": float("nan")}
+    (plain,) = read_conversations(turns, "openai", "messages")
+    assert plain.tools is None
+    assert len(plain.messages) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [("input", ["x", "y"], "a list"), ("output", ["b"], "a list"), ("output", {"a": 1}, "an obj"),
+     ("instruction", [1], "a list"), ("output", True, "true or false")],
+)  # fmt: skip
+def test_a_part_of_an_instruction_that_is_no_text_is_not_printed(
+    name: str, value: Any, kind: str
+) -> None:
+    row = {"instruction": "a", "input": "", "output": "b"} | {name: value}
+    assert conversation_error(row, "alpaca", None).startswith(f"column `{name}` holds {kind}")
 
 
 @pytest.mark.parametrize("blank", ["", " ", None])

@@ -78,12 +78,10 @@ def read_conversations(row: dict[str, Any], form: str, column: str | None) -> li
     if form == "alpaca":
         return [Conversation(_alpaca(row))]
     messages = read_messages(row, form, column)
-    system = row.get("system") if column != "system" else None
-    if isinstance(system, str) and system.strip():
-        if messages[0]["role"] == "system":
-            raise RowError("it has a system prompt in the column `system`, and another as a turn")
-        messages.insert(0, {"role": "system", "content": system})
-    return [Conversation(messages, _tools(row))]
+    system = _system(row) if column != "system" else []
+    if system and messages[0]["role"] == "system":
+        raise RowError("it has a system prompt in the column `system`, and another as a turn")
+    return [Conversation([*system, *messages], _tools(row))]
 
 
 def conversation_error(row: dict[str, Any], form: str, column: str | None) -> str:
@@ -136,6 +134,18 @@ def read_messages(row: dict[str, Any], form: str, column: str | None) -> list[Me
     return messages
 
 
+def _system(row: dict[str, Any]) -> list[Message]:
+    """Return the turn of a column `system`: a text or, as Bedrock and Anthropic have it, parts."""
+    value = _given(row, "system")
+    if value in (None, []):
+        return []
+    try:
+        text = _content(value)
+    except RowError as error:
+        raise RowError(f"column `system`: {str(error).removeprefix('its ')}") from None
+    return [{"role": "system", "content": text}] if text.strip() else []
+
+
 # ------------------------------------------------------------------------------- instructions
 
 
@@ -159,19 +169,33 @@ def _self_instruct(row: dict[str, Any]) -> list[list[Message]]:
 
 
 def _alpaca(row: dict[str, Any]) -> list[Message]:
-    more = str(row.get("input") or "").strip()
-    asked = "" if row["instruction"] is None else str(row["instruction"])
+    asked, more, answer = (_field(row, name) for name in ("instruction", "input", "output"))
+    more = more.strip()
     question = more if not asked.strip() and more else f"{asked}\n\n{more}" if more else asked
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    answer = row.get("output")
-    blank = answer is None or not str(answer).strip()
-    said = [] if blank else [{"role": "assistant", "content": str(answer)}]
-    return [*system, *_history(row), {"role": "user", "content": question}, *said]
+    said = [{"role": "assistant", "content": answer}] if answer.strip() else []
+    return [*_system(row), *_history(row), {"role": "user", "content": question}, *said]
+
+
+def _field(row: dict[str, Any], name: str) -> str:
+    """Return a part of an instruction as text; a list that holds nothing is none."""
+    value = _given(row, name)
+    if value in (None, [], {}):
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        kind = JSON_NAMES.get(type(value), f"a {type(value).__name__}")
+        raise RowError(f"column `{name}` holds {kind}, not text")
+    return str(value)
+
+
+def _given(row: dict[str, Any], name: str) -> Any:
+    """Return a value of a row; NaN, which pandas writes where nothing stands, is none."""
+    value = row.get(name)
+    return value if value == value else None
 
 
 def _history(row: dict[str, Any]) -> list[Message]:
     """Return the earlier turns of an instruction: pairs of a question and its answer."""
-    history = row.get("history") or []
+    history = _given(row, "history") or []
     if isinstance(history, str):
         history = read_nested(history.strip()) if history.strip() else []
     pairs: list[Any] = history if isinstance(history, list) else [None]
@@ -365,7 +389,8 @@ def _marked(turn: dict[str, Any]) -> Message:
 
 def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Return the schemas of the tools of a row."""
-    name = next((key for key in ("tools", "functions") if row.get(key) not in (None, "", [])), None)
+    names = (key for key in ("tools", "functions") if _given(row, key) not in (None, "", []))
+    name = next(names, None)
     if name is None:
         return None
     tools = row[name]

@@ -17,6 +17,7 @@ from typing import Any
 from lora_cli.data.conll import is_conll
 from lora_cli.data.detect_table import DELIMITERS, FoundFormat, find_delimiter, find_table
 from lora_cli.data.file_formats import KINDS, read_rows
+from lora_cli.data.json_layouts import reject_whole
 from lora_cli.data.labelled_text import FASTTEXT, label_source
 from lora_cli.data.text_encoding import BOM, LINE_END, encoding_of, lines_of
 from lora_cli.data.text_lines import RawRow, unreadable
@@ -105,6 +106,8 @@ def read_data_file(path: Path) -> DataFile:
     if len(errors) > len(good):
         what = f"{len(errors)} of {counted(len(rows), 'row')} cannot be read: {errors[0].error}"
         raise LoraError(what, errors[0].place, WHAT_TO_DO)
+    if found.kind == "json" and len(rows) == 1:
+        reject_whole(good[0], path)
     columns = list(dict.fromkeys(name for row in good for name in row))
     return DataFile(
         path, found.values, found.why, good, errors, columns, found.has_names, _about(found, path)
@@ -207,7 +210,7 @@ def _kind(text: str, by_name: str | None) -> str:
     lines = [line for line in lines_of(text) if line.strip()]
     if lines and _is_json(text, lines[0]):
         return "json"
-    if by_name == "json" and lines and lines[0].lstrip().startswith(("{", "[")):
+    if by_name == "json" and lines and lines[0].lstrip().startswith(("{", "[", '"')):
         return "json"  # although it is broken
     if by_name == "text":
         even = any({line.count(mark) for line in lines} == {1} for mark in ";|")

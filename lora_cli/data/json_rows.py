@@ -9,6 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_cli.data.json_layouts import (
+    command,
+    reject_lists,
+    reject_over_lines,
+    reject_whole,
+)
 from lora_cli.data.text_lines import NOT_TEXT, RawRow, byte_error, encoding_hint, read_lines
 from lora_cli.errors import LoraError
 from lora_cli.recipe import FormatSpec
@@ -113,22 +119,38 @@ def _read_json_list(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
     try:
         values = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
+        reject_lists(_lines_of_json(text), path, is_list=False)
         place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
         hint = "copy or download it again, or write the rows as lines, one object each"
         raise LoraError(json_error(error), place, hint) from error
+    reject_lists(values, path, is_list=True)
     for number, value in enumerate(values):
         yield _json_object(value, f"{path.name}[{number}]")
 
 
+def _lines_of_json(text: str) -> list[Any]:
+    """Return what stands in the lines of a text; nothing where one of them is no JSON."""
+    try:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, RecursionError):
+        return []
+
+
 def _reject_one_object(path: Path, spec: FormatSpec) -> None:
-    """Say so if a file whose first line is no row is, as a whole, a single object."""
+    """Say so if a file whose first line is no row is one object, or if no line is an object."""
     first = next(line for _, line in read_lines(path, spec.encoding) if line.strip())
-    if not first.lstrip().startswith("{") or first.rstrip().endswith("}"):
+    if first.rstrip().endswith("}"):
+        return
+    text = "".join(line for _, line in read_lines(path, spec.encoding)).strip()
+    if not first.lstrip().startswith("{"):
+        reject_lists(_lines_of_json(text), path, is_list=False)
         return
     try:
-        value = json.loads("".join(line for _, line in read_lines(path, spec.encoding)))
+        value = json.loads(text)
     except (ValueError, RecursionError):
+        reject_over_lines(text, path)
         return
+    reject_whole(value, path)
     lists = {key: item for key, item in value.items() if isinstance(item, list) and item}
     key = "train" if "train" in lists else next(iter(lists), "rows")
     how = f".{key}[]"
@@ -137,5 +159,5 @@ def _reject_one_object(path: Path, spec: FormatSpec) -> None:
     raise LoraError(
         "the file is one JSON object, and not a list of rows",
         str(path),
-        f"extract the rows: `jq -c '{how}' {path.name} > rows.jsonl`",
+        f"extract the rows: {command(how, path.name)}",
     )
