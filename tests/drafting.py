@@ -5,13 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import random
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 
+from lora_cli.errors import LoraError
 from lora_cli.preprocessing.check_recipe import check_recipe
 from lora_cli.recipe import Recipe, load_recipe
 from lora_cli.recipe_draft import draft_recipe, write_recipe
@@ -89,3 +96,17 @@ def classification(
     keys = {"text_column": text, "label_column": label, "labels": labels and list(labels), **more}
     changed = {k: v for k, v in keys.items() if default.get(k, ...) != v}
     return {"type": "sequence_classification", **changed}
+
+
+needs_jq = pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+
+
+def run_hint(error: LoraError, folder: Path) -> str:
+    """Run the command in the hint of an error, where the file lies; return the hint."""
+    hint = error.problems[0].hint or ""
+    found = re.search(r"`((?:python|zcat|jq)[^`]*)`", hint)
+    assert found is not None, hint
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path}
+    subprocess.run(found[1], shell=True, check=True, cwd=folder, env=environment)
+    return hint

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas
 import pytest
-from drafting import Init, classification, said, texts
+from drafting import Init, classification, needs_jq, run_hint, said, texts
 
 from lora_cli.data.file_formats import read_rows
 from lora_cli.errors import LoraError
@@ -23,7 +20,6 @@ TEXTS = texts(40)
 FRAME = pandas.DataFrame({"text": TEXTS, "label": [["good", "bad"][i % 2] for i in range(40)]})
 ROWS: list[dict[str, Any]] = FRAME.to_dict("records")
 WHOLE = json.dumps({"train": ROWS[:30], "test": ROWS[30:]})
-needs_jq = pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
 
 
 def oriented(orient: Any, indent: int | None) -> str:
@@ -54,19 +50,6 @@ LAYOUTS: dict[str, Callable[[int | None], str]] = {
 }  # fmt: skip
 
 
-def hint_of(error: LoraError) -> str:
-    (problem,) = error.problems
-    assert problem.hint is not None
-    return problem.hint
-
-
-def made(hint: str, folder: Path) -> None:
-    """Run the command of a hint where the file lies."""
-    found = re.search(r"`((?:zcat|jq)[^`]*)`", hint)
-    assert found is not None
-    subprocess.run(found[1], shell=True, check=True, cwd=folder)
-
-
 @needs_jq
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -76,7 +59,7 @@ def test_the_command_writes_the_rows(
     (tmp_path / "rows.json").write_text(LAYOUTS[layout](indent))
     with pytest.raises(LoraError) as caught:
         init("", tmp_path / "rows.json")
-    made(hint_of(caught.value), tmp_path)
+    run_hint(caught.value, tmp_path)
     read = pandas.read_json(tmp_path / "rows.jsonl", lines=True)[["text", "label"]]
     order = ["label", "text"]
     assert read.sort_values(order).values.tolist() == FRAME.sort_values(order).values.tolist()
@@ -90,8 +73,7 @@ def test_a_list_of_rows_for_each_split(init: Init, tmp_path: Path) -> None:
     (tmp_path / "rows.json.gz").write_bytes(gzip.compress(WHOLE.encode()))
     with pytest.raises(LoraError, match="a list of rows for each split") as caught:
         init("", tmp_path / "rows.json.gz")
-    assert hint_of(caught.value).endswith("; so too `test`")
-    made(hint_of(caught.value), tmp_path)
+    assert run_hint(caught.value, tmp_path).endswith("; so too `test`")
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == ROWS[:30]
 
@@ -103,7 +85,7 @@ def test_texts_alone(is_list: bool, init: Init, tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(TEXTS) if is_list else lines)
     with pytest.raises(LoraError, match="the rows are texts, and not objects") as caught:
         init("", tmp_path / "rows.json", "llama")
-    made(hint_of(caught.value), tmp_path)
+    run_hint(caught.value, tmp_path)
     assert pandas.read_json(tmp_path / "rows.jsonl", lines=True)["text"].tolist() == TEXTS
 
 

@@ -12,7 +12,13 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
-from lora_cli.tasks.classification.labels import Labels, is_multi_hot, look_alikes, number
+from lora_cli.tasks.classification.labels import (
+    Labels,
+    has_scores,
+    is_multi_hot,
+    look_alikes,
+    number,
+)
 
 
 class Table(list):
@@ -167,13 +173,22 @@ def test_a_class_that_is_skipped_is_no_label() -> None:
     [
         ([1, 0, 1], True), ([1.0, 0.0, 0.0], True), ([False, True, False], True), ([0, 0], True),
         ("[0, 1, 1]", True), (["0", "1", "1"], True), ([0, 1], False), ([1], False), ([], False),
-        (["a", "a"], False), ([2, 2], False), ("0,1,1", False), ([0, 1, 2, 1], False),
+        (["a", "a"], False), ([2, 2], False), ([0, 1, 2, 1], False),
+        ("0,1,1", True), ("0, 1", False), ("1,2,1", False), ("a,a", False),
     ],
 )  # fmt: skip
 def test_a_0_or_1_for_each_label_is_no_list_of_labels(value: Any, is_one: bool) -> None:
-    assert is_multi_hot(value) == is_one
+    assert is_multi_hot(value, ",") == is_one
     texts = reader(label_separator=",", **MANY).texts_of({"label": value})
     assert (texts is None) == is_one
+
+
+@pytest.mark.parametrize("value", [[0.1, 0.9], "[0.1, 0.9]", [0.0, 0.5, 0.5]])
+def test_a_score_for_each_label_is_no_list_of_labels(value: Any) -> None:
+    assert has_scores(value)
+    assert reader(**MANY).texts_of({"label": value}) is None
+    assert not has_scores([1.0, 2.0])
+    assert reader(**MANY).texts_of({"label": [1.0, 2.0]}) == ["1", "2"]
 
 
 @pytest.mark.parametrize(

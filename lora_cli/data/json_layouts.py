@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_cli.data.jq_commands import field, jq_command
 from lora_cli.data.split_names import names_split
 from lora_cli.errors import LoraError
 
@@ -22,13 +22,6 @@ BY_LIST = "range(first(.[]) | length) as $i | $all | map_values(.[$i])"
 NAMED_ONCE = ".columns as $names | .data[] | [$names, .] | transpose | map({(.[0]): .[1]}) | add"
 
 Found = tuple[str, str]  # what is wrong, and a hint
-
-
-def command(how: str, name: str, target: str = "rows.jsonl") -> str:
-    """Return the command that writes as lines what jq makes of a file."""
-    if name.endswith(".gz"):
-        return f"`zcat {shlex.quote(name)} | jq -c {shlex.quote(how)} > {target}`"
-    return f"`jq -c {shlex.quote(how)} {shlex.quote(name)} > {target}`"
 
 
 def reject_whole(value: dict[str, Any], path: Path) -> None:
@@ -114,7 +107,7 @@ def _objects_over_lines(text: str, name: str) -> Found | None:
 
 
 def _found(what: str, how: str, name: str) -> Found:
-    return what, f"write each row as a line: {command(how, name)}"
+    return what, f"write each row as a line: {jq_command(how, name, 'rows.jsonl')}"
 
 
 def _is_list_of(value: Any, *kinds: type) -> bool:
@@ -135,12 +128,12 @@ def _splits(value: dict[str, Any], name: str) -> Found | None:
     if train is None or len(lists) < 2 or len(lists) < len(value):
         return None
     first = value[train][0]
-    how = f".{_key(train)}[]"
+    how = f"{field(train)}[]"
     if isinstance(first, list):
         how += f" | {_fields(value[train])}"
     others = ", ".join(f"`{key}`" for key in lists if key != train)
     what = "the file holds a list of rows for each split"
-    return what, f"write each as a file: {command(how, name, 'train.jsonl')}; so too {others}"
+    return what, f"write each as a file: {jq_command(how, name, 'train.jsonl')}; so too {others}"
 
 
 def _of_objects(value: dict[str, Any], name: str) -> Found | None:
@@ -185,7 +178,3 @@ def _fields(rows: Sequence[Any]) -> str:
         values = {str(row[1]) for row in rows if len(row) == 2}
         names = ["text", "label" if len(values) <= len(rows) / 2 else "text_2"]
     return "{" + ", ".join(f"{name}: .[{i}]" for i, name in enumerate(names)) + "}"
-
-
-def _key(name: str) -> str:
-    return name if name.isidentifier() and name.isascii() else json.dumps(name, ensure_ascii=False)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_cli.data.jq_commands import field, jq_command
 from lora_cli.data.json_layouts import (
-    command,
     reject_lists,
     reject_over_lines,
     reject_whole,
@@ -153,11 +153,11 @@ def _reject_one_object(path: Path, spec: FormatSpec) -> None:
     reject_whole(value, path)
     lists = {key: item for key, item in value.items() if isinstance(item, list) and item}
     key = "train" if "train" in lists else next(iter(lists), "rows")
-    how = f".{key}[]"
+    how = f"{field(key)}[]"
     if all(isinstance(one, list) and len(one) == 2 for one in lists.get(key, [None])):
         how += " | {text: .[0], label: .[1]}"
     raise LoraError(
         "the file is one JSON object, and not a list of rows",
         str(path),
-        f"extract the rows: {command(how, path.name)}",
+        f"extract the rows: {jq_command(how, path.name, 'rows.jsonl')}",
     )

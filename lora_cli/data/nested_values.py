@@ -1,23 +1,21 @@
-"""Rows whose answers, choices or labels stand inside objects: named, with a command that helps.
+"""Rows whose answers or labels stand inside objects: named, with a command that helps.
 
-Left out in silence, a question would be learned without its choices, or a text without its labels.
+Left out in silence, a text would be learned without its labels.
 """
 
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from lora_cli.data.answer_choices import ASKED
 from lora_cli.data.column_kinds import Column, is_blank
+from lora_cli.data.jq_commands import field, jq_command
 from lora_cli.data.text_columns import flat_name
 from lora_cli.errors import LoraError
 
 ANSWERS = re.compile(r"(?i)(.*_)?answers?")
-CHOICES = re.compile(r"(?i)(.*_)?(choices|options|endings|alternatives)")
-ASKED = re.compile(r"(?i)question|query|prompt|ctx|context|stem|instruction|startphrase|problem")
-KEY = re.compile(r"(?i)answer[_ ]?key|answer([_ ]?(idx|index|id))?|label|correct([_ ]?answer)?")
 ABOUT = re.compile(r"(?i)_*(meta(data)?|info|attributes|source|provenance|extra|stats)_*")
 LABEL_KEYS = {"label", "labels", "type", "tag", "entity", "category", "class", "emotion", "value"}
 
@@ -38,51 +36,30 @@ def require_flat(
     """
     texts = [c.name for c in columns if ASKED.fullmatch(c.name) and c.kind == "text"]
     asked = next((name for name in texts if name != "context"), texts[0]) if texts else None
-    key = next((c.name for c in columns if KEY.fullmatch(c.name) and c.kind != "other"), None)
-    source = shlex.quote(place)
+    target = flat_name(place)
     for column in columns:
         value = next((v for row in rows if not is_blank(v := row.get(column.name))), None)
-        if asked and key and CHOICES.fullmatch(column.name) and column.kind in ("other", "list"):
-            new = _choice(asked, column.name, key, value)
-            raise LoraError(
-                f"each row has a question (`{asked}`) and its choices (`{column.name}`), and no "
-                "task chooses among texts",
-                place,
-                f"write them as prompt and completion: `jq -c '{new}' "
-                f"{source} > {flat_name(place)}`; or name what is learned: `--text {asked} "
-                f"--label {key}`",
-            )
         if column.kind != "other" or ABOUT.fullmatch(column.name):
             continue
         path = _answer_in(value) if ANSWERS.fullmatch(column.name) else None
         if asked and path:
             context = ", input: .context" if any(c.name == "context" for c in columns) else ""
-            new = f"{{instruction: .{asked}{context}, output: .{column.name}{path}}}"
+            answer = f"{field(column.name)}{path}"
+            new = f"{{instruction: {field(asked)}{context}, output: {answer}}}"
             raise LoraError(
                 f"the answers stand inside `{column.name}`, which no task reads",
                 place,
-                f"write the first one as a column: `jq -c '{new}' {source} > {flat_name(place)}`",
+                f"write the first one as a column: {jq_command(new, place, target)}",
             )
         if not has_label and (path := _label_in(value)):
+            new = f". + {{label: {field(column.name)}{path}}}"
             raise LoraError(
                 f"`{column.name}` holds objects, in which labels may stand; no task reads them",
                 place,
-                f"write what is to be learned as a column: `jq -c '. + {{label: .{column.name}"
-                f"{path}}}' {source} > {flat_name(place)}`; or name the columns to be read, "
-                "`--text COLUMN --label COLUMN`, with `--label none` for text alone",
+                f"write what is to be learned as a column: {jq_command(new, place, target)}; or "
+                "name the columns to be read, `--text COLUMN --label COLUMN`, with `--label none` "
+                "for text alone",
             )
-
-
-def _choice(asked: str, choices: str, key: str, value: Any) -> str:
-    """Return the expression of jq that makes a prompt and a completion of a question."""
-    texts, right = f".{choices}", f".{key}"
-    if isinstance(value, dict):
-        name = next((name for name, item in value.items() if isinstance(item, list)), "text")
-        texts = f".{choices}.{'text' if 'text' in value else name}"
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        texts = f"[.{choices}[].text]"
-    prompt = f'.{asked} + "\\n" + ({texts} | join("\\n"))'
-    return f"{{prompt: ({prompt}), completion: ({right} | tostring)}}"
 
 
 def _answer_in(value: Any) -> str | None:
@@ -105,4 +82,4 @@ def _label_in(value: Any) -> str | None:
     marks = [isinstance(item, int | float) for item in value.values()]
     if name is None and len(marks) > 1 and all(marks) and not start:
         name = next(iter(value))
-    return None if name is None else f"{start}.{name}"
+    return None if name is None else f"{start}{field(name)}"

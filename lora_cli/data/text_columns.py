@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_cli.data.column_kinds import TALK, Column, is_blank
+from lora_cli.data.jq_commands import field, jq_command
 from lora_cli.errors import LoraError, counted
 
 SECOND = {"1": "2", "a": "b", "first": "second", "left": "right", "one": "two", "x": "y"}
@@ -16,6 +16,7 @@ TEXT_NAMES = re.compile(
     r"(?i)(.*[_\W])?(text|sentence|review|message|comment|content|body|tweet|utterance|query|"
     r"question|document|article|post|description|transcript|transcription|文|テキスト|texte?o?)"
 )
+MESSAGES = "messages.jsonl"
 TURN = (  # how turns of conversations name who speaks, and what is said
     ("role", "from", "speaker", "author", "sender", "who", "name"),
     ("content", "value", "text", "message", "utterance", "body"),
@@ -61,19 +62,30 @@ def flat_name(place: str) -> str:
 
 def unnested(column: Column, rows: Sequence[dict[str, Any]], place: str) -> str:
     """Return the command that makes columns of the objects in a column."""
-    source = shlex.quote(place)
-    key = column.name if column.name.isidentifier() else f'"{column.name}"'
+    own = field(column.name)
     value = next(value for row in rows if not is_blank(value := row.get(column.name)))
     turn = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else {}
+    if isinstance(turn.get("role"), str) and isinstance(turn.get("parts"), list):
+        return _of_gemini(own, rows[0], place)
     who, said = (next((k for k in names if isinstance(turn.get(k), str)), "") for names in TURN)
     if who and said and TALK.fullmatch(column.name):
-        how = f"{{messages: [.{key}[] | {{role: .{who}, content: .{said}}}]}}"
-        return f"write the turns as messages: `jq -c '{how}' {source} > messages.jsonl`"
-    how = f".{key}[]" if isinstance(value, list) else f".{key}"
+        how = f"{{messages: [{own}[] | {{role: .{who}, content: .{said}}}]}}"
+        return f"write the turns as messages: {jq_command(how, place, MESSAGES)}"
+    how = f"{own}[]" if isinstance(value, list) else own
     if len(rows) > 1 and not isinstance(value, list):
-        deletions = [f"del(.{key})"] if len(rows[0]) > 1 else []
-        how = " + ".join([*deletions, f".{key}"])
-    return f"turn them into columns: `jq -c '{how}' {source} > {flat_name(place)}`"
+        deletions = [f"del({own})"] if len(rows[0]) > 1 else []
+        how = " + ".join([*deletions, own])
+    return f"turn them into columns: {jq_command(how, place, flat_name(place))}"
+
+
+def _of_gemini(own: str, row: dict[str, Any], place: str) -> str:
+    """Return the command for turns as Gemini has them, in parts, with a system prompt apart."""
+    said = '([.parts[].text] | join(""))'
+    role = '(if .role == "model" then "assistant" else .role end)'
+    how = f"[{own}[] | {{role: {role}, content: {said}}}]"
+    if system := next((k for k in ("systemInstruction", "system_instruction") if k in row), None):
+        how = f'[{field(system)} | values | {{role: "system", content: {said}}}] + {how}'
+    return f"write the turns as messages: {jq_command(f'{{messages: ({how})}}', place, MESSAGES)}"
 
 
 def pair_of(columns: Sequence[Column]) -> tuple[Column, Column] | None:

@@ -64,7 +64,9 @@ def _require_columns(table: Table) -> None:
 
 def _unreadable(table: Table) -> Proposal | None:
     """Return the error of a table whose columns are all inside another, if it is such a one."""
-    nested = next((column for column in table.columns if column.kind == "other"), None)
+    inside = [column for column in table.columns if column.kind == "other"]
+    turns = (one for one in inside if isinstance(table.rows[0].get(one.name), list))
+    nested = next(turns, inside[0] if inside else None)
     if nested is None or table.text is not None:
         return None
     # one object that holds all rows has a version or a name too, as SQuAD's

@@ -535,6 +535,20 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
         "rows.jsonl", "".join(json.dumps({"question": f"which is number {i} of all",
                                           "choices": ["a", "b"], "answer": i % 2}) + "\n"
                               for i in range(30)), ()),
+    "choices in columns": (
+        "rows.csv", "goal,sol1,sol2,label\n" + "".join(
+            f"how to do number {i},by a way of {i},by another way of {i},{i % 2}\n"
+            for i in range(30)), ()),
+    "a list of positives": (
+        "rows.jsonl", "".join(json.dumps({"query": f"which is number {i} of all",
+                                          "pos": [f"number {i}", "it"], "neg": ["none"]}) + "\n"
+                              for i in range(30)), ()),
+    "a score for each label": (
+        "rows.jsonl", "".join(json.dumps({"text": f"a long text {i} of some words",
+                                          "labels": [0.1, 0.9]}) + "\n" for i in range(30)), ()),
+    "columns of pandas": (
+        "rows.json", json.dumps({"text": {str(i): f"text {i}" for i in range(30)},
+                                 "label": {str(i): "ab"[i % 2] for i in range(30)}}), ()),
     "answers to be ranked": (
         "rows.jsonl", "".join(json.dumps({"prompt": f"say something about number {i}",
                                           "responses": ["a", "b"], "scores": [0.1, 0.9]}) + "\n"

@@ -23,7 +23,7 @@ from lora_cli.models.base_model import load_config
 from lora_cli.recipe import Recipe
 from lora_cli.recipe.spec.classification_section import ClassificationSection
 from lora_cli.tasks.classification.head_rows import arrange_rows, rows_of_heads
-from lora_cli.tasks.classification.labels import Labels, is_multi_hot
+from lora_cli.tasks.classification.labels import Labels, has_scores, is_multi_hot
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import MAIN, Batch, Example, Field, Kind, Prediction
 
@@ -154,11 +154,13 @@ class Classification(Task):
         if self.label_spec.label_columns is not None:
             return self.reader.error_of_marks(row, self.label_spec.label_columns)
         if self.label_spec.problem == "multi_label":
-            if is_multi_hot(value):
+            if is_multi_hot(value, self.label_spec.label_separator):
                 return (
                     f"column `{column}` has a 0 or 1 for each label, not the labels: write those "
                     "that are 1, or a column for each label (`task.label_columns`)"
                 )
+            if has_scores(value):
+                return f"column `{column}` has fractions such as scores, not the labels"
             if isinstance(value, list):
                 return f"column `{column}` holds a list with a blank or a list in it"
             if is_blank(value):

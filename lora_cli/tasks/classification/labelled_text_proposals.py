@@ -11,6 +11,7 @@ from typing import Any
 from lora_cli.data.column_kinds import CONVERSATIONS, Column, as_number, flag
 from lora_cli.data.text_columns import content_of, listed, pair_of, text_of, text_reason
 from lora_cli.errors import LoraError, counted
+from lora_cli.tasks.classification.labels import has_scores, is_multi_hot
 from lora_cli.tasks.proposal import NO_LABEL, BaseFacts, Certainty, Proposal, Table, proposed
 from lora_cli.tasks.texts.text_checks import check_texts
 
@@ -45,10 +46,22 @@ def propose_labelled(table: Table, base: BaseFacts) -> Proposal | None:
             what, hint = "two texts need a label that compares them", "name it: `--label COLUMN`"
             raise LoraError(what, "--pair", f"{hint} ({listed(columns)})")
         if found is not None:
-            found.check = lambda: check_texts(table, found)
+            found.check = lambda: _check(found, table)
         return found
 
     return proposed(choose, Certainty.LIKELY, of_error=Certainty.UNCLEAR)
+
+
+def _check(chosen: Proposal, table: Table) -> None:
+    """Check that the text and its label are all that the rows would teach, and are what they seem.
+
+    Raises:
+        LoraError: If not.
+    """
+    check_texts(table, chosen)
+    label = table.by_name.get(chosen.keys.get("label_column", ""))
+    if label is not None and label.kind == "list":
+        _require_names(label, table.rows, table.place)
 
 
 def labelled(
@@ -238,6 +251,18 @@ def _label_keys(
             "for a prompt and its completion, name both: `--text PROMPT --label COMPLETION`",
         )
     return keys, why, label.counts
+
+
+def _require_names(label: Column, rows: Sequence[dict[str, Any]], place: str) -> None:
+    """Reject lists that have a number for each label, and not the labels of their row."""
+    cells = [row.get(label.name) for row in rows]
+    what = "a 0 or 1" if any(is_multi_hot(cell, label.separator) for cell in cells) else ""
+    if what or any(map(has_scores, cells)):
+        raise LoraError(
+            f"`{label.name}` has {what or 'a score'} for each label, not the labels",
+            place,
+            "write the names of those that fit, or a column of 0 and 1 for each label",
+        )
 
 
 def _flag_keys(

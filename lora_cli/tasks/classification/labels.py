@@ -142,10 +142,13 @@ class Labels:
             if (items := listed_labels(value)) is not None:
                 value = items
             elif isinstance(value, str) and self.spec.label_separator is not None:
-                return divided(value, self.spec.label_separator)
+                parts = divided(value, self.spec.label_separator)
+                return None if is_multi_hot(parts) else parts
             if not isinstance(value, list) or any(_is_blank(item) for item in value):
                 return None
-            return None if is_multi_hot(value) else [self._named(item) for item in value]
+            if is_multi_hot(value) or has_scores(value):
+                return None
+            return [self._named(item) for item in value]
         if _is_blank(value):
             return None
         if listed_labels(value) is not None and _text(value) not in self.names:
@@ -327,13 +330,28 @@ def _is_blank(value: Any) -> bool:
     return isinstance(value, list | dict) or is_blank(value)
 
 
-def is_multi_hot(value: Any) -> bool:
-    """Return whether a list has a 0 or 1 for each label, so that one of them stands there twice."""
+def is_multi_hot(value: Any, separator: str | None = None) -> bool:
+    """Return whether a list has a 0 or 1 for each label, so that one of them stands there twice.
+
+    Args:
+        value: What stands in a cell.
+        separator: What divides the labels of a text.
+    """
     items = listed_labels(value) if isinstance(value, str) else value
+    if items is None and isinstance(value, str) and separator is not None:
+        items = divided(value, separator)
     if not isinstance(items, list):
         return False
     marks = [_text(item) for item in items]
     return len(set(marks)) < len(marks) and any(set(marks) <= pair for pair in MARKS)
+
+
+def has_scores(value: Any) -> bool:
+    """Return whether a list has fractions, as scores of labels are, and labels are not."""
+    items = listed_labels(value) if isinstance(value, str) else value
+    return isinstance(items, list) and any(
+        isinstance(item, float) and not item.is_integer() for item in items
+    )
 
 
 def look_alikes(names: Sequence[str]) -> list[list[str]]:

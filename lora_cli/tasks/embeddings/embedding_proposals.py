@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_cli.data.column_kinds import Column, as_number
+from lora_cli.data.jq_commands import field, jq_command
+from lora_cli.data.text_columns import flat_name
+from lora_cli.errors import LoraError
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
 from lora_cli.tasks.texts.text_checks import check_texts
 
@@ -16,7 +19,13 @@ NEGATIVES = re.compile(r"(?i)(hard_?)?neg(ative)?s?(_passage|_text)?(_?\d+)?")
 SENTENCES = [("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("text1", "text2"),
              ("sentence_a", "sentence_b")]  # fmt: skip
 SCORES = ("score", "similarity", "similarity_score", "relatedness_score")
+SIMCSE = ("sent0", "sent1")  # a text, and one that means the same
+SEVERAL = re.compile(r"(?i)pos(itives?)?([_ ]?(passages|texts|ctxs|docs))?s?")  # lists of positives
+REFUSED = re.compile(
+    r"(?i)(hard_?)?neg(atives?)?([_ ]?(passages|texts|ctxs|docs))?s?"
+)  # lists, too
 TEXTS = ("text", "category", "list")
+LISTS = ("list", "other")
 
 
 def propose_embedding(table: Table, base: BaseFacts) -> Proposal | None:
@@ -29,6 +38,14 @@ def propose_embedding(table: Table, base: BaseFacts) -> Proposal | None:
     if anchor is not None and positive is not None and positive.kind in TEXTS[:2]:
         a, b = anchor, positive  # which no other task calls its columns
         return proposed(lambda: _pairs(a, b, table), Certainty.NAMED)
+    several = [c for c in table.columns if SEVERAL.fullmatch(c.name) and c.kind in LISTS]
+    if anchor is not None and anchor.kind in TEXTS[:2] and several:
+        error = _several(anchor, several[0], table)
+        return Proposal({}, {}, [], certainty=Certainty.NAMED, error=error)
+    first_, second_ = (lower.get(name) for name in SIMCSE)
+    has_negatives = any(map(NEGATIVES.fullmatch, lower))
+    if first_ is not None and second_ is not None and (has_negatives or base.embeds):
+        return proposed(lambda: _pairs(first_, second_, table), Certainty.NAMED)
     if not base.embeds:
         return None
     for first, second in SENTENCES:
@@ -38,6 +55,33 @@ def propose_embedding(table: Table, base: BaseFacts) -> Proposal | None:
             found = _scored(a_, b_, score, table)
             return proposed(lambda: found, Certainty.NAMED)  # noqa: B023 - called at once
     return None
+
+
+def _several(anchor: Column, positives: Column, table: Table) -> LoraError:
+    """Return the error of rows that have a list of positives, as those of FlagEmbedding and DPR."""
+    refused = [c for c in table.columns if REFUSED.fullmatch(c.name) and c.kind in LISTS]
+    one = "$one.text" if _are_objects(positives, table) else "$one"
+    new = f"anchor: {field(anchor.name)}, positive: {one}"
+    if refused:
+        lists = [
+            f"[{own}[].text]" if _are_objects(column, table) else own
+            for column in refused
+            for own in (field(column.name),)
+        ]
+        new += f", negatives: ({' + '.join(lists)})"
+    how = f"{field(positives.name)}[] as $one | {{{new}}}"
+    return LoraError(
+        f"`{positives.name}` holds lists, and a row of `text_embedding` has one positive",
+        table.place,
+        f"write a row for each: {jq_command(how, table.place, flat_name(table.place))}",
+    )
+
+
+def _are_objects(column: Column, table: Table) -> bool:
+    """Return whether a column holds lists of objects, such as passages with their titles."""
+    lists = (value for row in table.rows if (value := row.get(column.name)))
+    first = next(lists, None)
+    return isinstance(first, list) and isinstance(first[0], dict)
 
 
 def _pairs(anchor: Column, positive: Column, table: Table) -> Proposal:

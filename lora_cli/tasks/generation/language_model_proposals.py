@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_cli.data.chat_formats import conversation_error
 from lora_cli.data.column_kinds import CONVERSATIONS, Column, is_blank
+from lora_cli.data.jq_commands import field, jq_command
 from lora_cli.data.text_columns import TEXT_NAMES, listed, text_of, text_reason, unnested
 from lora_cli.data.unsupported_rows import unsupported
 from lora_cli.errors import LoraError, counted, printable
@@ -27,6 +28,7 @@ TURNS = {
     "openai": "turns with role and content", "sharegpt": "turns with from and value",
     "pairs": "questions with their answers",
 }  # fmt: skip
+MOSTLY = 0.9  # of the rows
 MANY_ANSWERS = 0.5  # different ones a row: fewer are labels
 SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 CONTEXT_NAMES = ("context", "input", "passage", "knowledge", "document")
@@ -106,6 +108,7 @@ def _proposed(table: Table, base: BaseFacts) -> Proposal | None:
 
 def _checked(chosen: Proposal, table: Table, base: BaseFacts) -> Proposal:
     """Return a proposal with the check that a model can learn it."""
+    _keep_own_space(chosen, table)
 
     def check() -> None:
         check_texts(table, chosen)
@@ -131,10 +134,9 @@ def _require_supported(table: Table, chosen: Proposal) -> None:
     talks = [column.name for column in table.columns if column.kind in CONVERSATIONS]
     if len(talks) > 1:
         what = f"the columns `{'` and `'.join(talks)}` all hold turns of conversations"
-        joined = " + ".join(f".{name}" for name in talks)
-        hint = (
-            "put the turns of a row into one column, in their order: "
-            f"`jq -c '{{messages: ({joined})}}' {shlex.quote(place)} > joined.jsonl`"
+        joined = " + ".join(map(field, talks))
+        hint = "put the turns of a row into one column, in their order: " + jq_command(
+            f"{{messages: ({joined})}}", place, "joined.jsonl"
         )
         raise LoraError(what, place, hint)
     form, column = chosen.keys["format"], chosen.keys.get("messages_column")
@@ -265,13 +267,12 @@ def require_context(chosen: Proposal, by_name: dict[str, Column], place: str) ->
         return
     for name in _contexts(chosen, by_name):
         asked, said = chosen.keys["prompt_column"], chosen.keys["completion_column"]
-        new = f"instruction: .{asked}, input: .{name}, output: .{said}"
-        source = shlex.quote(place)
+        new = f"instruction: {field(asked)}, input: {field(name)}, output: {field(said)}"
         raise LoraError(
             f"`{name}` belongs to the prompt in {counted(by_name[name].count, 'row')}, and a "
             "recipe has one column for it",
             place,
-            f"join them: `jq -c '{{{new}}}' {source} > joined.jsonl`; or train without it: "
+            f"join them: {jq_command(f'{{{new}}}', place, 'joined.jsonl')}; or train without it: "
             f"`--text {shlex.quote(asked)} --label {shlex.quote(said)}`",
         )
 
@@ -298,8 +299,8 @@ def require_one_answer(by_name: dict[str, Column], place: str) -> None:
             continue
         if said.separator is None and len(said.counts) > MANY_ANSWERS * said.count:
             what = f"`{said.name}` holds lists of answers, and a language model learns one"
-            first = f"jq -c '.{said.name} |= .[0]' {shlex.quote(place)} > first.jsonl"
-            raise LoraError(what, place, f"keep the first of each: `{first}`")
+            first = jq_command(f"{field(said.name)} |= .[0]", place, "first.jsonl")
+            raise LoraError(what, place, f"keep the first of each: {first}")
 
 
 def require_conversations(by_name: dict[str, Column], place: str) -> None:
@@ -333,6 +334,19 @@ def prompt_and_completion(asked: Column, said: Column) -> Proposal:
         },
         [asked.name, said.name],
     )
+
+
+def _keep_own_space(chosen: Proposal, table: Table) -> None:
+    """Put nothing between prompts and completions that have a space or a line end of their own."""
+    if "prompt_column" not in chosen.keys:
+        return
+    asked, said = chosen.keys["prompt_column"], chosen.keys["completion_column"]
+    pairs = [(row.get(asked), row.get(said)) for row in table.rows]
+    texts = [(a, b) for a, b in pairs if isinstance(a, str) and isinstance(b, str) and b]
+    spaced = sum(a != a.rstrip() or b != b.lstrip() for a, b in texts)
+    if texts and spaced >= MOSTLY * len(texts):
+        chosen.keys["separator"] = ""
+        chosen.why["separator"] = "the texts have a space or a line end of their own between them"
 
 
 def translation(first: Column, second: Column, place: str, can_write: bool) -> Proposal:
