@@ -235,9 +235,7 @@ def recipes(name: str) -> st.SearchStrategy[dict[str, Any]]:
     """Return what draws the adapter section of a recipe for an architecture."""
     arch = ARCHITECTURES[name]
     some = st.lists(st.sampled_from(arch.targets), min_size=1, max_size=3, unique=True)
-    # PEFT looks for a BatchNorm's running statistics too, which no adapter of ours holds
-    names = [n for n in arch.in_full if not (name == "convolutions" and n == "norm")]
-    in_full = st.lists(st.sampled_from(names), max_size=2, unique=True)
+    in_full = st.lists(st.sampled_from(arch.in_full), max_size=2, unique=True)
     return st.fixed_dictionaries(
         {"rank": st.sampled_from([2, 4]), "target_modules": st.one_of(some, st.just("all-linear"))},
         optional={

@@ -533,6 +533,41 @@ def test_bias_all_with_a_nested_head(kind: str, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what PEFT alone does, read here
 
 
+def test_a_normalisation_trained_in_full_has_its_statistics_beside_it(tmp_path: Path) -> None:
+    base = tiny.ConvNet()
+    in_full = {"target_modules": ["stem"], "train_modules": ["norm"]}
+    model = saved(tmp_path / "ours", base, ["norm", "classifier"], **in_full)
+    assert_same_outputs(loaded_by_peft(base, tmp_path / "ours"), model)
+    assert_same_outputs(loaded(base, tmp_path / "ours"), model)
+    again, _ = trained(base, ["norm", "classifier"], **in_full)
+    restore(stir(again), read_tensors(tmp_path / "ours"))
+    assert_same_outputs(again, model)
+
+    full = ["norm", "classifier"]
+    theirs = saved_by_peft(tmp_path / "theirs", base, target_modules=["stem"], modules_to_save=full)
+    assert_same_outputs(loaded(base, tmp_path / "theirs"), theirs)
+    assert_others(theirs, base)
+
+    def counted(tensors: dict[str, Tensor]) -> None:  # in training mode, with all values alike
+        tensors[f"{P}norm.num_batches_tracked"] += 3
+
+    edit_tensors(tmp_path / "theirs", counted)
+    assert_same_outputs(loaded(base, tmp_path / "theirs"), theirs)
+
+
+def test_statistics_that_another_tool_trained_are_rejected(tmp_path: Path) -> None:
+    base = tiny.ConvNet()
+    saved_by_peft(tmp_path / "a", base, target_modules=["stem"], modules_to_save=["norm"])
+
+    def moved(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{P}norm.running_mean"] += 0.5
+
+    edit_tensors(tmp_path / "a", moved)
+    message = refusal(base, tmp_path / "a")
+    assert "the buffer `norm.running_mean` is not that of the base" in message
+    assert "merge the adapter in PEFT" in message
+
+
 def test_a_dense_a_of_a_grouped_convolution_is_used_but_not_merged(tmp_path: Path) -> None:
     base = tiny.ConvNet()
     theirs = saved_by_peft(tmp_path / "a", base, r=4, target_modules=["grouped", "stem"])

@@ -387,6 +387,27 @@ def test_statistics_of_batch_normalisation_stay_bit_for_bit(adapter: str, tmp_pa
     assert all(torch.equal(kept[name], buffer) for name, buffer in model.named_buffers())
 
 
+def test_a_normalisation_trained_in_full_is_read_by_peft_merged_and_resumed(
+    tmp_path: Path,
+) -> None:
+    base = tiny_pictures.save("resnet", tmp_path / "base")
+    adapter = {"target_modules": ["convolution"], "train_modules": ["normalization"]}
+    path = write_recipe_of(tmp_path, base, adapter=adapter, checkpoint={"every_steps": 1})
+    run(path)
+    train(load_recipe(path, ["train.max_steps=4", "checkpoint.allow_changes=true"]), resume=True)
+    out, pixels = tmp_path / "out", torch.randn(2, 3, SIZE, SIZE)
+    _, ours, _ = open_adapter(out, load_adapter_recipe(out))
+    merge_adapter(None, out, tmp_path / "merged")
+    plain = AutoModelForImageClassification.from_pretrained(base, num_labels=2)
+    with torch.no_grad():
+        found = ours(pixel_values=pixels).logits
+        for model in (
+            PeftModel.from_pretrained(plain, out).eval(),
+            AutoModelForImageClassification.from_pretrained(tmp_path / "merged").eval(),
+        ):
+            assert_close(model(pixel_values=pixels).logits, found)
+
+
 @pytest.mark.proves("write", "read", "resume", variant="full", layer="Conv2d")
 @pytest.mark.slow
 def test_trained_in_full_a_model_with_running_statistics_is_the_same_reloaded_and_resumed(

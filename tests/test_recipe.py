@@ -351,7 +351,7 @@ def test_a_16_bit_base_does_not_pass_for_fp32(problems: Any) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "precision"),
-    [("float32", "fp32"), ("float32", "bf16"), ("bfloat16", "bf16"), ("bfloat16", "fp16")],
+    [("float32", "fp32"), ("float32", "bf16"), ("bfloat16", "bf16"), ("float16", "fp16")],
 )
 def test_a_base_may_be_kept_in_what_the_precision_computes_with(
     dtype: str, precision: str, tmp_path: Path

@@ -110,6 +110,38 @@ def test_a_complete_run_is_measured_anew_by_other_metrics(run: Run) -> None:
     assert report["metrics"]["after"]["validation"]["loss"] == loss
 
 
+@pytest.mark.parametrize("more", [[], ["train.max_steps=6"]], ids=["complete", "more steps"])
+def test_the_best_adapter_is_chosen_anew_by_another_metric(
+    run: Run, tmp_path: Path, more: list[str]
+) -> None:
+    first = run("evaluate.best.metric=loss", "train.optimizer.learning_rate=0.02")
+    assert first["best"]["value"] > 0.5, "or accuracies would be better than it by chance"
+    report = run(
+        "evaluate.best.metric=accuracy", "train.optimizer.learning_rate=0.02", ALLOWED, *more,
+        resume=True,
+    )  # fmt: skip
+    log = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    measured = {
+        line["step"]: line["validation"] for line in map(json.loads, log) if "validation" in line
+    }
+    kept = {first["best"]["step"], 4, *(step for step in measured if step > 4)}
+    assert report["best"]["metric"] == "accuracy"
+    assert report["best"]["value"] == max(measured[step]["accuracy"] for step in kept)
+    assert report["metrics"]["after"]["validation"] == measured[report["best"]["step"]]
+
+
+def test_the_best_adapter_is_measured_anew_on_other_rows(run: Run, recipe: Path) -> None:
+    by_loss = ("evaluate.best.metric=loss", "train.optimizer.learning_rate=0.02")
+    first = run(*by_loss)
+    file = recipe.parent / "validation.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    turned = [json.dumps(row | {"label": 1 - row["label"]}) for row in rows]
+    file.write_text("".join(f"{line}\n" for line in turned))
+    report = run(*by_loss, "train.max_steps=6", ALLOWED, resume=True)
+    after = report["metrics"]["after"]["validation"]["loss"]
+    assert report["best"]["value"] == after != first["best"]["value"]
+
+
 def test_the_results_of_other_rows_are_not_given(run: Run, recipe: Path) -> None:
     run()
     with (recipe.parent / "train.jsonl").open("a", encoding="utf-8") as file:

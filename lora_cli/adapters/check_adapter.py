@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.lora import Shape
 from lora_cli.adapters.match_names import first_match, inside, matches
-from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
+from lora_cli.adapters.peft_format.adapter_folder import COUNTS, AdapterFolder
 from lora_cli.adapters.peft_format.diffusion_file import ANEW
 from lora_cli.adapters.peft_format.peft_experts import check_parameter
 from lora_cli.adapters.peft_format.peft_rules import convolution_difference, parameter_layers
-from lora_cli.adapters.peft_format.peft_tensors import TOGETHER, unsupported
+from lora_cli.adapters.peft_format.peft_tensors import TOGETHER
 from lora_cli.adapters.peft_format.peft_tokens import LARGER, RESIZED, SavedRows
 from lora_cli.adapters.peft_format.peft_types import alpha_of
 from lora_cli.adapters.peft_format.tensor_names import adapted_modules
@@ -169,7 +169,7 @@ def check_parameters(
     for name, tensor in [*plain.items(), *frozen.items()]:
         parameter = parameters.get(name)
         if parameter is None:
-            problems.append(Problem(f"the model has no parameter `{name}`", hint=unsupported(name)))
+            problems.append(Problem(f"the model has no parameter `{name}`"))
         elif parameter.shape != tensor.shape:
             larger = name in of_tokens and tensor.shape[0] > parameter.shape[0]
             problems.append(
@@ -193,6 +193,28 @@ def check_parameters(
                     )
                 )
     return problems
+
+
+def check_buffers(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> list[Problem]:
+    """Return a problem for each buffer of the model that an adapter has with other values.
+
+    Statistics of normalisation change where it is trained in training mode, as with PEFT.
+
+    Args:
+        tensors: Of the adapter, by names without PEFT's prefix.
+        buffers: Those of the base; on the meta device nothing is compared.
+    """
+    return [
+        Problem(
+            f"the buffer `{name}` is not that of the base",
+            hint="it was trained with statistics of its own, which this tool takes from the base: "
+            "merge the adapter in PEFT",
+        )
+        for name, buffer in buffers.items()
+        # how many batches were counted changes no output
+        if name in tensors and not name.endswith(COUNTS) and not buffer.is_meta
+        if tensors[name].shape != buffer.shape or not _same(buffer, tensors[name])
+    ]
 
 
 def _hint_for_larger(name: str, tensor: Tensor, adapted: Collection[str]) -> str:

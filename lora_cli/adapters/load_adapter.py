@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.attach import adapter_parameters, add_layer
 from lora_cli.adapters.check_adapter import (
+    check_buffers,
     check_layers,
     check_parameters,
     misfit_error,
@@ -36,6 +37,7 @@ from lora_cli.adapters.peft_format.peft_tokens import (
     saved_rows,
     split_rows,
 )
+from lora_cli.adapters.peft_format.saved_buffers import persistent_buffers, without_buffers
 from lora_cli.adapters.tied_weights import give_own_parameters, tied_groups
 from lora_cli.adapters.token_rows import add_token_rows, embedding_names
 from lora_cli.adapters.variants import layers_of
@@ -67,15 +69,15 @@ def load_adapter(
             untouched then.
     """
     use_names_of(model, adapter)
+    changed = check_buffers(adapter.tensors, persistent_buffers(model))
+    adapter = replace(adapter, tensors=without_buffers(adapter.tensors, model))
     adapter, rows = split_rows(with_current_names(adapter, model))
     parameters, layers = _parameters(model), layers_of(adapter.type)
     tensors = sort_tensors(adapter.tensors, adapter.type, parameters)
-    plain, problems = tensors.plain, tensors.problems
-    own = own_parameters(model, adapter.config, plain)
-    chosen, found = check_layers(tensors.of_layers, model, adapter, layers)
-    problems += found
-    of_tokens, found = saved_rows(model, rows, adapter)
-    problems += found
+    plain, own = tensors.plain, own_parameters(model, adapter.config, tensors.plain)
+    chosen, of_layers = check_layers(tensors.of_layers, model, adapter, layers)
+    of_tokens, of_rows = saved_rows(model, rows, adapter)
+    problems = [*changed, *tensors.problems, *of_layers, *of_rows]
     frozen = without_trained_rows(tensors.frozen, of_tokens, parameters)
     problems += check_parameters(
         plain, frozen, parameters, own, embedding_names(model), tensors.of_layers

@@ -5,6 +5,7 @@ Every entry has to match a module. All errors are collected before the model is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -152,7 +153,8 @@ def absent_layers(
         at: The place in the recipe.
     """
     if not wanted:
-        return [Problem(f"`{written}` names no layer", at, "write the lower number first: `0-3`")]
+        hint = "write the lower number first: `0-3`" if written else "leave it out for all layers"
+        return [Problem(f"`{written}` names no layer", at, hint)]
     found = {index for name in modules if (index := layer_index(name)) is not None}
     # a range may be very long: more of it than the model has layers need not be checked
     most = len(found) + 1
@@ -171,7 +173,10 @@ def absent_layers(
 
 
 def _unmatched_patterns(chosen: list[str], recipe: Recipe) -> list[Problem]:
-    """Return a problem for each entry of `rank_pattern` and `alpha_pattern` that fits no target."""
+    """Return a problem for each entry of `rank_pattern` and `alpha_pattern` that fits no target.
+
+    Where there are no targets, that is not the fault of a pattern.
+    """
     problems = []
     for key in ("rank_pattern", "alpha_pattern"):
         for entry in getattr(recipe.adapter, key):
@@ -179,7 +184,7 @@ def _unmatched_patterns(chosen: list[str], recipe: Recipe) -> list[Problem]:
             if error := regex_error(entry):
                 what = f"`{entry}` is not a regular expression: {error}"
                 problems.append(Problem(what, at, EXPRESSION))
-            elif not any(pattern_matches(entry, name) for name in chosen):
+            elif chosen and not any(pattern_matches(entry, name) for name in chosen):
                 hint = did_you_mean(entry, _last_names(chosen), "adapted are")
                 problems.append(Problem(f"`{entry}` matches no adapted module", at, hint))
     return problems
@@ -272,11 +277,20 @@ def _unmatched(
             hint = f"inside it are {fitting}" if within else f"adapters fit {fitting}"
         else:
             what = f"`{entry}` matches no module of the model"
-            hint = did_you_mean(entry, _last_names(adaptable), "the model has")
-            if isinstance(test, str):
-                hint += "; a regular expression has to match the whole name"
+            hint = _how_to_name(entry, isinstance(pattern, str), key, adaptable)
         problems.append(Problem(what, recipe.at(key), hint))
     return problems
+
+
+def _how_to_name(entry: str, is_expression: bool, key: str, adaptable: Iterable[str]) -> str:
+    """Return a hint for an entry that matches no module: how it, or what it means, is written."""
+    all_linear = re.fullmatch("all[ _-]?linear", entry, re.IGNORECASE)
+    if all_linear and key == "adapter.target_modules":
+        return "all linear layers are `all-linear`, by itself and not in a list"
+    if is_expression and any(matches([entry], name) for name in adaptable):
+        return f"a list takes the ends of names, `[{entry}]`; an expression, the whole name"
+    hint = did_you_mean(entry, _last_names(adaptable), "the model has")
+    return f"{hint}; a regular expression has to match the whole name" if is_expression else hint
 
 
 def _last_names(names: Iterable[str]) -> list[str]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lora_cli.evaluation.compare import Comparison
     from lora_cli.recipe import Recipe
 
+MAX_DROP = 0.005  # by which an adapter may be worse than an older one
 
 OldAdapter = Annotated[
     Path | None,
@@ -27,6 +28,16 @@ OldAdapter = Annotated[
         "--against",
         help="An older adapter to compare with: a folder, or one of the Hub.",
         callback=find_adapter,
+    ),
+]
+
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        "--max-drop",
+        min=0,
+        help="How much worse than the older one it may be.",
+        show_default=str(MAX_DROP),
     ),
 ]
 
@@ -52,10 +63,7 @@ def evaluate(
         str | None,
         typer.Option("--metric", help="Metric to compare by. Default: the recipe's main metric."),
     ] = None,
-    max_drop: Annotated[
-        float,
-        typer.Option("--max-drop", min=0, help="How much worse than the older one it may be."),
-    ] = 0.005,
+    max_drop: MaxDrop = None,
     recipe: RecipeOption = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -64,9 +72,10 @@ def evaluate(
     if source is not None and split not in (None, "test"):
         hint = "leave `--split` out: a file is measured as `test`"
         raise LoraError("`--input` and `--split` exclude each other", "--split", hint)
-    if metric is not None and against is None:
-        hint = "add `--against DIR`; alone, an adapter is measured by `evaluate.metrics`"
-        raise LoraError("`--metric` needs `--against`", "--metric", hint)
+    for option, value in (("--metric", metric), ("--max-drop", max_drop)):
+        if value is not None and against is None:
+            hint = "add `--against DIR`; alone, an adapter is measured by `evaluate.metrics`"
+            raise LoraError(f"`{option}` needs `--against`", option, hint)
     loaded = options.recipe_for(adapter, recipe, overrides)
     options.quiet_libraries()
     if source is not None:
@@ -78,6 +87,7 @@ def evaluate(
         return
     from lora_cli.evaluation.compare import compare
 
+    max_drop = MAX_DROP if max_drop is None else max_drop
     found = compare(adapter, against, loaded, metric, max_drop, split)
     found.split = source.name if source is not None else found.split
     if not as_json:

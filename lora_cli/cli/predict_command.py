@@ -62,6 +62,9 @@ def predict(
         _converse(adapter, options.recipe_for(adapter, recipe, overrides))
         return
     _require_either(bool(texts), bool(source), bool(target))
+    if target is not None and as_json:
+        what, hint = "`--json` prints answers to texts", "name the file so: `--output FILE.jsonl`"
+        raise LoraError(what, "--json", hint)
     if source is not None and target is not None:
         from lora_cli.data.write_rows import reject_target
 

@@ -1,5 +1,7 @@
 """A proof that travels with an adapter: inputs, and what the base and base + adapter make of them.
 
+The base is the model without the low-rank updates: modules trained in full stay as they are.
+
 `probe.json` lies beside a low-rank adapter since the end of its training. Whoever loads the adapter
 can replay it: what is computed has to be what was computed with the adapter, not what the base
 computes alone. (A server that does not find an adapter often answers with the base, and says OK.)
@@ -186,8 +188,11 @@ def read_probe(folder: Path) -> Probe:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError("the probe cannot be read", str(file), BACKUP) from error
     if _distance(probe.base, probe.adapted) <= LEAST:
-        what = "with the adapter, the probe's outputs are those of the base: nothing can be told"
-        raise LoraError(what, str(file), "check the training: the adapter changes nothing")
+        what = (
+            "the probe's outputs are the same with and without the low-rank updates: nothing can "
+        )
+        hint = "check the training: the updates change nothing"
+        raise LoraError(f"{what}be told", str(file), hint)
     return probe
 
 

@@ -16,6 +16,7 @@ from lora_cli.adapters.peft_format.other_names import use_names_of
 from lora_cli.adapters.peft_format.peft_experts import with_current_names
 from lora_cli.adapters.peft_format.peft_tensors import sort_tensors
 from lora_cli.adapters.peft_format.peft_tokens import SavedRows, saved_rows, split_rows
+from lora_cli.adapters.peft_format.saved_buffers import without_buffers
 from lora_cli.adapters.targets import Target
 from lora_cli.adapters.variants import layer_for, layers_of
 from lora_cli.models.stored_tensors import ExpertPart
@@ -146,7 +147,7 @@ def changes_of(one: WeightedAdapter, model: nn.Module) -> AdapterChanges:
         use_names_of(model, fresh)
     again = {name: tensor for name, tensor in fresh.tensors.items() if name not in one.left_out}
     # the names may have been put right since the first reading, in the same order
-    tensors = dict(zip(adapter.tensors, again.values(), strict=True))
+    tensors = without_buffers(dict(zip(adapter.tensors, again.values(), strict=True)), model)
     adapter, rows = split_rows(with_current_names(replace(adapter, tensors=tensors), model))
     kind, use_rslora = adapter.type, bool(adapter.config.get("use_rslora"))
     parameters = dict(model.named_parameters(remove_duplicate=False))

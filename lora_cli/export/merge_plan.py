@@ -22,6 +22,7 @@ from lora_cli.adapters.load_adapter import load_adapter, verify_base
 from lora_cli.adapters.merge_layers import merge_and_untie
 from lora_cli.adapters.peft_format.other_names import use_names_of
 from lora_cli.adapters.peft_format.peft_experts import with_current_names
+from lora_cli.adapters.peft_format.saved_buffers import without_buffers
 from lora_cli.adapters.tied_weights import tied_groups
 from lora_cli.errors import IntegrityError
 from lora_cli.export.adapter_changes import AdapterChanges, WeightedAdapter, changes_of
@@ -121,6 +122,8 @@ def plan_merge(task: Task, adapters: Sequence[WeightedAdapter]) -> MergePlan:
     ties, count, untied = tied_groups(model), 0, []
     for one in adapters:
         use_names_of(model, one.saved)
+        if len(without_buffers(one.saved.tensors, model)) < len(one.saved.tensors):
+            raise NeedsWholeModelError("the adapter's buffers have to be compared with the base's")
         load_adapter(model, with_current_names(one.saved, model), heads, drawn=task.drawn)
         count = max(count, len(lora_layers(model)))
         untied += [name for name in merge_and_untie(model, ties) if name not in untied]

@@ -31,8 +31,7 @@ WANTED = {
     "model_attributes_type": "a section with keys",
 }
 PATTERNS = {
-    r"^\d+-\d+$": "a range such as 0-11",
-    r"^\d+(-\d+)?$": "a layer such as 3, or a range such as 0-11",
+    r"^\d+(-\d+)?$": "a layer such as 3 or a range such as 0-11",
     r'^[^"\r\n]$': "one character",
     r"^\d+(\.\d+)? ?([kMGT]i?)?B$": "a size with its unit, such as `4GB` or `500MB`; `0B`: nothing",
     r"^pissa_niter_[1-9]\d?$": "`pissa_niter_4` or another number of iterations",

@@ -28,6 +28,7 @@ from lora_cli.adapters.peft_format.adapter_folder import (
     save_adapter,
     weight_files,
 )
+from lora_cli.adapters.peft_format.saved_buffers import without_buffers
 from lora_cli.adapters.peft_format.tensor_names import PREFIX
 from lora_cli.errors import IntegrityError, LoraError, Problem
 from lora_cli.files import (
@@ -248,7 +249,7 @@ def restore_parameters(folder: Path, model: nn.Module) -> None:
     Raises:
         IntegrityError: If they are not the parameters that the run trains.
     """
-    tensors, wanted = read_tensors(folder), adapter_tensors(model)
+    tensors, wanted = without_buffers(read_tensors(folder), model), adapter_tensors(model)
     shapes = {name.removeprefix(PREFIX): tensor.shape for name, tensor in wanted.items()}
     for name in sorted(shapes.keys() | tensors.keys()):
         saved = tensors[name].shape if name in tensors else None

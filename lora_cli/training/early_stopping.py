@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate_split import best_by
@@ -47,6 +48,18 @@ class Judge:
             "not count for early stopping; `evaluate.best` can name another metric"
         )
 
+    def best_of(self, metrics: dict[str, float], where: dict[str, Any]) -> dict[str, Any] | None:
+        """Return what the state of a run says of its best evaluation; None if it is not finite.
+
+        Args:
+            metrics: What was measured.
+            where: The `step` and the `epoch` of the adapter.
+        """
+        value = self.value_of(metrics)
+        facts = {"metric": self.metric, "mode": self.mode, "value": value}
+        at = {key: where[key] for key in ("step", "epoch")}
+        return facts | at if math.isfinite(value) else None
+
     def improved(self, metrics: dict[str, float], state: TrainState, epoch: float) -> bool:
         """Return whether an evaluation is the best; note that and an early stop in the state.
 
@@ -61,8 +74,7 @@ class Judge:
             gain = value - best["value"] if self.mode == "max" else best["value"] - value
         improved = gain > 0
         if improved:
-            facts = {"metric": self.metric, "mode": self.mode, "value": value}
-            state.best = facts | {"step": state.step, "epoch": epoch}
+            state.best = self.best_of(metrics, {"step": state.step, "epoch": epoch})
         rule = self.recipe.evaluate.early_stopping
         improved_enough = improved and gain > (rule.min_delta if rule else 0.0)
         state.without_improvement = 0 if improved_enough else state.without_improvement + 1

@@ -200,6 +200,7 @@ class Run:
             try:
                 if self.state.step == 0:
                     self._measure_before()
+                self._judge_best_anew()
                 self._make_steps()
                 self._measure_best()
             except Stopping as stopping:
@@ -344,6 +345,30 @@ class Run:
         if "validation" in before:
             self.judge.value_of(before["validation"])  # raises if the metric is unknown
             self.log.evaluated(0, 0.0, before["validation"], "  (before training)")
+
+    def _judge_best_anew(self) -> None:
+        """Measure the best adapter again if a resumed run now chooses by something else.
+
+        Later adapters would otherwise be compared with a value of another metric, or of other rows.
+        """
+        state, judge = self.state, self.judge
+        best = state.best
+        if best is None or "validation" not in self.data:
+            return
+        by_another = (best["metric"], best["mode"]) != (judge.metric, judge.mode)
+        if not (by_another or self.saver.measured_otherwise):
+            return
+        self.log.say(
+            f"the best adapter so far (step {best['step']}, by `{best['metric']}`) is measured "
+            f"anew, by `{judge.metric}`"
+        )
+        self.stop.activity, self.stop.at_once = "measuring the best adapter so far", True
+        self.saver.leave_best(state)
+        metrics = self.evaluations.metrics("validation")
+        state.best, state.without_improvement = judge.best_of(metrics, best), 0
+        if best["step"] != state.step:
+            self.saver.load_newest(state)
+            state.evaluation_due = True  # if the newest adapter was evaluated, then anew too
 
     def _measure_best(self) -> None:
         """Measure validation and test with the best adapter, and complete the report."""

@@ -30,6 +30,7 @@ from lora_cli.training.run_log import repair_logs
 from lora_cli.training.train_state import (
     TrainState,
     let_stopping_go_on,
+    measured_otherwise,
     memory_facts,
     reject_changes,
     reject_fewer_steps,
@@ -69,6 +70,8 @@ class Saver:
         self.in_full, self.save_processor, self.accelerator = in_full, save_processor, accelerator
         self.base, self.folder, self.facts = base, recipe.output_path, facts
         self.learned = learned
+        self.measured_otherwise = False
+        """Whether a run is resumed whose best adapter was measured otherwise than later ones."""
 
     def begin(self, state: TrainState, say: Callable[[str], None]) -> None:
         """Check that the disk has room and the mirror can be written, then write the recipe.
@@ -117,6 +120,7 @@ class Saver:
             )
         if changes:  # when the run is resumed again, it is compared with the changed recipe
             let_stopping_go_on(state, fresh, say)
+            self.measured_otherwise = measured_otherwise(state, fresh)
             state.recipe, state.data = fresh.recipe, fresh.data
             state.machine, state.memory = fresh.machine, fresh.memory
             state.changes += [f"after step {state.step}: {change}" for change in changes]
@@ -188,6 +192,10 @@ class Saver:
             )
         restore_parameters(best, self.model)
         self.publish(state)
+
+    def load_newest(self, state: TrainState) -> None:
+        """Load the parameters of the newest checkpoint into the model."""
+        restore_parameters(self.folder / FOLDER / f"step-{state.step:06d}", self.model)
 
     def _holds(self, state: TrainState) -> bool:
         """Return whether the output folder has, undamaged, what this run published last."""

@@ -162,6 +162,18 @@ def let_stopping_go_on(state: TrainState, fresh: TrainState, say: Callable[[str]
         )
 
 
+def measured_otherwise(saved: TrainState, now: TrainState) -> bool:
+    """Return whether validation is measured on other rows than before, or by other answers.
+
+    Args:
+        saved: The state of the run, with the recipe and the data of before.
+        now: The state of a new run, with those of now.
+    """
+    before, after = saved.recipe["evaluate"], now.recipe["evaluate"]
+    other_answers = before.get("generation") != after.get("generation")
+    return other_answers or saved.data.get("validation") != now.data.get("validation")
+
+
 def reject_fewer_steps(state: TrainState, total_steps: int, recipe: Recipe) -> None:
     """Reject a recipe with fewer steps than the run has made.
 

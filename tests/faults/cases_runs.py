@@ -61,6 +61,12 @@ PLAIN: dict[tuple[str, str], Any] = {
     ("Targets", "that match nothing"): _with(
         "validate", adapter={"target_modules": ["query", "valeu"]}
     ),
+    ("Targets", "a name where an expression is read"): _with(
+        "validate", adapter={"target_modules": "query"}
+    ),
+    ("Targets", "all linear layers in a list"): _with(
+        "validate", adapter={"target_modules": ["all-linear"], "layers": []}
+    ),
     ("Targets", "that cannot be adapted"): _with(
         "validate", adapter={"target_modules": ["LayerNorm"]}
     ),
@@ -79,7 +85,7 @@ PLAIN: dict[tuple[str, str], Any] = {
         },
     ),
     ("Targets", "none is left"): _with("validate", adapter={
-        "target_modules": ["query"], "exclude_modules": ["query"]}),
+        "target_modules": ["query"], "exclude_modules": ["query"], "rank_pattern": {"query": 2}}),
     ("Targets", "nothing is trained"): _with("validate", "llama", adapter={"type": "none"}),
     ("Targets", "half of tied weights"): _with(
         "validate", "llama", adapter={"train_modules": ["lm_head"]}

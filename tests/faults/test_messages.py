@@ -80,6 +80,9 @@ REST: dict[str, list[str]] = {
     "an adapter of LoHa as `adapter.from`; tests/test_optimizers.py": [
         "nothing that is trained has a `lora_B`, which LoRA+ lets learn faster",
     ],
+    "an adapter on a model with batch normalisation; tests/test_adapter_folder.py": [
+        "the buffer `…` is not that of the base",
+    ],
     "modules whose names diffusers or kohya's format lack; tests/test_diffusion_file.py": [
         "diffusers does not read the adapters of …… in such a file",
         "has no name for `…` of this transformer",

@@ -30,6 +30,7 @@ from lora_cli.adapters.peft_format.peft_config import adapter_type, check_config
 from lora_cli.adapters.peft_format.peft_rules import peft_differences
 from lora_cli.adapters.peft_format.peft_token_rules import token_differences, written_rows
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
+from lora_cli.adapters.peft_format.saved_buffers import buffers_in_full, without_buffers
 from lora_cli.adapters.peft_format.tensor_names import PREFIX, adapted_module, without_prefix
 from lora_cli.adapters.peft_format.trained_config import adapter_config
 from lora_cli.adapters.token_rows import token_layers
@@ -52,6 +53,7 @@ CONFIG_FILE = "adapter_config.json"
 ADAPTER_FOLDER = "an adapter is the output folder of `lora train`, or a folder that PEFT saved"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
+COUNTS = ".num_batches_tracked"  # a buffer of batch normalisation, of whole numbers
 
 
 # ---------------------------------------------------------------------------------------- write
@@ -76,7 +78,8 @@ def save_adapter(
     if base is not None:
         base.write(folder)
     config = adapter_config(model, recipe, in_full)
-    write_adapter_files(folder, config, adapter_tensors(model), part_names(model))
+    tensors = adapter_tensors(model) | buffers_in_full(model, in_full)
+    write_adapter_files(folder, config, tensors, part_names(model))
 
 
 def write_adapter_files(
@@ -321,7 +324,7 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
     file, hint = path / WEIGHTS_FILE, ANEW
     entries = read_header(file)
     for name, entry in entries.items():
-        if entry.dtype not in FLOATS:
+        if entry.dtype not in FLOATS and not name.endswith(COUNTS):
             what = f"`{name}` is of dtype {entry.dtype}, which no weight has"
             raise IntegrityError(what, str(file), hint)
     if len({without_prefix(name) for name in entries}) != len(entries):
@@ -353,7 +356,7 @@ def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         tensors: What `read_tensors` returned.
     """
     layers, parameters = adapter_layers(model), trainable_parameters(model)
-    rows = _written_rows(model)
+    rows, tensors = _written_rows(model), without_buffers(tensors, model)
     names = {name.removeprefix(PREFIX) for name in adapter_tensors(model)}
     assert names == set(tensors), "the tensors belong to another recipe"
     with torch.no_grad():

@@ -86,13 +86,6 @@ def _own_names(kind: AdapterType) -> dict[str, str]:
     }
 
 
-def unsupported(name: str) -> str | None:
-    """Return a hint where the name of a tensor tells of what this tool does not read."""
-    if name.rpartition(".")[2] in ("running_mean", "running_var"):
-        return "it holds the statistics of a normalisation, which no adapter of this tool has"
-    return None
-
-
 def _parameter_name(name: str, parameters: Collection[str]) -> str:
     """Return the model's name of a parameter that PEFT trained as it is.
 

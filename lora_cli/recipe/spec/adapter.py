@@ -90,7 +90,7 @@ class AdapterSpec(Section):
     """Modules that get none, written in the same way."""
 
     layers: LayerRange | list[LayerNumber] | None = None
-    """Only these layers: `0-11`, or a list of numbers."""
+    """Only these layers: `0-11`, `3`, or a list of numbers."""
 
     freeze: Word | list[Word | LayerNumber] | None = None
     """With `full` and `bitfit`: what stays as it is. `embeddings`, a range of layers (`0-5`), or a
@@ -141,6 +141,9 @@ class AdapterSpec(Section):
         if self.target_parameters and self.init != "default":
             what = f"`init: {self.init}` has no way to start the update of a parameter"
             yield "init", what, "leave `init` out, or `target_parameters`"
+        if self.eva_rho != type(self).model_fields["eva_rho"].default and self.init != "eva":
+            what = f"`eva_rho` moves the ranks of `init: eva`, and the init is `{self.init}`"
+            yield "eva_rho", what, "leave it out, or set `init: eva`"
         yield from self._freeze_conflicts()
         if self.init == "default":
             return

@@ -21,7 +21,8 @@ class ModelSpec(Section):
 
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Storage of the frozen base's weights. Default: that of `train.precision`; `float32` with
-    `adapter.type: full`. Precision `fp32` needs `float32`. Trained weights are float32 always."""
+    `adapter.type: full`. It is `float32`, or that of the precision. Trained weights are float32
+    always."""
 
     quantization: Literal["nf4", "int8", "fp8"] | None = None
     """Keep the weights of the frozen linear layers in 4 bits (`nf4`, as QLoRA does) or in 8 bits.

@@ -71,11 +71,11 @@ class Recipe(Section):
     def conflicts(self) -> Conflicts:
         """Yield what is wrong between sections."""
         data, task, train = self.data, self.task, self.train
-        if train.precision == "fp32" and self.model.dtype not in (None, "float32"):
-            dtype = self.model.dtype
-            what = f"a base that is kept in {dtype} cannot compute in `train.precision: fp32`"
-            other = "bf16" if dtype == "bfloat16" else "fp16"
-            yield "model.dtype", what, f"`--set train.precision={other}`, or leave `dtype` out"
+        dtype, own = self.model.dtype, {"float16": "fp16", "bfloat16": "bf16"}
+        if dtype in own and train.precision != own[dtype]:
+            what = f"a base that is kept in {dtype} cannot compute in "
+            what += f"`train.precision: {train.precision}`"
+            yield "model.dtype", what, f"`--set train.precision={own[dtype]}`, or leave `dtype` out"
         if data.streaming and train.max_steps is None:
             what = "`data.streaming` does not know how many rows there are"
             yield "data.streaming", what, "say how long to train: `--set train.max_steps=1000`"

@@ -15,7 +15,7 @@ Words = Annotated[list[Word], Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every library takes
 LayerNumber = Annotated[int, Field(ge=0)]
-LayerRange = Annotated[str, Field(pattern=r"^\d+-\d+$")]
+LayerRange = Annotated[str, Field(pattern=r"^\d+(-\d+)?$")]
 Size = Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?([kMGT]i?)?B$")]  # of memory or of a disk
 Share = Annotated[float, Field(gt=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]

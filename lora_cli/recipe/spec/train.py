@@ -60,7 +60,8 @@ class OptimizerSpec(Section):
     """Highest learning rate of the schedule."""
 
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay; biases and normalisation weights are spared."""
+    """Weight decay, decoupled from the gradient (with `sgd`, added to it, as torch does); biases
+    and normalisation weights are spared."""
 
     betas: list[Probability] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     """Decay of AdamW's running means."""
@@ -83,6 +84,14 @@ class OptimizerSpec(Section):
 
     groups: GroupsSpec = Field(default_factory=GroupsSpec)
     """Other settings for some of the parameters."""
+
+    def conflicts(self) -> Conflicts:
+        """Yield settings that the chosen optimizer does not read, so they would change nothing."""
+        for key, type_ in (("betas", "adamw"), ("eps", "adamw"), ("momentum", "sgd")):
+            unread = not self.type.startswith(type_)
+            if unread and getattr(self, key) != type(self).model_fields[key].default:
+                what = f"`{key}` is read by `type: {type_}`, and the type is `{self.type}`"
+                yield key, what, f"leave it out, or set `type: {type_}`"
 
 
 class SchedulerSpec(Section):
