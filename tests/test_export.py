@@ -12,6 +12,7 @@ from typing import Any
 import adapter_folders
 import pytest
 import tiny
+import tiny_experts
 import torch
 import yaml
 from peft import PeftModel
@@ -124,6 +125,22 @@ def test_peft_keeps_everything(tmp_path: Path, adapter: dict[str, Any]) -> None:
     export(folder, tmp_path / "out", "peft")
     assert torch.equal(outputs(base, tmp_path / "out"), outputs(base, folder))
     assert not (tmp_path / "out" / "recipe.yaml").exists()
+
+
+def test_what_peft_takes_for_experts_is_exported_for_others_alone(tmp_path: Path) -> None:
+    base = tiny_experts.save(tmp_path / "base", "deepseek_v3")
+    task = {"type": "causal_lm", "text_column": "text", "max_length": 32}
+    targets = {"rank": 4, "target_modules": ["mlp.up_proj"]}
+    adapter = adapter_folders.make(tmp_path, "a", base, 1, adapter=targets, task=task)
+    with pytest.raises(LoraError, match="PEFT would not adapt `model") as caught:
+        export(adapter, tmp_path / "peft", "peft")
+    assert all("lora merge" in problem.hint for problem in caught.value.problems)
+    assert not (tmp_path / "peft").exists()
+    compared, _ = export(adapter, tmp_path / "plain", "plain")
+    assert compared[1].startswith("not compared with PEFT: PEFT would not adapt")
+    merge_adapter(None, adapter, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert close(read_simply(base, tmp_path / "plain"), merged(IDS).logits.detach())
 
 
 def test_a_classifier_keeps_its_head_for_plain_readers(tmp_path: Path) -> None:

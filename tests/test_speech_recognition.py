@@ -620,6 +620,36 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"target_modules": ["conv1", "conv2", "v_proj"], "rank": 4},
+        {"target_modules": ["embed_positions", "q_proj"], "rank": 4},
+        {"target_modules": ["conv2", "fc1"], "rank": 4, "type": "lokr"},
+    ],
+    ids=["convolutions", "positions", "lokr"],
+)
+def test_layers_of_which_whisper_reads_more_than_the_weight(
+    adapter: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe_of(tmp_path, adapter=adapter, train={"optimizer": {"learning_rate": 0.05}})
+    train(load_recipe(path))
+    assert "PEFT would reject this adapter: the model reads more of" in capsys.readouterr().err
+    task, model, _ = open_adapter(tmp_path / "out", load_adapter_recipe(tmp_path / "out"))
+    probe = task.probe()
+    found = task.probed(model, probe)
+    merge_adapter(None, tmp_path / "out", tmp_path / "merged")
+    merged, base = (
+        WhisperForConditionalGeneration.from_pretrained(tmp_path / name).eval()
+        for name in ("merged", "base")
+    )
+    assert_close(merged(**probe).logits, found, 1e-5)
+    assert_different(base(**probe).logits, found)
+    theirs = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    with pytest.raises(AttributeError):  # else it need not be rejected
+        theirs(**probe)
+
+
 def test_peft_loads_the_adapter_and_answers_alike(trained: Path) -> None:
     task, model, _ = open_adapter(trained / "out", load_adapter_recipe(trained / "out"))
     probe = task.probe()

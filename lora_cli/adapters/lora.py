@@ -160,6 +160,21 @@ class LoRALayer(nn.Module):
         assert isinstance(weight, Tensor)
         return weight
 
+    def __getattr__(self, name: str) -> Any:
+        """Return a setting of the base: models read more of a layer than its weight.
+
+        Whisper reads the stride of its convolutions, and the size of an embedding.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base: Any = super().__getattr__("base")
+            while isinstance(base, LoRALayer):  # of a module with two adapted parameters
+                base = base.base
+            if name not in vars(base):
+                raise
+            return vars(base)[name]
+
     def replace_weight(self, weight: nn.Parameter) -> None:
         """Set the base's weight, as to the merged one."""
         self.base.weight = weight

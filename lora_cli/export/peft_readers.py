@@ -19,13 +19,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lora_cli.adapters.peft_format.adapter_folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    differences_in_peft,
     weight_files,
     write_adapter_files,
 )
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
 from lora_cli.adapters.peft_format.tensor_names import PREFIX
 from lora_cli.environment import installed_version
-from lora_cli.errors import Problem, counted
+from lora_cli.errors import LoraError, Problem, counted
 from lora_cli.export.low_rank_pairs import (
     Pair,
     of_one_rank,
@@ -75,7 +76,7 @@ class Peft:
 
     def check(self, source: Source, folder: Path) -> list[str]:
         """Load the folder in PEFT, and compare the outputs."""
-        return [in_peft(source, folder)]
+        return [in_peft(source, folder, for_peft=True)]
 
     def usage(self, source: Source, to: Path) -> str:
         """Return nothing: the card has its own code for PEFT."""
@@ -195,12 +196,38 @@ def check_plain(source: Source, folder: Path, reader: str) -> list[str]:
     return [line, in_peft(source, folder)]
 
 
-def in_peft(source: Source, folder: Path) -> str:
-    """Load a folder in PEFT, and compare what it computes; say so where PEFT is not installed."""
+def in_peft(source: Source, folder: Path, for_peft: bool = False) -> str:
+    """Load a folder in PEFT, and compare what it computes; say so where PEFT is not installed.
+
+    Args:
+        source: What was exported.
+        folder: What was written.
+        for_peft: Whether PEFT is the reader, which then has to read it as it was meant; else a line
+            says that it would not.
+
+    Raises:
+        LoraError: If PEFT does not read it so, with every reason.
+        IntegrityError: If it computes otherwise, for no reason that is known.
+    """
     if importlib.util.find_spec("peft") is None:
         count = sum(len(read_header(folder / name)) for name in weight_files(folder))
         written = counted(count, "tensor")
         return f"PEFT is not installed, so it was not loaded there ({written} written)"
+    reasons = differences_in_peft(source.base, source.task.recipe, [], folder)
+    try:
+        difference = require_close(_outputs_in_peft(source, folder), source.outputs, "PEFT")
+    except Exception as error:
+        if not reasons:
+            raise
+        if for_peft:
+            at = str(source.saved.path)
+            raise LoraError([Problem(reason, at, MERGE) for reason in reasons]) from error
+        return f"not compared with PEFT: {'; '.join(reasons)}"
+    return f"loaded in PEFT {installed_version('peft')}: outputs differ by {difference:.1e}"
+
+
+def _outputs_in_peft(source: Source, folder: Path) -> Tensor:
+    """Return what PEFT makes of the task's probe with the adapter in a folder."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of PEFT, of its own ways
         from peft import PeftModel
@@ -217,8 +244,7 @@ def in_peft(source: Source, folder: Path) -> str:
             if source.saved.config["peft_type"] == "LORA":
                 for model in models:  # of others, PEFT cannot unload a head
                     model.unload()
-    difference = require_close(outputs, source.outputs, "PEFT")
-    return f"loaded in PEFT {installed_version('peft')}: outputs differ by {difference:.1e}"
+    return outputs
 
 
 def _name_of_b(name: str) -> str:

@@ -116,3 +116,13 @@ def _dropout(world: World) -> Printed:
 
 for _name, _case in {"to combine": _combine, "for vLLM": _export, "with dropout": _dropout}.items():
     CASES.append(Case("Adapters", f"of parameters: {_name}", _case))
+
+
+def _for_peft(world: World) -> Printed:
+    adapter = {"target_modules": ["mlp.up_proj"], "target_parameters": []}
+    recipe = _recipe(world, "deepseek_v3", **adapter)
+    world.lora("train", recipe, "-o", "out")
+    return world.lora("export", "--adapter", "out", "--for", "peft", "--to", "exported")
+
+
+CASES.append(Case("Exporting", "layers that PEFT takes for experts", _for_peft))

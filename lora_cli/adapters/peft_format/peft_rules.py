@@ -30,6 +30,8 @@ EXPERTS = {
     "mixtral": ("gate", "w1", "w3", "w2"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
 }
+# layers of which a model reads more than PEFT's layers have: their stride, or their size
+READ_FURTHER = {"whisper": ["encoder.conv1", "encoder.conv2", "encoder.embed_positions"]}
 SHOWN = 3
 
 
@@ -79,12 +81,18 @@ def peft_reading(model: nn.Module, config: dict[str, Any]) -> PeftReading:
         if read_by_kernels(model, name):
             what = f"in a Mamba model it adapts no `{name.rpartition('.')[2]}`"
             reading.errors.append(what)
+        elif matches(READ_FURTHER.get(_model_type(model), []), name):
+            reading.errors.append(f"the model reads more of `{name}` than PEFT's layers have")
         elif not isinstance(module, PEFT_TYPES[config["peft_type"]].supported):
             kind = type(module).__name__
             reading.errors.append(f"`{name}` is a {kind}, which it does not adapt")
         reading.adapted.add(name)
     reading.copied = copied_modules(modules, config)
     return reading
+
+
+def _model_type(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
 
 
 def modules_to_save(config: dict[str, Any]) -> list[str]:
@@ -122,7 +130,7 @@ def _ends_in(name: str, lasts: tuple[str, ...]) -> bool:
 
 def _expert_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names that PEFT takes for parts of experts in a model."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type = _model_type(model)
     try:
         from transformers import conversion_mapping
 
