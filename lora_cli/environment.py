@@ -9,6 +9,7 @@ them before those libraries are imported.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -230,3 +231,9 @@ def installed_version(package: str) -> str:
     from importlib.metadata import version  # `lora --help` does not need it
 
     return version(package)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Return whether Triton is installed, as it is with torch for GPUs on Linux."""
+    return importlib.util.find_spec("triton") is not None

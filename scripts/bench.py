@@ -408,11 +408,12 @@ def speed(args: argparse.Namespace) -> None:
     make = [sys.executable, __file__, "make", *flags, "--accumulate", str(args.accumulate)]
     subprocess.run(make, check=True)
     sides: dict[str, list[str]] = {"lora train": [], "PEFT + Trainer": []}
-    offload = ["--set", "train.gradient_checkpointing=offload"]
     if args.checkpointing:
-        sides = {"lora train": [], "lora train, `offload`": offload, "PEFT + Trainer": []}
-    if args.shape.startswith("llama") and find_spec("liger_kernel"):
-        sides["PEFT + Trainer + Liger"] = ["--liger"]
+        sides["lora train, `offload`"] = ["--set", "train.gradient_checkpointing=offload"]
+    if args.shape.startswith("llama"):
+        sides["lora train, not compiled"] = ["--set", "train.kernels=auto"]  # in so short a run
+        if find_spec("liger_kernel"):
+            sides["PEFT + Trainer + Liger"] = ["--liger"]
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for repeat, (side, extra) in itertools.product(range(args.repeat), sides.items()):
         start = time.monotonic()

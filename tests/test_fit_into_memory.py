@@ -76,7 +76,7 @@ def setting(
     recipe = SimpleNamespace(
         train=SimpleNamespace(**{
             "step_size": 6, "micro_batch_size": 2, "kernels": "auto", "seed": 3,
-            "gradient_checkpointing": False, **train,
+            "gradient_checkpointing": False, "distill": None, **train,
         }),
     )  # fmt: skip
 
@@ -99,7 +99,7 @@ def setting(
     batches = SimpleNamespace(
         lengths=np.array(lengths), examples=[f"e{i}" for i in range(len(lengths))]
     )
-    accelerator = SimpleNamespace(device=device, num_processes=processes)
+    accelerator = SimpleNamespace(device=device, num_processes=processes, mixed_precision="no")
     return (Model().eval(), task, batches, accelerator, 77), tried
 
 

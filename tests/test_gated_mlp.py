@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaMLP
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
 from transformers.models.phi3.modeling_phi3 import Phi3Config, Phi3MLP
 
+from lora_cli.adapters.dora import DoRALinear
 from lora_cli.adapters.lora import LoRALinear
 
 SIZES: dict[str, Any] = {"hidden_size": 12, "intermediate_size": 20, "num_attention_heads": 2}
@@ -83,22 +85,43 @@ def test_an_mlp_is_what_its_architecture_computes(
     wanted = mlp(x)
     with gated:
         found = mlp(x)
-    assert calls == ([] if off == "gate_proj" else uses)
+    assert calls == uses
     assert type(mlp) is architecture
     assert (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
     with gated:  # numbers of 32 bits are not the kernel's
         assert torch.equal(mlp.float()(x.float()), mlp(x.float()))
-    assert calls == ([] if off == "gate_proj" else uses)
+    assert calls == uses
 
 
-@pytest.mark.parametrize("dropped", ["gate_proj", "up_proj", "down_proj"])
-def test_dropout_stays_with_the_layers_that_have_it(dropped: str, gated_mlp: ModuleType) -> None:
-    mlp = adapted(LlamaMLP(LlamaConfig(**SIZES)), **{dropped: 1.0})
-    gated = gated_mlp.GatedMLPs([mlp])
-    assert len(gated.found) == (dropped == "down_proj")
+def test_numbers_that_are_dropped_are_those_that_the_layers_themselves_drop(
+    gated_mlp: ModuleType,
+) -> None:
+    mlp = adapted(LlamaMLP(LlamaConfig(**SIZES)), gate_proj=0.5, up_proj=0.3, down_proj=0.4)
     x = torch.randn(2, 5, 12, dtype=torch.bfloat16)
-    with gated:
+    outputs = []
+    for context in (nullcontext(), gated_mlp.GatedMLPs([mlp])):
+        torch.manual_seed(3)
+        with context:
+            outputs.append(mlp(x))
+    wanted, found = outputs
+    assert calls == [False]
+    assert (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("lacks", ["gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("why", ["dropout", "no adapter", "another adapter"])
+def test_the_compiler_leaves_to_the_kernel_the_updates_before_the_gate(
+    lacks: str, why: str, gated_mlp: ModuleType
+) -> None:
+    mlp = adapted(LlamaMLP(LlamaConfig(**SIZES)), **({lacks: 0.1} if why == "dropout" else {}))
+    x = torch.randn(2, 5, 12, dtype=torch.bfloat16)
+    if why != "dropout":
+        base = getattr(mlp, lacks).base
+        setattr(mlp, lacks, base if why == "no adapter" else DoRALinear(base, rank=2, alpha=3))
+    by_compiler = gated_mlp.GatedMLPs([mlp], compiled=True)
+    assert len(by_compiler.found) == (lacks == "down_proj")
+    wanted = mlp.eval()(x)
+    with gated_mlp.GatedMLPs([mlp]):  # one that is not compiled has the kernel in any case
         found = mlp(x)
-    getattr(mlp, dropped).enabled = False  # all of its update's input is dropped
-    wanted = mlp(x)
+    assert calls == [False]
     assert (found - wanted).abs().max() <= 0.03 * wanted.abs().max()

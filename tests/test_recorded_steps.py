@@ -22,8 +22,13 @@ from lora_cli.errors import LoraError
 from lora_cli.models.offloaded_inputs import OffloadedInputs, OffloadingCheckpoint
 from lora_cli.recipe import Learned
 from lora_cli.tasks.examples import Batch
+from lora_cli.training import choose_engine as choose_engine_module
 from lora_cli.training import compiled_layers, graph_engine
-from lora_cli.training.choose_engine import WORK_WORTH_COMPILING, choose_engine
+from lora_cli.training.choose_engine import (
+    WORK_BESIDE_KERNELS,
+    WORK_WORTH_COMPILING,
+    choose_engine,
+)
 from lora_cli.training.compiled_layers import (
     CHECKPOINTING_BUDGET,
     GATED_BUDGET,
@@ -367,8 +372,8 @@ def test_the_kernel_of_gated_mlps_changes_what_is_kept(
     class GatedMLPs:
         uses = 0
 
-        def __init__(self, layers: list[nn.Module]) -> None:
-            assert len(layers) == 2
+        def __init__(self, layers: list[nn.Module], compiled: bool) -> None:
+            assert (len(layers), compiled) == (2, True)
             self.found = [None] * mlps
 
         def __enter__(self) -> None:
@@ -407,6 +412,8 @@ def test_layers_that_are_alike_are_those_of_lists_of_at_least_two() -> None:
 
 # ------------------------------------------------------------------------------- choosing
 
+ALONE, BESIDE = WORK_WORTH_COMPILING, WORK_BESIDE_KERNELS
+
 
 @pytest.mark.parametrize(
     ("given", "wanted"),
@@ -414,8 +421,18 @@ def test_layers_that_are_alike_are_those_of_lists_of_at_least_two() -> None:
         ({"kernels": "auto"}, (False, True, False)),
         ({"kernels": "auto", "steps": 999}, (False, True, False)),
         ({"kernels": "auto", "steps": 1000}, (True, True, False)),
-        ({"kernels": "auto", "work": 0.999}, (False, True, False)),
-        ({"kernels": "auto", "work": 1.001}, (True, True, False)),
+        ({"kernels": "auto", "work": 0.999 * ALONE}, (False, True, False)),
+        ({"kernels": "auto", "work": 1.001 * ALONE}, (True, True, False)),
+        (
+            {"kernels": "auto", "work": 0.999 * BESIDE, "fused": 1},
+            ("fused", True, False),
+        ),
+        ({"kernels": "auto", "work": 1.001 * BESIDE, "fused": 1}, (True, True, False)),
+        ({"kernels": "auto", "same": False, "fused": 1}, ("fused", False, False)),
+        ({"kernels": "auto", "checkpointing": True, "fused": 1}, ("fused", False, False)),
+        ({"kernels": "reference", "fused": 1}, None),
+        ({"kernels": "auto", "device": "cpu", "fused": 1}, None),
+        ({"kernels": "fused", "fused": 1}, (True, True, True)),
         ({"kernels": "fused"}, (True, True, True)),
         ({"kernels": "reference", "steps": 1000}, None),
         ({"kernels": "auto", "checkpointing": True}, None),
@@ -427,7 +444,10 @@ def test_layers_that_are_alike_are_those_of_lists_of_at_least_two() -> None:
         ({"kernels": "fused", "model": SometimesBoth}, (False, True, True)),
         ({"kernels": "fused", "same": False}, (True, False, True)),
         ({"kernels": "auto", "same": False}, None),
-        ({"kernels": "auto", "same": False, "work": 1.001}, (True, False, False)),
+        (
+            {"kernels": "auto", "same": False, "work": 1.001 * ALONE},
+            (True, False, False),
+        ),
         ({"kernels": "fused", "device": "cpu"}, None),
         ({"kernels": "auto", "device": "cpu"}, None),
     ],
@@ -437,9 +457,12 @@ def test_the_engine_is_what_the_recipe_asks_for(
     cuda: Cuda,
     monkeypatch: pytest.MonkeyPatch,
     given: dict[str, Any],
-    wanted: tuple[bool, bool, bool] | None,
+    wanted: tuple[bool | str, bool, bool] | None,
 ) -> None:
+    """`wanted`: compiled or `fused` modules instead, recorded, required; None: a plain engine."""
     found_dynamic: list[Any] = []
+    fused = SimpleNamespace(layers=[nn.ReLU()] * given.get("fused", 0))
+    monkeypatch.setattr(choose_engine_module, "FusedModules", lambda *_, **__: fused)
     monkeypatch.setattr(torch, "compile", lambda _, dynamic, **__: found_dynamic.append(dynamic))
     train = SimpleNamespace(
         kernels=given["kernels"],
@@ -452,10 +475,11 @@ def test_the_engine_is_what_the_recipe_asks_for(
         recipe=SimpleNamespace(train=train), same_in_any_batch=same, waits_for_device=False,
         learned=Learned(checkpointing=given.get("found")),
     )  # fmt: skip
-    accelerator: Any = SimpleNamespace(device=torch.device(given.get("device", "cuda")))
+    device = torch.device(given.get("device", "cuda"))
+    accelerator: Any = SimpleNamespace(device=device, mixed_precision="no")
     model, optimizer = given.get("model", Layered)(), object()
     # 12 parameters; 2 operations forward and 4 backward
-    cost = given.get("work", 0.0) * WORK_WORTH_COMPILING / (6 * 12)
+    cost = given.get("work", 0.0) / (6 * 12)
     batches: Any = SimpleNamespace(total_steps=given.get("steps", 10), total_cost=cost)
     found = choose_engine(model, task, optimizer, accelerator, batches)
     assert found.model is model
@@ -465,8 +489,11 @@ def test_the_engine_is_what_the_recipe_asks_for(
         assert type(found) is Engine
     else:
         assert isinstance(found, GraphEngine)
-        assert (found.layers is not None, found.records, found.required) == wanted
-        assert found_dynamic == [False if same else None] * (2 if wanted[0] else 0)
+        compiled, *others = wanted
+        assert [found.records, found.required] == others
+        assert isinstance(found.layers, CompiledLayers) is (compiled is True)
+        assert (found.layers is fused) == (compiled == "fused")
+        assert found_dynamic == [False if same else None] * (2 if compiled is True else 0)
 
 
 @pytest.mark.parametrize("few_shapes", [True, False])

@@ -10,9 +10,11 @@ from torch import nn
 from lora_cli.tasks.contract import Task
 from lora_cli.training.batches import Batches
 from lora_cli.training.engine import Engine
+from lora_cli.training.fused_modules import FusedModules
 
 STEPS_WORTH_COMPILING = 1000  # compiling takes about half a minute, and saves some 3 ms a step,
-WORK_WORTH_COMPILING = 6e16  # or a fifth: of 200 s, where a GPU makes 3e14 operations a second
+WORK_WORTH_COMPILING = 6e16  # or a fifth: of 200 s, where a GPU makes 3e14 operations a second,
+WORK_BESIDE_KERNELS = 2e17  # and a tenth, of 700 s, beside a model with fused modules
 
 
 def choose_engine(
@@ -34,22 +36,35 @@ def choose_engine(
     records = task.same_in_any_batch and not task.learned.checkpointing_of(train)
     records = records and not task.waits_for_device
     required = train.kernels == "fused"
-    compiled = required or _compiling_pays(model, batches)
-    plain = train.kernels == "reference" or train.distill is not None  # a teacher may compute too
-    if plain or accelerator.device.type != "cuda":
-        return Engine(*parts)
-    if not (records or compiled):
+    if not may_use_kernels(task, accelerator):
         return Engine(*parts)
     from lora_cli.training.compiled_layers import CompiledLayers
     from lora_cli.training.graph_engine import GraphEngine
 
-    layers = CompiledLayers(model, task.same_in_any_batch) if compiled else None
-    layers = layers if layers and layers.layers else None
-    return GraphEngine(*parts, layers=layers, records=records, required=required)
+    layers: CompiledLayers | FusedModules = fused_modules(model, accelerator)
+    least_work = WORK_BESIDE_KERNELS if layers.layers else WORK_WORTH_COMPILING
+    if required or _compiling_pays(model, batches, least_work):
+        layers = CompiledLayers(model, task.same_in_any_batch)
+    if not (records or layers.layers):
+        return Engine(*parts)
+    found = layers if layers.layers else None
+    return GraphEngine(*parts, layers=found, records=records, required=required)
 
 
-def _compiling_pays(model: nn.Module, batches: Batches) -> bool:
+def may_use_kernels(task: Task, accelerator: Accelerator) -> bool:
+    """Return whether steps may be computed otherwise than by the model's own code."""
+    train = task.recipe.train
+    plain = train.kernels == "reference" or train.distill is not None  # a teacher may compute too
+    return accelerator.device.type == "cuda" and not plain
+
+
+def fused_modules(model: nn.Module, accelerator: Accelerator) -> FusedModules:
+    """Return the modules that kernels compute in this precision."""
+    return FusedModules(model, autocast=accelerator.mixed_precision != "no")
+
+
+def _compiling_pays(model: nn.Module, batches: Batches, least_work: float) -> bool:
     """Return whether a run is long enough for compiled layers to save more than they cost."""
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     work = 6 * n_parameters * batches.total_cost  # 2 operations forward, 4 backward
-    return batches.total_steps >= STEPS_WORTH_COMPILING or work >= WORK_WORTH_COMPILING
+    return batches.total_steps >= STEPS_WORTH_COMPILING or work >= least_work

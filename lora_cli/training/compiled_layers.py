@@ -36,6 +36,8 @@ class CompiledLayers:
             once; else the second compilation is for any length.
     """
 
+    failure = "the model's layers cannot be compiled"
+
     def __init__(self, model: nn.Module, few_shapes: bool) -> None:
         self.layers = repeated_layers(model)
         self.few_shapes = few_shapes
@@ -86,7 +88,7 @@ class CompiledLayers:
         elif self.on_gpu:  # where torch compiles with Triton: it is there
             from lora_cli.training.gated_mlp import GatedMLPs
 
-            gated = GatedMLPs(self.layers)
+            gated = GatedMLPs(self.layers, compiled=True)
             if gated.found:
                 self.products = [gated]
                 self.kind += f" ({len(gated.found)} gated MLPs by a kernel of our own)"

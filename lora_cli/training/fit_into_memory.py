@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from lora_cli.models.gradient_checkpointing import enable_gradient_checkpointing
 from lora_cli.recipe.learned import Checkpointing
 from lora_cli.tasks.contract import Task
 from lora_cli.training.batches import Batches, prepared_for
+from lora_cli.training.choose_engine import fused_modules, may_use_kernels
 from lora_cli.training.resource_errors import is_out_of_memory, out_of_memory
 from lora_cli.training.stop_request import TRAINING
 
@@ -181,7 +182,9 @@ class _Trial:
         examples = (self.batches.examples[int(i)] for i in longest)
         seed = task.recipe.train.seed
         batch = task.batch([prepared_for(task, example, seed, 0) for example in examples])
-        return _fits(self.model, task, batch.to(device), self.accelerator, self.optimizer_bytes)
+        kernels = may_use_kernels(task, self.accelerator)  # compiled layers need no more than those
+        with fused_modules(self.model, self.accelerator).in_use() if kernels else nullcontext():
+            return _fits(self.model, task, batch.to(device), self.accelerator, self.optimizer_bytes)
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:

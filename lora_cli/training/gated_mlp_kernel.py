@@ -36,11 +36,13 @@ def _matrix(x, rows, columns, n_rows, n_columns):  # type: ignore[no-untyped-def
 @triton.jit  # type: ignore[untyped-decorator]
 def _with_update(x, h, b, tokens, columns, n_tokens, n_columns, rank, RANK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     """Return a block of x + h b^T in float32, of h (tokens, rank) and b (columns, rank)."""
-    ranks = tl.arange(0, RANK)
-    left = _matrix(h, tokens[:, None], ranks[None, :], n_tokens, rank)
-    right = _matrix(b, columns[:, None], ranks[None, :], n_columns, rank)
-    block = _matrix(x, tokens[:, None], columns[None, :], n_tokens, n_columns)
-    return block.to(tl.float32) + tl.dot(left, tl.trans(right))
+    block = _matrix(x, tokens[:, None], columns[None, :], n_tokens, n_columns).to(tl.float32)
+    if RANK:
+        ranks = tl.arange(0, RANK)
+        left = _matrix(h, tokens[:, None], ranks[None, :], n_tokens, rank)
+        right = _matrix(b, columns[:, None], ranks[None, :], n_columns, rank)
+        block += tl.dot(left, tl.trans(right))
+    return block
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -110,7 +112,7 @@ def _sizes(*ranks: int) -> dict[str, int]:
     """Return the sizes of a program's blocks, and how it is compiled.
 
     Args:
-        ranks: Of gate, up and, in the backward pass, down; 0 leaves its update out.
+        ranks: Of gate, up and, in the backward pass, down; 0 if there is no update.
     """
     found = {"TOKENS": TOKENS, "COLUMNS": COLUMNS, "num_warps": WARPS}
     for name, rank in zip(("GATE_RANK", "UP_RANK", "DOWN_RANK"), ranks, strict=False):
@@ -136,8 +138,8 @@ def gated_product(
     Args:
         gate: The output of the frozen layer gate, G (..., n).
         up: The output of the frozen layer up, U (..., n).
-        gate_h: s A x of gate, (..., rank).
-        up_h: s A x of up, (..., rank).
+        gate_h: s A x of gate, (..., rank); of rank 0 if G is the whole output of gate.
+        up_h: s A x of up, (..., rank), likewise.
         gate_b: The B of gate, (n, rank).
         up_b: The B of up, (n, rank).
         down_a: The A of down, (rank, n); None if down has no plain LoRA.

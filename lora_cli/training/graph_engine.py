@@ -4,7 +4,8 @@ A step of RoBERTa-large on short sentences is 3,000 kernels, which a GPU compute
 launches in 50. The forward and the backward pass of a micro-batch are recorded once for each shape
 that recurs, and replayed from then on: the same kernels on the same numbers, so that the result is
 the same, bit for bit; and so is the update of the weights (`recorded_update.py`). In long runs the
-layers are compiled first, which joins small kernels.
+layers are compiled first, which joins small kernels. In short ones some modules of a language model
+are computed by one kernel each (`fused_modules.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lora_cli.errors import LoraError, counted
 from lora_cli.tasks.examples import Batch
 from lora_cli.training.compiled_layers import CompiledLayers
 from lora_cli.training.engine import Engine, sum_gradients
+from lora_cli.training.fused_modules import FusedModules
 from lora_cli.training.recorded_update import OTHER_THREADS, RecordedUpdate, can_be_recorded
 from lora_cli.training.resource_errors import is_out_of_memory
 from lora_cli.training.seeds import random_state_restored
@@ -61,24 +63,26 @@ class GraphEngine(Engine):
     """Computes gradients by recorded graphs, where a shape recurs.
 
     Args:
-        layers: The model's layers if they are to run compiled, which takes some seconds a shape.
+        layers: The model's layers if they are to run compiled, which takes some seconds a shape; or
+            the modules that kernels compute.
         records: Whether steps may be recorded.
         required: Whether it is an error if layers cannot be compiled, or steps not be recorded.
     """
 
-    layers: CompiledLayers | None = None
+    layers: CompiledLayers | FusedModules | None = None
     records: bool = True
     required: bool = False
     why_not: str = ""
     """Why no graphs are recorded, if that was found to be impossible."""
     why_not_compiled: str = ""
+    """Why the layers run as they are, if they were to be compiled or computed by kernels."""
     is_compiled: bool = False
     """Whether the layers have been compiled for the first batch."""
     graphs: dict[Shape, Graph] = field(default_factory=dict)
     seen: Counter[Shape] = field(default_factory=Counter)
     gradients: Tensor | None = None
     """The gradients of the parameters that had one in the first step, which are views of it: graphs
-    write there."""
+    write there. None if no graphs are recorded, so that gradients take no memory between steps."""
     rarely_used: list[nn.Parameter] = field(default_factory=list)
     """The parameters that had none in the first step."""
     update: RecordedUpdate | None = None
@@ -97,7 +101,7 @@ class GraphEngine(Engine):
             parts.append(self.layers.kind)
         found = " with ".join(parts)
         if self.why_not_compiled:
-            found += f"; the layers cannot be compiled: {self.why_not_compiled}"
+            found += f"; {self.why_not_compiled}"
         if self.why_not:
             found += f"; a step cannot be recorded: {self.why_not}"
         return found
@@ -131,10 +135,12 @@ class GraphEngine(Engine):
         except Exception as error:  # the compiler raises exceptions of any kind
             if is_out_of_memory(error):
                 raise
-            self.layers, self.why_not_compiled = None, own_words(error)
+            assert self.layers is not None
+            self.why_not_compiled = f"{self.layers.failure}: {own_words(error)}"
+            self.layers = None
             if self.required:
-                what = f"the model's layers cannot be compiled: {self.why_not_compiled}"
-                raise LoraError(what, self.task.recipe.at("train.kernels"), AS_IT_IS) from error
+                where = self.task.recipe.at("train.kernels")
+                raise LoraError(self.why_not_compiled, where, AS_IT_IS) from error
         for parameter in self.parameters.values():
             parameter.grad = None
         torch.cuda.set_rng_state(random, device)
@@ -244,6 +250,9 @@ class GraphEngine(Engine):
 
     def clear_gradients(self) -> None:
         """Set the gradients to zero, in the memory that the graphs write to."""
+        if not self.records:
+            super().clear_gradients()
+            return
         if self.gradients is None:  # after the first step it is known who has a gradient
             present = [p for p in self.parameters.values() if p.grad is not None]
             self.rarely_used = [p for p in self.parameters.values() if p.grad is None]

@@ -152,10 +152,10 @@ class TrainSpec(Section):
     kernels: Literal["auto", "reference", "fused"] = "auto"
     """How the same is computed faster. `reference`: as the model's own code does it. `auto`: losses
     of tokens are computed for some tokens at a time; on a GPU, where an encoder's answers were seen
-    to stay the same, texts share rows and steps are recorded as CUDA graphs; in long runs, layers
-    are compiled, and kernels of our own compute the attention of such rows and the gate of a
-    decoder's MLPs, in 16 bits. `fused`: all of it, in short runs too; an error where it cannot
-    be."""
+    to stay the same, texts share rows and steps are recorded as CUDA graphs; in 16 bits, one kernel
+    each computes the gate of a decoder's MLPs and RMS norms; in long runs, layers are compiled, and
+    a kernel of our own computes the attention of short rows. `fused`: all of it, in short runs too;
+    an error where it cannot be."""
 
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Longer gradients are shortened to this norm; null leaves them."""

@@ -9,8 +9,6 @@ as those of a prompt, get no scores at all.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor, nn
+
+from lora_cli.environment import has_triton
 
 SCORES_AT_ONCE = 2**28  # numbers; 1 GiB in float32
 LEAST_ROWS = 256  # tokens whose scores are computed together, however many tokens there are
@@ -124,7 +124,7 @@ def _losses_and_slopes(
     concerned: no `Finish` saves its own result.
     """
     found = scores.detach()
-    if found.is_cuda and found.is_contiguous() and _has_triton():
+    if found.is_cuda and found.is_contiguous() and has_triton():
         from lora_cli.tasks.generation.token_loss_kernel import token_losses
 
         return token_losses(found, wanted, needs_gradient), found if needs_gradient else None
@@ -135,12 +135,6 @@ def _losses_and_slopes(
             return losses, None
         (slopes,) = torch.autograd.grad(losses, found, torch.ones_like(losses))
     return losses.detach(), slopes
-
-
-@functools.cache
-def _has_triton() -> bool:
-    """Return whether Triton is installed, as it is with torch for GPUs on Linux."""
-    return importlib.util.find_spec("triton") is not None
 
 
 @contextmanager
