@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_cli.errors import IntegrityError
+from lora_cli.git_lfs import FETCH, POINTS, is_pointer
 
 MAX_HEADER_BYTES = 16 * 2**20  # of a hundred thousand tensors, which take about a second
 MAX_DIMENSIONS = 64  # torch has no more
@@ -53,6 +54,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         if _looks_pickled(file):
             reason = "it is a pickle, which can run code when it is read"
             hint = "convert it where you trust it; this tool reads safetensors only"
+        if is_pointer(file):
+            reason, hint = f"it is {POINTS}", FETCH
         raise IntegrityError(f"not a whole safetensors file: {reason}", str(file), hint) from error
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lora_cli.data.dataset_cache import damaged_files, forget_files
+from lora_cli.data.folder_files import reject_saved
 from lora_cli.data.media import undecoded
 from lora_cli.data.numbered_labels import label_names
 from lora_cli.data.renamed_columns import renamed_columns
@@ -41,6 +42,8 @@ def load_hub(recipe: Recipe, split: str, streaming: bool = False, **options: Any
 
     data = recipe.data
     is_folder = _is_folder(recipe)
+    if is_folder:
+        reject_saved(Path(str(data.name)))
     shown = datasets.utils.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_cli.data.csv_rows import require_unique
 from lora_cli.data.text_lines import RawRow
+from lora_cli.data.unreadable_files import HEAD, reject_binary
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import FormatSpec
 
@@ -60,7 +61,9 @@ def parquet_batches(path: Path) -> Iterator[Any]:
 
     try:
         with path.open("rb") as raw:
-            if raw.read(4) != b"PAR1":
+            head = raw.read(HEAD)
+            if not head.startswith(b"PAR1"):
+                reject_binary(head, path)
                 hint = "`--set data.format.type=csv` (or json, text) says what it is"
                 raise LoraError("this is not a parquet file, by its first bytes", str(path), hint)
         with pq.ParquetFile(path) as file:

@@ -20,6 +20,7 @@ import numpy as np
 
 from lora_cli.data.media import media_hash
 from lora_cli.errors import LoraError, printable
+from lora_cli.git_lfs import POINTER, POINTS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -137,6 +138,8 @@ def _open(value: dict[str, Any]) -> tuple[Image, PictureFacts]:
             raise
         except UnidentifiedImageError:
             what = f"is not a picture, or of a format that is not read ({KNOWN} are)"
+            if raw.startswith(POINTER):
+                what = f"is {POINTS}"
             raise PictureError(what) from None
         except Image.DecompressionBombError:
             raise PictureError(f"has more than {MOST_PIXELS:,} pixels") from None

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from lora_cli.data.media import media_hash
 from lora_cli.errors import LoraError, printable
+from lora_cli.git_lfs import POINTER, POINTS
 
 Samples = NDArray[np.float32]
 LongAudio = Literal["silence", "windows"]
@@ -180,6 +181,8 @@ def _blocks(file: Any) -> Iterator[Samples]:
 
 def _reason(raw: bytes, text: str) -> str:
     """Return in words why libsndfile cannot read a file."""
+    if raw.startswith(POINTER):
+        return f"is {POINTS}"
     if "ormat not recogni" in text or "File does not exist" in text:
         return f"is not a recording, or of a format that is not read ({KNOWN})"
     reason = text.strip().removeprefix("Error : ").rstrip(".")

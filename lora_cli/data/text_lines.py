@@ -19,6 +19,7 @@ from typing import IO, Any
 from lora_cli.data.text_encoding import c1_share, encoding_of, seven_bit_encoding
 from lora_cli.data.unreadable_files import reject_binary
 from lora_cli.errors import LoraError, counted, warn
+from lora_cli.git_lfs import FETCH, POINTS, is_pointer
 
 NOT_TEXT = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of bytes
 HEAD_BYTES = 4096
@@ -124,6 +125,8 @@ def unreadable(path: Path, error: Exception) -> LoraError:
     """Return what to say of a file that the system, or gzip, cannot read."""
     if isinstance(error, gzip.BadGzipFile | EOFError | zlib.error):
         cut = isinstance(error, EOFError)
+        if is_pointer(path):
+            return LoraError(f"this is {POINTS}", str(path), FETCH)
         what = "the gzip file is cut off" if cut else "this is not a gzip file, or it is damaged"
         hint = "copy or download it again" + ("" if cut else "; if it is plain, rename it")
         return LoraError(what, str(path), hint)

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_cli.characters import shortened
 from lora_cli.errors import LoraError, Problem, ResourceError, nearest
+from lora_cli.git_lfs import FETCH, POINTS, is_pointer
 from lora_cli.recipe import Recipe
 from lora_cli.unexpected_errors import own_words
 
@@ -114,7 +115,9 @@ def _load_error(recipe: Recipe, what: str, error: Exception) -> LoraError:
     known = isinstance(error, OSError | ValueError | ImportError)
     reason = text.strip().splitlines()[0] if known and text.strip() else own_words(error)
     is_local = Path(name).is_absolute() or name.startswith("package:")
-    if "trust_remote_code" in text:
+    if is_local and (pointers := [f for f in sorted(Path(name).glob("*.*")) if is_pointer(f)]):
+        reason, hint = f"{pointers[0].name} is {POINTS}", FETCH
+    elif "trust_remote_code" in text:
         reason = "it comes with Python code of its own"
         hint = "read that code; then `--set model.trust_remote_code=true`"
     elif (package := _missing_package(error)) is not None:

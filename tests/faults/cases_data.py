@@ -565,6 +565,10 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "a label of one value, that nobody named": (
         "rows.csv", "text,label\n" + "".join(f"a long text {i} of some words,a\n"
                                              for i in range(30)), ()),
+    "a web page": ("rows.csv", "<!DOCTYPE html>\n<html><body>Sign in</body></html>\n", ()),
+    "a pointer of Git LFS": ("rows.parquet", "version https://git-lfs.github.com/spec/v1\n", ()),
+    "a pointer of Git LFS by the name of a gzip file": (
+        "rows.csv.gz", "version https://git-lfs.github.com/spec/v1\n", ()),
     "a PDF": ("rows.pdf", b"%PDF-1.4\n", ()),
     "a picture": ("rows.csv", b"\x89PNG\r\n", ()),
     "a question inside an object": (
@@ -607,6 +611,13 @@ def _folder(files: dict[str, str]) -> Callable[[World], Printed]:
 CASES.append(Case("lora init", "a folder of files with other columns", _folder(
     {"a.csv": TABLE, "b.csv": TABLE.replace("text", "body")})))  # fmt: skip
 CASES.append(Case("lora init", "a folder without a data file", _folder({"notes.bin": "x"})))
+CASES.append(
+    Case(
+        "lora init",
+        "a data set saved to disk",
+        _folder({"state.json": "{}", "data-00000-of-00001.arrow": "x"}),
+    )
+)
 CASES.append(Case("lora init", "a folder without train rows", _folder(
     {"test.csv": TABLE, "dev.csv": TABLE})))  # fmt: skip
 CASES.append(Case("lora init", "a folder of translations", _folder(

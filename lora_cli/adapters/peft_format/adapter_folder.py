@@ -43,6 +43,7 @@ from lora_cli.files import (
     verify_manifest,
     write_json,
 )
+from lora_cli.git_lfs import FETCH, POINTS, is_pointer
 from lora_cli.models.bundle import part_names
 from lora_cli.models.fingerprint import Fingerprint, read_fingerprint
 from lora_cli.not_an_adapter import PICKLES, adapter_parts, require_adapter, single_file
@@ -283,7 +284,10 @@ def _read_files(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except OSError as error:
         raise LoraError(f"there is no {CONFIG_FILE}", str(path), ADAPTER_FOLDER) from error
     except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"not valid JSON: {error}", str(path / CONFIG_FILE), BACKUP) from error
+        what, hint = f"not valid JSON: {error}", BACKUP
+        if is_pointer(path / CONFIG_FILE):
+            what, hint = f"this is {POINTS}", FETCH
+        raise IntegrityError(what, str(path / CONFIG_FILE), hint) from error
     if not isinstance(config, dict):
         raise IntegrityError("not a JSON object", str(path / CONFIG_FILE), BACKUP)
     check_config(config, str(path / CONFIG_FILE))
