@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from lora_cli.data.text_lines import RawRow
 from lora_cli.errors import LoraError, counted
 from lora_cli.recipe import TASKS, FormatSpec, Recipe
 from lora_cli.recipe.spec.task_section import MediaKind
+from lora_cli.recipe_draft.readme_configs import require_as_the_readme
 
 TEXT_SUFFIXES = (".txt", ".text", "")
 NO_DATA = ("readme", "license", "licence", "source", "changes", "notice")
 MOST_SHOWN = 8
+PART = re.compile(r"-\d{5}-of-(\d{5})(?!\d)")  # how the Hub names the parts of a split
 
 
 def read_source(path: Path) -> DataFile:
@@ -31,7 +35,14 @@ def read_source(path: Path) -> DataFile:
     Raises:
         LoraError: If it cannot be read, or its files do not belong together.
     """
-    return read_folder(path) if path.is_dir() else read_data_file(path)
+    if path.is_dir():
+        return read_folder(path)
+    file = read_data_file(path)
+    part = PART.search(path.name)
+    if part is None or int(part[1]) < 2:
+        return file
+    more = f"one of {int(part[1]):,} parts, of which only this one is read: name the folder for all"
+    return replace(file, about=f"{file.about}; {more}")
 
 
 def task_reading(kind: MediaKind | None) -> dict[str, Any]:
@@ -84,6 +95,7 @@ def read_folder(folder: Path) -> DataFile:
         names = ", ".join(map(str, inside[:MOST_SHOWN])) or "nothing"
         what = "no file in this folder is a csv, tsv, json, parquet or text file"
         raise LoraError(what, str(folder), f"it holds {names}; name a data file")
+    require_as_the_readme(folder, lambda split: split_files(folder, {}, split))
     train = split_files(folder, {}, "train")
     parts = [read_data_file(file) for file in train]
     if not parts:

@@ -618,6 +618,32 @@ CASES.append(
         _folder({"state.json": "{}", "data-00000-of-00001.arrow": "x"}),
     )
 )
+README = (
+    "---\nconfigs:\n- config_name: {}\n  data_files: {}\n- config_name: b\n  data_files: b.csv\n---"
+)
+CASES.append(
+    Case(
+        "lora init",
+        "a folder of several data sets",
+        _folder({"README.md": README.format("a", "a.csv"), "a.csv": TABLE, "b.csv": TABLE}),
+    )
+)
+CASES.append(
+    Case(
+        "lora init",
+        "a folder whose files the README names",
+        _folder(
+            {
+                "README.md": README.format("a", "{train: a.csv, test: b.csv}").partition(
+                    "- config_name: b"
+                )[0]
+                + "---",
+                "a.csv": TABLE,
+                "b.csv": TABLE,
+            }
+        ),
+    )
+)
 CASES.append(Case("lora init", "a folder without train rows", _folder(
     {"test.csv": TABLE, "dev.csv": TABLE})))  # fmt: skip
 CASES.append(Case("lora init", "a folder of translations", _folder(
