@@ -128,6 +128,19 @@ def test_other_layers_ranks_and_scales(tmp_path: Path, method: str, kind: str) -
     assert (again / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
 
 
+@pytest.mark.parametrize("method", ["svd", "ties_svd"])
+def test_the_rank_of_a_decomposition_is_the_largest_of_all_modules(
+    tmp_path: Path, method: str
+) -> None:
+    small = {"rank_pattern": {"layers.0.self_attn.q_proj": 2}}
+    base, a, b = llama_pair(tmp_path, small, small)
+    density = 0.5 if method in PRUNING else None
+    combine(a, b, tmp_path / "c", method, **({"density": density} if density else {}))
+    model = in_peft(base, a, b, tmp_path / "c")
+    model.add_weighted_adapter(["a", "b"], WEIGHTS, "wanted", method, density=density)
+    assert close(logits(model, "c"), logits(model, "wanted"))
+
+
 def gpt2_pair(top: Path) -> tuple[Path, Path, Path]:
     base = tiny.save_gpt2(top / "base")
     adapter = {"rank": 4, "target_modules": ["c_attn", "c_proj"]}

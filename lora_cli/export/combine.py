@@ -175,6 +175,9 @@ def _require_ranks(sources: list[Source], method: Method) -> None:
 
 def _combined(sources: list[Source], method: Method) -> dict[str, Pair]:
     """Return one update of each module, all of one rank and with the scale 1."""
+    if method.rank is None:  # of all modules: a smaller one would be filled up with zeros
+        ranks = [pair.rank for source in sources for pair in source.parts.pairs.values()]
+        method = replace(method, rank=max(ranks))
     pairs = {n: combine_pairs(n, pairs, method) for n, pairs in _by_module(sources).items()}
     for name, pair in pairs.items():
         if not bool(pair.a.isfinite().all() and pair.b.isfinite().all()):
