@@ -14,10 +14,17 @@ import pytest
 import tiny
 import tiny_experts
 import torch
+from closeness import assert_close
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertLMHeadModel,
+)
 from typer.testing import CliRunner
 
 from lora_cli import machine_memory
@@ -102,6 +109,27 @@ def test_the_same_files_as_of_the_whole_model(tmp_path: Path, case: str) -> None
     )  # fmt: skip
     assert found.difference is None
     assert whole.difference is not None
+
+
+@pytest.mark.parametrize("targets", ["word_embeddings", "predictions.decoder"])
+@pytest.mark.parametrize("low_memory", [False, True], ids=["whole", "in pieces"])
+def test_a_tie_that_stays_is_written_where_another_ends(
+    tmp_path: Path, targets: str, low_memory: bool
+) -> None:
+    config = BertConfig(
+        vocab_size=tiny.vocabulary("llama"), hidden_size=32, num_hidden_layers=1, is_decoder=True,
+        num_attention_heads=4, intermediate_size=48, max_position_embeddings=tiny.POSITIONS,
+    )  # fmt: skip
+    model = tiny.enliven(BertLMHeadModel(config))  # it shares a weight, and a bias besides
+    model.save_pretrained(tmp_path / "base")
+    tiny.tokenizer("llama").save_pretrained(tmp_path / "base")
+    adapter = {**LORA, "target_modules": [targets]}
+    folder = adapter_folders.make(tmp_path, "a", tmp_path / "base", adapter=adapter, task=TEXTS)
+    merge_adapter(None, folder, tmp_path / "merged", low_memory=low_memory)
+    with torch.no_grad():
+        wanted = PeftModel.from_pretrained(model, folder).eval()(tiny_experts.ids()).logits
+        merged = BertLMHeadModel.from_pretrained(tmp_path / "merged").eval()
+        assert_close(merged(tiny_experts.ids()).logits, wanted)
 
 
 @pytest.mark.parametrize("changed", [True, False])

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_cli.adapters.attach import adapter_layers, lora_layers, name_in_base, remove_layers
 from lora_cli.adapters.lora_conv import LoRAConv
-from lora_cli.adapters.tied_weights import separate
+from lora_cli.adapters.tied_weights import give_own_parameters, separate, tied_groups
 from lora_cli.adapters.token_rows import merge_rows, token_layers
 from lora_cli.models.bundle import Bundle
 
@@ -66,8 +66,22 @@ def merge_and_untie(model: nn.Module, ties: Iterable[Collection[str]]) -> list[s
     untied = merge(model)
     parted = [name.rpartition(".")[0] for name in separate(model, ties)]
     untied += [name for name in dict.fromkeys(parted) if name not in untied]
-    for name in untied:
-        part = model.parts[name.partition(".")[0]] if isinstance(model, Bundle) else model
-        config: Any = part.config
-        config.tie_word_embeddings = False
+    names = dict.fromkeys(name.partition(".")[0] for name in untied)
+    parts = [model.parts[name] for name in names] if isinstance(model, Bundle) else [model]
+    for part in parts if untied else []:
+        _end_ties(part)
     return untied
+
+
+def _end_ties(part: Any) -> None:
+    """Let a model share no weights when it is loaded, and none of those that it shares so.
+
+    One key of the configuration is of all of its ties: BERT's output layer shares its weight with
+    the embedding, and its bias with another module.
+    """
+    keys = getattr(part, "get_expanded_tied_weights_keys", None)  # of transformers
+    before = keys(all_submodels=True) if keys else {}
+    part.config.tie_word_embeddings = False
+    after = keys(all_submodels=True) if keys else {}
+    shared = {name for group in tied_groups(part) for name in group}
+    give_own_parameters(part, sorted((before.keys() - after.keys()) & shared))

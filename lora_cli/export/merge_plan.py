@@ -131,7 +131,27 @@ def plan_merge(task: Task, adapters: Sequence[WeightedAdapter]) -> MergePlan:
     stored.group_again()
     planner = _Planner(task, model, stored, ties, changes, heads)
     facts = (fingerprint, ties, untied, heads, count, changes)
-    return MergePlan(model, adapters, *facts, planner.planned(), planner.dtype)
+    planned = planner.planned()
+    _require_complete(model, stored.names, planned)
+    return MergePlan(model, adapters, *facts, planned, planner.dtype)
+
+
+def _require_complete(
+    model: PreTrainedModel, names: CheckpointNames, planned: dict[Path, list[PlannedTensor]]
+) -> None:
+    """Reject a plan by which a loaded model would have parameters that no file holds.
+
+    What a loaded model shares, its configuration says, and not what was shared before.
+    """
+    places = (names.place(one.name, one.shape) for tensors in planned.values() for one in tensors)
+    written = {place.part.parameter if place.part else place.name for place in places}
+    with torch.device("meta"):
+        loaded = type(model)(model.config)
+    shared = [name for group in tied_groups(loaded) for name in group]
+    alone = (n for n, _ in loaded.named_parameters(remove_duplicate=False) if n not in shared)
+    for group in [*tied_groups(loaded), *([name] for name in alone)]:
+        if written.isdisjoint(group):
+            raise NeedsWholeModelError(f"no file would have `{group[0]}`")
 
 
 def _complete_config(task: Task, model: PreTrainedModel) -> None:
