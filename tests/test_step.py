@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lora_cli.adapters.attach import attach, trainable_parameters, training_mode
+from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task
@@ -250,6 +251,18 @@ def test_a_parameter_that_the_forward_does_not_use_is_named() -> None:
     result = train_step(Engine(made.model, made.task, prepared, accelerator), made.batches([2]))
     assert result.idle == ["extra.weight", "extra.bias"]
     assert torch.equal(made.model.extra.weight, before)
+
+
+def test_a_model_that_uses_nothing_of_what_is_trained_is_an_error() -> None:
+    made = case(tiny.encoder(3), "encoder", CLASSIFICATION, [{"text": "a", "label": 0}] * 2)
+    made.model.requires_grad_(False)
+    made.model.extra = nn.Linear(2, 2)
+    accelerator = Accelerator()
+    optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(made.model.extra.parameters()))
+    engine = Engine(made.model, made.task, optimizer, accelerator)
+    with pytest.raises(LoraError, match=r"`extra\.weight` and 1 more, takes no part in") as caught:
+        train_step(engine, made.batches([2]))
+    assert caught.value.problems[0].at.startswith("adapter.target_modules")
 
 
 class TwoProcesses:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lora_cli.adapters.attach import trainable_parameters
+from lora_cli.errors import LoraError
 from lora_cli.tasks.contract import Task
 from lora_cli.tasks.examples import Batch
 
@@ -65,11 +66,16 @@ class Engine:
 
         Returns:
             What the micro-batch adds to each term of the step's loss (terms,), on the device.
+
+        Raises:
+            LoraError: If the loss depends on nothing that is trained.
         """
         with self.accelerator.autocast():
             sums = self.task.losses(self.model, self.task.output(self.model, batch), batch)
             shares = torch.stack([sums[term].sum() * weight for term, weight in weights.items()])
             loss = shares.sum()
+        if not loss.requires_grad:
+            raise _without_gradient(self)
         self.accelerator.backward(loss)
         return shares.detach()
 
@@ -123,6 +129,15 @@ class Engine:
         bad, skipped = self.update_weights(loss, grad_norm)
         self.clear_gradients()
         return grad_norm, bad, skipped
+
+
+def _without_gradient(engine: Engine) -> LoraError:
+    """Return the error of a model whose forward pass uses nothing of what is trained."""
+    first, *others = engine.parameters
+    more = f" and {len(others)} more" if others else ""
+    what = f"what is trained, `{first}`{more}, takes no part in the model's forward pass"
+    hint = "the model reads the base's weights there, as Mamba's kernels do: adapt other modules"
+    return LoraError(what, engine.task.recipe.at("adapter.target_modules"), hint)
 
 
 def _step_unless(bad: Tensor, optimizer: Any) -> None:
