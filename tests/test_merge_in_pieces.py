@@ -30,10 +30,13 @@ from typer.testing import CliRunner
 from lora_cli import machine_memory
 from lora_cli.cli.app import app
 from lora_cli.errors import IntegrityError, LoraError, NumericsError
+from lora_cli.evaluation.open_adapter import open_adapter
 from lora_cli.export import merge_in_pieces, merge_plan
 from lora_cli.export.merge import MergeResult, merge_adapter
 from lora_cli.models.stored_tensors import Stored
+from lora_cli.recipe import load_adapter_recipe, load_recipe
 from lora_cli.tensorfile import TensorEntry
+from lora_cli.training import train
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LORA = {"rank": 4, "alpha": 6.0}
@@ -109,6 +112,32 @@ def test_the_same_files_as_of_the_whole_model(tmp_path: Path, case: str) -> None
     )  # fmt: skip
     assert found.difference is None
     assert whole.difference is not None
+
+
+@pytest.mark.parametrize("words", ["", " film"], ids=["layers", "rows of tokens"])
+def test_weights_that_are_apart_in_the_files_and_one_by_the_configuration(
+    tmp_path: Path, words: str
+) -> None:
+    base = base_of("tied", tmp_path)
+    tokens = sorted(tiny.tokenizer("llama")(words, add_special_tokens=False)["input_ids"])
+    weights = load_file(base / WEIGHTS)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(weights, base / WEIGHTS, metadata={"format": "pt"})
+    adapter = {**LORA, "target_modules": ["q_proj"], "train_tokens": tokens}
+    train(load_recipe(tiny.recipe(base, tmp_path, adapter=adapter)))
+    _, ours, _ = open_adapter(tmp_path / "out", load_adapter_recipe(tmp_path / "out"))
+    merge_adapter(None, tmp_path / "out", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    before = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        found = ours(tiny_experts.ids()).logits
+        assert_close(merged(tiny_experts.ids()).logits, found)
+        assert not torch.equal(before(tiny_experts.ids()).logits, found)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        is_old = (merged.get_parameter(name) == before.get_parameter(name)).all(dim=1)
+        assert [i for i, same in enumerate(is_old.tolist()) if not same] == tokens
+    with pytest.raises(LoraError, match=r"its files have several values of `model\.embed_tokens"):
+        in_pieces(None, tmp_path / "out", tmp_path / "pieces")
 
 
 @pytest.mark.parametrize("targets", ["word_embeddings", "predictions.decoder"])

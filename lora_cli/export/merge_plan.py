@@ -110,6 +110,11 @@ def plan_merge(task: Task, adapters: Sequence[WeightedAdapter]) -> MergePlan:
     _complete_config(task, model)
     stored = _StoredParameters(files, model)
     missing = stored.missing(bool(task.recipe.model.add_tokens))
+    for names in tied_groups(model):
+        held = [stored.whole[name] for name in names if name in stored.whole]
+        if not all(held[0].same_bytes(one) for one in held[1:]):  # then they are loaded as two
+            what = f"its files have several values of `{names[0]}` and what shares it"
+            raise NeedsWholeModelError(what)
     heads = new_modules(model, missing) if task.has_head else []
     inside = tuple(f"{head}." for head in heads)
     if lost := [name for name in missing if not name.startswith(inside)]:

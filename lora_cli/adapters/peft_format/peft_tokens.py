@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.peft_format.adapter_folder import AdapterFolder
 from lora_cli.adapters.peft_format.peft_tensors import TOGETHER
-from lora_cli.adapters.peft_format.peft_token_rules import computes_as_peft, token_reading
+from lora_cli.adapters.peft_format.peft_token_rules import (
+    TokenReading,
+    computes_as_peft,
+    token_reading,
+)
 from lora_cli.errors import Problem
 
 ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
@@ -64,6 +68,7 @@ def saved_rows(
     found: list[SavedRows] = []
     problems: list[Problem] = []
     reading = token_reading(model, adapter.config)
+    _add_own_rows(reading, rows, adapter)
     for name in reading.ids.keys() - rows.keys():
         what = f"the trained rows of `{name}` are missing"
         problems.append(Problem(what, hint=TOGETHER))
@@ -83,6 +88,21 @@ def saved_rows(
         order = sorted(range(len(ids)), key=ids.__getitem__)
         found.append(SavedRows(name, sorted(ids), tensor[order], others))
     return _joined(model, found), problems
+
+
+def _add_own_rows(reading: TokenReading, rows: dict[str, Tensor], adapter: AdapterFolder) -> None:
+    """Let modules have the rows that this tool wrote for them, where PEFT would share others'.
+
+    So it is on a base whose configuration ties two weights that its checkpoint has apart.
+    """
+    named = adapter.config.get("trainable_token_indices")
+    if not adapter.verified or not isinstance(named, dict):
+        return
+    for name, source in list(reading.followers.items()):
+        has_own = name in named and name in rows and source in rows
+        if has_own and not torch.equal(rows[name], rows[source]):
+            del reading.followers[name]
+            reading.ids[name] = list(named[name])
 
 
 def _joined(model: nn.Module, found: list[SavedRows]) -> list[SavedRows]:
