@@ -329,6 +329,29 @@ def test_restoring_a_copy_puts_the_saved_adapter_back(case: Case, tmp_path: Path
     assert all(torch.equal(p, before[name]) for name, p in trainable_parameters(model).items())
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target_modules": ["q_proj"]}, True),
+        ({"target_modules": r".*\.q_proj"}, True),
+        ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]}, True),
+        ({"target_modules": ["q_proj", "v_proj"]}, False),
+        ({"target_modules": r".*\.[qv]_proj"}, False),
+    ],
+)
+def test_what_the_configuration_does_not_name_is_left_out_by_peft_and_said(
+    changes: dict[str, Any], said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny.llama()
+    saved_by_peft(tmp_path, copy.deepcopy(base), target_modules=["q_proj", "v_proj"], r=2)
+    edit_config(tmp_path, **changes)
+    ours = loaded(copy.deepcopy(base), tmp_path)
+    printed = capsys.readouterr().err
+    assert ("`model.layers.0.self_attn.v_proj` and 1 more module," in printed) == said
+    theirs = loaded_by_peft(copy.deepcopy(base), tmp_path)
+    (assert_others if said else assert_same_outputs)(ours, theirs)
+
+
 @pytest.mark.parametrize("kind", ["none", "bitfit"])
 def test_peft_takes_no_baseline_for_an_adapter(kind: str, tmp_path: Path) -> None:
     base = tiny.encoder()

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_cli.adapters.attach import adapter_layers, name_in_base, trainable_parameters
+from lora_cli.adapters.match_names import matches
 from lora_cli.adapters.peft_format.diffusion_file import ANEW, DiffusionFile, read_diffusion_file
 from lora_cli.adapters.peft_format.part_folders import divided, joined
 from lora_cli.adapters.peft_format.peft_config import adapter_type, check_config
@@ -31,10 +32,15 @@ from lora_cli.adapters.peft_format.peft_rules import peft_differences
 from lora_cli.adapters.peft_format.peft_token_rules import token_differences, written_rows
 from lora_cli.adapters.peft_format.peft_types import PEFT_TYPES
 from lora_cli.adapters.peft_format.saved_buffers import buffers_in_full, without_buffers
-from lora_cli.adapters.peft_format.tensor_names import PREFIX, adapted_module, without_prefix
+from lora_cli.adapters.peft_format.tensor_names import (
+    PREFIX,
+    adapted_module,
+    adapted_modules,
+    without_prefix,
+)
 from lora_cli.adapters.peft_format.trained_config import adapter_config
 from lora_cli.adapters.token_rows import token_layers
-from lora_cli.errors import BACKUP, IntegrityError, LoraError, name_neighbours, warn
+from lora_cli.errors import BACKUP, IntegrityError, LoraError, counted, name_neighbours, warn
 from lora_cli.files import (
     finish_publishing,
     reject_links_outside,
@@ -235,6 +241,12 @@ def read_adapter(path: Path) -> AdapterFolder:
     config, tensors = joined(read, str(path)) if parts else read[""]
     if PEFT_TYPES[config["peft_type"]].supported and _is_idle(tensors):
         warn(f"the adapter {path} changes nothing: one factor of each update is all zeros")
+    if not verified and not parts and (unnamed := _unnamed_modules(config, tensors)):
+        more = f" and {counted(len(unnamed) - 1, 'more module')}" if unnamed[1:] else ""
+        warn(
+            f"the file adapts `{unnamed[0]}`{more}, which `target_modules` of {CONFIG_FILE} does "
+            "not name: they are adapted here, and PEFT leaves them out"
+        )
     return AdapterFolder(path, config, tensors, verified, read_fingerprint(path), tuple(parts))
 
 
@@ -310,6 +322,19 @@ def _is_idle(tensors: dict[str, Tensor]) -> bool:
     if any(".token_adapter." in name for name in tensors):
         return False
     return bool(zeros) and all(None not in of and any(of) for of in zeros.values())
+
+
+def _unnamed_modules(config: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
+    """Return the modules that the file adapts and the configuration does not name, in order.
+
+    Nothing where it names none of them: another tool has other names for all.
+    """
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
+    if not targets or targets == "all-linear" or config.get("target_parameters"):
+        return []
+    modules = sorted(adapted_modules(tensors))
+    named = {name for name in modules if matches(targets, name) and not matches(excluded, name)}
+    return [name for name in modules if name not in named] if named else []
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
