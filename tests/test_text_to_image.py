@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
+from closeness import assert_close
 from diffusers.training_utils import compute_snr
 from PIL import Image
 from safetensors.torch import load_file
@@ -578,6 +579,29 @@ def test_the_class_is_drawn_by_the_base_where_its_pictures_are_missing(tmp_path:
         (tmp_path / out / "unet/adapter_model.safetensors").read_bytes() for out in ("out", "again")
     ]
     assert weights[0] == weights[1]
+
+
+def test_what_is_trained_besides_is_read_merged_and_that_of_the_trained_parts_alone(
+    tmp_path: Path,
+) -> None:
+    """The autoencoder has biases, and a module of this name, too."""
+    adapter = {"rank": 2, "bias": "all", "train_modules": ["conv_norm_out"]}
+    path = recipe(tmp_path, adapter=adapter, train={"optimizer": {"learning_rate": 0.05}})
+    run(path)
+    out = tmp_path / "out"
+    assert not (out / "vae").exists()
+    merge_adapter(None, out, tmp_path / "merged")
+    merged = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "merged/unet").state_dict()
+    base = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "base/unet")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    theirs = peft.PeftModel.from_pretrained(base, out / "unet").merge_and_unload().state_dict()
+    for name in ("conv_in.bias", "conv_norm_out.weight", "mid_block.attentions.0.proj_in.bias"):
+        assert not torch.equal(merged[name], before[name]), name
+    for name, tensor in merged.items():
+        assert_close(tensor, theirs[name])
+    for name in ("encoder.conv_norm_out", "final_layer_norm"):
+        with pytest.raises(LoraError, match="in a part of the model that is used as it is"):
+            run(path, f"adapter.train_modules=[{name}]", f"output_dir={tmp_path / 'none'}")
 
 
 def test_stable_diffusion_xl_from_training_to_what_diffusers_draws(tmp_path: Path) -> None:

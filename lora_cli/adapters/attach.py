@@ -68,7 +68,8 @@ def attach(
     in_full = [
         name
         for name, _ in model.named_modules()
-        if name in head or (name and matches(spec.train_modules, name))
+        if (name in head or (name and matches(spec.train_modules, name)))
+        and not is_frozen(model, name)
     ]
     embeddings = _embeddings(model, recipe, targets, in_full, token_ids) if token_ids else []
     separate_trained(model, in_full, recipe)

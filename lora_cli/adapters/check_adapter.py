@@ -263,7 +263,8 @@ def missing_tensors(
     ]
     for name in parameters:
         owner, _, last = name.rpartition(".")
-        if name in plain:
+        elsewhere = adapter.parts and name.partition(".")[0] not in adapter.parts
+        if name in plain or elsewhere:  # in a part of the model that the adapter is not for
             continue
         named = any(inside(owner, top) for top in in_full)
         if (head := module_of(name, new)) and (drawn is None or name in drawn):

@@ -212,17 +212,19 @@ def shape_problem(base: nn.Module, target: Target, layers: Layers) -> list[Probl
 
 
 def unmatched_in_full(model: nn.Module, recipe: Recipe) -> list[Problem]:
-    """Return a problem for every entry of `train_modules` that matches no module."""
-    names = [name for name, _ in model.named_modules() if name]
-    return [
-        Problem(
-            f"`{entry}` matches no module of the model",
-            recipe.at("adapter.train_modules"),
-            did_you_mean(entry, _last_names(names), "the model has"),
-        )
-        for entry in recipe.adapter.train_modules
-        if not any(matches([entry], name) for name in names)
-    ]
+    """Return a problem for every entry of `train_modules` that matches no module to be trained."""
+    names, problems = [name for name, _ in model.named_modules() if name], []
+    for entry in recipe.adapter.train_modules:
+        found = [name for name in names if matches([entry], name)]
+        if any(not is_frozen(model, name) for name in found):
+            continue
+        what = f"`{entry}` matches no module of the model"
+        hint = did_you_mean(entry, _last_names(names), "the model has")
+        if found:
+            what = f"`{entry}` matches {found[0]}, in a part of the model that is used as it is"
+            hint = recipe.task.frozen_hint
+        problems.append(Problem(what, recipe.at("adapter.train_modules"), hint))
+    return problems
 
 
 def _chosen(

@@ -136,6 +136,9 @@ _RUNS = {
     "an adapter on a part that is frozen": lambda world: world.lora(
         "validate", _recipe(world), "--set", "adapter.target_modules=[q_proj]"
     ),
+    "a module of a part that is frozen": lambda world: world.lora(
+        "validate", _recipe(world), "--set", "adapter.train_modules=[encoder.conv_norm_out]"
+    ),
     "a base of several parts in 8 bits": lambda world: world.lora(
         "validate", _recipe(world), "--set", "model.quantization=int8"
     ),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_cli.adapters.match_names import inside
 from lora_cli.adapters.peft_format.tensor_names import PREFIX
+from lora_cli.models.bundle import is_frozen
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -27,6 +28,7 @@ def buffers_in_full(model: nn.Module, in_full: Collection[str]) -> dict[str, Ten
         PREFIX + name: buffer
         for name, buffer in persistent_buffers(model).items()
         if any(inside(name.rpartition(".")[0], top) for top in in_full)
+        and not is_frozen(model, name)
     }
 
 

@@ -24,7 +24,7 @@ from lora_cli.recipe import AdapterSpec, AdapterType, Recipe
 def adapter_config(model: nn.Module, recipe: Recipe, in_full: list[str]) -> dict[str, Any]:
     """Return PEFT's configuration; keys that are newer and stand at their default are left out."""
     spec, layers = recipe.adapter, lora_layers(model)
-    in_full = full_names(base_modules(model), in_full)
+    in_full = [n for n in full_names(base_modules(model), in_full) if not is_frozen(model, n)]
     base = {
         "base_model_name_or_path": recipe.model.name,
         "revision": recipe.model.revision,
