@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import tiny_embedders
 from drafting import Init, lines, needs_jq, run_hint, texts
@@ -110,3 +112,51 @@ def test_prompts_that_end_with_a_space_of_their_own(
     rows = [{"prompt": prompt.format(t), "completion": completion.format(u)}
             for t, u in zip(T, U, strict=True)]  # fmt: skip
     assert init("rows.jsonl", lines(rows), "llama").task.separator == separator
+
+
+SENTENCES = [t.split() for t in T]
+TAGS = [["O"] * (i % 3) + ["B-PER", "I-PER"] + ["O"] * (len(w) - 2 - i % 3)
+        for i, w in enumerate(SENTENCES)]  # fmt: skip
+TAGGED: dict[str, tuple[list[Row], str]] = {
+    "tags as a text": ([{"text": " ".join(w), "labels": " ".join(t)}
+                        for w, t in zip(SENTENCES, TAGS, strict=True)], "csv"),
+    "tags as a list, words as a text": ([{"Sentence": " ".join(w), "POS": ["NN"] * len(w), "Tag": t}
+                                         for w, t in zip(SENTENCES, TAGS, strict=True)], "jsonl"),
+    "Kaggle's, in a table": ([{"Sentence": " ".join(w), "POS": str(["NN"] * len(w)), "Tag": str(t)}
+                              for w, t in zip(SENTENCES, TAGS, strict=True)], "csv"),
+    "GLiNER's": ([{"tokenized_text": w, "ner": [[i % 3, i % 3 + 1, "PER"]]}
+                  for i, w in enumerate(SENTENCES)], "jsonl"),
+    "behind the last word": ([{"tokens": [*w[: i % 3], "Ann", "Lee"],
+                               "entities": [[i % 3, i % 3 + 2, "PER"]]}
+                              for i, w in enumerate(SENTENCES)], "jsonl"),
+}  # fmt: skip
+
+
+@needs_jq
+@pytest.mark.parametrize("name", TAGGED)
+def test_words_and_their_tags(name: str, init: Init, tmp_path: Path) -> None:
+    rows, form = TAGGED[name]
+    path = tmp_path / f"rows.{form}"
+    pandas.DataFrame(rows).to_csv(path, index=False) if form == "csv" else path.write_text(
+        lines(rows)
+    )
+    with pytest.raises(LoraError, match=r"each word of the text|count words") as caught:
+        init("", path)
+    run_hint(caught.value, tmp_path)
+    recipe = init("", tmp_path / "flat.jsonl")
+    assert recipe.task.type == "token_classification"
+    written = of(tmp_path / "flat.jsonl")
+    words, tags = recipe.task.tokens_column, recipe.task.tags_column
+    if name == "behind the last word":
+        wanted = [["O"] * (i % 3) + ["B-PER", "I-PER"] for i in range(40)]
+        assert [row[tags] for row in written] == wanted
+        return
+    assert [row[words] for row in written] == SENTENCES
+    read = [row[tags] if isinstance(row[tags], list) else ast.literal_eval(row[tags])
+            for row in written]  # fmt: skip
+    assert read == TAGS
+
+
+def test_prose_with_labels_has_no_tags(init: Init) -> None:
+    rows = [{"text": t, "labels": ["B-PER", "O"][i % 2]} for i, t in enumerate(T)]
+    assert init("rows.jsonl", lines(rows)).task.type == "sequence_classification"

@@ -262,3 +262,19 @@ def test_several_texts_of_one_recording_are_named(tmp_path: Path) -> None:
     ) in found
     table.write_text(table.read_text().replace("word 2", "word 0"))  # said twice the same
     assert "different texts" not in warnings_of(recipe_of({"path": str(table)}, base))
+
+
+def test_a_recording_may_be_an_object_with_its_path_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    for i in range(20):
+        write(folder / "wavs" / f"{i}.wav", sound(i, 0.3))
+    rows = [{"audio": {"path": f"wavs/{i}.wav"}, "txt": f"word {i}", "language": "English"}
+            for i in range(20)]  # fmt: skip
+    (folder / "train.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = drafted(folder / "train.json", tiny_speech.save(tmp_path / "base"))
+    assert (recipe.task.audio_column, recipe.task.text_column) == ("audio", "txt")
+    read = load_rows(recipe.with_values({"data.validation": None, "data.test": None}))["train"]
+    for i, row in enumerate(read):
+        wanted = read_recording({"bytes": None, "path": str(folder / f"wavs/{i}.wav")}, 16_000)
+        assert (read_recording(row["audio"], 16_000) == wanted).all()
+        assert row["txt"] == f"word {i}"

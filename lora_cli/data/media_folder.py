@@ -54,12 +54,18 @@ def is_media_file(path: Path) -> bool:
 def are_media(values: Sequence[Any]) -> bool:
     """Return whether the values of a column are pictures or sound, or nearly all paths of such."""
     are = [
-        (isinstance(value, str) and (is_media_file(Path(value)) or decoded(value) is not None))
+        _is_path(value)
+        or (isinstance(value, str) and decoded(value) is not None)
         or isinstance(value, bytes)
         or (isinstance(value, dict) and value.keys() >= {"bytes", "path"})
+        or (isinstance(value, dict) and _is_path(value.get("path")))
         for value in values
     ]
     return sum(are) > 0.9 * len(are)
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and is_media_file(Path(value))
 
 
 def transcript_of(file: Path) -> Path | None:

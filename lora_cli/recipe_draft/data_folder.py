@@ -84,6 +84,11 @@ def read_folder(folder: Path) -> DataFile:
         LoraError: If there are none, or they do not belong together.
     """
     inside = [file for file in files_inside(folder) if not _is_aside(file)]
+    notes = {file.with_suffix("") for file in inside if file.suffix == ".ann"}
+    if any(file.suffix == ".txt" and file.with_suffix("") in notes for file in inside):
+        what = "these are texts with annotations of brat (`.ann`), which are not read"
+        hint = "write each text as a line of JSON with its spans: "
+        raise LoraError(what, str(folder), f'{hint}{{"text": "…", "spans": [[0, 4, "PER"]]}}')
     if _has_class_folders(inside):
         return _read_class_folders(folder)
     files = [folder / file for file in inside if kind_by_name(file.name)]

@@ -549,6 +549,10 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "columns of pandas": (
         "rows.json", json.dumps({"text": {str(i): f"text {i}" for i in range(30)},
                                  "label": {str(i): "ab"[i % 2] for i in range(30)}}), ()),
+    "tags of the words of a text": (
+        "rows.jsonl", '{"text": "see Ann Lee", "labels": "O B-PER I-PER"}\n' * 20, ()),
+    "places that count words": (
+        "rows.jsonl", '{"tokenized_text": ["Ann", "Lee"], "ner": [[0, 1, "PER"]]}\n' * 20, ()),
     "answers to be ranked": (
         "rows.jsonl", "".join(json.dumps({"prompt": f"say something about number {i}",
                                           "responses": ["a", "b"], "scores": [0.1, 0.9]}) + "\n"
@@ -642,6 +646,13 @@ CASES.append(
                 "b.csv": TABLE,
             }
         ),
+    )
+)
+CASES.append(
+    Case(
+        "lora init",
+        "a folder of brat",
+        _folder({"a.txt": "Ann is here", "a.ann": "T1\tPER 0 3\tAnn"}),
     )
 )
 CASES.append(Case("lora init", "a folder without train rows", _folder(

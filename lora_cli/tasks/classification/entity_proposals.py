@@ -17,7 +17,9 @@ from lora_cli.data.entity_tags import (
     tag_error,
     types_of,
 )
+from lora_cli.data.jq_commands import field, jq_command
 from lora_cli.data.label_lists import list_in_cell
+from lora_cli.data.text_columns import flat_name
 from lora_cli.errors import LoraError, counted
 from lora_cli.tasks.classification.entity_rows import require_ends
 from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, proposed
@@ -69,6 +71,8 @@ def tagged(
         found = _of_texts(columns, inputs, spans, rows)
     if found is None:
         _require_sentences(inputs, tags, rows, place)
+        _require_lists(inputs, tags, rows, place)
+        _require_tags(inputs, tags, rows, place)
     else:
         require_types(types_of(found.keys["labels"]), place, of_spans)
     return found
@@ -92,6 +96,70 @@ def _require_sentences(
             raise LoraError(what, place, f"{hint}between sentences, into a file `.conll`")
 
 
+def _require_lists(
+    inputs: Sequence[str], targets: Sequence[str], rows: Sequence[Json], place: str
+) -> None:
+    """Reject tags that belong to the words of a text, one to each word that spaces divide.
+
+    Raises:
+        LoraError: If they do; its hint divides both.
+    """
+    for text in inputs:
+        words = [row[text].split() if isinstance(row.get(text), str) else [] for row in rows]
+        for tags in (name for name in targets if name != text and any(words)):
+            cells = [row.get(tags) for row in rows]
+            several = [cell.split() if isinstance(cell, str) else cell for cell in cells]
+            pairs = [(w, t) for w, t in zip(words, several, strict=True) if isinstance(t, list)]
+            good = [t for w, t in pairs if len(w) == len(t) > 1 and all(map(_is_tag, t))]
+            if len(good) < MOSTLY * len(rows) or not any(t[:2] == "B-" for g in good for t in g):
+                continue
+            how = f'. + {{tokens: [{field(text)} | scan("\\\\S+")]}}'
+            if any(isinstance(cell, str) for cell in cells):
+                divided = (f'[{field(name)} | scan("\\\\S+")]' for name in (text, tags))
+                how = "{{tokens: {}, tags: {}}}".format(*divided)
+            what = (
+                f"each word of the text `{text}` has a tag in `{tags}`, and no list has the words"
+            )
+            hint = f"write the words as a list: {jq_command(how, place, flat_name(place))}"
+            raise LoraError(what, place, hint)
+
+
+def _is_tag(value: Any) -> bool:
+    return isinstance(value, str) and ONE_TAG.fullmatch(value) is not None
+
+
+def _require_tags(
+    inputs: Sequence[str], targets: Sequence[str], rows: Sequence[Json], place: str
+) -> None:
+    """Reject places that count words, as those of GLiNER: `[[0, 1, person]]`.
+
+    Raises:
+        LoraError: If they are such; its hint writes a tag for each word.
+    """
+    for tokens in (name for name in inputs if _are_words(name, rows)):
+        for places in (name for name in targets if name != tokens):
+            found = [(row.get(places), _lengths(row, tokens)) for row in rows]
+            spans = [(span, size) for some, size in found for span in some or ()]
+            if not spans or not all(_counts_words(span, size) for span, size in spans):
+                continue
+            last = "$one[1]" if any(span[1] == size for span, size in spans) else "$one[1] + 1"
+            words, of = field(tokens), field(places)
+            prefix = '(if $i == $one[0] then "B-" else "I-" end)'
+            inner = f"reduce range($one[0]; {last}) as $i (.; .[$i] = {prefix} + $one[2])"
+            tags = f'reduce ({of} // [])[] as $one ([{words}[] | "O"]; {inner})'
+            how = f"{{tokens: {words}, tags: ({tags})}}"
+            what = f"the places in `{places}` count words, and no task reads such"
+            hint = f"write a tag for each word: {jq_command(how, place, flat_name(place))}"
+            raise LoraError(what, place, hint)
+
+
+def _counts_words(span: Any, size: int) -> bool:
+    """Return whether a value is the first word, the last (or the one behind it), and a type."""
+    if not isinstance(span, list) or len(span) != 3 or not isinstance(span[2], str):
+        return False
+    return all(type(n) is int for n in span[:2]) and 0 <= span[0] <= span[1] <= size
+
+
 def _of_words(
     inputs: Sequence[str], targets: Sequence[str], rows: Sequence[Json], place: str
 ) -> Proposal | None:
@@ -99,7 +167,10 @@ def _of_words(
     able = [name for name in targets if _are_lists(name, rows)]
     ranked = sorted(able, key=lambda name: (bool(OTHER_TAGS.fullmatch(name)), "ner" not in name))
     for tags in ranked:
-        for tokens in (name for name in inputs if name != tags and _are_words(name, rows)):
+        of_words = [name for name in inputs if name != tags and _are_words(name, rows)]
+        if len(inputs) > 1:  # parts of speech are no words, unless the user says so
+            of_words = [name for name in of_words if not OTHER_TAGS.fullmatch(name)]
+        for tokens in of_words:
             even = sum(_lengths(row, tokens) == _lengths(row, tags) for row in rows)
             several = sum(_lengths(row, tags) for row in rows) > len(rows)
             if several and even >= MOSTLY * len(rows):

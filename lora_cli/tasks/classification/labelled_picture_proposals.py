@@ -47,7 +47,11 @@ def _of_pictures(table: Table, base: BaseFacts) -> Proposal:
     listed = f"the columns are {', '.join(names)}"
     if image is None:
         what = "no column holds pictures, which the model reads"
-        raise LoraError(what, place, f"{listed}; a picture is named by its path")
+        raise LoraError(
+            what,
+            place,
+            f"{listed}; a picture is named by its path, with its ending: `images/a.png`",
+        )
     found = [name for name in names if name != image and LABEL_NAME.fullmatch(name)]
     chosen = label or next(iter(found), None)
     if chosen is None:

@@ -11,7 +11,7 @@ from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, propo
 
 TEXT_NAME = re.compile(
     r"(?i)text|transcripts?|transcriptions?|sentence|utterance|(raw|normali[sz]ed)_(text|transcription)"
-    r"|words|said|target"
+    r"|words|said|target|txt"
 )
 LANGUAGE_NAME = re.compile(r"(?i)language|lang|locale")
 # where a part of a recording begins, in a table of parts
@@ -45,7 +45,11 @@ def _of_recordings(table: Table, base: BaseFacts) -> Proposal:
     audio = next((n for n in names if are_media([row.get(n) for row in table.rows[:SAMPLE]])), None)
     if audio is None:
         what = "no column holds recordings, which the model hears"
-        raise LoraError(what, place, f"{listed}; a recording is named by its path")
+        raise LoraError(
+            what,
+            place,
+            f"{listed}; a recording is named by its path, with its ending: `clips/a.wav`",
+        )
     require_whole_recordings(table, audio)
     text = table.text or text_column_of([name for name in names if name != audio], is_folder)
     if text is None and is_folder:
