@@ -640,6 +640,25 @@ def test_merged_and_adapted_models_are_read_by_others(
     assert_close(torch.from_numpy(whole.encode(texts)), wanted)
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [{"rank": 2, "bias": "all"}, {"type": "dora", "rank": 2, "bias": "all"}, {"type": "bitfit"}],
+    ids=["lora", "dora", "bitfit"],
+)
+def test_all_biases_are_those_of_what_is_used(
+    adapter: Json, sentence_transformer: Any, tmp_path: Path
+) -> None:
+    path = write_recipe(tmp_path, adapter=adapter)
+    run(path, tmp_path / "out")
+    recipe = load_adapter_recipe(tmp_path / "out", [])
+    task, model, accelerator = open_adapter(tmp_path / "out", recipe)
+    texts = [row["anchor"] for row in ROWS]
+    rows = answer(model, task, [{"anchor": text} for text in texts], accelerator)
+    merge_adapter(None, tmp_path / "out", tmp_path / "merged")
+    merged = sentence_transformer(str(tmp_path / "merged"), device="cpu")
+    assert_close(torch.from_numpy(merged.encode(texts)), torch.tensor([row[0] for row in rows]))
+
+
 def test_a_whole_model_is_read_by_sentence_transformers(
     sentence_transformer: Any, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from lora_cli.adapters.peft_format.tensor_names import adapted_modules
 from lora_cli.adapters.targets import Target, shape_problem
 from lora_cli.adapters.variants import Layers, layer_for, layers_of
 from lora_cli.errors import IntegrityError, Problem
+from lora_cli.models.bundle import is_frozen
 
 SHOWN = 8  # problems of a kind
 PADDED = 8  # vocabularies that are padded have a multiple of this number of rows
@@ -264,7 +265,7 @@ def missing_tensors(
     for name in parameters:
         owner, _, last = name.rpartition(".")
         elsewhere = adapter.parts and name.partition(".")[0] not in adapter.parts
-        if name in plain or elsewhere:  # in a part of the model that the adapter is not for
+        if name in plain or elsewhere or is_frozen(model, name):  # in a part that is not trained
             continue
         named = any(inside(owner, top) for top in in_full)
         if (head := module_of(name, new)) and (drawn is None or name in drawn):
