@@ -94,6 +94,9 @@ CASES: dict[str, tuple[str, torch.dtype | None, dict[str, Any]]] = {
     "one side of a tie": ("tied", BFLOAT, {"target_modules": ["lm_head"]}),
     "rows of tokens": ("untied", BFLOAT, {"target_modules": ["q_proj"], "train_tokens": [7, 9]}),
     "experts in one tensor": ("gpt_oss", None, EXPERTS),
+    "experts trained in full": (
+        "qwen3_moe", BFLOAT, {"target_modules": ["o_proj"], "train_modules": ["mlp.experts"]},
+    ),
 }  # fmt: skip
 
 
@@ -112,6 +115,20 @@ def test_the_same_files_as_of_the_whole_model(tmp_path: Path, case: str) -> None
     )  # fmt: skip
     assert found.difference is None
     assert whole.difference is not None
+
+
+def test_experts_that_were_trained_in_full_are_those_of_the_adapter(tmp_path: Path) -> None:
+    base = base_of("mixtral", tmp_path)
+    settings = {"target_modules": ["o_proj"], "train_modules": ["mlp.experts"]}
+    adapter = adapter_on(base, tmp_path, "mixtral", adapter=settings)
+    trained = load_file(adapter / "adapter_model.safetensors")
+    for to, low_memory in (("whole", False), ("pieces", True)):
+        merge_adapter(None, adapter, tmp_path / to, low_memory=low_memory)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / to)
+        for name in ("gate_up_proj", "down_proj"):
+            found = merged.get_parameter(f"model.layers.1.mlp.experts.{name}")
+            wanted = trained[f"base_model.model.model.layers.1.mlp.experts.{name}"]
+            assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("words", ["", " film"], ids=["layers", "rows of tokens"])

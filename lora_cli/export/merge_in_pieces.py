@@ -154,8 +154,8 @@ def _merged(planned: PlannedTensor, changes: Sequence[AdapterChanges]) -> Tensor
     updates = [one.adapted[n] for one, n in zip(changes, of_each, strict=True) if n is not None]
     trained, tokens = first(lambda one: one.trained), first(lambda one: one.of_tokens)
     if trained is not None and not updates:
-        whole: Tensor = trained.to(dtype)
-        return whole
+        whole: Tensor = trained if planned.part is None else planned.part.of(trained)
+        return whole.to(dtype)
     assert planned.source is not None, f"{planned.name} has no source"
     weight = planned.source.read()
     if updates:

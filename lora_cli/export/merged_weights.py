@@ -258,7 +258,9 @@ class _Sources:
         written = file_tensor.read()
         if trained is not None and adapted is None:
             proof.trained += 1
-            return _difference(written, self.trained[trained].float())
+            whole = self.trained[trained]
+            wanted = whole if place.part is None else place.part.of(whole)
+            return _difference(written, wanted.float())
         known_weights = [self.numbers[codes]] if codes else self._read(stored, group)
         if not known_weights:
             proof.unknown.append(inner)

@@ -130,6 +130,10 @@ class ExpertPart(NamedTuple):
     n_layers: int
     n_in: int
 
+    def of(self, parameter: Tensor) -> Tensor:
+        """Return this part of the parameter of all experts."""
+        return parameter[self.expert, self.rows]
+
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Return whether a parameter of a shape has such a part."""
         n_rows = self.rows.stop - self.rows.start
