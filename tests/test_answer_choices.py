@@ -129,3 +129,57 @@ def test_choices_that_the_user_names_are_texts(init: Init) -> None:
     rows = [SETS["PIQA"][0](i) for i in range(40)]
     recipe = init("piqa.jsonl", lines(rows), text="sol1", pair="sol2", label="label")
     assert recipe.task.text_pair_column == "sol2"
+
+
+PREFERENCES = {
+    "SHP": lambda i: {"history": T[i], "human_ref_A": U[i], "human_ref_B": V[i], "labels": i % 2},
+    "Arena": lambda i: {"prompt": T[i], "response_a": U[i], "response_b": V[i],
+                        "winner": "ab"[i % 2]},
+    "StackExchange": lambda i: {"question": T[i], "response_j": U[i], "response_k": V[i]},
+    "summaries": lambda i: {"post": T[i], "summary1": U[i], "summary2": V[i], "preference": i % 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_preferences_in_columns_are_not_learned(name: str, init: Init) -> None:
+    rows = [PREFERENCES[name](i) for i in range(40)]
+    with pytest.raises(LoraError, match=r"no task chooses among texts|to be ranked"):
+        init("rows.jsonl", lines(rows), "llama")
+
+
+def test_one_of_several_answers_can_be_named(init: Init) -> None:
+    rows = [PREFERENCES["StackExchange"](i) for i in range(40)]
+    recipe = init("rows.jsonl", lines(rows), "llama", text="question", label="response_j")
+    assert recipe.task.completion_column == "response_j"
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered"),
+    [("text", "code"), ("prompt", "canonical_solution"), ("question", "query"), ("nl", "cmd")],
+)
+def test_descriptions_with_their_code(asked: str, answered: str, init: Init) -> None:
+    rows = [{"task_id": i, asked: t, answered: f"SELECT {i} FROM films"}
+            for i, t in enumerate(T)]  # fmt: skip
+    task = init("rows.jsonl", lines(rows), "llama").task
+    assert (task.prompt_column, task.completion_column) == (asked, answered)
+
+
+@pytest.mark.parametrize("dump", [json.dumps, str])
+def test_objects_as_text_are_no_labels_but_may_be_completions(
+    dump: Callable[[Any], str], init: Init, tmp_path: Path
+) -> None:
+    cells = [dump([{"id": 1, "name": "a"}, {"id": 2, "name": "b"}][: 1 + i % 2]) for i in range(40)]
+    labelled = [{"overview": t, "genres": cell} for t, cell in zip(T, cells, strict=True)]
+    with pytest.raises(LoraError, match="`genres` holds objects as text, no labels"):
+        init("", write(labelled, "csv", tmp_path))
+    written = [{"prompt": t, "completion": cell} for t, cell in zip(T, cells, strict=True)]
+    task = init("calls.jsonl", lines(written), "llama").task
+    assert (task.prompt_column, task.completion_column) == ("prompt", "completion")
+
+
+@pytest.mark.parametrize("form", ["{} kg", "{}%", "{} °C", "({})"])
+def test_numbers_with_a_unit_are_named(form: str, init: Init) -> None:
+    rows = [{"text": t, "weight": form.format(i / 8)} for i, t in enumerate(T)]
+    with pytest.raises(LoraError, match="no label") as caught:
+        init("rows.jsonl", lines(rows), label="weight")
+    assert "to predict numbers, write them alone" in (caught.value.problems[0].hint or "")

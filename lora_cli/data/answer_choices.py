@@ -21,12 +21,18 @@ CHOICES = re.compile(r"(?i)(.*_)?(choices|options|endings|alternatives)")
 ASKED = re.compile(r"(?i)question|query|prompt|ctx|context|stem|instruction|startphrase|problem")
 TOLD = re.compile(r"(?i)premise|goal|sentence|passage|article|story|scenario")
 KEY = re.compile(r"(?i)answer[_ ]?key|answer([_ ]?(idx|index|id))?|label|correct([_ ]?answer)?")
-NUMBER_KEY = re.compile(r"(?i)(.*[_\W])?(answers?|ans|label|correct|gold|cop|target|key)([_\W].*)?")
+NUMBER_KEY = re.compile(
+    r"(?i)(.*[_\W])?(answers?|ans|labels?|correct|gold|cop|target|key|winner|"
+    r"better|preferred|preference)([_\W].*)?"
+)
 NUMBERED = re.compile(
     r"(?i)(?P<stem>(.*[_\W])?(choice|opt(ion)?|op|sol(ution)?|ans(wer)?|ending|alternative|"
-    r"candidate|hyp(othesis)?|resp(onse)?)[_ ]?|)(?P<mark>\d|[a-h])"
+    r"candidate|hyp(othesis)?|resp(onse)?|completion|output|summary|ref(erence)?)[_ ]?|)"
+    r"(?P<mark>\d|[a-hjk])"
 )
+ANSWERS = re.compile(r"(?i)(.*[_\W])?(ans(wer)?|resp(onse)?|completion|output|summary|ref)[_ ]?")
 LETTERS = "ABCDEFGH"
+MARKS = f"{LETTERS} JK 0123456789 12345678"
 
 
 def require_no_choices(
@@ -60,6 +66,32 @@ def require_no_choices(
             shown = f"`{names[0]}` to `{names[-1]}`"
             inside = "[" + ", ".join(map(field, names)) + "]"
             raise _error(asked, shown, key, (inside, _at(inside, key, len(names))), place)
+
+
+def require_one_answer_column(columns: Sequence[Column], used: Sequence[str], place: str) -> None:
+    """Reject rows with several answers in columns of their own, of which a task reads none.
+
+    Args:
+        columns: What the columns hold.
+        used: The columns that the task reads; the text or the prompt is the first.
+        place: Name of the file.
+
+    Raises:
+        LoraError: If there are such, as in collections of preferences.
+    """
+    texts = {column.name for column in columns if column.kind == "text"}
+    for names in _numbered(columns):
+        stem = NUMBERED.fullmatch(names[0].strip())
+        if stem and ANSWERS.fullmatch(stem["stem"]) and texts.issuperset(names):
+            asked = used[0] if used else "COLUMN"
+            if not set(names) & set(used):
+                raise LoraError(
+                    f"the rows have several answers (`{'`, `'.join(names)}`): they are there to be "
+                    "ranked, which no task learns",
+                    place,
+                    f"name the one that is learned: `--text {shlex.quote(asked)} --label "
+                    f"{shlex.quote(names[0])}`; or `--text {shlex.quote(asked)} --label none`",
+                )
 
 
 def _error(
@@ -118,7 +150,7 @@ def _numbered(columns: Sequence[Column]) -> list[list[str]]:
     good = []
     for stem, members in groups.items():
         marks = "".join(mark for mark, _ in sorted(members))
-        if len(marks) > (1 if stem else 2) and marks in (LETTERS + " 0123456789 12345678"):
+        if len(marks) > (1 if stem else 2) and marks in MARKS:
             good.append([name for _, name in sorted(members)])
     return good
 

@@ -15,7 +15,7 @@ from lora_cli.data.jq_commands import field, jq_command
 from lora_cli.data.text_columns import flat_name
 from lora_cli.errors import LoraError
 
-ANSWERS = re.compile(r"(?i)(.*_)?answers?")
+ANSWERS = re.compile(r"(?i)(.*_)?answers?(_spans?)?")
 ABOUT = re.compile(r"(?i)_*(meta(data)?|info|attributes|source|provenance|extra|stats)_*")
 LABEL_KEYS = {"label", "labels", "type", "tag", "entity", "category", "class", "emotion", "value"}
 
@@ -43,7 +43,8 @@ def require_flat(
             continue
         path = _answer_in(value) if ANSWERS.fullmatch(column.name) else None
         if asked and path:
-            context = ", input: .context" if any(c.name == "context" for c in columns) else ""
+            others = (c.name for c in columns if c.name in ("context", "passage"))
+            context = "".join(f", input: {field(name)}" for name in list(others)[:1])
             answer = f"{field(column.name)}{path}"
             new = f"{{instruction: {field(asked)}{context}, output: {answer}}}"
             raise LoraError(
@@ -64,6 +65,8 @@ def require_flat(
 
 def _answer_in(value: Any) -> str | None:
     """Return where the first text stands inside answers, as jq writes it."""
+    if isinstance(value, dict) and isinstance(value.get("spans"), list):  # of DROP
+        return ".spans[0]"
     if isinstance(value, dict) and "text" in value:
         return ".text[0]" if isinstance(value["text"], list) else ".text"
     if isinstance(value, list) and value and isinstance(value[0], dict) and "text" in value[0]:

@@ -92,6 +92,14 @@ def _init(*rows: Any, model: str = "llama") -> Callable[[World], Printed]:
 
 for _name, _lines in {
     "preferences": [{"prompt": "a question", "chosen": "a good one", "rejected": "a bad one"}],
+    "preferences in columns of their own": [
+        {
+            "question": f"what is number {i} of all",
+            "response_j": f"one good answer {i}",
+            "response_k": f"one bad answer {i}",
+        }
+        for i in range(9)
+    ],
     "turns in two columns": [{"prompt": [USER], "completion": [YES]}],
     "conversations that nobody answers": [{"messages": [USER]}],
     "tools that no template writes": [{"messages": [USER, YES], "tools": [TOOL]}],

@@ -553,6 +553,10 @@ INIT: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
         "rows.jsonl", '{"text": "see Ann Lee", "labels": "O B-PER I-PER"}\n' * 20, ()),
     "places that count words": (
         "rows.jsonl", '{"tokenized_text": ["Ann", "Lee"], "ner": [[0, 1, "PER"]]}\n' * 20, ()),
+    "labels that are objects as text": (
+        "rows.csv", "text,label\n" + "".join(
+            f'a long text {i} of some words,"{{""is"": ""{"ab"[i % 2]}""}}"\n'
+            for i in range(30)), ()),
     "answers to be ranked": (
         "rows.jsonl", "".join(json.dumps({"prompt": f"say something about number {i}",
                                           "responses": ["a", "b"], "scores": [0.1, 0.9]}) + "\n"

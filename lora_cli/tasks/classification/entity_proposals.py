@@ -180,6 +180,8 @@ def _of_words(
 
 def _words_chosen(tokens: str, column: str, rows: Sequence[Json], place: str) -> Proposal | None:
     values = [row[column] for row in rows if isinstance(row.get(column), list)]
+    if any(isinstance(tag, bool) for tags in values for tag in tags):
+        return None
     if any(isinstance(tag, int) for tags in values for tag in tags):
         what = f"`{column}` holds the numbers of tags, one for each word in `{tokens}`"
         hint = "write the tags' names into the file, or write the recipe by hand: "

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_cli.data.column_kinds import CONVERSATIONS, Column, as_number, flag
+from lora_cli.data.column_kinds import CONVERSATIONS, Column, as_number, flag, is_blank
+from lora_cli.data.label_lists import read_nested
 from lora_cli.data.text_columns import content_of, listed, pair_of, text_of, text_reason
-from lora_cli.errors import LoraError, counted
+from lora_cli.errors import LoraError, counted, printable
 from lora_cli.tasks.classification.labels import has_scores, is_multi_hot
 from lora_cli.tasks.proposal import NO_LABEL, BaseFacts, Certainty, Proposal, Table, proposed
 from lora_cli.tasks.texts.text_checks import check_texts
@@ -29,6 +30,8 @@ LABEL_NAMES = [
          r"sterne?|note|punkte?|points?|étoiles?|estrellas?|stelle|voto|評価|評点|点数|星|评分|평점|оценка"),
     )
 ]  # fmt: skip
+WITH_UNIT = re.compile(r"[-+(]?\d[\d.,]*\s*[°]?[^\W\d]{0,9}[%)²³]?")  # `3.4 kg`, `12 %`, `(1.5)`
+MOST_SHOWN = 60  # characters of a cell
 FEWEST_ROWS = 2.5  # of a label; training wants 2 of those that validation and test leave
 NO_ANSWER = {"-", "unsup", "unlabeled", "unlabelled"}  # labels that say there is none
 MOST_SMALL_NUMBERS = 20  # values of a column of small whole numbers that are labels
@@ -60,8 +63,25 @@ def _check(chosen: Proposal, table: Table) -> None:
     """
     check_texts(table, chosen)
     label = table.by_name.get(chosen.keys.get("label_column", ""))
-    if label is not None and label.kind == "list":
+    if label is None:
+        return
+    if label.kind == "list":
         _require_names(label, table.rows, table.place)
+    cells = [row[label.name] for row in table.rows if not is_blank(row.get(label.name))]
+    if all(isinstance(cell, str) and _is_object(cell) for cell in cells):
+        what = (
+            f"`{label.name}` holds objects as text, no labels: `{printable(cells[0], MOST_SHOWN)}`"
+        )
+        hint = "write what is to be learned of them as a column; several labels as a list of names"
+        raise LoraError(what, table.place, hint)
+
+
+def _is_object(cell: str) -> bool:
+    """Return whether a cell holds an object, or a list of them, as JSON or Python write it."""
+    text = cell.strip()
+    value = read_nested(text) if text[:1] in ("{", "[") else None
+    items = value if isinstance(value, list) and value else [value]
+    return all(isinstance(item, dict) for item in items)
 
 
 def labelled(
@@ -244,11 +264,16 @@ def _label_keys(
         hint = "nothing can be learned from it; name another with `--label COLUMN`"
         raise LoraError(f"`{label.name}` has one value only", place, hint)
     if label.kind == "text" or (len(label.counts) > 20 and label.rows_per_value < FEWEST_ROWS):
+        hint = "for a prompt and its completion, name both: `--text PROMPT --label COMPLETION`"
+        with_unit = sum(WITH_UNIT.fullmatch(value) is not None for value in label.counts)
+        if with_unit > len(label.counts) / 2:
+            one = next(value for value in label.counts if WITH_UNIT.fullmatch(value))
+            hint = f"to predict numbers, write them alone, without what stands in `{one}`"
         raise LoraError(
             f"`{label.name}` has {counted(len(label.counts), 'value')} in "
             f"{counted(label.count, 'row')}: no label",
             place,
-            "for a prompt and its completion, name both: `--text PROMPT --label COMPLETION`",
+            hint,
         )
     return keys, why, label.counts
 

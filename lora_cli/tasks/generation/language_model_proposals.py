@@ -22,7 +22,9 @@ PROMPT_NAMES = [
     ("instruction", "response"), ("instruction", "completion"), ("source", "target"),
     ("article", "summary"), ("document", "summary"), ("text", "summary"),
     ("article", "highlights"), ("dialogue", "summary"), ("frage", "antwort"),
-    ("problem", "solution"), ("src", "tgt"),
+    ("problem", "solution"), ("src", "tgt"), ("prompt", "canonical_solution"),  # of HumanEval
+    ("text", "code"), ("question", "query"), ("question", "sql"), ("nl", "code"),
+    ("nl", "cmd"), ("intent", "snippet"), ("instruction", "code"), ("docstring", "code"),
 ]  # fmt: skip
 TURNS = {
     "openai": "turns with role and content", "sharegpt": "turns with from and value",

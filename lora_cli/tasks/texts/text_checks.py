@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lora_cli.data.answer_choices import require_no_choices
+from lora_cli.data.answer_choices import require_no_choices, require_one_answer_column
 from lora_cli.data.nested_values import require_flat
 from lora_cli.data.unsupported_rows import Found, several_answers
 from lora_cli.errors import LoraError
@@ -22,6 +22,8 @@ def check_texts(table: Table, chosen: Proposal) -> None:
         return
     if not table.names_columns:
         require_no_choices(table.columns, table.rows, table.place)
+        if chosen.labels is None and "problem" not in chosen.keys:
+            require_one_answer_column(table.columns, chosen.inputs, table.place)
         require_flat(table.columns, table.rows, table.place, chosen.labels is not None)
     if table.text is None or chosen.labels is not None:
         # texts that are learned alone say nothing of the other columns, if the user says so
