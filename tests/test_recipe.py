@@ -884,3 +884,20 @@ def test_a_recipe_from_a_pipe_or_a_device(tmp_path: Path, monkeypatch: pytest.Mo
     os.close(sink)
     assert load_recipe(f"/dev/fd/{source}").model.name == "base"
     os.close(source)
+
+
+def test_a_setting_without_effect_is_an_error_but_for_what_was_trained_already(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    optimizer = "train: {optimizer: {type: adafactor, momentum: 0.9, betas: [0.5, 0.6]}}\n"
+    path.write_text(f"{LINES}{optimizer}adapter: {{eva_rho: 3}}\n", encoding="utf-8")
+    with pytest.raises(LoraError) as caught:
+        load_recipe(path)
+    found = {problem.at.partition(" ")[0] for problem in caught.value.problems}
+    keys = {"train.optimizer.momentum", "train.optimizer.betas", "adapter.eva_rho"}
+    assert found == keys
+    recipe = load_adapter_recipe(tmp_path)
+    assert (recipe.train.optimizer.type, recipe.train.optimizer.momentum) == ("adafactor", 0.0)
+    read = ["train.optimizer={type: sgd, momentum: 0.9}", "adapter={init: eva, eva_rho: 3}"]
+    assert load_adapter_recipe(tmp_path, read).train.optimizer.momentum == 0.9

@@ -22,6 +22,7 @@ from lora_cli.recipe.computing_keys import check_recipe_file
 from lora_cli.recipe.schema_errors import explain
 from lora_cli.recipe.set_values import parse_value
 from lora_cli.recipe.spec import Origin, Recipe, SourceSpec, is_file
+from lora_cli.recipe.spec.train import READ_BY
 from lora_cli.recipe.yaml_reader import Reader, YamlDumper, parse
 from lora_cli.redaction import redacted
 
@@ -56,7 +57,10 @@ EXCLUSIVE_KEYS = [
 
 
 def load_recipe(
-    path: str | Path, overrides: Sequence[str] = (), most_bytes: int = MAX_BYTES
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    most_bytes: int = MAX_BYTES,
+    trained: bool = False,
 ) -> Recipe:
     """Read a recipe, apply overrides, and check it against the schema.
 
@@ -65,6 +69,8 @@ def load_recipe(
         overrides: `key=value` each, the key with dots (`train.epochs=1`), the value a text as it
             is, a number, or a list or a mapping in brackets.
         most_bytes: Largest size of the file.
+        trained: The recipe was trained by, so that a setting without effect is no error: earlier
+            versions allowed it.
 
     Returns:
         The recipe. Paths of data and local models in it are absolute: those written in the file
@@ -84,6 +90,8 @@ def load_recipe(
     for override in overrides:
         _override(data, reader, override)
     _drop_replaced_keys(data, reader, overrides)
+    if trained:
+        _drop_unread_keys(data)
     if "format" not in reader.faulty:  # before its keys are read, which may be others
         place = reader.places.get("format", str(path))
         require_format(data, f"format ({place})", OTHER_FORMAT)
@@ -139,8 +147,8 @@ def load_adapter_recipe(adapter: Path, overrides: Sequence[str] = ()) -> Recipe:
         IntegrityError: If it was edited, and says otherwise what the adapter was trained with.
     """
     file = adapter / RECIPE_FILE
-    check_recipe_file(adapter, load_recipe(file, (), MAX_OWN_BYTES), file)
-    recipe = load_recipe(file, overrides, MAX_OWN_BYTES)
+    check_recipe_file(adapter, load_recipe(file, (), MAX_OWN_BYTES, trained=True), file)
+    recipe = load_recipe(file, overrides, MAX_OWN_BYTES, trained=True)
     said = {override.partition("=")[0].strip() for override in overrides}
     for key in ("model.trust_remote_code", "model.allow_other_base"):
         if not said & {"model", key}:
@@ -248,6 +256,17 @@ def _drop_replaced_keys(data: dict[str, Any], reader: Reader, overrides: Sequenc
                 if section is not None and section.pop(last, None) is not None:
                     reader.places.pop(old, None)
                     reader.faulty.discard(old)
+
+
+def _drop_unread_keys(data: dict[str, Any]) -> None:
+    """Drop each key that the optimizer or the start of the adapter does not read."""
+    optimizer = _section(data, ["train", "optimizer"]) or {}
+    for key, type_ in READ_BY.items():
+        if not str(optimizer.get("type", "adamw")).startswith(type_):
+            optimizer.pop(key, None)
+    adapter = _section(data, ["adapter"]) or {}
+    if adapter.get("init", "default") != "eva":
+        adapter.pop("eva_rho", None)
 
 
 def _section(data: dict[str, Any], names: Sequence[str]) -> dict[str, Any] | None:

@@ -50,6 +50,10 @@ class GroupsSpec(Section):
                 yield "layers", what, "name each layer in one of them"
 
 
+READ_BY = {"betas": "adamw", "eps": "adamw", "momentum": "sgd"}
+"""The beginning of the types of optimizer that read a key."""
+
+
 class OptimizerSpec(Section):
     """How the trained weights are updated."""
 
@@ -87,7 +91,7 @@ class OptimizerSpec(Section):
 
     def conflicts(self) -> Conflicts:
         """Yield settings that the chosen optimizer does not read, so they would change nothing."""
-        for key, type_ in (("betas", "adamw"), ("eps", "adamw"), ("momentum", "sgd")):
+        for key, type_ in READ_BY.items():
             unread = not self.type.startswith(type_)
             if unread and getattr(self, key) != type(self).model_fields[key].default:
                 what = f"`{key}` is read by `type: {type_}`, and the type is `{self.type}`"
