@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import tiny
 from drafting import Init, classification, labelled, lines, said, table, texts
@@ -282,6 +283,44 @@ def test_a_base_that_cannot_be_built_gets_no_recipe(
     with pytest.raises(LoraError, match=rf"`{key}` in config.json is `?{value}") as caught:
         init("a.csv", "text,label\n" + text, str(base))
     assert caught.value.problems[0].at == f"model.name (--model {base})"
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_header_that_stands_again_is_no_row(mark: str, init: Init, tmp_path: Path) -> None:
+    half = table(["text", "label"], ROWS[:20]), table(["text", "label"], ROWS[20:])
+    recipe = init("joined.csv", half[0] + mark + half[1])
+    assert said(recipe) == PLAIN
+    assert recipe.data.on_bad_row == "skip"
+    recipe = recipe.with_values({"data.validation": None, "data.test": None})
+    rows = load_rows(recipe)["train"]
+    wanted = pandas.read_csv(tmp_path / "joined.csv")
+    wanted = wanted[~wanted["text"].str.strip("\ufeff").eq("text")]
+    assert [[row["text"], row["label"]] for row in rows] == wanted.values.tolist()
+    (skipped,) = rows.skipped
+    assert "it is the header again" in skipped
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_header_of_numbers_as_pandas_writes_it(index: bool, init: Init, tmp_path: Path) -> None:
+    frame = pandas.DataFrame([[text, label] for text, label in ROWS])
+    frame.to_csv(tmp_path / "rows.csv", index=index)
+    recipe = init("", tmp_path / "rows.csv")
+    assert said(recipe) == classification("0", "1", ["bad", "good"])
+    recipe = recipe.with_values({"data.validation": None, "data.test": None})
+    read = [[row["0"], row["1"]] for row in load_rows(recipe)["train"]]
+    assert read == frame.values.tolist()
+
+
+def test_nulls_of_mysql_are_no_label(init: Init) -> None:
+    rows = [[text, "\\N" if i % 5 == 0 else label] for i, (text, label) in enumerate(ROWS)]
+    found = init("dump.csv", table(["text", "label"], rows)).task
+    assert (found.labels, found.skip_labels) == (["bad", "good"], ["\\N"])
+
+
+def test_a_table_of_texts_with_tags_is_no_file_of_words(init: Init) -> None:
+    rows = [["Ann is here", "B-PER O O"], ["see Ann Lee", "O B-PER I-PER"]] * 20
+    with pytest.raises(LoraError, match="each word of the text `text` has a tag in `labels`"):
+        init("ner.csv", table(["text", "labels"], rows))
 
 
 def test_three_rows(init: Init) -> None:

@@ -147,6 +147,8 @@ def _find(raw: bytes, path: Path, for_recipe: bool = True) -> FoundFormat:
         text = _sample(raw, encoding)
         lines = text.splitlines()
         is_tagged = by_name == "conll" or (by_name in (None, "text", "csv") and is_conll(lines))
+        if is_tagged and by_name == "csv" and find_delimiter(text, ",;|") is not None:
+            is_tagged = False  # texts with their tags, in columns
         label_from = None if is_tagged or by_name in ("csv", "json") else label_source(lines)
         found = FoundFormat(
             "text" if label_from else "conll" if is_tagged else _kind(text, by_name)

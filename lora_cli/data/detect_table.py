@@ -245,11 +245,22 @@ def has_header(records: Sequence[Sequence[str]]) -> bool:
     filled = [cell for cell in first if cell]
     if not rest or not filled:
         return bool(filled) and all(COLUMN_NAMES.fullmatch(cell) for cell in filled)
+    if _counts_up(first) and any(not is_number(cell) for record in rest for cell in record if cell):
+        return True
     votes = 0
     for i, cell in enumerate(first):
         below = [record[i].strip() for record in rest if len(record) > i]
         votes += _vote(cell, [value for value in below if value])
     return votes > 0
+
+
+def _counts_up(header: Sequence[str]) -> bool:
+    """Return whether cells are numbers from 0, as pandas writes columns that have no names.
+
+    A cell before them is that of the rows' names, which has none.
+    """
+    numbers = header[1:] if header[0] == "" else header
+    return len(numbers) > 1 and list(numbers) == [str(i) for i in range(len(numbers))]
 
 
 def _vote(cell: str, below: list[str]) -> int:

@@ -100,9 +100,20 @@ def _read_csv(path: Path, spec: FormatSpec) -> Iterator[RawRow]:
     for line, fields, error, _ in records:
         if names is None:
             names = [str(number) for number in range(len(fields))]
-        error = error or width_error(fields, len(names))
+        error = error or width_error(fields, len(names)) or _header_again(fields, names, spec)
         columns = None if error else dict(zip(names, fields, strict=True))
         yield RawRow(columns, f"{path.name}:{line}", error)
+
+
+def _header_again(fields: list[str], names: list[str], spec: FormatSpec) -> str:
+    """Return what is wrong with a row that is the header, or nothing.
+
+    A single name can be a text too, as can those that the recipe gives.
+    """
+    if not spec.header or len(names) < 2 or len(fields) != len(names):
+        return ""
+    same = all(f.strip("\ufeff ") == n for f, n in zip(fields, names, strict=True))
+    return "it is the header again, as where files were joined" if same else ""
 
 
 def columns_of(path: Path, spec: FormatSpec) -> list[str]:

@@ -33,7 +33,8 @@ LABEL_NAMES = [
 WITH_UNIT = re.compile(r"[-+(]?\d[\d.,]*\s*[°]?[^\W\d]{0,9}[%)²³]?")  # `3.4 kg`, `12 %`, `(1.5)`
 MOST_SHOWN = 60  # characters of a cell
 FEWEST_ROWS = 2.5  # of a label; training wants 2 of those that validation and test leave
-NO_ANSWER = {"-", "unsup", "unlabeled", "unlabelled"}  # labels that say there is none
+# labels that say there is none; `\N` is how MySQL and Hive write nothing
+NO_ANSWER = {"-", "unsup", "unlabeled", "unlabelled", "\\n"}
 MOST_SMALL_NUMBERS = 20  # values of a column of small whole numbers that are labels
 PAIR_HINT = "; two texts that the label compares: `--text A --pair B`"
 ENOUGH_ROWS_PER_LABEL = 5  # of a label that nothing but its few values makes one
