@@ -92,25 +92,34 @@ def resolve_targets(model: nn.Module, recipe: Recipe, head: Iterable[str] = ()) 
     problems += _unmatched_patterns([*chosen, *(t.full_name for t in parameters)], recipe)
     problems += unmatched_in_full(model, recipe)
     if not problems and not chosen and not parameters:
-        what = "no module is left to adapt"
-        hint = "`exclude_modules` and `layers` leave none of the targets"
-        if spec.target_modules == []:
-            what = "`target_modules` names no module"
-            hint = (
-                "name some, or leave it out for the default; single tokens and modules in "
-                "`train_modules` are trained besides an adapter, not instead of it"
-            )
-        elif pattern == "all-linear" and not all_linear(model, adaptable):
-            hint = "the model has no linear layers, or only its head: leave `target_modules` out"
-            if others := _last_names(adaptable)[:SHOWN]:
-                hint += f" for the default, or name others (the model has {', '.join(others)})"
-        problems.append(Problem(what, recipe.at("adapter.target_modules"), hint))
+        problems.append(_none_left(recipe, pattern, adaptable, all_linear(model, adaptable)))
     targets = [Target(name, *rank_and_alpha(recipe, name)) for name in chosen]
     for target in targets:
         problems += shape_problem(modules[target.name], target, layers)
     if problems:
         raise LoraError(problems)
     return targets + parameters
+
+
+def _none_left(
+    recipe: Recipe, pattern: str | list[str], adaptable: Iterable[str], linear: Iterable[str]
+) -> Problem:
+    """Return the problem of a recipe whose keys, each right by itself, leave nothing to adapt."""
+    what = "no module is left to adapt"
+    hint = "`exclude_modules` and `layers` leave none of the targets"
+    if recipe.adapter.target_modules == []:
+        what = "`target_modules` names no module"
+        hint = (
+            "name some, or leave it out for the default; single tokens and modules in "
+            "`train_modules` are trained besides an adapter, not instead of it"
+        )
+    elif pattern == "all-linear" and not linear:
+        hint = "the model has no linear layers, or only its head: leave `target_modules` out"
+        if others := _last_names(adaptable)[:SHOWN]:
+            hint += f" for the default, or name others (the model has {', '.join(others)})"
+        if recipe.adapter.train_modules:
+            hint = "`train_modules` trains all linear layers in full: name fewer there"
+    return Problem(what, recipe.at("adapter.target_modules"), hint)
 
 
 def _parameter_targets(

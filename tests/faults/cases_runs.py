@@ -86,6 +86,9 @@ PLAIN: dict[tuple[str, str], Any] = {
     ),
     ("Targets", "none is left"): _with("validate", adapter={
         "target_modules": ["query"], "exclude_modules": ["query"], "rank_pattern": {"query": 2}}),
+    ("Targets", "all are trained in full"): _with(
+        "validate", "llama", adapter={"train_modules": ["layers"]}
+    ),
     ("Targets", "nothing is trained"): _with("validate", "llama", adapter={"type": "none"}),
     ("Targets", "half of tied weights"): _with(
         "validate", "llama", adapter={"train_modules": ["lm_head"]}
