@@ -424,8 +424,13 @@ def speed(args: argparse.Namespace) -> None:
             shutil.rmtree(folder)
         else:
             peer = [sys.executable, __file__, "trainer", *flags, *extra]
-            output = subprocess.run(peer, check=True, stdout=subprocess.PIPE, text=True).stdout
-            figures = json.loads(output.splitlines()[-1])
+            done = subprocess.run(peer, capture_output=True, text=True)
+            if "OutOfMemoryError" in done.stderr:
+                print(args.shape, side, "out of memory", flush=True)
+                continue
+            sys.stderr.write(done.stderr)
+            done.check_returncode()
+            figures = json.loads(done.stdout.splitlines()[-1])
         figures["seconds"] = round(time.monotonic() - start, 1)
         print(args.shape, side, json.dumps(figures), flush=True)
         found[side].append(figures)
@@ -445,6 +450,9 @@ def speed_table(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]
             f"| {rate.replace('_per_s', '/s')} | peak | {args.steps} steps from the start |",
             "|---|---|---|---|"]  # fmt: skip
     for side, repeats in found.items():
+        if not repeats:
+            rows.append(f"| {side} | out of memory | | |")
+            continue
         best = max(repeats, key=lambda figures: figures[rate])
         seconds = min(figures["seconds"] for figures in repeats)
         rows.append(
