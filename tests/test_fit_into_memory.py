@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -285,3 +287,31 @@ def test_two_passes_are_made_and_their_gradients_dropped(monkeypatch: pytest.Mon
     assert fit_into_memory._fits(model, task, error, accelerator, 10) is False
     with pytest.raises(ValueError, match="another"):
         fit_into_memory._fits(model, task, ValueError("another"), accelerator, 10)
+
+
+@pytest.mark.parametrize(("kernels", "in_use"), [("auto", True), ("reference", False)])
+def test_sizes_are_tried_with_the_kernels_of_the_run(
+    kernels: str, in_use: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Gpu(monkeypatch)
+    (model, *others), _ = setting(monkeypatch, 99, [1] * 4, kernels=kernels)
+    within, seen = [False], []
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        within[0] = True
+        yield
+        within[0] = False
+
+    def fits(*_: Any) -> bool:
+        seen.append(within[0])
+        return True
+
+    monkeypatch.setattr(
+        fit_into_memory, "fused_modules",
+        lambda given, accelerator: SimpleNamespace(in_use=context) if given is model else None,
+    )  # fmt: skip
+    monkeypatch.setattr(fit_into_memory, "_fits", fits)
+    assert find_micro_batch(model, *others) == 4
+    assert set(seen) == {in_use}
+    assert within == [False]

@@ -14,6 +14,7 @@ from lora_cli.errors import LoraError
 from lora_cli.tasks.examples import Batch
 from lora_cli.training import graph_engine
 from lora_cli.training.compiled_layers import CompiledLayers, repeated_layers
+from lora_cli.training.fused_modules import FusedModules, ReplacedForward
 from lora_cli.training.graph_engine import GraphEngine, shape_of
 from lora_cli.training.step import train_step
 
@@ -75,6 +76,45 @@ def test_a_parameter_that_is_used_later_is_trained_as_by_plain_autograd(
         assert torch.equal(results[0].grad_norm, results[1].grad_norm)
         for name, parameter in plain.parameters.items():
             assert torch.equal(parameter, flat.parameters[name]), name
+
+
+def test_gradients_take_no_memory_between_steps_where_no_graph_writes_to_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_the_cpu(monkeypatch)
+    recording, other = engine(GraphEngine), engine(GraphEngine)
+    other.records = False
+    for rows in (1, 2):
+        for each in (recording, other):
+            train_step(each, [batch(rows), batch(rows)])
+    for name, parameter in recording.parameters.items():
+        assert torch.equal(parameter, other.parameters[name]), name
+    assert other.gradients is None
+    assert all(parameter.grad is None for parameter in other.parameters.values())
+
+
+def test_modules_whose_kernels_fail_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("Failed to find C compiler")
+
+    from lora_cli.training.engine import Engine
+
+    on_the_cpu(monkeypatch)
+    plain, other = engine(Engine, Stack), engine(GraphEngine, Stack)
+    other.layers = FusedModules(other.model, autocast=False)
+    other.layers.groups = [ReplacedForward(other.model.layers, Failing)]
+    other.layers.kind, other.records = "2 gated MLPs by one kernel each", False
+    assert other.kind == "plain autograd with 2 gated MLPs by one kernel each"
+    for each in (plain, other):
+        torch.manual_seed(1)
+        train_step(each, [batch(2), batch(3)])
+    assert other.kind.startswith(
+        "plain autograd; the kernels of gated MLPs and norms cannot be used"
+    )
+    assert "Failed to find C compiler" in other.kind
+    for name, parameter in plain.parameters.items():
+        assert torch.equal(parameter, other.parameters[name]), name
 
 
 def test_gradients_that_are_added_at_once_are_those_added_one_by_one(
