@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ from closeness import assert_close
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import GraniteMoeConfig, GraniteMoeForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.evaluate_split import evaluate
@@ -251,6 +257,25 @@ def packed_task(kind: str, bases: dict[str, Path], tmp_path: Path, attention: st
         STORIES if kind == "stories" else bases[kind], tmp_path, TEXTS,
         model={"attention": attention}, train={"packing": True}, task={"max_length": 64},
     )  # fmt: skip
+
+
+def test_a_padding_that_only_the_tokenizer_has_is_not_read(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bases["llama"], base)
+    made = PreTrainedTokenizerFast.from_pretrained(base)
+    made.add_special_tokens({"pad_token": "[PAD]"})
+    made.save_pretrained(base)
+    model = LlamaForCausalLM.from_pretrained(base).eval()
+    assert made.pad_token_id >= model.config.vocab_size
+    task = task_of(base, tmp_path, ["a film", "a longer text of a film too"])
+    examples = examples_of(task)
+    with torch.no_grad():
+        found = task.logits(model, task.collate(examples).inputs)
+        for row, example in zip(found, examples, strict=True):
+            alone = model(torch.tensor([example["input_ids"]])).logits[0]
+            assert_close(row[: len(alone)], alone)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

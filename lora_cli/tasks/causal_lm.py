@@ -128,9 +128,8 @@ class CausalLM(WritingTask):
                     "out",
                 )
             return int(token)
-        return int(
-            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        )
+        own = self.own_padding
+        return int(tokenizer.eos_token_id) if own is None else own
 
     # ------------------------------------------------------------------------------ rows
 

@@ -330,7 +330,7 @@ class TokenClassification(TextTask):
         )
 
     def _inputs(self, ids: list[list[int]]) -> dict[str, Tensor]:
-        token = self.tokenizer.pad_token_id
+        token = self.own_padding
         token = self.tokenizer.eos_token_id if token is None else token
         padding = 0 if token is None else int(token)  # any id will do, as it is masked
         return self.inputs_of({"input_ids": ids}, {"input_ids": padding})

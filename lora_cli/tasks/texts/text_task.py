@@ -203,6 +203,16 @@ class TextTask(Task):
         )
 
     @property
+    def own_padding(self) -> int | None:
+        """The id of the tokenizer's padding; None if it has none that the embedding has.
+
+        A padding that was added to the tokenizer alone is common, and masked like any other.
+        """
+        token = self.tokenizer.pad_token_id
+        size = getattr(self.config.get_text_config(), "vocab_size", None)
+        return None if token is None or (size is not None and token >= size) else int(token)
+
+    @property
     def layout(self) -> str:  # type: ignore[override]
         """How the texts of a batch lie in its tensors, in words."""
         if self.first_position is not None:
