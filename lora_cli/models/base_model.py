@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lora_cli.errors import LoraError, warn
+from lora_cli.errors import LoraError, counted, warn
 from lora_cli.models.find_base import checkpoint_files, source_of
 from lora_cli.models.fp8 import has_fp8_products
 from lora_cli.models.generation_config import check_generation_config
@@ -33,6 +34,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 CHUNKS = "chunk_size_feed_forward"  # the positions that a feed-forward layer computes at once
 WHOLE = "config.json and the weights do not belong together: copy or download both again"
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+NUMBER = re.compile(r"\.\d+\.")  # of a layer, in the name of a tensor
 
 
 def mixed_precision(recipe: Recipe) -> str:
@@ -154,8 +156,25 @@ def load_pretrained(
         model.hf_quantizer.remove_quantization_config(model)  # the base's own config has none
     missing = (set(info["missing_keys"]) | mismatched) & parameters
     _reject_misfits(model, mismatched, missing, recipe, has_head)
+    _name_unused_layers(info["unexpected_keys"], parameters, recipe)
     avoid_wrong_attention(model)
     return model.to(device), missing
+
+
+def _name_unused_layers(
+    unused: Collection[str], parameters: Collection[str], recipe: Recipe
+) -> None:
+    """Warn where the checkpoint has more layers than config.json says.
+
+    What heads of another task have, or layers of another kind, is left out as in transformers.
+    """
+    first = {NUMBER.sub(".0.", name, count=1) for name in parameters}
+    layers = sorted(name for name in unused if NUMBER.sub(".0.", name, count=1) in first)
+    if layers:
+        warn(
+            f"the checkpoint of `{recipe.model.name}` has more layers than config.json says: "
+            f"{counted(len(layers), 'tensor')} such as `{layers[0]}` are left out"
+        )
 
 
 def avoid_wrong_attention(model: nn.Module) -> None:
