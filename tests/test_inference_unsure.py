@@ -129,7 +129,7 @@ NESTED: list[tuple[dict[str, Any], str, str]] = [
     ({"answers": [{"text": "film"}]}, "the answers stand", "output: .answers[0].text}"),
     ({"choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}, "its choices",
      '.question + "\\n" + (.choices.text | join("\\n"))'),
-    ({"choices": ["a film", "a play"], "answer": 1}, "its choices", "(.answer | tostring)"),
+    ({"choices": ["a film", "a play"], "answer": 1}, "its choices", ".choices[$key | tonumber]"),
     ({"writer": {"joy": 1, "anger": 0}, "reader": {"joy": 2, "anger": 0}}, "`writer` holds objects",
      ". + {label: .writer.joy}"),
     ({"annotations": [{"by": 1, "label": "a"}]}, "holds objects", ".annotations[0].label"),

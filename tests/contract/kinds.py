@@ -271,7 +271,7 @@ TASKS = {
     ),
     "prompts": TaskKind(
         tiny.save_llama, PROMPTS, answered, ("prediction",), ("completion",),
-        drafted={**PROMPTS, "separator": "\n"},
+        drafted=PROMPTS,  # the completions begin with a space of their own
     ),
     "conversations": TaskKind(
         save_chat, {"type": "causal_lm", "messages_column": "messages"},
