@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from lora_cli.models import quantized_linear
-from lora_cli.models.fp8 import FP8, fp8_rows
+from lora_cli.models.fp8 import FP8, fp8_rows, has_fp8_products
 from lora_cli.models.quantized_linear import QuantizedLinear
 
 SIZES = [(5, 32, 48), (1, 64, 16), (40, 16, 80)]
@@ -120,3 +122,15 @@ def test_factors_multiply_the_columns_before_they_are_rounded() -> None:
     x, factors = torch.randn(6, 32).bfloat16(), torch.rand(32)
     for one, other in zip(fp8_rows(x, factors), fp8_rows(x.float() * factors, None), strict=True):
         assert torch.equal(one.float(), other.float())
+
+
+@pytest.mark.parametrize(
+    ("major", "minor", "can"), [(8, 0, False), (8, 6, False), (8, 9, True), (9, 0, True)]
+)  # A100, A10, L4, H100
+def test_gpus_since_ada_multiply_in_fp8(
+    major: int, minor: int, can: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert has_fp8_products(torch.device("cuda", 0)) is can
+    assert not has_fp8_products(torch.device("cpu"))

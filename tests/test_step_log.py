@@ -49,6 +49,14 @@ def test_a_line_has_means_of_good_steps_and_speeds_since_the_last_line() -> None
     assert unlogged.bad_streak == []  # a good step came after it
 
 
+def test_a_line_of_one_step_has_the_seconds_of_that_step() -> None:
+    state = TrainState()
+    unlogged = UnloggedSteps(state, CPU)
+    unlogged.add(planned(1), result(2.0))
+    state.step, state.seconds = 1, 0.5
+    assert unlogged.measurements(TASK)["seconds_per_step"] == 0.5
+
+
 def test_of_bad_steps_alone_the_loss_is_not_a_number() -> None:
     state = TrainState()
     unlogged = UnloggedSteps(state, CPU)

@@ -534,6 +534,15 @@ def test_embeddings_that_are_all_the_same_find_nothing(value: float) -> None:
     assert not any(one.ranks for one in found)
 
 
+def test_a_text_whose_embedding_is_no_number_is_the_farthest() -> None:
+    vectors = np.eye(12, dtype=np.float32)
+    texts = vectors.copy()
+    texts[3] = math.nan
+    corpus, _ = pairs_corpus(vectors, texts, list(range(12)), list(range(50, 62)))
+    found = [one.best for one in search(corpus) if one is not None]
+    assert found == [12 if place == 3 else 1 for place in range(12)]
+
+
 # --------------------------------------------------------------------------------- whole runs
 
 
