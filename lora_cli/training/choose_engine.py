@@ -12,9 +12,12 @@ from lora_cli.training.batches import Batches
 from lora_cli.training.engine import Engine
 from lora_cli.training.fused_modules import FusedModules
 
-STEPS_WORTH_COMPILING = 1000  # compiling takes about half a minute, and saves some 3 ms a step,
-WORK_WORTH_COMPILING = 6e16  # or a fifth: of 200 s, where a GPU makes 3e14 operations a second,
-WORK_BESIDE_KERNELS = 2e17  # and a tenth, of 700 s, beside a model with fused modules
+# To compile layers takes about half a minute. It saves some 3 ms of a short step, and a fifth of a
+# long one, or a tenth beside fused modules: half a minute of 200 or 700 s, in which a GPU makes so
+# many operations (3e14 a second)
+STEPS_WORTH_COMPILING = 1000
+WORK_WORTH_COMPILING = 6e16
+WORK_BESIDE_KERNELS = 2e17
 
 
 def choose_engine(
