@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,12 @@ def test_a_list_among_objects_costs_itself(content: str, tmp_path: Path) -> None
     path.write_text(content)
     found = list(read_rows(path, FormatSpec()))
     assert [one.error for one in found] == ["", "a row is a JSON object, not a list"]
+
+
+def test_many_objects_over_several_lines_take_no_time(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(ROWS[i % 40], indent=1) for i in range(60_000)))
+    start = time.process_time()
+    with pytest.raises(LoraError, match="each object goes over several lines"):
+        list(read_rows(path, FormatSpec()))
+    assert time.process_time() - start < 8  # a minute, if each object copied those after it

@@ -76,6 +76,30 @@ def test_a_readme_that_says_otherwise(
     assert f"`lora init {folder / names[0]}`" in (caught.value.problems[0].hint or "")
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"data_files": "**.csv"}, {"data_files": "[train.csv"}, {"data_files": ""},
+        {"data_files": "https://example.org/train.csv"}, {"data_files": "../*/train.csv"},
+        {"data_files": "/etc/host*"}, {"data_dir": "/etc", "data_files": "host*"},
+        {"data_files": {"train": None}}, {"data_files": {"train": [3]}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_patterns_that_name_no_other_file_of_the_folder(
+    config: dict[str, object], init: Init, tmp_path: Path
+) -> None:
+    assert init("", folder_of(tmp_path, ["train.csv"], [config])).data.path is not None
+
+
+def test_a_line_in_the_middle_of_a_value_does_not_end_the_head(init: Init, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, ["a.csv", "b.csv"], [])
+    configs = yaml.safe_dump({"configs": [config(train="a.csv", test="b.csv")]})
+    (folder / "README.md").write_text(f"---\npretty_name: Films --- and more\n{configs}---\n")
+    with pytest.raises(LoraError, match=r"train rows are in a\.csv"):
+        init("", folder)
+
+
 @pytest.mark.parametrize("text", ["---\nconfigs: 3\n---\n", "---\n: [\n---", "# no head", "---"])
 def test_a_readme_that_names_no_files(text: str, init: Init, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, ["train.csv"], [])

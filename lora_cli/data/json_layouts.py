@@ -16,6 +16,7 @@ from lora_cli.data.split_names import names_split
 from lora_cli.errors import LoraError
 
 LEAST_TEXTS = 5  # of an object whose keys are texts, and whose values are their labels
+NOT_BLANK = re.compile(r"\S")
 TEXT_KEY = re.compile(r"(?i)(.*[_\W])?(text|sentence|content|question|prompt|input|body|query)s?")
 BY_COLUMN = "first(.[]) | keys_unsorted[] as $i | $all | map_values(.[$i])"
 BY_LIST = "range(first(.[]) | length) as $i | $all | map_values(.[$i])"
@@ -100,7 +101,10 @@ def _objects_over_lines(text: str, name: str) -> Found | None:
         except (ValueError, RecursionError):
             return None
         count += isinstance(value, dict)
-        at += len(text[at:]) - len(text[at:].lstrip()) if at < len(text) else 0
+        if rest := NOT_BLANK.search(text, at):
+            at = rest.start()
+        else:
+            break
     if count < 2:
         return None
     return _found("each object goes over several lines", ".", name)

@@ -6,6 +6,9 @@ holds out would be trained, or the rows of several languages be one set.
 
 from __future__ import annotations
 
+import glob
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from lora_cli.data.split_names import SPLITS, names_split
 from lora_cli.errors import LoraError
 
 README = "README.md"
+HEAD = re.compile(r"---\s*\n(.*?)\n---\s*(\n|$)", re.DOTALL)  # what the Hub reads, in YAML
 MOST_SHOWN = 5
 
 
@@ -57,23 +61,29 @@ def _configs(folder: Path) -> dict[str, dict[str, list[Path]]]:
     """Return the files of each split of each configuration; none if the README names no files."""
     try:
         text = (folder / README).read_text(encoding="utf-8-sig")
-        head = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except (OSError, ValueError, IndexError, yaml.YAMLError, RecursionError):
+        head = yaml.safe_load(written[1]) if (written := HEAD.match(text)) else None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
     configs = head.get("configs") if isinstance(head, dict) else None
     if not isinstance(configs, list) or not all(isinstance(one, dict) for one in configs):
         return {}
     found = {}
     for config in configs:
-        place = folder / str(config.get("data_dir") or "")
-        splits = _splits(place, config.get("data_files"))
+        place = str(config.get("data_dir") or ".")
+        splits = _splits(folder, place, config.get("data_files"))
         if any(splits.values()):
             found[str(config.get("config_name", "default"))] = splits
     return found
 
 
-def _splits(place: Path, files: Any) -> dict[str, list[Path]]:
-    """Return the files that a configuration names, by our names of splits."""
+def _splits(folder: Path, place: str, files: Any) -> dict[str, list[Path]]:
+    """Return the files that a configuration names, by our names of splits.
+
+    Args:
+        folder: The folder of the README.
+        place: The folder within it that the names start from.
+        files: The configuration's `data_files`.
+    """
     if isinstance(files, dict):
         files = [{"split": split, "path": path} for split, path in files.items()]
     if not isinstance(files, list):
@@ -85,7 +95,15 @@ def _splits(place: Path, files: Any) -> dict[str, list[Path]]:
         split = next((ours for ours in SPLITS if names_split(name, [ours])), name)
         patterns = one.get("path")
         for pattern in patterns if isinstance(patterns, list) else [patterns]:
-            if isinstance(pattern, str) and not pattern.startswith(("/", "~")):
-                matches = sorted(place.glob(pattern)) if pattern.strip() else []
-                found.setdefault(split, []).extend(file for file in matches if file.is_file())
+            if isinstance(pattern, str):
+                found.setdefault(split, []).extend(_matches(folder, f"{place}/{pattern}"))
     return found
+
+
+def _matches(folder: Path, pattern: str) -> list[Path]:
+    """Return the files of a folder, and of none outside of it, that a pattern names."""
+    path = os.path.normpath(pattern)
+    if os.path.isabs(path) or path.startswith(os.pardir):
+        return []
+    names = sorted(glob.glob(path, root_dir=folder, recursive=True))
+    return [file for name in names if (file := folder / name).is_file()]
