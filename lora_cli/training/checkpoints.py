@@ -62,6 +62,11 @@ MOMENTS = {"adamw": 2.0, "adamw_8bit": 0.6, "sgd": 1.0, "adafactor": 0.1}
 OTHER_BYTES = 2**20  # of logs, report and plots
 
 
+def checkpoint_folder(output: Path, step: int) -> Path:
+    """Return where the checkpoint after a step lies in an output folder."""
+    return output / FOLDER / f"step-{step:06d}"
+
+
 def save_checkpoint(
     output: Path,
     state: TrainState,
@@ -89,7 +94,7 @@ def save_checkpoint(
     Returns:
         The folder of the checkpoint.
     """
-    target = output / FOLDER / f"step-{state.step:06d}"
+    target = checkpoint_folder(output, state.step)
     tensors, state.optimizer = optimizer_state(optimizer)
     state.optimizer_tensors = {name: described(tensor) for name, tensor in tensors.items()}
     with new_folder(target) as folder:

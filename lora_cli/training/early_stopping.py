@@ -48,6 +48,10 @@ class Judge:
             "not count for early stopping; `evaluate.best` can name another metric"
         )
 
+    def chose(self, best: dict[str, Any]) -> bool:
+        """Return whether the best evaluation so far was chosen by the same metric."""
+        return (best["metric"], best["mode"]) == (self.metric, self.mode)
+
     def best_of(self, metrics: dict[str, float], where: dict[str, Any]) -> dict[str, Any] | None:
         """Return what the state of a run says of its best evaluation; None if it is not finite.
 

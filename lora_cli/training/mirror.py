@@ -32,7 +32,7 @@ from lora_cli.errors import IntegrityError, LoraError, Problem, ResourceError
 from lora_cli.files import MANIFEST, sha256_of, verify_manifest
 from lora_cli.format_version import FORMAT
 from lora_cli.recipe import Recipe
-from lora_cli.training.checkpoints import FOLDER, checkpoints
+from lora_cli.training.checkpoints import FOLDER, checkpoint_folder, checkpoints
 from lora_cli.training.output_folder import locked_output
 from lora_cli.training.train_state import TrainState, reject_changes
 
@@ -215,14 +215,14 @@ def mirror_checkpoint(recipe: Recipe, step: int, sizes: dict[str, int]) -> None:
         sizes: The logs, which must stand in the output folder, and their sizes.
     """
     output, mirror = recipe.output_path, Mirror(recipe)
-    name = f"step-{step:06d}"
+    checkpoint = checkpoint_folder(output, step)
     files = {f"logs/{log}": output / log for log in sizes}
     files["recipe.yaml"] = output / "recipe.yaml"
-    files |= _inside(output / FOLDER / name, "checkpoint")
+    files |= _inside(checkpoint, "checkpoint")
     if (output / MANIFEST).exists():
         published = json.loads((output / MANIFEST).read_text(encoding="utf-8"))["files"]
         files |= {f"published/{file}": output / file for file in (*published, MANIFEST)}
-    mirror.put(name, files)
+    mirror.put(checkpoint.name, files)
     for old in [name for name in mirror.names() if step_of(name)][recipe.checkpoint.keep :]:
         mirror.remove(old)
 

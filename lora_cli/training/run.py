@@ -351,17 +351,13 @@ class Run:
 
         Later adapters would otherwise be compared with a value of another metric, or of other rows.
         """
-        state, judge = self.state, self.judge
-        best = state.best
+        state, judge, best = self.state, self.judge, self.state.best
         if best is None or "validation" not in self.data:
             return
-        by_another = (best["metric"], best["mode"]) != (judge.metric, judge.mode)
-        if not (by_another or self.saver.measured_otherwise):
+        if judge.chose(best) and not self.saver.measured_otherwise:
             return
-        self.log.say(
-            f"the best adapter so far (step {best['step']}, by `{best['metric']}`) is measured "
-            f"anew, by `{judge.metric}`"
-        )
+        which = f"the best adapter so far (step {best['step']}, by `{best['metric']}`)"
+        self.log.say(f"{which} is measured anew, by `{judge.metric}`")
         self.stop.activity, self.stop.at_once = "measuring the best adapter so far", True
         self.saver.leave_best(state)
         metrics = self.evaluations.metrics("validation")
@@ -375,8 +371,7 @@ class Run:
         self.stop.activity, self.stop.at_once = "measuring the best adapter", True
         state = self.state
         if state.best is None and "validation" in self.data:
-            # raises if no loss was a finite number
-            self.evaluations.metrics("validation", strict_loss=True)
+            self.evaluations.metrics("validation", strict_loss=True)  # raises if it is not finite
         self.saver.leave_best(state)
         after: dict[str, dict[str, float]] = {}
         if self.metrics_after_last_step and state.best and state.best["step"] == self.total_steps:

@@ -15,7 +15,7 @@ from lora_cli.models.base_facts import require_facts
 from lora_cli.models.fingerprint import Fingerprint, read_fingerprint, require_base
 from lora_cli.recipe import Learned, Recipe, read_computation
 from lora_cli.training.checkpoints import (
-    FOLDER,
+    checkpoint_folder,
     load_checkpoint,
     require_space_for_checkpoints,
     restore_checkpoint,
@@ -182,7 +182,7 @@ class Saver:
         if self._holds(state):
             restore_published(self.folder, self.model, self.recipe)
             return
-        best = self.folder / FOLDER / f"step-{state.best['step']:06d}"
+        best = checkpoint_folder(self.folder, state.best["step"])
         if not (best.is_dir() and verify_manifest(best)):
             raise IntegrityError(
                 f"the adapter in {self.folder} is not that of step {state.best['step']}, "
@@ -195,7 +195,7 @@ class Saver:
 
     def load_newest(self, state: TrainState) -> None:
         """Load the parameters of the newest checkpoint into the model."""
-        restore_parameters(self.folder / FOLDER / f"step-{state.step:06d}", self.model)
+        restore_parameters(checkpoint_folder(self.folder, state.step), self.model)
 
     def _holds(self, state: TrainState) -> bool:
         """Return whether the output folder has, undamaged, what this run published last."""

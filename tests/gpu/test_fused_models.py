@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
-from test_precision import losses, rows, train
+from test_precision import decoder, losses, train
 from test_precision import pytestmark as on_a_gpu
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lora_cli.recipe import load_recipe
 from lora_cli.training.fused_modules import RMSNorms
 
 pytestmark = on_a_gpu
@@ -41,28 +36,6 @@ def test_a_norm_is_that_of_llama(shape: tuple[int, ...], dtype: torch.dtype) -> 
     for a, b in ((found, wanted), (gradients[0][0], gradients[1][0])):
         limit = (0.01 if dtype == torch.bfloat16 else 0.002) * b.abs().amax() if b.numel() else 0
         assert ((a.double() - b).abs() <= limit).all()
-
-
-def decoder(tmp_path: Path, *settings: str, output: str) -> Any:
-    """Return a recipe of a decoder in bf16, whose activations are most of its memory."""
-    base = tmp_path / "decoder"
-    if not base.exists():
-        tiny.save_llama(base)
-        config = AutoConfig.from_pretrained(base)
-        config.hidden_size, config.intermediate_size, config.num_hidden_layers = 256, 1024, 8
-        AutoModelForCausalLM.from_config(config).save_pretrained(base)
-        rows(tmp_path / "train.jsonl")
-    file = tmp_path / "decoder.yaml"
-    file.write_text(json.dumps({
-        "model": {"name": str(base)},
-        "task": {"type": "causal_lm", "prompt_column": "text", "completion_column": "label",
-                 "max_length": 32},
-        "data": {"train": "train.jsonl", "validation": None, "check": {"max_overlap": 1.0}},
-        "adapter": {"rank": 4, "target_modules": "all-linear"},
-        "train": {"max_steps": 20, "micro_batch_size": 256, "log_every_steps": 1,
-                  "precision": "bf16", "optimizer": {"learning_rate": 1e-3}},
-    }))  # fmt: skip
-    return load_recipe(file, [*settings, f"output_dir={tmp_path / output}"])
 
 
 @pytest.mark.parametrize(

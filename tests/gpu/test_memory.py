@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from test_precision import losses, recipe, rows, train
+from test_precision import decoder, losses, recipe, train
 from test_precision import pytestmark as on_a_gpu
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_cli.errors import ResourceError
-from lora_cli.recipe import load_recipe
 from lora_cli.training import fit_into_memory
 from lora_cli.training import run as training_run
 from lora_cli.training.checkpoints import load_checkpoint
@@ -189,27 +186,12 @@ def test_as_much_is_computed_again_as_is_needed_to_fit(
 def test_inputs_that_wait_on_the_host_change_no_bit_and_leave_memory_free(
     tmp_path: Path, kernels: str
 ) -> None:
-    base = tmp_path / "decoder"
-    tiny.save_llama(base)
-    config = AutoConfig.from_pretrained(base)
-    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 512, 512, 12
-    AutoModelForCausalLM.from_config(config).save_pretrained(base)
-    file = tmp_path / "decoder.yaml"
-    rows(tmp_path / "train.jsonl")
-    file.write_text(json.dumps({
-        "model": {"name": str(base)},
-        "task": {"type": "causal_lm", "prompt_column": "text", "completion_column": "label",
-                 "max_length": 32},
-        "data": {"train": "train.jsonl", "validation": None, "check": {"max_overlap": 1.0}},
-        "adapter": {"rank": 4, "target_modules": "all-linear"},
-        "train": {"max_steps": 12, "micro_batch_size": 256, "log_every_steps": 1,
-                  "kernels": kernels, "precision": "bf16", "optimizer": {"learning_rate": 1e-3}},
-    }))  # fmt: skip
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 12}
     peaks = {}
     for how in ("true", "offload"):
-        sets = [f"train.gradient_checkpointing={how}", f"output_dir={tmp_path / how}"]
+        sets = [f"train.gradient_checkpointing={how}", f"train.kernels={kernels}"]
         torch.cuda.reset_peak_memory_stats()
-        train(load_recipe(file, sets))
+        train(decoder(tmp_path, *sets, output=how, **sizes))
         peaks[how] = torch.cuda.max_memory_allocated()
     assert losses(tmp_path / "true") == losses(tmp_path / "offload")
     a, b = ((tmp_path / how / "adapter_model.safetensors").read_bytes() for how in peaks)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
@@ -84,6 +85,29 @@ def recipe(tmp_path: Path, *overrides: str, output: str = "out") -> Any:
         "checkpoint": {"every_steps": 20},
     }))  # fmt: skip
     return load_recipe(file, [*overrides, f"output_dir={tmp_path / output}"])
+
+
+def decoder(tmp_path: Path, *settings: str, output: str, **sizes: int) -> Any:
+    """Return a recipe of a decoder in bf16, whose activations are most of its memory."""
+    sizes = sizes or {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
+    base = tmp_path / "decoder"
+    if not base.exists():
+        tiny.save_llama(base)
+        config = AutoConfig.from_pretrained(base)
+        config.update(sizes)
+        AutoModelForCausalLM.from_config(config).save_pretrained(base)
+        rows(tmp_path / "train.jsonl")
+    file = tmp_path / "decoder.yaml"
+    file.write_text(json.dumps({
+        "model": {"name": str(base)},
+        "task": {"type": "causal_lm", "prompt_column": "text", "completion_column": "label",
+                 "max_length": 32},
+        "data": {"train": "train.jsonl", "validation": None, "check": {"max_overlap": 1.0}},
+        "adapter": {"rank": 4, "target_modules": "all-linear"},
+        "train": {"max_steps": 20, "micro_batch_size": 256, "log_every_steps": 1,
+                  "precision": "bf16", "optimizer": {"learning_rate": 1e-3}},
+    }))  # fmt: skip
+    return load_recipe(file, [*settings, f"output_dir={tmp_path / output}"])
 
 
 def losses(folder: Path) -> list[float]:
