@@ -157,6 +157,14 @@ def test_words_and_their_tags(name: str, init: Init, tmp_path: Path) -> None:
     assert read == TAGS
 
 
+@pytest.mark.parametrize("value", [1, 2.5, True, "PER", {"PER": [0, 1]}, [3], ["PER"], None])
+@pytest.mark.parametrize("key", ["label", "ner", "entities"])
+def test_words_beside_what_is_no_tag_and_no_place(key: str, value: object, init: Init) -> None:
+    rows = [{"tokens": words, key: value} for words in SENTENCES]
+    with pytest.raises(LoraError, match=r"no column holds text|columns stand inside"):
+        init("rows.jsonl", lines(rows))
+
+
 def test_prose_with_labels_has_no_tags(init: Init) -> None:
     rows = [{"text": t, "labels": ["B-PER", "O"][i % 2]} for i, t in enumerate(T)]
     assert init("rows.jsonl", lines(rows)).task.type == "sequence_classification"

@@ -139,7 +139,7 @@ def _require_tags(
     for tokens in (name for name in inputs if _are_words(name, rows)):
         for places in (name for name in targets if name != tokens):
             found = [(row.get(places), _lengths(row, tokens)) for row in rows]
-            spans = [(span, size) for some, size in found for span in some or ()]
+            spans = [(one, size) for some, size in found if isinstance(some, list) for one in some]
             if not spans or not all(_counts_words(span, size) for span, size in spans):
                 continue
             last = "$one[1]" if any(span[1] == size for span, size in spans) else "$one[1] + 1"
