@@ -10,15 +10,15 @@ import pytest
 from lora_cli.metrics import (
     MetricContext,
     builtin_value,
+    channel_of,
     check_metric_names,
     known_metrics,
-    metric_giving,
-    reads,
+    metric_of_result,
     result_names,
 )
-from lora_cli.metrics.box_scores import BOXES, box_scores, label_results
+from lora_cli.metrics.box_scores import BOX_METRICS, box_scores, label_result_names
 from lora_cli.metrics.builtin_metrics import is_exact_match, lacks_answer, references_of
-from lora_cli.metrics.retrieval_scores import RETRIEVAL, retrieval_scores
+from lora_cli.metrics.retrieval_scores import RETRIEVAL_METRICS, retrieval_scores
 
 # ------------------------------------------------------------------------------ error rates
 
@@ -109,12 +109,12 @@ def test_scores_of_a_search_are_means_over_rows() -> None:
         "recall_at_1": (1 / 2) / 4,
         "recall_at_10": (2 / 2 + 1 / 1 + 1 / 12 + 0) / 4,
     }
-    assert list(expected) == list(RETRIEVAL)
+    assert list(expected) == list(RETRIEVAL_METRICS)
     assert retrieval_scores(ranks, counts) == pytest.approx(expected)
     for name, value in expected.items():
         assert builtin_value("retrieval", name, ranks, counts) == pytest.approx(value)
     late = retrieval_scores([[11]], [1])
-    assert late == dict.fromkeys(RETRIEVAL, 0.0)
+    assert late == dict.fromkeys(RETRIEVAL_METRICS, 0.0)
 
 
 # ------------------------------------------------------------------------------------- boxes
@@ -126,7 +126,7 @@ def test_scores_of_boxes_found_exactly_or_shifted() -> None:
     wanted = [[(0, 0, 10, 10, 0, 0), (50, 50, 60, 60, 1, 0)], [(0, 0, 10, 10, 0, 0)]]
     found = [[(0, 0, 10, 10, 0.9, 0)], [(0, 2, 10, 12, 0.8, 0)]]
     scores = box_scores(found, wanted, ("a", "b", "c"))
-    assert list(scores) == [*BOXES, "ap_a", "ap_b", "ap_c"]
+    assert list(scores) == [*BOX_METRICS, "ap_a", "ap_b", "ap_c"]
     # with the second one wrong, precision is 1 up to a recall of one half: 51 of 101 points
     half = 51 / 101
     ap_a = (4 * 1.0 + 6 * half) / 10  # right at overlaps of 0.50, 0.55, 0.60 and 0.65
@@ -162,15 +162,15 @@ def test_a_crowd_is_neither_right_nor_wrong() -> None:
 def test_labels_without_names_are_known_by_the_boxes() -> None:
     pytest.importorskip("faster_coco_eval")
     wanted = [[(0, 0, 10, 10, 3, 0)]]
-    assert box_scores([[(0, 0, 10, 10, 0.5, 3)]], wanted) == dict.fromkeys(BOXES, 1.0)
-    assert box_scores([[(0, 0, 10, 10, 0.5, 2)]], wanted) == dict.fromkeys(BOXES, 0.0)
+    assert box_scores([[(0, 0, 10, 10, 0.5, 3)]], wanted) == dict.fromkeys(BOX_METRICS, 1.0)
+    assert box_scores([[(0, 0, 10, 10, 0.5, 2)]], wanted) == dict.fromkeys(BOX_METRICS, 0.0)
     both = [[(0, 0, 10, 10, 3, 0), (50, 50, 60, 60, 5, 0)]]
-    assert box_scores([[(50, 50, 60, 60, 0.5, 5)]], both) == dict.fromkeys(BOXES, 0.5)
+    assert box_scores([[(50, 50, 60, 60, 0.5, 5)]], both) == dict.fromkeys(BOX_METRICS, 0.5)
 
 
 def test_up_to_twenty_labels_have_a_score_of_their_own() -> None:
-    assert len(label_results([str(i) for i in range(20)])) == 20
-    assert label_results([str(i) for i in range(21)]) == []
+    assert len(label_result_names([str(i) for i in range(20)])) == 20
+    assert label_result_names([str(i) for i in range(21)]) == []
 
 
 @pytest.mark.parametrize(("overlap", "thresholds"), [(52, 1), (74, 5), (77, 6), (100, 10)])
@@ -194,15 +194,19 @@ def test_one_row_with_one_of_one_label() -> None:
 
 
 def test_which_metric_gives_a_number() -> None:
-    assert metric_giving("f1", "label") == "f1"
-    assert metric_giving("f1", "tags") == "seqeval"
-    assert metric_giving("rougeL", "text") == "rouge"
-    assert metric_giving("map_50", "boxes") == "coco"
-    assert metric_giving("word_errors", "text") is None
+    assert metric_of_result("f1", "label") == "f1"
+    assert metric_of_result("f1", "tags") == "seqeval"
+    assert metric_of_result("rougeL", "text") == "rouge"
+    assert metric_of_result("map_50", "boxes") == "coco"
+    assert metric_of_result("word_errors", "text") is None
     assert result_names("seqeval") == ("f1", "precision", "recall")
     assert result_names("bleu") == ("bleu",)
     assert result_names("./mine.py") == ("./mine.py",)
-    assert (reads("wer"), reads("seqeval"), reads("./mine.py")) == ("text", "tags", None)
+    assert (channel_of("wer"), channel_of("seqeval"), channel_of("./mine.py")) == (
+        "text",
+        "tags",
+        None,
+    )
 
 
 def test_what_each_kind_of_task_may_be_measured_by() -> None:

@@ -75,7 +75,7 @@ def test_exact_match_compares_final_answers_and_counts_those_that_are_missing() 
 
 
 def test_a_pattern_that_takes_too_long_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_cli.metrics.final_answers.PATIENCE_S", 0.02)
+    monkeypatch.setattr("lora_cli.metrics.final_answers.TIMEOUT_S", 0.02)
     with pytest.raises(LoraError, match=r"takes more than 0\.02 s for one text"):
         final_answer("(a|aa)+$", "a" * 60 + "b")
 

@@ -605,7 +605,9 @@ def test_the_documented_metrics_are_known():
 def test_names_that_do_not_suit_the_task_are_told_together():
     with pytest.raises(LoraError) as caught:
         MetricSet(
-            ["bleu", "accuracy", "mse", "perplexity", "mse"], "label", at="evaluate.metrics (r:3)"
+            ["bleu", "accuracy", "mse", "perplexity", "mse"],
+            "label",
+            location="evaluate.metrics (r:3)",
         )
     assert [problem.what for problem in caught.value.problems] == [
         "metric `bleu` compares texts; this task yields labels",

@@ -25,12 +25,12 @@ from lora_cli.evaluation.open_adapter import load_adapted, open_task
 from lora_cli.metrics import (
     MetricContext,
     builtin_value,
+    channel_of,
     is_exact_match,
     known_metrics,
     lacks_answer,
-    metric_giving,
     metric_mode,
-    reads,
+    metric_of_result,
     result_names,
 )
 from lora_cli.metrics.entity_scores import entity_sums
@@ -137,7 +137,9 @@ def compare(
             what = f"the set `{of_set}` has no {split} rows to compare by `{name}`"
             raise LoraError(what, "--metric", "name another metric, or another `--split`")
     old_value, new_value, differences = bootstrap(of_rows, task, theirs, ours)
-    channel = reads(measured[0]) if measured else None  # rows without an answer are not compared
+    channel = (
+        channel_of(measured[0]) if measured else None
+    )  # rows without an answer are not compared
     finite = differences[np.isfinite(differences)]
     low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
     return Comparison(
@@ -219,7 +221,7 @@ def _metric(task: Task, wanted: str | None) -> tuple[str, str, list[str]]:
     if wanted is not None and wanted != name:
         name, mode = wanted, metric_mode(task.recipe.data.set_of_metric(wanted)[1]) or ""
     _, of_rows = task.recipe.data.set_of_metric(name)
-    of = metric_giving(of_rows, task.metric_channel)
+    of = metric_of_result(of_rows, task.metric_channel)
     if of is None and of_rows != "loss":
         known = ["loss", *(result for m in known_metrics() for result in result_names(m))]
         raise LoraError(
@@ -306,7 +308,7 @@ def row_sums(
             (0.0, 0.0) if one is None else (row_score(metric, *one), 1.0) for one in found
         ]
     elif metric in _SCORES:  # a mean over the rows that have something to compare
-        channel, score = reads("rouge" if metric in _ROUGE else metric) or "", _SCORES[metric]
+        channel, score = channel_of("rouge" if metric in _ROUGE else metric) or "", _SCORES[metric]
         pairs = (p.metric_inputs.get(channel) for p in predictions)
         scores = [None if pair is None else score(*pair, context) for pair in pairs]
         per_example = [(0.0, 0.0) if one is None else (float(one), 1.0) for one in scores]
@@ -343,9 +345,9 @@ def _recomputed(
     new: list[Prediction],
     generator: np.random.Generator,
 ) -> tuple[float, float, Floats]:
-    of = metric_giving(metric, task.metric_channel)
+    of = metric_of_result(metric, task.metric_channel)
     assert of is not None, metric
-    channel = reads(of) or ""
+    channel = channel_of(of) or ""
     theirs, ours = (
         [p.metric_inputs[channel] for p in rows if channel in p.metric_inputs]
         for rows in (old, new)

@@ -1,4 +1,4 @@
-"""Metrics that work without a network, and any other that `evaluate` can load."""
+"""Built-in metrics, which need no network, and any metric that `evaluate` can load."""
 
 from lora_cli.metrics.builtin_metrics import Channel, MetricContext, is_exact_match, lacks_answer
 from lora_cli.metrics.final_answers import final_answer
@@ -6,12 +6,12 @@ from lora_cli.metrics.metric_definitions import definition
 from lora_cli.metrics.metric_names import (
     LOSS,
     builtin_value,
+    channel_of,
     check_metric_names,
     is_script,
     known_metrics,
-    metric_giving,
     metric_mode,
-    reads,
+    metric_of_result,
     result_names,
 )
 from lora_cli.metrics.metric_set import MetricSet
@@ -29,8 +29,8 @@ __all__ = [
     "is_script",
     "lacks_answer",
     "known_metrics",
-    "metric_giving",
+    "metric_of_result",
     "metric_mode",
-    "reads",
+    "channel_of",
     "result_names",
 ]

@@ -1,4 +1,4 @@
-"""Precision, recall and F1 of entities, counted by seqeval as conlleval counts them."""
+"""Entity-level precision, recall and F1, computed by seqeval with conlleval's rules."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def entity_scores(
 
     Args:
         predictions: The tags of each row's words, in IOB2.
-        references: Likewise, of as many words.
+        references: The true tags, one for each of the same words.
     """
     from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 
@@ -38,17 +38,17 @@ def entity_scores(
 def entity_sums(
     score: str, predicted: Sequence[str], reference: Sequence[str]
 ) -> tuple[float, float]:
-    """Return what a row adds to the numerator and to the denominator of a score.
+    """Return what one row adds to the numerator and to the denominator of a score.
 
     Args:
         score: `f1`, `precision` or `recall`.
         predicted: The tags of the row's words, in IOB2.
-        reference: Likewise.
+        reference: The true tags.
     """
     from seqeval.metrics.sequence_labeling import get_entities
 
-    said, wanted = (set(get_entities(list(tags))) for tags in (predicted, reference))
-    right = len(said & wanted)
+    found, expected = (set(get_entities(list(tags))) for tags in (predicted, reference))
+    n_correct = len(found & expected)
     if score == "f1":
-        return 2.0 * right, float(len(said) + len(wanted))
-    return float(right), float(len(said if score == "precision" else wanted))
+        return 2.0 * n_correct, float(len(found) + len(expected))
+    return float(n_correct), float(len(found if score == "precision" else expected))

@@ -1,6 +1,6 @@
-"""What each metric measures, in one line: of which label or average, on which scale, of what words.
+"""One-line definitions of the metrics: which label or average, which scale, how words are counted.
 
-These lines stand wherever the figures do: on the screen, in the reports and in the model card.
+They are shown next to the values: on the screen, in the reports and in the model card.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import importlib.metadata
 from pathlib import Path
 
 from lora_cli.errors import printable
-from lora_cli.metrics.box_scores import DEFINITIONS as OF_BOXES
-from lora_cli.metrics.box_scores import OF_LABEL, label_results
+from lora_cli.metrics.box_scores import DEFINITIONS as BOX_DEFINITIONS
+from lora_cli.metrics.box_scores import PER_LABEL_DEFINITION, label_result_names
 from lora_cli.metrics.builtin_metrics import SPECS, MetricContext
-from lora_cli.metrics.entity_scores import DEFINITIONS
+from lora_cli.metrics.entity_scores import DEFINITIONS as ENTITY_DEFINITIONS
 from lora_cli.metrics.metric_names import is_script, result_names
-from lora_cli.metrics.retrieval_scores import DEFINITIONS as OF_SEARCH
-from lora_cli.metrics.speech_scores import DEFINITIONS as OF_SPEECH
+from lora_cli.metrics.retrieval_scores import DEFINITIONS as RETRIEVAL_DEFINITIONS
+from lora_cli.metrics.speech_scores import DEFINITIONS as SPEECH_DEFINITIONS
 from lora_cli.metrics.word_tokenizers import BLEU_WORDS, ROUGE_WORDS
 
 AVERAGES = {
@@ -35,7 +35,7 @@ ROUGE = {
     "rougeLsum": "the longest common subsequences of words, a line being a sentence",
 }
 UNDEFINED = "-1 to 1; not defined for fewer than two rows, or where either side is constant"
-OF_NUMBERS = {
+VALUE_DEFINITIONS = {
     "pearson": f"correlation of answers and references, {UNDEFINED}",
     "spearman": f"correlation of the ranks of answers and references, {UNDEFINED}",
     "mse": "mean squared error, in the square of the label's unit",
@@ -49,24 +49,24 @@ CHRF_SIGNATURE = "case:mixed|eff:yes|nc:6|nw:0|space:no"
 
 
 def definition(metric: str, context: MetricContext) -> dict[str, str]:
-    """Return what a metric measures, in a line for each number that it gives.
+    """Return a one-line definition for each value of a metric, by the value's name.
 
     Args:
-        metric: Its name in the recipe.
-        context: What the task says of its labels.
+        metric: The metric's name in the recipe.
+        context: The task's labels and how it compares texts.
     """
     if metric not in SPECS:
         how = "the script" if is_script(metric) else "`evaluate`'s metric"
         return {Path(metric).stem: f"computed by {how} `{metric}`"}
-    written = f"; texts are written by {context.normalizer}"
-    is_of_texts = SPECS[metric].channel == "text"
-    if not (is_of_texts and context.normalizer):
-        written = ""
-    if is_of_texts and context.most_answers is not None:
-        written += f"; of at most {context.most_answers:,} rows (`evaluate.generation.max_rows`)"
-    lines = {name: _line(metric, name, context) + written for name in result_names(metric)}
+    suffix = f"; texts are written by {context.normalizer}"
+    compares_texts = SPECS[metric].channel == "text"
+    if not (compares_texts and context.normalizer):
+        suffix = ""
+    if compares_texts and context.max_answers is not None:
+        suffix += f"; of at most {context.max_answers:,} rows (`evaluate.generation.max_rows`)"
+    lines = {name: _line(metric, name, context) + suffix for name in result_names(metric)}
     if metric == "coco":
-        lines |= dict.fromkeys(label_results(context.labels), OF_LABEL)
+        lines |= dict.fromkeys(label_result_names(context.labels), PER_LABEL_DEFINITION)
     return lines
 
 
@@ -112,44 +112,44 @@ def _line(metric: str, name: str, context: MetricContext) -> str:
                 "of the references, of all rows together; 0 is best, and it can be more than 1"
             )
         case "seqeval":
-            return DEFINITIONS[name]
+            return ENTITY_DEFINITIONS[name]
         case "retrieval":
-            return OF_SEARCH[name]
+            return RETRIEVAL_DEFINITIONS[name]
         case "coco":
-            return OF_BOXES[name]
+            return BOX_DEFINITIONS[name]
         case "mel_l1" | "stop_accuracy" | "length_error":
-            return OF_SPEECH[metric]
+            return SPEECH_DEFINITIONS[metric]
         case "rouge":
             words = ROUGE_WORDS if name == "rouge1" else "words as for rouge1"
             best = ", with the reference that is most alike" if context.several_references else ""
             return f"F1 of {ROUGE[name]}{best}, mean over rows, 0 to 1; {words}"
-    return OF_NUMBERS[metric]
+    return VALUE_DEFINITIONS[metric]
 
 
 def _signature(settings: str, context: MetricContext) -> str:
-    """Return sacrebleu's signature of a metric, by which figures can be compared."""
+    """Return sacrebleu's signature of a metric, which tells whether two scores are comparable."""
     try:
         version = importlib.metadata.version("sacrebleu")
-    except importlib.metadata.PackageNotFoundError:  # whoever measures is told to install it
+    except importlib.metadata.PackageNotFoundError:  # using the metric reports the missing package
         return ""
     references = "var" if context.several_references else "1"
     return f" (sacrebleu: nrefs:{references}|{settings}|version:{version})"
 
 
 def _average(average: str, context: MetricContext) -> str:
-    """Return which labels a score is of, in the way in which they are averaged."""
+    """Describe which labels a score covers, and how it is averaged over them."""
     if context.multi_label and context.n_labels == 1:
-        return f"of the label {_named(context, 0)}"
+        return f"of the label {_label_name(context, 0)}"
     if context.n_labels == 2 and not context.multi_label and not average:
-        return f"of the label {_named(context, 1)}, the second of two"
+        return f"of the label {_label_name(context, 1)}, the second of two"
     average = average or "macro"
     labels = "the labels" if context.n_labels is None else f"the {context.n_labels} labels"
-    if not context.multi_label:  # those in neither answers nor references have no score
+    if not context.multi_label:  # labels in neither answers nor references have no score
         labels = f"those of {labels} that occur"
     return f"{average} average, {AVERAGES[average].format(labels=labels)}"
 
 
-def _named(context: MetricContext, position: int) -> str:
+def _label_name(context: MetricContext, position: int) -> str:
     if not context.labels:
         return f"at position {position}"
     return f"`{printable(context.labels[position]).replace('`', chr(39))}`"

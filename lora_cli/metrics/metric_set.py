@@ -1,13 +1,14 @@
-"""Several metrics at once, fed row by row, each run by `evaluate`.
+"""A set of metrics that is fed batch by batch; each metric is run by `evaluate`.
 
-One subclass of `evaluate.Metric` runs the built-in ones. Any other name goes to `evaluate.load`: a
-script (`./mine.py`), a name on the Hub (`user/metric`), or one of Hugging Face's own (`meteor`).
+A subclass of `evaluate.Metric` runs the built-in metrics. Any other name is passed to
+`evaluate.load`: a script (`./mine.py`), a metric on the Hub (`user/metric`), or one of Hugging
+Face's own (`meteor`).
 
-A task reduces its outputs to one small prediction per row (a class, a number, a text, a sum) before
-they come here, so memory grows with rows, never with logits. Rows wait in Arrow buffers in memory:
-there is no cache file that two runs could fight over.
+Tasks reduce their outputs to one small prediction per row (a class, a number, a text, a sum) before
+adding them here, so memory grows with the number of rows, never with logits. Rows are kept in Arrow
+buffers in memory, so concurrent runs share no cache files.
 
-`import evaluate` takes seconds, so it is imported only when a `MetricSet` is made.
+`import evaluate` takes seconds, so it is imported only when a `MetricSet` is created.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import numpy as np
 
 from lora_cli.errors import LoraError, did_you_mean
 from lora_cli.metrics.builtin_metrics import (
-    NOTHING_KNOWN,
+    EMPTY_CONTEXT,
     SPECS,
     Channel,
     MetricContext,
@@ -41,39 +42,38 @@ from lora_cli.metrics.metric_names import check_metric_names, is_script, known_m
 
 
 class MetricSet:
-    """Several metrics fed row by row.
+    """A set of metrics that is fed batch by batch.
 
     Args:
-        names: Built-in metrics, or whatever `evaluate.load` takes; one that stands twice counts
-            once.
-        default_channel: What the task feeds, and what a metric that is not built in reads.
-        context: What the task says of its labels.
-        at: Where the names stand, for errors.
-        may_lack_rows: Leave out the numbers of a metric that was fed no rows, instead of an error.
+        names: Built-in metrics, or anything that `evaluate.load` accepts; duplicates are ignored.
+        default_channel: The channel that the task feeds; metrics that are not built in read it.
+        context: The task's labels and how it compares texts.
+        location: Where the recipe names the metrics, for error messages.
+        may_lack_rows: Leave out a metric that was fed no rows instead of raising an error.
 
     Raises:
-        LoraError: A metric is unknown, does not suit the task, or needs a missing package; all
-            such problems together.
+        LoraError: With every metric that is unknown, does not suit the task, or needs a missing
+            package.
     """
 
     def __init__(
         self,
         names: Sequence[str],
         default_channel: Channel,
-        context: MetricContext = NOTHING_KNOWN,
-        at: str = "evaluate.metrics",
+        context: MetricContext = EMPTY_CONTEXT,
+        location: str = "evaluate.metrics",
         may_lack_rows: bool = False,
     ) -> None:
-        self._at, self.may_lack_rows = at, may_lack_rows
+        self._location, self.may_lack_rows = location, may_lack_rows
         self._several = context.several_references
         self._n_rows: Counter[Channel] = Counter()
         self._metrics: dict[str, tuple[Channel, Any]] = {}
-        # every Metric makes a folder for itself, even one that keeps its rows in memory
+        # every `evaluate.Metric` creates a folder, even with `keep_in_memory`
         scratch = tempfile.mkdtemp(prefix="lora-metrics-")
         weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
         problems = []
         for name in dict.fromkeys(names):
-            if errors := check_metric_names([name], default_channel, context, at):
+            if errors := check_metric_names([name], default_channel, context, location):
                 problems += errors
                 continue
             options = {"cache_dir": scratch, "keep_in_memory": True}
@@ -82,7 +82,7 @@ class MetricSet:
                 self._metrics[name] = (spec.channel, metric)
                 continue
             try:
-                self._metrics[name] = (default_channel, _load(name, at, **options))
+                self._metrics[name] = (default_channel, _load(name, location, **options))
             except LoraError as error:
                 problems += error.problems
         if problems:
@@ -90,7 +90,7 @@ class MetricSet:
 
     @property
     def channels(self) -> set[Channel]:
-        """What the metrics read, and so what must be fed before `compute`."""
+        """The channels that must be fed before `compute`."""
         return {channel for channel, _ in self._metrics.values()}
 
     @property
@@ -101,58 +101,68 @@ class MetricSet:
     def add_batch(
         self, channel: Channel, predictions: Sequence[Any], references: Sequence[Any]
     ) -> None:
-        """Add rows to the metrics that read the channel; there may be none of either.
+        """Add rows to the metrics that read the channel, if any.
 
-        Takes lists, numpy arrays, and tensors on the CPU.
+        Args:
+            channel: The kind of the values.
+            predictions: A list, a numpy array, or a tensor on the CPU; may be empty.
+            references: As many values of the same kind.
         """
         assert len(predictions) == len(references), (len(predictions), len(references))
         if len(predictions) == 0 or channel not in self.channels:
             return
         p, r = _plain(channel, predictions, references)
-        for name, (wanted, metric) in self._metrics.items():
-            if wanted == channel:
-                lists = channel == "text" and (name in SPECS or self._several)
+        for name, (metric_channel, metric) in self._metrics.items():
+            if metric_channel == channel:
+                as_lists = channel == "text" and (name in SPECS or self._several)
                 with self._blaming(name):
                     metric.add_batch(
-                        predictions=p, references=[references_of(x) for x in r] if lists else r
+                        predictions=p, references=[references_of(x) for x in r] if as_lists else r
                     )
         self._n_rows[channel] += len(p)
 
     def compute(self) -> dict[str, float]:
-        """Return every metric's numbers by name, and forget the rows.
+        """Compute all metrics, and clear the rows.
 
-        A name that two metrics give gets the second metric's name before it: `mine_f1`; so does
-        `loss`, which is the task's own.
+        If two metrics return a value of the same name, the second is prefixed with its metric's
+        name: `mine_f1`. The same goes for `loss`, which is reserved for the task's loss.
+
+        Returns:
+            The values by name.
 
         Raises:
-            LoraError: There are no rows, or a metric that is not built in failed.
+            LoraError: If there are no rows, or a metric that is not built in fails.
         """
         results: dict[str, float] = {}
         for name, (channel, metric) in self._metrics.items():
             if self.may_lack_rows and not self._n_rows[channel]:
                 continue
             if not self._n_rows[channel]:
-                what = f"nothing to evaluate: metric `{name}` was given no rows"
-                raise LoraError(what, self._at, "is the split empty, or filtered to nothing?")
+                message = f"nothing to evaluate: metric `{name}` was given no rows"
+                raise LoraError(
+                    message, self._location, "is the split empty, or filtered to nothing?"
+                )
             with self._blaming(name):
-                found = _numbers(metric.compute())
-            for key, value in found.items():
-                taken = key in results or key == "loss"
-                results[f"{Path(name).stem}_{key}" if taken else key] = value
+                values = _numbers(metric.compute())
+            for key, value in values.items():
+                is_taken = key in results or key == "loss"
+                results[f"{Path(name).stem}_{key}" if is_taken else key] = value
         self._n_rows.clear()
         return results
 
     @contextlib.contextmanager
     def _blaming(self, name: str) -> Iterator[None]:
-        """Keep stdout for data; say which metric failed, if it is not one of ours."""
+        """Redirect stdout to stderr, and name the metric in errors if it is not built in."""
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 yield
         except Exception as error:
             if name in SPECS:
                 raise
-            what = f"metric `{name}` failed: {_reason(error)}"
-            raise LoraError(what, self._at, "fix the script, or leave the metric out") from error
+            message = f"metric `{name}` failed: {_reason(error)}"
+            raise LoraError(
+                message, self._location, "fix the script, or leave the metric out"
+            ) from error
 
 
 @functools.cache
@@ -195,8 +205,8 @@ def _builtin_class() -> Any:
     return BuiltinMetric
 
 
-def _load(name: str, at: str, **options: Any) -> Any:
-    """Return the metric that `evaluate` knows by this name."""
+def _load(name: str, location: str, **options: Any) -> Any:
+    """Load a metric by `evaluate.load`."""
     import evaluate
 
     path = os.path.expanduser(name) if is_script(name) else name
@@ -205,25 +215,27 @@ def _load(name: str, at: str, **options: Any) -> Any:
             metric = evaluate.load(path, **options)
     except Exception as error:
         if isinstance(error, FileNotFoundError) and not is_script(name):
-            what = f"unknown metric `{name}`: it is not built in, and `evaluate` finds none"
+            message = f"unknown metric `{name}`: it is not built in, and `evaluate` finds none"
             hint = did_you_mean(name, known_metrics(), noun="built in:")
-            raise LoraError(what, at, hint) from error
-        what = f"metric `{name}` cannot be loaded: {_reason(error)}"
+            raise LoraError(message, location, hint) from error
+        message = f"metric `{name}` cannot be loaded: {_reason(error)}"
         hint = f"try it alone: `python -c 'import evaluate; evaluate.load(\"{name}\")'`"
-        raise LoraError(what, at, hint) from error
+        raise LoraError(message, location, hint) from error
     features = metric.features[0] if isinstance(metric.features, list) else metric.features
     if set(features) != {"predictions", "references"}:
-        what = (
+        message = (
             f"metric `{name}` expects {', '.join(features)}; a task yields predictions, references"
         )
-        raise LoraError(what, at, "wrap it in a script of your own, and name that: ./my_metric.py")
+        raise LoraError(
+            message, location, "wrap it in a script of your own, and name that: ./my_metric.py"
+        )
     return metric
 
 
 def _plain(
     channel: Channel, predictions: Sequence[Any], references: Sequence[Any]
 ) -> tuple[Rows, Rows]:
-    """Return rows as lists of what Arrow stores without guessing."""
+    """Convert rows to lists of plain values, which Arrow stores without guessing their type."""
     if channel in ("text", "tags", "ranks", "boxes", "speech", "lengths"):
         return list(predictions), list(references)
     p, r = np.asarray(predictions), np.asarray(references)
@@ -233,15 +245,15 @@ def _plain(
 
 
 def _numbers(computed: Mapping[str, Any]) -> dict[str, float]:
-    """Return the single numbers of a result as plain floats, without lists (a row's, a class's)."""
-    items = {k: v.item() if getattr(v, "ndim", None) == 0 else v for k, v in computed.items()}
-    kept = {key: float(v) for key, v in items.items() if isinstance(v, numbers.Real)}
-    if not kept:
-        raise ValueError(f"it gives no single number, only {', '.join(items) or 'nothing'}")
-    return kept
+    """Return the scalar values of a result as floats, without lists per row or per class."""
+    results = {k: v.item() if getattr(v, "ndim", None) == 0 else v for k, v in computed.items()}
+    values = {key: float(v) for key, v in results.items() if isinstance(v, numbers.Real)}
+    if not values:
+        raise ValueError(f"it gives no single number, only {', '.join(results) or 'nothing'}")
+    return values
 
 
 def _reason(error: Exception) -> str:
-    """Return an exception in one line."""
+    """Return an exception's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,11 +1,11 @@
-"""How good a search is, by the ranks at which it finds what is right."""
+"""Retrieval metrics, computed from the ranks of the relevant texts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-RETRIEVAL = ("ndcg_at_10", "mrr_at_10", "accuracy_at_1", "recall_at_1", "recall_at_10")
+RETRIEVAL_METRICS = ("ndcg_at_10", "mrr_at_10", "accuracy_at_1", "recall_at_1", "recall_at_10")
 SEARCH = (
     "each row's anchor searches the split's other texts by cosine, where of equally near ones the "
     "wrong come first"
@@ -22,18 +22,20 @@ DEFINITIONS = {
 
 
 def retrieval_scores(ranks: Sequence[Sequence[int]], counts: Sequence[int]) -> dict[str, float]:
-    """Return the means over rows, each of `RETRIEVAL`.
+    """Return the mean of each of `RETRIEVAL_METRICS` over all rows.
 
     Args:
-        ranks: Of each row, the ranks from 1 of right texts that are among the first ten.
-        counts: Of each row, how many right texts there are.
+        ranks: For each row, the ranks (from 1) of the relevant texts among the first ten results.
+        counts: For each row, the number of relevant texts.
     """
     rows = list(zip(ranks, counts, strict=True))
-    return {name: sum(row_score(name, *row) for row in rows) / len(rows) for name in RETRIEVAL}
+    return {
+        name: sum(row_score(name, *row) for row in rows) / len(rows) for name in RETRIEVAL_METRICS
+    }
 
 
 def row_score(name: str, ranks: Sequence[int], count: int) -> float:
-    """Return one of `RETRIEVAL` for one row."""
+    """Return one of `RETRIEVAL_METRICS` for one row."""
     match name:
         case "ndcg_at_10":
             best = sum(1 / math.log2(i + 1) for i in range(1, min(count, 10) + 1))

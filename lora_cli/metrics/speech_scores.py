@@ -1,4 +1,4 @@
-"""How near a model's speech is to recordings: its spectrogram, where it ends, how long it is."""
+"""Speech synthesis metrics: spectrogram error, accuracy of the stop decision, length error."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ def mel_error(
     """Return the mean absolute error of spectrograms.
 
     Args:
-        predictions: Of each row (sum of errors, last steps where it ends, others where it goes on).
-        references: Of each row (numbers of the spectrogram, last steps, others).
+        predictions: For each row: the sum of absolute errors, the last steps at which the model
+            stops, and the other steps at which it continues.
+        references: For each row: the spectrogram's number of values, of last steps, and of other
+            steps.
     """
     return _share(predictions, references, 0)
 
@@ -36,15 +38,18 @@ def mel_error(
 def stop_accuracy(
     predictions: Sequence[Sequence[float]], references: Sequence[Sequence[float]]
 ) -> float:
-    """Return the balanced accuracy of where speech ends; of rows without others, of the last."""
+    """Return the balanced accuracy of the stop decision, from rows as in `mel_error`.
+
+    If no row has more than its last step, return the accuracy over last steps.
+    """
     ends, goes_on = (_share(predictions, references, i) for i in (1, 2))
     return ends if math.isnan(goes_on) else (ends + goes_on) / 2
 
 
 def length_error(predictions: Sequence[float], references: Sequence[float]) -> float:
-    """Return the mean relative difference of lengths."""
-    found = [abs(said / wanted - 1) for said, wanted in zip(predictions, references, strict=True)]
-    return sum(found) / len(found)
+    """Return the mean relative difference of the generated lengths from the recorded ones."""
+    errors = [abs(p / r - 1) for p, r in zip(predictions, references, strict=True)]
+    return sum(errors) / len(errors)
 
 
 def _share(

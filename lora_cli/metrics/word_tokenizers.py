@@ -1,8 +1,8 @@
-"""What metrics of texts count as words, in every script.
+"""How text metrics split texts into words, in every script.
 
-Chinese, Japanese, Thai and others have no spaces between words: each of their letters counts as
-one. A text's words depend on that text alone, so that rows of several languages can be measured
-together.
+Scripts such as Chinese, Japanese and Thai have no spaces between words, so each of their characters
+counts as a word. The split depends on the text alone, so rows in different languages can be
+evaluated together.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ ROUGE_WORDS = (
     f"lower-case words of letters and digits, those in ASCII stemmed (Porter), and {LETTERS}"
 )
 
-_SEPARATE = regex.compile(rf"([{UNSPACED}]|(?=[\uff00-\uffef])[\p{{P}}\p{{S}}])")
+_UNSPACED_OR_WIDE = regex.compile(rf"([{UNSPACED}]|(?=[\uff00-\uffef])[\p{{P}}\p{{S}}])")
 _WORDS = regex.compile(
     rf"(?=[\p{{L}}\p{{M}}\p{{N}}])[{UNSPACED}]|(?:(?![{UNSPACED}])[\p{{L}}\p{{M}}\p{{N}}])+"
 )
 _IGNORABLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
-_ENGLISH = regex.compile(r"[a-z0-9]{4,}")
+_STEMMABLE = regex.compile(r"[a-z0-9]{4,}")
 
 
 def canonical(text: str) -> str:
-    """Return a text in Unicode's normal form C: an accent typed apart is the same letter."""
+    """Return a text in Unicode's normal form C, which composes letters and combining accents."""
     return unicodedata.normalize("NFC", text)
 
 
 def bleu_words(text: str) -> str:
-    """Return a text with spaces between its words, as sacrebleu's tokenizer 13a leaves it."""
-    return str(_tokenizer_13a()(_SEPARATE.sub(r" \1 ", canonical(text).rstrip())))
+    """Return a text with spaces between its words, tokenized by sacrebleu's tokenizer 13a."""
+    return str(_tokenizer_13a()(_UNSPACED_OR_WIDE.sub(r" \1 ", canonical(text).rstrip())))
 
 
 @functools.cache
@@ -47,9 +47,9 @@ def _tokenizer_13a() -> Any:
 
 
 def rouge_words(text: str) -> list[str]:
-    """Return the words of a text; of one without letters and digits, the characters that are seen.
+    """Return the words of a text, or its visible characters if it has no letters or digits.
 
-    Of a text in ASCII these are the words of `rouge_score` with its stemmer.
+    For ASCII texts these are the words that `rouge_score` yields with its stemmer.
     """
     text = _IGNORABLE.sub("", canonical(text)).lower()
     words = _WORDS.findall(text)
@@ -57,8 +57,8 @@ def rouge_words(text: str) -> list[str]:
 
 
 def _stem(word: str) -> str:
-    """Return an English word without its ending; `rouge_score` leaves short ones as they are."""
-    return str(_stemmer().stem(word)) if _ENGLISH.fullmatch(word) else word
+    """Stem an English word; like `rouge_score`, leave short words unchanged."""
+    return str(_stemmer().stem(word)) if _STEMMABLE.fullmatch(word) else word
 
 
 @functools.cache

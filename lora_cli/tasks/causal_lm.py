@@ -15,7 +15,7 @@ from lora_cli.data.chat_formats import Message
 from lora_cli.data.row_texts import shown_value
 from lora_cli.data.unsupported_rows import unsupported
 from lora_cli.errors import LoraError, Problem
-from lora_cli.metrics import reads
+from lora_cli.metrics import channel_of
 from lora_cli.recipe import CausalLMSpec, Recipe, read_computation
 from lora_cli.tasks.examples import IGNORED, MAIN, Batch, Encoded, Example, Field, Prediction
 from lora_cli.tasks.generation import causal_lm_encoders
@@ -304,7 +304,7 @@ class CausalLM(WritingTask):
     def metric_problems(self) -> list[Problem]:
         """Return what is wrong with the recipe's metrics; those of texts need an answer."""
         problems = super().metric_problems()
-        of_text = [name for name in self.metric_names if reads(name) == "text"]
+        of_text = [name for name in self.metric_names if channel_of(name) == "text"]
         at = self.recipe.at("evaluate.metrics")
         if of_text and not (self.is_chat or self.is_pair):
             hint = "name `prompt_column` and `completion_column`, or `messages_column`"

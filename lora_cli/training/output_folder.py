@@ -261,7 +261,7 @@ def _facts(task: Task, split: Encoded, sha256: str) -> dict[str, Any]:
         "dropped_rows": rows.dropped,
         "rows_without_example": split.rows_without_example,
     }
-    most = task.metric_context.most_answers
+    most = task.metric_context.max_answers
     if rows.sets:
         parts = dict(zip(rows.sets, rows.parts, strict=True))
         facts["sets"] = {

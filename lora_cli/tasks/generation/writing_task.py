@@ -132,7 +132,7 @@ class WritingTask(TextTask):
     def metric_context(self) -> MetricContext:
         """What finds final answers, and of how many rows at most."""
         most = self.recipe.evaluate.generation.max_rows
-        return MetricContext(answer_pattern=self.answer_pattern, most_answers=most)
+        return MetricContext(answer_pattern=self.answer_pattern, max_answers=most)
 
     def metric_problems(self) -> list[Problem]:
         """Return what is wrong with the recipe's metrics; a pattern needs one that uses it."""
