@@ -14,7 +14,7 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe import Recipe
 from lora_cli.tasks.detection import detection_labels
 from lora_cli.tasks.detection.detection_labels import DetectionLabels
-from lora_cli.tasks.detection.detection_proposals import LARGEST, propose_objects
+from lora_cli.tasks.detection.detection_proposals import MAX_IMAGE_SIZE, propose_objects
 from lora_cli.tasks.proposal import Certainty, Proposal, Table
 
 Box = tuple[Any, list[float]]
@@ -303,11 +303,11 @@ def test_the_form_is_the_first_by_which_all_boxes_lie_in_their_pictures(
 
 
 @pytest.mark.parametrize(
-    ("side", "size"), [(32, 32), (33, 64), (64, 64), (639, 640), (640, 640), (2000, LARGEST)]
+    ("side", "size"), [(32, 32), (33, 64), (64, 64), (639, 640), (640, 640), (2000, MAX_IMAGE_SIZE)]
 )
 def test_pictures_are_read_as_large_as_the_largest_up_to_a_limit(side: int, size: int) -> None:
     assert taken(rows_of([1, 2, 3, 4], side=side)).keys["image_size"] == size
-    assert LARGEST == 640
+    assert MAX_IMAGE_SIZE == 640
 
 
 def test_pictures_that_cannot_be_read_from_here_leave_form_and_size_open() -> None:

@@ -14,17 +14,17 @@ from PIL import Image
 from torch import Tensor
 
 from lora_cli.recipe.spec.augmentation import BoxAugmentationSpec
-from lora_cli.tasks.detection.box_augmentation import Picture, augmented, cropped, cut
+from lora_cli.tasks.detection.box_augmentation import AnnotatedImage, augment, crop, random_crop
 from lora_cli.tasks.detection.detection_loss import (
-    Costs,
     Detections,
+    MatchingCosts,
     assign,
     corners,
     detection_losses,
     generalized_iou,
 )
 
-COSTS = Costs(label=1.5, box=3.0, giou=0.7, no_object=0.3)
+COSTS = MatchingCosts(label=1.5, box=3.0, giou=0.7, no_object=0.3)
 
 
 def drawn(n_queries: int, n_objects: int, seed: int = 0) -> tuple[Detections, Tensor, Tensor]:
@@ -160,38 +160,40 @@ class Drawn:
         return self.shares.pop(0)
 
 
-def picture(boxes: list[list[float]], width: int = 40, height: int = 30) -> Picture:
+def picture(boxes: list[list[float]], width: int = 40, height: int = 30) -> AnnotatedImage:
     image = Image.new("RGB", (width, height))
-    return Picture(image, np.array(boxes, dtype=float).reshape(-1, 4), np.arange(len(boxes)))
+    return AnnotatedImage(image, np.array(boxes, dtype=float).reshape(-1, 4), np.arange(len(boxes)))
 
 
-def crop(of: Picture, smallest: float, *shares: float) -> tuple[Picture, list[Any]]:
+def crop_with(
+    of: AnnotatedImage, smallest: float, *shares: float
+) -> tuple[AnnotatedImage, list[Any]]:
     rng: Any = Drawn(*shares)
-    return cropped(of, smallest, rng), rng.asked
+    return random_crop(of, smallest, rng), rng.asked
 
 
 def test_a_part_has_a_share_of_the_area_and_nearly_the_shape_of_the_picture() -> None:
     limit = math.log(4 / 3)
-    part, asked = crop(picture([]), 0.2, 0.2, 1.0)  # an area of 0.36, as wide as may be
+    part, asked = crop_with(picture([]), 0.2, 0.2, 1.0)  # an area of 0.36, as wide as may be
     # side 0.6, stretched by the root of 4:3: 27.7 by 15.6
     assert part.image.size == (28, 16)
     assert asked == [(0.2, 1.0), pytest.approx((-limit, limit)), (0, 13), (0, 15)]
-    part, _ = crop(picture([]), 0.2, 0.2, 0.0)  # as high as may be
+    part, _ = crop_with(picture([]), 0.2, 0.2, 0.0)  # as high as may be
     assert part.image.size == (21, 21)
-    part, _ = crop(picture([]), 0.2, 1.0, 1.0)  # never wider than the picture
+    part, _ = crop_with(picture([]), 0.2, 1.0, 1.0)  # never wider than the picture
     assert part.image.size == (40, 26)
-    part, _ = crop(picture([]), 0.2, 1.0, 0.0)
+    part, _ = crop_with(picture([]), 0.2, 1.0, 0.0)
     assert part.image.size == (35, 30)
-    part, _ = crop(picture([]), 1e-4, 0.0, 0.5)
+    part, _ = crop_with(picture([]), 1e-4, 0.0, 0.5)
     assert part.image.size == (1, 1)
 
 
 def test_a_part_holds_an_object_if_the_picture_has_any() -> None:
     in_the_corner = picture([[0, 0, 4, 4]])
-    part, asked = crop(in_the_corner, 0.2, *[0.2, 0.5] * 10)  # ten parts without it
+    part, asked = crop_with(in_the_corner, 0.2, *[0.2, 0.5] * 10)  # ten parts without it
     assert part is in_the_corner
     assert len(asked) == 40
-    part, asked = crop(picture([[0, 0, 4, 4], [30, 20, 40, 30]]), 0.2, 0.2, 0.5)
+    part, asked = crop_with(picture([[0, 0, 4, 4], [30, 20, 40, 30]]), 0.2, 0.2, 0.5)
     assert part.image.size == (24, 18)
     assert part.boxes.tolist() == [[14, 8, 24, 18]]
     assert part.classes.tolist() == [1]
@@ -203,7 +205,7 @@ def test_a_part_holds_an_object_if_the_picture_has_any() -> None:
 def test_a_picture_is_mirrored_half_of_the_time(flip: bool, draw: float, flipped: bool) -> None:
     rng: Any = Drawn(draw)
     spec = BoxAugmentationSpec(crop=False, flip=flip)
-    found = augmented(picture([[2, 3, 9, 12]]), spec, rng)
+    found = augment(picture([[2, 3, 9, 12]]), spec, rng)
     assert found.boxes.tolist() == ([[31, 3, 38, 12]] if flipped else [[2, 3, 9, 12]])
 
 
@@ -214,14 +216,14 @@ def test_an_object_belongs_to_the_part_where_its_centre_is() -> None:
         ((0, 0, 10, 20), []), ((0, 0, 20, 10), []),  # on the last one
         ((0, 0, 11, 11), [[6, 6, 11, 11]]), ((11, 0, 20, 20), []), ((0, 11, 20, 20), []),
     ):  # fmt: skip
-        found = cut(whole, part)
+        found = crop(whole, part)
         assert found.boxes.tolist() == kept
         assert found.image.size == (part[2] - part[0], part[3] - part[1])
     long = picture([[20, 2, 30, 6]])
-    assert cut(long, (0, 0, 25, 5)).boxes.tolist() == []
-    assert cut(long, (0, 0, 26, 5)).boxes.tolist() == [[20, 2, 26, 5]]
+    assert crop(long, (0, 0, 25, 5)).boxes.tolist() == []
+    assert crop(long, (0, 0, 26, 5)).boxes.tolist() == [[20, 2, 26, 5]]
     thin = picture([[5, 0, 6, 30], [0, 5, 30, 5.9], [5, 0, 5.9, 30]])
-    assert cut(thin, (0, 0, 40, 30)).classes.tolist() == [0]  # a pixel is enough, less is not
+    assert crop(thin, (0, 0, 40, 30)).classes.tolist() == [0]  # a pixel is enough, less is not
 
 
 def test_boxes_in_shares_of_the_picture() -> None:
@@ -232,6 +234,6 @@ def test_boxes_in_shares_of_the_picture() -> None:
 
 
 def test_the_costs_of_detr_are_the_default() -> None:
-    assert SimpleNamespace(**vars(Costs())) == SimpleNamespace(
+    assert SimpleNamespace(**vars(MatchingCosts())) == SimpleNamespace(
         label=1.0, box=5.0, giou=2.0, no_object=0.1
     )

@@ -36,7 +36,13 @@ from lora_cli.reporting.page_analysis import read_predictions
 from lora_cli.reporting.page_boxes import per_label
 from lora_cli.tasks import build_task
 from lora_cli.tasks.contract import Task, prepared_for_evaluation
-from lora_cli.tasks.detection.box_augmentation import Picture, augmented, cropped, cut, mirrored
+from lora_cli.tasks.detection.box_augmentation import (
+    AnnotatedImage,
+    augment,
+    crop,
+    mirror,
+    random_crop,
+)
 from lora_cli.tasks.detection.detection_loss import Detections
 from lora_cli.tasks.examples import Encoded
 from lora_cli.tasks.object_detection import ObjectDetection
@@ -398,16 +404,18 @@ def test_a_backbone_of_timm_is_rejected_by_name(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------- augmentation
 
 
-def marked(boxes: list[list[int]], width: int = 40, height: int = 30) -> Picture:
+def marked(boxes: list[list[int]], width: int = 40, height: int = 30) -> AnnotatedImage:
     """Return a black picture in which each box has a grey of its own."""
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     for n, (x0, y0, x1, y1) in enumerate(boxes, 1):
         pixels[y0:y1, x0:x1] = 50 * n
     classes = np.arange(len(boxes))
-    return Picture(Image.fromarray(pixels), np.array(boxes, dtype=float).reshape(-1, 4), classes)
+    return AnnotatedImage(
+        Image.fromarray(pixels), np.array(boxes, dtype=float).reshape(-1, 4), classes
+    )
 
 
-def assert_boxes_lie_on_their_greys(picture: Picture) -> None:
+def assert_boxes_lie_on_their_greys(picture: AnnotatedImage) -> None:
     pixels = np.asarray(picture.image)[..., 0]
     for box, label in zip(picture.boxes.astype(int).tolist(), picture.classes, strict=True):
         rows, columns = np.nonzero(pixels == 50 * (label + 1))
@@ -419,7 +427,7 @@ def assert_boxes_lie_on_their_greys(picture: Picture) -> None:
 def test_boxes_move_with_their_picture(seed: int) -> None:
     whole = marked([[2, 3, 9, 12], [20, 5, 30, 25], [33, 20, 40, 30]])
     spec = BoxAugmentationSpec(crop=True, flip=True)
-    part = augmented(whole, spec, np.random.default_rng(seed))
+    part = augment(whole, spec, np.random.default_rng(seed))
     assert 1 <= len(part.boxes) <= 3
     share = part.image.width * part.image.height / (40 * 30)
     assert 0.25 < share <= 1.0
@@ -430,12 +438,12 @@ def test_boxes_move_with_their_picture(seed: int) -> None:
 
 
 def test_an_object_whose_centre_is_cut_off_is_left_out() -> None:
-    part = cut(marked([[2, 3, 9, 12], [20, 5, 30, 25]]), (5, 0, 24, 30))
+    part = crop(marked([[2, 3, 9, 12], [20, 5, 30, 25]]), (5, 0, 24, 30))
     assert part.boxes.tolist() == [[0, 3, 4, 12]]
     assert part.classes.tolist() == [0]
-    assert mirrored(part).boxes.tolist() == [[15, 3, 19, 12]]
+    assert mirror(part).boxes.tolist() == [[15, 3, 19, 12]]
     empty = marked([])
-    assert cropped(empty, 0.3, np.random.default_rng(0)).boxes.shape == (0, 4)
+    assert random_crop(empty, 0.3, np.random.default_rng(0)).boxes.shape == (0, 4)
 
 
 # --------------------------------------------------------------------- from training to merging

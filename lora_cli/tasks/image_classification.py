@@ -35,7 +35,7 @@ from lora_cli.tasks.classification.classification_task import Classification
 from lora_cli.tasks.classification.labelled_picture_proposals import propose_pictures
 from lora_cli.tasks.examples import MAIN, Batch, Example, Field
 from lora_cli.tasks.finite_scores import require_finite
-from lora_cli.tasks.pictures.odd_pictures import FEATURES, odd_facts
+from lora_cli.tasks.pictures.odd_pictures import ODD_FEATURES, odd_facts
 from lora_cli.tasks.pictures.picture_task import PictureTask, dtype_of_base
 from lora_cli.unexpected_errors import own_words
 
@@ -114,7 +114,7 @@ class ImageClassification(PictureTask, Classification):
 
     def features(self) -> dict[str, str]:
         """Return the types of an example."""
-        return {"image": "media", "labels": self.label_feature, **FEATURES}
+        return {"image": "media", "labels": self.label_feature, **ODD_FEATURES}
 
     def cost(self, example: Example) -> int:
         """Return 1: all pictures are read in one size."""

@@ -26,14 +26,14 @@ from lora_cli.models.image_processor import output_size, processor_hash, save_pr
 from lora_cli.models.picture_canvas import load_canvas_processor, on_canvas
 from lora_cli.recipe import ObjectDetectionSpec, Recipe
 from lora_cli.tasks.classification.head_rows import arrange_rows, rows_of_heads
-from lora_cli.tasks.detection.box_augmentation import Picture, augmented
+from lora_cli.tasks.detection.box_augmentation import AnnotatedImage, augment
 from lora_cli.tasks.detection.detection_labels import DetectionLabels
 from lora_cli.tasks.detection.detection_loss import (
     BOXES,
     CLASS,
     GIOU,
-    Costs,
     Detections,
+    MatchingCosts,
     corners,
     detection_losses,
 )
@@ -41,7 +41,7 @@ from lora_cli.tasks.detection.detection_proposals import propose_objects
 from lora_cli.tasks.detection.odd_boxes import IS_TURNED, may_be_turned, odd_boxes
 from lora_cli.tasks.examples import Batch, Example, Field, Prediction
 from lora_cli.tasks.finite_scores import require_finite
-from lora_cli.tasks.pictures.odd_pictures import FEATURES, odd_facts
+from lora_cli.tasks.pictures.odd_pictures import ODD_FEATURES, odd_facts
 from lora_cli.tasks.pictures.picture_task import PictureTask, dtype_of_base
 
 ENCODING = 2  # of rows into examples; a change of it makes what is kept on the disk useless
@@ -187,7 +187,7 @@ class ObjectDetection(PictureTask):
         """Return the types of an example."""
         sizes = {"width": "int32", "height": "int32"}
         objects = {"boxes": "list<float64>", "classes": "list<int32>", "crowd": "list<int8>"}
-        return {"image": "media", **sizes, **objects, IS_TURNED: "bool", **FEATURES}
+        return {"image": "media", **sizes, **objects, IS_TURNED: "bool", **ODD_FEATURES}
 
     def cost(self, example: Example) -> int:
         """Return 1: all pictures are read in one size."""
@@ -221,9 +221,9 @@ class ObjectDetection(PictureTask):
         classes = np.array(example["classes"], dtype=np.int64)
         crowd = np.array(example["crowd"], dtype=bool)
         truth = np.column_stack([boxes, classes, crowd])
-        trained = Picture(image, boxes[~crowd], classes[~crowd])
+        trained = AnnotatedImage(image, boxes[~crowd], classes[~crowd])
         if training:
-            trained = augmented(trained, self.spec.augmentation, rng)
+            trained = augment(trained, self.spec.augmentation, rng)
         pixels, mask = on_canvas(self.processor, trained.image)
         return {
             **example, "pixels": torch.from_numpy(pixels), "mask": torch.from_numpy(mask),
@@ -252,7 +252,7 @@ class ObjectDetection(PictureTask):
             inputs["pixel_mask"] = torch.stack([example["mask"] for example in examples])
         sizes = torch.tensor([[example["width"], example["height"]] for example in examples])
         found = counts.clamp(max=self.n_queries)
-        weights = found + self.costs.no_object * (self.n_queries - found)
+        weights = found + self.matching_costs.no_object * (self.n_queries - found)
         items = {CLASS: weights.float(), BOXES: counts.float(), GIOU: counts.float()}
         rows = [example["row"] for example in examples]
         targets = {"labels": labels, "boxes": boxes, "truth": truth, "sizes": sizes}
@@ -266,10 +266,10 @@ class ObjectDetection(PictureTask):
         return most_objects(self.config)
 
     @property
-    def costs(self) -> Costs:
+    def matching_costs(self) -> MatchingCosts:
         """What the model's configuration says of the assignment, and of "no object"."""
         config = self.config
-        return Costs(
+        return MatchingCosts(
             float(config.class_cost), float(config.bbox_cost), float(config.giou_cost),
             float(config.eos_coefficient),
         )  # fmt: skip
@@ -363,7 +363,7 @@ class ObjectDetection(PictureTask):
         """Return the three terms of each picture: of the labels, the boxes and their overlap."""
         counts = [int(count) for count in batch.items[BOXES].tolist()]
         labels, boxes = batch.targets["labels"], batch.targets["boxes"]
-        return detection_losses(output, labels, boxes, counts, self.costs)
+        return detection_losses(output, labels, boxes, counts, self.matching_costs)
 
     def predictions(self, model: nn.Module, output: Detections, batch: Batch) -> list[Prediction]:
         """Return the objects that are found in each picture, beside those that there are."""

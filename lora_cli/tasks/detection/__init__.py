@@ -1,1 +1,1 @@
-"""What finding objects in pictures needs: boxes, their labels and loss."""
+"""Parts of object detection: labels, the loss, augmentation, checks of the boxes."""

@@ -1,4 +1,4 @@
-"""Pictures that are changed in training together with their boxes."""
+"""Data augmentation for object detection: crops and flips of images together with their boxes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 
 from lora_cli.recipe.spec.augmentation import BoxAugmentationSpec
 
-RATIO = 4 / 3  # a part is at most so much wider than high, or higher than wide
-TRIALS = 10
-SMALLEST = 1.0  # pixels: what is left of a box after a cut
+MAX_RATIO_CHANGE = 4 / 3  # a crop's aspect ratio differs from the image's by at most this factor
+MAX_TRIALS = 10
+MIN_SIDE = 1.0  # pixels; boxes that a crop leaves smaller are dropped
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture with its objects.
+class AnnotatedImage:
+    """An image with its annotated objects.
 
     Args:
-        image: An image of Pillow.
-        boxes: Corners (x0, y0, x1, y1) in pixels (N, 4).
-        classes: Of the objects (N,).
+        image: A Pillow image.
+        boxes: The objects' corners (x0, y0, x1, y1) in pixels (N, 4).
+        classes: The objects' class indices (N,).
     """
 
     image: Any
@@ -33,57 +33,64 @@ class Picture:
     classes: NDArray[np.int64]
 
     def relative_boxes(self) -> Tensor:
-        """Return the boxes as (cx, cy, w, h) in shares of the picture (N, 4), float32."""
+        """Return the boxes as (cx, cy, w, h) relative to the image's size (N, 4), float32."""
         scale = np.array(self.image.size * 2, dtype=np.float64)
         boxes = self.boxes / scale
-        first, last = boxes[:, :2], boxes[:, 2:]
-        return torch.from_numpy(np.hstack([(first + last) / 2, last - first])).float()
+        top_left, bottom_right = boxes[:, :2], boxes[:, 2:]
+        return torch.from_numpy(
+            np.hstack([(top_left + bottom_right) / 2, bottom_right - top_left])
+        ).float()
 
 
-def augmented(picture: Picture, spec: BoxAugmentationSpec, rng: np.random.Generator) -> Picture:
-    """Return a picture as it is trained in one step; `rng` alone decides what is random."""
+def augment(
+    annotated: AnnotatedImage, spec: BoxAugmentationSpec, rng: np.random.Generator
+) -> AnnotatedImage:
+    """Return a randomly cropped and flipped copy, as the recipe specifies."""
     if spec.crop:
-        picture = cropped(picture, spec.smallest_crop, rng)
+        annotated = random_crop(annotated, spec.smallest_crop, rng)
     if spec.flip and rng.random() < 0.5:
-        picture = mirrored(picture)
-    return picture
+        annotated = mirror(annotated)
+    return annotated
 
 
-def mirrored(picture: Picture) -> Picture:
-    """Return a picture with left and right exchanged."""
+def mirror(annotated: AnnotatedImage) -> AnnotatedImage:
+    """Flip an image horizontally."""
     from PIL import Image
 
-    width, boxes = picture.image.width, picture.boxes.copy()
-    boxes[:, [0, 2]] = width - picture.boxes[:, [2, 0]]
-    image = picture.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return replace(picture, image=image, boxes=boxes)
+    width, boxes = annotated.image.width, annotated.boxes.copy()
+    boxes[:, [0, 2]] = width - annotated.boxes[:, [2, 0]]
+    image = annotated.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return replace(annotated, image=image, boxes=boxes)
 
 
-def cropped(picture: Picture, smallest: float, rng: np.random.Generator) -> Picture:
-    """Return a random part of a picture that holds an object, if the picture has any.
+def random_crop(
+    annotated: AnnotatedImage, min_area: float, rng: np.random.Generator
+) -> AnnotatedImage:
+    """Return a random crop that keeps at least one object, if the image has any.
 
-    Its area is uniform between `smallest` and 1 of the picture's; it is as wide by high as the
-    picture, but for a factor of up to 4:3. Where no part is found, it is the picture as it is.
+    The crop's area is a uniform share from `min_area` to 1 of the image's, and its aspect ratio is
+    the image's times a factor between 3:4 and 4:3. If no trial keeps an object, return the image
+    unchanged.
     """
-    width, height = picture.image.size
-    for _ in range(TRIALS):
-        side = math.sqrt(rng.uniform(smallest, 1.0))
-        stretch = math.exp(rng.uniform(-math.log(RATIO), math.log(RATIO)) / 2)
+    width, height = annotated.image.size
+    for _ in range(MAX_TRIALS):
+        side = math.sqrt(rng.uniform(min_area, 1.0))
+        stretch = math.exp(rng.uniform(-math.log(MAX_RATIO_CHANGE), math.log(MAX_RATIO_CHANGE)) / 2)
         w = min(width, max(1, round(width * side * stretch)))
         h = min(height, max(1, round(height * side / stretch)))
         x, y = (int(rng.integers(0, n + 1)) for n in (width - w, height - h))
-        part = cut(picture, (x, y, x + w, y + h))
-        if len(part.boxes) or not len(picture.boxes):
-            return part
-    return picture
+        cropped = crop(annotated, (x, y, x + w, y + h))
+        if len(cropped.boxes) or not len(annotated.boxes):
+            return cropped
+    return annotated
 
 
-def cut(picture: Picture, part: tuple[int, int, int, int]) -> Picture:
-    """Return a part (x0, y0, x1, y1) of a picture, with the objects whose centre lies in it."""
-    x0, y0, x1, y1 = part
-    centre = (picture.boxes[:, :2] + picture.boxes[:, 2:]) / 2
-    lies_in = ((centre >= (x0, y0)) & (centre < (x1, y1))).all(1)
+def crop(annotated: AnnotatedImage, region: tuple[int, int, int, int]) -> AnnotatedImage:
+    """Crop an image to a region (x0, y0, x1, y1); keep the objects whose centre is inside."""
+    x0, y0, x1, y1 = region
+    centre = (annotated.boxes[:, :2] + annotated.boxes[:, 2:]) / 2
+    is_inside = ((centre >= (x0, y0)) & (centre < (x1, y1))).all(1)
     corner = (x0, y0, x0, y0)
-    boxes = np.minimum(np.maximum(picture.boxes, corner), (x1, y1, x1, y1)) - corner
-    kept = lies_in & ((boxes[:, 2:] - boxes[:, :2]) >= SMALLEST).all(1)
-    return Picture(picture.image.crop(part), boxes[kept], picture.classes[kept])
+    boxes = np.minimum(np.maximum(annotated.boxes, corner), (x1, y1, x1, y1)) - corner
+    is_kept = is_inside & ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(1)
+    return AnnotatedImage(annotated.image.crop(region), boxes[is_kept], annotated.classes[is_kept])

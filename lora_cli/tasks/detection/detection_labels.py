@@ -1,4 +1,4 @@
-"""The labels of objects: which there are, and which of them a category in the data is."""
+"""The labels of an object detection task, and the mapping of the data's categories to them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from lora_cli.data.load_rows import Rows, stream_label_names
 from lora_cli.errors import LoraError, Problem, counted, did_you_mean, printable
 from lora_cli.recipe import ObjectDetectionSpec, Recipe
 
-SHOWN = 60
-MOST_UNKNOWN = 10
+MAX_SHOWN_CHARACTERS = 60
+MAX_UNKNOWN = 10
 
 
 class DetectionLabels:
-    """The labels of objects, in the order of the model's outputs."""
+    """The labels, in the order of the model's outputs."""
 
     def __init__(self, recipe: Recipe, spec: ObjectDetectionSpec) -> None:
         self.recipe, self.spec = recipe, spec
         self.names = [str(label).strip() for label in spec.labels or []]
-        self.category_names: list[str] = []  # of the data set; its rows may hold positions
+        self.category_names: list[str] = []  # given by the data set, whose rows may hold indices
 
     def learn(self, splits: dict[str, Rows]) -> None:
-        """Find the labels.
+        """Take the labels from the recipe, or else infer them from the data; check all rows.
 
         Raises:
-            LoraError: If there are none, or with the categories in the data that are none.
+            LoraError: If there are no labels, or with every category in the data that is not one.
         """
         column = self.spec.objects_column
         if self.recipe.data.streaming:
@@ -39,15 +39,15 @@ class DetectionLabels:
             self.names = self._infer(splits)
         if "train" in splits:
             self._require_objects(splits["train"])
-        problems = [p for name, rows in splits.items() for p in self._unknown(name, rows)]
+        problems = [p for name, rows in splits.items() for p in self._unknown_labels(name, rows)]
         if problems:
             raise LoraError(problems)
 
     def _require_objects(self, rows: Rows) -> None:
-        """Check that there is an object to train.
+        """Check that there is an object to train on.
 
         Raises:
-            LoraError: If there is none, or all are marked to be left out.
+            LoraError: If there is none, or all are marked as crowds or difficult.
         """
         column, has_any = self.spec.objects_column, False
         for row in rows:
@@ -63,7 +63,7 @@ class DetectionLabels:
         raise LoraError(what, rows.source, hint)
 
     def _infer(self, splits: dict[str, Rows]) -> list[str]:
-        """Return the names that the data set gives its categories, or those that are found."""
+        """Return the data set's own category names, or else the categories in the train split."""
         if "train" not in splits:
             raise LoraError(
                 "the labels are not known",
@@ -73,20 +73,20 @@ class DetectionLabels:
         rows = splits["train"]
         if named := rows.label_names.get(self.spec.objects_column):
             return list(named)
-        found = self.count(rows)
-        if all(name.isdecimal() for name in found):
-            return sorted(found, key=int)
-        return sorted(found)
+        counts = self.count(rows)
+        if all(name.isdecimal() for name in counts):
+            return sorted(counts, key=int)
+        return sorted(counts)
 
     def count(self, rows: Rows) -> Counter[str]:
-        """Return how many objects of each category the rows have, by its name."""
+        """Count the objects of each category by name."""
         column = self.spec.objects_column
         return Counter(self.name_of(c) for row in rows for c in categories_in(row.get(column)))
 
     def name_of(self, category: str | int) -> str:
-        """Return the name of a category that the data give by its name, or by a position."""
+        """Return the name of a category that the data give by name or by index."""
         if isinstance(category, int) and 0 <= category < len(self.category_names):
-            # labels of other names in the recipe rename the categories, by position
+            # if the recipe has none of the data set's names, it renames the categories by index
             renamed = self.names and not set(self.names) & set(self.category_names)
             if not renamed or category >= len(self.names):
                 return self.category_names[category]
@@ -97,29 +97,29 @@ class DetectionLabels:
         return str(category)
 
     def position(self, category: str | int) -> int | None:
-        """Return the output that stands for a category, or None if it is no label."""
+        """Return the index of a category's label, or None if it is not a label."""
         name = self.name_of(category)
         return self.names.index(name) if name in self.names else None
 
     def names_in(self, row: dict[str, Any]) -> list[str]:
-        """Return the labels of a row's objects, each once, in the order of the labels."""
+        """Return the distinct labels of a row's objects, in label order."""
         try:
             categories = categories_in(row.get(self.spec.objects_column))
         except BoxError:
             return []
-        found = {self.name_of(category) for category in categories}
-        return [name for name in self.names if name in found]
+        names_found = {self.name_of(category) for category in categories}
+        return [name for name in self.names if name in names_found]
 
     def problem(self, row: dict[str, Any], place: str) -> Problem | None:
-        """Return which category of a row is no label."""
+        """Return a problem for the first category of a row that is not a label."""
         for category in categories_in(row.get(self.spec.objects_column)):
             if self.position(category) is None:
-                what = f"`{printable(str(category), SHOWN)}` is not a label"
-                return Problem(what, place, self._meant(str(category)))
+                what = f"`{printable(str(category), MAX_SHOWN_CHARACTERS)}` is not a label"
+                return Problem(what, place, self._hint(str(category)))
         return None
 
-    def _unknown(self, split: str, rows: Rows) -> list[Problem]:
-        """Return a problem for each category of a split that is no label."""
+    def _unknown_labels(self, split: str, rows: Rows) -> list[Problem]:
+        """Return a problem for each category of a split that is not a label."""
         counts = self.count(rows)
         unknown = [name for name in counts if name not in self.names]
         places: dict[str, str] = {}
@@ -128,23 +128,23 @@ class DetectionLabels:
                 places.setdefault(self.name_of(category), rows.place(i))
         problems = [
             Problem(
-                f"`{printable(name, SHOWN)}` is not a label "
+                f"`{printable(name, MAX_SHOWN_CHARACTERS)}` is not a label "
                 f"({counted(counts[name], 'object')} of {split})",
                 places[name],
-                self._meant(name),
+                self._hint(name),
             )
-            for name in unknown[:MOST_UNKNOWN]
+            for name in unknown[:MAX_UNKNOWN]
         ]
-        if len(unknown) > MOST_UNKNOWN:
-            more = counted(len(unknown) - MOST_UNKNOWN, "more category").replace("ys", "ies")
+        if len(unknown) > MAX_UNKNOWN:
+            remaining = counted(len(unknown) - MAX_UNKNOWN, "more category").replace("ys", "ies")
             hint = "name them in `task.labels`, or leave it out: they are found in the train split"
-            problems.append(Problem(f"{more} of {split} are not labels", rows.source, hint))
+            problems.append(Problem(f"{remaining} of {split} are not labels", rows.source, hint))
         return problems
 
-    def _meant(self, name: str) -> str:
+    def _hint(self, name: str) -> str:
         for label in self.names:
-            if how := difference_of_form(name, label):
-                return f"it is the label `{label}` but for {how}: write both alike"
+            if difference := difference_of_form(name, label):
+                return f"it is the label `{label}` but for {difference}: write both alike"
         if name.isdecimal() and not any(label.isdecimal() for label in self.names):
             return f"positions are 0 to {len(self.names) - 1}: {', '.join(self.names[:20])}"
         known = did_you_mean(name, self.names, "the labels are")

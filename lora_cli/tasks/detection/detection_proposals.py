@@ -1,4 +1,4 @@
-"""Rows of a picture with boxes, for `lora init`."""
+"""Proposal of an object detection task for `lora init`, from rows of images with boxes."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from lora_cli.data.pictures import picture_facts
 from lora_cli.errors import LoraError, counted
 from lora_cli.tasks.proposal import DETECTORS, BaseFacts, Certainty, Proposal, Table, proposed
 
-FORMS = ("xywh", "xyxy", "relative_cxcywh", "relative_xywh", "relative_xyxy")
-LARGEST, STEP = 640, 32  # pixels
+BOX_FORMATS = ("xywh", "xyxy", "relative_cxcywh", "relative_xywh", "relative_xyxy")
+MAX_IMAGE_SIZE, SIZE_MULTIPLE = 640, 32  # pixels
 Json = dict[str, Any]
 
 
 def propose_objects(table: Table, base: BaseFacts) -> Proposal | None:
-    """Return which objects of a picture a table has; see `Task.propose`."""
+    """Propose object detection if a column holds boxes; see `Task.propose`."""
     rows = table.rows[:SAMPLE]
     column = next(
         (c.name for c in table.columns if are_objects([row.get(c.name) for row in rows])), None
     )
     if column is None or base.draws or table.label not in (None, column):
         return None
-    return proposed(lambda: _of_objects(table, base, column), Certainty.ONLY)
+    return proposed(lambda: _propose_task(table, base, column), Certainty.ONLY)
 
 
-def _of_objects(table: Table, base: BaseFacts, column: str) -> Proposal:
-    """Return the task of rows with a picture and objects.
+def _propose_task(table: Table, base: BaseFacts, column: str) -> Proposal:
+    """Propose the task of rows that hold an image and its objects.
 
     Raises:
-        LoraError: If no column holds pictures, or the model does not find objects.
+        LoraError: If no column holds images, or the model is not an object detector.
     """
     names = [c.name for c in table.columns if c.name != column]
     image = next((name for name in names if _holds_media(table, name)), None)
@@ -43,21 +43,29 @@ def _of_objects(table: Table, base: BaseFacts, column: str) -> Proposal:
     if base.model_type not in DETECTORS and base.model_type is not None:
         what = f"`{base.name}` does not find objects, and {table.place} holds boxes"
         raise LoraError(what, "--model", "use YOLOS or DETR, such as hustvl/yolos-tiny")
-    counts = Counter(name for row in table.rows for name in _names_in(row.get(column)))
+    counts = Counter(name for row in table.rows for name in _category_names(row.get(column)))
     keys: Json = {"type": "object_detection"}
-    why = {"": f"boxes of {counted(len(counts), 'label')}"}
+    reasons = {"": f"boxes of {counted(len(counts), 'label')}"}
     if image != "image":
-        keys["image_column"], why["image_column"] = image, "the pictures"
+        keys["image_column"], reasons["image_column"] = image, "the pictures"
     if column != "objects":
-        keys["objects_column"], why["objects_column"] = column, "a list of boxes and labels"
-    known = [(row[column], size) for row in table.rows[:SAMPLE] if (size := _size(row.get(image)))]
-    if known:
-        form = next((form for form in FORMS if _fits(known, form)), FORMS[0])
-        if form != FORMS[0]:
-            keys["box_format"], why["box_format"] = form, "read so, all boxes lie in their pictures"
-        longest = max(max(size) for _, size in known)
-        keys["image_size"] = min(LARGEST, -(-longest // STEP) * STEP)
-        why["image_size"] = f"the largest picture has {longest:,} pixels a side; more is slower"
+        keys["objects_column"], reasons["objects_column"] = column, "a list of boxes and labels"
+    objects_and_sizes = [
+        (row[column], size) for row in table.rows[:SAMPLE] if (size := _image_size(row.get(image)))
+    ]
+    if objects_and_sizes:
+        box_format = next(
+            (box_format for box_format in BOX_FORMATS if _fits(objects_and_sizes, box_format)),
+            BOX_FORMATS[0],
+        )
+        if box_format != BOX_FORMATS[0]:
+            keys["box_format"], reasons["box_format"] = (
+                box_format,
+                "read so, all boxes lie in their pictures",
+            )
+        longest = max(max(size) for _, size in objects_and_sizes)
+        keys["image_size"] = min(MAX_IMAGE_SIZE, -(-longest // SIZE_MULTIPLE) * SIZE_MULTIPLE)
+        reasons["image_size"] = f"the largest picture has {longest:,} pixels a side; more is slower"
     left_out = {name: "not needed" for name in names if name != image}
 
     def row_error(row: Json) -> str:
@@ -67,7 +75,7 @@ def _of_objects(table: Table, base: BaseFacts, column: str) -> Proposal:
             return str(error)
         return ""
 
-    return Proposal(keys, why, [image], counts, left_out, row_error)
+    return Proposal(keys, reasons, [image], counts, left_out, row_error)
 
 
 def _holds_media(table: Table, name: str) -> bool:
@@ -75,25 +83,25 @@ def _holds_media(table: Table, name: str) -> bool:
     return are_media(values)
 
 
-def _names_in(value: Any) -> set[str]:
+def _category_names(value: Any) -> set[str]:
     try:
         return {str(category) for category in categories_in(value)}
     except BoxError:
         return set()
 
 
-def _size(value: Any) -> tuple[int, int] | None:
-    """Return the size of a picture, if it can be read from here."""
+def _image_size(value: Any) -> tuple[int, int] | None:
+    """Return the width and height of an image, or None if the file cannot be read from here."""
     value = media_value(value)
     facts = picture_facts(value) if is_media(value) else None
     return None if facts is None or facts.error else (facts.width, facts.height)
 
 
-def _fits(known: Sequence[tuple[Any, tuple[int, int]]], form: str) -> bool:
-    """Return whether the boxes of all pictures lie inside, read in one form."""
-    for value, size in known:
+def _fits(objects_and_sizes: Sequence[tuple[Any, tuple[int, int]]], box_format: str) -> bool:
+    """Return whether all boxes lie inside their images when read in a given format."""
+    for value, size in objects_and_sizes:
         try:
-            read_objects(value, size, form)
+            read_objects(value, size, box_format)
         except BoxError:
             return False
     return True

@@ -29,7 +29,12 @@ from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise
 from lora_cli.tasks.diffusion.flow_noise import FlowNoise
 from lora_cli.tasks.diffusion.prior_pictures import PriorPictures
 from lora_cli.tasks.examples import Encoded, Example, Field
-from lora_cli.tasks.pictures.odd_pictures import FEATURES, odd_facts, odd_pictures, where
+from lora_cli.tasks.pictures.odd_pictures import (
+    ODD_FEATURES,
+    odd_facts,
+    odd_pictures,
+    positions_where,
+)
 
 ENCODING = 1  # of rows into examples; a change of it makes what is kept on the disk useless
 
@@ -195,7 +200,7 @@ class CaptionRows(Task):
         ids = {f"ids_{i}": "list<int32>" for i in range(len(self.tokenizers))}
         sizes = dict.fromkeys(("width", "height", "draw"), "int32")
         return {
-            "image": "media", "caption": "string", **ids, **sizes, "is_cut": "bool", **FEATURES,
+            "image": "media", "caption": "string", **ids, **sizes, "is_cut": "bool", **ODD_FEATURES,
         }  # fmt: skip
 
     def train_features(self) -> dict[str, str]:
@@ -272,9 +277,11 @@ class CaptionRows(Task):
 
     def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
         """Return a warning of odd pictures, and of captions that are longer than is read."""
-        said = [odd_pictures(name, rows, examples)]
-        found = list(dict.fromkeys(int(examples[i]["row"]) for i in where(examples, "is_cut")))
-        if found:
-            what = self.cut_note_of(len(found), f"{name} caption")
-            said.append(f"{what}: {rows.place(found[0])}")
-        return 0.0, "; ".join(filter(None, said)) or None
+        warnings = [odd_pictures(name, rows, examples)]
+        cut = list(
+            dict.fromkeys(int(examples[i]["row"]) for i in positions_where(examples, "is_cut"))
+        )
+        if cut:
+            what = self.cut_note_of(len(cut), f"{name} caption")
+            warnings.append(f"{what}: {rows.place(cut[0])}")
+        return 0.0, "; ".join(filter(None, warnings)) or None

@@ -1,1 +1,1 @@
-"""What tasks that see pictures share."""
+"""Code shared by the tasks whose inputs are images."""

@@ -1,4 +1,4 @@
-"""What a user should know of the pictures of a split: animations, transparent parts."""
+"""Warnings about unusual images: animations and transparency."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from lora_cli.data.load_rows import Rows
 from lora_cli.data.pictures import PictureFacts
 from lora_cli.errors import counted
 
-READS = {
+EFFECTS = {
     "is_animated": "several pictures in one file, of which the first is read",
     "is_transparent": "transparent parts, which are read as white",
 }
-FEATURES = dict.fromkeys(READS, "bool")
-"""The types of these facts in an example."""
+ODD_FEATURES = dict.fromkeys(EFFECTS, "bool")
+"""The types of `odd_facts` in an example."""
 
 
 def odd_facts(facts: PictureFacts) -> dict[str, bool]:
-    """Return the facts of a picture that an example keeps."""
+    """Return the facts that `odd_pictures` needs, to be stored in an example."""
     return {"is_animated": facts.is_animated, "is_transparent": facts.is_transparent}
 
 
 def odd_pictures(name: str, rows: Rows, examples: Any) -> str | None:
-    """Return a warning of pictures that are animated, or have transparent parts.
+    """Return a warning about images that are animated or partly transparent, or None.
 
     Args:
-        name: What the rows are called.
+        name: What the warning calls the rows.
         rows: The rows.
-        examples: Of the rows: a data set, or a list.
+        examples: The rows' examples: a data set or a list.
     """
-    said = []
-    for key, what in READS.items():
-        positions = where(examples, key)
-        found = list(dict.fromkeys(int(examples[i]["row"]) for i in positions))
-        if found:
-            have = "has" if len(found) == 1 else "have"
-            place = rows.place(found[0])
-            said.append(f"{counted(len(found), f'{name} row')} {have} {what}: {place}")
-    return "; ".join(said) or None
+    warnings = []
+    for key, effect in EFFECTS.items():
+        positions = positions_where(examples, key)
+        indices = list(dict.fromkeys(int(examples[i]["row"]) for i in positions))
+        if indices:
+            verb = "has" if len(indices) == 1 else "have"
+            place = rows.place(indices[0])
+            warnings.append(f"{counted(len(indices), f'{name} row')} {verb} {effect}: {place}")
+    return "; ".join(warnings) or None
 
 
-def where(examples: Any, key: str) -> list[int]:
-    """Return the positions of the examples in which a key is not false, nor 0."""
+def positions_where(examples: Any, key: str) -> list[int]:
+    """Return the positions of the examples in which a feature is true or nonzero."""
     if hasattr(examples, "data"):
         values = examples.data.column(key).to_numpy()
     else:

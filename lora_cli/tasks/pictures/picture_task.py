@@ -1,4 +1,4 @@
-"""What the tasks share whose rows are pictures: how they are found, opened and shown."""
+"""Base class of the tasks whose rows hold images: checks, loading and thumbnails."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from lora_cli.tasks.pictures.odd_pictures import odd_pictures
 
 
 class PictureTask(Task):
-    """A task that reads a picture in each row."""
+    """A task whose input is an image."""
 
     spec: Any
     channels: int
     unit = "picture"
     input_name = "picture"
     thumbnail_size = 96
-    """The longer side of a picture in the report, in pixels."""
+    """The longer side of an image in the report, in pixels."""
 
     def read_channels(self) -> int:
-        """Return how many channels of a picture the model reads.
+        """Return the number of image channels that the model reads.
 
         Raises:
             LoraError: If it is neither 3 nor 1.
@@ -40,7 +40,7 @@ class PictureTask(Task):
         return channels
 
     def input_error(self, row: dict[str, Any]) -> str:
-        """Return why the picture cannot be read, or nothing; it is decoded."""
+        """Decode the image; return why it cannot be read, or an empty string."""
         column = self.spec.image_column
         if error := media_error(row, [column]):
             return error
@@ -49,28 +49,28 @@ class PictureTask(Task):
         return f"`{described(value)}` {error}" if error else ""
 
     def opened(self, value: dict[str, Any]) -> Any:
-        """Return a picture as the model sees it, as an image of Pillow.
+        """Load an image with the model's channels, as a Pillow image.
 
         Raises:
-            LoraError: If it cannot be read any more.
+            LoraError: If the file has become unreadable since the rows were checked.
         """
         try:
             return open_picture(value, self.channels)
-        except PictureError as error:  # it was whole when the rows were checked
+        except PictureError as error:  # the file was intact when the rows were checked
             what = f"`{described(value)}` {error}; it was whole when the run began"
             hint = "put the file back; a run that was interrupted goes on with `--resume`"
             raise LoraError(what, str(value["path"] or ""), hint) from error
 
     def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
-        """Return a warning of pictures that are animated, or have transparent parts."""
+        """Return a warning about images that are animated or partly transparent."""
         return 0.0, odd_pictures(name, rows, examples)
 
     def parse_input(self, typed: str) -> dict[str, Any]:
-        """Return a row of the path of a picture."""
+        """Return a row that holds the image of a path."""
         return {self.spec.image_column: media_value(typed, Path.cwd())}
 
     def thumbnail(self, row: dict[str, Any]) -> str | None:
-        """Return a small copy of a row's picture, as a `data:` address."""
+        """Return a thumbnail of a row's image as a `data:` URL."""
         try:
             return thumbnail_of(row[self.spec.image_column], self.thumbnail_size)
         except PictureError:
@@ -78,6 +78,6 @@ class PictureTask(Task):
 
 
 def dtype_of_base(model: nn.Module) -> torch.dtype:
-    """Return the dtype of the weights that read the pixels: those of the base."""
+    """Return the dtype of the base's (frozen) weights, in which it expects pixel values."""
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     return next((p.dtype for p in parameters if not p.requires_grad), parameters[0].dtype)
