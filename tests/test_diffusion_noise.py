@@ -12,8 +12,8 @@ import torch
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe.spec import PriorSpec
-from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise, error_of
-from lora_cli.tasks.diffusion.drawing import NAME_LENGTH, picture_name
+from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise, mean_squared_errors
+from lora_cli.tasks.diffusion.drawing import MAX_NAME_LENGTH, picture_name
 from lora_cli.tasks.diffusion.prior_pictures import PriorPictures
 
 diffusers = pytest.importorskip("diffusers")
@@ -74,15 +74,15 @@ def test_steps_are_drawn_evenly_from_equal_parts() -> None:
 
     def drawn(share: float, *part: int) -> int:
         rng: Any = SimpleNamespace(random=lambda: share)
-        return noise.draw_step(rng, *part)
+        return noise.sample_step(rng, *part)
 
     assert [drawn(share) for share in (0.0, 0.25, 0.9999)] == [0, 250, 999]
     assert [drawn(0.5, i, 4) for i in range(4)] == [125, 375, 625, 875]
     assert drawn(1.0 - 2**-53, 3, 4) == 999  # where rounding would give one step more
     rng: Any = SimpleNamespace(random=lambda: 0.5)
-    assert [noise.spread_step(rng, i, 4) for i in range(4)] == [125, 375, 625, 875]
+    assert [noise.validation_step(rng, i, 4) for i in range(4)] == [125, 375, 625, 875]
     random = np.random.default_rng(0)
-    steps = [noise.draw_step(random) for _ in range(2000)]
+    steps = [noise.sample_step(random) for _ in range(2000)]
     assert np.histogram(steps, 4, (0, 1000))[0] == pytest.approx(500, rel=0.15)
 
 
@@ -90,7 +90,7 @@ def test_the_error_of_a_picture_is_its_mean_square_in_single_precision_at_least(
     a, b = torch.full((2, 1, 2, 2), 3.0), torch.zeros(2, 1, 2, 2)
     b[1, 0, 0] = 5.0
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        found = error_of(a.to(dtype), b)
+        found = mean_squared_errors(a.to(dtype), b)
         assert found.tolist() == [9.0, (2 * 4 + 2 * 9) / 4]
         assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
@@ -105,19 +105,19 @@ def test_a_picture_is_named_after_its_text_and_seed() -> None:
     assert name == picture_name("A red, red bicycle!", 3) != picture_name("a red red bicycle", 3)
     assert name != picture_name("A red, red bicycle!", 4)
     long = picture_name("word " * 30, 0)
-    assert long.rpartition("-")[0] == ("word-" * 30)[:NAME_LENGTH].rstrip("-")
-    assert NAME_LENGTH == 40
+    assert long.rpartition("-")[0] == ("word-" * 30)[:MAX_NAME_LENGTH].rstrip("-")
+    assert MAX_NAME_LENGTH == 40
     assert len(picture_name("自転車", 0)) == 8 + len(".png")
 
 
-class Drawing:
-    """Draws nothing, and notes what it is asked for."""
+class ImageGenerator:
+    """Generates files without images, and records the requests."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[list[str], int]] = []
+        self.requests: list[tuple[list[str], int]] = []
 
-    def draw(self, prompts: list[str], seed: int) -> list[Any]:
-        self.asked.append((prompts, seed))
+    def generate(self, prompts: list[str], seed: int) -> list[Any]:
+        self.requests.append((prompts, seed))
         return [SimpleNamespace(save=lambda path, kind: Path(path).write_text(kind))]
 
 
@@ -129,7 +129,7 @@ def prior(folder: Path, count: int) -> PriorPictures:
 
 def test_missing_pictures_are_drawn_under_names_that_are_free(tmp_path: Path) -> None:
     folder = tmp_path / "of" / "dogs"
-    pictures, drawing = prior(folder, 4), Drawing()
+    pictures, generator = prior(folder, 4), ImageGenerator()
     assert (pictures.files(), pictures.missing) == ([], 4)
     folder.mkdir(parents=True)
     for name in ("own.JPG", "drawn-0001.png", ".hidden.png", "note.txt"):
@@ -137,8 +137,8 @@ def test_missing_pictures_are_drawn_under_names_that_are_free(tmp_path: Path) ->
     (folder / "folder.png").mkdir()
     assert [file.name for file in pictures.files()] == ["drawn-0001.png", "own.JPG"]
     assert pictures.missing == 2
-    pictures.draw(drawing, 2**32 - 1)  # type: ignore[arg-type]
-    assert drawing.asked == [(["a dog"], 2**32 - 1), (["a dog"], 1)]  # of drawn-0000 and -0002
+    pictures.generate_missing(generator, 2**32 - 1)  # type: ignore[arg-type]
+    assert generator.requests == [(["a dog"], 2**32 - 1), (["a dog"], 1)]  # of drawn-0000 and -0002
     names = ["drawn-0000.png", "drawn-0001.png", "drawn-0002.png", "own.JPG"]
     assert [file.name for file in pictures.files()] == names
     assert not list(folder.glob("*.tmp"))

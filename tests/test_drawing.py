@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_cli.errors import NumericsError
 from lora_cli.recipe.spec import DrawingSpec
-from lora_cli.tasks.diffusion.drawing import Drawing
+from lora_cli.tasks.diffusion.drawing import ImageGenerator
 
 
 class Vae:
@@ -48,7 +48,9 @@ class Pipeline:
         return list(pixels)
 
 
-def drawing(side: int = 24, vae: Vae | None = None, **settings: Any) -> tuple[Drawing, Pipeline]:
+def drawing(
+    side: int = 24, vae: Vae | None = None, **settings: Any
+) -> tuple[ImageGenerator, Pipeline]:
     pipeline = Pipeline(vae or Vae())
     seen: list[int] = []
 
@@ -56,7 +58,7 @@ def drawing(side: int = 24, vae: Vae | None = None, **settings: Any) -> tuple[Dr
         seen.append(side)
         return drawn + 10
 
-    made = Drawing(pipeline, DrawingSpec(**settings), side, latents_of)
+    made = ImageGenerator(pipeline, DrawingSpec(**settings), side, latents_of)
     made.seen = seen  # type: ignore[attr-defined]
     return made, pipeline
 
@@ -68,7 +70,7 @@ def noise(seed: int) -> Tensor:
 @pytest.mark.parametrize("seeds", [(7,), (7, 8, 9)])
 def test_each_text_starts_from_noise_of_its_own_seed(seeds: tuple[int, ...]) -> None:
     made, pipeline = drawing(steps=3, guidance_scale=2.5)
-    found = made.draw(["a", "b", "c"], *seeds)
+    found = made.generate(["a", "b", "c"], *seeds)
     each = seeds * 3 if len(seeds) == 1 else seeds
     for picture, seed in zip(found, each, strict=True):
         assert torch.allclose(picture, 3 * (noise(seed) + 10) / 0.5)
@@ -84,18 +86,18 @@ def test_each_text_starts_from_noise_of_its_own_seed(seeds: tuple[int, ...]) -> 
 def test_pixels_are_decoded_in_the_autoencoder_s_own_precision() -> None:
     made, _ = drawing()
     with torch.autocast("cpu", torch.bfloat16):
-        (found,) = made.draw(["a"], 7)
+        (found,) = made.generate(["a"], 7)
     assert torch.allclose(found, 3 * (noise(7) + 10) / 0.5)
 
 
 def test_one_text_is_the_same_whatever_is_drawn_with_it() -> None:
     made, _ = drawing()
-    assert torch.equal(made.draw(["a", "b"], 1, 2)[1], made.draw(["b"], 2)[0])
+    assert torch.equal(made.generate(["a", "b"], 1, 2)[1], made.generate(["b"], 2)[0])
 
 
 def test_a_negative_prompt_is_one_for_each_text() -> None:
     made, pipeline = drawing(negative_prompt="blurred")
-    made.draw(["a", "b"], 1)
+    made.generate(["a", "b"], 1)
     assert pipeline.asked["negative_prompt"] == ["blurred", "blurred"]
 
 
@@ -105,7 +107,7 @@ def test_latents_are_scaled_and_shifted_as_the_autoencoder_says(
     config: dict[str, Any], shift: float
 ) -> None:
     made, _ = drawing(vae=Vae(**config))
-    (found,) = made.draw(["a"], 5)
+    (found,) = made.generate(["a"], 5)
     assert torch.allclose(found, 3 * ((noise(5) + 10) / 0.5 + shift))
 
 
@@ -114,5 +116,5 @@ def test_what_is_not_finite_is_an_error_and_no_picture(factor: float) -> None:
     made, pipeline = drawing()
     pipeline.factor = factor
     with pytest.raises(NumericsError, match="numbers that are not finite") as caught:
-        made.draw(["a"], 1)
+        made.generate(["a"], 1)
     assert caught.value.problems[0].at == "train.precision"

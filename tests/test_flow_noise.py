@@ -85,7 +85,7 @@ def test_the_square_of_the_share_weighs_the_error_of_the_picture() -> None:
 def test_a_place_is_moved_by_the_density_with_a_mode(place: float, scale: float) -> None:
     moved = 1 - place - scale * (math.cos(math.pi * place / 2) ** 2 - 1 + place)
     wanted = min(max(int(moved * 1000), 0), 999)
-    found = noise(timesteps="mode", mode_scale=scale).draw_step(at(place))
+    found = noise(timesteps="mode", mode_scale=scale).sample_step(at(place))
     assert found == wanted
 
 
@@ -95,24 +95,24 @@ def test_a_place_is_the_logistic_function_of_a_normal_number(
     normal: float, mean: float, std: float
 ) -> None:
     place = 1 / (1 + math.exp(-(mean + std * normal)))
-    found = noise(timesteps="logit_normal", mean=mean, std=std).draw_step(at(normal))
+    found = noise(timesteps="logit_normal", mean=mean, std=std).sample_step(at(normal))
     assert found == int(place * 1000)
 
 
 def test_uniform_places_are_steps_as_they_are_and_both_ends_are_steps() -> None:
     uniform = noise(timesteps="uniform")
-    assert [uniform.draw_step(at(p)) for p in (0.0, 0.25, 0.5004, 0.9999)] == [0, 250, 500, 999]
-    assert uniform.draw_step(at(1.0)) == 999
-    assert noise(n_steps=10, timesteps="uniform").draw_step(at(0.99)) == 9
+    assert [uniform.sample_step(at(p)) for p in (0.0, 0.25, 0.5004, 0.9999)] == [0, 250, 500, 999]
+    assert uniform.sample_step(at(1.0)) == 999
+    assert noise(n_steps=10, timesteps="uniform").sample_step(at(0.99)) == 9
     assert uniform._step_at(-0.5) == 0
 
 
 def test_to_measure_steps_are_one_from_each_equal_part() -> None:
     for spec in ({}, {"timesteps": "mode"}):  # whatever is trained most often
         found = noise(**spec)
-        assert [found.spread_step(at(0.5), i, 4) for i in range(4)] == [125, 375, 625, 875]
-        assert found.spread_step(at(0.0), 0, 1) == 0
-        assert found.spread_step(at(1.0), 3, 4) == 999
+        assert [found.validation_step(at(0.5), i, 4) for i in range(4)] == [125, 375, 625, 875]
+        assert found.validation_step(at(0.0), 0, 1) == 0
+        assert found.validation_step(at(1.0), 3, 4) == 999
 
 
 def test_without_a_specification_it_is_that_of_the_recipe_s_defaults() -> None:

@@ -239,7 +239,7 @@ def flow_scheduler() -> Any:
 )
 def test_steps_are_drawn_as_often_as_by_diffusers(spec: FlowSpec) -> None:
     noise, rng = FlowNoise(flow_scheduler(), spec), np.random.default_rng(0)
-    drawn = [noise.draw_step(rng) for _ in range(20_000)]
+    drawn = [noise.sample_step(rng) for _ in range(20_000)]
     u = compute_density_for_timestep_sampling(
         spec.timesteps, 20_000, spec.mean, spec.std, spec.mode_scale,
         generator=torch.Generator().manual_seed(0),
@@ -253,7 +253,7 @@ def test_steps_are_drawn_as_often_as_by_diffusers(spec: FlowSpec) -> None:
 def test_the_ends_of_what_is_drawn_are_steps() -> None:
     for spec in (FlowSpec(mean=1e6, std=1e6), FlowSpec(mean=-1e6), FlowSpec(timesteps="mode")):
         noise, rng = FlowNoise(flow_scheduler(), spec), np.random.default_rng(0)
-        assert {noise.draw_step(rng) for _ in range(200)} <= set(range(1000))
+        assert {noise.sample_step(rng) for _ in range(200)} <= set(range(1000))
         steps = torch.arange(1000)
         assert bool((noise.times(steps) > 0).all())
         assert float(noise.times(steps[:1])) == 1000.0  # noise alone

@@ -532,7 +532,7 @@ def test_the_place_of_a_cut_is_that_in_the_mirrored_picture(tmp_path: Path) -> N
     wide = np.broadcast_to(numbers[None, :, None], (SIDE, 2 * SIDE, 3))
     Image.fromarray(np.ascontiguousarray(wide)).save(value["path"])
     seen = [
-        task._seen(value, (SIDE, SIDE), np.random.default_rng(seed), only_sizes=False)
+        task._prepare_image(value, (SIDE, SIDE), np.random.default_rng(seed), only_sizes=False)
         for seed in range(12)
     ]
     mirrored = 0

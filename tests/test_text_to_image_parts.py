@@ -40,11 +40,11 @@ class Noise:
 
     steps = 100
 
-    def draw_step(self, rng: np.random.Generator) -> int:
+    def sample_step(self, rng: np.random.Generator) -> int:
         return int(rng.integers(50, 100))
 
-    def spread_step(self, rng: np.random.Generator, draw: int, of: int) -> int:
-        return 10 * draw + of
+    def validation_step(self, rng: np.random.Generator, index: int, n_draws: int) -> int:
+        return 10 * index + n_draws
 
     def times(self, steps: Tensor) -> Tensor:
         return 1000.0 - steps
@@ -246,7 +246,7 @@ def test_captions_that_are_cut_are_counted_by_rows(monkeypatch: pytest.MonkeyPat
     said: list[Any] = []
     monkeypatch.setattr(caption_rows, "odd_pictures", lambda *g: said.append(g) or None)
     monkeypatch.setattr(
-        caption_rows, "where", lambda of, key: [i for i, e in enumerate(of) if e[key]]
+        caption_rows, "positions_where", lambda of, key: [i for i, e in enumerate(of) if e[key]]
     )
     examples = [{"row": 0, "is_cut": False}, *[{"row": 2, "is_cut": True}] * 3,
                 {"row": 5, "is_cut": True}]  # fmt: skip
@@ -410,7 +410,7 @@ def test_a_mirrored_cut_has_its_place_in_the_mirrored_picture() -> None:
     value = picture(41, 16)
     flips = set()
     for seed in range(20):
-        seen = made._seen(value, (16, 16), np.random.default_rng(seed), False)
+        seen = made._prepare_image(value, (16, 16), np.random.default_rng(seed), False)
         left = seen.sizes[3]
         # the second channel says the column
         columns = ((seen.pixels[1, 0] + 1) * 127.5 / 6).round()
@@ -743,8 +743,8 @@ def test_an_answer_is_the_name_of_the_picture_that_was_drawn(
 
 def test_a_picture_is_drawn_by_the_recipe_s_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     made = task(evaluate__drawing={"seed": 9})
-    drawing = SimpleNamespace(draw=lambda prompts, seed: [(prompts, seed)])
-    monkeypatch.setattr(made, "_drawing", lambda model: drawing)
+    generator = SimpleNamespace(generate=lambda prompts, seed: [(prompts, seed)])
+    monkeypatch.setattr(made, "_image_generator", lambda model: generator)
     assert made.draw_pictures(MODEL, ["a"]) == [(["a"], 9)]
 
 
@@ -755,12 +755,14 @@ def test_the_base_draws_the_pictures_of_the_class_that_are_missing(
     made = task(prior=has_prior, train__seed=5)
     drawn: list[Any] = []
     if has_prior:
-        made.prior = SimpleNamespace(missing=missing, draw=lambda *given: drawn.append(given))
+        made.prior = SimpleNamespace(
+            missing=missing, generate_missing=lambda *args: drawn.append(args)
+        )
     model = nn.Dropout()
     monkeypatch.setattr(made, "load_model", lambda device: (model, []))
-    monkeypatch.setattr(made, "_drawing", lambda of: ("drawing", of, of.training))
+    monkeypatch.setattr(made, "_image_generator", lambda base: ("generator", base, base.training))
     made.complete_data(torch.device("cpu"))
-    assert drawn == ([(("drawing", model, False), 5)] if missing else [])
+    assert drawn == ([(("generator", model, False), 5)] if missing else [])
 
 
 @pytest.mark.parametrize("flow", [True, False])

@@ -32,8 +32,8 @@ from lora_cli.tasks.diffusion.check_settings import (
     check_longest_side,
     check_resolution,
 )
-from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise, error_of
-from lora_cli.tasks.diffusion.drawing import Drawing, picture_name
+from lora_cli.tasks.diffusion.diffusion_noise import DiffusionNoise, mean_squared_errors
+from lora_cli.tasks.diffusion.drawing import ImageGenerator, picture_name
 from lora_cli.tasks.diffusion.flow_noise import FlowNoise
 from lora_cli.tasks.examples import MAIN, Batch, Prediction
 
@@ -295,7 +295,7 @@ class TextToImage(CaptionedPictures):
         return found
 
     def _errors(self, one: _Denoised) -> Tensor:
-        errors = error_of(one.predicted, one.target)
+        errors = mean_squared_errors(one.predicted, one.target)
         return errors if one.weights is None else errors * one.weights.to(errors.dtype)
 
     def predictions(self, model: nn.Module, output: Any, batch: Batch) -> list[Prediction]:
@@ -351,13 +351,13 @@ class TextToImage(CaptionedPictures):
     def draw_pictures(self, model: nn.Module, prompts: Sequence[str]) -> list[Any]:
         """Return the picture that a model draws for each text, as Pillow has it."""
         with quiet_diffusers():
-            return self._drawing(model).draw(prompts, self.recipe.evaluate.drawing.seed)
+            return self._image_generator(model).generate(prompts, self.recipe.evaluate.drawing.seed)
 
-    def _drawing(self, model: nn.Module) -> Drawing:
+    def _image_generator(self, model: nn.Module) -> ImageGenerator:
         assert isinstance(model, Bundle)
         pipeline = self.base.build_pipeline(model, self.tokenizers)
         settings, latents_of = self.recipe.evaluate.drawing, self.base.family.drawn_latents
-        return Drawing(pipeline, settings, self.spec.resolution, latents_of)
+        return ImageGenerator(pipeline, settings, self.spec.resolution, latents_of)
 
     def complete_data(self, device: torch.device) -> None:
         """Let the base draw the pictures of the class that are not there yet."""
@@ -367,7 +367,7 @@ class TextToImage(CaptionedPictures):
         native = mixed_precision(self.recipe)
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(native)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            self.prior.draw(self._drawing(model.eval()), self.recipe.train.seed)
+            self.prior.generate_missing(self._image_generator(model.eval()), self.recipe.train.seed)
 
 
 def _groups(inputs: Mapping[str, Tensor]) -> list[tuple[Tensor, dict[str, Tensor]]]:

@@ -1,1 +1,1 @@
-"""What drawing pictures from texts needs: captions, noise, the pipeline that draws."""
+"""Parts of text-to-image training: captions, noise schedules, image generation."""

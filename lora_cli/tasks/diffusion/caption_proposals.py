@@ -1,4 +1,4 @@
-"""Rows of a picture with what it shows, for `lora init`."""
+"""Proposal of a text-to-image task for `lora init`, from rows of images with captions."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from lora_cli.tasks.proposal import BaseFacts, Certainty, Proposal, Table, propo
 CAPTION_NAME = re.compile(
     r"(?i)text|captions?|prompts?|descriptions?|title|tags|(additional_|image_)?(feature|caption)"
 )
-USUAL = {"image_column": "image", "caption_column": "text"}
+DEFAULT_COLUMNS = {"image_column": "image", "caption_column": "text"}
 
 
 def propose_captions(table: Table, base: BaseFacts) -> Proposal | None:
-    """Return which caption of a picture a table has; see `Task.propose`."""
+    """Propose text-to-image training if the base is a diffusion model; see `Task.propose`."""
     if not base.draws:
         return None
-    return proposed(lambda: _of_captions(table, base), Certainty.ONLY)
+    return proposed(lambda: _propose_task(table, base), Certainty.ONLY)
 
 
-def _of_captions(table: Table, base: BaseFacts) -> Proposal:
-    """Return the task of rows with a picture and a caption.
+def _propose_task(table: Table, base: BaseFacts) -> Proposal:
+    """Propose the task of rows that hold an image and its caption.
 
     Raises:
-        LoraError: If no column holds pictures, or none says what they show.
+        LoraError: If no column holds images, or no column can be told to hold captions.
     """
     place, names = table.place, [column.name for column in table.columns]
     listed = f"the columns are {', '.join(names)}"
@@ -43,24 +43,24 @@ def _of_captions(table: Table, base: BaseFacts) -> Proposal:
         what = "no column is by its name what the pictures show"
         raise LoraError(what, place, f"name it: `--text COLUMN`; {listed}")
     keys = {"type": "text_to_image", "image_column": image, "caption_column": caption}
-    why = {
+    reasons = {
         "image_column": "the pictures" if table.media else "pictures, or paths of such",
         "caption_column": "chosen by you" if table.text else "by its name",
     }
     if table.media is not None:
-        why["caption_column"] = "the text files next to them"
-    for key, usual in USUAL.items():
-        if keys[key] == usual:
+        reasons["caption_column"] = "the text files next to them"
+    for key, default in DEFAULT_COLUMNS.items():
+        if keys[key] == default:
             del keys[key]
     if base.picture_side is not None:
         keys["resolution"] = base.picture_side  # type: ignore[assignment]
-        why["resolution"] = "the size that the model was trained for"
+        reasons["resolution"] = "the size that the model was trained for"
     left_out = {name: "not needed" for name in names if name not in (image, caption)}
-    return Proposal(keys, why, [image, caption], None, left_out, limits={})
+    return Proposal(keys, reasons, [image, caption], None, left_out, limits={})
 
 
 def _caption_column(names: Sequence[str]) -> str | None:
-    """Return the column of what pictures show, by its name, or the only one that there is."""
+    """Return the column with a caption's name, or else the only column."""
     named = [name for name in names if CAPTION_NAME.fullmatch(name)]
     if named:
         return named[0]

@@ -1,4 +1,4 @@
-"""Rows of a picture and what it shows: which can be trained, and how each becomes an example."""
+"""Rows that hold an image and its caption: checks, and their encoding into examples."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from lora_cli.tasks.pictures.odd_pictures import (
     positions_where,
 )
 
-ENCODING = 1  # of rows into examples; a change of it makes what is kept on the disk useless
+ENCODING = 1  # version of the encoding of rows; increasing it invalidates cached examples
 
 
 class CaptionRows(Task):
-    """What a task has to do with rows of a picture and its caption."""
+    """The part of a text-to-image task that handles rows of images and captions."""
 
     unit = "picture"
     input_name = "text"
@@ -53,37 +53,37 @@ class CaptionRows(Task):
         super().__init__(recipe)
         self.spec = spec
         self.prior = None if spec.prior is None else PriorPictures(recipe, spec.prior)
-        self.n_cut_prompts = 0  # of which a picture was drawn, since the last warning
-        self.positions: dict[str, int] = {}  # of the pictures of train, where they have a prior
+        self.n_cut_prompts = 0  # for generated images, since the last warning
+        self.positions: dict[str, int] = {}  # train images by hash, with a prior
 
     # ------------------------------------------------------------------------------ rows
 
     def fields(self) -> list[Field]:
-        """Return the columns of the caption, which the model reads, and of the picture."""
+        """Return the fields of the caption (the input) and of the image (the target)."""
         return [
             Field("task.caption_column", self.spec.caption_column, "input", "text"),
             Field("task.image_column", self.spec.image_column, "target", "image"),
         ]
 
     def needed_columns(self, training: bool = False) -> dict[str, str]:
-        """Return the columns that rows must have: no caption where all have the same."""
-        found = super().needed_columns(training)
+        """Return the columns that rows must have; no caption column if all share one caption."""
+        columns = super().needed_columns(training)
         if self.spec.caption is not None:
-            del found[self.recipe.at("task.caption_column")]
-        return found
+            del columns[self.recipe.at("task.caption_column")]
+        return columns
 
     def compared_columns(self) -> list[str]:
-        """Return the column of the picture: many pictures may show the same."""
+        """Return the image column alone, as many images may share a caption."""
         return [self.spec.image_column]
 
     def caption_of(self, row: dict[str, Any]) -> str:
-        """Return what a picture shows, on one line."""
-        own = self.spec.caption
-        text = row[self.spec.caption_column] if own is None else own
+        """Return a row's caption on one line."""
+        shared = self.spec.caption
+        text = row[self.spec.caption_column] if shared is None else shared
         return " ".join(str(text).split())
 
     def row_error(self, row: dict[str, Any], training: bool = False) -> str:
-        """Return what is wrong with a row, or nothing."""
+        """Return what is wrong with a row, or an empty string."""
         if self.spec.caption is not None:
             return self.target_error(row)
         return self.target_error(row) or self._caption_error(row)
@@ -101,16 +101,16 @@ class CaptionRows(Task):
         return self.input_error(row)
 
     def input_error(self, row: dict[str, Any]) -> str:
-        """Return what is wrong with a text that is to be drawn, or nothing."""
+        """Return what is wrong with a prompt or caption, or an empty string."""
         return text_error(row, [self.spec.caption_column])
 
     def target_error(self, row: dict[str, Any]) -> str:
-        """Return why a picture cannot be trained, or nothing; it is decoded."""
+        """Decode the image; return why it cannot be trained on, or an empty string."""
         column = self.spec.image_column
         return media_error(row, [column]) or self.picture_error(row[column])
 
     def picture_error(self, value: dict[str, Any]) -> str:
-        """Return why a picture cannot be read, or is too small."""
+        """Return why an image cannot be read or is too small, or an empty string."""
         facts = picture_facts(value)
         if facts.error:
             return f"`{described(value)}` {facts.error}"
@@ -123,11 +123,11 @@ class CaptionRows(Task):
         )
 
     def size_of(self, width: int, height: int) -> tuple[int, int]:
-        """Return the width and height in which a picture of some size is seen."""
+        """Return the width and height to which an image of the given size is resized."""
         return nearest_size(width, height, self.sizes())
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Return the widths and heights in which pictures are seen."""
+        """Return the widths and heights to which images are resized."""
         spec = self.spec
         if not spec.aspect_ratios:
             return [(spec.resolution, spec.resolution)]
@@ -136,22 +136,22 @@ class CaptionRows(Task):
 
     @property
     def divisor(self) -> int:
-        """What the sides of pictures are divided by; 8 before the model is known."""
+        """The number of which image sides must be multiples; 8 before the model is known."""
         return self.base.family.divisor if hasattr(self, "base") else 8
 
     def learn_from(self, splits: dict[str, Rows]) -> None:
-        """Number the pictures of train, so that each gets pictures of the class."""
+        """Read the class images, and number the train images to pair them with class images."""
         if self.prior is not None and "train" in splits:
             self.prior.read(self.picture_error)
             hashes = [media_hash(row[self.spec.image_column]) for row in splits["train"]]
             self.positions = {key: i for i, key in enumerate(dict.fromkeys(hashes))}
 
     def shown_input(self, row: dict[str, Any]) -> str:
-        """Return what a picture shows."""
+        """Return a row's caption."""
         return self.caption_of(row)
 
     def thumbnail(self, row: dict[str, Any]) -> str | None:
-        """Return a small copy of a row's picture, as a `data:` address."""
+        """Return a thumbnail of a row's image as a `data:` URL."""
         try:
             return thumbnail_of(row[self.spec.image_column])
         except PictureError:
@@ -160,43 +160,45 @@ class CaptionRows(Task):
     # -------------------------------------------------------------------------- examples
 
     def cache_key(self) -> list[str]:
-        """Return what an encoded row depends on besides the row."""
+        """Return what an encoded row depends on besides the row itself."""
         keys = {
             "image_column", "caption_column", "caption", "validation_draws", "resolution",
             "aspect_ratios", "max_aspect_ratio",
         }  # fmt: skip
-        own = f"{self.spec.model_dump_json(include=keys)} {self.divisor}"
+        settings = f"{self.spec.model_dump_json(include=keys)} {self.divisor}"
         prior = [] if self.prior is None else self.prior.cache_key()
-        return [f"captioned pictures {ENCODING}", own, processor_hash(self.tokenizers), *prior]
+        return [f"captioned pictures {ENCODING}", settings, processor_hash(self.tokenizers), *prior]
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return an example for each draw of noise in which a row is measured."""
+        """Return `validation_draws` examples for each row, which differ in their noise."""
         draws = range(self.spec.validation_draws)
         return [[{**self._example(row), "draw": i} for i in draws] for row in rows]
 
     def encode_to_train(self, rows: Sequence[dict[str, Any]]) -> list[list[Example]]:
-        """Return an example for each row; where a class has pictures, one for each of these."""
+        """Return one example for each row, or one for each class image that it is paired with."""
         if self.prior is None or not self.prior.pictures:
             return [[self._example(row)] for row in rows]
-        found = []
+        examples = []
         for row in rows:
-            own = self._example(row)
+            example = self._example(row)
             position = self.positions[media_hash(row[self.spec.image_column])]
-            several = self.prior.pictures_of(position, len(self.positions))
-            found.append([{**own, "prior_image": picture} for picture in several])
-        return found
+            class_images = self.prior.pictures_of(position, len(self.positions))
+            examples.append(
+                [{**example, "prior_image": class_image} for class_image in class_images]
+            )
+        return examples
 
     def _example(self, row: dict[str, Any]) -> Example:
         value, caption = row[self.spec.image_column], self.caption_of(row)
         facts = picture_facts(value)
         width, height = self.size_of(facts.width, facts.height)
-        ids = self.ids_of(caption)
-        about = {"width": width, "height": height, "is_cut": self.is_cut(caption), "draw": 0}
-        named = {f"ids_{i}": some for i, some in enumerate(ids)}
-        return {"image": value, "caption": caption, **named, **about, **odd_facts(facts)}
+        ids_per_encoder = self.ids_of(caption)
+        fields = {"width": width, "height": height, "is_cut": self.is_cut(caption), "draw": 0}
+        token_ids = {f"ids_{i}": ids for i, ids in enumerate(ids_per_encoder)}
+        return {"image": value, "caption": caption, **token_ids, **fields, **odd_facts(facts)}
 
     def features(self) -> dict[str, str]:
-        """Return the types of an example."""
+        """Return the types of an example's fields."""
         ids = {f"ids_{i}": "list<int32>" for i in range(len(self.tokenizers))}
         sizes = dict.fromkeys(("width", "height", "draw"), "int32")
         return {
@@ -204,49 +206,51 @@ class CaptionRows(Task):
         }  # fmt: skip
 
     def train_features(self) -> dict[str, str]:
-        """Return the types of an example that is trained."""
+        """Return the types of a training example's fields."""
         has_prior = self.prior is not None and self.prior.pictures
         return {**self.features(), **({"prior_image": "media"} if has_prior else {})}
 
     def ids_of(self, caption: str) -> list[list[int]]:
-        """Return the tokens of a caption for each text encoder, filled and cut to its length."""
-        how = {"padding": "max_length", "truncation": True}
+        """Return a caption's token ids for each text encoder, padded and truncated to its limit."""
+        options = {"padding": "max_length", "truncation": True}
         return [
-            list(one(caption, max_length=limit, **how)["input_ids"])
-            for one, limit in zip(self.tokenizers, self.token_limits, strict=True)
+            list(tokenizer(caption, max_length=limit, **options)["input_ids"])
+            for tokenizer, limit in zip(self.tokenizers, self.token_limits, strict=True)
         ]
 
     @property
     def token_limits(self) -> list[int]:
-        """How many tokens of a caption each text encoder reads."""
-        both = zip(self.base.text_encoders, self.tokenizers, strict=True)
-        return [self.base.family.token_limit(name, one) for name, one in both]
+        """The maximum number of tokens that each text encoder reads."""
+        pairs = zip(self.base.text_encoders, self.tokenizers, strict=True)
+        return [self.base.family.token_limit(name, tokenizer) for name, tokenizer in pairs]
 
     def is_cut(self, caption: str) -> bool:
-        """Return whether no text encoder reads all of a caption."""
+        """Return whether every text encoder truncates a caption."""
         return all(
-            len(one(caption, verbose=False)["input_ids"]) > limit
-            for one, limit in zip(self.tokenizers, self.token_limits, strict=True)
+            len(tokenizer(caption, verbose=False)["input_ids"]) > limit
+            for tokenizer, limit in zip(self.tokenizers, self.token_limits, strict=True)
         )
 
     def cut_note_of(self, count: int, what: str) -> str:
-        """Return that some texts are longer than is read of them."""
-        most = max(self.token_limits)
-        more = f"{'has' if count == 1 else 'have'} more than {most} tokens"
-        return f"{counted(count, what)} {more}, of which the model reads the first"
+        """Say that a number of texts are longer than any text encoder reads."""
+        longest = max(self.token_limits)
+        too_long = f"{'has' if count == 1 else 'have'} more than {longest} tokens"
+        return f"{counted(count, what)} {too_long}, of which the model reads the first"
 
     def note_cut_prompts(self) -> None:
-        """Say which texts of the recipe itself are longer than is read of them."""
-        asked = enumerate(self.spec.validation_prompts or ())
-        prompts = {f"task.validation_prompts.{i}": text for i, text in asked}
+        """Add a note about prompts in the recipe that are longer than any text encoder reads."""
+        numbered = enumerate(self.spec.validation_prompts or ())
+        prompts = {f"task.validation_prompts.{i}": text for i, text in numbered}
         if self.spec.prior is not None:
             prompts["task.prior.caption"] = self.spec.prior.caption
-        cut = [key for key, text in prompts.items() if self.is_cut(text)]
-        if cut:
-            self.notes.append(f"warning: {self.cut_note_of(len(cut), 'text')}: {', '.join(cut)}")
+        truncated = [key for key, text in prompts.items() if self.is_cut(text)]
+        if truncated:
+            self.notes.append(
+                f"warning: {self.cut_note_of(len(truncated), 'text')}: {', '.join(truncated)}"
+            )
 
     def take_warnings(self) -> list[str]:
-        """Return what a user should know of the pictures since the last call."""
+        """Return the warnings about generated images since the last call."""
         lines = super().take_warnings()
         if self.n_cut_prompts:
             lines.append(self.cut_note_of(self.n_cut_prompts, "text"))
@@ -254,7 +258,7 @@ class CaptionRows(Task):
         return lines
 
     def batch_groups(self, split: Encoded) -> NDArray[np.int64] | None:
-        """Return a number for each size in which pictures are seen."""
+        """Return the index of each example's image size; None if all sizes are equal."""
         if not self.spec.aspect_ratios:
             return None
         columns = (split.examples.data.column(name).to_numpy() for name in ("width", "height"))
@@ -262,26 +266,28 @@ class CaptionRows(Task):
         return np.unique(sizes, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
     def cost(self, example: Example) -> int:
-        """Return 1, or 2 with a picture of the class."""
+        """Return the number of images: 1, or 2 with a class image."""
         return 2 if "prior_image" in example else 1
 
     def shown(self, example: Example, colour: bool) -> tuple[list[str], str]:
-        """Return the size of an example's picture, and its caption."""
+        """Return a description of an example's images, and its caption."""
         facts = picture_facts(example["image"])
-        seen = f"seen as {example['width']} x {example['height']}"
-        about = f"{described(example['image'])}: {facts.width} x {facts.height} pixels, {seen}"
+        size = f"seen as {example['width']} x {example['height']}"
+        description = (
+            f"{described(example['image'])}: {facts.width} x {facts.height} pixels, {size}"
+        )
         if "prior_image" in example:
             assert self.prior is not None
-            about += f"; with {described(example['prior_image'])} ({self.prior.spec.caption})"
-        return [], f"{about}\n{example['caption']}"
+            description += f"; with {described(example['prior_image'])} ({self.prior.spec.caption})"
+        return [], f"{description}\n{example['caption']}"
 
     def unknown_input(self, name: str, rows: Rows, examples: Any) -> tuple[float, str | None]:
-        """Return a warning of odd pictures, and of captions that are longer than is read."""
+        """Return a warning about unusual images and captions that are too long."""
         warnings = [odd_pictures(name, rows, examples)]
-        cut = list(
+        truncated = list(
             dict.fromkeys(int(examples[i]["row"]) for i in positions_where(examples, "is_cut"))
         )
-        if cut:
-            what = self.cut_note_of(len(cut), f"{name} caption")
-            warnings.append(f"{what}: {rows.place(cut[0])}")
+        if truncated:
+            what = self.cut_note_of(len(truncated), f"{name} caption")
+            warnings.append(f"{what}: {rows.place(truncated[0])}")
         return 0.0, "; ".join(filter(None, warnings)) or None

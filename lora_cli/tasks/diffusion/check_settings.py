@@ -1,4 +1,4 @@
-"""Check what a recipe sets for drawing against its base: the keys, and the sizes of pictures."""
+"""Checks of a text-to-image recipe against its base model: unused keys, image sizes."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from lora_cli.recipe.spec.text_to_image_spec import GUIDANCE
 
 
 def check_keys(recipe: Recipe, spec: TextToImageSpec, family: Family) -> None:
-    """Reject keys of the recipe that change nothing for the base.
+    """Reject keys of the recipe that have no effect with this kind of base model.
 
     Raises:
-        LoraError: With each of them.
+        LoraError: With a problem for each such key.
     """
     at = recipe.at
-    given: dict[str, Any] = {}
+    ignored: dict[str, Any] = {}
     what, hint = f"has no meaning for {family.name}", "leave it out"
     if family.learns_flow:
-        given = {"snr_gamma": spec.snr_gamma, "noise_offset": spec.noise_offset}
+        ignored = {"snr_gamma": spec.snr_gamma, "noise_offset": spec.noise_offset}
         what += ", which learns by flow matching"
         hint += "; `task.flow` says how steps are drawn and weighted"
     else:
-        given = {"flow": spec.flow}
-    wrong = [Problem(f"`{k}` {what}", at(f"task.{k}"), hint) for k, v in given.items() if v]
+        ignored = {"flow": spec.flow}
+    problems = [Problem(f"`{k}` {what}", at(f"task.{k}"), hint) for k, v in ignored.items() if v]
     if spec.without_t5 and not family.optional:
         what = f"`without_t5` has no meaning for {family.name}: it needs all its text encoders"
-        wrong.append(Problem(what, at("task.without_t5"), "leave it out"))
+        problems.append(Problem(what, at("task.without_t5"), "leave it out"))
     if spec.flow and spec.flow.guidance != GUIDANCE and not family.reads_guidance:
         what = "`guidance` has no meaning for this model, which reads none"
-        wrong.append(Problem(what, at("task.flow.guidance"), "leave it out"))
+        problems.append(Problem(what, at("task.flow.guidance"), "leave it out"))
     if recipe.evaluate.drawing.negative_prompt and not family.has_negative_prompt:
         what = f"`negative_prompt` has no meaning for {family.name}: it reads one text a step"
-        wrong.append(Problem(what, at("evaluate.drawing.negative_prompt"), "leave it out"))
-    if wrong:
-        raise LoraError(wrong)
+        problems.append(Problem(what, at("evaluate.drawing.negative_prompt"), "leave it out"))
+    if problems:
+        raise LoraError(problems)
 
 
 def check_resolution(recipe: Recipe, spec: TextToImageSpec, family: Family) -> None:
-    """Reject a resolution in pixels that is no multiple of the steps in which the model draws.
+    """Reject a resolution that the model cannot divide into whole latents and patches.
 
     Raises:
-        LoraError: With the nearest one.
+        LoraError: With the nearest valid resolution as a hint.
     """
     side = family.divisor
     if spec.resolution % side:
@@ -61,20 +61,20 @@ def check_longest_side(
     family: Family,
     sizes: Sequence[tuple[int, int]],
 ) -> None:
-    """Reject pictures for which the model has no positions.
+    """Reject image sizes that exceed the model's position embeddings.
 
     Args:
         recipe: The recipe.
-        spec: Its task.
-        family: The base's kind of model.
-        sizes: Of the pictures (width, height), in pixels.
+        spec: The recipe's task.
+        family: The kind of base model.
+        sizes: The image sizes (width, height), in pixels.
 
     Raises:
-        LoraError: If one has a side that is too long.
+        LoraError: If a side is too long.
     """
-    longest, most = max(map(max, sizes)), family.longest_side
-    if most is not None and longest > most:
+    longest, limit = max(map(max, sizes)), family.longest_side
+    if limit is not None and longest > limit:
         what = f"pictures of up to {longest} pixels a side are too large for this model, which "
-        what += f"has positions for {most}"
+        what += f"has positions for {limit}"
         other = ", or `task.max_aspect_ratio`" if spec.aspect_ratios else ""
         raise LoraError(what, recipe.at("task.resolution"), f"lower `task.resolution`{other}")

@@ -1,4 +1,4 @@
-"""Pictures that a model draws, by diffusers' own pipelines."""
+"""Image generation by diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor
 from lora_cli.errors import NumericsError
 from lora_cli.recipe.spec import DrawingSpec
 
-NAME_LENGTH = 40  # characters of a text in the name of its picture
+MAX_NAME_LENGTH = 40  # characters of a prompt in its image's file name
 
 
 @dataclass
-class Drawing:
-    """How pictures are drawn.
+class ImageGenerator:
+    """Generates images from texts.
 
     Args:
-        pipeline: Of diffusers, around the model.
-        settings: Of the recipe.
-        side: Of the pictures, in pixels.
-        latents_of: Returns what the pipeline has drawn as latents (B, C, h, w), of a side.
+        pipeline: A diffusers pipeline around the model.
+        settings: The recipe's `evaluate.drawing`.
+        side: The width and height of the images, in pixels.
+        latents_of: Takes the pipeline's output and the side; returns latents (B, C, h, w).
     """
 
     pipeline: Any
@@ -34,31 +34,34 @@ class Drawing:
     latents_of: Callable[[Tensor, int], Tensor]
 
     @torch.no_grad()
-    def draw(self, prompts: Sequence[str], *seeds: int) -> list[Any]:
-        """Return a picture for each text, as Pillow has it.
+    def generate(self, prompts: Sequence[str], *seeds: int) -> list[Any]:
+        """Generate an image for each text.
+
+        The initial noise of each image comes from its own generator on the host, so that an image
+        does not depend on the device or on the other prompts, up to rounding.
 
         Args:
             prompts: The texts.
-            seeds: Decide the noise: one for all, or one for each.
+            seeds: The seeds of the noise: one for all images, or one for each.
 
-        Each starts from noise of its own generator, on the host: a text's picture is the same on
-        every device, and whatever else is drawn with it, but for rounding.
+        Returns:
+            The images, as Pillow images.
 
         Raises:
-            NumericsError: If one is not finite.
+            NumericsError: If an image has values that are not finite.
         """
         pipe, settings = self.pipeline, self.settings
-        each = seeds if len(seeds) == len(prompts) else seeds * len(prompts)
-        generators = [torch.Generator().manual_seed(seed) for seed in each]
+        image_seeds = seeds if len(seeds) == len(prompts) else seeds * len(prompts)
+        generators = [torch.Generator().manual_seed(seed) for seed in image_seeds]
         negative = None
         if settings.negative_prompt is not None:
             negative = [settings.negative_prompt] * len(prompts)
-        drawn = pipe(
+        outputs = pipe(
             list(prompts), negative_prompt=negative, height=self.side, width=self.side,
             num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale,
             generator=generators, output_type="latent",
         ).images  # fmt: skip
-        latents, vae = self.latents_of(drawn, self.side), pipe.vae
+        latents, vae = self.latents_of(outputs, self.side), pipe.vae
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         with torch.autocast(latents.device.type, enabled=False):
             scaled = latents.to(vae.dtype) / vae.config.scaling_factor + shift
@@ -67,12 +70,12 @@ class Drawing:
             what = "a picture that was drawn has numbers that are not finite"
             hint = "`--set train.precision=fp32`, or bf16, where it was drawn in fp16"
             raise NumericsError(what, "train.precision", hint)
-        found: list[Any] = pipe.image_processor.postprocess(pixels.float(), output_type="pil")
-        return found
+        images: list[Any] = pipe.image_processor.postprocess(pixels.float(), output_type="pil")
+        return images
 
 
 def picture_name(prompt: str, seed: int) -> str:
-    """Return the name of a text's picture: of equal texts and seeds the same."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:NAME_LENGTH].rstrip("-")
-    number = hashlib.sha256(f"{seed} {prompt}".encode()).hexdigest()[:8]
-    return f"{words}-{number}.png" if words else f"{number}.png"
+    """Return the file name of a generated image; it depends on the text and the seed alone."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:MAX_NAME_LENGTH].rstrip("-")
+    digest = hashlib.sha256(f"{seed} {prompt}".encode()).hexdigest()[:8]
+    return f"{words}-{digest}.png" if words else f"{digest}.png"
